@@ -1,0 +1,182 @@
+"""Every setting of a run: name, default, meaning, and the flag that sets it.
+
+One frozen dataclass per section of the TOML file. Flags use timm's names where the meaning is the same; a field without a
+flag is set by `--set section.key=value` or in the file. This file imports nothing heavy: `dad-fast -h` reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Method = Literal["ce", "kd", "aug-only", "dat", "dad", "dat+dad"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def setting(default: Any, text: str, flag: str = "", *, main: bool = False) -> Any:
+    """A field with its help `text`, its `flag` and whether the short `--help` shows it (`main`)."""
+    metadata = {"help": text, "flag": flag, "main": main}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    data_dir: str = setting("", "image folder with train/ and val/, or embedded:digits", "--data-dir", main=True)
+    train_split: str = setting("train", "folder (or embedded split) to train on", "--train-split")
+    val_split: str = setting("val", "folder (or embedded split) to validate on", "--val-split")
+    class_map: str = setting("", "CSV (id,folder,name) that fixes the order of the classes", "--class-map")
+    batch_size: int = setting(256, "clean images per step", "--batch-size", main=True)
+    workers: int = setting(4, "loader processes; 0 loads in the training process", "--workers")
+    max_bad_share: float = setting(0.01, "share of unreadable images above which the run stops (exit 4)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    img_size: int = setting(0, "side of the square images in pixels; 0 = the student's own", "--img-size")
+    crop: Literal["random-resized", "center"] = setting("random-resized", "training crop")
+    scale: tuple[float, float] = setting((0.08, 1.0), "area of the random crop", "--scale")
+    ratio: tuple[float, float] = setting((0.75, 1.3333333333333333), "aspect ratio of the random crop", "--ratio")
+    hflip: float = setting(0.5, "probability of a horizontal flip", "--hflip")
+    vflip: float = setting(0.0, "probability of a vertical flip", "--vflip")
+    color_jitter: float = setting(0.4, "strength of colour jitter; unused when --aa is set, as in timm", "--color-jitter")
+    aa: str = setting("", "RandAugment policy, as timm writes it: rand-m9-mstd0.5-inc1", "--aa")
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = setting("random", "resampling filter", "--train-interpolation")
+    reprob: float = setting(0.0, "probability of random erasing", "--reprob")
+    remode: Literal["const", "rand", "pixel"] = setting("pixel", "what an erased box is filled with", "--remode")
+    mixup: float = setting(0.0, "mixup alpha", "--mixup")
+    cutmix: float = setting(0.0, "cutmix alpha", "--cutmix")
+    mixup_prob: float = setting(1.0, "probability that a pair of images is mixed", "--mixup-prob")
+    mixup_switch_prob: float = setting(0.5, "probability of cutmix where both are on", "--mixup-switch-prob")
+    smoothing: float = setting(0.1, "label smoothing of the cross-entropy", "--smoothing")
+    crop_pct: float = setting(0.0, "evaluation: share of the resized image kept; 0 = the student's own", "--crop-pct")
+    interpolation: str = setting("", "evaluation: resampling filter; empty = the student's own", "--interpolation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    name: str = setting("", "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or embedded:digits", "--teacher", main=True)
+    head: str = setting("", "safetensors with a fine-tuned linear head; empty = zero-shot from class names", "--teacher-head")
+    templates: str | tuple[str, ...] = setting("auto", "prompts: auto, imagenet, simple, a text file, or a list", "--templates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    name: str = setting("", "any timm model", "--student", main=True)
+    weights: str = setting("", "weights for the student (safetensors or a tensor-only .pth)", "--student-weights")
+    init_from: str = setting("", "start from another run's weights (run, checkpoint folder or file); nothing else is taken", "--init-from")
+    pretrained: bool = setting(False, "take timm's pretrained weights (needs the network or a filled cache)", "--pretrained")
+    drop_path: float = setting(0.0, "stochastic depth", "--drop-path")
+    drop: float = setting(0.0, "dropout before the classifier", "--drop")
+    bn: Literal["joint", "split", "aux"] = setting("joint", "batch norm over clean and adversarial images: one batch, two calls, or auxiliary statistics", "--bn")
+    model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscretizerConfig:
+    name: str = setting("", "vqgan FILE (.ckpt or .safetensors), embedded:digits, identity, or jpeg:QUALITY", "--discretizer", main=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    norm: Literal["l2", "linf"] = setting("l2", "norm of the budget", "--attack-norm")
+    eps: float = setting(0.1, "budget, in [0,1] pixels: L2 over the whole image, or L-infinity", "--attack-eps")
+    step_size: float = setting(0.1, "length of a step, in the same norm", "--attack-step-size")
+    steps: int = setting(1, "gradient steps", "--attack-steps")
+    random_start: float = setting(0.8, "probability, per sample, of starting at a random point of norm eps", "--attack-random-start")
+    order: Literal["paper", "authors"] = setting("paper", "paper: Q(x+d); authors: Q(Q(x)+d), two VQGAN passes", "--attack-order")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    ce: float = setting(1.0, "weight of CE(student(x), y)", "--ce-weight")
+    kd: float = setting(0.5, "weight of T^2 KL(teacher(x) | student(x))", "--kd-weight")
+    dad: float = setting(0.5, "weight of T^2 KL(teacher(Q(x')) | student(Q(x'))), x' attacks the teacher", "--dad-weight")
+    dat: float = setting(1.0, "weight of CE(student(Q(x'')), y), x'' attacks the student (dat)", "--dat-weight")
+    aug: float = setting(1.0, "weight of CE(student(Q(x')), y), hard labels on the teacher's images (aug-only)", "--aug-weight")
+    temperature: float = setting(4.0, "distillation temperature T", "--temperature")
+    filter: bool = setting(True, "count an adversarial image only where the teacher still says y", "--filter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    opt: str = setting("adamw", "optimizer, by timm's name", "--opt")
+    lr: float = setting(1e-3, "peak learning rate", "--lr", main=True)
+    weight_decay: float = setting(0.05, "weight decay (not on biases and norms)", "--weight-decay")
+    momentum: float = setting(0.9, "momentum, for optimizers that have one", "--momentum")
+    clip_grad: float = setting(0.0, "clip the gradient's norm; 0 = off", "--clip-grad")
+    opt_kwargs: dict[str, Any] = setting({}, "further arguments of the optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    epochs: int = setting(300, "epochs of warm-up and cosine together", "--epochs", main=True)
+    warmup_epochs: float = setting(5.0, "linear warm-up", "--warmup-epochs")
+    cooldown_epochs: float = setting(0.0, "epochs at min-lr after the cosine", "--cooldown-epochs")
+    warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up", "--warmup-lr")
+    min_lr: float = setting(1e-5, "learning rate at the end of the cosine", "--min-lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    model_ema: bool = setting(False, "keep an exponential moving average of the weights and evaluate it", "--model-ema")
+    decay: float = setting(0.9998, "its decay per step", "--model-ema-decay")
+    warmup: bool = setting(True, "let the decay rise as (1+step)/(10+step) up to its value", "--model-ema-warmup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    amp: bool = setting(False, "mixed precision; the dtypes below apply only with it", "--amp", main=True)
+    student: Dtype = setting("bfloat16", "student under autocast", "--amp-dtype")
+    teacher: Dtype = setting("bfloat16", "teacher under autocast")
+    encoder: Dtype = setting("float16", "VQGAN encoder under autocast; the codebook search is always exact")
+    decoder: Dtype = setting("bfloat16", "VQGAN decoder under autocast")
+    channels_last: bool = setting(False, "NHWC memory format", "--channels-last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = setting(0, "steps between checkpoints; 0 = at the end of every epoch", "--checkpoint-every-steps")
+    keep: int = setting(2, "latest checkpoints kept, besides the best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every_epochs: int = setting(1, "epochs between validations; 0 = only at the end", "--val-every")
+    suites: tuple[str, ...] = setting((), "judged at the end: embedded split names, image folders, or corruption names as in dad-fast eval", "--suite")
+    batch_size: int = setting(0, "images per evaluation batch; 0 = the training batch", "--val-batch-size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run, or several: `methods` and `variants` times `seeds`."""
+
+    method: Method = setting("dad", "ce, kd, aug-only, dat, dad or dat+dad", "--method", main=True)
+    seed: int = setting(0, "seed of every random draw", "--seed")
+    seeds: int = setting(1, "number of seeds, from --seed on", "--seeds", main=True)
+    max_steps: int = setting(0, "stop after this many steps; 0 = run all epochs", "--max-steps", main=True)
+    device: str = setting("auto", "auto, cpu or cuda[:N]", "--device", main=True)
+    log_every: int = setting(50, "steps between log lines", "--log-every")
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    discretizer: DiscretizerConfig = DiscretizerConfig()
+    attack: AttackConfig = AttackConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema: EmaConfig = EmaConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    variants: dict[str, dict[str, Any]] = field(
+        default_factory=dict,
+        metadata={"help": "runs to compare: [variants.NAME] with the keys that differ, such as method or schedule.epochs", "flag": "", "main": False},
+    )
+
+
+# What each method computes; the objective and the config checks both read this table.
+USES_TEACHER = {"ce": False, "kd": True, "aug-only": True, "dat": False, "dad": True, "dat+dad": True}
+USES_DISCRETIZER = {"ce": False, "kd": False, "aug-only": True, "dat": True, "dad": True, "dat+dad": True}

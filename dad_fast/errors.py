@@ -1,0 +1,46 @@
+"""Errors that a user can mend, each with the exit code that `dad-fast` documents.
+
+A message is one line: what is wrong, where (flag or file), and the mend.
+"""
+
+
+class DadFastError(Exception):
+    """Base of every error that is shown as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(DadFastError):
+    """A flag, a key or a combination of settings is wrong."""
+
+    exit_code = 2
+
+
+class EnvironmentProblem(DadFastError):
+    """A package, a compiler, a driver or a device is missing or is the wrong one."""
+
+    exit_code = 3
+
+
+class DataError(DadFastError):
+    """A data set, an image, a class list or a weights file cannot be used."""
+
+    exit_code = 4
+
+
+class NotFinite(DadFastError):
+    """A loss or a gradient was not a number; the run stopped with its state kept."""
+
+    exit_code = 1
+
+
+class Preempted(DadFastError):
+    """SIGTERM or SIGUSR1 arrived; the state was saved and `--resume auto` continues."""
+
+    exit_code = 75
+
+
+class Interrupted(DadFastError):
+    """Ctrl-C; the state was saved and `--resume auto` continues."""
+
+    exit_code = 130
