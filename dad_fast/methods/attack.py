@@ -1,0 +1,90 @@
+"""Projected gradient descent on the input of a frozen model (DAD: arXiv 2311.01441, eq. 8; DAT: arXiv 2209.07735).
+
+    x' = argmax CE(model(x'), y)   subject to   ||x' - x||_p <= eps,   x' in [0, 1]
+
+Pixels are float32 [B, 3, H, W] in [0, 1]; `eps` and `step_size` are in the same unit, over the whole image for L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..config.schema import AttackConfig
+from .noise import keyed_normal, keyed_uniform
+from .objectives import soft_cross_entropy
+
+STREAM_DIRECTION, STREAM_COIN = 1, 2  # streams of a sample's key that the attack draws from
+
+
+@dataclass(frozen=True)
+class PGD:
+    """PGD in L2 or L-infinity, with a random start that is drawn per sample.
+
+    `random_start` is the probability, per sample, of starting at a random point: of norm eps (L2), or uniform in the cube
+    (L-infinity). `steps` may be 0: then only the random start remains.
+    """
+
+    norm: Literal["l2", "linf"] = "l2"
+    eps: float = 0.1
+    step_size: float = 0.1
+    steps: int = 1
+    random_start: float = 0.8
+
+    @classmethod
+    def from_config(cls, cfg: AttackConfig) -> PGD:
+        return cls(cfg.norm, cfg.eps, cfg.step_size, cfg.steps, cfg.random_start)
+
+    def __call__(self, model: Callable[[Tensor], Tensor], pixels: Tensor, targets: Tensor, keys: Tensor) -> Tensor:
+        """Attack `model` (pixels -> logits [B, C]).
+
+        pixels: [B, 3, H, W] in [0, 1]. targets: labels int64 [B] or probabilities [B, C]. keys: int64 [B], one per sample; they
+        fix the random start. Returns x + delta in [0, 1], detached. Only the input's gradient is computed, never a weight's.
+        """
+        pixels = pixels.detach()
+        delta = self._start(pixels, keys)
+        for _ in range(self.steps):
+            x = (pixels + delta).requires_grad_(True)
+            with torch.enable_grad():
+                # The sum, not the mean: each sample's gradient must not depend on the size of the batch.
+                loss = soft_cross_entropy(model(x), targets, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x)
+            delta = self._project(delta + self.step_size * self._direction(gradient), pixels)
+        return pixels + delta
+
+    def _start(self, pixels: Tensor, keys: Tensor) -> Tensor:
+        if self.random_start == 0:
+            return torch.zeros_like(pixels)
+        shape = tuple(pixels.shape[1:])
+        if self.norm == "l2":
+            noise = keyed_normal(keys, shape, STREAM_DIRECTION)
+            noise = self.eps * noise / _l2(noise)
+        else:
+            noise = self.eps * (2 * keyed_uniform(keys, shape, STREAM_DIRECTION) - 1)
+        coin = keyed_uniform(keys, (1, 1, 1), STREAM_COIN) < self.random_start  # [B, 1, 1, 1]
+        return self._project(torch.where(coin, noise, 0.0), pixels)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        if self.norm == "linf":
+            return gradient.sign()
+        # Scaled by its largest entry first: a confident teacher's gradient may be so small that its square is 0 in float32.
+        largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+        scaled = gradient / torch.where(largest > 0, largest, 1.0)
+        return scaled / _l2(scaled)
+
+    def _project(self, delta: Tensor, pixels: Tensor) -> Tensor:
+        """Into the ball, then into [0, 1]; the second only shortens delta, so the result is in both."""
+        if self.norm == "l2":
+            delta = delta * (self.eps / _l2(delta)).clamp(max=1.0)
+        else:
+            delta = delta.clamp(-self.eps, self.eps)
+        return (pixels + delta).clamp(0.0, 1.0) - pixels
+
+
+def _l2(x: Tensor) -> Tensor:
+    """Norm per sample [B, 1, 1, 1]; the floor keeps 0 / 0 at 0."""
+    return x.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-20)

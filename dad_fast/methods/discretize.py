@@ -1,0 +1,35 @@
+"""From an image to its discrete adversarial image: attack, then the discretizer Q.
+
+    paper:   Q(x + delta)            (arXiv 2311.01441, and DAT)
+    authors: Q(Q(x) + delta)         (their code: a second VQGAN pass; delta starts from Q(x))
+
+No gradient passes through Q (straight-through: the gradient at the image is used as it is).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..models.discretizer import Discretized, Discretizer
+from .attack import PGD
+
+
+def discretize(
+    discretizer: Discretizer,
+    model: Callable[[Tensor], Tensor],
+    attack: PGD,
+    pixels: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    order: Literal["paper", "authors"] = "paper",
+) -> Discretized:
+    """The discrete adversarial images of `pixels` [B, 3, H, W] against `model`; arguments as in `PGD.__call__`."""
+    with torch.no_grad():
+        base = discretizer(pixels).images if order == "authors" else pixels
+    perturbed = attack(model, base, targets, keys)
+    with torch.no_grad():
+        return discretizer(perturbed)
