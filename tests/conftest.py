@@ -1,0 +1,35 @@
+"""What every test shares: no network, no file in $HOME, one thread per xdist worker, gpu tests skipped without CUDA."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: several workers would fight over the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(prefix="dad-fast-tests-")  # one per process; child processes inherit it
+atexit.register(shutil.rmtree, os.environ["DAD_FAST_CACHE"], ignore_errors=True)
+
+try:
+    from hypothesis import settings
+except ImportError:  # a bare checkout: those tests skip themselves
+    pass
+else:
+    settings.register_profile("dad-fast", deadline=None, derandomize=True, max_examples=25, database=None)
+    settings.load_profile("dad-fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
