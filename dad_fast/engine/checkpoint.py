@@ -1,0 +1,176 @@
+"""Checkpoints: everything that a run needs to go on bit for bit, written so that a crash leaves the previous one whole.
+
+    checkpoints/step-N/model.safetensors    what evaluation uses (EMA when on), with its metadata
+    checkpoints/step-N/train.safetensors    student, EMA, optimizer, generators, running sums: tensors only
+    checkpoints/step-N/state.json           counters, settings, and the SHA-256 of the two files above
+    checkpoints/latest, checkpoints/best    symbolic links
+
+A folder is filled under a temporary name, synced and renamed; state.json is its last file. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import DataError
+from ..models.weights import sha256_file
+
+FILES = ("model.safetensors", "train.safetensors")
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint as read back: `tensors` as given to `save`, `state` its JSON part."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, root: Path, keep: int):
+        self.root, self.keep = root, max(1, keep)
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], write_model: Callable[[Path], None], best: bool) -> Path:
+        """Write `step-N`, point `latest` (and `best`) at it, and delete what `keep` no longer covers."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        temporary, final = self.root / f".step-{step}.tmp", self.root / f"step-{step}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            write_model(temporary / FILES[0])
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / FILES[1])
+            hashes = {name: sha256_file(temporary / name) for name in FILES}
+            (temporary / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}))
+            for path in temporary.iterdir():
+                _sync(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if final.exists():  # a resumed run saves the same step again
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(self.root)
+        self._link("latest", final.name)
+        if best:
+            self._link("best", final.name)
+        self._prune()
+        return final
+
+    def load(self, path: str, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest sound checkpoint (`path` = "auto"; None when there is none), or the one at `path`, which must be sound."""
+        if path != "auto":
+            return self._read(Path(path))
+        newest_first = sorted(self.root.glob("step-*"), key=lambda p: -int(p.name.removeprefix("step-")))
+        damaged = ""
+        for candidate in newest_first:
+            try:
+                found = self._read(candidate)
+            except DataError as error:
+                damaged = str(error)
+                say(f"{error}; trying the checkpoint before it")
+            else:
+                return found
+        if damaged:
+            raise DataError(f"{self.root}: no sound checkpoint is left ({damaged}); start again with --overwrite")
+        return None
+
+    def _read(self, path: Path) -> Checkpoint:
+        try:
+            state = json.loads((path / "state.json").read_text())
+            for name, digest in state["sha256"].items():
+                if sha256_file(path / name) != digest:
+                    raise DataError(f"checkpoint {path} is damaged: {name} is not what was written")
+            return Checkpoint(path, load_file(path / FILES[1]), state)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise DataError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
+
+    def _link(self, name: str, target: str) -> None:
+        temporary = self.root / f".{name}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, self.root / name)
+        _sync(self.root)
+
+    def _prune(self) -> None:
+        best = os.path.realpath(self.root / "best")
+        newest_first = sorted(self.root.glob("step-*"), key=lambda p: -int(p.name.removeprefix("step-")))
+        for old in newest_first[self.keep :]:
+            if os.path.realpath(old) != best:
+                shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors and JSON, because checkpoints hold no pickle."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    state = optimizer.state_dict()
+    for index, entry in state["state"].items():
+        for name, value in entry.items():
+            if torch.is_tensor(value):
+                tensors[f"optimizer.{index}.{name}"] = value
+            elif value is not None:
+                numbers[f"{index}.{name}"] = value
+    return tensors, {"param_groups": state["param_groups"], "numbers": numbers}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    entries = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    for key, value in {**entries, **saved["numbers"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def generator_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The state of every global generator: Python's, NumPy's, torch's and the device's."""
+    version, words, gauss = random.getstate()
+    python = torch.tensor([version, *words], dtype=torch.int64)
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    tensors = {
+        "generator.python": python,
+        "generator.python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "generator.numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
+        "generator.numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "generator.torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        tensors["generator.device"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """The inverse of `generator_tensors`; a state made on another kind of device leaves the device's generator as seeded."""
+    version, *words = tensors["generator.python"].tolist()
+    gauss = tensors["generator.python_gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    *keys, position, has_gauss = tensors["generator.numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, tensors["generator.numpy_gauss"].item()))
+    torch.set_rng_state(tensors["generator.torch"])
+    if device.type == "cuda" and "generator.device" in tensors:
+        torch.cuda.set_rng_state(tensors["generator.device"], device)

@@ -1,0 +1,39 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C as requests that the trainer answers at the next step boundary."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ..errors import DadFastError, Interrupted, Preempted
+
+
+class StopRequest:
+    """What has been asked for so far; `error` is None, Preempted (exit 75) or Interrupted (exit 130)."""
+
+    def __init__(self) -> None:
+        self.error: type[DadFastError] | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.error is Interrupted:
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
+        self.error = Interrupted if number == signal.SIGINT else Preempted
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Handlers for the length of the block; outside the main thread there are none to install."""
+    request = StopRequest()
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            previous[number] = signal.signal(number, request._handle)
+    except ValueError:
+        pass
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
