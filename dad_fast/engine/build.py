@@ -1,0 +1,80 @@
+"""From settings to the parts of a run. Everything that a user can get wrong fails here, before a file is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config.schema import USES_DISCRETIZER, USES_TEACHER, Config
+from ..data.sources import Source, open_source
+from ..errors import DataError, EnvironmentProblem, UsageError
+from ..models.discretizer import Discretizer, load_discretizer
+from ..models.student import Student, build_student, load_student_weights
+from ..models.teacher import Teacher, load_teacher
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; `teacher` and `discretizer` are None where the method needs none."""
+
+    device: torch.device
+    train: Source
+    val: Source
+    student: Student
+    teacher: Teacher | None
+    discretizer: Discretizer | None
+
+
+class Builder:
+    """Builds the parts of one run after another; frozen parts (data, teacher, discretizer) are shared between runs."""
+
+    def __init__(self) -> None:
+        self._frozen: dict[Any, Any] = {}
+
+    def build(self, cfg: Config) -> Parts:
+        device = resolve_device(cfg.device)
+        train = self._once(("source", cfg.data.train_split, repr(cfg.data)), lambda: _source(cfg, cfg.data.train_split))
+        val = self._once(("source", cfg.data.val_split, repr(cfg.data)), lambda: _source(cfg, cfg.data.val_split))
+        if val.classes != train.classes:
+            raise DataError(f"--data-dir {cfg.data.data_dir}: {cfg.data.train_split} and {cfg.data.val_split} differ in their classes; fix the folders or give --class-map")
+        teacher = discretizer = None
+        if USES_TEACHER[cfg.method]:
+            key = ("teacher", repr(cfg.teacher), repr(cfg.precision), str(device), train.classes)
+            teacher = self._once(key, lambda: load_teacher(cfg.teacher, train.classes, cfg.precision, device))
+        if USES_DISCRETIZER[cfg.method]:
+            key = ("discretizer", repr(cfg.discretizer), repr(cfg.precision), str(device))
+            discretizer = self._once(key, lambda: load_discretizer(cfg.discretizer.name, cfg.precision, device))
+        torch.manual_seed(cfg.seed)  # the student's initial weights
+        student = build_student(cfg.student, len(train.classes.entries), cfg.augment.img_size)
+        if cfg.student.init_from:
+            load_student_weights(student, cfg.student.init_from)
+        student = student.to(device)
+        if cfg.precision.channels_last:
+            student = student.to(memory_format=torch.channels_last)
+        return Parts(device, train, val, student, teacher, discretizer)
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._frozen:
+            self._frozen[key] = make()
+        return self._frozen[key]
+
+
+def _source(cfg: Config, split: str) -> Source:
+    return open_source(cfg.data.data_dir, split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(f"--device {name}: torch sees no CUDA device; see dad-fast doctor, or use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentProblem(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device
