@@ -6,16 +6,33 @@ flag is set by `--set section.key=value` or in the file. This file imports nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Method = Literal["ce", "kd", "aug-only", "dat", "dad", "dat+dad"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def setting(default: Any, text: str, flag: str = "", *, main: bool = False) -> Any:
-    """A field with its help `text`, its `flag` and whether the short `--help` shows it (`main`)."""
-    metadata = {"help": text, "flag": flag, "main": main}
+class Rule(NamedTuple):
+    """What a number must satisfy, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule("above 0", lambda value: value > 0)
+NOT_NEGATIVE = Rule("0 or more", lambda value: value >= 0)
+AT_LEAST_ONE = Rule("1 or more", lambda value: value >= 1)
+PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Rule("0 or more and below 1", lambda value: 0 <= value < 1)
+INTERVAL = Rule("two numbers above 0, the smaller first", lambda pair: 0 < pair[0] <= pair[1])
+AREA = Rule("two numbers above 0 and up to 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1)
+
+
+def setting(default: Any, text: str, flag: str = "", *, rule: Rule | None = None, short: str = "", main: bool = False) -> Any:
+    """A field with its help `text`, its `flag` (and `short` one), its `rule`, and whether the short `--help` shows it (`main`)."""
+    metadata = {"help": text, "flag": flag, "short": short, "rule": rule, "main": main}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -27,36 +44,40 @@ class DataConfig:
     train_split: str = setting("train", "folder (or embedded split) to train on", "--train-split")
     val_split: str = setting("val", "folder (or embedded split) to validate on", "--val-split")
     class_map: str = setting("", "CSV (id,folder,name) that fixes the order of the classes", "--class-map")
-    batch_size: int = setting(256, "clean images per step", "--batch-size", main=True)
-    workers: int = setting(4, "loader processes; 0 loads in the training process", "--workers")
-    max_bad_share: float = setting(0.01, "share of unreadable images above which the run stops (exit 4)")
+    batch_size: int = setting(256, "clean images per step", "--batch-size", rule=AT_LEAST_ONE, short="-b", main=True)
+    workers: int = setting(4, "loader processes; 0 loads in the training process", "--workers", rule=NOT_NEGATIVE, short="-j")
+    max_bad_share: float = setting(0.01, "share of unreadable images above which the run stops (exit 4)", rule=PROBABILITY)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    img_size: int = setting(0, "side of the square images in pixels; 0 = the student's own", "--img-size")
+    img_size: int = setting(0, "side of the square images in pixels; 0 = the student's own", "--img-size", rule=NOT_NEGATIVE)
     crop: Literal["random-resized", "center"] = setting("random-resized", "training crop")
-    scale: tuple[float, float] = setting((0.08, 1.0), "area of the random crop", "--scale")
-    ratio: tuple[float, float] = setting((0.75, 1.3333333333333333), "aspect ratio of the random crop", "--ratio")
-    hflip: float = setting(0.5, "probability of a horizontal flip", "--hflip")
-    vflip: float = setting(0.0, "probability of a vertical flip", "--vflip")
-    color_jitter: float = setting(0.4, "strength of colour jitter; unused when --aa is set, as in timm", "--color-jitter")
+    scale: tuple[float, float] = setting((0.08, 1.0), "area of the random crop", "--scale", rule=AREA)
+    ratio: tuple[float, float] = setting((0.75, 1.3333333333333333), "aspect ratio of the random crop", "--ratio", rule=INTERVAL)
+    hflip: float = setting(0.5, "probability of a horizontal flip", "--hflip", rule=PROBABILITY)
+    vflip: float = setting(0.0, "probability of a vertical flip", "--vflip", rule=PROBABILITY)
+    color_jitter: float = setting(
+        0.4, "strength of colour jitter; unused when --aa is set, as in timm", "--color-jitter", rule=NOT_NEGATIVE
+    )
     aa: str = setting("", "RandAugment policy, as timm writes it: rand-m9-mstd0.5-inc1", "--aa")
     train_interpolation: Literal["random", "bilinear", "bicubic"] = setting("random", "resampling filter", "--train-interpolation")
-    reprob: float = setting(0.0, "probability of random erasing", "--reprob")
+    reprob: float = setting(0.0, "probability of random erasing", "--reprob", rule=PROBABILITY)
     remode: Literal["const", "rand", "pixel"] = setting("pixel", "what an erased box is filled with", "--remode")
-    mixup: float = setting(0.0, "mixup alpha", "--mixup")
-    cutmix: float = setting(0.0, "cutmix alpha", "--cutmix")
-    mixup_prob: float = setting(1.0, "probability that a pair of images is mixed", "--mixup-prob")
-    mixup_switch_prob: float = setting(0.5, "probability of cutmix where both are on", "--mixup-switch-prob")
-    smoothing: float = setting(0.1, "label smoothing of the cross-entropy", "--smoothing")
-    crop_pct: float = setting(0.0, "evaluation: share of the resized image kept; 0 = the student's own", "--crop-pct")
+    mixup: float = setting(0.0, "mixup alpha", "--mixup", rule=NOT_NEGATIVE)
+    cutmix: float = setting(0.0, "cutmix alpha", "--cutmix", rule=NOT_NEGATIVE)
+    mixup_prob: float = setting(1.0, "probability that a pair of images is mixed", "--mixup-prob", rule=PROBABILITY)
+    mixup_switch_prob: float = setting(0.5, "probability of cutmix where both are on", "--mixup-switch-prob", rule=PROBABILITY)
+    smoothing: float = setting(0.1, "label smoothing of the cross-entropy", "--smoothing", rule=BELOW_ONE)
+    crop_pct: float = setting(0.0, "evaluation: share of the resized image kept; 0 = the student's own", "--crop-pct", rule=PROBABILITY)
     interpolation: str = setting("", "evaluation: resampling filter; empty = the student's own", "--interpolation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    name: str = setting("", "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or embedded:digits", "--teacher", main=True)
+    name: str = setting(
+        "", "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or embedded:digits", "--teacher", main=True
+    )
     head: str = setting("", "safetensors with a fine-tuned linear head; empty = zero-shot from class names", "--teacher-head")
     templates: str | tuple[str, ...] = setting("auto", "prompts: auto, imagenet, simple, a text file, or a list", "--templates")
 
@@ -67,9 +88,11 @@ class StudentConfig:
     weights: str = setting("", "weights for the student (safetensors or a tensor-only .pth)", "--student-weights")
     init_from: str = setting("", "start from another run's weights (run, checkpoint folder or file); nothing else is taken", "--init-from")
     pretrained: bool = setting(False, "take timm's pretrained weights (needs the network or a filled cache)", "--pretrained")
-    drop_path: float = setting(0.0, "stochastic depth", "--drop-path")
-    drop: float = setting(0.0, "dropout before the classifier", "--drop")
-    bn: Literal["joint", "split", "aux"] = setting("joint", "batch norm over clean and adversarial images: one batch, two calls, or auxiliary statistics", "--bn")
+    drop_path: float = setting(0.0, "stochastic depth", "--drop-path", rule=BELOW_ONE)
+    drop: float = setting(0.0, "dropout before the classifier", "--drop", rule=BELOW_ONE)
+    bn: Literal["joint", "split", "aux"] = setting(
+        "joint", "batch norm over clean and adversarial images: one batch, two calls, or auxiliary statistics", "--bn"
+    )
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
 
 
@@ -81,53 +104,59 @@ class DiscretizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig:
     norm: Literal["l2", "linf"] = setting("l2", "norm of the budget", "--attack-norm")
-    eps: float = setting(0.1, "budget, in [0,1] pixels: L2 over the whole image, or L-infinity", "--attack-eps")
-    step_size: float = setting(0.1, "length of a step, in the same norm", "--attack-step-size")
-    steps: int = setting(1, "gradient steps", "--attack-steps")
-    random_start: float = setting(0.8, "probability, per sample, of starting at a random point of norm eps", "--attack-random-start")
+    eps: float = setting(0.1, "budget, in [0,1] pixels: L2 over the whole image, or L-infinity", "--attack-eps", rule=NOT_NEGATIVE)
+    step_size: float = setting(0.1, "length of a step, in the same norm", "--attack-step-size", rule=NOT_NEGATIVE)
+    steps: int = setting(1, "gradient steps", "--attack-steps", rule=NOT_NEGATIVE)
+    random_start: float = setting(
+        0.8, "probability, per sample, of starting at a random point of norm eps", "--attack-random-start", rule=PROBABILITY
+    )
     order: Literal["paper", "authors"] = setting("paper", "paper: Q(x+d); authors: Q(Q(x)+d), two VQGAN passes", "--attack-order")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    ce: float = setting(1.0, "weight of CE(student(x), y)", "--ce-weight")
-    kd: float = setting(0.5, "weight of T^2 KL(teacher(x) | student(x))", "--kd-weight")
-    dad: float = setting(0.5, "weight of T^2 KL(teacher(Q(x')) | student(Q(x'))), x' attacks the teacher", "--dad-weight")
-    dat: float = setting(1.0, "weight of CE(student(Q(x'')), y), x'' attacks the student (dat)", "--dat-weight")
-    aug: float = setting(1.0, "weight of CE(student(Q(x')), y), hard labels on the teacher's images (aug-only)", "--aug-weight")
-    temperature: float = setting(4.0, "distillation temperature T", "--temperature")
+    ce: float = setting(1.0, "weight of CE(student(x), y)", "--ce-weight", rule=NOT_NEGATIVE)
+    kd: float = setting(0.5, "weight of T^2 KL(teacher(x) | student(x))", "--kd-weight", rule=NOT_NEGATIVE)
+    dad: float = setting(
+        0.5, "weight of T^2 KL(teacher(Q(x')) | student(Q(x'))), x' attacks the teacher", "--dad-weight", rule=NOT_NEGATIVE
+    )
+    dat: float = setting(1.0, "weight of CE(student(Q(x'')), y), x'' attacks the student (dat)", "--dat-weight", rule=NOT_NEGATIVE)
+    aug: float = setting(
+        1.0, "weight of CE(student(Q(x')), y), hard labels on the teacher's images (aug-only)", "--aug-weight", rule=NOT_NEGATIVE
+    )
+    temperature: float = setting(4.0, "distillation temperature T", "--temperature", rule=POSITIVE)
     filter: bool = setting(True, "count an adversarial image only where the teacher still says y", "--filter")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     opt: str = setting("adamw", "optimizer, by timm's name", "--opt")
-    lr: float = setting(1e-3, "peak learning rate", "--lr", main=True)
-    weight_decay: float = setting(0.05, "weight decay (not on biases and norms)", "--weight-decay")
-    momentum: float = setting(0.9, "momentum, for optimizers that have one", "--momentum")
-    clip_grad: float = setting(0.0, "clip the gradient's norm; 0 = off", "--clip-grad")
+    lr: float = setting(1e-3, "peak learning rate", "--lr", rule=POSITIVE, main=True)
+    weight_decay: float = setting(0.05, "weight decay (not on biases and norms)", "--weight-decay", rule=NOT_NEGATIVE)
+    momentum: float = setting(0.9, "momentum, for optimizers that have one", "--momentum", rule=BELOW_ONE)
+    clip_grad: float = setting(0.0, "clip the gradient's norm; 0 = off", "--clip-grad", rule=NOT_NEGATIVE)
     opt_kwargs: dict[str, Any] = setting({}, "further arguments of the optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    epochs: int = setting(300, "epochs of warm-up and cosine together", "--epochs", main=True)
-    warmup_epochs: float = setting(5.0, "linear warm-up", "--warmup-epochs")
-    cooldown_epochs: float = setting(0.0, "epochs at min-lr after the cosine", "--cooldown-epochs")
-    warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up", "--warmup-lr")
-    min_lr: float = setting(1e-5, "learning rate at the end of the cosine", "--min-lr")
+    epochs: int = setting(300, "epochs of warm-up and cosine together", "--epochs", rule=AT_LEAST_ONE, main=True)
+    warmup_epochs: float = setting(5.0, "linear warm-up", "--warmup-epochs", rule=NOT_NEGATIVE)
+    cooldown_epochs: float = setting(0.0, "epochs at min-lr after the cosine", "--cooldown-epochs", rule=NOT_NEGATIVE)
+    warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up", "--warmup-lr", rule=NOT_NEGATIVE)
+    min_lr: float = setting(1e-5, "learning rate at the end of the cosine", "--min-lr", rule=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
     model_ema: bool = setting(False, "keep an exponential moving average of the weights and evaluate it", "--model-ema")
-    decay: float = setting(0.9998, "its decay per step", "--model-ema-decay")
+    decay: float = setting(0.9998, "its decay per step", "--model-ema-decay", rule=BELOW_ONE)
     warmup: bool = setting(True, "let the decay rise as (1+step)/(10+step) up to its value", "--model-ema-warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    amp: bool = setting(False, "mixed precision; the dtypes below apply only with it", "--amp", main=True)
+    amp: bool = setting(False, "mixed precision, in the dtypes of [precision]", "--amp", main=True)
     student: Dtype = setting("bfloat16", "student under autocast", "--amp-dtype")
     teacher: Dtype = setting("bfloat16", "teacher under autocast")
     encoder: Dtype = setting("float16", "VQGAN encoder under autocast; the codebook search is always exact")
@@ -137,15 +166,17 @@ class PrecisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every_steps: int = setting(0, "steps between checkpoints; 0 = at the end of every epoch", "--checkpoint-every-steps")
-    keep: int = setting(2, "latest checkpoints kept, besides the best")
+    every_steps: int = setting(0, "steps between checkpoints; 0 = at the end of every epoch", "--checkpoint-every-steps", rule=NOT_NEGATIVE)
+    keep: int = setting(2, "latest checkpoints kept, besides the best", rule=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every_epochs: int = setting(1, "epochs between validations; 0 = only at the end", "--val-every")
-    suites: tuple[str, ...] = setting((), "judged at the end: embedded split names, image folders, or corruption names as in dad-fast eval", "--suite")
-    batch_size: int = setting(0, "images per evaluation batch; 0 = the training batch", "--val-batch-size")
+    every_epochs: int = setting(1, "epochs between validations; 0 = only at the end", "--val-every", rule=NOT_NEGATIVE)
+    suites: tuple[str, ...] = setting(
+        (), "judged at the end: embedded split names, image folders, or corruption names as in dad-fast eval", "--suite"
+    )
+    batch_size: int = setting(0, "images per evaluation batch; 0 = the training batch", "--val-batch-size", rule=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +184,11 @@ class Config:
     """A whole run, or several: `methods` and `variants` times `seeds`."""
 
     method: Method = setting("dad", "ce, kd, aug-only, dat, dad or dat+dad", "--method", main=True)
-    seed: int = setting(0, "seed of every random draw", "--seed")
-    seeds: int = setting(1, "number of seeds, from --seed on", "--seeds", main=True)
-    max_steps: int = setting(0, "stop after this many steps; 0 = run all epochs", "--max-steps", main=True)
+    seed: int = setting(0, "seed of every random draw", "--seed", rule=NOT_NEGATIVE)
+    seeds: int = setting(1, "number of seeds, from --seed on", "--seeds", rule=AT_LEAST_ONE, main=True)
+    max_steps: int = setting(0, "stop after this many steps; 0 = run all epochs", "--max-steps", rule=NOT_NEGATIVE, main=True)
     device: str = setting("auto", "auto, cpu or cuda[:N]", "--device", main=True)
-    log_every: int = setting(50, "steps between log lines", "--log-every")
+    log_every: int = setting(50, "steps between log lines", "--log-every", rule=AT_LEAST_ONE)
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -171,9 +202,8 @@ class Config:
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
-    variants: dict[str, dict[str, Any]] = field(
-        default_factory=dict,
-        metadata={"help": "runs to compare: [variants.NAME] with the keys that differ, such as method or schedule.epochs", "flag": "", "main": False},
+    variants: dict[str, dict[str, Any]] = setting(
+        {}, "runs to compare: [variants.NAME] with the keys that differ, such as method or schedule.epochs"
     )
 
 

@@ -1,0 +1,8 @@
+"""`python -m dad_fast` and `torchrun -m dad_fast` are `dad-fast`."""
+
+import sys
+
+from dad_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Verbs and flags of `dad-fast`. Nothing here imports numpy or torch; a verb's module does, once its flags are right."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .config import Launch, resolve, to_toml
+from .config.fields import nearest, settings
+from .config.variants import NOT_SCIENCE
+from .errors import DadFastError, UsageError
+from .flags import DOCTOR_HELP, doctor_parser, eval_help, eval_parser, train_help, train_parser
+
+TOP_HELP = """\
+usage: dad-fast VERB [...]
+
+Trains image classifiers that stay right when the world changes, by discrete adversarial distillation.
+
+examples:
+  dad-fast train --preset demo                             the whole thing on embedded data: no GPU, no download
+  dad-fast eval runs/demo/dad/seed-0 --suite optdigits     judge what was trained
+  dad-fast doctor                                          what is on, what is off, why, and the mend
+
+verbs:
+  train     train a student by ce, kd, aug-only, dat, dad or dat+dad
+  eval      judge a checkpoint (or a teacher) on test sets and corruptions
+  doctor    look at this machine: packages, GPU, kernels, numerics
+
+dad-fast VERB -h explains a verb; dad-fast --version says the version.
+Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and saved, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code. Errors that a user can mend are one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        code = _dispatch([argument for argument in arguments if argument != "--debug"], debug)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output has gone; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        print(f"dad-fast: {message}", file=sys.stderr)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """One line and the exit code."""
+    if isinstance(error, DadFastError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("dad_fast"):
+        return f"error: the package {error.name} is missing; install dad-fast with its dependencies (dad-fast doctor lists them)", 3
+    mend = "lower --batch-size, or " if type(error).__name__ == "OutOfMemoryError" else ""
+    text = " ".join(str(error).split())
+    return f"failure: {type(error).__name__}: {text} ({mend}run with --debug for the traceback)", 1
+
+
+def _dispatch(arguments: list[str], debug: bool) -> int:
+    verbs: dict[str, Callable[[list[str], bool], int]] = {"train": _train, "eval": _eval, "doctor": _doctor}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(TOP_HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        import dad_fast
+
+        print(f"dad-fast {dad_fast.__version__}")
+        return 0
+    if arguments[0] not in verbs:
+        what = "flag before the verb" if arguments[0].startswith("-") else "verb"
+        raise UsageError(f"unknown {what} {arguments[0]}{nearest(arguments[0], verbs)} (verbs: {', '.join(verbs)})")
+    return verbs[arguments[0]](arguments[1:], debug)
+
+
+def _train(arguments: list[str], debug: bool) -> int:
+    if _wants_help(arguments):
+        print(train_help(every="--help-all" in arguments))
+        return 0
+    given = vars(train_parser().parse(arguments))
+    flags = {path: given[path] for path in settings() if path in given}
+    file = Path(given["config"]) if given["config"] else None
+    output = given["output"] or f"runs/{given['preset'] or (file.stem if file else '') or given.get('method', 'dad')}"
+    paths = {*flags, *(item.partition("=")[0].strip() for item in given["sets"])}
+    if given["resume"] == "auto" and not (file or given["preset"]) and paths <= NOT_SCIENCE and (Path(output) / "config.toml").exists():
+        file = Path(output) / "config.toml"  # nothing said what to train: continue with the run's own settings
+    cfg = resolve(given["preset"], file, given["sets"], flags)
+    if given["print_config"]:
+        print(to_toml(cfg), end="")
+        return 0
+    launch = Launch(
+        output=output,
+        resume=given["resume"],
+        overwrite=given["overwrite"],
+        allow_config_change=given["allow_config_change"],
+        debug=debug,
+        preset=given["preset"],
+    )
+    if launch.resume and launch.overwrite:
+        raise UsageError("--resume continues a run and --overwrite replaces it: leave one out")
+    from .commands import train
+
+    return train.run(cfg, launch)
+
+
+def _eval(arguments: list[str], debug: bool) -> int:
+    if _wants_help(arguments):
+        print(eval_help())
+        return 0
+    given = vars(eval_parser().parse(arguments))
+    flags = {path: given[path] for path in settings() if path in given}
+    from .commands import eval as command
+
+    return command.run(given["checkpoint"], flags, given["json"])
+
+
+def _doctor(arguments: list[str], debug: bool) -> int:
+    if _wants_help(arguments):
+        print(DOCTOR_HELP, end="")
+        return 0
+    numerics = doctor_parser().parse(arguments).numerics
+    from .commands import doctor
+
+    return doctor.run(numerics)
+
+
+def _wants_help(arguments: Sequence[str]) -> bool:
+    return any(argument in ("-h", "--help", "--help-all") for argument in arguments)

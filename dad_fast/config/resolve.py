@@ -1,0 +1,201 @@
+"""One step from presets, a file, `--set` and flags to a checked Config.
+
+Later layers win: defaults < preset < file < --set < flags. That holds for variants too: a key given by a later layer beats
+the same key in the variants of earlier layers (`--preset demo --epochs 2` shortens every run), and a `method` given by a
+later layer keeps only those earlier variants that have this method (`--preset demo --method dad`). Within one layer a
+variant wins over the layer's own keys.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .fields import coerce, flatten, get, lookup, nearest, settings, toml_value, with_values
+from .schema import USES_DISCRETIZER, USES_TEACHER, Config
+from .variants import expand
+
+PRESETS = Path(__file__).parent / "presets"
+VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+NOT_IN_VARIANTS = {"seed": "--seed", "seeds": "--seeds", "device": "--device"}
+
+
+def resolve(
+    preset: str | None = None, file: Path | None = None, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> Config:
+    """The Config of a command line.
+
+    `flags` maps paths such as "optim.lr" to what was typed (text, a list of texts, or a bool). Raises UsageError for an
+    unknown preset, key or choice, a value of the wrong type or out of range, and settings that do not fit together.
+    """
+    layers = Layers()
+    if preset:
+        layers.add_toml(preset_text(preset), f"preset {preset}")
+    if file is not None:
+        layers.add_toml(_read(file), str(file))
+    layers.add({}, "--set")  # one layer for all of them: the last one wins
+    for item in sets:
+        layers.put_set(item)
+    layers.add({}, "flags")
+    for path, value in (flags or {}).items():
+        layers.put(path, value, settings()[path].flag)
+    cfg = layers.config()
+    check(cfg)
+    return cfg
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def preset_text(name: str) -> str:
+    """The preset's TOML file, with its comments."""
+    if name not in preset_names():
+        raise UsageError(f"--preset {name}: no such preset{nearest(name, preset_names())} (known: {', '.join(preset_names())})")
+    return (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
+
+
+class Layers:
+    """Values gathered from the weakest layer to the strongest."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.variants: dict[str, dict[str, Any]] = {}
+        self._earlier: dict[str, dict[str, Any]] = {}  # the variants of earlier layers, which a key of this layer overrides
+
+    def add_toml(self, text: str, where: str) -> None:
+        try:
+            tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"{where}: not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}") from None
+        self.add(tables, where)
+
+    def add(self, tables: dict[str, Any], where: str) -> None:
+        """A new layer with the given TOML tables."""
+        self._earlier = {name: dict(changes) for name, changes in self.variants.items()}
+        variants = tables.get("variants", {})
+        if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
+            raise UsageError(f"{where}: variants holds tables: [variants.NAME]")
+        for path, value in flatten({key: value for key, value in tables.items() if key != "variants"}, where):
+            self.put(path, value, where)
+        for name, changes in variants.items():
+            self.variants.setdefault(name, {})
+            for path, value in flatten(changes, f"{where}: variants.{name}"):
+                self._put_variant(name, path, value, f"{where}: variants.{name}")
+
+    def put(self, path: str, value: Any, where: str) -> None:
+        before = self.values.get("method", settings()["method"].default)
+        self.values[path] = coerce(lookup(path, where), value, where)
+        for name in list(self._earlier):
+            if path == "method" and self.variants[name].get("method", before) != self.values["method"]:
+                del self._earlier[name], self.variants[name]
+            elif path in self._earlier[name]:
+                del self._earlier[name][path], self.variants[name][path]
+
+    def put_set(self, item: str) -> None:
+        """`section.key=value` as given to --set; `section.key.sub=value` reaches into a table such as student.model_kwargs."""
+        path, equals, text = item.partition("=")
+        path, text = path.strip(), text.strip()
+        where = f"--set {item}"
+        if not equals or not path:
+            raise UsageError(f"{where}: write --set section.key=value")
+        if path == "variants" or path.startswith("variants."):
+            if text == "{}" and path == "variants":
+                self.variants, self._earlier = {}, {}
+                return
+            name, _, inner = path.removeprefix("variants").removeprefix(".").partition(".")
+            if not inner:
+                raise UsageError(f"{where}: write --set variants.NAME.section.key=value (or variants={{}} for none)")
+            self._put_variant(name, inner, _unquote(text), where)
+            return
+        table = path.rpartition(".")[0]
+        if table in settings() and isinstance(settings()[table].default, dict):
+            self.put(table, {**self.values.get(table, {}), path.rpartition(".")[2]: toml_value(text)}, where)
+        else:
+            self.put(path, _unquote(text), where)
+
+    def _put_variant(self, name: str, path: str, value: Any, where: str) -> None:
+        if not VARIANT_NAME.fullmatch(name):
+            raise UsageError(f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + - only, since it becomes a folder")
+        if path in NOT_IN_VARIANTS:
+            raise UsageError(f"{where}: {path} cannot differ between variants; set it for all of them with {NOT_IN_VARIANTS[path]}")
+        self.variants.setdefault(name, {})[path] = coerce(lookup(path, where), value, where)
+        self._earlier.get(name, {}).pop(path, None)
+
+    def config(self) -> Config:
+        return with_values(Config(), {**self.values, "variants": self.variants})
+
+
+def check(cfg: Config) -> None:
+    """Raises UsageError where settings do not fit together, naming the flag that mends it. Every variant is checked."""
+    for path, setting in settings().items():
+        coerce(setting, get(cfg, path), "settings")
+    for name, _, run in expand(cfg):
+        try:
+            _check_run(run)
+        except UsageError as error:
+            raise UsageError(f"variant {name}: {error}" if cfg.variants else str(error)) from None
+
+
+def _check_run(cfg: Config) -> None:
+    if not cfg.data.data_dir:
+        raise UsageError("no data: add --data-dir (a folder with train/ and val/, or embedded:digits), or try --preset demo")
+    if not cfg.student.name:
+        raise UsageError("no student: add --student, for instance --student resnet50 (any timm model)")
+    if USES_TEACHER[cfg.method] and not cfg.teacher.name:
+        raise UsageError(f"--method {cfg.method} needs a teacher: add --teacher, for instance --teacher open_clip:ViT-L-14/openai")
+    if USES_DISCRETIZER[cfg.method] and not cfg.discretizer.name:
+        raise UsageError(f"--method {cfg.method} needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)")
+    _check_scheme(cfg.data.data_dir, "--data-dir", ("embedded",))
+    _check_scheme(cfg.teacher.name, "--teacher", ("open_clip", "timm", "hf-hub", "embedded"))
+    _check_scheme(cfg.discretizer.name, "--discretizer", ("jpeg", "embedded"))
+    quality = cfg.discretizer.name.removeprefix("jpeg:")
+    if cfg.discretizer.name.startswith("jpeg:") and not (quality.isdecimal() and 1 <= int(quality) <= 100):
+        raise UsageError(f"--discretizer {cfg.discretizer.name}: the quality is a whole number from 1 to 100, as in jpeg:75")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+        raise UsageError(f"--device {cfg.device}: must be auto, cpu, cuda or cuda:N")
+    if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.data.batch_size % 2:
+        raise UsageError(f"--batch-size {cfg.data.batch_size}: must be even with --mixup or --cutmix, which mix pairs of images")
+    if cfg.student.weights and cfg.student.init_from:
+        raise UsageError("--student-weights and --init-from both give the student's weights: leave one out")
+    if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
+        raise UsageError(
+            f"--warmup-epochs {cfg.schedule.warmup_epochs:g} is more than --epochs {cfg.schedule.epochs}, of which it is a part"
+        )
+
+
+def _check_scheme(name: str, flag: str, schemes: tuple[str, ...]) -> None:
+    """`name` may be a path; a word before a colon must be a known scheme, and what is embedded is named."""
+    scheme, colon, rest = name.partition(":")
+    if not colon or "/" in scheme or len(scheme) == 1 or Path(name).exists():
+        return
+    if scheme not in schemes:
+        raise UsageError(f"{flag} {name}: unknown kind {scheme}:{nearest(scheme, schemes)} (known: {', '.join(s + ':' for s in schemes)})")
+    if scheme == "embedded" and rest != "digits":
+        raise UsageError(f"{flag} {name}: nothing of that name is embedded; use embedded:digits")
+    if not rest:
+        raise UsageError(f"{flag} {name}: a name is missing after the colon")
+
+
+def _unquote(text: str) -> str:
+    """Text that is quoted as in TOML without its quotes; anything else as it is."""
+    if text[:1] in ("'", '"'):
+        value = toml_value(text)
+        return value if isinstance(value, str) else text
+    return text
+
+
+def _read(file: Path) -> str:
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; CONFIG is a TOML file (an image folder is given with --data-dir)")
+    if not file.exists():
+        hint = f"; did you mean --preset {file.stem}?" if file.stem in preset_names() else ""
+        raise UsageError(f"{file}: no such file{hint}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: cannot be read as text: {error}") from None

@@ -1,0 +1,47 @@
+"""Settings as TOML text and back. What `to_toml` writes, `from_toml` reads to an equal Config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tomli_w
+
+from .fields import get, sections, settings
+from .resolve import Layers
+from .schema import Config
+
+
+def to_toml(cfg: Config) -> str:
+    """Every setting of `cfg`, each with its meaning as a comment."""
+    lines = [_line(path, get(cfg, path)) for path in settings() if "." not in path]
+    for section in sections():
+        lines += ["", f"[{section}]"]
+        lines += [_line(path, get(cfg, path)) for path in settings() if path.startswith(section + ".")]
+    for name, changes in cfg.variants.items():
+        lines += ["", f"[variants.{_key(name)}]"]
+        lines += [f"{'.'.join(map(_key, path.split('.')))} = {_value(value)}" for path, value in changes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def from_toml(text: str, where: str = "config") -> Config:
+    """The Config that `text` describes; keys that it leaves out have their defaults. Raises UsageError."""
+    layers = Layers()
+    layers.add_toml(text, where)
+    return layers.config()
+
+
+def _line(path: str, value: Any) -> str:
+    assignment = f"{path.rpartition('.')[2]} = {_value(value)}"
+    return f"{assignment:<32}  # {settings()[path].help}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return tomli_w.dumps({"v": value})[len("v = ") :].rstrip("\n")
+
+
+def _key(key: str) -> str:
+    return tomli_w.dumps({key: 0})[: -len(" = 0\n")]

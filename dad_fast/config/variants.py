@@ -1,0 +1,44 @@
+"""Several runs from one Config (variants times seeds), and what differs between two Configs."""
+
+from __future__ import annotations
+
+from .fields import coerce, flatten, get, lookup, settings, with_values
+from .schema import Config
+
+# Settings that may differ between a run and its continuation without changing what it computes, so that `--resume` lets
+# them differ: how fast images are loaded and whether they are counted as bad too late (data.workers, data.max_bad_share),
+# how often something is written (log_every, checkpoint.*), what is judged afterwards and in what portions (eval.*), where
+# a run stops (max_steps: the schedule does not depend on it), where it runs (device), how many runs there are (seeds), and
+# where weights came from that are in the checkpoint by now (student.weights, student.init_from, student.pretrained).
+NOT_SCIENCE = frozenset(
+    {
+        *("data.workers", "data.max_bad_share", "log_every", "max_steps", "device", "seeds"),
+        *("checkpoint.every_steps", "checkpoint.keep"),
+        *("eval.every_epochs", "eval.suites", "eval.batch_size"),
+        *("student.weights", "student.init_from", "student.pretrained"),
+    }
+)
+
+
+def expand(cfg: Config) -> list[tuple[str, int, Config]]:
+    """The runs of `cfg`: (variant's name, seed, Config of that one run). Without variants there is one, named by its method."""
+    runs = []
+    for name, tables in (cfg.variants or {cfg.method: {}}).items():
+        where = f"variants.{name}"
+        changes = {path: coerce(lookup(path, where), value, where) for path, value in flatten(tables, where)}
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            runs.append((name, seed, with_values(cfg, {**changes, "variants": {}, "seeds": 1, "seed": seed})))
+    return runs
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """'section.key: old → new' for every setting that changes what a run computes and is not the same in both."""
+    lines = [
+        f"{path}: {get(old, path)!r} → {get(new, path)!r}"
+        for path in settings()
+        if path not in NOT_SCIENCE and get(old, path) != get(new, path)
+    ]
+    if old.variants != new.variants:
+        names = sorted(name for name in {**old.variants, **new.variants} if old.variants.get(name) != new.variants.get(name))
+        lines.append(f"variants: {', '.join(names)} differ")
+    return lines
