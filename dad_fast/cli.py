@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config import Launch, resolve, to_toml
+from .config import Launch, check, to_toml
 from .config.fields import nearest, settings
+from .config.resolve import gather
 from .config.variants import NOT_SCIENCE
 from .errors import DadFastError, UsageError
 from .flags import DOCTOR_HELP, doctor_parser, eval_help, eval_parser, train_help, train_parser
@@ -93,9 +94,11 @@ def _train(arguments: list[str], debug: bool) -> int:
     paths = {*flags, *(item.partition("=")[0].strip() for item in given["sets"])}
     if given["resume"] == "auto" and not (file or given["preset"]) and paths <= NOT_SCIENCE and (Path(output) / "config.toml").exists():
         file = Path(output) / "config.toml"  # nothing said what to train: continue with the run's own settings
-    cfg = resolve(given["preset"], file, given["sets"], flags)
+    cfg = gather(given["preset"], file, given["sets"], flags)
     if given["print_config"]:
-        print(to_toml(cfg), end="")
+        print(to_toml(cfg), end="", flush=True)
+    check(cfg)  # after printing: what is still missing is said below the settings
+    if given["print_config"]:
         return 0
     launch = Launch(
         output=output,

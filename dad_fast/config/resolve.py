@@ -27,11 +27,18 @@ NOT_IN_VARIANTS = {"seed": "--seed", "seeds": "--seeds", "device": "--device"}
 def resolve(
     preset: str | None = None, file: Path | None = None, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> Config:
-    """The Config of a command line.
+    """The checked Config of a command line.
 
     `flags` maps paths such as "optim.lr" to what was typed (text, a list of texts, or a bool). Raises UsageError for an
     unknown preset, key or choice, a value of the wrong type or out of range, and settings that do not fit together.
     """
+    cfg = gather(preset, file, sets, flags)
+    check(cfg)
+    return cfg
+
+
+def gather(preset: str | None, file: Path | None, sets: Sequence[str], flags: Mapping[str, Any] | None) -> Config:
+    """`resolve` without the check that nothing is missing and all fits together."""
     layers = Layers()
     if preset:
         layers.add_toml(preset_text(preset), f"preset {preset}")
@@ -43,9 +50,7 @@ def resolve(
     layers.add({}, "flags")
     for path, value in (flags or {}).items():
         layers.put(path, value, settings()[path].flag)
-    cfg = layers.config()
-    check(cfg)
-    return cfg
+    return layers.config()
 
 
 def preset_names() -> list[str]:
