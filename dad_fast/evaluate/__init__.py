@@ -1,0 +1,1 @@
+"""Judging a model: suites, metrics, corruptions and the table that compares runs."""

@@ -1,0 +1,167 @@
+"""A run's log files: `metrics.jsonl` for programs, `train.log` for people, and what `run.json` says of the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dad_fast.observe.files import plain
+
+PACKAGES = (
+    "dad-fast", "torch", "torchvision", "triton", "timm", "open_clip_torch", "apache-tvm-ffi", "safetensors", "numpy", "pillow",
+    "nvidia-ml-py", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "xformers", "apex",
+)  # fmt: skip
+
+
+def print_line(text: str) -> None:
+    """To stderr at once; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class RunLog:
+    """The logs of the run in `folder`, opened for appending.
+
+    A last line that a killed process left torn is dropped on opening. `echo` shows a line to the user; `TrainProgress`
+    replaces it while its live bar is up, so that lines appear above the bar.
+    """
+
+    def __init__(self, folder: str | Path, echo: Callable[[str], None] = print_line) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.echo = echo
+        self._metrics = open(self.folder / "metrics.jsonl", "a+b")
+        self._text = open(self.folder / "train.log", "a", encoding="utf-8")
+        self.truncate_to(self._metrics.tell())
+
+    def metrics(self, kind: str, **values: Any) -> None:
+        """Append one line `{"kind": kind, "time": seconds since the epoch, **values}` to metrics.jsonl."""
+        line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), **values}), allow_nan=False)
+        self._metrics.write(line.encode() + b"\n")
+        self._metrics.flush()
+
+    def say(self, text: str, *, echo: bool = True) -> None:
+        """Append a line to train.log and, unless `echo` is off, show it."""
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._text.flush()
+        if echo:
+            self.echo(text)
+
+    def offset(self) -> int:
+        """Length of metrics.jsonl in bytes, synced to disk: what a checkpoint stores for `truncate_to`."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.seek(0, os.SEEK_END)
+
+    def truncate_to(self, offset: int) -> None:
+        """Drop the lines after `offset` bytes (steps that a resumed run repeats), and a torn line before it."""
+        size = self._metrics.seek(0, os.SEEK_END)
+        self._metrics.seek(0)
+        kept = self._metrics.read(min(offset, size)).rfind(b"\n") + 1
+        if kept != size:
+            self._metrics.truncate(kept)
+        self._metrics.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._text.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(folder: str | Path, kind: str = "") -> list[dict[str, Any]]:
+    """The lines of `folder`/metrics.jsonl, of one kind if named; a missing file is an empty list, a torn last line is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if not kind or row["kind"] == kind]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware for run.json. Never fails: what cannot be found out is None or left out. No environment variables."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": versions,
+        "git": _git_commit(Path(__file__).resolve().parents[2]),
+        **_torch_facts(),
+        "driver": _driver(),
+    }
+
+
+def _torch_facts() -> dict[str, Any]:
+    try:
+        import torch
+
+        gpus = []
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append(
+                {
+                    "name": properties.name,
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                    "capability": f"{properties.major}.{properties.minor}",
+                }
+            )
+        return {"threads": torch.get_num_threads(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "gpus": gpus}
+    except Exception as error:  # a broken driver must not stop a CPU run
+        return {"threads": None, "cuda": None, "cudnn": None, "gpus": [], "torch_problem": str(error).partition("\n")[0]}
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # no package, no driver, no GPU: all the same to a record
+        return None
+
+
+def _git_commit(root: Path) -> str | None:
+    """Commit of the checkout at `root`, "+" where files differ; None for an installed package inside somebody else's repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,141 @@
+"""Logs, atomic files, progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dad_fast.observe import files, progress, runlog
+from dad_fast.observe.progress import TrainProgress
+from dad_fast.observe.runlog import RunLog, read_metrics
+
+
+def test_atomic_write_replaces_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    files.atomic_write_json(path, {"x": 1.5, "bad": float("nan"), "path": path, "list": (1, float("-inf"))})
+    assert json.loads(path.read_text()) == {"x": 1.5, "bad": "nan", "path": str(path), "list": [1, "-inf"]}
+    files.atomic_write_text(path, "ü")
+    assert path.read_text() == "ü" and os.listdir(path.parent) == ["a.json"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.atomic_write_text(path, "old")
+
+    def fail(handle):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.atomic_write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_plain_reads_scalars_of_arrays_and_tensors():
+    torch = pytest.importorskip("torch")
+    value = files.plain({1: torch.tensor(2.5), "n": torch.tensor(float("inf")), "flag": True, "none": None})
+    assert value == {"1": 2.5, "n": "inf", "flag": True, "none": None}
+
+
+def test_metrics_are_valid_json_lines_and_resume_is_exact(tmp_path):
+    with RunLog(tmp_path, echo=lambda line: None) as log:
+        log.metrics("train", step=1, loss=float("nan"))
+        offset = log.offset()
+        log.metrics("train", step=2, loss=0.5)
+        log.metrics("val", step=2, top1=91.0)
+    assert offset == (tmp_path / "metrics.jsonl").read_bytes().index(b"\n") + 1
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 2]
+    with RunLog(tmp_path, echo=lambda line: None) as log:
+        log.truncate_to(offset)
+        log.metrics("train", step=2, loss=0.25)
+    rows = read_metrics(tmp_path, "train")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, "nan"), (2, 0.25)]
+
+
+@pytest.mark.parametrize("torn", [b'{"kind": "train", "st', b"\0\0\0"])
+def test_torn_last_line_is_dropped(tmp_path, torn):
+    with RunLog(tmp_path) as log:
+        log.metrics("train", step=1)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(torn)
+    assert len(read_metrics(tmp_path)) == 1
+    with RunLog(tmp_path) as log:
+        log.metrics("train", step=2)
+        log.truncate_to(10**9)  # a checkpoint that knows of more lines than the file has: nothing is padded
+        log.metrics("train", step=3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_kill_nine_leaves_whole_lines(tmp_path):
+    code = f"""
+from dad_fast.observe.runlog import RunLog
+log = RunLog({str(tmp_path)!r}, echo=lambda line: None)
+step = 0
+while True:
+    log.metrics("train", step=step, loss=0.1); step += 1
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not (path.exists() and path.stat().st_size > 10_000):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    RunLog(tmp_path).close()
+    steps = [row["step"] for row in read_metrics(tmp_path)]
+    assert len(steps) > 50 and steps == list(range(len(steps)))
+
+
+def test_environment_never_fails_and_holds_no_environment_variables(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "hunter2-secret")
+    monkeypatch.setenv("PATH", "")  # no git
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # no NVML
+    facts = runlog.environment()
+    text = json.dumps(files.plain(facts), allow_nan=False)
+    assert facts["git"] is None and facts["driver"] is None and "hunter2" not in text
+    assert facts["packages"]["torch"] and facts["cpus"] >= 1
+
+
+def test_progress_without_a_terminal_writes_plain_lines(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    with RunLog(tmp_path, echo=lines.append) as log:
+        with TrainProgress(10, 32, 5, "dad seed 0", log, start_step=4, live=False) as bar:
+            for step in range(4, 10):
+                bar.tick()
+                if step % 3 == 0:
+                    bar.update({"loss": 1.23456, "data_wait": 0.031, "gpu_memory": 12.14})
+        assert bar.images_per_second > 0
+    assert len(lines) == 2
+    assert lines[0].startswith("dad seed 0  epoch 2/2  step 7/10  ") and lines[0].endswith("loss 1.235  data wait 3 %  12.1 GiB")
+    assert "img/s" in lines[1] and "0:00 left" in lines[1]
+    assert (tmp_path / "train.log").read_text().count("\n") == 2
+
+
+def test_live_bar_shows_values_and_lines_above_it(tmp_path, monkeypatch):
+    console = pytest.importorskip("rich.console")
+    shown = io.StringIO()
+    terminal = console.Console(file=shown, force_terminal=True, width=150)
+    monkeypatch.setattr(console, "Console", lambda stderr: terminal)
+    with RunLog(tmp_path) as log:
+        before = log.echo
+        with TrainProgress(4, 8, 2, "kd [seed] 0", log, live=True) as bar:
+            for _ in range(4):
+                bar.tick()
+                bar.update({"loss": 0.5})
+            log.say("[note] checkpoint saved")
+            bar.evaluating("optdigits")(3, 9)
+        assert log.echo is before
+    text = shown.getvalue()
+    assert "kd [seed] 0" in text and "4/4" in text and "[note] checkpoint saved" in text and "evaluating optdigits 3/9" in text
+    assert "checkpoint saved" in (tmp_path / "train.log").read_text()
+
+
+def test_format_seconds():
+    assert [progress.format_seconds(s) for s in (7.2, 750, 11045)] == ["0:07", "12:30", "3:04:05"]
