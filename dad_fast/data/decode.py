@@ -1,0 +1,56 @@
+"""From a file's bytes to an 8-bit RGB image, with PIL, as timm does it; reported numbers are decoded here.
+
+EXIF rotation is ignored. Greyscale, palette, CMYK and alpha go through PIL's `convert("RGB")` (alpha is dropped, not blended).
+One deliberate difference from timm: 16-bit greyscale is scaled by taking the high byte, as PIL itself does for 16-bit RGB;
+`convert` alone would clip everything above 255 to white.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from dad_fast.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+class DecodeError(DataError):
+    """One image cannot be read; the message names it."""
+
+
+def read_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
+    """Decode an image to RGB, 8 bits. `name` stands for the file in errors. Raises DecodeError whatever is wrong with it."""
+    try:
+        with Image.open(file) as image:
+            return to_rgb(image)
+    except Exception as error:  # PIL raises a dozen unrelated types for damaged files, SyntaxError and struct.error among them
+        raise DecodeError(f"{name or file}: {reason(error)}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded copy in mode RGB."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or values.max(initial=0) > 255:  # mode "I" also holds 8-bit values
+            values = values >> 8
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB":
+        image.load()
+        return image.copy() if getattr(image, "is_animated", False) else image
+    return image.convert("RGB")
+
+
+def reason(error: Exception) -> str:
+    """Why an image was refused, in a few words that do not repeat its path."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more pixels than the safe limit of {2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = str(error).splitlines()[0] if str(error) else ""
+    return text or type(error).__name__

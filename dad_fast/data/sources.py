@@ -1,0 +1,69 @@
+"""What a loader reads from: a list of labelled images that are read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from dad_fast.data.classes import ClassMap
+from dad_fast.errors import UsageError
+
+EMBEDDED = "embedded:"
+
+
+class Source(Protocol):
+    """A labelled data set. Sources are pickled to the loader's processes, so they hold plain data and no open files."""
+
+    name: str
+    classes: ClassMap
+    keys: Sequence[str]  # a name for each sample that never changes
+    labels: np.ndarray  # int64 [N]
+    sizes: np.ndarray  # int32 [N, 2], width and height
+    ok: np.ndarray  # bool [N]; False where the index found the file unreadable
+    fingerprint: str  # changes when a sample does
+    max_bad_share: float
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Image.Image:
+        """The image in mode RGB. Raises DecodeError, which names the file."""
+
+    def describe(self) -> str:
+        """One line for the log."""
+
+
+def open_source(
+    data_dir: str, split: str = "", class_map: str = "", *, classes: ClassMap | None = None, max_bad_share: float = 0.01
+) -> Source:
+    """Open a split of an image folder or of the embedded set.
+
+    Args:
+        data_dir: a folder, or `embedded:digits`.
+        split: a sub-folder of it (or an embedded split); empty = `data_dir` itself holds the class folders.
+        class_map: a CSV that fixes the classes; `classes` does the same with a recorded list. Without either the list is that of
+            the folders, sorted.
+        max_bad_share: share of unreadable images above which this raises.
+
+    Raises:
+        UsageError: no data directory is named, or there is no such embedded set or split.
+        DataError: no such folder, no images in a class, a class list that disagrees, too many unreadable images.
+    """
+    if not data_dir:
+        raise UsageError("no data: name an image folder or embedded:digits (--data-dir)")
+    fixed = ClassMap.from_csv(class_map) if class_map else classes
+    if data_dir.startswith(EMBEDDED):
+        from dad_fast.data.embedded import EmbeddedSource
+
+        if data_dir != "embedded:digits":
+            raise UsageError(f"no embedded set {data_dir!r}; there is embedded:digits (--data-dir)")
+        source = EmbeddedSource(split)
+        if fixed is not None and fixed.folders != source.classes.folders:
+            raise UsageError("embedded:digits has the classes 0 to 9; the class list names others (--class-map)")
+        return source
+    from dad_fast.data.folder import FolderSource
+
+    return FolderSource(Path(data_dir), split, fixed, max_bad_share)

@@ -1,0 +1,101 @@
+"""The processes that load: how they start, what they ignore, and how their failures become one line.
+
+They come from a fork server: a fork of the training process would copy locks that its threads (autograd, CUDA, the live progress
+bar) may hold at that moment, which is a rare hang that nobody can reproduce. So a script that uses a loader with workers needs the usual
+`if __name__ == "__main__":`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dad_fast.errors import DadFastError
+
+
+class _Failure(NamedTuple):
+    """An exception in a worker, carried to the training process: DataLoader itself would bury the message in a traceback."""
+
+    error: DadFastError
+    trace: str
+
+
+class _Guarded(Dataset[Any]):
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DadFastError as error:
+            return _Failure(error, traceback.format_exc())
+        except Exception as error:
+            message = f"a loader worker failed: {type(error).__name__}: {error} (--debug shows where)"
+            return _Failure(DadFastError(message), traceback.format_exc())
+
+
+def iterate(dataset: Dataset[Any], numbers: Iterable[int], workers: int, pin_memory: bool) -> Iterator[Any]:
+    """dataset[n] for each n, in order, made by `workers` processes (0: here). Each item is a whole batch.
+
+    Raises DadFastError with one line when a worker fails or dies; a DadFastError raised in a worker comes through as it is.
+    """
+    if workers == 0:
+        for number in numbers:
+            batch = dataset[number]
+            yield batch.pin_memory() if pin_memory and hasattr(batch, "pin_memory") else batch
+        return
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        multiprocessing_context=_context(),
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # else each pass would draw from the global generator, whose state a resume restores
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            what = " ".join(str(error).split())[:200]
+            raise DadFastError(f"a loader worker died ({what}); out of memory or of /dev/shm? Fewer --workers, or 0, may help") from error
+        if isinstance(batch, _Failure):
+            raise batch.error from RuntimeError(batch.trace)
+        yield batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+@lru_cache(maxsize=1)
+def _context() -> multiprocessing.context.BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dad_fast.data.fork_server"])
+    return context
+
+
+def _init_worker(worker: int) -> None:
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # the training process answers these and needs its batches meanwhile
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", message="Palette images with Transparency")
