@@ -1,0 +1,32 @@
+// A loop over chunks on a few threads. Threads live for one call: nothing is left running when a process forks.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace dad {
+
+// Calls body(first, last) for ranges of at most `grain` that together cover [0, count). `body` must not throw.
+template <typename Body>
+void parallel_for(int64_t count, int64_t grain, int64_t num_threads, const Body& body) {
+  const int64_t num_chunks = (count + grain - 1) / grain;
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t chunk = next++; chunk < num_chunks; chunk = next++) {
+      body(chunk * grain, std::min(count, (chunk + 1) * grain));
+    }
+  };
+  std::vector<std::thread> threads;
+  try {
+    for (int64_t i = 1; i < std::min(num_threads, num_chunks); ++i) threads.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads to be had: those that run share the work
+  }
+  work();
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace dad

@@ -1,0 +1,39 @@
+"""Finds and loads the compiled half (csrc/), or says why it is off.
+
+An installed package, editable or not, has the library in its own folder; in a bare checkout `make csrc` puts it there.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import dad_fast
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """The tvm-ffi module (None: there is none), and one line on what is there or missing."""
+    found = [path for folder in dad_fast.__path__ for path in sorted(Path(folder).glob("libdad_csrc.*"))]
+    if not found:
+        return None, "off: not built (a C++17 compiler is needed when installing; in a checkout: make csrc)"
+    try:
+        import tvm_ffi
+    except ImportError as error:
+        return None, f"off: {error} (pip install apache-tvm-ffi)"
+    try:
+        module = tvm_ffi.load_module(str(found[0]))
+        return module, f"on: {found[0]} ({module.instruction_sets().split()[0]})"
+    except Exception as error:  # whatever is wrong with the file, torch takes its place
+        return None, f"off: {found[0]} does not load: {' '.join(str(error).split())} (install the project again)"
+
+
+def csrc() -> Any | None:
+    """The loaded library, a module with one function per op; None where it is not available."""
+    return _load()[0]
+
+
+def csrc_status() -> str:
+    """`on: FILE (instruction set)`, or `off: REASON (MEND)`."""
+    return _load()[1]
