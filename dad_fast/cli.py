@@ -18,12 +18,12 @@ from .flags import DOCTOR_HELP, doctor_parser, eval_help, eval_parser, train_hel
 TOP_HELP = """\
 usage: dad-fast VERB [...]
 
-Trains image classifiers that stay right when the world changes, by discrete adversarial distillation.
+Trains image classifiers that stay right when the world changes: discrete adversarial distillation.
 
 examples:
-  dad-fast train --preset demo                             the whole thing on embedded data: no GPU, no download
-  dad-fast eval runs/demo/dad/seed-0 --suite optdigits     judge what was trained
-  dad-fast doctor                                          what is on, what is off, why, and the mend
+  dad-fast train --preset demo                            # on embedded data: no GPU, no download
+  dad-fast eval runs/demo/dad/seed-0 --suite optdigits    # judge what was trained
+  dad-fast doctor                                         # what is on, what is off, and the mend
 
 verbs:
   train     train a student by ce, kd, aug-only, dat, dad or dat+dad
@@ -31,7 +31,8 @@ verbs:
   doctor    look at this machine: packages, GPU, kernels, numerics
 
 dad-fast VERB -h explains a verb; dad-fast --version says the version.
-Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and saved, 130 interrupted.
+Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and saved,
+130 interrupted.
 """
 
 
@@ -63,8 +64,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("dad_fast"):
         return f"error: the package {error.name} is missing; install dad-fast with its dependencies (dad-fast doctor lists them)", 3
     mend = "lower --batch-size, or " if type(error).__name__ == "OutOfMemoryError" else ""
-    text = " ".join(str(error).split())
-    return f"failure: {type(error).__name__}: {text} ({mend}run with --debug for the traceback)", 1
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return f"failure: {text} ({mend}run with --debug for the traceback)", 1
 
 
 def _dispatch(arguments: list[str], debug: bool) -> int:

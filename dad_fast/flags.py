@@ -18,10 +18,10 @@ TRAIN_INTRO = """\
 usage: dad-fast train [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] [-o OUT]
 
 examples:
-  dad-fast train --preset demo                                   a comparison on embedded data
-  dad-fast train --preset demo --method dad --max-steps 20 -o runs/try       a first look
-  dad-fast train --preset dad-vitb16 --data-dir DIR --teacher open_clip:ViT-L-14/openai \\
-      --discretizer vqgan.ckpt --student-weights vitb16.safetensors          the real thing
+  dad-fast train --preset demo                                             # on embedded data
+  dad-fast train --preset demo --method dad --max-steps 20 -o runs/try     # a first look
+  dad-fast train --preset dad-vitb16 --data-dir DIR --discretizer vqgan.ckpt \\
+      --teacher open_clip:ViT-L-14/openai --student-weights vitb16.safetensors -o runs/dad
 """
 
 TRAIN_OUTRO = """\
@@ -35,7 +35,7 @@ usage: dad-fast eval [CKPT] [--data-dir DIR] [--suite NAME ...] [--teacher NAME]
 CKPT is a run's folder, a checkpoint's folder or a .safetensors file. A run's folder knows its data.
 
 examples:
-  dad-fast eval runs/demo/dad/seed-0 --suite test optdigits gaussian_noise     after the demo
+  dad-fast eval runs/demo/dad/seed-0 --suite test optdigits gaussian_noise     # after the demo
   dad-fast eval --teacher embedded:digits --data-dir embedded:digits --suite optdigits
   dad-fast eval model.safetensors --data-dir /data/imagenet --suite val /data/sketch --json out.json
 """

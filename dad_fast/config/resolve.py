@@ -44,10 +44,9 @@ def gather(preset: str | None, file: Path | None, sets: Sequence[str], flags: Ma
         layers.add_toml(preset_text(preset), f"preset {preset}")
     if file is not None:
         layers.add_toml(_read(file), str(file))
-    layers.add({}, "--set")  # one layer for all of them: the last one wins
+    layers.add({}, "command line")  # one layer: `--set variants.big.optim.lr=1 --lr 2` gives big its own
     for item in sets:
         layers.put_set(item)
-    layers.add({}, "flags")
     for path, value in (flags or {}).items():
         layers.put(path, value, settings()[path].flag)
     return layers.config()

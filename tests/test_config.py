@@ -1,0 +1,298 @@
+"""Configuration: layers, types, messages, TOML round trip, variants."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dad_fast.config import Config, check, differences, expand, from_toml, preset_names, resolve, to_toml
+from dad_fast.config.fields import get, settings, with_values
+from dad_fast.config.resolve import Layers, gather, preset_text
+from dad_fast.config.variants import NOT_SCIENCE
+from dad_fast.errors import UsageError
+
+FITS = {"data.data_dir": "embedded:digits", "student.name": "resnet10t", "teacher.name": "embedded:digits", "discretizer.name": "identity"}
+PRESETS = {"demo", "dad-vitb16", "dad-rn50", "kd-vitb16", "dat-vitb16", "dad-authors-online"}
+
+
+def config(*sets: str, **values: object) -> Config:
+    return resolve(None, None, list(sets), {**FITS, **{path.replace("__", "."): value for path, value in values.items()}})
+
+
+def error(*sets: str, **values: object) -> str:
+    with pytest.raises(UsageError) as caught:
+        config(*sets, **values)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_precedence_defaults_preset_file_set_flag(tmp_path: Path) -> None:
+    file = write(tmp_path, "[optim]\nlr = 0.02\nweight_decay = 0.2\nclip_grad = 2\n")
+    cfg = gather("dad-vitb16", file, ["optim.weight_decay=0.3", "optim.clip_grad=3"], {"optim.clip_grad": "4"})
+    assert cfg.optim.momentum == Config().optim.momentum  # default
+    assert cfg.schedule.epochs == 30  # preset
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.clip_grad) == (0.02, 0.3, 4.0)
+
+
+def test_the_last_set_wins() -> None:
+    assert config("optim.lr=1", "optim.lr=2").optim.lr == 2.0
+
+
+def test_types_from_text() -> None:
+    cfg = config(
+        *("optim.lr=3e-4", "data.batch_size=1_000", "eval.suites=test,optdigits", "augment.scale=0.5,1", "precision.amp=yes"),
+        *(
+            "student.model_kwargs={a = 1, b = 'x'}",
+            "student.model_kwargs.c=true",
+            "student.model_kwargs.d=text",
+            "teacher.templates=['a {}']",
+        ),
+        *('augment.aa="rand-m9"', "data.class_map=/a b/c=d.csv"),
+    )
+    assert (cfg.optim.lr, cfg.data.batch_size, cfg.eval.suites, cfg.augment.scale) == (3e-4, 1000, ("test", "optdigits"), (0.5, 1.0))
+    assert cfg.student.model_kwargs == {"a": 1, "b": "x", "c": True, "d": "text"}
+    assert cfg.teacher.templates == ("a {}",)
+    assert (cfg.precision.amp, cfg.augment.aa, cfg.data.class_map) == (True, "rand-m9", "/a b/c=d.csv")
+
+
+def test_types_from_toml(tmp_path: Path) -> None:
+    file = write(tmp_path, 'eval.suites = []\noptim.lr = 1\n[teacher]\ntemplates = ["a {}", "b {}"]\n[augment]\nscale = [1, 1]\n')
+    cfg = resolve(None, file, [], FITS)
+    assert isinstance(cfg.optim.lr, float) and cfg.teacher.templates == ("a {}", "b {}") and cfg.augment.scale == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[data]\nbatch_size = 2.5", "data.batch_size (--batch-size) must be a whole number, got 2.5"),
+        ("[data]\nbatch_size = true", "must be a whole number"),
+        ("[data]\ndata_dir = 3", "must be text"),
+        ("[precision]\namp = 1", "must be true or false"),
+        ("[optim]\nlr = nan", "must be a finite number"),
+        ("[augment]\nscale = [0.1]", "needs 2 values"),
+        ("[augment]\nscale = 0.1", "must be a list"),
+        ("[eval]\nsuites = [1]", "must be text"),
+        ("[student]\nmodel_kwargs = 1", "must be a table"),
+        ("[attack]\norder = 'ours'", "must be one of paper, authors"),
+        ("data = 3", "data is a section"),
+        ("[optimizer]\nlr = 1", "unknown section [optimizer]; did you mean optim"),
+        ("[optim]\nlearning_rate = 1", "unknown key optim.learning_rate; did you mean --lr?"),
+        ("[optim]\nwieght_decay = 1", "unknown key optim.wieght_decay; did you mean optim.weight_decay?"),
+        ("[data]\nepochs = 1", "unknown key data.epochs; did you mean schedule.epochs?"),
+        ("seed = 1\nlr = ]", "not valid TOML: invalid value (at line 2"),
+        ("variants = 3", "variants holds tables"),
+        ("[variants.a]\nseed = 3", "seed cannot differ between variants"),
+        ("[variants.a]\noptim.lrr = 3", "variants.a: unknown key optim.lrr; did you mean optim.lr?"),
+        ("[variants.'a/b']\nmethod = 'ce'", "'a/b' cannot be a variant's name"),
+    ],
+)
+def test_a_wrong_file_names_itself_and_the_key(tmp_path: Path, toml: str, message: str) -> None:
+    file = write(tmp_path, toml)
+    with pytest.raises(UsageError) as caught:
+        resolve(None, file, [], FITS)
+    assert str(caught.value).startswith(str(file)) and message in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    for path, message in [
+        (tmp_path, "is a folder"),
+        (tmp_path / "x.toml", "no such file"),
+        (Path("demo"), "no such file; did you mean --preset demo?"),
+    ]:
+        with pytest.raises(UsageError) as caught:
+            resolve(None, path)
+        assert message in str(caught.value)
+    (tmp_path / "latin.toml").write_bytes(b"data.data_dir = '\xe9'")
+    with pytest.raises(UsageError, match="cannot be read as text"):
+        resolve(None, tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("data.batch_size", "0", "--batch-size must be 1 or more"),
+        ("optim.lr", "0", "--lr must be above 0"),
+        ("loss.temperature", "0", "--temperature must be above 0"),
+        ("augment.hflip", "1.5", "--hflip must be between 0 and 1"),
+        ("attack.eps", "-0.1", "--attack-eps must be 0 or more"),
+        ("attack.steps", "-1", "--attack-steps must be 0 or more"),
+        ("attack.random_start", "2", "--attack-random-start must be between 0 and 1"),
+        ("schedule.epochs", "0", "--epochs must be 1 or more"),
+        ("augment.scale", ["0.5", "0.1"], "--scale must be two numbers above 0"),
+        ("seeds", "0", "--seeds must be 1 or more"),
+        ("method", "dda", "--method must be one of"),
+        ("teacher.name", "", "--method dad needs a teacher: add --teacher"),
+        ("discretizer.name", "", "--method dad needs a discretizer: add --discretizer"),
+        ("data.data_dir", "", "add --data-dir"),
+        ("student.name", "", "add --student"),
+        ("data.data_dir", "embedded:cats", "use embedded:digits"),
+        ("teacher.name", "openclip:ViT-B-32/x", "unknown kind openclip:; did you mean open_clip?"),
+        ("teacher.name", "timm:", "a name is missing"),
+        ("discretizer.name", "jpeg:0", "from 1 to 100"),
+        ("device", "gpu", "--device gpu: must be auto, cpu"),
+        ("schedule.warmup_epochs", "400", "--warmup-epochs 400 is more than --epochs 300"),
+    ],
+)
+def test_a_wrong_value_names_its_flag(path: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve(None, None, [], {**FITS, path: value})
+    assert message in str(caught.value)
+
+
+def test_methods_need_only_what_they_use() -> None:
+    alone = {key: value for key, value in FITS.items() if key.startswith(("data", "student"))}
+    assert resolve(None, None, [], {**alone, "method": "ce"}).method == "ce"
+    with pytest.raises(UsageError, match="dat needs a discretizer"):
+        resolve(None, None, [], {**alone, "method": "dat"})
+    assert resolve(None, None, [], {**alone, "method": "dat", "discretizer.name": "jpeg:75"}).method == "dat"
+    with pytest.raises(UsageError, match="kd needs a teacher"):
+        resolve(None, None, [], {**alone, "method": "kd"})
+
+
+def test_mixing_needs_an_even_batch() -> None:
+    assert "--batch-size 5: must be even" in error("data.batch_size=5", "augment.mixup=0.8")
+    assert config("data.batch_size=5").data.batch_size == 5
+
+
+def test_set_messages() -> None:
+    assert "write --set section.key=value" in error("optim.lr")
+    assert "did you mean optim.lr?" in error("optim.lrr=1")
+    assert "is not a TOML value" in error("student.model_kwargs={a")
+    assert "write --set variants.NAME" in error("variants.a=1")
+
+
+def test_unknown_preset_has_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean dad-vitb16"):
+        resolve("dad-vitb-16")
+
+
+def test_to_toml_round_trips_exactly() -> None:
+    cfg = config(
+        *(
+            "teacher.templates=['a \"photo\" of a {}', 'été {}\\n']",
+            "student.model_kwargs={a = [1, 2.5], 'b c' = {d = false}}",
+            "optim.lr=1e-7",
+        ),
+        *(
+            "variants.a.method=ce",
+            "variants.b.student.model_kwargs={x=1}",
+            "variants.b+c.eval.suites=test,val",
+            "variants.b.augment.scale=0.5,1",
+        ),
+    )
+    text = to_toml(cfg)
+    assert from_toml(text) == cfg
+    assert to_toml(from_toml(text)) == text
+
+
+def test_to_toml_says_every_setting_with_its_meaning() -> None:
+    text = to_toml(Config())
+    for path, setting in settings().items():
+        assert f"\n{path.rpartition('.')[2]} = " in "\n" + text and setting.help in text
+    assert from_toml(text) == Config()
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_resolve_and_say_what_to_add(name: str) -> None:
+    cfg = resolve(name, None, [], {key: value for key, value in FITS.items() if key != "student.name"})
+    assert from_toml(to_toml(cfg)) == cfg
+    assert preset_text(name).startswith("# ")
+    if name != "demo":
+        assert "# Add:" in preset_text(name) and "Source:" in preset_text(name)
+        assert cfg.method == name.split("-")[0]
+        assert (cfg.schedule.epochs, cfg.schedule.cooldown_epochs, cfg.data.batch_size, cfg.optim.lr) == (30, 10.0, 256, 1e-4)
+
+
+def test_preset_list() -> None:
+    assert set(preset_names()) == PRESETS
+
+
+def test_demo_is_complete() -> None:
+    names = {name: cfg for name, _, cfg in expand(resolve("demo"))}
+    assert list(names) == ["ce", "kd", "kd-long", "dad"]
+    assert [cfg.method for cfg in names.values()] == ["ce", "kd", "kd", "dad"]
+    assert names["kd-long"].schedule.epochs > names["kd"].schedule.epochs
+
+
+def test_expand_without_variants_is_named_by_the_method() -> None:
+    assert [(name, seed) for name, seed, _ in expand(config("seeds=2", "seed=5"))] == [("dad", 5), ("dad", 6)]
+    cfg = config()
+    assert [(name, seed, run) for name, seed, run in expand(cfg)] == [("dad", 0, cfg)]
+
+
+def test_expand_takes_nested_tables_and_dotted_keys(tmp_path: Path) -> None:
+    nested = write(tmp_path, "seeds = 2\n[variants.a]\nmethod = 'ce'\n[variants.a.attack]\neps = 3\n[variants.b]\nattack.eps = 4")
+    runs = expand(resolve(None, nested, [], FITS))
+    assert [(name, seed, run.method, run.attack.eps) for name, seed, run in runs] == [
+        ("a", 0, "ce", 3.0),
+        ("a", 1, "ce", 3.0),
+        ("b", 0, "dad", 4.0),
+        ("b", 1, "dad", 4.0),
+    ]
+    assert all(run.seeds == 1 and not run.variants and run.seed == seed for _, seed, run in runs)
+    assert expand(Config(variants={"a": {"attack": {"eps": 3}}}))[0][2].attack.eps == 3.0
+
+
+def test_every_variant_is_checked() -> None:
+    assert error("variants.a.method=ce", "variants.b.data.data_dir=").startswith("variant b: no data")
+    base = {key: value for key, value in FITS.items() if key != "teacher.name"}
+    assert resolve(None, None, ["variants.a.method=ce"], base)  # nothing of the comparison needs a teacher
+    with pytest.raises(UsageError, match="variant b: --method kd needs a teacher"):
+        resolve(None, None, ["variants.a.method=ce", "variants.b.method=kd"], base)
+
+
+def test_later_layers_beat_variants_of_earlier_ones(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "[schedule]\nepochs = 9\nwarmup_epochs = 0\n[variants.long]\nschedule.epochs = 99\nattack.eps = 1\n[variants.short]\n"
+    )
+    epochs = {name: run.schedule.epochs for name, _, run in expand(resolve(None, file, [], FITS))}
+    assert epochs == {"long": 99, "short": 9}  # within the layer the variant wins
+    runs = {name: run for name, _, run in expand(resolve(None, file, ["schedule.epochs=2"], FITS))}
+    assert {run.schedule.epochs for run in runs.values()} == {2} and runs["long"].attack.eps == 1.0
+    runs = {name: run for name, _, run in expand(resolve(None, file, ["variants.long.schedule.epochs=3", "schedule.epochs=2"], FITS))}
+    assert (runs["long"].schedule.epochs, runs["short"].schedule.epochs) == (3, 2)
+
+
+def test_a_later_method_picks_the_variants_of_that_method() -> None:
+    assert [name for name, _, _ in expand(resolve("demo", None, [], {"method": "kd"}))] == ["kd", "kd-long"]
+    assert [name for name, _, _ in expand(resolve("demo", None, ["method=dad"]))] == ["dad"]
+    assert [name for name, _, _ in expand(resolve("demo", None, ["method=aug-only"]))] == ["aug-only"]
+    assert resolve("demo", None, ["variants={}"]).variants == {}
+
+
+def test_differences_name_only_what_changes_the_result() -> None:
+    cfg = config()
+    assert differences(cfg, cfg) == []
+    assert differences(cfg, config("optim.lr=1", "attack.order=authors")) == ["attack.order: 'paper' → 'authors'", "optim.lr: 0.001 → 1.0"]
+    harmless = config("data.workers=9", "log_every=1", "checkpoint.keep=7", "eval.batch_size=3", "device=cpu", "max_steps=3")
+    assert differences(cfg, harmless) == []
+    assert differences(cfg, config("variants.a.method=ce")) == ["variants: a differ"]
+    assert set(settings()) >= NOT_SCIENCE
+
+
+def test_check_guards_configs_made_in_python() -> None:
+    good = config()
+    check(good)
+    with pytest.raises(UsageError, match="optim.lr"):
+        check(with_values(good, {"optim.lr": -1.0}))
+
+
+def test_every_setting_has_a_help_and_flags_are_unique() -> None:
+    flags = [setting.flag for setting in settings().values() if setting.flag]
+    assert len(flags) == len(set(flags)) and all(flag.startswith("--") for flag in flags)
+    assert all(setting.help and not setting.help.endswith(".") for setting in settings().values())
+    assert all(get(Config(), path) == setting.default for path, setting in settings().items())
+
+
+def test_config_is_frozen_and_mutable_defaults_are_not_shared() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 3  # type: ignore[misc]
+    assert Layers().config().variants is not Config().variants
