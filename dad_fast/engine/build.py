@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..config.schema import USES_DISCRETIZER, USES_TEACHER, Config
-from ..data.sources import Source, open_source
-from ..errors import DataError, EnvironmentProblem, UsageError
-from ..models.discretizer import Discretizer, load_discretizer
-from ..models.student import Student, build_student, load_student_weights
-from ..models.teacher import Teacher, load_teacher
+from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config
+from dad_fast.data.sources import Source, open_source
+from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models.discretizer import Discretizer, load_discretizer
+from dad_fast.models.student import Student, build_student, load_student_weights
+from dad_fast.models.teacher import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Builder:
         train = self._once(("source", cfg.data.train_split, repr(cfg.data)), lambda: _source(cfg, cfg.data.train_split))
         val = self._once(("source", cfg.data.val_split, repr(cfg.data)), lambda: _source(cfg, cfg.data.val_split))
         if val.classes != train.classes:
-            raise DataError(f"--data-dir {cfg.data.data_dir}: {cfg.data.train_split} and {cfg.data.val_split} differ in their classes; fix the folders or give --class-map")
+            splits = f"{cfg.data.train_split} and {cfg.data.val_split}"
+            raise DataError(f"--data-dir {cfg.data.data_dir}: {splits} differ in their classes; mend the folders or give --class-map")
         teacher = discretizer = None
         if USES_TEACHER[cfg.method]:
             key = ("teacher", repr(cfg.teacher), repr(cfg.precision), str(device), train.classes)

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import DataError
-from ..models.weights import sha256_file
+from dad_fast.errors import DataError
+from dad_fast.models.weights import sha256_file
 
 FILES = ("model.safetensors", "train.safetensors")
 

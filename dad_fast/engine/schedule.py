@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..config.schema import OptimConfig, ScheduleConfig
+from dad_fast.config.schema import OptimConfig, ScheduleConfig
 
 
 def total_epochs(schedule: ScheduleConfig) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..errors import DadFastError, Interrupted, Preempted
+from dad_fast.errors import DadFastError, Interrupted, Preempted
 
 
 class StopRequest:

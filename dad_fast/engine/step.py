@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from ..config.schema import Config
-from ..data.loader import Batch
-from ..data.mixing import mix, to_pixels
-from ..methods.attack import PGD
-from ..methods.discretize import discretize
-from ..methods.objectives import TERMS, Logits, keep_mask, objective, smooth
-from ..models.discretizer import Discretizer
-from ..models.student import Student
-from ..models.teacher import Teacher
-from .update import Update
+from dad_fast.config.schema import Config
+from dad_fast.data.loader import Batch
+from dad_fast.data.mixing import Mixed, mix, to_pixels
+from dad_fast.engine.update import Update
+from dad_fast.methods.attack import PGD
+from dad_fast.methods.discretize import discretize, perturb
+from dad_fast.methods.measures import share_changed
+from dad_fast.methods.objectives import TERMS, Logits, keep_mask, objective, smooth
+from dad_fast.models.discretizer import Discretizer
+from dad_fast.models.student import Student
+from dad_fast.models.teacher import Teacher
+
+MEASURED = 16  # images whose codes are compared at a log step
 
 
 class TrainStep:
@@ -42,18 +46,15 @@ class TrainStep:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         cfg, teacher = self.cfg, self.teacher
         batch = batch.to(self.device)
-        num_classes = self.student.num_classes
-        x, y, second_labels = mix(to_pixels(batch.images), batch, num_classes)  # [B, 3, H, W], [B, C], [B]
-        if cfg.precision.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x, y, second_labels, _ = self.mixed(batch)  # [B, 3, H, W], [B, C], [B]
 
         # x + delta -> Q(x + delta): against the teacher (DAD), against the student (DAT)
         images = [x]
         if "dad" in self.terms or "aug" in self.terms:
             assert teacher is not None
-            images.append(self.adversarial(teacher, x, y, batch.keys))
+            images.append(self.adversarial(teacher, x, y, batch.seeds))
         if "dat" in self.terms:
-            images.append(self.adversarial(self.student_in_eval, x, y, batch.keys))
+            images.append(self.adversarial(self.student_in_eval, x, y, batch.seeds))
 
         # The teacher on clean and on adversarial images; the second also serves the filter.
         keep = teacher_clean = teacher_dad = None
@@ -82,10 +83,37 @@ class TrainStep:
             scalars["kept"] = keep.mean()
         return loss, scalars
 
-    def adversarial(self, model: Teacher | object, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def mixed(self, batch: Batch) -> Mixed:
+        """Pixels in [0, 1] and soft labels, after mixup and CutMix; not smoothed: smoothing is the student's, not the attack's."""
+        layout = torch.channels_last if self.cfg.precision.channels_last else torch.contiguous_format
+        pixels = to_pixels(batch.images, layout)
+        return mix(pixels, batch.labels, batch.mix_kind, batch.mix_lam, batch.mix_box, self.student.num_classes)
+
+    def adversarial(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Q(x') for an attack on `model`, [B, 3, H, W]."""
-        assert self.discretizer is not None and callable(model)
+        assert self.discretizer is not None
         return discretize(self.discretizer, model, self.attack, x, y, keys, self.cfg.attack.order).images
+
+    def measure(self, batch: Batch) -> dict[str, float]:
+        """The share of codes that the attack changes, over a few images: at log steps only, for it costs two more encoder passes."""
+        if self.discretizer is None:
+            return {}
+        batch = batch.to(self.device)
+        x, y, _, _ = self.mixed(batch)
+        few = slice(0, MEASURED)
+        shares = {}
+        attacked: dict[str, Callable[[Tensor], Tensor]] = {}
+        if self.teacher is not None:
+            attacked["codes_changed"] = self.teacher
+        if "dat" in self.terms:
+            attacked["codes_changed_dat"] = self.student_in_eval
+        for name, model in attacked.items():
+            base, perturbed = perturb(self.discretizer, model, self.attack, x[few], y[few], batch.seeds[few], self.cfg.attack.order)
+            with torch.no_grad():
+                before, after = self.discretizer(base).codes, self.discretizer(perturbed).codes
+            if before is not None and after is not None:
+                shares[name] = share_changed(after, before).item()
+        return shares
 
     def student_in_eval(self, x: Tensor) -> Tensor:
         """The student as DAT attacks it: fixed statistics and no dropout, so that the attack leaves no trace in the student."""

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import differences, from_toml, to_toml
-from ..config.schema import Config
-from ..data.loader import TrainLoader
-from ..errors import NotFinite, UsageError
-from ..evaluate.runner import Result, evaluate
-from ..models.student import Student, save_student
-from ..observe.progress import TrainProgress
-from ..observe.runlog import RunLog
-from .build import Parts
-from .checkpoint import CheckpointFolder, flatten_optimizer, generator_tensors, restore_generators, restore_optimizer
-from .meter import Meter
-from .schedule import learning_rate, total_epochs
-from .signals import stop_requests
-from .step import TrainStep
-from .update import Update
+from dad_fast.config import differences, from_toml, to_toml
+from dad_fast.config.schema import Config
+from dad_fast.data.loader import Batch, TrainLoader
+from dad_fast.data.sources import Source
+from dad_fast.engine.build import Parts
+from dad_fast.engine.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    flatten_optimizer,
+    generator_tensors,
+    restore_generators,
+    restore_optimizer,
+)
+from dad_fast.engine.meter import Meter
+from dad_fast.engine.schedule import learning_rate, total_epochs
+from dad_fast.engine.signals import stop_requests
+from dad_fast.engine.step import TrainStep
+from dad_fast.engine.update import Update
+from dad_fast.errors import NotFinite, UsageError
+from dad_fast.evaluate.runner import Result, evaluate
+from dad_fast.models.student import Student, save_student
+from dad_fast.observe.progress import TrainProgress
+from dad_fast.observe.runlog import RunLog, print_line
 
 
 class Trainer:
@@ -34,8 +43,8 @@ class Trainer:
     resume: "" starts at step 0; "auto" goes on from the newest sound checkpoint in `output`; a path goes on from that checkpoint.
     """
 
-    def __init__(self, cfg: Config, parts: Parts, output: Path, resume: str = "", allow_config_change: bool = False):
-        self.cfg, self.parts, self.output = cfg, parts, output
+    def __init__(self, cfg: Config, parts: Parts, output: Path, label: str, resume: str = "", allow_config_change: bool = False):
+        self.cfg, self.parts, self.output, self.label = cfg, parts, output, label
         random.seed(cfg.seed)
         np.random.seed(cfg.seed % 2**32)
         torch.manual_seed(cfg.seed)  # again, after the student was built: a run draws the same whatever its initial weights took
@@ -51,54 +60,65 @@ class Trainer:
         self.meter = Meter()
         self.next_step = 0
         self.best_top1 = -1.0
-        self.train_seconds = 0.0
+        self.clock = Stopwatch()
         self.worst_streak = torch.zeros((), device=parts.device)
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
-        offset = self._restore(resume, allow_config_change) if resume else 0
-        self.log = RunLog(output, offset=offset)
+        found = self.checkpoints.load(resume, print_line) if resume else None
+        if found is not None:
+            self._restore(found, allow_config_change)
+        self.log = RunLog(output)
+        self.log.truncate_to(found.state["metrics_offset"] if found else 0)
 
     def train(self) -> dict[str, float]:
-        """Runs to the end, or until a signal asks to stop (state saved, `Preempted` or `Interrupted` raised)."""
-        batches = iter(self.loader.batches(self.next_step, self.total_steps))
-        with stop_requests() as stop, TrainProgress(self.total_steps, self.next_step, self.cfg.data.batch_size, self.log) as progress:
-            window_start, waited = time.perf_counter(), 0.0
+        """Runs to the end, or until a signal asks to stop: then the state is saved and Preempted or Interrupted raised."""
+        batches = self.loader.batches(self.next_step, self.total_steps)
+        with stop_requests() as stop, self._progress() as progress:
+            clock = self.clock
+            clock.skip()
             while self.next_step < self.total_steps:
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
+                with clock.waiting():
+                    batch = next(batches)
 
                 lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
                 scalars = self.step(batch, self.next_step, lr)
                 self.meter.add(scalars)
                 self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
                 self.next_step += 1
-                progress.tick(self.next_step)
+                progress.tick()
 
                 last, epoch_ends = self.next_step == self.total_steps, self.next_step % self.steps_per_epoch == 0
                 if self.next_step % self.cfg.log_every == 0 or last:
-                    elapsed = time.perf_counter() - window_start
-                    self.train_seconds += elapsed
-                    self._log_window(lr, elapsed, waited, batch, progress)
-                    window_start, waited = time.perf_counter(), 0.0
+                    self._log_window(lr, batch, progress)
                 if last or epoch_ends or stop.error or self._checkpoint_due():
-                    self.train_seconds += time.perf_counter() - window_start
-                    self._boundary(last, epoch_ends, bool(stop.error))
-                    window_start = time.perf_counter()
-                if stop.error:
-                    raise stop.error(f"stopped at step {self.next_step} of {self.total_steps}; saved in {self.output}, go on with --resume auto")
-        return {"train_seconds": self.train_seconds, "steps": self.next_step, "epochs": self.next_step / self.steps_per_epoch, "best_top1": self.best_top1}
+                    clock.count()
+                    self._boundary(last, epoch_ends, bool(stop.error), progress)
+                    clock.skip()
+                    progress.pause()
+                if stop.error and not last:
+                    where = f"step {self.next_step} of {self.total_steps}"
+                    raise stop.error(f"stopped at {where}; saved in {self.output}, go on with --resume auto")
+        return {
+            "seconds": self.clock.total,
+            "steps": self.next_step,
+            "epochs": self.next_step / self.steps_per_epoch,
+            "best_val_top1": self.best_top1,
+            "bad_images": len(self.loader.replaced),
+        }
 
-    def _boundary(self, last: bool, epoch_ends: bool, stopping: bool) -> None:
+    def _progress(self) -> TrainProgress:
+        images = self.cfg.data.batch_size
+        return TrainProgress(self.total_steps, images, self.steps_per_epoch, self.label, self.log, start_step=self.next_step)
+
+    def _boundary(self, last: bool, epoch_ends: bool, stopping: bool, progress: TrainProgress) -> None:
         """Validation and checkpoint, whichever are due."""
         self._stop_if_not_finite()
         epoch, every = self.next_step // self.steps_per_epoch, self.cfg.eval.every_epochs
         best = False
-        if not stopping and (last or (epoch_ends and every and epoch % every == 0)):
-            result = self.validate()
+        if last or (epoch_ends and every and epoch % every == 0 and not stopping):
+            result = self.judge(self.cfg.data.val_split, self.parts.val, progress)
             best = result.top1 > self.best_top1
             self.best_top1 = max(self.best_top1, result.top1)
-            self.log.metrics({"step": self.next_step, "val_top1": result.top1, "val_nll": result.nll, "val_ece": result.ece})
-            self.log.say(f"step {self.next_step}: validation top-1 {result.top1:.2f} %{' (best so far)' if best else ''}")
+            self.log.metrics("val", step=self.next_step, epoch=epoch, top1=result.top1, nll=result.nll, ece=result.ece)
         if last or stopping or best or self._checkpoint_due() or (epoch_ends and not self.cfg.checkpoint.every_steps):
             self._save(best)
 
@@ -106,23 +126,30 @@ class Trainer:
         every = self.cfg.checkpoint.every_steps
         return bool(every) and self.next_step % every == 0
 
-    def _log_window(self, lr: float, elapsed: float, waited: float, batch: Any, progress: TrainProgress) -> None:
+    def _log_window(self, lr: float, batch: Batch, progress: TrainProgress) -> None:
         self._stop_if_not_finite()
         steps = self.meter.count
-        row: dict[str, Any] = {"step": self.next_step, "epoch": self.next_step / self.steps_per_epoch, "lr": lr}
-        row |= self.meter.read() | self.step.measure(batch)
-        row |= {"img_per_s": steps * self.cfg.data.batch_size / elapsed, "data_wait": waited / elapsed, "bad_images": len(self.loader.replaced)}
+        values = self.meter.read()
+        if values.get("applied") == 1.0:  # worth a word only where fp16 skipped a step
+            del values["applied"]
+        self.clock.count()
+        seconds, waited = self.clock.window()
+        values |= self.step.measure(batch) | {"data_wait": waited / seconds}
+        self.clock.skip()
         if self.parts.device.type == "cuda":
-            row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
-        self.log.metrics(row)
-        progress.values(row)
+            values["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
+        progress.update(values)
+        self.log.metrics(
+            "train", step=self.next_step, epoch=self.next_step / self.steps_per_epoch, lr=lr, **values,
+            img_per_s=steps * self.cfg.data.batch_size / seconds, bad_images=len(self.loader.replaced),
+        )  # fmt: skip
 
     def _stop_if_not_finite(self) -> None:
         if self.worst_streak.item() > self.update.tolerated:
             self._save(best=False)
             raise NotFinite(
-                f"the loss or a gradient was not a number in the steps before {self.next_step}; those steps were not applied and the state is kept "
-                f"in {self.output / 'checkpoints'}; lower --lr, set --clip-grad, or look at the data and weights"
+                f"the loss or a gradient was not a number in a step before {self.next_step}; no such step was applied and the state is "
+                f"kept in {self.checkpoints.root}; lower --lr, set --clip-grad, or look at the data and the weights"
             )
 
     @property
@@ -130,11 +157,13 @@ class Trainer:
         """The weights that evaluation uses: the EMA's when there is one."""
         return self.update.ema.module if self.update.ema is not None else self.parts.student
 
-    def validate(self) -> Result:
-        return self.judge(self.evaluated, self.cfg.data.val_split)
-
-    def judge(self, model: torch.nn.Module, suite: str) -> Result:
-        raise AssertionError
+    def judge(self, name: str, source: Source, progress: TrainProgress) -> Result:
+        student, aug = self.parts.student, self.cfg.augment
+        return evaluate(
+            self.evaluated, source, name=name, img_size=student.image_size, crop_pct=aug.crop_pct or student.crop_pct,
+            interpolation=aug.interpolation or student.interpolation, batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
+            workers=self.cfg.data.workers, device=self.parts.device, progress=progress.evaluating(name),
+        )  # fmt: skip
 
     def _save(self, best: bool) -> None:
         ema = self.update.ema
@@ -148,7 +177,7 @@ class Trainer:
             "optimizer": optimizer_state,
             "scaler": self.update.scaler.state_dict(),
             "best_top1": self.best_top1,
-            "train_seconds": self.train_seconds,
+            "train_seconds": self.clock.total,
             "metrics_offset": self.log.offset(),
             "classes": self.parts.train.classes.to_json(),
             "data": self.parts.train.fingerprint,
@@ -163,16 +192,13 @@ class Trainer:
             "dad_fast.ema": str(self.cfg.ema.model_ema).lower(),
         })  # fmt: skip
 
-    def _restore(self, resume: str, allow_config_change: bool) -> int:
-        """Load a checkpoint; returns the length of metrics.jsonl at that moment."""
-        found = self.checkpoints.load(resume, print)
-        if found is None:
-            return 0
+    def _restore(self, found: Checkpoint, allow_config_change: bool) -> None:
         changed = differences(from_toml(found.state["config"], str(found.path)), self.cfg)
         if found.state["data"] != self.parts.train.fingerprint:
-            changed.append(f"the images in {self.cfg.data.data_dir} are not those the run began with")
+            changed.append(f"the images in {self.cfg.data.data_dir} are not those that the run began with")
         if changed and not allow_config_change:
-            raise UsageError(f"--resume: settings differ from the run in {found.path}: {'; '.join(changed)}; restore them, or add --allow-config-change")
+            what = "; ".join(changed)
+            raise UsageError(f"--resume: not the settings of {found.path}: {what}; restore them, or add --allow-config-change")
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
@@ -185,5 +211,33 @@ class Trainer:
         restore_generators(found.tensors, self.parts.device)
         self.meter.restore(found.tensors, self.parts.device)
         self.next_step, self.best_top1 = found.state["step"], found.state["best_top1"]
-        self.train_seconds = found.state["train_seconds"]
-        return int(found.state["metrics_offset"])
+        self.clock.total = found.state["train_seconds"]
+
+
+class Stopwatch:
+    """Wall time of training alone: over the whole run, and since the last log line with the share that went by waiting for data."""
+
+    def __init__(self, total: float = 0.0) -> None:
+        self.total = total
+        self._window = self._waited = 0.0
+        self._mark = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def count(self) -> None:
+        """Count the time until now."""
+        now = time.perf_counter()
+        self.total, self._window, self._mark = self.total + now - self._mark, self._window + now - self._mark, now
+
+    def skip(self) -> None:
+        """Leave out the time since the last `count`: validation, checkpoints and measurements are not training."""
+        self._mark = time.perf_counter()
+
+    def window(self) -> tuple[float, float]:
+        """(seconds, seconds waited) since the last call."""
+        window, self._window, waited, self._waited = self._window, 0.0, self._waited, 0.0
+        return window, waited

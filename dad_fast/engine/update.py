@@ -13,8 +13,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..config.schema import Config, OptimConfig
-from ..errors import UsageError
+from dad_fast.config.schema import Config, OptimConfig
+from dad_fast.errors import UsageError
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # these skip a step by themselves, on the device
 

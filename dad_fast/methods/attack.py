@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config.schema import AttackConfig
-from .noise import keyed_normal, keyed_uniform
-from .objectives import soft_cross_entropy
+from dad_fast.config.schema import AttackConfig
+from dad_fast.methods.noise import keyed_normal, keyed_uniform
+from dad_fast.methods.objectives import soft_cross_entropy
 
 STREAM_DIRECTION, STREAM_COIN = 1, 2  # streams of a sample's key that the attack draws from
 

@@ -14,8 +14,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..models.discretizer import Discretized, Discretizer
-from .attack import PGD
+from dad_fast.methods.attack import PGD
+from dad_fast.models.discretizer import Discretized, Discretizer
+
+
+def perturb(
+    discretizer: Discretizer,
+    model: Callable[[Tensor], Tensor],
+    attack: PGD,
+    pixels: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    order: Literal["paper", "authors"] = "paper",
+) -> tuple[Tensor, Tensor]:
+    """(base, base + delta), each [B, 3, H, W]: base is x (paper) or Q(x) (authors); arguments as in `PGD.__call__`."""
+    with torch.no_grad():
+        base = discretizer(pixels).images if order == "authors" else pixels
+    return base, attack(model, base, targets, keys)
 
 
 def discretize(
@@ -28,8 +43,6 @@ def discretize(
     order: Literal["paper", "authors"] = "paper",
 ) -> Discretized:
     """The discrete adversarial images of `pixels` [B, 3, H, W] against `model`; arguments as in `PGD.__call__`."""
-    with torch.no_grad():
-        base = discretizer(pixels).images if order == "authors" else pixels
-    perturbed = attack(model, base, targets, keys)
+    _, perturbed = perturb(discretizer, model, attack, pixels, targets, keys, order)
     with torch.no_grad():
         return discretizer(perturbed)

@@ -13,7 +13,9 @@ def share_changed(codes: Tensor, reference: Tensor) -> Tensor:
     return (codes != reference).float().mean()
 
 
-def signal_to_rounding(encode: Callable[[Tensor], Tensor], encode_exact: Callable[[Tensor], Tensor], pixels: Tensor, perturbed: Tensor) -> Tensor:
+def signal_to_rounding(
+    encode: Callable[[Tensor], Tensor], encode_exact: Callable[[Tensor], Tensor], pixels: Tensor, perturbed: Tensor
+) -> Tensor:
     """Root mean square of the latents' change by the attack over that of the encoder's rounding; scalar float32.
 
     `encode` is the encoder as the run uses it, `encode_exact` the same in float64 or float32. Below about 1 the codes change by

@@ -17,7 +17,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config.schema import LossConfig, Method
+from dad_fast.config.schema import LossConfig, Method
 
 # The terms of each method, in the order in which they are added.
 TERMS: dict[Method, tuple[str, ...]] = {
@@ -41,7 +41,9 @@ class Logits:
     teacher_dad: Tensor | None = None
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+def soft_cross_entropy(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: Literal["mean", "sum"] = "mean"
+) -> Tensor:
     """CE of logits [B, C] against labels int64 [B] or probabilities [B, C], times weight [B]; "mean" divides by B."""
     log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)
     if targets.dim() == 1:
@@ -73,7 +75,9 @@ def smooth(targets: Tensor, smoothing: float) -> Tensor:
     return targets * (1.0 - smoothing) + smoothing / targets.shape[-1] if smoothing else targets
 
 
-def objective(method: Method, weights: LossConfig, logits: Logits, targets: Tensor, keep: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def objective(
+    method: Method, weights: LossConfig, logits: Logits, targets: Tensor, keep: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its unweighted parts.
 
     targets: what CE uses, probabilities [B, C] (mixed and smoothed). keep: filter [B] for the terms on Q(x'), or None to count all.
