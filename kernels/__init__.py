@@ -1,5 +1,8 @@
 """Kernels and their references: one file per op. Imports torch only; Triton and csrc are used where they are found."""
 
+if __name__ != "dad_fast.kernels":  # the checkout's root is on sys.path, but the name `kernels` belongs to another package
+    raise ImportError("this folder is imported as dad_fast.kernels")
+
 from dad_fast.kernels.csrc import csrc_status
 from dad_fast.kernels.nearest_code import nearest_code
 
