@@ -72,10 +72,10 @@ def sample_record(aug: AugmentConfig, img_size: int, seed: int, epoch: int, samp
         crop = _center_square(width, height)
     else:
         crop = _random_resized_crop(draws, aug.scale, aug.ratio, width, height)
-    if random_filter and crop[2:] != (img_size, img_size):
-        interpolation = ("bilinear", "bicubic")[draws.below(2)]
-    else:
-        interpolation = "bicubic" if random_filter else aug.train_interpolation
+    interpolation = aug.train_interpolation
+    if random_filter:  # without a random crop or without a resize nothing is drawn; timm then takes bilinear
+        drawn = aug.crop != "center" and crop[2:] != (img_size, img_size)
+        interpolation = ("bilinear", "bicubic")[draws.below(2)] if drawn else "bilinear"
     hflip = draws.chance(aug.hflip)
     vflip = draws.chance(aug.vflip)
     ops: tuple[Op, ...] = ()

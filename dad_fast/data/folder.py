@@ -1,0 +1,114 @@
+"""An image folder, one sub-folder a class, read through its index."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from PIL import Image
+
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.decode import read_rgb
+from dad_fast.data.index import Entry, build_index
+from dad_fast.errors import DataError
+
+log = logging.getLogger("dad_fast.data")
+
+_NAMED = 5  # names in a message
+
+
+class PackedStrings(Sequence[str]):
+    """Many strings in one buffer: a million paths are copied to each loader process in tens of megabytes instead of hundreds."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
+        self._buffer = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._buffer[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+
+class FolderSource:
+    """A split of an image folder. Samples are in the order of their paths, whatever the order of the classes.
+
+    The fingerprint covers paths, file sizes and readability, not mtimes: a copy of the folder elsewhere has the same.
+    """
+
+    def __init__(self, root: Path, split: str = "", classes: ClassMap | None = None, max_bad_share: float = 0.01) -> None:
+        self.folder = _find_folder(root, split)
+        self.name = str(self.folder)
+        self.max_bad_share = max_bad_share
+        self.classes = _check_classes(self.folder, classes)
+        entries = build_index(self.folder, self.classes.folders)
+        label_of = {folder: i for i, folder in enumerate(self.classes.folders)}
+        self.keys: Sequence[str] = PackedStrings(entry.path for entry in entries)
+        self.labels = np.array([label_of[entry.label] for entry in entries], dtype=np.int64)
+        self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
+        self.ok = np.array([entry.ok for entry in entries], dtype=bool)
+        digest = hashlib.sha256()
+        for entry in entries:
+            digest.update(f"{entry.path}\0{entry.size}\0{entry.ok}\n".encode("utf-8", "surrogateescape"))
+        self.fingerprint = digest.hexdigest()
+        self._report_bad([entry for entry in entries if not entry.ok])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        return read_rgb(self.folder / self.keys[index])
+
+    def describe(self) -> str:
+        bad = int((~self.ok).sum())
+        return f"{self.name}: {len(self):,} images of {len(self.classes):,} classes" + (f", {bad:,} unreadable" if bad else "")
+
+    def _report_bad(self, bad: list[Entry]) -> None:
+        if not bad:
+            return
+        text = f"{self.folder}: {len(bad):,} of {len(self):,} images cannot be read: {_some(f'{e.path} ({e.error})' for e in bad)}"
+        if len(bad) > self.max_bad_share * len(self) or len(bad) == len(self):
+            raise DataError(f"{text}; mend or remove them, or raise data.max_bad_share ({self.max_bad_share:g})")
+        log.warning("%s; each is replaced by the next valid image", text)
+
+
+def _find_folder(root: Path, split: str) -> Path:
+    if not root.is_dir():
+        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'} (--data-dir)")
+    if split and not (root / split).is_dir():
+        there = sorted(item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith("."))
+        raise DataError(f"{root} has no folder {split!r}; it has {_some(there) or 'none'} (--data-dir, --train-split, --val-split)")
+    return root / split
+
+
+def _check_classes(folder: Path, classes: ClassMap | None) -> ClassMap:
+    there = ClassMap.from_folders(folder)
+    if classes is None:
+        return there
+    if missing := sorted(set(classes.folders) - set(there.folders)):
+        raise DataError(f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: {_some(missing)} (--class-map)")
+    if extra := sorted(set(there.folders) - set(classes.folders)):
+        raise DataError(f"{folder} has {len(extra):,} folders that are not in the class list: {_some(extra)} (--class-map)")
+    return classes
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few, and how many more."""
+    listed = list(names)
+    more = len(listed) - _NAMED
+    return ", ".join(listed[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
