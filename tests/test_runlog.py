@@ -46,29 +46,30 @@ def test_plain_reads_scalars_of_arrays_and_tensors():
 
 def test_metrics_are_valid_json_lines_and_resume_is_exact(tmp_path):
     with RunLog(tmp_path, echo=lambda line: None) as log:
-        log.metrics({"step": 1, "loss": float("nan")})
+        log.metrics("train", step=1, loss=float("nan"))
         offset = log.offset()
-        log.metrics({"step": 2, "loss": 0.5})
-        log.metrics({"step": 2, "top1": 91.0})
+        log.metrics("train", step=2, loss=0.5)
+        log.metrics("val", step=2, top1=91.0)
     assert offset == (tmp_path / "metrics.jsonl").read_bytes().index(b"\n") + 1
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 2]
-    with RunLog(tmp_path, offset) as log:
-        log.metrics({"step": 2, "loss": 0.25})
-    rows = read_metrics(tmp_path)
+    with RunLog(tmp_path, echo=lambda line: None) as log:
+        log.truncate_to(offset)
+        log.metrics("train", step=2, loss=0.25)
+    rows = read_metrics(tmp_path, "train")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, "nan"), (2, 0.25)]
 
 
 @pytest.mark.parametrize("torn", [b'{"kind": "train", "st', b"\0\0\0"])
 def test_torn_last_line_is_dropped(tmp_path, torn):
     with RunLog(tmp_path) as log:
-        log.metrics({"step": 1})
+        log.metrics("train", step=1)
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(torn)
     assert len(read_metrics(tmp_path)) == 1
     with RunLog(tmp_path) as log:
-        log.metrics({"step": 2})
+        log.metrics("train", step=2)
         log.truncate_to(10**9)  # a checkpoint that knows of more lines than the file has: nothing is padded
-        log.metrics({"step": 3})
+        log.metrics("train", step=3)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
@@ -78,7 +79,7 @@ from dad_fast.observe.runlog import RunLog
 log = RunLog({str(tmp_path)!r}, echo=lambda line: None)
 step = 0
 while True:
-    log.metrics({{"step": step, "loss": 0.1}}); step += 1
+    log.metrics("train", step=step, loss=0.1); step += 1
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     path = tmp_path / "metrics.jsonl"
@@ -102,30 +103,19 @@ def test_environment_never_fails_and_holds_no_environment_variables(monkeypatch)
     assert facts["packages"]["torch"] and facts["cpus"] >= 1
 
 
-ROW = {
-    "step": 3,
-    "epoch": 0.75,
-    "lr": 1e-3,
-    "loss": 1.23456,
-    "kept": 0.764,
-    "applied": 1.0,
-    "img_per_s": 1234.5,
-    "data_wait": 0.031,
-    "bad_images": 0,
-}
-
-
 def test_progress_without_a_terminal_writes_plain_lines(tmp_path, monkeypatch):
     lines: list[str] = []
-    with RunLog(tmp_path, echo=lines.append) as log, TrainProgress(10, 0, 32, log, label="dad seed 0", live=False) as bar:
-        for step in range(1, 11):
-            bar.tick(step)
-            bar.values(ROW | {"step": step})  # within the interval: only the last step gets a line
-        assert len(lines) == 1
-        monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
-        bar.values(ROW | {"gpu_memory_gb": 12.14, "bad_images": 2, "loss": float("nan")})
-    assert lines[0] == "dad seed 0  epoch 0.8  step 10/10  1,234 img/s  0:00 left  lr 0.001  loss 1.23  kept 76 %  data wait 3 %"
-    assert lines[1].endswith("loss nan  kept 76 %  data wait 3 %  bad_images 2  12.1 GiB")
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    with RunLog(tmp_path, echo=lines.append) as log:
+        with TrainProgress(10, 32, 5, "dad seed 0", log, start_step=4, live=False) as bar:
+            for step in range(4, 10):
+                bar.tick()
+                if step % 3 == 0:
+                    bar.update({"loss": 1.23456, "data_wait": 0.031, "gpu_memory": 12.14})
+        assert bar.images_per_second > 0
+    assert len(lines) == 2
+    assert lines[0].startswith("dad seed 0  epoch 2/2  step 7/10  ") and lines[0].endswith("loss 1.23  data wait 3 %  12.1 GiB")
+    assert "img/s" in lines[1] and "0:00 left" in lines[1]
     assert (tmp_path / "train.log").read_text().count("\n") == 2
 
 
@@ -136,9 +126,10 @@ def test_live_bar_shows_values_and_lines_above_it(tmp_path, monkeypatch):
     monkeypatch.setattr(console, "Console", lambda stderr: terminal)
     with RunLog(tmp_path) as log:
         before = log.echo
-        with TrainProgress(4, 2, 8, log, label="kd [seed] 0", live=True) as bar:
-            bar.tick(4)
-            bar.values(ROW | {"step": 4})
+        with TrainProgress(4, 8, 2, "kd [seed] 0", log, live=True) as bar:
+            for _ in range(4):
+                bar.tick()
+                bar.update({"loss": 0.5})
             log.say("[note] checkpoint saved")
             bar.evaluating("optdigits")(3, 9)
         assert log.echo is before

@@ -1,7 +1,7 @@
 """Progress of a run: a live bar on a terminal, a plain line every few seconds elsewhere.
 
-Nothing here touches the device. `tick` only counts; values come at log steps, when the engine has read them anyway, so the
-speed shown is that of finished work and not of kernels that were merely queued.
+Nothing here touches the device. `tick` only counts; values come at log steps, when the engine has read them anyway, so
+the speed shown is that of finished work and not of kernels that were merely queued.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dad_fast.observe.runlog import RunLog
 
 PLAIN_SECONDS = 10.0
 SHARES = {"data_wait": "data wait", "kept": "kept", "codes_changed": "codes changed", "codes_changed_dat": "codes changed (dat)"}
-USUAL = {"applied": 1.0, "bad_images": 0.0}  # shown only when they are anything else
 
 
 class TrainProgress:
@@ -23,25 +22,39 @@ class TrainProgress:
 
     total_steps, start_step  the run's length, and where a resumed run starts
     images_per_step          clean images of a step, over all processes
-    log                      gets the plain lines (train.log); it also shows them where there is no terminal
+    steps_per_epoch          for "epoch 3/20"
     label                    what is trained, such as "dad seed 0"
+    log                      gets the plain lines (train.log); shown there too where there is no terminal
     live                     None = when stderr is a terminal and rich is installed
     """
 
     def __init__(
-        self, total_steps: int, start_step: int, images_per_step: int, log: RunLog, *, label: str = "training", live: bool | None = None
+        self,
+        total_steps: int,
+        images_per_step: int,
+        steps_per_epoch: int,
+        label: str,
+        log: RunLog,
+        *,
+        start_step: int = 0,
+        live: bool | None = None,
     ) -> None:
-        self.total_steps, self.images_per_step = total_steps, images_per_step
+        self.total_steps, self.images_per_step, self.steps_per_epoch = total_steps, images_per_step, max(1, steps_per_epoch)
         self.label, self.log = label, log
+        self.step = start_step
+        self.images_per_second = 0.0
+        self._values = ""
         self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
         self._task: Any = None
         self._echo = log.echo
-        self._start = start_step
         self._last_line = time.monotonic()
+        self._mark = (self._last_line, start_step)  # time and step of the last log step: the speed is measured from there
 
     def __enter__(self) -> TrainProgress:
+        self._last_line = time.monotonic()
+        self._mark = (self._last_line, self.step)
         if self._bar is not None:
-            self._task = self._bar.add_task(self.label, total=self.total_steps, completed=self._start, text="")
+            self._task = self._bar.add_task(self.label, total=self.total_steps, completed=self.step, text="")
             self._bar.start()
             self.log.echo = lambda line: self._bar.console.print(line, markup=False, highlight=False)
         return self
@@ -51,22 +64,33 @@ class TrainProgress:
             self._bar.stop()
             self.log.echo = self._echo
 
-    def tick(self, step: int) -> None:
-        """`step` steps of the run were queued."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+    def tick(self) -> None:
+        """A step was queued."""
+        self.step += 1
 
-    def values(self, row: Mapping[str, float]) -> None:
-        """At a log step, after its values were read from the device: the row of metrics.jsonl with `step`, `epoch`, `img_per_s`
-        (clean images), `data_wait` (share of the time) and the parts of the loss."""
+    def update(self, values: Mapping[str, float]) -> None:
+        """At a log step, after its values were read from the device.
+
+        values: name → number, shown as given in this order; SHARES are shown in percent and "gpu_memory" is GiB.
+        """
         now = time.monotonic()
-        text = self._text(row)
+        then, step = self._mark
+        if self.step > step and now > then:
+            self.images_per_second = (self.step - step) * self.images_per_step / (now - then)
+        self._mark = (now, self.step)
+        self._values = "  ".join(format_value(name, value) for name, value in values.items())
         if self._bar is not None:
-            self._bar.update(self._task, text=text)
-        if now - self._last_line >= PLAIN_SECONDS or row["step"] >= self.total_steps:
+            self._bar.update(self._task, completed=self.step, text=f"{self._speed()}  {self._values}")
+        if now - self._last_line >= PLAIN_SECONDS or self.step >= self.total_steps:
             self._last_line = now
-            where = f"{self.label}  epoch {row['epoch']:.1f}  step {row['step']}/{self.total_steps}"
-            self.log.say(f"{where}  {text}", echo=self._bar is None)
+            epochs = -(-self.total_steps // self.steps_per_epoch)
+            epoch = min((self.step - 1) // self.steps_per_epoch + 1, epochs)
+            line = f"{self.label}  epoch {epoch}/{epochs}  step {self.step}/{self.total_steps}  {self._speed()}  {self._values}"
+            self.log.say(line, echo=self._bar is None)
+
+    def pause(self) -> None:
+        """Leave out the time until the next step: after a validation or a checkpoint."""
+        self._mark = (time.monotonic(), self.step)
 
     def evaluating(self, name: str) -> Callable[[int, int], None]:
         """A callback (images done, images in all) for `evaluate`, shown in this bar."""
@@ -77,13 +101,11 @@ class TrainProgress:
 
         return show
 
-    def _text(self, row: Mapping[str, float]) -> str:
-        parts = [f"{row['img_per_s']:,.0f} img/s"]
-        if row["img_per_s"] > 0:
-            parts.append(format_seconds((self.total_steps - row["step"]) * self.images_per_step / row["img_per_s"]) + " left")
-        skip = ("step", "epoch", "img_per_s")
-        parts += [format_value(name, value) for name, value in row.items() if name not in skip and USUAL.get(name) != value]
-        return "  ".join(parts)
+    def _speed(self) -> str:
+        if not self.images_per_second:
+            return "… img/s"
+        seconds = (self.total_steps - self.step) * self.images_per_step / self.images_per_second
+        return f"{self.images_per_second:,.0f} img/s  {format_seconds(seconds)} left"
 
 
 def counter(label: str, *, live: bool | None = None) -> Callable[[int, int], None]:
@@ -101,7 +123,7 @@ def format_value(name: str, value: float) -> str:
     """One value of the progress line: "ce 0.412", "data wait 3 %", "12.1 GiB"."""
     if name in SHARES:
         return f"{SHARES[name]} {100 * value:.0f} %"
-    if name == "gpu_memory_gb":
+    if name == "gpu_memory":
         return f"{value:.1f} GiB"
     return f"{name} {value:.3g}"
 
@@ -119,6 +141,5 @@ def _make_bar() -> Any:
     except ImportError:  # a bare GPU machine: plain lines do
         return None
     name, text = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[text]"))
-    return Progress(
-        name, BarColumn(bar_width=24), MofNCompleteColumn(), text, console=Console(stderr=True), refresh_per_second=2, transient=True
-    )
+    columns = (name, BarColumn(bar_width=24), MofNCompleteColumn(), text)
+    return Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True)

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,21 @@ def print_line(text: str) -> None:
 class RunLog:
     """The logs of the run in `folder`, opened for appending.
 
-    offset  length of metrics.jsonl to go on from, as a checkpoint stored it; None keeps every whole line. A last line that a
-            killed process left torn is dropped either way.
-    echo    shows a line to the user; `TrainProgress` replaces it while its live bar is up, so that lines appear above the bar.
+    A last line that a killed process left torn is dropped on opening. `echo` shows a line to the user; `TrainProgress`
+    replaces it while its live bar is up, so that lines appear above the bar.
     """
 
-    def __init__(self, folder: str | Path, offset: int | None = None, echo: Callable[[str], None] = print_line) -> None:
+    def __init__(self, folder: str | Path, echo: Callable[[str], None] = print_line) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.echo = echo
         self._metrics = open(self.folder / "metrics.jsonl", "a+b")
         self._text = open(self.folder / "train.log", "a", encoding="utf-8")
-        self.truncate_to(self._metrics.seek(0, os.SEEK_END) if offset is None else offset)
+        self.truncate_to(self._metrics.tell())
 
-    def metrics(self, row: Mapping[str, Any]) -> None:
-        """Append `row` and the time (seconds since 1970) as one line of JSON to metrics.jsonl."""
-        line = json.dumps(plain({**row, "time": round(time.time(), 3)}), allow_nan=False)
+    def metrics(self, kind: str, **values: Any) -> None:
+        """Append one line `{"kind": kind, "time": seconds since the epoch, **values}` to metrics.jsonl."""
+        line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), **values}), allow_nan=False)
         self._metrics.write(line.encode() + b"\n")
         self._metrics.flush()
 
@@ -81,12 +80,14 @@ class RunLog:
         self.close()
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of `folder`/metrics.jsonl; a missing file is an empty list, a torn last line is left out."""
+def read_metrics(folder: str | Path, kind: str = "") -> list[dict[str, Any]]:
+    """The lines of `folder`/metrics.jsonl, of one kind if named; a missing file is an empty list, a torn last line is left out."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if not kind or row["kind"] == kind]
 
 
 def environment() -> dict[str, Any]:
