@@ -1,0 +1,174 @@
+"""Judges a model on a suite: every readable image once, metrics on the device, one read at the end."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dad_fast.config.schema import DataConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.loader import EvalLoader
+from dad_fast.data.mixing import to_pixels
+from dad_fast.data.sources import EMBEDDED, Source, open_source
+from dad_fast.errors import DataError, UsageError
+from dad_fast.evaluate.corruptions import CORRUPTIONS, corrupt, num_severities
+from dad_fast.evaluate.metrics import batch_sums, finish
+
+Corruption = tuple[str, int | None]  # name, severity; None = every severity
+
+
+@dataclass(frozen=True)
+class Result:
+    """Metrics of one model on one suite. top1, top5 and ece in percent, nll in nats; top5 is None with fewer than 6 classes.
+
+    Over several severities every metric is taken over all images of all severities together, which for top-1 is the mean;
+    `by_severity` has each one's top-1. num_images counts the suite's images, each once; `skipped` could not be read.
+    """
+
+    name: str
+    num_images: int
+    top1: float
+    top5: float | None
+    ece: float
+    nll: float
+    skipped: int = 0
+    by_severity: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite's name stands for: a source, perhaps under a corruption."""
+
+    name: str
+    source: Source
+    corruption: Corruption | None = None
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    source: Source,
+    *,
+    img_size: int,
+    crop_pct: float,
+    interpolation: str,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    name: str = "",
+    corruption: Corruption | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Judge `model`: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
+
+    A module is put in eval mode meanwhile. `progress` gets (images done, images in all). Raises DataError where the model has
+    fewer outputs than the source has classes, or where no image of it can be read.
+    """
+    loader = EvalLoader(source, img_size, crop_pct, interpolation, batch_size, workers, pin_memory=device.type == "cuda")
+    if not loader.num_images:
+        raise DataError(f"{source.name}: no image to judge a model on (--suite)")
+    views = _views(corruption)
+    sums: list[Tensor] = []
+    done, num_classes = 0, 0
+    was_training = isinstance(model, torch.nn.Module) and model.training
+    if isinstance(model, torch.nn.Module):
+        model.eval()
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                pixels = to_pixels(batch.images.to(device, non_blocking=True))
+                labels, keys = batch.labels.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
+                logits = [model(view(pixels, keys)) for view in views]
+                num_classes = logits[0].shape[1]
+                if num_classes < len(source.classes):
+                    raise DataError(f"{source.name} has {len(source.classes)} classes, the model {num_classes} outputs (--suite)")
+                found = [batch_sums(output, labels) for output in logits]
+                sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+                done += len(batch.labels)
+                if progress is not None:
+                    progress(done, loader.num_images)
+    finally:
+        if isinstance(model, torch.nn.Module):
+            model.train(was_training)
+    together: dict[str, Any] = finish(torch.stack(sums).sum(dim=0), num_classes)
+    by_severity = tuple(float(finish(one, num_classes)["top1"] or 0.0) for one in sums) if len(sums) > 1 else ()
+    together["num_images"] //= len(sums)
+    return Result(name=name or source.name, **together, skipped=loader.skipped, by_severity=by_severity)
+
+
+def _views(corruption: Corruption | None) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """What is judged of each image: itself, or its corrupted versions."""
+    if corruption is None:
+        return [lambda pixels, keys: pixels]
+    name, severity = corruption
+    severities = [severity] if severity is not None else range(1, num_severities(name) + 1)
+    return [lambda pixels, keys, s=s: corrupt(name, pixels, s, keys) for s in severities]  # type: ignore[misc]
+
+
+def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap) -> list[Suite]:
+    """What the `--suite` names stand for, opened and checked against `classes`, the recorded class list of the model.
+
+    A name is a corruption (`contrast`, `contrast:3`), a split of `data.data_dir` (a sub-folder, or an embedded split), or the path
+    of an image folder. A corruption is applied to the first split or folder in the list, or else to `data.val_split`.
+
+    Raises UsageError for a name that is none of these, DataError for a folder that is missing or whose classes disagree.
+    """
+    names = list(dict.fromkeys(names))
+    plain = [name for name in names if _corruption(name) is None]
+    opened: dict[str, Source] = {}
+
+    def source(name: str) -> Source:
+        if name not in opened:
+            opened[name] = _open(name, data, classes)
+        return opened[name]
+
+    suites = []
+    for name in names:
+        corruption = _corruption(name)
+        if corruption is not None:
+            suites.append(Suite(name, source(plain[0] if plain else data.val_split), corruption))
+        else:
+            short = Path(name).name or name
+            suites.append(Suite(short if sum(Path(other).name == short for other in plain) == 1 else name, source(name)))
+    return suites
+
+
+def _corruption(name: str) -> Corruption | None:
+    """("contrast", 3) for "contrast:3"; None for a name that is no corruption's. Raises UsageError for a severity that it has not."""
+    base, colon, severity = name.partition(":")
+    if base not in CORRUPTIONS:
+        return None
+    if not colon:
+        return base, None
+    if severity not in map(str, range(1, num_severities(base) + 1)):
+        known = "1 to 5" if num_severities(base) > 1 else "1 only"
+        raise UsageError(f"--suite {name}: no severity {severity!r}; {base} has {known}, and without a number all are taken")
+    return base, int(severity)
+
+
+def _open(name: str, data: DataConfig, classes: ClassMap) -> Source:
+    embedded = data.data_dir.startswith(EMBEDDED)
+    folder = Path(name)
+    if embedded and not folder.is_dir():
+        try:
+            return open_source(data.data_dir, name, classes=classes)
+        except UsageError as error:
+            raise UsageError(f"--suite {name}: {error}{_nearest(name)}") from None
+    if not embedded and (Path(data.data_dir) / name).is_dir():
+        return open_source(data.data_dir, name, classes=classes, max_bad_share=data.max_bad_share)
+    if folder.is_dir():
+        return open_source(name, classes=classes, max_bad_share=data.max_bad_share)
+    raise DataError(f"--suite {name}: no corruption, no folder in {data.data_dir} and no other folder{_nearest(name)}")
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name.partition(":")[0], CORRUPTIONS, n=1)
+    return f"; did you mean {near[0]}?" if near else f" (corruptions: {', '.join(CORRUPTIONS)})"
