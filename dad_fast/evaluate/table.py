@@ -1,0 +1,196 @@
+"""The table of a comparison: variants down, suites across, mean ± standard deviation over student seeds.
+
+A record, OUT/results.json, holds every seed, so that the table can be made again:
+
+    {"config": TOML text, "environment": {...}, "runs": [run, ...]}
+    run = {"variant", "method", "seed", "epochs", "seconds", "suites": {name: Result as a dict},
+           "teacher": {"name", "seen", "suites"} or None, ...}
+
+`python -m dad_fast.evaluate.table OUT/results.json [top1|ece|nll]` prints it as markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dad_fast.config.schema import Config
+from dad_fast.config.toml import to_toml
+from dad_fast.errors import DadFastError, DataError, UsageError
+from dad_fast.observe.files import atomic_write_json, atomic_write_text
+from dad_fast.observe.runlog import environment
+
+METRICS = {"top1": "Top-1 accuracy in %", "ece": "Expected calibration error in %", "nll": "Negative log-likelihood in nats"}
+
+
+def write_comparison(output: Path, cfg: Config, runs: list[dict[str, Any]]) -> None:
+    """Write OUT/results.json and OUT/table.md, and print the table."""
+    record = {"config": to_toml(cfg), "environment": environment(), "runs": runs}
+    atomic_write_json(output / "results.json", record)
+    record = read_record(output / "results.json")  # what is shown is what was written
+    atomic_write_text(output / "table.md", markdown(record) + "\n\n" + markdown(record, "ece") + "\n")
+    print_table(record)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """A comparison's results.json, or that of a single run. Raises DataError for anything else."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a results.json ({error})") from None
+    if isinstance(record, dict) and "suites" in record:
+        record = {"runs": [record]}
+    if not isinstance(record, dict) or not record.get("runs"):
+        raise DataError(f"{path}: holds no runs; name the results.json of a finished run or comparison")
+    return record
+
+
+def suites(record: dict[str, Any]) -> list[str]:
+    """Every suite of the record, in the order in which they were judged."""
+    return list(dict.fromkeys(name for run in record["runs"] for name in run["suites"]))
+
+
+def variants(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each variant, one per seed, in order."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for run in record["runs"]:
+        grouped.setdefault(run["variant"], []).append(run)
+    return grouped
+
+
+def teachers(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The teachers that the runs used, each once."""
+    return list({run["teacher"]["name"]: run["teacher"] for run in record["runs"] if run.get("teacher")}.values())
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for a single value, which has none."""
+    mean = statistics.fmean(values)  # `statistics.stdev` raises on values that are not finite
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
+
+
+def cell(runs: Sequence[dict[str, Any]], suite: str, metric: str) -> tuple[float, float | None] | None:
+    """`spread` of a metric over runs; None where a run was not judged by that suite."""
+    if any(suite not in run["suites"] for run in runs):
+        return None
+    return spread([float(run["suites"][suite][metric]) for run in runs])
+
+
+def rows(record: dict[str, Any], metric: str) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
+    """Header, rows of text (teachers first), and the (row, column) of the cells that are the best or not clearly worse.
+
+    "Clearly" is more than one standard deviation, the larger of the two compared; with one seed there is none, and no cell is marked.
+    """
+    names, by_variant = suites(record), variants(record)
+    digits = 2 if metric == "nll" else 1
+    header = ["", "seeds", "epochs", "train s", *names]
+    table = []
+    for teacher in teachers(record):
+        table.append([f"teacher {teacher['name']}", "", "", "", *(_text(cell([teacher], name, metric), digits) for name in names)])
+    first = len(table)
+    cells = [[cell(runs, name, metric) for name in names] for runs in by_variant.values()]
+    for (variant, runs), row in zip(by_variant.items(), cells, strict=True):
+        epochs = statistics.fmean(float(run["epochs"]) for run in runs)
+        seconds = spread([float(run["seconds"]) for run in runs])
+        table.append([variant, str(len(runs)), f"{epochs:g}", _text(seconds, 0), *(_text(found, digits) for found in row)])
+    sign = 1 if metric == "top1" else -1
+    best = set()
+    for column in range(len(names)):
+        scored = [(i, *found) for i, row in enumerate(cells) if (found := row[column]) and math.isfinite(found[0])]
+        if len(scored) < 2 or any(sd is None for _, _, sd in scored):
+            continue
+        _, top, top_sd = max(scored, key=lambda item: sign * item[1])
+        best |= {(first + i, 4 + column) for i, mean, sd in scored if abs(top - mean) <= max(top_sd or 0.0, sd or 0.0)}
+    return header, table, best
+
+
+def _text(found: tuple[float, float | None] | None, digits: int) -> str:
+    if found is None:
+        return "–"
+    mean, sd = found
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+
+
+def notes(record: dict[str, Any], metric: str) -> list[str]:
+    """What a reader must know beside the numbers."""
+    from dad_fast.evaluate.corruptions import CORRUPTIONS
+
+    counts = sorted({len(runs) for runs in variants(record).values()})
+    seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
+    lines = [f"{METRICS[metric]}{'' if metric == 'top1' else ' (lower is better)'}; {seeds} of the student."]
+    if counts == [1]:
+        lines[0] += " One seed shows no spread: do not read small differences."
+    else:
+        lines[0] += " Mean ± standard deviation over student seeds only: the teacher, the discretizer and the split are the same."
+        lines[0] += " Bold: the best of the students, and what lies within one standard deviation of it."
+    names = suites(record)
+    corrupted = [name for name in names if name.partition(":")[0] in CORRUPTIONS]
+    if corrupted:
+        base = next((name for name in names if name not in corrupted), "the validation split")
+        lines.append(f"Corruptions are applied to `{base}`; a name without a number is taken over all its severities.")
+    for teacher in teachers(record):
+        lines.append(f"Teacher {teacher['name']} has seen: {teacher['seen'] or 'not recorded in the weights'}.")
+    skipped = {name: max(int(run["suites"][name].get("skipped", 0)) for run in record["runs"] if name in run["suites"]) for name in names}
+    lines += [f"{name}: {count} unreadable images are left out." for name, count in skipped.items() if count]
+    facts = record.get("environment")
+    if facts:
+        machine = ", ".join(gpu["name"] for gpu in facts["gpus"]) or f"{facts['cpu']}, {facts['threads']} threads"
+        lines.append(f"Train s: seconds of training without evaluation, on {machine}.")
+    return lines
+
+
+def markdown(record: dict[str, Any], metric: str = "top1") -> str:
+    """The table and its notes as GitHub markdown."""
+    header, table, best = rows(record, metric)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+    for i, row in enumerate(table):
+        shown = [f"**{text}**" if (i, j) in best else text for j, text in enumerate(_escape(text) for text in row)]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(record, metric))])
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def print_table(record: dict[str, Any], metric: str = "top1") -> None:
+    """The table on the terminal, by rich where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:  # a bare GPU machine
+        print(markdown(record, metric))
+        return
+    header, table, best = rows(record, metric)
+    grid = Table(title=METRICS[metric])
+    for i, name in enumerate(header):
+        grid.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+    for i, row in enumerate(table):
+        grid.add_row(*(Text(text, style="bold" if (i, j) in best else "") for j, text in enumerate(row)))
+    console = Console()
+    needed = console.measure(grid, options=console.options.update(width=1000)).maximum
+    console = Console(width=max(console.width, needed))  # a number that is cut off is worse than a wrapped line
+    console.print(grid)
+    for note in notes(record, metric):
+        console.print(note, markup=False, highlight=False)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if not arguments or len(arguments) > 2 or (len(arguments) == 2 and arguments[1] not in METRICS):
+            raise UsageError(f"usage: python -m dad_fast.evaluate.table RESULTS.json [{'|'.join(METRICS)}]")
+        print(markdown(read_record(arguments[0]), *arguments[1:]))
+    except DadFastError as error:
+        print(f"dad-fast: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""The comparison table: means and spreads, what is bold, what stands under it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dad_fast.config.schema import Config
+from dad_fast.evaluate import table
+from dad_fast.observe.files import atomic_write_json
+
+ROOT = Path(__file__).parents[1]
+TEACHER = {"name": "embedded:digits", "seen": "MNIST and optdigits", "suites": {}}
+
+
+def result(top1: float) -> dict:
+    return {"name": "s", "num_images": 1000, "top1": top1, "top5": 99.0, "ece": 2.0, "nll": 0.5, "skipped": 0, "by_severity": []}
+
+
+TEACHER["suites"] = {"test": result(99.5), "fog": result(97.0)}
+
+
+def run(variant: str, seed: int, test: float, fog: float, **more) -> dict:
+    suites = {"test": result(test), "fog": result(fog)}
+    return {
+        "variant": variant,
+        "method": variant,
+        "seed": seed,
+        "epochs": 20.0,
+        "seconds": 90.0 + seed,
+        "suites": suites,
+        "teacher": None,
+    } | more
+
+
+@pytest.fixture
+def runs() -> list[dict]:
+    return [
+        *(run("ce", seed, 98.0 + 0.2 * seed, 40 + 5 * seed) for seed in range(3)),
+        *(run("kd", seed, 98.1 + 0.2 * seed, 70 + seed, teacher=TEACHER, epochs=60.0) for seed in range(3)),
+    ]
+
+
+def test_rows_means_spreads_and_bold(runs):
+    header, rows, best = table.rows({"runs": runs}, "top1")
+    assert header == ["", "seeds", "epochs", "train s", "test", "fog"]
+    assert rows[0] == ["teacher embedded:digits", "", "", "", "99.5", "97.0"]
+    assert rows[1] == ["ce", "3", "20", "91 ± 1", "98.2 ± 0.2", "45.0 ± 5.0"]
+    assert rows[2] == ["kd", "3", "60", "91 ± 1", "98.3 ± 0.2", "71.0 ± 1.0"]
+    assert statistics.stdev([98.0, 98.2, 98.4]) == pytest.approx(0.2)
+    assert best == {(1, 4), (2, 4), (2, 5)}  # test: 0.1 apart with a spread of 0.2; the teacher does not compete
+
+
+def test_lower_is_better_for_errors(runs):
+    for one in runs:
+        for suite in one["suites"].values():
+            suite["ece"] = suite["top1"]
+    _, rows, best = table.rows({"runs": runs}, "ece")
+    assert (1, 5) in best and (2, 5) not in best and rows[1][5] == "45.0 ± 5.0"
+
+
+def test_one_seed_has_no_spread_and_no_bold():
+    record = {"runs": [run("ce", 0, 98.0, 40.0), run("dad", 0, 97.0, 80.0)]}
+    _, rows, best = table.rows(record, "top1")
+    assert rows == [["ce", "1", "20", "90", "98.0", "40.0"], ["dad", "1", "20", "90", "97.0", "80.0"]] and not best
+    assert "One seed shows no spread" in table.markdown(record)
+
+
+def test_missing_suite_and_numbers_that_are_none(runs):
+    del runs[1]["suites"]["fog"]
+    runs[3]["suites"]["fog"]["top1"] = "nan"
+    _, rows, best = table.rows({"runs": runs}, "top1")
+    assert best == {(1, 4), (2, 4)}
+    assert rows[1][5] == "–" and "nan" in rows[2][5]
+
+
+def test_markdown_says_what_a_reader_must_know(runs):
+    runs[0]["suites"]["test"]["skipped"] = 2
+    runs[0]["variant"] = runs[1]["variant"] = runs[2]["variant"] = "ce|long"
+    text = table.markdown({"runs": runs, "environment": {"gpus": [], "cpu": "Some CPU", "threads": 2}})
+    lines = text.splitlines()
+    assert lines[1] == "|---|---:|---:|---:|---:|---:|" and len(lines[2].split("|")) == len(lines[0].split("|"))
+    assert "| **98.3 ± 0.2** | **71.0 ± 1.0** |" in text and "ce\\|long" in text
+    for words in (
+        "3 seeds of the student",
+        "over student seeds only",
+        "applied to `test`",
+        "Teacher embedded:digits has seen: MNIST and optdigits.",
+        "test: 2 unreadable images are left out.",
+        "on Some CPU, 2 threads",
+    ):
+        assert words in text
+
+
+def test_write_and_remake(tmp_path, runs, capsys):
+    table.write_comparison(tmp_path, Config(), runs)
+    shown = capsys.readouterr().out
+    assert "98.3 ± 0.2" in shown and "Teacher embedded:digits has seen" in shown
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["runs"] == runs and "method" in record["config"] and record["environment"]["python"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dad_fast.evaluate.table", str(tmp_path / "results.json")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "table.md").read_text().startswith(done.stdout.strip())
+    assert "Expected calibration error" in (tmp_path / "table.md").read_text()
+
+
+def test_single_run_and_bad_files(tmp_path, capsys):
+    atomic_write_json(tmp_path / "one.json", run("dad", 0, 97.0, 80.0))
+    assert table.main([str(tmp_path / "one.json"), "nll"]) == 0
+    assert "| dad | 1 | 20 | 90 | 0.50 | 0.50 |" in capsys.readouterr().out
+    (tmp_path / "bad.json").write_text("{")
+    for arguments, code in (([str(tmp_path / "bad.json")], 4), ([str(tmp_path / "none.json")], 4), (["a", "top9"], 2), ([], 2)):
+        assert table.main(arguments) == code
+        error = capsys.readouterr().err
+        assert error.startswith("dad-fast: error: ") and error.count("\n") == 1
