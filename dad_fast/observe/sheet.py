@@ -1,0 +1,75 @@
+"""A picture sheet of what discretization and attack do: original, Q(original), Q(attacked), and the difference of the last two."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dad_fast.observe.files import atomic_write_bytes
+
+WIDTH = 920  # pixels that a README shows with hardly any shrinking; narrower examples stand side by side
+MIN_SIDE = 84  # smaller images are enlarged by a whole factor, without smoothing
+CAPTION, GAP, HEADER, MARGIN = 88, 4, 24, 10
+SCALES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+def write_sheet(path: str | Path, original: Tensor, discretized: Tensor, adversarial: Tensor, captions: Sequence[str]) -> None:
+    """Write a PNG with one line per example.
+
+    original, discretized, adversarial: [N, 3, H, W] in [0, 1], N ≥ 1, on any device: x, Q(x), Q(x + δ)
+    captions: N texts, lines separated by newlines, such as "four\\nkept"; a line that is too wide is cut
+
+    The change Q(x + δ) - Q(x) is shown around grey, enlarged by one factor for the whole sheet, which its heading names.
+    """
+    difference = adversarial.float() - discretized.float()
+    scale = difference_scale(difference)
+    columns = [original, discretized, adversarial, 0.5 + scale * difference / 2]
+    headings = ["original", "Q(original)", "Q(attacked)", f"{scale} x change" if scale > 1 else "change"]  # PIL's font is Latin only
+    count, side = len(original), max(original.shape[-2:])
+    zoom = max(1, -(-MIN_SIDE // side))
+    cell_w, cell_h = original.shape[-1] * zoom, original.shape[-2] * zoom
+    block = CAPTION + 4 * (cell_w + GAP)
+    num_blocks = max(1, min((WIDTH - MARGIN) // (block + MARGIN), count))
+    per_block = -(-count // num_blocks)
+    size = (MARGIN + num_blocks * (block + MARGIN), HEADER + per_block * (cell_h + GAP) + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i in range(count):
+        left, line = MARGIN + i // per_block * (block + MARGIN), i % per_block
+        top = HEADER + line * (cell_h + GAP)
+        text = "\n".join(_fit(part, font) for part in captions[i].split("\n"))
+        draw.multiline_text((left, top + cell_h / 2), text, fill="black", font=font, anchor="lm", spacing=3)
+        for j, images in enumerate(columns):
+            x = left + CAPTION + j * (cell_w + GAP)
+            if line == 0:
+                draw.text((x + cell_w / 2, HEADER / 2 + 1), headings[j], fill="black", font=font, anchor="mm")
+            sheet.paste(_to_pil(images[i]).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, top))
+    file = io.BytesIO()
+    sheet.save(file, "PNG", optimize=True)
+    atomic_write_bytes(path, file.getvalue())
+
+
+def difference_scale(difference: Tensor) -> int:
+    """The largest of SCALES that leaves at most 1 % of the values outside [-1, 1]."""
+    values = difference.detach().abs().flatten().float().cpu()
+    bulk = values.kthvalue(max(1, int(0.99 * len(values)))).values.item()
+    return max((scale for scale in SCALES if scale * bulk <= 1), default=1) if bulk > 0 else 1
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    levels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text` cut to the caption's width."""
+    if font.getlength(text) <= CAPTION - GAP:
+        return text
+    while text and font.getlength(text + "...") > CAPTION - GAP:
+        text = text[:-1]
+    return text + "..."
