@@ -10,8 +10,9 @@ import torch
 from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config
 from dad_fast.data.sources import Source, open_source
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.methods.objectives import TERMS
 from dad_fast.models.discretizer import Discretizer, load_discretizer
-from dad_fast.models.student import Student, build_student, load_student_weights
+from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher, load_teacher
 
 
@@ -48,9 +49,8 @@ class Builder:
             key = ("discretizer", repr(cfg.discretizer), repr(cfg.precision), str(device))
             discretizer = self._once(key, lambda: load_discretizer(cfg.discretizer.name, cfg.precision, device))
         torch.manual_seed(cfg.seed)  # the student's initial weights
-        student = build_student(cfg.student, len(train.classes.entries), cfg.augment.img_size)
-        if cfg.student.init_from:
-            load_student_weights(student, cfg.student.init_from)
+        num_groups = 1 + len({"dad", "aug", "dat"} & set(TERMS[cfg.method]))  # clean images, and those of each attack
+        student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)
         student = student.to(device)
         if cfg.precision.channels_last:
             student = student.to(memory_format=torch.channels_last)

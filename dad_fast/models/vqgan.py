@@ -254,6 +254,11 @@ class VQGAN(nn.Module):
 
         Keys under `loss.` (the discriminator and LPIPS of training) are dropped; every other key must match. DataError otherwise.
         """
+        return cls.load_with_provenance(path)[0]
+
+    @classmethod
+    def load_with_provenance(cls, path: str | Path) -> tuple[VQGAN, str]:
+        """`load`, and what the file says that the model was trained on."""
         state, metadata = read_state_dict(path)
         state = {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
         if "dad_fast.vqgan" in metadata:
@@ -262,7 +267,7 @@ class VQGAN(nn.Module):
             config = infer_config(state, path)
         model = cls(config)
         load_strictly(model, state, path)
-        return model
+        return model, metadata.get("dad_fast.seen", "not recorded in the weights")
 
 
 def _config_from_json(text: str, path: str | Path) -> VQGANConfig:
