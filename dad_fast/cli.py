@@ -8,12 +8,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config import Launch, check, to_toml
-from .config.fields import nearest, settings
-from .config.resolve import gather
-from .config.variants import NOT_SCIENCE
-from .errors import DadFastError, UsageError
-from .flags import DOCTOR_HELP, doctor_parser, eval_help, eval_parser, train_help, train_parser
+from dad_fast.config import Launch, check, to_toml
+from dad_fast.config.fields import nearest, settings
+from dad_fast.config.resolve import gather
+from dad_fast.config.variants import NOT_SCIENCE
+from dad_fast.errors import DadFastError, UsageError
+from dad_fast.flags import DOCTOR_HELP, doctor_parser, eval_help, eval_parser, train_help, train_parser
 
 TOP_HELP = """\
 usage: dad-fast VERB [...]
@@ -111,7 +111,7 @@ def _train(arguments: list[str], debug: bool) -> int:
     )
     if launch.resume and launch.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it: leave one out")
-    from .commands import train
+    from dad_fast.commands import train
 
     return train.run(cfg, launch)
 
@@ -122,7 +122,7 @@ def _eval(arguments: list[str], debug: bool) -> int:
         return 0
     given = vars(eval_parser().parse(arguments))
     flags = {path: given[path] for path in settings() if path in given}
-    from .commands import eval as command
+    from dad_fast.commands import eval as command
 
     return command.run(given["checkpoint"], flags, given["json"])
 
@@ -132,7 +132,7 @@ def _doctor(arguments: list[str], debug: bool) -> int:
         print(DOCTOR_HELP, end="")
         return 0
     numerics = doctor_parser().parse(arguments).numerics
-    from .commands import doctor
+    from dad_fast.commands import doctor
 
     return doctor.run(numerics)
 

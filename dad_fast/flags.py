@@ -8,9 +8,9 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .config.fields import OTHER_NAMES, Setting, nearest, sections, settings
-from .config.resolve import preset_names
-from .errors import UsageError
+from dad_fast.config.fields import OTHER_NAMES, Setting, nearest, sections, settings
+from dad_fast.config.resolve import preset_names
+from dad_fast.errors import UsageError
 
 WIDTH = 100
 
@@ -21,7 +21,7 @@ examples:
   dad-fast train --preset demo                                             # on embedded data
   dad-fast train --preset demo --method dad --max-steps 20 -o runs/try     # a first look
   dad-fast train --preset dad-vitb16 --data-dir DIR --discretizer vqgan.ckpt \\
-      --teacher open_clip:ViT-L-14/openai --student-weights vitb16.safetensors -o runs/dad
+      --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad                   # ImageNet
 """
 
 TRAIN_OUTRO = """\
@@ -52,15 +52,18 @@ that is required is missing or broken.
 """
 
 EVAL_SETTINGS = (
-    *("data.data_dir", "eval.suites", "teacher.name", "data.batch_size", "device", "data.workers", "precision.amp"),
-    *("data.class_map", "data.val_split", "augment.img_size", "augment.crop_pct", "augment.interpolation"),
-    *("teacher.head", "teacher.templates", "precision.student"),
+    *("data.data_dir", "eval.suites", "teacher.name", "data.batch_size", "data.workers", "device", "data.class_map", "data.val_split"),
+    *("augment.img_size", "augment.crop_pct", "augment.interpolation", "teacher.head", "teacher.templates"),
 )
 EVAL_TEXTS = {
     "data.data_dir": "image folder or embedded:digits; empty = the run's own",
-    "eval.suites": "splits of the data, image folders, or corruptions as NAME or NAME:SEVERITY; empty = the run's own",
+    "eval.suites": "splits of the data, image folders, or corruptions as NAME or NAME:SEVERITY; empty = the run's own, or --val-split",
     "teacher.name": "judge this teacher too; without CKPT, only the teacher",
     "data.batch_size": "images per batch",
+    "data.val_split": "what corruptions are applied to when --suite names no split",
+    "augment.img_size": "side of the square images; 0 = the model's own",
+    "augment.crop_pct": "share of the resized image kept; 0 = the model's own",
+    "augment.interpolation": "resampling filter; empty = the model's own",
 }
 
 
@@ -169,7 +172,7 @@ def eval_help() -> str:
     table = settings()
     lines = [EVAL_INTRO.rstrip(), "", "flags:"]
     lines += [_two_columns(_names(table[path]), EVAL_TEXTS.get(path, table[path].help)) for path in EVAL_SETTINGS]
-    lines.append(_two_columns("--json FILE", "write the results there too (an existing file is replaced)"))
+    lines.append(_two_columns("--json FILE", "write the results there too; an existing .json is replaced"))
     lines.append(_two_columns("--debug", "show tracebacks"))
     return "\n".join(lines)
 

@@ -60,7 +60,7 @@ def examine(numerics: bool = False) -> Iterator[Row]:
     """One row after another; a check that fails itself becomes a row."""
     checks: list[Callable[[], Iterator[Row]]] = [python, packages, demo, cuda, driver, kernels, apex, dali, xformers, cache, verified]
     if numerics:
-        from .numerics import rows as numeric_rows
+        from dad_fast.commands.numerics import rows as numeric_rows
 
         checks.append(numeric_rows)
     for check in checks:
@@ -188,7 +188,7 @@ def driver() -> Iterator[Row]:
 def kernels() -> Iterator[Row]:
     if find_spec("torch") is None:
         return
-    from ..kernels import csrc_status
+    from dad_fast.kernels import csrc_status
 
     state, _, rest = csrc_status().partition(": ")
     reason, _, mend = rest.removesuffix(")").rpartition(" (") if state == "off" else (rest, "", "")
@@ -237,7 +237,7 @@ def xformers() -> Iterator[Row]:
 
 
 def cache() -> Iterator[Row]:
-    from ..data.cache import cache_dir
+    from dad_fast.data.cache import cache_dir
 
     folder = cache_dir()
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())

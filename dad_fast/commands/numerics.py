@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels import nearest_code
-from ..methods.attack import PGD
-from .doctor import Row
+from dad_fast.commands.doctor import Row
+from dad_fast.kernels import nearest_code
+from dad_fast.methods.attack import PGD
 
 TOLERANCE = 1e-5  # of a pixel in [0, 1], where float32 meets float64
 

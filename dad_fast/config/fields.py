@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from ..errors import UsageError
-from .schema import Config, Rule
+from dad_fast.config.schema import Config, Rule
+from dad_fast.errors import UsageError
 
 # What people who know timm type, where this project has another word for it.
 OTHER_NAMES = {

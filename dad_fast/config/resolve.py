@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
-from .fields import coerce, flatten, get, lookup, nearest, settings, toml_value, with_values
-from .schema import USES_DISCRETIZER, USES_TEACHER, Config
-from .variants import expand
+from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, toml_value, with_values
+from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config
+from dad_fast.config.variants import expand
+from dad_fast.errors import UsageError
 
 PRESETS = Path(__file__).parent / "presets"
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")

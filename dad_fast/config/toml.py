@@ -6,9 +6,9 @@ from typing import Any
 
 import tomli_w
 
-from .fields import get, sections, settings
-from .resolve import Layers
-from .schema import Config
+from dad_fast.config.fields import get, sections, settings
+from dad_fast.config.resolve import Layers
+from dad_fast.config.schema import Config
 
 
 def to_toml(cfg: Config) -> str:

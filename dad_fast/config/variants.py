@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .fields import coerce, flatten, get, lookup, settings, with_values
-from .schema import Config
+from dad_fast.config.fields import coerce, flatten, get, lookup, settings, with_values
+from dad_fast.config.schema import Config
 
 # Settings that may differ between a run and its continuation without changing what it computes, so that `--resume` lets
 # them differ: how fast images are loaded and whether they are counted as bad too late (data.workers, data.max_bad_share),
