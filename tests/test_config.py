@@ -193,6 +193,24 @@ def test_to_toml_round_trips_exactly() -> None:
     assert to_toml(from_toml(text)) == text
 
 
+def test_any_config_round_trips() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    text = some.text(some.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+    number = some.floats(allow_nan=False, allow_infinity=False)
+    leaf = some.booleans() | some.integers(-(2**63), 2**63 - 1) | number | text
+    value = some.recursive(leaf, lambda inner: some.lists(inner, max_size=3) | some.dictionaries(text, inner, max_size=3), max_leaves=6)
+
+    @hypothesis.given(name=text, lr=some.floats(1e-300, 1e300), suites=some.lists(text), kwargs=some.dictionaries(text, value, max_size=4))
+    def round_trip(name: str, lr: float, suites: list[str], kwargs: dict[str, object]) -> None:
+        variants = {"a": {"student.model_kwargs": kwargs, "optim.lr": lr}}
+        values = {"teacher.name": name, "optim.lr": lr, "eval.suites": tuple(suites), "student.model_kwargs": kwargs, "variants": variants}
+        cfg = with_values(Config(), values)
+        assert from_toml(to_toml(cfg)) == cfg
+
+    round_trip()
+
+
 def test_to_toml_says_every_setting_with_its_meaning() -> None:
     text = to_toml(Config())
     for path, setting in settings().items():

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 # Distributions whose module has another name.
-MODULES = {"open_clip_torch": "open_clip", "apache-tvm-ffi": "tvm_ffi", "pillow": "PIL", "nvidia-ml-py": "pynvml", "tomli-w": "tomli_w"}
+MODULES = {"open_clip_torch": "open_clip", "apache-tvm-ffi": "tvm_ffi", "pillow": "PIL", "nvidia-ml-py": "pynvml"}
 # Listed as dependencies, but everything works on the CPU without them: their own rows below say what is then off.
 OPTIONAL = {"triton", "apache-tvm-ffi", "nvidia-ml-py"}
 WIDTH = 100
@@ -87,7 +87,7 @@ def packages() -> Iterator[Row]:
         mend = f"pip install '{requirement.partition(';')[0].strip()}'"
         version = installed(name)
         try:
-            module = import_module(MODULES.get(name, name))
+            module = import_module(MODULES.get(name, name.replace("-", "_")))
         except ModuleNotFoundError as error:
             missing = "not installed" if version is None else f"{version} does not import: {error}"
             yield Row(name, "wrong" if required else "off", missing, mend, required)
@@ -95,7 +95,7 @@ def packages() -> Iterator[Row]:
         except Exception as error:  # a broken binary raises anything
             yield Row(name, "wrong", f"{version} does not import: {' '.join(str(error).split())}", mend + " --force-reinstall", required)
             continue
-        version = version or getattr(module, "__version__", "version unknown")
+        version = version or str(getattr(module, "__version__", "version unknown"))
         if lowest and as_tuple(version) < as_tuple(lowest):
             yield Row(name, "wrong", f"{version}, older than the {lowest} that is needed", mend, required)
         elif below and as_tuple(version) >= as_tuple(below):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
-
-import tomli_w
 
 from dad_fast.config.fields import get, sections, settings
 from dad_fast.config.resolve import Layers
@@ -40,8 +40,15 @@ def _value(value: Any) -> str:
         return "{" + ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_value, value)) + "]"
-    return tomli_w.dumps({"v": value})[len("v = ") :].rstrip("\n")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return _string(value) if isinstance(value, str) else repr(value)
 
 
 def _key(key: str) -> str:
-    return tomli_w.dumps({key: 0})[: -len(" = 0\n")]
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _string(key)
+
+
+def _string(text: str) -> str:
+    """JSON's escapes are TOML's, but for the one control character that JSON allows."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
