@@ -170,3 +170,20 @@ def test_embedded_suites():
         open_suites(["optdigit"], data, classes)
     mean = judge(lambda pixels: pixels.mean(dim=(1, 2, 3))[:, None] * torch.arange(10.0), suites[2].source, corruption=suites[2].corruption)
     assert mean.num_images == 1000 and 5 < mean.top1 < 20
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu():
+    source = MemorySource(50)
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 7))
+    options = {
+        "img_size": 16,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "batch_size": 16,
+        "workers": 0,
+        "corruption": ("contrast", None),
+    }
+    expected = evaluate(linear, source, device=CPU, **options)
+    found = evaluate(linear.cuda(), source, device=torch.device("cuda"), **options)
+    assert found.num_images == 50 and found.top1 == pytest.approx(expected.top1) and found.nll == pytest.approx(expected.nll, rel=1e-4)

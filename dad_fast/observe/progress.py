@@ -108,17 +108,6 @@ class TrainProgress:
         return f"{self.images_per_second:,.0f} img/s  {format_seconds(seconds)} left"
 
 
-def counter(label: str, *, live: bool | None = None) -> Callable[[int, int], None]:
-    """A callback (done, total) that shows counting on a terminal and nothing elsewhere: for work without a run's log."""
-    if not (sys.stderr.isatty() if live is None else live):
-        return lambda done, total: None
-
-    def show(done: int, total: int) -> None:
-        print(f"\r{label} {done}/{total}" + ("\n" if done >= total else ""), end="", file=sys.stderr, flush=True)
-
-    return show
-
-
 def format_value(name: str, value: float) -> str:
     """One value of the progress line: "ce 0.412", "data wait 3 %", "12.1 GiB"."""
     if name in SHARES:
