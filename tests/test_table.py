@@ -81,6 +81,7 @@ def test_missing_suite_and_numbers_that_are_none(runs):
 
 def test_markdown_says_what_a_reader_must_know(runs):
     runs[0]["suites"]["test"]["skipped"] = 2
+    runs[3]["discretizer"], runs[3]["bn"] = {"name": "some.ckpt", "seen": ""}, "joint"
     runs[0]["variant"] = runs[1]["variant"] = runs[2]["variant"] = "ce|long"
     text = table.markdown({"runs": runs, "environment": {"gpus": [], "cpu": "Some CPU", "threads": 2}})
     lines = text.splitlines()
@@ -91,6 +92,8 @@ def test_markdown_says_what_a_reader_must_know(runs):
         "over student seeds only",
         "applied to `test`",
         "Teacher embedded:digits has seen: MNIST and optdigits.",
+        "Discretizer some.ckpt has seen: not recorded in the weights.",
+        "clean and attacked images: joint.",
         "test: 2 unreadable images are left out.",
         "on Some CPU, 2 threads",
     ):

@@ -4,7 +4,7 @@ A record, OUT/results.json, holds every seed, so that the table can be made agai
 
     {"config": TOML text, "environment": {...}, "runs": [run, ...]}
     run = {"variant", "method", "seed", "epochs", "seconds", "suites": {name: Result as a dict},
-           "teacher": {"name", "seen", "suites"} or None, ...}
+           "teacher": {"name", "seen", "suites"} or None, "discretizer": {"name", "seen"} or None, "bn": mode or None, ...}
 
 `python -m dad_fast.evaluate.table OUT/results.json [top1|ece|nll]` prints it as markdown.
 """
@@ -63,9 +63,9 @@ def variants(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return grouped
 
 
-def teachers(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The teachers that the runs used, each once."""
-    return list({run["teacher"]["name"]: run["teacher"] for run in record["runs"] if run.get("teacher")}.values())
+def teachers(record: dict[str, Any], part: str = "teacher") -> list[dict[str, Any]]:
+    """The teachers (or another frozen `part`) that the runs used, each once."""
+    return list({run[part]["name"]: run[part] for run in record["runs"] if run.get(part)}.values())
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -133,8 +133,11 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
     if corrupted:
         base = next((name for name in names if name not in corrupted), "the validation split")
         lines.append(f"Corruptions are applied to `{base}`; a name without a number is taken over all its severities.")
-    for teacher in teachers(record):
-        lines.append(f"Teacher {teacher['name']} has seen: {teacher['seen'] or 'not recorded in the weights'}.")
+    for part in ("teacher", "discretizer"):
+        for used in teachers(record, part):
+            lines.append(f"{part.capitalize()} {used['name']} has seen: {(used['seen'] or 'not recorded in the weights').rstrip('.')}.")
+    if modes := sorted({run["bn"] for run in record["runs"] if run.get("bn")}):
+        lines.append(f"Batch norm of the students over clean and attacked images: {', '.join(modes)}.")
     skipped = {name: max(int(run["suites"][name].get("skipped", 0)) for run in record["runs"] if name in run["suites"]) for name in names}
     lines += [f"{name}: {count} unreadable images are left out." for name, count in skipped.items() if count]
     facts = record.get("environment")
