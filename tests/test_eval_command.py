@@ -139,6 +139,7 @@ def test_what_cannot_be_judged_says_so(place: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 64)
     for arguments, code, message in [
         ([], 2, "nothing to judge"),
+        (["--suite", "test", place / "run"], 2, "before --suite"),
         ([tmp_path / "none"], 4, "no such checkpoint"),
         ([tmp_path / "cmp"], 4, "several runs"),
         ([tmp_path / "broken.safetensors", "--data-dir", "x"], 4, "broken.safetensors"),

@@ -31,7 +31,8 @@ def run(checkpoint: str, flags: Mapping[str, Any], json_path: str) -> int:
     """Returns the exit code. `flags` maps settings' paths to what was typed; what it leaves out comes from the run's config.toml."""
     _check_json(json_path)
     if not checkpoint and not flags.get("teacher.name"):
-        raise UsageError("nothing to judge: name a checkpoint (a run's folder or a .safetensors file), or a --teacher")
+        before = " before --suite" if "eval.suites" in flags else ""  # which takes all names that follow it
+        raise UsageError(f"nothing to judge: name a checkpoint (a run's folder or a .safetensors file){before}, or a --teacher")
     weights = checkpoint_file(checkpoint) if checkpoint else None
     cfg = _settings(weights, flags)
     device = resolve_device(cfg.device)
