@@ -1,0 +1,82 @@
+"""The shape of a VQGAN: the published ones, and how a weights file tells its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from dad_fast.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig:
+    """The shape of a VQGAN. `attn_levels` are the levels (0 = full resolution) whose blocks are followed by attention."""
+
+    in_channels: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_levels: tuple[int, ...] = (3,)
+    z_channels: int = 4
+    embed_dim: int = 4
+    n_embed: int = 16384
+    norm_groups: int = 32  # taming's; a layer with fewer channels has one channel per group
+
+    @property
+    def downsample(self) -> int:
+        """Side of the square of pixels that one code stands for."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+def _f16(n_embed: int) -> VQGANConfig:
+    return VQGANConfig(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), z_channels=256, embed_dim=256, n_embed=n_embed)
+
+
+PRESETS: dict[str, VQGANConfig] = {
+    "f8-256": VQGANConfig(n_embed=256),
+    "f8-16384": VQGANConfig(n_embed=16384),
+    "f16-1024": _f16(1024),
+    "f16-16384": _f16(16384),
+}
+
+
+def config_from_json(text: str, path: str | Path) -> VQGANConfig:
+    """The config that `VQGAN.save` wrote as metadata. DataError (naming `path`) where it is not one."""
+    known = {field.name for field in fields(VQGANConfig)}
+    try:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        raise DataError(f"{path}: its metadata dad_fast.vqgan is not a JSON object; write the file again with VQGAN.save") from None
+    if unknown := sorted(values.keys() - known):
+        raise DataError(f"{path}: unknown VQGAN setting {unknown[0]!r} in its metadata; it was written by another version of dad-fast")
+    return VQGANConfig(**values)
+
+
+def infer_config(state: Mapping[str, Tensor], path: str | Path) -> VQGANConfig:
+    """The config that a taming state dict was made with, from its keys and shapes. DataError (naming `path`) where it is not a VQGAN."""
+    if "quantize.embed.weight" in state:
+        raise DataError(f"{path}: this is a Gumbel VQGAN, which has another quantizer; use one with quantize.embedding.weight")
+    try:
+        ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
+        num_levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
+        num_blocks = 1 + max(int(key.split(".")[4]) for key in state if key.startswith("encoder.down.0.block."))
+        n_embed, embed_dim = state["quantize.embedding.weight"].shape
+        return VQGANConfig(
+            in_channels=in_channels,
+            ch=ch,
+            ch_mult=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(num_levels)),
+            num_res_blocks=num_blocks,
+            attn_levels=tuple(i for i in range(num_levels) if f"encoder.down.{i}.attn.0.q.weight" in state),
+            z_channels=state["decoder.conv_in.weight"].shape[1],
+            embed_dim=embed_dim,
+            n_embed=n_embed,
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):
+        raise DataError(
+            f"{path}: not a VQGAN with taming-transformers' keys (no encoder.*, decoder.* and quantize.embedding.weight); "
+            "--discretizer needs such a checkpoint"
+        ) from None
