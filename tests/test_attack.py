@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from hypothesis import given, settings, strategies as st  # noqa: E402
 
-from dad_fast.methods.attack import PGD  # noqa: E402
+from dad_fast.methods.attack import PGD, cross_entropy_direction  # noqa: E402
 from dad_fast.methods.measures import share_changed, signal_to_rounding  # noqa: E402
 
 SHAPE = (3, 4, 4)
@@ -70,16 +70,39 @@ def test_random_start_has_norm_eps_and_the_right_share_of_samples():
     assert 0.72 < started.float().mean() < 0.88
 
 
-def test_a_confident_model_is_still_attacked():
-    """Its gradient is so small that the square of its entries is 0 in float32."""
+@pytest.mark.parametrize("scale", [1, 10, 100, 1000])
+def test_a_confident_model_is_still_attacked(scale):
+    """Its p_y - 1 is 0 in float32, and its gradient so small that the square of its entries is 0."""
     model, x = Linear(), pixels()
     labels = (model(x)[:, 0] < model(x)[:, 1]).long()
-
-    def confident(z):
-        return model(z) * 20
-
     expected = PGD("l2", 0.1, 0.1, 1, 0)(model, x, labels, KEYS)
-    torch.testing.assert_close(PGD("l2", 0.1, 0.1, 1, 0)(confident, x, labels, KEYS), expected, rtol=0, atol=1e-5)
+    got = PGD("l2", 0.1, 0.1, 1, 0)(lambda z: model(z) * scale, x, labels, KEYS)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [0.0, 5.0, 20.0, 60.0, 300.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_direction_of_cross_entropy_at_any_confidence(gap, dtype):
+    """Against the exact gradient in 400 digits: softmax minus one-hot, by Python's fractions of exponentials."""
+    from mpmath import mp, mpf
+
+    mp.dps = 400
+    logits = torch.tensor([[gap, 0.0, -1.0, -2.5], [0.3, gap, 0.0, 1.0]], dtype=dtype)
+    labels = torch.tensor([0, 0])
+    got = cross_entropy_direction(logits, labels)
+    for row, label, found in zip(logits.double().tolist(), labels.tolist(), got.tolist(), strict=True):
+        powers = [mp.exp(mpf(v)) for v in row]
+        exact = [p / sum(powers) - (i == label) for i, p in enumerate(powers)]
+        largest = max(abs(v) for v in exact)
+        assert found == pytest.approx([float(v / largest) for v in exact], abs=1e-3 if dtype == torch.float16 else 1e-6)
+
+
+def test_soft_targets_give_the_gradient_of_soft_cross_entropy_in_float64():
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(6, 5, dtype=torch.float64).softmax(-1)
+    (-(targets * logits.log_softmax(-1)).sum()).backward()
+    expected = logits.grad / logits.grad.abs().amax(dim=1, keepdim=True)
+    torch.testing.assert_close(cross_entropy_direction(logits.detach(), targets), expected)
 
 
 def test_zero_gradient_moves_nothing():

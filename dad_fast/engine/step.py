@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -17,9 +18,9 @@ from dad_fast.data.mixing import Mixed, mix, to_pixels
 from dad_fast.engine.update import Update
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import discretize, perturb
-from dad_fast.methods.measures import share_changed
+from dad_fast.methods.measures import share_changed, signal_to_rounding
 from dad_fast.methods.objectives import TERMS, Logits, keep_mask, objective, smooth
-from dad_fast.models.discretizer import Discretizer
+from dad_fast.models.discretizer import Discretizer, VQGANDiscretizer
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
 
@@ -114,6 +115,19 @@ class TrainStep:
             if before is not None and after is not None:
                 shares[name] = share_changed(after, before).item()
         return shares
+
+    def signal_to_rounding(self, batch: Batch) -> float | None:
+        """How much the attack moves the encoder's output, over how much the encoder's own rounding does; None without an encoder."""
+        if not isinstance(self.discretizer, VQGANDiscretizer):
+            return None
+        batch = batch.to(self.device)
+        x, y, _, _ = self.mixed(batch)
+        few = slice(0, 2)
+        model = self.teacher or self.student_in_eval
+        base, perturbed = perturb(self.discretizer, model, self.attack, x[few], y[few], batch.seeds[few], self.cfg.attack.order)
+        exact = copy.deepcopy(self.discretizer.vqgan).double()
+        with torch.no_grad():
+            return signal_to_rounding(self.discretizer.encode, lambda pixels: exact.encode(pixels.double()), base, perturbed).item()
 
     def student_in_eval(self, x: Tensor) -> Tensor:
         """The student as DAT attacks it: fixed statistics and no dropout, so that the attack leaves no trace in the student."""

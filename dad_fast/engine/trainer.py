@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dad_fast.config import differences, from_toml, to_toml
 from dad_fast.config.schema import Config
 from dad_fast.data.loader import Batch, TrainLoader
-from dad_fast.data.sources import Source
 from dad_fast.engine.build import Parts
 from dad_fast.engine.checkpoint import (
     Checkpoint,
@@ -31,7 +30,7 @@ from dad_fast.engine.signals import stop_requests
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import NotFinite, UsageError
-from dad_fast.evaluate.runner import Result, evaluate
+from dad_fast.evaluate.runner import Result, Suite, evaluate
 from dad_fast.models.student import Student, save_student
 from dad_fast.observe.progress import TrainProgress
 from dad_fast.observe.runlog import RunLog, print_line
@@ -73,11 +72,15 @@ class Trainer:
         """Runs to the end, or until a signal asks to stop: then the state is saved and Preempted or Interrupted raised."""
         batches = self.loader.batches(self.next_step, self.total_steps)
         with stop_requests() as stop, self._progress() as progress:
-            clock = self.clock
+            clock, first = self.clock, True
             clock.skip()
             while self.next_step < self.total_steps:
                 with clock.waiting():
                     batch = next(batches)
+                if first:
+                    self._check_signal(batch)
+                    clock.skip()
+                    first = False
 
                 lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
                 scalars = self.step(batch, self.next_step, lr)
@@ -115,7 +118,7 @@ class Trainer:
         epoch, every = self.next_step // self.steps_per_epoch, self.cfg.eval.every_epochs
         best = False
         if last or (epoch_ends and every and epoch % every == 0 and not stopping):
-            result = self.judge(self.cfg.data.val_split, self.parts.val, progress)
+            result = self.judge(self.evaluated, Suite(self.cfg.data.val_split, self.parts.val), progress.evaluating("validation"))
             best = result.top1 > self.best_top1
             self.best_top1 = max(self.best_top1, result.top1)
             self.log.metrics("val", step=self.next_step, epoch=epoch, top1=result.top1, nll=result.nll, ece=result.ece)
@@ -157,13 +160,43 @@ class Trainer:
         """The weights that evaluation uses: the EMA's when there is one."""
         return self.update.ema.module if self.update.ema is not None else self.parts.student
 
-    def judge(self, name: str, source: Source, progress: TrainProgress) -> Result:
+    def judge(self, model: nn.Module, suite: Suite, progress: Callable[[int, int], None] | None = None) -> Result:
+        """`model` on `suite`, with the student's view of an image (size, crop, filter) and the run's precision."""
         student, aug = self.parts.student, self.cfg.augment
-        return evaluate(
-            self.evaluated, source, name=name, img_size=student.image_size, crop_pct=aug.crop_pct or student.crop_pct,
-            interpolation=aug.interpolation or student.interpolation, batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
-            workers=self.cfg.data.workers, device=self.parts.device, progress=progress.evaluating(name),
-        )  # fmt: skip
+        with self.step.autocast():
+            return evaluate(
+                model, suite.source, name=suite.name, img_size=student.image_size, crop_pct=aug.crop_pct or student.crop_pct,
+                interpolation=aug.interpolation or student.interpolation, batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
+                workers=self.cfg.data.workers, device=self.parts.device, corruption=suite.corruption, progress=progress,
+            )  # fmt: skip
+
+    def say_what_is_trained(self) -> None:
+        """The first lines of the log."""
+        cfg, parts = self.cfg, self.parts
+        millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
+        lines = [
+            f"{self.label}: {cfg.method}, {cfg.student.name} ({millions:.2f} M parameters) on {parts.device}, "
+            f"steps {self.next_step:,} to {self.total_steps:,} of {cfg.data.batch_size} images",
+            parts.train.describe(),
+        ]
+        if parts.teacher is not None:
+            lines.append(f"teacher {parts.teacher.name}; it has seen: {parts.teacher.provenance}")
+        if parts.discretizer is not None:
+            lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
+        for line in lines:
+            self.log.say(line, echo=line is lines[0])
+
+    def _check_signal(self, batch: Batch) -> None:
+        """Once a run: whether the attack can be seen above the encoder's rounding."""
+        ratio = self.step.signal_to_rounding(batch)
+        if ratio is None:
+            return
+        self.log.metrics("attack", step=self.next_step, signal_to_rounding=ratio)
+        if ratio < 3:
+            self.log.say(
+                f"warning: the attack moves the encoder's output only {ratio:.2g} times as much as rounding does, so many codes "
+                "change by chance; raise --attack-eps, or set precision.encoder=float32"
+            )
 
     def _save(self, best: bool) -> None:
         ema = self.update.ema

@@ -97,7 +97,7 @@ def rows(record: dict[str, Any], metric: str) -> tuple[list[str], list[list[str]
     for (variant, runs), row in zip(by_variant.items(), cells, strict=True):
         epochs = statistics.fmean(float(run["epochs"]) for run in runs)
         seconds = spread([float(run["seconds"]) for run in runs])
-        table.append([variant, str(len(runs)), f"{epochs:g}", _text(seconds, 0), *(_text(found, digits) for found in row)])
+        table.append([variant, str(len(runs)), f"{epochs:.4g}", _text(seconds, 0), *(_text(found, digits) for found in row)])
     sign = 1 if metric == "top1" else -1
     best = set()
     for column in range(len(names)):

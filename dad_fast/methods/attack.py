@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dad_fast.config.schema import AttackConfig
 from dad_fast.methods.noise import keyed_normal, keyed_uniform
-from dad_fast.methods.objectives import soft_cross_entropy
 
 STREAM_DIRECTION, STREAM_COIN = 1, 2  # streams of a sample's key that the attack draws from
 
@@ -50,9 +50,8 @@ class PGD:
         for _ in range(self.steps):
             x = (pixels + delta).requires_grad_(True)
             with torch.enable_grad():
-                # The sum, not the mean: each sample's gradient must not depend on the size of the batch.
-                loss = soft_cross_entropy(model(x), targets, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, x)
+                logits = model(x)
+            (gradient,) = torch.autograd.grad(logits, x, cross_entropy_direction(logits, targets))
             delta = self._project(delta + self.step_size * self._direction(gradient), pixels)
         return pixels + delta
 
@@ -71,7 +70,7 @@ class PGD:
     def _direction(self, gradient: Tensor) -> Tensor:
         if self.norm == "linf":
             return gradient.sign()
-        # Scaled by its largest entry first: a confident teacher's gradient may be so small that its square is 0 in float32.
+        # Scaled by its largest entry first: a gradient may be so small that its square is 0 in float32.
         largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
         scaled = gradient / torch.where(largest > 0, largest, 1.0)
         return scaled / _l2(scaled)
@@ -83,6 +82,25 @@ class PGD:
         else:
             delta = delta.clamp(-self.eps, self.eps)
         return (pixels + delta).clamp(0.0, 1.0) - pixels
+
+
+@torch.no_grad()
+def cross_entropy_direction(logits: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of CE(logits, targets) in the logits [B, C], each row divided by its largest entry.
+
+    PGD uses a gradient's direction alone, so the scale is free, and two roundings can be avoided that would leave a confident
+    teacher unattacked: p_y - 1 is 0 in float32 from a logit gap of 17 on (a row sums to 0, so its largest probability's entry is
+    minus the sum of the others), and what is left would underflow on its way back through a 16-bit model.
+    """
+    probs = torch.softmax(logits.double(), dim=-1)
+    if targets.dim() == 1:
+        targets = F.one_hot(targets, logits.shape[-1])
+    gradient = probs - targets
+    top = probs.argmax(dim=-1, keepdim=True)
+    gradient.scatter_(1, top, 0.0)
+    gradient.scatter_(1, top, -gradient.sum(dim=-1, keepdim=True))
+    largest = gradient.abs().amax(dim=-1, keepdim=True)
+    return (gradient / torch.where(largest > 0, largest, 1.0)).to(logits.dtype)
 
 
 def _l2(x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ instead of amplifying the few that are left. All arithmetic is float32 in log-sp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,16 +40,14 @@ class Logits:
     teacher_dad: Tensor | None = None
 
 
-def soft_cross_entropy(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: Literal["mean", "sum"] = "mean"
-) -> Tensor:
-    """CE of logits [B, C] against labels int64 [B] or probabilities [B, C], times weight [B]; "mean" divides by B."""
+def soft_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+    """CE of logits [B, C] against labels int64 [B] or probabilities [B, C], times weight [B]; mean over the batch size."""
     log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)
     if targets.dim() == 1:
         losses = -log_probs.gather(1, targets[:, None]).squeeze(1)
     else:
         losses = -(targets * log_probs).sum(dim=-1)
-    return _reduce(losses, weight, reduction)
+    return _mean(losses, weight)
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
@@ -58,7 +55,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, weight: T
     student_log_probs = F.log_softmax(_at_least_float32(student) / temperature, dim=-1)
     teacher_log_probs = F.log_softmax(_at_least_float32(teacher) / temperature, dim=-1)
     losses = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(dim=-1)
-    return temperature**2 * _reduce(losses, weight, "mean")
+    return temperature**2 * _mean(losses, weight)
 
 
 def keep_mask(teacher_dad: Tensor, labels: Tensor, second_labels: Tensor | None = None) -> Tensor:
@@ -108,8 +105,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
-def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+def _mean(losses: Tensor, weight: Tensor | None) -> Tensor:
     if weight is not None:
         # `where`, not a product: a filtered sample whose loss is infinite must count as 0, not as NaN.
         losses = (losses * weight).where(weight != 0, 0.0)
-    return losses.sum() if reduction == "sum" else losses.sum() / losses.shape[0]
+    return losses.sum() / losses.shape[0]

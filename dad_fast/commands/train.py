@@ -1,0 +1,126 @@
+"""`dad-fast train`: one run, or every variant and seed of a comparison, judged and written to the output folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dad_fast.config import Config, Launch, expand, to_toml
+from dad_fast.engine.build import Builder, Parts
+from dad_fast.engine.finish import finish
+from dad_fast.engine.trainer import Trainer
+from dad_fast.errors import DataError, UsageError
+from dad_fast.evaluate.runner import Suite, open_suites
+from dad_fast.evaluate.table import print_table, read_record, write_comparison
+from dad_fast.observe.files import atomic_write_json, atomic_write_text
+from dad_fast.observe.report import write_report
+from dad_fast.observe.runlog import environment, print_line
+
+OF_A_RUN = (
+    "config.toml", "run.json", "metrics.jsonl", "train.log", "checkpoints", "model.safetensors", "results.json", "sheet.png",
+    "table.md", "report.html",
+)  # fmt: skip
+
+
+def run(cfg: Config, launch: Launch) -> int:
+    """Returns the exit code. Layout: OUT itself for one run; OUT/<variant>/seed-<s>/ and a table in OUT for several."""
+    output, runs = Path(launch.output), expand(cfg)
+    _check_output(output, launch)
+    if launch.resume not in ("", "auto") and len(runs) > 1:
+        raise UsageError("--resume PATH continues one run; use --resume auto for a comparison of several")
+    builder = Builder()
+    suites: list[Suite] = []
+    for one in {name: one for name, _, one in runs}.values():
+        parts = builder.build(one)  # whatever a user got wrong in any variant shows here, before a file is written
+        suites = open_suites(one.eval.suites, one.data, parts.train.classes)
+    if launch.overwrite:
+        _clear(output)
+    output.mkdir(parents=True, exist_ok=True)
+    if len(runs) > 1:
+        atomic_write_text(output / "config.toml", to_toml(cfg))
+    taught: dict[str, dict[str, Any]] = {}
+    folders = [output / name / f"seed-{seed}" if len(runs) > 1 else output for name, seed, _ in runs]
+    records = []
+    for number, ((name, seed, one), folder) in enumerate(zip(runs, folders, strict=True), start=1):
+        label = f"[{number}/{len(runs)}] {name} seed {seed}" if len(runs) > 1 else name
+        records.append(_one(name, one, folder, label, launch, builder, suites, taught))
+    if len(runs) > 1:
+        write_comparison(output, cfg, records)
+        write_report(output)
+        print_line(f"{output}: table.md, report.html, results.json, and a folder a run")
+    else:
+        print_table(read_record(output / "results.json"))
+    return 0
+
+
+def _one(
+    name: str, cfg: Config, folder: Path, label: str, launch: Launch, builder: Builder, suites: list[Suite], taught: dict[str, Any]
+) -> dict[str, Any]:
+    """One run, or what is left of it, or its record where it is finished."""
+    finished = folder / "results.json"
+    if launch.resume and finished.exists():
+        print_line(f"{label}: finished already ({folder})")
+        return _read_finished(finished)
+    parts = builder.build(cfg)
+    trainer = Trainer(cfg, parts, folder, label, launch.resume, launch.allow_config_change)
+    atomic_write_text(folder / "config.toml", to_toml(cfg))
+    atomic_write_json(folder / "run.json", environment() | {"variant": name, "preset": launch.preset, **_weights(parts)})
+    trainer.say_what_is_trained()
+    summary = trainer.train()
+    return finish(trainer, name, suites, summary, taught)
+
+
+def _read_finished(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and --resume auto judges the run again") from None
+    return record
+
+
+def _weights(parts: Parts) -> dict[str, Any]:
+    frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
+    return {name: {"name": p.name, "sha256": p.weights_sha256, "seen": p.provenance} for name, p in frozen.items() if p is not None}
+
+
+def _check_output(output: Path, launch: Launch) -> None:
+    """An existing folder is never touched unless the user said how."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; name a folder")
+    occupied = output.is_dir() and any(output.iterdir())
+    if not occupied or launch.resume:
+        return
+    if not launch.overwrite:
+        raise UsageError(f"--output {output} exists; go on with --resume auto, replace it with --overwrite, or name another folder")
+    if not _is_run(output) and not _runs_inside(output):
+        raise UsageError(f"--overwrite: {output} is not empty and holds no run; name another folder")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").exists()
+
+
+def _runs_inside(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob("*/seed-*/run.json")]
+
+
+def _clear(output: Path) -> None:
+    """Remove what runs have written, and nothing else that may lie in the folder."""
+    for inside in _runs_inside(output):
+        _clear_one(inside)
+        for empty in (inside, inside.parent):
+            if not any(empty.iterdir()):
+                empty.rmdir()
+    if output.is_dir():
+        _clear_one(output)
+
+
+def _clear_one(folder: Path) -> None:
+    for name in OF_A_RUN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

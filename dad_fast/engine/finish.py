@@ -1,0 +1,95 @@
+"""The end of a run: judge the student on every suite, and write what the run's folder is kept for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dad_fast.config.schema import USES_TEACHER
+from dad_fast.data.loader import EvalLoader
+from dad_fast.data.mixing import soft_targets, to_pixels
+from dad_fast.engine.trainer import Trainer
+from dad_fast.evaluate.runner import Result, Suite
+from dad_fast.methods.discretize import discretize
+from dad_fast.methods.objectives import keep_mask
+from dad_fast.observe.files import atomic_write_json
+from dad_fast.observe.report import write_report
+from dad_fast.observe.sheet import write_sheet
+
+SHEET_ROWS = 8
+
+
+def finish(
+    trainer: Trainer, variant: str, suites: Sequence[Suite], summary: dict[str, float], taught: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Write model.safetensors, sheet.png, results.json and report.html; returns the record that results.json holds.
+
+    suites: what the student is judged on; the validation split alone where there are none.
+    taught: results of teachers by name, filled here: a teacher that several runs share is judged once.
+    """
+    cfg, parts, output = trainer.cfg, trainer.parts, trainer.output
+    suites = suites or [Suite(cfg.data.val_split, parts.val)]
+    trainer.write_model(output / "model.safetensors")
+    student = {suite.name: trainer.judge(trainer.evaluated, suite) for suite in suites}
+    teacher = None
+    if parts.teacher is not None:
+        if parts.teacher.name not in taught:
+            taught[parts.teacher.name] = {suite.name: trainer.judge(parts.teacher, suite).to_dict() for suite in suites}
+        teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": taught[parts.teacher.name]}
+    if parts.discretizer is not None:
+        _sheet(trainer, output / "sheet.png")
+    record = {
+        "variant": variant,
+        "method": cfg.method,
+        "seed": cfg.seed,
+        **summary,
+        "student": cfg.student.name,
+        "num_parameters": sum(p.numel() for p in trainer.evaluated.parameters()),
+        "bn": cfg.student.bn if parts.student.has_batch_stats else None,
+        "suites": {name: result.to_dict() for name, result in student.items()},
+        "teacher": teacher,
+        "discretizer": None if parts.discretizer is None else {"name": parts.discretizer.name, "seen": parts.discretizer.provenance},
+    }
+    atomic_write_json(output / "results.json", record)
+    write_report(output)
+    trainer.log.say(f"{trainer.label}: {_line(student)}")
+    return record
+
+
+def _line(results: dict[str, Result]) -> str:
+    return "  ".join(f"{name} {result.top1:.1f} %" for name, result in results.items())
+
+
+def _sheet(trainer: Trainer, path: Path) -> None:
+    """x, Q(x) and Q(x + delta) of a few validation images: against the teacher, or the student where that is what is attacked."""
+    cfg, parts = trainer.cfg, trainer.parts
+    assert parts.discretizer is not None
+    attacked = parts.teacher if USES_TEACHER[cfg.method] else trainer.evaluated
+    assert attacked is not None
+    student = parts.student
+    loader = EvalLoader(parts.val, student.image_size, student.crop_pct, student.interpolation, SHEET_ROWS, workers=0)
+    batch = next(iter(loader))
+    x, labels = to_pixels(batch.images.to(parts.device)), batch.labels.to(parts.device)
+    attacked.eval()
+    target = soft_targets(labels, student.num_classes)
+    found = discretize(parts.discretizer, attacked, trainer.step.attack, x, target, batch.samples.to(parts.device), cfg.attack.order)
+    with torch.no_grad():
+        plain = parts.discretizer(x)
+        said = attacked(found.images)
+    names = parts.train.classes.names
+    changed = _changed(plain.codes, found.codes)
+    captions = []
+    for label, answer, kept, share in zip(labels.tolist(), said.argmax(1).tolist(), keep_mask(said, labels).tolist(), changed, strict=True):
+        verdict = "kept" if kept else f"{'dropped' if cfg.loss.filter else 'seen as'}: {names[answer]}"
+        captions.append("\n".join([names[label], verdict, *([f"{share:.0%} of codes"] if share is not None else [])]))
+    write_sheet(path, x, plain.images, found.images, captions)
+
+
+def _changed(before: torch.Tensor | None, after: torch.Tensor | None) -> list[float | None]:
+    if before is None or after is None:
+        return [None] * SHEET_ROWS
+    shares: list[float | None] = (before != after).float().mean(dim=(1, 2)).tolist()
+    return shares
