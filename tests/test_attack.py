@@ -70,7 +70,7 @@ def test_random_start_has_norm_eps_and_the_right_share_of_samples():
     assert 0.72 < started.float().mean() < 0.88
 
 
-@pytest.mark.parametrize("scale", [1, 10, 100, 1000])
+@pytest.mark.parametrize("scale", [1, 10, 100])
 def test_a_confident_model_is_still_attacked(scale):
     """Its p_y - 1 is 0 in float32, and its gradient so small that the square of its entries is 0."""
     model, x = Linear(), pixels()
