@@ -38,15 +38,15 @@ def require(*modules: str) -> None:
 
 
 def call(command: list[str], log: Path) -> str:
-    """Run in the checkout, output appended to `log`; returns this call's output, raises RuntimeError with its last line on failure."""
+    """Run in the checkout, output appended to `log` as it comes; returns its last line, RuntimeError with it on failure."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(command)}\n{done.stdout}\n")
-    if done.returncode:
-        lines = done.stdout.strip().splitlines()
-        raise RuntimeError(f"exit code {done.returncode}: {lines[-1] if lines else 'no output'}")
-    return done.stdout
+        print("$", *command, file=file, flush=True)
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    last_line = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+    if code:
+        raise RuntimeError(f"exit code {code}: {last_line}")
+    return last_line
 
 
 def train(arguments: list[str], output: Path, log: Path) -> None:
@@ -54,7 +54,7 @@ def train(arguments: list[str], output: Path, log: Path) -> None:
 
 
 def speeds(run: Path) -> dict[str, Any]:
-    """Images a second over the log windows of a run, without the first, which holds the warm-up."""
+    """A run's images a second, by log window and without the first, which holds the warm-up; and its settings."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     windows = [row for row in rows if row["kind"] == "train"]
     if len(windows) < 3:
@@ -64,14 +64,15 @@ def speeds(run: Path) -> dict[str, Any]:
         "img_per_s": {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "windows": len(rates)},
         "gpu_memory_gib": max(row.get("gpu_memory", 0.0) for row in windows),
         "last": windows[-1],
+        "config": (run / "config.toml").read_text(encoding="utf-8"),
     }
 
 
 def tests(options: argparse.Namespace, log: Path, work: Path) -> dict[str, Any]:
-    output = call([sys.executable, "-m", "pytest", "-m", "gpu", "-ra", "--continue-on-collection-errors", "tests"], log)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output.splitlines()[-1])}
+    closing_line = call([sys.executable, "-m", "pytest", "-m", "gpu", "-ra", "--continue-on-collection-errors", "tests"], log)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", closing_line)}
     if not counts.get("passed") and options.device != "cpu":
-        raise RuntimeError(f"no test ran: {output.splitlines()[-1]}")
+        raise RuntimeError(f"no test ran: {closing_line}")
     return {"counts": counts}
 
 
@@ -115,6 +116,7 @@ def vitb16(options: argparse.Namespace, log: Path, work: Path) -> dict[str, Any]
         *("--data-dir", str(work / "images"), "--student", model, "--teacher", f"timm:{model}@{work / 'teacher.safetensors'}"),
         *("--discretizer", str(work / "vqgan.safetensors"), "--batch-size", str(options.batch_size), "--workers", str(options.workers)),
         *("--max-steps", str(options.steps), "--epochs", "1000", "--amp", "--set", "log_every=2", "--set", "eval.every_epochs=0"),
+        *("--checkpoint-every-steps", str(options.steps)),
         *("--device", options.device),
     ]
     runs = {}
@@ -129,7 +131,8 @@ def check(name: str, part: Callable[..., dict[str, Any]], options: argparse.Name
     """Run one part and write its result file; returns passed, failed or skipped."""
     from dad_fast.observe.runlog import environment
 
-    log = out / f"{name}.log"
+    file, log = out / f"{name}.json", out / f"{name}.log"
+    file.unlink(missing_ok=True)  # an older verdict must not outlive a killed run
     log.write_text("", encoding="utf-8")
     started = time.time()
     result: dict[str, Any] = {"part": name, "device": options.device}
@@ -142,9 +145,9 @@ def check(name: str, part: Callable[..., dict[str, Any]], options: argparse.Name
         except Exception as error:  # whatever failed belongs into the result file, and the next part still runs
             result |= {"verdict": "failed", "reason": f"{type(error).__name__}: {error}"}
     result |= {"seconds": round(time.time() - started, 1), "environment": environment()}
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    reason = f" ({result['reason']})" if "reason" in result else ""
-    print(f"{name}: {result['verdict']}{reason}, see {out / name}.json", flush=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    why = f" ({result['reason']})" if "reason" in result else ""
+    print(f"{name}: {result['verdict']}{why}, see {file}", flush=True)
     return result["verdict"]
 
 
