@@ -3,7 +3,8 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-from hypothesis import given, settings, strategies as st  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 from dad_fast.methods.attack import PGD, cross_entropy_direction  # noqa: E402
 from dad_fast.methods.measures import share_changed, signal_to_rounding  # noqa: E402

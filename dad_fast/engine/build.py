@@ -54,12 +54,29 @@ class Builder:
         student = student.to(device)
         if cfg.precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
+        _try_one_image(cfg, device, student, teacher, discretizer)
         return Parts(device, train, val, student, teacher, discretizer)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._frozen:
             self._frozen[key] = make()
         return self._frozen[key]
+
+
+@torch.no_grad()
+def _try_one_image(cfg: Config, device: torch.device, student: Student, teacher: Teacher | None, discretizer: Discretizer | None) -> None:
+    """A size that a model cannot take shows here, in one line, and not in the first step."""
+    side = student.image_size
+    pixels = torch.zeros(1, 3, side, side, device=device)
+    try:
+        student.eval()(pixels)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(f"--student {cfg.student.name} cannot take images of {side} px ({why}); set --img-size or student.model_kwargs") from None
+    if teacher is not None:
+        teacher(pixels)
+    if discretizer is not None:
+        discretizer(pixels)
 
 
 def _source(cfg: Config, split: str) -> Source:

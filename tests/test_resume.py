@@ -1,0 +1,166 @@
+"""A run that is stopped, killed or damaged goes on and ends bit for bit where the straight run ends."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+for package in ("timm", "open_clip", "mlxtend", "sklearn"):
+    pytest.importorskip(package)
+from dad_fast.config import resolve, to_toml  # noqa: E402
+from dad_fast.engine.build import Builder  # noqa: E402
+from dad_fast.engine.checkpoint import CheckpointFolder, generator_tensors, restore_generators  # noqa: E402
+from dad_fast.engine.trainer import Trainer  # noqa: E402
+from dad_fast.errors import DataError, NotFinite, Preempted, UsageError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILDER = Builder()
+COMMON = [
+    "data.batch_size=50", "data.workers=0", "log_every=7", "eval.every_epochs=0", "eval.suites=[]",
+    "augment.mixup=0.8", "augment.cutmix=1.0", "augment.scale=[0.6,1.0]", "ema.model_ema=true", "optim.clip_grad=1.0", "schedule.epochs=1",
+    "student.name=resnet18", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "student.drop_path=0.2", "variants={}", "device=cpu",
+]  # fmt: skip
+
+
+def config(method="dad", *more):
+    return resolve("demo", None, [*COMMON, f"method={method}", *more], {})
+
+
+def trainer(folder, cfg, resume=""):
+    return Trainer(cfg, BUILDER.build(cfg), folder, "test", resume)
+
+
+def run(folder, cfg, resume=""):
+    made = trainer(folder, cfg, resume)
+    made.train()
+    return made
+
+
+def digest(folder, step):
+    path = folder / "checkpoints" / f"step-{step}"
+    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in ("model.safetensors", "train.safetensors")}
+
+
+@pytest.mark.parametrize("method", ["dad", "dat+dad", "ce"])
+def test_k_steps_and_the_rest_equal_the_straight_run(tmp_path, method):
+    cfg = config(method)
+    run(tmp_path / "straight", replace(cfg, max_steps=12))
+    run(tmp_path / "parts", replace(cfg, max_steps=5))
+    torch.manual_seed(12345)  # whatever happened to the generators in between
+    run(tmp_path / "parts", replace(cfg, max_steps=12), "auto")
+    assert digest(tmp_path / "straight", 12) == digest(tmp_path / "parts", 12)
+    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("straight", "parts")]
+    last = [[r for r in one if r["kind"] == "train"][-1] for one in rows]
+    assert [r["loss"] for r in last][0] == pytest.approx(last[1]["loss"], rel=1e-6)
+
+
+COMMAND = [sys.executable, "-m", "dad_fast", "train", "--preset", "demo"]
+
+
+def command(folder, *more):
+    sets = [part for item in [*COMMON, "method=dad", *more] for part in ("--set", item)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*COMMAND, *sets, "--resume", "auto", "-o", str(folder)], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number):
+    more = ("checkpoint.every_steps=3", "max_steps=30")
+    process = command(tmp_path / "killed", *more)
+    wait_for(tmp_path / "killed/checkpoints/step-6", process)
+    process.send_signal(number)
+    _, said = process.communicate()
+    if number == signal.SIGTERM:
+        assert process.returncode == 75 and "--resume auto" in said.splitlines()[-1]
+    else:
+        assert process.returncode == -9
+    process = command(tmp_path / "killed", *more)
+    assert process.wait(120) == 0, process.communicate()[1]
+    process = command(tmp_path / "straight", *more)
+    assert process.wait(120) == 0, process.communicate()[1]
+    assert digest(tmp_path / "killed", 30) == digest(tmp_path / "straight", 30)
+    assert (tmp_path / "killed/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
+
+
+def test_a_damaged_latest_gives_way_to_the_one_before_aloud(tmp_path, capsys):
+    cfg = config("ce", "checkpoint.every_steps=3")
+    run(tmp_path, replace(cfg, max_steps=6))
+    damaged = tmp_path / "checkpoints/step-6/train.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert trainer(tmp_path, cfg, "auto").next_step == 3
+    assert "step-6 is damaged" in capsys.readouterr().err
+    (tmp_path / "checkpoints/step-3/state.json").write_text("{")
+    with pytest.raises(DataError, match="no sound checkpoint"):
+        trainer(tmp_path, cfg, "auto")
+
+
+def test_changed_science_is_refused_with_the_difference(tmp_path):
+    run(tmp_path, config("ce", "max_steps=2"))
+    with pytest.raises(UsageError, match=r"optim\.lr"):
+        trainer(tmp_path, config("ce", "optim.lr=0.5"), "auto")
+    assert trainer(tmp_path, config("ce", "log_every=1"), "auto").next_step == 2
+    changed = config("ce", "optim.lr=0.5")
+    assert Trainer(changed, BUILDER.build(changed), tmp_path, "test", "auto", allow_config_change=True).next_step == 2
+
+
+def test_not_a_number_stops_the_run_and_keeps_the_state(tmp_path):
+    made = trainer(tmp_path, config("ce", "optim.lr=1e30", "optim.clip_grad=0", "schedule.warmup_epochs=0", "max_steps=20"))
+    with pytest.raises(NotFinite, match="--lr"):
+        made.train()
+    kept = made.checkpoints.load("auto", print)
+    assert all(torch.isfinite(v).all() for k, v in kept.tensors.items() if k.startswith("student.") and v.is_floating_point())
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step, best in ((1, False), (2, True), (3, False), (4, False), (5, False)):
+        folder.save(step, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), best)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-2", "step-4", "step-5"]
+    assert os.readlink(tmp_path / "latest") == "step-5" and os.readlink(tmp_path / "best") == "step-2"
+
+
+def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(1, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), False)
+
+    def full_disk(path):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        folder.save(2, {"x": torch.ones(1)}, {}, full_disk, False)
+    assert folder.load("auto", print).state["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-1"]
+
+
+def test_generators_are_restored():
+    import random
+
+    import numpy as np
+
+    random.gauss(0, 1), np.random.randn()  # both keep half a pair for the next call
+    saved = generator_tensors(torch.device("cpu"))
+    first = random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(1)
+    restore_generators(saved, torch.device("cpu"))
+    assert first == (random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(1))
+
+
+def test_preempted_is_75_and_the_settings_round_trip():
+    assert Preempted.exit_code == 75
+    assert "mixup = 0.8" in to_toml(config())
