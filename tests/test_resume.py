@@ -40,6 +40,7 @@ def trainer(folder, cfg, resume=""):
 
 def run(folder, cfg, resume=""):
     made = trainer(folder, cfg, resume)
+    made.start()
     made.train()
     return made
 
@@ -122,6 +123,7 @@ def test_changed_science_is_refused_with_the_difference(tmp_path):
 
 def test_not_a_number_stops_the_run_and_keeps_the_state(tmp_path):
     made = trainer(tmp_path, config("ce", "optim.lr=1e30", "optim.clip_grad=0", "schedule.warmup_epochs=0", "max_steps=20"))
+    made.start()
     with pytest.raises(NotFinite, match="--lr"):
         made.train()
     kept = made.checkpoints.load("auto", print)

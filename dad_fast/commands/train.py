@@ -11,7 +11,7 @@ from dad_fast.config import Config, Launch, expand, to_toml
 from dad_fast.engine.build import Builder, Parts
 from dad_fast.engine.finish import finish
 from dad_fast.engine.trainer import Trainer
-from dad_fast.errors import DataError, UsageError
+from dad_fast.errors import UsageError
 from dad_fast.evaluate.runner import Suite, open_suites
 from dad_fast.evaluate.table import print_table, read_record, write_comparison
 from dad_fast.observe.files import atomic_write_json, atomic_write_text
@@ -30,18 +30,19 @@ def run(cfg: Config, launch: Launch) -> int:
     _check_output(output, launch)
     if launch.resume not in ("", "auto") and len(runs) > 1:
         raise UsageError("--resume PATH continues one run; use --resume auto for a comparison of several")
+    folders = [output / name / f"seed-{seed}" if len(runs) > 1 else output for name, seed, _ in runs]
     builder = Builder()
-    suites: list[Suite] = []
+    # Whatever a user got wrong, in any variant, shows here, before a file is written or removed.
     for one in {name: one for name, _, one in runs}.values():
-        parts = builder.build(one)  # whatever a user got wrong in any variant shows here, before a file is written
+        parts = builder.build(one)
         suites = open_suites(one.eval.suites, one.data, parts.train.classes)
+        Trainer(one, parts, output, "", launch.resume if len(runs) == 1 else "", launch.allow_config_change)
     if launch.overwrite:
         _clear(output)
     output.mkdir(parents=True, exist_ok=True)
     if len(runs) > 1:
         atomic_write_text(output / "config.toml", to_toml(cfg))
     taught: dict[str, dict[str, Any]] = {}
-    folders = [output / name / f"seed-{seed}" if len(runs) > 1 else output for name, seed, _ in runs]
     records = []
     for number, ((name, seed, one), folder) in enumerate(zip(runs, folders, strict=True), start=1):
         label = f"[{number}/{len(runs)}] {name} seed {seed}" if len(runs) > 1 else name
@@ -58,26 +59,28 @@ def run(cfg: Config, launch: Launch) -> int:
 def _one(
     name: str, cfg: Config, folder: Path, label: str, launch: Launch, builder: Builder, suites: list[Suite], taught: dict[str, Any]
 ) -> dict[str, Any]:
-    """One run, or what is left of it, or its record where it is finished."""
-    finished = folder / "results.json"
-    if launch.resume and finished.exists():
-        print_line(f"{label}: finished already ({folder})")
-        return _read_finished(finished)
+    """One run, or what is left of it, or its record where nothing is left."""
     parts = builder.build(cfg)
     trainer = Trainer(cfg, parts, folder, label, launch.resume, launch.allow_config_change)
+    if launch.resume and trainer.next_step == trainer.total_steps:
+        record = _finished(folder / "results.json", suites)
+        if record:
+            print_line(f"{label}: finished already ({folder})")
+            return record
     atomic_write_text(folder / "config.toml", to_toml(cfg))
     atomic_write_json(folder / "run.json", environment() | {"variant": name, "preset": launch.preset, **_weights(parts)})
-    trainer.say_what_is_trained()
+    trainer.start()
     summary = trainer.train()
     return finish(trainer, name, suites, summary, taught)
 
 
-def _read_finished(path: Path) -> dict[str, Any]:
+def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
+    """The record of a run that was judged on these suites; None where it is to be judged again."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and --resume auto judges the run again") from None
-    return record
+        return record if not suites or set(record["suites"]) == {suite.name for suite in suites} else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _weights(parts: Parts) -> dict[str, Any]:

@@ -39,8 +39,9 @@ class Builder:
         train = self._once(("source", cfg.data.train_split, repr(cfg.data)), lambda: _source(cfg, cfg.data.train_split))
         val = self._once(("source", cfg.data.val_split, repr(cfg.data)), lambda: _source(cfg, cfg.data.val_split))
         if val.classes != train.classes:
-            splits = f"{cfg.data.train_split} and {cfg.data.val_split}"
-            raise DataError(f"--data-dir {cfg.data.data_dir}: {splits} differ in their classes; mend the folders or give --class-map")
+            splits, other = f"{cfg.data.train_split} and {cfg.data.val_split}", set(train.classes.folders) ^ set(val.classes.folders)
+            what = f"only one of {splits} has the class {min(other)}" if other else f"{splits} order their classes differently"
+            raise DataError(f"--data-dir {cfg.data.data_dir}: {what}; mend the folders or give --class-map")
         teacher = discretizer = None
         if USES_TEACHER[cfg.method]:
             key = ("teacher", repr(cfg.teacher), repr(cfg.precision), str(device), train.classes)
@@ -71,8 +72,8 @@ def _try_one_image(cfg: Config, device: torch.device, student: Student, teacher:
     try:
         student.eval()(pixels)
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise UsageError(f"--student {cfg.student.name} cannot take images of {side} px ({why}); set --img-size or student.model_kwargs") from None
+        what = f"cannot take images of {side} px ({str(error).splitlines()[0]})"
+        raise UsageError(f"--student {cfg.student.name} {what}; set --img-size or student.model_kwargs") from None
     if teacher is not None:
         teacher(pixels)
     if discretizer is not None:

@@ -37,7 +37,7 @@ from dad_fast.observe.runlog import RunLog, print_line
 
 
 class Trainer:
-    """Trains `parts.student` into the folder `output`; build it, then call `train()`.
+    """Trains `parts.student` into the folder `output`. Building one checks everything and writes nothing; then `start()`, `train()`.
 
     resume: "" starts at step 0; "auto" goes on from the newest sound checkpoint in `output`; a path goes on from that checkpoint.
     """
@@ -65,8 +65,25 @@ class Trainer:
         found = self.checkpoints.load(resume, print_line) if resume else None
         if found is not None:
             self._restore(found, allow_config_change)
-        self.log = RunLog(output)
-        self.log.truncate_to(found.state["metrics_offset"] if found else 0)
+        self.metrics_offset = found.state["metrics_offset"] if found else 0
+
+    def start(self) -> None:
+        """Open the logs, and say what is about to happen."""
+        self.log = RunLog(self.output)
+        self.log.truncate_to(self.metrics_offset)
+        cfg, parts = self.cfg, self.parts
+        millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
+        lines = [
+            f"{self.label}: {cfg.method}, {cfg.student.name} ({millions:.2f} M parameters) on {parts.device}, "
+            f"steps {self.next_step:,} to {self.total_steps:,} of {cfg.data.batch_size} images",
+            parts.train.describe(),
+        ]
+        if parts.teacher is not None:
+            lines.append(f"teacher {parts.teacher.name}; it has seen: {parts.teacher.provenance}")
+        if parts.discretizer is not None:
+            lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
+        for line in lines:
+            self.log.say(line, echo=line is lines[0])
 
     def train(self) -> dict[str, float]:
         """Runs to the end, or until a signal asks to stop: then the state is saved and Preempted or Interrupted raised."""
@@ -169,22 +186,6 @@ class Trainer:
                 interpolation=aug.interpolation or student.interpolation, batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
                 workers=self.cfg.data.workers, device=self.parts.device, corruption=suite.corruption, progress=progress,
             )  # fmt: skip
-
-    def say_what_is_trained(self) -> None:
-        """The first lines of the log."""
-        cfg, parts = self.cfg, self.parts
-        millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
-        lines = [
-            f"{self.label}: {cfg.method}, {cfg.student.name} ({millions:.2f} M parameters) on {parts.device}, "
-            f"steps {self.next_step:,} to {self.total_steps:,} of {cfg.data.batch_size} images",
-            parts.train.describe(),
-        ]
-        if parts.teacher is not None:
-            lines.append(f"teacher {parts.teacher.name}; it has seen: {parts.teacher.provenance}")
-        if parts.discretizer is not None:
-            lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
-        for line in lines:
-            self.log.say(line, echo=line is lines[0])
 
     def _check_signal(self, batch: Batch) -> None:
         """Once a run: whether the attack can be seen above the encoder's rounding."""
