@@ -60,7 +60,8 @@ class VQGANDiscretizer:
 class Identity:
     """No discretizer: the ablation that keeps the attack's noise."""
 
-    name, provenance, weights_sha256 = "identity", "nothing: it changes nothing", None
+    name, provenance = "identity", "nothing: it changes nothing"
+    weights_sha256: str | None = None
 
     def __call__(self, pixels: Tensor) -> Discretized:
         return Discretized(pixels.detach(), None)
@@ -69,7 +70,8 @@ class Identity:
 class Jpeg:
     """JPEG compression (4:2:0) by Pillow on the host: another code for images, with no learned part."""
 
-    provenance, weights_sha256 = "nothing: it is not trained", None
+    provenance = "nothing: it is not trained"
+    weights_sha256: str | None = None
 
     def __init__(self, quality: int) -> None:
         self.quality, self.name = quality, f"jpeg:{quality}"

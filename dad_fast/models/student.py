@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model
 from torch import Tensor, nn
 
+from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.weights import load_strictly, read_state_dict, write_safetensors
@@ -83,8 +83,7 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
 def _create(name: str, num_classes: int, img_size: int, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
     base = name.removeprefix("hf-hub:").removeprefix("timm:")
     if not name.startswith("hf-hub:") and not timm.is_model(base.partition(".")[0]):
-        near = difflib.get_close_matches(base, timm.list_models(), n=1)
-        raise UsageError(f"--student {name}: timm has no such model{f'; did you mean {near[0]}?' if near else '; see timm.list_models()'}")
+        raise UsageError(f"--student {name}: timm has no such model{nearest(base, timm.list_models())}")
     try:
         if img_size:
             try:  # vision transformers need to know it, convolutional networks do not take it

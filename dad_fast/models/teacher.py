@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +11,13 @@ import torch.nn.functional as F
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from dad_fast.config.fields import nearest
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.models.weights import asset, load_strictly, read_state_dict, sha256_file
-from dad_fast.models.zeroshot import imagenet_columns, is_imagenet, prompt_names, resolve_templates, zero_shot_head
-
-log = logging.getLogger(__name__)
+from dad_fast.models.student import CLASSES, STUDENT, load_student
+from dad_fast.models.weights import load_strictly, read_state_dict, sha256_file
+from dad_fast.models.zeroshot import imagenet_columns, is_imagenet
 
 TEACHER = "dad_fast.teacher"  # metadata key under which a file names its own architecture
 UNKNOWN = "not recorded in the weights"
@@ -90,18 +88,6 @@ class Teacher(nn.Module):
             return F.linear(features, self.head_weight, self.head_bias)
 
 
-class _ImageTower(nn.Module):
-    """CLIP's image tower and projection, without the text tower, which is not needed once the head is made."""
-
-    def __init__(self, visual: nn.Module) -> None:
-        super().__init__()
-        self.visual = visual
-
-    def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.visual(x)
-        return features
-
-
 class _Columns(nn.Module):
     """A model's outputs for some of its classes, in the order of a class map."""
 
@@ -123,177 +109,72 @@ def load_teacher(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConf
     names its own architecture in its metadata. Raises UsageError for a name that is none of these, EnvironmentProblem for weights
     that cannot be had, DataError for a file or a class list that does not fit.
     """
-    name = cfg.name
-    if name.startswith("open_clip:"):
-        arch, at, file = name.removeprefix("open_clip:").partition("@")
-        teacher = _from_open_clip(cfg, arch, file, classes, precision, device) if at else _from_tag(cfg, arch, classes, precision, device)
-    elif name.startswith("hf-hub:"):
-        teacher = _from_tag(cfg, name, classes, precision, device)
-    elif name.startswith("timm:"):
-        teacher = _from_timm(cfg, name.removeprefix("timm:"), classes, precision)
-    else:
-        teacher = _from_file(cfg, classes, precision, device)
-    return teacher.to(device)
+    if cfg.name.startswith("timm:"):
+        return _from_timm(cfg, classes, precision).to(device)
+    from dad_fast.models.clip_teacher import load_clip_teacher  # a bare checkout has no open_clip
+
+    return load_clip_teacher(cfg, classes, precision, device).to(device)
 
 
-def _from_file(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device) -> Teacher:
-    import open_clip
-
-    embedded = cfg.name.startswith("embedded:")
-    path = asset(f"{cfg.name.removeprefix('embedded:')}-clip.safetensors") if embedded else cfg.name
-    state, metadata = read_state_dict(path)
-    if TEACHER not in metadata:
-        raise DataError(f"--teacher {path}: the file does not name its architecture; write open_clip:ARCH@{path} or timm:NAME@{path}")
-    try:
-        described = json.loads(metadata[TEACHER])
-        clip = open_clip.CLIP(**described["model_cfg"])
-        context = described["model_cfg"]["text_cfg"]["context_length"]
-        mean, std = described["mean"], described["std"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--teacher {path}: its metadata {TEACHER} is damaged ({type(error).__name__}: {error})") from None
-    load_strictly(clip, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, path)
-    return _clip_teacher(
-        cfg, clip, open_clip.SimpleTokenizer(context_length=context), classes, precision, device, mean, std,
-        own_templates=described.get("templates", ()), provenance=described.get("seen", UNKNOWN), sha256=sha256_file(path),
-    )  # fmt: skip
-
-
-def _from_open_clip(
-    cfg: TeacherConfig, arch: str, file: str, classes: ClassMap, precision: PrecisionConfig, device: torch.device
-) -> Teacher:
-    import open_clip
-
-    config = _known_arch(arch)
-    state, _ = read_state_dict(file)
-    clip = open_clip.create_model(arch, pretrained=None, load_weights=False)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    # Buffers that some files leave out and others carry: positions of the text tower, made anew by the model.
-    own = clip.state_dict()
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if k in own or not k.endswith("position_ids")}
-    load_strictly(clip, state, file)
-    gelu = "QuickGELU" if config.get("quick_gelu") else "GELU"
-    log.warning("teacher %s: architecture %s with %s, as named; OpenAI's own weights need an ARCH-quickgelu", file, arch, gelu)
-    preprocess = clip.visual.preprocess_cfg
-    return _clip_teacher(
-        cfg, clip, open_clip.get_tokenizer(arch), classes, precision, device, preprocess["mean"], preprocess["std"],
-        sha256=sha256_file(file),
-    )  # fmt: skip
-
-
-def _from_tag(cfg: TeacherConfig, arch: str, classes: ClassMap, precision: PrecisionConfig, device: torch.device) -> Teacher:
-    import open_clip
-
-    tag, quick_gelu = None, False
-    if not arch.startswith("hf-hub:"):
-        arch, _, tag = arch.partition("/")
-        config = _known_arch(arch)
-        known = open_clip.get_pretrained_cfg(arch, tag)
-        if not known:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)[:6])
-            raise UsageError(f"--teacher {cfg.name}: {arch} has no weights {tag!r}; it has {tags}; or write open_clip:{arch}@FILE")
-        # The activation belongs to the weights: with the other one CLIP is silently several points worse.
-        quick_gelu = bool(known.get("quick_gelu"))
-        if config.get("quick_gelu") and not quick_gelu:
-            raise UsageError(f"--teacher {cfg.name}: these weights use GELU; write open_clip:{arch.removesuffix('-quickgelu')}/{tag}")
-    try:
-        clip = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick_gelu, require_pretrained=True)
-    except Exception as error:  # open_clip, the hub's client and urllib each have their own errors
-        why = " ".join(str(error).split())[:120]
-        raise EnvironmentProblem(f"--teacher {cfg.name}: its weights cannot be had ({why}); give a local file: open_clip:ARCH@FILE") from None
-    preprocess = clip.visual.preprocess_cfg
-    return _clip_teacher(cfg, clip, open_clip.get_tokenizer(arch), classes, precision, device, preprocess["mean"], preprocess["std"])
-
-
-def _known_arch(arch: str) -> dict[str, Any]:
-    import difflib
-
-    import open_clip
-
-    config = open_clip.get_model_config(arch)
-    if config is None:
-        near = difflib.get_close_matches(arch, open_clip.list_models(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "see open_clip.list_models()"
-        raise UsageError(f"--teacher open_clip:{arch}: open_clip has no such architecture; {hint}")
-    return dict(config)
-
-
-def _clip_teacher(
-    cfg: TeacherConfig,
-    clip: nn.Module,
-    tokenizer: Any,
-    classes: ClassMap,
-    precision: PrecisionConfig,
-    device: torch.device,
-    mean: Any,
-    std: Any,
-    own_templates: Any = (),
-    provenance: str = UNKNOWN,
-    sha256: str | None = None,
-) -> Teacher:
-    clip = clip.eval().to(device)
-    size = clip.visual.image_size
-    if cfg.head:
-        head = _read_head(cfg.head, classes)
-    else:
-        weight = zero_shot_head(clip, tokenizer, prompt_names(classes), resolve_templates(cfg.templates, classes, own_templates))
-        bias = getattr(clip, "logit_bias", None)  # SigLIP's
-        shift = 0.0 if bias is None else float(bias)
-        head = (weight * clip.logit_scale.detach().exp().float(), torch.full((len(classes),), shift, device=weight.device))
-    return Teacher(
-        _ImageTower(clip.visual), head, name=cfg.name, classes=classes, image_size=size[0] if isinstance(size, (tuple, list)) else size,
-        mean=mean, std=std, precision=precision, unit_features=not cfg.head, provenance=provenance, weights_sha256=sha256,
-    )  # fmt: skip
-
-
-def _read_head(path: str, classes: ClassMap) -> tuple[Tensor, Tensor]:
-    """A fine-tuned linear head on image features as they are: weight [C, F], bias [C] or none, and perhaps its class list."""
-    state, metadata = read_state_dict(path)
-    if "weight" not in state or state["weight"].ndim != 2:
-        raise DataError(f"--teacher-head {path}: needs a tensor weight [classes, features], and optionally bias [classes]")
-    weight = state["weight"].float()
-    if weight.shape[0] != len(classes):
-        raise DataError(f"--teacher-head {path}: it has {weight.shape[0]} outputs, the data {len(classes)} classes; give a --class-map")
-    _same_classes(path, metadata, classes)
-    return weight, state.get("bias", torch.zeros(len(classes))).float()
-
-
-def _same_classes(path: str, metadata: Mapping[str, str], classes: ClassMap) -> None:
-    if "dad_fast.classes" not in metadata:
+def check_classes(where: str, metadata: Mapping[str, str], classes: ClassMap) -> None:
+    """DataError where the weights' own class list, if their metadata holds one, is not `classes` (by folder, in order)."""
+    if CLASSES not in metadata:
         return
-    for own, (number, folder, _) in zip(ClassMap.from_json(metadata["dad_fast.classes"]), classes, strict=True):
-        if own[1] != folder:
-            raise DataError(f"{path}: its class {number} is {own[1]!r}, the data's is {folder!r}; give the --class-map it was made with")
+    own = ClassMap.from_json(metadata[CLASSES])
+    if len(own) != len(classes):
+        raise DataError(f"{where}: its class list has {len(own)} classes, the data {len(classes)}; give the --class-map it was made with")
+    for (number, folder, _), (_, mine, _) in zip(own, classes, strict=True):
+        if folder != mine:
+            raise DataError(f"{where}: its class {number} is {folder!r}, the data's is {mine!r}; give the --class-map it was made with")
 
 
-def _from_timm(cfg: TeacherConfig, name: str, classes: ClassMap, precision: PrecisionConfig) -> Teacher:
+def _from_timm(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig) -> Teacher:
     if cfg.head:
         raise UsageError("--teacher-head belongs to open_clip teachers; a timm teacher has its own head")
-    arch, _, file = name.partition("@")
+    arch, _, file = cfg.name.removeprefix("timm:").partition("@")
     if not timm.is_model(arch.partition(".")[0]):
-        raise UsageError(f"--teacher timm:{arch}: timm has no such model; see timm.list_models()")
-    if file:
-        state, metadata = read_state_dict(file)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        model = timm.create_model(arch, pretrained=False, num_classes=_num_outputs(arch, state, file))
-        load_strictly(model, state, file)
-        if "dad_fast.classes" in metadata:
-            _same_classes(file, metadata, classes)
-    else:
-        try:
-            model = timm.create_model(arch, pretrained=True)
-        except Exception as error:  # RuntimeError without weights, the hub's own errors without a network
-            why = " ".join(str(error).split())[:120]
-            raise EnvironmentProblem(f"--teacher {cfg.name}: its weights cannot be had ({why}); give timm:{arch}@FILE") from None
+        raise UsageError(f"--teacher timm:{arch}: timm has no such model{nearest(arch, timm.list_models())}")
+    model, data = _timm_weights(arch, file, classes) if file else _timm_pretrained(arch)
     outputs = model.num_classes
     if outputs == 1000 and is_imagenet(classes):
         model = _Columns(model, imagenet_columns(classes))
     elif outputs != len(classes):
-        raise DataError(f"--teacher {cfg.name}: it has {outputs} outputs, the data {len(classes)} classes, and they are not ImageNet's wnids")
-    data = resolve_data_config({}, model=model.model if isinstance(model, _Columns) else model)
+        raise DataError(f"--teacher {cfg.name}: it has {outputs} outputs, the data {len(classes)} classes, which are not ImageNet's wnids")
     return Teacher(
-        model, None, name=cfg.name, classes=classes, image_size=data["input_size"][-1], mean=data["mean"], std=data["std"],
-        precision=precision, weights_sha256=sha256_file(file) if file else None,
-    )  # fmt: skip
+        model,
+        None,
+        name=cfg.name,
+        classes=classes,
+        image_size=data["input_size"][-1],
+        mean=data["mean"],
+        std=data["std"],
+        precision=precision,
+        weights_sha256=sha256_file(file) if file else None,
+    )
+
+
+def _timm_pretrained(arch: str) -> tuple[Any, dict[str, Any]]:
+    try:
+        model = timm.create_model(arch, pretrained=True)
+    except Exception as error:  # RuntimeError where there are no weights, the hub's own errors without a network
+        why = " ".join(str(error).split())[:120]
+        raise EnvironmentProblem(f"--teacher timm:{arch}: its weights cannot be had ({why}); give timm:{arch}@FILE") from None
+    return model, resolve_data_config({}, model=model)
+
+
+def _timm_weights(arch: str, file: str, classes: ClassMap) -> tuple[Any, dict[str, Any]]:
+    state, metadata = read_state_dict(file)
+    if STUDENT in metadata:  # a student of ours, which brings its own size and normalisation
+        student, _ = load_student(file)
+        if student.name != arch:
+            raise DataError(f"--teacher timm:{arch}@{file}: the file is a {student.name}; write timm:{student.name}@{file}")
+        check_classes(f"--teacher {file}", metadata, classes)
+        spec = student.spec
+        return student.model, {"input_size": (3, spec["img_size"], spec["img_size"]), "mean": spec["mean"], "std": spec["std"]}
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    model = timm.create_model(arch, pretrained=False, num_classes=_num_outputs(arch, state, file))
+    load_strictly(model, state, file)
+    return model, resolve_data_config({}, model=model)
 
 
 def _num_outputs(arch: str, state: Mapping[str, Tensor], file: str) -> int:

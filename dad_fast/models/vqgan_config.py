@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def config_from_json(text: str, path: str | Path) -> VQGANConfig:
     """The config that `VQGAN.save` wrote as metadata. DataError (naming `path`) where it is not one."""
     known = {field.name for field in fields(VQGANConfig)}
     try:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
     except (ValueError, AttributeError):
         raise DataError(f"{path}: its metadata dad_fast.vqgan is not a JSON object; write the file again with VQGAN.save") from None
     if unknown := sorted(values.keys() - known):

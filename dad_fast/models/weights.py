@@ -1,62 +1,22 @@
-"""Weights files: safetensors, and pickles that hold nothing but tensors and a few known harmless objects.
-
-A pickle can run any code when it is opened. Here it is read by torch's `weights_only` unpickler, which knows tensors; what a
-Lightning checkpoint holds besides (callbacks, omegaconf settings, NumPy scalars) becomes an object that does nothing. Every other
-name in the file refuses it.
-"""
+"""Weights files: safetensors, and PyTorch checkpoints as `dad_fast.models.pickles` reads them; written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from dad_fast.errors import DataError, UsageError
+from dad_fast.models.pickles import read_pickle
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
-
-class Inert:
-    """Stands for an object of a checkpoint that is not needed: takes any arguments and any state, keeps and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _plain_dict(*args: Any) -> dict[Any, Any]:
-    return {}
-
-
-# What Lightning checkpoints of VQGANs are known to hold besides tensors. The callbacks are keys of a dictionary there.
-_CALLBACKS = ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping", "lr_monitor.LearningRateMonitor", "base.Callback")
-_INERT = (
-    *(f"{package}.callbacks.{name}" for package in ("pytorch_lightning", "lightning.pytorch") for name in _CALLBACKS),
-    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata")),
-    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean")),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "typing.Any"),
-    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "_local.PosixPath")),
-    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "object")),  # omegaconf's type hints
-)
-_DICTS = tuple(f"{package}.utilities.parsing.AttributeDict" for package in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"))
-_STAND_INS = [*((Inert, name) for name in _INERT), *((dict, name) for name in _DICTS), (_plain_dict, "collections.defaultdict")]
 
 
 def asset(name: str) -> Path:
@@ -74,82 +34,50 @@ def sha256_file(path: str | Path) -> str:
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, on the CPU, and the file's text metadata (empty for pickles). Nothing in the file is executed.
+    """Tensors by name, on the CPU, and the file's text metadata (empty for pickles), of a safetensors file or a PyTorch checkpoint.
 
-    Pickles may hold the tensors at the top, or under "state_dict" (Lightning, timm) or "model". DataError, one line with the path,
-    for a file that is missing, damaged, holds anything else, or is a TorchScript archive.
+    Of a checkpoint {"state_dict": ...} or {"model": ...} that entry is taken. Nothing in a file is executed: see
+    `dad_fast.models.pickles`. Raises DataError where the file is missing, damaged, or holds anything that cannot be read safely.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such weights file; check the path")
+        raise DataError(f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} weights file: check the path")
     try:
         with open(path, "rb") as file:
-            head = file.read(9)
-        if path.suffix == ".safetensors" or head[8:] == b"{":
-            with safe_open(path, framework="pt") as tensors:
-                return {key: tensors.get_tensor(key) for key in tensors.keys()}, dict(tensors.metadata() or {})
-        if zipfile.is_zipfile(path):
-            _refuse_torchscript(path)
-    except SafetensorError as error:
-        raise DataError(f"{path}: not a safetensors file, or damaged ({_line(error)}); fetch it again") from None
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({_line(error)}); fetch it again or mend its permissions") from None
-    return _only_tensors(_unpickle(path), path), {}
-
-
-def _unpickle(path: Path) -> Any:
+            start = file.read(9)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+    if start.startswith((b"PK", b"\x80")):  # a zip archive, or a bare pickle as torch wrote before 1.6
+        return _tensors(read_pickle(path), path), {}
+    if start[8:] != b"{":  # the length of the header, then the header, which is JSON
+        what = "empty" if not start else "neither safetensors nor a PyTorch checkpoint"
+        raise DataError(f"{path}: {what}: fetch it again, or check that it is the weights themselves and not a page or a pointer to them")
     try:
-        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about protocols: what cannot be read is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if name := re.search(r"GLOBAL (\S+)", str(error)):
-            raise DataError(
-                f"{path}: refused, because it asks for {name[1]}, which weights do not need and which could run code; "
-                "give a safetensors file, or one that holds only the state dict"
-            ) from None
-        raise DataError(f"{path}: not a weights file, or damaged; give a safetensors file, or a state dict saved by torch.save") from None
-    except Exception as error:  # what the unpickler raises on garbage: EOFError, RuntimeError, KeyError, UnicodeDecodeError ...
-        raise DataError(f"{path}: not a weights file, or damaged ({_line(error)}); fetch it again") from None
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: not a safetensors file, or damaged ({error}): fetch it again") from error
 
 
-def _only_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a checkpoint holds."""
+    if isinstance(content, dict):
+        content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not content:
-        raise DataError(f"{path}: holds no state dict; save one by torch.save(model.state_dict(), FILE)")
+        raise DataError(f"{path}: holds no state dict, neither bare nor under state_dict or model: save one with safetensors")
     for key, value in content.items():
         if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
-            raise DataError(f"{path}: {str(key)[:60]!r} is not a tensor; give a file that holds only a state dict")
+            raise DataError(f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save one with safetensors")
     return {key: value.detach() for key, value in content.items()}
-
-
-def _refuse_torchscript(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            return
-    use = "give the same weights as safetensors"
-    try:
-        import open_clip
-    except ImportError:
-        pass
-    else:
-        # OpenAI's files keep their names: ViT-L-14.pt, RN50.pt, ViT-L-14-336px.pt.
-        arch = path.stem.removesuffix("px")
-        if repository := open_clip.get_pretrained_cfg(arch, "openai").get("hf_hub"):
-            use = f"use open_clip_model.safetensors of {repository.strip('/')} on the Hugging Face hub, as open_clip:{arch}-quickgelu@FILE"
-    raise DataError(f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; {use}")
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and text metadata so that `path` is either the whole new file or what it was before."""
     path = Path(path)
-    data = save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, dict(metadata))
+    data = _ordered(save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, dict(metadata)))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:  # unlike mkstemp's, this file is readable for whoever the umask lets read
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -157,6 +85,16 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: the library's order is random, and equal runs should be equal files."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -180,7 +118,3 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iter
     for key in own:
         if key in state and own[key].shape != state[key].shape:
             yield f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

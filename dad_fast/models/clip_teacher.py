@@ -1,0 +1,237 @@
+"""Teachers of open_clip: published weights by tag or hub name, local weights of a named architecture, or a file that names its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dad_fast.config.fields import nearest
+from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models.teacher import TEACHER, UNKNOWN, Teacher, check_classes
+from dad_fast.models.weights import asset, load_strictly, read_state_dict, sha256_file
+from dad_fast.models.zeroshot import prompt_names, resolve_templates, zero_shot_head
+
+try:
+    import open_clip
+except ImportError:
+    raise EnvironmentProblem("--teacher: open_clip is missing; pip install open_clip_torch") from None
+
+log = logging.getLogger(__name__)
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A loaded CLIP and what belongs to its weights."""
+
+    model: nn.Module
+    tokenizer: Callable[[], Tokenizer]  # made when prompts are; some need files of the hub
+    mean: Sequence[float]
+    std: Sequence[float]
+    templates: Sequence[str] = ()
+    provenance: str = UNKNOWN
+    sha256: str | None = None
+
+
+def load_clip_teacher(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device) -> Teacher:
+    """open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, embedded:NAME, or FILE; see `teacher.load_teacher`."""
+    if cfg.name.startswith("open_clip:"):
+        arch, at, file = cfg.name.removeprefix("open_clip:").partition("@")
+        clip = _from_weights(arch, file) if at else _from_tag(cfg.name, *arch.partition("/")[::2])
+    elif cfg.name.startswith("hf-hub:"):
+        clip = _published(cfg.name, cfg.name)
+    else:
+        clip = _from_own_file(cfg.name)
+    model = clip.model.eval().to(device)
+    size = model.visual.image_size
+    return Teacher(
+        ImageTower(model.visual),
+        _read_head(cfg.head, classes, model.visual) if cfg.head else _zero_shot(clip, model, classes, cfg.templates),
+        name=cfg.name,
+        classes=classes,
+        image_size=size[0] if isinstance(size, (tuple, list)) else size,
+        mean=clip.mean,
+        std=clip.std,
+        precision=precision,
+        unit_features=not cfg.head,
+        provenance=clip.provenance,
+        weights_sha256=clip.sha256,
+    )
+
+
+class ImageTower(nn.Module):
+    """CLIP's image tower and projection, without the text tower, which is not needed once the head is made."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.visual(x)
+        return features[0] if isinstance(features, tuple) else features  # CoCa's tower returns its tokens too
+
+
+def _from_own_file(name: str) -> Clip:
+    path = asset(f"{name.removeprefix('embedded:')}-clip.safetensors") if name.startswith("embedded:") else name
+    state, metadata = read_state_dict(path)
+    if TEACHER not in metadata:
+        raise DataError(f"--teacher {path}: the file does not name its architecture; write open_clip:ARCH@{path} or timm:NAME@{path}")
+    try:
+        described = json.loads(metadata[TEACHER])
+        model = open_clip.CLIP(**described["model_cfg"])
+        context = described["model_cfg"]["text_cfg"]["context_length"]
+        mean, std = described["mean"], described["std"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--teacher {path}: its metadata {TEACHER} is damaged ({type(error).__name__}: {error})") from None
+    _load(model, state, path)
+    tokenizer = lambda: open_clip.SimpleTokenizer(context_length=context)  # noqa: E731
+    return Clip(model, tokenizer, mean, std, described.get("templates", ()), described.get("seen", UNKNOWN), sha256_file(path))
+
+
+def _from_weights(arch: str, file: str) -> Clip:
+    config = _known_arch(arch)
+    state, _ = read_state_dict(file)
+    own = _beside(Path(file))
+    quick, says = bool(config.get("quick_gelu")), own.get("model_cfg", {}).get("quick_gelu")
+    if own.get("model_cfg") and bool(says) != quick:
+        right = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
+        raise UsageError(f"--teacher open_clip:{arch}@{file}: the open_clip_config.json beside it says another activation; write {right}")
+    model = _create(f"open_clip:{arch}@{file}", arch, pretrained_text=False)
+    _load(model, state, file)
+    mean, std = _normalisation(arch, own)
+    log.warning(
+        "teacher %s: architecture %s with %s, mean %s, std %s, as named or published for it; OpenAI's own weights need an ARCH-quickgelu",
+        *(file, arch, "QuickGELU" if quick else "GELU", [round(x, 4) for x in mean], [round(x, 4) for x in std]),
+    )
+    return Clip(model, lambda: _tokenizer(arch), mean, std, sha256=sha256_file(file))
+
+
+def _from_tag(name: str, arch: str, tag: str) -> Clip:
+    config = _known_arch(arch)
+    published = open_clip.get_pretrained_cfg(arch, tag)
+    if not published:
+        tags = open_clip.list_pretrained_tags_by_model(arch)
+        hint = nearest(tag, tags) or (f"; it has {', '.join(tags[:6])}" if tags else "")
+        raise UsageError(f"--teacher {name}: {arch} has no weights {tag!r}{hint}; local weights are open_clip:{arch}@FILE")
+    # The activation belongs to the weights: with the other one CLIP is silently several points worse.
+    quick = bool(published.get("quick_gelu"))
+    if config.get("quick_gelu") and not quick:
+        raise UsageError(f"--teacher {name}: these weights use GELU; write open_clip:{arch.removesuffix('-quickgelu')}/{tag}")
+    return _published(name, arch, pretrained=tag, force_quick_gelu=quick)
+
+
+def _published(name: str, arch: str, **kwargs: Any) -> Clip:
+    model = _create(name, arch, require_pretrained=True, **kwargs)
+    preprocess = model.visual.preprocess_cfg
+    return Clip(model, lambda: _tokenizer(arch), preprocess["mean"], preprocess["std"])
+
+
+def _create(name: str, arch: str, **kwargs: Any) -> Any:
+    try:
+        with _quiet():
+            return open_clip.create_model(arch, **kwargs)
+    except Exception as error:  # open_clip, the hub's client and urllib each have their own errors
+        why = " ".join(str(error).split())[:120]
+        raise EnvironmentProblem(f"--teacher {name}: cannot be had ({why}); give a local file: open_clip:ARCH@FILE") from None
+
+
+def _tokenizer(arch: str) -> Tokenizer:
+    try:
+        with _quiet():
+            tokenizer: Tokenizer = open_clip.get_tokenizer(arch)
+        return tokenizer
+    except Exception as error:
+        why = " ".join(str(error).split())[:120]
+        raise EnvironmentProblem(
+            f"--teacher {arch}: its tokenizer's files cannot be had ({why}); fill the hub's cache on a machine with a network, "
+            "or give --teacher-head, which needs no prompts"
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs that a model has no weights yet, and what failed; here the one is meant and the other raised."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _known_arch(arch: str) -> dict[str, Any]:
+    config = open_clip.get_model_config(arch)
+    if config is None:
+        raise UsageError(f"--teacher open_clip:{arch}: open_clip has no such architecture{nearest(arch, open_clip.list_models())}")
+    return dict(config)
+
+
+def _beside(file: Path) -> dict[str, Any]:
+    """The open_clip_config.json that the hub keeps beside the weights; empty where there is none."""
+    path = file.with_name("open_clip_config.json")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError, TypeError):
+        raise DataError(f"{path}: not readable as JSON; fetch it again or move it away from the weights") from None
+
+
+def _normalisation(arch: str, own: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std of local weights: what the file beside them says, else what all published weights of `arch` share, else OpenAI's."""
+    preprocess = own.get("preprocess_cfg", {})
+    if "mean" in preprocess and "std" in preprocess:
+        return preprocess["mean"], preprocess["std"]
+    known = [open_clip.get_pretrained_cfg(arch, tag) for tag in open_clip.list_pretrained_tags_by_model(arch)]
+    shared = {(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in known}
+    if len(shared) == 1:
+        return shared.pop()
+    if shared:
+        log.warning("published weights of %s differ in mean and std: OpenAI's are taken, unless an open_clip_config.json lies beside", arch)
+    return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load strictly, after the changes of names and shapes between open_clip's versions."""
+    state = {key.removeprefix("module."): value.float() if value.is_floating_point() else value for key, value in state.items()}
+    own = model.state_dict()
+    for leftover in ("input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids"):
+        if leftover not in own:
+            state.pop(leftover, None)
+    if "positional_embedding" in state and "text.positional_embedding" in own:
+        towers = ("text_projection", "positional_embedding", "token_embedding", "transformer.", "ln_final.")
+        state = {f"text.{key}" if key.startswith(towers) else key: value for key, value in state.items()}
+    for scalar in ("logit_scale", "logit_bias"):
+        if scalar in own and scalar in state and state[scalar].numel() == 1:
+            state[scalar] = state[scalar].reshape(own[scalar].shape)
+    load_strictly(model, state, path)
+
+
+def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Weight [C, F] times logit_scale, and bias [C]: SigLIP's logit_bias, else 0."""
+    weight = zero_shot_head(model, clip.tokenizer(), prompt_names(classes), resolve_templates(templates, classes, clip.templates))
+    bias = getattr(model, "logit_bias", None)
+    return weight * model.logit_scale.detach().exp().float(), torch.full((len(classes),), 0.0 if bias is None else float(bias))
+
+
+def _read_head(path: str, classes: ClassMap, visual: Any) -> tuple[Tensor, Tensor]:
+    """A fine-tuned linear head on image features as they are: weight [C, F], bias [C] or none, and perhaps its class list."""
+    state, metadata = read_state_dict(path)
+    weight, bias = state.get("weight"), state.get("bias")
+    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise DataError(f"--teacher-head {path}: needs a tensor weight [classes, features], and optionally bias [classes]")
+    if weight.shape[0] != len(classes):
+        raise DataError(f"--teacher-head {path}: it has {weight.shape[0]} outputs, the data {len(classes)} classes; give its --class-map")
+    check_classes(f"--teacher-head {path}", metadata, classes)
+    features = getattr(visual, "output_dim", weight.shape[1])
+    if features != weight.shape[1]:
+        raise DataError(f"--teacher-head {path}: it takes {weight.shape[1]} features, the teacher has {features}; give this teacher's head")
+    return weight.float(), torch.zeros(len(classes)) if bias is None else bias.float()
