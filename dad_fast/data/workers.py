@@ -7,11 +7,16 @@ bar) may hold at that moment, which is a rare hang that nobody can reproduce. So
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -43,16 +48,23 @@ class _Guarded(Dataset[Any]):
             return _Failure(DadFastError(message), traceback.format_exc())
 
 
-def iterate(dataset: Dataset[Any], numbers: Iterable[int], workers: int, pin_memory: bool) -> Iterator[Any]:
+def iterate(dataset: Dataset[Any], numbers: Sequence[int], workers: int, pin_memory: bool) -> Iterator[Any]:
     """dataset[n] for each n, in order, made by `workers` processes (0: here). Each item is a whole batch.
 
     Raises DadFastError with one line when a worker fails or dies; a DadFastError raised in a worker comes through as it is.
     """
-    if workers == 0:
-        for number in numbers:
-            batch = dataset[number]
-            yield batch.pin_memory() if pin_memory and hasattr(batch, "pin_memory") else batch
-        return
+    batches = _from_workers(dataset, numbers, workers, pin_memory) if workers else _from_here(dataset, numbers, pin_memory)
+    _running.add(batches)
+    return batches
+
+
+def _from_here(dataset: Dataset[Any], numbers: Sequence[int], pin_memory: bool) -> Generator[Any, None, None]:
+    for number in numbers:
+        batch = dataset[number]
+        yield batch.pin_memory() if pin_memory and hasattr(batch, "pin_memory") else batch
+
+
+def _from_workers(dataset: Dataset[Any], numbers: Sequence[int], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
     loader = DataLoader(
         _Guarded(dataset),
         batch_size=None,
@@ -65,19 +77,34 @@ def iterate(dataset: Dataset[Any], numbers: Iterable[int], workers: int, pin_mem
         generator=torch.Generator(),  # else each pass would draw from the global generator, whose state a resume restores
     )
     batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "worker" not in str(error):
-                raise
-            what = " ".join(str(error).split())[:200]
-            raise DadFastError(f"a loader worker died ({what}); out of memory or of /dev/shm? Fewer --workers, or 0, may help") from error
-        if isinstance(batch, _Failure):
-            raise batch.error from RuntimeError(batch.trace)
-        yield batch
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "worker" not in str(error):
+                    raise
+                what = " ".join(str(error).split())[:200]
+                mend = "out of memory or of /dev/shm? Fewer --workers, or 0, may help"
+                raise DadFastError(f"a loader worker died ({what}); {mend}") from error.with_traceback(None)
+            if isinstance(batch, _Failure):
+                raise batch.error from RuntimeError(batch.trace)
+            yield batch
+    finally:
+        del batches  # ends the workers now, not when the traceback that holds this frame is dropped
+
+
+_running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_running() -> None:
+    """End the workers of loaders that nobody finished: multiprocessing would wait for them, and they ignore its SIGTERM."""
+    for batches in list(_running):
+        with suppress(ValueError, RuntimeError):  # being advanced by another thread at this moment
+            batches.close()
 
 
 def _as_is(batch: Any) -> Any:
@@ -99,3 +126,14 @@ def _init_worker(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", message="Palette images with Transparency")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the training process is gone, however that ended. DataLoader's own watch sees only the fork server, which
+    in turn lives as long as its workers do.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
