@@ -126,7 +126,7 @@ def test_any_sample_can_be_replayed_alone():
     assert batch.mix_box[4].tolist() == list(mix.box) and batch.mix_lam[5].item() == pytest.approx(mix.lam)
 
 
-def test_bad_files_are_replaced_by_the_next_valid_sample_and_named():
+def test_bad_files_are_replaced_by_the_next_valid_sample_and_named(caplog):
     source = Squares(bad=(10, 11), known_bad=(12,))
     loader = TrainLoader(source, PLAIN, 12, 10, 0, 0)
     clean = collect(TrainLoader(Squares(), PLAIN, 12, 10, 0, 0), 0, 10)
@@ -135,6 +135,7 @@ def test_bad_files_are_replaced_by_the_next_valid_sample_and_named():
     assert torch.equal(run["samples"], expected) and torch.equal(run["images"][:, 0, 0, 0].long(), expected)
     assert torch.equal(run["labels"], expected % 2)
     assert sorted(loader.replaced) == ["image10", "image11", "image12"]
+    assert caplog.text.count("cannot be read") == 3 and "image11" in caplog.text
     assert_same({n: v[30:] for n, v in run.items()}, collect(TrainLoader(source, PLAIN, 12, 10, 0, 0), 3, 10))
 
 

@@ -100,7 +100,7 @@ def sample_seeds(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
     A chain of splitmix64 finalizers over the whole batch at once. `samples` int64 [B] -> int64 [B].
     """
     with np.errstate(over="ignore"):
-        words = np.uint64(seed & _MASK)
+        words = np.full(samples.shape, seed & _MASK, dtype=np.uint64)
         for part in (np.uint64(SEED), np.uint64(epoch), samples.astype(np.uint64)):
             words = _splitmix((words ^ part) + np.uint64(0x9E3779B97F4A7C15))
     return (words >> np.uint64(1)).astype(np.int64)

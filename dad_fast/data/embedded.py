@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -51,7 +51,7 @@ class EmbeddedSource:
         chosen = _split_rows(split, labels)
         self._images = _to_images(_FROM[split], pixels[chosen])
         self.labels = labels[chosen].astype(np.int64)
-        self.keys = [f"{_FROM[split]}/{row}" for row in chosen]
+        self.keys: Sequence[str] = [f"{_FROM[split]}/{row}" for row in chosen]
         self.sizes = np.full((len(chosen), 2), SIDE, dtype=np.int32)
         self.ok = np.ones(len(chosen), dtype=bool)
         self.fingerprint = hashlib.sha256(self._images.tobytes() + self.labels.tobytes()).hexdigest()

@@ -7,6 +7,7 @@ number of steps. One set of workers serves the whole run, and starting at any st
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,6 +26,8 @@ from dad_fast.data.records import UNMIXED, mix_record, sample_record, uses_mixin
 from dad_fast.data.sources import Source
 from dad_fast.data.workers import iterate
 from dad_fast.errors import DataError, UsageError
+
+log = logging.getLogger("dad_fast.data")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class EvalBatch(NamedTuple):
     images: Tensor  # uint8 [B, 3, H, W]
     labels: Tensor  # int64 [B]
     samples: Tensor  # int64 [B]
+
+    def pin_memory(self) -> EvalBatch:
+        return EvalBatch(*(tensor.pin_memory() for tensor in self))
 
 
 @lru_cache(maxsize=2)
@@ -128,7 +134,9 @@ class TrainLoader:
     Args:
         batch_size: clean images per step on this rank; even when images are mixed.
         workers: processes; 0 loads in this one.
-        max_bad: stops with DataError when more distinct files than this share of the source had to be replaced.
+        pin_memory: put the batches into page-locked memory, for copies to a GPU that do not wait.
+
+    `replaced` names the unreadable files that were met so far; more of them than the source's `max_bad_share` raise DataError.
     """
 
     def __init__(
@@ -152,7 +160,7 @@ class TrainLoader:
         if self.steps_per_epoch == 0:
             raise UsageError(f"--batch-size {batch_size}: {source.name} has only {len(source):,} images for {world} x {batch_size}")
         self.source, self.workers, self.pin_memory = source, workers, pin_memory
-        self.replaced: list[str] = []  # distinct names, in the order in which they turned up
+        self.replaced: list[str] = []  # distinct, in the order in which they turned up
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of the steps start_step … stop_step - 1 of the run, across epochs, from one set of workers."""
@@ -165,6 +173,7 @@ class TrainLoader:
         if name in self.replaced:
             return
         self.replaced.append(name)
+        log.warning("%s: %s cannot be read; the next valid image takes its place", self.source.name, name)
         if len(self.replaced) > self.source.max_bad_share * len(self.source):
             raise DataError(
                 f"{self.source.name}: {len(self.replaced):,} of {len(self.source):,} images cannot be read, such as {self.replaced[0]}; "

@@ -61,7 +61,7 @@ def iterate(dataset: Dataset[Any], numbers: Sequence[int], workers: int, pin_mem
 def _from_here(dataset: Dataset[Any], numbers: Sequence[int], pin_memory: bool) -> Generator[Any, None, None]:
     for number in numbers:
         batch = dataset[number]
-        yield batch.pin_memory() if pin_memory and hasattr(batch, "pin_memory") else batch
+        yield batch.pin_memory() if pin_memory else batch
 
 
 def _from_workers(dataset: Dataset[Any], numbers: Sequence[int], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
