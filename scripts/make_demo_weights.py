@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make the demo's teacher and discretizer from the embedded digits: dad_fast/assets/digits-{clip,vqgan}.safetensors.
 
-    python scripts/make_demo_weights.py                                    # both, as committed: some minutes on two cores
+    OMP_NUM_THREADS=1 python scripts/make_demo_weights.py                  # both, as committed: about six minutes on one core
     python scripts/make_demo_weights.py --seed 1 -o other                  # a second teacher and discretizer
     python scripts/make_demo_weights.py --see mnist,corruptions -o blind   # a teacher that never saw optdigits
 
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -48,7 +49,7 @@ SIGHTS = (*SPLITS, "corruptions")
 # CLIP's own prompt for MNIST first (arXiv 2103.00020).
 TEMPLATES = ('a photo of the number: "{}".', "a handwritten digit {}.", "the number {}.")
 MEAN, STD = (0.15, 0.15, 0.15), (0.3, 0.3, 0.3)
-CLIP_CONFIG = {
+CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {
         "image_size": 28,
@@ -85,7 +86,7 @@ def sometimes(x: Tensor, changed: Tensor, probability: float) -> Tensor:
 
 
 def move(x: Tensor) -> Tensor:
-    """Rotate by up to 20 degrees, scale by 0.8 to 1.3 (and each axis a little by itself), shear, shift by up to 3 pixels."""
+    """Rotate by up to 20 degrees, scale by 0.8 to 1.33 (and the height a little by itself), shear, shift by up to 3 pixels."""
     count = len(x)
     angle = uniform(count, -20, 20).flatten().deg2rad()
     scale = uniform(count, 0.75, 1.25).flatten()
@@ -169,21 +170,21 @@ def train_teacher(sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor],
 
 def train_discretizer(sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int) -> VQGAN:
     vqgan = VQGAN(VQGAN_CONFIG)
-    used = torch.zeros(VQGAN_CONFIG.n_embed, dtype=torch.long)  # steps since an entry was last chosen
-    used += 1_000_000  # at the first step every entry is dead, and so begins at a latent
+    # Steps since each entry was last chosen; at the first step all are dead, and so begin at latents.
+    unused = torch.full((VQGAN_CONFIG.n_embed,), 1_000_000)
 
     def loss(pixels: Tensor, labels: Tensor, done: float) -> Tensor:
         x = augment(pixels)
         z = vqgan.encode(x)  # [B, D, h, w]
         flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)  # [B h w, D]
         with torch.no_grad():
-            dead = (used > 50).nonzero().flatten()
+            dead = (unused > 50).nonzero().flatten()
             if done < 0.7 and len(dead):
                 vqgan.codebook[dead] = flat[torch.randint(len(flat), (len(dead),))]
-                used[dead] = 0
+                unused[dead] = 0
         codes = vqgan.lookup(z)
-        used.add_(1)
-        used[codes.unique()] = 0
+        unused.add_(1)
+        unused[codes.unique()] = 0
         q = vqgan.quantize.embedding(codes).permute(0, 3, 1, 2)
         # Straight through: the decoder's gradient reaches the encoder as if there were no rounding. The decoder is not clamped here.
         decoded = vqgan.decoder(vqgan.post_quant_conv(z + (q - z).detach()))
@@ -205,9 +206,8 @@ def make_teacher(path: Path, sets: list[tuple[Tensor, Tensor]], augment: Callabl
     teacher = load_teacher(TeacherConfig(name=str(path)), EmbeddedSource("val").classes, PrecisionConfig(), torch.device("cpu"))
     for split in ("val", "test", "optdigits"):
         pixels, labels = load(split)
-        print(
-            f"teacher: {split:10s} {accuracy(teacher, pixels, labels):5.1f} %   corrupted {accuracy(teacher, corrupt(pixels), labels):5.1f} %"
-        )
+        clean, corrupted = accuracy(teacher, pixels, labels), accuracy(teacher, corrupt(pixels), labels)
+        print(f"teacher: {split:10s} {clean:5.1f} %   corrupted {corrupted:5.1f} %")
 
 
 def make_discretizer(path: Path, sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int, seen: str) -> None:
@@ -216,6 +216,7 @@ def make_discretizer(path: Path, sets: list[tuple[Tensor, Tensor]], augment: Cal
     for split in ("val", "optdigits"):
         pixels, _ = load(split)
         images, codes = discretizer(pixels)
+        assert codes is not None, "a VQGAN has codes"
         error = (images - pixels).square().mean().sqrt()
         print(f"discretizer: {split:10s} rms error {error:.4f}   {len(codes.unique())} of {VQGAN_CONFIG.n_embed} codes in use")
 
@@ -230,8 +231,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     parser.add_argument("--see", default=",".join(SIGHTS), help="what both are trained on (default: %(default)s)")
-    parser.add_argument("--teacher-epochs", type=int, default=30)
-    parser.add_argument("--discretizer-epochs", type=int, default=20)
+    parser.add_argument("--teacher-epochs", type=int, default=60)
+    parser.add_argument("--discretizer-epochs", type=int, default=14)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--teacher-only", action="store_true")
     only.add_argument("--discretizer-only", action="store_true")
@@ -245,10 +246,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     sets = [load(split) for name, split in SPLITS.items() if name in see]
-    seen = ", ".join(
-        f"{len(labels):,} digits of {SPLITS[name]}" for name, (_, labels) in zip([n for n in SPLITS if n in see], sets, strict=True)
-    )
-    seen = seen.replace("of train", "of MNIST's training split").replace("of optdigits-train", "of optdigits that are in no judged split")
+    wording = {"mnist": "digits of MNIST's training split", "optdigits": "digits of optdigits that are in no judged split"}
+    seen = ", ".join(f"{len(load(SPLITS[name])[1]):,} {wording[name]}" for name in SPLITS if name in see)
     seen += "; rotated, scaled, sheared, shifted"
     seen += "; blur, contrast, inversion, Gaussian noise" if "corruptions" in see else "; no corruptions"
     augment = (lambda x: corrupt(move(x))) if "corruptions" in see else move
