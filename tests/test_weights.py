@@ -210,6 +210,16 @@ def test_safetensors_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+@pytest.mark.parametrize("magic", [b"\x80", b"PK"])
+def test_a_header_length_that_looks_like_another_format(tmp_path, magic):
+    """The first bytes of safetensors are a number, which may begin like a pickle or a zip archive."""
+    length = int.from_bytes(magic, "little")
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    assert (tmp_path / "w.safetensors").read_bytes().startswith(magic)
+    same(read_state_dict(tmp_path / "w.safetensors")[0], {"a": torch.ones(1)})
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
     write_safetensors(path, STATE, {})

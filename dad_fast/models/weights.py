@@ -47,9 +47,10 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
             start = file.read(9)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
-    if start.startswith((b"PK", b"\x80")):  # a zip archive, or a bare pickle as torch wrote before 1.6
-        return _tensors(read_pickle(path), path), {}
-    if start[8:] != b"{":  # the length of the header, then the header, which is JSON
+    # safetensors: eight bytes for the length of the header, then the header, which is JSON. Asked first, since those bytes may be any.
+    if start[8:] != b"{":
+        if start.startswith((b"PK", b"\x80")):  # a zip archive, or a bare pickle as torch wrote before 1.6
+            return _tensors(read_pickle(path), path), {}
         what = "empty" if not start else "neither safetensors nor a PyTorch checkpoint"
         raise DataError(f"{path}: {what}: fetch it again, or check that it is the weights themselves and not a page or a pointer to them")
     try:
