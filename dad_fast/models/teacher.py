@@ -38,7 +38,7 @@ class Teacher(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        head: tuple[Tensor, Tensor] | None,
+        head: tuple[Tensor, Tensor] | nn.Module,
         *,
         name: str,
         classes: ClassMap,
@@ -51,11 +51,12 @@ class Teacher(nn.Module):
         weights_sha256: str | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder  # pixels, normalised -> features [B, F], or logits where head is None
+        self.encoder = encoder  # normalised pixels -> features [B, F]
+        self.whole = head if isinstance(head, nn.Module) else None  # normalised pixels -> logits, where the model has its own head
         self.classes, self.name, self.image_size = classes, name, image_size
         self.precision, self.unit_features = precision or PrecisionConfig(), unit_features
         self.provenance, self.weights_sha256 = provenance, weights_sha256
-        weight, bias = head if head is not None else (torch.empty(0), torch.empty(0))
+        weight, bias = (torch.empty(0), torch.empty(0)) if isinstance(head, nn.Module) else head
         self.register_buffer("head_weight", weight)  # [C, F]
         self.register_buffer("head_bias", bias)  # [C]
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
@@ -73,19 +74,35 @@ class Teacher(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """What the head sees, float32 [B, F]: unit image features for a zero-shot head."""
+        features = self._run(self.encoder, pixels)
+        return F.normalize(features, dim=-1) if self.unit_features else features
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if self.whole is not None:
+            return self._run(self.whole, pixels)
+        features = self.features(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return F.linear(features, self.head_weight, self.head_bias)
+
+    def _run(self, model: nn.Module, pixels: Tensor) -> Tensor:
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             pixels = F.interpolate(pixels, (self.image_size, self.image_size), mode="bicubic", antialias=True)
         dtype = getattr(torch, self.precision.teacher)
         with torch.autocast(pixels.device.type, dtype, enabled=self.precision.amp and dtype != torch.float32):
-            features = self.encoder((pixels - self.mean) / self.std).float()
-        return F.normalize(features, dim=-1) if self.unit_features else features
+            output: Tensor = model((pixels - self.mean) / self.std)
+        return output.float()
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        features = self.features(pixels)
-        if not self.head_weight.numel():
-            return features
-        with torch.autocast(pixels.device.type, enabled=False):
-            return F.linear(features, self.head_weight, self.head_bias)
+
+class _PreLogits(nn.Module):
+    """What a timm model's classifier sees."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+        return features
 
 
 class _Columns(nn.Module):
@@ -135,14 +152,14 @@ def _from_timm(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig
     if not timm.is_model(arch.partition(".")[0]):
         raise UsageError(f"--teacher timm:{arch}: timm has no such model{nearest(arch, timm.list_models())}")
     model, data = _timm_weights(arch, file, classes) if file else _timm_pretrained(arch)
-    outputs = model.num_classes
+    encoder, outputs = _PreLogits(model), model.num_classes
     if outputs == 1000 and is_imagenet(classes):
         model = _Columns(model, imagenet_columns(classes))
     elif outputs != len(classes):
         raise DataError(f"--teacher {cfg.name}: it has {outputs} outputs, the data {len(classes)} classes, which are not ImageNet's wnids")
     return Teacher(
+        encoder,
         model,
-        None,
         name=cfg.name,
         classes=classes,
         image_size=data["input_size"][-1],
