@@ -22,7 +22,7 @@ from dad_fast.models.teacher import UNKNOWN, load_teacher  # noqa: E402
 from dad_fast.models.weights import sha256_file, write_safetensors  # noqa: E402
 from dad_fast.models.zeroshot import is_imagenet, prompt_names, resolve_templates, zero_shot_head  # noqa: E402
 
-CPU = torch.device("cpu")
+CPU, FLOAT32 = torch.device("cpu"), PrecisionConfig()
 WNIDS = ImageNetInfo().label_names()
 
 
@@ -33,7 +33,7 @@ def class_map(*folders):
 ANIMALS = class_map("ant", "queen_bee", "cat")
 
 
-def load(name, classes=ANIMALS, precision=PrecisionConfig(), **settings):
+def load(name, classes=ANIMALS, precision=FLOAT32, **settings):
     return load_teacher(TeacherConfig(name=str(name), **settings), classes, precision, CPU)
 
 

@@ -51,7 +51,7 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
     """A new student with the weights that `cfg` names; `img_size` 0 is the model's own.
 
     With `bn = "aux"` every batch norm gets statistics of its own for each of the `num_groups` equal parts of a batch (AdvProp,
-    arXiv 1911.09665); evaluation uses those of the first part, the clean images.
+    arXiv 1911.09665); evaluation uses those of the first part, the clean images. A method with one group needs none.
 
     Raises UsageError for an unknown model or argument, DataError for weights of another architecture.
     """
@@ -75,7 +75,7 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
     student = Student(model, spec)
     for weights in filter(None, (cfg.weights, cfg.init_from)):
         load_student_weights(student, weights)
-    if cfg.bn == "aux":
+    if cfg.bn == "aux" and num_groups > 1:
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
     return student
 
@@ -92,21 +92,12 @@ def _create(name: str, num_classes: int, img_size: int, kwargs: dict[str, Any], 
                 if "img_size" not in str(error):
                     raise
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
-    except TypeError as error:
-        raise UsageError(f"--student {name}: {error}; see student.model_kwargs, --drop and --drop-path") from None
-    except RuntimeError as error:
-        if not pretrained:
-            raise UsageError(f"--student {name}: {str(error).splitlines()[0]}; see student.model_kwargs") from None
-        raise EnvironmentProblem(_no_pretrained(name, error)) from None
-    except Exception as error:  # the hub's client has its own family of errors
-        if not pretrained:
-            raise
-        raise EnvironmentProblem(_no_pretrained(name, error)) from None
-
-
-def _no_pretrained(name: str, error: Exception) -> str:
-    why = " ".join(str(error).split())[:120]
-    return f"--student {name} --pretrained: its weights cannot be had ({why}); give --student-weights FILE and --no-pretrained"
+    except Exception as error:  # timm's models check their arguments in many ways; the hub's client has its own errors
+        why = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        if pretrained and not isinstance(error, TypeError):
+            mend = "give --student-weights FILE and --no-pretrained"
+            raise EnvironmentProblem(f"--student {name} --pretrained: its weights cannot be had ({why}); {mend}") from None
+        raise UsageError(f"--student {name}: {why}; see student.model_kwargs, --drop and --drop-path") from None
 
 
 def load_student_weights(student: Student, path: str | Path) -> None:
