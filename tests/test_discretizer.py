@@ -110,6 +110,12 @@ def test_jpeg_needs_a_quality(name):
         load(name)
 
 
+@pytest.mark.parametrize("name", ["", "vqgan", "f8-16384"])
+def test_a_name_that_is_none(name):
+    with pytest.raises(UsageError, match=f"--discretizer '{name}': no such file; write a .ckpt .*jpeg:75"):
+        load(name)
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(DataError, match="nowhere.ckpt: no such weights file"):
         load(tmp_path / "nowhere.ckpt")

@@ -107,6 +107,17 @@ def test_auxiliary_batch_norm_needs_two_groups():
     assert len(build(bn="aux", num_groups=3).model.bn1.aux_bn) == 2
 
 
+def test_auxiliary_batch_norm_keeps_fused_activations(monkeypatch):
+    """timm before 1.0.31 lost them without a word."""
+    fused = {"name": "test_efficientnet", "model_kwargs": {}}
+    if timm.layers.convert_splitbn_model(timm.layers.BatchNormAct2d(1)).eval()(-torch.ones(1, 1, 1, 1)) == 0:
+        pixels = torch.rand(2, 3, 32, 32)
+        assert torch.equal(build(bn="aux", **fused).eval()(pixels), build(**fused).eval()(pixels))
+        without = lambda norm, num_splits=2: timm.layers.SplitBatchNorm2d(1, num_splits=num_splits)  # noqa: E731
+        monkeypatch.setattr("dad_fast.models.student.convert_splitbn_model", without)
+    refuse(EnvironmentProblem, ["--bn aux", "test_efficientnet", "timm>=1.0.31"], bn="aux", **fused)
+
+
 def test_weights_as_files_hold_them(tmp_path):
     """A bare state dict, one under "state_dict" with DataParallel's prefix, and a run's file; --init-from likewise."""
     source = build(seed=1)

@@ -1,6 +1,7 @@
 """Teachers: the library's own logits, frozen weights, differentiable pixels, the right classes, and one line for each mistake."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -224,6 +225,18 @@ def test_mistakes_in_tags(known, monkeypatch):
     refuse(UsageError, ["no such architecture", "did you mean ViT-B-32"], "open_clip:ViT-B-23/openai")
     refuse(UsageError, ["no such architecture"], "open_clip:Nonsense@nowhere.safetensors")
     refuse(DataError, ["nowhere.safetensors", "no such"], "open_clip:Tiny@nowhere.safetensors")
+
+
+@pytest.mark.parametrize("name", ["", "ViT-L-14", "ViT-L-14/openai", "clip:ViT-L-14"])
+def test_a_name_that_is_none(name):
+    refuse(UsageError, [f"--teacher {name!r}", "no such file", "open_clip:ARCH/TAG"], name)
+
+
+def test_without_open_clip(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    monkeypatch.delitem(sys.modules, "dad_fast.models.clip_teacher")
+    for name in ("open_clip:ViT-L-14/openai", "embedded:digits"):
+        refuse(EnvironmentProblem, ["open_clip is missing", "pip install open_clip_torch"], name)
 
 
 def test_without_a_network(monkeypatch):

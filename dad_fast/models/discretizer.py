@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -100,6 +101,8 @@ def load_discretizer(name: str, precision: PrecisionConfig, device: torch.device
         if not quality.isdecimal() or not 1 <= int(quality) <= 100:
             raise UsageError(f"--discretizer {name}: write jpeg:QUALITY with a quality from 1 to 100, such as jpeg:75")
         return Jpeg(int(quality))
+    if not name.startswith("embedded:") and not Path(name).suffix and not Path(name).is_file():
+        raise UsageError(f"--discretizer {name!r}: no such file; write a .ckpt or .safetensors, embedded:digits, identity, or jpeg:75")
     path = asset(f"{name.removeprefix('embedded:')}-vqgan.safetensors") if name.startswith("embedded:") else name
     vqgan, seen = VQGAN.load_with_provenance(path)
     return VQGANDiscretizer(vqgan.to(device), precision, name=name, provenance=seen, weights_sha256=sha256_file(path))

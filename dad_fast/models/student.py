@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.layers import convert_splitbn_model
+from timm.layers import BatchNormAct2d, convert_splitbn_model
 from torch import Tensor, nn
 
 from dad_fast.config.fields import nearest
@@ -53,7 +53,8 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
     With `bn = "aux"` every batch norm gets statistics of its own for each of the `num_groups` equal parts of a batch (AdvProp,
     arXiv 1911.09665); evaluation uses those of the first part, the clean images. A method with one group needs none.
 
-    Raises UsageError for an unknown model or argument, DataError for weights of another architecture.
+    Raises UsageError for an unknown model or argument, DataError for weights of another architecture, EnvironmentProblem for
+    pretrained weights that cannot be had and a timm that cannot convert the batch norms.
     """
     kwargs: dict[str, Any] = dict(cfg.model_kwargs)
     if cfg.drop_path:
@@ -76,6 +77,9 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
     for weights in filter(None, (cfg.weights, cfg.init_from)):
         load_student_weights(student, weights)
     if cfg.bn == "aux" and num_groups > 1:
+        fused = any(isinstance(module, BatchNormAct2d) for module in student.model.modules())
+        if fused and convert_splitbn_model(BatchNormAct2d(1)).eval()(-torch.ones(1, 1, 1, 1)) < 0:  # its ReLU is gone
+            raise EnvironmentProblem(f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; pip install 'timm>=1.0.31'")
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
     return student
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -128,6 +129,9 @@ def load_teacher(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConf
     """
     if cfg.name.startswith("timm:"):
         return _from_timm(cfg, classes, precision).to(device)
+    if not cfg.name.startswith(("open_clip:", "hf-hub:", "embedded:")) and not Path(cfg.name).suffix and not Path(cfg.name).is_file():
+        known = "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, embedded:digits"
+        raise UsageError(f"--teacher {cfg.name!r}: no such file; write one, or {known}")
     from dad_fast.models.clip_teacher import load_clip_teacher  # a bare checkout has no open_clip
 
     return load_clip_teacher(cfg, classes, precision, device).to(device)
