@@ -26,7 +26,8 @@ BUILDER = Builder()
 COMMON = [
     "data.batch_size=50", "data.workers=0", "log_every=7", "eval.every_epochs=0", "eval.suites=[]",
     "augment.mixup=0.8", "augment.cutmix=1.0", "augment.scale=[0.6,1.0]", "ema.model_ema=true", "optim.clip_grad=1.0", "schedule.epochs=1",
-    "student.name=resnet18", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "student.drop_path=0.2", "variants={}", "device=cpu",
+    "student.name=resnet18", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+    "student.drop_path=0.2", "variants={}", "device=cpu",
 ]  # fmt: skip
 
 

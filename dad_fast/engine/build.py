@@ -44,11 +44,11 @@ class Builder:
             raise DataError(f"--data-dir {cfg.data.data_dir}: {what}; mend the folders or give --class-map")
         teacher = discretizer = None
         if USES_TEACHER[cfg.method]:
-            key = ("teacher", repr(cfg.teacher), repr(cfg.precision), str(device), train.classes)
-            teacher = self._once(key, lambda: load_teacher(cfg.teacher, train.classes, cfg.precision, device))
+            of_teacher = ("teacher", repr(cfg.teacher), repr(cfg.precision), str(device), train.classes)
+            teacher = self._once(of_teacher, lambda: load_teacher(cfg.teacher, train.classes, cfg.precision, device))
         if USES_DISCRETIZER[cfg.method]:
-            key = ("discretizer", repr(cfg.discretizer), repr(cfg.precision), str(device))
-            discretizer = self._once(key, lambda: load_discretizer(cfg.discretizer.name, cfg.precision, device))
+            of_discretizer = ("discretizer", repr(cfg.discretizer), repr(cfg.precision), str(device))
+            discretizer = self._once(of_discretizer, lambda: load_discretizer(cfg.discretizer.name, cfg.precision, device))
         torch.manual_seed(cfg.seed)  # the student's initial weights
         num_groups = 1 + len({"dad", "aug", "dat"} & set(TERMS[cfg.method]))  # clean images, and those of each attack
         student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)

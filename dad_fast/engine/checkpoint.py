@@ -151,7 +151,7 @@ def generator_tensors(device: torch.device) -> dict[str, Tensor]:
     """The state of every global generator: Python's, NumPy's, torch's and the device's."""
     version, words, gauss = random.getstate()
     python = torch.tensor([version, *words], dtype=torch.int64)
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {
         "generator.python": python,
         "generator.python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),

@@ -59,13 +59,14 @@ class TrainStep:
 
         # The teacher on clean and on adversarial images; the second also serves the filter.
         keep = teacher_clean = teacher_dad = None
-        with torch.no_grad():
-            if "kd" in self.terms:
-                teacher_clean = teacher(x)
-            if "dad" in self.terms or ("aug" in self.terms and cfg.loss.filter):
-                teacher_dad = teacher(images[1])
-                if cfg.loss.filter:
-                    keep = keep_mask(teacher_dad, batch.labels, second_labels)
+        if teacher is not None:
+            with torch.no_grad():
+                if "kd" in self.terms:
+                    teacher_clean = teacher(x)
+                if "dad" in self.terms or ("aug" in self.terms and cfg.loss.filter):
+                    teacher_dad = teacher(images[1])
+                    if cfg.loss.filter:
+                        keep = keep_mask(teacher_dad, batch.labels, second_labels)
 
         # The student on all of them.
         with self.autocast():
