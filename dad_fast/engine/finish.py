@@ -83,8 +83,8 @@ def _sheet(trainer: Trainer, path: Path) -> None:
     changed = _changed(plain.codes, found.codes)
     captions = []
     for label, answer, kept, share in zip(labels.tolist(), said.argmax(1).tolist(), keep_mask(said, labels).tolist(), changed, strict=True):
-        verdict = "kept" if kept else f"{'dropped' if cfg.loss.filter else 'seen as'}: {names[answer]}"
-        captions.append("\n".join([names[label], verdict, *([f"{share:.0%} of codes"] if share is not None else [])]))
+        verdict = ["kept"] if kept else ["dropped" if cfg.loss.filter else "seen", f"as {names[answer]}"]
+        captions.append("\n".join([names[label], *verdict, *([f"{share:.0%} codes"] if share is not None else [])]))
     write_sheet(path, x, plain.images, found.images, captions)
 
 
