@@ -14,6 +14,7 @@ from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import UsageError
 from dad_fast.evaluate.runner import Suite, open_suites
 from dad_fast.evaluate.table import print_table, read_record, write_comparison
+from dad_fast.kernels.csrc import csrc_status
 from dad_fast.observe.files import atomic_write_json, atomic_write_text
 from dad_fast.observe.report import write_report
 from dad_fast.observe.runlog import environment, print_line
@@ -68,7 +69,8 @@ def _one(
             print_line(f"{label}: finished already ({folder})")
             return record
     atomic_write_text(folder / "config.toml", to_toml(cfg))
-    atomic_write_json(folder / "run.json", environment() | {"variant": name, "preset": launch.preset, **_weights(parts)})
+    facts = {"kernels": {"nearest_code": csrc_status()}, "variant": name, "preset": launch.preset, **_weights(parts)}
+    atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()
     summary = trainer.train()
     return finish(trainer, name, suites, summary, taught)

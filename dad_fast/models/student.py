@@ -61,7 +61,8 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
         kwargs["drop_path_rate"] = cfg.drop_path
     if cfg.drop:
         kwargs["drop_rate"] = cfg.drop
-    model = _create(cfg.name, num_classes, img_size, kwargs, cfg.pretrained)
+    local = bool(cfg.weights or cfg.init_from)  # these replace what a download would bring
+    model = _create(cfg.name, num_classes, img_size, kwargs, cfg.pretrained and not local)
     data = resolve_data_config({}, model=model)
     spec = {
         "name": cfg.name,
