@@ -1,4 +1,4 @@
-"""The step computes METHOD.md's sentence for every method, reads nothing on the host, and trains every form of batch norm."""
+"""The step computes the written definition of every method, reads nothing on the host, and trains every form of batch norm."""
 
 from dataclasses import replace
 

@@ -132,7 +132,7 @@ def test_equals_an_independent_float64_evaluation(config):
     torch.testing.assert_close(images.double(), expected, rtol=0, atol=2e-5)
 
 
-# From the architecture by hand (METHOD.md, section 6); f16's parameters likewise.
+# From the architecture by hand; f16's parameters likewise.
 @pytest.mark.parametrize("name, encoder, decoder, millions", [("f8-16384", 172.0, 360.1, 67.7), ("f16-1024", 105.9, 193.4, 72.1)])
 def test_published_sizes(name, encoder, decoder, millions):
     with torch.device("meta"):

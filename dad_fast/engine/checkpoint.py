@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dad_fast.errors import DataError
 from dad_fast.models.weights import sha256_file
+from dad_fast.observe.files import sync
 
 FILES = ("model.safetensors", "train.safetensors")
 
@@ -58,14 +59,14 @@ class CheckpointFolder:
             hashes = {name: sha256_file(temporary / name) for name in FILES}
             (temporary / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}))
             for path in temporary.iterdir():
-                _sync(path)
+                sync(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         if final.exists():  # a resumed run saves the same step again
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(self.root)
+        sync(self.root)
         self._link("latest", final.name)
         if best:
             self._link("best", final.name)
@@ -105,7 +106,7 @@ class CheckpointFolder:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
         os.replace(temporary, self.root / name)
-        _sync(self.root)
+        sync(self.root)
 
     def _prune(self) -> None:
         best = os.path.realpath(self.root / "best")
@@ -113,14 +114,6 @@ class CheckpointFolder:
         for old in newest_first[self.keep :]:
             if os.path.realpath(old) != best:
                 shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
