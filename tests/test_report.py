@@ -88,7 +88,8 @@ def test_comparison(tmp_path):
         assert words in checked.text, words
     assert checked.tags.count("svg") == 2 + 3  # a bar chart per suite; validation, loss, kept
     assert checked.tags.count("img") == 1 and checked.tags.count("polyline") == 4 and checked.tags.count("circle") == 2
-    assert "nan" not in page.split("Training</h2>")[1].split("Cost</h2>")[0]
+    training = page.split("Training</h2>")[1].split("Cost</h2>")[0]
+    assert "nan" not in re.sub(r'src="data:[^"]*"', "", training)  # a picture's base64 may well hold these letters
 
 
 def test_single_run(tmp_path):
