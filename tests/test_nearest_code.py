@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dad_fast.kernels import csrc_status, nearest_code
 from dad_fast.kernels.csrc import csrc
-from dad_fast.kernels.nearest_code import BLOCK_CPU, search_csrc, search_reference, search_torch
+from dad_fast.kernels.nearest_code.csrc_search import search_csrc
+from dad_fast.kernels.nearest_code.reference import search_reference
+from dad_fast.kernels.nearest_code.torch_search import BLOCK_CPU, search_torch
 
 INSTRUCTION_SETS = csrc().instruction_sets().split() if csrc() is not None else []
 BACK_ENDS = {"torch": search_torch} | {f"csrc-{name}": (lambda z, e, i=i: search_csrc(z, e, i)) for i, name in enumerate(INSTRUCTION_SETS)}
