@@ -185,3 +185,24 @@ def test_packed_strings():
     assert list(packed) == texts and packed[-1] == "last" and packed[1:3] == ["a", "bäb"] and packed[np.int64(2)] == "bäb"
     with pytest.raises(IndexError):
         packed[5]
+
+
+def test_encoded_gives_the_bytes_of_plain_jpegs_alone(tree):
+    folder = tree / "train" / "ape"
+    for mode in ("L", "RGB", "CMYK"):
+        Image.new(mode, (9, 8)).save(folder / f"{mode}.jpg")
+    Image.new("RGB", (9, 8)).save(folder / "rgb-stored.jpg", keep_rgb=True)
+    Image.new("RGB", (9, 8)).save(folder / "progressive.jpg", progressive=True)
+    Image.new("RGB", (9, 8)).save(folder / "png.jpg", format="PNG")
+    Image.new("RGB", (9, 8)).save(folder / "jpeg.png", format="JPEG")
+    (folder / "broken.jpg").write_bytes((folder / "RGB.jpg").read_bytes()[:300])
+    for _ in range(2):  # verified, and from the index
+        source = pickle.loads(pickle.dumps(FolderSource(tree, "train", max_bad_share=0.2)))
+        given = {key: source.encoded(i) for i, key in enumerate(source.keys) if source.encoded(i) is not None}
+        assert sorted(given) == [f"ape/{name}" for name in ("L.jpg", "RGB.jpg", "jpeg.png", "progressive.jpg")]
+        assert all(content == (tree / "train" / key).read_bytes() for key, content in given.items())
+    index = list(source.keys).index("ape/RGB.jpg")
+    (folder / "RGB.jpg").write_bytes(given["ape/RGB.jpg"] + b"more")
+    assert source.encoded(index) is None
+    (folder / "RGB.jpg").unlink()
+    assert source.encoded(index) is None

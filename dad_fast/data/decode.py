@@ -7,6 +7,7 @@ One deliberate difference from timm: 16-bit greyscale is scaled by taking the hi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import IO
 
@@ -42,6 +43,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image.copy() if getattr(image, "is_animated", False) else image
     return image.convert("RGB")
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Whether an opened image is a JPEG that every decoder shows alike: grey, or colours stored as YCbCr.
+
+    CMYK is not, nor are colours stored as RGB, which some decoders take for YCbCr. The test for those is libjpeg's: an Adobe marker,
+    or the letters R, G, B for components where no JFIF marker is.
+    """
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return False
+    if image.mode == "L" or "jfif" in image.info:
+        return True
+    if "adobe_transform" in image.info:
+        return image.info["adobe_transform"] == 1
+    return [part[0] for part in getattr(image, "layer", ())] != [*b"RGB"]
+
+
+def read_unchanged(path: str | Path, size: int) -> bytes | None:
+    """A file's content; None when it cannot be read or has not this size."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != size:
+                return None
+            content = file.read()
+    except OSError:
+        return None
+    return content if len(content) == size else None
 
 
 def reason(error: Exception) -> str:

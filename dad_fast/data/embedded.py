@@ -62,6 +62,9 @@ class EmbeddedSource:
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self._images[index])
 
+    def encoded(self, index: int) -> bytes | None:
+        return None
+
     def describe(self) -> str:
         return f"{self.name}: {len(self):,} images of {len(self.classes)} classes, {SIDE}x{SIDE}"
 

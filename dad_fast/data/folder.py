@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.decode import read_rgb
+from dad_fast.data.decode import read_rgb, read_unchanged
 from dad_fast.data.index import Entry, build_index
 from dad_fast.errors import DataError
 
@@ -62,6 +62,8 @@ class FolderSource:
         self.labels = np.array([label_of[entry.label] for entry in entries], dtype=np.int64)
         self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
         self.ok = np.array([entry.ok for entry in entries], dtype=bool)
+        self._jpeg = np.array([entry.jpeg for entry in entries], dtype=bool)
+        self._bytes = np.array([entry.size for entry in entries], dtype=np.int64)
         digest = hashlib.sha256()
         for entry in entries:
             digest.update(f"{entry.path}\0{entry.size}\0{entry.ok}\n".encode("utf-8", "surrogateescape"))
@@ -73,6 +75,9 @@ class FolderSource:
 
     def read(self, index: int) -> Image.Image:
         return read_rgb(self.folder / self.keys[index])
+
+    def encoded(self, index: int) -> bytes | None:
+        return read_unchanged(self.folder / self.keys[index], int(self._bytes[index])) if self._jpeg[index] else None
 
     def describe(self) -> str:
         bad = int((~self.ok).sum())

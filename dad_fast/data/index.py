@@ -1,8 +1,8 @@
 """The index of an image folder: every file's class, size and whether it can be decoded, verified once and kept.
 
 A CSV in the user's cache folder (data is often read-only), one per folder: key, path, label (the class folder's name), width, height,
-size and mtime of the file, ok, error. Its first line holds a checksum; a damaged index is made again. A file whose size or mtime changed is
-verified again, so is a new one; an interrupted build keeps what it has verified.
+size and mtime of the file, jpeg, ok, error. Its first line holds a checksum; a damaged index is made again, as is one of another
+version. A file whose size or mtime changed is verified again, so is a new one; an interrupted build keeps what it has verified.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from pathlib import Path
 from PIL import Image
 
 from dad_fast.data.cache import cache_dir, write_cache
-from dad_fast.data.decode import EXTENSIONS, reason
+from dad_fast.data.decode import EXTENSIONS, is_plain_jpeg, reason
 from dad_fast.errors import DataError
 
 log = logging.getLogger("dad_fast.data")
 
-_FORMAT = "# dad-fast index 1"
-_COLUMNS = ("key", "path", "label", "width", "height", "size", "mtime", "ok", "error")
+_FORMAT = "# dad-fast index 2"
+_COLUMNS = ("key", "path", "label", "width", "height", "size", "mtime", "jpeg", "ok", "error")
 _CHUNK = 64  # files per task
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image file. `path` is relative to the indexed folder and is the key as well; `mtime` is in nanoseconds."""
+    """One image file. `path` is relative to the indexed folder and is the key as well; `mtime` is in nanoseconds.
+
+    `jpeg`: a plain JPEG (see `is_plain_jpeg`), which any JPEG decoder shows alike.
+    """
 
     path: str
     label: str
@@ -42,6 +45,7 @@ class Entry:
     height: int
     size: int
     mtime: int
+    jpeg: bool
     ok: bool
     error: str
 
@@ -88,8 +92,8 @@ def load_index(file: Path) -> list[Entry]:
     rows = csv.reader(io.StringIO(body.decode("utf-8", "surrogateescape"), newline=""))
     next(rows)
     return [
-        Entry(path, label, int(width), int(height), int(size), int(mtime), ok == "1", error)
-        for _, path, label, width, height, size, mtime, ok, error in rows
+        Entry(path, label, int(width), int(height), int(size), int(mtime), jpeg == "1", ok == "1", error)
+        for _, path, label, width, height, size, mtime, jpeg, ok, error in rows
     ]
 
 
@@ -99,7 +103,7 @@ def save_index(file: Path, root: Path, entries: list[Entry]) -> bool:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for e in entries:
-        writer.writerow((e.path, e.path, e.label, e.width, e.height, e.size, e.mtime, int(e.ok), e.error))
+        writer.writerow((e.path, e.path, e.label, e.width, e.height, e.size, e.mtime, int(e.jpeg), int(e.ok), e.error))
     body = text.getvalue().encode("utf-8", "surrogateescape")
     head = f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, folder {str(root)!r}\n"
     return write_cache(file, head.encode("utf-8", "backslashreplace") + body)
@@ -138,7 +142,7 @@ def _scan(root: Path, relative: str, label: str, above: tuple[tuple[int, int], .
                     size, mtime = stat.st_size, stat.st_mtime_ns
                 except OSError:  # a link to nowhere: a bad file, not an absent one
                     size, mtime = 0, 0
-                entries.append(Entry(path, label, 0, 0, size, mtime, False, "not verified"))
+                entries.append(Entry(path, label, 0, 0, size, mtime, False, False, "not verified"))
 
 
 def _verify_all(root: Path, entries: list[Entry], advance: Callable[[int], None]) -> Iterator[Entry]:
@@ -157,11 +161,12 @@ def _verify(root: Path, entry: Entry) -> Entry:
     try:
         with Image.open(root / entry.path) as image:
             width, height = image.size
+            jpeg = is_plain_jpeg(image)
             image.draft("L", (1, 1))
             image.load()
     except Exception as error:  # see decode.read_rgb
         return replace(entry, ok=False, error=reason(error))
-    return replace(entry, width=width, height=height, ok=True, error="")
+    return replace(entry, width=width, height=height, jpeg=jpeg, ok=True, error="")
 
 
 def _threads() -> int:
