@@ -45,6 +45,7 @@ class DataConfig:
     val_split: str = setting("val", "folder (or embedded split) to validate on", "--val-split")
     class_map: str = setting("", "CSV (id,folder,name) that fixes the order of the classes", "--class-map")
     batch_size: int = setting(256, "clean images per step", "--batch-size", rule=AT_LEAST_ONE, short="-b", main=True)
+    loader: Literal["auto", "dali", "torchvision"] = setting("auto", "who decodes and augments: auto, dali or torchvision", "--loader")
     workers: int = setting(4, "loader processes; 0 loads in the training process", "--workers", rule=NOT_NEGATIVE, short="-j")
     max_bad_share: float = setting(0.01, "share of unreadable images above which the run stops (exit 4)", rule=PROBABILITY)
 

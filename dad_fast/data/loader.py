@@ -139,6 +139,8 @@ class TrainLoader:
     `replaced` names the unreadable files that were met so far; more of them than the source's `max_bad_share` raise DataError.
     """
 
+    name = "torchvision"
+
     def __init__(
         self,
         source: Source,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,8 @@ from dad_fast.engine.checkpoint import (
     restore_generators,
     restore_optimizer,
 )
+from dad_fast.engine.clock import Clock, input_bound
+from dad_fast.engine.feed import feed
 from dad_fast.engine.meter import Meter
 from dad_fast.engine.schedule import learning_rate, total_epochs
 from dad_fast.engine.signals import stop_requests
@@ -59,7 +59,8 @@ class Trainer:
         self.meter = Meter()
         self.next_step = 0
         self.best_top1 = -1.0
-        self.clock = Stopwatch()
+        self.clock = Clock(parts.device)
+        self.windows, self.advised = 0, False
         self.worst_streak = torch.zeros((), device=parts.device)
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
         found = self.checkpoints.load(resume, print_line) if resume else None
@@ -87,20 +88,20 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Runs to the end, or until a signal asks to stop: then the state is saved and Preempted or Interrupted raised."""
-        batches = self.loader.batches(self.next_step, self.total_steps)
+        batches = feed(self.loader.batches(self.next_step, self.total_steps), self.parts.device)
         with stop_requests() as stop, self._progress() as progress:
             clock, first = self.clock, True
             clock.skip()
             while self.next_step < self.total_steps:
-                with clock.waiting():
-                    batch = next(batches)
+                batch = next(batches)
                 if first:
                     self._check_signal(batch)
                     clock.skip()
                     first = False
 
                 lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
-                scalars = self.step(batch, self.next_step, lr)
+                with clock.step():
+                    scalars = self.step(batch, self.next_step, lr)
                 self.meter.add(scalars)
                 self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
                 self.next_step += 1
@@ -148,20 +149,24 @@ class Trainer:
 
     def _log_window(self, lr: float, batch: Batch, progress: TrainProgress) -> None:
         self._stop_if_not_finite()
-        steps = self.meter.count
         values = self.meter.read()
         if values.get("applied") == 1.0:  # worth a word only where fp16 skipped a step
             del values["applied"]
         self.clock.count()
-        seconds, waited = self.clock.window()
-        values |= self.step.measure(batch) | {"data_wait": waited / seconds}
+        window = self.clock.window()
+        values |= self.step.measure(batch) | {"data_wait": window.waited / window.seconds}
+        self.windows += 1
+        advice = input_bound(window, self.cfg.data.batch_size, self.cfg.data.workers, self.loader.name)
+        if advice and not self.advised and self.windows > 1:  # the first window holds the start of the loader's processes
+            self.advised = True
+            self.log.say(advice)
         self.clock.skip()
         if self.parts.device.type == "cuda":
             values["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
         progress.update(values)
         self.log.metrics(
             "train", step=self.next_step, epoch=self.next_step / self.steps_per_epoch, lr=lr, **values,
-            img_per_s=steps * self.cfg.data.batch_size / seconds, bad_images=len(self.loader.replaced),
+            img_per_s=window.steps * self.cfg.data.batch_size / window.seconds, bad_images=len(self.loader.replaced),
         )  # fmt: skip
 
     def _stop_if_not_finite(self) -> None:
@@ -246,32 +251,3 @@ class Trainer:
         self.meter.restore(found.tensors, self.parts.device)
         self.next_step, self.best_top1 = found.state["step"], found.state["best_top1"]
         self.clock.total = found.state["train_seconds"]
-
-
-class Stopwatch:
-    """Wall time of training alone: over the whole run, and since the last log line with the share that went by waiting for data."""
-
-    def __init__(self, total: float = 0.0) -> None:
-        self.total = total
-        self._window = self._waited = 0.0
-        self._mark = time.perf_counter()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    def count(self) -> None:
-        """Count the time until now."""
-        now = time.perf_counter()
-        self.total, self._window, self._mark = self.total + now - self._mark, self._window + now - self._mark, now
-
-    def skip(self) -> None:
-        """Leave out the time since the last `count`: validation, checkpoints and measurements are not training."""
-        self._mark = time.perf_counter()
-
-    def window(self) -> tuple[float, float]:
-        """(seconds, seconds waited) since the last call."""
-        window, self._window, waited, self._waited = self._window, 0.0, self._waited, 0.0
-        return window, waited

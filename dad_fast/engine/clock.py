@@ -1,0 +1,84 @@
+"""Where the time of training goes: over the whole run, and the share of a log window in which the device waited for data.
+
+On a GPU the host only queues work, so what it measures around `next(batch)` says nothing. There an event stands before and after
+each step on the device's own queue: what lies between two steps is the wait. On a CPU the two are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+INPUT_BOUND = 0.1  # share of the time spent waiting from which a run is told about it
+
+
+class Window(NamedTuple):
+    """What happened since the last log line: steps, wall seconds, and seconds of them without a step."""
+
+    steps: int
+    seconds: float
+    waited: float
+
+
+class Clock:
+    """Wall time of training alone. `with step():` around each step; `count` and `skip` leave out everything else."""
+
+    def __init__(self, device: torch.device, total: float = 0.0) -> None:
+        self.total = total
+        self._device = device
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._steps = 0
+        self._window = self._busy = 0.0
+        self._mark = time.perf_counter()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The work of one step, from the moment its batch is there."""
+        self._steps += 1
+        if self._device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            start_time = time.perf_counter()
+            yield
+            self._busy += time.perf_counter() - start_time
+
+    def count(self) -> None:
+        """Count the time until now."""
+        now = time.perf_counter()
+        self.total, self._window, self._mark = self.total + now - self._mark, self._window + now - self._mark, now
+
+    def skip(self) -> None:
+        """Leave out the time since the last `count`: validation, checkpoints and measurements are not training."""
+        self._mark = time.perf_counter()
+
+    def window(self) -> Window:
+        """What was counted since the last call. On a GPU, call it when the device has finished its steps: after reading a value."""
+        busy = self._busy + sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        found = Window(self._steps, self._window, max(0.0, self._window - busy))
+        self._events, self._steps, self._window, self._busy = [], 0, 0.0, 0.0
+        return found
+
+
+def input_bound(window: Window, images_per_step: int, workers: int, loader: str) -> str | None:
+    """What to tell the user of a run that waits for its data: both rates and the mend; None where it does not wait."""
+    if not window.steps or window.waited < INPUT_BOUND * window.seconds:
+        return None
+    images = window.steps * images_per_step
+    delivered, possible = images / window.seconds, images / max(window.seconds - window.waited, 1e-9)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers < cores:
+        mend = f"raise --workers (now {workers}; {cores} cores)"
+    elif loader != "dali":
+        mend = "--loader dali decodes faster, and so do smaller files"
+    else:
+        mend = "smaller files or more cores would help"
+    return f"input-bound: {delivered:,.0f} < {possible:,.0f} img/s, the rate of the steps alone; {mend}"

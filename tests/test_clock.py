@@ -1,0 +1,70 @@
+"""Where the time went: on the CPU, the time outside the steps; and what a run is told that waits for its data."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from dad_fast.engine.clock import Clock, Window, input_bound
+
+
+def test_waiting_is_what_lies_between_steps():
+    clock = Clock(torch.device("cpu"))
+    clock.skip()
+    for _ in range(3):
+        time.sleep(0.02)  # the wait for a batch
+        with clock.step():
+            time.sleep(0.01)
+    clock.count()
+    window = clock.window()
+    assert window.steps == 3 and 0.09 <= window.seconds < 0.5
+    assert 0.06 <= window.waited <= window.seconds - 0.03
+    assert clock.total == pytest.approx(window.seconds)
+    assert clock.window() == Window(0, 0.0, 0.0)
+
+
+def test_skipped_time_is_in_nothing():
+    clock = Clock(torch.device("cpu"), total=5.0)
+    time.sleep(0.05)
+    clock.skip()
+    with clock.step():
+        pass
+    clock.count()
+    assert clock.total < 5.04 and clock.window().waited < 0.04
+
+
+@pytest.mark.gpu
+def test_waiting_on_a_gpu_is_the_gap_between_steps():
+    device = torch.device("cuda")
+    work = torch.randn(4096, 4096, device=device)
+    clock = Clock(device)
+
+    def run(pause: float) -> Window:
+        torch.cuda.synchronize()
+        clock.skip()
+        for _ in range(10):
+            time.sleep(pause)
+            with clock.step():
+                for _ in range(5):
+                    work @ work
+        torch.cuda.synchronize()
+        clock.count()
+        return clock.window()
+
+    run(0.0)  # warm-up
+    busy, starved = run(0.0), run(0.05)
+    assert busy.waited < 0.2 * busy.seconds and starved.waited > 0.4
+
+
+def test_what_a_waiting_run_is_told():
+    cores = len(os.sched_getaffinity(0))
+    assert input_bound(Window(10, 2.0, 0.1), 100, 0, "torchvision") is None
+    assert input_bound(Window(0, 0.0, 0.0), 100, 0, "torchvision") is None
+    told = input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision")
+    assert told == f"input-bound: 500 < 1,000 img/s, the rate of the steps alone; raise --workers (now 0; {cores} cores)"
+    assert "--loader dali" in (input_bound(Window(10, 2.0, 1.0), 100, cores, "torchvision") or "")
+    told = input_bound(Window(10, 2.0, 1.0), 100, cores, "dali")
+    assert told is not None and "--loader dali" not in told
