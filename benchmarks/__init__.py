@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks/ --benchmark`. See benchmarks/README.md."""

@@ -1,0 +1,95 @@
+"""The `bench` fixture: times named functions against each other and keeps what a record needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.record import Machine, Record
+from benchmarks.timing import Function, graphed, interleaved, joules_per_call, peak_memory, spread
+
+SIZES = ("tiny", "base", "paper")
+
+
+def default_size(device: torch.device) -> str:
+    """tiny on a CPU, paper from 60 GiB of GPU memory on, base below."""
+    if device.type == "cpu":
+        return "tiny"
+    return "paper" if torch.cuda.get_device_properties(device).total_memory >= 60 * 2**30 else "base"
+
+
+class Session:
+    """All comparisons of one pytest session, by group."""
+
+    def __init__(self, device: torch.device, size: str) -> None:
+        self.device, self.size = device, size
+        self.machine = Machine(device)
+        self.groups: dict[str, list[Record]] = {}
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+class Bench:
+    """What a benchmark gets: the device, the size, and `compare`."""
+
+    def __init__(self, session: Session, group: str) -> None:
+        self.session, self.group = session, group
+        self.device, self.size = session.device, session.size
+
+    def compare(
+        self,
+        name: str,
+        functions: Mapping[str, Function],
+        *,
+        baseline: str,
+        work: float,
+        unit: str = "img",
+        config: Mapping[str, Any] | None = None,
+        predicted: Mapping[str, float] | None = None,
+        notes: Mapping[str, str] | None = None,
+        graph: bool = False,
+        energy: bool = False,
+        seconds: float = 10.0,
+    ) -> dict[str, float]:
+        """Time `functions` (no arguments; all do the same amount of `work`) in turns and record them under `name`.
+
+        baseline: the one that ratios refer to. work, unit: what one call does, such as 256 "img", for the rate.
+        config: what the record must say about the inputs (plain values, no paths). predicted: expected ratios to the baseline.
+        notes: a remark per function. graph: on a GPU, time the replay of a CUDA graph of each function. energy: on a GPU, joules per
+        `unit` over a block of calls. seconds: what the rounds together may take (at least 5 rounds are made).
+
+        Returns the median ratio of each function to the baseline, over rounds.
+        """
+        if baseline not in functions:
+            raise ValueError(f"baseline {baseline!r} is none of {', '.join(functions)}")
+        graph = graph and self.device.type == "cuda"
+        timed = {key: graphed(function) if graph else function for key, function in functions.items()}
+        times = interleaved(timed, self.device, seconds)
+        rows, ratios = [], {}
+        for key, function in timed.items():
+            ratio = spread([own / base for own, base in zip(times[key], times[baseline], strict=True)])
+            ratios[key] = ratio["median"]
+            row: Record = {"name": key, "ms": {k: v if k == "n" else v * 1e3 for k, v in spread(times[key]).items()}, "ratio": ratio}
+            row["per_second"] = work / spread(times[key])["median"]
+            if predicted and key in predicted:
+                row["predicted"] = predicted[key]
+            if notes and key in notes:
+                row["note"] = notes[key]
+            peak = peak_memory(function, self.device)
+            if peak is not None and not graph:  # a graph's memory was taken at capture
+                row["peak_bytes"] = peak
+            gpu = self.session.machine.gpu
+            if energy and gpu is not None:
+                joules = joules_per_call(function, self.device, gpu.energy_joules)
+                if joules is not None:
+                    row["joules"] = joules / work
+            rows.append(row)
+        comparison = {"name": name, "unit": unit, "work": work, "baseline": baseline, "config": dict(config or {}), "graph": graph}
+        self.session.groups.setdefault(self.group, []).append(comparison | {"rows": rows})
+        return ratios

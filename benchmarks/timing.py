@@ -1,0 +1,139 @@
+"""Times of several functions, taken in turns, so that a drift of the machine (clocks, heat, other work) falls on all of them alike.
+
+A round calls every function once (short ones several times) and begins with another one each time. On a CPU the wall clock is read;
+on a GPU device events stand around each call, with the L2 cache flushed before it, and the host waits once per round.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+WARM_UP_SECONDS = 0.2  # per function, and two calls at least: allocator, caches, compilation, clocks
+BLOCK_SECONDS = 0.01  # a function shorter than this is called several times per round
+MAX_CALLS = 1000  # per round
+
+Function = Callable[[], object]
+
+
+def interleaved(functions: Mapping[str, Function], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Seconds per call of each function, one value per round, in the order of the rounds: at least MIN_ROUNDS of them.
+
+    `seconds` is what all rounds together should take.
+    """
+    timer = _EventTimer(device) if device.type == "cuda" else _wall_time
+    names = list(functions)
+    calls, round_seconds = {}, 0.0
+    for name, function in functions.items():
+        _warm_up(function, device)
+        estimate = min(timer(function, 1) for _ in range(2))
+        calls[name] = max(1, min(MAX_CALLS, math.ceil(BLOCK_SECONDS / max(estimate, 1e-9))))
+        round_seconds += estimate * calls[name]
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds)))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                times[name].append(timer(functions[name], calls[name]))
+    finally:
+        gc.enable()
+    return times
+
+
+def graphed(function: Function) -> Function:
+    """`function` as the replay of a CUDA graph of one call; it must read and write the same memory each time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        keep = function()  # what it returns lives in the graph's memory
+
+    def replay() -> object:
+        graph.replay()
+        return keep
+
+    return replay
+
+
+def peak_memory(function: Function, device: torch.device) -> int | None:
+    """Bytes that one call needs beyond what was allocated before it, from torch's caching allocator; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def joules_per_call(
+    function: Function, device: torch.device, read_joules: Callable[[], float | None], seconds: float = 2.0
+) -> float | None:
+    """Energy of the whole board over a block of calls of about `seconds`, per call; None where the board does not count it."""
+    torch.cuda.synchronize(device)
+    start, before, count = time.perf_counter(), read_joules(), 0
+    while time.perf_counter() - start < seconds:
+        function()
+        torch.cuda.synchronize(device)
+        count += 1
+    after = read_joules()
+    return None if before is None or after is None else (after - before) / count
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """{median, q1, q3, min, n} of `values`."""
+    if len(values) == 1:
+        quartiles = [values[0]] * 3
+    else:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": quartiles[1], "q1": quartiles[0], "q3": quartiles[2], "min": min(values), "n": len(values)}
+
+
+def _warm_up(function: Function, device: torch.device) -> None:
+    start, count = time.perf_counter(), 0
+    while count < 2 or time.perf_counter() - start < WARM_UP_SECONDS:
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        count += 1
+
+
+def _wall_time(function: Function, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+class _EventTimer:
+    """Mean device time of a call. The flush between calls also gives the host time to queue the next one."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(2 * cache_bytes, dtype=torch.int8, device=device)
+        self.device = device
+
+    def __call__(self, function: Function, calls: int) -> float:
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        for start, end in pairs:
+            self.flush.zero_()
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return statistics.fmean(start.elapsed_time(end) for start, end in pairs) / 1e3
