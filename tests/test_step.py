@@ -1,5 +1,7 @@
 """The step computes the written definition of every method, reads nothing on the host, and trains every form of batch norm."""
 
+import gc
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,10 +11,13 @@ pytest.importorskip("timm")
 pytest.importorskip("open_clip")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from dad_fast.config.schema import AttackConfig, AugmentConfig, Config, LossConfig, StudentConfig  # noqa: E402
+from dad_fast.config.schema import AttackConfig, AugmentConfig, Config, EngineConfig, LossConfig, StudentConfig  # noqa: E402
 from dad_fast.data.loader import Batch  # noqa: E402
+from dad_fast.engine.garbage import collections_between_steps  # noqa: E402
+from dad_fast.engine.meter import Meter  # noqa: E402
 from dad_fast.engine.step import TrainStep  # noqa: E402
 from dad_fast.engine.update import Update  # noqa: E402
+from dad_fast.errors import EnvironmentProblem  # noqa: E402
 from dad_fast.methods.attack import PGD  # noqa: E402
 from dad_fast.methods.objectives import TERMS  # noqa: E402
 from dad_fast.models.discretizer import VQGANDiscretizer  # noqa: E402
@@ -76,7 +81,7 @@ def make(method, student=LAYER_NORM, **changes):
 def test_the_loss_is_the_sentence(method, order):
     step, data = make(method, attack=AttackConfig(eps=0.5, step_size=0.4, steps=2, order=order)), batch()
     student, teacher, q = step.student.train(), step.teacher, step.discretizer
-    loss, _ = step.loss(data)
+    loss, _ = step.loss(step.generate(data))
 
     x, y, second, _ = step.mixed(data)
     base = q(x).images if order == "authors" else x
@@ -130,6 +135,55 @@ def test_a_step_reads_nothing_on_the_host(method):
     assert reads.seen == []
 
 
+@pytest.mark.parametrize("method", ["kd", "dad"])
+def test_micro_batches_make_the_step_of_the_whole_batch(method):
+    """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the micro-batches' means."""
+    whole, parts = make(method), make(method, engine=EngineConfig(grad_accum_steps=4))
+    for number in range(2):
+        a, b = whole(batch(), number, 1e-3), parts(batch(), number, 1e-3)
+        assert a.keys() == b.keys()
+        torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-5, atol=1e-6)
+        grads = [torch.stack([p.grad.abs().max() for p in step.update.parameters]) for step in (whole, parts)]
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow  # compiles for half a minute
+@pytest.mark.parametrize("method", ["dad", "dat"])
+def test_a_compiled_step_is_the_plain_step(method):
+    plain, compiled = make(method), make(method, engine=EngineConfig(torchcompile=True))
+    for number in range(3):
+        a, b = plain(batch(), number, 1e-3), compiled(batch(), number, 1e-3)
+        torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-4, atol=1e-5)
+    assert compiled.student.state_dict().keys() == plain.student.state_dict().keys()
+
+
+def test_graphs_that_were_asked_for_need_a_gpu():
+    assert make("ce").graphs is None
+    with pytest.raises(EnvironmentProblem, match="--cuda-graphs on"):
+        make("ce", engine=EngineConfig(cuda_graphs="on"))
+
+
+def resident_kib():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+@pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_memory_is_flat(steps):
+    """With no cycle collector, as in training: a step leaves nothing behind, not even a reference cycle."""
+    tiny = replace(LAYER_NORM, model_kwargs={"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1})
+    step, data = make("dad", tiny, ema=replace(Config().ema, model_ema=True)), batch()
+    meter = Meter()
+    with collections_between_steps():
+        for number in range(100):
+            meter.add(step(data, number, 1e-3))
+        before, objects = resident_kib(), len(gc.get_objects())
+        for number in range(steps):
+            meter.add(step(data, number, 1e-3))
+        grown, left = resident_kib() - before, len(gc.get_objects()) - objects
+    assert left < 50 and grown < 4096, (left, grown)
+
+
 @pytest.mark.parametrize("bn", ["joint", "split", "aux"])
 def test_every_form_of_batch_norm_trains(bn):
     step = make("dad", replace(BATCH_NORM, bn=bn))
@@ -139,7 +193,7 @@ def test_every_form_of_batch_norm_trains(bn):
 
 def test_joint_and_split_are_one_for_students_without_batch_statistics():
     joint, split = make("dad"), make("dad", replace(LAYER_NORM, bn="split"))
-    torch.testing.assert_close(joint.loss(batch())[0], split.loss(batch())[0])
+    torch.testing.assert_close(*(step.loss(step.generate(batch()))[0] for step in (joint, split)))
 
 
 def test_the_share_of_changed_codes_grows_with_the_budget():

@@ -24,8 +24,9 @@ def config(**optim):
 
 
 def step(update, model, x, number, lr=0.1):
-    update.remember_buffers()
-    return update(model(x).square().mean(), number, lr)
+    update.begin(number, lr)
+    update.backward(model(x).square().mean())
+    return update.apply()
 
 
 def snapshot(model, update):

@@ -44,7 +44,7 @@ class DataConfig:
     train_split: str = setting("train", "folder (or embedded split) to train on", "--train-split")
     val_split: str = setting("val", "folder (or embedded split) to validate on", "--val-split")
     class_map: str = setting("", "CSV (id,folder,name) that fixes the order of the classes", "--class-map")
-    batch_size: int = setting(256, "clean images per step", "--batch-size", rule=AT_LEAST_ONE, short="-b", main=True)
+    batch_size: int = setting(256, "clean images per batch", "--batch-size", rule=AT_LEAST_ONE, short="-b", main=True)
     loader: Literal["auto", "dali", "torchvision"] = setting("auto", "who decodes and augments: auto, dali or torchvision", "--loader")
     workers: int = setting(4, "loader processes; 0 loads in the training process", "--workers", rule=NOT_NEGATIVE, short="-j")
     max_bad_share: float = setting(0.01, "share of unreadable images above which the run stops (exit 4)", rule=PROBABILITY)
@@ -166,6 +166,15 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    grad_accum_steps: int = setting(1, "batches whose gradients make one step", "--grad-accum-steps", rule=AT_LEAST_ONE)
+    cuda_graphs: Literal["auto", "on", "off"] = setting(
+        "auto", "capture the step in CUDA graphs; auto falls back to plain calls, and says why", "--cuda-graphs"
+    )
+    torchcompile: bool = setting(False, "torch.compile the student and the teacher", "--torchcompile")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = setting(0, "steps between checkpoints; 0 = at the end of every epoch", "--checkpoint-every-steps", rule=NOT_NEGATIVE)
     keep: int = setting(2, "latest checkpoints kept, besides the best", rule=AT_LEAST_ONE)
@@ -201,6 +210,7 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EmaConfig = EmaConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     variants: dict[str, dict[str, Any]] = setting(

@@ -13,7 +13,7 @@ from dad_fast.config.schema import Config
 NOT_SCIENCE = frozenset(
     {
         *("data.workers", "data.max_bad_share", "log_every", "max_steps", "device", "seeds"),
-        *("checkpoint.every_steps", "checkpoint.keep"),
+        *("checkpoint.every_steps", "checkpoint.keep", "engine.cuda_graphs"),
         *("eval.every_epochs", "eval.suites", "eval.batch_size"),
         *("student.weights", "student.init_from", "student.pretrained"),
     }

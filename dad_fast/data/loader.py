@@ -54,6 +54,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def split(self, num_parts: int) -> list[Batch]:
+        """Micro-batches of equal size; views."""
+        return [self._map(lambda tensor, i=i: tensor.chunk(num_parts)[i]) for i in range(num_parts)] if num_parts > 1 else [self]
+
 
 class EvalBatch(NamedTuple):
     images: Tensor  # uint8 [B, 3, H, W]

@@ -127,7 +127,8 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
                 tensors[f"optimizer.{index}.{name}"] = value
             elif value is not None:
                 numbers[f"{index}.{name}"] = value
-    return tensors, {"param_groups": state["param_groups"], "numbers": numbers}
+    groups = [{k: v.item() if torch.is_tensor(v) else v for k, v in group.items()} for group in state["param_groups"]]
+    return tensors, {"param_groups": groups, "numbers": numbers}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:

@@ -1,6 +1,9 @@
 """One training step, in the order in which it happens: the file to read first.
 
     uint8 images -> x, y -> attack -> Q(x') -> teacher and student -> objective -> update
+
+`generate` is all that needs no gradient of the student's weights, `learn` the rest; both work on static shapes and read nothing on the
+host, so that graph.py can capture each in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +19,7 @@ from torch import Tensor
 from dad_fast.config.schema import Config
 from dad_fast.data.loader import Batch
 from dad_fast.data.mixing import Mixed, mix, to_pixels
+from dad_fast.engine.graph import StepGraphs
 from dad_fast.engine.update import Update
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import discretize, perturb
@@ -27,6 +32,16 @@ from dad_fast.models.teacher import Teacher
 MEASURED = 16  # images whose codes are compared at a log step
 
 
+class Generated(NamedTuple):
+    """What the student learns from: its images (clean, then those of each attack), labels, and what the teacher says of them."""
+
+    images: list[Tensor]  # each [B, 3, H, W]
+    targets: Tensor  # [B, C], mixed, not smoothed
+    teacher_clean: Tensor | None  # [B, C]
+    teacher_dad: Tensor | None  # [B, C]
+    keep: Tensor | None  # [B], 1 where the adversarial image counts
+
+
 class TrainStep:
     """Computes the loss of a batch and updates the student. `teacher` and `discretizer` are None where the method needs none."""
 
@@ -35,18 +50,31 @@ class TrainStep:
         self.terms = TERMS[cfg.method]
         self.attack = PGD.from_config(cfg.attack)
         self.device = next(student.parameters()).device
+        self.run_student: Callable[[Tensor], Tensor] = student
+        self.run_teacher: Callable[[Tensor], Tensor] | None = teacher
+        if cfg.engine.torchcompile:
+            self.run_student = torch.compile(student)
+            self.run_teacher = torch.compile(teacher) if teacher is not None else None
+        self.graphs = StepGraphs.if_wanted(cfg.engine.cuda_graphs, self.device, self.generate, self.learn, update)
 
     def __call__(self, batch: Batch, step: int, lr: float) -> dict[str, Tensor]:
-        """One step. Returns scalars on the device: the loss, its parts, the share kept by the filter, whether it was applied."""
-        self.student.train()
-        self.update.remember_buffers()
-        loss, scalars = self.loss(batch)
-        scalars["applied"] = self.update(loss, step, lr).float()
-        return scalars
+        """One step. Returns scalars on the device: the loss, its parts, the share kept by the filter, whether it was applied.
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        cfg, teacher = self.cfg, self.teacher
-        batch = batch.to(self.device)
+        The batch holds `engine.grad_accum_steps` micro-batches; every scalar is the mean over them.
+        """
+        self.student.train()
+        self.update.begin(step, lr)
+        num_parts = self.cfg.engine.grad_accum_steps
+        sums: dict[str, Tensor] = {}
+        for part in batch.to(self.device).split(num_parts):
+            scalars = self.graphs.learn(part) if self.graphs else self.learn(self.generate(part))
+            sums = {name: value + sums[name] if sums else value.clone() for name, value in scalars.items()}
+        applied = self.graphs.apply() if self.graphs else self.update.apply()
+        return {name: value / num_parts for name, value in sums.items()} | {"applied": applied.float()}
+
+    def generate(self, batch: Batch) -> Generated:
+        """Attack, discretizer and teacher, for a batch on the device."""
+        cfg, teacher = self.cfg, self.run_teacher
         x, y, second_labels, _ = self.mixed(batch)  # [B, 3, H, W], [B, C], [B]
 
         # x + delta -> Q(x + delta): against the teacher (DAD), against the student (DAT)
@@ -67,19 +95,28 @@ class TrainStep:
                     teacher_dad = teacher(images[1])
                     if cfg.loss.filter:
                         keep = keep_mask(teacher_dad, batch.labels, second_labels)
+        return Generated(images, y, teacher_clean, teacher_dad, keep)
 
-        # The student on all of them.
+    def learn(self, generated: Generated) -> dict[str, Tensor]:
+        """The student's gradients, added to those of earlier micro-batches; returns scalars."""
+        loss, scalars = self.loss(generated)
+        self.update.backward(loss / self.cfg.engine.grad_accum_steps)
+        return scalars
+
+    def loss(self, generated: Generated) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the student on what was generated, and scalars: the loss, its parts, the share kept."""
+        cfg, (images, targets, teacher_clean, teacher_dad, keep) = self.cfg, generated
         with self.autocast():
             if cfg.student.bn == "split":
-                outputs = [self.student(group) for group in images]
+                outputs = [self.run_student(group) for group in images]
             else:
-                outputs = list(self.student(torch.cat(images)).chunk(len(images)))
+                outputs = list(self.run_student(torch.cat(images)).chunk(len(images)))
         student_clean = outputs.pop(0)
         student_dat = outputs.pop() if "dat" in self.terms else None
         student_dad = outputs.pop() if outputs else None
 
         logits = Logits(student_clean, student_dad, student_dat, teacher_clean, teacher_dad)
-        loss, parts = objective(cfg.method, cfg.loss, logits, smooth(y, cfg.augment.smoothing), keep)
+        loss, parts = objective(cfg.method, cfg.loss, logits, smooth(targets, cfg.augment.smoothing), keep)
         scalars = {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
         if keep is not None:
             scalars["kept"] = keep.mean()
@@ -134,7 +171,7 @@ class TrainStep:
         """The student as DAT attacks it: fixed statistics and no dropout, so that the attack leaves no trace in the student."""
         self.student.eval()
         with self.autocast():
-            logits = self.student(x)
+            logits = self.run_student(x)
         self.student.train()
         return logits
 

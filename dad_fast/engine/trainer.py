@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from dad_fast.engine.checkpoint import (
 )
 from dad_fast.engine.clock import Clock, input_bound
 from dad_fast.engine.feed import feed
+from dad_fast.engine.garbage import collections_between_steps
 from dad_fast.engine.meter import Meter
 from dad_fast.engine.schedule import learning_rate, total_epochs
 from dad_fast.engine.signals import stop_requests
@@ -49,8 +51,9 @@ class Trainer:
         torch.manual_seed(cfg.seed)  # again, after the student was built: a run draws the same whatever its initial weights took
         self.update = Update(parts.student, cfg, parts.device)
         self.step = TrainStep(cfg, parts.student, parts.teacher, parts.discretizer, self.update)
+        self.images_per_step = cfg.data.batch_size * cfg.engine.grad_accum_steps
         self.loader = TrainLoader(
-            parts.train, cfg.augment, parts.student.image_size, cfg.data.batch_size, seed=cfg.seed, workers=cfg.data.workers,
+            parts.train, cfg.augment, parts.student.image_size, self.images_per_step, seed=cfg.seed, workers=cfg.data.workers,
             pin_memory=parts.device.type == "cuda",
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
@@ -76,7 +79,7 @@ class Trainer:
         millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
         lines = [
             f"{self.label}: {cfg.method}, {cfg.student.name} ({millions:.2f} M parameters) on {parts.device}, "
-            f"steps {self.next_step:,} to {self.total_steps:,} of {cfg.data.batch_size} images",
+            f"steps {self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images",
             parts.train.describe(),
         ]
         if parts.teacher is not None:
@@ -89,7 +92,7 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Runs to the end, or until a signal asks to stop: then the state is saved and Preempted or Interrupted raised."""
         batches = feed(self.loader.batches(self.next_step, self.total_steps), self.parts.device)
-        with stop_requests() as stop, self._progress() as progress:
+        with stop_requests() as stop, self._progress() as progress, collections_between_steps():
             clock, first = self.clock, True
             clock.skip()
             while self.next_step < self.total_steps:
@@ -127,12 +130,12 @@ class Trainer:
         }
 
     def _progress(self) -> TrainProgress:
-        images = self.cfg.data.batch_size
-        return TrainProgress(self.total_steps, images, self.steps_per_epoch, self.label, self.log, start_step=self.next_step)
+        return TrainProgress(self.total_steps, self.images_per_step, self.steps_per_epoch, self.label, self.log, start_step=self.next_step)
 
     def _boundary(self, last: bool, epoch_ends: bool, stopping: bool, progress: TrainProgress) -> None:
         """Validation and checkpoint, whichever are due."""
         self._stop_if_not_finite()
+        gc.collect()
         epoch, every = self.next_step // self.steps_per_epoch, self.cfg.eval.every_epochs
         best = False
         if last or (epoch_ends and every and epoch % every == 0 and not stopping):
@@ -156,7 +159,7 @@ class Trainer:
         window = self.clock.window()
         values |= self.step.measure(batch) | {"data_wait": window.waited / window.seconds}
         self.windows += 1
-        advice = input_bound(window, self.cfg.data.batch_size, self.cfg.data.workers, self.loader.name)
+        advice = input_bound(window, self.images_per_step, self.cfg.data.workers, self.loader.name)
         if advice and not self.advised and self.windows > 1:  # the first window holds the start of the loader's processes
             self.advised = True
             self.log.say(advice)
@@ -166,7 +169,7 @@ class Trainer:
         progress.update(values)
         self.log.metrics(
             "train", step=self.next_step, epoch=self.next_step / self.steps_per_epoch, lr=lr, **values,
-            img_per_s=window.steps * self.cfg.data.batch_size / window.seconds, bad_images=len(self.loader.replaced),
+            img_per_s=window.steps * self.images_per_step / window.seconds, bad_images=len(self.loader.replaced),
         )  # fmt: skip
 
     def _stop_if_not_finite(self) -> None:

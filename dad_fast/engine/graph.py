@@ -1,0 +1,135 @@
+"""The step as CUDA graphs: generation, the student's gradients, and the update, captured once and replayed. Not yet run on a GPU.
+
+The first steps run plainly, on a side stream: they are real steps, and they warm up what may not happen during a capture (cuBLAS,
+autotuning, compilation, the optimizer's state). Then each of the three is captured, which runs nothing, and replayed from there on. The
+three share one memory pool and replay in the order of their capture; between them stand whatever eager work a step needs (copying the
+batch in, learning rates, and the all-reduce of several processes). Static are: the batch's tensors, the gradients, every output.
+Random numbers stay right: a graph replays with the device generator's state of that moment.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dad_fast.data.loader import Batch
+from dad_fast.engine.update import Update
+from dad_fast.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from dad_fast.engine.step import Generated
+
+log = logging.getLogger("dad_fast.engine")
+
+WARM_UP = 3  # plain steps before the capture
+
+
+class StepGraphs:
+    """`learn` and `apply`, as `TrainStep` calls them, by replaying. Where a capture fails they stay plain calls, said once, unless
+    `required`: then EnvironmentProblem.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        generate: Callable[[Batch], Generated],
+        learn: Callable[[Generated], dict[str, Tensor]],
+        update: Update,
+        required: bool,
+    ) -> None:
+        self._generate, self._learn, self._update, self._required = generate, learn, update, required
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._steps = 0  # updates made so far
+        self._inputs: Batch | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._scalars: dict[str, Tensor] = {}
+        self._applied: Tensor | None = None
+        self.failed = False
+
+    @classmethod
+    def if_wanted(
+        cls,
+        wanted: str,
+        device: torch.device,
+        generate: Callable[[Batch], Generated],
+        learn: Callable[[Generated], dict[str, Tensor]],
+        update: Update,
+    ) -> StepGraphs | None:
+        """wanted: auto (where there is a CUDA device), on, off. Raises EnvironmentProblem for `on` without a CUDA device."""
+        if wanted == "on" and device.type != "cuda":
+            raise EnvironmentProblem(f"--cuda-graphs on: the run is on {device}; CUDA graphs need a CUDA device (auto does without)")
+        if wanted == "off" or device.type != "cuda":
+            return None
+        return cls(device, generate, learn, update, required=wanted == "on")
+
+    @property
+    def captured(self) -> bool:
+        return bool(self._graphs)
+
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        """Generation and the student's gradients for a micro-batch on the device. The scalars are overwritten by the next call."""
+        if not self._graphs and not self.failed and self._steps >= WARM_UP:
+            self._capture(batch)
+        if not self._graphs:
+            with self._aside():
+                return self._learn(self._generate(batch))
+        assert self._inputs is not None
+        for name, static in _tensors(self._inputs).items():
+            static.copy_(getattr(batch, name))
+        self._graphs[0].replay()
+        self._graphs[1].replay()
+        return self._scalars
+
+    def apply(self) -> Tensor:
+        """The optimizer step."""
+        self._steps += 1
+        if not self._graphs:
+            with self._aside():
+                applied = self._update.apply()
+            if self._steps == WARM_UP:  # the capture comes with the next step: by then the gradients stay where they are
+                self._update.make_gradients_static()
+            return applied
+        self._graphs[2].replay()
+        assert self._applied is not None
+        return self._applied
+
+    def _capture(self, batch: Batch) -> None:
+        try:
+            self._inputs = replace(batch, **{name: value.clone() for name, value in _tensors(batch).items()})
+            graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
+            with self._capturing(graphs[0]):
+                generated = self._generate(self._inputs)
+            with self._capturing(graphs[1]):
+                self._scalars = self._learn(generated)
+            with self._capturing(graphs[2]):
+                self._applied = self._update.apply()
+            self._graphs = graphs
+        except RuntimeError as error:
+            self.failed = True
+            torch.cuda.synchronize()
+            reason = str(error).partition("\n")[0]
+            if self._required:
+                raise EnvironmentProblem(f"--cuda-graphs on: the step cannot be captured: {reason}; use --cuda-graphs auto") from error
+            log.warning("CUDA graphs are off: the step cannot be captured: %s", reason)
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Any:
+        # thread_local: the thread that pins the loader's batches may call CUDA meanwhile
+        return torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
