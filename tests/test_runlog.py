@@ -140,3 +140,17 @@ def test_live_bar_shows_values_and_lines_above_it(tmp_path, monkeypatch):
 
 def test_format_seconds():
     assert [progress.format_seconds(s) for s in (7.2, 750, 11045)] == ["0:07", "12:30", "3:04:05"]
+
+
+def test_warnings_of_the_package_reach_the_log_of_the_latest_run(tmp_path, capsys):
+    import logging
+
+    warn = logging.getLogger("dad_fast.data").warning
+    first = RunLog(tmp_path / "first")
+    with RunLog(tmp_path / "second"):
+        warn("%s cannot be read", "a.jpg")
+    warn("nobody's any more")
+    first.close()
+    assert "warning: a.jpg cannot be read" in (tmp_path / "second/train.log").read_text()
+    assert (tmp_path / "first/train.log").read_text() == "" and "nobody" not in (tmp_path / "second/train.log").read_text()
+    assert capsys.readouterr().err.count("a.jpg") == 1

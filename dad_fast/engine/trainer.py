@@ -34,6 +34,7 @@ from dad_fast.engine.update import Update
 from dad_fast.errors import NotFinite, UsageError
 from dad_fast.evaluate.runner import Result, Suite, evaluate
 from dad_fast.models.student import Student, save_student
+from dad_fast.observe.device import Gpu
 from dad_fast.observe.progress import TrainProgress
 from dad_fast.observe.runlog import RunLog, print_line
 
@@ -64,6 +65,7 @@ class Trainer:
         self.best_top1 = -1.0
         self.clock = Clock(parts.device)
         self.windows, self.advised = 0, False
+        self.gpu = Gpu.open(parts.device.index or 0) if parts.device.type == "cuda" else None
         self.worst_streak = torch.zeros((), device=parts.device)
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
         found = self.checkpoints.load(resume, print_line) if resume else None
@@ -167,9 +169,10 @@ class Trainer:
         if self.parts.device.type == "cuda":
             values["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
         progress.update(values)
+        gpu = {"gpu": self.gpu.sample()} if self.gpu else {}
         self.log.metrics(
             "train", step=self.next_step, epoch=self.next_step / self.steps_per_epoch, lr=lr, **values,
-            img_per_s=window.steps * self.images_per_step / window.seconds, bad_images=len(self.loader.replaced),
+            img_per_s=window.steps * self.images_per_step / window.seconds, bad_images=len(self.loader.replaced), **gpu,
         )  # fmt: skip
 
     def _stop_if_not_finite(self) -> None:

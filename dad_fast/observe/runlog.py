@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -27,7 +28,7 @@ def print_line(text: str) -> None:
 
 
 class RunLog:
-    """The logs of the run in `folder`, opened for appending.
+    """The logs of the run in `folder`, opened for appending. Until the next one is opened, warnings of this package go to it as well.
 
     A last line that a killed process left torn is dropped on opening. `echo` shows a line to the user; `TrainProgress`
     replaces it while its live bar is up, so that lines appear above the bar.
@@ -40,6 +41,8 @@ class RunLog:
         self._metrics = open(self.folder / "metrics.jsonl", "a+b")
         self._text = open(self.folder / "train.log", "a", encoding="utf-8")
         self.truncate_to(self._metrics.tell())
+        self._warnings = _Warnings(self)
+        self._warnings.install()
 
     def metrics(self, kind: str, **values: Any) -> None:
         """Append one line `{"kind": kind, "time": seconds since the epoch, **values}` to metrics.jsonl."""
@@ -70,6 +73,7 @@ class RunLog:
         self._metrics.seek(0, os.SEEK_END)
 
     def close(self) -> None:
+        logging.getLogger("dad_fast").removeHandler(self._warnings)
         self._metrics.close()
         self._text.close()
 
@@ -78,6 +82,23 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class _Warnings(logging.Handler):
+    """Takes the place of the last run's handler, and of Python's own way of printing warnings, which would tear the live bar."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def install(self) -> None:
+        logger = logging.getLogger("dad_fast")
+        for other in [handler for handler in logger.handlers if isinstance(handler, _Warnings)]:
+            logger.removeHandler(other)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.say(f"warning: {record.getMessage()}")
 
 
 def read_metrics(folder: str | Path, kind: str = "") -> list[dict[str, Any]]:
