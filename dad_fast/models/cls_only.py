@@ -23,7 +23,7 @@ SCALES = (nn.Identity, LayerScale)
 class ClassTokenBlock(Block):
     """timm's pre-norm block: tokens [B, N, D] -> class token [B, 1, D]."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         cls = x[:, :1]
         cls = cls + self.drop_path1(self.ls1(_attend(self.attn, self.norm1(x))))
         return cls + self.drop_path2(self.ls2(self.mlp(self.norm2(cls))))

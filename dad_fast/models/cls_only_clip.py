@@ -55,11 +55,11 @@ def _attend(attn: Any, tokens: Tensor) -> Tensor:
     return attn.out_proj(attn.ln_inner(x.transpose(1, 2).reshape(batch, 1, width)))
 
 
-def keep_class_token_only_clip(tower: nn.Module) -> str:
+def keep_class_token_only_clip(tower: Any) -> str:
     """As `cls_only.keep_class_token_only`, for an open_clip VisionTransformer."""
     why = _why_not(tower)
     if not why:
-        block = tower.transformer.resblocks[-1]  # type: ignore[union-attr, index]
+        block = tower.transformer.resblocks[-1]
         if type(block) is ResidualAttentionBlock:
             block.__class__ = ClassTokenResidualBlock
         elif type(block) is CustomResidualAttentionBlock:

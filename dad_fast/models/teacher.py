@@ -57,6 +57,7 @@ class Teacher(nn.Module):
         self.classes, self.name, self.image_size = classes, name, image_size
         self.precision, self.unit_features = precision or PrecisionConfig(), unit_features
         self.provenance, self.weights_sha256 = provenance, weights_sha256
+        self.takes_raw_pixels = False  # whether the normalisation is inside the weights; see savings.fold_normalisation
         weight, bias = (torch.empty(0), torch.empty(0)) if isinstance(head, nn.Module) else head
         self.register_buffer("head_weight", weight)  # [C, F]
         self.register_buffer("head_bias", bias)  # [C]
@@ -90,7 +91,7 @@ class Teacher(nn.Module):
             pixels = F.interpolate(pixels, (self.image_size, self.image_size), mode="bicubic", antialias=True)
         dtype = getattr(torch, self.precision.teacher)
         with torch.autocast(pixels.device.type, dtype, enabled=self.precision.amp and dtype != torch.float32):
-            output: Tensor = model((pixels - self.mean) / self.std)
+            output: Tensor = model(pixels if self.takes_raw_pixels else (pixels - self.mean) / self.std)
         return output.float()
 
 
