@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import Machine, Record
+from benchmarks.machine import Machine
+from benchmarks.record import Record
 from benchmarks.timing import Function, graphed, interleaved, joules_per_call, peak_memory, spread
-
-SIZES = ("tiny", "base", "paper")
 
 
 def default_size(device: torch.device) -> str:
@@ -52,6 +51,7 @@ class Bench:
         unit: str = "img",
         config: Mapping[str, Any] | None = None,
         predicted: Mapping[str, float] | None = None,
+        flops: Mapping[str, float] | None = None,
         notes: Mapping[str, str] | None = None,
         graph: bool = False,
         energy: bool = False,
@@ -61,6 +61,7 @@ class Bench:
 
         baseline: the one that ratios refer to. work, unit: what one call does, such as 256 "img", for the rate.
         config: what the record must say about the inputs (plain values, no paths). predicted: expected ratios to the baseline.
+        flops: FLOP per `unit`, counted before measuring: gives TFLOP/s, and predicts ratios where `predicted` does not.
         notes: a remark per function. graph: on a GPU, time the replay of a CUDA graph of each function. energy: on a GPU, joules per
         `unit` over a block of calls. seconds: what the rounds together may take (at least 5 rounds are made).
 
@@ -79,6 +80,10 @@ class Bench:
             row["per_second"] = work / spread(times[key])["median"]
             if predicted and key in predicted:
                 row["predicted"] = predicted[key]
+            if flops and key in flops:
+                row["tflops"] = row["per_second"] * flops[key] / 1e12
+                if baseline in flops:
+                    row.setdefault("predicted", flops[key] / flops[baseline])
             if notes and key in notes:
                 row["note"] = notes[key]
             peak = peak_memory(function, self.device)

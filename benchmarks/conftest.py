@@ -5,13 +5,17 @@ pytest-benchmark may be installed as well: its options all begin with --benchmar
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from benchmarks import overhead
-from benchmarks.bench import SIZES, Bench, Session, default_size
-from benchmarks.record import as_text, make_record, read_record, record_path, write_record
+from benchmarks.record import SIZES, Record, as_text, make_record, read_record, record_path, write_record
+
+if TYPE_CHECKING:  # torch is imported when the first benchmark runs
+    from benchmarks.bench import Bench, Session
 
 HERE = Path(__file__).parent
 
@@ -27,9 +31,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--append-history", action="store_true", help="append the overheads to benchmarks/history.jsonl")
 
 
+@dataclass
+class State:
+    session: Session | None = None
+    before: Record | None = None  # what --overhead-compare names
+    records: list[Record] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+STATE = pytest.StashKey[State]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config._bench_session = None  # type: ignore[attr-defined]
-    config._bench_problems = []  # type: ignore[attr-defined]
+    state = config.stash[STATE] = State()
     if not config.getoption("run_benchmarks", False):  # absent when this file is found late, as by `pytest .`
         return
     if config.getoption("numprocesses", None):
@@ -37,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         overhead.parse_share(config.getoption("fail_over"))
         if config.getoption("overhead_compare"):
-            config._bench_before = read_record(config.getoption("overhead_compare"))  # type: ignore[attr-defined]
+            state.before = read_record(config.getoption("overhead_compare"))
     except ValueError as error:
         raise pytest.UsageError(f"--benchmark: {error}") from None
 
@@ -53,59 +67,61 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def _bench_session(request: pytest.FixtureRequest) -> Session:
-    from dad_fast.engine.build import resolve_device
+    import torch
+
+    from benchmarks.bench import Session, default_size
 
     config = request.config
-    device = resolve_device(config.getoption("bench_device"))
+    name = config.getoption("bench_device")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
     session = Session(device, config.getoption("bench_size") or default_size(device))
-    config._bench_session = session  # type: ignore[attr-defined]
+    config.stash[STATE].session = session
     return session
 
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, _bench_session: Session) -> Bench:
     """Times functions for the group that the file test_<group>.py names."""
+    from benchmarks.bench import Bench
+
     return Bench(_bench_session, request.path.stem.removeprefix("test_"))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    config = session.config
-    bench: Session | None = config._bench_session  # type: ignore[attr-defined]
-    problems: list[str] = config._bench_problems  # type: ignore[attr-defined]
+    config, state = session.config, session.config.stash[STATE]
     if not config.getoption("run_benchmarks", False) or config.option.collectonly:
         return
-    wanted = {item.path.stem for item in session.items}
-    if "test_steps" in wanted and not (bench and bench.groups.get("steps")):
-        problems.append("no step benchmark ran")
-    records = [make_record(g, bench.size, rows, bench.machine, bench.seconds) for g, rows in bench.groups.items()] if bench else []
-    config._bench_records = records  # type: ignore[attr-defined]
-    for record in records:
-        assert bench is not None
-        write_record(record_path(config.getoption("bench_out"), record, bench.machine.slug), record)
-        if config.getoption("append_history"):
-            overhead.append_history(record, bench.machine.slug)
-    if config.getoption("overhead_compare"):
-        steps = [record for record in records if record["group"] == "steps"]
-        limit = overhead.parse_share(config.getoption("fail_over"))
-        problems += overhead.grown(config._bench_before, steps[0] if steps else None, limit)  # type: ignore[attr-defined]
-    if problems and session.exitstatus == pytest.ExitCode.OK:
+    bench = state.session
+    if bench is not None:
+        machine = bench.machine.describe()
+        state.records = [make_record(group, bench.size, rows, machine, bench.seconds) for group, rows in bench.groups.items()]
+        for record in state.records:
+            write_record(record_path(config.getoption("bench_out"), record, bench.machine.slug), record)
+            if config.getoption("append_history"):
+                overhead.append_history(record, bench.machine.slug)
+    steps = next((record for record in state.records if record["group"] == "steps"), None)
+    if steps is None and any(item.path.stem == "test_steps" for item in session.items):
+        state.problems.append("no step benchmark ran")
+    if state.before is not None:
+        state.problems += overhead.grown(state.before, steps, overhead.parse_share(config.getoption("fail_over")))
+    if state.problems and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for record in getattr(config, "_bench_records", []):
-        bench: Session = config._bench_session  # type: ignore[attr-defined]
-        path = record_path(config.getoption("bench_out"), record, bench.machine.slug)
-        terminalreporter.section(f"{record['group']}, size {record['size']}, {bench.machine.slug}")
+    state, say = config.stash[STATE], terminalreporter.write_line
+    for record in state.records:
+        assert state.session is not None
+        slug = state.session.machine.slug
+        terminalreporter.section(f"{record['group']}, size {record['size']}, {slug}")
         for comparison in record["comparisons"]:
-            terminalreporter.write_line(as_text(comparison) + "\n")
+            say(as_text(comparison) + "\n")
         if record["machine"]["device"]["kind"] == "cpu":
-            terminalreporter.write_line("On a CPU: ratios only, and only for these models; they say nothing about a GPU.")
+            say("On a CPU: ratios only, and only for these models; they say nothing about a GPU.")
         others = record["machine"]["cpu_share_of_others"]
         if others is not None and others > 0.1:
-            what = "spreads are wide and ratios doubtful"
-            terminalreporter.write_line(f"Other processes took {others:.0%} of all cores' time meanwhile: {what}.")
-        terminalreporter.write_line(f"record: {path}")
-    for problem in config._bench_problems:  # type: ignore[attr-defined]
-        terminalreporter.write_line(f"benchmarks: {problem}", red=True)
+            say(f"Other processes took {others:.0%} of all cores' time meanwhile: spreads are wide and ratios doubtful.")
+        say(f"record: {record_path(config.getoption('bench_out'), record, slug)}")
+    for problem in state.problems:
+        say(f"benchmarks: {problem}", red=True)

@@ -5,13 +5,22 @@ python -m benchmarks.overhead      draws benchmarks/history.jsonl as benchmarks/
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import Record
+from dad_fast.observe.chart import ticks
+from dad_fast.observe.files import atomic_write_text
 
 HERE = Path(__file__).parent
-HISTORY = HERE / "history.jsonl"
+HISTORY, CHART = HERE / "history.jsonl", HERE / "overhead.svg"
+WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 900, 260, 50, 270, 30, 60
+COLORS = ("#0b62a8", "#b65200", "#087a5a", "#a33a86", "#6b6300", "#1f86a8")
 
 
 def parse_share(text: str) -> float:
@@ -65,3 +74,78 @@ def append_history(record: Record, slug: str, path: Path = HISTORY) -> None:
         for comparison, ratios in by_comparison.items():
             line = {"taken": record["taken"], "commit": machine["commit"], "dirty": machine["dirty"], "device": slug}
             file.write(json.dumps(line | {"size": record["size"], "comparison": comparison, "ratios": ratios}) + "\n")
+
+
+def read_history(path: Path) -> list[Record]:
+    """The lines in their order; ValueError, in one line, for a missing, empty or damaged file."""
+    if not path.exists() or not path.read_text(encoding="utf-8").strip():
+        raise ValueError(f"{path}: no history yet; run pytest benchmarks/test_steps.py --benchmark --append-history")
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: not JSON") from None
+    return lines
+
+
+def draw(lines: Sequence[Record]) -> str:
+    """A standalone SVG: one panel per device, size and comparison; a line per kind of step, with quartiles, over commits."""
+    panels: dict[tuple[str, str, str], list[Record]] = {}
+    for line in lines:
+        panels.setdefault((line["device"], line["size"], line["comparison"]), []).append(line)
+    parts = [_panel(i * PANEL, " · ".join(key), entries) for i, (key, entries) in enumerate(panels.items())]
+    size = f'viewBox="0 0 {WIDTH} {PANEL * len(panels)}" width="{WIDTH}" height="{PANEL * len(panels)}"'
+    style = "<style>text { font: 12px system-ui, sans-serif; fill: #333 } .axis { stroke: #ddd }</style>"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="#fff"/>{style}{"".join(parts)}</svg>\n'
+
+
+def _panel(top: int, heading: str, entries: Sequence[Record]) -> str:
+    values = [value for entry in entries for ratio in entry["ratios"].values() for value in ratio]
+    scale = ticks(min(1.0, *values), max(values))
+
+    def x(i: int) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / len(entries)
+
+    def y(value: float) -> float:
+        return top + PANEL - BOTTOM - (PANEL - TOP - BOTTOM) * (value - scale[0]) / (scale[-1] - scale[0])
+
+    parts = [f'<text x="{LEFT}" y="{top + 18}">DAD over plain KD (timm), time per image: {escape(heading)}</text>']
+    for tick in scale:
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for i, entry in enumerate(entries):
+        label = (entry["commit"] or "?")[:7] + ("+" if entry["dirty"] else "")
+        title = f"<title>{escape(entry['taken'])}</title>"
+        parts.append(f'<text transform="translate({x(i):.1f} {top + PANEL - BOTTOM + 12}) rotate(40)">{escape(label)}{title}</text>')
+    names = list(dict.fromkeys(name for entry in entries for name in entry["ratios"]))
+    for number, name in enumerate(names):
+        color = COLORS[number % len(COLORS)]
+        points = [(x(i), entry["ratios"][name]) for i, entry in enumerate(entries) if name in entry["ratios"]]
+        line = " ".join(f"{at:.1f},{y(ratio[1]):.1f}" for at, ratio in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        for at, (low, _, high) in points:
+            ends = f'x1="{at:.1f}" x2="{at:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"'
+            parts.append(f'<line {ends} stroke="{color}" stroke-width="6" opacity="0.4"/>')
+        legend = f"{heading.rpartition(' · ')[2]}: {name}"
+        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{top + TOP + 18 * number}" style="fill:{color}">{escape(legend)}</text>')
+    return "".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--history", type=Path, default=HISTORY)
+    parser.add_argument("--output", type=Path, default=CHART)
+    given: Any = parser.parse_args(arguments)
+    try:
+        lines = read_history(given.history)
+    except ValueError as error:
+        print(f"overhead: {error}", file=sys.stderr)
+        return 1
+    atomic_write_text(given.output, draw(lines))
+    print(f"{given.output}: {len(lines)} entries")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,84 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dad_fast.observe.device import Gpu
 from dad_fast.observe.files import atomic_write_json
-from dad_fast.observe.runlog import environment
 
 SCHEMA = 1
+SIZES = ("tiny", "base", "paper")
 Record = dict[str, Any]
 
 
-class Machine:
-    """The machine of a session, as its records describe it: facts once, and what it did between start and end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.gpu = Gpu.open(device.index or 0) if device.type == "cuda" else None
-        self.facts = environment()
-        self.start = self._state()
-        self._busy_start = _cpu_seconds()
-
-    @property
-    def slug(self) -> str:
-        """A folder's name for this device, such as nvidia-h200 or cpu-amd-epyc."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu {self.facts['cpu']}"
-        name = re.sub(r"\(R\)|\(TM\)|@.*| CPU| Processor", "", name)
-        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-    def describe(self) -> Record:
-        """The `machine` of a record."""
-        facts = self.facts
-        commit = facts["git"] or ""
-        device: Record = {"kind": self.device.type, "cpu": facts["cpu"], "cpus": facts["cpus"], "threads": torch.get_num_threads()}
-        if self.device.type == "cuda":
-            device |= facts["gpus"][self.device.index or 0] | (self.gpu.facts() if self.gpu else {})
-        return {
-            "device": device,
-            "start": self.start,
-            "end": self._state(),
-            "cpu_share_of_others": self._others(),
-            "python": facts["python"],
-            "packages": facts["packages"],
-            "cuda": facts["cuda"],
-            "cudnn": facts["cudnn"],
-            "commit": commit.rstrip("+") or None,
-            "dirty": commit.endswith("+"),
-        }
-
-    def _state(self) -> Record:
-        load = {"load": round(os.getloadavg()[0], 2)} if hasattr(os, "getloadavg") else {}
-        return load | (self.gpu.sample() if self.gpu else {})
-
-    def _others(self) -> float | None:
-        """Share of all cores' time that other processes took while this session ran; None where the kernel does not say."""
-        start, end = self._busy_start, _cpu_seconds()
-        if start is None or end is None or end[0] <= start[0]:
-            return None
-        return round(max(0.0, (end[1] - start[1]) / (end[0] - start[0])), 3)
-
-
-def _cpu_seconds() -> tuple[float, float] | None:
-    """(time of all cores, busy time of processes other than this one and its children), in seconds."""
-    try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    except (OSError, ValueError, IndexError):
-        return None
-    per_second = os.sysconf("SC_CLK_TCK")
-    busy = (sum(ticks) - ticks[3] - ticks[4]) / per_second  # all but idle and waiting for disks
-    return sum(ticks) / per_second, busy - sum(os.times()[:4])
-
-
-def make_record(group: str, size: str, comparisons: Sequence[Record], machine: Machine, seconds: float) -> Record:
+def make_record(group: str, size: str, comparisons: Sequence[Record], machine: Record, seconds: float) -> Record:
+    """`machine` is what `Machine.describe` says at the end."""
     taken = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {
         "schema": SCHEMA,
@@ -88,7 +24,7 @@ def make_record(group: str, size: str, comparisons: Sequence[Record], machine: M
         "size": size,
         "taken": taken,
         "seconds": round(seconds, 1),
-        "machine": machine.describe(),
+        "machine": machine,
         "comparisons": list(comparisons),
     }
 
@@ -115,7 +51,7 @@ def read_record(path: str | Path) -> Record:
     return record
 
 
-COLUMNS = ("", "ms", "quartiles", "/s", "ratio", "quartiles", "predicted", "peak MiB", "J", "n")
+COLUMNS = ("", "ms", "quartiles", "/s", "ratio", "quartiles", "predicted", "TFLOP/s", "peak MiB", "J", "n")
 
 
 def table(comparison: Record) -> list[list[str]]:
@@ -133,6 +69,7 @@ def table(comparison: Record) -> list[list[str]]:
             f"{ratio['median']:.2f}",
             "" if is_baseline else f"{ratio['q1']:.2f}–{ratio['q3']:.2f}",
             f"{row['predicted']:.2f}" if "predicted" in row else "",
+            number(row["tflops"]) if "tflops" in row else "",
             f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
             number(row["joules"]) if "joules" in row else "",
             str(ms["n"]),

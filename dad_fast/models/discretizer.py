@@ -45,17 +45,20 @@ class VQGANDiscretizer:
     def __call__(self, pixels: Tensor) -> Discretized:
         with torch.no_grad():
             codes = self.vqgan.lookup(self.encode(pixels))
-            with self._autocast(self.precision.decoder, pixels):
-                images = self.vqgan.decode(codes)
-        return Discretized(images.float(), codes)
+        return Discretized(self.decode(codes), codes)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, D, h, w] in the precision of the run."""
         with torch.no_grad(), self._autocast(self.precision.encoder, pixels):
             return self.vqgan.encode(pixels)
 
-    def _autocast(self, dtype: str, pixels: Tensor) -> AbstractContextManager[None]:
-        return torch.autocast(pixels.device.type, getattr(torch, dtype), enabled=self.precision.amp and dtype != "float32")
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images float32 [B, 3, H, W] in [0, 1] of `codes` int64 [B, h, w], decoded in the precision of the run."""
+        with torch.no_grad(), self._autocast(self.precision.decoder, codes):
+            return self.vqgan.decode(codes).float()
+
+    def _autocast(self, dtype: str, where: Tensor) -> AbstractContextManager[None]:
+        return torch.autocast(where.device.type, getattr(torch, dtype), enabled=self.precision.amp and dtype != "float32")
 
 
 class Identity:

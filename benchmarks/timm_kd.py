@@ -1,0 +1,79 @@
+"""Plain distillation as timm does it: the denominator of every ratio, so that it is not ours.
+
+timm's LogitDistillationTask and optimizer in the step of timm's train.py: normalised images, autocast, backward, clipping, optimizer, EMA.
+Labels and images come mixed already (timm mixes in its loader, unmeasured here; ours is mixed inside the measured step).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.task import LogitDistillationTask
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from benchmarks.workload import Workload
+from dad_fast.data.mixing import mix, to_pixels
+from dad_fast.methods.objectives import smooth
+from dad_fast.models.teacher import Teacher
+
+
+class _Bare(nn.Module):
+    """A teacher on normalised images, as timm expects one."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.pretrained_cfg = {"mean": tuple(teacher.mean.flatten().tolist()), "std": tuple(teacher.std.flatten().tolist())}
+
+    def forward(self, x: Tensor) -> Tensor:
+        teacher = self.teacher
+        if teacher.whole is not None:
+            return teacher.whole(x)
+        features = teacher.encoder(x)
+        features = nn.functional.normalize(features, dim=-1) if teacher.unit_features else features
+        return nn.functional.linear(features, teacher.head_weight, teacher.head_bias)
+
+
+class TimmKD:
+    """One call is one training step on the workload's batch."""
+
+    def __init__(self, work: Workload) -> None:
+        cfg, batch, device = work.cfg, work.batch, work.device
+        student = work.student()
+        self.model: Any = student.model
+        self.task = LogitDistillationTask(
+            self.model,
+            _Bare(work.teacher),
+            criterion=SoftTargetCrossEntropy(),
+            task_loss_weight=cfg.loss.ce,
+            distill_loss_weight=cfg.loss.kd,
+            temperature=cfg.loss.temperature,
+            device=device,
+            verbose=False,
+        ).train()
+        self.optimizer = create_optimizer_v2(self.model, opt=cfg.optim.opt, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
+        self.ema = ModelEmaV3(self.model, decay=cfg.ema.decay, use_warmup=cfg.ema.warmup) if cfg.ema.model_ema else None
+        mixed = mix(to_pixels(batch.images), batch.labels, batch.mix_kind, batch.mix_lam, batch.mix_box, work.num_classes)
+        layout = torch.channels_last if cfg.precision.channels_last else torch.contiguous_format
+        self.images = (mixed.pixels * 255).round().to(torch.uint8, memory_format=layout)
+        self.targets = smooth(mixed.targets, cfg.augment.smoothing)
+        self.mean, self.std = student.mean * 255, student.std * 255
+        self.cfg, self.device = cfg, device
+
+    def __call__(self) -> Tensor:
+        precision = self.cfg.precision
+        x = (self.images.float() - self.mean) / self.std
+        with torch.autocast(self.device.type, getattr(torch, precision.student), enabled=precision.amp):
+            loss = self.task(x, self.targets)["loss"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.cfg.optim.clip_grad:
+            dispatch_clip_grad(self.model.parameters(), self.cfg.optim.clip_grad)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model, step=10)
+        return loss.detach()

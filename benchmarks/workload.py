@@ -1,0 +1,220 @@
+"""What the groups `stages` and `steps` time: a student, a frozen teacher, a VQGAN and a batch that lies on the device, by size.
+
+tiny   the demo's own: embedded digits, its trained teacher and VQGAN, 28 px
+base   ResNet-50 from a CLIP ViT-B/16 with VQGAN f16 (1024 codes), 224 px
+paper  ViT-B/16 from a CLIP ViT-L/14 with VQGAN f8 (16384 codes), 224 px
+base and paper have random weights of timm's and taming's architectures: shapes decide the time, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dad_fast.config.resolve import gather
+from dad_fast.config.schema import Config, Method
+from dad_fast.data.loader import Batch
+from dad_fast.data.records import UNMIXED, mix_record, uses_mixing
+from dad_fast.engine.step import TrainStep
+from dad_fast.engine.update import Update
+from dad_fast.methods.attack import cross_entropy_direction
+from dad_fast.models.discretizer import VQGANDiscretizer, load_discretizer
+from dad_fast.models.student import Student, build_student
+from dad_fast.models.teacher import Teacher, load_teacher
+
+SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat nor white
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The frozen parts and the batch; `student` and `step` make new students."""
+
+    size: str
+    cfg: Config
+    teacher: Teacher
+    discretizer: VQGANDiscretizer
+    batch: Batch
+    num_classes: int
+    device: torch.device
+
+    def student(self) -> Student:
+        torch.manual_seed(0)
+        student = build_student(self.cfg.student, self.num_classes, self.cfg.augment.img_size).to(self.device)
+        return student.to(memory_format=torch.channels_last) if self.cfg.precision.channels_last else student
+
+    def with_method(self, method: Method, order: str = "paper", graphs: str = "off") -> Config:
+        attack = dataclasses.replace(self.cfg.attack, order=order)  # type: ignore[arg-type]
+        engine = dataclasses.replace(self.cfg.engine, cuda_graphs=graphs)  # type: ignore[arg-type]
+        return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
+
+    def step(self, cfg: Config) -> TrainStep:
+        """A training step of `cfg.method` with a student of its own."""
+        student = self.student()
+        uses_teacher, uses_discretizer = cfg.method != "ce", cfg.method in ("dat", "dad")
+        return TrainStep(
+            cfg,
+            student,
+            self.teacher if uses_teacher and cfg.method != "dat" else None,
+            self.discretizer if uses_discretizer else None,
+            Update(student, cfg, self.device),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The `config` of a record."""
+        cfg, vqgan = self.cfg, self.discretizer.vqgan.config
+        return {
+            "student": cfg.student.name,
+            "teacher": self.teacher.name,
+            "vqgan": {"ch": vqgan.ch, "ch_mult": list(vqgan.ch_mult), "n_embed": vqgan.n_embed, "embed_dim": vqgan.embed_dim},
+            "weights": "trained" if self.size == "tiny" else "random",
+            "batch_size": len(self.batch.labels),
+            "img_size": self.batch.images.shape[-1],
+            "precision": dataclasses.asdict(cfg.precision),
+            "attack": dataclasses.asdict(cfg.attack),
+            "optimizer": cfg.optim.opt,
+            "ema": cfg.ema.model_ema,
+            "mixing": uses_mixing(cfg.augment),
+        }
+
+
+def make_workload(size: str, device: torch.device, batch_size: int = 0) -> Workload:
+    """batch_size 0 is the preset's own. Skips the test where a package is missing."""
+    return _tiny(device, batch_size) if size == "tiny" else _random(size, device, batch_size)
+
+
+def _tiny(device: torch.device, batch_size: int) -> Workload:
+    for package in ("open_clip", "mlxtend", "sklearn"):
+        pytest.importorskip(package)
+    from dad_fast.data.loader import TrainLoader
+    from dad_fast.data.sources import open_source
+
+    cfg = gather("demo", None, [], {})
+    source = open_source(cfg.data.data_dir, cfg.data.train_split)
+    side, size = cfg.augment.img_size, batch_size or cfg.data.batch_size
+    batch = next(iter(TrainLoader(source, cfg.augment, side, size, seed=0, workers=0).batches(0, 1))).to(device)
+    teacher = load_teacher(cfg.teacher, source.classes, cfg.precision, device)
+    discretizer = load_discretizer(cfg.discretizer.name, cfg.precision, device)
+    assert isinstance(discretizer, VQGANDiscretizer)
+    return Workload("tiny", cfg, teacher, discretizer, batch, len(source.classes), device)
+
+
+def _random(size: str, device: torch.device, batch_size: int) -> Workload:
+    import timm
+
+    from dad_fast.data.classes import ClassMap
+    from dad_fast.models.vqgan import PRESETS, VQGAN
+
+    preset, teacher_name, vqgan_name = {
+        "base": ("dad-rn50", "vit_base_patch16_clip_224", "f16-1024"),
+        "paper": ("dad-vitb16", "vit_large_patch14_clip_224", "f8-16384"),
+    }[size]
+    cfg = gather(preset, None, ["student.pretrained=false", "augment.img_size=224"], {})
+    if device.type == "cpu":  # 16-bit convolutions take minutes there
+        cfg = dataclasses.replace(cfg, precision=dataclasses.replace(cfg.precision, amp=False))
+    torch.manual_seed(0)
+    num_classes = 1000
+    model = timm.create_model(teacher_name, num_classes=num_classes).to(device)
+    teacher = Teacher(
+        nn.Identity(),
+        model,
+        name=f"timm:{teacher_name}",
+        classes=ClassMap(tuple((i, f"class{i}", f"class {i}") for i in range(num_classes))),
+        image_size=224,
+        mean=model.pretrained_cfg["mean"],
+        std=model.pretrained_cfg["std"],
+        precision=cfg.precision,
+    ).to(device)
+    if cfg.precision.channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)
+    vqgan = VQGAN(PRESETS[vqgan_name]).to(device)
+    discretizer = VQGANDiscretizer(vqgan, cfg.precision, name=vqgan_name)
+    batch = random_batch(cfg, batch_size or cfg.data.batch_size, num_classes, device)
+    spread_codebook(discretizer, batch.images[:8].float() / 255.0)
+    return Workload(size, cfg, teacher, discretizer, batch, num_classes, device)
+
+
+def random_batch(cfg: Config, size: int, num_classes: int, device: torch.device) -> Batch:
+    """Smooth random images with labels, and mixed as the config says."""
+    generator = torch.Generator().manual_seed(0)
+    side = cfg.augment.img_size
+    small = torch.rand(size, 3, SMOOTH_SIDE, SMOOTH_SIDE, generator=generator)
+    images = (nn.functional.interpolate(small, (side, side), mode="bilinear") * 255).to(torch.uint8)
+    pairs = [mix_record(cfg.augment, side, 0, 0, i) for i in range(size // 2)] if uses_mixing(cfg.augment) else [UNMIXED] * (size // 2)
+    mixes = [pair for pair in pairs for _ in range(2)]
+    return Batch(
+        images=images.contiguous(memory_format=torch.channels_last),
+        labels=torch.randint(num_classes, (size,), generator=generator),
+        samples=torch.arange(size),
+        seeds=torch.arange(size),
+        mix_kind=torch.tensor([m.kind for m in mixes]),
+        mix_lam=torch.tensor([m.lam for m in mixes], dtype=torch.float32),
+        mix_box=torch.tensor([m.box for m in mixes]),
+        epoch=0,
+        step=0,
+        replaced=(),
+    ).to(device)
+
+
+@torch.no_grad()
+def spread_codebook(discretizer: VQGANDiscretizer, pixels: Tensor) -> None:
+    """Codes drawn around the latents of `pixels`: as initialised they lie in one point, which no search meets in practice."""
+    latents = discretizer.encode(pixels).float().transpose(0, 1).flatten(1)  # [D, N]
+    codebook = discretizer.vqgan.quantize.embedding.weight  # [K, D]
+    codebook.copy_(torch.randn_like(codebook) * latents.std(1) + latents.mean(1))
+
+
+class Flops:
+    """FLOP per image of each stage, counted in the plain forms by torch; attention is counted as its two matrix products."""
+
+    def __init__(self, work: Workload) -> None:
+        few = 2
+        pixels = work.batch.images[:few].float() / 255.0
+        student, discretizer, teacher = work.student(), work.discretizer, work.teacher
+
+        def gradient(model: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+            def run() -> object:
+                x = pixels.clone().requires_grad_(True) * 1.0  # torch's counter fails where a module's input is a leaf
+                logits = model(x)
+                return torch.autograd.grad(logits, x, cross_entropy_direction(logits, work.batch.labels[:few]))
+
+            return run
+
+        codes = discretizer(pixels).codes
+        assert codes is not None
+        counted: dict[str, Callable[[], object]] = {
+            "teacher": lambda: teacher(pixels),
+            "teacher_gradient": gradient(teacher),
+            "student_gradient": gradient(student.eval().requires_grad_(False)),
+            "encode": lambda: discretizer.encode(pixels),
+            "decode": lambda: discretizer.vqgan.decode(codes),
+        }
+        self.of = {name: count(run) / few for name, run in counted.items()}
+        student.train().requires_grad_(True)
+        self.of["student"] = count(lambda: student(pixels).sum().backward()) / few
+
+    def of_step(self, method: Method, order: str = "paper") -> float:
+        """S student step, T teacher forward, G teacher forward + input gradient, V one VQGAN pass."""
+        f = self.of
+        passes = 2 if order == "authors" else 1
+        vqgan = passes * (f["encode"] + f["decode"])
+        return {
+            "ce": f["student"],
+            "kd": f["student"] + f["teacher"],
+            "dat": 2 * f["student"] + f["student_gradient"] + vqgan,
+            "dad": 2 * f["student"] + 2 * f["teacher"] + f["teacher_gradient"] + vqgan,
+        }[method]
+
+
+def count(function: Callable[[], object]) -> int:
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # other attention kernels are not counted on every device
+        function()
+    return int(counter.get_total_flops())
