@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dad_fast.config.schema import AttackConfig
+from dad_fast.kernels.pgd_update import l2_norm, pgd_update, project, reference
 from dad_fast.methods.noise import keyed_normal, keyed_uniform
 
 STREAM_DIRECTION, STREAM_COIN = 1, 2  # streams of a sample's key that the attack draws from
@@ -26,7 +27,7 @@ class PGD:
     """PGD in L2 or L-infinity, with a random start that is drawn per sample.
 
     `random_start` is the probability, per sample, of starting at a random point: of norm eps (L2), or uniform in the cube
-    (L-infinity). `steps` may be 0: then only the random start remains.
+    (L-infinity). `steps` may be 0: then only the random start remains. `fused` updates by the kernel where there is one (CUDA).
     """
 
     norm: Literal["l2", "linf"] = "l2"
@@ -34,10 +35,11 @@ class PGD:
     step_size: float = 0.1
     steps: int = 1
     random_start: float = 0.8
+    fused: bool = False
 
     @classmethod
-    def from_config(cls, cfg: AttackConfig) -> PGD:
-        return cls(cfg.norm, cfg.eps, cfg.step_size, cfg.steps, cfg.random_start)
+    def from_config(cls, cfg: AttackConfig, fused: bool = False) -> PGD:
+        return cls(cfg.norm, cfg.eps, cfg.step_size, cfg.steps, cfg.random_start, fused)
 
     def __call__(self, model: Callable[[Tensor], Tensor], pixels: Tensor, targets: Tensor, keys: Tensor) -> Tensor:
         """Attack `model` (pixels -> logits [B, C]).
@@ -46,14 +48,16 @@ class PGD:
         fix the random start. Returns x + delta in [0, 1], detached. Only the input's gradient is computed, never a weight's.
         """
         pixels = pixels.detach()
+        update = pgd_update if self.fused else reference
         delta = self._start(pixels, keys)
+        image = pixels + delta
         for _ in range(self.steps):
-            x = (pixels + delta).requires_grad_(True)
+            image.requires_grad_(True)
             with torch.enable_grad():
-                logits = model(x)
-            (gradient,) = torch.autograd.grad(logits, x, cross_entropy_direction(logits, targets))
-            delta = self._project(delta + self.step_size * self._direction(gradient), pixels)
-        return pixels + delta
+                logits = model(image)
+            (gradient,) = torch.autograd.grad(logits, image, cross_entropy_direction(logits, targets))
+            delta, image = update(pixels, delta, gradient, self.norm, self.eps, self.step_size)
+        return image
 
     def _start(self, pixels: Tensor, keys: Tensor) -> Tensor:
         if self.random_start == 0:
@@ -61,27 +65,11 @@ class PGD:
         shape = tuple(pixels.shape[1:])
         if self.norm == "l2":
             noise = keyed_normal(keys, shape, STREAM_DIRECTION)
-            noise = self.eps * noise / _l2(noise)
+            noise = self.eps * noise / l2_norm(noise)
         else:
             noise = self.eps * (2 * keyed_uniform(keys, shape, STREAM_DIRECTION) - 1)
         coin = keyed_uniform(keys, (1, 1, 1), STREAM_COIN) < self.random_start  # [B, 1, 1, 1]
-        return self._project(torch.where(coin, noise, 0.0), pixels)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        if self.norm == "linf":
-            return gradient.sign()
-        # Scaled by its largest entry first: a gradient may be so small that its square is 0 in float32.
-        largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
-        scaled = gradient / torch.where(largest > 0, largest, 1.0)
-        return scaled / _l2(scaled)
-
-    def _project(self, delta: Tensor, pixels: Tensor) -> Tensor:
-        """Into the ball, then into [0, 1]; the second only shortens delta, so the result is in both."""
-        if self.norm == "l2":
-            delta = delta * (self.eps / _l2(delta)).clamp(max=1.0)
-        else:
-            delta = delta.clamp(-self.eps, self.eps)
-        return (pixels + delta).clamp(0.0, 1.0) - pixels
+        return project(torch.where(coin, noise, 0.0), pixels, self.norm, self.eps)
 
 
 @torch.no_grad()
@@ -101,8 +89,3 @@ def cross_entropy_direction(logits: Tensor, targets: Tensor) -> Tensor:
     gradient.scatter_(1, top, -gradient.sum(dim=-1, keepdim=True))
     largest = gradient.abs().amax(dim=-1, keepdim=True)
     return (gradient / torch.where(largest > 0, largest, 1.0)).to(logits.dtype)
-
-
-def _l2(x: Tensor) -> Tensor:
-    """Norm per sample [B, 1, 1, 1]; the floor keeps 0 / 0 at 0."""
-    return x.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-20)
