@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from dad_fast.kernels import nearest_code
 from dad_fast.models.vqgan_config import PRESETS as PRESETS
 from dad_fast.models.vqgan_config import VQGANConfig, config_from_json, infer_config
 from dad_fast.models.weights import load_strictly, read_state_dict, write_safetensors
+
+if TYPE_CHECKING:
+    from dad_fast.models.vqgan_fused import FusedVQGAN, Savings
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -191,13 +195,17 @@ class VQGAN(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, D, H/f, W/f], before the lookup, of `pixels` [B, 3, H, W] in [0,1]. UsageError where f divides neither side."""
+        self.check_sides(pixels)
+        return self.quant_conv(self.encoder(2.0 * pixels - 1.0))
+
+    def check_sides(self, pixels: Tensor) -> None:
+        """UsageError unless both sides of `pixels` [B, 3, H, W] are multiples of the factor."""
         height, width = pixels.shape[-2:]
         if height % self.downsample or width % self.downsample:
             raise UsageError(
                 f"images of {height}x{width} do not divide into this discretizer's {self.downsample}x{self.downsample} codes: "
                 f"choose an --img-size that is a multiple of {self.downsample}"
             )
-        return self.quant_conv(self.encoder(2.0 * pixels - 1.0))
 
     def lookup(self, latents: Tensor) -> Tensor:
         """Codes int64 [B, h, w] of `latents` [B, D, h, w]: the exact nearest entry of the fp32 codebook, lowest index on a tie."""
@@ -212,6 +220,12 @@ class VQGAN(nn.Module):
         """Pixels [B, 3, h*f, w*f] in [0,1] of `codes` int64 [B, h, w]."""
         quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)  # [B, D, h, w]
         return (self.decoder(self.post_quant_conv(quantized)).clamp(-1.0, 1.0) + 1.0) / 2.0
+
+    def fuse(self, savings: Savings | None = None, **precision: Any) -> FusedVQGAN:
+        """The same function for inference, in fewer operations; arguments and what it promises: see `FusedVQGAN`."""
+        from dad_fast.models.vqgan_fused import FusedVQGAN  # which imports this module
+
+        return FusedVQGAN(self, savings, **precision)
 
     def save(self, path: str | Path, seen: str) -> None:
         """Write a safetensors file that `load` reads without guessing; `seen` says what the model was trained on."""

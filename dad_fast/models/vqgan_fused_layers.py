@@ -1,0 +1,171 @@
+"""Layers of a fused VQGAN (`vqgan_fused`): frozen tensors prepared once, in the dtype and memory format of their stage.
+
+Each is built from its plain layer and a `Recipe`. The recipe's `scale` s, a power of two, makes every convolution write s times what the
+plain one writes, so that a residual stream beyond fp16's range fits; group norm undoes it (its eps becomes eps s^2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dad_fast.models.vqgan import AttnBlock, Downsample, ResnetBlock, Upsample
+
+# Nearest-2x upsampling and then a 3-tap kernel is a transposed convolution of stride 2 with these 4 taps (the same in x and y).
+UPSAMPLED_TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """What a fused VQGAN saves. Each is exact in exact arithmetic, and with all of them off it is bit-equal to the plain one."""
+
+    cast: bool = True  # weights in the stage's dtype once; off: autocast casts them at every call, and norms run in float32
+    channels_last: bool = True  # NHWC, with weights permuted once
+    upsample: bool = True  # nearest-2x and 3x3 convolution as one transposed convolution on the small map: 4/9 of the FLOP
+    attention: bool = True  # scores h (Wq Wk) h and values h (Wv Wo): two projections instead of four
+    merge_1x1: bool = True  # quant_conv inside conv_out, post_quant_conv inside the codebook
+
+    @classmethod
+    def none(cls) -> Savings:
+        return cls(**dict.fromkeys((field.name for field in fields(cls)), False))
+
+
+class Recipe(NamedTuple):
+    """How one half (encoder or decoder) is made."""
+
+    savings: Savings
+    dtype: torch.dtype
+    scale: float = 1.0
+
+    def tensor(self, value: Tensor) -> Tensor:
+        """A parameter, computed in float64, as it is kept."""
+        value = value.detach().to(self.dtype if self.savings.cast else torch.float32).contiguous()
+        return self.laid_out(value) if value.ndim == 4 else value
+
+    def laid_out(self, value: Tensor) -> Tensor:
+        """A map or weight [N, C, H, W] in the recipe's memory format; where that is not chosen, as it comes."""
+        return value.contiguous(memory_format=torch.channels_last) if self.savings.channels_last else value
+
+
+class Conv(nn.Module):
+    """Its weight [O, I, k, k] is taken times `weight_scale` (default: the recipe's scale), its bias [O] times that scale."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, recipe: Recipe, *, weight_scale: float | None = None, stride: int = 1, padding: int = 0
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        self.register_buffer("weight", recipe.tensor(weight * (recipe.scale if weight_scale is None else weight_scale)))
+        self.register_buffer("bias", recipe.tensor(bias * recipe.scale))
+
+    @classmethod
+    def like(cls, plain: nn.Conv2d, recipe: Recipe, weight_scale: float | None = None) -> Conv:
+        stride, padding = plain.stride[0], plain.padding[0]
+        return cls(*parameters(plain), recipe, weight_scale=weight_scale, stride=stride, padding=int(padding))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return y if residual is None else y.add_(residual)
+
+
+class Norm(nn.Module):
+    """Group norm, then SiLU where `silu`."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, plain: nn.GroupNorm, recipe: Recipe, silu: bool = True) -> None:
+        super().__init__()
+        self.groups, self.eps, self.silu = plain.num_groups, plain.eps * recipe.scale**2, silu
+        self.register_buffer("weight", recipe.tensor(plain.weight))
+        self.register_buffer("bias", recipe.tensor(plain.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        return F.silu(y, inplace=True) if self.silu else y
+
+
+class Block(nn.Module):
+    def __init__(self, plain: ResnetBlock, recipe: Recipe) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = Norm(plain.norm1, recipe), Conv.like(plain.conv1, recipe)
+        self.norm2, self.conv2 = Norm(plain.norm2, recipe), Conv.like(plain.conv2, recipe)
+        self.shortcut = None if plain.nin_shortcut is None else Conv.like(plain.nin_shortcut, recipe, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        return self.conv2(self.norm2(h), x if self.shortcut is None else self.shortcut(x))
+
+
+class Attention(nn.Module):
+    """One head over all positions, as wide as its input: so that its four projections lose nothing by becoming two.
+
+    (Wq h_i + bq) . (Wk h_j + bk) = (Wk' Wq h_i + Wk' bq) . h_j + what depends on i alone, which the softmax over j drops;
+    Wo sum_j a_ij (Wv h_j + bv) + bo = Wo Wv sum_j a_ij h_j + Wo bv + bo, because the a_ij of one i sum to 1.
+    """
+
+    def __init__(self, plain: AttnBlock, recipe: Recipe) -> None:
+        super().__init__()
+        self.norm = Norm(plain.norm, recipe, silu=False)
+        self.scale = 1 / math.sqrt(plain.q.out_channels) / recipe.scale
+        self.k = self.v = None
+        if recipe.savings.attention:
+            (wq, bq), (wk, _), (wv, bv), (wo, bo) = map(parameters, (plain.q, plain.k, plain.v, plain.proj_out))
+            self.q = Conv(compose(wk.transpose(0, 1), wq), wk[..., 0, 0].T @ bq, recipe)
+            self.proj_out = Conv(compose(wo, wv), wo[..., 0, 0] @ bv + bo, recipe)
+        else:
+            self.q, self.k, self.v = (Conv.like(conv, recipe) for conv in (plain.q, plain.k, plain.v))
+            self.proj_out = Conv.like(plain.proj_out, recipe, 1.0)  # v has the scale
+            self.scale /= recipe.scale  # so have both q and k
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        maps = (h if conv is None else conv(h) for conv in (self.q, self.k, self.v))
+        q, k, v = (each.flatten(2).transpose(1, 2).unsqueeze(1) for each in maps)  # [B, 1, HW, C]
+        h = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Down(nn.Module):
+    def __init__(self, plain: Downsample, recipe: Recipe) -> None:
+        super().__init__()
+        self.conv = Conv.like(plain.conv, recipe, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    def __init__(self, plain: Upsample, recipe: Recipe) -> None:
+        super().__init__()
+        self.transposed = recipe.savings.upsample
+        if self.transposed:
+            weight, bias = parameters(plain.conv)
+            taps = weight.new_tensor(UPSAMPLED_TAPS)
+            self.conv = Conv(torch.einsum("ty,sx,oiyx->iots", taps, taps, weight), bias, recipe, weight_scale=1.0)
+        else:
+            self.conv = Conv.like(plain.conv, recipe, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.transposed:
+            return F.conv_transpose2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def parameters(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float64, in which they are merged and scaled."""
+    assert layer.bias is not None
+    return layer.weight.detach().double(), layer.bias.detach().double()
+
+
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
+    """The weight of the 1x1 convolution `outer` [O, M, 1, 1] after `inner` [M, I, k, k]."""
+    return torch.einsum("om,mikl->oikl", outer[..., 0, 0], inner)
