@@ -21,6 +21,7 @@ from torch import Tensor
 from dad_fast.data.loader import Batch
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem
+from dad_fast.observe.profiling import stage
 
 if TYPE_CHECKING:
     from dad_fast.engine.step import Generated
@@ -83,8 +84,10 @@ class StepGraphs:
         assert self._inputs is not None
         for name, static in _tensors(self._inputs).items():
             static.copy_(getattr(batch, name))
-        self._graphs[0].replay()
-        self._graphs[1].replay()
+        with stage("generate"):
+            self._graphs[0].replay()
+        with stage("learn"):
+            self._graphs[1].replay()
         return self._scalars
 
     def apply(self) -> Tensor:

@@ -28,6 +28,7 @@ from dad_fast.methods.objectives import TERMS, Logits, keep_mask, objective, smo
 from dad_fast.models.discretizer import Discretizer, VQGANDiscretizer
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
+from dad_fast.observe.profiling import stage
 
 MEASURED = 16  # images whose codes are compared at a log step
 
@@ -69,13 +70,15 @@ class TrainStep:
         for part in batch.to(self.device).split(num_parts):
             scalars = self.graphs.learn(part) if self.graphs else self.learn(self.generate(part))
             sums = {name: value + sums[name] if sums else value.clone() for name, value in scalars.items()}
-        applied = self.graphs.apply() if self.graphs else self.update.apply()
+        with stage("update"):
+            applied = self.graphs.apply() if self.graphs else self.update.apply()
         return {name: value / num_parts for name, value in sums.items()} | {"applied": applied.float()}
 
     def generate(self, batch: Batch) -> Generated:
         """Attack, discretizer and teacher, for a batch on the device."""
         cfg, teacher = self.cfg, self.run_teacher
-        x, y, second_labels, _ = self.mixed(batch)  # [B, 3, H, W], [B, C], [B]
+        with stage("mix"):
+            x, y, second_labels, _ = self.mixed(batch)  # [B, 3, H, W], [B, C], [B]
 
         # x + delta -> Q(x + delta): against the teacher (DAD), against the student (DAT)
         images = [x]
@@ -88,7 +91,7 @@ class TrainStep:
         # The teacher on clean and on adversarial images; the second also serves the filter.
         keep = teacher_clean = teacher_dad = None
         if teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), stage("teacher"):
                 if "kd" in self.terms:
                     teacher_clean = teacher(x)
                 if "dad" in self.terms or ("aug" in self.terms and cfg.loss.filter):
@@ -100,13 +103,14 @@ class TrainStep:
     def learn(self, generated: Generated) -> dict[str, Tensor]:
         """The student's gradients, added to those of earlier micro-batches; returns scalars."""
         loss, scalars = self.loss(generated)
-        self.update.backward(loss / self.cfg.engine.grad_accum_steps)
+        with stage("backward"):
+            self.update.backward(loss / self.cfg.engine.grad_accum_steps)
         return scalars
 
     def loss(self, generated: Generated) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the student on what was generated, and scalars: the loss, its parts, the share kept."""
         cfg, (images, targets, teacher_clean, teacher_dad, keep) = self.cfg, generated
-        with self.autocast():
+        with self.autocast(), stage("student"):
             if cfg.student.bn == "split":
                 outputs = [self.run_student(group) for group in images]
             else:
@@ -116,7 +120,8 @@ class TrainStep:
         student_dad = outputs.pop() if outputs else None
 
         logits = Logits(student_clean, student_dad, student_dat, teacher_clean, teacher_dad)
-        loss, parts = objective(cfg.method, cfg.loss, logits, smooth(targets, cfg.augment.smoothing), keep)
+        with stage("objective"):
+            loss, parts = objective(cfg.method, cfg.loss, logits, smooth(targets, cfg.augment.smoothing), keep)
         scalars = {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
         if keep is not None:
             scalars["kept"] = keep.mean()
@@ -131,7 +136,8 @@ class TrainStep:
     def adversarial(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Q(x') for an attack on `model`, [B, 3, H, W]."""
         assert self.discretizer is not None
-        return discretize(self.discretizer, model, self.attack, x, y, keys, self.cfg.attack.order).images
+        with stage("attack"):
+            return discretize(self.discretizer, model, self.attack, x, y, keys, self.cfg.attack.order).images
 
     def measure(self, batch: Batch) -> dict[str, float]:
         """The share of codes that the attack changes, over a few images: at log steps only, for it costs two more encoder passes."""

@@ -1,0 +1,70 @@
+"""Named ranges around the stages of a step, for Nsight (NVTX) and torch's profiler; off, and then free, unless a profile is taken.
+
+    with stage("teacher"): ...
+
+The names are those of benchmarks and summaries: step, data, mix, attack, encode, lookup, decode, teacher, student, objective, backward,
+update; where the step replays CUDA graphs, generate and learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+_OFF: AbstractContextManager[None] = nullcontext()
+_active = False
+
+
+def stage(name: str) -> AbstractContextManager[None]:
+    """A range of that name while `naming_stages()` is entered; else one shared object that does nothing."""
+    return _range(name) if _active else _OFF
+
+
+@contextmanager
+def naming_stages() -> Iterator[None]:
+    """Switches the ranges on."""
+    global _active
+    before, _active = _active, True
+    try:
+        yield
+    finally:
+        _active = before
+
+
+@contextmanager
+def _range(name: str) -> Iterator[None]:
+    if torch.cuda.is_available():
+        with torch.profiler.record_function(name), torch.cuda.nvtx.range(name):
+            yield
+    else:
+        with torch.profiler.record_function(name):
+            yield
+
+
+def name_method(owner: Any, method: str, name: str) -> None:
+    """Put a range around a method of one object, for parts that know nothing of stages."""
+    original: Callable[..., Any] = getattr(owner, method)
+
+    def ranged(*args: Any, **kwargs: Any) -> Any:
+        with stage(name):
+            return original(*args, **kwargs)
+
+    setattr(owner, method, ranged)
+
+
+@contextmanager
+def cuda_profiler_range(device: torch.device) -> Iterator[None]:
+    """What `nsys --capture-range=cudaProfilerApi` and `ncu --profile-from-start off` record; nothing on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.profiler.start()
+    try:
+        yield
+        torch.cuda.synchronize(device)
+    finally:
+        torch.cuda.profiler.stop()
