@@ -28,6 +28,7 @@ examples:
 verbs:
   train     train a student by ce, kd, aug-only, dat, dad or dat+dad
   eval      judge a checkpoint (or a teacher) on test sets and corruptions
+  profile   look into a few training steps: Nsight, torch's profiler, memory
   doctor    look at this machine: packages, GPU, kernels, numerics
 
 dad-fast VERB -h explains a verb; dad-fast --version says the version.
@@ -69,7 +70,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 def _dispatch(arguments: list[str], debug: bool) -> int:
-    verbs: dict[str, Callable[[list[str], bool], int]] = {"train": _train, "eval": _eval, "doctor": _doctor}
+    verbs: dict[str, Callable[[list[str], bool], int]] = {"train": _train, "eval": _eval, "profile": _profile, "doctor": _doctor}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(TOP_HELP, end="")
         return 0
@@ -125,6 +126,19 @@ def _eval(arguments: list[str], debug: bool) -> int:
     from dad_fast.commands import eval as command
 
     return command.run(given["checkpoint"], flags, given["json"])
+
+
+def _profile(arguments: list[str], debug: bool) -> int:
+    from dad_fast import profile_flags
+
+    if _wants_help(arguments):
+        print(profile_flags.help_text(), end="")
+        return 0
+    cfg, launch = profile_flags.parse(arguments)
+    check(cfg)
+    from dad_fast.commands import profile
+
+    return profile.run(cfg, launch)
 
 
 def _doctor(arguments: list[str], debug: bool) -> int:

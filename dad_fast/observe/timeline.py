@@ -128,13 +128,17 @@ def as_text(summary: Summary, top: int = 10) -> str:
     """The summary as aligned text, per step."""
     steps = summary.steps
     names = sorted(summary.host.keys() | summary.device.keys(), key=lambda n: (-summary.device.get(n, 0.0), -summary.host.get(n, 0.0)))
-    on_device, on_host = sum(summary.device.values()), sum(summary.host.values())
-    lines = [f"{steps} steps; milliseconds per step", f"{'stage':24} {'calls':>6} {'device':>9} {'share':>6} {'host':>9} {'share':>6}"]
+    columns = [("device", summary.device)] if summary.kernels else []
+    columns.append(("host", summary.host))
+    width = max(24, *(len(name) for name in names))
+    heads = "".join(f" {head:>9} {'share':>6}" for head, _ in columns)
+    lines = [f"{steps} steps; milliseconds per step", f"{'stage':{width}} {'calls':>6}{heads}"]
     for name in names:
-        device, host = summary.device.get(name, 0.0), summary.host.get(name, 0.0)
-        shares = [f"{part / whole:6.1%}" if whole else " " * 6 for part, whole in ((device, on_device), (host, on_host))]
-        calls = summary.calls.get(name, 0) / steps
-        lines.append(f"{name:24} {calls:6g} {1e3 * device / steps:9.3f} {shares[0]} {1e3 * host / steps:9.3f} {shares[1]}")
+        cells = ""
+        for _, times in columns:
+            whole = sum(times.values())
+            cells += f" {1e3 * times.get(name, 0.0) / steps:9.3f} {times.get(name, 0.0) / whole if whole else 0.0:6.1%}"
+        lines.append(f"{name:{width}} {summary.calls.get(name, 0) / steps:6g}{cells}")
     if summary.kernels:
         idle = 1 - summary.busy / summary.span if summary.span else 0.0
         lines += ["", f"device idle {idle:.1%} of {1e3 * summary.span / steps:.3f} ms per step; longest gaps:"]
@@ -194,7 +198,7 @@ def _read_trace(path: Path) -> Timeline:
     for event in complete:
         kind, start = event.get("cat"), float(event["ts"]) / 1e6
         end = start + float(event.get("dur", 0)) / 1e6
-        if kind == "user_annotation" and not event["name"].startswith("ProfilerStep"):
+        if kind == "user_annotation" and not event["name"].startswith(("ProfilerStep", "Optimizer.")):  # torch's own
             ranges.append(Range(event["name"], start, end))
         elif kind in ("cuda_runtime", "cuda_driver"):
             launches[event["args"].get("correlation")] = start

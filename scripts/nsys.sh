@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# A few training steps under Nsight Systems, warm-up skipped: dad-fast profile nsys, from a checkout that need not be installed.
+#   scripts/nsys.sh --preset dad-vitb16 --data-dir DIR --discretizer FILE --steps 5
+# The settings are those of dad-fast train; scripts/nsys.sh -h lists the rest. Not yet run on a GPU.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=${PYTHON:-python3}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec "$python" -m dad_fast profile nsys "$@"
