@@ -35,7 +35,8 @@ def draw():
 
 @pytest.mark.parametrize("method", TERMS)
 @pytest.mark.parametrize("filtered", [True, False])
-def test_objective_equals_its_formula(method, filtered):
+@pytest.mark.parametrize("fused", [True, False])
+def test_objective_equals_its_formula(method, filtered, fused):
     raw, targets, keep = draw()
     w = LossConfig(ce=1.1, kd=0.5, dad=0.7, dat=0.9, aug=0.3, temperature=4.0)
     weight = keep if filtered else None
@@ -53,7 +54,7 @@ def test_objective_equals_its_formula(method, filtered):
         "dat+dad": 1.1 * ce + 0.5 * kd + 0.7 * dad + 0.9 * dat,
     }[method]
     logits = Logits(**{k: torch.from_numpy(v) for k, v in raw.items()})
-    total, parts = objective(method, w, logits, torch.from_numpy(targets), torch.from_numpy(keep) if filtered else None)
+    total, parts = objective(method, w, logits, torch.from_numpy(targets), torch.from_numpy(keep) if filtered else None, fused=fused)
     assert total.item() == pytest.approx(expected, rel=1e-12)
     assert set(parts) == set(TERMS[method])
 
@@ -106,3 +107,23 @@ def test_keep_mask_takes_either_of_two_mixed_labels():
     said = torch.nn.functional.one_hot(torch.tensor([0, 1, 2]), 3).float()
     assert keep_mask(said, torch.tensor([0, 0, 0])).tolist() == [1, 0, 0]
     assert keep_mask(said, torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1])).tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("method", TERMS)
+@pytest.mark.parametrize("temperature", [0.5, 4.0, 20.0])
+def test_fused_and_plain_are_one_objective(method, temperature):
+    """Loss, parts and gradients, over methods, filter, weights, smoothing and temperatures."""
+    for filtered in (True, False):
+        for smoothing, w in ((0.0, (1.0, 0.5, 0.5, 1.0, 1.0)), (0.1, (0.3, 2.0, 0.0, 0.7, 4.0))):
+            raw, targets, keep = draw()
+            weights = LossConfig(**dict(zip(("ce", "kd", "dad", "dat", "aug"), w, strict=True)), temperature=temperature)
+            results = []
+            for fused in (False, True):
+                tensors = {k: torch.from_numpy(v).requires_grad_(True) for k, v in raw.items()}
+                y = smooth(torch.from_numpy(targets), smoothing)
+                total, parts = objective(method, weights, Logits(**tensors), y, torch.from_numpy(keep) if filtered else None, fused=fused)
+                total.backward()
+                gradients = {k: t.grad for k, t in tensors.items() if k.startswith("student") and t.grad is not None}
+                results.append((total.detach(), {k: p.detach() for k, p in parts.items()}, gradients))
+            assert list(results[0][1]) == list(results[1][1]) == list(TERMS[method])
+            torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dad_fast.config.schema import LossConfig, Method
+from dad_fast.kernels.distillation_loss import distillation, distillation_loss, smooth, soft_cross_entropy
+
+__all__ = ["TERMS", "Logits", "distillation", "keep_mask", "objective", "smooth", "soft_cross_entropy"]
 
 # The terms of each method, in the order in which they are added.
 TERMS: dict[Method, tuple[str, ...]] = {
@@ -26,6 +28,15 @@ TERMS: dict[Method, tuple[str, ...]] = {
     "dat": ("ce", "dat"),
     "dad": ("ce", "kd", "dad"),
     "dat+dad": ("ce", "kd", "dad", "dat"),
+}
+
+# What each term compares: the student's logits with the targets (CE), or with a teacher's logits (KD); and whether the filter counts.
+COMPARES = {
+    "ce": ("student_clean", "", False),
+    "kd": ("student_clean", "teacher_clean", False),
+    "dad": ("student_dad", "teacher_dad", True),
+    "aug": ("student_dad", "", True),
+    "dat": ("student_dat", "", False),
 }
 
 
@@ -40,24 +51,6 @@ class Logits:
     teacher_dad: Tensor | None = None
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-    """CE of logits [B, C] against labels int64 [B] or probabilities [B, C], times weight [B]; mean over the batch size."""
-    log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)
-    if targets.dim() == 1:
-        losses = -log_probs.gather(1, targets[:, None]).squeeze(1)
-    else:
-        losses = -(targets * log_probs).sum(dim=-1)
-    return _mean(losses, weight)
-
-
-def distillation(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch size; logits [B, C], weight [B]."""
-    student_log_probs = F.log_softmax(_at_least_float32(student) / temperature, dim=-1)
-    teacher_log_probs = F.log_softmax(_at_least_float32(teacher) / temperature, dim=-1)
-    losses = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(dim=-1)
-    return temperature**2 * _mean(losses, weight)
-
-
 def keep_mask(teacher_dad: Tensor, labels: Tensor, second_labels: Tensor | None = None) -> Tensor:
     """The filter phi(Q(x')) = y as 0 or 1, float32 [B]; where two images were mixed either label will do."""
     said = teacher_dad.argmax(dim=-1)
@@ -67,46 +60,51 @@ def keep_mask(teacher_dad: Tensor, labels: Tensor, second_labels: Tensor | None 
     return kept.float()
 
 
-def smooth(targets: Tensor, smoothing: float) -> Tensor:
-    """Label smoothing of probabilities [B, C]."""
-    return targets * (1.0 - smoothing) + smoothing / targets.shape[-1] if smoothing else targets
-
-
 def objective(
-    method: Method, weights: LossConfig, logits: Logits, targets: Tensor, keep: Tensor | None
+    method: Method, weights: LossConfig, logits: Logits, targets: Tensor, keep: Tensor | None, *, fused: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its unweighted parts.
 
     targets: what CE uses, probabilities [B, C] (mixed and smoothed). keep: filter [B] for the terms on Q(x'), or None to count all.
+    fused: one kernel for all terms of the same student's logits, where there is one (CUDA; float32 arithmetic).
     """
-
-    def term(name: str) -> Tensor:
-        if name == "ce":
-            return soft_cross_entropy(logits.student_clean, targets)
-        if name == "kd":
-            return distillation(logits.student_clean, _given(logits.teacher_clean), weights.temperature)
-        if name == "dad":
-            return distillation(_given(logits.student_dad), _given(logits.teacher_dad), weights.temperature, keep)
-        if name == "aug":
-            return soft_cross_entropy(_given(logits.student_dad), targets, keep)
-        return soft_cross_entropy(_given(logits.student_dat), targets)
-
-    parts = {name: term(name) for name in TERMS[method]}
+    parts = (_parts_fused if fused else _parts)(TERMS[method], weights.temperature, logits, targets, keep)
     total = sum((getattr(weights, name) * part for name, part in parts.items()), start=targets.new_zeros(()))
     return total, parts
 
 
-def _given(logits: Tensor | None) -> Tensor:
-    assert logits is not None, "the step computes every logit that the method's terms use"
-    return logits
+def _parts(terms: tuple[str, ...], temperature: float, logits: Logits, targets: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = {}
+    for name in terms:
+        of_student, of_teacher, filtered = COMPARES[name]
+        student, weight = _given(logits, of_student), keep if filtered else None
+        if of_teacher:
+            parts[name] = distillation(student, _given(logits, of_teacher), temperature, weight)
+        else:
+            parts[name] = soft_cross_entropy(student, targets, weight)
+    return parts
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.element_size() < 4 else x
+def _parts_fused(terms: tuple[str, ...], temperature: float, logits: Logits, targets: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+    """The same, with all terms on the same student's logits in one call; no method has two of a kind on them."""
+    groups: dict[str, list[str]] = {}
+    for name in terms:
+        groups.setdefault(COMPARES[name][0], []).append(name)
+    parts: dict[str, Tensor] = {}
+    for of_student, names in groups.items():
+        of_teacher = "".join(COMPARES[name][1] for name in names)
+        ce, kd = distillation_loss(
+            _given(logits, of_student),
+            _given(logits, of_teacher) if of_teacher else None,
+            targets if any(not COMPARES[name][1] for name in names) else None,
+            keep if any(COMPARES[name][2] for name in names) else None,
+            temperature=temperature,
+        )
+        parts |= {name: kd if COMPARES[name][1] else ce for name in names}
+    return {name: parts[name] for name in terms}
 
 
-def _mean(losses: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is not None:
-        # `where`, not a product: a filtered sample whose loss is infinite must count as 0, not as NaN.
-        losses = (losses * weight).where(weight != 0, 0.0)
-    return losses.sum() / losses.shape[0]
+def _given(logits: Logits, name: str) -> Tensor:
+    found: Tensor | None = getattr(logits, name)
+    assert found is not None, "the step computes every logit that the method's terms use"
+    return found
