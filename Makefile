@@ -1,6 +1,8 @@
 # Each target does its own set-up: a virtual environment in .venv with what it needs. A stamp makes the next call quick.
 #   make demo [ARGS="--seeds 5"]   the real trainer on the embedded digits; a second call continues, or says it is finished
 #   make test [ARGS="-k name"]     ruff, mypy, pytest
+#   make bench [ARGS="-k steps"]   pytest benchmarks/ --benchmark; records in runs/benchmarks
+#   make overhead                  draws benchmarks/history.jsonl: DAD's overhead over plain KD, over commits
 #   make csrc                      builds csrc/ into a bare checkout, without installing (needs cmake and apache-tvm-ffi)
 # PYTHON=python3.12 names the interpreter for .venv; ARGS is handed on.
 
@@ -8,7 +10,7 @@ PYTHON ?= python3
 ARGS ?=
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test lint csrc
+.PHONY: help demo test lint bench overhead csrc
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -21,6 +23,12 @@ test: lint
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+bench: .venv/dev.stamp
+	.venv/bin/python -m pytest benchmarks/ --benchmark $(ARGS)
+
+overhead: .venv/dev.stamp
+	.venv/bin/python -m benchmarks.overhead $(ARGS)
 
 csrc:
 	cmake -S . -B build/csrc -DPython_EXECUTABLE="$$(command -v $(PYTHON))"

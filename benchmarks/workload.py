@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dad_fast.config.resolve import gather
-from dad_fast.config.schema import Config, Method
+from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config, Method
 from dad_fast.data.loader import Batch
 from dad_fast.data.records import UNMIXED, mix_record, uses_mixing
 from dad_fast.engine.step import TrainStep
@@ -58,14 +58,9 @@ class Workload:
     def step(self, cfg: Config) -> TrainStep:
         """A training step of `cfg.method` with a student of its own."""
         student = self.student()
-        uses_teacher, uses_discretizer = cfg.method != "ce", cfg.method in ("dat", "dad")
-        return TrainStep(
-            cfg,
-            student,
-            self.teacher if uses_teacher and cfg.method != "dat" else None,
-            self.discretizer if uses_discretizer else None,
-            Update(student, cfg, self.device),
-        )
+        teacher = self.teacher if USES_TEACHER[cfg.method] else None
+        discretizer = self.discretizer if USES_DISCRETIZER[cfg.method] else None
+        return TrainStep(cfg, student, teacher, discretizer, Update(student, cfg, self.device))
 
     def describe(self) -> dict[str, Any]:
         """The `config` of a record."""
