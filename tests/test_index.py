@@ -12,7 +12,8 @@ from PIL import Image
 
 from dad_fast.data import index as indexing
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.folder import FolderSource, PackedStrings
+from dad_fast.data.folder import FolderSource
+from dad_fast.data.names import PackedStrings
 from dad_fast.data.sources import open_source
 from dad_fast.errors import DataError
 
@@ -38,7 +39,7 @@ def tree(tmp_path):
 def count_verified(monkeypatch):
     verified = []
     original = indexing._verify
-    monkeypatch.setattr(indexing, "_verify", lambda root, entry: verified.append(entry.path) or original(root, entry))
+    monkeypatch.setattr(indexing, "_verify", lambda entry, content: verified.append(entry.path) or original(entry, content))
     return verified
 
 
@@ -81,7 +82,7 @@ def test_a_damaged_index_is_made_again(tree, cache, monkeypatch, damage):
     content = file.read_bytes()
     damaged = {
         "cut": content[:-40],
-        "flip": content.replace(b",10,8,", b",10,9,"),
+        "flip": content.replace(b",10,8,0,1", b",10,9,0,1"),
         "empty": b"",
         "version": b"# dad-fast index 0\n" + content,
     }
@@ -93,13 +94,13 @@ def test_a_damaged_index_is_made_again(tree, cache, monkeypatch, damage):
 
 def test_an_interrupted_build_keeps_what_it_verified(tree, monkeypatch):
     monkeypatch.setattr(indexing, "_CHUNK", 1)
-    monkeypatch.setattr(indexing, "_threads", lambda: 1)
+    monkeypatch.setattr(indexing, "num_threads", lambda: 1)
     original = indexing._verify
 
-    def interrupted(root, entry):
+    def interrupted(entry, content):
         if entry.path == "cat/1.png":
             raise KeyboardInterrupt
-        return original(root, entry)
+        return original(entry, content)
 
     monkeypatch.setattr(indexing, "_verify", interrupted)
     with pytest.raises(KeyboardInterrupt):

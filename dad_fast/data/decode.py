@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from dad_fast.data.names import shown
 from dad_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
@@ -29,7 +30,7 @@ def read_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
         with Image.open(file) as image:
             return to_rgb(image)
     except Exception as error:  # PIL raises a dozen unrelated types for damaged files, SyntaxError and struct.error among them
-        raise DecodeError(f"{name or file}: {reason(error)}") from error
+        raise DecodeError(f"{name or shown(str(file))}: {reason(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -81,4 +82,4 @@ def reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     text = str(error).splitlines()[0] if str(error) else ""
-    return text or type(error).__name__
+    return shown(text) or type(error).__name__

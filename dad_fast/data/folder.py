@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.decode import read_rgb, read_unchanged
-from dad_fast.data.index import Entry, build_index
+from dad_fast.data.index import build_index, report_bad
+from dad_fast.data.names import PackedStrings, some
+from dad_fast.data.tar import shards_hint
 from dad_fast.errors import DataError
-
-log = logging.getLogger("dad_fast.data")
-
-_NAMED = 5  # names in a message
-
-
-class PackedStrings(Sequence[str]):
-    """Many strings in one buffer: a million paths are copied to each loader process in tens of megabytes instead of hundreds."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
-        self._buffer = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        return self._buffer[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
 
 class FolderSource:
@@ -68,7 +40,7 @@ class FolderSource:
         for entry in entries:
             digest.update(f"{entry.path}\0{entry.size}\0{entry.ok}\n".encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
-        self._report_bad([entry for entry in entries if not entry.ok])
+        report_bad(self.name, [(entry.path, entry.error) for entry in entries if not entry.ok], len(entries), max_bad_share)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,21 +55,14 @@ class FolderSource:
         bad = int((~self.ok).sum())
         return f"{self.name}: {len(self):,} images of {len(self.classes):,} classes" + (f", {bad:,} unreadable" if bad else "")
 
-    def _report_bad(self, bad: list[Entry]) -> None:
-        if not bad:
-            return
-        text = f"{self.folder}: {len(bad):,} of {len(self):,} images cannot be read: {_some(f'{e.path} ({e.error})' for e in bad)}"
-        if len(bad) > self.max_bad_share * len(self) or len(bad) == len(self):
-            raise DataError(f"{text}; mend or remove them, or raise data.max_bad_share ({self.max_bad_share:g})")
-        log.warning("%s; each is replaced by the next valid image", text)
-
 
 def _find_folder(root: Path, split: str) -> Path:
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'} (--data-dir)")
     if split and not (root / split).is_dir():
         there = sorted(item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith("."))
-        raise DataError(f"{root} has no folder {split!r}; it has {_some(there) or 'none'} (--data-dir, --train-split, --val-split)")
+        has = f"it has {some(there) or 'none'}{shards_hint(root)}"
+        raise DataError(f"{root} has no folder {split!r}; {has} (--data-dir, --train-split, --val-split)")
     return root / split
 
 
@@ -106,14 +71,7 @@ def _check_classes(folder: Path, classes: ClassMap | None) -> ClassMap:
     if classes is None:
         return there
     if missing := sorted(set(classes.folders) - set(there.folders)):
-        raise DataError(f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: {_some(missing)} (--class-map)")
+        raise DataError(f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: {some(missing)} (--class-map)")
     if extra := sorted(set(there.folders) - set(classes.folders)):
-        raise DataError(f"{folder} has {len(extra):,} folders that are not in the class list: {_some(extra)} (--class-map)")
+        raise DataError(f"{folder} has {len(extra):,} folders that are not in the class list: {some(extra)} (--class-map)")
     return classes
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few, and how many more."""
-    listed = list(names)
-    more = len(listed) - _NAMED
-    return ", ".join(listed[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,8 +1,9 @@
-"""The index of an image folder: every file's class, size and whether it can be decoded, verified once and kept.
+"""Indexes of images: each file's class, size and whether it can be decoded, verified once and kept.
 
-A CSV in the user's cache folder (data is often read-only), one per folder: key, path, label (the class folder's name), width, height,
-size and mtime of the file, jpeg, ok, error. Its first line holds a checksum; a damaged index is made again, as is one of another
-version. A file whose size or mtime changed is verified again, so is a new one; an interrupted build keeps what it has verified.
+A CSV in the user's cache folder (data is often read-only), one per image folder or per shard: path (which is the key as well), label,
+offset, size and mtime of the file, width, height, jpeg, ok, error. Its first line says what it is an index of and holds a checksum; a
+damaged index is made again, as is one of another version. In a folder a file whose size or mtime has changed is verified again, so is a
+new one; an interrupted build keeps what it has verified.
 """
 
 from __future__ import annotations
@@ -13,41 +14,44 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from dad_fast.data.cache import cache_dir, write_cache
 from dad_fast.data.decode import EXTENSIONS, is_plain_jpeg, reason
+from dad_fast.data.names import shown, some
 from dad_fast.errors import DataError
 
 log = logging.getLogger("dad_fast.data")
 
-_FORMAT = "# dad-fast index 2"
-_COLUMNS = ("key", "path", "label", "width", "height", "size", "mtime", "jpeg", "ok", "error")
+PENDING = "not verified"
+_FORMAT = "# dad-fast index 3"
 _CHUNK = 64  # files per task
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One image file. `path` is relative to the indexed folder and is the key as well; `mtime` is in nanoseconds.
-
-    `jpeg`: a plain JPEG (see `is_plain_jpeg`), which any JPEG decoder shows alike.
+class Entry(NamedTuple):
+    """One image. `path` is relative to the indexed folder, or is a member's name; `mtime` is in nanoseconds, 0 in a shard, which has its
+    own. `label` is a class folder's name or a class number in a shard. `jpeg`: see `decode.is_plain_jpeg`.
     """
 
     path: str
     label: str
-    width: int
-    height: int
+    offset: int
     size: int
     mtime: int
+    width: int
+    height: int
     jpeg: bool
     ok: bool
     error: str
+
+
+Part = tuple[Callable[[Entry], Path | io.BytesIO], Sequence[Entry]]  # entries, and how to get at what PIL opens
 
 
 def build_index(folder: Path, classes: list[str]) -> list[Entry]:
@@ -56,11 +60,11 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     Raises DataError when a class has no images or a folder cannot be listed. Bad files are entries with `ok` False.
     """
     root = folder.resolve()
-    file = cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.csv"
-    with ThreadPoolExecutor(_threads()) as pool:
+    file, about = index_file(root), f"folder {str(root)!r}"
+    with ThreadPoolExecutor(num_threads()) as pool:
         found = [entry for entries in pool.map(lambda label: _scan_class(root, label), classes) for entry in entries]
     found.sort(key=lambda entry: entry.path)
-    known = {entry.path: entry for entry in load_index(file)}
+    known = {entry.path: entry for entry in load_index(file, about)}
     entries: dict[str, Entry] = {}
     for entry in found:
         old = known.get(entry.path)
@@ -68,45 +72,95 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
             entries[entry.path] = old
     fresh = [entry for entry in found if entry.path not in entries]
     if fresh:
-        log.info("indexing %s: %s of %s images to verify", folder, f"{len(fresh):,}", f"{len(found):,}")
         try:
-            with _progress(len(fresh), f"indexing {folder}") as advance:
-                for entry in _verify_all(root, fresh, advance):
-                    entries[entry.path] = entry
+            for entry in verify_all([(lambda entry: root / entry.path, fresh)], str(folder)):
+                entries[entry.path] = entry
         finally:
             kept = {**known, **entries}.values() if len(entries) < len(found) else entries.values()
-            if not save_index(file, root, list(kept)):
+            if not save_index(file, about, list(kept)):
                 log.warning("%s cannot be written: the index of %s is not kept and is made again next time", file, folder)
     return [entries[entry.path] for entry in found]
 
 
-def load_index(file: Path) -> list[Entry]:
-    """The entries of an index file; empty when it is absent, of another version or damaged."""
+def index_file(path: Path) -> Path:
+    """Where the index of a resolved folder or shard is kept."""
+    return cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.csv"
+
+
+def load_index(file: Path, about: str) -> list[Entry]:
+    """The entries of an index file; empty when it is absent, about something else, of another version or damaged."""
     try:
         head, _, body = file.read_bytes().partition(b"\n")
     except OSError:
         return []
     if not head.startswith(_FORMAT.encode()) or hashlib.sha256(body).hexdigest().encode() not in head:
-        log.warning("%s is damaged or of another version: the folder is indexed again", file)
+        log.warning("%s is damaged or of another version: it is made again", file)
+        return []
+    if not head.endswith(_encoded(f", {about}")):
         return []
     rows = csv.reader(io.StringIO(body.decode("utf-8", "surrogateescape"), newline=""))
     next(rows)
     return [
-        Entry(path, label, int(width), int(height), int(size), int(mtime), jpeg == "1", ok == "1", error)
-        for _, path, label, width, height, size, mtime, jpeg, ok, error in rows
+        Entry(path, label, int(offset), int(size), int(mtime), int(width), int(height), jpeg == "1", ok == "1", error)
+        for path, label, offset, size, mtime, width, height, jpeg, ok, error in rows
     ]
 
 
-def save_index(file: Path, root: Path, entries: list[Entry]) -> bool:
+def save_index(file: Path, about: str, entries: list[Entry]) -> bool:
     """Write an index file whole or not at all; False when the cache folder cannot be written."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for e in entries:
-        writer.writerow((e.path, e.path, e.label, e.width, e.height, e.size, e.mtime, int(e.jpeg), int(e.ok), e.error))
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # names may hold line ends of any kind
+    writer.writerow(Entry._fields)
+    for entry in entries:
+        writer.writerow(int(value) if isinstance(value, bool) else value for value in entry)
     body = text.getvalue().encode("utf-8", "surrogateescape")
-    head = f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, folder {str(root)!r}\n"
-    return write_cache(file, head.encode("utf-8", "backslashreplace") + body)
+    return write_cache(file, _encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, {about}") + b"\n" + body)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
+
+
+def verify_all(parts: Sequence[Part], name: str) -> Iterator[Entry]:
+    """The entries of all parts in their order, each decoded once if it is still `PENDING`. The log says so, a terminal shows a bar."""
+    total = sum(len(entries) for _, entries in parts)
+    if not total:
+        return
+    log.info("indexing %s: %s images to verify", name, f"{total:,}")
+    tasks = [(content, entries[i : i + _CHUNK]) for content, entries in parts for i in range(0, len(entries), _CHUNK)]
+    pool = ThreadPoolExecutor(num_threads())  # PIL decodes without the GIL
+    try:
+        with progress_bar(total, f"indexing {name}") as advance:
+            for chunk in pool.map(lambda task: [_verify(entry, task[0]) for entry in task[1]], tasks):
+                yield from chunk
+                advance(len(chunk))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entry:
+    """Decode the file. JPEGs at an eighth of the size: the whole stream is still read, so damage shows, at a fraction of the time."""
+    if entry.error != PENDING:
+        return entry
+    try:
+        with Image.open(content(entry)) as image:
+            width, height = image.size
+            jpeg = is_plain_jpeg(image)
+            image.draft("L", (1, 1))
+            image.load()
+    except Exception as error:  # see decode.read_rgb
+        return entry._replace(ok=False, error=reason(error))
+    return entry._replace(width=width, height=height, jpeg=jpeg, ok=True, error="")
+
+
+def report_bad(source: str, bad: Sequence[tuple[str, str]], total: int, max_bad_share: float) -> None:
+    """Warn of unreadable images, given as (name, why); DataError when they are too many or all."""
+    if not bad:
+        return
+    text = f"{source}: {len(bad):,} of {total:,} images cannot be read: {some(f'{shown(name)} ({why})' for name, why in bad)}"
+    if len(bad) > max_bad_share * total or len(bad) == total:
+        raise DataError(f"{text}; mend or remove them, or raise data.max_bad_share ({max_bad_share:g})")
+    log.warning("%s; each is replaced by the next valid image", text)
 
 
 def _scan_class(root: Path, label: str) -> list[Entry]:
@@ -142,40 +196,16 @@ def _scan(root: Path, relative: str, label: str, above: tuple[tuple[int, int], .
                     size, mtime = stat.st_size, stat.st_mtime_ns
                 except OSError:  # a link to nowhere: a bad file, not an absent one
                     size, mtime = 0, 0
-                entries.append(Entry(path, label, 0, 0, size, mtime, False, False, "not verified"))
+                entries.append(Entry(path, label, 0, size, mtime, 0, 0, False, False, PENDING))
 
 
-def _verify_all(root: Path, entries: list[Entry], advance: Callable[[int], None]) -> Iterator[Entry]:
-    chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
-    pool = ThreadPoolExecutor(_threads())  # PIL decodes without the GIL
-    try:
-        for chunk in pool.map(lambda part: [_verify(root, entry) for entry in part], chunks):
-            yield from chunk
-            advance(len(chunk))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _verify(root: Path, entry: Entry) -> Entry:
-    """Decode the file. JPEGs at an eighth of the size: the whole stream is still read, so damage shows, at a fraction of the time."""
-    try:
-        with Image.open(root / entry.path) as image:
-            width, height = image.size
-            jpeg = is_plain_jpeg(image)
-            image.draft("L", (1, 1))
-            image.load()
-    except Exception as error:  # see decode.read_rgb
-        return replace(entry, ok=False, error=reason(error))
-    return replace(entry, width=width, height=height, jpeg=jpeg, ok=True, error="")
-
-
-def _threads() -> int:
+def num_threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(32, cores)
 
 
 @contextmanager
-def _progress(total: int, text: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, text: str) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal; elsewhere nothing, since the log has said what is going on."""
     if not sys.stderr.isatty():
         yield lambda count: None
@@ -183,7 +213,7 @@ def _progress(total: int, text: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(text, total=total)
+        task = progress.add_task(shown(text), total=total)
         yield lambda count: progress.advance(task, count)

@@ -1,0 +1,446 @@
+"""WebDataset shards: read as folders are, no member's name trusted, and every bad shard one clear line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import os
+import pickle
+import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dad_fast.config.schema import AugmentConfig
+from dad_fast.data import index as indexing
+from dad_fast.data import tar_index
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.decode import DecodeError
+from dad_fast.data.folder import FolderSource
+from dad_fast.data.loader import TrainLoader
+from dad_fast.data.sources import open_source
+from dad_fast.data.tar import TarSource
+from dad_fast.errors import DataError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def picture(value, kind="JPEG", size=(12, 10), **options):
+    content = io.BytesIO()
+    Image.new("RGB", size, (value, 255 - value, 7)).save(content, kind, **options)
+    return content.getvalue()
+
+
+def write_tar(path, members, **options):
+    """`members`: (name, content) pairs, or TarInfos without content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def sample(key, label, value=None):
+    return [(f"{key}.jpg", picture(10 * label if value is None else value)), (f"{key}.cls", str(label).encode())]
+
+
+def write_shards(folder, num=3, per_shard=4, name="train-{:06d}.tar"):
+    for shard in range(num):
+        samples = (sample(f"{shard:03d}{i}", (shard * per_shard + i) % 5) for i in range(per_shard))
+        write_tar(folder / name.format(shard), [member for pair in samples for member in pair])
+    return folder
+
+
+def one_shard(tmp_path, members, **options):
+    """A source of one shard that holds two good samples and `members`."""
+    path = write_tar(tmp_path / "one.tar", [*sample("good0", 0), *sample("good1", 1), *members], **options)
+    return TarSource(path.parent, [path.name], max_bad_share=0.6)
+
+
+def test_a_folder_of_shards(tmp_path):
+    source = open_source(str(write_shards(tmp_path / "data" / "train").parent), "train")
+    assert len(source) == 12 and source.keys[4] == "train-000001.tar:0010.jpg"
+    assert source.labels.tolist() == [i % 5 for i in range(12)] and source.labels.dtype == np.int64
+    assert source.classes.entries == tuple((i, str(i), str(i)) for i in range(5))
+    assert source.sizes.tolist() == [[12, 10]] * 12 and source.sizes.dtype == np.int32 and source.ok.all()
+    assert source.read(1).mode == "RGB" and abs(source.read(1).getpixel((0, 0))[0] - 10) < 3
+    assert source.encoded(1) == picture(10)
+    assert "12 images of 5 classes in 3 shards" in source.describe()
+    again = pickle.loads(pickle.dumps(source))
+    assert again.encoded(11) == source.encoded(11) and again.fingerprint == source.fingerprint
+
+
+def test_patterns_name_the_same_shards(tmp_path):
+    write_shards(tmp_path / "data")
+    by_folder = open_source(str(tmp_path / "data"))
+    by_split = open_source(str(tmp_path / "data"), "train-{000000..000002}.tar")
+    by_path = open_source(f"{tmp_path}/data/train-{{000000..000002}}.tar")
+    assert by_folder.fingerprint == by_split.fingerprint == by_path.fingerprint
+    assert len(open_source(str(tmp_path / "data"), "train-000001.tar")) == 4
+    assert list(open_source(str(tmp_path), "data/train-{000001..000002}.tar").keys) == list(by_folder.keys)[4:]
+
+
+def test_a_copy_elsewhere_has_the_same_fingerprint_and_other_labels_have_not(tmp_path):
+    here = TarSource(write_shards(tmp_path / "a"), ["train-000000.tar"])
+    there = TarSource(write_shards(tmp_path / "b" / "c"), ["train-000000.tar"])
+    assert here.fingerprint == there.fingerprint
+    write_tar(tmp_path / "d" / "train-000000.tar", [m for i in range(4) for m in sample(f"000{i}", 4 - i, 10 * i)])
+    assert TarSource(tmp_path / "d", ["train-000000.tar"]).fingerprint != here.fingerprint
+
+
+def test_a_folder_and_its_tar_give_the_same_training(tmp_path):
+    for c, label in enumerate(("ape", "cat")):
+        (tmp_path / "folder" / label).mkdir(parents=True)
+        for i in range(6):
+            kind = ("JPEG", "PNG")[i % 2]
+            name = f"{i}.{kind.lower()}"
+            (tmp_path / "folder" / label / name).write_bytes(picture(40 * c + i, kind, (20 + i, 30 - i)))
+    (tmp_path / "folder" / "cat" / "3.png").write_bytes(b"no picture")
+    folder = FolderSource(tmp_path / "folder", max_bad_share=0.2)
+    files = [(f"{i:02d}" + Path(key).suffix, (tmp_path / "folder" / key).read_bytes()) for i, key in enumerate(folder.keys)]
+    labels = [(f"{i:02d}.cls", str(label).encode()) for i, label in enumerate(folder.labels)]
+    write_tar(tmp_path / "tars" / "0.tar", [m for pair in zip(files[:7], labels, strict=False) for m in pair])
+    write_tar(tmp_path / "tars" / "1.tar", [m for pair in zip(labels[7:], files[7:], strict=True) for m in pair])
+    tars = open_source(str(tmp_path / "tars"), classes=folder.classes, max_bad_share=0.2)
+    assert np.array_equal(tars.labels, folder.labels) and np.array_equal(tars.sizes, folder.sizes)
+    assert np.array_equal(tars.ok, folder.ok) and tars.classes == folder.classes and not tars.ok[9]
+    assert [tars.encoded(i) for i in range(12)] == [folder.encoded(i) for i in range(12)]
+    aug = AugmentConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8)
+    batches = zip(*(TrainLoader(s, aug, 16, 4, 0, 0).batches(0, 9) for s in (folder, tars)), strict=True)
+    for a, b in batches:
+        assert torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples) and torch.equal(a.labels, b.labels)
+
+
+def test_webdataset_reads_the_same(tmp_path):
+    wds = pytest.importorskip("webdataset")
+    samples = [("a/b.c/x", "jpg", "cls"), ("n01/01", "JPEG", "cls"), ("./y", "png", "cls"), ("__m__x", "png", "cls")]
+    samples.append(("ä b", "jpg", "json"))
+    members = [("__meta__.json", b"{}"), ("__skip__/1.jpg", picture(1)), ("folder/.hidden.jpg", picture(2))]
+    for i, (key, kind, label) in enumerate(samples):
+        content = {"cls": f" {i}\n", "json": json.dumps({"label": i, "name": "x"})}[label]
+        image = picture(50 * i, "PNG" if kind == "png" else "JPEG")
+        members += [(f"{key}.{kind}", image), (f"{key}.{label}", content.encode()), (f"{key}.txt", b"words"), (f"{key}.seg.png", b"mask")]
+    path = write_tar(tmp_path / "peer.tar", members)
+    ours = TarSource(tmp_path, ["peer.tar"])
+    with open(path, "rb") as stream:
+        raw = list(wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander([{"url": "peer.tar", "stream": stream}])))
+    theirs = []
+    for found in raw:
+        image = next(found[kind] for kind in ("jpg", "jpeg", "png") if kind in found) if {"jpg", "jpeg", "png"} & set(found) else None
+        label = int(found["cls"]) if "cls" in found else json.loads(found.get("json", "{}")).get("label")
+        if image is not None and label is not None:
+            theirs.append((found["__key__"], label, image))
+    keys = [tar_index._KEY.fullmatch(key.partition(":")[2])[1] for key in ours.keys]
+    contents = [ours._content(i) for i in range(len(ours))]
+    assert list(zip(keys, ours.labels.tolist(), contents, strict=True)) == theirs and len(theirs) == len(samples)
+
+
+def test_shards_written_by_webdataset(tmp_path):
+    wds = pytest.importorskip("webdataset")
+    with wds.ShardWriter(f"{tmp_path}/wds-%04d.tar", maxcount=3, verbose=0) as sink:
+        for i in range(8):
+            sink.write({"__key__": f"sample{i:05d}", "png": np.full((6, 7, 3), i, np.uint8), "cls": i % 2, "json": {"label": 1 - i % 2}})
+    source = open_source(str(tmp_path), "wds-{0000..0002}.tar")
+    assert source.labels.tolist() == [0, 1] * 4 and [source.read(i).getpixel((0, 0)) for i in range(8)] == [(i, i, i) for i in range(8)]
+    assert source.keys[3] == "wds-0001.tar:sample00003.png" and source.encoded(3) is None
+
+
+def test_labels_come_from_cls_or_json_and_keep_numerical_order(tmp_path):
+    members = []
+    for label in range(11, -1, -1):
+        text = (f"{label}.json", json.dumps({"label": label}).encode()) if label % 2 else (f"{label}.cls", f"{label}\n".encode())
+        members += [(f"{label}.PNG", picture(label, "PNG")), text]
+    source = TarSource(write_tar(tmp_path / "x.tar", members).parent, ["x.tar"])
+    assert source.labels.tolist() == list(range(11, -1, -1)) and source.classes.names == [str(i) for i in range(12)]
+
+
+def test_class_lists(tmp_path):
+    write_shards(tmp_path / "data")
+    (tmp_path / "map.csv").write_text("id,folder,name\n" + "".join(f"{i},n{i:02d},class {i}\n" for i in range(7)))
+    source = open_source(str(tmp_path / "data"), class_map=str(tmp_path / "map.csv"))
+    assert source.labels.tolist() == [i % 5 for i in range(12)] and source.classes.names[6] == "class 6"
+    few = ClassMap(((0, "a", "a"), (1, "b", "b")))
+    with pytest.raises(DataError, match=r"class 4 is not in the class list, which has 0 to 1 \(--class-map\)"):
+        open_source(str(tmp_path / "data"), classes=few)
+    write_tar(tmp_path / "far" / "x.tar", [*sample("a", 0), *sample("b", 999_999_999, 5)])
+    with pytest.raises(DataError, match=r"go to 999,999,999, but only 2 classes have images.*--class-map"):
+        open_source(str(tmp_path / "far"))
+
+
+def count_verified(monkeypatch):
+    verified = []
+    original = indexing._verify
+    monkeypatch.setattr(indexing, "_verify", lambda entry, content: verified.append(entry.path) or original(entry, content))
+    return verified
+
+
+def test_only_a_changed_shard_is_read_again(tmp_path, monkeypatch):
+    write_shards(tmp_path / "data")
+    first = open_source(str(tmp_path / "data"))
+    verified = count_verified(monkeypatch)
+    assert open_source(str(tmp_path / "data")).fingerprint == first.fingerprint and verified == []
+    write_tar(tmp_path / "data" / "train-000001.tar", [*sample("x", 3), *sample("y", 4)])
+    os.utime(tmp_path / "data" / "train-000002.tar", ns=(1, 1))
+    second = open_source(str(tmp_path / "data"))
+    assert sorted(verified) == ["0020.jpg", "0021.jpg", "0022.jpg", "0023.jpg", "x.jpg", "y.jpg"] and len(second) == 10
+    with pytest.raises(DecodeError, match=r"train-000001\.tar:0010\.jpg: the shard has changed since it was indexed"):
+        pickle.loads(pickle.dumps(first)).read(4)
+    assert first.encoded(4) is None
+
+
+def test_an_interrupted_build_keeps_the_shards_that_it_verified(tmp_path, monkeypatch):
+    write_shards(tmp_path / "data")
+    original = indexing._verify
+
+    def interrupted(entry, content):
+        if entry.path == "0022.jpg":
+            raise KeyboardInterrupt
+        return original(entry, content)
+
+    monkeypatch.setattr(indexing, "num_threads", lambda: 1)
+    monkeypatch.setattr(indexing, "_verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_source(str(tmp_path / "data"))
+    monkeypatch.setattr(indexing, "_verify", original)
+    verified = count_verified(monkeypatch)
+    assert len(open_source(str(tmp_path / "data"))) == 12 and verified == ["0020.jpg", "0021.jpg", "0022.jpg", "0023.jpg"]
+
+
+def test_a_damaged_index_is_made_again(tmp_path, cache, monkeypatch):
+    write_shards(tmp_path / "data", num=1)
+    first = open_source(str(tmp_path / "data"))
+    (file,) = (cache / "index").iterdir()
+    content = file.read_bytes()
+    for damaged in (content[:-20], b"", content.replace(b"train-000000", b"train-000001")):
+        file.write_bytes(damaged)
+        assert open_source(str(tmp_path / "data")).fingerprint == first.fingerprint and file.read_bytes() == content
+
+
+def test_names_are_only_names(tmp_path):
+    """Absolute, climbing and undecodable names and terminal codes: read from the tar, never from the disk, shown as escapes."""
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(picture(200, size=(3, 3)))
+    names = [str(secret.with_suffix("")), "../secret", "a/../../secret", "x\x1b[31m\n", "y\udcff", "z" * 300, "q\\n"]
+    source = one_shard(tmp_path, [m for i, name in enumerate(names) for m in sample(name, i % 2, i)], encoding="utf-8")
+    assert len(source) == 2 + len(names) and source.ok.all() and not {3} & set(source.sizes[:, 0].tolist())
+    assert [source.encoded(2 + i) for i in range(len(names))] == [picture(i) for i in range(len(names))]
+    assert all(key.isprintable() for key in source.keys) and source.keys[5] == r"one.tar:x\x1b[31m\n.jpg" and r"q\\n" in source.keys[8]
+    again = TarSource(tmp_path, ["one.tar"])
+    assert list(again.keys) == list(source.keys) and again.fingerprint == source.fingerprint
+
+
+def special(name, kind, **fields):
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+def test_links_and_devices_are_bad_images_and_are_not_followed(tmp_path):
+    (tmp_path / "target.jpg").write_bytes(picture(1))
+    members = [
+        special("soft.jpg", tarfile.SYMTYPE, linkname=str(tmp_path / "target.jpg")),
+        special("hard.jpg", tarfile.LNKTYPE, linkname="good0.jpg"),
+        special("device.jpg", tarfile.CHRTYPE, devmajor=1, devminor=5),
+        special("pipe.jpg", tarfile.FIFOTYPE),
+        special("dir.jpg", tarfile.DIRTYPE),
+        ("none.jpg", picture(3)),
+    ]
+    with pytest.raises(DataError, match="5 of 7 images cannot be read: one.tar:soft.jpg .a link, which is not followed") as caught:
+        one_shard(tmp_path, members)
+    assert "one.tar:device.jpg (no regular file)" in str(caught.value) and "one.tar:none.jpg (no .cls and no .json" in str(caught.value)
+
+
+def test_bad_labels_are_bad_images(tmp_path):
+    labels = [b"-1", b"x", b"", b"1 2", b"9" * 70, b"1.0", b"\x1b[31m"]
+    jsons = [b"{", b"[]", b"{}", b'{"label": "1"}', b'{"label": true}', b'{"label": -1}', b"[" * 100_000]
+    jsons.append(b'{"label": 1' + b"0" * 5000 + b"}")
+    members = [m for i, text in enumerate(labels) for m in ((f"c{i}.jpg", picture(i)), (f"c{i}.cls", text))]
+    members += [m for i, text in enumerate(jsons) for m in ((f"j{i}.jpg", picture(i)), (f"j{i}.json", text))]
+    path = write_tar(tmp_path / "one.tar", [*sample("good0", 0), *sample("good1", 1), *members])
+    source = TarSource(tmp_path, [path.name], max_bad_share=0.99)
+    assert source.ok.tolist() == [True, True] + [False] * 15 and source.labels.tolist() == [0, 1] + [-1] * 15
+    with pytest.raises(DataError, match=r"15 of 17 images.*: one.tar:c0.jpg \(its .cls is b'-1', which is no class number\)") as caught:
+        TarSource(tmp_path, [path.name])
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_images_are_named(tmp_path, caplog):
+    members = [("bad.jpg", picture(1)[:200]), ("bad.cls", b"1"), ("empty.png", b""), ("empty.cls", b"0")]
+    with caplog.at_level(logging.WARNING):
+        source = one_shard(tmp_path, members)
+    assert source.ok.tolist() == [True, True, False, False]
+    assert "one.tar:bad.jpg (" in caplog.text and "one.tar:empty.png (not an image)" in caplog.text
+    with pytest.raises(DecodeError, match="one.tar:bad.jpg: "):
+        source.read(2)
+    assert source.encoded(2) is None
+
+
+def test_a_shard_that_is_cut_short(tmp_path, caplog):
+    path = write_tar(tmp_path / "whole.tar", [m for i in range(3) for m in ((f"{i}.cls", b"%d" % i), (f"{i}.jpg", picture(i)))])
+    content = path.read_bytes()
+    last = content.rindex(b"2.jpg")
+    for length, num, words in (
+        (last + 512 + 100, 3, "whole.tar:2.jpg (the shard ends within it)"),
+        (last + 100, 2, "whole.tar ends without a tar's end mark"),
+        (last, 2, "whole.tar ends without a tar's end mark"),
+    ):
+        path.write_bytes(content[:length])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            source = TarSource(tmp_path, ["whole.tar"], max_bad_share=0.5)
+        assert len(source) == num and source.ok.tolist() == [True, True, False][:num] and words in caplog.text
+
+
+def header(**fields):
+    """A ustar header with a right checksum, whatever is in its fields."""
+    block = bytearray(tarfile.TarInfo(fields.pop("name", "x.jpg")).tobuf(tarfile.USTAR_FORMAT))
+    places = {"size": 124, "kind": 156, "magic": 257, "prefix": 345, "extended": 482}
+    for field, value in fields.items():
+        block[places[field] : places[field] + len(value)] = value
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (header(size=b"\xff" * 12), "no number where one belongs"),
+        (header(size=b"-0000000001\0"), "no number where one belongs"),
+        (header(size=b"0x10 \0"), "no number where one belongs"),
+        (header()[:100] + b"garbage" + header()[107:], "checksum is wrong"),
+        (os.urandom(512).replace(b"\0", b"x"), "damaged at byte"),
+        (header(kind=b"L", size=b"00010000000\0") + bytes(1 << 22), "a header of 2,097,152 bytes"),
+        (header(kind=b"x", size=b"00000000012\0") + b"99 path=x\n".ljust(512, b"\0"), "pax header is damaged"),
+        (header(kind=b"x", size=b"00000000012\0") + b"10 size=-\n".ljust(512, b"\0"), "pax header says the size -"),
+        (header(kind=b"x", size=b"00000000012\0") + b"0 path=xx\n".ljust(512, b"\0"), "pax header is damaged"),
+    ],
+)
+def test_damaged_headers_stop(tmp_path, block, message):
+    path = write_tar(tmp_path / "one.tar", sample("good", 0))
+    content = path.read_bytes()
+    end = content.rindex(b"good.cls") + 1024
+    path.write_bytes(content[:end] + block + content[end:])
+    with pytest.raises(DataError, match=f"^one.tar: damaged at byte {end:,}: .*{message}|{message} {end:,}") as caught:
+        TarSource(tmp_path, ["one.tar"])
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 4
+
+
+def test_sizes_beyond_the_end(tmp_path):
+    path = write_tar(tmp_path / "one.tar", sample("good", 0))
+    content = path.read_bytes()
+    end = content.rindex(b"good.cls") + 1024
+    for block in (header(size=b"77777777777\0"), header(size=b"\x80" + b"\xff" * 11), header(kind=b"L", size=b"77777777777\0")):
+        path.write_bytes(content[:end] + block + content[end:])
+        source = TarSource(tmp_path, ["one.tar"], max_bad_share=0.5)
+        assert source.ok.tolist() in ([True, False], [True]) and source.read(0).size == (12, 10)
+
+
+def test_sparse_members_are_bad_and_what_follows_is_found(tmp_path, caplog):
+    """An old GNU sparse member whose map goes on in two more blocks, then a good sample."""
+    path = write_tar(tmp_path / "one.tar", sample("good", 0))
+    content = path.read_bytes()
+    maps = bytes(504) + b"\1" + bytes(7) + bytes(512)
+    sparse = header(name="s.jpg", kind=b"S", magic=b"ustar  \0", size=b"00000001000\0", extended=b"\1") + maps + bytes(512)
+    path.write_bytes(sparse + content)
+    with caplog.at_level(logging.WARNING):
+        source = TarSource(tmp_path, ["one.tar"], max_bad_share=0.5)
+    assert source.ok.tolist() == [False, True] and "one.tar:s.jpg (stored as a sparse file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([*sample("a", 0), *sample("a", 1)], "a.jpg and a.jpg"),
+        ([*sample("a", 0), ("a.PNG", picture(1, "PNG"))], "a.jpg and a.PNG"),
+        ([*sample("a", 0), *sample("b", 0), ("a.cls", b"1")], "a.cls and a.cls"),
+        ([*sample("a\x1b", 0), *sample("a\x1b", 1)], r"a\\x1b.jpg and a\\x1b.jpg"),
+    ],
+)
+def test_ambiguous_samples_stop(tmp_path, members, message):
+    with pytest.raises(DataError, match=f"one.tar: two members for one sample, {message}"):
+        one_shard(tmp_path, members)
+
+
+def test_shards_that_cannot_be_used(tmp_path):
+    write_shards(tmp_path / "data", num=1)
+    good = (tmp_path / "data" / "train-000000.tar").read_bytes()
+    (tmp_path / "zip.tar").write_bytes(gzip.compress(good))
+    (tmp_path / "text.tar").write_text("<html>" * 500)
+    (tmp_path / "short.tar").write_text("x")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    write_tar(tmp_path / "dots.tar", [("a.b.jpg", picture(1)), ("a.b.cls", b"1")])
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train-0.tar.gz").write_bytes(gzip.compress(good))
+    both = write_shards(tmp_path / "folders")
+    Image.new("RGB", (4, 4)).save((both / "ape").mkdir() or both / "ape" / "x.png")
+    assert len(open_source(str(both))) == 1  # an image folder in which tars lie
+    cases = [
+        (("zip.tar",), DataError, "zip.tar: compressed with gzip.*gunzip"),
+        (("text.tar",), DataError, "text.tar: not a tar"),
+        (("short.tar",), DataError, "short.tar: no images in it.*nothing"),
+        (("empty.tar",), DataError, "empty.tar: no images in it.*nothing"),
+        (("dots.tar",), DataError, "no images in it.*after the first dot.*it has b.cls, b.jpg"),
+        (("packed",), DataError, "compressed .train-0.tar.gz.*decompress"),
+        (("data/train-{000000..000002}.tar",), DataError, "2 of 3 shards are not there"),
+        (("data/train-000000.tar", "train"), UsageError, "has no split 'train': give its folder"),
+        (("data", "val"), DataError, r"no folder 'val'; it has none; its 1 shards.*'train-\{000000..000000\}.tar'"),
+        (("data", "train-{a..b}.tar"), UsageError, "one range of numbers"),
+        (("data", "train-{0..9.tar"), UsageError, "one range of numbers"),
+        (("data", "train-{5..2}.tar"), UsageError, "names 0 shards"),
+        (("data", "train-{0..999999999999}-{0..9}.tar"), UsageError, "1 to 1,000,000"),
+        (("data", "train-{0..1}"), UsageError, "ends in .tar"),
+    ]
+    for (data_dir, *split), error, message in cases:
+        with pytest.raises(error, match=message) as caught:
+            open_source(str(tmp_path / data_dir), *split)
+        assert "\n" not in str(caught.value), message
+
+
+def test_few_files_are_open_at_once_and_threads_read_through_the_change(tmp_path, monkeypatch):
+    source = open_source(str(write_shards(tmp_path / "data", num=6, per_shard=2)))
+    tar_index._open_shard.cache_clear()
+    small = tar_index.lru_cache(maxsize=2)(tar_index._Open)
+    monkeypatch.setattr(tar_index, "_open_shard", small)
+    descriptors = []
+
+    def read(i):
+        content = source.encoded(i % 12)
+        if threading.current_thread() is not threading.main_thread() and not i % 40:
+            descriptors.append(len(os.listdir("/proc/self/fd")))
+        return content == picture(10 * (i % 12 % 5))
+
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(2000)))
+    assert max(descriptors) - before <= 2 + 8 + 2
+    small.cache_clear()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_forked_and_spawned_workers_read_shards(tmp_path):
+    source = open_source(str(write_shards(tmp_path / "data", num=6, per_shard=4)))
+    here = [b.images for b in TrainLoader(source, AugmentConfig(), 8, 4, 0, 0).batches(0, 8)]
+    there = [b.images for b in TrainLoader(source, AugmentConfig(), 8, 4, 0, 2).batches(0, 8)]
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if source.encoded(5) == picture(0) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
