@@ -1,0 +1,41 @@
+"""The stored, training form of images: raw, lossless WebP or JPEG."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+from PIL import Image
+
+from dad_fast.errors import DataError, UsageError
+
+
+def check_images_form(form: str) -> None:
+    """Raises UsageError for anything but `none`, `raw`, `webp` and `jpeg:Q`, 1 <= Q <= 100."""
+    found = re.fullmatch(r"none|raw|webp|jpeg:([1-9]\d{0,2})", form)
+    if not found or int(found[1] or 1) > 100:
+        raise UsageError(f"images {form!r}: write none, raw, webp (lossless) or jpeg:Q with a quality from 1 to 100, such as jpeg:95")
+
+
+def encode_image(image: np.ndarray, form: str) -> bytes:
+    """uint8 [H, W, 3] -> what is stored. JPEG keeps the colours' resolution (4:4:4): it is the attack's too."""
+    if form == "raw":
+        return image.tobytes()
+    file = io.BytesIO()
+    if form == "webp":
+        Image.fromarray(image).save(file, "WEBP", lossless=True, exact=True, method=4)
+    else:
+        Image.fromarray(image).save(file, "JPEG", quality=int(form.partition(":")[2]), subsampling=0)
+    return file.getvalue()
+
+
+def decode_image(content: bytes, size: tuple[int, ...], name: str) -> np.ndarray:
+    """uint8 [H, W, 3]. Raises DataError when it is not an image of that size."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("WEBP", "JPEG")) as image:
+            if image.size != (size[1], size[0]):  # before its pixels are decoded
+                raise DataError(f"{name}: {image.size[0]}x{image.size[1]} pixels where the manifest says {size[1]}x{size[0]}")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: not an image ({error}); verify the store") from error

@@ -1,0 +1,327 @@
+"""Writing a store: any number of processes, killed at any moment, and the bytes are the same.
+
+    writer = StoreWriter.open(folder, manifest, resume=True)
+    for number in writer.shards_to_do(rank, world):
+        with writer.shard(number) as shard:
+            for block in shard.todo():
+                shard.append(Records(...))       # rows block.start … block.stop - 1 of block.view
+    missing = writer.finish()                    # [] when all shards are there, by whichever process comes last
+
+A shard is written under its own lock into `.part` files, block by block. Who opens it again checks every record's checksums and goes on
+after the last whole block, so that at most one block is computed twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dad_fast.errors import DataError, NotFinite, UsageError
+from dad_fast.observe.files import sync
+from dad_fast.store.images import encode_image
+from dad_fast.store.layout import INDEX, KEPT, READABLE, Block, broken_rows, crcs, hash_keys, seal, shard_file
+from dad_fast.store.lock import LOCK, PART, Busy, disk_error, locked, write_whole
+from dad_fast.store.manifest import MANIFEST, Manifest
+from dad_fast.store.state import SUMS, finished_shards, missing_shards, recorded_sums, sums_text
+
+SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """The rows of a block, in their order, without padding. Arrays or CPU tensors.
+
+    keys: [n] of the samples, as the source names them; labels: int [n]
+    outputs: float [n, C], the teacher's logits
+    readable: bool [n], False for samples whose image cannot be read: only key and label of those are stored; None = all are
+    kept: bool [n], the teacher still says the label; changed: float [n], share of codes changed; None where it is not measured
+    codes: uint8 [n, code_bytes], packed; images: uint8 [n, H, W, 3]; None where the manifest has none
+    """
+
+    keys: Sequence[str]
+    labels: np.ndarray
+    outputs: np.ndarray
+    readable: np.ndarray | None = None
+    kept: np.ndarray | None = None
+    changed: np.ndarray | None = None
+    codes: np.ndarray | None = None
+    images: np.ndarray | None = None
+
+
+class StoreWriter:
+    """A store being written. Made by `open`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, manifest: Manifest, resume: bool = False) -> StoreWriter:
+        """Begin a store in a new or empty folder or, with `resume`, go on with the one that is there. Of several processes one begins it
+        and the others resume.
+
+        Raises:
+            UsageError: the folder holds a store already (without `resume`), or other files.
+            DataError: the store there was made with other settings, which are listed; or the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / (MANIFEST + LOCK), wait=True):
+                names = {path.name for path in folder.iterdir()} - {MANIFEST + LOCK, MANIFEST + PART}
+                if MANIFEST not in names:
+                    if names:
+                        raise UsageError(f"{folder}: holds other files, such as {min(names)}; a store needs a folder of its own")
+                    write_whole(folder / MANIFEST, manifest.with_shards(()).to_json())
+                    return cls(folder, manifest.with_shards(()))
+                if not resume:
+                    raise UsageError(f"{folder}: there is a store already; go on with it by --resume, or name another folder")
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        there = Manifest.load(folder)
+        if differences := there.differences(manifest):
+            raise DataError(f"{folder}: made with other settings: {'; '.join(differences[:12])}; use those, or name another folder")
+        return cls(folder, there)
+
+    def shards_to_do(self, rank: int = 0, world: int = 1) -> list[int]:
+        """The shards of this process that are not there yet. Every shard is some process's, whatever `world` was before."""
+        there = set(finished_shards(self.folder, self.manifest))
+        return [shard for shard in range(rank, self.manifest.geometry.num_shards, world) if shard not in there]
+
+    @contextmanager
+    def shard(self, number: int) -> Iterator[ShardWriter]:
+        """Write one shard; leaving after its last block finishes it, leaving before keeps its whole blocks for later.
+
+        Raises DataError when another process is writing it or the disk is full.
+        """
+        try:
+            with locked(self.folder / shard_file(number, LOCK[1:])):
+                with ShardWriter(self.folder, self.manifest, number) as shard:
+                    yield shard
+        except Busy as error:
+            raise DataError(f"{self.folder}: another process is writing shard {number}; wait for it, or stop it") from error
+
+    def finish(self) -> list[int]:
+        """Complete the store when all shards are there. Any process may call this, several too, and again.
+
+        Returns the shards that are missing; [] when the store is complete.
+        """
+        with locked(self.folder / (MANIFEST + LOCK), wait=True):
+            manifest = Manifest.load(self.folder)
+            missing = missing_shards(self.folder, manifest)
+            sums = [recorded_sums(self.folder, manifest, shard) for shard in range(manifest.geometry.num_shards) if shard not in missing]
+            if missing:
+                return missing
+            complete = manifest.with_shards(tuple(entry for entry in sums if entry))
+            if complete.checksum != manifest.checksum:
+                write_whole(self.folder / MANIFEST, complete.to_json())
+            for shard in range(manifest.geometry.num_shards):
+                (self.folder / shard_file(shard, SUMS)).unlink(missing_ok=True)
+            self.manifest = complete
+            return []
+
+
+class ShardWriter:
+    """One shard, locked. `next_block` blocks are there."""
+
+    def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
+        self.folder, self.manifest, self.number = folder, manifest, number
+        self.blocks = manifest.geometry.blocks(number)
+        self.finished = number in finished_shards(folder, manifest)
+        self.next_block = len(self.blocks) if self.finished else 0
+        self._files: dict[str, _Part] = {}
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> ShardWriter:
+        if not self.finished:
+            try:
+                with ExitStack() as opened:
+                    for kind in self.manifest.files:
+                        self._files[kind] = _Part(self.folder / shard_file(self.number, kind))
+                        opened.callback(self._files[kind].close)
+                    self._recover()
+                    opened.pop_all()
+            except OSError as error:
+                raise disk_error(error, self.folder / shard_file(self.number, "data")) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None and not self.finished and self.next_block == len(self.blocks):
+                self._commit()
+        except OSError as error:
+            raise disk_error(error, self.folder / shard_file(self.number, "data")) from error
+        finally:
+            for part in self._files.values():
+                part.close()
+
+    def todo(self) -> list[Block]:
+        """The blocks that are still to be appended, in this order."""
+        return self.blocks[self.next_block :]
+
+    def append(self, records: Records) -> None:
+        """Write the next block. After an error, a full disk for one, the shard ends with the block before it.
+
+        Raises NotFinite for outputs that are not numbers, DataError when the disk is full, ValueError for arrays of another shape.
+        """
+        block = self.blocks[self.next_block]
+        index, data, images = self._encode(block, records)
+        content = {"index": index.tobytes(), "data": data.tobytes(), "images": b"".join(images)}
+        try:
+            for kind, part in self._files.items():
+                part.write(content[kind])
+        except OSError as error:
+            for part in self._files.values():
+                part.undo()
+            raise disk_error(error, self.folder / shard_file(self.number, "data")) from error
+        for part in self._files.values():
+            part.accept()
+        self.next_block += 1
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            for part in self._files.values():
+                os.fdatasync(part.handle)
+            self._synced = time.monotonic()
+
+    def _encode(self, block: Block, records: Records) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+        """INDEX [n], uint8 [n, size], and the images' bytes."""
+        manifest, num = self.manifest, len(block)
+        readable = np.ones(num, bool) if records.readable is None else _array(records.readable, (num,), "readable").astype(bool)
+        outputs = _array(records.outputs, (num, manifest.num_classes), "outputs").astype(np.float32)
+        labels = _array(records.labels, (num,), "labels")
+        if len(records.keys) != num:
+            raise ValueError(f"{len(records.keys)} keys for a block of {num}")
+        bad = readable & ~np.isfinite(outputs).all(axis=1)
+        if bad.any():
+            name = records.keys[int(bad.argmax())]
+            raise NotFinite(f"the teacher's outputs on {name} are not numbers; look at that image, or try --no-amp")
+
+        data = np.zeros(num, manifest.data_dtype)
+        manifest.outputs_form.encode(np.where(readable[:, None], outputs, 0), data)
+        if manifest.code_bytes:
+            data["codes"] = _array(records.codes, (num, manifest.code_bytes), "codes")
+        raw = data.view(np.uint8).reshape(num, -1)
+        raw[~readable] = 0
+
+        index = np.zeros(num, INDEX)
+        index["key"] = hash_keys(records.keys)
+        index["row"] = np.arange(block.start, block.stop)
+        index["label"], index["view"] = labels, block.view
+        index["flags"] = READABLE * readable
+        if records.kept is not None:
+            index["flags"] |= (KEPT * (readable & _array(records.kept, (num,), "kept").astype(bool))).astype(np.uint16)
+        index["changed"] = np.nan
+        if records.changed is not None:
+            index["changed"] = np.where(readable, _array(records.changed, (num,), "changed"), np.nan)
+        images: list[bytes] = []
+        if manifest.images != "none":
+            pixels = _array(records.images, (num, *manifest.image_size, 3), "images")
+            if pixels.dtype != np.uint8:
+                raise ValueError(f"images are {pixels.dtype}, not uint8")
+            blank = bytes(manifest.bytes_per_sample["images"]) if manifest.images == "raw" else b""
+            images = [encode_image(image, manifest.images) if ok else blank for image, ok in zip(pixels, readable, strict=True)]
+            index["image_bytes"] = sizes = [len(content) for content in images]
+            index["image_start"] = self._files["images"].size + np.cumsum([0, *sizes])[:-1]
+            index["image_crc"] = [zlib.crc32(content) for content in images]
+        index["data_crc"] = crcs(raw)
+        seal(index)
+        return index, raw, images
+
+    def _recover(self) -> None:
+        """Keep the whole blocks of an earlier attempt, whose checksums are right, and cut off the rest."""
+        for block in self.blocks:
+            index = np.frombuffer(self._files["index"].read(len(block) * INDEX.itemsize), np.uint8)
+            data = np.frombuffer(self._files["data"].read(len(block) * self.manifest.bytes_per_sample["data"]), np.uint8)
+            if len(index) < len(block) * INDEX.itemsize or len(data) < len(block) * self.manifest.bytes_per_sample["data"]:
+                break
+            records = index.view(INDEX)
+            if broken_rows(records, data.reshape(len(block), -1), block.view, block.start):
+                break
+            if "images" in self._files and not self._has_images(records):
+                break
+            for part in self._files.values():
+                part.accept()
+            self.next_block += 1
+        for part in self._files.values():
+            part.undo()
+
+    def _has_images(self, records: np.ndarray) -> bool:
+        part = self._files["images"]
+        limit = self.manifest.bytes_per_sample["images"]
+        start = part.size
+        for record in records:
+            length = int(record["image_bytes"])
+            if record["image_start"] != start or length > 2 * limit + 1024:
+                return False
+            content = part.read(length)
+            if len(content) < length or zlib.crc32(content) != record["image_crc"]:
+                return False
+            start += length
+        return True
+
+    def _commit(self) -> None:
+        """Files first, then the checksums that make them count."""
+        for part in self._files.values():
+            os.fsync(part.handle)
+        for part in self._files.values():
+            os.replace(part.path, part.final)
+        sync(self.folder)
+        sums = {kind: part.sha256.hexdigest() for kind, part in self._files.items()}
+        write_whole(self.folder / shard_file(self.number, SUMS), sums_text(self.number, sums))
+        self.finished = True
+
+
+class _Part:
+    """A file that grows by blocks. What was written or read since the last `accept` can be undone."""
+
+    def __init__(self, final: Path) -> None:
+        self.final, self.path = final, final.with_name(final.name + PART)
+        if final.exists() and not self.path.exists():
+            os.replace(final, self.path)  # an earlier attempt ended between the renaming and the checksums
+        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.size = 0  # accepted bytes; the file's position is behind the pending ones
+        self.sha256 = hashlib.sha256()
+        self._pending: list[bytes] = []
+
+    def write(self, content: bytes) -> None:
+        rest = memoryview(content)
+        while len(rest):
+            rest = rest[os.write(self.handle, rest) :]
+        self._pending.append(content)
+
+    def read(self, size: int) -> bytes:
+        with open(self.handle, "rb", buffering=0, closefd=False) as file:
+            content = b""
+            while len(content) < size and (more := file.read(size - len(content))):
+                content += more
+        self._pending.append(content)
+        return content
+
+    def accept(self) -> None:
+        for content in self._pending:
+            self.sha256.update(content)
+            self.size += len(content)
+        self._pending.clear()
+
+    def undo(self) -> None:
+        self._pending.clear()
+        os.ftruncate(self.handle, self.size)
+        os.lseek(self.handle, self.size, os.SEEK_SET)
+
+    def close(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
+
+
+def _array(values: np.ndarray | None, shape: tuple[int, ...], name: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != shape:
+        raise ValueError(f"{name} have the shape {list(array.shape)}, not {list(shape)}")
+    return array
