@@ -5,10 +5,15 @@ Forward is one program a row, which makes its sums in a fixed order; backward is
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dad_fast.kernels.cross_compile import CompileSpec
 
 MAX_BLOCK = 4096  # classes a program holds at once
 
@@ -204,6 +209,27 @@ def launch_backward(
         num_warps=num_warps,
     )
     return gradient
+
+
+def compile_specs(arch: str) -> list[CompileSpec]:
+    """A bfloat16 student and a float32 teacher: CE and KD of mixed labels, CE of labels, KD with a filter."""
+    from dad_fast.kernels.cross_compile import CompileSpec
+
+    pointers = {"student_ptr": "*bf16", "teacher_ptr": "*fp32", "weight_ptr": "*fp32", "kept_ptr": "*fp32"}
+    forward = pointers | {"losses_ptr": "*fp32", "batch": "i32"}
+    backward = pointers | {"grad_ptr": "*fp32", "gradient_ptr": "*bf16", "grad_stride": "i32", "per_sample": "fp32"}
+    scalars = {"num_classes": "i32", "temperature": "fp32", "smoothing": "fp32"}
+    scalars |= {f"{name}_stride": "i32" for name in ("student", "teacher", "targets")}
+    specs = []
+    for num_classes in (1000, 21843):
+        for teacher, targets, labels, weight in ((True, True, False, False), (False, True, True, False), (True, False, False, True)):
+            block, num_warps = _meta(num_classes)
+            constants = {"TEACHER": teacher, "TARGETS": targets, "LABELS": labels, "WEIGHT": weight, "BLOCK": block}
+            types = scalars | {"targets_ptr": "*i64" if labels else "*fp32"}
+            options = {"num_warps": num_warps}
+            specs.append(CompileSpec("distillation_loss", _forward, types | forward, constants | {"SMOOTH": labels}, options))
+            specs.append(CompileSpec("distillation_loss: backward", _backward, types | backward, constants, options))
+    return specs
 
 
 def _meta(num_classes: int) -> tuple[int, int]:

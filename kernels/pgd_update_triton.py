@@ -5,10 +5,15 @@ Deterministic: every program writes its own partial sums, which all programs of 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dad_fast.kernels.cross_compile import CompileSpec
 
 BLOCK = 4096  # elements a program holds at once: 16 a thread, 4 loads of 16 bytes for each of the tensors
 NUM_WARPS = 8
@@ -92,6 +97,22 @@ def _apply(
     new_delta = image - x
     tl.store(new_delta_ptr + sample * n + index, new_delta, mask=mask)
     tl.store(image_ptr + sample * n + index, x + new_delta, mask=mask)
+
+
+def compile_specs(arch: str) -> list[CompileSpec]:
+    """The launches at 224 px."""
+    from dad_fast.kernels.cross_compile import CompileSpec
+
+    common = {"delta_ptr": "*fp32", "gradient_ptr": "*fp32", "partial_ptr": "*fp64", "n": "i32", "num_parts": "i32"}
+    images = {"pixels_ptr": "*fp32", "new_delta_ptr": "*fp32", "image_ptr": "*fp32", "eps": "fp32", "step_size": "fp32"}
+    parts, options = triton.next_power_of_2(triton.cdiv(3 * 224 * 224, BLOCK)), {"num_warps": NUM_WARPS}
+    return [
+        CompileSpec("pgd_update: reduce", _reduce, common, {"BLOCKS_PER_PART": 1, "BLOCK": BLOCK}, options),
+        *(
+            CompileSpec("pgd_update: apply", _apply, common | images, {"L2": l2, "PARTS": parts, "BLOCK": BLOCK}, options)
+            for l2 in (True, False)
+        ),
+    ]
 
 
 def launch(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float) -> tuple[Tensor, Tensor]:
