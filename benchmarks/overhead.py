@@ -37,7 +37,7 @@ def parse_share(text: str) -> float:
 def overheads(record: Record) -> dict[tuple[str, str], dict[str, float]]:
     """Ratios to plain KD (median, q1, q3) of the rows that are DAD, by (comparison, row)."""
     return {
-        (comparison["name"], row["name"]): row["ratio"]
+        (f"{comparison['name']}, against {comparison['baseline']}", row["name"]): row["ratio"]
         for comparison in record["comparisons"]
         for row in comparison["rows"]
         if row["name"].startswith("dad")

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from benchmarks.bench import Bench
-from benchmarks.timm_kd import TimmKD
+from benchmarks.timm_kd import kd_baseline
 from benchmarks.workload import Flops, Workload, make_workload
 from dad_fast.config.schema import Method
 
-BASELINE = "kd (timm)"
 STEPS: dict[str, tuple[Method, str]] = {
     "ce": ("ce", "paper"),
     "kd": ("kd", "paper"),
@@ -27,6 +26,12 @@ def one_step(work: Workload, name: str, graphs: str) -> Callable[[], object]:
     return lambda: step(work.batch, 10, work.cfg.optim.lr)
 
 
+@pytest.fixture
+def on_gpu(bench: Bench) -> None:
+    if bench.device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+
+
 @pytest.fixture(params=[32, 256])
 def work(request: pytest.FixtureRequest, bench: Bench) -> Iterator[Workload]:
     batch_size = request.param
@@ -38,34 +43,27 @@ def work(request: pytest.FixtureRequest, bench: Bench) -> Iterator[Workload]:
         torch.cuda.empty_cache()
 
 
-def compare(bench: Bench, name: str, work: Workload, functions: dict[str, Callable[[], object]], seconds: float) -> None:
+def compare(bench: Bench, name: str, work: Workload, steps: dict[str, Callable[[], object]], seconds: float) -> None:
     flops = Flops(work)
-    counted = {key: flops.of_step(*STEPS[key.removesuffix(", graphs")]) for key in functions if key != BASELINE}
+    baseline, step = kd_baseline(work)
+    functions = {baseline: step} | steps
+    counted = {key: flops.of_step(*STEPS[key.removesuffix(", graphs")]) for key in steps} | {baseline: flops.of_step("kd")}
     config = work.describe() | {"gflop_per_image": {stage: round(value / 1e9, 4) for stage, value in flops.of.items()}}
-    counted[BASELINE] = flops.of_step("kd")
     try:
         bench.compare(
-            name, functions, baseline=BASELINE, work=len(work.batch.labels), config=config, flops=counted, energy=True, seconds=seconds
+            name, functions, baseline=baseline, work=len(work.batch.labels), config=config, flops=counted, energy=True, seconds=seconds
         )
     except torch.OutOfMemoryError:
         pytest.skip(f"{name} does not fit into this GPU's memory")
 
 
 def test_steps(bench: Bench, work: Workload) -> None:
-    functions: dict[str, Callable[[], object]] = {BASELINE: TimmKD(work)}
-    for name in STEPS:
-        functions[name] = one_step(work, name, graphs="off")
-    compare(bench, f"batch {len(work.batch.labels)}", work, functions, seconds=25)
+    steps = {name: one_step(work, name, graphs="off") for name in STEPS}
+    compare(bench, f"batch {len(work.batch.labels)}", work, steps, seconds=25)
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_graphs(bench: Bench, work: Workload, name: str) -> None:
+def test_graphs(bench: Bench, on_gpu: None, work: Workload, name: str) -> None:
     """One method at a time: a captured step keeps its activations' memory."""
-    if bench.device.type != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
-    functions: dict[str, Callable[[], object]] = {
-        BASELINE: TimmKD(work),
-        name: one_step(work, name, graphs="off"),
-        f"{name}, graphs": one_step(work, name, graphs="on"),
-    }
-    compare(bench, f"batch {len(work.batch.labels)}, graphs, {name}", work, functions, seconds=10)
+    steps = {name: one_step(work, name, graphs="off"), f"{name}, graphs": one_step(work, name, graphs="on")}
+    compare(bench, f"batch {len(work.batch.labels)}, graphs, {name}", work, steps, seconds=10)

@@ -6,12 +6,12 @@ Labels and images come mixed already (timm mixes in its loader, unmeasured here;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
-from timm.task import LogitDistillationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
@@ -19,6 +19,19 @@ from benchmarks.workload import Workload
 from dad_fast.data.mixing import mix, to_pixels
 from dad_fast.methods.objectives import smooth
 from dad_fast.models.teacher import Teacher
+
+try:
+    from timm.task import LogitDistillationTask
+except ImportError:  # a timm before 1.0.31, on a machine where nothing can be installed
+    LogitDistillationTask = None
+
+
+def kd_baseline(work: Workload) -> tuple[str, Callable[[], object]]:
+    """The step that ratios refer to, and its name: timm's, or "kd", our own plain form, where this timm has none."""
+    if LogitDistillationTask is not None:
+        return "kd (timm)", TimmKD(work)
+    step = work.step(work.with_method("kd"))
+    return "kd", lambda: step(work.batch, 10, work.cfg.optim.lr)
 
 
 class _Bare(nn.Module):
@@ -47,7 +60,7 @@ class TimmKD:
         self.model: Any = student.model
         self.task = LogitDistillationTask(
             self.model,
-            _Bare(work.teacher),
+            _Bare(work.plain_teacher),
             criterion=SoftTargetCrossEntropy(),
             task_loss_weight=cfg.loss.ce,
             distill_loss_weight=cfg.loss.kd,

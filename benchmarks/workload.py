@@ -8,6 +8,7 @@ base and paper have random weights of timm's and taming's architectures: shapes 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,11 +36,12 @@ SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat
 
 @dataclass(frozen=True)
 class Workload:
-    """The frozen parts and the batch; `student` and `step` make new students."""
+    """The frozen parts and the batch; `student` and `step` make new students. `plain_teacher` is the baseline's own."""
 
     size: str
     cfg: Config
     teacher: Teacher
+    plain_teacher: Teacher
     discretizer: VQGANDiscretizer
     batch: Batch
     num_classes: int
@@ -98,7 +100,7 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     teacher = load_teacher(cfg.teacher, source.classes, cfg.precision, device)
     discretizer = load_discretizer(cfg.discretizer.name, cfg.precision, device)
     assert isinstance(discretizer, VQGANDiscretizer)
-    return Workload("tiny", cfg, teacher, discretizer, batch, len(source.classes), device)
+    return Workload("tiny", cfg, teacher, copy.deepcopy(teacher), discretizer, batch, len(source.classes), device)
 
 
 def _random(size: str, device: torch.device, batch_size: int) -> Workload:
@@ -133,7 +135,7 @@ def _random(size: str, device: torch.device, batch_size: int) -> Workload:
     discretizer = VQGANDiscretizer(vqgan, cfg.precision, name=vqgan_name)
     batch = random_batch(cfg, batch_size or cfg.data.batch_size, num_classes, device)
     spread_codebook(discretizer, batch.images[:8].float() / 255.0)
-    return Workload(size, cfg, teacher, discretizer, batch, num_classes, device)
+    return Workload(size, cfg, teacher, copy.deepcopy(teacher), discretizer, batch, num_classes, device)
 
 
 def random_batch(cfg: Config, size: int, num_classes: int, device: torch.device) -> Batch:
@@ -172,7 +174,7 @@ class Flops:
     def __init__(self, work: Workload) -> None:
         few = 2
         pixels = work.batch.images[:few].float() / 255.0
-        student, discretizer, teacher = work.student(), work.discretizer, work.teacher
+        student, discretizer, teacher = work.student(), work.discretizer, work.plain_teacher
 
         def gradient(model: Callable[[Tensor], Tensor]) -> Callable[[], object]:
             def run() -> object:

@@ -124,13 +124,13 @@ def steps_record(dad: float, *, size: str = "tiny", name: str = "dad", cpu: str 
     ratio = {"median": dad, "q1": dad - 0.1, "q3": dad + 0.1, "min": dad - 0.2, "n": 9}
     rows = [{"name": "kd", "ratio": ratio | {"median": 1.0}}, {"name": name, "ratio": ratio}]
     machine = {"device": {"kind": "cpu", "cpu": cpu}, "commit": "abc", "dirty": False}
-    return {"size": size, "machine": machine, "taken": "now", "comparisons": [{"name": "batch 32", "rows": rows}]}
+    return {"size": size, "machine": machine, "taken": "now", "comparisons": [{"name": "batch 32", "baseline": "kd", "rows": rows}]}
 
 
 def test_growth_beyond_the_limit_is_named() -> None:
     assert overhead.grown(steps_record(5.0), steps_record(5.2), 0.05) == []
     (line,) = overhead.grown(steps_record(5.0), steps_record(5.3), 0.05)
-    assert "batch 32: dad costs 5.30 (5.20–5.40) times plain KD, 6.0% more than 5.00" in line
+    assert "batch 32, against kd: dad costs 5.30 (5.20–5.40) times plain KD, 6.0% more than 5.00" in line
     assert "no step benchmark ran" in overhead.grown(steps_record(5.0), None, 0.05)[0]
     assert "of size base" in overhead.grown(steps_record(5.0, size="base"), steps_record(5.0), 0.05)[0]
     assert "on Y" in overhead.grown(steps_record(5.0, cpu="Y"), steps_record(5.0), 0.05)[0]
@@ -150,7 +150,7 @@ def test_history_grows_by_a_line_per_comparison(tmp_path: Path) -> None:
         overhead.append_history(steps_record(dad), "cpu-x", path)
     first, second = [json.loads(line) for line in path.read_text().splitlines()]
     assert first["ratios"] == {"dad": [4.9, 5.0, 5.1]} and second["ratios"]["dad"][1] == 4.0
-    assert (first["commit"], first["device"], first["size"], first["comparison"]) == ("abc", "cpu-x", "tiny", "batch 32")
+    assert (first["commit"], first["device"], first["size"], first["comparison"]) == ("abc", "cpu-x", "tiny", "batch 32, against kd")
 
 
 def test_overhead_is_drawn_over_commits(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_overhead_is_drawn_over_commits(tmp_path: Path) -> None:
 
     root = ET.parse(chart).getroot()
     text = " ".join(root.itertext())
-    assert root.tag.endswith("svg") and "batch 32: dad" in text and "abc" in text
+    assert root.tag.endswith("svg") and "batch 32, against kd: dad" in text and "abc" in text
     history.write_text(history.read_text() + '{"torn')
     assert overhead.main(["--history", str(history), "--output", str(chart)]) == 1
 
@@ -174,6 +174,41 @@ def test_number() -> None:
 
 def test_default_size_of_a_cpu() -> None:
     assert default_size(CPU) == "tiny"
+
+
+def test_the_baseline_computes_the_loss_that_it_is_compared_with() -> None:
+    """Same images, same labels, same objective: timm's distillation and our plain KD agree on the first step's loss."""
+    pytest.importorskip("timm.task")
+    from benchmarks.timm_kd import TimmKD
+    from benchmarks.workload import make_workload
+
+    work = make_workload("tiny", CPU, 8)
+    ours = work.step(work.with_method("kd"))(work.batch, 0, 1e-3)["loss"]
+    assert TimmKD(work)().item() == pytest.approx(ours.item(), rel=1e-4)
+
+
+def test_flops_are_those_of_the_stages() -> None:
+    pytest.importorskip("open_clip")
+    from benchmarks.workload import Flops, make_workload
+
+    work = make_workload("tiny", CPU, 8)
+    flops = Flops(work)
+    assert flops.of["teacher"] < flops.of["teacher_gradient"] <= 2.05 * flops.of["teacher"]  # no gradient of a weight is in it
+    assert flops.of["student_gradient"] < flops.of["student"] and flops.of_step("dad", "authors") > flops.of_step("dad")
+
+
+def test_flops_of_published_shapes() -> None:
+    """By hand, 2 per multiplication and addition: VQGAN f8 at 224 px 172.0 and 360.1 GFLOP, ViT-B/16 35.1."""
+    timm = pytest.importorskip("timm")
+    from benchmarks.workload import count
+    from dad_fast.models.vqgan import PRESETS, VQGAN
+
+    with torch.device("meta"):
+        vqgan, vit, pixels = VQGAN(PRESETS["f8-16384"]), timm.create_model("vit_base_patch16_224"), torch.empty(1, 3, 224, 224)
+        codes = torch.zeros(1, 28, 28, dtype=torch.int64)
+    assert count(lambda: vqgan.encode(pixels)) / 1e9 == pytest.approx(172.0, rel=0.002)
+    assert count(lambda: vqgan.decode(codes)) / 1e9 == pytest.approx(360.1, rel=0.002)
+    assert count(lambda: vit(pixels)) / 1e9 == pytest.approx(35.1, rel=0.002)
 
 
 STEPS = """
@@ -213,7 +248,7 @@ def test_the_option_runs_writes_and_compares(folder: Path) -> None:
     kept = shutil.copy(record, folder / "before.json")
     (folder / "test_steps.py").write_text(STEPS.replace("FACTOR", "3"))
     done = run(folder, "--benchmark", "--overhead-compare", str(kept), "--fail-over", "20%")
-    assert done.returncode == 1 and "benchmarks: batch 32: dad costs" in done.stdout, done.stdout
+    assert done.returncode == 1 and "benchmarks: batch 32, against kd: dad costs" in done.stdout, done.stdout
 
 
 def test_a_run_in_which_no_step_ran_fails(folder: Path) -> None:
