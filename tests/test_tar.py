@@ -276,7 +276,7 @@ def test_bad_labels_are_bad_images(tmp_path):
     members += [m for i, text in enumerate(jsons) for m in ((f"j{i}.jpg", picture(i)), (f"j{i}.json", text))]
     path = write_tar(tmp_path / "one.tar", [*sample("good0", 0), *sample("good1", 1), *members])
     source = TarSource(tmp_path, [path.name], max_bad_share=0.99)
-    assert source.ok.tolist() == [True, True] + [False] * 15 and source.labels.tolist() == [0, 1] + [-1] * 15
+    assert source.ok.tolist() == [True, True] + [False] * 15 and source.labels.tolist() == [0, 1] + [0] * 15
     with pytest.raises(DataError, match=r"15 of 17 images.*: one.tar:c0.jpg \(its .cls is b'-1', which is no class number\)") as caught:
         TarSource(tmp_path, [path.name])
     assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)

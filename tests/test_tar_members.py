@@ -117,7 +117,7 @@ def test_grouping_does_not_depend_on_what_lies_between(order):
 @given(st.lists(st.tuples(NAMES, st.integers(0, 2**62), st.booleans(), NAMES), max_size=6))
 @quick
 def test_an_index_holds_any_name(rows):
-    entries = [Entry(path, "7", number, number, number, 1, 2, flag, not flag, error) for path, number, flag, error in rows]
+    entries = [Entry(path, "7", number, number, number, 1, 2, error, not flag, error) for path, number, flag, error in rows]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "x.csv"
         assert save_index(file, "a shard 'ä' of 1 bytes", entries)

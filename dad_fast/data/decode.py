@@ -46,11 +46,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def is_plain_jpeg(image: Image.Image) -> bool:
-    """Whether an opened image is a JPEG that every decoder shows alike: grey, or colours stored as YCbCr.
+PLAIN_JPEG = "JPEG"  # the `image_format` of JPEGs that every decoder shows alike
 
-    CMYK is not, nor are colours stored as RGB, which some decoders take for YCbCr. The test for those is libjpeg's: an Adobe marker,
-    or the letters R, G, B for components where no JFIF marker is.
+
+def image_format(image: Image.Image) -> str:
+    """The format of an opened image and how it keeps colours, such as "PNG RGBA"; PLAIN_JPEG for JPEGs in grey or YCbCr."""
+    if _is_plain_jpeg(image):
+        return PLAIN_JPEG
+    stored = "stored as RGB" if image.format == "JPEG" and image.mode == "RGB" else image.mode
+    return f"{image.format} {stored}"
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    """CMYK is not plain, nor are colours stored as RGB, which some decoders take for YCbCr. The test for those is libjpeg's: an Adobe
+    marker, or the letters R, G, B for components where no JFIF marker is.
     """
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
         return False

@@ -11,8 +11,8 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.decode import read_rgb, read_unchanged
-from dad_fast.data.index import build_index, report_bad
-from dad_fast.data.names import PackedStrings, some
+from dad_fast.data.index import build_index, files_of, report_bad
+from dad_fast.data.names import PackedStrings, shown, some
 from dad_fast.data.tar import shards_hint
 from dad_fast.errors import DataError
 
@@ -34,13 +34,12 @@ class FolderSource:
         self.labels = np.array([label_of[entry.label] for entry in entries], dtype=np.int64)
         self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
         self.ok = np.array([entry.ok for entry in entries], dtype=bool)
-        self._jpeg = np.array([entry.jpeg for entry in entries], dtype=bool)
-        self._bytes = np.array([entry.size for entry in entries], dtype=np.int64)
+        self.files = files_of(entries, lambda i: shown(entries[i].path))
         digest = hashlib.sha256()
         for entry in entries:
             digest.update(f"{entry.path}\0{entry.size}\0{entry.ok}\n".encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
-        report_bad(self.name, [(entry.path, entry.error) for entry in entries if not entry.ok], len(entries), max_bad_share)
+        report_bad(self.name, self.files.bad, len(entries), max_bad_share)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,7 +48,9 @@ class FolderSource:
         return read_rgb(self.folder / self.keys[index])
 
     def encoded(self, index: int) -> bytes | None:
-        return read_unchanged(self.folder / self.keys[index], int(self._bytes[index])) if self._jpeg[index] else None
+        if not self.files.plain_jpeg(index):
+            return None
+        return read_unchanged(self.folder / self.keys[index], int(self.files.num_bytes[index]))
 
     def describe(self) -> str:
         bad = int((~self.ok).sum())

@@ -1,7 +1,7 @@
 """Indexes of images: each file's class, size and whether it can be decoded, verified once and kept.
 
 A CSV in the user's cache folder (data is often read-only), one per image folder or per shard: path (which is the key as well), label,
-offset, size and mtime of the file, width, height, jpeg, ok, error. Its first line says what it is an index of and holds a checksum; a
+offset, size and mtime of the file, width, height, format, ok, error. Its first line says what it is an index of and holds a checksum; a
 damaged index is made again, as is one of another version. In a folder a file whose size or mtime has changed is verified again, so is a
 new one; an interrupted build keeps what it has verified.
 """
@@ -20,23 +20,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from dad_fast.data.cache import cache_dir, write_cache
-from dad_fast.data.decode import EXTENSIONS, is_plain_jpeg, reason
+from dad_fast.data.decode import EXTENSIONS, PLAIN_JPEG, image_format, reason
 from dad_fast.data.names import shown, some
 from dad_fast.errors import DataError
 
 log = logging.getLogger("dad_fast.data")
 
 PENDING = "not verified"
-_FORMAT = "# dad-fast index 3"
+_FORMAT = "# dad-fast index 4"
 _CHUNK = 64  # files per task
 
 
 class Entry(NamedTuple):
     """One image. `path` is relative to the indexed folder, or is a member's name; `mtime` is in nanoseconds, 0 in a shard, which has its
-    own. `label` is a class folder's name or a class number in a shard. `jpeg`: see `decode.is_plain_jpeg`.
+    own. `label` is a class folder's name or a class number in a shard; `format` is as `decode.image_format` says it.
     """
 
     path: str
@@ -46,7 +47,7 @@ class Entry(NamedTuple):
     mtime: int
     width: int
     height: int
-    jpeg: bool
+    format: str
     ok: bool
     error: str
 
@@ -101,8 +102,8 @@ def load_index(file: Path, about: str) -> list[Entry]:
     rows = csv.reader(io.StringIO(body.decode("utf-8", "surrogateescape"), newline=""))
     next(rows)
     return [
-        Entry(path, label, int(offset), int(size), int(mtime), int(width), int(height), jpeg == "1", ok == "1", error)
-        for path, label, offset, size, mtime, width, height, jpeg, ok, error in rows
+        Entry(path, label, int(offset), int(size), int(mtime), int(width), int(height), format, ok == "1", error)
+        for path, label, offset, size, mtime, width, height, format, ok, error in rows
     ]
 
 
@@ -145,19 +146,42 @@ def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entr
     try:
         with Image.open(content(entry)) as image:
             width, height = image.size
-            jpeg = is_plain_jpeg(image)
+            format = image_format(image)
             image.draft("L", (1, 1))
             image.load()
     except Exception as error:  # see decode.read_rgb
         return entry._replace(ok=False, error=reason(error))
-    return entry._replace(width=width, height=height, jpeg=jpeg, ok=True, error="")
+    return entry._replace(width=width, height=height, format=format, ok=True, error="")
+
+
+class Files(NamedTuple):
+    """What a source keeps of its index besides what every source has."""
+
+    num_bytes: np.ndarray  # int64 [N]
+    formats: np.ndarray  # uint8 [N], places in `format_names`
+    format_names: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]  # name, fit for a message, and why, where `ok` is False
+
+    def plain_jpeg(self, index: int) -> bool:
+        return self.format_names[self.formats[index]] == PLAIN_JPEG
+
+
+def files_of(entries: Sequence[Entry], name: Callable[[int], str]) -> Files:
+    names = sorted({entry.format for entry in entries})[:256]
+    place = {name: i for i, name in enumerate(names)}
+    return Files(
+        num_bytes=np.array([entry.size for entry in entries], dtype=np.int64),
+        formats=np.array([place[entry.format] for entry in entries], dtype=np.uint8),
+        format_names=tuple(names),
+        bad=tuple((name(i), entry.error) for i, entry in enumerate(entries) if not entry.ok),
+    )
 
 
 def report_bad(source: str, bad: Sequence[tuple[str, str]], total: int, max_bad_share: float) -> None:
     """Warn of unreadable images, given as (name, why); DataError when they are too many or all."""
     if not bad:
         return
-    text = f"{source}: {len(bad):,} of {total:,} images cannot be read: {some(f'{shown(name)} ({why})' for name, why in bad)}"
+    text = f"{source}: {len(bad):,} of {total:,} images cannot be read: {some(f'{name} ({why})' for name, why in bad)}"
     if len(bad) > max_bad_share * total or len(bad) == total:
         raise DataError(f"{text}; mend or remove them, or raise data.max_bad_share ({max_bad_share:g})")
     log.warning("%s; each is replaced by the next valid image", text)
@@ -196,7 +220,7 @@ def _scan(root: Path, relative: str, label: str, above: tuple[tuple[int, int], .
                     size, mtime = stat.st_size, stat.st_mtime_ns
                 except OSError:  # a link to nowhere: a bad file, not an absent one
                     size, mtime = 0, 0
-                entries.append(Entry(path, label, 0, size, mtime, 0, 0, False, False, PENDING))
+                entries.append(Entry(path, label, 0, size, mtime, 0, 0, "", False, PENDING))
 
 
 def num_threads() -> int:

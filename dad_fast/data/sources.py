@@ -33,7 +33,7 @@ class Source(Protocol):
         """The image in mode RGB. Raises DecodeError, which names the file."""
 
     def encoded(self, index: int) -> bytes | None:
-        """The file as it is stored, for a decoder other than PIL, where the index found it a plain JPEG (`decode.is_plain_jpeg`) and its
+        """The file as it is stored, for a decoder other than PIL, where the index found it a plain JPEG (`decode.image_format`) and its
         size in bytes is still the index's. None otherwise: then only `read` knows the image.
         """
 

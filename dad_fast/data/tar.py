@@ -19,7 +19,7 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.decode import DecodeError, read_rgb, reason
-from dad_fast.data.index import report_bad
+from dad_fast.data.index import files_of, report_bad
 from dad_fast.data.names import PackedStrings, shown, some
 from dad_fast.data.tar_index import build_tar_index, read_bytes
 from dad_fast.errors import DataError, UsageError
@@ -44,16 +44,15 @@ class TarSource:
         self.keys: Sequence[str] = PackedStrings(
             f"{shown(name)}:{shown(entry.path)}" for name, part in zip(names, found, strict=True) for entry in part
         )
-        self.labels = np.array([int(entry.label or -1) for entry in entries], dtype=np.int64)  # -1 only where `ok` is False
+        self.labels = np.array([int(entry.label or 0) for entry in entries], dtype=np.int64)
         self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
         self.ok = np.array([entry.ok for entry in entries], dtype=bool)
         self._shard_of = np.repeat(np.arange(len(found), dtype=np.int32), [len(part) for part in found])
         self._offsets = np.array([entry.offset for entry in entries], dtype=np.int64)
-        self._bytes = np.array([entry.size for entry in entries], dtype=np.int64)
-        self._jpeg = np.array([entry.jpeg for entry in entries], dtype=bool)
-        bad = [(self.keys[i], entries[i].error) for i in np.flatnonzero(~self.ok).tolist()]
-        report_bad(self.name, bad, len(entries), max_bad_share)
+        self.files = files_of(entries, self.keys.__getitem__)
+        report_bad(self.name, self.files.bad, len(entries), max_bad_share)
         self.classes = _check_labels(self.name, self.labels[self.ok], classes)
+        self.labels[self.labels >= len(self.classes)] = 0  # of unreadable images only
         digest = hashlib.sha256()
         for key, entry in zip(self.keys, entries, strict=True):
             digest.update(f"{key}\0{entry.size}\0{entry.label}\0{entry.ok}\n".encode())
@@ -71,7 +70,7 @@ class TarSource:
 
     def encoded(self, index: int) -> bytes | None:
         try:
-            return self._content(index) if self._jpeg[index] else None
+            return self._content(index) if self.files.plain_jpeg(index) else None
         except OSError:
             return None
 
@@ -81,7 +80,7 @@ class TarSource:
         return text + (f", {bad:,} unreadable" if bad else "")
 
     def _content(self, index: int) -> bytes:
-        return read_bytes(self._shards[self._shard_of[index]], int(self._offsets[index]), int(self._bytes[index]))
+        return read_bytes(self._shards[self._shard_of[index]], int(self._offsets[index]), int(self.files.num_bytes[index]))
 
 
 def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:

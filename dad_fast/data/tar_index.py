@@ -128,7 +128,7 @@ def _scan(shard: Shard, name: str) -> list[Entry]:
         what = f"no images in it ({' '.join(EXTENSIONS)} after the first dot of the name)"
         raise DataError(f"{name}: {what}; it has {some(seen) or 'nothing'}")
     for key, image in samples.images.items():
-        entry = Entry(image.name, "", image.offset, image.size, 0, 0, 0, False, False, PENDING)
+        entry = Entry(image.name, "", image.offset, image.size, 0, 0, 0, "", False, PENDING)
         if why := _WHY_NOT.get(image.kind, "" if image.size <= _LARGEST["image"] else f"{image.size:,} bytes are no image"):
             entries.append(entry._replace(error=why))
             continue
