@@ -66,8 +66,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def disk_error(error: OSError, path: Path) -> DataError:
     """What a failed write means to the user."""
     if error.errno in _FULL:
-        return DataError(f"{path}: the disk is full, or a limit is reached ({error.strerror}); make room, then go on with --resume")
-    return DataError(f"{path}: cannot be written ({error.strerror}); mend that, then go on with --resume")
+        return DataError(f"{path}: the disk is full, or a limit is reached ({error.strerror}); make room and run the same command again")
+    return DataError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again")
 
 
 def _is_same(handle: int, path: Path) -> bool:

@@ -43,7 +43,7 @@ class Store:
         missing = [shard for shard in range(geometry.num_shards) if not has_files(self.manifest, shard, sizes)]
         if missing or not self.manifest.complete:
             what = f"shards {some(missing)} of {geometry.num_shards:,} are missing" if missing else "it was never finished"
-            raise DataError(f"{folder}: {what}; complete it with the command that made it and --resume, or merge its parts")
+            raise DataError(f"{folder}: {what}; run the command that made it again, or merge its parts")
         self._geometry = geometry
         self._data = self.manifest.data_dtype
         self._maps: dict[tuple[str, int], np.ndarray] = {}

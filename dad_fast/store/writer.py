@@ -82,7 +82,7 @@ class StoreWriter:
                     write_whole(folder / MANIFEST, manifest.with_shards(()).to_json())
                     return cls(folder, manifest.with_shards(()))
                 if not resume:
-                    raise UsageError(f"{folder}: there is a store already; go on with it by --resume, or name another folder")
+                    raise UsageError(f"{folder}: there is a store already, and this would begin one; name another folder")
         except OSError as error:
             raise disk_error(error, folder) from error
         there = Manifest.load(folder)
