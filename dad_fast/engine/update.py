@@ -6,6 +6,7 @@ where the check failed, EMA. Nothing here reads a value on the host, and `backwa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
 
     try:
         optimizer = create()
+        # Capturable: steps are counted on the device, for CUDA graphs, and so that a refused step is not counted.
+        extra = {"capturable": True} if cuda and "capturable" in optimizer.defaults else {}
         if type(optimizer) in FUSED and not {"fused", "foreach"} & kwargs.keys():
-            capturable = {"capturable": True} if cuda and "capturable" in optimizer.defaults else {}  # for CUDA graphs
-            optimizer = create(fused=True, **capturable)
+            extra["fused"] = True
+        optimizer = create(**extra) if extra else optimizer
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and optim.opt_kwargs") from None
     return optimizer
@@ -119,14 +122,17 @@ class Update:
             optimizer.found_inf = (~finite).float()  # the fused kernels' own way of skipping a step
             optimizer.step()
             return
-        # Any other optimizer: take the step, then take back what a bad gradient did.
+        # Any other optimizer: take the step, then take back what a bad gradient did. A count that it keeps on the host stays as it is.
         old = [p.detach().clone() for p in self.parameters]
-        old_state = {(p, k): v.clone() for p, s in optimizer.state.items() for k, v in s.items() if torch.is_tensor(v)}
+        old_state = {(p, k): v.clone() for p, k, v in self._state_on_device()}
         optimizer.step()
         with torch.no_grad():
             for p, before in zip(self.parameters, old, strict=True):
                 p.copy_(torch.where(finite, p, before))
-            for p, s in optimizer.state.items():
-                for k, v in s.items():
-                    if torch.is_tensor(v):
-                        v.copy_(torch.where(finite.to(v.device), v, old_state.get((p, k), torch.zeros_like(v))))
+            for p, k, v in self._state_on_device():
+                v.copy_(torch.where(finite, v, old_state.get((p, k), torch.zeros_like(v))))
+
+    def _state_on_device(self) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """The optimizer's tensors: (parameter, name, tensor)."""
+        for p, state in self.optimizer.state.items():
+            yield from ((p, name, value) for name, value in state.items() if torch.is_tensor(value) and value.device == p.device)
