@@ -1,0 +1,224 @@
+"""Compiles Triton kernels and CUDA sources for GPUs that are not here, and reads registers, spills and SASS out of the binaries.
+
+Each module with a Triton kernel says in `compile_specs(arch)` with which signatures and meta-parameters it is launched. The binary
+is Triton's own, compiled as a launch on that GPU would compile it; the tools (ptxas, cuobjdump, nvdisasm) come with Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dad_fast.errors import EnvironmentProblem
+
+ARCHITECTURES = ("sm_80", "sm_90")
+# Per multiprocessor: registers, warps, blocks, bytes of shared memory; the last: what one block may use at most.
+LIMITS = {"sm_80": (65536, 64, 32, 164 << 10, 163 << 10), "sm_90": (65536, 64, 32, 228 << 10, 227 << 10)}
+TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|IMMA|IGMMA|DMMA|QGMMA)\b")
+LOCAL_MEMORY = re.compile(r"\b(STL|LDL)\b")
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class CompileSpec:
+    """One launch of a Triton kernel: `types` per argument ("*fp32", "i32", "fp32" ...), `constants` the constexpr arguments."""
+
+    name: str
+    kernel: Any  # triton.JITFunction
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
+    tensor_cores: bool = False  # the design counts on them: a test holds it to that
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What one kernel needs of a GPU."""
+
+    name: str
+    arch: str
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    registers: int  # per thread
+    stack: int  # bytes per thread; spilled registers live here
+    local_instructions: int  # loads and stores of local memory
+    shared: int  # bytes per block
+    instructions: int
+    tensor_core_instructions: dict[str, int]
+    tensor_cores_expected: bool
+    occupancy: float | None  # resident warps over the most possible; None: the block's size is the caller's choice
+
+    @property
+    def spills(self) -> bool:
+        return self.stack > 0 or self.local_instructions > 0
+
+
+def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
+    """Resident warps over the multiprocessor's limit, by CUDA's rules of allocation (registers in 256 a warp, 1 KiB a block kept back)."""
+    all_registers, all_warps, all_blocks, all_shared, _ = LIMITS[arch]
+    per_warp = -(-max(registers, 1) * 32 // 256) * 256
+    blocks = min(all_registers // (per_warp * warps), all_warps // warps, all_blocks, all_shared // (shared + 1024))
+    return blocks * warps / all_warps
+
+
+def tool(name: str) -> str:
+    """The path of one of NVIDIA's tools: Triton's own, else the one on PATH. EnvironmentProblem where there is none."""
+    import triton
+
+    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    found = str(own) if own.is_file() else shutil.which(name)
+    if found is None:
+        raise EnvironmentProblem(
+            f"{name} is neither in Triton's package nor on PATH; install NVIDIA's CUDA toolkit, or a Triton wheel that has it"
+        )
+    return found
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{Path(command[0]).name} failed: {lines[-1]}")
+    return result.stdout + result.stderr
+
+
+def triton_modules() -> list[str]:
+    """The modules of kernels/ that have a Triton kernel, as dad_fast.kernels.*."""
+    files = sorted(path for path in FOLDER.rglob("*.py") if re.search(r"^@triton\.jit", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return [".".join(("dad_fast.kernels", *path.relative_to(FOLDER).with_suffix("").parts)) for path in files]
+
+
+def all_specs(arch: str) -> list[CompileSpec]:
+    """What every module declares. A module whose kernels another module launches says so by declaring none."""
+    return [spec for name in triton_modules() for spec in importlib.import_module(name).compile_specs(arch)]
+
+
+def compile_triton(spec: CompileSpec, arch: str) -> Any:
+    """Triton's compiled kernel (`.asm`, `.metadata`) for an architecture, without a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(spec.kernel, triton.JITFunction):
+        raise EnvironmentProblem("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    signature, attributes = {}, {}
+    for position, name in enumerate(spec.kernel.arg_names):
+        if name in spec.constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = spec.types[name]
+        if spec.types[name].startswith("*"):  # what PyTorch allocates is aligned
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(spec.kernel, signature, {name: spec.constants[name] for name in spec.constants}, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=dict(spec.options))
+
+
+def read_cubin(cubin: Path) -> dict[str, dict[str, Any]]:
+    """{kernel: registers, stack, shared, sass} of a binary."""
+    usage = _run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)])
+    kernels = {}
+    for match in re.finditer(r"Function (\S+?):\s*\n\s*(REG:.*)", usage):
+        numbers = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", match[2])}
+        kernels[match[1]] = {"registers": numbers["REG"], "stack": numbers["STACK"], "shared": numbers["SHARED"], "sass": ""}
+    listing = _run([tool("cuobjdump"), "--dump-sass", str(cubin)])
+    for part in re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        if name.strip() in kernels:
+            kernels[name.strip()]["sass"] = "\n".join(line for line in body.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line))
+    return kernels
+
+
+def _binary(name: str, arch: str, found: dict[str, Any], **rest: Any) -> Binary:
+    sass = found["sass"]
+    return Binary(
+        name=name,
+        arch=arch,
+        registers=found["registers"],
+        stack=found["stack"],
+        local_instructions=len(LOCAL_MEMORY.findall(sass)),
+        instructions=len(sass.splitlines()),
+        tensor_core_instructions=dict(Counter(TENSOR_CORE.findall(sass))),
+        **rest,
+    )
+
+
+def triton_binary(spec: CompileSpec, arch: str) -> Binary:
+    compiled = compile_triton(spec, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        (found,) = read_cubin(cubin).values()
+    shared = compiled.metadata.shared
+    return _binary(
+        spec.name,
+        arch,
+        found,
+        constants=spec.constants,
+        options=spec.options,
+        shared=shared,
+        tensor_cores_expected=spec.tensor_cores,
+        occupancy=occupancy(arch, found["registers"], shared, compiled.metadata.num_warps),
+    )
+
+
+def cuda_sources() -> list[Path]:
+    """csrc/*.cu of a checkout; an installed package has none."""
+    return sorted((FOLDER.parent / "csrc").glob("*.cu"))
+
+
+def nvcc() -> str:
+    candidates = [shutil.which("nvcc")] + [f"{os.environ[name]}/bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for path in [*candidates, "/usr/local/cuda/bin/nvcc"]:
+        if path and Path(path).is_file():
+            return path
+    raise EnvironmentProblem(
+        "nvcc is not on PATH, and CUDA_HOME names none; csrc/*.cu need it: install NVIDIA's CUDA toolkit (or --only triton)"
+    )
+
+
+def cuda_binaries(source: Path, arch: str) -> list[Binary]:
+    """Every kernel of a .cu file, compiled as CMakeLists.txt does."""
+    include = [f"-I{path}" for path in _tvm_ffi_includes()]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        target = "sm_90a" if arch == "sm_90" else arch
+        _run(
+            [nvcc(), "-cubin", f"-arch={target}", "-std=c++17", "-O3", "--expt-relaxed-constexpr", *include, str(source), "-o", str(cubin)]
+        )
+        kernels = read_cubin(cubin)
+    return [
+        _binary(
+            f"{source.name}: {_demangled(name)}",
+            arch,
+            found,
+            constants={},
+            options={},
+            shared=found["shared"],
+            tensor_cores_expected=False,
+            occupancy=None,
+        )
+        for name, found in kernels.items()
+    ]
+
+
+def _tvm_ffi_includes() -> list[str]:
+    try:
+        from tvm_ffi import libinfo
+    except ImportError as error:
+        raise EnvironmentProblem(f"{error}; csrc/*.cu include its headers: pip install apache-tvm-ffi (or --only triton)") from None
+    return [libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
+
+
+def _demangled(name: str) -> str:
+    filter_tool = shutil.which("c++filt")
+    if filter_tool is None:
+        return name
+    return re.sub(r"\(.*", "", _run([filter_tool, name]).strip()).removeprefix("void ")

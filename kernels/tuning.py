@@ -1,0 +1,129 @@
+"""Meta-parameters of the Triton kernels: a checked-in table per architecture and shape bucket, and the tool that measures it.
+
+The table, tuning.json: kernel -> architecture -> entries, tried in order. An entry fits a shape when each of its bounds under
+"max" is at least the shape's; the last entry of a list has no bound. @triton.autotune is not used: it needs a GPU to start,
+and ranks that time differently would run different kernels. Fixed entries give the same kernel, and the same codes, everywhere.
+
+    python -m dad_fast.kernels.tuning [KERNEL ...] [--write]     (on a GPU) times every candidate, prints, rewrites this GPU's entries
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("tuning.json")
+MODULES = ("nearest_code.triton_small", "nearest_code.triton_gemm")  # those that have tuning_cases()
+
+
+@dataclass(frozen=True)
+class TuningCase:
+    """One entry of the table, to be measured: `run(meta)` does the work once with these meta-parameters."""
+
+    kernel: str
+    bounds: dict[str, int]  # the entry's "max"
+    candidates: list[dict[str, int]]
+    run: Callable[[dict[str, int]], Any]
+
+
+def architecture(device: torch.device | str) -> str:
+    """The table's name for a CUDA device; newer ones than the table knows use the newest. A CPU (the interpreter): sm_80."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "sm_80"
+    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def entries(kernel: str, arch: str) -> list[dict[str, Any]]:
+    """All of a kernel's entries for an architecture, each {"max": bounds, **meta-parameters}."""
+    return _table()[kernel][arch]
+
+
+def meta_parameters(kernel: str, arch: str, **shape: int) -> dict[str, int]:
+    """The meta-parameters for a shape: those of the first entry whose bounds hold."""
+    for entry in entries(kernel, arch):
+        if all(shape[name] <= bound for name, bound in entry["max"].items()):
+            return {name: value for name, value in entry.items() if name != "max"}
+    raise KeyError(f"{TABLE.name}: no entry of {kernel} for {arch} fits {shape}")
+
+
+def measure(case: TuningCase) -> list[tuple[float, dict[str, int]]]:
+    """(milliseconds, candidate), fastest first; a candidate that the GPU cannot hold is left out."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    times = []
+    for candidate in case.candidates:
+        try:
+            times.append((do_bench(functools.partial(case.run, candidate), return_mode="median"), candidate))
+        except OutOfResources as reason:
+            print(f"  {candidate}: {' '.join(str(reason).split())}")
+    return sorted(times, key=lambda row: row[0])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dad_fast.kernels.tuning", description="times the Triton kernels' meta-parameters")
+    parser.add_argument("kernels", nargs="*", help="kernels of the table; default: all that have cases")
+    parser.add_argument("--write", action="store_true", help=f"write the fastest into {TABLE.name}")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("tuning: torch sees no CUDA device here; run it on the GPU whose entries are to be measured", file=sys.stderr)
+        return 3
+    arch, table = architecture("cuda"), _table()
+    cases = [case for name in MODULES for case in importlib.import_module(f"dad_fast.kernels.{name}").tuning_cases()]
+    unknown = set(options.kernels) - {case.kernel for case in cases}
+    if unknown:
+        print(
+            f"tuning: no such kernel: {', '.join(sorted(unknown))}; there are {', '.join(sorted({c.kernel for c in cases}))}",
+            file=sys.stderr,
+        )
+        return 2
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        if options.kernels and case.kernel not in options.kernels:
+            continue
+        print(f"{case.kernel} on {torch.cuda.get_device_name()}, up to {case.bounds or 'any shape'}")
+        times = measure(case)
+        for milliseconds, candidate in times:
+            print(f"  {milliseconds:9.4f} ms  {candidate}")
+        if times:
+            measured.setdefault(case.kernel, []).append({"max": case.bounds} | times[0][1])
+        else:
+            print("  no candidate ran; the table keeps its entries for this kernel")
+            return 1
+    if options.write:
+        for kernel, rows in measured.items():
+            table[kernel][arch] = rows
+        TABLE.write_text(render(table), encoding="utf-8")
+        print(f"written: {TABLE} ({arch}: {', '.join(measured)})")
+    return 0
+
+
+def render(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """The table as JSON with one entry a line, so that a change of one reads as one."""
+    kernels = []
+    for kernel, by_arch in table.items():
+        archs = []
+        for arch, rows in by_arch.items():
+            lines = ",\n".join(f"      {json.dumps(row)}" for row in rows)
+            archs.append(f'    "{arch}": [\n{lines}\n    ]')
+        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(archs) + "\n  }")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
