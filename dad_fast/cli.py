@@ -12,8 +12,9 @@ from dad_fast.config import Launch, check, to_toml
 from dad_fast.config.fields import nearest, settings
 from dad_fast.config.resolve import gather
 from dad_fast.config.variants import NOT_SCIENCE
+from dad_fast.doctor_flags import DOCTOR_HELP, doctor_options
 from dad_fast.errors import DadFastError, UsageError
-from dad_fast.flags import DOCTOR_HELP, doctor_parser, eval_help, eval_parser, train_help, train_parser
+from dad_fast.flags import eval_help, eval_parser, train_help, train_parser
 
 TOP_HELP = """\
 usage: dad-fast VERB [...]
@@ -28,6 +29,8 @@ examples:
 verbs:
   train     train a student by ce, kd, aug-only, dat, dad or dat+dad
   eval      judge a checkpoint (or a teacher) on test sets and corruptions
+  precompute  fill a store: adversarial images, or the teacher's outputs, once for many runs
+  store     look at a store of adversarial images and teacher outputs, check it, join its parts
   profile   look into a few training steps: Nsight, torch's profiler, memory
   doctor    look at this machine: packages, GPU, kernels, numerics
 
@@ -70,7 +73,14 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 def _dispatch(arguments: list[str], debug: bool) -> int:
-    verbs: dict[str, Callable[[list[str], bool], int]] = {"train": _train, "eval": _eval, "profile": _profile, "doctor": _doctor}
+    verbs: dict[str, Callable[[list[str], bool], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "precompute": _precompute,
+        "profile": _profile,
+        "store": _store,
+        "doctor": _doctor,
+    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(TOP_HELP, end="")
         return 0
@@ -141,14 +151,42 @@ def _profile(arguments: list[str], debug: bool) -> int:
     return profile.run(cfg, launch)
 
 
+def _precompute(arguments: list[str], debug: bool) -> int:
+    from dad_fast import precompute_flags
+
+    if _wants_help(arguments):
+        print(precompute_flags.help_text())
+        return 0
+    cfg, launch = precompute_flags.parse(arguments)
+    from dad_fast.commands import precompute
+
+    return precompute.run(cfg, launch, arguments)
+
+
+def _store(arguments: list[str], debug: bool) -> int:
+    from dad_fast import store_flags
+
+    if _wants_help(arguments):
+        print(store_flags.HELP, end="")
+        return 0
+    given = store_flags.parse(arguments)
+    from dad_fast.commands import store
+
+    return store.run(given)
+
+
 def _doctor(arguments: list[str], debug: bool) -> int:
     if _wants_help(arguments):
         print(DOCTOR_HELP, end="")
         return 0
-    numerics = doctor_parser().parse(arguments).numerics
+    options = doctor_options(arguments)
+    if options.data:
+        from dad_fast.commands import doctor_data
+
+        return doctor_data.run(options)
     from dad_fast.commands import doctor
 
-    return doctor.run(numerics)
+    return doctor.run(options.numerics)
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:

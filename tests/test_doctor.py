@@ -108,6 +108,9 @@ def test_apex_of_pypi_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_dali_placeholder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everywhere = metadata.distributions
+    monkeypatch.setattr(metadata, "distributions", lambda: everywhere(path=[str(tmp_path)]))
+    assert [row.state for row in doctor.dali()] == ["off"]
     make_distribution(tmp_path, monkeypatch, "nvidia-dali", "0.0.1.dev5")
     row = only(doctor.dali(), "dali")
     assert row.state == "wrong" and "placeholder" in row.detail and row.mend == "pip uninstall -y nvidia-dali"

@@ -7,8 +7,6 @@ from typing import overload
 
 import numpy as np
 
-_NAMED = 5  # names in a message
-
 
 class PackedStrings(Sequence[str]):
     """Many strings in one buffer: a million paths are copied to each loader process in tens of megabytes instead of hundreds."""
@@ -41,8 +39,8 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[str], limit: int = 5) -> str:
     """The first few, and how many more."""
     listed = list(names)
-    more = len(listed) - _NAMED
-    return ", ".join(listed[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {more:,} more" if more > 0 else "")
