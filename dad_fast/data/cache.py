@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
+
+from dad_fast.files import atomic_write_bytes
 
 
 def cache_dir() -> Path:
@@ -18,17 +19,8 @@ def cache_dir() -> Path:
 
 def write_cache(path: Path, content: bytes) -> bool:
     """Write a cache file whole or not at all. False when the folder cannot be written: a cache is a convenience, not a need."""
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        atomic_write_bytes(path, content)
     except OSError:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         return False
     return True

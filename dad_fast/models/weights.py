@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dad_fast.errors import DataError, UsageError
+from dad_fast.files import atomic_write_bytes
 from dad_fast.models.pickles import read_pickle
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -74,18 +74,8 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and text metadata so that `path` is either the whole new file or what it was before."""
-    path = Path(path)
-    data = _ordered(save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, dict(metadata)))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:  # unlike mkstemp's, this file is readable for whoever the umask lets read
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    atomic_write_bytes(path, _ordered(save(held, dict(metadata))))
 
 
 def _ordered(data: bytes) -> bytes:
