@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Record
+from dad_fast.files import atomic_write_text
 from dad_fast.observe.chart import ticks
-from dad_fast.observe.files import atomic_write_text
 
 HERE = Path(__file__).parent
 HISTORY, CHART = HERE / "history.jsonl", HERE / "overhead.svg"

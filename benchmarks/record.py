@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dad_fast.observe.files import atomic_write_json
+from dad_fast.files import atomic_write_json
 
 SCHEMA = 1
 SIZES = ("tiny", "base", "paper")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dad_fast.errors import DataError
+from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.observe.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, bar_chart, line_chart, ticks
-from dad_fast.observe.files import atomic_write_json, atomic_write_text
 from dad_fast.observe.report import write_report
 from dad_fast.observe.runlog import RunLog
 from dad_fast.observe.sheet import write_sheet

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dad_fast.observe import files, progress, runlog
+from dad_fast import files
+from dad_fast.observe import progress, runlog
 from dad_fast.observe.progress import TrainProgress
 from dad_fast.observe.runlog import RunLog, read_metrics
 

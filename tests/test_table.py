@@ -12,7 +12,7 @@ import pytest
 
 from dad_fast.config.schema import Config
 from dad_fast.evaluate import table
-from dad_fast.observe.files import atomic_write_json
+from dad_fast.files import atomic_write_json
 
 ROOT = Path(__file__).parents[1]
 TEACHER = {"name": "embedded:digits", "seen": "MNIST and optdigits", "suites": {}}

@@ -18,10 +18,10 @@ from dad_fast.engine.build import resolve_device
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions import CORRUPTIONS
 from dad_fast.evaluate.runner import Result, Suite, evaluate, open_suites
+from dad_fast.files import atomic_write_json
 from dad_fast.models.student import CLASSES, checkpoint_file, load_student
 from dad_fast.models.teacher import load_teacher
 from dad_fast.models.weights import sha256_file
-from dad_fast.observe.files import atomic_write_json
 from dad_fast.observe.runlog import environment
 
 HEADER = f"{'suite':<28} {'images':>8} {'top-1 %':>8} {'top-5 %':>8} {'ECE %':>8} {'NLL':>8}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dad_fast.config import Config, to_toml
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
-from dad_fast.observe.files import atomic_write_text
+from dad_fast.files import atomic_write_text
 from dad_fast.observe.runlog import print_line
 from dad_fast.observe.timeline import as_text, read_timeline, summarize
 from dad_fast.profile_flags import ProfileLaunch

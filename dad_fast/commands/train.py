@@ -14,8 +14,8 @@ from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import UsageError
 from dad_fast.evaluate.runner import Suite, open_suites
 from dad_fast.evaluate.table import print_table, read_record, write_comparison
+from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.kernels.csrc import csrc_status
-from dad_fast.observe.files import atomic_write_json, atomic_write_text
 from dad_fast.observe.report import write_report
 from dad_fast.observe.runlog import environment, print_line
 

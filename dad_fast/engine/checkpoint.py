@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dad_fast.errors import DataError
+from dad_fast.files import sync
 from dad_fast.models.weights import sha256_file
-from dad_fast.observe.files import sync
 
 FILES = ("model.safetensors", "train.safetensors")
 

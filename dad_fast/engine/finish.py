@@ -13,9 +13,9 @@ from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import soft_targets, to_pixels
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Result, Suite
+from dad_fast.files import atomic_write_json
 from dad_fast.methods.discretize import discretize
 from dad_fast.methods.objectives import keep_mask
-from dad_fast.observe.files import atomic_write_json
 from dad_fast.observe.report import write_report
 from dad_fast.observe.sheet import write_sheet
 

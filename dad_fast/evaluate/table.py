@@ -22,7 +22,7 @@ from typing import Any
 from dad_fast.config.schema import Config
 from dad_fast.config.toml import to_toml
 from dad_fast.errors import DadFastError, DataError, UsageError
-from dad_fast.observe.files import atomic_write_json, atomic_write_text
+from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.observe.runlog import environment
 
 METRICS = {"top1": "Top-1 accuracy in %", "ece": "Expected calibration error in %", "nll": "Negative log-likelihood in nats"}

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.evaluate.table import METRICS, cell, notes, read_record, rows, suites, teachers, variants
+from dad_fast.files import atomic_write_text
 from dad_fast.observe.chart import Series, bar_chart, line_chart
-from dad_fast.observe.files import atomic_write_text
 from dad_fast.observe.runlog import read_metrics
 
 SHEET = "sheet.png"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dad_fast.observe.files import plain
+from dad_fast.files import plain
 
 PACKAGES = (
     "dad-fast", "torch", "torchvision", "triton", "timm", "open_clip_torch", "apache-tvm-ffi", "safetensors", "numpy", "pillow",

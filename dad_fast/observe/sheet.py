@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dad_fast.observe.files import atomic_write_bytes
+from dad_fast.files import atomic_write_bytes
 
 WIDTH = 920  # pixels that a README shows with hardly any shrinking; narrower examples stand side by side
 MIN_SIDE = 84  # smaller images are enlarged by a whole factor, without smoothing

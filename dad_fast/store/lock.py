@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dad_fast.errors import DataError
-from dad_fast.observe.files import sync
+from dad_fast.files import sync
 
 PART = ".part"  # after the name of a file that is not whole yet
 LOCK = ".lock"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dad_fast.observe.files import atomic_write_bytes
+from dad_fast.files import atomic_write_bytes
 
 WIDTH, MIN_SIDE, CAPTION, GAP, HEADER, MARGIN = 1000, 84, 140, 4, 24, 12
 
