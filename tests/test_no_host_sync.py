@@ -92,7 +92,7 @@ def crossings(monkeypatch, method, student_config, fused=False, **sections):
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (student, teacher, vqgan.vqgan):
+        for module in (student, teacher, *(part for part in vars(vqgan).values() if isinstance(part, torch.nn.Module))):
             move(module)
         step = TrainStep(cfg, student, teacher, vqgan, Update(student, cfg, CUDA))
         step.attack = replace(step.attack, fused=fused)
@@ -140,3 +140,18 @@ def test_it_would_be_seen(pretended_cuda, monkeypatch):
             x.fill_(2.0)
             torch.where(x > 0, x, 0.0)
         assert [name for name, _ in found.seen] == ["aten._to_copy.default", "aten.copy_.default"]
+
+
+@pytest.mark.parametrize("opt, captured", [("adamw", True), ("sgd", True), ("lamb", False), ("rmsprop", False)])
+def test_only_what_keeps_its_rates_on_the_device_is_captured(pretended_cuda, opt, captured):
+    from dad_fast.engine.graph import StepGraphs
+    from dad_fast.errors import EnvironmentProblem
+
+    student = build_student(LAYER_NORM, C, SIDE)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        update = Update(move(student), Config(optim=replace(CONFIG.optim, opt=opt)), CUDA)
+        assert update.capturable == captured
+        if not captured:
+            assert StepGraphs.if_wanted("auto", CUDA, None, None, update) is None
+            with pytest.raises(EnvironmentProblem, match="--cuda-graphs on: .*learning rate"):
+                StepGraphs.if_wanted("on", CUDA, None, None, update)

@@ -63,10 +63,16 @@ class StepGraphs:
         learn: Callable[[Generated], dict[str, Tensor]],
         update: Update,
     ) -> StepGraphs | None:
-        """wanted: auto (where there is a CUDA device), on, off. Raises EnvironmentProblem for `on` without a CUDA device."""
+        """wanted: auto (where it can be), on, off. Raises EnvironmentProblem for `on` on a CPU or with an optimizer that forbids it."""
         if wanted == "on" and device.type != "cuda":
             raise EnvironmentProblem(f"--cuda-graphs on: the run is on {device}; CUDA graphs need a CUDA device (auto does without)")
         if wanted == "off" or device.type != "cuda":
+            return None
+        if not update.capturable:
+            reason = f"{type(update.optimizer).__name__} takes its learning rate from the host, which a graph would freeze"
+            if wanted == "on":
+                raise EnvironmentProblem(f"--cuda-graphs on: {reason}; use --opt adamw, adam or sgd, or --cuda-graphs auto")
+            log.warning("CUDA graphs are off: %s", reason)
             return None
         return cls(device, generate, learn, update, required=wanted == "on")
 

@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from dad_fast.config.schema import Config, OptimConfig
+from dad_fast.engine.apex import check_optimizer
 from dad_fast.errors import UsageError
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # these skip a step by themselves, on the device
@@ -23,6 +24,7 @@ FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # these skip a s
 def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
     """timm's optimizer of that name; no weight decay on biases and norms."""
     kwargs = dict(cfg.opt_kwargs)
+    check_optimizer(cfg.opt, cuda)
 
     def create(**extra: Any) -> torch.optim.Optimizer:
         return create_optimizer_v2(model, opt=cfg.opt, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, **kwargs, **extra)
@@ -34,7 +36,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
         if type(optimizer) in FUSED and not {"fused", "foreach"} & kwargs.keys():
             extra["fused"] = True
         optimizer = create(**extra) if extra else optimizer
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UsageError(f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and optim.opt_kwargs") from None
     return optimizer
 
@@ -63,6 +65,11 @@ class Update:
         self.static_gradients: list[Tensor] = []
         # With fp16 a step that overflows is ordinary: the scaler halves its factor. 2^30 halvings later it is not.
         self.tolerated = 30 if self.scaler.is_enabled() else 0
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `apply` can be captured in a CUDA graph: learning rates and steps are on the device."""
+        return all(rate is not None for rate in self.rates)
 
     def begin(self, step: int, lr: float) -> None:
         """Before the forward pass of a step, whatever number of `backward` calls it has."""
