@@ -444,3 +444,18 @@ def test_forked_and_spawned_workers_read_shards(tmp_path):
     if pid == 0:
         os._exit(0 if source.encoded(5) == picture(0) else 1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_suites_may_be_shards(tmp_path):
+    pytest.importorskip("timm")
+    from dad_fast.config.schema import DataConfig
+    from dad_fast.evaluate.runner import open_suites
+
+    write_shards(tmp_path / "data" / "val")
+    write_shards(tmp_path / "other", name="sketch-{}.tar")
+    classes = ClassMap(tuple((i, f"n{i}", f"class {i}") for i in range(5)))
+    names = ["val", "val/train-{000001..000002}.tar", f"{tmp_path}/other", f"{tmp_path}/other/sketch-{{0..1}}.tar"]
+    suites = open_suites(names, DataConfig(data_dir=str(tmp_path / "data")), classes)
+    assert [len(suite.source) for suite in suites] == [12, 8, 12, 8] and all(suite.source.classes == classes for suite in suites)
+    with pytest.raises(DataError, match="no corruption"):
+        open_suites(["sketch-{0..1}.tar"], DataConfig(data_dir=str(tmp_path / "data")), classes)

@@ -13,7 +13,7 @@ from dad_fast.config import Config, from_toml
 from dad_fast.config.fields import coerce, settings, with_values
 from dad_fast.config.schema import TeacherConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.sources import EMBEDDED, open_source
+from dad_fast.data.sources import EMBEDDED, is_split, open_source
 from dad_fast.engine.build import resolve_device
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions import CORRUPTIONS
@@ -112,7 +112,7 @@ def _data_classes(names: Sequence[str], cfg: Config) -> ClassMap:
     if cfg.data.class_map:
         return ClassMap.from_csv(cfg.data.class_map)
     base = next((name for name in names if name.partition(":")[0] not in CORRUPTIONS), cfg.data.val_split)
-    inside = cfg.data.data_dir.startswith(EMBEDDED) or (Path(cfg.data.data_dir) / base).is_dir() or not Path(base).is_dir()
+    inside = cfg.data.data_dir.startswith(EMBEDDED) or is_split(cfg.data.data_dir, base) or not is_split("", base)
     return (open_source(cfg.data.data_dir, base) if inside else open_source(base)).classes
 
 

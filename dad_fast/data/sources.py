@@ -41,6 +41,16 @@ class Source(Protocol):
         """One line for the log."""
 
 
+def is_split(data_dir: str, split: str) -> bool:
+    """Whether a folder, or the first shard of a pattern, is there."""
+    from dad_fast.data.tar import find_shards
+
+    if (Path(data_dir) / split).is_dir():
+        return True
+    shards = find_shards(data_dir, split) if split.endswith(".tar") else None
+    return shards is not None and (shards[0] / shards[1][0]).is_file()
+
+
 def open_source(
     data_dir: str, split: str = "", class_map: str = "", *, classes: ClassMap | None = None, max_bad_share: float = 0.01
 ) -> Source:

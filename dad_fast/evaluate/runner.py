@@ -15,7 +15,7 @@ from dad_fast.config.schema import DataConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import to_pixels
-from dad_fast.data.sources import EMBEDDED, Source, open_source
+from dad_fast.data.sources import EMBEDDED, Source, is_split, open_source
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions import CORRUPTIONS, corrupt, num_severities
 from dad_fast.evaluate.metrics import batch_sums, finish
@@ -116,8 +116,9 @@ def _views(corruption: Corruption | None) -> list[Callable[[Tensor, Tensor], Ten
 def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap) -> list[Suite]:
     """What the `--suite` names stand for, opened and checked against `classes`, the recorded class list of the model.
 
-    A name is a corruption (`contrast`, `contrast:3`), a split of `data.data_dir` (a sub-folder, or an embedded split), or the path
-    of an image folder. A corruption is applied to the first split or folder in the list, or else to `data.val_split`.
+    A name is a corruption (`contrast`, `contrast:3`), a split of `data.data_dir` (a sub-folder, a pattern of shards or an embedded
+    split), or the path of an image folder or of WebDataset shards. A corruption is applied to the first split or folder in the list,
+    or else to `data.val_split`.
 
     Raises UsageError for a name that is none of these, DataError for a folder that is missing or whose classes disagree.
     """
@@ -156,15 +157,14 @@ def _corruption(name: str) -> Corruption | None:
 
 def _open(name: str, data: DataConfig, classes: ClassMap) -> Source:
     embedded = data.data_dir.startswith(EMBEDDED)
-    folder = Path(name)
-    if embedded and not folder.is_dir():
+    if embedded and not is_split("", name):
         try:
             return open_source(data.data_dir, name, classes=classes)
         except UsageError as error:
             raise UsageError(f"--suite {name}: {error}{_nearest(name)}") from None
-    if not embedded and (Path(data.data_dir) / name).is_dir():
+    if not embedded and is_split(data.data_dir, name):
         return open_source(data.data_dir, name, classes=classes, max_bad_share=data.max_bad_share)
-    if folder.is_dir():
+    if is_split("", name):
         return open_source(name, classes=classes, max_bad_share=data.max_bad_share)
     raise DataError(f"--suite {name}: no corruption, no folder in {data.data_dir} and no other folder{_nearest(name)}")
 
