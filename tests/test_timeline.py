@@ -121,6 +121,29 @@ def test_damaged_files_are_named_in_one_line(tmp_path: Path, content: bytes) -> 
     assert "\n" not in str(error.value)
 
 
+def test_truncated_and_corrupted_files(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace.json.gz").read_bytes()
+    export = write_nsys(tmp_path / "whole.sqlite").read_bytes()
+    for whole in (trace, export):
+        for damaged in (whole[: len(whole) // 2], whole[:100] + bytes(60) + whole[160:], whole[:5]):
+            path = tmp_path / "damaged"
+            path.write_bytes(damaged)
+            try:
+                assert read_timeline(path).ranges is not None  # what was hit may be padding
+            except DataError as error:
+                assert "damaged: neither" in str(error) and "\n" not in str(error)
+
+
+def test_an_export_without_a_column_is_named(tmp_path: Path) -> None:
+    path = write_nsys(tmp_path / "p.sqlite")
+    database = sqlite3.connect(path)
+    database.execute("ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL RENAME COLUMN globalPid TO pid")
+    database.commit()
+    database.close()
+    with pytest.raises(DataError, match="neither an nsys export"):
+        read_timeline(path)
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_timeline(tmp_path / "none")

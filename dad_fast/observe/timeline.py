@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import sqlite3
+import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -159,7 +160,7 @@ def read_timeline(path: str | Path) -> Timeline:
         is_sqlite = file.read(16) == b"SQLite format 3\0"
     try:
         return _read_nsys(path) if is_sqlite else _read_trace(path)
-    except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
+    except (sqlite3.Error, zlib.error, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError) as error:
         raise DataError(f"{path}: neither an nsys export nor a trace of torch's profiler ({type(error).__name__}: {error})") from None
 
 
