@@ -61,19 +61,30 @@ def keep_mask(teacher_dad: Tensor, labels: Tensor, second_labels: Tensor | None 
 
 
 def objective(
-    method: Method, weights: LossConfig, logits: Logits, targets: Tensor, keep: Tensor | None, *, fused: bool = False
+    method: Method,
+    weights: LossConfig,
+    logits: Logits,
+    targets: Tensor,
+    keep: Tensor | None,
+    dad_targets: Tensor | None = None,
+    *,
+    fused: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its unweighted parts.
 
-    targets: what CE uses, probabilities [B, C] (mixed and smoothed). keep: filter [B] for the terms on Q(x'), or None to count all.
+    targets: what CE uses, probabilities [B, C] (mixed and smoothed); dad_targets: the same for Q(x') where that is mixed otherwise, as
+    stored images are. keep: filter [B] for the terms on Q(x'), or None to count all.
     fused: one kernel for all terms of the same student's logits, where there is one (CUDA; float32 arithmetic).
     """
-    parts = (_parts_fused if fused else _parts)(TERMS[method], weights.temperature, logits, targets, keep)
+    of_logits = {"student_clean": targets, "student_dat": targets, "student_dad": targets if dad_targets is None else dad_targets}
+    parts = (_parts_fused if fused else _parts)(TERMS[method], weights.temperature, logits, of_logits, keep)
     total = sum((getattr(weights, name) * part for name, part in parts.items()), start=targets.new_zeros(()))
     return total, parts
 
 
-def _parts(terms: tuple[str, ...], temperature: float, logits: Logits, targets: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+def _parts(
+    terms: tuple[str, ...], temperature: float, logits: Logits, targets: dict[str, Tensor], keep: Tensor | None
+) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for name in terms:
         of_student, of_teacher, filtered = COMPARES[name]
@@ -81,11 +92,13 @@ def _parts(terms: tuple[str, ...], temperature: float, logits: Logits, targets: 
         if of_teacher:
             parts[name] = distillation(student, _given(logits, of_teacher), temperature, weight)
         else:
-            parts[name] = soft_cross_entropy(student, targets, weight)
+            parts[name] = soft_cross_entropy(student, targets[of_student], weight)
     return parts
 
 
-def _parts_fused(terms: tuple[str, ...], temperature: float, logits: Logits, targets: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+def _parts_fused(
+    terms: tuple[str, ...], temperature: float, logits: Logits, targets: dict[str, Tensor], keep: Tensor | None
+) -> dict[str, Tensor]:
     """The same, with all terms on the same student's logits in one call; no method has two of a kind on them."""
     groups: dict[str, list[str]] = {}
     for name in terms:
@@ -96,7 +109,7 @@ def _parts_fused(terms: tuple[str, ...], temperature: float, logits: Logits, tar
         ce, kd = distillation_loss(
             _given(logits, of_student),
             _given(logits, of_teacher) if of_teacher else None,
-            targets if any(not COMPARES[name][1] for name in names) else None,
+            targets[of_student] if any(not COMPARES[name][1] for name in names) else None,
             keep if any(COMPARES[name][2] for name in names) else None,
             temperature=temperature,
         )
