@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 TABLE = Path(__file__).with_name("tuning.json")
-MODULES = ("nearest_code.triton_small", "nearest_code.triton_gemm")  # those that have tuning_cases()
+MODULES = ("nearest_code.triton_small", "nearest_code.triton_gemm", "group_norm_silu_triton")  # those that have tuning_cases()
 
 
 @dataclass(frozen=True)
