@@ -174,7 +174,7 @@ class Flops:
     def __init__(self, work: Workload) -> None:
         few = 2
         pixels = work.batch.images[:few].float() / 255.0
-        student, discretizer, teacher = work.student(), work.discretizer, work.plain_teacher
+        student, vqgan, teacher = work.student(), work.discretizer.vqgan, work.plain_teacher
 
         def gradient(model: Callable[[Tensor], Tensor]) -> Callable[[], object]:
             def run() -> object:
@@ -184,14 +184,14 @@ class Flops:
 
             return run
 
-        codes = discretizer(pixels).codes
-        assert codes is not None
+        with torch.no_grad():
+            codes = vqgan.codes(pixels)
         counted: dict[str, Callable[[], object]] = {
             "teacher": lambda: teacher(pixels),
             "teacher_gradient": gradient(teacher),
             "student_gradient": gradient(student.eval().requires_grad_(False)),
-            "encode": lambda: discretizer.encode(pixels),
-            "decode": lambda: discretizer.vqgan.decode(codes),
+            "encode": lambda: vqgan.encode(pixels),
+            "decode": lambda: vqgan.decode(codes),
         }
         self.of = {name: count(run) / few for name, run in counted.items()}
         student.train().requires_grad_(True)

@@ -1,0 +1,44 @@
+"""Steps that fetch their batch first: decoding and augmentation in the same process, as the demo trains.
+
+Loader processes would work ahead while another function has its turn, and get their work for nothing; so the sizes with 224 px are
+timed by the real command instead (scripts/gpu_check.sh vitb16), one run after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.bench import Bench
+from benchmarks.test_steps import STEPS
+from benchmarks.workload import Flops, Workload, make_workload
+from dad_fast.data.loader import TrainLoader
+from dad_fast.data.sources import open_source
+
+BASELINE = "kd"
+
+
+def loaded_step(work: Workload, name: str) -> Callable[[], object]:
+    cfg = work.with_method(*STEPS[name])
+    source = open_source(cfg.data.data_dir, cfg.data.train_split)
+    loader = TrainLoader(source, cfg.augment, cfg.augment.img_size, len(work.batch.labels), seed=0, workers=0)
+    batches, step = loader.batches(0, 1_000_000), work.step(cfg)
+    return lambda: step(next(batches), 10, cfg.optim.lr)
+
+
+def test_end_to_end(bench: Bench) -> None:
+    if bench.size != "tiny":
+        pytest.skip("at this size by the real command: scripts/gpu_check.sh vitb16")
+    work = make_workload("tiny", bench.device, 100)
+    flops = Flops(work)
+    names = [BASELINE, *(name for name in STEPS if name not in (BASELINE, "ce"))]
+    bench.compare(
+        "batch 100, loaded in the process",
+        {name: loaded_step(work, name) for name in names},
+        baseline=BASELINE,
+        work=100,
+        config=work.describe(),
+        predicted={name: flops.of_step(*STEPS[name]) / flops.of_step("kd") for name in names},
+        seconds=15,
+    )
