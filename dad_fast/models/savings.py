@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dad_fast.models.cls_only import keep_class_token_only
 from dad_fast.models.student import Student
-from dad_fast.models.teacher import Teacher
+from dad_fast.models.teacher import Teacher, _Columns, _PreLogits
 
 QUICK_GELU_SLOPE = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
 CAST = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # their own kernels take 16-bit weights under autocast
@@ -58,8 +58,8 @@ def save_teacher_work(teacher: Teacher, savings: Savings) -> dict[str, str]:
 
 def image_model(teacher: Teacher) -> Any:
     """The model inside a teacher: open_clip's vision tower or timm's model."""
-    encoder = teacher.encoder
-    model = getattr(encoder, "visual", None) or getattr(encoder, "model", None) or encoder
+    outer = teacher.encoder if teacher.whole is None else teacher.whole
+    model = outer.model if isinstance(outer, (_Columns, _PreLogits)) else getattr(outer, "visual", outer)
     return getattr(model, "trunk", model)
 
 
@@ -95,7 +95,7 @@ def fold_quick_gelu(teacher: Teacher) -> str:
 
     QuickGELU is three kernels and keeps two tensors for backward; SiLU is one and keeps one.
     """
-    found = list(_quick_gelus(teacher.encoder))
+    found = list(_quick_gelus(image_model(teacher)))
     if not found:
         return "no MLP of it has a QuickGELU"
     if any(type(linear) is not nn.Linear or linear.weight.requires_grad for pair in found for linear in pair[:2]):
