@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import Record
+from dad_fast.kernels.csrc import csrc, csrc_status
 from dad_fast.observe.device import Gpu
 from dad_fast.observe.runlog import environment
 
@@ -44,6 +45,7 @@ class Machine:
             "cpu_share_of_others": self._others(),
             "python": facts["python"],
             "packages": facts["packages"],
+            "csrc": re.sub(r"^on: .*\((.*)\)$", r"on, \1", csrc_status()) if csrc() else "off",
             "cuda": facts["cuda"],
             "cudnn": facts["cudnn"],
             "commit": commit.rstrip("+") or None,
