@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dad_fast.errors import DataError, UsageError
+from dad_fast.store.layout import hash_keys
 from dad_fast.store.reader import AdversarialStore, open_store
 from dad_fast.store.state import some
 from dad_fast.store.summary import describe
@@ -114,13 +115,16 @@ def _clean(store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, 
     from dad_fast.data.sources import open_source
 
     source = open_source(data_dir, split, classes=store.manifest.class_map)
-    sample_at = {int(row): sample for sample, row in enumerate(store.rows(source, view))}
+    sample_of = {key.tobytes(): sample for sample, key in enumerate(hash_keys(source.keys))}
+    wanted = [sample_of.get(key.tobytes(), -1) for key in store.keys(rows, view)]
+    if -1 in wanted:
+        raise DataError(f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was it made from this data?")
     preprocessing = store.manifest.settings.get("preprocessing", {})
     images = np.zeros((len(rows), size, size, 3), np.uint8)
-    for i, row in enumerate(rows):
+    for i, sample in enumerate(wanted):
         try:
-            image = source.read(sample_at[int(row)])
-        except (KeyError, DecodeError):  # not in this split, or unreadable: black
+            image = source.read(sample)
+        except DecodeError:  # black, as what is stored of it
             continue
         images[i] = eval_transform(image, size, preprocessing.get("crop_pct", 1.0), preprocessing.get("interpolation", "bicubic"))
     return images

@@ -182,6 +182,8 @@ class Manifest:
             manifest = cls._read(document)
             if manifest._document() != document:
                 raise DataError(f"{name}: the layout it describes is not the one that its settings give")
+            if manifest.to_json() != content:
+                raise DataError(f"{name}: not written as this program writes it: it is damaged or was edited")
         except (DataError, UsageError) as error:
             raise DataError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:

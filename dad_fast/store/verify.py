@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,25 +80,29 @@ def _wrong_shard(folder: Path, manifest: Manifest, shard: int) -> list[str]:
     for i in np.flatnonzero((index["label"] < 0) | (index["label"] >= manifest.num_classes)):
         bad.setdefault(start + int(i), f"its label {index['label'][i]} is none of the {manifest.num_classes} classes")
     if "images" in manifest.files:
-        bad = {**_wrong_images(folder / shard_file(shard, "images"), index, start), **bad}
+        bad |= _wrong_images(folder / shard_file(shard, "images"), index, start, bad)
     problems += [f"{shard_file(shard, 'index')}: row {row} of view {view}: {why}" for row, why in sorted(bad.items())[:_NAMED]]
     if len(bad) > _NAMED:
         problems.append(f"{shard_file(shard, 'index')}: {len(bad) - _NAMED:,} more rows of view {view}")
     return problems
 
 
-def _wrong_images(path: Path, index: np.ndarray, start: int) -> dict[int, str]:
+def _wrong_images(path: Path, index: np.ndarray, start: int, known: Mapping[int, str]) -> dict[int, str]:
+    """Rows that are not `known` as bad and whose image is."""
     bad: dict[int, str] = {}
-    end = 0
+    size, end = path.stat().st_size, 0  # of the image before; -1 where only a damaged record knows
     with open(path, "rb") as file:
         for row, record in enumerate(index, start):
-            file.seek(int(record["image_start"]))
-            length = int(record["image_bytes"])
-            if record["image_start"] != end or length > path.stat().st_size or zlib.crc32(file.read(length)) != record["image_crc"]:
+            if row in known:
+                end = -1
+                continue
+            first, length = int(record["image_start"]), int(record["image_bytes"])
+            file.seek(min(first, size))
+            if end not in (-1, first) or length > size or zlib.crc32(file.read(length)) != record["image_crc"]:
                 bad[row] = "its image is damaged"
-            end = int(record["image_start"]) + length
-    if end != path.stat().st_size:
-        bad.setdefault(start + len(index) - 1, f"the images end at byte {end:,}, the file at {path.stat().st_size:,}")
+            end = first + length
+    if end not in (-1, size):
+        bad.setdefault(start + len(index) - 1, f"the images end at byte {end:,}, the file at {size:,}")
     return bad
 
 

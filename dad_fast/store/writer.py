@@ -18,7 +18,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,9 @@ class StoreWriter:
                 write_whole(self.folder / MANIFEST, complete.to_json())
             for shard in range(manifest.geometry.num_shards):
                 (self.folder / shard_file(shard, SUMS)).unlink(missing_ok=True)
+            for path in self.folder.glob("shard-*.lock"):  # of processes that were killed after their shard's last byte
+                with suppress(Busy), locked(path):
+                    pass
             self.manifest = complete
             return []
 
