@@ -18,8 +18,9 @@ from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.decode import DecodeError
 from dad_fast.data.execute import execute
-from dad_fast.data.loader import EvalLoader, TrainLoader, epoch_order
+from dad_fast.data.loader import EvalLoader, TrainLoader
 from dad_fast.data.records import mix_record, sample_record
+from dad_fast.data.steps import epoch_order
 from dad_fast.errors import DadFastError, DataError, UsageError
 
 AUG = AugmentConfig(mixup=0.8, cutmix=1.0, mixup_prob=0.9, reprob=0.25)

@@ -39,7 +39,9 @@ def execute(record: Record, image: Image.Image) -> np.ndarray:
         image = _OPS[op.name](image, op)
     pixels = np.asarray(image)
     if record.erase is not None:
-        pixels = _erase(pixels.copy(), record.erase)
+        top, left, height, width = record.erase[:4]
+        pixels = pixels.copy()
+        pixels[top : top + height, left : left + width] = erase_patch(record.erase)
     return pixels
 
 
@@ -61,21 +63,33 @@ def eval_transform(image: Image.Image, img_size: int, crop_pct: float, interpola
     return np.asarray(image)
 
 
-def _erase(pixels: np.ndarray, erase: Erase) -> np.ndarray:
-    box = (slice(erase.top, erase.top + erase.height), slice(erase.left, erase.left + erase.width))
+def erase_patch(erase: Erase) -> np.ndarray:
+    """What fills an erased box: uint8 [height, width, 3]."""
+    shape = (erase.height, erase.width, 3)
     if erase.fill == "const":
-        pixels[box] = FILL
-        return pixels
-    shape = (erase.height, erase.width, 3) if erase.fill == "pixel" else (3,)
+        return np.broadcast_to(np.array(FILL, np.uint8), shape)
     bits = np.random.Philox(key=np.array([erase.seed, 1], dtype=np.uint64))
-    noise = np.random.Generator(bits).standard_normal(shape, dtype=np.float32)
+    noise = np.random.Generator(bits).standard_normal(shape if erase.fill == "pixel" else (3,), dtype=np.float32)
     colour = np.asarray(MEAN, np.float32) + np.asarray(STD, np.float32) * noise
-    pixels[box] = np.rint(colour.clip(0.0, 1.0) * 255.0)
-    return pixels
+    return np.broadcast_to(np.rint(colour.clip(0.0, 1.0) * 255.0).astype(np.uint8), shape)
 
 
-def _affine(image: Image.Image, op: Op, matrix: tuple[float, ...]) -> Image.Image:
-    """`matrix` takes an output pixel to the input pixel it shows."""
+def affine_matrix(op: Op, side: int) -> tuple[float, ...]:
+    """Of a geometric operation on a square image: (a, b, c, d, e, f) shows at (x, y) what was at (a*x + b*y + c, d*x + e*y + f).
+    Coordinates in pixels, (0, 0) is the corner of the first one.
+    """
+    if op.name == "rotate":
+        cos, sin, half = math.cos(math.radians(op.value)), math.sin(math.radians(op.value)), side / 2.0
+        return cos, -sin, half - cos * half + sin * half, sin, cos, half - sin * half - cos * half
+    x_by_y = op.value if op.name == "shear_x" else 0.0
+    y_by_x = op.value if op.name == "shear_y" else 0.0
+    right = op.value * side if op.name == "translate_x" else 0.0
+    down = op.value * side if op.name == "translate_y" else 0.0
+    return 1.0, x_by_y, right, y_by_x, 1.0, down
+
+
+def _affine(image: Image.Image, op: Op) -> Image.Image:
+    matrix = affine_matrix(op, image.size[0])
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=_FILTERS[op.interpolation], fillcolor=FILL)
 
 
@@ -95,10 +109,10 @@ _OPS: dict[str, Callable[[Image.Image, Op], Image.Image]] = {
     "equalize": lambda image, op: ImageOps.equalize(image),
     "invert": lambda image, op: ImageOps.invert(image),
     "rotate": lambda image, op: image.rotate(op.value, resample=_FILTERS[op.interpolation], fillcolor=FILL),
-    "shear_x": lambda image, op: _affine(image, op, (1, op.value, 0, 0, 1, 0)),
-    "shear_y": lambda image, op: _affine(image, op, (1, 0, 0, op.value, 1, 0)),
-    "translate_x": lambda image, op: _affine(image, op, (1, 0, op.value * image.size[0], 0, 1, 0)),
-    "translate_y": lambda image, op: _affine(image, op, (1, 0, 0, 0, 1, op.value * image.size[1])),
+    "shear_x": _affine,
+    "shear_y": _affine,
+    "translate_x": _affine,
+    "translate_y": _affine,
     "posterize": _posterize,
     "solarize": lambda image, op: ImageOps.solarize(image, int(op.value)),
     "solarize_add": _solarize_add,
