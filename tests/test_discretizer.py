@@ -14,6 +14,7 @@ from dad_fast.errors import DataError, UsageError  # noqa: E402
 from dad_fast.kernels import nearest_code  # noqa: E402
 from dad_fast.models.discretizer import VQGANDiscretizer, load_discretizer  # noqa: E402
 from dad_fast.models.vqgan import VQGAN, VQGANConfig  # noqa: E402
+from dad_fast.models.vqgan_fused_layers import VQGANSavings  # noqa: E402
 from dad_fast.models.weights import sha256_file  # noqa: E402
 
 CPU, FLOAT32 = torch.device("cpu"), PrecisionConfig()
@@ -47,32 +48,53 @@ def test_vqgan_from_a_file(vqgan, tmp_path):
     assert not any(p.requires_grad for p in taming.vqgan.parameters()) and not taming.vqgan.training
 
 
-def test_precision_of_each_stage(vqgan, monkeypatch):
-    """Autocast only with amp, with its own dtype for encoder and decoder; the lookup sees float32 whatever surrounds it."""
-    seen = {}
-    monkeypatch.setattr(vqgan.encoder, "forward", watch(vqgan.encoder.forward, seen, "encoder"))
-    monkeypatch.setattr(vqgan.decoder, "forward", watch(vqgan.decoder.forward, seen, "decoder"))
-    monkeypatch.setattr("dad_fast.models.vqgan.nearest_code", watch(nearest_code, seen, "lookup"))
+@pytest.mark.parametrize("savings", [None, VQGANSavings()])
+def test_precision_of_each_stage(vqgan, savings, monkeypatch):
+    """With amp the encoder's and the decoder's own dtype; the lookup sees float32 whatever surrounds it."""
+    seen = []
+
+    def lookup(latents, codebook):
+        assert not torch.is_autocast_enabled("cpu")
+        seen.append(latents.dtype)
+        return nearest_code(latents, codebook)
+
+    monkeypatch.setattr("dad_fast.models.vqgan.nearest_code", lookup)
     pixels = torch.rand(1, 3, 8, 8)
-    mixed = VQGANDiscretizer(vqgan, PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"))(pixels)
-    assert seen == {"encoder": torch.float16, "decoder": torch.bfloat16, "lookup": torch.float32}
-    assert mixed.images.dtype == torch.float32 and mixed.images.isfinite().all()
+    exact = VQGANDiscretizer(vqgan, FLOAT32)(pixels)
+    mixed = VQGANDiscretizer(vqgan, PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"), savings=savings)
+    assert mixed.encode(pixels).dtype == torch.float16 and mixed.fused.decode(exact.codes).dtype in (torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        images, codes = mixed(pixels)
+    assert images.dtype == torch.float32 and torch.equal(codes, vqgan.lookup(mixed.encode(pixels)))
+    difference = (images - vqgan.decode(codes)).abs().max()
+    assert 1e-4 < difference < 2e-2  # bfloat16's
     for precision in (FLOAT32, PrecisionConfig(amp=True, encoder="float32", decoder="float32")):
-        VQGANDiscretizer(vqgan, precision)(pixels)
-        assert seen == {"encoder": None, "decoder": None, "lookup": torch.float32}
+        images, codes = VQGANDiscretizer(vqgan, precision, savings=savings)(pixels)
+        assert torch.equal(codes, exact.codes)
+        torch.testing.assert_close(images, exact.images, rtol=0, atol=1e-5)
+    assert seen == [torch.float32] * 5
 
 
-def watch(function, seen, name):
-    """Records the dtype that autocast has at a stage (None: off), and for the lookup that of its latents."""
+def test_without_amp_it_is_the_plain_model_bit_for_bit(vqgan):
+    pixels = torch.rand(2, 3, 16, 12)
+    images, codes = VQGANDiscretizer(vqgan, FLOAT32)(pixels)
+    assert torch.equal(codes, vqgan.codes(pixels)) and torch.equal(images, vqgan.decode(codes))
 
-    def watched(first, *rest):
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        if name == "lookup":
-            assert autocast is None
-        seen[name] = first.dtype if name == "lookup" else autocast
-        return function(first, *rest)
 
-    return watched
+def test_fit_float16(vqgan):
+    """Only what runs in float16 is scaled, only where it must be, and then its latents are finite."""
+    pixels = torch.rand(2, 3, 16, 12)
+    half = PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16")
+    assert VQGANDiscretizer(vqgan, half).fit_float16(pixels) == ""
+    with torch.no_grad():
+        vqgan.encoder.conv_in.weight.mul_(2.0**18)
+        vqgan.decoder.conv_in.weight.mul_(2.0**18)
+    exact = vqgan.encode(pixels)
+    assert VQGANDiscretizer(vqgan, FLOAT32).fit_float16(pixels) == ""
+    discretizer = VQGANDiscretizer(vqgan, half)
+    assert not discretizer.encode(pixels).isfinite().all()
+    assert "encoder runs at 2^-" in (line := discretizer.fit_float16(pixels)) and "decoder" not in line and "\n" not in line
+    torch.testing.assert_close(discretizer.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item())
 
 
 def test_a_size_that_the_factor_does_not_divide(vqgan):

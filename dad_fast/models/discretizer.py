@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from contextlib import AbstractContextManager
+import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -14,8 +14,13 @@ from torch import Tensor
 
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.errors import UsageError
+from dad_fast.models.precision import stage_dtype
 from dad_fast.models.vqgan import VQGAN
+from dad_fast.models.vqgan_fused_layers import VQGANSavings
+from dad_fast.models.vqgan_fused_range import probe_range
 from dad_fast.models.weights import asset, sha256_file
+
+DEFAULT_SAVINGS = VQGANSavings()
 
 
 class Discretized(NamedTuple):
@@ -34,31 +39,67 @@ class Discretizer(Protocol):
 
 
 class VQGANDiscretizer:
-    """A frozen VQGAN. Under `precision.amp` encoder and decoder run in their own dtypes; the lookup is always exact."""
+    """A frozen VQGAN. Under `precision.amp` encoder and decoder run fused, each in its own dtype; the lookup is always exact.
+
+    Without amp it is the plain model in float32, bit for bit. `savings`: what the fused form saves; None keeps the plain model
+    under autocast.
+    """
 
     def __init__(
-        self, vqgan: VQGAN, precision: PrecisionConfig, *, name: str = "vqgan", provenance: str = "", weights_sha256: str | None = None
+        self,
+        vqgan: VQGAN,
+        precision: PrecisionConfig,
+        *,
+        savings: VQGANSavings | None = DEFAULT_SAVINGS,
+        name: str = "vqgan",
+        provenance: str = "",
+        weights_sha256: str | None = None,
     ) -> None:
         self.vqgan = vqgan.eval().requires_grad_(False)
         self.precision, self.name, self.provenance, self.weights_sha256 = precision, name, provenance, weights_sha256
+        self.savings = (savings or VQGANSavings.none()) if precision.amp else VQGANSavings.none()
+        self.encoder_scale = self.decoder_scale = 1.0
+        self._fuse()
 
     def __call__(self, pixels: Tensor) -> Discretized:
-        with torch.no_grad():
-            codes = self.vqgan.lookup(self.encode(pixels))
+        codes = self.vqgan.lookup(self.encode(pixels))
         return Discretized(self.decode(codes), codes)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, D, h, w] in the precision of the run."""
-        with torch.no_grad(), self._autocast(self.precision.encoder, pixels):
-            return self.vqgan.encode(pixels)
+        return self.fused.encode(pixels)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images float32 [B, 3, H, W] in [0, 1] of `codes` int64 [B, h, w], decoded in the precision of the run."""
-        with torch.no_grad(), self._autocast(self.precision.decoder, codes):
-            return self.vqgan.decode(codes).float()
+        return self.fused.decode(codes).float()
 
-    def _autocast(self, dtype: str, where: Tensor) -> AbstractContextManager[None]:
-        return torch.autocast(where.device.type, getattr(torch, dtype), enabled=self.precision.amp and dtype != "float32")
+    def fit_float16(self, pixels: Tensor) -> str:
+        """Scale what runs in float16 so that its activations fit, judged by `pixels` [B, 3, H, W]; a line on what was done, "" for nothing.
+
+        To be called once, before training: it runs encoder and decoder in float32 and reads the result on the host.
+        """
+        halves = [half for half in ("encoder", "decoder") if stage_dtype(self.precision, half) == torch.float16]
+        if not halves:
+            return ""
+        found, lines = probe_range(self.vqgan, pixels), []
+        for half in halves:
+            scale: float = getattr(found, f"{half}_scale")
+            setattr(self, f"{half}_scale", scale)
+            if scale < 1.0:
+                layer, largest = max(getattr(found, half).items(), key=lambda item: item[1])
+                lines.append(f"{layer} reaches {largest:.3g}: the {half} runs at 2^{round(math.log2(scale))} of its scale to fit float16")
+        if lines:
+            self._fuse()
+        return "; ".join(lines)
+
+    def _fuse(self) -> None:
+        self.fused = self.vqgan.fuse(
+            self.savings,
+            encoder=stage_dtype(self.precision, "encoder"),
+            decoder=stage_dtype(self.precision, "decoder"),
+            encoder_scale=self.encoder_scale,
+            decoder_scale=self.decoder_scale,
+        )
 
 
 class Identity:

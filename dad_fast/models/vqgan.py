@@ -23,7 +23,7 @@ from dad_fast.models.vqgan_config import VQGANConfig, config_from_json, infer_co
 from dad_fast.models.weights import load_strictly, read_state_dict, write_safetensors
 
 if TYPE_CHECKING:
-    from dad_fast.models.vqgan_fused import FusedVQGAN, Savings
+    from dad_fast.models.vqgan_fused import FusedVQGAN, VQGANSavings
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -221,7 +221,7 @@ class VQGAN(nn.Module):
         quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)  # [B, D, h, w]
         return (self.decoder(self.post_quant_conv(quantized)).clamp(-1.0, 1.0) + 1.0) / 2.0
 
-    def fuse(self, savings: Savings | None = None, **precision: Any) -> FusedVQGAN:
+    def fuse(self, savings: VQGANSavings | None = None, **precision: Any) -> FusedVQGAN:
         """The same function for inference, in fewer operations; arguments and what it promises: see `FusedVQGAN`."""
         from dad_fast.models.vqgan_fused import FusedVQGAN  # which imports this module
 

@@ -1,4 +1,4 @@
-"""An inference-only form of a VQGAN: the same function in fewer operations, each saving behind a switch of its own (`Savings`).
+"""An inference-only form of a VQGAN: the same function in fewer operations, each saving behind a switch of its own (`VQGANSavings`).
 
     fused = vqgan.fuse(encoder=torch.float16, decoder=torch.bfloat16)
     codes = fused.codes(pixels)
@@ -9,36 +9,39 @@ FLOP of f8 at 224 px (GF): encode 172.0 -> 169.5 (attention's projections), deco
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dad_fast.models.vqgan_fused_layers import Attention, Block, Conv, Down, Norm, Recipe, Savings, Up, compose, parameters
+from dad_fast.models.vqgan_fused_layers import Attention, Block, Conv, Down, Norm, Recipe, Sum, Up, VQGANSavings, compose, parameters
 
 if TYPE_CHECKING:
     from dad_fast.models.vqgan import VQGAN, Level, Middle
 
-__all__ = ["FusedVQGAN", "Savings"]
+__all__ = ["FusedVQGAN", "VQGANSavings"]
 
 
-def _level(plain: Level, recipe: Recipe) -> list[nn.Module]:
-    layers: list[nn.Module] = []
+def _level(plain: Level, recipe: Recipe, name: str) -> dict[str, nn.Module]:
+    """Its layers by name; dots, which a module's name cannot have, become underscores."""
+    layers: dict[str, nn.Module] = {}
     for i, block in enumerate(plain.block):
-        layers.append(Block(block, recipe))
+        layers[f"{name}_block_{i}"] = Block(block, recipe)
         if plain.attn:
-            layers.append(Attention(plain.attn[i], recipe))
+            layers[f"{name}_attn_{i}"] = Attention(plain.attn[i], recipe)
     if hasattr(plain, "downsample"):
-        layers.append(Down(plain.downsample, recipe))
+        layers[f"{name}_downsample"] = Down(plain.downsample, recipe)
     if hasattr(plain, "upsample"):
-        layers.append(Up(plain.upsample, recipe))
+        layers[f"{name}_upsample"] = Up(plain.upsample, recipe)
     return layers
 
 
-def _middle(plain: Middle, recipe: Recipe) -> list[nn.Module]:
-    return [Block(plain.block_1, recipe), Attention(plain.attn_1, recipe), Block(plain.block_2, recipe)]
+def _middle(plain: Middle, recipe: Recipe) -> dict[str, nn.Module]:
+    first, second = Block(plain.block_1, recipe), Block(plain.block_2, recipe)
+    return {"mid_block_1": first, "mid_attn_1": Attention(plain.attn_1, recipe), "mid_block_2": second}
 
 
 class _Half(nn.Module):
@@ -50,6 +53,8 @@ class _Half(nn.Module):
 
     def autocast(self, device: torch.device) -> AbstractContextManager[None]:
         """Autocast where it casts the weights; else none, whatever surrounds the call."""
+        if not torch.amp.is_autocast_available(device.type):  # meta, where shapes and FLOP are counted
+            return nullcontext()
         enabled = not self.savings.cast and self.dtype in (torch.float16, torch.bfloat16)
         return torch.autocast(device.type, self.dtype if enabled else torch.bfloat16, enabled=enabled)
 
@@ -59,7 +64,10 @@ class FusedEncoder(_Half):
         super().__init__(recipe)
         plain, last = vqgan.encoder, recipe._replace(scale=1.0)
         self.conv_in = Conv.like(plain.conv_in, recipe)
-        self.layers = nn.Sequential(*(layer for level in plain.down for layer in _level(level, recipe)), *_middle(plain.mid, recipe))
+        layers: dict[str, nn.Module] = {}
+        for i, level in enumerate(plain.down):
+            layers |= _level(level, recipe, f"down_{i}")
+        self.layers = nn.Sequential(OrderedDict(layers | _middle(plain.mid, recipe)))
         self.norm_out = Norm(plain.norm_out, recipe)
         self.quant_conv: Conv | None = None
         if self.savings.merge_1x1:
@@ -71,7 +79,8 @@ class FusedEncoder(_Half):
     def forward(self, pixels: Tensor) -> Tensor:
         """Latents [B, D, H/f, W/f] of `pixels` [B, 3, H, W] in [0,1]."""
         x = self.recipe.laid_out((2.0 * pixels - 1.0).to(self.conv_in.weight.dtype))
-        x = self.conv_out(self.norm_out(self.layers(self.conv_in(x))))
+        x, _ = self.norm_out(self.layers(Sum(self.conv_in(x))))
+        x = self.conv_out(x)
         return x if self.quant_conv is None else self.quant_conv(x)
 
 
@@ -81,7 +90,6 @@ class FusedDecoder(_Half):
     def __init__(self, vqgan: VQGAN, recipe: Recipe) -> None:
         super().__init__(recipe)
         plain, last = vqgan.decoder, recipe._replace(scale=1.0)
-        levels = [layer for level in reversed(plain.up) for layer in _level(level, recipe)]
         table = vqgan.codebook.detach().double()
         self.post_quant_conv: Conv | None = None
         if self.savings.merge_1x1:
@@ -91,7 +99,10 @@ class FusedDecoder(_Half):
             self.post_quant_conv = Conv.like(vqgan.post_quant_conv, last)
         self.register_buffer("table", recipe.tensor(table))
         self.conv_in = Conv.like(plain.conv_in, recipe)
-        self.layers = nn.Sequential(*_middle(plain.mid, recipe), *levels)
+        layers = _middle(plain.mid, recipe)
+        for i in reversed(range(len(plain.up))):
+            layers |= _level(plain.up[i], recipe, f"up_{i}")
+        self.layers = nn.Sequential(OrderedDict(layers))
         self.norm_out = Norm(plain.norm_out, recipe)
         self.conv_out = Conv.like(plain.conv_out, last)
 
@@ -100,7 +111,8 @@ class FusedDecoder(_Half):
         z = F.embedding(codes, self.table).permute(0, 3, 1, 2)  # [B, z_channels, h, w], NHWC in memory
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        y = self.conv_out(self.norm_out(self.layers(self.conv_in(z))))
+        y, _ = self.norm_out(self.layers(Sum(self.conv_in(z))))
+        y = self.conv_out(y)
         if self.savings.cast:  # images are wanted in float32, where the range is changed without rounding to the decoder's dtype again
             y = y.to(torch.promote_types(y.dtype, torch.float32))
         return (y.clamp(-1.0, 1.0) + 1.0) / 2.0
@@ -117,7 +129,7 @@ class FusedVQGAN(nn.Module):
     def __init__(
         self,
         vqgan: VQGAN,
-        savings: Savings | None = None,
+        savings: VQGANSavings | None = None,
         *,
         encoder: torch.dtype = torch.float32,
         decoder: torch.dtype = torch.float32,
@@ -125,7 +137,7 @@ class FusedVQGAN(nn.Module):
         decoder_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        savings = Savings() if savings is None else savings
+        savings = VQGANSavings() if savings is None else savings
         self.encoder = FusedEncoder(vqgan, Recipe(savings, encoder, encoder_scale))
         self.decoder = FusedDecoder(vqgan, Recipe(savings, decoder, decoder_scale))
         self.lookup, self._check_sides = vqgan.lookup, vqgan.check_sides

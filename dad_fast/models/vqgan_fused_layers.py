@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
 from dad_fast.models.vqgan import AttnBlock, Downsample, ResnetBlock, Upsample
 
 # Nearest-2x upsampling and then a 3-tap kernel is a transposed convolution of stride 2 with these 4 taps (the same in x and y).
@@ -21,7 +22,7 @@ UPSAMPLED_TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Savings:
+class VQGANSavings:
     """What a fused VQGAN saves. Each is exact in exact arithmetic, and with all of them off it is bit-equal to the plain one."""
 
     cast: bool = True  # weights in the stage's dtype once; off: autocast casts them at every call, and norms run in float32
@@ -29,16 +30,17 @@ class Savings:
     upsample: bool = True  # nearest-2x and 3x3 convolution as one transposed convolution on the small map: 4/9 of the FLOP
     attention: bool = True  # scores h (Wq Wk) h and values h (Wv Wo): two projections instead of four
     merge_1x1: bool = True  # quant_conv inside conv_out, post_quant_conv inside the codebook
+    norm_kernel: bool = False  # group norm, SiLU and the bias and residual before them in one op; on CUDA a Triton kernel not yet run there
 
     @classmethod
-    def none(cls) -> Savings:
+    def none(cls) -> VQGANSavings:
         return cls(**dict.fromkeys((field.name for field in fields(cls)), False))
 
 
 class Recipe(NamedTuple):
     """How one half (encoder or decoder) is made."""
 
-    savings: Savings
+    savings: VQGANSavings
     dtype: torch.dtype
     scale: float = 1.0
 
@@ -52,6 +54,21 @@ class Recipe(NamedTuple):
         return value.contiguous(memory_format=torch.channels_last) if self.savings.channels_last else value
 
 
+class Sum(NamedTuple):
+    """A map x + channel_bias + residual, not yet added up where the op of the next norm does that."""
+
+    x: Tensor  # [B, C, H, W]
+    channel_bias: Tensor | None = None  # [C]
+    residual: Tensor | None = None  # [B, C, H, W]
+
+    def total(self) -> Tensor:
+        x = self.x if self.channel_bias is None else self.x.add_(self.channel_bias.view(1, -1, 1, 1))
+        if self.residual is None:
+            return x
+        # In place where that leaves the residual stream in its memory format.
+        return x.add_(self.residual) if x.stride() == self.residual.stride() else self.residual + x
+
+
 class Conv(nn.Module):
     """Its weight [O, I, k, k] is taken times `weight_scale` (default: the recipe's scale), its bias [O] times that scale."""
 
@@ -62,7 +79,7 @@ class Conv(nn.Module):
         self, weight: Tensor, bias: Tensor, recipe: Recipe, *, weight_scale: float | None = None, stride: int = 1, padding: int = 0
     ) -> None:
         super().__init__()
-        self.stride, self.padding = stride, padding
+        self.stride, self.padding, self.norm_kernel = stride, padding, recipe.savings.norm_kernel
         self.register_buffer("weight", recipe.tensor(weight * (recipe.scale if weight_scale is None else weight_scale)))
         self.register_buffer("bias", recipe.tensor(bias * recipe.scale))
 
@@ -71,9 +88,14 @@ class Conv(nn.Module):
         stride, padding = plain.stride[0], plain.padding[0]
         return cls(*parameters(plain), recipe, weight_scale=weight_scale, stride=stride, padding=int(padding))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        return y if residual is None else y.add_(residual)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+    def before_norm(self, x: Tensor, residual: Tensor | None = None) -> Sum:
+        """The same plus `residual`, for a norm to take."""
+        if self.norm_kernel:
+            return Sum(F.conv2d(x, self.weight, None, self.stride, self.padding), self.bias, residual)
+        return Sum(self(x), None, residual)
 
 
 class Norm(nn.Module):
@@ -84,13 +106,22 @@ class Norm(nn.Module):
 
     def __init__(self, plain: nn.GroupNorm, recipe: Recipe, silu: bool = True) -> None:
         super().__init__()
-        self.groups, self.eps, self.silu = plain.num_groups, plain.eps * recipe.scale**2, silu
+        self.groups, self.eps, self.silu, self.kernel = plain.num_groups, plain.eps * recipe.scale**2, silu, recipe.savings.norm_kernel
+        if self.kernel:
+            recipe = recipe._replace(dtype=torch.float32)  # in which it computes
         self.register_buffer("weight", recipe.tensor(plain.weight))
         self.register_buffer("bias", recipe.tensor(plain.bias))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, terms: Sum) -> tuple[Tensor, Tensor]:
+        """The norm of the sum; and the sum, which in a branch (a bias and no residual) nobody reads and which then lacks the bias."""
+        if self.kernel:
+            args = (self.weight, self.bias, self.groups, self.eps)
+            if terms.residual is not None:
+                return add_group_norm_silu(terms.x, terms.residual, *args, silu=self.silu, channel_bias=terms.channel_bias)
+            return group_norm_silu(terms.x, *args, silu=self.silu, channel_bias=terms.channel_bias), terms.x
+        x = terms.total()
         y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-        return F.silu(y, inplace=True) if self.silu else y
+        return F.silu(y, inplace=True) if self.silu else y, x
 
 
 class Block(nn.Module):
@@ -100,9 +131,10 @@ class Block(nn.Module):
         self.norm2, self.conv2 = Norm(plain.norm2, recipe), Conv.like(plain.conv2, recipe)
         self.shortcut = None if plain.nin_shortcut is None else Conv.like(plain.nin_shortcut, recipe, 1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        return self.conv2(self.norm2(h), x if self.shortcut is None else self.shortcut(x))
+    def forward(self, terms: Sum) -> Sum:
+        h, x = self.norm1(terms)
+        h, _ = self.norm2(self.conv1.before_norm(h))
+        return self.conv2.before_norm(h, x if self.shortcut is None else self.shortcut(x))
 
 
 class Attention(nn.Module):
@@ -126,12 +158,12 @@ class Attention(nn.Module):
             self.proj_out = Conv.like(plain.proj_out, recipe, 1.0)  # v has the scale
             self.scale /= recipe.scale  # so have both q and k
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+    def forward(self, terms: Sum) -> Sum:
+        h, x = self.norm(terms)
         maps = (h if conv is None else conv(h) for conv in (self.q, self.k, self.v))
         q, k, v = (each.flatten(2).transpose(1, 2).unsqueeze(1) for each in maps)  # [B, 1, HW, C]
         h = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+        return self.proj_out.before_norm(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]), x)
 
 
 class Down(nn.Module):
@@ -139,8 +171,8 @@ class Down(nn.Module):
         super().__init__()
         self.conv = Conv.like(plain.conv, recipe, 1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, terms: Sum) -> Sum:
+        return Sum(self.conv(F.pad(terms.total(), (0, 1, 0, 1))))
 
 
 class Up(nn.Module):
@@ -154,10 +186,11 @@ class Up(nn.Module):
         else:
             self.conv = Conv.like(plain.conv, recipe, 1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, terms: Sum) -> Sum:
+        x = terms.total()
         if self.transposed:
-            return F.conv_transpose2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return Sum(F.conv_transpose2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1))
+        return Sum(self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
 
 
 def parameters(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
