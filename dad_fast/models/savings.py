@@ -15,13 +15,15 @@ from timm.layers import Mlp, PatchEmbed
 from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dad_fast.models.cls_only import keep_class_token_only
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher, _Columns, _PreLogits
 
 QUICK_GELU_SLOPE = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
-CAST = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # their own kernels take 16-bit weights under autocast
+# Modules that do nothing with their weights but what autocast runs in 16 bit (a subclass may: weight standardisation).
+CAST = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def cast_weights(teacher: Teacher) -> str:
     if not teacher.precision.amp or dtype == torch.float32:
         return "it runs in float32"
     for module in image_model(teacher).modules():
-        if isinstance(module, CAST) and not any(p.requires_grad for p in module.parameters()):
+        if type(module) in CAST and not any(p.requires_grad for p in module.parameters()):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     return ""
