@@ -18,10 +18,10 @@ def check_images_form(form: str) -> None:
         raise UsageError(f"images {form!r}: write none, raw, webp (lossless) or jpeg:Q with a quality from 1 to 100, such as jpeg:95")
 
 
-def encode_image(image: np.ndarray, form: str) -> bytes:
-    """uint8 [H, W, 3] -> what is stored. JPEG keeps the colours' resolution (4:4:4): it is the attack's too."""
+def encode_image(image: np.ndarray, form: str) -> bytes | memoryview:
+    """uint8 [H, W, 3] -> what is stored; of raw images not a copy. JPEG keeps the colours' resolution (4:4:4): it is the attack's too."""
     if form == "raw":
-        return image.tobytes()
+        return np.ascontiguousarray(image).reshape(-1).data
     file = io.BytesIO()
     if form == "webp":
         Image.fromarray(image).save(file, "WEBP", lossless=True, exact=True, method=4)

@@ -19,7 +19,7 @@ import numpy as np
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, UsageError
-from dad_fast.observe.files import plain
+from dad_fast.files import plain
 from dad_fast.store.images import check_images_form
 from dad_fast.store.layout import INDEX, Geometry, data_dtype, describe_dtype
 from dad_fast.store.outputs import OutputsForm

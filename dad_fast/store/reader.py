@@ -181,7 +181,7 @@ class AdversarialStore(Store):
     def images(self, rows: np.ndarray, view: int = 0, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 [n, H, W, 3]; black for unreadable samples.
 
-        out: where to put them, C-contiguous, such as page-locked memory; a buffer that is used again saves a third of the time.
+        out: where to put them, C-contiguous, such as page-locked memory; a buffer that is used again halves the time.
 
         Raises UsageError when the store has no images, DataError when one is damaged.
         """

@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from dad_fast.errors import DataError, NotFinite, UsageError
-from dad_fast.observe.files import sync
+from dad_fast.files import sync
 from dad_fast.store.images import encode_image
 from dad_fast.store.layout import INDEX, KEPT, READABLE, Block, broken_rows, crcs, hash_keys, seal, shard_file
 from dad_fast.store.lock import LOCK, PART, Busy, disk_error, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
 from dad_fast.store.state import SUMS, finished_shards, missing_shards, recorded_sums, sums_text
 
+Bytes = bytes | memoryview
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
 
 
@@ -176,10 +177,11 @@ class ShardWriter:
         """
         block = self.blocks[self.next_block]
         index, data, images = self._encode(block, records)
-        content = {"index": index.tobytes(), "data": data.tobytes(), "images": b"".join(images)}
+        content: dict[str, list[Bytes]] = {"index": [index.tobytes()], "data": [data.tobytes()], "images": images}
         try:
             for kind, part in self._files.items():
-                part.write(content[kind])
+                for piece in content[kind]:
+                    part.write(piece)
         except OSError as error:
             for part in self._files.values():
                 part.undo()
@@ -192,7 +194,7 @@ class ShardWriter:
                 os.fdatasync(part.handle)
             self._synced = time.monotonic()
 
-    def _encode(self, block: Block, records: Records) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    def _encode(self, block: Block, records: Records) -> tuple[np.ndarray, np.ndarray, list[Bytes]]:
         """INDEX [n], uint8 [n, size], and the images' bytes."""
         manifest, num = self.manifest, len(block)
         readable = np.ones(num, bool) if records.readable is None else _array(records.readable, (num,), "readable").astype(bool)
@@ -222,7 +224,7 @@ class ShardWriter:
         index["changed"] = np.nan
         if records.changed is not None:
             index["changed"] = np.where(readable, _array(records.changed, (num,), "changed"), np.nan)
-        images: list[bytes] = []
+        images: list[Bytes] = []
         if manifest.images != "none":
             pixels = _array(records.images, (num, *manifest.image_size, 3), "images")
             if pixels.dtype != np.uint8:
@@ -290,9 +292,9 @@ class _Part:
         self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.size = 0  # accepted bytes; the file's position is behind the pending ones
         self.sha256 = hashlib.sha256()
-        self._pending: list[bytes] = []
+        self._pending: list[Bytes] = []
 
-    def write(self, content: bytes) -> None:
+    def write(self, content: Bytes) -> None:
         rest = memoryview(content)
         while len(rest):
             rest = rest[os.write(self.handle, rest) :]
