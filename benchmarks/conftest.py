@@ -73,7 +73,9 @@ def _bench_session(request: pytest.FixtureRequest) -> Session:
 
     config = request.config
     name = config.getoption("bench_device")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     session = Session(device, config.getoption("bench_size") or default_size(device))
     config.stash[STATE].session = session
     return session
