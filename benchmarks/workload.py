@@ -30,6 +30,7 @@ from dad_fast.methods.attack import cross_entropy_direction
 from dad_fast.models.discretizer import VQGANDiscretizer, load_discretizer
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher, load_teacher
+from dad_fast.models.vqgan import PRESETS, VQGAN
 
 SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat nor white
 
@@ -107,7 +108,6 @@ def _random(size: str, device: torch.device, batch_size: int) -> Workload:
     import timm
 
     from dad_fast.data.classes import ClassMap
-    from dad_fast.models.vqgan import PRESETS, VQGAN
 
     preset, teacher_name, vqgan_name = {
         "base": ("dad-rn50", "vit_base_patch16_clip_224", "f16-1024"),
@@ -132,9 +132,11 @@ def _random(size: str, device: torch.device, batch_size: int) -> Workload:
     if cfg.precision.channels_last:
         teacher = teacher.to(memory_format=torch.channels_last)
     vqgan = VQGAN(PRESETS[vqgan_name]).to(device)
-    discretizer = VQGANDiscretizer(vqgan, cfg.precision, name=vqgan_name)
     batch = random_batch(cfg, batch_size or cfg.data.batch_size, num_classes, device)
-    spread_codebook(discretizer, batch.images[:8].float() / 255.0)
+    few = batch.images[:8].float() / 255.0
+    spread_codebook(vqgan, few)
+    discretizer = VQGANDiscretizer(vqgan, cfg.precision, name=vqgan_name)
+    discretizer.fit_float16(few)
     return Workload(size, cfg, teacher, copy.deepcopy(teacher), discretizer, batch, num_classes, device)
 
 
@@ -161,10 +163,10 @@ def random_batch(cfg: Config, size: int, num_classes: int, device: torch.device)
 
 
 @torch.no_grad()
-def spread_codebook(discretizer: VQGANDiscretizer, pixels: Tensor) -> None:
+def spread_codebook(vqgan: VQGAN, pixels: Tensor) -> None:
     """Codes drawn around the latents of `pixels`: as initialised they lie in one point, which no search meets in practice."""
-    latents = discretizer.encode(pixels).float().transpose(0, 1).flatten(1)  # [D, N]
-    codebook = discretizer.vqgan.quantize.embedding.weight  # [K, D]
+    latents = vqgan.encode(pixels).transpose(0, 1).flatten(1)  # [D, N]
+    codebook = vqgan.quantize.embedding.weight  # [K, D]
     codebook.copy_(torch.randn_like(codebook) * latents.std(1) + latents.mean(1))
 
 
