@@ -11,6 +11,9 @@ Fused, L2 is two kernels. |d + s g/|g||^2 = |d|^2 + 2 s d.g/|g| + s^2, so that o
 float64: a gradient whose squares underflow float32 needs no scaling, and nothing is lost where the three terms cancel. Bytes an element:
 8 to reduce, 20 to apply (12 read, 8 written), that is 1.08 GB for 256 images of 224 px. L-infinity is one kernel of 20 bytes an element.
 The plain form in eager mode moves 124 and 80: 15 and 8 operations, each of which reads and writes whole tensors.
+
+The image is not converted to the VQGAN encoder's dtype and range on its way out. That would save 16 bytes an element, 0.6 GB or 0.14 ms at
+4.3 TB/s for those 256 images, of a step of more than half a second; and the encoder would have to know where its input comes from.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from dad_fast.kernels.distillation_loss import distillation_loss  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_under_the_interpreter")
-G = torch.tensor([0.7, -1.3])  # what comes from above, for CE and KD
+G = (0.7, -1.3)  # what comes from above, for CE and KD
 
 
 def draw(batch=5, classes=10, scale=3.0, dtype=torch.float32, seed=0):
@@ -36,7 +36,7 @@ def through_autograd(student, teacher, targets, weight, temperature, smoothing, 
     """(losses [2], gradient of G . losses in the student) by any function."""
     student = student.clone().requires_grad_(True)
     ce, kd = loss(student, teacher, targets, weight, temperature, smoothing)
-    (G.to(ce.dtype)[0] * ce + G.to(ce.dtype)[1] * kd).backward()
+    (G[0] * ce + G[1] * kd).backward()
     return torch.stack((ce, kd)).detach(), student.grad
 
 
@@ -186,7 +186,7 @@ def test_strided_logits_and_gradients_from_above(loss):
     for view in (wide[:, ::2], tall[::2], student.T.contiguous().T):
         view = view.detach().requires_grad_(True)
         ce, kd = loss(view, teacher.T.contiguous().T, probs, weight, 4.0, 0.0)
-        torch.stack((ce, kd)).backward(torch.stack((G, G), dim=1)[:, 1])  # not contiguous
+        torch.stack((ce, kd)).backward(torch.tensor((G, G)).T.contiguous()[:, 1])  # not contiguous
         torch.testing.assert_close(view.grad, expected[1])
     one = student.clone().requires_grad_(True)
     loss(one, teacher, probs, weight, 4.0, 0.0)[1].expand(3).sum().backward()  # only one of the two is used
@@ -202,7 +202,7 @@ def test_the_op_keeps_the_rules_of_ops(targets):
     y = {"soft": probs, "labels": labels, None: None}[targets]
     torch.library.opcheck(torch.ops.dad_fast.distillation_loss.default, (student.requires_grad_(True), teacher, y, weight, 4.0, 0.1))
     _, kept = torch.ops.dad_fast.distillation_loss(student.detach(), teacher, y, weight, 4.0, 0.1)
-    arguments = (G, kept, student.detach(), teacher, y, weight, 4.0, 0.1)
+    arguments = (torch.tensor(G), kept, student.detach(), teacher, y, weight, 4.0, 0.1)
     torch.library.opcheck(torch.ops.dad_fast.distillation_loss_backward.default, arguments)
 
 
@@ -236,3 +236,24 @@ def test_wrong_arguments(change, words):
     args = {"student": torch.zeros(2, 3), "teacher": torch.zeros(2, 3), "targets": torch.zeros(2, dtype=torch.int64)}
     with pytest.raises(ValueError, match=words):
         distillation_loss(**args | change)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 37, 1000, 21843])
+def test_on_a_gpu(dtype, classes):
+    """Eager, compiled and replayed from a CUDA graph, over temperatures."""
+    for temperature in (0.05, 4.0, 20.0):
+        student, teacher, probs, labels, weight = (tensor.cuda() for tensor in draw(64, classes, dtype=dtype))
+        for targets in (probs, labels, None):
+            args = (student, teacher, targets, weight, temperature, 0.0)
+            got = compare(args, by_the_op)
+            again = through_autograd(*args, torch.compile(by_the_op, fullgraph=True))
+            assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    leaf = student.clone().requires_grad_(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ce, kd = by_the_op(leaf, *args[1:])
+        (replayed,) = torch.autograd.grad(G[0] * ce + G[1] * kd, leaf)
+    graph.replay()
+    assert torch.equal(replayed, got[1])

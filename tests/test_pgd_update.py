@@ -176,3 +176,21 @@ def test_wrong_arguments(change, words):
     args = {name: torch.zeros(2, 3, 4, 4) for name in ("pixels", "delta", "gradient")}
     with pytest.raises(ValueError, match=words):
         pgd_update(**args | {"norm": "l2", "eps": 0.1, "step_size": 0.1} | change)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 3, 224, 224)])
+def test_on_a_gpu(shape, step):
+    """Eager, compiled and replayed from a CUDA graph."""
+    cuda = [tensor.cuda() for tensor in inputs(shape, step[1])]
+    got = pgd_update(*cuda, *step)
+    assert_close_enough(got, (*cuda, *step))
+    torch.library.opcheck(torch.ops.dad_fast.pgd_update.default, (*cuda, *step))
+    compiled = torch.compile(lambda *tensors: pgd_update(*tensors, *step), fullgraph=True)(*cuda)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = pgd_update(*cuda, *step)
+    graph.replay()
+    for first, *others in zip(got, pgd_update(*cuda, *step), compiled, replayed, strict=True):
+        assert all(torch.equal(first, other) for other in others)
