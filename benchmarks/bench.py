@@ -13,6 +13,9 @@ from benchmarks.record import Record
 from benchmarks.timing import Function, graphed, interleaved, joules_per_call, peak_memory, spread
 
 
+TINY_SECONDS = 8.0  # of a comparison at most, so that all groups together take minutes on two cores
+
+
 def default_size(device: torch.device) -> str:
     """tiny on a CPU, paper from 60 GiB of GPU memory on, base below."""
     if device.type == "cpu":
@@ -70,6 +73,8 @@ class Bench:
         if baseline not in functions:
             raise ValueError(f"baseline {baseline!r} is none of {', '.join(functions)}")
         graph = graph and self.device.type == "cuda"
+        if self.size == "tiny":
+            seconds = min(seconds, TINY_SECONDS)
         timed = {key: graphed(function) if graph else function for key, function in functions.items()}
         times = interleaved(timed, self.device, seconds)
         rows, ratios = [], {}
