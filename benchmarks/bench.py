@@ -12,7 +12,6 @@ from benchmarks.machine import Machine
 from benchmarks.record import Record
 from benchmarks.timing import Function, graphed, interleaved, joules_per_call, peak_memory, spread
 
-
 TINY_SECONDS = 8.0  # of a comparison at most, so that all groups together take minutes on two cores
 
 
