@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from store_data import BAD, CLASSES, NUM, content, key, make_manifest, make_targets, write  # noqa: E402
+from store_data import BAD, CLASSES, NUM, content, exit_code, in_child, key, make_manifest, make_targets, write  # noqa: E402
 
 from dad_fast.errors import DataError, UsageError  # noqa: E402
 from dad_fast.store import AdversarialStore, Manifest, OutputsForm, TargetStore, open_store  # noqa: E402
 from dad_fast.store.manifest import MANIFEST, _canonical  # noqa: E402
+from dad_fast.store.mapped import map_file  # noqa: E402
 
 GOOD = np.array([row not in (7, 44) for row in range(NUM)])
 
@@ -92,6 +94,34 @@ def test_images_go_where_they_are_wanted(store) -> None:
 def test_rows_and_views_that_are_not_there(store, rows: list[int], view: int) -> None:
     with pytest.raises(IndexError, match="has the"):
         store.codes(np.array(rows), view)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    manifest = make_manifest(block_size=1, blocks_per_shard=1)
+    write(tmp_path / "store", manifest)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        store, rows = AdversarialStore(tmp_path / "store"), np.arange(NUM)
+        for view in (0, 1):
+            store.codes(rows, view), store.images(rows, view)
+
+    assert manifest.geometry.num_shards == 90 and exit_code(in_child(work)) == 0
+
+
+def test_maps_go_with_their_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    (tmp_path / "empty").touch()
+    part = map_file(path)[2:5]
+    assert bytes(part) == b"234" and len(map_file(tmp_path / "empty")) == 0
+    assert str(path) in Path("/proc/self/maps").read_text()
+    with pytest.raises(ValueError, match="read-only"):
+        part[0] = 1
+    del part
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    with pytest.raises(FileNotFoundError):
+        map_file(tmp_path / "nothing")
 
 
 def test_a_shard_that_vanishes_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Manifest:
         if self.geometry.num_shards > 999_999 or self.geometry.rows_per_shard * max(self.bytes_per_sample.values()) > _LARGEST << 12:
             raise UsageError("shards that are too many or too large: choose another block_size or blocks_per_shard")
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         return Geometry(self.num_samples, self.num_views, self.block_size, self.blocks_per_shard)
 
@@ -105,7 +106,7 @@ class Manifest:
     def class_map(self) -> ClassMap:
         return ClassMap(tuple(self.classes))
 
-    @property
+    @cached_property
     def outputs_form(self) -> OutputsForm:
         return OutputsForm.parse(self.outputs, self.num_classes)
 
@@ -119,7 +120,7 @@ class Manifest:
         """Bytes of an image's codes, packed."""
         return -(-self.num_codes * self.code_bits // 8)
 
-    @property
+    @cached_property
     def data_dtype(self) -> np.dtype[Any]:
         return data_dtype(self.code_bytes, self.outputs_form, self.num_classes)
 
@@ -128,7 +129,7 @@ class Manifest:
         """The kinds of files of a shard."""
         return ("index", "data") if self.images == "none" else ("index", "data", "images")
 
-    @property
+    @cached_property
     def bytes_per_sample(self) -> dict[str, int]:
         """Of each view, by kind of file; for webp and jpeg an upper bound, the raw size."""
         images = math.prod((*self.image_size, 3)) if self.image_size else 0

@@ -20,6 +20,7 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.store.images import decode_image
 from dad_fast.store.layout import INDEX, KEPT, READABLE, hash_keys, shard_file
 from dad_fast.store.manifest import Manifest
+from dad_fast.store.mapped import map_file
 from dad_fast.store.state import file_sizes, has_files, some
 
 
@@ -143,7 +144,7 @@ class Store:
         if found is None:
             path = self.folder / shard_file(shard, kind)
             try:
-                found = np.memmap(path, np.uint8, "r").view(np.ndarray)
+                found = map_file(path)
                 if kind != "images" or self.manifest.images == "raw":
                     _, start, stop = self._geometry.place(shard)
                     found = found.reshape(stop - start, self.manifest.bytes_per_sample[kind])

@@ -60,6 +60,13 @@ def has_files(manifest: Manifest, shard: int, sizes: Mapping[str, int]) -> bool:
     return True
 
 
+def is_finished(folder: Path, manifest: Manifest, shard: int) -> bool:
+    """Of one shard, without a look at the others."""
+    names = [shard_file(shard, kind) for kind in (*manifest.files, SUMS)]
+    sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+    return (manifest.complete or shard_file(shard, SUMS) in sizes) and has_files(manifest, shard, sizes)
+
+
 def finished_shards(folder: Path, manifest: Manifest) -> list[int]:
     """The shards that are there, by the sizes of their files."""
     sizes = file_sizes(folder)

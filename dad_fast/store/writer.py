@@ -30,7 +30,7 @@ from dad_fast.store.images import encode_image
 from dad_fast.store.layout import INDEX, KEPT, READABLE, Block, broken_rows, crcs, hash_keys, seal, shard_file
 from dad_fast.store.lock import LOCK, PART, Busy, disk_error, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
-from dad_fast.store.state import SUMS, finished_shards, missing_shards, recorded_sums, sums_text
+from dad_fast.store.state import SUMS, finished_shards, is_finished, missing_shards, recorded_sums, sums_text
 
 Bytes = bytes | memoryview
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
@@ -138,7 +138,7 @@ class ShardWriter:
     def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
         self.folder, self.manifest, self.number = folder, manifest, number
         self.blocks = manifest.geometry.blocks(number)
-        self.finished = number in finished_shards(folder, manifest)
+        self.finished = is_finished(folder, manifest, number)
         self.next_block = len(self.blocks) if self.finished else 0
         self._files: dict[str, _Part] = {}
         self._synced = time.monotonic()
