@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from dad_fast.kernels.cross_compile import triton_modules
+
 TABLE = Path(__file__).with_name("tuning.json")
-MODULES = ("nearest_code.triton_small", "nearest_code.triton_gemm", "group_norm_silu_triton")  # those that have tuning_cases()
+CHOOSERS = ("dad_fast.kernels.wide_attention",)  # tables that choose between other people's kernels
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("tuning: torch sees no CUDA device here; run it on the GPU whose entries are to be measured", file=sys.stderr)
         return 3
     arch, table = architecture("cuda"), _table()
-    cases = [case for name in MODULES for case in importlib.import_module(f"dad_fast.kernels.{name}").tuning_cases()]
+    modules = [importlib.import_module(name) for name in (*triton_modules(), *CHOOSERS)]
+    cases = [case for module in modules if hasattr(module, "tuning_cases") for case in module.tuning_cases()]
     unknown = set(options.kernels) - {case.kernel for case in cases}
     if unknown:
         print(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
+from dad_fast.kernels.wide_attention import wide_attention
 from dad_fast.models.vqgan import AttnBlock, Downsample, ResnetBlock, Upsample
 
 # Nearest-2x upsampling and then a 3-tap kernel is a transposed convolution of stride 2 with these 4 taps (the same in x and y).
@@ -148,6 +149,7 @@ class Attention(nn.Module):
         super().__init__()
         self.norm = Norm(plain.norm, recipe, silu=False)
         self.scale = 1 / math.sqrt(plain.q.out_channels) / recipe.scale
+        self.attend = wide_attention(plain.q.weight.device, plain.q.out_channels)
         self.k = self.v = None
         if recipe.savings.attention:
             (wq, bq), (wk, _), (wv, bv), (wo, bo) = map(parameters, (plain.q, plain.k, plain.v, plain.proj_out))
@@ -161,9 +163,9 @@ class Attention(nn.Module):
     def forward(self, terms: Sum) -> Sum:
         h, x = self.norm(terms)
         maps = (h if conv is None else conv(h) for conv in (self.q, self.k, self.v))
-        q, k, v = (each.flatten(2).transpose(1, 2).unsqueeze(1) for each in maps)  # [B, 1, HW, C]
-        h = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj_out.before_norm(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]), x)
+        q, k, v = (each.flatten(2).transpose(1, 2) for each in maps)  # [B, HW, C]
+        h = self.attend(q, k, v, self.scale)
+        return self.proj_out.before_norm(h.transpose(1, 2).unflatten(2, x.shape[2:]), x)
 
 
 class Down(nn.Module):

@@ -1,0 +1,55 @@
+"""Attention of one wide head: every way gives the same, and the table decides which is taken."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dad_fast.kernels import tuning  # noqa: E402
+from dad_fast.kernels import wide_attention as module  # noqa: E402
+from dad_fast.kernels.wide_attention import WAYS, bmm, sdpa, wide_attention, xformers  # noqa: E402
+
+
+def exact(q, k, v, scale):
+    q, k, v = (tensor.double() for tensor in (q, k, v))
+    return (scale * q @ k.transpose(1, 2)).softmax(dim=2) @ v
+
+
+def strided(batch, tokens, width, dtype, device="cpu"):
+    """As they come from maps [B, C, H, W] in NCHW: the last dimension is not the dense one."""
+    return torch.randn(3, batch, width, tokens, device=device).to(dtype).transpose(2, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 49, 64), (1, 1, 8), (3, 33, 300)])
+@pytest.mark.parametrize("way", ["sdpa", "bmm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ways_agree(shape, way, dtype):
+    q, k, v = strided(*shape, dtype)
+    expected = exact(q, k, v, 0.1)
+    error, plain = ((y.double() - expected).norm() / expected.norm() for y in (WAYS[way](q, k, v, 0.1), sdpa(q, k, v, 0.1)))
+    assert error <= 2.5 * plain + torch.finfo(dtype).eps
+    torch.testing.assert_close(WAYS[way](q, v, v, 0.1).double(), exact(q, v, v, 0.1), rtol=0, atol=20 * torch.finfo(dtype).eps)
+
+
+def test_the_table_decides_on_cuda(monkeypatch):
+    assert wide_attention(torch.device("cpu"), 512) is sdpa
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+    assert wide_attention(cuda, 512) is WAYS[tuning.entries("wide_attention", "sm_90")[-1]["way"]]
+    table = {"wide_attention": {"sm_90": [{"max": {"width": 256}, "way": "bmm"}, {"max": {}, "way": "xformers"}]}}
+    monkeypatch.setattr(tuning, "_table", lambda: table)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    assert wide_attention(cuda, 256) is bmm and wide_attention(cuda, 512) is xformers
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert wide_attention(cuda, 512) is sdpa
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cuda(way, dtype):
+    if way == "xformers":
+        pytest.importorskip("xformers.ops")
+    q, k, v = strided(4, 784, 512, dtype, "cuda")
+    expected = exact(q, k, v, 512**-0.5)
+    error = (WAYS[way](q, k, v, 512**-0.5).double() - expected).norm() / expected.norm()
+    assert error < 8 * torch.finfo(dtype).eps
