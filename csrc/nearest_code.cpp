@@ -13,6 +13,7 @@
 #include <tvm/ffi/function.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "distance_tile.h"
+#include "instruction_sets.h"
 #include "parallel.h"
 
 namespace dad {
@@ -29,18 +31,8 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-// The inner loops that this processor runs, fastest first.
 const std::vector<const DistanceTile*>& distance_tiles() {
-  static const std::vector<const DistanceTile*> tiles = [] {
-    std::vector<const DistanceTile*> runnable;
-#ifdef DAD_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) runnable.push_back(&distance_tile_avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) runnable.push_back(&distance_tile_avx2);
-#endif
-    runnable.push_back(&distance_tile_baseline);
-    return runnable;
-  }();
+  static const std::vector<const DistanceTile*> tiles = DAD_RUNNABLE(DistanceTile, distance_tile);
   return tiles;
 }
 
@@ -80,6 +72,13 @@ Codebook lay_out(const float* codes, int64_t num_codes, int64_t dim) {
   return book;
 }
 
+bool is_finite(const float* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) {
+    if (!std::isfinite(row[d])) return false;
+  }
+  return true;
+}
+
 double exact_distance(const float* row, const float* code, int64_t dim) {
   double sum = 0;
   for (int64_t d = 0; d < dim; ++d) {
@@ -98,10 +97,8 @@ float band_end(float smallest, int64_t dim) {
   return end < std::numeric_limits<float>::max() ? static_cast<float>(end) : kInfinity;
 }
 
+// `row` is finite.
 int64_t settle(const float* row, const Codebook& book, const DistanceTile& tile_ops, const float* tile_minima, float* distances) {
-  for (int64_t d = 0; d < book.dim; ++d) {
-    if (!std::isfinite(row[d])) return 0;
-  }
   float smallest = kInfinity;
   for (int64_t tile = 0; tile < book.num_tiles; ++tile) smallest = std::min(smallest, tile_minima[tile]);
   const float end = band_end(smallest, book.dim);
@@ -121,15 +118,16 @@ int64_t settle(const float* row, const Codebook& book, const DistanceTile& tile_
 }
 
 // latents [N, D] float32, codebook [K, D] float32, codes [N] int64: all contiguous, on the CPU, K and D at least 1.
-// instruction_set is an index into instruction_sets(): 0 is the fastest.
-void nearest_code(ffi::TensorView latents, ffi::TensorView codebook, ffi::TensorView codes, int64_t num_threads,
-                  int64_t instruction_set) {
+// instruction_set is an index into instruction_sets(): 0 is the fastest. Returns how many latents are not finite.
+int64_t nearest_code(ffi::TensorView latents, ffi::TensorView codebook, ffi::TensorView codes, int64_t num_threads,
+                     int64_t instruction_set) {
   const int64_t num_rows = latents.size(0), dim = latents.size(1), num_codes = codebook.size(0);
   const float* rows = static_cast<const float*>(latents.data_ptr());
   int64_t* out = static_cast<int64_t*>(codes.data_ptr());
   const DistanceTile& tile_ops = *distance_tiles().at(instruction_set);
   const Codebook book = lay_out(static_cast<const float*>(codebook.data_ptr()), num_codes, dim);
   const int64_t useful_threads = 1 + static_cast<int64_t>(static_cast<double>(num_rows) * num_codes * dim / kWorkPerThread);
+  std::atomic<int64_t> num_nonfinite{0};
   parallel_for(num_rows, kRowsPerTask, std::min(num_threads, useful_threads), [&](int64_t first, int64_t last) {
     const Buffer minima = allocate((last - first) * book.num_tiles);
     const Buffer distances = allocate(book.width);
@@ -138,9 +136,12 @@ void nearest_code(ffi::TensorView latents, ffi::TensorView codebook, ffi::Tensor
                       minima.get() + tile, book.num_tiles);
     }
     for (int64_t r = first; r < last; ++r) {
-      out[r] = settle(rows + r * dim, book, tile_ops, minima.get() + (r - first) * book.num_tiles, distances.get());
+      const bool finite = is_finite(rows + r * dim, dim);
+      num_nonfinite += !finite;
+      out[r] = !finite ? 0 : settle(rows + r * dim, book, tile_ops, minima.get() + (r - first) * book.num_tiles, distances.get());
     }
   });
+  return num_nonfinite;
 }
 
 ffi::String instruction_sets() {

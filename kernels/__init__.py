@@ -4,6 +4,6 @@ if __name__ != "dad_fast.kernels":  # the checkout's root is on sys.path, but th
     raise ImportError("this folder is imported as dad_fast.kernels")
 
 from dad_fast.kernels.csrc import csrc_status
-from dad_fast.kernels.nearest_code import nearest_code
+from dad_fast.kernels.nearest_code import CodebookSearch, nearest_code
 
-__all__ = ["csrc_status", "nearest_code"]
+__all__ = ["CodebookSearch", "csrc_status", "nearest_code"]

@@ -13,27 +13,37 @@ import dad_fast
 
 
 @functools.cache
-def _load() -> tuple[Any, str]:
-    """The tvm-ffi module (None: there is none), and one line on what is there or missing."""
-    found = [path for folder in dad_fast.__path__ for path in sorted(Path(folder).glob("libdad_csrc.*"))]
+def _load(name: str, built_by: str) -> tuple[Any, str]:
+    """The tvm-ffi module lib<name> (None: there is none), and one line on what is there or missing."""
+    found = [path for folder in dad_fast.__path__ for path in sorted(Path(folder).glob(f"lib{name}.*"))]
     if not found:
-        return None, "off: not built (a C++17 compiler is needed when installing; in a checkout: make csrc)"
+        return None, f"off: not built ({built_by} is needed when installing; in a checkout: make csrc)"
     try:
         import tvm_ffi
     except ImportError as error:
         return None, f"off: {error} (pip install apache-tvm-ffi)"
     try:
         module = tvm_ffi.load_module(str(found[0]))
-        return module, f"on: {found[0]} ({module.instruction_sets().split()[0]})"
+        return module, f"on: {found[0]} ({getattr(module, 'instruction_sets' if name == 'dad_csrc' else 'architectures')().split()[0]})"
     except Exception as error:  # whatever is wrong with the file, torch takes its place
         return None, f"off: {found[0]} does not load: {' '.join(str(error).split())} (install the project again)"
 
 
 def csrc() -> Any | None:
     """The loaded library, a module with one function per op; None where it is not available."""
-    return _load()[0]
+    return _load("dad_csrc", "a C++17 compiler")[0]
 
 
 def csrc_status() -> str:
     """`on: FILE (instruction set)`, or `off: REASON (MEND)`."""
-    return _load()[1]
+    return _load("dad_csrc", "a C++17 compiler")[1]
+
+
+def csrc_cuda() -> Any | None:
+    """The same for the CUDA half, which is built where nvcc is found."""
+    return _load("dad_csrc_cuda", "nvcc, of CUDA's toolkit,")[0]
+
+
+def csrc_cuda_status() -> str:
+    """`on: FILE (architectures)`, or `off: REASON (MEND)`."""
+    return _load("dad_csrc_cuda", "nvcc, of CUDA's toolkit,")[1]

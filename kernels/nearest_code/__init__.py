@@ -7,5 +7,6 @@ Every back end gives the same codes, bit for bit; each has a module of its own.
 """
 
 from dad_fast.kernels.nearest_code.ops import nearest_code
+from dad_fast.kernels.nearest_code.search import CodebookSearch
 
-__all__ = ["nearest_code"]
+__all__ = ["CodebookSearch", "nearest_code"]

@@ -50,9 +50,17 @@ def _by_score(z: Tensor, e: Tensor, valid: Tensor, half_square: Tensor) -> Tenso
     return codes.new_full((num_rows,), num_codes).scatter_reduce_(0, rows, codes, "amin") % num_codes
 
 
-def search_torch(latents: Tensor, codebook: Tensor) -> Tensor:
-    """latents [N, D], codebook [K, D] -> codes [N] int64, on any device."""
-    codes = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
+def available(device: torch.device, num_codes: int, dim: int) -> str:
+    """ "": it is available everywhere."""
+    return ""
+
+
+def prepare(codebook: Tensor) -> Tensor:
+    return codebook
+
+
+def search(latents: Tensor, codebook: Tensor, codes: Tensor, num_nonfinite: Tensor) -> None:
+    """latents [N, D], codebook [K, D] -> codes [N] int64; num_nonfinite grows by the number of latents that are not finite."""
     valid = codebook.isfinite().all(1)  # [K]
     small = latents.shape[1] <= MAX_DIFFERENCE_DIM
     e = codebook.double().masked_fill(~valid[:, None], torch.inf if small else 0.0)
@@ -63,4 +71,11 @@ def search_torch(latents: Tensor, codebook: Tensor) -> Tensor:
         z = latents[first : first + block].double().masked_fill_(~finite[:, None], 0.0)
         found = _by_difference(z, e) if half_square is None else _by_score(z, e, valid, half_square)
         codes[first : first + block] = found.masked_fill_(~finite, 0)
+        num_nonfinite += finite.logical_not_().sum()
+
+
+def search_torch(latents: Tensor, codebook: Tensor) -> Tensor:
+    """latents [N, D], codebook [K, D] -> codes [N] int64, on any device."""
+    codes = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
+    search(latents, codebook, codes, torch.zeros((), dtype=torch.int64, device=latents.device))
     return codes

@@ -1,0 +1,86 @@
+"""Latents [n, d] and codebooks [k, d] that are hard to search exactly, each in a way of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def normal(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+
+
+def clustered(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Codes so close to a few centres that fp32 cannot tell many of them apart."""
+    z, e = normal(n, k, d)
+    return z, e[torch.arange(k) % 8] + 1e-6 * e
+
+
+def off_centre(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    z, e = normal(n, k, d)
+    return 3 + 0.3 * z, 3 + 0.3 * e
+
+
+def duplicated(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    z, e = normal(n, k, d)
+    return z, e[torch.arange(k) % (k // 2 + 1)]
+
+
+def dead(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Nine tenths of the codes are one and the same point."""
+    z, e = normal(n, k, d)
+    return z, torch.where((torch.arange(k) % 10 == 3)[:, None], e, e[:1])
+
+
+def exact_hits(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    z, e = normal(n, k, d)
+    return e[torch.arange(n) % k].clone(), e
+
+
+def integers(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Small integers: many exact ties between different codes."""
+    z, e = normal(n, k, d)
+    return z.round(), (2 * e).round()
+
+
+def far_away(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Steps of one fp32 rounding around 3000: |z|^2 + |e|^2 - 2 z.e cannot tell these codes apart, not even in fp64."""
+    z, e = normal(n, k, d)
+    return 3000 + 2.0**-12 * (2 * z).round(), 3000 + 2.0**-12 * (2 * e).round()
+
+
+def huge(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    z, e = normal(n, k, d)
+    return 1e30 * z, 1e30 * e  # the squares overflow fp32
+
+
+def tiny(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    z, e = normal(n, k, d)
+    return 1e-30 * z, 1e-30 * e  # the squares vanish in fp32
+
+
+def mixed_scales(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    z, e = normal(n, k, d)
+    return z * 10.0 ** torch.linspace(-30, 30, n)[:, None], e * 10.0 ** torch.linspace(-30, 30, k)[:, None]
+
+
+def sphere(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Every code is as near to the origin as any other."""
+    z, e = normal(n, k, d)
+    return torch.where((torch.arange(n) % 2 == 0)[:, None], z, 1e-3 * z), e / e.norm(dim=1, keepdim=True)
+
+
+def outside(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Latents from just outside the codebook to as far as fp32 goes."""
+    z, e = normal(n, k, d)
+    return z / z.abs().amax(1, keepdim=True) * 10.0 ** torch.linspace(0, 38, n)[:, None], e
+
+
+def midway(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Latents on the bisectors of pairs of codes, as nearly as fp32 has them."""
+    z, e = normal(n, k, d)
+    return (e[torch.arange(n) % k] + e[(3 * torch.arange(n) + 1) % k]) / 2, e
+
+
+DATA = [normal, clustered, off_centre, duplicated, dead, exact_hits, integers, far_away, huge, tiny, mixed_scales, sphere, outside, midway]

@@ -1,0 +1,388 @@
+"""CodebookSearch: every back end that this machine can run gives the codes of the fp64 search; the grid, its cache, the public class."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dad_fast.errors import EnvironmentProblem, UsageError
+from dad_fast.kernels import CodebookSearch, csrc_status, nearest_code
+from dad_fast.kernels.csrc import csrc
+from dad_fast.kernels.nearest_code import csrc_search, grid_search
+from dad_fast.kernels.nearest_code.reference import search_reference
+from dad_fast.kernels.nearest_code.torch_search import search_torch
+from tests.codebooks import DATA, clustered, midway, normal
+
+INSTRUCTION_SETS = csrc().instruction_sets().split() if csrc() is not None else []
+needs_csrc = pytest.mark.skipif(not INSTRUCTION_SETS, reason=csrc_status())
+BACK_ENDS = ["torch", *(["grid", "csrc"] if INSTRUCTION_SETS else [])]
+every_back_end = pytest.mark.parametrize("backend", BACK_ENDS)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
+
+
+def grid_codes(z: Tensor, grid: Tensor, instruction_set: int = 0) -> Tensor:
+    codes = torch.empty(len(z), dtype=torch.int64)
+    grid_search.search(z, grid, codes, torch.zeros((), dtype=torch.int64), instruction_set)
+    return codes
+
+
+def cache_file(tmp_path: Path) -> Path:
+    (path,) = (tmp_path / "cache" / "codebooks").iterdir()
+    return path
+
+
+@needs_csrc
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("n", "k", "d"), [(101, 300, 1), (101, 700, 2), (101, 300, 3), (101, 1500, 4), (33, 1, 4), (33, 7, 3)])
+def test_grid_equals_fp64(data, n: int, k: int, d: int) -> None:
+    z, e = data(n, k, d)
+    grid = grid_search.build_grid(e)
+    expected = search_reference(z, e)
+    for i in range(len(INSTRUCTION_SETS)):
+        assert torch.equal(grid_codes(z, grid, i), expected)
+    assert torch.equal(grid_codes(e, grid), search_torch(e, e))
+
+
+@needs_csrc
+def test_any_codebook_has_its_grid() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    @hypothesis.given(
+        k=st.integers(1, 400), d=st.integers(1, 4), seed=st.integers(0, 10**6), log_scale=st.integers(-44, 37),
+        offset=st.sampled_from([0.0, 1.0, 3.0, 1000.0]), levels=st.sampled_from([0, 2, 7]),
+    )  # fmt: skip
+    def check(k: int, d: int, seed: int, log_scale: int, offset: float, levels: int) -> None:
+        z, e = normal(200, k, d, seed)
+        if levels:  # points of a lattice: ties, duplicates, flat sides
+            z, e = (z * levels).round() / 2, (e * levels).round()
+        z[::5] *= 100
+        scale = 10.0**log_scale
+        z, e = ((tensor.double() + offset) * scale for tensor in (z, e))
+        z, e = (tensor.clamp(-3e38, 3e38).float() for tensor in (z, e))
+        assert torch.equal(grid_codes(z, grid_search.build_grid(e)), search_torch(z, e))
+
+    check()
+
+
+@needs_csrc
+@pytest.mark.parametrize("d", [1, 2, 3, 4])
+def test_borders_of_cells(d: int) -> None:
+    """Latents on the border of two cells, and the fp32 numbers at either side of it."""
+    _, e = normal(0, 2000, d)
+    grid = grid_search.build_grid(e)
+    lo, inverse = grid[72:88].view(torch.float32)[:d], grid[88:104].view(torch.float32)[:d]
+    fine = grid[104:120].view(torch.int32)[:d]
+    generator = torch.Generator().manual_seed(0)
+    cells = (torch.rand(600, d, generator=generator) * (fine + 1)).floor()
+    borders = lo + cells / inverse
+    z = torch.cat([borders, borders.nextafter(borders + 1), borders.nextafter(borders - 1)])
+    assert torch.equal(grid_codes(z, grid), search_torch(z, e))
+
+
+@needs_csrc
+def test_the_papers_codebook() -> None:
+    z, e = normal(3000, 16384, 4)
+    assert torch.equal(CodebookSearch(e, "grid").search(z), nearest_code(z, e))
+
+
+@needs_csrc
+@pytest.mark.parametrize("flush", [False, True])
+def test_subnormals(flush: bool) -> None:
+    """Also where the caller has torch flush them to zero."""
+    z, e = (1e-41 * tensor for tensor in normal(200, 300, 4))
+    expected = search_torch(z, e)
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this processor cannot")
+    try:
+        codes = CodebookSearch(e, "grid").search(z), CodebookSearch(e, "csrc").search(z)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(codes[0], expected) and torch.equal(codes[1], expected)
+
+
+@every_back_end
+def test_not_finite(backend: str) -> None:
+    z, e = normal(5000, 300, 4)
+    z[3, 1], z[5, 0], z[4000, 2] = torch.nan, torch.inf, -torch.inf
+    e[0, 0], e[17, 3] = torch.nan, torch.inf
+    search = CodebookSearch(e, backend)
+    codes = search.search(z)
+    assert codes[[3, 5, 4000]].tolist() == [0, 0, 0] and torch.equal(codes, nearest_code(z, e))
+    assert search.num_nonfinite.dtype == torch.int64 and search.num_nonfinite.item() == 3
+    search.search_and_quantize(z[:10])
+    assert search.num_nonfinite.item() == 5
+
+
+@every_back_end
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_images_and_quantized(backend: str, dtype: torch.dtype) -> None:
+    z, e = torch.randn(2, 4, 5, 3).to(dtype), torch.randn(500, 4).to(dtype)
+    search = CodebookSearch(e, backend)
+    codes, quantized = search.search_and_quantize(z)
+    assert codes.shape == (2, 5, 3) and quantized.shape == z.shape and quantized.dtype == torch.float32
+    assert torch.equal(codes, nearest_code(z, e)) and torch.equal(codes, search.search(z))
+    assert torch.equal(quantized, e.float()[codes].permute(0, 3, 1, 2))
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    assert torch.equal(search.search(flat), codes.flatten())
+    assert torch.equal(search.search_and_quantize(flat)[1], e.float()[codes.flatten()])
+    assert search.search(z[:0]).shape == (0, 5, 3)
+
+
+@every_back_end
+def test_operator_contract(backend: str) -> None:
+    z, e = normal(40, 300, 4)
+    search = CodebookSearch(e, backend)
+    for op in (torch.ops.dad_fast.codebook_search, torch.ops.dad_fast.codebook_search_and_quantize):
+        torch.library.opcheck(op.default, (z, search.num_nonfinite, search._handle))
+
+
+@every_back_end
+def test_compiles_as_one_graph(backend: str) -> None:
+    z, e = torch.randn(2, 4, 6, 5), torch.randn(300, 4)
+    z[0, 0, 0, 0] = torch.nan
+    search = CodebookSearch(e, backend)
+    compiled = torch.compile(lambda z: search.search_and_quantize(2 * z), fullgraph=True, backend="aot_eager")
+    codes, quantized = compiled(z)
+    assert torch.equal(codes, nearest_code(2 * z, e)) and torch.equal(quantized, e[codes].permute(0, 3, 1, 2))
+    assert search.num_nonfinite.item() == 1
+
+
+@every_back_end
+def test_autocast_and_gradients_do_not_matter(backend: str) -> None:
+    z, e = clustered(300, 400, 4)
+    search = CodebookSearch(e.requires_grad_(), backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, quantized = search.search_and_quantize(z.requires_grad_())
+    assert torch.equal(codes, search_reference(z, e)) and not quantized.requires_grad
+
+
+@every_back_end
+def test_later_changes_of_the_codebook_do_not_count(backend: str) -> None:
+    z, e = normal(50, 300, 4)
+    expected = nearest_code(z, e)
+    search = CodebookSearch(e, backend)
+    e.zero_()
+    assert torch.equal(search.search(z), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda search: pickle.loads(pickle.dumps(search))])
+def test_copies_search_alike(copied) -> None:
+    z, e = normal(50, 300, 4)
+    search = CodebookSearch(e)
+    other = copied(search)
+    del search
+    assert torch.equal(other.search(z), nearest_code(z, e)) and other.backend == CodebookSearch(e).backend
+
+
+def test_auto(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    _, e = normal(0, 333, 4)
+    small, wide = CodebookSearch(e[:5]), CodebookSearch(torch.randn(300, 5))
+    first, second = CodebookSearch(e), CodebookSearch(e)
+    lines = [record.getMessage() for record in caplog.records if "333" in record.getMessage()]
+    assert lines == [f"codebook search: {first.backend} for 333 codes of 4 dimensions on cpu"]
+    if INSTRUCTION_SETS:
+        assert (first.backend, second.backend, small.backend, wide.backend) == ("grid", "grid", "csrc", "csrc")
+        assert CodebookSearch(torch.full((300, 4), math.nan)).backend == "csrc"  # no code to make a grid of
+
+
+def test_back_ends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, e = normal(0, 300, 4)
+    with pytest.raises(UsageError, match="choose one of auto, grid, csrc, cuda, triton, torch"):
+        CodebookSearch(e, "fast")
+    with pytest.raises(EnvironmentProblem, match="the back end grid was asked for, but .*at most 4 dimensions, not 5"):
+        CodebookSearch(torch.randn(10, 5), "grid")
+    with pytest.raises(EnvironmentProblem, match="at most 65536 codes, not 65537"):
+        CodebookSearch(torch.randn(65537, 1), "grid")
+    with pytest.raises(EnvironmentProblem, match="the back end cuda was asked for, but it needs a CUDA device, not cpu"):
+        CodebookSearch(e, "cuda")
+    for module in (grid_search, csrc_search):
+        monkeypatch.setattr(module, "csrc", lambda: None)
+    for name in ("grid", "csrc"):
+        with pytest.raises(EnvironmentProblem, match=f"the back end {name} was asked for, but csrc is "):
+            CodebookSearch(e, name)
+    assert CodebookSearch(e).backend == "torch"
+    for wrong in (e[0], e[:0], e.double(), e.long()):
+        with pytest.raises(ValueError, match="a codebook"):
+            CodebookSearch(wrong)
+    search = CodebookSearch(e)
+    for wrong in (e[:, :3], e[0], e.double()):
+        with pytest.raises(ValueError, match="latents"):
+            search.search(wrong)
+
+
+# The cache
+
+
+def other_codebook(content: bytes, tmp_path: Path) -> bytes:
+    """A whole, valid file, of another codebook of the same shape."""
+    _, e = normal(0, 600, 4, seed=9)
+    path = tmp_path / "other"
+    grid_search.write_grid(path, grid_search.build_grid(e))
+    return path.read_bytes()
+
+
+def resealed(content: bytes, change) -> bytes:
+    """Damage that the checksum does not show."""
+    import hashlib
+
+    head = len(grid_search.VERSION)
+    block = bytearray(content[head + 32 :])
+    change(block)
+    return content[:head] + hashlib.sha256(block).digest() + bytes(block)
+
+
+def flipped(at: int):
+    return lambda content, _: content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def poked(at: int, value: int):
+    def change(block: bytearray) -> None:
+        block[at] = value
+
+    return lambda content, _: resealed(content, change)
+
+
+def ids_swapped(content: bytes, _) -> bytes:
+    def change(block: bytearray) -> None:
+        block[-1500:-1400] = block[-1400:-1300]  # the codes of some rows
+
+    return resealed(content, change)
+
+
+DAMAGE = {
+    "empty": lambda content, _: b"",
+    "header only": lambda content, _: content[:48],
+    "truncated": lambda content, _: content[:-1],
+    "cut in half": lambda content, _: content[: len(content) // 2],
+    "longer": lambda content, _: content + b"\0",
+    "text": lambda content, _: b"not a grid at all\n" * 1000,
+    "older version": lambda content, _: content.replace(b"dad-fast grid 1", b"dad-fast grid 0", 1),
+    "first byte": flipped(0),
+    "checksum": flipped(20),
+    "a byte of the header": flipped(120),
+    "a byte of the lists": flipped(100_000),
+    "the last byte": lambda content, _: content[:-1] + bytes([content[-1] ^ 1]),
+    "another codebook": other_codebook,
+    "block: magic": poked(0, 0),
+    "block: version": poked(8, 99),
+    "block: bytes": poked(16, 1),
+    "block: num_top": poked(24, 1),
+    "block: num_leaves": poked(32, 1),
+    "block: num_ids": poked(41, 255),
+    "block: table_size": poked(49, 0),
+    "block: K": poked(56, 99),
+    "block: D": poked(64, 3),
+    "block: scale": poked(91, 255),
+    "block: cells": poked(104, 8),
+    "block: top": poked(256, 77),
+    "block: order": ids_swapped,
+}
+
+
+@needs_csrc
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_cache_is_built_again(damage, tmp_path: Path) -> None:
+    z, e = normal(200, 600, 4)
+    grid = grid_search.prepare(e)
+    path = cache_file(tmp_path)
+    content = path.read_bytes()
+    assert grid_search.read_grid(path, e) is not None
+    path.write_bytes(damage(content, tmp_path))
+    assert grid_search.read_grid(path, e) is None
+    assert torch.equal(grid_codes(z, grid_search.prepare(e)), grid_codes(z, grid))
+    assert path.read_bytes() == content
+
+
+@needs_csrc
+def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+    z, e = normal(5, 20, 2)
+    grid_search.prepare(e)
+    path = cache_file(tmp_path)
+    content = path.read_bytes()
+    for at in range(0, len(content), 61):
+        path.write_bytes(flipped(at)(content, None))
+        assert grid_search.read_grid(path, e) is None
+
+
+@needs_csrc
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    z, e = normal(50, 300, 4)
+    assert torch.equal(CodebookSearch(e, "grid").search(z), nearest_code(z, e))
+
+
+@needs_csrc
+def test_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, e = normal(50, 300, 4)
+    CodebookSearch(e, "grid")
+    monkeypatch.setattr(grid_search, "build_grid", lambda e: pytest.fail("built again"))
+    assert torch.equal(CodebookSearch(e, "grid").search(z), nearest_code(z, e))
+
+
+BUILD = """
+import sys, torch
+torch.set_num_threads(1)
+from dad_fast.kernels import CodebookSearch
+e = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(3):
+    print(int(CodebookSearch(e, "grid").search(2 * e).sum()), flush=True)
+"""
+
+
+@needs_csrc
+def test_processes_that_build_at_once(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", BUILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:  # all start within microseconds
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = {process.communicate()[0] for process in processes}
+    assert all(process.returncode == 0 for process in processes)
+    e = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    assert results == {f"{int(nearest_code(2 * e, e).sum())}\n" * 3}
+    assert grid_search.read_grid(cache_file(tmp_path), e) is not None  # one file, whole, and no temporary one
+
+
+@needs_csrc
+def test_searches_from_several_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    z, e = midway(4000, 2000, 4)
+    search = CodebookSearch(e, "grid")
+    expected = nearest_code(z, e)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(codes, expected) for codes in pool.map(lambda _: search.search(z), range(20)))
+
+
+@needs_csrc
+def test_any_number_of_threads_builds_the_same() -> None:
+    _, e = normal(0, 1500, 4)
+    before = torch.get_num_threads()
+    try:
+        grids = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            grids.append(grid_search.build_grid(e))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*grids)
