@@ -1,0 +1,307 @@
+"""The Triton back ends of the search equal the fp64 search: under Triton's interpreter on a CPU, and (-m gpu) on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+
+from dad_fast.kernels.nearest_code import triton_common, triton_gemm, triton_small  # noqa: E402
+from dad_fast.kernels.nearest_code.reference import search_reference  # noqa: E402
+from dad_fast.kernels.nearest_code.torch_search import search_torch  # noqa: E402
+from tests.codebooks import DATA, clustered, duplicated, far_away, huge, mixed_scales, normal, outside, tiny  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_device = (
+    pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_under_the_interpreter") if INTERPRETED else pytest.mark.gpu
+)
+META = {"rows": 16, "num_warps": 4, "num_stages": 2}
+SLOTS = 32
+every_back_end = pytest.mark.parametrize("module", [triton_small, triton_gemm], ids=["small", "gemm"])
+
+
+def test_under_the_interpreter():
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "--override-ini=addopts="]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+class Search:
+    """A search with its outputs: codes, quantized, num_nonfinite, and how many rows went to the fp64 settlement."""
+
+    def __init__(self, module, z, e, slots=SLOTS, meta=META):
+        z, e = z.to(DEVICE), e.contiguous().to(DEVICE)
+        state = module.prepare(e, slots)
+        self.codes = torch.full((len(z),), -7, dtype=torch.int64, device=DEVICE)
+        self.quantized = torch.full_like(z, 7.0)
+        self.num_nonfinite = torch.full((1,), 100, dtype=torch.int64, device=DEVICE)
+        self.num_settled = 0
+        settle, module.settle = module.settle, self._count(module.settle)
+        try:
+            module.search(z.contiguous(), state, self.codes, self.num_nonfinite, self.quantized, meta)
+        finally:
+            module.settle = settle
+
+    def _count(self, settle):
+        def counting(latents, state, codes, quantized, num_work, *rest):
+            settle(latents, state, codes, quantized, num_work, *rest)
+            self.num_settled = int(num_work)
+
+        return counting
+
+
+def check(module, z, e, **options):
+    found = Search(module, z, e, **options)
+    expected = search_reference(z, e)
+    assert torch.equal(found.codes.cpu(), expected)
+    assert torch.equal(found.quantized.cpu().view(torch.int32), e[expected].view(torch.int32))
+    return found
+
+
+def rows_for(data, d):
+    """Few for the interpreter where most rows are settled, of which it does some ten a second."""
+    if not INTERPRETED:
+        return 501
+    if data in (clustered, mixed_scales, tiny, outside):
+        return 1 if d > 8 else 2
+    return 37 if d <= 8 else 7
+
+
+@on_device
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("k", "d"), [(257, 1), (300, 3), (700, 4), (100, 8)])
+def test_small_equals_fp64(data, k, d):
+    check(triton_small, *data(rows_for(data, d), k, d))
+
+
+@on_device
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("k", "d"), [(300, 3), (100, 8), (500, 32), (90, 64)])
+def test_gemm_equals_fp64(data, k, d):
+    check(triton_gemm, *data(rows_for(data, d), k, d))
+
+
+@on_device
+@pytest.mark.parametrize("data", [normal, duplicated, far_away, huge], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("k", "d"), [(70, 256), (40, 300)])
+def test_gemm_of_many_dimensions(data, k, d):
+    check(triton_gemm, *data(rows_for(data, d), k, d))
+
+
+@on_device
+@every_back_end
+@pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 64, 65, 1025])
+def test_sizes_of_codebook(module, k):
+    check(module, *normal(9, k, 4))
+
+
+@on_device
+def test_the_papers_codebook():
+    """With the table's own meta-parameters, and few rows left to settle."""
+    found = check(triton_small, *normal(150, 16384, 4), slots=None, meta=None)
+    assert found.num_settled <= 8
+
+
+@on_device
+@pytest.mark.parametrize("d", [32, 256])
+def test_the_gemms_own_meta_parameters(d):
+    found = check(triton_gemm, *normal(130 if d == 32 else 20, 512, d), slots=None, meta=None)
+    assert found.num_settled <= 20
+
+
+@on_device
+@every_back_end
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 100])
+def test_numbers_of_rows(module, n):
+    check(module, *normal(n, 100, 4))
+
+
+@on_device
+@every_back_end
+def test_ordinary_latents_are_seldom_settled(module):
+    assert Search(module, *normal(200, 1024, 4)).num_settled <= (10 if module is triton_small else 40)
+
+
+@on_device
+@every_back_end
+def test_latents_far_from_every_code(module):
+    z, e = normal(12, 100, 4)
+    z[::2] *= 1e4
+    z[1::4] *= 1e35
+    assert check(module, z, e).num_settled >= 6
+
+
+@on_device
+@every_back_end
+def test_codes_in_one_strip_or_one_place_of_theirs_can_tie(module):
+    """Strips hold consecutive codes: a tie within a strip, across strips at the same place, and at another place."""
+    z, e = normal(6, 128, 4)  # four codes a strip
+    e[5], e[6] = z[0] + 0.25, z[0] - 0.25
+    e[40], e[44] = z[1] - 0.25, z[1] + 0.25
+    e[80], e[90], e[100] = z[2] + 0.25, z[2] - 0.25, z[2] + torch.tensor([0.25, -0.25, 0.25, 0.25])
+    e = (e * 64).round() / 64
+    z = (z * 64).round() / 64
+    assert check(module, z, e).num_settled >= 3
+
+
+@on_device
+@every_back_end
+def test_not_finite(module):
+    z, e = normal(20, 100, 4)
+    z[3, 1], z[5, 0], z[7, 2], z[19] = torch.nan, torch.inf, -torch.inf, torch.nan
+    e[0, 0], e[17, 3], e[18, 1], e[99] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    found = Search(module, z, e)
+    assert torch.equal(found.codes.cpu(), search_reference(z, e))
+    assert found.codes[[3, 5, 7, 19]].tolist() == [0] * 4
+    assert found.num_nonfinite.item() == 104
+    assert Search(module, z[:4], torch.full_like(e, torch.nan)).codes.eq(0).all()
+
+
+@on_device
+@every_back_end
+def test_inputs_unchanged_and_same_twice(module):
+    z, e = (tensor.to(DEVICE) for tensor in normal(20, 100, 4))
+    before = z.clone(), e.clone()
+    first, again = Search(module, z, e), Search(module, z, e)
+    assert torch.equal(first.codes, again.codes) and torch.equal(first.quantized, again.quantized)
+    assert torch.equal(z, before[0]) and torch.equal(e, before[1])
+
+
+def cut_sum(products, accumulator, block):
+    """Sum as tensor cores do at their worst: blocks aligned with the accumulator to the largest exponent, each addend cut to 24 bits."""
+    for first in range(0, products.shape[-1], block):
+        terms = torch.cat([products[..., first : first + block], accumulator[..., None]], -1)
+        largest = terms.abs().amax(-1, keepdim=True)
+        unit = torch.where(largest > 0, 2.0 ** (largest.clamp_min(1e-300).log2().floor() - 23), 1.0)
+        total = ((terms / unit).trunc() * unit).sum(-1)
+        unit = torch.where(total != 0, 2.0 ** (total.abs().clamp_min(1e-300).log2().floor() - 23), 1.0)
+        accumulator = (total / unit).trunc() * unit
+    return accumulator
+
+
+@pytest.mark.parametrize("block", [4, 8, 16])
+@pytest.mark.parametrize("d", [3, 4, 8])
+def test_the_band_bounds_the_error_of_small(d, block):
+    for data in DATA:
+        z, e = data(40, 64, d)
+        state = triton_small.prepare(e, 32)
+        exact_z = (z.double() - state.centre.double()) * state.scale
+        rounded = (z - state.centre) * state.scale
+        norm = rounded.double().norm(dim=1) * triton_common.SLACK
+        usable = (norm < 32768) & rounded.isfinite().all(1)
+        exact_z, rounded, norm = exact_z[usable], rounded[usable], norm[usable]
+        hi = rounded.half()
+        lo = (rounded - hi.float()).half()
+        width = state.packed.shape[2]
+        a = torch.zeros(len(hi), width, dtype=torch.float64)
+        a[:, :d], a[:, d : 2 * d], a[:, 2 * d : 3 * d], a[:, 3 * d : 3 * d + 3] = hi, hi, lo, 1
+        packed = state.packed.transpose(0, 1).reshape(-1, width).double()
+        exact_e = (state.columns.T.double() - state.centre.double()) * state.scale
+        valid = state.columns.isfinite().all(0)
+        packed, exact_e = packed[valid], exact_e[valid]
+        score = cut_sum(a[:, None] * packed, torch.zeros(len(a), len(packed), dtype=torch.float64), block)
+        exact = exact_e.square().sum(1) / 2 - (exact_z[:, None] * exact_e).sum(-1)
+        zeta = norm * 2.0**-21 + state.floor * d
+        cross = (norm * 2.0**-10 + state.floor * d) * state.lam
+        reach = exact_e.norm(dim=1)
+        gamma = triton_common.GAMMA_PER_STEP * triton_small.steps(d)
+        per_row = [value[:, None] for value in (norm, zeta)]
+        bound = triton_common.error_bound.fn(*per_row, reach, state.rho, cross[:, None], state.tau, gamma)
+        assert ((score - exact).abs() <= bound).all(), data.__name__
+        assert reach.max() <= state.radius * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("d", [16, 256])
+def test_the_band_bounds_the_error_of_gemm(d):
+    for data in DATA:
+        z, e = data(20, 64, d)
+        state = triton_gemm.prepare(e, 32)
+        exact_z = (z.double() - state.centre.double()) * state.scale
+        rounded = (z - state.centre) * state.scale
+        norm = rounded.double().norm(dim=1) * triton_common.SLACK
+        usable = (norm < 32768) & rounded.isfinite().all(1)
+        exact_z, rounded, norm = exact_z[usable], rounded[usable], norm[usable]
+        zeta = (rounded.double() - rounded.half().double()).norm(dim=1) * triton_common.SLACK + norm * 2.0**-23 + state.floor * d
+        valid = state.columns.isfinite().all(0)
+        packed = state.packed.transpose(0, 1).flatten(0, 1)[valid].double()
+        exact_e = (state.columns.T.double() - state.centre.double())[valid] * state.scale
+        half_square = state.half_square.T.flatten()[valid]
+        products = rounded.half().double()[:, None] * packed
+        score = half_square - cut_sum(products, torch.zeros(products.shape[:2], dtype=torch.float64), 4).float()
+        exact = exact_e.square().sum(1) / 2 - (exact_z[:, None] * exact_e).sum(-1)
+        gamma = triton_gemm.constants(d, {"rows": 16, "slots": 32}, False)["GAMMA"]
+        bound = triton_common.error_bound.fn(norm[:, None], zeta[:, None], exact_e.norm(dim=1), state.rho, 0.0, state.tau, gamma)
+        assert ((score.double() - exact).abs() <= bound).all(), data.__name__
+
+
+def test_codes_that_cannot_win():
+    e = torch.tensor([[1.0, 0.0], [1.0, -0.0], [torch.nan, 0.0], [2.0, 0.0], [1.0, 0.0], [torch.inf, 1.0], [0.0, 0.0]])
+    assert triton_common.can_win(e).tolist() == [True, False, False, True, False, False, True]
+
+
+def test_available_says_why_not():
+    cpu = torch.device("cpu")
+    assert "at most 8 dimensions" in triton_small.available(cpu, 100, 9)
+    assert "32-bit" in triton_gemm.available(cpu, 1 << 24, 256)
+    if not INTERPRETED:
+        assert "needs a CUDA device" in triton_small.available(cpu, 100, 4)
+        assert "needs a CUDA device" in triton_gemm.available(cpu, 100, 4)
+
+
+@pytest.mark.gpu
+@every_back_end
+@pytest.mark.parametrize("d", [4, 8, 32, 256])
+def test_a_million_queries_on_a_gpu(module, d):
+    if INTERPRETED or (module is triton_small and d > 8):
+        pytest.skip("not for this back end")
+    z, e = torch.randn(1_000_000, d, device="cuda"), torch.randn(16384, d, device="cuda")
+    found = Search(module, z, e, slots=None, meta=None)
+    for first in range(0, len(z), 1 << 16):
+        assert torch.equal(found.codes[first : first + (1 << 16)], search_torch(z[first : first + (1 << 16)], e))
+    assert torch.equal(found.quantized, e[found.codes])
+    assert found.num_settled <= 0.1 * len(z)
+
+
+@pytest.mark.gpu
+@every_back_end
+def test_captured_in_a_graph_on_a_gpu(module):
+    if INTERPRETED:
+        pytest.skip("needs CUDA")
+    z, e = torch.randn(5000, 4, device="cuda"), torch.randn(1024, 4, device="cuda")
+    state, counter = module.prepare(e), torch.zeros(1, dtype=torch.int64, device="cuda")
+    codes, quantized = torch.empty(5000, dtype=torch.int64, device="cuda"), torch.empty_like(z)
+    module.search(z, state, codes, counter, quantized)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        module.search(z, state, codes, counter, quantized)
+    for _ in range(3):
+        z.copy_(torch.randn_like(z))
+        z[7] = torch.nan
+        before = counter.clone()
+        graph.replay()
+        assert torch.equal(codes, search_torch(z, e)) and torch.equal(quantized, e[codes])
+        assert counter.item() == before.item() + 1
+
+
+@pytest.mark.gpu
+@every_back_end
+def test_every_candidate_of_the_tuning_tool_is_exact_on_a_gpu(module):
+    if INTERPRETED:
+        pytest.skip("needs CUDA")
+    z, e = torch.randn(3000, 4, device="cuda"), torch.randn(2048, 4, device="cuda")
+    expected = search_torch(z, e)
+    for case in module.tuning_cases():
+        for meta in case.candidates:
+            assert torch.equal(Search(module, z, e, slots=meta.get("slots", 128), meta=meta).codes, expected), meta
