@@ -30,6 +30,7 @@ log = logging.getLogger("dad_fast.data")
 
 _AHEAD = 2  # batches in DALI's hands while one is trained on
 _GIVE_UP = 8  # batches in a row that PIL can make and DALI cannot: then it is not the files
+_FAILURES = (RuntimeError, IndexError, ValueError)  # what DALI's own exceptions become
 _FILTER_CODES = np.array([int(FILTER_TYPES[name]) for name in FILTERS], np.int32)
 
 
@@ -70,7 +71,7 @@ class DaliLoader(TrainLoader):
         try:
             batch = engine.take(planned)
             self._failed_in_a_row = 0
-        except RuntimeError:  # it may be a later batch that broke the pipeline: only this one alone tells
+        except _FAILURES:  # it may be a later batch that broke the pipeline: only this one alone tells
             batch = self._alone(engine, planned)
             for later in waiting:
                 engine.feed(later)
@@ -82,8 +83,10 @@ class DaliLoader(TrainLoader):
         engine.restart()
         try:
             engine.feed(planned)
-            return engine.take(planned)
-        except RuntimeError as error:
+            batch = engine.take(planned)
+            self._failed_in_a_row = 0
+            return batch
+        except _FAILURES as error:
             reason = _reason(error)
         engine.restart()
         batch = self._steps[planned.batch.step]
@@ -98,7 +101,7 @@ class DaliLoader(TrainLoader):
 
 
 class _Engine:
-    """The pipeline, and how batches go in and come out. Errors of DALI are RuntimeErrors, and one ends the pipeline."""
+    """The pipeline, and how batches go in and come out. An error of DALI (_FAILURES) ends the pipeline."""
 
     def __init__(self, steps: TrainSteps, device: torch.device, threads: int) -> None:
         self.steps, self.device, self.threads = steps, device, max(1, threads)
@@ -114,7 +117,7 @@ class _Engine:
             prefetch_queue_depth=1,  # how many runs the first call starts; later ones queue up behind it all the same
         )  # fmt: skip
         self.pipeline.build()
-        self.broken: RuntimeError | None = None
+        self.broken: Exception | None = None
 
     def feed(self, planned: Planned) -> None:
         """Hand a batch to DALI, which begins with it at once. What goes wrong here is raised by the next `take`."""
@@ -131,7 +134,7 @@ class _Engine:
             for name, value in numbers.items():
                 self.pipeline.feed_input(name, value)
             self.pipeline.schedule_run()
-        except RuntimeError as error:
+        except _FAILURES as error:
             self.broken = error
 
     def take(self, planned: Planned) -> Batch:
@@ -168,7 +171,7 @@ def _mixed_hints(sizes: np.ndarray) -> dict[str, Any]:
     return {"hw_decoder_load": 0.65, "preallocate_width_hint": width, "preallocate_height_hint": height}
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """What DALI says is wrong, without the pages around it."""
     text = str(error).partition("encountered:")[2] or str(error)
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
