@@ -123,7 +123,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             say("On a CPU: ratios only, and only for these models; they say nothing about a GPU.")
         others = record["machine"]["cpu_share_of_others"]
         if others is not None and others > 0.1:
-            say(f"Other processes took {others:.0%} of all cores' time meanwhile: spreads are wide and ratios doubtful.")
+            say(f"Other processes took {others:.0%} of all cores' time meanwhile: look at the quartiles.")
         say(f"record: {record_path(config.getoption('bench_out'), record, slug)}")
     for problem in state.problems:
         say(f"benchmarks: {problem}", red=True)

@@ -36,7 +36,7 @@ def caption(record: Record, path: Path, label: str) -> str:
     machine = record["machine"]
     device = machine["device"]
     if device["kind"] == "cpu":
-        where = f"{device['cpu']}, {device['threads']} threads"
+        where = f"{device['cpu']}, threads: {device['threads']}"
     else:
         where = f"{device['name']}, driver {device.get('driver', 'unknown')}"
         state = machine["end"]
@@ -63,7 +63,9 @@ def markdown(record: Record, path: Path, label: str) -> str:
         for cells, row in zip(rows, comparison["rows"], strict=True):
             reached = f"{row['tflops'] / peak:.0%}" if peak and "tflops" in row else ""
             lines.append([*(cells[i] for i in keep), *([reached] if share else [])])
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\nratio to `{comparison['baseline']}`.")
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        if len(rows) > 1:
+            parts.append(f"ratio to `{comparison['baseline']}`.")
     return "\n\n".join(parts)
 
 

@@ -114,7 +114,7 @@ def test_tables(tmp_path: Path) -> None:
     assert "NVIDIA H200, driver 580.1, 1755 MHz and 512 W at the end; torch 2.11.0, timm 1.0.31; commit 012345678 with uncommitted" in text
     assert "| dad | 2 | 1.50–2.50 |".replace("1.50–2.50", "1.5–2.5") in text and "| 75% |" in text and "| 1024 |" in text and "5.20" in text
     on_cpu = gpu_report.markdown(record("cpu"), path, "stages.json")
-    assert "Some CPU, 2 threads" in on_cpu and "took 25%" in on_cpu and "TFLOP" not in on_cpu and "3,280" not in on_cpu
+    assert "Some CPU, threads: 2" in on_cpu and "took 25%" in on_cpu and "TFLOP" not in on_cpu and "3,280" not in on_cpu
 
 
 def test_documents_are_renewed_from_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
