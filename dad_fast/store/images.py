@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -24,10 +26,18 @@ def encode_image(image: np.ndarray, form: str) -> bytes | memoryview:
         return np.ascontiguousarray(image).reshape(-1).data
     file = io.BytesIO()
     if form == "webp":
-        Image.fromarray(image).save(file, "WEBP", lossless=True, exact=True, method=4)
+        Image.fromarray(image).save(file, "WEBP", lossless=True, exact=True, method=2)  # 4 saves 4 % and takes three times as long
     else:
         Image.fromarray(image).save(file, "JPEG", quality=int(form.partition(":")[2]), subsampling=0)
     return file.getvalue()
+
+
+def encode_images(images: np.ndarray, form: str) -> list[bytes | memoryview]:
+    """`encode_image` of uint8 [N, H, W, 3], on all cores: the codecs hold no interpreter lock."""
+    if form == "raw":
+        return [encode_image(image, form) for image in images]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda image: encode_image(image, form), images))
 
 
 def decode_image(content: bytes, size: tuple[int, ...], name: str) -> np.ndarray:

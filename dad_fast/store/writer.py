@@ -26,7 +26,7 @@ import numpy as np
 
 from dad_fast.errors import DataError, NotFinite, UsageError
 from dad_fast.files import sync
-from dad_fast.store.images import encode_image
+from dad_fast.store.images import encode_images
 from dad_fast.store.layout import INDEX, KEPT, READABLE, Block, broken_rows, crcs, hash_keys, seal, shard_file
 from dad_fast.store.lock import LOCK, PART, Busy, disk_error, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
@@ -230,7 +230,8 @@ class ShardWriter:
             if pixels.dtype != np.uint8:
                 raise ValueError(f"images are {pixels.dtype}, not uint8")
             blank = bytes(manifest.bytes_per_sample["images"]) if manifest.images == "raw" else b""
-            images = [encode_image(image, manifest.images) if ok else blank for image, ok in zip(pixels, readable, strict=True)]
+            encoded = iter(encode_images(pixels[readable], manifest.images))
+            images = [next(encoded) if ok else blank for ok in readable]
             index["image_bytes"] = sizes = [len(content) for content in images]
             index["image_start"] = self._files["images"].size + np.cumsum([0, *sizes])[:-1]
             index["image_crc"] = [zlib.crc32(content) for content in images]
