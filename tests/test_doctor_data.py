@@ -86,11 +86,13 @@ def test_dali(folder, capsys):
 
 
 def test_without_dali(folder, capsys, monkeypatch):
-    monkeypatch.setattr(doctor_data, "find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.startswith("nvidia")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     code, text, _ = doctor(capsys, "--data", folder)
-    assert code == 0 and "off DALI not installed: pip install nvidia-dali-cuda1" in text
+    assert code == 0 and "off DALI DALI is not installed: pip install nvidia-dali-cuda1" in text
     code, _, err = doctor(capsys, "--data", folder, "--loader", "dali")
-    assert code == 3 and "--loader dali: not installed" in err
+    assert code == 3 and "--loader dali: DALI is not installed" in err
 
 
 def test_the_embedded_set(capsys):

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,7 @@ from dad_fast.errors import DataError, EnvironmentProblem
 
 MAX_BAD_SHARE = 0.01  # data.max_bad_share's default
 SECONDS = 3.0  # of decoding per back end
-SAMPLES = 512  # images that are decoded, again and again
-BATCH = 32
+SAMPLES = 256  # images that are decoded, again and again
 # Images a second that one H200 is expected to take, from counted operations at half of its bf16 peak; not measured.
 NEEDS = {"KD, teacher online": 1900, "ViT-B/16, stored teacher outputs": 4400, "ResNet-50, stored teacher outputs": 8700}
 
@@ -41,7 +39,7 @@ def run(options: DoctorOptions) -> int:
         print(render(row), flush=True)
     if hasattr(source, "files"):
         rates = {}
-        for name, measure in back_ends(options.loader).items():
+        for name, measure in back_ends(options.loader, source).items():
             row, rates[name] = measure(source)
             print(render(row), flush=True)
         print(render(feeds(rates, options.need)), flush=True)
@@ -105,28 +103,25 @@ def _bytes(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
-def back_ends(loader: str) -> dict[str, Callable[[Source], tuple[Row, float]]]:
+def back_ends(loader: str, source: Source) -> dict[str, Callable[[Source], tuple[Row, float]]]:
     found: dict[str, Callable[[Source], tuple[Row, float]]] = {}
     if loader != "dali":
         found["PIL"] = pil_rate
     if loader != "torchvision":
-        if missing := _dali_missing():
-            if loader == "dali":
-                raise EnvironmentProblem(f"--loader dali: {missing}")
-            found["DALI"] = lambda source: (Row("DALI", "off", missing), 0.0)
-        else:
+        import torch
+
+        from dad_fast.data.loader import resolve_loader
+
+        try:
+            resolve_loader("dali", source, torch.device("cpu"))
             found["DALI cpu"] = lambda source: dali_rate(source, "cpu")
             found["DALI mixed"] = lambda source: dali_rate(source, "mixed")
+        except EnvironmentProblem as error:
+            if loader == "dali":
+                raise
+            missing = str(error).removeprefix("--loader dali: ").removesuffix("; or use --loader torchvision")
+            found["DALI"] = lambda source: (Row("DALI", "off", missing), 0.0)
     return found
-
-
-def _dali_missing() -> str:
-    if find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None:
-        return ""
-    import torch
-
-    version = "120" if (torch.version.cuda or "13").startswith("12") else "130"
-    return f"not installed: pip install nvidia-dali-cuda{version} (PyPI's nvidia-dali is a placeholder)"
 
 
 def _chosen(source: Source) -> list[int]:
@@ -136,9 +131,8 @@ def _chosen(source: Source) -> list[int]:
 
 
 def _rate(decode: Callable[[int], int], name: str) -> float:
-    """Images a second of decode(0), decode(1), …, each of which says how many it did; the first calls are not counted."""
-    for call in range(3):
-        decode(call)
+    """Images a second of decode(0), decode(1), …, each of which says how many it did; the first call is not counted."""
+    decode(0)
     done, call, start = 0, 0, time.perf_counter()
     with progress_bar(100, f"decoding with {name}") as advance:
         shown_percent = 0
@@ -176,34 +170,24 @@ def dali_rate(source: Source, device: str) -> tuple[Row, float]:
         if not torch.cuda.is_available():
             return Row(name, "off", "no GPU here"), 0.0
     samples = _chosen(source)
-    files = [np.frombuffer(content, np.uint8) for i in samples if (content := source.encoded(i)) is not None]
+    files = [content for i in samples if (content := source.encoded(i)) is not None]
     if not files:
         return Row(name, "off", "no plain JPEGs here: PIL decodes everything in either loader"), 0.0
     try:
-        rate = _dali_images_per_second(files, device, name)
+        from dad_fast.data.dali_decode import decoder
+
+        decode = decoder(files, device, _cores())
+
+        def decode_all(call: int) -> int:
+            decode()
+            return len(files)
+
+        rate = _rate(decode_all, name)
     except Exception as error:  # DALI raises RuntimeError and its own types, with pages of text
         return Row(name, "wrong", f"failed: {' '.join(str(error).split())[:200]}", "--loader torchvision decodes with PIL"), 0.0
     part = "" if len(files) == len(samples) else f", on the {len(files) / len(samples):.0%} that are plain JPEGs"
     where = "on this GPU" if device == "mixed" else f"on {_cores()} cores, {rate / _cores():,.0f} a core"
     return Row(name, "ok", f"{rate:,.0f} img/s {where}{part}"), rate
-
-
-def _dali_images_per_second(files: list[np.ndarray], device: str, name: str) -> float:
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(batch_size=BATCH, num_threads=_cores(), device_id=0 if device == "mixed" else None, prefetch_queue_depth=2)
-    def pipeline():
-        batches = fn.external_source(source=lambda call: [files[(call * BATCH + i) % len(files)] for i in range(BATCH)], batch=True)
-        return fn.decoders.image(batches, device=device, output_type=types.RGB, adjust_orientation=False)
-
-    running = pipeline()
-    running.build()
-
-    def decode(call: int) -> int:
-        running.run()
-        return BATCH
-
-    return _rate(decode, name)
 
 
 def feeds(rates: dict[str, float], need: float) -> Row:
