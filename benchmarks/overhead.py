@@ -19,7 +19,7 @@ from dad_fast.observe.chart import ticks
 
 HERE = Path(__file__).parent
 HISTORY, CHART = HERE / "history.jsonl", HERE / "overhead.svg"
-WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 900, 260, 50, 270, 30, 60
+WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 900, 260, 50, 190, 30, 60
 COLORS = ("#0b62a8", "#b65200", "#087a5a", "#a33a86", "#6b6300", "#1f86a8")
 
 
@@ -110,7 +110,7 @@ def _panel(top: int, heading: str, entries: Sequence[Record]) -> str:
     def y(value: float) -> float:
         return top + PANEL - BOTTOM - (PANEL - TOP - BOTTOM) * (value - scale[0]) / (scale[-1] - scale[0])
 
-    parts = [f'<text x="{LEFT}" y="{top + 18}">DAD over plain KD (timm), time per image: {escape(heading)}</text>']
+    parts = [f'<text x="{LEFT}" y="{top + 18}">Cost of a DAD step over plain KD, with quartiles: {escape(heading)}</text>']
     for tick in scale:
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
@@ -124,11 +124,11 @@ def _panel(top: int, heading: str, entries: Sequence[Record]) -> str:
         points = [(x(i), entry["ratios"][name]) for i, entry in enumerate(entries) if name in entry["ratios"]]
         line = " ".join(f"{at:.1f},{y(ratio[1]):.1f}" for at, ratio in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        for at, (low, _, high) in points:
+        for at, (low, middle, high) in points:
             ends = f'x1="{at:.1f}" x2="{at:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"'
             parts.append(f'<line {ends} stroke="{color}" stroke-width="6" opacity="0.4"/>')
-        legend = f"{heading.rpartition(' · ')[2]}: {name}"
-        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{top + TOP + 18 * number}" style="fill:{color}">{escape(legend)}</text>')
+            parts.append(f'<circle cx="{at:.1f}" cy="{y(middle):.1f}" r="3" fill="{color}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{top + TOP + 18 * (number + 1)}" style="fill:{color}">{escape(name)}</text>')
     return "".join(parts)
 
 

@@ -163,7 +163,7 @@ def test_overhead_is_drawn_over_commits(tmp_path: Path) -> None:
 
     root = ET.parse(chart).getroot()
     text = " ".join(root.itertext())
-    assert root.tag.endswith("svg") and "batch 32, against kd: dad" in text and "abc" in text
+    assert root.tag.endswith("svg") and "cpu-x · tiny · batch 32, against kd" in text and "abc" in text
     history.write_text(history.read_text() + '{"torn')
     assert overhead.main(["--history", str(history), "--output", str(chart)]) == 1
 
