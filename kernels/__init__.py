@@ -5,5 +5,6 @@ if __name__ != "dad_fast.kernels":  # the checkout's root is on sys.path, but th
 
 from dad_fast.kernels.csrc import csrc_status
 from dad_fast.kernels.nearest_code import CodebookSearch, nearest_code
+from dad_fast.kernels.pack_codes import pack_codes, packed_bytes, unpack_codes
 
-__all__ = ["CodebookSearch", "csrc_status", "nearest_code"]
+__all__ = ["CodebookSearch", "csrc_status", "nearest_code", "pack_codes", "packed_bytes", "unpack_codes"]
