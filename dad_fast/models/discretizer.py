@@ -17,7 +17,7 @@ from dad_fast.errors import UsageError
 from dad_fast.models.precision import stage_dtype
 from dad_fast.models.vqgan import VQGAN
 from dad_fast.models.vqgan_fused_layers import VQGANSavings
-from dad_fast.models.vqgan_fused_range import probe_range
+from dad_fast.models.vqgan_fused_range import probe_images, probe_range
 from dad_fast.models.weights import asset, sha256_file
 
 DEFAULT_SAVINGS = VQGANSavings()
@@ -59,6 +59,7 @@ class VQGANDiscretizer:
         self.precision, self.name, self.provenance, self.weights_sha256 = precision, name, provenance, weights_sha256
         self.savings = (savings or VQGANSavings.none()) if precision.amp else VQGANSavings.none()
         self.encoder_scale = self.decoder_scale = 1.0
+        self.range_note = ""  # what fit_float16 did, for the log
         self._fuse()
 
     def __call__(self, pixels: Tensor) -> Discretized:
@@ -73,14 +74,17 @@ class VQGANDiscretizer:
         """Images float32 [B, 3, H, W] in [0, 1] of `codes` int64 [B, h, w], decoded in the precision of the run."""
         return self.fused.decode(codes).float()
 
-    def fit_float16(self, pixels: Tensor) -> str:
-        """Scale what runs in float16 so that its activations fit, judged by `pixels` [B, 3, H, W]; a line on what was done, "" for nothing.
+    def fit_float16(self, pixels: Tensor | None = None) -> str:
+        """Scale what runs in float16 so that its activations fit; a line on what was done, "" for nothing.
 
-        To be called once, before training: it runs encoder and decoder in float32 and reads the result on the host.
+        Judged by `pixels` [B, 3, H, W], or by synthetic images (8 times further than those reach still fits). To be called before
+        training: it runs encoder and decoder in float32 and reads the result on the host.
         """
         halves = [half for half in ("encoder", "decoder") if stage_dtype(self.precision, half) == torch.float16]
         if not halves:
             return ""
+        if pixels is None:
+            pixels = probe_images(8 * self.vqgan.downsample, self.vqgan.codebook.device)
         found, lines = probe_range(self.vqgan, pixels), []
         for half in halves:
             scale: float = getattr(found, f"{half}_scale")
@@ -88,9 +92,9 @@ class VQGANDiscretizer:
             if scale < 1.0:
                 layer, largest = max(getattr(found, half).items(), key=lambda item: item[1])
                 lines.append(f"{layer} reaches {largest:.3g}: the {half} runs at 2^{round(math.log2(scale))} of its scale to fit float16")
-        if lines:
-            self._fuse()
-        return "; ".join(lines)
+        self._fuse()
+        self.range_note = "; ".join(lines)
+        return self.range_note
 
     def _fuse(self) -> None:
         self.fused = self.vqgan.fuse(
@@ -133,8 +137,10 @@ class Jpeg:
         return np.asarray(Image.open(file))
 
 
-def load_discretizer(name: str, precision: PrecisionConfig, device: torch.device) -> Discretizer:
-    """FILE (.ckpt or .safetensors of a VQGAN), `embedded:digits`, `identity` or `jpeg:QUALITY`.
+def load_discretizer(
+    name: str, precision: PrecisionConfig, device: torch.device, savings: VQGANSavings | None = DEFAULT_SAVINGS
+) -> Discretizer:
+    """FILE (.ckpt or .safetensors of a VQGAN), `embedded:digits`, `identity` or `jpeg:QUALITY`; `savings` as in VQGANDiscretizer.
 
     Raises UsageError for a name that is none of these, DataError for a file that cannot be used.
     """
@@ -149,4 +155,7 @@ def load_discretizer(name: str, precision: PrecisionConfig, device: torch.device
         raise UsageError(f"--discretizer {name!r}: no such file; write a .ckpt or .safetensors, embedded:digits, identity, or jpeg:75")
     path = asset(f"{name.removeprefix('embedded:')}-vqgan.safetensors") if name.startswith("embedded:") else name
     vqgan, seen = VQGAN.load_with_provenance(path)
-    return VQGANDiscretizer(vqgan.to(device), precision, name=name, provenance=seen, weights_sha256=sha256_file(path))
+    known = {"name": name, "provenance": seen, "weights_sha256": sha256_file(path)}
+    discretizer = VQGANDiscretizer(vqgan.to(device), precision, savings=savings, **known)
+    discretizer.fit_float16()
+    return discretizer

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dad_fast.models.vqgan_fused_layers import Attention, Block, Conv, Down, Sum, Up
@@ -40,6 +41,21 @@ def scale_for(largest: float) -> float:
     if not math.isfinite(largest):
         raise ValueError("activations are not finite even in float32: are the weights damaged?")
     return 2.0 ** min(0, math.floor(math.log2(torch.finfo(torch.float16).max / (HEADROOM * max(largest, 1.0)))))
+
+
+def probe_images(side: int, device: torch.device | None = None) -> Tensor:
+    """Images [8, 3, side, side] that are the same everywhere and far apart: plain, ramps, stripes, blocks, noise fine and coarse."""
+    generator = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(0, 1, side)
+    line = (torch.arange(side) // 2 % 2).float()
+    block = (torch.arange(side) // 8 % 2).float()
+    grey = [torch.zeros(side, side), torch.ones(side, side), ramp.expand(side, side), line.expand(side, side)]
+    images = [image.expand(3, side, side) for image in grey]
+    images.append(torch.stack([ramp.outer(ramp), block.outer(ramp), (block[:, None] - block).abs()]))
+    images.append(torch.rand(3, side, side, generator=generator))
+    for coarse in (side // 8, side // 4):
+        images.append(F.interpolate(torch.rand(1, 3, coarse, coarse, generator=generator), (side, side), mode="bilinear")[0])
+    return torch.stack(images).to(device)
 
 
 def probe_range(vqgan: VQGAN, pixels: Tensor) -> ActivationRange:
