@@ -42,18 +42,21 @@ def photos():
 
 
 class Files:
-    """A source of encoded images in memory; `plain` are those that `encoded` hands out."""
+    """A source of encoded images in memory. `plain` are those that `encoded` hands out; `torn` are other bytes for some of them, as if a
+    file were being rewritten when DALI's loader read it.
+    """
 
     name = fingerprint = "files"
     max_bad_share = 1.0
 
-    def __init__(self, files, plain=None, sizes=None):
+    def __init__(self, files, plain=None, torn=()):
         self.files = files
         self.plain = [True] * len(files) if plain is None else plain
         self.classes = ClassMap(((0, "a", "a"), (1, "b", "b")))
         self.keys = [f"file{i}" for i in range(len(files))]
         self.labels = np.arange(len(files), dtype=np.int64) % 2
-        self.sizes = np.array([Image.open(io.BytesIO(data)).size for data in files] if sizes is None else sizes, dtype=np.int32)
+        self.torn = dict(torn)
+        self.sizes = np.array([Image.open(io.BytesIO(data)).size for data in files], dtype=np.int32)
         self.ok = np.ones(len(files), dtype=bool)
 
     def __len__(self):
@@ -63,7 +66,7 @@ class Files:
         return read_rgb(io.BytesIO(self.files[index]), self.keys[index])
 
     def encoded(self, index):
-        return self.files[index] if self.plain[index] else None
+        return self.torn.get(index, self.files[index]) if self.plain[index] else None
 
     def describe(self):
         return self.name

@@ -88,9 +88,9 @@ def ruler(width, height, step):
     return Image.fromarray(np.stack([x * step, y * step, np.full_like(x, 220)], axis=-1).clip(0, 255).astype(np.uint8))
 
 
-def shift_in_pixels(datas, records, levels_per_pixel):
+def shift_in_pixels(datas, records, levels_per_pixel, device="cpu"):
     """|where DALI shows from - where PIL shows from|, in output pixels, away from borders: a list of float [m, 2] (x and y)."""
-    ours, theirs = by_dali(datas, records).astype(float), by_pil(datas, records).astype(float)
+    ours, theirs = by_dali(datas, records, device).astype(float), by_pil(datas, records).astype(float)
     inside = (np.abs(theirs[..., 2] - 220) < 4) & (np.abs(ours[..., 2] - 220) < 4)
     inside[:, [0, -1], :] = inside[:, :, [0, -1]] = False
     shrunk = inside[:, 1:-1, 1:-1] & inside[:, :-2, 1:-1] & inside[:, 2:, 1:-1] & inside[:, 1:-1, :-2] & inside[:, 1:-1, 2:]

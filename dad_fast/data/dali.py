@@ -113,7 +113,7 @@ class _Engine:
         self.pipeline = augment(
             img_size=self.steps.img_size, num_ops=num_operations(self.steps.aug), erases=self.erases, device="mixed" if cuda else "cpu",
             hints=_mixed_hints(self.steps.source.sizes) if cuda else {}, batch_size=self.steps.batch_size, num_threads=self.threads,
-            device_id=(self.device.index or 0) if cuda else None,
+            device_id=torch.empty(0, device=self.device).device.index if cuda else None,
             prefetch_queue_depth=1,  # how many runs the first call starts; later ones queue up behind it all the same
         )  # fmt: skip
         self.pipeline.build()

@@ -14,6 +14,8 @@ import struct
 import numpy as np
 
 _BASELINE, _PROGRESSIVE = (0xC0, 0xC1), (0xC2,)
+_HUFFMAN, _QUANTIZATION, _RESTART, _SCAN, _COMMENT = 0xC4, 0xDB, 0xDD, 0xDA, 0xFE
+_SKIPPED = (*range(0xE0, 0xF0), _COMMENT, _HUFFMAN, _QUANTIZATION)
 
 
 def is_sound(data: bytes, width: int, height: int) -> bool:
@@ -30,10 +32,12 @@ def is_sound(data: bytes, width: int, height: int) -> bool:
             frame = marker
             if data[body : body + 5] != struct.pack(">BHH", 8, height, width) or data[body + 5] not in (1, 3):
                 return False
-        elif marker == 0xDD:
+        elif marker == _RESTART:
             restarts = True
-        elif marker == 0xDA:
+        elif marker == _SCAN:
             return frame in _PROGRESSIVE or (frame in _BASELINE and _scan_is_plain(data, position + 2 + length, restarts))
+        elif marker not in _SKIPPED:
+            return False
         position += 2 + length
     return False
 
