@@ -24,7 +24,7 @@ from dad_fast.data import tar_index
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.decode import DecodeError
 from dad_fast.data.folder import FolderSource
-from dad_fast.data.loader import TrainLoader
+from dad_fast.data.loader import TrainLoader, train_loader
 from dad_fast.data.sources import open_source
 from dad_fast.data.tar import TarSource
 from dad_fast.errors import DataError, UsageError
@@ -104,7 +104,10 @@ def test_a_copy_elsewhere_has_the_same_fingerprint_and_other_labels_have_not(tmp
     assert TarSource(tmp_path / "d", ["train-000000.tar"]).fingerprint != here.fingerprint
 
 
-def test_a_folder_and_its_tar_give_the_same_training(tmp_path):
+@pytest.mark.parametrize("loader", ["torchvision", "dali"])
+def test_a_folder_and_its_tar_give_the_same_training(tmp_path, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
     for c, label in enumerate(("ape", "cat")):
         (tmp_path / "folder" / label).mkdir(parents=True)
         for i in range(6):
@@ -122,8 +125,9 @@ def test_a_folder_and_its_tar_give_the_same_training(tmp_path):
     assert np.array_equal(tars.ok, folder.ok) and tars.classes == folder.classes and not tars.ok[9]
     assert [tars.encoded(i) for i in range(12)] == [folder.encoded(i) for i in range(12)]
     aug = AugmentConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8)
-    batches = zip(*(TrainLoader(s, aug, 16, 4, 0, 0).batches(0, 9) for s in (folder, tars)), strict=True)
-    for a, b in batches:
+    loaders = [train_loader(loader, source, aug, 16, 4, 0, 0) for source in (folder, tars)]
+    assert [found.name for found in loaders] == [loader] * 2
+    for a, b in zip(*(found.batches(0, 9) for found in loaders), strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples) and torch.equal(a.labels, b.labels)
 
 

@@ -97,8 +97,11 @@ def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
     folder = Path(data_dir) / split
     if not folder.is_dir():
         return None
-    with os.scandir(folder) as listing:
-        items = [item for item in listing if not item.name.startswith(".")]
+    try:
+        with os.scandir(folder) as listing:
+            items = [item for item in listing if not item.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror} (--data-dir)") from error
     if any(item.is_dir() for item in items):
         return None
     files = sorted(item.name for item in items)
