@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -26,9 +27,12 @@ def feed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 def _to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     side = torch.cuda.Stream(device)
     slots = (_Slot(), _Slot())
-    for number, batch in enumerate(batches):
+    for number in count():
         slot = slots[number % 2]
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):  # DALI's batches are bound to the stream that is current when they are asked for
+            batch = next(batches, None)
+            if batch is None:
+                return
             if slot.read is not None:
                 side.wait_event(slot.read)
             staged = slot.fill(batch, device)
