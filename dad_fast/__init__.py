@@ -1,7 +1,7 @@
 """Discrete adversarial distillation, fast.
 
-`import dad_fast as df` gives `df.Teacher`, `df.VQGAN`, `df.PGD`, `df.discretize` and `df.losses`. They are looked up when
-they are first used, so that the import itself (and `dad-fast -h`) loads neither numpy nor torch.
+`import dad_fast as df` gives `df.Teacher`, `df.VQGAN`, `df.PGD`, `df.discretize`, `df.losses`, `df.AdversarialStore` and
+`df.TargetStore`. They are looked up when they are first used, so that the import itself (and `dad-fast -h`) loads neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from dad_fast.methods.discretize import discretize
     from dad_fast.models.teacher import Teacher
     from dad_fast.models.vqgan import VQGAN
+    from dad_fast.store import AdversarialStore, TargetStore
 
     __version__: str
 
-__all__ = ["PGD", "VQGAN", "Teacher", "__version__", "discretize", "losses"]
+__all__ = ["PGD", "VQGAN", "AdversarialStore", "TargetStore", "Teacher", "__version__", "discretize", "losses"]
 
 _WHERE = {
     "Teacher": "dad_fast.models.teacher:Teacher",
@@ -26,6 +27,8 @@ _WHERE = {
     "PGD": "dad_fast.methods.attack:PGD",
     "discretize": "dad_fast.methods.discretize:discretize",
     "losses": "dad_fast.methods.objectives",
+    "AdversarialStore": "dad_fast.store:AdversarialStore",
+    "TargetStore": "dad_fast.store:TargetStore",
 }
 
 

@@ -22,7 +22,9 @@ def test_import_is_light() -> None:
     assert not loaded("dad_fast") & HEAVY
 
 
-@pytest.mark.parametrize("arguments", [["-h"], ["train", "-h"], ["train", "--help-all"], ["eval", "-h"], ["doctor", "-h"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["-h"], ["train", "-h"], ["train", "--help-all"], ["eval", "-h"], ["store", "-h"], ["doctor", "-h"], ["--version"]]
+)
 def test_help_is_light(arguments: list[str]) -> None:
     assert not loaded("dad_fast.cli", f"dad_fast.cli.main({arguments!r})") & HEAVY
 

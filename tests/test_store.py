@@ -379,5 +379,4 @@ def test_the_ten_lines_of_numpy_in_the_docs(store) -> None:
         assert np.allclose(names["logits"], wanted["outputs"][row], atol=0.03)
         assert bytes(names["record"]["key"]) == hashlib.sha256(key(row).encode()).digest()[:16]
         torch, kernels = pytest.importorskip("torch"), pytest.importorskip("dad_fast.kernels")
-        if hasattr(kernels, "unpack_codes"):
-            assert names["codes"].tolist() == kernels.unpack_codes(torch.from_numpy(wanted["codes"][row]), 9, 9).tolist()
+        assert names["codes"].tolist() == kernels.unpack_codes(torch.from_numpy(wanted["codes"][row]), 9, 9).tolist()

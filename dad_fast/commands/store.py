@@ -77,7 +77,7 @@ def _sheet(given: argparse.Namespace) -> int:
         store.labels(rows, view), store.outputs(rows, view).argmax(1), store.kept(rows, view), store.changed(rows, view), strict=True
     ):
         lines = [names[label], f"teacher: {names[says]}", "kept" if kept else "not kept"]
-        captions.append("\n".join(lines if np.isnan(changed) else [*lines, f"{changed:.0%} of codes"]))
+        captions.append("\n".join(lines if np.isnan(changed) else [*lines, f"{changed:.0%} of codes new"]))
     from dad_fast.store.sheet import draw_sheet
 
     draw_sheet(target, columns, captions)
@@ -92,6 +92,7 @@ def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> 
     from dad_fast.config.schema import PrecisionConfig
     from dad_fast.kernels import unpack_codes
     from dad_fast.models.discretizer import VQGANDiscretizer, load_discretizer
+    from dad_fast.models.fingerprint import fingerprint
 
     manifest = store.manifest
     if not manifest.code_bits:
@@ -99,8 +100,8 @@ def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> 
     discretizer = load_discretizer(name, PrecisionConfig(), torch.device("cpu"))
     if not isinstance(discretizer, VQGANDiscretizer):
         raise UsageError(f"--discretizer {name}: has no codes; name the VQGAN that made the store")
-    if discretizer.weights_sha256 != manifest.hashes.get("discretizer"):
-        raise DataError(f"--discretizer {name}: not the weights that made {store.folder} (their SHA-256 differs)")
+    if fingerprint(discretizer.vqgan) != manifest.hashes.get("discretizer"):
+        raise DataError(f"--discretizer {name}: not the weights that made {store.folder} (their hash differs)")
     packed = torch.from_numpy(np.ascontiguousarray(store.codes(rows, view)))
     codes = unpack_codes(packed, manifest.code_bits, manifest.num_codes).view(len(rows), *manifest.code_grid)
     with torch.no_grad():
@@ -119,14 +120,14 @@ def _clean(store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, 
     wanted = [sample_of.get(key.tobytes(), -1) for key in store.keys(rows, view)]
     if -1 in wanted:
         raise DataError(f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was it made from this data?")
-    preprocessing = store.manifest.settings.get("preprocessing", {})
+    crop = store.manifest.settings.get("images", {})
     images = np.zeros((len(rows), size, size, 3), np.uint8)
     for i, sample in enumerate(wanted):
         try:
             image = source.read(sample)
         except DecodeError:  # black, as what is stored of it
             continue
-        images[i] = eval_transform(image, size, preprocessing.get("crop_pct", 1.0), preprocessing.get("interpolation", "bicubic"))
+        images[i] = eval_transform(image, size, crop.get("crop_pct", 1.0), crop.get("interpolation", "bicubic"))
     return images
 
 

@@ -29,7 +29,8 @@ def describe(folder: str | Path) -> Iterator[str]:
     yield _line("samples", f"{manifest.num_samples:,} in {_count(manifest.num_views, 'view')}, {manifest.num_classes:,} classes")
     if num_bad := int((~readable).sum()):
         yield _line("unreadable", f"{num_bad:,} of {len(index):,}, stored without outputs")
-    yield _line("shards", f"{geometry.num_shards:,} of {_count(manifest.blocks_per_shard, 'block')} of {manifest.block_size:,} samples")
+    blocks = min(manifest.blocks_per_shard, -(-manifest.num_samples // manifest.block_size))
+    yield _line("shards", f"{geometry.num_shards:,} of {_count(blocks, 'block')} of {manifest.block_size:,} samples")
     if manifest.code_bits:
         grid = "x".join(map(str, manifest.code_grid))
         yield _line("codes", f"{grid} of {manifest.code_bits} bits, {manifest.code_bytes:,} B an image")
