@@ -30,6 +30,7 @@ namespace {
 constexpr int64_t kShortList = 24;      // codes; a list up to this length is not worth cutting its cell
 constexpr int64_t kLeavesPerCode = 64; // of a code inside the cell: where codes are, latents are
 constexpr double kWorthCutting = 0.75;  // a cut must make the lists this much shorter on average
+constexpr double kWorthCuttingEmpty = 0.5;  // the same, in a cell without codes
 constexpr int64_t kPivots = 12, kLeafPivots = 96;
 constexpr int64_t kMaxCutIds = 1 << 17;  // ids that the leaves of one top cell may have
 
@@ -296,7 +297,8 @@ Builder::Leaves Builder::cut(const Cells& top, Ids ids, Work& work) const {
       return prune(box_of(from, to), leaves.lists[parent], kLeafPivots, work);
     };
     // Worth it when the average list of the leaves that latents can be in gets shorter; a sample of them tells whether to begin.
-    const double limit = kWorthCutting * static_cast<double>(num_children * before);
+    const double worth = num_inside ? kWorthCutting : kWorthCuttingEmpty;
+    const double limit = worth * static_cast<double>(num_children * before);
     const int64_t stride = dim_ == kGridDim && num_parts > 256 ? 61 : 1;
     size_t after = 0;
     if (stride > 1) {

@@ -11,7 +11,7 @@ from PIL import Image  # noqa: E402
 
 from dad_fast.config.schema import PrecisionConfig  # noqa: E402
 from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.kernels import nearest_code  # noqa: E402
+from dad_fast.kernels import CodebookSearch  # noqa: E402
 from dad_fast.models.discretizer import VQGANDiscretizer, load_discretizer  # noqa: E402
 from dad_fast.models.vqgan import VQGAN, VQGANConfig  # noqa: E402
 from dad_fast.models.vqgan_fused_layers import VQGANSavings  # noqa: E402
@@ -53,12 +53,13 @@ def test_precision_of_each_stage(vqgan, savings, monkeypatch):
     """With amp the encoder's and the decoder's own dtype; the lookup sees float32 whatever surrounds it."""
     seen = []
 
-    def lookup(latents, codebook):
+    def search(self, latents):
         assert not torch.is_autocast_enabled("cpu")
         seen.append(latents.dtype)
-        return nearest_code(latents, codebook)
+        return exact_search(self, latents)
 
-    monkeypatch.setattr("dad_fast.models.vqgan.nearest_code", lookup)
+    exact_search = CodebookSearch.search
+    monkeypatch.setattr(CodebookSearch, "search", search)
     pixels = torch.rand(1, 3, 8, 8)
     exact = VQGANDiscretizer(vqgan, FLOAT32)(pixels)
     mixed = VQGANDiscretizer(vqgan, PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"), savings=savings)
@@ -81,7 +82,7 @@ def test_without_amp_it_is_the_plain_model_bit_for_bit(vqgan):
     assert torch.equal(codes, vqgan.codes(pixels)) and torch.equal(images, vqgan.decode(codes))
 
 
-def test_fit_float16(vqgan):
+def test_fit_float16(vqgan, tmp_path):
     """Only what runs in float16 is scaled, only where it must be, and then its latents are finite."""
     pixels = torch.rand(2, 3, 16, 12)
     half = PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16")
@@ -95,6 +96,10 @@ def test_fit_float16(vqgan):
     assert not discretizer.encode(pixels).isfinite().all()
     assert "encoder runs at 2^-" in (line := discretizer.fit_float16(pixels)) and "decoder" not in line and "\n" not in line
     torch.testing.assert_close(discretizer.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item())
+    vqgan.save(tmp_path / "loud.safetensors", seen="")  # a file is fitted when it is loaded, by synthetic images
+    loaded = load(tmp_path / "loud.safetensors", half)
+    assert "encoder runs at 2^-" in loaded.range_note
+    torch.testing.assert_close(loaded.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item())
 
 
 def test_a_size_that_the_factor_does_not_divide(vqgan):

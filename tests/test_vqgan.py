@@ -1,5 +1,6 @@
 """VQGAN: taming's keys, the published sizes, and outputs and codes equal to an independent float64 evaluation."""
 
+import copy
 import json
 from dataclasses import asdict
 from itertools import groupby
@@ -245,6 +246,72 @@ def test_autocast_does_not_reach_the_lookup():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(vqgan.lookup(latents).flatten(), exact)
         assert vqgan.encode(torch.rand(1, 3, 32, 32)).dtype == torch.bfloat16  # autocast was on
+
+
+def test_a_frozen_codebook_is_prepared_once():
+    vqgan = random_vqgan(F8_LIKE).requires_grad_(False)
+    first = vqgan.search()
+    vqgan.lookup(torch.randn(1, 4, 3, 3))
+    assert vqgan.search() is first
+    training = random_vqgan(F8_LIKE).requires_grad_(True)
+    training.lookup(torch.randn(1, 4, 3, 3))
+    assert training._search is None
+
+
+CHANGES = {
+    "in place": lambda vqgan, new: vqgan.codebook.copy_(new),
+    "one entry": lambda vqgan, new: vqgan.codebook[3].copy_(new[3]),
+    "through .data": lambda vqgan, new: vqgan.codebook.data.copy_(new),
+    "a new tensor": lambda vqgan, new: setattr(vqgan.quantize.embedding.weight, "data", new.clone()),
+    "a new parameter": lambda vqgan, new: setattr(vqgan.quantize.embedding, "weight", torch.nn.Parameter(new, requires_grad=False)),
+    "load_state_dict": lambda vqgan, new: vqgan.load_state_dict(vqgan.state_dict() | {"quantize.embedding.weight": new}),
+    "assigned": lambda vqgan, new: vqgan.load_state_dict(vqgan.state_dict() | {"quantize.embedding.weight": new}, assign=True),
+    "half and back": lambda vqgan, new: vqgan.bfloat16().float(),
+    "trained and frozen again": lambda vqgan, new: train_codebook(vqgan),
+    "under inference mode": lambda vqgan, new: under_inference_mode(vqgan, new),
+}
+
+
+def train_codebook(vqgan):
+    vqgan.requires_grad_(True)
+    optimizer = torch.optim.SGD([vqgan.codebook], lr=10.0)
+    with torch.enable_grad():
+        vqgan.codebook.square().sum().backward()
+    optimizer.step()
+    vqgan.requires_grad_(False)
+
+
+def under_inference_mode(vqgan, new):
+    with torch.inference_mode():
+        vqgan.codebook.copy_(new)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_the_lookup_follows_the_codebook(change):
+    vqgan = random_vqgan(F8_LIKE).requires_grad_(False)
+    latents = torch.randn(2, 4, 30, 30) * vqgan.codebook.std()
+    vqgan.lookup(latents)
+    change(vqgan, torch.randn(64, 4) * vqgan.codebook.std())
+    exact = torch.cdist(latents.double().permute(0, 2, 3, 1).reshape(-1, 4), vqgan.codebook.double()).argmin(dim=1)
+    assert torch.equal(vqgan.lookup(latents).flatten(), exact)
+
+
+def test_a_copy_has_its_own_lookup():
+    vqgan = random_vqgan(F8_LIKE).requires_grad_(False)
+    latents = torch.randn(2, 4, 9, 9)
+    codes = vqgan.lookup(latents)
+    other = copy.deepcopy(vqgan)
+    vqgan.codebook.zero_()
+    assert torch.equal(other.lookup(latents), codes) and vqgan.lookup(latents).eq(0).all()
+    assert set(other.state_dict()) == set(vqgan.state_dict())
+
+
+def test_latents_that_are_not_finite_are_counted():
+    vqgan = random_vqgan(F8_LIKE).requires_grad_(False)
+    latents = torch.randn(2, 4, 9, 9)
+    latents[0, 1, 2, 3] = torch.nan
+    assert vqgan.lookup(latents)[0, 2, 3] == 0 and vqgan.search().num_nonfinite == 1
 
 
 def test_sides_that_do_not_divide():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dad_fast.errors import DataError, UsageError
-from dad_fast.kernels import nearest_code
+from dad_fast.kernels import CodebookSearch, nearest_code
 from dad_fast.models.vqgan_config import PRESETS as PRESETS
 from dad_fast.models.vqgan_config import VQGANConfig, config_from_json, infer_config
 from dad_fast.models.weights import load_strictly, read_state_dict, write_safetensors
@@ -182,6 +182,8 @@ class VQGAN(nn.Module):
         self.quantize = Quantize(config.n_embed, config.embed_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self._search: CodebookSearch | None = None
+        self._searched: tuple[object, ...] = ()  # which codebook _search was prepared for
 
     @property
     def downsample(self) -> int:
@@ -208,9 +210,28 @@ class VQGAN(nn.Module):
             )
 
     def lookup(self, latents: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of `latents` [B, D, h, w]: the exact nearest entry of the fp32 codebook, lowest index on a tie."""
+        """Codes int64 [B, h, w] of `latents` [B, D, h, w]: the exact nearest entry of the fp32 codebook, lowest index on a tie.
+
+        A codebook that needs no gradient is prepared at the first call (`CodebookSearch`), and again after it was changed or moved.
+        """
+        codebook = self.codebook.detach()
         with torch.autocast(latents.device.type, enabled=False):
-            return nearest_code(latents.detach().float(), self.codebook.detach().float())
+            if self.codebook.requires_grad or codebook.is_inference() or torch.compiler.is_compiling():
+                return nearest_code(latents.detach().float(), codebook.float())
+            return self.search().search(latents.float())
+
+    def search(self) -> CodebookSearch:
+        """The prepared search of the codebook as it is now. Its `num_nonfinite` starts at 0 whenever it is prepared."""
+        codebook = self.codebook.detach()
+        # In-place changes count up the version, `.to()` and loading with assign=True make another tensor. What is written through
+        # `.data` shows in none of these: on the CPU the values are compared, which is cheap there; on a GPU it would wait for it.
+        now = (self.codebook._version, codebook.data_ptr(), codebook.device, codebook.dtype)
+        changed = now != self._searched
+        if self._search is not None and not changed and codebook.device.type == "cpu":
+            changed = not torch.equal(self._search.codebook.view(torch.int32), codebook.float().contiguous().view(torch.int32))
+        if self._search is None or changed:
+            self._search, self._searched = CodebookSearch(codebook), now
+        return self._search
 
     def codes(self, pixels: Tensor) -> Tensor:
         """Codes int64 [B, H/f, W/f] of `pixels` [B, 3, H, W] in [0,1]."""
