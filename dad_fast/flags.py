@@ -40,17 +40,6 @@ examples:
   dad-fast eval model.safetensors --data-dir /data/imagenet --suite val /data/sketch --json out.json
 """
 
-DOCTOR_HELP = """\
-usage: dad-fast doctor [--numerics]
-
-Says of every part what is on, what is off, why, and the mend. Exit code 0, or 3 when something
-that is required is missing or broken.
-
-  --numerics     also check the arithmetic here: codebook search against float64, the attack
-                 against its closed form on a linear teacher
-  --debug        show tracebacks
-"""
-
 EVAL_SETTINGS = (
     *("data.data_dir", "eval.suites", "teacher.name", "data.batch_size", "data.workers", "device", "data.class_map", "data.val_split"),
     *("augment.img_size", "augment.crop_pct", "augment.interpolation", "teacher.head", "teacher.templates"),
@@ -146,24 +135,18 @@ def eval_parser() -> Parser:
     return parser
 
 
-def doctor_parser() -> Parser:
-    parser = Parser("doctor")
-    parser.add_argument("--numerics", action="store_true", default=False)
-    return parser
-
-
 def train_help(every: bool) -> str:
     """The screen of `dad-fast train -h`, or with `every` all flags and keys by section."""
     lines = [TRAIN_INTRO.rstrip(), "", "settings:"] if not every else ["dad-fast train: every setting, its flag, meaning and [default]", ""]
     if every:
         for section in ("", *sections()):
             lines.append(f"[{section}]" if section else "general")
-            lines += [_entry(s, key=True) for path, s in settings().items() if path.rpartition(".")[0] == section]
+            lines += [entry(s, key=True) for path, s in settings().items() if path.rpartition(".")[0] == section]
             lines.append("")
     else:
-        lines += [_entry(s) for s in settings().values() if s.main]
+        lines += [entry(s) for s in settings().values() if s.main]
     lines += ["", "the run:"] if not every else ["the run"]
-    lines += [_two_columns(names, text) for names, text in LAUNCH_FLAGS.items()]
+    lines += [two_columns(names, text) for names, text in LAUNCH_FLAGS.items()]
     lines += ["", TRAIN_OUTRO.format(presets=", ".join(preset_names())).rstrip()]
     return "\n".join(lines)
 
@@ -171,18 +154,18 @@ def train_help(every: bool) -> str:
 def eval_help() -> str:
     table = settings()
     lines = [EVAL_INTRO.rstrip(), "", "flags:"]
-    lines += [_two_columns(_names(table[path]), EVAL_TEXTS.get(path, table[path].help)) for path in EVAL_SETTINGS]
-    lines.append(_two_columns("--json FILE", "write the results there too; an existing .json is replaced"))
-    lines.append(_two_columns("--debug", "show tracebacks"))
+    lines += [two_columns(_names(table[path]), EVAL_TEXTS.get(path, table[path].help)) for path in EVAL_SETTINGS]
+    lines.append(two_columns("--json FILE", "write the results there too; an existing .json is replaced"))
+    lines.append(two_columns("--debug", "show tracebacks"))
     return "\n".join(lines)
 
 
-def _entry(setting: Setting, key: bool = False) -> str:
+def entry(setting: Setting, key: bool = False) -> str:
     names = _names(setting) if setting.flag else f"--set {setting.path}=..."
     default = setting.default if setting.default not in ("", (), {}) else ""
     default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower() if default in (True, False) else default
     text = setting.help + (f" [{default}]" if str(default) else "")
-    return _two_columns(names, text + (f" ({setting.path})" if key and setting.flag else ""))
+    return two_columns(names, text + (f" ({setting.path})" if key and setting.flag else ""))
 
 
 def _names(setting: Setting) -> str:
@@ -208,7 +191,7 @@ def _metavar(setting: Setting) -> str:
     return " " + {int: "N", float: "X"}.get(setting.type, files.get(setting.path, "NAME"))
 
 
-def _two_columns(left: str, right: str) -> str:
+def two_columns(left: str, right: str) -> str:
     indent = 28
     if len(left) + 4 > indent:
         return f"  {left}\n" + textwrap.fill(right, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)

@@ -199,17 +199,15 @@ def kernels() -> Iterator[Row]:
 
 
 def apex() -> Iterator[Row]:
-    """NVIDIA's has compiled parts (amp_C) and apex.optimizers; PyPI's `apex` is a web toolkit. Neither is imported here."""
-    spec = find_spec("apex")
-    if spec is None:
+    from dad_fast.engine.apex import apex_problem
+
+    problem, mend = apex_problem()
+    if find_spec("apex") is None:
         yield Row("apex", "off", "not installed; nothing here needs it")
-    elif not any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
-        yield Row("apex", "wrong", "the package of this name on PyPI is a web toolkit, not NVIDIA's", "pip uninstall -y apex")
-    elif find_spec("amp_C") is None:
-        mend = "build it from NVIDIA's source with --cpp_ext --cuda_ext, or pip uninstall -y apex"
-        yield Row("apex", "wrong", "NVIDIA's, but without its compiled parts (amp_C)", mend)
+    elif problem:
+        yield Row("apex", "wrong", problem, mend)
     else:
-        yield Row("apex", "ok", "NVIDIA's, with compiled parts; nothing here uses it yet")
+        yield Row("apex", "ok", "NVIDIA's, with compiled parts; --opt fusedadamw and the like would use it, which nobody has run yet")
 
 
 def dali() -> Iterator[Row]:

@@ -69,7 +69,8 @@ def _one(
             print_line(f"{label}: finished already ({folder})")
             return record
     atomic_write_text(folder / "config.toml", to_toml(cfg))
-    facts = {"kernels": {"nearest_code": csrc_status()}, "variant": name, "preset": launch.preset, **_weights(parts)}
+    resolved = {"kernels": {"nearest_code": csrc_status()}, "loader": trainer.loader.name}
+    facts = {**resolved, "variant": name, "preset": launch.preset, **_weights(parts)}
     atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()
     summary = trainer.train()
@@ -87,7 +88,15 @@ def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
 
 def _weights(parts: Parts) -> dict[str, Any]:
     frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
-    return {name: {"name": p.name, "sha256": p.weights_sha256, "seen": p.provenance} for name, p in frozen.items() if p is not None}
+    found: dict[str, Any] = {
+        name: {"name": part.name, "sha256": part.weights_sha256, "seen": part.provenance} for name, part in frozen.items()
+        if part is not None
+    }
+    stores = parts.stored.stores
+    if stores:
+        found["stores"] = [{"folder": str(s.folder), "kind": s.kind, "views": s.num_views, "sha256": s.checksum} for s in stores]
+        found["teacher_loaded"] = parts.teacher is not None
+    return found
 
 
 def _check_output(output: Path, launch: Launch) -> None:

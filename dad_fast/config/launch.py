@@ -13,3 +13,19 @@ class Launch:
     allow_config_change: bool = False  # continue although a setting that changes the result is another one
     debug: bool = False  # show tracebacks
     preset: str = ""  # the preset's name, for the record
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLaunch:
+    """What `dad-fast precompute` makes of a Config: the form of the store, and how the work is done."""
+
+    output: str  # the store's folder
+    targets: bool = False  # the teacher's outputs on augmented clean images, not adversarial images
+    views: int = 1  # draws per image
+    outputs: str = "full"  # the teacher's outputs: full, or topk:K
+    images: str = "none"  # adversarial images as pixels besides the codes: none, raw, webp or jpeg:QUALITY
+    block_size: int = 0  # images per block, the unit of work; 0 = data.batch_size
+    shard_blocks: int = 0  # blocks per shard; 0 = as many as make about 1 GB
+    nproc: int = 1  # processes on this machine
+    estimate: bool = False  # only measure a few blocks, and say what the whole would take
+    check: float = 0.0  # recompute this share of an existing store's blocks and compare

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, toml_value, with_values
-from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config
+from dad_fast.config.schema import MODEL_SAVINGS, USES_DISCRETIZER, USES_TEACHER, VQGAN_SAVINGS, Config
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
 
@@ -150,9 +150,11 @@ def _check_run(cfg: Config) -> None:
         raise UsageError("no data: add --data-dir (a folder with train/ and val/, or embedded:digits), or try --preset demo")
     if not cfg.student.name:
         raise UsageError("no student: add --student, for instance --student resnet50 (any timm model)")
-    if USES_TEACHER[cfg.method] and not cfg.teacher.name:
+    if cfg.store.dirs and cfg.method in ("ce", "dat"):
+        raise UsageError(f"--store: --method {cfg.method} learns from no stored images or outputs; leave it out")
+    if USES_TEACHER[cfg.method] and not cfg.teacher.name and not cfg.store.dirs:
         raise UsageError(f"--method {cfg.method} needs a teacher: add --teacher, for instance --teacher open_clip:ViT-L-14/openai")
-    if USES_DISCRETIZER[cfg.method] and not cfg.discretizer.name:
+    if USES_DISCRETIZER[cfg.method] and not cfg.discretizer.name and not cfg.store.dirs:
         raise UsageError(f"--method {cfg.method} needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)")
     _check_scheme(cfg.data.data_dir, "--data-dir", ("embedded",))
     _check_scheme(cfg.teacher.name, "--teacher", ("open_clip", "timm", "hf-hub", "embedded"))
@@ -164,6 +166,9 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(f"--device {cfg.device}: must be auto, cpu, cuda or cuda:N")
     if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.data.batch_size % 2:
         raise UsageError(f"--batch-size {cfg.data.batch_size}: must be even with --mixup or --cutmix, which mix pairs of images")
+    known = ("all", "none", *MODEL_SAVINGS, *(f"vqgan_{name}" for name in VQGAN_SAVINGS))
+    if unknown := [name for name in cfg.engine.savings if name not in known]:
+        raise UsageError(f"--savings {unknown[0]}: no such saving{nearest(unknown[0], known)} (known: {', '.join(known)})")
     if cfg.student.weights and cfg.student.init_from:
         raise UsageError("--student-weights and --init-from both give the student's weights: leave one out")
     if cfg.schedule.warmup_epochs > cfg.schedule.epochs:

@@ -166,7 +166,21 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    dirs: tuple[str, ...] = setting((), "stores made by dad-fast precompute: adversarial images, teacher outputs, or both", "--store")
+
+
+# Work that models do and nobody needs; what each is: models/savings.py and models/vqgan_fused_layers.py.
+MODEL_SAVINGS = ("class_token_only", "fold_normalisation", "fold_quick_gelu", "cast_weights")
+VQGAN_SAVINGS = ("cast", "channels_last", "upsample", "attention", "merge_1x1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
+    savings: tuple[str, ...] = setting(
+        ("all",), f"all, none, or some of {', '.join(MODEL_SAVINGS)}, {', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}", "--savings"
+    )
+    step_kernels: bool = setting(False, "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a GPU")
     grad_accum_steps: int = setting(1, "batches whose gradients make one step", "--grad-accum-steps", rule=AT_LEAST_ONE)
     cuda_graphs: Literal["auto", "on", "off"] = setting(
         "auto", "capture the step in CUDA graphs; auto falls back to plain calls, and says why", "--cuda-graphs"
@@ -210,6 +224,7 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EmaConfig = EmaConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    store: StoreConfig = StoreConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()

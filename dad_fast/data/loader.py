@@ -43,6 +43,7 @@ class TrainLoader:
         batch_size: clean images per step on this rank; even when images are mixed.
         workers: processes; 0 loads in this one.
         pin_memory: put the batches into page-locked memory, for copies to a GPU that do not wait.
+        cycle: epochs after which order, augmentation and mixes come again, as stored teacher outputs need it; 0 = never.
 
     `replaced` names the unreadable files that were met so far; more of them than the source's `max_bad_share` raise DataError.
     """
@@ -60,12 +61,13 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
+        cycle: int = 0,
     ) -> None:
         if uses_mixing(aug) and batch_size % 2:
             raise UsageError(f"--batch-size {batch_size}: must be even with --mixup or --cutmix, which mix images in pairs")
         if batch_size < 1:
             raise UsageError(f"--batch-size {batch_size}: must be at least 1")
-        self._steps = TrainSteps(source, aug, img_size, batch_size, seed, rank, world)
+        self._steps = TrainSteps(source, aug, img_size, batch_size, seed, rank, world, cycle)
         self.steps_per_epoch = self._steps.steps_per_epoch
         if self.steps_per_epoch == 0:
             raise UsageError(f"--batch-size {batch_size}: {source.name} has only {len(source):,} images for {world} x {batch_size}")
@@ -142,10 +144,11 @@ def train_loader(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
+    cycle: int = 0,
 ) -> TrainLoader:
     """The loader that `resolve_loader` names; its `name` and `batches` are the same for all."""
     device = torch.device(device)
-    options = {"rank": rank, "world": world, "pin_memory": device.type == "cuda"}
+    options = {"rank": rank, "world": world, "cycle": cycle, "pin_memory": device.type == "cuda"}
     if resolve_loader(kind, source, device)[0] == "dali":
         from dad_fast.data.dali import DaliLoader
 

@@ -41,6 +41,7 @@ class Batch:
     epoch: int
     step: int  # of the whole run
     replaced: tuple[str, ...]  # unreadable files whose place another sample took
+    drawn: Tensor | None = None  # int64 [B], the samples that the order has there: other than `samples` where a file is unreadable
     # From stores, where the run has them: Q(x') of the samples as pixels or codes, what the teacher says of it and whether it counts, and
     # what the teacher says of the mixed clean images.
     dad_images: Tensor | None = None  # uint8 [B, 3, H, W]
@@ -74,12 +75,23 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 class TrainSteps(Dataset[Batch]):
     """Step number -> Batch, executed with PIL. What a step holds is decided here alone, whoever executes it."""
 
-    def __init__(self, source: Source, aug: AugmentConfig, img_size: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self, source: Source, aug: AugmentConfig, img_size: int, batch_size: int, seed: int, rank: int, world: int, cycle: int = 0
+    ) -> None:
+        """cycle: epochs after which order, augmentation and mixes come again; 0 = never."""
         self.source, self.aug, self.img_size, self.batch_size = source, aug, img_size, batch_size
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.cycle = seed, rank, world, cycle
         self.steps_per_epoch = len(source) // (batch_size * world)
 
     def __getitem__(self, step: int) -> Batch:
+        images, fields = self._made(lambda load: self.fields(step, load))
+        return Batch(images=images, **fields)
+
+    def made(self, view: int, start: int) -> tuple[Tensor, dict[str, Any]]:
+        """`place`, and its images uint8 [B, 3, H, W]."""
+        return self._made(lambda load: self.place(view, start, load))
+
+    def _made(self, fields: Callable[[Callable[[int, Record], None]], dict[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
         side = self.img_size
         images = torch.empty(self.batch_size, side, side, 3, dtype=torch.uint8)
         view = images.numpy()
@@ -87,33 +99,41 @@ class TrainSteps(Dataset[Batch]):
         def load(row: int, record: Record) -> None:
             view[row] = execute(record, self.image(record.sample))
 
-        fields = self.fields(step, load)
-        return Batch(images=images.permute(0, 3, 1, 2), **fields)
+        found = fields(load)
+        return images.permute(0, 3, 1, 2), found
 
     def fields(self, step: int, load: Callable[[int, Record], None]) -> dict[str, Any]:
         """Everything of a Batch but its images, which `load(row, record)` makes. Where that raises DecodeError, the next valid sample in
         the source's order takes the row, as if it had been drawn.
         """
-        size, side = self.batch_size, self.img_size
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = (step_in_epoch * self.world + self.rank) * size
-        samples = epoch_order(self.seed, epoch, len(self.source))[start : start + size].copy()
+        start = (step_in_epoch * self.world + self.rank) * self.batch_size
+        view = epoch % self.cycle if self.cycle else epoch
+        found = self.place(view, start, load)
+        seeds = torch.from_numpy(sample_seeds(self.seed, epoch, found["samples"].numpy()))
+        return {**found, "seeds": seeds, "epoch": epoch, "step": step}
+
+    def place(self, view: int, start: int, load: Callable[[int, Record], None]) -> dict[str, Any]:
+        """What does not depend on the run: the places from `start` on in the order of epoch `view`, `batch_size` of them. Past the end
+        the last sample comes again; a sample without a partner is not mixed.
+        """
+        size, num = self.batch_size, len(self.source)
+        drawn = epoch_order(self.seed, view, num)[np.minimum(np.arange(start, start + size), num - 1)]
+        samples = drawn.copy()
         replaced: list[str] = []
         for row in range(size):
-            samples[row] = self._load(int(samples[row]), epoch, replaced, partial(load, row))
+            samples[row] = self._load(int(samples[row]), view, replaced, partial(load, row))
         mixes = [UNMIXED] * size
         if uses_mixing(self.aug):
-            pairs = [mix_record(self.aug, side, self.seed, epoch, start // 2 + i) for i in range(size // 2)]
-            mixes = [pair for pair in pairs for _ in range(2)]
+            pairs = [mix_record(self.aug, self.img_size, self.seed, view, start // 2 + i) for i in range(size // 2)]
+            mixes = [pair if start + row // 2 * 2 + 1 < num else UNMIXED for row in range(size) for pair in [pairs[row // 2]]]
         return {
             "labels": torch.from_numpy(self.source.labels[samples]),
             "samples": torch.from_numpy(samples),
-            "seeds": torch.from_numpy(sample_seeds(self.seed, epoch, samples)),
+            "drawn": torch.from_numpy(drawn),
             "mix_kind": torch.tensor([m.kind for m in mixes]),
             "mix_lam": torch.tensor([m.lam for m in mixes], dtype=torch.float32),
             "mix_box": torch.tensor([m.box for m in mixes]),
-            "epoch": epoch,
-            "step": step,
             "replaced": tuple(replaced),
         }
 

@@ -48,7 +48,7 @@ class _Guarded(Dataset[Any]):
             return _Failure(DadFastError(message), traceback.format_exc())
 
 
-def iterate(dataset: Dataset[Any], numbers: Sequence[int], workers: int, pin_memory: bool) -> Iterator[Any]:
+def iterate(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool) -> Iterator[Any]:
     """dataset[n] for each n, in order, made by `workers` processes (0: here). Each item is a whole batch.
 
     Raises DadFastError with one line when a worker fails or dies; a DadFastError raised in a worker comes through as it is.
@@ -58,13 +58,13 @@ def iterate(dataset: Dataset[Any], numbers: Sequence[int], workers: int, pin_mem
     return batches
 
 
-def _from_here(dataset: Dataset[Any], numbers: Sequence[int], pin_memory: bool) -> Generator[Any, None, None]:
+def _from_here(dataset: Dataset[Any], numbers: Sequence[Any], pin_memory: bool) -> Generator[Any, None, None]:
     for number in numbers:
         batch = dataset[number]
         yield batch.pin_memory() if pin_memory else batch
 
 
-def _from_workers(dataset: Dataset[Any], numbers: Sequence[int], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
+def _from_workers(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
     loader = DataLoader(
         _Guarded(dataset),
         batch_size=None,

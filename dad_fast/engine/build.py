@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 
-from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config
+from dad_fast.config.schema import Config
 from dad_fast.data.sources import Source, open_source
+from dad_fast.engine import frozen
+from dad_fast.engine.stored import Stored
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.methods.objectives import TERMS
-from dad_fast.models.discretizer import Discretizer, load_discretizer
+from dad_fast.models.discretizer import Discretizer
+from dad_fast.models.savings import save_student_work
 from dad_fast.models.student import Student, build_student
-from dad_fast.models.teacher import Teacher, load_teacher
+from dad_fast.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; `teacher` and `discretizer` are None where the method needs none."""
+    """What a run is made of; `teacher` and `discretizer` are None where the method, given its stores, needs none."""
 
     device: torch.device
     train: Source
@@ -26,6 +29,8 @@ class Parts:
     student: Student
     teacher: Teacher | None
     discretizer: Discretizer | None
+    stored: Stored
+    savings: dict[str, dict[str, str]]  # of teacher and student: saving -> "" where it is on, else why it is not
 
 
 class Builder:
@@ -42,26 +47,50 @@ class Builder:
             splits, other = f"{cfg.data.train_split} and {cfg.data.val_split}", set(train.classes.folders) ^ set(val.classes.folders)
             what = f"only one of {splits} has the class {min(other)}" if other else f"{splits} order their classes differently"
             raise DataError(f"--data-dir {cfg.data.data_dir}: {what}; mend the folders or give --class-map")
+        of_stores = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
+        stored = self._once(of_stores, lambda: Stored(cfg.store.dirs, train, cfg.loss.filter))
+        needs_teacher, needs_discretizer = _needs(cfg, stored)
         teacher = discretizer = None
-        if USES_TEACHER[cfg.method]:
-            of_teacher = ("teacher", repr(cfg.teacher), repr(cfg.precision), str(device), train.classes)
-            teacher = self._once(of_teacher, lambda: load_teacher(cfg.teacher, train.classes, cfg.precision, device))
-        if USES_DISCRETIZER[cfg.method]:
-            of_discretizer = ("discretizer", repr(cfg.discretizer), repr(cfg.precision), str(device))
-            discretizer = self._once(of_discretizer, lambda: load_discretizer(cfg.discretizer.name, cfg.precision, device))
+        hashes: dict[str, str | None] = {}
+        savings: dict[str, dict[str, str]] = {}
+        common = (repr(cfg.precision), repr(cfg.engine), str(device))
+        if needs_teacher:
+            found = self._once(("teacher", repr(cfg.teacher), *common, train.classes), lambda: frozen.teacher(cfg, train.classes, device))
+            teacher, hashes["teacher"], savings["teacher"] = found
+        if needs_discretizer:
+            of_discretizer = ("discretizer", repr(cfg.discretizer), *common)
+            discretizer, hashes["discretizer"] = self._once(of_discretizer, lambda: frozen.discretizer(cfg, device))
         torch.manual_seed(cfg.seed)  # the student's initial weights
         num_groups = 1 + len({"dad", "aug", "dat"} & set(TERMS[cfg.method]))  # clean images, and those of each attack
         student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)
+        savings["student"] = save_student_work(student, frozen.model_savings(cfg))
         student = student.to(device)
         if cfg.precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
+        stored.check_run(student.image_size, cfg.augment, cfg.seed, hashes)
         _try_one_image(cfg, device, student, teacher, discretizer)
-        return Parts(device, train, val, student, teacher, discretizer)
+        return Parts(device, train, val, student, teacher, discretizer, stored, savings)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._frozen:
             self._frozen[key] = make()
         return self._frozen[key]
+
+
+def _needs(cfg: Config, stored: Stored) -> tuple[bool, bool]:
+    """Whether a teacher and a discretizer are needed, given what is stored; raises UsageError when one is needed and not named."""
+    terms = TERMS[cfg.method]
+    online = bool({"dad", "aug"} & set(terms)) and stored.adversarial is None
+    teacher = online or ("kd" in terms and stored.targets is None)
+    only_codes = stored.adversarial is not None and stored.adversarial.manifest.images == "none"
+    discretizer = online or "dat" in terms or ("kd" != cfg.method and only_codes)
+    if teacher and not cfg.teacher.name:
+        missing = "adversarial images" if online else "outputs on clean images (--targets)"
+        raise UsageError(f"--method {cfg.method} needs a teacher, for no store has its {missing}: add --teacher")
+    if discretizer and not cfg.discretizer.name:
+        why = "the store holds codes and no images" if only_codes else "no store has adversarial images"
+        raise UsageError(f"--method {cfg.method} needs a discretizer, for {why}: add --discretizer (a VQGAN's file, identity or jpeg:75)")
+    return teacher, discretizer
 
 
 @torch.no_grad()

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from dad_fast.config.schema import USES_TEACHER
 from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import soft_targets, to_pixels
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Result, Suite
 from dad_fast.files import atomic_write_json
 from dad_fast.methods.discretize import discretize
-from dad_fast.methods.objectives import keep_mask
+from dad_fast.methods.objectives import TERMS, keep_mask
 from dad_fast.observe.report import write_report
 from dad_fast.observe.sheet import write_sheet
 
@@ -39,7 +38,7 @@ def finish(
         if parts.teacher.name not in taught:
             taught[parts.teacher.name] = {suite.name: trainer.judge(parts.teacher, suite).to_dict() for suite in suites}
         teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": taught[parts.teacher.name]}
-    if parts.discretizer is not None:
+    if parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS[cfg.method]):
         _sheet(trainer, output / "sheet.png")
     record = {
         "variant": variant,
@@ -67,8 +66,7 @@ def _sheet(trainer: Trainer, path: Path) -> None:
     """x, Q(x) and Q(x + delta) of a few validation images: against the teacher, or the student where that is what is attacked."""
     cfg, parts = trainer.cfg, trainer.parts
     assert parts.discretizer is not None
-    attacked = parts.teacher if USES_TEACHER[cfg.method] else trainer.evaluated
-    assert attacked is not None
+    attacked = parts.teacher or trainer.evaluated
     student = parts.student
     loader = EvalLoader(parts.val, student.image_size, student.crop_pct, student.interpolation, SHEET_ROWS, workers=0)
     batch = next(iter(loader))

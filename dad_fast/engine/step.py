@@ -18,9 +18,11 @@ from torch import Tensor
 
 from dad_fast.config.schema import Config
 from dad_fast.data.loader import Batch
-from dad_fast.data.mixing import Mixed, mix, to_pixels
+from dad_fast.data.mixing import Mixed, mix, soft_targets, to_pixels
+from dad_fast.engine.generate import to_levels
 from dad_fast.engine.graph import StepGraphs
 from dad_fast.engine.update import Update
+from dad_fast.kernels import unpack_codes
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import discretize, perturb
 from dad_fast.methods.measures import share_changed, signal_to_rounding
@@ -38,6 +40,7 @@ class Generated(NamedTuple):
 
     images: list[Tensor]  # each [B, 3, H, W]
     targets: Tensor  # [B, C], mixed, not smoothed
+    dad_targets: Tensor  # [B, C], the same for Q(x')
     teacher_clean: Tensor | None  # [B, C]
     teacher_dad: Tensor | None  # [B, C]
     keep: Tensor | None  # [B], 1 where the adversarial image counts
@@ -49,7 +52,7 @@ class TrainStep:
     def __init__(self, cfg: Config, student: Student, teacher: Teacher | None, discretizer: Discretizer | None, update: Update):
         self.cfg, self.student, self.teacher, self.discretizer, self.update = cfg, student, teacher, discretizer, update
         self.terms = TERMS[cfg.method]
-        self.attack = PGD.from_config(cfg.attack)
+        self.attack = PGD.from_config(cfg.attack, fused=cfg.engine.step_kernels)
         self.device = next(student.parameters()).device
         self.run_student: Callable[[Tensor], Tensor] = student
         self.run_teacher: Callable[[Tensor], Tensor] | None = teacher
@@ -76,29 +79,28 @@ class TrainStep:
 
     def generate(self, batch: Batch) -> Generated:
         """Attack, discretizer and teacher, for a batch on the device."""
-        cfg, teacher = self.cfg, self.run_teacher
+        cfg = self.cfg
         with stage("mix"):
             x, y, second_labels, _ = self.mixed(batch)  # [B, 3, H, W], [B, C], [B]
 
-        # x + delta -> Q(x + delta): against the teacher (DAD), against the student (DAT)
-        images = [x]
+        # x + delta -> Q(x + delta): against the teacher (DAD, or from a store), against the student (DAT)
+        images, stored = [x], batch.dad_outputs is not None
         if "dad" in self.terms or "aug" in self.terms:
-            assert teacher is not None
-            images.append(self.adversarial(teacher, x, y, batch.seeds))
+            images.append(self.stored_images(batch) if stored else self.adversarial(self._teacher(), x, y, batch.seeds))
         if "dat" in self.terms:
             images.append(self.adversarial(self.student_in_eval, x, y, batch.seeds))
 
         # The teacher on clean and on adversarial images; the second also serves the filter.
-        keep = teacher_clean = teacher_dad = None
-        if teacher is not None:
-            with torch.no_grad(), stage("teacher"):
-                if "kd" in self.terms:
-                    teacher_clean = teacher(x)
-                if "dad" in self.terms or ("aug" in self.terms and cfg.loss.filter):
-                    teacher_dad = teacher(images[1])
-                    if cfg.loss.filter:
-                        keep = keep_mask(teacher_dad, batch.labels, second_labels)
-        return Generated(images, y, teacher_clean, teacher_dad, keep)
+        keep, teacher_clean, teacher_dad = batch.dad_kept, batch.clean_outputs, batch.dad_outputs
+        with torch.no_grad(), stage("teacher"):
+            if "kd" in self.terms and teacher_clean is None:
+                teacher_clean = self._teacher()(x)
+            if not stored and ("dad" in self.terms or ("aug" in self.terms and cfg.loss.filter)):
+                teacher_dad = self._teacher()(images[1])
+                if cfg.loss.filter:
+                    keep = keep_mask(teacher_dad, batch.labels, second_labels)
+        labels = soft_targets(batch.labels, self.student.num_classes) if stored else y  # stored images are not mixed
+        return Generated(images, y, labels, teacher_clean, teacher_dad, keep)
 
     def learn(self, generated: Generated) -> dict[str, Tensor]:
         """The student's gradients, added to those of earlier micro-batches; returns scalars."""
@@ -109,7 +111,7 @@ class TrainStep:
 
     def loss(self, generated: Generated) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the student on what was generated, and scalars: the loss, its parts, the share kept."""
-        cfg, (images, targets, teacher_clean, teacher_dad, keep) = self.cfg, generated
+        cfg, (images, targets, dad_targets, teacher_clean, teacher_dad, keep) = self.cfg, generated
         with self.autocast(), stage("student"):
             if cfg.student.bn == "split":
                 outputs = [self.run_student(group) for group in images]
@@ -121,7 +123,9 @@ class TrainStep:
 
         logits = Logits(student_clean, student_dad, student_dat, teacher_clean, teacher_dad)
         with stage("objective"):
-            loss, parts = objective(cfg.method, cfg.loss, logits, smooth(targets, cfg.augment.smoothing), keep)
+            smoothing = cfg.augment.smoothing
+            soft = smooth(targets, smoothing), keep, smooth(dad_targets, smoothing)
+            loss, parts = objective(cfg.method, cfg.loss, logits, *soft, fused=cfg.engine.step_kernels)
         scalars = {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
         if keep is not None:
             scalars["kept"] = keep.mean()
@@ -132,6 +136,21 @@ class TrainStep:
         layout = torch.channels_last if self.cfg.precision.channels_last else torch.contiguous_format
         pixels = to_pixels(batch.images, layout)
         return mix(pixels, batch.labels, batch.mix_kind, batch.mix_lam, batch.mix_box, self.student.num_classes)
+
+    def _teacher(self) -> Callable[[Tensor], Tensor]:
+        assert self.run_teacher is not None, "the builder leaves a teacher out only where stores replace it"
+        return self.run_teacher
+
+    @torch.no_grad()
+    def stored_images(self, batch: Batch) -> Tensor:
+        """Q(x') from a store, [B, 3, H, W] in [0, 1]: the 8-bit pixels that the stored outputs belong to."""
+        if batch.dad_images is not None:
+            return to_pixels(batch.dad_images)
+        assert batch.dad_codes is not None and isinstance(self.discretizer, VQGANDiscretizer)
+        config = self.discretizer.vqgan.config
+        side = self.student.image_size // config.downsample
+        codes = unpack_codes(batch.dad_codes, config.code_bits, side * side)
+        return to_pixels(to_levels(self.discretizer.decode(codes.view(-1, side, side))))
 
     def adversarial(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Q(x') for an attack on `model`, [B, 3, H, W]."""
@@ -148,7 +167,7 @@ class TrainStep:
         few = slice(0, MEASURED)
         shares = {}
         attacked: dict[str, Callable[[Tensor], Tensor]] = {}
-        if self.teacher is not None:
+        if self.teacher is not None and batch.dad_outputs is None:
             attacked["codes_changed"] = self.teacher
         if "dat" in self.terms:
             attacked["codes_changed_dat"] = self.student_in_eval
@@ -162,7 +181,8 @@ class TrainStep:
 
     def signal_to_rounding(self, batch: Batch) -> float | None:
         """How much the attack moves the encoder's output, over how much the encoder's own rounding does; None without an encoder."""
-        if not isinstance(self.discretizer, VQGANDiscretizer):
+        stored = batch.dad_outputs is not None and "dat" not in self.terms
+        if not isinstance(self.discretizer, VQGANDiscretizer) or stored:
             return None
         batch = batch.to(self.device)
         x, y, _, _ = self.mixed(batch)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dad_fast.config import differences, from_toml, to_toml
 from dad_fast.config.schema import Config
-from dad_fast.data.loader import Batch, TrainLoader
+from dad_fast.data.loader import Batch, resolve_loader, train_loader
 from dad_fast.engine.build import Parts
 from dad_fast.engine.checkpoint import (
     Checkpoint,
@@ -53,9 +53,9 @@ class Trainer:
         self.update = Update(parts.student, cfg, parts.device)
         self.step = TrainStep(cfg, parts.student, parts.teacher, parts.discretizer, self.update)
         self.images_per_step = cfg.data.batch_size * cfg.engine.grad_accum_steps
-        self.loader = TrainLoader(
-            parts.train, cfg.augment, parts.student.image_size, self.images_per_step, seed=cfg.seed, workers=cfg.data.workers,
-            pin_memory=parts.device.type == "cuda",
+        self.loader = train_loader(
+            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, self.images_per_step, seed=cfg.seed,
+            workers=cfg.data.workers, device=parts.device, cycle=parts.stored.cycle,
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
         steps = round(total_epochs(cfg.schedule) * self.steps_per_epoch)
@@ -88,12 +88,19 @@ class Trainer:
             lines.append(f"teacher {parts.teacher.name}; it has seen: {parts.teacher.provenance}")
         if parts.discretizer is not None:
             lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
+        for part, found in parts.savings.items():
+            texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
+            lines.append(f"savings of the {part}: {', '.join(texts) or 'none'}")
+        loader, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
+        lines.append(f"loader {loader}: {why}")
+        lines += [f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images" for store in parts.stored.stores]
         for line in lines:
             self.log.say(line, echo=line is lines[0])
 
     def train(self) -> dict[str, float]:
         """Runs to the end, or until a signal asks to stop: then the state is saved and Preempted or Interrupted raised."""
-        batches = feed(self.loader.batches(self.next_step, self.total_steps), self.parts.device)
+        batches = self.parts.stored.join(self.loader.batches(self.next_step, self.total_steps), self.parts.device.type == "cuda")
+        batches = feed(batches, self.parts.device)
         with stop_requests() as stop, self._progress() as progress, collections_between_steps():
             clock, first = self.clock, True
             clock.skip()
@@ -226,6 +233,8 @@ class Trainer:
             "metrics_offset": self.log.offset(),
             "classes": self.parts.train.classes.to_json(),
             "data": self.parts.train.fingerprint,
+            "stores": self.parts.stored.checksums,
+            "loader": self.loader.name,
         }
         self.checkpoints.save(self.next_step, tensors, state, self.write_model, best)
 
@@ -239,11 +248,16 @@ class Trainer:
 
     def _restore(self, found: Checkpoint, allow_config_change: bool) -> None:
         changed = differences(from_toml(found.state["config"], str(found.path)), self.cfg)
+        if found.state.get("stores", {}) != self.parts.stored.checksums:
+            changed.append(f"the stores {', '.join(self.cfg.store.dirs)} are not those that the run began with")
         if found.state["data"] != self.parts.train.fingerprint:
             changed.append(f"the images in {self.cfg.data.data_dir} are not those that the run began with")
         if changed and not allow_config_change:
             what = "; ".join(changed)
             raise UsageError(f"--resume: not the settings of {found.path}: {what}; restore them, or add --allow-config-change")
+
+        if found.state.get("loader", self.loader.name) != self.loader.name:
+            print_line(f"the run began with the loader {found.state['loader']}; the pixels of {self.loader.name} differ slightly")
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}

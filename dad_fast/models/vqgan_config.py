@@ -32,6 +32,11 @@ class VQGANConfig:
         """Side of the square of pixels that one code stands for."""
         return 2 ** (len(self.ch_mult) - 1)
 
+    @property
+    def code_bits(self) -> int:
+        """Bits that tell all codes apart."""
+        return max(1, (self.n_embed - 1).bit_length())
+
 
 def _f16(n_embed: int) -> VQGANConfig:
     return VQGANConfig(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), z_channels=256, embed_dim=256, n_embed=n_embed)

@@ -1,0 +1,210 @@
+"""`dad-fast precompute`: fills a store, on one process or several; or estimates what that takes; or checks what is there."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dad_fast.config import Config
+from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.schema import StudentConfig
+from dad_fast.data.sources import open_source
+from dad_fast.engine import frozen
+from dad_fast.engine.build import resolve_device
+from dad_fast.engine.precompute import AdversarialFiller, Filler, TargetFiller, estimate, fill, stopped
+from dad_fast.engine.signals import stop_requests
+from dad_fast.errors import DataError
+from dad_fast.models.student import build_student
+from dad_fast.observe.runlog import print_line
+from dad_fast.store import AdversarialStore, Manifest, Records, open_store
+
+LINE_SECONDS = 10.0
+
+
+def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
+    """Returns the exit code. `arguments` are those of the command line, for the processes that --nproc starts."""
+    if launch.nproc > 1 and "RANK" not in os.environ and not (launch.estimate or launch.check):
+        return _several(launch.nproc, arguments)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    filler = make_filler(cfg, launch)
+    if launch.estimate:
+        return _estimate(filler, max(world, launch.nproc))
+    if launch.check:
+        return _check(filler, launch)
+    folder = Path(launch.output)
+    done = 0
+    with stop_requests() as stop, _progress(filler, rank, world) as advance:
+        for records in fill(filler, folder, rank, world):
+            done += 1
+            advance(records)
+            if stop.error:
+                raise stopped(stop.error, done, folder)
+    if rank == 0 and Manifest.load(folder).complete:
+        print_line(f"{folder}: complete; look at it with dad-fast store info {folder}")
+    return 0
+
+
+def make_filler(cfg: Config, launch: StoreLaunch) -> Filler:
+    """Everything that a user can get wrong fails here, before a file is written."""
+    device = _device(cfg)
+    source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+    teacher, digest, _ = frozen.teacher(cfg, source.classes, device)
+    hashes: dict[str, str | None] = {"teacher": digest}
+    settings = {"seed": cfg.seed, "precision": asdict(cfg.precision), "savings": sorted(cfg.engine.savings), "device": device.type}
+    view = _view(cfg, len(source.classes), teacher.image_size)
+    if launch.targets:
+        return TargetFiller(cfg, launch, source, teacher, view["img_size"], settings, hashes, device)
+    discretizer, hashes["discretizer"] = frozen.discretizer(cfg, device)
+    return AdversarialFiller(cfg, launch, source, teacher, discretizer, view, settings, hashes, device)
+
+
+def _device(cfg: Config) -> torch.device:
+    device = resolve_device(cfg.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
+
+
+def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
+    """The student's view of an image in evaluation; without a student, the teacher's size and timm's usual crop."""
+    aug, size, crop_pct, interpolation = cfg.augment, teacher_size, 0.875, "bicubic"
+    if cfg.student.name:
+        architecture = StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs)
+        student = build_student(architecture, num_classes, aug.img_size)
+        size, crop_pct, interpolation = student.image_size, student.crop_pct, student.interpolation
+    return {
+        "img_size": aug.img_size or size,
+        "crop_pct": aug.crop_pct or crop_pct,
+        "interpolation": aug.interpolation or interpolation,
+    }
+
+
+def _several(nproc: int, arguments: Sequence[str]) -> int:
+    """This command in `nproc` processes that share the work; the first failure stops the others."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    processes = []
+    for rank in range(nproc):
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "OMP_NUM_THREADS": threads}
+        processes.append(subprocess.Popen([sys.executable, "-m", "dad_fast", "precompute", *arguments], env=environment))
+    with stop_requests() as stop:
+        codes: dict[int, int] = {}
+        passed_on = False
+        while len(codes) < nproc:
+            time.sleep(0.1)
+            codes |= {rank: process.returncode for rank, process in enumerate(processes) if process.poll() is not None}
+            if (stop.error or any(codes.values())) and not passed_on:
+                passed_on = True
+                for process in processes:
+                    if process.poll() is None:
+                        process.terminate()
+    failures = [code for code in codes.values() if code]
+    if stop.error:
+        return stop.error.exit_code
+    return next((code for code in failures if code != 75), failures[0] if failures else 0)
+
+
+def _estimate(filler: Filler, world: int) -> int:
+    manifest = filler.manifest
+    seconds = estimate(filler)
+    blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
+    images = manifest.num_samples * manifest.num_views
+    print(f"{manifest.num_samples:,} images, {manifest.num_views} views, blocks of {manifest.block_size}")
+    print(f"time    {_duration(seconds * blocks / world)} on {world} process{'es' if world > 1 else ''} like this one "
+          f"({manifest.block_size / seconds:,.0f} img/s each)")  # fmt: skip
+    for kind, size in manifest.bytes_per_sample.items():
+        if size:
+            most = "at most " if kind == "images" and manifest.images != "raw" else ""
+            print(f"{kind:<7} {most}{size:,} bytes an image, {most}{_bytes(size * images)}")
+    return 0
+
+
+def _check(filler: Filler, launch: StoreLaunch) -> int:
+    """Compute some blocks again and compare every record."""
+    store = open_store(launch.output)
+    if differences := store.manifest.differences(filler.manifest):
+        raise DataError(f"{launch.output}: made with other settings: {'; '.join(differences[:12])}")
+    geometry = store.manifest.geometry
+    rows = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)]
+    chosen = sorted(random.Random(0).sample(range(len(rows)), max(1, round(launch.check * len(rows)))))
+    checked = equal = 0
+    furthest, codes_differ = 0.0, []
+    for block, item in zip([rows[i] for i in chosen], filler.feed([rows[i] for i in chosen]), strict=True):
+        again = filler.records(block, item)
+        where = np.arange(block.start, block.stop)
+        records = np.zeros(len(block), store.manifest.data_dtype)
+        store.manifest.outputs_form.encode(again.outputs, records)
+        outputs = store.manifest.outputs_form.decode(records, store.manifest.num_classes)
+        stored = store.outputs(where, block.view)
+        readable = store.readable(where, block.view)
+        same = (outputs == stored).all(1)
+        furthest = max(furthest, float(np.abs(outputs.astype(np.float32) - stored.astype(np.float32))[readable].max(initial=0)))
+        if isinstance(store, AdversarialStore) and again.codes is not None:
+            differing = (again.codes != store.codes(where, block.view)).any(1)
+            codes_differ.append((differing & readable).sum())
+            same &= ~differing
+        checked, equal = checked + int(readable.sum()), equal + int((same & readable).sum())
+    drift = f"; largest difference of a logit {furthest:.3g}" + (f", other codes in {sum(codes_differ):,} images" if codes_differ else "")
+    print(f"{equal:,} of {checked:,} records are computed again bit for bit" + (drift if equal < checked else ""))
+    if equal < checked:
+        raise DataError(f"{launch.output}: not what this machine computes{drift}; other hardware or versions round differently, "
+                        "but a large difference means another teacher, discretizer or data")  # fmt: skip
+    return 0
+
+
+@contextmanager
+def _progress(filler: Filler, rank: int, world: int) -> Iterator[Any]:
+    """A callback for each block's records: a bar on a terminal, else a line now and then. The first process shows its own share."""
+    manifest = filler.manifest
+    total = len([b for s in range(rank, manifest.geometry.num_shards, world) for b in manifest.geometry.blocks(s)])
+    start = last = time.monotonic()
+    done = images = kept = 0
+    changed: list[float] = []
+    terminal = sys.stderr.isatty()
+
+    def advance(records: Records) -> None:
+        nonlocal done, images, kept, last
+        done, images = done + 1, images + len(records.keys)
+        kept += int(records.kept.sum()) if records.kept is not None else 0
+        if records.changed is not None:
+            changed.append(float(np.nanmean(records.changed)))
+        now = time.monotonic()
+        if rank or (not terminal and now - last < LINE_SECONDS and done < total):
+            return
+        last = now
+        rate = images / (now - start)
+        left = _duration((total - done) * manifest.block_size / rate)
+        text = f"block {done:,}/{total:,}  {rate * world:,.0f} img/s  {left} left"
+        if records.kept is not None:
+            text += f"  kept {kept / images:.0%}"
+        if changed:
+            text += f"  codes changed {np.mean(changed):.0%}"
+        print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield advance
+    finally:
+        if terminal and done and not rank:
+            print(file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _bytes(number: float) -> str:
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, int(np.log10(max(number, 1)) // 3))
+    return f"{number / 1000**power:,.3g} {units[power]}"

@@ -1,0 +1,51 @@
+"""Teacher and discretizer as a run uses them: loaded, named by a hash, and then freed of work that nobody needs."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
+from dad_fast.data.classes import ClassMap
+from dad_fast.models.discretizer import Discretizer, VQGANDiscretizer, load_discretizer
+from dad_fast.models.fingerprint import fingerprint
+from dad_fast.models.savings import Savings, save_teacher_work
+from dad_fast.models.teacher import Teacher, load_teacher
+from dad_fast.models.vqgan_fused_layers import VQGANSavings
+
+log = logging.getLogger("dad_fast.engine")
+
+
+class FrozenTeacher(NamedTuple):
+    model: Teacher
+    fingerprint: str  # of the weights as they were loaded, head included
+    savings: dict[str, str]  # saving -> "" where it is on, else why it is not
+
+
+class FrozenDiscretizer(NamedTuple):
+    model: Discretizer
+    fingerprint: str | None  # None where nothing is trained
+
+
+def model_savings(cfg: Config) -> Savings:
+    """For teacher and student."""
+    return Savings(**{name: _wanted(cfg, name) for name in MODEL_SAVINGS})
+
+
+def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
+    model = load_teacher(cfg.teacher, classes, cfg.precision, device)
+    digest = fingerprint(model)
+    return FrozenTeacher(model, digest, save_teacher_work(model, model_savings(cfg)))
+
+
+def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
+    savings = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
+    kernel = cfg.engine.step_kernels and device.type == "cuda"
+    model = load_discretizer(cfg.discretizer.name, cfg.precision, device, VQGANSavings(**savings, norm_kernel=kernel))
+    return FrozenDiscretizer(model, fingerprint(model.vqgan) if isinstance(model, VQGANDiscretizer) else None)
+
+
+def _wanted(cfg: Config, name: str) -> bool:
+    return "none" not in cfg.engine.savings and ("all" in cfg.engine.savings or name in cfg.engine.savings)

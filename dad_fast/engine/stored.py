@@ -1,0 +1,165 @@
+"""Stores joined to the stream of batches: which of the step's inputs they replace, and whether they are this run's."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dad_fast.config.schema import AugmentConfig
+from dad_fast.data.loader import Batch
+from dad_fast.data.sources import Source
+from dad_fast.errors import DataError, UsageError
+from dad_fast.store import AdversarialStore, Store, TargetStore, open_store
+
+AHEAD = 2  # batches joined before they are asked for
+
+
+class Stored:
+    """At most one store of each kind. Reading them is a thread's work, so that it costs the step nothing.
+
+    adversarial: Q(x') and the teacher's outputs on it; view v serves the epochs e = v mod its number of views.
+    targets: the teacher's outputs on clean views; the loader then cycles through these views (`TrainLoader.cycle`).
+    """
+
+    def __init__(self, dirs: Sequence[str], source: Source, filtered: bool = True) -> None:
+        """filtered: count an adversarial image only where the teacher still says the label.
+
+        Raises DataError for a store that is damaged, incomplete or of other classes or images, UsageError for two of one kind."""
+        self.adversarial: AdversarialStore | None = None
+        self.targets: TargetStore | None = None
+        for folder in dirs:
+            store = open_store(folder)
+            name = "adversarial" if isinstance(store, AdversarialStore) else "targets"
+            if getattr(self, name) is not None:
+                raise UsageError(f"--store {folder}: a second store of kind {store.kind}; give one of each kind")
+            _check_classes(store, source)
+            setattr(self, name, store)
+        self._source, self._filtered = source, filtered
+        self._rows: dict[tuple[str, int], np.ndarray] = {}
+
+    @property
+    def stores(self) -> list[Store]:
+        return [store for store in (self.adversarial, self.targets) if store is not None]
+
+    @property
+    def cycle(self) -> int:
+        """Epochs after which the clean views repeat; 0 = never."""
+        return self.targets.num_views if self.targets is not None else 0
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        return {store.kind: store.checksum for store in self.stores}
+
+    def check_run(self, img_size: int, augment: AugmentConfig, seed: int, hashes: dict[str, str | None]) -> None:
+        """Raises DataError where a store was made for other images, augmentation or models than the run's; `hashes` has what is loaded."""
+        for store in self.stores:
+            manifest = store.manifest
+            for name, value in hashes.items():
+                recorded = manifest.hashes.get(name)
+                if value and recorded and value != recorded:
+                    raise DataError(f"--store {store.folder}: made with another {name} ({recorded[:12]}…) than the run's ({value[:12]}…)")
+        if self.adversarial is not None:
+            made = self.adversarial.manifest.settings["images"]["img_size"]
+            if made != img_size:
+                raise DataError(f"--store {self.adversarial.folder}: images of {made} px where the student sees {img_size} (--img-size)")
+        if self.targets is not None:
+            theirs = self.targets.manifest.settings["augment"] | {"img_size": self.targets.manifest.settings["img_size"]}
+            ours = view_settings(augment) | {"img_size": img_size}
+            theirs, ours = theirs | {"seed": self.targets.manifest.settings["seed"]}, ours | {"seed": seed}
+            changed = [f"{name}: {theirs[name]} in the store, {ours[name]} here" for name in ours if theirs.get(name) != ours[name]]
+            if changed:
+                raise DataError(f"--store {self.targets.folder}: its teacher saw other views: {'; '.join(changed)}; use the same settings")
+
+    def join(self, batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
+        """`batches` with what the stores hold of them, in order."""
+        if not self.stores:
+            return batches
+        return _ahead(self._joined(batch, pin_memory) for batch in batches)
+
+    def _joined(self, batch: Batch, pin_memory: bool) -> Batch:
+        samples = batch.samples.cpu().numpy()
+        found: dict[str, np.ndarray] = {}
+        if self.adversarial is not None:
+            store, view = self.adversarial, batch.epoch % self.adversarial.num_views
+            rows = self._rows_of(store, view)[samples]
+            counts = store.kept(rows, view) if self._filtered else store.readable(rows, view)
+            found |= {"dad_outputs": store.outputs(rows, view), "dad_kept": counts.astype(np.float32)}
+            if store.manifest.images != "none":
+                found["dad_images"] = store.images(rows, view)
+            else:
+                found["dad_codes"] = store.codes(rows, view)
+        if self.targets is not None:
+            view = batch.epoch % self.targets.num_views
+            assert batch.drawn is not None
+            found["clean_outputs"] = self.targets.outputs(self._rows_of(self.targets, view)[batch.drawn.cpu().numpy()], view)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
+        if "dad_images" in tensors:
+            tensors["dad_images"] = tensors["dad_images"].permute(0, 3, 1, 2)
+        if pin_memory:
+            tensors = {name: value.pin_memory() for name, value in tensors.items()}
+        return replace(batch, **tensors)
+
+    def _rows_of(self, store: Store, view: int) -> np.ndarray:
+        """int64 [N]: where each sample of the source lies; views of targets have orders of their own."""
+        view = view if isinstance(store, TargetStore) else 0
+        if (store.kind, view) not in self._rows:
+            self._rows[store.kind, view] = store.rows(self._source, view)
+        return self._rows[store.kind, view]
+
+
+def view_settings(augment: AugmentConfig) -> dict[str, Any]:
+    """What decides the pixels of an augmented, mixed view, as a manifest holds it."""
+    other = {"img_size", "smoothing", "crop_pct", "interpolation"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(augment).items() if name not in other}
+
+
+def _check_classes(store: Store, source: Source) -> None:
+    theirs, ours = store.manifest.class_map, source.classes
+    if theirs.folders != ours.folders:
+        differing = [f"{i}: {a} there, {b} here" for i, (a, b) in enumerate(zip(theirs.folders, ours.folders, strict=False)) if a != b]
+        what = differing[0] if differing else f"{len(theirs)} there, {len(ours)} here"
+        raise DataError(f"--store {store.folder}: its classes are not the run's (class {what}); give the same --class-map")
+    rows = store.rows(source)
+    if not np.array_equal(store.labels(rows), source.labels):
+        first = int(np.flatnonzero(store.labels(rows) != source.labels)[0])
+        raise DataError(f"--store {store.folder}: {source.keys[first]} has another label there; it was made from other data")
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """`batches`, made by a thread a few ahead; its exceptions come through, and closing this ends it."""
+    made: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
+    closed = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not closed.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+            put(None)
+        except BaseException as error:  # whatever it is belongs to the training thread
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="stores")
+    thread.start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()

@@ -1,0 +1,97 @@
+"""Flags of `dad-fast precompute`: the settings of `dad-fast train` that a store depends on, and the form of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dad_fast.config import Config
+from dad_fast.config.fields import settings
+from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.resolve import gather
+from dad_fast.errors import UsageError
+from dad_fast.flags import Parser, add_settings, entry, two_columns
+
+INTRO = """\
+usage: dad-fast precompute [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] -o STORE
+
+Attacks and discretizes a data set once, or (--targets) stores what the teacher says of augmented
+views of it, so that dad-fast train --store STORE needs neither. It goes on where it was stopped.
+
+examples:
+  dad-fast precompute --preset demo -o runs/store --images raw
+  dad-fast train --preset demo --method dad --store runs/store -o runs/stored
+  dad-fast precompute --preset dad-vitb16 --data-dir DIR --teacher NAME --discretizer FILE \\
+      -o STORE --estimate
+"""
+
+STORE_FLAGS = {
+    "-o, --output DIR": "the store's folder; an unfinished store of the same settings is completed",
+    "--targets": "store the teacher's outputs on augmented, mixed clean images instead",
+    "--views N": "draws per image; training cycles through them [1]",
+    "--outputs FORM": "the teacher's outputs: full (16-bit logits) or topk:K [full]",
+    "--images FORM": "adversarial images as pixels besides the codes: none, raw, webp, jpeg:Q [none]",
+    "--block-size N": "images per block, the unit of work; part of the store's identity [--batch-size]",
+    "--shard-blocks N": "blocks per shard, what one process writes at a time [about 1 GB]",
+    "--nproc N": "processes on this machine, one a GPU where there are GPUs [1]",
+    "--estimate": "measure a few blocks and say what the whole would take; writes nothing",
+    "--check SHARE": "recompute this share of the blocks of an existing store and compare",
+    "--debug": "show tracebacks",
+}
+SETTINGS = ("data.data_dir", "data.batch_size", "teacher.name", "discretizer.name", "augment.img_size", "precision.amp", "device")
+
+
+def help_text() -> str:
+    lines = [INTRO.rstrip(), "", "the store:", *(two_columns(*pair) for pair in STORE_FLAGS.items())]
+    lines += ["", "settings, those of dad-fast train (dad-fast train --help-all lists every one), such as:"]
+    lines += [entry(settings()[path]) for path in SETTINGS]
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str]) -> tuple[Config, StoreLaunch]:
+    """The settings, not checked for completeness, and the store's form. Raises UsageError."""
+    parser = Parser("precompute")
+    parser.add_argument("config", nargs="?", default="")
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser.add_argument("-o", "--output", default="")
+    parser.add_argument("--targets", action="store_true", default=False)
+    parser.add_argument("--estimate", action="store_true", default=False)
+    parser.add_argument("--outputs", default="full")
+    parser.add_argument("--images", default="none")
+    for flag, default in (("--views", 1), ("--block-size", 0), ("--shard-blocks", 0), ("--nproc", 1)):
+        parser.add_argument(flag, default=default, type=_whole(flag, 1))
+    parser.add_argument("--check", default=0.0, type=_share)
+    add_settings(parser, settings())
+    given = vars(parser.parse(arguments))
+    flags = {path: given[path] for path in settings() if path in given}
+    cfg = gather(given["preset"], Path(given["config"]) if given["config"] else None, given["sets"], flags)
+    names = ("output", "targets", "views", "outputs", "images", "block_size", "shard_blocks", "nproc", "estimate", "check")
+    launch = StoreLaunch(**{name: given[name] for name in names})
+    if not launch.output:
+        raise UsageError("name the store's folder: -o STORE")
+    if not cfg.data.data_dir or not cfg.teacher.name:
+        raise UsageError(f"a store needs {'data: add --data-dir' if not cfg.data.data_dir else 'a teacher: add --teacher'}")
+    if not launch.targets and not cfg.discretizer.name:
+        raise UsageError("a store of adversarial images needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)")
+    return cfg, launch
+
+
+def _whole(flag: str, least: int) -> Any:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise UsageError(f"{flag} {text}: a whole number, {least} or more")
+        return int(text)
+
+    return convert
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise UsageError(f"--check {text}: a share above 0 and up to 1, such as 0.01 or 1%")
+    return value
