@@ -27,7 +27,7 @@ class VQGANSavings:
     """What a fused VQGAN saves. Each is exact in exact arithmetic, and with all of them off it is bit-equal to the plain one."""
 
     cast: bool = True  # weights in the stage's dtype once; off: autocast casts them at every call, and norms run in float32
-    channels_last: bool = True  # NHWC, with weights permuted once
+    channels_last: bool = True  # NHWC, weights permuted once; on CUDA the group norm of older PyTorch leaves it again, norm_kernel never
     upsample: bool = True  # nearest-2x and 3x3 convolution as one transposed convolution on the small map: 4/9 of the FLOP
     attention: bool = True  # scores h (Wq Wk) h and values h (Wv Wo): two projections instead of four
     merge_1x1: bool = True  # quant_conv inside conv_out, post_quant_conv inside the codebook
