@@ -12,16 +12,18 @@ from benchmarks.timm_kd import kd_baseline
 from benchmarks.workload import Flops, Workload, make_workload
 from dad_fast.config.schema import Method
 
-STEPS: dict[str, tuple[Method, str]] = {
-    "ce": ("ce", "paper"),
-    "kd": ("kd", "paper"),
-    "dat": ("dat", "paper"),
-    "dad, paper's order": ("dad", "paper"),
-    "dad, authors' order": ("dad", "authors"),
+STEPS: dict[str, tuple[Method, str, str]] = {  # method, order, form
+    "ce": ("ce", "paper", ""),
+    "kd": ("kd", "paper", ""),
+    "dat": ("dat", "paper", ""),
+    "dad, paper's order": ("dad", "paper", ""),
+    "dad, authors' order": ("dad", "authors", ""),
+    "dad, paper's order, no savings": ("dad", "paper", "no savings"),
+    "dad, paper's order, Triton kernels": ("dad", "paper", "kernels"),
 }
 
 
-def one_step(work: Workload, name: str, graphs: str) -> Callable[[], object]:
+def one_step(work: Workload, name: str, graphs: str = "off") -> Callable[[], object]:
     step = work.step(work.with_method(*STEPS[name], graphs))
     return lambda: step(work.batch, 10, work.cfg.optim.lr)
 
@@ -47,7 +49,7 @@ def compare(bench: Bench, name: str, work: Workload, steps: dict[str, Callable[[
     flops = Flops(work)
     baseline, step = kd_baseline(work)
     functions = {baseline: step} | steps
-    counted = {key: flops.of_step(*STEPS[key.removesuffix(", graphs")]) for key in steps} | {baseline: flops.of_step("kd")}
+    counted = {key: flops.of_step(*STEPS[key.removesuffix(", graphs")][:2]) for key in steps} | {baseline: flops.of_step("kd")}
     config = work.describe() | {"gflop_per_image": {stage: round(value / 1e9, 4) for stage, value in flops.of.items()}}
     try:
         bench.compare(
@@ -58,12 +60,13 @@ def compare(bench: Bench, name: str, work: Workload, steps: dict[str, Callable[[
 
 
 def test_steps(bench: Bench, work: Workload) -> None:
-    steps = {name: one_step(work, name, graphs="off") for name in STEPS}
+    names = [name for name, (_, _, form) in STEPS.items() if form != "kernels" or bench.device.type == "cuda"]
+    steps = {name: one_step(work, name) for name in names}
     compare(bench, f"batch {len(work.batch.labels)}", work, steps, seconds=25)
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_graphs(bench: Bench, on_gpu: None, work: Workload, name: str) -> None:
     """One method at a time: a captured step keeps its activations' memory."""
-    steps = {name: one_step(work, name, graphs="off"), f"{name}, graphs": one_step(work, name, graphs="on")}
+    steps = {name: one_step(work, name), f"{name}, graphs": one_step(work, name, graphs="on")}
     compare(bench, f"batch {len(work.batch.labels)}, graphs, {name}", work, steps, seconds=10)

@@ -4,6 +4,9 @@ tiny   the demo's own: embedded digits, its trained teacher and VQGAN, 28 px
 base   ResNet-50 from a CLIP ViT-B/16 with VQGAN f16 (1024 codes), 224 px
 paper  ViT-B/16 from a CLIP ViT-L/14 with VQGAN f8 (16384 codes), 224 px
 base and paper have random weights of timm's and taming's architectures: shapes decide the time, and nothing is downloaded.
+
+Teacher, VQGAN and student are used as a run uses them: freed of work that nobody needs (models/savings.py, VQGAN.fuse). The plain forms
+stand beside them, for the baseline and for what is counted.
 """
 
 from __future__ import annotations
@@ -24,20 +27,23 @@ from dad_fast.config.resolve import gather
 from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config, Method
 from dad_fast.data.loader import Batch
 from dad_fast.data.records import UNMIXED, mix_record, uses_mixing
+from dad_fast.engine.frozen import model_savings
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.methods.attack import cross_entropy_direction
 from dad_fast.models.discretizer import VQGANDiscretizer, load_discretizer
+from dad_fast.models.savings import PLAIN, Savings, save_student_work, save_teacher_work
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher, load_teacher
 from dad_fast.models.vqgan import PRESETS, VQGAN
+from dad_fast.models.vqgan_fused_layers import VQGANSavings
 
 SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat nor white
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The frozen parts and the batch; `student` and `step` make new students. `plain_teacher` is the baseline's own."""
+    """The frozen parts and the batch; `student` and `step` make new students. `plain_teacher` is the baseline's, too."""
 
     size: str
     cfg: Config
@@ -48,21 +54,28 @@ class Workload:
     num_classes: int
     device: torch.device
 
-    def student(self) -> Student:
+    def student(self, savings: Savings = PLAIN) -> Student:
         torch.manual_seed(0)
         student = build_student(self.cfg.student, self.num_classes, self.cfg.augment.img_size).to(self.device)
+        save_student_work(student, savings)
         return student.to(memory_format=torch.channels_last) if self.cfg.precision.channels_last else student
 
-    def with_method(self, method: Method, order: str = "paper", graphs: str = "off") -> Config:
+    def with_method(self, method: Method, order: str = "paper", form: str = "", graphs: str = "off") -> Config:
+        """form: "" as a run has it; "no savings"; "kernels" (Triton's, on a GPU)."""
         attack = dataclasses.replace(self.cfg.attack, order=order)  # type: ignore[arg-type]
-        engine = dataclasses.replace(self.cfg.engine, cuda_graphs=graphs)  # type: ignore[arg-type]
+        savings, kernels = (("none",) if form == "no savings" else ("all",)), form == "kernels"
+        engine = dataclasses.replace(self.cfg.engine, cuda_graphs=graphs, savings=savings, step_kernels=kernels)  # type: ignore[arg-type]
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
 
     def step(self, cfg: Config) -> TrainStep:
         """A training step of `cfg.method` with a student of its own."""
-        student = self.student()
-        teacher = self.teacher if USES_TEACHER[cfg.method] else None
-        discretizer = self.discretizer if USES_DISCRETIZER[cfg.method] else None
+        plain = cfg.engine.savings == ("none",)
+        student = self.student(model_savings(cfg))
+        teacher = (self.plain_teacher if plain else self.teacher) if USES_TEACHER[cfg.method] else None
+        discretizer = None
+        if USES_DISCRETIZER[cfg.method]:
+            vqgan_savings = dataclasses.replace(VQGANSavings.none() if plain else VQGANSavings(), norm_kernel=cfg.engine.step_kernels)
+            discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         return TrainStep(cfg, student, teacher, discretizer, Update(student, cfg, self.device))
 
     def describe(self) -> dict[str, Any]:
@@ -98,10 +111,10 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     source = open_source(cfg.data.data_dir, cfg.data.train_split)
     side, size = cfg.augment.img_size, batch_size or cfg.data.batch_size
     batch = next(iter(TrainLoader(source, cfg.augment, side, size, seed=0, workers=0).batches(0, 1))).to(device)
-    teacher = load_teacher(cfg.teacher, source.classes, cfg.precision, device)
+    plain = load_teacher(cfg.teacher, source.classes, cfg.precision, device)
     discretizer = load_discretizer(cfg.discretizer.name, cfg.precision, device)
     assert isinstance(discretizer, VQGANDiscretizer)
-    return Workload("tiny", cfg, teacher, copy.deepcopy(teacher), discretizer, batch, len(source.classes), device)
+    return Workload("tiny", cfg, freed(plain, cfg), plain, discretizer, batch, len(source.classes), device)
 
 
 def _random(size: str, device: torch.device, batch_size: int) -> Workload:
@@ -133,11 +146,22 @@ def _random(size: str, device: torch.device, batch_size: int) -> Workload:
         teacher = teacher.to(memory_format=torch.channels_last)
     vqgan = VQGAN(PRESETS[vqgan_name]).to(device)
     batch = random_batch(cfg, batch_size or cfg.data.batch_size, num_classes, device)
-    few = batch.images[:8].float() / 255.0
-    spread_codebook(vqgan, few)
-    discretizer = VQGANDiscretizer(vqgan, cfg.precision, name=vqgan_name)
-    discretizer.fit_float16(few)
-    return Workload(size, cfg, teacher, copy.deepcopy(teacher), discretizer, batch, num_classes, device)
+    spread_codebook(vqgan, batch.images[:8].float() / 255.0)
+    discretizer = make_discretizer(vqgan, cfg, VQGANSavings(), batch)
+    return Workload(size, cfg, freed(teacher, cfg), teacher, discretizer, batch, num_classes, device)
+
+
+def freed(teacher: Teacher, cfg: Config) -> Teacher:
+    """A copy of `teacher` without the work that nobody needs."""
+    copied = copy.deepcopy(teacher)
+    save_teacher_work(copied, model_savings(cfg))
+    return copied
+
+
+def make_discretizer(vqgan: VQGAN, cfg: Config, savings: VQGANSavings, batch: Batch) -> VQGANDiscretizer:
+    discretizer = VQGANDiscretizer(vqgan, cfg.precision, savings=savings)
+    discretizer.fit_float16(batch.images[:8].float() / 255.0)
+    return discretizer
 
 
 def random_batch(cfg: Config, size: int, num_classes: int, device: torch.device) -> Batch:

@@ -62,7 +62,8 @@ def _steps(cfg: Config, launch: ProfileLaunch, output: Path, watch: AbstractCont
         name_method(parts.discretizer, "decode", "decode")
         name_method(parts.discretizer.vqgan, "lookup", "lookup")
     numbers = range(launch.warm_up + launch.steps)
-    batches = feed(trainer.loader.batches(0, len(numbers)), parts.device)
+    on_gpu = parts.device.type == "cuda"
+    batches = feed(parts.stored.join(trainer.loader.batches(0, len(numbers)), on_gpu), parts.device)
 
     def step(number: int) -> None:
         with stage("step"):
@@ -72,7 +73,7 @@ def _steps(cfg: Config, launch: ProfileLaunch, output: Path, watch: AbstractCont
 
     for number in numbers[: launch.warm_up]:
         step(number)
-    if parts.device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize(parts.device)
     with watch or nullcontext(), cuda_profiler_range(parts.device), naming_stages():
         for number in numbers[launch.warm_up :]:
