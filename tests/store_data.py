@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ def in_child(function: Callable[[], Any]) -> int:
     except DadFastError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -95,6 +95,22 @@ def test_killed_at_any_step_then_resumed(tmp_path: Path) -> None:
     assert deaths > 40 and not redone
 
 
+def test_several_processes_killed_together(tmp_path: Path, reference) -> None:
+    """Three at work, each killed at some call that changes the disk, again and again; never an error, and the same bytes in the end."""
+    manifest, folder, rng = make_manifest(), tmp_path / "store", random.Random(0)
+    for _ in range(12):
+
+        def work(rank: int, number: int) -> None:
+            dies_at(number)
+            write(folder, manifest, rank, 3)
+
+        numbers = [rng.randint(1, 40) for _ in range(3)]
+        children = [in_child(lambda rank=rank, number=number: work(rank, number)) for rank, number in enumerate(numbers)]
+        assert {exit_code(child) for child in children} <= {0, -signal.SIGKILL}
+    assert write(folder, manifest) == []
+    assert files(folder) == reference
+
+
 SLOW_WRITER = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -116,6 +132,28 @@ def test_killed_at_random_moments(tmp_path: Path, reference) -> None:
         child.wait()
     assert write(folder, make_manifest()) == []
     assert files(folder) == reference
+
+
+@pytest.mark.parametrize("died", ["in a block", "before the names", "between the names", "before the checksums"])
+def test_what_is_left_of_a_shard_is_known_beforehand(tmp_path: Path, reference, died: str) -> None:
+    manifest, folder = make_manifest(), tmp_path / "store"
+    writer = StoreWriter.open(folder, manifest)
+    assert len(writer.blocks_to_do(0)) == 2 and not list(folder.glob("shard-*"))
+    with pytest.raises(KeyboardInterrupt), writer.shard(0) as shard:
+        for block in shard.todo()[: 1 if died == "in a block" else 2]:
+            shard.append(records(manifest, block))
+        raise KeyboardInterrupt
+    for kind in {"between the names": ["index", "data"], "before the checksums": ["index", "data", "images"]}.get(died, []):
+        os.replace(folder / f"shard-000000.{kind}.part", folder / f"shard-000000.{kind}")
+    left = writer.blocks_to_do(0)
+    assert [block.number for block in left] == ([1] if died == "in a block" else [])
+    assert (0 in writer.shards_to_do()) == (died == "in a block")
+    for number in writer.shards_to_do():
+        blocks = writer.blocks_to_do(number)
+        with writer.shard(number) as shard:
+            for block in blocks:
+                shard.append(records(manifest, block))
+    assert writer.finish() == [] and files(folder) == reference
 
 
 def test_one_block_at_most_is_computed_twice(tmp_path: Path, reference) -> None:
@@ -203,8 +241,10 @@ def test_a_shard_that_another_process_finished_needs_nothing(tmp_path: Path) -> 
     manifest = make_manifest()
     writer = StoreWriter.open(tmp_path / "store", manifest)
     write(tmp_path / "store", manifest)
+    before = files(tmp_path / "store")
     with writer.shard(0) as shard:
         assert shard.todo() == []
+    assert files(tmp_path / "store") == before
     assert writer.finish() == [] and writer.finish() == []
 
 

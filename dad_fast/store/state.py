@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from dad_fast.errors import DataError
@@ -20,8 +21,12 @@ _LINE = re.compile(r"([0-9a-f]{64})  shard-(\d{6})\.([a-z]+)")
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Name and size of everything in the folder; -1 for what is no plain file."""
+    sizes = {}
     with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size if entry.is_file(follow_symlinks=False) else -1 for entry in entries}
+        for entry in entries:
+            with suppress(FileNotFoundError):  # other processes are at work
+                sizes[entry.name] = entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+    return sizes
 
 
 def expected_size(manifest: Manifest, shard: int, kind: str) -> int | None:
@@ -62,8 +67,10 @@ def has_files(manifest: Manifest, shard: int, sizes: Mapping[str, int]) -> bool:
 
 def is_finished(folder: Path, manifest: Manifest, shard: int) -> bool:
     """Of one shard, without a look at the others."""
-    names = [shard_file(shard, kind) for kind in (*manifest.files, SUMS)]
-    sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+    sizes = {}
+    for kind in (*manifest.files, SUMS):
+        with suppress(FileNotFoundError):
+            sizes[shard_file(shard, kind)] = (folder / shard_file(shard, kind)).lstat().st_size
     return (manifest.complete or shard_file(shard, SUMS) in sizes) and has_files(manifest, shard, sizes)
 
 

@@ -96,6 +96,16 @@ class StoreWriter:
         there = set(finished_shards(self.folder, self.manifest))
         return [shard for shard in range(rank, self.manifest.geometry.num_shards, world) if shard not in there]
 
+    def blocks_to_do(self, number: int) -> list[Block]:
+        """What is left of a shard; for who must know all blocks before the first is computed. An earlier attempt's blocks are checked;
+        where it had written all of them, the shard is finished here.
+        """
+        names = [shard_file(number, kind) + end for kind in self.manifest.files for end in ("", PART)]
+        if not any((self.folder / name).exists() for name in names):
+            return self.manifest.geometry.blocks(number)
+        with self.shard(number) as shard:
+            return shard.todo()
+
     @contextmanager
     def shard(self, number: int) -> Iterator[ShardWriter]:
         """Write one shard; leaving after its last block finishes it, leaving before keeps its whole blocks for later.
@@ -138,7 +148,8 @@ class ShardWriter:
     def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
         self.folder, self.manifest, self.number = folder, manifest, number
         self.blocks = manifest.geometry.blocks(number)
-        self.finished = is_finished(folder, manifest, number)
+        # The manifest as it is now: another process may have completed the store, which ends the checksums' own files.
+        self.finished = is_finished(folder, manifest, number) or is_finished(folder, Manifest.load(folder), number)
         self.next_block = len(self.blocks) if self.finished else 0
         self._files: dict[str, _Part] = {}
         self._synced = time.monotonic()
