@@ -164,7 +164,7 @@ def settle_kernel(
     slots_ptr,  # [N, SLOTS / 32] int32: the strips that may hold the nearest code
     tiles_ptr,  # [N, 2] int32: the places in a strip that may hold it; -1: any place
     strip,
-    D: tl.constexpr,
+    D,  # not a constant: unrolling gains nothing here
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -213,7 +213,7 @@ def block_of_dimensions(dim: int) -> int:
 
 def settle_constants(dim: int, slots: int, strip: int, tiles: bool, quantize: bool) -> dict[str, Any]:
     chunk = min(SETTLE_CHUNK, max(16, triton.next_power_of_2(strip)))
-    return {"D": dim, "SLOTS": slots, "CHUNK": chunk, "BLOCK_D": block_of_dimensions(dim), "TILES": tiles, "QUANTIZE": quantize}
+    return {"SLOTS": slots, "CHUNK": chunk, "BLOCK_D": block_of_dimensions(dim), "TILES": tiles, "QUANTIZE": quantize}
 
 
 def settle(
@@ -239,6 +239,7 @@ def settle(
         slots,
         tiles if tiles is not None else work,
         state.strip,
+        dim,
         **settle_constants(dim, state.slots, state.strip, tiles is not None, quantized is not None),
         **SETTLE_OPTIONS,
     )
@@ -248,7 +249,7 @@ def compile_specs(arch: str) -> list[CompileSpec]:
     from dad_fast.kernels.cross_compile import CompileSpec
 
     types = {"z_ptr": "*fp32", "columns_ptr": "*fp32", "codebook_ptr": "*fp32", "codes_ptr": "*i64", "quantized_ptr": "*fp32"}
-    types |= dict.fromkeys(("num_work_ptr", "work_ptr", "slots_ptr", "tiles_ptr"), "*i32") | {"strip": "i32"}
+    types |= dict.fromkeys(("num_work_ptr", "work_ptr", "slots_ptr", "tiles_ptr"), "*i32") | {"strip": "i32", "D": "i32"}
     return [
         CompileSpec(
             f"nearest_code: settle, D={dim}",

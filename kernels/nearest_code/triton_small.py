@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MAX_DIM = 8
 KERNEL = "nearest_code_small"
-SCAN_CHUNK = 16  # codes of the scan at once: 32 spill
+SCAN_CHUNKS = {4: 16, 8: 8}  # up to D dimensions: codes scanned at once; more spill
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def constants(dim: int, meta: dict[str, int], quantize: bool) -> dict[str, Any]:
         "KP": 16 * steps(dim),
         "ROWS": meta["rows"],
         "SLOTS": meta["slots"],
-        "CHUNK": SCAN_CHUNK,
+        "CHUNK": next(chunk for most, chunk in SCAN_CHUNKS.items() if dim <= most),
         "BLOCK_D": block_of_dimensions(dim),
         "QUANTIZE": quantize,
         "GAMMA": GAMMA_PER_STEP * steps(dim),
