@@ -24,6 +24,7 @@ FILTER_TYPES = {
     "bicubic": types.INTERP_CUBIC,
     "lanczos": types.INTERP_LANCZOS3,
 }
+_DOWN = -0.49999 / 255  # of the range: turns rounding into cutting off
 _LUMA = (0.299, 0.587, 0.114)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
 
@@ -66,11 +67,11 @@ def _operation(images: Any, kind: Any, value: Any, side: int) -> Any:
     if kind == 0:
         found = images
     elif kind == KIND["geometry"]:
-        found = _geometry(images, value)
+        found = _geometry(images, value, side)
     elif kind == KIND["table"]:
         found = _lookup(images, value)
     elif kind == KIND["brightness"]:
-        found = _to_bytes(images * value[0])
+        found = _linear(images, value[0], 0.0)
     elif kind == KIND["contrast"]:
         found = _contrast(images, value[0])
     elif kind == KIND["color"]:
@@ -87,34 +88,34 @@ def _operation(images: Any, kind: Any, value: Any, side: int) -> Any:
     return found
 
 
-def _to_bytes(numbers: Any) -> Any:
-    """As PIL does: cut off at both ends, and what is behind the point."""
-    return fn.cast(math.floor(math.clamp(numbers, 0.0, 255.0)), dtype=types.UINT8)
+def _linear(images: Any, factor: Any, center: Any) -> Any:
+    """center + factor * (images - center), then as PIL does: cut off at both ends, and what is behind the point."""
+    return fn.brightness_contrast(images, contrast=factor, contrast_center=center, brightness_shift=_DOWN, dtype=types.UINT8)
 
 
 def _blend(degenerate: Any, images: Any, factor: Any) -> Any:
     base = fn.cast(degenerate, dtype=types.FLOAT)
-    return _to_bytes(base + (images - base) * factor)
+    return _linear(base + (images - base) * factor, 1.0, 0.0)
 
 
-def _geometry(images: Any, matrix: Any) -> Any:
-    """The warp has one fill value for all channels, so the colour that fills is subtracted before and added after."""
-    fill = types.Constant(np.array(FILL, np.float32), device="cpu")
-    warped = fn.warp_affine(images - fill, matrix=fn.reshape(matrix, shape=[2, 3]), fill_value=0.0, interp_type=types.INTERP_LINEAR)
-    return fn.cast(warped + fill, dtype=types.UINT8)
+def _geometry(images: Any, matrix: Any, side: int) -> Any:
+    """The warp knows one fill value for all channels; but it repeats the outermost pixels, so they get the colour that fills."""
+    framed = fn.slice(images, [-1, -1], [side + 2, side + 2], axes=[0, 1], out_of_bounds_policy="pad", fill_values=list(FILL))
+    return fn.warp_affine(framed, matrix=fn.reshape(matrix, shape=[2, 3]), size=[side, side], interp_type=types.INTERP_LINEAR)
 
 
 def _lookup(images: Any, value: Any) -> Any:
-    """What a table of 256 values would do: solarize_add, solarize (invert is one from 0 on), posterize."""
-    numbers = fn.cast(value, dtype=types.INT32)
-    added = math.min(images + numbers[0] * (images < 128), 255)
-    return fn.cast((added ^ (255 * (added >= numbers[1]))) & numbers[2], dtype=types.UINT8)
+    """What a table of 256 values would do: solarize_add, solarize, invert, posterize. In bytes, which never overflow here."""
+    numbers = fn.cast(value, dtype=types.UINT8)
+    white = types.ScalarConstant(255, dtype=types.UINT8)
+    added = images + numbers[0] * (images < types.ScalarConstant(128, dtype=types.UINT8))
+    return (added ^ (white * (added > numbers[1])) ^ numbers[2]) & numbers[3]
 
 
 def _contrast(images: Any, factor: Any) -> Any:
     luma = types.Constant(np.array(_LUMA, np.float32), device="cpu")
     mean = math.floor(fn.reductions.sum(fn.reductions.mean(images, axes=[0, 1]) * luma) + 0.5)
-    return _blend(mean, images, factor)
+    return _linear(images, factor, mean)
 
 
 def _auto_contrast(images: Any) -> Any:
@@ -123,7 +124,7 @@ def _auto_contrast(images: Any) -> Any:
     flat = low >= high  # such a channel stays
     scale = 255.0 / math.max(high - low, 1.0)
     scale, offset = scale * (1 - flat) + flat, low * scale * (1 - flat)
-    return _to_bytes(images * scale - offset + 1e-3)  # float32 falls short of whole numbers that PIL's float64 reaches
+    return _linear(images * scale - offset + 1e-3, 1.0, 0.0)  # float32 falls short of whole numbers that PIL's float64 reaches
 
 
 def _equalize(images: Any) -> Any:

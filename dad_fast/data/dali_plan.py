@@ -109,9 +109,9 @@ def arguments(records: Sequence[Record], num_ops: int) -> dict[str, np.ndarray]:
     for row, record in enumerate(records):
         for slot, op in enumerate(record.ops):
             if op.name in GEOMETRIC:
-                kinds[slot, row], values[slot, row] = KIND["geometry"], affine_matrix(op, record.img_size)
+                kinds[slot, row], values[slot, row] = KIND["geometry"], _of_framed(affine_matrix(op, record.img_size))
             elif op.name in _TABLES:
-                kinds[slot, row], values[slot, row, :3] = KIND["table"], _table(op.name, int(op.value))
+                kinds[slot, row], values[slot, row, :4] = KIND["table"], _table(op.name, int(op.value))
             else:
                 kinds[slot, row], values[slot, row, 0] = KIND[op.name], op.value
         if record.erase is not None:
@@ -134,10 +134,18 @@ def split_patches(patches: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def _table(name: str, value: int) -> tuple[int, int, int]:
-    """What to add below 128, from where on to invert, which bits to keep."""
+def _table(name: str, value: int) -> tuple[int, int, int, int]:
+    """What to add below 128, above which level to invert, what to invert anyway, which bits to keep."""
     if name == "posterize":
-        return 0, 256, 256 - (1 << (8 - value))
+        return 0, 255, 0, 256 - (1 << (8 - value))
     if name == "solarize_add":
-        return value, 256, 255
-    return 0, (0 if name == "invert" else value), 255
+        return value, 255, 0, 255
+    if name == "invert" or value == 0:
+        return 0, 255, 255, 255
+    return 0, value - 1, 0, 255
+
+
+def _of_framed(matrix: tuple[float, ...]) -> tuple[float, ...]:
+    """The same on an image that has a frame of one pixel."""
+    a, b, c, d, e, f = matrix
+    return a, b, c + 1.0, d, e, f + 1.0
