@@ -16,7 +16,7 @@ def decoder(files: Sequence[bytes], device: str, num_threads: int) -> Callable[[
     returns nothing goes on behind it.
 
     Args:
-        device: "cpu", or "mixed" for the first GPU.
+        device: "cpu", or "mixed" for the first GPU (not yet run on one).
     """
     images = [np.frombuffer(content, np.uint8) for content in files]
     num = len(images)
