@@ -32,7 +32,7 @@ verbs:
   precompute  fill a store: adversarial images, or the teacher's outputs, once for many runs
   store     look at a store of adversarial images and teacher outputs, check it, join its parts
   profile   look into a few training steps: Nsight, torch's profiler, memory
-  doctor    look at this machine: packages, GPU, kernels, numerics
+  doctor    look at this machine (packages, GPU, kernels, numerics), or with --data at a data set
 
 dad-fast VERB -h explains a verb; dad-fast --version says the version.
 Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and saved,

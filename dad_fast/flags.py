@@ -45,7 +45,7 @@ EVAL_SETTINGS = (
     *("augment.img_size", "augment.crop_pct", "augment.interpolation", "teacher.head", "teacher.templates"),
 )
 EVAL_TEXTS = {
-    "data.data_dir": "image folder or embedded:digits; empty = the run's own",
+    "data.data_dir": "image folder, WebDataset shards or embedded:digits; empty = the run's own",
     "eval.suites": "splits of the data, image folders, or corruptions as NAME or NAME:SEVERITY; empty = the run's own, or --val-split",
     "teacher.name": "judge this teacher too; without CKPT, only the teacher",
     "data.batch_size": "images per batch",
