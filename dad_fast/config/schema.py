@@ -40,7 +40,7 @@ def setting(default: Any, text: str, flag: str = "", *, rule: Rule | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    data_dir: str = setting("", "image folder or WebDataset shards with train/ and val/, or embedded:digits", "--data-dir", main=True)
+    data_dir: str = setting("", "images or tar shards in train/ and val/, or embedded:digits", "--data-dir", main=True)
     train_split: str = setting("train", "folder, shards by pattern (NAME-{000..099}.tar) or embedded split to train on", "--train-split")
     val_split: str = setting("val", "folder, shards by pattern or embedded split to validate on", "--val-split")
     class_map: str = setting("", "CSV (id,folder,name) that fixes the order of the classes", "--class-map")
