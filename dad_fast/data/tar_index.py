@@ -33,7 +33,7 @@ _META = re.compile(r"__[^/]*__(?:$|/)")  # WebDataset keeps such names for itsel
 _IMAGES = {extension[1:] for extension in EXTENSIONS}
 _LABELS = ("cls", "json")
 _LARGEST = {"image": 1 << 30, "cls": 64, "json": 1 << 24}  # bytes
-_OPEN_FILES = 64
+_OPEN_FILES = 256  # a quarter of the usual limit of a process
 _WHY_NOT: dict[Kind, str] = {
     "link": "a link, which is not followed",
     "special": "no regular file",
