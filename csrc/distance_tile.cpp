@@ -76,8 +76,66 @@ void distances(const float* row, int64_t dim, const float* tile, int64_t width, 
   }
 }
 
+#if defined(__AVX512F__)
+constexpr int kScoreVectors = 4;  // 6 x 4 sums in 32 registers
+#else
+constexpr int kScoreVectors = 2;  // 6 x 2 in 16
+#endif
+constexpr int kScoreRows = 6;
+static_assert(kScoreTileAlign % (kLanes * kScoreVectors) == 0, "a tile holds whole groups of vectors");
+
+template <int kNumRows>
+void score_bounds_of(const float* rows, const float* slope, int64_t dim, const float* tile, const CodeScores& codes, int64_t width,
+                     float* lower, int64_t stride, float* upper) {
+  Vec low[kNumRows], high[kNumRows];
+  for (int r = 0; r < kNumRows; ++r) low[r] = high[r] = Vec{} + __builtin_inff();
+  for (int64_t c = 0; c < width; c += kLanes * kScoreVectors) {
+    Vec sum[kNumRows][kScoreVectors] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+      Vec code[kScoreVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kScoreVectors; ++v) code[v] = *reinterpret_cast<const Vec*>(tile + d * width + c + v * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < kNumRows; ++r) {
+        const float latent = rows[r * dim + d];
+#pragma GCC unroll 4
+        for (int v = 0; v < kScoreVectors; ++v) sum[r][v] += code[v] * latent;
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kScoreVectors; ++v) {
+      const int64_t at = c + v * kLanes;
+      const Vec half_square = *reinterpret_cast<const Vec*>(codes.half_square + at);
+      const Vec norm = *reinterpret_cast<const Vec*>(codes.norm + at), margin = *reinterpret_cast<const Vec*>(codes.margin + at);
+#pragma GCC unroll 6
+      for (int r = 0; r < kNumRows; ++r) {
+        const Vec score = half_square - sum[r][v], off = norm * slope[r] + margin, from = score - off, to = score + off;
+        low[r] = from < low[r] ? from : low[r];
+        high[r] = to < high[r] ? to : high[r];
+      }
+    }
+  }
+  for (int r = 0; r < kNumRows; ++r) {
+    float smallest = low[r][0], end = upper[r];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      smallest = low[r][lane] < smallest ? low[r][lane] : smallest;
+      end = high[r][lane] < end ? high[r][lane] : end;
+    }
+    lower[r * stride] = smallest, upper[r] = end;
+  }
+}
+
+void score_bounds(const float* rows, const float* slope, int64_t num_rows, int64_t dim, const float* tile, const CodeScores& codes,
+                  int64_t width, float* lower, int64_t stride, float* upper) {
+  int64_t r = 0;
+  for (; r + kScoreRows <= num_rows; r += kScoreRows) {
+    score_bounds_of<kScoreRows>(rows + r * dim, slope + r, dim, tile, codes, width, lower + r * stride, stride, upper + r);
+  }
+  for (; r < num_rows; ++r) score_bounds_of<1>(rows + r * dim, slope + r, dim, tile, codes, width, lower + r * stride, stride, upper + r);
+}
+
 }  // namespace
 
-const DistanceTile DAD_JOIN(distance_tile_, DAD_ISA) = {minima, distances, DAD_STRING(DAD_ISA)};
+const DistanceTile DAD_JOIN(distance_tile_, DAD_ISA) = {minima, distances, score_bounds, DAD_STRING(DAD_ISA)};
 
 }  // namespace dad
