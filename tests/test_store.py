@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 np = pytest.importorskip("numpy")
-pytest.importorskip("PIL")
+Image = pytest.importorskip("PIL.Image")
 hypothesis = pytest.importorskip("hypothesis")
 
 
@@ -24,6 +25,8 @@ from store_data import BAD, CLASSES, NUM, content, exit_code, in_child, key, mak
 
 from dad_fast.errors import DataError, UsageError  # noqa: E402
 from dad_fast.store import AdversarialStore, Manifest, OutputsForm, TargetStore, open_store  # noqa: E402
+from dad_fast.store.images import decode_image  # noqa: E402
+from dad_fast.store.layout import INDEX  # noqa: E402
 from dad_fast.store.manifest import MANIFEST, _canonical  # noqa: E402
 from dad_fast.store.mapped import map_file  # noqa: E402
 
@@ -150,6 +153,24 @@ def test_encoded_images(tmp_path: Path, form: str) -> None:
     assert (found[[7, 44]] == 0).all()
     worst = np.abs(found - images)[GOOD].max()
     assert worst == 0 if form == "webp" else worst <= 8
+
+
+def test_an_encoded_image_that_is_damaged_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "store", make_manifest(images="webp"))
+    path = tmp_path / "store" / "shard-000000.images"
+    whole = path.read_bytes()
+    index = np.fromfile(path.with_suffix(".index"), INDEX)
+    path.write_bytes(bytes(index["image_bytes"][0]) + whole[index["image_bytes"][0] :])
+    with pytest.raises(DataError, match=r"shard-000000\.images: image of row 0: not an image"):
+        AdversarialStore(tmp_path / "store").images(np.arange(4))
+    other = io.BytesIO()
+    Image.new("RGB", (5, 6)).save(other, "WEBP", lossless=True)
+    with pytest.raises(DataError, match="5x6 pixels where the manifest says 4x6"):
+        decode_image(other.getvalue(), (6, 4), "x")
+    gif = io.BytesIO()
+    Image.new("RGB", (4, 6)).save(gif, "GIF")
+    with pytest.raises(DataError, match="not an image"):
+        decode_image(gif.getvalue(), (6, 4), "x")
 
 
 def test_targets_hold_outputs_only(tmp_path: Path) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from dad_fast.errors import DataError, UsageError
+
+T = TypeVar("T")
 
 
 def check_images_form(form: str) -> None:
@@ -33,11 +37,17 @@ def encode_image(image: np.ndarray, form: str) -> bytes | memoryview:
 
 
 def encode_images(images: np.ndarray, form: str) -> list[bytes | memoryview]:
-    """`encode_image` of uint8 [N, H, W, 3], on all cores: the codecs hold no interpreter lock."""
+    """`encode_image` of uint8 [N, H, W, 3]."""
+    return on_all_cores(lambda image: encode_image(image, form), images, form)
+
+
+def on_all_cores(function: Callable[[Any], T], items: Iterable[Any], form: str) -> list[T]:
+    """[function(item), …]; in threads where images are encoded, since the codecs hold no interpreter lock."""
     if form == "raw":
-        return [encode_image(image, form) for image in images]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda image: encode_image(image, form), images))
+        return [function(item) for item in items]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(function, items))
 
 
 def decode_image(content: bytes, size: tuple[int, ...], name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dad_fast.data.sources import Source
 from dad_fast.errors import DataError, UsageError
-from dad_fast.store.images import decode_image
+from dad_fast.store.images import decode_image, on_all_cores
 from dad_fast.store.layout import INDEX, KEPT, READABLE, hash_keys, shard_file
 from dad_fast.store.manifest import Manifest
 from dad_fast.store.mapped import map_file
@@ -180,7 +180,7 @@ class AdversarialStore(Store):
         return self._index(rows, view)["changed"]
 
     def images(self, rows: np.ndarray, view: int = 0, out: np.ndarray | None = None) -> np.ndarray:
-        """uint8 [n, H, W, 3]; black for unreadable samples.
+        """uint8 [n, H, W, 3]; black for unreadable samples. Encoded images are decoded on all cores.
 
         out: where to put them, C-contiguous, such as page-locked memory; a buffer that is used again halves the time.
 
@@ -199,14 +199,15 @@ class AdversarialStore(Store):
             self._gather("images", rows, view, 0, size, out.reshape(len(rows), size))
             return out
         shards, _ = self._locate(rows, view)
-        for i, record in enumerate(self._index(rows, view)):
-            start, length = int(record["image_start"]), int(record["image_bytes"])
-            if not length:
-                out[i] = 0
-                continue
-            content = self._map("images", shards[i])[start : start + length].tobytes()
-            name = f"{self.folder / shard_file(shards[i], 'images')}: image of row {record['row']}"
-            out[i] = decode_image(content, manifest.image_size, name)
+        index, files = self._index(rows, view), {shard: self._map("images", shard) for shard in set(shards)}
+
+        def decode(i: int) -> None:
+            start, length = int(index["image_start"][i]), int(index["image_bytes"][i])
+            content = files[shards[i]][start : start + length].tobytes()
+            name = f"{self.folder / shard_file(shards[i], 'images')}: image of row {rows[i]}"
+            out[i] = decode_image(content, manifest.image_size, name) if length else 0
+
+        on_all_cores(decode, range(len(rows)), manifest.images)
         return out
 
 

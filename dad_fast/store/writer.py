@@ -13,7 +13,6 @@ after the last whole block, so that at most one block is computed twice.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import zlib
@@ -30,9 +29,9 @@ from dad_fast.store.images import encode_images
 from dad_fast.store.layout import INDEX, KEPT, READABLE, Block, broken_rows, crcs, hash_keys, seal, shard_file
 from dad_fast.store.lock import LOCK, PART, Busy, disk_error, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
+from dad_fast.store.part import Bytes, Part
 from dad_fast.store.state import SUMS, finished_shards, is_finished, missing_shards, recorded_sums, sums_text
 
-Bytes = bytes | memoryview
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
 
 
@@ -151,7 +150,7 @@ class ShardWriter:
         # The manifest as it is now: another process may have completed the store, which ends the checksums' own files.
         self.finished = is_finished(folder, manifest, number) or is_finished(folder, Manifest.load(folder), number)
         self.next_block = len(self.blocks) if self.finished else 0
-        self._files: dict[str, _Part] = {}
+        self._files: dict[str, Part] = {}
         self._synced = time.monotonic()
 
     def __enter__(self) -> ShardWriter:
@@ -159,7 +158,7 @@ class ShardWriter:
             try:
                 with ExitStack() as opened:
                     for kind in self.manifest.files:
-                        self._files[kind] = _Part(self.folder / shard_file(self.number, kind))
+                        self._files[kind] = Part(self.folder / shard_file(self.number, kind))
                         opened.callback(self._files[kind].close)
                     self._recover()
                     opened.pop_all()
@@ -202,7 +201,7 @@ class ShardWriter:
         self.next_block += 1
         if time.monotonic() - self._synced > SYNC_SECONDS:
             for part in self._files.values():
-                os.fdatasync(part.handle)
+                os.fsync(part.handle)
             self._synced = time.monotonic()
 
     def _encode(self, block: Block, records: Records) -> tuple[np.ndarray, np.ndarray, list[Bytes]]:
@@ -292,51 +291,6 @@ class ShardWriter:
         sums = {kind: part.sha256.hexdigest() for kind, part in self._files.items()}
         write_whole(self.folder / shard_file(self.number, SUMS), sums_text(self.number, sums))
         self.finished = True
-
-
-class _Part:
-    """A file that grows by blocks. What was written or read since the last `accept` can be undone."""
-
-    def __init__(self, final: Path) -> None:
-        self.final, self.path = final, final.with_name(final.name + PART)
-        if final.exists() and not self.path.exists():
-            os.replace(final, self.path)  # an earlier attempt ended between the renaming and the checksums
-        if self.path.exists() and self.path.stat().st_nlink > 1:
-            self.path.unlink()  # another store's file too, since a merge that was killed: it must not be written to
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self.size = 0  # accepted bytes; the file's position is behind the pending ones
-        self.sha256 = hashlib.sha256()
-        self._pending: list[Bytes] = []
-
-    def write(self, content: Bytes) -> None:
-        rest = memoryview(content)
-        while len(rest):
-            rest = rest[os.write(self.handle, rest) :]
-        self._pending.append(content)
-
-    def read(self, size: int) -> bytes:
-        with open(self.handle, "rb", buffering=0, closefd=False) as file:
-            content = b""
-            while len(content) < size and (more := file.read(size - len(content))):
-                content += more
-        self._pending.append(content)
-        return content
-
-    def accept(self) -> None:
-        for content in self._pending:
-            self.sha256.update(content)
-            self.size += len(content)
-        self._pending.clear()
-
-    def undo(self) -> None:
-        self._pending.clear()
-        os.ftruncate(self.handle, self.size)
-        os.lseek(self.handle, self.size, os.SEEK_SET)
-
-    def close(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
 
 
 def _array(values: np.ndarray | None, shape: tuple[int, ...], name: str) -> np.ndarray:
