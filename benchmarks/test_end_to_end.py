@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.bench import Bench
 from benchmarks.test_steps import STEPS
-from benchmarks.workload import Flops, Workload, make_workload
+from benchmarks.workload import Workload, make_workload
 from dad_fast.data.loader import TrainLoader
 from dad_fast.data.sources import open_source
 
@@ -29,7 +29,7 @@ def test_end_to_end(bench: Bench) -> None:
     if bench.size != "tiny":
         pytest.skip("at this size by the real command: scripts/gpu_check.sh vitb16")
     work = make_workload("tiny", bench.device, 100)
-    flops = Flops(work)
+    flops = work.flops
     names = ["kd", "dat", "dad, paper's order", "dad, authors' order"]
     bench.compare(
         "batch 100, loaded in the process",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.bench import Bench
 from benchmarks.timm_kd import kd_baseline
-from benchmarks.workload import Flops, make_workload
+from benchmarks.workload import make_workload
 from dad_fast.methods.attack import cross_entropy_direction
 
 
@@ -19,7 +19,7 @@ def test_stages(bench: Bench, batch_size: int) -> None:
     if bench.device.type == "cpu" and batch_size > 32:
         batch_size = 100  # the demo's own
     work = make_workload(bench.size, bench.device, batch_size)
-    flops = Flops(work)
+    flops = work.flops
     step = work.step(work.with_method("dad"))
     x, y, _, _ = step.mixed(work.batch)
     teacher, vqgan, student = work.teacher, work.discretizer, step.student.train()

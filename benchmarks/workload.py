@@ -15,6 +15,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -77,6 +78,10 @@ class Workload:
             vqgan_savings = dataclasses.replace(VQGANSavings.none() if plain else VQGANSavings(), norm_kernel=cfg.engine.step_kernels)
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         return TrainStep(cfg, student, teacher, discretizer, Update(student, cfg, self.device))
+
+    @cached_property
+    def flops(self) -> Flops:
+        return Flops(self)
 
     def describe(self) -> dict[str, Any]:
         """The `config` of a record."""

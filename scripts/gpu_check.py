@@ -1,11 +1,8 @@
 """The parts of scripts/gpu_check.sh, each under ten minutes. A part writes OUT/PART.json and OUT/PART.log; OUT/manifest.json lists them.
 
 tests         the tests marked `gpu`, and dad-fast doctor --numerics where open_clip and the like are installed
-kernels       benchmarks of single kernels and of the codebook search, size paper
-loader        benchmarks of the loaders
-stages        benchmarks of the stages of a step, size paper
-steps-base    whole steps against plain distillation: ResNet-50 from ViT-B/16, VQGAN f16
-steps-paper   whole steps against plain distillation: ViT-B/16 from ViT-L/14, VQGAN f8
+bench-GROUP   one part per file benchmarks/test_GROUP.py, at size paper: ViT-B/16 from ViT-L/14, VQGAN f8
+steps-base    whole steps against plain distillation at size base: ResNet-50 from ViT-B/16, VQGAN f16
 demo          a few steps of every variant of the demo preset, through the real command
 vitb16        a few steps of kd and dad by the real command: ViT-B/16 student and teacher, VQGAN f8, random weights, on JPEGs made here
 profile       torch's profiler over the steps of vitb16
@@ -30,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 NUM_CLASSES = 8
 TIMED_METHODS = ("kd", "dad")
 LIMIT_SECONDS = 590.0  # of a part
-OWN_PARTS = {"test_steps", "test_stages", "test_loader"}  # benchmark files with a part of their own
 
 
 class Skipped(Exception):
@@ -107,38 +104,18 @@ def tests(run: Context) -> dict[str, Any]:
 # --- benchmarks ---
 
 
-def benchmark(run: Context, files: list[str], size: str) -> dict[str, Any]:
-    """Run benchmark files; their records go to OUT/benchmarks. On the CPU (a rehearsal) always at size tiny."""
-    here = [name for name in files if (ROOT / "benchmarks" / f"{name}.py").exists()]
-    if not here:
-        raise Skipped(f"no such benchmark yet: {', '.join(files)}")
-    on_cpu = run.options.device == "cpu"
-    paths = [f"benchmarks/{name}.py" for name in here]
-    target = ["--bench-size", "tiny" if on_cpu else size, "--bench-device", run.options.device, "--bench-out", str(run.out / "benchmarks")]
-    closing_line = run.pytest(*paths, "--benchmark", "-ra", *target)
+def benchmark(run: Context, group: str, size: str = "paper") -> dict[str, Any]:
+    """Run a benchmark file; its record goes to OUT/benchmarks. On the CPU (a rehearsal) always at size tiny."""
+    size = "tiny" if run.options.device == "cpu" else size
+    target = ["--bench-size", size, "--bench-device", run.options.device, "--bench-out", str(run.out / "benchmarks")]
+    closing_line = run.pytest(f"benchmarks/test_{group}.py", "--benchmark", "-ra", *target)
     if " passed" not in closing_line:
         raise Skipped(f"nothing ran: {closing_line}")
-    return {"files": here, "size": target[1], "tests": closing_line.strip("= ")}
-
-
-def kernels(run: Context) -> dict[str, Any]:
-    return benchmark(run, sorted(path.stem for path in (ROOT / "benchmarks").glob("test_*.py") if path.stem not in OWN_PARTS), "paper")
-
-
-def loader(run: Context) -> dict[str, Any]:
-    return benchmark(run, ["test_loader"], "paper")
-
-
-def stages(run: Context) -> dict[str, Any]:
-    return benchmark(run, ["test_stages"], "paper")
+    return {"size": size, "tests": closing_line.strip("= ")}
 
 
 def steps_base(run: Context) -> dict[str, Any]:
-    return benchmark(run, ["test_steps"], "base")
-
-
-def steps_paper(run: Context) -> dict[str, Any]:
-    return benchmark(run, ["test_steps"], "paper")
+    return benchmark(run, "steps", "base")
 
 
 # --- the real command ---
@@ -236,13 +213,11 @@ def ncu(run: Context) -> dict[str, Any]:
     return profiled(run, "ncu", "--launches", "30")
 
 
+GROUPS = sorted(path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py"))
 PARTS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "tests": tests,
-    "kernels": kernels,
-    "loader": loader,
-    "stages": stages,
+    **{f"bench-{group}": partial(benchmark, group=group) for group in GROUPS},
     "steps-base": steps_base,
-    "steps-paper": steps_paper,
     "demo": demo,
     "vitb16": vitb16,
     "profile": profile,

@@ -72,8 +72,14 @@ def test_a_missing_tool_or_benchmark_is_skipped_by_name(monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     for name, part in (("nsys", gpu_check.nsys), ("ncu", gpu_check.ncu)):
         assert run_part(monkeypatch, tmp_path, part, name)["reason"] == f"not on the PATH: {name}"
-    none = run_part(monkeypatch, tmp_path, lambda run: gpu_check.benchmark(run, ["test_none"], "paper"))
-    assert none["reason"] == "no such benchmark yet: test_none"
+
+
+def test_every_benchmark_file_is_a_part_and_one_that_only_skips_is_said_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
+    assert {f"bench-{group}" for group in files} <= gpu_check.PARTS.keys() and "steps" in files
+    monkeypatch.setattr(gpu_check.Context, "pytest", lambda run, *arguments: f"=== {len(arguments)} skipped in 1 s ===")
+    result = run_part(monkeypatch, tmp_path, gpu_check.PARTS["bench-steps"], "bench-steps")
+    assert (result["verdict"], result["reason"]) == ("skipped", "nothing ran: === 9 skipped in 1 s ===")
 
 
 def test_without_a_gpu_the_script_says_so_and_an_unknown_part_is_refused() -> None:
