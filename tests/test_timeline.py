@@ -49,6 +49,8 @@ def write_nsys(path: Path, *, with_strings: bool = True) -> Path:
         named = (None, strings[name]) if name in strings and with_strings else (name, None)
         database.execute("INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, 59)", (start * MS, end * MS, *named, MAIN))
     database.execute("INSERT INTO NVTX_EVENTS VALUES (0, NULL, 'a mark', NULL, ?, 34)", (MAIN,))
+    library = (1 * MS, 19 * MS, "a library's range", None, AUTOGRAD, 59)  # on a thread that takes no steps
+    database.execute("INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?)", library)
     for name, launched, thread, correlation, start, end in KERNELS:
         row = (int(launched * MS), int(launched * MS) + 1000, thread, correlation)
         database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, ?, ?)", row)

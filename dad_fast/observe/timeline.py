@@ -27,6 +27,7 @@ class Range(NamedTuple):
     name: str
     start: float
     end: float
+    thread: int = 0
 
 
 class Work(NamedTuple):
@@ -66,7 +67,8 @@ def summarize(timeline: Timeline, shortest_gap: float = 5e-6) -> Summary:
     """DataError for a timeline with neither ranges nor device work."""
     if not timeline.ranges and not timeline.work:
         raise DataError("the profile holds neither stages nor device work; was the captured range entered?")
-    ranges = sorted(timeline.ranges, key=lambda r: (r.start, -r.end))
+    stepping = {r.thread for r in timeline.ranges if r.name == "step"}  # libraries put ranges of their own on other threads
+    ranges = sorted((r for r in timeline.ranges if not stepping or r.thread in stepping), key=lambda r: (r.start, -r.end))
     owner = _Innermost(ranges)
     calls: dict[str, int] = defaultdict(int)
     host: dict[str, float] = defaultdict(float)
@@ -175,7 +177,7 @@ def _read_nsys(path: Path) -> Timeline:
         if "NVTX_EVENTS" in tables:
             for row in database.execute("SELECT * FROM NVTX_EVENTS WHERE end IS NOT NULL"):
                 name = row["text"] or strings.get(row["textId"], "")
-                ranges.append(Range(name, row["start"] / 1e9, row["end"] / 1e9))
+                ranges.append(Range(name, row["start"] / 1e9, row["end"] / 1e9, row["globalTid"]))
         launches = {}
         if "CUPTI_ACTIVITY_KIND_RUNTIME" in tables:
             for row in database.execute("SELECT start, correlationId, globalTid FROM CUPTI_ACTIVITY_KIND_RUNTIME"):
@@ -200,7 +202,7 @@ def _read_trace(path: Path) -> Timeline:
         kind, start = event.get("cat"), float(event["ts"]) / 1e6
         end = start + float(event.get("dur", 0)) / 1e6
         if kind == "user_annotation" and not event["name"].startswith(("ProfilerStep", "Optimizer.")):  # torch's own
-            ranges.append(Range(event["name"], start, end))
+            ranges.append(Range(event["name"], start, end, hash(event.get("tid"))))
         elif kind in ("cuda_runtime", "cuda_driver"):
             launches[event["args"].get("correlation")] = start
         elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
