@@ -44,18 +44,18 @@ def _sum_chunks(
     partial_ptr,  # [B, num_chunks, 2, C] float32, out: mean and sum of squared deviations over a chunk's rows
     num_rows,
     num_chunks,
-    chunk_rows,
     CHANNELS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,  # a chunk has TILES x ROWS rows
 ):
     batch, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     column_mask = column < CHANNELS
-    first = chunk * chunk_rows
-    end = tl.minimum(first + chunk_rows, num_rows)
+    first = chunk * TILES * ROWS
+    end = tl.minimum(first + TILES * ROWS, num_rows)
     row = tl.arange(0, ROWS)[:, None]
     offset = row * CHANNELS + column
     base = (batch.to(tl.int64) * num_rows + first) * CHANNELS
@@ -63,8 +63,8 @@ def _sum_chunks(
     pivot = _load_sum(x_ptr, residual_ptr, channel_bias_ptr, base, column, column, column_mask, column_mask, HAS_BIAS, HAS_RESIDUAL)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(first, end, ROWS):
-        mask = (start + row < end) & column_mask
+    for i in range(TILES):
+        mask = (first + i * ROWS + row < end) & column_mask
         value = _load_sum(x_ptr, residual_ptr, channel_bias_ptr, base, offset, column, mask, column_mask, HAS_BIAS, HAS_RESIDUAL)
         if HAS_RESIDUAL:
             tl.store(total_ptr + base + offset, value.to(total_ptr.dtype.element_ty), mask=mask)
@@ -106,18 +106,19 @@ def _merge_chunks(
     NUM_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,  # a power of two, at least CHANNELS / NUM_GROUPS
     BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,  # of BLOCK entries: all chunks and channels of a group
 ):
     group_size: tl.constexpr = CHANNELS // NUM_GROUPS
     batch, group = tl.program_id(0) // NUM_GROUPS, tl.program_id(0) % NUM_GROUPS
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, num_chunks * group_size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+    for i in range(NUM_BLOCKS):
+        index = i * BLOCK + tl.arange(0, BLOCK)
         mean, _, count = _partial(partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS, group_size)
         total += mean * (count / size)
     group_mean = tl.sum(total)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, num_chunks * group_size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+    for i in range(NUM_BLOCKS):
+        index = i * BLOCK + tl.arange(0, BLOCK)
         mean, squared, count = _partial(partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS, group_size)
         total += squared + count * (mean - group_mean) * (mean - group_mean)
     per_deviation = tl.rsqrt(tl.sum(total) / size + eps)
@@ -189,21 +190,24 @@ def launch(
     total = x if residual is None else nhwc_empty(x)
     unused = weight if channel_bias is None else channel_bias
     _sum_chunks[(batch * num_chunks, strips)](
-        *(x, x if residual is None else residual, unused, total, partial, num_rows, num_chunks, chunk_rows),
+        *(x, x if residual is None else residual, unused, total, partial, num_rows, num_chunks),
         CHANNELS=channels,
         HAS_BIAS=channel_bias is not None,
         HAS_RESIDUAL=residual is not None,
         ROWS=rows,
         COLUMNS=columns,
+        TILES=meta["tiles"],
         num_warps=meta["num_warps"],
     )
     group_size = channels // num_groups
+    block = min(MERGE_BLOCK, triton.next_power_of_2(num_chunks * group_size))
     _merge_chunks[(batch * num_groups,)](
         *(partial, weight, moments, num_rows, num_chunks, chunk_rows, float(num_rows * group_size), eps),
         CHANNELS=channels,
         NUM_GROUPS=num_groups,
         GROUP=triton.next_power_of_2(group_size),
-        BLOCK=min(MERGE_BLOCK, triton.next_power_of_2(num_chunks * group_size)),
+        BLOCK=block,
+        NUM_BLOCKS=triton.cdiv(num_chunks * group_size, block),
         num_warps=4,
     )
     _apply[(batch * num_blocks, strips)](
@@ -248,8 +252,16 @@ def compile_specs(arch: str) -> list[CompileSpec]:
         types |= dict.fromkeys(("num_rows", "num_chunks", "num_blocks", "chunk_rows"), "i32") | {"size": "fp32", "eps": "fp32"}
         tile = {"CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "HAS_BIAS": has_bias}
         options = {"num_warps": meta["num_warps"]}
-        specs.append(CompileSpec("group_norm_silu: sums", _sum_chunks, types, tile | {"HAS_RESIDUAL": has_residual}, options))
-        merge = {"CHANNELS": channels, "NUM_GROUPS": 32, "GROUP": triton.next_power_of_2(channels // 32), "BLOCK": MERGE_BLOCK}
+        specs.append(
+            CompileSpec("group_norm_silu: sums", _sum_chunks, types, tile | {"HAS_RESIDUAL": has_residual, "TILES": meta["tiles"]}, options)
+        )
+        merge = {
+            "CHANNELS": channels,
+            "NUM_GROUPS": 32,
+            "GROUP": triton.next_power_of_2(channels // 32),
+            "BLOCK": MERGE_BLOCK,
+            "NUM_BLOCKS": 2,
+        }
         specs.append(CompileSpec("group_norm_silu: merge", _merge_chunks, types, merge, {"num_warps": 4}))
         specs.append(CompileSpec("group_norm_silu: apply", _apply, types, tile | {"SILU": True}, options))
     return specs
