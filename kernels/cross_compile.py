@@ -123,12 +123,11 @@ def compile_triton(spec: CompileSpec, arch: str) -> Any:
 
 def read_cubin(cubin: Path) -> dict[str, dict[str, Any]]:
     """{kernel: registers, stack, shared, sass} of a binary."""
-    usage = _run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)])
+    listing = _run([tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", str(cubin)])
     kernels = {}
-    for match in re.finditer(r"Function (\S+?):\s*\n\s*(REG:.*)", usage):
+    for match in re.finditer(r"Function (\S+?):\s*\n\s*(REG:.*)", listing):
         numbers = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", match[2])}
         kernels[match[1]] = {"registers": numbers["REG"], "stack": numbers["STACK"], "shared": numbers["SHARED"], "sass": ""}
-    listing = _run([tool("cuobjdump"), "--dump-sass", str(cubin)])
     for part in re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]:
         name, _, body = part.partition("\n")
         if name.strip() in kernels:
@@ -221,4 +220,5 @@ def _demangled(name: str) -> str:
     filter_tool = shutil.which("c++filt")
     if filter_tool is None:
         return name
-    return re.sub(r"\(.*", "", _run([filter_tool, name]).strip()).removeprefix("void ")
+    plain = _run([filter_tool, name]).strip().replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.sub(r"\(.*", "", plain)
