@@ -463,3 +463,11 @@ def test_suites_may_be_shards(tmp_path):
     assert [len(suite.source) for suite in suites] == [12, 8, 12, 8] and all(suite.source.classes == classes for suite in suites)
     with pytest.raises(DataError, match="no corruption"):
         open_suites(["sketch-{0..1}.tar"], DataConfig(data_dir=str(tmp_path / "data")), classes)
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "file" / "below"))
+    with caplog.at_level(logging.WARNING):
+        assert len(open_source(str(write_shards(tmp_path / "data")))) == 12
+    assert caplog.text.count("are not kept") == 1 and "indexes of 3 shards" in caplog.text

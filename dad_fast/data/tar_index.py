@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from dad_fast.data.cache import cache_dir
 from dad_fast.data.decode import EXTENSIONS
 from dad_fast.data.index import PENDING, Entry, index_file, load_index, num_threads, save_index, verify_all
 from dad_fast.data.names import shown, some
@@ -93,10 +94,12 @@ def build_tar_index(base: Path, names: Sequence[str]) -> tuple[list[Shard], list
         raise DataError(f"{shown(str(error.filename or base))}: cannot be read: {error.strerror or error} (--data-dir)") from error
     parts = [(partial(_content, shards[number]), entries) for number, entries in zip(stale, found, strict=True)]
     verified = verify_all(parts, str(base))
+    unkept = 0
     for number, entries in zip(stale, found, strict=True):
         kept[number] = list(islice(verified, len(entries)))
-        if not save_index(index_file(Path(shards[number].path)), _about(shards[number]), kept[number]):
-            log.warning("the index of %s cannot be kept and is made again next time (dad-fast doctor names the cache)", names[number])
+        unkept += not save_index(index_file(Path(shards[number].path)), _about(shards[number]), kept[number])
+    if unkept:
+        log.warning("%s cannot be written: the indexes of %s shards are not kept and are made again next time", cache_dir(), unkept)
     return shards, kept
 
 
