@@ -58,8 +58,9 @@ def photos(num: int) -> np.ndarray:
     cuts = []
     for i in range(min(num, 64)):
         image = sources[i % len(sources)]
-        left, top = (int(rng.integers(0, max(1, side - 2 * SIDE))) for side in image.size)
-        cuts.append(eval_transform(image.crop((left, top, left + 2 * SIDE, top + 2 * SIDE)), SIDE, 1.0, "bicubic"))
+        cut = min(2 * SIDE, *image.size)
+        left, top = (int(rng.integers(0, side - cut + 1)) for side in image.size)
+        cuts.append(eval_transform(image.crop((left, top, left + cut, top + cut)), SIDE, 1.0, "bicubic"))
     return np.stack(cuts)[np.arange(num) % len(cuts)]
 
 

@@ -33,8 +33,6 @@ from dad_fast.models.teacher import Teacher
 from dad_fast.store import Block as Rows
 from dad_fast.store import Manifest, Records, StoreWriter
 from dad_fast.store.images import decode_image, encode_image
-from dad_fast.store.layout import shard_file
-from dad_fast.store.lock import PART
 
 SHARD_BYTES = 1 << 30  # about; a shard is what is lost when a disk loses a file
 
@@ -201,13 +199,7 @@ def fill(filler: Filler, folder: Path, rank: int, world: int) -> Iterator[Record
     writer = StoreWriter.open(folder, filler.manifest, resume=True)
     work: list[tuple[int, Rows]] = []
     for number in writer.shards_to_do(rank, world):
-        if (folder / (shard_file(number, "index") + PART)).exists():
-            with writer.shard(number) as shard:
-                work += [(number, rows) for rows in shard.todo()]
-                if not shard.todo():
-                    continue
-        else:
-            work += [(number, rows) for rows in filler.manifest.geometry.blocks(number)]
+        work += [(number, rows) for rows in writer.blocks_to_do(number)]
     feed = filler.feed([rows for _, rows in work])
     for number, group in groupby(work, key=lambda pair: pair[0]):
         with writer.shard(number) as shard:
