@@ -177,8 +177,9 @@ def test_torch_never_holds_all_distances(d: int) -> None:
 
 
 @pytest.mark.skipif(not INSTRUCTION_SETS, reason=csrc_status())
-def test_csrc_never_holds_all_distances() -> None:
-    z, e = normal(20_000, 16_384, 4)
+@pytest.mark.parametrize(("n", "d"), [(20_000, 4), (4000, 64)])
+def test_csrc_never_holds_all_distances(n: int, d: int) -> None:
+    z, e = normal(n, 16_384, d)
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     search_csrc(z, e)
