@@ -86,7 +86,8 @@ def plot(record: Record, path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel={"K": "codes K", "N": "latents N"}[letter])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ns a query, D = 4")
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     figure.savefig(path, metadata={"Date": None})
 
 
