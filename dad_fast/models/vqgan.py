@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -228,7 +229,8 @@ class VQGAN(nn.Module):
         now = (self.codebook._version, codebook.data_ptr(), codebook.device, codebook.dtype)
         changed = now != self._searched
         if self._search is not None and not changed and codebook.device.type == "cpu":
-            changed = not torch.equal(self._search.codebook.view(torch.int32), codebook.float().contiguous().view(torch.int32))
+            both = (values.float().contiguous().view(torch.int32).numpy() for values in (self._search.codebook, codebook))
+            changed = not np.array_equal(*both)  # numpy's: torch.equal counts as waiting for a device where steps are traced
         if self._search is None or changed:
             self._search, self._searched = CodebookSearch(codebook), now
         return self._search
