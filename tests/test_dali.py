@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +101,24 @@ def test_workers_and_an_abandoned_pass_change_nothing():
     workers = next(loaders(source, workers=1))
     assert_same(here, collect(workers, 0, 10))
     assert loader.replaced == workers.replaced == ["file30"]
+
+
+ABANDON = """
+from test_dali import *
+
+if __name__ == "__main__":
+    batches = next(loaders(Files(shades()), workers=1)).batches(0, 20)
+    next(batches)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_batches_in_the_pipeline(tmp_path):
+    (tmp_path / "script.py").write_text(ABANDON)
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ranks_and_usage_errors_are_the_other_loaders():

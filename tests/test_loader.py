@@ -18,10 +18,10 @@ from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.decode import DecodeError
 from dad_fast.data.execute import execute
-from dad_fast.data.loader import EvalLoader, TrainLoader
+from dad_fast.data.loader import EvalLoader, TrainLoader, resolve_loader, train_loader
 from dad_fast.data.records import mix_record, sample_record
 from dad_fast.data.steps import epoch_order
-from dad_fast.errors import DadFastError, DataError, UsageError
+from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 
 AUG = AugmentConfig(mixup=0.8, cutmix=1.0, mixup_prob=0.9, reprob=0.25)
 PLAIN = AugmentConfig(crop="center", hflip=0.0, color_jitter=0.0)
@@ -166,6 +166,16 @@ def test_usage_errors_name_the_flag():
         TrainLoader(Squares(), PLAIN, 8, 64, 0, 0)
     with pytest.raises(UsageError, match="--batch-size 0"):
         TrainLoader(Squares(), PLAIN, 8, 0, 0, 0)
+
+
+def test_without_dali_torchvision_serves(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    loader = train_loader("auto", Squares(), PLAIN, 12, 10, 0, 0, device="cpu")
+    assert loader.name == "torchvision" and len(list(loader.batches(0, 2))) == 2
+    name, why = resolve_loader("auto", Squares(), torch.device("cuda"))
+    assert name == "torchvision" and "not installed: pip install nvidia-dali-cuda1" in why
+    with pytest.raises(EnvironmentProblem, match="--loader dali: .*or use --loader torchvision"):
+        train_loader("dali", Squares(), PLAIN, 12, 10, 0, 0)
 
 
 def test_evaluation_counts_every_readable_image_once():
