@@ -117,7 +117,7 @@ def test_the_papers_codebook():
 @on_device
 @pytest.mark.parametrize("d", [32, 256])
 def test_the_gemms_own_meta_parameters(d):
-    found = check(triton_gemm, *normal(130 if d == 32 else 20, 512, d), slots=None, meta=None)
+    found = check(triton_gemm, *normal(130 if d == 32 else 5, 512, d), slots=None, meta=None)
     assert found.num_settled <= 20
 
 
@@ -131,16 +131,16 @@ def test_numbers_of_rows(module, n):
 @on_device
 @every_back_end
 def test_ordinary_latents_are_seldom_settled(module):
-    assert Search(module, *normal(200, 1024, 4)).num_settled <= (10 if module is triton_small else 40)
+    assert Search(module, *normal(100, 1024, 4)).num_settled <= (5 if module is triton_small else 20)
 
 
 @on_device
 @every_back_end
 def test_latents_far_from_every_code(module):
-    z, e = normal(12, 100, 4)
+    z, e = normal(4, 100, 4)
     z[::2] *= 1e4
-    z[1::4] *= 1e35
-    assert check(module, z, e).num_settled >= 6
+    z[1] *= 1e35
+    assert check(module, z, e).num_settled >= 3
 
 
 @on_device
@@ -159,14 +159,14 @@ def test_codes_in_one_strip_or_one_place_of_theirs_can_tie(module):
 @on_device
 @every_back_end
 def test_not_finite(module):
-    z, e = normal(20, 100, 4)
+    z, e = normal(20, 50, 4)
     z[3, 1], z[5, 0], z[7, 2], z[19] = torch.nan, torch.inf, -torch.inf, torch.nan
-    e[0, 0], e[17, 3], e[18, 1], e[99] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    e[0, 0], e[17, 3], e[18, 1], e[49] = torch.nan, torch.inf, -torch.inf, -torch.inf
     found = Search(module, z, e)
     assert torch.equal(found.codes.cpu(), search_reference(z, e))
     assert found.codes[[3, 5, 7, 19]].tolist() == [0] * 4
     assert found.num_nonfinite.item() == 104
-    assert Search(module, z[:4], torch.full_like(e, torch.nan)).codes.eq(0).all()
+    assert Search(module, z[:2], torch.full_like(e, torch.nan)).codes.eq(0).all()
 
 
 @on_device
@@ -187,12 +187,12 @@ def test_codebook_search_by_triton(d):
     search = CodebookSearch(e.to(DEVICE), "triton")
     assert search.backend == "triton"
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(2, d, 3, 4, generator=generator).to(DEVICE)
-    images[1, 0, 2, 3] = torch.nan
+    images = torch.randn(2, d, 1, 3, generator=generator).to(DEVICE)
+    images[1, 0, 0, 2] = torch.nan
     for latents in (images, images.contiguous(memory_format=torch.channels_last), images.half()):
         before = search.num_nonfinite.item()
         codes, quantized = search.search_and_quantize(latents)
-        expected = search_reference(latents.permute(0, 2, 3, 1).reshape(-1, d).cpu().float(), e).view(2, 3, 4)
+        expected = search_reference(latents.permute(0, 2, 3, 1).reshape(-1, d).cpu().float(), e).view(2, 1, 3)
         assert torch.equal(codes.cpu(), expected) and torch.equal(search.search(latents).cpu(), expected)
         assert torch.equal(quantized.cpu(), e[expected].permute(0, 3, 1, 2))
         assert search.num_nonfinite.item() == before + 2
