@@ -189,6 +189,7 @@ def kernels() -> Iterator[Row]:
     if find_spec("torch") is None:
         return
     from dad_fast.kernels import csrc_status
+    from dad_fast.kernels.csrc import csrc_cuda_status
 
     state, _, rest = csrc_status().partition(": ")
     reason, _, mend = rest.removesuffix(")").rpartition(" (") if state == "off" else (rest, "", "")
@@ -196,6 +197,8 @@ def kernels() -> Iterator[Row]:
         yield Row("csrc", "off", f"{reason}; the codebook search runs on torch, slower and with the same codes", mend)
     else:
         yield Row("csrc", "ok", rest)
+    state, _, rest = csrc_cuda_status().partition(": ")
+    yield Row("csrc, CUDA", "off" if state == "off" else "ok", rest if state == "off" else f"{rest}; not yet run on a GPU")
 
 
 def apex() -> Iterator[Row]:

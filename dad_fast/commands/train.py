@@ -16,6 +16,7 @@ from dad_fast.evaluate.runner import Suite, open_suites
 from dad_fast.evaluate.table import print_table, read_record, write_comparison
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.kernels.csrc import csrc_status
+from dad_fast.models.discretizer import VQGANDiscretizer
 from dad_fast.observe.report import write_report
 from dad_fast.observe.runlog import environment, print_line
 
@@ -69,7 +70,10 @@ def _one(
             print_line(f"{label}: finished already ({folder})")
             return record
     atomic_write_text(folder / "config.toml", to_toml(cfg))
-    resolved = {"kernels": {"nearest_code": csrc_status()}, "loader": trainer.loader.name}
+    kernels = {"csrc": csrc_status()}
+    if isinstance(parts.discretizer, VQGANDiscretizer):
+        kernels["codebook_search"] = parts.discretizer.vqgan.search().backend
+    resolved = {"kernels": kernels, "loader": trainer.loader.name}
     facts = {**resolved, "variant": name, "preset": launch.preset, **_weights(parts)}
     atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()

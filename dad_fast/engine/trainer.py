@@ -33,6 +33,7 @@ from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import NotFinite, UsageError
 from dad_fast.evaluate.runner import Result, Suite, evaluate
+from dad_fast.models.discretizer import VQGANDiscretizer
 from dad_fast.models.student import Student, save_student
 from dad_fast.observe.device import Gpu
 from dad_fast.observe.progress import TrainProgress
@@ -64,7 +65,7 @@ class Trainer:
         self.next_step = 0
         self.best_top1 = -1.0
         self.clock = Clock(parts.device)
-        self.windows, self.advised = 0, False
+        self.windows, self.advised, self.bad_latents = 0, False, 0
         self.gpu = Gpu.open(parts.device.index or 0) if parts.device.type == "cuda" else None
         self.worst_streak = torch.zeros((), device=parts.device)
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
@@ -166,6 +167,7 @@ class Trainer:
             del values["applied"]
         self.clock.count()
         window = self.clock.window()
+        self._warn_of_bad_latents()
         values |= self.step.measure(batch) | {"data_wait": window.waited / window.seconds}
         self.windows += 1
         advice = input_bound(window, self.images_per_step, self.cfg.data.workers, self.loader.name)
@@ -181,6 +183,14 @@ class Trainer:
             "train", step=self.next_step, epoch=self.next_step / self.steps_per_epoch, lr=lr, **values,
             img_per_s=window.steps * self.images_per_step / window.seconds, bad_images=len(self.loader.replaced), **gpu,
         )  # fmt: skip
+
+    def _warn_of_bad_latents(self) -> None:
+        discretizer = self.parts.discretizer
+        if isinstance(discretizer, VQGANDiscretizer) and not self.bad_latents:
+            self.bad_latents = int(discretizer.vqgan.search().num_nonfinite)
+            if self.bad_latents:
+                what = f"{self.bad_latents:,} of the encoder's outputs so far were not numbers and got code 0"
+                self.log.say(f"warning: {what}; set precision.encoder=float32, or look at the VQGAN's weights")
 
     def _stop_if_not_finite(self) -> None:
         if self.worst_streak.item() > self.update.tolerated:
