@@ -10,6 +10,7 @@ fails is made by PIL as a whole, always: so a batch's pixels depend on its files
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -87,7 +88,7 @@ class DaliLoader(TrainLoader):
             self._failed_in_a_row = 0
             return batch
         except _FAILURES as error:
-            reason = _reason(error)
+            reason = self._reason(error, planned)
         engine.restart()
         batch = self._steps[planned.batch.step]
         self.failed_over += 1
@@ -96,8 +97,17 @@ class DaliLoader(TrainLoader):
         self._failed_in_a_row += 1
         if self._failed_in_a_row == _GIVE_UP:
             raise EnvironmentProblem(f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision")
-        log.warning("%s: DALI could not decode the batch of step %d, PIL did (%s)", self.source.name, planned.batch.step, reason)
+        log.warning("%s: DALI could not make the batch of step %d, PIL did (%s)", self.source.name, planned.batch.step, reason)
         return engine.place(batch.images, batch)
+
+    def _reason(self, error: Exception, planned: Planned) -> str:
+        """What DALI says is wrong, without the pages around it, and with which file where it counts them."""
+        text = str(error).partition("encountered:")[2] or str(error)
+        line = next((line.strip(" :") for line in text.splitlines() if line.strip()), "no reason given")[:200]
+        number = re.search(r"sample #(\d+)", line)
+        if number and int(number[1]) < len(planned.rows):
+            return f"{line}: {self.source.keys[int(planned.batch.samples[planned.rows[int(number[1])]])]}"
+        return line
 
 
 class _Engine:
@@ -169,10 +179,3 @@ def _mixed_hints(sizes: np.ndarray) -> dict[str, Any]:
     """For decoding on a GPU: what its hardware decoder takes over, and buffers for all but the largest hundredth of the images."""
     width, height = np.percentile(sizes, 99, axis=0).astype(int).tolist()
     return {"hw_decoder_load": 0.65, "preallocate_width_hint": width, "preallocate_height_hint": height}
-
-
-def _reason(error: Exception) -> str:
-    """What DALI says is wrong, without the pages around it."""
-    text = str(error).partition("encountered:")[2] or str(error)
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
-    return line[:200]
