@@ -84,9 +84,11 @@ def pack(codes: Tensor, bits: int, num_out_of_range: Tensor | None) -> Tensor:
     if packed.numel():
         codes = codes.contiguous()
         counter = packed if num_out_of_range is None else num_out_of_range
-        pack_kernel[_grid(packed.numel() // row_bytes, row_bytes)](
-            codes, packed, counter, length, row_bytes, BITS=bits, COUNT=num_out_of_range is not None, BLOCK=BLOCK, **OPTIONS
-        )
+        count = num_out_of_range is not None
+        with torch.cuda.device_of(codes):
+            pack_kernel[_grid(packed.numel() // row_bytes, row_bytes)](
+                codes, packed, counter, length, row_bytes, BITS=bits, COUNT=count, BLOCK=BLOCK, **OPTIONS
+            )
     return packed
 
 
@@ -95,7 +97,10 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     codes = torch.empty(*packed.shape[:-1], length, dtype=torch.int64, device=packed.device)
     if codes.numel():
         packed = packed.contiguous()
-        unpack_kernel[_grid(codes.numel() // length, length)](packed, codes, length, packed.shape[-1], BITS=bits, BLOCK=BLOCK, **OPTIONS)
+        with torch.cuda.device_of(packed):
+            unpack_kernel[_grid(codes.numel() // length, length)](
+                packed, codes, length, packed.shape[-1], BITS=bits, BLOCK=BLOCK, **OPTIONS
+            )
     return codes
 
 

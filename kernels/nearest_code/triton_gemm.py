@@ -244,41 +244,42 @@ def search(
     tiles = torch.empty(num_rows, 2, dtype=torch.int32, device=latents.device)
     rounded = torch.empty(num_rows, state.packed.shape[2], dtype=torch.float16, device=latents.device)
     norms = torch.empty(num_rows, 2, dtype=torch.float32, device=latents.device)
-    round_kernel[(triton.cdiv(num_rows, ROUND_ROWS),)](
-        latents,
-        state.centre,
-        rounded,
-        norms,
-        num_nonfinite,
-        num_rows,
-        state.scale,
-        state.floor,
-        **round_constants(dim),
-        **ROUND_OPTIONS,
-    )
-    gemm_kernel[(triton.cdiv(num_rows, meta["rows"]),)](
-        rounded,
-        norms,
-        state.packed,
-        state.half_square,
-        state.codebook,
-        codes,
-        quantized if quantized is not None else state.codebook,
-        num_work,
-        work,
-        slots,
-        tiles,
-        num_rows,
-        state.strip,
-        state.radius,
-        state.rho,
-        state.tau,
-        **constants(dim, meta, quantized is not None),
-        num_warps=meta["num_warps"],
-        num_stages=meta["num_stages"],
-        enable_fp_fusion=False,
-    )
-    settle(latents, state, codes, quantized, num_work, work, slots, tiles)
+    with torch.cuda.device_of(latents):
+        round_kernel[(triton.cdiv(num_rows, ROUND_ROWS),)](
+            latents,
+            state.centre,
+            rounded,
+            norms,
+            num_nonfinite,
+            num_rows,
+            state.scale,
+            state.floor,
+            **round_constants(dim),
+            **ROUND_OPTIONS,
+        )
+        gemm_kernel[(triton.cdiv(num_rows, meta["rows"]),)](
+            rounded,
+            norms,
+            state.packed,
+            state.half_square,
+            state.codebook,
+            codes,
+            quantized if quantized is not None else state.codebook,
+            num_work,
+            work,
+            slots,
+            tiles,
+            num_rows,
+            state.strip,
+            state.radius,
+            state.rho,
+            state.tau,
+            **constants(dim, meta, quantized is not None),
+            num_warps=meta["num_warps"],
+            num_stages=meta["num_stages"],
+            enable_fp_fusion=False,
+        )
+        settle(latents, state, codes, quantized, num_work, work, slots, tiles)
 
 
 def round_constants(dim: int) -> dict[str, Any]:

@@ -217,27 +217,28 @@ def search(
     num_work = torch.zeros(1, dtype=torch.int32, device=latents.device)
     work = torch.empty(num_rows, dtype=torch.int32, device=latents.device)
     slots = torch.empty(num_rows, state.slots // 32, dtype=torch.int32, device=latents.device)
-    score_kernel[(triton.cdiv(num_rows, meta["rows"]),)](
-        latents,
-        state.centre,
-        state.packed,
-        state.columns,
-        state.codebook,
-        codes,
-        quantized if quantized is not None else state.codebook,
-        num_nonfinite,
-        num_work,
-        work,
-        slots,
-        num_rows,
-        state.strip,
-        *state.floats(),
-        **constants(dim, meta, quantized is not None),
-        num_warps=meta["num_warps"],
-        num_stages=meta["num_stages"],
-        enable_fp_fusion=False,
-    )
-    settle(latents, state, codes, quantized, num_work, work, slots, None)
+    with torch.cuda.device_of(latents):
+        score_kernel[(triton.cdiv(num_rows, meta["rows"]),)](
+            latents,
+            state.centre,
+            state.packed,
+            state.columns,
+            state.codebook,
+            codes,
+            quantized if quantized is not None else state.codebook,
+            num_nonfinite,
+            num_work,
+            work,
+            slots,
+            num_rows,
+            state.strip,
+            *state.floats(),
+            **constants(dim, meta, quantized is not None),
+            num_warps=meta["num_warps"],
+            num_stages=meta["num_stages"],
+            enable_fp_fusion=False,
+        )
+        settle(latents, state, codes, quantized, num_work, work, slots, None)
 
 
 def constants(dim: int, meta: dict[str, int], quantize: bool) -> dict[str, Any]:
