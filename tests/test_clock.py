@@ -61,10 +61,11 @@ def test_waiting_on_a_gpu_is_the_gap_between_steps():
 
 def test_what_a_waiting_run_is_told():
     cores = len(os.sched_getaffinity(0))
-    assert input_bound(Window(10, 2.0, 0.1), 100, 0, "torchvision") is None
-    assert input_bound(Window(0, 0.0, 0.0), 100, 0, "torchvision") is None
-    told = input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision")
+    assert input_bound(Window(10, 2.0, 0.1), 100, 0, "torchvision", False) is None
+    assert input_bound(Window(0, 0.0, 0.0), 100, 0, "torchvision", False) is None
+    told = input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision", False)
     assert told == f"input-bound: 500 < 1,000 img/s, the rate of the steps alone; raise --workers (now 0; {cores} cores)"
-    assert "--loader dali" in (input_bound(Window(10, 2.0, 1.0), 100, cores, "torchvision") or "")
-    told = input_bound(Window(10, 2.0, 1.0), 100, cores, "dali")
-    assert told is not None and "--loader dali" not in told
+    assert "--loader dali" in (input_bound(Window(10, 2.0, 1.0), 100, cores, "torchvision", True) or "")
+    for loader, cuda in (("dali", True), ("torchvision", False)):  # on a CPU DALI is no faster
+        told = input_bound(Window(10, 2.0, 1.0), 100, cores, loader, cuda)
+        assert told is not None and "--loader dali" not in told

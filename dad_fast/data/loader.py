@@ -49,6 +49,7 @@ class TrainLoader:
     """
 
     name = "torchvision"
+    failed_over = 0  # batches that PIL made because the loader's own decoder failed
 
     def __init__(
         self,

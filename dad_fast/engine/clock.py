@@ -68,7 +68,7 @@ class Clock:
         return found
 
 
-def input_bound(window: Window, images_per_step: int, workers: int, loader: str) -> str | None:
+def input_bound(window: Window, images_per_step: int, workers: int, loader: str, cuda: bool) -> str | None:
     """What to tell the user of a run that waits for its data: both rates and the mend; None where it does not wait."""
     if not window.steps or window.waited < INPUT_BOUND * window.seconds:
         return None
@@ -77,8 +77,8 @@ def input_bound(window: Window, images_per_step: int, workers: int, loader: str)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers < cores:
         mend = f"raise --workers (now {workers}; {cores} cores)"
-    elif loader != "dali":
-        mend = "--loader dali decodes faster, and so do smaller files"
+    elif cuda and loader != "dali":
+        mend = "--loader dali decodes on the GPU; smaller files would help too"
     else:
         mend = "smaller files or more cores would help"
     return f"input-bound: {delivered:,.0f} < {possible:,.0f} img/s, the rate of the steps alone; {mend}"

@@ -137,6 +137,7 @@ class Trainer:
             "epochs": self.next_step / self.steps_per_epoch,
             "best_val_top1": self.best_top1,
             "bad_images": len(self.loader.replaced),
+            "failed_over": self.loader.failed_over,
         }
 
     def _progress(self) -> TrainProgress:
@@ -170,7 +171,7 @@ class Trainer:
         self._warn_of_bad_latents()
         values |= self.step.measure(batch) | {"data_wait": window.waited / window.seconds}
         self.windows += 1
-        advice = input_bound(window, self.images_per_step, self.cfg.data.workers, self.loader.name)
+        advice = input_bound(window, self.images_per_step, self.cfg.data.workers, self.loader.name, self.parts.device.type == "cuda")
         if advice and not self.advised and self.windows > 1:  # the first window holds the start of the loader's processes
             self.advised = True
             self.log.say(advice)
