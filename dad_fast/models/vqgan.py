@@ -217,7 +217,8 @@ class VQGAN(nn.Module):
         """
         codebook = self.codebook.detach()
         with torch.autocast(latents.device.type, enabled=False):
-            if self.codebook.requires_grad or codebook.is_inference() or torch.compiler.is_compiling():
+            traced = torch.compiler.is_compiling() or type(latents) is not Tensor  # a fake tensor has no values to prepare
+            if traced or self.codebook.requires_grad or codebook.is_inference():
                 return nearest_code(latents.detach().float(), codebook.float())
             return self.search().search(latents.float())
 
