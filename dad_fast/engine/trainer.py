@@ -89,6 +89,8 @@ class Trainer:
             lines.append(f"teacher {parts.teacher.name}; it has seen: {parts.teacher.provenance}")
         if parts.discretizer is not None:
             lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
+        if isinstance(parts.discretizer, VQGANDiscretizer) and parts.discretizer.range_note:
+            lines.append(parts.discretizer.range_note)
         for part, found in parts.savings.items():
             texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
             lines.append(f"savings of the {part}: {', '.join(texts) or 'none'}")
