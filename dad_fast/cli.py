@@ -12,9 +12,9 @@ from dad_fast.config import Launch, check, to_toml
 from dad_fast.config.fields import nearest, settings
 from dad_fast.config.resolve import gather
 from dad_fast.config.variants import NOT_SCIENCE
-from dad_fast.doctor_flags import DOCTOR_HELP, doctor_options
 from dad_fast.errors import DadFastError, UsageError
 from dad_fast.flags import eval_help, eval_parser, train_help, train_parser
+from dad_fast.flags.doctor import DOCTOR_HELP, doctor_options
 
 TOP_HELP = """\
 usage: dad-fast VERB [...]
@@ -27,12 +27,12 @@ examples:
   dad-fast doctor                                         # what is on, what is off, and the mend
 
 verbs:
-  train     train a student by ce, kd, aug-only, dat, dad or dat+dad
-  eval      judge a checkpoint (or a teacher) on test sets and corruptions
+  train       train a student by ce, kd, aug-only, dat, dad or dat+dad
+  eval        judge a checkpoint (or a teacher) on test sets and corruptions
   precompute  fill a store: adversarial images, or the teacher's outputs, once for many runs
-  store     look at a store of adversarial images and teacher outputs, check it, join its parts
-  profile   look into a few training steps: Nsight, torch's profiler, memory
-  doctor    look at this machine (packages, GPU, kernels, numerics), or with --data at a data set
+  store       look at a store of adversarial images and teacher outputs, check it, join its parts
+  profile     look into a few training steps: Nsight, torch's profiler, memory
+  doctor      look at this machine (packages, GPU, kernels, numerics), or with --data at a data set
 
 dad-fast VERB -h explains a verb; dad-fast --version says the version.
 Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and saved,
@@ -139,7 +139,7 @@ def _eval(arguments: list[str], debug: bool) -> int:
 
 
 def _profile(arguments: list[str], debug: bool) -> int:
-    from dad_fast import profile_flags
+    from dad_fast.flags import profile as profile_flags
 
     if _wants_help(arguments):
         print(profile_flags.help_text(), end="")
@@ -152,7 +152,7 @@ def _profile(arguments: list[str], debug: bool) -> int:
 
 
 def _precompute(arguments: list[str], debug: bool) -> int:
-    from dad_fast import precompute_flags
+    from dad_fast.flags import precompute as precompute_flags
 
     if _wants_help(arguments):
         print(precompute_flags.help_text())
@@ -164,7 +164,7 @@ def _precompute(arguments: list[str], debug: bool) -> int:
 
 
 def _store(arguments: list[str], debug: bool) -> int:
-    from dad_fast import store_flags
+    from dad_fast.flags import store as store_flags
 
     if _wants_help(arguments):
         print(store_flags.HELP, end="")

@@ -13,8 +13,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dad_fast import cli, profile_flags  # noqa: E402
+from dad_fast import cli  # noqa: E402
 from dad_fast.commands import profile  # noqa: E402
+from dad_fast.flags import profile as profile_flags  # noqa: E402
 from dad_fast.observe import profiling  # noqa: E402
 from tests.test_timeline import write_nsys  # noqa: E402
 

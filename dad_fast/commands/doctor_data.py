@@ -14,8 +14,8 @@ from dad_fast.commands.doctor import Row, render
 from dad_fast.data.index import Files, progress_bar
 from dad_fast.data.names import shown, some
 from dad_fast.data.sources import EMBEDDED, Source, open_source
-from dad_fast.doctor_flags import DoctorOptions
 from dad_fast.errors import DataError, EnvironmentProblem
+from dad_fast.flags.doctor import DoctorOptions
 
 MAX_BAD_SHARE = 0.01  # data.max_bad_share's default
 SECONDS = 3.0  # of decoding per back end

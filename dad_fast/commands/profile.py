@@ -15,9 +15,9 @@ from pathlib import Path
 from dad_fast.config import Config, to_toml
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.files import atomic_write_text
+from dad_fast.flags.profile import ProfileLaunch
 from dad_fast.observe.runlog import print_line
 from dad_fast.observe.timeline import as_text, read_timeline, summarize
-from dad_fast.profile_flags import ProfileLaunch
 
 TOOLS = {
     "nsys": "install Nsight Systems (package nsight-systems-cli of NVIDIA's repository, or developer.nvidia.com/nsight-systems)",

@@ -18,7 +18,7 @@ from dad_fast.store.verify import merge, verify
 
 
 def run(given: argparse.Namespace) -> int:
-    """Returns the exit code. `given` is what store_flags.parse makes."""
+    """Returns the exit code. `given` is what flags.store.parse makes."""
     return {"info": _info, "verify": _verify, "sheet": _sheet, "merge": _merge}[given.action](given)
 
 
