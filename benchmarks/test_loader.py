@@ -113,9 +113,9 @@ def plain_batches(folder: Path, batch_size: int) -> Iterator[object]:
             image = Image.open(files[random.integers(len(files))]).convert("RGB")
             share = np.sqrt(random.uniform(0.08, 1.0))
             width, height = int(image.width * share), int(image.height * share)
-            left, top = random.integers(image.width - width + 1), random.integers(image.height - height + 1)
+            left, top = int(random.integers(image.width - width + 1)), int(random.integers(image.height - height + 1))
             image = image.crop((left, top, left + width, top + height)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            batch[row] = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image
+            batch[row] = np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image)
         yield batch
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +85,7 @@ def prepared(z: Tensor, e: Tensor) -> dict[str, Search]:
             print(f"{name}: {error}")
             continue
         if name != "torch":
-            found[f"dad-fast: {name}"] = lambda search=search: search.search(z)
+            found[f"dad-fast: {name}"] = partial(search.search, z)
     return found
 
 
@@ -121,8 +123,12 @@ def peers(z: Tensor, e: Tensor) -> dict[str, Search]:
 
         for kind in (KDTree, BallTree):
             forest = kind(codes)
-            found[f"scikit-learn {kind.__name__}"] = lambda forest=forest: torch.from_numpy(forest.query(rows, return_distance=False)[:, 0])
+            found[f"scikit-learn {kind.__name__}"] = partial(_nearest_of, forest, rows)
     return found
+
+
+def _nearest_of(forest: Any, rows: Any) -> Tensor:
+    return torch.from_numpy(forest.query(rows, return_distance=False)[:, 0])
 
 
 def compare(bench: Bench, name: str, z: Tensor, e: Tensor, data: str, with_peers: bool = True, seconds: float = 10.0) -> dict[str, float]:

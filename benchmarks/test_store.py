@@ -183,7 +183,8 @@ def test_writing(bench: Bench, tmp_path: Path, images: str, num: int) -> None:
 
     def plain() -> None:
         for block in blocks:
-            np.savez(tmp_path / "plain.npz", **{name: value for name, value in vars(block).items() if isinstance(value, np.ndarray)})
+            arrays: dict[str, Any] = {name: value for name, value in vars(block).items() if isinstance(value, np.ndarray)}
+            np.savez(tmp_path / "plain.npz", **arrays)
 
     bench.compare(
         f"writing, codes, full outputs, images {images}",
