@@ -67,7 +67,7 @@ class Builder:
         student = student.to(device)
         if cfg.precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
-        stored.check_run(student.image_size, cfg.augment, cfg.seed, hashes)
+        stored.check_run(student.image_size, cfg.augment, hashes)
         _try_one_image(cfg, device, student, teacher, discretizer)
         return Parts(device, train, val, student, teacher, discretizer, stored, savings)
 

@@ -52,11 +52,15 @@ class Stored:
         """Epochs after which the clean views repeat; 0 = never."""
         return self.targets.num_views if self.targets is not None else 0
 
+    def view_seed(self, seed: int) -> int:
+        """What clean views are drawn by: the seed that stored ones were drawn by, so that one store serves students of any seed."""
+        return int(self.targets.manifest.settings["seed"]) if self.targets is not None else seed
+
     @property
     def checksums(self) -> dict[str, str]:
         return {store.kind: store.checksum for store in self.stores}
 
-    def check_run(self, img_size: int, augment: AugmentConfig, seed: int, hashes: dict[str, str | None]) -> None:
+    def check_run(self, img_size: int, augment: AugmentConfig, hashes: dict[str, str | None]) -> None:
         """Raises DataError where a store was made for other images, augmentation or models than the run's; `hashes` has what is loaded."""
         for store in self.stores:
             manifest = store.manifest
@@ -71,7 +75,6 @@ class Stored:
         if self.targets is not None:
             theirs = self.targets.manifest.settings["augment"] | {"img_size": self.targets.manifest.settings["img_size"]}
             ours = view_settings(augment) | {"img_size": img_size}
-            theirs, ours = theirs | {"seed": self.targets.manifest.settings["seed"]}, ours | {"seed": seed}
             changed = [f"{name}: {theirs[name]} in the store, {ours[name]} here" for name in ours if theirs.get(name) != ours[name]]
             if changed:
                 raise DataError(f"--store {self.targets.folder}: its teacher saw other views: {'; '.join(changed)}; use the same settings")

@@ -55,8 +55,8 @@ class Trainer:
         self.step = TrainStep(cfg, parts.student, parts.teacher, parts.discretizer, self.update)
         self.images_per_step = cfg.data.batch_size * cfg.engine.grad_accum_steps
         self.loader = train_loader(
-            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, self.images_per_step, seed=cfg.seed,
-            workers=cfg.data.workers, device=parts.device, cycle=parts.stored.cycle,
+            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, self.images_per_step,
+            seed=parts.stored.view_seed(cfg.seed), workers=cfg.data.workers, device=parts.device, cycle=parts.stored.cycle,
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
         steps = round(total_epochs(cfg.schedule) * self.steps_per_epoch)
