@@ -110,7 +110,7 @@ def resolve_loader(kind: str, source: Source, device: torch.device) -> tuple[str
             raise EnvironmentProblem(f"--loader dali: {problem}; or use --loader torchvision")
         return kind, "asked for"
     if device.type != "cuda":
-        return "torchvision", "on a CPU PIL is the faster one, but for large photographs that are only cropped"  # benchmarks, group loader
+        return "torchvision", "on a CPU PIL is faster, unless large photographs are only cropped"  # benchmarks, group loader
     if problem:
         return "torchvision", problem
     some = range(0, len(source), max(1, len(source) // 16))
