@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from dad_fast import cli, errors, flags
+from dad_fast import cli, errors
 from dad_fast.config import Config, Launch, resolve, to_toml
 from dad_fast.config.fields import settings
+from dad_fast.flags import train as train_flags
 
 DEMO = ["--preset", "demo"]
 
@@ -154,7 +155,7 @@ def test_help_all_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_examples_run_as_pasted(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Every `dad-fast train` line of the help screens is accepted (those for eval run in test_eval_command)."""
-    lines = (cli.TOP_HELP + flags.TRAIN_INTRO).replace("\\\n", " ").splitlines()
+    lines = (cli.TOP_HELP + train_flags.INTRO).replace("\\\n", " ").splitlines()
     examples = [line.strip() for line in lines if line.startswith("  dad-fast train ")]
     assert len(examples) >= 4
     for line in examples:

@@ -15,11 +15,12 @@ pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 Image = pytest.importorskip("PIL.Image")
 
-from dad_fast import cli, flags  # noqa: E402
+from dad_fast import cli  # noqa: E402
 from dad_fast.commands import eval as command  # noqa: E402
 from dad_fast.config import resolve, to_toml  # noqa: E402
 from dad_fast.config.schema import StudentConfig  # noqa: E402
 from dad_fast.data.classes import ClassMap  # noqa: E402
+from dad_fast.flags import eval as eval_flags  # noqa: E402
 from dad_fast.models.student import build_student, load_student, save_student  # noqa: E402
 
 COLOURS = {"black": 0, "grey": 128, "white": 255}
@@ -193,10 +194,10 @@ def test_teacher_alone_and_beside_a_checkpoint(
 
 
 def test_help_examples_parse() -> None:
-    lines = [line.strip() for line in flags.EVAL_INTRO.splitlines() if line.startswith("  dad-fast eval ")]
+    lines = [line.strip() for line in eval_flags.INTRO.splitlines() if line.startswith("  dad-fast eval ")]
     assert len(lines) == 3
     for line in lines:
-        given = vars(flags.eval_parser().parse(shlex.split(line, comments=True)[2:]))
+        given = vars(eval_flags.make_parser().parse(shlex.split(line, comments=True)[2:]))
         assert given["checkpoint"] or given["teacher.name"]
 
 

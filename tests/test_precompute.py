@@ -67,9 +67,9 @@ def targets(inputs, tmp_path_factory):
 def step_of(inputs, method, *more):
     """(TrainStep, its batches joined to the stores)."""
     from dad_fast.config.fields import settings
-    from dad_fast.flags import train_parser
+    from dad_fast.flags.train import make_parser
 
-    given = vars(train_parser().parse([*more]))
+    given = vars(make_parser().parse([*more]))
     cfg = resolve("", None, given["sets"], {p: given[p] for p in settings() if p in given} | {"method": method})
     parts = Builder().build(cfg)
     seed = parts.stored.view_seed(cfg.seed)

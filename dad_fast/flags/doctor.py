@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser
+from dad_fast.flags import Parser, wants_help
 
-DOCTOR_HELP = """\
+SUMMARY = "look at this machine (packages, GPU, kernels, numerics), or with --data at a data set"
+
+HELP = """\
 usage: dad-fast doctor [--numerics]
        dad-fast doctor --data DIR [--split NAME] [--class-map FILE] [--loader NAME] [--need N]
 
@@ -44,7 +46,21 @@ class DoctorOptions(NamedTuple):
     need: float
 
 
-def doctor_options(arguments: Sequence[str]) -> DoctorOptions:
+def main(arguments: list[str], debug: bool) -> int:
+    if wants_help(arguments):
+        print(HELP, end="")
+        return 0
+    options = parse(arguments)
+    if options.data:
+        from dad_fast.commands import doctor_data
+
+        return doctor_data.run(options)
+    from dad_fast.commands import doctor
+
+    return doctor.run(options.numerics)
+
+
+def parse(arguments: Sequence[str]) -> DoctorOptions:
     parser = Parser("doctor")
     parser.add_argument("--numerics", action="store_true", default=False)
     parser.add_argument("--data", default="")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dad_fast.config import Config
 from dad_fast.config.fields import settings
 from dad_fast.config.launch import StoreLaunch
 from dad_fast.config.resolve import gather
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings, entry, two_columns
+from dad_fast.flags import Parser, add_settings, entry, two_columns, wants_help, whole_number
+
+SUMMARY = "fill a store: adversarial images, or the teacher's outputs, once for many runs"
 
 INTRO = """\
 usage: dad-fast precompute [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] -o STORE
@@ -42,6 +44,16 @@ STORE_FLAGS = {
 SETTINGS = ("data.data_dir", "data.batch_size", "teacher.name", "discretizer.name", "augment.img_size", "precision.amp", "device")
 
 
+def main(arguments: list[str], debug: bool) -> int:
+    if wants_help(arguments):
+        print(help_text())
+        return 0
+    cfg, launch = parse(arguments)
+    from dad_fast.commands import precompute
+
+    return precompute.run(cfg, launch, arguments)
+
+
 def help_text() -> str:
     lines = [INTRO.rstrip(), "", "the store:", *(two_columns(*pair) for pair in STORE_FLAGS.items())]
     lines += ["", "settings, those of dad-fast train (dad-fast train --help-all lists every one), such as:"]
@@ -61,7 +73,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, StoreLaunch]:
     parser.add_argument("--outputs", default="full")
     parser.add_argument("--images", default="none")
     for flag, default in (("--views", 1), ("--block-size", 0), ("--shard-blocks", 0), ("--nproc", 1)):
-        parser.add_argument(flag, default=default, type=_whole(flag, 1))
+        parser.add_argument(flag, default=default, type=partial(whole_number, flag, least=1))
     parser.add_argument("--check", default=0.0, type=_share)
     add_settings(parser, settings())
     given = vars(parser.parse(arguments))
@@ -76,15 +88,6 @@ def parse(arguments: Sequence[str]) -> tuple[Config, StoreLaunch]:
     if not launch.targets and not cfg.discretizer.name:
         raise UsageError("a store of adversarial images needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)")
     return cfg, launch
-
-
-def _whole(flag: str, least: int) -> Any:
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise UsageError(f"{flag} {text}: a whole number, {least} or more")
-        return int(text)
-
-    return convert
 
 
 def _share(text: str) -> float:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dad_fast.config import Config
+from dad_fast.config import Config, check
 from dad_fast.config.fields import nearest, settings
 from dad_fast.config.resolve import gather
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings
+from dad_fast.flags import Parser, add_settings, wants_help, whole_number
 
+SUMMARY = "look into a few training steps: Nsight, torch's profiler, memory"
 KINDS = {
     "nsys": "Nsight Systems: a timeline of host and GPU with the stages named, and their times and gaps",
     "ncu": "Nsight Compute: counters of single kernels (this project's own, or --kernel REGEX)",
@@ -56,6 +57,17 @@ class ProfileLaunch:
     launches: int
 
 
+def main(arguments: list[str], debug: bool) -> int:
+    if wants_help(arguments):
+        print(help_text(), end="")
+        return 0
+    cfg, launch = parse(arguments)
+    check(cfg)
+    from dad_fast.commands import profile
+
+    return profile.run(cfg, launch)
+
+
 def help_text() -> str:
     return HELP.format(kinds="\n".join(f"  {name:8}{text}" for name, text in KINDS.items()) + "\n")
 
@@ -83,10 +95,10 @@ def parse(arguments: Sequence[str]) -> tuple[Config, ProfileLaunch]:
     launch = ProfileLaunch(
         kind=kind,
         output=given["output"] or f"runs/profile/{kind}",
-        steps=_whole("--steps", given["steps"] or ("1" if kind in ("memory", "ncu") else "5"), 1),
-        warm_up=_whole("--warm-up", given["warm_up"], 0),
+        steps=whole_number("--steps", given["steps"] or ("1" if kind in ("memory", "ncu") else "5"), 1),
+        warm_up=whole_number("--warm-up", given["warm_up"], 0),
         kernel=given["kernel"],
-        launches=_whole("--launches", given["launches"], 1),
+        launches=whole_number("--launches", given["launches"], 1),
     )
     return only_run(cfg), launch
 
@@ -98,8 +110,3 @@ def only_run(cfg: Config) -> Config:
         raise UsageError(f"profile looks at one run, and these settings describe {', '.join(sorted(runs))}: pick one with --method")
     return next(iter(runs.values()))
 
-
-def _whole(flag: str, text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise UsageError(f"{flag} {text}: a whole number, {least} or more")
-    return int(text)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from dad_fast.config.fields import nearest
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser
+from dad_fast.flags import Parser, wants_help, whole_number
+
+SUMMARY = "look at a store of adversarial images and teacher outputs, check it, join its parts"
 
 HELP = """\
 usage: dad-fast store info STORE
@@ -34,6 +36,16 @@ flags:
 ACTIONS = ("info", "verify", "sheet", "merge")
 
 
+def main(arguments: list[str], debug: bool) -> int:
+    if wants_help(arguments):
+        print(HELP, end="")
+        return 0
+    given = parse(arguments)
+    from dad_fast.commands import store
+
+    return store.run(given)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """action, folders, output, num, view, data_dir, split, discretizer. Raises UsageError."""
     parser = Parser("store")
@@ -56,8 +68,5 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if given.action != "merge" and len(given.folders) > 1:
         raise UsageError(f"one store at a time, not {len(given.folders)}")
     for flag, least in (("num", 1), ("view", 0)):
-        text = getattr(given, flag)
-        if not text.isdecimal() or int(text) < least:
-            raise UsageError(f"--{flag} {text}: a whole number, {least} or more")
-        setattr(given, flag, int(text))
+        setattr(given, flag, whole_number(f"--{flag}", getattr(given, flag), least))
     return given

@@ -1,0 +1,102 @@
+"""Flags of `dad-fast train`: every setting that has one, and how the run is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dad_fast.config import Launch, check, to_toml
+from dad_fast.config.fields import sections, settings
+from dad_fast.config.resolve import gather, preset_names
+from dad_fast.config.variants import NOT_SCIENCE
+from dad_fast.errors import UsageError
+from dad_fast.flags import Parser, add_settings, entry, two_columns, wants_help
+
+SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad"
+
+INTRO = """\
+usage: dad-fast train [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] [-o OUT]
+
+examples:
+  dad-fast train --preset demo                                             # on embedded data
+  dad-fast train --preset demo --method dad --max-steps 20 -o runs/try     # a first look
+  dad-fast train --preset dad-vitb16 --data-dir DIR --discretizer vqgan.ckpt \\
+      --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad                   # ImageNet
+"""
+
+OUTRO = """\
+presets: {presets}
+Later wins: defaults < preset < CONFIG.toml < --set < flags.   Every flag and key: --help-all
+"""
+
+LAUNCH_FLAGS = {
+    "CONFIG.toml": "settings; keys that it leaves out come from the preset or the defaults",
+    "--preset NAME": "a named set of settings",
+    "--set KEY=VALUE": "any setting by its key, such as --set optim.opt_kwargs.eps=1e-6; repeatable",
+    "-o, --output DIR": "the run's folder; by default runs/ and the name of the preset, CONFIG or method",
+    "--resume auto|PATH": "continue the run in --output, or from a checkpoint; auto starts when there is none",
+    "--overwrite": "replace an existing run",
+    "--allow-config-change": "resume although settings that change the result differ",
+    "--print-config": "print the resolved settings as TOML and exit",
+    "--debug": "show tracebacks",
+}
+
+
+def main(arguments: list[str], debug: bool) -> int:
+    if wants_help(arguments):
+        print(help_text(every="--help-all" in arguments))
+        return 0
+    given = vars(make_parser().parse(arguments))
+    flags = {path: given[path] for path in settings() if path in given}
+    file = Path(given["config"]) if given["config"] else None
+    output = given["output"] or f"runs/{given['preset'] or (file.stem if file else '') or given.get('method', 'dad')}"
+    paths = {*flags, *(item.partition("=")[0].strip() for item in given["sets"])}
+    if given["resume"] == "auto" and not (file or given["preset"]) and paths <= NOT_SCIENCE and (Path(output) / "config.toml").exists():
+        file = Path(output) / "config.toml"  # nothing said what to train: continue with the run's own settings
+    cfg = gather(given["preset"], file, given["sets"], flags)
+    if given["print_config"]:
+        print(to_toml(cfg), end="", flush=True)
+    check(cfg)  # after printing: what is still missing is said below the settings
+    if given["print_config"]:
+        return 0
+    launch = Launch(
+        output=output,
+        resume=given["resume"],
+        overwrite=given["overwrite"],
+        allow_config_change=given["allow_config_change"],
+        debug=debug,
+        preset=given["preset"],
+    )
+    if launch.resume and launch.overwrite:
+        raise UsageError("--resume continues a run and --overwrite replaces it: leave one out")
+    from dad_fast.commands import train
+
+    return train.run(cfg, launch)
+
+
+def make_parser() -> Parser:
+    parser = Parser("train")
+    parser.add_argument("config", nargs="?", default="")
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser.add_argument("-o", "--output", default="")
+    parser.add_argument("--resume", default="")
+    for flag in ("--overwrite", "--allow-config-change", "--print-config"):
+        parser.add_argument(flag, action="store_true", default=False)
+    add_settings(parser, settings())
+    return parser
+
+
+def help_text(every: bool) -> str:
+    """The screen of `dad-fast train -h`, or with `every` all flags and keys by section."""
+    lines = [INTRO.rstrip(), "", "settings:"] if not every else ["dad-fast train: every setting, its flag, meaning and [default]", ""]
+    if every:
+        for section in ("", *sections()):
+            lines.append(f"[{section}]" if section else "general")
+            lines += [entry(s, key=True) for path, s in settings().items() if path.rpartition(".")[0] == section]
+            lines.append("")
+    else:
+        lines += [entry(s) for s in settings().values() if s.main]
+    lines += ["", "the run:"] if not every else ["the run"]
+    lines += [two_columns(names, text) for names, text in LAUNCH_FLAGS.items()]
+    lines += ["", OUTRO.format(presets=", ".join(preset_names())).rstrip()]
+    return "\n".join(lines)
