@@ -30,7 +30,7 @@ from dad_fast.errors import EnvironmentProblem
 
 SIDE = 224
 SIZES = {"500x375": (500, 375, 64), "2000x1500": (2000, 1500, 8)}  # width, height, number of files
-BATCHES = {"500x375": 32, "2000x1500": 4}  # per call on one core
+BATCHES = {"500x375": 16, "2000x1500": 4}  # per call on one core
 POLICIES = {"crop and flip": "", "RandAugment": "rand-m9-mstd0.5-inc1"}
 CORES = sorted(os.sched_getaffinity(0))
 CPU = torch.device("cpu")
@@ -156,6 +156,8 @@ def notes(policy: str, workers: int) -> dict[str, str]:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("size", SIZES)
 def test_one_core(bench: Bench, folders: dict[str, Path], size: str, policy: str) -> None:
+    if bench.size == "tiny" and size == "2000x1500" and policy == "RandAugment":
+        pytest.skip("not at size tiny: decoding takes the time there, and `crop and flip` shows that")
     batch_size, num = 8, BATCHES[size]
     sizes = {"side": SIDE, "batch_size": batch_size, "workers": 0, "batches_per_call": num}
     config = described(open_source(str(folders[size])), policy=POLICIES[policy], **sizes)
@@ -177,7 +179,7 @@ def test_one_core(bench: Bench, folders: dict[str, Path], size: str, policy: str
 def test_all_cores(bench: Bench, folders: dict[str, Path], policy: str) -> None:
     batch_size = 16 if bench.size == "tiny" else 128
     workers = len(CORES)
-    num = 8 * 2 * workers  # 2 batches a worker are prefetched
+    num = 4 * 2 * workers  # 2 batches a worker are prefetched
     found = loaders(folders["500x375"], POLICIES[policy], batch_size, workers, bench.device)
     sizes = {"side": SIDE, "batch_size": batch_size, "workers": workers, "batches_per_call": num}
     config = described(open_source(str(folders["500x375"])), policy=POLICIES[policy], **sizes)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-WARM_UP_SECONDS, WARM_UP_CALLS = 0.2, 5  # per function, whichever is more: allocator, caches, compilation, capture, clocks
+WARM_UP_SECONDS = 0.2  # per function, and at least so many calls: allocator, caches, compilation, capture, clocks
+WARM_UP_CALLS = {"cpu": 2, "cuda": 5}
 BLOCK_SECONDS = 0.01  # a function shorter than this is called several times per round
 MAX_CALLS = 1000  # per round
 
@@ -106,7 +107,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def _warm_up(function: Function, device: torch.device) -> None:
     start, count = time.perf_counter(), 0
-    while count < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_SECONDS:
+    while count < WARM_UP_CALLS[device.type] or time.perf_counter() - start < WARM_UP_SECONDS:
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -41,7 +41,7 @@ def test_functions_take_turns_and_begin_with_another_one_each_round(monkeypatch:
     log: list[str] = []
     times = timing.interleaved({name: sleeper(11, log, name) for name in "abc"}, CPU, seconds=0.0)
     assert all(len(values) == timing.MIN_ROUNDS for values in times.values())
-    assert "".join(log[3 * (timing.WARM_UP_CALLS + 2) :]) == "abcbcacababcbca"  # after warm-up and two estimates of each
+    assert "".join(log[3 * (timing.WARM_UP_CALLS["cpu"] + 2) :]) == "abcbcacababcbca"  # after warm-up and two estimates of each
     assert all(0.011 <= value < 0.1 for values in times.values() for value in values)
 
 
@@ -58,7 +58,7 @@ def test_garbage_collection_is_back_on_after_a_failure() -> None:
 
     def fails_late() -> None:
         calls.append(1)
-        if len(calls) > timing.WARM_UP_CALLS + 3:
+        if len(calls) > timing.WARM_UP_CALLS["cpu"] + 3:
             raise RuntimeError("late")
 
     with pytest.raises(RuntimeError, match="late"):
