@@ -37,8 +37,9 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
     assert main(arguments(parts, tmp_path / "run", "--method", method, "--mixup", "0.8", "--aa", "rand-m9-mstd0.5-inc1")) == 0
     made = {path.name for path in (tmp_path / "run").iterdir()}
     expected = {"config.toml", "run.json", "metrics.jsonl", "train.log", "checkpoints", "model.safetensors", "results.json", "report.html"}
-    assert made - {"sheet.png"} == expected
-    assert ("sheet.png" in made) == (method not in ("ce", "kd"))
+    sheets = {"sheet.png", "sheet.safetensors"}
+    assert made - sheets == expected
+    assert made & sheets == (set() if method in ("ce", "kd") else sheets)
     record = json.loads((tmp_path / "run/results.json").read_text())
     assert record["steps"] == 2 and record["suites"]["val"]["num_images"] == 24
     facts = json.loads((tmp_path / "run/run.json").read_text())

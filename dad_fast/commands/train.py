@@ -22,7 +22,7 @@ from dad_fast.observe.runlog import environment, print_line
 
 OF_A_RUN = (
     "config.toml", "run.json", "metrics.jsonl", "train.log", "checkpoints", "model.safetensors", "results.json", "sheet.png",
-    "table.md", "report.html",
+    "sheet.safetensors", "table.md", "report.html",
 )  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from dad_fast.evaluate.runner import Result, Suite
 from dad_fast.files import atomic_write_json
 from dad_fast.methods.discretize import discretize
 from dad_fast.methods.objectives import TERMS, keep_mask
+from dad_fast.models.discretizer import Discretized, Discretizer, VQGANDiscretizer
+from dad_fast.observe.pieces import write_pieces
 from dad_fast.observe.report import write_report
-from dad_fast.observe.sheet import write_sheet
+from dad_fast.observe.sheet import difference_scale, write_sheet
 
 SHEET_ROWS = 8
 
@@ -24,7 +26,7 @@ SHEET_ROWS = 8
 def finish(
     trainer: Trainer, variant: str, suites: Sequence[Suite], summary: dict[str, float], taught: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write model.safetensors, sheet.png, results.json and report.html; returns the record that results.json holds.
+    """Write model.safetensors, sheet.png and .safetensors, results.json and report.html; returns the record that results.json holds.
 
     suites: what the student is judged on; the validation split alone where there are none.
     taught: results of teachers by name, filled here: a teacher that several runs share is judged once.
@@ -39,7 +41,7 @@ def finish(
             taught[parts.teacher.name] = {suite.name: trainer.judge(parts.teacher, suite).to_dict() for suite in suites}
         teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": taught[parts.teacher.name]}
     if parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS[cfg.method]):
-        _sheet(trainer, output / "sheet.png")
+        _sheet(trainer, output)
     record = {
         "variant": variant,
         "method": cfg.method,
@@ -62,7 +64,7 @@ def _line(results: dict[str, Result]) -> str:
     return "  ".join(f"{name} {result.top1:.1f} %" for name, result in results.items())
 
 
-def _sheet(trainer: Trainer, path: Path) -> None:
+def _sheet(trainer: Trainer, output: Path) -> None:
     """x, Q(x) and Q(x + delta) of a few validation images: against the teacher, or the student where that is what is attacked."""
     cfg, parts = trainer.cfg, trainer.parts
     assert parts.discretizer is not None
@@ -78,16 +80,34 @@ def _sheet(trainer: Trainer, path: Path) -> None:
         plain = parts.discretizer(x)
         said = attacked(found.images)
     names = parts.train.classes.names
-    changed = _changed(plain.codes, found.codes)
+    answers = [names[answer] for answer in said.argmax(1).tolist()]
+    kept = [bool(one) for one in keep_mask(said, labels).tolist()]
+    examples = [
+        {"label": names[label], "answer": answer, "kept": one, "filtered": cfg.loss.filter}
+        for label, answer, one in zip(labels.tolist(), answers, kept, strict=True)
+    ]
+    shift, num_codes = _shift(parts.discretizer, plain, found)
+    write_sheet(output / "sheet.png", x, plain.images, found.images, _captions(examples, shift))
+    write_pieces(
+        output / "sheet.safetensors", x, plain.images, found.images, scale=difference_scale(found.images - plain.images),
+        examples=examples, attacked=attacked.name, shift=shift, num_codes=num_codes,
+    )  # fmt: skip
+
+
+def _shift(discretizer: Discretizer, before: Discretized, after: Discretized) -> tuple[torch.Tensor | None, int]:
+    """How far each code moved in the codebook, [N, h, w], and the codebook's size; (None, 0) without codes."""
+    if before.codes is None or after.codes is None or not isinstance(discretizer, VQGANDiscretizer):
+        return None, 0
+    codebook = discretizer.vqgan.codebook.float()  # [K, D]
+    distance = (codebook[before.codes] - codebook[after.codes]).norm(dim=-1)
+    tiny = torch.finfo(torch.float32).tiny  # two codes may be equal vectors: another code all the same
+    return distance.clamp_min(tiny).where(before.codes != after.codes, 0.0), len(codebook)
+
+
+def _captions(examples: Sequence[dict[str, Any]], shift: torch.Tensor | None) -> list[str]:
     captions = []
-    for label, answer, kept, share in zip(labels.tolist(), said.argmax(1).tolist(), keep_mask(said, labels).tolist(), changed, strict=True):
-        verdict = ["kept"] if kept else ["dropped" if cfg.loss.filter else "seen", f"as {names[answer]}"]
-        captions.append("\n".join([names[label], *verdict, *([f"{share:.0%} codes"] if share is not None else [])]))
-    write_sheet(path, x, plain.images, found.images, captions)
-
-
-def _changed(before: torch.Tensor | None, after: torch.Tensor | None) -> list[float | None]:
-    if before is None or after is None:
-        return [None] * SHEET_ROWS
-    shares: list[float | None] = (before != after).float().mean(dim=(1, 2)).tolist()
-    return shares
+    for i, example in enumerate(examples):
+        verdict = ["kept"] if example["kept"] else ["dropped" if example["filtered"] else "seen", f"as {example['answer']}"]
+        share = [] if shift is None else [f"{(shift[i] > 0).float().mean().item():.0%} codes"]
+        captions.append("\n".join([example["label"], *verdict, *share]))
+    return captions
