@@ -178,6 +178,7 @@ def launch(
         WEIGHT=weight is not None,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     return losses.sum(dim=1) / batch, kept
 
@@ -207,6 +208,7 @@ def launch_backward(
         WEIGHT=weight is not None,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     return gradient
 
@@ -226,7 +228,7 @@ def compile_specs(arch: str) -> list[CompileSpec]:
             block, num_warps = _meta(num_classes)
             constants = {"TEACHER": teacher, "TARGETS": targets, "LABELS": labels, "WEIGHT": weight, "BLOCK": block}
             types = scalars | {"targets_ptr": "*i64" if labels else "*fp32"}
-            options = {"num_warps": num_warps}
+            options = {"num_warps": num_warps, "enable_fp_fusion": True}
             specs.append(CompileSpec("distillation_loss", _forward, types | forward, constants | {"SMOOTH": labels}, options))
             specs.append(CompileSpec("distillation_loss: backward", _backward, types | backward, constants, options))
     return specs

@@ -198,6 +198,7 @@ def launch(
         COLUMNS=columns,
         TILES=meta["tiles"],
         num_warps=meta["num_warps"],
+        enable_fp_fusion=True,
     )
     group_size = channels // num_groups
     block = min(MERGE_BLOCK, triton.next_power_of_2(num_chunks * group_size))
@@ -209,6 +210,7 @@ def launch(
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(num_chunks * group_size, block),
         num_warps=4,
+        enable_fp_fusion=True,
     )
     _apply[(batch * num_blocks, strips)](
         *(total, unused, moments, bias, y, num_rows, num_blocks),
@@ -218,6 +220,7 @@ def launch(
         ROWS=rows,
         COLUMNS=columns,
         num_warps=meta["num_warps"],
+        enable_fp_fusion=True,
     )
     return y, total
 
@@ -251,7 +254,7 @@ def compile_specs(arch: str) -> list[CompileSpec]:
         types = maps | dict.fromkeys(("channel_bias_ptr", "weight_ptr", "bias_ptr", "partial_ptr", "moments_ptr"), "*fp32")
         types |= dict.fromkeys(("num_rows", "num_chunks", "num_blocks", "chunk_rows"), "i32") | {"size": "fp32", "eps": "fp32"}
         tile = {"CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "HAS_BIAS": has_bias}
-        options = {"num_warps": meta["num_warps"]}
+        options = {"num_warps": meta["num_warps"], "enable_fp_fusion": True}
         specs.append(
             CompileSpec("group_norm_silu: sums", _sum_chunks, types, tile | {"HAS_RESIDUAL": has_residual, "TILES": meta["tiles"]}, options)
         )
@@ -262,7 +265,7 @@ def compile_specs(arch: str) -> list[CompileSpec]:
             "BLOCK": MERGE_BLOCK,
             "NUM_BLOCKS": 2,
         }
-        specs.append(CompileSpec("group_norm_silu: merge", _merge_chunks, types, merge, {"num_warps": 4}))
+        specs.append(CompileSpec("group_norm_silu: merge", _merge_chunks, types, merge, {"num_warps": 4, "enable_fp_fusion": True}))
         specs.append(CompileSpec("group_norm_silu: apply", _apply, types, tile | {"SILU": True}, options))
     return specs
 

@@ -105,7 +105,7 @@ def compile_specs(arch: str) -> list[CompileSpec]:
 
     common = {"delta_ptr": "*fp32", "gradient_ptr": "*fp32", "partial_ptr": "*fp64", "n": "i32", "num_parts": "i32"}
     images = {"pixels_ptr": "*fp32", "new_delta_ptr": "*fp32", "image_ptr": "*fp32", "eps": "fp32", "step_size": "fp32"}
-    parts, options = triton.next_power_of_2(triton.cdiv(3 * 224 * 224, BLOCK)), {"num_warps": NUM_WARPS}
+    parts, options = triton.next_power_of_2(triton.cdiv(3 * 224 * 224, BLOCK)), {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     return [
         CompileSpec("pgd_update: reduce", _reduce, common, {"BLOCKS_PER_PART": 1, "BLOCK": BLOCK}, options),
         *(
@@ -126,7 +126,11 @@ def launch(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: floa
     partial = pixels.new_empty((batch, num_parts, 3), dtype=torch.float64)
     if norm == "l2":
         _reduce[(num_parts, batch)](
-            delta, gradient, partial, n, num_parts, BLOCKS_PER_PART=blocks_per_part, BLOCK=BLOCK, num_warps=NUM_WARPS
+            *(delta, gradient, partial, n, num_parts),
+            BLOCKS_PER_PART=blocks_per_part,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     _apply[(num_blocks, batch)](
         *(pixels, delta, gradient, partial, new_delta, image, eps, step_size, n, num_parts),
@@ -134,6 +138,7 @@ def launch(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: floa
         PARTS=triton.next_power_of_2(num_parts),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
     )
     return new_delta, image
 

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 from safetensors import safe_open  # noqa: E402
+from timm.optim import param_groups_weight_decay  # noqa: E402
 
 from dad_fast.config.schema import StudentConfig  # noqa: E402
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError  # noqa: E402
@@ -184,3 +185,13 @@ def test_the_spec_is_plain_json(tmp_path):
         "name": "resnet18", "model_kwargs": SMALL, "num_classes": 5, "img_size": 32,
         "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 0.95, "interpolation": "bicubic",
     }  # fmt: skip
+
+
+def test_timms_optimizers_decay_what_they_decay_of_the_bare_model():
+    student = build_student(StudentConfig(name="vit_tiny_patch16_224", model_kwargs={"depth": 1}), 3)
+    bare = student.model
+    ours = param_groups_weight_decay(student, 0.1, student.no_weight_decay())
+    theirs = param_groups_weight_decay(bare, 0.1, bare.no_weight_decay())
+    assert [list(map(id, group["params"])) for group in ours] == [list(map(id, group["params"])) for group in theirs]
+    assert {"model.pos_embed", "model.cls_token"} <= student.no_weight_decay()
+    assert build_student(StudentConfig(name="resnet18"), 3).no_weight_decay() == set()

@@ -41,6 +41,11 @@ class Student(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.model((pixels - self.mean) / self.std)
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers do not decay though they are matrices, such as position embeddings."""
+        names = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in names}
+
     @property
     def has_batch_stats(self) -> bool:
         """Whether its outputs in training depend on the other images of the batch."""
