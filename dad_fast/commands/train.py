@@ -48,7 +48,7 @@ def run(cfg: Config, launch: Launch) -> int:
     records = []
     for number, ((name, seed, one), folder) in enumerate(zip(runs, folders, strict=True), start=1):
         label = f"[{number}/{len(runs)}] {name} seed {seed}" if len(runs) > 1 else name
-        records.append(_one(name, one, folder, label, launch, builder, suites, taught))
+        records.append(one_run(name, one, folder, label, launch, builder, suites, taught))
     if len(runs) > 1:
         write_comparison(output, cfg, records)
         write_report(output)
@@ -58,7 +58,7 @@ def run(cfg: Config, launch: Launch) -> int:
     return 0
 
 
-def _one(
+def one_run(
     name: str, cfg: Config, folder: Path, label: str, launch: Launch, builder: Builder, suites: list[Suite], taught: dict[str, Any]
 ) -> dict[str, Any]:
     """One run, or what is left of it, or its record where nothing is left."""
