@@ -85,8 +85,8 @@ class ClassMap:
     def from_json(cls, text: str) -> ClassMap:
         try:
             return cls(tuple((int(i), str(folder), str(name)) for i, folder, name in json.loads(text)))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"not a recorded class list: {error}") from error
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise DataError(f"not a recorded class list: {ascii(str(error)[:100])[1:-1]}") from error
 
 
 def readable_names(folders: Sequence[str]) -> list[str]:

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
-from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
+from dad_fast.models.declared import check_model_kwargs, checked_spec, no_more_parameters_than
 from dad_fast.models.weights import load_strictly, read_state_dict, write_safetensors
 
 log = logging.getLogger(__name__)
 
 STUDENT, CLASSES = "dad_fast.student", "dad_fast.classes"  # metadata keys of a student's file
+PROBE = "dad_fast.probe"  # in the place of STUDENT where the file holds a linear probe
 
 
 class Student(nn.Module):
@@ -43,13 +45,17 @@ class Student(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers do not decay though they are matrices, such as position embeddings."""
-        names = getattr(self.model, "no_weight_decay", set)()
+        names: set[str] = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in names}
 
     @property
     def has_batch_stats(self) -> bool:
         """Whether its outputs in training depend on the other images of the batch."""
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
+
+    def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What its file holds: tensors by timm's own keys, auxiliary batch norms left out, and what is needed to build it as metadata."""
+        return {k: v for k, v in self.model.state_dict().items() if ".aux_bn." not in k}, {STUDENT: json.dumps(self.spec)}
 
 
 def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_groups: int = 2) -> Student:
@@ -67,11 +73,16 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
     if cfg.drop:
         kwargs["drop_rate"] = cfg.drop
     local = bool(cfg.weights or cfg.init_from)  # these replace what a download would bring
+    try:
+        check_model_kwargs(cfg.model_kwargs)
+    except ValueError as error:
+        raise UsageError(f"student.model_kwargs: {error}") from None
     model = _create(cfg.name, num_classes, img_size, kwargs, cfg.pretrained and not local)
     data = resolve_data_config({}, model=model)
+    from_hub = cfg.name.startswith("hf-hub:")  # the file names what the hub said, so that reading it needs no network
     spec = {
-        "name": cfg.name,
-        "model_kwargs": cfg.model_kwargs,
+        "name": model.pretrained_cfg["architecture"] if from_hub else cfg.name,
+        "model_kwargs": {**(getattr(model, "pretrained_model_args", {}) if from_hub else {}), **cfg.model_kwargs},
         "num_classes": num_classes,
         "img_size": img_size or data["input_size"][-1],
         "mean": list(data["mean"]),
@@ -102,6 +113,8 @@ def _create(name: str, num_classes: int, img_size: int, kwargs: dict[str, Any], 
                 if "img_size" not in str(error):
                     raise
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except DadFastError:
+        raise
     except Exception as error:  # timm's models check their arguments in many ways; the hub's client has its own errors
         why = (" ".join(str(error).split()) or type(error).__name__)[:160]
         if pretrained and not isinstance(error, TypeError):
@@ -130,28 +143,46 @@ def load_student_weights(student: Student, path: str | Path) -> None:
 
 
 def save_student(path: str | Path, student: Student, extra_metadata: Mapping[str, str]) -> None:
-    """Write `student` as timm's own keys, with what is needed to use it as metadata; auxiliary batch norms stay behind."""
-    state = {k: v for k, v in student.model.state_dict().items() if ".aux_bn." not in k}
-    write_safetensors(path, state, {STUDENT: json.dumps(student.spec), **extra_metadata})
+    """Write what `student.contents` says, and more metadata."""
+    state, metadata = student.contents()
+    write_safetensors(path, state, {**metadata, **extra_metadata})
 
 
 def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
     """The student that `save_student` wrote, in eval mode, and the file's metadata; a run or checkpoint folder will do.
 
-    Raises DataError for a file that is damaged or is not a student's.
+    Nothing is fetched or run because the file says so. Raises DataError for a file that is damaged or is not a student's.
     """
     path = checkpoint_file(path)
     state, metadata = read_state_dict(path)
+    if PROBE in metadata:
+        from dad_fast.models.probe import load_probe  # which needs this module
+
+        return load_probe(path, state, metadata), metadata
     if STUDENT not in metadata:
         raise DataError(f"{path}: not a student of dad-fast (no {STUDENT} in its metadata); name a run's folder or its model.safetensors")
     try:
-        spec = json.loads(metadata[STUDENT])
-        model = _create(spec["name"], spec["num_classes"], spec["img_size"], dict(spec["model_kwargs"]), pretrained=False)
-        student = Student(model, spec)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: its metadata {STUDENT} is damaged ({type(error).__name__}: {error})") from None
+        spec = checked_spec(metadata[STUDENT])
+    except ValueError as error:
+        raise DataError(f"{path}: its metadata {STUDENT} is damaged ({error})") from None
+    student = Student(_create_as_declared(spec, state, path), spec)
     load_strictly(student.model, state, path)
     return student.eval(), metadata
+
+
+def _create_as_declared(spec: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The new model that a file's metadata names, first without memory: its size has to be the file's."""
+    arguments = spec["name"], spec["num_classes"], spec["img_size"], dict(spec["model_kwargs"])
+    try:
+        with no_more_parameters_than(state, path), torch.device("meta"):
+            _create(*arguments, pretrained=False)
+    except UsageError:
+        pass  # a model that needs values while it is built; the next lines say what else may be wrong
+    try:
+        with no_more_parameters_than(state, path):
+            return _create(*arguments, pretrained=False)
+    except UsageError as error:
+        raise DataError(f"{path}: the model that its metadata names cannot be built ({error})") from None
 
 
 def checkpoint_file(path: str | Path) -> Path:
