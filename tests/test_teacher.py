@@ -1,5 +1,6 @@
 """Teachers: the library's own logits, frozen weights, differentiable pixels, the right classes, and one line for each mistake."""
 
+import copy
 import json
 import sys
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from tiny import SIDE, TOWERS, write_teacher  # noqa: E402
 from dad_fast.config.schema import PrecisionConfig, StudentConfig, TeacherConfig  # noqa: E402
 from dad_fast.data.classes import ClassMap  # noqa: E402
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError  # noqa: E402
-from dad_fast.models import clip_teacher  # noqa: E402
+from dad_fast.models import clip_teacher, zeroshot  # noqa: E402
 from dad_fast.models.student import build_student, save_student  # noqa: E402
 from dad_fast.models.teacher import UNKNOWN, load_teacher  # noqa: E402
 from dad_fast.models.weights import sha256_file, write_safetensors  # noqa: E402
@@ -320,7 +321,35 @@ def test_zero_shot_head_equals_open_clips(clip):
     tokens = open_clip.SimpleTokenizer(context_length=TOWERS["text_cfg"]["context_length"])
     templates = ["a {}", "the {} of {{}}".replace("{{}}", "it")]
     expected = open_clip.build_zero_shot_classifier(clip, tokens, ANIMALS.names, templates)
-    torch.testing.assert_close(zero_shot_head(clip, tokens, ANIMALS.names, templates), expected.T)
+    torch.testing.assert_close(zero_shot_head(clip, lambda: tokens, ANIMALS.names, templates), expected.T)
+
+
+def test_a_head_of_many_prompts_is_kept_and_a_damaged_one_made_again(clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(zeroshot, "MANY_PROMPTS", 6)
+    monkeypatch.setattr(zeroshot, "LINE_SECONDS", -1.0)
+    templates = ["a photo of a {}.", "a drawing of a {}."]
+
+    def tokenizer():
+        return open_clip.SimpleTokenizer(context_length=clip.context_length)
+
+    def no_tokenizer():
+        raise AssertionError("the kept head needs none")
+
+    computed = zero_shot_head(clip, tokenizer, ANIMALS.names, templates)
+    assert "zero-shot head: 1 of 3 classes" in capsys.readouterr().err
+    assert torch.equal(zero_shot_head(clip, no_tokenizer, ANIMALS.names, templates), computed)
+    for names, prompts in ((ANIMALS.names[::-1], templates), (ANIMALS.names, templates[::-1])):
+        with pytest.raises(AssertionError):
+            zero_shot_head(clip, no_tokenizer, names, prompts)
+    other = copy.deepcopy(clip)
+    other.text_projection.data += 1
+    with pytest.raises(AssertionError):
+        zero_shot_head(other, no_tokenizer, ANIMALS.names, templates)
+    (kept,) = tmp_path.glob("heads/*")
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert torch.equal(zero_shot_head(clip, tokenizer, ANIMALS.names, templates), computed)
+    assert torch.equal(zero_shot_head(clip, no_tokenizer, ANIMALS.names, templates), computed)
 
 
 def test_logit_bias_of_siglip():

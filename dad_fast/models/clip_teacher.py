@@ -217,7 +217,7 @@ def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
 
 def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Sequence[str]) -> tuple[Tensor, Tensor]:
     """Weight [C, F] times logit_scale, and bias [C]: SigLIP's logit_bias, else 0."""
-    weight = zero_shot_head(model, clip.tokenizer(), prompt_names(classes), resolve_templates(templates, classes, clip.templates))
+    weight = zero_shot_head(model, clip.tokenizer, prompt_names(classes), resolve_templates(templates, classes, clip.templates))
     bias = getattr(model, "logit_bias", None)
     return weight * model.logit_scale.detach().exp().float(), torch.full((len(classes),), 0.0 if bias is None else float(bias))
 

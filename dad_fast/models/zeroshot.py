@@ -1,18 +1,31 @@
-"""The zero-shot head: class names and prompts through CLIP's text tower (Radford et al., arXiv 2103.00020, section 3.1)."""
+"""The zero-shot head: class names and prompts through CLIP's text tower (Radford et al., arXiv 2103.00020, section 3.1).
+
+ImageNet's 80,000 prompts take minutes on a CPU, so a head of many prompts is kept in the cache, by what it was made from.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from dad_fast.data.cache import cache_dir, write_cache
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, UsageError
+from dad_fast.models.fingerprint import fingerprint
+from dad_fast.models.weights import read_state_dict
 
+MANY_PROMPTS = 2000
+LINE_SECONDS = 10.0
 SIMPLE = ("a photo of a {}.",)
 _WNID = re.compile(r"n\d{8}")
 
@@ -65,13 +78,50 @@ def resolve_templates(templates: str | Sequence[str], classes: ClassMap, own: Se
     return found
 
 
+def zero_shot_head(
+    clip: nn.Module, tokenizer: Callable[[], Callable[[list[str]], Tensor]], names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """Weight [C, F] of unit rows: for each name the mean of its prompts' unit text features, made unit again.
+
+    `tokenizer` makes the tokenizer, which is not needed where a head of many prompts is in the cache.
+    """
+    if len(names) * len(templates) < MANY_PROMPTS:
+        return _compute(clip, tokenizer(), names, templates)
+    device = next(clip.parameters()).device
+    made_from = json.dumps([fingerprint(clip), list(names), list(templates), device.type, torch.__version__])
+    path = cache_dir() / "heads" / f"{hashlib.sha256(made_from.encode()).hexdigest()}.safetensors"
+    try:
+        weight = read_state_dict(path)[0]["weight"].to(device)
+        if len(weight) == len(names):
+            return weight
+    except (DataError, KeyError):  # not there yet, or damaged: it is made again
+        pass
+    weight = _compute(clip, tokenizer(), _counted(names), templates)
+    write_cache(path, save({"weight": weight.cpu().contiguous()}))
+    return weight
+
+
 @torch.no_grad()
-def zero_shot_head(clip: nn.Module, tokenizer: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Weight [C, F] of unit rows: for each name the mean of its prompts' unit text features, made unit again."""
+def _compute(
+    clip: nn.Module, tokenize: Callable[[list[str]], Tensor], names: Sequence[str] | Iterator[str], templates: Sequence[str]
+) -> Tensor:
     device = next(clip.parameters()).device
     rows = []
     for name in names:
-        tokens = tokenizer([template.replace("{}", name) for template in templates]).to(device)
+        tokens = tokenize([template.replace("{}", name) for template in templates]).to(device)
         features = F.normalize(clip.encode_text(tokens).float(), dim=-1)  # [templates, F]
         rows.append(F.normalize(features.mean(dim=0), dim=-1))
     return torch.stack(rows)
+
+
+def _counted(names: Sequence[str]) -> Iterator[str]:
+    """The names, counted on a terminal, and elsewhere on a line now and then."""
+    terminal, last = sys.stderr.isatty(), time.monotonic()
+    for done, name in enumerate(names):
+        if terminal or time.monotonic() - last > LINE_SECONDS:
+            last = time.monotonic()
+            text = f"zero-shot head: {done:,} of {len(names):,} classes"
+            print(f"\r{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        yield name
+    if terminal:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
