@@ -1,12 +1,11 @@
-"""Judges a model on a suite: every readable image once, metrics on the device, one read at the end."""
+"""Judges a model on a suite: every readable image once, scores on the device, one read at the end."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,30 +17,11 @@ from dad_fast.data.mixing import to_pixels
 from dad_fast.data.sources import EMBEDDED, Source, is_split, open_source
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions import CORRUPTIONS, corrupt, num_severities
-from dad_fast.evaluate.metrics import batch_sums, finish
+from dad_fast.evaluate.metrics import image_scores
+from dad_fast.evaluate.records import Records, gather
+from dad_fast.evaluate.result import Result, make_result
 
 Corruption = tuple[str, int | None]  # name, severity; None = every severity
-
-
-@dataclass(frozen=True)
-class Result:
-    """Metrics of one model on one suite. top1, top5 and ece in percent, nll in nats; top5 is None with fewer than 6 classes.
-
-    Over several severities every metric is taken over all images of all severities together, which for top-1 is the mean;
-    `by_severity` has each one's top-1. num_images counts the suite's images, each once; `skipped` could not be read.
-    """
-
-    name: str
-    num_images: int
-    top1: float
-    top5: float | None
-    ece: float
-    nll: float
-    skipped: int = 0
-    by_severity: tuple[float, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -76,7 +56,7 @@ def evaluate(
     if not loader.num_images:
         raise DataError(f"{source.name}: no image to judge a model on (--suite)")
     views = _views(corruption)
-    sums: list[Tensor] = []
+    tables: list[Tensor] = []
     done, num_classes = 0, 0
     was_training = isinstance(model, torch.nn.Module) and model.training
     if isinstance(model, torch.nn.Module):
@@ -86,22 +66,21 @@ def evaluate(
             for batch in loader:
                 pixels = to_pixels(batch.images.to(device, non_blocking=True))
                 labels, keys = batch.labels.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
-                logits = [model(view(pixels, keys)) for view in views]
-                num_classes = logits[0].shape[1]
-                if num_classes < len(source.classes):
-                    raise DataError(f"{source.name} has {len(source.classes)} classes, the model {num_classes} outputs (--suite)")
-                found = [batch_sums(output, labels) for output in logits]
-                sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+                for part, view in enumerate(views):
+                    logits = model(view(pixels, keys))
+                    num_classes = logits.shape[1]
+                    if num_classes < len(source.classes):
+                        raise DataError(f"{source.name} has {len(source.classes)} classes, the model {num_classes} outputs (--suite)")
+                    known = torch.stack([keys, torch.full_like(keys, part), labels], dim=1).double()  # [B, 3]
+                    tables.append(torch.cat([known, image_scores(logits, labels)], dim=1))
                 done += len(batch.labels)
                 if progress is not None:
                     progress(done, loader.num_images)
     finally:
         if isinstance(model, torch.nn.Module):
             model.train(was_training)
-    together: dict[str, Any] = finish(torch.stack(sums).sum(dim=0), num_classes)
-    by_severity = tuple(float(finish(one, num_classes)["top1"] or 0.0) for one in sums) if len(sums) > 1 else ()
-    together["num_images"] //= len(sums)
-    return Result(name=name or source.name, **together, skipped=loader.skipped, by_severity=by_severity)
+    records = Records.from_table(source.fingerprint, gather(torch.cat(tables), 1))
+    return make_result(name or source.name, records, num_classes, len(views), skipped=loader.skipped)
 
 
 def _views(corruption: Corruption | None) -> list[Callable[[Tensor, Tensor], Tensor]]:

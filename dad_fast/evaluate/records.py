@@ -1,0 +1,103 @@
+"""What a model said of each image of a suite: kept on the CPU, compared between models, saved and read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from torch import Tensor
+
+from dad_fast.data.names import shown
+from dad_fast.errors import DataError
+from dad_fast.evaluate.metrics import SCORES
+from dad_fast.files import atomic_write_bytes, plain
+from dad_fast.models.weights import read_state_dict
+
+PREDICTIONS = "dad_fast.predictions"  # metadata key of a file of records
+FIELDS = ("image", "part", "label", *SCORES)
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """One row for each image and each part of the suite (a severity, or a corruption and severity), in the order of parts and images.
+
+    image, part: int64 [N]. label: int64 [N], the right output of the model (of several the first); -1 = none. The rest: float64 [N],
+    see `metrics.image_scores`. `source` identifies the images: two models were shown the same where source, image and part are equal.
+    """
+
+    source: str
+    values: Mapping[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.values[name]
+
+    def __len__(self) -> int:
+        return len(self.values["image"])
+
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        return {name: self.values[name] for name in SCORES}
+
+    def part(self, number: int) -> Records:
+        chosen = self.values["part"] == number
+        return Records(self.source, {name: value[chosen] for name, value in self.values.items()})
+
+    @classmethod
+    def from_table(cls, source: str, table: Tensor) -> Records:
+        """table: float64 [N, 11], the columns of FIELDS, on any device and in any order."""
+        rows = table.cpu().numpy()
+        rows = rows[np.lexsort((rows[:, 0], rows[:, 1]))]
+        whole = {name: rows[:, i].astype(np.int64) for i, name in enumerate(FIELDS[:3])}
+        return cls(source, whole | {name: np.ascontiguousarray(rows[:, 3 + i]) for i, name in enumerate(SCORES)})
+
+
+def gather(table: Tensor, processes: int) -> Tensor:
+    """The rows of all processes, [N, F]; each process brings its own number of them."""
+    if processes == 1:
+        return table
+    counts = [torch.zeros(1, dtype=torch.int64, device=table.device) for _ in range(processes)]
+    torch.distributed.all_gather(counts, torch.tensor([len(table)], device=table.device))
+    most = max(int(count) for count in counts)
+    padded = torch.zeros(most, table.shape[1], dtype=table.dtype, device=table.device)
+    padded[: len(table)] = table
+    parts = [torch.empty_like(padded) for _ in range(processes)]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def save_records(path: str | Path, about: Mapping[str, Any], suites: Mapping[str, Records]) -> None:
+    """Write the records of one model: safetensors with arrays NAME/FIELD, and what they are of as JSON metadata."""
+    arrays = {f"{name}/{field}": _small(field, records[field]) for name, records in suites.items() for field in FIELDS}
+    described = {**about, "suites": {name: records.source for name, records in suites.items()}}
+    atomic_write_bytes(path, save(arrays, {PREDICTIONS: json.dumps(plain(described), ensure_ascii=False)}))
+
+
+def _small(field: str, values: np.ndarray) -> np.ndarray:
+    if field in ("correct", "top5"):
+        return values.astype(np.uint8)
+    return values.astype(np.int32 if field in (*FIELDS[:3], "prediction") else np.float64)
+
+
+def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
+    """What `save_records` wrote: what the records are of, and the records by suite. Raises DataError for any other file."""
+    arrays, metadata = read_state_dict(path)
+    try:
+        about = json.loads(metadata[PREDICTIONS])
+        suites = {}
+        for name, source in about["suites"].items():
+            found = {field: arrays[f"{name}/{field}"].numpy() for field in FIELDS}
+            if len({value.shape for value in found.values()}) != 1 or found["image"].ndim != 1:
+                raise ValueError(f"the arrays of {name} differ in shape")
+            whole = ("image", "part", "label")
+            suites[name] = Records(str(source), {f: v.astype(np.int64 if f in whole else np.float64) for f, v in found.items()})
+    except KeyError as error:
+        raise DataError(f"{shown(str(path))}: no predictions of dad-fast (no {error}); name a file of eval --save-predictions") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{shown(str(path))}: its predictions are damaged ({error}); save them again") from None
+    return about, suites

@@ -1,0 +1,58 @@
+"""The metrics of one model on one suite."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from dad_fast.evaluate.intervals import mean_interval
+from dad_fast.evaluate.metrics import summarise
+from dad_fast.evaluate.records import Records
+
+
+@dataclass(frozen=True)
+class Result:
+    """Metrics of one model on one suite. top1, top5, ece and their kin in percent, nll in nats, brier from 0 to 2; top5 is None where
+    fewer than 6 outputs compete.
+
+    Over several parts (severities, corruptions) every metric is taken over all images of all parts together, which for top-1 is the
+    mean; `by_severity` has each severity's top-1. num_images counts the suite's images, each once; `skipped` could not be read.
+    """
+
+    name: str
+    num_images: int
+    top1: float
+    top5: float | None
+    ece: float
+    nll: float
+    skipped: int = 0
+    by_severity: tuple[float, ...] = ()
+    top1_interval: tuple[float, float] | None = None  # 95 %, bootstrap over images; over parts an image counts as one
+    ece_adaptive: float | None = None  # 15 bins of equal numbers of images
+    brier: float | None = None
+    reliability: dict[str, list[Any]] | None = None  # count, confidence, accuracy of 15 equal bins, as fractions
+    agreement: float | None = None  # share of images on which the model and the teacher say the same class, %
+    protocol: str = ""  # how an image becomes pixels, which outputs compete, and what is missing
+    mce: float | None = None  # mean corruption error relative to AlexNet's, %
+    mce_interval: tuple[float, float] | None = None
+    by_corruption: dict[str, dict[str, Any]] | None = None  # top-1 by severity, and the corruption error
+    records: Records | None = field(default=None, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it, without the records."""
+        found = asdict(replace(self, records=None))
+        del found["records"]
+        return found
+
+
+def make_result(name: str, records: Records, num_outputs: int, num_parts: int = 1, **facts: Any) -> Result:
+    """`records` of `num_parts` parts as a Result; `facts` are its further fields."""
+    found = summarise(records.scores, num_outputs)
+    images, place = np.unique(records["image"], return_inverse=True)
+    each = np.bincount(place, weights=records["correct"]) / np.bincount(place)  # [images]: the share of parts in which it is right
+    low, high = mean_interval(each)
+    by_part = tuple(100 * float(records["correct"][records["part"] == part].mean()) for part in range(num_parts)) if num_parts > 1 else ()
+    facts = {"by_severity": by_part} | facts
+    return Result(name=name, num_images=len(images), top1_interval=(100 * low, 100 * high), records=records, **found, **facts)
