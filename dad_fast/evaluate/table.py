@@ -118,7 +118,7 @@ def _text(found: tuple[float, float | None] | None, digits: int) -> str:
 
 def notes(record: dict[str, Any], metric: str) -> list[str]:
     """What a reader must know beside the numbers."""
-    from dad_fast.evaluate.corruptions import CORRUPTIONS
+    from dad_fast.evaluate.corruptions import CORRUPTIONS, REMARKS
 
     counts = sorted({len(runs) for runs in variants(record).values()})
     seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
@@ -133,6 +133,7 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
     if corrupted:
         base = next((name for name in names if name not in corrupted), "the validation split")
         lines.append(f"Corruptions are applied to `{base}`; a name without a number is taken over all its severities.")
+        lines += [f"{name}: {remark}." for name, remark in REMARKS.items() if any(one.partition(":")[0] == name for one in corrupted)]
     for part in ("teacher", "discretizer"):
         for used in teachers(record, part):
             lines.append(f"{part.capitalize()} {used['name']} has seen: {(used['seen'] or 'not recorded in the weights').rstrip('.')}.")
