@@ -34,6 +34,12 @@ class NotFinite(DadFastError):
     exit_code = 1
 
 
+class PeerLost(DadFastError):
+    """Another process of the run has died or does not answer."""
+
+    exit_code = 1
+
+
 class Preempted(DadFastError):
     """SIGTERM or SIGUSR1 arrived; the state was saved and `--resume auto` continues."""
 

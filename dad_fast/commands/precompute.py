@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from dad_fast.config.schema import StudentConfig
 from dad_fast.data.sources import open_source
 from dad_fast.engine import frozen
 from dad_fast.engine.build import resolve_device
+from dad_fast.engine.launch import end_with_launcher, is_worker, run_processes
 from dad_fast.engine.precompute import AdversarialFiller, Filler, TargetFiller, estimate, fill, stopped
 from dad_fast.engine.signals import stop_requests
 from dad_fast.errors import DataError
@@ -34,8 +34,9 @@ LINE_SECONDS = 10.0
 
 def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
     """Returns the exit code. `arguments` are those of the command line, for the processes that --nproc starts."""
-    if launch.nproc > 1 and "RANK" not in os.environ and not (launch.estimate or launch.check):
-        return _several(launch.nproc, arguments)
+    if launch.nproc > 1 and not is_worker() and not (launch.estimate or launch.check):
+        return run_processes(launch.nproc, "precompute", arguments)
+    end_with_launcher()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     filler = make_filler(cfg, launch)
     if launch.estimate:
@@ -59,7 +60,7 @@ def make_filler(cfg: Config, launch: StoreLaunch) -> Filler:
     """Everything that a user can get wrong fails here, before a file is written."""
     device = _device(cfg)
     source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
-    teacher, digest, _ = frozen.teacher(cfg, source.classes, device)
+    teacher, digest, *_ = frozen.teacher(cfg, source.classes, device)
     hashes: dict[str, str | None] = {"teacher": digest}
     settings = {"seed": cfg.seed, "precision": asdict(cfg.precision), "savings": sorted(cfg.engine.savings), "device": device.type}
     view = _view(cfg, len(source.classes), teacher.image_size)
@@ -88,31 +89,6 @@ def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
         "crop_pct": aug.crop_pct or crop_pct,
         "interpolation": aug.interpolation or interpolation,
     }
-
-
-def _several(nproc: int, arguments: Sequence[str]) -> int:
-    """This command in `nproc` processes that share the work; the first failure stops the others."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc)))
-    processes = []
-    for rank in range(nproc):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "OMP_NUM_THREADS": threads}
-        processes.append(subprocess.Popen([sys.executable, "-m", "dad_fast", "precompute", *arguments], env=environment))
-    with stop_requests() as stop:
-        codes: dict[int, int] = {}
-        passed_on = False
-        while len(codes) < nproc:
-            time.sleep(0.1)
-            codes |= {rank: process.returncode for rank, process in enumerate(processes) if process.poll() is not None}
-            if (stop.error or any(codes.values())) and not passed_on:
-                passed_on = True
-                for process in processes:
-                    if process.poll() is None:
-                        process.terminate()
-    failures = [code for code in codes.values() if code]
-    if stop.error:
-        return stop.error.exit_code
-    return next((code for code in failures if code != 75), failures[0] if failures else 0)
 
 
 def _estimate(filler: Filler, world: int) -> int:

@@ -1,0 +1,40 @@
+"""Real processes for tests: pieces of Python, each run by several processes that speak to each other over gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PREPARE = """
+import os, sys, json, time, torch
+torch.set_num_threads(1)
+from dad_fast.config.schema import Config, EngineConfig
+from dad_fast.engine import distributed as d
+cfg = Config(device="cpu")
+d.init(cfg)
+rank, world = d.rank(), d.world()
+"""
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | {k: str(v) for k, v in more.items()}
+
+
+def run_together(nproc: int, folder: Path, code: str, prepare: str = PREPARE) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each of `nproc` processes that run `code` after `prepare`."""
+    code = textwrap.dedent(prepare) + textwrap.dedent(code)
+    processes = []
+    for rank in range(nproc):
+        identity = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "DAD_FAST_RENDEZVOUS": folder / "rendezvous"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, "-c", code], env=environment(**identity), **pipes))
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]

@@ -1,0 +1,160 @@
+"""What processes tell each other, and what happens when one is gone: with real processes over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from dad_fast.engine import distributed, launch  # noqa: E402
+from tests.processes import environment, run_together  # noqa: E402
+
+
+def test_one_process_alone():
+    assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
+    x = torch.ones(2)
+    assert distributed.all_reduce_sums(x) is x and distributed.gather({"a": 1}) == [{"a": 1}]
+    assert distributed.on_main(lambda: 3) == 3 and distributed.broadcast("b") == "b"
+    distributed.barrier()
+    distributed.close()
+
+
+def test_three_processes_agree(tmp_path):
+    code = """
+    from dad_fast.errors import DataError, Interrupted, Preempted
+    x = torch.tensor([rank + 0.5, 1 / 3], dtype=torch.float64)
+    print(json.dumps(d.all_reduce_sums(x).tolist()))
+    print(json.dumps(d.gather({"rank": rank, "long": "x" * rank, "third": 1 / 3})))
+    print(json.dumps(d.broadcast([rank, "é"])))
+    t = torch.full((3, 4), float(rank)).t()
+    d.broadcast_([t]); print(json.dumps(t.sum().item()))
+    named = d.broadcast_tensors({"w": torch.arange(4, dtype=torch.bfloat16), "n": torch.tensor(7)} if rank == 0 else None)
+    print(json.dumps([named["w"].tolist(), str(named["w"].dtype), named["n"].item(), list(named["n"].shape)]))
+    def fails():
+        raise DataError("no such thing")
+    try:
+        d.on_main(fails)
+    except DataError as error:
+        print(json.dumps(str(error)))
+    print(json.dumps(d.on_main(lambda: {"rank": rank})))
+    vote, heard = d.Vote(), []
+    for step in range(6):
+        mine = {2: Preempted, 1: Interrupted}.get(rank) if step >= 2 + rank else None  # process 1 hears at step 3, process 2 at step 4
+        heard.append(getattr(vote(mine), "__name__", None))
+        if heard[-1]:
+            break
+    print(json.dumps(heard), vote.settle())
+    d.patience(5)
+    with d.main_first():
+        pass
+    d.close()
+    """
+    found = run_together(3, tmp_path, code)
+    assert [code for code, _, _ in found] == [0, 0, 0], found
+    lines = found[0][1].splitlines()
+    assert all(out == found[0][1] for _, out, _ in found)
+    assert json.loads(lines[0]) == [4.5, 1.0]
+    assert json.loads(lines[1]) == [{"rank": r, "long": "x" * r, "third": 1 / 3} for r in range(3)]
+    assert json.loads(lines[2]) == [0, "é"] and json.loads(lines[3]) == 0
+    assert json.loads(lines[4]) == [[0, 1, 2, 3], "torch.bfloat16", 7, []]
+    assert json.loads(lines[5]) == "no such thing" and json.loads(lines[6]) == {"rank": 0}
+    assert lines[7] == '[null, null, null, null, "Interrupted"] None'
+
+
+@pytest.mark.parametrize("how", ["os._exit(3)", "time.sleep(12)"], ids=["dies", "hangs"])
+def test_the_others_say_which_process_is_gone_and_stop(tmp_path, how):
+    code = f"""
+    d.patience(2)
+    if rank == 1:
+        {how}
+    start = time.monotonic()
+    try:
+        d.barrier()
+    except d.PeerLost as error:
+        print(error)
+        sys.exit(1 if time.monotonic() - start < 10 else 99)
+    """
+    found = run_together(3, tmp_path, code)
+    assert [found[r][0] for r in (0, 2)] == [1, 1], found
+    assert all("process 1 of 3 (counted from 0) is gone" in found[r][1] for r in (0, 2)), found
+
+
+FAKE = """
+import os, signal, sys, time
+rank, how = int(os.environ["RANK"]), sys.argv[2:]
+def stop(number, frame):
+    print(f"asked {number}", file=sys.stderr, flush=True)
+    sys.exit(75 if number != signal.SIGINT else 130)
+signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, stop)
+print("here", file=sys.stderr, flush=True)
+if how[rank] == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how[rank] == "fails":
+    print("dad-fast: error: what went wrong", file=sys.stderr)
+    sys.exit(4)
+time.sleep(60 if how[rank] == "waits" else 0)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """`python -m dad_fast` is a script that does as it is told: launching is tested without seconds of imports."""
+    (tmp_path / "dad_fast").mkdir()
+    (tmp_path / "dad_fast/__main__.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "how, code, said",
+    [
+        (["ends", "ends"], 0, ""),
+        (["waits", "waits", "dies"], 1, "process 2 of 3 (counted from 0) was killed by SIGKILL"),
+        (["waits", "fails"], 4, "process 1 of 2 (counted from 0) failed, the others are stopped: error: what went wrong"),
+        (["fails", "waits"], 4, "dad-fast: error: what went wrong"),
+    ],
+)
+def test_the_first_failure_stops_the_others_and_is_named(fake, capfd, how, code, said):
+    start = time.monotonic()
+    assert launch.run_processes(len(how), "verb", how) == code
+    assert time.monotonic() - start < 20
+    err = capfd.readouterr().err
+    assert said in err and err.count("what went wrong") <= 1
+    assert "[1] here" in err and "[0] here" not in err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_signals_are_passed_on(fake, capfd, number, code):
+    (launcher := threading.Timer(1.0, os.kill, [os.getpid(), number])).start()
+    if number == signal.SIGUSR1:  # the script has no handler of its own for it: like any failure, it stops the others
+        code = 1
+    assert launch.run_processes(2, "verb", ["waits", "waits"]) == code
+    launcher.join()
+
+
+def test_processes_end_with_their_launcher(tmp_path):
+    """`kill -9` of the launcher: its processes are asked to stop."""
+    code = """
+    import os, signal, sys, threading, time
+    from dad_fast.engine.launch import end_with_launcher
+    from dad_fast.engine.signals import stop_requests
+    if os.fork() == 0:
+        os.environ["DAD_FAST_LAUNCHER"] = str(os.getppid())
+        with stop_requests() as stop:
+            end_with_launcher()
+            for _ in range(100):
+                time.sleep(0.1)
+                if stop.error:
+                    print(stop.error.exit_code, flush=True)
+                    os._exit(0)
+    time.sleep(0.5)
+    os._exit(9)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "75"
