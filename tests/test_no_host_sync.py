@@ -13,14 +13,15 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 pytest.importorskip("open_clip")
 from test_savings import timm_teacher  # noqa: E402
-from test_step import BATCH_NORM, LAYER_NORM, SIDE, C, batch, discretizer  # noqa: E402
+from test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from dad_fast.config.schema import Config, EngineConfig  # noqa: E402
+from dad_fast.config.schema import Config, EngineConfig, LossConfig, StoreConfig  # noqa: E402
 from dad_fast.engine.step import TrainStep  # noqa: E402
 from dad_fast.engine.update import Update  # noqa: E402
+from dad_fast.kernels.pack_codes import packed_bytes  # noqa: E402
 from dad_fast.methods.objectives import TERMS  # noqa: E402
 from dad_fast.models.savings import Savings, save_student_work, save_teacher_work  # noqa: E402
 from dad_fast.models.student import build_student  # noqa: E402
@@ -78,7 +79,19 @@ def move(module):
     return module
 
 
-def crossings(monkeypatch, method, student_config, fused=False, **sections):
+def stored(codes=False, outputs=False):
+    """`batch()` with what stores add to it."""
+    found = {"dad_outputs": torch.zeros(B, C).half(), "dad_kept": torch.ones(B)}
+    if codes:
+        found["dad_codes"] = torch.zeros(B, packed_bytes(SIDE * SIDE // 4, 5), dtype=torch.uint8)
+    else:
+        found["dad_images"] = torch.zeros(B, SIDE, SIDE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    if outputs:
+        found["clean_outputs"] = torch.zeros(B, C).half()
+    return replace(batch(), **found)
+
+
+def crossings(monkeypatch, method, student_config, fused=False, data=None, **sections):
     cfg = Config(method=method, student=student_config, engine=EngineConfig(cuda_graphs="off"), **sections)
     student, vqgan = build_student(cfg.student, C, SIDE, 3), discretizer()
     teacher = timm_teacher(img_size=SIDE, num_classes=C)
@@ -96,7 +109,7 @@ def crossings(monkeypatch, method, student_config, fused=False, **sections):
             move(module)
         step = TrainStep(cfg, student, teacher, vqgan, Update(student, cfg, CUDA))
         step.attack = replace(step.attack, fused=fused)
-        data = batch().to(CUDA)
+        data = (data or batch()).to(CUDA)
         step(data, 0, 1e-3)  # optimizers make their state in the first step
         with Crossings() as found:
             scalars = step(data, 1, 1e-3)
@@ -123,6 +136,16 @@ def test_neither_does_anything_else_that_can_be_chosen(pretended_cuda, monkeypat
     split = replace(BATCH_NORM, bn="split")
     assert crossings(monkeypatch, "dat+dad", split, fused=True, optim=CLIP, attack=attack) == []
     assert crossings(monkeypatch, "dad", replace(LAYER_NORM, drop_path=0.2), fused=True) == []
+
+
+@pytest.mark.parametrize("codes", [False, True], ids=["images", "codes"])
+@pytest.mark.parametrize("outputs", [False, True], ids=["teacher", "outputs"])
+def test_neither_does_learning_from_stores(pretended_cuda, monkeypatch, codes, outputs):
+    """Codes are unpacked and decoded, and outputs mixed, inside the step that CUDA graphs capture."""
+    data, dirs = stored(codes, outputs), ("a store",)
+    store = StoreConfig(dirs=dirs, mix_outputs=outputs)
+    assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store) == []
+    assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store, loss=LossConfig(form="joint"), fused=True) == []
 
 
 def test_it_would_be_seen(pretended_cuda, monkeypatch):

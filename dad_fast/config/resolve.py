@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, toml_value, with_values
-from dad_fast.config.schema import MODEL_SAVINGS, USES_DISCRETIZER, USES_TEACHER, VQGAN_SAVINGS, Config
+from dad_fast.config.schema import MODEL_SAVINGS, USES_DISCRETIZER, USES_TEACHER, VQGAN_SAVINGS, AugmentConfig, Config
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
 
@@ -134,6 +134,12 @@ class Layers:
         return with_values(Config(), {**self.values, "variants": self.variants})
 
 
+def is_fixed(aug: AugmentConfig) -> bool:
+    """Whether an image looks the same in every epoch."""
+    chance = any(0 < probability < 1 for probability in (aug.hflip, aug.vflip))
+    return aug.crop == "center" and not (chance or aug.aa or aug.color_jitter or aug.reprob or aug.mixup or aug.cutmix)
+
+
 def check(cfg: Config) -> None:
     """Raises UsageError where settings do not fit together, naming the flag that mends it. Every variant is checked."""
     for path, setting in settings().items():
@@ -148,10 +154,13 @@ def check(cfg: Config) -> None:
 def _check_run(cfg: Config) -> None:
     if not cfg.data.data_dir:
         raise UsageError("no data: add --data-dir (a folder with train/ and val/, or embedded:digits), or try --preset demo")
-    if not cfg.student.name:
+    if cfg.method == "lp-clip":
+        _check_lp_clip(cfg)
+    elif not cfg.student.name:
         raise UsageError("no student: add --student, for instance --student resnet50 (any timm model)")
     if cfg.store.dirs and cfg.method in ("ce", "dat"):
         raise UsageError(f"--store: --method {cfg.method} learns from no stored images or outputs; leave it out")
+    _check_stored_forms(cfg)
     if USES_TEACHER[cfg.method] and not cfg.teacher.name and not cfg.store.dirs:
         raise UsageError(f"--method {cfg.method} needs a teacher: add --teacher, for instance --teacher open_clip:ViT-L-14/openai")
     if USES_DISCRETIZER[cfg.method] and not cfg.discretizer.name and not cfg.store.dirs:
@@ -175,6 +184,33 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(
             f"--warmup-epochs {cfg.schedule.warmup_epochs:g} is more than --epochs {cfg.schedule.epochs}, of which it is a part"
         )
+
+
+def _check_stored_forms(cfg: Config) -> None:
+    if cfg.store.mix_outputs and not cfg.store.dirs:
+        raise UsageError("--mix-outputs mixes stored outputs: add --store (made by dad-fast precompute --targets)")
+    if cfg.loss.form == "paper":
+        return
+    if cfg.method != "dad":
+        raise UsageError(f"--loss-form joint is a form of --method dad, not of {cfg.method}; leave it out")
+    if not cfg.store.dirs:
+        raise UsageError("--loss-form joint learns from stored adversarial images: add --store (made by dad-fast precompute)")
+    if cfg.student.bn != "joint":
+        raise UsageError(f"--loss-form joint: every image is of both kinds, which --bn {cfg.student.bn} would tell apart; use --bn joint")
+
+
+def _check_lp_clip(cfg: Config) -> None:
+    """What the other methods allow and a linear probe has no use for."""
+    if cfg.store.dirs:
+        raise UsageError("--store: --method lp-clip keeps the teacher's answers by itself; leave it out")
+    if cfg.augment.mixup or cfg.augment.cutmix:
+        raise UsageError("--method lp-clip: a pseudo-label belongs to one image, which --mixup and --cutmix blend with another; leave them out")
+    if cfg.lp_clip.labels == "true" and cfg.lp_clip.threshold:
+        raise UsageError("--lp-threshold: with --lp-labels true there are no pseudo-labels; leave one out")
+    if cfg.lp_clip.init == "zero-shot" and cfg.student.init_from:
+        raise UsageError("--lp-init zero-shot and --init-from both give the first weights: leave one out")
+    if cfg.data.loader == "dali" and (cfg.lp_clip.views or is_fixed(cfg.augment)):
+        raise UsageError("--loader dali: features that are kept are made from images that PIL decodes; leave it out, or train on new views")
 
 
 def _check_scheme(name: str, flag: str, schemes: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Method = Literal["ce", "kd", "aug-only", "dat", "dad", "dat+dad"]
+Method = Literal["ce", "kd", "aug-only", "dat", "dad", "dat+dad", "lp-clip"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -127,6 +127,22 @@ class LossConfig:
     )
     temperature: float = setting(4.0, "distillation temperature T", "--temperature", rule=POSITIVE)
     filter: bool = setting(True, "count an adversarial image only where the teacher still says y", "--filter")
+    form: Literal["paper", "joint"] = setting(
+        "paper", "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each other (dad)", "--loss-form"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LpClipConfig:
+    labels: Literal["pseudo", "true"] = setting(
+        "pseudo", "pseudo: the teacher's answers on the weak view; true: the data's labels, a supervised probe", "--lp-labels"
+    )
+    weight: Literal["confidence", "none"] = setting("confidence", "what a pseudo-label counts: the teacher's confidence, or 1", "--lp-weight")
+    threshold: float = setting(0.0, "count a pseudo-label only where the teacher is at least this sure", "--lp-threshold", rule=PROBABILITY)
+    init: Literal["zeros", "zero-shot"] = setting("zeros", "the linear layer at the start: zeros, or the teacher's own head", "--lp-init")
+    views: int = setting(
+        0, "strong views per image, drawn once, whose features are kept in memory; 0 = new views every epoch", "--lp-views", rule=NOT_NEGATIVE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +184,9 @@ class PrecisionConfig:
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     dirs: tuple[str, ...] = setting((), "stores made by dad-fast precompute: adversarial images, teacher outputs, or both", "--store")
+    mix_outputs: bool = setting(
+        False, "stored outputs are of unmixed views: mix them as the pixels are (approximates the teacher on mixed pixels)", "--mix-outputs"
+    )
 
 
 # Work that models do and nobody needs; what each is: models/savings.py and models/vqgan_fused_layers.py.
@@ -207,7 +226,7 @@ class EvalConfig:
 class Config:
     """A whole run, or several: `methods` and `variants` times `seeds`."""
 
-    method: Method = setting("dad", "ce, kd, aug-only, dat, dad or dat+dad", "--method", main=True)
+    method: Method = setting("dad", "ce, kd, aug-only, dat, dad, dat+dad or lp-clip", "--method", main=True)
     seed: int = setting(0, "seed of every random draw", "--seed", rule=NOT_NEGATIVE)
     seeds: int = setting(1, "number of seeds, from --seed on", "--seeds", rule=AT_LEAST_ONE, main=True)
     max_steps: int = setting(0, "stop after this many steps; 0 = run all epochs", "--max-steps", rule=NOT_NEGATIVE, main=True)
@@ -220,6 +239,7 @@ class Config:
     discretizer: DiscretizerConfig = DiscretizerConfig()
     attack: AttackConfig = AttackConfig()
     loss: LossConfig = LossConfig()
+    lp_clip: LpClipConfig = LpClipConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EmaConfig = EmaConfig()
@@ -234,5 +254,5 @@ class Config:
 
 
 # What each method computes; the objective and the config checks both read this table.
-USES_TEACHER = {"ce": False, "kd": True, "aug-only": True, "dat": False, "dad": True, "dat+dad": True}
-USES_DISCRETIZER = {"ce": False, "kd": False, "aug-only": True, "dat": True, "dad": True, "dat+dad": True}
+USES_TEACHER = {"ce": False, "kd": True, "aug-only": True, "dat": False, "dad": True, "dat+dad": True, "lp-clip": True}
+USES_DISCRETIZER = {"ce": False, "kd": False, "aug-only": True, "dat": True, "dad": True, "dat+dad": True, "lp-clip": False}

@@ -32,19 +32,34 @@ def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Te
     return targets.scatter_(1, labels.unsqueeze(1), 1.0 - smoothing + smoothing / num_classes)
 
 
-def mix(pixels: Tensor, labels: Tensor, kind: Tensor, lam: Tensor, box: Tensor, num_classes: int, smoothing: float = 0.0) -> Mixed:
+def partners(batch_size: int, device: torch.device | str) -> Tensor:
+    """int64 [B]: each image's neighbour; the last one of an odd number, which is not mixed, is its own."""
+    return (torch.arange(batch_size, device=device) ^ 1).clamp_(max=batch_size - 1)
+
+
+def mix(
+    pixels: Tensor,
+    labels: Tensor,
+    kind: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    num_classes: int,
+    smoothing: float = 0.0,
+    others: Tensor | None = None,
+) -> Mixed:
     """Mix a batch with its neighbours and smooth its labels.
 
     Args:
         pixels: [B, 3, H, W], B even (an odd B is allowed where nothing is mixed).
         labels: int64 [B].
         kind, lam, box: of the batch: int64 [B] (0 none, 1 mixup, 2 CutMix), float32 [B], int64 [B, 4] as y0, y1, x0, x1.
+        others: [B, 3, H, W], other images of the same samples, from which the partners are taken; `pixels` itself by default.
 
     Returns:
         Mixed: `pixels` = own * share + partner * (1 - share), exact where the share is 0 or 1.
     """
     batch, _, height, width = pixels.shape
-    partner = (torch.arange(batch, device=pixels.device) ^ 1).clamp_(max=batch - 1)  # [B]
+    partner = partners(batch, pixels.device)
     y0, y1, x0, x1 = box.unbind(1)
     rows = torch.arange(height, device=pixels.device)
     columns = torch.arange(width, device=pixels.device)
@@ -53,7 +68,7 @@ def mix(pixels: Tensor, labels: Tensor, kind: Tensor, lam: Tensor, box: Tensor, 
     own = ~(inside_y[:, :, None] & inside_x[:, None, :]).unsqueeze(1)  # [B, 1, H, W]
     kind, share = kind.view(-1, 1, 1, 1), lam.view(-1, 1, 1, 1)
     weight = torch.where(kind == CUTMIX, own.to(pixels.dtype), torch.where(kind == MIXUP, share, 1.0).to(pixels.dtype))
-    mixed = pixels * weight + pixels[partner] * (1.0 - weight)
+    mixed = pixels * weight + (pixels if others is None else others)[partner] * (1.0 - weight)
     targets = soft_targets(labels, num_classes, smoothing)
     targets = targets * lam[:, None] + targets[partner] * (1.0 - lam[:, None])
     second = torch.where(kind.view(-1) > 0, labels[partner], labels)

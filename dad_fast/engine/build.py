@@ -49,6 +49,7 @@ class Builder:
             raise DataError(f"--data-dir {cfg.data.data_dir}: {what}; mend the folders or give --class-map")
         of_stores = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
         stored = self._once(of_stores, lambda: Stored(cfg.store.dirs, train, cfg.loss.filter))
+        stored.check_form(cfg)
         needs_teacher, needs_discretizer = _needs(cfg, stored)
         teacher = discretizer = None
         hashes: dict[str, str | None] = {}
@@ -67,7 +68,7 @@ class Builder:
         student = student.to(device)
         if cfg.precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
-        stored.check_run(student.image_size, cfg.augment, hashes)
+        stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
         _try_one_image(cfg, device, student, teacher, discretizer)
         return Parts(device, train, val, student, teacher, discretizer, stored, savings)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dad_fast.config.schema import Config
 from dad_fast.data.loader import Batch
-from dad_fast.data.mixing import Mixed, mix, soft_targets, to_pixels
+from dad_fast.data.mixing import Mixed, mix, partners, soft_targets, to_pixels
 from dad_fast.engine.generate import to_levels
 from dad_fast.engine.graph import StepGraphs
 from dad_fast.engine.update import Update
@@ -26,7 +26,7 @@ from dad_fast.kernels import unpack_codes
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import discretize, perturb
 from dad_fast.methods.measures import share_changed, signal_to_rounding
-from dad_fast.methods.objectives import TERMS, Logits, keep_mask, objective, smooth
+from dad_fast.methods.objectives import TERMS, Logits, joint_objective, keep_mask, mixed_outputs, objective, smooth
 from dad_fast.models.discretizer import Discretizer, VQGANDiscretizer
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
@@ -36,7 +36,10 @@ MEASURED = 16  # images whose codes are compared at a log step
 
 
 class Generated(NamedTuple):
-    """What the student learns from: its images (clean, then those of each attack), labels, and what the teacher says of them."""
+    """What the student learns from: its images (clean, then those of each attack), labels, and what the teacher says of them.
+
+    In the joint form `images` is one batch of both kinds, and what is said of clean images here is said of its 2B images.
+    """
 
     images: list[Tensor]  # each [B, 3, H, W]
     targets: Tensor  # [B, C], mixed, not smoothed
@@ -51,9 +54,10 @@ class TrainStep:
 
     def __init__(self, cfg: Config, student: Student, teacher: Teacher | None, discretizer: Discretizer | None, update: Update):
         self.cfg, self.student, self.teacher, self.discretizer, self.update = cfg, student, teacher, discretizer, update
-        self.terms = TERMS[cfg.method]
+        self.terms = TERMS.get(cfg.method, ())  # a linear probe's are its own: lp_clip.py
         self.attack = PGD.from_config(cfg.attack, fused=cfg.engine.step_kernels)
         self.device = next(student.parameters()).device
+        self.layout = torch.channels_last if cfg.precision.channels_last else torch.contiguous_format
         self.run_student: Callable[[Tensor], Tensor] = student
         self.run_teacher: Callable[[Tensor], Tensor] | None = teacher
         if cfg.engine.torchcompile:
@@ -80,6 +84,8 @@ class TrainStep:
     def generate(self, batch: Batch) -> Generated:
         """Attack, discretizer and teacher, for a batch on the device."""
         cfg = self.cfg
+        if cfg.loss.form == "joint":
+            return self.generate_joint(batch)
         with stage("mix"):
             x, y, second_labels, _ = self.mixed(batch)  # [B, 3, H, W], [B, C], [B]
 
@@ -92,6 +98,9 @@ class TrainStep:
 
         # The teacher on clean and on adversarial images; the second also serves the filter.
         keep, teacher_clean, teacher_dad = batch.dad_kept, batch.clean_outputs, batch.dad_outputs
+        if cfg.store.mix_outputs and teacher_clean is not None:
+            partner = partners(len(teacher_clean), self.device)
+            teacher_clean = mixed_outputs(teacher_clean, teacher_clean[partner], batch.mix_lam, cfg.loss.temperature)
         with torch.no_grad(), stage("teacher"):
             if "kd" in self.terms and teacher_clean is None:
                 teacher_clean = self._teacher()(x)
@@ -101,6 +110,27 @@ class TrainStep:
                     keep = keep_mask(teacher_dad, batch.labels, second_labels)
         labels = soft_targets(batch.labels, self.student.num_classes) if stored else y  # stored images are not mixed
         return Generated(images, y, labels, teacher_clean, teacher_dad, keep)
+
+    @torch.no_grad()
+    def generate_joint(self, batch: Batch) -> Generated:
+        """Clean images and stored adversarial ones as one batch: each is mixed with its partner's image of the other kind."""
+        num_classes, lam = self.student.num_classes, batch.mix_lam
+        how = batch.labels, batch.mix_kind, lam, batch.mix_box, num_classes
+        with stage("mix"):
+            clean, adversarial = to_pixels(batch.images, self.layout), self.stored_images(batch)
+            halves = mix(clean, *how, others=adversarial), mix(adversarial, *how, others=clean)
+            images, targets = torch.cat([half.pixels for half in halves]), torch.cat([half.targets for half in halves])  # [2B, ...]
+        partner, of_clean, of_dad = partners(len(lam), self.device), batch.clean_outputs, batch.dad_outputs
+        with stage("teacher"):
+            if of_clean is None or of_dad is None:
+                teacher = self._teacher()(images)
+            else:
+                pairs = (of_clean, of_dad[partner]), (of_dad, of_clean[partner])
+                teacher = torch.cat([mixed_outputs(*pair, lam, self.cfg.loss.temperature) for pair in pairs])
+        keep = None
+        if batch.dad_kept is not None:  # 0 where anything is shown of an image that the filter rejects
+            keep = torch.cat([batch.dad_kept[partner].where(lam < 1, 1.0), batch.dad_kept.where(lam > 0, 1.0)])
+        return Generated([images], targets, targets, teacher, None, keep)
 
     def learn(self, generated: Generated) -> dict[str, Tensor]:
         """The student's gradients, added to those of earlier micro-batches; returns scalars."""
@@ -121,11 +151,15 @@ class TrainStep:
         student_dat = outputs.pop() if "dat" in self.terms else None
         student_dad = outputs.pop() if outputs else None
 
-        logits = Logits(student_clean, student_dad, student_dat, teacher_clean, teacher_dad)
         with stage("objective"):
-            smoothing = cfg.augment.smoothing
-            soft = smooth(targets, smoothing), keep, smooth(dad_targets, smoothing)
-            loss, parts = objective(cfg.method, cfg.loss, logits, *soft, fused=cfg.engine.step_kernels)
+            smoothing, fused = cfg.augment.smoothing, cfg.engine.step_kernels
+            soft = smooth(targets, smoothing)
+            if cfg.loss.form == "joint":
+                assert teacher_clean is not None
+                loss, parts = joint_objective(cfg.loss, student_clean, teacher_clean, soft, keep, fused=fused)
+            else:
+                logits = Logits(student_clean, student_dad, student_dat, teacher_clean, teacher_dad)
+                loss, parts = objective(cfg.method, cfg.loss, logits, soft, keep, smooth(dad_targets, smoothing), fused=fused)
         scalars = {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
         if keep is not None:
             scalars["kept"] = keep.mean()
@@ -133,8 +167,7 @@ class TrainStep:
 
     def mixed(self, batch: Batch) -> Mixed:
         """Pixels in [0, 1] and soft labels, after mixup and CutMix; not smoothed: smoothing is the student's, not the attack's."""
-        layout = torch.channels_last if self.cfg.precision.channels_last else torch.contiguous_format
-        pixels = to_pixels(batch.images, layout)
+        pixels = to_pixels(batch.images, self.layout)
         return mix(pixels, batch.labels, batch.mix_kind, batch.mix_lam, batch.mix_box, self.student.num_classes)
 
     def _teacher(self) -> Callable[[Tensor], Tensor]:
@@ -145,12 +178,12 @@ class TrainStep:
     def stored_images(self, batch: Batch) -> Tensor:
         """Q(x') from a store, [B, 3, H, W] in [0, 1]: the 8-bit pixels that the stored outputs belong to."""
         if batch.dad_images is not None:
-            return to_pixels(batch.dad_images)
+            return to_pixels(batch.dad_images, self.layout)
         assert batch.dad_codes is not None and isinstance(self.discretizer, VQGANDiscretizer)
         config = self.discretizer.vqgan.config
         side = self.student.image_size // config.downsample
         codes = unpack_codes(batch.dad_codes, config.code_bits, side * side)
-        return to_pixels(to_levels(self.discretizer.decode(codes.view(-1, side, side))))
+        return to_pixels(to_levels(self.discretizer.decode(codes.view(-1, side, side))), self.layout)
 
     def adversarial(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Q(x') for an attack on `model`, [B, 3, H, W]."""

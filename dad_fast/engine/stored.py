@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dad_fast.config.schema import AugmentConfig
+from dad_fast.config.schema import AugmentConfig, Config
 from dad_fast.data.loader import Batch
+from dad_fast.data.records import uses_mixing
 from dad_fast.data.sources import Source
 from dad_fast.errors import DataError, UsageError
 from dad_fast.store import AdversarialStore, Store, TargetStore, open_store
 
+MIXING = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # of [augment]
 AHEAD = 2  # batches joined before they are asked for
 
 
@@ -60,8 +62,23 @@ class Stored:
     def checksums(self) -> dict[str, str]:
         return {store.kind: store.checksum for store in self.stores}
 
-    def check_run(self, img_size: int, augment: AugmentConfig, hashes: dict[str, str | None]) -> None:
-        """Raises DataError where a store was made for other images, augmentation or models than the run's; `hashes` has what is loaded."""
+    def check_form(self, cfg: Config) -> None:
+        """Raises UsageError where the loss needs what these stores do not hold."""
+        joint = cfg.loss.form == "joint"
+        if joint and self.adversarial is None:
+            raise UsageError("--loss-form joint learns from stored adversarial images, and no store has any: add one to --store")
+        if cfg.store.mix_outputs and self.targets is None:
+            raise UsageError("--mix-outputs mixes stored outputs on clean images, and no store has any: add one made with --targets")
+        if joint and self.targets is not None and uses_mixing(cfg.augment) and not cfg.store.mix_outputs:
+            raise UsageError(
+                "--loss-form joint mixes clean with adversarial images, and no store has outputs on such mixes: add --mix-outputs, "
+                "which mixes those on the unmixed images (an approximation), or leave the store of --targets out and give --teacher"
+            )
+
+    def check_run(self, img_size: int, augment: AugmentConfig, hashes: dict[str, str | None], mix_outputs: bool = False) -> None:
+        """Raises DataError where a store was made for other images, augmentation or models than the run's; `hashes` has what is loaded.
+
+        mix_outputs: the run mixes stored outputs of unmixed views, whatever it mixes them by."""
         for store in self.stores:
             manifest = store.manifest
             for name, value in hashes.items():
@@ -75,6 +92,11 @@ class Stored:
         if self.targets is not None:
             theirs = self.targets.manifest.settings["augment"] | {"img_size": self.targets.manifest.settings["img_size"]}
             ours = view_settings(augment) | {"img_size": img_size}
+            if mix_outputs:
+                if uses_mixing(replace(augment, **{name: theirs.get(name, 0.0) for name in MIXING})):
+                    mixed = ", ".join(f"{name} {theirs.get(name)}" for name in ("mixup", "cutmix"))
+                    raise DataError(f"--mix-outputs: --store {self.targets.folder} has outputs on mixed views ({mixed}); make one without")
+                ours = {name: value for name, value in ours.items() if name not in MIXING}
             changed = [f"{name}: {theirs[name]} in the store, {ours[name]} here" for name in ours if theirs.get(name) != ours[name]]
             if changed:
                 raise DataError(f"--store {self.targets.folder}: its teacher saw other views: {'; '.join(changed)}; use the same settings")

@@ -4,6 +4,7 @@
     dad      = ce CE(s(x), y) + kd KD(s(x), t(x)) + dad KD(s(Q(x')), t(Q(x')))     x' attacks the teacher t
     dat      = ce CE(s(x), y) + dat CE(s(Q(x'')), y)                               x'' attacks the student s
     aug-only = ce CE(s(x), y) + aug CE(s(Q(x')), y)
+    joint    = ce CE(s(z), y) + kd KD(s(z), t(z))     z: clean and stored images as one batch, mixed with each other
 
 Every term is a mean over the batch size, filtered samples counting as 0: a filter that rejects most images weakens its term
 instead of amplifying the few that are left. All arithmetic is float32 in log-space (float64 stays float64).
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dad_fast.config.schema import LossConfig, Method
 from dad_fast.kernels.distillation_loss import distillation, distillation_loss, smooth, soft_cross_entropy
 
-__all__ = ["TERMS", "Logits", "distillation", "keep_mask", "objective", "smooth", "soft_cross_entropy"]
+__all__ = ["TERMS", "Logits", "distillation", "joint_objective", "keep_mask", "mixed_outputs", "objective", "smooth", "soft_cross_entropy"]
 
 # The terms of each method, in the order in which they are added.
 TERMS: dict[Method, tuple[str, ...]] = {
@@ -80,6 +82,32 @@ def objective(
     parts = (_parts_fused if fused else _parts)(TERMS[method], weights.temperature, logits, of_logits, keep)
     total = sum((getattr(weights, name) * part for name, part in parts.items()), start=targets.new_zeros(()))
     return total, parts
+
+
+def joint_objective(
+    weights: LossConfig, student: Tensor, teacher: Tensor, targets: Tensor, keep: Tensor | None, *, fused: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The form of the authors' code for stored images, 0.75 CE + 4 KL there (ce = 0.75, kd = 0.25 at T = 4): the loss and its parts.
+
+    student, teacher, targets: [2B, C], of clean and adversarial images that were mixed across the two halves. keep: [2B], 0 for what shows
+    any of an adversarial image that the filter rejects, since its label may be wrong; or None to count all. Means are over all 2B.
+    """
+    if fused:
+        ce, kd = distillation_loss(student, teacher, targets, keep, temperature=weights.temperature)
+    else:
+        ce, kd = soft_cross_entropy(student, targets, keep), distillation(student, teacher, weights.temperature, keep)
+    return weights.ce * ce + weights.kd * kd, {"ce": ce, "kd": kd}
+
+
+def mixed_outputs(own: Tensor, others: Tensor, lam: Tensor, temperature: float) -> Tensor:
+    """What stands for a teacher's logits on mixed pixels where only those on the unmixed images are known: an approximation.
+
+    own, others: logits [B, C] of an image and of its partner; lam: [B], the share of the own one. Returns float32 [B, C], whose softmax at
+    `temperature` is lam softmax(own / T) + (1 - lam) softmax(others / T).
+    """
+    share = lam.float()[:, None]
+    of_own = (own.float() / temperature).log_softmax(dim=-1) + share.log()
+    return temperature * torch.logaddexp(of_own, (others.float() / temperature).log_softmax(dim=-1) + torch.log1p(-share))
 
 
 def _parts(
