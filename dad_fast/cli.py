@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -10,8 +11,10 @@ from collections.abc import Sequence
 
 from dad_fast.config.fields import nearest
 from dad_fast.errors import DadFastError, UsageError
+from dad_fast.files import is_full
 
-VERBS = ("train", "eval", "precompute", "store", "profile", "doctor")  # each a module in dad_fast/flags
+VERBS = ("train", "ablate", "eval", "predict", "export", "precompute", "store", "profile", "doctor")  # each a module in dad_fast/flags
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 TOP_HELP = """\
 usage: dad-fast VERB [...]
@@ -59,6 +62,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("dad_fast"):
         return f"error: the package {error.name} is missing; install dad-fast with its dependencies (dad-fast doctor lists them)", 3
+    if isinstance(error, OSError) and error.strerror and (is_full(error) or error.errno in NOT_ALLOWED):
+        where = f"{error.filename}: " if error.filename else ""
+        mend = "make room" if is_full(error) else "check the path and its permissions"
+        return f"error: {where}{error.strerror}; {mend}, and run the same command again (train: with --resume auto)", 4
     mend = "lower --batch-size, or " if type(error).__name__ == "OutOfMemoryError" else ""
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     return f"failure: {text} ({mend}run with --debug for the traceback)", 1

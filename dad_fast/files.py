@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from dad_fast.errors import DataError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
@@ -39,6 +44,18 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """`atomic_write_bytes` for JSON, indented, with `plain` values."""
     atomic_write_text(path, json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def disk_error(error: Exception, path: str | Path, then: str = "run the same command again") -> DataError:
+    """What a failed write of `path` means to the user: an OSError, or what safetensors made of one."""
+    why = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    if is_full(error):
+        return DataError(f"{path}: the disk is full, or a limit is reached ({why}); make room and {then}")
+    return DataError(f"{path}: cannot be written ({why}); mend that and {then}")
+
+
+def is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in str(error) for number in _FULL)
 
 
 def sync(path: Path) -> None:

@@ -26,6 +26,11 @@ else:
     settings.load_profile("dad-fast")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-cycles", type=int, default=5, help="how often each command is killed at a random moment (tests/faults)")
+    parser.addoption("--fault-record", default="", help="JSON file for what those kills came to")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

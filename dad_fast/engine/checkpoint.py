@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dad_fast.errors import DataError
-from dad_fast.files import sync
+from dad_fast.files import disk_error, sync
 from dad_fast.models.weights import sha256_file
 
 FILES = ("model.safetensors", "train.safetensors")
@@ -60,6 +60,9 @@ class CheckpointFolder:
             (temporary / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}))
             for path in temporary.iterdir():
                 sync(path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise disk_error(error, final, "go on with --resume auto: the checkpoint before is whole") from error
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

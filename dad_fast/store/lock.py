@@ -6,7 +6,6 @@ fixed, not random, so that what a killed process leaves is overwritten by the ne
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dad_fast.errors import DataError
-from dad_fast.files import sync
+from dad_fast.files import disk_error, sync
 
 PART = ".part"  # after the name of a file that is not whole yet
 LOCK = ".lock"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Busy(Exception):
@@ -61,13 +59,6 @@ def write_whole(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
         raise disk_error(error, path) from error
     sync(path.parent)
-
-
-def disk_error(error: OSError, path: Path) -> DataError:
-    """What a failed write means to the user."""
-    if error.errno in _FULL:
-        return DataError(f"{path}: the disk is full, or a limit is reached ({error.strerror}); make room and run the same command again")
-    return DataError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again")
 
 
 def _is_same(handle: int, path: Path) -> bool:

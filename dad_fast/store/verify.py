@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from dad_fast.errors import DataError
+from dad_fast.files import disk_error
 from dad_fast.store.layout import INDEX, broken_rows, shard_file
-from dad_fast.store.lock import LOCK, PART, Busy, disk_error, locked, write_whole
+from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
 from dad_fast.store.state import SUMS, expected_size, file_sizes, finished_shards, missing_shards, recorded_sums, some, sums_text
 from dad_fast.store.writer import StoreWriter

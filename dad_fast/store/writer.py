@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from dad_fast.errors import DataError, NotFinite, UsageError
-from dad_fast.files import sync
+from dad_fast.files import disk_error, sync
 from dad_fast.store.images import encode_images
 from dad_fast.store.layout import INDEX, KEPT, READABLE, Block, broken_rows, crcs, hash_keys, seal, shard_file
-from dad_fast.store.lock import LOCK, PART, Busy, disk_error, locked, write_whole
+from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
 from dad_fast.store.part import Bytes, Part
 from dad_fast.store.state import SUMS, finished_shards, is_finished, missing_shards, recorded_sums, sums_text

@@ -1,0 +1,81 @@
+"""Disks that are full, that end in the middle of a write, or that may not be written: one line, exit code 4, and nothing else lost."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
+    pytest.importorskip(package)
+from harness import ROOT  # noqa: E402
+
+SMALL = [
+    "data.batch_size=50", "data.workers=0", "log_every=4", "eval.every_epochs=0", "eval.suites=[]", "variants={}", "device=cpu",
+    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "schedule.epochs=1", "max_steps=12", "checkpoint.every_steps=4",
+]  # fmt: skip
+SETS = [part for item in SMALL for part in ("--set", item)]
+
+
+def dad_fast(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dad_fast", *arguments]
+    return subprocess.run(command, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=200)
+
+
+def train(folder: Path, *more: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    return dad_fast("train", "--preset", "demo", "--method", "kd", *SETS, *more, "-o", str(folder), before=before)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(small_disk: Path) -> None:
+    stopped = train(small_disk / "run")
+    assert stopped.returncode == 4, stopped.stderr
+    assert "the disk is full" in last_line(stopped) and "--resume auto" in last_line(stopped)
+    checkpoints = small_disk / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-4", "step-8"]
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    went_on = train(small_disk / "run", "--resume", "auto")
+    assert went_on.returncode == 0, went_on.stderr
+    assert (small_disk / "run" / "results.json").exists()
+
+
+def test_a_quota_in_the_middle_of_a_file(tmp_path: Path) -> None:
+    stopped = train(tmp_path / "run", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert stopped.returncode == 4 and "step-4: the disk is full, or a limit is reached" in last_line(stopped)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("verb", ["train", "precompute"])
+def test_a_folder_that_may_not_be_written(tmp_path: Path, verb: str) -> None:
+    if not Path("/sys/kernel").is_dir():
+        pytest.skip("needs Linux's /sys, where nobody makes folders")
+    folder = "/sys/kernel/run"
+    done = train(Path(folder)) if verb == "train" else dad_fast("precompute", "--preset", "demo", *SETS, "-o", folder)
+    assert done.returncode == 4 and folder in last_line(done)
+    assert "check the path" in last_line(done) or "cannot be written" in last_line(done)
+
+
+def test_an_output_below_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = train(tmp_path / "file" / "run")
+    assert done.returncode == 4 and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
