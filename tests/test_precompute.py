@@ -64,7 +64,7 @@ def targets(inputs, tmp_path_factory):
     return folder
 
 
-def step_of(inputs, method, *more):
+def step_of(inputs, method, *more, pin_memory=False):
     """(TrainStep, its batches joined to the stores)."""
     from dad_fast.config.fields import settings
     from dad_fast.flags.train import make_parser
@@ -75,7 +75,7 @@ def step_of(inputs, method, *more):
     seed = parts.stored.view_seed(cfg.seed)
     loader = TrainLoader(parts.train, cfg.augment, SIDE, cfg.data.batch_size, seed, 0, cycle=parts.stored.cycle)
     step = TrainStep(cfg, parts.student, parts.teacher, parts.discretizer, Update(parts.student, cfg, parts.device))
-    return step, lambda *span: parts.stored.join(loader.batches(*span), False)
+    return step, lambda *span: parts.stored.join(loader.batches(*span), pin_memory)
 
 
 def test_codes_alone_are_the_stored_pixels_again(inputs, raw, tmp_path):
@@ -113,6 +113,18 @@ def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
     for a, b in zip(first, again, strict=True):
         assert b.epoch == 3 and torch.equal(a.images, b.images) and torch.equal(a.clean_outputs, b.clean_outputs)
         assert not torch.equal(a.seeds, b.seeds)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_lie_in_page_locked_memory(inputs, raw, targets):
+    """All that a store adds; and memory that is handed out again was read before."""
+    step, batches = step_of(inputs, "dad", *flags(inputs, *AUGMENTED, "--store", str(raw), str(targets)))
+    stored = step_of(inputs, "dad", *flags(inputs, *AUGMENTED, "--store", str(raw), str(targets)), pin_memory=True)[1]
+    for plain, pinned in zip(batches(0, 24), stored(0, 24), strict=True):
+        names = ("dad_images", "dad_outputs", "dad_kept", "clean_outputs")
+        there = {name: getattr(pinned, name).to("cuda", non_blocking=True) for name in names}
+        for name in names:
+            assert getattr(pinned, name).is_pinned() and torch.equal(there[name].cpu(), getattr(plain, name))
 
 
 def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):

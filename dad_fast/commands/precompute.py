@@ -26,6 +26,7 @@ from dad_fast.engine.precompute import AdversarialFiller, Filler, TargetFiller, 
 from dad_fast.engine.signals import stop_requests
 from dad_fast.errors import DataError
 from dad_fast.models.student import build_student
+from dad_fast.observe.progress import format_seconds
 from dad_fast.observe.runlog import print_line
 from dad_fast.store import AdversarialStore, Manifest, Records, open_store
 
@@ -97,7 +98,7 @@ def _estimate(filler: Filler, world: int) -> int:
     blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
     images = manifest.num_samples * manifest.num_views
     print(f"{manifest.num_samples:,} images, {manifest.num_views} views, blocks of {manifest.block_size}")
-    print(f"time    {_duration(seconds * blocks / world)} on {world} process{'es' if world > 1 else ''} like this one "
+    print(f"time    {format_seconds(seconds * blocks / world)} on {world} process{'es' if world > 1 else ''} like this one "
           f"({manifest.block_size / seconds:,.0f} img/s each)")  # fmt: skip
     for kind, size in manifest.bytes_per_sample.items():
         if size:
@@ -160,7 +161,7 @@ def _progress(filler: Filler, rank: int, world: int) -> Iterator[Any]:
             return
         last = now
         rate = images / (now - start)
-        left = _duration((total - done) * manifest.block_size / rate)
+        left = format_seconds((total - done) * manifest.block_size / rate)
         text = f"block {done:,}/{total:,}  {rate * world:,.0f} img/s  {left} left"
         if records.kept is not None:
             text += f"  kept {kept / images:.0%}"
@@ -173,11 +174,6 @@ def _progress(filler: Filler, rank: int, world: int) -> Iterator[Any]:
     finally:
         if terminal and done and not rank:
             print(file=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def _bytes(number: float) -> str:

@@ -110,13 +110,17 @@ class Stored:
     def _joined(self, batch: Batch, pin_memory: bool) -> Batch:
         samples = batch.samples.cpu().numpy()
         found: dict[str, np.ndarray] = {}
+        images: dict[str, torch.Tensor] = {}
         if self.adversarial is not None:
             store, view = self.adversarial, batch.epoch % self.adversarial.num_views
             rows = self._rows_of(store, view)[samples]
             counts = store.kept(rows, view) if self._filtered else store.readable(rows, view)
             found |= {"dad_outputs": store.outputs(rows, view), "dad_kept": counts.astype(np.float32)}
             if store.manifest.images != "none":
-                found["dad_images"] = store.images(rows, view)
+                # Gathered where copies to the device start from; torch hands such memory out again once the device has read it.
+                pixels = torch.empty(len(rows), *store.manifest.image_size, 3, dtype=torch.uint8, pin_memory=pin_memory)
+                store.images(rows, view, out=pixels.numpy())
+                images["dad_images"] = pixels.permute(0, 3, 1, 2)
             else:
                 found["dad_codes"] = store.codes(rows, view)
         if self.targets is not None:
@@ -124,11 +128,9 @@ class Stored:
             assert batch.drawn is not None
             found["clean_outputs"] = self.targets.outputs(self._rows_of(self.targets, view)[batch.drawn.cpu().numpy()], view)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
-        if "dad_images" in tensors:
-            tensors["dad_images"] = tensors["dad_images"].permute(0, 3, 1, 2)
         if pin_memory:
             tensors = {name: value.pin_memory() for name, value in tensors.items()}
-        return replace(batch, **tensors)
+        return replace(batch, **tensors, **images)
 
     def _rows_of(self, store: Store, view: int) -> np.ndarray:
         """int64 [N]: where each sample of the source lies; views of targets have orders of their own."""
