@@ -49,6 +49,10 @@ class Batch:
     dad_outputs: Tensor | None = None  # float16 [B, C]
     dad_kept: Tensor | None = None  # float32 [B]
     clean_outputs: Tensor | None = None  # float16 [B, C]
+    # For a linear probe: the teacher's answers on the weak views of the samples, and where views are fixed the features of the strong ones.
+    pseudo_labels: Tensor | None = None  # int64 [B]
+    confidence: Tensor | None = None  # float32 [B]
+    features: Tensor | None = None  # float32 [B, F]
 
     def _map(self, function: Any) -> Batch:
         return replace(self, **{name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)})

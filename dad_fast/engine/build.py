@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
 from dad_fast.data.sources import Source, open_source
 from dad_fast.engine import frozen
-from dad_fast.engine.stored import Stored
+from dad_fast.engine.lp_clip import ProbeData
+from dad_fast.engine.lp_clip_features import FeatureTable
+from dad_fast.engine.lp_clip_labels import PseudoLabels, WeakView
+from dad_fast.engine.stored import Stored, view_settings
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.methods.objectives import TERMS
 from dad_fast.models.discretizer import Discretizer
+from dad_fast.models.probe import Probe, build_probe
 from dad_fast.models.savings import save_student_work
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
@@ -31,6 +36,12 @@ class Parts:
     discretizer: Discretizer | None
     stored: Stored
     savings: dict[str, dict[str, str]]  # of teacher and student: saving -> "" where it is on, else why it is not
+    probe: ProbeData | None = None  # where the student is a linear probe on the teacher's encoder
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Of what was made before the run, by kind: a resumed run must find the same."""
+        return self.stored.checksums | (self.probe.checksums if self.probe else {})
 
 
 class Builder:
@@ -57,20 +68,44 @@ class Builder:
         common = (repr(cfg.precision), repr(cfg.engine), str(device))
         if needs_teacher:
             found = self._once(("teacher", repr(cfg.teacher), *common, train.classes), lambda: frozen.teacher(cfg, train.classes, device))
-            teacher, hashes["teacher"], savings["teacher"] = found
+            teacher, hashes["teacher"], savings["teacher"], encoder_sha256 = found
         if needs_discretizer:
             of_discretizer = ("discretizer", repr(cfg.discretizer), *common)
             discretizer, hashes["discretizer"] = self._once(of_discretizer, lambda: frozen.discretizer(cfg, device))
         torch.manual_seed(cfg.seed)  # the student's initial weights
-        num_groups = 1 + len({"dad", "aug", "dat"} & set(TERMS[cfg.method]))  # clean images, and those of each attack
-        student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)
-        savings["student"] = save_student_work(student, frozen.model_savings(cfg))
+        if cfg.method == "lp-clip":
+            assert teacher is not None
+            where = {"img_size": cfg.augment.img_size, "init": cfg.lp_clip.init, "init_from": cfg.student.init_from}
+            student: Student = build_probe(teacher, encoder_sha256, **where)
+        else:
+            num_groups = 1 + len({"dad", "aug", "dat"} & set(TERMS[cfg.method]))  # clean images, and those of each attack
+            student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)
+            savings["student"] = save_student_work(student, frozen.model_savings(cfg))
         student = student.to(device)
         if cfg.precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
         _try_one_image(cfg, device, student, teacher, discretizer)
-        return Parts(device, train, val, student, teacher, discretizer, stored, savings)
+        probe = self._probe_data(cfg, train, student, hashes["teacher"], device) if isinstance(student, Probe) else None
+        return Parts(device, train, val, student, teacher, discretizer, stored, savings, probe)
+
+    def _probe_data(self, cfg: Config, source: Source, probe: Probe, teacher_hash: str | None, device: torch.device) -> ProbeData:
+        """Shared between runs that differ in neither teacher nor views: a sweep over thresholds encodes its images once."""
+        batch_size, workers = cfg.eval.batch_size or cfg.data.batch_size, cfg.data.workers
+        how = {"teacher": teacher_hash, "precision": asdict(cfg.precision), "savings": sorted(cfg.engine.savings)}
+        labels = features = None
+        if cfg.lp_clip.labels == "pseudo":
+            aug = cfg.augment
+            view = WeakView(probe.image_size, aug.crop_pct or probe.crop_pct, aug.interpolation or probe.interpolation)
+            made = PseudoLabels(probe.encoder, source, view, how, batch_size, workers, device)
+            labels = self._once(("pseudo-labels", made.key), lambda: made)
+        fixed = is_fixed(cfg.augment)
+        if views := 1 if fixed else cfg.lp_clip.views:
+            seed = 0 if fixed else cfg.seed
+            view_of = repr((how, source.fingerprint, probe.image_size, view_settings(cfg.augment), seed, views, str(device)))
+            arguments = probe.spec["num_features"], source, cfg.augment, probe.image_size, seed, views, batch_size, workers, device
+            features = self._once(("features", view_of), lambda: FeatureTable(probe.encoder.features, *arguments))
+        return ProbeData(labels, features)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._frozen:
@@ -80,6 +115,8 @@ class Builder:
 
 def _needs(cfg: Config, stored: Stored) -> tuple[bool, bool]:
     """Whether a teacher and a discretizer are needed, given what is stored; raises UsageError when one is needed and not named."""
+    if cfg.method == "lp-clip":
+        return True, False
     terms = TERMS[cfg.method]
     online = bool({"dad", "aug"} & set(terms)) and stored.adversarial is None
     teacher = online or ("kd" in terms and stored.targets is None)
@@ -103,7 +140,7 @@ def _try_one_image(cfg: Config, device: torch.device, student: Student, teacher:
         student.eval()(pixels)
     except RuntimeError as error:
         what = f"cannot take images of {side} px ({str(error).splitlines()[0]})"
-        raise UsageError(f"--student {cfg.student.name} {what}; set --img-size or student.model_kwargs") from None
+        raise UsageError(f"--student {student.name} {what}; set --img-size or student.model_kwargs") from None
     if teacher is not None:
         teacher(pixels)
     if discretizer is not None:

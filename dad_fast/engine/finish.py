@@ -40,14 +40,14 @@ def finish(
         if parts.teacher.name not in taught:
             taught[parts.teacher.name] = {suite.name: trainer.judge(parts.teacher, suite).to_dict() for suite in suites}
         teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": taught[parts.teacher.name]}
-    if parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS[cfg.method]):
+    if parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ())):
         _sheet(trainer, output)
     record = {
         "variant": variant,
         "method": cfg.method,
         "seed": cfg.seed,
         **summary,
-        "student": cfg.student.name,
+        "student": parts.student.name,
         "num_parameters": sum(p.numel() for p in trainer.evaluated.parameters()),
         "bn": cfg.student.bn if parts.student.has_batch_stats else None,
         "suites": {name: result.to_dict() for name, result in student.items()},

@@ -22,6 +22,7 @@ class FrozenTeacher(NamedTuple):
     model: Teacher
     fingerprint: str  # of the weights as they were loaded, head included
     savings: dict[str, str]  # saving -> "" where it is on, else why it is not
+    encoder_fingerprint: str  # of the image encoder alone, which no prompt and no head changes
 
 
 class FrozenDiscretizer(NamedTuple):
@@ -36,8 +37,8 @@ def model_savings(cfg: Config) -> Savings:
 
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
     model = load_teacher(cfg.teacher, classes, cfg.precision, device)
-    digest = fingerprint(model)
-    return FrozenTeacher(model, digest, save_teacher_work(model, model_savings(cfg)))
+    digest, of_encoder = fingerprint(model), fingerprint(model.encoder)
+    return FrozenTeacher(model, digest, save_teacher_work(model, model_savings(cfg)), of_encoder)
 
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:

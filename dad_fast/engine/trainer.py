@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dad_fast.config import differences, from_toml, to_toml
 from dad_fast.config.schema import Config
-from dad_fast.data.loader import Batch, resolve_loader, train_loader
+from dad_fast.data.loader import Batch, TrainLoader, resolve_loader, train_loader
 from dad_fast.engine.build import Parts
 from dad_fast.engine.checkpoint import (
     Checkpoint,
@@ -26,6 +26,8 @@ from dad_fast.engine.checkpoint import (
 from dad_fast.engine.clock import Clock, input_bound
 from dad_fast.engine.feed import feed
 from dad_fast.engine.garbage import collections_between_steps
+from dad_fast.engine.lp_clip import ProbeStep
+from dad_fast.engine.lp_clip_features import FeatureLoader
 from dad_fast.engine.meter import Meter
 from dad_fast.engine.schedule import learning_rate, total_epochs
 from dad_fast.engine.signals import stop_requests
@@ -34,6 +36,7 @@ from dad_fast.engine.update import Update
 from dad_fast.errors import NotFinite, UsageError
 from dad_fast.evaluate.runner import Result, Suite, evaluate
 from dad_fast.models.discretizer import VQGANDiscretizer
+from dad_fast.models.probe import Probe
 from dad_fast.models.student import Student, save_student
 from dad_fast.observe.device import Gpu
 from dad_fast.observe.progress import TrainProgress
@@ -52,12 +55,12 @@ class Trainer:
         np.random.seed(cfg.seed % 2**32)
         torch.manual_seed(cfg.seed)  # again, after the student was built: a run draws the same whatever its initial weights took
         self.update = Update(parts.student, cfg, parts.device)
-        self.step = TrainStep(cfg, parts.student, parts.teacher, parts.discretizer, self.update)
+        if isinstance(parts.student, Probe):
+            self.step: TrainStep = ProbeStep(cfg, parts.student, self.update)
+        else:
+            self.step = TrainStep(cfg, parts.student, parts.teacher, parts.discretizer, self.update)
         self.images_per_step = cfg.data.batch_size * cfg.engine.grad_accum_steps
-        self.loader = train_loader(
-            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, self.images_per_step,
-            seed=parts.stored.view_seed(cfg.seed), workers=cfg.data.workers, device=parts.device, cycle=parts.stored.cycle,
-        )  # fmt: skip
+        self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
         steps = round(total_epochs(cfg.schedule) * self.steps_per_epoch)
         self.total_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
@@ -74,14 +77,23 @@ class Trainer:
             self._restore(found, allow_config_change)
         self.metrics_offset = found.state["metrics_offset"] if found else 0
 
+    def _loader(self) -> TrainLoader | FeatureLoader:
+        cfg, parts = self.cfg, self.parts
+        if parts.probe is not None and parts.probe.features is not None:
+            return FeatureLoader(parts.probe.features, self.images_per_step, cfg.seed, pin_memory=parts.device.type == "cuda")
+        return train_loader(
+            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, self.images_per_step,
+            seed=parts.stored.view_seed(cfg.seed), workers=cfg.data.workers, device=parts.device, cycle=parts.stored.cycle,
+        )  # fmt: skip
+
     def start(self) -> None:
-        """Open the logs, and say what is about to happen."""
+        """Open the logs, say what is about to happen, and make what the steps need before the first of them."""
         self.log = RunLog(self.output)
         self.log.truncate_to(self.metrics_offset)
         cfg, parts = self.cfg, self.parts
         millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
         lines = [
-            f"{self.label}: {cfg.method}, {cfg.student.name} ({millions:.2f} M parameters) on {parts.device}, "
+            f"{self.label}: {cfg.method}, {parts.student.name} ({millions:.2f} M parameters) on {parts.device}, "
             f"steps {self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images",
             parts.train.describe(),
         ]
@@ -94,15 +106,21 @@ class Trainer:
         for part, found in parts.savings.items():
             texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
             lines.append(f"savings of the {part}: {', '.join(texts) or 'none'}")
-        loader, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
-        lines.append(f"loader {loader}: {why}")
+        if self.loader.name != FeatureLoader.name:
+            loader, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
+            lines.append(f"loader {loader}: {why}")
         lines += [f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images" for store in parts.stored.stores]
         for line in lines:
             self.log.say(line, echo=line is lines[0])
+        if parts.probe is not None:
+            parts.probe.prepare(self.log.say)
 
     def train(self) -> dict[str, float]:
         """Runs to the end, or until a signal asks to stop: then the state is saved and Preempted or Interrupted raised."""
-        batches = self.parts.stored.join(self.loader.batches(self.next_step, self.total_steps), self.parts.device.type == "cuda")
+        cuda = self.parts.device.type == "cuda"
+        batches = self.parts.stored.join(self.loader.batches(self.next_step, self.total_steps), cuda)
+        if self.parts.probe is not None:
+            batches = self.parts.probe.join(batches, cuda)
         batches = feed(batches, self.parts.device)
         with stop_requests() as stop, self._progress() as progress, collections_between_steps():
             clock, first = self.clock, True
@@ -173,8 +191,9 @@ class Trainer:
         self._warn_of_bad_latents()
         values |= self.step.measure(batch) | {"data_wait": window.waited / window.seconds}
         self.windows += 1
+        from_files = self.loader.name != FeatureLoader.name
         advice = input_bound(window, self.images_per_step, self.cfg.data.workers, self.loader.name, self.parts.device.type == "cuda")
-        if advice and not self.advised and self.windows > 1:  # the first window holds the start of the loader's processes
+        if advice and from_files and not self.advised and self.windows > 1:  # the first window holds the start of the loader's processes
             self.advised = True
             self.log.say(advice)
         self.clock.skip()
@@ -246,7 +265,7 @@ class Trainer:
             "metrics_offset": self.log.offset(),
             "classes": self.parts.train.classes.to_json(),
             "data": self.parts.train.fingerprint,
-            "stores": self.parts.stored.checksums,
+            "stores": self.parts.checksums,
             "loader": self.loader.name,
         }
         self.checkpoints.save(self.next_step, tensors, state, self.write_model, best)
@@ -261,8 +280,9 @@ class Trainer:
 
     def _restore(self, found: Checkpoint, allow_config_change: bool) -> None:
         changed = differences(from_toml(found.state["config"], str(found.path)), self.cfg)
-        if found.state.get("stores", {}) != self.parts.stored.checksums:
-            changed.append(f"the stores {', '.join(self.cfg.store.dirs)} are not those that the run began with")
+        if found.state.get("stores", {}) != self.parts.checksums:
+            what = "the teacher's answers on the training images" if self.parts.probe else f"the stores {', '.join(self.cfg.store.dirs)}"
+            changed.append(f"{what} are not those that the run began with")
         if found.state["data"] != self.parts.train.fingerprint:
             changed.append(f"the images in {self.cfg.data.data_dir} are not those that the run began with")
         if changed and not allow_config_change:

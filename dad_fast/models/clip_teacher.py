@@ -17,6 +17,8 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models.fingerprint import fingerprint
+from dad_fast.models.student import PROBE
 from dad_fast.models.teacher import TEACHER, UNKNOWN, Teacher, check_classes
 from dad_fast.models.weights import asset, load_strictly, read_state_dict, sha256_file
 from dad_fast.models.zeroshot import prompt_names, resolve_templates, zero_shot_head
@@ -29,6 +31,7 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]
+Head = tuple[Tensor, Tensor, bool]  # weight [C, F], bias [C], and whether its features are made unit
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,18 @@ def load_clip_teacher(cfg: TeacherConfig, classes: ClassMap, precision: Precisio
         clip = _from_own_file(cfg.name)
     model = clip.model.eval().to(device)
     size = model.visual.image_size
+    tower = ImageTower(model.visual)
+    weight, bias, unit_features = _read_head(cfg.head, classes, tower) if cfg.head else _zero_shot(clip, model, classes, cfg.templates)
     return Teacher(
-        ImageTower(model.visual),
-        _read_head(cfg.head, classes, model.visual) if cfg.head else _zero_shot(clip, model, classes, cfg.templates),
+        tower,
+        (weight, bias),
         name=cfg.name,
         classes=classes,
         image_size=size[0] if isinstance(size, (tuple, list)) else size,
         mean=clip.mean,
         std=clip.std,
         precision=precision,
-        unit_features=not cfg.head,
+        unit_features=unit_features,
         provenance=clip.provenance,
         weights_sha256=clip.sha256,
     )
@@ -215,15 +220,17 @@ def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
     load_strictly(model, state, path)
 
 
-def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Sequence[str]) -> Head:
     """Weight [C, F] times logit_scale, and bias [C]: SigLIP's logit_bias, else 0."""
     weight = zero_shot_head(model, clip.tokenizer, prompt_names(classes), resolve_templates(templates, classes, clip.templates))
     bias = getattr(model, "logit_bias", None)
-    return weight * model.logit_scale.detach().exp().float(), torch.full((len(classes),), 0.0 if bias is None else float(bias))
+    return weight * model.logit_scale.detach().exp().float(), torch.full((len(classes),), 0.0 if bias is None else float(bias)), True
 
 
-def _read_head(path: str, classes: ClassMap, visual: Any) -> tuple[Tensor, Tensor]:
-    """A fine-tuned linear head on image features as they are: weight [C, F], bias [C] or none, and perhaps its class list."""
+def _read_head(path: str, classes: ClassMap, tower: ImageTower) -> Head:
+    """A linear head: weight [C, F], bias [C] or none, and perhaps its class list. It is a fine-tuned one on image features as they are,
+    or a linear probe of this very encoder, which says what its features were.
+    """
     state, metadata = read_state_dict(path)
     weight, bias = state.get("weight"), state.get("bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
@@ -231,7 +238,14 @@ def _read_head(path: str, classes: ClassMap, visual: Any) -> tuple[Tensor, Tenso
     if weight.shape[0] != len(classes):
         raise DataError(f"--teacher-head {path}: it has {weight.shape[0]} outputs, the data {len(classes)} classes; give its --class-map")
     check_classes(f"--teacher-head {path}", metadata, classes)
-    features = getattr(visual, "output_dim", weight.shape[1])
+    features = getattr(tower.visual, "output_dim", weight.shape[1])
     if features != weight.shape[1]:
         raise DataError(f"--teacher-head {path}: it takes {weight.shape[1]} features, the teacher has {features}; give this teacher's head")
-    return weight.float(), torch.zeros(len(classes)) if bias is None else bias.float()
+    unit = False
+    if PROBE in metadata:
+        from dad_fast.models.probe import check_encoder, probe_spec
+
+        spec = probe_spec(Path(path), metadata)
+        check_encoder(str(path), spec, fingerprint(tower))
+        unit = spec["unit_features"]
+    return weight.float(), torch.zeros(len(classes)) if bias is None else bias.float(), unit
