@@ -39,6 +39,13 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(arguments)
 
 
+class Intermixed(Parser):
+    """Flags may stand between positional arguments that are optional or many, which argparse alone takes for missing."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
+
+
 class _List(argparse.Action):
     """`--suite a b`, `--suite a,b` and `--suite a --suite b` are the same list."""
 

@@ -32,23 +32,35 @@ NOT_ARCHITECTURE = {name for name, p in inspect.signature(timm.create_model).par
 
 def checked_spec(text: str) -> dict[str, Any]:
     """A student's description from its JSON, every entry of a kind and size that a model can have. Raises ValueError, in few words."""
-    spec = _json(text)
-    if not isinstance(spec, dict):
-        raise ValueError("not a JSON object")
-    number, side, share = _whole(1, MAX_CLASSES), _whole(1, MAX_SIDE), _real(0.01, 1.0)
-    colours = (lambda value: _three(value, -1e3, 1e3)), (lambda value: _three(value, 1e-6, 1e3))
     rules: dict[str, Callable[[Any], bool]] = {
+        **VIEW,
         "name": lambda value: isinstance(value, str) and _is_registered(value),
         "model_kwargs": lambda value: isinstance(value, dict),
-        "num_classes": number, "img_size": side, "crop_pct": share, "mean": colours[0], "std": colours[1],
-        "interpolation": lambda value: isinstance(value, str) and len(value) <= MAX_TEXT,
-    }  # fmt: skip
+        "mean": lambda value: _three(value, -1e3, 1e3),
+        "std": lambda value: _three(value, 1e-6, 1e3),
+    }
+    spec = _checked(text, rules)
+    check_model_kwargs(spec["model_kwargs"])
+    return spec
+
+
+def checked_view(text: str) -> dict[str, Any]:
+    """The same of a model that brings its own computation (ONNX): what it is called, what images it takes, how many outputs it has."""
+    return _checked(text, VIEW)
+
+
+def _checked(text: str, rules: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    try:
+        spec = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(spec, dict):
+        raise ValueError("not a JSON object")
     for key, holds in rules.items():
         if key not in spec:
             raise ValueError(f"no {key}")
         if not holds(spec[key]):
             raise ValueError(f"{key} is {_short(spec[key])}")
-    check_model_kwargs(spec["model_kwargs"])
     return {key: spec[key] for key in rules}
 
 
@@ -101,13 +113,6 @@ def recorded_classes(path: object, text: str | None, num_classes: int) -> ClassM
     return classes
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
 def _is_registered(name: str) -> bool:
     """A model of timm's own; a name with a colon or a slash would be a hub's or a folder's."""
     return len(name) <= MAX_TEXT and not set(name) & set(":/\\") and timm.is_model(name.partition(".")[0])
@@ -144,3 +149,17 @@ def _short(value: Any) -> str:
         return "a number of more than 20 digits"
     text = repr(value)
     return ascii(text if len(text) <= 40 else text[:40] + "…")[1:-1]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+# What a description says of any model: each entry's rule.
+VIEW: dict[str, Callable[[Any], bool]] = {
+    "name": _text,
+    "num_classes": _whole(1, MAX_CLASSES),
+    "img_size": _whole(1, MAX_SIDE),
+    "crop_pct": _real(0.01, 1.0),
+    "interpolation": _text,
+}

@@ -1,0 +1,54 @@
+"""An exported ONNX file as a classifier, run by onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dad_fast.errors import DataError, EnvironmentProblem
+from dad_fast.models.declared import checked_view
+
+VIEW = "dad_fast.view"  # metadata key: what the model is called, and what images it takes
+
+
+class OnnxStudent:
+    """Pixels float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, num_classes], both on the CPU. `metadata` is the file's.
+
+    Raises EnvironmentProblem without onnxruntime, DataError for a file that is damaged or that `dad-fast export` did not write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise EnvironmentProblem(f"{path}: reading it needs onnxruntime: pip install 'dad-fast[export]'") from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors are raised; its warnings would be lines of their own
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        except Exception as error:  # the runtime has a class of its own for every kind of damage
+            raise DataError(f"{path}: not an ONNX model, or damaged ({' '.join(str(error).split())[:120]}): export it again") from None
+        if VIEW not in self.metadata:
+            raise DataError(f"{path}: not exported by dad-fast (no {VIEW} in its metadata), so its images and classes are not known")
+        try:
+            view = checked_view(self.metadata[VIEW])
+        except ValueError as error:
+            raise DataError(f"{path}: its metadata {VIEW} is damaged ({error})") from None
+        self._check_shapes(path, view)
+        self.name, self.num_classes, self.image_size = view["name"], view["num_classes"], view["img_size"]
+        self.crop_pct, self.interpolation = view["crop_pct"], view["interpolation"]
+
+    def _check_shapes(self, path: str | Path, view: dict[str, Any]) -> None:
+        given = [(part.name, list(part.shape)[1:]) for part in (*self._session.get_inputs(), *self._session.get_outputs())]
+        if given != [("pixels", [3, view["img_size"], view["img_size"]]), ("logits", [view["num_classes"]])]:
+            raise DataError(f"{path}: damaged: its inputs and outputs are not those that its metadata {VIEW} says")
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        run: Callable[..., Any] = self._session.run
+        return torch.from_numpy(run(["logits"], {"pixels": pixels.numpy()})[0])
