@@ -146,7 +146,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):
     def full_disk(path):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(DataError, match="disk is full"):
         folder.save(2, {"x": torch.ones(1)}, {}, full_disk, False)
     assert folder.load("auto", print).state["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-1"]

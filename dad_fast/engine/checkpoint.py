@@ -2,7 +2,7 @@
 
     checkpoints/step-N/model.safetensors    what evaluation uses (EMA when on), with its metadata
     checkpoints/step-N/train.safetensors    student, EMA, optimizer, generators, running sums: tensors only
-    checkpoints/step-N/state.json           counters, settings, and the SHA-256 of the two files above
+    checkpoints/step-N/state.json           counters, settings, and the SHA-256 of the two files above and of itself
     checkpoints/latest, checkpoints/best    symbolic links
 
 A folder is filled under a temporary name, synced and renamed; state.json is its last file. Nothing is pickled.
@@ -10,6 +10,7 @@ A folder is filled under a temporary name, synced and renamed; state.json is its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from dad_fast.errors import DataError
 from dad_fast.files import disk_error, sync
 from dad_fast.models.weights import sha256_file
 
-FILES = ("model.safetensors", "train.safetensors")
+FILES, STATE = ("model.safetensors", "train.safetensors"), "state.json"
 
 
 @dataclass
@@ -56,8 +57,9 @@ class CheckpointFolder:
             temporary.mkdir()
             write_model(temporary / FILES[0])
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / FILES[1])
-            hashes = {name: sha256_file(temporary / name) for name in FILES}
-            (temporary / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}))
+            own = json.loads(json.dumps({**state, "step": step}))  # as it will be read
+            hashes = {name: sha256_file(temporary / name) for name in FILES} | {STATE: _digest(own)}
+            (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
             for path in temporary.iterdir():
                 sync(path)
         except (OSError, SafetensorError) as error:
@@ -80,9 +82,8 @@ class CheckpointFolder:
         """The newest sound checkpoint (`path` = "auto"; None when there is none), or the one at `path`, which must be sound."""
         if path != "auto":
             return self._read(Path(path))
-        newest_first = sorted(self.root.glob("step-*"), key=lambda p: -int(p.name.removeprefix("step-")))
         damaged = ""
-        for candidate in newest_first:
+        for candidate in self._newest_first():
             try:
                 found = self._read(candidate)
             except DataError as error:
@@ -96,12 +97,14 @@ class CheckpointFolder:
 
     def _read(self, path: Path) -> Checkpoint:
         try:
-            state = json.loads((path / "state.json").read_text())
-            for name, digest in state["sha256"].items():
-                if sha256_file(path / name) != digest:
+            state = json.loads((path / STATE).read_text())
+            hashes = state.pop("sha256")
+            found = {name: sha256_file(path / name) for name in FILES} | {STATE: _digest(state)}
+            for name, digest in found.items():
+                if hashes[name] != digest:
                     raise DataError(f"checkpoint {path} is damaged: {name} is not what was written")
             return Checkpoint(path, load_file(path / FILES[1]), state)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise DataError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
 
     def _link(self, name: str, target: str) -> None:
@@ -113,10 +116,32 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         best = os.path.realpath(self.root / "best")
-        newest_first = sorted(self.root.glob("step-*"), key=lambda p: -int(p.name.removeprefix("step-")))
-        for old in newest_first[self.keep :]:
+        for old in self._newest_first()[self.keep :]:
             if os.path.realpath(old) != best:
                 shutil.rmtree(old)
+        for torn in self.root.glob(".step-*.tmp"):  # of a process that was killed
+            shutil.rmtree(torn, ignore_errors=True)
+
+    def _newest_first(self) -> list[Path]:
+        steps = {int(path.name[5:]): path for path in self.root.glob("step-*") if path.name[5:].isdecimal()}
+        return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Copies in host memory of what the tensors hold now; a tensor that is in several groups is copied once."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        return copies[key]
+
+    return [{name: copy(tensor) for name, tensor in group.items()} for group in groups]
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

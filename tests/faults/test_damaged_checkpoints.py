@@ -1,0 +1,103 @@
+"""Checkpoints that were cut short, flipped, emptied or lost: the one before is taken, aloud; named, or with none left, it is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from dad_fast.engine.checkpoint import CheckpointFolder  # noqa: E402
+from dad_fast.errors import DataError  # noqa: E402
+
+FILES = ("model.safetensors", "train.safetensors", "state.json")
+STATE = {"config": 'method = "kd"\n', "best_top1": 12.5, "metrics_offset": 1234, "classes": '{"names": ["ä", "b"]}', "stores": {}}
+
+
+def write_two(root: Path) -> CheckpointFolder:
+    folder = CheckpointFolder(root, keep=3)
+    for step in (3, 6):
+        tensors = {"student.weight": torch.full((4, 5), float(step)), "generator.torch": torch.arange(9, dtype=torch.uint8)}
+        folder.save(step, tensors, STATE, lambda path: path.write_bytes(b"a model's bytes"), best=False)
+    return folder
+
+
+def check(root: Path, folder: CheckpointFolder) -> None:
+    """The newest is damaged: step 3 is found instead, and said; asked for by name it is one line."""
+    said: list[str] = []
+    found = folder.load("auto", said.append)
+    assert found is not None and found.state["step"] == 3 and torch.equal(found.tensors["student.weight"], torch.full((4, 5), 3.0))
+    assert len(said) == 1 and "step-6" in said[0] and "trying the checkpoint before it" in said[0] and "\n" not in said[0]
+    with pytest.raises(DataError, match="step-6"):
+        folder.load(str(root / "step-6"), said.append)
+
+
+@hypothesis.settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_any_flipped_bit_and_any_cut_is_noticed(
+    tmp_path_factory: pytest.TempPathFactory, name: str, where: float, bit: int, cut: bool
+) -> None:
+    root = tmp_path_factory.mktemp("checkpoints")
+    folder = write_two(root)
+    path = root / "step-6" / name
+    content = bytearray(path.read_bytes())
+    at = int(where * len(content))
+    if cut:
+        del content[at:]
+    else:
+        content[at] ^= 1 << bit
+    path.write_bytes(content)
+    check(root, folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["lost", "empty", "a folder", "another's"])
+def test_a_file_that_is_not_there(tmp_path: Path, name: str, damage: str) -> None:
+    folder = write_two(tmp_path)
+    path = tmp_path / "step-6" / name
+    content = (tmp_path / "step-3" / name).read_bytes()
+    path.unlink()
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "a folder":
+        path.mkdir()
+    elif damage == "another's":
+        if name == "model.safetensors":
+            pytest.skip("the two are equal here")
+        path.write_bytes(content)
+    check(tmp_path, folder)
+
+
+KEYS = st.sampled_from(["sha256", "step", "config", "x"])
+LEAVES = st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=5)
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=6)
+
+
+@given(value=JSON)
+def test_any_json_in_place_of_the_state_is_damage(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    root = tmp_path_factory.mktemp("checkpoints")
+    folder = write_two(root)
+    (root / "step-6" / "state.json").write_text(json.dumps(value))
+    check(root, folder)
+
+
+def test_when_none_is_sound_nothing_is_overwritten(tmp_path: Path) -> None:
+    folder = write_two(tmp_path)
+    for step in (3, 6):
+        (tmp_path / f"step-{step}" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"no sound checkpoint is left.*--overwrite"):
+        folder.load("auto", lambda line: None)
+    assert len(list(tmp_path.glob("step-*"))) == 2
+
+
+def test_strange_names_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    folder = write_two(tmp_path)
+    for name in ("step-x", "step-", "step-9.bak", ".step-12.tmp", "notes"):
+        (tmp_path / name).mkdir()
+    found = folder.load("auto", lambda line: None)
+    assert found is not None and found.state["step"] == 6
