@@ -220,6 +220,10 @@ class EvalConfig:
         (), "judged at the end: embedded split names, image folders, or corruption names as in dad-fast eval", "--suite"
     )
     batch_size: int = setting(0, "images per evaluation batch; 0 = the training batch", "--val-batch-size", rule=NOT_NEGATIVE)
+    allow_partial: bool = setting(False, "judge published test sets that are not whole, and say so", "--allow-partial")
+    c_preprocessing: Literal["none", "resize256"] = setting(
+        "none", "imagenet-c: its 224-px images as they are, or resized to 256 and cropped", "--c-preprocessing"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,14 @@ class FolderSource:
     The fingerprint covers paths, file sizes and readability, not mtimes: a copy of the folder elsewhere has the same.
     """
 
-    def __init__(self, root: Path, split: str = "", classes: ClassMap | None = None, max_bad_share: float = 0.01) -> None:
+    def __init__(
+        self, root: Path, split: str = "", classes: ClassMap | None = None, max_bad_share: float = 0.01, other_folders: bool = False
+    ) -> None:
+        """other_folders: whether folders that are not in the class list may lie there, and are left out."""
         self.folder = _find_folder(root, split)
         self.name = str(self.folder)
         self.max_bad_share = max_bad_share
-        self.classes = _check_classes(self.folder, classes)
+        self.classes = _check_classes(self.folder, classes, other_folders)
         entries = build_index(self.folder, self.classes.folders)
         label_of = {folder: i for i, folder in enumerate(self.classes.folders)}
         self.keys: Sequence[str] = PackedStrings(entry.path for entry in entries)
@@ -67,12 +70,12 @@ def _find_folder(root: Path, split: str) -> Path:
     return root / split
 
 
-def _check_classes(folder: Path, classes: ClassMap | None) -> ClassMap:
+def _check_classes(folder: Path, classes: ClassMap | None, other_folders: bool) -> ClassMap:
     there = ClassMap.from_folders(folder)
     if classes is None:
         return there
     if missing := sorted(set(classes.folders) - set(there.folders)):
         raise DataError(f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: {some(missing)} (--class-map)")
-    if extra := sorted(set(there.folders) - set(classes.folders)):
+    if not other_folders and (extra := sorted(set(there.folders) - set(classes.folders))):
         raise DataError(f"{folder} has {len(extra):,} folders that are not in the class list: {some(extra)} (--class-map)")
     return classes

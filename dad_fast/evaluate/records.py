@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import save
-from torch import Tensor
 
 from dad_fast.data.names import shown
 from dad_fast.errors import DataError
@@ -47,28 +45,6 @@ class Records:
     def part(self, number: int) -> Records:
         chosen = self.values["part"] == number
         return Records(self.source, {name: value[chosen] for name, value in self.values.items()})
-
-    @classmethod
-    def from_table(cls, source: str, table: Tensor) -> Records:
-        """table: float64 [N, 11], the columns of FIELDS, on any device and in any order."""
-        rows = table.cpu().numpy()
-        rows = rows[np.lexsort((rows[:, 0], rows[:, 1]))]
-        whole = {name: rows[:, i].astype(np.int64) for i, name in enumerate(FIELDS[:3])}
-        return cls(source, whole | {name: np.ascontiguousarray(rows[:, 3 + i]) for i, name in enumerate(SCORES)})
-
-
-def gather(table: Tensor, processes: int) -> Tensor:
-    """The rows of all processes, [N, F]; each process brings its own number of them."""
-    if processes == 1:
-        return table
-    counts = [torch.zeros(1, dtype=torch.int64, device=table.device) for _ in range(processes)]
-    torch.distributed.all_gather(counts, torch.tensor([len(table)], device=table.device))
-    most = max(int(count) for count in counts)
-    padded = torch.zeros(most, table.shape[1], dtype=table.dtype, device=table.device)
-    padded[: len(table)] = table
-    parts = [torch.empty_like(padded) for _ in range(processes)]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 def save_records(path: str | Path, about: Mapping[str, Any], suites: Mapping[str, Records]) -> None:

@@ -47,12 +47,12 @@ class Result:
         return found
 
 
-def make_result(name: str, records: Records, num_outputs: int, num_parts: int = 1, **facts: Any) -> Result:
-    """`records` of `num_parts` parts as a Result; `facts` are its further fields."""
+def make_result(name: str, records: Records, num_outputs: int, **facts: Any) -> Result:
+    """`records` as a Result; `facts` are its further fields. num_outputs: how many outputs compete."""
     found = summarise(records.scores, num_outputs)
     images, place = np.unique(records["image"], return_inverse=True)
     each = np.bincount(place, weights=records["correct"]) / np.bincount(place)  # [images]: the share of parts in which it is right
     low, high = mean_interval(each)
-    by_part = tuple(100 * float(records["correct"][records["part"] == part].mean()) for part in range(num_parts)) if num_parts > 1 else ()
-    facts = {"by_severity": by_part} | facts
+    tops = tuple(100 * float(records.part(part)["correct"].mean()) for part in np.unique(records["part"]))
+    facts = {"by_severity": tops if len(tops) > 1 else ()} | facts
     return Result(name=name, num_images=len(images), top1_interval=(100 * low, 100 * high), records=records, **found, **facts)

@@ -1,41 +1,38 @@
-"""Judges a model on a suite: every readable image once, scores on the device, one read at the end."""
+"""Judges a model on a suite: every readable image once, on any number of processes; scores on the device, one read at the end."""
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dad_fast.config.schema import DataConfig
-from dad_fast.data.classes import ClassMap
 from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import to_pixels
-from dad_fast.data.sources import EMBEDDED, Source, is_split, open_source
-from dad_fast.errors import DataError, UsageError
-from dad_fast.evaluate.corruptions import CORRUPTIONS, corrupt, num_severities
-from dad_fast.evaluate.metrics import image_scores
-from dad_fast.evaluate.records import Records, gather
+from dad_fast.data.sources import Source
+from dad_fast.engine import distributed
+from dad_fast.errors import DataError
+from dad_fast.evaluate.corruptions import corrupt, num_severities
+from dad_fast.evaluate.imagenet import corruption_errors
+from dad_fast.evaluate.intervals import mean_interval
+from dad_fast.evaluate.metrics import SCORES, image_scores
+from dad_fast.evaluate.records import FIELDS, Records
 from dad_fast.evaluate.result import Result, make_result
+from dad_fast.evaluate.sources import Judged, Piece, as_judged, corruption_summary, image_numbers
+from dad_fast.evaluate.suites import Corruption, Suite, open_suites
 
-Corruption = tuple[str, int | None]  # name, severity; None = every severity
+__all__ = ["Result", "Suite", "evaluate", "open_suites", "records_of"]
 
-
-@dataclass(frozen=True)
-class Suite:
-    """What a suite's name stands for: a source, perhaps under a corruption."""
-
-    name: str
-    source: Source
-    corruption: Corruption | None = None
+Model = Callable[[Tensor], Tensor]
+Look = Callable[[Tensor, Tensor], Tensor]  # pixels [B, 3, H, W] and the images' keys [B] -> what the model sees
 
 
 def evaluate(
-    model: Callable[[Tensor], Tensor],
-    source: Source,
+    model: Model,
+    source: Source | Judged,
     *,
     img_size: int,
     crop_pct: float,
@@ -49,41 +46,101 @@ def evaluate(
 ) -> Result:
     """Judge `model`: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
 
-    A module is put in eval mode meanwhile. `progress` gets (images done, images in all). Raises DataError where the model has
-    fewer outputs than the source has classes, or where no image of it can be read.
+    A module is put in eval mode meanwhile. `progress` gets (images done, images in all). With several processes all of them must
+    call this, and all get the whole result. Raises DataError where the model has fewer outputs than the source has classes, or where
+    no image of it can be read.
     """
-    loader = EvalLoader(source, img_size, crop_pct, interpolation, batch_size, workers, pin_memory=device.type == "cuda")
-    if not loader.num_images:
-        raise DataError(f"{source.name}: no image to judge a model on (--suite)")
-    views = _views(corruption)
-    tables: list[Tensor] = []
-    done, num_classes = 0, 0
+    judged = as_judged(source)
+    view = (img_size, *(judged.view or (crop_pct, interpolation)))
+    records, num_outputs = records_of(model, judged, view, batch_size, workers, device, corruption, progress)
+    skipped = sum(int((~piece.ok).sum()) for piece in judged.pieces)
+    facts: dict[str, Any] = {"skipped": skipped, "protocol": protocol(judged, view)}
+    if judged.parts:
+        facts |= _corruption_facts(judged, records)
+    return make_result(name or judged.name, records, num_outputs, **facts)
+
+
+def records_of(
+    model: Model,
+    judged: Judged,
+    view: tuple[int, float, str],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    corruption: Corruption | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Records, int]:
+    """What `model` says of each image, and how many of its outputs compete. view: size, share kept and filter of an image."""
+    pieces = [piece.taken(piece.ok) for piece in judged.pieces]
+    total = sum(map(len, pieces))
+    if not total:
+        raise DataError(f"{judged.name}: no image to judge a model on (--suite)")
+    looks = _looks(corruption)
+    done, num_outputs = 0, 0
     was_training = isinstance(model, torch.nn.Module) and model.training
     if isinstance(model, torch.nn.Module):
         model.eval()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done = min(done + count * distributed.world(), total)
+        if progress is not None:
+            progress(done, total)
+
     try:
         with torch.no_grad():
-            for batch in loader:
-                pixels = to_pixels(batch.images.to(device, non_blocking=True))
-                labels, keys = batch.labels.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
-                for part, view in enumerate(views):
-                    logits = model(view(pixels, keys))
-                    num_classes = logits.shape[1]
-                    if num_classes < len(source.classes):
-                        raise DataError(f"{source.name} has {len(source.classes)} classes, the model {num_classes} outputs (--suite)")
-                    known = torch.stack([keys, torch.full_like(keys, part), labels], dim=1).double()  # [B, 3]
-                    tables.append(torch.cat([known, image_scores(logits, labels)], dim=1))
-                done += len(batch.labels)
-                if progress is not None:
-                    progress(done, loader.num_images)
+            scores = []
+            for piece in pieces:
+                found, outputs = _scores(model, judged, piece, view, looks, batch_size, workers, device, advance)
+                scores.append(found)
+                num_outputs = max(num_outputs, outputs)
     finally:
         if isinstance(model, torch.nn.Module):
             model.train(was_training)
-    records = Records.from_table(source.fingerprint, gather(torch.cat(tables), 1))
-    return make_result(name or source.name, records, num_classes, len(views), skipped=loader.skipped)
+    if distributed.world() > 1:  # a process may have had no image, where there are fewer than processes
+        told = distributed.all_reduce_sums(torch.tensor([num_outputs, num_outputs > 0]))
+        num_outputs = int(told[0] // told[1])
+    return _records(judged, pieces, scores), len(judged.columns) if judged.columns is not None else num_outputs
 
 
-def _views(corruption: Corruption | None) -> list[Callable[[Tensor, Tensor], Tensor]]:
+def _scores(
+    model: Model, judged: Judged, piece: Piece, view: tuple[int, float, str], looks: Sequence[Look], batch_size: int, workers: int,
+    device: torch.device, advance: Callable[[int], None],
+) -> tuple[Tensor, int]:  # fmt: skip
+    """`image_scores` of all images of `piece`, float64 [looks, N, 8] on the CPU, and the number of the model's outputs."""
+    columns, accepted = (None if array is None else torch.from_numpy(array).to(device) for array in (judged.columns, judged.accepted))
+    mine = piece.taken(slice(distributed.rank(), None, distributed.world()))
+    keys = torch.from_numpy(mine.rows).to(device)
+    found = torch.zeros(len(looks), len(piece), len(SCORES), dtype=torch.float64, device=device)
+    of_mine = found[:, distributed.rank() :: distributed.world()]  # the other processes fill in the rest
+    num_outputs = 0
+    for batch in EvalLoader(mine, *view, batch_size, workers, pin_memory=device.type == "cuda"):
+        pixels = to_pixels(batch.images.to(device, non_blocking=True))
+        labels, rows = batch.labels.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
+        for number, look in enumerate(looks):
+            logits = model(look(pixels, keys[rows]))
+            num_outputs = logits.shape[1]
+            if num_outputs < len(judged.classes) and judged.known:
+                raise DataError(f"{judged.name} has {len(judged.classes)} classes, the model {num_outputs} outputs (--suite)")
+            of_mine[number, rows] = image_scores(logits, labels, columns, accepted)
+        advance(len(labels))
+    return distributed.all_reduce_sums(found).cpu(), num_outputs
+
+
+def _records(judged: Judged, pieces: Sequence[Piece], scores: Sequence[Tensor]) -> Records:
+    """The rows of all pieces and looks, part by part."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in FIELDS}
+    part = 0
+    for piece, images, found in zip(pieces, image_numbers(pieces), scores, strict=True):
+        label = judged.output_of(piece.labels)
+        for look in found.numpy():
+            for name, value in zip(FIELDS, (images, np.full(len(images), part), label, *look.T), strict=True):
+                columns[name].append(value)
+            part += 1
+    return Records(judged.fingerprint, {name: np.concatenate(values) for name, values in columns.items()})
+
+
+def _looks(corruption: Corruption | None) -> list[Look]:
     """What is judged of each image: itself, or its corrupted versions."""
     if corruption is None:
         return [lambda pixels, keys: pixels]
@@ -92,62 +149,25 @@ def _views(corruption: Corruption | None) -> list[Callable[[Tensor, Tensor], Ten
     return [lambda pixels, keys, s=s: corrupt(name, pixels, s, keys) for s in severities]  # type: ignore[misc]
 
 
-def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap) -> list[Suite]:
-    """What the `--suite` names stand for, opened and checked against `classes`, the recorded class list of the model.
-
-    A name is a corruption (`contrast`, `contrast:3`), a split of `data.data_dir` (a sub-folder, a pattern of shards or an embedded
-    split), or the path of an image folder or of WebDataset shards. A corruption is applied to the first split or folder in the list,
-    or else to `data.val_split`.
-
-    Raises UsageError for a name that is none of these, DataError for a folder that is missing or whose classes disagree.
-    """
-    names = list(dict.fromkeys(names))
-    plain = [name for name in names if _corruption(name) is None]
-    opened: dict[str, Source] = {}
-
-    def source(name: str) -> Source:
-        if name not in opened:
-            opened[name] = _open(name, data, classes)
-        return opened[name]
-
-    suites = []
-    for name in names:
-        corruption = _corruption(name)
-        if corruption is not None:
-            suites.append(Suite(name, source(plain[0] if plain else data.val_split), corruption))
-        else:
-            short = Path(name).name or name
-            suites.append(Suite(short if sum(Path(other).name == short for other in plain) == 1 else name, source(name)))
-    return suites
+def protocol(judged: Judged, view: tuple[int, float, str]) -> str:
+    """How an image becomes the model's pixels, and the suite's note, in words."""
+    size, crop_pct, interpolation = view
+    short = math.floor(size / crop_pct)
+    look = f"{size} px" if short == size else f"resize {short} {interpolation}, crop {size}"
+    if judged.parts:
+        look += " (as they are where they have that size)" if short == size else ""
+    return "; ".join(filter(None, (look, judged.note)))
 
 
-def _corruption(name: str) -> Corruption | None:
-    """("contrast", 3) for "contrast:3"; None for a name that is no corruption's. Raises UsageError for a severity that it has not."""
-    base, colon, severity = name.partition(":")
-    if base not in CORRUPTIONS:
-        return None
-    if not colon:
-        return base, None
-    if severity not in map(str, range(1, num_severities(base) + 1)):
-        known = "1 to 5" if num_severities(base) > 1 else "1 only"
-        raise UsageError(f"--suite {name}: no severity {severity!r}; {base} has {known}, and without a number all are taken")
-    return base, int(severity)
-
-
-def _open(name: str, data: DataConfig, classes: ClassMap) -> Source:
-    embedded = data.data_dir.startswith(EMBEDDED)
-    if embedded and not is_split("", name):
-        try:
-            return open_source(data.data_dir, name, classes=classes)
-        except UsageError as error:
-            raise UsageError(f"--suite {name}: {error}{_nearest(name)}") from None
-    if not embedded and is_split(data.data_dir, name):
-        return open_source(data.data_dir, name, classes=classes, max_bad_share=data.max_bad_share)
-    if is_split("", name):
-        return open_source(name, classes=classes, max_bad_share=data.max_bad_share)
-    raise DataError(f"--suite {name}: no corruption, no folder in {data.data_dir} and no other folder{_nearest(name)}")
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name.partition(":")[0], CORRUPTIONS, n=1)
-    return f"; did you mean {near[0]}?" if near else f" (corruptions: {', '.join(CORRUPTIONS)})"
+def _corruption_facts(judged: Judged, records: Records) -> dict[str, Any]:
+    """mCE with its interval, and accuracy and error of each corruption, of a suite of corrupted copies."""
+    part = [records.part(number)["correct"] for number in range(len(judged.parts))]
+    tops, weights = corruption_summary(judged, [100 * float(correct.mean()) for correct in part])
+    errors = corruption_errors({name: values for name, values in tops.items() if len(values) == 5})
+    by_corruption = {name: {"top1": values, "ce": errors.get(name)} for name, values in tops.items()}
+    found: dict[str, Any] = {"by_corruption": by_corruption, "by_severity": ()}
+    if weights is None or len({len(correct) for correct in part}) > 1:
+        return found
+    each = weights @ (1 - np.stack(part))  # [N]: what each picture adds to the mCE, which is the mean of it
+    low, high = mean_interval(100 * each)
+    return found | {"mce": 100 * float(each.mean()), "mce_interval": (low, high)}
