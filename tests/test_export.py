@@ -253,6 +253,43 @@ def test_a_damaged_run_folder_is_one_line(
         assert code in (2, 4) and error.count("\n") == 1 and name in error and not (tmp_path / "out").exists()
 
 
+# --- a linear probe ---------------------------------------------------------------------------------------------------------
+
+
+@needs_onnx
+def test_a_probe_is_exported_with_its_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("open_clip")
+    probe = make_probe(tmp_path / "run" / "model.safetensors", write_teacher(tmp_path / "teacher.safetensors"))
+    assert export(tmp_path / "run", "-o", tmp_path / "timm", "--format", "timm") == 2
+    assert "no model of timm's; use --format onnx torch" in capsys.readouterr().err
+    assert export(tmp_path / "run", "-o", tmp_path / "out", "--format", "onnx", "torch") == 0
+    (tmp_path / "teacher.safetensors").unlink()  # what was exported needs no encoder beside it
+    pixels, expected = logits(probe)
+    assert (expected.softmax(1).std(0) > 1e-6).any()
+    assert largest_difference(export_graph.read_onnx(tmp_path / "out" / "model.onnx"), [(pixels, expected)], "onnx") <= 1e-4
+    assert largest_difference(export_graph.read_program(tmp_path / "out" / "model.pt2"), [(pixels, expected)], "program") <= 1e-4
+    write_images(tmp_path / "photos", per_class=1)
+    assert cli.main(["predict", str(tmp_path / "out"), str(tmp_path / "photos"), "-k", "1"]) == 0
+    assert capsys.readouterr().out.count(" %") == 6
+    for path in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+    assert "# linear probe on teacher.safetensors" in (tmp_path / "out" / "README.md").read_text()
+
+
+def make_probe(path: Path, teacher_file: Path) -> Student:
+    from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+    from dad_fast.models.fingerprint import fingerprint
+    from dad_fast.models.probe import build_probe
+    from dad_fast.models.teacher import load_teacher
+
+    classes = ClassMap(tuple((i, name, name) for i, name in enumerate(("ant", "bee", "cat"))))
+    teacher = load_teacher(TeacherConfig(name=str(teacher_file)), classes, PrecisionConfig(), torch.device("cpu"))
+    probe = build_probe(teacher, fingerprint(teacher.encoder), init="zero-shot")
+    path.parent.mkdir()
+    save_student(path, probe, {"dad_fast.classes": classes.to_json(), "dad_fast.method": "lp-clip", "dad_fast.ema": "false"})
+    return probe.eval()
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------------
 
 

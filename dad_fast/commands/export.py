@@ -18,12 +18,12 @@ from dad_fast.files import atomic_write_json, atomic_write_text, sync
 from dad_fast.flags.export import ExportOptions
 from dad_fast.models import export_graph as graph
 from dad_fast.models.declared import recorded_classes
-from dad_fast.models.export_card import model_card, read_run
+from dad_fast.models.export_card import model_card, read_run, short_name
 from dad_fast.models.export_check import largest_difference, reference
 from dad_fast.models.export_timm import read_timm, write_timm
 from dad_fast.models.raw_weights import load_raw_student
 from dad_fast.models.run_settings import take_view
-from dad_fast.models.student import CLASSES, STUDENT, Student, checkpoint_file, load_student
+from dad_fast.models.student import CLASSES, PROBE, STUDENT, Student, checkpoint_file, load_student
 from dad_fast.models.weights import sha256_file
 
 RECORD = "export.json"  # written last; also what says that a folder is an export and may be replaced
@@ -34,6 +34,8 @@ def run(options: ExportOptions) -> int:
     target = Path(options.output)
     _check_target(target, options.overwrite)
     student, metadata, source, weights = _load(options.checkpoint, options.weights)
+    if PROBE in metadata:
+        student.name = f"linear probe on {short_name(student.spec['teacher'])}"
     classes = recorded_classes(source, metadata.get(CLASSES), student.num_classes)
     formats = options.formats or (("timm",) if STUDENT in metadata else ("onnx",))
     if "onnx" in formats:
@@ -87,7 +89,7 @@ def _write(folder: Path, student: Student, classes: ClassMap, metadata: dict[str
             checks[name] = largest_difference(model, pairs, name)
     if "onnx" in formats or "torch" in formats:
         program = graph.trace(student)
-        metadata = {**metadata, **graph.view_metadata(student)}
+        metadata = {key: text for key, text in metadata.items() if key != PROBE} | graph.view_metadata(student)
         if "onnx" in formats:
             graph.write_onnx(folder / graph.ONNX, program, metadata)
             checks["onnxruntime"] = largest_difference(graph.read_onnx(folder / graph.ONNX), pairs, graph.ONNX)

@@ -74,7 +74,7 @@ def model_card(
     """Markdown with the front matter of the Hugging Face hub. `weights`: "EMA" or "raw"; `checks`: differences by what was read back."""
     try:
         parts = [
-            *_title(student, classes, metadata), *_loading(student, files), *_training(student, metadata, weights, run),
+            *_title(student, classes, metadata, files), *_loading(student, files), *_training(student, metadata, weights, run),
             *_results(student, weights, run), *_limits(student, classes, run), *_licence(run), *_verified(checks),
         ]  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -87,10 +87,11 @@ def md(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(shown(str(value)), quote=False))
 
 
-def _title(student: Student, classes: ClassMap, metadata: Mapping[str, str]) -> Iterator[str]:
+def _title(student: Student, classes: ClassMap, metadata: Mapping[str, str], files: Sequence[str]) -> Iterator[str]:
     method = metadata.get("dad_fast.method", "")
     names = ", ".join(md(name) for name in classes.names[:8]) + (f" and {len(classes) - 8:,} more" if len(classes) > 8 else "")
-    yield "---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: unknown\ntags: [image-classification, dad-fast]\n---"
+    library = "library_name: timm\n" if "config.json" in files else ""
+    yield f"---\n{library}pipeline_tag: image-classification\nlicense: unknown\ntags: [image-classification, dad-fast]\n---"
     yield f"# {md(student.name)}" + (f", trained by {md(method)}" if method else "")
     yield f"\nClassifies images of {student.image_size} × {student.image_size} pixels as one of {len(classes):,} classes: {names}."
 
@@ -127,19 +128,19 @@ def _training(student: Student, metadata: Mapping[str, str], weights: str, run: 
     if cfg is None:
         yield "- The run's folder was not beside the weights, so nothing more is known."
         return
-    data = _short(cfg.data.data_dir)
+    data = short_name(cfg.data.data_dir)
     yield f"- Images: {md(data)}, split {md(cfg.data.train_split)}; {cfg.data.batch_size:,} to a batch, seed {cfg.seed}."
     if results:
         yield f"- {int(results['steps']):,} steps, {float(results['epochs']):.4g} epochs, {float(results['seconds']):,.0f} s."
     origin = "timm's pretrained weights" if cfg.student.pretrained else ""
-    origin = md(_short(cfg.student.init_from or cfg.student.weights)) or origin
+    origin = md(short_name(cfg.student.init_from or cfg.student.weights)) or origin
     yield f"- Started from {origin or 'random weights'}."
     for part in ("teacher", "discretizer"):
         found = results.get(part) or machine.get(part)
         if found:
-            yield f"- {part.capitalize()}: {md(_short(found['name']))}. It has seen: {md(found['seen'])}."
+            yield f"- {part.capitalize()}: {md(short_name(found['name']))}. It has seen: {md(found['seen'])}."
         elif part == "teacher" and cfg.teacher.name:
-            yield f"- Teacher: {md(_short(cfg.teacher.name))}. What it has seen is not recorded."
+            yield f"- Teacher: {md(short_name(cfg.teacher.name))}. What it has seen is not recorded."
     if student.has_batch_stats and cfg.method not in ("ce", "kd"):
         yield f"- Batch norm over clean and attacked images: {cfg.student.bn}."
     versions = machine.get("packages") or {}
@@ -196,7 +197,7 @@ def _number(value: Any, digits: int) -> str:
     return "–" if value is None else f"{float(value):.{digits}f}"
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A path's last part: folders of the machine that trained are nobody's business."""
     before, at, path = str(name).rpartition("@")
     path = path if path.startswith("embedded:") or not set(path) & set("/\\") or ":" in path else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
