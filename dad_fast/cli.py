@@ -13,7 +13,8 @@ from dad_fast.config.fields import nearest
 from dad_fast.errors import DadFastError, UsageError
 from dad_fast.files import is_full
 
-VERBS = ("train", "ablate", "eval", "predict", "export", "precompute", "store", "profile", "doctor")  # each a module in dad_fast/flags
+# Each a module in dad_fast/flags.
+VERBS = ("train", "ablate", "eval", "analyze", "predict", "export", "precompute", "store", "report", "profile", "doctor")
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 TOP_HELP = """\

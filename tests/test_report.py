@@ -10,7 +10,7 @@ import torch
 
 from dad_fast.errors import DataError
 from dad_fast.files import atomic_write_json, atomic_write_text
-from dad_fast.observe.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, bar_chart, line_chart, ticks
+from dad_fast.observe.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Bar, Series, bar_chart, line_chart, ticks
 from dad_fast.observe.report import write_report
 from dad_fast.observe.runlog import RunLog
 from dad_fast.observe.sheet import write_sheet
@@ -21,7 +21,7 @@ NASTY = "<b>&\"'kd"
 class Checker(HTMLParser):
     """Every tag is closed; nothing is loaded from anywhere."""
 
-    VOID = {"meta", "link", "img", "line", "rect", "circle", "polyline", "wbr"}
+    VOID = {"meta", "link", "img", "line", "rect", "circle", "polyline", "path", "wbr"}
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -84,11 +84,13 @@ def test_comparison(tmp_path):
     page = path.read_text()
     checked = Checker(page)
     assert path == tmp_path / "report.html" and not re.search(r"https?://|url\(", page) and "prefers-color-scheme: dark" in page
-    for words in ("95.5 ± 0.7", "70.5 ± 0.7", NASTY, "teacher T<1>", "a & b", "method = '<x>'", "<cpu>", "1,234", "25%"):
+    for words in ("95.5 ± 0.7", "70.5 ± 0.7", NASTY, "teacher T<1>", "a & b", "method = '<x>'", "<cpu>", "1,234", "25.0"):
         assert words in checked.text, words
-    assert checked.tags.count("svg") == 2 + 3  # a bar chart per suite; validation, loss, kept
-    assert checked.tags.count("img") == 1 and checked.tags.count("polyline") == 4 and checked.tags.count("circle") == 2
-    training = page.split("Training</h2>")[1].split("Cost</h2>")[0]
+    figures = re.findall(r"<figcaption>(.*?) <small>", page)
+    assert figures[:2] == ["test", "fog"]  # a bar chart per suite
+    assert figures[2:5] == ["Validation top-1", "Training loss", "Attacked images kept by the filter"]
+    training = page.split("Training</h2>")[1].split("Throughput, energy and overhead</h2>")[0]
+    assert checked.tags.count("img") == 1 and training.count("<polyline") == 4
     assert "nan" not in re.sub(r'src="data:[^"]*"', "", training)  # a picture's base64 may well hold these letters
 
 
@@ -109,7 +111,10 @@ def test_run_without_log_or_sheet(tmp_path):
 
 
 def test_unfinished_run(tmp_path):
-    with pytest.raises(DataError, match="results.json: not a results.json"):
+    with pytest.raises(DataError, match="no run has written to it"):
+        write_report(tmp_path)
+    fill(tmp_path)
+    with pytest.raises(DataError, match="results.json: not a results.json of a finished run; .*in progress"):
         write_report(tmp_path)
 
 
@@ -128,12 +133,17 @@ def test_ticks(low, high, expected):
 
 
 def test_points_and_bars_are_drawn_to_scale():
-    chart = line_chart("loss", "epoch", [Series("kd", "red", [(0, 0), (5, 50), (10, 100)]), Series("dad", "blue", [])])
+    chart = line_chart("loss", "nats", "epoch", [Series("kd", "red", [(0, 0), (5, 50), (10, 100)]), Series("dad", "blue", [])])
     points = re.search(r'points="([^"]+)"', chart).group(1).split()
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     assert [tuple(map(float, point.split(","))) for point in points] == [
         (LEFT, HEIGHT - BOTTOM), (LEFT + width / 2, HEIGHT - BOTTOM - height / 2), (LEFT + width, TOP)
     ]  # fmt: skip
-    chart = bar_chart("test", [("a", 100.0, None, "red"), ("b", 50.0, 5.0, "blue"), ("c", float("nan"), None, "red")])
+    bars = [Bar("a", 100.0, None, "red"), Bar("b", 50.0, (45.0, 56.0), "blue", [40.0, 60.0]), Bar("c", float("nan"), None, "red")]
+    chart = bar_chart("test", "top-1, %", bars)
     widths = [float(value) for value in re.findall(r'<rect[^>]* width="([\d.]+)"', chart)]
-    assert widths[0] == pytest.approx(2 * widths[1], abs=0.1) and widths[2] == 0 and "50.0 ± 5.0" in chart
+    assert widths[0] == pytest.approx(2 * widths[1], abs=0.1) and widths[2] == 0 and "50.0 [45.0, 56.0]" in chart
+    low, high = re.search(r'<path d="M([\d.]+) [\d.]+H([\d.]+)', chart).groups()
+    assert float(high) - float(low) == pytest.approx(widths[0] * 0.11, abs=0.2)
+    seeds = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', chart)]
+    assert seeds[1] - seeds[0] == pytest.approx(widths[0] * 0.2, abs=0.2)

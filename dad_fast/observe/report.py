@@ -1,197 +1,223 @@
-"""One self-contained HTML page for a run or a comparison: result, bars per shift, curves, picture sheets, cost, settings."""
+"""One self-contained HTML page for runs: what was trained on what, results, calibration, curves, images, cost, environment.
+
+`write_report` makes it at the end of every run and `dad-fast report` from any run folders, side by side. It needs neither the
+network nor scripts, and no template engine: the page is sections of text, tables and drawings, each made by one function.
+"""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import re
-import statistics
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dad_fast.evaluate.table import METRICS, cell, notes, read_record, rows, suites, teachers, variants
+from dad_fast.errors import DataError
+from dad_fast.evaluate.table import METRICS, rows, suites, teachers
+from dad_fast.evaluate.table import notes as table_notes
 from dad_fast.files import atomic_write_text
-from dad_fast.observe.chart import Series, bar_chart, line_chart
-from dad_fast.observe.runlog import read_metrics
+from dad_fast.observe.chart import MIN_COUNT, Bar, Reliability, Series, bar_chart, line_chart, reliability_chart
+from dad_fast.observe.cost import cost_table
+from dad_fast.observe.facts import differing, environment, trained
+from dad_fast.observe.intervals import MIN_SEEDS, interval
+from dad_fast.observe.markup import details, document, grid, legend, look, notes, preformatted, section, table, text
+from dad_fast.observe.runs import Group, Loaded, load, number
+from dad_fast.observe.tiles import PIECES, SHEET, Tiles
 
-SHEET = "sheet.png"
-NUM_COLORS = 8
-CURVES = (  # kind of row, its value, factor, heading
-    ("val", "top1", 1, "Validation top-1 in %"),
-    ("train", "loss", 1, "Training loss, each method's own"),
-    ("train", "kept", 100, "Attacked images kept by the filter, in %"),
-    ("train", "codes_changed", 100, "Codes changed by the attack, in %"),
+TEACHER = ("var(--soft)", "")  # colour and dashes
+CURVES = (  # kind of row, its value, factor, heading, unit
+    ("val", "top1", 1, "Validation top-1", "%"),
+    ("train", "loss", 1, "Training loss", "nats, each method's own sum"),
+    ("train", "kept", 100, "Attacked images kept by the filter", "%"),
+    ("train", "codes_changed", 100, "Codes changed by the attack", "%"),
+    ("val", "ece", 1, "Validation calibration error", "%"),
 )
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --soft: #5f6670; --line: #d4d8dd;
-  --c0: #0b62a8; --c1: #b65200; --c2: #087a5a; --c3: #a33a86; --c4: #6b6300; --c5: #1f86a8; --c6: #7a4a2b; --c7: #5b5bd6; }
-@media (prefers-color-scheme: dark) { :root { --back: #15181c; --text: #e6e8ea; --soft: #a2a9b2; --line: #3a4047;
-  --c0: #5cb0f2; --c1: #ff9d4d; --c2: #3fce9f; --c3: #ec8ccf; --c4: #d6c94a; --c5: #6fd2ee; --c6: #d09a75; --c7: #a5a5ff; } }
-@media print { :root { --back: #fff; --text: #000; } section, figure { break-inside: avoid; } }
-body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 1040px; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
-td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } td.best { font-weight: 700; }
-ul { color: var(--soft); font-size: 0.9rem; padding-left: 1.2rem; overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem 2rem; }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: 0.9rem; }
-svg { width: 100%; max-width: 560px; height: auto; display: block; }
-svg text { fill: var(--soft); font: 13px system-ui, sans-serif; } .axis { stroke: var(--line); }
-.legend { display: flex; flex-wrap: wrap; gap: 0.25rem 1.2rem; font-size: 0.9rem; margin: 0.5rem 0; }
-.legend i { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 2px; margin-right: 0.4em; }
-img { max-width: 100%; height: auto; } pre { overflow-x: auto; font-size: 0.8rem; } summary { cursor: pointer; }
-"""
-HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-"""
+COST_CURVES = (
+    ("train", "img_per_s", 1, "Throughput", "clean images a second"),
+    ("train", "data_wait", 100, "Waiting for data", "% of the time"),
+    ("train", "gpu.power_w", 1, "Power of the GPU", "W"),
+    ("train", "gpu_memory", 1, "GPU memory, highest so far", "GiB"),
+)
 
 
 def write_report(folder: str | Path) -> Path:
     """Write `folder`/report.html from what a finished run, or a comparison of runs, left in `folder`; returns its path.
 
-    Raises DataError where there is no results.json.
+    Raises DataError where there is no sound results.json.
     """
     folder = Path(folder)
+    loaded = load([folder])
+    if not loaded.record["runs"]:
+        raise DataError("; ".join([f"{folder}/results.json: not a results.json of a finished run", *loaded.problems]))
     path = folder / "report.html"
-    atomic_write_text(path, page(folder, read_record(folder / "results.json")))
+    atomic_write_text(path, page(loaded))
     return path
 
 
-def page(folder: Path, record: dict[str, Any]) -> str:
-    """The whole page. The runs of a comparison lie in `folder`/VARIANT/seed-S, a single run is `folder` itself."""
-    grouped = variants(record)
-    colors = {name: f"var(--c{i % NUM_COLORS})" for i, name in enumerate(grouped)}
-    logs = {name: [read_metrics(run_folder(folder, run)) for run in runs] for name, runs in grouped.items()}
-    title = f"{' · '.join(grouped)}: {folder.resolve().name}"
-    legend = "".join(f'<span><i style="background:{colors[name]}"></i>{escape(name)}</span>' for name in grouped)
+def page(loaded: Loaded) -> str:
+    """The whole page."""
+    groups, record = loaded.groups, loaded.record
+    looks = {group.label: look(i) for i, group in enumerate(groups)}
+    problems = list(loaded.problems)
+    named = [(name, *found) for name, found in looks.items()]
+    key = legend(named) if len(groups) > 1 else ""
+    taught = legend([("teacher", *TEACHER), *named]) if teachers(record) else key
+    sheets = _sheets(groups, problems)  # before the problems are shown
+    costs, cost_notes = cost_table(groups)
+    done = bool(record["runs"])
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        _section("Result", _result_table(record), _list(notes(record, "top1"))),
-        _section("Accuracy per shift", f'<div class="legend">{legend}</div>', _bars(record, colors)),
-        _section("Training", f'<div class="legend">{legend}</div>', _curves(logs, colors)),
-        _section("Original, Q(original), Q(attacked), and the change between the last two", _sheets(folder, grouped)),
-        _section("Cost", _cost_table(grouped, logs)),
-        _section("Settings and machine", _settings(folder, record)),
+        f"<h1>{text(title(groups))}</h1>",
+        notes(problems, "problems"),
+        section("What was trained, and on what", trained(groups)),
+        section("Result", _result_tables(record), notes(table_notes(record, "top1"))) if done else "",
+        section("What differs", differing(groups)) if len(groups) > 1 else "",
+        _with_key("Accuracy per shift", key, _bars(record, looks), notes(_bar_notes(groups))) if done else "",
+        _with_key("Calibration", taught, _reliability(record, looks), notes(_reliability_notes())) if done else "",
+        _with_key("Training", key, _curves(groups, looks, CURVES)),
+        section("Images: clean, discretized, attacked", sheets),
+        section("Throughput, energy and overhead", costs, notes(cost_notes), key if costs else "", _curves(groups, looks, COST_CURVES)),
+        section("Environment", environment(groups)),
+        section("Settings", _settings(loaded)),
     ]
-    return HEAD.format(title=escape(title), style=STYLE) + "\n".join(part for part in parts if part) + "\n</body>\n</html>\n"
+    return document(title(groups), parts)
 
 
-def run_folder(folder: Path, run: dict[str, Any]) -> Path:
-    nested = folder / run["variant"] / f"seed-{run['seed']}"
-    return nested if nested.is_dir() else folder
+def title(groups: Sequence[Group]) -> str:
+    names = [group.label for group in groups]
+    places = list(dict.fromkeys(group.origin.name for group in groups))
+    shown = " · ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"{shown}: {places[0]}" if len(places) == 1 and places != names else shown
 
 
-def _section(heading: str, *content: str) -> str:
-    """Nothing where the last part of the content is empty."""
-    return f"<section>\n<h2>{escape(heading)}</h2>\n" + "\n".join(content) + "\n</section>" if content[-1] else ""
+def _with_key(heading: str, key: str, figures: str, *more: str) -> str:
+    return section(heading, key, figures, *more) if figures else ""
 
 
-def _list(lines: Sequence[str]) -> str:
-    """Notes; what stands in backticks, as in markdown, becomes code."""
-    items = (re.sub("`(.*?)`", r"<code>\1</code>", escape(line)) for line in lines)
-    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+def _result_tables(record: dict[str, Any]) -> str:
+    """Top-1 and ECE in the open, the other metrics that were measured folded away."""
+    tables = {}
+    for metric, words in METRICS.items():
+        if any(metric in result for run in record["runs"] for result in run["suites"].values()):
+            header, body, best = rows(record, metric)
+            tables[metric] = table(header, body, best, words)
+    folded = "".join(content for metric, content in tables.items() if metric not in ("top1", "ece"))
+    return "".join(tables.get(metric, "") for metric in ("top1", "ece")) + details("Further metrics", folded)
 
 
-def _heading(text: str) -> str:
-    """A column's heading, which may break after an underscore only."""
-    return escape(text).replace(" ", "&nbsp;").replace("_", "_<wbr>")
+def _of_suite(record: dict[str, Any], suite: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(name, results of its seeds) of every teacher and group that was judged by `suite`."""
+    taught_by = teachers(record)
+    judged = [("teacher" if len(taught_by) == 1 else one["name"], [one["suites"][suite]]) for one in taught_by if suite in one["suites"]]
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for run in record["runs"]:
+        if suite in run["suites"]:
+            grouped.setdefault(run["variant"], []).append(run["suites"][suite])
+    return judged + list(grouped.items())
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]], best: set[tuple[int, int]] = frozenset()) -> str:  # type: ignore[assignment]
-    lines = ["".join(f"<th>{_heading(text)}</th>" for text in header)]
-    for i, row in enumerate(body):
-        lines.append("".join(f"<td{' class=best' if (i, j) in best else ''}>{escape(text)}</td>" for j, text in enumerate(row)))
-    return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
-
-
-def _result_table(record: dict[str, Any]) -> str:
-    return "".join(f"<p>{escape(METRICS[metric])}</p>{_table(*rows(record, metric))}" for metric in ("top1", "ece"))
-
-
-def _bars(record: dict[str, Any], colors: dict[str, str]) -> str:
-    figures, taught_by = [], teachers(record)
+def _bars(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
+    figures = []
     for suite in suites(record):
-        bars = [("teacher" if len(taught_by) == 1 else t["name"], cell([t], suite, "top1"), "var(--soft)") for t in taught_by]
-        bars += [(name, cell(runs, suite, "top1"), colors[name]) for name, runs in variants(record).items()]
-        figures.append(bar_chart(f"{suite}, top-1 in %", [(label, *found, color) for label, found, color in bars if found]))
-    return _grid(figures)
+        bars = []
+        for name, results in _of_suite(record, suite):
+            values = [float(result["top1"]) for result in results]
+            color = looks.get(name, TEACHER)[0]
+            bars.append(Bar(name, math.fsum(values) / len(values), interval(results), color, values if len(values) > 1 else ()))
+        if bars:
+            figures.append(bar_chart(suite, "top-1, %", bars))
+    return grid(figures)
 
 
-def _curves(logs: dict[str, list[list[dict[str, Any]]]], colors: dict[str, str]) -> str:
+def _bar_notes(groups: Sequence[Group]) -> list[str]:
+    lines = ["Whiskers and brackets: 95 % intervals. Circles: single seeds."]
+    if any(len(group.finished) >= MIN_SEEDS for group in groups):
+        lines.append(f"With {MIN_SEEDS} seeds or more: of the mean over seeds of the student (Student's t), for these test images.")
+    if any(len(group.finished) < MIN_SEEDS for group in groups) or any(record["teacher"] for group in groups for record in group.finished):
+        few = f"With fewer than {MIN_SEEDS} seeds, and for a teacher: over the test images, for this very model"
+        lines.append(few + " (bootstrap where the run recorded it, Wilson's interval otherwise); it says nothing of other seeds.")
+    return lines
+
+
+def _reliability(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
+    figures = []
+    for suite in suites(record):
+        series = []
+        for name, results in _of_suite(record, suite):
+            found = _pooled([result.get("reliability") for result in results])
+            if found:
+                color, dashes = looks.get(name, TEACHER)
+                series.append(Reliability(name, color, *found, dashes))
+        if series:
+            figures.append(reliability_chart(suite, f"{len(series[0].count)} bins", series))
+    return grid(figures)
+
+
+def _pooled(recorded: Sequence[Any]) -> tuple[list[float], list[float], list[float]] | None:
+    """Number of images, confidence and accuracy of each bin over all seeds; None where none is recorded or one is not sound."""
+    columns = []
+    for one in recorded:
+        try:
+            found = [[float(value) for value in one[key]] for key in ("count", "confidence", "accuracy")]
+        except (KeyError, TypeError, ValueError):
+            return None
+        if len({len(values) for values in found}) != 1 or not found[0] or min(found[0]) < 0:
+            return None
+        columns.append([(n, c, a) if n and math.isfinite(c + a) else (0.0, 0.0, 0.0) for n, c, a in zip(*found, strict=True)])
+    if not columns or len({len(bins) for bins in columns}) != 1:
+        return None
+    counts, confidence, accuracy = [], [], []
+    for same in zip(*columns, strict=True):
+        count = sum(n for n, _, _ in same)
+        counts.append(count)
+        confidence.append(sum(n * c for n, c, _ in same) / count if count else 0.0)
+        accuracy.append(sum(n * a for n, _, a in same) / count if count else 0.0)
+    return counts, confidence, accuracy
+
+
+def _reliability_notes() -> list[str]:
+    return [
+        "Images by the largest softmax output; above the diagonal a model is right more often than it says, below it less often.",
+        f"A dot's area and the columns below: share of the images. Bins of fewer than {MIN_COUNT} images have no dot; seeds are pooled.",
+    ]
+
+
+def _curves(groups: Sequence[Group], looks: dict[str, tuple[str, str]], curves: Sequence[tuple[str, str, float, str, str]]) -> str:
     """One line per seed."""
     figures = []
-    for kind, value, factor, heading in CURVES:
+    for kind, value, factor, heading, unit in curves:
         series = []
-        for name, seeds in logs.items():
-            for seed in seeds:
-                points = [(float(row["epoch"]), factor * float(row[value])) for row in seed if row["kind"] == kind and value in row]
-                series.append(Series(name, colors[name], [point for point in points if math.isfinite(point[1])]))
+        for group in groups:
+            for run in group.runs:
+                found = [(number(row, "epoch"), number(row, value)) for row in run.kind(kind)]
+                points = [(x, factor * y) for x, y in found if x is not None and y is not None]
+                color, dashes = looks[group.label]
+                series.append(Series(group.label, color, points, dashes))
         if any(line.points for line in series):
-            figures.append(line_chart(heading, "epoch", series))
-    return _grid(figures)
+            figures.append(line_chart(heading, unit, "epoch", series))
+    return grid(figures)
 
 
-def _grid(figures: Sequence[str]) -> str:
-    return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
+def _sheets(groups: Sequence[Group], problems: list[str]) -> str:
+    """The sheet of every group's first seed that has one."""
+    having = {}
+    for group in groups:
+        folder = next((run.folder for run in group.runs if (run.folder / PIECES).exists() or (run.folder / SHEET).exists()), None)
+        if folder:
+            having[group.label] = folder
+    tiles = Tiles(len(having))
+    made = {name: tiles.sheet(folder, problems) for name, folder in having.items()}
+    return "".join(f"<h3>{text(name)}</h3>{content}" for name, content in made.items() if content)
 
 
-def _sheets(folder: Path, grouped: dict[str, list[dict[str, Any]]]) -> str:
-    """The first seed's sheet of every variant that has one."""
-    figures = []
-    for name, runs in grouped.items():
-        path = run_folder(folder, runs[0]) / SHEET
-        if path.exists():
-            image = (
-                f'<img alt="picture sheet of {escape(name)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-            )
-            figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{image}</figure>")
-    return "".join(figures)
-
-
-def _cost_table(grouped: dict[str, list[dict[str, Any]]], logs: dict[str, list[list[dict[str, Any]]]]) -> str:
-    header = ["", "steps", "train s", "img/s", "data wait", "GPU memory", "bad images"]
-    body = []
-    for name, runs in grouped.items():
-        logged = [row for seed in logs[name] for row in seed if row["kind"] == "train"]
-        body.append(
-            [
-                name,
-                _mean(runs, "steps", "{:.0f}"),
-                _mean(runs, "seconds", "{:.0f}"),
-                _mean(logged, "img_per_s", "{:,.0f}"),
-                _mean(logged, "data_wait", "{:.0%}"),
-                _mean(logged, "gpu_memory", "{:.1f} GiB"),
-                _mean(runs, "bad_images", "{:g}"),
-            ]
-        )
-    note = "Means over seeds and log steps. img/s counts clean images; data wait is the share of the time spent waiting for them."
-    return _table(header, body) + _list([note])
-
-
-def _mean(found: Sequence[dict[str, Any]], name: str, form: str) -> str:
-    values = [float(row[name]) for row in found if name in row]
-    return form.format(statistics.fmean(values)) if values else "–"
-
-
-def _settings(folder: Path, record: dict[str, Any]) -> str:
-    """The configuration and the machine: in a comparison's record, beside a single run in config.toml and run.json."""
-    texts = {name: (folder / name).read_text() for name in ("config.toml", "run.json") if (folder / name).exists()}
-    if "config" in record:
-        texts["config.toml"] = record["config"]
-    if "environment" in record:
-        texts["run.json"] = json.dumps(record["environment"], indent=2, ensure_ascii=False)
-    return "".join(f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>" for name, text in texts.items())
+def _settings(loaded: Loaded) -> str:
+    """Configuration and run.json as they lie on disk, folded away; of the first seed of every group."""
+    name: Callable[[Group, str], str] = lambda group, file: f"{group.label}: {file}" if len(loaded.groups) > 1 else file  # noqa: E731
+    parts = [details("config.toml of the comparison", f"<pre>{preformatted(loaded.config)}</pre>")] if loaded.config else []
+    for group in loaded.groups:
+        run = group.runs[0]
+        if run.config:
+            parts.append(details(name(group, "config.toml"), f"<pre>{preformatted(run.config)}</pre>"))
+        if run.facts:
+            shown = json.dumps(run.facts, indent=2, ensure_ascii=False)
+            parts.append(details(name(group, "run.json"), f"<pre>{preformatted(shown)}</pre>"))
+    return "".join(parts)

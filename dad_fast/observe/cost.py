@@ -1,0 +1,134 @@
+"""What a run cost: throughput, energy by the GPU's power samples, and the time against plain distillation (KD) of the same comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dad_fast.observe.markup import numbers, table
+from dad_fast.observe.runs import Group, Run, machine, number
+
+# Two runs' speeds are compared only where these are the same.
+SAME_WORK = ("student.name", "student.model_kwargs", "augment.img_size", "data.batch_size", "data.data_dir", "precision", "engine.savings")
+
+
+def throughput(run: Run) -> float | None:
+    """Clean images a second over all logged windows together, without evaluation: each window weighs as many images as it trained on."""
+    windows = _windows(run)
+    seconds = sum(steps / rate for steps, rate, _ in windows)  # in units of a step's images
+    return sum(steps for steps, _, _ in windows) / seconds if seconds else None
+
+
+def joules_per_image(run: Run) -> float | None:
+    """Energy of one GPU per clean image: power, averaged over the two ends of a window, times the window's seconds.
+
+    None without power samples. It counts training alone, not evaluation, and neither the host nor further GPUs.
+    """
+    energy, steps_seen, before = 0.0, 0.0, None
+    for steps, rate, power in _windows(run):
+        if power is not None:
+            energy += steps * (power + (power if before is None else before)) / 2 / rate
+            steps_seen += steps
+        before = power
+    return energy / steps_seen if steps_seen else None
+
+
+def _windows(run: Run) -> list[tuple[float, float, float | None]]:
+    """Of each log step: steps since the last one, images a second, power in W."""
+    windows, last = [], 0.0
+    for row in run.kind("train"):
+        step, rate = number(row, "step"), number(row, "img_per_s")
+        if step is None or rate is None or rate <= 0:
+            continue
+        if step > last:
+            windows.append((step - last, rate, number(row, "gpu.power_w")))
+        last = step
+    return windows
+
+
+def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The KD run to compare with: the first of the same comparison with the same student, data, batch, precision and machine."""
+    candidates = (other for other in groups if other.method == "kd" and not other.setting("store.dirs"))
+    return next((other for other in candidates if other.origin == group.origin and _work(other) == _work(group)), None)
+
+
+def _work(group: Group) -> str:
+    settings = {
+        path: value
+        for run in group.runs[:1]
+        for path, value in run.settings.items()
+        if any(path == name or path.startswith(f"{name}.") for name in SAME_WORK)
+    }
+    return json.dumps([settings, sorted({machine(run.facts) for run in group.runs})], default=str, sort_keys=True)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def cost_table(groups: Sequence[Group]) -> tuple[str, list[str]]:
+    """The table and its notes; ("", []) where nothing was trained."""
+    groups = [group for group in groups if group.finished or any(run.kind("train") for run in group.runs)]
+    header = ["", "steps", "training time, s", "img/s", "time per image / KD", "data wait, %", "GPU memory, GiB"]
+    energy = {group.label: mean([joules_per_image(run) for run in group.runs]) for group in groups}
+    powered = any(value is not None for value in energy.values())
+    header += ["power, W", "energy, J per image", "energy, Wh"] if powered else []
+    header += ["bad images"]
+    body, against = [], {}
+    for group in groups:
+        logged = [row for run in group.runs for row in run.kind("train")]
+        speed, kd = mean([throughput(run) for run in group.runs]), baseline(group, groups)
+        kd_speed = mean([throughput(run) for run in kd.runs]) if kd else None
+        ratio = kd_speed / speed if speed and kd_speed else None
+        if kd and ratio is not None:
+            against[kd.label] = kd
+        seconds = [number(record, "seconds") for record in group.finished]
+        row = [
+            group.label,
+            numbers([_steps(run) for run in group.runs], lambda value: f"{value:,.0f}"),
+            numbers(seconds, lambda value: f"{value:,.0f}"),
+            numbers([speed], lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}"),
+            numbers([ratio], lambda value: f"{value:.2f}×"),
+            numbers([number(row, "data_wait") for row in logged], lambda value: f"{100 * value:.1f}"),
+            numbers([number(row, "gpu_memory") for row in logged], lambda value: f"{value:.1f}"),
+        ]
+        if powered:
+            joules = energy[group.label]
+            images = mean([_images(run) for run in group.runs])
+            row += [
+                numbers([number(row, "gpu.power_w") for row in logged], lambda value: f"{value:.0f}"),
+                numbers([joules], lambda value: f"{value:.3g}"),
+                numbers([joules * images / 3600 if joules is not None and images else None], lambda value: f"{value:,.3g}"),
+            ]
+        body.append([*row, numbers([number(record, "bad_images") for record in group.finished], lambda value: f"{value:g}")])
+    return (table(header, body), _notes(groups, powered, list(against), header[4])) if body else ("", [])
+
+
+def _steps(run: Run) -> float | None:
+    trained = run.kind("train")
+    return number(run.record or {}, "steps") or (number(trained[-1], "step") if trained else None)
+
+
+def _images(run: Run) -> float | None:
+    steps, batch, accumulated = _steps(run), run.settings.get("data.batch_size"), run.settings.get("engine.grad_accum_steps", 1)
+    return steps * batch * accumulated if steps and isinstance(batch, int) and isinstance(accumulated, int) else None
+
+
+def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str], column: str) -> list[str]:
+    facts: list[dict[str, Any]] = [run.facts for group in groups for run in group.runs if machine(run.facts)]
+    on_cpu = [not one["gpus"] for one in facts]
+    lines = ["Means over seeds. img/s counts clean images; evaluation is left out. Data wait: share of the time spent waiting for them."]
+    if against:
+        what = f"{column}: img/s of {', '.join(against)} over img/s of the run, as each was run; precomputing a store is not in it."
+        lines.append(what + (" Measured on a CPU: read the ratio, not the speed." if on_cpu and all(on_cpu) else ""))
+    else:
+        lines.append(f"{column}: no KD run of the same student, data, batch, precision and machine in this comparison to measure against.")
+    if powered:
+        lines.append("Energy: the GPU's power at each log step, integrated over the time of training; one GPU's, without the host.")
+    elif on_cpu and all(on_cpu):
+        lines.append("No energy counters here: these runs were on a CPU.")
+    else:
+        lines.append("No energy: the log has no power samples (they come by nvidia-ml-py, on a GPU).")
+    return lines
