@@ -146,7 +146,7 @@ def test_parts_of_a_sorted_sample_are_sorted_samples_of_the_part():
 
 
 def test_less_half_the_self_distances_the_bias_is_gone():
-    """Of two samples of one distribution the plug-in distance is far from 0 and the corrected one is not; of two Gaussians it is the truth."""
+    """Of two samples of one distribution the plug-in distance is far from 0, the corrected one is not; of two Gaussians it is the truth."""
     along, m = directions(6, 64), 40
     plain, corrected, moved = [], [], []
     for seed in range(60):

@@ -13,6 +13,9 @@ class Launch:
     allow_config_change: bool = False  # continue although a setting that changes the result is another one
     debug: bool = False  # show tracebacks
     preset: str = ""  # the preset's name, for the record
+    nproc: str = "1"  # processes on this machine; "auto" = one a GPU
+    arguments: tuple[str, ...] = ()  # the command line after the verb, for the processes that nproc starts
+    both_batch_sizes: bool = False  # the command line gives the batch of a process and the global one, which then must agree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +32,14 @@ class StoreLaunch:
     nproc: int = 1  # processes on this machine
     estimate: bool = False  # only measure a few blocks, and say what the whole would take
     check: float = 0.0  # recompute this share of an existing store's blocks and compare
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeLaunch:
+    """What `dad-fast analyze` measures, and where it writes."""
+
+    output: str  # a folder; what an earlier analysis wrote there is replaced
+    weights: str = ""  # the student that DAT attacks: a run's folder; "" = what the settings say of the student's weights
+    num_images: int = 1000  # of the training set and of each test set, at most
+    projections: int = 256  # directions of the sliced Wasserstein distance
+    resamples: int = 200  # random halves that intervals are made from

@@ -1,0 +1,245 @@
+"""Whether images that lie nearer to a test set help more on it: the embedded experiment behind docs/analyze.md.
+
+    python scripts/distance_and_gain.py runs/distance-and-gain --seeds 7       # about 20 minutes of one core; goes on where it was stopped
+
+A generator makes one set of images from the training set: the images themselves, Q(x), Q(x + noise), DAT's (Q of images that attack a
+student trained without them) or DAD's. For each, students learn by distillation on clean images and on that set, by the same loss, and are
+compared with students of the same seed that learn on clean images alone. Every set is stored first (8-bit, unaugmented; where there is
+noise, 5 draws), so that students see the very images that are measured, and in every set only images count that the teacher gives their
+label. Writes OUT/analysis (by dad-fast analyze), docs/analyze.json and docs/analyze.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dad_fast.cli import main as dad_fast
+from dad_fast.commands.precompute import make_filler
+from dad_fast.config import Config, expand, to_toml
+from dad_fast.config.fields import with_values
+from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.resolve import gather
+from dad_fast.data.loader import EvalLoader
+from dad_fast.data.mixing import to_pixels
+from dad_fast.data.sources import open_source
+from dad_fast.engine.analyze import TITLES
+from dad_fast.engine.precompute import fill
+from dad_fast.evaluate.corruptions import STANDARD, corrupt
+from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.models.student import load_student
+from dad_fast.observe.runlog import environment
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+EPOCHS, DRAWS = 10, 5
+# Chosen before anything was trained: the embedded test sets, and every corruption at its worst.
+SUITES = ("test", "optdigits", *(f"{name}:5" for name in STANDARD), "invert:1")
+# How `dad-fast precompute` makes each set; DAT's is made here, for precompute attacks teachers.
+SETS: dict[str, dict[str, Any]] = {
+    "clean": {"discretizer.name": "identity", "attack.steps": 0, "attack.random_start": 0.0},
+    "q_clean": {"attack.steps": 0, "attack.random_start": 0.0},
+    "random_q": {"attack.steps": 0},
+    "dat": {},
+    "dad": {},
+}
+BOOTSTRAPS = 2000
+
+
+class AttackedStudent(nn.Module):
+    """What is attacked, with gradients, is a student; what judges the result, without, is the teacher."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student.eval().requires_grad_(False), teacher
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.student(pixels) if torch.is_grad_enabled() else self.teacher(pixels)
+
+
+def settings() -> Config:
+    """DAD as in the demo, in one run."""
+    return with_values(expand(gather("demo", None, [], {"method": "dad"}))[0][2], {"schedule.epochs": EPOCHS, "eval.every_epochs": 0})
+
+
+def train(output: Path, seeds: int) -> None:
+    """Every store and student that is not there yet."""
+    stores, base = output / "stores", output / "base.toml"
+    if all((output / name / f"seed-{seed}" / "results.json").exists() for seed in range(seeds) for name in ("none", *SETS)):
+        return
+    atomic_write_text(base, to_toml(settings()))
+    _do("precompute", base, "--targets", "--views", EPOCHS, "-o", stores / "targets")
+    _do(*_student(output, "none", 0))
+    for name, values in SETS.items():
+        cfg = with_values(settings(), values)
+        noisy = bool(cfg.attack.steps or cfg.attack.random_start)
+        launch = StoreLaunch(output=str(stores / name), views=DRAWS if noisy else 1, images="raw")
+        filler = make_filler(cfg, launch)
+        if name == "dat":
+            student, _ = load_student(output / "none" / "seed-0" / "model.safetensors")
+            filler.teacher = AttackedStudent(student, filler.teacher)  # type: ignore[attr-defined]
+        for _ in fill(filler, stores / name, 0, 1):
+            pass
+    for seed in range(seeds):
+        for name in ("none", *SETS):
+            _do(*_student(output, name, seed))
+
+
+def _student(output: Path, name: str, seed: int) -> list[Any]:
+    method, store = ("kd", []) if name == "none" else ("dad", [output / "stores" / name])
+    command = ["train", output / "base.toml", "--method", method, "--seed", seed, "--log-every", 350, "--suite", "test"]
+    return [*command, "--store", *store, output / "stores" / "targets", "--resume", "auto", "-o", output / name / f"seed-{seed}"]
+
+
+def _do(*arguments: Any) -> None:
+    if code := dad_fast([str(argument) for argument in arguments]):
+        sys.exit(code)
+
+
+@torch.no_grad()
+def judge(output: Path, seeds: int) -> dict[str, dict[str, list[float]]]:
+    """Top-1 in % by set, test set and seed. All students see a test image in the same view, so that it is made once."""
+    cfg = settings()
+    students = {
+        (name, seed): load_student(output / name / f"seed-{seed}" / "model.safetensors")[0].eval()
+        for name in ("none", *SETS) for seed in range(seeds)
+    }  # fmt: skip
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in ("none", *SETS)}
+    for suite in SUITES:
+        corruption, _, severity = suite.partition(":")
+        loader = EvalLoader(open_source(cfg.data.data_dir, "test" if severity else suite), 28, 1.0, "bilinear", 250, 0)
+        hits = dict.fromkeys(students, 0)
+        for batch in loader:
+            pixels = to_pixels(batch.images)
+            if severity:
+                pixels = corrupt(corruption, pixels, int(severity), batch.samples)
+            for key, student in students.items():
+                hits[key] += int((student(pixels).argmax(dim=1) == batch.labels).sum())
+        for (name, _), count in hits.items():
+            found[name].setdefault(suite, []).append(100 * count / loader.num_images)
+        print(f"judged {len(students)} students on {suite}", flush=True)
+    return found
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks along the last axis, of equal values their mean."""
+    less = (values[..., None, :] < values[..., :, None]).sum(-1)
+    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+    return less + (equal - 1) / 2
+
+
+def within(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation over the generators for each test set; [..., T, G] twice -> [..., T]. 0 where all gains are the same."""
+    a, b = (x - x.mean(-1, keepdims=True) for x in (ranks(distance), ranks(gain)))
+    scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def relation(distance: np.ndarray, gain: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """How distance [T, G] and gain [T, G, S] of G generators go together on T test sets, over S seeds.
+
+    rho: mean over test sets of the rank correlation over generators (below 0: the nearer helps more), with a 95 % interval by the bootstrap
+    over test sets and seeds. p: share of all G! ways to give the generators each other's gains, in all test sets at once, whose rho is as
+    low: test sets are no independent trials of the generators. pooled: the rank correlation over all pairs of test set and generator,
+    which mixes in that a far test set has more to gain.
+    """
+    num_tests, num_sets, num_seeds = gain.shape
+    mean = gain.mean(-1)
+    each = within(distance, mean)
+    random = np.random.default_rng(seed)
+    draws = []
+    for _ in range(BOOTSTRAPS):
+        tests, seeds = random.integers(num_tests, size=num_tests), random.integers(num_seeds, size=num_seeds)
+        draws.append(within(distance[tests], gain[tests][:, :, seeds].mean(-1)).mean())
+    others = [within(distance, mean[:, list(order)]).mean() for order in itertools.permutations(range(num_sets))]
+    return {
+        "rho": each.mean(),
+        "interval": list(np.percentile(draws, (2.5, 97.5))),
+        "p": float(np.mean(np.array(others) <= each.mean() + 1e-12)),
+        "by_test": list(each),
+        "pooled": float(within(distance.reshape(1, -1), mean.reshape(1, -1))[0]),
+    }
+
+
+def relate(analysis: dict[str, Any], top1: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """The relation for each distance, for all sets and for those that are not pulled apart by an attack."""
+    names = list(SETS)
+    gain = np.array([[np.subtract(top1[name][suite], top1["none"][suite]) for name in names] for suite in SUITES])  # [T, G, S]
+    found = {}
+    for measure in ("sw2_squared_corrected", "mmd2"):
+        tests = analysis["distances"]["tests"]
+        distance = np.array([[tests[suite.removesuffix(":1")]["sets"][name][measure]["value"] for name in names] for suite in SUITES])
+        found[measure] = {"all sets": relation(distance, gain), "without DAD": relation(distance[:, :-1], gain[:, :-1])}
+    return found
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Each point is a generator on a test set: how much nearer than clean images it lies, and how much more it helps than they do."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "distance and gain", "svg.fonttype": "none", "font.size": 9}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for axis, (measure, label) in zip(axes, (("sw2_squared_corrected", "squared SW2, corrected"), ("mmd2", "MMD²")), strict=True):
+        for name, color in zip(list(SETS)[1:], ("#4477aa", "#228833", "#ccbb44", "#ee6677"), strict=True):
+            points = []
+            for suite in SUITES:
+                sets = record["distances"][suite]
+                points.append((1000 * (sets[name][measure]["value"] - sets["clean"][measure]["value"]), _gain(record, name, suite)))
+            axis.scatter(*zip(*points, strict=True), s=16, color=color, label=TITLES[name], alpha=0.8, linewidths=0)
+        axis.axhline(0, color="#888888", linewidth=0.8)
+        axis.axvline(0, color="#888888", linewidth=0.8)
+        axis.set_xlabel(f"{label}, x 1000: distance to the test set\nless that of clean images (left is nearer)")
+    axes[0].set_ylabel("top-1 gained, in points, less what\nclean images as the second set gain")
+    axes[1].legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _gain(record: dict[str, Any], name: str, suite: str) -> float:
+    return float(np.mean(record["top1"][name][suite]) - np.mean(record["top1"]["clean"][suite]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seeds", type=int, default=7)
+    options = parser.parse_args()
+    output, start = options.output, time.process_time()
+    train(output, options.seeds)
+    suites = [suite.removesuffix(":1") for suite in SUITES]
+    run = output / "none" / "seed-0"
+    _do("analyze", output / "base.toml", "--init-from", run, "--suite", *suites, "--num-images", 2000, "-o", output / "analysis")
+    analysis = json.loads((output / "analysis" / "analysis.json").read_text())
+    top1 = judge(output, options.seeds)
+    distances = {suite: analysis["distances"]["tests"][suite.removesuffix(":1")]["sets"] for suite in SUITES}
+    record = {
+        "seeds": options.seeds,
+        "epochs": EPOCHS,
+        "draws": DRAWS,
+        "config": to_toml(settings()),
+        "cpu_seconds_of_this_call": round(time.process_time() - start),
+        "relation": relate(analysis, top1),
+        "top1": top1,
+        "distances": distances,
+        "analysis": {key: value for key, value in analysis.items() if key not in ("distances", "environment")},
+        "floors": {suite: analysis["distances"]["tests"][suite.removesuffix(":1")]["floor"] for suite in SUITES},
+        "environment": environment(),
+    }
+    atomic_write_json(DOCS / "analyze.json", record)
+    plot(record, DOCS / "analyze.svg")
+    print(json.dumps(record["relation"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

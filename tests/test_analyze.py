@@ -1,0 +1,257 @@
+"""`dad-fast analyze`: the sets it makes, the comparison, its files, its errors, and the embedded experiment's statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("open_clip")
+
+from PIL import Image  # noqa: E402
+
+from dad_fast import cli  # noqa: E402
+from dad_fast.config import Config  # noqa: E402
+from dad_fast.config.schema import AttackConfig, PrecisionConfig  # noqa: E402
+from dad_fast.engine.analyze import Generators, choice, moves  # noqa: E402
+from dad_fast.engine.compare import compare  # noqa: E402
+from dad_fast.errors import DataError, UsageError  # noqa: E402
+from dad_fast.flags import analyze as flags  # noqa: E402
+from dad_fast.methods.attack import PGD  # noqa: E402
+from dad_fast.models.discretizer import Identity, load_discretizer  # noqa: E402
+from tests import tiny  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import distance_and_gain as experiment  # noqa: E402
+
+CPU = torch.device("cpu")
+OPTIONS = {"projections": 32, "resamples": 50, "seed": 0, "progress": lambda done, total: None}
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
+    sets = {"clean": normal(400, 4, seed=1), "near": normal(300, 4, seed=2) + 0.2, "far": 2 * normal(350, 4, seed=3)}
+    found = compare(sets, {"test": normal(500, 4, seed=4) + 0.2}, **OPTIONS)
+    assert (found["size"], found["half"]) == (300, 150)
+    of = found["tests"]["test"]["sets"]
+    floor = found["tests"]["test"]["floor"]
+    for measure in ("sw2_squared_corrected", "mmd2"):
+        low, high = of["near"][measure]["interval"]
+        assert low < 0 < high
+        assert of["near"][measure]["value"] < of["clean"][measure]["value"] < of["far"][measure]["value"]
+    # Between N(0, I), N(0.2, I) and N(0, 4 I) in 4 dimensions: 0.2^2 on each axis; and that + (2 - 1)^2.
+    assert of["clean"]["sw2_squared_corrected"]["value"] == pytest.approx(0.04, abs=0.02)
+    assert of["far"]["sw2_squared_corrected"]["value"] == pytest.approx(1.04, rel=0.15)
+    assert of["near"]["sw2"]["value"] == pytest.approx(floor["sw2"]["value"], rel=0.3) and floor["sw2"]["value"] > 0.05
+    assert floor["mmd2"]["interval"][0] < 0 < floor["mmd2"]["interval"][1]
+    low, high = of["near"]["minus_clean"]["interval"]
+    assert high < 0 and of["clean"]["minus_clean"]["value"] == 0
+    assert found == compare(sets, {"test": normal(500, 4, seed=4) + 0.2}, **OPTIONS)
+
+
+def test_compare_refuses_what_says_nothing():
+    with pytest.raises(DataError, match="few has only 7 images"):
+        compare({"clean": normal(30, 2, seed=1), "few": normal(7, 2, seed=1)}, {"test": normal(30, 2, seed=2)}, **OPTIONS)
+    with pytest.raises(DataError, match="the same"):
+        compare({"clean": torch.ones(30, 2)}, {"test": normal(30, 2, seed=2)}, **OPTIONS)
+
+
+class Line(torch.nn.Module):
+    """A linear classifier of pixels that also gives features, as a teacher does."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 16 * 16, 3)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.layer(pixels.flatten(1))
+
+
+def vqgan(folder: Path):
+    return load_discretizer(str(tiny.write_vqgan(folder / "vqgan.ckpt")), PrecisionConfig(), CPU)
+
+
+def test_generators_make_what_their_names_say(tmp_path):
+    teacher, student = Line().eval(), Line().eval()
+    discretizer = vqgan(tmp_path)
+    cfg = Config(attack=AttackConfig(norm="linf", eps=0.3, step_size=0.3, random_start=0.5))
+    pixels, labels, keys = torch.rand(6, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2]), torch.arange(6)
+    assert Generators(cfg, teacher, discretizer, None).names == ["clean", "q_clean", "random_q", "dad"]
+    made = Generators(cfg, teacher, discretizer, student)(pixels, labels, keys)
+    assert list(made) == ["clean", "q_clean", "random_q", "dat", "dad"] == list(experiment.SETS)
+    assert made["clean"].images is pixels and made["clean"].changed is None
+    plain = discretizer(pixels)
+    assert made["q_clean"].images.equal(plain.images)
+    noise = PGD("linf", 0.3, 0.3, steps=0, random_start=1.0)(teacher, pixels, labels, keys)
+    assert made["random_q"].images.equal(discretizer(noise).images) and not noise.equal(pixels)
+    for name, model in (("dat", student), ("dad", teacher)):
+        attacked = discretizer(PGD.from_config(cfg.attack)(model, pixels, labels, keys))
+        assert made[name].images.equal(attacked.images)
+        assert made[name].changed.allclose((attacked.codes != plain.codes).float().mean(dim=(1, 2)))
+    assert not made["dat"].images.equal(made["dad"].images)
+
+
+def test_in_the_authors_order_the_second_pass_alone_changes_no_code(tmp_path):
+    discretizer = vqgan(tmp_path)
+    cfg = Config(attack=AttackConfig(eps=0.0, order="authors"))
+    made = Generators(cfg, Line().eval(), discretizer, None)(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2))
+    assert made["random_q"].changed.sum() == 0 and made["dad"].changed.sum() == 0
+
+
+def test_without_codes_no_share_of_them():
+    made = Generators(Config(), Line().eval(), Identity(), None)(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2))
+    assert made["dad"].changed is None and made["q_clean"].images.equal(made["clean"].images)
+
+
+def test_choice_and_moves():
+    ok = np.array([True, False, True, True, False, True])
+    assert sorted(choice(ok, 10, 0)) == [0, 2, 3, 5] and len(choice(ok, 2, 0)) == 2
+    assert not np.array_equal(choice(np.ones(50, bool), 50, 0), np.arange(50))
+    before, after = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 2, 1, 1, 2])
+    assert moves(before, after, ("a", "b", "c")) == [("c", "b", 2), ("a", "b", 1), ("b", "c", 1)]
+    assert moves(before, after, ("a", "b", "c"), most=1) == [("c", "b", 2)] and moves(before, before, "abc") == []
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A folder of images, a teacher, a VQGAN, and a run of two steps."""
+    root = tmp_path_factory.mktemp("parts")
+    tiny.write_images(root / "data")
+    common = ["--data-dir", str(root / "data"), "--teacher", str(tiny.write_teacher(root / "teacher.safetensors"))]
+    common += ["--discretizer", str(tiny.write_vqgan(root / "vqgan.ckpt")), "-j", "0", "-b", "10", "--img-size", str(tiny.SIDE)]
+    run = root / "run"
+    assert cli.main(["train", *common, *tiny.STUDENT, "--method", "dad", "--max-steps", "2", "--epochs", "8", "-o", str(run)]) == 0
+    return root, common, run
+
+
+def analyze(*arguments) -> int:
+    return flags.main([*map(str, arguments), "--num-images", "24", "--resamples", "20", "--projections", "8"], debug=False)
+
+
+def test_a_run_is_analyzed(parts, capsys):
+    root, _, run = parts
+    assert analyze(run, "--suite", "val", "contrast:3", "fog", "--no-filter") == 0
+    out = run / "analysis"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "analysis.json", "analysis.md", "sheet-dad.png", "sheet-dat.png", "sheet-random-q.png",
+    ]  # fmt: skip
+    record = json.loads((out / "analysis.json").read_text())
+    assert list(record["sets"]) == ["clean", "q_clean", "random_q", "dat", "dad"]
+    assert list(record["distances"]["tests"]) == ["val", "contrast:3", "fog"]
+    assert record["distances"]["size"] == 24 and record["student"]["method"] == "dad" and not record["filter"]
+    for name, one in record["sets"].items():
+        assert one["num_images"] == one["num_counted"] == 24 and one["vendi_score"] >= 1
+        assert (one["codes_changed"] is None) == (name in ("clean", "q_clean"))
+        assert "moved" in one or name == "clean"
+    for found in record["distances"]["tests"].values():
+        for one in found["sets"].values():
+            assert all(math.isfinite(x) for values in one.values() for x in (values["value"], *values["interval"]))
+    text = (out / "analysis.md").read_text()
+    assert text in capsys.readouterr().out and "| val |" in text and "DAT" in text
+    assert Image.open(out / "sheet-dat.png").width > 300
+    again = root / "again"
+    assert analyze(run, "--suite", "val", "contrast:3", "fog", "--no-filter", "-o", again) == 0
+    assert json.loads((again / "analysis.json").read_text())["distances"] == record["distances"]
+
+
+def test_without_a_student_there_is_no_dat(parts, tmp_path, capsys):
+    _, common, run = parts
+    assert analyze(*common, "--no-filter", "-o", tmp_path) == 0
+    record = json.loads((tmp_path / "analysis.json").read_text())
+    assert list(record["sets"]) == ["clean", "q_clean", "random_q", "dad"] and record["student"] is None
+    assert "DAT is left out" in capsys.readouterr().out and not (tmp_path / "sheet-dat.png").exists()
+    assert list(record["distances"]["tests"]) == ["val"]
+    assert analyze(*common, "--no-filter", "--init-from", run, "-o", tmp_path) == 0  # an earlier analysis is replaced
+    assert "dat" in json.loads((tmp_path / "analysis.json").read_text())["sets"]
+
+
+def test_a_filter_that_leaves_too_few_is_one_line(parts, tmp_path):
+    _, common, _ = parts
+    with pytest.raises(DataError, match=r"has only \d+ images to compare, and 20 are needed; raise --num-images, or add --no-filter"):
+        analyze(*common, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_one_line(parts, tmp_path, capsys):
+    root, common, run = parts
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "several" / "dad" / "seed-0").mkdir(parents=True)
+    (tmp_path / "several" / "config.toml").write_text('[variants.dad]\nmethod = "dad"\n')
+    out = ["-o", str(tmp_path / "out")]
+    for arguments, says in (
+        ([], "-o OUT"),
+        ([str(tmp_path)], "no run (there is no config.toml in it)"),
+        ([str(tmp_path / "several")], "holds several runs; name one of them, such as " + str(tmp_path / "several" / "dad" / "seed-0")),
+        ([str(tmp_path / "nothing"), *out], "no such file"),
+        (["--preset", "demoo", *out], "did you mean demo?"),
+        (out, "--data-dir"),
+        (["--data-dir", str(root / "data"), *out], "nothing names a teacher: add --teacher"),
+        ([*common[:4], *out], "nothing names a discretizer: add --discretizer"),
+        ([*common, "--num-images", "5", *out], "--num-images 5"),
+        ([*common, "--resamples", "two", *out], "--resamples two"),
+        ([*common, "--suites", "val", *out], "did you mean --suite"),
+        ([*common, "--suite", "vall", *out], "--suite vall"),
+        ([*common, "--suite", "fog:7", *out], "--suite fog:7"),
+        ([*common, "-o", str(tmp_path / "file")], "is a file; name a folder"),
+        ([*common, "--init-from", str(tmp_path), *out], str(tmp_path)),
+        ([str(run), "--img-size", "3", "--no-filter", *out], "choose an --img-size that is a multiple of 4"),
+    ):
+        with pytest.raises((UsageError, DataError)) as caught:
+            flags.main(list(arguments), debug=False)
+        assert says in str(caught.value) and "\n" not in str(caught.value), (arguments, str(caught.value))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_of_other_classes_is_refused(parts, tmp_path):
+    root, common, run = parts
+    other = tiny.write_images(tmp_path / "other", classes=("ant", "bee", "dog"))
+    with pytest.raises(DataError, match="its classes are not those of"):
+        analyze(run, "--data-dir", other, "-o", tmp_path / "out")
+
+
+def test_help_fits_a_screen():
+    lines = flags.help_text().splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 100
+
+
+def test_relation_of_distance_and_gain():
+    random = np.random.default_rng(0)
+    distance = np.tile(np.arange(5.0), (6, 1))
+    gain = (10 - distance)[:, :, None] + 0.01 * random.standard_normal((6, 5, 3))
+    found = experiment.relation(distance, gain)
+    assert found["rho"] == pytest.approx(-1) and found["interval"] == [-1, -1] and found["p"] == pytest.approx(1 / 120)
+    assert found["pooled"] < -0.9 and found["by_test"] == pytest.approx([-1] * 6)
+    assert experiment.relation(distance, -gain)["p"] == 1
+    noise = experiment.relation(random.standard_normal((6, 5)), random.standard_normal((6, 5, 3)))
+    assert noise["interval"][0] < 0 < noise["interval"][1] and noise["p"] > 0.05
+    # Test sets that all say the same are one trial, not six: p does not shrink with their number.
+    order = np.array([0.0, 1, 2, 4, 3])
+    assert experiment.relation(np.tile(order, (60, 1)), gain.repeat(10, 0))["p"] == pytest.approx(5 / 120)
+
+
+def test_rank_correlation_equals_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(1)
+    a, b = random.integers(0, 4, (20, 6)).astype(float), random.integers(0, 4, (20, 6)).astype(float)
+    for found, x, y in zip(experiment.within(a, b), a, b, strict=True):
+        assert found == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert experiment.within(np.ones((1, 5)), np.arange(5.0)[None]) == 0
+
+
+@pytest.mark.slow
+def test_on_the_embedded_digits_an_attack_changes_more_codes_than_noise(tmp_path):
+    command = ["--preset", "demo", "--num-images", "100", "--resamples", "20", "--suite", "optdigits", "-o", str(tmp_path)]
+    assert flags.main(command, debug=False) == 0
+    sets = json.loads((tmp_path / "analysis.json").read_text())["sets"]
+    assert 0.5 < sets["random_q"]["codes_changed"]["value"] < sets["dad"]["codes_changed"]["value"] < 1
+    assert sets["dad"]["teacher_top1"] < 90 < sets["q_clean"]["teacher_top1"]
