@@ -14,7 +14,8 @@ from dad_fast.config.variants import NOT_SCIENCE
 from dad_fast.errors import UsageError
 
 FITS = {"data.data_dir": "embedded:digits", "student.name": "resnet10t", "teacher.name": "embedded:digits", "discretizer.name": "identity"}
-PRESETS = {"demo", "dad-vitb16", "dad-rn50", "kd-vitb16", "dat-vitb16", "dad-authors-online"}
+ON_EMBEDDED_DATA = {"demo", "lp-clip-demo", "lp-clip-sweep"}
+PRESETS = {*ON_EMBEDDED_DATA, "dad-vitb16", "dad-rn50", "kd-vitb16", "dat-vitb16", "dad-authors-online", "lp-clip-vitl14"}
 
 
 def config(*sets: str, **values: object) -> Config:
@@ -223,9 +224,10 @@ def test_presets_resolve_and_say_what_to_add(name: str) -> None:
     cfg = resolve(name, None, [], {key: value for key, value in FITS.items() if key != "student.name"})
     assert from_toml(to_toml(cfg)) == cfg
     assert preset_text(name).startswith("# ")
-    if name != "demo":
+    if name not in ON_EMBEDDED_DATA:
         assert "# Add:" in preset_text(name) and "Source:" in preset_text(name)
-        assert cfg.method == name.split("-")[0]
+        assert name.startswith(cfg.method)
+    if name not in ON_EMBEDDED_DATA and cfg.method != "lp-clip":
         assert (cfg.schedule.epochs, cfg.schedule.cooldown_epochs, cfg.data.batch_size, cfg.optim.lr) == (30, 10.0, 256, 1e-4)
 
 
@@ -238,6 +240,13 @@ def test_demo_is_complete() -> None:
     assert list(names) == ["ce", "kd", "kd-long", "dad"]
     assert [cfg.method for cfg in names.values()] == ["ce", "kd", "kd", "dad"]
     assert names["kd-long"].schedule.epochs > names["kd"].schedule.epochs
+
+
+def test_presets_of_linear_probes_are_complete() -> None:
+    for preset in ("lp-clip-demo", "lp-clip-sweep"):
+        runs = expand(resolve(preset))
+        assert {cfg.method for _, _, cfg in runs} == {"lp-clip"} and {cfg.student.name for _, _, cfg in runs} == {""}
+    assert [name for name, _, cfg in expand(resolve("lp-clip-demo")) if cfg.lp_clip.labels == "true"] == ["supervised"]
 
 
 def test_expand_without_variants_is_named_by_the_method() -> None:

@@ -1,0 +1,350 @@
+"""LP-CLIP: its loss, what is trained and what is not, pseudo-labels, kept features, resuming, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+np = pytest.importorskip("numpy")
+for package in ("timm", "open_clip"):
+    pytest.importorskip(package)
+import tiny  # noqa: E402
+
+from dad_fast.cli import main  # noqa: E402
+from dad_fast.config import resolve  # noqa: E402
+from dad_fast.config.schema import PrecisionConfig, TeacherConfig  # noqa: E402
+from dad_fast.engine.build import Builder  # noqa: E402
+from dad_fast.engine.trainer import Trainer  # noqa: E402
+from dad_fast.errors import DataError, UsageError  # noqa: E402
+from dad_fast.methods.lp_clip import consistency_loss, pseudo_labels, sample_weights  # noqa: E402
+from dad_fast.models.fingerprint import fingerprint  # noqa: E402
+from dad_fast.models.probe import Probe, build_probe  # noqa: E402
+from dad_fast.models.student import load_student  # noqa: E402
+from dad_fast.models.teacher import load_teacher  # noqa: E402
+
+STRONG = ["augment.aa=rand-m9-n2-mstd0.5", "augment.reprob=0.5", "augment.remode=const", "augment.scale=[0.5,1.0]"]
+PLAIN = ["augment.crop=center", "augment.hflip=0", "augment.color_jitter=0"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    tiny.write_images(root / "data")
+    tiny.write_teacher(root / "teacher.safetensors")
+    tiny.write_teacher(root / "other.safetensors", seed=1)
+    return root
+
+
+def config(parts, *more, views=STRONG):
+    fixed = [
+        f"data.data_dir={parts / 'data'}", f"teacher.name={parts / 'teacher.safetensors'}", "method=lp-clip", "data.batch_size=8",
+        "data.workers=0", "schedule.epochs=4", "schedule.warmup_epochs=0", "optim.lr=0.05", "augment.smoothing=0", "device=cpu",
+        "eval.every_epochs=0", "log_every=3",
+    ]  # fmt: skip
+    return resolve(None, None, [*fixed, *views, *more], {})
+
+
+BUILDER = Builder()
+
+
+def trained(cfg, folder, resume="", builder=BUILDER, change=None):
+    """A trained run; `change` gets its parts before, from a builder of their own."""
+    made = (Builder() if change else builder).build(cfg)
+    if change:
+        change(made)
+    trainer = Trainer(cfg, made, folder, "test", resume)
+    trainer.start()
+    trainer.train()
+    return trainer
+
+
+def head(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.evaluated.model.state_dict().items()}
+
+
+def digest(folder, step):
+    path = folder / "checkpoints" / f"step-{step}"
+    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in ("model.safetensors", "train.safetensors")}
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("weight", ["confidence", "none"])
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_formula(weight, threshold, smoothing):
+    random = np.random.default_rng(0)
+    teacher, logits = random.normal(0, 2, (16, 5)), random.normal(0, 3, (16, 5))
+    total = 0.0
+    for t, s in zip(teacher, logits, strict=True):  # in plain Python, one sample after the other
+        exponentials = [math.exp(value) for value in t]
+        confidence = max(exponentials) / sum(exponentials)
+        label = exponentials.index(max(exponentials))
+        log_sum = math.log(sum(math.exp(value) for value in s))
+        targets = [(1 - smoothing) * (i == label) + smoothing / 5 for i in range(5)]
+        loss = -sum(target * (value - log_sum) for target, value in zip(targets, s, strict=True))
+        total += (confidence >= threshold) * (confidence if weight == "confidence" else 1.0) * loss
+    labels, confidence = pseudo_labels(torch.from_numpy(teacher))
+    found = consistency_loss(torch.from_numpy(logits), labels, sample_weights(confidence, weight, threshold).double(), smoothing)
+    assert found.item() == pytest.approx(total / 16, rel=1e-6)
+
+
+def test_ties_go_to_the_lowest_class_and_the_threshold_is_inclusive():
+    labels, confidence = pseudo_labels(torch.tensor([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert labels.tolist() == [1, 0] and confidence[1].item() == 0.25
+    assert sample_weights(torch.tensor([0.25, 0.2499]), "none", 0.25).tolist() == [1.0, 0.0]
+    assert sample_weights(torch.tensor([float("nan")]), "confidence", 0.5).isnan().all()  # so that the step is refused
+
+
+def test_below_the_threshold_nothing_counts_not_even_what_is_infinite():
+    logits = torch.tensor([[0.0, -math.inf], [0.0, 0.0]], requires_grad=True)
+    loss = consistency_loss(logits, torch.tensor([1, 0]), torch.tensor([0.0, 1.0]))
+    assert loss.item() == pytest.approx(math.log(2) / 2)
+
+
+# --- the probe ---
+
+
+def teacher_of(parts, file="teacher.safetensors", head=""):
+    from dad_fast.data.sources import open_source
+
+    classes = open_source(str(parts / "data"), "train").classes
+    return load_teacher(TeacherConfig(name=str(parts / file), head=str(head)), classes, PrecisionConfig(), torch.device("cpu"))
+
+
+def test_only_the_linear_layer_is_the_probes_own(parts):
+    import copy
+
+    teacher = teacher_of(parts)
+    probe = build_probe(teacher, "0" * 64)
+    assert set(probe.state_dict()) == {"model.weight", "model.bias"}
+    assert [name for name, p in probe.named_parameters() if p.requires_grad] == ["model.weight", "model.bias"]
+    assert not any(module.training for module in probe.train().encoder.modules())
+    twin = copy.deepcopy(probe)
+    assert twin.encoder is probe.encoder and twin.model.weight is not probe.model.weight
+    probe.load_state_dict(twin.state_dict())
+    with pytest.raises(RuntimeError, match="model.bias"):
+        probe.load_state_dict({"model.weight": twin.model.weight})
+    pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
+    probe(pixels).sum().backward()
+    assert pixels.grad is None and all(p.grad is None for p in teacher.parameters())
+
+
+def test_it_can_start_from_the_zero_shot_head(parts):
+    teacher, pixels = teacher_of(parts), torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(build_probe(teacher, "", init="zero-shot")(pixels), teacher(pixels))
+    assert build_probe(teacher, "")(pixels).abs().max() == 0
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_training_changes_the_linear_layer_alone(parts, tmp_path, views):
+    cfg = config(parts, f"lp_clip.views={views}", "ema.model_ema=true")
+    before = fingerprint(BUILDER.build(cfg).teacher)
+    trainer = trained(cfg, tmp_path / "run")
+    assert fingerprint(trainer.parts.teacher) == before
+    assert trainer.evaluated.model.weight.abs().max() > 0
+    saved = set(trainer.checkpoints.load("auto", print).tensors)
+    assert {name for name in saved if name.startswith(("student.", "ema."))} == {
+        "student.model.weight", "student.model.bias", "ema.model.weight", "ema.model.bias",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ["lp_clip.views=3"], ["lp_clip.labels=true"], ["lp_clip.threshold=0.34", "lp_clip.weight=none"]])
+def test_k_steps_and_the_rest_equal_the_straight_run(parts, tmp_path, more):
+    cfg = config(parts, "ema.model_ema=true", *more)
+    trained(replace(cfg, max_steps=11), tmp_path / "straight")
+    trained(replace(cfg, max_steps=5), tmp_path / "parts")
+    torch.manual_seed(12345)
+    trained(replace(cfg, max_steps=11), tmp_path / "parts", "auto", builder=Builder())  # features and answers are made again
+    assert digest(tmp_path / "straight", 11) == digest(tmp_path / "parts", 11)
+
+
+def shuffle_labels(made):
+    made.train.labels = np.random.default_rng(3).permutation(made.train.labels)
+
+
+def test_labels_are_not_used(parts, tmp_path):
+    cfg = config(parts)
+    plain, shuffled = trained(cfg, tmp_path / "a"), trained(cfg, tmp_path / "b", change=shuffle_labels)
+    assert all(torch.equal(plain, other) for plain, other in zip(head(plain).values(), head(shuffled).values(), strict=True))
+    true = config(parts, "lp_clip.labels=true")
+    plain, shuffled = trained(true, tmp_path / "c"), trained(true, tmp_path / "d", change=shuffle_labels)
+    assert not torch.equal(head(plain)["weight"], head(shuffled)["weight"])  # the test can tell
+
+
+@pytest.mark.parametrize(("views", "num"), [(STRONG, 4), (PLAIN, 1)])
+def test_kept_features_give_what_the_encoder_gives(parts, tmp_path, views, num):
+    kept = trained(config(parts, f"lp_clip.views={num}", views=views), tmp_path / "kept")
+    assert kept.loader.name == "features" and kept.parts.probe.features.features.shape == (num, 24, 16)
+
+    def run_the_encoder(made):
+        made.probe.features = None
+
+    online = trained(config(parts, views=views), tmp_path / "online", change=run_the_encoder)
+    assert online.loader.name == "torchvision"
+    torch.testing.assert_close(head(kept), head(online), rtol=1e-4, atol=1e-5)
+    assert kept.evaluated.model.weight.abs().max() > 0.05
+    said = [(tmp_path / name / "train.log").read_text() for name in ("kept", "online")]
+    assert "features are kept" in said[0] and "features are not kept" in said[1]
+
+
+def test_an_unreadable_image_lends_its_place_to_the_next(parts, tmp_path):
+    def one_is_bad(made):
+        made.train.ok = made.train.ok.copy()
+        made.train.ok[[5, 23]] = False
+        made.train.max_bad_share = 1.0
+
+    kept = trained(config(parts, "lp_clip.views=1"), tmp_path / "kept", change=one_is_bad)
+    batches = list(kept.loader.batches(0, 3))
+    seen = torch.cat([batch.samples for batch in batches]).tolist()
+    drawn = torch.cat([batch.drawn for batch in batches]).tolist()
+    assert sorted(drawn) == list(range(24)) and [{5: 6, 23: 0}.get(n, n) for n in drawn] == seen
+    online = trained(replace(config(parts), max_steps=3), tmp_path / "online", change=one_is_bad)
+    assert sorted(kept.loader.replaced) == sorted(online.loader.replaced) == ["ant/5.jpg", "cat/7.jpg"]
+    assert [b.samples.tolist() for b in online.loader.batches(0, 3)] == [b.samples.tolist() for b in batches]
+
+
+def test_one_pass_of_the_teacher_serves_every_seed_and_setting(parts, tmp_path, cache):
+    trained(config(parts), tmp_path / "first", builder=Builder())
+    (file,) = (cache / "pseudo-labels").iterdir()
+    assert f"from {file}" not in (tmp_path / "first/train.log").read_text()
+    trained(config(parts, "seed=1", "lp_clip.threshold=0.4"), tmp_path / "second", builder=Builder())
+    assert f"from {file}" in (tmp_path / "second/train.log").read_text()
+    file.write_bytes(file.read_bytes()[:40])  # damaged: made again
+    trained(config(parts), tmp_path / "third", builder=Builder())
+    assert f"from {file}" not in (tmp_path / "third/train.log").read_text()
+    trained(config(parts, f"teacher.name={parts / 'other.safetensors'}"), tmp_path / "fourth", builder=Builder())
+    assert len(list((cache / "pseudo-labels").iterdir())) == 2
+
+
+def test_a_resumed_run_must_find_the_same_teacher(parts, tmp_path):
+    moved = tmp_path / "teacher.safetensors"
+    moved.write_bytes((parts / "teacher.safetensors").read_bytes())
+    cfg = config(parts, f"teacher.name={moved}")
+    trained(replace(cfg, max_steps=2), tmp_path / "run", builder=Builder())
+    moved.write_bytes((parts / "other.safetensors").read_bytes())
+    with pytest.raises(UsageError, match="the teacher's answers on the training images are not those"):
+        trained(cfg, tmp_path / "run", "auto", builder=Builder())
+
+
+# --- its file ---
+
+
+def arguments(parts, out, *more):
+    given = [
+        "train", "--method", "lp-clip", "--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors"), "-o", str(out),
+        "--batch-size", "8", "--workers", "0", "--epochs", "2", "--warmup-epochs", "0", "--lr", "0.05", "--device", "cpu",
+    ]  # fmt: skip
+    return [*given, *map(str, more)]
+
+
+def test_from_the_command_line_to_its_judgement(parts, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(parts, out, "--lp-threshold", "0.3", "--lp-weight", "none")) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert record["method"] == "lp-clip" and record["student"].startswith("linear probe on ") and record["teacher"]["suites"]["val"]
+    assert main(["eval", str(out), "--suite", "val", "--json", str(tmp_path / "judged.json")]) == 0
+    judged = json.loads((tmp_path / "judged.json").read_text())["checkpoint"]["suites"]["val"]
+    assert judged["top1"] == record["suites"]["val"]["top1"] and judged["nll"] == pytest.approx(record["suites"]["val"]["nll"], rel=1e-4)
+    assert main(arguments(parts, out, "--lp-threshold", "0.3", "--lp-weight", "none", "--resume", "auto")) == 0
+    assert "finished already" in capsys.readouterr().err
+    again = arguments(parts, tmp_path / "more", "--init-from", out, "--lp-labels", "true", "--lr", "1e-12", "--min-lr", "0")
+    assert main(again) == 0
+    first, second = (load_student(tmp_path / name)[0].model.weight for name in ("run", "more"))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+def test_the_file_gives_encoder_and_head_as_one_model(parts, tmp_path):
+    trainer = trained(config(parts), tmp_path / "run")
+    probe, metadata = load_student(tmp_path / "run")
+    pixels = torch.rand(4, 3, 32, 32)
+    assert isinstance(probe, Probe) and not probe.training and metadata["dad_fast.method"] == "lp-clip"
+    torch.testing.assert_close(probe(pixels), trainer.evaluated.eval()(pixels), rtol=1e-4, atol=1e-5)
+    assert (probe.num_classes, probe.image_size, probe.crop_pct, probe.interpolation) == (3, 32, 1.0, "bicubic")
+    assert (tmp_path / "run/checkpoints/latest/model.safetensors").stat().st_size < 4096  # no encoder in it
+    teacher = teacher_of(parts, head=tmp_path / "run/checkpoints/latest/model.safetensors")  # and it can teach
+    torch.testing.assert_close(teacher(pixels), probe(pixels))
+
+
+def test_a_teachers_file_may_lie_beside(parts, tmp_path):
+    moved = tmp_path / "teacher.safetensors"
+    moved.write_bytes((parts / "teacher.safetensors").read_bytes())
+    trained(config(parts, f"teacher.name={moved}"), tmp_path / "run")
+    file = tmp_path / "run/checkpoints/latest/model.safetensors"
+    moved.rename(file.resolve().parent / "teacher.safetensors")
+    load_student(file)
+    (file.resolve().parent / "teacher.safetensors").unlink()
+    with pytest.raises(DataError, match="teacher.safetensors"):
+        load_student(file)
+
+
+def test_another_encoder_is_refused(parts, tmp_path, capsys):
+    moved = tmp_path / "teacher.safetensors"
+    moved.write_bytes((parts / "teacher.safetensors").read_bytes())
+    assert main([*arguments(parts, tmp_path / "run"), "--teacher", str(moved)]) == 0
+    moved.write_bytes((parts / "other.safetensors").read_bytes())
+    capsys.readouterr()
+    refused = [
+        ["eval", str(tmp_path / "run"), "--suite", "val"],
+        arguments(parts, tmp_path / "new", "--teacher", moved, "--init-from", tmp_path / "run"),
+        arguments(parts, tmp_path / "new", "--teacher", moved, "--teacher-head", tmp_path / "run/model.safetensors"),
+    ]
+    for command in refused:
+        assert main(command) == 4
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
+        assert len(said) == 1 and "another encoder" in said[0]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"teacher": 3}'])
+def test_damaged_metadata_is_one_line(parts, tmp_path, damage):
+    from dad_fast.models.weights import read_state_dict, write_safetensors
+
+    trainer = trained(config(parts), tmp_path / "run")
+    trainer.write_model(tmp_path / "model.safetensors")
+    state, metadata = read_state_dict(tmp_path / "model.safetensors")
+    write_safetensors(tmp_path / "bad.safetensors", state, {**metadata, "dad_fast.probe": damage})
+    with pytest.raises(DataError, match="damaged"):
+        load_student(tmp_path / "bad.safetensors")
+
+
+MISTAKES = {
+    "mixed images": ("--mixup", ["--mixup", "0.8"]),
+    "a store": ("--store", ["--store", "somewhere"]),
+    "no teacher": ("--teacher", ["--teacher", ""]),
+    "true labels with a threshold": ("--lp-threshold", ["--lp-labels", "true", "--lp-threshold", "0.5"]),
+    "a threshold that is none": ("between 0 and 1", ["--lp-threshold", "1.5"]),
+    "two starts": ("--init-from", ["--lp-init", "zero-shot", "--init-from", "somewhere"]),
+    "kept features and DALI": ("--loader dali", ["--lp-views", "2", "--loader", "dali"]),
+    "more features than memory": ("--lp-views", ["--lp-views", "10000000000"]),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(parts, tmp_path, capsys, what):
+    word, more = MISTAKES[what]
+    assert main(arguments(parts, tmp_path / "out", *more)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
+    assert len(said) == 1 and word in said[0] and not (tmp_path / "out").exists()
+
+
+def test_other_methods_leave_a_probe_alone(parts, tmp_path, capsys):
+    """A probe's weights are not those of a timm model."""
+    trained(config(parts), tmp_path / "run")
+    given = arguments(parts, tmp_path / "kd", "--method", "kd", *tiny.STUDENT, "--init-from", tmp_path / "run/checkpoints/latest")
+    assert main(given) == 4
+    assert "another architecture" in capsys.readouterr().err
