@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dad_fast.config.schema import AugmentConfig
+from dad_fast.data import workers
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.decode import DecodeError
 from dad_fast.data.execute import execute
@@ -50,9 +51,12 @@ class Squares:
                 raise ZeroDivisionError("a mistake")
             if self.action == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.action in ("hang", "slow"):
+                time.sleep(3600 if self.action == "hang" else 2)
             if self.action == "resized":
                 return Image.new("RGB", (5, 5))
-            raise DecodeError(f"image{index}: truncated")
+            if self.action != "slow":
+                raise DecodeError(f"image{index}: truncated")
         return Image.new("RGB", (12, 12), (index % 256, index // 256, 7))
 
     def describe(self):
@@ -202,7 +206,7 @@ def test_workers_give_the_same_batches():
     loader = TrainLoader(Squares(bad=(10,)), AUG, 8, 8, 5, 2)
     assert_same(here, collect(loader, 4, 14))
     assert loader.replaced == ["image10"]
-    inline, worker = (list(EvalLoader(Squares(), 12, 1.0, "bicubic", 16, workers)) for workers in (0, 1))
+    inline, worker = (list(EvalLoader(Squares(), 12, 1.0, "bicubic", 16, number)) for number in (0, 1))
     assert all(torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples) for a, b in zip(inline, worker, strict=True))
 
 
@@ -218,6 +222,17 @@ def test_worker_failures_are_one_line():
     with pytest.raises(DadFastError, match="a loader worker died .*--workers") as caught:
         run(action="kill")
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_hangs_ends_the_run_and_a_slow_one_does_not(monkeypatch):
+    monkeypatch.setattr(workers, "CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "HANG_SECONDS", 5.0)
+    slow = collect(TrainLoader(Squares(bad=[3], action="slow"), PLAIN, 12, 10, 0, 1), 0, 5)
+    assert_same(slow, collect(TrainLoader(Squares(), PLAIN, 12, 10, 0, 0), 0, 5))
+    started = time.monotonic()
+    with pytest.raises(DadFastError, match="no batch for 5 s: a loader worker hangs .*--resume auto") as caught:
+        collect(TrainLoader(Squares(bad=range(50), action="hang"), PLAIN, 12, 10, 0, 1), 0, 3)
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 60
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for child processes in /proc")

@@ -26,6 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from dad_fast.errors import DadFastError
 
+CHECK_SECONDS = 5.0  # after which a dead worker is noticed
+HANG_SECONDS = 600.0  # without a batch from any worker: a stuck network disk, or a deadlock
+
 
 class _Failure(NamedTuple):
     """An exception in a worker, carried to the training process: DataLoader itself would bury the message in a traceback."""
@@ -51,7 +54,7 @@ class _Guarded(Dataset[Any]):
 def iterate(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool) -> Iterator[Any]:
     """dataset[n] for each n, in order, made by `workers` processes (0: here). Each item is a whole batch.
 
-    Raises DadFastError with one line when a worker fails or dies; a DadFastError raised in a worker comes through as it is.
+    Raises DadFastError with one line when a worker fails, dies or hangs; a DadFastError raised in a worker comes through as it is.
     """
     batches = _from_workers(dataset, numbers, workers, pin_memory) if workers else _from_here(dataset, numbers, pin_memory)
     _running.add(batches)
@@ -72,18 +75,28 @@ def _from_workers(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, p
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=pin_memory,
+        timeout=CHECK_SECONDS,
         multiprocessing_context=_context(),
         worker_init_fn=_init_worker,
         generator=torch.Generator(),  # else each pass would draw from the global generator, whose state a resume restores
     )
-    batches = iter(loader)
+    batches, waited = iter(loader), 0.0
     try:
         while True:
             try:
                 batch = next(batches)
+                waited = 0.0
             except StopIteration:
                 return
             except RuntimeError as error:
+                if "timed out" in str(error):
+                    waited += CHECK_SECONDS
+                    if waited < HANG_SECONDS:
+                        continue
+                    for worker in batches._workers:  # it would neither end nor heed a SIGTERM
+                        worker.kill()
+                    what = f"no batch for {HANG_SECONDS:g} s: a loader worker hangs (a network disk that does not answer?)"
+                    raise DadFastError(f"{what}; mend that and go on with --resume auto") from error.with_traceback(None)
                 if "worker" not in str(error):
                     raise
                 what = " ".join(str(error).split())[:200]
