@@ -59,7 +59,7 @@ def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
 
 def make_filler(cfg: Config, launch: StoreLaunch) -> Filler:
     """Everything that a user can get wrong fails here, before a file is written."""
-    device = _device(cfg)
+    device = resolve_device(cfg.device)
     source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
     teacher, digest, *_ = frozen.teacher(cfg, source.classes, device)
     hashes: dict[str, str | None] = {"teacher": digest}
@@ -69,13 +69,6 @@ def make_filler(cfg: Config, launch: StoreLaunch) -> Filler:
         return TargetFiller(cfg, launch, source, teacher, view["img_size"], settings, hashes, device)
     discretizer, hashes["discretizer"] = frozen.discretizer(cfg, device)
     return AdversarialFiller(cfg, launch, source, teacher, discretizer, view, settings, hashes, device)
-
-
-def _device(cfg: Config) -> torch.device:
-    device = resolve_device(cfg.device)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return device
 
 
 def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config import Config, Launch, expand, to_toml
+from dad_fast.engine import distributed
 from dad_fast.engine.build import Builder, Parts
 from dad_fast.engine.finish import finish
+from dad_fast.engine.launch import end_with_launcher, is_worker, number_of_processes, run_processes, started_here
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import UsageError
 from dad_fast.evaluate.runner import Suite, open_suites
@@ -28,33 +30,49 @@ OF_A_RUN = (
 
 def run(cfg: Config, launch: Launch) -> int:
     """Returns the exit code. Layout: OUT itself for one run; OUT/<variant>/seed-<s>/ and a table in OUT for several."""
-    output, runs = Path(launch.output), expand(cfg)
-    _check_output(output, launch)
+    if is_worker():
+        if launch.nproc != "1" and not started_here():
+            raise UsageError("--nproc: torchrun starts the processes; leave it out")
+        end_with_launcher()
+    elif (nproc := number_of_processes(launch.nproc)) > 1:
+        return run_processes(nproc, "train", launch.arguments)
+    with distributed.joined(cfg):
+        return _run(cfg, launch)
+
+
+def _run(cfg: Config, launch: Launch) -> int:
+    """All processes go through this together; what reads or writes the output folder is the first one's."""
+    output, runs, main = Path(launch.output), expand(cfg), distributed.is_main()
+    distributed.on_main(lambda: _check_output(output, launch))
     if launch.resume not in ("", "auto") and len(runs) > 1:
         raise UsageError("--resume PATH continues one run; use --resume auto for a comparison of several")
     folders = [output / name / f"seed-{seed}" if len(runs) > 1 else output for name, seed, _ in runs]
     builder = Builder()
     # Whatever a user got wrong, in any variant, shows here, before a file is written or removed.
     for one in {name: one for name, _, one in runs}.values():
+        _check_batch_sizes(one, launch)
         parts = builder.build(one)
         suites = open_suites(one.eval.suites, one.data, parts.train.classes)
         Trainer(one, parts, output, "", launch.resume if len(runs) == 1 else "", launch.allow_config_change)
-    if launch.overwrite:
-        _clear(output)
-    output.mkdir(parents=True, exist_ok=True)
-    if len(runs) > 1:
-        atomic_write_text(output / "config.toml", to_toml(cfg))
+    if main:
+        if launch.overwrite:
+            _clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+        if len(runs) > 1:
+            atomic_write_text(output / "config.toml", to_toml(cfg))
+    distributed.barrier()
     taught: dict[str, dict[str, Any]] = {}
     records = []
     for number, ((name, seed, one), folder) in enumerate(zip(runs, folders, strict=True), start=1):
         label = f"[{number}/{len(runs)}] {name} seed {seed}" if len(runs) > 1 else name
         records.append(one_run(name, one, folder, label, launch, builder, suites, taught))
-    if len(runs) > 1:
+    if main and len(runs) > 1:
         write_comparison(output, cfg, records)
         write_report(output)
         print_line(f"{output}: table.md, report.html, results.json, and a folder a run")
-    else:
+    elif main:
         print_table(read_record(output / "results.json"))
+    distributed.barrier()
     return 0
 
 
@@ -65,20 +83,31 @@ def one_run(
     parts = builder.build(cfg)
     trainer = Trainer(cfg, parts, folder, label, launch.resume, launch.allow_config_change)
     if launch.resume and trainer.next_step == trainer.total_steps:
-        record = _finished(folder / "results.json", suites)
+        record: dict[str, Any] | None = distributed.on_main(lambda: _finished(folder / "results.json", suites))
         if record:
-            print_line(f"{label}: finished already ({folder})")
+            if distributed.is_main():
+                print_line(f"{label}: finished already ({folder})")
             return record
-    atomic_write_text(folder / "config.toml", to_toml(cfg))
-    kernels = {"csrc": csrc_status()}
-    if isinstance(parts.discretizer, VQGANDiscretizer):
-        kernels["codebook_search"] = parts.discretizer.vqgan.search().backend
-    resolved = {"kernels": kernels, "loader": trainer.loader.name}
-    facts = {**resolved, "variant": name, "preset": launch.preset, **_weights(parts)}
-    atomic_write_json(folder / "run.json", environment() | facts)
+    if distributed.is_main():
+        atomic_write_text(folder / "config.toml", to_toml(trainer.cfg))
+        kernels = {"csrc": csrc_status()}
+        if isinstance(parts.discretizer, VQGANDiscretizer):
+            kernels["codebook_search"] = parts.discretizer.vqgan.search().backend
+        resolved = {"kernels": kernels, "loader": trainer.loader.name, "processes": distributed.world()}
+        facts = {**resolved, "variant": name, "preset": launch.preset, **_weights(parts)}
+        atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()
     summary = trainer.train()
     return finish(trainer, name, suites, summary, taught)
+
+
+def _check_batch_sizes(cfg: Config, launch: Launch) -> None:
+    """Two sizes on one command line must say the same."""
+    sizes, parts = cfg.data, cfg.engine.grad_accum_steps
+    product = sizes.batch_size * distributed.world() * parts
+    if launch.both_batch_sizes and sizes.global_batch_size != product:
+        made = f"--batch-size {sizes.batch_size} x {distributed.world()} processes x --grad-accum-steps {parts} = {product}"
+        raise UsageError(f"--global-batch-size {sizes.global_batch_size}: {made}; leave one of the sizes out")
 
 
 def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:

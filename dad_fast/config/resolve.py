@@ -20,7 +20,7 @@ from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
 
 PRESETS = Path(__file__).parent / "presets"
-VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 NOT_IN_VARIANTS = {"seed": "--seed", "seeds": "--seeds", "device": "--device"}
 
 
@@ -70,6 +70,7 @@ class Layers:
         self.values: dict[str, Any] = {}
         self.variants: dict[str, dict[str, Any]] = {}
         self._earlier: dict[str, dict[str, Any]] = {}  # the variants of earlier layers, which a key of this layer overrides
+        self._layer: set[str] = set()  # keys of this layer
 
     def add_toml(self, text: str, where: str) -> None:
         try:
@@ -80,6 +81,7 @@ class Layers:
 
     def add(self, tables: dict[str, Any], where: str) -> None:
         """A new layer with the given TOML tables."""
+        self._layer = set()
         self._earlier = {name: dict(changes) for name, changes in self.variants.items()}
         variants = tables.get("variants", {})
         if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
@@ -94,6 +96,9 @@ class Layers:
     def put(self, path: str, value: Any, where: str) -> None:
         before = self.values.get("method", settings()["method"].default)
         self.values[path] = coerce(lookup(path, where), value, where)
+        self._layer.add(path)
+        if path == "data.batch_size" and "data.global_batch_size" not in self._layer:
+            self.values.pop("data.global_batch_size", None)  # an earlier layer's: the later word on the same thing wins
         for name in list(self._earlier):
             if path == "method" and self.variants[name].get("method", before) != self.values["method"]:
                 del self._earlier[name], self.variants[name]
@@ -124,7 +129,7 @@ class Layers:
 
     def _put_variant(self, name: str, path: str, value: Any, where: str) -> None:
         if not VARIANT_NAME.fullmatch(name):
-            raise UsageError(f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + - only, since it becomes a folder")
+            raise UsageError(f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + = - only, since it becomes a folder")
         if path in NOT_IN_VARIANTS:
             raise UsageError(f"{where}: {path} cannot differ between variants; set it for all of them with {NOT_IN_VARIANTS[path]}")
         self.variants.setdefault(name, {})[path] = coerce(lookup(path, where), value, where)

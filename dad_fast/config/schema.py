@@ -44,7 +44,10 @@ class DataConfig:
     train_split: str = setting("train", "folder, shards by pattern (NAME-{000..099}.tar) or embedded split to train on", "--train-split")
     val_split: str = setting("val", "folder, shards by pattern or embedded split to validate on", "--val-split")
     class_map: str = setting("", "CSV (id,folder,name) that fixes the order of the classes", "--class-map")
-    batch_size: int = setting(256, "clean images per batch", "--batch-size", rule=AT_LEAST_ONE, short="-b", main=True)
+    batch_size: int = setting(256, "clean images per batch of a process", "--batch-size", rule=AT_LEAST_ONE, short="-b", main=True)
+    global_batch_size: int = setting(
+        0, "clean images per step of all processes; 0 = batch-size x processes x grad-accum-steps", "--global-batch-size", rule=NOT_NEGATIVE
+    )
     loader: Literal["auto", "dali", "torchvision"] = setting("auto", "who decodes and augments: auto, dali or torchvision", "--loader")
     workers: int = setting(4, "loader processes; 0 loads in the training process", "--workers", rule=NOT_NEGATIVE, short="-j")
     max_bad_share: float = setting(0.01, "share of unreadable images above which the run stops (exit 4)", rule=PROBABILITY)
@@ -94,6 +97,7 @@ class StudentConfig:
     bn: Literal["joint", "split", "aux"] = setting(
         "joint", "batch norm over clean and adversarial images: one batch, two calls, or auxiliary statistics", "--bn"
     )
+    sync_bn: bool = setting(False, "batch norm over the images of all processes (CUDA); else each has its own", "--sync-bn")
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
 
 
@@ -205,6 +209,9 @@ class EngineConfig:
         "auto", "capture the step in CUDA graphs; auto falls back to plain calls, and says why", "--cuda-graphs"
     )
     torchcompile: bool = setting(False, "torch.compile the student and the teacher", "--torchcompile")
+    dist_timeout: float = setting(
+        300.0, "seconds after which a process that does not answer is given up, once training runs", "--dist-timeout", rule=POSITIVE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

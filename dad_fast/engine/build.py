@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
 from dad_fast.data.sources import Source, open_source
-from dad_fast.engine import frozen
+from dad_fast.engine import distributed, frozen
 from dad_fast.engine.lp_clip import ProbeData
 from dad_fast.engine.lp_clip_features import FeatureTable
 from dad_fast.engine.lp_clip_labels import PseudoLabels, WeakView
@@ -82,6 +83,8 @@ class Builder:
             student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)
             savings["student"] = save_student_work(student, frozen.model_savings(cfg))
         student = student.to(device)
+        if cfg.student.sync_bn:
+            share_batch_norm(student, device)
         if cfg.precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
@@ -111,6 +114,13 @@ class Builder:
         if key not in self._frozen:
             self._frozen[key] = make()
         return self._frozen[key]
+
+
+def share_batch_norm(student: Student, device: torch.device) -> None:
+    """--sync-bn: batch norms that see the images of all processes. Not yet run on a GPU."""
+    if device.type != "cuda":
+        raise EnvironmentProblem(f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; leave it out")
+    student.model = convert_sync_batchnorm(student.model)
 
 
 def _needs(cfg: Config, stored: Stored) -> tuple[bool, bool]:
@@ -148,13 +158,16 @@ def _try_one_image(cfg: Config, device: torch.device, student: Student, teacher:
 
 
 def _source(cfg: Config, split: str) -> Source:
-    return open_source(cfg.data.data_dir, split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+    with distributed.main_first():  # of every machine: the others find its index
+        return open_source(cfg.data.data_dir, split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one; of several processes on a machine each gets its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world() > 1 and torch.cuda.is_available():
+        name = f"cuda:{distributed.local_rank() % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError:

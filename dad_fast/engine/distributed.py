@@ -174,6 +174,16 @@ def broadcast_tensors(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
     return found
 
 
+def gather_to_main(tensor: Tensor) -> list[Tensor]:
+    """Each process's tensor, of the same shape in all of them and in host memory: a list in process 0, an empty one in the others."""
+    if _alone():
+        return [tensor]
+    found = [torch.empty_like(tensor) for _ in range(world())] if is_main() else []
+    with _others_needed():
+        dist.gather(tensor, found or None)
+    return found
+
+
 def on_main(function: Callable[[], T]) -> T:
     """What `function` returns in process 0 (anything that JSON holds), on all of them. What it raises there, all of them raise."""
     if _alone():

@@ -10,6 +10,7 @@ import torch
 
 from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import soft_targets, to_pixels
+from dad_fast.engine import distributed
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Result, Suite
 from dad_fast.files import atomic_write_json
@@ -33,14 +34,16 @@ def finish(
     """
     cfg, parts, output = trainer.cfg, trainer.parts, trainer.output
     suites = suites or [Suite(cfg.data.val_split, parts.val)]
-    trainer.write_model(output / "model.safetensors")
+    main = distributed.is_main()  # all processes judge, each its share of the images; this one writes
+    if main:
+        trainer.write_model(output / "model.safetensors")
     student = {suite.name: trainer.judge(trainer.evaluated, suite) for suite in suites}
     teacher = None
     if parts.teacher is not None:
         if parts.teacher.name not in taught:
             taught[parts.teacher.name] = {suite.name: trainer.judge(parts.teacher, suite).to_dict() for suite in suites}
         teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": taught[parts.teacher.name]}
-    if parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ())):
+    if main and parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ())):
         _sheet(trainer, output)
     record = {
         "variant": variant,
@@ -54,8 +57,9 @@ def finish(
         "teacher": teacher,
         "discretizer": None if parts.discretizer is None else {"name": parts.discretizer.name, "seen": parts.discretizer.provenance},
     }
-    atomic_write_json(output / "results.json", record)
-    write_report(output)
+    if main:
+        atomic_write_json(output / "results.json", record)
+        write_report(output)
     trainer.log.say(f"{trainer.label}: {_line(student)}")
     return record
 

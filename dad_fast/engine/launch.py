@@ -86,27 +86,33 @@ class _Family:
     def __init__(self, processes: list[_Process]) -> None:
         self.processes = processes
         self.first: _Process | None = None  # the first that failed
+        self.asked = False  # whether all were asked to stop
 
     def wait(self) -> int:
         """Until all have ended."""
         deadline = float("inf")
-        with stop_requests(self.send):
+        with stop_requests(self.send) as stop:
             while any(process.code is None for process in self.processes):
                 time.sleep(0.05)
+                self.asked = self.asked or stop.error is not None
                 if time.monotonic() > deadline:
                     self.send(signal.SIGKILL)
                 elif deadline == float("inf") and any(process.code for process in self.processes):
                     deadline = time.monotonic() + GRACE
                     self.note_failure()
                     self.send(signal.SIGTERM)
+                    self.asked = True
         self.note_failure()
         if self.first is not None:
             self.first.say_why()
             return max(1, self.first.popen.returncode)
-        return max((process.popen.returncode for process in self.processes), default=0)
+        ended = {process.popen.returncode for process in self.processes}
+        return 0 if ended == {0} else stop.error.exit_code if stop.error else max(ended)
 
     def note_failure(self) -> None:
-        failed = [process for process in self.processes if process.code not in (None, 0, *STOPPED)]
+        """Whoever ends by a signal that was sent on was asked to stop when it had nothing to save, or nothing left to save."""
+        fine = (None, 0, *STOPPED, *((-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT) if self.asked else ()))
+        failed = [process for process in self.processes if process.code not in fine]
         if failed and self.first is None:
             self.first = failed[0]
 
@@ -128,7 +134,7 @@ def _cores() -> int:
 
 def end_with_launcher() -> None:
     """In a process that `run_processes` started: should the launcher itself be killed, this one is asked to stop as by SIGTERM."""
-    if LAUNCHED not in os.environ:
+    if not started_here():
         return
     launcher = int(os.environ[LAUNCHED])
 
@@ -147,6 +153,11 @@ def number_of_processes(nproc: str) -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def started_here() -> bool:
+    """Whether this process is one of `run_processes`."""
+    return LAUNCHED in os.environ
 
 
 def is_worker() -> bool:

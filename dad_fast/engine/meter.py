@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dad_fast.engine import distributed
+
 
 class Meter:
     """Sums over steps; only `read` touches the host."""
@@ -29,8 +31,9 @@ class Meter:
         return means
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint: a run that resumes in the middle of a log window logs what the straight run logs."""
-        return {f"meter.{name}": value for name, value in self.sums.items()} | {"meter": torch.tensor(self.count)}
+        """For a checkpoint: a run that resumes in the middle of a log window logs what the straight run logs. Means over the processes."""
+        means = {name: distributed.all_reduce_sums(value.clone()) / distributed.world() for name, value in self.sums.items()}
+        return {f"meter.{name}": value for name, value in means.items()} | {"meter": torch.tensor(self.count)}
 
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         self.sums = {k.removeprefix("meter."): v.to(device) for k, v in tensors.items() if k.startswith("meter.")}

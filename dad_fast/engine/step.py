@@ -77,6 +77,7 @@ class TrainStep:
         for part in batch.to(self.device).split(num_parts):
             scalars = self.graphs.learn(part) if self.graphs else self.learn(self.generate(part))
             sums = {name: value + sums[name] if sums else value.clone() for name, value in scalars.items()}
+        self.update.reduce()
         with stage("update"):
             applied = self.graphs.apply() if self.graphs else self.update.apply()
         return {name: value / num_parts for name, value in sums.items()} | {"applied": applied.float()}

@@ -3,63 +3,64 @@
 from __future__ import annotations
 
 import gc
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dad_fast.config import differences, from_toml, to_toml
 from dad_fast.config.schema import Config
-from dad_fast.data.loader import Batch, TrainLoader, resolve_loader, train_loader
+from dad_fast.config.variants import with_batch_sizes
+from dad_fast.data.loader import Batch, TrainLoader, train_loader
+from dad_fast.engine import distributed
 from dad_fast.engine.build import Parts
-from dad_fast.engine.checkpoint import (
-    Checkpoint,
-    CheckpointFolder,
-    flatten_optimizer,
-    generator_tensors,
-    restore_generators,
-    restore_optimizer,
-)
-from dad_fast.engine.clock import Clock, input_bound
+from dad_fast.engine.checkpoint import CheckpointFolder, snapshot
+from dad_fast.engine.clock import Clock, Window, input_bound
 from dad_fast.engine.feed import feed
 from dad_fast.engine.garbage import collections_between_steps
+from dad_fast.engine.graph import WARM_UP
+from dad_fast.engine.introduction import introduction
 from dad_fast.engine.lp_clip import ProbeStep
 from dad_fast.engine.lp_clip_features import FeatureLoader
 from dad_fast.engine.meter import Meter
 from dad_fast.engine.schedule import learning_rate, total_epochs
-from dad_fast.engine.signals import stop_requests
+from dad_fast.engine.signals import StopRequest, stop_requests
+from dad_fast.engine.state import load_for_all, restore, run_state, seed_generators
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
-from dad_fast.errors import NotFinite, UsageError
+from dad_fast.engine.writer import Writer
+from dad_fast.errors import NotFinite
 from dad_fast.evaluate.runner import Result, Suite, evaluate
 from dad_fast.models.discretizer import VQGANDiscretizer
 from dad_fast.models.probe import Probe
-from dad_fast.models.student import Student, save_student
+from dad_fast.models.student import Student
+from dad_fast.models.weights import write_safetensors
 from dad_fast.observe.device import Gpu
 from dad_fast.observe.progress import TrainProgress
-from dad_fast.observe.runlog import RunLog, print_line
+from dad_fast.observe.runlog import RunLog
 
 
 class Trainer:
     """Trains `parts.student` into the folder `output`. Building one checks everything and writes nothing; then `start()`, `train()`.
 
+    Of several processes each has one of its own, and all call the same methods at the same steps; only the first one writes.
+
     resume: "" starts at step 0; "auto" goes on from the newest sound checkpoint in `output`; a path goes on from that checkpoint.
     """
 
     def __init__(self, cfg: Config, parts: Parts, output: Path, label: str, resume: str = "", allow_config_change: bool = False):
+        cfg = with_batch_sizes(cfg, distributed.world())
         self.cfg, self.parts, self.output, self.label = cfg, parts, output, label
-        random.seed(cfg.seed)
-        np.random.seed(cfg.seed % 2**32)
-        torch.manual_seed(cfg.seed)  # again, after the student was built: a run draws the same whatever its initial weights took
+        seed_generators(cfg.seed)  # again, after the student was built: a run draws the same whatever its initial weights took
+        distributed.broadcast_(list(chain(parts.student.parameters(), parts.student.buffers())))
         self.update = Update(parts.student, cfg, parts.device)
         if isinstance(parts.student, Probe):
             self.step: TrainStep = ProbeStep(cfg, parts.student, self.update)
         else:
             self.step = TrainStep(cfg, parts.student, parts.teacher, parts.discretizer, self.update)
-        self.images_per_step = cfg.data.batch_size * cfg.engine.grad_accum_steps
+        self.images_per_step = cfg.data.global_batch_size
         self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
         steps = round(total_epochs(cfg.schedule) * self.steps_per_epoch)
@@ -67,98 +68,109 @@ class Trainer:
         self.meter = Meter()
         self.next_step = 0
         self.best_top1 = -1.0
+        self.validation_due = False  # a stop was asked for when it should have begun
         self.clock = Clock(parts.device)
         self.windows, self.advised, self.bad_latents = 0, False, 0
-        self.gpu = Gpu.open(parts.device.index or 0) if parts.device.type == "cuda" else None
+        self.bad_images: set[str] = set()  # that any process has met
+        self.gpu = Gpu.open(parts.device.index or 0) if parts.device.type == "cuda" and distributed.is_main() else None
         self.worst_streak = torch.zeros((), device=parts.device)
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
-        found = self.checkpoints.load(resume, print_line) if resume else None
+        self.writer = Writer()
+        found = load_for_all(self.checkpoints, resume) if resume else None
         if found is not None:
-            self._restore(found, allow_config_change)
+            restore(self, found, allow_config_change)
         self.metrics_offset = found.state["metrics_offset"] if found else 0
 
     def _loader(self) -> TrainLoader | FeatureLoader:
-        cfg, parts = self.cfg, self.parts
+        cfg, parts, mine = self.cfg, self.parts, self.cfg.data.batch_size * self.cfg.engine.grad_accum_steps
+        rank, world, cuda = distributed.rank(), distributed.world(), parts.device.type == "cuda"
         if parts.probe is not None and parts.probe.features is not None:
-            return FeatureLoader(parts.probe.features, self.images_per_step, cfg.seed, pin_memory=parts.device.type == "cuda")
+            return FeatureLoader(parts.probe.features, mine, cfg.seed, rank, world, pin_memory=cuda)
         return train_loader(
-            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, self.images_per_step,
-            seed=parts.stored.view_seed(cfg.seed), workers=cfg.data.workers, device=parts.device, cycle=parts.stored.cycle,
+            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, mine, seed=parts.stored.view_seed(cfg.seed),
+            workers=cfg.data.workers, rank=rank, world=world, device=parts.device, cycle=parts.stored.cycle,
         )  # fmt: skip
 
     def start(self) -> None:
         """Open the logs, say what is about to happen, and make what the steps need before the first of them."""
-        self.log = RunLog(self.output)
+        self.log = RunLog(self.output, rank=distributed.rank())
         self.log.truncate_to(self.metrics_offset)
         cfg, parts = self.cfg, self.parts
         millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
-        lines = [
-            f"{self.label}: {cfg.method}, {parts.student.name} ({millions:.2f} M parameters) on {parts.device}, "
-            f"steps {self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images",
-            parts.train.describe(),
-        ]
-        if parts.teacher is not None:
-            lines.append(f"teacher {parts.teacher.name}; it has seen: {parts.teacher.provenance}")
-        if parts.discretizer is not None:
-            lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
-        if isinstance(parts.discretizer, VQGANDiscretizer) and parts.discretizer.range_note:
-            lines.append(parts.discretizer.range_note)
-        for part, found in parts.savings.items():
-            texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
-            lines.append(f"savings of the {part}: {', '.join(texts) or 'none'}")
-        if self.loader.name != FeatureLoader.name:
-            loader, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
-            lines.append(f"loader {loader}: {why}")
-        lines += [f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images" for store in parts.stored.stores]
-        for line in lines:
-            self.log.say(line, echo=line is lines[0])
+        together = f" and {distributed.world() - 1} more processes" if distributed.world() > 1 else ""
+        self.log.say(
+            f"{self.label}: {cfg.method}, {parts.student.name} ({millions:.2f} M parameters) on {parts.device}{together}, "
+            f"steps {self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
+        )
+        for line in introduction(cfg, parts, self.loader):
+            self.log.say(line, echo=False)
         if parts.probe is not None:
             parts.probe.prepare(self.log.say)
 
     def train(self) -> dict[str, float]:
-        """Runs to the end, or until a signal asks to stop: then the state is saved and Preempted or Interrupted raised."""
-        cuda = self.parts.device.type == "cuda"
-        batches = self.parts.stored.join(self.loader.batches(self.next_step, self.total_steps), cuda)
-        if self.parts.probe is not None:
-            batches = self.parts.probe.join(batches, cuda)
-        batches = feed(batches, self.parts.device)
+        """Runs to the end, or until a signal asks any process to stop: then the state is saved and Preempted or Interrupted raised."""
+        distributed.patience(distributed.LONG)  # until every process has warmed up
         with stop_requests() as stop, self._progress() as progress, collections_between_steps():
-            clock, first = self.clock, True
-            clock.skip()
-            while self.next_step < self.total_steps:
-                batch = next(batches)
-                if first:
-                    self._check_signal(batch)
-                    clock.skip()
-                    first = False
-
-                lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
-                with clock.step():
-                    scalars = self.step(batch, self.next_step, lr)
-                self.meter.add(scalars)
-                self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
-                self.next_step += 1
-                progress.tick()
-
-                last, epoch_ends = self.next_step == self.total_steps, self.next_step % self.steps_per_epoch == 0
-                if self.next_step % self.cfg.log_every == 0 or last:
-                    self._log_window(lr, batch, progress)
-                if last or epoch_ends or stop.error or self._checkpoint_due():
-                    clock.count()
-                    self._boundary(last, epoch_ends, bool(stop.error), progress)
-                    clock.skip()
-                    progress.pause()
-                if stop.error and not last:
-                    where = f"step {self.next_step} of {self.total_steps}"
-                    raise stop.error(f"stopped at {where}; saved in {self.output}, go on with --resume auto")
+            try:
+                self._steps(stop, progress)
+            finally:
+                self.writer.wait()
+            distributed.patience(distributed.LONG)  # what comes now, the first process may do alone
+            distributed.barrier()  # none ends before the checkpoint is written
         return {
             "seconds": self.clock.total,
             "steps": self.next_step,
             "epochs": self.next_step / self.steps_per_epoch,
             "best_val_top1": self.best_top1,
-            "bad_images": len(self.loader.replaced),
-            "failed_over": self.loader.failed_over,
+            "bad_images": len(self.gathered_bad_images()),
+            "failed_over": sum(distributed.gather(self.loader.failed_over)),
         }
+
+    def _steps(self, stop: StopRequest, progress: TrainProgress) -> None:
+        if self.validation_due:
+            self._boundary(last=False, epoch_ends=True, stopping=False, progress=progress)
+        batches, clock, vote, begun = self._batches(), self.clock, distributed.Vote(), self.next_step
+        clock.skip()
+        while self.next_step < self.total_steps:
+            batch = next(batches)
+            if self.next_step == begun:
+                self._check_signal(batch)
+                clock.skip()
+
+            lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
+            with clock.step():
+                scalars = self.step(batch, self.next_step, lr)
+            self.meter.add(scalars)
+            self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
+            self.next_step += 1
+            progress.tick()
+            self.writer.check()
+
+            last, epoch_ends = self.next_step == self.total_steps, self.next_step % self.steps_per_epoch == 0
+            stopping = vote(stop.error)  # the same in all processes, as is everything that is decided below
+            if self.next_step % self.cfg.log_every == 0 or last:
+                self._log_window(lr, batch, progress)
+            if last or epoch_ends or stopping or self._checkpoint_due():
+                clock.count()
+                self._boundary(last, epoch_ends, bool(stopping), progress)
+                clock.skip()
+                progress.pause()
+            if stopping and not last:
+                self.writer.wait()
+                distributed.barrier()
+                where = f"step {self.next_step} of {self.total_steps}"
+                raise stopping(f"stopped at {where}; saved in {self.output}, go on with --resume auto")
+            if self.next_step == begun + WARM_UP + 1:  # compiled, captured, and everything met once
+                distributed.barrier()
+                distributed.patience(self.cfg.engine.dist_timeout)
+        vote.settle()
+
+    def _batches(self) -> Iterator[Batch]:
+        cuda = self.parts.device.type == "cuda"
+        batches = self.parts.stored.join(self.loader.batches(self.next_step, self.total_steps), cuda)
+        if self.parts.probe is not None:
+            batches = self.parts.probe.join(batches, cuda)
+        return feed(batches, self.parts.device)
 
     def _progress(self) -> TrainProgress:
         return TrainProgress(self.total_steps, self.images_per_step, self.steps_per_epoch, self.label, self.log, start_step=self.next_step)
@@ -169,7 +181,9 @@ class Trainer:
         gc.collect()
         epoch, every = self.next_step // self.steps_per_epoch, self.cfg.eval.every_epochs
         best = False
-        if last or (epoch_ends and every and epoch % every == 0 and not stopping):
+        self.validation_due = not last and epoch_ends and every > 0 and epoch % every == 0
+        if last or (self.validation_due and not stopping):
+            self.validation_due = False
             result = self.judge(self.evaluated, Suite(self.cfg.data.val_split, self.parts.val), progress.evaluating("validation"))
             best = result.top1 > self.best_top1
             self.best_top1 = max(self.best_top1, result.top1)
@@ -189,22 +203,37 @@ class Trainer:
         self.clock.count()
         window = self.clock.window()
         self._warn_of_bad_latents()
-        values |= self.step.measure(batch) | {"data_wait": window.waited / window.seconds}
-        self.windows += 1
-        from_files = self.loader.name != FeatureLoader.name
-        advice = input_bound(window, self.images_per_step, self.cfg.data.workers, self.loader.name, self.parts.device.type == "cuda")
-        if advice and from_files and not self.advised and self.windows > 1:  # the first window holds the start of the loader's processes
-            self.advised = True
-            self.log.say(advice)
-        self.clock.skip()
+        values |= self.step.measure(batch)
+        most = {"data_wait": window.waited / window.seconds}
         if self.parts.device.type == "cuda":
-            values["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
+            most["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
+        values = over_processes(values, most)
+        bad_images = len(self.gathered_bad_images())
+        self._advise(window)
+        self.clock.skip()
         progress.update(values)
         gpu = {"gpu": self.gpu.sample()} if self.gpu else {}
         self.log.metrics(
             "train", step=self.next_step, epoch=self.next_step / self.steps_per_epoch, lr=lr, **values,
-            img_per_s=window.steps * self.images_per_step / window.seconds, bad_images=len(self.loader.replaced), **gpu,
+            img_per_s=window.steps * self.images_per_step / window.seconds, bad_images=bad_images, **gpu,
         )  # fmt: skip
+
+    def gathered_bad_images(self) -> list[str]:
+        """Unreadable files that any process has met so far. All processes call it."""
+        for names in distributed.gather([name for name in self.loader.replaced if name not in self.bad_images]):
+            self.bad_images.update(names)
+        return sorted(self.bad_images)
+
+    def _advise(self, window: Window) -> None:
+        """Once: that the run waits for its data. Not of the first window, which holds the start of the loader's processes."""
+        self.windows += 1
+        if self.advised or self.windows == 1 or isinstance(self.loader, FeatureLoader):
+            return
+        cuda = self.parts.device.type == "cuda"
+        advice = input_bound(window, self.images_per_step, self.cfg.data.workers, self.loader.name, cuda)
+        if advice:
+            self.advised = True
+            self.log.say(advice)
 
     def _warn_of_bad_latents(self) -> None:
         discretizer = self.parts.discretizer
@@ -217,6 +246,8 @@ class Trainer:
     def _stop_if_not_finite(self) -> None:
         if self.worst_streak.item() > self.update.tolerated:
             self._save(best=False)
+            self.writer.wait()
+            distributed.barrier()
             raise NotFinite(
                 f"the loss or a gradient was not a number in a step before {self.next_step}; no such step was applied and the state is "
                 f"kept in {self.checkpoints.root}; lower --lr, set --clip-grad, or look at the data and the weights"
@@ -250,57 +281,31 @@ class Trainer:
             )
 
     def _save(self, best: bool) -> None:
-        ema = self.update.ema
-        optimizer, optimizer_state = flatten_optimizer(self.update.optimizer)
-        tensors: dict[str, Tensor] = {f"student.{k}": v for k, v in self.parts.student.state_dict().items()}
-        if ema is not None:
-            tensors |= {f"ema.{k}": v for k, v in ema.module.state_dict().items()}
-        tensors |= optimizer | generator_tensors(self.parts.device) | self.meter.tensors()
-        state = {
-            "config": to_toml(self.cfg),
-            "optimizer": optimizer_state,
-            "scaler": self.update.scaler.state_dict(),
-            "best_top1": self.best_top1,
-            "train_seconds": self.clock.total,
-            "metrics_offset": self.log.offset(),
-            "classes": self.parts.train.classes.to_json(),
-            "data": self.parts.train.fingerprint,
-            "stores": self.parts.checksums,
-            "loader": self.loader.name,
-        }
-        self.checkpoints.save(self.next_step, tensors, state, self.write_model, best)
+        """A checkpoint of this moment, written while training goes on; what came before it is on the disk by then."""
+        tensors, state = run_state(self)
+        model, metadata = self._model_file()
+        if distributed.is_main():
+            self.writer.wait()
+            tensors, model = snapshot(tensors, model)
+            step, write_model = self.next_step, lambda path: write_safetensors(path, model, metadata)
+            self.writer.submit(lambda: self.checkpoints.save(step, tensors, state, write_model, best))
 
     def write_model(self, path: Path) -> None:
         """`model.safetensors`: the weights that evaluation uses, with what is needed to use them."""
-        save_student(path, self.evaluated, {
+        write_safetensors(path, *self._model_file())
+
+    def _model_file(self) -> tuple[dict[str, Any], dict[str, str]]:
+        tensors, metadata = self.evaluated.contents()
+        return tensors, {
+            **metadata,
             "dad_fast.method": self.cfg.method,
             "dad_fast.classes": self.parts.train.classes.to_json(),
             "dad_fast.ema": str(self.cfg.ema.model_ema).lower(),
-        })  # fmt: skip
+        }
 
-    def _restore(self, found: Checkpoint, allow_config_change: bool) -> None:
-        changed = differences(from_toml(found.state["config"], str(found.path)), self.cfg)
-        if found.state.get("stores", {}) != self.parts.checksums:
-            what = "the teacher's answers on the training images" if self.parts.probe else f"the stores {', '.join(self.cfg.store.dirs)}"
-            changed.append(f"{what} are not those that the run began with")
-        if found.state["data"] != self.parts.train.fingerprint:
-            changed.append(f"the images in {self.cfg.data.data_dir} are not those that the run began with")
-        if changed and not allow_config_change:
-            what = "; ".join(changed)
-            raise UsageError(f"--resume: not the settings of {found.path}: {what}; restore them, or add --allow-config-change")
 
-        if found.state.get("loader", self.loader.name) != self.loader.name:
-            print_line(f"the run began with the loader {found.state['loader']}; the pixels of {self.loader.name} differ slightly")
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
-
-        self.parts.student.load_state_dict(under("student."))
-        if self.update.ema is not None and under("ema."):
-            self.update.ema.module.load_state_dict(under("ema."))
-        restore_optimizer(self.update.optimizer, found.tensors, found.state["optimizer"])
-        self.update.scaler.load_state_dict(found.state["scaler"])
-        restore_generators(found.tensors, self.parts.device)
-        self.meter.restore(found.tensors, self.parts.device)
-        self.next_step, self.best_top1 = found.state["step"], found.state["best_top1"]
-        self.clock.total = found.state["train_seconds"]
+def over_processes(means: dict[str, float], most: dict[str, float]) -> dict[str, float]:
+    """For the log: `means` averaged over the processes, and of `most` the largest value."""
+    found = distributed.gather([means, most])
+    averages = {name: sum(one[name] for one, _ in found) / len(found) for name in means}
+    return averages | {name: max(one[name] for _, one in found) for name in most}

@@ -1,7 +1,8 @@
 """From a loss to new weights, in a way that a loss or gradient that is not a number cannot harm.
 
-`begin`, `backward` for each micro-batch, `apply`: unscale (fp16), clip, finite check on the device, optimizer step that is not applied
-where the check failed, EMA. Nothing here reads a value on the host, and `backward` and `apply` can be captured in a CUDA graph.
+`begin`, `backward` for each micro-batch, `reduce` (the sum over processes), `apply`: unscale (fp16), clip, finite check on the device,
+optimizer step that is not applied where the check failed, EMA. Nothing here reads a value on the host, and `backward` and `apply` can
+be captured in a CUDA graph. Whatever `apply` reads is the same in all processes, so that what it writes is.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from dad_fast.config.schema import Config, OptimConfig
+from dad_fast.engine import distributed
 from dad_fast.engine.apex import check_optimizer
+from dad_fast.engine.shared_gradients import SharedGradients, running_statistics
 from dad_fast.errors import UsageError
+from dad_fast.observe.profiling import stage
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # these skip a step by themselves, on the device
 
@@ -63,6 +67,8 @@ class Update:
         on_device = device.type == "cuda" and bool(self.optimizer.defaults.get("fused"))
         self.rates = [torch.zeros((), device=device) if on_device else None for _ in self.optimizer.param_groups]
         self.static_gradients: list[Tensor] = []
+        self.num_processes = distributed.world()
+        self.shared: SharedGradients | None = None
         # With fp16 a step that overflows is ordinary: the scaler halves its factor. 2^30 halvings later it is not.
         self.tolerated = 30 if self.scaler.is_enabled() else 0
 
@@ -88,12 +94,23 @@ class Update:
 
     def make_gradients_static(self) -> None:
         """From now on gradients are added to the tensors that hold them now, which `begin` zeroes."""
-        self.static_gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.shared is None:  # else they are that already
+            self.static_gradients = [p.grad for p in self.parameters if p.grad is not None]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch."""
+        """Add the gradients of one micro-batch. `loss` is this process's mean; their mean is that over the global batch."""
         self.loss_sum += loss.detach()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss if self.num_processes == 1 else loss / self.num_processes).backward()
+
+    def reduce(self) -> None:
+        """After the last `backward`: from here on gradients, loss and running statistics are those of all processes."""
+        if self.num_processes == 1:
+            return
+        if self.shared is None:
+            self.shared = SharedGradients(self.parameters, [self.loss_sum, *running_statistics(self.student)])
+            self.static_gradients = [self.shared.flat]
+        with stage("reduce"):
+            self.shared.reduce()
 
     def apply(self) -> Tensor:
         """The optimizer step; returns whether it was applied, a bool scalar on the device."""

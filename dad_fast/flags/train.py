@@ -9,7 +9,7 @@ from dad_fast.config.fields import sections, settings
 from dad_fast.config.resolve import gather, preset_names
 from dad_fast.config.variants import NOT_SCIENCE
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings, entry, two_columns, wants_help
+from dad_fast.flags import Parser, add_settings, entry, two_columns, wants_help, whole_number
 
 SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad"
 
@@ -32,6 +32,7 @@ LAUNCH_FLAGS = {
     "CONFIG.toml": "settings; keys that it leaves out come from the preset or the defaults",
     "--preset NAME": "a named set of settings",
     "--set KEY=VALUE": "any setting by its key, such as --set optim.opt_kwargs.eps=1e-6; repeatable",
+    "--nproc N|auto": "processes on this machine, auto = one a GPU; on several machines start with torchrun -m",
     "-o, --output DIR": "the run's folder; by default runs/ and the name of the preset, CONFIG or method",
     "--resume auto|PATH": "continue the run in --output, or from a checkpoint; auto starts when there is none",
     "--overwrite": "replace an existing run",
@@ -65,6 +66,9 @@ def main(arguments: list[str], debug: bool) -> int:
         allow_config_change=given["allow_config_change"],
         debug=debug,
         preset=given["preset"],
+        nproc=given["nproc"],
+        arguments=(*arguments, *(["--debug"] if debug else [])),
+        both_batch_sizes={"data.batch_size", "data.global_batch_size"} <= paths,
     )
     if launch.resume and launch.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it: leave one out")
@@ -80,10 +84,15 @@ def make_parser() -> Parser:
     parser.add_argument("--set", dest="sets", action="append", default=[])
     parser.add_argument("-o", "--output", default="")
     parser.add_argument("--resume", default="")
+    parser.add_argument("--nproc", default="1", type=_nproc)
     for flag in ("--overwrite", "--allow-config-change", "--print-config"):
         parser.add_argument(flag, action="store_true", default=False)
     add_settings(parser, settings())
     return parser
+
+
+def _nproc(text: str) -> str:
+    return text if text == "auto" else str(whole_number("--nproc", text, 1))
 
 
 def help_text(every: bool) -> str:

@@ -3,7 +3,7 @@
     with stage("teacher"): ...
 
 The names are those of benchmarks and summaries: step, data, mix, attack, encode, lookup, decode, teacher, student, objective, backward,
-update; where the step replays CUDA graphs, generate and learn.
+update; of several processes, reduce; where the step replays CUDA graphs, generate and learn.
 """
 
 from __future__ import annotations

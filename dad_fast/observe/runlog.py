@@ -30,16 +30,17 @@ def print_line(text: str) -> None:
 class RunLog:
     """The logs of the run in `folder`, opened for appending. Until the next one is opened, warnings of this package go to it as well.
 
+    Of several processes only the first (`rank` 0) writes metrics and is heard; the others say what they say in `train-rankN.log`.
     A last line that a killed process left torn is dropped on opening. `echo` shows a line to the user; `TrainProgress`
     replaces it while its live bar is up, so that lines appear above the bar.
     """
 
-    def __init__(self, folder: str | Path, echo: Callable[[str], None] = print_line) -> None:
+    def __init__(self, folder: str | Path, echo: Callable[[str], None] = print_line, rank: int = 0) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.echo = echo
-        self._metrics = open(self.folder / "metrics.jsonl", "a+b")
-        self._text = open(self.folder / "train.log", "a", encoding="utf-8")
+        self.echo = echo if rank == 0 else lambda text: None
+        self._metrics = open(self.folder / "metrics.jsonl" if rank == 0 else os.devnull, "a+b")
+        self._text = open(self.folder / (f"train-rank{rank}.log" if rank else "train.log"), "a", encoding="utf-8")
         self.truncate_to(self._metrics.tell())
         self._warnings = _Warnings(self)
         self._warnings.install()
