@@ -68,6 +68,7 @@ def _from_here(dataset: Dataset[Any], numbers: Sequence[Any], pin_memory: bool) 
 
 
 def _from_workers(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: `doctor --data` says what helps
     loader = DataLoader(
         _Guarded(dataset),
         batch_size=None,
