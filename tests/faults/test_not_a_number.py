@@ -1,4 +1,4 @@
-"""A teacher, a VQGAN or a store that says something which is not a number: no step is applied, one line, exit code 1 or 4, the state kept."""
+"""A teacher, a VQGAN or a store that says what is not a number: no step is applied, one line, exit code 1 or 4, the state kept."""
 
 from __future__ import annotations
 
