@@ -1,6 +1,7 @@
 # Each target does its own set-up: a virtual environment in .venv with what it needs. A stamp makes the next call quick.
 #   make demo [ARGS="--seeds 5"]   the real trainer on the embedded digits; a second call continues, or says it is finished
 #   make test [ARGS="-k name"]     ruff, mypy, pytest
+#   make test-faults               what faults do: kill -9 a hundred times, full disks, damaged files (about half an hour)
 #   make bench [ARGS="-k steps"]   pytest benchmarks/ --benchmark; records in runs/benchmarks
 #   make overhead                  draws benchmarks/history.jsonl: DAD's overhead over plain KD, over commits
 #   make csrc                      builds csrc/ into a bare checkout, without installing (needs cmake and apache-tvm-ffi)
@@ -10,7 +11,7 @@ PYTHON ?= python3
 ARGS ?=
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test lint bench overhead csrc
+.PHONY: help demo test test-faults lint bench overhead csrc
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -19,6 +20,9 @@ demo: .venv/demo.stamp
 
 test: lint
 	.venv/bin/python -m pytest -n 2 --timeout 300 $(ARGS)
+
+test-faults: .venv/dev.stamp
+	.venv/bin/python -m pytest tests/faults --fault-cycles 100 --fault-record runs/faults.json --timeout 3600 -v $(ARGS)
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .
