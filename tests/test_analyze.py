@@ -57,6 +57,22 @@ def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
     assert found == compare(sets, {"test": normal(500, 4, seed=4) + 0.2}, **OPTIONS)
 
 
+@pytest.mark.slow
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    held: dict[str, list[bool]] = {"clean": [], "near": [], "far": [], "nearer": [], "mmd": []}
+    for trial in range(60):
+        sets = {"clean": normal(200, 4, seed=10 * trial), "near": normal(200, 4, seed=10 * trial + 1) + 0.2}
+        sets["far"] = 1.5 * normal(200, 4, seed=10 * trial + 2)
+        options = {"projections": 24, "resamples": 60, "seed": trial, "progress": lambda done, total: None}
+        found = compare(sets, {"test": normal(200, 4, seed=10 * trial + 3) + 0.2}, **options)["tests"]["test"]["sets"]
+        for name, truth in (("clean", 0.04), ("near", 0.0), ("far", 0.29)):
+            low, high = found[name]["sw2_squared_corrected"]["interval"]
+            held[name].append(low <= truth <= high)
+        held["nearer"].append(found["near"]["minus_clean"]["interval"][0] <= -0.04 <= found["near"]["minus_clean"]["interval"][1])
+        held["mmd"].append(found["near"]["mmd2"]["interval"][0] <= 0 <= found["near"]["mmd2"]["interval"][1])
+    assert all(np.mean(one) >= 0.85 for one in held.values()), {name: np.mean(one) for name, one in held.items()}
+
+
 def test_compare_refuses_what_says_nothing():
     with pytest.raises(DataError, match="few has only 7 images"):
         compare({"clean": normal(30, 2, seed=1), "few": normal(7, 2, seed=1)}, {"test": normal(30, 2, seed=2)}, **OPTIONS)

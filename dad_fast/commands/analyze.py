@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.methods.distances import mean_distance, vendi_score
 from dad_fast.models.student import CLASSES, Student, build_student, checkpoint_file, load_student
 from dad_fast.models.weights import sha256_file
+from dad_fast.observe.progress import PLAIN_SECONDS
 from dad_fast.observe.runlog import environment
 from dad_fast.observe.sheet import write_sheet
 
@@ -162,12 +164,15 @@ def _sheet(path: Path, sets: Mapping[str, ImageSet], name: str, names: Sequence[
 
 
 def _progress(what: str) -> Progress:
-    """A line that is written over on a terminal; elsewhere one line when it is done."""
+    """A line that is written over on a terminal; elsewhere a line now and then, and when it is done."""
+    last = time.monotonic()
 
     def show(done: int, total: int) -> None:
+        nonlocal last
         if sys.stderr.isatty():
             print(f"\r\x1b[K{what}: {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr, flush=True)
-        elif done >= total:
-            print(f"{what}: {total:,}", file=sys.stderr, flush=True)
+        elif done >= total or time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
     return show

@@ -21,7 +21,11 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines.append(_row(test, *cells, _pm(found["floor"]["sw2"])))
     lines += ["", *_head("squared SW2, corrected, x 1000", *titles)]
     for test, found in distances["tests"].items():
-        lines.append(_row(test, *(_pm(one["sw2_squared_corrected"], 1000) for one in found["sets"].values())))
+        cells = []
+        for one in found["sets"].values():
+            text = _pm(one["sw2_squared_corrected"], 1000)
+            cells.append(f"**{text}**" if one["minus_clean"]["interval"][1] < 0 else text)
+        lines.append(_row(test, *cells))
     lines += ["", *_head("MMD^2 x 1000", *titles, "floor")]
     for test, found in distances["tests"].items():
         lines.append(_row(test, *(_pm(one["mmd2"], 1000) for one in found["sets"].values()), _pm(found["floor"]["mmd2"], 1000)))
@@ -48,7 +52,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         f"Teacher {record['teacher']['name']}; features of length 1. Every distance is between {found['half']:,} images of each side: "
         f"random halves of {found['size']:,}, {found['resamples']} times; ± is half of the 95 % interval over them.",
         f"SW2: over {found['projections']} directions. Its floor is the distance of the two halves of the test set. Corrected: less "
-        "half of both sides' own floors, so that sets of one distribution give 0 on average.",
+        "half of both sides' own floors, so that sets of one distribution give 0 on average. Bold: nearer than the clean images, by a "
+        "difference whose 95 % interval leaves 0 out.",
         f"MMD: Gaussian kernel, bandwidth {found['bandwidth']:.3g}, the median distance within the clean images; unbiased.",
     ]
     if record["filter"]:
