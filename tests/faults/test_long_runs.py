@@ -1,0 +1,77 @@
+"""A run that never ends: memory, file handles and threads stay what they are; a clock that jumps changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+for package in ("timm", "open_clip", "mlxtend", "sklearn"):
+    pytest.importorskip(package)
+from dad_fast.config import resolve  # noqa: E402
+from dad_fast.config.schema import Config  # noqa: E402
+from dad_fast.engine.build import Builder  # noqa: E402
+from dad_fast.engine.trainer import Trainer  # noqa: E402
+
+TINY = [
+    "method=dad", "data.batch_size=4", "data.workers=1", "log_every=5", "eval.every_epochs=0", "eval.suites=[]", "variants={}",
+    "device=cpu", "student.name=resnet18", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "checkpoint.every_steps=25",
+    "ema.model_ema=true", "schedule.epochs=1000",
+]  # fmt: skip
+
+
+def config(*more: str) -> Config:
+    return resolve("demo", None, [*TINY, *more], {})
+
+
+def held() -> dict[str, int]:
+    status = Path("/proc/self/status").read_text()
+    resident = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+    return {"KiB": resident, "handles": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("steps", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_nothing_grows(tmp_path: Path, steps: int) -> None:
+    """The whole trainer: a loader with a worker, DAD steps, logs, EMA, and a checkpoint every 25 steps. Memory may grow by 8 MiB."""
+    cfg = config(f"max_steps={100 + steps}")
+    trainer = Trainer(cfg, Builder().build(cfg), tmp_path, "long")
+    samples: list[dict[str, int]] = []
+    save = trainer._save
+
+    def sampled(best: bool) -> None:
+        save(best)
+        samples.append(held())
+
+    trainer._save = sampled  # type: ignore[method-assign]
+    trainer.start()
+    trainer.train()
+    after_warm_up, end = samples[3], samples[-2]
+    assert end["handles"] <= after_warm_up["handles"] + 2 and end["threads"] <= after_warm_up["threads"], (after_warm_up, end)
+    assert end["KiB"] - after_warm_up["KiB"] < 8192, (after_warm_up, end)
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) <= 3
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(5, 100 + steps + 1, 5))
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NTP, suspend, summer time: durations come from the monotonic clock, and no decision from the other."""
+    cfg = config("max_steps=20", "data.workers=0")
+    straight = Trainer(cfg, Builder().build(cfg), tmp_path / "straight", "straight")
+    straight.start()
+    straight.train()
+    jumps = iter([-1e9, 1e9] * 10_000)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    jumping = Trainer(cfg, Builder().build(cfg), tmp_path / "jumping", "jumping")
+    jumping.start()
+    summary = jumping.train()
+    assert 0 < summary["seconds"] < 600
+    one, other = (tmp_path / name / "checkpoints" / "step-20" / "train.safetensors" for name in ("straight", "jumping"))
+    assert one.read_bytes() == other.read_bytes()
