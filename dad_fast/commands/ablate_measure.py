@@ -1,0 +1,120 @@
+"""Seconds that the parts of a sweep take on this machine, from a few steps of each form: what `dad-fast ablate --dry-run` reckons with."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from dad_fast.commands.precompute import make_filler
+from dad_fast.config import Config
+from dad_fast.config.fields import with_values
+from dad_fast.config.launch import StoreLaunch
+from dad_fast.data.loader import Batch
+from dad_fast.data.sources import Source
+from dad_fast.engine.build import Builder, Parts
+from dad_fast.engine.feed import feed
+from dad_fast.engine.precompute import estimate
+from dad_fast.engine.trainer import Trainer
+from dad_fast.evaluate.runner import Suite, open_suites
+from dad_fast.models.discretizer import VQGANDiscretizer
+
+TIMED = 5  # steps, after those that warm up
+
+
+def measure(
+    forms: dict[str, tuple[Config, Sequence[str]]],
+    fills: dict[str, tuple[Config, StoreLaunch]],
+    builder_of: Callable[[Config], Builder],
+) -> dict[str, Any]:
+    """{"steps": {form: {"seconds", "steps_per_epoch"}}, "judging": {"val", "suites", "teacher"}, "fills": {folder: {"seconds", "bytes"}}}
+
+    forms: a run of each form of step, and the kinds of store it is to learn from; these are imitated, for they are not there yet.
+    fills: a store of each form. Judging is that of the first form's student, and of a teacher, in seconds.
+    """
+    found: dict[str, Any] = {"steps": {}, "fills": {}, "judging": {}, "threads": torch.get_num_threads()}
+    for name, (cfg, stored) in forms.items():
+        plain = with_values(cfg, {"store.dirs": (), "store.mix_outputs": False, "loss.form": "paper"})
+        parts = builder_of(plain).build(plain)
+        trainer = Trainer(plain, parts, Path("nothing is written"), "")
+        if not found["judging"]:
+            found["judging"] = _judging(trainer, plain, parts)
+        found["steps"][name] = {"seconds": _step_seconds(trainer, parts, stored), "steps_per_epoch": trainer.steps_per_epoch}
+    for folder, (cfg, launch) in fills.items():
+        filler = make_filler(cfg, launch)
+        manifest = filler.manifest
+        blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
+        size = sum(manifest.bytes_per_sample.values()) * manifest.num_samples * manifest.num_views
+        found["fills"][folder] = {"seconds": estimate(filler, TIMED) * blocks, "bytes": size}
+    return found
+
+
+def _step_seconds(trainer: Trainer, parts: Parts, stored: Sequence[str]) -> float:
+    """The median step, waiting for the loader included."""
+    warm = 4 if parts.device.type == "cuda" else 1
+    batches = feed(_as_if_stored(trainer.loader.batches(0, warm + TIMED), parts, stored), parts.device)
+    seconds = []
+    for number in range(warm + TIMED):
+        start = _now(parts.device)
+        trainer.step(next(batches), number, trainer.cfg.schedule.min_lr)
+        seconds.append(_now(parts.device) - start)
+    return median(seconds[warm:])
+
+
+def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str]) -> Iterator[Batch]:
+    """`batches` with empty records in place of what stores of these kinds would give: a step takes as long with them."""
+    for batch in batches:
+        size, classes = len(batch.labels), len(parts.train.classes)
+        found: dict[str, Any] = {}
+        if "adversarial" in stored or "codes" in stored:
+            found |= {"dad_outputs": torch.zeros(size, classes, dtype=torch.float16), "dad_kept": torch.ones(size)}
+        if "adversarial" in stored:
+            found["dad_images"] = batch.images.clone()
+        if "codes" in stored:
+            assert isinstance(parts.discretizer, VQGANDiscretizer)
+            config = parts.discretizer.vqgan.config
+            bits = (parts.student.image_size // config.downsample) ** 2 * config.code_bits
+            found["dad_codes"] = torch.zeros(size, -(-bits // 8), dtype=torch.uint8)
+        if "targets" in stored:
+            found["clean_outputs"] = torch.zeros(size, classes, dtype=torch.float16)
+        yield replace(batch, **found)
+
+
+def _judging(trainer: Trainer, cfg: Config, parts: Parts) -> dict[str, float]:
+    """Seconds to judge on the validation split and on all suites, from one batch of each."""
+    suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes) or [Suite(cfg.data.val_split, parts.val)]
+    trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
+    return {
+        "val": _seconds(trainer, parts.student, Suite(cfg.data.val_split, parts.val), cfg),
+        "suites": sum(_seconds(trainer, parts.student, suite, cfg) for suite in suites),
+        "teacher": sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites) if parts.teacher is not None else 0.0,
+    }
+
+
+def _seconds(trainer: Trainer, model: torch.nn.Module, suite: Suite, cfg: Config) -> float:
+    few, share = _first_batch(suite, cfg)
+    start = _now(trainer.parts.device)
+    trainer.judge(model, few)
+    return (_now(trainer.parts.device) - start) / share
+
+
+def _first_batch(suite: Suite, cfg: Config) -> tuple[Suite, float]:
+    """The suite cut to a batch, and which share of it that is."""
+    readable = np.flatnonzero(suite.source.ok)
+    few: Source = copy.copy(suite.source)
+    few.ok = np.zeros_like(suite.source.ok)
+    few.ok[readable[: cfg.eval.batch_size or cfg.data.batch_size]] = True
+    return replace(suite, source=few), few.ok.sum() / len(readable)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

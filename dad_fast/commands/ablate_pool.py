@@ -1,0 +1,146 @@
+"""The worker processes of a sweep: one job each at a time, taken from one queue. Imports no torch and so holds no GPU itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dad_fast.engine.signals import StopRequest
+
+WORKER = "dad_fast.commands.ablate_worker"
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout or of site-packages: where workers find this package
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str  # how the user is told of it
+    message: Callable[[str], dict[str, Any]]  # device -> what the worker gets
+    group: str = ""  # jobs of a group share what a worker has loaded
+    after: tuple[str, ...] = ()  # names of jobs that it needs
+
+
+@dataclass
+class _Worker:
+    number: int
+    device: str
+    process: subprocess.Popen[str] | None = None
+    job: Job | None = None
+    group: str = ""
+    started: float = 0.0
+
+
+class Pool:
+    """Used as a context: workers end with it. While a run is under way they save it first, unless a second Ctrl-C came."""
+
+    def __init__(self, devices: Sequence[str], logs: Path | None, lock: int | None = None, threads_for: int = 0) -> None:
+        """devices: one entry per process. logs: folder of the workers' logs; None = they are not kept. lock: a file descriptor that
+        workers hold open with their parent. threads_for: how many processes share the cores; 0 = as many as there are devices."""
+        self.workers = [_Worker(number, device) for number, device in enumerate(devices)]
+        self.logs, self.lock, self.shares = logs, lock, threads_for or len(devices)
+        self._events: queue.Queue[tuple[_Worker, subprocess.Popen[str], dict[str, Any] | None]] = queue.Queue()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        running = [worker for worker in self.workers if worker.process is not None]
+        for worker in running:
+            assert worker.process is not None and worker.process.stdin is not None
+            if kind is KeyboardInterrupt:
+                worker.process.kill()
+            elif worker.job is not None:
+                worker.process.terminate()
+            with suppress(BrokenPipeError):
+                worker.process.stdin.close()
+        for worker in running:
+            assert worker.process is not None
+            worker.process.wait()
+
+    def run(self, jobs: Sequence[Job], done: Callable[[Job, dict[str, Any], float], None], stop: StopRequest) -> None:
+        """Do all jobs, in their order as far as workers and what a job needs allow; `done(job, answer, seconds)` after each.
+
+        An answer with "error" is a failure, also of the jobs that need this one. When a stop is asked for, workers save and end, and this
+        returns without the jobs that are left.
+        """
+        pending, failed, finished = list(jobs), set[str](), set[str]()
+
+        def end(job: Job, answer: dict[str, Any], seconds: float) -> None:
+            (failed if "error" in answer else finished).add(job.name)
+            done(job, answer, seconds)
+
+        while not stop.error:
+            for job in [job for job in pending if failed & set(job.after)]:
+                pending.remove(job)
+                end(job, {"error": f"{min(failed & set(job.after))} failed", "exit_code": 1}, 0.0)
+            for worker in self.workers:
+                ready = [job for job in pending if finished.issuperset(job.after)]
+                if worker.job is None and ready:
+                    job = next((job for job in ready if job.group == worker.group), ready[0])
+                    pending.remove(job)
+                    self._send(worker, job)
+            if not pending and all(worker.job is None for worker in self.workers):
+                return
+            self._receive(end)
+        for worker in self.workers:
+            if worker.job is not None and worker.process is not None:
+                worker.process.terminate()
+        while any(worker.job is not None for worker in self.workers):  # until each has saved what it had
+            self._receive(end)
+
+    def _send(self, worker: _Worker, job: Job) -> None:
+        worker.job, worker.group, worker.started = job, job.group, time.monotonic()
+        if worker.process is None or worker.process.poll() is not None:
+            worker.process = self._start(worker)
+        assert worker.process.stdin is not None
+        with suppress(BrokenPipeError):  # the reader's thread tells that it died
+            worker.process.stdin.write(json.dumps(job.message(worker.device)) + "\n")
+            worker.process.stdin.flush()
+
+    def _start(self, worker: _Worker) -> subprocess.Popen[str]:
+        environment = dict(os.environ)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.shares)))
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        log = open(self.logs / f"worker-{worker.number}.log", "a") if self.logs is not None else subprocess.DEVNULL
+        # A session of its own: Ctrl-C reaches the sweep's process alone, which asks the workers to save.
+        process = subprocess.Popen(
+            [sys.executable, "-m", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            start_new_session=True, pass_fds=() if self.lock is None else (self.lock,),
+        )  # fmt: skip
+        if not isinstance(log, int):
+            log.close()
+        threading.Thread(target=self._read, args=(worker, process), daemon=True).start()
+        return process
+
+    def _read(self, worker: _Worker, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._events.put((worker, process, json.loads(line)))
+        process.wait()
+        self._events.put((worker, process, None))
+
+    def _receive(self, end: Callable[[Job, dict[str, Any], float], None]) -> None:
+        try:
+            worker, process, answer = self._events.get(timeout=0.2)
+        except queue.Empty:
+            return
+        job = worker.job
+        if job is None or process is not worker.process:
+            return  # a worker that ended after its answer
+        if answer is None:
+            how = f"signal {signal.Signals(-process.returncode).name}" if process.returncode < 0 else f"exit code {process.returncode}"
+            log = f"; see {self.logs / f'worker-{worker.number}.log'}" if self.logs is not None else ""
+            answer = {"error": f"its process died ({how}){log}", "exit_code": 1}
+        worker.job = None
+        end(job, answer, time.monotonic() - worker.started)

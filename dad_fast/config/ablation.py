@@ -1,0 +1,255 @@
+"""A sweep from its axes: which cells there are, what each changes in the base, and which of them are the same run.
+
+A cell is a variant: a name, which becomes its folder, and the settings that differ from the base. Axes vary one factor at a time
+around the base, which all of them share; only the weights are a grid. Two cells that compute the same are one, whatever they are called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, with_values
+from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.resolve import VARIANT_NAME
+from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config
+from dad_fast.errors import UsageError
+
+Changes = dict[str, Any]  # setting's path -> value
+Cells = dict[str, Changes]
+
+
+@dataclass(frozen=True)
+class SharedStore:
+    """A store that cells learn from (ablation_stores.py)."""
+
+    folder: str
+    kind: str
+    config: Config  # a run that learns from it, with the base's seed
+    launch: StoreLaunch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep runs: `config` has every cell as a variant, the base first, and the seeds."""
+
+    config: Config
+    base: str  # the base's name
+    axes: dict[str, list[str]]  # axis -> its cells, the base first
+    stores: tuple[SharedStore, ...] = ()
+
+
+class Axis(NamedTuple):
+    help: str
+    cells: Callable[[Config, Sequence[str]], Cells]  # of the base and of the values that were typed, if any
+    flag: str = ""  # what the values are typed after; with it the axis needs no naming in --axes
+    needs_values: bool = False
+
+
+def _components(base: Config, values: Sequence[str]) -> Cells:
+    return _of_method(base, "ce", "kd", "aug-only", "dad")
+
+
+def _methods(base: Config, values: Sequence[str]) -> Cells:
+    return _of_method(base, "dat", "dat+dad")
+
+
+def _of_method(base: Config, *methods: str) -> Cells:
+    """Only dad has another form than the paper's."""
+    plain = {} if base.loss.form == "paper" else {"loss.form": "paper"}
+    return {method: {"method": method, **({} if method == "dad" else plain)} for method in methods}
+
+
+def _weights(base: Config, values: Sequence[str]) -> Cells:
+    typed = [_number("--weights", "loss.kd", value) for value in values]
+    grid = product(typed or _multiples(base.loss.kd), typed or _multiples(base.loss.dad))
+    return {f"kd={kd:g}_dad={dad:g}": {"loss.kd": kd, "loss.dad": dad} for kd, dad in grid}
+
+
+def _teachers(base: Config, values: Sequence[str]) -> Cells:
+    return {f"teacher={short}": {"teacher.name": name} for name, short in _short_names(values).items()}
+
+
+def _discretizers(base: Config, values: Sequence[str]) -> Cells:
+    return {f"discretizer={short}": {"discretizer.name": name} for name, short in _short_names(values or ("identity", "jpeg:75")).items()}
+
+
+def _budgets(base: Config, values: Sequence[str]) -> Cells:
+    """The length of a step keeps its ratio to eps, else a larger budget would not be used."""
+    attack = base.attack
+    ratio = attack.step_size / attack.eps if attack.eps else 1.0
+    typed = [_number("--budgets", "attack.eps", value) for value in values]
+    return {
+        f"eps={eps:g}": {"attack.eps": eps, "attack.step_size": round(eps * ratio, 12)}
+        for eps in typed or [round(attack.eps * factor, 12) for factor in (0.25, 0.5, 2)]
+    }
+
+
+def _starts(base: Config, values: Sequence[str]) -> Cells:
+    cells: Cells = {f"start={p:g}": {"attack.random_start": p} for p in (0.0, 0.8, 1.0)}
+    noise: Changes = {"attack.steps": 0, "attack.random_start": 1.0}
+    return cells | {"noise-only": noise, "Q-only": {"attack.steps": 0, "attack.random_start": 0.0}}
+
+
+def _order(base: Config, values: Sequence[str]) -> Cells:
+    return {f"order={order}": {"attack.order": order} for order in ("paper", "authors")}
+
+
+def _filter(base: Config, values: Sequence[str]) -> Cells:
+    return {"filter=on": {"loss.filter": True}, "filter=off": {"loss.filter": False}}
+
+
+def _variants(base: Config, values: Sequence[str]) -> Cells:
+    return {name: dict(flatten(tables, f"variants.{name}")) for name, tables in base.variants.items()}
+
+
+AXES = {
+    "components": Axis("ce, kd, aug-only, dad: neither, distillation, augmentation, both", _components),
+    "methods": Axis("dat and dat+dad: the attack on the student", _methods),
+    "weights": Axis("loss.kd and loss.dad as a grid: --weights X ... [half, once, twice the base's]", _weights, "--weights"),
+    "teacher": Axis("--teachers A B ...", _teachers, "--teachers", needs_values=True),
+    "discretizer": Axis("--discretizers A B ... [identity, jpeg:75]", _discretizers, "--discretizers"),
+    "budget": Axis("attack.eps: --budgets X ... [a quarter, half, twice the base's]", _budgets, "--budgets"),
+    "start": Axis("random start of 0, 0.8 and 1; only the noise; only Q(x)", _starts),
+    "order": Axis("Q(x+d) as in the paper, Q(Q(x)+d) as in the authors' code", _order),
+    "filter": Axis("with and without the teacher's filter", _filter),
+    "variants": Axis("the [variants] of the preset or of CONFIG.toml", _variants),
+}
+
+
+@dataclass
+class _Growing:
+    """Cells as they are found."""
+
+    base: Config
+    names: dict[tuple[tuple[str, str], ...], str] = field(default_factory=dict)  # what a cell computes -> its name
+    cells: Cells = field(default_factory=dict)
+
+    def add(self, name: str, changes: Changes, axis: str) -> str:
+        """The name under which the cell is run: another one where the same is run already."""
+        coerced = {path: coerce(lookup(path, f"axis {axis}"), value, f"axis {axis}") for path, value in changes.items()}
+        coerced = {path: value for path, value in coerced.items() if value != get(self.base, path)}
+        found = self.names.setdefault(identity(with_values(self.base, coerced)), name)
+        if found != name:
+            return found
+        if name in self.cells and self.cells[name] != coerced:
+            raise UsageError(f"axis {axis}: its cell {name} is not the run of that name in another axis; give it another name")
+        if not VARIANT_NAME.fullmatch(name):
+            raise UsageError(f"axis {axis}: {name!r} cannot be a cell's name, since it becomes a folder")
+        self.cells.setdefault(name, coerced)
+        return name
+
+
+def make_plan(cfg: Config, axes: Sequence[str], values: Mapping[str, Sequence[str]], vary: Sequence[str] = ()) -> Plan:
+    """The sweep around `cfg`, whose own variants are one of the axes.
+
+    axes: names in AXES, in the order of the table; values: what was typed for an axis; vary: texts "section.key=V1,V2" (or V1;V2 where
+    a value has commas), each an axis of its own. Raises UsageError, also where an axis changes nothing that the base's method uses.
+    What is left to check is whether each cell's settings fit together (`with_stores`, since that depends on stores).
+    """
+    if cfg.store.dirs:
+        raise UsageError("--store: a store belongs to one attack and one teacher, and cells differ in them; use --stores, which fills them")
+    base = with_values(cfg, {"variants": {}})
+    growing = _Growing(base)
+    growing.add(base.method, {}, "base")
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*axes, *(axis for axis in AXES if values.get(axis))]):
+        if name not in AXES:
+            raise UsageError(f"--axes {name}: no such axis{nearest(name, AXES)} (axes: {', '.join(AXES)}; any setting: --vary KEY=V1,V2)")
+        axis = AXES[name]
+        if axis.needs_values and not values.get(name):
+            raise UsageError(f"--axes {name}: say which: {axis.flag} A B")
+        found[name] = _grow(growing, name, axis.cells(cfg if name == "variants" else base, values.get(name, ())))
+    for text in vary:
+        path, cells = _varied(text)
+        found[path] = _grow(growing, path, cells)
+    for name, members in found.items():
+        if len(members) == 1:
+            same = f"no cell of it differs from the base, whose method is {base.method}"
+            what = "there are no [variants]" if name == "variants" else same
+            raise UsageError(f"axis {name}: {what}; leave it out")
+    return Plan(with_values(base, {"variants": growing.cells}), base.method, found)
+
+
+def _grow(growing: _Growing, axis: str, cells: Cells) -> list[str]:
+    return list(dict.fromkeys([growing.base.method, *(growing.add(name, changes, axis) for name, changes in cells.items())]))
+
+
+def _varied(text: str) -> tuple[str, Cells]:
+    path, equals, typed = text.partition("=")
+    where = f"--vary {text}"
+    path = path.strip()
+    values = [value.strip() for value in typed.split(";" if ";" in typed else ",")]
+    if not equals or not path or "" in values:
+        raise UsageError(f"{where}: write --vary section.key=VALUE,VALUE (VALUE;VALUE where a value has commas)")
+    setting = lookup(path, where)
+    if path in _NOT_A_FACTOR or path == "store.dirs":
+        raise UsageError(f"{where}: {path} is no factor of a sweep{'; use --seeds' if path.startswith('seed') else ''}")
+    key = path.rpartition(".")[2]
+    return path, {f"{key}={_slug(value)}": {path: coerce(setting, value, where)} for value in values}
+
+
+# Settings that change nothing of what a run computes: how it is fed, watched, kept and judged, and which of the seeds it has.
+_NOT_A_FACTOR = {
+    *("data.workers", "data.max_bad_share", "log_every", "device", "seeds", "seed", "engine.cuda_graphs", "engine.dist_timeout"),
+    *(path for path in settings() if path.startswith(("eval.", "checkpoint."))),
+}
+
+
+def identity(cfg: Config) -> tuple[tuple[str, str], ...]:
+    """What a run computes: the settings that its method uses, without the seed. Equal for runs that are the same."""
+    return tuple((path, repr(get(cfg, path))) for path in settings() if path not in _NOT_A_FACTOR and _used(cfg.method, path))
+
+
+# The methods whose loss has the term of each weight; what no term needs makes no difference between runs.
+_TERMS = {
+    "loss.kd": ("kd", "dad", "dat+dad"),
+    "loss.dad": ("dad", "dat+dad"),
+    "loss.dat": ("dat", "dat+dad"),
+    "loss.aug": ("aug-only",),
+    "loss.temperature": ("kd", "dad", "dat+dad"),
+    "loss.filter": ("aug-only", "dad", "dat+dad"),
+    "student.bn": ("aug-only", "dat", "dad", "dat+dad"),
+}
+
+
+def _used(method: str, path: str) -> bool:
+    section = path.partition(".")[0]
+    if section == "teacher":
+        return USES_TEACHER[method]
+    if section in ("attack", "discretizer"):
+        return USES_DISCRETIZER[method]
+    return method in _TERMS.get(path, (method,))
+
+
+def _multiples(value: float) -> list[float]:
+    return [round(value * factor, 12) for factor in (0.5, 1, 2)]
+
+
+def _number(flag: str, path: str, text: str) -> float:
+    value: float = coerce(settings()[path], text, flag)
+    return value
+
+
+def _short_names(names: Sequence[str]) -> dict[str, str]:
+    """A folder's name for each name of a model: without kind and path where that is enough to tell them apart."""
+    short = {name: _short(name) for name in names}
+    clashing = {name for name, text in short.items() if list(short.values()).count(text) > 1}
+    return {name: _slug(name) if name in clashing else text for name, text in short.items()}
+
+
+def _short(name: str) -> str:
+    kind, colon, rest = name.partition(":")
+    text = rest if colon and "/" not in kind and kind != "jpeg" else name
+    text = text.partition("@")[0]
+    if Path(text).suffix in (".safetensors", ".ckpt", ".pt", ".pth"):
+        text = Path(text).stem
+    return _slug(text)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", text).strip("-.") or "none"
