@@ -1,155 +1,264 @@
-"""`dad-fast eval`: judges a checkpoint, a teacher or both on splits, folders and corruptions; a table, and JSON when asked."""
+"""`dad-fast eval`: judges models on test sets and corruptions, beside a teacher, or two of them against each other."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dad_fast.config import Config, from_toml
-from dad_fast.config.fields import coerce, settings, with_values
+from dad_fast.config.fields import coerce, nearest, settings, with_values
 from dad_fast.config.schema import TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources import EMBEDDED, is_split, open_source
+from dad_fast.engine import distributed
 from dad_fast.engine.build import resolve_device
-from dad_fast.errors import DataError, UsageError
+from dad_fast.engine.launch import end_with_launcher, is_worker, number_of_processes, run_processes
+from dad_fast.errors import UsageError
+from dad_fast.evaluate import show
+from dad_fast.evaluate.compare import agreement, compare
 from dad_fast.evaluate.corruptions import CORRUPTIONS
-from dad_fast.evaluate.runner import Result, Suite, evaluate, open_suites
+from dad_fast.evaluate.detection import detect
+from dad_fast.evaluate.imagenet import imagenet_classes
+from dad_fast.evaluate.records import Records, is_records, load_records, save_records
+from dad_fast.evaluate.result import Result
+from dad_fast.evaluate.robustness import effective_robustness, read_baselines
+from dad_fast.evaluate.runner import Suite, evaluate, records_of
+from dad_fast.evaluate.sources import as_judged
+from dad_fast.evaluate.subjects import Subject, is_by_name, load_subject, of_teacher
+from dad_fast.evaluate.suites import is_layout, open_suites, open_unknown
 from dad_fast.files import atomic_write_json
-from dad_fast.models.student import CLASSES, checkpoint_file, load_student
+from dad_fast.flags.eval import EvalLaunch
+from dad_fast.models.student import checkpoint_file
 from dad_fast.models.teacher import load_teacher
-from dad_fast.models.weights import sha256_file
 from dad_fast.observe.runlog import environment
 
-HEADER = f"{'suite':<28} {'images':>8} {'top-1 %':>8} {'top-5 %':>8} {'ECE %':>8} {'NLL':>8}"
+
+@dataclass
+class Found:
+    """What was found of one model."""
+
+    subject: Subject
+    results: dict[str, Result] = field(default_factory=dict)
+    id_suite: str = ""
+    ood: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    robustness: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        record = {**self.subject.facts, "suites": {name: result.to_dict() for name, result in self.results.items()}}
+        if self.ood or self.robustness:
+            record |= {"id_suite": self.id_suite, "ood": self.ood, "effective_robustness": self.robustness}
+        return record
 
 
-def run(checkpoint: str, flags: Mapping[str, Any], json_path: str) -> int:
+def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
     """Returns the exit code. `flags` maps settings' paths to what was typed; what it leaves out comes from the run's config.toml."""
-    _check_json(json_path)
-    if not checkpoint and not flags.get("teacher.name"):
+    _check_outputs(launch)
+    files = [name for name in launch.compare if is_records(name)]
+    if launch.compare and len(files) == 2:
+        return _compare(launch, {name: load_records(name)[1] for name in launch.compare}, {})
+    if not launch.model and not launch.compare and not flags.get("teacher.name"):
         before = " before --suite" if "eval.suites" in flags else ""  # which takes all names that follow it
-        raise UsageError(f"nothing to judge: name a checkpoint (a run's folder or a .safetensors file){before}, or a --teacher")
-    weights = checkpoint_file(checkpoint) if checkpoint else None
-    cfg = _settings(weights, flags)
-    device = resolve_device(cfg.device)
-    record: dict[str, Any] = {"data_dir": cfg.data.data_dir, "checkpoint": None, "teacher": None}
-    names = cfg.eval.suites or (cfg.data.val_split,)
+        raise UsageError(f"nothing to judge: name a model (a run's folder, a .safetensors file, timm:NAME@FILE){before}, or a --teacher")
+    if is_worker():
+        end_with_launcher()
+    elif (nproc := number_of_processes(launch.nproc)) > 1:
+        return run_processes(nproc, "eval", launch.arguments)
+    names = [name for name in launch.compare or (launch.model,) if name and name not in files]
+    cfg = _settings([name for name in names if not is_by_name(name)], flags)
+    with distributed.joined(cfg):
+        return _Evaluation(cfg, launch).run(names)
 
-    if weights:
-        student, metadata = load_student(weights)
-        classes = _recorded_classes(weights, metadata, flags.get("data.class_map", ""))
-        suites = open_suites(names, cfg.data, classes)
-        facts = {"method": metadata.get("dad_fast.method", ""), "ema": metadata.get("dad_fast.ema", "") == "true"}
-        title = f"{weights}: {student.name}" + (f" by {facts['method']}" if facts["method"] else "") + (", EMA" if facts["ema"] else "")
-        own = (student.image_size, student.crop_pct, student.interpolation)
-        results = _judge(student.to(device), suites, cfg, own, title)
-        record["checkpoint"] = {"path": str(weights), "sha256": sha256_file(weights), "student": student.name, **facts, "suites": results}
-    else:
-        classes = _data_classes(names, cfg)
-        suites = open_suites(names, cfg.data, classes)
 
-    if cfg.teacher.name:
-        teacher = load_teacher(cfg.teacher, classes, cfg.precision, device)
-        results = _judge(teacher, suites, cfg, (teacher.image_size, 1.0, "bicubic"), f"teacher {teacher.name}")
-        print(f"It has seen: {teacher.provenance}")
-        record["teacher"] = {"name": teacher.name, "sha256": teacher.weights_sha256, "seen": teacher.provenance, "suites": results}
+class _Evaluation:
+    def __init__(self, cfg: Config, launch: EvalLaunch) -> None:
+        self.cfg, self.launch, self.device = cfg, launch, resolve_device(cfg.device)
+        self.suite_names = cfg.eval.suites or (cfg.data.val_split,)
+        self.baselines = read_baselines(launch.baselines) if launch.baselines else []
+        self.taught: dict[ClassMap, Found] = {}
 
-    if json_path:
-        atomic_write_json(json_path, {**record, "environment": environment()})
+    def run(self, names: Sequence[str]) -> int:
+        record: dict[str, Any] = {"data_dir": self.cfg.data.data_dir, "decoder": "PIL", "checkpoint": None, "teacher": None}
+        found = {name: self.judge(load_subject(name, self.cfg, self.data_classes, self.device)) for name in names}
+        if not found:
+            self.teacher(self.data_classes())
+        if not distributed.is_main():
+            return 0
+        everything = {**found, **{f"teacher {one.subject.name}": one for one in self.taught.values()}}
+        if self.taught:
+            record["teacher"] = next(iter(self.taught.values())).to_dict()
+        if self.launch.predictions:
+            for name, one in everything.items():
+                _save(Path(self.launch.predictions), name, one)
+        tables = {name: one.to_dict() for name, one in everything.items()}
+        if self.launch.csv:
+            show.write_csv(self.launch.csv, tables)
+        if self.launch.compare:
+            records = {name: {suite: r.records for suite, r in one.results.items() if r.records} for name, one in found.items()}
+            records |= {name: load_records(name)[1] for name in self.launch.compare if name not in found}
+            return _compare(self.launch, records, {**record, "models": tables})
+        if found:
+            record["checkpoint"] = tables[names[0]]
+        if self.launch.json:
+            atomic_write_json(self.launch.json, {**record, "environment": environment()})
+        return 0
+
+    def data_classes(self) -> ClassMap:
+        """Of a published model: the class map's classes; ImageNet's where a test set of it is judged; else those of the first suite."""
+        data = self.cfg.data
+        if data.class_map:
+            return ClassMap.from_csv(data.class_map)
+        if any(is_layout(name, data) for name in self.suite_names):
+            return imagenet_classes()
+        base = next((name for name in self.suite_names if name.partition(":")[0] not in CORRUPTIONS), data.val_split)
+        inside = data.data_dir.startswith(EMBEDDED) or is_split(data.data_dir, base) or not is_split("", base)
+        return (open_source(data.data_dir, base) if inside else open_source(base)).classes
+
+    def teacher(self, classes: ClassMap) -> Found | None:
+        """The teacher's results for models with these classes; None where no teacher is asked for."""
+        if self.cfg.teacher.name and classes not in self.taught:
+            teacher = load_teacher(self.cfg.teacher, classes, self.cfg.precision, self.device)
+            self.taught[classes] = self._judge(of_teacher(teacher), f"teacher {teacher.name}", None)
+            say(f"It has seen: {teacher.provenance}")
+        return self.taught.get(classes)
+
+    def judge(self, subject: Subject) -> Found:
+        return self._judge(subject, subject.title, self.teacher(subject.classes))
+
+    def _judge(self, subject: Subject, title: str, teacher: Found | None) -> Found:
+        """Results by suite, each printed when it is there."""
+        with distributed.main_first():  # the others find the indexes that the first one made
+            suites = open_suites(self.suite_names, self.cfg.data, subject.classes, self.cfg.eval)
+        found = Found(subject, id_suite=self.id_suite(suites))
+        say(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
+        for suite in suites:
+            result = self.result(subject, suite)
+            if teacher is not None and result.records and (theirs := teacher.results[suite.name].records):
+                result = replace(result, agreement=agreement(result.records, theirs))
+            say(show.row(result))
+            found.results[suite.name] = result
+        for line in show.notes(found.results):
+            say(f"  {line}")
+        if self.launch.ood:
+            found.ood = self.detect(subject, found, suites)
+            for line in ("", *show.detection_lines(found.id_suite, found.ood)):
+                say(line)
+        if self.baselines:
+            tops = {name: result.top1 for name, result in found.results.items()}
+            found.robustness = effective_robustness(self.baselines, tops, found.id_suite)
+            for line in ("", *show.robustness_lines(found.robustness)):
+                say(line)
+        return found
+
+    def result(self, subject: Subject, suite: Suite) -> Result:
+        size, crop_pct, interpolation = self.view(subject)
+        return evaluate(
+            subject.model, suite.source, name=suite.name, corruption=suite.corruption, img_size=size, crop_pct=crop_pct,
+            interpolation=interpolation, batch_size=self.batch_size, workers=self.cfg.data.workers, device=self.device,
+            progress=_progress(suite.name),
+        )  # fmt: skip
+
+    def detect(self, subject: Subject, found: Found, suites: Sequence[Suite]) -> dict[str, dict[str, dict[str, float]]]:
+        known = found.results[found.id_suite].records
+        assert known is not None
+        columns = as_judged(next(suite.source for suite in suites if suite.name == found.id_suite)).columns
+        ood = {}
+        for name in self.launch.ood:
+            with distributed.main_first():
+                label, judged, corruption = open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns)
+            size, crop_pct, interpolation = self.view(subject)
+            view = (size, *(judged.view or (crop_pct, interpolation)))
+            unknown, _ = records_of(
+                subject.model, judged, view, self.batch_size, self.cfg.data.workers, self.device, corruption, _progress(label)
+            )
+            ood[label] = detect(known, unknown)
+        return ood
+
+    def id_suite(self, suites: Sequence[Suite]) -> str:
+        """The name of the in-distribution suite: the one that was named, or the first that is no corruption."""
+        known = [suite.name for suite in suites]
+        wanted = self.launch.id_suite
+        if wanted and wanted not in known:
+            raise UsageError(f"--id-suite {wanted}: not among the judged suites ({', '.join(known)}){nearest(wanted, known)}")
+        return wanted or next((suite.name for suite in suites if suite.corruption is None), known[0])
+
+    def view(self, subject: Subject) -> tuple[int, float, str]:
+        aug, (size, crop_pct, interpolation) = self.cfg.augment, subject.view
+        return aug.img_size or size, aug.crop_pct or crop_pct, aug.interpolation or interpolation
+
+    @property
+    def batch_size(self) -> int:
+        return self.cfg.eval.batch_size or self.cfg.data.batch_size
+
+
+def _compare(launch: EvalLaunch, records: Mapping[str, Mapping[str, Records]], record: Mapping[str, Any]) -> int:
+    """Print and write the paired comparison of the two models on every suite that both were judged on."""
+    first, second = launch.compare
+    both = [suite for suite in records[first] if suite in records[second]]
+    if not both:
+        have = f"{first} has {', '.join(records[first])}; {second} has {', '.join(records[second])}"
+        raise UsageError(f"--compare: no suite was judged by both ({have})")
+    found = {suite: compare(suite, records[first][suite], records[second][suite]) for suite in both}
+    say("")
+    for line in show.comparison_lines((first, second), found):
+        say(line)
+    if launch.json:
+        compared = {"first": first, "second": second, "suites": found}
+        atomic_write_json(launch.json, {**record, "comparison": compared, "environment": environment()})
     return 0
 
 
-def _check_json(path: str) -> None:
-    """Before anything is computed: the place exists, and what is replaced is an earlier result and not, say, weights."""
-    if not path:
-        return
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"--json {path}: name a file in a folder that exists")
-    if Path(path).exists() and Path(path).suffix != ".json":
-        raise UsageError(f"--json {path}: exists and does not end in .json, so it is not replaced; name another file")
+def _save(folder: Path, name: str, found: Found) -> None:
+    path = folder / (re.sub(r"[^\w.@-]+", "_", name).strip("_.") + ".safetensors")
+    about = {**found.subject.facts, "classes": found.subject.classes.folders}
+    save_records(path, about, {suite: result.records for suite, result in found.results.items() if result.records})
+    say(f"{path}: what {name} says of each image")
 
 
-def _settings(weights: Path | None, flags: Mapping[str, Any]) -> Config:
+def say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def _check_outputs(launch: EvalLaunch) -> None:
+    """Before anything is computed: the places exist, and what is replaced is an earlier result and not, say, weights."""
+    for flag, path in (("--json", launch.json), ("--csv", launch.csv)):
+        suffix = flag.replace("--", ".")
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise UsageError(f"{flag} {path}: name a file in a folder that exists")
+        if path and Path(path).exists() and Path(path).suffix != suffix:
+            raise UsageError(f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name another file")
+    if launch.predictions and Path(launch.predictions).is_file():
+        raise UsageError(f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file for each model")
+
+
+def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
+    """The settings of the first run among the models, under what was typed."""
     cfg = Config()
-    if weights:
-        folder = weights.absolute().parent
+    for run in runs:
+        folder = checkpoint_file(run).absolute().parent
         # Of a run's folder, or of a checkpoint's: RUN/checkpoints/step-N.
-        for path in (folder / "config.toml", folder.parent.parent / "config.toml"):
-            if path.is_file():
-                cfg = from_toml(path.read_text(encoding="utf-8"), str(path))
-                break
+        config = next((path for path in (folder / "config.toml", folder.parent.parent / "config.toml") if path.is_file()), None)
+        if config is not None:
+            cfg = from_toml(config.read_text(encoding="utf-8"), str(config))
+            break
     values = {path: coerce(settings()[path], value, settings()[path].flag) for path, value in flags.items()}
     # The run's teacher is judged only when asked for; a size is the model's own, and --batch-size is the batch of this verb.
     cfg = with_values(cfg, {"teacher": TeacherConfig(), "device": "auto", "augment.img_size": 0})
     cfg = with_values(cfg, values | ({"eval.batch_size": 0} if "data.batch_size" in values else {}))
-    if not cfg.data.data_dir:
+    if not cfg.data.data_dir and not cfg.eval.suites:
         raise UsageError("no data: add --data-dir (an image folder or embedded:digits); no config.toml beside the checkpoint names it")
     return cfg
 
 
-def _recorded_classes(weights: Path, metadata: Mapping[str, str], class_map: str) -> ClassMap:
-    """The classes of the checkpoint's head, in its order; `--class-map` may only say the same."""
-    if CLASSES not in metadata:
-        raise DataError(f"{weights}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?")
-    classes = ClassMap.from_json(metadata[CLASSES])
-    if class_map:
-        given = ClassMap.from_csv(class_map)
-        for ours, theirs in zip(classes.folders, given.folders, strict=False):
-            if ours != theirs:
-                number = classes.folders.index(ours)
-                raise DataError(f"--class-map {class_map}: class {number} is {theirs!r}, but {ours!r} in {weights}; leave --class-map out")
-        if len(classes) != len(given):
-            raise DataError(f"--class-map {class_map}: {len(given)} classes, but {len(classes)} in {weights}; leave --class-map out")
-    return classes
+def _progress(name: str) -> Callable[[int, int], None] | None:
+    if not sys.stderr.isatty() or not distributed.is_main():
+        return None
 
-
-def _data_classes(names: Sequence[str], cfg: Config) -> ClassMap:
-    """Without a checkpoint: the class map's classes, or those of the first split or folder that is judged."""
-    if cfg.data.class_map:
-        return ClassMap.from_csv(cfg.data.class_map)
-    base = next((name for name in names if name.partition(":")[0] not in CORRUPTIONS), cfg.data.val_split)
-    inside = cfg.data.data_dir.startswith(EMBEDDED) or is_split(cfg.data.data_dir, base) or not is_split("", base)
-    return (open_source(cfg.data.data_dir, base) if inside else open_source(base)).classes
-
-
-def _judge(
-    model: Callable[[Tensor], Tensor], suites: Sequence[Suite], cfg: Config, own: tuple[int, float, str], title: str
-) -> dict[str, Any]:
-    """Results by suite, each printed when it is there. `own` is the model's image size, crop and interpolation."""
-    print(f"\n{title}\n{HEADER}", flush=True)
-    results = {}
-    for suite in suites:
-        result = evaluate(
-            model,
-            suite.source,
-            name=suite.name,
-            corruption=suite.corruption,
-            img_size=cfg.augment.img_size or own[0],
-            crop_pct=cfg.augment.crop_pct or own[1],
-            interpolation=cfg.augment.interpolation or own[2],
-            batch_size=cfg.eval.batch_size or cfg.data.batch_size,
-            workers=cfg.data.workers,
-            device=resolve_device(cfg.device),
-            progress=_progress(suite.name) if sys.stderr.isatty() else None,
-        )
-        print(_row(result), flush=True)
-        results[suite.name] = result.to_dict()
-    return results
-
-
-def _row(result: Result) -> str:
-    top5 = "–" if result.top5 is None else f"{result.top5:.1f}"
-    skipped = f"  ({result.skipped} unreadable left out)" if result.skipped else ""
-    numbers = f"{result.num_images:>8} {result.top1:>8.1f} {top5:>8} {result.ece:>8.1f} {result.nll:>8.3f}"
-    return f"{result.name:<28} {numbers}{skipped}"
-
-
-def _progress(name: str) -> Callable[[int, int], None]:
-    def show(done: int, total: int) -> None:
+    def show_it(done: int, total: int) -> None:
         print(f"\r{name}: {done:,} of {total:,}" if done < total else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    return show
+    return show_it

@@ -193,13 +193,6 @@ def _c_folder(root: Path, name: str, severity: int) -> Path | None:
     return next((path for group in GROUPS if (path := root / group / name / str(severity)).is_dir()), None)
 
 
-def open_unknown(path: str, name: str, max_bad_share: float) -> Judged:
-    """Images of classes that the model does not know, for the detection of those: any image folder, its folders without a meaning."""
-    source = FolderSource(Path(path), max_bad_share=max_bad_share)
-    labels = np.full(len(source), -1, dtype=np.int64)
-    return Judged(name, (Piece(source, np.arange(len(source)), labels),), source.classes, known=False)
-
-
 def _folders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as listing:

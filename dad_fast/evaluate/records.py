@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dad_fast.data.names import shown
@@ -77,3 +78,12 @@ def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{shown(str(path))}: its predictions are damaged ({error}); save them again") from None
     return about, suites
+
+
+def is_records(path: str | Path) -> bool:
+    """Whether a file holds records; its metadata alone is read."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return PREDICTIONS in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions import CORRUPTIONS, num_severities
 from dad_fast.evaluate.imagenet import by_name, join
 from dad_fast.evaluate.layouts import LAYOUTS, open_layout
-from dad_fast.evaluate.sources import Judged, Piece
+from dad_fast.evaluate.sources import Judged, Piece, as_judged
 
 Corruption = tuple[str, int | None]  # name, severity; None = every severity
 
@@ -81,6 +81,23 @@ def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap, optio
     return suites
 
 
+def open_unknown(
+    name: str, data: DataConfig, classes: ClassMap, options: EvalConfig, columns: np.ndarray | None
+) -> tuple[str, Judged, Corruption | None]:
+    """Images after `--ood`, none of which has a label: any image folder or shards, or whatever else `open_suites` knows. `columns` are
+    the outputs that compete on the in-distribution suite.
+    """
+    corruption = None
+    path = str(Path(data.data_dir) / name) if _is_inside(name, data) else name
+    if is_split("", path):
+        judged, label = as_judged(open_source(path, max_bad_share=data.max_bad_share)), Path(path).name or name
+    else:
+        suite = open_suites([name], data, classes, options)[0]
+        judged, label, corruption = as_judged(suite.source), suite.name, suite.corruption
+    pieces = tuple(Piece(piece.base, piece.rows, np.full(len(piece), -1, dtype=np.int64), piece.border) for piece in judged.pieces)
+    return label, replace(judged, pieces=pieces, columns=columns, accepted=None, parts=(), known=False), corruption
+
+
 def is_layout(name: str, data: DataConfig) -> bool:
     """Whether a name after --suite is that of a published test set, whose classes are ImageNet's."""
     return _corruption(name) is None and _parse(name, data).kind in LAYOUTS
@@ -93,7 +110,7 @@ def _parse(name: str, data: DataConfig) -> _Named:
             raise UsageError(f"--suite {name}: {kind!r} is no kind of test set{nearest(kind, KINDS)} (kinds: {', '.join(KINDS)})")
         if not path:
             raise UsageError(f"--suite {name}: name its folder, as in {kind}=/data/{kind}")
-    elif name in LAYOUTS and not data.data_dir.startswith(EMBEDDED) and is_split(data.data_dir, name):
+    elif name in LAYOUTS and _is_inside(name, data):
         kind, path = name, str(Path(data.data_dir) / name)
     else:
         kind, path = "", name
@@ -125,19 +142,25 @@ def _corruption(name: str) -> Corruption | None:
 def _open(one: _Named, data: DataConfig, classes: ClassMap, options: EvalConfig) -> Source | Judged:
     if one.kind in LAYOUTS:
         return open_layout(one.kind, one.path, classes, options, data.max_bad_share)
-    embedded = data.data_dir.startswith(EMBEDDED)
-    if embedded and not is_split("", one.path):
+    if data.data_dir.startswith(EMBEDDED) and not is_split("", one.path):
         try:
             return open_source(data.data_dir, one.path, classes=classes)
         except UsageError as error:
             raise UsageError(f"--suite {one.text}: {error}{_nearest(one.text)}") from None
-    inside = not embedded and is_split(data.data_dir, one.path)
+    inside = _is_inside(one.path, data)
     if not inside and not is_split("", one.path):
-        raise DataError(f"--suite {one.text}: no corruption, no folder in {data.data_dir} and no other folder{_nearest(one.text)}")
+        raise DataError(
+            f"--suite {one.text}: no corruption, no folder in {data.data_dir or '--data-dir'} and no other folder{_nearest(one.text)}"
+        )
     root, split = (data.data_dir, one.path) if inside else (one.path, "")
     if one.kind == SUBSET or one.class_map or _other_names(Path(root) / split, classes):
         return _joined(one, Path(root) / split, classes, data.max_bad_share)
     return open_source(root, split, classes=classes, max_bad_share=data.max_bad_share)
+
+
+def _is_inside(name: str, data: DataConfig) -> bool:
+    """Whether a folder or shards of this name are in the data's folder."""
+    return bool(data.data_dir) and not data.data_dir.startswith(EMBEDDED) and is_split(data.data_dir, name)
 
 
 def _other_names(folder: Path, classes: ClassMap) -> bool:

@@ -50,13 +50,17 @@ class Teacher(nn.Module):
         unit_features: bool = False,
         provenance: str = UNKNOWN,
         weights_sha256: str | None = None,
+        crop_pct: float = 1.0,
+        interpolation: str = "bicubic",
     ) -> None:
+        """crop_pct, interpolation: the evaluation view of an image that belongs to the weights, where they are judged on their own."""
         super().__init__()
         self.encoder = encoder  # normalised pixels -> features [B, F]
         self.whole = head if isinstance(head, nn.Module) else None  # normalised pixels -> logits, where the model has its own head
         self.classes, self.name, self.image_size = classes, name, image_size
         self.precision, self.unit_features = precision or PrecisionConfig(), unit_features
         self.provenance, self.weights_sha256 = provenance, weights_sha256
+        self.crop_pct, self.interpolation = crop_pct, interpolation
         self.takes_raw_pixels = False  # whether the normalisation is inside the weights; see savings.fold_normalisation
         weight, bias = (torch.empty(0), torch.empty(0)) if isinstance(head, nn.Module) else head
         self.register_buffer("head_weight", weight)  # [C, F]
@@ -172,6 +176,8 @@ def _from_timm(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig
         std=data["std"],
         precision=precision,
         weights_sha256=sha256_file(file) if file else None,
+        crop_pct=data["crop_pct"],
+        interpolation=data["interpolation"],
     )
 
 
@@ -192,7 +198,7 @@ def _timm_weights(arch: str, file: str, classes: ClassMap) -> tuple[Any, dict[st
             raise DataError(f"--teacher timm:{arch}@{file}: the file is a {student.name}; write timm:{student.name}@{file}")
         check_classes(f"--teacher {file}", metadata, classes)
         spec = student.spec
-        return student.model, {"input_size": (3, spec["img_size"], spec["img_size"]), "mean": spec["mean"], "std": spec["std"]}
+        return student.model, {**spec, "input_size": (3, spec["img_size"], spec["img_size"])}
     state = {key.removeprefix("module."): value for key, value in state.items()}
     model = timm.create_model(arch, pretrained=False, num_classes=_num_outputs(arch, state, file))
     load_strictly(model, state, file)
