@@ -6,7 +6,7 @@ A generator makes one set of images from the training set: the images themselves
 student trained without them) or DAD's. For each, students learn by distillation on clean images and on that set, by the same loss, and are
 compared with students of the same seed that learn on clean images alone. Every set is stored first (8-bit, unaugmented; where there is
 noise, 5 draws), so that students see the very images that are measured, and in every set only images count that the teacher gives their
-label. Writes OUT/analysis (by dad-fast analyze), docs/analyze.json and docs/analyze.svg.
+label. Writes OUT/analysis (by dad-fast analyze), docs/analyze.json, docs/analyze.svg, and the tables between the marks in docs/analyze.md.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ SETS: dict[str, dict[str, Any]] = {
     "dad": {},
 }
 BOOTSTRAPS = 2000
+MARKS = "<!-- results -->\n", "<!-- end of results -->\n"
 
 
 class AttackedStudent(nn.Module):
@@ -209,6 +210,40 @@ def _gain(record: dict[str, Any], name: str, suite: str) -> float:
     return float(np.mean(record["top1"][name][suite]) - np.mean(record["top1"]["clean"][suite]))
 
 
+def tables(record: dict[str, Any]) -> str:
+    """What docs/analyze.md shows: the relation, gains and distances."""
+    lines = ["| distance | sets | mean rank correlation | 95 % interval | p | pooled |", "|---|---|---:|---:|---:|---:|"]
+    for measure, label in (("sw2_squared_corrected", "squared SW2, corrected"), ("mmd2", "MMD²")):
+        for sets, one in record["relation"][measure].items():
+            low, high = one["interval"]
+            lines.append(f"| {label} | {sets} | {one['rho']:+.2f} | {low:+.2f} to {high:+.2f} | {one['p']:.2f} | {one['pooled']:+.2f} |")
+    top1, distances, titles = record["top1"], record["distances"], [TITLES[name] for name in SETS]
+    lines += ["", "| top-1 gained | without | " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(SETS) + 1)]
+    for suite in SUITES:
+        gains = [np.subtract(top1[name][suite], top1["none"][suite]) for name in SETS]
+        most = max(gain.mean() for gain in gains)
+        cells = [f"{gain.mean():+.1f} ± {gain.std(ddof=1):.1f}" for gain in gains]
+        cells = [f"**{cell}**" if gain.mean() == most else cell for cell, gain in zip(cells, gains, strict=True)]
+        lines.append(f"| {suite} | {np.mean(top1['none'][suite]):.1f} | " + " | ".join(cells) + " |")
+    lines += ["", "| squared SW2, corrected, x 1000 | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(SETS)]
+    for suite in SUITES:
+        found = [distances[suite][name]["sw2_squared_corrected"] for name in SETS]
+        least = min(one["value"] for one in found)
+        cells = [f"{1000 * one['value']:.2f} ± {500 * (one['interval'][1] - one['interval'][0]):.2f}" for one in found]
+        cells = [f"**{cell}**" if one["value"] == least else cell for cell, one in zip(cells, found, strict=True)]
+        lines.append(f"| {suite} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def renew(document: Path, text: str) -> None:
+    """Put `text` between the marks of `document`."""
+    before, found, rest = document.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (found and end):
+        sys.exit(f"{document}: the lines {MARKS[0].strip()} and {MARKS[1].strip()} are missing")
+    atomic_write_text(document, before + MARKS[0] + text + MARKS[1] + after)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
@@ -237,7 +272,7 @@ def main() -> int:
     }
     atomic_write_json(DOCS / "analyze.json", record)
     plot(record, DOCS / "analyze.svg")
-    print(json.dumps(record["relation"], indent=1))
+    renew(DOCS / "analyze.md", tables(json.loads((DOCS / "analyze.json").read_text())))
     return 0
 
 

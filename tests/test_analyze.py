@@ -203,8 +203,15 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     (tmp_path / "several" / "dad" / "seed-0").mkdir(parents=True)
     (tmp_path / "several" / "config.toml").write_text('[variants.dad]\nmethod = "dad"\n')
+    for name in ("half", "torn"):  # a run that has not come to weights, and one whose settings are cut off
+        (tmp_path / name).mkdir()
+    text = (run / "config.toml").read_text()
+    (tmp_path / "half" / "config.toml").write_text(text)
+    (tmp_path / "torn" / "config.toml").write_text(text[: text.index("[teacher]") + 5])
     out = ["-o", str(tmp_path / "out")]
     for arguments, says in (
+        ([str(tmp_path / "half")], "half"),
+        ([str(tmp_path / "torn")], "not valid TOML"),
         ([], "-o OUT"),
         ([str(tmp_path)], "no run (there is no config.toml in it)"),
         ([str(tmp_path / "several")], "holds several runs; name one of them, such as " + str(tmp_path / "several" / "dad" / "seed-0")),
@@ -253,6 +260,33 @@ def test_relation_of_distance_and_gain():
     # Test sets that all say the same are one trial, not six: p does not shrink with their number.
     order = np.array([0.0, 1, 2, 4, 3])
     assert experiment.relation(np.tile(order, (60, 1)), gain.repeat(10, 0))["p"] == pytest.approx(5 / 120)
+
+
+def test_tables_of_the_experiment_are_put_into_the_document(tmp_path):
+    random = np.random.default_rng(2)
+    names = list(experiment.SETS)
+    value = lambda x: {"value": x, "interval": [x - 1e-4, x + 1e-4]}  # noqa: E731
+    of_suite = {suite: {name: {m: value(random.random() * 1e-3) for m in ("sw2_squared_corrected", "mmd2")} for name in names}
+                for suite in experiment.SUITES}  # fmt: skip
+    tests = {suite.removesuffix(":1"): {"sets": sets} for suite, sets in of_suite.items()}
+    top1 = {name: {suite: list(90 + random.random(3)) for suite in experiment.SUITES} for name in ("none", *names)}
+    top1["dad"]["optdigits"] = [x + 5 for x in top1["none"]["optdigits"]]
+    record = {"relation": experiment.relate({"distances": {"tests": tests}}, top1), "top1": top1, "distances": of_suite}
+    text = experiment.tables(record)
+    assert "| optdigits | " in text and "**+5.0 ± 0.0** |" in text and text.count("| invert:1 |") == 2
+    document = tmp_path / "analyze.md"
+    document.write_text(f"before\n{experiment.MARKS[0]}old\n{experiment.MARKS[1]}after\n")
+    experiment.renew(document, text)
+    experiment.renew(document, text)
+    assert document.read_text() == f"before\n{experiment.MARKS[0]}{text}{experiment.MARKS[1]}after\n"
+    (tmp_path / "other.md").write_text("nothing")
+    with pytest.raises(SystemExit, match="are missing"):
+        experiment.renew(tmp_path / "other.md", text)
+    pytest.importorskip("matplotlib")
+    experiment.plot(record, tmp_path / "a.svg")
+    experiment.plot(record, tmp_path / "b.svg")
+    assert "less that of clean images" in (tmp_path / "a.svg").read_text()
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_rank_correlation_equals_scipy():
