@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dad_fast.observe.markup import numbers, table
-from dad_fast.observe.runs import Group, Run, machine, number
+from dad_fast.observe.run_files import Run, machine, number
+from dad_fast.observe.runs import Group
 
 # Two runs' speeds are compared only where these are the same.
 SAME_WORK = ("student.name", "student.model_kwargs", "augment.img_size", "data.batch_size", "data.data_dir", "precision", "engine.savings")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dad_fast.observe.markup import comparison, notes, numbers
-from dad_fast.observe.runs import Group, machine, number
+from dad_fast.observe.run_files import machine, number
+from dad_fast.observe.runs import Group
 
 METHODS = {
     "ce": "ce: cross-entropy alone, no teacher",
@@ -69,8 +70,8 @@ def _attack(group: Group) -> str:
     if _part(group, "discretizer") == "–" or norm is None or eps is None:
         return "–"
     steps, size, start = (group.setting(f"attack.{name}") for name in ("steps", "step_size", "random_start"))
-    words = f"{'L∞' if norm == 'linf' else 'L2'} {eps:g} in [0, 1] pixels, {steps} step{'s' if steps != 1 else ''} of {size:g}"
-    return f"{words}, random start {start:g}, {'Q(Q(x) + δ)' if group.setting('attack.order') == 'authors' else 'Q(x + δ)'}"
+    words = f"{'L∞' if norm == 'linf' else 'L2'} {eps} in [0, 1] pixels, {steps} step{'' if steps == 1 else 's'} of {size}"
+    return f"{words}, random start {start}, {'Q(Q(x) + δ)' if group.setting('attack.order') == 'authors' else 'Q(x + δ)'}"
 
 
 def _data(group: Group) -> str:

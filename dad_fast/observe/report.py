@@ -7,24 +7,22 @@ network nor scripts, and no template engine: the page is sections of text, table
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from dad_fast.errors import DataError
-from dad_fast.evaluate.table import METRICS, rows, suites, teachers
 from dad_fast.evaluate.table import notes as table_notes
+from dad_fast.evaluate.table import teachers
 from dad_fast.files import atomic_write_text
-from dad_fast.observe.chart import MIN_COUNT, Bar, Reliability, Series, bar_chart, line_chart, reliability_chart
+from dad_fast.observe.chart import Series, line_chart
 from dad_fast.observe.cost import cost_table
 from dad_fast.observe.facts import differing, environment, trained
-from dad_fast.observe.intervals import MIN_SEEDS, interval
-from dad_fast.observe.markup import details, document, grid, legend, look, notes, preformatted, section, table, text
-from dad_fast.observe.runs import Group, Loaded, load, number
+from dad_fast.observe.markup import details, document, grid, legend, look, notes, preformatted, section, text
+from dad_fast.observe.results import TEACHER, bar_notes, bars, fairness, reliability, reliability_notes, result_tables
+from dad_fast.observe.run_files import number
+from dad_fast.observe.runs import Group, Loaded, load
 from dad_fast.observe.tiles import PIECES, SHEET, Tiles
 
-TEACHER = ("var(--soft)", "")  # colour and dashes
 CURVES = (  # kind of row, its value, factor, heading, unit
     ("val", "top1", 1, "Validation top-1", "%"),
     ("train", "loss", 1, "Training loss", "nats, each method's own sum"),
@@ -55,24 +53,23 @@ def write_report(folder: str | Path) -> Path:
 
 
 def page(loaded: Loaded) -> str:
-    """The whole page."""
+    """The whole page; picture sheets that cannot be read are added to `loaded.problems`."""
     groups, record = loaded.groups, loaded.record
     looks = {group.label: look(i) for i, group in enumerate(groups)}
-    problems = list(loaded.problems)
     named = [(name, *found) for name, found in looks.items()]
     key = legend(named) if len(groups) > 1 else ""
     taught = legend([("teacher", *TEACHER), *named]) if teachers(record) else key
-    sheets = _sheets(groups, problems)  # before the problems are shown
+    sheets = _sheets(groups, loaded.problems)  # before the problems are shown
     costs, cost_notes = cost_table(groups)
     done = bool(record["runs"])
     parts = [
         f"<h1>{text(title(groups))}</h1>",
-        notes(problems, "problems"),
+        notes(loaded.problems, "problems"),
         section("What was trained, and on what", trained(groups)),
-        section("Result", _result_tables(record), notes(table_notes(record, "top1"))) if done else "",
+        section("Result", result_tables(record), notes([*table_notes(record, "top1"), *fairness(groups)])) if done else "",
         section("What differs", differing(groups)) if len(groups) > 1 else "",
-        _with_key("Accuracy per shift", key, _bars(record, looks), notes(_bar_notes(groups))) if done else "",
-        _with_key("Calibration", taught, _reliability(record, looks), notes(_reliability_notes())) if done else "",
+        _with_key("Accuracy per shift", key, bars(record, looks), notes(bar_notes(groups))) if done else "",
+        _with_key("Calibration", taught, reliability(record, looks), notes(reliability_notes())) if done else "",
         _with_key("Training", key, _curves(groups, looks, CURVES)),
         section("Images: clean, discretized, attacked", sheets),
         section("Throughput, energy and overhead", costs, notes(cost_notes), key if costs else "", _curves(groups, looks, COST_CURVES)),
@@ -91,94 +88,6 @@ def title(groups: Sequence[Group]) -> str:
 
 def _with_key(heading: str, key: str, figures: str, *more: str) -> str:
     return section(heading, key, figures, *more) if figures else ""
-
-
-def _result_tables(record: dict[str, Any]) -> str:
-    """Top-1 and ECE in the open, the other metrics that were measured folded away."""
-    tables = {}
-    for metric, words in METRICS.items():
-        if any(metric in result for run in record["runs"] for result in run["suites"].values()):
-            header, body, best = rows(record, metric)
-            tables[metric] = table(header, body, best, words)
-    folded = "".join(content for metric, content in tables.items() if metric not in ("top1", "ece"))
-    return "".join(tables.get(metric, "") for metric in ("top1", "ece")) + details("Further metrics", folded)
-
-
-def _of_suite(record: dict[str, Any], suite: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(name, results of its seeds) of every teacher and group that was judged by `suite`."""
-    taught_by = teachers(record)
-    judged = [("teacher" if len(taught_by) == 1 else one["name"], [one["suites"][suite]]) for one in taught_by if suite in one["suites"]]
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    for run in record["runs"]:
-        if suite in run["suites"]:
-            grouped.setdefault(run["variant"], []).append(run["suites"][suite])
-    return judged + list(grouped.items())
-
-
-def _bars(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
-    figures = []
-    for suite in suites(record):
-        bars = []
-        for name, results in _of_suite(record, suite):
-            values = [float(result["top1"]) for result in results]
-            color = looks.get(name, TEACHER)[0]
-            bars.append(Bar(name, math.fsum(values) / len(values), interval(results), color, values if len(values) > 1 else ()))
-        if bars:
-            figures.append(bar_chart(suite, "top-1, %", bars))
-    return grid(figures)
-
-
-def _bar_notes(groups: Sequence[Group]) -> list[str]:
-    lines = ["Whiskers and brackets: 95 % intervals. Circles: single seeds."]
-    if any(len(group.finished) >= MIN_SEEDS for group in groups):
-        lines.append(f"With {MIN_SEEDS} seeds or more: of the mean over seeds of the student (Student's t), for these test images.")
-    if any(len(group.finished) < MIN_SEEDS for group in groups) or any(record["teacher"] for group in groups for record in group.finished):
-        few = f"With fewer than {MIN_SEEDS} seeds, and for a teacher: over the test images, for this very model"
-        lines.append(few + " (bootstrap where the run recorded it, Wilson's interval otherwise); it says nothing of other seeds.")
-    return lines
-
-
-def _reliability(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
-    figures = []
-    for suite in suites(record):
-        series = []
-        for name, results in _of_suite(record, suite):
-            found = _pooled([result.get("reliability") for result in results])
-            if found:
-                color, dashes = looks.get(name, TEACHER)
-                series.append(Reliability(name, color, *found, dashes))
-        if series:
-            figures.append(reliability_chart(suite, f"{len(series[0].count)} bins", series))
-    return grid(figures)
-
-
-def _pooled(recorded: Sequence[Any]) -> tuple[list[float], list[float], list[float]] | None:
-    """Number of images, confidence and accuracy of each bin over all seeds; None where none is recorded or one is not sound."""
-    columns = []
-    for one in recorded:
-        try:
-            found = [[float(value) for value in one[key]] for key in ("count", "confidence", "accuracy")]
-        except (KeyError, TypeError, ValueError):
-            return None
-        if len({len(values) for values in found}) != 1 or not found[0] or min(found[0]) < 0:
-            return None
-        columns.append([(n, c, a) if n and math.isfinite(c + a) else (0.0, 0.0, 0.0) for n, c, a in zip(*found, strict=True)])
-    if not columns or len({len(bins) for bins in columns}) != 1:
-        return None
-    counts, confidence, accuracy = [], [], []
-    for same in zip(*columns, strict=True):
-        count = sum(n for n, _, _ in same)
-        counts.append(count)
-        confidence.append(sum(n * c for n, c, _ in same) / count if count else 0.0)
-        accuracy.append(sum(n * a for n, _, a in same) / count if count else 0.0)
-    return counts, confidence, accuracy
-
-
-def _reliability_notes() -> list[str]:
-    return [
-        "Images by the largest softmax output; above the diagonal a model is right more often than it says, below it less often.",
-        f"A dot's area and the columns below: share of the images. Bins of fewer than {MIN_COUNT} images have no dot; seeds are pooled.",
-    ]
 
 
 def _curves(groups: Sequence[Group], looks: dict[str, tuple[str, str]], curves: Sequence[tuple[str, str, float, str, str]]) -> str:

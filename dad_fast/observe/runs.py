@@ -5,34 +5,16 @@ A folder is one run (OUT), or a comparison (OUT/VARIANT/seed-S). A `Group` is a 
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import time
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dad_fast.errors import DataError
-
-FILES = ("results.json", "run.json", "config.toml", "metrics.jsonl")  # any of them makes a folder a run's
-
-
-@dataclass
-class Run:
-    """One seed. `record` is its part of results.json, None before the run is finished; `settings` is its config.toml by full key."""
-
-    folder: Path
-    record: dict[str, Any] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    config: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)  # run.json: environment, weights, kernels
-    rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl
-
-    def kind(self, name: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["kind"] == name]
+from dad_fast.observe.run_files import FILES, Run, check_record, machine, number, read_json, read_run, short_name
 
 
 @dataclass
@@ -90,16 +72,16 @@ def load(folders: Sequence[str | Path]) -> Loaded:
         if not folder.is_dir():
             what = "is a file; name the run's folder" if folder.exists() else "no such folder"
             raise DataError(f"{given}: {what}")
-        record = _json(folder / "results.json", problems)
-        inside = sorted({path.parent for name in FILES for path in folder.glob(f"*/seed-*/{name}")}, key=_natural)
+        record = read_json(folder / "results.json", problems)
+        inside = sorted({path.parent for name in FILES for path in folder.glob(f"*/seed-*/{name}")}, key=_order(folder))
         if isinstance(record, dict) and isinstance(record.get("runs"), list):
             config = str(record.get("config", ""))
             found += _comparison(folder, record, inside, problems)
         elif inside:
-            found += _by_parent(folder, [_run(path, problems) for path in inside])
-            problems.append(f"{_short(folder)}: no results.json of the whole comparison, so it is in progress or was stopped")
+            found += _by_parent(folder, [read_run(path, problems) for path in inside])
+            problems.append(f"{short_name(folder)}: no results.json of the whole comparison, so it is in progress or was stopped")
         elif any((folder / name).exists() for name in FILES):
-            found.append(Found(folder, folder, "", [_run(folder, problems, record)]))
+            found.append(Found(folder, folder, "", [read_run(folder, problems, record)]))
         else:
             raise DataError(f"{given}: no run has written to it (none of {', '.join(FILES)}); name a run's folder or a comparison's")
     groups = _label(_join_seeds(found))
@@ -107,37 +89,15 @@ def load(folders: Sequence[str | Path]) -> Loaded:
     return Loaded(groups, list(dict.fromkeys(problems)), config if len(named) == 1 else "")
 
 
-def machine(facts: dict[str, Any]) -> str:
-    """What a run computed on, in words; "" where it is not recorded."""
-    gpus = facts.get("gpus")
-    if not isinstance(gpus, list) or not {"cpu", "threads"} <= facts.keys():
-        return ""
-    if not all(isinstance(gpu, dict) and "name" in gpu for gpu in gpus):
-        return ""
-    return ", ".join(str(gpu["name"]) for gpu in gpus) or f"{facts['cpu']}, {facts['threads']} threads"
-
-
-def number(row: dict[str, Any], path: str) -> float | None:
-    """The finite number at `path` ("gpu.power_w") of a line of the log; None where there is none."""
-    value: Any = row
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    try:
-        found = float(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return found if found is not None and math.isfinite(found) else None
-
-
 def _comparison(folder: Path, record: dict[str, Any], inside: Sequence[Path], problems: list[str]) -> list[Found]:
     """The runs of a comparison's results.json, with what their folders hold; folders that it does not list are left alone."""
     groups: dict[str, list[Run]] = {}
     for entry in record["runs"]:
-        checked = _check(entry, folder / "results.json", problems)
+        checked = check_record(entry, folder / "results.json", problems)
         if checked is None:
             continue
         path = folder / _plain_name(checked["variant"]) / f"seed-{checked['seed']}"
-        run = _run(path, problems, checked) if path in inside else Run(path, checked)
+        run = read_run(path, problems, checked) if path in inside else Run(path, checked)
         run.facts = run.facts or (record["environment"] if isinstance(record.get("environment"), dict) else {})
         groups.setdefault(checked["variant"], []).append(run)
     return [Found(folder, folder / _plain_name(name), name, runs) for name, runs in groups.items()]
@@ -182,93 +142,6 @@ def _label(found: Sequence[Found]) -> list[Group]:
     return groups
 
 
-def _run(folder: Path, problems: list[str], record: Any = None) -> Run:
-    """What `folder` holds; `record` is its results.json where that has been read already."""
-    where = folder / "results.json"
-    record = _json(where, problems) if record is None else record
-    run = Run(folder, None if record is None else _check(record, where, problems))
-    facts = _json(folder / "run.json", problems)
-    run.facts = facts if isinstance(facts, dict) else {}
-    try:
-        run.config = (folder / "config.toml").read_text(encoding="utf-8")
-        run.settings = _flat(tomllib.loads(run.config))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        problems.append(f"{_short(folder)}/config.toml cannot be read ({_first(error)})")
-    run.rows = _metrics(folder, problems)
-    return run
-
-
-def _metrics(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        problems.append(f"{_short(folder)}/metrics.jsonl cannot be read ({_first(error)})")
-        return []
-    rows, bad = [], 0
-    for line in lines[:-1]:  # what follows the last line break is a line that is being written
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("kind"), str):
-            rows.append(row)
-        else:
-            bad += 1
-    if bad or lines[-1].strip():
-        torn = [f"{bad} of {len(lines) - 1} lines are damaged and left out"] if bad else []
-        torn += ["the last line is torn and left out"] if lines[-1].strip() else []
-        problems.append(f"{_short(folder)}/metrics.jsonl: {', '.join(torn)}")
-    return rows
-
-
-def _json(path: Path, problems: list[str]) -> Any:
-    """None where there is no such file or it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{_short(path.parent)}/{path.name} cannot be read ({_first(error)})")
-        return None
-
-
-def _check(record: Any, path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """`record` with what the tables need, None where there is no result in it. Older records lack some keys."""
-    suites = record.get("suites") if isinstance(record, dict) else None
-    if not isinstance(suites, dict):
-        problems.append(f"{_short(path.parent)}/results.json holds no results of a run")
-        return None
-    whole = {**record, "suites": _suites(suites, path, problems)}
-    for key in ("variant", "method"):
-        whole[key] = str(record.get(key) or record.get("method") or path.parent.name)
-    for key in ("epochs", "seconds"):
-        found = number(record, key)
-        whole[key] = math.nan if found is None else found
-    whole["seed"] = record["seed"] if isinstance(record.get("seed"), int) else 0
-    for part in ("teacher", "discretizer"):
-        used = record.get(part)
-        if not isinstance(used, dict) or "name" not in used:
-            whole[part] = None
-        else:
-            judged = {"suites": _suites(used["suites"], path, problems)} if isinstance(used.get("suites"), dict) else {"suites": {}}
-            whole[part] = {**used, "name": str(used["name"]), "seen": str(used.get("seen") or ""), **judged}
-    return whole
-
-
-def _suites(suites: dict[str, Any], path: Path, problems: list[str]) -> dict[str, Any]:
-    kept = {}
-    for name, result in suites.items():
-        if not isinstance(result, dict) or number(result, "top1") is None:
-            problems.append(f"{_short(path.parent)}/results.json: suite {name} has no top-1 and is left out")
-            continue
-        kept[name] = result | {key: float("nan") if number(result, key) is None else number(result, key) for key in ("top1", "ece", "nll")}
-    return kept
-
-
 def _name_teachers(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Teachers of one name are one row of the table, with the suites of all; where their numbers disagree they are told apart."""
     known: dict[str, dict[str, Any]] = {}
@@ -298,22 +171,15 @@ def _unfinished(group: Group, run: Run) -> str:
     return f"{name}: no results yet: in progress, or stopped. Last logged: {where}{when}"
 
 
-def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return flat
+def _order(folder: Path) -> Callable[[Path], tuple[int, str, int]]:
+    """Runs as they were started: variants as the comparison's config.toml lists them, then by seed."""
+    try:
+        listed = list(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["variants"])
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = []
 
+    def place(run: Path) -> tuple[int, str, int]:
+        variant, seed = run.parent.name, run.name.removeprefix("seed-")
+        return listed.index(variant) if variant in listed else len(listed), variant, int(seed) if seed.isdecimal() else 0
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """seed-2 before seed-10."""
-    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", str(path))]
-
-
-def _short(folder: Path) -> str:
-    parts = folder.parts[-2:] if re.fullmatch(r"seed-\d+", folder.name) else folder.parts[-1:]
-    return "/".join(parts)
-
-
-def _first(error: Exception) -> str:
-    return str(error).partition("\n")[0][:120]
+    return place

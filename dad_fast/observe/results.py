@@ -1,0 +1,170 @@
+"""Results of the report: tables of metrics, what may be compared with what, bars per shift, reliability diagrams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dad_fast.evaluate.table import METRICS, rows, spread, suites, teachers
+from dad_fast.observe.chart import MIN_COUNT, Bar, Reliability, bar_chart, reliability_chart
+from dad_fast.observe.intervals import MIN_SEEDS, interval
+from dad_fast.observe.markup import details, grid, notes, table
+from dad_fast.observe.run_files import number
+from dad_fast.observe.runs import Group
+
+TEACHER = ("var(--soft)", "")  # colour and dashes
+FURTHER = (  # a suite's optional results: key, heading, digits
+    ("top5", "Top-5 accuracy in %", 1),
+    ("mce", "Mean corruption error, relative to AlexNet, in %", 1),
+    ("ece_adaptive", "Adaptive expected calibration error in %", 1),
+    ("brier", "Brier score, 0 to 2", 3),
+    ("agreement", "Agreement with the teacher in %", 1),
+)
+EQUAL_EPOCHS, EQUAL_TIME = 0.02, 0.15  # relative differences that still count as equal
+
+
+def result_tables(record: dict[str, Any]) -> str:
+    """Top-1 and ECE in the open, the other metrics that were measured folded away, and how each suite was judged."""
+    tables = {metric: table(*rows(record, metric), caption=words) for metric, words in METRICS.items()}
+    folded = "".join(content for metric, content in tables.items() if metric not in ("top1", "ece"))
+    folded += "".join(_further(record, *one) for one in FURTHER)
+    protocols = {}
+    for suite in suites(record):
+        judged = [result for _, results in of_suite(record, suite) for result in results]
+        protocols[suite] = " | ".join(dict.fromkeys(str(result["protocol"]) for result in judged if result.get("protocol")))
+    said = notes([f"{suite}: {words}" for suite, words in protocols.items() if words])
+    return tables["top1"] + tables["ece"] + details("Further metrics", folded) + details("How the suites were judged", said)
+
+
+def _further(record: dict[str, Any], key: str, words: str, digits: int) -> str:
+    """A table of a metric that not every record has; "" where none has it."""
+    body: dict[str, list[str]] = {}
+    names = []
+    for suite in suites(record):
+        cells = {}
+        for name, results in of_suite(record, suite):
+            found = [value for result in results if (value := number(result, key)) is not None]
+            if found:
+                mean, sd = spread(found)
+                cells[name] = f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+        if cells:
+            names.append(suite)
+            for name, _ in of_suite(record, suite):
+                row = body.setdefault(name, [])
+                row += ["–"] * (len(names) - 1 - len(row)) + [cells.get(name, "–")]
+    filled = [[name, *row, *["–"] * (len(names) - len(row))] for name, row in body.items() if set(row) != {"–"}]
+    return table(["", *names], filled, caption=words) if filled else ""
+
+
+def fairness(groups: Sequence[Group]) -> list[str]:
+    """What each method that costs more than distillation may be compared with: KD at equal epochs, KD at equal time."""
+    lines = []
+    baselines = [group for group in groups if group.method == "kd" and group.finished]
+    for group in groups:
+        if group.method in ("ce", "kd") or not group.finished:
+            continue
+        equal_epochs, equal_time = [], []
+        for other in baselines:
+            if other.origin != group.origin:
+                continue
+            epochs, seconds = _ratio(group, other, "epochs"), _ratio(group, other, "seconds")
+            if epochs is not None and abs(epochs - 1) <= EQUAL_EPOCHS:
+                equal_epochs.append(f"{other.label}" + (f" ({group.label} takes {seconds:.2g} times its training time)" if seconds else ""))
+            if seconds is not None and abs(seconds - 1) <= EQUAL_TIME:
+                equal_time.append(f"{other.label} ({group.label} takes {seconds:.2f} times its training time)")
+        if equal_epochs:
+            lines.append(f"At equal epochs, compare {group.label} with {' or '.join(equal_epochs)}.")
+        if equal_time:
+            lines.append(f"At equal time, compare {group.label} with {' or '.join(equal_time)}.")
+        elif any(other.origin == group.origin for other in baselines):
+            lines.append(f"No KD run here took as long as {group.label}: part of a gain over KD may be its longer training.")
+    return lines
+
+
+def _ratio(group: Group, other: Group, key: str) -> float | None:
+    """The group's mean of a record's number over the other's."""
+    means = []
+    for one in (group, other):
+        found = [value for record in one.finished if (value := number(record, key)) is not None]
+        if not found or not sum(found):
+            return None
+        means.append(sum(found) / len(found))
+    return means[0] / means[1]
+
+
+def of_suite(record: dict[str, Any], suite: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(name, results of its seeds) of every teacher and group that was judged by `suite`."""
+    taught_by = teachers(record)
+    judged = [("teacher" if len(taught_by) == 1 else one["name"], [one["suites"][suite]]) for one in taught_by if suite in one["suites"]]
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for run in record["runs"]:
+        if suite in run["suites"]:
+            grouped.setdefault(run["variant"], []).append(run["suites"][suite])
+    return judged + list(grouped.items())
+
+
+def bars(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
+    figures = []
+    for suite in suites(record):
+        drawn = []
+        for name, results in of_suite(record, suite):
+            values = [float(result["top1"]) for result in results]
+            color = looks.get(name, TEACHER)[0]
+            drawn.append(Bar(name, math.fsum(values) / len(values), interval(results), color, values if len(values) > 1 else ()))
+        if drawn:
+            figures.append(bar_chart(suite, "top-1, %", drawn))
+    return grid(figures)
+
+
+def bar_notes(groups: Sequence[Group]) -> list[str]:
+    lines = ["Whiskers and brackets: 95 % intervals. Circles: single seeds."]
+    if any(len(group.finished) >= MIN_SEEDS for group in groups):
+        lines.append(f"With {MIN_SEEDS} seeds or more: of the mean over seeds of the student (Student's t), for these test images.")
+    if any(len(group.finished) < MIN_SEEDS for group in groups) or any(record["teacher"] for group in groups for record in group.finished):
+        few = f"With fewer than {MIN_SEEDS} seeds, and for a teacher: over the test images, for this very model"
+        lines.append(few + " (bootstrap where the run recorded it, Wilson's interval otherwise); it says nothing of other seeds.")
+    return lines
+
+
+def reliability(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
+    figures = []
+    for suite in suites(record):
+        series = []
+        for name, results in of_suite(record, suite):
+            found = _pooled([result.get("reliability") for result in results])
+            if found:
+                color, dashes = looks.get(name, TEACHER)
+                series.append(Reliability(name, color, *found, dashes))
+        if series:
+            figures.append(reliability_chart(suite, f"{len(series[0].count)} bins", series))
+    return grid(figures)
+
+
+def _pooled(recorded: Sequence[Any]) -> tuple[list[float], list[float], list[float]] | None:
+    """Number of images, confidence and accuracy of each bin over all seeds; None where none is recorded or one is not sound."""
+    columns = []
+    for one in recorded:
+        try:
+            found = [[float(value) for value in one[key]] for key in ("count", "confidence", "accuracy")]
+        except (KeyError, TypeError, ValueError):
+            return None
+        if len({len(values) for values in found}) != 1 or not found[0] or min(found[0]) < 0:
+            return None
+        columns.append([(n, c, a) if n and math.isfinite(c + a) else (0.0, 0.0, 0.0) for n, c, a in zip(*found, strict=True)])
+    if not columns or len({len(bins) for bins in columns}) != 1:
+        return None
+    counts, confidence, accuracy = [], [], []
+    for same in zip(*columns, strict=True):
+        count = sum(n for n, _, _ in same)
+        counts.append(count)
+        confidence.append(sum(n * c for n, c, _ in same) / count if count else 0.0)
+        accuracy.append(sum(n * a for n, _, a in same) / count if count else 0.0)
+    return counts, confidence, accuracy
+
+
+def reliability_notes() -> list[str]:
+    return [
+        "Images by the largest softmax output; above the diagonal a model is right more often than it says, below it less often.",
+        f"A dot's area and the columns below: share of the images. Bins of fewer than {MIN_COUNT} images have no dot; seeds are pooled.",
+    ]
