@@ -26,14 +26,19 @@ def environment(**more):
 
 def run_together(nproc: int, folder: Path, code: str, prepare: str = PREPARE) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each of `nproc` processes that run `code` after `prepare`."""
-    code = textwrap.dedent(prepare) + textwrap.dedent(code)
+    return run_script(nproc, folder, ["-c", textwrap.dedent(prepare) + textwrap.dedent(code)])
+
+
+def run_script(nproc: int, folder: Path, arguments: list[str]) -> list[tuple[int, str, str]]:
+    """The same for `python ARGUMENTS`; one process is one that knows of no others."""
     processes = []
     for rank in range(nproc):
-        identity = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "DAD_FAST_RENDEZVOUS": folder / "rendezvous"}
+        identity = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "DAD_FAST_RENDEZVOUS": folder / f"rendezvous-{nproc}"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([sys.executable, "-c", code], env=environment(**identity), **pipes))
+        env = environment(**identity) if nproc > 1 else environment()
+        processes.append(subprocess.Popen([sys.executable, *arguments], env=env, **pipes))
     try:
-        said = [process.communicate(timeout=120) for process in processes]
+        said = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
