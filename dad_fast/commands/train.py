@@ -52,7 +52,7 @@ def _run(cfg: Config, launch: Launch) -> int:
     for one in {name: one for name, _, one in runs}.values():
         _check_batch_sizes(one, launch)
         parts = builder.build(one)
-        suites = open_suites(one.eval.suites, one.data, parts.train.classes)
+        suites = open_suites(one.eval.suites, one.data, parts.train.classes, one.eval)
         Trainer(one, parts, output, "", launch.resume if len(runs) == 1 else "", launch.allow_config_change)
     if main:
         if launch.overwrite:

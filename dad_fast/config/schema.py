@@ -224,7 +224,7 @@ class CheckpointConfig:
 class EvalConfig:
     every_epochs: int = setting(1, "epochs between validations; 0 = only at the end", "--val-every", rule=NOT_NEGATIVE)
     suites: tuple[str, ...] = setting(
-        (), "judged at the end: embedded split names, image folders, or corruption names as in dad-fast eval", "--suite"
+        (), "judged at the end: splits, image folders, published test sets, corruptions; see dad-fast eval -h", "--suite"
     )
     batch_size: int = setting(0, "images per evaluation batch; 0 = the training batch", "--val-batch-size", rule=NOT_NEGATIVE)
     allow_partial: bool = setting(False, "judge published test sets that are not whole, and say so", "--allow-partial")

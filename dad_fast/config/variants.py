@@ -18,7 +18,7 @@ NOT_SCIENCE = frozenset(
         *("data.workers", "data.max_bad_share", "log_every", "max_steps", "device", "seeds"),
         *("checkpoint.every_steps", "checkpoint.keep", "engine.cuda_graphs"),
         *("data.batch_size", "engine.grad_accum_steps", "engine.dist_timeout"),
-        *("eval.every_epochs", "eval.suites", "eval.batch_size"),
+        *("eval.every_epochs", "eval.suites", "eval.batch_size", "eval.allow_partial", "eval.c_preprocessing"),
         *("student.weights", "student.init_from", "student.pretrained"),
     }
 )
