@@ -159,6 +159,7 @@ def test_every_label_is_right_with_more_than_ten_classes(inputs, tmp_path):  # n
     data = flags(inputs, "--data-dir", str(tmp_path / "data"), "--class-map", str(tmp_path / "classes.csv"))
     data += ["--discretizer", "identity", "--attack-eps", "0"]
     assert main(["precompute", *data, "-o", str(tmp_path / "store"), "--images", "raw"]) == 0
+    data += ["--class-map", ""]  # the store's own list serves
     store = ["--store", str(tmp_path / "store"), "--loss-form", "joint", "--no-filter", "--smoothing", "0", "--color-jitter", "0"]
     for mixing in ([], ["--mixup", "0.8"]):
         step, batches = step_of(inputs, "dad", *data, *store, *mixing)

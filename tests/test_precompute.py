@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from dad_fast.data.loader import TrainLoader  # noqa: E402
 from dad_fast.engine.build import Builder  # noqa: E402
 from dad_fast.engine.step import TrainStep  # noqa: E402
 from dad_fast.engine.update import Update  # noqa: E402
-from dad_fast.store import AdversarialStore, TargetStore  # noqa: E402
+from dad_fast.store import AdversarialStore, Manifest, TargetStore  # noqa: E402
 from tests.tiny import SIDE, STUDENT, write_images, write_teacher, write_vqgan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +100,19 @@ def test_what_is_stored_is_what_the_teacher_says_of_these_pixels(inputs, raw):
     rows = np.arange(len(store))
     assert (store.images(rows, 0) != store.images(rows, 1)).any()  # the views have noise of their own
     assert 0 < store.changed(rows).mean() <= 1
+
+
+@pytest.mark.parametrize("form", ["jpeg:30", "jpeg:95", "webp"])
+def test_outputs_belong_to_encoded_pixels_as_they_are_read(inputs, tmp_path, form):
+    """Encoded once: what the teacher saw is what a reader gets, though a JPEG of a decoded JPEG is another image."""
+    store = tmp_path / "store"
+    assert main(["precompute", *flags(inputs, "--discretizer", "identity"), "-o", str(store), "--images", form]) == 0
+    step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(store)))
+    for batch in batches(0, 4):
+        generated = step.generate(batch)
+        said = step.teacher(generated.images[1])
+        torch.testing.assert_close(generated.teacher_dad.float(), said - said.amax(1, keepdim=True), rtol=1e-3, atol=2e-5)
+    assert main(["precompute", *flags(inputs, "--discretizer", "identity"), "-o", str(store), "--images", form, "--check", "1"]) == 0
 
 
 def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
@@ -231,12 +245,55 @@ def test_killed_and_stopped_runs_go_on_to_the_same_bytes(inputs, raw, tmp_path):
 
 def test_estimate_writes_nothing_and_check_recomputes(inputs, raw, tmp_path, capsys):
     assert main(["precompute", *flags(inputs), "-o", str(tmp_path / "no"), "--images", "raw", "--estimate"]) == 0
-    assert "img/s" in capsys.readouterr().out and not (tmp_path / "no").exists()
+    said = capsys.readouterr().out
+    assert "img/s" in said and f" free in {tmp_path}" in said and not (tmp_path / "no").exists()
     store = ["precompute", *flags(inputs), "-o", str(raw), "--images", "raw", "--views", "2"]
     assert main([*store, "--check", "50%"]) == 0
     assert "24 of 24 records are computed again bit for bit" in capsys.readouterr().out
     assert main([*store, "--attack-eps", "0.2", "--check", "1"]) == 4
     assert "attack.eps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind, offset, words",
+    [("images", 7, "images in 1;"), ("data", 5, "outputs in 1;"), ("data", 30, "codes in 1;"), ("index", 26, "kept in 1;"), ("", 0, "")],
+)
+def test_check_sees_every_part_of_a_record(inputs, raw, tmp_path, capsys, kind, offset, words):
+    import shutil
+
+    shutil.copytree(raw, tmp_path / "store")
+    store = ["precompute", *flags(inputs), "-o", str(tmp_path / "store"), "--images", "raw", "--views", "2", "--check", "1"]
+    if not kind:  # made on another kind of device: what differs is told, and no error
+        manifest = Manifest.load(tmp_path / "store")
+        other = replace(manifest, settings={**manifest.settings, "device": "cuda"}, shards=manifest.shards)
+        (tmp_path / "store/manifest.json").write_bytes(other.to_json())
+        kind, offset = "images", 7
+        words = "images in 1; largest difference of a logit 0 (settings.device: cuda in the store, cpu in this run)"
+    path = tmp_path / "store" / f"shard-000000.{kind}"
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 2
+    path.write_bytes(content)
+    assert main(store) == (0 if "cuda" in words else 4)
+    out = capsys.readouterr().out
+    assert f"47 of 48 records are computed again bit for bit; differing: {words}" in out, out
+
+
+def test_parts_of_several_machines_are_merged(inputs, raw, tmp_path, capsys, monkeypatch):
+    form = ["--images", "raw", "--views", "2", "--shard-blocks", "1"]
+    assert main(["precompute", *flags(inputs), "-o", str(tmp_path / "one"), *form]) == 0
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main(["precompute", *flags(inputs), "-o", str(tmp_path / rank), *form]) == 0
+    assert "this part is done, others are not yet" in capsys.readouterr().err
+    assert main(["store", "merge", str(tmp_path / "0"), str(tmp_path / "1"), "-o", str(tmp_path / "whole")]) == 0
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "one")
+    assert main(["precompute", *flags(inputs), "-o", str(tmp_path / "0"), "--merge", str(tmp_path / "1")]) == 2
+    assert "dad-fast store merge PART" in capsys.readouterr().err
+    assert main(["precompute", *flags(inputs), "-o", str(inputs["folder"] / "vqgan.ckpt")]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert main(["precompute", *flags(inputs), "-o", str(tmp_path / "whole"), "--targets"]) == 4
+    assert "kind: adversarial in the store, targets in this run; use" in capsys.readouterr().err
 
 
 def test_views_of_targets_have_orders_of_their_own(targets):

@@ -268,7 +268,7 @@ def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         StoreWriter.open(tmp_path / "store", other, resume=True)
     message = str(caught.value)
-    assert "settings.attack.eps: 0.1 in the store, 0.2 in this run" in message and "num_views: 2 in the store, 3" in message
+    assert "settings.attack.eps: 0.1 in the store, 0.2 in this run" in message and "--views: 2 in the store, 3" in message
     assert "settings.amp: nothing in the store, True in this run" in message and "norm" not in message
     with pytest.raises(UsageError, match="a store already"):
         StoreWriter.open(tmp_path / "store", make_manifest())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dad_fast.config import Config
 from dad_fast.config.launch import StoreLaunch
@@ -23,12 +22,13 @@ from dad_fast.engine import frozen
 from dad_fast.engine.build import resolve_device
 from dad_fast.engine.launch import end_with_launcher, is_worker, run_processes
 from dad_fast.engine.precompute import AdversarialFiller, Filler, TargetFiller, estimate, fill, stopped
+from dad_fast.engine.recheck import recheck
 from dad_fast.engine.signals import stop_requests
 from dad_fast.errors import DataError
 from dad_fast.models.student import build_student
 from dad_fast.observe.progress import format_seconds
 from dad_fast.observe.runlog import print_line
-from dad_fast.store import AdversarialStore, Manifest, Records, open_store
+from dad_fast.store import Manifest, Records, open_store
 
 LINE_SECONDS = 10.0
 
@@ -36,12 +36,13 @@ LINE_SECONDS = 10.0
 def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
     """Returns the exit code. `arguments` are those of the command line, for the processes that --nproc starts."""
     if launch.nproc > 1 and not is_worker() and not (launch.estimate or launch.check):
-        return run_processes(launch.nproc, "precompute", arguments)
+        code = run_processes(launch.nproc, "precompute", arguments)
+        return code or _say_state(launch)
     end_with_launcher()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     filler = make_filler(cfg, launch)
     if launch.estimate:
-        return _estimate(filler, max(world, launch.nproc))
+        return _estimate(filler, max(world, launch.nproc), Path(launch.output))
     if launch.check:
         return _check(filler, launch)
     folder = Path(launch.output)
@@ -52,8 +53,13 @@ def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
             advance(records)
             if stop.error:
                 raise stopped(stop.error, done, folder)
-    if rank == 0 and Manifest.load(folder).complete:
-        print_line(f"{folder}: complete; look at it with dad-fast store info {folder}")
+    return _say_state(launch) if rank == 0 and launch.nproc == 1 else 0
+
+
+def _say_state(launch: StoreLaunch) -> int:
+    complete = Manifest.load(Path(launch.output)).complete
+    what = f"complete; look at it with dad-fast store info {launch.output}" if complete else "this part is done, others are not yet"
+    print_line(f"{launch.output}: {what}")
     return 0
 
 
@@ -85,7 +91,7 @@ def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
     }
 
 
-def _estimate(filler: Filler, world: int) -> int:
+def _estimate(filler: Filler, world: int, folder: Path) -> int:
     manifest = filler.manifest
     seconds = estimate(filler)
     blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
@@ -97,39 +103,18 @@ def _estimate(filler: Filler, world: int) -> int:
         if size:
             most = "at most " if kind == "images" and manifest.images != "raw" else ""
             print(f"{kind:<7} {most}{size:,} bytes an image, {most}{_bytes(size * images)}")
+    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    whole, free = images * sum(manifest.bytes_per_sample.values()), shutil.disk_usage(disk).free
+    print(f"disk    {_bytes(whole)} in all, {_bytes(free)} free in {disk}")
     return 0
 
 
 def _check(filler: Filler, launch: StoreLaunch) -> int:
-    """Compute some blocks again and compare every record."""
-    store = open_store(launch.output)
-    if differences := store.manifest.differences(filler.manifest):
-        raise DataError(f"{launch.output}: made with other settings: {'; '.join(differences[:12])}")
-    geometry = store.manifest.geometry
-    rows = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)]
-    chosen = sorted(random.Random(0).sample(range(len(rows)), max(1, round(launch.check * len(rows)))))
-    checked = equal = 0
-    furthest, codes_differ = 0.0, []
-    for block, item in zip([rows[i] for i in chosen], filler.feed([rows[i] for i in chosen]), strict=True):
-        again = filler.records(block, item)
-        where = np.arange(block.start, block.stop)
-        records = np.zeros(len(block), store.manifest.data_dtype)
-        store.manifest.outputs_form.encode(again.outputs, records)
-        outputs = store.manifest.outputs_form.decode(records, store.manifest.num_classes)
-        stored = store.outputs(where, block.view)
-        readable = store.readable(where, block.view)
-        same = (outputs == stored).all(1)
-        furthest = max(furthest, float(np.abs(outputs.astype(np.float32) - stored.astype(np.float32))[readable].max(initial=0)))
-        if isinstance(store, AdversarialStore) and again.codes is not None:
-            differing = (again.codes != store.codes(where, block.view)).any(1)
-            codes_differ.append((differing & readable).sum())
-            same &= ~differing
-        checked, equal = checked + int(readable.sum()), equal + int((same & readable).sum())
-    drift = f"; largest difference of a logit {furthest:.3g}" + (f", other codes in {sum(codes_differ):,} images" if codes_differ else "")
-    print(f"{equal:,} of {checked:,} records are computed again bit for bit" + (drift if equal < checked else ""))
-    if equal < checked:
-        raise DataError(f"{launch.output}: not what this machine computes{drift}; other hardware or versions round differently, "
-                        "but a large difference means another teacher, discretizer or data")  # fmt: skip
+    drift = recheck(filler, open_store(launch.output), launch.check)
+    print(drift)
+    if drift.equal < drift.checked and not drift.devices:
+        raise DataError(f"{launch.output}: not what this machine computes; other versions or hardware round differently, but a large "
+                        "difference means damage (dad-fast store verify), or another teacher, discretizer or data")  # fmt: skip
     return 0
 
 

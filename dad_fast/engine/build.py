@@ -15,7 +15,7 @@ from dad_fast.engine import distributed, frozen
 from dad_fast.engine.lp_clip import ProbeData
 from dad_fast.engine.lp_clip_features import FeatureTable
 from dad_fast.engine.lp_clip_labels import PseudoLabels, WeakView
-from dad_fast.engine.stored import Stored, view_settings
+from dad_fast.engine.stored import Stored, recorded_classes, view_settings
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.methods.objectives import TERMS
 from dad_fast.models.discretizer import Discretizer
@@ -53,8 +53,9 @@ class Builder:
 
     def build(self, cfg: Config) -> Parts:
         device = resolve_device(cfg.device)
-        train = self._once(("source", cfg.data.train_split, repr(cfg.data)), lambda: _source(cfg, cfg.data.train_split))
-        val = self._once(("source", cfg.data.val_split, repr(cfg.data)), lambda: _source(cfg, cfg.data.val_split))
+        data = repr(cfg.data), cfg.store.dirs
+        train = self._once(("source", cfg.data.train_split, *data), lambda: _source(cfg, cfg.data.train_split))
+        val = self._once(("source", cfg.data.val_split, *data), lambda: _source(cfg, cfg.data.val_split))
         if val.classes != train.classes:
             splits, other = f"{cfg.data.train_split} and {cfg.data.val_split}", set(train.classes.folders) ^ set(val.classes.folders)
             what = f"only one of {splits} has the class {min(other)}" if other else f"{splits} order their classes differently"
@@ -159,7 +160,12 @@ def _try_one_image(cfg: Config, device: torch.device, student: Student, teacher:
 
 def _source(cfg: Config, split: str) -> Source:
     with distributed.main_first():  # of every machine: the others find its index
-        return open_source(cfg.data.data_dir, split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+        data = cfg.data
+        source = open_source(data.data_dir, split, data.class_map, max_bad_share=data.max_bad_share)
+        recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
+        if recorded is None or recorded == source.classes or set(recorded.folders) != set(source.classes.folders):
+            return source  # whether these are a store's classes is for Stored to say
+        return open_source(data.data_dir, split, classes=recorded, max_bad_share=data.max_bad_share)
 
 
 def resolve_device(name: str) -> torch.device:

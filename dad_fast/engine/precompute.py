@@ -32,7 +32,8 @@ from dad_fast.models.discretizer import Discretizer, VQGANDiscretizer
 from dad_fast.models.teacher import Teacher
 from dad_fast.store import Block as Rows
 from dad_fast.store import Manifest, Records, StoreWriter
-from dad_fast.store.images import decode_image, encode_image
+from dad_fast.store.images import decode_image, encode_images, on_all_cores
+from dad_fast.store.part import Bytes
 
 SHARD_BYTES = 1 << 30  # about; a shard is what is lost when a disk loses a file
 
@@ -86,9 +87,8 @@ class AdversarialFiller:
         keys = torch.from_numpy(sample_seeds(self.cfg.seed, rows.view, item.samples.numpy()))
         images, labels, keys = (t.to(self.device, non_blocking=True) for t in (item.images, item.labels, keys))
         models, num_classes = (self.teacher, self.discretizer, self.attack, self.cfg.attack.order), len(self.source.classes)
-        found = adversarial(*models, images, labels, keys, num_classes, self._as_stored)
-        n = item.num_real
-        stored = found.images[:n].permute(0, 2, 3, 1).contiguous().cpu().numpy() if self.images != "none" else None
+        n, stored = item.num_real, _Stored(self.images)
+        found = adversarial(*models, images, labels, keys, num_classes, stored)
         return Records(
             keys=[self.source.keys[i] for i in range(rows.start, rows.stop)],
             labels=item.labels[:n].numpy(),
@@ -97,16 +97,8 @@ class AdversarialFiller:
             kept=_host(found.kept[:n]),
             changed=None if found.changed is None else _host(found.changed[:n]),
             codes=None if found.codes is None else _host(pack_codes(found.codes[:n].flatten(1), self.manifest.code_bits)),
-            images=stored,
+            images=stored.content(n),
         )
-
-    def _as_stored(self, levels: Tensor) -> Tensor:
-        """What will be read again: JPEG changes the pixels, and the teacher's outputs must belong to those."""
-        if not self.images.startswith("jpeg"):
-            return levels
-        host = levels.permute(0, 2, 3, 1).cpu().numpy()
-        again = [decode_image(bytes(encode_image(image, self.images)), image.shape[:2], "an image just encoded") for image in host]
-        return torch.from_numpy(np.stack(again)).to(levels.device).permute(0, 3, 1, 2)
 
     def _note(self, names: Sequence[str]) -> None:
         self.unreadable += names
@@ -115,6 +107,31 @@ class AdversarialFiller:
                 f"{self.source.name}: {len(self.unreadable):,} of {len(self.source):,} images cannot be read any more, such as "
                 f"{self.unreadable[0]}; mend or remove them, or raise data.max_bad_share"
             )
+
+
+class _Stored:
+    """Images on their way into the store: called with levels uint8 [B, 3, H, W] it returns those that will be read again.
+
+    JPEG changes the pixels, and the teacher's outputs must belong to the changed ones; so what is stored is encoded here, and once."""
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        self._kept: Any = levels
+        if not self.form.startswith("jpeg"):
+            return levels
+        self._kept = encode_images(levels.permute(0, 2, 3, 1).cpu().numpy(), self.form)
+        size = tuple(levels.shape[2:])
+        again = on_all_cores(lambda file: decode_image(bytes(file), size, "an image just encoded"), self._kept, self.form)
+        return torch.from_numpy(np.stack(again)).to(levels.device).permute(0, 3, 1, 2)
+
+    def content(self, num: int) -> np.ndarray | list[Bytes] | None:
+        """What a store takes of the first `num`."""
+        if self.form == "none":
+            return None
+        kept = self._kept[:num]
+        return kept if isinstance(kept, list) else _host(kept.permute(0, 2, 3, 1).contiguous())
 
 
 class TargetFiller:

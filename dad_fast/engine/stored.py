@@ -6,17 +6,19 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from dad_fast.config.schema import AugmentConfig, Config
+from dad_fast.data.classes import ClassMap
 from dad_fast.data.loader import Batch
 from dad_fast.data.records import uses_mixing
 from dad_fast.data.sources import Source
 from dad_fast.errors import DataError, UsageError
-from dad_fast.store import AdversarialStore, Store, TargetStore, open_store
+from dad_fast.store import AdversarialStore, Manifest, Store, TargetStore, open_store
 
 MIXING = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # of [augment]
 AHEAD = 2  # batches joined before they are asked for
@@ -138,6 +140,11 @@ class Stored:
         if (store.kind, view) not in self._rows:
             self._rows[store.kind, view] = store.rows(self._source, view)
         return self._rows[store.kind, view]
+
+
+def recorded_classes(dirs: Sequence[str]) -> ClassMap | None:
+    """The class list of the first store, which is the run's where no --class-map says otherwise; None without a store."""
+    return Manifest.load(Path(dirs[0])).class_map if dirs else None
 
 
 def view_settings(augment: AugmentConfig) -> dict[str, Any]:

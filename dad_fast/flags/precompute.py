@@ -26,6 +26,8 @@ examples:
   dad-fast train --preset demo --method dad --store runs/store -o runs/stored
   dad-fast precompute --preset dad-vitb16 --data-dir DIR --teacher NAME --discretizer FILE \\
       -o STORE --estimate
+  RANK=0 WORLD_SIZE=2 dad-fast precompute ... -o PART0    one machine of two without a shared disk,
+  dad-fast store merge PART0 PART1 -o STORE               then all its parts together
 """
 
 STORE_FLAGS = {
@@ -76,6 +78,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, StoreLaunch]:
         parser.add_argument(flag, default=default, type=partial(whole_number, flag, least=1))
     parser.add_argument("--check", default=0.0, type=_share)
     add_settings(parser, settings())
+    if any(token.partition("=")[0] == "--merge" for token in arguments):
+        raise UsageError("--merge: parts are brought together by a verb of their own: dad-fast store merge PART [PART ...] -o STORE")
     given = vars(parser.parse(arguments))
     flags = {path: given[path] for path in settings() if path in given}
     cfg = gather(given["preset"], Path(given["config"]) if given["config"] else None, given["sets"], flags)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dad_fast.errors import DataError, UsageError
+from dad_fast.store.part import Bytes
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ def check_images_form(form: str) -> None:
         raise UsageError(f"images {form!r}: write none, raw, webp (lossless) or jpeg:Q with a quality from 1 to 100, such as jpeg:95")
 
 
-def encode_image(image: np.ndarray, form: str) -> bytes | memoryview:
+def encode_image(image: np.ndarray, form: str) -> Bytes:
     """uint8 [H, W, 3] -> what is stored; of raw images not a copy. JPEG keeps the colours' resolution (4:4:4): it is the attack's too."""
     if form == "raw":
         return np.ascontiguousarray(image).reshape(-1).data
@@ -36,9 +37,24 @@ def encode_image(image: np.ndarray, form: str) -> bytes | memoryview:
     return file.getvalue()
 
 
-def encode_images(images: np.ndarray, form: str) -> list[bytes | memoryview]:
+def encode_images(images: np.ndarray, form: str) -> list[Bytes]:
     """`encode_image` of uint8 [N, H, W, 3]."""
     return on_all_cores(lambda image: encode_image(image, form), images, form)
+
+
+def stored_files(images: np.ndarray | list[Bytes], form: str, readable: np.ndarray) -> list[Bytes]:
+    """What is stored of each of n images, uint8 [n, H, W, 3] or encoded already; of those not `readable` nothing, or black if raw.
+
+    Raises ValueError for images that are neither."""
+    if isinstance(images, list):
+        if len(images) != len(readable) or form == "raw":
+            raise ValueError(f"{len(images)} encoded images for a block of {len(readable)} in the form {form}")
+        return [image if ok else b"" for image, ok in zip(images, readable, strict=True)]
+    if images.dtype != np.uint8:
+        raise ValueError(f"images are {images.dtype}, not uint8")
+    encoded = iter(encode_images(images[readable], form))
+    blank = bytes(images[0].size) if form == "raw" else b""
+    return [next(encoded) if ok else blank for ok in readable]
 
 
 def on_all_cores(function: Callable[[Any], T], items: Iterable[Any], form: str) -> list[T]:

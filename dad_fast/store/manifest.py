@@ -28,6 +28,8 @@ from dad_fast.store.outputs import OutputsForm
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "dad-fast store", 1
 KINDS = ("adversarial", "targets")
+FLAGS = {"block_size": "--block-size", "blocks_per_shard": "--shard-blocks", "num_views": "--views", "images": "--images",
+         "outputs": "--outputs"}  # fmt: skip
 _LARGEST = 1 << 28  # bytes of a manifest, samples, records of a shard: more is not a store but an attempt to exhaust memory
 _HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -223,11 +225,13 @@ class Manifest:
 
     def differences(self, other: Manifest, mine: str = "the store", theirs: str = "this run") -> list[str]:
         """One text for each setting in which two manifests differ; checksums of shards aside."""
+        if self.kind != other.kind:
+            return [f"kind: {self.kind} in {mine}, {other.kind} in {theirs}"]
         ours, others = (_flat(asdict(manifest.with_shards(()))) for manifest in (self, other))
         names = sorted(set(ours) | set(others))
         missing = "nothing"
         return [
-            f"{name}: {_short(ours.get(name, missing))} in {mine}, {_short(others.get(name, missing))} in {theirs}"
+            f"{FLAGS.get(name, name)}: {_short(ours.get(name, missing))} in {mine}, {_short(others.get(name, missing))} in {theirs}"
             for name in names
             if ours.get(name, missing) != others.get(name, missing)
         ]

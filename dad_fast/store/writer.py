@@ -25,7 +25,7 @@ import numpy as np
 
 from dad_fast.errors import DataError, NotFinite, UsageError
 from dad_fast.files import disk_error, sync
-from dad_fast.store.images import encode_images
+from dad_fast.store.images import stored_files
 from dad_fast.store.layout import INDEX, KEPT, READABLE, Block, broken_rows, crcs, hash_keys, seal, shard_file
 from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
@@ -43,7 +43,8 @@ class Records:
     outputs: float [n, C], the teacher's logits
     readable: bool [n], False for samples whose image cannot be read: only key and label of those are stored; None = all are
     kept: bool [n], the teacher still says the label; changed: float [n], share of codes changed; None where it is not measured
-    codes: uint8 [n, code_bytes], packed; images: uint8 [n, H, W, 3]; None where the manifest has none
+    codes: uint8 [n, code_bytes], packed; None where the manifest has none
+    images: uint8 [n, H, W, 3], or n files that are encoded already; None where the manifest has none
     """
 
     keys: Sequence[str]
@@ -53,7 +54,7 @@ class Records:
     kept: np.ndarray | None = None
     changed: np.ndarray | None = None
     codes: np.ndarray | None = None
-    images: np.ndarray | None = None
+    images: np.ndarray | list[Bytes] | None = None
 
 
 class StoreWriter:
@@ -72,6 +73,8 @@ class StoreWriter:
             DataError: the store there was made with other settings, which are listed; or the folder cannot be written.
         """
         folder = Path(folder)
+        if folder.is_file():
+            raise UsageError(f"{folder}: is a file; a store needs a folder of its own")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / (MANIFEST + LOCK), wait=True):
@@ -236,12 +239,9 @@ class ShardWriter:
             index["changed"] = np.where(readable, _array(records.changed, (num,), "changed"), np.nan)
         images: list[Bytes] = []
         if manifest.images != "none":
-            pixels = _array(records.images, (num, *manifest.image_size, 3), "images")
-            if pixels.dtype != np.uint8:
-                raise ValueError(f"images are {pixels.dtype}, not uint8")
-            blank = bytes(manifest.bytes_per_sample["images"]) if manifest.images == "raw" else b""
-            encoded = iter(encode_images(pixels[readable], manifest.images))
-            images = [next(encoded) if ok else blank for ok in readable]
+            given = records.images
+            pixels = given if isinstance(given, list) else _array(given, (num, *manifest.image_size, 3), "images")
+            images = stored_files(pixels, manifest.images, readable)
             index["image_bytes"] = sizes = [len(content) for content in images]
             index["image_start"] = self._files["images"].size + np.cumsum([0, *sizes])[:-1]
             index["image_crc"] = [zlib.crc32(content) for content in images]
