@@ -25,6 +25,7 @@ from dad_fast.evaluate.table import read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.flags.ablate import SweepLaunch
 from dad_fast.observe.forest import forest_plot
+from dad_fast.observe.progress import format_seconds
 from dad_fast.observe.report import write_report
 from dad_fast.observe.runlog import print_line
 
@@ -191,7 +192,7 @@ class _Told:
 
     def _ahead(self) -> str:
         left = len(self._left) - self._ended
-        return f", about {duration((time.monotonic() - self._begun) / self._ended * left)} left" if self._ended and left else ""
+        return f", about {format_seconds((time.monotonic() - self._begun) / self._ended * left)} left" if self._ended and left else ""
 
     def write(self) -> None:
         write(self.output, self.plan, self.runs, self.failed)
@@ -265,11 +266,6 @@ def write(output: Path, plan: Plan, runs: Sequence[Run], failed: dict[str, str])
 
 def _scores(record: dict[str, Any] | None) -> str:
     return "".join(f"{name} {float(suite['top1']):.1f} %  " for name, suite in (record or {"suites": {}})["suites"].items())
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 @contextmanager

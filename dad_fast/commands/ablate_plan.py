@@ -13,6 +13,7 @@ from dad_fast.config.fields import with_values
 from dad_fast.engine.signals import StopRequest
 from dad_fast.errors import DadFastError
 from dad_fast.flags.ablate import SweepLaunch
+from dad_fast.observe.progress import format_seconds
 
 if TYPE_CHECKING:
     from dad_fast.commands.ablate import Run
@@ -68,18 +69,17 @@ def _label(name: str, plan: Plan) -> str:
 
 
 def _print_totals(plan: Plan, runs: Sequence[Run], left: Sequence[Run], devices: Sequence[str], cost: Cost) -> None:
-    from dad_fast.commands.ablate import duration
-
     print(f"\n{len(plan.config.variants)} cells, {len(runs)} runs; {len(runs) - len(left)} are done, {len(left)} to do")
     for store in plan.stores:
         users = sum(store.folder in one.cfg.store.dirs for one in runs)
-        print(f"{users} runs learn from {store.folder}, filled once in {duration(cost.stores[store.folder])}")
+        print(f"{users} runs learn from {store.folder}, filled once in {format_seconds(cost.stores[store.folder])}")
     if plan.stores:
         print(f"stores: {cost.store_bytes / 1e6:,.1f} MB in all; their images are not augmented, and one draw serves all seeds")
     needed = {folder for one in left for folder in one.cfg.store.dirs}
     total = sum(cost.runs[one.cell] for one in left) + sum(cost.stores[folder] for folder in needed) + (cost.teachers if left else 0)
-    several = f", {duration(total / len(devices))} on {len(devices)}" if len(devices) > 1 else ""
-    print(f"cost: {duration(total)} on one process like this one{several}; {total / cost.kd:.1f} times one plain KD run ({cost.kd:.0f} s)")
+    several = f", {format_seconds(total / len(devices))} on {len(devices)}" if len(devices) > 1 else ""
+    times = f"{total / cost.kd:.1f} times one plain KD run ({cost.kd:.0f} s)"
+    print(f"cost: {format_seconds(total)} on one process like this one{several}; {times}")
     print(
         f"Based on a few steps of each of {cost.num_forms} forms of step and a batch of every suite, on {devices[0]} with "
         f"{cost.threads} thread{'s' if cost.threads > 1 else ''}; start-up and checkpoints are not counted."

@@ -108,7 +108,7 @@ class Pool:
             worker.process.stdin.flush()
 
     def _start(self, worker: _Worker) -> subprocess.Popen[str]:
-        environment = dict(os.environ)
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.shares)))
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -119,7 +119,7 @@ def _read(given: dict[str, Any]) -> tuple[Plan, SweepLaunch]:
         jobs=whole_number("--jobs", given["jobs"], 1) if given["jobs"] else 0,
         stores=_kinds(given["stores"]),
         store_views=whole_number("--store-views", given["store_views"], 1) if given["store_views"] else 0,
-        store_images=given["store_images"],
+        store_images=_images(given["store_images"]),
         dry_run=given["dry_run"],
         preset=given["preset"],
     )
@@ -145,6 +145,13 @@ def _devices(names: Sequence[str], cfg: Config) -> tuple[str, ...]:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
             raise UsageError(f"--devices {name}: must be cpu or cuda:N")
     return tuple(dict.fromkeys(names))
+
+
+def _images(form: str) -> str:
+    quality = form.removeprefix("jpeg:")
+    if form not in ("none", "raw", "webp") and not (form != quality and quality.isdecimal() and 1 <= int(quality) <= 100):
+        raise UsageError(f"--store-images {form}: must be none, raw, webp or jpeg:Q with a quality from 1 to 100")
+    return form
 
 
 def _kinds(typed: Sequence[str] | None) -> tuple[str, ...]:
