@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from dad_fast.config import Config, to_toml
 from dad_fast.config.fields import with_values
-from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.files import atomic_write_text
 from dad_fast.observe.pieces import write_pieces
 from dad_fast.observe.runlog import RunLog
 from dad_fast.observe.sheet import write_sheet
@@ -19,6 +20,11 @@ HOSTILE = "<script>alert(1)</script>\"'&amp;\x1b[31m\x00\u202egnp.exe\ud800 אב
 CPU = {"cpu": "A CPU", "threads": 2, "cpus": 2, "gpus": [], "python": "3.11", "git": "abc", "packages": {"torch": "2.15", "timm": "1.0"}}
 GPU = CPU | {"gpus": [{"name": "NVIDIA H200", "memory_gib": 139.8, "capability": "9.0"}], "driver": "570", "cuda": "13.0"}
 SUITES = ("test", "optdigits", "fog")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """In ASCII, which can say what UTF-8 cannot: half of a surrogate pair."""
+    atomic_write_text(path, json.dumps(value))
 
 
 def result(top1: float, full: bool = True) -> dict[str, Any]:
@@ -74,12 +80,12 @@ def write_run(
     write_log(folder, rate=rate, power=power)
     cfg = with_values(Config(), {"method": method, "seed": seed, "data.data_dir": "digits", "student.name": "resnet18", **(settings or {})})
     atomic_write_text(folder / "config.toml", to_toml(cfg))
-    atomic_write_json(folder / "run.json", facts | {"variant": variant})
+    write_json(folder / "run.json", facts | {"variant": variant})
     if method == "dad":
         write_images(folder)
     made = record(variant, method, seed, top1, **more)
     if finished:
-        atomic_write_json(folder / "results.json", made)
+        write_json(folder / "results.json", made)
     return made
 
 
@@ -92,5 +98,5 @@ def write_comparison(folder: Path, *, seeds: int = 1, facts: dict[str, Any] = CP
             more = {"rate": rate, "epochs": epochs, "seconds": seconds, "facts": facts, "power": power}
             place = folder / variant / f"seed-{seed}"
             runs.append(write_run(place, variant, method, seed, top1 + seed, settings={"schedule.epochs": int(epochs)}, **more))
-    atomic_write_json(folder / "results.json", {"config": "seeds = 1\n", "environment": facts, "runs": runs})
+    write_json(folder / "results.json", {"config": "seeds = 1\n", "environment": facts, "runs": runs})
     return folder

@@ -17,7 +17,7 @@ side by side, with the settings that differ. It opens anywhere: no network, no s
 
 RUN is a run's folder or a comparison's (the folder given to dad-fast train -o). Folders
 DIR/seed-0 DIR/seed-1 are the seeds of one column. A run in progress is shown as far as it is;
-what is missing or damaged is named on the page.
+what is missing or damaged is named on the page. RUN may be a file of dad-fast eval --json, too.
 
 flags:
   -o, --output FILE   the page; an earlier one is replaced [of one RUN: RUN/report.html;

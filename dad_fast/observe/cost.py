@@ -13,6 +13,11 @@ from dad_fast.observe.runs import Group
 # Two runs' speeds are compared only where these are the same.
 SAME_WORK = ("student.name", "student.model_kwargs", "augment.img_size", "data.batch_size", "data.data_dir", "precision", "engine.savings")
 
+COLUMNS = (
+    *("steps", "training time, s", "img/s", "time per image / KD", "data wait, %", "GPU memory, GiB"),
+    *("power, W", "energy, J per image", "energy, Wh", "bad images"),
+)
+
 
 def throughput(run: Run) -> float | None:
     """Clean images a second over all logged windows together, without evaluation: each window weighs as many images as it trained on."""
@@ -70,41 +75,38 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def cost_table(groups: Sequence[Group]) -> tuple[str, list[str]]:
-    """The table and its notes; ("", []) where nothing was trained."""
+    """The table, without columns that are empty, and its notes; ("", []) where nothing was trained."""
     groups = [group for group in groups if group.finished or any(run.kind("train") for run in group.runs)]
-    header = ["", "steps", "training time, s", "img/s", "time per image / KD", "data wait, %", "GPU memory, GiB"]
-    energy = {group.label: mean([joules_per_image(run) for run in group.runs]) for group in groups}
-    powered = any(value is not None for value in energy.values())
-    header += ["power, W", "energy, J per image", "energy, Wh"] if powered else []
-    header += ["bad images"]
-    body, against = [], {}
-    for group in groups:
+    energy = [mean([joules_per_image(run) for run in group.runs]) for group in groups]
+    columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
+    against: dict[str, None] = {}
+    for group, joules in zip(groups, energy, strict=True):
         logged = [row for run in group.runs for row in run.kind("train")]
         speed, kd = mean([throughput(run) for run in group.runs]), baseline(group, groups)
         kd_speed = mean([throughput(run) for run in kd.runs]) if kd else None
         ratio = kd_speed / speed if speed and kd_speed else None
-        if kd and ratio is not None:
-            against[kd.label] = kd
-        seconds = [number(record, "seconds") for record in group.finished]
-        row = [
-            group.label,
-            numbers([_steps(run) for run in group.runs], lambda value: f"{value:,.0f}"),
-            numbers(seconds, lambda value: f"{value:,.0f}"),
-            numbers([speed], lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}"),
-            numbers([ratio], lambda value: f"{value:.2f}×"),
-            numbers([number(row, "data_wait") for row in logged], lambda value: f"{100 * value:.1f}"),
-            numbers([number(row, "gpu_memory") for row in logged], lambda value: f"{value:.1f}"),
-        ]
-        if powered:
-            joules = energy[group.label]
-            images = mean([_images(run) for run in group.runs])
-            row += [
-                numbers([number(row, "gpu.power_w") for row in logged], lambda value: f"{value:.0f}"),
-                numbers([joules], lambda value: f"{value:.3g}"),
-                numbers([joules * images / 3600 if joules is not None and images else None], lambda value: f"{value:,.3g}"),
-            ]
-        body.append([*row, numbers([number(record, "bad_images") for record in group.finished], lambda value: f"{value:g}")])
-    return (table(header, body), _notes(groups, powered, list(against), header[4])) if body else ("", [])
+        if kd and kd is not group and ratio is not None:
+            against[kd.label] = None
+        images = mean([_images(run) for run in group.runs])
+        watt_hours = joules * images / 3600 if joules is not None and images else None
+        values: tuple[tuple[Sequence[float | None], str], ...] = (
+            ([_steps(run) for run in group.runs], "{:,.0f}"),
+            ([number(record, "seconds") for record in group.finished], "{:,.0f}"),
+            ([speed], "{:,.0f}" if speed and speed >= 100 else "{:.1f}"),
+            ([ratio], "{:.2f}×"),
+            ([number(row, "data_wait", 100) for row in logged], "{:.1f}"),
+            ([number(row, "gpu_memory") for row in logged], "{:.1f}"),
+            ([number(row, "gpu.power_w") for row in logged], "{:.0f}"),
+            ([joules], "{:.3g}"),
+            ([watt_hours], "{:,.3g}"),
+            ([number(record, "bad_images") for record in group.finished], "{:g}"),
+        )
+        for name, (found, form) in zip(COLUMNS, values, strict=True):
+            columns[name].append(numbers(found, form.format))
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+    body = [[group.label, *(cells[i] for cells in shown.values())] for i, group in enumerate(groups)]
+    powered = any(joules is not None for joules in energy)
+    return (table(["", *shown], body), _notes(groups, powered, list(against))) if body else ("", [])
 
 
 def _steps(run: Run) -> float | None:
@@ -117,15 +119,15 @@ def _images(run: Run) -> float | None:
     return steps * batch * accumulated if steps and isinstance(batch, int) and isinstance(accumulated, int) else None
 
 
-def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str], column: str) -> list[str]:
+def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> list[str]:
     facts: list[dict[str, Any]] = [run.facts for group in groups for run in group.runs if machine(run.facts)]
     on_cpu = [not one["gpus"] for one in facts]
     lines = ["Means over seeds. img/s counts clean images; evaluation is left out. Data wait: share of the time spent waiting for them."]
     if against:
-        what = f"{column}: img/s of {', '.join(against)} over img/s of the run, as each was run; precomputing a store is not in it."
+        what = f"Time per image / KD: img/s of {', '.join(against)} over img/s of the run; precomputing a store is not in it."
         lines.append(what + (" Measured on a CPU: read the ratio, not the speed." if on_cpu and all(on_cpu) else ""))
-    else:
-        lines.append(f"{column}: no KD run of the same student, data, batch, precision and machine in this comparison to measure against.")
+    elif any(group.method != "kd" for group in groups):
+        lines.append("No time against KD: there is no KD run of the same student, data, batch, precision and machine in this comparison.")
     if powered:
         lines.append("Energy: the GPU's power at each log step, integrated over the time of training; one GPU's, without the host.")
     elif on_cpu and all(on_cpu):

@@ -17,6 +17,7 @@ METHODS = {
     "dat": "dat: cross-entropy on clean images and on discrete images that attack the student",
     "dad": "dad: kd, and distillation on discrete images that attack the teacher",
     "dat+dad": "dat+dad: dad, and cross-entropy on discrete images that attack the student",
+    "evaluated": "judged by dad-fast eval",
     "lp-clip": "lp-clip: a linear probe on frozen features, by the teacher's pseudo-labels",
 }
 NOT_SHOWN = ("seed", "seeds", "device")  # seeds are in the tables; a device is in the environment

@@ -56,7 +56,17 @@ def _visible(character: str) -> str:
 def section(heading: str, *content: str) -> str:
     """Nothing where there is no content."""
     kept = [part for part in content if part]
-    return f"<section>\n<h2>{text(heading)}</h2>\n" + "\n".join(kept) + "\n</section>" if kept else ""
+    return f'<section id="{_anchor(heading)}">\n<h2>{text(heading)}</h2>\n' + "\n".join(kept) + "\n</section>" if kept else ""
+
+
+def contents(headings: Sequence[str]) -> str:
+    """Links to the sections of these headings."""
+    links = (f'<a href="#{_anchor(heading)}">{text(heading.partition(":")[0])}</a>' for heading in headings)
+    return f'<nav aria-label="contents">{"".join(links)}</nav>'
+
+
+def _anchor(heading: str) -> str:
+    return "-".join(re.findall("[a-z]+", heading.lower()))
 
 
 def notes(lines: Sequence[str], kind: str = "notes") -> str:
@@ -78,10 +88,10 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]], best: Collection
 
 
 def comparison(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], caption: str = "") -> str:
-    """One column per name; a row whose values are all the same shows its value once."""
+    """One column per name; a row whose values are all the same shows its value once, and if all rows are such, names are not needed."""
     if not rows:
         return ""
-    shown = len(names) > 1
+    shown = len(names) > 1 and any(len(set(values)) > 1 for _, values in rows)
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in names)
     lines = [f'<thead><tr><th scope="col"></th>{head}</tr></thead><tbody>' if shown else "<tbody>"]
     for name, values in rows:

@@ -17,7 +17,7 @@ from dad_fast.files import atomic_write_text
 from dad_fast.observe.chart import Series, line_chart
 from dad_fast.observe.cost import cost_table
 from dad_fast.observe.facts import differing, environment, trained
-from dad_fast.observe.markup import details, document, grid, legend, look, notes, preformatted, section, text
+from dad_fast.observe.markup import contents, details, document, grid, legend, look, notes, preformatted, section, text
 from dad_fast.observe.results import TEACHER, bar_notes, bars, fairness, reliability, reliability_notes, result_tables
 from dad_fast.observe.run_files import number
 from dad_fast.observe.runs import Group, Loaded, load
@@ -62,32 +62,34 @@ def page(loaded: Loaded) -> str:
     sheets = _sheets(groups, loaded.problems)  # before the problems are shown
     costs, cost_notes = cost_table(groups)
     done = bool(record["runs"])
-    parts = [
-        f"<h1>{text(title(groups))}</h1>",
-        notes(loaded.problems, "problems"),
-        section("What was trained, and on what", trained(groups)),
-        section("Result", result_tables(record), notes([*table_notes(record, "top1"), *fairness(groups)])) if done else "",
-        section("What differs", differing(groups)) if len(groups) > 1 else "",
-        _with_key("Accuracy per shift", key, bars(record, looks), notes(bar_notes(groups))) if done else "",
-        _with_key("Calibration", taught, reliability(record, looks), notes(reliability_notes())) if done else "",
-        _with_key("Training", key, _curves(groups, looks, CURVES)),
-        section("Images: clean, discretized, attacked", sheets),
-        section("Throughput, energy and overhead", costs, notes(cost_notes), key if costs else "", _curves(groups, looks, COST_CURVES)),
-        section("Environment", environment(groups)),
-        section("Settings", _settings(loaded)),
-    ]
-    return document(title(groups), parts)
+    sections = {
+        "What was trained, and on what": [trained(groups)],
+        "Result": [result_tables(record), notes([*table_notes(record, "top1"), *fairness(groups)])] if done else [],
+        "What differs": [differing(groups)] if len(groups) > 1 else [],
+        "Accuracy per shift": [bars(record, looks), notes(bar_notes(groups))] if done else [],
+        "Calibration": _with_key(taught, reliability(record, looks), notes(reliability_notes())),
+        "Training": _with_key(key, _curves(groups, looks, CURVES)),
+        "Images: clean, discretized, attacked": [sheets],
+        "Throughput, energy and overhead": [costs, notes(cost_notes), *_with_key(key, _curves(groups, looks, COST_CURVES))],
+        "Environment": [environment(groups)],
+        "Settings": [_settings(loaded)],
+    }
+    filled = {heading: content for heading, content in sections.items() if any(content)}
+    top = [f"<h1>{text(title(groups))}</h1>", contents(list(filled)), notes(loaded.problems, "problems")]
+    return document(title(groups), [*top, *(section(heading, *content) for heading, content in filled.items())])
 
 
 def title(groups: Sequence[Group]) -> str:
+    """The names of the runs where that is short enough, their number otherwise; and the folder that they have in common."""
     names = [group.label for group in groups]
     places = list(dict.fromkeys(group.origin.name for group in groups))
-    shown = " · ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    listed = " · ".join(names)
+    shown = listed if len(listed) <= 80 or len(names) == 1 else f"{len(names)} runs"
     return f"{shown}: {places[0]}" if len(places) == 1 and places != names else shown
 
 
-def _with_key(heading: str, key: str, figures: str, *more: str) -> str:
-    return section(heading, key, figures, *more) if figures else ""
+def _with_key(key: str, figures: str, *more: str) -> list[str]:
+    return [key, figures, *more] if figures else []
 
 
 def _curves(groups: Sequence[Group], looks: dict[str, tuple[str, str]], curves: Sequence[tuple[str, str, float, str, str]]) -> str:

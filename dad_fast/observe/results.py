@@ -26,13 +26,17 @@ EQUAL_EPOCHS, EQUAL_TIME = 0.02, 0.15  # relative differences that still count a
 
 def result_tables(record: dict[str, Any]) -> str:
     """Top-1 and ECE in the open, the other metrics that were measured folded away, and how each suite was judged."""
-    tables = {metric: table(*rows(record, metric), caption=words) for metric, words in METRICS.items()}
+    tables = {}
+    for metric, words in METRICS.items():
+        header, body, best = rows(record, metric)
+        tables[metric] = table(header, [["–" if cell == "nan" else cell for cell in row] for row in body], best, words)
     folded = "".join(content for metric, content in tables.items() if metric not in ("top1", "ece"))
     folded += "".join(_further(record, *one) for one in FURTHER)
     protocols = {}
     for suite in suites(record):
         judged = [result for _, results in of_suite(record, suite) for result in results]
         protocols[suite] = " | ".join(dict.fromkeys(str(result["protocol"]) for result in judged if result.get("protocol")))
+    folded += _detection(record)
     said = notes([f"{suite}: {words}" for suite, words in protocols.items() if words])
     return tables["top1"] + tables["ece"] + details("Further metrics", folded) + details("How the suites were judged", said)
 
@@ -55,6 +59,18 @@ def _further(record: dict[str, Any], key: str, words: str, digits: int) -> str:
                 row += ["–"] * (len(names) - 1 - len(row)) + [cells.get(name, "–")]
     filled = [[name, *row, *["–"] * (len(names) - len(row))] for name, row in body.items() if set(row) != {"–"}]
     return table(["", *names], filled, caption=words) if filled else ""
+
+
+def _detection(record: dict[str, Any]) -> str:
+    """AUROC and FPR95 of images of unknown classes, where a run or an evaluation has judged them; "" elsewhere."""
+    header, body = ["", "unknown images", "score", "AUROC, %", "AUPR, %", "FPR95, %"], []
+    for run in record["runs"]:
+        unknown = run["ood"] if isinstance(run.get("ood"), dict) else {}
+        for suite, scores in unknown.items():
+            for score, found in scores.items() if isinstance(scores, dict) else ():
+                values = [number(found, key) if isinstance(found, dict) else None for key in ("auroc", "aupr", "fpr95")]
+                body.append([run["variant"], suite, score, *("–" if value is None else f"{value:.1f}" for value in values)])
+    return table(header, body, caption="Detection of images of unknown classes, by how sure the model is") if body else ""
 
 
 def fairness(groups: Sequence[Group]) -> list[str]:

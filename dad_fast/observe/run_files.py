@@ -41,8 +41,8 @@ def machine(facts: dict[str, Any]) -> str:
     return ", ".join(str(gpu["name"]) for gpu in gpus) or f"{facts['cpu']}, {facts['threads']} threads"
 
 
-def number(row: dict[str, Any], path: str) -> float | None:
-    """The finite number at `path` ("gpu.power_w") of a line of the log; None where there is none."""
+def number(row: dict[str, Any], path: str, factor: float = 1) -> float | None:
+    """`factor` times the finite number at `path` ("gpu.power_w") of a line of the log; None where there is none."""
     value: Any = row
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -50,7 +50,7 @@ def number(row: dict[str, Any], path: str) -> float | None:
         found = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError):
         return None
-    return found if found is not None and math.isfinite(found) else None
+    return factor * found if found is not None and math.isfinite(found) else None
 
 
 def read_run(folder: Path, problems: list[str], record: Any = None) -> Run:

@@ -69,9 +69,11 @@ def load(folders: Sequence[str | Path]) -> Loaded:
     found: list[Found] = []
     config = ""
     for given, folder in zip(dict.fromkeys(map(str, folders)), named, strict=False):
+        if not folder.exists():
+            raise DataError(f"{given}: no such folder")
         if not folder.is_dir():
-            what = "is a file; name the run's folder" if folder.exists() else "no such folder"
-            raise DataError(f"{given}: {what}")
+            found += _evaluation(folder, given, problems)
+            continue
         record = read_json(folder / "results.json", problems)
         inside = sorted({path.parent for name in FILES for path in folder.glob(f"*/seed-*/{name}")}, key=_order(folder))
         if isinstance(record, dict) and isinstance(record.get("runs"), list):
@@ -101,6 +103,22 @@ def _comparison(folder: Path, record: dict[str, Any], inside: Sequence[Path], pr
         run.facts = run.facts or (record["environment"] if isinstance(record.get("environment"), dict) else {})
         groups.setdefault(checked["variant"], []).append(run)
     return [Found(folder, folder / _plain_name(name), name, runs) for name, runs in groups.items()]
+
+
+def _evaluation(path: Path, given: str, problems: list[str]) -> list[Found]:
+    """The models in a file of `dad-fast eval --json`, a group each. Raises DataError for any other file."""
+    record = read_json(path, problems)
+    models = record.get("models") or {path.stem: record.get("checkpoint") or record.get("teacher")} if isinstance(record, dict) else {}
+    judged = {name: one for name, one in models.items() if isinstance(one, dict) and "suites" in one} if isinstance(models, dict) else {}
+    if not judged:
+        raise DataError(f"{given}: is a file, and no result of dad-fast eval --json; name a run's folder")
+    facts = record["environment"] if isinstance(record.get("environment"), dict) else {}
+    found = []
+    for name, one in judged.items():
+        checked = check_record({"method": "evaluated", "teacher": record.get("teacher"), **one, "variant": name}, path, problems)
+        if checked is not None:
+            found.append(Found(path, path.parent / name, name, [Run(path, checked, facts=facts)]))
+    return found
 
 
 def _plain_name(name: str) -> str:
