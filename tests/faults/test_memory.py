@@ -1,0 +1,33 @@
+"""A step that finds no memory: one line with the batch size to try, exit code 1."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
+    pytest.importorskip(package)
+from harness import ROOT  # noqa: E402
+
+SCRIPT = """
+import re, resource, sys
+import torch, torchvision, timm, open_clip
+from dad_fast.cli import main
+torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 8, 8))
+held = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 2**28, held + 3 * 2**28))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_out_of_memory_says_which_batch_size_to_try(tmp_path: Path) -> None:
+    sets = ["variants={}", "data.workers=0", "eval.suites=[]", "student.model_kwargs={}"]
+    arguments = ["train", "--preset", "demo", "--method", "ce", "-b", "3000", "--device", "cpu", "-o", str(tmp_path / "run")]
+    command = [sys.executable, "-c", SCRIPT, *arguments, *(part for item in sets for part in ("--set", item))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "3000 images at a time; try --batch-size 1500 --grad-accum-steps 2, as many images a step" in done.stderr.splitlines()[-1]
