@@ -107,7 +107,7 @@ class FeatureLoader:
             has = f"{self.source.name} has only {len(self.source):,} images"
             raise UsageError(f"--batch-size {batch_size}: {has} for {world} x {batch_size}")
         self.table, self.batch_size, self.seed, self.rank, self.world = table, batch_size, seed, rank, world
-        self.replaced = [self.source.keys[sample] for sample in np.flatnonzero(~self.source.ok)]
+        self.replaced = [self.source.keys[int(sample)] for sample in np.flatnonzero(~self.source.ok)]
         readable = np.flatnonzero(self.source.ok)
         after = np.searchsorted(readable, np.arange(len(self.source))) % len(readable)
         self._valid = readable[after]  # the next readable sample, in the source's order, for each

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Make docs/lp-clip.json: LP-CLIP on the embedded digits, for a teacher that knows the shifts and one that does not.
+
+    python scripts/make_demo_weights.py --see mnist --teacher-only -o blind       # the second teacher, about four minutes on one core
+    python scripts/lp_clip_record.py --blind blind/digits-clip.safetensors        # about fifteen minutes on one core
+
+Settings, each judged over seeds, the teacher's zero-shot head beside it:
+
+    seen        preset lp-clip-demo: the embedded teacher, which has seen both kinds of digits and families of the corruptions
+    blind       the same with a teacher of MNIST alone
+    unlabelled  the blind teacher, and a probe trained on images of the other kind (optdigits-train) without their labels
+    sweep       preset lp-clip-sweep with the blind teacher: strength of the strong view, threshold
+
+`--table` prints the record's tables as markdown and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a bare checkout too
+
+from dad_fast.cli import main as dad_fast
+from dad_fast.evaluate import probe_checks
+from dad_fast.evaluate.table import spread
+from dad_fast.files import atomic_write_json
+from dad_fast.models.weights import sha256_file
+from dad_fast.observe.runlog import environment
+
+METRICS = {"top1": 1, "ece": 1, "nll": 3, "brier": 3}  # and the digits that are shown
+BETTER = {"top1": 1, "ece": -1, "nll": -1, "brier": -1}
+SHORT = ["--suite", "test", "optdigits"]
+SETTINGS = {
+    "seen": ["--preset", "lp-clip-demo"],
+    "blind": ["--preset", "lp-clip-demo", "--teacher", "BLIND"],
+    "unlabelled": ["--preset", "lp-clip-demo", "--teacher", "BLIND", "--train-split", "optdigits-train", "--epochs", "78", *SHORT],
+    "sweep": ["--preset", "lp-clip-sweep", "--teacher", "BLIND", *SHORT],
+}
+
+
+def train(name: str, blind: str, seeds: int, work: Path) -> dict[str, Any]:
+    """One comparison, or what is left of it, as the record holds it."""
+    out = work / name
+    arguments = ["train", *SETTINGS[name], "--seeds", str(seeds)]
+    code = dad_fast([*(blind if word == "BLIND" else word for word in arguments), "--resume", "auto", "-o", str(out)])
+    if code:
+        raise SystemExit(code)
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    return {
+        "command": " ".join(["dad-fast", *(Path(blind).name if word == "BLIND" else word for word in arguments)]),
+        "teacher_seen": runs[0]["teacher"]["seen"],
+        "zero_shot": {suite: _kept(result) for suite, result in runs[0]["teacher"]["suites"].items()},
+        "runs": [
+            {"variant": run["variant"], "seed": run["seed"], "seconds": run["seconds"]}
+            | {"suites": {suite: _kept(result) for suite, result in run["suites"].items()}}
+            for run in runs
+        ],
+    }
+
+
+def _kept(result: dict[str, Any]) -> dict[str, float]:
+    return {metric: result[metric] for metric in METRICS}
+
+
+def check(name: str, seeds: int, work: Path) -> dict[str, Any]:
+    """The checks of the ensemble of a comparison's runs by the whole method."""
+    out = work / f"{name}-checks.json"
+    code = probe_checks.main([*(str(work / name / "lp-clip" / f"seed-{seed}") for seed in range(seeds)), "--json", str(out)])
+    if code:
+        raise SystemExit(code)
+    record = json.loads(out.read_text())
+    return {key: record[key] for key in ("probes", "train", "few_labels", "suites")}
+
+
+def tables(record: dict[str, Any]) -> str:
+    lines = []
+    for name, found in record["settings"].items():
+        lines += ["", f"### {name}", "", f"`{found['command']}`", ""]
+        for metric, digits in METRICS.items():
+            suites = list(found["zero_shot"])
+            lines += [f"| {metric} | " + " | ".join(suites) + " |", "|---" + "|---:" * len(suites) + "|"]
+            lines.append("| zero-shot | " + " | ".join(f"{found['zero_shot'][suite][metric]:.{digits}f}" for suite in suites) + " |")
+            for variant in dict.fromkeys(run["variant"] for run in found["runs"]):
+                cells = []
+                for suite in suites:
+                    mean, sd = spread([run["suites"][suite][metric] for run in found["runs"] if run["variant"] == variant])
+                    text = f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+                    won = BETTER[metric] * (mean - found["zero_shot"][suite][metric]) > (sd or 0.0)
+                    cells.append(f"**{text}**" if won else text)
+                lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+            lines.append("")
+    for name, checks in record["checks"].items():
+        lines += [f"### {name}: checks of {checks['probes']} probes", "", probe_checks.markdown(checks), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blind", help="weights of the teacher that saw MNIST alone")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs/lp-clip-record"), help="folder of the runs, for --resume auto")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/lp-clip.json"))
+    parser.add_argument("--table", action="store_true", help="print the tables of the record")
+    args = parser.parse_args()
+    if args.table:
+        print(tables(json.loads(args.output.read_text())))
+        return
+    if not args.blind:
+        parser.error("--blind: make the teacher first, see above")
+    settings = {name: train(name, args.blind, args.seeds, args.work) for name in SETTINGS}
+    checks = {name: check(name, args.seeds, args.work) for name in ("seen", "blind", "unlabelled")}
+    facts = {"blind_sha256": sha256_file(args.blind), "seeds": args.seeds, "environment": environment()}
+    record = {**facts, "settings": settings, "checks": checks}
+    atomic_write_json(args.output, record)
+    print(tables(json.loads(args.output.read_text())))
+
+
+if __name__ == "__main__":
+    main()
