@@ -6,7 +6,8 @@ A generator makes one set of images from the training set: the images themselves
 student trained without them) or DAD's. For each, students learn by distillation on clean images and on that set, by the same loss, and are
 compared with students of the same seed that learn on clean images alone. Every set is stored first (8-bit, unaugmented; where there is
 noise, 5 draws), so that students see the very images that are measured, and in every set only images count that the teacher gives their
-label. Writes OUT/analysis (by dad-fast analyze), docs/analyze.json, docs/analyze.svg, and the tables between the marks in docs/analyze.md.
+label. Distances are taken in three spaces. Writes OUT/analysis-SPACE (by dad-fast analyze), docs/analyze.json, docs/analyze.svg, and the
+tables between the marks in docs/analyze.md.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ SETS: dict[str, dict[str, Any]] = {
     "dat": {},
     "dad": {},
 }
+SPACES = {"teacher": "teacher's features", "student": "features of a student trained without", "pixels": "pixels"}
+MEASURES = {"sw2_squared_corrected": "SW2²", "mmd2": "MMD²"}
 BOOTSTRAPS = 2000
 MARKS = "<!-- results -->\n", "<!-- end of results -->\n"
 
@@ -170,15 +173,19 @@ def relation(distance: np.ndarray, gain: np.ndarray, seed: int = 0) -> dict[str,
     }
 
 
-def relate(analysis: dict[str, Any], top1: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """The relation for each distance, for all sets and for those that are not pulled apart by an attack."""
+def relate(distances: dict[str, Any], top1: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """The relation in each space for each distance: over all test sets, and over those whose shift can be seen there: the interval of their
+    distance from clean images is above 0."""
     names = list(SETS)
     gain = np.array([[np.subtract(top1[name][suite], top1["none"][suite]) for name in names] for suite in SUITES])  # [T, G, S]
-    found = {}
-    for measure in ("sw2_squared_corrected", "mmd2"):
-        tests = analysis["distances"]["tests"]
-        distance = np.array([[tests[suite.removesuffix(":1")]["sets"][name][measure]["value"] for name in names] for suite in SUITES])
-        found[measure] = {"all sets": relation(distance, gain), "without DAD": relation(distance[:, :-1], gain[:, :-1])}
+    found: dict[str, Any] = {}
+    for space, of_suites in distances.items():
+        for measure in MEASURES:
+            distance = np.array([[of_suites[suite][name][measure]["value"] for name in names] for suite in SUITES])
+            seen = np.array([of_suites[suite]["clean"][measure]["interval"][0] > 0 for suite in SUITES])
+            found.setdefault(space, {})[measure] = {"all": {**relation(distance, gain), "num_tests": len(SUITES)}}
+            if seen.any():
+                found[space][measure]["seen"] = {**relation(distance[seen], gain[seen]), "num_tests": int(seen.sum())}
     return found
 
 
@@ -190,34 +197,35 @@ def plot(record: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams |= {"svg.hashsalt": "distance and gain", "svg.fonttype": "none", "font.size": 9}
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for axis, (measure, label) in zip(axes, (("sw2_squared_corrected", "squared SW2, corrected"), ("mmd2", "MMD²")), strict=True):
+    figure, axes = pyplot.subplots(1, len(SPACES), figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, (space, label) in zip(axes, SPACES.items(), strict=True):
         for name, color in zip(list(SETS)[1:], ("#4477aa", "#228833", "#ccbb44", "#ee6677"), strict=True):
             points = []
             for suite in SUITES:
-                sets = record["distances"][suite]
-                points.append((1000 * (sets[name][measure]["value"] - sets["clean"][measure]["value"]), _gain(record, name, suite)))
+                sets = record["distances"][space][suite]
+                nearer = sets[name]["sw2_squared_corrected"]["value"] - sets["clean"]["sw2_squared_corrected"]["value"]
+                points.append((1000 * nearer, np.mean(record["top1"][name][suite]) - np.mean(record["top1"]["clean"][suite])))
             axis.scatter(*zip(*points, strict=True), s=16, color=color, label=TITLES[name], alpha=0.8, linewidths=0)
         axis.axhline(0, color="#888888", linewidth=0.8)
         axis.axvline(0, color="#888888", linewidth=0.8)
-        axis.set_xlabel(f"{label}, x 1000: distance to the test set\nless that of clean images (left is nearer)")
+        axis.set_title(label, fontsize=9)
+    axes[1].set_xlabel("squared SW2 to the test set, corrected, x 1000, less that of clean images (left is nearer)")
     axes[0].set_ylabel("top-1 gained, in points, less what\nclean images as the second set gain")
-    axes[1].legend(frameon=False)
+    axes[0].legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
-
-
-def _gain(record: dict[str, Any], name: str, suite: str) -> float:
-    return float(np.mean(record["top1"][name][suite]) - np.mean(record["top1"]["clean"][suite]))
 
 
 def tables(record: dict[str, Any]) -> str:
     """What docs/analyze.md shows: the relation, gains and distances."""
-    lines = ["| distance | sets | mean rank correlation | 95 % interval | p | pooled |", "|---|---|---:|---:|---:|---:|"]
-    for measure, label in (("sw2_squared_corrected", "squared SW2, corrected"), ("mmd2", "MMD²")):
-        for sets, one in record["relation"][measure].items():
-            low, high = one["interval"]
-            lines.append(f"| {label} | {sets} | {one['rho']:+.2f} | {low:+.2f} to {high:+.2f} | {one['p']:.2f} | {one['pooled']:+.2f} |")
-    top1, distances, titles = record["top1"], record["distances"], [TITLES[name] for name in SETS]
+    lines = ["| space | distance | test sets | mean rank correlation | 95 % interval | p | pooled |", "|---|---|---|---:|---:|---:|---:|"]
+    for space, title in SPACES.items():
+        for measure, label in MEASURES.items():
+            for which, one in record["relation"][space][measure].items():
+                low, high = one["interval"]
+                tests = f"{'all' if which == 'all' else 'shift seen:'} {one['num_tests']}"
+                numbers = f"{one['rho']:+.2f} | {low:+.2f} to {high:+.2f} | {one['p']:.2f} | {one['pooled']:+.2f}"
+                lines.append(f"| {title} | {label} | {tests} | {numbers} |")
+    top1, titles = record["top1"], [TITLES[name] for name in SETS]
     lines += ["", "| top-1 gained | without | " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(SETS) + 1)]
     for suite in SUITES:
         gains = [np.subtract(top1[name][suite], top1["none"][suite]) for name in SETS]
@@ -225,13 +233,14 @@ def tables(record: dict[str, Any]) -> str:
         cells = [f"{gain.mean():+.1f} ± {gain.std(ddof=1):.1f}" for gain in gains]
         cells = [f"**{cell}**" if gain.mean() == most else cell for cell, gain in zip(cells, gains, strict=True)]
         lines.append(f"| {suite} | {np.mean(top1['none'][suite]):.1f} | " + " | ".join(cells) + " |")
-    lines += ["", "| squared SW2, corrected, x 1000 | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(SETS)]
-    for suite in SUITES:
-        found = [distances[suite][name]["sw2_squared_corrected"] for name in SETS]
-        least = min(one["value"] for one in found)
-        cells = [f"{1000 * one['value']:.2f} ± {500 * (one['interval'][1] - one['interval'][0]):.2f}" for one in found]
-        cells = [f"**{cell}**" if one["value"] == least else cell for cell, one in zip(cells, found, strict=True)]
-        lines.append(f"| {suite} | " + " | ".join(cells) + " |")
+    for space, title in SPACES.items():
+        lines += ["", f"| squared SW2, corrected, x 1000: {title} | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(SETS)]
+        for suite in SUITES:
+            found = [record["distances"][space][suite][name]["sw2_squared_corrected"] for name in SETS]
+            least = min(one["value"] for one in found)
+            cells = [f"{1000 * one['value']:.2f} ± {500 * (one['interval'][1] - one['interval'][0]):.2f}" for one in found]
+            cells = [f"**{cell}**" if one["value"] == least else cell for cell, one in zip(cells, found, strict=True)]
+            lines.append(f"| {suite} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -251,23 +260,29 @@ def main() -> int:
     options = parser.parse_args()
     output, start = options.output, time.process_time()
     train(output, options.seeds)
-    suites = [suite.removesuffix(":1") for suite in SUITES]
-    run = output / "none" / "seed-0"
-    _do("analyze", output / "base.toml", "--init-from", run, "--suite", *suites, "--num-images", 2000, "-o", output / "analysis")
-    analysis = json.loads((output / "analysis" / "analysis.json").read_text())
+    suites, run = [suite.removesuffix(":1") for suite in SUITES], output / "none" / "seed-0"
+    analyses, distances, floors = {}, {}, {}
+    for space in SPACES:
+        folder = output / f"analysis-{space}"
+        what = ["--init-from", run, "--suite", *suites, "--num-images", 2000, "--features", space]
+        _do("analyze", output / "base.toml", *what, "-o", folder)
+        analysis = json.loads((folder / "analysis.json").read_text())
+        tests = analysis["distances"].pop("tests")
+        distances[space] = {suite: tests[suite.removesuffix(":1")]["sets"] for suite in SUITES}
+        floors[space] = {suite: tests[suite.removesuffix(":1")]["floor"] for suite in SUITES}
+        analyses[space] = {key: value for key, value in analysis.items() if key != "environment"}
     top1 = judge(output, options.seeds)
-    distances = {suite: analysis["distances"]["tests"][suite.removesuffix(":1")]["sets"] for suite in SUITES}
     record = {
         "seeds": options.seeds,
         "epochs": EPOCHS,
         "draws": DRAWS,
         "config": to_toml(settings()),
         "cpu_seconds_of_this_call": round(time.process_time() - start),
-        "relation": relate(analysis, top1),
+        "relation": relate(distances, top1),
         "top1": top1,
         "distances": distances,
-        "analysis": {key: value for key, value in analysis.items() if key not in ("distances", "environment")},
-        "floors": {suite: analysis["distances"]["tests"][suite.removesuffix(":1")]["floor"] for suite in SUITES},
+        "floors": floors,
+        "analyses": analyses,
         "environment": environment(),
     }
     atomic_write_json(DOCS / "analyze.json", record)

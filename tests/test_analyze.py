@@ -18,12 +18,13 @@ from PIL import Image  # noqa: E402
 from dad_fast import cli  # noqa: E402
 from dad_fast.config import Config  # noqa: E402
 from dad_fast.config.schema import AttackConfig, PrecisionConfig  # noqa: E402
-from dad_fast.engine.analyze import Generators, choice, moves  # noqa: E402
+from dad_fast.engine.analyze import Generators, choice, feature_space, moves  # noqa: E402
 from dad_fast.engine.compare import compare  # noqa: E402
 from dad_fast.errors import DataError, UsageError  # noqa: E402
 from dad_fast.flags import analyze as flags  # noqa: E402
 from dad_fast.methods.attack import PGD  # noqa: E402
 from dad_fast.models.discretizer import Identity, load_discretizer  # noqa: E402
+from dad_fast.models.student import load_student  # noqa: E402
 from tests import tiny  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -191,6 +192,37 @@ def test_without_a_student_there_is_no_dat(parts, tmp_path, capsys):
     assert "dat" in json.loads((tmp_path / "analysis.json").read_text())["sets"]
 
 
+def test_other_spaces(parts, tmp_path):
+    _, common, run = parts
+    distances = {}
+    for space in ("teacher", "student", "pixels"):
+        assert analyze(run, "--no-filter", "--features", space, "-o", tmp_path) == 0
+        record = json.loads((tmp_path / "analysis.json").read_text())
+        distances[space] = record["distances"]["tests"]["val"]["sets"]["dad"]["sw2"]["value"]
+        assert record["features"] == space and distances[space] > 0
+        assert 1 <= record["sets"]["clean"]["vendi_score"] <= 24
+    assert len(set(distances.values())) == 3
+    assert "features of the student resnet18" not in (tmp_path / "analysis.md").read_text()
+    with pytest.raises(UsageError, match="--features student: no student is named"):
+        analyze(*common, "--features", "student", "-o", tmp_path)
+
+
+def test_the_student_sees_what_its_classifier_sees(parts):
+    _, _, run = parts
+    student, _ = load_student(run)
+    pixels = torch.rand(3, 3, tiny.SIDE, tiny.SIDE)
+    with torch.no_grad():
+        features = student.model.forward_head(student.model.forward_features((pixels - student.mean) / student.std), pre_logits=True)
+        found = feature_space("student", None, student)(pixels)
+        assert found.allclose((features / features.norm(dim=1, keepdim=True)).double(), atol=1e-6)
+        assert student.model.get_classifier()(features).allclose(student(pixels), atol=1e-5)
+    pixels = torch.rand(2, 3, 64, 64)
+    seen = feature_space("pixels", None, None)(pixels)
+    assert seen.shape == (2, 3 * 32 * 32)
+    shrunk = torch.nn.functional.avg_pool2d(pixels, 2).double().flatten(1)
+    assert (seen[0] - seen[1]).norm().item() == pytest.approx((shrunk[0] - shrunk[1]).square().mean().sqrt().item())
+
+
 def test_a_filter_that_leaves_too_few_is_one_line(parts, tmp_path):
     _, common, _ = parts
     with pytest.raises(DataError, match=r"has only \d+ images to compare, and 20 are needed; raise --num-images, or add --no-filter"):
@@ -221,6 +253,7 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
         (["--data-dir", str(root / "data"), *out], "nothing names a teacher: add --teacher"),
         ([*common[:4], *out], "nothing names a discretizer: add --discretizer"),
         ([*common, "--num-images", "5", *out], "--num-images 5"),
+        ([*common, "--features", "techer", *out], "did you mean teacher?"),
         ([*common, "--resamples", "two", *out], "--resamples two"),
         ([*common, "--suites", "val", *out], "did you mean --suite"),
         ([*common, "--suite", "vall", *out], "--suite vall"),
@@ -268,12 +301,12 @@ def test_tables_of_the_experiment_are_put_into_the_document(tmp_path):
     value = lambda x: {"value": x, "interval": [x - 1e-4, x + 1e-4]}  # noqa: E731
     of_suite = {suite: {name: {m: value(random.random() * 1e-3) for m in ("sw2_squared_corrected", "mmd2")} for name in names}
                 for suite in experiment.SUITES}  # fmt: skip
-    tests = {suite.removesuffix(":1"): {"sets": sets} for suite, sets in of_suite.items()}
+    distances = dict.fromkeys(experiment.SPACES, of_suite)
     top1 = {name: {suite: list(90 + random.random(3)) for suite in experiment.SUITES} for name in ("none", *names)}
     top1["dad"]["optdigits"] = [x + 5 for x in top1["none"]["optdigits"]]
-    record = {"relation": experiment.relate({"distances": {"tests": tests}}, top1), "top1": top1, "distances": of_suite}
+    record = {"relation": experiment.relate(distances, top1), "top1": top1, "distances": distances}
     text = experiment.tables(record)
-    assert "| optdigits | " in text and "**+5.0 ± 0.0** |" in text and text.count("| invert:1 |") == 2
+    assert "| optdigits | " in text and "**+5.0 ± 0.0** |" in text and text.count("| invert:1 |") == 4 and "| all 18 |" in text
     document = tmp_path / "analyze.md"
     document.write_text(f"before\n{experiment.MARKS[0]}old\n{experiment.MARKS[1]}after\n")
     experiment.renew(document, text)

@@ -1,4 +1,4 @@
-"""`dad-fast analyze`: where generated images lie between training and test images, in the teacher's eyes."""
+"""`dad-fast analyze`: where generated images lie between training and test images, in a model's eyes."""
 
 from __future__ import annotations
 
@@ -51,15 +51,16 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
         student = student.to(device).eval().requires_grad_(False)
     view = _view(cfg, len(source.classes), student, teacher.image_size)
     _try(cfg, student, view, device)
+    features = engine.feature_space(launch.features, teacher, student)
 
     generators = engine.Generators(cfg, teacher, discretizer, student)
     rows = engine.choice(source.ok, launch.num_images, cfg.seed)
     images = Piece(source, rows, source.labels[rows])
     if student is None:
         print("DAT is left out: it attacks a student, and none is named (a run's folder, or --init-from RUN)")
-    sets = engine.make_sets(cfg, images, teacher, generators, view, device, _progress("making and seeing the sets"))
+    sets = engine.make_sets(cfg, images, teacher, features, generators, view, device, _progress("making and seeing the sets"))
     tests = {
-        suite.name: engine.suite_features(cfg, suite, launch.num_images, teacher, view, device, _progress(f"seeing {suite.name}"))
+        suite.name: engine.suite_features(cfg, suite, launch.num_images, features, view, device, _progress(f"seeing {suite.name}"))
         for suite in suites
     }
     counted = {name: one.counted(cfg.loss.filter and name in FILTERED) for name, one in sets.items()}
@@ -67,6 +68,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     distances = compare(counted, tests, **options, progress=_progress("comparing"))
     record = {
         "data": source.name,
+        "features": launch.features,
         "num_images": len(images),
         "view": dict(zip(("img_size", "crop_pct", "interpolation"), view, strict=True)),
         "seed": cfg.seed,

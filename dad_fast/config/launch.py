@@ -40,6 +40,7 @@ class AnalyzeLaunch:
 
     output: str  # a folder; what an earlier analysis wrote there is replaced
     weights: str = ""  # the student that DAT attacks: a run's folder; "" = what the settings say of the student's weights
+    features: str = "teacher"  # where distances are measured: features of the teacher or the student, or pixels
     num_images: int = 1000  # of the training set and of each test set, at most
     projections: int = 256  # directions of the sliced Wasserstein distance
     resamples: int = 200  # random halves that intervals are made from

@@ -1,4 +1,4 @@
-"""The sets of images that `dad-fast analyze` compares, as the teacher sees them."""
+"""The sets of images that `dad-fast analyze` compares, as a model sees them."""
 
 from __future__ import annotations
 
@@ -15,28 +15,58 @@ from dad_fast.config.schema import Config
 from dad_fast.data.draws import sample_seeds
 from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import soft_targets, to_pixels
+from dad_fast.errors import UsageError
 from dad_fast.evaluate.corruptions import corrupt, num_severities
 from dad_fast.evaluate.sources import Piece, as_judged
 from dad_fast.evaluate.suites import Suite
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import perturb
 from dad_fast.models.discretizer import Discretizer
-from dad_fast.models.teacher import Teacher
+from dad_fast.models.probe import Probe
+from dad_fast.models.student import Student
+from dad_fast.models.teacher import Teacher, _PreLogits
 
 # What each set is called in tables; its name in files is the key.
 TITLES = {"clean": "clean", "q_clean": "Q(clean)", "random_q": "random + Q", "dat": "DAT", "dad": "DAD"}
 FILTERED = ("q_clean", "random_q", "dad")  # the loss counts these where the teacher still says the label
 EXAMPLES = 8  # images of a sheet
 
+THUMBNAIL = 32  # pixels a side, at most, of images that are compared as they are
+
 View = tuple[int, float, str]  # side in pixels, share kept, filter
 Progress = Callable[[int, int], None]
+Features = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] in [0, 1] -> [B, F]
+
+
+def feature_space(name: str, teacher: Teacher, student: Student | None) -> Features:
+    """Where distances are measured: the features of the teacher's image encoder, those before the student's classifier, each of length 1,
+    or the pixels themselves, shrunk to THUMBNAIL a side and divided by the root of their number, so that a distance is a root mean square.
+
+    Raises UsageError where there is no student.
+    """
+    if name == "pixels":
+        return thumbnails
+    if name == "teacher":
+        return lambda pixels: F.normalize(teacher.features(pixels).double(), dim=1)
+    if student is None:
+        raise UsageError("--features student: no student is named; name a run's folder, or add --init-from RUN")
+    if isinstance(student, Probe):
+        return lambda pixels: F.normalize(student.features(pixels).double(), dim=1)
+    before_head = _PreLogits(student.model)
+    return lambda pixels: F.normalize(before_head((pixels - student.mean) / student.std).double(), dim=1)
+
+
+def thumbnails(pixels: Tensor) -> Tensor:
+    side = min(THUMBNAIL, *pixels.shape[-2:])
+    small = F.interpolate(pixels, (side, side), mode="area").double().flatten(1)
+    return small / small.shape[1] ** 0.5
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """A set of N images, in random order; image i of every generated set is made from the same clean image. On the host."""
 
-    features: Tensor  # float64 [N, F], the teacher's, of length 1
+    features: Tensor  # float64 [N, F], see `feature_space`
     said: Tensor  # int64 [N], the teacher's class
     labels: Tensor  # int64 [N]
     changed: Tensor | None = None  # float32 [N], share of codes that are not Q(clean)'s; None where there are none
@@ -94,7 +124,14 @@ class Generators:
 
 
 def make_sets(
-    cfg: Config, source: Piece, teacher: Teacher, generators: Generators, view: View, device: torch.device, progress: Progress
+    cfg: Config,
+    source: Piece,
+    teacher: Teacher,
+    features: Features,
+    generators: Generators,
+    view: View,
+    device: torch.device,
+    progress: Progress,
 ) -> dict[str, ImageSet]:
     """Every set made from the images of `source`, which are in random order; noise as in training's first epoch."""
     gathered: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {name: [] for name in generators.names}
@@ -105,17 +142,20 @@ def make_sets(
         keys = torch.from_numpy(sample_seeds(cfg.seed, 0, rows.cpu().numpy())).to(device)
         for name, made in generators(pixels, batch_labels, keys).items():
             examples.setdefault(name, made.images[:EXAMPLES].float().cpu())
-            gathered[name].append((*_seen(teacher, made.images), None if made.changed is None else made.changed.cpu()))
+            with torch.no_grad():
+                seen, said = features(made.images).cpu(), teacher(made.images).argmax(dim=1).cpu()
+            gathered[name].append((seen, said, None if made.changed is None else made.changed.cpu()))
     all_labels, sets = torch.cat(labels), {}
     for name, parts in gathered.items():
-        features, said, changed = zip(*parts, strict=True)
+        all_seen, all_said, changed = zip(*parts, strict=True)
         shares = torch.cat([share for share in changed if share is not None]) if changed[0] is not None else None
-        sets[name] = ImageSet(torch.cat(features), torch.cat(said), all_labels, shares, examples[name])
+        sets[name] = ImageSet(torch.cat(all_seen), torch.cat(all_said), all_labels, shares, examples[name])
     return sets
 
 
+@torch.no_grad()
 def suite_features(
-    cfg: Config, suite: Suite, num_images: int, teacher: Teacher, view: View, device: torch.device, progress: Progress
+    cfg: Config, suite: Suite, num_images: int, features: Features, view: View, device: torch.device, progress: Progress
 ) -> Tensor:
     """Features of a random choice of a suite's images, in random order; float64 [N, F].
 
@@ -134,7 +174,7 @@ def suite_features(
         first += size
         places.append(mine)
         for pixels, _, rows in _batches(cfg, part, view, device, progress):
-            found.append(_seen(teacher, _corrupted(suite, pixels, rows))[0])
+            found.append(features(_corrupted(suite, pixels, rows)).cpu())
     return torch.cat(found)[np.argsort(np.concatenate(places))]
 
 
@@ -168,12 +208,6 @@ def _corrupted(suite: Suite, pixels: Tensor, keys: Tensor) -> Tensor:
         if rows.any():
             result[rows] = corrupt(name, pixels[rows], one + 1, keys[rows])
     return result
-
-
-@torch.no_grad()
-def _seen(teacher: Teacher, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of length 1, float64 [B, F], and the teacher's classes, int64 [B]."""
-    return F.normalize(teacher.features(pixels).double(), dim=1).cpu(), teacher(pixels).argmax(dim=1).cpu()
 
 
 def moves(before: Tensor, after: Tensor, names: Sequence[str], most: int = 10) -> list[tuple[str, str, int]]:

@@ -42,7 +42,7 @@ def compare(
       floor: sw2 and mmd2 between the two halves of the test set
       sets:  for each set sw2; sw2_squared_corrected (less half of both self-distances); minus_clean, the same less that of the clean
              set; mmd2. Each is {"value", "interval"}; a value is the mean over resamples.
-    Raises DataError where a set is too small, or the clean images all look the same to the teacher.
+    Raises DataError where a set is too small, or the clean images all look the same.
     """
     together = {**{("set", name): x for name, x in sets.items()}, **{("test", name): x for name, x in tests.items()}}
     n = min(len(x) for x in together.values())
@@ -52,7 +52,7 @@ def compare(
     together = {key: x[:n] for key, x in together.items()}
     bandwidth = median_distance(together["set", "clean"])
     if bandwidth < 1e-9:
-        raise DataError("the teacher's features of all clean images are the same; is it the right teacher for these images?")
+        raise DataError("the features of all clean images are the same; are model and images the right ones?")
     split = {"set": halves(n, resamples, seed + 1), "test": halves(n, resamples, seed + 2)}
     along = directions(next(iter(together.values())).shape[1], projections, seed)
 

@@ -9,11 +9,17 @@ import numpy as np
 
 from dad_fast.engine.analyze import FILTERED
 
+SPACES = {
+    "teacher": "features of the teacher {teacher[name]}, of length 1",
+    "student": "features of the student {student[name]} ({student[file]}), of length 1",
+    "pixels": "images of at most 32 px a side, as the root mean square over pixels",
+}
+
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The tables of analysis.md."""
     distances, sets = record["distances"], record["sets"]
-    lines = ["# Generated images and test sets, as the teacher sees them", "", *_notes(record), ""]
+    lines = ["# Generated images and test sets", "", *_notes(record), ""]
     titles = [one["title"] for one in sets.values()]
     lines += _head("SW2 distance to", *titles, "floor")
     for test, found in distances["tests"].items():
@@ -49,7 +55,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     found = record["distances"]
     filtered = ", ".join(one["title"] for name, one in record["sets"].items() if name in FILTERED)
     notes = [
-        f"Teacher {record['teacher']['name']}; features of length 1. Every distance is between {found['half']:,} images of each side: "
+        f"Of {SPACES[record['features']].format(**record)}. Every distance is between {found['half']:,} images of each side: "
         f"random halves of {found['size']:,}, {found['resamples']} times; ± is half of the 95 % interval over them.",
         f"SW2: over {found['projections']} directions. Its floor is the distance of the two halves of the test set. Corrected: less "
         "half of both sides' own floors, so that sets of one distribution give 0 on average. Bold: nearer than the clean images, by a "

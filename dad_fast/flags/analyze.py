@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from dad_fast.config import Config
-from dad_fast.config.fields import settings
+from dad_fast.config.fields import nearest, settings
 from dad_fast.config.launch import AnalyzeLaunch
 from dad_fast.config.resolve import gather
 from dad_fast.errors import UsageError
@@ -19,7 +19,7 @@ INTRO = """\
 usage: dad-fast analyze [RUN|CONFIG.toml] [--preset NAME] [flags] [--suite NAME ...] [-o OUT]
 
 How far the training images, Q(clean), random + Q, DAT's and DAD's images lie from each test set in
-the teacher's feature space: sliced Wasserstein-2 distance and MMD with 95 % intervals, diversity,
+a feature space: sliced Wasserstein-2 distance and MMD with 95 % intervals, diversity,
 share of codes changed, classes that move, picture sheets. RUN is a run's folder: its settings are
 used, and DAT attacks its student. Writes OUT/analysis.json, analysis.md and sheet-*.png.
 
@@ -32,6 +32,7 @@ examples:
 
 FLAGS = {
     "-o, --output DIR": "where to write; an earlier analysis there is replaced [RUN/analysis]",
+    "--features SPACE": "where: teacher, student (what its classifier sees), or pixels [teacher]",
     "--num-images N": "images of the training set, and of each test set [1000]",
     "--projections N": "directions of the sliced Wasserstein distance [256]",
     "--resamples N": "random halves that the intervals are made from [200]",
@@ -41,6 +42,7 @@ SETTINGS = (
     *("data.data_dir", "eval.suites", "teacher.name", "discretizer.name", "student.init_from", "loss.filter"),
     *("attack.eps", "attack.steps", "augment.img_size", "precision.amp", "device", "seed"),
 )
+SPACES = ("teacher", "student", "pixels")
 LEAST = {"--num-images": 20, "--projections": 1, "--resamples": 20}
 
 
@@ -67,6 +69,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, AnalyzeLaunch]:
     parser.add_argument("--preset", default="")
     parser.add_argument("--set", dest="sets", action="append", default=[])
     parser.add_argument("-o", "--output", default="")
+    parser.add_argument("--features", default=AnalyzeLaunch.features)
     for flag, least in LEAST.items():
         name = flag[2:].replace("-", "_")
         parser.add_argument(flag, default=getattr(AnalyzeLaunch, name), type=partial(whole_number, flag, least=least))
@@ -78,6 +81,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, AnalyzeLaunch]:
     if folder and cfg.variants:
         inside = next(iter(sorted(folder.glob("*/seed-*"))), folder / "VARIANT" / "seed-0")
         raise UsageError(f"{folder} holds several runs; name one of them, such as {inside}")
+    if given["features"] not in SPACES:
+        raise UsageError(f"--features {given['features']}: no such space{nearest(given['features'], SPACES)} (known: {', '.join(SPACES)})")
     output = given["output"] or (str(folder / "analysis") if folder else "")
     if not output:
         raise UsageError("name the folder to write to: -o OUT")
@@ -86,7 +91,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, AnalyzeLaunch]:
     for part, name in (("teacher", cfg.teacher.name), ("discretizer", cfg.discretizer.name)):
         if not name:
             raise UsageError(f"nothing names a {part}: add --{part}")
-    numbers = {name: given[name] for name in ("num_images", "projections", "resamples")}
+    numbers = {name: given[name] for name in ("features", "num_images", "projections", "resamples")}
     return cfg, AnalyzeLaunch(output=output, weights=str(folder or ""), **numbers)
 
 

@@ -110,8 +110,9 @@ def squared_sw2_of_sorted(a: Tensor, b: Tensor) -> Tensor:
 
 
 def vendi_score(x: Tensor) -> float:
-    """How many different images a set of unit features [n, F] is worth: 1 where all are equal, n (at most F) where all are orthogonal."""
-    share = torch.linalg.eigvalsh(x.double().T @ x.double() / len(x)).clamp(min=0)
+    """How many different images a set of features [n, F] is worth: 1 where all point one way, n (at most F) where all are orthogonal."""
+    x = torch.nn.functional.normalize(x.double(), dim=1)
+    share = torch.linalg.eigvalsh(x.T @ x if len(x) > x.shape[1] else x @ x.T).clamp(min=0)  # the two have the same positive eigenvalues
     share = share / share.sum()
     return torch.special.entr(share).sum().exp().item()
 
