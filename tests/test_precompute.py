@@ -191,6 +191,15 @@ def test_stores_of_other_views_are_refused(inputs, raw, targets, tmp_path, capsy
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_outputs_for_another_temperature_are_refused(inputs, tmp_path, capsys):
+    store = tmp_path / "topk"
+    assert main(["precompute", *flags(inputs), "-o", str(store), "--images", "raw", "--outputs", "topk:1", "--temperature", "2"]) == 0
+    run = ["train", *flags(inputs, "--store", str(store)), "--method", "dad", "--max-steps", "1", "-o", str(tmp_path / "out")]
+    assert main(run) == 4
+    assert "topk:1@2, are right at temperature 2 alone, and the run distils at 4 (--temperature)" in capsys.readouterr().err
+    assert main([*run, "--temperature", "2"]) == 0
+
+
 def test_another_teacher_or_other_data_is_refused(inputs, raw, tmp_path, capsys):
     write_teacher(tmp_path / "other.safetensors", seed=1)
     write_images(tmp_path / "data", classes=("ant", "bee", "dog"))

@@ -65,7 +65,14 @@ class Stored:
         return {store.kind: store.checksum for store in self.stores}
 
     def check_form(self, cfg: Config) -> None:
-        """Raises UsageError where the loss needs what these stores do not hold."""
+        """Raises UsageError where the loss needs what these stores do not hold, DataError where it would read their outputs wrongly."""
+        for store in self.stores:
+            form = store.manifest.outputs_form
+            if form.k and form.temperature != cfg.loss.temperature:
+                raise DataError(
+                    f"--store {store.folder}: its outputs, {form}, are right at temperature {form.temperature:g} alone, and the run distils "
+                    f"at {cfg.loss.temperature:g} (--temperature); use the same, or store them in full"
+                )
         joint = cfg.loss.form == "joint"
         if joint and self.adversarial is None:
             raise UsageError("--loss-form joint learns from stored adversarial images, and no store has any: add one to --store")
