@@ -34,9 +34,10 @@ from dad_fast.observe.runlog import environment
 METRICS = {"top1": 1, "ece": 1, "nll": 3, "brier": 3}  # and the digits that are shown
 BETTER = {"top1": 1, "ece": -1, "nll": -1, "brier": -1}
 SHORT = ["--suite", "test", "optdigits"]
+CORRUPTED = ["gaussian_noise:3", "defocus_blur:3", "contrast:3", "invert"]
 SETTINGS = {
-    "seen": ["--preset", "lp-clip-demo"],
-    "blind": ["--preset", "lp-clip-demo", "--teacher", "BLIND"],
+    "seen": ["--preset", "lp-clip-demo", *SHORT, *CORRUPTED],
+    "blind": ["--preset", "lp-clip-demo", "--teacher", "BLIND", *SHORT, *CORRUPTED],
     "unlabelled": ["--preset", "lp-clip-demo", "--teacher", "BLIND", "--train-split", "optdigits-train", "--epochs", "78", *SHORT],
     "sweep": ["--preset", "lp-clip-sweep", "--teacher", "BLIND", *SHORT],
 }

@@ -58,9 +58,12 @@ class SharedGradients:
 
 
 def running_statistics(student: nn.Module) -> list[Tensor]:
-    """Batch norm's running means and variances: every process has seen a part of the batch, and all keep the mean of what they saw."""
+    """Batch norm's running means and variances: every process has seen a part of the batch, and all keep the mean of what they saw.
+
+    Not those of layers in eval mode, which see nothing: a linear probe's encoder stays bit for bit as it is.
+    """
     found = []
     for module in student.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             found += [b for b in (module.running_mean, module.running_var) if b is not None]
     return found
