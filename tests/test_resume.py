@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ for package in ("timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
 from dad_fast.config import resolve, to_toml  # noqa: E402
 from dad_fast.engine.build import Builder  # noqa: E402
-from dad_fast.engine.checkpoint import CheckpointFolder, generator_tensors, restore_generators  # noqa: E402
+from dad_fast.engine.checkpoint import CheckpointFolder, generator_tensors, restore_generators, snapshot  # noqa: E402
 from dad_fast.engine.trainer import Trainer  # noqa: E402
+from dad_fast.engine.writer import Writer  # noqa: E402
 from dad_fast.errors import DataError, NotFinite, Preempted, UsageError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +152,62 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):
         folder.save(2, {"x": torch.ones(1)}, {}, full_disk, False)
     assert folder.load("auto", print).state["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-1"]
+
+
+def test_writing_goes_on_beside_training_and_its_failures_are_heard():
+    writer, go, done = Writer(), threading.Event(), []
+    writer.submit(lambda: (go.wait(10), done.append(1)))
+    writer.check()  # does not wait
+    assert not done
+    go.set()
+    writer.submit(lambda: done.append(2))  # one at a time
+    writer.wait()
+    assert done == [1, 2]
+
+    def fails():
+        raise OSError(28, "No space left on device")
+
+    writer.submit(fails)
+    with pytest.raises(OSError):
+        for _ in range(1000):
+            time.sleep(0.01)
+            writer.check()
+    writer.wait()  # said once
+
+
+def test_a_snapshot_is_of_its_moment():
+    tied = torch.ones(2, 3)
+    first, second = snapshot({"a": tied, "b": tied, "t": tied.t()}, {"c": tied})
+    tied.zero_()
+    assert all(tensor.sum() == 6 for group in (first, second) for tensor in group.values())
+    assert first["a"].data_ptr() != first["b"].data_ptr() and first["t"].shape == (3, 2)
+    assert second["c"].data_ptr() in (first["a"].data_ptr(), first["b"].data_ptr())
+
+
+WRITE_FOREVER = """
+import sys, torch
+from pathlib import Path
+from dad_fast.engine.checkpoint import CheckpointFolder
+folder = CheckpointFolder(Path(sys.argv[1]), keep=1)
+for step in [1, *[2] * 10000]:
+    folder.save(step, {"x": torch.full((2_000_000,), float(step))}, {}, lambda path: path.write_bytes(b"model"), False)
+"""
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.003, 0.01, 0.02])
+def test_killed_while_it_writes(tmp_path, moment):
+    """At whatever moment, with one checkpoint kept, even while one is replaced by another of the same step."""
+    process = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(tmp_path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    wait_for(tmp_path / "step-2", process)
+    wait_for(tmp_path / ".step-2.tmp", process)
+    time.sleep(moment)
+    process.kill()
+    process.wait()
+    folder, said = CheckpointFolder(tmp_path, keep=1), []
+    found = folder.load("auto", said.append)
+    assert found.state["step"] == 2 and found.tensors["x"].eq(2).all() and not said
+    folder.save(3, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-3"]
 
 
 def test_generators_are_restored():

@@ -47,6 +47,7 @@ class CheckpointFolder:
 
     def __init__(self, root: Path, keep: int):
         self.root, self.keep = root, max(1, keep)
+        self._loaded: int | None = None  # the step that the run went on from
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], write_model: Callable[[Path], None], best: bool) -> Path:
         """Write `step-N`, point `latest` (and `best`) at it, and delete what `keep` no longer covers."""
@@ -56,7 +57,7 @@ class CheckpointFolder:
         try:
             temporary.mkdir()
             write_model(temporary / FILES[0])
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / FILES[1])
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / FILES[1])
             own = json.loads(json.dumps({**state, "step": step}))  # as it will be read
             hashes = {name: sha256_file(temporary / name) for name in FILES} | {STATE: _digest(own)}
             (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
@@ -68,21 +69,33 @@ class CheckpointFolder:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        if final.exists():  # a resumed run saves the same step again
-            shutil.rmtree(final)
+        aside = self.root / f".step-{step}.old"
+        if final.exists():  # a resumed run saves the same step again: at every moment there is a whole one
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
         temporary.rename(final)
         sync(self.root)
         self._link("latest", final.name)
         if best:
             self._link("best", final.name)
-        self._prune()
+        self._prune(step)
         return final
 
     def load(self, path: str, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest sound checkpoint (`path` = "auto"; None when there is none), or the one at `path`, which must be sound."""
-        if path != "auto":
-            return self._read(Path(path))
+        """The newest sound checkpoint (`path` = "auto"; None when there is none), or the one at `path`, which must be sound.
+
+        Those of later steps, which the run will not come to in the same way or were damaged, go with the next `save`.
+        """
+        found = self._read(Path(path)) if path != "auto" else self._newest(say)
+        self._loaded = found.state["step"] if found is not None else None
+        return found
+
+    def _newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         damaged = ""
+        for aside in self.root.glob(".step-*.old"):  # a process was killed between two renames
+            final = self.root / aside.name[1:].removesuffix(".old")
+            if not final.exists():
+                aside.rename(final)
         for candidate in self._newest_first():
             try:
                 found = self._read(candidate)
@@ -114,13 +127,19 @@ class CheckpointFolder:
         os.replace(temporary, self.root / name)
         sync(self.root)
 
-    def _prune(self) -> None:
+    def _prune(self, saved: int) -> None:
+        """What `keep` no longer covers; what a run left there that went another way after the step that this one went on from; what a
+        process was writing when it was killed."""
         best = os.path.realpath(self.root / "best")
-        for old in self._newest_first()[self.keep :]:
-            if os.path.realpath(old) != best:
-                shutil.rmtree(old)
-        for torn in self.root.glob(".step-*.tmp"):  # of a process that was killed
+        abandoned = [path for path in self._newest_first() if self._loaded is not None and int(path.name[5:]) > max(self._loaded, saved)]
+        covered = [path for path in self._newest_first() if path not in abandoned][: self.keep]
+        for path in self._newest_first():
+            if path in abandoned or (path not in covered and os.path.realpath(path) != best):
+                shutil.rmtree(path)
+        for torn in [*self.root.glob(".step-*.tmp"), *self.root.glob(".step-*.old")]:
             shutil.rmtree(torn, ignore_errors=True)
+        if (self.root / "best").is_symlink() and not (self.root / "best").exists():
+            (self.root / "best").unlink()
 
     def _newest_first(self) -> list[Path]:
         steps = {int(path.name[5:]): path for path in self.root.glob("step-*") if path.name[5:].isdecimal()}
@@ -132,16 +151,21 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Copies in host memory of what the tensors hold now; a tensor that is in several groups is copied once."""
+    """Copies in host memory of what the tensors hold now. A tensor that is in several groups is copied once; within a group, which
+    becomes one file, none shares memory with another."""
     copies: dict[Any, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
-        if key not in copies:
-            copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
-        return copies[key]
-
-    return [{name: copy(tensor) for name, tensor in group.items()} for group in groups]
+    taken = []
+    for group in groups:
+        mine: dict[str, Tensor] = {}
+        seen = set()
+        for name, tensor in group.items():
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
+            if key not in copies or key in seen:
+                copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            seen.add(key)
+            mine[name] = copies[key]
+        taken.append(mine)
+    return taken
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from dad_fast import errors
 from dad_fast.config.schema import Config
 from dad_fast.engine.launch import STORE
+from dad_fast.engine.signals import asked
 from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, PeerLost, Preempted, UsageError
 
 T = TypeVar("T")
@@ -257,6 +258,8 @@ def _others_needed() -> Iterator[None]:
     except RuntimeError as error:  # gloo's and NCCL's; DistBackendError is one
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        if stop := asked():  # all were: another one has answered first
+            raise stop("stopped at the same time as the other processes; go on with --resume auto") from error
         raise PeerLost(f"{_missing()}; this process stops too ({_line(error)})") from error
 
 

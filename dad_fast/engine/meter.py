@@ -38,3 +38,10 @@ class Meter:
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         self.sums = {k.removeprefix("meter."): v.to(device) for k, v in tensors.items() if k.startswith("meter.")}
         self.count = int(tensors["meter"])
+
+
+def over_processes(means: dict[str, float], most: dict[str, float]) -> dict[str, float]:
+    """For the log: `means` averaged over the processes, and of `most` the largest value."""
+    found = distributed.gather([means, most])
+    averages = {name: sum(one[name] for one, _ in found) / len(found) for name in means}
+    return averages | {name: max(one[name] for _, one in found) for name in most}

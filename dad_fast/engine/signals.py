@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from dad_fast.errors import DadFastError, Interrupted, Preempted
@@ -25,10 +26,25 @@ class StopRequest:
         self.error = Interrupted if number == signal.SIGINT else Preempted
 
 
+_active: StopRequest | None = None
+
+
+def asked() -> type[DadFastError] | None:
+    """What the innermost `stop_requests` block around has been asked for."""
+    return _active.error if _active is not None else None
+
+
 @contextmanager
 def stop_requests(pass_on: Callable[[int], None] | None = None) -> Iterator[StopRequest]:
-    """Handlers for the length of the block; outside the main thread there are none to install. `pass_on` gets every signal too."""
-    request = StopRequest(pass_on)
+    """Handlers for the length of the block; outside the main thread there are none to install. `pass_on` gets every signal too.
+
+    A block inside another one shares its request.
+    """
+    global _active
+    if _active is not None:
+        yield _active
+        return
+    request = _active = StopRequest(pass_on)
     previous = {}
     try:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -38,5 +54,17 @@ def stop_requests(pass_on: Callable[[int], None] | None = None) -> Iterator[Stop
     try:
         yield request
     finally:
+        _active = None
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def stoppable(show: Callable[[int, int], None], output: Path) -> Callable[[int, int], None]:
+    """`show`, a progress callback, which raises what a signal has asked for."""
+
+    def polled(done: int, total: int) -> None:
+        show(done, total)
+        if stop := asked():
+            raise stop(f"stopped while judging; the weights are saved in {output}, go on with --resume auto")
+
+    return polled

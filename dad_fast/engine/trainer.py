@@ -24,14 +24,15 @@ from dad_fast.engine.graph import WARM_UP
 from dad_fast.engine.introduction import introduction
 from dad_fast.engine.lp_clip import ProbeStep
 from dad_fast.engine.lp_clip_features import FeatureLoader
-from dad_fast.engine.meter import Meter
+from dad_fast.engine.memory import enough_memory
+from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.schedule import learning_rate, total_epochs
-from dad_fast.engine.signals import StopRequest, stop_requests
+from dad_fast.engine.signals import StopRequest, stop_requests, stoppable
 from dad_fast.engine.state import load_for_all, restore, run_state, seed_generators
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.engine.writer import Writer
-from dad_fast.errors import NotFinite
+from dad_fast.errors import Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite, evaluate
 from dad_fast.models.discretizer import VQGANDiscretizer
 from dad_fast.models.probe import Probe
@@ -128,7 +129,7 @@ class Trainer:
 
     def _steps(self, stop: StopRequest, progress: TrainProgress) -> None:
         if self.validation_due:
-            self._boundary(last=False, epoch_ends=True, stopping=False, progress=progress)
+            self._boundary(self.next_step == self.total_steps, epoch_ends=True, stopping=False, progress=progress)
         batches, clock, vote, begun = self._batches(), self.clock, distributed.Vote(), self.next_step
         clock.skip()
         while self.next_step < self.total_steps:
@@ -138,7 +139,7 @@ class Trainer:
                 clock.skip()
 
             lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
-            with clock.step():
+            with clock.step(), enough_memory(self.cfg, self.parts.device):
                 scalars = self.step(batch, self.next_step, lr)
             self.meter.add(scalars)
             self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
@@ -184,12 +185,23 @@ class Trainer:
         self.validation_due = not last and epoch_ends and every > 0 and epoch % every == 0
         if last or (self.validation_due and not stopping):
             self.validation_due = False
-            result = self.judge(self.evaluated, Suite(self.cfg.data.val_split, self.parts.val), progress.evaluating("validation"))
+            try:
+                result = self._validate(progress)
+            except (Preempted, Interrupted):
+                self.validation_due = True
+                self._save(best=False)
+                raise
             best = result.top1 > self.best_top1
             self.best_top1 = max(self.best_top1, result.top1)
             self.log.metrics("val", step=self.next_step, epoch=epoch, top1=result.top1, nll=result.nll, ece=result.ece)
         if last or stopping or best or self._checkpoint_due() or (epoch_ends and not self.cfg.checkpoint.every_steps):
             self._save(best)
+
+    def _validate(self, progress: TrainProgress) -> Result:
+        """Several processes finish it when they are asked to stop: each judges its share, and they vote between steps."""
+        show = progress.evaluating("validation")
+        polled = stoppable(show, self.output) if distributed.world() == 1 else show
+        return self.judge(self.evaluated, Suite(self.cfg.data.val_split, self.parts.val), polled)
 
     def _checkpoint_due(self) -> bool:
         every = self.cfg.checkpoint.every_steps
@@ -245,6 +257,8 @@ class Trainer:
 
     def _stop_if_not_finite(self) -> None:
         if self.worst_streak.item() > self.update.tolerated:
+            self.worst_streak.zero_()  # whoever goes on from here with better settings begins to count anew
+            self.update.bad_in_a_row.zero_()
             self._save(best=False)
             self.writer.wait()
             distributed.barrier()
@@ -302,10 +316,3 @@ class Trainer:
             "dad_fast.classes": self.parts.train.classes.to_json(),
             "dad_fast.ema": str(self.cfg.ema.model_ema).lower(),
         }
-
-
-def over_processes(means: dict[str, float], most: dict[str, float]) -> dict[str, float]:
-    """For the log: `means` averaged over the processes, and of `most` the largest value."""
-    found = distributed.gather([means, most])
-    averages = {name: sum(one[name] for one, _ in found) / len(found) for name in means}
-    return averages | {name: max(one[name] for _, one in found) for name in most}
