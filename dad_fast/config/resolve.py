@@ -77,6 +77,8 @@ class Layers:
             tables = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UsageError(f"{where}: not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}") from None
+        except (RecursionError, ValueError) as error:  # brackets without end, a number of thousands of digits
+            raise UsageError(f"{where}: not settings ({type(error).__name__})") from None
         self.add(tables, where)
 
     def add(self, tables: dict[str, Any], where: str) -> None:

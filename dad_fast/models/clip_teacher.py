@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models.declared import checked_clip, no_more_parameters_than
 from dad_fast.models.fingerprint import fingerprint
 from dad_fast.models.student import PROBE
 from dad_fast.models.teacher import TEACHER, UNKNOWN, Teacher, check_classes
@@ -93,15 +94,29 @@ def _from_own_file(name: str) -> Clip:
     if TEACHER not in metadata:
         raise DataError(f"--teacher {path}: the file does not name its architecture; write open_clip:ARCH@{path} or timm:NAME@{path}")
     try:
-        described = json.loads(metadata[TEACHER])
-        model = open_clip.CLIP(**described["model_cfg"])
-        context = described["model_cfg"]["text_cfg"]["context_length"]
-        mean, std = described["mean"], described["std"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--teacher {path}: its metadata {TEACHER} is damaged ({type(error).__name__}: {error})") from None
+        described = checked_clip(metadata[TEACHER])
+        model = _clip_within(described["model_cfg"], state, path)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise DataError(f"--teacher {path}: its metadata {TEACHER} is damaged ({why})") from None
     _load(model, state, path)
+    context = described["model_cfg"]["text_cfg"]["context_length"]
     tokenizer = lambda: open_clip.SimpleTokenizer(context_length=context)  # noqa: E731
-    return Clip(model, tokenizer, mean, std, described.get("templates", ()), described.get("seen", UNKNOWN), sha256_file(path))
+    seen = described["seen"] or UNKNOWN
+    return Clip(model, tokenizer, described["mean"], described["std"], described["templates"], seen, sha256_file(path))
+
+
+def _clip_within(model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+    """A new CLIP of the shape that a file says, first without memory: its size has to be the file's."""
+    with (
+        no_more_parameters_than(state, path),
+        torch.device("meta"),
+        suppress(RuntimeError),
+    ):  # where values are needed, as in the next lines
+        open_clip.CLIP(**model_cfg)
+    with no_more_parameters_than(state, path):
+        model: nn.Module = open_clip.CLIP(**model_cfg)
+    return model
 
 
 def _from_weights(arch: str, file: str) -> Clip:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +22,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 
-MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 200, 1000, 8  # of model_kwargs: characters of a text, values in all, nesting
-MAX_NUMBER, MAX_CLASSES, MAX_SIDE = 65_536, 1_000_000, 16_384
+MAX_PATH, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4500, 200, 1000, 8  # of model_kwargs: characters of a text, values in all, nesting
+MAX_NUMBER, MAX_CLASSES, MAX_SIDE, MAX_CONTEXT = 65_536, 1_000_000, 16_384, 4096
 # Arguments that are not the architecture's: timm.create_model's own, and those that its builder takes for itself.
 NOT_ARCHITECTURE = {name for name, p in inspect.signature(timm.create_model).parameters.items() if p.kind is not p.VAR_KEYWORD} | {
     *("features_only", "feature_cfg", "feature_cls", "kwargs_filter", "model_cfg", "pretrained_filter_fn"),
@@ -44,18 +45,58 @@ def checked_spec(text: str) -> dict[str, Any]:
     return spec
 
 
+def checked_clip(text: str) -> dict[str, Any]:
+    """What a CLIP's file says of itself: model_cfg (arguments of open_clip.CLIP), mean, std, and perhaps templates and seen.
+
+    Raises ValueError, in few words, for what is none, what would fetch something, and sizes that no model has.
+    """
+    rules: dict[str, Callable[[Any], bool]] = {
+        "model_cfg": lambda value: isinstance(value, dict) and all(isinstance(value.get(key), dict) for key in ("vision_cfg", "text_cfg")),
+        "mean": lambda value: _three(value, -1e3, 1e3),
+        "std": lambda value: _three(value, 1e-6, 1e3),
+        "templates": lambda value: isinstance(value, list) and len(value) <= MAX_ITEMS and all(map(_text, value)),
+        "seen": lambda value: isinstance(value, str) and len(value) <= 10 * MAX_TEXT,
+    }
+    said = _checked(text, rules, {"templates": [], "seen": ""})
+    model_cfg = said["model_cfg"]
+    check_values(model_cfg, "model_cfg")
+    vision, words = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    if fetched := [key for key in (*vision, *words) if key.startswith("hf_")] + ["timm_model_pretrained"] * bool(
+        vision.get("timm_model_pretrained")
+    ):
+        raise ValueError(f"{fetched[0]} would fetch something")
+    if not _is_registered(vision.get("timm_model_name") or "resnet18"):
+        raise ValueError(f"timm_model_name is {_short(vision['timm_model_name'])}")
+    if not _whole(1, MAX_CONTEXT)(words.get("context_length")):  # its mask is the square of it
+        raise ValueError(f"text_cfg.context_length is {_short(words.get('context_length'))}")
+    return said
+
+
+def checked_probe(text: str) -> dict[str, Any]:
+    """The same of a linear probe's file. Raises ValueError, in few words."""
+    return _checked(text, {
+        **VIEW,
+        "name": lambda value: isinstance(value, str) and len(value) <= MAX_PATH,
+        "teacher": lambda value: isinstance(value, str) and len(value) <= MAX_PATH,
+        "encoder_sha256": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+        "num_features": _whole(1, MAX_NUMBER),
+        "unit_features": lambda value: isinstance(value, bool),
+    })  # fmt: skip
+
+
 def checked_view(text: str) -> dict[str, Any]:
     """The same of a model that brings its own computation (ONNX): what it is called, what images it takes, how many outputs it has."""
     return _checked(text, VIEW)
 
 
-def _checked(text: str, rules: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+def _checked(text: str, rules: Mapping[str, Callable[[Any], bool]], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     try:
         spec = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
     if not isinstance(spec, dict):
         raise ValueError("not a JSON object")
+    spec = {**(defaults or {}), **spec}
     for key, holds in rules.items():
         if key not in spec:
             raise ValueError(f"no {key}")
@@ -68,14 +109,19 @@ def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError unless these are arguments of an architecture alone, and of sizes that one can have."""
     if others := sorted(NOT_ARCHITECTURE & set(kwargs)):
         raise ValueError(f"model_kwargs.{others[0]} is no argument of an architecture")
-    values = list(_flat(kwargs, 0))
+    check_values(kwargs, "model_kwargs")
+
+
+def check_values(table: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError unless everything in `table` is plain, few, and of a size that an architecture's argument can have."""
+    values = list(_flat(table, what, 0))
     if len(values) > MAX_ITEMS:
-        raise ValueError(f"model_kwargs holds {len(values):,} values")
+        raise ValueError(f"{what} holds {len(values):,} values")
     for value in values:
         if isinstance(value, (int, float)) and not abs(value) <= MAX_NUMBER:
-            raise ValueError(f"model_kwargs holds the number {_short(value)}")
+            raise ValueError(f"{what} holds the number {_short(value)}")
         if isinstance(value, str) and len(value) > MAX_TEXT:
-            raise ValueError(f"model_kwargs holds a text of {len(value):,} characters")
+            raise ValueError(f"{what} holds a text of {len(value):,} characters")
 
 
 @contextmanager
@@ -93,11 +139,24 @@ def no_more_parameters_than(tensors: Mapping[str, torch.Tensor], path: object) -
         if left < 0:
             raise DataError(f"{path}: the model that its metadata names has more parameters than the {held:,} numbers in the file")
 
-    handle = register_module_parameter_registration_hook(count)
+    handle = register_module_parameter_registration_hook(count)  # of every module, so that the first one too many ends it
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """While it lasts, what a hub has is found only where it was fetched before: a file may name it, but only the user may fetch it."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def recorded_classes(path: object, text: str | None, num_classes: int) -> ClassMap:
@@ -118,16 +177,16 @@ def _is_registered(name: str) -> bool:
     return len(name) <= MAX_TEXT and not set(name) & set(":/\\") and timm.is_model(name.partition(".")[0])
 
 
-def _flat(value: Any, depth: int) -> Iterator[Any]:
+def _flat(value: Any, what: str, depth: int) -> Iterator[Any]:
     if depth > MAX_DEPTH:
-        raise ValueError("model_kwargs is nested too deep")
+        raise ValueError(f"{what} is nested too deep")
     if isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _flat(item, depth + 1)
+            yield from _flat(item, what, depth + 1)
     elif value is None or isinstance(value, (bool, int, float, str)):
         yield value
     else:
-        raise ValueError(f"model_kwargs holds a {type(value).__name__}")
+        raise ValueError(f"{what} holds a {type(value).__name__}")
 
 
 def _whole(low: int, high: int) -> Callable[[Any], bool]:

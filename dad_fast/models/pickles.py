@@ -64,11 +64,13 @@ STAND_INS: dict[str, type] = {
 def read_pickle(path: Path) -> Any:
     """What a file of torch.save holds, on the CPU.
 
-    Raises DataError where the file is damaged, is a TorchScript archive, or names anything but tensors, plain containers and
+    Raises DataError where the file is damaged, is a TorchScript archive, is compressed, or names anything but tensors, plain containers and
     `STAND_INS`.
     """
     if _is_torchscript(path):
         raise DataError(f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; {_instead(path)}")
+    if _is_packed(path):
+        raise DataError(f"{path}: compressed inside, which torch.save never does and which could be of any size; give a safetensors file")
     try:
         with safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about protocols: what cannot be read is said below
@@ -88,6 +90,14 @@ def _is_torchscript(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def _is_packed(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError):
         return False
 
 

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
-from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, UsageError
+from dad_fast.models.declared import checked_probe, recorded_classes, without_downloads
 from dad_fast.models.fingerprint import fingerprint
 from dad_fast.models.student import CLASSES, PROBE, Student, checkpoint_file
 from dad_fast.models.teacher import Teacher, check_classes, load_teacher
@@ -127,17 +128,23 @@ def build_probe(
 def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Probe:
     """The probe in a run's file, whose content is given, on the encoder that it names, in eval mode.
 
-    A teacher's file that is not where it was is looked for beside `path`. Raises DataError where the metadata is damaged or the
-    encoder is another one, and what `load_teacher` raises where the teacher cannot be had.
+    A teacher's file that is not where it was is looked for beside `path`; one of a hub is found in the hub's cache, and not
+    fetched. Raises DataError where the metadata is damaged or the encoder is another one, and what `load_teacher` raises where the
+    teacher cannot be had.
     """
     spec = probe_spec(path, metadata)
-    if CLASSES not in metadata:
-        raise DataError(f"{path}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?")
+    if "weight" not in state or state["weight"].shape != (spec["num_classes"], spec["num_features"]):
+        raise DataError(
+            f"{path}: its weight is not of the {spec['num_classes']:,} classes and {spec['num_features']:,} features that it says"
+        )
+    classes = recorded_classes(path, metadata.get(CLASSES), spec["num_classes"])
     name = _found(spec["teacher"], path)
     # Its own file is the head, so that no text tower is asked for one; timm's models bring theirs.
     head = "" if name.startswith("timm:") else str(path)
-    classes = ClassMap.from_json(metadata[CLASSES])
-    teacher = load_teacher(TeacherConfig(name=name, head=head), classes, PrecisionConfig(), torch.device("cpu"))
+    if (timm_name := name.removeprefix("timm:")) != name and "@" not in name and not _on_hub(timm_name):
+        raise DataError(f"{path}: its encoder {name} has no weights on a hub; train it on timm:{timm_name}@FILE")
+    with without_downloads():
+        teacher = load_teacher(TeacherConfig(name=name, head=head), classes, PrecisionConfig(), torch.device("cpu"))
     teacher.name = spec["teacher"]
     if not head:  # else that of the head's file was checked on loading
         check_encoder(str(path), spec, fingerprint(teacher.encoder))
@@ -146,22 +153,19 @@ def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     return probe.eval()
 
 
+def _on_hub(name: str) -> bool:
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return known is not None and bool(known.hf_hub_id)
+
+
 def probe_spec(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a probe's file says of itself; DataError where it is none or its metadata is damaged."""
     if PROBE not in metadata:
         raise DataError(f"{path}: not a linear probe of dad-fast (no {PROBE} in its metadata); name the run of an --method lp-clip")
-    kinds = {
-        "name": str, "teacher": str, "encoder_sha256": str, "num_features": int, "unit_features": bool, "num_classes": int,
-        "img_size": int, "crop_pct": float, "interpolation": str,
-    }  # fmt: skip
     try:
-        spec = json.loads(metadata[PROBE])
-        wrong = [key for key, kind in kinds.items() if type(spec[key]) is not kind]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: its metadata {PROBE} is damaged ({type(error).__name__}: {error})") from None
-    if wrong:
-        raise DataError(f"{path}: its metadata {PROBE} is damaged ({wrong[0]} is {spec[wrong[0]]!r})")
-    return dict(spec)
+        return checked_probe(metadata[PROBE])
+    except ValueError as error:
+        raise DataError(f"{path}: its metadata {PROBE} is damaged ({error})") from None
 
 
 def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:

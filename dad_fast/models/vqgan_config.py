@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dad_fast.errors import DataError
 
+MOST = {"ch_mult": 64, "num_res_blocks": 32, "attn_levels": 16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANConfig:
@@ -26,6 +28,20 @@ class VQGANConfig:
     embed_dim: int = 4
     n_embed: int = 16384
     norm_groups: int = 32  # taming's; a layer with fewer channels has one channel per group
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the setting, for a shape that no VQGAN has: these come from files, too."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) != field.type.startswith("tuple"):
+                raise ValueError(f"{field.name} is {str(value)[:40]}")
+            values = value if isinstance(value, tuple) else (value,)
+            most = MOST.get(field.name, 1 << 20)
+            least = 0 if field.name == "attn_levels" else 1
+            if len(values) > 16 or not all(type(number) is int and least <= number <= most for number in values):
+                raise ValueError(f"{field.name} is {str(value)[:40]}")
+        if not self.ch_mult:
+            raise ValueError("ch_mult is empty")
 
     @property
     def downsample(self) -> int:
@@ -55,11 +71,14 @@ def config_from_json(text: str, path: str | Path) -> VQGANConfig:
     known = {field.name for field in fields(VQGANConfig)}
     try:
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise DataError(f"{path}: its metadata dad_fast.vqgan is not a JSON object; write the file again with VQGAN.save") from None
     if unknown := sorted(values.keys() - known):
         raise DataError(f"{path}: unknown VQGAN setting {unknown[0]!r} in its metadata; it was written by another version of dad-fast")
-    return VQGANConfig(**values)
+    try:
+        return VQGANConfig(**values)
+    except ValueError as error:
+        raise DataError(f"{path}: no VQGAN is as its metadata says ({error}); is the file damaged?") from None
 
 
 def infer_config(state: Mapping[str, Tensor], path: str | Path) -> VQGANConfig:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -69,7 +70,16 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
             raise DataError(f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save one with safetensors")
+        if not _is_plain(value):
+            raise DataError(f"{path}: its tensor {key[:60]!r} is sparse, quantized, without values or larger than what is stored of it")
     return {key: value.detach() for key, value in content.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Values in memory, as many as it says: one stored number may otherwise stand for a tensor of any size."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), 1 << 20)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
