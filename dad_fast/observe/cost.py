@@ -54,9 +54,9 @@ def _windows(run: Run) -> list[tuple[float, float, float | None]]:
 
 
 def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The KD run to compare with: the first of the same comparison with the same student, data, batch, precision and machine."""
-    candidates = (other for other in groups if other.method == "kd" and not other.setting("store.dirs"))
-    return next((other for other in candidates if other.origin == group.origin and _work(other) == _work(group)), None)
+    """The KD run to compare with: the first with the same student, data, batch, precision and machine, of the same comparison if any."""
+    same = [other for other in groups if other.method == "kd" and not other.setting("store.dirs") and _work(other) == _work(group)]
+    return min(same, key=lambda other: other.origin != group.origin, default=None)
 
 
 def _work(group: Group) -> str:
@@ -66,6 +66,8 @@ def _work(group: Group) -> str:
         for path, value in run.settings.items()
         if any(path == name or path.startswith(f"{name}.") for name in SAME_WORK)
     }
+    if not settings:  # nothing is known of it: it is like no other run
+        settings = {"run": str(group.runs[0].folder)}
     return json.dumps([settings, sorted({machine(run.facts) for run in group.runs})], default=str, sort_keys=True)
 
 
@@ -127,7 +129,7 @@ def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> li
         what = f"Time per image / KD: img/s of {', '.join(against)} over img/s of the run; precomputing a store is not in it."
         lines.append(what + (" Measured on a CPU: read the ratio, not the speed." if on_cpu and all(on_cpu) else ""))
     elif any(group.method != "kd" for group in groups):
-        lines.append("No time against KD: there is no KD run of the same student, data, batch, precision and machine in this comparison.")
+        lines.append("No time against KD: there is no KD run of the same student, data, batch, precision and machine here.")
     if powered:
         lines.append("Energy: the GPU's power at each log step, integrated over the time of training; one GPU's, without the host.")
     elif on_cpu and all(on_cpu):

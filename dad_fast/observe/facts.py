@@ -134,6 +134,8 @@ def _values(group: Group, path: str) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.12g}"
     if isinstance(value, list):
         return ", ".join(map(_word, value)) or "none"
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ from dad_fast.evaluate.table import METRICS, rows, spread, suites, teachers
 from dad_fast.observe.chart import MIN_COUNT, Bar, Reliability, bar_chart, reliability_chart
 from dad_fast.observe.intervals import MIN_SEEDS, interval
 from dad_fast.observe.markup import details, grid, notes, table
-from dad_fast.observe.run_files import number
+from dad_fast.observe.run_files import machine, number
 from dad_fast.observe.runs import Group
 
 TEACHER = ("var(--soft)", "")  # colour and dashes
@@ -76,14 +76,12 @@ def _detection(record: dict[str, Any]) -> str:
 def fairness(groups: Sequence[Group]) -> list[str]:
     """What each method that costs more than distillation may be compared with: KD at equal epochs, KD at equal time."""
     lines = []
-    baselines = [group for group in groups if group.method == "kd" and group.finished]
     for group in groups:
         if group.method in ("ce", "kd") or not group.finished:
             continue
         equal_epochs, equal_time = [], []
+        baselines = [other for other in groups if other.method == "kd" and other.finished and _machines(other) == _machines(group)]
         for other in baselines:
-            if other.origin != group.origin:
-                continue
             epochs, seconds = _ratio(group, other, "epochs"), _ratio(group, other, "seconds")
             if epochs is not None and abs(epochs - 1) <= EQUAL_EPOCHS:
                 equal_epochs.append(f"{other.label}" + (f" ({group.label} takes {seconds:.2g} times its training time)" if seconds else ""))
@@ -93,9 +91,13 @@ def fairness(groups: Sequence[Group]) -> list[str]:
             lines.append(f"At equal epochs, compare {group.label} with {' or '.join(equal_epochs)}.")
         if equal_time:
             lines.append(f"At equal time, compare {group.label} with {' or '.join(equal_time)}.")
-        elif any(other.origin == group.origin for other in baselines):
+        elif baselines:
             lines.append(f"No KD run here took as long as {group.label}: part of a gain over KD may be its longer training.")
     return lines
+
+
+def _machines(group: Group) -> set[str]:
+    return {machine(run.facts) for run in group.runs}
 
 
 def _ratio(group: Group, other: Group, key: str) -> float | None:
