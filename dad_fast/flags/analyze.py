@@ -13,7 +13,7 @@ from dad_fast.config.resolve import gather
 from dad_fast.errors import UsageError
 from dad_fast.flags import Parser, add_settings, entry, two_columns, wants_help, whole_number
 
-SUMMARY = "measure how far clean, discretized and attacked images lie from test sets, and show them"
+SUMMARY = "measure how far clean, discretized and attacked images lie from test sets"
 
 INTRO = """\
 usage: dad-fast analyze [RUN|CONFIG.toml] [--preset NAME] [flags] [--suite NAME ...] [-o OUT]
