@@ -13,6 +13,7 @@ from dad_fast.config import Config, from_toml
 from dad_fast.config.fields import coerce, nearest, settings, with_values
 from dad_fast.config.schema import TeacherConfig
 from dad_fast.data.classes import ClassMap
+from dad_fast.data.loader import check_dali
 from dad_fast.data.sources import EMBEDDED, is_split, open_source
 from dad_fast.engine import distributed
 from dad_fast.engine.build import resolve_device
@@ -76,12 +77,20 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
 class _Evaluation:
     def __init__(self, cfg: Config, launch: EvalLaunch) -> None:
         self.cfg, self.launch, self.device = cfg, launch, resolve_device(cfg.device)
+        self.dali = cfg.data.loader == "dali"
+        if self.dali:
+            check_dali()
         self.suite_names = cfg.eval.suites or (cfg.data.val_split,)
         self.baselines = read_baselines(launch.baselines) if launch.baselines else []
         self.taught: dict[ClassMap, Found] = {}
 
     def run(self, names: Sequence[str]) -> int:
-        record: dict[str, Any] = {"data_dir": self.cfg.data.data_dir, "decoder": "PIL", "checkpoint": None, "teacher": None}
+        record: dict[str, Any] = {
+            "data_dir": self.cfg.data.data_dir,
+            "decoder": "DALI" if self.dali else "PIL",
+            "checkpoint": None,
+            "teacher": None,
+        }
         found = {name: self.judge(load_subject(name, self.cfg, self.data_classes, self.device)) for name in names}
         if not found:
             self.teacher(self.data_classes())
@@ -158,7 +167,7 @@ class _Evaluation:
         return evaluate(
             subject.model, suite.source, name=suite.name, corruption=suite.corruption, img_size=size, crop_pct=crop_pct,
             interpolation=interpolation, batch_size=self.batch_size, workers=self.cfg.data.workers, device=self.device,
-            progress=_progress(suite.name),
+            progress=_progress(suite.name), dali=self.dali,
         )  # fmt: skip
 
     def detect(self, subject: Subject, found: Found, suites: Sequence[Suite]) -> dict[str, dict[str, dict[str, float]]]:
@@ -172,7 +181,7 @@ class _Evaluation:
             size, crop_pct, interpolation = self.view(subject)
             view = (size, *(judged.view or (crop_pct, interpolation)))
             unknown, _ = records_of(
-                subject.model, judged, view, self.batch_size, self.cfg.data.workers, self.device, corruption, _progress(label)
+                subject.model, judged, view, self.batch_size, self.cfg.data.workers, self.device, corruption, _progress(label), self.dali
             )
             ood[label] = detect(known, unknown)
         return ood
@@ -246,8 +255,8 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
             cfg = from_toml(config.read_text(encoding="utf-8"), str(config))
             break
     values = {path: coerce(settings()[path], value, settings()[path].flag) for path, value in flags.items()}
-    # The run's teacher is judged only when asked for; a size is the model's own, and --batch-size is the batch of this verb.
-    cfg = with_values(cfg, {"teacher": TeacherConfig(), "device": "auto", "augment.img_size": 0})
+    # The run's teacher is judged only when asked for; a size is the model's own; --batch-size is the batch of this verb; PIL decodes.
+    cfg = with_values(cfg, {"teacher": TeacherConfig(), "device": "auto", "augment.img_size": 0, "data.loader": "torchvision"})
     cfg = with_values(cfg, values | ({"eval.batch_size": 0} if "data.batch_size" in values else {}))
     if not cfg.data.data_dir and not cfg.eval.suites:
         raise UsageError("no data: add --data-dir (an image folder or embedded:digits); no config.toml beside the checkpoint names it")

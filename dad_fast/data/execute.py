@@ -12,6 +12,8 @@ from dad_fast.data.policy import Op
 from dad_fast.data.records import FILL, MEAN, STD, Erase, Record
 from dad_fast.errors import UsageError
 
+MOST_PIXELS = 1 << 26  # of a resized image before it is cropped: 200 MB
+
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -49,18 +51,30 @@ def eval_transform(image: Image.Image, img_size: int, crop_pct: float, interpola
     """timm's evaluation: shorter side to floor(img_size / crop_pct), centre crop -> uint8 [img_size, img_size, 3]."""
     if interpolation not in _FILTERS:
         raise UsageError(f"--interpolation {interpolation}: not a filter; choose from {', '.join(_FILTERS)}")
-    width, height = image.size
-    short = math.floor(img_size / crop_pct)
-    if width <= height:
-        size = (short, int(short * height / width))
-    else:
-        size = (int(short * width / height), short)
+    image = _without_far_ends(image, math.floor(img_size / crop_pct))
+    size, (left, top) = eval_size(image.width, image.height, img_size, crop_pct)
     if size != image.size:
         image = image.resize(size, _FILTERS[interpolation])
-    left, top = round((size[0] - img_size) / 2.0), round((size[1] - img_size) / 2.0)
     if size != (img_size, img_size):
         image = image.crop((left, top, left + img_size, top + img_size))
     return np.asarray(image)
+
+
+def _without_far_ends(image: Image.Image, side: int) -> Image.Image:
+    """The middle of an image so long that it would be enormous once its shorter side is `side`; what the crop shows is in it."""
+    short, long = sorted(image.size)
+    most = max(short, MOST_PIXELS * short // side**2)  # of the longer side
+    if long <= most:
+        return image
+    start = (long - most) // 2
+    return image.crop((start, 0, start + most, short) if image.width == long else (0, start, short, start + most))
+
+
+def eval_size(width: int, height: int, img_size: int, crop_pct: float) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of `eval_transform`: width and height after resizing, left and top of the crop."""
+    short = math.floor(img_size / crop_pct)
+    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    return size, (round((size[0] - img_size) / 2.0), round((size[1] - img_size) / 2.0))
 
 
 def erase_patch(erase: Erase) -> np.ndarray:

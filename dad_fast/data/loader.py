@@ -6,7 +6,7 @@ One set of workers serves the whole run, and starting at any step is the same as
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
 from typing import NamedTuple
@@ -104,11 +104,10 @@ def resolve_loader(kind: str, source: Source, device: torch.device) -> tuple[str
     """
     if kind == "torchvision":
         return kind, "asked for"
-    problem = _dali_problem()
     if kind == "dali":
-        if problem:
-            raise EnvironmentProblem(f"--loader dali: {problem}; or use --loader torchvision")
+        check_dali()
         return kind, "asked for"
+    problem = _dali_problem()
     if device.type != "cuda":
         return "torchvision", "on a CPU PIL is faster, unless large photographs are only cropped"  # benchmarks, group loader
     if problem:
@@ -132,6 +131,12 @@ def _dali_problem() -> str:
             return f"DALI is not installed: pip install {package} (PyPI's nvidia-dali is a placeholder)"
         return f"DALI cannot be imported ({' '.join(str(error).split())[:200]}): pip install --force-reinstall {package}"
     return ""
+
+
+def check_dali() -> None:
+    """Raises EnvironmentProblem where DALI was asked for and is not there."""
+    if problem := _dali_problem():
+        raise EnvironmentProblem(f"--loader dali: {problem}; or use --loader torchvision")
 
 
 def train_loader(
@@ -166,11 +171,16 @@ class _EvalBatches(Dataset[EvalBatch]):
         self.samples = np.flatnonzero(source.ok)
 
     def __getitem__(self, number: int) -> EvalBatch:
+        return self.made(number, lambda row, sample: False)
+
+    def made(self, number: int, skip: Callable[[int, int], bool]) -> EvalBatch:
+        """The batch, without the images that `skip(row, sample)` says somebody else makes."""
         samples = self.samples[number * self.batch_size : (number + 1) * self.batch_size]
         images = torch.empty(len(samples), self.img_size, self.img_size, 3, dtype=torch.uint8)
         view = images.numpy()
         for row, sample in enumerate(samples):
-            view[row] = eval_transform(self.source.read(int(sample)), self.img_size, self.crop_pct, self.interpolation)
+            if not skip(row, int(sample)):
+                view[row] = eval_transform(self.source.read(int(sample)), self.img_size, self.crop_pct, self.interpolation)
         return EvalBatch(images.permute(0, 3, 1, 2), torch.from_numpy(self.source.labels[samples]), torch.from_numpy(samples.copy()))
 
 

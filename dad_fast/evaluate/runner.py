@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,18 +44,19 @@ def evaluate(
     name: str = "",
     corruption: Corruption | None = None,
     progress: Callable[[int, int], None] | None = None,
+    dali: bool = False,
 ) -> Result:
     """Judge `model`: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
 
-    A module is put in eval mode meanwhile. `progress` gets (images done, images in all). With several processes all of them must
-    call this, and all get the whole result. Raises DataError where the model has fewer outputs than the source has classes, or where
-    no image of it can be read.
+    A module is put in eval mode meanwhile. `progress` gets (images done, images in all). `dali`: DALI decodes, not PIL. With several
+    processes all of them must call this, and all get the whole result. Raises DataError where the model has fewer outputs than the
+    source has classes, or where no image of it can be read.
     """
     judged = as_judged(source)
     view = (img_size, *(judged.view or (crop_pct, interpolation)))
-    records, num_outputs = records_of(model, judged, view, batch_size, workers, device, corruption, progress)
+    records, num_outputs = records_of(model, judged, view, batch_size, workers, device, corruption, progress, dali)
     skipped = sum(int((~piece.ok).sum()) for piece in judged.pieces)
-    facts: dict[str, Any] = {"skipped": skipped, "protocol": protocol(judged, view)}
+    facts: dict[str, Any] = {"skipped": skipped, "protocol": protocol(judged, view) + "; decoded by DALI" * dali}
     if judged.parts:
         facts |= _corruption_facts(judged, records)
     return make_result(name or judged.name, records, num_outputs, **facts)
@@ -69,6 +71,7 @@ def records_of(
     device: torch.device,
     corruption: Corruption | None = None,
     progress: Callable[[int, int], None] | None = None,
+    dali: bool = False,
 ) -> tuple[Records, int]:
     """What `model` says of each image, and how many of its outputs compete. view: size, share kept and filter of an image."""
     pieces = [piece.taken(piece.ok) for piece in judged.pieces]
@@ -91,7 +94,7 @@ def records_of(
         with torch.no_grad():
             scores = []
             for piece in pieces:
-                found, outputs = _scores(model, judged, piece, view, looks, batch_size, workers, device, advance)
+                found, outputs = _scores(model, judged, piece, view, looks, batch_size, workers, device, advance, dali)
                 scores.append(found)
                 num_outputs = max(num_outputs, outputs)
     finally:
@@ -105,7 +108,7 @@ def records_of(
 
 def _scores(
     model: Model, judged: Judged, piece: Piece, view: tuple[int, float, str], looks: Sequence[Look], batch_size: int, workers: int,
-    device: torch.device, advance: Callable[[int], None],
+    device: torch.device, advance: Callable[[int], None], dali: bool,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """`image_scores` of all images of `piece`, float64 [looks, N, 8] on the CPU, and the number of the model's outputs."""
     columns, accepted = (None if array is None else torch.from_numpy(array).to(device) for array in (judged.columns, judged.accepted))
@@ -114,7 +117,7 @@ def _scores(
     found = torch.zeros(len(looks), len(piece), len(SCORES), dtype=torch.float64, device=device)
     of_mine = found[:, distributed.rank() :: distributed.world()]  # the other processes fill in the rest
     num_outputs = 0
-    for batch in EvalLoader(mine, *view, batch_size, workers, pin_memory=device.type == "cuda"):
+    for batch in _loader(dali, device)(mine, *view, batch_size, workers, pin_memory=device.type == "cuda"):
         pixels = to_pixels(batch.images.to(device, non_blocking=True))
         labels, rows = batch.labels.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
         for number, look in enumerate(looks):
@@ -125,6 +128,14 @@ def _scores(
             of_mine[number, rows] = image_scores(logits, labels, columns, accepted)
         advance(len(labels))
     return distributed.all_reduce_sums(found).cpu(), num_outputs
+
+
+def _loader(dali: bool, device: torch.device) -> Callable[..., EvalLoader]:
+    if not dali:
+        return EvalLoader
+    from dad_fast.evaluate.dali import DaliEvalLoader  # optional
+
+    return partial(DaliEvalLoader, device=device)
 
 
 def _records(judged: Judged, pieces: Sequence[Piece], scores: Sequence[Tensor]) -> Records:

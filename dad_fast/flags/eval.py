@@ -38,7 +38,7 @@ names after --suite:
 SETTINGS = (
     *("data.data_dir", "eval.suites", "teacher.name", "data.batch_size", "data.workers", "device", "data.class_map", "data.val_split"),
     *("augment.img_size", "augment.crop_pct", "augment.interpolation", "teacher.head", "teacher.templates"),
-    *("eval.allow_partial", "eval.c_preprocessing"),
+    *("eval.allow_partial", "eval.c_preprocessing", "data.loader"),
 )
 TEXTS = {
     "data.data_dir": "image folder, shards or embedded:digits; empty = the run's own",
@@ -50,6 +50,7 @@ TEXTS = {
     "augment.img_size": "side of the square images; 0 = the model's own",
     "augment.crop_pct": "share of the resized image kept; 0 = the model's own",
     "augment.interpolation": "resampling filter; empty = the model's own",
+    "data.loader": "dali: plain JPEGs are decoded by DALI, and the results say so; else PIL",
     "teacher.head": "safetensors with a fine-tuned linear head; empty = zero-shot",
     "eval.allow_partial": "judge published test sets that are not whole, and say so",
 }
