@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -348,3 +350,33 @@ def test_other_methods_leave_a_probe_alone(parts, tmp_path, capsys):
     given = arguments(parts, tmp_path / "kd", "--method", "kd", *tiny.STUDENT, "--init-from", tmp_path / "run/checkpoints/latest")
     assert main(given) == 4
     assert "another architecture" in capsys.readouterr().err
+
+
+# --- several processes ---
+
+
+def test_two_processes_train_what_one_trains(parts, tmp_path, cache):
+    from tests.processes import environment
+
+    more = [part for item in (*STRONG, "lp_clip.views=2", "eval.batch_size=8") for part in ("--set", item)]
+    assert main(arguments(parts, tmp_path / "one", *more)) == 0
+    labels = {path: path.read_bytes() for path in (cache / "pseudo-labels").iterdir()}
+    (only,) = labels
+    only.unlink()  # so that the two make it
+    command = [sys.executable, "-m", "dad_fast", *arguments(parts, tmp_path / "two", *more, "--batch-size", "4", "--nproc", "2")]
+    done = subprocess.run(command, env=environment() | {"DAD_FAST_CACHE": str(cache)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "once by each of 2 processes" in (tmp_path / "two/train.log").read_text()
+    assert {path: path.read_bytes() for path in (cache / "pseudo-labels").iterdir()} == labels
+    one, two = (load_student(tmp_path / name)[0].model.state_dict() for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_of_the_encoder_are_nobodys(parts):
+    from dad_fast.engine.shared_gradients import running_statistics
+
+    teacher = teacher_of(parts)
+    teacher.encoder.norm = torch.nn.BatchNorm2d(3)
+    teacher.eval()
+    probe = build_probe(teacher, "").train()
+    assert running_statistics(probe) == [] and len(running_statistics(torch.nn.BatchNorm2d(3))) == 2

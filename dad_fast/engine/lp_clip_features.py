@@ -1,7 +1,8 @@
 """Features of strong views that do not change: the encoder runs once per view, and training is on features alone.
 
 Views are fixed where nothing of the augmentation is random, or where `lp_clip.views` says how many are drawn once: view v is that of
-epoch v in a run without kept features, and serves the epochs e = v mod views. The order of the samples is new in every epoch.
+epoch v in a run without kept features, and serves the epochs e = v mod views. The order of the samples is new in every epoch. Several
+processes share the work, and each keeps the whole table.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dad_fast.data.records import sample_record
 from dad_fast.data.sources import Source
 from dad_fast.data.steps import Batch, TrainSteps, epoch_order
 from dad_fast.data.workers import iterate
-from dad_fast.engine.lp_clip_labels import Lines
+from dad_fast.engine import distributed
+from dad_fast.engine.lp_clip_labels import Lines, share
 from dad_fast.errors import UsageError
 
 
@@ -78,8 +80,8 @@ class FeatureTable:
     def prepare(self, say: Callable[[str], None]) -> None:
         if self.features is None:
             steps = TrainSteps(self.source, self.aug, self.img_size, self.batch_size, self.seed, rank=0, world=1)
-            batches = _ViewBatches(steps, np.flatnonzero(self.source.ok), self.batch_size)
-            features = torch.empty(self.shape)
+            batches = _ViewBatches(steps, share(np.flatnonzero(self.source.ok)), self.batch_size)
+            features = torch.zeros(self.shape)
             done, tell = 0, Lines(say, "features", self.views * len(batches.samples))
             numbers = range(self.views * batches.per_view)
             pin = self.device.type == "cuda"
@@ -88,7 +90,7 @@ class FeatureTable:
                 features[number // batches.per_view, batch.samples] = found.float().cpu()
                 done += len(batch.samples)
                 tell(done)
-            self.features = features
+            self.features = distributed.all_reduce_sums(features)
         views, num, width = self.shape
         what = "one view, which is the same in every epoch" if views == 1 else f"{views} views drawn once"
         say(f"features are kept: {what}, {num:,} x {width} each ({4 * views * num * width / 2**20:,.0f} MiB); training is on them alone")

@@ -1,7 +1,7 @@
 """Pseudo-labels: the teacher's answers on the weak view (the evaluation's centre crop) of every training image, found once.
 
 They depend on nothing but the teacher, the images and the view. So they are kept in the cache folder under a hash of these, 12 bytes an
-image, and serve every seed, every setting of the probe and every resumed run.
+image, and serve every seed, every setting of the probe and every resumed run. Several processes share the work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,9 @@ from dad_fast.data.cache import cache_dir
 from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import to_pixels
 from dad_fast.data.sources import Source
+from dad_fast.engine import distributed
 from dad_fast.errors import DataError
+from dad_fast.evaluate.sources import Piece
 from dad_fast.methods.lp_clip import pseudo_labels
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights import read_state_dict, write_safetensors
@@ -62,7 +65,7 @@ class PseudoLabels:
     def prepare(self, say: Callable[[str], None]) -> None:
         if self._labels is not None:
             return
-        if self._read():
+        if all(distributed.gather(self._read())):  # machines have caches of their own
             say(f"pseudo-labels of {len(self.source):,} images from {self.path}")
             return
         self._labels, self._confidence = self._made(say)
@@ -91,15 +94,22 @@ class PseudoLabels:
     @torch.no_grad()
     def _made(self, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
         num = len(self.source)
-        labels, confidence = torch.full((num,), -1), torch.zeros(num)  # of unreadable images, which no batch holds
-        loader = EvalLoader(self.source, *self.view, self.batch_size, self.workers, pin_memory=self.device.type == "cuda")
-        done, tell = 0, Lines(say, "pseudo-labels", loader.num_images)
-        for batch in loader:
+        labels, confidence = torch.zeros(num, dtype=torch.int64), torch.zeros(num)
+        mine = share(np.flatnonzero(self.source.ok))
+        piece = Piece(self.source, mine, self.source.labels[mine])
+        done, tell = 0, Lines(say, "pseudo-labels", len(mine))
+        for batch in EvalLoader(piece, *self.view, self.batch_size, self.workers, pin_memory=self.device.type == "cuda"):
             found = pseudo_labels(self.teacher(to_pixels(batch.images.to(self.device, non_blocking=True))))
-            labels[batch.samples], confidence[batch.samples] = (tensor.cpu() for tensor in found)
-            done += len(batch.samples)
+            rows = torch.from_numpy(mine)[batch.samples]
+            labels[rows], confidence[rows] = (tensor.cpu() for tensor in found)
+            done += len(rows)
             tell(done)
-        return labels, confidence
+        return distributed.all_reduce_sums(labels), distributed.all_reduce_sums(confidence)
+
+
+def share(samples: np.ndarray) -> np.ndarray:
+    """This process's part of `samples`; the parts are disjoint, so that sums over processes of zeros and values bring them together."""
+    return samples[distributed.rank() :: distributed.world()]
 
 
 class Lines:
@@ -108,7 +118,8 @@ class Lines:
     def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
         self._say, self._what, self._total = say, what, total
         self._start = self._last = time.monotonic()
-        say(f"{what} of {total:,} images are made, once")
+        among = f" by each of {distributed.world()} processes" if distributed.world() > 1 else ""
+        say(f"{what} of {total:,} images are made, once{among}")
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
