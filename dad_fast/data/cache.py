@@ -17,9 +17,17 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "dad-fast"
 
 
+def _make_private(folder: Path) -> None:
+    """A new cache belongs to its user alone: it names the user's data, and what is in it is read again. An existing one stays as it is."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def write_cache(path: Path, content: bytes) -> bool:
     """Write a cache file whole or not at all. False when the folder cannot be written: a cache is a convenience, not a need."""
     try:
+        _make_private(cache_dir())
         atomic_write_bytes(path, content)
     except OSError:
         return False

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dad_fast.errors import printable
 from dad_fast.files import plain
 
 PACKAGES = (
@@ -24,7 +25,7 @@ PACKAGES = (
 
 def print_line(text: str) -> None:
     """To stderr at once; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -52,7 +53,8 @@ class RunLog:
         self._metrics.flush()
 
     def say(self, text: str, *, echo: bool = True) -> None:
-        """Append a line to train.log and, unless `echo` is off, show it."""
+        """Append a line to train.log and, unless `echo` is off, show it; control characters in it as escapes."""
+        text = printable(text)
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._text.flush()
         if echo:
