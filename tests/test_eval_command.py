@@ -272,6 +272,14 @@ def test_comparisons_that_cannot_be_made(place: Path, tmp_path: Path, capsys: py
         (["--compare", a, b], 2, "no suite was judged by both"),
         (["--compare", a, place / "none"], 4, "no such checkpoint"),
         (["--compare", a], 2, "--compare"),
+        (["--compare", a, a, "--ood", "test"], 2, "--ood: two files of predictions"),
+        ([place / "run", "--ood", tmp_path / "none"], 4, "none"),
+        ([place / "run", "--ood", "contrst"], 4, "did you mean contrast?"),
+        ([place / "run", "--save-predictions", a], 2, "is a file; name a folder"),
+        ([place / "run", "--csv", tmp_path / "no" / "x.csv"], 2, "--csv"),
+        ([place / "run", "--nproc", "x"], 2, "--nproc x: a number of processes, or auto"),
+        (["timm:resnet5", "--suite", place / "data/test"], 2, "did you mean"),
+        ([place / "run", "--suite", f"imagenet-x={tmp_path}"], 2, "no kind of test set"),
         (["--compare", a, b, "--model", place / "run"], 2, "leave"),
     ]:
         assert eval_(*arguments) == code, arguments
@@ -335,6 +343,9 @@ def test_published_sets_need_no_data_dir(tmp_path: Path, capsys: pytest.CaptureF
     assert "1,000 classes" in capsys.readouterr().out
     found = json.loads((tmp_path / "o.json").read_text())["checkpoint"]["suites"]
     assert set(found) == {"imagenet-a", "few"} and {one["num_images"] for one in found.values()} == {6}
+    assert eval_(name, "--suite", f"subset={tmp_path}/few", "--json", tmp_path / "p.json") == 0  # alone: still of ImageNet's classes
+    assert json.loads((tmp_path / "p.json").read_text())["checkpoint"]["suites"]["few"] == found["few"]
+    assert eval_(name, "--suite", f"{tmp_path}/few@x.csv") == 2 and "give its --class-map" in capsys.readouterr().err
     assert "logits of the 3 classes; partial: 3 of 200" in found["imagenet-a"]["protocol"]
 
 

@@ -126,7 +126,7 @@ def test_corrupted_copies_are_harder(lite0: Path, sets: Path, tmp_path: Path) ->
     for name, alexnet in (("gaussian_noise", 0.886428), ("contrast", 0.853204)):
         one = worse["by_corruption"][name]
         assert one["ce"] == pytest.approx((100 - sum(one["top1"]) / 5) / alexnet)
-    assert worse["protocol"].startswith("224 px (as they are where they have that size)")
+    assert worse["protocol"].startswith("c-preprocessing none: 224 px as they are; ")
     assert judge(lite0, "--suite", f"imagenet-c={tmp_path}/c", "--c-preprocessing", "resize256", "--json", out) == 0
     again = json.loads(out.read_text())["checkpoint"]["suites"]["imagenet-c"]
-    assert again["protocol"].startswith("resize 256 bicubic, crop 224") and again["nll"] != worse["nll"]
+    assert again["protocol"].startswith("c-preprocessing resize256: resize 256 bicubic, crop 224") and again["nll"] != worse["nll"]

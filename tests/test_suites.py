@@ -20,7 +20,8 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.imagenet import imagenet_classes, join, subset_wnids
 from dad_fast.evaluate.layouts import C_VIEWS
 from dad_fast.evaluate.result import Result
-from dad_fast.evaluate.runner import evaluate, open_suites
+from dad_fast.evaluate.runner import evaluate, open_suites, protocol
+from dad_fast.evaluate.sources import as_judged
 
 WNIDS = wnids()
 PARTIAL = EvalConfig(allow_partial=True)
@@ -57,7 +58,7 @@ def test_v2_folders_are_numbers_not_names(tmp_path: Path) -> None:
     write_classes(tmp_path / "imagenetv2-matched-frequency-format-val", folders)
     found = judge(f"imagenet-v2={tmp_path}", batch_size=500)
     assert found.num_images == 1000 and found.top1 == 100.0
-    assert found.protocol == "8 px; partial: 1,000 of 1,000 class folders, 1,000 of 10,000 images"
+    assert found.protocol == "resize 8 bilinear, crop 8; partial: 1,000 of 1,000 class folders, 1,000 of 10,000 images"
     shutil.rmtree(tmp_path)
     write_classes(tmp_path, numbers_of(WNIDS[100:105]))  # as some copies are
     assert judge(f"imagenet-v2={tmp_path}").top1 == 100.0
@@ -176,16 +177,19 @@ def test_both_preprocessings_of_c(c_root: Path) -> None:
         found = judge(f"imagenet-c={c_root}", options=EvalConfig(allow_partial=True, c_preprocessing=name), crop_pct=0.5)
         assert found.top1 == pytest.approx(90.0)
         looks[name] = found.protocol.split(";")[0]
-    assert looks == {"none": "8 px (as they are where they have that size)", "resize256": "resize 9 bicubic, crop 8"}
+    assert looks == {
+        "none": "c-preprocessing none: resize 8 bicubic, crop 8",
+        "resize256": "c-preprocessing resize256: resize 9 bicubic, crop 8",
+    }
     assert C_VIEWS["resize256"] == (224 / 256, "bicubic")
+    of_224 = as_judged(open_suites([f"imagenet-c={c_root}"], DataConfig(), imagenet_classes(), PARTIAL)[0].source)
+    assert protocol(of_224, (224, 1.0, "bicubic")).startswith("c-preprocessing none: 224 px as they are; ")
 
 
 def test_c_that_is_not_whole(c_root: Path) -> None:
     (c_root / "weather" / "fog" / "3").rename(c_root / "elsewhere")
     try:
-        with pytest.raises(
-            DataError, match=r"imagenet-c: 74 of 75 CORRUPTION/SEVERITY folders in .* \(without fog/3\); finish"
-        ):
+        with pytest.raises(DataError, match=r"imagenet-c: 74 of 75 CORRUPTION/SEVERITY folders in .* \(without fog/3\); finish"):
             judge(f"imagenet-c={c_root}", options=EvalConfig())
         found = judge(f"imagenet-c={c_root}")
     finally:
@@ -298,7 +302,7 @@ def test_subset_of_a_plain_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lacks 4 of the 6 listed classes"):
         judge(str(tmp_path / "part"), Reader(6), listed)
     found = judge(f"subset={tmp_path / 'part'}", Reader(6, offset=1, margin=1.0), listed)
-    assert (found.name, found.top1, found.protocol) == ("part", 100.0, "8 px; logits of the 2 classes")
+    assert (found.name, found.top1, found.protocol) == ("part", 100.0, "resize 8 bilinear, crop 8; logits of the 2 classes")
     assert judge(f"subset={tmp_path / 'part'}", Reader(6, offset=3, margin=1.0), listed).top1 == 0.0  # 1 + 3 and 4 + 3 - 6 compete
     write_classes(tmp_path / "part", {"yak": 5})
     with pytest.raises(DataError, match="1 of its 3 classes are not the model's .yak.; remove them, or say what they are"):

@@ -14,23 +14,20 @@ from dad_fast.config.fields import coerce, nearest, settings, with_values
 from dad_fast.config.schema import TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loader import check_dali
-from dad_fast.data.sources import EMBEDDED, is_split, open_source
 from dad_fast.engine import distributed
 from dad_fast.engine.build import resolve_device
 from dad_fast.engine.launch import end_with_launcher, is_worker, number_of_processes, run_processes
 from dad_fast.errors import UsageError
 from dad_fast.evaluate import show
 from dad_fast.evaluate.compare import agreement, compare
-from dad_fast.evaluate.corruptions import CORRUPTIONS
 from dad_fast.evaluate.detection import detect
-from dad_fast.evaluate.imagenet import imagenet_classes
 from dad_fast.evaluate.records import Records, is_records, load_records, save_records
 from dad_fast.evaluate.result import Result
 from dad_fast.evaluate.robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.sources import as_judged
 from dad_fast.evaluate.subjects import Subject, is_by_name, load_subject, of_teacher
-from dad_fast.evaluate.suites import is_layout, open_suites, open_unknown
+from dad_fast.evaluate.suites import classes_of, open_suites, open_unknown
 from dad_fast.files import atomic_write_json
 from dad_fast.flags.eval import EvalLaunch
 from dad_fast.models.student import checkpoint_file
@@ -60,6 +57,9 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
     _check_outputs(launch)
     files = [name for name in launch.compare if is_records(name)]
     if launch.compare and len(files) == 2:
+        given = {"--csv": launch.csv, "--save-predictions": launch.predictions, "--ood": launch.ood, "--baselines": launch.baselines}
+        if unused := [flag for flag, value in given.items() if value]:
+            raise UsageError(f"{unused[0]}: two files of predictions are compared as they are, no model is judged; leave it out")
         return _compare(launch, {name: load_records(name)[1] for name in launch.compare}, {})
     if not launch.model and not launch.compare and not flags.get("teacher.name"):
         before = " before --suite" if "eval.suites" in flags else ""  # which takes all names that follow it
@@ -116,15 +116,7 @@ class _Evaluation:
         return 0
 
     def data_classes(self) -> ClassMap:
-        """Of a published model: the class map's classes; ImageNet's where a test set of it is judged; else those of the first suite."""
-        data = self.cfg.data
-        if data.class_map:
-            return ClassMap.from_csv(data.class_map)
-        if any(is_layout(name, data) for name in self.suite_names):
-            return imagenet_classes()
-        base = next((name for name in self.suite_names if name.partition(":")[0] not in CORRUPTIONS), data.val_split)
-        inside = data.data_dir.startswith(EMBEDDED) or is_split(data.data_dir, base) or not is_split("", base)
-        return (open_source(data.data_dir, base) if inside else open_source(base)).classes
+        return classes_of(self.suite_names, self.cfg.data)
 
     def teacher(self, classes: ClassMap) -> Found | None:
         """The teacher's results for models with these classes; None where no teacher is asked for."""

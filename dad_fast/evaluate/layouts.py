@@ -42,6 +42,7 @@ INSIDE = {  # where the class folders may be instead of in the folder that is na
 LAYOUTS = (*published()["sizes"],)
 GROUPS = ("", "noise", "blur", "weather", "digital", "extra")  # ImageNet-C's archives
 BORDER = 2  # pixels around ObjectNet's images: a red line of one, smeared by compression
+C_SIDE = 224  # of ImageNet-C's images
 C_VIEWS = {"none": (1.0, "bicubic"), "resize256": (0.875, "bicubic")}
 _CLASS_FOLDER = re.compile(r"n\d{8}|\d{1,4}")
 

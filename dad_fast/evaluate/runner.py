@@ -19,6 +19,7 @@ from dad_fast.errors import DataError
 from dad_fast.evaluate.corruptions import corrupt, num_severities
 from dad_fast.evaluate.imagenet import corruption_errors
 from dad_fast.evaluate.intervals import mean_interval
+from dad_fast.evaluate.layouts import C_SIDE, C_VIEWS
 from dad_fast.evaluate.metrics import SCORES, image_scores
 from dad_fast.evaluate.records import FIELDS, Records
 from dad_fast.evaluate.result import Result, make_result
@@ -163,10 +164,10 @@ def _looks(corruption: Corruption | None) -> list[Look]:
 def protocol(judged: Judged, view: tuple[int, float, str]) -> str:
     """How an image becomes the model's pixels, and the suite's note, in words."""
     size, crop_pct, interpolation = view
-    short = math.floor(size / crop_pct)
-    look = f"{size} px" if short == size else f"resize {short} {interpolation}, crop {size}"
+    look = f"resize {math.floor(size / crop_pct)} {interpolation}, crop {size}"
     if judged.parts:
-        look += " (as they are where they have that size)" if short == size else ""
+        name = next(name for name, fixed in C_VIEWS.items() if fixed == judged.view)
+        look = f"c-preprocessing {name}: {'224 px as they are' if name == 'none' and size == C_SIDE else look}"
     return "; ".join(filter(None, (look, judged.note)))
 
 

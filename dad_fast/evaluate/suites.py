@@ -17,7 +17,7 @@ from dad_fast.data.names import shown, some
 from dad_fast.data.sources import EMBEDDED, Source, is_split, open_source
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions import CORRUPTIONS, num_severities
-from dad_fast.evaluate.imagenet import by_name, join
+from dad_fast.evaluate.imagenet import by_name, imagenet_classes, join
 from dad_fast.evaluate.layouts import LAYOUTS, open_layout
 from dad_fast.evaluate.sources import Judged, Piece, as_judged
 
@@ -98,9 +98,21 @@ def open_unknown(
     return label, replace(judged, pieces=pieces, columns=columns, accepted=None, parts=(), known=False), corruption
 
 
-def is_layout(name: str, data: DataConfig) -> bool:
-    """Whether a name after --suite is that of a published test set, whose classes are ImageNet's."""
-    return _corruption(name) is None and _parse(name, data).kind in LAYOUTS
+def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
+    """The classes that a published model is asked about: the class map's; ImageNet's where one of the suites is a test set of it, or a
+    subset of it; else those of the first split or folder.
+    """
+    if data.class_map:
+        return ClassMap.from_csv(data.class_map)
+    parsed = [_parse(name, data) for name in names if _corruption(name) is None] or [_parse(data.val_split, data)]
+    if any(one.kind in LAYOUTS for one in parsed):
+        return imagenet_classes()
+    first = parsed[0]
+    if first.class_map:
+        raise UsageError(f"--suite {first.text}: what the model's own classes are is not known; give its --class-map")
+    inside = data.data_dir.startswith(EMBEDDED) or _is_inside(first.path, data) or not is_split("", first.path)
+    found = (open_source(data.data_dir, first.path) if inside else open_source(first.path)).classes
+    return imagenet_classes() if first.kind == SUBSET and set(found.folders) <= set(imagenet_classes().folders) else found
 
 
 def _parse(name: str, data: DataConfig) -> _Named:
