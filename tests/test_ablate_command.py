@@ -98,6 +98,19 @@ def test_cells_share_stores(parts, tmp_path, capsys):
     assert "store.dirs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_linear_probes_are_swept_too(parts, tmp_path, capsys):
+    out, data = tmp_path / "out", ["--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors")]
+    given = ["ablate", "--preset", "lp-clip-demo", *data, "--set", "eval.suites=[]", "--img-size", str(tiny.SIDE), "--batch-size", "8"]
+    given += ["--seeds", "1", "--epochs", "2", "--devices", "cpu", "-o", str(out), "--thresholds", "0.3"]
+    assert main([*given, "--dry-run"]) == 0
+    assert "2 cells, 2 runs; 0 are done, 2 to do" in capsys.readouterr().out
+    assert main(given) == 0
+    assert set(finished(out)) == {"lp-clip/seed-0", "threshold=0.3/seed-0"}
+    assert main([*given, "--resume", "auto", "--dry-run"]) == 0
+    assert "2 are done, 0 to do" in capsys.readouterr().out
+
+
 # Long enough to be stopped in the middle; checkpoints only where somebody asks for one.
 LONG = ["--axes", "filter", "--epochs", "100", "--max-steps", "0", "--seeds", "1", "--val-every", "0"]
 LONG += ["--set", "log_every=5", "--set", "checkpoint.every_steps=100000"]

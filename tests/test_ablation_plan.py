@@ -3,7 +3,7 @@
 import pytest
 
 from dad_fast.config import expand, from_toml, to_toml
-from dad_fast.config.ablation import _TERMS, AXES, identity, make_plan
+from dad_fast.config.ablation import _TERMS, AXES, identity, make_plan, papers_axis
 from dad_fast.config.ablation_stores import with_stores
 from dad_fast.config.resolve import gather
 from dad_fast.errors import UsageError
@@ -74,7 +74,7 @@ def test_any_setting_can_be_an_axis():
 
 
 def test_a_sweep_is_written_as_variants_and_read_again():
-    plan = plan_of(list(set(AXES) - {"teacher"}), {"teacher": ["timm:x"]})
+    plan = plan_of([name for name in AXES if name not in ("lp-clip", "threshold")], {"teacher": ["timm:x"]})
     again = from_toml(to_toml(plan.config))
     assert expand(again) == expand(plan.config)
 
@@ -112,6 +112,7 @@ MISTAKES = {
     "an unknown axis": (lambda: plan_of(["component"]), "--axes component: no such axis; did you mean components?"),
     "no teachers": (lambda: plan_of(["teacher"]), "--axes teacher: say which: --teachers A B"),
     "a word for a number": (lambda: plan_of([], {"budget": ["big"]}), "--budgets: attack.eps .* must be a number, got 'big'"),
+    "a strength": (lambda: plan_of([], {"strength": ["-1"]}), "--strengths -1: a number, 0 or more"),
     "a negative weight": (lambda: plan_of([], {"weights": ["-1"]}), "--weights: .* must be 0 or more"),
     "an unknown setting": (lambda: plan_of([], vary=["loss.temp=1,2"]), "--vary loss.temp=1,2: unknown key loss.temp"),
     "no values": (lambda: plan_of([], vary=["loss.temperature"]), "write --vary section.key=VALUE,VALUE"),
@@ -134,3 +135,15 @@ def test_a_mistake_is_one_line(what):
     with pytest.raises(UsageError, match=words) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_linear_probes_have_axes_of_their_own():
+    plan = plan_of(["lp-clip", "strength"], {"threshold": ["0.9"]}, preset="lp-clip-demo")
+    assert plan.axes["lp-clip"] == ["lp-clip", "no-weight", "no-strong", "supervised"]
+    assert plan.axes["threshold"] == ["lp-clip", "threshold=0.9"] and plan.axes["strength"] == ["lp-clip", "m=2", "m=9", "m=15"]
+    assert changes(plan, "m=15") == {"augment.aa": "rand-m15-n2-mstd0.5-inc1"}
+    assert changes(plan, "no-strong") == {"augment.aa": "", "augment.reprob": 0.0}
+    with_stores(plan, ["adversarial"], "s", 0, "raw")  # which probes do not use
+    assert papers_axis(plan.config) == "lp-clip" and papers_axis(gather("demo", None, [], {})) == "components"
+    with pytest.raises(UsageError, match="axis threshold: no cell of it differs from the base, whose method is dad"):
+        plan_of(["threshold"])

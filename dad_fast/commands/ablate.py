@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.commands.ablate_plan import print_plan
-from dad_fast.commands.ablate_pool import Job, Pool
+from dad_fast.commands.ablate_pool import Job, Pool, shared_parts
 from dad_fast.config import Config, differences, expand, from_toml, to_toml
 from dad_fast.config.ablation import Plan, SharedStore, identity
 from dad_fast.config.fields import with_values
@@ -185,7 +185,7 @@ class _Told:
             record = one.record() if one is not None else None
             if record is not None and one is not None:
                 self.taught.learn(one.cfg, record)
-            text = f"{_scores(record)}({seconds:.0f} s{self._ahead()})"
+            text = f"{'filled ' if one is None else _scores(record)}({seconds:.0f} s{self._ahead()})"
         counted = f"[{len(self.runs) - len(self._left) + self._ended}/{len(self.runs)}] " if one is not None else ""
         print_line(f"{counted}{job.name}: {text}")
         self.write()
@@ -199,8 +199,7 @@ class _Told:
 
 
 def _store_job(store: SharedStore) -> Job:
-    group = repr((store.config.teacher, store.config.discretizer))
-    return Job(store.folder, lambda device: {"do": "store", **_store(store, device)}, group)
+    return Job(store.folder, lambda device: {"do": "store", **_store(store, device)}, shared_parts(store.config))
 
 
 def _store(store: SharedStore, device: str) -> dict[str, Any]:
@@ -214,7 +213,7 @@ def _run_job(one: Run, launch: SweepLaunch, taught: _Taught) -> Job:
             "taught": taught.of(one.cfg),
         }  # fmt: skip
 
-    return Job(one.name, message, group=repr((one.cfg.teacher, one.cfg.discretizer)), after=one.cfg.store.dirs)
+    return Job(one.name, message, shared_parts(one.cfg), after=one.cfg.store.dirs)
 
 
 def _toml(cfg: Config, device: str) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -17,24 +16,25 @@ from dad_fast.commands.precompute import make_filler
 from dad_fast.config import Config
 from dad_fast.config.fields import with_values
 from dad_fast.config.launch import StoreLaunch
-from dad_fast.data.loader import Batch
-from dad_fast.data.sources import Source
+from dad_fast.data.loader import Batch, train_loader
 from dad_fast.engine.build import Builder, Parts
 from dad_fast.engine.feed import feed
 from dad_fast.engine.precompute import estimate
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Suite, open_suites
+from dad_fast.evaluate.sources import as_judged
 from dad_fast.models.discretizer import VQGANDiscretizer
 
 TIMED = 5  # steps, after those that warm up
 
 
 def measure(
-    forms: dict[str, tuple[Config, Sequence[str]]],
-    fills: dict[str, tuple[Config, StoreLaunch]],
+    forms: Mapping[str, tuple[Config, Sequence[str]]],
+    fills: Mapping[str, tuple[Config, StoreLaunch]],
     builder_of: Callable[[Config], Builder],
 ) -> dict[str, Any]:
-    """{"steps": {form: {"seconds", "steps_per_epoch"}}, "judging": {"val", "suites", "teacher"}, "fills": {folder: {"seconds", "bytes"}}}
+    """Seconds: "steps" by form (a step's "seconds", "steps_per_epoch", "preparing" before the first), "judging" ("val", "suites",
+    "teacher"), "fills" by folder ("seconds", and its "bytes").
 
     forms: a run of each form of step, and the kinds of store it is to learn from; these are imitated, for they are not there yet.
     fills: a store of each form. Judging is that of the first form's student, and of a teacher, in seconds.
@@ -46,7 +46,10 @@ def measure(
         trainer = Trainer(plain, parts, Path("nothing is written"), "")
         if not found["judging"]:
             found["judging"] = _judging(trainer, plain, parts)
-        found["steps"][name] = {"seconds": _step_seconds(trainer, parts, stored), "steps_per_epoch": trainer.steps_per_epoch}
+        found["steps"][name] = {
+            "seconds": _step_seconds(trainer, parts, stored), "steps_per_epoch": trainer.steps_per_epoch,
+            "preparing": _preparing(trainer, parts),
+        }  # fmt: skip
     for folder, (cfg, launch) in fills.items():
         filler = make_filler(cfg, launch)
         manifest = filler.manifest
@@ -59,13 +62,29 @@ def measure(
 def _step_seconds(trainer: Trainer, parts: Parts, stored: Sequence[str]) -> float:
     """The median step, waiting for the loader included."""
     warm = 4 if parts.device.type == "cuda" else 1
-    batches = feed(_as_if_stored(trainer.loader.batches(0, warm + TIMED), parts, stored), parts.device)
+    loader = trainer.loader
+    if parts.probe is not None:  # one that makes views, also where a run would keep them
+        cfg = trainer.cfg
+        loader = train_loader(
+            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, trainer.images_per_step, cfg.seed, cfg.data.workers,
+            device=parts.device,
+        )  # fmt: skip
+    batches = feed(_as_if_stored(loader.batches(0, warm + TIMED), parts, stored), parts.device)
     seconds = []
     for number in range(warm + TIMED):
         start = _now(parts.device)
         trainer.step(next(batches), number, trainer.cfg.schedule.min_lr)
         seconds.append(_now(parts.device) - start)
     return median(seconds[warm:])
+
+
+def _preparing(trainer: Trainer, parts: Parts) -> float:
+    """Seconds to encode what a linear probe is told of its images before the first step: the strong views that are kept."""
+    probe, cfg = parts.probe, trainer.cfg
+    if probe is None or probe.features is None:
+        return 0.0
+    encoded = _seconds(trainer, parts.student, Suite("train", parts.train), cfg)
+    return encoded * max(1, cfg.lp_clip.views)
 
 
 def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str]) -> Iterator[Batch]:
@@ -82,6 +101,10 @@ def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str])
             config = parts.discretizer.vqgan.config
             bits = (parts.student.image_size // config.downsample) ** 2 * config.code_bits
             found["dad_codes"] = torch.zeros(size, -(-bits // 8), dtype=torch.uint8)
+        if parts.probe is not None:
+            found |= {"pseudo_labels": batch.labels, "confidence": torch.ones(size)}
+            if parts.probe.features is not None:
+                found["features"] = torch.zeros(size, parts.probe.features.shape[-1])
         if "targets" in stored:
             found["clean_outputs"] = torch.zeros(size, classes, dtype=torch.float16)
         yield replace(batch, **found)
@@ -107,11 +130,11 @@ def _seconds(trainer: Trainer, model: torch.nn.Module, suite: Suite, cfg: Config
 
 def _first_batch(suite: Suite, cfg: Config) -> tuple[Suite, float]:
     """The suite cut to a batch, and which share of it that is."""
-    readable = np.flatnonzero(suite.source.ok)
-    few: Source = copy.copy(suite.source)
-    few.ok = np.zeros_like(suite.source.ok)
-    few.ok[readable[: cfg.eval.batch_size or cfg.data.batch_size]] = True
-    return replace(suite, source=few), few.ok.sum() / len(readable)
+    judged = as_judged(suite.source)
+    piece = judged.pieces[0]
+    few = np.flatnonzero(piece.ok)[: cfg.eval.batch_size or cfg.data.batch_size]
+    cut = replace(judged, pieces=(piece.taken(few),), parts=judged.parts[:1])
+    return replace(suite, source=cut), len(few) / sum(int(piece.ok.sum()) for piece in judged.pieces)
 
 
 def _now(device: torch.device) -> float:

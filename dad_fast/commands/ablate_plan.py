@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _FREE = (
     *("attack.eps", "attack.step_size", "attack.norm", "attack.random_start", "augment.smoothing", "ema.decay", "ema.warmup"),
     *("loss.ce", "loss.kd", "loss.dad", "loss.dat", "loss.aug", "loss.temperature", "store.dirs"),
+    *("lp_clip.labels", "lp_clip.weight", "lp_clip.threshold", "lp_clip.init"),
     *("optim.lr", "optim.weight_decay", "optim.momentum", "data.class_map", "student.drop_path", "student.drop"),
 )
 
@@ -33,7 +34,7 @@ class Cost:
     runs: dict[str, float]  # cell -> one run of it, judging included
     stores: dict[str, float]  # folder -> filling it
     store_bytes: int
-    kd: float  # a plain KD run of the base's length, judging included
+    reference: tuple[str, float]  # a plain KD run of the base's length, or the base where there can be none
     teachers: float  # judging teachers, once in a sweep
     threads: int
     num_forms: int
@@ -47,19 +48,19 @@ def print_plan(
         assert stop.error is not None
         raise stop.error("nothing was written")
     cells = list(plan.config.variants)
-    width = max(len(name) for name in cells) + 7
-    print(f"{'':<{max(map(len, plan.axes)) + 2}}{'cell':<{width}}{'seeds':>6}{'done':>6}{'s a run':>9}{'× KD':>7}")
+    width, indent = max(len(name) for name in cells) + 7, max(map(len, plan.axes)) + 2
+    print(f"{'':<{indent}}{'cell':<{width}}{'seeds':>6}{'done':>6}{'s a run':>9}{f'× {cost.reference[0]}':>12}")
     shown = set[str]()
     for axis, names in plan.axes.items():
         for number, name in enumerate(names):
-            label = f"{axis if number == 0 else '':<{max(map(len, plan.axes)) + 2}}"
+            label = f"{axis if number == 0 else '':<{indent}}"
             if name in shown:
-                print(f"{label}{_label(name, plan):<{width}}" + ("" if name == plan.base else "  as above"))
+                print(f"{label}{_label(name, plan):<{width}}{'as above':>12}")
                 continue
             shown.add(name)
             done = sum(one.cell == name for one in runs) - sum(one.cell == name for one in left)
             seconds = cost.runs[name]
-            print(f"{label}{_label(name, plan):<{width}}{plan.config.seeds:>6}{done:>6}{seconds:>9.0f}{seconds / cost.kd:>7.1f}")
+            print(f"{label}{_label(name, plan):<{width}}{plan.config.seeds:>6}{done:>6}{seconds:>9.0f}{seconds / cost.reference[1]:>12.1f}")
     _print_totals(plan, runs, left, devices, cost)
     return 0
 
@@ -78,7 +79,7 @@ def _print_totals(plan: Plan, runs: Sequence[Run], left: Sequence[Run], devices:
     needed = {folder for one in left for folder in one.cfg.store.dirs}
     total = sum(cost.runs[one.cell] for one in left) + sum(cost.stores[folder] for folder in needed) + (cost.teachers if left else 0)
     several = f", {format_seconds(total / len(devices))} on {len(devices)}" if len(devices) > 1 else ""
-    times = f"{total / cost.kd:.1f} times one plain KD run ({cost.kd:.0f} s)"
+    times = f"{total / cost.reference[1]:.1f} times one run of {cost.reference[0]} ({cost.reference[1]:.0f} s)"
     print(f"cost: {format_seconds(total)} on one process like this one{several}; {times}")
     print(
         f"Based on a few steps of each of {cost.num_forms} forms of step and a batch of every suite, on {devices[0]} with "
@@ -89,17 +90,18 @@ def _print_totals(plan: Plan, runs: Sequence[Run], left: Sequence[Run], devices:
 def _cost(plan: Plan, runs: Sequence[Run], devices: Sequence[str], launch: SweepLaunch, stop: StopRequest) -> Cost | None:
     cells = {one.cell: one.cfg for one in runs}
     base = cells[plan.base]
-    kd = with_values(base, {"method": "kd", "store.dirs": ()})
+    can_distil = bool(base.student.name and base.teacher.name)
+    reference = with_values(base, {"method": "kd", "store.dirs": (), "loss.form": "paper"}) if can_distil else base
     decoded = launch.store_images == "none"
     kinds = {store.folder: "codes" if decoded and store.kind == "adversarial" else store.kind for store in plan.stores}
     stored = {name: [kinds[folder] for folder in cfg.store.dirs] for name, cfg in cells.items()}
-    forms = {name: _form(cfg, stored[name]) for name, cfg in cells.items()} | {"": _form(kd, [])}
+    forms = {name: _form(cfg, stored[name]) for name, cfg in cells.items()} | {"": _form(reference, [])}
     first = {form: name for name, form in reversed(forms.items())}
     store_forms = {store.folder: _store_form(store) for store in plan.stores}
     first_store = {form: folder for folder, form in reversed(store_forms.items())}
 
     def message(device: str) -> dict[str, Any]:
-        chosen = {name: (cells | {"": kd})[name] for name in first.values()}
+        chosen = {name: (cells | {"": reference})[name] for name in first.values()}
         return {
             "do": "measure", "runs": {name: _toml(cfg, device) for name, cfg in chosen.items()}, "stored": stored,
             "stores": {s.folder: {"config": _toml(s.config, device), "launch": asdict(s.launch)}
@@ -122,13 +124,13 @@ def _cost(plan: Plan, runs: Sequence[Run], devices: Sequence[str], launch: Sweep
         count = min(count, cfg.max_steps) if cfg.max_steps else count
         every = cfg.eval.every_epochs
         validations = 1 + (int(count / found["steps_per_epoch"]) // every if every else 0)
-        return float(count * found["seconds"] + validations * judging["val"] + judging["suites"])
+        return float(found["preparing"] + count * found["seconds"] + validations * judging["val"] + judging["suites"])
 
     return Cost(
         runs={name: seconds(name, cfg) for name, cfg in cells.items()},
         stores={folder: fills[first_store[form]]["seconds"] for folder, form in store_forms.items()},
         store_bytes=sum(fills[first_store[form]]["bytes"] for form in store_forms.values()),
-        kd=seconds("", kd),
+        reference=("KD" if can_distil else plan.base, seconds("", reference)),
         teachers=judging["teacher"] * len({repr(cfg.teacher) for cfg in cells.values()}),
         threads=answers[0]["threads"],
         num_forms=len(first),

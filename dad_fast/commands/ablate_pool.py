@@ -16,10 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dad_fast.config import Config
 from dad_fast.engine.signals import StopRequest
 
 WORKER = "dad_fast.commands.ablate_worker"
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout or of site-packages: where workers find this package
+
+
+def shared_parts(cfg: Config) -> str:
+    """Equal for runs that share what a worker has loaded, and no more than fits into memory at once: features of views are large."""
+    views = (cfg.augment, cfg.seed) if cfg.method == "lp-clip" else ()
+    return repr((cfg.data, cfg.teacher, cfg.discretizer, cfg.precision, cfg.engine, cfg.eval, *views))
 
 
 @dataclass(frozen=True)

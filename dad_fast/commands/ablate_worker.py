@@ -23,6 +23,7 @@ from typing import Any
 
 from dad_fast.commands import precompute, train
 from dad_fast.commands.ablate_measure import measure
+from dad_fast.commands.ablate_pool import shared_parts
 from dad_fast.config import Config, Launch, from_toml
 from dad_fast.config.launch import StoreLaunch
 from dad_fast.engine.build import Builder
@@ -72,14 +73,10 @@ class Worker:
 
     def _parts_of(self, cfg: Config) -> tuple[Builder, dict[str, Any]]:
         """The parts that runs share, and what is known of the teacher's accuracy; let go where the next run needs others."""
-        key = shared_parts(cfg)
+        key = repr((shared_parts(cfg), cfg.device))
         if self._shared[0] != key:
             self._shared = (key, Builder(), {})
         return self._shared[1:]
-
-
-def shared_parts(cfg: Config) -> str:
-    return repr((cfg.data, cfg.teacher, cfg.discretizer, cfg.precision, cfg.engine, cfg.store, cfg.eval.suites, cfg.device))
 
 
 def main() -> int:

@@ -103,6 +103,25 @@ def _filter(base: Config, values: Sequence[str]) -> Cells:
     return {"filter=on": {"loss.filter": True}, "filter=off": {"loss.filter": False}}
 
 
+def _lp_clip(base: Config, values: Sequence[str]) -> Cells:
+    weak: Changes = {"augment.aa": "", "augment.reprob": 0.0, "augment.color_jitter": 0.0}
+    supervised: Changes = {"lp_clip.labels": "true", "lp_clip.threshold": 0.0}
+    return {"no-weight": {"lp_clip.weight": "none"}, "no-strong": weak, "supervised": supervised}
+
+
+def _thresholds(base: Config, values: Sequence[str]) -> Cells:
+    typed = [_number("--thresholds", "lp_clip.threshold", value) for value in values]
+    return {f"threshold={value:g}": {"lp_clip.threshold": value} for value in typed or (0.5, 0.8, 0.95)}
+
+
+def _strengths(base: Config, values: Sequence[str]) -> Cells:
+    policy = base.augment.aa or "rand-m9-n2-mstd0.5-inc1"
+    for value in values:
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+            raise UsageError(f"--strengths {value}: a number, 0 or more, as in rand-m9")
+    return {f"m={value}": {"augment.aa": re.sub(r"-m[0-9.]+", f"-m{value}", policy)} for value in values or ("2", "9", "15")}
+
+
 def _variants(base: Config, values: Sequence[str]) -> Cells:
     return {name: dict(flatten(tables, f"variants.{name}")) for name, tables in base.variants.items()}
 
@@ -117,6 +136,9 @@ AXES = {
     "start": Axis("random start of 0, 0.8 and 1; only the noise; only Q(x)", _starts),
     "order": Axis("Q(x+d) as in the paper, Q(Q(x)+d) as in the authors' code", _order),
     "filter": Axis("with and without the teacher's filter", _filter),
+    "lp-clip": Axis("without its weights, without strong augmentation, with true labels", _lp_clip),
+    "threshold": Axis("lp_clip.threshold: --thresholds X ... [0.5, 0.8, 0.95]", _thresholds, "--thresholds"),
+    "strength": Axis("RandAugment's magnitude: --strengths M ... [2, 9, 15]", _strengths, "--strengths"),
     "variants": Axis("the [variants] of the preset or of CONFIG.toml", _variants),
 }
 
@@ -142,6 +164,11 @@ class _Growing:
             raise UsageError(f"axis {axis}: {name!r} cannot be a cell's name, since it becomes a folder")
         self.cells.setdefault(name, coerced)
         return name
+
+
+def papers_axis(cfg: Config) -> str:
+    """What is varied when nothing is named: what the method's paper varies."""
+    return "lp-clip" if cfg.method == "lp-clip" else "components"
 
 
 def make_plan(cfg: Config, axes: Sequence[str], values: Mapping[str, Sequence[str]], vary: Sequence[str] = ()) -> Plan:
@@ -219,6 +246,8 @@ _TERMS = {
 
 def _used(method: str, path: str) -> bool:
     section = path.partition(".")[0]
+    if section == "lp_clip":
+        return method == "lp-clip"
     if section == "teacher":
         return USES_TEACHER[method]
     if section in ("attack", "discretizer"):

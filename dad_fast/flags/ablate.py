@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config import Config, to_toml
-from dad_fast.config.ablation import AXES, Plan, make_plan
+from dad_fast.config.ablation import AXES, Plan, make_plan, papers_axis
 from dad_fast.config.ablation_stores import KINDS, with_stores
 from dad_fast.config.fields import nearest, settings, with_values
 from dad_fast.config.resolve import gather
@@ -33,7 +33,7 @@ examples:
 """
 
 FLAGS = {
-    "--axes AXIS ...": "what varies [components, where nothing else does]",
+    "--axes AXIS ...": "what varies [components, or lp-clip, where nothing else does]",
     "--vary KEY=V1,V2": "any setting as an axis, such as student.bn=split,aux; repeatable",
     "--seeds N": "seeds of every cell, from --seed on [3]",
     "-o, --output DIR": "the sweep's folder: CELL/seed-S/, table.md, plot.svg [runs/ablation]",
@@ -125,7 +125,7 @@ def _read(given: dict[str, Any]) -> tuple[Plan, SweepLaunch]:
     )
     values = {name: given[_name(axis.flag)] for name, axis in AXES.items() if axis.flag}
     nothing_named = not given["axes"] and not given["vary"] and not any(values.values())
-    plan = make_plan(cfg, ["components"] if nothing_named else given["axes"], values, given["vary"])
+    plan = make_plan(cfg, [papers_axis(cfg)] if nothing_named else given["axes"], values, given["vary"])
     return with_stores(plan, launch.stores, f"{launch.output}/stores", launch.store_views, launch.store_images), launch
 
 
