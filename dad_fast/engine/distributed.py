@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dad_fast import errors
 from dad_fast.config.schema import Config
-from dad_fast.engine.launch import STORE
+from dad_fast.engine.launch import STORE, started_here
 from dad_fast.engine.signals import asked
 from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, PeerLost, Preempted, UsageError
 
@@ -68,10 +68,11 @@ def init(cfg: Config) -> None:
     if cuda:
         if cfg.device.startswith("cuda:"):
             raise UsageError(f"--device {cfg.device}: all processes would use this one; --device cuda gives each its own GPU")
-        if local_rank() >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        if local_rank() >= gpus and (gpus > 1 or started_here()):  # else a scheduler may show each process its own GPU alone
             here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-            raise EnvironmentProblem(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; start one a GPU (--nproc auto)")
-        torch.cuda.set_device(local_rank())
+            raise EnvironmentProblem(f"{here} processes on a machine with {gpus} GPUs; start one a GPU (--nproc auto)")
+        torch.cuda.set_device(local_rank() % gpus)
     path = os.environ.get(STORE)
     try:
         dist.init_process_group(

@@ -1,0 +1,108 @@
+"""One process against several: training steps of the same batch per process, with their all-reduce and without, and the all-reduce alone.
+
+The model is that a step of N processes takes what N processes apart take (on a CPU they share cores and memory) and the all-reduce of the
+gradients; `predicted` is that sum, from the comparisons before.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.bench import Bench
+from dad_fast.engine.launch import STORE
+
+ROOT = Path(__file__).parents[1]
+BATCH = 32  # images a process: where the all-reduce weighs most
+METHODS = ("kd", "dad")
+
+
+class Pool:
+    """Processes that do one thing at a time, all at once."""
+
+    def __init__(self, bench: Bench, num: int, together: bool, folder: Path) -> None:
+        arguments = [bench.size, bench.device.type, str(BATCH)]
+        self.processes = []
+        for rank in range(num):
+            env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            if sys.platform == "linux":
+                env["GLOO_SOCKET_IFNAME"] = "lo"
+            if together:
+                identity = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, STORE: folder / f"rendezvous-{num}"}
+                env |= {name: str(value) for name, value in identity.items()}
+            elif bench.device.type == "cuda":
+                env |= {"CUDA_VISIBLE_DEVICES": str(rank)}
+            command = [sys.executable, "-m", "benchmarks.scaling_worker", *arguments]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.processes.append(subprocess.Popen(command, env=env, text=True, **pipes))  # type: ignore[call-overload]
+        self.num_parameters = [int(self._answer(process)) for process in self.processes][0]
+
+    def call(self, line: str) -> None:
+        for process in self.processes:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        for process in self.processes:
+            self._answer(process)
+
+    def function(self, line: str) -> Callable[[], None]:
+        return lambda: self.call(line)
+
+    @staticmethod
+    def _answer(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        answer = process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"a process of the benchmark ended with {process.wait()}")
+        return answer
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.wait(60)
+
+
+@contextmanager
+def pools(bench: Bench, num: int) -> Iterator[tuple[Pool, Pool, Pool]]:
+    """One process; `num` apart; `num` together."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        made = []
+        for size, together in ((1, False), (num, False), (num, True)):
+            made.append(Pool(bench, size, together, Path(folder)))
+            stack.callback(made[-1].close)
+        yield made[0], made[1], made[2]
+
+
+def test_scaling(bench: Bench) -> None:
+    num = torch.cuda.device_count() if bench.device.type == "cuda" else min(2, os.cpu_count() or 1)
+    if num < 2:
+        pytest.skip("several processes need several cores or GPUs")
+    with pools(bench, num) as (alone, apart, together):
+        numbers = together.num_parameters
+        sizes = {f"{factor} x the gradients": factor * numbers for factor in (1, 4, 16)}
+        bench.compare(
+            f"all-reduce, {num} processes", {name: together.function(f"reduce {size}") for name, size in sizes.items()},
+            baseline="1 x the gradients", work=4 * numbers / 1e6, unit="MB of gradients", config={"num_parameters": numbers}, seconds=6,
+        )  # fmt: skip
+        reduce_ms = bench.session.groups[bench.group][-1]["rows"][0]["ms"]["median"]
+        for method in METHODS:
+            what = {"method": method, "batch_size": BATCH, "processes": num, "num_parameters": numbers}
+
+            def compare(name: str, other: str, pool: Pool, predicted: dict[str, float], what: dict[str, object] = what) -> float:
+                line = f"step {what['method']}"
+                return bench.compare(
+                    name, {"1 process": alone.function(line), other: pool.function(line)}, baseline="1 process", work=BATCH,
+                    unit="img of a process", config=what, predicted=predicted, seconds=9,
+                )[other]  # fmt: skip
+
+            ratio = compare(f"{method}, what {num} processes share", f"{num} processes apart", apart, {})
+            one_ms = bench.session.groups[bench.group][-1]["rows"][0]["ms"]["median"]
+            compare(f"{method}, {num} processes", f"{num} processes", together, {f"{num} processes": ratio + reduce_ms / one_ms})

@@ -1,0 +1,32 @@
+#!/bin/bash
+# Trains on the GPUs of several machines under Slurm, one task a GPU; everything after the script's name goes to dad-fast train:
+#   sbatch --nodes 2 scripts/slurm.sh --preset dad-vitb16 --data-dir /data/imagenet --discretizer vqgan.ckpt \
+#       --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad
+# Two minutes before the time is up, and when the job is preempted, the run saves itself and ends with 75: then it is queued again and
+# goes on. The output folder must be one that survives the job. Fit the numbers below to your machines.
+#SBATCH --job-name=dad-fast
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+
+# No --kill-on-bad-exit: when a process dies the others notice, say which one it was, and end by themselves.
+srun --kill-on-bad-exit=0 --wait=120 bash -c '
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+  exec python -m dad_fast train --resume auto "$@"' dad-fast "$@"
+code=$?
+
+if [ "$code" -eq 75 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
