@@ -24,6 +24,7 @@ from dad_fast.evaluate.runner import evaluate, open_suites, protocol
 from dad_fast.evaluate.sources import as_judged
 
 WNIDS = wnids()
+CPU = torch.device("cpu")
 PARTIAL = EvalConfig(allow_partial=True)
 
 
@@ -168,6 +169,28 @@ def test_mce_by_hand(c_root: Path) -> None:
     assert found.by_corruption["snow"]["ce"] == pytest.approx(100 * ce["snow"]) and found.by_corruption["fog"]["ce"] == 0
     low, high = found.mce_interval
     assert low < found.mce < high
+
+
+def test_mce_with_an_unreadable_image(c_root: Path) -> None:
+    """One torn copy of the 75 costs that image in that folder, not the mCE."""
+    path = c_root / "brightness" / "2" / WNIDS[10] / "0.JPEG"
+    whole = path.read_bytes()
+    before = judge(f"imagenet-c={c_root}")
+    path.write_bytes(whole[:30])
+    try:
+        suite = open_suites([f"imagenet-c={c_root}"], DataConfig(max_bad_share=0.5), imagenet_classes(), PARTIAL)[0]
+        found = evaluate(Reader(), suite.source, img_size=8, crop_pct=1.0, interpolation="bilinear", batch_size=9, workers=0, device=CPU)
+    finally:
+        path.write_bytes(whole)
+    assert (found.skipped, found.num_images, len(found.records)) == (1, 6, 449)
+    assert found.mce == pytest.approx(before.mce) and found.mce_interval[0] < found.mce_interval[1]  # over the five that are whole
+
+
+def test_no_mce_for_a_model_of_other_classes(c_root: Path) -> None:
+    listed = shuffled_map(WNIDS[11:13] + WNIDS[500:503])
+    found = judge(f"imagenet-c={c_root}", OfMap([WNIDS.index(wnid) for wnid in listed.folders]), listed)
+    assert found.num_images == 4 and found.mce is None and found.by_corruption["fog"]["top1"] == [100.0] * 5
+    assert "only 2 of 3 classes are the model's" in found.protocol
 
 
 def test_both_preprocessings_of_c(c_root: Path) -> None:

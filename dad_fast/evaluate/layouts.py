@@ -27,7 +27,7 @@ from dad_fast.data.decode import EXTENSIONS
 from dad_fast.data.folder import FolderSource
 from dad_fast.data.names import shown, some
 from dad_fast.errors import DataError
-from dad_fast.evaluate.imagenet import check_disjoint, imagenet_classes, join, objectnet_wnids, published, subset_wnids
+from dad_fast.evaluate.imagenet import alexnet_errors, check_disjoint, imagenet_classes, join, objectnet_wnids, published, subset_wnids
 from dad_fast.evaluate.sources import Judged, Piece
 
 INSIDE = {  # where the class folders may be instead of in the folder that is named
@@ -187,7 +187,7 @@ def _open_c(root: Path, classes: ClassMap, options: EvalConfig, max_bad_share: f
 
 
 def _corruptions() -> list[str]:
-    return list(published()["alexnet_errors"]["values"])
+    return list(alexnet_errors())
 
 
 def _c_folder(root: Path, name: str, severity: int) -> Path | None:
@@ -195,13 +195,17 @@ def _c_folder(root: Path, name: str, severity: int) -> Path | None:
 
 
 def _folders(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as listing:
-            return sorted(item.name for item in listing if not item.name.startswith(".") and item.is_dir())
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error.strerror} (--suite)") from error
+    return sorted(item.name for item in _listed(folder) if item.is_dir())
 
 
 def _num_images(folder: Path) -> int:
-    with os.scandir(folder) as listing:
-        return sum(not item.name.startswith(".") and item.name.lower().endswith(EXTENSIONS) for item in listing)
+    return sum(item.name.lower().endswith(EXTENSIONS) for item in _listed(folder))
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, without what is hidden."""
+    try:
+        with os.scandir(folder) as listing:
+            return [item for item in listing if not item.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror} (--suite)") from error

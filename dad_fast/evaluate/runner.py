@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from dad_fast.data.sources import Source
 from dad_fast.engine import distributed
 from dad_fast.errors import DataError
 from dad_fast.evaluate.corruptions import corrupt, num_severities
-from dad_fast.evaluate.imagenet import corruption_errors
+from dad_fast.evaluate.imagenet import alexnet_errors, corruption_errors
 from dad_fast.evaluate.intervals import mean_interval
 from dad_fast.evaluate.layouts import C_SIDE, C_VIEWS
 from dad_fast.evaluate.metrics import SCORES, image_scores
@@ -173,13 +173,15 @@ def protocol(judged: Judged, view: tuple[int, float, str]) -> str:
 
 def _corruption_facts(judged: Judged, records: Records) -> dict[str, Any]:
     """mCE with its interval, and accuracy and error of each corruption, of a suite of corrupted copies."""
-    part = [records.part(number)["correct"] for number in range(len(judged.parts))]
-    tops, weights = corruption_summary(judged, [100 * float(correct.mean()) for correct in part])
+    parts = [records.part(number) for number in range(len(judged.parts))]
+    tops, weights = corruption_summary(judged, [100 * float(part["correct"].mean()) for part in parts])
     errors = corruption_errors({name: values for name, values in tops.items() if len(values) == 5})
     by_corruption = {name: {"top1": values, "ce": errors.get(name)} for name, values in tops.items()}
     found: dict[str, Any] = {"by_corruption": by_corruption, "by_severity": ()}
-    if weights is None or len({len(correct) for correct in part}) > 1:
+    if weights is None:
         return found
-    each = weights @ (1 - np.stack(part))  # [N]: what each picture adds to the mCE, which is the mean of it
-    low, high = mean_interval(100 * each)
-    return found | {"mce": 100 * float(each.mean()), "mce_interval": (low, high)}
+    shared = reduce(np.intersect1d, [part["image"] for part in parts])  # all of them, unless a file is unreadable somewhere
+    wrong = np.stack([1 - part["correct"][np.isin(part["image"], shared)] for part in parts])  # [P, N]
+    # The mCE of a resample is the mean of what its images add, whichever are in it.
+    interval = mean_interval(100 * weights @ wrong) if len(shared) else None
+    return found | {"mce": float(np.mean([errors[name] for name in alexnet_errors()])), "mce_interval": interval}

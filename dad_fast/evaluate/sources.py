@@ -12,7 +12,7 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources import Source
-from dad_fast.evaluate.imagenet import published
+from dad_fast.evaluate.imagenet import alexnet_errors
 
 
 class Piece:
@@ -114,15 +114,16 @@ def as_judged(source: Source | Judged) -> Judged:
 
 
 def corruption_summary(judged: Judged, top1: Sequence[float]) -> tuple[dict[str, list[float]], np.ndarray | None]:
-    """Top-1 by corruption, a value a severity; and the weight of each part in the mean corruption error, where all that it takes are there.
+    """Top-1 by corruption, a value a severity; and the weight of each part in the mean corruption error: None where one of those that it
+    takes is missing, or the model has not ImageNet's 1000 classes, which AlexNet's errors are of.
 
     top1: in percent, by part. The mCE is the sum over parts of weight * (100 - top1).
     """
     by_corruption: dict[str, list[float]] = {}
     for (name, _), value in zip(judged.parts, top1, strict=True):
         by_corruption.setdefault(name, []).append(value)
-    alexnet = published()["alexnet_errors"]["values"]
-    if any(len(by_corruption.get(name, ())) != 5 for name in alexnet):
+    alexnet = alexnet_errors()
+    if len(judged.classes) < 1000 or any(len(by_corruption.get(name, ())) != 5 for name in alexnet):
         return by_corruption, None
     weights = np.array([1 / (5 * alexnet[name] * len(alexnet)) if name in alexnet else 0.0 for name, _ in judged.parts])
     return by_corruption, weights
