@@ -380,3 +380,9 @@ def test_running_statistics_of_the_encoder_are_nobodys(parts):
     teacher.eval()
     probe = build_probe(teacher, "").train()
     assert running_statistics(probe) == [] and len(running_statistics(torch.nn.BatchNorm2d(3))) == 2
+
+
+def test_its_steps_can_be_profiled(parts, tmp_path):
+    settings = [part for item in (*STRONG, "lp_clip.views=2") for part in ("--set", item)]
+    given = arguments(parts, tmp_path / "profile", *settings)[1:]
+    assert main(["profile", "torch", *given, "--steps", "2", "--warm-up", "1"]) == 0

@@ -63,7 +63,8 @@ def _steps(cfg: Config, launch: ProfileLaunch, output: Path, watch: AbstractCont
         name_method(parts.discretizer.vqgan, "lookup", "lookup")
     numbers = range(launch.warm_up + launch.steps)
     on_gpu = parts.device.type == "cuda"
-    batches = feed(parts.stored.join(trainer.loader.batches(0, len(numbers)), on_gpu), parts.device)
+    parts.prepare(print_line)
+    batches = feed(parts.join(trainer.loader.batches(0, len(numbers)), on_gpu), parts.device)
 
     def step(number: int) -> None:
         with stage("step"):

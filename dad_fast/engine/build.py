@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from timm.layers import convert_sync_batchnorm
 
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
+from dad_fast.data.loader import Batch
 from dad_fast.data.sources import Source, open_source
 from dad_fast.engine import distributed, frozen
 from dad_fast.engine.lp_clip import ProbeData
@@ -43,6 +45,16 @@ class Parts:
     def checksums(self) -> dict[str, str]:
         """Of what was made before the run, by kind: a resumed run must find the same."""
         return self.stored.checksums | (self.probe.checksums if self.probe else {})
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Make what the steps need before the first of them; `say` gets lines for the log."""
+        if self.probe is not None:
+            self.probe.prepare(say)
+
+    def join(self, batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
+        """`batches` with what stores and the teacher have said of them."""
+        batches = self.stored.join(batches, pin_memory)
+        return batches if self.probe is None else self.probe.join(batches, pin_memory)
 
 
 class Builder:

@@ -17,6 +17,9 @@ def introduction(cfg: Config, parts: Parts, loader: TrainLoader | FeatureLoader)
         lines.append(_batch_norm(cfg))
     if parts.teacher is not None:
         lines.append(f"teacher {parts.teacher.name}; it has seen: {parts.teacher.provenance}")
+    if parts.probe is not None:
+        trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
+        lines.append(f"a linear layer of {trained:,} numbers is trained on the teacher's frozen encoder")
     if parts.discretizer is not None:
         lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
     if isinstance(parts.discretizer, VQGANDiscretizer) and parts.discretizer.range_note:

@@ -105,8 +105,7 @@ class Trainer:
         )
         for line in introduction(cfg, parts, self.loader):
             self.log.say(line, echo=False)
-        if parts.probe is not None:
-            parts.probe.prepare(self.log.say)
+        parts.prepare(self.log.say)
 
     def train(self) -> dict[str, float]:
         """Runs to the end, or until a signal asks any process to stop: then the state is saved and Preempted or Interrupted raised."""
@@ -167,11 +166,8 @@ class Trainer:
         vote.settle()
 
     def _batches(self) -> Iterator[Batch]:
-        cuda = self.parts.device.type == "cuda"
-        batches = self.parts.stored.join(self.loader.batches(self.next_step, self.total_steps), cuda)
-        if self.parts.probe is not None:
-            batches = self.parts.probe.join(batches, cuda)
-        return feed(batches, self.parts.device)
+        batches = self.loader.batches(self.next_step, self.total_steps)
+        return feed(self.parts.join(batches, pin_memory=self.parts.device.type == "cuda"), self.parts.device)
 
     def _progress(self) -> TrainProgress:
         return TrainProgress(self.total_steps, self.images_per_step, self.steps_per_epoch, self.label, self.log, start_step=self.next_step)

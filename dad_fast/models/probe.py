@@ -178,12 +178,10 @@ def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:
 
 
 def _found(name: str, path: Path) -> str:
-    """`name` with its file's path, or where no such file exists that of the same name beside `path`."""
-    before, at, file = name.rpartition("@")
-    if ":" in before or not at:
-        if not at and name.startswith(("open_clip:", "hf-hub:", "timm:", "embedded:")):
-            return name
-        beside = path.parent / Path(file).name
-        if not Path(file).exists() and beside.is_file():
-            return f"{before}{at}{beside}"
-    return name
+    """`name`, with its file replaced by that of the same name beside `path` where it is not where it was."""
+    has_scheme = name.startswith(("open_clip:", "hf-hub:", "timm:", "embedded:"))
+    before, at, file = name.rpartition("@") if has_scheme else ("", "", name)
+    if has_scheme and not at:
+        return name
+    beside = path.parent / Path(file).name
+    return f"{before}{at}{beside}" if not Path(file).exists() and beside.is_file() else name
