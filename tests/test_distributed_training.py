@@ -121,6 +121,18 @@ def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
 
 
+@pytest.mark.slow
+def test_torchrun_starts_it_too(tmp_path):
+    sets = [part for item in COMMON for part in ("--set", item)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dad_fast", "train", "--preset", "demo", *sets]
+    given = [*command, "-o", str(tmp_path / "run"), "--max-steps", "4"]
+    done = subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "batch 12 x 2 processes = 24 images a step" in (tmp_path / "run/train.log").read_text()
+    done = subprocess.run([*given, "--nproc", "2"], env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and "--nproc: torchrun starts the processes" in done.stderr
+
+
 def test_batch_sizes_that_do_not_fit(tmp_path, capsys):
     from dad_fast.cli import main
 

@@ -124,6 +124,18 @@ def test_changed_science_is_refused_with_the_difference(tmp_path):
     assert Trainer(changed, BUILDER.build(changed), tmp_path, "test", "auto", allow_config_change=True).next_step == 2
 
 
+def test_the_portions_of_a_step_may_change_where_no_batch_norm_sees_them(tmp_path):
+    run(tmp_path / "bn", config("ce", "max_steps=2"))
+    with pytest.raises(UsageError, match="batch norm saw 50 images at a time in each of 1 processes, now 10 .*--grad-accum-steps"):
+        trainer(tmp_path / "bn", config("ce", "data.global_batch_size=50", "engine.grad_accum_steps=5"), "auto")
+    with pytest.raises(UsageError, match=r"data\.global_batch_size: 50 → 250"):
+        trainer(tmp_path / "bn", config("ce", "engine.grad_accum_steps=5"), "auto")
+    vit = ("student.name=vit_tiny_patch16_224", "student.model_kwargs={patch_size=7,embed_dim=24,depth=1,num_heads=2}")
+    run(tmp_path / "ln", config("ce", "max_steps=2", *vit))
+    made = trainer(tmp_path / "ln", config("ce", "data.global_batch_size=50", "engine.grad_accum_steps=5", "log_every=1", *vit), "auto")
+    assert made.next_step == 2 and made.images_per_step == 50 and made.cfg.data.batch_size == 10
+
+
 def test_not_a_number_stops_the_run_and_keeps_the_state(tmp_path):
     made = trainer(tmp_path, config("ce", "optim.lr=1e30", "optim.clip_grad=0", "schedule.warmup_epochs=0", "max_steps=20"))
     made.start()
