@@ -222,7 +222,7 @@ def command(*arguments):
     return subprocess.Popen([sys.executable, "-m", "dad_fast", "precompute", *map(str, arguments)], env=environment, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("nproc", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_write_the_bytes_of_one(inputs, raw, tmp_path, nproc):
     one, form = tmp_path / "one", ["--images", "raw", "--shard-blocks", "1"]
     assert main(["precompute", *flags(inputs), "-o", str(one), *form]) == 0
@@ -231,6 +231,7 @@ def test_several_processes_write_the_bytes_of_one(inputs, raw, tmp_path, nproc):
     assert bytes_of(one) == bytes_of(tmp_path / "many")
 
 
+@pytest.mark.slow  # starts five processes; what a kill leaves of a shard is in test_store_writer.py
 def test_killed_and_stopped_runs_go_on_to_the_same_bytes(inputs, raw, tmp_path):
     folder = tmp_path / "store"
     arguments = [*flags(inputs), "-o", folder, "--images", "raw", "--views", "2", "-b", "6", "--block-size", "1"]
