@@ -70,8 +70,8 @@ class Stored:
             form = store.manifest.outputs_form
             if form.k and form.temperature != cfg.loss.temperature:
                 raise DataError(
-                    f"--store {store.folder}: its outputs, {form}, are right at temperature {form.temperature:g} alone, and the run distils "
-                    f"at {cfg.loss.temperature:g} (--temperature); use the same, or store them in full"
+                    f"--store {store.folder}: its outputs, {form}, are right at temperature {form.temperature:g} alone, and the run "
+                    f"distils at {cfg.loss.temperature:g} (--temperature); use the same, or store them in full"
                 )
         joint = cfg.loss.form == "joint"
         if joint and self.adversarial is None:
