@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from dad_fast.errors import DataError
-from dad_fast.observe.pieces import read_pieces, write_pieces
+from dad_fast.observe.pieces import IMAGES, METADATA, read_pieces, write_pieces
 
 EXAMPLES = [{"label": "a", "answer": "b", "kept": False, "filtered": True}] * 2
 
@@ -51,3 +53,29 @@ def test_damage_is_named(tmp_path, damage):
         path.unlink()
     with pytest.raises(DataError, match="sheet.safetensors: not the pieces"):
         read_pieces(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 4, 4, 3), (1, 4, 4, 4), (1, 0, 4, 3), (2, 4, 4, 3), (4,)])
+def test_other_types_and_shapes_are_refused(tmp_path, dtype, shape):
+    from safetensors.torch import save_file
+
+    described = json.dumps({"scale": 1, "num_codes": 2, "attacked": "t", "examples": [{}]})
+    for kind in (dtype, torch.uint8):
+        if kind is torch.uint8 and shape == (1, 4, 4, 3):
+            continue
+        tensors = {name: torch.zeros(shape).to(kind) for name in IMAGES}
+        save_file(tensors, tmp_path / "s.safetensors", {METADATA: described})
+        with pytest.raises(DataError, match="not the pieces"):
+            read_pieces(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("examples", [[1], "x", None, {"a": 1}, []])
+def test_examples_that_are_none_are_refused(tmp_path, examples):
+    from safetensors.torch import save_file
+
+    described = json.dumps({"scale": 1, "num_codes": 2, "attacked": "t", "examples": examples})
+    tensors = {name: torch.zeros(1, 4, 4, 3, dtype=torch.uint8) for name in IMAGES}
+    save_file(tensors, tmp_path / "s.safetensors", {METADATA: described})
+    with pytest.raises(DataError, match="not the pieces"):
+        read_pieces(tmp_path / "s.safetensors")

@@ -210,10 +210,10 @@ def test_t_against_scipy(count):
 def test_what_may_be_compared_is_said(tmp_path):
     folder = made.write_comparison(tmp_path / "x")
     shown = Checker(page(load([folder]))).text
-    assert "At equal epochs, compare dad with kd (dad takes 4 times its training time)." in shown
-    assert "At equal time, compare dad with kd-long (dad takes 1.00 times its training time)." in shown
+    assert "At equal epochs, compare with kd: dad (4 times its training time)." in shown
+    assert "At equal time, compare with kd-long: dad (1 times its training time)." in shown
     shown = Checker(page(load([folder / "kd/seed-0", folder / "dad/seed-0"]))).text
-    assert "No KD run here took as long as dad: part of a gain over KD may be its longer training." in shown
+    assert "No KD run here took as long as dad: part of a gain over KD may be longer training." in shown
 
 
 def test_settings_that_differ_and_only_those(tmp_path):
@@ -236,7 +236,7 @@ def test_energy_of_a_gpu(tmp_path):
     loaded = load([made.write_comparison(tmp_path / "x", facts=made.GPU, power=600.0)])
     shown = page(loaded).split("Throughput, energy and overhead</h2>")[1].split("</section>")[0]
     cells = re.findall(r"<td>(.*?)</td>", shown.split("<tr>")[5])
-    assert cells[5:9] == ["3.0", "600", "3", "4.27"] and "one GPU&#x27;s, without the host" in shown
+    assert cells[5:9] == ["3.0", "600", "3", "4.27"] and "the GPU&#x27;s power, sampled at each log step" in shown
     assert "Power of the GPU <small>W" in shown and "read the ratio" not in shown
 
 
@@ -247,6 +247,15 @@ def test_energy_weighs_windows_by_their_images(tmp_path):
     (run,) = load([tmp_path]).groups[0].runs
     assert throughput(run) == pytest.approx(30 / (10 / 100 + 10 / 50 + 10 / 100))
     assert joules_per_image(run) == pytest.approx((200 / 100 + (200 + 400) / 2 / 50) / 2)
+
+
+def test_energy_of_several_gpus(tmp_path):
+    """The first GPU's power stands for each; a step's images are those of all processes."""
+    settings = {"data.global_batch_size": 1024}
+    made.write_run(tmp_path, facts=made.GPU | {"processes": 4}, power=500.0, rate=2000.0, settings=settings)
+    shown = page(load([tmp_path])).split("Throughput, energy and overhead</h2>")[1].split("</section>")[0]
+    cells = re.findall(r"<td>(.*?)</td>", shown.split("<tr>")[2])
+    assert cells[6:9] == ["500", "1", f"{20 * 1024 / 3600:.3g}"] and "taken for each of them" in shown
 
 
 def test_kd_of_another_machine_or_student_is_no_baseline(tmp_path):

@@ -16,7 +16,8 @@ WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
 MAX_POINTS = 300
 MIN_COUNT = 10  # images in a bin, below which its accuracy says little
-BINS_HEIGHT = 44  # of the strip below a reliability diagram
+BINS_HEIGHT = 50  # of the strip below a reliability diagram
+COLUMNS_HEIGHT = 32  # in it
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,17 @@ def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) ->
         width = (WIDTH - LEFT - RIGHT) / len(share)
         each = (width - 2) / len(series)
         for i, one_share in enumerate(share):
-            tall = one_share / most * (BINS_HEIGHT - 12)
+            tall = one_share / most * COLUMNS_HEIGHT
             if tall >= 0.05:
                 box = f'x="{LEFT + i * width + 1 + number * each:.2f}" y="{base - tall:.1f}" width="{each:.2f}" height="{tall:.1f}"'
                 parts.append(f'<rect {box} style="fill:{one.color}"/>')
     for value in axis:
         x, _ = place(value, 0)
         parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{100 * value:.0f}</text>')
-    parts.append(f'<text x="{LEFT - 6}" y="{base - BINS_HEIGHT + 16}" text-anchor="end">{100 * most:.0f} %</text>')
+    parts.append(f'<text x="{LEFT - 6}" y="{base - COLUMNS_HEIGHT + 5}" text-anchor="end">{100 * most:.0f} %</text>')
     parts.append(f'<text x="{LEFT - 6}" y="{base + 3}" text-anchor="end">0 %</text>')
     parts.append(f'<text x="{LEFT + 4}" y="{TOP + 11}">right, %</text>')
-    parts.append(f'<text x="{LEFT + 4}" y="{base - BINS_HEIGHT + 16}">of the images</text>')
+    parts.append(f'<text x="{LEFT + 4}" y="{base - COLUMNS_HEIGHT - 4}">share of the images</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">confidence, %</text>')
     return _figure(heading, unit, height, parts)
 

@@ -11,7 +11,10 @@ from dad_fast.observe.run_files import Run, machine, number
 from dad_fast.observe.runs import Group
 
 # Two runs' speeds are compared only where these are the same.
-SAME_WORK = ("student.name", "student.model_kwargs", "augment.img_size", "data.batch_size", "data.data_dir", "precision", "engine.savings")
+SAME_WORK = (
+    *("student.name", "student.model_kwargs", "augment.img_size", "data.batch_size", "data.global_batch_size", "data.data_dir"),
+    *("precision", "engine.savings"),
+)
 
 COLUMNS = (
     *("steps", "training time, s", "img/s", "time per image / KD", "data wait, %", "GPU memory, GiB"),
@@ -27,9 +30,10 @@ def throughput(run: Run) -> float | None:
 
 
 def joules_per_image(run: Run) -> float | None:
-    """Energy of one GPU per clean image: power, averaged over the two ends of a window, times the window's seconds.
+    """Energy of the GPUs per clean image: power, averaged over the two ends of a window, times the window's seconds.
 
-    None without power samples. It counts training alone, not evaluation, and neither the host nor further GPUs.
+    None without power samples. It counts training alone, not evaluation, and not the host. Of several processes the first logs its
+    GPU's power, which stands for all.
     """
     energy, steps_seen, before = 0.0, 0.0, None
     for steps, rate, power in _windows(run):
@@ -37,7 +41,7 @@ def joules_per_image(run: Run) -> float | None:
             energy += steps * (power + (power if before is None else before)) / 2 / rate
             steps_seen += steps
         before = power
-    return energy / steps_seen if steps_seen else None
+    return run.processes * energy / steps_seen if steps_seen else None
 
 
 def _windows(run: Run) -> list[tuple[float, float, float | None]]:
@@ -68,7 +72,7 @@ def _work(group: Group) -> str:
     }
     if not settings:  # nothing is known of it: it is like no other run
         settings = {"run": str(group.runs[0].folder)}
-    return json.dumps([settings, sorted({machine(run.facts) for run in group.runs})], default=str, sort_keys=True)
+    return json.dumps([settings, sorted({f"{run.processes} x {machine(run.facts)}" for run in group.runs})], default=str, sort_keys=True)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -117,8 +121,8 @@ def _steps(run: Run) -> float | None:
 
 
 def _images(run: Run) -> float | None:
-    steps, batch, accumulated = _steps(run), run.settings.get("data.batch_size"), run.settings.get("engine.grad_accum_steps", 1)
-    return steps * batch * accumulated if steps and isinstance(batch, int) and isinstance(accumulated, int) else None
+    steps, each = _steps(run), run.images_per_step
+    return steps * each if steps and each else None
 
 
 def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> list[str]:
@@ -131,7 +135,9 @@ def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> li
     elif any(group.method != "kd" for group in groups):
         lines.append("No time against KD: there is no KD run of the same student, data, batch, precision and machine here.")
     if powered:
-        lines.append("Energy: the GPU's power at each log step, integrated over the time of training; one GPU's, without the host.")
+        several = any(run.processes > 1 for group in groups for run in group.runs)
+        whose = "the first GPU's power, taken for each of them" if several else "the GPU's power"
+        lines.append(f"Energy: {whose}, sampled at each log step and integrated over the time of training; without the host.")
     elif on_cpu and all(on_cpu):
         lines.append("No energy counters here: these runs were on a CPU.")
     else:

@@ -31,7 +31,7 @@ ENVIRONMENT = (
         ("CUDA", "cuda"),
         ("cuDNN", "cudnn"),
     ),
-    *(("platform", "platform"), ("python", "python"), ("commit", "git"), ("loader", "loader")),
+    *(("platform", "platform"), ("python", "python"), ("commit", "git"), ("loader", "loader"), ("processes", "processes")),
 )
 MANY = 40  # settings; more differ only between runs of different kinds
 
@@ -89,8 +89,8 @@ def _data(group: Group) -> str:
 def _training(group: Group) -> str:
     steps = [number(record, "steps") for record in group.finished]
     epochs = [number(record, "epochs") for record in group.finished]
-    batch, accumulated = group.setting("data.batch_size"), group.setting("engine.grad_accum_steps") or 1
-    size = f" of {batch * accumulated:,} clean images" if isinstance(batch, int) and isinstance(accumulated, int) else ""
+    each = next((run.images_per_step for run in group.runs if run.images_per_step), None)
+    size = f" of {each:,} clean images" if each else ""
     if not any(steps):
         planned = group.setting("schedule.epochs")
         return f"{planned:g} epochs planned{f', steps{size}' if size else ''}" if isinstance(planned, int | float) else "–"

@@ -85,12 +85,18 @@ def read_pieces(path: str | Path) -> Pieces:
             images = {name: file.get_tensor(name) for name in IMAGES}
             shift = file.get_tensor("shift") if "shift" in file.keys() else None
         shape = images["original"].shape
-        sound = len(shape) == 4 and shape[3] == 3 and all(part.shape == shape and part.dtype == np.uint8 for part in images.values())
+        sound = (
+            len(shape) == 4
+            and min(shape) > 0
+            and shape[3] == 3
+            and all(part.shape == shape and part.dtype == np.uint8 for part in images.values())
+        )
         count = len(described["examples"])
-        if not sound or not shape[0] == count or (shift is not None and (shift.ndim != 3 or len(shift) != count)):
+        sound = sound and shape[0] == count and all(isinstance(one, dict) for one in described["examples"])
+        if not sound or (shift is not None and (shift.ndim != 3 or len(shift) != count or not shift.size or not np.isfinite(shift).all())):
             raise ValueError("shapes or types that do not belong together")
         return Pieces(
             images, shift, int(described["scale"]), int(described["num_codes"]), str(described["attacked"]), described["examples"]
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last: a type that numpy lacks
         raise DataError(f"{path}: not the pieces of a picture sheet ({error})") from None

@@ -75,24 +75,27 @@ def _detection(record: dict[str, Any]) -> str:
 
 def fairness(groups: Sequence[Group]) -> list[str]:
     """What each method that costs more than distillation may be compared with: KD at equal epochs, KD at equal time."""
-    lines = []
+    equal_epochs: dict[str, list[str]] = {}
+    equal_time: dict[str, list[str]] = {}
+    alone = []
     for group in groups:
-        if group.method in ("ce", "kd") or not group.finished:
-            continue
-        equal_epochs, equal_time = [], []
         baselines = [other for other in groups if other.method == "kd" and other.finished and _machines(other) == _machines(group)]
+        if group.method in ("ce", "kd") or not group.finished or not baselines:
+            continue
+        timed = False
         for other in baselines:
             epochs, seconds = _ratio(group, other, "epochs"), _ratio(group, other, "seconds")
+            times = f"{group.label} ({seconds:.2g} times its training time)" if seconds is not None else group.label
             if epochs is not None and abs(epochs - 1) <= EQUAL_EPOCHS:
-                equal_epochs.append(f"{other.label}" + (f" ({group.label} takes {seconds:.2g} times its training time)" if seconds else ""))
+                equal_epochs.setdefault(other.label, []).append(times)
             if seconds is not None and abs(seconds - 1) <= EQUAL_TIME:
-                equal_time.append(f"{other.label} ({group.label} takes {seconds:.2f} times its training time)")
-        if equal_epochs:
-            lines.append(f"At equal epochs, compare {group.label} with {' or '.join(equal_epochs)}.")
-        if equal_time:
-            lines.append(f"At equal time, compare {group.label} with {' or '.join(equal_time)}.")
-        elif baselines:
-            lines.append(f"No KD run here took as long as {group.label}: part of a gain over KD may be its longer training.")
+                equal_time.setdefault(other.label, []).append(times)
+                timed = True
+        alone += [] if timed else [group.label]
+    lines = [f"At equal epochs, compare with {name}: {', '.join(found)}." for name, found in equal_epochs.items()]
+    lines += [f"At equal time, compare with {name}: {', '.join(found)}." for name, found in equal_time.items()]
+    if alone:
+        lines.append(f"No KD run here took as long as {' or '.join(alone)}: part of a gain over KD may be longer training.")
     return lines
 
 

@@ -27,6 +27,21 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)  # run.json: environment, weights, kernels
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl
 
+    @property
+    def processes(self) -> int:
+        """How many trained together, one GPU each."""
+        found = self.facts.get("processes")
+        return found if isinstance(found, int) and found > 0 else 1
+
+    @property
+    def images_per_step(self) -> int | None:
+        """Clean images of a step, of all processes together."""
+        whole, batch = self.settings.get("data.global_batch_size"), self.settings.get("data.batch_size")
+        if isinstance(whole, int) and whole > 0:
+            return whole
+        accumulated = self.settings.get("engine.grad_accum_steps", 1)
+        return batch * accumulated if isinstance(batch, int) and isinstance(accumulated, int) else None
+
     def kind(self, name: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == name]
 
@@ -36,7 +51,7 @@ def machine(facts: dict[str, Any]) -> str:
     gpus = facts.get("gpus")
     if not isinstance(gpus, list) or not {"cpu", "threads"} <= facts.keys():
         return ""
-    if not all(isinstance(gpu, dict) and "name" in gpu for gpu in gpus):
+    if not all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus):
         return ""
     return ", ".join(str(gpu["name"]) for gpu in gpus) or f"{facts['cpu']}, {facts['threads']} threads"
 

@@ -72,7 +72,7 @@ def _tiles(pieces: Pieces, i: int) -> list[tuple[str, np.ndarray]]:
     tiles = [("clean", image["original"]), ("Q(clean)", image["discretized"]), ("Q(attacked)", image["adversarial"])]
     tiles.append((f"difference ×{pieces.scale}", image["difference"]))
     if pieces.shift is not None:
-        tiles.append(("changed codes", heat_map(image["original"], pieces.shift[i], float(np.nanmax(pieces.shift)))))
+        tiles.append(("changed codes", heat_map(image["original"], pieces.shift[i], float(pieces.shift.max()))))
     return tiles
 
 
