@@ -352,6 +352,22 @@ def test_other_methods_leave_a_probe_alone(parts, tmp_path, capsys):
     assert "another architecture" in capsys.readouterr().err
 
 
+def test_a_timm_teacher_gives_its_features_and_its_answers(parts, tmp_path, capsys):
+    given = arguments(parts, tmp_path / "ce", "--method", "ce", "--teacher", "", *tiny.STUDENT)
+    assert main(given) == 0
+    teacher = f"timm:resnet18@{tmp_path / 'ce/model.safetensors'}"
+    assert main(arguments(parts, tmp_path / "run", "--teacher", teacher, "--lp-views", "2")) == 0
+    probe, _ = load_student(tmp_path / "run")
+    assert isinstance(probe, Probe) and probe.model.weight.shape == (3, 8) and not probe.spec["unit_features"]
+    assert main(["eval", str(tmp_path / "run"), "--suite", "val"]) == 0
+    capsys.readouterr()
+    assert main(arguments(parts, tmp_path / "zs", "--teacher", teacher, "--lp-init", "zero-shot")) == 2
+    assert "--lp-init" in capsys.readouterr().err
+    assert main([*arguments(parts, tmp_path / "ce", "--method", "ce", "--teacher", "", *tiny.STUDENT), "--overwrite", "--seed", "7"]) == 0
+    with pytest.raises(DataError, match="another encoder"):
+        load_student(tmp_path / "run")
+
+
 # --- several processes ---
 
 

@@ -106,8 +106,8 @@ def build_probe(
             "unit_features": teacher.unit_features,
             "num_classes": teacher.num_classes,
             "img_size": img_size or side,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
+            "crop_pct": float(teacher.crop_pct),
+            "interpolation": teacher.interpolation,
         },
     )
     if init == "zero-shot":
