@@ -23,7 +23,8 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-h"], ["train", "-h"], ["train", "--help-all"], ["eval", "-h"], ["store", "-h"], ["doctor", "-h"], ["--version"]]
+    "arguments",
+    [["-h"], ["train", "-h"], ["train", "--help-all"], ["eval", "-h"], ["store", "-h"], ["report", "-h"], ["doctor", "-h"], ["--version"]],
 )
 def test_help_is_light(arguments: list[str]) -> None:
     assert not loaded("dad_fast.cli", f"dad_fast.cli.main({arguments!r})") & HEAVY

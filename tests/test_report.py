@@ -14,6 +14,7 @@ import pytest
 import report_runs as made
 import torch
 
+from dad_fast import cli
 from dad_fast.errors import DataError
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.observe.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Bar, Series, bar_chart, line_chart, ticks
@@ -334,3 +335,9 @@ def test_twenty_runs_are_one_small_page_soon_made(tmp_path):
     shown = page(load(sorted(tmp_path.iterdir())))
     assert time.process_time() - before < 2 and len(shown) < 5_000_000
     assert shown.count("<h3>") == 20
+
+
+def test_help_fits_a_screen(capsys):
+    assert cli.main(["report", "-h"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("usage: dad-fast report") and len(lines) <= 50 and max(map(len, lines)) <= 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from random import Random
 
 import pytest
 import report_runs as made
@@ -183,3 +184,44 @@ def test_teachers_of_one_name_that_disagree_are_told_apart(tmp_path):
 )
 def test_number(value, expected):
     assert number({"a": {"b": value}}, "a.b") == expected and number({"a": value}, "a.b") is None
+
+
+JUNK = [None, True, -1, 10**30, math.nan, math.inf, "", "x", "<b>", [], [1], {}, {"a": 1}, [[]], [{}], [None], {"name": {}}, {"suites": {}}]
+
+
+def test_any_value_in_any_place(tmp_path):
+    """A page is made whatever stands in the place of a value, or the folder is refused in one line."""
+    run, random = tmp_path / "run", Random(0)
+    record = made.write_run(run, "dad", "dad", facts=made.GPU | {"processes": 2}, power=500.0)
+    record["ood"] = {"textures": {"energy": {"auroc": 91.25, "aupr": 90.0, "fpr95": 30.0}}}
+    files = {run / "results.json": record, run / "run.json": json.loads((run / "run.json").read_text())}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for _ in range(150):
+        path, value = random.choice([*files.items(), (run / "metrics.jsonl", rows)])
+        changed = _with_junk(value, random)
+        lines = changed if isinstance(changed, list) and path.suffix == ".jsonl" else [changed]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            page(load([run])).encode()
+        finally:
+            path.write_text("".join(json.dumps(line) + "\n" for line in (value if path.suffix == ".jsonl" else [value])))
+
+
+def _with_junk(value, random):
+    """A copy of `value` with something else in one place, inner places as likely as outer ones."""
+    places = list(_places(value, ()))
+    place = random.choice(places)
+    if not place:
+        return random.choice(JUNK)
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = random.choice(JUNK)
+    return copy
+
+
+def _places(value, path):
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _places(inner, (*path, key))

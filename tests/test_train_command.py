@@ -40,6 +40,8 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
     sheets = {"sheet.png", "sheet.safetensors"}
     assert made - sheets == expected
     assert made & sheets == (set() if method in ("ce", "kd") else sheets)
+    page = (tmp_path / "run/report.html").read_text()
+    assert all((words in page) == (method not in ("ce", "kd")) for words in ("changed codes", "difference ×", "Q(clean)"))
     record = json.loads((tmp_path / "run/results.json").read_text())
     assert record["steps"] == 2 and record["suites"]["val"]["num_images"] == 24
     facts = json.loads((tmp_path / "run/run.json").read_text())
