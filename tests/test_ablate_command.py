@@ -39,12 +39,16 @@ def finished(out):
     return {str(path.parent.relative_to(out)): path.stat().st_mtime_ns for path in out.glob("*/seed-*/results.json")}
 
 
-def test_a_sweep_planned_run_extended_and_gone_on_with(parts, tmp_path, capsys):
+def test_the_plan_and_its_cost(parts, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(arguments(parts, out, "--axes", "filter", "--vary", "optim.lr=1e30", "--dry-run")) == 0
+    assert main(arguments(parts, out, "--axes", "filter", "--stores", "--vary", "optim.lr=1e30", "--dry-run")) == 0
     said = capsys.readouterr().out
-    assert "3 cells, 6 runs; 0 are done, 6 to do" in said and "one plain KD run" in said and not out.exists()
+    assert "3 cells, 6 runs; 0 are done, 6 to do" in said and "times one run of KD" in said
+    assert f"6 runs learn from {out}/stores/adversarial-" in said and not out.exists()
 
+
+def test_a_sweep_with_a_failure_extended_and_gone_on_with(parts, tmp_path, capsys):
+    out = tmp_path / "out"
     # a cell that fails is named, and the others are done
     assert main(arguments(parts, out, "--axes", "filter", "--vary", "optim.lr=1e30", "--max-steps", "12")) == 1
     said = capsys.readouterr().err
@@ -58,12 +62,13 @@ def test_a_sweep_planned_run_extended_and_gone_on_with(parts, tmp_path, capsys):
     assert "interval" in record["ablation"]["cells"]["filter=off"]["val"]["top1"]
     assert "| filter=off | 2 |" in (out / "table.md").read_text() and (out / "plot.svg").exists() and (out / "report.html").exists()
 
-    # cells are added; what is done is not done again, and shares nothing that changes it
-    assert main(arguments(parts, out, "--axes", "filter", "--max-steps", "12", "--resume", "auto", "--dry-run")) == 0
-    assert "2 cells, 4 runs; 4 are done, 0 to do" in capsys.readouterr().out
+    # cells are added; what is done is not done again, but for what is damaged
+    (out / "dad/seed-1/results.json").write_text("{}")
     assert main(arguments(parts, out, "--axes", "order", "filter", "--max-steps", "12", "--resume", "auto")) == 0
+    assert "[4/6] dad seed 1: val" in capsys.readouterr().err
     after = finished(out)
-    assert {name: after[name] for name in before} == before and "order=authors/seed-1" in after
+    assert [name for name in before if after[name] != before[name]] == ["dad/seed-1"] and "order=authors/seed-1" in after
+    assert json.loads((out / "dad/seed-1/results.json").read_text()) == record["runs"][1]
 
     # another base is not this sweep
     assert main(arguments(parts, out, "--axes", "filter", "--max-steps", "12")) == 2

@@ -65,15 +65,17 @@ class Run:
         self.name = f"{cell} seed {seed}"
 
     def record(self) -> dict[str, Any] | None:
-        """results.json of a run that is finished with these settings, else None."""
+        """results.json of a run that is finished and judged with these settings, else None. A run writes config.toml before it begins."""
+        results, config = self.folder / "results.json", self.folder / "config.toml"
         try:
-            record: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
-            made = from_toml((self.folder / "config.toml").read_text(), str(self.folder))
-            judged = not self.cfg.eval.suites or set(record["suites"]) == set(self.cfg.eval.suites)
-        except (OSError, ValueError, KeyError, TypeError, UsageError):
+            record: dict[str, Any] = json.loads(results.read_text())
+            made = from_toml(config.read_text(encoding="utf-8"), str(config))
+            later = results.stat().st_mtime_ns >= config.stat().st_mtime_ns
+        except (OSError, ValueError, UsageError):
             return None
         same = identity(with_batch_sizes(made, 1)) == identity(with_batch_sizes(self.cfg, 1)) and made.seed == self.seed
-        return record if same and judged else None
+        whole = isinstance(record, dict) and {"seed", "seconds", "epochs", "suites"} <= set(record)
+        return record if whole and later and same and made.eval.suites == self.cfg.eval.suites else None
 
 
 def _check_output(output: Path, plan: Plan, launch: SweepLaunch) -> None:

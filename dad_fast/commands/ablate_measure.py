@@ -112,7 +112,7 @@ def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str])
 
 def _judging(trainer: Trainer, cfg: Config, parts: Parts) -> dict[str, float]:
     """Seconds to judge on the validation split and on all suites, from one batch of each."""
-    suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes) or [Suite(cfg.data.val_split, parts.val)]
+    suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval) or [Suite(cfg.data.val_split, parts.val)]
     trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
     return {
         "val": _seconds(trainer, parts.student, Suite(cfg.data.val_split, parts.val), cfg),

@@ -48,7 +48,7 @@ class Worker:
             try:
                 builder, _ = self._parts_of(cfg)
                 parts = builder.build(cfg)
-                open_suites(cfg.eval.suites, cfg.data, parts.train.classes)
+                open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval)
                 Trainer(cfg, parts, Path("nothing is written"), "")
             except DadFastError as error:
                 raise type(error)(f"{cell}: {error}") from None
@@ -67,7 +67,7 @@ class Worker:
         cfg = from_toml(config)
         builder, known = self._parts_of(cfg)
         known.update(taught)
-        suites = open_suites(cfg.eval.suites, cfg.data, builder.build(cfg).train.classes)
+        suites = open_suites(cfg.eval.suites, cfg.data, builder.build(cfg).train.classes, cfg.eval)
         launch = Launch(output=folder, resume="auto", preset=preset)
         train.one_run(cell, cfg, Path(folder), f"{cell} seed {cfg.seed}", launch, builder, suites, known)
 
