@@ -43,7 +43,8 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """`atomic_write_bytes` for JSON, indented, with `plain` values."""
-    atomic_write_text(path, json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    atomic_write_bytes(path, text.encode(errors="backslashreplace"))  # a name that is not UTF-8 has surrogates: JSON's own escape
 
 
 def disk_error(error: Exception, path: str | Path, then: str = "run the same command again") -> DataError:

@@ -26,6 +26,12 @@ def test_atomic_write_replaces_and_leaves_no_temporary(tmp_path):
     assert path.read_text() == "ü" and os.listdir(path.parent) == ["a.json"]
 
 
+def test_json_holds_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xe2\x82\xac")
+    files.atomic_write_json(tmp_path / "x.json", {name: [name, "caf\u00e9"]})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {name: [name, "caf\u00e9"]}
+
+
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.atomic_write_text(path, "old")
