@@ -90,7 +90,7 @@ def test_scaling(bench: Bench) -> None:
         sizes = {f"{factor} x the gradients": factor * numbers for factor in (1, 4, 16)}
         bench.compare(
             f"all-reduce, {num} processes", {name: together.function(f"reduce {size}") for name, size in sizes.items()},
-            baseline="1 x the gradients", work=4 * numbers / 1e6, unit="MB of gradients", config={"num_parameters": numbers}, seconds=6,
+            baseline="1 x the gradients", work=1, unit="all-reduce", config={"num_parameters": numbers}, seconds=6,
         )  # fmt: skip
         reduce_ms = bench.session.groups[bench.group][-1]["rows"][0]["ms"]["median"]
         for method in METHODS:

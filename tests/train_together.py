@@ -1,6 +1,6 @@
 """A few steps of every method on synthetic images, in one of several processes (tests/test_distributed_training.py starts them).
 
-    python train_together.py LIST      LIST is JSON: [name, method, student, grad_accum_steps, dtype] for each training
+    python train_together.py LIST      LIST is JSON: [name, method, student, grad_accum_steps, dtype, step with a NaN] for each
 
 Prints for each one JSON line: the losses over the global batch, and a hash of weights, EMA and optimizer of this process.
 """
@@ -59,12 +59,19 @@ def global_batch(step):
     )  # fmt: skip
 
 
+def poisoned(batch):
+    """Not a number in the last image: that is one process's, and all of them must leave out the step."""
+    batch.mix_lam[-2:] = float("nan")
+    batch.mix_kind[-2:] = 1
+    return batch
+
+
 def stretch(batch, rank, world):
     size = GLOBAL // world
     return replace(batch, **{k: v[rank * size : (rank + 1) * size] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)})
 
 
-def train(method, student, parts, dtype):
+def train(method, student, parts, dtype, bad_step=-1):
     dtype = getattr(torch, dtype)
     cfg = Config(
         method=method, student=STUDENTS[student], attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
@@ -76,7 +83,9 @@ def train(method, student, parts, dtype):
     step = TrainStep(cfg, model, LinearTeacher(dtype), discretizer(dtype), update)
     losses, rank, world = [], distributed.rank(), distributed.world()
     for number in range(STEPS):
-        scalars = step(stretch(global_batch(number), rank, world), number, 1e-2)
+        batch = poisoned(global_batch(number)) if number == bad_step else global_batch(number)
+        scalars = step(stretch(batch, rank, world), number, 1e-2)
+        assert bool(scalars["applied"]) == (number != bad_step)
         losses.append(sum(distributed.gather(scalars["loss"].item())) / world)
     found = hashlib.sha256()
     moments = [value for entry in update.optimizer.state_dict()["state"].values() for value in entry.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from dad_fast.config import Launch, check, to_toml
@@ -9,7 +10,7 @@ from dad_fast.config.fields import sections, settings
 from dad_fast.config.resolve import gather, preset_names
 from dad_fast.config.variants import NOT_SCIENCE
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings, entry, two_columns, wants_help, whole_number
+from dad_fast.flags import WIDTH, Parser, add_settings, entry, two_columns, wants_help, whole_number
 
 SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad"
 
@@ -32,7 +33,7 @@ LAUNCH_FLAGS = {
     "CONFIG.toml": "settings; keys that it leaves out come from the preset or the defaults",
     "--preset NAME": "a named set of settings",
     "--set KEY=VALUE": "any setting by its key, such as --set optim.opt_kwargs.eps=1e-6; repeatable",
-    "--nproc N|auto": "processes on this machine, auto = one a GPU; on several machines start with torchrun -m",
+    "--nproc N|auto": "processes on this machine, auto = one a GPU [1]; several machines: docs/distributed.md",
     "-o, --output DIR": "the run's folder; by default runs/ and the name of the preset, CONFIG or method",
     "--resume auto|PATH": "continue the run in --output, or from a checkpoint; auto starts when there is none",
     "--overwrite": "replace an existing run",
@@ -105,7 +106,8 @@ def help_text(every: bool) -> str:
             lines.append("")
     else:
         lines += [entry(s) for s in settings().values() if s.main]
+    presets = textwrap.fill(", ".join(preset_names()), WIDTH - 9, subsequent_indent=" " * 9, break_on_hyphens=False)
     lines += ["", "the run:"] if not every else ["the run"]
     lines += [two_columns(names, text) for names, text in LAUNCH_FLAGS.items()]
-    lines += ["", OUTRO.format(presets=", ".join(preset_names())).rstrip()]
+    lines += ["", OUTRO.format(presets=presets).rstrip()]
     return "\n".join(lines)
