@@ -1,0 +1,97 @@
+"""LP-CLIP: what the strong view costs beside the weak one, in time and memory, and what a step costs with and without kept features.
+
+Views are made by PIL on one core, as the loader makes them, from files in the page cache. The memory is the highest of a process that does
+nothing else. A step's batch lies on the device; the reading of kept features is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.bench import Bench
+from benchmarks.photos import write_photos
+from benchmarks.test_loader import SIDE, described, held_to_one_core
+from benchmarks.workload import Workload, make_workload
+from dad_fast.config.schema import AugmentConfig
+from dad_fast.data.loader import TrainLoader
+from dad_fast.data.sources import open_source
+from dad_fast.engine.lp_clip import ProbeStep
+from dad_fast.engine.update import Update
+from dad_fast.methods.lp_clip import pseudo_labels
+from dad_fast.models.probe import build_probe
+
+CROP = AugmentConfig(scale=(0.35, 1.0), color_jitter=0.0, train_interpolation="bicubic")
+VIEWS = {
+    "weak": AugmentConfig(crop="center", hflip=0.0, color_jitter=0.0, train_interpolation="bicubic"),
+    "crop and flip": CROP,
+    "Cutout": dataclasses.replace(CROP, reprob=1.0, remode="const"),
+    "RandAugment": dataclasses.replace(CROP, aa="rand-m9-mstd0.5-inc1"),
+    "RandAugment and Cutout": dataclasses.replace(CROP, aa="rand-m9-mstd0.5-inc1", reprob=1.0, remode="const"),
+}
+BATCH, BATCHES = 16, 4  # per call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DAD_FAST_CACHE", str(root / "cache"))
+        return write_photos(root / "500x375", 500, 375, 64)
+
+
+def views(folder: Path, name: str) -> None:
+    """A few batches of these views."""
+    loader = TrainLoader(open_source(str(folder)), VIEWS[name], SIDE, BATCH, seed=0, workers=0)
+    for _ in loader.batches(0, BATCHES):
+        pass
+
+
+def peak_of_a_process(folder: Path, name: str) -> float:
+    """MiB."""
+    code = "import resource, sys; from pathlib import Path; from benchmarks.test_lp_clip import views; "
+    code += "views(Path(sys.argv[1]), sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code, str(folder), name], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def test_views(bench: Bench, folder: Path) -> None:
+    notes = {name: f"peak of a process {peak_of_a_process(folder, name):.0f} MiB" for name in VIEWS}
+    with held_to_one_core():
+        functions = {name: partial(views, folder, name) for name in VIEWS}
+        config = described(open_source(str(folder)), side=SIDE, batch_size=BATCH, batches_per_call=BATCHES)
+        bench.compare("views, 500x375, 1 core", functions, baseline="weak", work=BATCH * BATCHES, config=config, notes=notes, seconds=15)
+
+
+def test_steps(bench: Bench) -> None:
+    work = make_workload(bench.size, bench.device)
+    num = len(work.batch.labels)
+    functions = {"encoder in every step": probe_step(work, kept=False), "features kept": probe_step(work, kept=True)}
+    config = {name: work.describe()[name] for name in ("teacher", "weights", "batch_size", "img_size", "precision", "optimizer")}
+    bench.compare(f"steps, batch {num}", functions, baseline="encoder in every step", work=num, config=config, energy=True, seconds=15)
+
+
+def probe_step(work: Workload, kept: bool) -> Callable[[], object]:
+    augment = dataclasses.replace(work.cfg.augment, mixup=0.0, cutmix=0.0)
+    engine = dataclasses.replace(work.cfg.engine, cuda_graphs="off")
+    cfg = dataclasses.replace(work.cfg, method="lp-clip", augment=augment, engine=engine)
+    probe = build_probe(work.teacher, "").to(work.device)
+    step = ProbeStep(cfg, probe, Update(probe, cfg, work.device))
+    pixels = work.batch.images.float() / 255
+    with torch.no_grad():
+        labels, confidence = pseudo_labels(work.teacher(pixels))
+    features = probe.features(pixels).cpu()
+    batch = dataclasses.replace(work.batch, pseudo_labels=labels, confidence=confidence)
+    order = torch.arange(len(labels))
+
+    def from_the_table() -> object:
+        return step(dataclasses.replace(batch, features=features[order].to(work.device)), 10, 0.1)
+
+    return from_the_table if kept else lambda: step(batch, 10, 0.1)
