@@ -47,6 +47,14 @@ def test_a_paired_comparison() -> None:
     assert found["interval"][1] - found["interval"][0] < 0.6 * np.subtract(*np.percentile(wide, (97.5, 2.5)))
 
 
+def test_differences_of_nll_and_brier() -> None:
+    a, b = records(np.ones(4)), records(np.ones(4))
+    a.values["nll"][:], b.values["nll"][:] = (1, 2, 3, 4), (0.5, 1.5, 2.5, 3.5)
+    a.values["brier"][1] = np.nan  # a row that was not finite
+    found = compare("val", a, b)
+    assert found["nll"] == {"difference": 0.5, "interval": [0.5, 0.5]} and found["brier"] == {}
+
+
 def test_an_image_in_several_parts_is_one_trial() -> None:
     """Five severities, on which the models answer alike: the interval is that of the images, not of five times as many."""
     random = np.random.default_rng(0)

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from dad_fast.evaluate.intervals import mean_interval
+from dad_fast.evaluate.metrics import SCORES, summarise
+from dad_fast.evaluate.records import Records
+from dad_fast.evaluate.result import make_result, with_intervals
 
 
 def plain_bootstrap(values: np.ndarray) -> np.ndarray:
@@ -41,3 +44,33 @@ def test_covers_the_truth_as_often_as_it_says():
 
 def test_all_equal_has_no_width():
     assert mean_interval(np.ones(50)) == (1.0, 1.0)
+
+
+def records_of(count: int, parts: int) -> Records:
+    random = np.random.default_rng(0)
+    image, part = np.tile(np.arange(count), parts), np.repeat(np.arange(parts), count)
+    confidence = np.tile(random.uniform(0.2, 1, count), parts)
+    correct = np.tile((random.random(count) < 0.8 * confidence[:count]).astype(float), parts)
+    values = {name: np.zeros(count * parts) for name in SCORES}
+    values |= {"confidence": confidence, "correct": correct, "nll": -np.log(confidence), "brier": (1 - confidence) ** 2}
+    return Records("x", {"image": image, "part": part, "label": np.zeros_like(image), **values})
+
+
+def test_intervals_of_calibration_equal_plain_resampling() -> None:
+    records = records_of(300, 1)
+    found = with_intervals(make_result("x", records, 10))
+    random, plain = np.random.default_rng(5), {"ece": [], "nll": [], "brier": []}
+    for _ in range(1500):
+        rows = random.integers(300, size=300)
+        again = summarise({name: records[name][rows] for name in SCORES}, 10)
+        for name, values in plain.items():
+            values.append(again[name])
+    for name, values in plain.items():
+        expected = np.percentile(values, (2.5, 97.5))
+        assert getattr(found, f"{name}_interval") == pytest.approx(expected, abs=0.25 * np.std(values)), name
+
+
+def test_images_of_several_parts_are_drawn_together() -> None:
+    once, five = (with_intervals(make_result("x", records_of(200, parts), 10)) for parts in (1, 5))
+    assert five.nll_interval == pytest.approx(once.nll_interval) and five.ece_interval == pytest.approx(once.ece_interval)
+    assert five.top1_interval == pytest.approx(once.top1_interval) and len(five.by_severity) == 5

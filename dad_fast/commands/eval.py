@@ -22,7 +22,7 @@ from dad_fast.evaluate import show
 from dad_fast.evaluate.compare import agreement, compare
 from dad_fast.evaluate.detection import detect
 from dad_fast.evaluate.records import Records, is_records, load_records, save_records
-from dad_fast.evaluate.result import Result
+from dad_fast.evaluate.result import Result, with_intervals
 from dad_fast.evaluate.robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.sources import as_judged
@@ -136,7 +136,7 @@ class _Evaluation:
         found = Found(subject, id_suite=self.id_suite(suites))
         say(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
         for suite in suites:
-            result = self.result(subject, suite)
+            result = with_intervals(self.result(subject, suite))
             if teacher is not None and result.records and (theirs := teacher.results[suite.name].records):
                 result = replace(result, agreement=agreement(result.records, theirs))
             say(show.row(result))

@@ -32,13 +32,19 @@ def compare(name: str, a: Records, b: Records) -> dict[str, Any]:
     right_a, right_b = a["correct"], b["correct"]
     only_a, only_b = int((right_a > right_b).sum()), int((right_b > right_a).sum())
     _, place = np.unique(a["image"], return_inverse=True)
-    each = np.bincount(place, weights=right_a - right_b) / np.bincount(place)
-    low, high = mean_interval(each)
+
+    def paired(field: str, scale: float) -> tuple[np.ndarray, dict[str, Any]]:
+        each = scale * np.bincount(place, weights=a[field] - b[field]) / np.bincount(place)  # [images]
+        known = bool(np.isfinite(each).all())
+        return each, {"difference": float(each.mean()), "interval": list(mean_interval(each))} if known else {}
+
+    each, top1 = paired("correct", 100.0)
     return {
         "num_images": len(each),
         "top1": [100 * float(right_a.mean()), 100 * float(right_b.mean())],
-        "difference": 100 * float(each.mean()),
-        "interval": [100 * low, 100 * high],
+        **top1,
+        "nll": paired("nll", 1.0)[1],
+        "brier": paired("brier", 1.0)[1],
         "only_first": only_a,
         "only_second": only_b,
         "p_value": mcnemar(only_a, only_b) if len(each) == len(right_a) else None,

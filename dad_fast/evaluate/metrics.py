@@ -73,7 +73,7 @@ def summarise(scores: dict[str, np.ndarray], num_outputs: int) -> dict[str, Any]
     correct, confidence = scores["correct"], scores["confidence"]
     if not len(correct):
         raise ValueError("no image was counted")
-    bins = (np.ceil(confidence * NUM_BINS).astype(np.int64) - 1).clip(0, NUM_BINS - 1)
+    bins = confidence_bins(confidence)
     edges = np.quantile(confidence, np.linspace(0, 1, NUM_BINS + 1))
     even = np.searchsorted(edges[1:-1], confidence)
     return {
@@ -85,6 +85,11 @@ def summarise(scores: dict[str, np.ndarray], num_outputs: int) -> dict[str, Any]
         "brier": float(scores["brier"].mean()),
         "reliability": _reliability(bins, correct, confidence),
     }
+
+
+def confidence_bins(confidence: np.ndarray) -> np.ndarray:
+    """The bin of each confidence, 0 … 14: ((m-1)/15, m/15] for m = 1 … 15."""
+    return (np.ceil(confidence * NUM_BINS).astype(np.int64) - 1).clip(0, NUM_BINS - 1)
 
 
 def _calibration_error(bins: np.ndarray, correct: np.ndarray, confidence: np.ndarray) -> float:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dad_fast.evaluate.intervals import mean_interval
-from dad_fast.evaluate.metrics import summarise
+from dad_fast.evaluate.intervals import interval, mean_interval, resampled
+from dad_fast.evaluate.metrics import confidence_bins, summarise
 from dad_fast.evaluate.records import Records
+
+MOST_ROWS = 300_000  # `with_intervals` draws each of them 2000 times
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Result:
     ece_adaptive: float | None = None  # 15 bins of equal numbers of images
     brier: float | None = None
     reliability: dict[str, list[Any]] | None = None  # count, confidence, accuracy of 15 equal bins, as fractions
+    ece_interval: tuple[float, float] | None = None  # these three where `with_intervals` made them
+    nll_interval: tuple[float, float] | None = None
+    brier_interval: tuple[float, float] | None = None
     agreement: float | None = None  # share of images on which the model and the teacher say the same class, %
     protocol: str = ""  # how an image becomes pixels, which outputs compete, and what is missing
     mce: float | None = None  # mean corruption error relative to AlexNet's, %
@@ -56,3 +61,24 @@ def make_result(name: str, records: Records, num_outputs: int, **facts: Any) -> 
     tops = tuple(100 * float(records.part(part)["correct"].mean()) for part in np.unique(records["part"]))
     facts = {"by_severity": tops if len(tops) > 1 else ()} | facts
     return Result(name=name, num_images=len(images), top1_interval=(100 * low, 100 * high), records=records, **found, **facts)
+
+
+def with_intervals(result: Result) -> Result:
+    """`result` with the intervals of ECE, NLL and Brier score; as it is above MOST_ROWS images times parts.
+
+    The ECE of a resample is never below what chance alone makes of as many images, so that its interval lies a little high.
+    """
+    records = result.records
+    if records is None or len(records) > MOST_ROWS:
+        return result
+    images, place = np.unique(records["image"], return_inverse=True)
+    bins = confidence_bins(records["confidence"])
+    gap = records["correct"] - records["confidence"]
+    found: dict[str, list[float]] = {"ece": [], "nll": [], "brier": []}
+    for drawn in resampled(len(images)):
+        weights = np.bincount(drawn, minlength=len(images))[place]  # how often each row is in the resample
+        found["ece"].append(100 * float(np.abs(np.bincount(bins, weights=weights * gap)).sum() / weights.sum()))
+        found["nll"].append(float(weights @ records["nll"] / weights.sum()))
+        found["brier"].append(float(weights @ records["brier"] / weights.sum()))
+    made = {f"{name}_interval": interval(np.array(values)) for name, values in found.items()}
+    return replace(result, **made)  # type: ignore[arg-type]

@@ -14,8 +14,9 @@ from dad_fast.files import atomic_write_text
 
 HEADER = f"{'suite':<24} {'images':>8} {'top-1 %':>7} {'95 %':>13} {'top-5 %':>7} {'ECE %':>6} {'NLL':>7} {'Brier':>6} {'agree %':>7}"
 COLUMNS = (
-    *("num_images", "skipped", "top1", "top1_low", "top1_high", "top5", "ece", "ece_adaptive", "nll", "brier", "agreement"),
-    *("mce", "mce_low", "mce_high", "effective_robustness", "protocol"),
+    *("num_images", "skipped", "top1", "top1_low", "top1_high", "top5", "ece", "ece_low", "ece_high", "ece_adaptive"),
+    *("nll", "nll_low", "nll_high", "brier", "brier_low", "brier_high", "agreement", "mce", "mce_low", "mce_high"),
+    *("effective_robustness", "protocol"),
 )
 
 
@@ -83,8 +84,8 @@ def write_csv(path: str | Path, models: Mapping[str, Mapping[str, Any]]) -> None
     for model, found in models.items():
         for suite, one in found["suites"].items():
             low_high = {
-                f"{name}_{end}": (one.get(f"{name}_interval") or ("", ""))[i]
-                for name in ("top1", "mce")
+                f"{metric}_{end}": (one.get(f"{metric}_interval") or ("", ""))[i]
+                for metric in ("top1", "ece", "nll", "brier", "mce")
                 for i, end in enumerate(("low", "high"))
             }
             beyond = found.get("effective_robustness", {}).get(suite, {}).get("effective")
