@@ -1,6 +1,6 @@
 """Whether images that lie nearer to a test set help more on it: the embedded experiment behind docs/analyze.md.
 
-    python scripts/distance_and_gain.py runs/distance-and-gain --seeds 7       # about 20 minutes of one core; goes on where it was stopped
+    python scripts/distance_and_gain.py runs/distance-and-gain       # about 20 minutes of one core; goes on where it was stopped
 
 A generator makes one set of images from the training set: the images themselves, Q(x), Q(x + noise), DAT's (Q of images that attack a
 student trained without them) or DAD's. For each, students learn by distillation on clean images and on that set, by the same loss, and are
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -233,15 +234,21 @@ def tables(record: dict[str, Any]) -> str:
         cells = [f"{gain.mean():+.1f} ± {gain.std(ddof=1):.1f}" for gain in gains]
         cells = [f"**{cell}**" if gain.mean() == most else cell for cell, gain in zip(cells, gains, strict=True)]
         lines.append(f"| {suite} | {np.mean(top1['none'][suite]):.1f} | " + " | ".join(cells) + " |")
+    lines += ["", "<details><summary>Distances</summary>"]
     for space, title in SPACES.items():
-        lines += ["", f"| squared SW2, corrected, x 1000: {title} | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(SETS)]
-        for suite in SUITES:
-            found = [record["distances"][space][suite][name]["sw2_squared_corrected"] for name in SETS]
+        of_suites = {suite: [record["distances"][space][suite][name]["sw2_squared_corrected"] for name in SETS] for suite in SUITES}
+        halves = {suite: [(one["interval"][1] - one["interval"][0]) / 2 for one in found] for suite, found in of_suites.items()}
+        power = 1 - math.floor(math.log10(max(one["value"] for found in of_suites.values() for one in found)))
+        digits = max(1, 1 - power - math.floor(math.log10(np.median(list(halves.values())))))  # two of the usual interval
+        lines += ["", f"| SW2² x 1e{power}: {title} | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(SETS)]
+        for suite, found in of_suites.items():
             least = min(one["value"] for one in found)
-            cells = [f"{1000 * one['value']:.2f} ± {500 * (one['interval'][1] - one['interval'][0]):.2f}" for one in found]
-            cells = [f"**{cell}**" if one["value"] == least else cell for cell, one in zip(cells, found, strict=True)]
+            cells = []
+            for one, half in zip(found, halves[suite], strict=True):
+                cell = f"{10**power * one['value']:.{digits}f} ± {10**power * half:.{digits}f}"
+                cells.append(f"**{cell}**" if one["value"] == least else cell)
             lines.append(f"| {suite} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "</details>"]) + "\n"
 
 
 def renew(document: Path, text: str) -> None:
@@ -256,8 +263,11 @@ def renew(document: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--seeds", type=int, default=7)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--tables", action="store_true", help="only draw and write again what docs/analyze.json holds")
     options = parser.parse_args()
+    if options.tables:
+        return show()
     output, start = options.output, time.process_time()
     train(output, options.seeds)
     suites, run = [suite.removesuffix(":1") for suite in SUITES], output / "none" / "seed-0"
@@ -286,8 +296,14 @@ def main() -> int:
         "environment": environment(),
     }
     atomic_write_json(DOCS / "analyze.json", record)
+    return show()
+
+
+def show() -> int:
+    """The plot and the tables of the record."""
+    record = json.loads((DOCS / "analyze.json").read_text())
     plot(record, DOCS / "analyze.svg")
-    renew(DOCS / "analyze.md", tables(json.loads((DOCS / "analyze.json").read_text())))
+    renew(DOCS / "analyze.md", tables(record))
     return 0
 
 
