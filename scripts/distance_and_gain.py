@@ -280,6 +280,7 @@ def main() -> int:
         tests = analysis["distances"].pop("tests")
         distances[space] = {suite: tests[suite.removesuffix(":1")]["sets"] for suite in SUITES}
         floors[space] = {suite: tests[suite.removesuffix(":1")]["floor"] for suite in SUITES}
+        analysis["student"]["file"] = "none/seed-0"  # and not where it lies on this machine
         analyses[space] = {key: value for key, value in analysis.items() if key != "environment"}
     top1 = judge(output, options.seeds)
     record = {
@@ -295,8 +296,17 @@ def main() -> int:
         "analyses": analyses,
         "environment": environment(),
     }
-    atomic_write_json(DOCS / "analyze.json", record)
+    atomic_write_json(DOCS / "analyze.json", rounded(record))
     return show()
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def show() -> int:
