@@ -15,9 +15,10 @@ from dad_fast.config.schema import Config
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.loader import Batch, TrainLoader, train_loader
 from dad_fast.engine import distributed
+from dad_fast.engine.advice import Advice
 from dad_fast.engine.build import Parts
 from dad_fast.engine.checkpoint import CheckpointFolder, snapshot
-from dad_fast.engine.clock import Clock, Window, input_bound
+from dad_fast.engine.clock import Clock
 from dad_fast.engine.feed import feed
 from dad_fast.engine.garbage import collections_between_steps
 from dad_fast.engine.graph import WARM_UP
@@ -34,7 +35,6 @@ from dad_fast.engine.update import Update
 from dad_fast.engine.writer import Writer
 from dad_fast.errors import Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite, evaluate
-from dad_fast.models.discretizer import VQGANDiscretizer
 from dad_fast.models.probe import Probe
 from dad_fast.models.student import Student
 from dad_fast.models.weights import write_safetensors
@@ -71,7 +71,7 @@ class Trainer:
         self.best_top1 = -1.0
         self.validation_due = False  # a stop was asked for when it should have begun
         self.clock = Clock(parts.device)
-        self.windows, self.advised, self.bad_latents = 0, False, 0
+        self.advice = Advice(cfg, parts, self.loader.name)
         self.bad_images: set[str] = set()  # that any process has met
         self.gpu = Gpu.open(parts.device.index or 0) if parts.device.type == "cuda" and distributed.is_main() else None
         self.worst_streak = torch.zeros((), device=parts.device)
@@ -210,14 +210,13 @@ class Trainer:
             del values["applied"]
         self.clock.count()
         window = self.clock.window()
-        self._warn_of_bad_latents()
         values |= self.step.measure(batch)
         most = {"data_wait": window.waited / window.seconds}
         if self.parts.device.type == "cuda":
             most["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
         values = over_processes(values, most)
         bad_images = len(self.gathered_bad_images())
-        self._advise(window)
+        self.advice.on_window(window, self.log.say)
         self.clock.skip()
         progress.update(values)
         gpu = {"gpu": self.gpu.sample()} if self.gpu else {}
@@ -231,25 +230,6 @@ class Trainer:
         for names in distributed.gather([name for name in self.loader.replaced if name not in self.bad_images]):
             self.bad_images.update(names)
         return sorted(self.bad_images)
-
-    def _advise(self, window: Window) -> None:
-        """Once: that the run waits for its data. Not of the first window, which holds the start of the loader's processes."""
-        self.windows += 1
-        if self.advised or self.windows == 1 or isinstance(self.loader, FeatureLoader):
-            return
-        cuda = self.parts.device.type == "cuda"
-        advice = input_bound(window, self.images_per_step, self.cfg.data.workers, self.loader.name, cuda)
-        if advice:
-            self.advised = True
-            self.log.say(advice)
-
-    def _warn_of_bad_latents(self) -> None:
-        discretizer = self.parts.discretizer
-        if isinstance(discretizer, VQGANDiscretizer) and not self.bad_latents:
-            self.bad_latents = int(discretizer.vqgan.search().num_nonfinite)
-            if self.bad_latents:
-                what = f"{self.bad_latents:,} of the encoder's outputs so far were not numbers and got code 0"
-                self.log.say(f"warning: {what}; set precision.encoder=float32, or look at the VQGAN's weights")
 
     def _stop_if_not_finite(self) -> None:
         if self.worst_streak.item() > self.update.tolerated:
@@ -279,16 +259,10 @@ class Trainer:
             )  # fmt: skip
 
     def _check_signal(self, batch: Batch) -> None:
-        """Once a run: whether the attack can be seen above the encoder's rounding."""
         ratio = self.step.signal_to_rounding(batch)
-        if ratio is None:
-            return
-        self.log.metrics("attack", step=self.next_step, signal_to_rounding=ratio)
-        if ratio < 3:
-            self.log.say(
-                f"warning: the attack moves the encoder's output only {ratio:.2g} times as much as rounding does, so many codes "
-                "change by chance; raise --attack-eps, or set precision.encoder=float32"
-            )
+        if ratio is not None:
+            self.log.metrics("attack", step=self.next_step, signal_to_rounding=ratio)
+            self.advice.on_attack(ratio, self.log.say)
 
     def _save(self, best: bool) -> None:
         """A checkpoint of this moment, written while training goes on; what came before it is on the disk by then."""
