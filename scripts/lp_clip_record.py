@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Make docs/lp-clip.json: LP-CLIP on the embedded digits, for a teacher that knows the shifts and one that does not.
 
     python scripts/make_demo_weights.py --see mnist --teacher-only -o blind       # the second teacher, about four minutes on one core
