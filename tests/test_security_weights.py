@@ -72,6 +72,25 @@ def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
     refused(lambda: read_state_dict(tmp_path / "bomb.pth"), "bomb.pth", "compressed inside", "safetensors")
 
 
+@pytest.mark.parametrize(("at", "byte"), [(0.6754430976643836, 0x40), (0.875, 0x80)], ids=["its version", "a name"])
+def test_an_archive_that_python_cannot_list_is_not_handed_to_torch(tmp_path: Path, at: float, byte: int) -> None:
+    """Found by fuzzing: such an archive went past the checks of what is in it."""
+    torch.save({"state_dict": {"a.weight": torch.zeros(2, 3)}}, tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    for position in range(int(at * len(content)), len(content)):
+        changed = content.copy()
+        changed[position] = byte
+        (tmp_path / "w.pth").write_bytes(changed)
+        try:
+            zipfile.ZipFile(tmp_path / "w.pth").close()
+        except (NotImplementedError, UnicodeDecodeError):
+            refused(lambda: read_state_dict(tmp_path / "w.pth"), "w.pth", "damaged")
+            return
+        except zipfile.BadZipFile:
+            pass
+    raise AssertionError("no such byte")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "make",

@@ -116,6 +116,8 @@ class CheckpointFolder:
             for name, digest in found.items():
                 if hashes[name] != digest:
                     raise DataError(f"checkpoint {path} is damaged: {name} is not what was written")
+            if type(state["step"]) is not int or state["step"] < 0:
+                raise ValueError("its step is no number of steps")
             return Checkpoint(path, load_file(path / FILES[1]), state)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise DataError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None

@@ -67,9 +67,10 @@ def read_pickle(path: Path) -> Any:
     Raises DataError where the file is damaged, is a TorchScript archive, is compressed, or names anything but tensors, plain containers and
     `STAND_INS`.
     """
-    if _is_torchscript(path):
+    entries = _archive_entries(path)
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise DataError(f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; {_instead(path)}")
-    if _is_packed(path):
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise DataError(f"{path}: compressed inside, which torch.save never does and which could be of any size; give a safetensors file")
     try:
         with safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]), warnings.catch_warnings():
@@ -81,24 +82,24 @@ def read_pickle(path: Path) -> Any:
                 f"{path}: refused, because it asks for {refused[1]}, which weights do not need and which could run code; "
                 "give a safetensors file, or one that holds only the state dict"
             ) from None
-        why = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise DataError(f"{path}: not a weights file, or damaged ({why}); fetch it again, or give a safetensors file") from None
+        raise _damaged(path, error) from None
 
 
-def _is_torchscript(path: Path) -> bool:
+def _archive_entries(path: Path) -> list[zipfile.ZipInfo]:
+    """Of a zip archive, as torch.save writes them; none of a bare pickle. What Python cannot list, torch does not get to read."""
     try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":
+                return []
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
+            return archive.infolist()
+    except Exception as error:  # BadZipFile, UnicodeDecodeError, NotImplementedError, struct.error ...
+        raise _damaged(path, error) from None
 
 
-def _is_packed(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
-        return False
+def _damaged(path: Path, error: Exception) -> DataError:
+    why = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return DataError(f"{path}: not a weights file, or damaged ({why}); fetch it again, or give a safetensors file")
 
 
 def _instead(path: Path) -> str:
