@@ -164,7 +164,7 @@ def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):
 @pytest.mark.parametrize("method", ["dad", "aug-only", "dat+dad", "kd"])
 def test_training_from_stores_runs_resumes_and_says_what_it_used(inputs, raw, targets, tmp_path, method, capsys):
     needs = inputs["discretizer"] if method == "dat+dad" else []
-    stores = ["--store", str(targets)] if method == "kd" else ["--store", str(raw), str(targets)]
+    stores = ["--store", *{"kd": [str(targets)], "aug-only": [str(raw)]}.get(method, [str(raw), str(targets)])]
     run = ["train", "--method", method, *inputs["data"], *AUGMENTED, *inputs["attack"], *needs, *stores, "--epochs", "3"]
     run += ["--warmup-epochs", "0", "--set", "log_every=4"]
     assert main([*run, "-o", str(tmp_path / "straight")]) == 0, capsys.readouterr().err
@@ -200,7 +200,7 @@ def test_outputs_for_another_temperature_are_refused(inputs, tmp_path, capsys):
     assert main([*run, "--temperature", "2"]) == 0
 
 
-def test_another_teacher_or_other_data_is_refused(inputs, raw, tmp_path, capsys):
+def test_another_teacher_or_other_data_is_refused(inputs, raw, targets, tmp_path, capsys):
     write_teacher(tmp_path / "other.safetensors", seed=1)
     write_images(tmp_path / "data", classes=("ant", "bee", "dog"))
     run = ["train", "--method", "dad", *inputs["data"], "--store", str(raw), "-o", str(tmp_path / "out")]
@@ -210,6 +210,9 @@ def test_another_teacher_or_other_data_is_refused(inputs, raw, tmp_path, capsys)
     assert "class 2: cat there, dog here" in capsys.readouterr().err
     assert main(run) == 2 and "needs a teacher" in capsys.readouterr().err
     assert main([*run, *inputs["teacher"], "--method", "ce"]) == 2 and "--store" in capsys.readouterr().err
+    for method, store in (("kd", raw), ("aug-only", targets)):
+        assert main(["train", *flags(inputs, "--method", method, "--store", str(store), "-o", str(tmp_path / "out"))]) == 2
+        assert f"--method {method} learns from no " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

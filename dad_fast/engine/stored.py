@@ -18,6 +18,7 @@ from dad_fast.data.loader import Batch
 from dad_fast.data.records import uses_mixing
 from dad_fast.data.sources import Source
 from dad_fast.errors import DataError, UsageError
+from dad_fast.methods.objectives import TERMS
 from dad_fast.store import AdversarialStore, Manifest, Store, TargetStore, open_store
 
 MIXING = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # of [augment]
@@ -66,6 +67,11 @@ class Stored:
 
     def check_form(self, cfg: Config) -> None:
         """Raises UsageError where the loss needs what these stores do not hold, DataError where it would read their outputs wrongly."""
+        terms = TERMS.get(cfg.method, ())
+        serves = ((self.adversarial, {"dad", "aug"}, "adversarial images"), (self.targets, {"kd"}, "outputs on clean images"))
+        for store, needed, what in serves:
+            if store is not None and not needed & set(terms):
+                raise UsageError(f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave it out")
         for store in self.stores:
             form = store.manifest.outputs_form
             if form.k and form.temperature != cfg.loss.temperature:
