@@ -207,6 +207,16 @@ def test_other_spaces(parts, tmp_path):
         analyze(*common, "--features", "student", "-o", tmp_path)
 
 
+def test_a_linear_probe_is_a_student_too(parts, tmp_path):
+    _, common, _ = parts
+    run = tmp_path / "probe"
+    assert cli.main(["train", *common, "--method", "lp-clip", "--max-steps", "2", "--epochs", "8", "-o", str(run)]) == 0
+    assert analyze(run, *common[4:6], "--no-filter", "--features", "student", "--set", "attack.random_start=0") == 0
+    record = json.loads((run / "analysis" / "analysis.json").read_text())
+    assert record["student"]["method"] == "lp-clip" and "dat" in record["sets"]
+    assert record["sets"]["dat"]["codes_changed"]["value"] > 0
+
+
 def test_the_student_sees_what_its_classifier_sees(parts):
     _, _, run = parts
     student, _ = load_student(run)

@@ -30,7 +30,6 @@ from dad_fast.models.teacher import Teacher, _PreLogits
 TITLES = {"clean": "clean", "q_clean": "Q(clean)", "random_q": "random + Q", "dat": "DAT", "dad": "DAD"}
 FILTERED = ("q_clean", "random_q", "dad")  # the loss counts these where the teacher still says the label
 EXAMPLES = 8  # images of a sheet
-
 THUMBNAIL = 32  # pixels a side, at most, of images that are compared as they are
 
 View = tuple[int, float, str]  # side in pixels, share kept, filter
@@ -118,6 +117,8 @@ class Generators:
 
     def _student(self, pixels: Tensor) -> Tensor:
         assert self.student is not None
+        if isinstance(self.student, Probe):  # whose own forward keeps no gradient
+            return self.student.logits(self.student.encoder.features(pixels))
         with torch.autocast(pixels.device.type, getattr(torch, self.precision.student), enabled=self.precision.amp):
             logits: Tensor = self.student(pixels)
         return logits
