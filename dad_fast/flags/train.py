@@ -12,7 +12,7 @@ from dad_fast.config.variants import NOT_SCIENCE
 from dad_fast.errors import UsageError
 from dad_fast.flags import WIDTH, Parser, add_settings, entry, two_columns, wants_help, whole_number
 
-SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad"
+SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad, or a linear probe by lp-clip"
 
 INTRO = """\
 usage: dad-fast train [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] [-o OUT]
