@@ -103,6 +103,7 @@ def test_files_that_hold_no_predictions(tmp_path: Path) -> None:
         ({"a": np.zeros(1)}, about, "no predictions of dad-fast .no 's/image'"),
         (good, {"dad_fast.predictions": "{"}, "damaged"),
         (good, {"dad_fast.predictions": '{"suites": [1]}'}, "damaged"),
+        (good, {"dad_fast.predictions": json.dumps({"suites": {"\x1b[2Js": "x"}})}, r"damaged .a suite is called \\x1b"),
     ]):  # fmt: skip
         path = tmp_path / f"{number}.safetensors"
         save_file(arrays, path, metadata)

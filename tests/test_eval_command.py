@@ -375,6 +375,11 @@ def test_help_examples_parse() -> None:
     for line in lines:
         given = vars(eval_flags.make_parser().parse(shlex.split(line, comments=True)[2:]))
         assert given.get("model") or given["compare"]
+    page = (Path(__file__).parents[1] / "docs" / "eval.md").read_text()
+    in_docs = [line for line in page.splitlines() if line.startswith("dad-fast eval ")]
+    assert len(in_docs) > 5
+    for line in in_docs:
+        eval_flags.make_parser().parse(shlex.split(line, comments=True)[2:])
     text = eval_flags.help_text().splitlines()
     assert len(text) <= 50 and max(map(len, text)) <= 100
 

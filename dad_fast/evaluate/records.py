@@ -68,6 +68,8 @@ def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
         about = json.loads(metadata[PREDICTIONS])
         suites = {}
         for name, source in about["suites"].items():
+            if shown(name) != name:
+                raise ValueError(f"a suite is called {shown(name)[:40]}")
             found = {field: arrays[f"{name}/{field}"].numpy() for field in FIELDS}
             if len({value.shape for value in found.values()}) != 1 or found["image"].ndim != 1:
                 raise ValueError(f"the arrays of {name} differ in shape")
