@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +164,20 @@ def test_asked_to_stop_it_saves_what_is_under_way(parts, tmp_path, number, code)
     assert sweep.returncode == code, said
     assert "0 of 2 runs done; what was under way is saved" in said and "failed" not in said
     assert list(out.glob("dad/seed-0/checkpoints/latest"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="children are listed in /proc")
+def test_a_worker_that_dies_fails_its_cell_alone(parts, tmp_path):
+    out = tmp_path / "out"
+    sweep = start(parts, out)
+    wait_for(lambda: training(out))
+    (worker,) = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    _, said = sweep.communicate(timeout=300)
+    assert sweep.returncode == 1, said
+    assert f"failed: dad seed 0: its process died (signal SIGKILL); see {out}/logs/worker-0.log" in said
+    assert set(finished(out)) == {"filter=off/seed-0"}
 
 
 @pytest.mark.slow

@@ -7,15 +7,19 @@ The record is that of a comparison (table.py) with one part more:
 
 A difference is taken seed by seed: runs of one seed share their initial weights, their order of images and their augmentation, so that
 their difference spreads less than either. Its interval is Student's t at 95 % over these differences.
+
+`python -m dad_fast.evaluate.ablation OUT/results.json` prints the tables as markdown.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dad_fast.evaluate.table import METRICS, cell, markdown, spread, suites, variants
+from dad_fast.errors import DadFastError, DataError, UsageError
+from dad_fast.evaluate.table import METRICS, cell, markdown, read_record, spread, suites, variants
 
 # Student's t at 97.5 %, for 1 to 9 degrees of freedom.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -133,8 +137,8 @@ def notes(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def ablation_markdown(record: dict[str, Any]) -> str:
-    """The axes' tables, their notes, and the table of every cell as it is."""
+def axes_markdown(record: dict[str, Any]) -> str:
+    """A table for each axis, and their notes."""
     lines: list[str] = []
     for axis in record["ablation"]["axes"]:
         header, rows, clear = axis_rows(record, axis)
@@ -142,8 +146,22 @@ def ablation_markdown(record: dict[str, Any]) -> str:
         for i, row in enumerate(rows):
             lines.append("| " + " | ".join(f"**{text}**" if (i, j) in clear else text for j, text in enumerate(row)) + " |")
         lines.append("")
-    lines += [*(f"- {note}" for note in notes(record)), "", "## every cell", "", markdown(record), "", markdown(record, "ece"), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"- {note}" for note in notes(record)), ""])
+
+
+def ablation_markdown(record: dict[str, Any]) -> str:
+    """The axes' tables, and those of every cell as it is."""
+    return "\n".join([axes_markdown(record), "## every cell", "", markdown(record), "", markdown(record, "ece"), ""])
+
+
+def read_ablation(arguments: Sequence[str], module: str) -> dict[str, Any]:
+    """The sweep's record that a command line of this module names. Raises DataError for another record."""
+    if len(arguments) != 1:
+        raise UsageError(f"usage: python -m dad_fast.{module} RESULTS.json")
+    record = read_record(arguments[0])
+    if "ablation" not in record:
+        raise DataError(f"{arguments[0]}: not the record of a sweep (dad-fast ablate)")
+    return record
 
 
 def print_ablation(record: dict[str, Any]) -> None:
@@ -167,3 +185,16 @@ def print_ablation(record: dict[str, Any]) -> None:
         Console(width=max(console.width, needed)).print(grid)
     for note in notes(record):
         print(note)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        print(ablation_markdown(read_ablation(arguments, "evaluate.ablation")), end="")
+    except DadFastError as error:
+        print(f"dad-fast: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,25 +1,30 @@
-"""The plot of a sweep: every cell's difference from the base as a dot with its interval, a panel a suite, as one SVG file."""
+"""The plot of a sweep: every cell's difference from the base as a dot with its interval, a panel a suite, as one SVG file.
+
+`python -m dad_fast.observe.forest OUT/results.json` prints it.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from dad_fast.evaluate.ablation import Difference, difference
+from dad_fast.errors import DadFastError
+from dad_fast.evaluate.ablation import Difference, difference, read_ablation
 from dad_fast.evaluate.table import suites, variants
 from dad_fast.observe.chart import ticks
 
-LABELS, PANEL, GAP, ROW, TOP, BOTTOM = 190, 150, 18, 18, 64, 34
+LABELS, PANEL, GAP, ROW, TOP, BOTTOM = 180, 150, 36, 20, 64, 30
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1c1e21; } .soft { fill: #5f6670; } .axis { stroke: #d4d8dd; } .zero { stroke: #5f6670; }
-.dot { fill: #0b62a8; } .seed { fill: #0b62a8; opacity: 0.3; } .range { stroke: #0b62a8; stroke-width: 2; } .head { font-weight: 600; }
+.dot { fill: #0b62a8; } .seed { fill: #0b62a8; opacity: 0.55; } .range { stroke: #0b62a8; stroke-width: 2; } .head { font-weight: 600; }
 """
 
 
 def forest_plot(record: dict[str, Any]) -> str:
-    """`record` is a sweep's (evaluate/ablation.py). Rows are cells by axis, faint dots single seeds; each panel has its own scale."""
+    """`record` is a sweep's (evaluate/ablation.py). Rows are cells by axis, small dots single seeds; each panel has its own scale."""
     grouped, ablation = variants(record), record["ablation"]
     base, names = ablation["base"], suites(record)
     lines: list[tuple[str, str]] = []  # (axis, "") is a heading, (axis, cell) a row
@@ -31,7 +36,7 @@ def forest_plot(record: dict[str, Any]) -> str:
     seeds = len(grouped.get(base, []))
     what = "one seed: no spread"
     if seeds > 1:
-        what = f"mean and 95 % interval over {seeds} seeds, paired, cut at the panel's edge; faint: single seeds"
+        what = f"mean and 95 % interval over {seeds} seeds, paired, cut at the panel's edge; small dots below: single seeds"
     parts.append(f'<text class="soft" x="8" y="38">{what}</text>')
     for row, (axis, name) in enumerate(lines):
         y = TOP + row * ROW + 13
@@ -67,10 +72,23 @@ def _panel(left: int, suite: str, found: Sequence[Difference | None], height: in
     for row, item in enumerate(found):
         if item is None:
             continue
-        y = TOP + row * ROW + 9
+        y = TOP + row * ROW + 8
         if item.interval is not None:
             start, end = item.interval
             parts.append(f'<line class="range" x1="{at(start):.1f}" x2="{at(end):.1f}" y1="{y}" y2="{y}"/>')
-        parts += [f'<circle class="seed" cx="{at(value):.1f}" cy="{y}" r="2.5"/>' for value in item.pairs if len(item.pairs) > 1]
+        parts += [f'<circle class="seed" cx="{at(value):.1f}" cy="{y + 6}" r="1.8"/>' for value in item.pairs if len(item.pairs) > 1]
         parts.append(f'<circle class="dot" cx="{at(item.mean):.1f}" cy="{y}" r="3.5"/>')
     return parts
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        print(forest_plot(read_ablation(arguments, "observe.forest")), end="")
+    except DadFastError as error:
+        print(f"dad-fast: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
