@@ -81,6 +81,9 @@ def test_missing_suite_and_numbers_that_are_none(runs):
 
 def test_markdown_says_what_a_reader_must_know(runs):
     runs[0]["suites"]["test"]["skipped"] = 2
+    for one in runs:
+        one["suites"]["fog"]["protocol"] = "resize 28 bicubic, crop 28; logits of the 200 classes"
+        one["suites"]["test"]["protocol"] = "resize 28 bicubic, crop 28"
     runs[3]["discretizer"], runs[3]["bn"] = {"name": "some.ckpt", "seen": ""}, "joint"
     runs[0]["variant"] = runs[1]["variant"] = runs[2]["variant"] = "ce|long"
     text = table.markdown({"runs": runs, "environment": {"gpus": [], "cpu": "Some CPU", "threads": 2}})
@@ -95,9 +98,11 @@ def test_markdown_says_what_a_reader_must_know(runs):
         "Discretizer some.ckpt has seen: not recorded in the weights.",
         "clean and attacked images: joint.",
         "test: 2 unreadable images are left out.",
+        "fog: resize 28 bicubic, crop 28; logits of the 200 classes.",
         "on Some CPU, 2 threads",
     ):
         assert words in text
+    assert "test: resize" not in text
 
 
 def test_write_and_remake(tmp_path, runs, capsys):

@@ -141,6 +141,8 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
         lines.append(f"Batch norm of the students over clean and attacked images: {', '.join(modes)}.")
     skipped = {name: max(int(run["suites"][name].get("skipped", 0)) for run in record["runs"] if name in run["suites"]) for name in names}
     lines += [f"{name}: {count} unreadable images are left out." for name, count in skipped.items() if count]
+    protocols = {name: run["suites"][name].get("protocol", "") for name in names for run in record["runs"] if name in run["suites"]}
+    lines += [f"{name}: {text}." for name, text in protocols.items() if "; " in text]  # what outputs compete, what is missing
     facts = record.get("environment")
     if facts:
         machine = ", ".join(gpu["name"] for gpu in facts["gpus"]) or f"{facts['cpu']}, {facts['threads']} threads"
