@@ -2,11 +2,17 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
-from dad_fast.evaluate.ablation import ablation_markdown, axis_rows, difference, notes, summary, t_quantile
+from dad_fast.evaluate import ablation
+from dad_fast.evaluate.ablation import ablation_markdown, axes_markdown, axis_rows, difference, notes, summary, t_quantile
+from dad_fast.evaluate.table import read_record
+from dad_fast.observe import forest
 from dad_fast.observe.forest import forest_plot
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def run_of(cell, seed, top1, seconds=10.0, **more):
@@ -87,3 +93,17 @@ def test_the_plot_is_one_svg_with_everything_inside_it():
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"filter", "filter=off", "order=a<b", "test"} <= set(texts)
     assert len(re.findall('class="dot"', forest_plot(record))) == 2
+
+
+def test_the_tables_and_the_plot_in_the_documentation_are_those_of_its_record():
+    record = read_record(DOCS / "ablate.json")
+    assert axes_markdown(record).replace("## ", "### ") in (DOCS / "ablate.md").read_text(encoding="utf-8")
+    assert forest_plot(record) == (DOCS / "ablate.svg").read_text(encoding="utf-8")
+
+
+def test_another_record_is_refused(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"runs": [{}]}')
+    for module in (ablation, forest):
+        assert module.main([str(tmp_path / "results.json")]) == 4 and module.main([]) == 2
+        said = capsys.readouterr().err
+        assert "not the record of a sweep" in said and "usage: python -m dad_fast." in said
