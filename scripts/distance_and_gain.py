@@ -40,8 +40,6 @@ from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.models.student import load_student
 from dad_fast.observe.runlog import environment
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EPOCHS, DRAWS = 10, 5
 # Chosen before anything was trained: the embedded test sets, and every corruption at its worst.
