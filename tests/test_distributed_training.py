@@ -35,7 +35,7 @@ def trainings(parts):
     return [*exact, *accumulated, *rounded, *([f"{method} bn", method, "bn", parts, "float64"] for method in ("ce", "kd", "dad"))]
 
 
-@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("nproc", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_compute_what_one_computes(tmp_path, nproc):
     alone = results(1, tmp_path, trainings(parts=nproc))  # batch norm in so many micro-batches sees what the processes see
     together = results(nproc, tmp_path, trainings(parts=1))
@@ -78,6 +78,7 @@ def saved_step(folder):
     return json.loads((folder / "checkpoints/latest/state.json").read_text())["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_a_process_killed_and_one_asked_to_stop_and_one_going_on_alone(tmp_path):
     run = tmp_path / "run"

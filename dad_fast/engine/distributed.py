@@ -259,9 +259,10 @@ def _others_needed() -> Iterator[None]:
     except RuntimeError as error:  # gloo's and NCCL's; DistBackendError is one
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        if stop := asked():  # all were: another one has answered first
+        missing = _missing()
+        if stop := asked():  # as all were, and another one has answered first
             raise stop("stopped at the same time as the other processes; go on with --resume auto") from error
-        raise PeerLost(f"{_missing()}; this process stops too ({_line(error)})") from error
+        raise PeerLost(f"{missing}; this process stops too ({_line(error)})") from error
 
 
 def _missing() -> str:
