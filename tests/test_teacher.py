@@ -357,7 +357,8 @@ def test_logit_bias_of_siglip():
     loaded = SimpleNamespace(tokenizer=lambda: None, templates=())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clip_teacher, "zero_shot_head", lambda *args: torch.eye(3))
-        weight, bias = clip_teacher._zero_shot(loaded, model, ANIMALS, "simple")
+        weight, bias, unit = clip_teacher._zero_shot(loaded, model, ANIMALS, "simple")
+    assert unit
     torch.testing.assert_close(weight, torch.eye(3) * torch.tensor(2.0).exp())
     assert torch.equal(bias, torch.full((3,), -10.0))
 
