@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dad_fast.config.schema import StudentConfig  # noqa: E402
 from dad_fast.data.classes import ClassMap  # noqa: E402
 from dad_fast.data.execute import eval_transform  # noqa: E402
 from dad_fast.errors import DadFastError  # noqa: E402
+from dad_fast.flags import export as flags  # noqa: E402
 from dad_fast.models import export_graph  # noqa: E402
 from dad_fast.models.export_card import md  # noqa: E402
 from dad_fast.models.export_check import check_pixels, largest_difference, reference  # noqa: E402
@@ -201,6 +203,35 @@ def test_a_run_is_exported_plain_and_as_it_was_judged(trained: Path, tmp_path: P
     assert str(trained.parent) not in text
 
 
+@pytest.mark.slow
+def test_a_compiled_transformer_is_exported_plain(tmp_path: Path) -> None:
+    """Its last block ran for the class token alone, the step was compiled, the memory format another one; the file is timm's."""
+    data, teacher = write_images(tmp_path / "data"), write_teacher(tmp_path / "t.safetensors")
+    size = "{embed_dim=24,depth=2,num_heads=2,patch_size=8}"
+    command = ["train", "--method", "kd", "--data-dir", data, "--teacher", teacher, "--student", "vit_tiny_patch16_224", "-b", 8, "-j0"]
+    more = [
+        "--set",
+        f"student.model_kwargs={size}",
+        "--img-size",
+        SIDE,
+        "--torchcompile",
+        "--channels-last",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+    ]
+    assert cli.main([str(part) for part in (*command, *more, "--warmup-epochs", 0, "-o", tmp_path / "run")]) == 0
+    assert export(tmp_path / "run", "-o", tmp_path / "out", "--format", "timm", "torch") == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert (
+        type(model.blocks[-1]) is type(model.blocks[0])
+        and model.state_dict().keys() == load_file(tmp_path / "run" / "model.safetensors").keys()
+    )
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "savings of the student: class_token_only" in log
+
+
 def test_raw_weights_are_those_of_the_optimizer(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(trained, "-o", tmp_path / "raw", "--weights", "raw") == 0
     state = load_file(trained / "checkpoints" / "latest" / "train.safetensors")
@@ -364,6 +395,12 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert export(*(argument.format(m=tmp_path) for argument in arguments)) == code
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+def test_help_examples_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.strip() for line in flags.HELP.splitlines() if line.startswith("  dad-fast export ")]
+    assert [flags.parse(shlex.split(line)[2:]).formats for line in lines] == [(), ("timm", "onnx", "torch")]
+    assert cli.main(["export", "-h"]) == 0 and max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("missing", export_graph.PACKAGES)

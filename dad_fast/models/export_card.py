@@ -168,7 +168,8 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
     side = student.image_size
     view = f"shorter side to {short} px ({md(student.interpolation)}), centre crop of {side} px"
     yield f"\nPreprocessing: {view}, decoded by PIL, no EXIF rotation."
-    yield "One model of one seed; corruptions (names without a folder) are applied to the validation images."
+    yield from (f"- {md(name)}: {md(found['protocol'])}" for name, found in run.results["suites"].items() if found.get("protocol"))
+    yield "\nOne model of one seed; corruptions (names without a folder) are applied to the validation images."
 
 
 def _limits(student: Student, classes: ClassMap, run: RunFacts) -> Iterator[str]:
