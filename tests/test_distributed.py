@@ -93,6 +93,9 @@ def stop(number, frame):
     sys.exit(75 if number != signal.SIGINT else 130)
 signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, stop)
 print("here", file=sys.stderr, flush=True)
+open(f"here-{rank}", "w").close()
+while how[rank] in ("dies", "fails") and not all(os.path.exists(f"here-{other}") for other in range(len(how))):
+    time.sleep(0.01)
 if how[rank] == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if how[rank] == "fails":
@@ -131,11 +134,17 @@ def test_the_first_failure_stops_the_others_and_is_named(fake, capfd, how, code,
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_signals_are_passed_on(fake, capfd, number, code):
-    (launcher := threading.Timer(1.0, os.kill, [os.getpid(), number])).start()
-    if number == signal.SIGUSR1:  # the script has no handler of its own for it: like any failure, it stops the others
-        code = 1
+    """Also to processes that have no handler yet, as here for SIGUSR1: they had nothing to save."""
+
+    def send():
+        while not (os.path.exists("here-0") and os.path.exists("here-1")):
+            time.sleep(0.01)
+        time.sleep(0.2)  # they are started, but the launcher may not be listening yet
+        os.kill(os.getpid(), number)
+
+    (sender := threading.Thread(target=send)).start()
     assert launch.run_processes(2, "verb", ["waits", "waits"]) == code
-    launcher.join()
+    sender.join()
 
 
 def test_processes_end_with_their_launcher(tmp_path):
