@@ -20,6 +20,7 @@ from store_data import content, exit_code, files, in_child, make_manifest, make_
 
 from dad_fast.errors import DataError, NotFinite, UsageError  # noqa: E402
 from dad_fast.store import AdversarialStore, Records, StoreWriter  # noqa: E402
+from dad_fast.store.images import encode_images  # noqa: E402
 from dad_fast.store.verify import verify  # noqa: E402
 
 
@@ -291,6 +292,20 @@ def test_outputs_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
             good = records(manifest, shard.todo()[0])
             shard.append(Records(keys=good.keys, labels=good.labels, outputs=values))
     assert (tmp_path / "store" / "shard-000000.index.part").stat().st_size == 0
+
+
+def test_images_that_are_encoded_already_are_stored_as_they_are(tmp_path: Path) -> None:
+    manifest = make_manifest(images="webp")
+    write(tmp_path / "pixels", manifest)
+    with StoreWriter.open(tmp_path / "files", manifest).shard(0) as shard:
+        for block in shard.todo():
+            good = records(manifest, block)
+            files_of = encode_images(good.images, "webp")
+            with pytest.raises(ValueError, match="encoded images"):
+                shard.append(Records(**{**vars(good), "images": files_of[:-1]}))
+            shard.append(Records(**{**vars(good), "images": files_of}))
+    for kind in ("index", "data", "images"):
+        assert (tmp_path / f"files/shard-000000.{kind}").read_bytes() == (tmp_path / f"pixels/shard-000000.{kind}").read_bytes()
 
 
 def test_arrays_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -68,11 +68,10 @@ class Stored:
     def check_form(self, cfg: Config) -> None:
         """Raises UsageError where the loss needs what these stores do not hold, DataError where it would read their outputs wrongly."""
         terms = TERMS.get(cfg.method, ())
-        serves = ((self.adversarial, {"dad", "aug"}, "adversarial images"), (self.targets, {"kd"}, "outputs on clean images"))
-        for store, needed, what in serves:
-            if store is not None and not needed & set(terms):
-                raise UsageError(f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave it out")
         for store in self.stores:
+            what, served = ("adversarial images", {"dad", "aug"}) if store is self.adversarial else ("outputs on clean images", {"kd"})
+            if not served & set(terms):
+                raise UsageError(f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave it out")
             form = store.manifest.outputs_form
             if form.k and form.temperature != cfg.loss.temperature:
                 raise DataError(
