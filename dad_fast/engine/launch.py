@@ -33,8 +33,10 @@ def run_processes(nproc: int, verb: str, arguments: Sequence[str]) -> int:
     process that a signal killed counts as 1. Where nobody failed and some were asked to stop it is theirs, 75 or 130.
     """
     with tempfile.TemporaryDirectory(prefix="dad-fast-") as folder:
-        family = _Family([_Process(rank, nproc, verb, arguments, Path(folder) / "rendezvous") for rank in range(nproc)])
+        family = _Family()
         try:
+            for rank in range(nproc):
+                family.processes.append(_Process(rank, nproc, verb, arguments, Path(folder) / "rendezvous"))
             return family.wait()
         finally:
             family.kill()
@@ -83,8 +85,8 @@ class _Process:
 
 
 class _Family:
-    def __init__(self, processes: list[_Process]) -> None:
-        self.processes = processes
+    def __init__(self) -> None:
+        self.processes: list[_Process] = []
         self.first: _Process | None = None  # the first that failed
         self.asked = False  # whether all were asked to stop
 
