@@ -211,7 +211,7 @@ def _check_lp_clip(cfg: Config) -> None:
     if cfg.store.dirs:
         raise UsageError("--store: --method lp-clip keeps the teacher's answers by itself; leave it out")
     if cfg.augment.mixup or cfg.augment.cutmix:
-        raise UsageError("--method lp-clip: a pseudo-label belongs to one image, which --mixup and --cutmix blend with another; leave them out")
+        raise UsageError("--method lp-clip: a pseudo-label is of one image, which --mixup and --cutmix blend with another; leave them out")
     if cfg.lp_clip.labels == "true" and cfg.lp_clip.threshold:
         raise UsageError("--lp-threshold: with --lp-labels true there are no pseudo-labels; leave one out")
     if cfg.lp_clip.init == "zero-shot" and cfg.student.init_from:

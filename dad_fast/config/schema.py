@@ -141,11 +141,11 @@ class LpClipConfig:
     labels: Literal["pseudo", "true"] = setting(
         "pseudo", "pseudo: the teacher's answers on the weak view; true: the data's labels, a supervised probe", "--lp-labels"
     )
-    weight: Literal["confidence", "none"] = setting("confidence", "what a pseudo-label counts: the teacher's confidence, or 1", "--lp-weight")
+    weight: Literal["confidence", "none"] = setting("confidence", "what a pseudo-label counts: its confidence, or 1", "--lp-weight")
     threshold: float = setting(0.0, "count a pseudo-label only where the teacher is at least this sure", "--lp-threshold", rule=PROBABILITY)
     init: Literal["zeros", "zero-shot"] = setting("zeros", "the linear layer at the start: zeros, or the teacher's own head", "--lp-init")
     views: int = setting(
-        0, "strong views per image, drawn once, whose features are kept in memory; 0 = new views every epoch", "--lp-views", rule=NOT_NEGATIVE
+        0, "strong views per image, drawn once, whose features are kept in memory; 0 = new ones each epoch", "--lp-views", rule=NOT_NEGATIVE
     )
 
 
