@@ -221,6 +221,18 @@ def test_descriptions_of_a_teacher_that_are_none(tmp_path: Path, clip: Any, text
     refused(lambda: read_teacher(put(tmp_path / "x.safetensors", clip[0], "dad_fast.teacher", text)), "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "[]", "3", DEEP, '{"model_cfg": 3}', '{"preprocess_cfg": []}', '{"preprocess_cfg": {"mean": "x", "std": [1, 1, 1]}}',
+     '{"preprocess_cfg": {"mean": [0, 0, 0], "std": [0, 0, 0]}}'],
+    ids=lambda text: text[:30],
+)  # fmt: skip
+def test_a_config_beside_the_weights_that_is_none(tmp_path: Path, clip: Any, text: str) -> None:
+    write_safetensors(tmp_path / "w.safetensors", clip[0], {})
+    (tmp_path / "open_clip_config.json").write_text(text)
+    refused(lambda: read_teacher(f"open_clip:ViT-B-32@{tmp_path / 'w.safetensors'}"), "open_clip_config.json")
+
+
 # --- a linear probe ---------------------------------------------------------------------------------------------------------
 
 

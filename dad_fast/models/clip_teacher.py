@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.models.declared import checked_clip, no_more_parameters_than
+from dad_fast.models.declared import checked_clip, checked_published, no_more_parameters_than
 from dad_fast.models.fingerprint import fingerprint
 from dad_fast.models.student import PROBE
 from dad_fast.models.teacher import TEACHER, UNKNOWN, Teacher, check_classes
@@ -199,10 +198,12 @@ def _known_arch(arch: str) -> dict[str, Any]:
 def _beside(file: Path) -> dict[str, Any]:
     """The open_clip_config.json that the hub keeps beside the weights; empty where there is none."""
     path = file.with_name("open_clip_config.json")
+    if not path.is_file():
+        return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (OSError, ValueError, TypeError):
-        raise DataError(f"{path}: not readable as JSON; fetch it again or move it away from the weights") from None
+        return checked_published(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not the JSON that open_clip writes ({error}); fetch it again or move it away from the weights") from None
 
 
 def _normalisation(arch: str, own: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:

@@ -72,6 +72,19 @@ def checked_clip(text: str) -> dict[str, Any]:
     return said
 
 
+def checked_published(text: str) -> dict[str, Any]:
+    """open_clip_config.json: model_cfg and preprocess_cfg, of which quick_gelu, mean and std are used. Raises ValueError, in few words."""
+
+    def normalises(value: Any) -> bool:
+        given = isinstance(value, dict) and {key: value[key] for key in ("mean", "std") if key in value}
+        return given == {} or (
+            isinstance(given, dict) and len(given) == 2 and _three(given["mean"], -1e3, 1e3) and _three(given["std"], 1e-6, 1e3)
+        )
+
+    rules: dict[str, Callable[[Any], bool]] = {"model_cfg": lambda value: isinstance(value, dict), "preprocess_cfg": normalises}
+    return _checked(text, rules, {"model_cfg": {}, "preprocess_cfg": {}})
+
+
 def checked_probe(text: str) -> dict[str, Any]:
     """The same of a linear probe's file. Raises ValueError, in few words."""
     return _checked(text, {
