@@ -86,15 +86,17 @@ def test_another_encoder_is_refused(parts, tmp_path, capsys):
         assert len(said) == 1 and "another encoder" in said[0]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"teacher": 3}'])
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"teacher": 3}', '{"num_features": 60000}', '{"num_features": 16.0}'])
 def test_damaged_metadata_is_one_line(parts, tmp_path, damage):
     from dad_fast.models.weights import read_state_dict, write_safetensors
 
     trainer = trained(config(parts), tmp_path / "run")
     trainer.write_model(tmp_path / "model.safetensors")
     state, metadata = read_state_dict(tmp_path / "model.safetensors")
+    if damage.endswith("}") and "num_features" in damage:
+        damage = json.dumps(json.loads(metadata["dad_fast.probe"]) | json.loads(damage))
     write_safetensors(tmp_path / "bad.safetensors", state, {**metadata, "dad_fast.probe": damage})
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match="damaged|its weight is not of"):
         load_student(tmp_path / "bad.safetensors")
 
 

@@ -151,8 +151,8 @@ def save_student(path: str | Path, student: Student, extra_metadata: Mapping[str
 def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
     """The student that `save_student` wrote, in eval mode, and the file's metadata; a run or checkpoint folder will do.
 
-    A linear probe comes with its encoder, as one model; `probe.load_probe` may fetch that one's published weights by their name. Nothing
-    else is fetched, and nothing run, because the file says so. Raises DataError for a file that is damaged or is not a student's.
+    A linear probe comes with its encoder, as one model. Nothing is fetched or run because the file says so. Raises DataError for a file
+    that is damaged or is not a student's.
     """
     path = checkpoint_file(path)
     state, metadata = read_state_dict(path)
