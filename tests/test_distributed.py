@@ -85,6 +85,24 @@ def test_the_others_say_which_process_is_gone_and_stop(tmp_path, how):
     assert all("process 1 of 3 (counted from 0) is gone" in found[r][1] for r in (0, 2)), found
 
 
+def test_a_process_that_stops_as_asked_is_not_taken_for_lost(tmp_path):
+    """While a model is judged, for instance, where processes meet only now and then."""
+    code = """
+    from dad_fast.errors import Interrupted, Preempted
+    try:
+        with d.joined(cfg):
+            if rank == 1:
+                raise Preempted("asked to")
+            d.barrier()
+    except Preempted as error:
+        print(error)
+        os._exit(error.exit_code)
+    """
+    found = run_together(3, tmp_path, code)
+    assert [code for code, _, _ in found] == [75] * 3, found
+    assert "process 1 of 3 was asked to" in found[0][1] + found[2][1]
+
+
 FAKE = """
 import os, signal, sys, time
 rank, how = int(os.environ["RANK"]), sys.argv[2:]

@@ -25,13 +25,12 @@ from torch import Tensor
 from dad_fast import errors
 from dad_fast.config.schema import Config
 from dad_fast.engine.launch import STORE, started_here
-from dad_fast.engine.signals import asked
 from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, PeerLost, Preempted, UsageError
 
 T = TypeVar("T")
-
 LONG = 3600.0  # seconds to wait for another process where one may work for minutes: the first step, the end of a run
 ROLL_CALL = 3.0  # seconds in which every process that is left answers
+HERE, STOPPED = "dad_fast/here", "dad_fast/stopped"  # in the store, by rank
 
 _joined = False
 
@@ -95,9 +94,17 @@ def close() -> None:
 
 @contextmanager
 def joined(cfg: Config) -> Iterator[None]:
-    """`init`, and `close` at the end. After a failure the group is left to the end of the process: closing it might wait for the others."""
+    """`init`, and `close` at the end. After a failure the group is left to the end of the process: closing it might wait for the others.
+
+    A process that leaves because it was asked to stop says so, lest the others take it for lost.
+    """
     init(cfg)
-    yield
+    try:
+        yield
+    except (Preempted, Interrupted) as stop:
+        if _joined:
+            _store().set(f"{STOPPED}/{rank()}", type(stop).__name__)
+        raise
     close()
 
 
@@ -202,16 +209,14 @@ def on_main(function: Callable[[], T]) -> T:
         raise error
     if "error" in answer:
         name, text = answer["error"]
-        kind = getattr(errors, name, DadFastError)
-        raise kind(text)
-    value: T = answer["value"]
-    return value
+        raise getattr(errors, name, DadFastError)(text)
+    return answer["value"]
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The block in the first process of every machine, and then in the others: what the first one leaves in a cache they find there."""
-    if local_rank() != 0:
+    """The block in the first process of every machine, then in the others: what the first one leaves in a cache they find there."""
+    if local_rank():
         barrier()
     yield
     if local_rank() == 0:
@@ -259,32 +264,36 @@ def _others_needed() -> Iterator[None]:
     except RuntimeError as error:  # gloo's and NCCL's; DistBackendError is one
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        missing = _missing()
-        if stop := asked():  # as all were, and another one has answered first
-            raise stop("stopped at the same time as the other processes; go on with --resume auto") from error
-        raise PeerLost(f"{missing}; this process stops too ({_line(error)})") from error
+        raise _loss(_line(error)) from error
 
 
-def _missing() -> str:
-    """Which processes do not answer a roll call through the store that they met in."""
-    others = [other for other in range(world()) if other != rank()]
+def _store() -> Any:
+    """Where the processes met: it outlives the connections between them."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _loss(why: str) -> DadFastError:
+    """Why the others cannot be reached: one has stopped as it was asked to, or does not answer a roll call."""
     silent = []
     try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"dad_fast/here/{rank()}", "1")
+        store = _store()
+        store.set(f"{HERE}/{rank()}", "1")
         deadline = time.monotonic() + ROLL_CALL
-        for other in others:
-            while not store.check([f"dad_fast/here/{other}"]):
+        for other in range(world()):
+            while other != rank() and not store.check([f"{HERE}/{other}"]):
+                if store.check([f"{STOPPED}/{other}"]):
+                    kind = getattr(errors, store.get(f"{STOPPED}/{other}").decode())
+                    return kind(f"stopped, as process {other} of {world()} was asked to; go on with --resume auto")
                 if time.monotonic() > deadline:
-                    silent.append(other)
+                    silent.append(str(other))
                     break
                 time.sleep(0.05)
     except RuntimeError:  # the store went with the process that held it
-        return f"process 0 of {world()}, or the machine that torchrun met on, is gone"
+        return PeerLost(f"process 0 of {world()}, or the machine that torchrun met on, is gone; this process stops too ({why})")
     if not silent:
-        return f"the connection between the {world()} processes failed although all of them are there"
-    names = ", ".join(map(str, silent))
-    return f"process {names} of {world()} (counted from 0) is gone" if len(silent) == 1 else f"processes {names} of {world()} are gone"
+        return PeerLost(f"the {world()} processes are all there, but cannot reach each other ({why})")
+    names, verb = ", ".join(silent), "is" if len(silent) == 1 else "are"
+    return PeerLost(f"process {names} of {world()} (counted from 0) {verb} gone; this process stops too ({why})")
 
 
 def _line(error: BaseException) -> str:
