@@ -66,7 +66,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def jobs(request: pytest.FixtureRequest) -> dict[str, Job]:
     train = ["train", "--preset", "demo", "--method", "dad", *SETS, "--set", "checkpoint.every_steps=4", "--resume", "auto", "-o"]
-    store = ["precompute", "--preset", "demo", "--images", "raw", "--block-size", "50", "--shard-blocks", "12", *SETS, "-o"]
+    store = ["precompute", "--preset", "demo", "--images", "raw", "--block-size", "50", "--shard-blocks", "3", *SETS]
+    store += ["--set", "data.train_split=val", "-o"]
     return {
         "train": Job("train", lambda folder: [*train, str(folder)], of_a_run, checkpoints_are_whole),
         "precompute": Job("precompute", lambda folder: [*store, str(folder)], lambda folder: digests(folder, "*")),
