@@ -40,6 +40,7 @@ def timeless(value: Any) -> Any:
 def of_a_run(folder: Path) -> dict[str, Any]:
     """Weights, optimizer and generators bit for bit; logs and results but for what the clock said."""
     rows = [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] != "attack"]  # the check of the attack's strength, once a start
     found = digests(folder, "model.safetensors", "checkpoints/step-*/*.safetensors", "sheet.png")
     return found | {"metrics": rows, "results": timeless(json.loads((folder / "results.json").read_text()))}
 
