@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dad_fast.data.loader import check_dali
 from dad_fast.engine import distributed
 from dad_fast.engine.build import resolve_device
 from dad_fast.engine.launch import end_with_launcher, is_worker, number_of_processes, run_processes
+from dad_fast.engine.signals import asked, stop_requests
 from dad_fast.errors import UsageError
 from dad_fast.evaluate import show
 from dad_fast.evaluate.compare import agreement, compare
@@ -70,7 +72,8 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
         return run_processes(nproc, "eval", launch.arguments)
     names = [name for name in launch.compare or (launch.model,) if name and name not in files]
     cfg = _settings([name for name in names if not is_by_name(name)], flags)
-    with distributed.joined(cfg):
+    # Of several processes one that stopped by itself would leave the others waiting: there a signal ends them all, by the launcher.
+    with distributed.joined(cfg), stop_requests() if distributed.world() == 1 else nullcontext():
         return _Evaluation(cfg, launch).run(names)
 
 
@@ -255,11 +258,14 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
     return cfg
 
 
-def _progress(name: str) -> Callable[[int, int], None] | None:
-    if not sys.stderr.isatty() or not distributed.is_main():
-        return None
+def _progress(name: str) -> Callable[[int, int], None]:
+    """Counts on a terminal; raises what a signal has asked for."""
+    shown = sys.stderr.isatty() and distributed.is_main()
 
     def show_it(done: int, total: int) -> None:
-        print(f"\r{name}: {done:,} of {total:,}" if done < total else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if stop := asked():
+            raise stop("stopped while judging: what stands above is whole, and no file was written; run the same command again")
+        if shown:
+            print(f"\r{name}: {done:,} of {total:,}" if done < total else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     return show_it

@@ -97,8 +97,8 @@ def one_run(
         resolved = {"kernels": kernels, "loader": trainer.loader.name, "processes": distributed.world()}
         facts = {**resolved, "variant": name, "preset": launch.preset, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)
-    trainer.start()
     with stop_requests():
+        trainer.start()
         return finish(trainer, name, suites, trainer.train(), taught)
 
 
