@@ -161,3 +161,17 @@ def test_warnings_of_the_package_reach_the_log_of_the_latest_run(tmp_path, capsy
     assert "warning: a.jpg cannot be read" in (tmp_path / "second/train.log").read_text()
     assert (tmp_path / "first/train.log").read_text() == "" and "nobody" not in (tmp_path / "second/train.log").read_text()
     assert capsys.readouterr().err.count("a.jpg") == 1
+
+
+def test_a_long_log_is_rotated(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "LOG_BYTES", 1000)
+    with RunLog(tmp_path, echo=lambda line: None) as log:
+        for number in range(100):
+            log.say(f"line {number}")
+            log.metrics("train", step=number)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("train.log*")}
+    assert set(sizes) == {"train.log", "train.log.1"} and max(sizes.values()) < 1100
+    kept = (tmp_path / "train.log.1").read_text() + (tmp_path / "train.log").read_text()
+    numbers = [int(line.split()[-1]) for line in kept.splitlines()]
+    assert numbers == list(range(numbers[0], 100))
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(100))

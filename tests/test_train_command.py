@@ -71,7 +71,9 @@ def test_finished_overwritten_and_judged(parts, tmp_path, capsys):
     assert main(["eval", str(out), "--data-dir", str(parts / "data"), "--suite", "val", "contrast:2", "--json", str(judged)]) == 0
     assert judged.exists()
     (out / "notes.txt").write_text("mine")
+    (out / "train-rank1.log").write_text("of another process")
     assert main(arguments(parts, out, "--overwrite", "--seed", "1")) == 0
+    assert not (out / "train-rank1.log").exists()
     assert (out / "notes.txt").read_text() == "mine" and (out / "model.safetensors").read_bytes() != weights
 
 

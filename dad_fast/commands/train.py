@@ -24,8 +24,8 @@ from dad_fast.observe.report import write_report
 from dad_fast.observe.runlog import environment, print_line
 
 OF_A_RUN = (
-    "config.toml", "run.json", "metrics.jsonl", "train.log", "checkpoints", "model.safetensors", "results.json", "sheet.png",
-    "sheet.safetensors", "table.md", "report.html",
+    "config.toml", "run.json", "metrics.jsonl", "train.log", "train.log.1", "train-rank*.log*", "checkpoints", "model.safetensors",
+    "results.json", "sheet.png", "sheet.safetensors", "table.md", "report.html",
 )  # fmt: skip
 
 
@@ -166,8 +166,7 @@ def _clear(output: Path) -> None:
 
 
 def _clear_one(folder: Path) -> None:
-    for name in OF_A_RUN:
-        path = folder / name
+    for path in [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -23,6 +23,9 @@ PACKAGES = (
 )  # fmt: skip
 
 
+LOG_BYTES = 16 * 2**20  # of train.log, about two weeks of a line every ten seconds; then it becomes train.log.1, in place of the last one
+
+
 def print_line(text: str) -> None:
     """To stderr at once; stdout is for results."""
     print(printable(text), file=sys.stderr, flush=True)
@@ -57,6 +60,10 @@ class RunLog:
         text = printable(text)
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._text.flush()
+        if self._text.tell() > LOG_BYTES:
+            self._text.close()
+            os.replace(self._text.name, f"{self._text.name}.1")
+            self._text = open(self._text.name, "a", encoding="utf-8")
         if echo:
             self.echo(text)
 
