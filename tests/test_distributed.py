@@ -125,10 +125,9 @@ time.sleep(60 if how[rank] == "waits" else 0)
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """`python -m dad_fast` is a script that does as it is told: launching is tested without seconds of imports."""
-    (tmp_path / "dad_fast").mkdir()
-    (tmp_path / "dad_fast/__main__.py").write_text(FAKE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    """A script that does as it is told stands for `python -m dad_fast`: launching is tested without seconds of imports."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, str(tmp_path / "fake.py")))
     monkeypatch.chdir(tmp_path)
 
 

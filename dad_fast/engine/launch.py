@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dad_fast.engine.signals import stop_requests
 
+PROGRAM = (sys.executable, "-m", "dad_fast")
 STORE = "DAD_FAST_RENDEZVOUS"  # the file where the processes meet
 LAUNCHED = "DAD_FAST_LAUNCHER"  # the process that started this one
 GRACE = 60.0  # seconds from the first failure until those that are still there are killed
@@ -54,7 +55,7 @@ class _Process:
         if sys.platform == "linux":
             identity["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # needs no name that resolves
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "dad_fast", verb, *arguments],
+            [*PROGRAM, verb, *arguments],
             env=os.environ | {name: str(value) for name, value in identity.items()},
             stderr=subprocess.PIPE if rank else None, stdin=None if rank == 0 else subprocess.DEVNULL, text=True, errors="replace",
             start_new_session=True,
