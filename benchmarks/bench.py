@@ -12,7 +12,7 @@ from benchmarks.machine import Machine
 from benchmarks.record import Record
 from benchmarks.timing import Function, graphed, interleaved, joules_per_call, peak_memory, spread
 
-TINY_SECONDS = 6.0  # of a comparison at most, and a third of what it asks for: all groups together take minutes on two cores
+TINY_SECONDS = 4.0  # of a comparison at most, and a third of what it asks for: all groups together take minutes on two cores
 
 
 def default_size(device: torch.device) -> str:

@@ -36,7 +36,7 @@ VIEWS = {
     "RandAugment": dataclasses.replace(CROP, aa="rand-m9-mstd0.5-inc1"),
     "RandAugment and Cutout": dataclasses.replace(CROP, aa="rand-m9-mstd0.5-inc1", reprob=1.0, remode="const"),
 }
-BATCH, BATCHES = 16, 4  # per call
+BATCH, BATCHES = 16, 2  # per call
 
 
 @pytest.fixture(scope="module")

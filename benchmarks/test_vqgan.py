@@ -48,8 +48,8 @@ def _count(model: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
 @pytest.mark.parametrize("precision", ["float32", "16 bits"])
 @pytest.mark.parametrize("which", ["embedded", "published"])
 def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
-    if which == "embedded" and precision == "16 bits" and bench.device.type == "cpu":
-        pytest.skip("on a CPU; f8 shows what 16 bits do there")
+    if precision == "16 bits" and bench.size == "tiny":
+        pytest.skip("not at size tiny, whose CPU says little of 16 bits on a GPU")
     name, vqgan, batch, side = _model(bench, which)
     dtype = torch.float32 if precision == "float32" else DTYPES[what] if bench.device.type == "cuda" else torch.bfloat16
     pixels = torch.rand(batch, 3, side, side, device=bench.device)
