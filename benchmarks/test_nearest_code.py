@@ -22,7 +22,7 @@ from dad_fast.kernels.nearest_code import grid_search
 from dad_fast.kernels.nearest_code.search import BACK_ENDS
 
 NUM_CODES, CODES_PER_IMAGE = 16384, 784
-OF_TINY = ("normal", 256, 784)  # of each parameter, what size tiny keeps: a look in seconds; base has the tables and plots
+OF_TINY = ("normal", "K = 256", 8, 784)  # of each parameter, what size tiny keeps: a look in seconds; base has the tables and plots
 CHUNKS = (16, 64, 256, 1024, 4096)
 AUTHORS = "authors' formula"
 Search = Callable[[], Tensor]
@@ -196,7 +196,7 @@ def test_wide(bench: Bench, dim: int) -> None:
 @pytest.mark.parametrize("num_codes", [16, 64, 256, 1024, 4096, 16384, 65536])
 def test_codebook_size(bench: Bench, num_codes: int) -> None:
     """12544 latents, for the plot of time against K."""
-    skip_at_tiny(bench, num_codes)
+    skip_at_tiny(bench, f"K = {num_codes}")
     z, e = normal(CODES_PER_IMAGE * 16, num_codes, 4)
     compare(bench, f"K = {num_codes}", z, e, "normal", with_peers=False, seconds=3)
 

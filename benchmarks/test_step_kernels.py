@@ -26,7 +26,7 @@ from dad_fast.models.teacher import Teacher
 # Twelve blocks, as ViT-B has, so that the last one's share is that of ViT-B.
 TINY_VIT = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 MODELS = {  # student, teacher, batch
-    "tiny": (("vit_base_patch16_224", TINY_VIT), ("vit_base_patch16_clip_quickgelu_224", TINY_VIT), 4),
+    "tiny": (("vit_base_patch16_224", TINY_VIT), ("vit_base_patch16_clip_quickgelu_224", TINY_VIT), 2),
     "base": (("vit_small_patch16_224", {}), ("vit_base_patch16_clip_quickgelu_224", {}), 128),
     "paper": (("vit_base_patch16_224", {}), ("vit_large_patch14_clip_quickgelu_224", {}), 256),
 }

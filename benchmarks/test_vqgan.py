@@ -1,6 +1,6 @@
 """The VQGAN: plain, each saving of the fused form alone, all of them, and torch.compile; its group norm, upsampling and attention alone.
 
-At size tiny the embedded VQGAN on 28-px digits, and f8 with random weights on a 64-px image; else f8 or f16 with random weights at 224 px.
+At size tiny the embedded VQGAN on 28-px digits, and f8 with random weights on a 48-px image; else f8 or f16 with random weights at 224 px.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _model(bench: Bench, which: str) -> tuple[str, VQGAN, int, int]:
     name = {"tiny": "f8-16384", "base": "f16-1024", "paper": "f8-16384"}[bench.size]
     torch.manual_seed(0)
     vqgan = VQGAN(PRESETS[name]).to(bench.device).eval().requires_grad_(False)
-    return (name, vqgan, 1, 64) if bench.size == "tiny" else (name, vqgan, 64, 224)
+    return (name, vqgan, 1, 48) if bench.size == "tiny" else (name, vqgan, 64, 224)
 
 
 def _count(model: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
