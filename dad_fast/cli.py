@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from dad_fast.config.fields import nearest
-from dad_fast.errors import DadFastError, UsageError, printable
+from dad_fast.errors import DadFastError, UsageError, print_error
 from dad_fast.files import is_full
 
 # Each a module in dad_fast/flags.
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         message, code = _explain(error)
-        print("dad-fast:", printable(message).replace("\n", "\\n"), file=sys.stderr)
+        print_error(message)
         return code
 
 

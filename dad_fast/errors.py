@@ -3,6 +3,12 @@
 A message is one line: what is wrong, where (flag or file), and the mend.
 """
 
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
 
 class DadFastError(Exception):
     """Base of every error that is shown as one line, without a traceback."""
@@ -57,3 +63,23 @@ def printable(text: str) -> str:
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def print_error(message: str) -> None:
+    """`message` as one line on stderr, whatever the names in it."""
+    print("dad-fast:", printable(message).replace("\n", "\\n"), file=sys.stderr)
+
+
+def program(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], int]:
+    """`main(arguments)` as a program, which returns its exit code: an error that a user can mend becomes one line on stderr."""
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str]) -> int:
+        try:
+            main(arguments)
+        except DadFastError as error:
+            print_error(f"error: {error}")
+            return error.exit_code
+        return 0
+
+    return run

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dad_fast.errors import DadFastError, DataError, UsageError
-from dad_fast.evaluate.table import METRICS, cell, markdown, read_record, spread, suites, variants
+from dad_fast.errors import DataError, UsageError, program
+from dad_fast.evaluate.table import METRICS, Grid, cell, grid_markdown, markdown, print_grids, read_record, spread, suites, variants
 
 # Student's t at 97.5 %, for 1 to 9 degrees of freedom.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -73,7 +73,7 @@ def summary(record: dict[str, Any], base: str) -> dict[str, Any]:
     return found
 
 
-def axis_rows(record: dict[str, Any], axis: str) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
+def axis_rows(record: dict[str, Any], axis: str) -> Grid:
     """Header, rows of text (the base first, as it is), and the (row, column) of differences whose interval leaves 0 out."""
     names, grouped, ablation = suites(record), variants(record), record["ablation"]
     base = grouped.get(ablation["base"], [])
@@ -141,11 +141,7 @@ def axes_markdown(record: dict[str, Any]) -> str:
     """A table for each axis, and their notes."""
     lines: list[str] = []
     for axis in record["ablation"]["axes"]:
-        header, rows, clear = axis_rows(record, axis)
-        lines += [f"## {axis}", "", "| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
-        for i, row in enumerate(rows):
-            lines.append("| " + " | ".join(f"**{text}**" if (i, j) in clear else text for j, text in enumerate(row)) + " |")
-        lines.append("")
+        lines += [f"## {axis}", "", *grid_markdown(axis_rows(record, axis)), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes(record)), ""])
 
 
@@ -165,35 +161,13 @@ def read_ablation(arguments: Sequence[str], module: str) -> dict[str, Any]:
 
 
 def print_ablation(record: dict[str, Any]) -> None:
-    """The axes' tables and notes on the terminal, by rich where it is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:  # a bare GPU machine
-        print(ablation_markdown(record))
-        return
-    for axis in record["ablation"]["axes"]:
-        header, rows, clear = axis_rows(record, axis)
-        grid = Table(title=axis)
-        for i, name in enumerate(header):
-            grid.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
-        for i, row in enumerate(rows):
-            grid.add_row(*(Text(text, style="bold" if (i, j) in clear else "") for j, text in enumerate(row)))
-        console = Console()
-        needed = console.measure(grid, options=console.options.update(width=1000)).maximum
-        Console(width=max(console.width, needed)).print(grid)
-    for note in notes(record):
-        print(note)
+    """The axes' tables and notes on the terminal."""
+    print_grids({axis: axis_rows(record, axis) for axis in record["ablation"]["axes"]}, notes(record), ablation_markdown(record))
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        print(ablation_markdown(read_ablation(arguments, "evaluate.ablation")), end="")
-    except DadFastError as error:
-        print(f"dad-fast: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+@program
+def main(arguments: Sequence[str]) -> None:
+    print(ablation_markdown(read_ablation(arguments, "evaluate.ablation")), end="")
 
 
 if __name__ == "__main__":

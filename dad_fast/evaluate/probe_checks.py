@@ -27,7 +27,7 @@ from dad_fast.data.mixing import to_pixels
 from dad_fast.data.sources import open_source
 from dad_fast.engine import frozen
 from dad_fast.engine.build import resolve_device
-from dad_fast.errors import DadFastError, UsageError
+from dad_fast.errors import UsageError, program
 from dad_fast.evaluate.corruptions import corrupt, num_severities
 from dad_fast.evaluate.detection import metrics
 from dad_fast.evaluate.sources import Judged, as_judged
@@ -246,7 +246,8 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def main(arguments: Sequence[str]) -> int:
+@program
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m dad_fast.evaluate.probe_checks", description="Checks of linear probes on features.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; several are an ensemble")
     parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="as in dad-fast eval; the first is the known one")
@@ -255,23 +256,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--json", default="", metavar="FILE", help="write the record there too")
     given = parser.parse_args(arguments)
-    try:
-        if not all(part.isdecimal() and int(part) > 0 for part in given.labels.split(",")) or given.draws < 1 or given.seed < 0:
-            raise UsageError("--labels and --draws are whole numbers above 0, such as --labels 1,5,20 --draws 5, --seed 0 or more")
-        if given.json and not Path(given.json).absolute().parent.is_dir():
-            raise UsageError(f"--json {given.json}: name a file in a folder that exists")
-        checker = Checker(given.runs)
-        cfg = checker.cfg
-        typed = [part for name in given.suite for part in name.split(",") if part]
-        suites = open_suites(typed or cfg.eval.suites or (cfg.data.val_split,), cfg.data, checker.classes, cfg.eval)
-        record = checker.check(suites, Few(tuple(int(part) for part in given.labels.split(",")), given.draws, given.seed))
-        print(markdown(record))
-        if given.json:
-            atomic_write_json(given.json, {**record, "environment": environment()})
-    except DadFastError as error:
-        print(f"dad-fast: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    if not all(part.isdecimal() and int(part) > 0 for part in given.labels.split(",")) or given.draws < 1 or given.seed < 0:
+        raise UsageError("--labels and --draws are whole numbers above 0, such as --labels 1,5,20 --draws 5, --seed 0 or more")
+    if given.json and not Path(given.json).absolute().parent.is_dir():
+        raise UsageError(f"--json {given.json}: name a file in a folder that exists")
+    checker = Checker(given.runs)
+    cfg = checker.cfg
+    typed = [part for name in given.suite for part in name.split(",") if part]
+    suites = open_suites(typed or cfg.eval.suites or (cfg.data.val_split,), cfg.data, checker.classes, cfg.eval)
+    record = checker.check(suites, Few(tuple(int(part) for part in given.labels.split(",")), given.draws, given.seed))
+    print(markdown(record))
+    if given.json:
+        atomic_write_json(given.json, {**record, "environment": environment()})
 
 
 if __name__ == "__main__":

@@ -15,17 +15,19 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dad_fast.config.schema import Config
 from dad_fast.config.toml import to_toml
-from dad_fast.errors import DadFastError, DataError, UsageError
+from dad_fast.errors import DataError, UsageError, program
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.observe.runlog import environment
 
 METRICS = {"top1": "Top-1 accuracy in %", "ece": "Expected calibration error in %", "nll": "Negative log-likelihood in nats"}
+
+Grid = tuple[list[str], list[list[str]], set[tuple[int, int]]]  # header, rows of text, (row, column) of the cells in bold
 
 
 def write_comparison(output: Path, cfg: Config, runs: list[dict[str, Any]]) -> None:
@@ -81,7 +83,7 @@ def cell(runs: Sequence[dict[str, Any]], suite: str, metric: str) -> tuple[float
     return spread([float(run["suites"][suite][metric]) for run in runs])
 
 
-def rows(record: dict[str, Any], metric: str) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
+def rows(record: dict[str, Any], metric: str) -> Grid:
     """Header, rows of text (teachers first), and the (row, column) of the cells that are the best or not clearly worse.
 
     "Clearly" is more than one standard deviation, the larger of the two compared; with one seed there is none, and no cell is marked.
@@ -152,50 +154,54 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
 
 def markdown(record: dict[str, Any], metric: str = "top1") -> str:
     """The table and its notes as GitHub markdown."""
-    header, table, best = rows(record, metric)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*grid_markdown(rows(record, metric)), "", *(f"- {note}" for note in notes(record, metric))])
+
+
+def grid_markdown(grid: Grid) -> list[str]:
+    header, table, best = grid
+    lines = ["| " + " | ".join(map(_escape, header)) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
     for i, row in enumerate(table):
-        shown = [f"**{text}**" if (i, j) in best else text for j, text in enumerate(_escape(text) for text in row)]
+        shown = [f"**{text}**" if (i, j) in best else text for j, text in enumerate(map(_escape, row))]
         lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(record, metric))])
+    return lines
 
 
 def _escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def print_table(record: dict[str, Any], metric: str = "top1") -> None:
-    """The table on the terminal, by rich where it is installed."""
+def print_table(record: dict[str, Any]) -> None:
+    """The table of top-1 accuracy on the terminal."""
+    print_grids({METRICS["top1"]: rows(record, "top1")}, notes(record, "top1"), markdown(record))
+
+
+def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -> None:
+    """Tables under their titles, and remarks below them, by rich; where that is not installed, `plain`."""
     try:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:  # a bare GPU machine
-        print(markdown(record, metric))
+        print(plain)
         return
-    header, table, best = rows(record, metric)
-    grid = Table(title=METRICS[metric])
-    for i, name in enumerate(header):
-        grid.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
-    for i, row in enumerate(table):
-        grid.add_row(*(Text(text, style="bold" if (i, j) in best else "") for j, text in enumerate(row)))
     console = Console()
-    needed = console.measure(grid, options=console.options.update(width=1000)).maximum
-    console = Console(width=max(console.width, needed))  # a number that is cut off is worse than a wrapped line
-    console.print(grid)
-    for note in notes(record, metric):
-        console.print(note, markup=False, highlight=False)
+    for title, (header, table, best) in grids.items():
+        grid = Table(title=title)
+        for i, name in enumerate(header):
+            grid.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+        for i, row in enumerate(table):
+            grid.add_row(*(Text(text, style="bold" if (i, j) in best else "") for j, text in enumerate(row)))
+        needed = console.measure(grid, options=console.options.update(width=1000)).maximum
+        Console(width=max(console.width, needed)).print(grid)  # a number that is cut off is worse than a wrapped line
+    for remark in remarks:
+        console.print(remark, markup=False, highlight=False)
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        if not arguments or len(arguments) > 2 or (len(arguments) == 2 and arguments[1] not in METRICS):
-            raise UsageError(f"usage: python -m dad_fast.evaluate.table RESULTS.json [{'|'.join(METRICS)}]")
-        print(markdown(read_record(arguments[0]), *arguments[1:]))
-    except DadFastError as error:
-        print(f"dad-fast: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+@program
+def main(arguments: Sequence[str]) -> None:
+    if not arguments or len(arguments) > 2 or (len(arguments) == 2 and arguments[1] not in METRICS):
+        raise UsageError(f"usage: python -m dad_fast.evaluate.table RESULTS.json [{'|'.join(METRICS)}]")
+    print(markdown(read_record(arguments[0]), *arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from dad_fast.errors import DadFastError
+from dad_fast.errors import program
 from dad_fast.evaluate.ablation import Difference, difference, read_ablation
 from dad_fast.evaluate.table import suites, variants
 from dad_fast.observe.chart import ticks
@@ -81,13 +81,9 @@ def _panel(left: int, suite: str, found: Sequence[Difference | None], height: in
     return parts
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        print(forest_plot(read_ablation(arguments, "observe.forest")), end="")
-    except DadFastError as error:
-        print(f"dad-fast: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+@program
+def main(arguments: Sequence[str]) -> None:
+    print(forest_plot(read_ablation(arguments, "observe.forest")), end="")
 
 
 if __name__ == "__main__":
