@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -9,7 +10,9 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from PIL import Image  # noqa: E402
 
 from dad_fast import cli  # noqa: E402
 from dad_fast.data.cache import cache_dir, write_cache  # noqa: E402
-from dad_fast.data.decode import DecodeError, read_rgb  # noqa: E402
+from dad_fast.data.decode import DecodeError, read_rgb, read_unchanged  # noqa: E402
 from dad_fast.data.execute import MOST_PIXELS, eval_transform  # noqa: E402
 from dad_fast.data.sources import open_source  # noqa: E402
 from dad_fast.errors import printable  # noqa: E402
@@ -39,6 +42,13 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
     ]
     chunks = [len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big") for kind, body in parts]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def grey_png(side: int) -> bytes:
+    """16 bits a pixel."""
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((side, side), np.uint16)).save(file, "PNG")
+    return file.getvalue()
 
 
 def jpeg() -> bytes:
@@ -170,6 +180,67 @@ def test_images_that_fit_are_what_they_were(size: tuple[int, int]) -> None:
     left, top = round((whole.width - 32) / 2), round((whole.height - 32) / 2)
     assert np.array_equal(found, np.asarray(whole.crop((left, top, left + 32, top + 32))))
     assert whole.width * whole.height <= MOST_PIXELS
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_interpreter_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For EPS, whatever the file is called, Pillow would start Ghostscript, which runs the file."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not looked for yet
+    (tmp_path / "x.jpg").write_bytes(EPS)
+    for file in (tmp_path / "x.jpg", io.BytesIO(EPS)):
+        with pytest.raises(DecodeError, match="not an image"):
+            read_rgb(file, "x.jpg")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("form", ["PCX", "ICO", "SGI", "TGA", "JPEG2000"])
+def test_only_formats_with_an_ending_of_ours_are_read(form: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, form)
+    with pytest.raises(DecodeError, match="not an image"):
+        read_rgb(file, "x.jpg")
+
+
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    """Nobody waits for one: a reader of a pipe would."""
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "good.jpg").write_bytes(jpeg())
+    pipe = tmp_path / "ant" / "pipe.jpg"
+    os.mkfifo(pipe)
+    (tmp_path / "ant" / "link.jpg").symlink_to(pipe)
+    (tmp_path / "bee" / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "bee" / "tty.jpg").symlink_to("/dev/tty")
+
+    def let_go() -> None:  # of a reader that waits all the same
+        with contextlib.suppress(OSError):
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+    timer = threading.Timer(5, let_go)
+    timer.start()
+    start = time.monotonic()
+    source = open_source(str(tmp_path), max_bad_share=0.9)
+    assert source.ok.tolist() == [True, False, False, True, False, False]
+    for index in (1, 2, 4, 5):
+        with pytest.raises(DecodeError, match="not a regular file"):
+            source.read(index)
+        assert source.encoded(index) is None and read_unchanged(tmp_path / source.keys[index], 0) is None
+    assert time.monotonic() - start < 4
+    timer.cancel()
+
+
+def test_sixteen_bits_take_no_more_memory_than_pixels() -> None:
+    """Half a megabyte of PNG can hold a hundred million grey values."""
+    tracemalloc.start()
+    read_rgb(io.BytesIO(grey_png(4096)), "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 4096 * 4096
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ One deliberate difference from timm: 16-bit greyscale is scaled by taking the hi
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -18,16 +21,29 @@ from dad_fast.data.names import shown
 from dad_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows forty more, by content; for EPS it starts Ghostscript
 
 
 class DecodeError(DataError):
     """One image cannot be read; the message names it."""
 
 
+@contextmanager
+def open_image(file: str | Path | IO[bytes]) -> Iterator[Image.Image]:
+    """An image whose pixels are not read yet. Only a regular file is opened: a pipe would be waited for, a device be acted on.
+
+    Raises whatever PIL raises; `reason` says it in words.
+    """
+    if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError("not a regular file")
+    with Image.open(file, formats=FORMATS) as image:
+        yield image
+
+
 def read_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
     """Decode an image to RGB, 8 bits. `name` stands for the file in errors. Raises DecodeError whatever is wrong with it."""
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             return to_rgb(image)
     except Exception as error:  # PIL raises a dozen unrelated types for damaged files, SyntaxError and struct.error among them
         raise DecodeError(f"{name or shown(str(file))}: {reason(error)}") from error
@@ -36,7 +52,7 @@ def read_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """A decoded copy in mode RGB."""
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)  # uint16 or int32
         if image.mode != "I" or values.max(initial=0) > 255:  # mode "I" also holds 8-bit values
             values = values >> 8
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -71,8 +87,10 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
 
 
 def read_unchanged(path: str | Path, size: int) -> bytes | None:
-    """A file's content; None when it cannot be read or has not this size."""
+    """A regular file's content; None when it cannot be read or has not this size."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
         with open(path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != size:
                 return None

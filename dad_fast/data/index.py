@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from dad_fast.data.cache import cache_dir, write_cache
-from dad_fast.data.decode import EXTENSIONS, PLAIN_JPEG, image_format, reason
+from dad_fast.data.decode import EXTENSIONS, PLAIN_JPEG, image_format, open_image, reason
 from dad_fast.data.names import shown, some
 from dad_fast.errors import DataError
 
@@ -144,7 +143,7 @@ def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entr
     if entry.error != PENDING:
         return entry
     try:
-        with Image.open(content(entry)) as image:
+        with open_image(content(entry)) as image:
             width, height = image.size
             format = image_format(image)
             image.draft("L", (1, 1))
