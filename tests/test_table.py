@@ -120,9 +120,13 @@ def test_write_and_remake(tmp_path, runs, capsys):
 
 
 def test_single_run_and_bad_files(tmp_path, capsys):
-    atomic_write_json(tmp_path / "one.json", run("dad", 0, 97.0, 80.0))
+    record = run("dad", 0, 97.0, 80.0)
+    record["suites"]["test"]["brier"] = 0.12
+    atomic_write_json(tmp_path / "one.json", record)
     assert table.main([str(tmp_path / "one.json"), "nll"]) == 0
     assert "| dad | 1 | 20 | 90 | 0.50 | 0.50 |" in capsys.readouterr().out
+    assert table.main([str(tmp_path / "one.json"), "brier"]) == 0
+    assert "| dad | 1 | 20 | 90 | 0.120 | – |" in capsys.readouterr().out  # a record from before there was a Brier score
     (tmp_path / "bad.json").write_text("{")
     for arguments, code in (([str(tmp_path / "bad.json")], 4), ([str(tmp_path / "none.json")], 4), (["a", "top9"], 2), ([], 2)):
         assert table.main(arguments) == code

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dad_fast.errors import DataError, UsageError, program
-from dad_fast.evaluate.table import METRICS, Grid, cell, grid_markdown, markdown, print_grids, read_record, spread, suites, variants
+from dad_fast.evaluate import table
+from dad_fast.evaluate.table import Grid, cell, markdown, read_record, spread, suites, value_of, variants
 
 # Student's t at 97.5 %, for 1 to 9 degrees of freedom.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -33,9 +34,9 @@ class Difference(NamedTuple):
 
 def difference(base: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], suite: str, metric: str = "top1") -> Difference | None:
     """`runs` minus `base` in `metric` on `suite`, over the seeds that both have; None where there is none."""
-    by_seed = {run["seed"]: float(run["suites"][suite][metric]) for run in base if suite in run["suites"]}
-    both = [run for run in runs if suite in run["suites"] and run["seed"] in by_seed]
-    pairs = [float(run["suites"][suite][metric]) - by_seed[run["seed"]] for run in both]
+    by_seed = {run["seed"]: value_of(run, suite, metric) for run in base}
+    both = ((value_of(run, suite, metric), by_seed.get(run["seed"])) for run in runs)
+    pairs = [here - there for here, there in both if here is not None and there is not None]
     if not pairs:
         return None
     mean, deviation = spread(pairs)
@@ -62,7 +63,7 @@ def summary(record: dict[str, Any], base: str) -> dict[str, Any]:
         found[name] = {}
         for suite in suites(record):
             found[name][suite] = {}
-            for metric in METRICS:
+            for metric in table.METRICS:
                 here = cell(runs, suite, metric)
                 against = difference(grouped.get(base, []), runs, suite, metric)
                 if here is not None:
@@ -141,7 +142,7 @@ def axes_markdown(record: dict[str, Any]) -> str:
     """A table for each axis, and their notes."""
     lines: list[str] = []
     for axis in record["ablation"]["axes"]:
-        lines += [f"## {axis}", "", *grid_markdown(axis_rows(record, axis)), ""]
+        lines += [f"## {axis}", "", *table.grid_markdown(axis_rows(record, axis)), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes(record)), ""])
 
 
@@ -162,7 +163,7 @@ def read_ablation(arguments: Sequence[str], module: str) -> dict[str, Any]:
 
 def print_ablation(record: dict[str, Any]) -> None:
     """The axes' tables and notes on the terminal."""
-    print_grids({axis: axis_rows(record, axis) for axis in record["ablation"]["axes"]}, notes(record), ablation_markdown(record))
+    table.print_grids({axis: axis_rows(record, axis) for axis in record["ablation"]["axes"]}, notes(record), ablation_markdown(record))
 
 
 @program

@@ -6,7 +6,7 @@ A record, OUT/results.json, holds every seed, so that the table can be made agai
     run = {"variant", "method", "seed", "epochs", "seconds", "suites": {name: Result as a dict},
            "teacher": {"name", "seen", "suites"} or None, "discretizer": {"name", "seen"} or None, "bn": mode or None, ...}
 
-`python -m dad_fast.evaluate.table OUT/results.json [top1|ece|nll]` prints it as markdown.
+`python -m dad_fast.evaluate.table OUT/results.json [METRIC]` prints it as markdown, of top1 or another of METRICS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dad_fast.config.schema import Config
 from dad_fast.config.toml import to_toml
@@ -25,7 +25,23 @@ from dad_fast.errors import DataError, UsageError, program
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.observe.runlog import environment
 
-METRICS = {"top1": "Top-1 accuracy in %", "ece": "Expected calibration error in %", "nll": "Negative log-likelihood in nats"}
+
+class Metric(NamedTuple):
+    words: str
+    digits: int = 1
+    sign: int = -1  # 1 where more is better
+
+
+METRICS = {
+    "top1": Metric("Top-1 accuracy in %", sign=1),
+    "top5": Metric("Top-5 accuracy in %", sign=1),
+    "mce": Metric("Mean corruption error, relative to AlexNet, in %"),
+    "ece": Metric("Expected calibration error in %"),
+    "ece_adaptive": Metric("Adaptive expected calibration error in %"),
+    "nll": Metric("Negative log-likelihood in nats", digits=2),
+    "brier": Metric("Brier score, 0 to 2", digits=3),
+    "agreement": Metric("Agreement with the teacher in %", sign=1),
+}
 
 Grid = tuple[list[str], list[list[str]], set[tuple[int, int]]]  # header, rows of text, (row, column) of the cells in bold
 
@@ -77,10 +93,14 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def cell(runs: Sequence[dict[str, Any]], suite: str, metric: str) -> tuple[float, float | None] | None:
-    """`spread` of a metric over runs; None where a run was not judged by that suite."""
-    if any(suite not in run["suites"] for run in runs):
-        return None
-    return spread([float(run["suites"][suite][metric]) for run in runs])
+    """`spread` of a metric over runs; None where a run was not judged by that suite or its result has no such metric."""
+    values = [value for run in runs if (value := value_of(run, suite, metric)) is not None]
+    return spread(values) if len(values) == len(runs) else None
+
+
+def value_of(run: dict[str, Any], suite: str, metric: str) -> float | None:
+    value = run["suites"].get(suite, {}).get(metric)
+    return None if value is None else float(value)
 
 
 def rows(record: dict[str, Any], metric: str) -> Grid:
@@ -89,7 +109,7 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
     "Clearly" is more than one standard deviation, the larger of the two compared; with one seed there is none, and no cell is marked.
     """
     names, by_variant = suites(record), variants(record)
-    digits = 2 if metric == "nll" else 1
+    _, digits, sign = METRICS[metric]
     header = ["", "seeds", "epochs", "train s", *names]
     table = []
     for teacher in teachers(record):
@@ -100,7 +120,6 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
         epochs = statistics.fmean(float(run["epochs"]) for run in runs)
         seconds = spread([float(run["seconds"]) for run in runs])
         table.append([variant, str(len(runs)), f"{epochs:.4g}", _text(seconds, 0), *(_text(found, digits) for found in row)])
-    sign = 1 if metric == "top1" else -1
     best = set()
     for column in range(len(names)):
         scored = [(i, *found) for i, row in enumerate(cells) if (found := row[column]) and math.isfinite(found[0])]
@@ -124,7 +143,7 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
 
     counts = sorted({len(runs) for runs in variants(record).values()})
     seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
-    lines = [f"{METRICS[metric]}{'' if metric == 'top1' else ' (lower is better)'}; {seeds} of the student."]
+    lines = [f"{METRICS[metric].words}{' (lower is better)' if METRICS[metric].sign < 0 else ''}; {seeds} of the student."]
     if counts == [1]:
         lines[0] += " One seed shows no spread: do not read small differences."
     else:
@@ -172,7 +191,7 @@ def _escape(text: str) -> str:
 
 def print_table(record: dict[str, Any]) -> None:
     """The table of top-1 accuracy on the terminal."""
-    print_grids({METRICS["top1"]: rows(record, "top1")}, notes(record, "top1"), markdown(record))
+    print_grids({METRICS["top1"].words: rows(record, "top1")}, notes(record, "top1"), markdown(record))
 
 
 def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -> None:

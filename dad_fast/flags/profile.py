@@ -109,4 +109,3 @@ def only_run(cfg: Config) -> Config:
     if len(runs) > 1:
         raise UsageError(f"profile looks at one run, and these settings describe {', '.join(sorted(runs))}: pick one with --method")
     return next(iter(runs.values()))
-

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dad_fast.evaluate.table import METRICS, rows, spread, suites, teachers
+from dad_fast.evaluate.table import METRICS, rows, suites, teachers
 from dad_fast.observe.chart import MIN_COUNT, Bar, Reliability, bar_chart, reliability_chart
 from dad_fast.observe.intervals import MIN_SEEDS, interval
 from dad_fast.observe.markup import details, grid, notes, table
@@ -14,51 +14,24 @@ from dad_fast.observe.run_files import machine, number
 from dad_fast.observe.runs import Group
 
 TEACHER = ("var(--soft)", "")  # colour and dashes
-FURTHER = (  # a suite's optional results: key, heading, digits
-    ("top5", "Top-5 accuracy in %", 1),
-    ("mce", "Mean corruption error, relative to AlexNet, in %", 1),
-    ("ece_adaptive", "Adaptive expected calibration error in %", 1),
-    ("brier", "Brier score, 0 to 2", 3),
-    ("agreement", "Agreement with the teacher in %", 1),
-)
 EQUAL_EPOCHS, EQUAL_TIME = 0.02, 0.15  # relative differences that still count as equal
 
 
 def result_tables(record: dict[str, Any]) -> str:
     """Top-1 and ECE in the open, the other metrics that were measured folded away, and how each suite was judged."""
     tables = {}
-    for metric, words in METRICS.items():
+    for metric, (words, *_) in METRICS.items():
         header, body, best = rows(record, metric)
-        tables[metric] = table(header, [["–" if cell == "nan" else cell for cell in row] for row in body], best, words)
+        if any(cell != "–" for row in body for cell in row[4:]):  # older records lack some metrics, and some suites do
+            tables[metric] = table(header, [["–" if cell == "nan" else cell for cell in row] for row in body], best, words)
     folded = "".join(content for metric, content in tables.items() if metric not in ("top1", "ece"))
-    folded += "".join(_further(record, *one) for one in FURTHER)
     protocols = {}
     for suite in suites(record):
         judged = [result for _, results in of_suite(record, suite) for result in results]
         protocols[suite] = " | ".join(dict.fromkeys(str(result["protocol"]) for result in judged if result.get("protocol")))
     folded += _detection(record)
     said = notes([f"{suite}: {words}" for suite, words in protocols.items() if words])
-    return tables["top1"] + tables["ece"] + details("Further metrics", folded) + details("How the suites were judged", said)
-
-
-def _further(record: dict[str, Any], key: str, words: str, digits: int) -> str:
-    """A table of a metric that not every record has; "" where none has it."""
-    body: dict[str, list[str]] = {}
-    names = []
-    for suite in suites(record):
-        cells = {}
-        for name, results in of_suite(record, suite):
-            found = [value for result in results if (value := number(result, key)) is not None]
-            if found:
-                mean, sd = spread(found)
-                cells[name] = f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
-        if cells:
-            names.append(suite)
-            for name, _ in of_suite(record, suite):
-                row = body.setdefault(name, [])
-                row += ["–"] * (len(names) - 1 - len(row)) + [cells.get(name, "–")]
-    filled = [[name, *row, *["–"] * (len(names) - len(row))] for name, row in body.items() if set(row) != {"–"}]
-    return table(["", *names], filled, caption=words) if filled else ""
+    return tables["top1"] + tables.get("ece", "") + details("Further metrics", folded) + details("How the suites were judged", said)
 
 
 def _detection(record: dict[str, Any]) -> str:

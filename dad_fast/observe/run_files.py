@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dad_fast.evaluate.table import METRICS
+
 FILES = ("results.json", "run.json", "config.toml", "metrics.jsonl")  # any of them makes a folder a run's
 
 
@@ -147,19 +149,13 @@ def check_record(record: Any, path: Path, problems: list[str]) -> dict[str, Any]
 
 
 def _suites(suites: dict[str, Any], path: Path, problems: list[str]) -> dict[str, Any]:
-    """The results that have a top-1; what else is no number there is not a number."""
+    """The results that have a top-1; a metric that is no finite number there is None."""
     kept = {}
     for name, result in suites.items():
         if not isinstance(result, dict) or number(result, "top1") is None:
             problems.append(f"{short_name(path.parent)}/results.json: suite {name} has no top-1 and is left out")
             continue
-        values = {key: number(result, key) for key in ("top1", "ece", "nll")}
-        skipped = number(result, "skipped")
-        kept[name] = {
-            **result,
-            **{key: math.nan if value is None else value for key, value in values.items()},
-            "skipped": int(skipped or 0),
-        }
+        kept[name] = {**result, **{key: number(result, key) for key in METRICS}, "skipped": int(number(result, "skipped") or 0)}
     return kept
 
 
