@@ -87,6 +87,39 @@ def test_no_module_of_ours_speaks_to_the_network() -> None:
     assert not found, found
 
 
+INSTALLED = f"""
+import multiprocessing, subprocess, sys
+sys.path.append({str(ROOT)!r})
+if __name__ == "__main__":
+    from dad_fast.cli import main
+    from dad_fast.engine.launch import PROGRAM
+
+    main(["--version"])
+    process = multiprocessing.get_context("forkserver").Process(target=print, args=("worker",))
+    process.start()
+    process.join()
+    sys.exit(process.exitcode or subprocess.run([*PROGRAM, "--version"]).returncode)
+"""
+
+
+def test_no_module_is_taken_from_the_current_folder(tmp_path: Path) -> None:
+    """The command is run where the data is. Its own processes, loader workers and ranks, must not import what lies there."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "dad-fast").write_text(INSTALLED)
+    (tmp_path / "data").mkdir()
+    for name in ("selectors", "dad_fast", "socket", "sitecustomize"):
+        (tmp_path / "data" / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the data was run')")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "bin" / "dad-fast"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "data",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0 and "was run" not in done.stdout + done.stderr, done.stderr
+    assert done.stdout.count("dad-fast ") == 2 and "worker" in done.stdout
+
+
 NO_NETWORK = """
 import socket, sys
 def refuse(self, address, *rest):
