@@ -277,7 +277,7 @@ def test_comparisons_that_cannot_be_made(place: Path, tmp_path: Path, capsys: py
         ([place / "run", "--ood", "contrst"], 4, "did you mean contrast?"),
         ([place / "run", "--save-predictions", a], 2, "is a file; name a folder"),
         ([place / "run", "--csv", tmp_path / "no" / "x.csv"], 2, "--csv"),
-        ([place / "run", "--nproc", "x"], 2, "--nproc x: a number of processes, or auto"),
+        ([place / "run", "--nproc", "x"], 2, "--nproc x: a whole number, 1 or more, or auto"),
         (["timm:resnet5", "--suite", place / "data/test"], 2, "did you mean"),
         ([place / "run", "--suite", f"imagenet-x={tmp_path}"], 2, "no kind of test set"),
         (["--compare", a, b, "--model", place / "run"], 2, "leave"),

@@ -20,7 +20,7 @@ from dad_fast.config.schema import StudentConfig
 from dad_fast.data.sources import open_source
 from dad_fast.engine import frozen
 from dad_fast.engine.build import resolve_device
-from dad_fast.engine.launch import end_with_launcher, is_worker, run_processes
+from dad_fast.engine.launch import end_with_launcher, is_worker, number_of_processes, run_processes
 from dad_fast.engine.precompute import AdversarialFiller, Filler, TargetFiller, estimate, fill, stopped
 from dad_fast.engine.recheck import recheck
 from dad_fast.engine.signals import stop_requests
@@ -35,14 +35,15 @@ LINE_SECONDS = 10.0
 
 def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
     """Returns the exit code. `arguments` are those of the command line, for the processes that --nproc starts."""
-    if launch.nproc > 1 and not is_worker() and not (launch.estimate or launch.check):
-        code = run_processes(launch.nproc, "precompute", arguments)
+    nproc = number_of_processes(launch.nproc)
+    if nproc > 1 and not is_worker() and not (launch.estimate or launch.check):
+        code = run_processes(nproc, "precompute", arguments)
         return code or _say_state(launch)
     end_with_launcher()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     filler = make_filler(cfg, launch)
     if launch.estimate:
-        return _estimate(filler, max(world, launch.nproc), Path(launch.output))
+        return _estimate(filler, max(world, nproc), Path(launch.output))
     if launch.check:
         return _check(filler, launch)
     folder = Path(launch.output)
@@ -53,7 +54,7 @@ def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
             advance(records)
             if stop.error:
                 raise stopped(stop.error, done, folder)
-    return _say_state(launch) if rank == 0 and launch.nproc == 1 else 0
+    return _say_state(launch) if rank == 0 and nproc == 1 else 0
 
 
 def _say_state(launch: StoreLaunch) -> int:

@@ -29,7 +29,7 @@ class StoreLaunch:
     images: str = "none"  # adversarial images as pixels besides the codes: none, raw, webp or jpeg:QUALITY
     block_size: int = 0  # images per block, the unit of work; 0 = data.batch_size
     shard_blocks: int = 0  # blocks per shard; 0 = as many as make about 1 GB
-    nproc: int = 1  # processes on this machine
+    nproc: str = "1"  # processes on this machine; "auto" = one a GPU
     estimate: bool = False  # only measure a few blocks, and say what the whole would take
     check: float = 0.0  # recompute this share of an existing store's blocks and compare
 

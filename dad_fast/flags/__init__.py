@@ -9,9 +9,13 @@ import argparse
 import textwrap
 import typing
 from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from dad_fast.config import Config
 from dad_fast.config.fields import OTHER_NAMES, Setting, nearest, settings
+from dad_fast.config.resolve import gather
 from dad_fast.errors import UsageError
 
 WIDTH = 100
@@ -38,6 +42,13 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"unknown flag {flag}{hint or f'; dad-fast {self.verb} --help-all lists every flag'}")
         return self.parse_args(arguments)
 
+    def add_number(self, *names: str, default: int, least: int = 1) -> None:
+        """A flag whose value is a whole number, `least` or more; `default` may be below, and then says that nothing was typed."""
+        self.add_argument(*names, default=default, type=partial(whole_number, names[-1], least=least))
+
+    def add_nproc(self) -> None:
+        self.add_argument("--nproc", default="1", type=_nproc)
+
 
 class Intermixed(Parser):
     """Flags may stand between positional arguments that are optional or many, which argparse alone takes for missing."""
@@ -46,12 +57,35 @@ class Intermixed(Parser):
         return self.parse_intermixed_args(args, namespace)
 
 
-class _List(argparse.Action):
+class ListAction(argparse.Action):
     """`--suite a b`, `--suite a,b` and `--suite a --suite b` are the same list."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
         items = [item for value in values for item in value.split(",") if item]
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *items])
+
+
+def config_parser(verb: str, *positional: str, without: Sequence[str] = ()) -> Parser:
+    """The parser of a verb that takes the settings of a run: words that may stand first, --preset, --set, and every setting's flag but
+    those of the paths `without`.
+    """
+    parser = Parser(verb)
+    for name in positional:
+        parser.add_argument(name, nargs="?", default="")
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--set", dest="sets", action="append", default=[])
+    add_settings(parser, [path for path in settings() if path not in without])
+    return parser
+
+
+def read_config(given: dict[str, Any], file: str | Path | None) -> Config:
+    """The settings that a `config_parser` was given, not checked for completeness. Raises UsageError."""
+    return gather(given["preset"], Path(file) if file else None, given["sets"], typed_settings(given))
+
+
+def typed_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Path -> what was typed, of the settings that were."""
+    return {path: given[path] for path in settings() if path in given}
 
 
 def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str]) -> None:
@@ -64,7 +98,7 @@ def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str]) -> None:
         if setting.type is bool:
             parser.add_argument(*names, dest=path, action=argparse.BooleanOptionalAction)
         elif typing.get_origin(setting.type) is tuple:
-            parser.add_argument(*names, dest=path, action=_List, nargs="+")
+            parser.add_argument(*names, dest=path, action=ListAction, nargs="+")
         else:
             parser.add_argument(*names, dest=path)
 
@@ -109,6 +143,12 @@ def two_columns(left: str, right: str) -> str:
 
 def wants_help(arguments: Sequence[str]) -> bool:
     return any(argument in ("-h", "--help", "--help-all") for argument in arguments)
+
+
+def _nproc(text: str) -> str:
+    if text == "auto" or (text.isdecimal() and int(text)):
+        return text
+    raise UsageError(f"--nproc {text}: a whole number, 1 or more, or auto")
 
 
 def whole_number(flag: str, text: str, least: int) -> int:

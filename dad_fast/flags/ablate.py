@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dad_fast.config import Config, to_toml
 from dad_fast.config.ablation import AXES, Plan, make_plan, papers_axis
 from dad_fast.config.ablation_stores import KINDS, with_stores
-from dad_fast.config.fields import nearest, settings, with_values
-from dad_fast.config.resolve import gather
+from dad_fast.config.fields import nearest, with_values
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings, two_columns, wants_help, whole_number
-from dad_fast.flags import _List as ListAction
+from dad_fast.flags import ListAction, Parser, config_parser, read_config, two_columns, wants_help
 
 SUMMARY = "vary what a run is made of, one factor at a time: one table, one plot"
 
@@ -87,38 +84,33 @@ def help_text() -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser("ablate")
-    parser.add_argument("config", nargs="?", default="")
-    parser.add_argument("--preset", default="")
-    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser = config_parser("ablate", "config", without=["device"])  # --devices
     parser.add_argument("-o", "--output", default="runs/ablation")
     parser.add_argument("--resume", default="")
-    parser.add_argument("--jobs", default="")
-    parser.add_argument("--store-views", dest="store_views", default="")
-    parser.add_argument("--store-images", dest="store_images", default="raw")
+    parser.add_number("--jobs", default=0)
+    parser.add_number("--store-views", default=0)
+    parser.add_argument("--store-images", default="raw")
     for flag in ("--axes", "--devices", *TYPED):
         parser.add_argument(flag, action=ListAction, nargs="+", dest=_name(flag), default=[])
     parser.add_argument("--vary", action="append", default=[])
     parser.add_argument("--stores", nargs="*", default=None)
     for flag in ("--dry-run", "--print-config"):
         parser.add_argument(flag, action="store_true", default=False)
-    add_settings(parser, [path for path in settings() if path != "device"])
     return parser
 
 
 def _read(given: dict[str, Any]) -> tuple[Plan, SweepLaunch]:
     """The sweep and how it is run. Raises UsageError."""
-    flags = {path: given[path] for path in settings() if path in given}
-    cfg = gather(given["preset"], Path(given["config"]) if given["config"] else None, given["sets"], flags)
-    if cfg.seeds == 1 and "seeds" not in flags:
+    cfg = read_config(given, given["config"])
+    if cfg.seeds == 1 and "seeds" not in given:
         cfg = with_values(cfg, {"seeds": SEEDS})
     launch = SweepLaunch(
         output=given["output"],
         resume=_resume(given["resume"]),
         devices=_devices(given["devices"], cfg),
-        jobs=whole_number("--jobs", given["jobs"], 1) if given["jobs"] else 0,
+        jobs=given["jobs"],
         stores=_kinds(given["stores"]),
-        store_views=whole_number("--store-views", given["store_views"], 1) if given["store_views"] else 0,
+        store_views=given["store_views"],
         store_images=_images(given["store_images"]),
         dry_run=given["dry_run"],
         preset=given["preset"],

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from dad_fast.config import Config
 from dad_fast.config.fields import nearest, settings
 from dad_fast.config.launch import AnalyzeLaunch
-from dad_fast.config.resolve import gather
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings, entry, two_columns, wants_help, whole_number
+from dad_fast.flags import config_parser, entry, read_config, two_columns, wants_help
 
 SUMMARY = "measure how far clean, discretized and attacked images lie from test sets"
 
@@ -64,20 +62,14 @@ def help_text() -> str:
 
 def parse(arguments: Sequence[str]) -> tuple[Config, AnalyzeLaunch]:
     """The settings, not checked for completeness, and what is measured. Raises UsageError."""
-    parser = Parser("analyze")
-    parser.add_argument("run", nargs="?", default="")
-    parser.add_argument("--preset", default="")
-    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser = config_parser("analyze", "run")
     parser.add_argument("-o", "--output", default="")
     parser.add_argument("--features", default=AnalyzeLaunch.features)
     for flag, least in LEAST.items():
-        name = flag[2:].replace("-", "_")
-        parser.add_argument(flag, default=getattr(AnalyzeLaunch, name), type=partial(whole_number, flag, least=least))
-    add_settings(parser, settings())
+        parser.add_number(flag, default=getattr(AnalyzeLaunch, flag[2:].replace("-", "_")), least=least)
     given = vars(parser.parse(arguments))
-    flags = {path: given[path] for path in settings() if path in given}
     folder, file = _run_and_file(given["run"])
-    cfg = gather(given["preset"], file, given["sets"], flags)
+    cfg = read_config(given, file)
     if folder and cfg.variants:
         inside = next(iter(sorted(folder.glob("*/seed-*"))), folder / "VARIANT" / "seed-0")
         raise UsageError(f"{folder} holds several runs; name one of them, such as {inside}")

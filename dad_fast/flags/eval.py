@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from dad_fast.config.fields import settings
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings, flag_names, two_columns, wants_help
-from dad_fast.flags import _List as ListAction
+from dad_fast.flags import ListAction, Parser, add_settings, flag_names, two_columns, typed_settings, wants_help
 
 SUMMARY = "judge checkpoints and published models on test sets and corruptions, compare two"
 
@@ -62,7 +61,7 @@ OWN = {
     "--baselines FILE": "CSV or JSON of baselines' top-1 by suite, for effective robustness",
     "--json, --csv FILE": "write the results there too; an existing .json or .csv is replaced",
     "--save-predictions DIR": "write what each model says of each image, for --compare",
-    "--nproc N": "processes on this machine; auto = one a GPU [1]",
+    "--nproc N|auto": "processes on this machine, auto = one a GPU [1]",
     "--debug": "show tracebacks",
 }
 
@@ -88,34 +87,28 @@ def main(arguments: list[str], debug: bool) -> int:
         print(help_text())
         return 0
     given = vars(make_parser().parse(arguments))
-    flags = {path: given[path] for path in settings() if path in given}
     launch = EvalLaunch(
         compare=tuple(given.get("compare", ())),
         ood=tuple(given.get("ood", ())),
         arguments=tuple([*arguments, "--debug"] if debug else arguments),
         **{name: given[name] for name in ("model", "id_suite", "baselines", "json", "csv", "predictions", "nproc") if name in given},
     )
-    _check(launch)
-    from dad_fast.commands import eval as command
-
-    return command.run(launch, flags)
-
-
-def _check(launch: EvalLaunch) -> None:
-    if launch.nproc != "auto" and not (launch.nproc.isdecimal() and int(launch.nproc)):
-        raise UsageError(f"--nproc {launch.nproc}: a number of processes, or auto")
     if launch.compare and launch.model:
         raise UsageError(f"--compare judges its two models alone: leave {launch.model} out")
+    from dad_fast.commands import eval as command
+
+    return command.run(launch, typed_settings(given))
 
 
 def make_parser() -> Parser:
     parser = Parser("eval")
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--model", dest="model")
+    parser.add_argument("--model")
     parser.add_argument("--compare", nargs=2)
     parser.add_argument("--ood", nargs="+", action=ListAction)
-    for flag in ("--id-suite", "--baselines", "--json", "--csv", "--nproc"):
+    for flag in ("--id-suite", "--baselines", "--json", "--csv"):
         parser.add_argument(flag)
+    parser.add_nproc()
     parser.add_argument("--save-predictions", dest="predictions")
     add_settings(parser, SETTINGS)
     return parser

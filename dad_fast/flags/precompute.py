@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
 from dad_fast.config import Config
 from dad_fast.config.fields import settings
 from dad_fast.config.launch import StoreLaunch
-from dad_fast.config.resolve import gather
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings, entry, two_columns, wants_help, whole_number
+from dad_fast.flags import config_parser, entry, read_config, two_columns, wants_help
 
 SUMMARY = "fill a store: adversarial images, or the teacher's outputs, once for many runs"
 
@@ -38,7 +35,7 @@ STORE_FLAGS = {
     "--images FORM": "adversarial images as pixels besides the codes: none, raw, webp, jpeg:Q [none]",
     "--block-size N": "images per block, the unit of work; part of the store's identity [--batch-size]",
     "--shard-blocks N": "blocks per shard, what one process writes at a time [about 1 GB]",
-    "--nproc N": "processes on this machine, one a GPU where there are GPUs [1]",
+    "--nproc N|auto": "processes on this machine, auto = one a GPU [1]",
     "--estimate": "measure a few blocks and say what the whole would take; writes nothing",
     "--check SHARE": "recompute this share of the blocks of an existing store and compare",
     "--debug": "show tracebacks",
@@ -65,24 +62,20 @@ def help_text() -> str:
 
 def parse(arguments: Sequence[str]) -> tuple[Config, StoreLaunch]:
     """The settings, not checked for completeness, and the store's form. Raises UsageError."""
-    parser = Parser("precompute")
-    parser.add_argument("config", nargs="?", default="")
-    parser.add_argument("--preset", default="")
-    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser = config_parser("precompute", "config")
     parser.add_argument("-o", "--output", default="")
     parser.add_argument("--targets", action="store_true", default=False)
     parser.add_argument("--estimate", action="store_true", default=False)
     parser.add_argument("--outputs", default="full")
     parser.add_argument("--images", default="none")
-    for flag, default in (("--views", 1), ("--block-size", 0), ("--shard-blocks", 0), ("--nproc", 1)):
-        parser.add_argument(flag, default=default, type=partial(whole_number, flag, least=1))
+    for flag, default in (("--views", 1), ("--block-size", 0), ("--shard-blocks", 0)):
+        parser.add_number(flag, default=default)
+    parser.add_nproc()
     parser.add_argument("--check", default=0.0, type=_share)
-    add_settings(parser, settings())
     if any(token.partition("=")[0] == "--merge" for token in arguments):
         raise UsageError("--merge: parts are brought together by a verb of their own: dad-fast store merge PART [PART ...] -o STORE")
     given = vars(parser.parse(arguments))
-    flags = {path: given[path] for path in settings() if path in given}
-    cfg = gather(given["preset"], Path(given["config"]) if given["config"] else None, given["sets"], flags)
+    cfg = read_config(given, given["config"])
     names = ("output", "targets", "views", "outputs", "images", "block_size", "shard_blocks", "nproc", "estimate", "check")
     launch = StoreLaunch(**{name: given[name] for name in names})
     if not launch.output:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dad_fast.errors import UsageError
-from dad_fast.flags import Intermixed, wants_help, whole_number
+from dad_fast.flags import Intermixed, wants_help
 
 SUMMARY = "name what images show, with a trained or an exported student"
 
@@ -57,20 +57,13 @@ def parse(arguments: Sequence[str]) -> PredictOptions:
     parser = Intermixed("predict")
     parser.add_argument("model", nargs="?", default="")
     parser.add_argument("images", nargs="*", default=[])
-    parser.add_argument("-k", "--top", default="5")
+    parser.add_number("-k", "--top", default=5)
     parser.add_argument("--json", action="store_true", default=False)
-    parser.add_argument("-b", "--batch-size", dest="batch_size", default="32")
+    parser.add_number("-b", "--batch-size", default=32)
     parser.add_argument("--device", default="auto")
     given = parser.parse(arguments)
     if not given.model:
         raise UsageError("name a model and images: dad-fast predict MODEL IMAGE ... (see dad-fast predict -h)")
     if not given.images:
         raise UsageError(f"name images or a folder of them after {given.model}: dad-fast predict MODEL IMAGE ...")
-    return PredictOptions(
-        given.model,
-        tuple(given.images),
-        whole_number("--top", given.top, 1),
-        given.json,
-        whole_number("--batch-size", given.batch_size, 1),
-        given.device,
-    )
+    return PredictOptions(**{**vars(given), "images": tuple(given.images)})

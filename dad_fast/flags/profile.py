@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dad_fast.config import Config, check
-from dad_fast.config.fields import nearest, settings
-from dad_fast.config.resolve import gather
+from dad_fast.config.fields import nearest
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, add_settings, wants_help, whole_number
+from dad_fast.flags import config_parser, read_config, wants_help
 
 SUMMARY = "look into a few training steps: Nsight, torch's profiler, memory"
 KINDS = {
@@ -74,31 +72,25 @@ def help_text() -> str:
 
 def parse(arguments: Sequence[str]) -> tuple[Config, ProfileLaunch]:
     """The settings of one run, not checked for completeness, and what to look at. Raises UsageError."""
-    parser = Parser("profile")
-    parser.add_argument("kind", nargs="?", default="")
-    parser.add_argument("config", nargs="?", default="")
-    parser.add_argument("--preset", default="")
-    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser = config_parser("profile", "kind", "config")
     parser.add_argument("-o", "--output", default="")
-    parser.add_argument("--steps", default="")
-    parser.add_argument("--warm-up", dest="warm_up", default="10")
+    parser.add_number("--steps", default=0)
+    parser.add_number("--warm-up", default=10, least=0)
     parser.add_argument("--kernel", default="")
-    parser.add_argument("--launches", default="20")
-    add_settings(parser, settings())
+    parser.add_number("--launches", default=20)
     given = vars(parser.parse(arguments))
     kind = given["kind"]
     if kind not in KINDS:
         what = f"unknown kind of profile {kind}{nearest(kind, KINDS)}" if kind else "name a kind of profile"
         raise UsageError(f"{what} (kinds: {', '.join(KINDS)})")
-    flags = {path: given[path] for path in settings() if path in given}
-    cfg = gather(given["preset"], Path(given["config"]) if given["config"] else None, given["sets"], flags)
+    cfg = read_config(given, given["config"])
     launch = ProfileLaunch(
         kind=kind,
         output=given["output"] or f"runs/profile/{kind}",
-        steps=whole_number("--steps", given["steps"] or ("1" if kind in ("memory", "ncu") else "5"), 1),
-        warm_up=whole_number("--warm-up", given["warm_up"], 0),
+        steps=given["steps"] or (1 if kind in ("memory", "ncu") else 5),
+        warm_up=given["warm_up"],
         kernel=given["kernel"],
-        launches=whole_number("--launches", given["launches"], 1),
+        launches=given["launches"],
     )
     return only_run(cfg), launch
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dad_fast.config.fields import nearest
 from dad_fast.errors import UsageError
-from dad_fast.flags import Parser, wants_help, whole_number
+from dad_fast.flags import Parser, wants_help
 
 SUMMARY = "look at a store of adversarial images and teacher outputs, check it, join its parts"
 
@@ -55,8 +55,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for flag in ("--data-dir", "--discretizer"):
         parser.add_argument(flag, default="")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--num", default="24")
-    parser.add_argument("--view", default="0")
+    parser.add_number("--num", default=24)
+    parser.add_number("--view", default=0, least=0)
     given = parser.parse(arguments)
     if given.action not in ACTIONS:
         what = f"unknown action {given.action}{nearest(given.action, ACTIONS)}" if given.action else "nothing to do"
@@ -67,6 +67,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError("name the folder of the whole store: -o STORE")
     if given.action != "merge" and len(given.folders) > 1:
         raise UsageError(f"one store at a time, not {len(given.folders)}")
-    for flag, least in (("num", 1), ("view", 0)):
-        setattr(given, flag, whole_number(f"--{flag}", getattr(given, flag), least))
     return given

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from dad_fast.config import Launch, check, to_toml
 from dad_fast.config.fields import sections, settings
-from dad_fast.config.resolve import gather, preset_names
+from dad_fast.config.resolve import preset_names
 from dad_fast.config.variants import NOT_SCIENCE
 from dad_fast.errors import UsageError
-from dad_fast.flags import WIDTH, Parser, add_settings, entry, two_columns, wants_help, whole_number
+from dad_fast.flags import WIDTH, Parser, config_parser, entry, read_config, two_columns, typed_settings, wants_help
 
 SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad, or a linear probe by lp-clip"
 
@@ -48,13 +48,12 @@ def main(arguments: list[str], debug: bool) -> int:
         print(help_text(every="--help-all" in arguments))
         return 0
     given = vars(make_parser().parse(arguments))
-    flags = {path: given[path] for path in settings() if path in given}
     file = Path(given["config"]) if given["config"] else None
     output = given["output"] or f"runs/{given['preset'] or (file.stem if file else '') or given.get('method', 'dad')}"
-    paths = {*flags, *(item.partition("=")[0].strip() for item in given["sets"])}
+    paths = {*typed_settings(given), *(item.partition("=")[0].strip() for item in given["sets"])}
     if given["resume"] == "auto" and not (file or given["preset"]) and paths <= NOT_SCIENCE and (Path(output) / "config.toml").exists():
         file = Path(output) / "config.toml"  # nothing said what to train: continue with the run's own settings
-    cfg = gather(given["preset"], file, given["sets"], flags)
+    cfg = read_config(given, file)
     if given["print_config"]:
         print(to_toml(cfg), end="", flush=True)
     check(cfg)  # after printing: what is still missing is said below the settings
@@ -79,21 +78,13 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser("train")
-    parser.add_argument("config", nargs="?", default="")
-    parser.add_argument("--preset", default="")
-    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser = config_parser("train", "config")
     parser.add_argument("-o", "--output", default="")
     parser.add_argument("--resume", default="")
-    parser.add_argument("--nproc", default="1", type=_nproc)
+    parser.add_nproc()
     for flag in ("--overwrite", "--allow-config-change", "--print-config"):
         parser.add_argument(flag, action="store_true", default=False)
-    add_settings(parser, settings())
     return parser
-
-
-def _nproc(text: str) -> str:
-    return text if text == "auto" else str(whole_number("--nproc", text, 1))
 
 
 def help_text(every: bool) -> str:
