@@ -70,13 +70,14 @@ def test_three_processes_agree(tmp_path):
 @pytest.mark.parametrize("how", ["os._exit(3)", "time.sleep(12)"], ids=["dies", "hangs"])
 def test_the_others_say_which_process_is_gone_and_stop(tmp_path, how):
     code = f"""
+    from dad_fast.errors import PeerLost
     d.patience(2)
     if rank == 1:
         {how}
     start = time.monotonic()
     try:
         d.barrier()
-    except d.PeerLost as error:
+    except PeerLost as error:
         print(error)
         sys.exit(1 if time.monotonic() - start < 10 else 99)
     """
@@ -101,6 +102,26 @@ def test_a_process_that_stops_as_asked_is_not_taken_for_lost(tmp_path):
     found = run_together(3, tmp_path, code)
     assert [code for code, _, _ in found] == [75] * 3, found
     assert "process 1 of 3 was asked to" in found[0][1] + found[2][1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="suspends a process")
+def test_a_store_that_does_not_answer_is_given_up(tmp_path):
+    """As on a machine that was cut off from the one where the processes met: a call to the store would wait for an hour."""
+    from dad_fast.engine.roll_call import say_stopped, who_is_gone
+    from dad_fast.errors import PeerLost, Preempted
+
+    code = "store = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); print(store.port, flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", f"import time, torch.distributed as d; {code}"], env=environment(), stdout=subprocess.PIPE, text=True) as host:
+        store = torch.distributed.TCPStore("127.0.0.1", int(host.stdout.readline()), is_master=False, wait_for_workers=False)
+        host.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        say_stopped(store, 1, Preempted("asked to"))
+        error = who_is_gone(store, 1, 2, "timed out")
+        assert isinstance(error, PeerLost) and "is gone or cannot be reached" in str(error) and "(timed out)" in str(error)
+        assert time.monotonic() - start < 20
+        host.kill()
+        say_stopped(store, 1, Preempted("asked to"))  # there is nobody left to tell
+        assert "is gone or cannot be reached" in str(who_is_gone(store, 1, 2, "reset"))
 
 
 FAKE = """

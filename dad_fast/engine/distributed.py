@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,12 +24,11 @@ from torch import Tensor
 from dad_fast import errors
 from dad_fast.config.schema import Config
 from dad_fast.engine.launch import STORE, started_here
-from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, PeerLost, Preempted, UsageError
+from dad_fast.engine.roll_call import say_stopped, who_is_gone
+from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, Preempted, UsageError
 
 T = TypeVar("T")
 LONG = 3600.0  # seconds to wait for another process where one may work for minutes: the first step, the end of a run
-ROLL_CALL = 3.0  # seconds in which every process that is left answers
-HERE, STOPPED = "dad_fast/here", "dad_fast/stopped"  # in the store, by rank
 
 _joined = False
 
@@ -103,7 +101,7 @@ def joined(cfg: Config) -> Iterator[None]:
         yield
     except (Preempted, Interrupted) as stop:
         if _joined:
-            _store().set(f"{STOPPED}/{rank()}", type(stop).__name__)
+            say_stopped(_store(), rank(), stop)
         raise
     close()
 
@@ -264,36 +262,12 @@ def _others_needed() -> Iterator[None]:
     except RuntimeError as error:  # gloo's and NCCL's; DistBackendError is one
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise _loss(_line(error)) from error
+        raise who_is_gone(_store(), rank(), world(), _line(error)) from error
 
 
 def _store() -> Any:
-    """Where the processes met: it outlives the connections between them."""
+    """Where the processes met."""
     return dist.distributed_c10d._get_default_store()
-
-
-def _loss(why: str) -> DadFastError:
-    """Why the others cannot be reached: one has stopped as it was asked to, or does not answer a roll call."""
-    silent = []
-    try:
-        store = _store()
-        store.set(f"{HERE}/{rank()}", "1")
-        deadline = time.monotonic() + ROLL_CALL
-        for other in range(world()):
-            while other != rank() and not store.check([f"{HERE}/{other}"]):
-                if store.check([f"{STOPPED}/{other}"]):
-                    kind = getattr(errors, store.get(f"{STOPPED}/{other}").decode())
-                    return kind(f"stopped, as process {other} of {world()} was asked to; go on with --resume auto")
-                if time.monotonic() > deadline:
-                    silent.append(str(other))
-                    break
-                time.sleep(0.05)
-    except RuntimeError:  # the store went with the process that held it
-        return PeerLost(f"process 0 of {world()}, or the machine that torchrun met on, is gone; this process stops too ({why})")
-    if not silent:
-        return PeerLost(f"the {world()} processes are all there, but cannot reach each other ({why})")
-    names, verb = ", ".join(silent), "is" if len(silent) == 1 else "are"
-    return PeerLost(f"process {names} of {world()} (counted from 0) {verb} gone; this process stops too ({why})")
 
 
 def _line(error: BaseException) -> str:
