@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
+import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +21,68 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` to `path`; a reader, or a crash, sees the old file or the new one. Makes missing folders.
 
-    Raises OSError (no space, no permission); the temporary file is then gone and an existing `path` unchanged.
+    Raises OSError that names `path` (no space, no permission); the temporary file is then gone and an existing `path` unchanged.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes 0600, which colleagues on a shared disk could not read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = _begin(path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes 0600, which colleagues on a shared disk could not read
+                os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # on a disk that has become read-only; the first error is the one to tell
+                os.unlink(temporary)
+            raise
+        sync(path.parent)
+    except OSError as error:
+        if error.strerror:
+            error.filename, error.filename2 = str(path), None
         raise
-    sync(path.parent)
+
+
+def _begin(path: Path) -> tuple[int, str]:
+    """A temporary file beside `path`, locked while its writer lives. What killed writers left there goes."""
+    remove_abandoned(path.parent, f".{path.name}.", ".tmp")
+    while True:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        if hold(handle, temporary):
+            return handle, temporary
+        os.close(handle)
+
+
+def hold(handle: int, path: str | Path) -> bool:
+    """Lock a new file or folder, so that `remove_abandoned` leaves it alone until `handle` is closed. False: it was quicker."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks: there nothing is removed either
+        return True
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
+    """Remove the files and folders so named in `folder` whose writer lives no more: nobody holds their lock."""
+    for name in os.listdir(folder):
+        if not (name.startswith(prefix) and name.endswith(suffix)):
+            continue
+        left = folder / name
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+            finally:
+                os.close(handle)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

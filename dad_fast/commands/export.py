@@ -127,7 +127,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        for path in new.iterdir():
+        for path in [*new.iterdir(), new]:
             sync(path)
         try:
             if target.is_dir():

@@ -51,34 +51,33 @@ class CheckpointFolder:
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], write_model: Callable[[Path], None], best: bool) -> Path:
         """Write `step-N`, point `latest` (and `best`) at it, and delete what `keep` no longer covers."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        temporary, final = self.root / f".step-{step}.tmp", self.root / f"step-{step}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary, final, aside = (self.root / name for name in (f".step-{step}.tmp", f"step-{step}", f".step-{step}.old"))
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write_model(temporary / FILES[0])
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / FILES[1])
             own = json.loads(json.dumps({**state, "step": step}))  # as it will be read
             hashes = {name: sha256_file(temporary / name) for name in FILES} | {STATE: _digest(own)}
             (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
-            for path in temporary.iterdir():
+            for path in [*temporary.iterdir(), temporary]:
                 sync(path)
+            if final.exists():  # a resumed run saves the same step again: at every moment there is a whole one
+                shutil.rmtree(aside, ignore_errors=True)
+                final.rename(aside)
+            temporary.rename(final)
+            sync(self.root)
+            self._link("latest", final.name)
+            if best:
+                self._link("best", final.name)
+            self._prune(step)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise disk_error(error, final, "go on with --resume auto: the checkpoint before is whole") from error
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        aside = self.root / f".step-{step}.old"
-        if final.exists():  # a resumed run saves the same step again: at every moment there is a whole one
-            shutil.rmtree(aside, ignore_errors=True)
-            final.rename(aside)
-        temporary.rename(final)
-        sync(self.root)
-        self._link("latest", final.name)
-        if best:
-            self._link("best", final.name)
-        self._prune(step)
         return final
 
     def load(self, path: str, say: Callable[[str], None]) -> Checkpoint | None:

@@ -10,12 +10,14 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from dad_fast.errors import printable
-from dad_fast.files import plain
+from dad_fast.files import disk_error, plain
 
 PACKAGES = (
     "dad-fast", "torch", "torchvision", "triton", "timm", "open_clip_torch", "apache-tvm-ffi", "safetensors", "numpy", "pillow",
@@ -41,46 +43,46 @@ class RunLog:
 
     def __init__(self, folder: str | Path, echo: Callable[[str], None] = print_line, rank: int = 0) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.echo = echo if rank == 0 else lambda text: None
-        self._metrics = open(self.folder / "metrics.jsonl" if rank == 0 else os.devnull, "a+b")
-        self._text = open(self.folder / (f"train-rank{rank}.log" if rank else "train.log"), "a", encoding="utf-8")
-        self.truncate_to(self._metrics.tell())
+        metrics, text = "metrics.jsonl" if rank == 0 else os.devnull, f"train-rank{rank}.log" if rank else "train.log"
+        with _disk(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = open(self.folder / metrics, "a+b", buffering=0)
+            self._text = open(self.folder / text, "ab", buffering=0)
+        self.truncate_to(self._metrics.seek(0, os.SEEK_END))
         self._warnings = _Warnings(self)
         self._warnings.install()
 
     def metrics(self, kind: str, **values: Any) -> None:
         """Append one line `{"kind": kind, "time": seconds since the epoch, **values}` to metrics.jsonl."""
         line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), **values}), allow_nan=False)
-        self._metrics.write(line.encode() + b"\n")
-        self._metrics.flush()
+        _append(self._metrics, line + "\n")
 
     def say(self, text: str, *, echo: bool = True) -> None:
         """Append a line to train.log and, unless `echo` is off, show it; control characters in it as escapes."""
         text = printable(text)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._text.flush()
+        _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._text.tell() > LOG_BYTES:
-            self._text.close()
-            os.replace(self._text.name, f"{self._text.name}.1")
-            self._text = open(self._text.name, "a", encoding="utf-8")
+            with _disk(self._text.name):
+                self._text.close()
+                os.replace(self._text.name, f"{self._text.name}.1")
+                self._text = open(self._text.name, "ab", buffering=0)
         if echo:
             self.echo(text)
 
     def offset(self) -> int:
         """Length of metrics.jsonl in bytes, synced to disk: what a checkpoint stores for `truncate_to`."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        return self._metrics.seek(0, os.SEEK_END)
+        with _disk(self._metrics.name):
+            os.fsync(self._metrics.fileno())
+            return self._metrics.seek(0, os.SEEK_END)
 
     def truncate_to(self, offset: int) -> None:
         """Drop the lines after `offset` bytes (steps that a resumed run repeats), and a torn line before it."""
-        size = self._metrics.seek(0, os.SEEK_END)
-        self._metrics.seek(0)
-        kept = self._metrics.read(min(offset, size)).rfind(b"\n") + 1
-        if kept != size:
-            self._metrics.truncate(kept)
-        self._metrics.seek(0, os.SEEK_END)
+        with _disk(self._metrics.name):
+            content = Path(self._metrics.name).read_bytes()
+            kept = content.rfind(b"\n", 0, offset) + 1
+            if kept != len(content):
+                self._metrics.truncate(kept)
 
     def close(self) -> None:
         logging.getLogger("dad_fast").removeHandler(self._warnings)
@@ -92,6 +94,23 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@contextmanager
+def _disk(path: str | Path) -> Iterator[None]:
+    """What the disk refuses in this block becomes a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path, "go on with --resume auto") from error
+
+
+def _append(file: FileIO, text: str) -> None:
+    """The whole of it: nothing waits in a buffer, where a second attempt would fail while the process ends."""
+    with _disk(file.name):
+        rest = memoryview(text.encode())
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 class _Warnings(logging.Handler):

@@ -1,0 +1,47 @@
+"""Files that are whole or absent, whoever is killed beside them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dad_fast import files
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLED = """
+import os, signal, sys
+from dad_fast import files
+files.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+files.atomic_write_text(sys.argv[1], "half")
+"""
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".a.json.") and left.name.endswith(".tmp")
+    handle, another = files._begin(path)  # its own is being written at this moment; the dead one's goes
+    files.atomic_write_text(tmp_path / "other.json", "beside it")
+    assert {one.name for one in tmp_path.iterdir()} == {Path(another).name, "other.json"}
+    files.atomic_write_text(path, "whole")
+    assert path.read_text() == "whole" and Path(another).exists()
+    os.close(handle)
+    files.atomic_write_text(path, "again")
+    assert {one.name for one in tmp_path.iterdir()} == {"a.json", "other.json"}
+
+
+@pytest.mark.parametrize("call", ["mkstemp", "fsync", "replace"])
+def test_an_error_names_the_file_and_not_its_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/some/temporary")
+
+    monkeypatch.setattr(files.tempfile if call == "mkstemp" else files.os, call, fail)
+    with pytest.raises(OSError) as found:
+        files.atomic_write_text(tmp_path / "a.json", "x")
+    assert found.value.filename == str(tmp_path / "a.json") and not list(tmp_path.iterdir())
