@@ -221,11 +221,26 @@ def _text(value: Any) -> str:
     return value
 
 
+def read_toml(text: str) -> dict[str, Any]:
+    """What TOML text says. Raises ValueError (tomllib.TOMLDecodeError for its form) or RecursionError for what is none."""
+    tables = tomllib.loads(text)
+    _check_numbers(tables)
+    return tables
+
+
+def _check_numbers(value: Any) -> None:
+    """Raises ValueError for a number that Python could not even print: tomllib reads a hexadecimal of any length."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        raise ValueError("a number of more than 128 bits")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_numbers(item)
+
+
 def toml_value(text: str) -> Any:
     """`text` read as a TOML value; text that is none stays text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return read_toml(f"value = {text}")["value"]
+    except (ValueError, RecursionError):  # of TOML, of a number of thousands of digits, or of brackets without end
         if text[:1] in "[{":
             raise ValueError("is not a TOML value") from None
         return text

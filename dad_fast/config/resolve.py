@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, toml_value, with_values
+from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, read_toml, settings, toml_value, with_values
 from dad_fast.config.schema import MODEL_SAVINGS, USES_DISCRETIZER, USES_TEACHER, VQGAN_SAVINGS, AugmentConfig, Config
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
@@ -52,6 +52,9 @@ def gather(preset: str | None, file: Path | None, sets: Sequence[str], flags: Ma
     return layers.config()
 
 
+_LONGEST, _DEEPEST = 1_000_000, 100  # characters of settings, dots of a key: reading takes time with the square of these
+
+
 def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
@@ -73,8 +76,10 @@ class Layers:
         self._layer: set[str] = set()  # keys of this layer
 
     def add_toml(self, text: str, where: str) -> None:
+        if len(text) > _LONGEST or any(line.partition("=")[0].count(".") > _DEEPEST for line in text.split("\n") if "=" in line):
+            raise UsageError(f"{where}: not settings (longer than {_LONGEST:,} characters, or a key of more than {_DEEPEST} parts)")
         try:
-            tables = tomllib.loads(text)
+            tables = read_toml(text)
         except tomllib.TOMLDecodeError as error:
             raise UsageError(f"{where}: not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}") from None
         except (RecursionError, ValueError) as error:  # brackets without end, a number of thousands of digits

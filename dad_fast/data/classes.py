@@ -15,6 +15,7 @@ from typing import Any
 from dad_fast.errors import DataError
 
 _WNID = re.compile(r"n\d{8}")
+_NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ClassMap:
                     )
                 entries = []
                 for row in rows:
-                    if not (row["id"] or "").strip().isdigit() or not row["folder"] or not row["name"]:
+                    if not _NUMBER.fullmatch(row["id"] or "") or not row["folder"] or not row["name"]:
                         raise DataError(f"{path}, line {rows.line_num}: a class needs a number, a folder and a name (--class-map)")
                     entries.append((int(row["id"]), row["folder"], row["name"]))
         except FileNotFoundError as error:

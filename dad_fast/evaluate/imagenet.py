@@ -75,7 +75,7 @@ def _read_json(path: Path) -> dict[str, str]:
         raise DataError(
             f"{path}: not there; ObjectNet's archive has a folder mappings beside images, which says what its classes are"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); get it again from ObjectNet's archive") from None
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
         raise DataError(f"{path}: not a table of texts; get it again from ObjectNet's archive")

@@ -73,11 +73,13 @@ def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
             found = {field: arrays[f"{name}/{field}"].numpy() for field in FIELDS}
             if len({value.shape for value in found.values()}) != 1 or found["image"].ndim != 1:
                 raise ValueError(f"the arrays of {name} differ in shape")
+            if any(value.dtype.kind not in "buif" for value in found.values()):
+                raise ValueError(f"the arrays of {name} hold complex numbers")
             whole = ("image", "part", "label")
             suites[name] = Records(str(source), {f: v.astype(np.int64 if f in whole else np.float64) for f, v in found.items()})
     except KeyError as error:
         raise DataError(f"{shown(str(path))}: no predictions of dad-fast (no {error}); name a file of eval --save-predictions") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{shown(str(path))}: its predictions are damaged ({error}); save them again") from None
     return about, suites
 

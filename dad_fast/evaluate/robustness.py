@@ -84,7 +84,7 @@ def read_baselines(path: str | Path) -> list[dict[str, float]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         rows = json.loads(text) if str(path).endswith(".json") else list(csv.DictReader(text.splitlines()))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{where}: not a readable table ({' '.join(str(error).split())})") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{where}: needs a row for each baseline and a column for each suite, top-1 in percent")
@@ -98,8 +98,8 @@ def _accuracies(where: str, number: int, row: Mapping[Any, Any]) -> dict[str, fl
             continue
         try:
             found[str(suite)] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{where}, baseline {number}: {shown(str(suite))} is {shown(str(value))[:40]!r}, not an accuracy") from None
         if not 0 <= found[str(suite)] <= 100:
-            raise DataError(f"{where}, baseline {number}: {shown(str(suite))} is {value}, not an accuracy in percent")
+            raise DataError(f"{where}, baseline {number}: {shown(str(suite))} is {found[str(suite)]:g}, not an accuracy in percent")
     return found

@@ -59,13 +59,20 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """A comparison's results.json, or that of a single run. Raises DataError for anything else."""
     try:
         record = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a results.json ({error})") from None
     if isinstance(record, dict) and "suites" in record:
         record = {"runs": [record]}
-    if not isinstance(record, dict) or not record.get("runs"):
+    runs = record.get("runs") if isinstance(record, dict) else None
+    if not isinstance(runs, list) or not runs or not all(map(_is_run, runs)):
         raise DataError(f"{path}: holds no runs; name the results.json of a finished run or comparison")
     return record
+
+
+def _is_run(run: Any) -> bool:
+    if not isinstance(run, dict) or not isinstance(run.get("variant"), str) or not isinstance(run.get("suites"), dict):
+        return False
+    return all(isinstance(result, dict) for result in run["suites"].values())
 
 
 def suites(record: dict[str, Any]) -> list[str]:
