@@ -167,19 +167,20 @@ def launch(
     losses, kept = student.new_empty((2, batch), dtype=torch.float32), student.new_empty((batch, 6), dtype=torch.float32)
     student, teacher, targets, weight = _rows(student), _rows(teacher), _rows(targets), _rows(weight)
     block, num_warps = _meta(num_classes)
-    _forward[(batch,)](
-        *(student, _or(teacher, student), _or(targets, student), _or(weight, student), losses, kept),
-        *(student.stride(0), _or(teacher, student).stride(0), _or(targets, student).stride(0)),
-        *(batch, num_classes, temperature, smoothing),
-        TEACHER=teacher is not None,
-        TARGETS=targets is not None,
-        LABELS=targets is not None and targets.ndim == 1,
-        SMOOTH=smoothing > 0,
-        WEIGHT=weight is not None,
-        BLOCK=block,
-        num_warps=num_warps,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(student):
+        _forward[(batch,)](
+            *(student, _or(teacher, student), _or(targets, student), _or(weight, student), losses, kept),
+            *(student.stride(0), _or(teacher, student).stride(0), _or(targets, student).stride(0)),
+            *(batch, num_classes, temperature, smoothing),
+            TEACHER=teacher is not None,
+            TARGETS=targets is not None,
+            LABELS=targets is not None and targets.ndim == 1,
+            SMOOTH=smoothing > 0,
+            WEIGHT=weight is not None,
+            BLOCK=block,
+            num_warps=num_warps,
+            enable_fp_fusion=True,
+        )
     return losses.sum(dim=1) / batch, kept
 
 
@@ -198,18 +199,19 @@ def launch_backward(
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
     student, teacher, targets, weight = _rows(student), _rows(teacher), _rows(targets), _rows(weight)
     block, num_warps = _meta(num_classes)
-    _backward[(batch, triton.cdiv(num_classes, block))](
-        *(grad, kept, student, _or(teacher, student), _or(targets, student), _or(weight, student), gradient),
-        *(student.stride(0), _or(teacher, student).stride(0), _or(targets, student).stride(0), grad.stride(0)),
-        *(num_classes, 1.0 / batch, temperature, smoothing),
-        TEACHER=teacher is not None,
-        TARGETS=targets is not None,
-        LABELS=targets is not None and targets.ndim == 1,
-        WEIGHT=weight is not None,
-        BLOCK=block,
-        num_warps=num_warps,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(student):
+        _backward[(batch, triton.cdiv(num_classes, block))](
+            *(grad, kept, student, _or(teacher, student), _or(targets, student), _or(weight, student), gradient),
+            *(student.stride(0), _or(teacher, student).stride(0), _or(targets, student).stride(0), grad.stride(0)),
+            *(num_classes, 1.0 / batch, temperature, smoothing),
+            TEACHER=teacher is not None,
+            TARGETS=targets is not None,
+            LABELS=targets is not None and targets.ndim == 1,
+            WEIGHT=weight is not None,
+            BLOCK=block,
+            num_warps=num_warps,
+            enable_fp_fusion=True,
+        )
     return gradient
 
 

@@ -189,39 +189,40 @@ def launch(
     moments = x.new_empty(batch, 2, channels, dtype=torch.float32)
     total = x if residual is None else nhwc_empty(x)
     unused = weight if channel_bias is None else channel_bias
-    _sum_chunks[(batch * num_chunks, strips)](
-        *(x, x if residual is None else residual, unused, total, partial, num_rows, num_chunks),
-        CHANNELS=channels,
-        HAS_BIAS=channel_bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        ROWS=rows,
-        COLUMNS=columns,
-        TILES=meta["tiles"],
-        num_warps=meta["num_warps"],
-        enable_fp_fusion=True,
-    )
     group_size = channels // num_groups
     block = min(MERGE_BLOCK, triton.next_power_of_2(num_chunks * group_size))
-    _merge_chunks[(batch * num_groups,)](
-        *(partial, weight, moments, num_rows, num_chunks, chunk_rows, float(num_rows * group_size), eps),
-        CHANNELS=channels,
-        NUM_GROUPS=num_groups,
-        GROUP=triton.next_power_of_2(group_size),
-        BLOCK=block,
-        NUM_BLOCKS=triton.cdiv(num_chunks * group_size, block),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    _apply[(batch * num_blocks, strips)](
-        *(total, unused, moments, bias, y, num_rows, num_blocks),
-        CHANNELS=channels,
-        HAS_BIAS=channel_bias is not None and residual is None,
-        SILU=silu,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=meta["num_warps"],
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(x):
+        _sum_chunks[(batch * num_chunks, strips)](
+            *(x, x if residual is None else residual, unused, total, partial, num_rows, num_chunks),
+            CHANNELS=channels,
+            HAS_BIAS=channel_bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            ROWS=rows,
+            COLUMNS=columns,
+            TILES=meta["tiles"],
+            num_warps=meta["num_warps"],
+            enable_fp_fusion=True,
+        )
+        _merge_chunks[(batch * num_groups,)](
+            *(partial, weight, moments, num_rows, num_chunks, chunk_rows, float(num_rows * group_size), eps),
+            CHANNELS=channels,
+            NUM_GROUPS=num_groups,
+            GROUP=triton.next_power_of_2(group_size),
+            BLOCK=block,
+            NUM_BLOCKS=triton.cdiv(num_chunks * group_size, block),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        _apply[(batch * num_blocks, strips)](
+            *(total, unused, moments, bias, y, num_rows, num_blocks),
+            CHANNELS=channels,
+            HAS_BIAS=channel_bias is not None and residual is None,
+            SILU=silu,
+            ROWS=rows,
+            COLUMNS=columns,
+            num_warps=meta["num_warps"],
+            enable_fp_fusion=True,
+        )
     return y, total
 
 

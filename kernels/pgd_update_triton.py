@@ -35,7 +35,7 @@ def _reduce(
     BLOCKS_PER_PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    part, sample = tl.program_id(0) % num_parts, (tl.program_id(0) // num_parts).to(tl.int64)
     dd = tl.zeros((BLOCK,), tl.float64)
     dg = tl.zeros((BLOCK,), tl.float64)
     gg = tl.zeros((BLOCK,), tl.float64)
@@ -70,12 +70,13 @@ def _apply(
     step_size,
     n,
     num_parts,
+    num_blocks,
     L2: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = (tl.program_id(0) // num_blocks).to(tl.int64)
+    index = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
     mask = index < n
     x = _load(pixels_ptr, sample * n, index, mask)
     d = _load(delta_ptr, sample * n, index, mask)
@@ -105,6 +106,7 @@ def compile_specs(arch: str) -> list[CompileSpec]:
 
     common = {"delta_ptr": "*fp32", "gradient_ptr": "*fp32", "partial_ptr": "*fp64", "n": "i32", "num_parts": "i32"}
     images = {"pixels_ptr": "*fp32", "new_delta_ptr": "*fp32", "image_ptr": "*fp32", "eps": "fp32", "step_size": "fp32"}
+    images["num_blocks"] = "i32"
     parts, options = triton.next_power_of_2(triton.cdiv(3 * 224 * 224, BLOCK)), {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     return [
         CompileSpec("pgd_update: reduce", _reduce, common, {"BLOCKS_PER_PART": 1, "BLOCK": BLOCK}, options),
@@ -124,22 +126,23 @@ def launch(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: floa
     blocks_per_part = triton.cdiv(num_blocks, MAX_PARTS)
     num_parts = triton.cdiv(num_blocks, blocks_per_part)
     partial = pixels.new_empty((batch, num_parts, 3), dtype=torch.float64)
-    if norm == "l2":
-        _reduce[(num_parts, batch)](
-            *(delta, gradient, partial, n, num_parts),
-            BLOCKS_PER_PART=blocks_per_part,
+    with torch.cuda.device_of(pixels):
+        if norm == "l2":
+            _reduce[(batch * num_parts,)](
+                *(delta, gradient, partial, n, num_parts),
+                BLOCKS_PER_PART=blocks_per_part,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
+        _apply[(batch * num_blocks,)](
+            *(pixels, delta, gradient, partial, new_delta, image, eps, step_size, n, num_parts, num_blocks),
+            L2=norm == "l2",
+            PARTS=triton.next_power_of_2(num_parts),
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
-    _apply[(num_blocks, batch)](
-        *(pixels, delta, gradient, partial, new_delta, image, eps, step_size, n, num_parts),
-        L2=norm == "l2",
-        PARTS=triton.next_power_of_2(num_parts),
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
-    )
     return new_delta, image
 
 

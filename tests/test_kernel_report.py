@@ -3,6 +3,8 @@ tensor cores where its design says so; the table of meta-parameters fits the ker
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import subprocess
@@ -188,3 +190,13 @@ def test_tuning_measures_and_names_unknown_kernels(capsys):
     assert "there are" in capsys.readouterr().err
     case = tuning.TuningCase("x", {}, [{"warps": 1}, {"warps": 2}], lambda meta: None)
     assert len(tuning.measure(case)) == 2
+
+
+@pytest.mark.parametrize("name", cross_compile.triton_modules())
+def test_every_launch_goes_to_the_device_of_its_tensors(name):
+    """Triton launches on the current device, which need not be theirs."""
+    tree = ast.parse(Path(importlib.import_module(name).__file__).read_text(encoding="utf-8"))
+    launches = {node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)}
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.With) and "device_of" in ast.unparse(node.items[0])]
+    guarded = {node for guard in guards for node in ast.walk(guard)}
+    assert launches and launches <= guarded

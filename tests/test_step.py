@@ -8,11 +8,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
-pytest.importorskip("open_clip")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from dad_fast.config.schema import AttackConfig, AugmentConfig, Config, EngineConfig, LossConfig, StudentConfig  # noqa: E402
 from dad_fast.data.loader import Batch  # noqa: E402
+from dad_fast.engine.build import resolve_device  # noqa: E402
 from dad_fast.engine.garbage import collections_between_steps  # noqa: E402
 from dad_fast.engine.meter import Meter  # noqa: E402
 from dad_fast.engine.step import TrainStep  # noqa: E402
@@ -209,3 +209,13 @@ def test_measuring_changes_nothing():
     step.measure(batch())
     assert torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in step.student.state_dict().items())
+
+
+def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
+    """Streams, events and Triton's launches go by the current device, not by their tensors'."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert resolve_device("cuda") == torch.device("cuda") and len(current) == 1

@@ -22,6 +22,7 @@ from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.methods.objectives import TERMS
 from dad_fast.models.discretizer import Discretizer
 from dad_fast.models.probe import Probe, build_probe
+from dad_fast.models.run_settings import take_view
 from dad_fast.models.savings import save_student_work
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
@@ -95,6 +96,7 @@ class Builder:
             num_groups = 1 + len({"dad", "aug", "dat"} & set(TERMS[cfg.method]))  # clean images, and those of each attack
             student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)
             savings["student"] = save_student_work(student, frozen.model_savings(cfg))
+        take_view(student, cfg)
         student = student.to(device)
         if cfg.student.sync_bn:
             share_batch_norm(student, device)
@@ -111,8 +113,7 @@ class Builder:
         how = {"teacher": teacher_hash, "precision": asdict(cfg.precision), "savings": sorted(cfg.engine.savings)}
         labels = features = None
         if cfg.lp_clip.labels == "pseudo":
-            aug = cfg.augment
-            view = WeakView(probe.image_size, aug.crop_pct or probe.crop_pct, aug.interpolation or probe.interpolation)
+            view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation)
             made = PseudoLabels(probe.encoder, source, view, how, batch_size, workers, device)
             labels = self._once(("pseudo-labels", made.key), lambda: made)
         fixed = is_fixed(cfg.augment)
@@ -181,7 +182,10 @@ def _source(cfg: Config, split: str) -> Source:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; of several processes on a machine each gets its own."""
+    """`auto` is the GPU where there is one; of several processes on a machine each gets its own.
+
+    A GPU that is named by its number becomes the current one: by that go streams, events and Triton's launches.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and distributed.world() > 1 and torch.cuda.is_available():
@@ -194,4 +198,6 @@ def resolve_device(name: str) -> torch.device:
         raise EnvironmentProblem(f"--device {name}: torch sees no CUDA device; see dad-fast doctor, or use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentProblem(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class StepGraphs:
         update: Update,
         required: bool,
     ) -> None:
-        self._generate, self._learn, self._update, self._required = generate, learn, update, required
+        self._device, self._generate, self._learn, self._update, self._required = device, generate, learn, update, required
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._steps = 0  # updates made so far
@@ -113,31 +113,61 @@ class StepGraphs:
         try:
             self._inputs = replace(batch, **{name: value.clone() for name, value in _tensors(batch).items()})
             graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
-            with self._capturing(graphs[0]):
+            with capturing(graphs[0], self._pool, self._stream):
                 generated = self._generate(self._inputs)
-            with self._capturing(graphs[1]):
+            with capturing(graphs[1], self._pool, self._stream):
                 self._scalars = self._learn(generated)
-            with self._capturing(graphs[2]):
+            with capturing(graphs[2], self._pool, self._stream):
                 self._applied = self._update.apply()
             self._graphs = graphs
         except RuntimeError as error:
             self.failed = True
-            torch.cuda.synchronize()
+            self._inputs, self._scalars = None, {}
             reason = str(error).partition("\n")[0]
             if self._required:
                 raise EnvironmentProblem(f"--cuda-graphs on: the step cannot be captured: {reason}; use --cuda-graphs auto") from error
             log.warning("CUDA graphs are off: the step cannot be captured: %s", reason)
 
-    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Any:
-        # thread_local: the thread that pins the loader's batches may call CUDA meanwhile
-        return torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             yield
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Capture what is called inside into `graph`. Raises what went wrong first; torch is then as it was before.
+
+    Where CUDA breaks a capture off, ending it fails as well. torch would report that second error alone, stay on the capture's stream,
+    keep the memory that the capture took, and hold that the random generator is still being captured.
+    """
+    # thread_local: the thread that pins the loader's batches may call CUDA meanwhile
+    capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    index = stream.device_index
+    generator = torch.cuda.default_generators[index]
+    random_state = generator.get_state()
+    first: BaseException | None = None
+    with torch.cuda.stream(torch.cuda.current_stream(index)):  # what is current now is so again afterwards
+        try:
+            with capture:
+                try:
+                    yield
+                except BaseException as error:
+                    first = error
+                    raise
+            return
+        except BaseException as error:
+            first = first or error
+    torch.cuda.synchronize(index)
+    with suppress(RuntimeError):  # torch told its allocator of the end: nothing is held
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    fresh = torch.Generator(torch.device("cuda", index))
+    fresh.set_state(random_state)
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
+    raise first
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

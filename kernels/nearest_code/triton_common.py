@@ -228,21 +228,22 @@ def settle(
 ) -> None:
     """Launches `settle_kernel` with a fixed grid: how much there is to do is known to the device only."""
     dim = latents.shape[1]
-    settle_kernel[(min(len(latents), SETTLE_PROGRAMS),)](
-        latents,
-        state.columns,
-        state.codebook,
-        codes,
-        quantized if quantized is not None else state.codebook,
-        num_work,
-        work,
-        slots,
-        tiles if tiles is not None else work,
-        state.strip,
-        dim,
-        **settle_constants(dim, state.slots, state.strip, tiles is not None, quantized is not None),
-        **SETTLE_OPTIONS,
-    )
+    with torch.cuda.device_of(latents):
+        settle_kernel[(min(len(latents), SETTLE_PROGRAMS),)](
+            latents,
+            state.columns,
+            state.codebook,
+            codes,
+            quantized if quantized is not None else state.codebook,
+            num_work,
+            work,
+            slots,
+            tiles if tiles is not None else work,
+            state.strip,
+            dim,
+            **settle_constants(dim, state.slots, state.strip, tiles is not None, quantized is not None),
+            **SETTLE_OPTIONS,
+        )
 
 
 def compile_specs(arch: str) -> list[CompileSpec]:

@@ -279,7 +279,7 @@ def search(
             num_stages=meta["num_stages"],
             enable_fp_fusion=False,
         )
-        settle(latents, state, codes, quantized, num_work, work, slots, tiles)
+    settle(latents, state, codes, quantized, num_work, work, slots, tiles)
 
 
 def round_constants(dim: int) -> dict[str, Any]:

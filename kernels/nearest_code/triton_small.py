@@ -238,7 +238,7 @@ def search(
             num_stages=meta["num_stages"],
             enable_fp_fusion=False,
         )
-        settle(latents, state, codes, quantized, num_work, work, slots, None)
+    settle(latents, state, codes, quantized, num_work, work, slots, None)
 
 
 def constants(dim: int, meta: dict[str, int], quantize: bool) -> dict[str, Any]:
