@@ -194,6 +194,8 @@ def test_a_run_is_exported_plain_and_as_it_was_judged(trained: Path, tmp_path: P
     assert not any("aux_bn" in key for key in found)
     student, metadata = load_student(tmp_path / "out")
     assert student.crop_pct == 1.0 and metadata["dad_fast.ema"] == "true"  # the crop of the run, not that of resnet18
+    alone = shutil.copy(trained / "model.safetensors", tmp_path)  # from where no config.toml is seen
+    assert load_student(alone)[0].spec == student.spec
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 1.0
     text = (tmp_path / "out" / "README.md").read_text()
     for words in ("discrete adversarial distillation", "(EMA)", "- Images: data, split train", "It has seen: nothing",

@@ -23,7 +23,10 @@ def run_settings(weights: Path) -> tuple[Config | None, Path]:
 
 
 def take_view(student: Student, cfg: Config | None) -> None:
-    """Give `student` the crop and the filter that its run judged it with, where they are not its own."""
+    """Give `student` the crop and the filter that its run judges it with, where they are not its own: its file then says them.
+
+    What is read needs it only where its file is older than that.
+    """
     if cfg is not None:
         student.crop_pct = cfg.augment.crop_pct or student.crop_pct
         student.interpolation = cfg.augment.interpolation or student.interpolation
