@@ -16,7 +16,7 @@ from dad_fast import cli
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.loader import EvalLoader
 from dad_fast.data.sources import open_source
-from dad_fast.errors import UsageError
+from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.evaluate.dali import DaliEvalLoader
 from dad_fast.models.student import build_student, save_student
 
@@ -67,6 +67,17 @@ def test_a_batch_that_dali_cannot_make_is_pils(photos: Path) -> None:
     assert loader.failed_over == 1 and len(calls) == 3
     assert torch.equal(torch.cat([batch.samples for batch in batches]), torch.arange(12))
     assert torch.equal(batches[1].images, list(EvalLoader(source, 32, 0.875, "bilinear", 4, 0))[1].images)
+
+
+def test_a_dali_that_always_fails_is_given_up(photos: Path) -> None:
+    loader = DaliEvalLoader(open_source(str(photos), "val"), 32, 0.875, "bilinear", 1, 0, device=CPU)
+
+    def fails(pipeline, planned):
+        raise RuntimeError("out of order")
+
+    loader._images = fails
+    with pytest.raises(EnvironmentProblem, match=r"8 batches in a row that PIL can read \(out of order\); use --loader torchvision"):
+        list(loader)
 
 
 def test_filters_that_dali_has_not(photos: Path) -> None:

@@ -31,8 +31,14 @@ log = logging.getLogger("dad_fast.data")
 
 _AHEAD = 2  # batches in DALI's hands while one is trained on
 _GIVE_UP = 8  # batches in a row that PIL can make and DALI cannot: then it is not the files
-_FAILURES = (RuntimeError, IndexError, ValueError)  # what DALI's own exceptions become
+FAILURES = (RuntimeError, IndexError, ValueError)  # what DALI's own exceptions become
 _FILTER_CODES = np.array([int(FILTER_TYPES[name]) for name in FILTERS], np.int32)
+
+
+def not_for_ever(failed_in_a_row: int, reason: str) -> None:
+    """EnvironmentProblem after _GIVE_UP batches in a row that PIL could make and DALI could not."""
+    if failed_in_a_row >= _GIVE_UP:
+        raise EnvironmentProblem(f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision")
 
 
 class DaliLoader(TrainLoader):
@@ -72,7 +78,7 @@ class DaliLoader(TrainLoader):
         try:
             batch = engine.take(planned)
             self._failed_in_a_row = 0
-        except _FAILURES:  # it may be a later batch that broke the pipeline: only this one alone tells
+        except FAILURES:  # it may be a later batch that broke the pipeline: only this one alone tells
             batch = self._alone(engine, planned)
             for later in waiting:
                 engine.feed(later)
@@ -87,7 +93,7 @@ class DaliLoader(TrainLoader):
             batch = engine.take(planned)
             self._failed_in_a_row = 0
             return batch
-        except _FAILURES as error:
+        except FAILURES as error:
             reason = self._reason(error, planned)
         engine.restart()
         batch = self._steps[planned.batch.step]
@@ -95,8 +101,7 @@ class DaliLoader(TrainLoader):
         if set(batch.replaced) - set(planned.batch.replaced):
             return engine.place(batch.images, batch)  # the culprit is named as every unreadable file is
         self._failed_in_a_row += 1
-        if self._failed_in_a_row == _GIVE_UP:
-            raise EnvironmentProblem(f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision")
+        not_for_ever(self._failed_in_a_row, reason)
         log.warning("%s: DALI could not make the batch of step %d, PIL did (%s)", self.source.name, planned.batch.step, reason)
         return engine.place(batch.images, batch)
 
@@ -111,7 +116,7 @@ class DaliLoader(TrainLoader):
 
 
 class _Engine:
-    """The pipeline, and how batches go in and come out. An error of DALI (_FAILURES) ends the pipeline."""
+    """The pipeline, and how batches go in and come out. An error of DALI (FAILURES) ends the pipeline."""
 
     def __init__(self, steps: TrainSteps, device: torch.device, threads: int) -> None:
         self.steps, self.device, self.threads = steps, device, max(1, threads)
@@ -144,7 +149,7 @@ class _Engine:
             for name, value in numbers.items():
                 self.pipeline.feed_input(name, value)
             self.pipeline.schedule_run()
-        except _FAILURES as error:
+        except FAILURES as error:
             self.broken = error
 
     def take(self, planned: Planned) -> Batch:

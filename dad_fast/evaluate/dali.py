@@ -16,6 +16,7 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dad_fast.data.dali import FAILURES, not_for_ever
 from dad_fast.data.dali_jpeg import is_sound
 from dad_fast.data.dali_pipeline import FILTER_TYPES
 from dad_fast.data.execute import eval_size
@@ -79,33 +80,32 @@ class DaliEvalLoader(EvalLoader):
         super().__init__(source, img_size, crop_pct, interpolation, batch_size, workers, pin_memory)
         if interpolation not in FILTER_TYPES:
             raise UsageError(f"--interpolation {interpolation}: DALI resizes with {', '.join(FILTER_TYPES)}; use --loader torchvision")
-        self.source, self.view, self.interpolation, self.batch_size, self.device = (
-            source,
-            (img_size, crop_pct),
-            interpolation,
-            batch_size,
-            device,
-        )
+        self.source, self.view, self.interpolation = source, (img_size, crop_pct), interpolation
+        self.batch_size, self.device = batch_size, device
         self.failed_over = 0
 
     def __iter__(self) -> Iterator[EvalBatch]:
         pipeline = self._pipeline()
         plans = _Plans(self._batches, self.source, self.view)
+        in_a_row = 0
         for number, planned in enumerate(iterate(plans, range(len(self)), self.workers, self.pin_memory)):
             if not len(planned.rows):
                 yield planned.batch
                 continue
             try:
-                yield planned.batch._replace(images=self._images(pipeline, planned))
-            except (RuntimeError, IndexError, ValueError) as error:  # what DALI's own exceptions become; the pipeline is then lost
-                self.failed_over += 1
+                batch = planned.batch._replace(images=self._images(pipeline, planned))
+                in_a_row = 0
+            except FAILURES as error:
+                batch = self._batches[number]  # DecodeError where it is the file
+                self.failed_over, in_a_row = self.failed_over + 1, in_a_row + 1
+                why = " ".join(str(error).split())[:200]
+                not_for_ever(in_a_row, why)
                 if self.failed_over == 1:
-                    why = " ".join(str(error).split())[:200]
                     log.warning(
                         "%s: DALI could not make batch %d, PIL does, here and where it fails again (%s)", self.source.name, number, why
                     )
                 pipeline = self._pipeline()
-                yield self._batches[number]
+            yield batch
 
     def _images(self, pipeline: Any, planned: _Planned) -> Tensor:
         pipeline.feed_input("files", np.split(planned.files.numpy(), planned.ends[:-1].tolist()))
