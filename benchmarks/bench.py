@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.machine import Machine
-from benchmarks.record import Record
+from benchmarks.record import Record, make_record, record_path, write_record
 from benchmarks.timing import Function, graphed, interleaved, joules_per_call, peak_memory, spread
 
 TINY_SECONDS = 4.0  # of a comparison at most, and a third of what it asks for: all groups together take minutes on two cores
@@ -23,10 +24,10 @@ def default_size(device: torch.device) -> str:
 
 
 class Session:
-    """All comparisons of one pytest session, by group."""
+    """All comparisons of one pytest session, by group. `out` is the folder of their records; None: they are not written."""
 
-    def __init__(self, device: torch.device, size: str) -> None:
-        self.device, self.size = device, size
+    def __init__(self, device: torch.device, size: str, out: Path | None = None) -> None:
+        self.device, self.size, self.out = device, size, out
         self.machine = Machine(device)
         self.groups: dict[str, list[Record]] = {}
         self.started = time.perf_counter()
@@ -34,6 +35,15 @@ class Session:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+    def write(self) -> list[Record]:
+        """The records as they stand: after every comparison, so that a session that is stopped leaves what it measured."""
+        machine = self.machine.describe()
+        records = [make_record(group, self.size, rows, machine, self.seconds) for group, rows in self.groups.items()]
+        if self.out is not None:
+            for record in records:
+                write_record(record_path(self.out, record, self.machine.slug), record)
+        return records
 
 
 class Bench:
@@ -67,14 +77,28 @@ class Bench:
         notes: a remark per function. graph: on a GPU, time the replay of a CUDA graph of each function. energy: on a GPU, joules per
         `unit` over a block of calls. seconds: what the rounds together may take (at least 5 rounds are made).
 
-        Returns the median ratio of each function to the baseline, over rounds.
+        Returns the median ratio of each function to the baseline, over rounds. A function that fails is left out by name, and the
+        test fails when the others are recorded; one that does not fit into the device's memory is left out without that.
         """
         if baseline not in functions:
             raise ValueError(f"baseline {baseline!r} is none of {', '.join(functions)}")
         graph = graph and self.device.type == "cuda"
         if self.size == "tiny":
             seconds = min(seconds / 3, TINY_SECONDS)
-        timed = {key: graphed(function) if graph else function for key, function in functions.items()}
+        timed, left_out, failures = {}, {}, {}
+        for key, function in functions.items():
+            try:
+                ready = graphed(function) if graph else function
+                ready()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                timed[key] = ready
+            except Exception as error:
+                if key == baseline:
+                    raise
+                left_out[key] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
+                if not isinstance(error, torch.OutOfMemoryError):
+                    failures[key] = error
         times = interleaved(timed, self.device, seconds)
         rows, ratios = [], {}
         for key, function in timed.items():
@@ -100,5 +124,10 @@ class Bench:
                     row["joules"] = joules / work
             rows.append(row)
         comparison = {"name": name, "unit": unit, "work": work, "baseline": baseline, "config": dict(config or {}), "graph": graph}
-        self.session.groups.setdefault(self.group, []).append(comparison | {"rows": rows})
+        comparison |= {"rows": rows} | ({"left_out": left_out} if left_out else {})
+        self.session.groups.setdefault(self.group, []).append(comparison)
+        self.session.write()
+        if failures:
+            key, cause = next(iter(failures.items()))
+            raise RuntimeError(f"{name}: not measured: {', '.join(failures)}; {key}: {left_out[key]}") from cause
         return ratios

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks import overhead
-from benchmarks.record import SIZES, Record, as_text, make_record, read_record, record_path, write_record
+from benchmarks.record import SIZES, Record, as_text, read_record, record_path
 
 if TYPE_CHECKING:  # torch is imported when the first benchmark runs
     from benchmarks.bench import Bench, Session
@@ -76,7 +76,7 @@ def _bench_session(request: pytest.FixtureRequest) -> Session:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    session = Session(device, config.getoption("bench_size") or default_size(device))
+    session = Session(device, config.getoption("bench_size") or default_size(device), Path(config.getoption("bench_out")))
     config.stash[STATE].session = session
     return session
 
@@ -96,11 +96,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     bench = state.session
     if bench is not None:
-        machine = bench.machine.describe()
-        state.records = [make_record(group, bench.size, rows, machine, bench.seconds) for group, rows in bench.groups.items()]
-        for record in state.records:
-            write_record(record_path(config.getoption("bench_out"), record, bench.machine.slug), record)
-            if config.getoption("append_history"):
+        state.records = bench.write()
+        if config.getoption("append_history"):
+            for record in state.records:
                 overhead.append_history(record, bench.machine.slug)
     steps = next((record for record in state.records if record["group"] == "steps"), None)
     if steps is None and any(item.path.stem == "test_steps" for item in session.items):

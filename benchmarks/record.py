@@ -91,6 +91,7 @@ def as_text(comparison: Record) -> str:
     for line in lines:
         cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
         text.append("  " + "  ".join(cells).rstrip())
+    text += [f"  {name}: left out ({reason})" for name, reason in comparison.get("left_out", {}).items()]
     return "\n".join(text)
 
 

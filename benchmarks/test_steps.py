@@ -65,6 +65,15 @@ def test_steps(bench: Bench, work: Workload) -> None:
     compare(bench, f"batch {len(work.batch.labels)}", work, steps, seconds=25)
 
 
+def test_steps_of_resnet50(bench: Bench) -> None:
+    """The smaller student of the same teacher: of its step, distillation is a larger part."""
+    if bench.size != "paper":
+        pytest.skip("at size paper: ResNet-50 from ViT-L/14")
+    work = make_workload("paper", bench.device, 256, preset="dad-rn50")
+    steps = {name: one_step(work, name) for name in ("kd", "dad, paper's order", "dad, authors' order")}
+    compare(bench, "ResNet-50, batch 256", work, steps, seconds=10)
+
+
 @pytest.mark.parametrize("name", GRAPHED)
 def test_graphs(bench: Bench, on_gpu: None, work: Workload, name: str) -> None:
     """One method at a time: a captured step keeps its activations' memory."""

@@ -53,6 +53,8 @@ def interleaved(functions: Mapping[str, Function], device: torch.device, seconds
 
 def graphed(function: Function) -> Function:
     """`function` as the replay of a CUDA graph of one call; it must read and write the same memory each time."""
+    from dad_fast.engine.graph import capturing
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,7 +62,7 @@ def graphed(function: Function) -> Function:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph, torch.cuda.graph_pool_handle(), stream):
         keep = function()  # what it returns lives in the graph's memory
 
     def replay() -> object:

@@ -101,9 +101,9 @@ class Workload:
         }
 
 
-def make_workload(size: str, device: torch.device, batch_size: int = 0) -> Workload:
-    """batch_size 0 is the preset's own. Skips the test where a package is missing."""
-    return _tiny(device, batch_size) if size == "tiny" else _random(size, device, batch_size)
+def make_workload(size: str, device: torch.device, batch_size: int = 0, preset: str = "") -> Workload:
+    """batch_size 0 is the preset's own; preset: another than the size's, for another student. Skips the test where a package is missing."""
+    return _tiny(device, batch_size) if size == "tiny" else _random(size, device, batch_size, preset)
 
 
 def _tiny(device: torch.device, batch_size: int) -> Workload:
@@ -122,7 +122,7 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     return Workload("tiny", cfg, freed(plain, cfg), plain, discretizer, batch, len(source.classes), device)
 
 
-def _random(size: str, device: torch.device, batch_size: int) -> Workload:
+def _random(size: str, device: torch.device, batch_size: int, other_preset: str) -> Workload:
     import timm
 
     from dad_fast.data.classes import ClassMap
@@ -131,7 +131,7 @@ def _random(size: str, device: torch.device, batch_size: int) -> Workload:
         "base": ("dad-rn50", "vit_base_patch16_clip_224", "f16-1024"),
         "paper": ("dad-vitb16", "vit_large_patch14_clip_224", "f8-16384"),
     }[size]
-    cfg = gather(preset, None, ["student.pretrained=false", "augment.img_size=224"], {})
+    cfg = gather(other_preset or preset, None, ["student.pretrained=false", "augment.img_size=224"], {})
     if device.type == "cpu":  # 16-bit convolutions take minutes there
         cfg = dataclasses.replace(cfg, precision=dataclasses.replace(cfg.precision, amp=False))
     torch.manual_seed(0)

@@ -1,232 +1,82 @@
-"""The parts of scripts/gpu_check.sh, each under ten minutes. A part writes OUT/PART.json and OUT/PART.log; OUT/manifest.json lists them.
+"""Checks this checkout on a CUDA machine, in parts. What needs a package or tool that is not there is skipped by name.
 
-tests         the tests marked `gpu`, and dad-fast doctor --numerics where open_clip and the like are installed
-bench-GROUP   one part per file benchmarks/test_GROUP.py, at size paper: ViT-B/16 from ViT-L/14, VQGAN f8
-steps-base    whole steps against plain distillation at size base: ResNet-50 from ViT-B/16, VQGAN f16
-demo          a few steps of every variant of the demo preset, through the real command
-vitb16        a few steps of kd and dad by the real command: ViT-B/16 student and teacher, VQGAN f8, random weights, on JPEGs made here
-profile       torch's profiler over the steps of vitb16
-nsys          Nsight Systems over the steps of vitb16
-ncu           Nsight Compute on this project's kernels in the steps of vitb16
+                 minutes, estimated for one H200 and 16 cores; not yet run on a GPU
+doctor        1  what is installed, and every kernel against its reference on this GPU
+csrc          1  builds the compiled half for this GPU (needs apache-tvm-ffi, cmake, nvcc); the parts after it use it
+tests         4  the tests marked `gpu`
+bench-GROUP      one part per file benchmarks/test_GROUP.py, at size paper: ViT-B/16 from ViT-L/14, VQGAN f8
+                 steps 7, stages 3, stored 3, nearest_code 4, vqgan 6, step_kernels 7, optimizers 1
+steps-base    3  whole steps against plain distillation at size base: ResNet-50 from ViT-B/16, VQGAN f16
+demo          1  a few steps of every variant of the demo preset, through the real command
+vitb16        2  a few steps of kd and dad by the real command: ViT-B/16 student and teacher, VQGAN f8, random weights, on JPEGs made here
+profile       1  torch's profiler over the steps of vitb16
+nsys          1  Nsight Systems over the steps of vitb16
+ncu           2  Nsight Compute on this project's kernels in the steps of vitb16
+tuning        5  times the Triton kernels' meta-parameters; the table with the fastest goes to tuning.json
 
-What is not installed is skipped by name. Results of the benchmarks lie in OUT/benchmarks; scripts/gpu_report.py makes tables of them.
+With a GPU for half an hour, in calls of ten minutes, in order of value (each name stands for several parts):
+
+    scripts/gpu_check.sh --minutes 9.5 right    do kernels, graphs and the real command compute what they should; the stages' speed
+    scripts/gpu_check.sh --minutes 9.5 steps    the ratios of whole steps, with and without graphs, and with stores
+    scripts/gpu_check.sh --minutes 9.5 kernels  the kernels' speed against torch.compile, lookups, Nsight Compute
+    scripts/gpu_check.sh --minutes 9.5 rest     meta-parameters, savings, the smaller models
+
+A bare checkout with torch, triton, timm and pytest is enough for most of it. A machine without a package index wants these in
+.whl/ (7 MB; gpu_check.sh installs them aside, for itself alone):
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \\
+        --platform manylinux2014_x86_64 -d .whl open_clip_torch ftfy wcwidth apache-tvm-ffi mlxtend
+
+Results: runs/gpu_check/PART.json and .log, manifest.json, benchmarks/; scripts/gpu_report.py makes tables of the records. What is
+known so far is printed last, in less than 12,000 characters, and with OUT set packed after every part as OUT/gpu_check.tar.gz beside
+OUT/summary.txt, so that a call that is killed leaves what it found. When one part fails the next still runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import re
-import shutil
-import statistics
-import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-NUM_CLASSES = 8
-TIMED_METHODS = ("kd", "dad")
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import gpu_parts as parts  # noqa: E402
+from gpu_parts import Context, Skipped  # noqa: E402
+from gpu_targets import targets  # noqa: E402
+
 LIMIT_SECONDS = 590.0  # of a part
-
-
-class Skipped(Exception):
-    """This part cannot run here; the message says why."""
-
-
-@dataclass
-class Context:
-    """What a part gets."""
-
-    options: argparse.Namespace
-    out: Path
-    log: Path
-    work: Path  # a folder that is removed afterwards
-    deadline: float
-
-    def call(self, *command: str) -> str:
-        """Run in the checkout, output appended to the log as it comes; returns its last line, RuntimeError with it on failure."""
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        with self.log.open("a", encoding="utf-8") as file:
-            print("$", *command, file=file, flush=True)
-            left = max(1.0, self.deadline - time.monotonic())
-            try:
-                code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=left).returncode
-            except subprocess.TimeoutExpired:
-                raise RuntimeError(f"ran past {self.options.limit:g} s") from None
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        if code:
-            raise RuntimeError(f"exit code {code}: {lines[-1]}")
-        return lines[-1]
-
-    def dad_fast(self, *arguments: str) -> str:
-        return self.call(sys.executable, "-m", "dad_fast", *arguments)
-
-    def pytest(self, *arguments: str) -> str:
-        return self.call(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
-
-
-def require(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Skipped(f"not installed: {', '.join(missing)}")
-
-
-def require_tool(name: str) -> None:
-    if shutil.which(name) is None:
-        raise Skipped(f"not on the PATH: {name}")
-
-
-# --- tests ---
-
-
-def tests(run: Context) -> dict[str, Any]:
-    closing_line = run.pytest("-m", "gpu", "-ra", "--continue-on-collection-errors", "tests")
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", closing_line)}
-    if not counts.get("passed") and run.options.device != "cpu":
-        raise RuntimeError(f"no test ran: {closing_line}")
-    result: dict[str, Any] = {"counts": counts}
-    missing = [name for name in ("open_clip", "torchvision", "safetensors", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        return result | {"doctor": f"skipped, not installed: {', '.join(missing)}"}
-    run.dad_fast("doctor", "--numerics")
-    return result | {"doctor": "passed"}
-
-
-# --- benchmarks ---
-
-
-def benchmark(run: Context, group: str, size: str = "paper") -> dict[str, Any]:
-    """Run a benchmark file; its record goes to OUT/benchmarks. On the CPU (a rehearsal) always at size tiny."""
-    size = "tiny" if run.options.device == "cpu" else size
-    target = ["--bench-size", size, "--bench-device", run.options.device, "--bench-out", str(run.out / "benchmarks")]
-    closing_line = run.pytest(f"benchmarks/test_{group}.py", "--benchmark", "-ra", *target)
-    if " passed" not in closing_line:
-        raise Skipped(f"nothing ran: {closing_line}")
-    return {"size": size, "tests": closing_line.strip("= ")}
-
-
-def steps_base(run: Context) -> dict[str, Any]:
-    return benchmark(run, "steps", "base")
-
-
-# --- the real command ---
-
-
-def speeds(run: Path) -> dict[str, Any]:
-    """A run's images a second, by log window and without the first, which holds the warm-up; and its settings."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    windows = [row for row in rows if row["kind"] == "train"]
-    if len(windows) < 3:
-        raise RuntimeError(f"only {len(windows)} log lines of training: at least 3 are needed for a time with a spread")
-    rates = [row["img_per_s"] for row in windows[1:]]
-    return {
-        "img_per_s": {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "windows": len(rates)},
-        "gpu_memory_gib": max(row.get("gpu_memory", 0.0) for row in windows),
-        "last": windows[-1],
-        "config": (run / "config.toml").read_text(encoding="utf-8"),
-    }
-
-
-def demo(run: Context) -> dict[str, Any]:
-    require("open_clip", "mlxtend", "sklearn")
-    folder, steps = run.work / "demo", str(run.options.steps)
-    run.dad_fast(
-        *("train", "--preset", "demo", "--device", run.options.device, "--max-steps", steps, "--set", "log_every=2", "-o", str(folder))
-    )
-    folders = sorted(path.parent for path in folder.rglob("metrics.jsonl"))
-    return {"steps": run.options.steps, "runs": {str(one.relative_to(folder)): speeds(one) for one in folders}}
-
-
-def make_images(folder: Path, side: int = 320) -> None:
-    """JPEGs of smooth noise: what decoding and training cost does not depend on what they show."""
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 64), ("val", 2)):
-        for label in range(NUM_CLASSES):
-            target = folder / split / f"class{label}"
-            target.mkdir(parents=True)
-            for i in range(count):
-                small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-                small.resize((side, side), Image.Resampling.BICUBIC).save(target / f"{i}.jpg", quality=90)
-
-
-def vitb16_settings(run: Context) -> list[str]:
-    """Weights and images made in run.work, and the flags of dad-fast train that use them."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    from dad_fast.models.vqgan import PRESETS, VQGAN
-
-    torch.manual_seed(0)
-    work, options, model = run.work, run.options, "vit_base_patch16_224"
-    save_file(timm.create_model(model, num_classes=NUM_CLASSES).state_dict(), work / "teacher.safetensors")
-    VQGAN(PRESETS["f8-16384"]).save(work / "vqgan.safetensors", seen="nothing: random weights")
-    make_images(work / "images")
-    return [
-        *("--data-dir", str(work / "images"), "--student", model, "--teacher", f"timm:{model}@{work / 'teacher.safetensors'}"),
-        *("--discretizer", str(work / "vqgan.safetensors"), "--batch-size", str(options.batch_size), "--workers", str(options.workers)),
-        *("--epochs", "1000", "--device", options.device),
-        *(["--amp"] if options.device != "cpu" else []),  # 16-bit convolutions take minutes on a CPU
-    ]
-
-
-def vitb16(run: Context) -> dict[str, Any]:
-    steps = run.options.steps
-    watched = ("--max-steps", str(steps), "--set", "log_every=2", "--set", "eval.every_epochs=0", "--checkpoint-every-steps", str(steps))
-    settings = vitb16_settings(run)
-    runs = {}
-    for method in TIMED_METHODS:
-        run.dad_fast("train", "--method", method, *settings, *watched, "-o", str(run.work / method))
-        runs[method] = speeds(run.work / method)
-    kd, dad = (runs[method]["img_per_s"]["median"] for method in TIMED_METHODS)
-    return {"batch_size": run.options.batch_size, "steps": steps, "runs": runs, "dad_over_kd_time": kd / dad}
-
-
-def profiled(run: Context, kind: str, *flags: str) -> dict[str, Any]:
-    run.dad_fast("profile", kind, "--method", "dad", *vitb16_settings(run), *flags, "-o", str(run.out / kind))
-    return {"files": sorted(path.name for path in (run.out / kind).iterdir())}
-
-
-def profile(run: Context) -> dict[str, Any]:
-    return profiled(run, "torch", "--steps", "2", "--warm-up", str(min(5, run.options.steps)))
-
-
-def nsys(run: Context) -> dict[str, Any]:
-    require_tool("nsys")
-    return profiled(run, "nsys")
-
-
-def ncu(run: Context) -> dict[str, Any]:
-    require_tool("ncu")
-    return profiled(run, "ncu", "--launches", "30")
-
+SUMMARY_CHARACTERS = 11_000
+FAILURES, FAILURE_CHARACTERS = 12, 240  # of a part, in its result
 
 GROUPS = sorted(path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py"))
 PARTS: dict[str, Callable[[Context], dict[str, Any]]] = {
-    "tests": tests,
-    **{f"bench-{group}": partial(benchmark, group=group) for group in GROUPS},
-    "steps-base": steps_base,
-    "demo": demo,
-    "vitb16": vitb16,
-    "profile": profile,
-    "nsys": nsys,
-    "ncu": ncu,
+    "doctor": parts.doctor,
+    "csrc": parts.csrc,
+    "tests": parts.tests,
+    **{f"bench-{group}": partial(parts.benchmark, group=group) for group in GROUPS},
+    "steps-base": parts.steps_base,
+    "demo": parts.demo,
+    "vitb16": parts.vitb16,
+    "profile": parts.profile,
+    "nsys": parts.nsys,
+    "ncu": parts.ncu,
+    "tuning": parts.tuning,
 }
-
-
-# --- running the parts ---
+CALLS = {
+    "right": ["doctor", "csrc", "tests", "vitb16", "bench-stages"],
+    "steps": ["bench-steps", "bench-stored"],
+    "kernels": ["bench-vqgan", "bench-nearest_code", "ncu", "bench-optimizers", "profile"],
+    "rest": ["tuning", "bench-step_kernels", "steps-base", "demo"],
+}
 
 
 def check(name: str, options: argparse.Namespace, out: Path) -> str:
@@ -234,8 +84,8 @@ def check(name: str, options: argparse.Namespace, out: Path) -> str:
     from dad_fast.observe.runlog import environment
 
     file, log = out / f"{name}.json", out / f"{name}.log"
-    file.unlink(missing_ok=True)  # an older verdict must not outlive a killed run
     log.write_text("", encoding="utf-8")
+    finish(out, file, {"part": name, "device": options.device, "verdict": "running"})  # what a killed run leaves
     started = time.monotonic()
     result: dict[str, Any] = {"part": name, "device": options.device}
     with tempfile.TemporaryDirectory(prefix="dad-fast-gpu-check-") as work:
@@ -246,12 +96,47 @@ def check(name: str, options: argparse.Namespace, out: Path) -> str:
             result |= {"verdict": "skipped", "reason": str(reason)}
         except Exception as error:  # whatever failed belongs into the result file, and the next part still runs
             result |= {"verdict": "failed", "reason": f"{type(error).__name__}: {error}"}
+    if result["verdict"] == "failed" and (found := failures(log)):
+        result["failures"] = found
     result |= {"seconds": round(time.monotonic() - started, 1), "environment": environment()}
-    write(file, result)
-    enter(out / "manifest.json", {key: result[key] for key in ("part", "device", "verdict", "reason", "seconds") if key in result})
+    finish(out, file, result)
     why = f" ({result['reason']})" if "reason" in result else ""
     print(f"{name}: {result['verdict']}{why}, {result['seconds']} s, see {file}", flush=True)
     return str(result["verdict"])
+
+
+def failures(log: Path) -> list[str]:
+    """Lines of a log that name what failed; of pytest's own, those of its summary."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))] or lines[-6:]
+    more = [f"and {len(named) - FAILURES} more"] if len(named) > FAILURES else []
+    return [line[:FAILURE_CHARACTERS] for line in named[:FAILURES]] + more
+
+
+def finish(out: Path, file: Path, result: dict[str, Any]) -> None:
+    """Write a part's result and its line of the manifest; pack what there is, where OUT says where to."""
+    write(file, result)
+    keys = ("part", "device", "verdict", "reason", "failures", "counts", "status", "seconds")
+    enter(out / "manifest.json", {key: result[key] for key in keys if key in result})
+    target = os.environ.get("OUT")
+    if not target:
+        return
+    Path(target).mkdir(parents=True, exist_ok=True)
+    (Path(target) / "summary.txt").write_text(summary(out), encoding="utf-8")
+    packed = Path(target) / "gpu_check.tar.gz"
+    with tarfile.open(packed.with_suffix(".tmp"), "w:gz") as archive:
+        archive.add(out, "gpu_check")
+    packed.with_suffix(".tmp").replace(packed)
+
+
+def summary(out: Path) -> str:
+    """What is known so far: a line per part, what failed, and the targets."""
+    lines = []
+    for entry in json.loads((out / "manifest.json").read_text(encoding="utf-8")):
+        rest = {key: value for key, value in entry.items() if key not in ("part", "verdict", "failures", "device")}
+        lines.append(f"{entry['part']:<20} {entry['verdict']:<8} " + ", ".join(f"{key} {value}" for key, value in rest.items())[:300])
+        lines += [f"    {line}" for line in entry.get("failures", [])]
+    return "\n".join([*lines, "", *targets(out / "benchmarks")])[:SUMMARY_CHARACTERS] + "\n"
 
 
 def enter(manifest: Path, entry: dict[str, Any]) -> None:
@@ -269,25 +154,36 @@ def write(file: Path, value: Any) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="by default all of them")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts, or the name of a call; by default all parts")
+    parser.add_argument("--minutes", type=float, help="of the whole call: what does not fit any more is left out, what runs is stopped")
     parser.add_argument("--steps", type=int, default=24, help="training steps per run of demo and vitb16")
     parser.add_argument("--batch-size", type=int, default=128, help="of the vitb16 settings")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the vitb16 settings")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds after which a part is stopped [590]")
     parser.add_argument("--device", default="cuda", help="cpu rehearses the script without a GPU")
     options = parser.parse_args()
-    if unknown := [name for name in options.parts if name not in (*PARTS, "all")]:
-        parser.error(f"unknown part {unknown[0]} (parts: {', '.join(PARTS)})")
+    started = time.monotonic()
+    wanted = [part for name in options.parts or ["all"] for part in (PARTS if name == "all" else CALLS.get(name, [name]))]
+    if unknown := [name for name in wanted if name not in PARTS]:
+        parser.error(f"unknown part {unknown[0]} (parts: {', '.join(PARTS)}; calls: {', '.join(CALLS)})")
 
     import torch
 
     if options.device != "cpu" and not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA device here; run it on a GPU machine (or rehearse with --device cpu)", file=sys.stderr)
         return 3
-    out = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu_check").resolve()
+    out = ROOT / "runs" / "gpu_check"
     out.mkdir(parents=True, exist_ok=True)
-    wanted = PARTS if not options.parts or "all" in options.parts else dict.fromkeys(options.parts)
-    return int("failed" in [check(name, options, out) for name in wanted])
+    limit, verdicts = options.limit, []
+    for name in dict.fromkeys(wanted):
+        if options.minutes is not None:
+            options.limit = min(limit, 60 * options.minutes - (time.monotonic() - started) - 15)  # to stop it and to pack
+            if options.limit < 20:
+                print(f"{name}: no time left", flush=True)
+                continue
+        verdicts.append(check(name, options, out))
+    print(f"\n{summary(out)}", end="", flush=True)
+    return int("failed" in verdicts)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -40,6 +41,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def _gpu_still_answers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a kernel's illegal access every call of its process fails: the tests that follow get another process, or none."""
+    yield
+    if request.node.get_closest_marker("gpu") is None or not sys.modules["torch"].cuda.is_available():
+        return
+    try:
+        sys.modules["torch"].cuda.synchronize()
+    except RuntimeError as error:
+        print(f"the GPU no longer answers: {error}", file=sys.__stderr__, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:  # xdist starts another
+            os._exit(1)
+        pytest.exit(f"the GPU no longer answers after {request.node.nodeid}", returncode=1)
 
 
 @pytest.fixture(autouse=True)

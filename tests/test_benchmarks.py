@@ -51,6 +51,24 @@ def test_short_functions_are_called_many_times_a_round() -> None:
     assert len(log) > timing.MIN_ROUNDS * 100
 
 
+def test_what_fails_is_left_out_by_name_and_what_was_measured_is_written_at_once(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise RuntimeError("no such kernel\nand a page of detail")
+
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    bench = Bench(Session(CPU, "tiny", tmp_path), "steps")
+    good = {"plain": lambda: time.sleep(1e-3), "other": lambda: time.sleep(1e-3)}
+    assert bench.compare("fits", good | {"huge": too_large}, baseline="plain", work=1, seconds=0.1).keys() == good.keys()
+    with pytest.raises(RuntimeError, match="broken: not measured: bad; bad: RuntimeError: no such kernel$"):
+        bench.compare("broken", good | {"bad": fails}, baseline="plain", work=1, seconds=0.1)
+    (path,) = tmp_path.rglob("steps.json")
+    first, second = read_record(path)["comparisons"]
+    assert first["left_out"].keys() == {"huge"} and second["left_out"] == {"bad": "RuntimeError: no such kernel"}
+    assert [row["name"] for row in second["rows"]] == ["plain", "other"] and "bad: left out (RuntimeError" in as_text(second)
+
+
 def test_garbage_collection_is_back_on_after_a_failure() -> None:
     import gc
 

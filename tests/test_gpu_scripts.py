@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,12 +29,14 @@ def script(name: str) -> ModuleType:
 
 
 gpu_check, gpu_report = script("gpu_check"), script("gpu_report")
+gpu_parts, gpu_targets = sys.modules["gpu_parts"], sys.modules["gpu_targets"]
 OPTIONS = SimpleNamespace(device="cpu", limit=590.0, steps=2, batch_size=2, workers=0)
 
 
 @pytest.fixture(autouse=True)
-def _keep_cache_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def _keep_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAD_FAST_CACHE", os.environ.get("DAD_FAST_CACHE", ""))
+    monkeypatch.delenv("OUT", raising=False)
 
 
 def run_part(monkeypatch: pytest.MonkeyPatch, out: Path, part: Any, name: str = "demo", **options: Any) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def test_verdicts_and_the_manifest(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         return {}
 
     def skips(run: Any) -> dict[str, Any]:
-        gpu_check.require("json", "no_such_package")
+        gpu_parts.require("json", "no_such_package")
         return {}
 
     assert run_part(monkeypatch, tmp_path, skips, "ncu")["reason"] == "not installed: no_such_package"
@@ -68,18 +71,96 @@ def test_a_part_that_runs_too_long_is_stopped_and_named(monkeypatch: pytest.Monk
     assert result["verdict"] == "failed" and "ran past 0.5 s" in result["reason"] and time.monotonic() - start < 30
 
 
+def test_what_a_part_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Workers that outlive their parent would keep the GPU's memory and time."""
+    child = tmp_path / "child"
+    code = f"""
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"])
+Path({str(child)!r}).write_text(str(child.pid))
+time.sleep(60)
+"""
+    result = run_part(monkeypatch, tmp_path, lambda run: {"line": run.call(sys.executable, "-c", code)}, limit=3.0)
+    assert "ran past" in result["reason"]
+    for _ in range(50):
+        try:
+            os.kill(int(child.read_text()), 0)
+        except ProcessLookupError:
+            return
+        state = Path(f"/proc/{child.read_text()}/stat")
+        if state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z":  # ended; nobody has asked how
+            return
+        time.sleep(0.1)
+    pytest.fail("the child runs on")
+
+
+def test_with_out_set_everything_is_packed_there_even_of_a_part_that_is_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, target = tmp_path / "results", tmp_path / "target"
+    out.mkdir()
+    monkeypatch.setenv("OUT", str(target))
+
+    def cut_off(run: Any) -> dict[str, Any]:
+        run.call(sys.executable, "-c", "print('FAILED tests/test_a.py::b - assert 1 == 2'); raise SystemExit(1)")
+        return {}
+
+    def killed(run: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    run_part(monkeypatch, out, cut_off, "tests")
+    with pytest.raises(KeyboardInterrupt):
+        run_part(monkeypatch, out, killed, "ncu")
+    assert sorted(path.name for path in target.iterdir()) == ["gpu_check.tar.gz", "summary.txt"]
+    said = (target / "summary.txt").read_text()
+    assert "    FAILED tests/test_a.py::b - assert 1 == 2" in said and re.search(r"^ncu +running", said, re.MULTILINE)
+    with tarfile.open(target / "gpu_check.tar.gz") as archive:
+        assert {"gpu_check/tests.json", "gpu_check/tests.log", "gpu_check/ncu.json", "gpu_check/manifest.json"} <= set(archive.getnames())
+    monkeypatch.setattr(gpu_check, "SUMMARY_CHARACTERS", 100)
+    assert len(gpu_check.summary(out)) == 101
+
+
+def test_targets_are_read_from_records_of_a_gpu_at_size_paper(tmp_path: Path) -> None:
+    assert gpu_targets.targets(tmp_path) == []
+    folder = tmp_path / "paper-some-gpu"
+    folder.mkdir()
+    steps = record() | {"group": "steps"}
+    rows = steps["comparisons"][0]["rows"]
+    rows[1] |= {"name": gpu_targets.PAPER, "ratio": rows[1]["ratio"] | {"median": 5.1}}
+    steps["comparisons"][0]["name"] = "batch 256"
+    (folder / "steps.json").write_text(json.dumps(steps | {"machine": record("cpu")["machine"]}))
+    assert gpu_targets.targets(tmp_path) == []
+    (folder / "steps.json").write_text(json.dumps(steps))
+    lines = gpu_targets.targets(tmp_path)
+    assert len(lines) == 1 + len(gpu_targets.TARGETS)
+    assert re.fullmatch(r"dad online, paper's order, ViT-B/16 +<= 5.3 x +5.1 x  met", lines[1]) and lines[2].endswith(" -")
+
+
+def test_every_target_names_rows_that_the_benchmarks_have() -> None:
+    """What is looked up by name is what the benchmarks write."""
+    text = "".join((ROOT / "benchmarks" / f"test_{group}.py").read_text() for group in ("steps", "stages", "stored"))
+    names = [gpu_targets.PAPER, gpu_targets.AUTHORS, *gpu_targets.STAGES, "filling: adversarial images", "dad, stored images"]
+    assert [name for name in [*names, "dad, stored images and outputs", "dad, stored codes"] if f'"{name}"' not in text] == []
+    assert '"ResNet-50, batch 256"' in text and 'f"batch {len(work.batch.labels)}, graphs, {name}"' in text
+
+
+def test_the_calls_for_half_an_hour_hold_known_parts() -> None:
+    planned = [part for call in gpu_check.CALLS.values() for part in call]
+    assert set(planned) <= gpu_check.PARTS.keys() and len(planned) == len(set(planned))
+    assert all(f"--minutes 9.5 {call} " in gpu_check.__doc__ for call in gpu_check.CALLS)
+
+
 def test_a_missing_tool_or_benchmark_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for name, part in (("nsys", gpu_check.nsys), ("ncu", gpu_check.ncu)):
+    for name, part in (("nsys", gpu_parts.nsys), ("ncu", gpu_parts.ncu)):
         assert run_part(monkeypatch, tmp_path, part, name)["reason"] == f"not on the PATH: {name}"
 
 
 def test_every_benchmark_file_is_a_part_and_one_that_only_skips_is_said_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
     assert {f"bench-{group}" for group in files} <= gpu_check.PARTS.keys() and "steps" in files
-    monkeypatch.setattr(gpu_check.Context, "pytest", lambda run, *arguments: f"=== {len(arguments)} skipped in 1 s ===")
+    monkeypatch.setattr(gpu_parts.Context, "pytest", lambda run, *arguments: f"=== {len(arguments)} skipped in 1 s ===")
     result = run_part(monkeypatch, tmp_path, gpu_check.PARTS["bench-steps"], "bench-steps")
-    assert (result["verdict"], result["reason"]) == ("skipped", "nothing ran: === 9 skipped in 1 s ===")
+    assert (result["verdict"], result["reason"]) == ("skipped", "nothing ran: === 8 skipped in 1 s ===")
 
 
 def test_without_a_gpu_the_script_says_so_and_an_unknown_part_is_refused() -> None:
@@ -87,7 +168,7 @@ def test_without_a_gpu_the_script_says_so_and_an_unknown_part_is_refused() -> No
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh")]
     environment = os.environ | {"PYTHON": sys.executable}
     unknown = subprocess.run([*command, "stepz"], capture_output=True, text=True, env=environment)
-    assert unknown.returncode == 2 and "unknown part stepz (parts: tests," in unknown.stderr
+    assert unknown.returncode == 2 and "unknown part stepz (parts: doctor," in unknown.stderr
     if not torch.cuda.is_available():
         done = subprocess.run([*command, "tests"], capture_output=True, text=True, env=environment)
         assert done.returncode == 3 and "no CUDA device" in done.stderr

@@ -1,0 +1,246 @@
+"""The parts of gpu_check.py: what each runs, and what goes into its result."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_CLASSES = 8
+TIMED_METHODS = ("kd", "dad")
+
+
+class Skipped(Exception):
+    """This part cannot run here; the message says why."""
+
+
+@dataclass
+class Context:
+    """What a part gets."""
+
+    options: argparse.Namespace
+    out: Path
+    log: Path
+    work: Path  # a folder that is removed afterwards
+    deadline: float
+
+    def call(self, *command: str) -> str:
+        """Run in the checkout, output appended to the log as it comes; returns its last line, RuntimeError with it on failure."""
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        with self.log.open("a", encoding="utf-8") as file:
+            print("$", *command, file=file, flush=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            try:
+                code = process.wait(timeout=max(1.0, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"ran past {self.options.limit:.3g} s") from None
+            finally:
+                stop(process)
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if code:
+            raise RuntimeError(f"exit code {code}: {lines[-1]}")
+        return lines[-1]
+
+    def dad_fast(self, *arguments: str) -> str:
+        return self.call(sys.executable, "-m", "dad_fast", *arguments)
+
+    def pytest(self, *arguments: str) -> str:
+        return self.call(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", *arguments)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a command and all that it started: first as Ctrl-C does, so that pytest says what it has found."""
+    for number, seconds in ((signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:  # all of them have ended
+            return
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            continue
+        time.sleep(0.2)
+
+
+def require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Skipped(f"not installed: {', '.join(missing)}")
+
+
+def require_tool(name: str) -> None:
+    if shutil.which(name) is None:
+        raise Skipped(f"not on the PATH: {name}")
+
+
+# --- is it right ---
+
+
+def doctor(run: Context) -> dict[str, Any]:
+    require("open_clip", "torchvision", "safetensors", "rich")
+    run.dad_fast("doctor", "--numerics")
+    return {}
+
+
+def csrc(run: Context) -> dict[str, Any]:
+    import torch
+
+    require("tvm_ffi")
+    require_tool("cmake")
+    build, flags = f"build/gpu-check-{sys.version_info.major}{sys.version_info.minor}", [f"-DPython_EXECUTABLE={sys.executable}"]
+    if run.options.device != "cpu":
+        major, minor = torch.cuda.get_device_capability()
+        flags.append(f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}{'a' if major >= 9 else ''}-real")
+    run.call("cmake", "-S", ".", "-B", build, *flags)
+    run.call("cmake", "--build", build, "--parallel")
+    run.call("cmake", "--install", build, "--prefix", str(ROOT))
+    status = "from dad_fast.kernels.csrc import csrc_status, csrc_cuda_status as cuda; print(csrc_status(), '; CUDA:', cuda())"
+    return {"status": run.call(sys.executable, "-c", status).replace(f"{ROOT}/", "")}
+
+
+def tests(run: Context) -> dict[str, Any]:
+    several = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if importlib.util.find_spec("xdist") else []
+    patience = ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
+    closing_line = run.pytest("-m", "gpu", "--continue-on-collection-errors", *several, *patience, "tests")
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", closing_line)}
+    if not counts.get("passed") and run.options.device != "cpu":
+        raise RuntimeError(f"no test ran: {closing_line}")
+    return {"counts": counts}
+
+
+# --- benchmarks ---
+
+
+def benchmark(run: Context, group: str, size: str = "paper") -> dict[str, Any]:
+    """Run a benchmark file; its record goes to OUT/benchmarks. On the CPU (a rehearsal) always at size tiny."""
+    size = "tiny" if run.options.device == "cpu" else size
+    target = ["--bench-size", size, "--bench-device", run.options.device, "--bench-out", str(run.out / "benchmarks")]
+    closing_line = run.pytest(f"benchmarks/test_{group}.py", "--benchmark", *target)
+    if " passed" not in closing_line:
+        raise Skipped(f"nothing ran: {closing_line}")
+    return {"size": size, "tests": closing_line.strip("= ")}
+
+
+def steps_base(run: Context) -> dict[str, Any]:
+    return benchmark(run, "steps", "base")
+
+
+# --- the real command ---
+
+
+def speeds(run: Path) -> dict[str, Any]:
+    """A run's images a second, by log window and without the first, which holds the warm-up; and its settings."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    windows = [row for row in rows if row["kind"] == "train"]
+    if len(windows) < 3:
+        raise RuntimeError(f"only {len(windows)} log lines of training: at least 3 are needed for a time with a spread")
+    rates = [row["img_per_s"] for row in windows[1:]]
+    return {
+        "img_per_s": {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "windows": len(rates)},
+        "gpu_memory_gib": max(row.get("gpu_memory", 0.0) for row in windows),
+        "last": windows[-1],
+        "config": (run / "config.toml").read_text(encoding="utf-8"),
+    }
+
+
+def demo(run: Context) -> dict[str, Any]:
+    require("open_clip", "mlxtend", "sklearn")
+    folder, steps = run.work / "demo", str(run.options.steps)
+    run.dad_fast(
+        *("train", "--preset", "demo", "--device", run.options.device, "--max-steps", steps, "--set", "log_every=2", "-o", str(folder))
+    )
+    folders = sorted(path.parent for path in folder.rglob("metrics.jsonl"))
+    return {"steps": run.options.steps, "runs": {str(one.relative_to(folder)): speeds(one) for one in folders}}
+
+
+def make_images(folder: Path, side: int = 320) -> None:
+    """JPEGs of smooth noise: what decoding and training cost does not depend on what they show."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 64), ("val", 2)):
+        for label in range(NUM_CLASSES):
+            target = folder / split / f"class{label}"
+            target.mkdir(parents=True)
+            for i in range(count):
+                small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+                small.resize((side, side), Image.Resampling.BICUBIC).save(target / f"{i}.jpg", quality=90)
+
+
+def vitb16_settings(run: Context) -> list[str]:
+    """Weights and images made in run.work, and the flags of dad-fast train that use them."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from dad_fast.models.vqgan import PRESETS, VQGAN
+
+    torch.manual_seed(0)
+    work, options, model = run.work, run.options, "vit_base_patch16_224"
+    save_file(timm.create_model(model, num_classes=NUM_CLASSES).state_dict(), work / "teacher.safetensors")
+    VQGAN(PRESETS["f8-16384"]).save(work / "vqgan.safetensors", seen="nothing: random weights")
+    make_images(work / "images")
+    return [
+        *("--data-dir", str(work / "images"), "--student", model, "--teacher", f"timm:{model}@{work / 'teacher.safetensors'}"),
+        *("--discretizer", str(work / "vqgan.safetensors"), "--batch-size", str(options.batch_size), "--workers", str(options.workers)),
+        *("--epochs", "1000", "--device", options.device),
+        *(["--amp"] if options.device != "cpu" else []),  # 16-bit convolutions take minutes on a CPU
+    ]
+
+
+def vitb16(run: Context) -> dict[str, Any]:
+    steps = run.options.steps
+    watched = ("--max-steps", str(steps), "--set", "log_every=2", "--set", "eval.every_epochs=0", "--checkpoint-every-steps", str(steps))
+    settings = vitb16_settings(run)
+    runs = {}
+    for method in TIMED_METHODS:
+        run.dad_fast("train", "--method", method, *settings, *watched, "-o", str(run.work / method))
+        runs[method] = speeds(run.work / method)
+    kd, dad = (runs[method]["img_per_s"]["median"] for method in TIMED_METHODS)
+    return {"batch_size": run.options.batch_size, "steps": steps, "runs": runs, "dad_over_kd_time": kd / dad}
+
+
+def profiled(run: Context, kind: str, *flags: str) -> dict[str, Any]:
+    run.dad_fast("profile", kind, "--method", "dad", *vitb16_settings(run), *flags, "-o", str(run.out / kind))
+    return {"files": sorted(path.name for path in (run.out / kind).iterdir())}
+
+
+def profile(run: Context) -> dict[str, Any]:
+    return profiled(run, "torch", "--steps", "2", "--warm-up", str(min(5, run.options.steps)))
+
+
+def nsys(run: Context) -> dict[str, Any]:
+    require_tool("nsys")
+    return profiled(run, "nsys")
+
+
+def ncu(run: Context) -> dict[str, Any]:
+    require_tool("ncu")
+    found = profiled(run, "ncu", "--launches", "30", "--set", "engine.step_kernels=true")
+    run.call("ncu", "--import", str(run.out / "ncu" / "profile.ncu-rep"), "--page", "details")  # into the log
+    return found
+
+
+def tuning(run: Context) -> dict[str, Any]:
+    if run.options.device == "cpu":
+        raise Skipped("times kernels on a GPU")
+    table = ROOT / "kernels" / "tuning.json"
+    run.call(sys.executable, "-m", "dad_fast.kernels.tuning", "--write")
+    shutil.copy(table, run.out)
+    return {"table": table.name}
