@@ -27,7 +27,7 @@ class FolderSource:
         self, root: Path, split: str = "", classes: ClassMap | None = None, max_bad_share: float = 0.01, other_folders: bool = False
     ) -> None:
         """other_folders: whether folders that are not in the class list may lie there, and are left out."""
-        self.folder = _find_folder(root, split)
+        self.folder = find_folder(root, split)
         self.name = str(self.folder)
         self.max_bad_share = max_bad_share
         self.classes = _check_classes(self.folder, classes, other_folders)
@@ -60,7 +60,8 @@ class FolderSource:
         return f"{self.name}: {len(self):,} images of {len(self.classes):,} classes" + (f", {bad:,} unreadable" if bad else "")
 
 
-def _find_folder(root: Path, split: str) -> Path:
+def find_folder(root: Path, split: str) -> Path:
+    """The folder of a split; DataError, with what is there, where it is not."""
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'} (--data-dir)")
     if split and not (root / split).is_dir():

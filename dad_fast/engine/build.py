@@ -17,8 +17,9 @@ from dad_fast.engine import distributed, frozen
 from dad_fast.engine.lp_clip import ProbeData
 from dad_fast.engine.lp_clip_features import FeatureTable
 from dad_fast.engine.lp_clip_labels import PseudoLabels, WeakView
+from dad_fast.engine.named import check_same_classes, check_splits, check_weights
 from dad_fast.engine.stored import Stored, recorded_classes, view_settings
-from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.methods.objectives import TERMS
 from dad_fast.models.discretizer import Discretizer
 from dad_fast.models.probe import Probe, build_probe
@@ -26,6 +27,7 @@ from dad_fast.models.run_settings import take_view
 from dad_fast.models.savings import save_student_work
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
+from dad_fast.store import AdversarialStore, TargetStore
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,17 @@ class Builder:
 
     def build(self, cfg: Config) -> Parts:
         device = resolve_device(cfg.device)
+        check_splits(cfg)
+        if not cfg.store.dirs:  # what a store makes needless is known when it has been joined with the data
+            check_weights(cfg, *_needs(cfg, None, None))
         data = repr(cfg.data), cfg.store.dirs
         train = self._once(("source", cfg.data.train_split, *data), lambda: _source(cfg, cfg.data.train_split))
         val = self._once(("source", cfg.data.val_split, *data), lambda: _source(cfg, cfg.data.val_split))
-        if val.classes != train.classes:
-            splits, other = f"{cfg.data.train_split} and {cfg.data.val_split}", set(train.classes.folders) ^ set(val.classes.folders)
-            what = f"only one of {splits} has the class {min(other)}" if other else f"{splits} order their classes differently"
-            raise DataError(f"--data-dir {cfg.data.data_dir}: {what}; mend the folders or give --class-map")
+        check_same_classes(cfg, train.classes, val.classes)
         of_stores = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
         stored = self._once(of_stores, lambda: Stored(cfg.store.dirs, train, cfg.loss.filter))
         stored.check_form(cfg)
-        needs_teacher, needs_discretizer = _needs(cfg, stored)
+        needs_teacher, needs_discretizer = _needs(cfg, stored.adversarial, stored.targets)
         teacher = discretizer = None
         hashes: dict[str, str | None] = {}
         savings: dict[str, dict[str, str]] = {}
@@ -137,14 +139,14 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
     student.model = convert_sync_batchnorm(student.model)
 
 
-def _needs(cfg: Config, stored: Stored) -> tuple[bool, bool]:
-    """Whether a teacher and a discretizer are needed, given what is stored; raises UsageError when one is needed and not named."""
+def _needs(cfg: Config, adversarial: AdversarialStore | None, targets: TargetStore | None) -> tuple[bool, bool]:
+    """Whether a teacher and a discretizer are needed, given these stores; raises UsageError when one is needed and not named."""
     if cfg.method == "lp-clip":
         return True, False
     terms = TERMS[cfg.method]
-    online = bool({"dad", "aug"} & set(terms)) and stored.adversarial is None
-    teacher = online or ("kd" in terms and stored.targets is None)
-    only_codes = stored.adversarial is not None and stored.adversarial.manifest.images == "none"
+    online = bool({"dad", "aug"} & set(terms)) and adversarial is None
+    teacher = online or ("kd" in terms and targets is None)
+    only_codes = adversarial is not None and adversarial.manifest.images == "none"
     discretizer = online or "dat" in terms or ("kd" != cfg.method and only_codes)
     if teacher and not cfg.teacher.name:
         missing = "adversarial images" if online else "outputs on clean images (--targets)"
