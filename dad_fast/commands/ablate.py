@@ -134,9 +134,8 @@ def _train(
                 atomic_write_text(output / "config.toml", to_toml(plan.config))
                 pool.run(jobs, told.job_ended, stop)
                 told.write()
-    except DadFastError:
+    finally:
         _remove_if_new(output)
-        raise
     return told.failed
 
 
@@ -151,7 +150,7 @@ def _check_parts(plan: Plan, runs: Sequence[Run], pool: Pool, stop: StopRequest)
 
     answers: list[dict[str, Any]] = []
     pool.run([Job("check", message)], lambda job, answer, seconds: answers.append(answer), stop)
-    if answers and "error" in answers[0]:
+    if not stop.error and "error" in answers[0]:
         raise EXIT_CODES.get(answers[0]["exit_code"], DadFastError)(answers[0]["error"])
 
 

@@ -27,6 +27,7 @@ from dad_fast.commands.ablate_pool import shared_parts
 from dad_fast.config import Config, Launch, from_toml
 from dad_fast.config.launch import StoreLaunch
 from dad_fast.engine.build import Builder
+from dad_fast.engine.signals import ends_at_once, stop_requests
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DadFastError, Interrupted, Preempted
 from dad_fast.evaluate.runner import open_suites
@@ -86,20 +87,22 @@ def main() -> int:
     busy = threading.Event()
     threading.Thread(target=_listen, args=(jobs, busy), daemon=True).start()
     worker = Worker()
-    while (job := jobs.get()) is not None:
-        busy.set()
-        answer, code = _answer(worker, job)
-        busy.clear()
-        answers.write(json.dumps(answer) + "\n")
-        if code is not None:
-            return code
+    with stop_requests():  # but while a job has nothing to save
+        while (job := jobs.get()) is not None:
+            busy.set()
+            answer, code = _answer(worker, job)
+            busy.clear()
+            answers.write(json.dumps(answer) + "\n")
+            if code is not None:
+                return code
     return 0
 
 
 def _answer(worker: Worker, job: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     """What is said of a job, and the exit code where no further job is taken."""
     try:
-        return worker.do(job), None
+        with ends_at_once("stopped"):
+            return worker.do(job), None
     except (Preempted, Interrupted) as error:
         return {"error": str(error), "exit_code": error.exit_code}, error.exit_code
     except DadFastError as error:

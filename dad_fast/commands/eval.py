@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dad_fast.data.loader import check_dali
 from dad_fast.engine import distributed
 from dad_fast.engine.build import resolve_device
 from dad_fast.engine.launch import end_with_launcher, is_worker, number_of_processes, run_processes
-from dad_fast.engine.signals import asked, stop_requests
+from dad_fast.engine.signals import ends_at_once, stop_requests
 from dad_fast.errors import UsageError
 from dad_fast.evaluate import show
 from dad_fast.evaluate.compare import agreement, compare
@@ -35,6 +34,8 @@ from dad_fast.flags.eval import EvalLaunch
 from dad_fast.models.student import checkpoint_file
 from dad_fast.models.teacher import load_teacher
 from dad_fast.observe.runlog import environment
+
+STOPPED = "stopped: what stands above is whole; run the same command again"
 
 
 @dataclass
@@ -72,8 +73,7 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
         return run_processes(nproc, "eval", launch.arguments)
     names = [name for name in launch.compare or (launch.model,) if name and name not in files]
     cfg = _settings([name for name in names if not is_by_name(name)], flags)
-    # Of several processes one that stopped by itself would leave the others waiting: there a signal ends them all, by the launcher.
-    with distributed.joined(cfg), stop_requests() if distributed.world() == 1 else nullcontext():
+    with distributed.joined(cfg), ends_at_once(STOPPED):
         return _Evaluation(cfg, launch).run(names)
 
 
@@ -159,11 +159,12 @@ class _Evaluation:
 
     def result(self, subject: Subject, suite: Suite) -> Result:
         size, crop_pct, interpolation = self.view(subject)
-        return evaluate(
-            subject.model, suite.source, name=suite.name, corruption=suite.corruption, img_size=size, crop_pct=crop_pct,
-            interpolation=interpolation, batch_size=self.batch_size, workers=self.cfg.data.workers, device=self.device,
-            progress=_progress(suite.name), dali=self.dali,
-        )  # fmt: skip
+        with stop_requests():
+            return evaluate(
+                subject.model, suite.source, name=suite.name, corruption=suite.corruption, img_size=size, crop_pct=crop_pct,
+                interpolation=interpolation, batch_size=self.batch_size, workers=self.cfg.data.workers, device=self.device,
+                progress=_progress(suite.name), dali=self.dali, stopped=STOPPED,
+            )  # fmt: skip
 
     def detect(self, subject: Subject, found: Found, suites: Sequence[Suite]) -> dict[str, dict[str, dict[str, float]]]:
         known = found.results[found.id_suite].records
@@ -175,9 +176,11 @@ class _Evaluation:
                 label, judged, corruption = open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns)
             size, crop_pct, interpolation = self.view(subject)
             view = (size, *(judged.view or (crop_pct, interpolation)))
-            unknown, _ = records_of(
-                subject.model, judged, view, self.batch_size, self.cfg.data.workers, self.device, corruption, _progress(label), self.dali
-            )
+            batch_size, workers, progress = self.batch_size, self.cfg.data.workers, _progress(label)
+            with stop_requests():
+                unknown, _ = records_of(
+                    subject.model, judged, view, batch_size, workers, self.device, corruption, progress, self.dali, STOPPED
+                )
             ood[label] = detect(known, unknown)
         return ood
 
@@ -259,12 +262,10 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
-    """Counts on a terminal; raises what a signal has asked for."""
+    """Counts on a terminal."""
     shown = sys.stderr.isatty() and distributed.is_main()
 
     def show_it(done: int, total: int) -> None:
-        if stop := asked():
-            raise stop("stopped while judging: what stands above is whole, and no file was written; run the same command again")
         if shown:
             print(f"\r{name}: {done:,} of {total:,}" if done < total else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 

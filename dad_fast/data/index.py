@@ -31,7 +31,7 @@ log = logging.getLogger("dad_fast.data")
 
 PENDING = "not verified"
 _FORMAT = "# dad-fast index 4"
-_CHUNK = 64  # files per task
+_CHUNK = 16  # files per task
 
 
 class Entry(NamedTuple):
@@ -61,7 +61,7 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     """
     root = folder.resolve()
     file, about = index_file(root), f"folder {str(root)!r}"
-    with ThreadPoolExecutor(num_threads()) as pool:
+    with threads() as pool:
         found = [entry for entries in pool.map(lambda label: _scan_class(root, label), classes) for entry in entries]
     found.sort(key=lambda entry: entry.path)
     known = {entry.path: entry for entry in load_index(file, about)}
@@ -128,14 +128,10 @@ def verify_all(parts: Sequence[Part], name: str) -> Iterator[Entry]:
         return
     log.info("indexing %s: %s images to verify", name, f"{total:,}")
     tasks = [(content, entries[i : i + _CHUNK]) for content, entries in parts for i in range(0, len(entries), _CHUNK)]
-    pool = ThreadPoolExecutor(num_threads())  # PIL decodes without the GIL
-    try:
-        with progress_bar(total, f"indexing {name}") as advance:
-            for chunk in pool.map(lambda task: [_verify(entry, task[0]) for entry in task[1]], tasks):
-                yield from chunk
-                advance(len(chunk))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with threads() as pool, progress_bar(total, f"indexing {name}") as advance:  # PIL decodes without the GIL
+        for chunk in pool.map(lambda task: [_verify(entry, task[0]) for entry in task[1]], tasks):
+            yield from chunk
+            advance(len(chunk))
 
 
 def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entry:
@@ -220,6 +216,16 @@ def _scan(root: Path, relative: str, label: str, above: tuple[tuple[int, int], .
                 except OSError:  # a link to nowhere: a bad file, not an absent one
                     size, mtime = 0, 0
                 entries.append(Entry(path, label, 0, size, mtime, 0, 0, "", False, PENDING))
+
+
+@contextmanager
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """One a core; when the block fails or is left early, nothing more is begun."""
+    pool = ThreadPoolExecutor(num_threads())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def num_threads() -> int:

@@ -13,7 +13,6 @@ import os
 import re
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from io import BytesIO
 from itertools import islice
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 from dad_fast.data.cache import cache_dir
 from dad_fast.data.decode import EXTENSIONS
-from dad_fast.data.index import PENDING, Entry, index_file, load_index, num_threads, save_index, verify_all
+from dad_fast.data.index import PENDING, Entry, index_file, load_index, save_index, threads, verify_all
 from dad_fast.data.names import shown, some
 from dad_fast.data.tar_members import Kind, Member, read_members
 from dad_fast.errors import DataError
@@ -88,7 +87,7 @@ def build_tar_index(base: Path, names: Sequence[str]) -> tuple[list[Shard], list
         stale = [number for number, entries in enumerate(kept) if not entries]
         if stale:
             log.info("reading the headers of %s shards in %s", f"{len(stale):,}", base)
-        with ThreadPoolExecutor(num_threads()) as pool:
+        with threads() as pool:
             found = list(pool.map(lambda number: _scan(shards[number], shown(names[number])), stale))
     except OSError as error:
         raise DataError(f"{shown(str(error.filename or base))}: cannot be read: {error.strerror or error} (--data-dir)") from error

@@ -11,7 +11,6 @@ import torch
 from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import soft_targets, to_pixels
 from dad_fast.engine import distributed
-from dad_fast.engine.signals import stoppable
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Result, Suite
 from dad_fast.files import atomic_write_json
@@ -38,12 +37,11 @@ def finish(
     main = distributed.is_main()  # all processes judge, each its share of the images; this one writes
     if main:
         trainer.write_model(output / "model.safetensors")
-    polled = stoppable(lambda done, total: None, output)
-    student = {suite.name: trainer.judge(trainer.evaluated, suite, polled) for suite in suites}
+    student = {suite.name: trainer.judge(trainer.evaluated, suite) for suite in suites}
     teacher = None
     if parts.teacher is not None:
         if parts.teacher.name not in taught:
-            taught[parts.teacher.name] = {suite.name: trainer.judge(parts.teacher, suite, polled).to_dict() for suite in suites}
+            taught[parts.teacher.name] = {suite.name: trainer.judge(parts.teacher, suite).to_dict() for suite in suites}
         teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": taught[parts.teacher.name]}
     if main and parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ())):
         _sheet(trainer, output)

@@ -21,7 +21,6 @@ from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import to_pixels
 from dad_fast.data.sources import Source
 from dad_fast.engine import distributed
-from dad_fast.engine.signals import asked
 from dad_fast.errors import DataError
 from dad_fast.evaluate.sources import Piece
 from dad_fast.methods.lp_clip import pseudo_labels
@@ -114,7 +113,7 @@ def share(samples: np.ndarray) -> np.ndarray:
 
 
 class Lines:
-    """A line at the start, every few seconds, and at the end of a pass over images; raises what a signal has asked for."""
+    """A line at the start, every few seconds, and at the end of a pass over images."""
 
     def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
         self._say, self._what, self._total = say, what, total
@@ -130,5 +129,3 @@ class Lines:
         elif now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             self._say(f"{self._what}: {done:,} of {self._total:,} images, {seconds * (self._total / done - 1):.0f} s left")
-        if distributed.world() == 1 and (stop := asked()):  # several processes agree on it at their first step
-            raise stop(f"stopped while {self._what} were made; the same command makes them again")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -28,12 +29,12 @@ from dad_fast.engine.lp_clip_features import FeatureLoader
 from dad_fast.engine.memory import enough_memory
 from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.schedule import learning_rate, total_epochs
-from dad_fast.engine.signals import StopRequest, stop_requests, stoppable
+from dad_fast.engine.signals import StopRequest, ends_at_once, stop_requests
 from dad_fast.engine.state import load_for_all, restore, run_state, seed_generators
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.engine.writer import Writer
-from dad_fast.errors import Interrupted, NotFinite, Preempted
+from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite, evaluate
 from dad_fast.models.probe import Probe
 from dad_fast.models.student import Student
@@ -41,6 +42,8 @@ from dad_fast.models.weights import write_safetensors
 from dad_fast.observe.device import Gpu
 from dad_fast.observe.progress import TrainProgress
 from dad_fast.observe.runlog import RunLog
+
+GO_ON = "go on with --resume auto"
 
 
 class Trainer:
@@ -132,14 +135,16 @@ class Trainer:
         batches, clock, vote, begun = self._batches(), self.clock, distributed.Vote(), self.next_step
         clock.skip()
         while self.next_step < self.total_steps:
-            batch = next(batches)
-            if self.next_step == begun:
-                self._check_signal(batch)
-                clock.skip()
+            first = self.next_step == begun  # nothing to save yet, and compilation may take minutes
+            with ends_at_once(f"stopped in the first step; {GO_ON}") if first else nullcontext():
+                batch = next(batches)
+                if first:
+                    self._check_signal(batch)
+                    clock.skip()
 
-            lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
-            with clock.step(), enough_memory(self.cfg, self.parts.device):
-                scalars = self.step(batch, self.next_step, lr)
+                lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
+                with clock.step(), enough_memory(self.cfg, self.parts.device):
+                    scalars = self.step(batch, self.next_step, lr)
             self.meter.add(scalars)
             self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
             self.next_step += 1
@@ -156,10 +161,7 @@ class Trainer:
                 clock.skip()
                 progress.pause()
             if stopping and not last:
-                self.writer.wait()
-                distributed.barrier()
-                where = f"step {self.next_step} of {self.total_steps}"
-                raise stopping(f"stopped at {where}; saved in {self.output}, go on with --resume auto")
+                self._stop(stopping)
             if self.next_step == begun + WARM_UP + 1:  # compiled, captured, and everything met once
                 distributed.barrier()
                 distributed.patience(self.cfg.engine.dist_timeout)
@@ -183,10 +185,10 @@ class Trainer:
             self.validation_due = False
             try:
                 result = self._validate(progress)
-            except (Preempted, Interrupted):
+            except (Preempted, Interrupted) as stop:
                 self.validation_due = True
                 self._save(best=False)
-                raise
+                self._stop(type(stop))
             best = result.top1 > self.best_top1
             self.best_top1 = max(self.best_top1, result.top1)
             self.log.metrics("val", step=self.next_step, epoch=epoch, top1=result.top1, nll=result.nll, ece=result.ece)
@@ -194,10 +196,13 @@ class Trainer:
             self._save(best)
 
     def _validate(self, progress: TrainProgress) -> Result:
-        """Several processes finish it when they are asked to stop: each judges its share, and they vote between steps."""
-        show = progress.evaluating("validation")
-        polled = stoppable(show, self.output) if distributed.world() == 1 else show
-        return self.judge(self.evaluated, Suite(self.cfg.data.val_split, self.parts.val), polled)
+        return self.judge(self.evaluated, Suite(self.cfg.data.val_split, self.parts.val), progress.evaluating("validation"))
+
+    def _stop(self, kind: type[DadFastError]) -> NoReturn:
+        """In all processes, once the state is written."""
+        self.writer.wait()
+        distributed.barrier()
+        raise kind(f"stopped at step {self.next_step} of {self.total_steps}; saved in {self.output}, {GO_ON}")
 
     def _checkpoint_due(self) -> bool:
         every = self.cfg.checkpoint.every_steps
@@ -249,13 +254,14 @@ class Trainer:
         return self.update.ema.module if self.update.ema is not None else self.parts.student
 
     def judge(self, model: nn.Module, suite: Suite, progress: Callable[[int, int], None] | None = None) -> Result:
-        """`model` on `suite`, with the student's view of an image (size, crop, filter) and the run's precision."""
+        """`model` on `suite`, with the student's view of an image (size, crop, filter) and the run's precision. Stops as `evaluate`."""
         student, aug = self.parts.student, self.cfg.augment
-        with self.step.autocast():
+        with self.step.autocast(), stop_requests():
             return evaluate(
                 model, suite.source, name=suite.name, img_size=student.image_size, crop_pct=aug.crop_pct or student.crop_pct,
                 interpolation=aug.interpolation or student.interpolation, batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
                 workers=self.cfg.data.workers, device=self.parts.device, corruption=suite.corruption, progress=progress,
+                stopped=f"stopped while judging; the weights are saved in {self.output}, {GO_ON}",
             )  # fmt: skip
 
     def _check_signal(self, batch: Batch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial, reduce
 from typing import Any
 
@@ -15,7 +16,8 @@ from dad_fast.data.loader import EvalLoader
 from dad_fast.data.mixing import to_pixels
 from dad_fast.data.sources import Source
 from dad_fast.engine import distributed
-from dad_fast.errors import DataError
+from dad_fast.engine.signals import asked
+from dad_fast.errors import DadFastError, DataError
 from dad_fast.evaluate.corruptions import corrupt, num_severities
 from dad_fast.evaluate.imagenet import alexnet_errors, corruption_errors
 from dad_fast.evaluate.intervals import mean_interval
@@ -46,16 +48,18 @@ def evaluate(
     corruption: Corruption | None = None,
     progress: Callable[[int, int], None] | None = None,
     dali: bool = False,
+    stopped: str = "stopped while judging",
 ) -> Result:
     """Judge `model`: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
 
     A module is put in eval mode meanwhile. `progress` gets (images done, images in all). `dali`: DALI decodes, not PIL. With several
     processes all of them must call this, and all get the whole result. Raises DataError where the model has fewer outputs than the
-    source has classes, or where no image of it can be read.
+    source has classes, or where no image of it can be read; where a signal has asked a process to stop (`signals.stop_requests` around
+    this), Preempted or Interrupted after the next batch, in all of them, with the words `stopped`.
     """
     judged = as_judged(source)
     view = (img_size, *(judged.view or (crop_pct, interpolation)))
-    records, num_outputs = records_of(model, judged, view, batch_size, workers, device, corruption, progress, dali)
+    records, num_outputs = records_of(model, judged, view, batch_size, workers, device, corruption, progress, dali, stopped)
     skipped = sum(int((~piece.ok).sum()) for piece in judged.pieces)
     facts: dict[str, Any] = {"skipped": skipped, "protocol": protocol(judged, view) + "; decoded by DALI" * dali}
     if judged.parts:
@@ -73,13 +77,14 @@ def records_of(
     corruption: Corruption | None = None,
     progress: Callable[[int, int], None] | None = None,
     dali: bool = False,
+    stopped: str = "stopped while judging",
 ) -> tuple[Records, int]:
     """What `model` says of each image, and how many of its outputs compete. view: size, share kept and filter of an image."""
     pieces = [piece.taken(piece.ok) for piece in judged.pieces]
     total = sum(map(len, pieces))
     if not total:
         raise DataError(f"{judged.name}: no image to judge a model on (--suite)")
-    looks = _looks(corruption)
+    looks, poll = _looks(corruption), _Poll(stopped)
     done, num_outputs = 0, 0
     was_training = isinstance(model, torch.nn.Module) and model.training
     if isinstance(model, torch.nn.Module):
@@ -95,9 +100,10 @@ def records_of(
         with torch.no_grad():
             scores = []
             for piece in pieces:
-                found, outputs = _scores(model, judged, piece, view, looks, batch_size, workers, device, advance, dali)
+                found, outputs = _scores(model, judged, piece, view, looks, batch_size, workers, device, advance, dali, poll)
                 scores.append(found)
                 num_outputs = max(num_outputs, outputs)
+            poll.end()
     finally:
         if isinstance(model, torch.nn.Module):
             model.train(was_training)
@@ -109,7 +115,7 @@ def records_of(
 
 def _scores(
     model: Model, judged: Judged, piece: Piece, view: tuple[int, float, str], looks: Sequence[Look], batch_size: int, workers: int,
-    device: torch.device, advance: Callable[[int], None], dali: bool,
+    device: torch.device, advance: Callable[[int], None], dali: bool, poll: _Poll,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """`image_scores` of all images of `piece`, float64 [looks, N, 8] on the CPU, and the number of the model's outputs."""
     columns, accepted = (None if array is None else torch.from_numpy(array).to(device) for array in (judged.columns, judged.accepted))
@@ -117,18 +123,42 @@ def _scores(
     keys = torch.from_numpy(mine.rows).to(device)
     found = torch.zeros(len(looks), len(piece), len(SCORES), dtype=torch.float64, device=device)
     of_mine = found[:, distributed.rank() :: distributed.world()]  # the other processes fill in the rest
-    num_outputs = 0
-    for batch in _loader(dali, device)(mine, *view, batch_size, workers, pin_memory=device.type == "cuda"):
-        pixels = to_pixels(batch.images.to(device, non_blocking=True))
-        labels, rows = batch.labels.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
-        for number, look in enumerate(looks):
-            logits = model(look(pixels, keys[rows]))
-            num_outputs = logits.shape[1]
-            if num_outputs < len(judged.classes) and judged.known:
-                raise DataError(f"{judged.name} has {len(judged.classes)} classes, the model {num_outputs} outputs (--suite)")
-            of_mine[number, rows] = image_scores(logits, labels, columns, accepted)
-        advance(len(labels))
+    num_outputs = polls = 0
+    batches: Any = iter(_loader(dali, device)(mine, *view, batch_size, workers, pin_memory=device.type == "cuda"))
+    with closing(batches):  # its processes, also when this ends by a failure or a stop
+        for batch in batches:
+            pixels = to_pixels(batch.images.to(device, non_blocking=True))
+            labels, rows = batch.labels.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
+            for number, look in enumerate(looks):
+                logits = model(look(pixels, keys[rows]))
+                num_outputs = logits.shape[1]
+                if num_outputs < len(judged.classes) and judged.known:
+                    raise DataError(f"{judged.name} has {len(judged.classes)} classes, the model {num_outputs} outputs (--suite)")
+                of_mine[number, rows] = image_scores(logits, labels, columns, accepted)
+                poll()
+                polls += 1
+            advance(len(labels))
+    largest = -(-len(piece) // distributed.world())  # share of a process; all poll as often as it takes
+    for _ in range(-(-largest // batch_size) * len(looks) - polls):
+        poll()
     return distributed.all_reduce_sums(found).cpu(), num_outputs
+
+
+class _Poll:
+    """Raises what a signal has asked any process for: in all of them at once, for each must poll as often as the others."""
+
+    def __init__(self, words: str) -> None:
+        self._words, self._vote = words, distributed.Vote()
+
+    def __call__(self) -> None:
+        self._raise(self._vote(asked()))
+
+    def end(self) -> None:
+        self._raise(self._vote.settle())
+
+    def _raise(self, stop: type[DadFastError] | None) -> None:
+        if stop is not None:
+            raise stop(self._words)
 
 
 def _loader(dali: bool, device: torch.device) -> Callable[..., EvalLoader]:
