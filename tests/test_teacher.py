@@ -185,6 +185,11 @@ def test_named_architecture(known, clip, bare_file, caplog):
     beside.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}))
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
     torch.testing.assert_close(teacher(pixels), own_logits(clip, pixels, mean=0.4, std=0.2), rtol=1e-5, atol=1e-5)
+    assert teacher.interpolation == "bicubic" and not teacher.squashed and "squashed" not in caplog.text
+    as_siglip = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    beside.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": as_siglip}))
+    teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
+    assert teacher.interpolation == "bilinear" and teacher.squashed and "was trained on images squashed to a square" in caplog.text
     refuse(UsageError, ["another activation", "write Tiny"], f"open_clip:Tiny-quickgelu@{bare_file}")
     beside.write_text("{")
     refuse(DataError, [str(beside), "JSON"], f"open_clip:Tiny@{bare_file}")

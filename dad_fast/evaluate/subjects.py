@@ -56,7 +56,7 @@ def load_subject(name: str, cfg: Config, data_classes: Callable[[], ClassMap], d
 
 
 def of_teacher(teacher: Teacher) -> Subject:
-    facts = {"name": teacher.name, "sha256": teacher.weights_sha256, "seen": teacher.provenance}
+    facts = {"name": teacher.name, "sha256": teacher.weights_sha256, "seen": teacher.provenance, "squashed": teacher.squashed}
     view = (teacher.image_size, teacher.crop_pct, teacher.interpolation)
     return Subject(teacher.name, teacher.name, teacher, teacher.classes, view, facts)
 

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]
 Head = tuple[Tensor, Tensor, bool]  # weight [C, F], bias [C], and whether its features are made unit
+OPENAI: Mapping[str, Any] = {  # how an image becomes pixels, in open_clip's words, where nothing says otherwise
+    "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic", "resize_mode": "shortest",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ class Clip:
 
     model: nn.Module
     tokenizer: Callable[[], Tokenizer]  # made when prompts are; some need files of the hub
-    mean: Sequence[float]
-    std: Sequence[float]
+    preprocess: Mapping[str, Any]  # the keys of OPENAI
     templates: Sequence[str] = ()
     provenance: str = UNKNOWN
     sha256: str | None = None
@@ -66,12 +68,14 @@ def load_clip_teacher(cfg: TeacherConfig, classes: ClassMap, precision: Precisio
         name=cfg.name,
         classes=classes,
         image_size=size[0] if isinstance(size, (tuple, list)) else size,
-        mean=clip.mean,
-        std=clip.std,
+        mean=clip.preprocess["mean"],
+        std=clip.preprocess["std"],
         precision=precision,
         unit_features=unit_features,
         provenance=clip.provenance,
         weights_sha256=clip.sha256,
+        interpolation="bilinear" if clip.preprocess["interpolation"] == "bilinear" else "bicubic",  # "random" is for training
+        squashed=clip.preprocess["resize_mode"] == "squash",
     )
 
 
@@ -102,7 +106,8 @@ def _from_own_file(name: str) -> Clip:
     context = described["model_cfg"]["text_cfg"]["context_length"]
     tokenizer = lambda: open_clip.SimpleTokenizer(context_length=context)  # noqa: E731
     seen = described["seen"] or UNKNOWN
-    return Clip(model, tokenizer, described["mean"], described["std"], described["templates"], seen, sha256_file(path))
+    preprocess = {**OPENAI, "mean": described["mean"], "std": described["std"]}
+    return Clip(model, tokenizer, preprocess, described["templates"], seen, sha256_file(path))
 
 
 def _clip_within(model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
@@ -128,12 +133,12 @@ def _from_weights(arch: str, file: str) -> Clip:
         raise UsageError(f"--teacher open_clip:{arch}@{file}: the open_clip_config.json beside it says another activation; write {right}")
     model = _create(f"open_clip:{arch}@{file}", arch, pretrained_text=False)
     _load(model, state, file)
-    mean, std = _normalisation(arch, own)
+    preprocess = _preprocess(arch, own)
     log.warning(
         "teacher %s: architecture %s with %s, mean %s, std %s, as named or published for it; OpenAI's own weights need an ARCH-quickgelu",
-        *(file, arch, "QuickGELU" if quick else "GELU", [round(x, 4) for x in mean], [round(x, 4) for x in std]),
+        *(file, arch, "QuickGELU" if quick else "GELU", *([round(x, 4) for x in preprocess[key]] for key in ("mean", "std"))),
     )
-    return Clip(model, lambda: _tokenizer(arch), mean, std, sha256=sha256_file(file))
+    return Clip(model, lambda: _tokenizer(arch), preprocess, sha256=sha256_file(file))
 
 
 def _from_tag(name: str, arch: str, tag: str) -> Clip:
@@ -152,8 +157,7 @@ def _from_tag(name: str, arch: str, tag: str) -> Clip:
 
 def _published(name: str, arch: str, **kwargs: Any) -> Clip:
     model = _create(name, arch, require_pretrained=True, **kwargs)
-    preprocess = model.visual.preprocess_cfg
-    return Clip(model, lambda: _tokenizer(arch), preprocess["mean"], preprocess["std"])
+    return Clip(model, lambda: _tokenizer(arch), {**OPENAI, **model.visual.preprocess_cfg})
 
 
 def _create(name: str, arch: str, **kwargs: Any) -> Any:
@@ -206,18 +210,17 @@ def _beside(file: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not the JSON that open_clip writes ({error}); fetch it again or move it away from the weights") from None
 
 
-def _normalisation(arch: str, own: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and std of local weights: what the file beside them says, else what all published weights of `arch` share, else OpenAI's."""
-    preprocess = own.get("preprocess_cfg", {})
-    if "mean" in preprocess and "std" in preprocess:
-        return preprocess["mean"], preprocess["std"]
-    known = [open_clip.get_pretrained_cfg(arch, tag) for tag in open_clip.list_pretrained_tags_by_model(arch)]
-    shared = {(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in known}
-    if len(shared) == 1:
-        return shared.pop()
-    if shared:
+def _preprocess(arch: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Preprocessing of local weights: what the file beside them says, else what all published weights of `arch` share, else OpenAI's."""
+    beside = own.get("preprocess_cfg", {})
+    if "mean" in beside and "std" in beside:
+        return {**OPENAI, **beside}
+    published = [open_clip.get_pretrained_cfg(arch, tag) for tag in open_clip.list_pretrained_tags_by_model(arch)]
+    shared = {key: found[0] for key in OPENAI if len(found := list({str(cfg[key]): cfg[key] for cfg in published}.values())) == 1}
+    if published and not {"mean", "std"} <= shared.keys():
         log.warning("published weights of %s differ in mean and std: OpenAI's are taken, unless an open_clip_config.json lies beside", arch)
-    return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        return dict(OPENAI)
+    return {**OPENAI, **shared}
 
 
 def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.student import CLASSES, STUDENT, load_student
 from dad_fast.models.weights import load_strictly, read_state_dict, sha256_file
 from dad_fast.models.zeroshot import imagenet_columns, is_imagenet
+
+log = logging.getLogger(__name__)
 
 TEACHER = "dad_fast.teacher"  # metadata key under which a file names its own architecture
 UNKNOWN = "not recorded in the weights"
@@ -52,15 +55,20 @@ class Teacher(nn.Module):
         weights_sha256: str | None = None,
         crop_pct: float = 1.0,
         interpolation: str = "bicubic",
+        squashed: bool = False,
     ) -> None:
-        """crop_pct, interpolation: the evaluation view of an image that belongs to the weights, where they are judged on their own."""
+        """crop_pct, interpolation: the evaluation view of an image that belongs to the weights, where they are judged on their own.
+        squashed: they were trained on images squashed to a square, as SigLIP's; here images are cropped to one all the same, and said so.
+        """
         super().__init__()
+        if squashed:
+            log.warning("teacher %s was trained on images squashed to a square; here they are cropped to one", name)
         self.encoder = encoder  # normalised pixels -> features [B, F]
         self.whole = head if isinstance(head, nn.Module) else None  # normalised pixels -> logits, where the model has its own head
         self.classes, self.name, self.image_size = classes, name, image_size
         self.precision, self.unit_features = precision or PrecisionConfig(), unit_features
         self.provenance, self.weights_sha256 = provenance, weights_sha256
-        self.crop_pct, self.interpolation = crop_pct, interpolation
+        self.crop_pct, self.interpolation, self.squashed = crop_pct, interpolation, squashed
         self.takes_raw_pixels = False  # whether the normalisation is inside the weights; see savings.fold_normalisation
         weight, bias = (torch.empty(0), torch.empty(0)) if isinstance(head, nn.Module) else head
         self.register_buffer("head_weight", weight)  # [C, F]
@@ -178,6 +186,7 @@ def _from_timm(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig
         weights_sha256=sha256_file(file) if file else None,
         crop_pct=data["crop_pct"],
         interpolation=data["interpolation"],
+        squashed=data.get("crop_mode") == "squash",
     )
 
 
