@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,58 +58,7 @@ def put(path: Path, state: dict[str, Any], key: str, text: str, **metadata: str)
     return path
 
 
-# --- PyTorch's files --------------------------------------------------------------------------------------------------------
-
-
-def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
-    """torch reads compressed entries, so a small file could fill the memory."""
-    torch.save({"w": torch.zeros(2_000_000)}, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
-        for entry in plain.infolist():
-            bomb.writestr(entry.filename, plain.read(entry))
-    assert (tmp_path / "bomb.pth").stat().st_size < 20_000
-    refused(lambda: read_state_dict(tmp_path / "bomb.pth"), "bomb.pth", "compressed inside", "safetensors")
-
-
-@pytest.mark.parametrize(("at", "byte"), [(0.6754430976643836, 0x40), (0.875, 0x80)], ids=["its version", "a name"])
-def test_an_archive_that_python_cannot_list_is_not_handed_to_torch(tmp_path: Path, at: float, byte: int) -> None:
-    """Found by fuzzing: such an archive went past the checks of what is in it."""
-    torch.save({"state_dict": {"a.weight": torch.zeros(2, 3)}}, tmp_path / "w.pth")
-    content = bytearray((tmp_path / "w.pth").read_bytes())
-    for position in range(int(at * len(content)), len(content)):
-        changed = content.copy()
-        changed[position] = byte
-        (tmp_path / "w.pth").write_bytes(changed)
-        try:
-            zipfile.ZipFile(tmp_path / "w.pth").close()
-        except (NotImplementedError, UnicodeDecodeError):
-            refused(lambda: read_state_dict(tmp_path / "w.pth"), "w.pth", "damaged")
-            return
-        except zipfile.BadZipFile:
-            pass
-    raise AssertionError("no such byte")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: torch.zeros(1).expand(10**12),
-        lambda: torch.zeros(3, device="meta"),
-        lambda: torch.eye(3).to_sparse(),
-        lambda: torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8),
-    ],
-    ids=["one number as a trillion", "no values", "sparse", "quantized"],
-)
-def test_tensors_that_are_not_what_they_say(tmp_path: Path, make: Callable[[], Any]) -> None:
-    torch.save({"w": make()}, tmp_path / "w.pth")
-    refused(lambda: read_state_dict(tmp_path / "w.pth"), "w.pth", "tensor 'w'")
-
-
-def test_views_of_what_is_stored_are_read(tmp_path: Path) -> None:
-    torch.save({"w": torch.arange(12.0).view(3, 4).t(), "v": torch.ones(1).expand(5)}, tmp_path / "w.pth")
-    state, _ = read_state_dict(tmp_path / "w.pth")
-    assert torch.equal(state["w"], torch.arange(12.0).view(3, 4).t()) and torch.equal(state["v"], torch.ones(5))
+# --- safetensors -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

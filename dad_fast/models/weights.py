@@ -17,6 +17,7 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.files import atomic_write_bytes
 from dad_fast.models.pickles import read_pickle
 
+_SMALL = 1 << 20  # bytes that a tensor may be expanded to
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -72,6 +73,8 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
             raise DataError(f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save one with safetensors")
         if not _is_plain(value):
             raise DataError(f"{path}: its tensor {key[:60]!r} is sparse, quantized, without values or larger than what is stored of it")
+    if sum(value.numel() * value.element_size() for value in content.values()) > 4 * path.stat().st_size + _SMALL:
+        raise DataError(f"{path}: its tensors are views of the same numbers again and again; save a state dict with safetensors")
     return {key: value.detach() for key, value in content.items()}
 
 
@@ -79,7 +82,7 @@ def _is_plain(tensor: Tensor) -> bool:
     """Values in memory, as many as it says: one stored number may otherwise stand for a tensor of any size."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
-    return tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), 1 << 20)
+    return tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), _SMALL)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
