@@ -1,6 +1,7 @@
 """A process of the group `scaling`: does what it is told on stdin, one line at a time, and answers "done" when the device has done it.
 
     step METHOD         one training step on its own batch, all-reduce included where it was started with others
+    ddp METHOD          the same with torch's DistributedDataParallel (ddp.py)
     reduce NUM          an all-reduce of NUM float32
 
     python -m benchmarks.scaling_worker SIZE DEVICE BATCH_SIZE
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.ddp import with_ddp
 from benchmarks.workload import make_workload
 from dad_fast.config.schema import Config
 from dad_fast.engine import distributed
@@ -28,9 +30,9 @@ def main(size: str, device_name: str, batch_size: str) -> None:
 
     def function(line: str) -> Callable[[], object]:
         verb, what = line.split()
-        if verb == "step":
+        if verb in ("step", "ddp"):
             cfg = work.with_method(what)  # type: ignore[arg-type]
-            step = work.step(cfg)
+            step = work.step(cfg) if verb == "step" else with_ddp(work.step(cfg))
             return lambda: step(work.batch, 10, cfg.optim.lr)
         tensor = torch.zeros(int(what), device=device)
         return lambda: distributed.all_reduce_sums(tensor)

@@ -2,6 +2,8 @@
 
 The model is that a step of N processes takes what N processes apart take (on a CPU they share cores and memory) and the all-reduce of the
 gradients; `predicted` is that sum, from the comparisons before.
+
+The peer is DistributedDataParallel, which hides a part of the all-reduce behind the backward pass: `predicted` is a step without that part.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from benchmarks.bench import Bench
+from benchmarks.ddp import share_before_the_last_bucket
 from dad_fast.engine.launch import STORE
 
 ROOT = Path(__file__).parents[1]
@@ -106,3 +109,11 @@ def test_scaling(bench: Bench) -> None:
             ratio = compare(f"{method}, what {num} processes share", f"{num} processes apart", apart, {})
             one_ms = bench.session.groups[bench.group][-1]["rows"][0]["ms"]["median"]
             compare(f"{method}, {num} processes", f"{num} processes", together, {f"{num} processes": ratio + reduce_ms / one_ms})
+
+            ours, num_bytes = bench.session.groups[bench.group][-1]["rows"][1]["ms"]["median"], 4 * numbers
+            share = share_before_the_last_bucket(num_bytes)
+            peers = {"one tensor": together.function(f"step {method}"), "DDP": together.function(f"ddp {method}")}
+            bench.compare(
+                f"{method}, {num} processes, gradients", peers, baseline="one tensor", work=BATCH, unit="img of a process",
+                predicted={"DDP": 1 - share * reduce_ms / ours}, seconds=9, config=what | {"gradient_bytes": num_bytes, "share": share},
+            )  # fmt: skip

@@ -45,6 +45,18 @@ def test_processes_compute_what_one_computes(tmp_path, nproc):
         assert len(set(losses)) == len(losses)  # it trains
 
 
+def test_one_tensor_of_gradients_is_what_ddp_makes_of_them(tmp_path):
+    """The peer that benchmarks/test_scaling.py times: same losses, same gradients."""
+    found = run_script(2, tmp_path, [str(SCRIPT.parent / "with_ddp.py")])
+    assert all(code == 0 for code, _, _ in found), found
+    ours, theirs = (json.loads(line) for line in found[1][1].splitlines())
+    assert ours.keys() == theirs.keys() == {"kd", "dad"}
+    for method in ours:
+        assert len(ours[method]) == len(theirs[method]) == 4
+        for step, (one_tensor, ddp) in enumerate(zip(ours[method], theirs[method], strict=True)):
+            assert ddp == pytest.approx(one_tensor, rel=1e-10), (method, step)
+
+
 COMMON = [
     "data.workers=0", "log_every=4", "eval.every_epochs=0", "eval.suites=[]", "augment.mixup=0.8", "ema.model_ema=true",
     "schedule.epochs=1", "student.name=vit_tiny_patch16_224", "student.drop_path=0.2", "student.drop=0.1", "variants={}", "device=cpu",
