@@ -85,6 +85,8 @@ def test_markdown_says_what_a_reader_must_know(runs):
         one["suites"]["fog"]["protocol"] = "resize 28 bicubic, crop 28; logits of the 200 classes"
         one["suites"]["test"]["protocol"] = "resize 28 bicubic, crop 28"
     runs[3]["discretizer"], runs[3]["bn"] = {"name": "some.ckpt", "seen": ""}, "joint"
+    assert "Batch norm" not in table.markdown({"runs": runs, "environment": {}})  # these saw no attacked images
+    runs[3]["method"] = "dad"
     runs[0]["variant"] = runs[1]["variant"] = runs[2]["variant"] = "ce|long"
     text = table.markdown({"runs": runs, "environment": {"gpus": [], "cpu": "Some CPU", "threads": 2}})
     lines = text.splitlines()
@@ -132,3 +134,18 @@ def test_single_run_and_bad_files(tmp_path, capsys):
         assert table.main(arguments) == code
         error = capsys.readouterr().err
         assert error.startswith("dad-fast: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_the_table_of_the_demo_fits_a_terminal(columns, monkeypatch, capsys):
+    """On 80 columns it is turned: a row for each suite, so that no line wraps."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    table.print_table(table.read_record(Path(__file__).parents[1] / "docs" / "demo-5-seeds.json"))
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns
+    row = next(line for line in text.splitlines() if ("contrast" if columns == 80 else "│ dad") in line)
+    assert row.split() == (
+        ["contrast", "98.3", *"67.8 ± 3.1 75.4 ± 3.5 75.6 ± 4.9 81.0 ± 2.8".split()]
+        if columns == 80
+        else "│ dad │ 5 │ 16 │ 117 ± 10 │ 98.0 ± 0.2 │ 94.6 ± 1.2 │ 97.8 ± 0.2 │ 97.7 ± 0.3 │ 81.0 ± 2.8 │ 11.2 ± 1.6 │".split()
+    )

@@ -126,7 +126,7 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
     for (variant, runs), row in zip(by_variant.items(), cells, strict=True):
         epochs = statistics.fmean(float(run["epochs"]) for run in runs)
         seconds = spread([float(run["seconds"]) for run in runs])
-        table.append([variant, str(len(runs)), f"{epochs:.4g}", _text(seconds, 0), *(_text(found, digits) for found in row)])
+        table.append([variant, str(len(runs)), f"{round(epochs, 2):g}", _text(seconds, 0), *(_text(found, digits) for found in row)])
     best = set()
     for column in range(len(names)):
         scored = [(i, *found) for i, row in enumerate(cells) if (found := row[column]) and math.isfinite(found[0])]
@@ -165,7 +165,7 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
     for part in ("teacher", "discretizer"):
         for used in teachers(record, part):
             lines.append(f"{part.capitalize()} {used['name']} has seen: {(used['seen'] or 'not recorded in the weights').rstrip('.')}.")
-    if modes := sorted({run["bn"] for run in record["runs"] if run.get("bn")}):
+    if modes := sorted({run["bn"] for run in record["runs"] if run.get("bn") and run["method"] not in ("ce", "kd", "lp-clip")}):
         lines.append(f"Batch norm of the students over clean and attacked images: {', '.join(modes)}.")
     skipped = {name: max(int(run["suites"][name].get("skipped", 0)) for run in record["runs"] if name in run["suites"]) for name in names}
     lines += [f"{name}: {count} unreadable images are left out." for name, count in skipped.items() if count]
@@ -205,22 +205,40 @@ def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -
     """Tables under their titles, and remarks below them, by rich; where that is not installed, `plain`."""
     try:
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        from rich.measure import Measurement
     except ImportError:  # a bare GPU machine
         print(plain)
         return
     console = Console()
-    for title, (header, table, best) in grids.items():
-        grid = Table(title=title)
-        for i, name in enumerate(header):
-            grid.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
-        for i, row in enumerate(table):
-            grid.add_row(*(Text(text, style="bold" if (i, j) in best else "") for j, text in enumerate(row)))
-        needed = console.measure(grid, options=console.options.update(width=1000)).maximum
-        Console(width=max(console.width, needed)).print(grid)  # a number that is cut off is worse than a wrapped line
+    for title, grid in grids.items():
+        forms = [_drawn(title, grid), _drawn(title, _turned(grid), narrow=True)]
+        widths = [Measurement.get(console, console.options.update(width=1000), form).maximum for form in forms]
+        turn = widths[0] > console.width and widths[1] < widths[0]  # a terminal of 80 columns
+        # A number that is cut off is worse than a wrapped line.
+        Console(width=max(console.width, widths[turn])).print(forms[turn])
     for remark in remarks:
         console.print(remark, markup=False, highlight=False)
+
+
+def _turned(grid: Grid) -> Grid:
+    """Its rows as columns; a name of several words stands in several lines."""
+    header, table, best = grid
+    names = ["", *(row[0].replace(" ", "\n") for row in table)]
+    return names, [[header[j], *(row[j] for row in table)] for j in range(1, len(header))], {(j - 1, i + 1) for i, j in best}
+
+
+def _drawn(title: str, grid: Grid, narrow: bool = False) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    header, table, best = grid
+    drawn = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True) if narrow else Table(title=title)
+    for i, name in enumerate(header):
+        drawn.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+    for i, row in enumerate(table):
+        drawn.add_row(*(Text(text, style="bold" if (i, j) in best else "") for j, text in enumerate(row)))
+    return drawn
 
 
 @program
