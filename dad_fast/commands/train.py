@@ -73,6 +73,7 @@ def _run(cfg: Config, launch: Launch) -> int:
         print_line(f"{output}: table.md, report.html, results.json, and a folder a run")
     elif main:
         print_table(read_record(output / "results.json"))
+        print_line(f"{output}: model.safetensors, results.json, report.html, sheet.png, and logs; dad-fast eval {output} judges it further")
     distributed.barrier()
     return 0
 
@@ -83,7 +84,7 @@ def one_run(
     """One run, or what is left of it, or its record where nothing is left."""
     parts = builder.build(cfg)
     trainer = Trainer(cfg, parts, folder, label, launch.resume, launch.allow_config_change)
-    if launch.resume and trainer.next_step == trainer.total_steps:
+    if launch.resume and trainer.next_step >= trainer.total_steps:
         record: dict[str, Any] | None = distributed.on_main(lambda: _finished(folder / "results.json", suites))
         if record:
             if distributed.is_main():

@@ -194,7 +194,8 @@ def _check_run(cfg: Config) -> None:
         raise UsageError("--student-weights and --init-from both give the student's weights: leave one out")
     if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
         raise UsageError(
-            f"--warmup-epochs {cfg.schedule.warmup_epochs:g} is more than --epochs {cfg.schedule.epochs}, of which it is a part"
+            f"--warmup-epochs {cfg.schedule.warmup_epochs:g} is more than --epochs {cfg.schedule.epochs}, of which it is the first part: "
+            "raise --epochs, or set --warmup-epochs (0 = none)"
         )
 
 

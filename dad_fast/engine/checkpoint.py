@@ -85,6 +85,8 @@ class CheckpointFolder:
 
         Those of later steps, which the run will not come to in the same way or were damaged, go with the next `save`.
         """
+        if path != "auto" and not Path(path).exists():
+            raise DataError(f"--resume {path}: nothing is there; name RUN/checkpoints/step-N, or write --resume auto")
         found = self._read(Path(path)) if path != "auto" else self._newest(say)
         self._loaded = found.state["step"] if found is not None else None
         return found

@@ -13,7 +13,7 @@ from dad_fast.flags import config_parser, entry, read_config, two_columns, wants
 SUMMARY = "fill a store: adversarial images, or the teacher's outputs, once for many runs"
 
 INTRO = """\
-usage: dad-fast precompute [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] -o STORE
+usage: dad-fast precompute [CONFIG.toml] [--preset NAME] [flags] [--set KEY=VALUE ...] -o STORE
 
 Attacks and discretizes a data set once, or (--targets) stores what the teacher says of augmented
 views of it, so that dad-fast train --store STORE needs neither. It goes on where it was stopped.

@@ -15,9 +15,9 @@ SUMMARY = "look into a few training steps: Nsight, torch's profiler, memory"
 KINDS = {
     "nsys": "Nsight Systems: a timeline of host and GPU with the stages named, and their times and gaps",
     "ncu": "Nsight Compute: counters of single kernels (this project's own, or --kernel REGEX)",
-    "torch": "torch's profiler: a trace for chrome://tracing or ui.perfetto.dev, stage times, top operations",
+    "torch": "torch's profiler: a trace for chrome://tracing or ui.perfetto.dev, times of stages",
     "memory": "what holds memory: on a GPU a snapshot with stacks, on a CPU what each operation allocates",
-    "range": "only run the steps, with the captured range marked: what nsys and ncu start",
+    "range": "only run the steps, with the range marked: what nsys and ncu start",
 }
 HELP = """\
 usage: dad-fast profile KIND [CONFIG.toml] [--preset NAME] [settings of dad-fast train ...]

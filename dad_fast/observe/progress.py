@@ -1,7 +1,7 @@
 """Progress of a run: a live bar on a terminal, a plain line every few seconds elsewhere.
 
-Nothing here touches the device. `tick` only counts; values come at log steps, when the engine has read them anyway, so
-the speed shown is that of finished work and not of kernels that were merely queued.
+Nothing here touches the device. `tick` only counts: on a GPU the bar may be a few steps ahead of it. Values come at log steps, when the
+engine has read them anyway, so the speed shown is that of finished work and not of kernels that were merely queued.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class TrainProgress:
     def tick(self) -> None:
         """A step was queued."""
         self.step += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.step)
 
     def update(self, values: Mapping[str, float]) -> None:
         """At a log step, after its values were read from the device.
