@@ -33,6 +33,7 @@ CASES |= {
     "kd, sgd, no ema": ("method=kd", "optim.opt=sgd", "ema.model_ema=false"),
     "ce, lamb": ("method=ce", "optim.opt=lamb"),  # counts its steps on the host
     "ce, float16": ("method=ce", "precision.amp=true", "precision.student=float16", "optim.lr=3.0"),  # the scale of the loss moves
+    "kd, channels last": ("method=kd", "precision.channels_last=true"),  # whose moments are laid out as the weights are
     "dad, stored": ("method=dad", "store.dirs=[STORE]", "augment.mixup=0", "augment.cutmix=0"),
     "lp-clip": ("method=lp-clip", "augment.mixup=0", "augment.cutmix=0", "augment.scale=[0.6,1.0]"),
 }  # fmt: skip
@@ -114,7 +115,7 @@ def check(inputs, straight, case, step, folder):
     assert mine == theirs
 
 
-QUICK = ("ce", "dad", "dat+dad, accumulated", "kd, dali, accumulated", "dad, stored", "lp-clip")
+QUICK = ("ce", "dad", "kd, channels last", "dat+dad, accumulated", "kd, dali, accumulated", "dad, stored", "lp-clip")
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])

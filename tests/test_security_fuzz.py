@@ -29,7 +29,7 @@ from PIL import Image  # noqa: E402
 from dad_fast.config import Config, from_toml  # noqa: E402
 from dad_fast.config.fields import settings as known_settings  # noqa: E402
 from dad_fast.data.decode import DecodeError, read_rgb  # noqa: E402
-from dad_fast.engine.checkpoint import STATE, Checkpoint, CheckpointFolder, _digest  # noqa: E402
+from dad_fast.engine.checkpoint import FORMAT, STATE, Checkpoint, CheckpointFolder, _digest  # noqa: E402
 from dad_fast.errors import DadFastError, DataError, UsageError  # noqa: E402
 from dad_fast.models.student import load_student  # noqa: E402
 from dad_fast.models.weights import read_state_dict, sha256_file, write_safetensors  # noqa: E402
@@ -204,7 +204,7 @@ def test_a_forged_state(checkpoint: Path, tmp_path: Path, state: Any) -> None:
     shutil.copytree(checkpoint, copy, symlinks=True)
     folder = copy / "step-5"
     if isinstance(state, dict):
-        own = json.loads(json.dumps(state))
+        own = json.loads(json.dumps({**state, "format": FORMAT}))
         files = {name: sha256_file(folder / name) for name in ("model.safetensors", "train.safetensors")}
         state = {**own, "sha256": files | {STATE: _digest(own)}}
     (folder / STATE).write_text(json.dumps(state))

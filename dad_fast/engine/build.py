@@ -42,12 +42,8 @@ class Parts:
     discretizer: Discretizer | None
     stored: Stored
     savings: dict[str, dict[str, str]]  # of teacher and student: saving -> "" where it is on, else why it is not
+    hashes: dict[str, str | None]  # of the weights of teacher and discretizer, None where nothing is trained
     probe: ProbeData | None = None  # where the student is a linear probe on the teacher's encoder
-
-    @property
-    def checksums(self) -> dict[str, str]:
-        """Of what was made before the run, by kind: a resumed run must find the same."""
-        return self.stored.checksums | (self.probe.checksums if self.probe else {})
 
     def prepare(self, say: Callable[[str], None]) -> None:
         """Make what the steps need before the first of them; `say` gets lines for the log."""
@@ -107,7 +103,7 @@ class Builder:
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
         _try_one_image(cfg, device, student, teacher, discretizer)
         probe = self._probe_data(cfg, train, student, hashes["teacher"], device) if isinstance(student, Probe) else None
-        return Parts(device, train, val, student, teacher, discretizer, stored, savings, probe)
+        return Parts(device, train, val, student, teacher, discretizer, stored, savings, hashes, probe)
 
     def _probe_data(self, cfg: Config, source: Source, probe: Probe, teacher_hash: str | None, device: torch.device) -> ProbeData:
         """Shared between runs that differ in neither teacher nor views: a sweep over thresholds encodes its images once."""

@@ -31,6 +31,7 @@ from dad_fast.files import disk_error, sync
 from dad_fast.models.weights import sha256_file
 
 FILES, STATE = ("model.safetensors", "train.safetensors"), "state.json"
+FORMAT = 2  # of state.json and the names in train.safetensors; another one's is refused, not guessed at
 
 
 @dataclass
@@ -58,7 +59,7 @@ class CheckpointFolder:
             temporary.mkdir()
             write_model(temporary / FILES[0])
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / FILES[1])
-            own = json.loads(json.dumps({**state, "step": step}))  # as it will be read
+            own = json.loads(json.dumps({**state, "step": step, "format": FORMAT}))  # as it will be read
             hashes = {name: sha256_file(temporary / name) for name in FILES} | {STATE: _digest(own)}
             (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
             for path in [*temporary.iterdir(), temporary]:
@@ -117,6 +118,9 @@ class CheckpointFolder:
             for name, digest in found.items():
                 if hashes[name] != digest:
                     raise DataError(f"checkpoint {path} is damaged: {name} is not what was written")
+            if state.get("format") != FORMAT:
+                formats = f"format {state.get('format', 1)}, not {FORMAT}"
+                raise DataError(f"checkpoint {path} was written by another version of dad-fast ({formats}): go on with that one")
             if type(state["step"]) is not int or state["step"] < 0:
                 raise ValueError("its step is no number of steps")
             return Checkpoint(path, load_file(path / FILES[1]), state)
@@ -169,31 +173,6 @@ def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
             mine[name] = copies[key]
         taken.append(mine)
     return taken
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors and JSON, because checkpoints hold no pickle."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    state = optimizer.state_dict()
-    for index, entry in state["state"].items():
-        for name, value in entry.items():
-            if torch.is_tensor(value):
-                tensors[f"optimizer.{index}.{name}"] = value
-            elif value is not None:
-                numbers[f"{index}.{name}"] = value
-    groups = [{k: v.item() if torch.is_tensor(v) else v for k, v in group.items()} for group in state["param_groups"]]
-    return tensors, {"param_groups": groups, "numbers": numbers}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
-    """The inverse of `flatten_optimizer`."""
-    state: dict[int, dict[str, Any]] = {}
-    entries = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-    for key, value in {**entries, **saved["numbers"]}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
 
 def generator_tensors(device: torch.device) -> dict[str, Tensor]:

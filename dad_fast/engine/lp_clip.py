@@ -63,11 +63,6 @@ class ProbeData:
         """labels: None where the data's own are learned. features: None where the encoder runs in every step."""
         self.labels, self.features = labels, features
 
-    @property
-    def checksums(self) -> dict[str, str]:
-        """What a resumed run must find again."""
-        return {} if self.labels is None else {"pseudo-labels": self.labels.key}
-
     def prepare(self, say: Callable[[str], None]) -> None:
         """Make what is not there yet; `say` gets lines for the log."""
         if self.labels is not None:

@@ -15,18 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dad_fast.config import differences, from_toml, to_toml
-from dad_fast.config.variants import with_batch_sizes
+from dad_fast.config import to_toml
 from dad_fast.data.draws import sample_seeds
 from dad_fast.engine import distributed
 from dad_fast.engine.checkpoint import (
     Checkpoint,
     CheckpointFolder,
-    flatten_optimizer,
     generator_tensors,
     restore_generators,
-    restore_optimizer,
 )
+from dad_fast.engine.optimizer_state import flatten_optimizer, restore_optimizer
+from dad_fast.engine.same_run import changes, config_of, identity, notes
 from dad_fast.errors import UsageError
 from dad_fast.observe.runlog import print_line
 
@@ -50,23 +49,20 @@ def run_state(run: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {f"student.{k}": v for k, v in run.parts.student.state_dict().items()}
     if update.ema is not None:
         tensors |= {f"ema.{k}": v for k, v in update.ema.module.state_dict().items()}
-    tensors |= optimizer | run.meter.tensors() | {"bad_in_a_row": update.bad_in_a_row, "worst_streak": run.worst_streak}
-    for name, own in generator_tensors(device).items():
-        tensors |= {(f"rank{rank}." if rank else "") + name: state for rank, state in enumerate(distributed.gather_to_main(own))}
+    tensors |= optimizer | {"bad_in_a_row": update.bad_in_a_row, "worst_streak": run.worst_streak}
+    for name, own in (generator_tensors(device) | run.meter.tensors()).items():
+        tensors |= {(f"rank{rank}." if rank else "") + name: state for rank, state in enumerate(distributed.gather_to_main(own.cpu()))}
     state = {
+        **identity(run),
         "config": to_toml(run.cfg),
-        "world": distributed.world(),
         "optimizer": optimizer_state,
         "scaler": update.scaler.state_dict(),
         "best_top1": run.best_top1,
         "validation_due": run.validation_due,
         "train_seconds": run.clock.total,
         "metrics_offset": run.log.offset() if distributed.is_main() else 0,
-        "classes": run.parts.train.classes.to_json(),
-        "data": run.parts.train.fingerprint,
-        "stores": run.parts.checksums,
-        "loader": run.loader.name,
         "bad_images": run.gathered_bad_images(),
+        "failed_over": sum(distributed.gather(run.loader.failed_over)),
     }
     return tensors, state
 
@@ -87,50 +83,49 @@ def load_for_all(folder: CheckpointFolder, path: str) -> Checkpoint | None:
 
 def restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
     """Raises UsageError where the run would not go on with what it began with, naming every difference."""
-    changed = _changes(run, found)
+    changed, said = changes(run, found), notes(run, found)
     if changed and not allow_config_change:
         what = "; ".join(changed)
         raise UsageError(f"--resume: not the settings of {found.path}: {what}; restore them, or add --allow-config-change")
-    if changed and distributed.is_main():
-        print_line(f"going on with other settings than those of {found.path} (--allow-config-change): {'; '.join(changed)}")
-    began = found.state.get("loader", run.loader.name)
-    if began != run.loader.name and distributed.is_main():
-        print_line(f"the run began with the loader {began}; the pixels of {run.loader.name} differ slightly")
+    if changed:
+        said.insert(0, f"going on with other settings than those of {found.path} (--allow-config-change): {'; '.join(changed)}")
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
 
     update, device, state = run.update, run.parts.device, found.state
-    run.parts.student.load_state_dict(under("student."))
-    if update.ema is not None and under("ema."):
-        update.ema.module.load_state_dict(under("ema."))
-    restore_optimizer(update.optimizer, found.tensors, state["optimizer"])
-    update.scaler.load_state_dict(state["scaler"])
+    try:
+        run.parts.student.load_state_dict(under("student."))
+    except RuntimeError as error:
+        what = f"{found.path} holds another student ({' '.join(str(error).split())[:200]})"
+        raise UsageError(f"--resume: {what}; give the one that the run began with") from None
+    if update.ema is not None:  # an average that begins now begins with the weights as they are
+        update.ema.module.load_state_dict(under("ema.") or under("student."))
+    said += _restore_optimizer(run, found)
+    update.scaler.load_state_dict(state["scaler"] if update.scaler.is_enabled() == bool(state["scaler"]) else update.scaler.state_dict())
     for name, own in (("bad_in_a_row", update.bad_in_a_row), ("worst_streak", run.worst_streak)):
-        own.copy_(found.tensors.get(name, torch.zeros(())))
-    if state.get("world", 1) == distributed.world():
-        rank = distributed.rank()
-        restore_generators(under(f"rank{rank}.") if rank else found.tensors, device)
+        own.copy_(found.tensors[name])
+    processes = [under(f"rank{rank}.") if rank else found.tensors for rank in range(state["world"])]
+    if state["world"] == distributed.world():
+        processes = [processes[distributed.rank()]]
+        restore_generators(processes[0], device)
     else:
         seed_generators(run.cfg.seed, state["step"])
-    run.meter.restore(found.tensors, device)
-    run.next_step, run.best_top1, run.validation_due = state["step"], state["best_top1"], state.get("validation_due", False)
+    run.meter.restore(processes, device)
+    run.next_step, run.best_top1, run.validation_due = state["step"], state["best_top1"], state["validation_due"]
     run.clock.total = state["train_seconds"]
-    run.loader.replaced[:] = state.get("bad_images", [])
+    run.loader.replaced[:], run.loader.failed_over = state["bad_images"], state["failed_over"] if distributed.is_main() else 0
+    if distributed.is_main():
+        for line in said:
+            print_line(line)
 
 
-def _changes(run: Trainer, found: Checkpoint) -> list[str]:
-    """What the run would go on with although it began with something else."""
-    cfg, state = run.cfg, found.state
-    world = state.get("world", 1)
-    before = with_batch_sizes(from_toml(state["config"], str(found.path)), world)
-    changed = differences(before, cfg)
-    if before.data.batch_size != cfg.data.batch_size and run.parts.student.has_batch_stats and not cfg.student.sync_bn:
-        sizes = f"{before.data.batch_size} images at a time in each of {world} processes, now {cfg.data.batch_size}"
-        changed.append(f"data.batch_size: batch norm saw {sizes} (--grad-accum-steps can make up for fewer processes)")
-    if state.get("stores", {}) != run.parts.checksums:
-        what = "the teacher's answers on the training images" if run.parts.probe else f"the stores {', '.join(cfg.store.dirs)}"
-        changed.append(f"{what} are not those that the run began with")
-    if state["data"] != run.parts.train.fingerprint:
-        changed.append(f"the images in {cfg.data.data_dir} are not those that the run began with")
-    return changed
+def _restore_optimizer(run: Trainer, found: Checkpoint) -> list[str]:
+    """Returns what there is to say. Settings that were changed are the new ones; another optimizer begins with no past."""
+    before, now = config_of(found).optim, run.cfg.optim
+    if before.opt != now.opt:
+        return [f"{now.opt} begins without a past: the run began with {before.opt}"]
+    names = {"weight_decay", "momentum", *before.opt_kwargs, *now.opt_kwargs}
+    old, new = ({"weight_decay": one.weight_decay, "momentum": one.momentum, **one.opt_kwargs} for one in (before, now))
+    restore_optimizer(run.update.optimizer, found.tensors, found.state["optimizer"], {n for n in names if old.get(n) != new.get(n)})
+    return []

@@ -1,0 +1,75 @@
+"""An optimizer's state as named tensors and JSON, and back, because checkpoints hold no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREFIX = "optimizer."
+# How an optimizer computes on a device, which is decided anew wherever a run goes on.
+OF_THE_DEVICE = frozenset({"fused", "foreach", "capturable"})
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, which still are the optimizer's own, and JSON that says where each belongs. TypeError for what is neither."""
+    tensors: dict[str, Tensor] = {}
+    state = optimizer.state_dict()
+    groups = [{k: v.item() if torch.is_tensor(v) else v for k, v in group.items()} for group in state["param_groups"]]
+    return tensors, _packed({**state, "param_groups": groups}, "", tensors)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any], own: Collection[str] = ()
+) -> None:
+    """The inverse of `flatten_optimizer`, into an optimizer over the same parameters.
+
+    own: settings of a parameter group, such as weight_decay, that stay as the optimizer was built.
+    """
+    state = _unpacked(saved, tensors)
+    for group, built in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group.update({name: built[name] for name in {*own, *OF_THE_DEVICE} if name in built})
+    optimizer.load_state_dict(state)
+    for parameter, entry in optimizer.state.items():
+        # Files hold contiguous tensors. Fused kernels go through memory, and take a moment in another layout for that of other weights.
+        entry.update({name: _laid_out(value, parameter) for name, value in entry.items() if torch.is_tensor(value)})
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A moment of `parameter` with its strides (channels_last); what is not of its shape as it is."""
+    if value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; dicts keep keys that are numbers, and tuples stay tuples."""
+    if torch.is_tensor(value):
+        tensors[PREFIX + name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _packed(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_packed(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint cannot hold the optimizer's {name}, a {type(value).__name__}")
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, found),) = value.items()
+    if kind == "tensor":
+        return tensors[PREFIX + found]
+    if kind == "dict":
+        return {key: _unpacked(item, tensors) for key, item in found}
+    if kind == "dtype":
+        return getattr(torch, found)
+    items = [_unpacked(item, tensors) for item in found]
+    return items if kind == "list" else tuple(items)
