@@ -12,7 +12,6 @@ from dad_fast.engine import distributed
 from dad_fast.engine.build import Builder, Parts
 from dad_fast.engine.finish import finish
 from dad_fast.engine.launch import end_with_launcher, is_worker, number_of_processes, run_processes, started_here
-from dad_fast.engine.signals import stop_requests
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import UsageError
 from dad_fast.evaluate.runner import Suite, open_suites
@@ -98,9 +97,8 @@ def one_run(
         resolved = {"kernels": kernels, "loader": trainer.loader.name, "processes": distributed.world()}
         facts = {**resolved, "variant": name, "preset": launch.preset, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)
-    with stop_requests():
-        trainer.start()
-        return finish(trainer, name, suites, trainer.train(), taught)
+    trainer.start()
+    return finish(trainer, name, suites, trainer.train(), taught)
 
 
 def _check_batch_sizes(cfg: Config, launch: Launch) -> None:
