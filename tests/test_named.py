@@ -50,3 +50,20 @@ def test_splits_that_do_not_fit(folder, capsys):
     assert "only train has the class bee, only val has the class beee; mend the folders or give --class-map" in line
     shutil.rmtree(folder / "data/val")
     assert "data has no folder 'val'; it has train" in refused(capsys, "--method", "ce", code=4)
+
+
+def test_a_checkpoint_that_is_not_there(folder, capsys):
+    assert main(["train", "--data-dir", "embedded:digits", "--method", "ce", *STUDENT, "-o", "run", "--resume", "run/checkpoints"]) == 4
+    assert "--resume run/checkpoints: nothing is there; name RUN/checkpoints/step-N" in capsys.readouterr().err
+
+
+def test_fewer_steps_than_a_run_has_done_leave_it_as_it_is(tmp_path, capsys):
+    arguments = ["train", "--preset", "demo", "--method", "ce", "--suite", "optdigits", "-j", "0", "-o", str(tmp_path / "run")]
+    assert main([*arguments, "--max-steps", "2"]) == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'run'}: model.safetensors" in said
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    assert main([*arguments, "--max-steps", "1", "--resume", "auto"]) == 0
+    said = capsys.readouterr().err
+    assert "finished already" in said and "steps 2 to 1" not in said
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
