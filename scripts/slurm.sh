@@ -23,10 +23,17 @@ export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # No --kill-on-bad-exit: when a process dies the others notice, say which one it was, and end by themselves.
 srun --kill-on-bad-exit=0 --wait=120 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-  exec python -m dad_fast train --resume auto "$@"' dad-fast "$@"
+  exec python -m dad_fast train --resume auto "$@"' dad-fast "$@" &
+srun=$!
+trap 'kill -USR1 "$srun" 2> /dev/null' TERM USR1 # where a signal comes to this script alone, as after scancel --batch, pass it on
+while kill -0 "$srun" 2> /dev/null; do
+  wait "$srun"
+done
+wait "$srun"
 code=$?
 
-if [ "$code" -eq 75 ]; then
+# A job that was cancelled is no longer running, and stays cancelled.
+if [ "$code" -eq 75 ] && [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

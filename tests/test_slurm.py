@@ -1,7 +1,9 @@
 """The Slurm script, run by bash with stand-ins for Slurm's own commands: what it starts, and when it queues the job again."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -18,19 +20,44 @@ for task in 0 1; do
   [ $code -gt $worst ] && worst=$code
 done
 exit $worst""",
+    "squeue": "echo $STATE",
     "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$SAID"; exit $CODE',
 }
 
 
-@pytest.mark.parametrize("code, requeued", [(0, False), (1, False), (75, True)])
-def test_the_job_is_queued_again_where_it_was_stopped_and_saved(tmp_path, code, requeued):
-    for name, text in TOOLS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": str(tmp_path / "said"), "CODE": str(code)}
-    env |= {"SLURM_JOB_ID": "40123", "SLURM_JOB_NODELIST": "node[7-8]"}
+SIGNALLED = """echo started >> "$SAID"
+trap 'echo passed on >> "$SAID"; exit 75' USR1
+while :; do sleep 0.05; done"""
+
+
+def environment(folder, code=0, state="RUNNING", **tools):
+    for name, text in (TOOLS | tools).items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "SAID": str(folder / "said"), "CODE": str(code), "STATE": state}
+    return env | {"SLURM_JOB_ID": "40123", "SLURM_JOB_NODELIST": "node[7-8]"}
+
+
+@pytest.mark.parametrize(
+    "code, state, requeued", [(0, "RUNNING", False), (1, "RUNNING", False), (75, "RUNNING", True), (75, "COMPLETING", False)]
+)
+def test_the_job_is_queued_again_where_it_was_stopped_and_saved_but_not_cancelled(tmp_path, code, state, requeued):
+    env = environment(tmp_path, code, state)
     done = subprocess.run(["bash", str(SCRIPT), "--preset", "demo", "-o", "runs/a b"], env=env, timeout=60)
     assert done.returncode == code
     said = (tmp_path / "said").read_text().splitlines()
     assert said[:2] == [f"{r} {r} 2 2 node7 20123 -m dad_fast train --resume auto --preset demo -o runs/a b" for r in (0, 1)]
     assert said[2:] == (["requeue 40123"] if requeued else [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_script_alone_is_passed_on(tmp_path, number):
+    env, said = environment(tmp_path, srun=SIGNALLED), tmp_path / "said"
+    job = subprocess.Popen(["bash", str(SCRIPT)], env=env)
+    deadline = time.monotonic() + 60
+    while not said.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # both are waiting now
+    job.send_signal(number)
+    assert job.wait(60) == 75
+    assert said.read_text().splitlines() == ["started", "passed on", "requeue 40123"]
