@@ -1,8 +1,5 @@
 """What tests of linear probes share: runs of `--method lp-clip` on a tiny CLIP and a folder of JPEGs."""
 
-from pathlib import Path
-
-import tiny
 import torch
 
 from dad_fast.config import resolve
@@ -37,13 +34,6 @@ def trained(cfg, folder, resume="", builder=BUILDER, change=None):
     trainer.start()
     trainer.train()
     return trainer
-
-
-def write_parts(root: Path) -> Path:
-    tiny.write_images(root / "data")
-    tiny.write_teacher(root / "teacher.safetensors")
-    tiny.write_teacher(root / "other.safetensors", seed=1)
-    return root
 
 
 def arguments(parts, out, *more):

@@ -19,14 +19,6 @@ import tiny  # noqa: E402
 from dad_fast.cli import main  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("parts")
-    tiny.write_images(root / "data")
-    tiny.write_teacher(root / "teacher.safetensors")
-    return root
-
-
 def arguments(parts, out, *more):
     given = [
         "ablate", "--data-dir", str(parts / "data"), *tiny.STUDENT, "--teacher", str(parts / "teacher.safetensors"),

@@ -28,9 +28,7 @@ BACK_ENDS = ["torch", *(["grid", "csrc"] if INSTRUCTION_SETS else [])]
 every_back_end = pytest.mark.parametrize("backend", BACK_ENDS)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def grid_codes(z: Tensor, grid: Tensor, instruction_set: int = 0) -> Tensor:

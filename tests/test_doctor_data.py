@@ -19,8 +19,7 @@ from dad_fast.commands.doctor_data import feeds
 
 
 @pytest.fixture(autouse=True)
-def quick(tmp_path, monkeypatch):
-    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
+def quick(cache, monkeypatch):
     monkeypatch.setattr(doctor_data, "SECONDS", 0.05)
 
 

@@ -17,11 +17,7 @@ from dad_fast.data.names import PackedStrings
 from dad_fast.data.sources import open_source
 from dad_fast.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

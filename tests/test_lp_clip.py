@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-from probes import BUILDER, PLAIN, STRONG, arguments, config, teacher_of, trained, write_parts  # noqa: E402
+import tiny  # noqa: E402
+from probes import BUILDER, PLAIN, STRONG, arguments, config, teacher_of, trained  # noqa: E402
 
 from dad_fast.cli import main  # noqa: E402
 from dad_fast.engine.build import Builder  # noqa: E402
@@ -24,16 +25,7 @@ from dad_fast.models.fingerprint import fingerprint  # noqa: E402
 from dad_fast.models.probe import build_probe  # noqa: E402
 from dad_fast.models.student import load_student  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return write_parts(tmp_path_factory.mktemp("parts"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def head(trainer):
@@ -188,7 +180,8 @@ def test_one_pass_of_the_teacher_serves_every_seed_and_setting(parts, tmp_path, 
     file.write_bytes(file.read_bytes()[:40])  # damaged: made again
     trained(config(parts), tmp_path / "third", builder=Builder())
     assert f"from {file}" not in (tmp_path / "third/train.log").read_text()
-    trained(config(parts, f"teacher.name={parts / 'other.safetensors'}"), tmp_path / "fourth", builder=Builder())
+    other = tiny.write_teacher(tmp_path / "other.safetensors", seed=1)
+    trained(config(parts, f"teacher.name={other}"), tmp_path / "fourth", builder=Builder())
     assert len(list((cache / "pseudo-labels").iterdir())) == 2
 
 
@@ -197,7 +190,7 @@ def test_a_resumed_run_must_find_the_same_teacher(parts, tmp_path):
     moved.write_bytes((parts / "teacher.safetensors").read_bytes())
     cfg = config(parts, f"teacher.name={moved}")
     trained(replace(cfg, max_steps=2), tmp_path / "run", builder=Builder())
-    moved.write_bytes((parts / "other.safetensors").read_bytes())
+    tiny.write_teacher(moved, seed=1)
     with pytest.raises(UsageError, match="the weights of the teacher .* are not those"):
         trained(cfg, tmp_path / "run", "auto", builder=Builder())
 

@@ -23,7 +23,7 @@ from dad_fast.engine.build import Builder  # noqa: E402
 from dad_fast.engine.step import TrainStep  # noqa: E402
 from dad_fast.engine.update import Update  # noqa: E402
 from dad_fast.store import AdversarialStore, Manifest, TargetStore  # noqa: E402
-from tests.tiny import SIDE, STUDENT, write_images, write_teacher, write_vqgan  # noqa: E402
+from tests.tiny import SIDE, STUDENT, write_images, write_parts, write_teacher  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,10 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A folder of 24 images, a teacher and a VQGAN, as flags."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_images(folder / "data")
-    write_teacher(folder / "teacher.safetensors")
-    write_vqgan(folder / "vqgan.ckpt")
+    folder = write_parts(tmp_path_factory.mktemp("inputs"))
     return {
         "data": ["--data-dir", str(folder / "data"), *STUDENT, "-b", "6", "-j", "0", "--device", "cpu"],
         "teacher": ["--teacher", str(folder / "teacher.safetensors")],
@@ -67,11 +64,11 @@ def targets(inputs, tmp_path_factory):
 
 def step_of(inputs, method, *more, pin_memory=False):
     """(TrainStep, its batches joined to the stores)."""
-    from dad_fast.config.fields import settings
+    from dad_fast.flags import typed_settings
     from dad_fast.flags.train import make_parser
 
     given = vars(make_parser().parse([*more]))
-    cfg = resolve("", None, given["sets"], {p: given[p] for p in settings() if p in given} | {"method": method})
+    cfg = resolve("", None, given["sets"], typed_settings(given) | {"method": method})
     parts = Builder().build(cfg)
     seed = parts.stored.view_seed(cfg.seed)
     loader = TrainLoader(parts.train, cfg.augment, SIDE, cfg.data.batch_size, seed, 0, cycle=parts.stored.cycle)

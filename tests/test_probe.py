@@ -10,23 +10,14 @@ torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
 import tiny  # noqa: E402
-from probes import arguments, config, teacher_of, trained, write_parts  # noqa: E402
+from probes import arguments, config, teacher_of, trained  # noqa: E402
 
 from dad_fast.cli import main  # noqa: E402
 from dad_fast.errors import DataError  # noqa: E402
 from dad_fast.models.probe import Probe  # noqa: E402
 from dad_fast.models.student import load_student  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return write_parts(tmp_path_factory.mktemp("parts"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_from_the_command_line_to_its_judgement(parts, tmp_path, capsys):
@@ -73,7 +64,7 @@ def test_another_encoder_is_refused(parts, tmp_path, capsys):
     moved = tmp_path / "teacher.safetensors"
     moved.write_bytes((parts / "teacher.safetensors").read_bytes())
     assert main([*arguments(parts, tmp_path / "run"), "--teacher", str(moved)]) == 0
-    moved.write_bytes((parts / "other.safetensors").read_bytes())
+    tiny.write_teacher(moved, seed=1)
     capsys.readouterr()
     refused = [
         ["eval", str(tmp_path / "run"), "--suite", "val"],

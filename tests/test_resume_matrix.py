@@ -42,10 +42,7 @@ BUILDER = Builder()
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    tiny.write_images(root / "data")
-    tiny.write_teacher(root / "teacher.safetensors")
-    tiny.write_vqgan(root / "vqgan.ckpt")
+    root = tiny.write_parts(tmp_path_factory.mktemp("inputs"))
     given = ["--data-dir", root / "data", *tiny.STUDENT, "--teacher", root / "teacher.safetensors", "--discretizer", root / "vqgan.ckpt"]
     store = ["precompute", *given, "-b", "8", "-j", "0", "--device", "cpu", "--images", "raw", "--views", "2", "-o", root / "store"]
     assert main([str(part) for part in store]) == 0

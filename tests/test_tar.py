@@ -29,11 +29,7 @@ from dad_fast.data.sources import open_source
 from dad_fast.data.tar import TarSource
 from dad_fast.errors import DataError, UsageError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def picture(value, kind="JPEG", size=(12, 10), **options):

@@ -36,6 +36,14 @@ def write_vqgan(path: Path, seed: int = 0) -> Path:
     return path
 
 
+def write_parts(root: Path) -> Path:
+    """All of them: `root`/data, teacher.safetensors and vqgan.ckpt."""
+    write_images(root / "data")
+    write_teacher(root / "teacher.safetensors")
+    write_vqgan(root / "vqgan.ckpt")
+    return root
+
+
 def write_images(root: Path, classes=("ant", "bee", "cat"), per_class: int = 8) -> Path:
     """`root`/train and `root`/val with JPEGs of several sizes; a class has its own colour."""
     import numpy as np

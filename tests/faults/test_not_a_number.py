@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny import STUDENT, write_images, write_teacher, write_vqgan  # noqa: E402
+from tiny import STUDENT, write_parts  # noqa: E402
 
 from dad_fast.cli import main  # noqa: E402
 from dad_fast.models.student import load_student  # noqa: E402
@@ -19,10 +19,7 @@ from dad_fast.models.student import load_student  # noqa: E402
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("inputs")
-    write_images(root / "data")
-    write_teacher(root / "teacher.safetensors")
-    write_vqgan(root / "vqgan.ckpt")
+    root = write_parts(tmp_path_factory.mktemp("inputs"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DAD_FAST_CACHE", str(root / "cache"))
         yield root
