@@ -22,6 +22,7 @@ from dad_fast.models.student import load_student  # noqa: E402
 from dad_fast.models.teacher import load_teacher  # noqa: E402
 from dad_fast.models.vqgan import VQGAN  # noqa: E402
 from dad_fast.models.weights import read_state_dict, write_safetensors  # noqa: E402
+from tests.test_declared import SPEC  # noqa: E402
 from tests.tiny import write_teacher, write_vqgan  # noqa: E402
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -73,6 +74,27 @@ def test_safetensors_headers_that_lie(tmp_path: Path, header: bytes) -> None:
             assert "\n" not in str(error)
         else:
             assert not state and not metadata  # an empty file is one
+
+
+# --- a student --------------------------------------------------------------------------------------------------------------
+
+THIN = {"embed_dim": 4, "num_heads": 1, "depth": 1}
+SMALL_FILES_OF_LARGE_MODELS = {
+    "masks": {"name": "swin_tiny_patch4_window7_224", "img_size": 16_384}
+    | {"model_kwargs": {"embed_dim": 4, "depths": [2] * 4, "num_heads": [1] * 4}},
+    "tables": {"name": "beit_base_patch16_224", "img_size": 4096, "model_kwargs": THIN},
+    "windows": {"name": "swinv2_tiny_window8_256", "img_size": 2048}
+    | {"model_kwargs": {"window_size": 512, "embed_dim": 4, "num_heads": [1] * 4}},
+    "layers": {"name": "vit_tiny_patch16_224", "img_size": 16}
+    | {"model_kwargs": {"depth": 65_536, "embed_dim": 1, "num_heads": 1, "mlp_ratio": 0.0}},
+}
+
+
+@pytest.mark.parametrize("changes", SMALL_FILES_OF_LARGE_MODELS.values(), ids=SMALL_FILES_OF_LARGE_MODELS)
+def test_students_that_grow_without_parameters(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Ten gigabytes of masks, or minutes of layers without weights, of a file of three numbers."""
+    path = put(tmp_path / "m.safetensors", {"w": torch.zeros(3)}, "dad_fast.student", json.dumps(SPEC | changes))
+    refused(lambda: load_student(path), "m.safetensors", "than fit the 3 numbers in the file")
 
 
 # --- a VQGAN ----------------------------------------------------------------------------------------------------------------

@@ -17,13 +17,14 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 
 MAX_PATH, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4500, 200, 1000, 8  # of model_kwargs: characters of a text, values in all, nesting
 MAX_NUMBER, MAX_CLASSES, MAX_SIDE, MAX_CONTEXT = 65_536, 1_000_000, 16_384, 4096
+MAX_TABLES = 1 << 26  # numbers in buffers
 # Arguments that are not the architecture's: timm.create_model's own, and those that its builder takes for itself.
 NOT_ARCHITECTURE = {name for name, p in inspect.signature(timm.create_model).parameters.items() if p.kind is not p.VAR_KEYWORD} | {
     *("features_only", "feature_cfg", "feature_cls", "kwargs_filter", "model_cfg", "pretrained_filter_fn"),
@@ -141,22 +142,32 @@ def check_values(table: Mapping[str, Any], what: str) -> None:
 def no_more_parameters_than(tensors: Mapping[str, torch.Tensor], path: object) -> Iterator[None]:
     """While it lasts, a model that registers far more parameters than `tensors`, the file at `path`, holds numbers is a DataError.
 
-    Twice as many are let through, since some models build a classifier and replace it.
+    Twice as many are let through, since some models build a classifier and replace it, and `MAX_TABLES` more numbers in buffers: masks
+    and tables that depend on the image's size and are in no file.
     """
     held = sum(tensor.numel() for tensor in tensors.values())
-    left = 2 * held + 1_000_000
+    left = {"parameters": 2 * held + 1_000_000, "layers": 2 * len(tensors) + 1000, "buffers": 2 * held + MAX_TABLES}
 
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal left
-        left -= parameter.numel() if parameter is not None and not isinstance(parameter, nn.UninitializedParameter) else 0
-        if left < 0:
-            raise DataError(f"{path}: the model that its metadata names has more parameters than the {held:,} numbers in the file")
+    def count(what: str, number: int) -> None:
+        left[what] -= number
+        if left[what] < 0:
+            raise DataError(f"{path}: the model that its metadata names has more {what} than fit the {held:,} numbers in the file")
 
-    handle = register_module_parameter_registration_hook(count)  # of every module, so that the first one too many ends it
+    def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
+            count("parameters", parameter.numel())
+        count("layers", 1)
+
+    def count_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
+        count("buffers", 0 if buffer is None else buffer.numel())
+
+    # Of every module, so that the first one too many ends it.
+    handles = register_module_parameter_registration_hook(count_parameter), register_module_buffer_registration_hook(count_buffer)
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def _names(file: IO[bytes], pickles: int) -> set[str]:
             if instruction.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
                 raise ValueError(f"its pickle has the instruction {instruction.name}")
             if instruction.name == "GLOBAL":
-                module, _, name = argument.partition(" ")
+                module, _, name = str(argument).partition(" ")
                 module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
                 found.add(f"{module}.{name}")
     return found
