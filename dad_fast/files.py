@@ -109,10 +109,13 @@ def is_full(error: Exception) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Make durable what a file holds, or a rename inside a folder."""
+    """Make durable what a file holds, or a rename inside a folder. Raises OSError that names `path`."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(handle)
 

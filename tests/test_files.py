@@ -45,3 +45,21 @@ def test_an_error_names_the_file_and_not_its_temporary(tmp_path: Path, monkeypat
     with pytest.raises(OSError) as found:
         files.atomic_write_text(tmp_path / "a.json", "x")
     assert found.value.filename == str(tmp_path / "a.json") and not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_comes_back_or_goes(tmp_path: Path) -> None:
+    """Killed between its two renames, it had moved the earlier export aside; killed before, it had half a new one."""
+    pytest.importorskip("torch")
+    from dad_fast.commands.export import _new_folder
+
+    target = tmp_path / "e"
+    for name in (".e.0123abcd.old", ".e.4567cdef.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").write_text(name)
+    with pytest.raises(RuntimeError), _new_folder(target) as folder:
+        assert (target / "model").read_text() == ".e.0123abcd.old" and set(tmp_path.iterdir()) == {target, folder}
+        with _new_folder(target) as another:  # two at a time leave each other alone
+            (another / "model").write_text("new")
+        assert folder.is_dir()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == [target] and (target / "model").read_text() == "new"

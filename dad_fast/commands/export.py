@@ -14,7 +14,7 @@ from pathlib import Path
 import dad_fast
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import UsageError
-from dad_fast.files import atomic_write_json, atomic_write_text, sync
+from dad_fast.files import atomic_write_json, atomic_write_text, disk_error, hold, remove_abandoned, sync
 from dad_fast.flags.export import ExportOptions
 from dad_fast.models import export_graph as graph
 from dad_fast.models.declared import recorded_classes
@@ -120,11 +120,19 @@ def _is_export(folder: Path) -> bool:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes `target`'s place when all went well; otherwise nothing is left and `target` is as it was."""
+    """A folder to fill, which takes `target`'s place when all went well; otherwise nothing is left and `target` is as it was. What was
+    left by an export that was killed goes, or, where that had moved the earlier export aside, comes back."""
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.????????.old"):
+        if not target.exists():
+            left.rename(target)
+    for ending in (".tmp", ".old"):
+        remove_abandoned(target.parent, f".{target.name}.", ending)
     new, old = (target.parent / f".{target.name}.{secrets.token_hex(4)}.{kind}" for kind in ("tmp", "old"))
     new.mkdir()
+    handle = os.open(new, os.O_RDONLY | os.O_CLOEXEC)
+    hold(handle, new)
     try:
         yield new
         for path in [*new.iterdir(), new]:
@@ -138,7 +146,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         sync(target.parent)
+    except OSError as error:
+        raise disk_error(error, target) from error
     finally:
+        os.close(handle)
         for left in (new, old):
-            if os.path.lexists(left):
-                shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)

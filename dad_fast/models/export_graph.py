@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from dad_fast.errors import DadFastError, EnvironmentProblem
+from dad_fast.files import atomic_write_bytes
 from dad_fast.models.onnx_student import VIEW, OnnxStudent
 from dad_fast.models.student import Student
 
@@ -47,7 +49,9 @@ def trace(student: Student) -> ExportedProgram:
 
 def write_program(path: Path, program: ExportedProgram, metadata: Mapping[str, str]) -> None:
     """A file for `torch.export.load`; `metadata` as JSON in its extra file dad_fast.json."""
-    torch.export.save(program, path, extra_files={"dad_fast.json": json.dumps(dict(metadata))})
+    file = io.BytesIO()  # torch's own writer has no words for a full disk
+    torch.export.save(program, file, extra_files={"dad_fast.json": json.dumps(dict(metadata))})
+    atomic_write_bytes(path, file.getvalue())
 
 
 def read_program(path: Path) -> Callable[[Tensor], Tensor]:

@@ -197,7 +197,8 @@ class ShardWriter:
                     part.write(piece)
         except OSError as error:
             for part in self._files.values():
-                part.undo()
+                with suppress(OSError):  # on a disk that refuses this too; whoever opens the part again cuts off what is not whole
+                    part.undo()
             raise disk_error(error, self.folder / shard_file(self.number, "data")) from error
         for part in self._files.values():
             part.accept()
