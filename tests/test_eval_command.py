@@ -273,8 +273,8 @@ def test_comparisons_that_cannot_be_made(place: Path, tmp_path: Path, capsys: py
         (["--compare", a, place / "none"], 4, "no such checkpoint"),
         (["--compare", a], 2, "--compare"),
         (["--compare", a, a, "--ood", "test"], 2, "--ood: two files of predictions"),
-        ([place / "run", "--ood", tmp_path / "none"], 4, "none"),
-        ([place / "run", "--ood", "contrst"], 4, "did you mean contrast?"),
+        ([place / "run", "--ood", tmp_path / "none"], 4, f"--ood {tmp_path / 'none'}: "),
+        ([place / "run", "--ood", "contrst"], 4, "--ood contrst: no corruption, no folder"),
         ([place / "run", "--save-predictions", a], 2, "is a file; name a folder"),
         ([place / "run", "--csv", tmp_path / "no" / "x.csv"], 2, "--csv"),
         ([place / "run", "--nproc", "x"], 2, "--nproc x: a whole number, 1 or more, or auto"),
@@ -283,8 +283,8 @@ def test_comparisons_that_cannot_be_made(place: Path, tmp_path: Path, capsys: py
         (["--compare", a, b, "--model", place / "run"], 2, "leave"),
     ]:
         assert eval_(*arguments) == code, arguments
-        text = capsys.readouterr().err
-        assert message in text and text.count("\n") == 1
+        out, text = capsys.readouterr()
+        assert message in text and text.count("\n") == 1 and "top-1" not in out  # before anything was judged
     make_images(tmp_path / "new" / "test", each=1)
     assert eval_("--compare", a, place / "run", "--data-dir", tmp_path / "new", "--suite", "test") == 4
     assert "not judged on the same images (6 and 3 rows)" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from dad_fast.evaluate.robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.sources import as_judged
 from dad_fast.evaluate.subjects import Subject, is_by_name, load_subject, of_teacher
-from dad_fast.evaluate.suites import classes_of, open_suites, open_unknown
+from dad_fast.evaluate.suites import Unknown, classes_of, open_suites, open_unknown
 from dad_fast.files import atomic_write_json
 from dad_fast.flags.eval import EvalLaunch
 from dad_fast.models.student import checkpoint_file
@@ -136,7 +136,8 @@ class _Evaluation:
         """Results by suite, each printed when it is there."""
         with distributed.main_first():  # the others find the indexes that the first one made
             suites = open_suites(self.suite_names, self.cfg.data, subject.classes, self.cfg.eval)
-        found = Found(subject, id_suite=self.id_suite(suites))
+            found = Found(subject, id_suite=self.id_suite(suites))
+            unknown = self.unknown(subject, suites, found.id_suite)
         say(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
         for suite in suites:
             result = with_intervals(self.result(subject, suite))
@@ -146,8 +147,8 @@ class _Evaluation:
             found.results[suite.name] = result
         for line in show.notes(found.results):
             say(f"  {line}")
-        if self.launch.ood:
-            found.ood = self.detect(subject, found, suites)
+        if unknown:
+            found.ood = self.detect(subject, found, unknown)
             for line in ("", *show.detection_lines(found.id_suite, found.ood)):
                 say(line)
         if self.baselines:
@@ -166,14 +167,16 @@ class _Evaluation:
                 progress=_progress(suite.name), dali=self.dali, stopped=STOPPED,
             )  # fmt: skip
 
-    def detect(self, subject: Subject, found: Found, suites: Sequence[Suite]) -> dict[str, dict[str, dict[str, float]]]:
+    def unknown(self, subject: Subject, suites: Sequence[Suite], id_suite: str) -> list[Unknown]:
+        """The sets after --ood, opened before anything is judged: one that is missing must not show after hours."""
+        columns = as_judged(next(suite.source for suite in suites if suite.name == id_suite)).columns
+        return [open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns) for name in self.launch.ood]
+
+    def detect(self, subject: Subject, found: Found, sets: Sequence[Unknown]) -> dict[str, dict[str, dict[str, float]]]:
         known = found.results[found.id_suite].records
         assert known is not None
-        columns = as_judged(next(suite.source for suite in suites if suite.name == found.id_suite)).columns
         ood = {}
-        for name in self.launch.ood:
-            with distributed.main_first():
-                label, judged, corruption = open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns)
+        for label, judged, corruption in sets:
             size, crop_pct, interpolation = self.view(subject)
             view = (size, *(judged.view or (crop_pct, interpolation)))
             batch_size, workers, progress = self.batch_size, self.cfg.data.workers, _progress(label)

@@ -81,9 +81,10 @@ def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap, optio
     return suites
 
 
-def open_unknown(
-    name: str, data: DataConfig, classes: ClassMap, options: EvalConfig, columns: np.ndarray | None
-) -> tuple[str, Judged, Corruption | None]:
+Unknown = tuple[str, Judged, Corruption | None]  # name, images, what is done to them
+
+
+def open_unknown(name: str, data: DataConfig, classes: ClassMap, options: EvalConfig, columns: np.ndarray | None) -> Unknown:
     """Images after `--ood`, none of which has a label: any image folder or shards, or whatever else `open_suites` knows. `columns` are
     the outputs that compete on the in-distribution suite.
     """
@@ -92,7 +93,10 @@ def open_unknown(
     if is_split("", path):
         judged, label = as_judged(open_source(path, max_bad_share=data.max_bad_share)), Path(path).name or name
     else:
-        suite = open_suites([name], data, classes, options)[0]
+        try:
+            suite = open_suites([name], data, classes, options)[0]
+        except (UsageError, DataError) as error:
+            raise type(error)(str(error).replace(f"--suite {name}:", f"--ood {name}:")) from None
         judged, label, corruption = as_judged(suite.source), suite.name, suite.corruption
     pieces = tuple(Piece(piece.base, piece.rows, np.full(len(piece), -1, dtype=np.int64), piece.border) for piece in judged.pieces)
     return label, replace(judged, pieces=pieces, columns=columns, accepted=None, parts=(), known=False), corruption
