@@ -121,7 +121,7 @@ MISTAKES = {
     "classes that differ": (4, "cat", lambda p, t: ["--data-dir", bad_data(t / "d", make_another_class)]),
     "a class map that disagrees": (4, "class", lambda p, t: ["--class-map", _class_map(t / "c.csv")]),
     "an unknown student": (2, "resnet18", lambda p, t: ["--student", "resnet81"]),
-    "an unknown teacher": (2, "ViT-B-32", lambda p, t: ["--teacher", "open_clip:ViT-B-23@x"]),
+    "an unknown teacher": (2, "ViT-B-32", lambda p, t: ["--teacher", f"open_clip:ViT-B-23@{p / 'teacher.safetensors'}"]),
     "a teacher that is no file": (4, "nowhere.safetensors", lambda p, t: ["--teacher", t / "nowhere.safetensors"]),
     "student weights of another architecture": (4, "architecture", lambda p, t: ["--student-weights", p / "teacher.safetensors"]),
     "a discretizer that is a teacher": (4, "VQGAN", lambda p, t: ["--discretizer", p / "teacher.safetensors"]),
