@@ -45,7 +45,7 @@ def _count(model: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("what", ["encode", "decode"])
-@pytest.mark.parametrize("precision", ["float32", "16 bits"])
+@pytest.mark.parametrize("precision", ["16 bits", "float32"])  # on a GPU the first is what runs use
 @pytest.mark.parametrize("which", ["embedded", "published"])
 def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
     if precision == "16 bits" and bench.size == "tiny":
@@ -81,7 +81,7 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
     for form, savings in forms.items():
         functions[form] = run(getattr(vqgan.fuse(savings, encoder=dtype, decoder=dtype), what))
         flops[form] = _count(getattr(shape.fuse(replace(savings, norm_kernel=False)), what), inputs)
-    if bench.device.type == "cuda":  # on a CPU compiling takes minutes
+    if bench.device.type == "cuda" and dtype != torch.float32:  # compiling takes minutes, on a CPU many
         fused = vqgan.fuse(VQGANSavings(), encoder=dtype, decoder=dtype)
         functions["torch.compile(plain)"] = run(torch.compile(plain))
         functions["torch.compile(fused)"] = run(torch.compile(getattr(fused, what)))

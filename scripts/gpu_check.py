@@ -1,7 +1,7 @@
 """Checks this checkout on a CUDA machine, in parts. What needs a package or tool that is not there is skipped by name.
 
                  minutes, estimated for one H200 and 16 cores; not yet run on a GPU
-doctor        1  what is installed, and every kernel against its reference on this GPU
+doctor        1  what is installed; codebook search and attack on this GPU against float64
 csrc          1  builds the compiled half for this GPU (needs apache-tvm-ffi, cmake, nvcc); the parts after it use it
 tests         4  the tests marked `gpu`
 bench-GROUP      one part per file benchmarks/test_GROUP.py, at size paper: ViT-B/16 from ViT-L/14, VQGAN f8
