@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from hypothesis import strategies as st  # noqa: E402
 from dad_fast import cli  # noqa: E402
 from dad_fast.config import from_toml  # noqa: E402
 from dad_fast.data.classes import ClassMap  # noqa: E402
+from dad_fast.data.index import _FORMAT, Entry, _encoded, load_index  # noqa: E402
 from dad_fast.errors import DadFastError, DataError, UsageError  # noqa: E402
 from dad_fast.evaluate.imagenet import _read_json  # noqa: E402
 from dad_fast.evaluate.records import FIELDS, PREDICTIONS, Records, load_records  # noqa: E402
@@ -92,6 +94,21 @@ def test_any_json_as_baselines_and_as_results(tmp_path: Path, text: str) -> None
 def test_csv_baselines_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.csv").write_text(text)
     assert answered(lambda: read_baselines(tmp_path / "b.csv")) is None
+
+
+@FUZZ
+@given(st.text(alphabet='019,"\n\r\0ax-²', max_size=60))
+@example("")
+@example("h\n1,2\n")
+@example("h\na,b,x,1,1,1,1,J,1,\n")
+@example(f"h\na,b,{HUGE},1,1,1,1,J,1,\n")
+@example("h\n" + "a" * 200_000)
+def test_any_text_as_an_index(tmp_path: Path, text: str) -> None:
+    """Under a right checksum: what is no index is made again."""
+    body = text.encode()
+    (tmp_path / "i.csv").write_bytes(_encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, x") + b"\n" + body)
+    with soon():
+        assert all(isinstance(entry, Entry) for entry in load_index(tmp_path / "i.csv", "x"))
 
 
 @pytest.mark.filterwarnings("error")

@@ -123,6 +123,15 @@ def test_damaged_files_are_named_in_one_line(tmp_path: Path, content: bytes) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [gzip.compress(bytes(1 << 21)), gzip.compress(b"[" * 100_000), b'{"traceEvents": ' + b"[" * 100_000])
+def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """A gigabyte of zeros is a megabyte of gzip."""
+    monkeypatch.setattr("dad_fast.observe.timeline.MOST_BYTES", 1 << 20)
+    (tmp_path / "p.json.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"p\.json\.gz: neither .* \((ValueError: more than|RecursionError)"):
+        read_timeline(tmp_path / "p.json.gz")
+
+
 def test_truncated_and_corrupted_files(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "trace.json.gz").read_bytes()
     export = write_nsys(tmp_path / "whole.sqlite").read_bytes()

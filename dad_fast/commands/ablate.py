@@ -71,7 +71,7 @@ class Run:
             record: dict[str, Any] = json.loads(results.read_text())
             made = from_toml(config.read_text(encoding="utf-8"), str(config))
             later = results.stat().st_mtime_ns >= config.stat().st_mtime_ns
-        except (OSError, ValueError, UsageError):
+        except (OSError, ValueError, RecursionError, UsageError):
             return None
         same = identity(with_batch_sizes(made, 1)) == identity(with_batch_sizes(self.cfg, 1)) and made.seed == self.seed
         whole = isinstance(record, dict) and {"seed", "seconds", "epochs", "suites"} <= set(record)

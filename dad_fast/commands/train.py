@@ -115,7 +115,7 @@ def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         return record if not suites or set(record["suites"]) == {suite.name for suite in suites} else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

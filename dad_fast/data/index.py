@@ -99,11 +99,15 @@ def load_index(file: Path, about: str) -> list[Entry]:
     if not head.endswith(_encoded(f", {about}")):
         return []
     rows = csv.reader(io.StringIO(body.decode("utf-8", "surrogateescape"), newline=""))
-    next(rows)
-    return [
-        Entry(path, label, int(offset), int(size), int(mtime), int(width), int(height), format, ok == "1", error)
-        for path, label, offset, size, mtime, width, height, format, ok, error in rows
-    ]
+    try:
+        next(rows)
+        return [
+            Entry(path, label, int(offset), int(size), int(mtime), int(width), int(height), format, ok == "1", error)
+            for path, label, offset, size, mtime, width, height, format, ok, error in rows
+        ]
+    except (ValueError, StopIteration, csv.Error):
+        log.warning("%s is no index: it is made again", file)
+        return []
 
 
 def save_index(file: Path, about: str, entries: list[Entry]) -> bool:

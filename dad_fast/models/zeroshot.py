@@ -92,7 +92,11 @@ def zero_shot_head(
     path = cache_dir() / "heads" / f"{hashlib.sha256(made_from.encode()).hexdigest()}.safetensors"
     try:
         weight = read_state_dict(path)[0]["weight"].to(device)
-        if len(weight) == len(names):
+        if (
+            weight.ndim == 2
+            and len(weight) == len(names)
+            and torch.allclose(weight.float().norm(dim=1), weight.new_ones((), dtype=torch.float))
+        ):
             return weight
     except (DataError, KeyError):  # not there yet, or damaged: it is made again
         pass

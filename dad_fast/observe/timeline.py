@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from dad_fast.errors import DataError
 
 OUTSIDE = "(no stage)"
+MOST_BYTES = 1 << 30  # of a trace, unpacked: a small file could hold any number
 NSYS_WORK = ("KERNEL", "MEMCPY", "MEMSET", "GRAPH_TRACE")  # what runs on the device, by table
 
 
@@ -162,7 +163,7 @@ def read_timeline(path: str | Path) -> Timeline:
         is_sqlite = file.read(16) == b"SQLite format 3\0"
     try:
         return _read_nsys(path) if is_sqlite else _read_trace(path)
-    except (sqlite3.Error, zlib.error, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError) as error:
+    except (sqlite3.Error, zlib.error, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, RecursionError) as error:
         raise DataError(f"{path}: neither an nsys export nor a trace of torch's profiler ({type(error).__name__}: {error})") from None
 
 
@@ -194,8 +195,13 @@ def _read_nsys(path: Path) -> Timeline:
 
 
 def _read_trace(path: Path) -> Timeline:
-    data = path.read_bytes()
-    events: Iterable[dict[str, Any]] = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)["traceEvents"]
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES:,} bytes")
+    events: Iterable[dict[str, Any]] = json.loads(data)["traceEvents"]
     complete = [event for event in events if event.get("ph") == "X"]
     launches, ranges, work = {}, [], []
     for event in complete:
