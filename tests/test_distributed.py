@@ -104,6 +104,21 @@ def test_a_process_that_stops_as_asked_is_not_taken_for_lost(tmp_path):
     assert "process 1 of 3 was asked to" in found[0][1] + found[2][1]
 
 
+def test_a_process_that_nobody_joins_says_where_it_waited(tmp_path):
+    code = """
+    from dad_fast.cli import main
+    from dad_fast.engine import distributed
+    distributed.JOIN = 1.0
+    main(["train", "--preset", "demo", "--method", "ce", "--device", "cpu", "-o", "run"])
+    """
+    identity = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment(**identity), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if line.startswith("dad-fast: ")]
+    assert len(said) == 1 and said[0].startswith("dad-fast: error: process 0 of 2 cannot join the others at 127.0.0.1: "), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="suspends a process")
 def test_a_store_that_does_not_answer_is_given_up(tmp_path):
     """As on a machine that was cut off from the one where the processes met: a call to the store would wait for an hour."""
@@ -111,7 +126,8 @@ def test_a_store_that_does_not_answer_is_given_up(tmp_path):
     from dad_fast.errors import PeerLost, Preempted
 
     code = "store = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); print(store.port, flush=True); time.sleep(100)"
-    with subprocess.Popen([sys.executable, "-c", f"import time, torch.distributed as d; {code}"], env=environment(), stdout=subprocess.PIPE, text=True) as host:
+    command = [sys.executable, "-c", f"import time, torch.distributed as d; {code}"]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as host:
         store = torch.distributed.TCPStore("127.0.0.1", int(host.stdout.readline()), is_master=False, wait_for_workers=False)
         host.send_signal(signal.SIGSTOP)
         start = time.monotonic()

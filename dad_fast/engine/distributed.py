@@ -28,6 +28,7 @@ from dad_fast.engine.roll_call import say_stopped, who_is_gone
 from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, Preempted, UsageError
 
 T = TypeVar("T")
+JOIN = 600.0  # seconds until all processes have met
 LONG = 3600.0  # seconds to wait for another process where one may work for minutes: the first step, the end of a run
 
 _joined = False
@@ -75,11 +76,14 @@ def init(cfg: Config) -> None:
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=dist.FileStore(path, world()) if path else None, rank=rank() if path else -1, world_size=world() if path else -1,
-            timeout=timedelta(seconds=LONG),
+            timeout=timedelta(seconds=JOIN),
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        raise EnvironmentProblem(f"process {rank()} of {world()} cannot join the others: {_line(error)}") from None
+        where = f" at {os.environ['MASTER_ADDR']}" if not path and "MASTER_ADDR" in os.environ else ""
+        raise EnvironmentProblem(f"process {rank()} of {world()} cannot join the others{where}: {_line(error)}") from None
     _joined = True
+    _store().set_timeout(timedelta(seconds=LONG))  # NCCL's connections meet there when they are first used
+    patience(LONG)
 
 
 def close() -> None:
