@@ -136,10 +136,15 @@ def _cores() -> int:
 
 
 def end_with_launcher() -> None:
-    """In a process that `run_processes` started: should the launcher itself be killed, this one is asked to stop as by SIGTERM."""
-    if not started_here():
+    """In a process that `run_processes` or torchrun started: should the launcher itself be killed, as torchrun is by a SIGUSR1, this one
+    is asked to stop as by SIGTERM.
+    """
+    if started_here():
+        launcher = int(os.environ[LAUNCHED])
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.getppid()
+    else:
         return
-    launcher = int(os.environ[LAUNCHED])
 
     def watch() -> None:
         while os.getppid() == launcher:
