@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dad_fast.kernels.nearest_code import grid_search
+
 
 def normal(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -84,3 +86,9 @@ def midway(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 DATA = [normal, clustered, off_centre, duplicated, dead, exact_hits, integers, far_away, huge, tiny, mixed_scales, sphere, outside, midway]
+
+
+def grid_codes(z: Tensor, grid: Tensor, instruction_set: int = 0) -> Tensor:
+    codes = torch.empty(len(z), dtype=torch.int64)
+    grid_search.search(z, grid, codes, torch.zeros((), dtype=torch.int64), instruction_set)
+    return codes

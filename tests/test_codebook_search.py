@@ -1,4 +1,4 @@
-"""CodebookSearch: every back end that this machine can run gives the codes of the fp64 search; the grid, its cache, the public class."""
+"""CodebookSearch: every back end that this machine can run gives the codes of the fp64 search; the grid, the public class."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import copy
 import logging
 import math
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.kernels import CodebookSearch, csrc_status, nearest_code
@@ -20,7 +16,7 @@ from dad_fast.kernels.csrc import csrc, csrc_cuda, csrc_cuda_status
 from dad_fast.kernels.nearest_code import csrc_search, grid_search
 from dad_fast.kernels.nearest_code.reference import search_reference
 from dad_fast.kernels.nearest_code.torch_search import search_torch
-from tests.codebooks import DATA, clustered, midway, normal
+from tests.codebooks import DATA, clustered, grid_codes, midway, normal
 
 INSTRUCTION_SETS = csrc().instruction_sets().split() if csrc() is not None else []
 needs_csrc = pytest.mark.skipif(not INSTRUCTION_SETS, reason=csrc_status())
@@ -29,17 +25,6 @@ every_back_end = pytest.mark.parametrize("backend", BACK_ENDS)
 
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-def grid_codes(z: Tensor, grid: Tensor, instruction_set: int = 0) -> Tensor:
-    codes = torch.empty(len(z), dtype=torch.int64)
-    grid_search.search(z, grid, codes, torch.zeros((), dtype=torch.int64), instruction_set)
-    return codes
-
-
-def cache_file(tmp_path: Path) -> Path:
-    (path,) = (tmp_path / "cache" / "codebooks").iterdir()
-    return path
 
 
 @needs_csrc
@@ -221,144 +206,6 @@ def test_back_ends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (e[:, :3], e[0], e.double()):
         with pytest.raises(ValueError, match="latents"):
             search.search(wrong)
-
-
-# The cache
-
-
-def other_codebook(content: bytes, tmp_path: Path) -> bytes:
-    """A whole, valid file, of another codebook of the same shape."""
-    _, e = normal(0, 600, 4, seed=9)
-    path = tmp_path / "other"
-    grid_search.write_grid(path, grid_search.build_grid(e))
-    return path.read_bytes()
-
-
-def resealed(content: bytes, change) -> bytes:
-    """Damage that the checksum does not show."""
-    import hashlib
-
-    head = len(grid_search.VERSION)
-    block = bytearray(content[head + 32 :])
-    change(block)
-    return content[:head] + hashlib.sha256(block).digest() + bytes(block)
-
-
-def flipped(at: int):
-    return lambda content, _: content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-
-
-def poked(at: int, value: int):
-    def change(block: bytearray) -> None:
-        block[at] = value
-
-    return lambda content, _: resealed(content, change)
-
-
-def ids_swapped(content: bytes, _) -> bytes:
-    def change(block: bytearray) -> None:
-        block[-1500:-1400] = block[-1400:-1300]  # the codes of some rows
-
-    return resealed(content, change)
-
-
-DAMAGE = {
-    "empty": lambda content, _: b"",
-    "header only": lambda content, _: content[:48],
-    "truncated": lambda content, _: content[:-1],
-    "cut in half": lambda content, _: content[: len(content) // 2],
-    "longer": lambda content, _: content + b"\0",
-    "text": lambda content, _: b"not a grid at all\n" * 1000,
-    "older version": lambda content, _: content.replace(b"dad-fast grid 1", b"dad-fast grid 0", 1),
-    "first byte": flipped(0),
-    "checksum": flipped(20),
-    "a byte of the header": flipped(120),
-    "a byte of the lists": flipped(100_000),
-    "the last byte": lambda content, _: content[:-1] + bytes([content[-1] ^ 1]),
-    "another codebook": other_codebook,
-    "block: magic": poked(0, 0),
-    "block: version": poked(8, 99),
-    "block: bytes": poked(16, 1),
-    "block: num_top": poked(24, 1),
-    "block: num_leaves": poked(32, 1),
-    "block: num_ids": poked(41, 255),
-    "block: table_size": poked(49, 0),
-    "block: K": poked(56, 99),
-    "block: D": poked(64, 3),
-    "block: scale": poked(91, 255),
-    "block: cells": poked(104, 8),
-    "block: top": poked(256, 77),
-    "block: order": ids_swapped,
-}
-
-
-@needs_csrc
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_cache_is_built_again(damage, tmp_path: Path) -> None:
-    z, e = normal(200, 600, 4)
-    grid = grid_search.prepare(e)
-    path = cache_file(tmp_path)
-    content = path.read_bytes()
-    assert grid_search.read_grid(path, e) is not None
-    path.write_bytes(damage(content, tmp_path))
-    assert grid_search.read_grid(path, e) is None
-    assert torch.equal(grid_codes(z, grid_search.prepare(e)), grid_codes(z, grid))
-    assert path.read_bytes() == content
-
-
-@needs_csrc
-def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
-    z, e = normal(5, 20, 2)
-    grid_search.prepare(e)
-    path = cache_file(tmp_path)
-    content = path.read_bytes()
-    for at in range(0, len(content), 61):
-        path.write_bytes(flipped(at)(content, None))
-        assert grid_search.read_grid(path, e) is None
-
-
-@needs_csrc
-def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    z, e = normal(50, 300, 4)
-    assert torch.equal(CodebookSearch(e, "grid").search(z), nearest_code(z, e))
-
-
-@needs_csrc
-def test_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    z, e = normal(50, 300, 4)
-    CodebookSearch(e, "grid")
-    monkeypatch.setattr(grid_search, "build_grid", lambda e: pytest.fail("built again"))
-    assert torch.equal(CodebookSearch(e, "grid").search(z), nearest_code(z, e))
-
-
-BUILD = """
-import sys, torch
-torch.set_num_threads(1)
-from dad_fast.kernels import CodebookSearch
-e = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(3):
-    print(int(CodebookSearch(e, "grid").search(2 * e).sum()), flush=True)
-"""
-
-
-@needs_csrc
-def test_processes_that_build_at_once(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, "-c", BUILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:  # all start within microseconds
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    results = {process.communicate()[0] for process in processes}
-    assert all(process.returncode == 0 for process in processes)
-    e = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
-    assert results == {f"{int(nearest_code(2 * e, e).sum())}\n" * 3}
-    assert grid_search.read_grid(cache_file(tmp_path), e) is not None  # one file, whole, and no temporary one
 
 
 @needs_csrc

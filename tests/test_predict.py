@@ -24,7 +24,8 @@ from dad_fast.config import resolve, to_toml  # noqa: E402
 from dad_fast.data.execute import eval_transform  # noqa: E402
 from dad_fast.flags import predict as flags  # noqa: E402
 from dad_fast.models.student import load_student  # noqa: E402
-from tests.test_export import NAMES, SIDE, export, make, needs_onnx  # noqa: E402
+from tests.exports import NAMES, export, make, needs_onnx  # noqa: E402
+from tests.tiny import SIDE  # noqa: E402
 
 SHOWN = ("ant", "bee <b>|`x`", "c\\x1b[31md")  # as the terminal gets them
 
