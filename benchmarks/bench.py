@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,8 @@ class Bench:
                     raise
                 left_out[key] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
                 if not isinstance(error, torch.OutOfMemoryError):
-                    failures[key] = error
+                    traceback.print_exc(file=sys.stdout)
+                    failures[key] = error.with_traceback(None)  # whose frames hold the function's tensors
         times = interleaved(timed, self.device, seconds)
         rows, ratios = [], {}
         for key, function in timed.items():
