@@ -1,0 +1,48 @@
+"""A disk that fails at a chosen operation: failing_disk.c, compiled, and the environment that it reads."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+
+@lru_cache(maxsize=1)
+def library() -> Path | None:
+    """For LD_PRELOAD, in a folder that goes with the process; None without Linux or a compiler."""
+    import atexit
+    import tempfile
+
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not sys.platform.startswith("linux") or compiler is None:
+        return None
+    folder = tempfile.mkdtemp(prefix="dad-fast-disk-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made = Path(folder) / "failing_disk.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(made), str(SOURCE), "-ldl"], check=True)
+    return made
+
+
+def needed() -> Path:
+    """The same for a test that cannot do without."""
+    found = library()
+    if found is None:
+        pytest.skip("needs Linux and a C compiler")
+    return found
+
+
+def watching(folder: Path, log: Path, at: int = 0, how: str | int = 0, on: bool = False) -> dict[str, str]:
+    """Environment: log what is done below `folder`, and let operation `at` fail (an errno, "short" or "kill"); with `on`, all from it."""
+    chosen = {"DISK_FOLDER": str(folder), "DISK_LOG": str(log), "DISK_AT": str(at), "DISK_HOW": str(how)}
+    return chosen | ({"DISK_FROM": "1"} if on else {})
+
+
+def operations(log: Path) -> list[str]:
+    """Such as "rename /…/results.json", in their order."""
+    return [line.partition(" ")[2] for line in log.read_text().splitlines()] if log.exists() else []
