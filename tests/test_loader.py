@@ -144,6 +144,14 @@ def test_bad_files_are_replaced_by_the_next_valid_sample_and_named(caplog):
     assert_same({n: v[30:] for n, v in run.items()}, collect(TrainLoader(source, PLAIN, 12, 10, 0, 0), 3, 10))
 
 
+def test_many_bad_files_are_counted_without_a_line_each(caplog):
+    loader = TrainLoader(Squares(bad=tuple(range(20))), PLAIN, 12, 10, 0, 0)
+    loader.source.max_bad_share = 1.0
+    collect(loader, 0, 10)
+    assert len(loader.replaced) == 20
+    assert caplog.text.count("takes its place") == 10 and caplog.text.count("more images cannot be read") == 1
+
+
 def test_the_last_sample_is_replaced_by_the_first():
     run = collect(TrainLoader(Squares(bad=(49,)), PLAIN, 12, 50, 0, 0), 0, 1)
     assert 49 not in run["samples"] and run["samples"].tolist().count(0) == 2

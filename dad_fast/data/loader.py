@@ -26,6 +26,8 @@ from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 
 log = logging.getLogger("dad_fast.data")
 
+NAMED = 10  # unreadable images with a line each; a million images with half a percent of them would fill the terminal
+
 
 class EvalBatch(NamedTuple):
     images: Tensor  # uint8 [B, 3, H, W]
@@ -86,7 +88,10 @@ class TrainLoader:
         if name in self.replaced:
             return
         self.replaced.append(name)
-        log.warning("%s: %s cannot be read; the next valid image takes its place", self.source.name, name)
+        if len(self.replaced) <= NAMED:
+            log.warning("%s: %s cannot be read; the next valid image takes its place", self.source.name, name)
+        elif len(self.replaced) == NAMED + 1:
+            log.warning("%s: more images cannot be read; they are replaced too, and counted without a line each", self.source.name)
         if len(self.replaced) > self.source.max_bad_share * len(self.source):
             raise DataError(
                 f"{self.source.name}: {len(self.replaced):,} of {len(self.source):,} images cannot be read, such as {self.replaced[0]}; "
