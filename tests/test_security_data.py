@@ -1,4 +1,4 @@
-"""Hostile data: names that would write on a terminal or outside, links, bombs, absurd shapes; and who may read what is kept."""
+"""Hostile data: names that would write on a terminal or outside, links, bombs, absurd shapes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import re
-import stat
 import subprocess
 import sys
 import tarfile
@@ -24,12 +23,10 @@ pytest.importorskip("torch")
 from PIL import Image  # noqa: E402
 
 from dad_fast import cli  # noqa: E402
-from dad_fast.data.cache import cache_dir, write_cache  # noqa: E402
 from dad_fast.data.decode import DecodeError, read_rgb, read_unchanged  # noqa: E402
 from dad_fast.data.execute import MOST_PIXELS, eval_transform  # noqa: E402
 from dad_fast.data.sources import open_source  # noqa: E402
 from dad_fast.errors import printable  # noqa: E402
-from dad_fast.files import atomic_write_bytes  # noqa: E402
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\u202e"
 
@@ -241,39 +238,6 @@ def test_sixteen_bits_take_no_more_memory_than_pixels() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * 4096 * 4096
-
-
-# --- what is kept -----------------------------------------------------------------------------------------------------------
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def test_a_new_cache_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "a" / "cache"))
-    assert write_cache(cache_dir() / "index" / "x.csv", b"x")
-    assert mode(tmp_path / "a" / "cache") == 0o700
-    (tmp_path / "shared").mkdir(mode=0o755)
-    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "shared"))
-    assert write_cache(cache_dir() / "x", b"x") and mode(tmp_path / "shared") == 0o755  # one that is there is somebody's choice
-
-
-def test_files_follow_the_umask_and_are_private_while_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(stat.S_IMODE(os.fstat(handle).st_mode)), fsync(handle))[1])
-    atomic_write_bytes(tmp_path / "x", b"x")
-    assert seen[0] == 0o600 and mode(tmp_path / "x") & 0o022 == 0
-    assert os.listdir(tmp_path) == ["x"]
-
-
-def test_writing_does_not_follow_a_link(tmp_path: Path) -> None:
-    """The link is replaced; what it points to stays."""
-    (tmp_path / "precious").write_text("years")
-    (tmp_path / "link").symlink_to("precious")
-    atomic_write_bytes(tmp_path / "link", b"new")
-    assert (tmp_path / "precious").read_text() == "years" and not (tmp_path / "link").is_symlink()
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from dad_fast.files import atomic_write_bytes
@@ -32,3 +35,27 @@ def write_cache(path: Path, content: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+def keep_compiled_code_private() -> None:
+    """To be called before torch.compile, which runs what it finds in its cache: by default a folder in /tmp, of a name that anyone can take
+    first. Here it is in the user's cache folder, or, where others can write that one, new and gone with the process.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    folder = cache_dir() / "torch.compile"
+    try:
+        _make_private(cache_dir())
+        folder.mkdir(mode=0o700, exist_ok=True)
+        private = _is_ours_alone(cache_dir()) and _is_ours_alone(folder)
+    except OSError:
+        private = False
+    if not private:
+        folder = Path(tempfile.mkdtemp(prefix="dad-fast-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    found = folder.stat()
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)

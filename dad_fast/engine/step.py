@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dad_fast.config.schema import Config
+from dad_fast.data.cache import keep_compiled_code_private
 from dad_fast.data.loader import Batch
 from dad_fast.data.mixing import Mixed, mix, partners, soft_targets, to_pixels
 from dad_fast.engine.generate import to_levels
@@ -61,6 +62,7 @@ class TrainStep:
         self.run_student: Callable[[Tensor], Tensor] = student
         self.run_teacher: Callable[[Tensor], Tensor] | None = teacher
         if cfg.engine.torchcompile:
+            keep_compiled_code_private()
             self.run_student = torch.compile(student)
             self.run_teacher = torch.compile(teacher) if teacher is not None else None
         self.graphs = StepGraphs.if_wanted(cfg.engine.cuda_graphs, self.device, self.generate, self.learn, update)
