@@ -26,7 +26,7 @@ from dad_fast.engine.checkpoint import (
 )
 from dad_fast.engine.optimizer_state import flatten_optimizer, restore_optimizer
 from dad_fast.engine.same_run import changes, config_of, identity, notes
-from dad_fast.errors import UsageError
+from dad_fast.errors import DataError, UsageError
 from dad_fast.observe.runlog import print_line
 
 if TYPE_CHECKING:
@@ -82,7 +82,21 @@ def load_for_all(folder: CheckpointFolder, path: str) -> Checkpoint | None:
 
 
 def restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
-    """Raises UsageError where the run would not go on with what it began with, naming every difference."""
+    """Raises UsageError where the run would not go on with what it began with, naming every difference; DataError for a checkpoint that
+    is as it was written, but not by such a run."""
+    try:
+        world = found.state["world"]
+        if type(world) is not int or not (world == 1 or f"rank{world - 1}.generator.torch" in found.tensors):
+            raise ValueError("no states of all its processes")
+        _restore(run, found, allow_config_change)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = " ".join(str(error).split())[:160]
+        raise DataError(f"checkpoint {found.path}: not the state of such a run ({type(error).__name__}: {why}); name another") from None
+
+
+def _restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
     changed, said = changes(run, found), notes(run, found)
     if changed and not allow_config_change:
         what = "; ".join(changed)
