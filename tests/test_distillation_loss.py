@@ -4,10 +4,7 @@ The interpreter is chosen when triton is imported, so that the tests of the kern
 """
 
 import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +13,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from dad_fast.kernels import distillation_loss as op  # noqa: E402
 from dad_fast.kernels.distillation_loss import distillation_loss  # noqa: E402
+from tests.interpreter import run_interpreted  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_under_the_interpreter")
@@ -92,13 +90,7 @@ def compare(args, loss, slack=2e-7):
 
 
 def test_the_kernels_under_the_interpreter():
-    pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "-k", "kernel"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    run_interpreted(__file__, "-k", "kernel")
 
 
 LOSSES = [pytest.param(by_the_op, id="op"), pytest.param(by_the_kernels, id="kernel", marks=interpreted)]

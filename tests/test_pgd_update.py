@@ -4,15 +4,13 @@ The interpreter is chosen when triton is imported, so that the tests of the kern
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 from dad_fast.kernels.pgd_update import pgd_update, reference  # noqa: E402
 from dad_fast.methods.attack import PGD  # noqa: E402
+from tests.interpreter import run_interpreted  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_under_the_interpreter")
@@ -46,14 +44,7 @@ def assert_close_enough(got, args):
 
 
 def test_the_kernels_under_the_interpreter():
-    pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "-k", "interpreted or kernel"]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    run_interpreted(__file__, "-k", "interpreted or kernel")
 
 
 @interpreted

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,6 +15,7 @@ from dad_fast.kernels.nearest_code import triton_common, triton_gemm, triton_sma
 from dad_fast.kernels.nearest_code.reference import search_reference  # noqa: E402
 from dad_fast.kernels.nearest_code.torch_search import search_torch  # noqa: E402
 from tests.codebooks import DATA, clustered, duplicated, far_away, huge, mixed_scales, normal, outside, tiny  # noqa: E402
+from tests.interpreter import run_interpreted  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -30,12 +28,7 @@ every_back_end = pytest.mark.parametrize("module", [triton_small, triton_gemm], 
 
 
 def test_under_the_interpreter():
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "--override-ini=addopts="]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    run_interpreted(__file__, "--override-ini=addopts=")
 
 
 class Search:

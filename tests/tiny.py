@@ -14,10 +14,11 @@ STUDENT = ["--student", "resnet18", "--set", "student.model_kwargs={layers=[1,1,
 
 def write_teacher(path: Path, seed: int = 0) -> Path:
     """A random CLIP that names its architecture, as the embedded one does."""
-    import open_clip
+    import pytest
     import torch
     from safetensors.torch import save_file
 
+    open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(seed)
     described = {"kind": "open_clip", "model_cfg": TOWERS, "mean": [0.5] * 3, "std": [0.5] * 3, "templates": ["a {}"], "seen": "nothing"}
     save_file(open_clip.CLIP(**TOWERS).state_dict(), path, {"dad_fast.teacher": json.dumps(described)})
