@@ -174,6 +174,13 @@ def test_teachers_that_would_fetch_or_grow(tmp_path: Path, clip: Any, no_network
     assert not no_network
 
 
+@pytest.mark.parametrize("arch", ["hf-hub:someone/else", "local-dir:/tmp", "../../x", "https://x/y"])
+def test_an_architecture_is_a_name_alone(tmp_path: Path, clip: Any, no_network: list[Any], arch: str) -> None:
+    write_safetensors(tmp_path / "w.safetensors", clip[0], {})
+    refused(lambda: read_teacher(f"open_clip:{arch}@{tmp_path / 'w.safetensors'}"), "no such architecture")
+    assert not no_network
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"mean": "abc"}, {"mean": [1]}, {"std": [0, 0, 0]}, {"std": [float("nan")] * 3}, {"templates": 5}, {"templates": ["a {}"] * 10**4},

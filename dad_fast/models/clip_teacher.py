@@ -16,7 +16,7 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.models.declared import checked_clip, checked_published, no_more_parameters_than
+from dad_fast.models.declared import checked_clip, checked_published, no_more_parameters_than, without_downloads
 from dad_fast.models.fingerprint import fingerprint
 from dad_fast.models.student import PROBE
 from dad_fast.models.teacher import TEACHER, UNKNOWN, Teacher, check_classes
@@ -131,14 +131,15 @@ def _from_weights(arch: str, file: str) -> Clip:
     if own.get("model_cfg") and bool(says) != quick:
         right = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
         raise UsageError(f"--teacher open_clip:{arch}@{file}: the open_clip_config.json beside it says another activation; write {right}")
-    model = _create(f"open_clip:{arch}@{file}", arch, pretrained_text=False)
+    with without_downloads():
+        model = _create(f"open_clip:{arch}@{file}", arch, pretrained_text=False)
     _load(model, state, file)
     preprocess = _preprocess(arch, own)
     log.warning(
         "teacher %s: architecture %s with %s, mean %s, std %s, as named or published for it; OpenAI's own weights need an ARCH-quickgelu",
         *(file, arch, "QuickGELU" if quick else "GELU", *([round(x, 4) for x in preprocess[key]] for key in ("mean", "std"))),
     )
-    return Clip(model, lambda: _tokenizer(arch), preprocess, sha256=sha256_file(file))
+    return Clip(model, lambda: _tokenizer_at_hand(arch), preprocess, sha256=sha256_file(file))
 
 
 def _from_tag(name: str, arch: str, tag: str) -> Clip:
@@ -169,6 +170,12 @@ def _create(name: str, arch: str, **kwargs: Any) -> Any:
         raise EnvironmentProblem(f"--teacher {name}: cannot be had ({why}); give a local file: open_clip:ARCH@FILE") from None
 
 
+def _tokenizer_at_hand(arch: str) -> Tokenizer:
+    """For weights in a local file: nobody named the hub, which some tokenizers would be fetched from."""
+    with without_downloads():
+        return _tokenizer(arch)
+
+
 def _tokenizer(arch: str) -> Tokenizer:
     try:
         with _quiet():
@@ -193,7 +200,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _known_arch(arch: str) -> dict[str, Any]:
-    config = open_clip.get_model_config(arch)
+    config = None if set(arch) & set(":/") else open_clip.get_model_config(arch)  # which would ask the hub, or read a folder
     if config is None:
         raise UsageError(f"--teacher open_clip:{arch}: open_clip has no such architecture{nearest(arch, open_clip.list_models())}")
     return dict(config)
