@@ -69,7 +69,7 @@ class Update:
         self.static_gradients: list[Tensor] = []
         self.num_processes = distributed.world()
         self.shared: SharedGradients | None = None
-        # With fp16 a step that overflows is ordinary: the scaler halves its factor. 2^30 halvings later it is not.
+        # With fp16 a step that overflows is ordinary: the scaler halves its factor. After thirty in a row, 2^30 times less, it is not.
         self.tolerated = 30 if self.scaler.is_enabled() else 0
 
     @property
