@@ -108,8 +108,9 @@ def test_a_damaged_latest_gives_way_to_the_one_before_aloud(tmp_path, capsys):
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    assert trainer(tmp_path, cfg, "auto").next_step == 3
-    assert "step-6 is damaged" in capsys.readouterr().err
+    made = trainer(tmp_path, cfg, "auto")
+    made.start()
+    assert made.next_step == 3 and "step-6 is damaged" in capsys.readouterr().err and "is damaged" in (tmp_path / "train.log").read_text()
     (tmp_path / "checkpoints/step-3/state.json").write_text("{")
     with pytest.raises(DataError, match="no sound checkpoint"):
         trainer(tmp_path, cfg, "auto")
@@ -151,6 +152,19 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
         folder.save(step, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), best)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-2", "step-4", "step-5"]
     assert os.readlink(tmp_path / "latest") == "step-5" and os.readlink(tmp_path / "best") == "step-2"
+
+
+def test_killed_before_it_could_point_at_the_best(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(1, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), True)
+    for name in ("latest", "best"):
+        (tmp_path / name).unlink()
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.load("auto", print)
+    assert not (tmp_path / "best").is_symlink()  # a run that is refused changes nothing
+    folder.relink()
+    folder.save(2, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), False)
+    assert os.readlink(tmp_path / "best") == "step-1" and (tmp_path / "step-1").is_dir()
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):

@@ -10,7 +10,9 @@ for package in ("timm", "open_clip"):
     pytest.importorskip(package)
 from PIL import Image  # noqa: E402
 
-from dad_fast.config import resolve  # noqa: E402
+from dad_fast.cli import main  # noqa: E402
+from dad_fast.commands import train  # noqa: E402
+from dad_fast.config import Launch, resolve  # noqa: E402
 from dad_fast.engine.build import Builder  # noqa: E402
 from dad_fast.engine.checkpoint import CheckpointFolder  # noqa: E402
 from dad_fast.engine.optimizer_state import flatten_optimizer, restore_optimizer  # noqa: E402
@@ -66,9 +68,9 @@ def refused(begun, cfg, match):
     assert "--allow-config-change" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_files_may_move(begun, elsewhere, capsys):
-    assert trainer(begun, config(elsewhere)).next_step == 1
-    assert "settings" not in capsys.readouterr().err
+def test_files_may_move(begun, elsewhere):
+    made = trainer(begun, config(elsewhere))
+    assert made.next_step == 1 and not made.notes
 
 
 def test_other_files_may_not(begun, elsewhere):
@@ -94,13 +96,13 @@ def test_an_average_that_begins_later_begins_with_the_weights_as_they_are(begun,
         assert torch.equal(average, weight)
 
 
-def test_allowed_changes_of_the_optimizer_take_effect(begun, inputs, capsys):
+def test_allowed_changes_of_the_optimizer_take_effect(begun, inputs):
     made = trainer(begun, config(inputs, "optim.weight_decay=0.5", "optim.opt_kwargs={betas=[0.5,0.6]}"), allow=True)
     groups = made.update.optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5} and all(tuple(group["betas"]) == (0.5, 0.6) for group in groups)
     assert all(entry["step"] == 1 for entry in made.update.optimizer.state.values())
-    assert not trainer(begun, config(inputs, "optim.opt=sgd"), allow=True).update.optimizer.state
-    assert "sgd begins without a past: the run began with adamw" in capsys.readouterr().err
+    other = trainer(begun, config(inputs, "optim.opt=sgd"), allow=True)
+    assert not other.update.optimizer.state and "sgd begins without a past: the run began with adamw" in other.notes
     assert trainer(begun, config(inputs, "precision.amp=true", "precision.student=float16"), allow=True).update.scaler.get_scale() > 1
 
 
@@ -110,14 +112,45 @@ def test_another_student_is_one_line(begun, inputs):
     assert "\n" not in str(caught.value)
 
 
-def test_rounding_that_changes_is_said(begun, inputs, capsys):
+def test_rounding_that_changes_is_said(begun, inputs):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert trainer(begun, config(inputs)).next_step == 1
+        (note,) = trainer(begun, config(inputs)).notes
     finally:
         torch.set_num_threads(threads)
-    assert f"number of threads {threads} → {threads + 1}" in capsys.readouterr().err
+    assert f"number of threads {threads} → {threads + 1}" in note
+
+
+def test_another_run_can_be_gone_on_from(begun, inputs, tmp_path):
+    made = trainer(tmp_path / "new", config(inputs, "max_steps=2"), resume=str(begun))
+    run(made)
+    assert made.next_step == 2 and sorted(path.name for path in (tmp_path / "new/checkpoints").glob("step-*")) == ["step-2"]
+
+
+def test_one_run_and_several_do_not_share_a_folder(tmp_path, capsys):
+    for name in ("one", "several/ce/seed-0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").touch()
+    given = ["train", "--preset", "demo", "--set", "variants={}", "--method", "ce", "--resume", "auto", "-o"]
+    assert main([*given, str(tmp_path / "one"), "--seeds", "2"]) == main([*given, str(tmp_path / "several")]) == 2
+    said = capsys.readouterr().err
+    assert "holds one run, and these are 2" in said and "holds several runs, and this is one" in said
+
+
+def test_a_comparison_is_checked_whole_before_it_goes_on(begun, inputs, tmp_path):
+    shutil.copytree(begun, tmp_path / "dad/seed-1", symlinks=True)
+    cfg = config(inputs, "optim.lr=0.5", "seeds=2")
+    with pytest.raises(UsageError, match=r"seed-1/checkpoints/step-1: .*optim.lr: 0.001 → 0.5"):
+        train.run(cfg, Launch(output=str(tmp_path), resume="auto"))
+    assert [path.name for path in tmp_path.iterdir()] == ["dad"] and [path.name for path in (tmp_path / "dad").iterdir()] == ["seed-1"]
+
+
+def test_waiting_for_the_disk_is_said_once(begun, inputs):
+    made, said = trainer(begun, config(inputs)), []
+    for seconds in (0.1, 3.2, 4.5):
+        made.advice.on_write(seconds, said.append)
+    assert len(said) == 1 and "waited 3.2 s" in said[0] and "--checkpoint-every-steps" in said[0]
 
 
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path, monkeypatch):

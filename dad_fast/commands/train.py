@@ -43,17 +43,18 @@ def run(cfg: Config, launch: Launch) -> int:
 def _run(cfg: Config, launch: Launch) -> int:
     """All processes go through this together; what reads or writes the output folder is the first one's."""
     output, runs, main = Path(launch.output), expand(cfg), distributed.is_main()
-    distributed.on_main(lambda: _check_output(output, launch))
+    distributed.on_main(lambda: _check_output(output, launch, len(runs)))
     if launch.resume not in ("", "auto") and len(runs) > 1:
         raise UsageError("--resume PATH continues one run; use --resume auto for a comparison of several")
     folders = [output / name / f"seed-{seed}" if len(runs) > 1 else output for name, seed, _ in runs]
     builder = Builder()
-    # Whatever a user got wrong, in any variant, shows here, before a file is written or removed.
-    for one in {name: one for name, _, one in runs}.values():
+    # Whatever a user got wrong, in any variant, shows here, before a file is written or removed; on resuming, in any run.
+    checked = {name if not launch.resume else folder: (one, folder) for (name, _, one), folder in zip(runs, folders, strict=True)}
+    for one, folder in checked.values():
         _check_batch_sizes(one, launch)
         parts = builder.build(one)
         suites = open_suites(one.eval.suites, one.data, parts.train.classes, one.eval)
-        Trainer(one, parts, output, "", launch.resume if len(runs) == 1 else "", launch.allow_config_change)
+        Trainer(one, parts, folder, "", launch.resume, launch.allow_config_change)
     if main:
         if launch.overwrite:
             _clear(output)
@@ -132,11 +133,15 @@ def _weights(parts: Parts) -> dict[str, Any]:
     return found
 
 
-def _check_output(output: Path, launch: Launch) -> None:
+def _check_output(output: Path, launch: Launch, num_runs: int) -> None:
     """An existing folder is never touched unless the user said how."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder")
     occupied = output.is_dir() and any(output.iterdir())
+    if launch.resume and num_runs > 1 and _is_run(output):
+        raise UsageError(f"--resume: {output} holds one run, and these are {num_runs} in folders of their own; name another --output")
+    if launch.resume and num_runs == 1 and _runs_inside(output):
+        raise UsageError(f"--resume: {output} holds several runs, and this is one; name another --output, or give --seeds as before")
     if not occupied or launch.resume:
         return
     if not launch.overwrite:

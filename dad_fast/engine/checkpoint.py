@@ -49,6 +49,7 @@ class CheckpointFolder:
     def __init__(self, root: Path, keep: int):
         self.root, self.keep = root, max(1, keep)
         self._loaded: int | None = None  # the step that the run went on from
+        self._best: Path | None = None  # what it went on from, where that was the best then
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], write_model: Callable[[Path], None], best: bool) -> Path:
         """Write `step-N`, point `latest` (and `best`) at it, and delete what `keep` no longer covers."""
@@ -59,7 +60,7 @@ class CheckpointFolder:
             temporary.mkdir()
             write_model(temporary / FILES[0])
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / FILES[1])
-            own = json.loads(json.dumps({**state, "step": step, "format": FORMAT}))  # as it will be read
+            own = json.loads(json.dumps({**state, "step": step, "best": best, "format": FORMAT}))  # as it will be read
             hashes = {name: sha256_file(temporary / name) for name in FILES} | {STATE: _digest(own)}
             (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
             for path in [*temporary.iterdir(), temporary]:
@@ -88,9 +89,20 @@ class CheckpointFolder:
         """
         if path != "auto" and not Path(path).exists():
             raise DataError(f"--resume {path}: nothing is there; name RUN/checkpoints/step-N, or write --resume auto")
-        found = self._read(Path(path)) if path != "auto" else self._newest(say)
-        self._loaded = found.state["step"] if found is not None else None
+        if path == "auto":
+            found = self._newest(say)
+        elif (Path(path) / "checkpoints").is_dir():  # another run
+            found = CheckpointFolder(Path(path) / "checkpoints", self.keep)._newest(say)
+        else:
+            found = self._read(Path(path))
+        if found is not None:
+            self._loaded, self._best = found.state["step"], found.path if found.state["best"] else None
         return found
+
+    def relink(self) -> None:
+        """Before the run goes on: `best` as it was at the step of `load`, where a process was killed before it could point there."""
+        if self._best is not None and self._best.resolve().parent == self.root.resolve():
+            self._link("best", self._best.resolve().name)
 
     def _newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         damaged = ""
@@ -123,6 +135,8 @@ class CheckpointFolder:
                 raise DataError(f"checkpoint {path} was written by another version of dad-fast ({formats}): go on with that one")
             if type(state["step"]) is not int or state["step"] < 0:
                 raise ValueError("its step is no number of steps")
+            if type(state["best"]) is not bool:
+                raise ValueError("it does not say whether it is the best")
             return Checkpoint(path, load_file(path / FILES[1]), state)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise DataError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None

@@ -29,7 +29,8 @@ class ProbeStep(TrainStep):
     def __init__(self, cfg: Config, probe: Probe, update: Update) -> None:
         super().__init__(cfg, probe, None, None, update)
         self.probe = probe
-        self.encode: Callable[[Tensor], Tensor] = torch.compile(probe.features) if cfg.engine.torchcompile else probe.features
+        compiled = cfg.engine.torchcompile
+        self.encode: Callable[[Tensor], Tensor] = torch.compile(probe.features, dynamic=False) if compiled else probe.features
 
     def generate(self, batch: Batch) -> Generated:
         """In the place of images the features of the strong view, [B, F]; as targets labels int64 [B]; what each counts as `keep`."""

@@ -8,6 +8,7 @@ it was, and processes that were not there before draw their dropout from new see
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,12 @@ from dad_fast.engine.checkpoint import (
     CheckpointFolder,
     generator_tensors,
     restore_generators,
+    snapshot,
 )
 from dad_fast.engine.optimizer_state import flatten_optimizer, restore_optimizer
 from dad_fast.engine.same_run import changes, config_of, identity, notes
 from dad_fast.errors import DataError, UsageError
-from dad_fast.observe.runlog import print_line
+from dad_fast.models.weights import write_safetensors
 
 if TYPE_CHECKING:
     from dad_fast.engine.trainer import Trainer
@@ -67,12 +69,29 @@ def run_state(run: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
-def load_for_all(folder: CheckpointFolder, path: str) -> Checkpoint | None:
+def save(run: Trainer, best: bool) -> None:
+    """A checkpoint of this moment, written while training goes on; what came before it is on the disk by then."""
+    tensors, state = run_state(run)
+    model, metadata = run.model_file()
+    if not distributed.is_main():
+        return
+    run.advice.on_write(run.writer.wait(), run.log.say)
+    tensors, model = snapshot(tensors, model)
+    step = run.next_step
+
+    def write() -> None:
+        run.log.sync()  # first: the checkpoint says how long it is
+        run.checkpoints.save(step, tensors, state, lambda path: write_safetensors(path, model, metadata), best)
+
+    run.writer.submit(write)
+
+
+def load_for_all(folder: CheckpointFolder, path: str, say: Callable[[str], None]) -> Checkpoint | None:
     """`CheckpointFolder.load` by the first process, for all of them: the others need not see the folder."""
     found: list[Checkpoint | None] = [None]
 
     def load() -> Any:
-        found[0] = folder.load(path, print_line)
+        found[0] = folder.load(path, say)
         return None if found[0] is None else [str(found[0].path), found[0].state]
 
     described = distributed.on_main(load)
@@ -128,10 +147,9 @@ def _restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None
     run.meter.restore(processes, device)
     run.next_step, run.best_top1, run.validation_due = state["step"], state["best_top1"], state["validation_due"]
     run.clock.total = state["train_seconds"]
-    run.loader.replaced[:], run.loader.failed_over = state["bad_images"], state["failed_over"] if distributed.is_main() else 0
-    if distributed.is_main():
-        for line in said:
-            print_line(line)
+    run.loader.replaced[:], run.bad_images = state["bad_images"], set(state["bad_images"])
+    run.loader.failed_over = state["failed_over"] if distributed.is_main() else 0
+    run.notes += said
 
 
 def _restore_optimizer(run: Trainer, found: Checkpoint) -> list[str]:

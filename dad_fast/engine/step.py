@@ -63,8 +63,9 @@ class TrainStep:
         self.run_teacher: Callable[[Tensor], Tensor] | None = teacher
         if cfg.engine.torchcompile:
             keep_compiled_code_private()
-            self.run_student = torch.compile(student)
-            self.run_teacher = torch.compile(teacher) if teacher is not None else None
+            # dynamic=False: sizes are few, and which kernel a batch gets must not depend on the sizes met before it, as after a resume.
+            self.run_student = torch.compile(student, dynamic=False)
+            self.run_teacher = torch.compile(teacher, dynamic=False) if teacher is not None else None
         self.graphs = StepGraphs.if_wanted(cfg.engine.cuda_graphs, self.device, self.generate, self.learn, update)
 
     def __call__(self, batch: Batch, step: int, lr: float) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from dad_fast.data.loader import Batch, TrainLoader, train_loader
 from dad_fast.engine import distributed
 from dad_fast.engine.advice import Advice
 from dad_fast.engine.build import Parts
-from dad_fast.engine.checkpoint import CheckpointFolder, snapshot
+from dad_fast.engine.checkpoint import CheckpointFolder
 from dad_fast.engine.clock import Clock
 from dad_fast.engine.feed import feed
 from dad_fast.engine.garbage import collections_between_steps
@@ -30,7 +30,7 @@ from dad_fast.engine.memory import enough_memory
 from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.schedule import learning_rate, total_epochs
 from dad_fast.engine.signals import StopRequest, ends_at_once, stop_requests
-from dad_fast.engine.state import load_for_all, restore, run_state, seed_generators
+from dad_fast.engine.state import load_for_all, restore, save, seed_generators
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.engine.writer import Writer
@@ -75,12 +75,14 @@ class Trainer:
         self.validation_due = False  # a stop was asked for when it should have begun
         self.clock = Clock(parts.device)
         self.advice = Advice(cfg, parts, self.loader.name)
+        self.met: set[str] = set()  # unreadable files in the batches of this process; its loader is ahead of them
         self.bad_images: set[str] = set()  # that any process has met
         self.gpu = Gpu.open(parts.device.index or 0) if parts.device.type == "cuda" and distributed.is_main() else None
         self.worst_streak = torch.zeros((), device=parts.device)
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
         self.writer = Writer()
-        found = load_for_all(self.checkpoints, resume) if resume else None
+        self.notes: list[str] = []  # of what it goes on from, for `start` to say
+        found = load_for_all(self.checkpoints, resume, self.notes.append) if resume else None
         if found is not None:
             restore(self, found, allow_config_change)
         self.metrics_offset = found.state["metrics_offset"] if found else 0
@@ -99,6 +101,9 @@ class Trainer:
         """Open the logs, say what is about to happen, and make what the steps need before the first of them."""
         self.log = RunLog(self.output, rank=distributed.rank())
         self.log.truncate_to(self.metrics_offset)
+        self.checkpoints.relink()
+        for note in self.notes:
+            self.log.say(note)
         cfg, parts = self.cfg, self.parts
         millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
         together = f" and {distributed.world() - 1} more processes" if distributed.world() > 1 else ""
@@ -138,14 +143,16 @@ class Trainer:
             first = self.next_step == begun  # nothing to save yet, and compilation may take minutes
             with ends_at_once(f"stopped in the first step; {GO_ON}") if first else nullcontext():
                 batch = next(batches)
-                if first:
+                if self.next_step == 0:  # a run that goes on has said it
                     self._check_signal(batch)
+                if first:
                     clock.skip()
 
                 lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
                 with clock.step(), enough_memory(self.cfg, self.parts.device):
                     scalars = self.step(batch, self.next_step, lr)
             self.meter.add(scalars)
+            self.met.update(batch.replaced)
             self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
             self.next_step += 1
             progress.tick()
@@ -187,13 +194,13 @@ class Trainer:
                 result = self._validate(progress)
             except (Preempted, Interrupted) as stop:
                 self.validation_due = True
-                self._save(best=False)
+                save(self, best=False)
                 self._stop(type(stop))
             best = result.top1 > self.best_top1
             self.best_top1 = max(self.best_top1, result.top1)
             self.log.metrics("val", step=self.next_step, epoch=epoch, top1=result.top1, nll=result.nll, ece=result.ece)
         if last or stopping or best or self._checkpoint_due() or (epoch_ends and not self.cfg.checkpoint.every_steps):
-            self._save(best)
+            save(self, best)
 
     def _validate(self, progress: TrainProgress) -> Result:
         return self.judge(self.evaluated, Suite(self.cfg.data.val_split, self.parts.val), progress.evaluating("validation"))
@@ -232,7 +239,7 @@ class Trainer:
 
     def gathered_bad_images(self) -> list[str]:
         """Unreadable files that any process has met so far. All processes call it."""
-        for names in distributed.gather([name for name in self.loader.replaced if name not in self.bad_images]):
+        for names in distributed.gather(sorted(self.met - self.bad_images)):
             self.bad_images.update(names)
         return sorted(self.bad_images)
 
@@ -240,7 +247,7 @@ class Trainer:
         if self.worst_streak.item() > self.update.tolerated:
             self.worst_streak.zero_()  # whoever goes on from here with better settings begins to count anew
             self.update.bad_in_a_row.zero_()
-            self._save(best=False)
+            save(self, best=False)
             self.writer.wait()
             distributed.barrier()
             raise NotFinite(
@@ -270,21 +277,12 @@ class Trainer:
             self.log.metrics("attack", step=self.next_step, signal_to_rounding=ratio)
             self.advice.on_attack(ratio, self.log.say)
 
-    def _save(self, best: bool) -> None:
-        """A checkpoint of this moment, written while training goes on; what came before it is on the disk by then."""
-        tensors, state = run_state(self)
-        model, metadata = self._model_file()
-        if distributed.is_main():
-            self.writer.wait()
-            tensors, model = snapshot(tensors, model)
-            step, write_model = self.next_step, lambda path: write_safetensors(path, model, metadata)
-            self.writer.submit(lambda: self.checkpoints.save(step, tensors, state, write_model, best))
-
     def write_model(self, path: Path) -> None:
         """`model.safetensors`: the weights that evaluation uses, with what is needed to use them."""
-        write_safetensors(path, *self._model_file())
+        write_safetensors(path, *self.model_file())
 
-    def _model_file(self) -> tuple[dict[str, Any], dict[str, str]]:
+    def model_file(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Tensors and metadata of `model.safetensors`."""
         tensors, metadata = self.evaluated.contents()
         return tensors, {
             **metadata,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 
@@ -31,11 +32,13 @@ class Writer:
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
-    def wait(self) -> None:
-        """Until everything is on the disk."""
+    def wait(self) -> float:
+        """Until everything is on the disk; returns for how many seconds that was."""
+        begun = time.perf_counter()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error
+        return time.perf_counter() - begun

@@ -71,10 +71,14 @@ class RunLog:
             self.echo(text)
 
     def offset(self) -> int:
-        """Length of metrics.jsonl in bytes, synced to disk: what a checkpoint stores for `truncate_to`."""
+        """Length of metrics.jsonl in bytes: what a checkpoint stores for `truncate_to`."""
+        with _disk(self._metrics.name):
+            return self._metrics.seek(0, os.SEEK_END)
+
+    def sync(self) -> None:
+        """Until what metrics.jsonl holds is on the disk."""
         with _disk(self._metrics.name):
             os.fsync(self._metrics.fileno())
-            return self._metrics.seek(0, os.SEEK_END)
 
     def truncate_to(self, offset: int) -> None:
         """Drop the lines after `offset` bytes (steps that a resumed run repeats), and a torn line before it."""
