@@ -154,7 +154,7 @@ def _after_nsys(result: Path) -> None:
 
 
 def _torch(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it reports each start, and a missing GPU as an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it reports each start, and a missing GPU as an error
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -180,7 +180,7 @@ def _torch(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
 
 
 def _memory(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
 
     if torch.cuda.is_available() and cfg.device != "cpu":

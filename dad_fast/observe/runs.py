@@ -70,7 +70,7 @@ def load(folders: Sequence[str | Path]) -> Loaded:
     config = ""
     for given, folder in zip(dict.fromkeys(map(str, folders)), named, strict=False):
         if not folder.exists():
-            raise DataError(f"{given}: no such folder")
+            raise DataError(f"{given}: no such file or folder; name a run's folder, or a file of dad-fast eval --json")
         if not folder.is_dir():
             found += _evaluation(folder, given, problems)
             continue
