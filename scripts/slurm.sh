@@ -4,6 +4,8 @@
 #       --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad
 # Two minutes before the time is up, and when the job is preempted, the run saves itself and ends with 75: then it is queued again and
 # goes on. The output folder must be one that survives the job. Fit the numbers below to your machines.
+# Run for real under Slurm 22.05.8 on two nodes (two slurmd of one machine) with a task each on CPUs: time limit, preemption, scancel with
+# and without --signal and --batch, a run that fails. Not yet run with GPUs.
 #SBATCH --job-name=dad-fast
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
