@@ -62,7 +62,7 @@ def pretended_cuda(monkeypatch):
     library = torch.library.Library("aten", "IMPL")
     for name in ("_fused_adamw_", "_fused_adam_", "_fused_sgd_"):
         for overload in ("", ".tensor_lr"):
-            library.impl(name + overload, lambda *args, **kwargs: None, "Meta")
+            library.impl(name + overload, lambda *args, **kwargs: None, "Meta", allow_override=True)  # torch 2.11 has some
     yield
     library._destroy()
 
