@@ -129,6 +129,8 @@ def test_single_run_and_bad_files(tmp_path, capsys):
     assert "| dad | 1 | 20 | 90 | 0.50 | 0.50 |" in capsys.readouterr().out
     assert table.main([str(tmp_path / "one.json"), "brier"]) == 0
     assert "| dad | 1 | 20 | 90 | 0.120 | – |" in capsys.readouterr().out  # a record from before there was a Brier score
+    assert table.main([str(tmp_path / "one.json"), "agreement"]) == 4
+    assert "none of its results has Agreement with the teacher" in capsys.readouterr().err
     (tmp_path / "bad.json").write_text("{")
     for arguments, code in (([str(tmp_path / "bad.json")], 4), ([str(tmp_path / "none.json")], 4), (["a", "top9"], 2), ([], 2)):
         assert table.main(arguments) == code

@@ -245,7 +245,10 @@ def _drawn(title: str, grid: Grid, narrow: bool = False) -> Any:
 def main(arguments: Sequence[str]) -> None:
     if not arguments or len(arguments) > 2 or (len(arguments) == 2 and arguments[1] not in METRICS):
         raise UsageError(f"usage: python -m dad_fast.evaluate.table RESULTS.json [{'|'.join(METRICS)}]")
-    print(markdown(read_record(arguments[0]), *arguments[1:]))
+    record, metric = read_record(arguments[0]), *(arguments[1:] or ["top1"])
+    if all(value_of(run, suite, metric) is None for run in record["runs"] for suite in run["suites"]):
+        raise DataError(f"{arguments[0]}: none of its results has {METRICS[metric].words}; the others are {', '.join(METRICS)}")
+    print(markdown(record, metric))
 
 
 if __name__ == "__main__":
