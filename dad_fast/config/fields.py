@@ -39,6 +39,8 @@ OTHER_NAMES = {
     "--bs": "--batch-size",
 }
 
+_LONGEST, _DEEPEST = 1_000_000, 100  # characters of settings, dots of a key: reading takes time with the square of these
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -222,9 +224,14 @@ def _text(value: Any) -> str:
 
 
 def read_toml(text: str) -> dict[str, Any]:
-    """What TOML text says. Raises ValueError (tomllib.TOMLDecodeError for its form) or RecursionError for what is none."""
-    tables = tomllib.loads(text)
-    _check_numbers(tables)
+    """What TOML text says. Raises ValueError, of which tomllib.TOMLDecodeError is for its form."""
+    if len(text) > _LONGEST or any(line.partition("=")[0].count(".") > _DEEPEST for line in text.split("\n") if "=" in line):
+        raise ValueError(f"longer than {_LONGEST:,} characters, or a key of more than {_DEEPEST} parts")
+    try:
+        tables = tomllib.loads(text)
+        _check_numbers(tables)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
     return tables
 
 
@@ -240,7 +247,7 @@ def toml_value(text: str) -> Any:
     """`text` read as a TOML value; text that is none stays text."""
     try:
         return read_toml(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # of TOML, of a number of thousands of digits, or of brackets without end
+    except ValueError:
         if text[:1] in "[{":
             raise ValueError("is not a TOML value") from None
         return text

@@ -31,7 +31,7 @@ def result_tables(record: dict[str, Any]) -> str:
         protocols[suite] = " | ".join(dict.fromkeys(str(result["protocol"]) for result in judged if result.get("protocol")))
     folded += _detection(record)
     said = notes([f"{suite}: {words}" for suite, words in protocols.items() if words])
-    return tables["top1"] + tables.get("ece", "") + details("Further metrics", folded) + details("How the suites were judged", said)
+    return tables.get("top1", "") + tables.get("ece", "") + details("Further metrics", folded) + details("How the suites were judged", said)
 
 
 def _detection(record: dict[str, Any]) -> str:

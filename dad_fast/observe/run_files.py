@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dad_fast.config.fields import read_toml
 from dad_fast.evaluate.table import METRICS
 
 FILES = ("results.json", "run.json", "config.toml", "metrics.jsonl")  # any of them makes a folder a run's
@@ -79,7 +79,7 @@ def read_run(folder: Path, problems: list[str], record: Any = None) -> Run:
     run.facts = facts if isinstance(facts, dict) else {}
     try:
         run.config = (folder / "config.toml").read_text(encoding="utf-8")
-        run.settings = _flat(tomllib.loads(run.config))
+        run.settings = _flat(read_toml(run.config))
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dad_fast.config.fields import read_toml
 from dad_fast.errors import DataError
 from dad_fast.observe.run_files import FILES, Run, check_record, machine, number, read_json, read_run, short_name
 
@@ -192,7 +192,7 @@ def _unfinished(group: Group, run: Run) -> str:
 def _order(folder: Path) -> Callable[[Path], tuple[int, str, int]]:
     """Runs as they were started: variants as the comparison's config.toml lists them, then by seed."""
     try:
-        listed = list(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["variants"])
+        listed = list(read_toml((folder / "config.toml").read_text(encoding="utf-8"))["variants"])
     except (OSError, ValueError, KeyError, TypeError):
         listed = []
 
