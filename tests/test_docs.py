@@ -66,3 +66,13 @@ def test_flags_of_command_lines(page, helps):
         known = set(re.findall(r"--[\w-]+", (helps[verb[1]] + helps["train --help-all"]).replace("--[no-]", "--")))
         for flag in re.findall(r" (--[a-z][\w-]*)", line[line.index(verb[0]) :].partition(" #")[0]):
             assert flag in known or flag.replace("--no-", "--") in known, (line, flag)
+
+
+def test_the_table_of_the_demo_is_what_its_record_says():
+    from dad_fast.evaluate.table import markdown, read_record
+
+    shown = (ROOT / "README.md").read_text()
+    lines = markdown(read_record(ROOT / "docs" / "demo-5-seeds.json")).splitlines()
+    for line in lines[:7]:
+        name, _, *cells = line.split("|")[1:]  # without the number of seeds
+        assert "|".join(["", name.replace(" teacher embedded:digits", " teacher"), *cells]) in shown, line
