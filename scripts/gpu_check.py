@@ -27,6 +27,8 @@ A bare checkout with torch, triton, timm and pytest is enough for most of it. A 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \\
         --platform manylinux2014_x86_64 -d .whl open_clip_torch ftfy wcwidth apache-tvm-ffi mlxtend
 
+To a copy without git's history say which commit it is, for the records: DAD_FAST_COMMIT=$(git rev-parse HEAD).
+
 Results: runs/gpu_check/PART.json and .log, manifest.json, benchmarks/; scripts/gpu_report.py makes tables of the records. What is
 known so far is printed last, in less than 12,000 characters, and with OUT set packed after every part as OUT/gpu_check.tar.gz beside
 OUT/summary.txt, so that a call that is killed leaves what it found. When one part fails the next still runs.

@@ -175,3 +175,11 @@ def test_a_long_log_is_rotated(tmp_path, monkeypatch):
     numbers = [int(line.split()[-1]) for line in kept.splitlines()]
     assert numbers == list(range(numbers[0], 100))
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(100))
+
+
+def test_a_copy_without_history_is_of_the_commit_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("DAD_FAST_COMMIT", raising=False)
+    assert runlog._git_commit(tmp_path) is None
+    monkeypatch.setenv("DAD_FAST_COMMIT", "0123abc")
+    assert runlog._git_commit(tmp_path) == "0123abc"
