@@ -102,7 +102,7 @@ def test_the_tables_and_the_plot_in_the_documentation_are_those_of_its_record():
 
 
 def test_another_record_is_refused(tmp_path, capsys):
-    (tmp_path / "results.json").write_text('{"runs": [{}]}')
+    (tmp_path / "results.json").write_text('{"runs": [{"variant": "dad", "suites": {}}]}')
     for module in (ablation, forest):
         assert module.main([str(tmp_path / "results.json")]) == 4 and module.main([]) == 2
         said = capsys.readouterr().err
