@@ -149,7 +149,7 @@ def command(verb: str, parts: Path, folder: Path, nproc: int) -> list[str]:
 
 def stopped(name: str, parts: Path, folder: Path) -> Phase:
     phase = PHASES[name]
-    ranks = 1 if phase.slow == VERIFY else phase.nproc  # one process indexes
+    ranks = 1 if phase.slow in (VERIFY, SAVING) else phase.nproc  # one process indexes, one writes
     code, said = stop(command(phase.verb, parts, folder, phase.nproc), folder, phase.slow, phase.number, ranks)
     assert code == (130 if phase.number == INT else 75), said
     errors = [line for line in said.splitlines() if "dad-fast: error" in line]
