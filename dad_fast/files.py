@@ -85,6 +85,11 @@ def remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
                 os.close(handle)
 
 
+def no_link(path: str, flags: int) -> int:
+    """An opener for files that are written in place: in a folder that came from others a link could lead to any file of the user's."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def atomic_write_text(path: str | Path, text: str) -> None:
     """`atomic_write_bytes` for UTF-8 text."""
     atomic_write_bytes(path, text.encode())

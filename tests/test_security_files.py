@@ -12,7 +12,11 @@ import pytest
 pytest.importorskip("numpy")
 
 from dad_fast.data.cache import cache_dir, keep_compiled_code_private, write_cache
+from dad_fast.errors import DataError
 from dad_fast.files import atomic_write_bytes
+from dad_fast.observe.runlog import RunLog
+from dad_fast.store.lock import write_whole
+from dad_fast.store.part import Part
 
 
 def mode(path: Path) -> int:
@@ -84,3 +88,19 @@ def test_what_the_user_said_of_compiled_code_holds(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     keep_compiled_code_private()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    """In a run or a store that came from others, and is gone on with."""
+    (tmp_path / "precious").write_text("years")
+    for name in ("metrics.jsonl", "train.log", "m.json.part", "shard.data.part"):
+        (tmp_path / name).symlink_to("precious")
+    with pytest.raises(DataError):
+        RunLog(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(DataError):
+        RunLog(tmp_path)
+    write_whole(tmp_path / "m.json", b"new")
+    part = Part(tmp_path / "shard.data")
+    part.write(b"new")
+    assert (tmp_path / "precious").read_text() == "years" and (tmp_path / "m.json").read_bytes() == b"new"

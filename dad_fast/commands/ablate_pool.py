@@ -18,6 +18,7 @@ from typing import Any
 
 from dad_fast.config import Config
 from dad_fast.engine.signals import StopRequest
+from dad_fast.files import no_link
 
 WORKER = "dad_fast.commands.ablate_worker"
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout or of site-packages: where workers find this package
@@ -119,7 +120,7 @@ class Pool:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.shares)))
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        log = open(self.logs / f"worker-{worker.number}.log", "a") if self.logs is not None else subprocess.DEVNULL
+        log = open(self.logs / f"worker-{worker.number}.log", "a", opener=no_link) if self.logs is not None else subprocess.DEVNULL
         # A session of its own: Ctrl-C reaches the sweep's process alone, which asks the workers to save.
         process = subprocess.Popen(
             [sys.executable, "-m", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.errors import printable
-from dad_fast.files import disk_error, plain
+from dad_fast.files import disk_error, no_link, plain
 
 PACKAGES = (
     "dad-fast", "torch", "torchvision", "triton", "timm", "open_clip_torch", "apache-tvm-ffi", "safetensors", "numpy", "pillow",
@@ -47,8 +47,8 @@ class RunLog:
         metrics, text = "metrics.jsonl" if rank == 0 else os.devnull, f"train-rank{rank}.log" if rank else "train.log"
         with _disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._metrics = open(self.folder / metrics, "a+b", buffering=0)
-            self._text = open(self.folder / text, "ab", buffering=0)
+            self._metrics = open(self.folder / metrics, "a+b", buffering=0, opener=no_link)
+            self._text = open(self.folder / text, "ab", buffering=0, opener=no_link)
         self.truncate_to(self._metrics.seek(0, os.SEEK_END))
         self._warnings = _Warnings(self)
         self._warnings.install()
@@ -66,7 +66,7 @@ class RunLog:
             with _disk(self._text.name):
                 self._text.close()
                 os.replace(self._text.name, f"{self._text.name}.1")
-                self._text = open(self._text.name, "ab", buffering=0)
+                self._text = open(self._text.name, "ab", buffering=0, opener=no_link)
         if echo:
             self.echo(text)
 

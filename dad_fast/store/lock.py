@@ -50,7 +50,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that others see whole or not at all. The caller holds the lock that covers `path`."""
     part = path.with_name(path.name + PART)
     try:
-        with open(part, "wb") as file:
+        part.unlink(missing_ok=True)  # what a killed process left, or a link to something else
+        with open(part, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -18,8 +18,8 @@ class Part:
         self.final, self.path = final, final.with_name(final.name + PART)
         if final.exists() and not self.path.exists():
             os.replace(final, self.path)  # an earlier attempt ended between the renaming and the checksums
-        if self.path.exists() and self.path.stat().st_nlink > 1:
-            self.path.unlink()  # another store's file too, since a merge that was killed: it must not be written to
+        if self.path.is_symlink() or (self.path.exists() and self.path.stat().st_nlink > 1):
+            self.path.unlink()  # another file too, since a merge that was killed: it must not be written to
         self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.size = 0  # accepted bytes; the file's position is behind the pending ones
         self.sha256 = hashlib.sha256()
