@@ -1,13 +1,15 @@
-"""train, precompute and report, killed at random moments: in the end the same bytes, and never a torn file on the way.
+"""train, precompute, report and export, killed at random moments: in the end the same folder, and never a torn file on the way.
 
-5 kills of each by default; `make test-faults` makes 100 (--fault-cycles) and can keep a record (--fault-record).
+5 kills by default. `--fault-cycles 100` is the long form, 50 of report and export; `--fault-record FILE` adds what came of each job
+to that file, whoever else writes to it: `-k train` and `-k "not train"` may run side by side.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,8 @@ SMALL = [
     "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "schedule.epochs=1", "max_steps=36",
 ]  # fmt: skip
 SETS = [part for item in SMALL for part in ("--set", item)]
-OF_THE_CLOCK = {"time", "img_per_s", "data_wait", "seconds", "train_seconds"}
-
-
-def digests(folder: Path, *patterns: str) -> dict[str, Any]:
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
-    assert files
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+OF_THE_CLOCK = {"time", "img_per_s", "data_wait", "seconds", "train_seconds", "metrics_offset", "sha256", "git"}
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .+")
 
 
 def timeless(value: Any) -> Any:
@@ -37,12 +34,29 @@ def timeless(value: Any) -> Any:
     return value
 
 
-def of_a_run(folder: Path) -> dict[str, Any]:
-    """Weights, optimizer and generators bit for bit; logs and results but for what the clock said."""
-    rows = [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] != "attack"]  # the check of the attack's strength, once a start
-    found = digests(folder, "model.safetensors", "checkpoints/step-*/*.safetensors", "sheet.png")
-    return found | {"metrics": rows, "results": timeless(json.loads((folder / "results.json").read_text()))}
+def content(path: Path) -> Any:
+    """What must be equal of a file: its bytes, or what the clock has not said of it. Of train.log, which tells of each start, the end."""
+    if path.is_symlink():
+        return f"-> {os.readlink(path)}"
+    if path.is_dir():
+        return "a folder"
+    if path.name == "metrics.jsonl":
+        rows = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        return [row for row in rows if row["kind"] != "attack"]  # the check of the attack's strength, once a start
+    if path.name == "train.log":
+        lines = path.read_text().splitlines()
+        assert all(map(LOG_LINE.fullmatch, lines))
+        return lines[-1][20:]
+    if path.name in ("results.json", "run.json", "state.json"):
+        return timeless(json.loads(path.read_text()))
+    if path.name == "report.html":  # draws throughput
+        return path.read_text().rstrip().endswith("</html>")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything in it: a file more, such as a temporary one, is a difference too."""
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*"))}
 
 
 def checkpoints_are_whole(folder: Path) -> None:
@@ -50,6 +64,14 @@ def checkpoints_are_whole(folder: Path) -> None:
     latest = folder / "checkpoints" / "latest"
     if latest.is_symlink():
         assert json.loads((latest / "state.json").read_text())["sha256"]
+
+
+def export_is_whole(folder: Path) -> None:
+    """The earlier one or the new one; between two renames of a folder, for once, none, and the next export brings it back."""
+    record = folder / "export" / "export.json"
+    if record.exists():
+        for name, digest in json.loads(record.read_text())["files"].items():
+            assert hashlib.sha256((record.parent / name).read_bytes()).hexdigest() == digest
 
 
 def page_is_whole(folder: Path) -> None:
@@ -65,39 +87,36 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def jobs(request: pytest.FixtureRequest) -> dict[str, Job]:
+def jobs(finished_run: Path) -> dict[str, Job]:
     train = ["train", "--preset", "demo", "--method", "dad", *SETS, "--set", "checkpoint.every_steps=4", "--resume", "auto", "-o"]
     store = ["precompute", "--preset", "demo", "--images", "raw", "--block-size", "50", "--shard-blocks", "3", *SETS]
     store += ["--set", "data.train_split=val", "-o"]
+    report, export = ["report", str(finished_run), "-o"], ["export", str(finished_run), "--overwrite", "-o"]
     return {
-        "train": Job("train", lambda folder: [*train, str(folder)], of_a_run, checkpoints_are_whole),
-        "precompute": Job("precompute", lambda folder: [*store, str(folder)], lambda folder: digests(folder, "*")),
-        "report": Job(
-            "report",
-            lambda folder: ["report", str(request.getfixturevalue("finished_run")), "-o", str(folder / "page.html")],
-            lambda folder: digests(folder, "*"),
-            page_is_whole,
-        ),
+        "train": Job("train", lambda folder: [*train, str(folder)], contents, checkpoints_are_whole),
+        "precompute": Job("precompute", lambda folder: [*store, str(folder)], contents),
+        "report": Job("report", lambda folder: [*report, str(folder / "page.html")], contents, page_is_whole, rewrites=True),
+        "export": Job("export", lambda folder: [*export, str(folder / "export")], contents, export_is_whole, rewrites=True),
     }
 
 
-@pytest.fixture(scope="session")
-def record(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    made: list[dict[str, Any]] = []
-    yield made
-    path = request.config.getoption("--fault-record")
-    if path and made:
-        from dad_fast.files import atomic_write_json
-        from dad_fast.observe.runlog import environment
+def add_to_record(path: Path, job: dict[str, Any]) -> None:
+    """The job's row in the file, in place of an earlier one; under a lock, as another process may add its own."""
+    from dad_fast.files import atomic_write_json
+    from dad_fast.observe.runlog import environment
+    from dad_fast.store.lock import locked
 
-        atomic_write_json(path, {"jobs": made, "environment": environment()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock"), wait=True):
+        rows = json.loads(path.read_text())["jobs"] if path.exists() else []
+        rows = [row for row in rows if row["job"] != job["job"]] + [{**job, "environment": environment()}]
+        atomic_write_json(path, {"jobs": sorted(rows, key=lambda row: row["job"])})
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", ["train", "precompute", "report"])
-def test_killed_at_random_moments(
-    name: str, jobs: dict[str, Job], tmp_path: Path, request: pytest.FixtureRequest, record: list[dict[str, Any]]
-) -> None:
-    cycles = request.config.getoption("--fault-cycles")
-    found = kill_cycles(jobs[name], tmp_path, cycles if name != "report" else max(1, cycles // 2), seed=0)
-    record.append(found.to_dict())
+@pytest.mark.parametrize("name", ["train", "precompute", "report", "export"])
+def test_killed_at_random_moments(name: str, jobs: dict[str, Job], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    cycles, record = request.config.getoption("--fault-cycles"), request.config.getoption("--fault-record")
+    found = kill_cycles(jobs[name], tmp_path, cycles if name in ("train", "precompute") else max(1, cycles // 2), seed=0)
+    if record:
+        add_to_record(Path(record), found.to_dict())
