@@ -18,6 +18,7 @@ pytest.importorskip("safetensors")
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig  # noqa: E402
 from dad_fast.data.classes import ClassMap  # noqa: E402
 from dad_fast.errors import DadFastError, DataError  # noqa: E402
+from dad_fast.models.clip_teacher import _tokenizer_at_hand  # noqa: E402
 from dad_fast.models.student import load_student  # noqa: E402
 from dad_fast.models.teacher import load_teacher  # noqa: E402
 from dad_fast.models.vqgan import VQGAN  # noqa: E402
@@ -172,6 +173,15 @@ def test_teachers_that_would_fetch_or_grow(tmp_path: Path, clip: Any, no_network
     path = put(tmp_path / "x.safetensors", state, "dad_fast.teacher", json.dumps({**described, "model_cfg": config}))
     refused(lambda: read_teacher(path), "x.safetensors")
     assert not no_network
+
+
+def test_a_tokenizer_for_a_local_file_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some architectures have theirs on the hub, which nobody named."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    offline = []
+    monkeypatch.setattr("open_clip.get_tokenizer", lambda arch: offline.append(constants.HF_HUB_OFFLINE))
+    _tokenizer_at_hand("ViT-B-16-SigLIP")
+    assert offline == [True] and not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("arch", ["hf-hub:someone/else", "local-dir:/tmp", "../../x", "https://x/y"])
