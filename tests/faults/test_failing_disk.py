@@ -2,8 +2,8 @@
 exit code 4, no temporary file left, and what was there before is there still.
 
 The operations are those of failing_disk.c: opening, writing, syncing, renaming, linking, making and removing. One fails with EIO; or it
-and all later ones with ENOSPC, but for removing and renaming; or writes are short, which must change nothing. One moment of each by
-default, drawn from a seed; `-m slow`: all of them, at most 200.
+and all later ones with ENOSPC, but for removing and renaming; or writes are short, which must change nothing. One moment of four
+verbs by default, drawn from a seed; `-m slow`: all moments of all, at most 200.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def fail(machine: Machine, verb: str, num: int) -> None:
     assert short["code"] == 0 and short["after"].keys() == straight["after"].keys(), short
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", ["train", "eval", "report", "export"])
 def test_a_disk_that_fails_at_some_operation(machine: Machine, verb: str) -> None:
     fail(machine, verb, 1)
 
