@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from dad_fast.data.classes import ClassMap, readable_names
@@ -70,3 +72,11 @@ def test_other_bad_input(tmp_path):
         ClassMap.from_folders(tmp_path)
     with pytest.raises(DataError, match="recorded class list"):
         ClassMap.from_json("[1, 2]")
+
+
+def test_folders_that_are_no_utf8_are_recorded(tmp_path):
+    """A run would otherwise end with an error when its model is saved."""
+    for name in (b"\xff\xfe", "ä".encode()):
+        os.mkdir(os.path.join(os.fsencode(tmp_path), name))
+    classes = ClassMap.from_folders(tmp_path)
+    assert ClassMap.from_json(classes.to_json().encode().decode()) == classes

@@ -15,6 +15,7 @@ from typing import Any
 from dad_fast.errors import DataError
 
 _WNID = re.compile(r"n\d{8}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
 
 
@@ -82,7 +83,10 @@ class ClassMap:
         return cls(tuple((i, name, text) for i, (name, text) in enumerate(zip(folders, readable_names(folders), strict=True))))
 
     def to_json(self) -> str:
-        return json.dumps([list(entry) for entry in self.entries], ensure_ascii=False)
+        """As UTF-8 can hold it: bytes of a folder's name that are none are JSON's own escapes, which `from_json` reads back."""
+        entries = [list(entry) for entry in self.entries]
+        text = json.dumps(entries, ensure_ascii=False)
+        return json.dumps(entries) if _SURROGATE.search(text) else text
 
     @classmethod
     def from_json(cls, text: str) -> ClassMap:
