@@ -134,7 +134,7 @@ def test_a_record_cannot_lead_out_of_its_folder(tmp_path):
     assert load([folder]).groups[0].runs[0].rows == []
 
 
-NO_RUN = [("missing", "no such file or folder"), ("file", "is a file, and no result of dad-fast eval"), ("empty", "no run has written to it")]
+NO_RUN = [("missing", "no such file"), ("file", "is a file, and no result of dad-fast eval"), ("empty", "no run has written to it")]
 
 
 @pytest.mark.parametrize(("what", "message"), NO_RUN)
