@@ -115,7 +115,11 @@ def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
     """The record of a run that was judged on these suites; None where it is to be judged again."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        return record if not suites or set(record["suites"]) == {suite.name for suite in suites} else None
+        if suites and set(record["suites"]) != {suite.name for suite in suites}:
+            return None
+        if not (path.parent / "report.html").exists():  # killed between the two
+            write_report(path.parent)
+        return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
