@@ -20,7 +20,7 @@ from dad_fast.errors import DataError, UsageError  # noqa: E402
 from dad_fast.models.weights import sha256_file  # noqa: E402
 from tests.test_resume import config, run, trainer  # noqa: E402
 
-GONE = object()
+GONE = "(gone)"  # a text, so that the tests' names are the same in every process
 STATES: list[dict[str, Any]] = [
     *({"world": value} for value in (GONE, 0, 10**9, "1", 2)),
     *({"optimizer": value} for value in (GONE, {"param_groups": [], "numbers": {}}, {"param_groups": None, "numbers": {"x": 1}})),
