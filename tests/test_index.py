@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -74,7 +76,7 @@ def test_a_second_opening_verifies_nothing_and_a_changed_file_is_verified_again(
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "version"])
 def test_a_damaged_index_is_made_again(tree, cache, monkeypatch, damage):
     first = open_source(str(tree), "train")
-    (file,) = (cache / "index").iterdir()
+    (file,) = (cache / "index").glob("*.csv")
     content = file.read_bytes()
     damaged = {
         "cut": content[:-40],
@@ -105,6 +107,16 @@ def test_an_interrupted_build_keeps_what_it_verified(tree, monkeypatch):
     verified = count_verified(monkeypatch)
     assert len(open_source(str(tree), "train")) == 12
     assert verified == [f"cat/{i}.png" for i in (1, 2, 3)] + [f"sea_lion/{i}.png" for i in range(4)]
+
+
+def test_of_several_processes_one_verifies(tree, monkeypatch, caplog):
+    """Threads here: a lock is of an opened file, not of a process."""
+    verified, original = count_verified(monkeypatch), indexing.save_index
+    monkeypatch.setattr(indexing, "save_index", lambda *arguments: time.sleep(0.3) or original(*arguments))
+    with caplog.at_level(logging.INFO), ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: indexing.build_index(tree / "train", ["ape", "cat", "sea_lion"]), range(3)))
+    assert found[0] == found[1] == found[2] and len(verified) == 12
+    assert "another process is indexing" in caplog.text
 
 
 def test_bad_files_are_named_counted_and_limited(tree, caplog):

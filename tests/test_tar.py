@@ -185,7 +185,7 @@ def test_an_interrupted_build_keeps_the_shards_that_it_verified(tmp_path, monkey
 def test_a_damaged_index_is_made_again(tmp_path, cache, monkeypatch):
     write_shards(tmp_path / "data", num=1)
     first = open_source(str(tmp_path / "data"))
-    (file,) = (cache / "index").iterdir()
+    (file,) = (cache / "index").glob("*.csv")
     content = file.read_bytes()
     for damaged in (content[:-20], b"", content.replace(b"train-000000", b"train-000001")):
         file.write_bytes(damaged)

@@ -210,6 +210,19 @@ def test_safetensors_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+def test_a_flipped_bit_of_what_we_write_shows(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, STATE, {"crop_pct": "0.875"})
+    data = path.read_bytes()
+    names = [range(start, start + len(name)) for name in (b"__metadata__", b"dad_fast.sha256") for start in [data.index(name)]]
+    for bit in range(0, 8 * len(data), 7):
+        if any(bit // 8 in name for name in names):  # the file then has no seal
+            continue
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        with pytest.raises(DataError):
+            read_state_dict(path)
+
+
 @pytest.mark.parametrize("magic", [b"\x80", b"PK"])
 def test_a_header_length_that_looks_like_another_format(tmp_path, magic):
     """The first bytes of safetensors are a number, which may begin like a pickle or a zip archive."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dad_fast.files import atomic_write_bytes
+
+log = logging.getLogger("dad_fast.data")
 
 
 def cache_dir() -> Path:
@@ -35,6 +41,31 @@ def write_cache(path: Path, content: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def one_at_a_time(path: Path, what: str) -> Iterator[None]:
+    """The block is of one process at a time, among those that make the cache file `path`: the others wait, and find what it made.
+
+    `what` says it to a user who waits. Where the cache folder cannot be written or has no locks nobody waits.
+    """
+    handle = -1
+    try:
+        _make_private(cache_dir())
+        path.parent.mkdir(exist_ok=True)
+        handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is %s: waiting for it", what)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)  # and the lock with it, as when the process is killed
 
 
 def keep_compiled_code_private() -> None:

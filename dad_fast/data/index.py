@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dad_fast.data.cache import cache_dir, write_cache
+from dad_fast.data.cache import cache_dir, one_at_a_time, write_cache
 from dad_fast.data.decode import EXTENSIONS, PLAIN_JPEG, image_format, open_image, reason
 from dad_fast.data.names import shown, some
 from dad_fast.errors import DataError
@@ -64,21 +64,22 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     with threads() as pool:
         found = [entry for entries in pool.map(lambda label: _scan_class(root, label), classes) for entry in entries]
     found.sort(key=lambda entry: entry.path)
-    known = {entry.path: entry for entry in load_index(file, about)}
-    entries: dict[str, Entry] = {}
-    for entry in found:
-        old = known.get(entry.path)
-        if old is not None and (old.size, old.mtime) == (entry.size, entry.mtime):
-            entries[entry.path] = old
-    fresh = [entry for entry in found if entry.path not in entries]
-    if fresh:
-        try:
-            for entry in verify_all([(lambda entry: root / entry.path, fresh)], str(folder)):
-                entries[entry.path] = entry
-        finally:
-            kept = {**known, **entries}.values() if len(entries) < len(found) else entries.values()
-            if not save_index(file, about, list(kept)):
-                log.warning("%s cannot be written: the index of %s is not kept and is made again next time", file, folder)
+    with one_at_a_time(file, f"indexing {folder}"):
+        known = {entry.path: entry for entry in load_index(file, about)}
+        entries: dict[str, Entry] = {}
+        for entry in found:
+            old = known.get(entry.path)
+            if old is not None and (old.size, old.mtime) == (entry.size, entry.mtime):
+                entries[entry.path] = old
+        fresh = [entry for entry in found if entry.path not in entries]
+        if fresh:
+            try:
+                for entry in verify_all([(lambda entry: root / entry.path, fresh)], str(folder)):
+                    entries[entry.path] = entry
+            finally:
+                kept = {**known, **entries}.values() if len(entries) < len(found) else entries.values()
+                if not save_index(file, about, list(kept)):
+                    log.warning("%s cannot be written: the index of %s is not kept and is made again next time", file, folder)
     return [entries[entry.path] for entry in found]
 
 

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from dad_fast.data.cache import cache_dir
+from dad_fast.data.cache import cache_dir, one_at_a_time
 from dad_fast.data.decode import EXTENSIONS
 from dad_fast.data.index import PENDING, Entry, index_file, load_index, save_index, threads, verify_all
 from dad_fast.data.names import shown, some
@@ -81,6 +81,11 @@ def build_tar_index(base: Path, names: Sequence[str]) -> tuple[list[Shard], list
     paths = [base / name for name in names]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise DataError(f"{len(missing):,} of {len(paths):,} shards are not there: {some(map(shown, missing))} (--data-dir)")
+    with one_at_a_time(index_file(base.resolve()), f"indexing {base}"):
+        return _build(base, names, paths)
+
+
+def _build(base: Path, names: Sequence[str], paths: Sequence[Path]) -> tuple[list[Shard], list[list[Entry]]]:
     try:
         shards = [_stat(path) for path in paths]
         kept = [load_index(index_file(Path(shard.path)), _about(shard)) for shard in shards]

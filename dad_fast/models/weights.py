@@ -18,6 +18,8 @@ from dad_fast.files import atomic_write_bytes
 from dad_fast.models.pickles import read_pickle
 
 _SMALL = 1 << 20  # bytes that a tensor may be expanded to
+_SEAL = "dad_fast.sha256"  # in the metadata of what we write: of the whole file, with _OPEN in this place
+_OPEN = "0" * 64
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -40,6 +42,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 
     Of a checkpoint {"state_dict": ...} or {"model": ...} that entry is taken. Nothing in a file is executed: see
     `dad_fast.models.pickles`. Raises DataError where the file is missing, damaged, or holds anything that cannot be read safely.
+    A file of `write_safetensors` is damaged when any bit of it has changed (but for the name of its seal: then it has none).
     """
     path = Path(path)
     if not path.is_file():
@@ -57,9 +60,23 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         raise DataError(f"{path}: {what}: fetch it again, or check that it is the weights themselves and not a page or a pointer to them")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+        seal = metadata.pop(_SEAL, None)
+        if seal is not None and seal != _digest(path, seal):
+            raise DataError(f"{path}: damaged, or changed since it was written: take it from a copy, or leave {_SEAL} out of its metadata")
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: not a safetensors file, or damaged ({error}): fetch it again") from error
+    return tensors, metadata
+
+
+def _digest(path: Path, seal: str) -> str:
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        hashed = hashlib.sha256(length + header.replace(seal.encode(), _OPEN.encode(), 1))
+        while chunk := file.read(1 << 24):
+            hashed.update(chunk)
+    return hashed.hexdigest()
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
@@ -86,9 +103,11 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and text metadata so that `path` is either the whole new file or what it was before."""
+    """Write tensors and text metadata so that `path` is either the whole new file or what it was before, and damage to it shows."""
     held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    atomic_write_bytes(path, _ordered(save(held, dict(metadata))))
+    data = _ordered(save(held, {**metadata, _SEAL: _OPEN}))
+    seal, quoted = hashlib.sha256(data).hexdigest(), f'"{_SEAL}":"%s"'  # such quotes stand nowhere else before the tensors
+    atomic_write_bytes(path, data.replace((quoted % _OPEN).encode(), (quoted % seal).encode(), 1))
 
 
 def _ordered(data: bytes) -> bytes:
