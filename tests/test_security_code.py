@@ -25,7 +25,7 @@ FETCH = ("urllib.request", "requests", "httpx", "aiohttp", "ftplib", "http.clien
 ALLOWED = {
     "torch.load": {"dad_fast/models/pickles.py"},  # with weights_only=True, asserted below
     "torch.export.load": {"dad_fast/models/export_graph.py"},  # of the file that it has just written
-    "tarfile.open": {"benchmarks"},  # which write shards of their own
+    "tarfile.open": {"benchmarks", "scripts/gpu_check.py"},  # which write archives of their own
 }
 
 
@@ -82,7 +82,7 @@ def test_no_module_of_ours_speaks_to_the_network() -> None:
             found += [
                 f"{named(path)}: {name}"
                 for name in names
-                if name.startswith(FETCH) or name.startswith(("pickle", "yaml", "shelve", "marshal"))
+                if name.startswith(FETCH) or name.split(".")[0] in ("pickle", "yaml", "shelve", "marshal")  # pickletools runs nothing
             ]
     assert not found, found
 
