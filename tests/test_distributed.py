@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from dad_fast.engine import distributed, launch  # noqa: E402
+from dad_fast.errors import EnvironmentProblem  # noqa: E402
 from tests.processes import environment, run_together  # noqa: E402
 
 
@@ -23,6 +24,13 @@ def test_one_process_alone():
     assert distributed.on_main(lambda: 3) == 3 and distributed.broadcast("b") == "b"
     distributed.barrier()
     distributed.close()
+
+
+def test_an_environment_that_says_no_numbers(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(EnvironmentProblem, match="WORLD_SIZE=two in the environment"):
+        distributed.world()
 
 
 def test_three_processes_agree(tmp_path):

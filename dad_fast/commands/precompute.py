@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -18,7 +17,7 @@ from dad_fast.config import Config
 from dad_fast.config.launch import StoreLaunch
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.sources import open_source
-from dad_fast.engine import frozen
+from dad_fast.engine import distributed, frozen
 from dad_fast.engine.build import resolve_device
 from dad_fast.engine.launch import end_with_launcher, is_worker, number_of_processes, run_processes
 from dad_fast.engine.precompute import AdversarialFiller, Filler, TargetFiller, estimate, fill, stopped
@@ -40,7 +39,7 @@ def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
         code = run_processes(nproc, "precompute", arguments)
         return code or _say_state(launch)
     end_with_launcher()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = distributed.rank(), distributed.world()
     filler = make_filler(cfg, launch)
     if launch.estimate:
         return _estimate(filler, max(world, nproc), Path(launch.output))

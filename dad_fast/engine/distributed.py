@@ -36,17 +36,24 @@ _joined = False
 
 def rank() -> int:
     """This process's number, 0 … world() - 1."""
-    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
+    return _number("RANK", 0) if world() > 1 else 0
 
 
 def world() -> int:
     """The number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def local_rank() -> int:
     """This process's number among those of its machine: which GPU is its own."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if world() > 1 else 0
+    return _number("LOCAL_RANK", 0) if world() > 1 else 0
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or not value.isascii():
+        raise EnvironmentProblem(f"{name}={value} in the environment is no number; unset RANK and WORLD_SIZE, or let torchrun set them")
+    return int(value)
 
 
 def is_main() -> bool:

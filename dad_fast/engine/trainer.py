@@ -106,7 +106,8 @@ class Trainer:
             self.log.say(note)
         cfg, parts = self.cfg, self.parts
         millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
-        together = f" and {distributed.world() - 1} more processes" if distributed.world() > 1 else ""
+        others = distributed.world() - 1
+        together = f" and {others} more process{'es' if others > 1 else ''}" if others else ""
         self.log.say(
             f"{self.label}: {cfg.method}, {parts.student.name} ({millions:.2f} M parameters) on {parts.device}{together}, "
             f"steps {self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
