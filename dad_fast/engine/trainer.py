@@ -263,11 +263,11 @@ class Trainer:
 
     def judge(self, model: nn.Module, suite: Suite, progress: Callable[[int, int], None] | None = None) -> Result:
         """`model` on `suite`, with the student's view of an image (size, crop, filter) and the run's precision. Stops as `evaluate`."""
-        student, aug = self.parts.student, self.cfg.augment
+        student = self.parts.student
         with self.step.autocast(), stop_requests():
             return evaluate(
-                model, suite.source, name=suite.name, img_size=student.image_size, crop_pct=aug.crop_pct or student.crop_pct,
-                interpolation=aug.interpolation or student.interpolation, batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
+                model, suite.source, name=suite.name, img_size=student.image_size, crop_pct=student.crop_pct,
+                interpolation=student.interpolation, batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
                 workers=self.cfg.data.workers, device=self.parts.device, corruption=suite.corruption, progress=progress,
                 stopped=f"stopped while judging; the weights are saved in {self.output}, {GO_ON}",
             )  # fmt: skip
