@@ -97,11 +97,11 @@ def start(command: list[str], folder: Path, slow: str = "") -> subprocess.Popen[
 
 
 def stop(command: list[str], folder: Path, slow: str, number: int, ranks: int = 1) -> tuple[int, str]:
-    """Exit code and stderr of a command that gets a signal in the slow phase, once it is there in `ranks` processes."""
+    """Exit code and stderr of a command that gets a signal in the slow phase, once so many processes are there."""
     process = start(command, folder, slow)
     try:
         until = time.monotonic() + 180
-        while not all((folder / f"met-{rank}").exists() for rank in range(ranks)):
+        while len(list(folder.glob("met-*"))) < ranks:
             assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
             time.sleep(0.02)
         process.send_signal(number)
