@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,9 +164,26 @@ def test_killed_before_it_could_point_at_the_best(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.load("auto", print)
     assert not (tmp_path / "best").is_symlink()  # a run that is refused changes nothing
-    folder.relink()
+    folder.settle()
     folder.save(2, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), False)
     assert os.readlink(tmp_path / "best") == "step-1" and (tmp_path / "step-1").is_dir()
+
+
+@pytest.mark.parametrize("operation", ["_link", "_prune", "rmtree"])
+def test_killed_while_it_tidied_up_after_its_last_checkpoint(tmp_path, monkeypatch, operation):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        if step == 3:  # stands for a kill at this moment
+            at = (shutil, operation) if operation == "rmtree" else (folder, operation)
+            monkeypatch.setattr(*at, lambda path, *rest, **more: None if str(path).endswith(".tmp") else sys.exit("killed"))
+        with pytest.raises(SystemExit) if step == 3 else nullcontext():
+            folder.save(step, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), False)
+    monkeypatch.undo()
+    folder = CheckpointFolder(tmp_path, keep=2)
+    assert folder.load("auto", print).state["step"] == 3
+    folder.settle()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-2", "step-3"]
+    assert os.readlink(tmp_path / "latest") == "step-3"
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):

@@ -89,27 +89,31 @@ class CheckpointFolder:
         """
         if path != "auto" and not Path(path).exists():
             raise DataError(f"--resume {path}: nothing is there; name RUN/checkpoints/step-N, or write --resume auto")
+        for aside in self.root.glob(".step-*.old"):  # a process was killed between two renames
+            final = self.root / aside.name[1:].removesuffix(".old")
+            if not final.exists():
+                aside.rename(final)
         if path == "auto":
             found = self._newest(say)
         elif (Path(path) / "checkpoints").is_dir():  # another run
-            found = CheckpointFolder(Path(path) / "checkpoints", self.keep)._newest(say)
+            found = CheckpointFolder(Path(path) / "checkpoints", self.keep).load("auto", say)
         else:
             found = self._read(Path(path))
         if found is not None:
             self._loaded, self._best = found.state["step"], found.path if found.state["best"] else None
         return found
 
-    def relink(self) -> None:
-        """Before the run goes on: `best` as it was at the step of `load`, where a process was killed before it could point there."""
+    def settle(self) -> None:
+        """Before the run goes on: what a process that was killed in `save` did not come to, the links and deleting."""
         if self._best is not None and self._best.resolve().parent == self.root.resolve():
             self._link("best", self._best.resolve().name)
+        newest = next(iter(self._newest_first()), None)
+        if newest is not None and _step(newest) == self._loaded:
+            self._link("latest", newest.name)
+            self._prune(self._loaded)
 
     def _newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         damaged = ""
-        for aside in self.root.glob(".step-*.old"):  # a process was killed between two renames
-            final = self.root / aside.name[1:].removesuffix(".old")
-            if not final.exists():
-                aside.rename(final)
         for candidate in self._newest_first():
             try:
                 found = self._read(candidate)
@@ -152,19 +156,26 @@ class CheckpointFolder:
         """What `keep` no longer covers; what a run left there that went another way after the step that this one went on from; what a
         process was writing when it was killed."""
         best = os.path.realpath(self.root / "best")
-        abandoned = [path for path in self._newest_first() if self._loaded is not None and int(path.name[5:]) > max(self._loaded, saved)]
+        abandoned = [path for path in self._newest_first() if self._loaded is not None and _step(path) > max(self._loaded, saved)]
         covered = [path for path in self._newest_first() if path not in abandoned][: self.keep]
         for path in self._newest_first():
             if path in abandoned or (path not in covered and os.path.realpath(path) != best):
-                shutil.rmtree(path)
-        for torn in [*self.root.glob(".step-*.tmp"), *self.root.glob(".step-*.old")]:
-            shutil.rmtree(torn, ignore_errors=True)
+                gone = self.root / f".{path.name}.gone"  # at no moment is a part of a checkpoint under its name
+                shutil.rmtree(gone, ignore_errors=True)
+                path.rename(gone)
+        for suffix in ("tmp", "old", "gone"):
+            for torn in self.root.glob(f".step-*.{suffix}"):
+                shutil.rmtree(torn, ignore_errors=True)
         if (self.root / "best").is_symlink() and not (self.root / "best").exists():
             (self.root / "best").unlink()
 
     def _newest_first(self) -> list[Path]:
-        steps = {int(path.name[5:]): path for path in self.root.glob("step-*") if path.name[5:].isdecimal()}
-        return [steps[step] for step in sorted(steps, reverse=True)]
+        found = (path for path in self.root.glob("step-*") if path.name[5:].isdecimal())
+        return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _digest(state: dict[str, Any]) -> str:

@@ -101,7 +101,7 @@ class Trainer:
         """Open the logs, say what is about to happen, and make what the steps need before the first of them."""
         self.log = RunLog(self.output, rank=distributed.rank())
         self.log.truncate_to(self.metrics_offset)
-        self.checkpoints.relink()
+        self.checkpoints.settle()
         for note in self.notes:
             self.log.say(note)
         cfg, parts = self.cfg, self.parts
