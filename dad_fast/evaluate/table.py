@@ -173,7 +173,7 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
     lines += [f"{name}: {text}." for name, text in protocols.items() if "; " in text]  # what outputs compete, what is missing
     facts = record.get("environment")
     if facts:
-        machine = ", ".join(gpu["name"] for gpu in facts["gpus"]) or f"{facts['cpu']}, {facts['threads']} threads"
+        machine = ", ".join(gpu["name"] for gpu in facts["gpus"]) or f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
         lines.append(f"Train s: seconds of training without evaluation, on {machine}.")
     return lines
 

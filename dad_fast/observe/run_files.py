@@ -55,7 +55,7 @@ def machine(facts: dict[str, Any]) -> str:
         return ""
     if not all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus):
         return ""
-    return ", ".join(str(gpu["name"]) for gpu in gpus) or f"{facts['cpu']}, {facts['threads']} threads"
+    return ", ".join(str(gpu["name"]) for gpu in gpus) or f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
 
 
 def number(row: dict[str, Any], path: str, factor: float = 1) -> float | None:
