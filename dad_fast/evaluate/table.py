@@ -173,8 +173,7 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
     lines += [f"{name}: {text}." for name, text in protocols.items() if "; " in text]  # what outputs compete, what is missing
     facts = record.get("environment")
     if facts:
-        machine = ", ".join(gpu["name"] for gpu in facts["gpus"]) or f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
-        lines.append(f"Train s: seconds of training without evaluation, on {machine}.")
+        lines.append(f"Train s: seconds of training without evaluation, on {computed_on(facts)}.")
     return lines
 
 
@@ -239,6 +238,12 @@ def _drawn(title: str, grid: Grid, narrow: bool = False) -> Any:
     for i, row in enumerate(table):
         drawn.add_row(*(Text(text, style="bold" if (i, j) in best else "") for j, text in enumerate(row)))
     return drawn
+
+
+def computed_on(facts: Mapping[str, Any]) -> str:
+    """The GPUs, or the processor and its threads, of an `observe.runlog.environment`."""
+    threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
+    return ", ".join(str(gpu["name"]) for gpu in facts["gpus"]) or f"{facts['cpu']}, {threads}"
 
 
 @program

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config.fields import read_toml
-from dad_fast.evaluate.table import METRICS
+from dad_fast.evaluate.table import METRICS, computed_on
 
 FILES = ("results.json", "run.json", "config.toml", "metrics.jsonl")  # any of them makes a folder a run's
 
@@ -55,7 +55,7 @@ def machine(facts: dict[str, Any]) -> str:
         return ""
     if not all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus):
         return ""
-    return ", ".join(str(gpu["name"]) for gpu in gpus) or f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    return computed_on(facts)
 
 
 def number(row: dict[str, Any], path: str, factor: float = 1) -> float | None:
