@@ -25,7 +25,7 @@ from dad_fast.engine.recheck import recheck
 from dad_fast.engine.signals import stop_requests
 from dad_fast.errors import DataError
 from dad_fast.models.student import build_student
-from dad_fast.observe.progress import format_seconds
+from dad_fast.observe.progress import format_seconds, report_progress
 from dad_fast.observe.runlog import print_line
 from dad_fast.store import Manifest, Records, open_store
 
@@ -135,9 +135,7 @@ def _progress(filler: Filler, rank: int, world: int) -> Iterator[Any]:
         if records.changed is not None:
             changed.append(float(np.nanmean(records.changed)))
         now = time.monotonic()
-        if rank or (not terminal and now - last < LINE_SECONDS and done < total):
-            return
-        last = now
+        due = terminal or now - last >= LINE_SECONDS or done == total
         rate = images / (now - start)
         left = format_seconds((total - done) * manifest.block_size / rate)
         text = f"block {done:,}/{total:,}  {rate * world:,.0f} img/s  {left} left"
@@ -145,6 +143,10 @@ def _progress(filler: Filler, rank: int, world: int) -> Iterator[Any]:
             text += f"  kept {kept / images:.0%}"
         if changed:
             text += f"  codes changed {np.mean(changed):.0%}"
+        report_progress(done, total, text)
+        if rank or not due:
+            return
+        last = now
         print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     try:

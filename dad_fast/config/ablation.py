@@ -14,23 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, with_values
-from dad_fast.config.launch import StoreLaunch
 from dad_fast.config.resolve import VARIANT_NAME
 from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config
+from dad_fast.config.stores import KINDS
 from dad_fast.errors import UsageError
 
 Changes = dict[str, Any]  # setting's path -> value
 Cells = dict[str, Changes]
-
-
-@dataclass(frozen=True)
-class SharedStore:
-    """A store that cells learn from (ablation_stores.py)."""
-
-    folder: str
-    kind: str
-    config: Config  # a run that learns from it, with the base's seed
-    launch: StoreLaunch
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,6 @@ class Plan:
     config: Config
     base: str  # the base's name
     axes: dict[str, list[str]]  # axis -> its cells, the base first
-    stores: tuple[SharedStore, ...] = ()
 
 
 class Axis(NamedTuple):
@@ -176,7 +165,7 @@ def make_plan(cfg: Config, axes: Sequence[str], values: Mapping[str, Sequence[st
 
     axes: names in AXES, in the order of the table; values: what was typed for an axis; vary: texts "section.key=V1,V2" (or V1;V2 where
     a value has commas), each an axis of its own. Raises UsageError, also where an axis changes nothing that the base's method uses.
-    What is left to check is whether each cell's settings fit together (`with_stores`, since that depends on stores).
+    It is left to `resolve.check` whether the settings of each cell fit together.
     """
     if cfg.store.dirs:
         raise UsageError("--store: a store belongs to one attack and one teacher, and cells differ in them; use --stores, which fills them")
@@ -252,6 +241,8 @@ def _used(method: str, path: str) -> bool:
         return USES_TEACHER[method]
     if section in ("attack", "discretizer"):
         return USES_DISCRETIZER[method]
+    if section == "store":
+        return any(method in methods for methods in KINDS.values())
     return method in _TERMS.get(path, (method,))
 
 

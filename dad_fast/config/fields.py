@@ -37,6 +37,7 @@ OTHER_NAMES = {
     "--learning-rate": "--lr",
     "--wd": "--weight-decay",
     "--bs": "--batch-size",
+    "--store-views": "--stores KIND:VIEWS",
 }
 
 _LONGEST, _DEEPEST = 1_000_000, 100  # characters of settings, dots of a key: reading takes time with the square of these
@@ -54,6 +55,7 @@ class Setting:
     short: str
     rule: Rule | None
     main: bool
+    bare: tuple[str, ...]
 
     @property
     def choices(self) -> tuple[str, ...]:

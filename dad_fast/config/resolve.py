@@ -16,6 +16,7 @@ from typing import Any
 
 from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, read_toml, settings, toml_value, with_values
 from dad_fast.config.schema import MODEL_SAVINGS, USES_DISCRETIZER, USES_TEACHER, VQGAN_SAVINGS, AugmentConfig, Config
+from dad_fast.config.stores import check_stores, usable_kinds
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
 
@@ -151,11 +152,16 @@ def check(cfg: Config) -> None:
     """Raises UsageError where settings do not fit together, naming the flag that mends it. Every variant is checked."""
     for path, setting in settings().items():
         coerce(setting, get(cfg, path), "settings")
-    for name, _, run in expand(cfg):
+    runs = expand(cfg)
+    for name, _, run in runs:
         try:
             _check_run(run)
         except UsageError as error:
             raise UsageError(f"variant {name}: {error}" if cfg.variants else str(error)) from None
+    asking = [run for _, _, run in runs if run.store.make]
+    if asking and not any(map(usable_kinds, asking)):
+        kinds, method = " ".join(asking[0].store.make), asking[0].method
+        raise UsageError(f"--stores {kinds}: --method {method} learns from no such store; leave it out")
 
 
 def _check_run(cfg: Config) -> None:
@@ -167,6 +173,7 @@ def _check_run(cfg: Config) -> None:
         raise UsageError("no student: add --student, for instance --student resnet50 (any timm model)")
     if cfg.store.dirs and cfg.method in ("ce", "dat"):
         raise UsageError(f"--store: --method {cfg.method} learns from no stored images or outputs; leave it out")
+    check_stores(cfg)
     _check_stored_forms(cfg)
     if USES_TEACHER[cfg.method] and not cfg.teacher.name and not cfg.store.dirs:
         raise UsageError(f"--method {cfg.method} needs a teacher: add --teacher, for instance --teacher open_clip:ViT-L-14/openai")
@@ -195,14 +202,15 @@ def _check_run(cfg: Config) -> None:
 
 
 def _check_stored_forms(cfg: Config) -> None:
-    if cfg.store.mix_outputs and not cfg.store.dirs:
-        raise UsageError("--mix-outputs mixes stored outputs: add --store (made by dad-fast precompute --targets)")
+    kinds = usable_kinds(cfg)
+    if cfg.store.mix_outputs and not cfg.store.dirs and "targets" not in kinds:
+        raise UsageError("--mix-outputs mixes stored outputs: add --store (made by dad-fast precompute --targets) or --stores targets")
     if cfg.loss.form == "paper":
         return
     if cfg.method != "dad":
         raise UsageError(f"--loss-form joint is a form of --method dad, not of {cfg.method}; leave it out")
-    if not cfg.store.dirs:
-        raise UsageError("--loss-form joint learns from stored adversarial images: add --store (made by dad-fast precompute)")
+    if not cfg.store.dirs and "adversarial" not in kinds:
+        raise UsageError("--loss-form joint learns from stored adversarial images: add --store (made by dad-fast precompute) or --stores")
     if cfg.student.bn != "joint":
         raise UsageError(f"--loss-form joint: every image is of both kinds, which --bn {cfg.student.bn} would tell apart; use --bn joint")
 

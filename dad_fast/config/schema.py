@@ -30,9 +30,14 @@ INTERVAL = Rule("two numbers above 0, the smaller first", lambda pair: 0 < pair[
 AREA = Rule("two numbers above 0 and up to 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 
 
-def setting(default: Any, text: str, flag: str = "", *, rule: Rule | None = None, short: str = "", main: bool = False) -> Any:
-    """A field with its help `text`, its `flag` (and `short` one), its `rule`, and whether the short `--help` shows it (`main`)."""
-    metadata = {"help": text, "flag": flag, "short": short, "rule": rule, "main": main}
+def setting(
+    default: Any, text: str, flag: str = "", *, rule: Rule | None = None, short: str = "", main: bool = False, bare: tuple[str, ...] = ()
+) -> Any:
+    """A field with its help `text`, its `flag` (and `short` one), its `rule`, and whether the short `--help` shows it (`main`).
+
+    bare: the value of a list whose flag is given without one.
+    """
+    metadata = {"help": text, "flag": flag, "short": short, "rule": rule, "main": main, "bare": bare}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -188,6 +193,14 @@ class PrecisionConfig:
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     dirs: tuple[str, ...] = setting((), "stores made by dad-fast precompute: adversarial images, teacher outputs, or both", "--store")
+    make: tuple[str, ...] = setting(
+        (),
+        "make stores in --output first and learn from them: adversarial, targets, or KIND:VIEWS with the draws per image "
+        "(default: adversarial:1 and one view of targets an epoch)",
+        "--stores",
+        bare=("adversarial",),
+    )
+    images: str = setting("raw", "images in stores that --stores makes: none (decode codes), raw, webp or jpeg:Q", "--store-images")
     mix_outputs: bool = setting(
         False, "stored outputs are of unmixed views: mix them as the pixels are (approximates the teacher on mixed pixels)", "--mix-outputs"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dad_fast.methods.discretize import discretize
 from dad_fast.methods.objectives import TERMS, keep_mask
 from dad_fast.models.discretizer import Discretized, Discretizer, VQGANDiscretizer
 from dad_fast.observe.pieces import write_pieces
+from dad_fast.observe.progress import report_progress
 from dad_fast.observe.report import write_report
 from dad_fast.observe.sheet import difference_scale, write_sheet
 
@@ -37,11 +38,13 @@ def finish(
     main = distributed.is_main()  # all processes judge, each its share of the images; this one writes
     if main:
         trainer.write_model(output / "model.safetensors")
-    student = {suite.name: trainer.judge(trainer.evaluated, suite) for suite in suites}
+    student = {suite.name: trainer.judge(trainer.evaluated, suite, _progress(suite.name)) for suite in suites}
     teacher = None
     if parts.teacher is not None:
         if parts.teacher.name not in taught:
-            taught[parts.teacher.name] = {suite.name: trainer.judge(parts.teacher, suite).to_dict() for suite in suites}
+            taught[parts.teacher.name] = {
+                suite.name: trainer.judge(parts.teacher, suite, _progress(f"teacher on {suite.name}")).to_dict() for suite in suites
+            }
         teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": taught[parts.teacher.name]}
     if main and parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ())):
         _sheet(trainer, output)
@@ -62,6 +65,10 @@ def finish(
         write_report(output)
     trainer.log.say(f"{trainer.label}: {_line(student)}")
     return record
+
+
+def _progress(name: str) -> Callable[[int, int], None]:
+    return lambda done, total: report_progress(done, total, f"evaluating {name}")
 
 
 def _line(results: dict[str, Result]) -> str:

@@ -19,11 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dad_fast.config.schema import Config
-from dad_fast.config.toml import to_toml
 from dad_fast.errors import DataError, UsageError, program
-from dad_fast.files import atomic_write_json, atomic_write_text
-from dad_fast.observe.runlog import environment
 
 
 class Metric(NamedTuple):
@@ -44,15 +40,6 @@ METRICS = {
 }
 
 Grid = tuple[list[str], list[list[str]], set[tuple[int, int]]]  # header, rows of text, (row, column) of the cells in bold
-
-
-def write_comparison(output: Path, cfg: Config, runs: list[dict[str, Any]]) -> None:
-    """Write OUT/results.json and OUT/table.md, and print the table."""
-    record = {"config": to_toml(cfg), "environment": environment(), "runs": runs}
-    atomic_write_json(output / "results.json", record)
-    record = read_record(output / "results.json")  # what is shown is what was written
-    atomic_write_text(output / "table.md", markdown(record) + "\n\n" + markdown(record, "ece") + "\n")
-    print_table(record)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -117,23 +104,29 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
     """
     names, by_variant = suites(record), variants(record)
     _, digits, sign = METRICS[metric]
-    header = ["", "seeds", "epochs", "train s", *names]
+    stores = ["stores s"] if any(run.get("store_seconds") for run in record["runs"]) else []
+    header = ["", "seeds", "epochs", "train s", *stores, *names]
+    first_suite = len(header) - len(names)
     table = []
     for teacher in teachers(record):
-        table.append([f"teacher {teacher['name']}", "", "", "", *(_text(cell([teacher], name, metric), digits) for name in names)])
+        results = [_text(cell([teacher], name, metric), digits) for name in names]
+        table.append([f"teacher {teacher['name']}", *[""] * (first_suite - 1), *results])
     first = len(table)
     cells = [[cell(runs, name, metric) for name in names] for runs in by_variant.values()]
     for (variant, runs), row in zip(by_variant.items(), cells, strict=True):
         epochs = statistics.fmean(float(run["epochs"]) for run in runs)
         seconds = spread([float(run["seconds"]) for run in runs])
-        table.append([variant, str(len(runs)), f"{round(epochs, 2):g}", _text(seconds, 0), *(_text(found, digits) for found in row)])
+        made = max(float(run.get("store_seconds") or 0) for run in runs)
+        filled = [f"{made:.0f}" if made else "" for _ in stores]
+        results = [_text(found, digits) for found in row]
+        table.append([variant, str(len(runs)), f"{round(epochs, 2):g}", _text(seconds, 0), *filled, *results])
     best = set()
     for column in range(len(names)):
         scored = [(i, *found) for i, row in enumerate(cells) if (found := row[column]) and math.isfinite(found[0])]
         if len(scored) < 2 or any(sd is None for _, _, sd in scored):
             continue
         _, top, top_sd = max(scored, key=lambda item: sign * item[1])
-        best |= {(first + i, 4 + column) for i, mean, sd in scored if abs(top - mean) <= max(top_sd or 0.0, sd or 0.0)}
+        best |= {(first + i, first_suite + column) for i, mean, sd in scored if abs(top - mean) <= max(top_sd or 0.0, sd or 0.0)}
     return header, table, best
 
 
@@ -174,6 +167,8 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
     facts = record.get("environment")
     if facts:
         lines.append(f"Train s: seconds of training without evaluation, on {computed_on(facts)}.")
+    if any(run.get("store_seconds") for run in record["runs"]):
+        lines.append("Stores s: seconds of filling the stores that a run learns from, once for all runs and seeds that share them.")
     return lines
 
 
@@ -243,7 +238,9 @@ def _drawn(title: str, grid: Grid, narrow: bool = False) -> Any:
 def computed_on(facts: Mapping[str, Any]) -> str:
     """The GPUs, or the processor and its threads, of an `observe.runlog.environment`."""
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
-    return ", ".join(str(gpu["name"]) for gpu in facts["gpus"]) or f"{facts['cpu']}, {threads}"
+    several = facts.get("side_by_side", 1)
+    together = f", {several} runs side by side" if several > 1 else ""
+    return (", ".join(str(gpu["name"]) for gpu in facts["gpus"]) or f"{facts['cpu']}, {threads}") + together
 
 
 @program

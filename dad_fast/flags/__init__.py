@@ -46,6 +46,9 @@ class Parser(argparse.ArgumentParser):
         """A flag whose value is a whole number, `least` or more; `default` may be below, and then says that nothing was typed."""
         self.add_argument(*names, default=default, type=partial(whole_number, names[-1], least=least))
 
+    def add_jobs(self) -> None:
+        self.add_argument("--jobs", default=0, type=_jobs)
+
     def add_nproc(self) -> None:
         self.add_argument("--nproc", default="1", type=_nproc)
 
@@ -61,7 +64,7 @@ class ListAction(argparse.Action):
     """`--suite a b`, `--suite a,b` and `--suite a --suite b` are the same list."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
-        items = [item for value in values for item in value.split(",") if item]
+        items = [item for value in values for item in value.split(",") if item] or list(self.const or ())
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *items])
 
 
@@ -98,7 +101,7 @@ def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str]) -> None:
         if setting.type is bool:
             parser.add_argument(*names, dest=path, action=argparse.BooleanOptionalAction)
         elif typing.get_origin(setting.type) is tuple:
-            parser.add_argument(*names, dest=path, action=ListAction, nargs="+")
+            parser.add_argument(*names, dest=path, action=ListAction, nargs="*" if setting.bare else "+", const=setting.bare)
         else:
             parser.add_argument(*names, dest=path)
 
@@ -123,7 +126,7 @@ def _metavar(setting: Setting) -> str:
         text = "|".join(setting.choices)
         return " " + (text if len(text) < 24 else "NAME")
     if typing.get_origin(setting.type) is tuple:
-        return " A B" if len(setting.default) == 2 else " NAME ..."
+        return " A B" if len(setting.default) == 2 else " [KIND ...]" if setting.bare else " NAME ..."
     files = {
         "data.data_dir": "DIR",
         "data.class_map": "FILE",
@@ -143,6 +146,10 @@ def two_columns(left: str, right: str) -> str:
 
 def wants_help(arguments: Sequence[str]) -> bool:
     return any(argument in ("-h", "--help", "--help-all") for argument in arguments)
+
+
+def _jobs(text: str) -> int:
+    return 0 if text == "auto" else whole_number("--jobs", text, least=1)
 
 
 def _nproc(text: str) -> str:

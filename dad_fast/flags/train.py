@@ -34,6 +34,7 @@ LAUNCH_FLAGS = {
     "--preset NAME": "a named set of settings",
     "--set KEY=VALUE": "any setting by its key, such as --set optim.opt_kwargs.eps=1e-6; repeatable",
     "--nproc N|auto": "processes on this machine, auto = one a GPU [1]; several machines: docs/distributed.md",
+    "--jobs N|auto": "of several variants or seeds, runs side by side [one a GPU; on a CPU one a core]",
     "-o, --output DIR": "the run's folder; by default runs/ and the name of the preset, CONFIG or method",
     "--resume auto|PATH": "continue the run in --output, or from a checkpoint; auto starts when there is none",
     "--overwrite": "replace an existing run",
@@ -67,6 +68,7 @@ def main(arguments: list[str], debug: bool) -> int:
         debug=debug,
         preset=given["preset"],
         nproc=given["nproc"],
+        jobs=given["jobs"],
         arguments=(*arguments, *(["--debug"] if debug else [])),
         both_batch_sizes={"data.batch_size", "data.global_batch_size"} <= paths,
     )
@@ -82,6 +84,7 @@ def make_parser() -> Parser:
     parser.add_argument("-o", "--output", default="")
     parser.add_argument("--resume", default="")
     parser.add_nproc()
+    parser.add_jobs()
     for flag in ("--overwrite", "--allow-config-change", "--print-config"):
         parser.add_argument(flag, action="store_true", default=False)
     return parser

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dad_fast.observe.runlog import RunLog
+from dad_fast.errors import printable
+from dad_fast.observe.runlog import RunLog, print_line
 
 PLAIN_SECONDS = 10.0
+REPORT_SECONDS = 1.0  # between two reports of a worker process to its parent
 SHARES = {"data_wait": "data wait", "kept": "kept", "codes_changed": "codes changed", "codes_changed_dat": "codes changed (dat)"}
 
 
@@ -69,6 +71,7 @@ class TrainProgress:
         self.step += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=self.step)
+        report_progress(self.step, self.total_steps, f"{self._speed()}  {self._values}")
 
     def update(self, values: Mapping[str, float]) -> None:
         """At a log step, after its values were read from the device.
@@ -98,8 +101,10 @@ class TrainProgress:
         """A callback (images done, images in all) for `evaluate`, shown in this bar."""
 
         def show(done: int, total: int) -> None:
+            text = f"evaluating {name} {done}/{total}"
+            report_progress(self.step, self.total_steps, text)
             if self._bar is not None:
-                self._bar.update(self._task, text=f"evaluating {name} {done}/{total}")
+                self._bar.update(self._task, text=text)
 
         return show
 
@@ -108,6 +113,69 @@ class TrainProgress:
             return "… img/s"
         seconds = (self.total_steps - self.step) * self.images_per_step / self.images_per_second
         return f"{self.images_per_second:,.0f} img/s  {format_seconds(seconds)} left"
+
+
+class JobsProgress:
+    """Shows the jobs of a sweep: a live bar for each on a terminal, a line every few seconds elsewhere. A context manager."""
+
+    def __init__(self, live: bool | None = None) -> None:
+        """live: None = when stderr is a terminal and rich is installed."""
+        self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
+        self._tasks: dict[str, Any] = {}
+        self._lines: dict[str, float] = {}  # job -> when its last line was printed
+
+    def __enter__(self) -> JobsProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bars where there are any."""
+        if self._bar is None:
+            print_line(line)
+        else:
+            self._bar.console.print(printable(line), markup=False, highlight=False)
+
+    def update(self, job: str, done: int, total: int, text: str) -> None:
+        if self._bar is not None:
+            if job not in self._tasks:
+                self._tasks[job] = self._bar.add_task(job, total=total, text="")
+            self._bar.update(self._tasks[job], completed=done, total=total, text=printable(text))
+            return
+        now = time.monotonic()
+        if now - self._lines.setdefault(job, now - PLAIN_SECONDS / 2) >= PLAIN_SECONDS:
+            self._lines[job] = now
+            self.say(f"{job}  {done}/{total}  {text}")
+
+    def end(self, job: str) -> None:
+        self._lines.pop(job, None)
+        if job in self._tasks:
+            self._bar.remove_task(self._tasks.pop(job))
+
+
+_listener: Callable[[int, int, str], None] | None = None
+_listener_heard = 0.0
+
+
+def report_progress_to(listener: Callable[[int, int, str], None]) -> None:
+    """Call `listener(done, total, text)` about once a second from now on: for the parent of this process."""
+    global _listener
+    _listener = listener
+
+
+def report_progress(done: int, total: int, text: str) -> None:
+    """Tell the parent of a worker process how far its job is; nothing elsewhere."""
+    global _listener_heard
+    if _listener is None:
+        return
+    now = time.monotonic()
+    if now - _listener_heard >= REPORT_SECONDS:
+        _listener_heard = now
+        _listener(done, total, text)
 
 
 def format_value(name: str, value: float) -> str:

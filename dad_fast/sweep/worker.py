@@ -1,12 +1,13 @@
-"""One process of a sweep: takes jobs as JSON lines on stdin, does one after the other, and answers each with a JSON line on stdout.
+"""One worker process of a sweep: takes jobs as JSON lines on stdin and answers each with a JSON line on stdout.
 
-    {"do": "check", "runs": {cell: TOML}, "stores": [store]}    what a user got wrong shows here, before anything is trained
-    {"do": "measure", "runs": {cell: TOML}, "stored": {cell: [kind]}, "stores": {folder: store}}    seconds, for the plan's cost
-    {"do": "store", "config": TOML, "launch": {...}}    fill a store that runs will learn from
-    {"do": "run", "config": TOML, "cell", "folder", "preset", "taught"}    train and judge a cell with a seed, or what is left of that
+    {"do": "check", "runs": [run], "stores": [store], "launch"}    raise what a user got wrong, before anything is trained
+    {"do": "measure", "runs": {variant: TOML}, "stored": {variant: [kind]}, "stores": [store]}    seconds, for the dry run
+    {"do": "store", "folder", "kind", "config": TOML, "launch"}    fill a store that runs will learn from
+    {"do": "run", "variant", "config": TOML, "folder", "launch", "teacher_results", "side_by_side"}    train and evaluate a run
 
-An answer has "error" and "exit_code" where the job failed. Data, teacher and discretizer stay loaded from job to job while they are the
-same. When stdin ends, the sweep's own process is gone: a run that is under way is saved, and the worker ends.
+Lines {"progress": [done, total, text]} come before the answer. An answer has "error" and "exit_code" where the job failed.
+Data, teacher and discretizer stay loaded from job to job while they are the same. When stdin ends, the parent is gone: a
+run that is under way is saved, and the worker ends.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from dad_fast.commands import precompute, train
-from dad_fast.commands.ablate_measure import measure
-from dad_fast.commands.ablate_pool import shared_parts
+from dad_fast.commands.precompute import make_filler
 from dad_fast.config import Config, Launch, from_toml
 from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.stores import SharedStore
 from dad_fast.engine.build import Builder
+from dad_fast.engine.run import check_run, fill_store, train_run
 from dad_fast.engine.signals import ends_at_once, stop_requests
-from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DadFastError, Interrupted, Preempted
-from dad_fast.evaluate.runner import open_suites
+from dad_fast.observe.progress import report_progress_to
 from dad_fast.observe.runlog import print_line
+from dad_fast.sweep.measure import measure
+from dad_fast.sweep.pool import shared_parts
+from dad_fast.sweep.runs import Run
 
 BROKEN = 70  # exit code after a failure that may have broken more than its job, such as one of CUDA: the next job gets a new process
 
@@ -43,46 +46,54 @@ class Worker:
     def do(self, job: dict[str, Any]) -> dict[str, Any]:
         return dict(getattr(self, job.pop("do"))(**job) or {})
 
-    def check(self, runs: dict[str, str], stores: list[dict[str, Any]]) -> None:
-        for cell, text in runs.items():
-            cfg = from_toml(text)
+    def check(self, runs: list[dict[str, Any]], stores: list[dict[str, Any]], launch: dict[str, Any]) -> None:
+        for run in runs:
+            cfg = from_toml(run["config"])
             try:
                 builder, _ = self._parts_of(cfg)
-                parts = builder.build(cfg)
-                open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval)
-                Trainer(cfg, parts, Path("nothing is written"), "")
+                check_run(cfg, Path(run["folder"]), Launch(output="", **launch), builder, run["unfilled"])
             except DadFastError as error:
-                raise type(error)(f"{cell}: {error}") from None
-        for store in stores:
-            precompute.make_filler(from_toml(store["config"]), StoreLaunch(**store["launch"]))
+                raise type(error)(f"{run['variant']}: {error}") from None
+        for store in map(_store, stores):
+            make_filler(store.config, store.launch)
 
-    def measure(self, runs: dict[str, str], stored: dict[str, list[str]], stores: dict[str, Any]) -> dict[str, Any]:
-        forms = {cell: (from_toml(text), stored.get(cell, [])) for cell, text in runs.items()}
-        fills = {folder: (from_toml(store["config"]), StoreLaunch(**store["launch"])) for folder, store in stores.items()}
-        return measure(forms, fills, lambda cfg: self._parts_of(cfg)[0])
+    def measure(self, runs: dict[str, str], stored: dict[str, list[str]], stores: list[dict[str, Any]]) -> dict[str, Any]:
+        forms = {variant: (from_toml(text), stored.get(variant, [])) for variant, text in runs.items()}
+        return measure(forms, list(map(_store, stores)), lambda cfg: self._parts_of(cfg)[0])
 
-    def store(self, config: str, launch: dict[str, Any]) -> None:
-        precompute.run(from_toml(config), StoreLaunch(**launch), [])
+    def store(self, **store: Any) -> None:
+        fill_store(_store(store))
 
-    def run(self, cell: str, config: str, folder: str, preset: str, taught: dict[str, Any]) -> None:
+    def run(
+        self, variant: str, config: str, folder: str, launch: dict[str, Any], teacher_results: dict[str, Any], side_by_side: int
+    ) -> None:
         cfg = from_toml(config)
         builder, known = self._parts_of(cfg)
-        known.update(taught)
-        suites = open_suites(cfg.eval.suites, cfg.data, builder.build(cfg).train.classes, cfg.eval)
-        launch = Launch(output=folder, resume="auto", preset=preset)
-        train.one_run(cell, cfg, Path(folder), f"{cell} seed {cfg.seed}", launch, builder, suites, known)
+        known.update(teacher_results)
+        run = Run(variant, cfg.seed, cfg, Path(folder))
+        train_run(run, run.name, Launch(output=folder, **launch), builder, known, side_by_side)
 
     def _parts_of(self, cfg: Config) -> tuple[Builder, dict[str, Any]]:
-        """The parts that runs share, and what is known of the teacher's accuracy; let go where the next run needs others."""
+        """The parts that runs share, and the teacher's results; dropped where the next run needs others."""
         key = repr((shared_parts(cfg), cfg.device))
         if self._shared[0] != key:
             self._shared = (key, Builder(), {})
         return self._shared[1:]
 
 
+def _store(message: dict[str, Any]) -> SharedStore:
+    launch = StoreLaunch(**message["launch"])
+    return SharedStore(message["folder"], message["kind"], from_toml(message["config"]), launch)
+
+
 def main() -> int:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else is printed belongs to the log
+
+    def report(done: int, total: int, text: str) -> None:
+        answers.write(json.dumps({"progress": [done, total, text]}) + "\n")
+
+    report_progress_to(report)
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
     busy = threading.Event()
     threading.Thread(target=_listen, args=(jobs, busy), daemon=True).start()

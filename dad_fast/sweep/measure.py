@@ -1,4 +1,4 @@
-"""Seconds that the parts of a sweep take on this machine, from a few steps of each form: what `dad-fast ablate --dry-run` reckons with."""
+"""Seconds that the parts of a sweep take on this machine, from a few steps of each form: the input of cost.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch
 
 from dad_fast.commands.precompute import make_filler
 from dad_fast.config import Config
-from dad_fast.config.fields import with_values
-from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.stores import SharedStore, online
 from dad_fast.data.loader import Batch, train_loader
 from dad_fast.engine.build import Builder, Parts
 from dad_fast.engine.feed import feed
@@ -30,32 +29,32 @@ TIMED = 5  # steps, after those that warm up
 
 def measure(
     forms: Mapping[str, tuple[Config, Sequence[str]]],
-    fills: Mapping[str, tuple[Config, StoreLaunch]],
+    stores: Sequence[SharedStore],
     builder_of: Callable[[Config], Builder],
 ) -> dict[str, Any]:
-    """Seconds: "steps" by form (a step's "seconds", "steps_per_epoch", "preparing" before the first), "judging" ("val", "suites",
-    "teacher"), "fills" by folder ("seconds", and its "bytes").
+    """Return seconds: "steps" by form (a step's "seconds", "steps_per_epoch", "preparing" before the first), "evaluation" ("val",
+    "suites", "teacher"), "fills" by folder ("seconds", and its "bytes").
 
-    forms: a run of each form of step, and the kinds of store it is to learn from; these are imitated, for they are not there yet.
-    fills: a store of each form. Judging is that of the first form's student, and of a teacher, in seconds.
+    forms: a run of each form of step, and the kinds of store it will learn from. Stores do not exist yet and are imitated.
+    stores: one of each form. Evaluation is that of the first form's student, and of a teacher.
     """
-    found: dict[str, Any] = {"steps": {}, "fills": {}, "judging": {}, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"steps": {}, "fills": {}, "evaluation": {}, "threads": torch.get_num_threads()}
     for name, (cfg, stored) in forms.items():
-        plain = with_values(cfg, {"store.dirs": (), "store.mix_outputs": False, "loss.form": "paper"})
+        plain = online(cfg)
         parts = builder_of(plain).build(plain)
         trainer = Trainer(plain, parts, Path("nothing is written"), "")
-        if not found["judging"]:
-            found["judging"] = _judging(trainer, plain, parts)
+        if not found["evaluation"]:
+            found["evaluation"] = _evaluation(trainer, plain, parts)
         found["steps"][name] = {
             "seconds": _step_seconds(trainer, parts, stored), "steps_per_epoch": trainer.steps_per_epoch,
             "preparing": _preparing(trainer, parts),
         }  # fmt: skip
-    for folder, (cfg, launch) in fills.items():
-        filler = make_filler(cfg, launch)
+    for store in stores:
+        filler = make_filler(store.config, store.launch)
         manifest = filler.manifest
         blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
         size = sum(manifest.bytes_per_sample.values()) * manifest.num_samples * manifest.num_views
-        found["fills"][folder] = {"seconds": estimate(filler, TIMED) * blocks, "bytes": size}
+        found["fills"][store.folder] = {"seconds": estimate(filler, TIMED) * blocks, "bytes": size}
     return found
 
 
@@ -110,8 +109,8 @@ def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str])
         yield replace(batch, **found)
 
 
-def _judging(trainer: Trainer, cfg: Config, parts: Parts) -> dict[str, float]:
-    """Seconds to judge on the validation split and on all suites, from one batch of each."""
+def _evaluation(trainer: Trainer, cfg: Config, parts: Parts) -> dict[str, float]:
+    """Seconds to evaluate on the validation split and on all suites, from one batch of each."""
     suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval) or [Suite(cfg.data.val_split, parts.val)]
     trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
     return {

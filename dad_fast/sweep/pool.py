@@ -1,4 +1,4 @@
-"""The worker processes of a sweep: one job each at a time, taken from one queue. Imports no torch and so holds no GPU itself."""
+"""The worker processes of a sweep: one job each at a time, from one queue. Imports no torch, so it holds no GPU memory."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ from dad_fast.config import Config
 from dad_fast.engine.signals import StopRequest
 from dad_fast.files import no_link
 
-WORKER = "dad_fast.commands.ablate_worker"
+WORKER = "dad_fast.sweep.worker"
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout or of site-packages: where workers find this package
 
 
 def shared_parts(cfg: Config) -> str:
-    """Equal for runs that share what a worker has loaded, and no more than fits into memory at once: features of views are large."""
+    """Equal for runs that share what a worker has loaded. Features of views are large, so only equal ones are shared."""
     views = (cfg.augment, cfg.seed) if cfg.method == "lp-clip" else ()
     return repr((cfg.data, cfg.teacher, cfg.discretizer, cfg.precision, cfg.engine, cfg.eval, *views))
 
 
+Done = Callable[["Job", dict[str, Any], float], None]
+Progress = Callable[[str, int, int, str], None]
+
+
 @dataclass(frozen=True)
 class Job:
-    name: str  # how the user is told of it
+    name: str
     message: Callable[[str], dict[str, Any]]  # device -> what the worker gets
     group: str = ""  # jobs of a group share what a worker has loaded
-    after: tuple[str, ...] = ()  # names of jobs that it needs
+    after: tuple[str, ...] = ()  # names of jobs that must be done before
 
 
 @dataclass
@@ -49,11 +53,14 @@ class _Worker:
 
 
 class Pool:
-    """Used as a context: workers end with it. While a run is under way they save it first, unless a second Ctrl-C came."""
+    """A context manager that ends its workers. A run under way is saved first, unless a second Ctrl-C came."""
 
     def __init__(self, devices: Sequence[str], logs: Path | None, lock: int | None = None, threads_for: int = 0) -> None:
-        """devices: one entry per process. logs: folder of the workers' logs; None = they are not kept. lock: a file descriptor that
-        workers hold open with their parent. threads_for: how many processes share the cores; 0 = as many as there are devices."""
+        """devices: one entry per process. logs: folder of the workers' logs; None = they are not kept.
+
+        lock: a file descriptor that workers hold open with their parent.
+        threads_for: how many processes share the cores; 0 = as many as there are devices.
+        """
         self.workers = [_Worker(number, device) for number, device in enumerate(devices)]
         self.logs, self.lock, self.shares = logs, lock, threads_for or len(devices)
         self._events: queue.Queue[tuple[_Worker, subprocess.Popen[str], dict[str, Any] | None]] = queue.Queue()
@@ -75,12 +82,14 @@ class Pool:
             assert worker.process is not None
             worker.process.wait()
 
-    def run(self, jobs: Sequence[Job], done: Callable[[Job, dict[str, Any], float], None], stop: StopRequest) -> None:
-        """Do all jobs, in their order as far as workers and what a job needs allow; `done(job, answer, seconds)` after each.
+    def run(self, jobs: Sequence[Job], done: Done, stop: StopRequest, progress: Progress = lambda *_: None) -> None:
+        """Do all jobs, in their order where workers and dependencies allow; `done(job, answer, seconds)` after each.
 
-        An answer with "error" is a failure, also of the jobs that need this one. When a stop is asked for, workers save and end, and this
-        returns without the jobs that are left.
+        An answer with "error" is a failure, also of the jobs that need this one. When a stop is requested,
+        workers save and end, and this returns without the jobs that are left.
+        progress: gets the job's name, the work done, the work in all, and a text, about once a second.
         """
+        self._progress = progress
         pending, failed, finished = list(jobs), set[str](), set[str]()
 
         def end(job: Job, answer: dict[str, Any], seconds: float) -> None:
@@ -146,6 +155,9 @@ class Pool:
         job = worker.job
         if job is None or process is not worker.process:
             return  # a worker that ended after its answer
+        if answer is not None and "progress" in answer:
+            self._progress(job.name, *answer["progress"])
+            return
         if answer is None:
             how = f"signal {signal.Signals(-process.returncode).name}" if process.returncode < 0 else f"exit code {process.returncode}"
             log = f"; see {self.logs / f'worker-{worker.number}.log'}" if self.logs is not None else ""

@@ -1,0 +1,171 @@
+"""One run from its settings to its report: check, train what is left, evaluate, write the folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dad_fast.config import Config, Launch, to_toml
+from dad_fast.config.stores import SharedStore, is_filled, online, seconds_file, store_seconds
+from dad_fast.engine import distributed
+from dad_fast.engine.build import Builder, Parts
+from dad_fast.engine.finish import finish
+from dad_fast.engine.trainer import Trainer
+from dad_fast.errors import UsageError
+from dad_fast.evaluate.runner import Suite, open_suites
+from dad_fast.evaluate.table import print_table, read_record
+from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.kernels.csrc import csrc_status
+from dad_fast.models.discretizer import VQGANDiscretizer
+from dad_fast.observe.report import write_report
+from dad_fast.observe.runlog import environment, print_line
+from dad_fast.sweep.runs import Run, Sweep, check_output, clear
+from dad_fast.sweep.tables import write_tables
+
+
+def run_here(sweep: Sweep, launch: Launch) -> int:
+    """Do the runs one after the other in this process, with the other ranks where there are any.
+
+    Returns the exit code. All ranks go through this together; the first one writes.
+    """
+    output, main, several = sweep.output, distributed.is_main(), len(sweep.runs) > 1
+    distributed.on_main(lambda: check_output(sweep, launch))
+    if sweep.stores and distributed.world() > 1:
+        make = "make them first with dad-fast precompute and give them with --store"
+        raise UsageError(f"--stores: {distributed.world()} processes cannot fill stores here; {make}")
+    builder = Builder()
+    # One run a variant is enough, unless checkpoints are to be continued.
+    checked = {run.variant if not launch.resume else run.folder: run for run in sweep.runs}
+    unfilled = sweep.unfilled()
+    for run in checked.values():
+        check_run(run.cfg, run.folder, launch, builder, not unfilled.isdisjoint(run.cfg.store.dirs))
+    if main:
+        if launch.overwrite:
+            clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+        if several:
+            atomic_write_text(output / "config.toml", to_toml(sweep.config))
+    distributed.barrier()
+    for store in sweep.stores:
+        fill_store(store)
+    teacher_results: dict[str, dict[str, Any]] = {}
+    for number, run in enumerate(sweep.runs, start=1):
+        label = f"[{number}/{len(sweep.runs)}] {run.name}" if several else run.variant
+        train_run(run, label, launch, builder, teacher_results)
+    if main and several:
+        write_tables(sweep, failed={})
+        write_report(output)
+    elif main:
+        print_table(read_record(output / "results.json"))
+        print_line(
+            f"{output}: model.safetensors, results.json, report.html, sheet.png and logs; "
+            f"run `dad-fast eval {output}` to evaluate on more test sets"
+        )
+    distributed.barrier()
+    return 0
+
+
+def check_run(cfg: Config, folder: Path, launch: Launch, builder: Builder, unfilled: bool) -> None:
+    """Raise what a user got wrong in a run, before a file is written or removed.
+
+    unfilled: its stores are yet to be made; the run is then checked as if it had none, and its
+    checkpoints, if any, are compared when it begins.
+    """
+    _check_batch_sizes(cfg, launch)
+    if unfilled:
+        cfg, launch = online(cfg), replace(launch, resume="")
+    parts = builder.build(cfg)
+    open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval)
+    Trainer(cfg, parts, folder, "", launch.resume, launch.allow_config_change)
+
+
+def train_run(
+    run: Run, label: str, launch: Launch, builder: Builder, teacher_results: dict[str, Any], side_by_side: int = 1
+) -> dict[str, Any]:
+    """Train and evaluate a run, or what is left of it; returns its record.
+
+    teacher_results: results of teachers by name, filled here, so that each is evaluated once.
+    side_by_side: how many runs share this machine, for the record.
+    """
+    cfg, folder = run.cfg, run.folder
+    parts = builder.build(cfg)
+    suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval)
+    trainer = Trainer(cfg, parts, folder, label, launch.resume, launch.allow_config_change)
+    if launch.resume and trainer.next_step >= trainer.total_steps:
+        record: dict[str, Any] | None = distributed.on_main(lambda: _finished(folder / "results.json", suites))
+        if record:
+            if distributed.is_main():
+                print_line(f"{label}: finished already ({folder})")
+            return record
+    if distributed.is_main():
+        atomic_write_text(folder / "config.toml", to_toml(trainer.cfg))
+        kernels = {"csrc": csrc_status()}
+        if isinstance(parts.discretizer, VQGANDiscretizer):
+            kernels["codebook_search"] = parts.discretizer.vqgan.search().backend
+        resolved = {"kernels": kernels, "loader": trainer.loader.name, "processes": distributed.world(), "side_by_side": side_by_side}
+        facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
+        atomic_write_json(folder / "run.json", environment() | facts)
+    trainer.start()
+    summary = trainer.train()
+    summary["store_seconds"] = sum(map(store_seconds, cfg.store.dirs))
+    return finish(trainer, run.variant, suites, summary, teacher_results)
+
+
+def fill_store(store: SharedStore) -> None:
+    """Fill a store, or what is left of it, and count the seconds in the file beside it."""
+    from dad_fast.commands import precompute
+
+    if is_filled(store.folder):
+        return
+    before, start = store_seconds(store.folder), time.monotonic()
+    try:
+        precompute.run(store.config, store.launch, [])
+    finally:
+        if Path(store.folder).is_dir():
+            seconds = round(before + time.monotonic() - start, 2)
+            atomic_write_json(seconds_file(store.folder), {"seconds": seconds})
+
+
+def _check_batch_sizes(cfg: Config, launch: Launch) -> None:
+    """Two sizes on one command line must agree."""
+    sizes, parts = cfg.data, cfg.engine.grad_accum_steps
+    product = sizes.batch_size * distributed.world() * parts
+    if launch.both_batch_sizes and sizes.global_batch_size != product:
+        factors = f"{distributed.world()} processes x --grad-accum-steps {parts}"
+        raise UsageError(
+            f"--global-batch-size {sizes.global_batch_size}: --batch-size {sizes.batch_size} x {factors} = {product}; "
+            "leave one of the sizes out"
+        )
+
+
+def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
+    """Return the record of a run that was evaluated on these suites; None where it is to be evaluated again."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        if suites and set(record["suites"]) != {suite.name for suite in suites}:
+            return None
+        if not (path.parent / "report.html").exists():  # killed between the two
+            write_report(path.parent)
+        return record
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _weights(parts: Parts) -> dict[str, Any]:
+    """Frozen models and stores of a run, for run.json."""
+    frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
+    found: dict[str, Any] = {
+        name: {"name": part.name, "sha256": part.weights_sha256, "seen": part.provenance}
+        for name, part in frozen.items()
+        if part is not None
+    }
+    stores = parts.stored.stores
+    if stores:
+        found["stores"] = [
+            {"folder": str(s.folder), "kind": s.kind, "views": s.num_views, "sha256": s.checksum} for s in stores
+        ]
+        found["teacher_loaded"] = parts.teacher is not None
+    return found

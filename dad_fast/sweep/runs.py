@@ -1,0 +1,133 @@
+"""The runs of a sweep, their folders, and what may stand in the output folder already. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dad_fast.config import Config, expand, from_toml
+from dad_fast.config.ablation import Plan, identity
+from dad_fast.config.launch import Launch
+from dad_fast.config.stores import SharedStore, is_filled, with_stores
+from dad_fast.config.variants import with_batch_sizes
+from dad_fast.errors import UsageError
+
+# What a run or a sweep writes; `--overwrite` removes these and nothing else.
+WRITTEN = (
+    *("config.toml", "run.json", "metrics.jsonl", "train.log", "train.log.1", "train-rank*.log*", "checkpoints"),
+    *("model.safetensors", "results.json", "sheet.png", "sheet.safetensors", "table.md", "plot.svg", "report.html"),
+    *("stores/adversarial-*", "stores/targets-*", "logs/worker-*.log"),
+)
+UNCOUNTED = {".lock", "logs"}  # in the output folder before a sweep has begun
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed, and its folder."""
+
+    variant: str
+    seed: int
+    cfg: Config
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant} seed {self.seed}"
+
+    def record(self) -> dict[str, Any] | None:
+        """Return results.json of a run that was finished and evaluated with these settings, else None."""
+        results, config = self.folder / "results.json", self.folder / "config.toml"
+        try:
+            record: dict[str, Any] = json.loads(results.read_text())
+            made = from_toml(config.read_text(encoding="utf-8"), str(config))
+            # A run writes config.toml before it begins.
+            later = results.stat().st_mtime_ns >= config.stat().st_mtime_ns
+        except (OSError, ValueError, RecursionError, UsageError):
+            return None
+        settings = [identity(with_batch_sizes(cfg, 1)) for cfg in (made, self.cfg)]
+        same = settings[0] == settings[1] and made.seed == self.seed and made.eval.suites == self.cfg.eval.suites
+        whole = isinstance(record, dict) and {"seed", "seconds", "epochs", "suites"} <= set(record)
+        return record if whole and later and same else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs, and the stores that some of them learn from.
+
+    config: the settings with every variant, as config.toml of the output folder holds them.
+    ablation: base and axes, where `dad-fast ablate` made the variants.
+    """
+
+    config: Config
+    output: Path
+    runs: tuple[Run, ...]
+    stores: tuple[SharedStore, ...]
+    ablation: Plan | None = None
+
+    def unfilled(self) -> set[str]:
+        """Folders of the stores that are yet to be filled."""
+        return {store.folder for store in self.stores if not is_filled(store.folder)}
+
+
+def make_sweep(cfg: Config, output: Path, ablation: Plan | None = None) -> Sweep:
+    """One run: `output` itself; several: output/VARIANT/seed-S for each."""
+    expanded = expand(cfg)
+    runs: list[Run] = []
+    stores: dict[str, SharedStore] = {}
+    for variant, seed, one in expanded:
+        folder = output / variant / f"seed-{seed}" if len(expanded) > 1 else output
+        resolved, needed = with_stores(one, output / "stores", first_seed=cfg.seed)
+        stores |= {store.folder: store for store in needed}
+        runs.append(Run(variant, seed, resolved, folder))
+    return Sweep(cfg, output, tuple(runs), tuple(stores.values()), ablation)
+
+
+def check_output(sweep: Sweep, launch: Launch) -> None:
+    """Raise UsageError where the output folder holds something that the user did not say how to treat."""
+    output, several = sweep.output, len(sweep.runs) > 1
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; name a folder")
+    if launch.resume not in ("", "auto") and several:
+        raise UsageError("--resume PATH continues one run; use --resume auto for several")
+    names = sorted({path.name for path in output.iterdir()} - UNCOUNTED) if output.is_dir() else []
+    if not names:
+        return
+    if launch.overwrite:
+        if not _is_run(output) and not _runs_inside(output):
+            raise UsageError(f"--overwrite: {output} is not empty and holds no run; name another folder")
+        return
+    if sweep.ablation and not (output / "config.toml").exists():
+        raise UsageError(f"--output {output} is not empty and holds no sweep ({names[0]}); name another folder")
+    if not launch.resume:
+        replace = "" if sweep.ablation else "replace it with --overwrite, "
+        raise UsageError(f"--output {output} exists; continue with --resume auto, {replace}or name another folder")
+    if several and _is_run(output):
+        what = f"{output} holds one run, and these are {len(sweep.runs)} in folders of their own"
+        raise UsageError(f"--resume: {what}; name another --output")
+    if not several and _runs_inside(output):
+        what = f"{output} holds several runs, and this is one"
+        raise UsageError(f"--resume: {what}; name another --output, or give --seeds as before")
+
+
+def clear(output: Path) -> None:
+    """Remove what runs have written, and nothing else that may be in the folder."""
+    for folder in [*_runs_inside(output), output]:
+        for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for empty in (folder, folder.parent) if folder != output else ():
+            if not any(empty.iterdir()):
+                empty.rmdir()
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").exists()
+
+
+def _runs_inside(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob("*/seed-*/run.json")]

@@ -1,0 +1,60 @@
+"""results.json, table.md and plot.svg of a sweep, from the records of its runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dad_fast.config import to_toml
+from dad_fast.config.stores import store_seconds
+from dad_fast.evaluate.ablation import ablation_markdown, print_ablation, summary
+from dad_fast.evaluate.table import markdown, print_table, read_record
+from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.observe.forest import forest_plot
+from dad_fast.sweep.runs import Sweep
+
+# Facts of the first run's run.json that the table names.
+ENVIRONMENT = (
+    *("python", "platform", "cpu", "cpus", "packages", "git", "threads", "cuda", "cudnn", "gpus", "driver"),
+    "side_by_side",
+)
+
+
+def write_tables(sweep: Sweep, failed: Mapping[str, str]) -> None:
+    """Write what is there so far. failed: run or store -> why."""
+    runs = [{**record, "variant": run.variant} for run in sweep.runs if (record := run.record())]
+    if not runs:
+        return
+    first = next(run for run in sweep.runs if run.record())
+    facts = json.loads((first.folder / "run.json").read_text())
+    whole: dict[str, Any] = {
+        "config": to_toml(sweep.config),
+        "environment": {name: facts[name] for name in ENVIRONMENT if name in facts},
+        "runs": runs,
+        "stores": [
+            {"kind": store.kind, "views": store.launch.views, "seconds": store_seconds(store.folder)}
+            for store in sweep.stores
+        ],
+        "failed": dict(failed),
+    }
+    plan, output = sweep.ablation, sweep.output
+    if plan:
+        kinds = list(dict.fromkeys(store.kind for store in sweep.stores))
+        whole["ablation"] = {"base": plan.base, "axes": plan.axes, "stores": kinds, "failed": dict(failed)}
+        whole["ablation"]["cells"] = summary(whole, plan.base)
+        table = ablation_markdown(whole)
+        atomic_write_text(output / "plot.svg", forest_plot(whole))
+    else:
+        table = markdown(whole) + "\n\n" + markdown(whole, "ece") + "\n"
+    atomic_write_json(output / "results.json", whole)
+    atomic_write_text(output / "table.md", table)
+
+
+def print_tables(sweep: Sweep) -> None:
+    """Print the table of a sweep's results.json."""
+    record = read_record(sweep.output / "results.json")
+    if sweep.ablation:
+        print_ablation(record)
+    else:
+        print_table(record)
