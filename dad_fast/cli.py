@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from dad_fast.config.fields import nearest
+from dad_fast.cores import wait_passively
 from dad_fast.engine.signals import ends_at_once
 from dad_fast.errors import DadFastError, UsageError, print_error
 from dad_fast.files import is_full
@@ -48,6 +49,7 @@ Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code. Errors that a user can mend are one line on stderr."""
     _keep_children_out_of_the_current_folder()
+    wait_passively()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:

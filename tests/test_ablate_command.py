@@ -23,7 +23,7 @@ def arguments(parts, out, *more):
     given = [
         "ablate", "--data-dir", str(parts / "data"), *tiny.STUDENT, "--teacher", str(parts / "teacher.safetensors"),
         "--discretizer", "jpeg:60", "-o", str(out), "--batch-size", "8", "--workers", "0", "--max-steps", "2", "--epochs", "2",
-        "--devices", "cpu", "--warmup-epochs", "0", "--seeds", "2",
+        "--devices", "cpu", "--jobs", "1", "--warmup-epochs", "0", "--seeds", "2",
     ]  # fmt: skip
     return [*given, *map(str, more)]
 
@@ -87,13 +87,13 @@ def test_a_cell_is_the_run_that_train_makes_of_it(parts, tmp_path):
 @pytest.mark.slow
 def test_cells_share_stores(parts, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(arguments(parts, out, "--axes", "components", "filter", "--stores", "adversarial", "targets")) == 0
+    assert main(arguments(parts, out, "--axes", "components", "filter", "--stores", "adversarial", "targets:2")) == 0
     assert sorted(path.name.partition("-")[0] for path in (out / "stores").iterdir()) == ["adversarial", "targets"]
     facts = json.loads((out / "filter=off/seed-1/run.json").read_text())
     assert [store["kind"] for store in facts["stores"]] == ["adversarial", "targets"] and not facts["teacher_loaded"]
     assert "learn from stores (adversarial images, un-augmented and" in (out / "table.md").read_text()
     assert main(arguments(parts, out, "--axes", "components", "filter", "--resume", "auto")) == 2
-    assert "store.dirs" in capsys.readouterr().err
+    assert "store.make" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -174,14 +174,14 @@ def test_a_worker_that_dies_fails_its_cell_alone(parts, tmp_path):
 
 @pytest.mark.slow
 def test_one_sweep_at_a_time(parts, tmp_path, monkeypatch, capsys):
-    from dad_fast.commands import ablate
+    from dad_fast.sweep import sweep as sweeps
 
     out = tmp_path / "out"
     sweep = start(parts, out)
     wait_for(lambda: training(out))
-    monkeypatch.setattr(ablate, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(sweeps, "LOCK_SECONDS", 0.1)
     assert main(arguments(parts, out, *LONG, "--resume", "auto")) == 2
-    assert "another dad-fast ablate works in it" in capsys.readouterr().err
+    assert "another sweep runs in it" in capsys.readouterr().err
     sweep.terminate()
     sweep.communicate(timeout=120)
 

@@ -1,12 +1,15 @@
 """Which cells a sweep has: names, what is the same run, stores that cells share, and mistakes in one line."""
 
+from pathlib import Path
+
 import pytest
 
 from dad_fast.config import expand, from_toml, to_toml
 from dad_fast.config.ablation import _TERMS, AXES, identity, make_plan, papers_axis
-from dad_fast.config.ablation_stores import with_stores
-from dad_fast.config.resolve import gather
+from dad_fast.config.fields import with_values
+from dad_fast.config.resolve import check, gather
 from dad_fast.errors import UsageError
+from dad_fast.sweep.runs import make_sweep
 
 
 def plan_of(axes, values=None, vary=(), preset="demo", **flags):
@@ -46,10 +49,10 @@ def test_the_weights_are_a_grid_around_the_base():
 
 
 def test_the_same_run_is_one_cell_whatever_it_is_called():
-    """The demo's own variants hold kd and dad too; a longer kd is another run."""
+    """The demo's own variants hold kd and dad too; a kd from stores is another run."""
     plan = plan_of(["components", "variants"])
-    assert plan.axes["variants"] == ["dad", "ce", "kd", "kd-long"]
-    assert len(plan.config.variants) == 5
+    assert plan.axes["variants"] == ["dad", "ce", "kd", "kd-stored", "dad-stored"]
+    assert len(plan.config.variants) == 6
     # what kd does not use makes no difference
     plan = plan_of(["components"], vary=["loss.filter=true,false"], method="aug-only")
     assert plan.axes["loss.filter"] == ["aug-only", "filter=false"]
@@ -94,18 +97,31 @@ def test_a_seed_is_no_part_of_what_a_run_computes_but_its_start_is():
     assert identity(cfg) == identity(other) != identity(longer)
 
 
+def sweep_of(plan, stores):
+    config = with_values(plan.config, {"store.make": stores})
+    check(config)
+    return make_sweep(config, Path("out"), plan)
+
+
 def test_stores_are_shared_by_the_cells_that_need_the_same():
-    plan = with_stores(plan_of(["components", "filter", "weights", "budget"]), ["adversarial"], "out/stores", 0, "raw")
-    dirs = {name: cell.get("store.dirs", ()) for name, cell in plan.config.variants.items()}
+    sweep = sweep_of(plan_of(["components", "filter", "weights", "budget"]), ("adversarial",))
+    dirs = {run.variant: run.cfg.store.dirs for run in sweep.runs}
     assert dirs["ce"] == dirs["kd"] == ()
     shared = {dirs[name] for name in dirs if not name.startswith(("ce", "eps", "kd")) or "_" in name}
     assert len(shared) == 1 and len({dirs[name] for name in dirs if name.startswith("eps")}) == 3
-    assert len(plan.stores) == 4
-    assert all(store.folder.startswith("out/stores/adversarial-") and store.launch.views == 1 for store in plan.stores)
-    both = with_stores(plan_of(["components"], schedule__epochs="7"), ["adversarial", "targets"], "s", 0, "raw")
-    forms = [(store.kind, store.launch.views, store.launch.images) for store in both.stores]
-    assert forms == [("adversarial", 1, "raw"), ("targets", 7, "none")]
-    assert len(both.config.variants["kd"]["store.dirs"]) == 1 and len(both.config.variants["dad"]["store.dirs"]) == 2
+    assert len(sweep.stores) == 4
+    assert all(store.folder.startswith("out/stores/adversarial-") and store.launch.views == 1 for store in sweep.stores)
+
+
+def test_each_kind_of_store_has_its_number_of_views():
+    plan = plan_of(["components"], schedule__epochs="7", seeds="2")
+    for stores, views in ((("adversarial", "targets"), (1, 7)), (("adversarial:4", "targets:16"), (4, 16))):
+        sweep = sweep_of(plan, stores)
+        forms = [(store.kind, store.launch.views, store.launch.images) for store in sweep.stores]
+        assert forms == [("adversarial", views[0], "raw"), ("targets", views[1], "none")]
+        assert {run.variant: len(run.cfg.store.dirs) for run in sweep.runs} == {"dad": 2, "ce": 0, "kd": 1, "aug-only": 1}
+        assert all(not run.cfg.store.make and run.cfg.seed == run.seed for run in sweep.runs)
+        assert all(store.config.seed == 0 and not store.config.store.dirs for store in sweep.stores)
 
 
 MISTAKES = {
@@ -122,9 +138,12 @@ MISTAKES = {
     "only the base's own value": (lambda: plan_of([], vary=["loss.temperature=4"]), "no cell of it differs"),
     "a store": (lambda: plan_of(["components"], store__dirs=["x"]), "use --stores"),
     "no variants": (lambda: plan_of(["variants"], preset="dad-vitb16"), "there are no \\[variants\\]"),
-    "a base that lacks data": (lambda: with_stores(plan_of(["filter"], preset="dad-vitb16"), [], "s", 0, "raw"), "^no data"),
+    "no number of views": (lambda: sweep_of(plan_of(["filter"]), ("adversarial:0",)), "--stores adversarial:0: views are"),
+    "stores that nobody learns from": (
+        lambda: sweep_of(plan_of(["lp-clip"], preset="lp-clip-demo"), ("targets",)), "--stores targets: --method lp-clip learns from no"
+    ),
     "a cell that does not fit": (
-        lambda: with_stores(plan_of([], {"discretizer": ["jpeg:101"]}), [], "s", 0, "raw"), "variant discretizer=jpeg-101: .* from 1 to 100"
+        lambda: sweep_of(plan_of([], {"discretizer": ["jpeg:101"]}), ()), "variant discretizer=jpeg-101: .* from 1 to 100"
     ),
 }  # fmt: skip
 
@@ -143,7 +162,6 @@ def test_linear_probes_have_axes_of_their_own():
     assert plan.axes["threshold"] == ["lp-clip", "threshold=0.9"] and plan.axes["strength"] == ["lp-clip", "m=2", "m=9", "m=15"]
     assert changes(plan, "m=15") == {"augment.aa": "rand-m15-n2-mstd0.5-inc1"}
     assert changes(plan, "no-strong") == {"augment.aa": "", "augment.reprob": 0.0}
-    with_stores(plan, ["adversarial"], "s", 0, "raw")  # which probes do not use
     assert papers_axis(plan.config) == "lp-clip" and papers_axis(gather("demo", None, [], {})) == "components"
     with pytest.raises(UsageError, match="axis threshold: no cell of it differs from the base, whose method is dad"):
         plan_of(["threshold"])

@@ -71,7 +71,7 @@ def test_resume_auto_alone_takes_the_runs_own_settings(started: list[Any], tmp_p
     (tmp_path / "config.toml").write_text(to_toml(resolve("demo", None, ["optim.lr=0.125"])))
     assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--max-steps", "9"]) == 0
     cfg, launch = started[0]
-    assert (cfg.optim.lr, cfg.max_steps, launch.resume) == (0.125, 9, "auto") and len(cfg.variants) == 4
+    assert (cfg.optim.lr, cfg.max_steps, launch.resume) == (0.125, 9, "auto") and len(cfg.variants) == 5
     assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--lr", "1"]) == 2  # says what to train, but not enough
 
 
@@ -165,8 +165,8 @@ def test_examples_run_as_pasted(started: list[Any], capsys: pytest.CaptureFixtur
 
 
 def test_as_a_module_and_through_a_pipe() -> None:
-    result = subprocess.run([sys.executable, "-m", "dad_fast", "train", "--bogus"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr == "dad-fast: error: unknown flag --bogus; dad-fast train --help-all lists every flag\n"
+    result = subprocess.run([sys.executable, "-m", "dad_fast", "train", "--zzz"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == "dad-fast: error: unknown flag --zzz; dad-fast train --help-all lists every flag\n"
     late = "import time; time.sleep(0.3); from dad_fast.cli import main; main(['train', '--help-all'])"
     closed = subprocess.run(f"{shlex.join([sys.executable, '-c', late])} | true", shell=True, capture_output=True, text=True)
     assert closed.stderr == ""

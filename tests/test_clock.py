@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
 import torch
 
+from dad_fast import cores
+from dad_fast.engine import clock as clock_module
 from dad_fast.engine.clock import Clock, Window, input_bound
 
 
@@ -59,13 +60,33 @@ def test_waiting_on_a_gpu_is_the_gap_between_steps():
     assert busy.waited < 0.2 * busy.seconds and starved.waited > 0.4
 
 
-def test_what_a_waiting_run_is_told():
-    cores = len(os.sched_getaffinity(0))
+def test_what_a_waiting_run_is_told(monkeypatch):
+    monkeypatch.setattr(clock_module, "usable_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    waits = Window(10, 2.0, 1.0)
     assert input_bound(Window(10, 2.0, 0.1), 100, 0, "torchvision", False) is None
     assert input_bound(Window(0, 0.0, 0.0), 100, 0, "torchvision", False) is None
-    told = input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision", False)
-    assert told == f"input-bound: 500 < 1,000 img/s, the rate of the steps alone; raise --workers (now 0; {cores} cores)"
-    assert "--loader dali" in (input_bound(Window(10, 2.0, 1.0), 100, cores, "torchvision", True) or "")
+    told = input_bound(waits, 100, 0, "torchvision", False)
+    assert told == "input-bound: 500 < 1,000 img/s, the rate of the steps alone; raise --workers (now 0; 4 cores)"
+    assert "raise --workers (now 3" in (input_bound(waits, 100, 3, "dali", True) or "")
+    assert "--loader dali" in (input_bound(waits, 100, 4, "torchvision", True) or "")
     for loader, cuda in (("dali", True), ("torchvision", False)):  # on a CPU DALI is no faster
-        told = input_bound(Window(10, 2.0, 1.0), 100, cores, loader, cuda)
+        told = input_bound(waits, 100, 4, loader, cuda)
         assert told is not None and "--loader dali" not in told
+
+
+def test_a_cpu_without_an_idle_core_gets_no_advice(monkeypatch):
+    """More loader processes would take the cores that the step computes on."""
+    monkeypatch.setattr(clock_module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision", False) is None
+    assert "raise --workers" in (input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision", True) or "")
+
+
+def test_runs_side_by_side_share_the_cores(monkeypatch):
+    monkeypatch.setattr(cores, "num_cores", lambda: 8)
+    monkeypatch.delenv(cores.SIDE_BY_SIDE, raising=False)
+    assert (cores.side_by_side(), cores.usable_cores()) == (1, 8)
+    for text, several, usable in (("3", 3, 2), ("16", 16, 1), ("0", 1, 8), ("many", 1, 8)):
+        monkeypatch.setenv(cores.SIDE_BY_SIDE, text)
+        assert (cores.side_by_side(), cores.usable_cores()) == (several, usable)

@@ -237,9 +237,10 @@ def test_preset_list() -> None:
 
 def test_demo_is_complete() -> None:
     names = {name: cfg for name, _, cfg in expand(resolve("demo"))}
-    assert list(names) == ["ce", "kd", "kd-long", "dad"]
-    assert [cfg.method for cfg in names.values()] == ["ce", "kd", "kd", "dad"]
-    assert names["kd-long"].schedule.epochs > names["kd"].schedule.epochs
+    assert list(names) == ["ce", "kd", "dad", "kd-stored", "dad-stored"]
+    assert [cfg.method for cfg in names.values()] == ["ce", "kd", "dad", "kd", "dad"]
+    assert names["kd-stored"].schedule.epochs > names["dad-stored"].schedule.epochs > names["dad"].schedule.epochs
+    assert names["kd-stored"].store.make == names["dad-stored"].store.make[1:]  # they share the teacher's outputs
 
 
 def test_presets_of_linear_probes_are_complete() -> None:
@@ -289,7 +290,10 @@ def test_later_layers_beat_variants_of_earlier_ones(tmp_path: Path) -> None:
 
 
 def test_a_later_method_picks_the_variants_of_that_method() -> None:
-    assert [name for name, _, _ in expand(resolve("demo", None, [], {"method": "kd"}))] == ["kd", "kd-long"]
+    assert [name for name, _, _ in expand(resolve("demo", None, [], {"method": "kd"}))] == ["kd"]
+    several = ["variants.a.method=kd", "variants.b.method=kd", "variants.c.method=ce"]
+    assert [name for name, _, _ in expand(resolve(None, None, several, {**FITS, "method": "kd"}))] == ["a", "b", "c"]  # one layer
+    assert [name for name, _, _ in expand(resolve("lp-clip-demo", None, [], {"method": "lp-clip"}))][0] != "dad"
     assert [name for name, _, _ in expand(resolve("demo", None, ["method=dad"]))] == ["dad"]
     assert [name for name, _, _ in expand(resolve("demo", None, ["method=aug-only"]))] == ["aug-only"]
     assert resolve("demo", None, ["variants={}"]).variants == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dad_fast.config.schema import Config
 from dad_fast.evaluate import table
 from dad_fast.files import atomic_write_json
+from dad_fast.observe.runlog import environment
 
 ROOT = Path(__file__).parents[1]
 TEACHER = {"name": "embedded:digits", "seen": "MNIST and optdigits", "suites": {}}
@@ -108,17 +107,25 @@ def test_markdown_says_what_a_reader_must_know(runs):
 
 
 def test_write_and_remake(tmp_path, runs, capsys):
-    table.write_comparison(tmp_path, Config(), runs)
+    record = {"config": "", "environment": environment(), "runs": runs}
+    atomic_write_json(tmp_path / "results.json", record)
+    table.print_table(table.read_record(tmp_path / "results.json"))
     shown = capsys.readouterr().out
     assert "98.3 ± 0.2" in shown and "Teacher embedded:digits has seen" in shown
-    record = json.loads((tmp_path / "results.json").read_text())
-    assert record["runs"] == runs and "method" in record["config"] and record["environment"]["python"]
     done = subprocess.run(
         [sys.executable, "-m", "dad_fast.evaluate.table", str(tmp_path / "results.json")], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "table.md").read_text().startswith(done.stdout.strip())
-    assert "Expected calibration error" in (tmp_path / "table.md").read_text()
+    assert done.stdout == table.markdown(record) + "\n"
+
+
+def test_the_seconds_of_stores_have_a_column(runs):
+    assert "stores s" not in table.markdown({"runs": runs})
+    stored = [run | {"store_seconds": 12.4 if run["variant"] == "dad" else 0.0} for run in runs]
+    header, rows, best = table.rows({"runs": stored}, "top1")
+    assert header[4] == "stores s" and {row[0]: row[4] for row in rows[1:]} == {"ce": "", "dad": "12"}
+    assert best == {(row, column + 1) for row, column in table.rows({"runs": runs}, "top1")[2]}
+    assert "Stores s: seconds of filling the stores" in table.markdown({"runs": stored})
 
 
 def test_single_run_and_bad_files(tmp_path, capsys):

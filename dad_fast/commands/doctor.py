@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from dad_fast.cores import num_cores
+
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 # Distributions whose module has another name.
 MODULES = {"open_clip_torch": "open_clip", "apache-tvm-ffi": "tvm_ffi", "pillow": "PIL", "nvidia-ml-py": "pynvml"}
@@ -73,7 +75,7 @@ def examine(numerics: bool = False) -> Iterator[Row]:
 
 def python() -> Iterator[Row]:
     version = platform.python_version()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_cores()
     detail = f"{version} on {platform.system()} {platform.machine()}, {cores} cores"
     old = sys.version_info < (3, 11)
     yield Row("python", "wrong" if old else "ok", detail, "install Python 3.11 or newer" if old else "", required=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dad_fast.commands.doctor import Row, render
+from dad_fast.cores import num_cores
 from dad_fast.data.index import Files, progress_bar
 from dad_fast.data.names import shown, some
 from dad_fast.data.sources import EMBEDDED, Source, open_source
@@ -145,10 +145,6 @@ def _rate(decode: Callable[[int], int], name: str) -> float:
     return done / (time.perf_counter() - start)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def pil_rate(source: Source) -> tuple[Row, float]:
     """One core is timed; processes share nothing but memory's bandwidth, so the cores' number multiplies it."""
     samples = _chosen(source)
@@ -158,7 +154,8 @@ def pil_rate(source: Source) -> tuple[Row, float]:
         return 1
 
     rate = _rate(decode, "PIL")
-    return Row("PIL", "ok", f"{rate:,.0f} img/s a core; {rate * _cores():,.0f} on {_cores()} cores if they are free"), rate * _cores()
+    cores = num_cores()
+    return Row("PIL", "ok", f"{rate:,.0f} img/s a core; {rate * cores:,.0f} on {cores} cores if they are free"), rate * cores
 
 
 def dali_rate(source: Source, device: str) -> tuple[Row, float]:
@@ -176,7 +173,7 @@ def dali_rate(source: Source, device: str) -> tuple[Row, float]:
     try:
         from dad_fast.data.dali_decode import decoder
 
-        decode = decoder(files, device, _cores())
+        decode = decoder(files, device, num_cores())
 
         def decode_all(call: int) -> int:
             decode()
@@ -186,7 +183,7 @@ def dali_rate(source: Source, device: str) -> tuple[Row, float]:
     except Exception as error:  # DALI raises RuntimeError and its own types, with pages of text
         return Row(name, "wrong", f"failed: {' '.join(str(error).split())[:200]}", "--loader torchvision decodes with PIL"), 0.0
     part = "" if len(files) == len(samples) else f", on the {len(files) / len(samples):.0%} that are plain JPEGs"
-    where = "on this GPU" if device == "mixed" else f"on {_cores()} cores, {rate / _cores():,.0f} a core"
+    where = "on this GPU" if device == "mixed" else f"on {num_cores()} cores, {rate / num_cores():,.0f} a core"
     return Row(name, "ok", f"{rate:,.0f} img/s {where}{part}"), rate
 
 

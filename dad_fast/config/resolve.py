@@ -2,8 +2,8 @@
 
 Later layers win: defaults < preset < file < --set < flags. That holds for variants too: a key given by a later layer beats
 the same key in the variants of earlier layers (`--preset demo --epochs 2` shortens every run), and a `method` given by a
-later layer keeps only those earlier variants that have this method (`--preset demo --method dad`). Within one layer a
-variant wins over the layer's own keys.
+later layer keeps only the earlier variant of that name, or else those that have this method (`--preset demo --method dad`).
+Within one layer a variant wins over the layer's own keys.
 """
 
 from __future__ import annotations
@@ -102,8 +102,10 @@ class Layers:
         self._layer.add(path)
         if path == "data.batch_size" and "data.global_batch_size" not in self._layer:
             self.values.pop("data.global_batch_size", None)  # an earlier layer's: the later word on the same thing wins
+        method = self.values.get("method")
         for name in list(self._earlier):
-            if path == "method" and self.variants[name].get("method", before) != self.values["method"]:
+            other = self.variants[name].get("method", before) != method or (method in self._earlier and name != method)
+            if path == "method" and other:
                 del self._earlier[name], self.variants[name]
             elif path in self._earlier[name]:
                 del self._earlier[name][path], self.variants[name][path]

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dad_fast.cores import usable_cores
 from dad_fast.data.cache import cache_dir, one_at_a_time, write_cache
 from dad_fast.data.decode import EXTENSIONS, PLAIN_JPEG, image_format, open_image, reason
 from dad_fast.data.names import shown, some
@@ -234,7 +235,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def num_threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return min(32, cores)
 
 

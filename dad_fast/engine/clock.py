@@ -6,13 +6,14 @@ each step on the device's own queue: what lies between two steps is the wait. On
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+
+from dad_fast.cores import usable_cores
 
 INPUT_BOUND = 0.1  # share of the time spent waiting from which a run is told about it
 
@@ -69,16 +70,22 @@ class Clock:
 
 
 def input_bound(window: Window, images_per_step: int, workers: int, loader: str, cuda: bool) -> str | None:
-    """What to tell the user of a run that waits for its data: both rates and the mend; None where it does not wait."""
+    """What to tell the user of a run that waits for its data: both rates and the fix; None where it does not wait.
+
+    On a CPU the loader and the step share the cores: without an idle core there is nothing to wait for.
+    """
     if not window.steps or window.waited < INPUT_BOUND * window.seconds:
         return None
     images = window.steps * images_per_step
     delivered, possible = images / window.seconds, images / max(window.seconds - window.waited, 1e-9)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers < cores:
-        mend = f"raise --workers (now {workers}; {cores} cores)"
+    cores = usable_cores()
+    idle = cores if cuda else cores - torch.get_num_threads()
+    if workers < idle:
+        fix = f"raise --workers (now {workers}; {cores} cores)"
+    elif not cuda and not workers:
+        return None
     elif cuda and loader != "dali":
-        mend = "--loader dali decodes on the GPU; smaller files would help too"
+        fix = "--loader dali decodes on the GPU; smaller files would help too"
     else:
-        mend = "smaller files or more cores would help"
-    return f"input-bound: {delivered:,.0f} < {possible:,.0f} img/s, the rate of the steps alone; {mend}"
+        fix = "smaller files or more cores would help"
+    return f"input-bound: {delivered:,.0f} < {possible:,.0f} img/s, the rate of the steps alone; {fix}"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dad_fast.cores import num_cores
 from dad_fast.engine.signals import stop_requests
 
 PROGRAM = (sys.executable, "-m", "dad_fast")
@@ -50,7 +51,7 @@ class _Process:
         self.rank, self.nproc, self.error = rank, nproc, ""
         identity = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, STORE: store, LAUNCHED: os.getpid(),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, _cores() // nproc)),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // nproc)),
         }  # fmt: skip
         if sys.platform == "linux":
             identity["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # needs no name that resolves
@@ -130,9 +131,6 @@ class _Family:
         for process in self.processes:
             process.popen.wait()
 
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_launcher() -> None:

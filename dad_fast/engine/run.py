@@ -83,12 +83,11 @@ def check_run(cfg: Config, folder: Path, launch: Launch, builder: Builder, unfil
 
 
 def train_run(
-    run: Run, label: str, launch: Launch, builder: Builder, teacher_results: dict[str, Any], side_by_side: int = 1
+    run: Run, label: str, launch: Launch, builder: Builder, teacher_results: dict[str, Any]
 ) -> dict[str, Any]:
     """Train and evaluate a run, or what is left of it; returns its record.
 
     teacher_results: results of teachers by name, filled here, so that each is evaluated once.
-    side_by_side: how many runs share this machine, for the record.
     """
     cfg, folder = run.cfg, run.folder
     parts = builder.build(cfg)
@@ -105,7 +104,7 @@ def train_run(
         kernels = {"csrc": csrc_status()}
         if isinstance(parts.discretizer, VQGANDiscretizer):
             kernels["codebook_search"] = parts.discretizer.vqgan.search().backend
-        resolved = {"kernels": kernels, "loader": trainer.loader.name, "processes": distributed.world(), "side_by_side": side_by_side}
+        resolved = {"kernels": kernels, "loader": trainer.loader.name, "processes": distributed.world()}
         facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()

@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from dad_fast.cores import num_cores, side_by_side
 from dad_fast.errors import printable
 from dad_fast.files import disk_error, no_link, plain
 
@@ -156,7 +157,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": num_cores(),
+        "side_by_side": side_by_side(),
         "packages": versions,
         "git": _git_commit(Path(__file__).resolve().parents[2]),
         **_torch_facts(),

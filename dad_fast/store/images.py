@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from dad_fast.cores import usable_cores
 from dad_fast.errors import DataError, UsageError
 from dad_fast.store.part import Bytes
 
@@ -61,7 +61,7 @@ def on_all_cores(function: Callable[[Any], T], items: Iterable[Any], form: str) 
     """[function(item), …]; in threads where images are encoded, since the codecs hold no interpreter lock."""
     if form == "raw":
         return [function(item) for item in items]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     with ThreadPoolExecutor(cores) as pool:
         return list(pool.map(function, items))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config import Config
+from dad_fast.cores import SIDE_BY_SIDE, num_cores
 from dad_fast.engine.signals import StopRequest
 from dad_fast.files import no_link
 
@@ -126,8 +127,8 @@ class Pool:
 
     def _start(self, worker: _Worker) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.shares)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.shares)))
+        environment[SIDE_BY_SIDE] = str(self.shares)
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         log = open(self.logs / f"worker-{worker.number}.log", "a", opener=no_link) if self.logs is not None else subprocess.DEVNULL
         # A session of its own: Ctrl-C reaches the sweep's process alone, which asks the workers to save.

@@ -15,6 +15,7 @@ from dad_fast.config import Config, to_toml
 from dad_fast.config.fields import with_values
 from dad_fast.config.launch import Launch
 from dad_fast.config.stores import SharedStore
+from dad_fast.cores import num_cores
 from dad_fast.engine.signals import StopRequest, stop_requests
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.files import atomic_write_text
@@ -67,10 +68,6 @@ def job_devices(sweep: Sweep, launch: Launch) -> list[str]:
     return [devices[i % len(devices)] for i in range(side_by_side)]
 
 
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
     """Do the runs that are left; returns why those that failed did."""
     output = sweep.output
@@ -92,7 +89,7 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
                 state = _State(sweep, left, stop, progress)
                 stores = _needed(sweep, left)
                 jobs = [_store_job(store) for store in stores]
-                jobs += [_run_job(run, launch, stores, state.teachers, len(devices)) for run in left]
+                jobs += [_run_job(run, launch, stores, state.teachers) for run in left]
                 pool.run(jobs, state.job_ended, stop, progress.update)
                 write_tables(sweep, state.failed)
                 return state.failed
@@ -145,11 +142,11 @@ def store_message(store: SharedStore, device: str) -> dict[str, Any]:
     return {"folder": store.folder, "kind": store.kind, "config": _toml(store.config, device), "launch": launch}
 
 
-def _run_job(run: Run, launch: Launch, stores: Sequence[SharedStore], teachers: _Teachers, side_by_side: int) -> Job:
+def _run_job(run: Run, launch: Launch, stores: Sequence[SharedStore], teachers: _Teachers) -> Job:
     def message(device: str) -> dict[str, Any]:
         return {
             "do": "run", "variant": run.variant, "config": _toml(run.cfg, device), "folder": str(run.folder),
-            "launch": _launch(launch), "teacher_results": teachers.of(run.cfg), "side_by_side": side_by_side,
+            "launch": _launch(launch), "teacher_results": teachers.of(run.cfg),
         }  # fmt: skip
 
     after = tuple(Path(store.folder).name for store in stores if store.folder in run.cfg.store.dirs)

@@ -3,7 +3,7 @@
     {"do": "check", "runs": [run], "stores": [store], "launch"}    raise what a user got wrong, before anything is trained
     {"do": "measure", "runs": {variant: TOML}, "stored": {variant: [kind]}, "stores": [store]}    seconds, for the dry run
     {"do": "store", "folder", "kind", "config": TOML, "launch"}    fill a store that runs will learn from
-    {"do": "run", "variant", "config": TOML, "folder", "launch", "teacher_results", "side_by_side"}    train and evaluate a run
+    {"do": "run", "variant", "config": TOML, "folder", "launch", "teacher_results"}    train and evaluate a run
 
 Lines {"progress": [done, total, text]} come before the answer. An answer has "error" and "exit_code" where the job failed.
 Data, teacher and discretizer stay loaded from job to job while they are the same. When stdin ends, the parent is gone: a
@@ -64,14 +64,12 @@ class Worker:
     def store(self, **store: Any) -> None:
         fill_store(_store(store))
 
-    def run(
-        self, variant: str, config: str, folder: str, launch: dict[str, Any], teacher_results: dict[str, Any], side_by_side: int
-    ) -> None:
+    def run(self, variant: str, config: str, folder: str, launch: dict[str, Any], teacher_results: dict[str, Any]) -> None:
         cfg = from_toml(config)
         builder, known = self._parts_of(cfg)
         known.update(teacher_results)
         run = Run(variant, cfg.seed, cfg, Path(folder))
-        train_run(run, run.name, Launch(output=folder, **launch), builder, known, side_by_side)
+        train_run(run, run.name, Launch(output=folder, **launch), builder, known)
 
     def _parts_of(self, cfg: Config) -> tuple[Builder, dict[str, Any]]:
         """The parts that runs share, and the teacher's results; dropped where the next run needs others."""

@@ -82,7 +82,7 @@ def arguments(verb: str, parts: Path, out: Path) -> list[str]:
     discretizer = ["--discretizer", "jpeg:60", "-o", str(out), "-j", "0"]
     if verb == "precompute":
         return ["precompute", *data, *discretizer, "--images", "raw", "-b", "2", "--shard-blocks", "1", "--device", "cpu"]
-    sweep = ["-b", "8", "--epochs", "1", "--warmup-epochs", "0", "--devices", "cpu", "--seeds", "1", "--axes", "filter"]
+    sweep = ["-b", "8", "--epochs", "1", "--warmup-epochs", "0", "--devices", "cpu", "--jobs", "1", "--seeds", "1", "--axes", "filter"]
     return ["ablate", *data, *tiny.STUDENT, *discretizer, *sweep, "--resume", "auto"]
 
 
