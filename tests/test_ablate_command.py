@@ -88,7 +88,7 @@ def test_a_cell_is_the_run_that_train_makes_of_it(parts, tmp_path):
 def test_cells_share_stores(parts, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(parts, out, "--axes", "components", "filter", "--stores", "adversarial", "targets:2")) == 0
-    assert sorted(path.name.partition("-")[0] for path in (out / "stores").iterdir()) == ["adversarial", "targets"]
+    assert sorted(path.name.partition("-")[0] for path in (out / "stores").iterdir() if path.is_dir()) == ["adversarial", "targets"]
     facts = json.loads((out / "filter=off/seed-1/run.json").read_text())
     assert [store["kind"] for store in facts["stores"]] == ["adversarial", "targets"] and not facts["teacher_loaded"]
     assert "learn from stores (adversarial images, un-augmented and" in (out / "table.md").read_text()

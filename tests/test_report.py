@@ -212,7 +212,7 @@ def test_what_may_be_compared_is_said(tmp_path):
     folder = made.write_comparison(tmp_path / "x")
     shown = Checker(page(load([folder]))).text
     assert "At equal epochs, compare with kd: dad (4 times its training time)." in shown
-    assert "At equal time, compare with kd-long: dad (1 times its training time)." in shown
+    assert "At equal time, compare with kd-long: dad (1 times its time)." in shown
     shown = Checker(page(load([folder / "kd/seed-0", folder / "dad/seed-0"]))).text
     assert "No KD run here took as long as dad: part of a gain over KD may be longer training." in shown
 

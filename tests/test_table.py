@@ -121,9 +121,9 @@ def test_write_and_remake(tmp_path, runs, capsys):
 
 def test_the_seconds_of_stores_have_a_column(runs):
     assert "stores s" not in table.markdown({"runs": runs})
-    stored = [run | {"store_seconds": 12.4 if run["variant"] == "dad" else 0.0} for run in runs]
+    stored = [run | {"store_seconds": 12.4 if run["variant"] == "kd" else 0.0} for run in runs]
     header, rows, best = table.rows({"runs": stored}, "top1")
-    assert header[4] == "stores s" and {row[0]: row[4] for row in rows[1:]} == {"ce": "", "dad": "12"}
+    assert header[4] == "stores s" and {row[0]: row[4] for row in rows[1:]} == {"ce": "", "kd": "12"}
     assert best == {(row, column + 1) for row, column in table.rows({"runs": runs}, "top1")[2]}
     assert "Stores s: seconds of filling the stores" in table.markdown({"runs": stored})
 

@@ -47,7 +47,10 @@ def _detection(record: dict[str, Any]) -> str:
 
 
 def fairness(groups: Sequence[Group]) -> list[str]:
-    """What each method that costs more than distillation may be compared with: KD at equal epochs, KD at equal time."""
+    """What each method that costs more than distillation may be compared with: KD at equal epochs, KD at equal time.
+
+    Time is training and filling the stores that the run learns from.
+    """
     equal_epochs: dict[str, list[str]] = {}
     equal_time: dict[str, list[str]] = {}
     alone = []
@@ -57,8 +60,8 @@ def fairness(groups: Sequence[Group]) -> list[str]:
             continue
         timed = False
         for other in baselines:
-            epochs, seconds = _ratio(group, other, "epochs"), _ratio(group, other, "seconds")
-            times = f"{group.label} ({seconds:.2g} times its training time)" if seconds is not None else group.label
+            epochs, seconds = _ratio(group, other, "epochs"), _ratio(group, other, "seconds", "store_seconds")
+            times = f"{group.label} ({seconds:.2g} times its time)" if seconds is not None else group.label
             if epochs is not None and abs(epochs - 1) <= EQUAL_EPOCHS:
                 equal_epochs.setdefault(other.label, []).append(times)
             if seconds is not None and abs(seconds - 1) <= EQUAL_TIME:
@@ -76,14 +79,15 @@ def _machines(group: Group) -> set[str]:
     return {machine(run.facts) for run in group.runs}
 
 
-def _ratio(group: Group, other: Group, key: str) -> float | None:
-    """The group's mean of a record's number over the other's."""
+def _ratio(group: Group, other: Group, key: str, *more: str) -> float | None:
+    """The group's mean of a record's number, and of what `more` adds to it, over the other's."""
     means = []
     for one in (group, other):
-        found = [value for record in one.finished if (value := number(record, key)) is not None]
-        if not found or not sum(found):
+        values = [number(record, key) for record in one.finished]
+        if None in values or not sum(filter(None, values)):
             return None
-        means.append(sum(found) / len(found))
+        added = [number(record, name) or 0.0 for record in one.finished for name in more]
+        means.append((sum(filter(None, values)) + sum(added)) / len(values))
     return means[0] / means[1]
 
 

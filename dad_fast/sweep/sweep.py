@@ -78,8 +78,7 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
             left = list(sweep.runs) if launch.overwrite else [run for run in sweep.runs if run.record() is None]
             with Pool(devices[: max(1, len(left))], output / "logs", lock) as pool:
                 if left:
-                    progress.say(f"checking {len(left)} runs before the first one starts")
-                    _check(sweep, left, launch, pool, stop)
+                    _check(sweep, left, launch, pool, stop, progress)
                 if stop.error:
                     return {}
                 if launch.overwrite:
@@ -97,7 +96,9 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
         _remove_if_new(output)
 
 
-def _check(sweep: Sweep, runs: Sequence[Run], launch: Launch, pool: Pool, stop: StopRequest) -> None:
+def _check(
+    sweep: Sweep, runs: Sequence[Run], launch: Launch, pool: Pool, stop: StopRequest, progress: JobsProgress
+) -> None:
     """Raise what a user got wrong in any run, before anything is trained."""
     # One run a variant is enough, unless checkpoints are to be continued.
     checked = {run.variant if not launch.resume else run.name: run for run in runs}.values()
@@ -120,7 +121,8 @@ def _check(sweep: Sweep, runs: Sequence[Run], launch: Launch, pool: Pool, stop: 
         }  # fmt: skip
 
     answers: list[dict[str, Any]] = []
-    pool.run([Job("check", message)], lambda job, answer, seconds: answers.append(answer), stop)
+    pool.run([Job("check", message)], lambda job, answer, seconds: answers.append(answer), stop, progress.update)
+    progress.end("check")
     if not stop.error and "error" in answers[0]:
         raise ERRORS.get(answers[0]["exit_code"], DadFastError)(answers[0]["error"])
 

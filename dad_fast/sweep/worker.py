@@ -30,7 +30,7 @@ from dad_fast.engine.build import Builder
 from dad_fast.engine.run import check_run, fill_store, train_run
 from dad_fast.engine.signals import ends_at_once, stop_requests
 from dad_fast.errors import DadFastError, Interrupted, Preempted
-from dad_fast.observe.progress import report_progress_to
+from dad_fast.observe.progress import report_progress, report_progress_to
 from dad_fast.observe.runlog import print_line
 from dad_fast.sweep.measure import measure
 from dad_fast.sweep.pool import shared_parts
@@ -47,7 +47,8 @@ class Worker:
         return dict(getattr(self, job.pop("do"))(**job) or {})
 
     def check(self, runs: list[dict[str, Any]], stores: list[dict[str, Any]], launch: dict[str, Any]) -> None:
-        for run in runs:
+        for number, run in enumerate(runs):
+            report_progress(number, len(runs), run["variant"])
             cfg = from_toml(run["config"])
             try:
                 builder, _ = self._parts_of(cfg)
