@@ -1,4 +1,4 @@
-"""CPU cores that this process may use. Imports nothing heavy."""
+"""CPU cores and memory that this process may use. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ SIDE_BY_SIDE = "DAD_FAST_SIDE_BY_SIDE"  # set by a sweep for its workers: how ma
 
 def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_gib() -> float:
+    """Memory of the machine in GiB; 8 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, OSError, ValueError):
+        return 8.0
 
 
 def side_by_side() -> int:

@@ -15,7 +15,7 @@ class Launch:
     preset: str = ""  # the preset's name, for the record
     nproc: str = "1"  # processes on this machine; "auto" = one a GPU
     arguments: tuple[str, ...] = ()  # the command line after the verb, for the processes that nproc starts
-    jobs: int = 0  # runs side by side; 0 = one a GPU, or on a CPU one a core
+    jobs: int = 0  # runs side by side; 0 = one a GPU, or on a CPU two a core
     devices: tuple[str, ...] = ()  # of those runs, in turn; () = every GPU, or the device of the settings
     both_batch_sizes: bool = False  # the command line gives the batch of a process and the global one, which then must agree
 

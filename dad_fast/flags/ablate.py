@@ -35,7 +35,7 @@ FLAGS = {
     "-o, --output DIR": "the sweep's folder: CELL/seed-S/, table.md, plot.svg [runs/ablation]",
     "--resume auto": "go on with the sweep in --output; cells may be added, the base is the same",
     "--devices D ...": "where runs train: cuda:0 cuda:1, or cpu [every GPU, else cpu]",
-    "--jobs N|auto": "runs side by side, dealt over the devices [one a GPU; on a CPU one a core]",
+    "--jobs N|auto": "runs side by side, dealt over the devices [one a GPU; on a CPU two a core]",
     "--stores [KIND ...]": "cells share stored images (adversarial) or teacher outputs (targets), made here first "
     "[off]. Stored images are not augmented: it is another form of training",
     "--store-images FORM": "none (decoded from codes), raw, webp or jpeg:Q [raw]",

@@ -34,7 +34,7 @@ LAUNCH_FLAGS = {
     "--preset NAME": "a named set of settings",
     "--set KEY=VALUE": "any setting by its key, such as --set optim.opt_kwargs.eps=1e-6; repeatable",
     "--nproc N|auto": "processes on this machine, auto = one a GPU [1]; several machines: docs/distributed.md",
-    "--jobs N|auto": "of several variants or seeds, runs side by side [one a GPU; on a CPU one a core]",
+    "--jobs N|auto": "of several variants or seeds, runs side by side [one a GPU; on a CPU two a core]",
     "-o, --output DIR": "the run's folder; by default runs/ and the name of the preset, CONFIG or method",
     "--resume auto|PATH": "continue the run in --output, or from a checkpoint; auto starts when there is none",
     "--overwrite": "replace an existing run",

@@ -15,7 +15,7 @@ from dad_fast.config import Config, to_toml
 from dad_fast.config.fields import with_values
 from dad_fast.config.launch import Launch
 from dad_fast.config.stores import SharedStore
-from dad_fast.cores import num_cores
+from dad_fast.cores import memory_gib, num_cores
 from dad_fast.engine.signals import StopRequest, stop_requests
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.files import atomic_write_text
@@ -26,6 +26,7 @@ from dad_fast.sweep.pool import Job, Pool, shared_parts
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear
 from dad_fast.sweep.tables import print_tables, write_tables
 
+GIB_PER_JOB = 2.0
 LOCK_SECONDS = 60.0  # how long workers of a killed sweep may take to save
 ERRORS = {error.exit_code: error for error in (DadFastError, UsageError, EnvironmentProblem, DataError)}
 
@@ -64,8 +65,16 @@ def job_devices(sweep: Sweep, launch: Launch) -> list[str]:
             if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= count:
                 problem = f"--devices {name}: torch sees {count} CUDA devices; see dad-fast doctor"
                 raise EnvironmentProblem(problem)
-    side_by_side = launch.jobs or (min(len(sweep.runs), num_cores()) if devices == ["cpu"] else len(devices))
-    return [devices[i % len(devices)] for i in range(side_by_side)]
+    count = launch.jobs or (_jobs_on_a_cpu(len(sweep.runs)) if devices == ["cpu"] else len(devices))
+    return [devices[i % len(devices)] for i in range(count)]
+
+
+def _jobs_on_a_cpu(num_runs: int) -> int:
+    """Two a core, as far as the memory allows, with one thread each.
+
+    More runs than cores: none waits for the longest at the end, and beside other work they get a larger share of the cores.
+    """
+    return max(1, min(num_runs, 2 * num_cores(), int(memory_gib() / GIB_PER_JOB)))
 
 
 def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
