@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from dad_fast.config import Config, to_toml
-from dad_fast.config.ablation import Plan, identity
+from dad_fast.config import to_toml
+from dad_fast.config.ablation import Plan
 from dad_fast.config.fields import with_values
 from dad_fast.config.launch import Launch
-from dad_fast.config.stores import SharedStore, online
+from dad_fast.config.stores import online
 from dad_fast.engine.signals import stop_requests
 from dad_fast.errors import DadFastError
-from dad_fast.observe.progress import format_seconds
+from dad_fast.observe.progress import JobsProgress, format_seconds
 from dad_fast.sweep.pool import Job, Pool
 from dad_fast.sweep.runs import Run, Sweep
 from dad_fast.sweep.sweep import job_devices, store_message
-
-# Settings that change a result but not the time of a step. The filter costs aug-only a pass of the teacher.
-_FREE = (
-    *("attack.eps", "attack.step_size", "attack.norm", "attack.random_start", "augment.smoothing", "ema.decay", "ema.warmup"),
-    *("loss.ce", "loss.kd", "loss.dad", "loss.dat", "loss.aug", "loss.temperature", "store.dirs"),
-    *("lp_clip.labels", "lp_clip.weight", "lp_clip.threshold", "lp_clip.init"),
-    *("optim.lr", "optim.weight_decay", "optim.momentum", "data.class_map", "student.drop_path", "student.drop"),
-)
 
 
 @dataclass(frozen=True)
@@ -35,9 +27,8 @@ class Cost:
     stores: dict[str, float]  # folder -> filling it
     store_bytes: int
     reference: tuple[str, float]  # a plain KD run of the base's length, or the base where there can be none
-    teachers: float  # evaluating teachers, once in a sweep
+    teacher: float  # evaluating a teacher, once in a sweep
     threads: int
-    num_forms: int
 
 
 def print_plan(sweep: Sweep, launch: Launch) -> int:
@@ -76,15 +67,15 @@ def _print_totals(sweep: Sweep, left: Sequence[Run], devices: Sequence[str], cos
         print(f"stores: {size}; their images are not augmented, and one draw serves all seeds")
     needed = {folder for run in left for folder in run.cfg.store.dirs}
     total = sum(cost.runs[run.variant] for run in left) + sum(cost.stores[folder] for folder in needed)
-    total += cost.teachers if left else 0
+    total += cost.teacher * len({repr(run.cfg.teacher) for run in left})
     several = f", {format_seconds(total / len(devices))} on {len(devices)}" if len(devices) > 1 else ""
     name, seconds = cost.reference
     times = f"{total / seconds:.1f} times one run of {name} ({seconds:.0f} s)"
     print(f"cost: {format_seconds(total)} on one process like this one{several}; {times}")
     threads = f"{cost.threads} thread{'s' if cost.threads > 1 else ''}"
     print(
-        f"Based on a few steps of each of {cost.num_forms} forms of step and a batch of every suite, on {devices[0]} "
-        f"with {threads}; start-up and checkpoints are not counted."
+        f"Based on a few steps of each cell and a batch of every suite, on {devices[0]} with {threads}; "
+        "start-up and checkpoints are not counted."
     )
 
 
@@ -97,58 +88,31 @@ def _cost(sweep: Sweep, plan: Plan, devices: Sequence[str]) -> Cost:
         store.folder: "codes" if store.launch.images == "none" and store.kind == "adversarial" else store.kind
         for store in sweep.stores
     }
-    stored = {name: [kinds[folder] for folder in cfg.store.dirs] for name, cfg in cells.items()}
-    forms = {name: _form(cfg, stored[name]) for name, cfg in cells.items()} | {"": _form(reference, [])}
-    first = {form: name for name, form in reversed(forms.items())}
-    store_forms = {store.folder: _store_form(store) for store in sweep.stores}
-    first_store = {form: folder for folder, form in reversed(store_forms.items())}
 
     def message(device: str) -> dict[str, Any]:
-        chosen = {name: (cells | {"": reference})[name] for name in first.values()}
+        measured = {**cells, "": reference}
         return {
             "do": "measure",
-            "runs": {name: to_toml(with_values(cfg, {"device": device})) for name, cfg in chosen.items()},
-            "stored": stored,
-            "stores": [store_message(s, device) for s in sweep.stores if s.folder in first_store.values()],
+            "runs": {name: to_toml(with_values(cfg, {"device": device})) for name, cfg in measured.items()},
+            "stored": {name: [kinds[folder] for folder in cfg.store.dirs] for name, cfg in cells.items()},
+            "stores": [store_message(store, device) for store in sweep.stores],
         }
 
     answers: list[dict[str, Any]] = []
-    with stop_requests() as stop, Pool(devices[:1], logs=None, threads_for=len(devices)) as pool:
-        pool.run([Job("measure", message)], lambda job, answer, seconds: answers.append(answer), stop)
+    with stop_requests() as stop, JobsProgress() as progress:
+        with Pool(devices[:1], logs=None, threads_for=len(devices)) as pool:
+            pool.run([Job("measure", message)], lambda _, answer, __: answers.append(answer), stop, progress.update)
         if stop.error:
             raise stop.error("nothing was written")
-    if "error" in answers[0]:
-        raise DadFastError(f"nothing could be measured: {answers[0]['error']}")
-    steps, evaluation, fills = answers[0]["steps"], answers[0]["evaluation"], answers[0]["fills"]
-
-    def seconds(name: str, cfg: Config) -> float:
-        found = steps[first[forms[name]]]
-        epochs = cfg.schedule.epochs + cfg.schedule.cooldown_epochs
-        count = round(epochs * found["steps_per_epoch"])
-        count = min(count, cfg.max_steps) if cfg.max_steps else count
-        every = cfg.eval.every_epochs
-        validations = 1 + (int(count / found["steps_per_epoch"]) // every if every else 0)
-        evaluating = validations * evaluation["val"] + evaluation["suites"]
-        return float(found["preparing"] + count * found["seconds"] + evaluating)
-
+    found = answers[0]
+    if "error" in found:
+        raise DadFastError(f"nothing could be measured: {found['error']}")
+    seconds = found["runs"]
     return Cost(
-        runs={name: seconds(name, cfg) for name, cfg in cells.items()},
-        stores={folder: fills[first_store[form]]["seconds"] for folder, form in store_forms.items()},
-        store_bytes=sum(fills[first_store[form]]["bytes"] for form in store_forms.values()),
-        reference=("KD" if can_distil else plan.base, seconds("", reference)),
-        teachers=evaluation["teacher"] * len({repr(cfg.teacher) for cfg in cells.values()}),
-        threads=answers[0]["threads"],
-        num_forms=len(first),
+        runs=seconds,
+        stores={folder: fill["seconds"] for folder, fill in found["stores"].items()},
+        store_bytes=sum(fill["bytes"] for fill in found["stores"].values()),
+        reference=("KD" if can_distil else plan.base, seconds.pop("")),
+        teacher=found["teacher"],
+        threads=found["threads"],
     )
-
-
-def _form(cfg: Config, stored: Sequence[str]) -> str:
-    """Equal for runs whose steps take equally long."""
-    free = (*_FREE, *(() if cfg.method == "aug-only" else ("loss.filter",)))
-    parts = [pair for pair in identity(cfg) if pair[0] not in free and not pair[0].startswith("schedule.")]
-    return repr((parts, list(stored)))
-
-
-def _store_form(store: SharedStore) -> str:
-    cfg = store.config if store.kind == "adversarial" else with_values(store.config, {"method": "kd"})
-    return repr((_form(cfg, []), asdict(store.launch) | {"output": ""}))

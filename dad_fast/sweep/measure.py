@@ -23,38 +23,43 @@ from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Suite, open_suites
 from dad_fast.evaluate.sources import as_judged
 from dad_fast.models.discretizer import VQGANDiscretizer
+from dad_fast.observe.progress import report_progress
 
 TIMED = 5  # steps, after those that warm up
 
 
 def measure(
-    forms: Mapping[str, tuple[Config, Sequence[str]]],
+    runs: Mapping[str, Config],
+    stored: Mapping[str, Sequence[str]],
     stores: Sequence[SharedStore],
     builder_of: Callable[[Config], Builder],
 ) -> dict[str, Any]:
-    """Return seconds: "steps" by form (a step's "seconds", "steps_per_epoch", "preparing" before the first), "evaluation" ("val",
-    "suites", "teacher"), "fills" by folder ("seconds", and its "bytes").
+    """Return seconds: "runs" of each run with its evaluation, "stores" by folder ("seconds" and "bytes"), "teacher" of
+    evaluating one; and the "threads".
 
-    forms: a run of each form of step, and the kinds of store it will learn from. Stores do not exist yet and are imitated.
-    stores: one of each form. Evaluation is that of the first form's student, and of a teacher.
+    stored: the kinds of store that a run will learn from. They do not exist yet and are imitated.
+    Evaluation is timed with the first run's student.
     """
-    found: dict[str, Any] = {"steps": {}, "fills": {}, "evaluation": {}, "threads": torch.get_num_threads()}
-    for name, (cfg, stored) in forms.items():
+    found: dict[str, Any] = {"runs": {}, "stores": {}, "teacher": 0.0, "threads": torch.get_num_threads()}
+    evaluation: dict[str, float] = {}
+    for number, (name, cfg) in enumerate(runs.items()):
+        report_progress(number, len(runs), f"timing {name or 'plain distillation'}")
         plain = online(cfg)
         parts = builder_of(plain).build(plain)
         trainer = Trainer(plain, parts, Path("nothing is written"), "")
-        if not found["evaluation"]:
-            found["evaluation"] = _evaluation(trainer, plain, parts)
-        found["steps"][name] = {
-            "seconds": _step_seconds(trainer, parts, stored), "steps_per_epoch": trainer.steps_per_epoch,
-            "preparing": _preparing(trainer, parts),
-        }  # fmt: skip
+        evaluation = evaluation or _evaluation(trainer, plain, parts)
+        every = cfg.eval.every_epochs * trainer.steps_per_epoch
+        validations = 1 + (trainer.total_steps // every if every else 0)
+        training = trainer.total_steps * _step_seconds(trainer, parts, stored.get(name, ()))
+        evaluating = validations * evaluation["val"] + evaluation["suites"]
+        found["runs"][name] = _preparing(trainer, parts) + training + evaluating
+    found["teacher"] = evaluation["teacher"]
     for store in stores:
         filler = make_filler(store.config, store.launch)
         manifest = filler.manifest
         blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
         size = sum(manifest.bytes_per_sample.values()) * manifest.num_samples * manifest.num_views
-        found["fills"][store.folder] = {"seconds": estimate(filler, TIMED) * blocks, "bytes": size}
+        found["stores"][store.folder] = {"seconds": estimate(filler, TIMED) * blocks, "bytes": size}
     return found
 
 

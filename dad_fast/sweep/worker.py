@@ -59,8 +59,8 @@ class Worker:
             make_filler(store.config, store.launch)
 
     def measure(self, runs: dict[str, str], stored: dict[str, list[str]], stores: list[dict[str, Any]]) -> dict[str, Any]:
-        forms = {variant: (from_toml(text), stored.get(variant, [])) for variant, text in runs.items()}
-        return measure(forms, list(map(_store, stores)), lambda cfg: self._parts_of(cfg)[0])
+        configs = {variant: from_toml(text) for variant, text in runs.items()}
+        return measure(configs, stored, list(map(_store, stores)), lambda cfg: self._parts_of(cfg)[0])
 
     def store(self, **store: Any) -> None:
         fill_store(_store(store))
