@@ -25,9 +25,9 @@ MISSING_PIN := No matching distribution found|ResolutionImpossible
 define install
 	@echo "Installing into .venv; the first time this downloads torch (about 3 GB with its CUDA libraries)"
 	@rm -f .venv/pip.log
-	$(CONSTRAINED) .venv/bin/python -m pip install --log .venv/pip.log -e '.[$(1)]' || { \
+	@$(CONSTRAINED) .venv/bin/python -m pip install --log .venv/pip.log -e '.[$(1)]' || { \
 	  grep -qE '$(MISSING_PIN)' .venv/pip.log || exit 1; \
-	  echo "This package index lacks releases that constraints.txt pins: installing from the ranges in pyproject.toml, untested here" >&2; \
+	  echo "constraints.txt pins releases that this package index lacks: installing from the ranges in pyproject.toml instead, untested" >&2; \
 	  .venv/bin/python -m pip install -e '.[$(1)]'; }
 endef
 
@@ -43,7 +43,7 @@ test: lint
 
 test-versions: .venv-oldest/dev.stamp .venv-newest/dev.stamp
 	@for venv in .venv-oldest .venv-newest; do \
-	  echo "== $$venv: $$($$venv/bin/python -c 'import numpy, torch, triton; print("torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)')"; \
+	  echo "== $$venv: $$($$venv/bin/python -c 'import numpy, torch; print("torch", torch.__version__, "numpy", numpy.__version__)')"; \
 	  $$venv/bin/python $(PYTEST) $(ARGS) || failed=1; \
 	done; exit $${failed:-0}
 
