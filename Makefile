@@ -1,17 +1,37 @@
 # Each target does its own set-up: a virtual environment in .venv with what it needs. A stamp makes the next call quick.
 #   make demo [ARGS="--seeds 5"]   the real trainer on the embedded digits; a second call continues, or says it is finished
-#   make test [ARGS="-k name"]     ruff, mypy, pytest
+#   make test [ARGS="-k name"]     ruff, mypy, pytest; ends with a table of skips, and fails on a reason not in tests/allowed_skips.toml
+#   make test-versions             the tests with the oldest and the newest releases that pyproject.toml allows (slow)
 #   make test-faults               what faults do: kill -9 a hundred times, full disks, damaged files (about half an hour)
 #   make bench [ARGS="-k steps"]   pytest benchmarks/ --benchmark; records in runs/benchmarks
 #   make overhead                  draws benchmarks/history.jsonl: DAD's overhead over plain KD, over commits
+#   make constraints               refreshes constraints.txt: the newest releases that pyproject.toml allows
 #   make csrc                      builds csrc/ into a bare checkout, without installing (needs cmake and apache-tvm-ffi)
 # PYTHON=python3.12 names the interpreter for .venv; ARGS is handed on.
+#
+# constraints.txt pins the releases that were tested, on every platform. `make demo` and `make test` install these, so that every
+# machine runs what was tested; where the package index lacks one of them, they install from the ranges in pyproject.toml and
+# print a line about it. pip reads the pins from PIP_CONSTRAINT, which (unlike -c) also applies to the build of our own package;
+# pip 25.3 and newer take those from PIP_BUILD_CONSTRAINT.
 
 PYTHON ?= python3
 ARGS ?=
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+PYTEST := -m pytest -n 2 --timeout 1200 --check-skips
+CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+MISSING_PIN := No matching distribution found|ResolutionImpossible
 
-.PHONY: help demo test test-faults lint bench overhead csrc
+# $(call install,EXTRAS): pip's log tells a missing release from a failed build, which ends here.
+define install
+	@echo "Installing into .venv; the first time this downloads torch (about 3 GB with its CUDA libraries)"
+	@rm -f .venv/pip.log
+	@$(CONSTRAINED) .venv/bin/python -m pip install --log .venv/pip.log -e '.[$(1)]' || { \
+	  grep -qE '$(MISSING_PIN)' .venv/pip.log || exit 1; \
+	  echo "constraints.txt pins releases that this package index lacks: installing from the ranges in pyproject.toml instead, untested" >&2; \
+	  .venv/bin/python -m pip install -e '.[$(1)]'; }
+endef
+
+.PHONY: help demo test test-versions test-faults lint bench overhead constraints csrc
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -19,7 +39,13 @@ demo: .venv/demo.stamp
 	.venv/bin/dad-fast train --preset demo -o runs/demo --resume auto $(ARGS)
 
 test: lint
-	.venv/bin/python -m pytest -n 2 --timeout 300 $(ARGS)
+	.venv/bin/python $(PYTEST) $(ARGS)
+
+test-versions: .venv-oldest/dev.stamp .venv-newest/dev.stamp
+	@for venv in .venv-oldest .venv-newest; do \
+	  echo "== $$venv: $$($$venv/bin/python -c 'import numpy, torch; print("torch", torch.__version__, "numpy", numpy.__version__)')"; \
+	  $$venv/bin/python $(PYTEST) $(ARGS) || failed=1; \
+	done; exit $${failed:-0}
 
 test-faults: .venv/dev.stamp
 	.venv/bin/python -m pytest tests/faults --fault-cycles 100 --fault-record runs/faults.json --timeout 3600 -v $(ARGS)
@@ -34,6 +60,11 @@ bench: .venv/dev.stamp
 overhead: .venv/dev.stamp
 	.venv/bin/python -m benchmarks.overhead $(ARGS)
 
+constraints: .venv/uv.stamp
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "cmake", "ninja", sep="\n")' \
+	  | .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --prerelease disallow --no-emit-index-url --no-emit-find-links \
+	    --custom-compile-command "make constraints" --extra dev pyproject.toml - -o constraints.txt
+
 csrc:
 	cmake -S . -B build/csrc -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/csrc
@@ -45,13 +76,22 @@ csrc:
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/demo.stamp: .venv/python.stamp $(BUILD_FILES)
-	@echo "Installing into .venv; the first time this downloads torch (about 3 GB with its CUDA libraries)"
-	.venv/bin/python -m pip install -e '.[demo]'
+.venv/demo.stamp: .venv/python.stamp $(BUILD_FILES) constraints.txt
+	$(call install,demo)
 	@touch $@
 
 # Holds everything that the demo needs, too.
-.venv/dev.stamp: .venv/python.stamp $(BUILD_FILES)
-	@echo "Installing into .venv; the first time this downloads torch (about 3 GB with its CUDA libraries)"
-	.venv/bin/python -m pip install -e '.[dev]'
+.venv/dev.stamp: .venv/python.stamp $(BUILD_FILES) constraints.txt
+	$(call install,dev)
 	@touch .venv/demo.stamp $@
+
+.venv/uv.stamp: .venv/python.stamp
+	.venv/bin/python -m pip install uv
+	@touch $@
+
+.venv-oldest/dev.stamp: RESOLUTION := lowest-direct
+.venv-newest/dev.stamp: RESOLUTION := highest
+.venv-oldest/dev.stamp .venv-newest/dev.stamp: .venv/uv.stamp $(BUILD_FILES)
+	.venv/bin/uv venv --quiet --clear --python .venv/bin/python $(@D)
+	.venv/bin/uv pip install --python $(@D)/bin/python --upgrade --prerelease disallow --resolution $(RESOLUTION) -e '.[dev]'
+	@touch $@

@@ -31,9 +31,22 @@ else:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-cycles", type=int, default=5, help="how often each command is killed at a random moment (tests/faults)")
     parser.addoption("--fault-record", default="", help="JSON file for what those kills came to")
+    parser.addoption("--check-skips", action="store_true", help="table of skips; fail on a reason that is not in tests/allowed_skips.toml")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_xdist_worker = hasattr(config, "workerinput")
+    if config.getoption("--check-skips") and not is_xdist_worker:
+        from tests.skip_report import SkipReport
+
+        config.pluginmanager.register(SkipReport(config), "skip-report")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        for item in items:
+            if item.get_closest_marker("interpreter"):
+                item.add_marker(pytest.mark.skip(reason="needs Triton's interpreter: TRITON_INTERPRET=1"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

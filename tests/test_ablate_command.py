@@ -159,7 +159,7 @@ def test_asked_to_stop_it_saves_what_is_under_way(parts, tmp_path, number, code)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="children are listed in /proc")
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
 def test_a_worker_that_dies_fails_its_cell_alone(parts, tmp_path):
     out = tmp_path / "out"
     sweep = start(parts, out)

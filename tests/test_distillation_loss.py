@@ -3,7 +3,6 @@
 The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
 """
 
-import os
 from itertools import product
 
 import pytest
@@ -15,8 +14,6 @@ from dad_fast.kernels import distillation_loss as op  # noqa: E402
 from dad_fast.kernels.distillation_loss import distillation_loss  # noqa: E402
 from tests.interpreter import run_interpreted  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_under_the_interpreter")
 G = (0.7, -1.3)  # what comes from above, for CE and KD
 
 
@@ -90,10 +87,10 @@ def compare(args, loss, slack=2e-7):
 
 
 def test_the_kernels_under_the_interpreter():
-    run_interpreted(__file__, "-k", "kernel")
+    run_interpreted(__file__)
 
 
-LOSSES = [pytest.param(by_the_op, id="op"), pytest.param(by_the_kernels, id="kernel", marks=interpreted)]
+LOSSES = [pytest.param(by_the_op, id="op"), pytest.param(by_the_kernels, id="kernel", marks=pytest.mark.interpreter)]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

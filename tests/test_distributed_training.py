@@ -91,7 +91,7 @@ def saved_step(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_process_killed_and_one_asked_to_stop_and_one_going_on_alone(tmp_path):
     run = tmp_path / "run"
     launcher = train(run, "--nproc", 2)

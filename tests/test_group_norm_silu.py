@@ -3,8 +3,6 @@
 The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
 """
 
-import os
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,8 +11,6 @@ import torch.nn.functional as F  # noqa: E402
 from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu, reference  # noqa: E402
 from tests.interpreter import run_interpreted  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_under_the_interpreter")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(2, 64, 8, 4, 8), (1, 24, 5, 7, 4), (2, 1, 1, 1, 1), (1, 96, 9, 5, 3), (1, 128, 4, 8, 16)]  # B, C, H, W, groups
 META = {"rows": 8, "columns": 64, "tiles": 2, "num_warps": 4}  # small, so that small maps have several chunks and strips
@@ -53,10 +49,10 @@ def assert_close_enough(y, total, weight, bias, num_groups, silu, eps=1e-6):
 
 
 def test_the_kernels_under_the_interpreter():
-    run_interpreted(__file__, "-k", "kernel")
+    run_interpreted(__file__)
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_of_a_branch(shape, dtype):
@@ -68,7 +64,7 @@ def test_kernel_of_a_branch(shape, dtype):
         assert_close_enough(y, added(x, None, before), weight, bias, num_groups, silu)
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_with_a_residual(shape, dtype):
@@ -85,7 +81,7 @@ def test_kernel_with_a_residual(shape, dtype):
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("mean", [1e2, 1e4])
 def test_kernel_with_a_mean_far_from_zero(mean):
     """mean^2 / variance = 1e4 and 1e8: E[x^2] - E[x]^2 would have no digit left in float32."""
@@ -95,7 +91,7 @@ def test_kernel_with_a_mean_far_from_zero(mean):
     assert (y.double() - exact).abs().max() < 3e-7 * mean + 3e-6  # as x's own rounding
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_kernel_with_a_small_eps_and_small_values():
     """A stream scaled by 2^-12 with eps 2^-24 gives what the unscaled one gives."""
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[0])
@@ -105,7 +101,7 @@ def test_kernel_with_a_small_eps_and_small_values():
     torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-6)
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_kernel_layouts_and_table():
     """Contiguous and strided maps are taken as NHWC ones are; the table's own meta-parameters; no image at all."""
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[4])
@@ -119,7 +115,7 @@ def test_kernel_layouts_and_table():
     assert launch(x[:0], residual[:0], weight, bias, num_groups, channel_bias)[0].shape == (0, 128, 4, 8)
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_kernel_with_a_value_that_is_no_number(value):
     """Its group is NaN, as torch's is; the others are untouched."""

@@ -243,7 +243,7 @@ def test_a_worker_that_hangs_ends_the_run_and_a_slow_one_does_not(monkeypatch):
     assert "\n" not in str(caught.value) and time.monotonic() - started < 60
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for child processes in /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc")
 def test_workers_survive_the_signals_of_a_preemption():
     batches = TrainLoader(Squares(), PLAIN, 8, 2, 5, 1).batches(0, 25)
     next(batches)
@@ -277,7 +277,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for child processes in /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("end", ["exits", "killed"])
 def test_no_worker_outlives_the_training_process(tmp_path, end):
     (tmp_path / "script.py").write_text(ABANDON)

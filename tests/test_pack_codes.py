@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,7 +9,6 @@ np = pytest.importorskip("numpy")
 from dad_fast.kernels import pack_codes, unpack_codes  # noqa: E402
 from tests.interpreter import run_interpreted  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDTHS = list(range(1, 33))
 
 
@@ -40,7 +37,7 @@ def by_the_kernels():
 
 
 def test_the_kernels_under_the_interpreter():
-    run_interpreted(__file__, "-k", "kernel")
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -54,7 +51,7 @@ def test_every_width(bits):
         assert torch.equal(unpack_codes(packed, bits, length), codes)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_under_the_interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_kernels_of_every_width(bits):
     pack, unpack = by_the_kernels()

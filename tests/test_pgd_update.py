@@ -3,8 +3,6 @@
 The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
 """
 
-import os
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -12,8 +10,6 @@ from dad_fast.kernels.pgd_update import pgd_update, reference  # noqa: E402
 from dad_fast.methods.attack import PGD  # noqa: E402
 from tests.interpreter import run_interpreted  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_under_the_interpreter")
 SHAPES = [(3, 3, 8, 8), (1, 3, 37, 41), (2, 1, 1, 1), (2, 3, 40, 40)]
 STEPS = [("l2", 0.1, 0.1), ("l2", 5.0, 0.3), ("l2", 0.0, 1.0), ("l2", 0.7, 0.0), ("linf", 0.03, 0.01), ("linf", 0.0, 0.5)]
 
@@ -44,10 +40,10 @@ def assert_close_enough(got, args):
 
 
 def test_the_kernels_under_the_interpreter():
-    run_interpreted(__file__, "-k", "interpreted or kernel")
+    run_interpreted(__file__)
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("step", STEPS)
 def test_kernel_equals_the_plain_form(shape, step):
@@ -64,7 +60,7 @@ def test_kernel_equals_the_plain_form(shape, step):
     assert all(torch.equal(a, b) for a, b in zip(before, args[:3], strict=True))
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_kernel_takes_16_bit_gradients(norm, dtype):
@@ -72,7 +68,7 @@ def test_kernel_takes_16_bit_gradients(norm, dtype):
     assert_close_enough(launch(pixels, delta, gradient, norm, 0.1, 0.1), (pixels, delta, gradient.float(), norm, 0.1, 0.1))
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-12, 1e25, 1e37])
 def test_kernel_follows_gradients_whose_squares_leave_float32(scale):
     pixels, delta, gradient = inputs((2, 3, 16, 16), 0.1, scale=scale)
@@ -81,7 +77,7 @@ def test_kernel_follows_gradients_whose_squares_leave_float32(scale):
         torch.testing.assert_close(ours.double(), true, rtol=0, atol=1.2e-7)
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_kernel_where_the_step_undoes_the_delta():
     """|d|^2 + 2 s d.g/|g| + s^2 cancels to nearly 0, and the budget is smaller still."""
     pixels = torch.full((2, 3, 16, 16), 0.5)
@@ -92,7 +88,7 @@ def test_kernel_where_the_step_undoes_the_delta():
         assert (delta_new.flatten(1).norm(dim=1) <= eps + 1e-6).all()
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_kernel_gradients_of_zero_and_of_no_number(norm):
     pixels, delta, gradient = inputs((4, 3, 8, 8), 0.1)
@@ -105,7 +101,7 @@ def test_kernel_gradients_of_zero_and_of_no_number(norm):
     assert torch.equal(got[0].isnan(), plain[0].isnan()) and got[0][1].isnan().any() == (norm == "l2") and not got[0][3].isnan().any()
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_kernel_layouts():
     """Channels-last pixels, gradients in another layout, a gradient that is a view."""
     pixels, delta, gradient = inputs((2, 3, 12, 10), 0.1)
@@ -124,7 +120,7 @@ def test_kernel_layouts():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1.2e-7)
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_kernel_with_more_blocks_than_partial_sums(monkeypatch):
     from dad_fast.kernels import pgd_update_triton
 

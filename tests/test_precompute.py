@@ -126,7 +126,7 @@ def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
         assert not torch.equal(a.seeds, b.seeds)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_batches_for_a_gpu_lie_in_page_locked_memory(inputs, raw, targets):
     """All that a store adds; and memory that is handed out again was read before."""
     step, batches = step_of(inputs, "dad", *flags(inputs, *AUGMENTED, "--store", str(raw), str(targets)))

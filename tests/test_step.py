@@ -167,7 +167,7 @@ def resident_kib():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_is_flat(steps):
     """With no cycle collector, as in training: a step leaves nothing behind, not even a reference cycle."""

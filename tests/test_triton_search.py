@@ -19,16 +19,14 @@ from tests.interpreter import run_interpreted  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-on_device = (
-    pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_under_the_interpreter") if INTERPRETED else pytest.mark.gpu
-)
+on_device = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 META = {"rows": 16, "num_warps": 4, "num_stages": 2}
 SLOTS = 32
 every_back_end = pytest.mark.parametrize("module", [triton_small, triton_gemm], ids=["small", "gemm"])
 
 
 def test_under_the_interpreter():
-    run_interpreted(__file__, "--override-ini=addopts=")
+    run_interpreted(__file__)
 
 
 class Search:
@@ -211,7 +209,7 @@ def dot_with_errors(size):
     return create_dot
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_under_the_interpreter")
+@pytest.mark.interpreter
 @every_back_end
 @pytest.mark.parametrize("separation", [1e-2, 1e-3, 1e-4])
 def test_codes_survive_the_worst_rounding(module, separation, monkeypatch):
@@ -245,7 +243,7 @@ def test_available_says_why_not():
 @every_back_end
 @pytest.mark.parametrize("d", [4, 8, 32, 256])
 def test_a_million_queries_on_a_gpu(module, d):
-    if INTERPRETED or (module is triton_small and d > 8):
+    if module is triton_small and d > 8:
         pytest.skip("not for this back end")
     z, e = torch.randn(1_000_000, d, device="cuda"), torch.randn(16384, d, device="cuda")
     found = Search(module, z, e, slots=None, meta=None)
@@ -258,8 +256,6 @@ def test_a_million_queries_on_a_gpu(module, d):
 @pytest.mark.gpu
 @every_back_end
 def test_captured_in_a_graph_on_a_gpu(module):
-    if INTERPRETED:
-        pytest.skip("needs CUDA")
     z, e = torch.randn(5000, 4, device="cuda"), torch.randn(1024, 4, device="cuda")
     state, counter = module.prepare(e), torch.zeros(1, dtype=torch.int64, device="cuda")
     codes, quantized = torch.empty(5000, dtype=torch.int64, device="cuda"), torch.empty_like(z)
@@ -280,8 +276,6 @@ def test_captured_in_a_graph_on_a_gpu(module):
 @pytest.mark.gpu
 @every_back_end
 def test_every_candidate_of_the_tuning_tool_is_exact_on_a_gpu(module):
-    if INTERPRETED:
-        pytest.skip("needs CUDA")
     z, e = torch.randn(3000, 4, device="cuda"), torch.randn(2048, 4, device="cuda")
     expected = search_torch(z, e)
     for case in module.tuning_cases():

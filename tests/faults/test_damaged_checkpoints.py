@@ -55,8 +55,14 @@ def test_any_flipped_bit_and_any_cut_is_noticed(
     check(root, folder)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["lost", "empty", "a folder", "another's"])
+# Both checkpoints have the same model.safetensors, so that another's is no damage.
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        *((damage, name) for damage in ("lost", "empty", "a folder") for name in FILES),
+        *(("another's", name) for name in FILES if name != "model.safetensors"),
+    ],
+)
 def test_a_file_that_is_not_there(tmp_path: Path, name: str, damage: str) -> None:
     folder = write_two(tmp_path)
     path = tmp_path / "step-6" / name
@@ -67,8 +73,6 @@ def test_a_file_that_is_not_there(tmp_path: Path, name: str, damage: str) -> Non
     elif damage == "a folder":
         path.mkdir()
     elif damage == "another's":
-        if name == "model.safetensors":
-            pytest.skip("the two are equal here")
         path.write_bytes(content)
     check(tmp_path, folder)
 

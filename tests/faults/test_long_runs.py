@@ -44,7 +44,7 @@ def held() -> dict[str, int]:
     }
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("steps", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_nothing_grows(tmp_path: Path, steps: int) -> None:

@@ -23,7 +23,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_out_of_memory_says_which_batch_size_to_try(tmp_path: Path) -> None:
     sets = ["variants={}", "data.workers=0", "eval.suites=[]", "student.model_kwargs={}"]
     arguments = ["train", "--preset", "demo", "--method", "ce", "-b", "3000", "--device", "cpu", "-o", str(tmp_path / "run")]
