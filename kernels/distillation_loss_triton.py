@@ -15,7 +15,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dad_fast.kernels.cross_compile import CompileSpec
 
-MAX_BLOCK = 4096  # classes a program holds at once
+MAX_BLOCK = 2048  # classes a program holds at once
+# Registers a thread may use; 8 classes a thread need about 60. Without a limit, ptxas aims at an occupancy of its own choice and spills
+# a register or two for it: which kernel it hits changes with the version of Triton.
+MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -179,6 +182,7 @@ def launch(
             WEIGHT=weight is not None,
             BLOCK=block,
             num_warps=num_warps,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,
         )
     return losses.sum(dim=1) / batch, kept
@@ -210,6 +214,7 @@ def launch_backward(
             WEIGHT=weight is not None,
             BLOCK=block,
             num_warps=num_warps,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,
         )
     return gradient
@@ -230,7 +235,7 @@ def compile_specs(arch: str) -> list[CompileSpec]:
             block, num_warps = _meta(num_classes)
             constants = {"TEACHER": teacher, "TARGETS": targets, "LABELS": labels, "WEIGHT": weight, "BLOCK": block}
             types = scalars | {"targets_ptr": "*i64" if labels else "*fp32"}
-            options = {"num_warps": num_warps, "enable_fp_fusion": True}
+            options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": True}
             specs.append(CompileSpec("distillation_loss", _forward, types | forward, constants | {"SMOOTH": labels}, options))
             specs.append(CompileSpec("distillation_loss: backward", _backward, types | backward, constants, options))
     return specs

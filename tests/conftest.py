@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: several workers would fight over the cores
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleeps, and leaves its core to other processes
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(prefix="dad-fast-tests-")  # one per process; child processes inherit it
 atexit.register(shutil.rmtree, os.environ["DAD_FAST_CACHE"], ignore_errors=True)

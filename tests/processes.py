@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+HANG = 600.0  # seconds; on a busy machine anything may be slow, and only a hang takes this long
 PREPARE = """
 import os, sys, json, time, torch
 torch.set_num_threads(1)
@@ -22,6 +25,15 @@ rank, world = d.rank(), d.world()
 
 def environment(**more):
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | {k: str(v) for k, v in more.items()}
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait for `condition`. AssertionError after HANG seconds, or with the stderr of `process` when that ends first."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"still waiting after {HANG:g} s"
+        time.sleep(0.02)
 
 
 def run_together(nproc: int, folder: Path, code: str, prepare: str = PREPARE) -> list[tuple[int, str, str]]:
@@ -38,7 +50,7 @@ def run_script(nproc: int, folder: Path, arguments: list[str]) -> list[tuple[int
         env = environment(**identity) if nproc > 1 else environment()
         processes.append(subprocess.Popen([sys.executable, *arguments], env=env, **pipes))
     try:
-        said = [process.communicate(timeout=240) for process in processes]
+        said = [process.communicate(timeout=HANG) for process in processes]
     finally:
         for process in processes:
             process.kill()

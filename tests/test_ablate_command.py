@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ for package in ("timm", "open_clip"):
 import tiny  # noqa: E402
 
 from dad_fast.cli import main  # noqa: E402
+from tests.processes import HANG, wait_until  # noqa: E402
 
 
 def arguments(parts, out, *more):
@@ -119,13 +119,6 @@ def start(parts, out, *more):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.1)
-
-
 def training(out):
     return any(path.stat().st_size for path in out.glob("*/seed-*/metrics.jsonl"))
 
@@ -135,7 +128,7 @@ def test_killed_in_the_middle_it_goes_on(parts, tmp_path, capsys):
     """kill -9 of the sweep's own process: its workers save and end, and the same command goes on where they were."""
     out = tmp_path / "out"
     sweep = start(parts, out)
-    wait_for(lambda: training(out))
+    wait_until(lambda: training(out))
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.wait()
     assert main(arguments(parts, out, *LONG)) == 2  # at once, while the worker may still be saving
@@ -150,9 +143,9 @@ def test_killed_in_the_middle_it_goes_on(parts, tmp_path, capsys):
 def test_asked_to_stop_it_saves_what_is_under_way(parts, tmp_path, number, code):
     out = tmp_path / "out"
     sweep = start(parts, out)
-    wait_for(lambda: training(out))
+    wait_until(lambda: training(out))
     os.kill(sweep.pid, number)
-    _, said = sweep.communicate(timeout=120)
+    _, said = sweep.communicate(timeout=HANG)
     assert sweep.returncode == code, said
     assert "0 of 2 runs done; what was under way is saved" in said and "failed" not in said
     assert list(out.glob("dad/seed-0/checkpoints/latest"))
@@ -163,10 +156,10 @@ def test_asked_to_stop_it_saves_what_is_under_way(parts, tmp_path, number, code)
 def test_a_worker_that_dies_fails_its_cell_alone(parts, tmp_path):
     out = tmp_path / "out"
     sweep = start(parts, out)
-    wait_for(lambda: training(out))
+    wait_until(lambda: training(out))
     (worker,) = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
     os.kill(int(worker), signal.SIGKILL)
-    _, said = sweep.communicate(timeout=300)
+    _, said = sweep.communicate(timeout=HANG)
     assert sweep.returncode == 1, said
     assert f"failed: dad seed 0: its process died (signal SIGKILL); see {out}/logs/worker-0.log" in said
     assert set(finished(out)) == {"filter=off/seed-0"}
@@ -178,12 +171,12 @@ def test_one_sweep_at_a_time(parts, tmp_path, monkeypatch, capsys):
 
     out = tmp_path / "out"
     sweep = start(parts, out)
-    wait_for(lambda: training(out))
+    wait_until(lambda: training(out))
     monkeypatch.setattr(sweeps, "LOCK_SECONDS", 0.1)
     assert main(arguments(parts, out, *LONG, "--resume", "auto")) == 2
     assert "another sweep runs in it" in capsys.readouterr().err
     sweep.terminate()
-    sweep.communicate(timeout=120)
+    sweep.communicate(timeout=HANG)
 
 
 MISTAKES = {

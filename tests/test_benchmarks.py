@@ -24,12 +24,28 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
-def sleeper(milliseconds: float, log: list[str], name: str) -> Callable[[], None]:
-    def run() -> None:
-        log.append(name)
-        time.sleep(milliseconds / 1e3)
+class HandSet:
+    """A clock that moves when a function under test moves it."""
 
-    return run
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def work(self, milliseconds: float, log: list[str], name: str = "") -> Callable[[], None]:
+        """A function that takes so long, and writes its name into the log."""
+
+        def run() -> None:
+            log.append(name)
+            self.now += milliseconds / 1e3
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> HandSet:
+    monkeypatch.setattr(timing, "time", found := HandSet())
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +53,18 @@ def _short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
 
 
-def test_functions_take_turns_and_begin_with_another_one_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_take_turns_and_begin_with_another_one_each_round(clock: HandSet) -> None:
     log: list[str] = []
-    times = timing.interleaved({name: sleeper(11, log, name) for name in "abc"}, CPU, seconds=0.0)
+    times = timing.interleaved({name: clock.work(11, log, name) for name in "abc"}, CPU, seconds=0.0)
     assert all(len(values) == timing.MIN_ROUNDS for values in times.values())
     assert "".join(log[3 * (timing.WARM_UP_CALLS["cpu"] + 2) :]) == "abcbcacababcbca"  # after warm-up and two estimates of each
-    assert all(0.011 <= value < 0.1 for values in times.values() for value in values)
+    assert all(value == pytest.approx(0.011) for values in times.values() for value in values)
 
 
-def test_short_functions_are_called_many_times_a_round() -> None:
+def test_short_functions_are_called_many_times_a_round(clock: HandSet) -> None:
     log: list[str] = []
-    timing.interleaved({"a": lambda: log.append("a")}, CPU, seconds=0.0)
-    assert len(log) > timing.MIN_ROUNDS * 100
+    (times,) = timing.interleaved({"a": clock.work(0.08, log)}, CPU, seconds=0.0).values()
+    assert len(log) > timing.MIN_ROUNDS * 100 and times == pytest.approx([0.08e-3] * timing.MIN_ROUNDS)
 
 
 def test_what_fails_is_left_out_by_name_and_what_was_measured_is_written_at_once(tmp_path: Path) -> None:
@@ -94,10 +110,10 @@ def bench() -> Bench:
     return Bench(Session(CPU, "tiny"), "steps")
 
 
-def test_compare_records_ratios_rates_and_predictions(bench: Bench) -> None:
-    functions = {"kd": sleeper(10, [], ""), "dad": sleeper(30, [], "")}
+def test_compare_records_ratios_rates_and_predictions(bench: Bench, clock: HandSet) -> None:
+    functions = {"kd": clock.work(10, []), "dad": clock.work(30, [])}
     ratios = bench.compare("b", functions, baseline="kd", work=8, flops={"kd": 1e9, "dad": 4e9}, notes={"kd": "x"}, seconds=0, energy=True)
-    assert ratios["kd"] == 1.0 and 2.0 < ratios["dad"] < 4.0
+    assert ratios["kd"] == 1.0 and ratios["dad"] == pytest.approx(3.0)
     record = make_record("steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0)
     kd, dad = record["comparisons"][0]["rows"]
     assert kd["note"] == "x" and "note" not in dad and "peak_bytes" not in kd and "joules" not in kd  # a CPU counts neither
@@ -230,11 +246,20 @@ def test_flops_of_published_shapes() -> None:
 
 
 STEPS = """
-import time
+from types import SimpleNamespace
+from benchmarks import timing
 
-def test_steps(bench):
-    functions = {"kd": lambda: time.sleep(0.01), "dad": lambda: time.sleep(FACTOR * 0.01)}
-    bench.compare("batch 32", functions, baseline="kd", work=1, seconds=0)
+now = 0.0
+
+def work(seconds):
+    def run():
+        global now
+        now += seconds
+    return run
+
+def test_steps(bench, monkeypatch):
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    bench.compare("batch 32", {"kd": work(0.01), "dad": work(FACTOR * 0.01)}, baseline="kd", work=1, seconds=0)
 """
 
 

@@ -25,6 +25,7 @@ from dad_fast.data.decode import DecodeError, read_rgb  # noqa: E402
 from dad_fast.data.loader import TrainLoader, resolve_loader, train_loader  # noqa: E402
 from dad_fast.data.sources import open_source  # noqa: E402
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError  # noqa: E402
+from tests.processes import HANG  # noqa: E402
 
 st = hypothesis.strategies
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def test_a_process_ends_with_batches_in_the_pipeline(tmp_path):
     (tmp_path / "script.py").write_text(ABANDON)
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     command = [sys.executable, str(tmp_path / "script.py")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 

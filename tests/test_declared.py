@@ -73,12 +73,12 @@ def test_hostile_descriptions(tmp_path: Path, state: dict[str, Any], monkeypatch
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     path = tmp_path / "model.safetensors"
     write_safetensors(path, state, {"dad_fast.student": HOSTILE[what]})
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(DataError) as caught:
         load_student(path)
     message = str(caught.value)
     assert message.startswith(str(path)) and message.isprintable() and len(message) < 600, message
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_sound_description_is_taken_as_it_is() -> None:

@@ -73,8 +73,8 @@ def exact(student, teacher, targets, weight, temperature, smoothing):
     return through_autograd(student.double(), teacher64, targets64, weight64, temperature, smoothing, plain)
 
 
-def compare(args, loss, slack=2e-7):
-    """Losses and gradient within twice the plain form's error in the same dtype, or float32's rounding where that has none."""
+def compare(args, loss, slack=5e-7):
+    """Losses and gradient within twice the plain form's error in the same dtype, or a few ulps of float32 where that has none."""
     got, theirs, true = through_autograd(*args, loss), through_autograd(*args, plain), exact(*args)
     if loss is by_the_kernels and args[0].dtype == torch.bfloat16:
         slack += 2**-8  # the interpreter cuts bfloat16 off, where a GPU rounds

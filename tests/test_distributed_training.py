@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-from tests.processes import environment, run_script  # noqa: E402
+from tests.processes import HANG, environment, run_script, wait_until  # noqa: E402
 
 SCRIPT = Path(__file__).parent / "train_together.py"
 METHODS = ("ce", "kd", "dad", "dat")
@@ -79,11 +78,8 @@ def process_of(launcher, rank):
     raise AssertionError("no such process")
 
 
-def wait_for_step(folder, step, launcher, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (folder / f"checkpoints/step-{step}").exists():
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[1]
-        time.sleep(0.02)
+def wait_for_step(folder, step, launcher):
+    wait_until((folder / f"checkpoints/step-{step}").exists, launcher)
 
 
 def saved_step(folder):
@@ -97,20 +93,20 @@ def test_a_process_killed_and_one_asked_to_stop_and_one_going_on_alone(tmp_path)
     launcher = train(run, "--nproc", 2)
     wait_for_step(run, 3, launcher)
     os.kill(process_of(launcher, 1), signal.SIGKILL)
-    said = launcher.communicate(timeout=60)[1]
+    said = launcher.communicate(timeout=HANG)[1]
     assert launcher.returncode == 1
     assert "process 1 of 2 (counted from 0) is gone" in said and "process 1 of 2 (counted from 0) was killed by SIGKILL" in said
 
     launcher, before = train(run, "--nproc", 2), saved_step(run)
     wait_for_step(run, before + 3, launcher)
     os.kill(process_of(launcher, 1), signal.SIGTERM)  # one is asked, both stop at one step
-    said = launcher.communicate(timeout=60)[1]
+    said = launcher.communicate(timeout=HANG)[1]
     assert launcher.returncode == 75, said
     step = saved_step(run)
     assert f"stopped at step {step}" in said and said.count("stopped at step") == 1
 
     command = [sys.executable, "-m", "dad_fast", "train", "--resume", "auto", "-o", str(run), "--max-steps", str(step + 3)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert f"steps {step} to {step + 3} of 24 images" in done.stderr
     assert "batch 24 x 1 process = 24 images a step" in (run / "train.log").read_text()
@@ -124,11 +120,11 @@ def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path):
     launcher = train(tmp_path / "parts", "--nproc", 2, "--max-steps", 60)
     wait_for_step(tmp_path / "parts", 6, launcher)
     launcher.send_signal(signal.SIGTERM)
-    launcher.communicate(timeout=60)
+    launcher.communicate(timeout=HANG)
     assert launcher.returncode == 75
     for folder in ("parts", "straight"):
         launcher = train(tmp_path / folder, "--nproc", 2, "--max-steps", 60)
-        said = launcher.communicate(timeout=240)[1]
+        said = launcher.communicate(timeout=HANG)[1]
         assert launcher.returncode == 0, said
     for name in ("model.safetensors", "checkpoints/step-60/train.safetensors", "checkpoints/step-60/model.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
@@ -139,7 +135,7 @@ def test_torchrun_starts_it_too(tmp_path):
     sets = [part for item in COMMON for part in ("--set", item)]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dad_fast", "train", "--preset", "demo", *sets]
     given = [*command, "-o", str(tmp_path / "run"), "--max-steps", "4"]
-    done = subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert "batch 12 x 2 processes = 24 images a step" in (tmp_path / "run/train.log").read_text()
 

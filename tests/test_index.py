@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,6 +17,7 @@ from dad_fast.data.folder import FolderSource
 from dad_fast.data.names import PackedStrings
 from dad_fast.data.sources import open_source
 from dad_fast.errors import DataError
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -112,7 +112,11 @@ def test_an_interrupted_build_keeps_what_it_verified(tree, monkeypatch):
 def test_of_several_processes_one_verifies(tree, monkeypatch, caplog):
     """Threads here: a lock is of an opened file, not of a process."""
     verified, original = count_verified(monkeypatch), indexing.save_index
-    monkeypatch.setattr(indexing, "save_index", lambda *arguments: time.sleep(0.3) or original(*arguments))
+
+    def waits():
+        return caplog.text.count("another process is indexing") == 2
+
+    monkeypatch.setattr(indexing, "save_index", lambda *arguments: wait_until(waits) or original(*arguments))
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: indexing.build_index(tree / "train", ["ape", "cat", "sea_lion"]), range(3)))
     assert found[0] == found[1] == found[2] and len(verified) == 12

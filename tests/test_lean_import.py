@@ -36,14 +36,16 @@ def test_print_config_is_light() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """Under 0.3 s of the processor's time; the best of three, since the test machine is shared."""
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        subprocess.run([sys.executable, "-m", "dad_fast", "train", "-h"], capture_output=True, check=True)
-        after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds) < 0.3
+    """Seven times the processor time of Python's own start, a fifth of a second; one heavy import more would take it past twenty."""
+    seconds = {"-c pass": [], "-m dad_fast train -h": []}
+    for _ in range(3):  # the best of three, in turns, since the test machine is shared
+        for command, found in seconds.items():
+            before = os.times()
+            subprocess.run([sys.executable, *command.split()], capture_output=True, check=True)
+            after = os.times()
+            found.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    start, answer = (min(found) for found in seconds.values())
+    assert answer < 20 * max(start, 0.01)
 
 
 def test_public_names_are_found_when_used() -> None:

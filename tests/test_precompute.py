@@ -23,9 +23,9 @@ from dad_fast.engine.build import Builder  # noqa: E402
 from dad_fast.engine.step import TrainStep  # noqa: E402
 from dad_fast.engine.update import Update  # noqa: E402
 from dad_fast.store import AdversarialStore, Manifest, TargetStore  # noqa: E402
+from tests.numerics import assert_same_levels  # noqa: E402
+from tests.processes import HANG, ROOT  # noqa: E402
 from tests.tiny import SIDE, STUDENT, write_images, write_parts, write_teacher  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_codes_alone_are_the_stored_pixels_again(inputs, raw, tmp_path):
     other, others = step_of(inputs, "dad", *flags(inputs, "--store", str(raw)))
     for a, b in zip(batches(0, 6), others(0, 6), strict=True):
         assert a.dad_codes is not None and b.dad_images is not None and torch.equal(a.dad_kept, b.dad_kept)
-        assert torch.equal(step.stored_images(a), other.stored_images(b))
+        assert_same_levels(step.stored_images(a), other.stored_images(b))
 
 
 def test_what_is_stored_is_what_the_teacher_says_of_these_pixels(inputs, raw):
@@ -108,7 +108,7 @@ def test_outputs_belong_to_encoded_pixels_as_they_are_read(inputs, tmp_path, for
     for batch in batches(0, 4):
         generated = step.generate(batch)
         said = step.teacher(generated.images[1])
-        torch.testing.assert_close(generated.teacher_dad.float(), said - said.amax(1, keepdim=True), rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(generated.teacher_dad.float(), said - said.amax(1, keepdim=True), rtol=1e-3, atol=1e-4)
     assert main(["precompute", *flags(inputs, "--discretizer", "identity"), "-o", str(store), "--images", form, "--check", "1"]) == 0
 
 
@@ -227,7 +227,7 @@ def test_several_processes_write_the_bytes_of_one(inputs, raw, tmp_path, nproc):
     one, form = tmp_path / "one", ["--images", "raw", "--shard-blocks", "1"]
     assert main(["precompute", *flags(inputs), "-o", str(one), *form]) == 0
     process = command(*flags(inputs), "-o", tmp_path / "many", *form, "--nproc", nproc)
-    assert process.wait(240) == 0, process.stderr.read().decode()
+    assert process.wait(HANG) == 0, process.stderr.read().decode()
     assert bytes_of(one) == bytes_of(tmp_path / "many")
 
 
@@ -240,16 +240,16 @@ def test_killed_and_stopped_runs_go_on_to_the_same_bytes(inputs, raw, tmp_path):
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = command(*arguments)
         before = sum(path.stat().st_size for path in folder.glob("*.part")) if folder.exists() else 0
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG
         while process.poll() is None and time.monotonic() < deadline:
             if folder.exists() and sum(path.stat().st_size for path in folder.glob("*.part")) > before + 3 * SIDE * SIDE:
                 break
             time.sleep(0.005)
         process.send_signal(number)
-        code = process.wait(60)
+        code = process.wait(HANG)
         assert code in ((-9, 0) if number == signal.SIGKILL else (75, 0))
     process = command(*arguments)
-    assert process.wait(120) == 0
+    assert process.wait(HANG) == 0
     assert bytes_of(folder) == bytes_of(straight)
 
 

@@ -11,7 +11,6 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -24,8 +23,8 @@ from dad_fast.engine.checkpoint import CheckpointFolder, generator_tensors, rest
 from dad_fast.engine.trainer import Trainer  # noqa: E402
 from dad_fast.engine.writer import Writer  # noqa: E402
 from dad_fast.errors import DataError, NotFinite, Preempted, UsageError  # noqa: E402
+from tests.processes import HANG, ROOT, wait_until  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 BUILDER = Builder()
 COMMON = [
     "data.batch_size=50", "data.workers=0", "log_every=7", "eval.every_epochs=0", "eval.suites=[]",
@@ -77,18 +76,11 @@ def command(folder, *more):
     return subprocess.Popen([*COMMAND, *sets, "--resume", "auto", "-o", str(folder)], env=env, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(path, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number):
     more = ("checkpoint.every_steps=3", "max_steps=30")
     process = command(tmp_path / "killed", *more)
-    wait_for(tmp_path / "killed/checkpoints/step-6", process)
+    wait_until((tmp_path / "killed/checkpoints/step-6").exists, process)
     process.send_signal(number)
     _, said = process.communicate()
     if number == signal.SIGTERM:
@@ -96,9 +88,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number):
     else:
         assert process.returncode == -9
     process = command(tmp_path / "killed", *more)
-    assert process.wait(120) == 0, process.communicate()[1]
+    assert process.wait(HANG) == 0, process.communicate()[1]
     process = command(tmp_path / "straight", *more)
-    assert process.wait(120) == 0, process.communicate()[1]
+    assert process.wait(HANG) == 0, process.communicate()[1]
     assert digest(tmp_path / "killed", 30) == digest(tmp_path / "straight", 30)
     assert (tmp_path / "killed/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
 
@@ -201,7 +193,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):
 
 def test_writing_goes_on_beside_training_and_its_failures_are_heard():
     writer, go, done = Writer(), threading.Event(), []
-    writer.submit(lambda: (go.wait(10), done.append(1)))
+    writer.submit(lambda: (go.wait(HANG), done.append(1)))
     writer.check()  # does not wait
     assert not done
     go.set()
@@ -214,9 +206,7 @@ def test_writing_goes_on_beside_training_and_its_failures_are_heard():
 
     writer.submit(fails)
     with pytest.raises(OSError):
-        for _ in range(1000):
-            time.sleep(0.01)
-            writer.check()
+        wait_until(writer.check)  # which returns nothing
     writer.wait()  # said once
 
 
@@ -243,8 +233,8 @@ for step in [1, *[2] * 10000]:
 def test_killed_while_it_writes(tmp_path, moment):
     """At whatever moment, with one checkpoint kept, even while one is replaced by another of the same step."""
     process = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(tmp_path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    wait_for(tmp_path / "step-2", process)
-    wait_for(tmp_path / ".step-2.tmp", process)
+    wait_until((tmp_path / "step-2").exists, process)
+    wait_until((tmp_path / ".step-2.tmp").exists, process)
     time.sleep(moment)
     process.kill()
     process.wait()

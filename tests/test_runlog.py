@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from dad_fast import files
 from dad_fast.observe import progress, runlog
 from dad_fast.observe.progress import TrainProgress
 from dad_fast.observe.runlog import RunLog, read_metrics
+from tests.processes import wait_until
 
 
 def test_atomic_write_replaces_and_leaves_no_temporary(tmp_path):
@@ -90,9 +90,7 @@ while True:
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     path = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and not (path.exists() and path.stat().st_size > 10_000):
-        time.sleep(0.02)
+    wait_until(lambda: path.exists() and path.stat().st_size > 10_000)
     process.kill()
     process.wait()
     RunLog(tmp_path).close()

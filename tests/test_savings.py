@@ -13,6 +13,7 @@ from dad_fast.data.classes import ClassMap  # noqa: E402
 from dad_fast.models.savings import PLAIN, Savings, save_student_work, save_teacher_work  # noqa: E402
 from dad_fast.models.student import build_student  # noqa: E402
 from dad_fast.models.teacher import Teacher, _PreLogits  # noqa: E402
+from tests.numerics import assert_same_function  # noqa: E402
 
 SIDE, CLASSES = 32, ClassMap(tuple((i, f"c{i}", f"c{i}") for i in range(5)))
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8, "img_size": SIDE, "num_classes": 5}
@@ -118,8 +119,8 @@ def test_features_and_a_teacher_of_a_number_of_columns():
     plain = wrap(_PreLogits(model), _Columns(model, [8, 0, 3, 1, 2]))
     other = copy.deepcopy(plain)
     assert not any(save_teacher_work(other, Savings(fold_quick_gelu=False, cast_weights=False)).values())
-    torch.testing.assert_close(other.features(pixels()), plain.features(pixels()), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(other(pixels()), plain(pixels()), rtol=1e-5, atol=1e-5)
+    assert_same_function(other.features(pixels()), plain.features(pixels()))
+    assert_same_function(other(pixels()), plain(pixels()))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_a_student_keeps_its_names_and_its_file(tmp_path):
     save_student(tmp_path / "student.safetensors", student, {})
     loaded, _ = load_student(tmp_path / "student.safetensors")
     assert torch.equal(loaded(pixels()), plain(pixels()))
-    torch.testing.assert_close(student.eval()(pixels()), plain(pixels()), rtol=1e-5, atol=1e-5)
+    assert_same_function(student.eval()(pixels()), plain(pixels()))
 
 
 # --- what is kept for backward ------------------------------------------------------------------------------------------------

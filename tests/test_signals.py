@@ -12,7 +12,7 @@ import pytest
 from dad_fast.engine import signals
 from dad_fast.engine.signals import asked, ends_at_once, stop_requests
 from dad_fast.errors import DataError, Interrupted, Preempted
-from tests.processes import ROOT
+from tests.processes import HANG, ROOT
 
 ERRORS = [(signal.SIGTERM, Preempted), (signal.SIGUSR1, Preempted), (signal.SIGINT, Interrupted)]
 
@@ -78,5 +78,5 @@ def test_a_process_that_waits_in_c_ends_too():
         process.stdout.readline()
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=15)[1]
+        said = process.communicate(timeout=HANG)[1]
     assert process.returncode == 75 and said == "dad-fast: error: stopped, the words\n"

@@ -3,10 +3,11 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.processes import HANG, wait_until
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/slurm.sh"
 TOOLS = {
@@ -25,8 +26,8 @@ exit $worst""",
 }
 
 
-SIGNALLED = """echo started >> "$SAID"
-trap 'echo passed on >> "$SAID"; exit 75' USR1
+SIGNALLED = """trap 'echo passed on >> "$SAID"; exit 75' USR1
+echo started >> "$SAID"
 while :; do sleep 0.05; done"""
 
 
@@ -43,21 +44,25 @@ def environment(folder, code=0, state="RUNNING", **tools):
 )
 def test_the_job_is_queued_again_where_it_was_stopped_and_saved_but_not_cancelled(tmp_path, code, state, requeued):
     env = environment(tmp_path, code, state)
-    done = subprocess.run(["bash", str(SCRIPT), "--preset", "demo", "-o", "runs/a b"], env=env, timeout=60)
+    done = subprocess.run(["bash", str(SCRIPT), "--preset", "demo", "-o", "runs/a b"], env=env, timeout=HANG)
     assert done.returncode == code
     said = (tmp_path / "said").read_text().splitlines()
     assert said[:2] == [f"{r} {r} 2 2 node7 20123 -m dad_fast train --resume auto --preset demo -o runs/a b" for r in (0, 1)]
     assert said[2:] == (["requeue 40123"] if requeued else [])
 
 
+def traps(pid, number):
+    """Whether a process has a handler for a signal."""
+    (caught,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:")]
+    return int(caught, 16) >> (number - 1) & 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_script_alone_is_passed_on(tmp_path, number):
     env, said = environment(tmp_path, srun=SIGNALLED), tmp_path / "said"
     job = subprocess.Popen(["bash", str(SCRIPT)], env=env)
-    deadline = time.monotonic() + 60
-    while not said.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)  # both are waiting now
+    wait_until(said.exists)
+    wait_until(lambda: traps(job.pid, number))
     job.send_signal(number)
-    assert job.wait(60) == 75
+    assert job.wait(HANG) == 75
     assert said.read_text().splitlines() == ["started", "passed on", "requeue 40123"]

@@ -222,7 +222,7 @@ def test_a_shard_has_one_writer_and_a_dead_one_blocks_nobody(tmp_path: Path, ref
         with writer.shard(0) as shard:
             shard.append(records(manifest, shard.todo()[0]))
             os.write(told, b"x")
-            time.sleep(60)
+            time.sleep(3600)
 
     child = in_child(work)
     os.read(ready, 1)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from dad_fast.errors import DataError, UsageError  # noqa: E402
 from dad_fast.models.vqgan import PRESETS, VQGAN, VQGANConfig  # noqa: E402
 from dad_fast.models.weights import write_safetensors  # noqa: E402
+from tests.numerics import assert_same_function  # noqa: E402
 
 F8_LIKE = VQGANConfig(ch=32, ch_mult=(1, 2, 2, 4), num_res_blocks=2, attn_levels=(3,), z_channels=4, embed_dim=4, n_embed=64)
 F16_LIKE = VQGANConfig(ch=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=1, attn_levels=(4,), z_channels=256, embed_dim=256, n_embed=48)
@@ -130,7 +131,7 @@ def test_equals_an_independent_float64_evaluation(config):
     images, expected = vqgan.decode(codes), exact.decode(codes)
     assert images.shape == pixels.shape and 0 <= images.min() and images.max() <= 1
     assert 0.02 < ((expected > 0) & (expected < 1)).double().mean()  # not everything is clamped
-    torch.testing.assert_close(images.double(), expected, rtol=0, atol=2e-5)
+    assert_same_function(images.double(), expected)
 
 
 # From the architecture by hand; f16's parameters likewise.

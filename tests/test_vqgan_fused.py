@@ -13,6 +13,7 @@ from dad_fast.models.vqgan import PRESETS, VQGAN  # noqa: E402
 from dad_fast.models.vqgan_fused_layers import VQGANSavings  # noqa: E402
 from dad_fast.models.vqgan_fused_range import HEADROOM, probe_range, scale_for  # noqa: E402
 from dad_fast.models.weights import asset  # noqa: E402
+from tests.numerics import assert_as_exact, clearly_nearest, error  # noqa: E402
 from tests.test_vqgan import DEMO_LIKE, F8_LIKE, F16_LIKE, random_vqgan  # noqa: E402
 
 MODELS = {"f8": F8_LIKE, "f16": F16_LIKE, "demo": DEMO_LIKE}
@@ -30,16 +31,12 @@ def double(vqgan):
     return copy.requires_grad_(False)
 
 
-def error(value, exact):
-    return ((value.double() - exact).norm() / exact.norm()).item()
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
     """A VQGAN, pixels, their codes, and the float64 latents and images."""
     torch.manual_seed(0)
     vqgan = random_vqgan(MODELS[request.param])
-    exact, pixels = double(vqgan), torch.rand(2, 3, 48, 32)
+    exact, pixels = double(vqgan), torch.rand(2, 3, 48, 16)
     latents = exact.encode(pixels.double())
     codes = vqgan.lookup(latents)
     return vqgan, pixels, codes, latents, exact.decode(codes)
@@ -59,13 +56,13 @@ def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last
 
 @pytest.mark.parametrize("savings", [VQGANSavings(), VQGANSavings(norm_kernel=True), *map(only, NAMES)], ids=["default", "all", *NAMES])
 def test_float32(case, savings):
-    """1e-5 relative; and no code differs but where float32's own rounding decides, of which this has none."""
+    """The 2x rule; and no code differs but where rounding decides, which is hardly anywhere."""
     vqgan, pixels, codes, latents, images = case
     fused = vqgan.fuse(savings)
-    assert error(fused.encode(pixels), latents) < 1e-5 and error(fused.decode(codes), images) < 1e-5
-    torch.testing.assert_close(fused.encode(pixels), vqgan.encode(pixels), rtol=1e-5, atol=1e-5 * latents.std().item())
-    torch.testing.assert_close(fused.decode(codes), vqgan.decode(codes), rtol=0, atol=2e-5)
-    assert torch.equal(fused.codes(pixels), vqgan.codes(pixels))
+    assert_as_exact(fused.encode(pixels), vqgan.encode(pixels), latents)
+    assert_as_exact(fused.decode(codes), vqgan.decode(codes), images)
+    clear = clearly_nearest(latents, vqgan.codebook)
+    assert clear.float().mean() > 0.9 and torch.equal(fused.codes(pixels)[clear], codes[clear])
     assert not fused.encode(pixels.requires_grad_()).requires_grad
     pixels.requires_grad_(False)
 
@@ -86,10 +83,10 @@ def test_16_bit_error_is_at_most_twice_the_plain_models(case, dtype, norm_kernel
         plain_latents, plain_images = vqgan.encode(pixels), vqgan.decode(codes)
         got = fused.encode(pixels)  # autocast around it changes nothing
     assert got.dtype == dtype and torch.equal(got, fused.encode(pixels))
-    assert error(got, latents) <= 2 * error(plain_latents, latents)
+    assert_as_exact(got, plain_latents, latents, ulps=0)
     decoded = fused.decode(codes)
     assert decoded.dtype == torch.float32 and 0 <= decoded.min() and decoded.max() <= 1
-    assert error(decoded, images) <= 2 * error(plain_images, images)
+    assert_as_exact(decoded, plain_images, images, ulps=0)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -98,7 +95,8 @@ def test_trained_weights(dtype):
     vqgan = VQGAN.load(asset("digits-vqgan.safetensors")).eval().requires_grad_(False)
     exact, pixels = double(vqgan), torch.rand(8, 3, 28, 28)
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
-    assert torch.equal(vqgan.fuse().codes(pixels), codes)
+    clear = clearly_nearest(latents, vqgan.codebook)
+    assert clear.float().mean() > 0.9 and torch.equal(vqgan.fuse().codes(pixels)[clear], vqgan.lookup(latents)[clear])
     fused = vqgan.fuse(encoder=dtype, decoder=dtype)
     with torch.autocast("cpu", dtype):
         assert error(fused.encode(pixels), latents) <= 2 * error(vqgan.encode(pixels), latents)
@@ -143,10 +141,11 @@ def test_a_prepared_form_keeps_its_weights_and_its_checks():
 def test_compiles_as_one_graph():
     vqgan = random_vqgan(DEMO_LIKE)
     pixels = torch.rand(1, 3, 16, 16)
+    exact = double(vqgan).encode(pixels.double())
     for savings in (VQGANSavings(), VQGANSavings(norm_kernel=True)):
         fused = vqgan.fuse(savings, encoder=torch.bfloat16)
         compiled = torch.compile(fused.encode, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(pixels), fused.encode(pixels))
+        assert_as_exact(compiled(pixels), fused.encode(pixels), exact)  # bfloat16 kernels of other layouts round otherwise
 
 
 # --- float16's range ----------------------------------------------------------------------------------------------------------

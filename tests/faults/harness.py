@@ -20,6 +20,8 @@ from typing import Any
 
 from failing_disk import library, operations, watching
 
+from tests.processes import HANG
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -64,7 +66,7 @@ def run_to_the_end(arguments: list[str], **environment: str) -> float:
     """Seconds."""
     begin = time.monotonic()
     process = start(arguments, **environment)
-    said = process.communicate(timeout=300)[1]
+    said = process.communicate(timeout=HANG)[1]
     assert process.returncode == 0, said
     return time.monotonic() - begin
 
@@ -112,7 +114,7 @@ def _start_and_kill(arguments: list[str], seconds: float, **environment: str) ->
     """Exit code: -9, or 0 where it had ended before. Not killed from here where `seconds` is 0."""
     process = start(arguments, **environment)
     try:
-        said = process.communicate(timeout=seconds or 300)[1]
+        said = process.communicate(timeout=seconds or HANG)[1]
     except subprocess.TimeoutExpired:
         process.kill()
         said = process.communicate()[1]

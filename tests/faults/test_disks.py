@@ -12,7 +12,7 @@ import pytest
 
 for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from harness import ROOT  # noqa: E402
+from harness import HANG, ROOT  # noqa: E402
 
 SMALL = [
     "data.batch_size=50", "data.workers=0", "log_every=4", "eval.every_epochs=0", "eval.suites=[]", "variants={}", "device=cpu",
@@ -23,7 +23,7 @@ SETS = [part for item in SMALL for part in ("--set", item)]
 
 def dad_fast(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dad_fast", *arguments]
-    return subprocess.run(command, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=HANG)
 
 
 def train(folder: Path, *more: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:

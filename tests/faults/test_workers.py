@@ -11,7 +11,7 @@ import pytest
 
 for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from harness import ROOT  # noqa: E402
+from harness import HANG, ROOT  # noqa: E402
 from tiny import STUDENT, write_images  # noqa: E402
 
 SCRIPT = """
@@ -19,7 +19,9 @@ import multiprocessing, os, signal, sys, threading, time
 from dad_fast.cli import main
 from dad_fast.data import workers
 
-workers.CHECK_SECONDS, workers.HANG_SECONDS = 1.0, 3.0
+workers.CHECK_SECONDS = 1.0
+if sys.argv[1] == "SIGSTOP":
+    workers.HANG_SECONDS = 3.0
 
 def strike():
     while not (found := multiprocessing.active_children()):
@@ -56,6 +58,6 @@ def test_a_worker_that_dies_or_hangs(tmp_path: Path, verb: str, fault: tuple[str
         arguments += ["--data-dir", str(write_images(tmp_path / "data"))]
     if verb != "eval":
         arguments += ["-o", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, fault[0], *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, fault[0], *arguments], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert fault[1] in done.stderr.splitlines()[-1] and "left: []" in done.stdout, (done.stderr, done.stdout)
