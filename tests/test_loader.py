@@ -283,7 +283,7 @@ def test_no_worker_outlives_the_training_process(tmp_path, end):
     (tmp_path / "script.py").write_text(ABANDON)
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     command = [sys.executable, str(tmp_path / "script.py"), end]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600)
     assert done.returncode == (0 if end == "exits" else -signal.SIGKILL), done.stderr
     processes = done.stdout.split()
     assert len(processes) >= 2
