@@ -25,7 +25,7 @@ def run(cfg: Config, launch: Launch) -> int:
     elif len(sweep.runs) > 1:
         return run_sweep(sweep, launch)
     from dad_fast.engine import distributed
-    from dad_fast.engine.run import run_here
+    from dad_fast.sweep.run import run_here
 
     with distributed.joined(cfg):
         return run_here(sweep, launch)

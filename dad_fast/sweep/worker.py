@@ -27,7 +27,7 @@ from dad_fast.config import Config, Launch, from_toml
 from dad_fast.config.launch import StoreLaunch
 from dad_fast.config.stores import SharedStore
 from dad_fast.engine.build import Builder
-from dad_fast.engine.run import check_run, fill_store, train_run
+from dad_fast.sweep.run import check_run, fill_store, train_run
 from dad_fast.engine.signals import ends_at_once, stop_requests
 from dad_fast.errors import DadFastError, Interrupted, Preempted
 from dad_fast.observe.progress import report_progress, report_progress_to
