@@ -36,7 +36,7 @@ def assert_same_levels(found: Tensor, expected: Tensor) -> None:
     assert apart.max() < 1.01 / 255 and (apart > 0).double().mean() < 0.01
 
 
-def clearly_nearest(latents: Tensor, codebook: Tensor, margin: float = 1e-3) -> Tensor:
+def clearly_nearest(latents: Tensor, codebook: Tensor, margin: float = 1e-4) -> Tensor:
     """Which latents [B, D, H, W] rounding cannot give another code [B, H, W]: the second nearest entry is `margin` of their standard
     deviation further away than the nearest.
     """

@@ -46,7 +46,8 @@ def test_in_range_deterministic_and_independent_of_the_batch(name, side):
     assert together.min() >= 0 and together.max() <= 1 and not together.equal(x)
     assert x.equal(before)
     order = torch.tensor([2, 0])
-    assert CORRUPTIONS[name](x[order], severity, KEYS[order]).equal(together[order])
+    alone = CORRUPTIONS[name](x[order], severity, KEYS[order])
+    torch.testing.assert_close(alone, together[order], rtol=0, atol=1e-6)  # eight ulps: matrix products round by their shape
 
 
 DRAWN = "gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow", "frost", "fog", "elastic_transform"

@@ -56,13 +56,13 @@ def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last
 
 @pytest.mark.parametrize("savings", [VQGANSavings(), VQGANSavings(norm_kernel=True), *map(only, NAMES)], ids=["default", "all", *NAMES])
 def test_float32(case, savings):
-    """The 2x rule; and no code differs but where rounding decides, which is hardly anywhere."""
+    """The 2x rule; and no code differs where float32 can tell the two nearest apart."""
     vqgan, pixels, codes, latents, images = case
     fused = vqgan.fuse(savings)
     assert_as_exact(fused.encode(pixels), vqgan.encode(pixels), latents)
     assert_as_exact(fused.decode(codes), vqgan.decode(codes), images)
     clear = clearly_nearest(latents, vqgan.codebook)
-    assert clear.float().mean() > 0.9 and torch.equal(fused.codes(pixels)[clear], codes[clear])
+    assert clear.float().mean() > 0.8 and torch.equal(fused.codes(pixels)[clear], codes[clear])
     assert not fused.encode(pixels.requires_grad_()).requires_grad
     pixels.requires_grad_(False)
 

@@ -80,7 +80,7 @@ class FeatureTable:
     def prepare(self, say: Callable[[str], None]) -> None:
         if self.features is None:
             steps = TrainSteps(self.source, self.aug, self.img_size, self.batch_size, self.seed, rank=0, world=1)
-            batches = _ViewBatches(steps, share(np.flatnonzero(self.source.ok)), self.batch_size)
+            batches = _ViewBatches(steps, share(np.flatnonzero(self.source.ok), self.batch_size), self.batch_size)
             features = torch.zeros(self.shape)
             done, tell = 0, Lines(say, "features", self.views * len(batches.samples))
             numbers = range(self.views * batches.per_view)

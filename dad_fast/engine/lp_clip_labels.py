@@ -95,7 +95,7 @@ class PseudoLabels:
     def _made(self, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
         num = len(self.source)
         labels, confidence = torch.zeros(num, dtype=torch.int64), torch.zeros(num)
-        mine = share(np.flatnonzero(self.source.ok))
+        mine = share(np.flatnonzero(self.source.ok), self.batch_size)
         piece = Piece(self.source, mine, self.source.labels[mine])
         done, tell = 0, Lines(say, "pseudo-labels", len(mine))
         for batch in EvalLoader(piece, *self.view, self.batch_size, self.workers, pin_memory=self.device.type == "cuda"):
@@ -107,9 +107,13 @@ class PseudoLabels:
         return distributed.all_reduce_sums(labels), distributed.all_reduce_sums(confidence)
 
 
-def share(samples: np.ndarray) -> np.ndarray:
-    """This process's part of `samples`; the parts are disjoint, so that sums over processes of zeros and values bring them together."""
-    return samples[distributed.rank() :: distributed.world()]
+def share(samples: np.ndarray, batch_size: int) -> np.ndarray:
+    """This process's part of `samples`: whole batches, the same ones whatever the number of processes, so that rounding is the same too.
+
+    The parts are disjoint: sums over processes of zeros and values bring them together.
+    """
+    batches = np.arange(len(samples)) // batch_size
+    return samples[batches % distributed.world() == distributed.rank()]
 
 
 class Lines:

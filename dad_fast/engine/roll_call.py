@@ -14,7 +14,7 @@ from typing import Any
 from dad_fast import errors
 from dad_fast.errors import DadFastError, PeerLost
 
-ROLL_CALL = 3.0  # seconds in which every process that is left answers
+ROLL_CALL = 10.0  # seconds in which every process that is left answers; a busy machine may stop one for some of them
 STORE = 2.0  # seconds in which the store answers
 HERE, STOPPED = "dad_fast/here", "dad_fast/stopped"  # in the store, by rank
 

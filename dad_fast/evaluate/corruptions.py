@@ -190,7 +190,8 @@ STANDARD = tuple(name for name in _TABLE if name != "invert")  # the 15 of Image
 def corrupt(name: str, pixels: Tensor, severity: int, keys: Tensor) -> Tensor:
     """Apply corruption `name` at `severity` (1 … 5; `invert` has only 1) to pixels, float [B, 3, H, W] in [0, 1]; float32 of that shape.
 
-    keys: int64 [B], one per image. The result is a function of (image, key, name, severity) alone, whatever else is in the batch.
+    keys: int64 [B], one per image. The result is a function of (image, key, name, severity) alone, up to rounding, whatever else is in
+    the batch.
     """
     function, small, large = _TABLE[name]
     constants = small if min(pixels.shape[-2:]) <= SMALL_SIDE else large
