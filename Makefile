@@ -17,7 +17,7 @@
 PYTHON ?= python3
 ARGS ?=
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
-PYTEST := -m pytest -n 2 --timeout 1200 --check-skips
+PYTEST := -m pytest -n 2 --dist worksteal --timeout 1200 --check-skips
 CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 MISSING_PIN := No matching distribution found|ResolutionImpossible
 

@@ -30,7 +30,7 @@ else:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fault-cycles", type=int, default=5, help="how often each command is killed at a random moment (tests/faults)")
+    parser.addoption("--fault-cycles", type=int, default=2, help="how often each command is killed at a random moment (tests/faults)")
     parser.addoption("--fault-record", default="", help="JSON file for what those kills came to")
     parser.addoption("--check-skips", action="store_true", help="table of skips; fail on a reason that is not in tests/allowed_skips.toml")
 

@@ -211,7 +211,7 @@ def test_t_against_scipy(count):
 def test_what_may_be_compared_is_said(tmp_path):
     folder = made.write_comparison(tmp_path / "x")
     shown = Checker(page(load([folder]))).text
-    assert "At equal epochs, compare with kd: dad (4 times its training time)." in shown
+    assert "At equal epochs, compare with kd: dad (4 times its time)." in shown
     assert "At equal time, compare with kd-long: dad (1 times its time)." in shown
     shown = Checker(page(load([folder / "kd/seed-0", folder / "dad/seed-0"]))).text
     assert "No KD run here took as long as dad: part of a gain over KD may be longer training." in shown
@@ -332,8 +332,10 @@ def test_twenty_runs_are_one_small_page_soon_made(tmp_path):
         shutil.copytree(tmp_path / "run-0", tmp_path / f"run-{number}")
     page(load([tmp_path / "run-0"]))  # what is imported once is not counted
     before = time.process_time()
+    page(load([tmp_path / "run-0"]))
+    between = time.process_time()
     shown = page(load(sorted(tmp_path.iterdir())))
-    assert time.process_time() - before < 2 and len(shown) < 5_000_000
+    assert time.process_time() - between < 40 * (between - before) and len(shown) < 5_000_000
     assert shown.count("<h3>") == 20
 
 

@@ -76,10 +76,20 @@ def command(folder, *more):
     return subprocess.Popen([*COMMAND, *sets, "--resume", "auto", "-o", str(folder)], env=env, stderr=subprocess.PIPE, text=True)
 
 
+KILLED = ("checkpoint.every_steps=3", "max_steps=30")
+
+
+@pytest.fixture(scope="module")
+def not_killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    process = command(folder, *KILLED)
+    assert process.wait(HANG) == 0, process.communicate()[1]
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number):
-    more = ("checkpoint.every_steps=3", "max_steps=30")
-    process = command(tmp_path / "killed", *more)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number, not_killed):
+    process = command(tmp_path / "killed", *KILLED)
     wait_until((tmp_path / "killed/checkpoints/step-6").exists, process)
     process.send_signal(number)
     _, said = process.communicate()
@@ -87,12 +97,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number):
         assert process.returncode == 75 and "--resume auto" in said.splitlines()[-1]
     else:
         assert process.returncode == -9
-    process = command(tmp_path / "killed", *more)
+    process = command(tmp_path / "killed", *KILLED)
     assert process.wait(HANG) == 0, process.communicate()[1]
-    process = command(tmp_path / "straight", *more)
-    assert process.wait(HANG) == 0, process.communicate()[1]
-    assert digest(tmp_path / "killed", 30) == digest(tmp_path / "straight", 30)
-    assert (tmp_path / "killed/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
+    assert digest(tmp_path / "killed", 30) == digest(not_killed, 30)
+    assert (tmp_path / "killed/model.safetensors").read_bytes() == (not_killed / "model.safetensors").read_bytes()
 
 
 def test_a_damaged_latest_gives_way_to_the_one_before_aloud(tmp_path, capsys):

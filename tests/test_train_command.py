@@ -71,7 +71,7 @@ def test_finished_overwritten_and_judged(parts, tmp_path, capsys):
 def test_several_runs_make_a_table(parts, tmp_path, capsys):
     file = tmp_path / "compare.toml"
     file.write_text('[variants.plain]\nmethod = "ce"\n[variants.taught]\nmethod = "kd"\nschedule.epochs = 3\n')
-    given = arguments(parts, tmp_path / "out", "--seeds", "2")
+    given = arguments(parts, tmp_path / "out", "--seeds", "2", "--jobs", "1")
     assert main([given[0], str(file), *given[1:]]) == 0
     record = json.loads((tmp_path / "out/results.json").read_text())
     assert [(r["variant"], r["seed"]) for r in record["runs"]] == [("plain", 0), ("plain", 1), ("taught", 0), ("taught", 1)]

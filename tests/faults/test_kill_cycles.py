@@ -1,6 +1,6 @@
 """train, precompute, report and export, killed at random moments: in the end the same folder, and never a torn file on the way.
 
-5 kills by default. `--fault-cycles 100` is the long form, 50 of report and export; `--fault-record FILE` adds what came of each job
+2 kills by default. `--fault-cycles 100` is the long form, 50 of report and export; `--fault-record FILE` adds what came of each job
 to that file, whoever else writes to it: `-k train` and `-k "not train"` may run side by side.
 """
 
