@@ -197,8 +197,13 @@ def _make_bar() -> Any:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
     except ImportError:  # a bare GPU machine: plain lines do
         return None
-    name, text = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[text]"))
-    columns = (name, BarColumn(bar_width=24), MofNCompleteColumn(), text)
-    return Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True)
+    name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+    bar = BarColumn(bar_width=12, table_column=Column(min_width=12))
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9))
+    # On a narrow terminal the text is cut, not the bar.
+    text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    console = Console(stderr=True)
+    return Progress(name, bar, count, text, console=console, refresh_per_second=2, transient=True, expand=True)
