@@ -200,10 +200,11 @@ def test_a_resumed_run_must_find_the_same_teacher(parts, tmp_path):
 
 
 def test_two_processes_train_what_one_trains(parts, tmp_path, cache):
-    from tests.processes import HANG, environment
+    from tests.processes import HANG, environment, one_thread
 
     more = [part for item in (*STRONG, "lp_clip.views=2", "eval.batch_size=8") for part in ("--set", item)]
-    assert main(arguments(parts, tmp_path / "one", *more)) == 0
+    with one_thread():
+        assert main(arguments(parts, tmp_path / "one", *more)) == 0
     labels = {path: path.read_bytes() for path in (cache / "pseudo-labels").iterdir()}
     (only,) = labels
     only.unlink()  # so that the two make it

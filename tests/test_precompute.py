@@ -24,7 +24,7 @@ from dad_fast.engine.step import TrainStep  # noqa: E402
 from dad_fast.engine.update import Update  # noqa: E402
 from dad_fast.store import AdversarialStore, Manifest, TargetStore  # noqa: E402
 from tests.numerics import assert_same_levels  # noqa: E402
-from tests.processes import HANG, ROOT  # noqa: E402
+from tests.processes import HANG, ROOT, one_thread  # noqa: E402
 from tests.tiny import SIDE, STUDENT, write_images, write_parts, write_teacher  # noqa: E402
 
 
@@ -225,7 +225,8 @@ def command(*arguments):
 @pytest.mark.parametrize("nproc", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_write_the_bytes_of_one(inputs, raw, tmp_path, nproc):
     one, form = tmp_path / "one", ["--images", "raw", "--shard-blocks", "1"]
-    assert main(["precompute", *flags(inputs), "-o", str(one), *form]) == 0
+    with one_thread():
+        assert main(["precompute", *flags(inputs), "-o", str(one), *form]) == 0
     process = command(*flags(inputs), "-o", tmp_path / "many", *form, "--nproc", nproc)
     assert process.wait(HANG) == 0, process.stderr.read().decode()
     assert bytes_of(one) == bytes_of(tmp_path / "many")
@@ -236,7 +237,8 @@ def test_killed_and_stopped_runs_go_on_to_the_same_bytes(inputs, raw, tmp_path):
     folder = tmp_path / "store"
     arguments = [*flags(inputs), "-o", folder, "--images", "raw", "--views", "2", "-b", "6", "--block-size", "1"]
     straight = tmp_path / "straight"
-    assert main(["precompute", *map(str, arguments), "-o", str(straight)]) == 0
+    with one_thread():
+        assert main(["precompute", *map(str, arguments), "-o", str(straight)]) == 0
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = command(*arguments)
         before = sum(path.stat().st_size for path in folder.glob("*.part")) if folder.exists() else 0
