@@ -33,6 +33,6 @@ def usable_cores() -> int:
 def wait_passively() -> None:
     """Let OpenMP threads sleep while they wait, unless the user has chosen. Call it before torch is imported.
 
-    Spinning threads take the cores from other work: with two busy processes beside it, training took 2.8 times as long.
+    Threads that spin while they wait take the cores from the threads they wait for, when other work runs beside them.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -20,12 +20,7 @@ from tests.processes import HANG, wait_until  # noqa: E402
 
 
 def arguments(parts, out, *more):
-    given = [
-        "ablate", "--data-dir", str(parts / "data"), *tiny.STUDENT, "--teacher", str(parts / "teacher.safetensors"),
-        "--discretizer", "jpeg:60", "-o", str(out), "--batch-size", "8", "--workers", "0", "--max-steps", "2", "--epochs", "2",
-        "--devices", "cpu", "--jobs", "1", "--warmup-epochs", "0", "--seeds", "2",
-    ]  # fmt: skip
-    return [*given, *map(str, more)]
+    return tiny.train_arguments(parts, out, "--devices", "cpu", "--jobs", "1", "--seeds", "2", *more, verb="ablate")
 
 
 def finished(out):

@@ -335,7 +335,7 @@ def test_twenty_runs_are_one_small_page_soon_made(tmp_path):
     page(load([tmp_path / "run-0"]))
     between = time.process_time()
     shown = page(load(sorted(tmp_path.iterdir())))
-    assert time.process_time() - between < 40 * (between - before) and len(shown) < 5_000_000
+    assert time.process_time() - between < 25 * (between - before) and len(shown) < 5_000_000
     assert shown.count("<h3>") == 20
 
 

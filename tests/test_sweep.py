@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -15,15 +17,11 @@ from dad_fast.config.stores import is_filled, store_seconds  # noqa: E402
 from dad_fast.errors import Preempted  # noqa: E402
 from dad_fast.observe import progress as progress_module  # noqa: E402
 from dad_fast.observe.progress import JobsProgress, report_progress, report_progress_to  # noqa: E402
+from tests.processes import HANG, ROOT  # noqa: E402
 
 
 def arguments(parts, out, *more):
-    given = [
-        "train", "--data-dir", str(parts / "data"), *tiny.STUDENT, "--teacher", str(parts / "teacher.safetensors"),
-        "--discretizer", "jpeg:60", "-o", str(out), "-b", "8", "-j", "0", "--max-steps", "2", "--epochs", "2",
-        "--device", "cpu", "--warmup-epochs", "0",
-    ]  # fmt: skip
-    return [*given, *map(str, more)]
+    return tiny.train_arguments(parts, out, "--device", "cpu", *more)
 
 
 def read(path):
@@ -84,6 +82,27 @@ def test_overwrite_makes_new_stores(parts, tmp_path):
     made = (store / "manifest.json").stat().st_mtime_ns
     assert main([*given, "--overwrite"]) == 0
     assert (store / "manifest.json").stat().st_mtime_ns > made
+
+
+def test_overwrite_keeps_what_the_run_reads(parts, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(parts, out, "--method", "kd", "--stores", "targets:1")) == 0
+    (store,) = stores_in(out)
+    before = sorted(path for path in out.rglob("*"))
+    for more in (["--store", store], ["--init-from", out]):
+        capsys.readouterr()
+        assert main(arguments(parts, out, "--method", "kd", "--overwrite", *more)) == 2
+        said = capsys.readouterr().err
+        assert f"--overwrite would remove {more[1]}, which this run reads" in said and said.count("\n") == 1
+    assert sorted(path for path in out.rglob("*")) == before
+
+
+def test_several_runs_on_several_processes(parts, tmp_path):
+    command = [sys.executable, "-m", "dad_fast", *arguments(parts, tmp_path / "out", "--method", "ce", "--seeds", "2", "--nproc", "2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [run["seed"] for run in read(tmp_path / "out/results.json")["runs"]] == [0, 1]
+    assert read(tmp_path / "out/ce/seed-1/run.json")["processes"] == 2
 
 
 def test_variants_share_stores_and_a_table(parts, tmp_path):

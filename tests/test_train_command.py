@@ -15,12 +15,7 @@ from dad_fast.cli import main  # noqa: E402
 
 
 def arguments(parts, out, *more):
-    given = [
-        "train", "--data-dir", str(parts / "data"), *tiny.STUDENT, "--teacher", str(parts / "teacher.safetensors"),
-        "--discretizer", str(parts / "vqgan.ckpt"), "-o", str(out), "--batch-size", "8", "--workers", "0", "--max-steps", "2",
-        "--epochs", "2", "--device", "cpu", "--warmup-epochs", "0",
-    ]  # fmt: skip
-    return [*given, *map(str, more)]
+    return tiny.train_arguments(parts, out, "--device", "cpu", *more, discretizer=str(parts / "vqgan.ckpt"))
 
 
 @pytest.mark.parametrize("method", ["ce", "kd", "aug-only", "dat", "dad", "dat+dad"])

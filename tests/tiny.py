@@ -12,6 +12,15 @@ TOWERS = {
 STUDENT = ["--student", "resnet18", "--set", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "--img-size", str(SIDE)]
 
 
+def train_arguments(parts: Path, out: Path, *more: object, discretizer: str = "jpeg:60", verb: str = "train") -> list[str]:
+    """Two steps on `parts`; of a flag that `more` repeats the last one counts."""
+    given = [
+        verb, "--data-dir", parts / "data", *STUDENT, "--teacher", parts / "teacher.safetensors", "--discretizer", discretizer,
+        "-o", out, "--batch-size", "8", "--workers", "0", "--max-steps", "2", "--epochs", "2", "--warmup-epochs", "0",
+    ]  # fmt: skip
+    return [str(item) for item in (*given, *more)]
+
+
 def write_teacher(path: Path, seed: int = 0) -> Path:
     """A random CLIP that names its architecture, as the embedded one does."""
     import pytest

@@ -205,11 +205,13 @@ def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -
         return
     console = Console()
     for title, grid in grids.items():
-        forms = [_drawn(title, grid), _drawn(title, _turned(grid), narrow=True)]
+        turned = _turned(grid)
+        forms = [_drawn(title, grid), _drawn(title, turned, narrow=True), _drawn(title, _compact(turned), narrow=True)]
         widths = [Measurement.get(console, console.options.update(width=1000), form).maximum for form in forms]
-        turn = widths[0] > console.width and widths[1] < widths[0]  # a terminal of 80 columns
-        # A number that is cut off is worse than a wrapped line.
-        Console(width=max(console.width, widths[turn])).print(forms[turn])
+        # The first form that fits, or the narrowest: a number that is cut off is worse than a wrapped line.
+        fitting = [i for i, width in enumerate(widths) if width <= console.width]
+        chosen = fitting[0] if fitting else widths.index(min(widths))
+        Console(width=max(console.width, widths[chosen])).print(forms[chosen])
     for remark in remarks:
         console.print(remark, markup=False, highlight=False)
 
@@ -219,6 +221,13 @@ def _turned(grid: Grid) -> Grid:
     header, table, best = grid
     names = ["", *(row[0].replace(" ", "\n") for row in table)]
     return names, [[header[j], *(row[j] for row in table)] for j in range(1, len(header))], {(j - 1, i + 1) for i, j in best}
+
+
+def _compact(grid: Grid) -> Grid:
+    """The same without spaces around ±, and names broken at a colon too."""
+    header, table, best = grid
+    names = [name.replace(":", ":\n") for name in header]
+    return names, [[row[0], *(text.replace(" ± ", "±") for text in row[1:])] for row in table], best
 
 
 def _drawn(title: str, grid: Grid, narrow: bool = False) -> Any:

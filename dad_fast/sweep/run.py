@@ -39,7 +39,7 @@ def run_here(sweep: Sweep, launch: Launch) -> int:
     builder = Builder()
     # One run a variant is enough, unless checkpoints are to be continued.
     checked = {run.variant if not launch.resume else run.folder: run for run in sweep.runs}
-    unfilled = sweep.unfilled()
+    unfilled = sweep.unfilled(launch.overwrite)
     for run in checked.values():
         check_run(run.cfg, run.folder, launch, builder, not unfilled.isdisjoint(run.cfg.store.dirs))
     if main:
@@ -56,7 +56,7 @@ def run_here(sweep: Sweep, launch: Launch) -> int:
         label = f"[{number}/{len(sweep.runs)}] {run.name}" if several else run.variant
         train_run(run, label, launch, builder, teacher_results)
     if main and several:
-        write_tables(sweep, failed={})
+        write_tables(sweep, {}, distributed.world())
         write_report(output)
     elif main:
         print_table(read_record(output / "results.json"))

@@ -37,8 +37,11 @@ class Run:
     def name(self) -> str:
         return f"{self.variant} seed {self.seed}"
 
-    def record(self) -> dict[str, Any] | None:
-        """Return results.json of a run that was finished and evaluated with these settings, else None."""
+    def record(self, num_processes: int = 1) -> dict[str, Any] | None:
+        """Return results.json of a run that was finished and evaluated with these settings, else None.
+
+        num_processes: of one run; the batch of a step depends on it.
+        """
         results, config = self.folder / "results.json", self.folder / "config.toml"
         try:
             record: dict[str, Any] = json.loads(results.read_text())
@@ -47,7 +50,7 @@ class Run:
             later = results.stat().st_mtime_ns >= config.stat().st_mtime_ns
         except (OSError, ValueError, RecursionError, UsageError):
             return None
-        settings = [identity(with_batch_sizes(cfg, 1)) for cfg in (made, self.cfg)]
+        settings = [identity(with_batch_sizes(cfg, num_processes)) for cfg in (made, self.cfg)]
         same = settings[0] == settings[1] and made.seed == self.seed and made.eval.suites == self.cfg.eval.suites
         whole = isinstance(record, dict) and {"seed", "seconds", "epochs", "suites"} <= set(record)
         return record if whole and later and same else None
@@ -67,9 +70,21 @@ class Sweep:
     stores: tuple[SharedStore, ...]
     ablation: Plan | None = None
 
-    def unfilled(self) -> set[str]:
-        """Folders of the stores that are yet to be filled."""
-        return {store.folder for store in self.stores if not is_filled(store.folder)}
+    def unfilled(self, overwrite: bool) -> set[str]:
+        """Folders of the stores that are yet to be filled; `--overwrite` makes all of them again."""
+        return {store.folder for store in self.stores if overwrite or not is_filled(store.folder)}
+
+    def inputs_inside(self) -> list[str]:
+        """What runs read from the output folder and do not make there themselves."""
+        made = {store.folder for store in self.stores}
+        given = {
+            path
+            for run in self.runs
+            for path in (*run.cfg.store.dirs, run.cfg.student.init_from, run.cfg.student.weights)
+            if path and path not in made
+        }
+        output = self.output.resolve()
+        return sorted(path for path in given if Path(path).resolve().is_relative_to(output))
 
 
 def make_sweep(cfg: Config, output: Path, ablation: Plan | None = None) -> Sweep:
@@ -98,6 +113,8 @@ def check_output(sweep: Sweep, launch: Launch) -> None:
     if launch.overwrite:
         if not _is_run(output) and not _runs_inside(output):
             raise UsageError(f"--overwrite: {output} is not empty and holds no run; name another folder")
+        if inside := sweep.inputs_inside():
+            raise UsageError(f"--overwrite would remove {inside[0]}, which this run reads; name another --output")
         return
     if sweep.ablation and not (output / "config.toml").exists():
         raise UsageError(f"--output {output} is not empty and holds no sweep ({names[0]}); name another folder")

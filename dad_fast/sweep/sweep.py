@@ -112,7 +112,7 @@ def _check(
     # One run a variant is enough, unless checkpoints are to be continued.
     checked = {run.variant if not launch.resume else run.name: run for run in runs}.values()
     stores = {store.kind: store for store in _needed(sweep, runs)}.values()  # those of a kind have one form
-    unfilled = sweep.unfilled()
+    unfilled = sweep.unfilled(launch.overwrite)
 
     def message(device: str) -> dict[str, Any]:
         described = [
@@ -165,7 +165,7 @@ def _run_job(run: Run, launch: Launch, stores: Sequence[SharedStore], teachers: 
 
 
 def _launch(launch: Launch) -> dict[str, Any]:
-    """What a worker needs of it. A run that a failed worker began is always continued."""
+    """What a worker needs of it."""
     return {
         "resume": launch.resume, "allow_config_change": launch.allow_config_change, "preset": launch.preset,
         "both_batch_sizes": launch.both_batch_sizes,

@@ -21,13 +21,14 @@ ENVIRONMENT = (
 )
 
 
-def write_tables(sweep: Sweep, failed: Mapping[str, str]) -> None:
-    """Write what is there so far. failed: run or store -> why."""
-    runs = [{**record, "variant": run.variant} for run in sweep.runs if (record := run.record())]
-    if not runs:
+def write_tables(sweep: Sweep, failed: Mapping[str, str], num_processes: int = 1) -> None:
+    """Write what is there so far. failed: run or store -> why. num_processes: of each run."""
+    records = {run.folder: run.record(num_processes) for run in sweep.runs}
+    done = [run for run in sweep.runs if records[run.folder] is not None]
+    if not done:
         return
-    first = next(run for run in sweep.runs if run.record())
-    facts = json.loads((first.folder / "run.json").read_text())
+    runs = [{**(records[run.folder] or {}), "variant": run.variant} for run in done]
+    facts = json.loads((done[0].folder / "run.json").read_text())
     whole: dict[str, Any] = {
         "config": to_toml(sweep.config),
         "environment": {name: facts[name] for name in ENVIRONMENT if name in facts},
