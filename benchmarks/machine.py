@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.record import Record
 from dad_fast.kernels.csrc import csrc, csrc_status
-from dad_fast.observe.device import Gpu
-from dad_fast.observe.runlog import environment
+from dad_fast.loggers.gpu import Gpu
+from dad_fast.loggers.run_log import environment
 
 
 class Machine:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.record import Record
 from dad_fast.files import atomic_write_text
-from dad_fast.observe.chart import ticks
+from dad_fast.report.chart import ticks
 
 HERE = Path(__file__).parent
 HISTORY, CHART = HERE / "history.jsonl", HERE / "overhead.svg"

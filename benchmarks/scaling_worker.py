@@ -17,7 +17,7 @@ import torch
 from benchmarks.ddp import with_ddp
 from benchmarks.workload import make_workload
 from dad_fast.config.schema import Config
-from dad_fast.engine import distributed
+from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import resolve_device
 
 

@@ -23,9 +23,9 @@ from PIL import Image
 from benchmarks.bench import Bench
 from benchmarks.photos import write_photos, write_shard
 from dad_fast.config.schema import AugmentConfig
-from dad_fast.data.decode import read_rgb
-from dad_fast.data.loader import TrainLoader, train_loader
-from dad_fast.data.sources import Source, open_source
+from dad_fast.data.loaders.loader import TrainLoader, train_loader
+from dad_fast.data.sources.base import Source, open_source
+from dad_fast.data.sources.decode import read_rgb
 from dad_fast.errors import EnvironmentProblem
 
 SIDE = 224
@@ -69,7 +69,7 @@ def test_decode(bench: Bench, folders: dict[str, Path], size: str) -> None:
     with held_to_one_core():
         functions: dict[str, Callable[[], object]] = {"PIL": lambda: [np.asarray(read_rgb(io.BytesIO(content))) for content in files]}
         with suppress(ImportError):
-            from dad_fast.data.dali_decode import decoder
+            from dad_fast.data.loaders.dali.decode import decoder
 
             functions["DALI cpu"] = decoder(files, "cpu", num_threads=1)
         bench.compare(f"decode, {size}, 1 core", functions, baseline="PIL", work=len(files), config=described(source), seconds=15)
@@ -80,7 +80,7 @@ def test_decode_on_the_gpu(bench: Bench, folders: dict[str, Path], size: str) ->
     if bench.device.type != "cuda":
         pytest.skip("needs a GPU")
     pytest.importorskip("nvidia.dali")
-    from dad_fast.data.dali_decode import decoder
+    from dad_fast.data.loaders.dali.decode import decoder
 
     source = open_source(str(folders[size]))
     files = [content for i in range(len(source)) if (content := source.encoded(i)) is not None] * 8

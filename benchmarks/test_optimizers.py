@@ -13,7 +13,7 @@ import timm
 import torch
 
 from benchmarks.bench import Bench
-from dad_fast.engine.apex import apex_problem
+from dad_fast.engine.optimizer import apex_problem
 
 STUDENTS = {
     "tiny": ("resnet18", "vit_tiny_patch16_224"),

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.bench import Bench
 from benchmarks.ddp import share_before_the_last_bucket
-from dad_fast.engine.launch import STORE
+from dad_fast.distributed.launch import STORE
 
 ROOT = Path(__file__).parents[1]
 BATCH = 32  # images a process: where the all-reduce weighs most

@@ -19,7 +19,7 @@ from dad_fast.config.schema import PrecisionConfig, StudentConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.kernels.distillation_loss import distillation, distillation_loss, soft_cross_entropy
 from dad_fast.kernels.pgd_update import pgd_update, reference
-from dad_fast.models.savings import PLAIN, Savings, save_student_work, save_teacher_work
+from dad_fast.models.optimizations import PLAIN, Savings, save_student_work, save_teacher_work
 from dad_fast.models.student import build_student
 from dad_fast.models.teacher import Teacher
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.bench import Bench
 from benchmarks.photos import photographs
-from dad_fast.data.execute import eval_transform
+from dad_fast.data.augment.execute import eval_transform
 from dad_fast.store import AdversarialStore, Manifest, Records, StoreWriter, hash_keys
 
 BATCH, SIDE = 256, 224

@@ -13,11 +13,11 @@ import torch
 from benchmarks.bench import Bench
 from benchmarks.timm_kd import kd_baseline
 from benchmarks.workload import Flops, Workload, make_workload
-from dad_fast.data.loader import Batch
-from dad_fast.data.mixing import mix, to_pixels
-from dad_fast.engine.generate import adversarial
+from dad_fast.data.augment.mixing import mix, to_pixels
+from dad_fast.data.loaders.loader import Batch
 from dad_fast.kernels import pack_codes
 from dad_fast.methods.attack import PGD
+from dad_fast.precompute.adversarial import adversarial
 
 
 def test_stored(bench: Bench) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench import Bench
+from dad_fast.discretizers.vqgan.fused_layers import Recipe, Sum, Up, VQGANSavings
+from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN, Upsample
 from dad_fast.kernels.group_norm_silu import add_group_norm_silu
 from dad_fast.kernels.wide_attention import WAYS
-from dad_fast.models.vqgan import PRESETS, VQGAN, Upsample
-from dad_fast.models.vqgan_fused_layers import Recipe, Sum, Up, VQGANSavings
-from dad_fast.models.weights import asset
+from dad_fast.models.weights.files import asset
 
 DTYPES = {"encode": torch.float16, "decode": torch.bfloat16}  # on a GPU; CPUs have fast bfloat16 at best
 

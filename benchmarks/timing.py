@@ -53,7 +53,7 @@ def interleaved(functions: Mapping[str, Function], device: torch.device, seconds
 
 def graphed(function: Function) -> Function:
     """`function` as the replay of a CUDA graph of one call; it must read and write the same memory each time."""
-    from dad_fast.engine.graph import capturing
+    from dad_fast.engine.cuda_graph import capturing
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -16,8 +16,8 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from benchmarks.workload import Workload
-from dad_fast.data.mixing import mix, to_pixels
-from dad_fast.methods.objectives import smooth
+from dad_fast.data.augment.mixing import mix, to_pixels
+from dad_fast.methods.losses import smooth
 from dad_fast.models.teacher import Teacher
 
 try:

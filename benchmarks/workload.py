@@ -26,18 +26,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dad_fast.config.resolve import gather
 from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config, Method
-from dad_fast.data.loader import Batch
-from dad_fast.data.records import UNMIXED, mix_record, uses_mixing
+from dad_fast.data.augment.records import UNMIXED, mix_record, uses_mixing
+from dad_fast.data.loaders.loader import Batch
+from dad_fast.discretizers.base import VQGANDiscretizer, load_discretizer
+from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings
+from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.engine.frozen import model_savings
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.methods.attack import cross_entropy_direction
-from dad_fast.models.discretizer import VQGANDiscretizer, load_discretizer
-from dad_fast.models.savings import PLAIN, Savings, save_student_work, save_teacher_work
+from dad_fast.models.optimizations import PLAIN, Savings, save_student_work, save_teacher_work
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher, load_teacher
-from dad_fast.models.vqgan import PRESETS, VQGAN
-from dad_fast.models.vqgan_fused_layers import VQGANSavings
 
 SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat nor white
 
@@ -109,8 +109,8 @@ def make_workload(size: str, device: torch.device, batch_size: int = 0, preset: 
 def _tiny(device: torch.device, batch_size: int) -> Workload:
     for package in ("open_clip", "mlxtend", "sklearn"):
         pytest.importorskip(package)
-    from dad_fast.data.loader import TrainLoader
-    from dad_fast.data.sources import open_source
+    from dad_fast.data.loaders.loader import TrainLoader
+    from dad_fast.data.sources.base import open_source
 
     cfg = gather("demo", None, [], {})
     source = open_source(cfg.data.data_dir, cfg.data.train_split)

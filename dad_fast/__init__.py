@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dad_fast.methods import objectives as losses
+    from dad_fast.discretizers.vqgan.model import VQGAN
+    from dad_fast.methods import losses
     from dad_fast.methods.attack import PGD
     from dad_fast.methods.discretize import discretize
     from dad_fast.models.teacher import Teacher
-    from dad_fast.models.vqgan import VQGAN
     from dad_fast.store import AdversarialStore, TargetStore
 
     __version__: str
@@ -23,10 +23,10 @@ __all__ = ["PGD", "VQGAN", "AdversarialStore", "TargetStore", "Teacher", "__vers
 
 _WHERE = {
     "Teacher": "dad_fast.models.teacher:Teacher",
-    "VQGAN": "dad_fast.models.vqgan:VQGAN",
+    "VQGAN": "dad_fast.discretizers.vqgan.model:VQGAN",
     "PGD": "dad_fast.methods.attack:PGD",
     "discretize": "dad_fast.methods.discretize:discretize",
-    "losses": "dad_fast.methods.objectives",
+    "losses": "dad_fast.methods.losses",
     "AdversarialStore": "dad_fast.store:AdversarialStore",
     "TargetStore": "dad_fast.store:TargetStore",
 }

@@ -2,7 +2,7 @@
 
 import sys
 
-from dad_fast.cli import main
+from dad_fast.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,20 +25,20 @@ import torch
 from show_distance_and_gain import show
 from torch import Tensor, nn
 
-from dad_fast.cli import main as dad_fast
-from dad_fast.commands.precompute import make_filler
+from dad_fast.cli.main import main as dad_fast
 from dad_fast.config import Config, expand, to_toml
 from dad_fast.config.fields import with_values
-from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.options import StoreLaunch
 from dad_fast.config.resolve import gather
-from dad_fast.data.loader import EvalLoader
-from dad_fast.data.mixing import to_pixels
-from dad_fast.data.sources import open_source
-from dad_fast.engine.precompute import fill
-from dad_fast.evaluate.corruptions import STANDARD, corrupt
+from dad_fast.data.augment.mixing import to_pixels
+from dad_fast.data.loaders.loader import EvalLoader
+from dad_fast.data.sources.base import open_source
+from dad_fast.evaluate.corruptions.common import STANDARD, corrupt
 from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.loggers.run_log import environment
 from dad_fast.models.student import load_student
-from dad_fast.observe.runlog import environment
+from dad_fast.precompute.fill import fill
+from dad_fast.precompute.run import make_filler
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EPOCHS, DRAWS = 10, 5

@@ -189,7 +189,7 @@ def vitb16_settings(run: Context) -> list[str]:
     import torch
     from safetensors.torch import save_file
 
-    from dad_fast.models.vqgan import PRESETS, VQGAN
+    from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 
     torch.manual_seed(0)
     work, options, model = run.work, run.options, "vit_base_patch16_224"

@@ -23,12 +23,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a bare checkout too
 
-from dad_fast.cli import main as dad_fast
-from dad_fast.evaluate import probe_checks
-from dad_fast.evaluate.table import spread
+from dad_fast.cli.main import main as dad_fast
+from dad_fast.evaluate.tables import spread
 from dad_fast.files import atomic_write_json
-from dad_fast.models.weights import sha256_file
-from dad_fast.observe.runlog import environment
+from dad_fast.loggers.run_log import environment
+from dad_fast.models.weights.files import sha256_file
+from dad_fast.tools.probe import checks as probe_checks
 
 METRICS = ("top1", "top1_interval", "ece", "nll", "brier")
 CALIBRATION = {"ece": 1, "nll": 2, "brier": 3}  # and the digits that are shown; less is better

@@ -36,11 +36,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a bare checkout too
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
-from dad_fast.data.embedded import NAMES, EmbeddedSource
-from dad_fast.models.discretizer import load_discretizer
+from dad_fast.data.sources.embedded import NAMES, EmbeddedSource
+from dad_fast.discretizers.base import load_discretizer
+from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.models.teacher import TEACHER, load_teacher
-from dad_fast.models.vqgan import VQGAN, VQGANConfig
-from dad_fast.models.weights import write_safetensors
+from dad_fast.models.weights.files import write_safetensors
 
 ASSETS = Path(__file__).resolve().parent.parent / "dad_fast" / "assets"
 SPLITS = {"mnist": "train", "optdigits": "optdigits-train"}

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dad_fast.errors import DataError
-from dad_fast.observe.timeline import as_text, read_timeline, summarize
+from dad_fast.tools.profile.timeline import as_text, read_timeline, summarize
 
 
 def main(arguments: list[str] | None = None) -> int:

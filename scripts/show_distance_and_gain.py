@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dad_fast.engine.analyze import TITLES
 from dad_fast.files import atomic_write_text
+from dad_fast.tools.analyze.measure import TITLES
 
 SPACES = {"teacher": "teacher's features", "student": "features of a student trained without", "pixels": "pixels"}
 MEASURES = {"sw2_squared_corrected": "SW2²", "mmd2": "MMD²"}

@@ -15,10 +15,10 @@ pytest.importorskip("nvidia.dali")
 torch = pytest.importorskip("torch")
 
 from dad_fast.config.schema import AugmentConfig  # noqa: E402
+from dad_fast.data.augment.execute import execute  # noqa: E402
+from dad_fast.data.augment.records import Record  # noqa: E402
 from dad_fast.data.classes import ClassMap  # noqa: E402
-from dad_fast.data.decode import read_rgb  # noqa: E402
-from dad_fast.data.execute import execute  # noqa: E402
-from dad_fast.data.records import Record  # noqa: E402
+from dad_fast.data.sources.decode import read_rgb  # noqa: E402
 
 CENTER = AugmentConfig(crop="center", hflip=0.0, color_jitter=0.0)
 FULL = AugmentConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, mixup_prob=0.9, vflip=0.2)
@@ -79,9 +79,9 @@ def record_of(image, img_size, **changes):
 
 def by_dali(files, records, device="cpu"):
     """uint8 [n, S, S, 3]"""
-    from dad_fast.data.dali import _Engine
-    from dad_fast.data.dali_plan import Planned, arguments
-    from dad_fast.data.steps import Batch, TrainSteps
+    from dad_fast.data.loaders.dali.loader import _Engine
+    from dad_fast.data.loaders.dali.plan import Planned, arguments
+    from dad_fast.data.loaders.steps import Batch, TrainSteps
 
     num_ops = max(len(record.ops) for record in records)
     aug = AugmentConfig(aa=f"rand-m9-n{num_ops}", reprob=1.0, color_jitter=0.0) if num_ops else AugmentConfig(reprob=1.0, color_jitter=0.0)

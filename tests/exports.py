@@ -13,11 +13,11 @@ timm = pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 np = pytest.importorskip("numpy")
 
-from dad_fast import cli  # noqa: E402
+from dad_fast.cli import main as cli  # noqa: E402
 from dad_fast.config.schema import StudentConfig  # noqa: E402
 from dad_fast.data.classes import ClassMap  # noqa: E402
-from dad_fast.models import export_graph  # noqa: E402
 from dad_fast.models.student import Student, build_student, save_student  # noqa: E402
+from dad_fast.tools.export import graph as export_graph  # noqa: E402
 from tests.tiny import SIDE  # noqa: E402
 
 NAMES = ("ant", "bee <b>|`x`", "c\x1b[31md")

@@ -17,7 +17,7 @@ PREPARE = """
 import os, sys, json, time, torch
 torch.set_num_threads(1)
 from dad_fast.config.schema import Config, EngineConfig
-from dad_fast.engine import distributed as d
+from dad_fast.distributed import process_group as d
 cfg = Config(device="cpu")
 d.init(cfg)
 rank, world = d.rank(), d.world()

@@ -11,9 +11,9 @@ import torch
 from dad_fast.config import Config, to_toml
 from dad_fast.config.fields import with_values
 from dad_fast.files import atomic_write_text
-from dad_fast.observe.pieces import write_pieces
-from dad_fast.observe.runlog import RunLog
-from dad_fast.observe.sheet import write_sheet
+from dad_fast.loggers.run_log import RunLog
+from dad_fast.report.pieces import write_pieces
+from dad_fast.report.sheet import write_sheet
 
 # What a class, a run or a weights file may be called by accident or on purpose: markup, quotes, control and direction characters.
 HOSTILE = "<script>alert(1)</script>\"'&amp;\x1b[31m\x00\u202egnp.exe\ud800 אבג " + "w" * 60

@@ -7,7 +7,7 @@ import tarfile
 
 from PIL import Image
 
-from dad_fast.data.tar import TarSource
+from dad_fast.data.sources.tar import TarSource
 
 
 def picture(value, kind="JPEG", size=(12, 10), **options):

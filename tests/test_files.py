@@ -50,7 +50,7 @@ def test_an_error_names_the_file_and_not_its_temporary(tmp_path: Path, monkeypat
 def test_what_a_killed_export_left_comes_back_or_goes(tmp_path: Path) -> None:
     """Killed between its two renames, it had moved the earlier export aside; killed before, it had half a new one."""
     pytest.importorskip("torch")
-    from dad_fast.commands.export import _new_folder
+    from dad_fast.tools.export.run import _new_folder
 
     target = tmp_path / "e"
     for name in (".e.0123abcd.old", ".e.4567cdef.tmp"):

@@ -38,7 +38,7 @@ def write_vqgan(path: Path, seed: int = 0) -> Path:
     """A random VQGAN of factor 4, as taming's checkpoints are: a state dict under "state_dict"."""
     import torch
 
-    from dad_fast.models.vqgan import VQGAN, VQGANConfig
+    from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 
     torch.manual_seed(seed)
     vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_levels=(2,), z_channels=4, embed_dim=4, n_embed=64))

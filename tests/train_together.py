@@ -1,4 +1,4 @@
-"""A few steps of every method on synthetic images, in one of several processes (tests/test_distributed_training.py starts them).
+"""A few steps of every method on synthetic images, in one of several processes (tests/distributed/test_distributed_training.py starts them).
 
     python train_together.py LIST      LIST is JSON: [name, method, student, grad_accum_steps, dtype, step with a NaN] for each
 
@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 
 from dad_fast.config.schema import AttackConfig, Config, EmaConfig, EngineConfig, OptimConfig, StudentConfig
-from dad_fast.data.steps import Batch
-from dad_fast.engine import distributed
+from dad_fast.data.loaders.steps import Batch
+from dad_fast.discretizers.base import VQGANDiscretizer, load_discretizer
+from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
+from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
-from dad_fast.models.discretizer import VQGANDiscretizer, load_discretizer
 from dad_fast.models.student import build_student
-from dad_fast.models.vqgan import VQGAN, VQGANConfig
 
 GLOBAL, CLASSES, SIDE, STEPS = 24, 4, 16, 4
 STUDENTS = {

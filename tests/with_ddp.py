@@ -1,6 +1,6 @@
 """Losses and gradients of a few steps in two processes: with one tensor of gradients, and with DistributedDataParallel in its place.
 
-Prints two JSON lines, each {method: [numbers of a step, for each step]}. tests/test_distributed_training.py starts the processes.
+Prints two JSON lines, each {method: [numbers of a step, for each step]}. tests/distributed/test_distributed_training.py starts the processes.
 """
 
 import json
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.ddp import with_ddp
 from dad_fast.config.schema import AttackConfig, Config
-from dad_fast.engine import distributed
+from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.models.student import build_student

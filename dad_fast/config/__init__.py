@@ -1,6 +1,6 @@
 """Settings of a run: what they are (schema), where they come from (resolve), and how they are written (toml)."""
 
-from dad_fast.config.launch import Launch
+from dad_fast.config.options import Launch
 from dad_fast.config.resolve import check, preset_names, resolve
 from dad_fast.config.schema import Config
 from dad_fast.config.toml import from_toml, to_toml

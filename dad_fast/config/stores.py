@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dad_fast.config.fields import get, nearest, settings, with_values
-from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import Config
 from dad_fast.config.variants import NOT_SCIENCE
 from dad_fast.errors import UsageError

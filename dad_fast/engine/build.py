@@ -11,20 +11,21 @@ from timm.layers import convert_sync_batchnorm
 
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
-from dad_fast.data.loader import Batch
-from dad_fast.data.sources import Source, open_source
-from dad_fast.engine import distributed, frozen
-from dad_fast.engine.lp_clip import ProbeData
-from dad_fast.engine.lp_clip_features import FeatureTable
-from dad_fast.engine.lp_clip_labels import PseudoLabels, WeakView
-from dad_fast.engine.named import check_same_classes, check_splits, check_weights
+from dad_fast.data.loaders.loader import Batch
+from dad_fast.data.sources.base import Source, open_source
+from dad_fast.discretizers.base import Discretizer
+from dad_fast.distributed import process_group as distributed
+from dad_fast.engine import frozen
+from dad_fast.engine.preflight import check_same_classes, check_splits, check_weights
+from dad_fast.engine.probe_features import FeatureTable
+from dad_fast.engine.probe_step import ProbeData
+from dad_fast.engine.pseudo_labels import PseudoLabels, WeakView
 from dad_fast.engine.stored import Stored, recorded_classes, view_settings
 from dad_fast.errors import EnvironmentProblem, UsageError
-from dad_fast.methods.objectives import TERMS
-from dad_fast.models.discretizer import Discretizer
+from dad_fast.methods.losses import TERMS
+from dad_fast.models.optimizations import save_student_work
 from dad_fast.models.probe import Probe, build_probe
 from dad_fast.models.run_settings import take_view
-from dad_fast.models.savings import save_student_work
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
 from dad_fast.store import AdversarialStore, TargetStore

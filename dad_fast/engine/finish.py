@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from dad_fast.data.loader import EvalLoader
-from dad_fast.data.mixing import soft_targets, to_pixels
-from dad_fast.engine import distributed
+from dad_fast.data.augment.mixing import soft_targets, to_pixels
+from dad_fast.data.loaders.loader import EvalLoader
+from dad_fast.discretizers.base import Discretized, Discretizer, VQGANDiscretizer
+from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Result, Suite
 from dad_fast.files import atomic_write_json
+from dad_fast.loggers.progress import report_progress
 from dad_fast.methods.discretize import discretize
-from dad_fast.methods.objectives import TERMS, keep_mask
-from dad_fast.models.discretizer import Discretized, Discretizer, VQGANDiscretizer
-from dad_fast.observe.pieces import write_pieces
-from dad_fast.observe.progress import report_progress
-from dad_fast.observe.report import write_report
-from dad_fast.observe.sheet import difference_scale, write_sheet
+from dad_fast.methods.losses import TERMS, keep_mask
+from dad_fast.report.page import write_report
+from dad_fast.report.pieces import write_pieces
+from dad_fast.report.sheet import difference_scale, write_sheet
 
 SHEET_ROWS = 8
 

@@ -9,11 +9,11 @@ import torch
 
 from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.data.classes import ClassMap
-from dad_fast.models.discretizer import Discretizer, VQGANDiscretizer, load_discretizer
-from dad_fast.models.fingerprint import fingerprint
-from dad_fast.models.savings import Savings, save_teacher_work
+from dad_fast.discretizers.base import Discretizer, VQGANDiscretizer, load_discretizer
+from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings
+from dad_fast.models.optimizations import Savings, save_teacher_work
 from dad_fast.models.teacher import Teacher, load_teacher
-from dad_fast.models.vqgan_fused_layers import VQGANSavings
+from dad_fast.models.weights.fingerprint import fingerprint
 
 log = logging.getLogger("dad_fast.engine")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dad_fast.config.schema import Config
-from dad_fast.data.loader import TrainLoader, resolve_loader
-from dad_fast.engine import distributed
+from dad_fast.data.loaders.loader import TrainLoader, resolve_loader
+from dad_fast.discretizers.base import VQGANDiscretizer
+from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Parts
-from dad_fast.engine.lp_clip_features import FeatureLoader
-from dad_fast.models.discretizer import VQGANDiscretizer
+from dad_fast.engine.probe_features import FeatureLoader
 
 
 def introduction(cfg: Config, parts: Parts, loader: TrainLoader | FeatureLoader) -> list[str]:

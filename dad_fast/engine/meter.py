@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dad_fast.engine import distributed
+from dad_fast.distributed import process_group as distributed
 
 
 class Meter:

@@ -16,22 +16,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.schema import Config
-from dad_fast.data.cache import keep_compiled_code_private
-from dad_fast.data.loader import Batch
-from dad_fast.data.mixing import Mixed, mix, partners, soft_targets, to_pixels
-from dad_fast.engine.generate import to_levels
-from dad_fast.engine.graph import StepGraphs
+from dad_fast.data.augment.mixing import Mixed, mix, partners, soft_targets, to_pixels
+from dad_fast.data.loaders.loader import Batch
+from dad_fast.discretizers.base import Discretizer, VQGANDiscretizer
+from dad_fast.engine.cuda_graph import StepGraphs
+from dad_fast.engine.diagnostics import share_changed, signal_to_rounding
 from dad_fast.engine.update import Update
 from dad_fast.kernels import unpack_codes
+from dad_fast.loggers.profiling import stage
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import discretize, perturb
-from dad_fast.methods.measures import share_changed, signal_to_rounding
-from dad_fast.methods.objectives import TERMS, Logits, joint_objective, keep_mask, mixed_outputs, objective, smooth
-from dad_fast.models.discretizer import Discretizer, VQGANDiscretizer
+from dad_fast.methods.losses import TERMS, Logits, joint_objective, keep_mask, mixed_outputs, objective, smooth
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
-from dad_fast.observe.profiling import stage
+from dad_fast.precompute.adversarial import to_levels
 
 MEASURED = 16  # images whose codes are compared at a log step
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from dad_fast.config.schema import AugmentConfig, Config
+from dad_fast.data.augment.records import uses_mixing
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.loader import Batch
-from dad_fast.data.records import uses_mixing
-from dad_fast.data.sources import Source
+from dad_fast.data.loaders.loader import Batch
+from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError, UsageError
-from dad_fast.methods.objectives import TERMS
+from dad_fast.methods.losses import TERMS
 from dad_fast.store import AdversarialStore, Manifest, Store, TargetStore, open_store
 
 MIXING = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # of [augment]

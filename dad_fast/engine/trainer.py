@@ -12,36 +12,36 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from dad_fast.checkpoint.folder import CheckpointFolder
+from dad_fast.checkpoint.state import load_for_all, restore, save, seed_generators
+from dad_fast.checkpoint.writer import Writer
 from dad_fast.config.schema import Config
 from dad_fast.config.variants import with_batch_sizes
-from dad_fast.data.loader import Batch, TrainLoader, train_loader
-from dad_fast.engine import distributed
-from dad_fast.engine.advice import Advice
+from dad_fast.data.loaders.loader import Batch, TrainLoader, train_loader
+from dad_fast.distributed import process_group as distributed
+from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_requests
 from dad_fast.engine.build import Parts
-from dad_fast.engine.checkpoint import CheckpointFolder
-from dad_fast.engine.clock import Clock
-from dad_fast.engine.feed import feed
+from dad_fast.engine.cuda_graph import WARM_UP
 from dad_fast.engine.garbage import collections_between_steps
-from dad_fast.engine.graph import WARM_UP
 from dad_fast.engine.introduction import introduction
-from dad_fast.engine.lp_clip import ProbeStep
-from dad_fast.engine.lp_clip_features import FeatureLoader
 from dad_fast.engine.memory import enough_memory
 from dad_fast.engine.meter import Meter, over_processes
+from dad_fast.engine.notices import Advice
+from dad_fast.engine.prefetch import feed
+from dad_fast.engine.probe_features import FeatureLoader
+from dad_fast.engine.probe_step import ProbeStep
 from dad_fast.engine.schedule import learning_rate, total_epochs
-from dad_fast.engine.signals import StopRequest, ends_at_once, stop_requests
-from dad_fast.engine.state import load_for_all, restore, save, seed_generators
 from dad_fast.engine.step import TrainStep
+from dad_fast.engine.step_timer import Clock
 from dad_fast.engine.update import Update
-from dad_fast.engine.writer import Writer
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite, evaluate
+from dad_fast.loggers.gpu import Gpu
+from dad_fast.loggers.progress import TrainProgress
+from dad_fast.loggers.run_log import RunLog
 from dad_fast.models.probe import Probe
 from dad_fast.models.student import Student
-from dad_fast.models.weights import write_safetensors
-from dad_fast.observe.device import Gpu
-from dad_fast.observe.progress import TrainProgress
-from dad_fast.observe.runlog import RunLog
+from dad_fast.models.weights.files import write_safetensors
 
 GO_ON = "go on with --resume auto"
 

@@ -16,11 +16,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from dad_fast.config.schema import Config, OptimConfig
-from dad_fast.engine import distributed
-from dad_fast.engine.apex import check_optimizer
-from dad_fast.engine.shared_gradients import SharedGradients, running_statistics
+from dad_fast.distributed import process_group as distributed
+from dad_fast.distributed.gradients import SharedGradients, running_statistics
+from dad_fast.engine.optimizer import check_optimizer
 from dad_fast.errors import UsageError
-from dad_fast.observe.profiling import stage
+from dad_fast.loggers.profiling import stage
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # these skip a step by themselves, on the device
 

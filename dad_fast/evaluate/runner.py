@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dad_fast.data.loader import EvalLoader
-from dad_fast.data.mixing import to_pixels
-from dad_fast.data.sources import Source
-from dad_fast.engine import distributed
-from dad_fast.engine.signals import asked
+from dad_fast.data.augment.mixing import to_pixels
+from dad_fast.data.loaders.loader import EvalLoader
+from dad_fast.data.sources.base import Source
+from dad_fast.distributed import process_group as distributed
+from dad_fast.distributed.signals import asked
 from dad_fast.errors import DadFastError, DataError
-from dad_fast.evaluate.corruptions import corrupt, num_severities
-from dad_fast.evaluate.imagenet import alexnet_errors, corruption_errors
-from dad_fast.evaluate.intervals import mean_interval
-from dad_fast.evaluate.layouts import C_SIDE, C_VIEWS
-from dad_fast.evaluate.metrics import SCORES, image_scores
-from dad_fast.evaluate.records import FIELDS, Records
-from dad_fast.evaluate.result import Result, make_result
-from dad_fast.evaluate.sources import Judged, Piece, as_judged, corruption_summary, image_numbers
-from dad_fast.evaluate.suites import Corruption, Suite, open_suites
+from dad_fast.evaluate.corruptions.common import corrupt, num_severities
+from dad_fast.evaluate.metrics.image_scores import SCORES, image_scores
+from dad_fast.evaluate.metrics.intervals import mean_interval
+from dad_fast.evaluate.metrics.predictions import FIELDS, Records
+from dad_fast.evaluate.metrics.result import Result, make_result
+from dad_fast.evaluate.suites.base import Judged, Piece, as_judged, corruption_summary, image_numbers
+from dad_fast.evaluate.suites.imagenet import alexnet_errors, corruption_errors
+from dad_fast.evaluate.suites.published import C_SIDE, C_VIEWS
+from dad_fast.evaluate.suites.registry import Corruption, Suite, open_suites
 
 __all__ = ["Result", "Suite", "evaluate", "open_suites", "records_of"]
 
@@ -164,7 +164,7 @@ class _Poll:
 def _loader(dali: bool, device: torch.device) -> Callable[..., EvalLoader]:
     if not dali:
         return EvalLoader
-    from dad_fast.evaluate.dali import DaliEvalLoader  # optional
+    from dad_fast.data.loaders.dali.evaluation import DaliEvalLoader  # optional
 
     return partial(DaliEvalLoader, device=device)
 

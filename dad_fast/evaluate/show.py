@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dad_fast.evaluate.detection import METRICS as DETECTION
-from dad_fast.evaluate.result import Result
+from dad_fast.evaluate.metrics.ood_detection import METRICS as DETECTION
+from dad_fast.evaluate.metrics.result import Result
 from dad_fast.files import atomic_write_text
 
 HEADER = f"{'suite':<24} {'images':>8} {'top-1 %':>7} {'95 %':>13} {'top-5 %':>7} {'ECE %':>6} {'NLL':>7} {'Brier':>6} {'agree %':>7}"

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.methods.attack import PGD
-from dad_fast.models.discretizer import Discretized, Discretizer
 
 
 def perturb(

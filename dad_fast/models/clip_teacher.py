@@ -16,11 +16,11 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.models.declared import checked_clip, checked_published, no_more_parameters_than, without_downloads
-from dad_fast.models.fingerprint import fingerprint
 from dad_fast.models.student import PROBE
 from dad_fast.models.teacher import TEACHER, UNKNOWN, Teacher, check_classes
-from dad_fast.models.weights import asset, load_strictly, read_state_dict, sha256_file
+from dad_fast.models.weights.declared import checked_clip, checked_published, no_more_parameters_than, without_downloads
+from dad_fast.models.weights.files import asset, load_strictly, read_state_dict, sha256_file
+from dad_fast.models.weights.fingerprint import fingerprint
 from dad_fast.models.zeroshot import prompt_names, resolve_templates, zero_shot_head
 
 try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dad_fast.errors import DataError, EnvironmentProblem
-from dad_fast.models.declared import checked_view
+from dad_fast.models.weights.declared import checked_view
 
 VIEW = "dad_fast.view"  # metadata key: what the model is called, and what images it takes
 

@@ -19,11 +19,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.errors import DataError, UsageError
-from dad_fast.models.declared import checked_probe, recorded_classes, without_downloads
-from dad_fast.models.fingerprint import fingerprint
 from dad_fast.models.student import CLASSES, PROBE, Student, checkpoint_file
 from dad_fast.models.teacher import Teacher, check_classes, load_teacher
-from dad_fast.models.weights import load_strictly, read_state_dict
+from dad_fast.models.weights.declared import checked_probe, recorded_classes, without_downloads
+from dad_fast.models.weights.files import load_strictly, read_state_dict
+from dad_fast.models.weights.fingerprint import fingerprint
 
 ENCODER = "encoder."
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
-from dad_fast.models.declared import check_model_kwargs, checked_spec, no_more_parameters_than
-from dad_fast.models.weights import load_strictly, read_state_dict, write_safetensors
+from dad_fast.models.weights.declared import check_model_kwargs, checked_spec, no_more_parameters_than
+from dad_fast.models.weights.files import load_strictly, read_state_dict, write_safetensors
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.student import CLASSES, STUDENT, load_student
-from dad_fast.models.weights import load_strictly, read_state_dict, sha256_file
+from dad_fast.models.weights.files import load_strictly, read_state_dict, sha256_file
 from dad_fast.models.zeroshot import imagenet_columns, is_imagenet
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dad_fast.data.cache import cache_dir, write_cache
+from dad_fast.cache import cache_dir, write_cache
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, UsageError
-from dad_fast.models.fingerprint import fingerprint
-from dad_fast.models.weights import read_state_dict
+from dad_fast.models.weights.files import read_state_dict
+from dad_fast.models.weights.fingerprint import fingerprint
 
 MANY_PROMPTS = 2000
 LINE_SECONDS = 10.0

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dad_fast.data.sources import Source
+from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError, UsageError
 from dad_fast.store.images import decode_image, on_all_cores
 from dad_fast.store.layout import INDEX, KEPT, READABLE, hash_keys, shard_file

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dad_fast.config import to_toml
-from dad_fast.config.ablation import Plan
 from dad_fast.config.fields import with_values
-from dad_fast.config.launch import Launch
+from dad_fast.config.options import Launch
 from dad_fast.config.stores import online
-from dad_fast.engine.signals import stop_requests
+from dad_fast.distributed.signals import stop_requests
 from dad_fast.errors import DadFastError
-from dad_fast.observe.progress import JobsProgress, format_seconds
+from dad_fast.loggers.progress import JobsProgress, format_seconds
+from dad_fast.sweep.ablation import Plan
 from dad_fast.sweep.pool import Job, Pool
 from dad_fast.sweep.runs import Run, Sweep
 from dad_fast.sweep.sweep import job_devices, store_message

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from dad_fast.commands.precompute import make_filler
 from dad_fast.config import Config
 from dad_fast.config.stores import SharedStore, online
-from dad_fast.data.loader import Batch, train_loader
+from dad_fast.data.loaders.loader import Batch, train_loader
+from dad_fast.discretizers.base import VQGANDiscretizer
 from dad_fast.engine.build import Builder, Parts
-from dad_fast.engine.feed import feed
-from dad_fast.engine.precompute import estimate
+from dad_fast.engine.prefetch import feed
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Suite, open_suites
-from dad_fast.evaluate.sources import as_judged
-from dad_fast.models.discretizer import VQGANDiscretizer
-from dad_fast.observe.progress import report_progress
+from dad_fast.evaluate.suites.base import as_judged
+from dad_fast.loggers.progress import report_progress
+from dad_fast.precompute.fill import estimate
+from dad_fast.precompute.run import make_filler
 
 TIMED = 5  # steps, after those that warm up
 

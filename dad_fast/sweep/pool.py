@@ -18,7 +18,7 @@ from typing import Any
 
 from dad_fast.config import Config
 from dad_fast.cores import SIDE_BY_SIDE, num_cores
-from dad_fast.engine.signals import StopRequest
+from dad_fast.distributed.signals import StopRequest
 from dad_fast.files import no_link
 
 WORKER = "dad_fast.sweep.worker"

@@ -10,18 +10,18 @@ from typing import Any
 
 from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.stores import SharedStore, is_filled, online, seconds_file, store_seconds
-from dad_fast.engine import distributed
+from dad_fast.discretizers.base import VQGANDiscretizer
+from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Builder, Parts
 from dad_fast.engine.finish import finish
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import UsageError
 from dad_fast.evaluate.runner import Suite, open_suites
-from dad_fast.evaluate.table import print_table, read_record
+from dad_fast.evaluate.tables import print_table, read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.kernels.csrc import csrc_status
-from dad_fast.models.discretizer import VQGANDiscretizer
-from dad_fast.observe.report import write_report
-from dad_fast.observe.runlog import environment, print_line
+from dad_fast.loggers.run_log import environment, print_line
+from dad_fast.report.page import write_report
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear
 from dad_fast.sweep.tables import write_tables
 
@@ -115,7 +115,7 @@ def train_run(
 
 def fill_store(store: SharedStore) -> None:
     """Fill a store, or what is left of it, and count the seconds in the file beside it."""
-    from dad_fast.commands import precompute
+    from dad_fast.precompute import run as precompute
 
     if is_filled(store.folder):
         return

@@ -8,10 +8,10 @@ from typing import Any
 
 from dad_fast.config import to_toml
 from dad_fast.config.stores import store_seconds
-from dad_fast.evaluate.ablation import ablation_markdown, print_ablation, summary
-from dad_fast.evaluate.table import markdown, print_table, read_record
+from dad_fast.evaluate.tables import markdown, print_table, read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
-from dad_fast.observe.forest import forest_plot
+from dad_fast.sweep.ablation_tables import ablation_markdown, print_ablation, summary
+from dad_fast.sweep.forest import forest_plot
 from dad_fast.sweep.runs import Sweep
 
 # Facts of the first run's run.json that the table names.

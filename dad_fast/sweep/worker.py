@@ -22,15 +22,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from dad_fast.commands.precompute import make_filler
 from dad_fast.config import Config, Launch, from_toml
-from dad_fast.config.launch import StoreLaunch
+from dad_fast.config.options import StoreLaunch
 from dad_fast.config.stores import SharedStore
+from dad_fast.distributed.signals import ends_at_once, stop_requests
 from dad_fast.engine.build import Builder
-from dad_fast.engine.signals import ends_at_once, stop_requests
 from dad_fast.errors import DadFastError, Interrupted, Preempted
-from dad_fast.observe.progress import report_progress, report_progress_to
-from dad_fast.observe.runlog import print_line
+from dad_fast.loggers.progress import report_progress, report_progress_to
+from dad_fast.loggers.run_log import print_line
+from dad_fast.precompute.run import make_filler
 from dad_fast.sweep.measure import measure
 from dad_fast.sweep.pool import shared_parts
 from dad_fast.sweep.run import check_run, fill_store, train_run

@@ -39,7 +39,7 @@ def prepare(codebook: Tensor) -> Tensor:
 
     UsageError for a codebook that no grid serves: no code is finite, or the lists would be too long.
     """
-    from dad_fast.data.cache import cache_dir
+    from dad_fast.cache import cache_dir
 
     values = codebook.detach().cpu().contiguous()
     key = hashlib.sha256(VERSION + repr(tuple(values.shape)).encode())
@@ -80,7 +80,7 @@ def read_grid(path: Path, codebook: Tensor) -> Tensor | None:
 
 def write_grid(path: Path, grid: Tensor) -> bool:
     """False where the folder cannot be written: then the grid is built again next time."""
-    from dad_fast.data.cache import write_cache
+    from dad_fast.cache import write_cache
 
     block = _bytes(grid)
     return write_cache(path, VERSION + hashlib.sha256(block).digest() + block)

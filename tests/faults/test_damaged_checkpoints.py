@@ -12,7 +12,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from dad_fast.engine.checkpoint import CheckpointFolder  # noqa: E402
+from dad_fast.checkpoint.folder import CheckpointFolder  # noqa: E402
 from dad_fast.errors import DataError  # noqa: E402
 
 FILES = ("model.safetensors", "train.safetensors", "state.json")

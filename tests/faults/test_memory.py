@@ -15,7 +15,7 @@ from harness import HANG, ROOT  # noqa: E402
 SCRIPT = """
 import re, resource, sys
 import torch, torchvision, timm, open_clip
-from dad_fast.cli import main
+from dad_fast.cli.main import main
 torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 8, 8))
 held = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 2**28, held + 3 * 2**28))

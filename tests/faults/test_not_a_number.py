@@ -13,7 +13,7 @@ for package in ("timm", "open_clip"):
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny import STUDENT, write_parts  # noqa: E402
 
-from dad_fast.cli import main  # noqa: E402
+from dad_fast.cli.main import main  # noqa: E402
 from dad_fast.models.student import load_student  # noqa: E402
 
 

@@ -36,13 +36,13 @@ class Phase(NamedTuple):
     nproc: int = 1
 
 
-VERIFY, HEAD = "dad_fast.data.index:_verify:0.5", "dad_fast.models.zeroshot:_compute:60"
+VERIFY, HEAD = "dad_fast.data.sources.index:_verify:0.5", "dad_fast.models.zeroshot:_compute:60"
 JUDGE, STEP = "dad_fast.evaluate.runner:image_scores:0.5", "dad_fast.engine.step:TrainStep.__call__:1"
-LABELS, FEATURES = "dad_fast.engine.lp_clip_labels:pseudo_labels:0.5", "dad_fast.engine.lp_clip_features:execute:0.2"
-SAVING, BLOCK = "dad_fast.engine.checkpoint:CheckpointFolder.save:1", "dad_fast.engine.precompute:adversarial:0.5"
+LABELS, FEATURES = "dad_fast.engine.pseudo_labels:pseudo_labels:0.5", "dad_fast.engine.probe_features:execute:0.2"
+SAVING, BLOCK = "dad_fast.checkpoint.folder:CheckpointFolder.save:1", "dad_fast.precompute.fill:adversarial:0.5"
 AGAIN, SAVED, WHOLE = "run the same command again with --resume auto", "saved in", "what stands above is whole"
 PHASES = {
-    "train, flags": Phase("train", "dad_fast.flags.train:main:60", TERM, AGAIN),
+    "train, flags": Phase("train", "dad_fast.cli.train:main:60", TERM, AGAIN),
     "train, index": Phase("train", VERIFY, TERM, AGAIN),
     "train, index, two": Phase("train", VERIFY, INT, AGAIN, 2),
     "train, zero-shot head": Phase("train", HEAD, USR1, AGAIN),
@@ -53,7 +53,7 @@ PHASES = {
     "train, checkpoint, two": Phase("train", SAVING, INT, SAVED, 2),
     "train, validation": Phase("train", JUDGE, INT, "stopped at step 3 of 6; saved"),
     "train, validation, two": Phase("train", JUDGE, TERM, "stopped at step 1 of 2; saved", 2),
-    "train, report": Phase("train", "dad_fast.observe.report:write_report:60", TERM, AGAIN),
+    "train, report": Phase("train", "dad_fast.report.page:write_report:60", TERM, AGAIN),
     "lp-clip, labels": Phase("lp-clip", LABELS, TERM, AGAIN),
     "lp-clip, labels, two": Phase("lp-clip", LABELS, INT, AGAIN, 2),
     "lp-clip, features": Phase("lp-clip", FEATURES, INT, AGAIN),
@@ -186,11 +186,11 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     """Of five images three processes have two, two and one; and of two images one has none. Whoever is asked, all of them stop."""
     code = f"""
     import signal, numpy as np
-    from dad_fast.data.sources import open_source
-    from dad_fast.engine.signals import stop_requests
+    from dad_fast.data.sources.base import open_source
+    from dad_fast.distributed.signals import stop_requests
     from dad_fast.errors import Preempted
     from dad_fast.evaluate.runner import evaluate
-    from dad_fast.evaluate.sources import Judged, Piece
+    from dad_fast.evaluate.suites.base import Judged, Piece
     source = open_source({str(parts / "data")!r}, "val")
     view = {{"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear", "batch_size": 1, "workers": 0, "device": torch.device("cpu")}}
 

@@ -1,4 +1,4 @@
-"""Loader processes that die or hang under a command: one line, exit code 1, no process left. (Loaders alone: tests/test_loader.py.)"""
+"""Loader processes that die or hang under a command: one line, exit code 1, no process left. (Loaders alone: tests/data/test_loader.py.)"""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiny import STUDENT, write_images  # noqa: E402
 
 SCRIPT = """
 import multiprocessing, os, signal, sys, threading, time
-from dad_fast.cli import main
-from dad_fast.data import workers
+from dad_fast.cli.main import main
+from dad_fast.data.loaders import workers
 
 workers.CHECK_SECONDS = 1.0
 if sys.argv[1] == "SIGSTOP":

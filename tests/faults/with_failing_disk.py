@@ -21,7 +21,7 @@ import timm  # noqa: F401
 import torch  # noqa: F401
 from failing_disk import operations, watching
 
-from dad_fast.cli import main
+from dad_fast.cli.main import main
 
 
 def files(folder: Path) -> dict[str, str]:

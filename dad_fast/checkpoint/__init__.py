@@ -1,0 +1,1 @@
+"""Checkpoints of a run: folder, state, compatibility, writer."""

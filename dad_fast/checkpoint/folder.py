@@ -1,0 +1,229 @@
+"""Checkpoints: everything that a run needs to go on bit for bit, written so that a crash leaves the previous one whole.
+
+    checkpoints/step-N/model.safetensors    what evaluation uses (EMA when on), with its metadata
+    checkpoints/step-N/train.safetensors    student, EMA, optimizer, generators, running sums: tensors only
+    checkpoints/step-N/state.json           counters, settings, and the SHA-256 of the two files above and of itself
+    checkpoints/latest, checkpoints/best    symbolic links
+
+A folder is filled under a temporary name, synced and renamed; state.json is its last file. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dad_fast.errors import DataError
+from dad_fast.files import disk_error, sync
+from dad_fast.models.weights.files import sha256_file
+
+FILES, STATE = ("model.safetensors", "train.safetensors"), "state.json"
+FORMAT = 2  # of state.json and the names in train.safetensors; another one's is refused, not guessed at
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint as read back: `tensors` as given to `save`, `state` its JSON part."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, root: Path, keep: int):
+        self.root, self.keep = root, max(1, keep)
+        self._loaded: int | None = None  # the step that the run went on from
+        self._best: Path | None = None  # what it went on from, where that was the best then
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], write_model: Callable[[Path], None], best: bool) -> Path:
+        """Write `step-N`, point `latest` (and `best`) at it, and delete what `keep` no longer covers."""
+        temporary, final, aside = (self.root / name for name in (f".step-{step}.tmp", f"step-{step}", f".step-{step}.old"))
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write_model(temporary / FILES[0])
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / FILES[1])
+            own = json.loads(json.dumps({**state, "step": step, "best": best, "format": FORMAT}))  # as it will be read
+            hashes = {name: sha256_file(temporary / name) for name in FILES} | {STATE: _digest(own)}
+            (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
+            for path in [*temporary.iterdir(), temporary]:
+                sync(path)
+            if final.exists():  # a resumed run saves the same step again: at every moment there is a whole one
+                shutil.rmtree(aside, ignore_errors=True)
+                final.rename(aside)
+            temporary.rename(final)
+            sync(self.root)
+            self._link("latest", final.name)
+            if best:
+                self._link("best", final.name)
+            self._prune(step)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise disk_error(error, final, "go on with --resume auto: the checkpoint before is whole") from error
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return final
+
+    def load(self, path: str, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest sound checkpoint (`path` = "auto"; None when there is none), or the one at `path`, which must be sound.
+
+        Those of later steps, which the run will not come to in the same way or were damaged, go with the next `save`.
+        """
+        if path != "auto" and not Path(path).exists():
+            raise DataError(f"--resume {path}: nothing is there; name RUN/checkpoints/step-N, or write --resume auto")
+        for aside in self.root.glob(".step-*.old"):  # a process was killed between two renames
+            final = self.root / aside.name[1:].removesuffix(".old")
+            if not final.exists():
+                aside.rename(final)
+        if path == "auto":
+            found = self._newest(say)
+        elif (Path(path) / "checkpoints").is_dir():  # another run
+            found = CheckpointFolder(Path(path) / "checkpoints", self.keep).load("auto", say)
+        else:
+            found = self._read(Path(path))
+        if found is not None:
+            self._loaded, self._best = found.state["step"], found.path if found.state["best"] else None
+        return found
+
+    def settle(self) -> None:
+        """Before the run goes on: what a process that was killed in `save` did not come to, the links and deleting."""
+        if self._best is not None and self._best.resolve().parent == self.root.resolve():
+            self._link("best", self._best.resolve().name)
+        newest = next(iter(self._newest_first()), None)
+        if newest is not None and _step(newest) == self._loaded:
+            self._link("latest", newest.name)
+            self._prune(self._loaded)
+
+    def _newest(self, say: Callable[[str], None]) -> Checkpoint | None:
+        damaged = ""
+        for candidate in self._newest_first():
+            try:
+                found = self._read(candidate)
+            except DataError as error:
+                damaged = str(error)
+                say(f"{error}; trying the checkpoint before it")
+            else:
+                return found
+        if damaged:
+            raise DataError(f"{self.root}: no sound checkpoint is left ({damaged}); start again with --overwrite")
+        return None
+
+    def _read(self, path: Path) -> Checkpoint:
+        try:
+            state = json.loads((path / STATE).read_text())
+            hashes = state.pop("sha256")
+            found = {name: sha256_file(path / name) for name in FILES} | {STATE: _digest(state)}
+            for name, digest in found.items():
+                if hashes[name] != digest:
+                    raise DataError(f"checkpoint {path} is damaged: {name} is not what was written")
+            if state.get("format") != FORMAT:
+                formats = f"format {state.get('format', 1)}, not {FORMAT}"
+                raise DataError(f"checkpoint {path} was written by another version of dad-fast ({formats}): go on with that one")
+            if type(state["step"]) is not int or state["step"] < 0:
+                raise ValueError("its step is no number of steps")
+            if type(state["best"]) is not bool:
+                raise ValueError("it does not say whether it is the best")
+            return Checkpoint(path, load_file(path / FILES[1]), state)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise DataError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
+
+    def _link(self, name: str, target: str) -> None:
+        temporary = self.root / f".{name}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, self.root / name)
+        sync(self.root)
+
+    def _prune(self, saved: int) -> None:
+        """What `keep` no longer covers; what a run left there that went another way after the step that this one went on from; what a
+        process was writing when it was killed."""
+        best = os.path.realpath(self.root / "best")
+        abandoned = [path for path in self._newest_first() if self._loaded is not None and _step(path) > max(self._loaded, saved)]
+        covered = [path for path in self._newest_first() if path not in abandoned][: self.keep]
+        for path in self._newest_first():
+            if path in abandoned or (path not in covered and os.path.realpath(path) != best):
+                gone = self.root / f".{path.name}.gone"  # at no moment is a part of a checkpoint under its name
+                shutil.rmtree(gone, ignore_errors=True)
+                path.rename(gone)
+        for suffix in ("tmp", "old", "gone"):
+            for torn in self.root.glob(f".step-*.{suffix}"):
+                shutil.rmtree(torn, ignore_errors=True)
+        if (self.root / "best").is_symlink() and not (self.root / "best").exists():
+            (self.root / "best").unlink()
+
+    def _newest_first(self) -> list[Path]:
+        found = (path for path in self.root.glob("step-*") if path.name[5:].isdecimal())
+        return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Copies in host memory of what the tensors hold now. A tensor that is in several groups is copied once; within a group, which
+    becomes one file, none shares memory with another."""
+    copies: dict[Any, Tensor] = {}
+    taken = []
+    for group in groups:
+        mine: dict[str, Tensor] = {}
+        seen = set()
+        for name, tensor in group.items():
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
+            if key not in copies or key in seen:
+                copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            seen.add(key)
+            mine[name] = copies[key]
+        taken.append(mine)
+    return taken
+
+
+def generator_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The state of every global generator: Python's, NumPy's, torch's and the device's."""
+    version, words, gauss = random.getstate()
+    python = torch.tensor([version, *words], dtype=torch.int64)
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {
+        "generator.python": python,
+        "generator.python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "generator.numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
+        "generator.numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "generator.torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        tensors["generator.device"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """The inverse of `generator_tensors`; a state made on another kind of device leaves the device's generator as seeded."""
+    version, *words = tensors["generator.python"].tolist()
+    gauss = tensors["generator.python_gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    *keys, position, has_gauss = tensors["generator.numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, tensors["generator.numpy_gauss"].item()))
+    torch.set_rng_state(tensors["generator.torch"])
+    if device.type == "cuda" and "generator.device" in tensors:
+        torch.cuda.set_rng_state(tensors["generator.device"], device)

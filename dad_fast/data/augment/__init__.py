@@ -1,0 +1,1 @@
+"""Augmentation: records, their policy and execution, mixing."""

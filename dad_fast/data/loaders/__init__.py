@@ -1,0 +1,1 @@
+"""Loaders: they execute augmentation records."""

@@ -1,0 +1,139 @@
+"""Evaluation images decoded, resized and cropped by DALI. Its pixels differ a little from PIL's, so that results say who made them.
+
+Worker processes plan: they hand over the bytes of plain JPEGs, and make with PIL whatever DALI does not decode as PIL does. A batch on
+which DALI fails is made by PIL as a whole. The mixed back end, which decodes on a GPU, has not yet been run on one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dad_fast.data.augment.execute import eval_size
+from dad_fast.data.loaders.dali.jpeg import is_sound
+from dad_fast.data.loaders.dali.loader import FAILURES, not_for_ever
+from dad_fast.data.loaders.dali.pipeline import FILTER_TYPES
+from dad_fast.data.loaders.loader import EvalBatch, EvalLoader
+from dad_fast.data.loaders.workers import iterate
+from dad_fast.data.sources.base import Source
+from dad_fast.errors import UsageError
+
+log = logging.getLogger("dad_fast.data")
+
+
+class _Planned(NamedTuple):
+    """A batch on its way to DALI: `batch` with the images that PIL made; the other `rows` are to be filled."""
+
+    batch: EvalBatch
+    rows: Tensor  # int64 [n]
+    files: Tensor  # uint8, n JPEGs one after the other
+    ends: Tensor  # int64 [n], where each of them ends
+    sizes: Tensor  # int32 [n, 2], height and width after resizing
+
+    def pin_memory(self) -> _Planned:
+        return self._replace(batch=self.batch.pin_memory())
+
+
+class _Plans(Dataset[_Planned]):
+    """Batch number -> _Planned."""
+
+    def __init__(self, batches: Any, source: Source, view: tuple[int, float]) -> None:
+        self.batches, self.source, self.view = batches, source, view
+
+    def __getitem__(self, number: int) -> _Planned:
+        files: dict[int, bytes] = {}
+
+        def skip(row: int, sample: int) -> bool:
+            data = self.source.encoded(sample)
+            if data is None or not is_sound(data, *(int(x) for x in self.source.sizes[sample])):
+                return False
+            files[row] = data
+            return True
+
+        batch = self.batches.made(number, skip)
+        shapes = [self.source.sizes[int(batch.samples[row])] for row in files]
+        places = [eval_size(int(width), int(height), *self.view) for width, height in shapes]
+        return _Planned(
+            batch,
+            torch.tensor(list(files), dtype=torch.int64),
+            torch.frombuffer(bytearray(b"".join(files.values())), dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8),
+            torch.tensor(list(map(len, files.values())), dtype=torch.int64).cumsum(0),
+            torch.tensor([[height, width, top, left] for (width, height), (left, top) in places], dtype=torch.int32),
+        )
+
+
+class DaliEvalLoader(EvalLoader):
+    """An `EvalLoader` whose plain JPEGs DALI decodes, resizes and crops; `failed_over` counts the batches that PIL made for it.
+
+    device: of the images that are handed out; on CUDA the decoder is the mixed one.
+    """
+
+    def __init__(self, source: Source, img_size: int, crop_pct: float, interpolation: str, batch_size: int, workers: int,
+                 pin_memory: bool = False, *, device: torch.device) -> None:  # fmt: skip
+        super().__init__(source, img_size, crop_pct, interpolation, batch_size, workers, pin_memory)
+        if interpolation not in FILTER_TYPES:
+            raise UsageError(f"--interpolation {interpolation}: DALI resizes with {', '.join(FILTER_TYPES)}; use --loader torchvision")
+        self.source, self.view, self.interpolation = source, (img_size, crop_pct), interpolation
+        self.batch_size, self.device = batch_size, device
+        self.failed_over = 0
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        pipeline = self._pipeline()
+        plans = _Plans(self._batches, self.source, self.view)
+        in_a_row = 0
+        for number, planned in enumerate(iterate(plans, range(len(self)), self.workers, self.pin_memory)):
+            if not len(planned.rows):
+                yield planned.batch
+                continue
+            try:
+                batch = planned.batch._replace(images=self._images(pipeline, planned))
+                in_a_row = 0
+            except FAILURES as error:
+                batch = self._batches[number]  # DecodeError where it is the file
+                self.failed_over, in_a_row = self.failed_over + 1, in_a_row + 1
+                why = " ".join(str(error).split())[:200]
+                not_for_ever(in_a_row, why)
+                if self.failed_over == 1:
+                    log.warning(
+                        "%s: DALI could not make batch %d, PIL does, here and where it fails again (%s)", self.source.name, number, why
+                    )
+                pipeline = self._pipeline()
+            yield batch
+
+    def _images(self, pipeline: Any, planned: _Planned) -> Tensor:
+        pipeline.feed_input("files", np.split(planned.files.numpy(), planned.ends[:-1].tolist()))
+        pipeline.feed_input("size", np.ascontiguousarray(planned.sizes[:, :2], dtype=np.float32))
+        pipeline.feed_input("start", np.ascontiguousarray(planned.sizes[:, 2:]))
+        (found,) = pipeline.run()
+        made = torch.from_dlpack(found.as_tensor()).permute(0, 3, 1, 2)
+        images = planned.batch.images.to(made.device, copy=True)
+        images[planned.rows.to(made.device)] = made
+        return images
+
+    def _pipeline(self) -> Any:
+        mixed = self.device.type == "cuda"
+        pipeline = _view(
+            img_size=self.view[0], filter=FILTER_TYPES[self.interpolation], device="mixed" if mixed else "cpu", batch_size=self.batch_size,
+            num_threads=max(1, self.workers), device_id=self.device.index or 0 if mixed else None, exec_async=False, exec_pipelined=False,
+        )  # fmt: skip
+        pipeline.build()
+        return pipeline
+
+
+@pipeline_def
+def _view(img_size: int, filter: Any, device: str) -> Any:
+    """uint8 [img_size, img_size, 3] of each JPEG. size: height and width after resizing; start: top and left of the crop."""
+    files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
+    size, start = fn.external_source(name="size", dtype=types.FLOAT, ndim=1), fn.external_source(name="start", dtype=types.INT32, ndim=1)
+    images = fn.decoders.image(
+        files, device=device, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, use_fast_idct=False
+    )
+    images = fn.resize(images, size=size, interp_type=filter, antialias=True)
+    return fn.slice(images, start=start, shape=[img_size, img_size], axes=[0, 1])

@@ -1,0 +1,186 @@
+"""The loader that DALI feeds: worker processes plan, the pipeline of dali_pipeline.py decodes and augments.
+
+A worker turns a step into the files' bytes and their records' numbers; the training process feeds them to DALI, two batches ahead of the
+one that it hands out. The sequence of samples, labels, seeds and mixes is the other loader's, and there is no state but the step.
+
+Images that DALI does not decode as PIL does (anything but plain JPEGs) are made by PIL in the worker, one by one. A batch on which DALI
+fails is made by PIL as a whole, always: so a batch's pixels depend on its files alone, not on what went wrong before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dad_fast.data.loaders.dali.pipeline import FILTER_TYPES, augment
+from dad_fast.data.loaders.dali.plan import FILTERS, Planned, PlannedSteps, num_operations, split_patches
+from dad_fast.data.loaders.loader import TrainLoader
+from dad_fast.data.loaders.steps import Batch, TrainSteps
+from dad_fast.data.loaders.workers import iterate
+from dad_fast.errors import EnvironmentProblem
+
+log = logging.getLogger("dad_fast.data")
+
+_AHEAD = 2  # batches in DALI's hands while one is trained on
+_GIVE_UP = 8  # batches in a row that PIL can make and DALI cannot: then it is not the files
+FAILURES = (RuntimeError, IndexError, ValueError)  # what DALI's own exceptions become
+_FILTER_CODES = np.array([int(FILTER_TYPES[name]) for name in FILTERS], np.int32)
+
+
+def not_for_ever(failed_in_a_row: int, reason: str) -> None:
+    """EnvironmentProblem after _GIVE_UP batches in a row that PIL could make and DALI could not."""
+    if failed_in_a_row >= _GIVE_UP:
+        raise EnvironmentProblem(f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision")
+
+
+class DaliLoader(TrainLoader):
+    """Training batches of one rank, decoded and augmented by DALI; the same samples in the same order as `TrainLoader`'s.
+
+    Args:
+        device: of the images that are handed out. On CUDA the decoder is the mixed one (not yet run on a GPU).
+
+    On CUDA `Batch.images` lies on the device, bound to the stream that was current when the batch was asked for: it may be used on that
+    stream, and for as long as it is referenced there. All other tensors of a batch are in host memory, pinned if asked for.
+
+    `failed_over` counts the batches that PIL made because DALI failed on them.
+    """
+
+    name = "dali"
+
+    def __init__(self, *args: Any, device: torch.device, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._plans = PlannedSteps(self._steps)
+        self.device = device
+        self.failed_over = 0
+        self._failed_in_a_row = 0
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        engine = _Engine(self._steps, self.device, self.workers)
+        waiting: deque[Planned] = deque()
+        for planned in iterate(self._plans, range(start_step, stop_step), self.workers, self.pin_memory):
+            engine.feed(planned)
+            waiting.append(planned)
+            if len(waiting) > _AHEAD:
+                yield self._take(engine, waiting)
+        while waiting:
+            yield self._take(engine, waiting)
+
+    def _take(self, engine: _Engine, waiting: deque[Planned]) -> Batch:
+        planned = waiting.popleft()
+        try:
+            batch = engine.take(planned)
+            self._failed_in_a_row = 0
+        except FAILURES:  # it may be a later batch that broke the pipeline: only this one alone tells
+            batch = self._alone(engine, planned)
+            for later in waiting:
+                engine.feed(later)
+        for name in batch.replaced:
+            self._note(name)
+        return batch
+
+    def _alone(self, engine: _Engine, planned: Planned) -> Batch:
+        engine.restart()
+        try:
+            engine.feed(planned)
+            batch = engine.take(planned)
+            self._failed_in_a_row = 0
+            return batch
+        except FAILURES as error:
+            reason = self._reason(error, planned)
+        engine.restart()
+        batch = self._steps[planned.batch.step]
+        self.failed_over += 1
+        if set(batch.replaced) - set(planned.batch.replaced):
+            return engine.place(batch.images, batch)  # the culprit is named as every unreadable file is
+        self._failed_in_a_row += 1
+        not_for_ever(self._failed_in_a_row, reason)
+        log.warning("%s: DALI could not make the batch of step %d, PIL did (%s)", self.source.name, planned.batch.step, reason)
+        return engine.place(batch.images, batch)
+
+    def _reason(self, error: Exception, planned: Planned) -> str:
+        """What DALI says is wrong, without the pages around it, and with which file where it counts them."""
+        text = str(error).partition("encountered:")[2] or str(error)
+        line = next((line.strip(" :") for line in text.splitlines() if line.strip()), "no reason given")[:200]
+        number = re.search(r"sample #(\d+)", line)
+        if number and int(number[1]) < len(planned.rows):
+            return f"{line}: {self.source.keys[int(planned.batch.samples[planned.rows[int(number[1])]])]}"
+        return line
+
+
+class _Engine:
+    """The pipeline, and how batches go in and come out. An error of DALI (FAILURES) ends the pipeline."""
+
+    def __init__(self, steps: TrainSteps, device: torch.device, threads: int) -> None:
+        self.steps, self.device, self.threads = steps, device, max(1, threads)
+        self.erases = steps.aug.reprob > 0
+        self.restart()
+
+    def restart(self) -> None:
+        cuda = self.device.type == "cuda"
+        self.pipeline = augment(
+            img_size=self.steps.img_size, num_ops=num_operations(self.steps.aug), erases=self.erases, device="mixed" if cuda else "cpu",
+            hints=_mixed_hints(self.steps.source.sizes) if cuda else {}, batch_size=self.steps.batch_size, num_threads=self.threads,
+            device_id=torch.empty(0, device=self.device).device.index if cuda else None,
+            prefetch_queue_depth=1,  # how many runs the first call starts; later ones queue up behind it all the same
+        )  # fmt: skip
+        self.pipeline.build()
+        self.broken: Exception | None = None
+
+    def feed(self, planned: Planned) -> None:
+        """Hand a batch to DALI, which begins with it at once. What goes wrong here is raised by the next `take`."""
+        if not len(planned.rows):
+            return
+        files = np.split(planned.files.numpy(), planned.ends[:-1].tolist())
+        numbers: dict[str, Any] = dict(planned.numbers)
+        numbers["filter"] = _FILTER_CODES[numbers["filter"]]
+        boxes = numbers.pop("box")
+        if self.erases:
+            numbers |= {"box": boxes, "patch": split_patches(planned.patches.numpy(), boxes)}
+        try:
+            self.pipeline.feed_input("files", files)  # not copied: `planned` is kept until its batch is taken
+            for name, value in numbers.items():
+                self.pipeline.feed_input(name, value)
+            self.pipeline.schedule_run()
+        except FAILURES as error:
+            self.broken = error
+
+    def take(self, planned: Planned) -> Batch:
+        """The batch that was fed first of those not yet taken."""
+        if not len(planned.rows):
+            return self.place(planned.batch.images, planned.batch)
+        if self.broken is not None:
+            raise self.broken
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        (found,) = self.pipeline.share_outputs(cuda_stream=stream)
+        made = torch.from_dlpack(found.as_tensor())  # uint8 [n, S, S, 3], which owns its memory
+        self.pipeline.release_outputs()
+        images = made.permute(0, 3, 1, 2)
+        if len(planned.rows) < len(planned.batch.labels):
+            images = self._merge(images, planned)
+        return self.place(images, planned.batch)
+
+    def place(self, images: Tensor, batch: Batch) -> Batch:
+        return replace(batch, images=images.to(self.device, non_blocking=True))
+
+    def _merge(self, images: Tensor, planned: Planned) -> Tensor:
+        """DALI's rows and PIL's, each where it belongs."""
+        num = len(planned.batch.labels)
+        mine = torch.ones(num, dtype=torch.bool)
+        mine[planned.rows] = False
+        order = torch.cat([planned.rows, mine.nonzero().squeeze(1)]).argsort()
+        together = torch.cat([images, planned.batch.images.to(self.device, non_blocking=True)])
+        return together.permute(0, 2, 3, 1)[order.to(self.device)].permute(0, 3, 1, 2)
+
+
+def _mixed_hints(sizes: np.ndarray) -> dict[str, Any]:
+    """For decoding on a GPU: what its hardware decoder takes over, and buffers for all but the largest hundredth of the images."""
+    width, height = np.percentile(sizes, 99, axis=0).astype(int).tolist()
+    return {"hw_decoder_load": 0.65, "preallocate_width_hint": width, "preallocate_height_hint": height}

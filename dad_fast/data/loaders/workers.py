@@ -1,0 +1,153 @@
+"""The processes that load: how they start, what they ignore, and how their failures become one line.
+
+They come from a fork server: a fork of the training process would copy locks that its threads (autograd, CUDA, the live progress
+bar) may hold at that moment, which is a rare hang that nobody can reproduce. So a script that uses a loader with workers needs the usual
+`if __name__ == "__main__":`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+import warnings
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dad_fast.errors import DadFastError
+
+CHECK_SECONDS = 5.0  # after which a dead worker is noticed
+HANG_SECONDS = 600.0  # without a batch from any worker: a stuck network disk, or a deadlock
+
+
+class _Failure(NamedTuple):
+    """An exception in a worker, carried to the training process: DataLoader itself would bury the message in a traceback."""
+
+    error: DadFastError
+    trace: str
+
+
+class _Guarded(Dataset[Any]):
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DadFastError as error:
+            return _Failure(error, traceback.format_exc())
+        except Exception as error:
+            message = f"a loader worker failed: {type(error).__name__}: {error} (--debug shows where)"
+            return _Failure(DadFastError(message), traceback.format_exc())
+
+
+def iterate(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool) -> Iterator[Any]:
+    """dataset[n] for each n, in order, made by `workers` processes (0: here). Each item is a whole batch.
+
+    Raises DadFastError with one line when a worker fails, dies or hangs; a DadFastError raised in a worker comes through as it is.
+    """
+    batches = _from_workers(dataset, numbers, workers, pin_memory) if workers else _from_here(dataset, numbers, pin_memory)
+    _running.add(batches)
+    return batches
+
+
+def _from_here(dataset: Dataset[Any], numbers: Sequence[Any], pin_memory: bool) -> Generator[Any, None, None]:
+    for number in numbers:
+        batch = dataset[number]
+        yield batch.pin_memory() if pin_memory else batch
+
+
+def _from_workers(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: `doctor --data` says what helps
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        timeout=CHECK_SECONDS,
+        multiprocessing_context=_context(),
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # else each pass would draw from the global generator, whose state a resume restores
+    )
+    batches, waited = iter(loader), 0.0
+    try:
+        while True:
+            try:
+                batch = next(batches)
+                waited = 0.0
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" in str(error):
+                    waited += CHECK_SECONDS
+                    if waited < HANG_SECONDS:
+                        continue
+                    for worker in batches._workers:  # it would neither end nor heed a SIGTERM
+                        worker.kill()
+                    what = f"no batch for {HANG_SECONDS:g} s: a loader worker hangs (a network disk that does not answer?)"
+                    raise DadFastError(f"{what}; mend that and go on with --resume auto") from error.with_traceback(None)
+                if "worker" not in str(error):
+                    raise
+                what = " ".join(str(error).split())[:200]
+                mend = "out of memory or of /dev/shm? Fewer --workers, or 0, may help"
+                raise DadFastError(f"a loader worker died ({what}); {mend}") from error.with_traceback(None)
+            if isinstance(batch, _Failure):
+                raise batch.error from RuntimeError(batch.trace)
+            yield batch
+    finally:
+        del batches  # ends the workers now, not when the traceback that holds this frame is dropped
+
+
+_running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_running() -> None:
+    """End the workers of loaders that nobody finished: multiprocessing would wait for them, and they ignore its SIGTERM."""
+    for batches in list(_running):
+        with suppress(ValueError, RuntimeError):  # being advanced by another thread at this moment
+            batches.close()
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+@lru_cache(maxsize=1)
+def _context() -> multiprocessing.context.BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dad_fast.data.loaders.fork_server"])
+    return context
+
+
+def _init_worker(worker: int) -> None:
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # the training process answers these and needs its batches meanwhile
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", message="Palette images with Transparency")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the training process is gone, however that ended. DataLoader's own watch sees only the fork server, which
+    in turn lives as long as its workers do.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,1 @@
+"""Where images lie: folders, tar shards, embedded data."""

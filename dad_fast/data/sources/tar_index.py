@@ -1,0 +1,195 @@
+"""The samples of WebDataset shards: the members of a tar that share a key, verified once and kept, as those of folders are.
+
+A key is a member's path up to the first dot of its file name, the rest is its kind, in small letters: `n01/5.JPEG` and `n01/5.cls` are
+one sample. It needs one image and a class number, which stands in `.cls` or in `.json` as `label`. Members of a sample need not be
+neighbours. An index file belongs to one shard and is made again when the shard's size or mtime has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import weakref
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from dad_fast.cache import cache_dir, one_at_a_time
+from dad_fast.data.sources.decode import EXTENSIONS
+from dad_fast.data.sources.index import PENDING, Entry, index_file, load_index, save_index, threads, verify_all
+from dad_fast.data.sources.names import shown, some
+from dad_fast.data.sources.tar_members import Kind, Member, read_members
+from dad_fast.errors import DataError
+
+log = logging.getLogger("dad_fast.data")
+
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_META = re.compile(r"__[^/]*__(?:$|/)")  # WebDataset keeps such names for itself
+_IMAGES = {extension[1:] for extension in EXTENSIONS}
+_LABELS = ("cls", "json")
+_LARGEST = {"image": 1 << 30, "cls": 64, "json": 1 << 24}  # bytes
+_OPEN_FILES = 256  # a quarter of the usual limit of a process
+_WHY_NOT: dict[Kind, str] = {
+    "link": "a link, which is not followed",
+    "special": "no regular file",
+    "sparse": "stored as a sparse file, which is not read",
+    "cut": "the shard ends within it",
+}
+
+
+class Shard(NamedTuple):
+    """A tar as it was when it was indexed; `mtime` is in nanoseconds."""
+
+    path: str
+    size: int
+    mtime: int
+
+
+class _Open:
+    """An open shard. It closes when the last reader lets go of it, so that the cache below may drop it meanwhile."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+
+
+_open_shard = lru_cache(maxsize=_OPEN_FILES)(_Open)  # pread has no position, so threads and forked processes may share these
+
+
+def read_bytes(shard: Shard, offset: int, size: int) -> bytes:
+    """`size` bytes of a shard from `offset`. Raises OSError when they cannot be read or the shard has changed."""
+    opened = _open_shard(shard)
+    stat = os.fstat(opened.descriptor)
+    if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime):
+        raise OSError("the shard has changed since it was indexed")
+    content = os.pread(opened.descriptor, size, offset)
+    if len(content) != size:
+        raise OSError("the shard ends within it")
+    return content
+
+
+def build_tar_index(base: Path, names: Sequence[str]) -> tuple[list[Shard], list[list[Entry]]]:
+    """The shards `names` below `base` and the verified entries of each, in the order of their images.
+
+    Raises DataError when a shard is missing, damaged, compressed or ambiguous.
+    """
+    paths = [base / name for name in names]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise DataError(f"{len(missing):,} of {len(paths):,} shards are not there: {some(map(shown, missing))} (--data-dir)")
+    with one_at_a_time(index_file(base.resolve()), f"indexing {base}"):
+        return _build(base, names, paths)
+
+
+def _build(base: Path, names: Sequence[str], paths: Sequence[Path]) -> tuple[list[Shard], list[list[Entry]]]:
+    try:
+        shards = [_stat(path) for path in paths]
+        kept = [load_index(index_file(Path(shard.path)), _about(shard)) for shard in shards]
+        stale = [number for number, entries in enumerate(kept) if not entries]
+        if stale:
+            log.info("reading the headers of %s shards in %s", f"{len(stale):,}", base)
+        with threads() as pool:
+            found = list(pool.map(lambda number: _scan(shards[number], shown(names[number])), stale))
+    except OSError as error:
+        raise DataError(f"{shown(str(error.filename or base))}: cannot be read: {error.strerror or error} (--data-dir)") from error
+    parts = [(partial(_content, shards[number]), entries) for number, entries in zip(stale, found, strict=True)]
+    verified = verify_all(parts, str(base))
+    unkept = 0
+    for number, entries in zip(stale, found, strict=True):
+        kept[number] = list(islice(verified, len(entries)))
+        unkept += not save_index(index_file(Path(shards[number].path)), _about(shards[number]), kept[number])
+    if unkept:
+        log.warning("%s cannot be written: the indexes of %s shards are not kept and are made again next time", cache_dir(), unkept)
+    return shards, kept
+
+
+def _stat(path: Path) -> Shard:
+    stat = path.stat()
+    return Shard(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+def _about(shard: Shard) -> str:
+    return f"shard {shard.path!r} of {shard.size} bytes, mtime {shard.mtime}"
+
+
+def _content(shard: Shard, entry: Entry) -> BytesIO:
+    return BytesIO(read_bytes(shard, entry.offset, entry.size))
+
+
+def _scan(shard: Shard, name: str) -> list[Entry]:
+    """The entries of one shard, not yet verified."""
+    opened = _open_shard(shard)
+    members, whole = read_members(opened.descriptor, name)
+    if not whole:
+        log.warning("%s ends without a tar's end mark: it may have been cut short", name)
+    samples = _group(members, name)
+    entries = []
+    if odd := [shown(member) for member, key in samples.odd if key not in samples.images]:
+        log.warning("%s: %s images are in no sample, since a key ends at the first dot of the name: %s", name, f"{len(odd):,}", some(odd))
+    if not samples.images:
+        seen = sorted({shown(match[2]) for member in members if (match := _KEY.fullmatch(member.name))})
+        what = f"no images in it ({' '.join(EXTENSIONS)} after the first dot of the name)"
+        raise DataError(f"{name}: {what}; it has {some(seen) or 'nothing'}")
+    for key, image in samples.images.items():
+        entry = Entry(image.name, "", image.offset, image.size, 0, 0, 0, "", False, PENDING)
+        if why := _WHY_NOT.get(image.kind, "" if image.size <= _LARGEST["image"] else f"{image.size:,} bytes are no image"):
+            entries.append(entry._replace(error=why))
+            continue
+        try:
+            entries.append(entry._replace(label=str(_label(shard, samples.labels.get(key, {})))))
+        except ValueError as error:
+            entries.append(entry._replace(error=str(error)))
+    return entries
+
+
+class _Samples(NamedTuple):
+    images: dict[str, Member]  # by key
+    labels: dict[str, dict[str, Member]]  # by key, then by kind
+    odd: list[tuple[str, str]]  # names with a further dot before an image's extension, and their keys
+
+
+def _group(members: Sequence[Member], shard: str) -> _Samples:
+    samples = _Samples({}, {}, [])
+    for member in members:
+        match = _KEY.fullmatch(member.name)
+        if match is None or member.kind == "folder" or _META.match(member.name):
+            continue
+        key, kind = match[1], match[2].lower()
+        if kind in _IMAGES:
+            other = samples.images.setdefault(key, member)
+        elif kind in _LABELS:
+            other = samples.labels.setdefault(key, {}).setdefault(kind, member)
+        else:
+            if kind.endswith(EXTENSIONS):
+                samples.odd.append((member.name, key))
+            continue
+        if other is not member:
+            both = f"{shown(other.name)} and {shown(member.name)}"
+            raise DataError(f"{shard}: two members for one sample, {both}; a key needs one image and one label: write the shard again")
+    return samples
+
+
+def _label(shard: Shard, members: dict[str, Member]) -> int:
+    """Raises ValueError, which says why there is none."""
+    kind = next((kind for kind in _LABELS if kind in members), None)
+    if kind is None:
+        raise ValueError("no .cls and no .json with its label")
+    member = members[kind]
+    if member.kind != "file" or member.size > _LARGEST[kind]:
+        raise ValueError(f"its .{kind} cannot be read")
+    content = read_bytes(shard, member.offset, member.size)
+    if kind == "cls":
+        if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", content):
+            raise ValueError(f"its .cls is {shown(repr(content[:20]))}, which is no class number")
+        return int(content)
+    try:
+        value = json.loads(content)["label"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("its .json has no label") from None
+    if type(value) is not int or not 0 <= value < 10**9:
+        raise ValueError(f"its .json has the label {shown(repr(value)[:20])}, which is no class number")
+    return value

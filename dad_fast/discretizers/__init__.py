@@ -1,0 +1,1 @@
+"""Discretizers: VQGAN, JPEG and identity, by name."""

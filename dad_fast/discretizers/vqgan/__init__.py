@@ -1,0 +1,1 @@
+"""VQGAN: model, configuration, exact fusions."""

@@ -1,0 +1,281 @@
+"""VQGAN (Esser et al., "Taming Transformers", arXiv 2012.09841): pixels -> codes -> pixels.
+
+Module names are those of taming-transformers' checkpoints (`encoder.*`, `decoder.*`, `quantize.embedding.weight`, `quant_conv`,
+`post_quant_conv`), so a published checkpoint loads strictly. Pixels are [0,1] outside and [-1,1] inside. The lookup is
+`dad_fast.kernels.nearest_code`: exact, and never an N x K matrix of distances.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dad_fast.discretizers.vqgan.config import PRESETS as PRESETS
+from dad_fast.discretizers.vqgan.config import VQGANConfig, config_from_json, infer_config
+from dad_fast.errors import DataError, UsageError
+from dad_fast.kernels import CodebookSearch, nearest_code
+from dad_fast.models.weights.files import load_strictly, read_state_dict, write_safetensors
+
+if TYPE_CHECKING:
+    from dad_fast.discretizers.vqgan.fused import FusedVQGAN, VQGANSavings
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(groups, channels), channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Self-attention with one head over all positions."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels, groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        # [B, C, H, W] -> [B, 1, HW, C]
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as the published weights were trained
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; each is followed by attention where the level has it."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, groups: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(out_channels if i else in_channels, out_channels, groups) for i in range(num_blocks))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: VQGANConfig) -> None:
+        super().__init__()
+        widths = [cfg.ch * mult for mult in cfg.ch_mult]
+        self.conv_in = nn.Conv2d(cfg.in_channels, cfg.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([cfg.ch, *widths], widths, strict=False)):
+            level = Level(before, width, cfg.num_res_blocks, i in cfg.attn_levels, cfg.norm_groups)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], cfg.norm_groups)
+        self.norm_out = _norm(widths[-1], cfg.norm_groups)
+        self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = level(x)
+            if i < len(self.down) - 1:
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Runs its levels from the coarsest to the finest; `up[i]` is the level of the encoder's `down[i]`."""
+
+    def __init__(self, cfg: VQGANConfig) -> None:
+        super().__init__()
+        widths = [cfg.ch * mult for mult in cfg.ch_mult]
+        self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], cfg.norm_groups)
+        self.up = nn.ModuleList()
+        for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
+            level = Level(before, width, cfg.num_res_blocks + 1, i in cfg.attn_levels, cfg.norm_groups)
+            if i > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = _norm(widths[0], cfg.norm_groups)
+        self.conv_out = nn.Conv2d(widths[0], cfg.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for i in reversed(range(len(self.up))):
+            x = self.up[i](x)
+            if i > 0:
+                x = self.up[i].upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Quantize(nn.Module):
+    """Holds the codebook [K, D] under taming's name."""
+
+    def __init__(self, n_embed: int, embed_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_embed, embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / n_embed, 1.0 / n_embed)
+
+
+class VQGAN(nn.Module):
+    """The autoencoder and its codebook.
+
+    `encode` and `decode` are differentiable (the codes are not); a discretizer runs them frozen. See `load` for files.
+    """
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Quantize(config.n_embed, config.embed_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self._search: CodebookSearch | None = None
+        self._searched: tuple[object, ...] = ()  # which codebook _search was prepared for
+
+    @property
+    def downsample(self) -> int:
+        """Side of the square of pixels that one code stands for."""
+        return self.config.downsample
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codebook [K, D]."""
+        return self.quantize.embedding.weight
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, D, H/f, W/f], before the lookup, of `pixels` [B, 3, H, W] in [0,1]. UsageError where f divides neither side."""
+        self.check_sides(pixels)
+        return self.quant_conv(self.encoder(2.0 * pixels - 1.0))
+
+    def check_sides(self, pixels: Tensor) -> None:
+        """UsageError unless both sides of `pixels` [B, 3, H, W] are multiples of the factor."""
+        height, width = pixels.shape[-2:]
+        if height % self.downsample or width % self.downsample:
+            raise UsageError(
+                f"images of {height}x{width} do not divide into this discretizer's {self.downsample}x{self.downsample} codes: "
+                f"choose an --img-size that is a multiple of {self.downsample}"
+            )
+
+    def lookup(self, latents: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of `latents` [B, D, h, w]: the exact nearest entry of the fp32 codebook, lowest index on a tie.
+
+        A codebook that needs no gradient is prepared at the first call (`CodebookSearch`), and again after it was changed or moved.
+        """
+        codebook = self.codebook.detach()
+        with torch.autocast(latents.device.type, enabled=False):
+            traced = torch.compiler.is_compiling() or type(latents) is not Tensor  # a fake tensor has no values to prepare
+            if traced or self.codebook.requires_grad or codebook.is_inference():
+                return nearest_code(latents.detach().float(), codebook.float())
+            return self.search().search(latents.float())
+
+    def search(self) -> CodebookSearch:
+        """The prepared search of the codebook as it is now. Its `num_nonfinite` starts at 0 whenever it is prepared."""
+        codebook = self.codebook.detach()
+        # In-place changes count up the version, `.to()` and loading with assign=True make another tensor. What is written through
+        # `.data` shows in none of these: on the CPU the values are compared, which is cheap there; on a GPU it would wait for it.
+        now = (self.codebook._version, codebook.data_ptr(), codebook.device, codebook.dtype)
+        changed = now != self._searched
+        if self._search is not None and not changed and codebook.device.type == "cpu":
+            both = (values.float().contiguous().view(torch.int32).numpy() for values in (self._search.codebook, codebook))
+            changed = not np.array_equal(*both)  # numpy's: torch.equal counts as waiting for a device where steps are traced
+        if self._search is None or changed:
+            self._search, self._searched = CodebookSearch(codebook), now
+        return self._search
+
+    def codes(self, pixels: Tensor) -> Tensor:
+        """Codes int64 [B, H/f, W/f] of `pixels` [B, 3, H, W] in [0,1]."""
+        return self.lookup(self.encode(pixels))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels [B, 3, h*f, w*f] in [0,1] of `codes` int64 [B, h, w]."""
+        quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)  # [B, D, h, w]
+        return (self.decoder(self.post_quant_conv(quantized)).clamp(-1.0, 1.0) + 1.0) / 2.0
+
+    def fuse(self, savings: VQGANSavings | None = None, **precision: Any) -> FusedVQGAN:
+        """The same function for inference, in fewer operations; arguments and what it promises: see `FusedVQGAN`."""
+        from dad_fast.discretizers.vqgan.fused import FusedVQGAN  # which imports this module
+
+        return FusedVQGAN(self, savings, **precision)
+
+    def save(self, path: str | Path, seen: str) -> None:
+        """Write a safetensors file that `load` reads without guessing; `seen` says what the model was trained on."""
+        write_safetensors(path, self.state_dict(), {"dad_fast.vqgan": json.dumps(asdict(self.config)), "dad_fast.seen": seen})
+
+    @classmethod
+    def load(cls, path: str | Path) -> VQGAN:
+        """A VQGAN from taming's Lightning `.ckpt`, a bare state dict or safetensors; the config is read from metadata or from shapes.
+
+        Keys under `loss.` (the discriminator and LPIPS of training) are dropped; every other key must match. DataError otherwise.
+        """
+        return cls.load_with_provenance(path)[0]
+
+    @classmethod
+    def load_with_provenance(cls, path: str | Path) -> tuple[VQGAN, str]:
+        """`load`, and what the file says that the model was trained on."""
+        state, metadata = read_state_dict(path)
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+        if "dad_fast.vqgan" in metadata:
+            config = config_from_json(metadata["dad_fast.vqgan"], path)
+        else:
+            config = infer_config(state, path)
+        try:
+            with torch.device("meta"):  # no random weights that the file's would replace
+                model = cls(config)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise DataError(f"{path}: no VQGAN can be made of {config} ({error}); is the file damaged?") from None
+        load_strictly(model, state, path)
+        return model, metadata.get("dad_fast.seen", "not recorded in the weights")

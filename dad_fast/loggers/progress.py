@@ -1,0 +1,209 @@
+"""Progress of a run: a live bar on a terminal, a plain line every few seconds elsewhere.
+
+Nothing here touches the device. `tick` only counts: on a GPU the bar may be a few steps ahead of it. Values come at log steps, when the
+engine has read them anyway, so the speed shown is that of finished work and not of kernels that were merely queued.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dad_fast.errors import printable
+from dad_fast.loggers.run_log import RunLog, print_line
+
+PLAIN_SECONDS = 10.0
+REPORT_SECONDS = 1.0  # between two reports of a worker process to its parent
+SHARES = {"data_wait": "data wait", "kept": "kept", "codes_changed": "codes changed", "codes_changed_dat": "codes changed (dat)"}
+
+
+class TrainProgress:
+    """Shows one run. A context manager; the live bar is up between enter and exit.
+
+    total_steps, start_step  the run's length, and where a resumed run starts
+    images_per_step          clean images of a step, over all processes
+    steps_per_epoch          for "epoch 3/20"
+    label                    what is trained, such as "dad seed 0"
+    log                      gets the plain lines (train.log); shown there too where there is no terminal
+    live                     None = when stderr is a terminal and rich is installed
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        images_per_step: int,
+        steps_per_epoch: int,
+        label: str,
+        log: RunLog,
+        *,
+        start_step: int = 0,
+        live: bool | None = None,
+    ) -> None:
+        self.total_steps, self.images_per_step, self.steps_per_epoch = total_steps, images_per_step, max(1, steps_per_epoch)
+        self.label, self.log = label, log
+        self.step = start_step
+        self.images_per_second = 0.0
+        self._values = ""
+        self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
+        self._task: Any = None
+        self._echo = log.echo
+        self._last_line = time.monotonic()
+        self._mark = (self._last_line, start_step)  # time and step of the last log step: the speed is measured from there
+
+    def __enter__(self) -> TrainProgress:
+        self._last_line = time.monotonic()
+        self._mark = (self._last_line, self.step)
+        if self._bar is not None:
+            self._task = self._bar.add_task(self.label, total=self.total_steps, completed=self.step, text="")
+            self._bar.start()
+            self.log.echo = lambda line: self._bar.console.print(line, markup=False, highlight=False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self.log.echo = self._echo
+
+    def tick(self) -> None:
+        """A step was queued."""
+        self.step += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.step)
+        report_progress(self.step, self.total_steps, f"{self._speed()}  {self._values}")
+
+    def update(self, values: Mapping[str, float]) -> None:
+        """At a log step, after its values were read from the device.
+
+        values: name → number, shown as given in this order; SHARES are shown in percent and "gpu_memory" is GiB.
+        """
+        now = time.monotonic()
+        then, step = self._mark
+        if self.step > step and now > then:
+            self.images_per_second = (self.step - step) * self.images_per_step / (now - then)
+        self._mark = (now, self.step)
+        self._values = "  ".join(format_value(name, value) for name, value in values.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.step, text=f"{self._speed()}  {self._values}")
+        if now - self._last_line >= PLAIN_SECONDS or self.step >= self.total_steps:
+            self._last_line = now
+            epochs = -(-self.total_steps // self.steps_per_epoch)
+            epoch = min((self.step - 1) // self.steps_per_epoch + 1, epochs)
+            line = f"{self.label}  epoch {epoch}/{epochs}  step {self.step}/{self.total_steps}  {self._speed()}  {self._values}"
+            self.log.say(line, echo=self._bar is None)
+
+    def pause(self) -> None:
+        """Leave out the time until the next step: after a validation or a checkpoint."""
+        self._mark = (time.monotonic(), self.step)
+
+    def evaluating(self, name: str) -> Callable[[int, int], None]:
+        """A callback (images done, images in all) for `evaluate`, shown in this bar."""
+
+        def show(done: int, total: int) -> None:
+            text = f"evaluating {name} {done}/{total}"
+            report_progress(self.step, self.total_steps, text)
+            if self._bar is not None:
+                self._bar.update(self._task, text=text)
+
+        return show
+
+    def _speed(self) -> str:
+        if not self.images_per_second:
+            return "… img/s"
+        seconds = (self.total_steps - self.step) * self.images_per_step / self.images_per_second
+        return f"{self.images_per_second:,.0f} img/s  {format_seconds(seconds)} left"
+
+
+class JobsProgress:
+    """Shows the jobs of a sweep: a live bar for each on a terminal, a line every few seconds elsewhere. A context manager."""
+
+    def __init__(self, live: bool | None = None) -> None:
+        """live: None = when stderr is a terminal and rich is installed."""
+        self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
+        self._tasks: dict[str, Any] = {}
+        self._lines: dict[str, float] = {}  # job -> when its last line was printed
+
+    def __enter__(self) -> JobsProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bars where there are any."""
+        if self._bar is None:
+            print_line(line)
+        else:
+            self._bar.console.print(printable(line), markup=False, highlight=False)
+
+    def update(self, job: str, done: int, total: int, text: str) -> None:
+        if self._bar is not None:
+            if job not in self._tasks:
+                self._tasks[job] = self._bar.add_task(job, total=total, text="")
+            self._bar.update(self._tasks[job], completed=done, total=total, text=printable(text))
+            return
+        now = time.monotonic()
+        if now - self._lines.setdefault(job, now - PLAIN_SECONDS / 2) >= PLAIN_SECONDS:
+            self._lines[job] = now
+            self.say(f"{job}  {done}/{total}  {text}")
+
+    def end(self, job: str) -> None:
+        self._lines.pop(job, None)
+        if job in self._tasks:
+            self._bar.remove_task(self._tasks.pop(job))
+
+
+_listener: Callable[[int, int, str], None] | None = None
+_listener_heard = 0.0
+
+
+def report_progress_to(listener: Callable[[int, int, str], None]) -> None:
+    """Call `listener(done, total, text)` about once a second from now on: for the parent of this process."""
+    global _listener
+    _listener = listener
+
+
+def report_progress(done: int, total: int, text: str) -> None:
+    """Tell the parent of a worker process how far its job is; nothing elsewhere."""
+    global _listener_heard
+    if _listener is None:
+        return
+    now = time.monotonic()
+    if now - _listener_heard >= REPORT_SECONDS:
+        _listener_heard = now
+        _listener(done, total, text)
+
+
+def format_value(name: str, value: float) -> str:
+    """One value of the progress line: "ce 0.412", "data wait 3 %", "12.1 GiB"."""
+    if name in SHARES:
+        return f"{SHARES[name]} {100 * value:.0f} %"
+    if name == "gpu_memory":
+        return f"{value:.1f} GiB"
+    return f"{name} {value:.3g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """0:07, 12:30, 3:04:05."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def _make_bar() -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+    except ImportError:  # a bare GPU machine: plain lines do
+        return None
+    name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+    bar = BarColumn(bar_width=12, table_column=Column(min_width=12))
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9))
+    # On a narrow terminal the text is cut, not the bar.
+    text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    console = Console(stderr=True)
+    return Progress(name, bar, count, text, console=console, refresh_per_second=2, transient=True, expand=True)

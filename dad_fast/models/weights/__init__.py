@@ -1,0 +1,1 @@
+"""Weight files: formats, key filters, hardened pickles, fingerprints."""

@@ -1,0 +1,1 @@
+"""Fill a store: adversarial images and teacher outputs, computed once."""

@@ -1,0 +1,249 @@
+"""Filling a store: the same bytes whatever the number of processes, where they are stopped and where they go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dad_fast.config.options import StoreLaunch
+from dad_fast.config.schema import Config
+from dad_fast.data.augment.mixing import mix, to_pixels
+from dad_fast.data.augment.records import uses_mixing
+from dad_fast.data.loaders.blocks import Block, blocks
+from dad_fast.data.loaders.steps import TrainSteps
+from dad_fast.data.loaders.workers import iterate
+from dad_fast.data.sources.base import Source
+from dad_fast.discretizers.base import Discretizer, VQGANDiscretizer
+from dad_fast.engine.stored import view_settings
+from dad_fast.errors import DadFastError, DataError, UsageError
+from dad_fast.kernels import pack_codes
+from dad_fast.keyed_random import sample_seeds
+from dad_fast.methods.attack import PGD
+from dad_fast.models.teacher import Teacher
+from dad_fast.precompute.adversarial import adversarial
+from dad_fast.store import Block as Rows
+from dad_fast.store import Manifest, Records, StoreWriter
+from dad_fast.store.images import decode_image, encode_images, on_all_cores
+from dad_fast.store.part import Bytes
+
+SHARD_BYTES = 1 << 30  # about; a shard is what is lost when a disk loses a file
+
+
+class Filler(Protocol):
+    """Computes the records of a store's rows."""
+
+    manifest: Manifest
+
+    def feed(self, rows: Sequence[Rows]) -> Iterator[Any]:
+        """What `records` needs for each of `rows`, in this order."""
+
+    def records(self, rows: Rows, item: Any) -> Records: ...
+
+
+class AdversarialFiller:
+    """Q(x') of every image, unaugmented, against the teacher; view v draws its noise as training does in epoch v."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        launch: StoreLaunch,
+        source: Source,
+        teacher: Teacher,
+        discretizer: Discretizer,
+        view: dict[str, Any],
+        settings: dict[str, Any],
+        hashes: dict[str, str | None],
+        device: torch.device,
+    ) -> None:
+        self.cfg, self.source, self.teacher, self.discretizer, self.view, self.device = cfg, source, teacher, discretizer, view, device
+        self.attack = PGD.from_config(cfg.attack)
+        self.images = launch.images
+        self.unreadable: list[str] = []
+        side = view["img_size"]
+        codes = discretizer(torch.zeros(1, 3, side, side, device=device)).codes
+        self.manifest = make_manifest(
+            cfg, launch, source, "adversarial", hashes,
+            {**settings, "attack": asdict(cfg.attack), "images": view, "discretizer": hashes["discretizer"] or discretizer.name},
+            code_bits=discretizer.vqgan.config.code_bits if isinstance(discretizer, VQGANDiscretizer) else 0,
+            code_grid=tuple(codes.shape[1:]) if codes is not None else (),
+            images=launch.images, image_size=(side, side) if launch.images != "none" else (),
+        )  # fmt: skip
+
+    def feed(self, rows: Sequence[Rows]) -> Iterator[Block]:
+        size, workers = self.manifest.block_size, self.cfg.data.workers
+        return blocks(self.source, [r.number for r in rows], size, **self.view, workers=workers, pin_memory=self.device.type == "cuda")
+
+    def records(self, rows: Rows, item: Block) -> Records:
+        self._note(item.unreadable)
+        keys = torch.from_numpy(sample_seeds(self.cfg.seed, rows.view, item.samples.numpy()))
+        images, labels, keys = (t.to(self.device, non_blocking=True) for t in (item.images, item.labels, keys))
+        models, num_classes = (self.teacher, self.discretizer, self.attack, self.cfg.attack.order), len(self.source.classes)
+        n, stored = item.num_real, _Stored(self.images)
+        found = adversarial(*models, images, labels, keys, num_classes, stored)
+        return Records(
+            keys=[self.source.keys[i] for i in range(rows.start, rows.stop)],
+            labels=item.labels[:n].numpy(),
+            outputs=_host(found.outputs[:n]),
+            readable=item.readable[:n].numpy(),
+            kept=_host(found.kept[:n]),
+            changed=None if found.changed is None else _host(found.changed[:n]),
+            codes=None if found.codes is None else _host(pack_codes(found.codes[:n].flatten(1), self.manifest.code_bits)),
+            images=stored.content(n),
+        )
+
+    def _note(self, names: Sequence[str]) -> None:
+        self.unreadable += names
+        if len(self.unreadable) > self.source.max_bad_share * len(self.source):
+            raise DataError(
+                f"{self.source.name}: {len(self.unreadable):,} of {len(self.source):,} images cannot be read any more, such as "
+                f"{self.unreadable[0]}; mend or remove them, or raise data.max_bad_share"
+            )
+
+
+class _Stored:
+    """Images on their way into the store: called with levels uint8 [B, 3, H, W] it returns those that will be read again.
+
+    JPEG changes the pixels, and the teacher's outputs must belong to the changed ones; so what is stored is encoded here, and once."""
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        self._kept: Any = levels
+        if not self.form.startswith("jpeg"):
+            return levels
+        self._kept = encode_images(levels.permute(0, 2, 3, 1).cpu().numpy(), self.form)
+        size = tuple(levels.shape[2:])
+        again = on_all_cores(lambda file: decode_image(bytes(file), size, "an image just encoded"), self._kept, self.form)
+        return torch.from_numpy(np.stack(again)).to(levels.device).permute(0, 3, 1, 2)
+
+    def content(self, num: int) -> np.ndarray | list[Bytes] | None:
+        """What a store takes of the first `num`."""
+        if self.form == "none":
+            return None
+        kept = self._kept[:num]
+        return kept if isinstance(kept, list) else _host(kept.permute(0, 2, 3, 1).contiguous())
+
+
+class TargetFiller:
+    """What the teacher says of clean images as training shows them: view v is what epoch v has, mixes included.
+
+    A row belongs to a place in the order of its view and has the key of the sample that the order has there.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        launch: StoreLaunch,
+        source: Source,
+        teacher: Teacher,
+        img_size: int,
+        settings: dict[str, Any],
+        hashes: dict[str, str | None],
+        device: torch.device,
+    ) -> None:
+        self.cfg, self.source, self.teacher, self.img_size, self.device = cfg, source, teacher, img_size, device
+        views = {"augment": view_settings(cfg.augment), "img_size": img_size}
+        self.manifest = make_manifest(cfg, launch, source, "targets", hashes, {**settings, **views})
+        if uses_mixing(cfg.augment) and self.manifest.block_size % 2:
+            raise UsageError(f"--block-size {self.manifest.block_size}: must be even with --mixup or --cutmix, which mix images in pairs")
+
+    def feed(self, rows: Sequence[Rows]) -> Iterator[Places]:
+        numbers = [(r.view, r.start) for r in rows]
+        places = _Places(TrainSteps(self.source, self.cfg.augment, self.img_size, self.manifest.block_size, self.cfg.seed, 0, 1))
+        return iterate(places, numbers, self.cfg.data.workers, self.device.type == "cuda")
+
+    @torch.no_grad()
+    def records(self, rows: Rows, item: Places) -> Records:
+        images, labels, kind, lam, box = (t.to(self.device, non_blocking=True) for t in item.tensors)
+        mixed = mix(to_pixels(images), labels, kind, lam, box, len(self.source.classes))
+        n = rows.stop - rows.start
+        return Records(
+            keys=[self.source.keys[i] for i in item.drawn[:n].tolist()],
+            labels=self.source.labels[item.drawn[:n].numpy()],
+            outputs=_host(self.teacher(mixed.pixels)[:n]),
+        )
+
+
+class Places(NamedTuple):
+    drawn: Tensor  # int64 [B], samples
+    tensors: tuple[Tensor, ...]  # images uint8 [B, 3, H, W]; labels, mix_kind, mix_lam, mix_box as in a Batch
+
+    def pin_memory(self) -> Places:
+        return Places(self.drawn, tuple(tensor.pin_memory() for tensor in self.tensors))
+
+
+class _Places(Dataset[Places]):
+    """(view, first place) -> Places."""
+
+    def __init__(self, steps: TrainSteps) -> None:
+        self.steps = steps
+
+    def __getitem__(self, where: tuple[int, int]) -> Places:
+        images, found = self.steps.made(*where)
+        return Places(found["drawn"], (images, found["labels"], found["mix_kind"], found["mix_lam"], found["mix_box"]))
+
+
+def make_manifest(
+    cfg: Config, launch: StoreLaunch, source: Source, kind: str, hashes: dict[str, str | None], settings: dict[str, Any], **form: Any
+) -> Manifest:
+    """The manifest of a store of this data and form; shards of about SHARD_BYTES."""
+    outputs = launch.outputs
+    if outputs.startswith("topk:") and "@" not in outputs:
+        outputs += f"@{cfg.loss.temperature:g}"
+    common: dict[str, Any] = {
+        "kind": kind, "classes": source.classes.entries, "source": source.fingerprint, "settings": settings, "hashes": hashes,
+        "num_samples": len(source), "num_views": launch.views, "block_size": launch.block_size or cfg.data.batch_size, "outputs": outputs,
+    }  # fmt: skip
+    per_block = sum(Manifest(**common, **form).bytes_per_sample.values()) * common["block_size"]
+    return Manifest(**common, **form, blocks_per_shard=launch.shard_blocks or max(1, min(SHARD_BYTES // per_block, 4096)))
+
+
+def fill(filler: Filler, folder: Path, rank: int, world: int) -> Iterator[Records]:
+    """Write this process's part of the store, yielding each block's records once they are written. Closing it in between loses nothing.
+
+    Raises DataError when the folder holds a store of other settings, or the disk is full.
+    """
+    writer = StoreWriter.open(folder, filler.manifest, resume=True)
+    work: list[tuple[int, Rows]] = []
+    for number in writer.shards_to_do(rank, world):
+        work += [(number, rows) for rows in writer.blocks_to_do(number)]
+    feed = filler.feed([rows for _, rows in work])
+    for number, group in groupby(work, key=lambda pair: pair[0]):
+        with writer.shard(number) as shard:
+            for _, rows in group:
+                records = filler.records(rows, next(feed))
+                shard.append(records)
+                yield records
+    writer.finish()
+
+
+def estimate(filler: Filler, num_blocks: int = 3) -> float:
+    """Seconds that a block takes here, the median of a few after one that warms up."""
+    geometry = filler.manifest.geometry
+    rows = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)][: num_blocks + 1]
+    times = []
+    start = time.perf_counter()
+    for block, item in zip(rows, filler.feed(rows), strict=True):
+        filler.records(block, item)
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return float(np.median(times[1:] or times))
+
+
+def _host(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.cpu().numpy()
+    return array
+
+
+def stopped(error: type[DadFastError], done: int, folder: Path) -> DadFastError:
+    return error(f"stopped after {done:,} blocks of this call; all of them are in {folder}, the same command goes on")

@@ -1,0 +1,81 @@
+"""Computing part of a store again: on the same kind of device every bit must come out as it is stored."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dad_fast.errors import DataError
+from dad_fast.precompute.fill import Filler
+from dad_fast.store import AdversarialStore, Records, Store, TargetStore
+from dad_fast.store import Block as Rows
+from dad_fast.store.images import decode_image
+
+DEVICE = "settings.device"  # the one setting that may differ: other devices round otherwise, which is then what is reported
+
+
+@dataclass
+class Drift:
+    """How far the store is from what this machine computes."""
+
+    checked: int = 0  # readable records
+    equal: int = 0
+    logit: float = 0.0  # largest difference
+    parts: Counter[str] = field(default_factory=Counter)  # records that differ, by what differs
+    devices: str = ""  # where they are not of one kind
+
+    def __str__(self) -> str:
+        text = f"{self.equal:,} of {self.checked:,} records are computed again bit for bit"
+        if self.equal == self.checked:
+            return text
+        parts = ", ".join(f"{name} in {number:,}" for name, number in self.parts.items())
+        return f"{text}; differing: {parts}; largest difference of a logit {self.logit:.3g}{self.devices}"
+
+
+def recheck(filler: Filler, store: AdversarialStore | TargetStore, share: float) -> Drift:
+    """Compute a random `share` of the blocks of `store` again, other ones at every call, and compare all that is stored of them.
+
+    Raises DataError where the filler has other settings than the store, the device aside.
+    """
+    differences = store.manifest.differences(filler.manifest)
+    devices = [text for text in differences if text.startswith(DEVICE)]
+    if len(differences) > len(devices):
+        raise DataError(f"{store.folder}: made with other settings: {'; '.join(differences[:12])}")
+    geometry = store.manifest.geometry
+    blocks = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)]
+    chosen = sorted(random.sample(range(len(blocks)), max(1, round(share * len(blocks)))))
+    drift = Drift(devices=f" ({devices[0]})" if devices else "")
+    for block, item in zip([blocks[i] for i in chosen], filler.feed([blocks[i] for i in chosen]), strict=True):
+        _compare(store, block, filler.records(block, item), drift)
+    return drift
+
+
+def _compare(store: Store, block: Rows, again: Records, drift: Drift) -> None:
+    manifest, rows, view = store.manifest, np.arange(block.start, block.stop), block.view
+    readable = store.readable(rows, view)
+    computed = np.zeros(len(block), manifest.data_dtype)
+    manifest.outputs_form.encode(np.where(readable[:, None], again.outputs, 0), computed)
+    outputs = manifest.outputs_form.decode(computed, manifest.num_classes).astype(np.float32)
+    stored = store.outputs(rows, view).astype(np.float32)
+    differs = {"outputs": (outputs != stored).any(1) | (computed["max_logit"] != store.max_logits(rows, view))}
+    differs["labels"] = again.labels != store.labels(rows, view)
+    if isinstance(store, AdversarialStore):
+        if again.kept is not None:
+            differs["kept"] = again.kept != store.kept(rows, view)
+        if again.codes is not None:
+            differs["codes"] = (again.codes != store.codes(rows, view)).any(1)
+        if again.images is not None:
+            images = again.images
+            if isinstance(images, list):
+                images = np.stack([decode_image(bytes(file), manifest.image_size, "an image just encoded") for file in images])
+            differs["images"] = (images != store.images(rows, view)).any((1, 2, 3))
+    same = readable.copy()
+    for name, found in differs.items():
+        same &= ~found
+        if number := int((found & readable).sum()):
+            drift.parts[name] += number
+    drift.checked, drift.equal = drift.checked + int(readable.sum()), drift.equal + int(same.sum())
+    drift.logit = max(drift.logit, float(np.abs(outputs - stored)[readable].max(initial=0)))

@@ -1,0 +1,163 @@
+"""`dad-fast precompute`: fills a store, on one process or several; or estimates what that takes; or checks what is there."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dad_fast.config import Config
+from dad_fast.config.options import StoreLaunch
+from dad_fast.config.schema import StudentConfig
+from dad_fast.data.sources.base import open_source
+from dad_fast.distributed import process_group as distributed
+from dad_fast.distributed.launch import end_with_launcher, is_worker, number_of_processes, run_processes
+from dad_fast.distributed.signals import stop_requests
+from dad_fast.engine import frozen
+from dad_fast.engine.build import resolve_device
+from dad_fast.errors import DataError
+from dad_fast.loggers.progress import format_seconds, report_progress
+from dad_fast.loggers.run_log import print_line
+from dad_fast.models.student import build_student
+from dad_fast.precompute.fill import AdversarialFiller, Filler, TargetFiller, estimate, fill, stopped
+from dad_fast.precompute.recheck import recheck
+from dad_fast.store import Manifest, Records, open_store
+
+LINE_SECONDS = 10.0
+
+
+def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
+    """Returns the exit code. `arguments` are those of the command line, for the processes that --nproc starts."""
+    nproc = number_of_processes(launch.nproc)
+    if nproc > 1 and not is_worker() and not (launch.estimate or launch.check):
+        code = run_processes(nproc, "precompute", arguments)
+        return code or _say_state(launch)
+    end_with_launcher()
+    rank, world = distributed.rank(), distributed.world()
+    filler = make_filler(cfg, launch)
+    if launch.estimate:
+        return _estimate(filler, max(world, nproc), Path(launch.output))
+    if launch.check:
+        return _check(filler, launch)
+    folder = Path(launch.output)
+    done = 0
+    with stop_requests() as stop, _progress(filler, rank, world) as advance:
+        for records in fill(filler, folder, rank, world):
+            done += 1
+            advance(records)
+            if stop.error:
+                raise stopped(stop.error, done, folder)
+    return _say_state(launch) if rank == 0 and nproc == 1 else 0
+
+
+def _say_state(launch: StoreLaunch) -> int:
+    complete = Manifest.load(Path(launch.output)).complete
+    what = f"complete; look at it with dad-fast store info {launch.output}" if complete else "this part is done, others are not yet"
+    print_line(f"{launch.output}: {what}")
+    return 0
+
+
+def make_filler(cfg: Config, launch: StoreLaunch) -> Filler:
+    """Everything that a user can get wrong fails here, before a file is written."""
+    device = resolve_device(cfg.device)
+    source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+    teacher, digest, *_ = frozen.teacher(cfg, source.classes, device)
+    hashes: dict[str, str | None] = {"teacher": digest}
+    settings = {"seed": cfg.seed, "precision": asdict(cfg.precision), "savings": sorted(cfg.engine.savings), "device": device.type}
+    view = _view(cfg, len(source.classes), teacher.image_size)
+    if launch.targets:
+        return TargetFiller(cfg, launch, source, teacher, view["img_size"], settings, hashes, device)
+    discretizer, hashes["discretizer"] = frozen.discretizer(cfg, device)
+    return AdversarialFiller(cfg, launch, source, teacher, discretizer, view, settings, hashes, device)
+
+
+def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
+    """The student's view of an image in evaluation; without a student, the teacher's size and timm's usual crop."""
+    aug, size, crop_pct, interpolation = cfg.augment, teacher_size, 0.875, "bicubic"
+    if cfg.student.name:
+        architecture = StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs)
+        student = build_student(architecture, num_classes, aug.img_size)
+        size, crop_pct, interpolation = student.image_size, student.crop_pct, student.interpolation
+    return {
+        "img_size": aug.img_size or size,
+        "crop_pct": aug.crop_pct or crop_pct,
+        "interpolation": aug.interpolation or interpolation,
+    }
+
+
+def _estimate(filler: Filler, world: int, folder: Path) -> int:
+    manifest = filler.manifest
+    seconds = estimate(filler)
+    blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
+    images = manifest.num_samples * manifest.num_views
+    print(f"{manifest.num_samples:,} images, {manifest.num_views} views, blocks of {manifest.block_size}")
+    print(f"time    {format_seconds(seconds * blocks / world)} on {world} process{'es' if world > 1 else ''} like this one "
+          f"({manifest.block_size / seconds:,.0f} img/s each)")  # fmt: skip
+    for kind, size in manifest.bytes_per_sample.items():
+        if size:
+            most = "at most " if kind == "images" and manifest.images != "raw" else ""
+            print(f"{kind:<7} {most}{size:,} bytes an image, {most}{_bytes(size * images)}")
+    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    whole, free = images * sum(manifest.bytes_per_sample.values()), shutil.disk_usage(disk).free
+    print(f"disk    {_bytes(whole)} in all, {_bytes(free)} free in {disk}")
+    return 0
+
+
+def _check(filler: Filler, launch: StoreLaunch) -> int:
+    drift = recheck(filler, open_store(launch.output), launch.check)
+    print(drift)
+    if drift.equal < drift.checked and not drift.devices:
+        raise DataError(f"{launch.output}: not what this machine computes; other versions or hardware round differently, but a large "
+                        "difference means damage (dad-fast store verify), or another teacher, discretizer or data")  # fmt: skip
+    return 0
+
+
+@contextmanager
+def _progress(filler: Filler, rank: int, world: int) -> Iterator[Any]:
+    """A callback for each block's records: a bar on a terminal, else a line now and then. The first process shows its own share."""
+    manifest = filler.manifest
+    total = len([b for s in range(rank, manifest.geometry.num_shards, world) for b in manifest.geometry.blocks(s)])
+    start = last = time.monotonic()
+    done = images = kept = 0
+    changed: list[float] = []
+    terminal = sys.stderr.isatty()
+
+    def advance(records: Records) -> None:
+        nonlocal done, images, kept, last
+        done, images = done + 1, images + len(records.keys)
+        kept += int(records.kept.sum()) if records.kept is not None else 0
+        if records.changed is not None:
+            changed.append(float(np.nanmean(records.changed)))
+        now = time.monotonic()
+        due = terminal or now - last >= LINE_SECONDS or done == total
+        rate = images / (now - start)
+        left = format_seconds((total - done) * manifest.block_size / rate)
+        text = f"block {done:,}/{total:,}  {rate * world:,.0f} img/s  {left} left"
+        if records.kept is not None:
+            text += f"  kept {kept / images:.0%}"
+        if changed:
+            text += f"  codes changed {np.mean(changed):.0%}"
+        report_progress(done, total, text)
+        if rank or not due:
+            return
+        last = now
+        print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield advance
+    finally:
+        if terminal and done and not rank:
+            print(file=sys.stderr)
+
+
+def _bytes(number: float) -> str:
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, int(np.log10(max(number, 1)) // 3))
+    return f"{number / 1000**power:,.3g} {units[power]}"

@@ -1,0 +1,217 @@
+"""Line, bar and reliability charts as inline SVG, with axes, ticks and labels; colours are CSS values, so that they follow light and dark.
+
+A chart is as wide as a phone (360 units), so that its text stays as large as it is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dad_fast.report.markup import stroke, text
+
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
+MAX_POINTS = 300
+MIN_COUNT = 10  # images in a bin, below which its accuracy says little
+BINS_HEIGHT = 50  # of the strip below a reliability diagram
+COLUMNS_HEIGHT = 32  # in it
+
+
+@dataclass(frozen=True)
+class Series:
+    name: str
+    color: str
+    points: Sequence[tuple[float, float]]  # finite, in the order in which they are joined
+    dashes: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A mean with its 95 % interval and the values that it is the mean of, all in percent."""
+
+    name: str
+    mean: float
+    interval: tuple[float, float] | None
+    color: str
+    values: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Of each bin: the number of images, their mean confidence, and the share of them that is right."""
+
+    name: str
+    color: str
+    count: Sequence[float]
+    confidence: Sequence[float]
+    accuracy: Sequence[float]
+    dashes: str = ""
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers that span [low, high]: multiples of 1, 2 or 5 times a power of ten, at most `most` + 1 of them."""
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def line_chart(heading: str, unit: str, x_label: str, series: Sequence[Series]) -> str:
+    """A figure with one line per series over an x axis that holds 0; a series of one point is a dot. At least one has a point."""
+    xs, ys = zip(*(point for line in series for point in line.points), strict=True)
+    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(ys), max(ys))
+    place = _placer(x_ticks, y_ticks, HEIGHT)
+    parts = _axes(x_ticks, y_ticks, place, HEIGHT, x_label)
+    for line in series:
+        placed = [place(*point) for point in _thinned(line.points)]
+        title = f"<title>{text(line.name)}</title>"
+        if len(placed) == 1:
+            parts.append(f'<circle cx="{placed[0][0]:.1f}" cy="{placed[0][1]:.1f}" r="3" style="fill:{line.color}">{title}</circle>')
+        elif placed:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+            style = f"fill:none;{stroke(line.color, line.dashes)};opacity:0.85"
+            parts.append(f'<polyline points="{path}" style="{style}">{title}</polyline>')
+    return _figure(heading, unit, HEIGHT, parts)
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means of neighbours where there are more points than a chart can show."""
+    every = -(-len(points) // MAX_POINTS)
+    if every <= 1:
+        return list(points)
+    parts = [points[i : i + every] for i in range(0, len(points), every)]
+    return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts]
+
+
+def bar_chart(heading: str, unit: str, bars: Sequence[Bar]) -> str:
+    """A figure of horizontal bars on an axis from 0 to 100, each with its interval as a whisker and its values as ticks."""
+    line, top, left, right = 36, 4, 4, 12
+    scale = (WIDTH - left - right) / 100
+    height = top + line * len(bars) + 24
+    parts = []
+    for value in (0, 25, 50, 75, 100):
+        x = left + value * scale
+        anchor = "start" if value == 0 else "end" if value == 100 else "middle"
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top + 14}" y2="{height - 20}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 5}" text-anchor="{anchor}">{value}{" %" if value == 100 else ""}</text>')
+    for i, bar in enumerate(bars):
+        y = top + i * line
+        end = left + _clip(bar.mean) * scale
+        shown = f"{bar.mean:.1f}" + (f" [{bar.interval[0]:.1f}, {bar.interval[1]:.1f}]" if bar.interval else "")
+        room = int((WIDTH - left - right - 6.3 * len(shown) - 10) / 6.6)  # a name that is too long is cut; its whole is the tooltip
+        cut = bar.name if len(bar.name) <= room else bar.name[: room - 1] + "…"
+        parts.append(f'<text class="name" x="{left}" y="{y + 14}">{text(cut)}<title>{text(bar.name)}</title></text>')
+        parts.append(f'<text x="{WIDTH - right}" y="{y + 14}" text-anchor="end">{shown}</text>')
+        parts.append(f'<rect x="{left}" y="{y + 19}" width="{end - left:.1f}" height="12" style="fill:{bar.color};opacity:0.75"/>')
+        if bar.interval:
+            low, high = (left + _clip(bound) * scale for bound in bar.interval)
+            ends = "".join(f"M{x:.1f} {y + 20}v10" for x in (low, high))
+            parts.append(f'<path d="M{low:.1f} {y + 25}H{high:.1f}{ends}" style="stroke:var(--text);stroke-width:1.5;fill:none"/>')
+        dots = (left + _clip(value) * scale for value in bar.values)
+        parts += [f'<circle cx="{x:.1f}" cy="{y + 25}" r="2.5" style="fill:var(--back);stroke:var(--text)"/>' for x in dots]
+    return _figure(heading, unit, height, parts)
+
+
+def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) -> str:
+    """A figure: accuracy over confidence against the diagonal, a dot's area the share of the images; below, those shares as columns.
+
+    Bins of fewer than MIN_COUNT images have a column and no dot.
+    """
+    axis = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    bottom = HEIGHT - BOTTOM + 40
+    height = bottom + BINS_HEIGHT + BOTTOM
+    place = _placer(axis, axis, bottom + BOTTOM)
+    parts = _axes(axis, axis, place, bottom + BOTTOM, "", with_x=False)
+    (x0, y0), (x1, y1) = place(0, 0), place(1, 1)
+    parts.append(f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" style="{stroke("var(--soft)", "4 4", 1)}"/>')
+    shares = [[count / (sum(one.count) or 1) for count in one.count] for one in series]
+    most = max(map(max, shares)) or 1
+    base = height - BOTTOM
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    for number, one in enumerate(series):
+        share = shares[number]
+        bins = zip(one.count, one.confidence, one.accuracy, share, strict=True)
+        used = [(c, a, s) for n, c, a, s in bins if n >= MIN_COUNT]
+        placed = [place(c, a) for c, a, _ in used]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        style = f"fill:none;{stroke(one.color, one.dashes, 1.5)}"
+        parts.append(f'<polyline points="{path}" style="{style}"><title>{text(one.name)}</title></polyline>')
+        for (x, y), (c, a, s) in zip(placed, used, strict=True):
+            what = f"{one.name}: {100 * s:.1f} % of images, confidence {100 * c:.1f} %, right {100 * a:.1f} %"
+            dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{1.2 + 6 * math.sqrt(s):.1f}" style="fill:{one.color};opacity:0.8">'
+            parts.append(f"{dot}<title>{text(what)}</title></circle>")
+        width = (WIDTH - LEFT - RIGHT) / len(share)
+        each = (width - 2) / len(series)
+        for i, one_share in enumerate(share):
+            tall = one_share / most * COLUMNS_HEIGHT
+            if tall >= 0.05:
+                box = f'x="{LEFT + i * width + 1 + number * each:.2f}" y="{base - tall:.1f}" width="{each:.2f}" height="{tall:.1f}"'
+                parts.append(f'<rect {box} style="fill:{one.color}"/>')
+    for value in axis:
+        x, _ = place(value, 0)
+        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{100 * value:.0f}</text>')
+    parts.append(f'<text x="{LEFT - 6}" y="{base - COLUMNS_HEIGHT + 5}" text-anchor="end">{100 * most:.0f} %</text>')
+    parts.append(f'<text x="{LEFT - 6}" y="{base + 3}" text-anchor="end">0 %</text>')
+    parts.append(f'<text x="{LEFT + 4}" y="{TOP + 11}">right, %</text>')
+    parts.append(f'<text x="{LEFT + 4}" y="{base - COLUMNS_HEIGHT - 4}">share of the images</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">confidence, %</text>')
+    return _figure(heading, unit, height, parts)
+
+
+def _clip(value: float) -> float:
+    return min(max(value, 0.0), 100.0) if math.isfinite(value) else 0.0
+
+
+def _placer(x_ticks: Sequence[float], y_ticks: Sequence[float], height: float) -> Callable[[float, float], tuple[float, float]]:
+    """From values to places in the drawing."""
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return LEFT + across * (WIDTH - LEFT - RIGHT), height - BOTTOM - up * (height - TOP - BOTTOM)
+
+    return place
+
+
+def _axes(
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    place: Callable[[float, float], tuple[float, float]],
+    height: float,
+    x_label: str,
+    with_x: bool = True,
+) -> list[str]:
+    parts = []
+    scale = 100 if not with_x else 1
+    for y in y_ticks:
+        _, at = place(x_ticks[0], y)
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_tick(scale * y)}</text>')
+    if with_x:
+        for x in x_ticks:
+            at, _ = place(x, y_ticks[0])
+            parts.append(f'<text x="{at:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{_tick(x)}</text>')
+        parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">{text(x_label)}</text>')
+    return parts
+
+
+def _tick(value: float) -> str:
+    """Short enough for the margin: 25,000 is 25k."""
+    size = abs(value)
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):g}{letter}"
+    return f"{value:g}" if size >= 1e-3 or not size else f"{value:.0e}"
+
+
+def _figure(heading: str, unit: str, height: float, parts: Sequence[str]) -> str:
+    label = text(f"{heading}, {unit}" if unit else heading)
+    caption = text(heading) + (f" <small>{text(unit)}</small>" if unit else "")
+    svg = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"

@@ -1,0 +1,31 @@
+"""`dad-fast train`: one run, or every variant and seed of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dad_fast.config import Config, Launch
+from dad_fast.distributed.launch import end_with_launcher, is_worker, number_of_processes, run_processes, started_here
+from dad_fast.errors import UsageError
+from dad_fast.sweep.runs import make_sweep
+from dad_fast.sweep.sweep import run_sweep
+
+
+def run(cfg: Config, launch: Launch) -> int:
+    """Returns the exit code. Layout: OUT itself for one run; OUT/<variant>/seed-<s>/ and a table in OUT for several."""
+    sweep = make_sweep(cfg, Path(launch.output))
+    if is_worker():
+        if launch.nproc != "1" and not started_here():
+            raise UsageError("--nproc: torchrun starts the processes; leave it out")
+        end_with_launcher()
+    elif (nproc := number_of_processes(launch.nproc)) > 1:
+        if launch.jobs > 1:
+            raise UsageError(f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all processes; leave one out")
+        return run_processes(nproc, "train", launch.arguments)
+    elif len(sweep.runs) > 1:
+        return run_sweep(sweep, launch)
+    from dad_fast.distributed import process_group as distributed
+    from dad_fast.sweep.run import run_here
+
+    with distributed.joined(cfg):
+        return run_here(sweep, launch)

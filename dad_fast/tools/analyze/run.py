@@ -1,0 +1,180 @@
+"""`dad-fast analyze`: where generated images lie between training and test images, in a model's eyes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dad_fast.config import Config
+from dad_fast.config.options import AnalyzeLaunch
+from dad_fast.config.schema import StudentConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.base import open_source
+from dad_fast.engine import frozen
+from dad_fast.engine.build import resolve_device
+from dad_fast.errors import DataError, UsageError
+from dad_fast.evaluate.metrics.intervals import mean_interval
+from dad_fast.evaluate.runner import open_suites
+from dad_fast.evaluate.suites.base import Piece
+from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.loggers.progress import PLAIN_SECONDS
+from dad_fast.loggers.run_log import environment
+from dad_fast.models.student import CLASSES, Student, build_student, checkpoint_file, load_student
+from dad_fast.models.weights.files import sha256_file
+from dad_fast.report.sheet import write_sheet
+from dad_fast.tools.analyze import measure as engine
+from dad_fast.tools.analyze.compare import compare
+from dad_fast.tools.analyze.distances import mean_distance, vendi_score
+from dad_fast.tools.analyze.measure import FILTERED, ImageSet, Progress, View
+from dad_fast.tools.analyze.tables import markdown
+
+
+def run(cfg: Config, launch: AnalyzeLaunch) -> int:
+    """Returns the exit code. Everything that a user can get wrong fails before the first image is attacked."""
+    output = Path(launch.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; name a folder")
+    device = resolve_device(cfg.device)
+    source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+    suites = open_suites(cfg.eval.suites or (cfg.data.val_split,), cfg.data, source.classes)
+    frozen_teacher, frozen_discretizer = frozen.teacher(cfg, source.classes, device), frozen.discretizer(cfg, device)
+    teacher, discretizer = frozen_teacher.model, frozen_discretizer.model
+    student, about_student = _student(cfg, launch, source.classes)
+    if student is not None:
+        student = student.to(device).eval().requires_grad_(False)
+    view = _view(cfg, len(source.classes), student, teacher.image_size)
+    _try(cfg, student, view, device)
+    features = engine.feature_space(launch.features, teacher, student)
+
+    generators = engine.Generators(cfg, teacher, discretizer, student)
+    rows = engine.choice(source.ok, launch.num_images, cfg.seed)
+    images = Piece(source, rows, source.labels[rows])
+    if student is None:
+        print("DAT is left out: it attacks a student, and none is named (a run's folder, or --init-from RUN)")
+    sets = engine.make_sets(cfg, images, teacher, features, generators, view, device, _progress("making and seeing the sets"))
+    tests = {
+        suite.name: engine.suite_features(cfg, suite, launch.num_images, features, view, device, _progress(f"seeing {suite.name}"))
+        for suite in suites
+    }
+    counted = {name: one.counted(cfg.loss.filter and name in FILTERED) for name, one in sets.items()}
+    options = {"projections": launch.projections, "resamples": launch.resamples, "seed": cfg.seed}
+    distances = compare(counted, tests, **options, progress=_progress("comparing"))
+    record = {
+        "data": source.name,
+        "features": launch.features,
+        "num_images": len(images),
+        "view": dict(zip(("img_size", "crop_pct", "interpolation"), view, strict=True)),
+        "seed": cfg.seed,
+        "filter": cfg.loss.filter,
+        "attack": asdict(cfg.attack),
+        "teacher": {"name": teacher.name, "fingerprint": frozen_teacher.fingerprint, "seen": teacher.provenance},
+        "discretizer": {"name": discretizer.name, "fingerprint": frozen_discretizer.fingerprint, "seen": discretizer.provenance},
+        "student": about_student,
+        "sets": {name: _facts(sets, name, len(counted[name]), distances["size"], source.classes.names) for name in sets},
+        "tests": {name: {"num_images": len(x), **_diversity(x[: distances["size"]])} for name, x in tests.items()},
+        "distances": distances,
+        "environment": environment(),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("random_q", "dat", "dad"):
+        if name in sets:
+            _sheet(output / f"sheet-{name.replace('_', '-')}.png", sets, name, source.classes.names)
+    text = markdown(record)
+    atomic_write_text(output / "analysis.md", text)
+    atomic_write_json(output / "analysis.json", record)
+    print(text + f"\n{output}: analysis.json, analysis.md and picture sheets")
+    return 0
+
+
+def _student(cfg: Config, launch: AnalyzeLaunch, classes: ClassMap) -> tuple[Student | None, dict[str, Any] | None]:
+    """The student that DAT attacks, and what the record says of it: of a run, of --init-from, or of --student-weights."""
+    named = launch.weights or cfg.student.init_from
+    if named:
+        path = checkpoint_file(named)
+        student, metadata = load_student(path)
+        if CLASSES in metadata and ClassMap.from_json(metadata[CLASSES]).folders != classes.folders:
+            raise DataError(f"{path}: its classes are not those of {cfg.data.data_dir}; give its own --data-dir or --class-map")
+        return student, {"name": student.name, "file": str(path), "sha256": sha256_file(path), "method": metadata.get("dad_fast.method")}
+    if cfg.student.weights or cfg.student.pretrained:
+        student = build_student(cfg.student, len(classes), cfg.augment.img_size)
+        return student, {"name": student.name, "file": cfg.student.weights or "timm's pretrained weights"}
+    return None, None
+
+
+def _view(cfg: Config, num_classes: int, student: Student | None, teacher_size: int) -> View:
+    """The student's view of an image in evaluation; without a student, the teacher's size and timm's usual crop."""
+    aug, own = cfg.augment, (teacher_size, 0.875, "bicubic")
+    if student is None and cfg.student.name:
+        student = build_student(StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs), num_classes, aug.img_size)
+    if student is not None:
+        own = (student.image_size, student.crop_pct, student.interpolation)
+    return aug.img_size or own[0], aug.crop_pct or own[1], aug.interpolation or own[2]
+
+
+@torch.no_grad()
+def _try(cfg: Config, student: Student | None, view: View, device: torch.device) -> None:
+    if student is None:
+        return
+    try:
+        student(torch.zeros(1, 3, view[0], view[0], device=device))
+    except RuntimeError as error:
+        raise UsageError(f"--img-size {view[0]}: {student.name} cannot take it ({str(error).splitlines()[0]})") from None
+
+
+def _facts(sets: Mapping[str, ImageSet], name: str, num_counted: int, size: int, names: Sequence[str]) -> dict[str, Any]:
+    """What is known of one set besides its distances. Moves are over all images, whether the loss counts them or not."""
+    one, clean = sets[name], sets["clean"]
+    moved = one.said != clean.said
+    found = {
+        "title": engine.TITLES[name],
+        "num_images": len(one.said),
+        "num_counted": num_counted,
+        "teacher_top1": 100 * (one.said == one.labels).double().mean().item(),
+        "codes_changed": None if one.changed is None else _mean(one.changed),
+        **_diversity(one.features[:size]),
+    }
+    if name != "clean":
+        top = [{"from": a, "to": b, "images": count} for a, b, count in engine.moves(clean.said, one.said, names)]
+        found["moved"] = {**_mean(moved.double()), "top": top}
+    return found
+
+
+def _mean(values: torch.Tensor) -> dict[str, Any]:
+    return {"value": values.double().mean().item(), "interval": list(mean_interval(np.asarray(values, dtype=np.float64)))}
+
+
+def _diversity(features: torch.Tensor) -> dict[str, float]:
+    return {"mean_distance": mean_distance(features), "vendi_score": vendi_score(features)}
+
+
+def _sheet(path: Path, sets: Mapping[str, ImageSet], name: str, names: Sequence[str]) -> None:
+    """A few images: clean, Q(clean), this set's, and the change."""
+    one, clean = sets[name], sets["clean"]
+    captions = []
+    for i in range(min(engine.EXAMPLES, len(one.said))):
+        lines = [names[int(one.labels[i])], "seen so" if one.said[i] == one.labels[i] else f"seen as {names[int(one.said[i])]}"]
+        captions.append("\n".join(lines if one.changed is None else [*lines, f"{one.changed[i]:.0%} codes"]))
+    assert clean.examples is not None and sets["q_clean"].examples is not None and one.examples is not None
+    write_sheet(path, clean.examples, sets["q_clean"].examples, one.examples, captions)
+
+
+def _progress(what: str) -> Progress:
+    """A line that is written over on a terminal; elsewhere a line now and then, and when it is done."""
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{what}: {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        elif done >= total or time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return show

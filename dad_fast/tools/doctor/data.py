@@ -1,0 +1,202 @@
+"""`dad-fast doctor --data`: what is in a data set, what is wrong with it, and how fast it can be decoded here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dad_fast.cli.doctor import DoctorOptions
+from dad_fast.cores import num_cores
+from dad_fast.data.sources.base import EMBEDDED, Source, open_source
+from dad_fast.data.sources.index import Files, progress_bar
+from dad_fast.data.sources.names import shown, some
+from dad_fast.errors import DataError, EnvironmentProblem
+from dad_fast.tools.doctor.run import Row, render
+
+MAX_BAD_SHARE = 0.01  # data.max_bad_share's default
+SECONDS = 3.0  # of decoding per back end
+SAMPLES = 256  # images that are decoded, again and again
+# Images a second that one H200 is expected to take, from counted operations at half of its bf16 peak; not measured.
+NEEDS = {"KD, teacher online": 1900, "ViT-B/16, stored teacher outputs": 4400, "ResNet-50, stored teacher outputs": 8700}
+
+
+def run(options: DoctorOptions) -> int:
+    """Prints the rows and returns 0, or 4 when so much is unreadable that training would stop."""
+    warnings = _Collected()
+    logger = logging.getLogger("dad_fast.data")
+    logger.addHandler(warnings)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        source = open_source(options.data, _split(options), options.class_map, max_bad_share=1.0)
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(warnings)
+    for row in contents(source, [text for text in warnings.texts if not text.startswith(source.name)]):
+        print(render(row), flush=True)
+    if hasattr(source, "files"):
+        rates = {}
+        for name, measure in back_ends(options.loader, source).items():
+            row, rates[name] = measure(source)
+            print(render(row), flush=True)
+        print(render(feeds(rates, options.need)), flush=True)
+    bad = int((~source.ok).sum())
+    if bad > MAX_BAD_SHARE * len(source):
+        raise DataError(f"{source.name}: training stops at {MAX_BAD_SHARE:.0%} of unreadable images; mend them or raise data.max_bad_share")
+    return 0
+
+
+class _Collected(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _split(options: DoctorOptions) -> str:
+    if options.split is not None:
+        return options.split
+    return "train" if options.data.startswith(EMBEDDED) or (Path(options.data) / "train").is_dir() else ""
+
+
+def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
+    """What the index knows."""
+    ok = source.ok
+    yield Row("data", "ok", source.describe())
+    counts = np.bincount(source.labels[ok], minlength=len(source.classes))
+    names = [f"{i} {shown(name)}" if name != str(i) else name for i, name in enumerate(source.classes.names)]
+    empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
+    detail = f"{counts.min():,} to {counts.max():,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
+    yield Row("classes", "wrong" if empty else "ok", detail + (f"; without images: {some(empty)}" if empty else ""))
+    files: Files | None = getattr(source, "files", None)
+    if files is not None and files.bad:
+        listed = some((f"{name} ({why})" for name, why in files.bad), limit=20)
+        detail = f"{len(files.bad):,} cannot be read, {100 * len(files.bad) / len(source):.2g} % of all: {listed}"
+        yield Row("bad files", "wrong", detail, "replace or remove them; a run takes the next valid image instead of each")
+    else:
+        yield Row("bad files", "ok", "none" if files is None else "none: each image has been decoded once")
+    for text in warnings:
+        yield Row("warning", "wrong", text)
+    if files is not None:
+        formats = np.bincount(files.formats[ok], minlength=len(files.format_names))
+        order = np.argsort(-formats, kind="stable")
+        yield Row("formats", "ok", ", ".join(f"{files.format_names[i] or '?'} {formats[i]:,}" for i in order if formats[i]))
+        total = _bytes(int(files.num_bytes[ok].sum()))
+        yield Row("bytes", "ok", f"{total} in all, {_bytes(int(np.median(files.num_bytes[ok])))} an image in the median")
+    sides = source.sizes[ok]
+    area = sides.prod(axis=1, dtype=np.int64)
+    small, median, large = (np.argsort(area, kind="stable")[[0, len(area) // 2, -1]]).tolist()
+    shapes = (f"{sides[i][0]}x{sides[i][1]} px ({area[i] / 1e6:.2g} MP)" for i in (small, median, large))
+    yield Row("sizes", "ok", "smallest {}, median {}, largest {}".format(*shapes) + f"; {area.sum() / 1e6:,.0f} megapixels in all")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def back_ends(loader: str, source: Source) -> dict[str, Callable[[Source], tuple[Row, float]]]:
+    found: dict[str, Callable[[Source], tuple[Row, float]]] = {}
+    if loader != "dali":
+        found["PIL"] = pil_rate
+    if loader != "torchvision":
+        import torch
+
+        from dad_fast.data.loaders.loader import resolve_loader
+
+        try:
+            resolve_loader("dali", source, torch.device("cpu"))
+            found["DALI cpu"] = lambda source: dali_rate(source, "cpu")
+            found["DALI mixed"] = lambda source: dali_rate(source, "mixed")
+        except EnvironmentProblem as error:
+            if loader == "dali":
+                raise
+            missing = str(error).removeprefix("--loader dali: ").removesuffix("; or use --loader torchvision")
+            found["DALI"] = lambda source: (Row("DALI", "off", missing), 0.0)
+    return found
+
+
+def _chosen(source: Source) -> list[int]:
+    """Readable samples, spread evenly over the source."""
+    samples = np.flatnonzero(source.ok)
+    return samples[np.linspace(0, len(samples) - 1, min(SAMPLES, len(samples))).astype(int)].tolist()
+
+
+def _rate(decode: Callable[[int], int], name: str) -> float:
+    """Images a second of decode(0), decode(1), …, each of which says how many it did; the first call is not counted."""
+    decode(0)
+    done, call, start = 0, 0, time.perf_counter()
+    with progress_bar(100, f"decoding with {name}") as advance:
+        shown_percent = 0
+        while (elapsed := time.perf_counter() - start) < SECONDS:
+            done += decode(call)
+            call += 1
+            percent = min(100, int(100 * elapsed / SECONDS))
+            advance(percent - shown_percent)
+            shown_percent = percent
+    return done / (time.perf_counter() - start)
+
+
+def pil_rate(source: Source) -> tuple[Row, float]:
+    """One core is timed; processes share nothing but memory's bandwidth, so the cores' number multiplies it."""
+    samples = _chosen(source)
+
+    def decode(call: int) -> int:
+        source.read(samples[call % len(samples)])
+        return 1
+
+    rate = _rate(decode, "PIL")
+    cores = num_cores()
+    return Row("PIL", "ok", f"{rate:,.0f} img/s a core; {rate * cores:,.0f} on {cores} cores if they are free"), rate * cores
+
+
+def dali_rate(source: Source, device: str) -> tuple[Row, float]:
+    """Plain JPEGs only; whatever else there is, PIL decodes in either loader."""
+    name = f"DALI {device}"
+    if device == "mixed":
+        import torch
+
+        if not torch.cuda.is_available():
+            return Row(name, "off", "no GPU here"), 0.0
+    samples = _chosen(source)
+    files = [content for i in samples if (content := source.encoded(i)) is not None]
+    if not files:
+        return Row(name, "off", "no plain JPEGs here: PIL decodes everything in either loader"), 0.0
+    try:
+        from dad_fast.data.loaders.dali.decode import decoder
+
+        decode = decoder(files, device, num_cores())
+
+        def decode_all(call: int) -> int:
+            decode()
+            return len(files)
+
+        rate = _rate(decode_all, name)
+    except Exception as error:  # DALI raises RuntimeError and its own types, with pages of text
+        return Row(name, "wrong", f"failed: {' '.join(str(error).split())[:200]}", "--loader torchvision decodes with PIL"), 0.0
+    part = "" if len(files) == len(samples) else f", on the {len(files) / len(samples):.0%} that are plain JPEGs"
+    where = "on this GPU" if device == "mixed" else f"on {num_cores()} cores, {rate / num_cores():,.0f} a core"
+    return Row(name, "ok", f"{rate:,.0f} img/s {where}{part}"), rate
+
+
+def feeds(rates: dict[str, float], need: float) -> Row:
+    """Whether the fastest back end keeps up with what training takes."""
+    best = max(rates, key=lambda name: rates[name])
+    able = f"{best} decodes {rates[best]:,.0f} img/s before augmentation"
+    mend = "more cores, a GPU that decodes (--loader dali), smaller images, or a store"
+    if need:
+        enough = rates[best] >= need
+        detail = f"{able}; {need:,.0f} are needed: {'enough' if enough else 'too slow'}"
+    else:
+        enough = rates[best] >= max(NEEDS.values())
+        each = (f"{rate:,} ({what}): {'enough' if rates[best] >= rate else 'too slow'}" for what, rate in NEEDS.items())
+        detail = f"{able}; one H200 is estimated to take {', '.join(each)}"
+    return Row("feeds", "ok" if enough else "off", detail, "" if enough else mend)

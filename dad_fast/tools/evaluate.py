@@ -1,0 +1,275 @@
+"""`dad-fast eval`: judges models on test sets and corruptions, beside a teacher, or two of them against each other."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dad_fast.cli.eval import EvalLaunch
+from dad_fast.config import Config, from_toml
+from dad_fast.config.fields import coerce, nearest, settings, with_values
+from dad_fast.config.schema import TeacherConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.loaders.loader import check_dali
+from dad_fast.distributed import process_group as distributed
+from dad_fast.distributed.launch import end_with_launcher, is_worker, number_of_processes, run_processes
+from dad_fast.distributed.signals import ends_at_once, stop_requests
+from dad_fast.engine.build import resolve_device
+from dad_fast.errors import UsageError
+from dad_fast.evaluate import show
+from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
+from dad_fast.evaluate.metrics.ood_detection import detect
+from dad_fast.evaluate.metrics.paired_tests import agreement, compare
+from dad_fast.evaluate.metrics.predictions import Records, is_records, load_records, save_records
+from dad_fast.evaluate.metrics.result import Result, with_intervals
+from dad_fast.evaluate.models import Subject, is_by_name, load_subject, of_teacher
+from dad_fast.evaluate.runner import Suite, evaluate, records_of
+from dad_fast.evaluate.suites.base import as_judged
+from dad_fast.evaluate.suites.registry import Unknown, classes_of, open_suites, open_unknown
+from dad_fast.files import atomic_write_json
+from dad_fast.loggers.run_log import environment
+from dad_fast.models.student import checkpoint_file
+from dad_fast.models.teacher import load_teacher
+
+STOPPED = "stopped: what stands above is whole; run the same command again"
+
+
+@dataclass
+class Found:
+    """What was found of one model."""
+
+    subject: Subject
+    results: dict[str, Result] = field(default_factory=dict)
+    id_suite: str = ""
+    ood: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    robustness: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        record = {**self.subject.facts, "suites": {name: result.to_dict() for name, result in self.results.items()}}
+        if self.ood or self.robustness:
+            record |= {"id_suite": self.id_suite, "ood": self.ood, "effective_robustness": self.robustness}
+        return record
+
+
+def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
+    """Returns the exit code. `flags` maps settings' paths to what was typed; what it leaves out comes from the run's config.toml."""
+    _check_outputs(launch)
+    files = [name for name in launch.compare if is_records(name)]
+    if launch.compare and len(files) == 2:
+        given = {"--csv": launch.csv, "--save-predictions": launch.predictions, "--ood": launch.ood, "--baselines": launch.baselines}
+        if unused := [flag for flag, value in given.items() if value]:
+            raise UsageError(f"{unused[0]}: two files of predictions are compared as they are, no model is judged; leave it out")
+        return _compare(launch, {name: load_records(name)[1] for name in launch.compare}, {})
+    if not launch.model and not launch.compare and not flags.get("teacher.name"):
+        before = " before --suite" if "eval.suites" in flags else ""  # which takes all names that follow it
+        raise UsageError(f"nothing to judge: name a model (a run's folder, a .safetensors file, timm:NAME@FILE){before}, or a --teacher")
+    if is_worker():
+        end_with_launcher()
+    elif (nproc := number_of_processes(launch.nproc)) > 1:
+        return run_processes(nproc, "eval", launch.arguments)
+    names = [name for name in launch.compare or (launch.model,) if name and name not in files]
+    cfg = _settings([name for name in names if not is_by_name(name)], flags)
+    with distributed.joined(cfg), ends_at_once(STOPPED):
+        return _Evaluation(cfg, launch).run(names)
+
+
+class _Evaluation:
+    def __init__(self, cfg: Config, launch: EvalLaunch) -> None:
+        self.cfg, self.launch, self.device = cfg, launch, resolve_device(cfg.device)
+        self.dali = cfg.data.loader == "dali"
+        if self.dali:
+            check_dali()
+        self.suite_names = cfg.eval.suites or (cfg.data.val_split,)
+        self.baselines = read_baselines(launch.baselines) if launch.baselines else []
+        self.taught: dict[ClassMap, Found] = {}
+
+    def run(self, names: Sequence[str]) -> int:
+        record: dict[str, Any] = {
+            "data_dir": self.cfg.data.data_dir,
+            "decoder": "DALI" if self.dali else "PIL",
+            "checkpoint": None,
+            "teacher": None,
+        }
+        found = {name: self.judge(load_subject(name, self.cfg, self.data_classes, self.device)) for name in names}
+        if not found:
+            self.teacher(self.data_classes())
+        if not distributed.is_main():
+            return 0
+        everything = {**found, **{f"teacher {one.subject.name}": one for one in self.taught.values()}}
+        if self.taught:
+            record["teacher"] = next(iter(self.taught.values())).to_dict()
+        if self.launch.predictions:
+            for name, one in everything.items():
+                _save(Path(self.launch.predictions), name, one)
+        tables = {name: one.to_dict() for name, one in everything.items()}
+        if self.launch.csv:
+            show.write_csv(self.launch.csv, tables)
+        if self.launch.compare:
+            records = {name: {suite: r.records for suite, r in one.results.items() if r.records} for name, one in found.items()}
+            records |= {name: load_records(name)[1] for name in self.launch.compare if name not in found}
+            return _compare(self.launch, records, {**record, "models": tables})
+        if found:
+            record["checkpoint"] = tables[names[0]]
+        if self.launch.json:
+            atomic_write_json(self.launch.json, {**record, "environment": environment()})
+        return 0
+
+    def data_classes(self) -> ClassMap:
+        return classes_of(self.suite_names, self.cfg.data)
+
+    def teacher(self, classes: ClassMap) -> Found | None:
+        """The teacher's results for models with these classes; None where no teacher is asked for."""
+        if self.cfg.teacher.name and classes not in self.taught:
+            teacher = load_teacher(self.cfg.teacher, classes, self.cfg.precision, self.device)
+            self.taught[classes] = self._judge(of_teacher(teacher), f"teacher {teacher.name}", None)
+            say(f"It has seen: {teacher.provenance}")
+        return self.taught.get(classes)
+
+    def judge(self, subject: Subject) -> Found:
+        return self._judge(subject, subject.title, self.teacher(subject.classes))
+
+    def _judge(self, subject: Subject, title: str, teacher: Found | None) -> Found:
+        """Results by suite, each printed when it is there."""
+        with distributed.main_first():  # the others find the indexes that the first one made
+            suites = open_suites(self.suite_names, self.cfg.data, subject.classes, self.cfg.eval)
+            found = Found(subject, id_suite=self.id_suite(suites))
+            unknown = self.unknown(subject, suites, found.id_suite)
+        say(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
+        for suite in suites:
+            result = with_intervals(self.result(subject, suite))
+            if teacher is not None and result.records and (theirs := teacher.results[suite.name].records):
+                result = replace(result, agreement=agreement(result.records, theirs))
+            say(show.row(result))
+            found.results[suite.name] = result
+        for line in show.notes(found.results):
+            say(f"  {line}")
+        if unknown:
+            found.ood = self.detect(subject, found, unknown)
+            for line in ("", *show.detection_lines(found.id_suite, found.ood)):
+                say(line)
+        if self.baselines:
+            tops = {name: result.top1 for name, result in found.results.items()}
+            found.robustness = effective_robustness(self.baselines, tops, found.id_suite)
+            for line in ("", *show.robustness_lines(found.robustness)):
+                say(line)
+        return found
+
+    def result(self, subject: Subject, suite: Suite) -> Result:
+        size, crop_pct, interpolation = self.view(subject)
+        with stop_requests():
+            return evaluate(
+                subject.model, suite.source, name=suite.name, corruption=suite.corruption, img_size=size, crop_pct=crop_pct,
+                interpolation=interpolation, batch_size=self.batch_size, workers=self.cfg.data.workers, device=self.device,
+                progress=_progress(suite.name), dali=self.dali, stopped=STOPPED,
+            )  # fmt: skip
+
+    def unknown(self, subject: Subject, suites: Sequence[Suite], id_suite: str) -> list[Unknown]:
+        """The sets after --ood, opened before anything is judged: one that is missing must not show after hours."""
+        columns = as_judged(next(suite.source for suite in suites if suite.name == id_suite)).columns
+        return [open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns) for name in self.launch.ood]
+
+    def detect(self, subject: Subject, found: Found, sets: Sequence[Unknown]) -> dict[str, dict[str, dict[str, float]]]:
+        known = found.results[found.id_suite].records
+        assert known is not None
+        ood = {}
+        for label, judged, corruption in sets:
+            size, crop_pct, interpolation = self.view(subject)
+            view = (size, *(judged.view or (crop_pct, interpolation)))
+            batch_size, workers, progress = self.batch_size, self.cfg.data.workers, _progress(label)
+            with stop_requests():
+                unknown, _ = records_of(
+                    subject.model, judged, view, batch_size, workers, self.device, corruption, progress, self.dali, STOPPED
+                )
+            ood[label] = detect(known, unknown)
+        return ood
+
+    def id_suite(self, suites: Sequence[Suite]) -> str:
+        """The name of the in-distribution suite: the one that was named, or the first that is no corruption."""
+        known = [suite.name for suite in suites]
+        wanted = self.launch.id_suite
+        if wanted and wanted not in known:
+            raise UsageError(f"--id-suite {wanted}: not among the judged suites ({', '.join(known)}){nearest(wanted, known)}")
+        return wanted or next((suite.name for suite in suites if suite.corruption is None), known[0])
+
+    def view(self, subject: Subject) -> tuple[int, float, str]:
+        aug, (size, crop_pct, interpolation) = self.cfg.augment, subject.view
+        return aug.img_size or size, aug.crop_pct or crop_pct, aug.interpolation or interpolation
+
+    @property
+    def batch_size(self) -> int:
+        return self.cfg.eval.batch_size or self.cfg.data.batch_size
+
+
+def _compare(launch: EvalLaunch, records: Mapping[str, Mapping[str, Records]], record: Mapping[str, Any]) -> int:
+    """Print and write the paired comparison of the two models on every suite that both were judged on."""
+    first, second = launch.compare
+    both = [suite for suite in records[first] if suite in records[second]]
+    if not both:
+        have = f"{first} has {', '.join(records[first])}; {second} has {', '.join(records[second])}"
+        raise UsageError(f"--compare: no suite was judged by both ({have})")
+    found = {suite: compare(suite, records[first][suite], records[second][suite]) for suite in both}
+    say("")
+    for line in show.comparison_lines((first, second), found):
+        say(line)
+    if launch.json:
+        compared = {"first": first, "second": second, "suites": found}
+        atomic_write_json(launch.json, {**record, "comparison": compared, "environment": environment()})
+    return 0
+
+
+def _save(folder: Path, name: str, found: Found) -> None:
+    path = folder / (re.sub(r"[^\w.@-]+", "_", name).strip("_.") + ".safetensors")
+    about = {**found.subject.facts, "classes": found.subject.classes.folders}
+    save_records(path, about, {suite: result.records for suite, result in found.results.items() if result.records})
+    say(f"{path}: what {name} says of each image")
+
+
+def say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def _check_outputs(launch: EvalLaunch) -> None:
+    """Before anything is computed: the places exist, and what is replaced is an earlier result and not, say, weights."""
+    for flag, path in (("--json", launch.json), ("--csv", launch.csv)):
+        suffix = flag.replace("--", ".")
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise UsageError(f"{flag} {path}: name a file in a folder that exists")
+        if path and Path(path).exists() and Path(path).suffix != suffix:
+            raise UsageError(f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name another file")
+    if launch.predictions and Path(launch.predictions).is_file():
+        raise UsageError(f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file for each model")
+
+
+def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
+    """The settings of the first run among the models, under what was typed."""
+    cfg = Config()
+    for run in runs:
+        folder = checkpoint_file(run).absolute().parent
+        # Of a run's folder, or of a checkpoint's: RUN/checkpoints/step-N.
+        config = next((path for path in (folder / "config.toml", folder.parent.parent / "config.toml") if path.is_file()), None)
+        if config is not None:
+            cfg = from_toml(config.read_text(encoding="utf-8"), str(config))
+            break
+    values = {path: coerce(settings()[path], value, settings()[path].flag) for path, value in flags.items()}
+    # The run's teacher is judged only when asked for; a size is the model's own; --batch-size is the batch of this verb; PIL decodes.
+    cfg = with_values(cfg, {"teacher": TeacherConfig(), "device": "auto", "augment.img_size": 0, "data.loader": "torchvision"})
+    cfg = with_values(cfg, values | ({"eval.batch_size": 0} if "data.batch_size" in values else {}))
+    if not cfg.data.data_dir and not cfg.eval.suites:
+        raise UsageError("no data: add --data-dir (an image folder or embedded:digits); no config.toml beside the checkpoint names it")
+    return cfg
+
+
+def _progress(name: str) -> Callable[[int, int], None]:
+    """Counts on a terminal."""
+    shown = sys.stderr.isatty() and distributed.is_main()
+
+    def show_it(done: int, total: int) -> None:
+        if shown:
+            print(f"\r{name}: {done:,} of {total:,}" if done < total else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    return show_it

@@ -1,0 +1,154 @@
+"""`dad-fast export`: a trained student as files that others read, each read back and compared before the folder appears."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import dad_fast
+from dad_fast.cli.export import ExportOptions
+from dad_fast.data.classes import ClassMap
+from dad_fast.errors import UsageError
+from dad_fast.files import atomic_write_json, atomic_write_text, disk_error, hold, remove_abandoned, sync
+from dad_fast.models.run_settings import take_view
+from dad_fast.models.student import CLASSES, PROBE, STUDENT, Student, checkpoint_file, load_student
+from dad_fast.models.weights.declared import recorded_classes
+from dad_fast.models.weights.files import sha256_file
+from dad_fast.models.weights.raw import load_raw_student
+from dad_fast.tools.export import graph
+from dad_fast.tools.export.card import model_card, read_run, short_name
+from dad_fast.tools.export.check import largest_difference, reference
+from dad_fast.tools.export.timm_folder import read_timm, write_timm
+
+RECORD = "export.json"  # written last; also what says that a folder is an export and may be replaced
+
+
+def run(options: ExportOptions) -> int:
+    """Returns the exit code."""
+    target = Path(options.output)
+    _check_target(target, options.overwrite)
+    student, metadata, source, weights = _load(options.checkpoint, options.weights)
+    if PROBE in metadata:
+        student.name = f"linear probe on {short_name(student.spec['teacher'])}"
+    classes = recorded_classes(source, metadata.get(CLASSES), student.num_classes)
+    formats = options.formats or (("timm",) if STUDENT in metadata else ("onnx",))
+    if "onnx" in formats:
+        graph.check_onnx_packages()
+    if "timm" in formats and STUDENT not in metadata:
+        raise UsageError(f"--format timm: {student.name} is no model of timm's; use --format onnx torch")
+    facts = read_run(source)
+    take_view(student, facts.cfg)
+    with _new_folder(target) as folder:
+        checks = _write(folder, student, classes, metadata, formats)
+        files = sorted(path.name for path in folder.iterdir())
+        atomic_write_text(folder / "README.md", model_card(student, classes, metadata, weights, facts, checks, files))
+        record = {
+            "dad_fast": dad_fast.__version__,
+            "model": student.name,
+            "weights": weights,
+            "source": {"file": source.name, "sha256": sha256_file(source)},
+            "files": {name: sha256_file(folder / name) for name in files},
+            "largest_difference": checks,
+            "packages": {name: version(name) for name in ("torch", "timm", *(graph.PACKAGES if "onnx" in formats else ()))},
+        }
+        atomic_write_json(folder / RECORD, record)
+    for name, difference in checks.items():
+        print(f"{name:<28} the student's logits, to {difference:.1e} of the largest")
+    print(f"{target}: {', '.join([*files, 'README.md', RECORD])}; {student.name}, {weights} weights")
+    return 0
+
+
+def _load(checkpoint: str, weights: str) -> tuple[Student, dict[str, str], Path, str]:
+    """The student, its metadata, the file that it is from, and what its weights are called."""
+    path = checkpoint_file(checkpoint)
+    student, metadata = load_student(path)
+    averaged = metadata.get("dad_fast.ema") == "true"
+    if weights == "ema" and not averaged:
+        raise UsageError(f"--weights ema: {path} was trained without EMA; leave --weights out")
+    if weights != "raw" or not averaged:
+        return student, metadata, path, "EMA" if averaged else "raw"
+    student, metadata, folder = load_raw_student(checkpoint)
+    return student, {**metadata, "dad_fast.ema": "false"}, folder / "train.safetensors", "raw"
+
+
+def _write(folder: Path, student: Student, classes: ClassMap, metadata: dict[str, str], formats: tuple[str, ...]) -> dict[str, float]:
+    """Write each format and read it back: the largest difference by what read it."""
+    pairs = reference(student)
+    checks: dict[str, float] = {}
+    metadata = {**metadata, **student.contents()[1]}  # its description as it is now
+    if "timm" in formats:
+        write_timm(folder, student, classes, metadata)
+        checks["dad-fast"] = largest_difference(load_student(folder)[0], pairs, "model.safetensors")
+        for name, model in read_timm(folder):
+            checks[name] = largest_difference(model, pairs, name)
+    if "onnx" in formats or "torch" in formats:
+        program = graph.trace(student)
+        metadata = {key: text for key, text in metadata.items() if key != PROBE} | graph.view_metadata(student)
+        if "onnx" in formats:
+            graph.write_onnx(folder / graph.ONNX, program, metadata)
+            checks["onnxruntime"] = largest_difference(graph.read_onnx(folder / graph.ONNX), pairs, graph.ONNX)
+        if "torch" in formats:
+            graph.write_program(folder / graph.PROGRAM, program, metadata)
+            checks["torch.export"] = largest_difference(graph.read_program(folder / graph.PROGRAM), pairs, graph.PROGRAM)
+    return checks
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Before anything is computed: an existing folder is replaced only where it is an export, and only when asked for."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"-o {target}: is a {'link' if target.is_symlink() else 'file'}; name a new folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"-o {target}: exists; add --overwrite to replace an earlier export, or name another folder")
+    if not _is_export(target):
+        raise UsageError(f"--overwrite: {target} holds no export, so it is not replaced; name another folder")
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return "dad_fast" in json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes `target`'s place when all went well; otherwise nothing is left and `target` is as it was. What was
+    left by an export that was killed goes, or, where that had moved the earlier export aside, comes back."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.????????.old"):
+        if not target.exists():
+            left.rename(target)
+    for ending in (".tmp", ".old"):
+        remove_abandoned(target.parent, f".{target.name}.", ending)
+    new, old = (target.parent / f".{target.name}.{secrets.token_hex(4)}.{kind}" for kind in ("tmp", "old"))
+    new.mkdir()
+    handle = os.open(new, os.O_RDONLY | os.O_CLOEXEC)
+    hold(handle, new)
+    try:
+        yield new
+        for path in [*new.iterdir(), new]:
+            sync(path)
+        try:
+            if target.is_dir():
+                target.rename(old)
+            new.rename(target)
+        except BaseException:
+            if old.is_dir() and not target.exists():
+                old.rename(target)
+            raise
+        sync(target.parent)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    finally:
+        os.close(handle)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)

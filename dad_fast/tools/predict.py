@@ -1,0 +1,126 @@
+"""`dad-fast predict`: the likeliest classes of images, by a trained or an exported student."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dad_fast.cli.predict import PredictOptions
+from dad_fast.data.augment.execute import eval_transform
+from dad_fast.data.augment.mixing import to_pixels
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.decode import EXTENSIONS, DecodeError, read_rgb
+from dad_fast.data.sources.names import shown
+from dad_fast.engine.build import resolve_device
+from dad_fast.errors import DataError, UsageError
+from dad_fast.models.onnx_student import OnnxStudent
+from dad_fast.models.run_settings import run_settings, take_view
+from dad_fast.models.student import CLASSES, Student, checkpoint_file, load_student
+from dad_fast.models.weights.declared import recorded_classes
+
+Said = list[tuple[float, int]]  # confidence and class, the likeliest first
+
+
+def run(options: PredictOptions) -> int:
+    """Returns the exit code. Raises DataError at the end where images could not be read."""
+    device = resolve_device(options.device)
+    model, classes = _open(options.model, device, named=options.device != "auto")
+    show = _json_line if options.json else _text_line
+    done = failed = 0
+    images = find_images(options.images)
+    while paths := list(islice(images, options.batch_size)):
+        for path, found in zip(paths, predict(model, paths, options.top, device), strict=True):
+            done += 1
+            if isinstance(found, DecodeError):
+                failed += 1
+                print(f"dad-fast: cannot read {found}", file=sys.stderr, flush=True)
+            if options.json or not isinstance(found, DecodeError):
+                print(show(path, found, classes), flush=not options.json)
+    if failed:
+        raise DataError(f"{failed:,} of {done:,} images could not be read; they are named above")
+    return 0
+
+
+def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxStudent, ClassMap]:
+    """The model that `name` stands for, on `device`, with its classes."""
+    path = Path(name)
+    if path.is_dir() and (path / "model.onnx").is_file() and not (path / "model.safetensors").is_file():
+        path = path / "model.onnx"
+    if path.suffix == ".onnx" and path.is_file():
+        if named and device.type != "cpu":
+            raise UsageError(f"--device {device}: {path} runs on the CPU; leave --device out, or name the student's model.safetensors")
+        onnx = OnnxStudent(path)
+        return onnx, recorded_classes(path, onnx.metadata.get(CLASSES), onnx.num_classes)
+    path = checkpoint_file(path)
+    student, metadata = load_student(path)
+    take_view(student, run_settings(path)[0])
+    return student.to(device), recorded_classes(path, metadata.get(CLASSES), student.num_classes)
+
+
+def find_images(names: Sequence[str]) -> Iterator[str]:
+    """The files that are named, and in folders all files with an image's ending, sorted by path; links to folders are not followed.
+
+    Raises DataError for a folder without images.
+    """
+    for name in names:
+        if not os.path.isdir(name):
+            yield name
+            continue
+        inside = False
+        for folder, folders, files in os.walk(name):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for file in sorted(files):
+                if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
+                    inside = True
+                    yield os.path.join(folder, file)
+        if not inside:
+            raise DataError(f"{shown(name)}: no images in this folder ({', '.join(EXTENSIONS)})")
+
+
+@torch.no_grad()
+def predict(model: Student | OnnxStudent, paths: Sequence[str], top: int, device: torch.device) -> list[Said | DecodeError]:
+    """Of each image what the model says, or why it cannot be read."""
+
+    def read(path: str) -> np.ndarray | DecodeError:
+        try:
+            return eval_transform(read_rgb(path), model.image_size, model.crop_pct, model.interpolation)
+        except DecodeError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
+        images = list(pool.map(read, paths))
+    found: list[Said | DecodeError] = [image if isinstance(image, DecodeError) else [] for image in images]
+    if pixels := [image for image in images if not isinstance(image, DecodeError)]:
+        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()  # uint8 [B, 3, H, W]
+        call: Callable[[Tensor], Tensor] = model
+        likeliest = call(to_pixels(batch.to(device))).float().softmax(1).topk(min(top, model.num_classes))
+        said = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+        for i, image in enumerate(images):
+            if not isinstance(image, DecodeError):
+                found[i] = list(zip(*next(said), strict=True))
+    return found
+
+
+def _text_line(path: str, found: Any, classes: ClassMap) -> str:
+    return f"{shown(path)}: " + "; ".join(f"{shown(classes.names[number])} {100 * share:.1f} %" for share, number in found)
+
+
+def _json_line(path: str, found: Any, classes: ClassMap) -> str:
+    """ASCII: no name in it can write on a terminal, and bytes of a file's name that are no UTF-8 stay as lone surrogates."""
+    if isinstance(found, DecodeError):
+        return json.dumps({"image": path, "error": str(found).removeprefix(f"{shown(path)}: ")})
+    said = [
+        {"class": number, "folder": classes.folders[number], "name": classes.names[number], "confidence": round(share, 6)}
+        for share, number in found
+    ]
+    return json.dumps({"image": path, "predictions": said})

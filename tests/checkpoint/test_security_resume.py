@@ -1,0 +1,74 @@
+"""Checkpoints that are whole, under right checksums, but were written by no such run: one line of ours, soon."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+for package in ("timm", "mlxtend", "sklearn"):
+    pytest.importorskip(package)
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from dad_fast.checkpoint.folder import STATE, _digest  # noqa: E402
+from dad_fast.errors import DataError, UsageError  # noqa: E402
+from dad_fast.models.weights.files import sha256_file  # noqa: E402
+from tests.checkpoint.test_resume import config, run, trainer  # noqa: E402
+
+GONE = "(gone)"  # a text, so that the tests' names are the same in every process
+STATES: list[dict[str, Any]] = [
+    *({"world": value} for value in (GONE, 0, 10**9, "1", 2)),
+    *({"optimizer": value} for value in (GONE, {"param_groups": [], "numbers": {}}, {"param_groups": None, "numbers": {"x": 1}})),
+    *({"config": value} for value in (GONE, "seed = 2", "[[[", 7)),
+    {"data": GONE},
+    {"best_top1": GONE},
+    {"bad_images": 3},
+]
+TENSORS: dict[str, Any] = {
+    "generator.torch": torch.zeros(5, dtype=torch.uint8),
+    "generator.python": torch.zeros(3, dtype=torch.int64),
+    "generator.numpy": torch.full((626,), -1, dtype=torch.int64),
+    "bad_in_a_row": torch.zeros(7),
+    "student.model.fc.weight": torch.zeros(1),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("run") / "r"
+    cfg = config("ce", "max_steps=1")
+    run(folder, cfg)
+    return folder, cfg
+
+
+def forged(made: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], tensors: dict[str, Any]) -> Path:
+    folder = tmp_path / "r"
+    shutil.copytree(made[0], folder, symlinks=True)
+    step = next((folder / "checkpoints").glob("step-*"))
+    state = json.loads((step / STATE).read_text())
+    hashes = state.pop("sha256")
+    state = {key: value for key, value in (state | changes).items() if value is not GONE}
+    if tensors:
+        save_file(load_file(step / "train.safetensors") | tensors, step / "train.safetensors")
+        hashes["train.safetensors"] = sha256_file(step / "train.safetensors")
+    (step / STATE).write_text(json.dumps({**state, "sha256": hashes | {STATE: _digest(state)}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors"),
+    [*((state, {}) for state in STATES), *(({}, {name: value}) for name, value in TENSORS.items())],
+    ids=lambda value: next((f"{key}={item}"[:30] for key, item in value.items()), ""),
+)
+def test_a_state_that_no_trainer_wrote(made: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], tensors: dict[str, Any]) -> None:
+    folder = forged(made, tmp_path, changes, tensors)
+    start = time.process_time()
+    with pytest.raises((DataError, UsageError)) as caught:
+        trainer(folder, made[1], "auto").start()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 4000
+    assert time.process_time() - start < 10

@@ -1,0 +1,173 @@
+"""The command line: dispatch, help screens, messages and exit codes. `train` itself is replaced by a recorder here."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tomllib
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dad_fast import errors
+from dad_fast.cli import main as cli
+from dad_fast.cli import train as train_flags
+from dad_fast.config import Config, Launch, resolve, to_toml
+from dad_fast.config.fields import settings
+
+DEMO = ["--preset", "demo"]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of `train.run`; what the last item says happens in it."""
+    calls: list[Any] = []
+    module = types.ModuleType("dad_fast.sweep.train")
+
+    def run(cfg: Config, launch: Launch) -> int:
+        calls.append((cfg, launch))
+        return 0
+
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dad_fast.sweep.train", module)
+    import dad_fast.sweep
+
+    monkeypatch.setattr(dad_fast.sweep, "train", module, raising=False)
+    return calls
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(cfg: Config, launch: Launch) -> int:
+        raise error
+
+    monkeypatch.setattr(sys.modules["dad_fast.sweep.train"], "run", run)
+
+
+def test_train_gets_settings_and_launch(started: list[Any]) -> None:
+    arguments = ["train", *DEMO, "--lr", "0.5", "-b", "64", "-j0", "-o", "out", "--overwrite", "--suite", "test,val", "gaussian_noise:3"]
+    arguments += ["--no-filter", "--scale", "0.5", "1", "--debug"]
+    assert cli.main(arguments) == 0
+    ((cfg, launch),) = started
+    assert (cfg.optim.lr, cfg.data.batch_size, cfg.data.workers, cfg.loss.filter) == (0.5, 64, 0, False)
+    assert cfg.eval.suites == ("test", "val", "gaussian_noise:3") and cfg.augment.scale == (0.5, 1.0)
+    assert launch == Launch(output="out", overwrite=True, preset="demo", debug=True, arguments=tuple(arguments[1:]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output"),
+    [(DEMO, "runs/demo"), (["{file}"], "runs/mine"), ([*DEMO, "-o", "x"], "x"), (["--method", "ce"], "runs/ce")],
+)
+def test_default_output(started: list[Any], tmp_path: Path, arguments: list[str], output: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(to_toml(resolve("demo")))
+    more = [] if "--preset" in arguments or "{file}" in arguments else ["--data-dir", "embedded:digits", "--student", "resnet18"]
+    assert cli.main(["train", *(argument.format(file=file) for argument in arguments), *more]) == 0
+    assert started[0][1].output == output
+
+
+def test_resume_auto_alone_takes_the_runs_own_settings(started: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(to_toml(resolve("demo", None, ["optim.lr=0.125"])))
+    assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--max-steps", "9"]) == 0
+    cfg, launch = started[0]
+    assert (cfg.optim.lr, cfg.max_steps, launch.resume) == (0.125, 9, "auto") and len(cfg.variants) == 5
+    assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--lr", "1"]) == 2  # says what to train, but not enough
+
+
+def test_print_config_prints_toml_and_starts_nothing(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *DEMO, "--lr", "0.25", "--print-config"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["optim"]["lr"] == 0.25
+    assert cli.main(["train", "--preset", "dad-vitb16", "--print-config"]) == 2  # printed, and what is missing is said
+    output = capsys.readouterr()
+    assert tomllib.loads(output.out)["method"] == "dad" and "--data-dir" in output.err
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trian", "unknown verb trian; did you mean train?"),
+        ("--lr 3", "unknown flag before the verb --lr"),
+        ("train --batchsize 3", "unknown flag --batchsize; did you mean --batch-size?"),
+        ("train --model resnet50", "unknown flag --model; did you mean --student?"),
+        ("train --warmup 3", "did you mean --warmup-epochs or --warmup-lr?"),
+        ("train --epoch 3", "unknown flag --epoch; did you mean --epochs?"),
+        ("train -lr 3", "unknown flag -lr; did you mean --lr?"),
+        ("train -q", "unknown flag -q; dad-fast train --help-all lists every flag"),
+        ("train --epochs", "--epochs: expected one argument"),
+        ("train --epochs three", "--epochs must be a whole number, got 'three'"),
+        ("train --attack-norm l3", "--attack-norm must be one of l2, linf"),
+        ("train a.toml b.toml", "unrecognized arguments: b.toml"),
+        ("train a.toml", "a.toml: no such file"),
+        ("train --preset dmeo", "did you mean demo?"),
+        ("train --preset demo --resume auto --overwrite", "leave one out"),
+        ("train", "add --data-dir"),
+        ("doctor --numeric", "did you mean --numerics?"),
+        ("eval --suit x", "did you mean --suite?"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(started: list[Any], capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    assert cli.main(shlex.split(line)) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("dad-fast: error: ") and message in output.err and output.err.count("\n") == 1
+    assert not output.out and not started
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (errors.DataError("bad"), 4, "dad-fast: error: bad"),
+        (errors.EnvironmentProblem("bad"), 3, "dad-fast: error: bad"),
+        (errors.Preempted("saved"), 75, "dad-fast: error: saved"),
+        (errors.Interrupted("saved"), 130, "dad-fast: error: saved"),
+        (KeyboardInterrupt(), 130, "dad-fast: interrupted"),
+        (ModuleNotFoundError("No module named 'timm'", name="timm"), 3, "dad-fast: error: the package timm is missing"),
+        (RuntimeError("two\nlines"), 1, "dad-fast: failure: RuntimeError: two lines (run with --debug for the traceback)"),
+        (MemoryError(), 1, "dad-fast: failure: MemoryError (run with"),
+    ],
+)
+def test_exit_codes(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+) -> None:
+    raising(monkeypatch, error)
+    assert cli.main(["train", *DEMO]) == code
+    text = capsys.readouterr().err
+    assert text.startswith(message) and text.count("\n") == 1
+    assert cli.main(["train", *DEMO, "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["-h", "train -h", "train --anything -h", "eval --help", "doctor -h", ""])
+def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    assert cli.main(line.split()) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: dad-fast")
+    assert len(text.splitlines()) <= 50 and max(map(len, text.splitlines())) <= 100
+
+
+def test_help_all_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help-all"]) == 0
+    text = capsys.readouterr().out
+    for path, setting in settings().items():
+        assert path in text and (setting.flag or f"--set {path}").removeprefix("--") in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_examples_run_as_pasted(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `dad-fast train` line of the help screens is accepted (those for eval run in test_eval_command)."""
+    lines = (cli.TOP_HELP + train_flags.INTRO).replace("\\\n", " ").splitlines()
+    examples = [line.strip() for line in lines if line.startswith("  dad-fast train ")]
+    assert len(examples) >= 4
+    for line in examples:
+        assert cli.main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err
+    assert len(started) == len(examples)
+
+
+def test_as_a_module_and_through_a_pipe() -> None:
+    result = subprocess.run([sys.executable, "-m", "dad_fast", "train", "--zzz"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == "dad-fast: error: unknown flag --zzz; dad-fast train --help-all lists every flag\n"
+    late = "import time; time.sleep(0.3); from dad_fast.cli.main import main; main(['train', '--help-all'])"
+    closed = subprocess.run(f"{shlex.join([sys.executable, '-c', late])} | true", shell=True, capture_output=True, text=True)
+    assert closed.stderr == ""

@@ -1,0 +1,132 @@
+"""CUDA graphs of the step: the same numbers as plain calls. Needs a GPU, but for how a broken capture ends."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("timm")
+import tests.engine.test_step as small  # noqa: E402
+from dad_fast.config.schema import AttackConfig, Config, EngineConfig  # noqa: E402
+from dad_fast.discretizers.base import Jpeg  # noqa: E402
+from dad_fast.engine import cuda_graph as graph_module  # noqa: E402
+from dad_fast.engine.cuda_graph import WARM_UP, capturing  # noqa: E402
+from dad_fast.engine.step import TrainStep  # noqa: E402
+from dad_fast.engine.update import Update  # noqa: E402
+from dad_fast.errors import EnvironmentProblem  # noqa: E402
+from dad_fast.methods.losses import TERMS  # noqa: E402
+from dad_fast.models.student import build_student  # noqa: E402
+
+STEPS = WARM_UP + 5
+
+
+def make(method, graphs, student=small.LAYER_NORM, parts=1, **changes) -> TrainStep:
+    device = torch.device("cuda")
+    cfg = Config(
+        method=method, student=student, attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
+        engine=EngineConfig(cuda_graphs=graphs, grad_accum_steps=parts),
+        optim=replace(Config().optim, clip_grad=1.0), ema=replace(Config().ema, model_ema=True), **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_student(cfg.student, small.C, small.SIDE).to(device)
+    discretizer = small.discretizer()
+    discretizer.vqgan.to(device)
+    return TrainStep(cfg, model, small.LinearTeacher().to(device), discretizer, Update(model, cfg, device))
+
+
+def train(step: TrainStep) -> list[float]:
+    torch.manual_seed(1)
+    losses = []
+    for number in range(STEPS):
+        data = small.batch().to("cuda")
+        data.images[:, :, number % 4] = number
+        losses.append(step(data, number, 1e-3 / (number + 1))["loss"].item())
+    return losses
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("student", [small.LAYER_NORM, replace(small.BATCH_NORM, drop_path=0.5)], ids=["ln", "bn"])
+@pytest.mark.parametrize("method", TERMS)
+def test_graphs_compute_what_plain_calls_compute(method, student, parts):
+    plain, graphed = make(method, "off", student, parts), make(method, "on", student, parts)
+    torch.testing.assert_close(train(graphed), train(plain), rtol=1e-4, atol=1e-5)
+    assert graphed.graphs.captured
+    for a, b in zip(graphed.student.state_dict().values(), plain.student.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    for a, b in zip(graphed.update.ema.module.parameters(), plain.update.ema.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_bad_batch_changes_nothing_under_graphs():
+    step = make("ce", "on", replace(small.BATCH_NORM))
+    train(step)
+    before = {name: value.clone() for name, value in step.student.state_dict().items() if value.is_floating_point()}
+    with torch.no_grad():
+        weight = next(step.student.parameters())
+        kept = weight.clone()
+        weight.fill_(float("nan"))
+    assert step(small.batch().to("cuda"), STEPS, 1e-3)["applied"] == 0
+    assert step.update.bad_in_a_row == 1
+    with torch.no_grad():
+        weight.copy_(kept)
+    after = step.student.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_falls_back_or_is_refused(caplog):
+    step = make("dad", "auto")
+    step.discretizer = Jpeg(75)  # works on the host
+    with caplog.at_level(logging.WARNING):
+        losses = train(step)
+    assert step.graphs.failed and len(losses) == STEPS
+    (said,) = [record.message for record in caplog.records if "CUDA graphs are off" in record.message]
+    assert "previous error" not in said  # the reason itself, not that there was one
+    # Nothing of the broken capture stays: the stream, the allocator and the random generator work on, and another step is captured.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    torch.rand(8, device="cuda")
+    train(good := make("dad", "on"))
+    assert good.graphs.captured
+    asked = make("dad", "on")
+    asked.discretizer = Jpeg(75)
+    with pytest.raises(EnvironmentProblem, match="--cuda-graphs on"):
+        train(asked)
+
+
+class BrokenCapture:
+    """torch.cuda.graph where CUDA broke the capture off: ending it fails too, and hides the reason."""
+
+    def __init__(self, *_, **__): ...
+    def __enter__(self): ...
+    def __exit__(self, *_):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_broken_capture_names_its_reason_and_is_cleared_away(monkeypatch):
+    calls = []
+    generator = SimpleNamespace(get_state=lambda: "state", graphsafe_set_state=lambda state: calls.append(("generator", state)))
+    fresh = SimpleNamespace(set_state=lambda state: None, graphsafe_get_state=lambda: "fresh")
+    cuda = SimpleNamespace(
+        graph=BrokenCapture, default_generators=[None, generator], current_stream=lambda index: index, stream=lambda _: nullcontext(),
+        synchronize=lambda index: None,
+    )  # fmt: skip
+    allocator = SimpleNamespace(
+        _cuda_endAllocateToPool=lambda *arguments: calls.append(("end", *arguments)),
+        _cuda_releasePool=lambda *arguments: calls.append(("release", *arguments)),
+    )
+    stand_in = SimpleNamespace(cuda=cuda, _C=allocator, Generator=lambda device: fresh, device=torch.device)
+    monkeypatch.setattr(graph_module, "torch", stand_in)
+    for reason in (RuntimeError("synchronised"), TypeError("another")):
+        calls.clear()
+        with pytest.raises(type(reason), match=str(reason)):
+            with capturing(None, (0, 1), SimpleNamespace(device_index=1)):
+                raise reason
+        assert calls == [("end", 1, (0, 1)), ("release", 1, (0, 1)), ("generator", "fresh")]

@@ -1,0 +1,180 @@
+"""The step on a pretended CUDA device: tensors without data, on which whatever the host would have to wait for cannot be done.
+
+FakeTensorMode raises where a value is read (`item`, a branch, `nonzero`, `equal`); copies between host and device are noted. Autograd's
+engine needs a true device, so that gradients are zeros here: our backward passes have no code on the host. So does autocast, which is off.
+"""
+
+import traceback
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+timm = pytest.importorskip("timm")
+pytest.importorskip("open_clip")
+from test_savings import timm_teacher  # noqa: E402
+from test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from dad_fast.config.schema import Config, EngineConfig, LossConfig, StoreConfig  # noqa: E402
+from dad_fast.engine.step import TrainStep  # noqa: E402
+from dad_fast.engine.update import Update  # noqa: E402
+from dad_fast.kernels.pack_codes import packed_bytes  # noqa: E402
+from dad_fast.methods.losses import TERMS  # noqa: E402
+from dad_fast.models.optimizations import Savings, save_student_work, save_teacher_work  # noqa: E402
+from dad_fast.models.student import build_student  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+CUDA = torch.device("cuda")
+CONFIG = Config()
+
+
+class Crossings(TorchDispatchMode):
+    """Notes the operations whose tensors are not all on one side, and where in the code they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        # A Python number becomes a tensor of no dimension, which a kernel takes as an argument.
+        if len({t.device.type for t in tensors if t.dim() or "copy" in str(func)}) > 1:
+            ours = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "/dad_fast/" in f.filename]
+            self.seen.append((str(func), ours[-1:]))
+        return out
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    """What FakeTensorMode lacks: generators of CUDA, the engine of autograd, shapes of the fused optimizers."""
+    generator = torch.Generator
+
+    class HostGenerator(generator):
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls)
+
+    monkeypatch.setattr(torch, "Generator", HostGenerator)
+    monkeypatch.setattr(torch.autograd, "grad", lambda outputs, inputs, *_: (torch.zeros_like(inputs),))
+    library = torch.library.Library("aten", "IMPL")
+    for name in ("_fused_adamw_", "_fused_adam_", "_fused_sgd_"):
+        for overload in ("", ".tensor_lr"):
+            library.impl(name + overload, lambda *args, **kwargs: None, "Meta", allow_override=True)  # torch 2.11 has some
+    yield
+    library._destroy()
+
+
+def move(module):
+    """To the pretended device: shapes without data."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = torch.nn.Parameter(torch.empty_like(p, device=CUDA), requires_grad=p.requires_grad)
+        for name, b in part._buffers.items():
+            if b is not None:
+                part._buffers[name] = torch.empty_like(b, device=CUDA)
+    return module
+
+
+def stored(codes=False, outputs=False):
+    """`batch()` with what stores add to it."""
+    found = {"dad_outputs": torch.zeros(B, C).half(), "dad_kept": torch.ones(B)}
+    if codes:
+        found["dad_codes"] = torch.zeros(B, packed_bytes(SIDE * SIDE // 4, 5), dtype=torch.uint8)
+    else:
+        found["dad_images"] = torch.zeros(B, SIDE, SIDE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    if outputs:
+        found["clean_outputs"] = torch.zeros(B, C).half()
+    return replace(batch(), **found)
+
+
+def crossings(monkeypatch, method, student_config, fused=False, data=None, **sections):
+    cfg = Config(method=method, student=student_config, engine=EngineConfig(cuda_graphs="off"), **sections)
+    student, vqgan = build_student(cfg.student, C, SIDE, 3), discretizer()
+    teacher = timm_teacher(img_size=SIDE, num_classes=C)
+    teacher.image_size = SIDE
+    save_student_work(student, Savings())
+    save_teacher_work(teacher, Savings())
+
+    def backward(loss, *_):
+        for p in student.parameters():
+            p.grad = torch.zeros_like(p)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (student, teacher, *(part for part in vars(vqgan).values() if isinstance(part, torch.nn.Module))):
+            move(module)
+        step = TrainStep(cfg, student, teacher, vqgan, Update(student, cfg, CUDA))
+        step.attack = replace(step.attack, fused=fused)
+        data = (data or batch()).to(CUDA)
+        step(data, 0, 1e-3)  # optimizers make their state in the first step
+        with Crossings() as found:
+            scalars = step(data, 1, 1e-3)
+    assert all(value.device.type == "cuda" for value in scalars.values())
+    return found.seen
+
+
+EMA = replace(CONFIG.ema, model_ema=True)
+CLIP = replace(CONFIG.optim, clip_grad=1.0)
+
+
+@pytest.mark.parametrize("method", TERMS)
+def test_no_method_makes_the_host_wait(pretended_cuda, monkeypatch, method):
+    assert crossings(monkeypatch, method, LAYER_NORM, optim=CLIP, ema=EMA) == []
+
+
+@pytest.mark.parametrize("opt", ["sgd", "lamb", "lion", "rmsprop", "adafactor", "nadamw", "adan"])
+def test_no_optimizer_does(pretended_cuda, monkeypatch, opt):
+    assert crossings(monkeypatch, "kd", BATCH_NORM, optim=replace(CLIP, opt=opt), ema=EMA) == []
+
+
+def test_neither_does_anything_else_that_can_be_chosen(pretended_cuda, monkeypatch):
+    attack = replace(CONFIG.attack, norm="linf", steps=2, order="authors")
+    split = replace(BATCH_NORM, bn="split")
+    assert crossings(monkeypatch, "dat+dad", split, fused=True, optim=CLIP, attack=attack) == []
+    assert crossings(monkeypatch, "dad", replace(LAYER_NORM, drop_path=0.2), fused=True) == []
+
+
+@pytest.mark.parametrize("codes", [False, True], ids=["images", "codes"])
+@pytest.mark.parametrize("outputs", [False, True], ids=["teacher", "outputs"])
+def test_neither_does_learning_from_stores(pretended_cuda, monkeypatch, codes, outputs):
+    """Codes are unpacked and decoded, and outputs mixed, inside the step that CUDA graphs capture."""
+    data, dirs = stored(codes, outputs), ("a store",)
+    store = StoreConfig(dirs=dirs, mix_outputs=outputs)
+    assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store) == []
+    assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store, loss=LossConfig(form="joint"), fused=True) == []
+
+
+def test_it_would_be_seen(pretended_cuda, monkeypatch):
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    with FakeTensorMode():
+        x = torch.zeros(3, device=CUDA)
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+        with pytest.raises(DataDependentOutputException):
+            bool(x.sum() > 0)
+        with Crossings() as found:
+            x.cpu()
+            x.copy_(torch.zeros(3))
+            x.fill_(2.0)
+            torch.where(x > 0, x, 0.0)
+        assert [name for name, _ in found.seen] == ["aten._to_copy.default", "aten.copy_.default"]
+
+
+@pytest.mark.parametrize("opt, captured", [("adamw", True), ("sgd", True), ("lamb", False), ("rmsprop", False)])
+def test_only_what_keeps_its_rates_on_the_device_is_captured(pretended_cuda, opt, captured):
+    from dad_fast.engine.cuda_graph import StepGraphs
+    from dad_fast.errors import EnvironmentProblem
+
+    student = build_student(LAYER_NORM, C, SIDE)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        update = Update(move(student), Config(optim=replace(CONFIG.optim, opt=opt)), CUDA)
+        assert update.capturable == captured
+        if not captured:
+            assert StepGraphs.if_wanted("auto", CUDA, None, None, update) is None
+            with pytest.raises(EnvironmentProblem, match="--cuda-graphs on: .*learning rate"):
+                StepGraphs.if_wanted("on", CUDA, None, None, update)

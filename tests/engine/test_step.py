@@ -1,0 +1,222 @@
+"""The step computes the written definition of every method, reads nothing on the host, and trains every form of batch norm."""
+
+import gc
+import os
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("timm")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from dad_fast.config.schema import AttackConfig, AugmentConfig, Config, EngineConfig, LossConfig, StudentConfig  # noqa: E402
+from dad_fast.data.loaders.loader import Batch  # noqa: E402
+from dad_fast.discretizers.base import VQGANDiscretizer  # noqa: E402
+from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig  # noqa: E402
+from dad_fast.engine.build import resolve_device  # noqa: E402
+from dad_fast.engine.garbage import collections_between_steps  # noqa: E402
+from dad_fast.engine.meter import Meter  # noqa: E402
+from dad_fast.engine.step import TrainStep  # noqa: E402
+from dad_fast.engine.update import Update  # noqa: E402
+from dad_fast.errors import EnvironmentProblem  # noqa: E402
+from dad_fast.methods.attack import PGD  # noqa: E402
+from dad_fast.methods.losses import TERMS  # noqa: E402
+from dad_fast.models.student import build_student  # noqa: E402
+from tests.numerics import assert_same_function  # noqa: E402
+
+B, C, SIDE = 8, 4, 16
+CPU = torch.device("cpu")
+LAYER_NORM = StudentConfig(name="vit_tiny_patch16_224", model_kwargs={"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2})
+BATCH_NORM = StudentConfig(name="resnet18", model_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]})
+
+
+class LinearTeacher(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.head = torch.nn.Linear(3 * SIDE * SIDE, C).requires_grad_(False)
+
+    def forward(self, pixels):
+        return self.head(pixels.flatten(1)) * 20
+
+
+def discretizer():
+    torch.manual_seed(4)
+    vqgan = VQGAN(VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), z_channels=4, embed_dim=4, n_embed=32))
+    return VQGANDiscretizer(vqgan.eval().requires_grad_(False), Config().precision)
+
+
+def batch(kinds=(0, 1, 2, 1)):
+    g = torch.Generator().manual_seed(5)
+    return Batch(
+        images=torch.randint(0, 256, (B, 3, SIDE, SIDE), generator=g, dtype=torch.uint8),
+        labels=torch.randint(0, C, (B,), generator=g),
+        samples=torch.arange(B),
+        seeds=torch.arange(B) * 977,
+        mix_kind=torch.tensor(kinds).repeat_interleave(2),
+        mix_lam=torch.tensor([1.0, 0.7, 0.75, 0.4]).repeat_interleave(2),
+        mix_box=torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [4, 12, 4, 12], [0, 0, 0, 0]]).repeat_interleave(2, dim=0),
+        epoch=0,
+        step=0,
+        replaced=(),
+    )
+
+
+def make(method, student=LAYER_NORM, **changes):
+    cfg = Config(
+        method=method,
+        student=student,
+        augment=AugmentConfig(smoothing=0.1),
+        attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
+        loss=LossConfig(ce=1.0, kd=0.5, dad=0.25, dat=2.0, aug=3.0, filter=changes.pop("filter", True)),
+    )
+    cfg = replace(cfg, **changes)
+    torch.manual_seed(0)
+    model = build_student(cfg.student, C, SIDE)
+    return TrainStep(cfg, model, LinearTeacher(), discretizer(), Update(model, cfg, CPU))
+
+
+@pytest.mark.parametrize("order", ["paper", "authors"])
+@pytest.mark.parametrize("method", TERMS)
+def test_the_loss_is_the_sentence(method, order):
+    step, data = make(method, attack=AttackConfig(eps=0.5, step_size=0.4, steps=2, order=order)), batch()
+    student, teacher, q = step.student.train(), step.teacher, step.discretizer
+    loss, _ = step.loss(step.generate(data))
+
+    x, y, second, _ = step.mixed(data)
+    base = q(x).images if order == "authors" else x
+    attack = PGD("l2", 0.5, 0.4, 2, 0.8)
+    dad = q(attack(teacher, base, y, data.seeds)).images
+    dat = q(attack(student, base, y, data.seeds)).images
+    said = teacher(dad).argmax(-1)
+    keep = ((said == data.labels) | (said == second)).double()
+    assert 0 < keep.sum() < B
+    smoothed = y * 0.9 + 0.1 / C
+
+    def ce(images, weight=1.0):
+        return (-(smoothed * student(images).double().log_softmax(-1)).sum(-1) * weight).sum() / B
+
+    def kd(images, weight=1.0):
+        p, log_q = (teacher(images).double() / 4).softmax(-1), (student(images).double() / 4).log_softmax(-1)
+        return 16 * ((p * (p.log() - log_q)).sum(-1) * weight).sum() / B
+
+    weighted = {
+        "ce": lambda: 1.0 * ce(x),
+        "kd": lambda: 0.5 * kd(x),
+        "dad": lambda: 0.25 * kd(dad, keep),
+        "aug": lambda: 3.0 * ce(dad, keep),
+        "dat": lambda: 2.0 * ce(dat),
+    }
+    expected = sum(weighted[term]() for term in TERMS[method])
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation that would make the host wait for a device."""
+
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal.default", "masked_select", "unique", "allclose")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in self.WAITS):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["kd", "dad", "dat+dad"])
+def test_a_step_reads_nothing_on_the_host(method):
+    step = make(method, optim=replace(Config().optim, clip_grad=1.0), ema=replace(Config().ema, model_ema=True))
+    step(batch(), 0, 1e-3)
+    with Reads() as reads:
+        step(batch(), 1, 1e-3)
+    assert reads.seen == []
+
+
+@pytest.mark.parametrize("method", ["kd", "dad"])
+def test_micro_batches_make_the_step_of_the_whole_batch(method):
+    """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the micro-batches' means."""
+    whole, parts = make(method), make(method, engine=EngineConfig(grad_accum_steps=4))
+    for number in range(2):
+        a, b = whole(batch(), number, 1e-3), parts(batch(), number, 1e-3)
+        assert a.keys() == b.keys()
+        assert_same_function(a["loss"], b["loss"])
+        grads = [torch.stack([p.grad.abs().max() for p in step.update.parameters]) for step in (whole, parts)]
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow  # compiles for half a minute
+@pytest.mark.parametrize("method", ["dad", "dat"])
+def test_a_compiled_step_is_the_plain_step(method):
+    plain, compiled = make(method), make(method, engine=EngineConfig(torchcompile=True))
+    for number in range(3):
+        a, b = plain(batch(), number, 1e-3), compiled(batch(), number, 1e-3)
+        assert_same_function(a["loss"], b["loss"])
+    assert compiled.student.state_dict().keys() == plain.student.state_dict().keys()
+
+
+def test_graphs_that_were_asked_for_need_a_gpu():
+    assert make("ce").graphs is None
+    with pytest.raises(EnvironmentProblem, match="--cuda-graphs on"):
+        make("ce", engine=EngineConfig(cuda_graphs="on"))
+
+
+def resident_kib():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_memory_is_flat(steps):
+    """With no cycle collector, as in training: a step leaves nothing behind, not even a reference cycle."""
+    tiny = replace(LAYER_NORM, model_kwargs={"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1})
+    step, data = make("dad", tiny, ema=replace(Config().ema, model_ema=True)), batch()
+    meter = Meter()
+    with collections_between_steps():
+        for number in range(100):
+            meter.add(step(data, number, 1e-3))
+        before, objects = resident_kib(), len(gc.get_objects())
+        for number in range(steps):
+            meter.add(step(data, number, 1e-3))
+        grown, left = resident_kib() - before, len(gc.get_objects()) - objects
+    assert left < 50 and grown < 4096, (left, grown)
+
+
+@pytest.mark.parametrize("bn", ["joint", "split", "aux"])
+def test_every_form_of_batch_norm_trains(bn):
+    step = make("dad", replace(BATCH_NORM, bn=bn))
+    losses = [step(batch(), i, 1e-3)["loss"].item() for i in range(3)]
+    assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
+
+
+def test_joint_and_split_are_one_for_students_without_batch_statistics():
+    joint, split = make("dad"), make("dad", replace(LAYER_NORM, bn="split"))
+    assert_same_function(*(step.loss(step.generate(batch()))[0] for step in (joint, split)))
+
+
+def test_the_share_of_changed_codes_grows_with_the_budget():
+    weak = make("dad", attack=AttackConfig(eps=0.01, step_size=0.01)).measure(batch())["codes_changed"]
+    strong = make("dad", attack=AttackConfig(eps=5.0, step_size=5.0)).measure(batch())["codes_changed"]
+    assert 0 <= weak < strong <= 1
+
+
+def test_measuring_changes_nothing():
+    step = make("dat+dad", BATCH_NORM)
+    before = {k: v.clone() for k, v in step.student.state_dict().items()}
+    generator = torch.get_rng_state()
+    step.measure(batch())
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in step.student.state_dict().items())
+
+
+def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
+    """Streams, events and Triton's launches go by the current device, not by their tensors'."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert resolve_device("cuda") == torch.device("cuda") and len(current) == 1

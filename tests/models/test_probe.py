@@ -1,0 +1,136 @@
+"""A linear probe's file, from the command line to its judgement, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+for package in ("timm", "open_clip"):
+    pytest.importorskip(package)
+import tiny  # noqa: E402
+from probes import arguments, config, teacher_of, trained  # noqa: E402
+
+from dad_fast.cli.main import main  # noqa: E402
+from dad_fast.errors import DataError  # noqa: E402
+from dad_fast.models.probe import Probe  # noqa: E402
+from dad_fast.models.student import load_student  # noqa: E402
+from tests.numerics import assert_same_function  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def test_from_the_command_line_to_its_judgement(parts, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(parts, out, "--lp-threshold", "0.3", "--lp-weight", "none")) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert record["method"] == "lp-clip" and record["student"].startswith("linear probe on ") and record["teacher"]["suites"]["val"]
+    assert main(["eval", str(out), "--suite", "val", "--json", str(tmp_path / "judged.json")]) == 0
+    judged = json.loads((tmp_path / "judged.json").read_text())["checkpoint"]["suites"]["val"]
+    assert judged["top1"] == record["suites"]["val"]["top1"] and judged["nll"] == pytest.approx(record["suites"]["val"]["nll"], rel=1e-4)
+    assert main(arguments(parts, out, "--lp-threshold", "0.3", "--lp-weight", "none", "--resume", "auto")) == 0
+    assert "finished already" in capsys.readouterr().err
+    again = arguments(parts, tmp_path / "more", "--init-from", out, "--lp-labels", "true", "--lr", "1e-12", "--min-lr", "0")
+    assert main(again) == 0
+    first, second = (load_student(tmp_path / name)[0].model.weight for name in ("run", "more"))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+def test_the_file_gives_encoder_and_head_as_one_model(parts, tmp_path):
+    trainer = trained(config(parts), tmp_path / "run")
+    probe, metadata = load_student(tmp_path / "run")
+    pixels = torch.rand(4, 3, 32, 32)
+    assert isinstance(probe, Probe) and not probe.training and metadata["dad_fast.method"] == "lp-clip"
+    assert_same_function(probe(pixels), trainer.evaluated.eval()(pixels))
+    assert (probe.num_classes, probe.image_size, probe.crop_pct, probe.interpolation) == (3, 32, 1.0, "bicubic")
+    assert (tmp_path / "run/checkpoints/latest/model.safetensors").stat().st_size < 4096  # no encoder in it
+    teacher = teacher_of(parts, head=tmp_path / "run/checkpoints/latest/model.safetensors")  # and it can teach
+    assert_same_function(teacher(pixels), probe(pixels))
+
+
+def test_a_teachers_file_may_lie_beside(parts, tmp_path):
+    moved = tmp_path / "teacher.safetensors"
+    moved.write_bytes((parts / "teacher.safetensors").read_bytes())
+    trained(config(parts, f"teacher.name={moved}"), tmp_path / "run")
+    file = tmp_path / "run/checkpoints/latest/model.safetensors"
+    moved.rename(file.resolve().parent / "teacher.safetensors")
+    load_student(file)
+    (file.resolve().parent / "teacher.safetensors").unlink()
+    with pytest.raises(DataError, match="teacher.safetensors"):
+        load_student(file)
+
+
+def test_another_encoder_is_refused(parts, tmp_path, capsys):
+    moved = tmp_path / "teacher.safetensors"
+    moved.write_bytes((parts / "teacher.safetensors").read_bytes())
+    assert main([*arguments(parts, tmp_path / "run"), "--teacher", str(moved)]) == 0
+    tiny.write_teacher(moved, seed=1)
+    capsys.readouterr()
+    refused = [
+        ["eval", str(tmp_path / "run"), "--suite", "val"],
+        arguments(parts, tmp_path / "new", "--teacher", moved, "--init-from", tmp_path / "run"),
+        arguments(parts, tmp_path / "new", "--teacher", moved, "--teacher-head", tmp_path / "run/model.safetensors"),
+    ]
+    for command in refused:
+        assert main(command) == 4
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
+        assert len(said) == 1 and "another encoder" in said[0]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"teacher": 3}', '{"num_features": 60000}', '{"num_features": 16.0}'])
+def test_damaged_metadata_is_one_line(parts, tmp_path, damage):
+    from dad_fast.models.weights.files import read_state_dict, write_safetensors
+
+    trainer = trained(config(parts), tmp_path / "run")
+    trainer.write_model(tmp_path / "model.safetensors")
+    state, metadata = read_state_dict(tmp_path / "model.safetensors")
+    if damage.endswith("}") and "num_features" in damage:
+        damage = json.dumps(json.loads(metadata["dad_fast.probe"]) | json.loads(damage))
+    write_safetensors(tmp_path / "bad.safetensors", state, {**metadata, "dad_fast.probe": damage})
+    with pytest.raises(DataError, match="damaged|its weight is not of"):
+        load_student(tmp_path / "bad.safetensors")
+
+
+MISTAKES = {
+    "mixed images": ("--mixup", ["--mixup", "0.8"]),
+    "a store": ("--store", ["--store", "somewhere"]),
+    "no teacher": ("--teacher", ["--teacher", ""]),
+    "true labels with a threshold": ("--lp-threshold", ["--lp-labels", "true", "--lp-threshold", "0.5"]),
+    "a threshold that is none": ("between 0 and 1", ["--lp-threshold", "1.5"]),
+    "two starts": ("--init-from", ["--lp-init", "zero-shot", "--init-from", "somewhere"]),
+    "kept features and DALI": ("--loader dali", ["--lp-views", "2", "--loader", "dali"]),
+    "more features than memory": ("--lp-views", ["--lp-views", "10000000000"]),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(parts, tmp_path, capsys, what):
+    word, more = MISTAKES[what]
+    assert main(arguments(parts, tmp_path / "out", *more)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
+    assert len(said) == 1 and word in said[0] and not (tmp_path / "out").exists()
+
+
+def test_other_methods_leave_a_probe_alone(parts, tmp_path, capsys):
+    """A probe's weights are not those of a timm model."""
+    trained(config(parts), tmp_path / "run")
+    given = arguments(parts, tmp_path / "kd", "--method", "kd", *tiny.STUDENT, "--init-from", tmp_path / "run/checkpoints/latest")
+    assert main(given) == 4
+    assert "another architecture" in capsys.readouterr().err
+
+
+def test_a_timm_teacher_gives_its_features_and_its_answers(parts, tmp_path, capsys):
+    given = arguments(parts, tmp_path / "ce", "--method", "ce", "--teacher", "", *tiny.STUDENT)
+    assert main(given) == 0
+    teacher = f"timm:resnet18@{tmp_path / 'ce/model.safetensors'}"
+    assert main(arguments(parts, tmp_path / "run", "--teacher", teacher, "--lp-views", "2")) == 0
+    probe, _ = load_student(tmp_path / "run")
+    assert isinstance(probe, Probe) and probe.model.weight.shape == (3, 8) and not probe.spec["unit_features"]
+    assert main(["eval", str(tmp_path / "run"), "--suite", "val"]) == 0
+    capsys.readouterr()
+    assert main(arguments(parts, tmp_path / "zs", "--teacher", teacher, "--lp-init", "zero-shot")) == 2
+    assert "--lp-init" in capsys.readouterr().err
+    assert main([*arguments(parts, tmp_path / "ce", "--method", "ce", "--teacher", "", *tiny.STUDENT), "--overwrite", "--seed", "7"]) == 0
+    with pytest.raises(DataError, match="another encoder"):
+        load_student(tmp_path / "run")

@@ -1,0 +1,350 @@
+"""Teachers: the library's own logits, frozen weights, differentiable pixels, the right classes, and one line for each mistake."""
+
+import copy
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+timm = pytest.importorskip("timm")
+open_clip = pytest.importorskip("open_clip")
+import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import save, save_file  # noqa: E402
+from teachers import ANIMALS, WNIDS, class_map, load, refuse  # noqa: E402
+from tiny import SIDE, TOWERS, write_teacher  # noqa: E402
+
+from dad_fast.config.schema import PrecisionConfig  # noqa: E402
+from dad_fast.errors import DataError, EnvironmentProblem, UsageError  # noqa: E402
+from dad_fast.models import clip_teacher, zeroshot  # noqa: E402
+from dad_fast.models.teacher import UNKNOWN  # noqa: E402
+from dad_fast.models.weights.files import sha256_file, write_safetensors  # noqa: E402
+from dad_fast.models.zeroshot import is_imagenet, prompt_names, resolve_templates, zero_shot_head  # noqa: E402
+from tests.numerics import assert_same_function  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("clip") / "clip.safetensors")
+
+
+@pytest.fixture(scope="module")
+def clip(clip_file):
+    """The same model as open_clip itself runs it."""
+    from safetensors.torch import load_file
+
+    model = open_clip.CLIP(**TOWERS).eval()
+    model.load_state_dict(load_file(clip_file))
+    return model
+
+
+def own_logits(clip, pixels, classes=ANIMALS, templates=("a {}",), mean=0.5, std=0.5):
+    """open_clip's forward on images and prompts, averaged over templates as Radford et al. do."""
+    tokens = open_clip.SimpleTokenizer(context_length=TOWERS["text_cfg"]["context_length"])
+    with torch.no_grad():
+        rows = []
+        for name in classes.names:
+            texts = clip.encode_text(tokens([template.format(name) for template in templates]), normalize=True)
+            rows.append(F.normalize(texts.mean(dim=0), dim=0))
+        images = clip.encode_image((pixels - mean) / std, normalize=True)
+        return clip.logit_scale.exp() * images @ torch.stack(rows).T
+
+
+# --- open_clip --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_names_its_architecture(clip_file, clip):
+    teacher = load(clip_file)
+    pixels = torch.rand(3, 3, SIDE, SIDE)
+    assert (teacher.image_size, teacher.num_classes, teacher.provenance) == (SIDE, 3, "nothing")
+    assert teacher.classes == ANIMALS and teacher.weights_sha256 == sha256_file(clip_file)
+    logits = teacher(pixels)
+    assert logits.dtype == torch.float32
+    assert_same_function(logits, own_logits(clip, pixels))
+    with torch.no_grad():
+        assert_same_function(teacher.features(pixels), clip.encode_image((pixels - 0.5) / 0.5, normalize=True))
+
+
+def test_templates_are_averaged(clip_file, clip):
+    pixels, templates = torch.rand(2, 3, SIDE, SIDE), ("a {}", "the {} itself", "{}, drawn")
+    logits = load(clip_file, templates=templates)(pixels)
+    assert_same_function(logits, own_logits(clip, pixels, templates=templates))
+    with pytest.raises(AssertionError):
+        assert_same_function(logits, own_logits(clip, pixels))
+
+
+def test_half_precision_weights_run_in_float32(clip_file, clip, tmp_path):
+    from safetensors import safe_open
+
+    with safe_open(clip_file, framework="pt") as file:
+        state, metadata = {key: file.get_tensor(key).half() for key in file.keys()}, file.metadata()
+    write_safetensors(tmp_path / "half.safetensors", state, metadata)
+    teacher, pixels = load(tmp_path / "half.safetensors"), torch.rand(2, 3, SIDE, SIDE)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    torch.testing.assert_close(teacher(pixels), own_logits(clip, pixels), rtol=1e-2, atol=1e-2)
+
+
+def test_gradients_reach_pixels_and_no_weight(clip_file):
+    """Against finite differences, also through the resize of an image of another size."""
+    teacher = load(clip_file)
+    for side in (SIDE, SIDE + 12):
+        pixels = torch.rand(1, 3, side, side, requires_grad=True)
+        teacher(pixels)[0, 1].backward()
+        direction = F.normalize(pixels.grad.flatten(), dim=0).view_as(pixels)
+        with torch.no_grad():
+            ahead, behind = (teacher(pixels + step * direction)[0, 1] for step in (5e-2, -5e-2))
+        assert (ahead - behind).item() / 1e-1 == pytest.approx((pixels.grad * direction).sum().item(), rel=0.05)
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_only_other_sizes_are_resized(clip_file, monkeypatch):
+    teacher, pixels = load(clip_file), torch.rand(2, 3, 50, 50)
+    with torch.no_grad():
+        resized = F.interpolate(pixels, (SIDE, SIDE), mode="bicubic", antialias=True)
+        assert torch.equal(teacher(pixels), teacher(resized))
+        monkeypatch.setattr(F, "interpolate", None)
+        teacher(resized)
+
+
+def test_stays_in_eval_mode(clip_file):
+    teacher = load(clip_file)
+    torch.nn.Sequential(teacher).train()
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_mixed_precision(clip_file):
+    pixels = torch.rand(4, 3, SIDE, SIDE, requires_grad=True)
+    exact = load(clip_file)(pixels)
+    mixed = load(clip_file, precision=PrecisionConfig(amp=True))
+    logits = mixed(pixels)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, exact)
+    torch.testing.assert_close(logits, exact, rtol=0.05, atol=0.1)
+    logits.sum().backward()
+    assert pixels.grad.isfinite().all()
+    for precision in (PrecisionConfig(), PrecisionConfig(amp=True, teacher="float32")):
+        teacher = load(clip_file, precision=precision)
+        with torch.autocast("cpu", torch.bfloat16):  # what is set for the student does not reach a teacher in float32
+            assert torch.equal(teacher(pixels), exact)
+
+
+@pytest.fixture
+def known(monkeypatch, clip):
+    """open_clip with the tiny towers as an architecture of its own, plain and with QuickGELU, and tags for them."""
+    config = {**TOWERS, "embed_dim": TOWERS["embed_dim"]}
+    for name, more in (("Tiny", {}), ("Tiny-quickgelu", {"quick_gelu": True})):
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config | more)
+    quick = open_clip.pretrained._pcfg(url="https://nowhere.invalid/x.safetensors", quick_gelu=True)
+    plain = open_clip.pretrained._pcfg(url="https://nowhere.invalid/y.safetensors", mean=(0.4,) * 3, std=(0.2,) * 3)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny", {"openai": quick, "other": plain})
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-quickgelu", {"openai": quick})
+
+
+@pytest.fixture
+def bare_file(clip, tmp_path):
+    save_file(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
+    return tmp_path / "open_clip_model.safetensors"
+
+
+def test_named_architecture(known, clip, bare_file, caplog):
+    """A local file says nothing of its activation and normalisation: both are logged, and a config beside it decides."""
+    pixels = torch.rand(2, 3, SIDE, SIDE)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+    teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
+    assert "Tiny with GELU" in caplog.text and "differ in mean and std" in caplog.text and "randomly" not in caplog.text
+    assert teacher.provenance == UNKNOWN
+    # open_clip's tokenizer takes the text tower's own context length
+    assert_same_function(teacher(pixels), own_logits(clip, pixels, mean=mean, std=std))
+
+    quick = load(f"open_clip:Tiny-quickgelu@{bare_file}", templates=("a {}",))
+    assert not torch.allclose(quick(pixels), teacher(pixels))
+
+    beside = bare_file.with_name("open_clip_config.json")
+    beside.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}))
+    teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
+    assert_same_function(teacher(pixels), own_logits(clip, pixels, mean=0.4, std=0.2))
+    assert teacher.interpolation == "bicubic" and not teacher.squashed and "squashed" not in caplog.text
+    as_siglip = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    beside.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": as_siglip}))
+    teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
+    assert teacher.interpolation == "bilinear" and teacher.squashed and "was trained on images squashed to a square" in caplog.text
+    refuse(UsageError, ["another activation", "write Tiny"], f"open_clip:Tiny-quickgelu@{bare_file}")
+    beside.write_text("{")
+    refuse(DataError, [str(beside), "JSON"], f"open_clip:Tiny@{bare_file}")
+
+
+def test_names_of_older_files(known, clip, bare_file):
+    """What OpenAI's and older files have besides, and logit_scale as a vector."""
+    state = {f"module.{key}": value for key, value in clip.state_dict().items()}
+    state |= {"module.logit_scale": clip.logit_scale.detach().view(1), "module.input_resolution": torch.tensor(SIDE)}
+    save_file(state, bare_file)
+    pixels = torch.rand(1, 3, SIDE, SIDE)
+    other = load(f"open_clip:Tiny@{bare_file}")
+    save_file(clip.state_dict(), bare_file)
+    assert torch.equal(other(pixels), load(f"open_clip:Tiny@{bare_file}")(pixels))
+
+
+def test_tags(known, clip, monkeypatch):
+    """OpenAI's weights get QuickGELU whichever architecture is named; other weights keep what is theirs."""
+    made = []
+    create = open_clip.create_model
+
+    def offline(arch, *, pretrained, force_quick_gelu, require_pretrained):
+        made.append((arch, pretrained, force_quick_gelu))
+        model = create(arch, force_quick_gelu=force_quick_gelu)
+        model.load_state_dict(clip.state_dict())
+        return model
+
+    monkeypatch.setattr(clip_teacher.open_clip, "create_model", offline)
+    pixels = torch.rand(1, 3, SIDE, SIDE)
+    named, right, plain = (load(f"open_clip:{name}")(pixels) for name in ("Tiny/openai", "Tiny-quickgelu/openai", "Tiny/other"))
+    assert torch.equal(named, right) and not torch.allclose(named, plain)
+    assert made == [("Tiny", "openai", True), ("Tiny-quickgelu", "openai", True), ("Tiny", "other", False)]
+
+
+def test_mistakes_in_tags(known, monkeypatch):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED["Tiny-quickgelu"], "other", open_clip.pretrained._pcfg())
+    refuse(UsageError, ["these weights use GELU", "open_clip:Tiny/other"], "open_clip:Tiny-quickgelu/other")
+    refuse(UsageError, ["no weights 'opnai'", "openai"], "open_clip:Tiny/opnai")
+    refuse(UsageError, ["no such architecture", "did you mean ViT-B-32"], "open_clip:ViT-B-23/openai")
+    refuse(UsageError, ["no such architecture"], "open_clip:Nonsense@nowhere.safetensors")
+    refuse(DataError, ["nowhere.safetensors", "no such"], "open_clip:Tiny@nowhere.safetensors")
+
+
+@pytest.mark.parametrize("name", ["", "ViT-L-14", "ViT-L-14/openai", "clip:ViT-L-14"])
+def test_a_name_that_is_none(name):
+    refuse(UsageError, [f"--teacher {name!r}", "no such file", "open_clip:ARCH/TAG"], name)
+
+
+def test_without_open_clip(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    monkeypatch.delitem(sys.modules, "dad_fast.models.clip_teacher")
+    for name in ("open_clip:ViT-L-14/openai", "embedded:digits"):
+        refuse(EnvironmentProblem, ["open_clip is missing", "pip install open_clip_torch"], name)
+
+
+def test_without_a_network(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", offline)
+    refuse(EnvironmentProblem, ["cannot be had", "no route to host", "open_clip:ARCH@FILE"], "open_clip:ViT-B-32/openai")
+    refuse(EnvironmentProblem, ["cannot be had", "hf-hub:some/model"], "hf-hub:some/model")
+
+
+def test_other_weights_are_refused(known, clip, clip_file, bare_file, tmp_path):
+    refuse(DataError, ["does not name its architecture", "open_clip:ARCH@"], bare_file)
+    state = clip.state_dict()
+    save_file({key: value for key, value in state.items() if key != "ln_final.bias"}, bare_file)
+    refuse(DataError, [str(bare_file), "another architecture", "missing ln_final.bias"], f"open_clip:Tiny@{bare_file}")
+    write_safetensors(bare_file, state, {"dad_fast.teacher": '{"model_cfg": {}}'})
+    refuse(DataError, [str(bare_file), "damaged"], bare_file)
+
+
+# --- heads, prompts and classes ---------------------------------------------------------------------------------------------
+
+
+def test_fine_tuned_head(clip_file, clip, tmp_path):
+    path, weight, bias = tmp_path / "head.safetensors", torch.randn(3, TOWERS["embed_dim"]), torch.randn(3)
+    write_safetensors(path, {"weight": weight, "bias": bias}, {"dad_fast.classes": ANIMALS.to_json()})
+    pixels = torch.rand(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        features = clip.encode_image((pixels - 0.5) / 0.5)
+    teacher = load(clip_file, head=str(path))
+    assert_same_function(teacher(pixels), features @ weight.T + bias)
+    assert_same_function(teacher.features(pixels), features)
+    write_safetensors(path, {"weight": weight}, {})
+    assert_same_function(load(clip_file, head=str(path))(pixels), features @ weight.T)
+
+
+@pytest.mark.parametrize(
+    "tensors, classes, words",
+    [
+        ({"kernel": (3, 16)}, None, ["weight [classes, features]"]),
+        ({"weight": (3, 16), "bias": (2,)}, None, ["bias [classes]"]),
+        ({"weight": (4, 16)}, None, ["4 outputs", "3 classes", "--class-map"]),
+        ({"weight": (3, 8)}, None, ["8 features", "has 16"]),
+        ({"weight": (3, 16)}, class_map("ant", "cat", "queen_bee"), ["class 1 is 'cat'", "'queen_bee'", "--class-map"]),
+        ({"weight": (3, 16)}, class_map("ant", "cat"), ["2 classes", "the data 3"]),
+    ],
+)
+def test_heads_that_do_not_fit(clip_file, tmp_path, tensors, classes, words):
+    path = tmp_path / "head.safetensors"
+    metadata = {} if classes is None else {"dad_fast.classes": classes.to_json()}
+    write_safetensors(path, {key: torch.zeros(shape) for key, shape in tensors.items()}, metadata)
+    refuse(DataError, [str(path), *words], clip_file, head=str(path))
+
+
+def test_prompts():
+    fish = class_map(*WNIDS[:3])
+    assert is_imagenet(fish) and not is_imagenet(ANIMALS) and not is_imagenet(class_map("n00000000"))
+    assert prompt_names(class_map(*WNIDS[2::-1])) == list(open_clip.IMAGENET_CLASSNAMES[2::-1])  # by wnid, not by position
+    assert prompt_names(ANIMALS) == ["ant", "queen bee", "cat"]
+    assert len(resolve_templates("auto", fish)) == 80 and resolve_templates("imagenet", ANIMALS)[0] == "a bad photo of a {}."
+    assert resolve_templates("auto", ANIMALS) == ["a photo of a {}."]
+    assert resolve_templates("auto", fish, own=["digit {}"]) == ["digit {}"]
+    assert resolve_templates("simple", fish, own=["digit {}"]) == ["a photo of a {}."]
+
+
+def test_prompts_from_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a {}\n\n  the {}. \n")
+    assert resolve_templates(str(file), ANIMALS) == ["a {}", "the {}."]
+    file.write_text("a photo\n")
+    with pytest.raises(UsageError, match="'a photo': each prompt needs one {}"):
+        resolve_templates(str(file), ANIMALS)
+    with pytest.raises(UsageError, match="empty"):
+        resolve_templates([], ANIMALS)
+    with pytest.raises(DataError, match="no such file"):
+        resolve_templates(str(tmp_path / "none.txt"), ANIMALS)
+
+
+def test_zero_shot_head_equals_open_clips(clip):
+    tokens = open_clip.SimpleTokenizer(context_length=TOWERS["text_cfg"]["context_length"])
+    templates = ["a {}", "the {} of {{}}".replace("{{}}", "it")]
+    expected = open_clip.build_zero_shot_classifier(clip, tokens, ANIMALS.names, templates)
+    assert_same_function(zero_shot_head(clip, lambda: tokens, ANIMALS.names, templates), expected.T)
+
+
+def test_a_head_of_many_prompts_is_kept_and_a_damaged_one_made_again(clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(zeroshot, "MANY_PROMPTS", 6)
+    monkeypatch.setattr(zeroshot, "LINE_SECONDS", -1.0)
+    templates = ["a photo of a {}.", "a drawing of a {}."]
+
+    def tokenizer():
+        return open_clip.SimpleTokenizer(context_length=clip.context_length)
+
+    def no_tokenizer():
+        raise AssertionError("the kept head needs none")
+
+    computed = zero_shot_head(clip, tokenizer, ANIMALS.names, templates)
+    assert "zero-shot head: 1 of 3 classes" in capsys.readouterr().err
+    assert torch.equal(zero_shot_head(clip, no_tokenizer, ANIMALS.names, templates), computed)
+    for names, prompts in ((ANIMALS.names[::-1], templates), (ANIMALS.names, templates[::-1])):
+        with pytest.raises(AssertionError):
+            zero_shot_head(clip, no_tokenizer, names, prompts)
+    other = copy.deepcopy(clip)
+    other.text_projection.data += 1
+    with pytest.raises(AssertionError):
+        zero_shot_head(other, no_tokenizer, ANIMALS.names, templates)
+    (kept,) = tmp_path.glob("heads/*")
+    whole = kept.read_bytes()
+    forged = [save({"weight": w}) for w in (torch.ones(3), torch.zeros(3, 16), torch.full((3, 16), torch.nan), torch.eye(2))]
+    for content in (whole[:50], b"", *forged):
+        kept.write_bytes(content)
+        assert torch.equal(zero_shot_head(clip, tokenizer, ANIMALS.names, templates), computed)
+    assert torch.equal(zero_shot_head(clip, no_tokenizer, ANIMALS.names, templates), computed)
+
+
+def test_logit_bias_of_siglip():
+    model = SimpleNamespace(logit_scale=torch.tensor(2.0), logit_bias=torch.tensor([-10.0]))
+    loaded = SimpleNamespace(tokenizer=lambda: None, templates=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_teacher, "zero_shot_head", lambda *args: torch.eye(3))
+        weight, bias, unit = clip_teacher._zero_shot(loaded, model, ANIMALS, "simple")
+    assert unit
+    torch.testing.assert_close(weight, torch.eye(3) * torch.tensor(2.0).exp())
+    assert torch.equal(bias, torch.full((3,), -10.0))

@@ -1,0 +1,76 @@
+"""`--check-skips`: the table of skips, and the exit status where a reason is not in the list."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.skip_report import ALLOWED_SKIPS, load_patterns
+
+ROOT = Path(__file__).parents[2]
+CONFTEST = """
+from pathlib import Path
+from tests.skip_report import SkipReport
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SkipReport(config, Path(__file__).with_name("allowed.toml")), "skip-report")
+"""
+ALLOWED = """
+[[skip]]
+reason = "needs CUDA"
+why = "a GPU"
+
+[[skip]]
+reason = "never here"
+why = "another platform"
+when = "sys_platform == 'no such platform'"
+"""
+TESTS = """
+import pytest
+
+@pytest.mark.skip(reason="needs CUDA")
+@pytest.mark.parametrize("number", range(2))
+def test_one(number): ...
+
+def test_two(): ...
+"""
+
+
+def run(folder: Path, tests: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    files = {"conftest.py": CONFTEST, "allowed.toml": ALLOWED, "pytest.ini": f"[pytest]\npythonpath = {ROOT}\n", **tests}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one-process", "xdist"])
+def test_allowed_skips_are_counted_and_pass(tmp_path: Path, options: tuple[str, ...]) -> None:
+    done = run(tmp_path, {"test_it.py": TESTS}, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "    2  needs CUDA\n    2  in all\n" in done.stdout and "NOT ALLOWED" not in done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one-process", "xdist"])
+def test_unknown_reasons_fail_also_for_whole_files(tmp_path: Path, options: tuple[str, ...]) -> None:
+    inner = "import pytest\n\ndef test_three():\n    pytest.skip('never here')\n"
+    whole = "import pytest\n\npytest.importorskip('no_such_package')\n"
+    done = run(tmp_path, {"test_it.py": TESTS, "test_inner.py": inner, "test_whole.py": whole}, *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "    1  NOT ALLOWED: never here\n" in done.stdout
+    assert "    1  NOT ALLOWED: could not import 'no_such_package': No module named 'no_such_package'\n" in done.stdout
+    assert "error: 2 reason(s) not in allowed_skips.toml" in done.stdout
+
+
+def test_the_committed_list_is_valid() -> None:
+    assert load_patterns(ALLOWED_SKIPS)
+
+
+def test_an_entry_needs_its_why(tmp_path: Path) -> None:
+    (tmp_path / "list.toml").write_text('[[skip]]\nreason = "x"\n')
+    with pytest.raises(pytest.UsageError, match=r"list\.toml: an entry has reason, why and perhaps when, not reason"):
+        load_patterns(tmp_path / "list.toml")

@@ -1,0 +1,181 @@
+"""What the code itself never does: run data, build a shell's line, unpack into the file system, fetch what nobody named."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path for folder in ("dad_fast", "kernels", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+
+# Calls that run what they are given, or make objects of any kind from it.
+RUN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load",
+       "marshal.loads", "shelve.open", "dill.load", "dill.loads", "joblib.load", "yaml.load", "yaml.unsafe_load", "torch.jit.load",
+       "torch.hub.load", "subprocess.getoutput", "subprocess.getstatusoutput", "jsonpickle.decode"}  # fmt: skip
+# Calls that write where an archive says, or to a name that somebody else may have taken.
+WRITE = {"tarfile.open", "shutil.unpack_archive", "tempfile.mktemp", "os.tempnam"}
+FETCH = ("urllib.request", "requests", "httpx", "aiohttp", "ftplib", "http.client")
+ALLOWED = {
+    "torch.load": {"dad_fast/models/weights/pickles.py"},  # with weights_only=True, asserted below
+    "torch.export.load": {"dad_fast/tools/export/graph.py"},  # of the file that it has just written
+    "tarfile.open": {"benchmarks", "scripts/gpu_check.py"},  # which write archives of their own
+}
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def keyword(call: ast.Call, name: str) -> str | None:
+    return next((ast.unparse(word.value) for word in call.keywords if word.arg == name), None)
+
+
+def test_nothing_runs_what_it_reads() -> None:
+    found = []
+    for path in FILES:
+        for name, call in calls(path):
+            where = f"{named(path)}:{call.lineno}: {name}"
+            if name in RUN or name in WRITE | {"torch.load", "torch.export.load"}:
+                if not any(named(path).startswith(place) for place in ALLOWED.get(name, ())):
+                    found.append(where)
+            if name == "torch.load" and keyword(call, "weights_only") != "True":
+                found.append(f"{where} without weights_only=True")
+            if name in ("np.load", "numpy.load") and keyword(call, "allow_pickle") not in (None, "False"):
+                found.append(f"{where} with pickles")
+            if name.endswith((".extract", ".extractall")):
+                found.append(where)
+    assert len(FILES) > 100 and not found, found
+
+
+def test_no_shell() -> None:
+    """Programs are started by a list of arguments, never by a line that a shell would read."""
+    found = []
+    for path in FILES:
+        for name, call in calls(path):
+            if name.startswith("subprocess.") and (
+                keyword(call, "shell") is not None or isinstance(call.args[0], (ast.Constant, ast.JoinedStr))
+            ):
+                found.append(f"{named(path)}:{call.lineno}: {name}")
+    assert not found, found
+
+
+def test_no_module_of_ours_speaks_to_the_network() -> None:
+    """What is fetched, is fetched by the hub's client, when a name asks for it."""
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [
+                f"{named(path)}: {name}"
+                for name in names
+                if name.startswith(FETCH) or name.split(".")[0] in ("pickle", "yaml", "shelve", "marshal")  # pickletools runs nothing
+            ]
+    assert not found, found
+
+
+INSTALLED = f"""
+import multiprocessing, subprocess, sys
+sys.path.append({str(ROOT)!r})
+if __name__ == "__main__":
+    from dad_fast.cli.main import main
+    from dad_fast.distributed.launch import PROGRAM
+
+    main(["--version"])
+    process = multiprocessing.get_context("forkserver").Process(target=print, args=("worker",))
+    process.start()
+    process.join()
+    sys.exit(process.exitcode or subprocess.run([*PROGRAM, "--version"]).returncode)
+"""
+
+
+def test_no_module_is_taken_from_the_current_folder(tmp_path: Path) -> None:
+    """The command is run where the data is. Its own processes, loader workers and ranks, must not import what lies there."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "dad-fast").write_text(INSTALLED)
+    (tmp_path / "data").mkdir()
+    for name in ("selectors", "dad_fast", "socket", "sitecustomize"):
+        (tmp_path / "data" / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the data was run')")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "bin" / "dad-fast"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "data",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0 and "was run" not in done.stdout + done.stderr, done.stderr
+    assert done.stdout.count("dad-fast ") == 2 and "worker" in done.stdout
+
+
+NO_NETWORK = """
+import socket, sys
+def refuse(self, address, *rest):
+    if self.family != socket.AF_UNIX:
+        print("NETWORK", address, file=sys.stderr)
+        raise OSError("no network in this test")
+    return connect(self, address, *rest)
+connect = socket.socket.connect
+socket.socket.connect = refuse
+def nobody(host, *rest, **named):
+    print("NETWORK", host, file=sys.stderr)
+    raise OSError("no network in this test")
+socket.getaddrinfo = nobody
+import json
+from dad_fast.cli.main import main
+sys.exit(max(main(command) for command in json.loads(sys.argv[1])))
+"""
+
+
+def offline(*commands: list[object]) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    return subprocess.run(
+        [sys.executable, "-c", NO_NETWORK, json.dumps(commands, default=str)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def test_a_run_asks_for_no_network(tmp_path: Path) -> None:
+    """With the hub's client as it is on a user's machine: train, judge, export and predict by local names alone."""
+    pytest.importorskip("timm")
+    pytest.importorskip("open_clip")
+    from tests.tiny import STUDENT, write_images, write_teacher, write_vqgan
+
+    data, teacher, vqgan = write_images(tmp_path / "data"), write_teacher(tmp_path / "t.safetensors"), write_vqgan(tmp_path / "q.ckpt")
+    train = ["train", "--method", "dad", "--data-dir", data, "--teacher", teacher, "--discretizer", vqgan, *STUDENT, "-b", "8", "-j0"]
+    run = tmp_path / "run"
+    done = offline(
+        [*train, "--max-steps", "2", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "-o", run],
+        ["export", run, "-o", tmp_path / "out"],
+        ["predict", tmp_path / "out", data / "val"],
+    )
+    assert done.returncode == 0 and "NETWORK" not in done.stderr, done.stderr
+
+
+def test_a_name_that_asks_for_it_does(tmp_path: Path) -> None:
+    """So the test above would notice."""
+    pytest.importorskip("timm")
+    code = NO_NETWORK.replace('raise OSError("no network in this test")', "os._exit(7)").replace(
+        "import socket, sys", "import os, socket, sys"
+    )
+    code = code.replace(NO_NETWORK[NO_NETWORK.index("import json") :], "import timm; timm.create_model('resnet10t', pretrained=True)")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 7 and "NETWORK" in done.stderr

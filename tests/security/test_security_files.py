@@ -1,0 +1,106 @@
+"""What is written: who may read it, who may have planted it, and where links lead."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("numpy")
+
+from dad_fast.cache import cache_dir, keep_compiled_code_private, write_cache
+from dad_fast.errors import DataError
+from dad_fast.files import atomic_write_bytes
+from dad_fast.loggers.run_log import RunLog
+from dad_fast.store.lock import write_whole
+from dad_fast.store.part import Part
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_new_cache_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "a" / "cache"))
+    assert write_cache(cache_dir() / "index" / "x.csv", b"x")
+    assert mode(tmp_path / "a" / "cache") == 0o700
+    (tmp_path / "shared").mkdir(mode=0o755)
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "shared"))
+    assert write_cache(cache_dir() / "x", b"x") and mode(tmp_path / "shared") == 0o755  # one that is there is somebody's choice
+
+
+def test_files_follow_the_umask_and_are_private_while_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(stat.S_IMODE(os.fstat(handle).st_mode)), fsync(handle))[1])
+    atomic_write_bytes(tmp_path / "x", b"x")
+    assert seen[0] == 0o600 and mode(tmp_path / "x") & 0o022 == 0
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_writing_does_not_follow_a_link(tmp_path: Path) -> None:
+    """The link is replaced; what it points to stays."""
+    (tmp_path / "precious").write_text("years")
+    (tmp_path / "link").symlink_to("precious")
+    atomic_write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "precious").read_text() == "years" and not (tmp_path / "link").is_symlink()
+
+
+@pytest.fixture
+def compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The folder that torch.compile would use, for a cache folder of some mode."""
+    registered: list[Path] = []
+    monkeypatch.setattr("atexit.register", lambda function, folder, **named: registered.append(folder))
+
+    def found(mode: int | None) -> Path:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "so that it is put back")
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
+        if mode is not None:
+            (tmp_path / "cache").mkdir()
+            (tmp_path / "cache").chmod(mode)
+        keep_compiled_code_private()
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    yield found
+    for folder in registered:
+        folder.rmdir()
+
+
+def test_compiled_code_lies_where_nobody_else_can_plant_it(compile_cache: Any, tmp_path: Path) -> None:
+    """By default torch.compile loads it from /tmp/torchinductor_NAME, whoever made that."""
+    folder = compile_cache(None)
+    assert folder == tmp_path / "cache" / "torch.compile" and mode(folder) == 0o700
+    keep_compiled_code_private()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+
+
+@pytest.mark.parametrize("open_to", [0o777, 0o770, 0o1777])
+def test_compiled_code_is_not_kept_in_a_shared_cache(compile_cache: Any, tmp_path: Path, open_to: int) -> None:
+    folder = compile_cache(open_to)
+    assert tmp_path / "cache" not in folder.parents and mode(folder) == 0o700
+
+
+def test_what_the_user_said_of_compiled_code_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    keep_compiled_code_private()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    """In a run or a store that came from others, and is gone on with."""
+    (tmp_path / "precious").write_text("years")
+    for name in ("metrics.jsonl", "train.log", "m.json.part", "shard.data.part"):
+        (tmp_path / name).symlink_to("precious")
+    with pytest.raises(DataError):
+        RunLog(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(DataError):
+        RunLog(tmp_path)
+    write_whole(tmp_path / "m.json", b"new")
+    part = Part(tmp_path / "shard.data")
+    part.write(b"new")
+    assert (tmp_path / "precious").read_text() == "years" and (tmp_path / "m.json").read_bytes() == b"new"

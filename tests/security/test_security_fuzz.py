@@ -1,0 +1,286 @@
+"""Readers on damaged and on forged files: what they say is an error of ours or an answer of the right shape, within a second or so.
+
+Each reader is fed two kinds of files: bytes changed, cut or added anywhere, and content that is well-formed, with right checksums, but
+holds anything in any place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+pytest.importorskip("timm")
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from dad_fast.checkpoint.folder import FORMAT, STATE, Checkpoint, CheckpointFolder, _digest  # noqa: E402
+from dad_fast.config import Config, from_toml  # noqa: E402
+from dad_fast.config.fields import settings as known_settings  # noqa: E402
+from dad_fast.data.sources.decode import DecodeError, read_rgb  # noqa: E402
+from dad_fast.errors import DadFastError, DataError, UsageError  # noqa: E402
+from dad_fast.models.student import load_student  # noqa: E402
+from dad_fast.models.weights.files import read_state_dict, sha256_file, write_safetensors  # noqa: E402
+from dad_fast.store.manifest import Manifest, _canonical  # noqa: E402
+from dad_fast.store.reader import AdversarialStore, open_store  # noqa: E402
+from tests.models.test_declared import SMALL, SPEC  # noqa: E402
+from tests.store_data import make_manifest, write  # noqa: E402
+
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SECONDS = 3.0  # of the processor's time, for one file
+
+plain = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
+anything = st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8
+)
+damages = st.tuples(st.sampled_from(["change", "cut", "add", "zero"]), st.floats(0, 1), st.binary(min_size=1, max_size=12))
+
+
+def damaged(content: bytes, damage: tuple[str, float, bytes]) -> bytes:
+    kind, where, new = damage
+    at = int(where * len(content))
+    if kind == "cut":
+        return content[:at]
+    if kind == "add":
+        return content[:at] + new + content[at:]
+    middle = bytes(len(new)) if kind == "zero" else new
+    return content[:at] + middle + content[at + len(new) :]
+
+
+@contextlib.contextmanager
+def soon() -> Iterator[None]:
+    start = time.process_time()
+    yield
+    assert time.process_time() - start < SECONDS
+
+
+def said(error: DadFastError) -> None:
+    assert "\n" not in str(error) and len(str(error)) < 2000
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------------
+
+
+@FUZZ
+@given(st.text() | st.text(alphabet="[]{}=\"'.,#\n 019abt_-\\", max_size=200))
+def test_any_text_as_settings(text: str) -> None:
+    with soon():
+        try:
+            assert isinstance(from_toml(text), Config)
+        except UsageError as error:
+            said(error)
+
+
+@FUZZ
+@given(st.lists(st.tuples(st.sampled_from(sorted(known_settings())), anything), max_size=4))
+def test_any_value_of_any_setting(pairs: list[tuple[str, Any]]) -> None:
+    def toml(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(toml, value)) + "]"
+        return repr(value) if isinstance(value, float) else json.dumps(value if value is not None else "")
+
+    with soon():
+        try:
+            assert isinstance(from_toml("\n".join(f"{path} = {toml(value)}" for path, value in pairs)), Config)
+        except UsageError as error:
+            said(error)
+
+
+# --- a store ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["raw", "webp"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store") / request.param
+    write(folder, make_manifest(images=request.param))
+    return folder
+
+
+def read_all(folder: Path) -> None:
+    found = open_store(folder)
+    assert isinstance(found, AdversarialStore)
+    rows = np.arange(len(found))[:16]
+    for view in range(found.num_views):
+        assert found.kept(rows, view).shape == found.changed(rows, view).shape == rows.shape
+        if found.manifest.code_bytes:
+            assert found.codes(rows, view).shape == (len(rows), found.manifest.code_bytes)
+        assert found.images(rows, view).shape == (len(rows), *found.manifest.image_size, 3)
+
+
+@FUZZ
+@given(data=st.data(), damage=damages)
+def test_a_store_with_damage_anywhere(store: Path, tmp_path: Path, data: Any, damage: Any) -> None:
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(store, copy)
+    name = data.draw(st.sampled_from(sorted(path.name for path in copy.iterdir())))
+    (copy / name).write_bytes(damaged((copy / name).read_bytes(), damage))
+    with soon():
+        try:
+            read_all(copy)
+        except (DataError, UsageError) as error:
+            said(error)
+
+
+@FUZZ
+@given(data=st.data(), value=anything)
+def test_a_forged_manifest(store: Path, data: Any, value: Any) -> None:
+    """Any value in any place, under a right checksum."""
+    document = json.loads((store / "manifest.json").read_text())
+    document.pop("checksum")
+    place, keys = document, sorted(document)
+    key = data.draw(st.sampled_from(keys))
+    if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+        place, key = place[key], data.draw(st.sampled_from(sorted(place[key])))
+    place[key] = value
+    try:
+        sealed = _canonical({**document, "checksum": hashlib.sha256(_canonical(document)).hexdigest()})
+    except ValueError:
+        return  # not a number, which the canonical form has no word for
+    with soon():
+        try:
+            assert isinstance(Manifest.from_json(sealed), Manifest)
+        except DataError as error:
+            said(error)
+
+
+# --- a checkpoint -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run") / "checkpoints"
+    state = {"config": "seed = 1\n", "optimizer": {"param_groups": [{"lr": 0.1}], "numbers": {}}, "best_top1": 3.5}
+
+    def write_model(path: Path) -> None:
+        write_safetensors(path, {"w": torch.zeros(3)}, {})
+
+    CheckpointFolder(root, keep=2).save(
+        5, {"student.w": torch.arange(6.0), "generator.torch": torch.get_rng_state()}, state, write_model, best=False
+    )
+    return root
+
+
+@FUZZ
+@given(name=st.sampled_from(["model.safetensors", "train.safetensors", "state.json"]), damage=damages)
+def test_a_checkpoint_with_damage_anywhere(checkpoint: Path, tmp_path: Path, name: str, damage: Any) -> None:
+    """Noticed, or not there: whoever reads on has what was written."""
+    copy = tmp_path / "checkpoints"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(checkpoint, copy, symlinks=True)
+    path = copy / "step-5" / name
+    path.write_bytes(damaged(path.read_bytes(), damage))
+    lines: list[str] = []
+    with soon():
+        try:
+            found = CheckpointFolder(copy, keep=2).load("auto", lines.append)
+        except DataError as error:
+            said(error)
+        else:
+            assert isinstance(found, Checkpoint) and torch.equal(found.tensors["student.w"], torch.arange(6.0))
+            assert found.state["best_top1"] == 3.5 and found.state["step"] == 5
+
+
+@FUZZ
+@given(state=anything)
+def test_a_forged_state(checkpoint: Path, tmp_path: Path, state: Any) -> None:
+    """Right checksums over anything."""
+    copy = tmp_path / "checkpoints"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(checkpoint, copy, symlinks=True)
+    folder = copy / "step-5"
+    if isinstance(state, dict):
+        own = json.loads(json.dumps({**state, "format": FORMAT}))
+        files = {name: sha256_file(folder / name) for name in ("model.safetensors", "train.safetensors")}
+        state = {**own, "sha256": files | {STATE: _digest(own)}}
+    (folder / STATE).write_text(json.dumps(state))
+    with soon():
+        try:
+            CheckpointFolder(copy, keep=2).load("auto", lambda line: None)
+        except DataError as error:
+            said(error)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------------
+
+
+def weights_files() -> dict[str, bytes]:
+    state = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.zeros(4, dtype=torch.int64)}
+    found = {}
+    for name, options in (("zip", {}), ("old", {"_use_new_zipfile_serialization": False})):
+        file = io.BytesIO()
+        torch.save({"state_dict": state, "epoch": 3}, file, **options)
+        found[name] = file.getvalue()
+    from safetensors.torch import save
+
+    return {**found, "safetensors": save(state, {"dad_fast.student": json.dumps(SPEC)})}
+
+
+FILES = weights_files()
+
+
+@FUZZ
+@pytest.mark.filterwarnings("ignore")
+@given(form=st.sampled_from(sorted(FILES)), damage=damages)
+def test_weights_with_damage_anywhere(tmp_path: Path, form: str, damage: Any) -> None:
+    (tmp_path / "w").write_bytes(damaged(FILES[form], damage))
+    with soon():
+        for read in (read_state_dict, load_student):
+            try:
+                state, _ = read(tmp_path / "w")
+                assert read is load_student or sum(tensor.numel() for tensor in state.values()) < 1_000_000
+            except DadFastError as error:
+                said(error)
+
+
+@settings(FUZZ, max_examples=20)
+@given(key=st.sampled_from([*SPEC, "model_kwargs.layers", "model_kwargs.channels", "model_kwargs.more"]), value=anything)
+def test_a_forged_description_of_a_student(tmp_path: Path, key: str, value: Any) -> None:
+    spec = {**SPEC, "model_kwargs": {**SMALL}}
+    table, _, name = key.rpartition(".")
+    (spec["model_kwargs"] if table else spec)[name] = value
+    write_safetensors(tmp_path / "m.safetensors", {"w": torch.zeros(3)}, {"dad_fast.student": json.dumps(spec)})
+    with soon(), pytest.raises(DataError) as caught:
+        load_student(tmp_path / "m.safetensors")
+    said(caught.value)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------------
+
+
+def image_files() -> dict[str, bytes]:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    found = {}
+    for form in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"):
+        file = io.BytesIO()
+        image.save(file, form)
+        found[form] = file.getvalue()
+    return found
+
+
+IMAGES = image_files()
+
+
+@FUZZ
+@pytest.mark.filterwarnings("ignore")
+@given(form=st.sampled_from(sorted(IMAGES)), damage=damages)
+def test_images_with_damage_anywhere(form: str, damage: Any) -> None:
+    with soon():
+        try:
+            assert read_rgb(io.BytesIO(damaged(IMAGES[form], damage)), "x").mode == "RGB"
+        except DecodeError as error:
+            said(error)

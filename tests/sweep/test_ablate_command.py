@@ -1,0 +1,210 @@
+"""`dad-fast ablate` as a user meets it: cells on processes of their own, gone on with after a kill, one table in the end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+for package in ("timm", "open_clip"):
+    pytest.importorskip(package)
+import tiny  # noqa: E402
+
+from dad_fast.cli.main import main  # noqa: E402
+from tests.processes import HANG, wait_until  # noqa: E402
+
+
+def arguments(parts, out, *more):
+    return tiny.train_arguments(parts, out, "--devices", "cpu", "--jobs", "1", "--seeds", "2", *more, verb="ablate")
+
+
+def finished(out):
+    return {str(path.parent.relative_to(out)): path.stat().st_mtime_ns for path in out.glob("*/seed-*/results.json")}
+
+
+def test_the_plan_and_its_cost(parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(parts, out, "--axes", "filter", "--stores", "--vary", "optim.lr=1e30", "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert "3 cells, 6 runs; 0 are done, 6 to do" in said and "times one run of KD" in said
+    assert f"6 runs learn from {out}/stores/adversarial-" in said and not out.exists()
+
+
+def test_a_sweep_with_a_failure_extended_and_gone_on_with(parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    # a cell that fails is named, and the others are done
+    assert main(arguments(parts, out, "--axes", "filter", "--vary", "optim.lr=1e30", "--max-steps", "12")) == 1
+    said = capsys.readouterr().err
+    assert "failed: lr=1e30 seed 0: the loss or a gradient was not a number" in said
+    before = finished(out)
+    assert set(before) == {"dad/seed-0", "dad/seed-1", "filter=off/seed-0", "filter=off/seed-1"}
+    record = json.loads((out / "results.json").read_text())
+    assert record["ablation"]["axes"] == {"filter": ["dad", "filter=off"], "optim.lr": ["dad", "lr=1e30"]}
+    assert set(record["ablation"]["failed"]) == {"lr=1e30 seed 0", "lr=1e30 seed 1"}
+    assert record["environment"]["cpu"] and len(record["runs"]) == 4
+    assert "interval" in record["ablation"]["cells"]["filter=off"]["val"]["top1"]
+    assert "| filter=off | 2 |" in (out / "table.md").read_text() and (out / "plot.svg").exists() and (out / "report.html").exists()
+
+    # cells are added; what is done is not done again, but for what is damaged
+    (out / "dad/seed-1/results.json").write_text("{}")
+    assert main(arguments(parts, out, "--axes", "order", "filter", "--max-steps", "12", "--resume", "auto")) == 0
+    assert "[4/6] dad seed 1: val" in capsys.readouterr().err
+    after = finished(out)
+    assert [name for name in before if after[name] != before[name]] == ["dad/seed-1"] and "order=authors/seed-1" in after
+    assert json.loads((out / "dad/seed-1/results.json").read_text()) == record["runs"][1]
+
+    # another base is not this sweep
+    assert main(arguments(parts, out, "--axes", "filter", "--max-steps", "12")) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert main(arguments(parts, out, "--axes", "filter", "--max-steps", "12", "--resume", "auto", "--temperature", "2")) == 2
+    said = capsys.readouterr().err
+    assert "loss.temperature: 4.0 → 2.0" in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_cell_is_the_run_that_train_makes_of_it(parts, tmp_path):
+    out = tmp_path / "out"
+    assert main(arguments(parts, out, "--axes", "filter")) == 0
+    file = tmp_path / "alone.toml"
+    file.write_text((out / "filter=off/seed-1/config.toml").read_text())
+    assert main(["train", str(file), "-o", str(tmp_path / "alone")]) == 0
+    ours, alone = (json.loads((folder / "results.json").read_text()) for folder in (out / "filter=off/seed-1", tmp_path / "alone"))
+    assert ours["suites"] == alone["suites"] and ours["teacher"] == alone["teacher"]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out / "filter=off/seed-1", tmp_path / "alone")]
+    assert weights[0][-1000:] == weights[1][-1000:]  # behind the metadata
+
+
+@pytest.mark.slow
+def test_cells_share_stores(parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(parts, out, "--axes", "components", "filter", "--stores", "adversarial", "targets:2")) == 0
+    assert sorted(path.name.partition("-")[0] for path in (out / "stores").iterdir() if path.is_dir()) == ["adversarial", "targets"]
+    facts = json.loads((out / "filter=off/seed-1/run.json").read_text())
+    assert [store["kind"] for store in facts["stores"]] == ["adversarial", "targets"] and not facts["teacher_loaded"]
+    assert "learn from stores (adversarial images, un-augmented and" in (out / "table.md").read_text()
+    assert main(arguments(parts, out, "--axes", "components", "filter", "--resume", "auto")) == 2
+    assert "store.make" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_linear_probes_are_swept_too(parts, tmp_path, capsys):
+    out, data = tmp_path / "out", ["--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors")]
+    given = ["ablate", "--preset", "lp-clip-demo", *data, "--set", "eval.suites=[]", "--img-size", str(tiny.SIDE), "--batch-size", "8"]
+    given += ["--seeds", "1", "--epochs", "2", "--devices", "cpu", "-o", str(out), "--thresholds", "0.3"]
+    assert main([*given, "--dry-run"]) == 0
+    assert "2 cells, 2 runs; 0 are done, 2 to do" in capsys.readouterr().out
+    assert main(given) == 0
+    assert set(finished(out)) == {"lp-clip/seed-0", "threshold=0.3/seed-0"}
+    assert main([*given, "--resume", "auto", "--dry-run"]) == 0
+    assert "2 are done, 0 to do" in capsys.readouterr().out
+
+
+# Long enough to be stopped in the middle; checkpoints only where somebody asks for one.
+LONG = ["--axes", "filter", "--epochs", "100", "--max-steps", "0", "--seeds", "1", "--val-every", "0"]
+LONG += ["--set", "log_every=5", "--set", "checkpoint.every_steps=100000"]
+
+
+def start(parts, out, *more):
+    command = [sys.executable, "-m", "dad_fast", *arguments(parts, out, *LONG, *more)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def training(out):
+    return any(path.stat().st_size for path in out.glob("*/seed-*/metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on(parts, tmp_path, capsys):
+    """kill -9 of the sweep's own process: its workers save and end, and the same command goes on where they were."""
+    out = tmp_path / "out"
+    sweep = start(parts, out)
+    wait_until(lambda: training(out))
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.wait()
+    assert main(arguments(parts, out, *LONG)) == 2  # at once, while the worker may still be saving
+    assert main(arguments(parts, out, *LONG, "--resume", "auto")) == 0
+    begun = re.findall("steps ([0-9]+) to 300", (out / "dad/seed-0/train.log").read_text())
+    assert len(begun) == 2 and begun[0] == "0" and 0 < int(begun[1]) < 300
+    assert len(finished(out)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_what_is_under_way(parts, tmp_path, number, code):
+    out = tmp_path / "out"
+    sweep = start(parts, out)
+    wait_until(lambda: training(out))
+    os.kill(sweep.pid, number)
+    _, said = sweep.communicate(timeout=HANG)
+    assert sweep.returncode == code, said
+    assert "0 of 2 runs done; what was under way is saved" in said and "failed" not in said
+    assert list(out.glob("dad/seed-0/checkpoints/latest"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_a_worker_that_dies_fails_its_cell_alone(parts, tmp_path):
+    out = tmp_path / "out"
+    sweep = start(parts, out)
+    wait_until(lambda: training(out))
+    (worker,) = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    _, said = sweep.communicate(timeout=HANG)
+    assert sweep.returncode == 1, said
+    assert f"failed: dad seed 0: its process died (signal SIGKILL); see {out}/logs/worker-0.log" in said
+    assert set(finished(out)) == {"filter=off/seed-0"}
+
+
+@pytest.mark.slow
+def test_one_sweep_at_a_time(parts, tmp_path, monkeypatch, capsys):
+    from dad_fast.sweep import sweep as sweeps
+
+    out = tmp_path / "out"
+    sweep = start(parts, out)
+    wait_until(lambda: training(out))
+    monkeypatch.setattr(sweeps, "LOCK_SECONDS", 0.1)
+    assert main(arguments(parts, out, *LONG, "--resume", "auto")) == 2
+    assert "another sweep runs in it" in capsys.readouterr().err
+    sweep.terminate()
+    sweep.communicate(timeout=HANG)
+
+
+MISTAKES = {
+    "an unknown axis": (2, "--axes", ["--axes", "filtre"]),
+    "an unknown kind of store": (2, "adversarial", ["--stores", "images"]),
+    "no such device": (2, "--devices", ["--devices", "gpu"]),
+    "a device that is not there": (3, "cuda:7", ["--devices", "cuda:7"]),
+    "jobs that are no number": (2, "--jobs", ["--jobs", "many"]),
+    "a checkpoint to go on from": (2, "--resume auto", ["--resume", "runs/x"]),
+    "an unknown flag": (2, "--vary", ["--varies", "x=1"]),
+    "a form of stored images": (2, "--store-images", ["--stores", "--store-images", "png"]),
+    "one teacher of several is no file": (4, "teacher=nowhere: ", ["--teachers", "nowhere.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_one_line_with_its_exit_code_and_writes_nothing(parts, tmp_path, capsys, what):
+    code, word, more = MISTAKES[what]
+    assert main(arguments(parts, tmp_path / "out", *more)) == code
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and word in said and "Traceback" not in said, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_sweep_is_left_alone(parts, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    for more in ([], ["--resume", "auto"]):
+        assert main(arguments(parts, tmp_path, *more)) == 2
+        assert "holds no sweep (thesis.tex)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_help_fits_a_screen(capsys):
+    assert main(["ablate", "-h"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 100
