@@ -18,7 +18,7 @@ from benchmarks.ddp import with_ddp
 from benchmarks.workload import make_workload
 from dad_fast.config.schema import Config
 from dad_fast.distributed import process_group as distributed
-from dad_fast.engine.build import resolve_device
+from dad_fast.distributed.device import resolve_device
 
 
 def main(size: str, device_name: str, batch_size: str) -> None:

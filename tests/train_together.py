@@ -1,4 +1,4 @@
-"""A few steps of every method on synthetic images, in one of several processes (tests/distributed/test_distributed_training.py starts them).
+"""A few steps of every method on synthetic images, in one of several processes.
 
     python train_together.py LIST      LIST is JSON: [name, method, student, grad_accum_steps, dtype, step with a NaN] for each
 

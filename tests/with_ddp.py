@@ -1,6 +1,6 @@
 """Losses and gradients of a few steps in two processes: with one tensor of gradients, and with DistributedDataParallel in its place.
 
-Prints two JSON lines, each {method: [numbers of a step, for each step]}. tests/distributed/test_distributed_training.py starts the processes.
+Prints two JSON lines, each {method: [numbers of a step, for each step]}.
 """
 
 import json

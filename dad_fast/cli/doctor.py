@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from dad_fast.cli.parser import Parser, wants_help
+from dad_fast.config.options import DoctorOptions
 from dad_fast.errors import UsageError
 
 SUMMARY = "look at this machine (packages, GPU, kernels, numerics), or with --data at a data set"
@@ -35,17 +35,6 @@ examples:
 """
 
 
-class DoctorOptions(NamedTuple):
-    """`split` None: `train` where there is one. `need` 0: not said."""
-
-    numerics: bool
-    data: str
-    split: str | None
-    class_map: str
-    loader: str
-    need: float
-
-
 def main(arguments: list[str], debug: bool) -> int:
     if wants_help(arguments):
         print(HELP, end="")
@@ -71,7 +60,7 @@ def parse(arguments: Sequence[str]) -> DoctorOptions:
     options = DoctorOptions(**vars(parser.parse(arguments)))
     if options.data and options.numerics:
         raise UsageError("--data looks at a data set and --numerics at this machine: leave one out")
-    if not options.data and options[2:] != (None, "", "auto", 0.0):
+    if not options.data and (options.split, options.class_map, options.loader, options.need) != (None, "", "auto", 0.0):
         raise UsageError("--split, --class-map, --loader and --need go with --data DIR")
     if not 0 <= options.need < float("inf"):
         raise UsageError(f"--need {options.need:g}: must be a number of images a second")

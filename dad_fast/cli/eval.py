@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from dad_fast.cli.parser import ListAction, Parser, add_settings, flag_names, two_columns, typed_settings, wants_help
 from dad_fast.config.fields import settings
+from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
 
 SUMMARY = "judge checkpoints and published models on test sets and corruptions, compare two"
@@ -64,22 +63,6 @@ OWN = {
     "--nproc N|auto": "processes on this machine, auto = one a GPU [1]",
     "--debug": "show tracebacks",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalLaunch:
-    """What `dad-fast eval` judges, compares and writes."""
-
-    model: str = ""
-    compare: tuple[str, ...] = ()  # two models or files of predictions
-    ood: tuple[str, ...] = ()
-    id_suite: str = ""  # "" = the first suite
-    baselines: str = ""
-    json: str = ""
-    csv: str = ""
-    predictions: str = ""  # a folder
-    nproc: str = "1"
-    arguments: tuple[str, ...] = ()  # the command line after the verb, for the processes that nproc starts
 
 
 def main(arguments: list[str], debug: bool) -> int:

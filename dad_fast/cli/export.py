@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from dad_fast.cli.parser import Intermixed, wants_help
 from dad_fast.config.fields import nearest
+from dad_fast.config.options import ExportOptions
 from dad_fast.errors import UsageError
 
 SUMMARY = "hand a student over: timm's files, ONNX, torch.export, with a model card"
@@ -40,16 +40,6 @@ examples:
 """
 
 
-class ExportOptions(NamedTuple):
-    """`formats` empty: the model's own. `weights` "": those that evaluation uses."""
-
-    checkpoint: str
-    output: str
-    formats: tuple[str, ...]
-    weights: str
-    overwrite: bool
-
-
 def main(arguments: list[str], debug: bool) -> int:
     if wants_help(arguments):
         print(HELP, end="")
@@ -76,4 +66,4 @@ def parse(arguments: Sequence[str]) -> ExportOptions:
     formats = tuple(dict.fromkeys(name for text in given.formats for name in text.split(",") if name))
     if unknown := [name for name in formats if name not in FORMATS]:
         raise UsageError(f"--format {unknown[0]}: there are {', '.join(FORMATS)}{nearest(unknown[0], FORMATS)}")
-    return ExportOptions(given.checkpoint, given.output, formats, given.weights, given.overwrite)
+    return ExportOptions(**{**vars(given), "formats": formats})

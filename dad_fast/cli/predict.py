@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from dad_fast.cli.parser import Intermixed, wants_help
+from dad_fast.config.options import PredictOptions
 from dad_fast.errors import UsageError
 
 SUMMARY = "name what images show, with a trained or an exported student"
@@ -31,15 +31,6 @@ examples:
   dad-fast predict runs/export/model.onnx photos --top 1
   dad-fast predict runs/export photos --json > predictions.jsonl
 """
-
-
-class PredictOptions(NamedTuple):
-    model: str
-    images: tuple[str, ...]
-    top: int
-    json: bool
-    batch_size: int
-    device: str
 
 
 def main(arguments: list[str], debug: bool) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dad_fast.cli.parser import config_parser, read_config, wants_help
 from dad_fast.config import Config, check
 from dad_fast.config.fields import nearest
+from dad_fast.config.options import ProfileLaunch
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
 
@@ -43,16 +43,6 @@ flags:
 Where --cuda-graphs is auto, the step runs without graphs here, so that every stage shows;
 --cuda-graphs on shows the replays. nsys and ncu were not yet run on a GPU with this command.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileLaunch:
-    kind: str
-    output: str
-    steps: int
-    warm_up: int
-    kernel: str
-    launches: int
 
 
 def main(arguments: list[str], debug: bool) -> int:

@@ -46,3 +46,62 @@ class AnalyzeLaunch:
     num_images: int = 1000  # of the training set and of each test set, at most
     projections: int = 256  # directions of the sliced Wasserstein distance
     resamples: int = 200  # random halves that intervals are made from
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """`split` None: `train` where there is one. `need` 0: not said."""
+
+    numerics: bool
+    data: str
+    split: str | None
+    class_map: str
+    loader: str
+    need: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalLaunch:
+    """What `dad-fast eval` judges, compares and writes."""
+
+    model: str = ""
+    compare: tuple[str, ...] = ()  # two models or files of predictions
+    ood: tuple[str, ...] = ()
+    id_suite: str = ""  # "" = the first suite
+    baselines: str = ""
+    json: str = ""
+    csv: str = ""
+    predictions: str = ""  # a folder
+    nproc: str = "1"
+    arguments: tuple[str, ...] = ()  # the command line after the verb, for the processes that nproc starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """`formats` empty: the model's own. `weights` "": those that evaluation uses."""
+
+    checkpoint: str
+    output: str
+    formats: tuple[str, ...]
+    weights: str
+    overwrite: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    model: str
+    images: tuple[str, ...]
+    top: int
+    json: bool
+    batch_size: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileLaunch:
+    kind: str
+    output: str
+    steps: int
+    warm_up: int
+    kernel: str
+    launches: int

@@ -15,6 +15,7 @@ from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source, open_source
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
+from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.engine.preflight import check_same_classes, check_splits, check_weights
 from dad_fast.engine.probe_features import FeatureTable
@@ -178,25 +179,3 @@ def _source(cfg: Config, split: str) -> Source:
         if recorded is None or recorded == source.classes or set(recorded.folders) != set(source.classes.folders):
             return source  # whether these are a store's classes is for Stored to say
         return open_source(data.data_dir, split, classes=recorded, max_bad_share=data.max_bad_share)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; of several processes on a machine each gets its own.
-
-    A GPU that is named by its number becomes the current one: by that go streams, events and Triton's launches.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and distributed.world() > 1 and torch.cuda.is_available():
-        name = f"cuda:{distributed.local_rank() % torch.cuda.device_count()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem(f"--device {name}: torch sees no CUDA device; see dad-fast doctor, or use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentProblem(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.schema import Config
-from dad_fast.data.augment.mixing import Mixed, mix, partners, soft_targets, to_pixels
+from dad_fast.data.augment.mixing import Mixed, mix, partners, soft_targets, to_levels, to_pixels
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.base import Discretizer, VQGANDiscretizer
 from dad_fast.engine.cuda_graph import StepGraphs
@@ -31,7 +31,6 @@ from dad_fast.methods.discretize import discretize, perturb
 from dad_fast.methods.losses import TERMS, Logits, joint_objective, keep_mask, mixed_outputs, objective, smooth
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
-from dad_fast.precompute.adversarial import to_levels
 
 MEASURED = 16  # images whose codes are compared at a log step
 

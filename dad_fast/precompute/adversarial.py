@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dad_fast.data.augment.mixing import soft_targets, to_pixels
+from dad_fast.data.augment.mixing import soft_targets, to_levels, to_pixels
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import perturb
@@ -23,11 +23,6 @@ class Adversarial(NamedTuple):
     outputs: Tensor  # float32 [B, C], the teacher's logits
     kept: Tensor  # bool [B], the teacher still says the label
     changed: Tensor | None  # float32 [B], share of codes that the attack changed
-
-
-def to_levels(pixels: Tensor) -> Tensor:
-    """[0, 1] -> uint8, to nearest."""
-    return pixels.mul(255.0).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()

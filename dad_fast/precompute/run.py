@@ -18,10 +18,10 @@ from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.sources.base import open_source
 from dad_fast.distributed import process_group as distributed
+from dad_fast.distributed.device import resolve_device
 from dad_fast.distributed.launch import end_with_launcher, is_worker, number_of_processes, run_processes
 from dad_fast.distributed.signals import stop_requests
 from dad_fast.engine import frozen
-from dad_fast.engine.build import resolve_device
 from dad_fast.errors import DataError
 from dad_fast.loggers.progress import format_seconds, report_progress
 from dad_fast.loggers.run_log import print_line

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dad_fast.cli.eval import EvalLaunch
 from dad_fast.config import Config, from_toml
 from dad_fast.config.fields import coerce, nearest, settings, with_values
+from dad_fast.config.options import EvalLaunch
 from dad_fast.config.schema import TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import check_dali
 from dad_fast.distributed import process_group as distributed
+from dad_fast.distributed.device import resolve_device
 from dad_fast.distributed.launch import end_with_launcher, is_worker, number_of_processes, run_processes
 from dad_fast.distributed.signals import ends_at_once, stop_requests
-from dad_fast.engine.build import resolve_device
 from dad_fast.errors import UsageError
 from dad_fast.evaluate import show
 from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines

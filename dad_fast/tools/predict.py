@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dad_fast.cli.predict import PredictOptions
+from dad_fast.config.options import PredictOptions
 from dad_fast.data.augment.execute import eval_transform
 from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import EXTENSIONS, DecodeError, read_rgb
 from dad_fast.data.sources.names import shown
-from dad_fast.engine.build import resolve_device
+from dad_fast.distributed.device import resolve_device
 from dad_fast.errors import DataError, UsageError
 from dad_fast.models.onnx_student import OnnxStudent
 from dad_fast.models.run_settings import run_settings, take_view

@@ -105,7 +105,7 @@ def test_workers_and_an_abandoned_pass_change_nothing():
 
 
 ABANDON = """
-from test_dali import *
+from tests.data.test_dali import *
 
 if __name__ == "__main__":
     batches = next(loaders(Files(shades()), workers=1)).batches(0, 20)

@@ -10,13 +10,13 @@ pytest.importorskip("timm")
 torch = pytest.importorskip("torch")
 
 from dali_cases import CENTER, FULL, Files, decoded, errors, jpeg, photos, record_of  # noqa: E402
-from test_dali import FIELDS, collect, nobody_reads, shades  # noqa: E402
-from test_dali_parity import check, every_argument, ruler, shift_in_pixels, sides  # noqa: E402
 
 from dad_fast.data.augment.policy import ARGUMENTS, GEOMETRIC  # noqa: E402
 from dad_fast.data.augment.records import Erase  # noqa: E402
 from dad_fast.data.loaders.dali.loader import DaliLoader  # noqa: E402
 from dad_fast.data.loaders.loader import TrainLoader  # noqa: E402
+from tests.data.test_dali import FIELDS, collect, nobody_reads, shades  # noqa: E402
+from tests.data.test_dali_parity import check, every_argument, ruler, shift_in_pixels, sides  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -266,7 +266,7 @@ def is_running(pid):
 
 ABANDON = """
 import os, signal, sys
-from test_loader import *
+from tests.data.test_loader import *
 
 if __name__ == "__main__":
     batches = TrainLoader(Squares(), PLAIN, 8, 2, 5, 1).batches(0, 25)

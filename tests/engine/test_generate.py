@@ -10,12 +10,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("open_clip")
 import tests.engine.test_step as small  # noqa: E402
-from dad_fast.data.augment.mixing import to_pixels  # noqa: E402
+from dad_fast.data.augment.mixing import to_levels, to_pixels  # noqa: E402
 from dad_fast.data.loaders.blocks import blocks, num_blocks  # noqa: E402
 from dad_fast.data.sources.folder import FolderSource  # noqa: E402
 from dad_fast.discretizers.base import Identity  # noqa: E402
 from dad_fast.methods.attack import PGD  # noqa: E402
-from dad_fast.precompute.adversarial import adversarial, to_levels  # noqa: E402
+from dad_fast.precompute.adversarial import adversarial  # noqa: E402
 from tests.tiny import write_images  # noqa: E402
 
 VIEW = {"img_size": 16, "crop_pct": 1.0, "interpolation": "bilinear"}

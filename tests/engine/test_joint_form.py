@@ -10,14 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-from test_precompute import flags, inputs, raw, step_of, targets  # noqa: E402, F401
-from test_step import SIDE, B, C, batch, make  # noqa: E402
-
 from dad_fast.cli.main import main  # noqa: E402
 from dad_fast.config.schema import AugmentConfig, EngineConfig, LossConfig, StoreConfig  # noqa: E402
 from dad_fast.data.augment.records import CUTMIX, MIXUP  # noqa: E402
 from dad_fast.methods.losses import joint_objective, mixed_outputs  # noqa: E402
+from tests.engine.test_step import SIDE, B, C, batch, make  # noqa: E402
 from tests.numerics import assert_same_function, assert_same_levels  # noqa: E402
+from tests.precompute.test_precompute import flags, inputs, raw, step_of, targets  # noqa: E402, F401
 from tests.tiny import write_images  # noqa: E402
 
 JOINT = LossConfig(form="joint", ce=0.75, kd=0.25)

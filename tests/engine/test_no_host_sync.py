@@ -12,8 +12,6 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 pytest.importorskip("open_clip")
-from test_savings import timm_teacher  # noqa: E402
-from test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -25,6 +23,8 @@ from dad_fast.kernels.pack_codes import packed_bytes  # noqa: E402
 from dad_fast.methods.losses import TERMS  # noqa: E402
 from dad_fast.models.optimizations import Savings, save_student_work, save_teacher_work  # noqa: E402
 from dad_fast.models.student import build_student  # noqa: E402
+from tests.engine.test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer  # noqa: E402
+from tests.models.test_savings import timm_teacher  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 CUDA = torch.device("cuda")

@@ -14,7 +14,7 @@ from dad_fast.config.schema import AttackConfig, AugmentConfig, Config, EngineCo
 from dad_fast.data.loaders.loader import Batch  # noqa: E402
 from dad_fast.discretizers.base import VQGANDiscretizer  # noqa: E402
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig  # noqa: E402
-from dad_fast.engine.build import resolve_device  # noqa: E402
+from dad_fast.distributed.device import resolve_device  # noqa: E402
 from dad_fast.engine.garbage import collections_between_steps  # noqa: E402
 from dad_fast.engine.meter import Meter  # noqa: E402
 from dad_fast.engine.step import TrainStep  # noqa: E402

@@ -22,7 +22,8 @@ from dad_fast.evaluate.suites.published import C_VIEWS
 
 def write_c(root: Path, chosen: dict[str, int], wrong) -> Path:
     """Two images a class of every corruption and severity; `wrong(corruption, severity, i)` says which are shown as the next class."""
-    names = json.loads((Path(__file__).parents[2] / "dad_fast" / "evaluate" / "suites" / "published.json").read_text())["alexnet_errors"]["values"]
+    published = Path(__file__).parents[2] / "dad_fast/evaluate/suites/published.json"
+    names = json.loads(published.read_text())["alexnet_errors"]["values"]
     groups = {"fog": "weather", "snow": "weather", "gaussian_noise": "noise"}
     for corruption in names:
         for severity in range(1, 6):

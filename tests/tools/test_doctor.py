@@ -12,7 +12,7 @@ import pytest
 
 from dad_fast.cli import main as cli
 from dad_fast.tools.doctor import run as doctor
-from dad_fast.tools.doctor.run import Row
+from dad_fast.tools.doctor.row import Row
 
 pytest.importorskip("timm")
 

@@ -26,6 +26,11 @@ def to_pixels(images: Tensor, memory_format: torch.memory_format = torch.contigu
     return images.to(torch.float32, memory_format=memory_format).div_(255.0)
 
 
+def to_levels(pixels: Tensor) -> Tensor:
+    """[0, 1] -> uint8, to nearest."""
+    return pixels.mul(255.0).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """Labels int64 [B] -> float32 [B, C]: smoothing/C everywhere, the rest on the label."""
     targets = torch.full((labels.shape[0], num_classes), smoothing / num_classes, device=labels.device)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dad_fast.cli.doctor import DoctorOptions
+from dad_fast.config.options import DoctorOptions
 from dad_fast.cores import num_cores
 from dad_fast.data.sources.base import EMBEDDED, Source, open_source
 from dad_fast.data.sources.index import Files, progress_bar
 from dad_fast.data.sources.names import shown, some
 from dad_fast.errors import DataError, EnvironmentProblem
-from dad_fast.tools.doctor.run import Row, render
+from dad_fast.tools.doctor.row import Row, render
 
 MAX_BAD_SHARE = 0.01  # data.max_bad_share's default
 SECONDS = 3.0  # of decoding per back end

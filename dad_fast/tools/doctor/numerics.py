@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dad_fast.kernels import nearest_code
 from dad_fast.methods.attack import PGD
-from dad_fast.tools.doctor.run import Row
+from dad_fast.tools.doctor.row import Row
 
 TOLERANCE = 1e-5  # of a pixel in [0, 1], where float32 meets float64
 

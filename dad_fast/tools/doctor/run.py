@@ -6,32 +6,20 @@ import os
 import platform
 import re
 import sys
-import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from dad_fast.cores import num_cores
+from dad_fast.tools.doctor.row import Row, render
 
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 # Distributions whose module has another name.
 MODULES = {"open_clip_torch": "open_clip", "apache-tvm-ffi": "tvm_ffi", "pillow": "PIL", "nvidia-ml-py": "pynvml"}
 # Listed as dependencies, but everything works on the CPU without them: their own rows below say what is then off.
 OPTIONAL = {"triton", "apache-tvm-ffi", "nvidia-ml-py"}
-WIDTH = 100
-
-
-class Row(NamedTuple):
-    """`state`: ok, off (not here, and nothing is broken by that) or wrong. Only a required row that is not ok fails doctor."""
-
-    component: str
-    state: Literal["ok", "off", "wrong"]
-    detail: str
-    mend: str = ""
-    required: bool = False
 
 
 def run(numerics: bool) -> int:
@@ -48,14 +36,6 @@ def run(numerics: bool) -> int:
         return 3
     print("Everything required is here." + (f" Worth mending: {', '.join(odd)}." if odd else ""))
     return 0
-
-
-def render(row: Row) -> str:
-    lead = f"{row.state:<6} {row.component:<18} "
-    text = textwrap.fill(row.detail, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead), break_long_words=False)
-    if row.mend:
-        text += "\n" + textwrap.fill(f"mend: {row.mend}", WIDTH, initial_indent=" " * len(lead), subsequent_indent=" " * len(lead))
-    return text
 
 
 def examine(numerics: bool = False) -> Iterator[Row]:

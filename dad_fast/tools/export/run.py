@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import dad_fast
-from dad_fast.cli.export import ExportOptions
+from dad_fast.config.options import ExportOptions
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import UsageError
 from dad_fast.files import atomic_write_json, atomic_write_text, disk_error, hold, remove_abandoned, sync

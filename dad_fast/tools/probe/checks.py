@@ -25,8 +25,8 @@ from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import open_source
+from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
-from dad_fast.engine.build import resolve_device
 from dad_fast.errors import UsageError, program
 from dad_fast.evaluate.corruptions.common import corrupt, num_severities
 from dad_fast.evaluate.metrics.ood_detection import metrics

@@ -12,8 +12,8 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from dad_fast.cli.profile import ProfileLaunch
 from dad_fast.config import Config, to_toml
+from dad_fast.config.options import ProfileLaunch
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.files import atomic_write_text
 from dad_fast.loggers.run_log import print_line

@@ -1,0 +1,30 @@
+"""The device of this process."""
+
+from __future__ import annotations
+
+import torch
+
+from dad_fast.distributed import process_group as distributed
+from dad_fast.errors import EnvironmentProblem, UsageError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; of several processes on a machine each gets its own.
+
+    A GPU that is named by its number becomes the current one: by that go streams, events and Triton's launches.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world() > 1 and torch.cuda.is_available():
+        name = f"cuda:{distributed.local_rank() % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(f"--device {name}: torch sees no CUDA device; see dad-fast doctor, or use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentProblem(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
