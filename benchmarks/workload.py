@@ -28,7 +28,8 @@ from dad_fast.config.resolve import gather
 from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config, Method
 from dad_fast.data.augment.records import UNMIXED, mix_record, uses_mixing
 from dad_fast.data.loaders.loader import Batch
-from dad_fast.discretizers.base import VQGANDiscretizer, load_discretizer
+from dad_fast.discretizers.registry import load_discretizer
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.engine.frozen import model_savings

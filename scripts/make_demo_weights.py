@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a ba
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.sources.embedded import NAMES, EmbeddedSource
-from dad_fast.discretizers.base import load_discretizer
+from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.models.teacher import TEACHER, load_teacher
 from dad_fast.models.weights.files import write_safetensors

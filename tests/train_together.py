@@ -15,7 +15,8 @@ import torch
 
 from dad_fast.config.schema import AttackConfig, Config, EmaConfig, EngineConfig, OptimConfig, StudentConfig
 from dad_fast.data.loaders.steps import Batch
-from dad_fast.discretizers.base import VQGANDiscretizer, load_discretizer
+from dad_fast.discretizers.registry import load_discretizer
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.step import TrainStep

@@ -10,7 +10,7 @@ import torch
 
 from dad_fast.data.augment.mixing import soft_targets, to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
-from dad_fast.discretizers.base import Discretized, Discretizer, VQGANDiscretizer
+from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Result, Suite
@@ -107,9 +107,9 @@ def _sheet(trainer: Trainer, output: Path) -> None:
 
 def _shift(discretizer: Discretizer, before: Discretized, after: Discretized) -> tuple[torch.Tensor | None, int]:
     """How far each code moved in the codebook, [N, h, w], and the codebook's size; (None, 0) without codes."""
-    if before.codes is None or after.codes is None or not isinstance(discretizer, VQGANDiscretizer):
+    if before.codes is None or after.codes is None or discretizer.codebook is None:
         return None, 0
-    codebook = discretizer.vqgan.codebook.float()  # [K, D]
+    codebook = discretizer.codebook.float()  # [K, D]
     distance = (codebook[before.codes] - codebook[after.codes]).norm(dim=-1)
     tiny = torch.finfo(torch.float32).tiny  # two codes may be equal vectors: another code all the same
     return distance.clamp_min(tiny).where(before.codes != after.codes, 0.0), len(codebook)

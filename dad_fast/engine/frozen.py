@@ -9,7 +9,8 @@ import torch
 
 from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.data.classes import ClassMap
-from dad_fast.discretizers.base import Discretizer, VQGANDiscretizer, load_discretizer
+from dad_fast.discretizers.base import Discretizer
+from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings
 from dad_fast.models.optimizations import Savings, save_teacher_work
 from dad_fast.models.teacher import Teacher, load_teacher
@@ -45,7 +46,7 @@ def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
     savings = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
     kernel = cfg.engine.step_kernels and device.type == "cuda"
     model = load_discretizer(cfg.discretizer.name, cfg.precision, device, VQGANSavings(**savings, norm_kernel=kernel))
-    return FrozenDiscretizer(model, fingerprint(model.vqgan) if isinstance(model, VQGANDiscretizer) else None)
+    return FrozenDiscretizer(model, model.fingerprint())
 
 
 def _wanted(cfg: Config, name: str) -> bool:

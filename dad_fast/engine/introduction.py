@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dad_fast.config.schema import Config
 from dad_fast.data.loaders.loader import TrainLoader, resolve_loader
-from dad_fast.discretizers.base import VQGANDiscretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Parts
 from dad_fast.engine.probe_features import FeatureLoader
@@ -22,8 +21,7 @@ def introduction(cfg: Config, parts: Parts, loader: TrainLoader | FeatureLoader)
         lines.append(f"a linear layer of {trained:,} numbers is trained on the teacher's frozen encoder")
     if parts.discretizer is not None:
         lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
-    if isinstance(parts.discretizer, VQGANDiscretizer) and parts.discretizer.range_note:
-        lines.append(parts.discretizer.range_note)
+        lines += parts.discretizer.notes()
     for part, found in parts.savings.items():
         texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
         lines.append(f"savings of the {part}: {', '.join(texts) or 'none'}")

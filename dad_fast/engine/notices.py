@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dad_fast.config.schema import Config
-from dad_fast.discretizers.base import VQGANDiscretizer
 from dad_fast.engine.build import Parts
 from dad_fast.engine.step_timer import Window, input_bound
 
@@ -17,7 +16,7 @@ VISIBLE = 3.0  # times the encoder's rounding, from which on an attack is more t
 class Advice:
     def __init__(self, cfg: Config, parts: Parts, loader: str) -> None:
         self._cfg, self._parts, self._loader = cfg, parts, loader
-        self._windows, self._advised, self._waited, self._bad_latents = 0, False, False, 0
+        self._windows, self._advised, self._waited, self._warned = 0, False, False, False
 
     def on_window(self, window: Window, say: Callable[[str], None]) -> None:
         """At log steps. The first window holds the start of the loader's processes, and kept features need no loader's processes."""
@@ -29,11 +28,10 @@ class Advice:
                 self._advised = True
                 say(advice)
         discretizer = self._parts.discretizer
-        if isinstance(discretizer, VQGANDiscretizer) and not self._bad_latents:
-            self._bad_latents = int(discretizer.vqgan.search().num_nonfinite)
-            if self._bad_latents:
-                what = f"{self._bad_latents:,} of the encoder's outputs so far were not numbers and got code 0"
-                say(f"warning: {what}; set precision.encoder=float32, or look at the VQGAN's weights")
+        if discretizer is not None and not self._warned:
+            for warning in discretizer.warnings():
+                self._warned = True
+                say(f"warning: {warning}")
 
     def on_write(self, waited: float, say: Callable[[str], None]) -> None:
         """Once: that a checkpoint was due before the one before it was written, so that training waited for the disk."""

@@ -8,7 +8,6 @@ host, so that graph.py can capture each in a CUDA graph.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -20,11 +19,10 @@ from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.schema import Config
 from dad_fast.data.augment.mixing import Mixed, mix, partners, soft_targets, to_levels, to_pixels
 from dad_fast.data.loaders.loader import Batch
-from dad_fast.discretizers.base import Discretizer, VQGANDiscretizer
+from dad_fast.discretizers.base import Discretizer
 from dad_fast.engine.cuda_graph import StepGraphs
 from dad_fast.engine.diagnostics import share_changed, signal_to_rounding
 from dad_fast.engine.update import Update
-from dad_fast.kernels import unpack_codes
 from dad_fast.loggers.profiling import stage
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import discretize, perturb
@@ -182,11 +180,9 @@ class TrainStep:
         """Q(x') from a store, [B, 3, H, W] in [0, 1]: the 8-bit pixels that the stored outputs belong to."""
         if batch.dad_images is not None:
             return to_pixels(batch.dad_images, self.layout)
-        assert batch.dad_codes is not None and isinstance(self.discretizer, VQGANDiscretizer)
-        config = self.discretizer.vqgan.config
-        side = self.student.image_size // config.downsample
-        codes = unpack_codes(batch.dad_codes, config.code_bits, side * side)
-        return to_pixels(to_levels(self.discretizer.decode(codes.view(-1, side, side))), self.layout)
+        assert batch.dad_codes is not None and self.discretizer is not None
+        decoded = self.discretizer.decode_packed(batch.dad_codes, self.student.image_size)
+        return to_pixels(to_levels(decoded), self.layout)
 
     def adversarial(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Q(x') for an attack on `model`, [B, 3, H, W]."""
@@ -218,16 +214,16 @@ class TrainStep:
     def signal_to_rounding(self, batch: Batch) -> float | None:
         """How much the attack moves the encoder's output, over how much the encoder's own rounding does; None without an encoder."""
         stored = batch.dad_outputs is not None and "dat" not in self.terms
-        if not isinstance(self.discretizer, VQGANDiscretizer) or stored:
+        encoders = None if self.discretizer is None or stored else self.discretizer.encoders()
+        if self.discretizer is None or encoders is None:
             return None
         batch = batch.to(self.device)
         x, y, _, _ = self.mixed(batch)
         few = slice(0, 2)
         model = self.teacher or self.student_in_eval
         base, perturbed = perturb(self.discretizer, model, self.attack, x[few], y[few], batch.seeds[few], self.cfg.attack.order)
-        exact = copy.deepcopy(self.discretizer.vqgan).double()
         with torch.no_grad():
-            return signal_to_rounding(self.discretizer.encode, lambda pixels: exact.encode(pixels.double()), base, perturbed).item()
+            return signal_to_rounding(*encoders, base, perturbed).item()
 
     def student_in_eval(self, x: Tensor) -> Tensor:
         """The student as DAT attacks it: fixed statistics and no dropout, so that the attack leaves no trace in the student."""

@@ -22,7 +22,7 @@ from dad_fast.data.loaders.blocks import Block, blocks
 from dad_fast.data.loaders.steps import TrainSteps
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
-from dad_fast.discretizers.base import Discretizer, VQGANDiscretizer
+from dad_fast.discretizers.base import Discretizer
 from dad_fast.engine.stored import view_settings
 from dad_fast.errors import DadFastError, DataError, UsageError
 from dad_fast.kernels import pack_codes
@@ -73,7 +73,7 @@ class AdversarialFiller:
         self.manifest = make_manifest(
             cfg, launch, source, "adversarial", hashes,
             {**settings, "attack": asdict(cfg.attack), "images": view, "discretizer": hashes["discretizer"] or discretizer.name},
-            code_bits=discretizer.vqgan.config.code_bits if isinstance(discretizer, VQGANDiscretizer) else 0,
+            code_bits=discretizer.code_bits,
             code_grid=tuple(codes.shape[1:]) if codes is not None else (),
             images=launch.images, image_size=(side, side) if launch.images != "none" else (),
         )  # fmt: skip

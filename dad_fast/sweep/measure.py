@@ -15,7 +15,6 @@ import torch
 from dad_fast.config import Config
 from dad_fast.config.stores import SharedStore, online
 from dad_fast.data.loaders.loader import Batch, train_loader
-from dad_fast.discretizers.base import VQGANDiscretizer
 from dad_fast.engine.build import Builder, Parts
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.trainer import Trainer
@@ -101,9 +100,8 @@ def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str])
         if "adversarial" in stored:
             found["dad_images"] = batch.images.clone()
         if "codes" in stored:
-            assert isinstance(parts.discretizer, VQGANDiscretizer)
-            config = parts.discretizer.vqgan.config
-            bits = (parts.student.image_size // config.downsample) ** 2 * config.code_bits
+            assert parts.discretizer is not None
+            bits = parts.discretizer.num_codes(parts.student.image_size) * parts.discretizer.code_bits
             found["dad_codes"] = torch.zeros(size, -(-bits // 8), dtype=torch.uint8)
         if parts.probe is not None:
             found |= {"pseudo_labels": batch.labels, "confidence": torch.ones(size)}

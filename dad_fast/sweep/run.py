@@ -10,7 +10,6 @@ from typing import Any
 
 from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.stores import SharedStore, is_filled, online, seconds_file, store_seconds
-from dad_fast.discretizers.base import VQGANDiscretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Builder, Parts
 from dad_fast.engine.finish import finish
@@ -102,8 +101,8 @@ def train_run(
     if distributed.is_main():
         atomic_write_text(folder / "config.toml", to_toml(trainer.cfg))
         kernels = {"csrc": csrc_status()}
-        if isinstance(parts.discretizer, VQGANDiscretizer):
-            kernels["codebook_search"] = parts.discretizer.vqgan.search().backend
+        if parts.discretizer is not None and parts.discretizer.backend:
+            kernels["codebook_search"] = parts.discretizer.backend
         resolved = {"kernels": kernels, "loader": trainer.loader.name, "processes": distributed.world()}
         facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)

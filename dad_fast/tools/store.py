@@ -90,22 +90,20 @@ def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> 
     import torch
 
     from dad_fast.config.schema import PrecisionConfig
-    from dad_fast.discretizers.base import VQGANDiscretizer, load_discretizer
-    from dad_fast.kernels import unpack_codes
-    from dad_fast.models.weights.fingerprint import fingerprint
+    from dad_fast.discretizers.registry import load_discretizer
 
     manifest = store.manifest
     if not manifest.code_bits:
         raise UsageError(f"--discretizer {name}: {store.folder} holds no codes to decode")
     discretizer = load_discretizer(name, PrecisionConfig(), torch.device("cpu"))
-    if not isinstance(discretizer, VQGANDiscretizer):
+    if not discretizer.code_bits:
         raise UsageError(f"--discretizer {name}: has no codes; name the VQGAN that made the store")
-    if fingerprint(discretizer.vqgan) != manifest.hashes.get("discretizer"):
+    if discretizer.fingerprint() != manifest.hashes.get("discretizer"):
         raise DataError(f"--discretizer {name}: not the weights that made {store.folder} (their hash differs)")
     packed = torch.from_numpy(np.ascontiguousarray(store.codes(rows, view)))
-    codes = unpack_codes(packed, manifest.code_bits, manifest.num_codes).view(len(rows), *manifest.code_grid)
+    side = manifest.settings["images"]["img_size"]
     with torch.no_grad():
-        pixels = torch.cat([discretizer.vqgan.decode(part) for part in codes.split(8)])
+        pixels = torch.cat([discretizer.decode_packed(part, side) for part in packed.split(8)])
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 

@@ -10,7 +10,8 @@ pytest.importorskip("safetensors")
 from PIL import Image  # noqa: E402
 
 from dad_fast.config.schema import PrecisionConfig  # noqa: E402
-from dad_fast.discretizers.base import VQGANDiscretizer, load_discretizer  # noqa: E402
+from dad_fast.discretizers.registry import load_discretizer  # noqa: E402
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer  # noqa: E402
 from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings  # noqa: E402
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig  # noqa: E402
 from dad_fast.errors import DataError, UsageError  # noqa: E402

@@ -13,7 +13,7 @@ import tests.engine.test_step as small  # noqa: E402
 from dad_fast.data.augment.mixing import to_levels, to_pixels  # noqa: E402
 from dad_fast.data.loaders.blocks import blocks, num_blocks  # noqa: E402
 from dad_fast.data.sources.folder import FolderSource  # noqa: E402
-from dad_fast.discretizers.base import Identity  # noqa: E402
+from dad_fast.discretizers.identity import Identity  # noqa: E402
 from dad_fast.methods.attack import PGD  # noqa: E402
 from dad_fast.precompute.adversarial import adversarial  # noqa: E402
 from tests.tiny import write_images  # noqa: E402

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import tests.engine.test_step as small  # noqa: E402
 from dad_fast.config.schema import AttackConfig, Config, EngineConfig  # noqa: E402
-from dad_fast.discretizers.base import Jpeg  # noqa: E402
+from dad_fast.discretizers.jpeg import Jpeg  # noqa: E402
 from dad_fast.engine import cuda_graph as graph_module  # noqa: E402
 from dad_fast.engine.cuda_graph import WARM_UP, capturing  # noqa: E402
 from dad_fast.engine.step import TrainStep  # noqa: E402

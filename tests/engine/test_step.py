@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from dad_fast.config.schema import AttackConfig, AugmentConfig, Config, EngineConfig, LossConfig, StudentConfig  # noqa: E402
 from dad_fast.data.loaders.loader import Batch  # noqa: E402
-from dad_fast.discretizers.base import VQGANDiscretizer  # noqa: E402
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer  # noqa: E402
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig  # noqa: E402
 from dad_fast.distributed.device import resolve_device  # noqa: E402
 from dad_fast.engine.garbage import collections_between_steps  # noqa: E402

@@ -13,7 +13,7 @@ for package in ("open_clip", "safetensors", "mlxtend", "sklearn"):
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig  # noqa: E402
 from dad_fast.data.sources.embedded import EmbeddedSource  # noqa: E402
-from dad_fast.discretizers.base import load_discretizer  # noqa: E402
+from dad_fast.discretizers.registry import load_discretizer  # noqa: E402
 from dad_fast.models.teacher import load_teacher  # noqa: E402
 from dad_fast.models.weights.files import asset, read_state_dict  # noqa: E402
 

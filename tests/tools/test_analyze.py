@@ -18,7 +18,8 @@ from dad_fast.cli import analyze as flags  # noqa: E402
 from dad_fast.cli import main as cli  # noqa: E402
 from dad_fast.config import Config  # noqa: E402
 from dad_fast.config.schema import AttackConfig, PrecisionConfig  # noqa: E402
-from dad_fast.discretizers.base import Identity, load_discretizer  # noqa: E402
+from dad_fast.discretizers.identity import Identity  # noqa: E402
+from dad_fast.discretizers.registry import load_discretizer  # noqa: E402
 from dad_fast.errors import DataError, UsageError  # noqa: E402
 from dad_fast.methods.attack import PGD  # noqa: E402
 from dad_fast.models.student import load_student  # noqa: E402

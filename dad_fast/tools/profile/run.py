@@ -49,7 +49,6 @@ def _steps(cfg: Config, launch: ProfileLaunch, output: Path, watch: AbstractCont
     """Run warm-up, then the watched steps inside `watch` and the CUDA profiler's range; returns a line that says what ran."""
     import torch
 
-    from dad_fast.discretizers.base import VQGANDiscretizer
     from dad_fast.engine.build import Builder
     from dad_fast.engine.prefetch import feed
     from dad_fast.engine.trainer import Trainer
@@ -57,10 +56,9 @@ def _steps(cfg: Config, launch: ProfileLaunch, output: Path, watch: AbstractCont
 
     parts = Builder().build(cfg)
     trainer = Trainer(cfg, parts, output, "profile")
-    if isinstance(parts.discretizer, VQGANDiscretizer):
-        name_method(parts.discretizer, "encode", "encode")
-        name_method(parts.discretizer, "decode", "decode")
-        name_method(parts.discretizer.vqgan, "lookup", "lookup")
+    if parts.discretizer is not None:
+        for owner, method, name in parts.discretizer.stages():
+            name_method(owner, method, name)
     numbers = range(launch.warm_up + launch.steps)
     on_gpu = parts.device.type == "cuda"
     parts.prepare(print_line)

@@ -1,0 +1,50 @@
+"""Discretizers by name. To add one: a file with a factory, and a line here.
+
+A factory is called with the argument after the name's colon and a `LoadContext`, and returns a `Discretizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dad_fast.errors import UsageError
+from dad_fast.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from dad_fast.config.schema import PrecisionConfig
+    from dad_fast.discretizers.base import Discretizer, LoadContext
+
+Factory = Callable[[str, "LoadContext"], "Discretizer"]
+DISCRETIZERS: Registry[Factory] = Registry("discretizer", "dad_fast.discretizers", "--discretizer")
+DISCRETIZERS.add("embedded", "dad_fast.discretizers.vqgan.discretizer:load_embedded")
+DISCRETIZERS.add("identity", "dad_fast.discretizers.identity:load")
+DISCRETIZERS.add("jpeg", "dad_fast.discretizers.jpeg:load")
+
+
+def load_discretizer(
+    name: str, precision: PrecisionConfig, device: torch.device, optimizations: object | None = None
+) -> Discretizer:
+    """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as `jpeg:75`.
+
+    optimizations: of a VQGAN under autocast (VQGANSavings); all by default.
+
+    Raises UsageError for a name that is none of these, DataError for a file that cannot be used.
+    """
+    from dad_fast.discretizers.base import LoadContext
+    from dad_fast.discretizers.vqgan.discretizer import DEFAULT_SAVINGS, load_file
+
+    wanted = optimizations or DEFAULT_SAVINGS
+    context = LoadContext(text=name, precision=precision, device=device, optimizations=wanted)
+    key, argument = DISCRETIZERS.split(name)
+    if key in DISCRETIZERS:
+        return DISCRETIZERS[key](argument, context)
+    if not Path(name).suffix and not Path(name).is_file():
+        raise UsageError(
+            f"--discretizer {name!r}: no such file; write a .ckpt or .safetensors, or one of "
+            f"{', '.join(DISCRETIZERS.names())} (embedded:digits, jpeg:75)"
+        )
+    return load_file("", context)
