@@ -38,12 +38,12 @@ class Discretizer:
         """The codebook, float [K, D], or None."""
         return None
 
-    def num_codes(self, side: int) -> int:
-        """Codes of a square image of `side` pixels."""
-        return 0
+    def code_grid(self, side: int) -> tuple[int, ...]:
+        """Rows and columns of the codes of a square image of `side` pixels; () without codes."""
+        return ()
 
-    def decode_packed(self, packed: Tensor, side: int) -> Tensor:
-        """Decode stored codes uint8 [B, code_bytes] of images of `side` pixels to float32 [B, 3, side, side] in [0, 1]."""
+    def decode_packed(self, packed: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Decode stored codes uint8 [B, code_bytes] of `grid` to images float32 [B, 3, H, W] in [0, 1]."""
         raise NotImplementedError(f"{self.name} has no codes")
 
     def fingerprint(self) -> str | None:

@@ -181,7 +181,8 @@ class TrainStep:
         if batch.dad_images is not None:
             return to_pixels(batch.dad_images, self.layout)
         assert batch.dad_codes is not None and self.discretizer is not None
-        decoded = self.discretizer.decode_packed(batch.dad_codes, self.student.image_size)
+        grid = self.discretizer.code_grid(self.student.image_size)
+        decoded = self.discretizer.decode_packed(batch.dad_codes, grid)
         return to_pixels(to_levels(decoded), self.layout)
 
     def adversarial(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, keys: Tensor) -> Tensor:

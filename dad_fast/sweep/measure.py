@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -101,7 +102,7 @@ def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str])
             found["dad_images"] = batch.images.clone()
         if "codes" in stored:
             assert parts.discretizer is not None
-            bits = parts.discretizer.num_codes(parts.student.image_size) * parts.discretizer.code_bits
+            bits = math.prod(parts.discretizer.code_grid(parts.student.image_size)) * parts.discretizer.code_bits
             found["dad_codes"] = torch.zeros(size, -(-bits // 8), dtype=torch.uint8)
         if parts.probe is not None:
             found |= {"pseudo_labels": batch.labels, "confidence": torch.ones(size)}

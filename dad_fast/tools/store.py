@@ -101,9 +101,8 @@ def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> 
     if discretizer.fingerprint() != manifest.hashes.get("discretizer"):
         raise DataError(f"--discretizer {name}: not the weights that made {store.folder} (their hash differs)")
     packed = torch.from_numpy(np.ascontiguousarray(store.codes(rows, view)))
-    side = manifest.settings["images"]["img_size"]
     with torch.no_grad():
-        pixels = torch.cat([discretizer.decode_packed(part, side) for part in packed.split(8)])
+        pixels = torch.cat([discretizer.decode_packed(part, manifest.code_grid) for part in packed.split(8)])
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 

@@ -102,13 +102,12 @@ class VQGANDiscretizer(Discretizer):
     def backend(self) -> str:  # type: ignore[override]
         return self.vqgan.search().backend
 
-    def num_codes(self, side: int) -> int:
-        return (side // self.vqgan.config.downsample) ** 2
+    def code_grid(self, side: int) -> tuple[int, ...]:
+        return (side // self.vqgan.config.downsample,) * 2
 
-    def decode_packed(self, packed: Tensor, side: int) -> Tensor:
-        grid = side // self.vqgan.config.downsample
-        codes = unpack_codes(packed, self.code_bits, grid * grid)
-        return self.decode(codes.view(-1, grid, grid))
+    def decode_packed(self, packed: Tensor, grid: tuple[int, ...]) -> Tensor:
+        codes = unpack_codes(packed, self.code_bits, math.prod(grid))
+        return self.decode(codes.view(-1, *grid))
 
     def fingerprint(self) -> str:
         return fingerprint(self.vqgan)
