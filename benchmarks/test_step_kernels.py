@@ -19,7 +19,7 @@ from dad_fast.config.schema import PrecisionConfig, StudentConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.kernels.distillation_loss import distillation, distillation_loss, soft_cross_entropy
 from dad_fast.kernels.pgd_update import pgd_update, reference
-from dad_fast.models.optimizations import PLAIN, Savings, save_student_work, save_teacher_work
+from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import build_student
 from dad_fast.models.teacher import Teacher
 
@@ -49,10 +49,10 @@ def test_student(bench: Bench) -> None:
     pixels = torch.rand(batch, 3, 224, 224, device=bench.device)
     labels = torch.randint(0, 1000, (batch,), device=bench.device)
     functions: dict[str, Callable[[], object]] = {}
-    for label, savings in (("plain", PLAIN), ("class token only", Savings())):
+    for label, savings in (("plain", PLAIN), ("class token only", Optimizations())):
         torch.manual_seed(0)
         student = build_student(StudentConfig(name=name, model_kwargs=kwargs), 1000, 224).to(bench.device)
-        assert not any(save_student_work(student, savings).values())
+        assert not any(optimize_student(student, savings).values())
         functions[label] = _training(student, pixels, labels, precision(bench).amp)
         if bench.device.type == "cuda":
             functions[f"{label}, compiled"] = _training(torch.compile(student), pixels, labels, precision(bench).amp)
@@ -86,11 +86,11 @@ def test_teacher(bench: Bench, what: str) -> None:
     ).to(bench.device)  # fmt: skip
     pixels = torch.rand(batch, 3, 224, 224, device=bench.device)
     names = [saving for saving in vars(PLAIN) if saving != "cast_weights" or precision(bench).amp]
-    kinds = {"plain": PLAIN, **{saving: Savings(**{key: key == saving for key in vars(PLAIN)}) for saving in names}, "all": Savings()}
+    kinds = {"plain": PLAIN, **{saving: Optimizations(**{key: key == saving for key in vars(PLAIN)}) for saving in names}, "all": Optimizations()}
     functions: dict[str, Callable[[], object]] = {}
     for label, savings in kinds.items():
         teacher = copy.deepcopy(plain)
-        refused = {saving for saving, why in save_teacher_work(teacher, savings).items() if why}
+        refused = {saving for saving, why in optimize_teacher(teacher, savings).items() if why}
         assert refused <= {"cast_weights"}
         functions[label] = _inference(teacher, pixels, what)
         if bench.device.type == "cuda" and label in ("plain", "all"):

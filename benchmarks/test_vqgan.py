@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench import Bench
-from dad_fast.discretizers.vqgan.fused_layers import Recipe, Sum, Up, VQGANSavings
+from dad_fast.discretizers.vqgan.fused_layers import Recipe, Sum, Up, VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN, Upsample
 from dad_fast.kernels.group_norm_silu import add_group_norm_silu
 from dad_fast.kernels.wide_attention import WAYS
@@ -66,13 +66,13 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
 
         return call
 
-    names = [field.name for field in fields(VQGANSavings)]
+    names = [field.name for field in fields(VQGANOptimizations)]
     if bench.device.type == "cpu":
         names.remove("norm_kernel")  # there it is the composition that it is tested against
-    forms = {name: replace(VQGANSavings.none(), **{name: True}) for name in names if name != "cast" or dtype != torch.float32}
-    forms["fused"] = VQGANSavings()
+    forms = {name: replace(VQGANOptimizations.none(), **{name: True}) for name in names if name != "cast" or dtype != torch.float32}
+    forms["fused"] = VQGANOptimizations()
     if "norm_kernel" in names:
-        forms["fused + norm_kernel"] = VQGANSavings(norm_kernel=True)
+        forms["fused + norm_kernel"] = VQGANOptimizations(norm_kernel=True)
     plain: Callable[[Tensor], Tensor] = getattr(vqgan, what)
     functions, flops = {"plain": run(plain)}, {}
     with torch.device("meta"):
@@ -82,7 +82,7 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
         functions[form] = run(getattr(vqgan.fuse(savings, encoder=dtype, decoder=dtype), what))
         flops[form] = _count(getattr(shape.fuse(replace(savings, norm_kernel=False)), what), inputs)
     if bench.device.type == "cuda" and dtype != torch.float32:  # compiling takes minutes, on a CPU many
-        fused = vqgan.fuse(VQGANSavings(), encoder=dtype, decoder=dtype)
+        fused = vqgan.fuse(VQGANOptimizations(), encoder=dtype, decoder=dtype)
         functions["torch.compile(plain)"] = run(torch.compile(plain))
         functions["torch.compile(fused)"] = run(torch.compile(getattr(fused, what)))
         flops |= {"torch.compile(plain)": flops["plain"], "torch.compile(fused)": flops["fused"]}
@@ -132,7 +132,7 @@ def test_upsample(bench: Bench, channels: int) -> None:
     dtype = torch.bfloat16
     x = torch.randn(batch, channels, side, side, device=bench.device, dtype=dtype).to(memory_format=torch.channels_last)
     plain = Upsample(channels).to(bench.device).requires_grad_(False)
-    forms = {name: Up(plain, Recipe(VQGANSavings(upsample=on), dtype)) for name, on in (("plain", False), ("transposed", True))}
+    forms = {name: Up(plain, Recipe(VQGANOptimizations(upsample=on), dtype)) for name, on in (("plain", False), ("transposed", True))}
     functions = {name: lambda form=form: form(Sum(x)).total() for name, form in forms.items()}
     flops = {name: 2.0 * taps * channels**2 * (2 * side) ** 2 for name, taps in (("plain", 9), ("transposed", 4))}
     config = {"batch_size": batch, "channels": channels, "side": side, "dtype": str(dtype)[6:]}

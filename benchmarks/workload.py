@@ -30,13 +30,13 @@ from dad_fast.data.augment.records import UNMIXED, mix_record, uses_mixing
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
-from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings
+from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
-from dad_fast.engine.frozen import model_savings
+from dad_fast.engine.frozen import model_optimizations
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.methods.attack import cross_entropy_direction
-from dad_fast.models.optimizations import PLAIN, Savings, save_student_work, save_teacher_work
+from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher, load_teacher
 
@@ -56,10 +56,10 @@ class Workload:
     num_classes: int
     device: torch.device
 
-    def student(self, savings: Savings = PLAIN) -> Student:
+    def student(self, savings: Optimizations = PLAIN) -> Student:
         torch.manual_seed(0)
         student = build_student(self.cfg.student, self.num_classes, self.cfg.augment.img_size).to(self.device)
-        save_student_work(student, savings)
+        optimize_student(student, savings)
         return student.to(memory_format=torch.channels_last) if self.cfg.precision.channels_last else student
 
     def with_method(self, method: Method, order: str = "paper", form: str = "", graphs: str = "off") -> Config:
@@ -72,11 +72,11 @@ class Workload:
     def step(self, cfg: Config) -> TrainStep:
         """A training step of `cfg.method` with a student of its own."""
         plain = cfg.engine.savings == ("none",)
-        student = self.student(model_savings(cfg))
+        student = self.student(model_optimizations(cfg))
         teacher = (self.plain_teacher if plain else self.teacher) if USES_TEACHER[cfg.method] else None
         discretizer = None
         if USES_DISCRETIZER[cfg.method]:
-            vqgan_savings = dataclasses.replace(VQGANSavings.none() if plain else VQGANSavings(), norm_kernel=cfg.engine.step_kernels)
+            vqgan_savings = dataclasses.replace(VQGANOptimizations.none() if plain else VQGANOptimizations(), norm_kernel=cfg.engine.step_kernels)
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         return TrainStep(cfg, student, teacher, discretizer, Update(student, cfg, self.device))
 
@@ -153,18 +153,18 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
     vqgan = VQGAN(PRESETS[vqgan_name]).to(device)
     batch = random_batch(cfg, batch_size or cfg.data.batch_size, num_classes, device)
     spread_codebook(vqgan, batch.images[:8].float() / 255.0)
-    discretizer = make_discretizer(vqgan, cfg, VQGANSavings(), batch)
+    discretizer = make_discretizer(vqgan, cfg, VQGANOptimizations(), batch)
     return Workload(size, cfg, freed(teacher, cfg), teacher, discretizer, batch, num_classes, device)
 
 
 def freed(teacher: Teacher, cfg: Config) -> Teacher:
     """A copy of `teacher` without the work that nobody needs."""
     copied = copy.deepcopy(teacher)
-    save_teacher_work(copied, model_savings(cfg))
+    optimize_teacher(copied, model_optimizations(cfg))
     return copied
 
 
-def make_discretizer(vqgan: VQGAN, cfg: Config, savings: VQGANSavings, batch: Batch) -> VQGANDiscretizer:
+def make_discretizer(vqgan: VQGAN, cfg: Config, savings: VQGANOptimizations, batch: Batch) -> VQGANDiscretizer:
     discretizer = VQGANDiscretizer(vqgan, cfg.precision, savings=savings)
     discretizer.fit_float16(batch.images[:8].float() / 255.0)
     return discretizer

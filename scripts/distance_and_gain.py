@@ -38,7 +38,7 @@ from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.loggers.run_log import environment
 from dad_fast.models.student import load_student
 from dad_fast.precompute.fill import fill
-from dad_fast.precompute.run import make_filler
+from dad_fast.precompute.run import make_builder
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EPOCHS, DRAWS = 10, 5
@@ -84,7 +84,7 @@ def train(output: Path, seeds: int) -> None:
         cfg = with_values(settings(), values)
         noisy = bool(cfg.attack.steps or cfg.attack.random_start)
         launch = StoreLaunch(output=str(stores / name), views=DRAWS if noisy else 1, images="raw")
-        filler = make_filler(cfg, launch)
+        filler = make_builder(cfg, launch)
         if name == "dat":
             student, _ = load_student(output / "none" / "seed-0" / "model.safetensors")
             filler.teacher = AttackedStudent(student, filler.teacher)  # type: ignore[attr-defined]

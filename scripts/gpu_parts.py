@@ -115,8 +115,8 @@ def csrc(run: Context) -> dict[str, Any]:
 
 def tests(run: Context) -> dict[str, Any]:
     several = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if importlib.util.find_spec("xdist") else []
-    patience = ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
-    closing_line = run.pytest("-m", "gpu", "--continue-on-collection-errors", *several, *patience, "tests")
+    set_timeout = ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
+    closing_line = run.pytest("-m", "gpu", "--continue-on-collection-errors", *several, *set_timeout, "tests")
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", closing_line)}
     if not counts.get("passed") and run.options.device != "cpu":
         raise RuntimeError(f"no test ran: {closing_line}")

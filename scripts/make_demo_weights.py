@@ -202,7 +202,7 @@ def make_teacher(path: Path, sets: list[tuple[Tensor, Tensor]], augment: Callabl
     clip = train_teacher(sets, augment, epochs).half()
     described = {"kind": "open_clip", "model_cfg": CLIP_CONFIG, "mean": MEAN, "std": STD, "templates": TEMPLATES, "seen": seen}
     write_safetensors(path, clip.state_dict(), {TEACHER: json.dumps(described)})
-    # Judged as a run loads it, on what it has not seen.
+    # EvalSet as a run loads it, on what it has not seen.
     teacher = load_teacher(TeacherConfig(name=str(path)), EmbeddedSource("val").classes, PrecisionConfig(), torch.device("cpu"))
     for split in ("val", "test", "optdigits"):
         pixels, labels = load(split)

@@ -87,7 +87,7 @@ def train(method, student, parts, dtype, bad_step=-1):
         batch = poisoned(global_batch(number)) if number == bad_step else global_batch(number)
         scalars = step(stretch(batch, rank, world), number, 1e-2)
         assert bool(scalars["applied"]) == (number != bad_step)
-        losses.append(sum(distributed.gather(scalars["loss"].item())) / world)
+        losses.append(sum(distributed.all_gather_json(scalars["loss"].item())) / world)
     found = hashlib.sha256()
     moments = [value for entry in update.optimizer.state_dict()["state"].values() for value in entry.values()]
     for tensor in [*model.state_dict().values(), *update.ema.module.state_dict().values(), *moments]:

@@ -31,7 +31,7 @@ def train(method, wrapped):
         loss = step(stretch(global_batch(number), rank, world), number, 1e-2)["loss"].item()
         gradients = [p.grad for p in model.parameters()]
         values = [value for g in gradients for value in (g.norm().item(), *g.flatten()[:: 1 + g.numel() // 8].tolist())]
-        found.append([sum(distributed.gather(loss)) / world, *values])
+        found.append([sum(distributed.all_gather_json(loss)) / world, *values])
     return found
 
 

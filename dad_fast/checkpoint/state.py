@@ -64,7 +64,7 @@ def run_state(run: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "train_seconds": run.clock.total,
         "metrics_offset": run.log.offset() if distributed.is_main() else 0,
         "bad_images": run.gathered_bad_images(),
-        "failed_over": sum(distributed.gather(run.loader.failed_over)),
+        "failed_over": sum(distributed.all_gather_json(run.loader.failed_over)),
     }
     return tensors, state
 

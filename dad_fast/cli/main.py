@@ -17,7 +17,7 @@ from dad_fast.errors import DadFastError, UsageError, print_error
 from dad_fast.files import is_full
 
 # Each a module of this package.
-VERBS = ("train", "ablate", "eval", "analyze", "predict", "export", "precompute", "store", "report", "profile", "doctor")
+COMMANDS = ("train", "ablate", "eval", "analyze", "predict", "export", "precompute", "store", "report", "profile", "doctor")
 STOPPED = {  # by SIGTERM, SIGUSR1 or Ctrl-C when there is nothing to save
     "train": "stopped; run the same command again with --resume auto",
     "ablate": "stopped; run the same command again with --resume auto",
@@ -103,14 +103,14 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
 
         print(f"dad-fast {dad_fast.__version__}")
         return 0
-    if arguments[0] not in VERBS:
+    if arguments[0] not in COMMANDS:
         what = "flag before the verb" if arguments[0].startswith("-") else "verb"
-        raise UsageError(f"unknown {what} {arguments[0]}{nearest(arguments[0], VERBS)} (verbs: {', '.join(VERBS)})")
+        raise UsageError(f"unknown {what} {arguments[0]}{nearest(arguments[0], COMMANDS)} (verbs: {', '.join(COMMANDS)})")
     with ends_at_once(STOPPED[arguments[0]]) if arguments[0] in STOPPED else nullcontext():
         code: int = importlib.import_module(f"dad_fast.cli.{arguments[0]}").main(arguments[1:], debug)
         return code
 
 
 def top_help() -> str:
-    lines = [f"  {verb:<12}{importlib.import_module(f'dad_fast.cli.{verb}').SUMMARY}" for verb in VERBS]
+    lines = [f"  {verb:<12}{importlib.import_module(f'dad_fast.cli.{verb}').SUMMARY}" for verb in COMMANDS]
     return TOP_HELP.format(verbs="\n".join(lines))

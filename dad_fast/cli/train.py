@@ -9,7 +9,7 @@ from dad_fast.cli.parser import WIDTH, Parser, config_parser, entry, read_config
 from dad_fast.config import Launch, check, to_toml
 from dad_fast.config.fields import sections, settings
 from dad_fast.config.resolve import preset_names
-from dad_fast.config.variants import NOT_SCIENCE
+from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
 
 SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad, or a linear probe by lp-clip"
@@ -52,7 +52,7 @@ def main(arguments: list[str], debug: bool) -> int:
     file = Path(given["config"]) if given["config"] else None
     output = given["output"] or f"runs/{given['preset'] or (file.stem if file else '') or given.get('method', 'dad')}"
     paths = {*typed_settings(given), *(item.partition("=")[0].strip() for item in given["sets"])}
-    if given["resume"] == "auto" and not (file or given["preset"]) and paths <= NOT_SCIENCE and (Path(output) / "config.toml").exists():
+    if given["resume"] == "auto" and not (file or given["preset"]) and paths <= RESUME_SAFE and (Path(output) / "config.toml").exists():
         file = Path(output) / "config.toml"  # nothing said what to train: continue with the run's own settings
     cfg = read_config(given, file)
     if given["print_config"]:

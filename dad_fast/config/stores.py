@@ -11,7 +11,7 @@ from pathlib import Path
 from dad_fast.config.fields import get, nearest, settings, with_values
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import Config
-from dad_fast.config.variants import NOT_SCIENCE
+from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
 
 # The methods that learn from each kind of store.
@@ -116,7 +116,7 @@ def _digest(cfg: Config, kind: str, views: int, images: str) -> str:
     used = [
         path
         for path in settings()
-        if (path in _SETTINGS or path.partition(".")[0] in _SECTIONS[kind]) and path not in NOT_SCIENCE
+        if (path in _SETTINGS or path.partition(".")[0] in _SECTIONS[kind]) and path not in RESUME_SAFE
     ]
     text = repr([(path, get(cfg, path)) for path in used] + [views, images])
     return hashlib.sha256(text.encode()).hexdigest()[:8]

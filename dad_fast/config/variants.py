@@ -13,7 +13,7 @@ from dad_fast.errors import UsageError
 # portions a step is computed (data.batch_size, engine.grad_accum_steps: data.global_batch_size decides, and students with batch
 # norm are looked at on their own), how long processes wait for one another (engine.dist_timeout), and where weights came from that
 # are in the checkpoint by now (student.weights, student.init_from, student.pretrained).
-NOT_SCIENCE = frozenset(
+RESUME_SAFE = frozenset(
     {
         *("data.workers", "data.max_bad_share", "log_every", "max_steps", "device", "seeds"),
         *("checkpoint.every_steps", "checkpoint.keep", "engine.cuda_graphs"),
@@ -61,7 +61,7 @@ def differences(old: Config, new: Config) -> list[str]:
     lines = [
         f"{path}: {get(old, path)!r} → {get(new, path)!r}"
         for path in settings()
-        if path not in NOT_SCIENCE and get(old, path) != get(new, path)
+        if path not in RESUME_SAFE and get(old, path) != get(new, path)
     ]
     if old.variants != new.variants:
         names = sorted(name for name in {**old.variants, **new.variants} if old.variants.get(name) != new.variants.get(name))

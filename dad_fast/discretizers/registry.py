@@ -30,14 +30,14 @@ def load_discretizer(
 ) -> Discretizer:
     """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as `jpeg:75`.
 
-    optimizations: of a VQGAN under autocast (VQGANSavings); all by default.
+    optimizations: of a VQGAN under autocast (VQGANOptimizations); all by default.
 
     Raises UsageError for a name that is none of these, DataError for a file that cannot be used.
     """
     from dad_fast.discretizers.base import LoadContext
-    from dad_fast.discretizers.vqgan.discretizer import DEFAULT_SAVINGS, load_file
+    from dad_fast.discretizers.vqgan.discretizer import DEFAULT_OPTIMIZATIONS, load_file
 
-    wanted = optimizations or DEFAULT_SAVINGS
+    wanted = optimizations or DEFAULT_OPTIMIZATIONS
     context = LoadContext(text=name, precision=precision, device=device, optimizations=wanted)
     key, argument = DISCRETIZERS.split(name)
     if key in DISCRETIZERS:

@@ -32,7 +32,7 @@ class SharedGradients:
         self._unused = [p for p in parameters if p.grad is None]
         self._averaged = list(averaged)
         shapes = [list(p.shape) for p in used]
-        if any(other != shapes for other in distributed.gather(shapes)):
+        if any(other != shapes for other in distributed.all_gather_json(shapes)):
             raise DadFastError("the processes have gradients of different parameters: the student must do the same work in all of them")
         starts, size = [], 0
         for tensor in (*used, *self._averaged):

@@ -90,7 +90,7 @@ def init(cfg: Config) -> None:
         raise EnvironmentProblem(f"process {rank()} of {world()} cannot join the others{where}: {_line(error)}") from None
     _joined = True
     _store().set_timeout(timedelta(seconds=LONG))  # NCCL's connections meet there when they are first used
-    patience(LONG)
+    set_timeout(LONG)
 
 
 def close() -> None:
@@ -122,7 +122,7 @@ def _alone() -> bool:
     return not _joined
 
 
-def patience(seconds: float) -> None:
+def set_timeout(seconds: float) -> None:
     """From now on another process that does not answer for so long is given up."""
     if not _alone():
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # the first is torch 2.15's
@@ -142,7 +142,7 @@ def barrier() -> None:
     all_reduce_sums(torch.zeros(()))
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather_json(value: Any) -> list[Any]:
     """What each process gave, in their order, on all of them. `value` is anything that JSON holds, floats exactly."""
     if _alone():
         return [value]

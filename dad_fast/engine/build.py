@@ -24,7 +24,7 @@ from dad_fast.engine.pseudo_labels import PseudoLabels, WeakView
 from dad_fast.engine.stored import Stored, recorded_classes, view_settings
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.methods.losses import TERMS
-from dad_fast.models.optimizations import save_student_work
+from dad_fast.models.optimizations import optimize_student
 from dad_fast.models.probe import Probe, build_probe
 from dad_fast.models.run_settings import take_view
 from dad_fast.models.student import Student, build_student
@@ -33,7 +33,7 @@ from dad_fast.store import AdversarialStore, TargetStore
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What a run is made of; `teacher` and `discretizer` are None where the method, given its stores, needs none."""
 
     device: torch.device
@@ -64,7 +64,7 @@ class Builder:
     def __init__(self) -> None:
         self._frozen: dict[Any, Any] = {}
 
-    def build(self, cfg: Config) -> Parts:
+    def build(self, cfg: Config) -> Components:
         device = resolve_device(cfg.device)
         check_splits(cfg)
         if not cfg.store.dirs:  # what a store makes needless is known when it has been joined with the data
@@ -95,7 +95,7 @@ class Builder:
         else:
             num_groups = 1 + len({"dad", "aug", "dat"} & set(TERMS[cfg.method]))  # clean images, and those of each attack
             student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)
-            savings["student"] = save_student_work(student, frozen.model_savings(cfg))
+            savings["student"] = optimize_student(student, frozen.model_optimizations(cfg))
         take_view(student, cfg)
         student = student.to(device)
         if cfg.student.sync_bn:
@@ -105,7 +105,7 @@ class Builder:
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
         _try_one_image(cfg, device, student, teacher, discretizer)
         probe = self._probe_data(cfg, train, student, hashes["teacher"], device) if isinstance(student, Probe) else None
-        return Parts(device, train, val, student, teacher, discretizer, stored, savings, hashes, probe)
+        return Components(device, train, val, student, teacher, discretizer, stored, savings, hashes, probe)
 
     def _probe_data(self, cfg: Config, source: Source, probe: Probe, teacher_hash: str | None, device: torch.device) -> ProbeData:
         """Shared between runs that differ in neither teacher nor views: a sweep over thresholds encodes its images once."""

@@ -26,12 +26,12 @@ SHEET_ROWS = 8
 
 
 def finish(
-    trainer: Trainer, variant: str, suites: Sequence[Suite], summary: dict[str, float], taught: dict[str, dict[str, Any]]
+    trainer: Trainer, variant: str, suites: Sequence[Suite], summary: dict[str, float], teacher_results: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Write model.safetensors, sheet.png and .safetensors, results.json and report.html; returns the record that results.json holds.
 
     suites: what the student is judged on; the validation split alone where there are none.
-    taught: results of teachers by name, filled here: a teacher that several runs share is judged once.
+    teacher_results: results of teachers by name, filled here: a teacher that several runs share is judged once.
     """
     cfg, parts, output = trainer.cfg, trainer.parts, trainer.output
     suites = suites or [Suite(cfg.data.val_split, parts.val)]
@@ -41,11 +41,11 @@ def finish(
     student = {suite.name: trainer.judge(trainer.evaluated, suite, _progress(suite.name)) for suite in suites}
     teacher = None
     if parts.teacher is not None:
-        if parts.teacher.name not in taught:
-            taught[parts.teacher.name] = {
+        if parts.teacher.name not in teacher_results:
+            teacher_results[parts.teacher.name] = {
                 suite.name: trainer.judge(parts.teacher, suite, _progress(f"teacher on {suite.name}")).to_dict() for suite in suites
             }
-        teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": taught[parts.teacher.name]}
+        teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": teacher_results[parts.teacher.name]}
     if main and parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ())):
         _sheet(trainer, output)
     record = {

@@ -11,8 +11,8 @@ from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.data.classes import ClassMap
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.discretizers.registry import load_discretizer
-from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings
-from dad_fast.models.optimizations import Savings, save_teacher_work
+from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
+from dad_fast.models.optimizations import Optimizations, optimize_teacher
 from dad_fast.models.teacher import Teacher, load_teacher
 from dad_fast.models.weights.fingerprint import fingerprint
 
@@ -31,21 +31,21 @@ class FrozenDiscretizer(NamedTuple):
     fingerprint: str | None  # None where nothing is trained
 
 
-def model_savings(cfg: Config) -> Savings:
+def model_optimizations(cfg: Config) -> Optimizations:
     """For teacher and student."""
-    return Savings(**{name: _wanted(cfg, name) for name in MODEL_SAVINGS})
+    return Optimizations(**{name: _wanted(cfg, name) for name in MODEL_SAVINGS})
 
 
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
     model = load_teacher(cfg.teacher, classes, cfg.precision, device)
     digest, of_encoder = fingerprint(model), fingerprint(model.encoder)
-    return FrozenTeacher(model, digest, save_teacher_work(model, model_savings(cfg)), of_encoder)
+    return FrozenTeacher(model, digest, optimize_teacher(model, model_optimizations(cfg)), of_encoder)
 
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
     savings = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
     kernel = cfg.engine.step_kernels and device.type == "cuda"
-    model = load_discretizer(cfg.discretizer.name, cfg.precision, device, VQGANSavings(**savings, norm_kernel=kernel))
+    model = load_discretizer(cfg.discretizer.name, cfg.precision, device, VQGANOptimizations(**savings, norm_kernel=kernel))
     return FrozenDiscretizer(model, model.fingerprint())
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dad_fast.config.schema import Config
 from dad_fast.data.loaders.loader import TrainLoader, resolve_loader
 from dad_fast.distributed import process_group as distributed
-from dad_fast.engine.build import Parts
+from dad_fast.engine.build import Components
 from dad_fast.engine.probe_features import FeatureLoader
 
 
-def introduction(cfg: Config, parts: Parts, loader: TrainLoader | FeatureLoader) -> list[str]:
+def introduction(cfg: Config, parts: Components, loader: TrainLoader | FeatureLoader) -> list[str]:
     """Lines for the log: data, batches, models and where they come from, what was saved of their work."""
     lines = [parts.train.describe(), _batches(cfg)]
     if distributed.world() > 1 and parts.student.has_batch_stats:

@@ -43,6 +43,6 @@ class Meter:
 
 def over_processes(means: dict[str, float], most: dict[str, float]) -> dict[str, float]:
     """For the log: `means` averaged over the processes, and of `most` the largest value."""
-    found = distributed.gather([means, most])
+    found = distributed.all_gather_json([means, most])
     averages = {name: sum(one[name] for one, _ in found) / len(found) for name in means}
     return averages | {name: max(one[name] for _, one in found) for name in most}

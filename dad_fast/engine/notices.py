@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dad_fast.config.schema import Config
-from dad_fast.engine.build import Parts
+from dad_fast.engine.build import Components
 from dad_fast.engine.step_timer import Window, input_bound
 
 WAIT = 1.0  # seconds for which a step may wait for the disk without a word
@@ -14,7 +14,7 @@ VISIBLE = 3.0  # times the encoder's rounding, from which on an attack is more t
 
 
 class Advice:
-    def __init__(self, cfg: Config, parts: Parts, loader: str) -> None:
+    def __init__(self, cfg: Config, parts: Components, loader: str) -> None:
         self._cfg, self._parts, self._loader = cfg, parts, loader
         self._windows, self._advised, self._waited, self._warned = 0, False, False, False
 

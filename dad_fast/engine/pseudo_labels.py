@@ -22,7 +22,7 @@ from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import Source
 from dad_fast.distributed import process_group as distributed
 from dad_fast.errors import DataError
-from dad_fast.evaluate.suites.base import Piece
+from dad_fast.evaluate.suites.base import Subset
 from dad_fast.methods.lp_clip import pseudo_labels
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.files import read_state_dict, write_safetensors
@@ -65,7 +65,7 @@ class PseudoLabels:
     def prepare(self, say: Callable[[str], None]) -> None:
         if self._labels is not None:
             return
-        if all(distributed.gather(self._read())):  # machines have caches of their own
+        if all(distributed.all_gather_json(self._read())):  # machines have caches of their own
             say(f"pseudo-labels of {len(self.source):,} images from {self.path}")
             return
         self._labels, self._confidence = self._made(say)
@@ -96,7 +96,7 @@ class PseudoLabels:
         num = len(self.source)
         labels, confidence = torch.zeros(num, dtype=torch.int64), torch.zeros(num)
         mine = share(np.flatnonzero(self.source.ok), self.batch_size)
-        piece = Piece(self.source, mine, self.source.labels[mine])
+        piece = Subset(self.source, mine, self.source.labels[mine])
         done, tell = 0, Lines(say, "pseudo-labels", len(mine))
         for batch in EvalLoader(piece, *self.view, self.batch_size, self.workers, pin_memory=self.device.type == "cuda"):
             found = pseudo_labels(self.teacher(to_pixels(batch.images.to(self.device, non_blocking=True))))

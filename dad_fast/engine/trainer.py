@@ -20,7 +20,7 @@ from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.loaders.loader import Batch, TrainLoader, train_loader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_requests
-from dad_fast.engine.build import Parts
+from dad_fast.engine.build import Components
 from dad_fast.engine.cuda_graph import WARM_UP
 from dad_fast.engine.garbage import collections_between_steps
 from dad_fast.engine.introduction import introduction
@@ -54,7 +54,7 @@ class Trainer:
     resume: "" starts at step 0; "auto" goes on from the newest sound checkpoint in `output`; a path goes on from that checkpoint.
     """
 
-    def __init__(self, cfg: Config, parts: Parts, output: Path, label: str, resume: str = "", allow_config_change: bool = False):
+    def __init__(self, cfg: Config, parts: Components, output: Path, label: str, resume: str = "", allow_config_change: bool = False):
         cfg = with_batch_sizes(cfg, distributed.world())
         self.cfg, self.parts, self.output, self.label = cfg, parts, output, label
         seed_generators(cfg.seed)  # again, after the student was built: a run draws the same whatever its initial weights took
@@ -118,13 +118,13 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Runs to the end, or until a signal asks any process to stop: then the state is saved and Preempted or Interrupted raised."""
-        distributed.patience(distributed.LONG)  # until every process has warmed up
+        distributed.set_timeout(distributed.LONG)  # until every process has warmed up
         with stop_requests() as stop, self._progress() as progress, collections_between_steps():
             try:
                 self._steps(stop, progress)
             finally:
                 self.writer.wait()
-            distributed.patience(distributed.LONG)  # what comes now, the first process may do alone
+            distributed.set_timeout(distributed.LONG)  # what comes now, the first process may do alone
             distributed.barrier()  # none ends before the checkpoint is written
         return {
             "seconds": self.clock.total,
@@ -132,7 +132,7 @@ class Trainer:
             "epochs": self.next_step / self.steps_per_epoch,
             "best_val_top1": self.best_top1,
             "bad_images": len(self.gathered_bad_images()),
-            "failed_over": sum(distributed.gather(self.loader.failed_over)),
+            "failed_over": sum(distributed.all_gather_json(self.loader.failed_over)),
         }
 
     def _steps(self, stop: StopRequest, progress: TrainProgress) -> None:
@@ -172,7 +172,7 @@ class Trainer:
                 self._stop(stopping)
             if self.next_step == begun + WARM_UP + 1:  # compiled, captured, and everything met once
                 distributed.barrier()
-                distributed.patience(self.cfg.engine.dist_timeout)
+                distributed.set_timeout(self.cfg.engine.dist_timeout)
         vote.settle()
 
     def _batches(self) -> Iterator[Batch]:
@@ -240,7 +240,7 @@ class Trainer:
 
     def gathered_bad_images(self) -> list[str]:
         """Unreadable files that any process has met so far. All processes call it."""
-        for names in distributed.gather(sorted(self.met - self.bad_images)):
+        for names in distributed.all_gather_json(sorted(self.met - self.bad_images)):
             self.bad_images.update(names)
         return sorted(self.bad_images)
 

@@ -21,7 +21,7 @@ BY_NAME = ("timm:", "open_clip:", "hf-hub:", "embedded:")
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class EvalModel:
     """A loaded model: pixels float32 [B, 3, H, W] in [0, 1] -> logits [B, C], C the length of `classes`."""
 
     name: str  # as it was named
@@ -37,7 +37,7 @@ def is_by_name(name: str) -> bool:
     return name.startswith(BY_NAME)
 
 
-def load_subject(name: str, cfg: Config, data_classes: Callable[[], ClassMap], device: torch.device) -> Subject:
+def load_subject(name: str, cfg: Config, data_classes: Callable[[], ClassMap], device: torch.device) -> EvalModel:
     """The model `name`: a run's folder, a checkpoint's folder or a file of a student, or timm:, open_clip:, hf-hub: and embedded: as
     `--teacher` takes them. The classes of a run are those it recorded; of a published model those of the data that it is judged on.
 
@@ -52,13 +52,13 @@ def load_subject(name: str, cfg: Config, data_classes: Callable[[], ClassMap], d
     title = f"{path}: {student.name}" + (f" by {facts['method']}" if facts["method"] else "") + (", EMA" if facts["ema"] else "")
     view = (student.image_size, student.crop_pct, student.interpolation)
     facts = {"path": str(path), "sha256": sha256_file(path), "student": student.name, **facts}
-    return Subject(name, title, student.to(device), classes, view, facts)
+    return EvalModel(name, title, student.to(device), classes, view, facts)
 
 
-def of_teacher(teacher: Teacher) -> Subject:
+def of_teacher(teacher: Teacher) -> EvalModel:
     facts = {"name": teacher.name, "sha256": teacher.weights_sha256, "seen": teacher.provenance, "squashed": teacher.squashed}
     view = (teacher.image_size, teacher.crop_pct, teacher.interpolation)
-    return Subject(teacher.name, teacher.name, teacher, teacher.classes, view, facts)
+    return EvalModel(teacher.name, teacher.name, teacher, teacher.classes, view, facts)
 
 
 def recorded_classes(weights: Path, metadata: Mapping[str, str], class_map: str) -> ClassMap:

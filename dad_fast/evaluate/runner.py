@@ -23,7 +23,7 @@ from dad_fast.evaluate.metrics.image_scores import SCORES, image_scores
 from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.metrics.predictions import FIELDS, Records
 from dad_fast.evaluate.metrics.result import Result, make_result
-from dad_fast.evaluate.suites.base import Judged, Piece, as_judged, corruption_summary, image_numbers
+from dad_fast.evaluate.suites.base import EvalSet, Subset, as_eval_set, corruption_summary, image_numbers
 from dad_fast.evaluate.suites.imagenet import alexnet_errors, corruption_errors
 from dad_fast.evaluate.suites.published import C_SIDE, C_VIEWS
 from dad_fast.evaluate.suites.registry import Corruption, Suite, open_suites
@@ -36,7 +36,7 @@ Look = Callable[[Tensor, Tensor], Tensor]  # pixels [B, 3, H, W] and the images'
 
 def evaluate(
     model: Model,
-    source: Source | Judged,
+    source: Source | EvalSet,
     *,
     img_size: int,
     crop_pct: float,
@@ -57,7 +57,7 @@ def evaluate(
     source has classes, or where no image of it can be read; where a signal has asked a process to stop (`signals.stop_requests` around
     this), Preempted or Interrupted after the next batch, in all of them, with the words `stopped`.
     """
-    judged = as_judged(source)
+    judged = as_eval_set(source)
     view = (img_size, *(judged.view or (crop_pct, interpolation)))
     records, num_outputs = records_of(model, judged, view, batch_size, workers, device, corruption, progress, dali, stopped)
     skipped = sum(int((~piece.ok).sum()) for piece in judged.pieces)
@@ -69,7 +69,7 @@ def evaluate(
 
 def records_of(
     model: Model,
-    judged: Judged,
+    judged: EvalSet,
     view: tuple[int, float, str],
     batch_size: int,
     workers: int,
@@ -114,7 +114,7 @@ def records_of(
 
 
 def _scores(
-    model: Model, judged: Judged, piece: Piece, view: tuple[int, float, str], looks: Sequence[Look], batch_size: int, workers: int,
+    model: Model, judged: EvalSet, piece: Subset, view: tuple[int, float, str], looks: Sequence[Look], batch_size: int, workers: int,
     device: torch.device, advance: Callable[[int], None], dali: bool, poll: _Poll,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """`image_scores` of all images of `piece`, float64 [looks, N, 8] on the CPU, and the number of the model's outputs."""
@@ -169,7 +169,7 @@ def _loader(dali: bool, device: torch.device) -> Callable[..., EvalLoader]:
     return partial(DaliEvalLoader, device=device)
 
 
-def _records(judged: Judged, pieces: Sequence[Piece], scores: Sequence[Tensor]) -> Records:
+def _records(judged: EvalSet, pieces: Sequence[Subset], scores: Sequence[Tensor]) -> Records:
     """The rows of all pieces and looks, part by part."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in FIELDS}
     part = 0
@@ -191,7 +191,7 @@ def _looks(corruption: Corruption | None) -> list[Look]:
     return [lambda pixels, keys, s=s: corrupt(name, pixels, s, keys) for s in severities]  # type: ignore[misc]
 
 
-def protocol(judged: Judged, view: tuple[int, float, str]) -> str:
+def protocol(judged: EvalSet, view: tuple[int, float, str]) -> str:
     """How an image becomes the model's pixels, and the suite's note, in words."""
     size, crop_pct, interpolation = view
     look = f"resize {math.floor(size / crop_pct)} {interpolation}, crop {size}"
@@ -201,7 +201,7 @@ def protocol(judged: Judged, view: tuple[int, float, str]) -> str:
     return "; ".join(filter(None, (look, judged.note)))
 
 
-def _corruption_facts(judged: Judged, records: Records) -> dict[str, Any]:
+def _corruption_facts(judged: EvalSet, records: Records) -> dict[str, Any]:
     """mCE with its interval, and accuracy and error of each corruption, of a suite of corrupted copies."""
     parts = [records.part(number) for number in range(len(judged.parts))]
     tops, weights = corruption_summary(judged, [100 * float(part["correct"].mean()) for part in parts])

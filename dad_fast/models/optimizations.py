@@ -27,7 +27,7 @@ CAST = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.MultiheadAtten
 
 
 @dataclass(frozen=True)
-class Savings:
+class Optimizations:
     """Which savings are on. All off is the plain form, bit for bit."""
 
     class_token_only: bool = True  # last transformer block for the class token alone, teacher and student
@@ -36,15 +36,15 @@ class Savings:
     cast_weights: bool = True  # the teacher's matrices once to the dtype that autocast gives them at every call
 
 
-PLAIN = Savings(class_token_only=False, fold_normalisation=False, fold_quick_gelu=False, cast_weights=False)
+PLAIN = Optimizations(class_token_only=False, fold_normalisation=False, fold_quick_gelu=False, cast_weights=False)
 
 
-def save_student_work(student: Student, savings: Savings) -> dict[str, str]:
+def optimize_student(student: Student, savings: Optimizations) -> dict[str, str]:
     """Apply to a student what `savings` asks for: saving -> "" where it is on, else why it is not."""
     return {"class_token_only": keep_class_token_only(student.model)} if savings.class_token_only else {}
 
 
-def save_teacher_work(teacher: Teacher, savings: Savings) -> dict[str, str]:
+def optimize_teacher(teacher: Teacher, savings: Optimizations) -> dict[str, str]:
     """Apply to a frozen teacher what `savings` asks for: saving -> "" where it is on, else why it is not."""
     results = {}
     if savings.class_token_only:

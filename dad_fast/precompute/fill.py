@@ -38,7 +38,7 @@ from dad_fast.store.part import Bytes
 SHARD_BYTES = 1 << 30  # about; a shard is what is lost when a disk loses a file
 
 
-class Filler(Protocol):
+class StoreBuilder(Protocol):
     """Computes the records of a store's rows."""
 
     manifest: Manifest
@@ -208,7 +208,7 @@ def make_manifest(
     return Manifest(**common, **form, blocks_per_shard=launch.shard_blocks or max(1, min(SHARD_BYTES // per_block, 4096)))
 
 
-def fill(filler: Filler, folder: Path, rank: int, world: int) -> Iterator[Records]:
+def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[Records]:
     """Write this process's part of the store, yielding each block's records once they are written. Closing it in between loses nothing.
 
     Raises DataError when the folder holds a store of other settings, or the disk is full.
@@ -227,7 +227,7 @@ def fill(filler: Filler, folder: Path, rank: int, world: int) -> Iterator[Record
     writer.finish()
 
 
-def estimate(filler: Filler, num_blocks: int = 3) -> float:
+def estimate(filler: StoreBuilder, num_blocks: int = 3) -> float:
     """Seconds that a block takes here, the median of a few after one that warms up."""
     geometry = filler.manifest.geometry
     rows = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)][: num_blocks + 1]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dad_fast.errors import DataError
-from dad_fast.precompute.fill import Filler
+from dad_fast.precompute.fill import StoreBuilder
 from dad_fast.store import AdversarialStore, Records, Store, TargetStore
 from dad_fast.store import Block as Rows
 from dad_fast.store.images import decode_image
@@ -35,7 +35,7 @@ class Drift:
         return f"{text}; differing: {parts}; largest difference of a logit {self.logit:.3g}{self.devices}"
 
 
-def recheck(filler: Filler, store: AdversarialStore | TargetStore, share: float) -> Drift:
+def recheck(filler: StoreBuilder, store: AdversarialStore | TargetStore, share: float) -> Drift:
     """Compute a random `share` of the blocks of `store` again, other ones at every call, and compare all that is stored of them.
 
     Raises DataError where the filler has other settings than the store, the device aside.

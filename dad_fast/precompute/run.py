@@ -26,7 +26,7 @@ from dad_fast.errors import DataError
 from dad_fast.loggers.progress import format_seconds, report_progress
 from dad_fast.loggers.run_log import print_line
 from dad_fast.models.student import build_student
-from dad_fast.precompute.fill import AdversarialFiller, Filler, TargetFiller, estimate, fill, stopped
+from dad_fast.precompute.fill import AdversarialFiller, StoreBuilder, TargetFiller, estimate, fill, stopped
 from dad_fast.precompute.recheck import recheck
 from dad_fast.store import Manifest, Records, open_store
 
@@ -41,7 +41,7 @@ def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
         return code or _say_state(launch)
     end_with_launcher()
     rank, world = distributed.rank(), distributed.world()
-    filler = make_filler(cfg, launch)
+    filler = make_builder(cfg, launch)
     if launch.estimate:
         return _estimate(filler, max(world, nproc), Path(launch.output))
     if launch.check:
@@ -64,7 +64,7 @@ def _say_state(launch: StoreLaunch) -> int:
     return 0
 
 
-def make_filler(cfg: Config, launch: StoreLaunch) -> Filler:
+def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
     """Everything that a user can get wrong fails here, before a file is written."""
     device = resolve_device(cfg.device)
     source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
@@ -92,7 +92,7 @@ def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
     }
 
 
-def _estimate(filler: Filler, world: int, folder: Path) -> int:
+def _estimate(filler: StoreBuilder, world: int, folder: Path) -> int:
     manifest = filler.manifest
     seconds = estimate(filler)
     blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
@@ -110,7 +110,7 @@ def _estimate(filler: Filler, world: int, folder: Path) -> int:
     return 0
 
 
-def _check(filler: Filler, launch: StoreLaunch) -> int:
+def _check(filler: StoreBuilder, launch: StoreLaunch) -> int:
     drift = recheck(filler, open_store(launch.output), launch.check)
     print(drift)
     if drift.equal < drift.checked and not drift.devices:
@@ -120,7 +120,7 @@ def _check(filler: Filler, launch: StoreLaunch) -> int:
 
 
 @contextmanager
-def _progress(filler: Filler, rank: int, world: int) -> Iterator[Any]:
+def _progress(filler: StoreBuilder, rank: int, world: int) -> Iterator[Any]:
     """A callback for each block's records: a bar on a terminal, else a line now and then. The first process shows its own share."""
     manifest = filler.manifest
     total = len([b for s in range(rank, manifest.geometry.num_shards, world) for b in manifest.geometry.blocks(s)])

@@ -1,4 +1,4 @@
-"""Parts of an HTML page: escaped text, sections, tables, notes, and the frame around them. The page loads nothing and runs nothing."""
+"""Components of an HTML page: escaped text, sections, tables, notes, and the frame around them. The page loads nothing and runs nothing."""
 
 from __future__ import annotations
 

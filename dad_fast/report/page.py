@@ -58,7 +58,7 @@ def page(loaded: Loaded) -> str:
     looks = {group.label: look(i) for i, group in enumerate(groups)}
     named = [(name, *found) for name, found in looks.items()]
     key = legend(named) if len(groups) > 1 else ""
-    taught = legend([("teacher", *TEACHER), *named]) if teachers(record) else key
+    teacher_results = legend([("teacher", *TEACHER), *named]) if teachers(record) else key
     sheets = _sheets(groups, loaded.problems)  # before the problems are shown
     costs, cost_notes = cost_table(groups)
     done = bool(record["runs"])
@@ -67,7 +67,7 @@ def page(loaded: Loaded) -> str:
         "Result": [result_tables(record), notes([*table_notes(record, "top1"), *fairness(groups)])] if done else [],
         "What differs": [differing(groups)] if len(groups) > 1 else [],
         "Accuracy per shift": [bars(record, looks), notes(bar_notes(groups))] if done else [],
-        "Calibration": _with_key(taught, reliability(record, looks), notes(reliability_notes())),
+        "Calibration": _with_key(teacher_results, reliability(record, looks), notes(reliability_notes())),
         "Training": _with_key(key, _curves(groups, looks, CURVES)),
         "Images: clean, discretized, attacked": [sheets],
         "Throughput, energy and overhead": [costs, notes(cost_notes), *_with_key(key, _curves(groups, looks, COST_CURVES))],

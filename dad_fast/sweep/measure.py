@@ -16,14 +16,14 @@ import torch
 from dad_fast.config import Config
 from dad_fast.config.stores import SharedStore, online
 from dad_fast.data.loaders.loader import Batch, train_loader
-from dad_fast.engine.build import Builder, Parts
+from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Suite, open_suites
-from dad_fast.evaluate.suites.base import as_judged
+from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.loggers.progress import report_progress
 from dad_fast.precompute.fill import estimate
-from dad_fast.precompute.run import make_filler
+from dad_fast.precompute.run import make_builder
 
 TIMED = 5  # steps, after those that warm up
 
@@ -55,7 +55,7 @@ def measure(
         found["runs"][name] = _preparing(trainer, parts) + training + evaluating
     found["teacher"] = evaluation["teacher"]
     for store in stores:
-        filler = make_filler(store.config, store.launch)
+        filler = make_builder(store.config, store.launch)
         manifest = filler.manifest
         blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
         size = sum(manifest.bytes_per_sample.values()) * manifest.num_samples * manifest.num_views
@@ -63,7 +63,7 @@ def measure(
     return found
 
 
-def _step_seconds(trainer: Trainer, parts: Parts, stored: Sequence[str]) -> float:
+def _step_seconds(trainer: Trainer, parts: Components, stored: Sequence[str]) -> float:
     """The median step, waiting for the loader included."""
     warm = 4 if parts.device.type == "cuda" else 1
     loader = trainer.loader
@@ -82,7 +82,7 @@ def _step_seconds(trainer: Trainer, parts: Parts, stored: Sequence[str]) -> floa
     return median(seconds[warm:])
 
 
-def _preparing(trainer: Trainer, parts: Parts) -> float:
+def _preparing(trainer: Trainer, parts: Components) -> float:
     """Seconds to encode what a linear probe is told of its images before the first step: the strong views that are kept."""
     probe, cfg = parts.probe, trainer.cfg
     if probe is None or probe.features is None:
@@ -91,7 +91,7 @@ def _preparing(trainer: Trainer, parts: Parts) -> float:
     return encoded * max(1, cfg.lp_clip.views)
 
 
-def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str]) -> Iterator[Batch]:
+def _as_if_stored(batches: Iterator[Batch], parts: Components, stored: Sequence[str]) -> Iterator[Batch]:
     """`batches` with empty records in place of what stores of these kinds would give: a step takes as long with them."""
     for batch in batches:
         size, classes = len(batch.labels), len(parts.train.classes)
@@ -113,7 +113,7 @@ def _as_if_stored(batches: Iterator[Batch], parts: Parts, stored: Sequence[str])
         yield replace(batch, **found)
 
 
-def _evaluation(trainer: Trainer, cfg: Config, parts: Parts) -> dict[str, float]:
+def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, float]:
     """Seconds to evaluate on the validation split and on all suites, from one batch of each."""
     suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval) or [Suite(cfg.data.val_split, parts.val)]
     trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
@@ -133,7 +133,7 @@ def _seconds(trainer: Trainer, model: torch.nn.Module, suite: Suite, cfg: Config
 
 def _first_batch(suite: Suite, cfg: Config) -> tuple[Suite, float]:
     """The suite cut to a batch, and which share of it that is."""
-    judged = as_judged(suite.source)
+    judged = as_eval_set(suite.source)
     piece = judged.pieces[0]
     few = np.flatnonzero(piece.ok)[: cfg.eval.batch_size or cfg.data.batch_size]
     cut = replace(judged, pieces=(piece.taken(few),), parts=judged.parts[:1])

@@ -11,7 +11,7 @@ from typing import Any
 from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.stores import SharedStore, is_filled, online, seconds_file, store_seconds
 from dad_fast.distributed import process_group as distributed
-from dad_fast.engine.build import Builder, Parts
+from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.finish import finish
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import UsageError
@@ -152,7 +152,7 @@ def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
         return None
 
 
-def _weights(parts: Parts) -> dict[str, Any]:
+def _weights(parts: Components) -> dict[str, Any]:
     """Frozen models and stores of a run, for run.json."""
     frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
     found: dict[str, Any] = {

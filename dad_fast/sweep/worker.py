@@ -30,7 +30,7 @@ from dad_fast.engine.build import Builder
 from dad_fast.errors import DadFastError, Interrupted, Preempted
 from dad_fast.loggers.progress import report_progress, report_progress_to
 from dad_fast.loggers.run_log import print_line
-from dad_fast.precompute.run import make_filler
+from dad_fast.precompute.run import make_builder
 from dad_fast.sweep.measure import measure
 from dad_fast.sweep.pool import shared_parts
 from dad_fast.sweep.run import check_run, fill_store, train_run
@@ -56,7 +56,7 @@ class Worker:
             except DadFastError as error:
                 raise type(error)(f"{run['variant']}: {error}") from None
         for store in map(_store, stores):
-            make_filler(store.config, store.launch)
+            make_builder(store.config, store.launch)
 
     def measure(self, runs: dict[str, str], stored: dict[str, list[str]], stores: list[dict[str, Any]]) -> dict[str, Any]:
         configs = {variant: from_toml(text) for variant, text in runs.items()}

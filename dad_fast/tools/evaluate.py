@@ -26,9 +26,9 @@ from dad_fast.evaluate.metrics.ood_detection import detect
 from dad_fast.evaluate.metrics.paired_tests import agreement, compare
 from dad_fast.evaluate.metrics.predictions import Records, is_records, load_records, save_records
 from dad_fast.evaluate.metrics.result import Result, with_intervals
-from dad_fast.evaluate.models import Subject, is_by_name, load_subject, of_teacher
+from dad_fast.evaluate.models import EvalModel, is_by_name, load_subject, of_teacher
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
-from dad_fast.evaluate.suites.base import as_judged
+from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.registry import Unknown, classes_of, open_suites, open_unknown
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.run_log import environment
@@ -42,7 +42,7 @@ STOPPED = "stopped: what stands above is whole; run the same command again"
 class Found:
     """What was found of one model."""
 
-    subject: Subject
+    subject: EvalModel
     results: dict[str, Result] = field(default_factory=dict)
     id_suite: str = ""
     ood: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class _Evaluation:
             check_dali()
         self.suite_names = cfg.eval.suites or (cfg.data.val_split,)
         self.baselines = read_baselines(launch.baselines) if launch.baselines else []
-        self.taught: dict[ClassMap, Found] = {}
+        self.teacher_results: dict[ClassMap, Found] = {}
 
     def run(self, names: Sequence[str]) -> int:
         record: dict[str, Any] = {
@@ -99,9 +99,9 @@ class _Evaluation:
             self.teacher(self.data_classes())
         if not distributed.is_main():
             return 0
-        everything = {**found, **{f"teacher {one.subject.name}": one for one in self.taught.values()}}
-        if self.taught:
-            record["teacher"] = next(iter(self.taught.values())).to_dict()
+        everything = {**found, **{f"teacher {one.subject.name}": one for one in self.teacher_results.values()}}
+        if self.teacher_results:
+            record["teacher"] = next(iter(self.teacher_results.values())).to_dict()
         if self.launch.predictions:
             for name, one in everything.items():
                 _save(Path(self.launch.predictions), name, one)
@@ -123,16 +123,16 @@ class _Evaluation:
 
     def teacher(self, classes: ClassMap) -> Found | None:
         """The teacher's results for models with these classes; None where no teacher is asked for."""
-        if self.cfg.teacher.name and classes not in self.taught:
+        if self.cfg.teacher.name and classes not in self.teacher_results:
             teacher = load_teacher(self.cfg.teacher, classes, self.cfg.precision, self.device)
-            self.taught[classes] = self._judge(of_teacher(teacher), f"teacher {teacher.name}", None)
+            self.teacher_results[classes] = self._judge(of_teacher(teacher), f"teacher {teacher.name}", None)
             say(f"It has seen: {teacher.provenance}")
-        return self.taught.get(classes)
+        return self.teacher_results.get(classes)
 
-    def judge(self, subject: Subject) -> Found:
+    def judge(self, subject: EvalModel) -> Found:
         return self._judge(subject, subject.title, self.teacher(subject.classes))
 
-    def _judge(self, subject: Subject, title: str, teacher: Found | None) -> Found:
+    def _judge(self, subject: EvalModel, title: str, teacher: Found | None) -> Found:
         """Results by suite, each printed when it is there."""
         with distributed.main_first():  # the others find the indexes that the first one made
             suites = open_suites(self.suite_names, self.cfg.data, subject.classes, self.cfg.eval)
@@ -158,7 +158,7 @@ class _Evaluation:
                 say(line)
         return found
 
-    def result(self, subject: Subject, suite: Suite) -> Result:
+    def result(self, subject: EvalModel, suite: Suite) -> Result:
         size, crop_pct, interpolation = self.view(subject)
         with stop_requests():
             return evaluate(
@@ -167,12 +167,12 @@ class _Evaluation:
                 progress=_progress(suite.name), dali=self.dali, stopped=STOPPED,
             )  # fmt: skip
 
-    def unknown(self, subject: Subject, suites: Sequence[Suite], id_suite: str) -> list[Unknown]:
+    def unknown(self, subject: EvalModel, suites: Sequence[Suite], id_suite: str) -> list[Unknown]:
         """The sets after --ood, opened before anything is judged: one that is missing must not show after hours."""
-        columns = as_judged(next(suite.source for suite in suites if suite.name == id_suite)).columns
+        columns = as_eval_set(next(suite.source for suite in suites if suite.name == id_suite)).columns
         return [open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns) for name in self.launch.ood]
 
-    def detect(self, subject: Subject, found: Found, sets: Sequence[Unknown]) -> dict[str, dict[str, dict[str, float]]]:
+    def detect(self, subject: EvalModel, found: Found, sets: Sequence[Unknown]) -> dict[str, dict[str, dict[str, float]]]:
         known = found.results[found.id_suite].records
         assert known is not None
         ood = {}
@@ -195,7 +195,7 @@ class _Evaluation:
             raise UsageError(f"--id-suite {wanted}: not among the judged suites ({', '.join(known)}){nearest(wanted, known)}")
         return wanted or next((suite.name for suite in suites if suite.corruption is None), known[0])
 
-    def view(self, subject: Subject) -> tuple[int, float, str]:
+    def view(self, subject: EvalModel) -> tuple[int, float, str]:
         aug, (size, crop_pct, interpolation) = self.cfg.augment, subject.view
         return aug.img_size or size, aug.crop_pct or crop_pct, aug.interpolation or interpolation
 

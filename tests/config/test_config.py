@@ -10,7 +10,7 @@ import pytest
 from dad_fast.config import Config, check, differences, expand, from_toml, preset_names, resolve, to_toml
 from dad_fast.config.fields import get, settings, with_values
 from dad_fast.config.resolve import Layers, gather, preset_text
-from dad_fast.config.variants import NOT_SCIENCE
+from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
 
 FITS = {"data.data_dir": "embedded:digits", "student.name": "resnet10t", "teacher.name": "embedded:digits", "discretizer.name": "identity"}
@@ -306,7 +306,7 @@ def test_differences_name_only_what_changes_the_result() -> None:
     harmless = config("data.workers=9", "log_every=1", "checkpoint.keep=7", "eval.batch_size=3", "device=cpu", "max_steps=3")
     assert differences(cfg, harmless) == []
     assert differences(cfg, config("variants.a.method=ce")) == ["variants: a differ"]
-    assert set(settings()) >= NOT_SCIENCE
+    assert set(settings()) >= RESUME_SAFE
 
 
 def test_check_guards_configs_made_in_python() -> None:

@@ -12,7 +12,7 @@ from PIL import Image  # noqa: E402
 from dad_fast.config.schema import PrecisionConfig  # noqa: E402
 from dad_fast.discretizers.registry import load_discretizer  # noqa: E402
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer  # noqa: E402
-from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings  # noqa: E402
+from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations  # noqa: E402
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig  # noqa: E402
 from dad_fast.errors import DataError, UsageError  # noqa: E402
 from dad_fast.kernels import CodebookSearch  # noqa: E402
@@ -50,7 +50,7 @@ def test_vqgan_from_a_file(vqgan, tmp_path):
     assert not any(p.requires_grad for p in taming.vqgan.parameters()) and not taming.vqgan.training
 
 
-@pytest.mark.parametrize("savings", [None, VQGANSavings()])
+@pytest.mark.parametrize("savings", [None, VQGANOptimizations()])
 def test_precision_of_each_stage(vqgan, savings, monkeypatch):
     """With amp the encoder's and the decoder's own dtype; the lookup sees float32 whatever surrounds it."""
     seen = []

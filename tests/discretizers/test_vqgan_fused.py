@@ -9,7 +9,7 @@ pytest.importorskip("safetensors")
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dad_fast.discretizers.vqgan.float16_range import HEADROOM, probe_range, scale_for  # noqa: E402
-from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings  # noqa: E402
+from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations  # noqa: E402
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN  # noqa: E402
 from dad_fast.errors import UsageError  # noqa: E402
 from dad_fast.models.weights.files import asset  # noqa: E402
@@ -17,12 +17,12 @@ from tests.discretizers.test_vqgan import DEMO_LIKE, F8_LIKE, F16_LIKE, random_v
 from tests.numerics import assert_as_exact, clearly_nearest, error  # noqa: E402
 
 MODELS = {"f8": F8_LIKE, "f16": F16_LIKE, "demo": DEMO_LIKE}
-NAMES = [field.name for field in fields(VQGANSavings)]
+NAMES = [field.name for field in fields(VQGANOptimizations)]
 HALF = [torch.float16, torch.bfloat16]
 
 
 def only(*names):
-    return VQGANSavings(**{name: name in names for name in NAMES})
+    return VQGANOptimizations(**{name: name in names for name in NAMES})
 
 
 def double(vqgan):
@@ -47,14 +47,14 @@ def case(request):
 def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last):
     vqgan, pixels, codes, _, _ = case
     pixels = pixels.to(memory_format=torch.channels_last) if channels_last else pixels
-    fused = vqgan.fuse(VQGANSavings.none(), encoder=dtype, decoder=dtype)
+    fused = vqgan.fuse(VQGANOptimizations.none(), encoder=dtype, decoder=dtype)
     with torch.autocast("cpu", dtype if dtype in HALF else torch.bfloat16, enabled=dtype in HALF):
         latents, images = vqgan.encode(pixels), vqgan.decode(codes)
     assert torch.equal(fused.encode(pixels), latents) and torch.equal(fused.decode(codes), images)
     assert torch.equal(fused.codes(pixels), vqgan.lookup(latents))
 
 
-@pytest.mark.parametrize("savings", [VQGANSavings(), VQGANSavings(norm_kernel=True), *map(only, NAMES)], ids=["default", "all", *NAMES])
+@pytest.mark.parametrize("savings", [VQGANOptimizations(), VQGANOptimizations(norm_kernel=True), *map(only, NAMES)], ids=["default", "all", *NAMES])
 def test_float32(case, savings):
     """The 2x rule; and no code differs where float32 can tell the two nearest apart."""
     vqgan, pixels, codes, latents, images = case
@@ -78,7 +78,7 @@ def test_every_saving_is_exact_in_exact_arithmetic(case):
 @pytest.mark.parametrize("norm_kernel", [False, True])
 def test_16_bit_error_is_at_most_twice_the_plain_models(case, dtype, norm_kernel):
     vqgan, pixels, codes, latents, images = case
-    fused = vqgan.fuse(VQGANSavings(norm_kernel=norm_kernel), encoder=dtype, decoder=dtype)
+    fused = vqgan.fuse(VQGANOptimizations(norm_kernel=norm_kernel), encoder=dtype, decoder=dtype)
     with torch.autocast("cpu", dtype):
         plain_latents, plain_images = vqgan.encode(pixels), vqgan.decode(codes)
         got = fused.encode(pixels)  # autocast around it changes nothing
@@ -109,7 +109,7 @@ def test_upsampling_at_every_border(height, width):
     from dad_fast.discretizers.vqgan.model import Upsample
 
     plain, x = Upsample(4).double(), torch.randn(2, 4, height, width).double()
-    folded = Up(plain, Recipe(VQGANSavings(), torch.float64))(Sum(x)).total()
+    folded = Up(plain, Recipe(VQGANOptimizations(), torch.float64))(Sum(x)).total()
     torch.testing.assert_close(folded, plain(x), rtol=1e-13, atol=1e-13)
 
 
@@ -142,7 +142,7 @@ def test_compiles_as_one_graph():
     vqgan = random_vqgan(DEMO_LIKE)
     pixels = torch.rand(1, 3, 16, 16)
     exact = double(vqgan).encode(pixels.double())
-    for savings in (VQGANSavings(), VQGANSavings(norm_kernel=True)):
+    for savings in (VQGANOptimizations(), VQGANOptimizations(norm_kernel=True)):
         fused = vqgan.fuse(savings, encoder=torch.bfloat16)
         compiled = torch.compile(fused.encode, fullgraph=True, backend="aot_eager")
         assert_as_exact(compiled(pixels), fused.encode(pixels), exact)  # bfloat16 kernels of other layouts round otherwise
@@ -167,7 +167,7 @@ def test_scaled_activations_fit_float16(norm_kernel):
     vqgan, pixels = loud_vqgan(), torch.rand(2, 3, 32, 32)
     exact = double(vqgan)
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
-    savings = VQGANSavings(norm_kernel=norm_kernel)
+    savings = VQGANOptimizations(norm_kernel=norm_kernel)
     overflowing = vqgan.fuse(savings, encoder=torch.float16, decoder=torch.float16)
     assert not overflowing.encode(pixels).isfinite().all() and not overflowing.decode(codes).isfinite().all()
 
@@ -210,7 +210,7 @@ def test_a_quiet_model_is_left_alone():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("savings", [VQGANSavings(), VQGANSavings(norm_kernel=True), *map(only, NAMES)], ids=["default", "all", *NAMES])
+@pytest.mark.parametrize("savings", [VQGANOptimizations(), VQGANOptimizations(norm_kernel=True), *map(only, NAMES)], ids=["default", "all", *NAMES])
 def test_cuda_16_bit(dtype, savings):
     vqgan = random_vqgan(F8_LIKE).cuda()
     exact, pixels = double(vqgan).cuda(), torch.rand(2, 3, 64, 96, device="cuda")
@@ -228,7 +228,7 @@ def test_cuda_16_bit(dtype, savings):
 def test_cuda_graph(norm_kernel):
     """A captured pass gives what the eager one gives, on inputs it was not captured with."""
     vqgan = random_vqgan(F8_LIKE).cuda()
-    fused = vqgan.fuse(VQGANSavings(norm_kernel=norm_kernel), encoder=torch.float16, decoder=torch.bfloat16)
+    fused = vqgan.fuse(VQGANOptimizations(norm_kernel=norm_kernel), encoder=torch.float16, decoder=torch.bfloat16)
     pixels, codes = torch.rand(2, 3, 64, 64, device="cuda"), torch.randint(0, 64, (2, 8, 8), device="cuda")
     for function, static, fresh in (
         (fused.encode, pixels, torch.rand_like(pixels)),

@@ -21,7 +21,7 @@ from tests.processes import HANG, environment, run_together, wait_until  # noqa:
 def test_one_process_alone():
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
     x = torch.ones(2)
-    assert distributed.all_reduce_sums(x) is x and distributed.gather({"a": 1}) == [{"a": 1}]
+    assert distributed.all_reduce_sums(x) is x and distributed.all_gather_json({"a": 1}) == [{"a": 1}]
     assert distributed.on_main(lambda: 3) == 3 and distributed.broadcast("b") == "b"
     distributed.barrier()
     distributed.close()
@@ -39,7 +39,7 @@ def test_three_processes_agree(tmp_path):
     from dad_fast.errors import DataError, Interrupted, Preempted
     x = torch.tensor([rank + 0.5, 1 / 3], dtype=torch.float64)
     print(json.dumps(d.all_reduce_sums(x).tolist()))
-    print(json.dumps(d.gather({"rank": rank, "long": "x" * rank, "third": 1 / 3})))
+    print(json.dumps(d.all_gather_json({"rank": rank, "long": "x" * rank, "third": 1 / 3})))
     print(json.dumps(d.broadcast([rank, "é"])))
     t = torch.full((3, 4), float(rank)).t()
     d.broadcast_([t]); print(json.dumps(t.sum().item()))
@@ -59,7 +59,7 @@ def test_three_processes_agree(tmp_path):
         if heard[-1]:
             break
     print(json.dumps(heard), vote.settle())
-    d.patience(5)
+    d.set_timeout(5)
     with d.main_first():
         pass
     d.close()
@@ -88,7 +88,7 @@ def test_the_others_say_which_process_is_gone_and_stop(tmp_path, how):
     code = f"""
     from dad_fast.errors import PeerLost
     os.chdir({str(tmp_path)!r})
-    d.patience(2)
+    d.set_timeout(2)
     if rank == 1:
         {how}
         sys.exit(0)

@@ -21,7 +21,7 @@ from dad_fast.engine.step import TrainStep  # noqa: E402
 from dad_fast.engine.update import Update  # noqa: E402
 from dad_fast.kernels.pack_codes import packed_bytes  # noqa: E402
 from dad_fast.methods.losses import TERMS  # noqa: E402
-from dad_fast.models.optimizations import Savings, save_student_work, save_teacher_work  # noqa: E402
+from dad_fast.models.optimizations import Optimizations, optimize_student, optimize_teacher  # noqa: E402
 from dad_fast.models.student import build_student  # noqa: E402
 from tests.engine.test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer  # noqa: E402
 from tests.models.test_savings import timm_teacher  # noqa: E402
@@ -96,8 +96,8 @@ def crossings(monkeypatch, method, student_config, fused=False, data=None, **sec
     student, vqgan = build_student(cfg.student, C, SIDE, 3), discretizer()
     teacher = timm_teacher(img_size=SIDE, num_classes=C)
     teacher.image_size = SIDE
-    save_student_work(student, Savings())
-    save_teacher_work(teacher, Savings())
+    optimize_student(student, Optimizations())
+    optimize_teacher(teacher, Optimizations())
 
     def backward(loss, *_):
         for p in student.parameters():

@@ -15,7 +15,7 @@ from suites import CPU, PARTIAL, WNIDS, OfMap, judge, numbers_of, shuffled_map
 from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.errors import DataError
 from dad_fast.evaluate.runner import evaluate, open_suites, protocol
-from dad_fast.evaluate.suites.base import as_judged
+from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.imagenet import imagenet_classes
 from dad_fast.evaluate.suites.published import C_VIEWS
 
@@ -91,7 +91,7 @@ def test_both_preprocessings_of_c(c_root: Path) -> None:
         "resize256": "c-preprocessing resize256: resize 9 bicubic, crop 8",
     }
     assert C_VIEWS["resize256"] == (224 / 256, "bicubic")
-    of_224 = as_judged(open_suites([f"imagenet-c={c_root}"], DataConfig(), imagenet_classes(), PARTIAL)[0].source)
+    of_224 = as_eval_set(open_suites([f"imagenet-c={c_root}"], DataConfig(), imagenet_classes(), PARTIAL)[0].source)
     assert protocol(of_224, (224, 1.0, "bicubic")).startswith("c-preprocessing none: 224 px as they are; ")
 
 

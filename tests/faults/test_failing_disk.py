@@ -32,7 +32,7 @@ SMALL = [
 ]  # fmt: skip
 SETS = [part for item in SMALL for part in ("--set", item)]
 SEED = 0
-VERBS = ("train", "precompute", "eval", "report", "export", "sheet", "merge")
+COMMANDS = ("train", "precompute", "eval", "report", "export", "sheet", "merge")
 TEMPORARY = (".tmp", ".old")  # of a store, .part files stay: the next start goes on with them
 
 
@@ -122,6 +122,6 @@ def test_a_disk_that_fails_at_some_operation(machine: Machine, verb: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_a_disk_that_fails_at_every_operation(machine: Machine, verb: str) -> None:
     fail(machine, verb, 200)

@@ -190,7 +190,7 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     from dad_fast.distributed.signals import stop_requests
     from dad_fast.errors import Preempted
     from dad_fast.evaluate.runner import evaluate
-    from dad_fast.evaluate.suites.base import Judged, Piece
+    from dad_fast.evaluate.suites.base import EvalSet, Subset
     source = open_source({str(parts / "data")!r}, "val")
     view = {{"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear", "batch_size": 1, "workers": 0, "device": torch.device("cpu")}}
 
@@ -200,7 +200,7 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
                 os.kill(os.getpid(), signal.SIGUSR1)
             return torch.zeros(len(pixels), 3)
         rows = np.arange(num_images)
-        judged = Judged("some", (Piece(source, rows, source.labels[rows]), Piece(source, rows, source.labels[rows])), source.classes)
+        judged = EvalSet("some", (Subset(source, rows, source.labels[rows]), Subset(source, rows, source.labels[rows])), source.classes)
         with stop_requests():
             try:
                 return evaluate(model, judged, corruption=corruption, stopped="as asked", **view).num_images

@@ -35,7 +35,7 @@ sys.exit(code)
 """
 DIES, HANGS = ("SIGKILL", "a loader worker died"), ("SIGSTOP", "a loader worker hangs")
 SMALL = ["--set", "eval.suites=[]", "--set", "variants={}", "--set", "checkpoint.every_steps=1", "-b", "50", "--device", "cpu"]
-VERBS = {
+COMMANDS = {
     "train": ["train", "--preset", "demo", "--method", "ce", *SMALL],
     "train, DALI": ["train", "--method", "ce", *STUDENT, "--loader", "dali", "--device", "cpu", "-b", "8", "--epochs", "9"],
     "precompute": ["precompute", "--preset", "demo", *SMALL],
@@ -47,11 +47,11 @@ VERBS = {
     ("verb", "fault"),
     [
         ("train", DIES),
-        *(pytest.param(verb, fault, marks=pytest.mark.slow) for verb in VERBS for fault in (DIES, HANGS)),
+        *(pytest.param(verb, fault, marks=pytest.mark.slow) for verb in COMMANDS for fault in (DIES, HANGS)),
     ],
 )
 def test_a_worker_that_dies_or_hangs(tmp_path: Path, verb: str, fault: tuple[str, str]) -> None:
-    arguments = [*VERBS[verb], "-j", "2"]
+    arguments = [*COMMANDS[verb], "-j", "2"]
     if "DALI" in verb:
         if importlib.util.find_spec("nvidia.dali") is None:
             pytest.skip("needs DALI")

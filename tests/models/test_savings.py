@@ -10,7 +10,7 @@ timm = pytest.importorskip("timm")
 
 from dad_fast.config.schema import PrecisionConfig, StudentConfig  # noqa: E402
 from dad_fast.data.classes import ClassMap  # noqa: E402
-from dad_fast.models.optimizations import PLAIN, Savings, save_student_work, save_teacher_work  # noqa: E402
+from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher  # noqa: E402
 from dad_fast.models.student import build_student  # noqa: E402
 from dad_fast.models.teacher import Teacher, _PreLogits  # noqa: E402
 from tests.numerics import assert_same_function  # noqa: E402
@@ -75,8 +75,8 @@ TEACHERS = {
 def test_each_saving_is_exact_in_exact_arithmetic(make, one):
     plain, other = make(), make()
     plain_forward, other_forward = double(plain), double(other)
-    savings = Savings() if one == "all" else Savings(**{name: name == one for name in vars(PLAIN)})
-    results = save_teacher_work(other, savings)
+    savings = Optimizations() if one == "all" else Optimizations(**{name: name == one for name in vars(PLAIN)})
+    results = optimize_teacher(other, savings)
     assert set(results) == {name for name, on in vars(savings).items() if on}
     refused = {name for name, why in results.items() if why} - {"cast_weights"}
     assert refused <= ({"fold_quick_gelu"} if make in (TEACHERS["timm"], TEACHERS["open_clip gelu"]) else set())
@@ -89,7 +89,7 @@ def test_each_saving_is_exact_in_exact_arithmetic(make, one):
 def test_rounding_is_at_most_twice_the_plain_forms(make, dtype):
     precision = PrecisionConfig(amp=dtype != "float32", teacher=dtype)
     exact, plain, other = make(), make(precision=precision), make(precision=precision)
-    save_teacher_work(other, Savings())
+    optimize_teacher(other, Optimizations())
     x = pixels(32)
     for e, p, o in zip(run(double(exact), x.double()), run(plain, x), run(other, x), strict=True):
         assert (o.double() - e).norm() <= 2 * (p.double() - e).norm() + 1e-6 * e.norm()
@@ -97,16 +97,16 @@ def test_rounding_is_at_most_twice_the_plain_forms(make, dtype):
 
 def test_all_off_changes_nothing():
     plain, other = clip_teacher(), clip_teacher()
-    assert save_teacher_work(other, PLAIN) == {}
+    assert optimize_teacher(other, PLAIN) == {}
     for a, b in zip(run(plain, pixels()), run(other, pixels()), strict=True):
         assert torch.equal(a, b)
 
 
 def test_applying_twice_folds_once():
     once, twice = clip_teacher(), clip_teacher()
-    save_teacher_work(once, Savings())
-    save_teacher_work(twice, Savings())
-    results = save_teacher_work(twice, Savings())
+    optimize_teacher(once, Optimizations())
+    optimize_teacher(twice, Optimizations())
+    results = optimize_teacher(twice, Optimizations())
     assert results["class_token_only"] == results["fold_normalisation"] == ""
     assert torch.equal(run(once, pixels())[0], run(twice, pixels())[0])
 
@@ -118,7 +118,7 @@ def test_features_and_a_teacher_of_a_number_of_columns():
     model = timm.create_model("vit_tiny_patch16_224", **TINY | {"num_classes": 9})
     plain = wrap(_PreLogits(model), _Columns(model, [8, 0, 3, 1, 2]))
     other = copy.deepcopy(plain)
-    assert not any(save_teacher_work(other, Savings(fold_quick_gelu=False, cast_weights=False)).values())
+    assert not any(optimize_teacher(other, Optimizations(fold_quick_gelu=False, cast_weights=False)).values())
     assert_same_function(other.features(pixels()), plain.features(pixels()))
     assert_same_function(other(pixels()), plain(pixels()))
 
@@ -137,14 +137,14 @@ def test_normalisation_is_folded_only_where_nothing_is_padded(name, kwargs, word
         kwargs = {"embed_layer": partial(timm.layers.HybridEmbed, backbone=torch.nn.Conv2d(3, 8, 3, padding=1))}
     teacher = timm_teacher(name, **kwargs).eval()
     before = teacher(pixels())
-    assert words in save_teacher_work(teacher, Savings(class_token_only=False))["fold_normalisation"]
+    assert words in optimize_teacher(teacher, Optimizations(class_token_only=False))["fold_normalisation"]
     assert not teacher.takes_raw_pixels and torch.equal(teacher(pixels()), before)
 
 
 def test_trained_weights_are_not_folded():
     teacher = clip_teacher()
     teacher.encoder.requires_grad_(True)
-    results = save_teacher_work(teacher, Savings())
+    results = optimize_teacher(teacher, Optimizations())
     assert "trained" in results["fold_normalisation"] and "frozen" in results["fold_quick_gelu"]
 
 
@@ -154,7 +154,7 @@ def test_a_student_keeps_its_names_and_its_file(tmp_path):
     kwargs = {k: TINY[k] for k in ("embed_dim", "depth", "num_heads", "patch_size")}
     student = build_student(StudentConfig(name="vit_tiny_patch16_224", model_kwargs=kwargs, drop_path=0.3), 5, SIDE)
     plain = copy.deepcopy(student).eval()
-    assert save_student_work(student, Savings()) == {"class_token_only": ""} and save_student_work(plain, PLAIN) == {}
+    assert optimize_student(student, Optimizations()) == {"class_token_only": ""} and optimize_student(plain, PLAIN) == {}
     save_student(tmp_path / "student.safetensors", student, {})
     loaded, _ = load_student(tmp_path / "student.safetensors")
     assert torch.equal(loaded(pixels()), plain(pixels()))
@@ -188,7 +188,7 @@ def tensors_a_block(make, savings, trained=False, amp=False, width=64, tokens=17
     for layers in (3, 6):
         teacher = make(width=width, layers=layers, precision=PrecisionConfig(amp=amp))
         teacher.encoder.requires_grad_(trained)
-        save_teacher_work(teacher, savings)
+        optimize_teacher(teacher, savings)
         sizes.append(kept(teacher))
     return (sizes[1] - sizes[0]) / 3 / (width * tokens * (2 if amp else 4))
 
@@ -205,10 +205,10 @@ def gelu(**kwargs):
         # and the inputs of qkv (1), fc1 (1) and fc2 (4); the output projection's is the attention's output
         ("trained weights keep them", gelu, PLAIN, True, False, 16.125),
         ("QuickGELU keeps its input and its sigmoid", clip_teacher, PLAIN, False, False, 14.125),
-        ("SiLU keeps its input", clip_teacher, Savings(class_token_only=False), False, False, 10.125),
+        ("SiLU keeps its input", clip_teacher, Optimizations(class_token_only=False), False, False, 10.125),
         # 12 width^2 parameters of 2 bytes live until backward, here shared by 4 images
         ("16-bit copies of all matrices are kept", gelu, PLAIN, False, True, 10.25 + 12 * 64 / 17 / 4),
-        ("no copies of matrices that are 16-bit already", gelu, Savings(class_token_only=False), False, True, 10.25),
+        ("no copies of matrices that are 16-bit already", gelu, Optimizations(class_token_only=False), False, True, 10.25),
     ],
 )
 def test_what_is_kept_for_the_gradient_of_the_pixels(what, make, savings, trained, amp, expected):
@@ -231,7 +231,7 @@ MAKERS = TEACHERS | {name: partial(timm_teacher, name, plain=True, **kwargs) for
 def test_weights_cast_once_give_the_same_bits(make, dtype):
     precision = PrecisionConfig(amp=True, teacher=dtype)
     plain, other = make(precision=precision), make(precision=precision)
-    assert save_teacher_work(other, Savings(False, False, False, True)) == {"cast_weights": ""}
+    assert optimize_teacher(other, Optimizations(False, False, False, True)) == {"cast_weights": ""}
     if make in TEACHERS.values():
         assert 2 * sum(p.nbytes for p in other.encoder.parameters()) < 1.2 * sum(p.nbytes for p in plain.encoder.parameters())
     for a, b in zip(run(plain, pixels()), run(other, pixels()), strict=True):
@@ -240,5 +240,5 @@ def test_weights_cast_once_give_the_same_bits(make, dtype):
 
 def test_weights_stay_as_they_are_in_float32():
     teacher = clip_teacher()
-    assert "float32" in save_teacher_work(teacher, Savings())["cast_weights"]
+    assert "float32" in optimize_teacher(teacher, Optimizations())["cast_weights"]
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}

@@ -11,7 +11,7 @@ from dad_fast.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for where in ("", "docs", "benchmarks", "kernels") for path in (ROOT / where).glob("*.md"))
-VERBS = ("train", "ablate", "eval", "analyze", "predict", "export", "precompute", "store", "report", "profile", "doctor")
+COMMANDS = ("train", "ablate", "eval", "analyze", "predict", "export", "precompute", "store", "report", "profile", "doctor")
 
 
 def anchors(page: Path) -> set[str]:
@@ -42,7 +42,7 @@ def helps():
     import io
 
     found = {}
-    for arguments in ([], *([verb] for verb in VERBS), ["train", "--help-all"]):
+    for arguments in ([], *([verb] for verb in COMMANDS), ["train", "--help-all"]):
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             assert main([*arguments, *(() if "--help-all" in arguments else ("-h",))]) == 0
@@ -62,7 +62,7 @@ def test_flags_of_command_lines(page, helps):
     blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S)).replace("\\\n", " ")
     for line in re.findall(r"^(?:dad-fast|\S.*-m dad_fast) .*$", blocks, re.M):
         verb = re.search(r"(?:dad-fast|dad_fast) (\w+)", line)
-        assert verb and verb[1] in VERBS, line
+        assert verb and verb[1] in COMMANDS, line
         known = set(re.findall(r"--[\w-]+", (helps[verb[1]] + helps["train --help-all"]).replace("--[no-]", "--")))
         for flag in re.findall(r" (--[a-z][\w-]*)", line[line.index(verb[0]) :].partition(" #")[0]):
             assert flag in known or flag.replace("--no-", "--") in known, (line, flag)

@@ -13,14 +13,14 @@ from torch import Tensor
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.discretizers.base import Discretized, Discretizer, LoadContext
 from dad_fast.discretizers.vqgan.float16_range import probe_images, probe_range
-from dad_fast.discretizers.vqgan.fused_layers import VQGANSavings
+from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import VQGAN
 from dad_fast.discretizers.vqgan.precision import stage_dtype
 from dad_fast.kernels import unpack_codes
 from dad_fast.models.weights.files import asset, sha256_file
 from dad_fast.models.weights.fingerprint import fingerprint
 
-DEFAULT_SAVINGS = VQGANSavings()
+DEFAULT_OPTIMIZATIONS = VQGANOptimizations()
 
 
 class VQGANDiscretizer(Discretizer):
@@ -35,14 +35,14 @@ class VQGANDiscretizer(Discretizer):
         vqgan: VQGAN,
         precision: PrecisionConfig,
         *,
-        savings: VQGANSavings | None = DEFAULT_SAVINGS,
+        savings: VQGANOptimizations | None = DEFAULT_OPTIMIZATIONS,
         name: str = "vqgan",
         provenance: str = "",
         weights_sha256: str | None = None,
     ) -> None:
         self.vqgan = vqgan.eval().requires_grad_(False)
         self.precision, self.name, self.provenance, self.weights_sha256 = precision, name, provenance, weights_sha256
-        self.savings = (savings or VQGANSavings.none()) if precision.amp else VQGANSavings.none()
+        self.savings = (savings or VQGANOptimizations.none()) if precision.amp else VQGANOptimizations.none()
         self.encoder_scale = self.decoder_scale = 1.0
         self.range_note = ""  # what fit_float16 did, for the log
         self._fuse()
@@ -62,7 +62,7 @@ class VQGANDiscretizer(Discretizer):
     def fit_float16(self, pixels: Tensor | None = None) -> str:
         """Scale what runs in float16 so that its activations fit; a line on what was done, "" for nothing.
 
-        Judged by `pixels` [B, 3, H, W], or by synthetic images (8 times further than those reach still fits). To be called before
+        EvalSet by `pixels` [B, 3, H, W], or by synthetic images (8 times further than those reach still fits). To be called before
         training: it runs encoder and decoder in float32 and reads the result on the host.
         """
         halves = [half for half in ("encoder", "decoder") if stage_dtype(self.precision, half) == torch.float16]
@@ -143,7 +143,7 @@ def load_embedded(argument: str, context: LoadContext) -> VQGANDiscretizer:
 def _load(path: Path, context: LoadContext) -> VQGANDiscretizer:
     vqgan, seen = VQGAN.load_with_provenance(path)
     savings = context.optimizations
-    assert savings is None or isinstance(savings, VQGANSavings)
+    assert savings is None or isinstance(savings, VQGANOptimizations)
     discretizer = VQGANDiscretizer(
         vqgan.to(context.device),
         context.precision,

@@ -1,4 +1,4 @@
-"""An inference-only form of a VQGAN: the same function in fewer operations, each saving behind a switch of its own (`VQGANSavings`).
+"""An inference-only form of a VQGAN: the same function in fewer operations, each saving behind a switch of its own (`VQGANOptimizations`).
 
     fused = vqgan.fuse(encoder=torch.float16, decoder=torch.bfloat16)
     codes = fused.codes(pixels)
@@ -17,12 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dad_fast.discretizers.vqgan.fused_layers import Attention, Block, Conv, Down, Norm, Recipe, Sum, Up, VQGANSavings, compose, parameters
+from dad_fast.discretizers.vqgan.fused_layers import (
+    Attention,
+    Block,
+    Conv,
+    Down,
+    Norm,
+    Recipe,
+    Sum,
+    Up,
+    VQGANOptimizations,
+    compose,
+    parameters,
+)
 
 if TYPE_CHECKING:
     from dad_fast.discretizers.vqgan.model import VQGAN, Level, Middle
 
-__all__ = ["FusedVQGAN", "VQGANSavings"]
+__all__ = ["FusedVQGAN", "VQGANOptimizations"]
 
 
 def _level(plain: Level, recipe: Recipe, name: str) -> dict[str, nn.Module]:
@@ -129,7 +141,7 @@ class FusedVQGAN(nn.Module):
     def __init__(
         self,
         vqgan: VQGAN,
-        savings: VQGANSavings | None = None,
+        savings: VQGANOptimizations | None = None,
         *,
         encoder: torch.dtype = torch.float32,
         decoder: torch.dtype = torch.float32,
@@ -137,7 +149,7 @@ class FusedVQGAN(nn.Module):
         decoder_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        savings = VQGANSavings() if savings is None else savings
+        savings = VQGANOptimizations() if savings is None else savings
         self.encoder = FusedEncoder(vqgan, Recipe(savings, encoder, encoder_scale))
         self.decoder = FusedDecoder(vqgan, Recipe(savings, decoder, decoder_scale))
         self.lookup, self._check_sides = vqgan.lookup, vqgan.check_sides

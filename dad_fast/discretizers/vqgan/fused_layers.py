@@ -23,7 +23,7 @@ UPSAMPLED_TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQGANSavings:
+class VQGANOptimizations:
     """What a fused VQGAN saves. Each is exact in exact arithmetic, and with all of them off it is bit-equal to the plain one."""
 
     cast: bool = True  # weights in the stage's dtype once; off: autocast casts them at every call, and norms run in float32
@@ -34,14 +34,14 @@ class VQGANSavings:
     norm_kernel: bool = False  # group norm, SiLU and the bias and residual before them in one op; on CUDA a Triton kernel not yet run there
 
     @classmethod
-    def none(cls) -> VQGANSavings:
+    def none(cls) -> VQGANOptimizations:
         return cls(**dict.fromkeys((field.name for field in fields(cls)), False))
 
 
 class Recipe(NamedTuple):
     """How one half (encoder or decoder) is made."""
 
-    savings: VQGANSavings
+    savings: VQGANOptimizations
     dtype: torch.dtype
     scale: float = 1.0
 

@@ -24,7 +24,7 @@ from dad_fast.kernels import CodebookSearch, nearest_code
 from dad_fast.models.weights.files import load_strictly, read_state_dict, write_safetensors
 
 if TYPE_CHECKING:
-    from dad_fast.discretizers.vqgan.fused import FusedVQGAN, VQGANSavings
+    from dad_fast.discretizers.vqgan.fused import FusedVQGAN, VQGANOptimizations
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -245,7 +245,7 @@ class VQGAN(nn.Module):
         quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)  # [B, D, h, w]
         return (self.decoder(self.post_quant_conv(quantized)).clamp(-1.0, 1.0) + 1.0) / 2.0
 
-    def fuse(self, savings: VQGANSavings | None = None, **precision: Any) -> FusedVQGAN:
+    def fuse(self, savings: VQGANOptimizations | None = None, **precision: Any) -> FusedVQGAN:
         """The same function for inference, in fewer operations; arguments and what it promises: see `FusedVQGAN`."""
         from dad_fast.discretizers.vqgan.fused import FusedVQGAN  # which imports this module
 

@@ -15,7 +15,7 @@ from dad_fast.data.sources.base import Source
 from dad_fast.evaluate.suites.imagenet import alexnet_errors
 
 
-class Piece:
+class Subset:
     """Some images of a source, with other labels: a source itself, as loaders read it.
 
     rows: int64 [N], which images of `base`. labels: int64 [N]. border: pixels cut off on each side of an image.
@@ -42,8 +42,8 @@ class Piece:
     def describe(self) -> str:
         return self.base.describe()
 
-    def taken(self, chosen: np.ndarray | slice) -> Piece:
-        return Piece(self.base, self.rows[chosen], self.labels[chosen], self.border)
+    def taken(self, chosen: np.ndarray | slice) -> Subset:
+        return Subset(self.base, self.rows[chosen], self.labels[chosen], self.border)
 
 
 class _Keys(Sequence[str]):
@@ -62,7 +62,7 @@ class _Keys(Sequence[str]):
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class EvalSet:
     """The images of a suite and how they are judged. `pieces` are judged one after the other; `parts` says what each of several is:
     a corruption and its severity.
 
@@ -73,7 +73,7 @@ class Judged:
     """
 
     name: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Subset, ...]
     classes: ClassMap
     columns: np.ndarray | None = None
     accepted: np.ndarray | None = None
@@ -98,7 +98,7 @@ class Judged:
         return labels if self.columns is None else np.where(labels >= 0, self.columns[labels], -1)
 
 
-def image_numbers(pieces: Sequence[Piece]) -> list[np.ndarray]:
+def image_numbers(pieces: Sequence[Subset]) -> list[np.ndarray]:
     """For each piece a number for every image, int64 [N]: the same where the keys are, which in ImageNet-C are the same picture."""
     if len(pieces) == 1:
         return [pieces[0].rows]
@@ -106,14 +106,14 @@ def image_numbers(pieces: Sequence[Piece]) -> list[np.ndarray]:
     return [np.array([number.setdefault(key, len(number)) for key in piece.keys], dtype=np.int64) for piece in pieces]
 
 
-def as_judged(source: Source | Judged) -> Judged:
+def as_eval_set(source: Source | EvalSet) -> EvalSet:
     """A plain source: all its images, all outputs compete, a label is an output."""
-    if isinstance(source, Judged):
+    if isinstance(source, EvalSet):
         return source
-    return Judged(source.name, (Piece(source, np.arange(len(source)), source.labels),), source.classes)
+    return EvalSet(source.name, (Subset(source, np.arange(len(source)), source.labels),), source.classes)
 
 
-def corruption_summary(judged: Judged, top1: Sequence[float]) -> tuple[dict[str, list[float]], np.ndarray | None]:
+def corruption_summary(judged: EvalSet, top1: Sequence[float]) -> tuple[dict[str, list[float]], np.ndarray | None]:
     """Top-1 by corruption, a value a severity; and the weight of each part in the mean corruption error: None where one of those that it
     takes is missing, or the model has not ImageNet's 1000 classes, which AlexNet's errors are of.
 

@@ -27,7 +27,7 @@ from dad_fast.data.sources.decode import EXTENSIONS
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.names import shown, some
 from dad_fast.errors import DataError
-from dad_fast.evaluate.suites.base import Judged, Piece
+from dad_fast.evaluate.suites.base import EvalSet, Subset
 from dad_fast.evaluate.suites.imagenet import (
     alexnet_errors,
     check_disjoint,
@@ -64,7 +64,7 @@ class Meaning:
     others: bool = False  # folders of other classes may lie beside
 
 
-def open_layout(layout: str, path: str, classes: ClassMap, options: EvalConfig, max_bad_share: float) -> Judged:
+def open_layout(layout: str, path: str, classes: ClassMap, options: EvalConfig, max_bad_share: float) -> EvalSet:
     """The test set `layout` in the folder `path`, for a model with the classes `classes`.
 
     Raises DataError where the folder is no such set or is not whole (unless `options.allow_partial`), or has no class of the model.
@@ -135,7 +135,7 @@ def _check(layout: str, folder: Path, meaning: Meaning, allow_partial: bool) -> 
 
 def _judged(
     layout: str, folder: Path, wnids: Mapping[str, list[str]], masked: bool, classes: ClassMap, note: str, max_bad_share: float
-) -> Judged:
+) -> EvalSet:
     """The images of the class folders `wnids` for a model with the classes `classes`."""
     right, total = _outputs(layout, wnids, classes), len(wnids)
     names = [name for name in wnids if right[name]]
@@ -157,7 +157,7 @@ def _judged(
     if len(names) < total:
         notes.append(f"only {len(names):,} of {total:,} classes are the model's")
     notes += [note] * bool(note)
-    return Judged(layout, (Piece(source, np.arange(len(source)), labels, BORDER if layout == "objectnet" else 0),),
+    return EvalSet(layout, (Subset(source, np.arange(len(source)), labels, BORDER if layout == "objectnet" else 0),),
                   classes, columns, accepted, note="; ".join(notes))  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def _outputs(layout: str, wnids: Mapping[str, list[str]], classes: ClassMap) -> 
     return found
 
 
-def _open_c(root: Path, classes: ClassMap, options: EvalConfig, max_bad_share: float) -> Judged:
+def _open_c(root: Path, classes: ClassMap, options: EvalConfig, max_bad_share: float) -> EvalSet:
     places = {(name, s): place for name in _corruptions() for s in range(1, 6) if (place := _c_folder(root, name, s)) is not None}
     lacks = [f"{name}/{s}" for name in _corruptions() for s in range(1, 6) if (name, s) not in places]
     if not places:
@@ -183,7 +183,7 @@ def _open_c(root: Path, classes: ClassMap, options: EvalConfig, max_bad_share: f
         what = f"{len(places)} of {len(places) + len(lacks)} CORRUPTION/SEVERITY folders in {root} (without {some(lacks, 3)})"
         raise DataError(f"imagenet-c: {what}; finish the download, or judge what is there with --allow-partial")
     meaning = Meaning({wnid: [wnid] for wnid in imagenet_classes().folders})
-    pieces: list[Piece] = []
+    pieces: list[Subset] = []
     notes = [f"without {some(lacks, 3)}"] * bool(lacks)
     for folder in places.values():
         chosen, note = _check("imagenet-c", folder, meaning, options.allow_partial)
@@ -191,7 +191,7 @@ def _open_c(root: Path, classes: ClassMap, options: EvalConfig, max_bad_share: f
         pieces += one.pieces
         notes += [one.note] * (one.note not in ("", *notes))
     view = C_VIEWS[options.c_preprocessing]
-    return Judged("imagenet-c", tuple(pieces), classes, parts=tuple(places), view=view, note="; ".join(notes[:2]))
+    return EvalSet("imagenet-c", tuple(pieces), classes, parts=tuple(places), view=view, note="; ".join(notes[:2]))
 
 
 def _corruptions() -> list[str]:

@@ -17,7 +17,7 @@ from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.names import shown, some
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions.common import CORRUPTIONS, num_severities
-from dad_fast.evaluate.suites.base import Judged, Piece, as_judged
+from dad_fast.evaluate.suites.base import EvalSet, Subset, as_eval_set
 from dad_fast.evaluate.suites.imagenet import by_name, imagenet_classes, join
 from dad_fast.evaluate.suites.published import LAYOUTS, open_layout
 
@@ -32,7 +32,7 @@ class Suite:
     """What a suite's name stands for: images, perhaps under a corruption."""
 
     name: str
-    source: Source | Judged
+    source: Source | EvalSet
     corruption: Corruption | None = None
 
 
@@ -61,9 +61,9 @@ def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap, optio
     """
     options = options or EvalConfig()
     parsed = {name: _parse(name, data) for name in dict.fromkeys(names) if _corruption(name) is None}
-    opened: dict[str, Source | Judged] = {}
+    opened: dict[str, Source | EvalSet] = {}
 
-    def source(name: str) -> Source | Judged:
+    def source(name: str) -> Source | EvalSet:
         if name not in opened:
             opened[name] = _open(parsed.get(name) or _parse(name, data), data, classes, options)
         return opened[name]
@@ -81,7 +81,7 @@ def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap, optio
     return suites
 
 
-Unknown = tuple[str, Judged, Corruption | None]  # name, images, what is done to them
+Unknown = tuple[str, EvalSet, Corruption | None]  # name, images, what is done to them
 
 
 def open_unknown(name: str, data: DataConfig, classes: ClassMap, options: EvalConfig, columns: np.ndarray | None) -> Unknown:
@@ -91,14 +91,14 @@ def open_unknown(name: str, data: DataConfig, classes: ClassMap, options: EvalCo
     corruption = None
     path = str(Path(data.data_dir) / name) if _is_inside(name, data) else name
     if is_split("", path):
-        judged, label = as_judged(open_source(path, max_bad_share=data.max_bad_share)), Path(path).name or name
+        judged, label = as_eval_set(open_source(path, max_bad_share=data.max_bad_share)), Path(path).name or name
     else:
         try:
             suite = open_suites([name], data, classes, options)[0]
         except (UsageError, DataError) as error:
             raise type(error)(str(error).replace(f"--suite {name}:", f"--ood {name}:")) from None
-        judged, label, corruption = as_judged(suite.source), suite.name, suite.corruption
-    pieces = tuple(Piece(piece.base, piece.rows, np.full(len(piece), -1, dtype=np.int64), piece.border) for piece in judged.pieces)
+        judged, label, corruption = as_eval_set(suite.source), suite.name, suite.corruption
+    pieces = tuple(Subset(piece.base, piece.rows, np.full(len(piece), -1, dtype=np.int64), piece.border) for piece in judged.pieces)
     return label, replace(judged, pieces=pieces, columns=columns, accepted=None, parts=(), known=False), corruption
 
 
@@ -155,7 +155,7 @@ def _corruption(name: str) -> Corruption | None:
     return base, int(severity)
 
 
-def _open(one: _Named, data: DataConfig, classes: ClassMap, options: EvalConfig) -> Source | Judged:
+def _open(one: _Named, data: DataConfig, classes: ClassMap, options: EvalConfig) -> Source | EvalSet:
     if one.kind in LAYOUTS:
         return open_layout(one.kind, one.path, classes, options, data.max_bad_share)
     if data.data_dir.startswith(EMBEDDED) and not is_split("", one.path):
@@ -194,7 +194,7 @@ def _wanted(listed: ClassMap) -> list[tuple[str, str]]:
     return [(folder, name) for _, folder, name in listed]
 
 
-def _joined(one: _Named, folder: Path, classes: ClassMap, max_bad_share: float) -> Judged:
+def _joined(one: _Named, folder: Path, classes: ClassMap, max_bad_share: float) -> EvalSet:
     """An image folder whose classes are joined with the model's: by folder, by its class map or by name."""
     where = f"--suite {one.text}"
     listed = ClassMap.from_csv(one.class_map) if one.class_map else ClassMap.from_folders(folder)
@@ -214,7 +214,7 @@ def _joined(one: _Named, folder: Path, classes: ClassMap, max_bad_share: float) 
     columns = np.sort(outputs) if one.kind == SUBSET else None
     places = np.searchsorted(columns, outputs) if columns is not None else outputs
     note = f"logits of the {len(found):,} classes" if columns is not None else ""
-    return Judged(one.path, (Piece(source, np.arange(len(source)), places[source.labels]),), classes, columns, note=note)
+    return EvalSet(one.path, (Subset(source, np.arange(len(source)), places[source.labels]),), classes, columns, note=note)
 
 
 def _nearest(name: str) -> str:

@@ -17,7 +17,7 @@ from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.errors import UsageError
 from dad_fast.evaluate.corruptions.common import corrupt, num_severities
-from dad_fast.evaluate.suites.base import Piece, as_judged
+from dad_fast.evaluate.suites.base import Subset, as_eval_set
 from dad_fast.evaluate.suites.registry import Suite
 from dad_fast.keyed_random import sample_seeds
 from dad_fast.methods.attack import PGD
@@ -126,7 +126,7 @@ class Generators:
 
 def make_sets(
     cfg: Config,
-    source: Piece,
+    source: Subset,
     teacher: Teacher,
     features: Features,
     generators: Generators,
@@ -162,7 +162,7 @@ def suite_features(
 
     Under a corruption at all severities each image has one of them.
     """
-    judged = as_judged(suite.source)
+    judged = as_eval_set(suite.source)
     sizes = [len(piece) for piece in judged.pieces]
     chosen = choice(np.concatenate([piece.ok for piece in judged.pieces]), num_images, cfg.seed)
     view = (view[0], *judged.view) if judged.view else view
@@ -184,7 +184,7 @@ def choice(ok: np.ndarray, num: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.flatnonzero(ok))[:num]
 
 
-def _batches(cfg: Config, piece: Piece, view: View, device: torch.device, progress: Progress) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(cfg: Config, piece: Subset, view: View, device: torch.device, progress: Progress) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Pixels [B, 3, H, W] in [0, 1], labels and rows of the whole source int64 [B], of a piece that is wholly readable."""
     size = cfg.eval.batch_size or cfg.data.batch_size
     loader = EvalLoader(piece, *view, size, cfg.data.workers, pin_memory=device.type == "cuda")

@@ -22,7 +22,7 @@ from dad_fast.engine import frozen
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.runner import open_suites
-from dad_fast.evaluate.suites.base import Piece
+from dad_fast.evaluate.suites.base import Subset
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.loggers.progress import PLAIN_SECONDS
 from dad_fast.loggers.run_log import environment
@@ -55,7 +55,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
 
     generators = engine.Generators(cfg, teacher, discretizer, student)
     rows = engine.choice(source.ok, launch.num_images, cfg.seed)
-    images = Piece(source, rows, source.labels[rows])
+    images = Subset(source, rows, source.labels[rows])
     if student is None:
         print("DAT is left out: it attacks a student, and none is named (a run's folder, or --init-from RUN)")
     sets = engine.make_sets(cfg, images, teacher, features, generators, view, device, _progress("making and seeing the sets"))

@@ -30,7 +30,7 @@ from dad_fast.engine import frozen
 from dad_fast.errors import UsageError, program
 from dad_fast.evaluate.corruptions.common import corrupt, num_severities
 from dad_fast.evaluate.metrics.ood_detection import metrics
-from dad_fast.evaluate.suites.base import Judged, as_judged
+from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
 from dad_fast.evaluate.suites.registry import Suite, open_suites
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.run_log import environment, print_line
@@ -84,7 +84,7 @@ class Checker:
     @torch.no_grad()
     def see(self, suite: Suite, most: int = 0) -> Seen:
         """All of a suite's images, every severity of a corruption, or `most` evenly spread ones."""
-        judged: Judged = as_judged(suite.source)
+        judged: EvalSet = as_eval_set(suite.source)
         if judged.accepted is not None:
             raise UsageError(f"--suite {suite.name}: an image of it may be of several classes, which these checks do not know")
         probe, cfg = self.probes[0], self.cfg

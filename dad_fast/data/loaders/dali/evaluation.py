@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from dad_fast.data.augment.execute import eval_size
 from dad_fast.data.loaders.dali.jpeg import is_sound
-from dad_fast.data.loaders.dali.loader import FAILURES, not_for_ever
+from dad_fast.data.loaders.dali.loader import FAILURES, raise_after_repeated_failures
 from dad_fast.data.loaders.dali.pipeline import FILTER_TYPES
 from dad_fast.data.loaders.loader import EvalBatch, EvalLoader
 from dad_fast.data.loaders.workers import iterate
@@ -99,7 +99,7 @@ class DaliEvalLoader(EvalLoader):
                 batch = self._batches[number]  # DecodeError where it is the file
                 self.failed_over, in_a_row = self.failed_over + 1, in_a_row + 1
                 why = " ".join(str(error).split())[:200]
-                not_for_ever(in_a_row, why)
+                raise_after_repeated_failures(in_a_row, why)
                 if self.failed_over == 1:
                     log.warning(
                         "%s: DALI could not make batch %d, PIL does, here and where it fails again (%s)", self.source.name, number, why

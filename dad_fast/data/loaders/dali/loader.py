@@ -35,7 +35,7 @@ FAILURES = (RuntimeError, IndexError, ValueError)  # what DALI's own exceptions 
 _FILTER_CODES = np.array([int(FILTER_TYPES[name]) for name in FILTERS], np.int32)
 
 
-def not_for_ever(failed_in_a_row: int, reason: str) -> None:
+def raise_after_repeated_failures(failed_in_a_row: int, reason: str) -> None:
     """EnvironmentProblem after _GIVE_UP batches in a row that PIL could make and DALI could not."""
     if failed_in_a_row >= _GIVE_UP:
         raise EnvironmentProblem(f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision")
@@ -101,7 +101,7 @@ class DaliLoader(TrainLoader):
         if set(batch.replaced) - set(planned.batch.replaced):
             return engine.place(batch.images, batch)  # the culprit is named as every unreadable file is
         self._failed_in_a_row += 1
-        not_for_ever(self._failed_in_a_row, reason)
+        raise_after_repeated_failures(self._failed_in_a_row, reason)
         log.warning("%s: DALI could not make the batch of step %d, PIL did (%s)", self.source.name, planned.batch.step, reason)
         return engine.place(batch.images, batch)
 
