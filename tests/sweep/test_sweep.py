@@ -109,13 +109,13 @@ def test_variants_share_stores_and_a_table(parts, tmp_path):
     file = tmp_path / "compare.toml"
     file.write_text(
         '[store]\nmake = ["adversarial", "targets:2"]\n'
-        '[variants.plain]\nmethod = "ce"\n[variants.teacher_results]\nmethod = "kd"\n[variants.full]\nmethod = "dad"\n'
+        '[variants.plain]\nmethod = "ce"\n[variants.taught]\nmethod = "kd"\n[variants.full]\nmethod = "dad"\n'
     )
     out = tmp_path / "out"
     given = arguments(parts, out, "--jobs", "1")
     assert main([given[0], str(file), *given[1:]]) == 0
     assert len(stores_in(out)) == 2
-    for name, kinds in {"plain": [], "teacher_results": ["targets"], "full": ["adversarial", "targets"]}.items():
+    for name, kinds in {"plain": [], "taught": ["targets"], "full": ["adversarial", "targets"]}.items():
         facts = read(out / name / "seed-0/run.json")
         assert [store["kind"] for store in facts.get("stores", [])] == kinds
     record = read(out / "results.json")

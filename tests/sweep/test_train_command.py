@@ -70,9 +70,9 @@ def test_several_runs_make_a_table(parts, tmp_path, capsys):
     assert main([given[0], str(file), *given[1:]]) == 0
     record = json.loads((tmp_path / "out/results.json").read_text())
     assert [(r["variant"], r["seed"]) for r in record["runs"]] == [("plain", 0), ("plain", 1), ("taught", 0), ("taught", 1)]
-    assert (tmp_path / "out/teacher_results/seed-1/model.safetensors").exists()
+    assert (tmp_path / "out/taught/seed-1/model.safetensors").exists()
     assert "plain" in (tmp_path / "out/table.md").read_text()
-    shutil.rmtree(tmp_path / "out/teacher_results/seed-1")
+    shutil.rmtree(tmp_path / "out/taught/seed-1")
     assert main([given[0], str(file), *given[1:], "--resume", "auto"]) == 0
     again = json.loads((tmp_path / "out/results.json").read_text())
     assert again["runs"][3]["suites"] == record["runs"][3]["suites"]
