@@ -43,7 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(SkipReport(config), "skip-report")
 
 
+LONGEST = (  # first: with pytest-xdist, nobody then waits at the end for the one that has such a test
+    "test_triton_search.py", "test_interpreted_kernels.py", "test_kernel_report.py", "faults/", "test_resume.py", "test_ablate_command.py",
+    "test_precompute.py", "test_train_command.py", "test_distributed",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
     if os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:
             if item.get_closest_marker("interpreter"):

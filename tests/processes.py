@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[1]
 HANG = 600.0  # seconds; on a busy machine anything may be slow, and only a hang takes this long
 PREPARE = """
@@ -41,7 +43,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | warm.Process | None = None) -> None:
     """Wait for `condition`. AssertionError after HANG seconds, or with the stderr of `process` when that ends first."""
     deadline = time.monotonic() + HANG
     while not condition():
@@ -60,9 +62,8 @@ def run_script(nproc: int, folder: Path, arguments: list[str]) -> list[tuple[int
     processes = []
     for rank in range(nproc):
         identity = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "DAD_FAST_RENDEZVOUS": folder / f"rendezvous-{nproc}"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         env = environment(**identity) if nproc > 1 else environment()
-        processes.append(subprocess.Popen([sys.executable, *arguments], env=env, **pipes))
+        processes.append(warm.start([sys.executable, *arguments], env=env))
     try:
         said = [process.communicate(timeout=HANG) for process in processes]
     finally:

@@ -23,6 +23,7 @@ from dad_fast.config import resolve, to_toml  # noqa: E402
 from dad_fast.engine.build import Builder  # noqa: E402
 from dad_fast.engine.trainer import Trainer  # noqa: E402
 from dad_fast.errors import DataError, NotFinite, Preempted, UsageError  # noqa: E402
+from tests import warm  # noqa: E402
 from tests.processes import HANG, ROOT, wait_until  # noqa: E402
 
 BUILDER = Builder()
@@ -73,10 +74,10 @@ COMMAND = [sys.executable, "-m", "dad_fast", "train", "--preset", "demo"]
 def command(folder, *more):
     sets = [part for item in [*COMMON, "method=dad", *more] for part in ("--set", item)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*COMMAND, *sets, "--resume", "auto", "-o", str(folder)], env=env, stderr=subprocess.PIPE, text=True)
+    return warm.start([*COMMAND, *sets, "--resume", "auto", "-o", str(folder)], env=env)
 
 
-KILLED = ("checkpoint.every_steps=3", "max_steps=30")
+KILLED = ("checkpoint.every_steps=3", "max_steps=24", "data.batch_size=20")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def not_killed(tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number, not_killed):
     process = command(tmp_path / "killed", *KILLED)
-    wait_until((tmp_path / "killed/checkpoints/step-6").exists, process)
+    wait_until((tmp_path / "killed/checkpoints/step-3").exists, process)
     process.send_signal(number)
     _, said = process.communicate()
     if number == signal.SIGTERM:
@@ -99,7 +100,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number, not_killed):
         assert process.returncode == -9
     process = command(tmp_path / "killed", *KILLED)
     assert process.wait(HANG) == 0, process.communicate()[1]
-    assert digest(tmp_path / "killed", 30) == digest(not_killed, 30)
+    assert digest(tmp_path / "killed", 24) == digest(not_killed, 24)
     assert (tmp_path / "killed/model.safetensors").read_bytes() == (not_killed / "model.safetensors").read_bytes()
 
 

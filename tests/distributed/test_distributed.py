@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 from dad_fast.distributed import launch  # noqa: E402
 from dad_fast.distributed import process_group as distributed  # noqa: E402
 from dad_fast.errors import EnvironmentProblem  # noqa: E402
+from tests import warm  # noqa: E402
 from tests.processes import HANG, environment, run_together, wait_until  # noqa: E402
 
 
@@ -131,7 +132,7 @@ def test_a_process_that_nobody_joins_says_where_it_waited(tmp_path):
     """
     identity = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, env=environment(**identity), cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
+    done = warm.run(command, env=environment(**identity), cwd=tmp_path, timeout=HANG)
     said = [line for line in done.stderr.splitlines() if line.startswith("dad-fast: ")]
     assert len(said) == 1 and said[0].startswith("dad-fast: error: process 0 of 2 cannot join the others at 127.0.0.1: "), done.stderr
     assert not (tmp_path / "run").exists()

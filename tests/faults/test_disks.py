@@ -14,6 +14,8 @@ for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
 from harness import HANG, ROOT  # noqa: E402
 
+from tests import warm  # noqa: E402
+
 SMALL = [
     "data.batch_size=50", "data.workers=0", "log_every=4", "eval.every_epochs=0", "eval.suites=[]", "variants={}", "device=cpu",
     "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "schedule.epochs=1", "max_steps=12", "checkpoint.every_steps=4",
@@ -23,6 +25,8 @@ SETS = [part for item in SMALL for part in ("--set", item)]
 
 def dad_fast(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dad_fast", *arguments]
+    if before is None:
+        return warm.run(command, timeout=HANG, cwd=ROOT)
     return subprocess.run(command, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=HANG)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import pytest
 for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
 from harness import HANG, ROOT  # noqa: E402
+
+from tests import warm  # noqa: E402
 
 SCRIPT = """
 import re, resource, sys
@@ -28,6 +29,6 @@ def test_out_of_memory_says_which_batch_size_to_try(tmp_path: Path) -> None:
     sets = ["variants={}", "data.workers=0", "eval.suites=[]", "student.model_kwargs={}"]
     arguments = ["train", "--preset", "demo", "--method", "ce", "-b", "3000", "--device", "cpu", "-o", str(tmp_path / "run")]
     command = [sys.executable, "-c", SCRIPT, *arguments, *(part for item in sets for part in ("--set", item))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    done = warm.run(command, cwd=ROOT, timeout=HANG)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "3000 images at a time; try --batch-size 1500 --grad-accum-steps 2, as many images a step" in done.stderr.splitlines()[-1]

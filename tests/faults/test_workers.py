@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,8 @@ for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
 from harness import HANG, ROOT  # noqa: E402
 from tiny import STUDENT, write_images  # noqa: E402
+
+from tests import warm  # noqa: E402
 
 SCRIPT = """
 import multiprocessing, os, signal, sys, threading, time
@@ -58,6 +59,6 @@ def test_a_worker_that_dies_or_hangs(tmp_path: Path, verb: str, fault: tuple[str
         arguments += ["--data-dir", str(write_images(tmp_path / "data"))]
     if verb != "eval":
         arguments += ["-o", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, fault[0], *arguments], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    done = warm.run([sys.executable, "-c", SCRIPT, fault[0], *arguments], cwd=ROOT, timeout=HANG)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert fault[1] in done.stderr.splitlines()[-1] and "left: []" in done.stdout, (done.stderr, done.stdout)

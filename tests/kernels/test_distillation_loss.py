@@ -12,7 +12,6 @@ import torch.nn.functional as F  # noqa: E402
 
 from dad_fast.kernels import distillation_loss as op  # noqa: E402
 from dad_fast.kernels.distillation_loss import distillation_loss  # noqa: E402
-from tests.interpreter import run_interpreted  # noqa: E402
 
 G = (0.7, -1.3)  # what comes from above, for CE and KD
 
@@ -84,10 +83,6 @@ def compare(args, loss, slack=5e-7):
         error, allowed = ((x.double() - e).abs().max() for x in (ours, them))
         assert error <= 2 * allowed + slack * (size + 1), (error, allowed, size)
     return got
-
-
-def test_the_kernels_under_the_interpreter():
-    run_interpreted(__file__)
 
 
 LOSSES = [pytest.param(by_the_op, id="op"), pytest.param(by_the_kernels, id="kernel", marks=pytest.mark.interpreter)]

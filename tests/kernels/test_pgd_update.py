@@ -8,7 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 from dad_fast.kernels.pgd_update import pgd_update, reference  # noqa: E402
 from dad_fast.methods.attack import PGD  # noqa: E402
-from tests.interpreter import run_interpreted  # noqa: E402
 
 SHAPES = [(3, 3, 8, 8), (1, 3, 37, 41), (2, 1, 1, 1), (2, 3, 40, 40)]
 STEPS = [("l2", 0.1, 0.1), ("l2", 5.0, 0.3), ("l2", 0.0, 1.0), ("l2", 0.7, 0.0), ("linf", 0.03, 0.01), ("linf", 0.0, 0.5)]
@@ -37,10 +36,6 @@ def assert_close_enough(got, args):
     for ours, plain, true in zip(got, reference(*args), exact(*args), strict=True):
         error, allowed = (ours.double() - true).abs().max(), (plain.double() - true).abs().max()
         assert error <= 2 * allowed + 1.2e-7, (error, allowed)
-
-
-def test_the_kernels_under_the_interpreter():
-    run_interpreted(__file__)
 
 
 @pytest.mark.interpreter

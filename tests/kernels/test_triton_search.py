@@ -14,7 +14,20 @@ from dad_fast.kernels import CodebookSearch  # noqa: E402
 from dad_fast.kernels.nearest_code import triton_common, triton_gemm, triton_small  # noqa: E402
 from dad_fast.kernels.nearest_code.reference import search_reference  # noqa: E402
 from dad_fast.kernels.nearest_code.torch_search import search_torch  # noqa: E402
-from tests.codebooks import DATA, clustered, duplicated, far_away, huge, mixed_scales, normal, outside, tiny  # noqa: E402
+from tests.codebooks import (  # noqa: E402
+    DATA,
+    clustered,
+    duplicated,
+    far_away,
+    huge,
+    integers,
+    midway,
+    mixed_scales,
+    normal,
+    outside,
+    sphere,
+    tiny,
+)  # fmt: skip
 from tests.interpreter import run_interpreted  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,19 +80,28 @@ def rows_for(data, d):
         return 501
     if data in (clustered, mixed_scales, tiny, outside):
         return 1 if d > 8 else 2
-    return 37 if d <= 8 else 7
+    if data in (integers, far_away, huge, sphere, midway):
+        return 5
+    return 19 if d <= 8 else 5
+
+
+def cases(on_a_gpu, interpreted, interpreted_for_some):
+    """Data of each kind with each (codes, dimensions). The interpreter has few codes, a few strips and a rest, and the last
+    dimensions for four kinds alone."""
+    every = [(data, *size) for size in (interpreted if INTERPRETED else on_a_gpu) for data in DATA]
+    some = (normal, clustered, mixed_scales, outside) if INTERPRETED else ()
+    every += [(data, *size) for size in interpreted_for_some for data in some]
+    return pytest.mark.parametrize(("data", "k", "d"), every, ids=lambda x: getattr(x, "__name__", str(x)))
 
 
 @on_device
-@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("k", "d"), [(257, 1), (300, 3), (700, 4), (100, 8)])
+@cases([(257, 1), (300, 3), (700, 4), (100, 8)], [(100, 3), (196, 4)], [(97, 1), (67, 8)])
 def test_small_equals_fp64(data, k, d):
     check(triton_small, *data(rows_for(data, d), k, d))
 
 
 @on_device
-@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("k", "d"), [(300, 3), (100, 8), (500, 32), (90, 64)])
+@cases([(300, 3), (100, 8), (500, 32), (90, 64)], [(67, 8), (130, 32)], [(100, 3), (70, 64)])
 def test_gemm_equals_fp64(data, k, d):
     check(triton_gemm, *data(rows_for(data, d), k, d))
 
@@ -216,11 +238,11 @@ def test_codes_survive_the_worst_rounding(module, separation, monkeypatch):
     """And those codes are such that they would not survive more: near pairs, on both sides of what fp16 terms can tell apart."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    z, e = normal(40, 256, 4)
+    z, e = normal(20, 256, 4)
     e = e[torch.arange(256) % 128] + separation * e.flip(0)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_with_errors(1.0))
     found = check(module, z, e)
-    assert module is triton_gemm or found.num_settled < 40 or separation < 1e-3
+    assert module is triton_gemm or found.num_settled < 20 or separation < 1e-3
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_with_errors(1e5))
     assert not torch.equal(Search(module, z, e).codes, search_reference(z, e))
 

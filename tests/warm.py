@@ -1,0 +1,223 @@
+"""Real processes that need not import torch again: each is a fork of one that has, with a pid, files and an exit code of its own.
+
+`start` and `run` are subprocess.Popen and subprocess.run for Python with -m, -c or a script. They serve where nobody reads what
+the process says before it ends, nobody asks for its parent, and nothing depends on how Python itself starts: OMP_NUM_THREADS is 1,
+`preload` chooses LD_PRELOAD, there is no sitecustomize, and PYTHONHASHSEED is the same for all. Other tests start each command cold.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = (
+    "torch", "timm", "open_clip", "sklearn.linear_model", "mlxtend.data", "dad_fast.cli", "dad_fast.commands.train",
+    "dad_fast.commands.precompute", "dad_fast.engine.distributed", "dad_fast.observe.report",
+)  # fmt: skip
+_servers: dict[str, socket.socket] = {}
+
+
+class Process:
+    """What tests use of subprocess.Popen. stdout and stderr are files, read when it has ended."""
+
+    def __init__(self, args: list[str], server: socket.socket, env: dict[str, str], cwd: str, session: bool):
+        self.args, self.returncode = args, None
+        self._said: list[IO[bytes]] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+        self._status, theirs = os.pipe()
+        case = {"arguments": args[1:], "environment": env, "cwd": cwd, "session": session}
+        data = json.dumps(case).encode()
+        handles = [theirs, *(file.fileno() for file in self._said)]
+        socket.send_fds(server, [len(data).to_bytes(8, "big")], handles)
+        server.sendall(data)
+        os.close(theirs)
+        self.pid = self._number()
+
+    def _number(self) -> int:
+        text = b""
+        while not text.endswith(b"\n"):
+            byte = os.read(self._status, 1)
+            assert byte, "the process that forks has ended"
+            text += byte
+        return int(text)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            self.returncode = self._number()
+            os.close(self._status)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0.0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        for file in self._said:
+            file.seek(0)
+        stdout, stderr = (file.read().decode() for file in self._said)
+        return stdout, stderr
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    command: list[str],
+    env: dict[str, str] | None = None,
+    cwd: Any = None,
+    start_new_session: bool = False,
+    preload: str = "",
+) -> Process:
+    assert command[0] == sys.executable and (command[1] in ("-c", "-m") or command[1].endswith(".py")), command
+    environment = {str(k): str(v) for k, v in (os.environ if env is None else env).items()}
+    environment["OMP_NUM_THREADS"] = "1"
+    if preload not in _servers:
+        _servers[preload] = _start_server(preload)
+    return Process(command, _servers[preload], environment, str(cwd or Path.cwd()), start_new_session)
+
+
+def run(command: list[str], timeout: float | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+    process = start(command, **more)
+    try:
+        said = process.communicate(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.wait(), *said)
+
+
+def _start_server(preload: str) -> socket.socket:
+    ours, theirs = socket.socketpair()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if preload:
+        environment["LD_PRELOAD"] = preload
+    command = [sys.executable, str(Path(__file__)), str(theirs.fileno())]
+    process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], cwd=ROOT)
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)  # first: at its end the server ends
+    return ours
+
+
+def _serve(server: socket.socket) -> dict[str, Any] | None:
+    """Forks for each request; returns only in a child, with its request, and None at the end."""
+    while True:
+        size, handles, _, _ = socket.recv_fds(server, 8, 3)
+        if not size:
+            return None
+        wanted, data = int.from_bytes(size, "big"), b""
+        while len(data) < wanted:
+            data += server.recv(wanted - len(data))
+        if keeper := os.fork():
+            for handle in handles:
+                os.close(handle)
+            while keeper:  # those that have ended
+                try:
+                    keeper = os.waitpid(-1, os.WNOHANG)[0]
+                except ChildProcessError:
+                    break
+            continue
+        server.close()
+        status, stdout, stderr = handles
+        if child := os.fork():  # this one waits, and says the child's pid and its exit code
+            os.write(status, f"{child}\n".encode())
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            os.write(status, f"{code}\n".encode())
+            os._exit(0)
+        os.close(status)
+        for handle, target in ((os.open(os.devnull, os.O_RDONLY), 0), (stdout, 1), (stderr, 2)):
+            os.dup2(handle, target)
+            os.close(handle)
+        request: dict[str, Any] = json.loads(data)
+        return request
+
+
+def _become(request: dict[str, Any]) -> None:
+    """The command, as Python starts it."""
+    import runpy
+
+    if request["session"]:
+        os.setsid()
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    tempfile.tempdir = None
+    kind, *arguments = request["arguments"]
+    if kind == "-m":
+        sys.path[0], sys.argv = request["cwd"], ["-m", *arguments[1:]]
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.path[0], sys.argv = "", ["-c", *arguments[1:]]
+        main = sys.modules["__main__"]
+        del main.__file__
+        exec(compile(arguments[0], "<string>", "exec"), main.__dict__)
+    else:
+        sys.path[0], sys.argv = str(Path(kind).parent), [kind, *arguments]
+        runpy.run_path(kind, run_name="__main__")
+
+
+def _end(code: int) -> None:
+    """As Python ends, but for taking every module apart: that alone takes half a second."""
+    import threading
+
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None or isinstance(error.code, int):
+        return (error.code or 0) & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    import gc
+    import importlib
+    import traceback
+
+    for module in MODULES:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            pass
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork needs a process of one thread"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()
+    found = _serve(socket.socket(fileno=int(sys.argv[1])))
+    if found is None:
+        sys.exit()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 0
+    try:
+        _become(found)
+    except SystemExit as error:
+        code = _exit_code(error)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _end(code)
