@@ -52,6 +52,7 @@ test-faults: .venv/dev.stamp
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 bench: .venv/dev.stamp

@@ -22,7 +22,9 @@ def default_size(device: torch.device) -> str:
     """tiny on a CPU, paper from 60 GiB of GPU memory on, base below."""
     if device.type == "cpu":
         return "tiny"
-    return "paper" if torch.cuda.get_device_properties(device).total_memory >= 60 * 2**30 else "base"
+    return (
+        "paper" if torch.cuda.get_device_properties(device).total_memory >= 60 * 2**30 else "base"
+    )
 
 
 class Session:
@@ -41,7 +43,10 @@ class Session:
     def write(self) -> list[Record]:
         """The records as they stand: after every comparison, so that a session that is stopped leaves what it measured."""
         machine = self.machine.describe()
-        records = [make_record(group, self.size, rows, machine, self.seconds) for group, rows in self.groups.items()]
+        records = [
+            make_record(group, self.size, rows, machine, self.seconds)
+            for group, rows in self.groups.items()
+        ]
         if self.out is not None:
             for record in records:
                 write_record(record_path(self.out, record, self.machine.slug), record)
@@ -98,16 +103,26 @@ class Bench:
             except Exception as error:
                 if key == baseline:
                     raise
-                left_out[key] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
+                left_out[key] = (
+                    f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
+                )
                 if not isinstance(error, torch.OutOfMemoryError):
                     traceback.print_exc(file=sys.stdout)
-                    failures[key] = error.with_traceback(None)  # whose frames hold the function's tensors
+                    failures[key] = error.with_traceback(
+                        None
+                    )  # whose frames hold the function's tensors
         times = interleaved(timed, self.device, seconds)
         rows, ratios = [], {}
         for key, function in timed.items():
-            ratio = spread([own / base for own, base in zip(times[key], times[baseline], strict=True)])
+            ratio = spread(
+                [own / base for own, base in zip(times[key], times[baseline], strict=True)]
+            )
             ratios[key] = ratio["median"]
-            row: Record = {"name": key, "ms": {k: v if k == "n" else v * 1e3 for k, v in spread(times[key]).items()}, "ratio": ratio}
+            row: Record = {
+                "name": key,
+                "ms": {k: v if k == "n" else v * 1e3 for k, v in spread(times[key]).items()},
+                "ratio": ratio,
+            }
             row["per_second"] = work / spread(times[key])["median"]
             if predicted and key in predicted:
                 row["predicted"] = predicted[key]
@@ -126,11 +141,20 @@ class Bench:
                 if joules is not None:
                     row["joules"] = joules / work
             rows.append(row)
-        comparison = {"name": name, "unit": unit, "work": work, "baseline": baseline, "config": dict(config or {}), "graph": graph}
+        comparison = {
+            "name": name,
+            "unit": unit,
+            "work": work,
+            "baseline": baseline,
+            "config": dict(config or {}),
+            "graph": graph,
+        }
         comparison |= {"rows": rows} | ({"left_out": left_out} if left_out else {})
         self.session.groups.setdefault(self.group, []).append(comparison)
         self.session.write()
         if failures:
             key, cause = next(iter(failures.items()))
-            raise RuntimeError(f"{name}: not measured: {', '.join(failures)}; {key}: {left_out[key]}") from cause
+            raise RuntimeError(
+                f"{name}: not measured: {', '.join(failures)}; {key}: {left_out[key]}"
+            ) from cause
         return ratios

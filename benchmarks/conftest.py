@@ -22,13 +22,33 @@ HERE = Path(__file__).parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dad-fast benchmarks")
-    group.addoption("--benchmark", dest="run_benchmarks", action="store_true", help="run the benchmarks of benchmarks/")
-    group.addoption("--bench-size", choices=SIZES, help="models and inputs; by default what the device can hold")
+    group.addoption(
+        "--benchmark",
+        dest="run_benchmarks",
+        action="store_true",
+        help="run the benchmarks of benchmarks/",
+    )
+    group.addoption(
+        "--bench-size", choices=SIZES, help="models and inputs; by default what the device can hold"
+    )
     group.addoption("--bench-device", default="auto", help="auto, cpu or cuda[:N]")
-    group.addoption("--bench-out", default="runs/benchmarks", metavar="DIR", help="folder of the records [runs/benchmarks]")
-    group.addoption("--overhead-compare", metavar="RECORD", help="exit 1 when DAD's overhead over KD grew since this record of steps")
+    group.addoption(
+        "--bench-out",
+        default="runs/benchmarks",
+        metavar="DIR",
+        help="folder of the records [runs/benchmarks]",
+    )
+    group.addoption(
+        "--overhead-compare",
+        metavar="RECORD",
+        help="exit 1 when DAD's overhead over KD grew since this record of steps",
+    )
     group.addoption("--fail-over", default="5%", metavar="SHARE", help="how much it may grow [5%%]")
-    group.addoption("--append-history", action="store_true", help="append the overheads to benchmarks/history.jsonl")
+    group.addoption(
+        "--append-history",
+        action="store_true",
+        help="append the overheads to benchmarks/history.jsonl",
+    )
 
 
 @dataclass
@@ -44,10 +64,14 @@ STATE = pytest.StashKey[State]()
 
 def pytest_configure(config: pytest.Config) -> None:
     state = config.stash[STATE] = State()
-    if not config.getoption("run_benchmarks", False):  # absent when this file is found late, as by `pytest .`
+    if not config.getoption(
+        "run_benchmarks", False
+    ):  # absent when this file is found late, as by `pytest .`
         return
     if config.getoption("numprocesses", None):
-        raise pytest.UsageError("--benchmark: timings need the machine for themselves; leave out -n")
+        raise pytest.UsageError(
+            "--benchmark: timings need the machine for themselves; leave out -n"
+        )
     try:
         overhead.parse_share(config.getoption("fail_over"))
         if config.getoption("overhead_compare"):
@@ -73,10 +97,18 @@ def _bench_session(request: pytest.FixtureRequest) -> Session:
 
     config = request.config
     name = config.getoption("bench_device")
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    device = (
+        torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        if name == "auto"
+        else torch.device(name)
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    session = Session(device, config.getoption("bench_size") or default_size(device), Path(config.getoption("bench_out")))
+    session = Session(
+        device,
+        config.getoption("bench_size") or default_size(device),
+        Path(config.getoption("bench_out")),
+    )
     config.stash[STATE].session = session
     return session
 
@@ -104,12 +136,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if steps is None and any(item.path.stem == "test_steps" for item in session.items):
         state.problems.append("no step benchmark ran")
     if state.before is not None:
-        state.problems += overhead.grown(state.before, steps, overhead.parse_share(config.getoption("fail_over")))
+        state.problems += overhead.grown(
+            state.before, steps, overhead.parse_share(config.getoption("fail_over"))
+        )
     if state.problems and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     state, say = config.stash[STATE], terminalreporter.write_line
     for record in state.records:
         assert state.session is not None
@@ -121,7 +157,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             say("On a CPU: ratios only, and only for these models; they say nothing about a GPU.")
         others = record["machine"]["cpu_share_of_others"]
         if others is not None and others > 0.1:
-            say(f"Other processes took {others:.0%} of all cores' time meanwhile: look at the quartiles.")
+            say(
+                f"Other processes took {others:.0%} of all cores' time meanwhile: look at the quartiles."
+            )
         say(f"record: {record_path(config.getoption('bench_out'), record, slug)}")
     for problem in state.problems:
         say(f"benchmarks: {problem}", red=True)

@@ -27,7 +27,11 @@ class Machine:
     @property
     def slug(self) -> str:
         """A folder's name for this device, such as nvidia-h200 or cpu-amd-epyc."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu {self.facts['cpu']}"
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"cpu {self.facts['cpu']}"
+        )
         name = re.sub(r"\(R\)|\(TM\)|@.*| CPU| Processor", "", name)
         return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -35,7 +39,12 @@ class Machine:
         """The `machine` of a record."""
         facts = self.facts
         commit = facts["git"] or ""
-        device: Record = {"kind": self.device.type, "cpu": facts["cpu"], "cpus": facts["cpus"], "threads": torch.get_num_threads()}
+        device: Record = {
+            "kind": self.device.type,
+            "cpu": facts["cpu"],
+            "cpus": facts["cpus"],
+            "threads": torch.get_num_threads(),
+        }
         if self.device.type == "cuda":
             device |= facts["gpus"][self.device.index or 0] | (self.gpu.facts() if self.gpu else {})
         return {

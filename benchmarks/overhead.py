@@ -49,9 +49,14 @@ def grown(before: Record, now: Record | None, limit: float) -> list[str]:
     if now is None:
         return ["--overhead-compare: no step benchmark ran, so nothing was compared"]
     old, new = overheads(before), overheads(now)
-    devices = [record["machine"]["device"].get("name", record["machine"]["device"]["cpu"]) for record in (before, now)]
+    devices = [
+        record["machine"]["device"].get("name", record["machine"]["device"]["cpu"])
+        for record in (before, now)
+    ]
     if (before["size"], devices[0]) != (now["size"], devices[1]):
-        return [f"--overhead-compare: the record is of size {before['size']} on {devices[0]}, this run of {now['size']} on {devices[1]}"]
+        return [
+            f"--overhead-compare: the record is of size {before['size']} on {devices[0]}, this run of {now['size']} on {devices[1]}"
+        ]
     common = sorted(old.keys() & new.keys())
     if not common:
         return ["--overhead-compare: the record and this run have no DAD step in common"]
@@ -59,8 +64,12 @@ def grown(before: Record, now: Record | None, limit: float) -> list[str]:
     for key in common:
         change = new[key]["median"] / old[key]["median"] - 1
         if change > limit:
-            current, then = ("{median:.2f} ({q1:.2f}–{q3:.2f})".format(**ratios[key]) for ratios in (new, old))
-            found.append(f"{key[0]}: {key[1]} costs {current} times plain KD, {change:.1%} more than {then} in the record")
+            current, then = (
+                "{median:.2f} ({q1:.2f}–{q3:.2f})".format(**ratios[key]) for ratios in (new, old)
+            )
+            found.append(
+                f"{key[0]}: {key[1]} costs {current} times plain KD, {change:.1%} more than {then} in the record"
+            )
     return found
 
 
@@ -68,18 +77,32 @@ def append_history(record: Record, slug: str, path: Path = HISTORY) -> None:
     """One line per comparison with DAD in it."""
     by_comparison: dict[str, dict[str, list[float]]] = {}
     for (comparison, row), ratio in overheads(record).items():
-        by_comparison.setdefault(comparison, {})[row] = [round(ratio[key], 4) for key in ("q1", "median", "q3")]
+        by_comparison.setdefault(comparison, {})[row] = [
+            round(ratio[key], 4) for key in ("q1", "median", "q3")
+        ]
     machine = record["machine"]
     with path.open("a", encoding="utf-8") as file:
         for comparison, ratios in by_comparison.items():
-            line = {"taken": record["taken"], "commit": machine["commit"], "dirty": machine["dirty"], "device": slug}
-            file.write(json.dumps(line | {"size": record["size"], "comparison": comparison, "ratios": ratios}) + "\n")
+            line = {
+                "taken": record["taken"],
+                "commit": machine["commit"],
+                "dirty": machine["dirty"],
+                "device": slug,
+            }
+            file.write(
+                json.dumps(
+                    line | {"size": record["size"], "comparison": comparison, "ratios": ratios}
+                )
+                + "\n"
+            )
 
 
 def read_history(path: Path) -> list[Record]:
     """The lines in their order; ValueError, in one line, for a missing, empty or damaged file."""
     if not path.exists() or not path.read_text(encoding="utf-8").strip():
-        raise ValueError(f"{path}: no history yet; run pytest benchmarks/test_steps.py --benchmark --append-history")
+        raise ValueError(
+            f"{path}: no history yet; run pytest benchmarks/test_steps.py --benchmark --append-history"
+        )
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -94,7 +117,10 @@ def draw(lines: Sequence[Record]) -> str:
     panels: dict[tuple[str, str, str], list[Record]] = {}
     for line in lines:
         panels.setdefault((line["device"], line["size"], line["comparison"]), []).append(line)
-    parts = [_panel(i * PANEL, " · ".join(key), entries) for i, (key, entries) in enumerate(panels.items())]
+    parts = [
+        _panel(i * PANEL, " · ".join(key), entries)
+        for i, (key, entries) in enumerate(panels.items())
+    ]
     size = f'viewBox="0 0 {WIDTH} {PANEL * len(panels)}" width="{WIDTH}" height="{PANEL * len(panels)}"'
     style = "<style>text { font: 12px system-ui, sans-serif; fill: #333 } .axis { stroke: #ddd }</style>"
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="#fff"/>{style}{"".join(parts)}</svg>\n'
@@ -108,32 +134,53 @@ def _panel(top: int, heading: str, entries: Sequence[Record]) -> str:
         return LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / len(entries)
 
     def y(value: float) -> float:
-        return top + PANEL - BOTTOM - (PANEL - TOP - BOTTOM) * (value - scale[0]) / (scale[-1] - scale[0])
+        return (
+            top
+            + PANEL
+            - BOTTOM
+            - (PANEL - TOP - BOTTOM) * (value - scale[0]) / (scale[-1] - scale[0])
+        )
 
-    parts = [f'<text x="{LEFT}" y="{top + 18}">Cost of a DAD step over plain KD, with quartiles: {escape(heading)}</text>']
+    parts = [
+        f'<text x="{LEFT}" y="{top + 18}">Cost of a DAD step over plain KD, with quartiles: {escape(heading)}</text>'
+    ]
     for tick in scale:
-        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
     for i, entry in enumerate(entries):
         label = (entry["commit"] or "?")[:7] + ("+" if entry["dirty"] else "")
         title = f"<title>{escape(entry['taken'])}</title>"
-        parts.append(f'<text transform="translate({x(i):.1f} {top + PANEL - BOTTOM + 12}) rotate(40)">{escape(label)}{title}</text>')
+        parts.append(
+            f'<text transform="translate({x(i):.1f} {top + PANEL - BOTTOM + 12}) rotate(40)">{escape(label)}{title}</text>'
+        )
     names = list(dict.fromkeys(name for entry in entries for name in entry["ratios"]))
     for number, name in enumerate(names):
         color = COLORS[number % len(COLORS)]
-        points = [(x(i), entry["ratios"][name]) for i, entry in enumerate(entries) if name in entry["ratios"]]
+        points = [
+            (x(i), entry["ratios"][name])
+            for i, entry in enumerate(entries)
+            if name in entry["ratios"]
+        ]
         line = " ".join(f"{at:.1f},{y(ratio[1]):.1f}" for at, ratio in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
         for at, (low, middle, high) in points:
             ends = f'x1="{at:.1f}" x2="{at:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"'
             parts.append(f'<line {ends} stroke="{color}" stroke-width="6" opacity="0.4"/>')
             parts.append(f'<circle cx="{at:.1f}" cy="{y(middle):.1f}" r="3" fill="{color}"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{top + TOP + 18 * (number + 1)}" style="fill:{color}">{escape(name)}</text>')
+        parts.append(
+            f'<text x="{WIDTH - RIGHT + 12}" y="{top + TOP + 18 * (number + 1)}" style="fill:{color}">{escape(name)}</text>'
+        )
     return "".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overhead", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--history", type=Path, default=HISTORY)
     parser.add_argument("--output", type=Path, default=CHART)
     given: Any = parser.parse_args(arguments)

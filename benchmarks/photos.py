@@ -21,7 +21,16 @@ def photographs() -> list[Image.Image]:
         from skimage import data
     except ImportError:
         return [Image.fromarray(image) for image in images]
-    return [Image.fromarray(image) for image in (*images, data.retina(), data.hubble_deep_field(), data.chelsea(), data.coffee())]
+    return [
+        Image.fromarray(image)
+        for image in (
+            *images,
+            data.retina(),
+            data.hubble_deep_field(),
+            data.chelsea(),
+            data.coffee(),
+        )
+    ]
 
 
 def write_photos(folder: Path, width: int, height: int, num: int) -> Path:
@@ -32,12 +41,20 @@ def write_photos(folder: Path, width: int, height: int, num: int) -> Path:
         source = sources[number % len(sources)]
         share = random.uniform(0.7, 1.0) * min(source.width / width, source.height / height)
         size = (width * share, height * share)
-        left, top = (random.uniform(0, whole - part) for whole, part in zip(source.size, size, strict=True))
-        image = source.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + size[0], top + size[1]))
+        left, top = (
+            random.uniform(0, whole - part) for whole, part in zip(source.size, size, strict=True)
+        )
+        image = source.resize(
+            (width, height),
+            Image.Resampling.BICUBIC,
+            box=(left, top, left + size[0], top + size[1]),
+        )
         pixels = np.asarray(image) + random.normal(0, 4, (height, width, 1))
         label = CLASSES[number % 2]
         (folder / label).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / label / f"{number:04d}.jpg", quality=QUALITY)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+            folder / label / f"{number:04d}.jpg", quality=QUALITY
+        )
     return folder
 
 
@@ -46,7 +63,10 @@ def write_shard(folder: Path, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number, file in enumerate(sorted(folder.rglob("*.jpg"))):
-            for suffix, content in (("jpg", file.read_bytes()), ("cls", b"%d" % CLASSES.index(file.parent.name))):
+            for suffix, content in (
+                ("jpg", file.read_bytes()),
+                ("cls", b"%d" % CLASSES.index(file.parent.name)),
+            ):
                 info = tarfile.TarInfo(f"{number:06d}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

@@ -15,7 +15,9 @@ SIZES = ("tiny", "base", "paper")
 Record = dict[str, Any]
 
 
-def make_record(group: str, size: str, comparisons: Sequence[Record], machine: Record, seconds: float) -> Record:
+def make_record(
+    group: str, size: str, comparisons: Sequence[Record], machine: Record, seconds: float
+) -> Record:
     """`machine` is what `Machine.describe` says at the end."""
     taken = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {
@@ -46,12 +48,30 @@ def read_record(path: str | Path) -> Record:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise ValueError(f"{path}: not JSON") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or not isinstance(record.get("comparisons"), list):
-        raise ValueError(f"{path}: not a benchmark record of schema {SCHEMA}; see benchmarks/README.md")
+    if (
+        not isinstance(record, dict)
+        or record.get("schema") != SCHEMA
+        or not isinstance(record.get("comparisons"), list)
+    ):
+        raise ValueError(
+            f"{path}: not a benchmark record of schema {SCHEMA}; see benchmarks/README.md"
+        )
     return record
 
 
-COLUMNS = ("", "ms", "quartiles", "/s", "ratio", "quartiles", "predicted", "TFLOP/s", "peak MiB", "J", "n")
+COLUMNS = (
+    "",
+    "ms",
+    "quartiles",
+    "/s",
+    "ratio",
+    "quartiles",
+    "predicted",
+    "TFLOP/s",
+    "peak MiB",
+    "J",
+    "n",
+)
 
 
 def table(comparison: Record) -> list[list[str]]:
@@ -61,19 +81,21 @@ def table(comparison: Record) -> list[list[str]]:
     for row in comparison["rows"]:
         ms, ratio = row["ms"], row["ratio"]
         is_baseline = row["name"] == comparison["baseline"]
-        rows.append([
-            row["name"],
-            number(ms["median"]),
-            f"{number(ms['q1'])}–{number(ms['q3'])}",
-            f"{number(row['per_second'])} {unit}",
-            f"{ratio['median']:.2f}",
-            "" if is_baseline else f"{ratio['q1']:.2f}–{ratio['q3']:.2f}",
-            f"{row['predicted']:.2f}" if "predicted" in row else "",
-            number(row["tflops"]) if "tflops" in row else "",
-            f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
-            number(row["joules"]) if "joules" in row else "",
-            str(ms["n"]),
-        ])  # fmt: skip
+        rows.append(
+            [
+                row["name"],
+                number(ms["median"]),
+                f"{number(ms['q1'])}–{number(ms['q3'])}",
+                f"{number(row['per_second'])} {unit}",
+                f"{ratio['median']:.2f}",
+                "" if is_baseline else f"{ratio['q1']:.2f}–{ratio['q3']:.2f}",
+                f"{row['predicted']:.2f}" if "predicted" in row else "",
+                number(row["tflops"]) if "tflops" in row else "",
+                f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
+                number(row["joules"]) if "joules" in row else "",
+                str(ms["n"]),
+            ]
+        )
     return rows
 
 
@@ -89,9 +111,14 @@ def as_text(comparison: Record) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(keep))]
     text = [f"{comparison['name']}   (ratio to {comparison['baseline']!r})"]
     for line in lines:
-        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         text.append("  " + "  ".join(cells).rstrip())
-    text += [f"  {name}: left out ({reason})" for name, reason in comparison.get("left_out", {}).items()]
+    text += [
+        f"  {name}: left out ({reason})" for name, reason in comparison.get("left_out", {}).items()
+    ]
     return "\n".join(text)
 
 

@@ -1,10 +1,10 @@
 """A process of the group `scaling`: does what it is told on stdin, one line at a time, and answers "done" when the device has done it.
 
-    step METHOD         one training step on its own batch, all-reduce included where it was started with others
-    ddp METHOD          the same with torch's DistributedDataParallel (ddp.py)
-    reduce NUM          an all-reduce of NUM float32
+step METHOD         one training step on its own batch, all-reduce included where it was started with others
+ddp METHOD          the same with torch's DistributedDataParallel (ddp.py)
+reduce NUM          an all-reduce of NUM float32
 
-    python -m benchmarks.scaling_worker SIZE DEVICE BATCH_SIZE
+python -m benchmarks.scaling_worker SIZE DEVICE BATCH_SIZE
 """
 
 from __future__ import annotations

@@ -14,7 +14,10 @@ from benchmarks.record import Record, number, read_record
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- codebook search -->\n).*?(<!-- end codebook search -->)", re.DOTALL)
-SWEEPS = {"K": "num_codes", "N": "num_latents"}  # comparisons named "K = ..." vary the codebook's size
+SWEEPS = {
+    "K": "num_codes",
+    "N": "num_latents",
+}  # comparisons named "K = ..." vary the codebook's size
 
 
 def nanoseconds(comparison: Record, row: Record) -> float:
@@ -32,8 +35,14 @@ def table(comparison: Record) -> list[str]:
         ms, ratio = row["ms"], row["ratio"]
         times = f"{number(ms['median'] * scale)} | {number(ms['q1'] * scale)}–{number(ms['q3'] * scale)}"
         ratios = f"{number(ratio['median'])} | {number(ratio['q1'])}–{number(ratio['q3'])}"
-        lines.append(f"| {row['name']} | {times} | {ratios} | {row['note'].removesuffix(' wrong')} |")
-    built = f" The grid: built in {config['grid_build_seconds']} s, {config['grid_bytes'] / 1e6:.1f} MB." if "grid_bytes" in config else ""
+        lines.append(
+            f"| {row['name']} | {times} | {ratios} | {row['note'].removesuffix(' wrong')} |"
+        )
+    built = (
+        f" The grid: built in {config['grid_build_seconds']} s, {config['grid_bytes'] / 1e6:.1f} MB."
+        if "grid_bytes" in config
+        else ""
+    )
     checked = config["wrong_codes_are_of_the_first"]
     lines += [
         "",
@@ -50,7 +59,11 @@ def is_sweep(comparison: Record) -> bool:
 def caption(record: Record, path: Path) -> str:
     machine = record["machine"]
     device = machine["device"]
-    where = f"{device['cpu']}, threads: {device['threads']}" if device["kind"] == "cpu" else device["name"]
+    where = (
+        f"{device['cpu']}, threads: {device['threads']}"
+        if device["kind"] == "cpu"
+        else device["name"]
+    )
     others = machine["cpu_share_of_others"]
     busy = f"; other processes took {others:.0%} of the cores' time" if others is not None else ""
     versions = f"torch {machine['packages']['torch']}, commit {(machine['commit'] or 'unknown')[:9]}, {record['taken'][:10]}"
@@ -80,7 +93,9 @@ def plot(record: Record, path: Path) -> None:
             if comparison["name"].startswith(f"{letter} = "):
                 for row in comparison["rows"]:
                     name = re.sub(r" in chunks.*", ", best chunk", row["name"])
-                    lines.setdefault(name, []).append((comparison["config"][key], nanoseconds(comparison, row)))
+                    lines.setdefault(name, []).append(
+                        (comparison["config"][key], nanoseconds(comparison, row))
+                    )
         for name, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axis.set(xscale="log", yscale="log", xlabel={"K": "codes K", "N": "latents N"}[letter])
@@ -92,9 +107,13 @@ def plot(record: Record, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.search_report", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.search_report", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("record", type=Path)
-    parser.add_argument("--document", type=Path, help="Markdown file to renew; without it the tables are printed")
+    parser.add_argument(
+        "--document", type=Path, help="Markdown file to renew; without it the tables are printed"
+    )
     options = parser.parse_args(arguments)
     record = read_record(options.record)
     text = markdown(record, options.record)
@@ -103,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     document = options.document.read_text()
     if not BLOCK.search(document):
-        parser.error(f"{options.document}: no <!-- codebook search --> ... <!-- end codebook search -->")
+        parser.error(
+            f"{options.document}: no <!-- codebook search --> ... <!-- end codebook search -->"
+        )
     options.document.write_text(BLOCK.sub(lambda match: match[1] + text + match[2], document))
     plot(record, options.document.with_suffix(".svg"))
 

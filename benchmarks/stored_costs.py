@@ -11,33 +11,53 @@ from pathlib import Path
 
 from benchmarks.record import read_record
 
-PLANS = ((30, 30), (100, 100), (300, 30), (300, 10))  # epochs of a run, stored views of the teacher's outputs
+PLANS = (
+    (30, 30),
+    (100, 100),
+    (300, 30),
+    (300, 10),
+)  # epochs of a run, stored views of the teacher's outputs
 RUNS = (1, 3, 10)
 
 
 def costs(ratio: dict[str, float], epochs: int, views: int, runs: int) -> dict[str, float]:
     """ratio: of each step and filling to plain distillation. Names what is trained, and on what -> cost per clean image and epoch."""
     total = epochs * runs
-    adversarial, view = ratio["filling: adversarial images"] / total, ratio["filling: outputs of a view"] * views / total
+    adversarial, view = (
+        ratio["filling: adversarial images"] / total,
+        ratio["filling: outputs of a view"] * views / total,
+    )
     return {
         "dad, stored images, teacher online": ratio["dad, stored images"] + adversarial,
-        "dad, stored images and outputs": ratio["dad, stored images and outputs"] + adversarial + view,
+        "dad, stored images and outputs": ratio["dad, stored images and outputs"]
+        + adversarial
+        + view,
         "kd, stored outputs": ratio["kd, stored outputs"] + view,
     }
 
 
 def table(ratio: dict[str, float]) -> str:
-    marginal = {name: ratio[key] for name, key in (
-        ("dad, stored images, teacher online", "dad, stored images"),
-        ("dad, stored images and outputs", "dad, stored images and outputs"),
-        ("kd, stored outputs", "kd, stored outputs"),
-    )}  # fmt: skip
-    lines = ["| epochs, stored views, runs | " + " | ".join(marginal) + " |", "| --- |" + " ---: |" * len(marginal)]
+    marginal = {
+        name: ratio[key]
+        for name, key in (
+            ("dad, stored images, teacher online", "dad, stored images"),
+            ("dad, stored images and outputs", "dad, stored images and outputs"),
+            ("kd, stored outputs", "kd, stored outputs"),
+        )
+    }
+    lines = [
+        "| epochs, stored views, runs | " + " | ".join(marginal) + " |",
+        "| --- |" + " ---: |" * len(marginal),
+    ]
     lines.append("| marginal | " + " | ".join(f"{value:.2f}" for value in marginal.values()) + " |")
     for epochs, views in PLANS:
         for runs in RUNS:
             found = costs(ratio, epochs, views, runs)
-            lines.append(f"| {epochs}, {views}, {runs} | " + " | ".join(f"{value:.2f}" for value in found.values()) + " |")
+            lines.append(
+                f"| {epochs}, {views}, {runs} | "
+                + " | ".join(f"{value:.2f}" for value in found.values())
+                + " |"
+            )
     return "\n".join(lines)
 
 

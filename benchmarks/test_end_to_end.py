@@ -20,7 +20,9 @@ from dad_fast.data.sources.base import open_source
 def loaded_step(work: Workload, name: str) -> Callable[[], object]:
     cfg = work.with_method(*STEPS[name])
     source = open_source(cfg.data.data_dir, cfg.data.train_split)
-    loader = TrainLoader(source, cfg.augment, cfg.augment.img_size, len(work.batch.labels), seed=0, workers=0)
+    loader = TrainLoader(
+        source, cfg.augment, cfg.augment.img_size, len(work.batch.labels), seed=0, workers=0
+    )
     batches, step = loader.batches(0, 1_000_000), work.step(cfg)
     return lambda: step(next(batches), 10, cfg.optim.lr)
 

@@ -59,7 +59,10 @@ def held_to_one_core() -> Iterator[None]:
 
 def described(source: Source, **more: object) -> dict[str, object]:
     files = [content for i in range(len(source)) if (content := source.encoded(i)) is not None]
-    return {"kilobytes_per_file": round(sum(map(len, files)) / len(files) / 1e3, 1), "source_size": source.sizes[0].tolist()} | more
+    return {
+        "kilobytes_per_file": round(sum(map(len, files)) / len(files) / 1e3, 1),
+        "source_size": source.sizes[0].tolist(),
+    } | more
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -67,12 +70,21 @@ def test_decode(bench: Bench, folders: dict[str, Path], size: str) -> None:
     source = open_source(str(folders[size]))
     files = [content for i in range(len(source)) if (content := source.encoded(i)) is not None]
     with held_to_one_core():
-        functions: dict[str, Callable[[], object]] = {"PIL": lambda: [np.asarray(read_rgb(io.BytesIO(content))) for content in files]}
+        functions: dict[str, Callable[[], object]] = {
+            "PIL": lambda: [np.asarray(read_rgb(io.BytesIO(content))) for content in files]
+        }
         with suppress(ImportError):
             from dad_fast.data.loaders.dali.decode import decoder
 
             functions["DALI cpu"] = decoder(files, "cpu", num_threads=1)
-        bench.compare(f"decode, {size}, 1 core", functions, baseline="PIL", work=len(files), config=described(source), seconds=15)
+        bench.compare(
+            f"decode, {size}, 1 core",
+            functions,
+            baseline="PIL",
+            work=len(files),
+            config=described(source),
+            seconds=15,
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -84,9 +96,18 @@ def test_decode_on_the_gpu(bench: Bench, folders: dict[str, Path], size: str) ->
 
     source = open_source(str(folders[size]))
     files = [content for i in range(len(source)) if (content := source.encoded(i)) is not None] * 8
-    functions = {f"DALI {kind}": decoder(files, kind, num_threads=len(CORES)) for kind in ("cpu", "mixed")}
+    functions = {
+        f"DALI {kind}": decoder(files, kind, num_threads=len(CORES)) for kind in ("cpu", "mixed")
+    }
     config = described(source, threads=len(CORES))
-    bench.compare(f"decode, {size}, all cores", functions, baseline="DALI cpu", work=len(files), config=config, seconds=15)
+    bench.compare(
+        f"decode, {size}, all cores",
+        functions,
+        baseline="DALI cpu",
+        work=len(files),
+        config=config,
+        seconds=15,
+    )
 
 
 def timm_loader(folder: Path, policy: str, batch_size: int, workers: int) -> Iterable[object]:
@@ -97,10 +118,17 @@ def timm_loader(folder: Path, policy: str, batch_size: int, workers: int) -> Ite
 
     dataset = timm_data.create_dataset("", str(folder))
     dataset.transform = timm_data.create_transform(
-        SIDE, is_training=True, use_prefetcher=True, auto_augment=policy or None, color_jitter=None, interpolation="bicubic"
+        SIDE,
+        is_training=True,
+        use_prefetcher=True,
+        auto_augment=policy or None,
+        color_jitter=None,
+        interpolation="bicubic",
     )
     sampler = RandomSampler(dataset, replacement=True, num_samples=1 << 30)
-    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=fast_collate)
+    return DataLoader(
+        dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=fast_collate
+    )
 
 
 def plain_batches(folder: Path, batch_size: int) -> Iterator[object]:
@@ -113,23 +141,38 @@ def plain_batches(folder: Path, batch_size: int) -> Iterator[object]:
             image = Image.open(files[random.integers(len(files))]).convert("RGB")
             share = np.sqrt(random.uniform(0.08, 1.0))
             width, height = int(image.width * share), int(image.height * share)
-            left, top = int(random.integers(image.width - width + 1)), int(random.integers(image.height - height + 1))
-            image = image.crop((left, top, left + width, top + height)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            batch[row] = np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image)
+            left, top = (
+                int(random.integers(image.width - width + 1)),
+                int(random.integers(image.height - height + 1)),
+            )
+            image = image.crop((left, top, left + width, top + height)).resize(
+                (SIDE, SIDE), Image.Resampling.BICUBIC
+            )
+            batch[row] = np.asarray(
+                image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image
+            )
         yield batch
 
 
 Take = Callable[[int], Iterator[object]]  # how many batches -> they
 
 
-def loaders(folder: Path, policy: str, batch_size: int, workers: int, device: torch.device) -> dict[str, Take]:
+def loaders(
+    folder: Path, policy: str, batch_size: int, workers: int, device: torch.device
+) -> dict[str, Take]:
     source = open_source(str(folder))
     aug = AugmentConfig(aa=policy, color_jitter=0.0, train_interpolation="bicubic")
     theirs = iter(timm_loader(folder, policy.replace("-mstd0.5", ""), batch_size, workers))
     found: dict[str, Take] = {"timm": lambda num: islice(theirs, num)}
-    for name, kind in (("ours, PIL", "torchvision"), (f"ours, DALI {'cpu' if device.type == 'cpu' else 'mixed'}", "dali")):
+    for name, kind in (
+        ("ours, PIL", "torchvision"),
+        (f"ours, DALI {'cpu' if device.type == 'cpu' else 'mixed'}", "dali"),
+    ):
         with suppress(EnvironmentProblem):
-            found[name] = _ours(train_loader(kind, source, aug, SIDE, batch_size, 0, workers, device=device), workers)
+            found[name] = _ours(
+                train_loader(kind, source, aug, SIDE, batch_size, 0, workers, device=device),
+                workers,
+            )
     if not workers and not policy:
         plain = plain_batches(folder, batch_size)
         found["plain PIL"] = lambda num: islice(plain, num)
@@ -148,9 +191,15 @@ def exhausted(take: Take, num: int) -> None:
 
 
 def notes(policy: str, workers: int) -> dict[str, str]:
-    found = {"timm": "without mstd0.5: its posterize to 0 bits fails with Pillow 13"} if policy else {}
+    found = (
+        {"timm": "without mstd0.5: its posterize to 0 bits fails with Pillow 13"} if policy else {}
+    )
     found["ours, DALI mixed"] = "its batches lie on the GPU, the others' in host memory"
-    return found if workers else found | {"ours, DALI cpu": "builds its pipeline in each call, and that counts"}
+    return (
+        found
+        if workers
+        else found | {"ours, DALI cpu": "builds its pipeline in each call, and that counts"}
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -209,4 +258,11 @@ def test_reading(bench: Bench, folders: dict[str, Path], tmp_path: Path) -> None
             "shard": lambda: [shard.encoded(i) for i in order],
         }
         config = described(folder)
-        bench.compare("bytes of a file, 500x375, 1 core", functions, baseline="folder", work=len(order), config=config, seconds=5)
+        bench.compare(
+            "bytes of a file, 500x375, 1 core",
+            functions,
+            baseline="folder",
+            work=len(order),
+            config=config,
+            seconds=5,
+        )

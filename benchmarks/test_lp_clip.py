@@ -30,11 +30,15 @@ from dad_fast.models.probe import build_probe
 
 CROP = AugmentConfig(scale=(0.35, 1.0), color_jitter=0.0, train_interpolation="bicubic")
 VIEWS = {
-    "weak": AugmentConfig(crop="center", hflip=0.0, color_jitter=0.0, train_interpolation="bicubic"),
+    "weak": AugmentConfig(
+        crop="center", hflip=0.0, color_jitter=0.0, train_interpolation="bicubic"
+    ),
     "crop and flip": CROP,
     "Cutout": dataclasses.replace(CROP, reprob=1.0, remode="const"),
     "RandAugment": dataclasses.replace(CROP, aa="rand-m9-mstd0.5-inc1"),
-    "RandAugment and Cutout": dataclasses.replace(CROP, aa="rand-m9-mstd0.5-inc1", reprob=1.0, remode="const"),
+    "RandAugment and Cutout": dataclasses.replace(
+        CROP, aa="rand-m9-mstd0.5-inc1", reprob=1.0, remode="const"
+    ),
 }
 BATCH, BATCHES = 16, 2  # per call
 
@@ -58,31 +62,66 @@ def added_memory(folder: Path, name: str) -> float:
     """MiB that making these views adds to the peak of a process of its own; Linux."""
     code = "import sys; from pathlib import Path; from benchmarks.test_lp_clip import peak_memory, views; before = peak_memory(); "
     code += "views(Path(sys.argv[1]), sys.argv[2]); print(peak_memory() - before)"
-    done = subprocess.run([sys.executable, "-c", code, str(folder), name], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), name], capture_output=True, text=True, check=True
+    )
     return int(done.stdout.split()[-1]) / 1024
 
 
 def peak_memory() -> int:
     """KiB. Not getrusage's, which counts what the process was before it became this program."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1])
 
 
 def test_views(bench: Bench, folder: Path) -> None:
-    watched = ("weak", "RandAugment and Cutout") if bench.size == "tiny" else VIEWS  # a process each
-    notes = {name: f"adds {added_memory(folder, name):.0f} MiB to the peak of a process" for name in watched}
+    watched = (
+        ("weak", "RandAugment and Cutout") if bench.size == "tiny" else VIEWS
+    )  # a process each
+    notes = {
+        name: f"adds {added_memory(folder, name):.0f} MiB to the peak of a process"
+        for name in watched
+    }
     with held_to_one_core():
         functions = {name: partial(views, folder, name) for name in VIEWS}
-        config = described(open_source(str(folder)), side=SIDE, batch_size=BATCH, batches_per_call=BATCHES)
-        bench.compare("views, 500x375, 1 core", functions, baseline="weak", work=BATCH * BATCHES, config=config, notes=notes, seconds=15)
+        config = described(
+            open_source(str(folder)), side=SIDE, batch_size=BATCH, batches_per_call=BATCHES
+        )
+        bench.compare(
+            "views, 500x375, 1 core",
+            functions,
+            baseline="weak",
+            work=BATCH * BATCHES,
+            config=config,
+            notes=notes,
+            seconds=15,
+        )
 
 
 def test_steps(bench: Bench) -> None:
     work = make_workload(bench.size, bench.device)
     num = len(work.batch.labels)
-    functions = {"encoder in every step": probe_step(work, kept=False), "features kept": probe_step(work, kept=True)}
-    config = {name: work.describe()[name] for name in ("teacher", "weights", "batch_size", "img_size", "precision", "optimizer")}
-    bench.compare(f"steps, batch {num}", functions, baseline="encoder in every step", work=num, config=config, energy=True, seconds=15)
+    functions = {
+        "encoder in every step": probe_step(work, kept=False),
+        "features kept": probe_step(work, kept=True),
+    }
+    config = {
+        name: work.describe()[name]
+        for name in ("teacher", "weights", "batch_size", "img_size", "precision", "optimizer")
+    }
+    bench.compare(
+        f"steps, batch {num}",
+        functions,
+        baseline="encoder in every step",
+        work=num,
+        config=config,
+        energy=True,
+        seconds=15,
+    )
 
 
 def probe_step(work: Workload, kept: bool) -> Callable[[], object]:

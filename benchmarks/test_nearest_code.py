@@ -22,7 +22,12 @@ from dad_fast.kernels.nearest_code import grid_search
 from dad_fast.kernels.nearest_code.search import BACK_ENDS
 
 NUM_CODES, CODES_PER_IMAGE = 16384, 784
-OF_TINY = ("normal", "K = 256", 8, 784)  # of each parameter, what size tiny keeps: a look in seconds; base has the tables and plots
+OF_TINY = (
+    "normal",
+    "K = 256",
+    8,
+    784,
+)  # of each parameter, what size tiny keeps: a look in seconds; base has the tables and plots
 CHUNKS = (16, 64, 256, 1024, 4096)
 AUTHORS = "authors' formula"
 Search = Callable[[], Tensor]
@@ -43,7 +48,9 @@ def clustered(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(128, d, generator=generator)
     z, e = (centres[torch.randint(128, (rows,), generator=generator)] for rows in (n, k))
-    return z + 0.1 * torch.randn(n, d, generator=generator), e + 0.1 * torch.randn(k, d, generator=generator)
+    return z + 0.1 * torch.randn(n, d, generator=generator), e + 0.1 * torch.randn(
+        k, d, generator=generator
+    )
 
 
 def off_centre(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
@@ -53,13 +60,17 @@ def off_centre(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 def authors(z: Tensor, e: Tensor) -> Tensor:
     """taming-transformers' expansion of the square, all distances at once."""
-    distances = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * torch.einsum("nd,kd->nk", z, e)
+    distances = (
+        z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * torch.einsum("nd,kd->nk", z, e)
+    )
     return distances.argmin(1)
 
 
 def chunked(z: Tensor, e: Tensor, rows: int) -> Tensor:
     half_square = e.square().sum(1) / 2
-    return torch.cat([torch.addmm(half_square, part, e.T, alpha=-1).argmin(1) for part in z.split(rows)])
+    return torch.cat(
+        [torch.addmm(half_square, part, e.T, alpha=-1).argmin(1) for part in z.split(rows)]
+    )
 
 
 def best_chunk(z: Tensor, e: Tensor) -> int:
@@ -132,27 +143,50 @@ def _nearest_of(forest: Any, rows: Any) -> Tensor:
     return torch.from_numpy(forest.query(rows, return_distance=False)[:, 0])
 
 
-def compare(bench: Bench, name: str, z: Tensor, e: Tensor, data: str, with_peers: bool = True, seconds: float = 10.0) -> dict[str, float]:
+def compare(
+    bench: Bench,
+    name: str,
+    z: Tensor,
+    e: Tensor,
+    data: str,
+    with_peers: bool = True,
+    seconds: float = 10.0,
+) -> dict[str, float]:
     z, e = z.to(bench.device), e.to(bench.device)
     chunk = best_chunk(z, e)
     functions = {AUTHORS: lambda: authors(z, e)} if with_peers else {}
     functions |= {"torch.cdist": lambda: torch.cdist(z, e).argmin(1)} if with_peers else {}
-    functions |= {f"addmm in chunks of {chunk}": lambda: chunked(z, e, chunk)} | (peers(z, e) if with_peers else {}) | prepared(z, e)
+    functions |= (
+        {f"addmm in chunks of {chunk}": lambda: chunked(z, e, chunk)}
+        | (peers(z, e) if with_peers else {})
+        | prepared(z, e)
+    )
     exact = CodebookSearch(e, "torch").search(z[:4096])
-    wrong = {key: float((search()[:4096] != exact).double().mean()) for key, search in functions.items()}
+    wrong = {
+        key: float((search()[:4096] != exact).double().mean()) for key, search in functions.items()
+    }
     for key, share in wrong.items():
         assert share == 0 or not key.startswith("dad-fast"), f"{key} is wrong for {share:.2%}"
     config: dict[str, object] = {
-        "data": data, "num_latents": len(z), "num_codes": len(e), "dim": e.shape[1], "wrong_codes_are_of_the_first": min(4096, len(z)),
-    }  # fmt: skip
+        "data": data,
+        "num_latents": len(z),
+        "num_codes": len(e),
+        "dim": e.shape[1],
+        "wrong_codes_are_of_the_first": min(4096, len(z)),
+    }
     if "dad-fast: grid" in functions or "dad-fast: cuda" in functions:
         start = time.perf_counter()
         grid = grid_search.build_grid(e.cpu())
-        config |= {"grid_build_seconds": round(time.perf_counter() - start, 2), "grid_bytes": grid.numel()}
+        config |= {
+            "grid_build_seconds": round(time.perf_counter() - start, 2),
+            "grid_bytes": grid.numel(),
+        }
     return bench.compare(
         name,
         functions,
-        baseline=next(key for key in functions if key.startswith("dad-fast")),  # so that ratios say how many times slower
+        baseline=next(
+            key for key in functions if key.startswith("dad-fast")
+        ),  # so that ratios say how many times slower
         work=len(z),
         unit="query",
         config=config,
@@ -187,7 +221,11 @@ def test_f8(bench: Bench, data: Callable[[int, int, int], tuple[Tensor, Tensor]]
 def test_wide(bench: Bench, dim: int) -> None:
     """256: VQGAN f16's dimensions. 8: where trees end."""
     skip_at_tiny(bench, dim)
-    z, e = normal(CODES_PER_IMAGE * (64 if bench.device.type == "cuda" else 1 if bench.size == "tiny" else 2), NUM_CODES, dim)
+    z, e = normal(
+        CODES_PER_IMAGE * (64 if bench.device.type == "cuda" else 1 if bench.size == "tiny" else 2),
+        NUM_CODES,
+        dim,
+    )
     ratios = compare(bench, f"{NUM_CODES} codes of {dim} dimensions", z, e, "normal")
     if bench.size != "tiny" and "dad-fast: csrc" in ratios:
         assert next(ratio for name, ratio in ratios.items() if name.startswith("addmm")) > 1

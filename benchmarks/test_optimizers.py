@@ -34,9 +34,27 @@ def test_adamw(bench: Bench, number: int) -> None:
     for way in ({"foreach": False, "fused": False}, {"foreach": True}, {"fused": True}):
         label = next((key for key, on in way.items() if on), "one by one")
         capturable = {"capturable": True} if bench.device.type == "cuda" else {}
-        functions[label] = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.05, **way, **capturable).step
+        functions[label] = torch.optim.AdamW(
+            parameters, lr=1e-6, weight_decay=0.05, **way, **capturable
+        ).step
     if bench.device.type == "cuda" and not apex_problem()[0]:
-        functions["apex"] = import_module("apex.optimizers").FusedAdam(parameters, lr=1e-6, weight_decay=0.05, adam_w_mode=True).step
+        functions["apex"] = (
+            import_module("apex.optimizers")
+            .FusedAdam(parameters, lr=1e-6, weight_decay=0.05, adam_w_mode=True)
+            .step
+        )
     count = sum(parameter.numel() for parameter in parameters)
-    config = {"student": name, "parameters": count, "tensors": len(parameters), "bytes_if_fused": BYTES * count}
-    bench.compare(f"AdamW, {name}", functions, baseline="foreach", work=count / 1e6, unit="M parameters", config=config)
+    config = {
+        "student": name,
+        "parameters": count,
+        "tensors": len(parameters),
+        "bytes_if_fused": BYTES * count,
+    }
+    bench.compare(
+        f"AdamW, {name}",
+        functions,
+        baseline="foreach",
+        work=count / 1e6,
+        unit="M parameters",
+        config=config,
+    )

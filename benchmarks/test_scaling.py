@@ -39,14 +39,19 @@ class Pool:
             if sys.platform == "linux":
                 env["GLOO_SOCKET_IFNAME"] = "lo"
             if together:
-                identity = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, STORE: folder / f"rendezvous-{num}"}
+                identity = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": num,
+                    STORE: folder / f"rendezvous-{num}",
+                }
                 env |= {name: str(value) for name, value in identity.items()}
             elif bench.device.type == "cuda":
                 env |= {"CUDA_VISIBLE_DEVICES": str(rank)}
             command = [sys.executable, "-m", "benchmarks.scaling_worker", *arguments]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self.processes.append(subprocess.Popen(command, env=env, text=True, **pipes))  # type: ignore[call-overload]
-        self.num_parameters = [int(self._answer(process)) for process in self.processes][0]
+        self.num_parameters = next(int(self._answer(process)) for process in self.processes)
 
     def call(self, line: str) -> None:
         for process in self.processes:
@@ -92,28 +97,69 @@ def test_scaling(bench: Bench) -> None:
         numbers = together.num_parameters
         sizes = {f"{factor} x the gradients": factor * numbers for factor in (1, 4, 16)}
         bench.compare(
-            f"all-reduce, {num} processes", {name: together.function(f"reduce {size}") for name, size in sizes.items()},
-            baseline="1 x the gradients", work=1, unit="all-reduce", config={"num_parameters": numbers}, seconds=6,
-        )  # fmt: skip
+            f"all-reduce, {num} processes",
+            {name: together.function(f"reduce {size}") for name, size in sizes.items()},
+            baseline="1 x the gradients",
+            work=1,
+            unit="all-reduce",
+            config={"num_parameters": numbers},
+            seconds=6,
+        )
         reduce_ms = bench.session.groups[bench.group][-1]["rows"][0]["ms"]["median"]
         for method in METHODS:
-            what = {"method": method, "batch_size": BATCH, "processes": num, "num_parameters": numbers}
+            what = {
+                "method": method,
+                "batch_size": BATCH,
+                "processes": num,
+                "num_parameters": numbers,
+            }
 
-            def compare(name: str, other: str, pool: Pool, predicted: dict[str, float], what: dict[str, object] = what) -> float:
+            def compare(
+                name: str,
+                other: str,
+                pool: Pool,
+                predicted: dict[str, float],
+                what: dict[str, object] = what,
+            ) -> float:
                 line = f"step {what['method']}"
                 return bench.compare(
-                    name, {"1 process": alone.function(line), other: pool.function(line)}, baseline="1 process", work=BATCH,
-                    unit="img of a process", config=what, predicted=predicted, seconds=9,
-                )[other]  # fmt: skip
+                    name,
+                    {"1 process": alone.function(line), other: pool.function(line)},
+                    baseline="1 process",
+                    work=BATCH,
+                    unit="img of a process",
+                    config=what,
+                    predicted=predicted,
+                    seconds=9,
+                )[other]
 
-            ratio = compare(f"{method}, what {num} processes share", f"{num} processes apart", apart, {})
+            ratio = compare(
+                f"{method}, what {num} processes share", f"{num} processes apart", apart, {}
+            )
             one_ms = bench.session.groups[bench.group][-1]["rows"][0]["ms"]["median"]
-            compare(f"{method}, {num} processes", f"{num} processes", together, {f"{num} processes": ratio + reduce_ms / one_ms})
+            compare(
+                f"{method}, {num} processes",
+                f"{num} processes",
+                together,
+                {f"{num} processes": ratio + reduce_ms / one_ms},
+            )
 
-            ours, num_bytes = bench.session.groups[bench.group][-1]["rows"][1]["ms"]["median"], 4 * numbers
+            ours, num_bytes = (
+                bench.session.groups[bench.group][-1]["rows"][1]["ms"]["median"],
+                4 * numbers,
+            )
             share = share_before_the_last_bucket(num_bytes)
-            peers = {"one tensor": together.function(f"step {method}"), "DDP": together.function(f"ddp {method}")}
+            peers = {
+                "one tensor": together.function(f"step {method}"),
+                "DDP": together.function(f"ddp {method}"),
+            }
             bench.compare(
-                f"{method}, {num} processes, gradients", peers, baseline="one tensor", work=BATCH, unit="img of a process",
-                predicted={"DDP": 1 - share * reduce_ms / ours}, seconds=9, config=what | {"gradient_bytes": num_bytes, "share": share},
-            )  # fmt: skip
+                f"{method}, {num} processes, gradients",
+                peers,
+                baseline="one tensor",
+                work=BATCH,
+                unit="img of a process",
+                predicted={"DDP": 1 - share * reduce_ms / ours},
+                seconds=9,
+                config=what | {"gradient_bytes": num_bytes, "share": share},
+            )

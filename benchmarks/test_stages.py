@@ -36,7 +36,9 @@ def test_stages(bench: Bench, batch_size: int) -> None:
         with torch.no_grad():
             return teacher(x)
 
-    def attack_arithmetic() -> Tensor:  # start, direction and projection around a model that costs nothing
+    def attack_arithmetic() -> (
+        Tensor
+    ):  # start, direction and projection around a model that costs nothing
         return step.attack(lambda pixels: pixels.mean((2, 3)) @ weight, x, y, work.batch.seeds)
 
     weight = torch.rand(3, work.num_classes, device=work.device)
@@ -72,7 +74,14 @@ def test_stages(bench: Bench, batch_size: int) -> None:
         "student forward + backward": flops.of["student"],
     }
     bench.compare(
-        f"batch {batch_size}", functions, baseline=baseline, work=batch_size, config=work.describe(), flops=counted, energy=True, seconds=15
+        f"batch {batch_size}",
+        functions,
+        baseline=baseline,
+        work=batch_size,
+        config=work.describe(),
+        flops=counted,
+        energy=True,
+        seconds=15,
     )
 
 
@@ -82,6 +91,12 @@ def test_ceiling(bench: Bench) -> None:
     a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
     name = f"{side} x {side}, {str(dtype).removeprefix('torch.')}"
     bench.compare(
-        "matrix product", {name: lambda: a @ b}, baseline=name, work=1, unit="product", flops={name: 2 * side**3}, seconds=5,
+        "matrix product",
+        {name: lambda: a @ b},
+        baseline=name,
+        work=1,
+        unit="product",
+        flops={name: 2 * side**3},
+        seconds=5,
         config={"side": side, "dtype": str(dtype).removeprefix("torch.")},
-    )  # fmt: skip
+    )

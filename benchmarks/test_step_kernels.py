@@ -26,11 +26,18 @@ from dad_fast.models.teacher import Teacher
 # Twelve blocks, as ViT-B has, so that the last one's share is that of ViT-B.
 TINY_VIT = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 MODELS = {  # student, teacher, batch
-    "tiny": (("vit_base_patch16_224", TINY_VIT), ("vit_base_patch16_clip_quickgelu_224", TINY_VIT), 2),
+    "tiny": (
+        ("vit_base_patch16_224", TINY_VIT),
+        ("vit_base_patch16_clip_quickgelu_224", TINY_VIT),
+        2,
+    ),
     "base": (("vit_small_patch16_224", {}), ("vit_base_patch16_clip_quickgelu_224", {}), 128),
     "paper": (("vit_base_patch16_224", {}), ("vit_large_patch14_clip_quickgelu_224", {}), 256),
 }
-PIXEL_BYTES = {"plain": {"l2": 124, "linf": 80}, "fused": {"l2": 28, "linf": 20}}  # an element; see pgd_update.py
+PIXEL_BYTES = {
+    "plain": {"l2": 124, "linf": 80},
+    "fused": {"l2": 28, "linf": 20},
+}  # an element; see pgd_update.py
 
 
 def precision(bench: Bench) -> PrecisionConfig:
@@ -51,14 +58,29 @@ def test_student(bench: Bench) -> None:
     functions: dict[str, Callable[[], object]] = {}
     for label, savings in (("plain", PLAIN), ("class token only", Optimizations())):
         torch.manual_seed(0)
-        student = build_student(StudentConfig(name=name, model_kwargs=kwargs), 1000, 224).to(bench.device)
+        student = build_student(StudentConfig(name=name, model_kwargs=kwargs), 1000, 224).to(
+            bench.device
+        )
         assert not any(optimize_student(student, savings).values())
         functions[label] = _training(student, pixels, labels, precision(bench).amp)
         if bench.device.type == "cuda":
-            functions[f"{label}, compiled"] = _training(torch.compile(student), pixels, labels, precision(bench).amp)
-    counted = {label: flops(function) / batch for label, function in functions.items() if "compiled" not in label}
+            functions[f"{label}, compiled"] = _training(
+                torch.compile(student), pixels, labels, precision(bench).amp
+            )
+    counted = {
+        label: flops(function) / batch
+        for label, function in functions.items()
+        if "compiled" not in label
+    }
     config = {"student": name, "kwargs": kwargs, "batch_size": batch, "amp": precision(bench).amp}
-    bench.compare("student, forward + backward", functions, baseline="plain", work=batch, config=config, flops=counted)
+    bench.compare(
+        "student, forward + backward",
+        functions,
+        baseline="plain",
+        work=batch,
+        config=config,
+        flops=counted,
+    )
 
 
 def _training(student: nn.Module, pixels: Tensor, labels: Tensor, amp: bool) -> Callable[[], None]:
@@ -81,12 +103,24 @@ def test_teacher(bench: Bench, what: str) -> None:
     model = timm.create_model(name, num_classes=1000, **kwargs)
     classes = ClassMap(tuple((i, f"class{i}", f"class {i}") for i in range(1000)))
     plain = Teacher(
-        nn.Identity(), model, name=name, classes=classes, image_size=224, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28),
+        nn.Identity(),
+        model,
+        name=name,
+        classes=classes,
+        image_size=224,
+        mean=(0.48, 0.46, 0.41),
+        std=(0.27, 0.26, 0.28),
         precision=precision(bench),
-    ).to(bench.device)  # fmt: skip
+    ).to(bench.device)
     pixels = torch.rand(batch, 3, 224, 224, device=bench.device)
     names = [saving for saving in vars(PLAIN) if saving != "cast_weights" or precision(bench).amp]
-    kinds = {"plain": PLAIN, **{saving: Optimizations(**{key: key == saving for key in vars(PLAIN)}) for saving in names}, "all": Optimizations()}
+    kinds = {
+        "plain": PLAIN,
+        **{
+            saving: Optimizations(**{key: key == saving for key in vars(PLAIN)}) for saving in names
+        },
+        "all": Optimizations(),
+    }
     functions: dict[str, Callable[[], object]] = {}
     for label, savings in kinds.items():
         teacher = copy.deepcopy(plain)
@@ -97,7 +131,9 @@ def test_teacher(bench: Bench, what: str) -> None:
             functions[f"{label}, compiled"] = _inference(torch.compile(teacher), pixels, what)
     counted = {label: flops(functions[label]) / batch for label in kinds}
     config = {"teacher": name, "kwargs": kwargs, "batch_size": batch, "amp": precision(bench).amp}
-    bench.compare(f"teacher, {what}", functions, baseline="plain", work=batch, config=config, flops=counted)
+    bench.compare(
+        f"teacher, {what}", functions, baseline="plain", work=batch, config=config, flops=counted
+    )
 
 
 def _inference(teacher: nn.Module, pixels: Tensor, what: str) -> Callable[[], Tensor]:
@@ -121,16 +157,31 @@ def test_pgd_update(bench: Bench, norm: str) -> None:
     delta, gradient = (torch.randn_like(pixels) * 1e-3 for _ in range(2))
     args = (pixels, delta, gradient, norm, 0.1, 0.1)
     compiled = torch.compile(reference)
-    functions: dict[str, Callable[[], object]] = {"plain": lambda: reference(*args), "torch.compile": lambda: compiled(*args)}
+    functions: dict[str, Callable[[], object]] = {
+        "plain": lambda: reference(*args),
+        "torch.compile": lambda: compiled(*args),
+    }
     predicted = {"torch.compile": PIXEL_BYTES["fused"][norm] / PIXEL_BYTES["plain"][norm]}
     if bench.device.type == "cuda":
         functions["triton"] = lambda: pgd_update(*args)
         predicted["triton"] = predicted["torch.compile"]
-    notes = {"torch.compile": "predicted by the fewest bytes; its L2 needs a pass for each of its three sums"} if norm == "l2" else {}
+    notes = (
+        {
+            "torch.compile": "predicted by the fewest bytes; its L2 needs a pass for each of its three sums"
+        }
+        if norm == "l2"
+        else {}
+    )
     bench.compare(
-        f"pgd update, {norm}", functions, baseline="plain", work=batch, predicted=predicted, notes=notes, config={"batch_size": batch},
+        f"pgd update, {norm}",
+        functions,
+        baseline="plain",
+        work=batch,
+        predicted=predicted,
+        notes=notes,
+        config={"batch_size": batch},
         graph=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("num_classes", [1000, 21843])
@@ -138,7 +189,9 @@ def test_distillation_loss(bench: Bench, num_classes: int) -> None:
     """CE and KD of the same logits, forward and backward, of a bfloat16 student on a GPU."""
     batch = 64 if bench.size == "tiny" else 256
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-    student = (3 * torch.randn(batch, num_classes, device=bench.device)).to(dtype).requires_grad_(True)
+    student = (
+        (3 * torch.randn(batch, num_classes, device=bench.device)).to(dtype).requires_grad_(True)
+    )
     teacher = 3 * torch.randn(batch, num_classes, device=bench.device)
     targets = torch.rand(batch, num_classes, device=bench.device).softmax(1)
 
@@ -156,5 +209,9 @@ def test_distillation_loss(bench: Bench, num_classes: int) -> None:
     if bench.device.type == "cuda":
         functions["triton"] = run(fused)
     bench.compare(
-        f"CE + KD, {num_classes} classes", functions, baseline="plain", work=batch, config={"batch_size": batch, "dtype": str(dtype)[6:]}
+        f"CE + KD, {num_classes} classes",
+        functions,
+        baseline="plain",
+        work=batch,
+        config={"batch_size": batch, "dtype": str(dtype)[6:]},
     )

@@ -43,15 +43,28 @@ def work(request: pytest.FixtureRequest, _bench_session: Session) -> Iterator[Wo
     yield make_workload(size, device, batch_size)
 
 
-def compare(bench: Bench, name: str, work: Workload, steps: dict[str, Callable[[], object]], seconds: float) -> None:
+def compare(
+    bench: Bench, name: str, work: Workload, steps: dict[str, Callable[[], object]], seconds: float
+) -> None:
     flops = work.flops
     baseline, step = kd_baseline(work)
     functions = {baseline: step} | steps
-    counted = {key: flops.of_step(*STEPS[key.removesuffix(", graphs")][:2]) for key in steps} | {baseline: flops.of_step("kd")}
-    config = work.describe() | {"gflop_per_image": {stage: round(value / 1e9, 4) for stage, value in flops.of.items()}}
+    counted = {key: flops.of_step(*STEPS[key.removesuffix(", graphs")][:2]) for key in steps} | {
+        baseline: flops.of_step("kd")
+    }
+    config = work.describe() | {
+        "gflop_per_image": {stage: round(value / 1e9, 4) for stage, value in flops.of.items()}
+    }
     try:
         bench.compare(
-            name, functions, baseline=baseline, work=len(work.batch.labels), config=config, flops=counted, energy=True, seconds=seconds
+            name,
+            functions,
+            baseline=baseline,
+            work=len(work.batch.labels),
+            config=config,
+            flops=counted,
+            energy=True,
+            seconds=seconds,
         )
     except torch.OutOfMemoryError:
         pytest.skip(f"{name} does not fit into this GPU's memory")
@@ -60,7 +73,11 @@ def compare(bench: Bench, name: str, work: Workload, steps: dict[str, Callable[[
 
 
 def test_steps(bench: Bench, work: Workload) -> None:
-    names = [name for name, (_, _, form) in STEPS.items() if form != "kernels" or bench.device.type == "cuda"]
+    names = [
+        name
+        for name, (_, _, form) in STEPS.items()
+        if form != "kernels" or bench.device.type == "cuda"
+    ]
     steps = {name: one_step(work, name) for name in names}
     compare(bench, f"batch {len(work.batch.labels)}", work, steps, seconds=25)
 
@@ -70,7 +87,9 @@ def test_steps_of_resnet50(bench: Bench) -> None:
     if bench.size != "paper":
         pytest.skip("at size paper: ResNet-50 from ViT-L/14")
     work = make_workload("paper", bench.device, 256, preset="dad-rn50")
-    steps = {name: one_step(work, name) for name in ("kd", "dad, paper's order", "dad, authors' order")}
+    steps = {
+        name: one_step(work, name) for name in ("kd", "dad, paper's order", "dad, authors' order")
+    }
     compare(bench, "ResNet-50, batch 256", work, steps, seconds=10)
 
 

@@ -34,7 +34,14 @@ def _host(bench: Bench) -> None:
 
 
 def make_manifest(num: int, **changes: Any) -> Manifest:
-    values = {"kind": "adversarial", "classes": CLASSES, "source": "0" * 64, "settings": {}, "hashes": {}, "num_samples": num}
+    values = {
+        "kind": "adversarial",
+        "classes": CLASSES,
+        "source": "0" * 64,
+        "settings": {},
+        "hashes": {},
+        "num_samples": num,
+    }
     return Manifest(**{**values, "block_size": BATCH, "blocks_per_shard": 16, **changes})
 
 
@@ -46,7 +53,9 @@ def make_records(manifest: Manifest, start: int, num: int) -> Records:
         outputs=rng.standard_normal((num, manifest.num_classes), np.float32),
         kept=np.ones(num, bool),
         changed=np.zeros(num, np.float32),
-        codes=rng.integers(0, 256, (num, manifest.code_bytes), np.uint8) if manifest.code_bits else None,
+        codes=rng.integers(0, 256, (num, manifest.code_bytes), np.uint8)
+        if manifest.code_bits
+        else None,
         images=photos(num) if manifest.images != "none" else None,
     )
 
@@ -60,7 +69,9 @@ def photos(num: int) -> np.ndarray:
         image = sources[i % len(sources)]
         cut = min(2 * SIDE, *image.size)
         left, top = (int(rng.integers(0, side - cut + 1)) for side in image.size)
-        cuts.append(eval_transform(image.crop((left, top, left + cut, top + cut)), SIDE, 1.0, "bicubic"))
+        cuts.append(
+            eval_transform(image.crop((left, top, left + cut, top + cut)), SIDE, 1.0, "bicubic")
+        )
     return np.stack(cuts)[np.arange(num) % len(cuts)]
 
 
@@ -71,7 +82,11 @@ def write(folder: Path, manifest: Manifest) -> AdversarialStore:
         with writer.shard(number) as shard:
             for part in shard.todo():
                 keys = [f"n{row % 1000:08d}/{row}.JPEG" for row in range(part.start, part.stop)]
-                cut = {name: value[: len(part)] for name, value in vars(block).items() if value is not None}
+                cut = {
+                    name: value[: len(part)]
+                    for name, value in vars(block).items()
+                    if value is not None
+                }
                 shard.append(Records(**{**cut, "keys": keys}))
     assert writer.finish() == []
     return AdversarialStore(folder)
@@ -95,7 +110,12 @@ def test_records(bench: Bench, tmp_path: Path, outputs: str) -> None:
     num = NUM_RECORDS[bench.size]
     store = write(tmp_path / "store", make_manifest(num, outputs=outputs, **F8))
     rows = batches(num)
-    array = np.concatenate([np.fromfile(path, store.manifest.data_dtype) for path in sorted(store.folder.glob("*.data"))])
+    array = np.concatenate(
+        [
+            np.fromfile(path, store.manifest.data_dtype)
+            for path in sorted(store.folder.glob("*.data"))
+        ]
+    )
     bench.compare(
         f"codes and {outputs} outputs, batch of {BATCH} random rows",
         {
@@ -106,8 +126,16 @@ def test_records(bench: Bench, tmp_path: Path, outputs: str) -> None:
         baseline="one array in memory",
         work=BATCH,
         unit="record",
-        config={"records": num, "bytes": store.manifest.data_dtype.itemsize, "shards": store.manifest.geometry.num_shards, **F8},
-        notes={"one array in memory": "numpy's own gather of the same bytes", "store: flags": "kept() alone"},
+        config={
+            "records": num,
+            "bytes": store.manifest.data_dtype.itemsize,
+            "shards": store.manifest.geometry.num_shards,
+            **F8,
+        },
+        notes={
+            "one array in memory": "numpy's own gather of the same bytes",
+            "store: flags": "kept() alone",
+        },
     )
 
 
@@ -116,7 +144,10 @@ def test_images(bench: Bench, tmp_path: Path) -> None:
     num = NUM_IMAGES[bench.size]
     raw = write(tmp_path / "raw", make_manifest(num, images="raw", image_size=(SIDE, SIDE)))
     stores = {
-        form: write(tmp_path / form, make_manifest(64, block_size=64, images=form, image_size=(SIDE, SIDE))) for form in ("webp", "jpeg:95")
+        form: write(
+            tmp_path / form, make_manifest(64, block_size=64, images=form, image_size=(SIDE, SIDE))
+        )
+        for form in ("webp", "jpeg:95")
     }
     rows, few, out = batches(num), batches(64), np.empty((BATCH, SIDE, SIDE, 3), np.uint8)
     jpegs = []
@@ -129,7 +160,10 @@ def test_images(bench: Bench, tmp_path: Path) -> None:
         for i in range(BATCH):
             out[i] = np.asarray(Image.open(io.BytesIO(jpegs[i % 64])).convert("RGB"))
 
-    size = {form: sum(path.stat().st_size for path in store.folder.glob("*.images")) // 64 for form, store in stores.items()}
+    size = {
+        form: sum(path.stat().st_size for path in store.folder.glob("*.images")) // 64
+        for form, store in stores.items()
+    }
     bench.compare(
         f"images of {SIDE} px, batch of {BATCH} random rows",
         {
@@ -150,7 +184,9 @@ def test_images(bench: Bench, tmp_path: Path) -> None:
 def test_join(bench: Bench, tmp_path: Path) -> None:
     """A store's rows for a source's keys; hashing the keys is most of it."""
     num = NUM_RECORDS[bench.size]
-    store = write(tmp_path / "store", make_manifest(num, classes=CLASSES[:2], code_bits=8, code_grid=(1, 1)))
+    store = write(
+        tmp_path / "store", make_manifest(num, classes=CLASSES[:2], code_bits=8, code_grid=(1, 1))
+    )
     keys = [f"n{row % 1000:08d}/{row}.JPEG" for row in range(num)]
     mixed = [keys[i] for i in np.random.default_rng(0).permutation(num)]
 
@@ -161,7 +197,11 @@ def test_join(bench: Bench, tmp_path: Path) -> None:
     assert store.rows(mixed).tolist() == by_dict()
     bench.compare(
         "rows of all keys",
-        {"same order": lambda: store.rows(keys), "any order": lambda: store.rows(mixed), "a dict": by_dict},
+        {
+            "same order": lambda: store.rows(keys),
+            "any order": lambda: store.rows(mixed),
+            "a dict": by_dict,
+        },
         baseline="a dict",
         work=num,
         unit="key",
@@ -172,7 +212,13 @@ def test_join(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("images", "num"), [("none", 2 * BATCH), ("raw", 2 * BATCH), ("webp", 64)])
 def test_writing(bench: Bench, tmp_path: Path, images: str, num: int) -> None:
     """A shard of two blocks with every checksum, synced and renamed; against numpy's save of the same arrays."""
-    manifest = make_manifest(num, block_size=num // 2, images=images, image_size=(SIDE, SIDE) if images != "none" else (), **F8)
+    manifest = make_manifest(
+        num,
+        block_size=num // 2,
+        images=images,
+        image_size=(SIDE, SIDE) if images != "none" else (),
+        **F8,
+    )
     blocks = [make_records(manifest, start, num // 2) for start in (0, num // 2)]
 
     def ours() -> None:
@@ -183,7 +229,9 @@ def test_writing(bench: Bench, tmp_path: Path, images: str, num: int) -> None:
 
     def plain() -> None:
         for block in blocks:
-            arrays: dict[str, Any] = {name: value for name, value in vars(block).items() if isinstance(value, np.ndarray)}
+            arrays: dict[str, Any] = {
+                name: value for name, value in vars(block).items() if isinstance(value, np.ndarray)
+            }
             np.savez(tmp_path / "plain.npz", **arrays)
 
     bench.compare(

@@ -22,7 +22,10 @@ from dad_fast.kernels.group_norm_silu import add_group_norm_silu
 from dad_fast.kernels.wide_attention import WAYS
 from dad_fast.models.weights.files import asset
 
-DTYPES = {"encode": torch.float16, "decode": torch.bfloat16}  # on a GPU; CPUs have fast bfloat16 at best
+DTYPES = {
+    "encode": torch.float16,
+    "decode": torch.bfloat16,
+}  # on a GPU; CPUs have fast bfloat16 at best
 
 
 def _model(bench: Bench, which: str) -> tuple[str, VQGAN, int, int]:
@@ -30,7 +33,15 @@ def _model(bench: Bench, which: str) -> tuple[str, VQGAN, int, int]:
     if which == "embedded":
         if bench.size != "tiny":
             pytest.skip("size tiny")
-        return "embedded", VQGAN.load(asset("digits-vqgan.safetensors")).to(bench.device).eval().requires_grad_(False), 100, 28
+        return (
+            "embedded",
+            VQGAN.load(asset("digits-vqgan.safetensors"))
+            .to(bench.device)
+            .eval()
+            .requires_grad_(False),
+            100,
+            28,
+        )
     name = {"tiny": "f8-16384", "base": "f16-1024", "paper": "f8-16384"}[bench.size]
     torch.manual_seed(0)
     vqgan = VQGAN(PRESETS[name]).to(bench.device).eval().requires_grad_(False)
@@ -51,13 +62,27 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
     if precision == "16 bits" and bench.size == "tiny":
         pytest.skip("not at size tiny, whose CPU says little of 16 bits on a GPU")
     name, vqgan, batch, side = _model(bench, which)
-    dtype = torch.float32 if precision == "float32" else DTYPES[what] if bench.device.type == "cuda" else torch.bfloat16
+    dtype = (
+        torch.float32
+        if precision == "float32"
+        else DTYPES[what]
+        if bench.device.type == "cuda"
+        else torch.bfloat16
+    )
     pixels = torch.rand(batch, 3, side, side, device=bench.device)
-    codes = torch.randint(vqgan.config.n_embed, (batch, side // vqgan.downsample, side // vqgan.downsample), device=bench.device)
+    codes = torch.randint(
+        vqgan.config.n_embed,
+        (batch, side // vqgan.downsample, side // vqgan.downsample),
+        device=bench.device,
+    )
     inputs = pixels if what == "encode" else codes
 
     def autocast() -> AbstractContextManager[None]:
-        return torch.autocast(bench.device.type, torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32)
+        return torch.autocast(
+            bench.device.type,
+            torch.bfloat16 if dtype == torch.float32 else dtype,
+            enabled=dtype != torch.float32,
+        )
 
     def run(model: Callable[[Tensor], Tensor], inputs: Tensor = inputs) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -69,7 +94,11 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
     names = [field.name for field in fields(VQGANOptimizations)]
     if bench.device.type == "cpu":
         names.remove("norm_kernel")  # there it is the composition that it is tested against
-    forms = {name: replace(VQGANOptimizations.none(), **{name: True}) for name in names if name != "cast" or dtype != torch.float32}
+    forms = {
+        name: replace(VQGANOptimizations.none(), **{name: True})
+        for name in names
+        if name != "cast" or dtype != torch.float32
+    }
     forms["fused"] = VQGANOptimizations()
     if "norm_kernel" in names:
         forms["fused + norm_kernel"] = VQGANOptimizations(norm_kernel=True)
@@ -81,7 +110,9 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
     for form, savings in forms.items():
         functions[form] = run(getattr(vqgan.fuse(savings, encoder=dtype, decoder=dtype), what))
         flops[form] = _count(getattr(shape.fuse(replace(savings, norm_kernel=False)), what), inputs)
-    if bench.device.type == "cuda" and dtype != torch.float32:  # compiling takes minutes, on a CPU many
+    if (
+        bench.device.type == "cuda" and dtype != torch.float32
+    ):  # compiling takes minutes, on a CPU many
         fused = vqgan.fuse(VQGANOptimizations(), encoder=dtype, decoder=dtype)
         functions["torch.compile(plain)"] = run(torch.compile(plain))
         functions["torch.compile(fused)"] = run(torch.compile(getattr(fused, what)))
@@ -91,7 +122,12 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
         functions,
         baseline="plain",
         work=batch,
-        config={"batch_size": batch, "img_size": side, "dtype": str(dtype)[6:], "weights": "trained" if which == "embedded" else "random"},
+        config={
+            "batch_size": batch,
+            "img_size": side,
+            "dtype": str(dtype)[6:],
+            "weights": "trained" if which == "embedded" else "random",
+        },
         flops=flops,
         graph=True,
         seconds=15,
@@ -104,7 +140,10 @@ def test_group_norm(bench: Bench, channels: int) -> None:
     batch, side = (1 if bench.size == "tiny" else 64), {128: 224, 256: 112, 512: 28}[channels]
     dtype = torch.float16 if bench.device.type == "cuda" else torch.bfloat16
     x, residual = (
-        torch.randn(batch, channels, side, side, device=bench.device, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2)
+        torch.randn(batch, channels, side, side, device=bench.device, dtype=dtype).to(
+            memory_format=torch.channels_last
+        )
+        for _ in range(2)
     )
     weight, bias, channel_bias = torch.randn(3, channels, device=bench.device)
     half = [tensor.to(dtype) for tensor in (weight, bias, channel_bias)]
@@ -114,29 +153,55 @@ def test_group_norm(bench: Bench, channels: int) -> None:
         return F.silu(F.group_norm(total, 32, half[0], half[1], 1e-6)), total
 
     compiled = torch.compile(plain)
-    functions: dict[str, Callable[[], object]] = {"plain": lambda: plain(x, residual), "torch.compile": lambda: compiled(x, residual)}
+    functions: dict[str, Callable[[], object]] = {
+        "plain": lambda: plain(x, residual),
+        "torch.compile": lambda: compiled(x, residual),
+    }
     predicted = {"torch.compile": 10 / 22}  # bytes an element: see group_norm_silu.py
     if bench.device.type == "cuda":
-        functions["triton"] = lambda: add_group_norm_silu(x, residual, weight, bias, 32, 1e-6, channel_bias=channel_bias)
+        functions["triton"] = lambda: add_group_norm_silu(
+            x, residual, weight, bias, 32, 1e-6, channel_bias=channel_bias
+        )
         predicted["triton"] = predicted["torch.compile"]
     config = {"batch_size": batch, "channels": channels, "side": side, "dtype": str(dtype)[6:]}
     bench.compare(
-        f"bias + residual + group norm + SiLU, {channels} channels", functions, baseline="plain", work=batch, predicted=predicted,
-        config=config, graph=True,
-    )  # fmt: skip
+        f"bias + residual + group norm + SiLU, {channels} channels",
+        functions,
+        baseline="plain",
+        work=batch,
+        predicted=predicted,
+        config=config,
+        graph=True,
+    )
 
 
 @pytest.mark.parametrize("channels", [256, 512])
 def test_upsample(bench: Bench, channels: int) -> None:
     batch, side = (1 if bench.size == "tiny" else 64), {256: 56, 512: 28}[channels]
     dtype = torch.bfloat16
-    x = torch.randn(batch, channels, side, side, device=bench.device, dtype=dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, channels, side, side, device=bench.device, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
     plain = Upsample(channels).to(bench.device).requires_grad_(False)
-    forms = {name: Up(plain, Recipe(VQGANOptimizations(upsample=on), dtype)) for name, on in (("plain", False), ("transposed", True))}
+    forms = {
+        name: Up(plain, Recipe(VQGANOptimizations(upsample=on), dtype))
+        for name, on in (("plain", False), ("transposed", True))
+    }
     functions = {name: lambda form=form: form(Sum(x)).total() for name, form in forms.items()}
-    flops = {name: 2.0 * taps * channels**2 * (2 * side) ** 2 for name, taps in (("plain", 9), ("transposed", 4))}
+    flops = {
+        name: 2.0 * taps * channels**2 * (2 * side) ** 2
+        for name, taps in (("plain", 9), ("transposed", 4))
+    }
     config = {"batch_size": batch, "channels": channels, "side": side, "dtype": str(dtype)[6:]}
-    bench.compare(f"upsample, {channels} channels", functions, baseline="plain", work=batch, config=config, flops=flops, graph=True)
+    bench.compare(
+        f"upsample, {channels} channels",
+        functions,
+        baseline="plain",
+        work=batch,
+        config=config,
+        flops=flops,
+        graph=True,
+    )
 
 
 @pytest.mark.parametrize("tokens", [196, 784])
@@ -150,9 +215,21 @@ def test_attention(bench: Bench, tokens: int) -> None:
         if bench.device.type != "cuda":
             raise ImportError("needs CUDA")
         ways["xformers"](q, h, h, 512**-0.5)
-    except (ImportError, ValueError, NotImplementedError):  # not installed, or not built for this torch
+    except (
+        ImportError,
+        ValueError,
+        NotImplementedError,
+    ):  # not installed, or not built for this torch
         del ways["xformers"]
     functions = {name: lambda way=way: way(q, h, h, 512**-0.5) for name, way in ways.items()}
     flops = dict.fromkeys(ways, 4.0 * tokens**2 * 512)
     config = {"batch_size": batch, "tokens": tokens, "width": 512, "dtype": str(dtype)[6:]}
-    bench.compare(f"attention, {tokens} tokens", functions, baseline="sdpa", work=batch, config=config, flops=flops, graph=True)
+    bench.compare(
+        f"attention, {tokens} tokens",
+        functions,
+        baseline="sdpa",
+        work=batch,
+        config=config,
+        flops=flops,
+        graph=True,
+    )

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-WARM_UP_SECONDS = 0.2  # per function, and at least so many calls: allocator, caches, compilation, capture, clocks
+WARM_UP_SECONDS = (
+    0.2  # per function, and at least so many calls: allocator, caches, compilation, capture, clocks
+)
 WARM_UP_CALLS = {"cpu": 2, "cuda": 5}
 BLOCK_SECONDS = 0.01  # a function shorter than this is called several times per round
 MAX_CALLS = 1000  # per round
@@ -24,7 +26,9 @@ MAX_CALLS = 1000  # per round
 Function = Callable[[], object]
 
 
-def interleaved(functions: Mapping[str, Function], device: torch.device, seconds: float) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Function], device: torch.device, seconds: float
+) -> dict[str, list[float]]:
     """Seconds per call of each function, one value per round, in the order of the rounds: at least MIN_ROUNDS of them.
 
     `seconds` is what all rounds together should take.
@@ -85,7 +89,10 @@ def peak_memory(function: Function, device: torch.device) -> int | None:
 
 
 def joules_per_call(
-    function: Function, device: torch.device, read_joules: Callable[[], float | None], seconds: float = 2.0
+    function: Function,
+    device: torch.device,
+    read_joules: Callable[[], float | None],
+    seconds: float = 2.0,
 ) -> float | None:
     """Energy of the whole board over a block of calls of about `seconds`, per call; None where the board does not count it."""
     torch.cuda.synchronize(device)
@@ -104,7 +111,13 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         quartiles = [values[0]] * 3
     else:
         quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": quartiles[1], "q1": quartiles[0], "q3": quartiles[2], "min": min(values), "n": len(values)}
+    return {
+        "median": quartiles[1],
+        "q1": quartiles[0],
+        "q3": quartiles[2],
+        "min": min(values),
+        "n": len(values),
+    }
 
 
 def _warm_up(function: Function, device: torch.device) -> None:
@@ -132,7 +145,10 @@ class _EventTimer:
         self.device = device
 
     def __call__(self, function: Function, calls: int) -> float:
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        pairs = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(calls)
+        ]
         for start, end in pairs:
             self.flush.zero_()
             start.record()

@@ -40,7 +40,10 @@ class _Bare(nn.Module):
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.teacher = teacher
-        self.pretrained_cfg = {"mean": tuple(teacher.mean.flatten().tolist()), "std": tuple(teacher.std.flatten().tolist())}
+        self.pretrained_cfg = {
+            "mean": tuple(teacher.mean.flatten().tolist()),
+            "std": tuple(teacher.std.flatten().tolist()),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         teacher = self.teacher
@@ -68,9 +71,22 @@ class TimmKD:
             device=device,
             verbose=False,
         ).train()
-        self.optimizer = create_optimizer_v2(self.model, opt=cfg.optim.opt, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
-        self.ema = ModelEmaV3(self.model, decay=cfg.ema.decay, use_warmup=cfg.ema.warmup) if cfg.ema.model_ema else None
-        mixed = mix(to_pixels(batch.images), batch.labels, batch.mix_kind, batch.mix_lam, batch.mix_box, work.num_classes)
+        self.optimizer = create_optimizer_v2(
+            self.model, opt=cfg.optim.opt, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay
+        )
+        self.ema = (
+            ModelEmaV3(self.model, decay=cfg.ema.decay, use_warmup=cfg.ema.warmup)
+            if cfg.ema.model_ema
+            else None
+        )
+        mixed = mix(
+            to_pixels(batch.images),
+            batch.labels,
+            batch.mix_kind,
+            batch.mix_lam,
+            batch.mix_box,
+            work.num_classes,
+        )
         layout = torch.channels_last if cfg.precision.channels_last else torch.contiguous_format
         self.images = (mixed.pixels * 255).round().to(torch.uint8, memory_format=layout)
         self.targets = smooth(mixed.targets, cfg.augment.smoothing)
@@ -80,7 +96,9 @@ class TimmKD:
     def __call__(self) -> Tensor:
         precision = self.cfg.precision
         x = (self.images.float() - self.mean) / self.std
-        with torch.autocast(self.device.type, getattr(torch, precision.student), enabled=precision.amp):
+        with torch.autocast(
+            self.device.type, getattr(torch, precision.student), enabled=precision.amp
+        ):
             loss = self.task(x, self.targets)["loss"]
         self.optimizer.zero_grad()
         loss.backward()

@@ -58,25 +58,43 @@ class Workload:
 
     def student(self, savings: Optimizations = PLAIN) -> Student:
         torch.manual_seed(0)
-        student = build_student(self.cfg.student, self.num_classes, self.cfg.augment.img_size).to(self.device)
+        student = build_student(self.cfg.student, self.num_classes, self.cfg.augment.img_size).to(
+            self.device
+        )
         optimize_student(student, savings)
-        return student.to(memory_format=torch.channels_last) if self.cfg.precision.channels_last else student
+        return (
+            student.to(memory_format=torch.channels_last)
+            if self.cfg.precision.channels_last
+            else student
+        )
 
-    def with_method(self, method: Method, order: str = "paper", form: str = "", graphs: str = "off") -> Config:
+    def with_method(
+        self, method: Method, order: str = "paper", form: str = "", graphs: str = "off"
+    ) -> Config:
         """form: "" as a run has it; "no savings"; "kernels" (Triton's, on a GPU)."""
         attack = dataclasses.replace(self.cfg.attack, order=order)  # type: ignore[arg-type]
         savings, kernels = (("none",) if form == "no savings" else ("all",)), form == "kernels"
-        engine = dataclasses.replace(self.cfg.engine, cuda_graphs=graphs, savings=savings, step_kernels=kernels)  # type: ignore[arg-type]
+        engine = dataclasses.replace(
+            self.cfg.engine,
+            cuda_graphs=graphs,  # type: ignore[arg-type]
+            savings=savings,
+            step_kernels=kernels,
+        )
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
 
     def step(self, cfg: Config) -> TrainStep:
         """A training step of `cfg.method` with a student of its own."""
         plain = cfg.engine.savings == ("none",)
         student = self.student(model_optimizations(cfg))
-        teacher = (self.plain_teacher if plain else self.teacher) if USES_TEACHER[cfg.method] else None
+        teacher = (
+            (self.plain_teacher if plain else self.teacher) if USES_TEACHER[cfg.method] else None
+        )
         discretizer = None
         if USES_DISCRETIZER[cfg.method]:
-            vqgan_savings = dataclasses.replace(VQGANOptimizations.none() if plain else VQGANOptimizations(), norm_kernel=cfg.engine.step_kernels)
+            vqgan_savings = dataclasses.replace(
+                VQGANOptimizations.none() if plain else VQGANOptimizations(),
+                norm_kernel=cfg.engine.step_kernels,
+            )
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         return TrainStep(cfg, student, teacher, discretizer, Update(student, cfg, self.device))
 
@@ -90,7 +108,12 @@ class Workload:
         return {
             "student": cfg.student.name,
             "teacher": self.teacher.name,
-            "vqgan": {"ch": vqgan.ch, "ch_mult": list(vqgan.ch_mult), "n_embed": vqgan.n_embed, "embed_dim": vqgan.embed_dim},
+            "vqgan": {
+                "ch": vqgan.ch,
+                "ch_mult": list(vqgan.ch_mult),
+                "n_embed": vqgan.n_embed,
+                "embed_dim": vqgan.embed_dim,
+            },
             "weights": "trained" if self.size == "tiny" else "random",
             "batch_size": len(self.batch.labels),
             "img_size": self.batch.images.shape[-1],
@@ -102,9 +125,13 @@ class Workload:
         }
 
 
-def make_workload(size: str, device: torch.device, batch_size: int = 0, preset: str = "") -> Workload:
+def make_workload(
+    size: str, device: torch.device, batch_size: int = 0, preset: str = ""
+) -> Workload:
     """batch_size 0 is the preset's own; preset: another than the size's, for another student. Skips the test where a package is missing."""
-    return _tiny(device, batch_size) if size == "tiny" else _random(size, device, batch_size, preset)
+    return (
+        _tiny(device, batch_size) if size == "tiny" else _random(size, device, batch_size, preset)
+    )
 
 
 def _tiny(device: torch.device, batch_size: int) -> Workload:
@@ -116,11 +143,15 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     cfg = gather("demo", None, [], {})
     source = open_source(cfg.data.data_dir, cfg.data.train_split)
     side, size = cfg.augment.img_size, batch_size or cfg.data.batch_size
-    batch = next(iter(TrainLoader(source, cfg.augment, side, size, seed=0, workers=0).batches(0, 1))).to(device)
+    batch = next(
+        iter(TrainLoader(source, cfg.augment, side, size, seed=0, workers=0).batches(0, 1))
+    ).to(device)
     plain = load_teacher(cfg.teacher, source.classes, cfg.precision, device)
     discretizer = load_discretizer(cfg.discretizer.name, cfg.precision, device)
     assert isinstance(discretizer, VQGANDiscretizer)
-    return Workload("tiny", cfg, freed(plain, cfg), plain, discretizer, batch, len(source.classes), device)
+    return Workload(
+        "tiny", cfg, freed(plain, cfg), plain, discretizer, batch, len(source.classes), device
+    )
 
 
 def _random(size: str, device: torch.device, batch_size: int, other_preset: str) -> Workload:
@@ -132,7 +163,9 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
         "base": ("dad-rn50", "vit_base_patch16_clip_224", "f16-1024"),
         "paper": ("dad-vitb16", "vit_large_patch14_clip_224", "f8-16384"),
     }[size]
-    cfg = gather(other_preset or preset, None, ["student.pretrained=false", "augment.img_size=224"], {})
+    cfg = gather(
+        other_preset or preset, None, ["student.pretrained=false", "augment.img_size=224"], {}
+    )
     if device.type == "cpu":  # 16-bit convolutions take minutes there
         cfg = dataclasses.replace(cfg, precision=dataclasses.replace(cfg.precision, amp=False))
     torch.manual_seed(0)
@@ -154,7 +187,9 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
     batch = random_batch(cfg, batch_size or cfg.data.batch_size, num_classes, device)
     spread_codebook(vqgan, batch.images[:8].float() / 255.0)
     discretizer = make_discretizer(vqgan, cfg, VQGANOptimizations(), batch)
-    return Workload(size, cfg, freed(teacher, cfg), teacher, discretizer, batch, num_classes, device)
+    return Workload(
+        size, cfg, freed(teacher, cfg), teacher, discretizer, batch, num_classes, device
+    )
 
 
 def freed(teacher: Teacher, cfg: Config) -> Teacher:
@@ -164,7 +199,9 @@ def freed(teacher: Teacher, cfg: Config) -> Teacher:
     return copied
 
 
-def make_discretizer(vqgan: VQGAN, cfg: Config, savings: VQGANOptimizations, batch: Batch) -> VQGANDiscretizer:
+def make_discretizer(
+    vqgan: VQGAN, cfg: Config, savings: VQGANOptimizations, batch: Batch
+) -> VQGANDiscretizer:
     discretizer = VQGANDiscretizer(vqgan, cfg.precision, savings=savings)
     discretizer.fit_float16(batch.images[:8].float() / 255.0)
     return discretizer
@@ -176,7 +213,11 @@ def random_batch(cfg: Config, size: int, num_classes: int, device: torch.device)
     side = cfg.augment.img_size
     small = torch.rand(size, 3, SMOOTH_SIDE, SMOOTH_SIDE, generator=generator)
     images = (nn.functional.interpolate(small, (side, side), mode="bilinear") * 255).to(torch.uint8)
-    pairs = [mix_record(cfg.augment, side, 0, 0, i) for i in range(size // 2)] if uses_mixing(cfg.augment) else [UNMIXED] * (size // 2)
+    pairs = (
+        [mix_record(cfg.augment, side, 0, 0, i) for i in range(size // 2)]
+        if uses_mixing(cfg.augment)
+        else [UNMIXED] * (size // 2)
+    )
     mixes = [pair for pair in pairs for _ in range(2)]
     return Batch(
         images=images.contiguous(memory_format=torch.channels_last),
@@ -210,9 +251,13 @@ class Flops:
 
         def gradient(model: Callable[[Tensor], Tensor]) -> Callable[[], object]:
             def run() -> object:
-                x = pixels.clone().requires_grad_(True) * 1.0  # torch's counter fails where a module's input is a leaf
+                x = (
+                    pixels.clone().requires_grad_(True) * 1.0
+                )  # torch's counter fails where a module's input is a leaf
                 logits = model(x)
-                return torch.autograd.grad(logits, x, cross_entropy_direction(logits, work.batch.labels[:few]))
+                return torch.autograd.grad(
+                    logits, x, cross_entropy_direction(logits, work.batch.labels[:few])
+                )
 
             return run
 
@@ -244,6 +289,9 @@ class Flops:
 
 def count(function: Callable[[], object]) -> int:
     counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:  # other attention kernels are not counted on every device
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        counter,
+    ):  # other attention kernels are not counted on every device
         function()
     return int(counter.get_total_flops())

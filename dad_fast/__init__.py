@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["PGD", "VQGAN", "AdversarialStore", "TargetStore", "Teacher", "__version__", "discretize", "losses"]
+__all__ = [
+    "PGD",
+    "VQGAN",
+    "AdversarialStore",
+    "TargetStore",
+    "Teacher",
+    "__version__",
+    "discretize",
+    "losses",
+]
 
 _WHERE = {
     "Teacher": "dad_fast.models.teacher:Teacher",

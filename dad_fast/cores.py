@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-SIDE_BY_SIDE = "DAD_FAST_SIDE_BY_SIDE"  # set by a sweep for its workers: how many of them share the machine
+SIDE_BY_SIDE = (
+    "DAD_FAST_SIDE_BY_SIDE"  # set by a sweep for its workers: how many of them share the machine
+)
 
 
 def num_cores() -> int:

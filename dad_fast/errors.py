@@ -62,7 +62,10 @@ def printable(text: str) -> str:
     """`text` with control characters as escapes, line ends aside: a name in it cannot move the cursor, set a title or clear a screen."""
     if text.replace("\n", "").isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
 
 
 def print_error(message: str) -> None:

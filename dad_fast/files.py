@@ -32,10 +32,14 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes 0600, which colleagues on a shared disk could not read
+                os.chmod(
+                    temporary, 0o666 & ~_UMASK
+                )  # mkstemp makes 0600, which colleagues on a shared disk could not read
                 os.replace(temporary, path)
         except BaseException:
-            with suppress(OSError):  # on a disk that has become read-only; the first error is the one to tell
+            with suppress(
+                OSError
+            ):  # on a disk that has become read-only; the first error is the one to tell
                 os.unlink(temporary)
             raise
         sync(path.parent)
@@ -49,7 +53,9 @@ def _begin(path: Path) -> tuple[int, str]:
     """A temporary file beside `path`, locked while its writer lives. What killed writers left there goes."""
     remove_abandoned(path.parent, f".{path.name}.", ".tmp")
     while True:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+        )
         if hold(handle, temporary):
             return handle, temporary
         os.close(handle)
@@ -98,19 +104,27 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """`atomic_write_bytes` for JSON, indented, with `plain` values."""
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    atomic_write_bytes(path, text.encode(errors="backslashreplace"))  # a name that is not UTF-8 has surrogates: JSON's own escape
+    atomic_write_bytes(
+        path, text.encode(errors="backslashreplace")
+    )  # a name that is not UTF-8 has surrogates: JSON's own escape
 
 
-def disk_error(error: Exception, path: str | Path, then: str = "run the same command again") -> DataError:
+def disk_error(
+    error: Exception, path: str | Path, then: str = "run the same command again"
+) -> DataError:
     """What a failed write of `path` means to the user: an OSError, or what safetensors made of one."""
     why = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
     if is_full(error):
-        return DataError(f"{path}: the disk is full, or a limit is reached ({why}); make room and {then}")
+        return DataError(
+            f"{path}: the disk is full, or a limit is reached ({why}); make room and {then}"
+        )
     return DataError(f"{path}: cannot be written ({why}); mend that and {then}")
 
 
 def is_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in str(error) for number in _FULL)
+    return getattr(error, "errno", None) in _FULL or any(
+        f"(os error {number})" in str(error) for number in _FULL
+    )
 
 
 def sync(path: Path) -> None:
@@ -149,4 +163,6 @@ def _read_umask() -> int:
     return umask
 
 
-_UMASK = _read_umask()  # read once at import: reading means setting, which is not safe beside other threads
+_UMASK = (
+    _read_umask()
+)  # read once at import: reading means setting, which is not safe beside other threads

@@ -74,7 +74,9 @@ class Draws:
             target -= weight
             if target < 0:
                 return index
-        return max(i for i, weight in enumerate(weights) if weight > 0)  # rounding at the very end of the range
+        return max(
+            i for i, weight in enumerate(weights) if weight > 0
+        )  # rounding at the very end of the range
 
     def beta(self, alpha: float) -> float:
         """Beta(alpha, alpha), in [0, 1]; by logs, since gamma variates of a small alpha underflow."""

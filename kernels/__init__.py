@@ -1,10 +1,19 @@
 """Kernels and their references: one file per op. Imports torch only; Triton and csrc are used where they are found."""
 
-if __name__ != "dad_fast.kernels":  # the checkout's root is on sys.path, but the name `kernels` belongs to another package
+if (
+    __name__ != "dad_fast.kernels"
+):  # the checkout's root is on sys.path, but the name `kernels` belongs to another package
     raise ImportError("this folder is imported as dad_fast.kernels")
 
 from dad_fast.kernels.csrc import csrc_status
 from dad_fast.kernels.nearest_code import CodebookSearch, nearest_code
 from dad_fast.kernels.pack_codes import pack_codes, packed_bytes, unpack_codes
 
-__all__ = ["CodebookSearch", "csrc_status", "nearest_code", "pack_codes", "packed_bytes", "unpack_codes"]
+__all__ = [
+    "CodebookSearch",
+    "csrc_status",
+    "nearest_code",
+    "pack_codes",
+    "packed_bytes",
+    "unpack_codes",
+]

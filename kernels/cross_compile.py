@@ -21,7 +21,10 @@ from dad_fast.errors import EnvironmentProblem
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Per multiprocessor: registers, warps, blocks, bytes of shared memory; the last: what one block may use at most.
-LIMITS = {"sm_80": (65536, 64, 32, 164 << 10, 163 << 10), "sm_90": (65536, 64, 32, 228 << 10, 227 << 10)}
+LIMITS = {
+    "sm_80": (65536, 64, 32, 164 << 10, 163 << 10),
+    "sm_90": (65536, 64, 32, 228 << 10, 227 << 10),
+}
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|IMMA|IGMMA|DMMA|QGMMA)\b")
 LOCAL_MEMORY = re.compile(r"\b(STL|LDL)\b")
 FOLDER = Path(__file__).resolve().parent
@@ -54,7 +57,9 @@ class Binary:
     instructions: int
     tensor_core_instructions: dict[str, int]
     tensor_cores_expected: bool
-    occupancy: float | None  # resident warps over the most possible; None: the block's size is the caller's choice
+    occupancy: (
+        float | None
+    )  # resident warps over the most possible; None: the block's size is the caller's choice
 
     @property
     def spills(self) -> bool:
@@ -65,7 +70,12 @@ def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
     """Resident warps over the multiprocessor's limit, by CUDA's rules of allocation (registers in 256 a warp, 1 KiB a block kept back)."""
     all_registers, all_warps, all_blocks, all_shared, _ = LIMITS[arch]
     per_warp = -(-max(registers, 1) * 32 // 256) * 256
-    blocks = min(all_registers // (per_warp * warps), all_warps // warps, all_blocks, all_shared // (shared + 1024))
+    blocks = min(
+        all_registers // (per_warp * warps),
+        all_warps // warps,
+        all_blocks,
+        all_shared // (shared + 1024),
+    )
     return blocks * warps / all_warps
 
 
@@ -92,13 +102,24 @@ def _run(command: list[str]) -> str:
 
 def triton_modules() -> list[str]:
     """The modules of kernels/ that have a Triton kernel, as dad_fast.kernels.*."""
-    files = sorted(path for path in FOLDER.rglob("*.py") if re.search(r"^@triton\.jit", path.read_text(encoding="utf-8"), re.MULTILINE))
-    return [".".join(("dad_fast.kernels", *path.relative_to(FOLDER).with_suffix("").parts)) for path in files]
+    files = sorted(
+        path
+        for path in FOLDER.rglob("*.py")
+        if re.search(r"^@triton\.jit", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    return [
+        ".".join(("dad_fast.kernels", *path.relative_to(FOLDER).with_suffix("").parts))
+        for path in files
+    ]
 
 
 def all_specs(arch: str) -> list[CompileSpec]:
     """What every module declares. A module whose kernels another module launches says so by declaring none."""
-    return [spec for name in triton_modules() for spec in importlib.import_module(name).compile_specs(arch)]
+    return [
+        spec
+        for name in triton_modules()
+        for spec in importlib.import_module(name).compile_specs(arch)
+    ]
 
 
 def compile_triton(spec: CompileSpec, arch: str) -> Any:
@@ -108,7 +129,9 @@ def compile_triton(spec: CompileSpec, arch: str) -> Any:
     from triton.compiler import ASTSource
 
     if not isinstance(spec.kernel, triton.JITFunction):
-        raise EnvironmentProblem("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+        raise EnvironmentProblem(
+            "TRITON_INTERPRET is set: the interpreter compiles nothing; unset it"
+        )
     signature, attributes = {}, {}
     for position, name in enumerate(spec.kernel.arg_names):
         if name in spec.constants:
@@ -117,8 +140,14 @@ def compile_triton(spec: CompileSpec, arch: str) -> Any:
         signature[name] = spec.types[name]
         if spec.types[name].startswith("*"):  # what PyTorch allocates is aligned
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(spec.kernel, signature, {name: spec.constants[name] for name in spec.constants}, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=dict(spec.options))
+    source = ASTSource(
+        spec.kernel, signature, {name: spec.constants[name] for name in spec.constants}, attributes
+    )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+        options=dict(spec.options),
+    )
 
 
 def read_cubin(cubin: Path) -> dict[str, dict[str, Any]]:
@@ -127,11 +156,18 @@ def read_cubin(cubin: Path) -> dict[str, dict[str, Any]]:
     kernels = {}
     for match in re.finditer(r"Function (\S+?):\s*\n\s*(REG:.*)", listing):
         numbers = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", match[2])}
-        kernels[match[1]] = {"registers": numbers["REG"], "stack": numbers["STACK"], "shared": numbers["SHARED"], "sass": ""}
+        kernels[match[1]] = {
+            "registers": numbers["REG"],
+            "stack": numbers["STACK"],
+            "shared": numbers["SHARED"],
+            "sass": "",
+        }
     for part in re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]:
         name, _, body = part.partition("\n")
         if name.strip() in kernels:
-            kernels[name.strip()]["sass"] = "\n".join(line for line in body.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line))
+            kernels[name.strip()]["sass"] = "\n".join(
+                line for line in body.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)
+            )
     return kernels
 
 
@@ -174,7 +210,11 @@ def cuda_sources() -> list[Path]:
 
 
 def nvcc() -> str:
-    candidates = [shutil.which("nvcc")] + [f"{os.environ[name]}/bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [shutil.which("nvcc")] + [
+        f"{os.environ[name]}/bin/nvcc"
+        for name in ("CUDA_HOME", "CUDA_PATH")
+        if os.environ.get(name)
+    ]
     for path in [*candidates, "/usr/local/cuda/bin/nvcc"]:
         if path and Path(path).is_file():
             return path
@@ -190,7 +230,18 @@ def cuda_binaries(source: Path, arch: str) -> list[Binary]:
         cubin = Path(folder) / "kernels.cubin"
         target = "sm_90a" if arch == "sm_90" else arch
         _run(
-            [nvcc(), "-cubin", f"-arch={target}", "-std=c++17", "-O3", "--expt-relaxed-constexpr", *include, str(source), "-o", str(cubin)]
+            [
+                nvcc(),
+                "-cubin",
+                f"-arch={target}",
+                "-std=c++17",
+                "-O3",
+                "--expt-relaxed-constexpr",
+                *include,
+                str(source),
+                "-o",
+                str(cubin),
+            ]
         )
         kernels = read_cubin(cubin)
     return [
@@ -212,7 +263,9 @@ def _tvm_ffi_includes() -> list[str]:
     try:
         from tvm_ffi import libinfo
     except ImportError as error:
-        raise EnvironmentProblem(f"{error}; csrc/*.cu include its headers: pip install apache-tvm-ffi (or --only triton)") from None
+        raise EnvironmentProblem(
+            f"{error}; csrc/*.cu include its headers: pip install apache-tvm-ffi (or --only triton)"
+        ) from None
     return [libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
 
 
@@ -220,5 +273,10 @@ def _demangled(name: str) -> str:
     filter_tool = shutil.which("c++filt")
     if filter_tool is None:
         return name
-    plain = _run([filter_tool, name]).strip().replace("(anonymous namespace)::", "").removeprefix("void ")
+    plain = (
+        _run([filter_tool, name])
+        .strip()
+        .replace("(anonymous namespace)::", "")
+        .removeprefix("void ")
+    )
     return re.sub(r"\(.*", "", plain)

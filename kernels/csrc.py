@@ -15,18 +15,29 @@ import dad_fast
 @functools.cache
 def _load(name: str, built_by: str) -> tuple[Any, str]:
     """The tvm-ffi module lib<name> (None: there is none), and one line on what is there or missing."""
-    found = [path for folder in dad_fast.__path__ for path in sorted(Path(folder).glob(f"lib{name}.*"))]
+    found = [
+        path for folder in dad_fast.__path__ for path in sorted(Path(folder).glob(f"lib{name}.*"))
+    ]
     if not found:
-        return None, f"off: not built ({built_by} is needed when installing; in a checkout: make csrc)"
+        return (
+            None,
+            f"off: not built ({built_by} is needed when installing; in a checkout: make csrc)",
+        )
     try:
         import tvm_ffi
     except ImportError as error:
         return None, f"off: {error} (pip install apache-tvm-ffi)"
     try:
         module = tvm_ffi.load_module(str(found[0]))
-        return module, f"on: {found[0]} ({getattr(module, 'instruction_sets' if name == 'dad_csrc' else 'architectures')().split()[0]})"
+        return (
+            module,
+            f"on: {found[0]} ({getattr(module, 'instruction_sets' if name == 'dad_csrc' else 'architectures')().split()[0]})",
+        )
     except Exception as error:  # whatever is wrong with the file, torch takes its place
-        return None, f"off: {found[0]} does not load: {' '.join(str(error).split())} (install the project again)"
+        return (
+            None,
+            f"off: {found[0]} does not load: {' '.join(str(error).split())} (install the project again)",
+        )
 
 
 def csrc() -> Any | None:

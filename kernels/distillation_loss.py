@@ -34,11 +34,15 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = 
     return _mean(losses, weight)
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
+def distillation(
+    student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch size; logits [B, C], weight [B]."""
     student_log_probs = F.log_softmax(_at_least_float32(student) / temperature, dim=-1)
     teacher_log_probs = F.log_softmax(_at_least_float32(teacher) / temperature, dim=-1)
-    losses = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(dim=-1)
+    losses = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(
+        dim=-1
+    )
     return temperature**2 * _mean(losses, weight)
 
 
@@ -60,11 +64,18 @@ def _mean(losses: Tensor, weight: Tensor | None) -> Tensor:
 
 def _soft(targets: Tensor, num_classes: int, smoothing: float) -> Tensor:
     """Probabilities [B, C] of labels or probabilities, smoothed."""
-    return smooth(F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets, smoothing)
+    return smooth(
+        F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets, smoothing
+    )
 
 
 def reference(
-    student: Tensor, teacher: Tensor | None, targets: Tensor | None, weight: Tensor | None, temperature: float, smoothing: float
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """What the op returns, by the plain functions: (CE, KD) [2], and what is kept for backward [B, 6]."""
     s = _at_least_float32(student)
@@ -73,14 +84,20 @@ def reference(
     kept[:, LOG_S] = torch.logsumexp(s - s.amax(dim=1, keepdim=True), dim=1)
     if targets is not None:
         hard = targets.dim() == 1 and not smoothing
-        parts[0] = soft_cross_entropy(s, targets if hard else _soft(targets, s.shape[1], smoothing), weight)
+        parts[0] = soft_cross_entropy(
+            s, targets if hard else _soft(targets, s.shape[1], smoothing), weight
+        )
         kept[:, MASS] = 1.0 if hard else _soft(targets, s.shape[1], smoothing).sum(dim=1)
     if teacher is not None:
         t = _at_least_float32(teacher)
         parts[1] = distillation(s, t, temperature, weight)
         kept[:, MAX_T] = (t / temperature).amax(dim=1)
-        kept[:, LOG_ST] = torch.logsumexp((s / temperature) - (s / temperature).amax(dim=1, keepdim=True), dim=1)
-        kept[:, LOG_TT] = torch.logsumexp((t / temperature) - (t / temperature).amax(dim=1, keepdim=True), dim=1)
+        kept[:, LOG_ST] = torch.logsumexp(
+            (s / temperature) - (s / temperature).amax(dim=1, keepdim=True), dim=1
+        )
+        kept[:, LOG_TT] = torch.logsumexp(
+            (t / temperature) - (t / temperature).amax(dim=1, keepdim=True), dim=1
+        )
     return parts, kept
 
 
@@ -95,13 +112,21 @@ def reference_backward(
     smoothing: float,
 ) -> Tensor:
     """The gradient of grad[0] CE + grad[1] KD in the student's logits."""
-    s, (max_s, max_t, log_s, log_st, log_tt, mass) = _at_least_float32(student), kept[:, :, None].unbind(1)
+    s, (max_s, max_t, log_s, log_st, log_tt, mass) = (
+        _at_least_float32(student),
+        kept[:, :, None].unbind(1),
+    )
     gradient = torch.zeros_like(s)
     if targets is not None:
-        gradient += grad[0] * ((s - max_s - log_s).exp() * mass - _soft(targets, s.shape[1], smoothing))
+        gradient += grad[0] * (
+            (s - max_s - log_s).exp() * mass - _soft(targets, s.shape[1], smoothing)
+        )
     if teacher is not None:
         t = _at_least_float32(teacher)
-        probs = (s / temperature - max_s / temperature - log_st).exp(), (t / temperature - max_t - log_tt).exp()
+        probs = (
+            (s / temperature - max_s / temperature - log_st).exp(),
+            (t / temperature - max_t - log_tt).exp(),
+        )
         gradient += grad[1] * temperature * (probs[0] - probs[1])
     if weight is not None:
         gradient = (gradient * weight[:, None]).where(weight[:, None] != 0, 0.0)
@@ -110,7 +135,12 @@ def reference_backward(
 
 @torch.library.custom_op("dad_fast::distillation_loss", mutates_args=())
 def _forward(
-    student: Tensor, teacher: Tensor | None, targets: Tensor | None, weight: Tensor | None, temperature: float, smoothing: float
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     return reference(student, teacher, targets, weight, temperature, smoothing)
 
@@ -184,9 +214,13 @@ def distillation_loss(
     that do not fit and a temperature that is not above 0.
     """
     if student.ndim != 2 or (teacher is not None and teacher.shape != student.shape):
-        raise ValueError(f"student and teacher logits [B, C] are needed, not {list(student.shape)} and {_shape(teacher)}")
+        raise ValueError(
+            f"student and teacher logits [B, C] are needed, not {list(student.shape)} and {_shape(teacher)}"
+        )
     if targets is not None and targets.shape not in (student.shape, student.shape[:1]):
-        raise ValueError(f"targets must be labels [B] or probabilities [B, C], not {_shape(targets)}")
+        raise ValueError(
+            f"targets must be labels [B] or probabilities [B, C], not {_shape(targets)}"
+        )
     if weight is not None and weight.shape != student.shape[:1]:
         raise ValueError(f"weight must be [B], not {_shape(weight)}")
     if not temperature > 0:

@@ -23,7 +23,9 @@ MAX_REGISTERS = 128
 
 @triton.jit
 def _load_row(pointer, row, stride, column, mask, other: tl.constexpr):
-    return tl.load(pointer + row.to(tl.int64) * stride + column, mask=mask, other=other).to(tl.float32)
+    return tl.load(pointer + row.to(tl.int64) * stride + column, mask=mask, other=other).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -88,9 +90,13 @@ def _forward(
         mask = column < num_classes
         s = _load_row(student_ptr, row, student_stride, column, mask, 0.0)
         if TARGETS:
-            y = _targets(targets_ptr, row, targets_stride, column, mask, num_classes, LABELS, smoothing)
+            y = _targets(
+                targets_ptr, row, targets_stride, column, mask, num_classes, LABELS, smoothing
+            )
             log_q = s - max_s - log_s
-            if LABELS and not SMOOTH:  # a product would make NaN of 0 times an infinite log-probability
+            if (
+                LABELS and not SMOOTH
+            ):  # a product would make NaN of 0 times an infinite log-probability
                 ce -= tl.sum(tl.where(y > 0.0, log_q, 0.0))
             else:
                 ce -= tl.sum(tl.where(mask, y * log_q, 0.0))
@@ -103,7 +109,9 @@ def _forward(
     kd = kd * temperature * temperature
     if WEIGHT:
         weight = tl.load(weight_ptr + row)
-        ce = tl.where(weight == 0.0, 0.0, ce * weight)  # not a product alone: the loss may be infinite
+        ce = tl.where(
+            weight == 0.0, 0.0, ce * weight
+        )  # not a product alone: the loss may be infinite
         kd = tl.where(weight == 0.0, 0.0, kd * weight)
     tl.store(losses_ptr + row, ce)
     tl.store(losses_ptr + batch + row, kd)
@@ -152,7 +160,9 @@ def _backward(
         gradient += tl.load(grad_ptr) * (probs * tl.load(kept + 5) - y)
     if TEACHER:
         t = _load_row(teacher_ptr, row, teacher_stride, column, mask, 0.0)
-        probs = tl.exp(tl.div_rn(s, temperature) - tl.div_rn(max_s, temperature) - tl.load(kept + 3))
+        probs = tl.exp(
+            tl.div_rn(s, temperature) - tl.div_rn(max_s, temperature) - tl.load(kept + 3)
+        )
         wanted = tl.exp(tl.div_rn(t, temperature) - tl.load(kept + 1) - tl.load(kept + 4))
         gradient += tl.load(grad_ptr + grad_stride) * temperature * (probs - wanted)
     if WEIGHT:
@@ -163,16 +173,36 @@ def _backward(
 
 
 def launch(
-    student: Tensor, teacher: Tensor | None, targets: Tensor | None, weight: Tensor | None, temperature: float, smoothing: float
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """As the op `dad_fast::distillation_loss`."""
     batch, num_classes = student.shape
-    losses, kept = student.new_empty((2, batch), dtype=torch.float32), student.new_empty((batch, 6), dtype=torch.float32)
-    student, teacher, targets, weight = _rows(student), _rows(teacher), _rows(targets), _rows(weight)
+    losses, kept = (
+        student.new_empty((2, batch), dtype=torch.float32),
+        student.new_empty((batch, 6), dtype=torch.float32),
+    )
+    student, teacher, targets, weight = (
+        _rows(student),
+        _rows(teacher),
+        _rows(targets),
+        _rows(weight),
+    )
     block, num_warps = _meta(num_classes)
     with torch.cuda.device_of(student):
         _forward[(batch,)](
-            *(student, _or(teacher, student), _or(targets, student), _or(weight, student), losses, kept),
+            *(
+                student,
+                _or(teacher, student),
+                _or(targets, student),
+                _or(weight, student),
+                losses,
+                kept,
+            ),
             *(student.stride(0), _or(teacher, student).stride(0), _or(targets, student).stride(0)),
             *(batch, num_classes, temperature, smoothing),
             TEACHER=teacher is not None,
@@ -201,12 +231,30 @@ def launch_backward(
     """As the op `dad_fast::distillation_loss_backward`."""
     batch, num_classes = student.shape
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    student, teacher, targets, weight = _rows(student), _rows(teacher), _rows(targets), _rows(weight)
+    student, teacher, targets, weight = (
+        _rows(student),
+        _rows(teacher),
+        _rows(targets),
+        _rows(weight),
+    )
     block, num_warps = _meta(num_classes)
     with torch.cuda.device_of(student):
         _backward[(batch, triton.cdiv(num_classes, block))](
-            *(grad, kept, student, _or(teacher, student), _or(targets, student), _or(weight, student), gradient),
-            *(student.stride(0), _or(teacher, student).stride(0), _or(targets, student).stride(0), grad.stride(0)),
+            *(
+                grad,
+                kept,
+                student,
+                _or(teacher, student),
+                _or(targets, student),
+                _or(weight, student),
+                gradient,
+            ),
+            *(
+                student.stride(0),
+                _or(teacher, student).stride(0),
+                _or(targets, student).stride(0),
+                grad.stride(0),
+            ),
             *(num_classes, 1.0 / batch, temperature, smoothing),
             TEACHER=teacher is not None,
             TARGETS=targets is not None,
@@ -224,20 +272,52 @@ def compile_specs(arch: str) -> list[CompileSpec]:
     """A bfloat16 student and a float32 teacher: CE and KD of mixed labels, CE of labels, KD with a filter."""
     from dad_fast.kernels.cross_compile import CompileSpec
 
-    pointers = {"student_ptr": "*bf16", "teacher_ptr": "*fp32", "weight_ptr": "*fp32", "kept_ptr": "*fp32"}
+    pointers = {
+        "student_ptr": "*bf16",
+        "teacher_ptr": "*fp32",
+        "weight_ptr": "*fp32",
+        "kept_ptr": "*fp32",
+    }
     forward = pointers | {"losses_ptr": "*fp32", "batch": "i32"}
-    backward = pointers | {"grad_ptr": "*fp32", "gradient_ptr": "*bf16", "grad_stride": "i32", "per_sample": "fp32"}
+    backward = pointers | {
+        "grad_ptr": "*fp32",
+        "gradient_ptr": "*bf16",
+        "grad_stride": "i32",
+        "per_sample": "fp32",
+    }
     scalars = {"num_classes": "i32", "temperature": "fp32", "smoothing": "fp32"}
     scalars |= {f"{name}_stride": "i32" for name in ("student", "teacher", "targets")}
     specs = []
     for num_classes in (1000, 21843):
-        for teacher, targets, labels, weight in ((True, True, False, False), (False, True, True, False), (True, False, False, True)):
+        for teacher, targets, labels, weight in (
+            (True, True, False, False),
+            (False, True, True, False),
+            (True, False, False, True),
+        ):
             block, num_warps = _meta(num_classes)
-            constants = {"TEACHER": teacher, "TARGETS": targets, "LABELS": labels, "WEIGHT": weight, "BLOCK": block}
+            constants = {
+                "TEACHER": teacher,
+                "TARGETS": targets,
+                "LABELS": labels,
+                "WEIGHT": weight,
+                "BLOCK": block,
+            }
             types = scalars | {"targets_ptr": "*i64" if labels else "*fp32"}
             options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": True}
-            specs.append(CompileSpec("distillation_loss", _forward, types | forward, constants | {"SMOOTH": labels}, options))
-            specs.append(CompileSpec("distillation_loss: backward", _backward, types | backward, constants, options))
+            specs.append(
+                CompileSpec(
+                    "distillation_loss",
+                    _forward,
+                    types | forward,
+                    constants | {"SMOOTH": labels},
+                    options,
+                )
+            )
+            specs.append(
+                CompileSpec(
+                    "distillation_loss: backward", _backward, types | backward, constants, options
+                )
+            )
     return specs
 
 

@@ -26,7 +26,13 @@ def nhwc_empty(x: Tensor) -> Tensor:
 
 
 def reference(
-    total: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, dtype: torch.dtype = torch.float32
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y of `total` = t, computed in `dtype` by torch's own functions."""
     y = F.group_norm(total.to(dtype), num_groups, weight.to(dtype), bias.to(dtype), eps)
@@ -35,36 +41,76 @@ def reference(
 
 @torch.library.custom_op("dad_fast::group_norm_silu", mutates_args=())
 def _group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, channel_bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    channel_bias: Tensor | None,
 ) -> Tensor:
-    total = x.float() if channel_bias is None else x.float() + channel_bias.float().view(1, -1, 1, 1)
+    total = (
+        x.float() if channel_bias is None else x.float() + channel_bias.float().view(1, -1, 1, 1)
+    )
     return nhwc_empty(x).copy_(reference(total, weight, bias, num_groups, eps, silu))
 
 
 @_group_norm_silu.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, channel_bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    channel_bias: Tensor | None,
+) -> Tensor:
     from dad_fast.kernels.group_norm_silu_triton import launch
 
     return launch(x, None, weight, bias, num_groups, eps, silu, channel_bias)[0]
 
 
 @_group_norm_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, channel_bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    channel_bias: Tensor | None,
+) -> Tensor:
     return nhwc_empty(x)
 
 
 @torch.library.custom_op("dad_fast::add_group_norm_silu", mutates_args=())
 def _add_group_norm_silu(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, channel_bias: Tensor | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    channel_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    total = x.float() if channel_bias is None else x.float() + channel_bias.float().view(1, -1, 1, 1)
+    total = (
+        x.float() if channel_bias is None else x.float() + channel_bias.float().view(1, -1, 1, 1)
+    )
     total = nhwc_empty(x).copy_(total + residual)
     return nhwc_empty(x).copy_(reference(total, weight, bias, num_groups, eps, silu)), total
 
 
 @_add_group_norm_silu.register_kernel("cuda")
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, channel_bias: Tensor | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    channel_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from dad_fast.kernels.group_norm_silu_triton import launch
 
@@ -73,7 +119,14 @@ def _(
 
 @_add_group_norm_silu.register_fake
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, channel_bias: Tensor | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    channel_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return nhwc_empty(x), nhwc_empty(x)
 
@@ -112,17 +165,28 @@ def add_group_norm_silu(
     return _add_group_norm_silu(x, residual, weight, bias, num_groups, eps, silu, channel_bias)
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, channel_bias: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    channel_bias: Tensor | None,
+) -> None:
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x [B, C, H, W] is needed, not {list(x.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"a residual as x, {list(x.shape)} {x.dtype}, is needed, not {list(residual.shape)} {residual.dtype}")
+        raise ValueError(
+            f"a residual as x, {list(x.shape)} {x.dtype}, is needed, not {list(residual.shape)} {residual.dtype}"
+        )
     if num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(f"{num_groups} groups do not divide {x.shape[1]} channels")
     vectors = [weight, bias] if channel_bias is None else [weight, bias, channel_bias]
     for vector in vectors:
         if vector.shape != x.shape[1:2]:
-            raise ValueError(f"weight, bias and channel_bias must be [{x.shape[1]}], not {list(vector.shape)}")
+            raise ValueError(
+                f"weight, bias and channel_bias must be [{x.shape[1]}], not {list(vector.shape)}"
+            )
     for tensor in (x, *vectors):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"tensors must be float32, float16 or bfloat16, not {tensor.dtype}")

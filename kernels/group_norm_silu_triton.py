@@ -23,7 +23,16 @@ MERGE_BLOCK = 1024  # partial sums that a merging program holds at once
 
 @triton.jit
 def _load_sum(
-    x_ptr, residual_ptr, channel_bias_ptr, base, offset, column, mask, column_mask, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    channel_bias_ptr,
+    base,
+    offset,
+    column,
+    mask,
+    column_mask,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     """x + channel_bias + residual in float32, [ROWS, COLUMNS]; base: the tile's start (int64), offset: inside it (int32)."""
     value = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
@@ -60,12 +69,34 @@ def _sum_chunks(
     offset = row * CHANNELS + column
     base = (batch.to(tl.int64) * num_rows + first) * CHANNELS
     # [1, COLUMNS], the first row: any value among those summed serves
-    pivot = _load_sum(x_ptr, residual_ptr, channel_bias_ptr, base, column, column, column_mask, column_mask, HAS_BIAS, HAS_RESIDUAL)
+    pivot = _load_sum(
+        x_ptr,
+        residual_ptr,
+        channel_bias_ptr,
+        base,
+        column,
+        column,
+        column_mask,
+        column_mask,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+    )
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in range(TILES):
         mask = (first + i * ROWS + row < end) & column_mask
-        value = _load_sum(x_ptr, residual_ptr, channel_bias_ptr, base, offset, column, mask, column_mask, HAS_BIAS, HAS_RESIDUAL)
+        value = _load_sum(
+            x_ptr,
+            residual_ptr,
+            channel_bias_ptr,
+            base,
+            offset,
+            column,
+            mask,
+            column_mask,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+        )
         if HAS_RESIDUAL:
             tl.store(total_ptr + base + offset, value.to(total_ptr.dtype.element_ty), mask=mask)
         deviation = tl.where(mask, value - pivot, 0.0)
@@ -74,21 +105,41 @@ def _sum_chunks(
         base += ROWS * CHANNELS
     count = (end - first).to(tl.float32)
     mean = tl.sum(total, 0, keep_dims=True) / count  # about the pivot
-    squared = tl.maximum(tl.sum(squares, 0, keep_dims=True) - count * mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    squared = tl.maximum(
+        tl.sum(squares, 0, keep_dims=True) - count * mean * mean,
+        0.0,
+        propagate_nan=tl.PropagateNan.ALL,
+    )
     out = (batch.to(tl.int64) * num_chunks + chunk) * 2 * CHANNELS + column
     tl.store(partial_ptr + out, pivot + mean, mask=column_mask)
     tl.store(partial_ptr + out + CHANNELS, squared, mask=column_mask)
 
 
 @triton.jit
-def _partial(partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS: tl.constexpr, group_size: tl.constexpr):
+def _partial(
+    partial_ptr,
+    batch,
+    group,
+    index,
+    num_rows,
+    num_chunks,
+    chunk_rows,
+    CHANNELS: tl.constexpr,
+    group_size: tl.constexpr,
+):
     """Mean, squared deviations and number of rows of the entries `index` of a group: chunk by chunk, channel by channel."""
     chunk = index // group_size
     inside = chunk < num_chunks
-    at = (batch.to(tl.int64) * num_chunks + chunk) * 2 * CHANNELS + group * group_size + index % group_size
+    at = (
+        (batch.to(tl.int64) * num_chunks + chunk) * 2 * CHANNELS
+        + group * group_size
+        + index % group_size
+    )
     mean = tl.load(partial_ptr + at, mask=inside, other=0.0)
     squared = tl.load(partial_ptr + at + CHANNELS, mask=inside, other=0.0)
-    count = tl.where(inside, tl.minimum(chunk_rows, num_rows - chunk * chunk_rows), 0).to(tl.float32)
+    count = tl.where(inside, tl.minimum(chunk_rows, num_rows - chunk * chunk_rows), 0).to(
+        tl.float32
+    )
     return mean, squared, count
 
 
@@ -113,13 +164,17 @@ def _merge_chunks(
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(NUM_BLOCKS):
         index = i * BLOCK + tl.arange(0, BLOCK)
-        mean, _, count = _partial(partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS, group_size)
+        mean, _, count = _partial(
+            partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS, group_size
+        )
         total += mean * (count / size)
     group_mean = tl.sum(total)
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(NUM_BLOCKS):
         index = i * BLOCK + tl.arange(0, BLOCK)
-        mean, squared, count = _partial(partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS, group_size)
+        mean, squared, count = _partial(
+            partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS, group_size
+        )
         total += squared + count * (mean - group_mean) * (mean - group_mean)
     per_deviation = tl.rsqrt(tl.sum(total) / size + eps)
     member = tl.arange(0, GROUP)
@@ -152,11 +207,15 @@ def _apply(
     mask = (block * ROWS + row < num_rows) & column_mask
     base = (batch.to(tl.int64) * num_rows + block * ROWS) * CHANNELS
     offset = row * CHANNELS + column
-    value = _load_sum(x_ptr, x_ptr, channel_bias_ptr, base, offset, column, mask, column_mask, HAS_BIAS, False)
+    value = _load_sum(
+        x_ptr, x_ptr, channel_bias_ptr, base, offset, column, mask, column_mask, HAS_BIAS, False
+    )
     moments = moments_ptr + batch.to(tl.int64) * 2 * CHANNELS + column
     mean = tl.load(moments, mask=column_mask, other=0.0)
     factor = tl.load(moments + CHANNELS, mask=column_mask, other=0.0)
-    value = (value - mean) * factor + tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
+    value = (value - mean) * factor + tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(
+        tl.float32
+    )
     if SILU:
         value = value / (1.0 + tl.exp(-value))
     tl.store(y_ptr + base + offset, value.to(y_ptr.dtype.element_ty), mask=mask)
@@ -178,13 +237,21 @@ def launch(
     if x.numel() == 0:
         return y, nhwc_empty(x)
     x, residual = _nhwc(x), None if residual is None else _nhwc(residual)
-    weight, bias, channel_bias = weight.contiguous(), bias.contiguous(), None if channel_bias is None else channel_bias.contiguous()
+    weight, bias, channel_bias = (
+        weight.contiguous(),
+        bias.contiguous(),
+        None if channel_bias is None else channel_bias.contiguous(),
+    )
     batch, channels, height, width = x.shape
     num_rows = height * width
     meta = meta or meta_parameters("group_norm_silu", architecture(x.device), channels=channels)
     rows, columns = _tile(meta, channels)
     chunk_rows = rows * meta["tiles"]
-    num_chunks, num_blocks, strips = triton.cdiv(num_rows, chunk_rows), triton.cdiv(num_rows, rows), triton.cdiv(channels, columns)
+    num_chunks, num_blocks, strips = (
+        triton.cdiv(num_rows, chunk_rows),
+        triton.cdiv(num_rows, rows),
+        triton.cdiv(channels, columns),
+    )
     partial = x.new_empty(batch, num_chunks, 2, channels, dtype=torch.float32)
     moments = x.new_empty(batch, 2, channels, dtype=torch.float32)
     total = x if residual is None else nhwc_empty(x)
@@ -204,7 +271,16 @@ def launch(
             enable_fp_fusion=True,
         )
         _merge_chunks[(batch * num_groups,)](
-            *(partial, weight, moments, num_rows, num_chunks, chunk_rows, float(num_rows * group_size), eps),
+            *(
+                partial,
+                weight,
+                moments,
+                num_rows,
+                num_chunks,
+                chunk_rows,
+                float(num_rows * group_size),
+                eps,
+            ),
             CHANNELS=channels,
             NUM_GROUPS=num_groups,
             GROUP=triton.next_power_of_2(group_size),
@@ -252,12 +328,23 @@ def compile_specs(arch: str) -> list[CompileSpec]:
         meta = meta_parameters("group_norm_silu", arch, channels=channels)
         rows, columns = _tile(meta, channels)
         maps = dict.fromkeys(("x_ptr", "residual_ptr", "total_ptr", "y_ptr"), f"*{dtype}")
-        types = maps | dict.fromkeys(("channel_bias_ptr", "weight_ptr", "bias_ptr", "partial_ptr", "moments_ptr"), "*fp32")
-        types |= dict.fromkeys(("num_rows", "num_chunks", "num_blocks", "chunk_rows"), "i32") | {"size": "fp32", "eps": "fp32"}
+        types = maps | dict.fromkeys(
+            ("channel_bias_ptr", "weight_ptr", "bias_ptr", "partial_ptr", "moments_ptr"), "*fp32"
+        )
+        types |= dict.fromkeys(("num_rows", "num_chunks", "num_blocks", "chunk_rows"), "i32") | {
+            "size": "fp32",
+            "eps": "fp32",
+        }
         tile = {"CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "HAS_BIAS": has_bias}
         options = {"num_warps": meta["num_warps"], "enable_fp_fusion": True}
         specs.append(
-            CompileSpec("group_norm_silu: sums", _sum_chunks, types, tile | {"HAS_RESIDUAL": has_residual, "TILES": meta["tiles"]}, options)
+            CompileSpec(
+                "group_norm_silu: sums",
+                _sum_chunks,
+                types,
+                tile | {"HAS_RESIDUAL": has_residual, "TILES": meta["tiles"]},
+                options,
+            )
         )
         merge = {
             "CHANNELS": channels,
@@ -266,8 +353,18 @@ def compile_specs(arch: str) -> list[CompileSpec]:
             "BLOCK": MERGE_BLOCK,
             "NUM_BLOCKS": 2,
         }
-        specs.append(CompileSpec("group_norm_silu: merge", _merge_chunks, types, merge, {"num_warps": 4, "enable_fp_fusion": True}))
-        specs.append(CompileSpec("group_norm_silu: apply", _apply, types, tile | {"SILU": True}, options))
+        specs.append(
+            CompileSpec(
+                "group_norm_silu: merge",
+                _merge_chunks,
+                types,
+                merge,
+                {"num_warps": 4, "enable_fp_fusion": True},
+            )
+        )
+        specs.append(
+            CompileSpec("group_norm_silu: apply", _apply, types, tile | {"SILU": True}, options)
+        )
     return specs
 
 
@@ -277,16 +374,25 @@ def tuning_cases() -> list[TuningCase]:
     sides = {128: 224, 256: 112, 512: 28}
     for entry in entries("group_norm_silu", architecture("cuda")):
         channels = entry["max"].get("channels", 512)
-        x = torch.randn(32, channels, sides[channels], sides[channels], dtype=torch.float16, device="cuda").to(
-            memory_format=torch.channels_last
-        )
+        x = torch.randn(
+            32, channels, sides[channels], sides[channels], dtype=torch.float16, device="cuda"
+        ).to(memory_format=torch.channels_last)
         weight, bias, channel_bias = torch.rand(3, channels, device="cuda")
 
-        def run(meta: dict[str, int], x: Tensor = x, vectors: tuple[Tensor, Tensor, Tensor] = (weight, bias, channel_bias)) -> None:
+        def run(
+            meta: dict[str, int],
+            x: Tensor = x,
+            vectors: tuple[Tensor, Tensor, Tensor] = (weight, bias, channel_bias),
+        ) -> None:
             launch(x, None, vectors[0], vectors[1], 32, 1e-6, True, vectors[2], meta)
 
         candidates = [
-            {"rows": elements // columns, "columns": columns, "tiles": tiles, "num_warps": num_warps}
+            {
+                "rows": elements // columns,
+                "columns": columns,
+                "tiles": tiles,
+                "num_warps": num_warps,
+            }
             for elements in (2048, 4096, 8192)
             for columns in (64, 128, 256)
             for tiles in (4, 8, 16)

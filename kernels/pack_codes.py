@@ -34,9 +34,14 @@ def pack_torch(codes: Tensor, bits: int) -> Tensor:
     groups = -(-length // 8)
     codes = codes.to(torch.int64) & ((1 << bits) - 1)
     codes = torch.nn.functional.pad(codes, (0, 8 * groups - length)).unflatten(-1, (groups, 8))
-    packed = codes.new_empty(*codes.shape[:-1], bits, dtype=torch.uint8)  # [..., groups, bytes of a group]
+    packed = codes.new_empty(
+        *codes.shape[:-1], bits, dtype=torch.uint8
+    )  # [..., groups, bytes of a group]
     for byte in range(bits):
-        first, last = 8 * byte // bits, min((8 * byte + 7) // bits, 7)  # the codes with a bit in this byte
+        first, last = (
+            8 * byte // bits,
+            min((8 * byte + 7) // bits, 7),
+        )  # the codes with a bit in this byte
         value = codes[..., first] >> (8 * byte - first * bits)
         for i in range(first + 1, last + 1):
             value |= codes[..., i] << (i * bits - 8 * byte)
@@ -47,8 +52,12 @@ def pack_torch(codes: Tensor, bits: int) -> Tensor:
 def unpack_torch(packed: Tensor, bits: int, length: int) -> Tensor:
     """packed uint8 [..., ceil(length * bits / 8)] -> int64 [..., length]."""
     groups = -(-length // 8)
-    dtype = torch.int32 if bits <= 24 else torch.int64  # holds a code and the up to 7 bits before it
-    grouped = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[-1])).unflatten(-1, (groups, bits))
+    dtype = (
+        torch.int32 if bits <= 24 else torch.int64
+    )  # holds a code and the up to 7 bits before it
+    grouped = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[-1])).unflatten(
+        -1, (groups, bits)
+    )
     codes = packed.new_empty(*packed.shape[:-1], groups, 8, dtype=torch.int64)
     for i in range(8):
         first, shift = divmod(i * bits, 8)
@@ -92,7 +101,9 @@ if HAS_TRITON:
 
 @_pack.register_fake
 def _(codes: Tensor, bits: int, num_out_of_range: Tensor | None) -> Tensor:
-    return codes.new_empty(*codes.shape[:-1], packed_bytes(codes.shape[-1], bits), dtype=torch.uint8)
+    return codes.new_empty(
+        *codes.shape[:-1], packed_bytes(codes.shape[-1], bits), dtype=torch.uint8
+    )
 
 
 @_unpack.register_fake
@@ -115,7 +126,9 @@ def pack_codes(codes: Tensor, bits: int, num_out_of_range: Tensor | None = None)
     """
     _check_bits("pack_codes", bits)
     if codes.ndim == 0 or codes.dtype not in DTYPES:
-        raise ValueError(f"pack_codes: codes [..., L] in int64, int32, int16 or uint8 are needed, not {list(codes.shape)} in {codes.dtype}")
+        raise ValueError(
+            f"pack_codes: codes [..., L] in int64, int32, int16 or uint8 are needed, not {list(codes.shape)} in {codes.dtype}"
+        )
     return torch.ops.dad_fast.pack_codes(codes, bits, num_out_of_range)
 
 
@@ -125,7 +138,12 @@ def unpack_codes(packed: Tensor, bits: int, length: int) -> Tensor:
     ValueError for other shapes, dtypes and widths. Bits after the last code are ignored. Works in CUDA graphs.
     """
     _check_bits("unpack_codes", bits)
-    if length < 0 or packed.ndim == 0 or packed.dtype != torch.uint8 or packed.shape[-1] != packed_bytes(length, bits):
+    if (
+        length < 0
+        or packed.ndim == 0
+        or packed.dtype != torch.uint8
+        or packed.shape[-1] != packed_bytes(length, bits)
+    ):
         raise ValueError(
             f"unpack_codes: {length} codes of {bits} bits are uint8 [..., {packed_bytes(max(length, 0), bits)}], "
             f"not {list(packed.shape)} in {packed.dtype}"

@@ -68,8 +68,12 @@ def unpack_kernel(
     word = tl.zeros((BLOCK,), tl.int64)
     for j in tl.static_range((7 + BITS + 7) // 8):
         here = (i < length) & (first + j < row_bytes)
-        word |= tl.load(packed_ptr + row * row_bytes + first + j, mask=here, other=0).to(tl.int64) << (8 * j)
-    tl.store(codes_ptr + row * length + i, (word >> (i * BITS % 8)) & ((1 << BITS) - 1), mask=i < length)
+        word |= tl.load(packed_ptr + row * row_bytes + first + j, mask=here, other=0).to(
+            tl.int64
+        ) << (8 * j)
+    tl.store(
+        codes_ptr + row * length + i, (word >> (i * BITS % 8)) & ((1 << BITS) - 1), mask=i < length
+    )
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:
@@ -87,7 +91,15 @@ def pack(codes: Tensor, bits: int, num_out_of_range: Tensor | None) -> Tensor:
         count = num_out_of_range is not None
         with torch.cuda.device_of(codes):
             pack_kernel[_grid(packed.numel() // row_bytes, row_bytes)](
-                codes, packed, counter, length, row_bytes, BITS=bits, COUNT=count, BLOCK=BLOCK, **OPTIONS
+                codes,
+                packed,
+                counter,
+                length,
+                row_bytes,
+                BITS=bits,
+                COUNT=count,
+                BLOCK=BLOCK,
+                **OPTIONS,
             )
     return packed
 
@@ -108,9 +120,31 @@ def compile_specs(arch: str) -> list[CompileSpec]:
     """14 bits, for 16384 codes; 10, for 1024."""
     from dad_fast.kernels.cross_compile import CompileSpec
 
-    types = {"codes_ptr": "*i64", "packed_ptr": "*u8", "num_out_of_range_ptr": "*i64", "length": "i32", "row_bytes": "i32"}
+    types = {
+        "codes_ptr": "*i64",
+        "packed_ptr": "*u8",
+        "num_out_of_range_ptr": "*i64",
+        "length": "i32",
+        "row_bytes": "i32",
+    }
     specs = []
     for bits in (10, 14):
-        specs.append(CompileSpec(f"pack_codes: {bits} bits", pack_kernel, types, {"BITS": bits, "COUNT": True, "BLOCK": BLOCK}, OPTIONS))
-        specs.append(CompileSpec(f"unpack_codes: {bits} bits", unpack_kernel, types, {"BITS": bits, "BLOCK": BLOCK}, OPTIONS))
+        specs.append(
+            CompileSpec(
+                f"pack_codes: {bits} bits",
+                pack_kernel,
+                types,
+                {"BITS": bits, "COUNT": True, "BLOCK": BLOCK},
+                OPTIONS,
+            )
+        )
+        specs.append(
+            CompileSpec(
+                f"unpack_codes: {bits} bits",
+                unpack_kernel,
+                types,
+                {"BITS": bits, "BLOCK": BLOCK},
+                OPTIONS,
+            )
+        )
     return specs

@@ -46,30 +46,40 @@ def l2_norm(x: Tensor) -> Tensor:
     return x.square().sum(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt().clamp(min=1e-20)
 
 
-def reference(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float) -> tuple[Tensor, Tensor]:
+def reference(
+    pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
+) -> tuple[Tensor, Tensor]:
     """The plain form, on any device and in any dtype."""
     delta = project(delta + step_size * direction(gradient, norm), pixels, norm, eps)
     return delta, pixels + delta
 
 
 @torch.library.custom_op("dad_fast::pgd_update", mutates_args=())
-def _pgd_update(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float) -> tuple[Tensor, Tensor]:
+def _pgd_update(
+    pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
+) -> tuple[Tensor, Tensor]:
     return reference(pixels, delta, gradient, norm, eps, step_size)
 
 
 @_pgd_update.register_kernel("cuda")
-def _(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float) -> tuple[Tensor, Tensor]:
+def _(
+    pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
+) -> tuple[Tensor, Tensor]:
     from dad_fast.kernels.pgd_update_triton import launch
 
     return launch(pixels, delta, gradient, norm, eps, step_size)
 
 
 @_pgd_update.register_fake
-def _(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float) -> tuple[Tensor, Tensor]:
+def _(
+    pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(pixels), torch.empty_like(pixels)
 
 
-def pgd_update(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float) -> tuple[Tensor, Tensor]:
+def pgd_update(
+    pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
+) -> tuple[Tensor, Tensor]:
     """One PGD step (see the top of this file): (new delta, pixels + new delta); Triton on CUDA, the plain form elsewhere.
 
     pixels, delta: float32 [B, ...], B >= 1 images in [0, 1] and what was added to them. gradient: of the same shape, float32, float16 or
@@ -80,7 +90,9 @@ def pgd_update(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: 
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm must be l2 or linf, not {norm!r}")
     if pixels.ndim < 2 or not pixels.shape == delta.shape == gradient.shape:
-        raise ValueError(f"one shape [B, ...] is needed, not {list(pixels.shape)}, {list(delta.shape)} and {list(gradient.shape)}")
+        raise ValueError(
+            f"one shape [B, ...] is needed, not {list(pixels.shape)}, {list(delta.shape)} and {list(gradient.shape)}"
+        )
     if pixels.dtype != torch.float32 or delta.dtype != torch.float32:
         raise ValueError(f"pixels and delta must be float32, not {pixels.dtype} and {delta.dtype}")
     if gradient.dtype not in (torch.float32, torch.float16, torch.bfloat16):

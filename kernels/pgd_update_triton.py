@@ -55,7 +55,11 @@ def _reduce(
 @triton.jit
 def _total(partial_ptr, sample, num_parts, which: tl.constexpr, PARTS: tl.constexpr):
     part = tl.arange(0, PARTS)
-    return tl.sum(tl.load(partial_ptr + (sample * num_parts + part) * 3 + which, mask=part < num_parts, other=0.0))
+    return tl.sum(
+        tl.load(
+            partial_ptr + (sample * num_parts + part) * 3 + which, mask=part < num_parts, other=0.0
+        )
+    )
 
 
 @triton.jit
@@ -86,9 +90,13 @@ def _apply(
         dg = _total(partial_ptr, sample, num_parts, 1, PARTS)
         gg = _total(partial_ptr, sample, num_parts, 2, PARTS)
         # A gradient that is not finite must not pass for a small one: 1 / inf would leave most of the image as it was.
-        per_g = tl.where(gg == 0.0, 0.0, tl.where(gg == float("inf"), float("nan"), 1.0 / tl.sqrt(gg)))
+        per_g = tl.where(
+            gg == 0.0, 0.0, tl.where(gg == float("inf"), float("nan"), 1.0 / tl.sqrt(gg))
+        )
         step = step_size * per_g  # float64
-        length = tl.sqrt(dd + 2.0 * step * dg + step * step * gg)  # |d + step g|; NaN where rounding left less than 0: as good as 0
+        length = tl.sqrt(
+            dd + 2.0 * step * dg + step * step * gg
+        )  # |d + step g|; NaN where rounding left less than 0: as good as 0
         shrink = tl.where(length > eps, eps / length, 1.0)
         d = ((d.to(tl.float64) + step * g.to(tl.float64)) * shrink).to(tl.float32)
     else:
@@ -104,22 +112,50 @@ def compile_specs(arch: str) -> list[CompileSpec]:
     """The launches at 224 px."""
     from dad_fast.kernels.cross_compile import CompileSpec
 
-    common = {"delta_ptr": "*fp32", "gradient_ptr": "*fp32", "partial_ptr": "*fp64", "n": "i32", "num_parts": "i32"}
-    images = {"pixels_ptr": "*fp32", "new_delta_ptr": "*fp32", "image_ptr": "*fp32", "eps": "fp32", "step_size": "fp32"}
+    common = {
+        "delta_ptr": "*fp32",
+        "gradient_ptr": "*fp32",
+        "partial_ptr": "*fp64",
+        "n": "i32",
+        "num_parts": "i32",
+    }
+    images = {
+        "pixels_ptr": "*fp32",
+        "new_delta_ptr": "*fp32",
+        "image_ptr": "*fp32",
+        "eps": "fp32",
+        "step_size": "fp32",
+    }
     images["num_blocks"] = "i32"
-    parts, options = triton.next_power_of_2(triton.cdiv(3 * 224 * 224, BLOCK)), {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    parts, options = (
+        triton.next_power_of_2(triton.cdiv(3 * 224 * 224, BLOCK)),
+        {"num_warps": NUM_WARPS, "enable_fp_fusion": True},
+    )
     return [
-        CompileSpec("pgd_update: reduce", _reduce, common, {"BLOCKS_PER_PART": 1, "BLOCK": BLOCK}, options),
+        CompileSpec(
+            "pgd_update: reduce", _reduce, common, {"BLOCKS_PER_PART": 1, "BLOCK": BLOCK}, options
+        ),
         *(
-            CompileSpec("pgd_update: apply", _apply, common | images, {"L2": l2, "PARTS": parts, "BLOCK": BLOCK}, options)
+            CompileSpec(
+                "pgd_update: apply",
+                _apply,
+                common | images,
+                {"L2": l2, "PARTS": parts, "BLOCK": BLOCK},
+                options,
+            )
             for l2 in (True, False)
         ),
     ]
 
 
-def launch(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float) -> tuple[Tensor, Tensor]:
+def launch(
+    pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
+) -> tuple[Tensor, Tensor]:
     """As `pgd_update`, whose checks it relies on."""
-    new_delta, image = torch.empty_like(pixels), torch.empty_like(pixels)  # dense, in the order of the pixels' own strides
+    new_delta, image = (
+        torch.empty_like(pixels),
+        torch.empty_like(pixels),
+    )  # dense, in the order of the pixels' own strides
     pixels, delta, gradient = (_laid_out_as(image, tensor) for tensor in (pixels, delta, gradient))
     batch, n = len(pixels), pixels[0].numel()
     num_blocks = triton.cdiv(n, BLOCK)
@@ -136,7 +172,19 @@ def launch(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: floa
                 enable_fp_fusion=True,
             )
         _apply[(batch * num_blocks,)](
-            *(pixels, delta, gradient, partial, new_delta, image, eps, step_size, n, num_parts, num_blocks),
+            *(
+                pixels,
+                delta,
+                gradient,
+                partial,
+                new_delta,
+                image,
+                eps,
+                step_size,
+                n,
+                num_parts,
+                num_blocks,
+            ),
             L2=norm == "l2",
             PARTS=triton.next_power_of_2(num_parts),
             BLOCK=BLOCK,
@@ -148,4 +196,8 @@ def launch(pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: floa
 
 def _laid_out_as(example: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` with the strides of `example`, which is dense: itself where it has them, else a copy."""
-    return tensor if tensor.stride() == example.stride() else torch.empty_like(example, dtype=tensor.dtype).copy_(tensor)
+    return (
+        tensor
+        if tensor.stride() == example.stride()
+        else torch.empty_like(example, dtype=tensor.dtype).copy_(tensor)
+    )

@@ -14,7 +14,14 @@ import sys
 from typing import Any
 
 from dad_fast.errors import EnvironmentProblem
-from dad_fast.kernels.cross_compile import ARCHITECTURES, Binary, all_specs, cuda_binaries, cuda_sources, triton_binary
+from dad_fast.kernels.cross_compile import (
+    ARCHITECTURES,
+    Binary,
+    all_specs,
+    cuda_binaries,
+    cuda_sources,
+    triton_binary,
+)
 
 
 def collect(archs: list[str], only: str, name: str) -> tuple[list[Binary], list[str]]:
@@ -28,7 +35,9 @@ def collect(archs: list[str], only: str, name: str) -> tuple[list[Binary], list[
         except EnvironmentProblem:
             raise
         except Exception as error:  # whatever it is, the others are still worth a row
-            failures.append(f"{label}: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}")
+            failures.append(
+                f"{label}: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
+            )
         else:
             binaries.extend(found if isinstance(found, list) else [found])
 
@@ -46,9 +55,27 @@ def collect(archs: list[str], only: str, name: str) -> tuple[list[Binary], list[
 
 def table(binaries: list[Binary]) -> str:
     """One row a binary."""
-    rows = [("kernel", "arch", "warps", "stages", "registers", "spills", "shared", "tensor cores", "instructions", "occupancy")]
+    rows = [
+        (
+            "kernel",
+            "arch",
+            "warps",
+            "stages",
+            "registers",
+            "spills",
+            "shared",
+            "tensor cores",
+            "instructions",
+            "occupancy",
+        )
+    ]
     for b in binaries:
-        cores = " ".join(f"{name}:{count}" for name, count in sorted(b.tensor_core_instructions.items())) or "-"
+        cores = (
+            " ".join(
+                f"{name}:{count}" for name, count in sorted(b.tensor_core_instructions.items())
+            )
+            or "-"
+        )
         rows.append(
             (
                 b.name,
@@ -64,7 +91,10 @@ def table(binaries: list[Binary]) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def as_json(binaries: list[Binary], failures: list[str]) -> str:
@@ -72,18 +102,40 @@ def as_json(binaries: list[Binary], failures: list[str]) -> str:
     import triton
 
     kernels = [dataclasses.asdict(b) | {"spills": b.spills} for b in binaries]
-    return json.dumps({"torch": torch.__version__, "triton": triton.__version__, "kernels": kernels, "failures": failures}, indent=1)
+    return json.dumps(
+        {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "kernels": kernels,
+            "failures": failures,
+        },
+        indent=1,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dad_fast.kernels.report", description=__doc__.partition("\n")[0].partition(": ")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m dad_fast.kernels.report",
+        description=__doc__.partition("\n")[0].partition(": ")[2],
+    )
     parser.add_argument("name", nargs="?", default="", help="only kernels whose name contains this")
-    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="may be given twice; default: all")
-    parser.add_argument("--only", choices=("triton", "cuda"), default="", help="only Triton kernels, or only csrc/*.cu")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the meta-parameters of every row")
+    parser.add_argument(
+        "--arch", action="append", choices=ARCHITECTURES, help="may be given twice; default: all"
+    )
+    parser.add_argument(
+        "--only",
+        choices=("triton", "cuda"),
+        default="",
+        help="only Triton kernels, or only csrc/*.cu",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, with the meta-parameters of every row"
+    )
     options = parser.parse_args(arguments)
     try:
-        binaries, failures = collect(options.arch or list(ARCHITECTURES), options.only, options.name)
+        binaries, failures = collect(
+            options.arch or list(ARCHITECTURES), options.only, options.name
+        )
     except (EnvironmentProblem, ImportError) as problem:
         print(f"report: {problem}", file=sys.stderr)
         return 3

@@ -71,23 +71,38 @@ def measure(case: TuningCase) -> list[tuple[float, dict[str, int]]]:
     times = []
     for candidate in case.candidates:
         try:
-            times.append((do_bench(functools.partial(case.run, candidate), return_mode="median"), candidate))
+            times.append(
+                (do_bench(functools.partial(case.run, candidate), return_mode="median"), candidate)
+            )
         except OutOfResources as reason:
             print(f"  {candidate}: {' '.join(str(reason).split())}")
     return sorted(times, key=lambda row: row[0])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dad_fast.kernels.tuning", description="times the Triton kernels' meta-parameters")
-    parser.add_argument("kernels", nargs="*", help="kernels of the table; default: all that have cases")
+    parser = argparse.ArgumentParser(
+        prog="python -m dad_fast.kernels.tuning",
+        description="times the Triton kernels' meta-parameters",
+    )
+    parser.add_argument(
+        "kernels", nargs="*", help="kernels of the table; default: all that have cases"
+    )
     parser.add_argument("--write", action="store_true", help=f"write the fastest into {TABLE.name}")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("tuning: torch sees no CUDA device here; run it on the GPU whose entries are to be measured", file=sys.stderr)
+        print(
+            "tuning: torch sees no CUDA device here; run it on the GPU whose entries are to be measured",
+            file=sys.stderr,
+        )
         return 3
     arch, table = architecture("cuda"), _table()
     modules = [importlib.import_module(name) for name in (*triton_modules(), *CHOOSERS)]
-    cases = [case for module in modules if hasattr(module, "tuning_cases") for case in module.tuning_cases()]
+    cases = [
+        case
+        for module in modules
+        if hasattr(module, "tuning_cases")
+        for case in module.tuning_cases()
+    ]
     unknown = set(options.kernels) - {case.kernel for case in cases}
     if unknown:
         print(
@@ -99,7 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
     for case in cases:
         if options.kernels and case.kernel not in options.kernels:
             continue
-        print(f"{case.kernel} on {torch.cuda.get_device_name()}, up to {case.bounds or 'any shape'}")
+        print(
+            f"{case.kernel} on {torch.cuda.get_device_name()}, up to {case.bounds or 'any shape'}"
+        )
         times = measure(case)
         for milliseconds, candidate in times:
             print(f"  {milliseconds:9.4f} ms  {candidate}")

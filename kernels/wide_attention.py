@@ -49,17 +49,23 @@ def wide_attention(device: torch.device, width: int) -> Attend:
     """The table's way for heads of `width` on `device`; PyTorch's own on other devices than CUDA, and where xformers is not installed."""
     if device.type != "cuda":
         return sdpa
-    way = cast(dict[str, Any], meta_parameters("wide_attention", architecture(device), width=width))["way"]
+    way = cast(
+        dict[str, Any], meta_parameters("wide_attention", architecture(device), width=width)
+    )["way"]
     return sdpa if way == "xformers" and importlib.util.find_spec("xformers") is None else WAYS[way]
 
 
 def tuning_cases() -> list[TuningCase]:
     """The maps of f8 at 224 px, 32 images, in float16."""
     q, h = torch.randn(2, 32, 784, 512, dtype=torch.float16, device="cuda")
-    ways = [way for way in WAYS if way != "xformers" or importlib.util.find_spec("xformers") is not None]
+    ways = [
+        way for way in WAYS if way != "xformers" or importlib.util.find_spec("xformers") is not None
+    ]
 
     def run(meta: dict[str, Any]) -> Tensor:
         return WAYS[meta["way"]](q, h, h, 512**-0.5)
 
     (entry,) = entries("wide_attention", architecture("cuda"))
-    return [TuningCase("wide_attention", entry["max"], cast(Any, [{"way": way} for way in ways]), run)]
+    return [
+        TuningCase("wide_attention", entry["max"], cast(Any, [{"way": way} for way in ways]), run)
+    ]

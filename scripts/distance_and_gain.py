@@ -69,13 +69,20 @@ class AttackedStudent(nn.Module):
 
 def settings() -> Config:
     """DAD as in the demo, in one run."""
-    return with_values(expand(gather("demo", None, [], {"method": "dad"}))[0][2], {"schedule.epochs": EPOCHS, "eval.every_epochs": 0})
+    return with_values(
+        expand(gather("demo", None, [], {"method": "dad"}))[0][2],
+        {"schedule.epochs": EPOCHS, "eval.every_epochs": 0},
+    )
 
 
 def train(output: Path, seeds: int) -> None:
     """Every store and student that is not there yet."""
     stores, base = output / "stores", output / "base.toml"
-    if all((output / name / f"seed-{seed}" / "results.json").exists() for seed in range(seeds) for name in ("none", *SETS)):
+    if all(
+        (output / name / f"seed-{seed}" / "results.json").exists()
+        for seed in range(seeds)
+        for name in ("none", *SETS)
+    ):
         return
     atomic_write_text(base, to_toml(settings()))
     _do("precompute", base, "--targets", "--views", EPOCHS, "-o", stores / "targets")
@@ -97,8 +104,28 @@ def train(output: Path, seeds: int) -> None:
 
 def _student(output: Path, name: str, seed: int) -> list[Any]:
     method, store = ("kd", []) if name == "none" else ("dad", [output / "stores" / name])
-    command = ["train", output / "base.toml", "--method", method, "--seed", seed, "--log-every", 350, "--suite", "test"]
-    return [*command, "--store", *store, output / "stores" / "targets", "--resume", "auto", "-o", output / name / f"seed-{seed}"]
+    command = [
+        "train",
+        output / "base.toml",
+        "--method",
+        method,
+        "--seed",
+        seed,
+        "--log-every",
+        350,
+        "--suite",
+        "test",
+    ]
+    return [
+        *command,
+        "--store",
+        *store,
+        output / "stores" / "targets",
+        "--resume",
+        "auto",
+        "-o",
+        output / name / f"seed-{seed}",
+    ]
 
 
 def _do(*arguments: Any) -> None:
@@ -112,12 +139,20 @@ def judge(output: Path, seeds: int) -> dict[str, dict[str, list[float]]]:
     cfg = settings()
     students = {
         (name, seed): load_student(output / name / f"seed-{seed}" / "model.safetensors")[0].eval()
-        for name in ("none", *SETS) for seed in range(seeds)
-    }  # fmt: skip
+        for name in ("none", *SETS)
+        for seed in range(seeds)
+    }
     found: dict[str, dict[str, list[float]]] = {name: {} for name in ("none", *SETS)}
     for suite in SUITES:
         corruption, _, severity = suite.partition(":")
-        loader = EvalLoader(open_source(cfg.data.data_dir, "test" if severity else suite), 28, 1.0, "bilinear", 250, 0)
+        loader = EvalLoader(
+            open_source(cfg.data.data_dir, "test" if severity else suite),
+            28,
+            1.0,
+            "bilinear",
+            250,
+            0,
+        )
         hits = dict.fromkeys(students, 0)
         for batch in loader:
             pixels = to_pixels(batch.images)
@@ -159,9 +194,15 @@ def relation(distance: np.ndarray, gain: np.ndarray, seed: int = 0) -> dict[str,
     random = np.random.default_rng(seed)
     draws = []
     for _ in range(BOOTSTRAPS):
-        tests, seeds = random.integers(num_tests, size=num_tests), random.integers(num_seeds, size=num_seeds)
+        tests, seeds = (
+            random.integers(num_tests, size=num_tests),
+            random.integers(num_seeds, size=num_seeds),
+        )
         draws.append(within(distance[tests], gain[tests][:, :, seeds].mean(-1)).mean())
-    others = [within(distance, mean[:, list(order)]).mean() for order in itertools.permutations(range(num_sets))]
+    others = [
+        within(distance, mean[:, list(order)]).mean()
+        for order in itertools.permutations(range(num_sets))
+    ]
     return {
         "rho": each.mean(),
         "interval": list(np.percentile(draws, (2.5, 97.5))),
@@ -175,20 +216,36 @@ def relate(distances: dict[str, Any], top1: dict[str, dict[str, list[float]]]) -
     """The relation in each space for each distance: over all test sets, and over those whose shift can be seen there: the interval of their
     distance from clean images is above 0."""
     names = list(SETS)
-    gain = np.array([[np.subtract(top1[name][suite], top1["none"][suite]) for name in names] for suite in SUITES])  # [T, G, S]
+    gain = np.array(
+        [
+            [np.subtract(top1[name][suite], top1["none"][suite]) for name in names]
+            for suite in SUITES
+        ]
+    )  # [T, G, S]
     found: dict[str, Any] = {}
     for space, of_suites in distances.items():
         for measure in MEASURES:
-            distance = np.array([[of_suites[suite][name][measure]["value"] for name in names] for suite in SUITES])
-            seen = np.array([of_suites[suite]["clean"][measure]["interval"][0] > 0 for suite in SUITES])
-            found.setdefault(space, {})[measure] = {"all": {**relation(distance, gain), "num_tests": len(SUITES)}}
+            distance = np.array(
+                [[of_suites[suite][name][measure]["value"] for name in names] for suite in SUITES]
+            )
+            seen = np.array(
+                [of_suites[suite]["clean"][measure]["interval"][0] > 0 for suite in SUITES]
+            )
+            found.setdefault(space, {})[measure] = {
+                "all": {**relation(distance, gain), "num_tests": len(SUITES)}
+            }
             if seen.any():
-                found[space][measure]["seen"] = {**relation(distance[seen], gain[seen]), "num_tests": int(seen.sum())}
+                found[space][measure]["seen"] = {
+                    **relation(distance[seen], gain[seen]),
+                    "num_tests": int(seen.sum()),
+                }
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, default=6)
     options = parser.parse_args()

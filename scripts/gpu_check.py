@@ -51,9 +51,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import gpu_parts as parts  # noqa: E402
-from gpu_parts import Context, Skipped  # noqa: E402
-from gpu_targets import targets  # noqa: E402
+import gpu_parts as parts
+from gpu_parts import Context, Skipped
+from gpu_targets import targets
 
 LIMIT_SECONDS = 590.0  # of a part
 SUMMARY_CHARACTERS = 11_000
@@ -87,16 +87,22 @@ def check(name: str, options: argparse.Namespace, out: Path) -> str:
 
     file, log = out / f"{name}.json", out / f"{name}.log"
     log.write_text("", encoding="utf-8")
-    finish(out, file, {"part": name, "device": options.device, "verdict": "running"})  # what a killed run leaves
+    finish(
+        out, file, {"part": name, "device": options.device, "verdict": "running"}
+    )  # what a killed run leaves
     started = time.monotonic()
     result: dict[str, Any] = {"part": name, "device": options.device}
     with tempfile.TemporaryDirectory(prefix="dad-fast-gpu-check-") as work:
         os.environ["DAD_FAST_CACHE"] = f"{work}/cache"
         try:
-            result |= {"verdict": "passed"} | PARTS[name](Context(options, out, log, Path(work), started + options.limit))
+            result |= {"verdict": "passed"} | PARTS[name](
+                Context(options, out, log, Path(work), started + options.limit)
+            )
         except Skipped as reason:
             result |= {"verdict": "skipped", "reason": str(reason)}
-        except Exception as error:  # whatever failed belongs into the result file, and the next part still runs
+        except (
+            Exception
+        ) as error:  # whatever failed belongs into the result file, and the next part still runs
             result |= {"verdict": "failed", "reason": f"{type(error).__name__}: {error}"}
     if result["verdict"] == "failed" and (found := failures(log)):
         result["failures"] = found
@@ -135,8 +141,15 @@ def summary(out: Path) -> str:
     """What is known so far: a line per part, what failed, and the targets."""
     lines = []
     for entry in json.loads((out / "manifest.json").read_text(encoding="utf-8")):
-        rest = {key: value for key, value in entry.items() if key not in ("part", "verdict", "failures", "device")}
-        lines.append(f"{entry['part']:<20} {entry['verdict']:<8} " + ", ".join(f"{key} {value}" for key, value in rest.items())[:300])
+        rest = {
+            key: value
+            for key, value in entry.items()
+            if key not in ("part", "verdict", "failures", "device")
+        }
+        lines.append(
+            f"{entry['part']:<20} {entry['verdict']:<8} "
+            + ", ".join(f"{key} {value}" for key, value in rest.items())[:300]
+        )
         lines += [f"    {line}" for line in entry.get("failures", [])]
     return "\n".join([*lines, "", *targets(out / "benchmarks")])[:SUMMARY_CHARACTERS] + "\n"
 
@@ -155,31 +168,62 @@ def write(file: Path, value: Any) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="parts, or the name of a call; by default all parts")
-    parser.add_argument("--minutes", type=float, help="of the whole call: what does not fit any more is left out, what runs is stopped")
-    parser.add_argument("--steps", type=int, default=24, help="training steps per run of demo and vitb16")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="parts, or the name of a call; by default all parts",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="of the whole call: what does not fit any more is left out, what runs is stopped",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=24, help="training steps per run of demo and vitb16"
+    )
     parser.add_argument("--batch-size", type=int, default=128, help="of the vitb16 settings")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the vitb16 settings")
-    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds after which a part is stopped [590]")
+    parser.add_argument(
+        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the vitb16 settings"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT_SECONDS,
+        help="seconds after which a part is stopped [590]",
+    )
     parser.add_argument("--device", default="cuda", help="cpu rehearses the script without a GPU")
     options = parser.parse_args()
     started = time.monotonic()
-    wanted = [part for name in options.parts or ["all"] for part in (PARTS if name == "all" else CALLS.get(name, [name]))]
+    wanted = [
+        part
+        for name in options.parts or ["all"]
+        for part in (PARTS if name == "all" else CALLS.get(name, [name]))
+    ]
     if unknown := [name for name in wanted if name not in PARTS]:
-        parser.error(f"unknown part {unknown[0]} (parts: {', '.join(PARTS)}; calls: {', '.join(CALLS)})")
+        parser.error(
+            f"unknown part {unknown[0]} (parts: {', '.join(PARTS)}; calls: {', '.join(CALLS)})"
+        )
 
     import torch
 
     if options.device != "cpu" and not torch.cuda.is_available():
-        print("gpu_check: torch sees no CUDA device here; run it on a GPU machine (or rehearse with --device cpu)", file=sys.stderr)
+        print(
+            "gpu_check: torch sees no CUDA device here; run it on a GPU machine (or rehearse with --device cpu)",
+            file=sys.stderr,
+        )
         return 3
     out = ROOT / "runs" / "gpu_check"
     out.mkdir(parents=True, exist_ok=True)
     limit, verdicts = options.limit, []
     for name in dict.fromkeys(wanted):
         if options.minutes is not None:
-            options.limit = min(limit, 60 * options.minutes - (time.monotonic() - started) - 15)  # to stop it and to pack
+            options.limit = min(
+                limit, 60 * options.minutes - (time.monotonic() - started) - 15
+            )  # to stop it and to pack
             if options.limit < 20:
                 print(f"{name}: no time left", flush=True)
                 continue

@@ -43,7 +43,13 @@ class Context:
         with self.log.open("a", encoding="utf-8") as file:
             print("$", *command, file=file, flush=True)
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
             try:
                 code = process.wait(timeout=max(1.0, self.deadline - time.monotonic()))
@@ -60,7 +66,9 @@ class Context:
         return self.call(sys.executable, "-m", "dad_fast", *arguments)
 
     def pytest(self, *arguments: str) -> str:
-        return self.call(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", *arguments)
+        return self.call(
+            sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", *arguments
+        )
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -102,7 +110,10 @@ def csrc(run: Context) -> dict[str, Any]:
 
     require("tvm_ffi")
     require_tool("cmake")
-    build, flags = f"build/gpu-check-{sys.version_info.major}{sys.version_info.minor}", [f"-DPython_EXECUTABLE={sys.executable}"]
+    build, flags = (
+        f"build/gpu-check-{sys.version_info.major}{sys.version_info.minor}",
+        [f"-DPython_EXECUTABLE={sys.executable}"],
+    )
     if run.options.device != "cpu":
         major, minor = torch.cuda.get_device_capability()
         flags.append(f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}{'a' if major >= 9 else ''}-real")
@@ -114,10 +125,19 @@ def csrc(run: Context) -> dict[str, Any]:
 
 
 def tests(run: Context) -> dict[str, Any]:
-    several = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if importlib.util.find_spec("xdist") else []
+    several = (
+        ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+        if importlib.util.find_spec("xdist")
+        else []
+    )
     set_timeout = ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
-    closing_line = run.pytest("-m", "gpu", "--continue-on-collection-errors", *several, *set_timeout, "tests")
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", closing_line)}
+    closing_line = run.pytest(
+        "-m", "gpu", "--continue-on-collection-errors", *several, *set_timeout, "tests"
+    )
+    counts = {
+        word: int(number)
+        for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", closing_line)
+    }
     if not counts.get("passed") and run.options.device != "cpu":
         raise RuntimeError(f"no test ran: {closing_line}")
     return {"counts": counts}
@@ -129,7 +149,14 @@ def tests(run: Context) -> dict[str, Any]:
 def benchmark(run: Context, group: str, size: str = "paper") -> dict[str, Any]:
     """Run a benchmark file; its record goes to OUT/benchmarks. On the CPU (a rehearsal) always at size tiny."""
     size = "tiny" if run.options.device == "cpu" else size
-    target = ["--bench-size", size, "--bench-device", run.options.device, "--bench-out", str(run.out / "benchmarks")]
+    target = [
+        "--bench-size",
+        size,
+        "--bench-device",
+        run.options.device,
+        "--bench-out",
+        str(run.out / "benchmarks"),
+    ]
     closing_line = run.pytest(f"benchmarks/test_{group}.py", "--benchmark", *target)
     if " passed" not in closing_line:
         raise Skipped(f"nothing ran: {closing_line}")
@@ -145,13 +172,23 @@ def steps_base(run: Context) -> dict[str, Any]:
 
 def speeds(run: Path) -> dict[str, Any]:
     """A run's images a second, by log window and without the first, which holds the warm-up; and its settings."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     windows = [row for row in rows if row["kind"] == "train"]
     if len(windows) < 3:
-        raise RuntimeError(f"only {len(windows)} log lines of training: at least 3 are needed for a time with a spread")
+        raise RuntimeError(
+            f"only {len(windows)} log lines of training: at least 3 are needed for a time with a spread"
+        )
     rates = [row["img_per_s"] for row in windows[1:]]
     return {
-        "img_per_s": {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "windows": len(rates)},
+        "img_per_s": {
+            "median": statistics.median(rates),
+            "min": min(rates),
+            "max": max(rates),
+            "windows": len(rates),
+        },
         "gpu_memory_gib": max(row.get("gpu_memory", 0.0) for row in windows),
         "last": windows[-1],
         "config": (run / "config.toml").read_text(encoding="utf-8"),
@@ -162,10 +199,25 @@ def demo(run: Context) -> dict[str, Any]:
     require("open_clip", "mlxtend", "sklearn")
     folder, steps = run.work / "demo", str(run.options.steps)
     run.dad_fast(
-        *("train", "--preset", "demo", "--device", run.options.device, "--max-steps", steps, "--set", "log_every=2", "-o", str(folder))
+        *(
+            "train",
+            "--preset",
+            "demo",
+            "--device",
+            run.options.device,
+            "--max-steps",
+            steps,
+            "--set",
+            "log_every=2",
+            "-o",
+            str(folder),
+        )
     )
     folders = sorted(path.parent for path in folder.rglob("metrics.jsonl"))
-    return {"steps": run.options.steps, "runs": {str(one.relative_to(folder)): speeds(one) for one in folders}}
+    return {
+        "steps": run.options.steps,
+        "runs": {str(one.relative_to(folder)): speeds(one) for one in folders},
+    }
 
 
 def make_images(folder: Path, side: int = 320) -> None:
@@ -180,7 +232,9 @@ def make_images(folder: Path, side: int = 320) -> None:
             target.mkdir(parents=True)
             for i in range(count):
                 small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-                small.resize((side, side), Image.Resampling.BICUBIC).save(target / f"{i}.jpg", quality=90)
+                small.resize((side, side), Image.Resampling.BICUBIC).save(
+                    target / f"{i}.jpg", quality=90
+                )
 
 
 def vitb16_settings(run: Context) -> list[str]:
@@ -193,31 +247,65 @@ def vitb16_settings(run: Context) -> list[str]:
 
     torch.manual_seed(0)
     work, options, model = run.work, run.options, "vit_base_patch16_224"
-    save_file(timm.create_model(model, num_classes=NUM_CLASSES).state_dict(), work / "teacher.safetensors")
+    save_file(
+        timm.create_model(model, num_classes=NUM_CLASSES).state_dict(), work / "teacher.safetensors"
+    )
     VQGAN(PRESETS["f8-16384"]).save(work / "vqgan.safetensors", seen="nothing: random weights")
     make_images(work / "images")
     return [
-        *("--data-dir", str(work / "images"), "--student", model, "--teacher", f"timm:{model}@{work / 'teacher.safetensors'}"),
-        *("--discretizer", str(work / "vqgan.safetensors"), "--batch-size", str(options.batch_size), "--workers", str(options.workers)),
+        *(
+            "--data-dir",
+            str(work / "images"),
+            "--student",
+            model,
+            "--teacher",
+            f"timm:{model}@{work / 'teacher.safetensors'}",
+        ),
+        *(
+            "--discretizer",
+            str(work / "vqgan.safetensors"),
+            "--batch-size",
+            str(options.batch_size),
+            "--workers",
+            str(options.workers),
+        ),
         *("--epochs", "1000", "--device", options.device),
-        *(["--amp"] if options.device != "cpu" else []),  # 16-bit convolutions take minutes on a CPU
+        *(
+            ["--amp"] if options.device != "cpu" else []
+        ),  # 16-bit convolutions take minutes on a CPU
     ]
 
 
 def vitb16(run: Context) -> dict[str, Any]:
     steps = run.options.steps
-    watched = ("--max-steps", str(steps), "--set", "log_every=2", "--set", "eval.every_epochs=0", "--checkpoint-every-steps", str(steps))
+    watched = (
+        "--max-steps",
+        str(steps),
+        "--set",
+        "log_every=2",
+        "--set",
+        "eval.every_epochs=0",
+        "--checkpoint-every-steps",
+        str(steps),
+    )
     settings = vitb16_settings(run)
     runs = {}
     for method in TIMED_METHODS:
         run.dad_fast("train", "--method", method, *settings, *watched, "-o", str(run.work / method))
         runs[method] = speeds(run.work / method)
     kd, dad = (runs[method]["img_per_s"]["median"] for method in TIMED_METHODS)
-    return {"batch_size": run.options.batch_size, "steps": steps, "runs": runs, "dad_over_kd_time": kd / dad}
+    return {
+        "batch_size": run.options.batch_size,
+        "steps": steps,
+        "runs": runs,
+        "dad_over_kd_time": kd / dad,
+    }
 
 
 def profiled(run: Context, kind: str, *flags: str) -> dict[str, Any]:
-    run.dad_fast("profile", kind, "--method", "dad", *vitb16_settings(run), *flags, "-o", str(run.out / kind))
+    run.dad_fast(
+        "profile", kind, "--method", "dad", *vitb16_settings(run), *flags, "-o", str(run.out / kind)
+    )
     return {"files": sorted(path.name for path in (run.out / kind).iterdir())}
 
 
@@ -233,7 +321,9 @@ def nsys(run: Context) -> dict[str, Any]:
 def ncu(run: Context) -> dict[str, Any]:
     require_tool("ncu")
     found = profiled(run, "ncu", "--launches", "30", "--set", "engine.step_kernels=true")
-    run.call("ncu", "--import", str(run.out / "ncu" / "profile.ncu-rep"), "--page", "details")  # into the log
+    run.call(
+        "ncu", "--import", str(run.out / "ncu" / "profile.ncu-rep"), "--page", "details"
+    )  # into the log
     return found
 
 

@@ -18,7 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import COLUMNS, Record, read_record, shown_columns, table
 
 BLOCK = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end records -->)", re.DOTALL)
-ON_A_CPU = {"", "ms", "ratio", "quartiles", "predicted", "n"}  # rates of a CPU say nothing that a reader needs
+ON_A_CPU = {
+    "",
+    "ms",
+    "ratio",
+    "quartiles",
+    "predicted",
+    "n",
+}  # rates of a CPU say nothing that a reader needs
 
 
 def peak_tflops(record: Record, path: Path) -> float | None:
@@ -27,7 +34,12 @@ def peak_tflops(record: Record, path: Path) -> float | None:
         stages = record if record["group"] == "stages" else read_record(path.parent / "stages.json")
     except ValueError:
         return None
-    rows = [row for comparison in stages["comparisons"] if comparison["name"] == "matrix product" for row in comparison["rows"]]
+    rows = [
+        row
+        for comparison in stages["comparisons"]
+        if comparison["name"] == "matrix product"
+        for row in comparison["rows"]
+    ]
     return rows[0].get("tflops") if rows else None
 
 
@@ -40,9 +52,19 @@ def caption(record: Record, path: Path, label: str) -> str:
     else:
         where = f"{device['name']}, driver {device.get('driver', 'unknown')}"
         state = machine["end"]
-        where += f", {state['sm_mhz']} MHz and {state['power_w']:.0f} W at the end" if {"sm_mhz", "power_w"} <= state.keys() else ""
-    commit = (machine["commit"] or "unknown")[:9] + (" with uncommitted changes" if machine["dirty"] else "")
-    packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "triton", "timm") if name in machine["packages"])
+        where += (
+            f", {state['sm_mhz']} MHz and {state['power_w']:.0f} W at the end"
+            if {"sm_mhz", "power_w"} <= state.keys()
+            else ""
+        )
+    commit = (machine["commit"] or "unknown")[:9] + (
+        " with uncommitted changes" if machine["dirty"] else ""
+    )
+    packages = ", ".join(
+        f"{name} {machine['packages'][name]}"
+        for name in ("torch", "triton", "timm")
+        if name in machine["packages"]
+    )
     others = machine["cpu_share_of_others"]
     busy = f"; other processes took {others:.0%} of the cores' time" if others is not None else ""
     return f"Size {record['size']}, {where}; {packages}; commit {commit}, {record['taken'][:10]}{busy}. Record: [{path.name}]({label})"
@@ -57,7 +79,9 @@ def markdown(record: Record, path: Path, label: str) -> str:
         rows = table(comparison)
         keep = [i for i in shown_columns(rows) if not on_cpu or COLUMNS[i] in ON_A_CPU]
         heads = [COLUMNS[i] or comparison["name"] for i in keep]
-        share = peak is not None and not on_cpu and any("tflops" in row for row in comparison["rows"])
+        share = (
+            peak is not None and not on_cpu and any("tflops" in row for row in comparison["rows"])
+        )
         lines = [[*heads, *(["of a matrix product"] if share else [])]]
         lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
         for cells, row in zip(rows, comparison["rows"], strict=True):
@@ -71,11 +95,18 @@ def markdown(record: Record, path: Path, label: str) -> str:
 
 def renewed(text: str, document: Path) -> str:
     """`text` with every block filled from its record. ValueError, in one line, for a record that cannot be read."""
-    return BLOCK.sub(lambda m: f"{m[1]}\n{markdown(read_record(document.parent / m[2]), document.parent / m[2], m[2])}\n\n{m[3]}", text)
+    return BLOCK.sub(
+        lambda m: (
+            f"{m[1]}\n{markdown(read_record(document.parent / m[2]), document.parent / m[2], m[2])}\n\n{m[3]}"
+        ),
+        text,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("records", nargs="*", type=Path)
     parser.add_argument("--update", type=Path, metavar="FILE.md")
     parser.add_argument("--check", action="store_true")
@@ -89,7 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
             old = given.update.read_text(encoding="utf-8")
             new = renewed(old, given.update)
             if given.check:
-                print(f"{given.update}: {'as its records say' if new == old else 'not as its records say; run --update'}")
+                print(
+                    f"{given.update}: {'as its records say' if new == old else 'not as its records say; run --update'}"
+                )
                 return int(new != old)
             given.update.write_text(new, encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -17,9 +17,15 @@ from benchmarks.record import Record, number, read_record
 
 IMAGENET = 1_281_167  # images
 STAGES = {  # of a step of DAD in the paper's order, and how often it takes each
-    "teacher forward": 2, "teacher forward + input gradient": 1, "attack arithmetic": 1, "encode": 1, "lookup": 1, "decode": 1,
-    "student forward + backward": 2, "optimizer, EMA": 1,
-}  # fmt: skip
+    "teacher forward": 2,
+    "teacher forward + input gradient": 1,
+    "attack arithmetic": 1,
+    "encode": 1,
+    "lookup": 1,
+    "decode": 1,
+    "student forward + backward": 2,
+    "optimizer, EMA": 1,
+}
 PAPER, AUTHORS = "dad, paper's order", "dad, authors' order"
 
 
@@ -34,7 +40,9 @@ class Records:
             except ValueError:
                 continue
             if record["machine"]["device"]["kind"] == "cuda":
-                self.comparisons |= {(record["group"], one["name"]): one for one in record["comparisons"]}
+                self.comparisons |= {
+                    (record["group"], one["name"]): one for one in record["comparisons"]
+                }
 
     def row(self, group: str, comparison: str, name: str) -> Record:
         rows = {row["name"]: row for row in self.comparisons[group, comparison]["rows"]}
@@ -82,26 +90,87 @@ def stored_ratio(name: str) -> Callable[[Records], float]:
 
 TARGETS = [
     Target("dad online, paper's order, ViT-B/16", 5.3, "x", False, step_ratio("batch 256", PAPER)),
-    Target("dad online, authors' order, ViT-B/16", 7.5, "x", False, step_ratio("batch 256", AUTHORS)),
-    Target("dad online, paper's order, ResNet-50", 6.5, "x", False, step_ratio("ResNet-50, batch 256", PAPER)),
-    Target("dad online, authors' order, ResNet-50", 9.0, "x", False, step_ratio("ResNet-50, batch 256", AUTHORS)),
+    Target(
+        "dad online, authors' order, ViT-B/16", 7.5, "x", False, step_ratio("batch 256", AUTHORS)
+    ),
+    Target(
+        "dad online, paper's order, ResNet-50",
+        6.5,
+        "x",
+        False,
+        step_ratio("ResNet-50, batch 256", PAPER),
+    ),
+    Target(
+        "dad online, authors' order, ResNet-50",
+        9.0,
+        "x",
+        False,
+        step_ratio("ResNet-50, batch 256", AUTHORS),
+    ),
     Target("step in graphs / sum of its stages, batch 256", 1.02, "x", False, over_stages),
-    Target("graphs against none, batch 32", 1.5, "x", True, lambda f: graphed(32, "")(f) / graphed(32, ", graphs")(f)),
-    Target("stored images, teacher online, per image seen", 1.03, "x", False, lambda f: stored_ratio("dad, stored images")(f) / 2),
-    Target("stored images and outputs", 0.90, "x", False, stored_ratio("dad, stored images and outputs")),
+    Target(
+        "graphs against none, batch 32",
+        1.5,
+        "x",
+        True,
+        lambda f: graphed(32, "")(f) / graphed(32, ", graphs")(f),
+    ),
+    Target(
+        "stored images, teacher online, per image seen",
+        1.03,
+        "x",
+        False,
+        lambda f: stored_ratio("dad, stored images")(f) / 2,
+    ),
+    Target(
+        "stored images and outputs",
+        0.90,
+        "x",
+        False,
+        stored_ratio("dad, stored images and outputs"),
+    ),
     Target("stored codes decoded on the GPU", 3.5, "x", False, stored_ratio("dad, stored codes")),
     Target(
-        "ImageNet-1k's adversarial images, paper's order", 35, "min", False,
-        lambda f: IMAGENET / f.row("stored", f.stored(), "filling: adversarial images")["per_second"] / 60,
+        "ImageNet-1k's adversarial images, paper's order",
+        35,
+        "min",
+        False,
+        lambda f: (
+            IMAGENET / f.row("stored", f.stored(), "filling: adversarial images")["per_second"] / 60
+        ),
     ),
     Target("teacher ViT-L/14, forward", 3280, "img/s", True, stage_rate("teacher forward")),
-    Target("teacher ViT-L/14, forward + input gradient", 1485, "img/s", True, stage_rate("teacher forward + input gradient")),
+    Target(
+        "teacher ViT-L/14, forward + input gradient",
+        1485,
+        "img/s",
+        True,
+        stage_rate("teacher forward + input gradient"),
+    ),
     Target("VQGAN f8, encode", 2430, "img/s", True, stage_rate("encode")),
     Target("VQGAN f8, decode", 1400, "img/s", True, stage_rate("decode")),
-    Target("student ViT-B/16, forward + backward", 4440, "img/s", True, stage_rate("student forward + backward")),
-    Target("codebook lookup, 256 images", 0.25, "ms", False, lambda f: f.ms("stages", "batch 256", "lookup")),
-    Target("AdamW and EMA, ViT-B/16", 0.85, "ms", False, lambda f: f.ms("stages", "batch 256", "optimizer, EMA")),
-]  # fmt: skip
+    Target(
+        "student ViT-B/16, forward + backward",
+        4440,
+        "img/s",
+        True,
+        stage_rate("student forward + backward"),
+    ),
+    Target(
+        "codebook lookup, 256 images",
+        0.25,
+        "ms",
+        False,
+        lambda f: f.ms("stages", "batch 256", "lookup"),
+    ),
+    Target(
+        "AdamW and EMA, ViT-B/16",
+        0.85,
+        "ms",
+        False,
+        lambda f: f.ms("stages", "batch 256", "optimizer, EMA"),
+    ),
+]
 
 
 def targets(folder: Path) -> list[str]:
@@ -126,4 +195,8 @@ def targets(folder: Path) -> list[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    print("\n".join(targets(Path(sys.argv[1])) or [f"no record of size paper from a GPU in {sys.argv[1]}"]))
+    print(
+        "\n".join(
+            targets(Path(sys.argv[1])) or [f"no record of size paper from a GPU in {sys.argv[1]}"]
+        )
+    )

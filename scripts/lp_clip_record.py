@@ -37,7 +37,17 @@ CORRUPTED = ["gaussian_noise:3", "defocus_blur:3", "contrast:3", "invert"]
 SETTINGS = {
     "seen": ["--preset", "lp-clip-demo", *SHORT, *CORRUPTED],
     "blind": ["--preset", "lp-clip-demo", "--teacher", "BLIND", *SHORT, *CORRUPTED],
-    "unlabelled": ["--preset", "lp-clip-demo", "--teacher", "BLIND", "--train-split", "optdigits-train", "--epochs", "78", *SHORT],
+    "unlabelled": [
+        "--preset",
+        "lp-clip-demo",
+        "--teacher",
+        "BLIND",
+        "--train-split",
+        "optdigits-train",
+        "--epochs",
+        "78",
+        *SHORT,
+    ],
     "sweep": ["--preset", "lp-clip-sweep", "--teacher", "BLIND", *SHORT],
 }
 
@@ -46,14 +56,26 @@ def train(name: str, blind: str, seeds: int, work: Path) -> dict[str, Any]:
     """One comparison, or what is left of it, as the record holds it."""
     out = work / name
     arguments = ["train", *SETTINGS[name], "--seeds", str(seeds)]
-    code = dad_fast([*(blind if word == "BLIND" else word for word in arguments), "--resume", "auto", "-o", str(out)])
+    code = dad_fast(
+        [
+            *(blind if word == "BLIND" else word for word in arguments),
+            "--resume",
+            "auto",
+            "-o",
+            str(out),
+        ]
+    )
     if code:
         raise SystemExit(code)
     runs = json.loads((out / "results.json").read_text())["runs"]
     return {
-        "command": " ".join(["dad-fast", *(Path(blind).name if word == "BLIND" else word for word in arguments)]),
+        "command": " ".join(
+            ["dad-fast", *(Path(blind).name if word == "BLIND" else word for word in arguments)]
+        ),
         "teacher_seen": runs[0]["teacher"]["seen"],
-        "zero_shot": {suite: _kept(result) for suite, result in runs[0]["teacher"]["suites"].items()},
+        "zero_shot": {
+            suite: _kept(result) for suite, result in runs[0]["teacher"]["suites"].items()
+        },
         "runs": [
             {"variant": run["variant"], "seed": run["seed"], "seconds": run["seconds"]}
             | {"suites": {suite: _kept(result) for suite, result in run["suites"].items()}}
@@ -69,7 +91,13 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
 def check(name: str, seeds: int, work: Path) -> dict[str, Any]:
     """The checks of the ensemble of a comparison's runs by the whole method."""
     out = work / f"{name}-checks.json"
-    code = probe_checks.main([*(str(work / name / "lp-clip" / f"seed-{seed}") for seed in range(seeds)), "--json", str(out)])
+    code = probe_checks.main(
+        [
+            *(str(work / name / "lp-clip" / f"seed-{seed}") for seed in range(seeds)),
+            "--json",
+            str(out),
+        ]
+    )
     if code:
         raise SystemExit(code)
     record = json.loads(out.read_text())
@@ -81,14 +109,47 @@ def tables(record: dict[str, Any]) -> str:
     for name, found in record["settings"].items():
         zero_shot, suites = found["zero_shot"], list(found["zero_shot"])
         variants = list(dict.fromkeys(run["variant"] for run in found["runs"]))
-        lines += [f"### {name}", "", f"`{found['command']}`", "", "| top-1 % | " + " | ".join(suites) + " |"]
-        lines += ["|---" + "|---:" * len(suites) + "|", _row("zero-shot", [f"{zero_shot[suite]['top1']:.1f}" for suite in suites])]
-        lines += [_row(variant, [_accuracy(found, variant, suite) for suite in suites]) for variant in variants]
-        lines += ["", "| ECE % / NLL / Brier | " + " | ".join(suites) + " |", "|---" + "|---:" * len(suites) + "|"]
-        plain = [" / ".join(f"{zero_shot[suite][metric]:.{digits}f}" for metric, digits in CALIBRATION.items()) for suite in suites]
-        lines += [_row("zero-shot", plain), *(_row(variant, [_calibration(found, variant, s) for s in suites]) for variant in variants), ""]
+        lines += [
+            f"### {name}",
+            "",
+            f"`{found['command']}`",
+            "",
+            "| top-1 % | " + " | ".join(suites) + " |",
+        ]
+        lines += [
+            "|---" + "|---:" * len(suites) + "|",
+            _row("zero-shot", [f"{zero_shot[suite]['top1']:.1f}" for suite in suites]),
+        ]
+        lines += [
+            _row(variant, [_accuracy(found, variant, suite) for suite in suites])
+            for variant in variants
+        ]
+        lines += [
+            "",
+            "| ECE % / NLL / Brier | " + " | ".join(suites) + " |",
+            "|---" + "|---:" * len(suites) + "|",
+        ]
+        plain = [
+            " / ".join(
+                f"{zero_shot[suite][metric]:.{digits}f}" for metric, digits in CALIBRATION.items()
+            )
+            for suite in suites
+        ]
+        lines += [
+            _row("zero-shot", plain),
+            *(
+                _row(variant, [_calibration(found, variant, s) for s in suites])
+                for variant in variants
+            ),
+            "",
+        ]
     for name, checks in record["checks"].items():
-        lines += [f"### {name}: checks of {checks['probes']} probes", "", probe_checks.markdown(checks), ""]
+        lines += [
+            f"### {name}: checks of {checks['probes']} probes",
+            "",
+            probe_checks.markdown(checks),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -119,10 +180,22 @@ def _calibration(found: dict[str, Any], variant: str, suite: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blind", help="weights of the teacher that saw MNIST alone")
-    parser.add_argument("--seeds", type=int, default=3, help="of each setting; the sweep, which has many cells, takes two at most")
-    parser.add_argument("--work", type=Path, default=Path("runs/lp-clip-record"), help="folder of the runs, for --resume auto")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        help="of each setting; the sweep, which has many cells, takes two at most",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/lp-clip-record"),
+        help="folder of the runs, for --resume auto",
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/lp-clip.json"))
     parser.add_argument("--table", action="store_true", help="print the tables of the record")
     args = parser.parse_args()
@@ -134,7 +207,11 @@ def main() -> None:
     seeds = {name: min(args.seeds, 2) if name == "sweep" else args.seeds for name in SETTINGS}
     settings = {name: train(name, args.blind, seeds[name], args.work) for name in SETTINGS}
     checks = {name: check(name, args.seeds, args.work) for name in ("seen", "blind", "unlabelled")}
-    facts = {"blind_sha256": sha256_file(args.blind), "seeds": args.seeds, "environment": environment()}
+    facts = {
+        "blind_sha256": sha256_file(args.blind),
+        "seeds": args.seeds,
+        "environment": environment(),
+    }
     record = {**facts, "settings": settings, "checks": checks}
     atomic_write_json(args.output, record)
     print(tables(json.loads(args.output.read_text())))

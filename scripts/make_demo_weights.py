@@ -60,8 +60,19 @@ CLIP_CONFIG: dict[str, Any] = {
     },
     "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-MAX_LOGIT_SCALE = math.log(20.0)  # sharper adds nothing with ten classes, and flattens what a student can learn from
-VQGAN_CONFIG = VQGANConfig(ch=8, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), z_channels=4, embed_dim=4, n_embed=256, norm_groups=4)
+MAX_LOGIT_SCALE = math.log(
+    20.0
+)  # sharper adds nothing with ten classes, and flattens what a student can learn from
+VQGAN_CONFIG = VQGANConfig(
+    ch=8,
+    ch_mult=(1, 2, 4),
+    num_res_blocks=1,
+    attn_levels=(),
+    z_channels=4,
+    embed_dim=4,
+    n_embed=256,
+    norm_groups=4,
+)
 COMMITMENT = 0.25
 BATCH = 128
 
@@ -69,8 +80,15 @@ BATCH = 128
 def load(split: str) -> tuple[Tensor, Tensor]:
     """Pixels float32 [N, 3, 28, 28] in [0, 1] and labels [N]."""
     source = EmbeddedSource(split)
-    images = torch.stack([torch.frombuffer(bytearray(source.read(i).tobytes()), dtype=torch.uint8) for i in range(len(source))])
-    return images.view(-1, 28, 28, 3).permute(0, 3, 1, 2).float().div(255.0), torch.from_numpy(source.labels)
+    images = torch.stack(
+        [
+            torch.frombuffer(bytearray(source.read(i).tobytes()), dtype=torch.uint8)
+            for i in range(len(source))
+        ]
+    )
+    return images.view(-1, 28, 28, 3).permute(0, 3, 1, 2).float().div(255.0), torch.from_numpy(
+        source.labels
+    )
 
 
 # --- what the two may see ---------------------------------------------------------------------------------------------------
@@ -94,16 +112,24 @@ def move(x: Tensor) -> Tensor:
     cos, sin = angle.cos() * scale, angle.sin() * scale
     dx, dy = uniform(count, -0.22, 0.22).flatten(), uniform(count, -0.22, 0.22).flatten()
     matrix = torch.stack((cos, shear - sin, dx, sin, cos * stretch, dy), dim=1).view(count, 2, 3)
-    return F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), align_corners=False)
+    return F.grid_sample(
+        x, F.affine_grid(matrix, list(x.shape), align_corners=False), align_corners=False
+    )
 
 
 def blur(x: Tensor) -> Tensor:
     """A Gaussian of 0.4 to 2.2 pixels, one for each image."""
     offsets = torch.arange(-4.0, 5.0)
-    kernel = torch.softmax(-(offsets**2) / (2 * uniform(len(x), 0.4, 2.2).view(-1, 1) ** 2), dim=1)  # [B, 9]
+    kernel = torch.softmax(
+        -(offsets**2) / (2 * uniform(len(x), 0.4, 2.2).view(-1, 1) ** 2), dim=1
+    )  # [B, 9]
     x = x.transpose(0, 1)  # images as channels: one grouped convolution with a kernel for each
-    x = F.conv2d(F.pad(x, (4, 4, 0, 0), mode="replicate"), kernel[:, None, None, :], groups=x.shape[1])
-    x = F.conv2d(F.pad(x, (0, 0, 4, 4), mode="replicate"), kernel[:, None, :, None], groups=x.shape[1])
+    x = F.conv2d(
+        F.pad(x, (4, 4, 0, 0), mode="replicate"), kernel[:, None, None, :], groups=x.shape[1]
+    )
+    x = F.conv2d(
+        F.pad(x, (0, 0, 4, 4), mode="replicate"), kernel[:, None, :, None], groups=x.shape[1]
+    )
     return x.transpose(0, 1)
 
 
@@ -122,13 +148,20 @@ def corrupt(x: Tensor) -> Tensor:
 
 
 def fit(
-    name: str, model: nn.Module, sets: list[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor, float], Tensor], epochs: int, lr: float
+    name: str,
+    model: nn.Module,
+    sets: list[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor, float], Tensor],
+    epochs: int,
+    lr: float,
 ) -> None:
     """AdamW with one cycle over all sets together; `loss` gets images, labels and the share of the training that is done."""
     pixels, labels = (torch.cat(parts) for parts in zip(*sets, strict=True))
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embedding" in n]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=lr)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=lr
+    )
     steps = len(pixels) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     start = time.monotonic()
@@ -143,14 +176,21 @@ def fit(
             optimizer.step()
             schedule.step()
             total += value.item()
-        print(f"{name}: epoch {epoch + 1:3d}/{epochs}  loss {total / steps:.4f}  {time.monotonic() - start:5.0f} s", flush=True)
+        print(
+            f"{name}: epoch {epoch + 1:3d}/{epochs}  loss {total / steps:.4f}  {time.monotonic() - start:5.0f} s",
+            flush=True,
+        )
     model.eval()
 
 
-def train_teacher(sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int) -> nn.Module:
+def train_teacher(
+    sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int
+) -> nn.Module:
     clip = open_clip.CLIP(**CLIP_CONFIG)
     tokenizer = open_clip.SimpleTokenizer(context_length=CLIP_CONFIG["text_cfg"]["context_length"])
-    prompts = torch.stack([tokenizer([template.format(name) for name in NAMES]) for template in TEMPLATES])  # [templates, 10, 20]
+    prompts = torch.stack(
+        [tokenizer([template.format(name) for name in NAMES]) for template in TEMPLATES]
+    )  # [templates, 10, 20]
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
 
     def loss(pixels: Tensor, labels: Tensor, done: float) -> Tensor:
@@ -161,14 +201,18 @@ def train_teacher(sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor],
         return F.cross_entropy(clip.logit_scale.exp() * image @ text.T, labels)
 
     fit("teacher", clip, sets, loss, epochs, lr=4e-3)
-    with torch.no_grad():  # rows of tokens that no prompt has are noise as they were drawn: zeros say so, and compress
+    with (
+        torch.no_grad()
+    ):  # rows of tokens that no prompt has are noise as they were drawn: zeros say so, and compress
         unused = torch.ones(len(clip.token_embedding.weight), dtype=torch.bool)
         unused[prompts.unique()] = False
         clip.token_embedding.weight[unused] = 0.0
     return clip
 
 
-def train_discretizer(sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int) -> VQGAN:
+def train_discretizer(
+    sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int
+) -> VQGAN:
     vqgan = VQGAN(VQGAN_CONFIG)
     # Steps since each entry was last chosen; at the first step all are dead, and so begin at latents.
     unused = torch.full((VQGAN_CONFIG.n_embed,), 1_000_000)
@@ -189,7 +233,12 @@ def train_discretizer(sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tens
         # Straight through: the decoder's gradient reaches the encoder as if there were no rounding. The decoder is not clamped here.
         decoded = vqgan.decoder(vqgan.post_quant_conv(z + (q - z).detach()))
         error = decoded - (2.0 * x - 1.0)
-        return error.abs().mean() + error.square().mean() + F.mse_loss(q, z.detach()) + COMMITMENT * F.mse_loss(z, q.detach())
+        return (
+            error.abs().mean()
+            + error.square().mean()
+            + F.mse_loss(q, z.detach())
+            + COMMITMENT * F.mse_loss(z, q.detach())
+        )
 
     fit("discretizer", vqgan, sets, loss, epochs, lr=4e-3)
     return vqgan
@@ -198,19 +247,46 @@ def train_discretizer(sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tens
 # --- files ------------------------------------------------------------------------------------------------------------------
 
 
-def make_teacher(path: Path, sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int, seen: str) -> None:
+def make_teacher(
+    path: Path,
+    sets: list[tuple[Tensor, Tensor]],
+    augment: Callable[[Tensor], Tensor],
+    epochs: int,
+    seen: str,
+) -> None:
     clip = train_teacher(sets, augment, epochs).half()
-    described = {"kind": "open_clip", "model_cfg": CLIP_CONFIG, "mean": MEAN, "std": STD, "templates": TEMPLATES, "seen": seen}
+    described = {
+        "kind": "open_clip",
+        "model_cfg": CLIP_CONFIG,
+        "mean": MEAN,
+        "std": STD,
+        "templates": TEMPLATES,
+        "seen": seen,
+    }
     write_safetensors(path, clip.state_dict(), {TEACHER: json.dumps(described)})
     # EvalSet as a run loads it, on what it has not seen.
-    teacher = load_teacher(TeacherConfig(name=str(path)), EmbeddedSource("val").classes, PrecisionConfig(), torch.device("cpu"))
+    teacher = load_teacher(
+        TeacherConfig(name=str(path)),
+        EmbeddedSource("val").classes,
+        PrecisionConfig(),
+        torch.device("cpu"),
+    )
     for split in ("val", "test", "optdigits"):
         pixels, labels = load(split)
-        clean, corrupted = accuracy(teacher, pixels, labels), accuracy(teacher, corrupt(pixels), labels)
+        clean, corrupted = (
+            accuracy(teacher, pixels, labels),
+            accuracy(teacher, corrupt(pixels), labels),
+        )
         print(f"teacher: {split:10s} {clean:5.1f} %   corrupted {corrupted:5.1f} %")
 
 
-def make_discretizer(path: Path, sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int, seen: str) -> None:
+def make_discretizer(
+    path: Path,
+    sets: list[tuple[Tensor, Tensor]],
+    augment: Callable[[Tensor], Tensor],
+    epochs: int,
+    seen: str,
+) -> None:
     train_discretizer(sets, augment, epochs).half().save(path, seen)
     discretizer = load_discretizer(str(path), PrecisionConfig(), torch.device("cpu"))
     for split in ("val", "optdigits"):
@@ -218,7 +294,9 @@ def make_discretizer(path: Path, sets: list[tuple[Tensor, Tensor]], augment: Cal
         images, codes = discretizer(pixels)
         assert codes is not None, "a VQGAN has codes"
         error = (images - pixels).square().mean().sqrt()
-        print(f"discretizer: {split:10s} rms error {error:.4f}   {len(codes.unique())} of {VQGAN_CONFIG.n_embed} codes in use")
+        print(
+            f"discretizer: {split:10s} rms error {error:.4f}   {len(codes.unique())} of {VQGAN_CONFIG.n_embed} codes in use"
+        )
 
 
 @torch.no_grad()
@@ -228,15 +306,25 @@ def accuracy(model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
-    parser.add_argument("--see", default=",".join(SIGHTS), help="what both are trained on (default: %(default)s)")
+    parser.add_argument(
+        "--see", default=",".join(SIGHTS), help="what both are trained on (default: %(default)s)"
+    )
     parser.add_argument("--teacher-epochs", type=int, default=60)
     parser.add_argument("--discretizer-epochs", type=int, default=14)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--teacher-only", action="store_true")
     only.add_argument("--discretizer-only", action="store_true")
-    parser.add_argument("-o", "--output", type=Path, default=ASSETS, help="folder for the files (default: dad_fast/assets)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=ASSETS,
+        help="folder for the files (default: dad_fast/assets)",
+    )
     args = parser.parse_args()
     see = args.see.split(",")
     if unknown := set(see) - set(SIGHTS):
@@ -246,17 +334,32 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     sets = [load(split) for name, split in SPLITS.items() if name in see]
-    wording = {"mnist": "digits of MNIST's training split", "optdigits": "digits of optdigits that are in no judged split"}
-    seen = ", ".join(f"{len(load(SPLITS[name])[1]):,} {wording[name]}" for name in SPLITS if name in see)
+    wording = {
+        "mnist": "digits of MNIST's training split",
+        "optdigits": "digits of optdigits that are in no judged split",
+    }
+    seen = ", ".join(
+        f"{len(load(SPLITS[name])[1]):,} {wording[name]}" for name in SPLITS if name in see
+    )
     seen += "; rotated, scaled, sheared, shifted"
-    seen += "; blur, contrast, inversion, Gaussian noise" if "corruptions" in see else "; no corruptions"
+    seen += (
+        "; blur, contrast, inversion, Gaussian noise"
+        if "corruptions" in see
+        else "; no corruptions"
+    )
     augment = (lambda x: corrupt(move(x))) if "corruptions" in see else move
     if not args.discretizer_only:
         torch.manual_seed(args.seed)
-        make_teacher(args.output / "digits-clip.safetensors", sets, augment, args.teacher_epochs, seen)
+        make_teacher(
+            args.output / "digits-clip.safetensors", sets, augment, args.teacher_epochs, seen
+        )
     if not args.teacher_only:
-        torch.manual_seed(args.seed)  # again, so that each file is the same whether made alone or not
-        make_discretizer(args.output / "digits-vqgan.safetensors", sets, augment, args.discretizer_epochs, seen)
+        torch.manual_seed(
+            args.seed
+        )  # again, so that each file is the same whether made alone or not
+        make_discretizer(
+            args.output / "digits-vqgan.safetensors", sets, augment, args.discretizer_epochs, seen
+        )
 
 
 if __name__ == "__main__":

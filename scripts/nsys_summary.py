@@ -18,7 +18,9 @@ from dad_fast.tools.profile.timeline import as_text, read_timeline, summarize
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--top", type=int, default=10, help="how many kernels to list [10]")
@@ -29,7 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nsys_summary: {error}", file=sys.stderr)
         return error.exit_code
     if given.json:
-        print(json.dumps(dataclasses.asdict(summary) | {"gaps": [gap._asdict() for gap in summary.gaps]}, indent=1))
+        print(
+            json.dumps(
+                dataclasses.asdict(summary) | {"gaps": [gap._asdict() for gap in summary.gaps]},
+                indent=1,
+            )
+        )
     else:
         print(as_text(summary, given.top))
     return 0

@@ -24,9 +24,14 @@ STYLE = """
 def main(page: str, picture: str) -> None:
     from playwright.sync_api import sync_playwright
 
-    browsers = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))
+    browsers = (
+        shutil.which(name)
+        for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    )
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=next(filter(None, browsers), None), args=["--no-sandbox"])
+        browser = started.chromium.launch(
+            executable_path=next(filter(None, browsers), None), args=["--no-sandbox"]
+        )
         shown = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme="light")
         shown.goto(Path(page).resolve().as_uri())
         shown.add_style_tag(content=STYLE)

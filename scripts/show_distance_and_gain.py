@@ -13,7 +13,11 @@ import numpy as np
 from dad_fast.files import atomic_write_text
 from dad_fast.tools.analyze.measure import TITLES
 
-SPACES = {"teacher": "teacher's features", "student": "features of a student trained without", "pixels": "pixels"}
+SPACES = {
+    "teacher": "teacher's features",
+    "student": "features of a student trained without",
+    "pixels": "pixels",
+}
 MEASURES = {"sw2_squared_corrected": "SW2²", "mmd2": "MMD²"}
 MARKS = "<!-- results -->\n", "<!-- end of results -->\n"
 
@@ -23,22 +27,48 @@ def plot(record: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "distance and gain", "svg.fonttype": "none", "font.size": 9}
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "distance and gain",
+        "svg.fonttype": "none",
+        "font.size": 9,
+    }
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(SPACES), figsize=(11, 4), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(SPACES), figsize=(11, 4), sharey=True, layout="constrained"
+    )
     for axis, (space, label) in zip(axes, SPACES.items(), strict=True):
-        for name, color in zip(list(TITLES)[1:], ("#4477aa", "#228833", "#ccbb44", "#ee6677"), strict=True):
+        for name, color in zip(
+            list(TITLES)[1:], ("#4477aa", "#228833", "#ccbb44", "#ee6677"), strict=True
+        ):
             points = []
             for suite in record["top1"]["none"]:
                 sets = record["distances"][space][suite]
-                nearer = sets[name]["sw2_squared_corrected"]["value"] - sets["clean"]["sw2_squared_corrected"]["value"]
-                points.append((1000 * nearer, np.mean(record["top1"][name][suite]) - np.mean(record["top1"]["clean"][suite])))
-            axis.scatter(*zip(*points, strict=True), s=16, color=color, label=TITLES[name], alpha=0.8, linewidths=0)
+                nearer = (
+                    sets[name]["sw2_squared_corrected"]["value"]
+                    - sets["clean"]["sw2_squared_corrected"]["value"]
+                )
+                points.append(
+                    (
+                        1000 * nearer,
+                        np.mean(record["top1"][name][suite])
+                        - np.mean(record["top1"]["clean"][suite]),
+                    )
+                )
+            axis.scatter(
+                *zip(*points, strict=True),
+                s=16,
+                color=color,
+                label=TITLES[name],
+                alpha=0.8,
+                linewidths=0,
+            )
         axis.axhline(0, color="#888888", linewidth=0.8)
         axis.axvline(0, color="#888888", linewidth=0.8)
         axis.set_title(label, fontsize=9)
-    axes[1].set_xlabel("squared SW2 to the test set, corrected, x 1000, less that of clean images (left is nearer)")
+    axes[1].set_xlabel(
+        "squared SW2 to the test set, corrected, x 1000, less that of clean images (left is nearer)"
+    )
     axes[0].set_ylabel("top-1 gained, in points, less what\nclean images as the second set gain")
     axes[0].legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
@@ -46,7 +76,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 def tables(record: dict[str, Any]) -> str:
     """What docs/analyze.md shows: the relation, gains and distances."""
-    lines = ["| space | distance | test sets | mean rank correlation | 95 % interval | p | pooled |", "|---|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| space | distance | test sets | mean rank correlation | 95 % interval | p | pooled |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
     for space, title in SPACES.items():
         for measure, label in MEASURES.items():
             for which, one in record["relation"][space][measure].items():
@@ -56,20 +89,45 @@ def tables(record: dict[str, Any]) -> str:
                 lines.append(f"| {title} | {label} | {tests} | {numbers} |")
     top1, sets, suites = record["top1"], list(TITLES), list(record["top1"]["none"])
     titles = [TITLES[name] for name in sets]
-    lines += ["", "| top-1 gained | without | " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(sets) + 1)]
+    lines += [
+        "",
+        "| top-1 gained | without | " + " | ".join(titles) + " |",
+        "|---|" + "---:|" * (len(sets) + 1),
+    ]
     for suite in suites:
         gains = [np.subtract(top1[name][suite], top1["none"][suite]) for name in sets]
         most = max(gain.mean() for gain in gains)
         cells = [f"{gain.mean():+.1f} ± {gain.std(ddof=1):.1f}" for gain in gains]
-        cells = [f"**{cell}**" if gain.mean() == most else cell for cell, gain in zip(cells, gains, strict=True)]
-        lines.append(f"| {suite} | {np.mean(top1['none'][suite]):.1f} | " + " | ".join(cells) + " |")
+        cells = [
+            f"**{cell}**" if gain.mean() == most else cell
+            for cell, gain in zip(cells, gains, strict=True)
+        ]
+        lines.append(
+            f"| {suite} | {np.mean(top1['none'][suite]):.1f} | " + " | ".join(cells) + " |"
+        )
     lines += ["", "<details><summary>Distances</summary>"]
     for space, title in SPACES.items():
-        of_suites = {suite: [record["distances"][space][suite][name]["sw2_squared_corrected"] for name in sets] for suite in suites}
-        halves = {suite: [(one["interval"][1] - one["interval"][0]) / 2 for one in found] for suite, found in of_suites.items()}
-        power = 1 - math.floor(math.log10(max(one["value"] for found in of_suites.values() for one in found)))
-        digits = max(1, 1 - power - math.floor(math.log10(np.median(list(halves.values())))))  # two of the usual interval
-        lines += ["", f"| SW2² x 1e{power}: {title} | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(sets)]
+        of_suites = {
+            suite: [
+                record["distances"][space][suite][name]["sw2_squared_corrected"] for name in sets
+            ]
+            for suite in suites
+        }
+        halves = {
+            suite: [(one["interval"][1] - one["interval"][0]) / 2 for one in found]
+            for suite, found in of_suites.items()
+        }
+        power = 1 - math.floor(
+            math.log10(max(one["value"] for found in of_suites.values() for one in found))
+        )
+        digits = max(
+            1, 1 - power - math.floor(math.log10(np.median(list(halves.values()))))
+        )  # two of the usual interval
+        lines += [
+            "",
+            f"| SW2² x 1e{power}: {title} | " + " | ".join(titles) + " |",
+            "|---|" + "---:|" * len(sets),
+        ]
         for suite, found in of_suites.items():
             least = min(one["value"] for one in found)
             cells = []

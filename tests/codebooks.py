@@ -36,7 +36,7 @@ def dead(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def exact_hits(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    z, e = normal(n, k, d)
+    _z, e = normal(n, k, d)
     return e[torch.arange(n) % k].clone(), e
 
 
@@ -64,13 +64,17 @@ def tiny(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 def mixed_scales(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     z, e = normal(n, k, d)
-    return z * 10.0 ** torch.linspace(-30, 30, n)[:, None], e * 10.0 ** torch.linspace(-30, 30, k)[:, None]
+    return z * 10.0 ** torch.linspace(-30, 30, n)[:, None], e * 10.0 ** torch.linspace(-30, 30, k)[
+        :, None
+    ]
 
 
 def sphere(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     """Every code is as near to the origin as any other."""
     z, e = normal(n, k, d)
-    return torch.where((torch.arange(n) % 2 == 0)[:, None], z, 1e-3 * z), e / e.norm(dim=1, keepdim=True)
+    return torch.where((torch.arange(n) % 2 == 0)[:, None], z, 1e-3 * z), e / e.norm(
+        dim=1, keepdim=True
+    )
 
 
 def outside(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
@@ -81,11 +85,26 @@ def outside(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 def midway(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     """Latents on the bisectors of pairs of codes, as nearly as fp32 has them."""
-    z, e = normal(n, k, d)
+    _z, e = normal(n, k, d)
     return (e[torch.arange(n) % k] + e[(3 * torch.arange(n) + 1) % k]) / 2, e
 
 
-DATA = [normal, clustered, off_centre, duplicated, dead, exact_hits, integers, far_away, huge, tiny, mixed_scales, sphere, outside, midway]
+DATA = [
+    normal,
+    clustered,
+    off_centre,
+    duplicated,
+    dead,
+    exact_hits,
+    integers,
+    far_away,
+    huge,
+    tiny,
+    mixed_scales,
+    sphere,
+    outside,
+    midway,
+]
 
 
 def grid_codes(z: Tensor, grid: Tensor, instruction_set: int = 0) -> Tensor:

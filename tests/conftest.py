@@ -13,11 +13,17 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: several workers would fight over the cores
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch is imported: several workers would fight over the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleeps, and leaves its core to other processes
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # a thread that waits sleeps, and leaves its core to other processes
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(prefix="dad-fast-tests-")  # one per process; child processes inherit it
+os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(
+    prefix="dad-fast-tests-"
+)  # one per process; child processes inherit it
 atexit.register(shutil.rmtree, os.environ["DAD_FAST_CACHE"], ignore_errors=True)
 
 try:
@@ -25,14 +31,25 @@ try:
 except ImportError:  # a bare checkout: those tests skip themselves
     pass
 else:
-    settings.register_profile("dad-fast", deadline=None, derandomize=True, max_examples=25, database=None)
+    settings.register_profile(
+        "dad-fast", deadline=None, derandomize=True, max_examples=25, database=None
+    )
     settings.load_profile("dad-fast")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fault-cycles", type=int, default=2, help="how often each command is killed at a random moment (tests/faults)")
+    parser.addoption(
+        "--fault-cycles",
+        type=int,
+        default=2,
+        help="how often each command is killed at a random moment (tests/faults)",
+    )
     parser.addoption("--fault-record", default="", help="JSON file for what those kills came to")
-    parser.addoption("--check-skips", action="store_true", help="table of skips; fail on a reason that is not in tests/allowed_skips.toml")
+    parser.addoption(
+        "--check-skips",
+        action="store_true",
+        help="table of skips; fail on a reason that is not in tests/allowed_skips.toml",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,17 +61,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (  # first: with pytest-xdist, nobody then waits at the end for the one that has such a test
-    "test_triton_search.py", "test_interpreted_kernels.py", "test_kernel_report.py", "faults/", "test_resume.py", "test_ablate_command.py",
-    "test_precompute.py", "test_train_command.py", "test_distributed",
-)  # fmt: skip
+    "test_triton_search.py",
+    "test_interpreted_kernels.py",
+    "test_kernel_report.py",
+    "faults/",
+    "test_resume.py",
+    "test_ablate_command.py",
+    "test_precompute.py",
+    "test_train_command.py",
+    "test_distributed",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
+    items.sort(
+        key=lambda item: next(
+            (i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)
+        )
+    )
     if os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:
             if item.get_closest_marker("interpreter"):
-                item.add_marker(pytest.mark.skip(reason="needs Triton's interpreter: TRITON_INTERPRET=1"))
+                item.add_marker(
+                    pytest.mark.skip(reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+                )
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -84,7 +114,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _gpu_still_answers(request: pytest.FixtureRequest) -> Iterator[None]:
     """After a kernel's illegal access every call of its process fails: the tests that follow get another process, or none."""
     yield
-    if request.node.get_closest_marker("gpu") is None or not sys.modules["torch"].cuda.is_available():
+    if (
+        request.node.get_closest_marker("gpu") is None
+        or not sys.modules["torch"].cuda.is_available()
+    ):
         return
     try:
         sys.modules["torch"].cuda.synchronize()

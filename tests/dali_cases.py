@@ -14,14 +14,16 @@ from PIL import Image
 pytest.importorskip("nvidia.dali")
 torch = pytest.importorskip("torch")
 
-from dad_fast.config.schema import AugmentConfig  # noqa: E402
-from dad_fast.data.augment.execute import execute  # noqa: E402
-from dad_fast.data.augment.records import Record  # noqa: E402
-from dad_fast.data.classes import ClassMap  # noqa: E402
-from dad_fast.data.sources.decode import read_rgb  # noqa: E402
+from dad_fast.config.schema import AugmentConfig
+from dad_fast.data.augment.execute import execute
+from dad_fast.data.augment.records import Record
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.decode import read_rgb
 
 CENTER = AugmentConfig(crop="center", hflip=0.0, color_jitter=0.0)
-FULL = AugmentConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, mixup_prob=0.9, vflip=0.2)
+FULL = AugmentConfig(
+    aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, mixup_prob=0.9, vflip=0.2
+)
 
 
 def jpeg(image, **options):
@@ -38,7 +40,10 @@ def photos():
     y, x = np.mgrid[0:300, 0:400]
     made = np.stack([x * 255 // 399, y * 255 // 299, (x // 16 + y // 16) % 2 * 255], axis=-1)
     made[:, 200:, 2] = np.random.RandomState(0).randint(0, 256, (300, 200))
-    return [*((folder / name).read_bytes() for name in ("china.jpg", "flower.jpg")), jpeg(Image.fromarray(made.astype(np.uint8)))]
+    return [
+        *((folder / name).read_bytes() for name in ("china.jpg", "flower.jpg")),
+        jpeg(Image.fromarray(made.astype(np.uint8))),
+    ]
 
 
 class Files:
@@ -73,7 +78,9 @@ class Files:
 
 
 def record_of(image, img_size, **changes):
-    record = Record(0, 0, image.size, img_size, (0, 0, *image.size), "bicubic", False, False, (), None)
+    record = Record(
+        0, 0, image.size, img_size, (0, 0, *image.size), "bicubic", False, False, (), None
+    )
     return dataclasses.replace(record, **changes)
 
 
@@ -84,7 +91,11 @@ def by_dali(files, records, device="cpu"):
     from dad_fast.data.loaders.steps import Batch, TrainSteps
 
     num_ops = max(len(record.ops) for record in records)
-    aug = AugmentConfig(aa=f"rand-m9-n{num_ops}", reprob=1.0, color_jitter=0.0) if num_ops else AugmentConfig(reprob=1.0, color_jitter=0.0)
+    aug = (
+        AugmentConfig(aa=f"rand-m9-n{num_ops}", reprob=1.0, color_jitter=0.0)
+        if num_ops
+        else AugmentConfig(reprob=1.0, color_jitter=0.0)
+    )
     steps = TrainSteps(Files(files), aug, records[0].img_size, len(files), 0, 0, 1)
     numbers = arguments(records, num_ops)
     nothing = torch.zeros(len(files), dtype=torch.int64)
@@ -110,7 +121,9 @@ def decoded(data):
 
 
 def by_pil(files, records):
-    return np.stack([execute(record, decoded(data)) for record, data in zip(records, files, strict=True)])
+    return np.stack(
+        [execute(record, decoded(data)) for record, data in zip(records, files, strict=True)]
+    )
 
 
 def errors(files, records, device="cpu"):

@@ -18,7 +18,11 @@ OBJECTNET = {
     "backpack": ("Backpack", "backpack, back pack, knapsack, packsack, rucksack, haversack", [414]),
     "banana": ("Banana", "banana", [954]),
     "coffee_french_press": ("Coffee/French press", "espresso maker", [550]),
-    "pen": ("Pen", "ballpoint, ballpoint pen, ballpen, Biro; quill, quill pen; fountain pen", [418, 749, 563]),
+    "pen": (
+        "Pen",
+        "ballpoint, ballpoint pen, ballpen, Biro; quill, quill pen; fountain pen",
+        [418, 749, 563],
+    ),
 }
 
 
@@ -35,10 +39,14 @@ def write_image(path: Path, number: int, noise: int = 0, side: int = 8, border: 
     pixels[..., 0] = 255 if border else 0  # ObjectNet's red line
     inner = slice(border, side + border)
     pixels[inner, inner] = (number // 32 * 8, number % 32 * 8, noise)
-    Image.fromarray(pixels).save(path, "PNG")  # by its content, whatever its name; JPEG would smear the colours
+    Image.fromarray(pixels).save(
+        path, "PNG"
+    )  # by its content, whatever its name; JPEG would smear the colours
 
 
-def write_classes(root: Path, folders: dict[str, int], each: int = 1, suffix: str = ".JPEG", **options) -> Path:
+def write_classes(
+    root: Path, folders: dict[str, int], each: int = 1, suffix: str = ".JPEG", **options
+) -> Path:
     """root/FOLDER/i.JPEG, all of a folder with its number's colour."""
     for folder, number in folders.items():
         for i in range(each):
@@ -49,13 +57,22 @@ def write_classes(root: Path, folders: dict[str, int], each: int = 1, suffix: st
 def write_objectnet(root: Path, each: int = 2) -> Path:
     """images/ with more classes than ImageNet has, mappings/, and the red line around each image."""
     write_classes(
-        root / "images", {name: ids[i % len(ids)] for i, (name, (_, _, ids)) in enumerate(OBJECTNET.items())}, each, ".png", border=2
+        root / "images",
+        {name: ids[i % len(ids)] for i, (name, (_, _, ids)) in enumerate(OBJECTNET.items())},
+        each,
+        ".png",
+        border=2,
     )
     write_classes(root / "images", {"figurine": 1, "chess_piece": 2}, 1, ".png", border=2)
     (root / "mappings").mkdir()
-    labels = {folder: label for folder, (label, _, _) in OBJECTNET.items()} | {"figurine": "Figurine", "chess_piece": "Chess piece"}
+    labels = {folder: label for folder, (label, _, _) in OBJECTNET.items()} | {
+        "figurine": "Figurine",
+        "chess_piece": "Chess piece",
+    }
     (root / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps(labels))
-    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps({label: text for label, text, _ in OBJECTNET.values()}))
+    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(
+        json.dumps({label: text for label, text, _ in OBJECTNET.values()})
+    )
     return root
 
 
@@ -68,9 +85,16 @@ def colour_number(pixels: Tensor) -> Tensor:
 class Reader(torch.nn.Module):
     """Says the class that an image's colour names, and prefers another output to it: `offset` beyond it, by `margin`."""
 
-    def __init__(self, num_classes: int = 1000, offset: int = 0, margin: float = 0.0, image_size: int = 8) -> None:
+    def __init__(
+        self, num_classes: int = 1000, offset: int = 0, margin: float = 0.0, image_size: int = 8
+    ) -> None:
         super().__init__()
-        self.num_classes, self.offset, self.margin, self.image_size = num_classes, offset, margin, image_size
+        self.num_classes, self.offset, self.margin, self.image_size = (
+            num_classes,
+            offset,
+            margin,
+            image_size,
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         number = colour_number(pixels).clamp(max=self.num_classes - 1)

@@ -13,11 +13,29 @@ import pytest
 def run_interpreted(*files: str) -> None:
     """Run the files' tests marked `interpreter` under Triton's interpreter. Skips where this Triton's interpreter cannot run."""
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
-    if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip(f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, not {numpy.__version__}")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "interpreter", *files]
+    if triton.__version__.startswith("3.6.") and tuple(
+        map(int, numpy.__version__.split(".")[:2])
+    ) >= (2, 4):
+        pytest.skip(
+            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, not {numpy.__version__}"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "interpreter",
+        *files,
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     passed = [line for line in done.stdout.splitlines() if " PASSED" in line]
     for file in files:

@@ -17,7 +17,10 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 def assert_as_exact(found: Tensor, plain: Tensor, exact: Tensor, ulps: float = 4) -> None:
     """Twice the error of plain torch in the same dtype on this machine, and a few units in the last place."""
-    ours, allowed = error(found, exact), 2 * error(plain, exact) + ulps * torch.finfo(plain.dtype).eps
+    ours, allowed = (
+        error(found, exact),
+        2 * error(plain, exact) + ulps * torch.finfo(plain.dtype).eps,
+    )
     assert ours <= allowed, f"error {ours:.2e}, allowed {allowed:.2e}"
 
 

@@ -9,16 +9,30 @@ from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
 from dad_fast.models.teacher import load_teacher
 
-STRONG = ["augment.aa=rand-m9-n2-mstd0.5", "augment.reprob=0.5", "augment.remode=const", "augment.scale=[0.5,1.0]"]
+STRONG = [
+    "augment.aa=rand-m9-n2-mstd0.5",
+    "augment.reprob=0.5",
+    "augment.remode=const",
+    "augment.scale=[0.5,1.0]",
+]
 PLAIN = ["augment.crop=center", "augment.hflip=0", "augment.color_jitter=0"]
 
 
 def config(parts, *more, views=STRONG):
     fixed = [
-        f"data.data_dir={parts / 'data'}", f"teacher.name={parts / 'teacher.safetensors'}", "method=lp-clip", "data.batch_size=8",
-        "data.workers=0", "schedule.epochs=4", "schedule.warmup_epochs=0", "optim.lr=0.05", "augment.smoothing=0", "device=cpu",
-        "eval.every_epochs=0", "log_every=3",
-    ]  # fmt: skip
+        f"data.data_dir={parts / 'data'}",
+        f"teacher.name={parts / 'teacher.safetensors'}",
+        "method=lp-clip",
+        "data.batch_size=8",
+        "data.workers=0",
+        "schedule.epochs=4",
+        "schedule.warmup_epochs=0",
+        "optim.lr=0.05",
+        "augment.smoothing=0",
+        "device=cpu",
+        "eval.every_epochs=0",
+        "log_every=3",
+    ]
     return resolve(None, None, [*fixed, *views, *more], {})
 
 
@@ -38,12 +52,36 @@ def trained(cfg, folder, resume="", builder=BUILDER, change=None):
 
 def arguments(parts, out, *more):
     given = [
-        "train", "--method", "lp-clip", "--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors"), "-o", str(out),
-        "--batch-size", "8", "--workers", "0", "--epochs", "2", "--warmup-epochs", "0", "--lr", "0.05", "--device", "cpu",
-    ]  # fmt: skip
+        "train",
+        "--method",
+        "lp-clip",
+        "--data-dir",
+        str(parts / "data"),
+        "--teacher",
+        str(parts / "teacher.safetensors"),
+        "-o",
+        str(out),
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0",
+        "--lr",
+        "0.05",
+        "--device",
+        "cpu",
+    ]
     return [*given, *map(str, more)]
 
 
 def teacher_of(parts, file="teacher.safetensors", head=""):
     classes = open_source(str(parts / "data"), "train").classes
-    return load_teacher(TeacherConfig(name=str(parts / file), head=str(head)), classes, PrecisionConfig(), torch.device("cpu"))
+    return load_teacher(
+        TeacherConfig(name=str(parts / file), head=str(head)),
+        classes,
+        PrecisionConfig(),
+        torch.device("cpu"),
+    )

@@ -27,7 +27,11 @@ rank, world = d.rank(), d.world()
 
 
 def environment(**more):
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | {k: str(v) for k, v in more.items()}
+    return (
+        os.environ
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        | {k: str(v) for k, v in more.items()}
+    )
 
 
 @contextmanager
@@ -43,7 +47,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | warm.Process | None = None) -> None:
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[str] | warm.Process | None = None
+) -> None:
     """Wait for `condition`. AssertionError after HANG seconds, or with the stderr of `process` when that ends first."""
     deadline = time.monotonic() + HANG
     while not condition():
@@ -52,7 +58,9 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] |
         time.sleep(0.02)
 
 
-def run_together(nproc: int, folder: Path, code: str, prepare: str = PREPARE) -> list[tuple[int, str, str]]:
+def run_together(
+    nproc: int, folder: Path, code: str, prepare: str = PREPARE
+) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each of `nproc` processes that run `code` after `prepare`."""
     return run_script(nproc, folder, ["-c", textwrap.dedent(prepare) + textwrap.dedent(code)])
 
@@ -61,7 +69,12 @@ def run_script(nproc: int, folder: Path, arguments: list[str]) -> list[tuple[int
     """The same for `python ARGUMENTS`; one process is one that knows of no others."""
     processes = []
     for rank in range(nproc):
-        identity = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "DAD_FAST_RENDEZVOUS": folder / f"rendezvous-{nproc}"}
+        identity = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": nproc,
+            "DAD_FAST_RENDEZVOUS": folder / f"rendezvous-{nproc}",
+        }
         env = environment(**identity) if nproc > 1 else environment()
         processes.append(warm.start([sys.executable, *arguments], env=env))
     try:

@@ -31,7 +31,10 @@ def write_tar(path, members, **options):
 
 
 def sample(key, label, value=None):
-    return [(f"{key}.jpg", picture(10 * label if value is None else value)), (f"{key}.cls", str(label).encode())]
+    return [
+        (f"{key}.jpg", picture(10 * label if value is None else value)),
+        (f"{key}.cls", str(label).encode()),
+    ]
 
 
 def write_shards(folder, num=3, per_shard=4, name="train-{:06d}.tar"):
@@ -43,5 +46,7 @@ def write_shards(folder, num=3, per_shard=4, name="train-{:06d}.tar"):
 
 def one_shard(tmp_path, members, **options):
     """A source of one shard that holds two good samples and `members`."""
-    path = write_tar(tmp_path / "one.tar", [*sample("good0", 0), *sample("good1", 1), *members], **options)
+    path = write_tar(
+        tmp_path / "one.tar", [*sample("good0", 0), *sample("good1", 1), *members], **options
+    )
     return TarSource(path.parent, [path.name], max_bad_share=0.6)

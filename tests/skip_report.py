@@ -54,8 +54,14 @@ def load_patterns(path: Path) -> list[re.Pattern[str]]:
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["skip"]
     for entry in entries:
         if not {"reason", "why"} <= entry.keys() <= {"reason", "why", "when"}:
-            raise pytest.UsageError(f"{path.name}: an entry has reason, why and perhaps when, not {', '.join(entry)}")
-    return [re.compile(entry["reason"]) for entry in entries if "when" not in entry or Marker(entry["when"]).evaluate()]
+            raise pytest.UsageError(
+                f"{path.name}: an entry has reason, why and perhaps when, not {', '.join(entry)}"
+            )
+    return [
+        re.compile(entry["reason"])
+        for entry in entries
+        if "when" not in entry or Marker(entry["when"]).evaluate()
+    ]
 
 
 def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:

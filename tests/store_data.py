@@ -39,7 +39,16 @@ def make_manifest(**changes: Any) -> Manifest:
 
 
 def make_targets(**changes: Any) -> Manifest:
-    return make_manifest(**{"kind": "targets", "code_bits": 0, "code_grid": (), "images": "none", "image_size": (), **changes})
+    return make_manifest(
+        **{
+            "kind": "targets",
+            "code_bits": 0,
+            "code_grid": (),
+            "images": "none",
+            "image_size": (),
+            **changes,
+        }
+    )
 
 
 def key(row: int) -> str:
@@ -61,7 +70,10 @@ def content(manifest: Manifest, view: int) -> dict[str, np.ndarray]:
 
 
 def records(manifest: Manifest, block: Block) -> Records:
-    part = {name: values[block.start : block.stop] for name, values in content(manifest, block.view).items()}
+    part = {
+        name: values[block.start : block.stop]
+        for name, values in content(manifest, block.view).items()
+    }
     if not manifest.code_bits:
         del part["codes"], part["changed"]
     if manifest.images == "none":

@@ -22,10 +22,20 @@ PARTIAL = EvalConfig(allow_partial=True)
 
 
 def judge(
-    name: str, model: torch.nn.Module | None = None, classes: ClassMap | None = None, options: EvalConfig = PARTIAL, **more
+    name: str,
+    model: torch.nn.Module | None = None,
+    classes: ClassMap | None = None,
+    options: EvalConfig = PARTIAL,
+    **more,
 ) -> Result:
     suite = open_suites([name], DataConfig(data_dir="."), classes or imagenet_classes(), options)[0]
-    settings = {"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear", "batch_size": 64, "workers": 0} | more
+    settings = {
+        "img_size": 8,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "batch_size": 64,
+        "workers": 0,
+    } | more
     return evaluate(model or Reader(), suite.source, name=suite.name, device=CPU, **settings)
 
 
@@ -38,7 +48,12 @@ def shuffled_map(chosen: list[str], seed: int = 0, names: bool = False) -> Class
     of = imagenet_classes()
     order = np.random.default_rng(seed).permutation(len(chosen))
     text = [of.names[of.folders.index(chosen[i])] for i in order]
-    return ClassMap(tuple((k, text[k].replace(" ", "_") if names else chosen[i], text[k]) for k, i in enumerate(order)))
+    return ClassMap(
+        tuple(
+            (k, text[k].replace(" ", "_") if names else chosen[i], text[k])
+            for k, i in enumerate(order)
+        )
+    )
 
 
 class OfMap(torch.nn.Module):
@@ -52,4 +67,9 @@ class OfMap(torch.nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         full = Reader()(pixels)
-        return torch.nn.functional.one_hot(self.output[full.argmax(1)], self.size + 1)[:, : self.size].float() * 5
+        return (
+            torch.nn.functional.one_hot(self.output[full.argmax(1)], self.size + 1)[
+                :, : self.size
+            ].float()
+            * 5
+        )

@@ -5,18 +5,20 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
-from timm.data import ImageNetInfo  # noqa: E402
+from timm.data import ImageNetInfo
 
-from dad_fast.config.schema import PrecisionConfig, TeacherConfig  # noqa: E402
-from dad_fast.data.classes import ClassMap  # noqa: E402
-from dad_fast.models.teacher import load_teacher  # noqa: E402
+from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.models.teacher import load_teacher
 
 CPU, FLOAT32 = torch.device("cpu"), PrecisionConfig()
 WNIDS = ImageNetInfo().label_names()
 
 
 def class_map(*folders):
-    return ClassMap(tuple((i, folder, folder.replace("_", " ")) for i, folder in enumerate(folders)))
+    return ClassMap(
+        tuple((i, folder, folder.replace("_", " ")) for i, folder in enumerate(folders))
+    )
 
 
 ANIMALS = class_map("ant", "queen_bee", "cat")

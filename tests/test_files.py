@@ -26,7 +26,9 @@ def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: 
     subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".a.json.") and left.name.endswith(".tmp")
-    handle, another = files._begin(path)  # its own is being written at this moment; the dead one's goes
+    handle, another = files._begin(
+        path
+    )  # its own is being written at this moment; the dead one's goes
     files.atomic_write_text(tmp_path / "other.json", "beside it")
     assert {one.name for one in tmp_path.iterdir()} == {Path(another).name, "other.json"}
     files.atomic_write_text(path, "whole")
@@ -37,7 +39,9 @@ def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: 
 
 
 @pytest.mark.parametrize("call", ["mkstemp", "fsync", "replace"])
-def test_an_error_names_the_file_and_not_its_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_an_error_names_the_file_and_not_its_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     def fail(*arguments: object, **more: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "/some/temporary")
 
@@ -57,7 +61,10 @@ def test_what_a_killed_export_left_comes_back_or_goes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model").write_text(name)
     with pytest.raises(RuntimeError), _new_folder(target) as folder:
-        assert (target / "model").read_text() == ".e.0123abcd.old" and set(tmp_path.iterdir()) == {target, folder}
+        assert (target / "model").read_text() == ".e.0123abcd.old" and set(tmp_path.iterdir()) == {
+            target,
+            folder,
+        }
         with _new_folder(target) as another:  # two at a time leave each other alone
             (another / "model").write_text("new")
         assert folder.is_dir()

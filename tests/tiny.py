@@ -9,15 +9,42 @@ TOWERS = {
     "vision_cfg": {"image_size": SIDE, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
 }
-STUDENT = ["--student", "resnet18", "--set", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "--img-size", str(SIDE)]
+STUDENT = [
+    "--student",
+    "resnet18",
+    "--set",
+    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+    "--img-size",
+    str(SIDE),
+]
 
 
-def train_arguments(parts: Path, out: Path, *more: object, discretizer: str = "jpeg:60", verb: str = "train") -> list[str]:
+def train_arguments(
+    parts: Path, out: Path, *more: object, discretizer: str = "jpeg:60", verb: str = "train"
+) -> list[str]:
     """Two steps on `parts`; of a flag that `more` repeats the last one counts."""
     given = [
-        verb, "--data-dir", parts / "data", *STUDENT, "--teacher", parts / "teacher.safetensors", "--discretizer", discretizer,
-        "-o", out, "--batch-size", "8", "--workers", "0", "--max-steps", "2", "--epochs", "2", "--warmup-epochs", "0",
-    ]  # fmt: skip
+        verb,
+        "--data-dir",
+        parts / "data",
+        *STUDENT,
+        "--teacher",
+        parts / "teacher.safetensors",
+        "--discretizer",
+        discretizer,
+        "-o",
+        out,
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+        "--max-steps",
+        "2",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0",
+    ]
     return [str(item) for item in (*given, *more)]
 
 
@@ -29,8 +56,17 @@ def write_teacher(path: Path, seed: int = 0) -> Path:
 
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(seed)
-    described = {"kind": "open_clip", "model_cfg": TOWERS, "mean": [0.5] * 3, "std": [0.5] * 3, "templates": ["a {}"], "seen": "nothing"}
-    save_file(open_clip.CLIP(**TOWERS).state_dict(), path, {"dad_fast.teacher": json.dumps(described)})
+    described = {
+        "kind": "open_clip",
+        "model_cfg": TOWERS,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "templates": ["a {}"],
+        "seen": "nothing",
+    }
+    save_file(
+        open_clip.CLIP(**TOWERS).state_dict(), path, {"dad_fast.teacher": json.dumps(described)}
+    )
     return path
 
 
@@ -41,7 +77,17 @@ def write_vqgan(path: Path, seed: int = 0) -> Path:
     from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 
     torch.manual_seed(seed)
-    vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_levels=(2,), z_channels=4, embed_dim=4, n_embed=64))
+    vqgan = VQGAN(
+        VQGANConfig(
+            ch=32,
+            ch_mult=(1, 1, 2),
+            num_res_blocks=1,
+            attn_levels=(2,),
+            z_channels=4,
+            embed_dim=4,
+            n_embed=64,
+        )
+    )
     torch.save({"state_dict": vqgan.state_dict()}, path)
     return path
 

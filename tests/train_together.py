@@ -13,7 +13,14 @@ from dataclasses import replace
 
 import torch
 
-from dad_fast.config.schema import AttackConfig, Config, EmaConfig, EngineConfig, OptimConfig, StudentConfig
+from dad_fast.config.schema import (
+    AttackConfig,
+    Config,
+    EmaConfig,
+    EngineConfig,
+    OptimConfig,
+    StudentConfig,
+)
 from dad_fast.data.loaders.steps import Batch
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
@@ -25,8 +32,13 @@ from dad_fast.models.student import build_student
 
 GLOBAL, CLASSES, SIDE, STEPS = 24, 4, 16, 4
 STUDENTS = {
-    "ln": StudentConfig(name="vit_tiny_patch16_224", model_kwargs={"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}),
-    "bn": StudentConfig(name="resnet18", model_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}),
+    "ln": StudentConfig(
+        name="vit_tiny_patch16_224",
+        model_kwargs={"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    ),
+    "bn": StudentConfig(
+        name="resnet18", model_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+    ),
 }
 
 
@@ -45,7 +57,17 @@ def discretizer(dtype):
     if dtype is torch.float64:
         return load_discretizer("identity", Config().precision, torch.device("cpu"))
     torch.manual_seed(4)
-    vqgan = VQGAN(VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), z_channels=4, embed_dim=4, n_embed=32))
+    vqgan = VQGAN(
+        VQGANConfig(
+            ch=8,
+            ch_mult=(1, 2),
+            num_res_blocks=1,
+            attn_levels=(),
+            z_channels=4,
+            embed_dim=4,
+            n_embed=32,
+        )
+    )
     return VQGANDiscretizer(vqgan.eval().requires_grad_(False), Config().precision)
 
 
@@ -53,11 +75,16 @@ def global_batch(step):
     g = torch.Generator().manual_seed(step)
     return Batch(
         images=torch.randint(0, 256, (GLOBAL, 3, SIDE, SIDE), generator=g, dtype=torch.uint8),
-        labels=torch.randint(0, CLASSES, (GLOBAL,), generator=g), samples=torch.arange(GLOBAL), seeds=torch.arange(GLOBAL) * 977 + step,
+        labels=torch.randint(0, CLASSES, (GLOBAL,), generator=g),
+        samples=torch.arange(GLOBAL),
+        seeds=torch.arange(GLOBAL) * 977 + step,
         mix_kind=torch.randint(0, 2, (GLOBAL // 2,), generator=g).repeat_interleave(2),
         mix_lam=torch.rand(GLOBAL // 2, generator=g).repeat_interleave(2),
-        mix_box=torch.zeros(GLOBAL, 4, dtype=torch.int64), epoch=0, step=step, replaced=(),
-    )  # fmt: skip
+        mix_box=torch.zeros(GLOBAL, 4, dtype=torch.int64),
+        epoch=0,
+        step=step,
+        replaced=(),
+    )
 
 
 def poisoned(batch):
@@ -69,15 +96,26 @@ def poisoned(batch):
 
 def stretch(batch, rank, world):
     size = GLOBAL // world
-    return replace(batch, **{k: v[rank * size : (rank + 1) * size] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)})
+    return replace(
+        batch,
+        **{
+            k: v[rank * size : (rank + 1) * size]
+            for k, v in vars(batch).items()
+            if isinstance(v, torch.Tensor)
+        },
+    )
 
 
 def train(method, student, parts, dtype, bad_step=-1):
     dtype = getattr(torch, dtype)
     cfg = Config(
-        method=method, student=STUDENTS[student], attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
-        engine=EngineConfig(grad_accum_steps=parts), ema=EmaConfig(model_ema=True), optim=OptimConfig(clip_grad=0.5),
-    )  # fmt: skip
+        method=method,
+        student=STUDENTS[student],
+        attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
+        engine=EngineConfig(grad_accum_steps=parts),
+        ema=EmaConfig(model_ema=True),
+        optim=OptimConfig(clip_grad=0.5),
+    )
     torch.manual_seed(0)
     model = build_student(cfg.student, CLASSES, SIDE).to(dtype)
     update = Update(model, cfg, torch.device("cpu"))
@@ -89,8 +127,16 @@ def train(method, student, parts, dtype, bad_step=-1):
         assert bool(scalars["applied"]) == (number != bad_step)
         losses.append(sum(distributed.all_gather_json(scalars["loss"].item())) / world)
     found = hashlib.sha256()
-    moments = [value for entry in update.optimizer.state_dict()["state"].values() for value in entry.values()]
-    for tensor in [*model.state_dict().values(), *update.ema.module.state_dict().values(), *moments]:
+    moments = [
+        value
+        for entry in update.optimizer.state_dict()["state"].values()
+        for value in entry.values()
+    ]
+    for tensor in [
+        *model.state_dict().values(),
+        *update.ema.module.state_dict().values(),
+        *moments,
+    ]:
         found.update(tensor.numpy().tobytes())
     return losses, found.hexdigest()
 

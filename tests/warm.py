@@ -21,16 +21,26 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
-    "torch", "timm", "open_clip", "sklearn.linear_model", "mlxtend.data", "dad_fast.cli", "dad_fast.commands.train",
-    "dad_fast.commands.precompute", "dad_fast.engine.distributed", "dad_fast.observe.report",
-)  # fmt: skip
+    "torch",
+    "timm",
+    "open_clip",
+    "sklearn.linear_model",
+    "mlxtend.data",
+    "dad_fast.cli.main",
+    "dad_fast.sweep.train",
+    "dad_fast.precompute.run",
+    "dad_fast.distributed.process_group",
+    "dad_fast.report.page",
+)
 _servers: dict[str, socket.socket] = {}
 
 
 class Process:
     """What tests use of subprocess.Popen. stdout and stderr are files, read when it has ended."""
 
-    def __init__(self, args: list[str], server: socket.socket, env: dict[str, str], cwd: str, session: bool):
+    def __init__(
+        self, args: list[str], server: socket.socket, env: dict[str, str], cwd: str, session: bool
+    ):
         self.args, self.returncode = args, None
         self._said: list[IO[bytes]] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
         self._status, theirs = os.pipe()
@@ -89,15 +99,21 @@ def start(
     start_new_session: bool = False,
     preload: str = "",
 ) -> Process:
-    assert command[0] == sys.executable and (command[1] in ("-c", "-m") or command[1].endswith(".py")), command
+    assert command[0] == sys.executable and (
+        command[1] in ("-c", "-m") or command[1].endswith(".py")
+    ), command
     environment = {str(k): str(v) for k, v in (os.environ if env is None else env).items()}
     environment["OMP_NUM_THREADS"] = "1"
     if preload not in _servers:
         _servers[preload] = _start_server(preload)
-    return Process(command, _servers[preload], environment, str(cwd or Path.cwd()), start_new_session)
+    return Process(
+        command, _servers[preload], environment, str(cwd or Path.cwd()), start_new_session
+    )
 
 
-def run(command: list[str], timeout: float | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], timeout: float | None = None, **more: Any
+) -> subprocess.CompletedProcess[str]:
     process = start(command, **more)
     try:
         said = process.communicate(timeout)

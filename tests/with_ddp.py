@@ -14,14 +14,27 @@ from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.models.student import build_student
-from tests.train_together import CLASSES, SIDE, STEPS, STUDENTS, LinearTeacher, discretizer, global_batch, stretch
+from tests.train_together import (
+    CLASSES,
+    SIDE,
+    STEPS,
+    STUDENTS,
+    LinearTeacher,
+    discretizer,
+    global_batch,
+    stretch,
+)
 
 ONE_TENSOR, EXACT = (lambda step: step), torch.float64
 
 
 def train(method, wrapped):
     """[loss over the global batch, norm of each gradient, some of its values] for each step."""
-    cfg = Config(method=method, student=STUDENTS["ln"], attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2))
+    cfg = Config(
+        method=method,
+        student=STUDENTS["ln"],
+        attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
+    )
     torch.manual_seed(0)
     model = build_student(cfg.student, CLASSES, SIDE).to(EXACT)
     update = Update(model, cfg, torch.device("cpu"))
@@ -30,7 +43,11 @@ def train(method, wrapped):
     for number in range(STEPS):
         loss = step(stretch(global_batch(number), rank, world), number, 1e-2)["loss"].item()
         gradients = [p.grad for p in model.parameters()]
-        values = [value for g in gradients for value in (g.norm().item(), *g.flatten()[:: 1 + g.numel() // 8].tolist())]
+        values = [
+            value
+            for g in gradients
+            for value in (g.norm().item(), *g.flatten()[:: 1 + g.numel() // 8].tolist())
+        ]
         found.append([sum(distributed.all_gather_json(loss)) / world, *values])
     return found
 

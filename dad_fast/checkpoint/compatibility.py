@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from dad_fast.engine.trainer import Trainer
 
 CONTENT_COMPARED = ("data.data_dir", "data.class_map", "store.dirs")
-NAME_COMPARED = ("teacher.name", "teacher.head", "discretizer.name")  # and the content; the name may say what the file does not
+NAME_COMPARED = (
+    "teacher.name",
+    "teacher.head",
+    "discretizer.name",
+)  # and the content; the name may say what the file does not
 
 
 def identity(run: Trainer) -> dict[str, Any]:
@@ -34,7 +38,9 @@ def identity(run: Trainer) -> dict[str, Any]:
         "classes": parts.train.classes.to_json(),
         "data": {"train": parts.train.fingerprint, "val": parts.val.fingerprint},
         "stores": parts.stored.checksums,
-        "models": {name: {"weights": parts.hashes.get(name), "file": file} for name, file in files.items()},
+        "models": {
+            name: {"weights": parts.hashes.get(name), "file": file} for name, file in files.items()
+        },
         "computed": _computed(parts.device),
         "world": distributed.world(),
         "loader": run.loader.name,
@@ -50,43 +56,71 @@ def changes(run: Trainer, found: Checkpoint) -> list[str]:
     """What the run would go on with although it began with something else."""
     cfg, state, before, now = run.cfg, found.state, config_of(found), identity(run)
     changed = differences(_elsewhere(before, cfg), cfg)
-    if before.data.batch_size != cfg.data.batch_size and run.parts.student.has_batch_stats and not cfg.student.sync_bn:
+    if (
+        before.data.batch_size != cfg.data.batch_size
+        and run.parts.student.has_batch_stats
+        and not cfg.student.sync_bn
+    ):
         sizes = f"{before.data.batch_size} images at a time in each of {state['world']} processes, now {cfg.data.batch_size}"
-        changed.append(f"data.batch_size: batch norm saw {sizes} (--grad-accum-steps can make up for fewer processes)")
+        changed.append(
+            f"data.batch_size: batch norm saw {sizes} (--grad-accum-steps can make up for fewer processes)"
+        )
     if state["classes"] != now["classes"]:
         changed.append(f"the classes ({_first_class(state['classes'], now['classes'])})")
     if state["stores"] != now["stores"]:
-        changed.append(f"the stores {', '.join(cfg.store.dirs) or '(none now)'} are not those that the run began with")
+        changed.append(
+            f"the stores {', '.join(cfg.store.dirs) or '(none now)'} are not those that the run began with"
+        )
     for split, name in (("train", cfg.data.train_split), ("val", cfg.data.val_split)):
         if state["data"][split] != now["data"][split]:
-            changed.append(f"the images in {cfg.data.data_dir} {name} are not those that the run began with")
+            changed.append(
+                f"the images in {cfg.data.data_dir} {name} are not those that the run began with"
+            )
     what = "weights" if state["computed"] == now["computed"] else "file"
     for name, is_now in now["models"].items():
         was = state["models"].get(name, {}).get(what)
         if was and is_now[what] and was != is_now[what]:
-            changed.append(f"the weights of the {name} {get(cfg, f'{name}.name')} are not those that the run began with")
+            changed.append(
+                f"the weights of the {name} {get(cfg, f'{name}.name')} are not those that the run began with"
+            )
     return changed
 
 
 def notes(run: Trainer, found: Checkpoint) -> list[str]:
     """What a run may go on with, and what its user should know all the same."""
     said, was, now = [], found.state["computed"], _computed(run.parts.device)
-    if other := [f"{name} {was.get(name)} → {now[name]}" for name in now if was.get(name) != now[name]]:
-        said.append(f"the run began with another {', another '.join(other)}: from here on it is the straight run's up to rounding")
+    if other := [
+        f"{name} {was.get(name)} → {now[name]}" for name in now if was.get(name) != now[name]
+    ]:
+        said.append(
+            f"the run began with another {', another '.join(other)}: from here on it is the straight run's up to rounding"
+        )
     if found.state["loader"] != run.loader.name:
-        said.append(f"the run began with the loader {found.state['loader']}; the pixels of {run.loader.name} differ slightly")
+        said.append(
+            f"the run began with the loader {found.state['loader']}; the pixels of {run.loader.name} differ slightly"
+        )
     return said
 
 
 def _computed(device: torch.device) -> dict[str, Any]:
     """What the last bits of a result depend on besides the settings."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
-    return {"torch": torch.__version__, "device": name, "number of threads": torch.get_num_threads()}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    )
+    return {
+        "torch": torch.__version__,
+        "device": name,
+        "number of threads": torch.get_num_threads(),
+    }
 
 
 def _elsewhere(before: Config, cfg: Config) -> Config:
     """`before` with the paths of `cfg` where files have only moved, as far as their names can tell."""
-    moved = [path for path in NAME_COMPARED if Path(get(before, path)).name == Path(get(cfg, path)).name]
+    moved = [
+        path for path in NAME_COMPARED if Path(get(before, path)).name == Path(get(cfg, path)).name
+    ]
     return with_values(before, {path: get(cfg, path) for path in (*CONTENT_COMPARED, *moved)})
 
 

@@ -31,7 +31,9 @@ from dad_fast.files import disk_error, sync
 from dad_fast.models.weights.files import sha256_file
 
 FILES, STATE = ("model.safetensors", "train.safetensors"), "state.json"
-FORMAT = 2  # of state.json and the names in train.safetensors; another one's is refused, not guessed at
+FORMAT = (
+    2  # of state.json and the names in train.safetensors; another one's is refused, not guessed at
+)
 
 
 @dataclass
@@ -51,21 +53,36 @@ class CheckpointFolder:
         self._loaded: int | None = None  # the step that the run went on from
         self._best: Path | None = None  # what it went on from, where that was the best then
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], write_model: Callable[[Path], None], best: bool) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        write_model: Callable[[Path], None],
+        best: bool,
+    ) -> Path:
         """Write `step-N`, point `latest` (and `best`) at it, and delete what `keep` no longer covers."""
-        temporary, final, aside = (self.root / name for name in (f".step-{step}.tmp", f"step-{step}", f".step-{step}.old"))
+        temporary, final, aside = (
+            self.root / name for name in (f".step-{step}.tmp", f"step-{step}", f".step-{step}.old")
+        )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write_model(temporary / FILES[0])
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / FILES[1])
-            own = json.loads(json.dumps({**state, "step": step, "best": best, "format": FORMAT}))  # as it will be read
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / FILES[1]
+            )
+            own = json.loads(
+                json.dumps({**state, "step": step, "best": best, "format": FORMAT})
+            )  # as it will be read
             hashes = {name: sha256_file(temporary / name) for name in FILES} | {STATE: _digest(own)}
             (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
             for path in [*temporary.iterdir(), temporary]:
                 sync(path)
-            if final.exists():  # a resumed run saves the same step again: at every moment there is a whole one
+            if (
+                final.exists()
+            ):  # a resumed run saves the same step again: at every moment there is a whole one
                 shutil.rmtree(aside, ignore_errors=True)
                 final.rename(aside)
             temporary.rename(final)
@@ -76,7 +93,9 @@ class CheckpointFolder:
             self._prune(step)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise disk_error(error, final, "go on with --resume auto: the checkpoint before is whole") from error
+            raise disk_error(
+                error, final, "go on with --resume auto: the checkpoint before is whole"
+            ) from error
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -88,7 +107,9 @@ class CheckpointFolder:
         Those of later steps, which the run will not come to in the same way or were damaged, go with the next `save`.
         """
         if path != "auto" and not Path(path).exists():
-            raise DataError(f"--resume {path}: nothing is there; name RUN/checkpoints/step-N, or write --resume auto")
+            raise DataError(
+                f"--resume {path}: nothing is there; name RUN/checkpoints/step-N, or write --resume auto"
+            )
         for aside in self.root.glob(".step-*.old"):  # a process was killed between two renames
             final = self.root / aside.name[1:].removesuffix(".old")
             if not final.exists():
@@ -100,7 +121,10 @@ class CheckpointFolder:
         else:
             found = self._read(Path(path))
         if found is not None:
-            self._loaded, self._best = found.state["step"], found.path if found.state["best"] else None
+            self._loaded, self._best = (
+                found.state["step"],
+                found.path if found.state["best"] else None,
+            )
         return found
 
     def settle(self) -> None:
@@ -123,7 +147,9 @@ class CheckpointFolder:
             else:
                 return found
         if damaged:
-            raise DataError(f"{self.root}: no sound checkpoint is left ({damaged}); start again with --overwrite")
+            raise DataError(
+                f"{self.root}: no sound checkpoint is left ({damaged}); start again with --overwrite"
+            )
         return None
 
     def _read(self, path: Path) -> Checkpoint:
@@ -136,14 +162,26 @@ class CheckpointFolder:
                     raise DataError(f"checkpoint {path} is damaged: {name} is not what was written")
             if state.get("format") != FORMAT:
                 formats = f"format {state.get('format', 1)}, not {FORMAT}"
-                raise DataError(f"checkpoint {path} was written by another version of dad-fast ({formats}): go on with that one")
+                raise DataError(
+                    f"checkpoint {path} was written by another version of dad-fast ({formats}): go on with that one"
+                )
             if type(state["step"]) is not int or state["step"] < 0:
                 raise ValueError("its step is no number of steps")
             if type(state["best"]) is not bool:
                 raise ValueError("it does not say whether it is the best")
             return Checkpoint(path, load_file(path / FILES[1]), state)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            raise DataError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            SafetensorError,
+        ) as error:
+            raise DataError(
+                f"checkpoint {path} cannot be read: {type(error).__name__}: {error}"
+            ) from None
 
     def _link(self, name: str, target: str) -> None:
         temporary = self.root / f".{name}.tmp"
@@ -156,11 +194,17 @@ class CheckpointFolder:
         """What `keep` no longer covers; what a run left there that went another way after the step that this one went on from; what a
         process was writing when it was killed."""
         best = os.path.realpath(self.root / "best")
-        abandoned = [path for path in self._newest_first() if self._loaded is not None and _step(path) > max(self._loaded, saved)]
+        abandoned = [
+            path
+            for path in self._newest_first()
+            if self._loaded is not None and _step(path) > max(self._loaded, saved)
+        ]
         covered = [path for path in self._newest_first() if path not in abandoned][: self.keep]
         for path in self._newest_first():
             if path in abandoned or (path not in covered and os.path.realpath(path) != best):
-                gone = self.root / f".{path.name}.gone"  # at no moment is a part of a checkpoint under its name
+                gone = (
+                    self.root / f".{path.name}.gone"
+                )  # at no moment is a part of a checkpoint under its name
                 shutil.rmtree(gone, ignore_errors=True)
                 path.rename(gone)
         for suffix in ("tmp", "old", "gone"):
@@ -191,7 +235,11 @@ def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         mine: dict[str, Tensor] = {}
         seen = set()
         for name, tensor in group.items():
-            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
+            key = (
+                (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                if tensor.numel()
+                else (id(tensor),)
+            )
             if key not in copies or key in seen:
                 copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
             seen.add(key)
@@ -207,7 +255,9 @@ def generator_tensors(device: torch.device) -> dict[str, Tensor]:
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {
         "generator.python": python,
-        "generator.python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "generator.python_gauss": torch.tensor(
+            [float("nan") if gauss is None else gauss], dtype=torch.float64
+        ),
         "generator.numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
         "generator.numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "generator.torch": torch.get_rng_state(),
@@ -223,7 +273,15 @@ def restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None
     gauss = tensors["generator.python_gauss"].item()
     random.setstate((version, tuple(words), None if gauss != gauss else gauss))
     *keys, position, has_gauss = tensors["generator.numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, tensors["generator.numpy_gauss"].item()))
+    np.random.set_state(
+        (
+            "MT19937",
+            np.array(keys, dtype=np.uint32),
+            position,
+            has_gauss,
+            tensors["generator.numpy_gauss"].item(),
+        )
+    )
     torch.set_rng_state(tensors["generator.torch"])
     if device.type == "cuda" and "generator.device" in tensors:
         torch.cuda.set_rng_state(tensors["generator.device"], device)

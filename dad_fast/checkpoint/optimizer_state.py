@@ -17,12 +17,18 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     """Tensors, which still are the optimizer's own, and JSON that says where each belongs. TypeError for what is neither."""
     tensors: dict[str, Tensor] = {}
     state = optimizer.state_dict()
-    groups = [{k: v.item() if torch.is_tensor(v) else v for k, v in group.items()} for group in state["param_groups"]]
+    groups = [
+        {k: v.item() if torch.is_tensor(v) else v for k, v in group.items()}
+        for group in state["param_groups"]
+    ]
     return tensors, _packed({**state, "param_groups": groups}, "", tensors)
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any], own: Collection[str] = ()
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    saved: dict[str, Any],
+    own: Collection[str] = (),
 ) -> None:
     """The inverse of `flatten_optimizer`, into an optimizer over the same parameters.
 
@@ -34,7 +40,13 @@ def restore_optimizer(
     optimizer.load_state_dict(state)
     for parameter, entry in optimizer.state.items():
         # Files hold contiguous tensors. Fused kernels go through memory, and take a moment in another layout for that of other weights.
-        entry.update({name: _laid_out(value, parameter) for name, value in entry.items() if torch.is_tensor(value)})
+        entry.update(
+            {
+                name: _laid_out(value, parameter)
+                for name, value in entry.items()
+                if torch.is_tensor(value)
+            }
+        )
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
@@ -50,7 +62,12 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[PREFIX + name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _packed(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in value.items()]}
+        return {
+            "dict": [
+                [key, _packed(item, f"{name}.{key}".lstrip("."), tensors)]
+                for key, item in value.items()
+            ]
+        }
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [_packed(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}

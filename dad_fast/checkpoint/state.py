@@ -48,12 +48,17 @@ def run_state(run: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, which still are the run's own, and JSON. All processes call it; the first one's result is for all."""
     update, device = run.update, run.parts.device
     optimizer, optimizer_state = flatten_optimizer(update.optimizer)
-    tensors: dict[str, Tensor] = {f"student.{k}": v for k, v in run.parts.student.state_dict().items()}
+    tensors: dict[str, Tensor] = {
+        f"student.{k}": v for k, v in run.parts.student.state_dict().items()
+    }
     if update.ema is not None:
         tensors |= {f"ema.{k}": v for k, v in update.ema.module.state_dict().items()}
     tensors |= optimizer | {"bad_in_a_row": update.bad_in_a_row, "worst_streak": run.worst_streak}
     for name, own in (generator_tensors(device) | run.meter.tensors()).items():
-        tensors |= {(f"rank{rank}." if rank else "") + name: state for rank, state in enumerate(distributed.gather_to_main(own.cpu()))}
+        tensors |= {
+            (f"rank{rank}." if rank else "") + name: state
+            for rank, state in enumerate(distributed.gather_to_main(own.cpu()))
+        }
     state = {
         **identity(run),
         "config": to_toml(run.cfg),
@@ -81,12 +86,16 @@ def save(run: Trainer, best: bool) -> None:
 
     def write() -> None:
         run.log.sync()  # first: the checkpoint says how long it is
-        run.checkpoints.save(step, tensors, state, lambda path: write_safetensors(path, model, metadata), best)
+        run.checkpoints.save(
+            step, tensors, state, lambda path: write_safetensors(path, model, metadata), best
+        )
 
     run.writer.submit(write)
 
 
-def load_for_all(folder: CheckpointFolder, path: str, say: Callable[[str], None]) -> Checkpoint | None:
+def load_for_all(
+    folder: CheckpointFolder, path: str, say: Callable[[str], None]
+) -> Checkpoint | None:
     """`CheckpointFolder.load` by the first process, for all of them: the others need not see the folder."""
     found: list[Checkpoint | None] = [None]
 
@@ -97,7 +106,11 @@ def load_for_all(folder: CheckpointFolder, path: str, say: Callable[[str], None]
     described = distributed.on_main(load)
     if described is None:
         return None
-    return Checkpoint(Path(described[0]), distributed.broadcast_tensors(found[0].tensors if found[0] else None), described[1])
+    return Checkpoint(
+        Path(described[0]),
+        distributed.broadcast_tensors(found[0].tensors if found[0] else None),
+        described[1],
+    )
 
 
 def restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
@@ -105,23 +118,39 @@ def restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
     is as it was written, but not by such a run."""
     try:
         world = found.state["world"]
-        if type(world) is not int or not (world == 1 or f"rank{world - 1}.generator.torch" in found.tensors):
+        if type(world) is not int or not (
+            world == 1 or f"rank{world - 1}.generator.torch" in found.tensors
+        ):
             raise ValueError("no states of all its processes")
         _restore(run, found, allow_config_change)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         why = " ".join(str(error).split())[:160]
-        raise DataError(f"checkpoint {found.path}: not the state of such a run ({type(error).__name__}: {why}); name another") from None
+        raise DataError(
+            f"checkpoint {found.path}: not the state of such a run ({type(error).__name__}: {why}); name another"
+        ) from None
 
 
 def _restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
     changed, said = changes(run, found), notes(run, found)
     if changed and not allow_config_change:
         what = "; ".join(changed)
-        raise UsageError(f"--resume: not the settings of {found.path}: {what}; restore them, or add --allow-config-change")
+        raise UsageError(
+            f"--resume: not the settings of {found.path}: {what}; restore them, or add --allow-config-change"
+        )
     if changed:
-        said.insert(0, f"going on with other settings than those of {found.path} (--allow-config-change): {'; '.join(changed)}")
+        said.insert(
+            0,
+            f"going on with other settings than those of {found.path} (--allow-config-change): {'; '.join(changed)}",
+        )
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
@@ -135,7 +164,11 @@ def _restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None
     if update.ema is not None:  # an average that begins now begins with the weights as they are
         update.ema.module.load_state_dict(under("ema.") or under("student."))
     said += _restore_optimizer(run, found)
-    update.scaler.load_state_dict(state["scaler"] if update.scaler.is_enabled() == bool(state["scaler"]) else update.scaler.state_dict())
+    update.scaler.load_state_dict(
+        state["scaler"]
+        if update.scaler.is_enabled() == bool(state["scaler"])
+        else update.scaler.state_dict()
+    )
     for name, own in (("bad_in_a_row", update.bad_in_a_row), ("worst_streak", run.worst_streak)):
         own.copy_(found.tensors[name])
     processes = [under(f"rank{rank}.") if rank else found.tensors for rank in range(state["world"])]
@@ -145,7 +178,11 @@ def _restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None
     else:
         seed_generators(run.cfg.seed, state["step"])
     run.meter.restore(processes, device)
-    run.next_step, run.best_top1, run.validation_due = state["step"], state["best_top1"], state["validation_due"]
+    run.next_step, run.best_top1, run.validation_due = (
+        state["step"],
+        state["best_top1"],
+        state["validation_due"],
+    )
     run.clock.total = state["train_seconds"]
     run.loader.replaced[:], run.bad_images = state["bad_images"], set(state["bad_images"])
     run.loader.failed_over = state["failed_over"] if distributed.is_main() else 0
@@ -158,6 +195,14 @@ def _restore_optimizer(run: Trainer, found: Checkpoint) -> list[str]:
     if before.opt != now.opt:
         return [f"{now.opt} begins without a past: the run began with {before.opt}"]
     names = {"weight_decay", "momentum", *before.opt_kwargs, *now.opt_kwargs}
-    old, new = ({"weight_decay": one.weight_decay, "momentum": one.momentum, **one.opt_kwargs} for one in (before, now))
-    restore_optimizer(run.update.optimizer, found.tensors, found.state["optimizer"], {n for n in names if old.get(n) != new.get(n)})
+    old, new = (
+        {"weight_decay": one.weight_decay, "momentum": one.momentum, **one.opt_kwargs}
+        for one in (before, now)
+    )
+    restore_optimizer(
+        run.update.optimizer,
+        found.tensors,
+        found.state["optimizer"],
+        {n for n in names if old.get(n) != new.get(n)},
+    )
     return []

@@ -6,7 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dad_fast.cli.parser import ListAction, Parser, config_parser, read_config, two_columns, wants_help
+from dad_fast.cli.parser import (
+    ListAction,
+    Parser,
+    config_parser,
+    read_config,
+    two_columns,
+    wants_help,
+)
 from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.fields import with_values
 from dad_fast.config.resolve import check
@@ -62,7 +69,12 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def help_text() -> str:
-    lines = [INTRO.rstrip(), "", "axes:", *(two_columns(name, axis.help) for name, axis in AXES.items())]
+    lines = [
+        INTRO.rstrip(),
+        "",
+        "axes:",
+        *(two_columns(name, axis.help) for name, axis in AXES.items()),
+    ]
     lines += ["", "flags:", *(two_columns(*pair) for pair in FLAGS.items())]
     lines += ["", "settings: those of dad-fast train (dad-fast train --help-all)"]
     return "\n".join(lines)
@@ -88,8 +100,12 @@ def _read(given: dict[str, Any], debug: bool) -> tuple[Plan, Launch]:
         cfg = with_values(cfg, {"seeds": SEEDS})
     values = {name: given[_name(axis.flag)] for name, axis in AXES.items() if axis.flag}
     nothing_named = not given["axes"] and not given["vary"] and not any(values.values())
-    plan = make_plan(cfg, [papers_axis(cfg)] if nothing_named else given["axes"], values, given["vary"])
-    base = with_values(plan.config, {"variants": {plan.base: plan.config.variants[plan.base]}, "seeds": 1})
+    plan = make_plan(
+        cfg, [papers_axis(cfg)] if nothing_named else given["axes"], values, given["vary"]
+    )
+    base = with_values(
+        plan.config, {"variants": {plan.base: plan.config.variants[plan.base]}, "seeds": 1}
+    )
     check(base)  # first: what is wrong with it is wrong with every cell
     check(plan.config)
     launch = Launch(
@@ -109,7 +125,9 @@ def _name(flag: str) -> str:
 
 def _resume(text: str) -> str:
     if text not in ("", "auto"):
-        raise UsageError(f"--resume {text}: a sweep resumes with --resume auto, in the folder that --output names")
+        raise UsageError(
+            f"--resume {text}: a sweep resumes with --resume auto, in the folder that --output names"
+        )
     return text
 
 

@@ -37,7 +37,14 @@ FLAGS = {
     "--debug": "show tracebacks",
 }
 SETTINGS = (
-    *("data.data_dir", "eval.suites", "teacher.name", "discretizer.name", "student.init_from", "loss.filter"),
+    *(
+        "data.data_dir",
+        "eval.suites",
+        "teacher.name",
+        "discretizer.name",
+        "student.init_from",
+        "loss.filter",
+    ),
     *("attack.eps", "attack.steps", "augment.img_size", "precision.amp", "device", "seed"),
 )
 SPACES = ("teacher", "student", "pixels")
@@ -56,7 +63,10 @@ def main(arguments: list[str], debug: bool) -> int:
 
 def help_text() -> str:
     lines = [INTRO.rstrip(), "", "flags:", *(two_columns(*pair) for pair in FLAGS.items())]
-    lines += ["", "settings, those of dad-fast train (dad-fast train --help-all lists every one), such as:"]
+    lines += [
+        "",
+        "settings, those of dad-fast train (dad-fast train --help-all lists every one), such as:",
+    ]
     return "\n".join([*lines, *(entry(settings()[path]) for path in SETTINGS)])
 
 
@@ -66,7 +76,9 @@ def parse(arguments: Sequence[str]) -> tuple[Config, AnalyzeLaunch]:
     parser.add_argument("-o", "--output", default="")
     parser.add_argument("--features", default=AnalyzeLaunch.features)
     for flag, least in LEAST.items():
-        parser.add_number(flag, default=getattr(AnalyzeLaunch, flag[2:].replace("-", "_")), least=least)
+        parser.add_number(
+            flag, default=getattr(AnalyzeLaunch, flag[2:].replace("-", "_")), least=least
+        )
     given = vars(parser.parse(arguments))
     folder, file = _run_and_file(given["run"])
     cfg = read_config(given, file)
@@ -74,12 +86,16 @@ def parse(arguments: Sequence[str]) -> tuple[Config, AnalyzeLaunch]:
         inside = next(iter(sorted(folder.glob("*/seed-*"))), folder / "VARIANT" / "seed-0")
         raise UsageError(f"{folder} holds several runs; name one of them, such as {inside}")
     if given["features"] not in SPACES:
-        raise UsageError(f"--features {given['features']}: no such space{nearest(given['features'], SPACES)} (known: {', '.join(SPACES)})")
+        raise UsageError(
+            f"--features {given['features']}: no such space{nearest(given['features'], SPACES)} (known: {', '.join(SPACES)})"
+        )
     output = given["output"] or (str(folder / "analysis") if folder else "")
     if not output:
         raise UsageError("name the folder to write to: -o OUT")
     if not cfg.data.data_dir:
-        raise UsageError("no data: name a run's folder, or add --data-dir (a folder with train/ and val/, or embedded:digits)")
+        raise UsageError(
+            "no data: name a run's folder, or add --data-dir (a folder with train/ and val/, or embedded:digits)"
+        )
     for part, name in (("teacher", cfg.teacher.name), ("discretizer", cfg.discretizer.name)):
         if not name:
             raise UsageError(f"nothing names a {part}: add --{part}")
@@ -95,5 +111,7 @@ def _run_and_file(name: str) -> tuple[Path | None, Path | None]:
     if not path.is_dir():
         return None, path
     if not (path / "config.toml").is_file():
-        raise UsageError(f"{path}: no run (there is no config.toml in it); name a run's folder, or settings with --preset")
+        raise UsageError(
+            f"{path}: no run (there is no config.toml in it); name a run's folder, or settings with --preset"
+        )
     return path, path / "config.toml"

@@ -60,7 +60,12 @@ def parse(arguments: Sequence[str]) -> DoctorOptions:
     options = DoctorOptions(**vars(parser.parse(arguments)))
     if options.data and options.numerics:
         raise UsageError("--data looks at a data set and --numerics at this machine: leave one out")
-    if not options.data and (options.split, options.class_map, options.loader, options.need) != (None, "", "auto", 0.0):
+    if not options.data and (options.split, options.class_map, options.loader, options.need) != (
+        None,
+        "",
+        "auto",
+        0.0,
+    ):
         raise UsageError("--split, --class-map, --loader and --need go with --data DIR")
     if not 0 <= options.need < float("inf"):
         raise UsageError(f"--need {options.need:g}: must be a number of images a second")

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from dad_fast.cli.parser import ListAction, Parser, add_settings, flag_names, two_columns, typed_settings, wants_help
+from dad_fast.cli.parser import (
+    ListAction,
+    Parser,
+    add_settings,
+    flag_names,
+    two_columns,
+    typed_settings,
+    wants_help,
+)
 from dad_fast.config.fields import settings
 from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
@@ -34,8 +42,23 @@ names after --suite:
 """
 
 SETTINGS = (
-    *("data.data_dir", "eval.suites", "teacher.name", "data.batch_size", "data.workers", "device", "data.class_map", "data.val_split"),
-    *("augment.img_size", "augment.crop_pct", "augment.interpolation", "teacher.head", "teacher.templates"),
+    *(
+        "data.data_dir",
+        "eval.suites",
+        "teacher.name",
+        "data.batch_size",
+        "data.workers",
+        "device",
+        "data.class_map",
+        "data.val_split",
+    ),
+    *(
+        "augment.img_size",
+        "augment.crop_pct",
+        "augment.interpolation",
+        "teacher.head",
+        "teacher.templates",
+    ),
     *("eval.allow_partial", "eval.c_preprocessing", "data.loader"),
 )
 TEXTS = {
@@ -74,7 +97,11 @@ def main(arguments: list[str], debug: bool) -> int:
         compare=tuple(given.get("compare", ())),
         ood=tuple(given.get("ood", ())),
         arguments=tuple([*arguments, "--debug"] if debug else arguments),
-        **{name: given[name] for name in ("model", "id_suite", "baselines", "json", "csv", "predictions", "nproc") if name in given},
+        **{
+            name: given[name]
+            for name in ("model", "id_suite", "baselines", "json", "csv", "predictions", "nproc")
+            if name in given
+        },
     )
     if launch.compare and launch.model:
         raise UsageError(f"--compare judges its two models alone: leave {launch.model} out")
@@ -100,6 +127,8 @@ def make_parser() -> Parser:
 def help_text() -> str:
     table = settings()
     lines = [INTRO.rstrip(), "", SUITES.rstrip(), "", "flags:"]
-    lines += [two_columns(flag_names(table[path]), TEXTS.get(path, table[path].help)) for path in SETTINGS]
+    lines += [
+        two_columns(flag_names(table[path]), TEXTS.get(path, table[path].help)) for path in SETTINGS
+    ]
     lines += [two_columns(*pair) for pair in OWN.items()]
     return "\n".join(lines)

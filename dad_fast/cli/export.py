@@ -60,10 +60,16 @@ def parse(arguments: Sequence[str]) -> ExportOptions:
     parser.add_argument("--overwrite", action="store_true", default=False)
     given = parser.parse(arguments)
     if not given.checkpoint:
-        raise UsageError("nothing to export: name a run's folder or a model.safetensors before the flags (see dad-fast export -h)")
+        raise UsageError(
+            "nothing to export: name a run's folder or a model.safetensors before the flags (see dad-fast export -h)"
+        )
     if not given.output:
         raise UsageError("name the new folder: -o DIR")
-    formats = tuple(dict.fromkeys(name for text in given.formats for name in text.split(",") if name))
+    formats = tuple(
+        dict.fromkeys(name for text in given.formats for name in text.split(",") if name)
+    )
     if unknown := [name for name in formats if name not in FORMATS]:
-        raise UsageError(f"--format {unknown[0]}: there are {', '.join(FORMATS)}{nearest(unknown[0], FORMATS)}")
+        raise UsageError(
+            f"--format {unknown[0]}: there are {', '.join(FORMATS)}{nearest(unknown[0], FORMATS)}"
+        )
     return ExportOptions(**{**vars(given), "formats": formats})

@@ -17,7 +17,19 @@ from dad_fast.errors import DadFastError, UsageError, print_error
 from dad_fast.files import is_full
 
 # Each a module of this package.
-COMMANDS = ("train", "ablate", "eval", "analyze", "predict", "export", "precompute", "store", "report", "profile", "doctor")
+COMMANDS = (
+    "train",
+    "ablate",
+    "eval",
+    "analyze",
+    "predict",
+    "export",
+    "precompute",
+    "store",
+    "report",
+    "profile",
+    "doctor",
+)
 STOPPED = {  # by SIGTERM, SIGUSR1 or Ctrl-C when there is nothing to save
     "train": "stopped; run the same command again with --resume auto",
     "ablate": "stopped; run the same command again with --resume auto",
@@ -56,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch([argument for argument in arguments if argument != "--debug"], debug)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader of our output has gone; Python would complain once more at exit
+    except (
+        BrokenPipeError
+    ):  # the reader of our output has gone; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -84,11 +98,27 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("dad_fast"):
-        return f"error: the package {error.name} is missing; install dad-fast with its dependencies (dad-fast doctor lists them)", 3
-    if isinstance(error, OSError) and error.strerror and (error.filename or is_full(error) or error.errno in BROKEN | NOT_ALLOWED):
+        return (
+            f"error: the package {error.name} is missing; install dad-fast with its dependencies (dad-fast doctor lists them)",
+            3,
+        )
+    if (
+        isinstance(error, OSError)
+        and error.strerror
+        and (error.filename or is_full(error) or error.errno in BROKEN | NOT_ALLOWED)
+    ):
         where = f"{error.filename}: " if error.filename else ""
-        mend = "make room" if is_full(error) else "check the disk" if error.errno in BROKEN else "check the path and its permissions"
-        return f"error: {where}{error.strerror}; {mend}, and run the same command again (train: with --resume auto)", 4
+        mend = (
+            "make room"
+            if is_full(error)
+            else "check the disk"
+            if error.errno in BROKEN
+            else "check the path and its permissions"
+        )
+        return (
+            f"error: {where}{error.strerror}; {mend}, and run the same command again (train: with --resume auto)",
+            4,
+        )
     mend = "lower --batch-size, or " if type(error).__name__ == "OutOfMemoryError" else ""
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     return f"failure: {text} ({mend}run with --debug for the traceback)", 1
@@ -105,12 +135,19 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         what = "flag before the verb" if arguments[0].startswith("-") else "verb"
-        raise UsageError(f"unknown {what} {arguments[0]}{nearest(arguments[0], COMMANDS)} (verbs: {', '.join(COMMANDS)})")
+        raise UsageError(
+            f"unknown {what} {arguments[0]}{nearest(arguments[0], COMMANDS)} (verbs: {', '.join(COMMANDS)})"
+        )
     with ends_at_once(STOPPED[arguments[0]]) if arguments[0] in STOPPED else nullcontext():
-        code: int = importlib.import_module(f"dad_fast.cli.{arguments[0]}").main(arguments[1:], debug)
+        code: int = importlib.import_module(f"dad_fast.cli.{arguments[0]}").main(
+            arguments[1:], debug
+        )
         return code
 
 
 def top_help() -> str:
-    lines = [f"  {verb:<12}{importlib.import_module(f'dad_fast.cli.{verb}').SUMMARY}" for verb in COMMANDS]
+    lines = [
+        f"  {verb:<12}{importlib.import_module(f'dad_fast.cli.{verb}').SUMMARY}"
+        for verb in COMMANDS
+    ]
     return TOP_HELP.format(verbs="\n".join(lines))

@@ -25,7 +25,12 @@ class Parser(argparse.ArgumentParser):
     """No abbreviations; every mistake is a UsageError, an unknown flag with the nearest match."""
 
     def __init__(self, verb: str) -> None:
-        super().__init__(prog=f"dad-fast {verb}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        super().__init__(
+            prog=f"dad-fast {verb}",
+            add_help=False,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
         self.verb = verb
 
     def error(self, message: str) -> typing.NoReturn:
@@ -38,13 +43,21 @@ class Parser(argparse.ArgumentParser):
             is_flag = token.startswith("--") or (token.startswith("-") and token[1:2].isalpha())
             if not is_flag or flag in known or (not token.startswith("--") and token[:2] in known):
                 continue
-            hint = f"; did you mean {OTHER_NAMES[flag]}?" if flag in OTHER_NAMES else nearest("--" + flag.lstrip("-"), known)
-            raise UsageError(f"unknown flag {flag}{hint or f'; dad-fast {self.verb} --help-all lists every flag'}")
+            hint = (
+                f"; did you mean {OTHER_NAMES[flag]}?"
+                if flag in OTHER_NAMES
+                else nearest("--" + flag.lstrip("-"), known)
+            )
+            raise UsageError(
+                f"unknown flag {flag}{hint or f'; dad-fast {self.verb} --help-all lists every flag'}"
+            )
         return self.parse_args(arguments)
 
     def add_number(self, *names: str, default: int, least: int = 1) -> None:
         """A flag whose value is a whole number, `least` or more; `default` may be below, and then says that nothing was typed."""
-        self.add_argument(*names, default=default, type=partial(whole_number, names[-1], least=least))
+        self.add_argument(
+            *names, default=default, type=partial(whole_number, names[-1], least=least)
+        )
 
     def add_jobs(self) -> None:
         self.add_argument("--jobs", default=0, type=_jobs)
@@ -63,8 +76,16 @@ class Intermixed(Parser):
 class ListAction(argparse.Action):
     """`--suite a b`, `--suite a,b` and `--suite a --suite b` are the same list."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
-        items = [item for value in values for item in value.split(",") if item] or list(self.const or ())
+    def __call__(
+        self,
+        parser: Any,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        items = [item for value in values for item in value.split(",") if item] or list(
+            self.const or ()
+        )
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *items])
 
 
@@ -83,7 +104,9 @@ def config_parser(verb: str, *positional: str, without: Sequence[str] = ()) -> P
 
 def read_config(given: dict[str, Any], file: str | Path | None) -> Config:
     """The settings that a `config_parser` was given, not checked for completeness. Raises UsageError."""
-    return gather(given["preset"], Path(file) if file else None, given["sets"], typed_settings(given))
+    return gather(
+        given["preset"], Path(file) if file else None, given["sets"], typed_settings(given)
+    )
 
 
 def typed_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +124,13 @@ def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str]) -> None:
         if setting.type is bool:
             parser.add_argument(*names, dest=path, action=argparse.BooleanOptionalAction)
         elif typing.get_origin(setting.type) is tuple:
-            parser.add_argument(*names, dest=path, action=ListAction, nargs="*" if setting.bare else "+", const=setting.bare)
+            parser.add_argument(
+                *names,
+                dest=path,
+                action=ListAction,
+                nargs="*" if setting.bare else "+",
+                const=setting.bare,
+            )
         else:
             parser.add_argument(*names, dest=path)
 
@@ -109,7 +138,13 @@ def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str]) -> None:
 def entry(setting: Setting, key: bool = False) -> str:
     names = flag_names(setting) if setting.flag else f"--set {setting.path}=..."
     default = setting.default if setting.default not in ("", (), {}) else ""
-    default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower() if default in (True, False) else default
+    default = (
+        ",".join(map(str, default))
+        if isinstance(default, tuple)
+        else str(default).lower()
+        if default in (True, False)
+        else default
+    )
     text = setting.help + (f" [{default}]" if str(default) else "")
     return two_columns(names, text + (f" ({setting.path})" if key and setting.flag else ""))
 
@@ -126,7 +161,9 @@ def _metavar(setting: Setting) -> str:
         text = "|".join(setting.choices)
         return " " + (text if len(text) < 24 else "NAME")
     if typing.get_origin(setting.type) is tuple:
-        return " A B" if len(setting.default) == 2 else " [KIND ...]" if setting.bare else " NAME ..."
+        return (
+            " A B" if len(setting.default) == 2 else " [KIND ...]" if setting.bare else " NAME ..."
+        )
     files = {
         "data.data_dir": "DIR",
         "data.class_map": "FILE",
@@ -140,8 +177,12 @@ def _metavar(setting: Setting) -> str:
 def two_columns(left: str, right: str) -> str:
     indent = 28
     if len(left) + 4 > indent:
-        return f"  {left}\n" + textwrap.fill(right, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
-    return textwrap.fill(right, WIDTH, initial_indent=f"  {left:<{indent - 2}}", subsequent_indent=" " * indent)
+        return f"  {left}\n" + textwrap.fill(
+            right, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent
+        )
+    return textwrap.fill(
+        right, WIDTH, initial_indent=f"  {left:<{indent - 2}}", subsequent_indent=" " * indent
+    )
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

@@ -40,7 +40,15 @@ STORE_FLAGS = {
     "--check SHARE": "recompute this share of the blocks of an existing store and compare",
     "--debug": "show tracebacks",
 }
-SETTINGS = ("data.data_dir", "data.batch_size", "teacher.name", "discretizer.name", "augment.img_size", "precision.amp", "device")
+SETTINGS = (
+    "data.data_dir",
+    "data.batch_size",
+    "teacher.name",
+    "discretizer.name",
+    "augment.img_size",
+    "precision.amp",
+    "device",
+)
 
 
 def main(arguments: list[str], debug: bool) -> int:
@@ -54,8 +62,16 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def help_text() -> str:
-    lines = [INTRO.rstrip(), "", "the store:", *(two_columns(*pair) for pair in STORE_FLAGS.items())]
-    lines += ["", "settings, those of dad-fast train (dad-fast train --help-all lists every one), such as:"]
+    lines = [
+        INTRO.rstrip(),
+        "",
+        "the store:",
+        *(two_columns(*pair) for pair in STORE_FLAGS.items()),
+    ]
+    lines += [
+        "",
+        "settings, those of dad-fast train (dad-fast train --help-all lists every one), such as:",
+    ]
     lines += [entry(settings()[path]) for path in SETTINGS]
     return "\n".join(lines)
 
@@ -73,17 +89,34 @@ def parse(arguments: Sequence[str]) -> tuple[Config, StoreLaunch]:
     parser.add_nproc()
     parser.add_argument("--check", default=0.0, type=_share)
     if any(token.partition("=")[0] == "--merge" for token in arguments):
-        raise UsageError("--merge: parts are brought together by a verb of their own: dad-fast store merge PART [PART ...] -o STORE")
+        raise UsageError(
+            "--merge: parts are brought together by a verb of their own: dad-fast store merge PART [PART ...] -o STORE"
+        )
     given = vars(parser.parse(arguments))
     cfg = read_config(given, given["config"])
-    names = ("output", "targets", "views", "outputs", "images", "block_size", "shard_blocks", "nproc", "estimate", "check")
+    names = (
+        "output",
+        "targets",
+        "views",
+        "outputs",
+        "images",
+        "block_size",
+        "shard_blocks",
+        "nproc",
+        "estimate",
+        "check",
+    )
     launch = StoreLaunch(**{name: given[name] for name in names})
     if not launch.output:
         raise UsageError("name the store's folder: -o STORE")
     if not cfg.data.data_dir or not cfg.teacher.name:
-        raise UsageError(f"a store needs {'data: add --data-dir' if not cfg.data.data_dir else 'a teacher: add --teacher'}")
+        raise UsageError(
+            f"a store needs {'data: add --data-dir' if not cfg.data.data_dir else 'a teacher: add --teacher'}"
+        )
     if not launch.targets and not cfg.discretizer.name:
-        raise UsageError("a store of adversarial images needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)")
+        raise UsageError(
+            "a store of adversarial images needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)"
+        )
     return cfg, launch
 
 

@@ -54,7 +54,11 @@ def parse(arguments: Sequence[str]) -> PredictOptions:
     parser.add_argument("--device", default="auto")
     given = parser.parse(arguments)
     if not given.model:
-        raise UsageError("name a model and images: dad-fast predict MODEL IMAGE ... (see dad-fast predict -h)")
+        raise UsageError(
+            "name a model and images: dad-fast predict MODEL IMAGE ... (see dad-fast predict -h)"
+        )
     if not given.images:
-        raise UsageError(f"name images or a folder of them after {given.model}: dad-fast predict MODEL IMAGE ...")
+        raise UsageError(
+            f"name images or a folder of them after {given.model}: dad-fast predict MODEL IMAGE ..."
+        )
     return PredictOptions(**{**vars(given), "images": tuple(given.images)})

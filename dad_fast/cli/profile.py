@@ -71,7 +71,11 @@ def parse(arguments: Sequence[str]) -> tuple[Config, ProfileLaunch]:
     given = vars(parser.parse(arguments))
     kind = given["kind"]
     if kind not in KINDS:
-        what = f"unknown kind of profile {kind}{nearest(kind, KINDS)}" if kind else "name a kind of profile"
+        what = (
+            f"unknown kind of profile {kind}{nearest(kind, KINDS)}"
+            if kind
+            else "name a kind of profile"
+        )
         raise UsageError(f"{what} (kinds: {', '.join(KINDS)})")
     cfg = read_config(given, given["config"])
     launch = ProfileLaunch(
@@ -89,5 +93,7 @@ def only_run(cfg: Config) -> Config:
     """The one run that `cfg` describes; of several seeds the first. UsageError for several variants."""
     runs = {name: one for name, _, one in reversed(expand(cfg))}
     if len(runs) > 1:
-        raise UsageError(f"profile looks at one run, and these settings describe {', '.join(sorted(runs))}: pick one with --method")
+        raise UsageError(
+            f"profile looks at one run, and these settings describe {', '.join(sorted(runs))}: pick one with --method"
+        )
     return next(iter(runs.values()))

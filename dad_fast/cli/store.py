@@ -59,8 +59,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_number("--view", default=0, least=0)
     given = parser.parse(arguments)
     if given.action not in ACTIONS:
-        what = f"unknown action {given.action}{nearest(given.action, ACTIONS)}" if given.action else "nothing to do"
-        raise UsageError(f"{what}: write dad-fast store {'|'.join(ACTIONS)} STORE (see dad-fast store -h)")
+        what = (
+            f"unknown action {given.action}{nearest(given.action, ACTIONS)}"
+            if given.action
+            else "nothing to do"
+        )
+        raise UsageError(
+            f"{what}: write dad-fast store {'|'.join(ACTIONS)} STORE (see dad-fast store -h)"
+        )
     if not given.folders:
         raise UsageError(f"name the store's folder: dad-fast store {given.action} STORE")
     if given.action == "merge" and not given.output:

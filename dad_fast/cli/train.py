@@ -5,7 +5,16 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from dad_fast.cli.parser import WIDTH, Parser, config_parser, entry, read_config, two_columns, typed_settings, wants_help
+from dad_fast.cli.parser import (
+    WIDTH,
+    Parser,
+    config_parser,
+    entry,
+    read_config,
+    two_columns,
+    typed_settings,
+    wants_help,
+)
 from dad_fast.config import Launch, check, to_toml
 from dad_fast.config.fields import sections, settings
 from dad_fast.config.resolve import preset_names
@@ -50,10 +59,20 @@ def main(arguments: list[str], debug: bool) -> int:
         return 0
     given = vars(make_parser().parse(arguments))
     file = Path(given["config"]) if given["config"] else None
-    output = given["output"] or f"runs/{given['preset'] or (file.stem if file else '') or given.get('method', 'dad')}"
+    output = (
+        given["output"]
+        or f"runs/{given['preset'] or (file.stem if file else '') or given.get('method', 'dad')}"
+    )
     paths = {*typed_settings(given), *(item.partition("=")[0].strip() for item in given["sets"])}
-    if given["resume"] == "auto" and not (file or given["preset"]) and paths <= RESUME_SAFE and (Path(output) / "config.toml").exists():
-        file = Path(output) / "config.toml"  # nothing said what to train: continue with the run's own settings
+    if (
+        given["resume"] == "auto"
+        and not (file or given["preset"])
+        and paths <= RESUME_SAFE
+        and (Path(output) / "config.toml").exists()
+    ):
+        file = (
+            Path(output) / "config.toml"
+        )  # nothing said what to train: continue with the run's own settings
     cfg = read_config(given, file)
     if given["print_config"]:
         print(to_toml(cfg), end="", flush=True)
@@ -92,15 +111,25 @@ def make_parser() -> Parser:
 
 def help_text(every: bool) -> str:
     """The screen of `dad-fast train -h`, or with `every` all flags and keys by section."""
-    lines = [INTRO.rstrip(), "", "settings:"] if not every else ["dad-fast train: every setting, its flag, meaning and [default]", ""]
+    lines = (
+        [INTRO.rstrip(), "", "settings:"]
+        if not every
+        else ["dad-fast train: every setting, its flag, meaning and [default]", ""]
+    )
     if every:
         for section in ("", *sections()):
             lines.append(f"[{section}]" if section else "general")
-            lines += [entry(s, key=True) for path, s in settings().items() if path.rpartition(".")[0] == section]
+            lines += [
+                entry(s, key=True)
+                for path, s in settings().items()
+                if path.rpartition(".")[0] == section
+            ]
             lines.append("")
     else:
         lines += [entry(s) for s in settings().values() if s.main]
-    presets = textwrap.fill(", ".join(preset_names()), WIDTH - 9, subsequent_indent=" " * 9, break_on_hyphens=False)
+    presets = textwrap.fill(
+        ", ".join(preset_names()), WIDTH - 9, subsequent_indent=" " * 9, break_on_hyphens=False
+    )
     lines += ["", "the run:"] if not every else ["the run"]
     lines += [two_columns(names, text) for names, text in LAUNCH_FLAGS.items()]
     lines += ["", OUTRO.format(presets=presets).rstrip()]

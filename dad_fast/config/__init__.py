@@ -6,4 +6,14 @@ from dad_fast.config.schema import Config
 from dad_fast.config.toml import from_toml, to_toml
 from dad_fast.config.variants import differences, expand
 
-__all__ = ["Config", "Launch", "check", "differences", "expand", "from_toml", "preset_names", "resolve", "to_toml"]
+__all__ = [
+    "Config",
+    "Launch",
+    "check",
+    "differences",
+    "expand",
+    "from_toml",
+    "preset_names",
+    "resolve",
+    "to_toml",
+]

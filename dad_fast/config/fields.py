@@ -40,7 +40,10 @@ OTHER_NAMES = {
     "--store-views": "--stores KIND:VIEWS",
 }
 
-_LONGEST, _DEEPEST = 1_000_000, 100  # characters of settings, dots of a key: reading takes time with the square of these
+_LONGEST, _DEEPEST = (
+    1_000_000,
+    100,
+)  # characters of settings, dots of a key: reading takes time with the square of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,11 @@ def settings() -> dict[str, Setting]:
             if dataclasses.is_dataclass(hints[field.name]) or field.name == "variants":
                 continue
             path = f"{section}.{field.name}" if section else field.name
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = (
+                field.default
+                if field.default_factory is dataclasses.MISSING
+                else field.default_factory()
+            )
             table[path] = Setting(path, hints[field.name], default, **field.metadata)
     return table
 
@@ -80,7 +87,11 @@ def settings() -> dict[str, Setting]:
 @functools.cache
 def sections() -> dict[str, type]:
     hints = typing.get_type_hints(Config)
-    return {field.name: hints[field.name] for field in dataclasses.fields(Config) if dataclasses.is_dataclass(hints[field.name])}
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(hints[field.name])
+    }
 
 
 def get(cfg: Config, path: str) -> Any:
@@ -95,14 +106,20 @@ def with_values(cfg: Config, values: dict[str, Any]) -> Config:
         section, _, key = path.rpartition(".")
         nested.setdefault(section, {})[key] = value
     top = nested.pop("", {})
-    return dataclasses.replace(cfg, **top, **{name: dataclasses.replace(getattr(cfg, name), **keys) for name, keys in nested.items()})
+    return dataclasses.replace(
+        cfg,
+        **top,
+        **{name: dataclasses.replace(getattr(cfg, name), **keys) for name, keys in nested.items()},
+    )
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """', did you mean ...?', or nothing where no known word is near."""
     known = list(known)
     longer = [name for name in known if name.startswith(word)]
-    matches = longer[:3] if len(word) > 3 and longer else get_close_matches(word, known, n=1, cutoff=0.6)
+    matches = (
+        longer[:3] if len(word) > 3 and longer else get_close_matches(word, known, n=1, cutoff=0.6)
+    )
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
@@ -116,10 +133,20 @@ def lookup(path: str, where: str) -> Setting:
             f"{where}: {path} is a section; give one of its keys, such as {next(p for p in table if p.startswith(path + '.'))}"
         )
     key = path.rpartition(".")[2]
-    by_key = [known for known, setting in table.items() if key in (known.rpartition(".")[2], setting.flag[2:].replace("-", "_"))]
+    by_key = [
+        known
+        for known, setting in table.items()
+        if key in (known.rpartition(".")[2], setting.flag[2:].replace("-", "_"))
+    ]
     other = OTHER_NAMES.get("--" + key.replace("_", "-"))
-    hint = f"; did you mean {by_key[0] if by_key else other}?" if by_key or other else nearest(path, table)
-    raise UsageError(f"{where}: unknown key {path}{hint or '; dad-fast train --help-all lists every key'}")
+    hint = (
+        f"; did you mean {by_key[0] if by_key else other}?"
+        if by_key or other
+        else nearest(path, table)
+    )
+    raise UsageError(
+        f"{where}: unknown key {path}{hint or '; dad-fast train --help-all lists every key'}"
+    )
 
 
 def flatten(tables: dict[str, Any], where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -128,10 +155,14 @@ def flatten(tables: dict[str, Any], where: str, prefix: str = "") -> Iterator[tu
         path = prefix + key
         if path in sections():
             if not isinstance(value, dict):
-                raise UsageError(f"{where}: {path} is a section: write [{path}] with its keys under it")
+                raise UsageError(
+                    f"{where}: {path} is a section: write [{path}] with its keys under it"
+                )
             yield from flatten(value, where, path + ".")
         elif isinstance(value, dict) and path not in settings():
-            raise UsageError(f"{where}: unknown section [{path}]{nearest(path, sections())} (known: {', '.join(sections())}, variants)")
+            raise UsageError(
+                f"{where}: unknown section [{path}]{nearest(path, sections())} (known: {', '.join(sections())}, variants)"
+            )
         else:
             yield path, value
 
@@ -165,8 +196,13 @@ def _coerce(kind: Any, value: Any) -> Any:
     if origin is tuple:
         return _tuple(typing.get_args(kind), value)
     if origin in (typing.Union, types.UnionType):  # text or a list of texts
-        is_list = isinstance(value, list | tuple) or (isinstance(value, str) and value.startswith("["))
-        return _coerce(next(k for k in typing.get_args(kind) if (typing.get_origin(k) is tuple) == is_list), value)
+        is_list = isinstance(value, list | tuple) or (
+            isinstance(value, str) and value.startswith("[")
+        )
+        return _coerce(
+            next(k for k in typing.get_args(kind) if (typing.get_origin(k) is tuple) == is_list),
+            value,
+        )
     if origin is dict:
         value = toml_value(value) if isinstance(value, str) else value
         if not isinstance(value, dict):
@@ -177,7 +213,11 @@ def _coerce(kind: Any, value: Any) -> Any:
 
 def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if isinstance(value, str):
-        value = toml_value(value) if value.startswith("[") else [part for part in value.split(",") if part]
+        value = (
+            toml_value(value)
+            if value.startswith("[")
+            else [part for part in value.split(",") if part]
+        )
     if not isinstance(value, list | tuple):
         raise ValueError("must be a list")
     if kinds[-1] is Ellipsis:
@@ -188,7 +228,16 @@ def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
 
 
 def _bool(value: Any) -> bool:
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    words = {
+        "true": True,
+        "yes": True,
+        "on": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "off": False,
+        "0": False,
+    }
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
     if not isinstance(value, bool):
@@ -227,8 +276,12 @@ def _text(value: Any) -> str:
 
 def read_toml(text: str) -> dict[str, Any]:
     """What TOML text says. Raises ValueError, of which tomllib.TOMLDecodeError is for its form."""
-    if len(text) > _LONGEST or any(line.partition("=")[0].count(".") > _DEEPEST for line in text.split("\n") if "=" in line):
-        raise ValueError(f"longer than {_LONGEST:,} characters, or a key of more than {_DEEPEST} parts")
+    if len(text) > _LONGEST or any(
+        line.partition("=")[0].count(".") > _DEEPEST for line in text.split("\n") if "=" in line
+    ):
+        raise ValueError(
+            f"longer than {_LONGEST:,} characters, or a key of more than {_DEEPEST} parts"
+        )
     try:
         tables = tomllib.loads(text)
         _check_numbers(tables)
@@ -241,7 +294,9 @@ def _check_numbers(value: Any) -> None:
     """Raises ValueError for a number that Python could not even print: tomllib reads a hexadecimal of any length."""
     if isinstance(value, int) and value.bit_length() > 128:
         raise ValueError("a number of more than 128 bits")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for item in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         _check_numbers(item)
 
 

@@ -10,13 +10,19 @@ class Launch:
     output: str  # the run's folder
     resume: str = ""  # "" = start; "auto" = continue what is in `output`, or start; otherwise a checkpoint folder
     overwrite: bool = False  # replace an existing run
-    allow_config_change: bool = False  # continue although a setting that changes the result is another one
+    allow_config_change: bool = (
+        False  # continue although a setting that changes the result is another one
+    )
     debug: bool = False  # show tracebacks
     preset: str = ""  # the preset's name, for the record
     nproc: str = "1"  # processes on this machine; "auto" = one a GPU
-    arguments: tuple[str, ...] = ()  # the command line after the verb, for the processes that nproc starts
+    arguments: tuple[
+        str, ...
+    ] = ()  # the command line after the verb, for the processes that nproc starts
     jobs: int = 0  # runs side by side; 0 = one a GPU, or on a CPU two a core
-    devices: tuple[str, ...] = ()  # of those runs, in turn; () = every GPU, or the device of the settings
+    devices: tuple[
+        str, ...
+    ] = ()  # of those runs, in turn; () = every GPU, or the device of the settings
     both_batch_sizes: bool = False  # the command line gives the batch of a process and the global one, which then must agree
 
 
@@ -28,7 +34,9 @@ class StoreLaunch:
     targets: bool = False  # the teacher's outputs on augmented clean images, not adversarial images
     views: int = 1  # draws per image
     outputs: str = "full"  # the teacher's outputs: full, or topk:K
-    images: str = "none"  # adversarial images as pixels besides the codes: none, raw, webp or jpeg:QUALITY
+    images: str = (
+        "none"  # adversarial images as pixels besides the codes: none, raw, webp or jpeg:QUALITY
+    )
     block_size: int = 0  # images per block, the unit of work; 0 = data.batch_size
     shard_blocks: int = 0  # blocks per shard; 0 = as many as make about 1 GB
     nproc: str = "1"  # processes on this machine; "auto" = one a GPU
@@ -42,7 +50,9 @@ class AnalyzeLaunch:
 
     output: str  # a folder; what an earlier analysis wrote there is replaced
     weights: str = ""  # the student that DAT attacks: a run's folder; "" = what the settings say of the student's weights
-    features: str = "teacher"  # where distances are measured: features of the teacher or the student, or pixels
+    features: str = (
+        "teacher"  # where distances are measured: features of the teacher or the student, or pixels
+    )
     num_images: int = 1000  # of the training set and of each test set, at most
     projections: int = 256  # directions of the sliced Wasserstein distance
     resamples: int = 200  # random halves that intervals are made from
@@ -73,7 +83,9 @@ class EvalLaunch:
     csv: str = ""
     predictions: str = ""  # a folder
     nproc: str = "1"
-    arguments: tuple[str, ...] = ()  # the command line after the verb, for the processes that nproc starts
+    arguments: tuple[
+        str, ...
+    ] = ()  # the command line after the verb, for the processes that nproc starts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,17 +27,33 @@ AT_LEAST_ONE = Rule("1 or more", lambda value: value >= 1)
 PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Rule("0 or more and below 1", lambda value: 0 <= value < 1)
 INTERVAL = Rule("two numbers above 0, the smaller first", lambda pair: 0 < pair[0] <= pair[1])
-AREA = Rule("two numbers above 0 and up to 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1)
+AREA = Rule(
+    "two numbers above 0 and up to 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1
+)
 
 
 def setting(
-    default: Any, text: str, flag: str = "", *, rule: Rule | None = None, short: str = "", main: bool = False, bare: tuple[str, ...] = ()
+    default: Any,
+    text: str,
+    flag: str = "",
+    *,
+    rule: Rule | None = None,
+    short: str = "",
+    main: bool = False,
+    bare: tuple[str, ...] = (),
 ) -> Any:
     """A field with its help `text`, its `flag` (and `short` one), its `rule`, and whether the short `--help` shows it (`main`).
 
     bare: the value of a list whose flag is given without one.
     """
-    metadata = {"help": text, "flag": flag, "short": short, "rule": rule, "main": main, "bare": bare}
+    metadata = {
+        "help": text,
+        "flag": flag,
+        "short": short,
+        "rule": rule,
+        "main": main,
+        "bare": bare,
+    }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -45,112 +61,244 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    data_dir: str = setting("", "images or tar shards in train/ and val/, or embedded:digits", "--data-dir", main=True)
-    train_split: str = setting("train", "folder, shards by pattern (NAME-{000..099}.tar) or embedded split to train on", "--train-split")
-    val_split: str = setting("val", "folder, shards by pattern or embedded split to validate on", "--val-split")
-    class_map: str = setting("", "CSV (id,folder,name) that fixes the order of the classes", "--class-map")
-    batch_size: int = setting(256, "clean images per batch of a process", "--batch-size", rule=AT_LEAST_ONE, short="-b", main=True)
-    global_batch_size: int = setting(
-        0, "clean images per step of all processes; 0 = batch-size x processes x grad-accum-steps", "--global-batch-size", rule=NOT_NEGATIVE
+    data_dir: str = setting(
+        "", "images or tar shards in train/ and val/, or embedded:digits", "--data-dir", main=True
     )
-    loader: Literal["auto", "dali", "torchvision"] = setting("auto", "who decodes and augments: auto, dali or torchvision", "--loader")
-    workers: int = setting(4, "loader processes; 0 loads in the training process", "--workers", rule=NOT_NEGATIVE, short="-j")
-    max_bad_share: float = setting(0.01, "share of unreadable images above which the run stops (exit 4)", rule=PROBABILITY)
+    train_split: str = setting(
+        "train",
+        "folder, shards by pattern (NAME-{000..099}.tar) or embedded split to train on",
+        "--train-split",
+    )
+    val_split: str = setting(
+        "val", "folder, shards by pattern or embedded split to validate on", "--val-split"
+    )
+    class_map: str = setting(
+        "", "CSV (id,folder,name) that fixes the order of the classes", "--class-map"
+    )
+    batch_size: int = setting(
+        256,
+        "clean images per batch of a process",
+        "--batch-size",
+        rule=AT_LEAST_ONE,
+        short="-b",
+        main=True,
+    )
+    global_batch_size: int = setting(
+        0,
+        "clean images per step of all processes; 0 = batch-size x processes x grad-accum-steps",
+        "--global-batch-size",
+        rule=NOT_NEGATIVE,
+    )
+    loader: Literal["auto", "dali", "torchvision"] = setting(
+        "auto", "who decodes and augments: auto, dali or torchvision", "--loader"
+    )
+    workers: int = setting(
+        4,
+        "loader processes; 0 loads in the training process",
+        "--workers",
+        rule=NOT_NEGATIVE,
+        short="-j",
+    )
+    max_bad_share: float = setting(
+        0.01, "share of unreadable images above which the run stops (exit 4)", rule=PROBABILITY
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    img_size: int = setting(0, "side of the square images in pixels; 0 = the student's own", "--img-size", rule=NOT_NEGATIVE)
+    img_size: int = setting(
+        0,
+        "side of the square images in pixels; 0 = the student's own",
+        "--img-size",
+        rule=NOT_NEGATIVE,
+    )
     crop: Literal["random-resized", "center"] = setting("random-resized", "training crop")
-    scale: tuple[float, float] = setting((0.08, 1.0), "area of the random crop", "--scale", rule=AREA)
-    ratio: tuple[float, float] = setting((0.75, 1.3333333333333333), "aspect ratio of the random crop", "--ratio", rule=INTERVAL)
+    scale: tuple[float, float] = setting(
+        (0.08, 1.0), "area of the random crop", "--scale", rule=AREA
+    )
+    ratio: tuple[float, float] = setting(
+        (0.75, 1.3333333333333333), "aspect ratio of the random crop", "--ratio", rule=INTERVAL
+    )
     hflip: float = setting(0.5, "probability of a horizontal flip", "--hflip", rule=PROBABILITY)
     vflip: float = setting(0.0, "probability of a vertical flip", "--vflip", rule=PROBABILITY)
     color_jitter: float = setting(
-        0.4, "strength of colour jitter; unused when --aa is set, as in timm", "--color-jitter", rule=NOT_NEGATIVE
+        0.4,
+        "strength of colour jitter; unused when --aa is set, as in timm",
+        "--color-jitter",
+        rule=NOT_NEGATIVE,
     )
     aa: str = setting("", "RandAugment policy, as timm writes it: rand-m9-mstd0.5-inc1", "--aa")
-    train_interpolation: Literal["random", "bilinear", "bicubic"] = setting("random", "resampling filter", "--train-interpolation")
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = setting(
+        "random", "resampling filter", "--train-interpolation"
+    )
     reprob: float = setting(0.0, "probability of random erasing", "--reprob", rule=PROBABILITY)
-    remode: Literal["const", "rand", "pixel"] = setting("pixel", "what an erased box is filled with", "--remode")
+    remode: Literal["const", "rand", "pixel"] = setting(
+        "pixel", "what an erased box is filled with", "--remode"
+    )
     mixup: float = setting(0.0, "mixup alpha", "--mixup", rule=NOT_NEGATIVE)
     cutmix: float = setting(0.0, "cutmix alpha", "--cutmix", rule=NOT_NEGATIVE)
-    mixup_prob: float = setting(1.0, "probability that a pair of images is mixed", "--mixup-prob", rule=PROBABILITY)
-    mixup_switch_prob: float = setting(0.5, "probability of cutmix where both are on", "--mixup-switch-prob", rule=PROBABILITY)
-    smoothing: float = setting(0.1, "label smoothing of the cross-entropy", "--smoothing", rule=BELOW_ONE)
-    crop_pct: float = setting(0.0, "evaluation: share of the resized image kept; 0 = the student's own", "--crop-pct", rule=PROBABILITY)
-    interpolation: str = setting("", "evaluation: resampling filter; empty = the student's own", "--interpolation")
+    mixup_prob: float = setting(
+        1.0, "probability that a pair of images is mixed", "--mixup-prob", rule=PROBABILITY
+    )
+    mixup_switch_prob: float = setting(
+        0.5, "probability of cutmix where both are on", "--mixup-switch-prob", rule=PROBABILITY
+    )
+    smoothing: float = setting(
+        0.1, "label smoothing of the cross-entropy", "--smoothing", rule=BELOW_ONE
+    )
+    crop_pct: float = setting(
+        0.0,
+        "evaluation: share of the resized image kept; 0 = the student's own",
+        "--crop-pct",
+        rule=PROBABILITY,
+    )
+    interpolation: str = setting(
+        "", "evaluation: resampling filter; empty = the student's own", "--interpolation"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = setting(
-        "", "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or embedded:digits", "--teacher", main=True
+        "",
+        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or embedded:digits",
+        "--teacher",
+        main=True,
     )
-    head: str = setting("", "safetensors with a fine-tuned linear head; empty = zero-shot from class names", "--teacher-head")
-    templates: str | tuple[str, ...] = setting("auto", "prompts: auto, imagenet, simple, a text file, or a list", "--templates")
+    head: str = setting(
+        "",
+        "safetensors with a fine-tuned linear head; empty = zero-shot from class names",
+        "--teacher-head",
+    )
+    templates: str | tuple[str, ...] = setting(
+        "auto", "prompts: auto, imagenet, simple, a text file, or a list", "--templates"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     name: str = setting("", "any timm model", "--student", main=True)
-    weights: str = setting("", "weights for the student (safetensors or a tensor-only .pth)", "--student-weights")
-    init_from: str = setting("", "start from another run's weights (run, checkpoint folder or file); nothing else is taken", "--init-from")
-    pretrained: bool = setting(False, "take timm's pretrained weights (needs the network or a filled cache)", "--pretrained")
+    weights: str = setting(
+        "", "weights for the student (safetensors or a tensor-only .pth)", "--student-weights"
+    )
+    init_from: str = setting(
+        "",
+        "start from another run's weights (run, checkpoint folder or file); nothing else is taken",
+        "--init-from",
+    )
+    pretrained: bool = setting(
+        False,
+        "take timm's pretrained weights (needs the network or a filled cache)",
+        "--pretrained",
+    )
     drop_path: float = setting(0.0, "stochastic depth", "--drop-path", rule=BELOW_ONE)
     drop: float = setting(0.0, "dropout before the classifier", "--drop", rule=BELOW_ONE)
     bn: Literal["joint", "split", "aux"] = setting(
-        "joint", "batch norm over clean and adversarial images: one batch, two calls, or auxiliary statistics", "--bn"
+        "joint",
+        "batch norm over clean and adversarial images: one batch, two calls, or auxiliary statistics",
+        "--bn",
     )
-    sync_bn: bool = setting(False, "batch norm over the images of all processes (CUDA); else each has its own", "--sync-bn")
+    sync_bn: bool = setting(
+        False,
+        "batch norm over the images of all processes (CUDA); else each has its own",
+        "--sync-bn",
+    )
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscretizerConfig:
-    name: str = setting("", "vqgan FILE (.ckpt or .safetensors), embedded:digits, identity, or jpeg:QUALITY", "--discretizer", main=True)
+    name: str = setting(
+        "",
+        "vqgan FILE (.ckpt or .safetensors), embedded:digits, identity, or jpeg:QUALITY",
+        "--discretizer",
+        main=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig:
     norm: Literal["l2", "linf"] = setting("l2", "norm of the budget", "--attack-norm")
-    eps: float = setting(0.1, "budget, in [0,1] pixels: L2 over the whole image, or L-infinity", "--attack-eps", rule=NOT_NEGATIVE)
-    step_size: float = setting(0.1, "length of a step, in the same norm", "--attack-step-size", rule=NOT_NEGATIVE)
+    eps: float = setting(
+        0.1,
+        "budget, in [0,1] pixels: L2 over the whole image, or L-infinity",
+        "--attack-eps",
+        rule=NOT_NEGATIVE,
+    )
+    step_size: float = setting(
+        0.1, "length of a step, in the same norm", "--attack-step-size", rule=NOT_NEGATIVE
+    )
     steps: int = setting(1, "gradient steps", "--attack-steps", rule=NOT_NEGATIVE)
     random_start: float = setting(
-        0.8, "probability, per sample, of starting at a random point of norm eps", "--attack-random-start", rule=PROBABILITY
+        0.8,
+        "probability, per sample, of starting at a random point of norm eps",
+        "--attack-random-start",
+        rule=PROBABILITY,
     )
-    order: Literal["paper", "authors"] = setting("paper", "paper: Q(x+d); authors: Q(Q(x)+d), two VQGAN passes", "--attack-order")
+    order: Literal["paper", "authors"] = setting(
+        "paper", "paper: Q(x+d); authors: Q(Q(x)+d), two VQGAN passes", "--attack-order"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     ce: float = setting(1.0, "weight of CE(student(x), y)", "--ce-weight", rule=NOT_NEGATIVE)
-    kd: float = setting(0.5, "weight of T^2 KL(teacher(x) | student(x))", "--kd-weight", rule=NOT_NEGATIVE)
-    dad: float = setting(
-        0.5, "weight of T^2 KL(teacher(Q(x')) | student(Q(x'))), x' attacks the teacher", "--dad-weight", rule=NOT_NEGATIVE
+    kd: float = setting(
+        0.5, "weight of T^2 KL(teacher(x) | student(x))", "--kd-weight", rule=NOT_NEGATIVE
     )
-    dat: float = setting(1.0, "weight of CE(student(Q(x'')), y), x'' attacks the student (dat)", "--dat-weight", rule=NOT_NEGATIVE)
+    dad: float = setting(
+        0.5,
+        "weight of T^2 KL(teacher(Q(x')) | student(Q(x'))), x' attacks the teacher",
+        "--dad-weight",
+        rule=NOT_NEGATIVE,
+    )
+    dat: float = setting(
+        1.0,
+        "weight of CE(student(Q(x'')), y), x'' attacks the student (dat)",
+        "--dat-weight",
+        rule=NOT_NEGATIVE,
+    )
     aug: float = setting(
-        1.0, "weight of CE(student(Q(x')), y), hard labels on the teacher's images (aug-only)", "--aug-weight", rule=NOT_NEGATIVE
+        1.0,
+        "weight of CE(student(Q(x')), y), hard labels on the teacher's images (aug-only)",
+        "--aug-weight",
+        rule=NOT_NEGATIVE,
     )
     temperature: float = setting(4.0, "distillation temperature T", "--temperature", rule=POSITIVE)
-    filter: bool = setting(True, "count an adversarial image only where the teacher still says y", "--filter")
+    filter: bool = setting(
+        True, "count an adversarial image only where the teacher still says y", "--filter"
+    )
     form: Literal["paper", "joint"] = setting(
-        "paper", "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each other (dad)", "--loss-form"
+        "paper",
+        "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each other (dad)",
+        "--loss-form",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LpClipConfig:
     labels: Literal["pseudo", "true"] = setting(
-        "pseudo", "pseudo: the teacher's answers on the weak view; true: the data's labels, a supervised probe", "--lp-labels"
+        "pseudo",
+        "pseudo: the teacher's answers on the weak view; true: the data's labels, a supervised probe",
+        "--lp-labels",
     )
-    weight: Literal["confidence", "none"] = setting("confidence", "what a pseudo-label counts: its confidence, or 1", "--lp-weight")
-    threshold: float = setting(0.0, "count a pseudo-label only where the teacher is at least this sure", "--lp-threshold", rule=PROBABILITY)
-    init: Literal["zeros", "zero-shot"] = setting("zeros", "the linear layer at the start: zeros, or the teacher's own head", "--lp-init")
+    weight: Literal["confidence", "none"] = setting(
+        "confidence", "what a pseudo-label counts: its confidence, or 1", "--lp-weight"
+    )
+    threshold: float = setting(
+        0.0,
+        "count a pseudo-label only where the teacher is at least this sure",
+        "--lp-threshold",
+        rule=PROBABILITY,
+    )
+    init: Literal["zeros", "zero-shot"] = setting(
+        "zeros", "the linear layer at the start: zeros, or the teacher's own head", "--lp-init"
+    )
     views: int = setting(
-        0, "strong views per image, drawn once, whose features are kept in memory; 0 = new ones each epoch", "--lp-views", rule=NOT_NEGATIVE
+        0,
+        "strong views per image, drawn once, whose features are kept in memory; 0 = new ones each epoch",
+        "--lp-views",
+        rule=NOT_NEGATIVE,
     )
 
 
@@ -158,26 +306,44 @@ class LpClipConfig:
 class OptimConfig:
     opt: str = setting("adamw", "optimizer, by timm's name", "--opt")
     lr: float = setting(1e-3, "peak learning rate", "--lr", rule=POSITIVE, main=True)
-    weight_decay: float = setting(0.05, "weight decay (not on biases and norms)", "--weight-decay", rule=NOT_NEGATIVE)
-    momentum: float = setting(0.9, "momentum, for optimizers that have one", "--momentum", rule=BELOW_ONE)
-    clip_grad: float = setting(0.0, "clip the gradient's norm; 0 = off", "--clip-grad", rule=NOT_NEGATIVE)
+    weight_decay: float = setting(
+        0.05, "weight decay (not on biases and norms)", "--weight-decay", rule=NOT_NEGATIVE
+    )
+    momentum: float = setting(
+        0.9, "momentum, for optimizers that have one", "--momentum", rule=BELOW_ONE
+    )
+    clip_grad: float = setting(
+        0.0, "clip the gradient's norm; 0 = off", "--clip-grad", rule=NOT_NEGATIVE
+    )
     opt_kwargs: dict[str, Any] = setting({}, "further arguments of the optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    epochs: int = setting(300, "epochs of warm-up and cosine together", "--epochs", rule=AT_LEAST_ONE, main=True)
+    epochs: int = setting(
+        300, "epochs of warm-up and cosine together", "--epochs", rule=AT_LEAST_ONE, main=True
+    )
     warmup_epochs: float = setting(5.0, "linear warm-up", "--warmup-epochs", rule=NOT_NEGATIVE)
-    cooldown_epochs: float = setting(0.0, "epochs at min-lr after the cosine", "--cooldown-epochs", rule=NOT_NEGATIVE)
-    warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up", "--warmup-lr", rule=NOT_NEGATIVE)
-    min_lr: float = setting(1e-5, "learning rate at the end of the cosine", "--min-lr", rule=NOT_NEGATIVE)
+    cooldown_epochs: float = setting(
+        0.0, "epochs at min-lr after the cosine", "--cooldown-epochs", rule=NOT_NEGATIVE
+    )
+    warmup_lr: float = setting(
+        1e-6, "learning rate at the start of the warm-up", "--warmup-lr", rule=NOT_NEGATIVE
+    )
+    min_lr: float = setting(
+        1e-5, "learning rate at the end of the cosine", "--min-lr", rule=NOT_NEGATIVE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    model_ema: bool = setting(False, "keep an exponential moving average of the weights and evaluate it", "--model-ema")
+    model_ema: bool = setting(
+        False, "keep an exponential moving average of the weights and evaluate it", "--model-ema"
+    )
     decay: float = setting(0.9998, "its decay per step", "--model-ema-decay", rule=BELOW_ONE)
-    warmup: bool = setting(True, "let the decay rise as (1+step)/(10+step) up to its value", "--model-ema-warmup")
+    warmup: bool = setting(
+        True, "let the decay rise as (1+step)/(10+step) up to its value", "--model-ema-warmup"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +351,20 @@ class PrecisionConfig:
     amp: bool = setting(False, "mixed precision, in the dtypes of [precision]", "--amp", main=True)
     student: Dtype = setting("bfloat16", "student under autocast", "--amp-dtype")
     teacher: Dtype = setting("bfloat16", "teacher under autocast")
-    encoder: Dtype = setting("float16", "VQGAN encoder under autocast; the codebook search is always exact")
+    encoder: Dtype = setting(
+        "float16", "VQGAN encoder under autocast; the codebook search is always exact"
+    )
     decoder: Dtype = setting("bfloat16", "VQGAN decoder under autocast")
     channels_last: bool = setting(False, "NHWC memory format", "--channels-last")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    dirs: tuple[str, ...] = setting((), "stores made by dad-fast precompute: adversarial images, teacher outputs, or both", "--store")
+    dirs: tuple[str, ...] = setting(
+        (),
+        "stores made by dad-fast precompute: adversarial images, teacher outputs, or both",
+        "--store",
+    )
     make: tuple[str, ...] = setting(
         (),
         "make stores in --output first and learn from them: adversarial, targets, or KIND:VIEWS with the draws per image "
@@ -200,9 +372,15 @@ class StoreConfig:
         "--stores",
         bare=("adversarial",),
     )
-    images: str = setting("raw", "images in stores that --stores makes: none (decode codes), raw, webp or jpeg:Q", "--store-images")
+    images: str = setting(
+        "raw",
+        "images in stores that --stores makes: none (decode codes), raw, webp or jpeg:Q",
+        "--store-images",
+    )
     mix_outputs: bool = setting(
-        False, "stored outputs are of unmixed views: mix them as the pixels are (approximates the teacher on mixed pixels)", "--mix-outputs"
+        False,
+        "stored outputs are of unmixed views: mix them as the pixels are (approximates the teacher on mixed pixels)",
+        "--mix-outputs",
     )
 
 
@@ -214,35 +392,67 @@ VQGAN_SAVINGS = ("cast", "channels_last", "upsample", "attention", "merge_1x1")
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     savings: tuple[str, ...] = setting(
-        ("all",), f"all, none, or some of {', '.join(MODEL_SAVINGS)}, {', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}", "--savings"
+        ("all",),
+        f"all, none, or some of {', '.join(MODEL_SAVINGS)}, {', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}",
+        "--savings",
     )
-    step_kernels: bool = setting(False, "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a GPU")
-    grad_accum_steps: int = setting(1, "batches whose gradients make one step", "--grad-accum-steps", rule=AT_LEAST_ONE)
+    step_kernels: bool = setting(
+        False,
+        "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a GPU",
+    )
+    grad_accum_steps: int = setting(
+        1, "batches whose gradients make one step", "--grad-accum-steps", rule=AT_LEAST_ONE
+    )
     cuda_graphs: Literal["auto", "on", "off"] = setting(
-        "auto", "capture the step in CUDA graphs; auto falls back to plain calls, and says why", "--cuda-graphs"
+        "auto",
+        "capture the step in CUDA graphs; auto falls back to plain calls, and says why",
+        "--cuda-graphs",
     )
-    torchcompile: bool = setting(False, "torch.compile the student and the teacher", "--torchcompile")
+    torchcompile: bool = setting(
+        False, "torch.compile the student and the teacher", "--torchcompile"
+    )
     dist_timeout: float = setting(
-        300.0, "seconds after which a process that does not answer is given up, once training runs", "--dist-timeout", rule=POSITIVE
+        300.0,
+        "seconds after which a process that does not answer is given up, once training runs",
+        "--dist-timeout",
+        rule=POSITIVE,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every_steps: int = setting(0, "steps between checkpoints; 0 = at the end of every epoch", "--checkpoint-every-steps", rule=NOT_NEGATIVE)
+    every_steps: int = setting(
+        0,
+        "steps between checkpoints; 0 = at the end of every epoch",
+        "--checkpoint-every-steps",
+        rule=NOT_NEGATIVE,
+    )
     keep: int = setting(2, "latest checkpoints kept, besides the best", rule=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every_epochs: int = setting(1, "epochs between validations; 0 = only at the end", "--val-every", rule=NOT_NEGATIVE)
-    suites: tuple[str, ...] = setting(
-        (), "judged at the end: splits, image folders, published test sets, corruptions; see dad-fast eval -h", "--suite"
+    every_epochs: int = setting(
+        1, "epochs between validations; 0 = only at the end", "--val-every", rule=NOT_NEGATIVE
     )
-    batch_size: int = setting(0, "images per evaluation batch; 0 = the training batch", "--val-batch-size", rule=NOT_NEGATIVE)
-    allow_partial: bool = setting(False, "judge published test sets that are not whole, and say so", "--allow-partial")
+    suites: tuple[str, ...] = setting(
+        (),
+        "judged at the end: splits, image folders, published test sets, corruptions; see dad-fast eval -h",
+        "--suite",
+    )
+    batch_size: int = setting(
+        0,
+        "images per evaluation batch; 0 = the training batch",
+        "--val-batch-size",
+        rule=NOT_NEGATIVE,
+    )
+    allow_partial: bool = setting(
+        False, "judge published test sets that are not whole, and say so", "--allow-partial"
+    )
     c_preprocessing: Literal["none", "resize256"] = setting(
-        "none", "imagenet-c: its 224-px images as they are, or resized to 256 and cropped", "--c-preprocessing"
+        "none",
+        "imagenet-c: its 224-px images as they are, or resized to 256 and cropped",
+        "--c-preprocessing",
     )
 
 
@@ -250,10 +460,20 @@ class EvalConfig:
 class Config:
     """A whole run, or several: `methods` and `variants` times `seeds`."""
 
-    method: Method = setting("dad", "ce, kd, aug-only, dat, dad, dat+dad or lp-clip", "--method", main=True)
+    method: Method = setting(
+        "dad", "ce, kd, aug-only, dat, dad, dat+dad or lp-clip", "--method", main=True
+    )
     seed: int = setting(0, "seed of every random draw", "--seed", rule=NOT_NEGATIVE)
-    seeds: int = setting(1, "number of seeds, from --seed on", "--seeds", rule=AT_LEAST_ONE, main=True)
-    max_steps: int = setting(0, "stop after this many steps; 0 = run all epochs", "--max-steps", rule=NOT_NEGATIVE, main=True)
+    seeds: int = setting(
+        1, "number of seeds, from --seed on", "--seeds", rule=AT_LEAST_ONE, main=True
+    )
+    max_steps: int = setting(
+        0,
+        "stop after this many steps; 0 = run all epochs",
+        "--max-steps",
+        rule=NOT_NEGATIVE,
+        main=True,
+    )
     device: str = setting("auto", "auto, cpu or cuda[:N]", "--device", main=True)
     log_every: int = setting(50, "steps between log lines", "--log-every", rule=AT_LEAST_ONE)
     data: DataConfig = DataConfig()
@@ -273,10 +493,27 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     variants: dict[str, dict[str, Any]] = setting(
-        {}, "runs to compare: [variants.NAME] with the keys that differ, such as method or schedule.epochs"
+        {},
+        "runs to compare: [variants.NAME] with the keys that differ, such as method or schedule.epochs",
     )
 
 
 # What each method computes; the objective and the config checks both read this table.
-USES_TEACHER = {"ce": False, "kd": True, "aug-only": True, "dat": False, "dad": True, "dat+dad": True, "lp-clip": True}
-USES_DISCRETIZER = {"ce": False, "kd": False, "aug-only": True, "dat": True, "dad": True, "dat+dad": True, "lp-clip": False}
+USES_TEACHER = {
+    "ce": False,
+    "kd": True,
+    "aug-only": True,
+    "dat": False,
+    "dad": True,
+    "dat+dad": True,
+    "lp-clip": True,
+}
+USES_DISCRETIZER = {
+    "ce": False,
+    "kd": False,
+    "aug-only": True,
+    "dat": True,
+    "dad": True,
+    "dat+dad": True,
+    "lp-clip": False,
+}

@@ -45,7 +45,9 @@ def check_stores(cfg: Config) -> None:
             known = f"(kinds: {', '.join(KINDS)})"
             raise UsageError(f"--stores {text}: no such kind{nearest(kind, KINDS)} {known}")
         if colon and not (views.isdecimal() and int(views)):
-            raise UsageError(f"--stores {text}: views are a whole number, 1 or more, as in {kind}:4")
+            raise UsageError(
+                f"--stores {text}: views are a whole number, 1 or more, as in {kind}:4"
+            )
     form = cfg.store.images
     quality = form.removeprefix("jpeg:")
     is_jpeg = form != quality and quality.isdecimal() and 1 <= int(quality) <= 100
@@ -53,7 +55,9 @@ def check_stores(cfg: Config) -> None:
         choices = "none, raw, webp or jpeg:Q with a quality from 1 to 100"
         raise UsageError(f"--store-images {form}: must be {choices}")
     if cfg.store.make and cfg.store.dirs:
-        raise UsageError("--store and --stores: give stores that exist or let this run make them; leave one out")
+        raise UsageError(
+            "--store and --stores: give stores that exist or let this run make them; leave one out"
+        )
 
 
 def usable_kinds(cfg: Config) -> dict[str, int]:
@@ -116,7 +120,8 @@ def _digest(cfg: Config, kind: str, views: int, images: str) -> str:
     used = [
         path
         for path in settings()
-        if (path in _SETTINGS or path.partition(".")[0] in _SECTIONS[kind]) and path not in RESUME_SAFE
+        if (path in _SETTINGS or path.partition(".")[0] in _SECTIONS[kind])
+        and path not in RESUME_SAFE
     ]
     text = repr([(path, get(cfg, path)) for path in used] + [views, images])
     return hashlib.sha256(text.encode()).hexdigest()[:8]

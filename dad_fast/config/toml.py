@@ -16,10 +16,15 @@ def to_toml(cfg: Config) -> str:
     lines = [_line(path, get(cfg, path)) for path in settings() if "." not in path]
     for section in sections():
         lines += ["", f"[{section}]"]
-        lines += [_line(path, get(cfg, path)) for path in settings() if path.startswith(section + ".")]
+        lines += [
+            _line(path, get(cfg, path)) for path in settings() if path.startswith(section + ".")
+        ]
     for name, changes in cfg.variants.items():
         lines += ["", f"[variants.{_key(name)}]"]
-        lines += [f"{'.'.join(map(_key, path.split('.')))} = {_value(value)}" for path, value in changes.items()]
+        lines += [
+            f"{'.'.join(map(_key, path.split('.')))} = {_value(value)}"
+            for path, value in changes.items()
+        ]
     return "\n".join(lines) + "\n"
 
 

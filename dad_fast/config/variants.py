@@ -18,7 +18,13 @@ RESUME_SAFE = frozenset(
         *("data.workers", "data.max_bad_share", "log_every", "max_steps", "device", "seeds"),
         *("checkpoint.every_steps", "checkpoint.keep", "engine.cuda_graphs"),
         *("data.batch_size", "engine.grad_accum_steps", "engine.dist_timeout"),
-        *("eval.every_epochs", "eval.suites", "eval.batch_size", "eval.allow_partial", "eval.c_preprocessing"),
+        *(
+            "eval.every_epochs",
+            "eval.suites",
+            "eval.batch_size",
+            "eval.allow_partial",
+            "eval.c_preprocessing",
+        ),
         *("student.weights", "student.init_from", "student.pretrained"),
     }
 )
@@ -29,11 +35,20 @@ def expand(cfg: Config) -> list[tuple[str, int, Config]]:
     runs = []
     for name, tables in (cfg.variants or {cfg.method: {}}).items():
         where = f"variants.{name}"
-        changes = {path: coerce(lookup(path, where), value, where) for path, value in flatten(tables, where)}
+        changes = {
+            path: coerce(lookup(path, where), value, where)
+            for path, value in flatten(tables, where)
+        }
         if "data.batch_size" in changes:
             changes = {"data.global_batch_size": 0, **changes}
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            runs.append((name, seed, with_values(cfg, {**changes, "variants": {}, "seeds": 1, "seed": seed})))
+            runs.append(
+                (
+                    name,
+                    seed,
+                    with_values(cfg, {**changes, "variants": {}, "seeds": 1, "seed": seed}),
+                )
+            )
     return runs
 
 
@@ -49,10 +64,14 @@ def with_batch_sizes(cfg: Config, num_processes: int) -> Config:
     each, rest = divmod(size, at_once)
     among = f"{num_processes} process{'es' if num_processes > 1 else ''} x --grad-accum-steps {cfg.engine.grad_accum_steps}"
     if rest or not each:
-        raise UsageError(f"--global-batch-size {size}: cannot be divided evenly among {among}; take a multiple of {at_once}")
+        raise UsageError(
+            f"--global-batch-size {size}: cannot be divided evenly among {among}; take a multiple of {at_once}"
+        )
     if (cfg.augment.mixup or cfg.augment.cutmix) and each % 2:
         odd = f"gives each of {among} {each} images, an odd number"
-        raise UsageError(f"--global-batch-size {size}: {odd}, where --mixup and --cutmix mix pairs; take a multiple of {2 * at_once}")
+        raise UsageError(
+            f"--global-batch-size {size}: {odd}, where --mixup and --cutmix mix pairs; take a multiple of {2 * at_once}"
+        )
     return with_values(cfg, {"data.batch_size": each})
 
 
@@ -64,6 +83,10 @@ def differences(old: Config, new: Config) -> list[str]:
         if path not in RESUME_SAFE and get(old, path) != get(new, path)
     ]
     if old.variants != new.variants:
-        names = sorted(name for name in {**old.variants, **new.variants} if old.variants.get(name) != new.variants.get(name))
+        names = sorted(
+            name
+            for name in {**old.variants, **new.variants}
+            if old.variants.get(name) != new.variants.get(name)
+        )
         lines.append(f"variants: {', '.join(names)} differ")
     return lines

@@ -27,7 +27,9 @@ class ClassMap:
 
     def __post_init__(self) -> None:
         if [entry[0] for entry in self.entries] != list(range(len(self.entries))):
-            raise DataError(f"a class list must have the ids 0 to {len(self.entries) - 1} in order, each once (--class-map)")
+            raise DataError(
+                f"a class list must have the ids 0 to {len(self.entries) - 1} in order, each once (--class-map)"
+            )
         if not self.entries:
             raise DataError("the class list is empty (--class-map)")
         seen: set[str] = set()
@@ -62,8 +64,14 @@ class ClassMap:
                     )
                 entries = []
                 for row in rows:
-                    if not _NUMBER.fullmatch(row["id"] or "") or not row["folder"] or not row["name"]:
-                        raise DataError(f"{path}, line {rows.line_num}: a class needs a number, a folder and a name (--class-map)")
+                    if (
+                        not _NUMBER.fullmatch(row["id"] or "")
+                        or not row["folder"]
+                        or not row["name"]
+                    ):
+                        raise DataError(
+                            f"{path}, line {rows.line_num}: a class needs a number, a folder and a name (--class-map)"
+                        )
                     entries.append((int(row["id"]), row["folder"], row["name"]))
         except FileNotFoundError as error:
             raise DataError(f"no class map {path} (--class-map)") from error
@@ -77,10 +85,21 @@ class ClassMap:
     @classmethod
     def from_folders(cls, folder: str | Path) -> ClassMap:
         """The sub-folders of `folder`, sorted by name; hidden ones are not classes. Raises DataError where there are none."""
-        folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        folders = sorted(
+            entry.name
+            for entry in os.scandir(folder)
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
         if not folders:
-            raise DataError(f"{folder}: no class folders in it; images belong in one folder a class")
-        return cls(tuple((i, name, text) for i, (name, text) in enumerate(zip(folders, readable_names(folders), strict=True))))
+            raise DataError(
+                f"{folder}: no class folders in it; images belong in one folder a class"
+            )
+        return cls(
+            tuple(
+                (i, name, text)
+                for i, (name, text) in enumerate(zip(folders, readable_names(folders), strict=True))
+            )
+        )
 
     def to_json(self) -> str:
         """As UTF-8 can hold it: bytes of a folder's name that are none are JSON's own escapes, which `from_json` reads back."""
@@ -91,9 +110,13 @@ class ClassMap:
     @classmethod
     def from_json(cls, text: str) -> ClassMap:
         try:
-            return cls(tuple((int(i), str(folder), str(name)) for i, folder, name in json.loads(text)))
+            return cls(
+                tuple((int(i), str(folder), str(name)) for i, folder, name in json.loads(text))
+            )
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise DataError(f"not a recorded class list: {ascii(str(error)[:100])[1:-1]}") from error
+            raise DataError(
+                f"not a recorded class list: {ascii(str(error)[:100])[1:-1]}"
+            ) from error
 
 
 def readable_names(folders: Sequence[str]) -> list[str]:

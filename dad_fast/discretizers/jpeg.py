@@ -22,7 +22,14 @@ class Jpeg(Discretizer):
         self.quality, self.name = quality, f"jpeg:{quality}"
 
     def __call__(self, pixels: Tensor) -> Discretized:
-        levels = (pixels.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
+        levels = (
+            (pixels.detach().clamp(0, 1) * 255)
+            .round()
+            .to(torch.uint8)
+            .permute(0, 2, 3, 1)
+            .cpu()
+            .numpy()
+        )  # [B, H, W, 3]
         decoded = np.stack([self._round_trip(image) for image in levels])
         images = torch.from_numpy(decoded).to(pixels.device).permute(0, 3, 1, 2).float().div(255.0)
         return Discretized(images.contiguous(), None)

@@ -22,9 +22,13 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UsageError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem(f"--device {name}: torch sees no CUDA device; see dad-fast doctor, or use --device cpu")
+        raise EnvironmentProblem(
+            f"--device {name}: torch sees no CUDA device; see dad-fast doctor, or use --device cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentProblem(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise EnvironmentProblem(
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device

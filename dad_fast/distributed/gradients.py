@@ -33,24 +33,32 @@ class SharedGradients:
         self._averaged = list(averaged)
         shapes = [list(p.shape) for p in used]
         if any(other != shapes for other in distributed.all_gather_json(shapes)):
-            raise DadFastError("the processes have gradients of different parameters: the student must do the same work in all of them")
+            raise DadFastError(
+                "the processes have gradients of different parameters: the student must do the same work in all of them"
+            )
         starts, size = [], 0
         for tensor in (*used, *self._averaged):
             starts.append(size)
             size += -(-tensor.numel() // ALIGN) * ALIGN
         self.flat = torch.zeros(size, dtype=used[0].dtype, device=used[0].device)
         for p, start in zip(used, starts, strict=False):
-            view = self.flat[start:].as_strided(p.shape, p.stride())  # laid out as the parameter is, channels_last included
+            view = self.flat[start:].as_strided(
+                p.shape, p.stride()
+            )  # laid out as the parameter is, channels_last included
             assert p.grad is not None
             view.copy_(p.grad)
             p.grad = view
         tail = zip(self._averaged, starts[len(used) :], strict=True)
-        self._slots = [self.flat[start : start + tensor.numel()].view(tensor.shape) for tensor, start in tail]
+        self._slots = [
+            self.flat[start : start + tensor.numel()].view(tensor.shape) for tensor, start in tail
+        ]
 
     def reduce(self) -> None:
         """Sum the gradients over the processes, and average what is averaged. The host does not wait for a GPU."""
         if any(p.grad is not None for p in self._unused):
-            raise DadFastError("a parameter of the student got its first gradient after the first step; with several processes it may not")
+            raise DadFastError(
+                "a parameter of the student got its first gradient after the first step; with several processes it may not"
+            )
         torch._foreach_copy_(self._slots, self._averaged)
         distributed.all_reduce_sums(self.flat)
         torch._foreach_mul_(self._slots, 1.0 / distributed.world())

@@ -38,7 +38,9 @@ def run_processes(nproc: int, verb: str, arguments: Sequence[str]) -> int:
         family = _Family()
         try:
             for rank in range(nproc):
-                family.processes.append(_Process(rank, nproc, verb, arguments, Path(folder) / "rendezvous"))
+                family.processes.append(
+                    _Process(rank, nproc, verb, arguments, Path(folder) / "rendezvous")
+                )
             return family.wait()
         finally:
             family.kill()
@@ -47,20 +49,32 @@ def run_processes(nproc: int, verb: str, arguments: Sequence[str]) -> int:
 class _Process:
     """One of the processes, and what it said last."""
 
-    def __init__(self, rank: int, nproc: int, verb: str, arguments: Sequence[str], store: Path) -> None:
+    def __init__(
+        self, rank: int, nproc: int, verb: str, arguments: Sequence[str], store: Path
+    ) -> None:
         self.rank, self.nproc, self.error = rank, nproc, ""
         identity = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, STORE: store, LAUNCHED: os.getpid(),
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": nproc,
+            "LOCAL_WORLD_SIZE": nproc,
+            STORE: store,
+            LAUNCHED: os.getpid(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // nproc)),
-        }  # fmt: skip
+        }
         if sys.platform == "linux":
-            identity["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # needs no name that resolves
+            identity["GLOO_SOCKET_IFNAME"] = os.environ.get(
+                "GLOO_SOCKET_IFNAME", "lo"
+            )  # needs no name that resolves
         self.popen = subprocess.Popen(
             [*PROGRAM, verb, *arguments],
             env=os.environ | {name: str(value) for name, value in identity.items()},
-            stderr=subprocess.PIPE if rank else None, stdin=None if rank == 0 else subprocess.DEVNULL, text=True, errors="replace",
+            stderr=subprocess.PIPE if rank else None,
+            stdin=None if rank == 0 else subprocess.DEVNULL,
+            text=True,
+            errors="replace",
             start_new_session=True,
-        )  # fmt: skip
+        )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -78,12 +92,23 @@ class _Process:
     def say_why(self) -> None:
         """What this process, the first to fail, failed of; process 0 has said it itself unless it was killed."""
         self.reader.join(2.0)
-        code, who = self.popen.returncode, f"dad-fast: process {self.rank} of {self.nproc} (counted from 0)"
+        code, who = (
+            self.popen.returncode,
+            f"dad-fast: process {self.rank} of {self.nproc} (counted from 0)",
+        )
         if code < 0:
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            print(f"{who} was killed by {signal.Signals(-code).name}{hint}; the others are stopped", file=sys.stderr, flush=True)
+            print(
+                f"{who} was killed by {signal.Signals(-code).name}{hint}; the others are stopped",
+                file=sys.stderr,
+                flush=True,
+            )
         elif self.rank:
-            print(f"{who} failed, the others are stopped: {self.error or f'exit code {code}'}", file=sys.stderr, flush=True)
+            print(
+                f"{who} failed, the others are stopped: {self.error or f'exit code {code}'}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class _Family:
@@ -115,7 +140,12 @@ class _Family:
 
     def note_failure(self) -> None:
         """Whoever ends by a signal that was sent on was asked to stop when it had nothing to save, or nothing left to save."""
-        fine = (None, 0, *STOPPED, *((-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT) if self.asked else ()))
+        fine = (
+            None,
+            0,
+            *STOPPED,
+            *((-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT) if self.asked else ()),
+        )
         failed = [process for process in self.processes if process.code not in fine]
         if failed and self.first is None:
             self.first = failed[0]
@@ -130,7 +160,6 @@ class _Family:
         self.send(signal.SIGKILL)
         for process in self.processes:
             process.popen.wait()
-
 
 
 def end_with_launcher() -> None:

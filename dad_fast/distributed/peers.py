@@ -55,7 +55,9 @@ def _ask(store: Any, rank: int, world: int, why: str) -> DadFastError:
         while other != rank and not store.check([f"{HERE}/{other}"]):
             if store.check([f"{STOPPED}/{other}"]):
                 kind = getattr(errors, store.get(f"{STOPPED}/{other}").decode())
-                return kind(f"stopped, as process {other} of {world} was asked to; go on with --resume auto")
+                return kind(
+                    f"stopped, as process {other} of {world} was asked to; go on with --resume auto"
+                )
             if time.monotonic() > deadline:
                 silent.append(str(other))
                 break
@@ -63,4 +65,6 @@ def _ask(store: Any, rank: int, world: int, why: str) -> DadFastError:
     if not silent:
         return PeerLost(f"the {world} processes are all there, but cannot reach each other ({why})")
     names, verb = ", ".join(silent), "is" if len(silent) == 1 else "are"
-    return PeerLost(f"process {names} of {world} (counted from 0) {verb} gone; this process stops too ({why})")
+    return PeerLost(
+        f"process {names} of {world} (counted from 0) {verb} gone; this process stops too ({why})"
+    )

@@ -52,7 +52,9 @@ def local_rank() -> int:
 def _number(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal() or not value.isascii():
-        raise EnvironmentProblem(f"{name}={value} in the environment is no number; unset RANK and WORLD_SIZE, or let torchrun set them")
+        raise EnvironmentProblem(
+            f"{name}={value} in the environment is no number; unset RANK and WORLD_SIZE, or let torchrun set them"
+        )
     return int(value)
 
 
@@ -72,24 +74,38 @@ def init(cfg: Config) -> None:
     cuda = cfg.device != "cpu" and torch.cuda.is_available()
     if cuda:
         if cfg.device.startswith("cuda:"):
-            raise UsageError(f"--device {cfg.device}: all processes would use this one; --device cuda gives each its own GPU")
+            raise UsageError(
+                f"--device {cfg.device}: all processes would use this one; --device cuda gives each its own GPU"
+            )
         gpus = torch.cuda.device_count()
-        if local_rank() >= gpus and (gpus > 1 or started_here()):  # else a scheduler may show each process its own GPU alone
+        if local_rank() >= gpus and (
+            gpus > 1 or started_here()
+        ):  # else a scheduler may show each process its own GPU alone
             here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-            raise EnvironmentProblem(f"{here} processes on a machine with {gpus} GPUs; start one a GPU (--nproc auto)")
+            raise EnvironmentProblem(
+                f"{here} processes on a machine with {gpus} GPUs; start one a GPU (--nproc auto)"
+            )
         torch.cuda.set_device(local_rank() % gpus)
     path = os.environ.get(STORE)
     try:
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.FileStore(path, world()) if path else None, rank=rank() if path else -1, world_size=world() if path else -1,
+            store=dist.FileStore(path, world()) if path else None,
+            rank=rank() if path else -1,
+            world_size=world() if path else -1,
             timeout=timedelta(seconds=JOIN),
-        )  # fmt: skip
+        )
     except (RuntimeError, ValueError) as error:
-        where = f" at {os.environ['MASTER_ADDR']}" if not path and "MASTER_ADDR" in os.environ else ""
-        raise EnvironmentProblem(f"process {rank()} of {world()} cannot join the others{where}: {_line(error)}") from None
+        where = (
+            f" at {os.environ['MASTER_ADDR']}" if not path and "MASTER_ADDR" in os.environ else ""
+        )
+        raise EnvironmentProblem(
+            f"process {rank()} of {world()} cannot join the others{where}: {_line(error)}"
+        ) from None
     _joined = True
-    _store().set_timeout(timedelta(seconds=LONG))  # NCCL's connections meet there when they are first used
+    _store().set_timeout(
+        timedelta(seconds=LONG)
+    )  # NCCL's connections meet there when they are first used
     set_timeout(LONG)
 
 
@@ -125,7 +141,9 @@ def _alone() -> bool:
 def set_timeout(seconds: float) -> None:
     """From now on another process that does not answer for so long is given up."""
     if not _alone():
-        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # the first is torch 2.15's
+        set_timeout = (
+            getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        )  # the first is torch 2.15's
         set_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
@@ -155,7 +173,10 @@ def all_gather_json(value: Any) -> list[Any]:
     found = [torch.empty_like(padded) for _ in range(world())]
     with _others_needed():
         dist.all_gather(found, padded)
-    return [json.loads(bytes(one[:size].tolist())) for one, size in zip(found, sizes.tolist(), strict=True)]
+    return [
+        json.loads(bytes(one[:size].tolist()))
+        for one, size in zip(found, sizes.tolist(), strict=True)
+    ]
 
 
 def broadcast(value: Any) -> Any:
@@ -166,7 +187,11 @@ def broadcast(value: Any) -> Any:
     size = torch.tensor([len(data)])
     with _others_needed():
         dist.broadcast(size, 0)
-        buffer = torch.frombuffer(data, dtype=torch.uint8) if is_main() else torch.empty(int(size), dtype=torch.uint8)
+        buffer = (
+            torch.frombuffer(data, dtype=torch.uint8)
+            if is_main()
+            else torch.empty(int(size), dtype=torch.uint8)
+        )
         dist.broadcast(buffer, 0)
     return json.loads(bytes(buffer.tolist()))
 
@@ -185,8 +210,16 @@ def broadcast_tensors(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Process 0's named tensors, on all of them, in host memory."""
     if _alone():
         return tensors or {}
-    described = broadcast({k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in (tensors or {}).items()})
-    empty = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in described.items()}
+    described = broadcast(
+        {
+            k: [str(v.dtype).removeprefix("torch."), list(v.shape)]
+            for k, v in (tensors or {}).items()
+        }
+    )
+    empty = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype))
+        for name, (dtype, shape) in described.items()
+    }
     found = tensors or empty
     broadcast_([found[name] for name in described])
     return found

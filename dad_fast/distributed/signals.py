@@ -37,7 +37,9 @@ class StopRequest:
         self.error = _error(number) if self.error is not Interrupted else Interrupted
         if again:
             raise KeyboardInterrupt  # a second Ctrl-C stops at once
-        if self.at_once and not self._ending:  # launchers repeat their signals: that must not interrupt what `finally` does
+        if (
+            self.at_once and not self._ending
+        ):  # launchers repeat their signals: that must not interrupt what `finally` does
             self._ending = True
             raise _AtOnce
 
@@ -124,7 +126,9 @@ def _watched(request: StopRequest, words: str) -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     ended = threading.Event()
-    threading.Thread(target=_watch, args=(request, words, reading, ended), daemon=True, name="signals").start()
+    threading.Thread(
+        target=_watch, args=(request, words, reading, ended), daemon=True, name="signals"
+    ).start()
     previous, _watching = signal.set_wakeup_fd(writing, warn_on_full_buffer=False), True
     try:
         yield
@@ -146,7 +150,9 @@ def _watch(request: StopRequest, words: str, reading: int, ended: threading.Even
                     return
             if request.at_once:
                 error = request.error or _error(number[0])
-                os.write(2, f"dad-fast: error: {words}\n".encode())  # the main thread may hold the lock of sys.stderr
+                os.write(
+                    2, f"dad-fast: error: {words}\n".encode()
+                )  # the main thread may hold the lock of sys.stderr
                 os._exit(error.exit_code)
 
 

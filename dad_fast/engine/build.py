@@ -43,8 +43,12 @@ class Components:
     teacher: Teacher | None
     discretizer: Discretizer | None
     stored: Stored
-    savings: dict[str, dict[str, str]]  # of teacher and student: saving -> "" where it is on, else why it is not
-    hashes: dict[str, str | None]  # of the weights of teacher and discretizer, None where nothing is trained
+    savings: dict[
+        str, dict[str, str]
+    ]  # of teacher and student: saving -> "" where it is on, else why it is not
+    hashes: dict[
+        str, str | None
+    ]  # of the weights of teacher and discretizer, None where nothing is trained
     probe: ProbeData | None = None  # where the student is a linear probe on the teacher's encoder
 
     def prepare(self, say: Callable[[str], None]) -> None:
@@ -67,11 +71,17 @@ class Builder:
     def build(self, cfg: Config) -> Components:
         device = resolve_device(cfg.device)
         check_splits(cfg)
-        if not cfg.store.dirs:  # what a store makes needless is known when it has been joined with the data
+        if (
+            not cfg.store.dirs
+        ):  # what a store makes needless is known when it has been joined with the data
             check_weights(cfg, *_needs(cfg, None, None))
         data = repr(cfg.data), cfg.store.dirs
-        train = self._once(("source", cfg.data.train_split, *data), lambda: _source(cfg, cfg.data.train_split))
-        val = self._once(("source", cfg.data.val_split, *data), lambda: _source(cfg, cfg.data.val_split))
+        train = self._once(
+            ("source", cfg.data.train_split, *data), lambda: _source(cfg, cfg.data.train_split)
+        )
+        val = self._once(
+            ("source", cfg.data.val_split, *data), lambda: _source(cfg, cfg.data.val_split)
+        )
         check_same_classes(cfg, train.classes, val.classes)
         of_stores = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
         stored = self._once(of_stores, lambda: Stored(cfg.store.dirs, train, cfg.loss.filter))
@@ -82,19 +92,32 @@ class Builder:
         savings: dict[str, dict[str, str]] = {}
         common = (repr(cfg.precision), repr(cfg.engine), str(device))
         if needs_teacher:
-            found = self._once(("teacher", repr(cfg.teacher), *common, train.classes), lambda: frozen.teacher(cfg, train.classes, device))
+            found = self._once(
+                ("teacher", repr(cfg.teacher), *common, train.classes),
+                lambda: frozen.teacher(cfg, train.classes, device),
+            )
             teacher, hashes["teacher"], savings["teacher"], encoder_sha256 = found
         if needs_discretizer:
             of_discretizer = ("discretizer", repr(cfg.discretizer), *common)
-            discretizer, hashes["discretizer"] = self._once(of_discretizer, lambda: frozen.discretizer(cfg, device))
+            discretizer, hashes["discretizer"] = self._once(
+                of_discretizer, lambda: frozen.discretizer(cfg, device)
+            )
         torch.manual_seed(cfg.seed)  # the student's initial weights
         if cfg.method == "lp-clip":
             assert teacher is not None
-            where = {"img_size": cfg.augment.img_size, "init": cfg.lp_clip.init, "init_from": cfg.student.init_from}
+            where = {
+                "img_size": cfg.augment.img_size,
+                "init": cfg.lp_clip.init,
+                "init_from": cfg.student.init_from,
+            }
             student: Student = build_probe(teacher, encoder_sha256, **where)
         else:
-            num_groups = 1 + len({"dad", "aug", "dat"} & set(TERMS[cfg.method]))  # clean images, and those of each attack
-            student = build_student(cfg.student, len(train.classes), cfg.augment.img_size, num_groups)
+            num_groups = 1 + len(
+                {"dad", "aug", "dat"} & set(TERMS[cfg.method])
+            )  # clean images, and those of each attack
+            student = build_student(
+                cfg.student, len(train.classes), cfg.augment.img_size, num_groups
+            )
             savings["student"] = optimize_student(student, frozen.model_optimizations(cfg))
         take_view(student, cfg)
         student = student.to(device)
@@ -104,13 +127,30 @@ class Builder:
             student = student.to(memory_format=torch.channels_last)
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
         _try_one_image(cfg, device, student, teacher, discretizer)
-        probe = self._probe_data(cfg, train, student, hashes["teacher"], device) if isinstance(student, Probe) else None
-        return Components(device, train, val, student, teacher, discretizer, stored, savings, hashes, probe)
+        probe = (
+            self._probe_data(cfg, train, student, hashes["teacher"], device)
+            if isinstance(student, Probe)
+            else None
+        )
+        return Components(
+            device, train, val, student, teacher, discretizer, stored, savings, hashes, probe
+        )
 
-    def _probe_data(self, cfg: Config, source: Source, probe: Probe, teacher_hash: str | None, device: torch.device) -> ProbeData:
+    def _probe_data(
+        self,
+        cfg: Config,
+        source: Source,
+        probe: Probe,
+        teacher_hash: str | None,
+        device: torch.device,
+    ) -> ProbeData:
         """Shared between runs that differ in neither teacher nor views: a sweep over thresholds encodes its images once."""
         batch_size, workers = cfg.eval.batch_size or cfg.data.batch_size, cfg.data.workers
-        how = {"teacher": teacher_hash, "precision": asdict(cfg.precision), "savings": sorted(cfg.engine.savings)}
+        how = {
+            "teacher": teacher_hash,
+            "precision": asdict(cfg.precision),
+            "savings": sorted(cfg.engine.savings),
+        }
         labels = features = None
         if cfg.lp_clip.labels == "pseudo":
             view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation)
@@ -119,9 +159,31 @@ class Builder:
         fixed = is_fixed(cfg.augment)
         if views := 1 if fixed else cfg.lp_clip.views:
             seed = 0 if fixed else cfg.seed
-            view_of = repr((how, source.fingerprint, probe.image_size, view_settings(cfg.augment), seed, views, str(device)))
-            arguments = probe.spec["num_features"], source, cfg.augment, probe.image_size, seed, views, batch_size, workers, device
-            features = self._once(("features", view_of), lambda: FeatureTable(probe.encoder.features, *arguments))
+            view_of = repr(
+                (
+                    how,
+                    source.fingerprint,
+                    probe.image_size,
+                    view_settings(cfg.augment),
+                    seed,
+                    views,
+                    str(device),
+                )
+            )
+            arguments = (
+                probe.spec["num_features"],
+                source,
+                cfg.augment,
+                probe.image_size,
+                seed,
+                views,
+                batch_size,
+                workers,
+                device,
+            )
+            features = self._once(
+                ("features", view_of), lambda: FeatureTable(probe.encoder.features, *arguments)
+            )
         return ProbeData(labels, features)
 
     def _once(self, key: Any, make: Any) -> Any:
@@ -133,11 +195,15 @@ class Builder:
 def share_batch_norm(student: Student, device: torch.device) -> None:
     """--sync-bn: batch norms that see the images of all processes. Not yet run on a GPU."""
     if device.type != "cuda":
-        raise EnvironmentProblem(f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; leave it out")
+        raise EnvironmentProblem(
+            f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; leave it out"
+        )
     student.model = convert_sync_batchnorm(student.model)
 
 
-def _needs(cfg: Config, adversarial: AdversarialStore | None, targets: TargetStore | None) -> tuple[bool, bool]:
+def _needs(
+    cfg: Config, adversarial: AdversarialStore | None, targets: TargetStore | None
+) -> tuple[bool, bool]:
     """Whether a teacher and a discretizer are needed, given these stores; raises UsageError when one is needed and not named."""
     if cfg.method == "lp-clip":
         return True, False
@@ -145,18 +211,32 @@ def _needs(cfg: Config, adversarial: AdversarialStore | None, targets: TargetSto
     online = bool({"dad", "aug"} & set(terms)) and adversarial is None
     teacher = online or ("kd" in terms and targets is None)
     only_codes = adversarial is not None and adversarial.manifest.images == "none"
-    discretizer = online or "dat" in terms or ("kd" != cfg.method and only_codes)
+    discretizer = online or "dat" in terms or (cfg.method != "kd" and only_codes)
     if teacher and not cfg.teacher.name:
         missing = "adversarial images" if online else "outputs on clean images (--targets)"
-        raise UsageError(f"--method {cfg.method} needs a teacher, for no store has its {missing}: add --teacher")
+        raise UsageError(
+            f"--method {cfg.method} needs a teacher, for no store has its {missing}: add --teacher"
+        )
     if discretizer and not cfg.discretizer.name:
-        why = "the store holds codes and no images" if only_codes else "no store has adversarial images"
-        raise UsageError(f"--method {cfg.method} needs a discretizer, for {why}: add --discretizer (a VQGAN's file, identity or jpeg:75)")
+        why = (
+            "the store holds codes and no images"
+            if only_codes
+            else "no store has adversarial images"
+        )
+        raise UsageError(
+            f"--method {cfg.method} needs a discretizer, for {why}: add --discretizer (a VQGAN's file, identity or jpeg:75)"
+        )
     return teacher, discretizer
 
 
 @torch.no_grad()
-def _try_one_image(cfg: Config, device: torch.device, student: Student, teacher: Teacher | None, discretizer: Discretizer | None) -> None:
+def _try_one_image(
+    cfg: Config,
+    device: torch.device,
+    student: Student,
+    teacher: Teacher | None,
+    discretizer: Discretizer | None,
+) -> None:
     """A size that a model cannot take shows here, in one line, and not in the first step."""
     side = student.image_size
     pixels = torch.zeros(1, 3, side, side, device=device)
@@ -164,7 +244,9 @@ def _try_one_image(cfg: Config, device: torch.device, student: Student, teacher:
         student.eval()(pixels)
     except RuntimeError as error:
         what = f"cannot take images of {side} px ({str(error).splitlines()[0]})"
-        raise UsageError(f"--student {student.name} {what}; set --img-size or student.model_kwargs") from None
+        raise UsageError(
+            f"--student {student.name} {what}; set --img-size or student.model_kwargs"
+        ) from None
     if teacher is not None:
         teacher(pixels)
     if discretizer is not None:
@@ -176,6 +258,10 @@ def _source(cfg: Config, split: str) -> Source:
         data = cfg.data
         source = open_source(data.data_dir, split, data.class_map, max_bad_share=data.max_bad_share)
         recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
-        if recorded is None or recorded == source.classes or set(recorded.folders) != set(source.classes.folders):
+        if (
+            recorded is None
+            or recorded == source.classes
+            or set(recorded.folders) != set(source.classes.folders)
+        ):
             return source  # whether these are a store's classes is for Stored to say
         return open_source(data.data_dir, split, classes=recorded, max_bad_share=data.max_bad_share)

@@ -44,7 +44,13 @@ class StepGraphs:
         update: Update,
         required: bool,
     ) -> None:
-        self._device, self._generate, self._learn, self._update, self._required = device, generate, learn, update, required
+        self._device, self._generate, self._learn, self._update, self._required = (
+            device,
+            generate,
+            learn,
+            update,
+            required,
+        )
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._steps = 0  # updates made so far
@@ -65,13 +71,17 @@ class StepGraphs:
     ) -> StepGraphs | None:
         """wanted: auto (where it can be), on, off. Raises EnvironmentProblem for `on` on a CPU or with an optimizer that forbids it."""
         if wanted == "on" and device.type != "cuda":
-            raise EnvironmentProblem(f"--cuda-graphs on: the run is on {device}; CUDA graphs need a CUDA device (auto does without)")
+            raise EnvironmentProblem(
+                f"--cuda-graphs on: the run is on {device}; CUDA graphs need a CUDA device (auto does without)"
+            )
         if wanted == "off" or device.type != "cuda":
             return None
         if not update.capturable:
             reason = f"{type(update.optimizer).__name__} takes its learning rate from the host, which a graph would freeze"
             if wanted == "on":
-                raise EnvironmentProblem(f"--cuda-graphs on: {reason}; use --opt adamw, adam or sgd, or --cuda-graphs auto")
+                raise EnvironmentProblem(
+                    f"--cuda-graphs on: {reason}; use --opt adamw, adam or sgd, or --cuda-graphs auto"
+                )
             log.warning("CUDA graphs are off: %s", reason)
             return None
         return cls(device, generate, learn, update, required=wanted == "on")
@@ -102,7 +112,9 @@ class StepGraphs:
         if not self._graphs:
             with self._aside():
                 applied = self._update.apply()
-            if self._steps == WARM_UP:  # the capture comes with the next step: by then the gradients stay where they are
+            if (
+                self._steps == WARM_UP
+            ):  # the capture comes with the next step: by then the gradients stay where they are
                 self._update.make_gradients_static()
             return applied
         self._graphs[2].replay()
@@ -111,7 +123,9 @@ class StepGraphs:
 
     def _capture(self, batch: Batch) -> None:
         try:
-            self._inputs = replace(batch, **{name: value.clone() for name, value in _tensors(batch).items()})
+            self._inputs = replace(
+                batch, **{name: value.clone() for name, value in _tensors(batch).items()}
+            )
             graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
             with capturing(graphs[0], self._pool, self._stream):
                 generated = self._generate(self._inputs)
@@ -125,7 +139,9 @@ class StepGraphs:
             self._inputs, self._scalars = None, {}
             reason = str(error).partition("\n")[0]
             if self._required:
-                raise EnvironmentProblem(f"--cuda-graphs on: the step cannot be captured: {reason}; use --cuda-graphs auto") from error
+                raise EnvironmentProblem(
+                    f"--cuda-graphs on: the step cannot be captured: {reason}; use --cuda-graphs auto"
+                ) from error
             log.warning("CUDA graphs are off: the step cannot be captured: %s", reason)
 
     @contextmanager
@@ -149,7 +165,9 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream)
     generator = torch.cuda.default_generators[index]
     random_state = generator.get_state()
     first: BaseException | None = None
-    with torch.cuda.stream(torch.cuda.current_stream(index)):  # what is current now is so again afterwards
+    with torch.cuda.stream(
+        torch.cuda.current_stream(index)
+    ):  # what is current now is so again afterwards
         try:
             with capture:
                 try:

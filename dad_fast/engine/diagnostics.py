@@ -14,7 +14,10 @@ def share_changed(codes: Tensor, reference: Tensor) -> Tensor:
 
 
 def signal_to_rounding(
-    encode: Callable[[Tensor], Tensor], encode_exact: Callable[[Tensor], Tensor], pixels: Tensor, perturbed: Tensor
+    encode: Callable[[Tensor], Tensor],
+    encode_exact: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    perturbed: Tensor,
 ) -> Tensor:
     """Root mean square of the latents' change by the attack over that of the encoder's rounding; scalar float32.
 

@@ -26,7 +26,11 @@ SHEET_ROWS = 8
 
 
 def finish(
-    trainer: Trainer, variant: str, suites: Sequence[Suite], summary: dict[str, float], teacher_results: dict[str, dict[str, Any]]
+    trainer: Trainer,
+    variant: str,
+    suites: Sequence[Suite],
+    summary: dict[str, float],
+    teacher_results: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Write model.safetensors, sheet.png and .safetensors, results.json and report.html; returns the record that results.json holds.
 
@@ -35,18 +39,34 @@ def finish(
     """
     cfg, parts, output = trainer.cfg, trainer.parts, trainer.output
     suites = suites or [Suite(cfg.data.val_split, parts.val)]
-    main = distributed.is_main()  # all processes judge, each its share of the images; this one writes
+    main = (
+        distributed.is_main()
+    )  # all processes judge, each its share of the images; this one writes
     if main:
         trainer.write_model(output / "model.safetensors")
-    student = {suite.name: trainer.judge(trainer.evaluated, suite, _progress(suite.name)) for suite in suites}
+    student = {
+        suite.name: trainer.judge(trainer.evaluated, suite, _progress(suite.name))
+        for suite in suites
+    }
     teacher = None
     if parts.teacher is not None:
         if parts.teacher.name not in teacher_results:
             teacher_results[parts.teacher.name] = {
-                suite.name: trainer.judge(parts.teacher, suite, _progress(f"teacher on {suite.name}")).to_dict() for suite in suites
+                suite.name: trainer.judge(
+                    parts.teacher, suite, _progress(f"teacher on {suite.name}")
+                ).to_dict()
+                for suite in suites
             }
-        teacher = {"name": parts.teacher.name, "seen": parts.teacher.provenance, "suites": teacher_results[parts.teacher.name]}
-    if main and parts.discretizer is not None and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ())):
+        teacher = {
+            "name": parts.teacher.name,
+            "seen": parts.teacher.provenance,
+            "suites": teacher_results[parts.teacher.name],
+        }
+    if (
+        main
+        and parts.discretizer is not None
+        and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ()))
+    ):
         _sheet(trainer, output)
     record = {
         "variant": variant,
@@ -58,7 +78,9 @@ def finish(
         "bn": cfg.student.bn if parts.student.has_batch_stats else None,
         "suites": {name: result.to_dict() for name, result in student.items()},
         "teacher": teacher,
-        "discretizer": None if parts.discretizer is None else {"name": parts.discretizer.name, "seen": parts.discretizer.provenance},
+        "discretizer": None
+        if parts.discretizer is None
+        else {"name": parts.discretizer.name, "seen": parts.discretizer.provenance},
     }
     if main:
         atomic_write_json(output / "results.json", record)
@@ -81,12 +103,27 @@ def _sheet(trainer: Trainer, output: Path) -> None:
     assert parts.discretizer is not None
     attacked = parts.teacher or trainer.evaluated
     student = parts.student
-    loader = EvalLoader(parts.val, student.image_size, student.crop_pct, student.interpolation, SHEET_ROWS, workers=0)
+    loader = EvalLoader(
+        parts.val,
+        student.image_size,
+        student.crop_pct,
+        student.interpolation,
+        SHEET_ROWS,
+        workers=0,
+    )
     batch = next(iter(loader))
     x, labels = to_pixels(batch.images.to(parts.device)), batch.labels.to(parts.device)
     attacked.eval()
     target = soft_targets(labels, student.num_classes)
-    found = discretize(parts.discretizer, attacked, trainer.step.attack, x, target, batch.samples.to(parts.device), cfg.attack.order)
+    found = discretize(
+        parts.discretizer,
+        attacked,
+        trainer.step.attack,
+        x,
+        target,
+        batch.samples.to(parts.device),
+        cfg.attack.order,
+    )
     with torch.no_grad():
         plain = parts.discretizer(x)
         said = attacked(found.images)
@@ -100,25 +137,40 @@ def _sheet(trainer: Trainer, output: Path) -> None:
     shift, num_codes = _shift(parts.discretizer, plain, found)
     write_sheet(output / "sheet.png", x, plain.images, found.images, _captions(examples, shift))
     write_pieces(
-        output / "sheet.safetensors", x, plain.images, found.images, scale=difference_scale(found.images - plain.images),
-        examples=examples, attacked=attacked.name, shift=shift, num_codes=num_codes,
-    )  # fmt: skip
+        output / "sheet.safetensors",
+        x,
+        plain.images,
+        found.images,
+        scale=difference_scale(found.images - plain.images),
+        examples=examples,
+        attacked=attacked.name,
+        shift=shift,
+        num_codes=num_codes,
+    )
 
 
-def _shift(discretizer: Discretizer, before: Discretized, after: Discretized) -> tuple[torch.Tensor | None, int]:
+def _shift(
+    discretizer: Discretizer, before: Discretized, after: Discretized
+) -> tuple[torch.Tensor | None, int]:
     """How far each code moved in the codebook, [N, h, w], and the codebook's size; (None, 0) without codes."""
     if before.codes is None or after.codes is None or discretizer.codebook is None:
         return None, 0
     codebook = discretizer.codebook.float()  # [K, D]
     distance = (codebook[before.codes] - codebook[after.codes]).norm(dim=-1)
-    tiny = torch.finfo(torch.float32).tiny  # two codes may be equal vectors: another code all the same
+    tiny = torch.finfo(
+        torch.float32
+    ).tiny  # two codes may be equal vectors: another code all the same
     return distance.clamp_min(tiny).where(before.codes != after.codes, 0.0), len(codebook)
 
 
 def _captions(examples: Sequence[dict[str, Any]], shift: torch.Tensor | None) -> list[str]:
     captions = []
     for i, example in enumerate(examples):
-        verdict = ["kept"] if example["kept"] else ["dropped" if example["filtered"] else "seen", f"as {example['answer']}"]
+        verdict = (
+            ["kept"]
+            if example["kept"]
+            else ["dropped" if example["filtered"] else "seen", f"as {example['answer']}"]
+        )
         share = [] if shift is None else [f"{(shift[i] > 0).float().mean().item():.0%} codes"]
         captions.append("\n".join([example["label"], *verdict, *share]))
     return captions

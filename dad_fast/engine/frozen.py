@@ -39,15 +39,24 @@ def model_optimizations(cfg: Config) -> Optimizations:
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
     model = load_teacher(cfg.teacher, classes, cfg.precision, device)
     digest, of_encoder = fingerprint(model), fingerprint(model.encoder)
-    return FrozenTeacher(model, digest, optimize_teacher(model, model_optimizations(cfg)), of_encoder)
+    return FrozenTeacher(
+        model, digest, optimize_teacher(model, model_optimizations(cfg)), of_encoder
+    )
 
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
     savings = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
     kernel = cfg.engine.step_kernels and device.type == "cuda"
-    model = load_discretizer(cfg.discretizer.name, cfg.precision, device, VQGANOptimizations(**savings, norm_kernel=kernel))
+    model = load_discretizer(
+        cfg.discretizer.name,
+        cfg.precision,
+        device,
+        VQGANOptimizations(**savings, norm_kernel=kernel),
+    )
     return FrozenDiscretizer(model, model.fingerprint())
 
 
 def _wanted(cfg: Config, name: str) -> bool:
-    return "none" not in cfg.engine.savings and ("all" in cfg.engine.savings or name in cfg.engine.savings)
+    return "none" not in cfg.engine.savings and (
+        "all" in cfg.engine.savings or name in cfg.engine.savings
+    )

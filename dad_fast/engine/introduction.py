@@ -18,9 +18,13 @@ def introduction(cfg: Config, parts: Components, loader: TrainLoader | FeatureLo
         lines.append(f"teacher {parts.teacher.name}; it has seen: {parts.teacher.provenance}")
     if parts.probe is not None:
         trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
-        lines.append(f"a linear layer of {trained:,} numbers is trained on the teacher's frozen encoder")
+        lines.append(
+            f"a linear layer of {trained:,} numbers is trained on the teacher's frozen encoder"
+        )
     if parts.discretizer is not None:
-        lines.append(f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}")
+        lines.append(
+            f"discretizer {parts.discretizer.name}; it has seen: {parts.discretizer.provenance}"
+        )
         lines += parts.discretizer.notes()
     for part, found in parts.savings.items():
         texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
@@ -28,7 +32,10 @@ def introduction(cfg: Config, parts: Components, loader: TrainLoader | FeatureLo
     if not isinstance(loader, FeatureLoader):
         name, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
         lines.append(f"loader {name}: {why}")
-    lines += [f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images" for store in parts.stored.stores]
+    lines += [
+        f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images"
+        for store in parts.stored.stores
+    ]
     return lines
 
 

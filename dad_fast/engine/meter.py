@@ -17,7 +17,10 @@ class Meter:
 
     def add(self, scalars: dict[str, Tensor]) -> None:
         values = {name: value.float() for name, value in scalars.items()}
-        self.sums = {name: self.sums[name] + value if name in self.sums else value.clone() for name, value in values.items()}
+        self.sums = {
+            name: self.sums[name] + value if name in self.sums else value.clone()
+            for name, value in values.items()
+        }
         self.count += 1
 
     def read(self) -> dict[str, float]:
@@ -31,12 +34,16 @@ class Meter:
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: a run that resumes in the middle of a log window logs what the straight run logs."""
-        return {f"meter.{name}": value for name, value in self.sums.items()} | {"meter": torch.tensor(self.count)}
+        return {f"meter.{name}": value for name, value in self.sums.items()} | {
+            "meter": torch.tensor(self.count)
+        }
 
     def restore(self, processes: list[dict[str, Tensor]], device: torch.device) -> None:
         """processes: the `tensors` of one process, or of several, whose mean stands for them."""
         names = [name for name in processes[0] if name.startswith("meter.")]
-        means = {name: torch.stack([one[name] for one in processes]).mean(0).to(device) for name in names}
+        means = {
+            name: torch.stack([one[name] for one in processes]).mean(0).to(device) for name in names
+        }
         self.sums = {name.removeprefix("meter."): value for name, value in means.items()}
         self.count = int(processes[0]["meter"])
 

@@ -23,7 +23,9 @@ class Advice:
         self._windows += 1
         if not self._advised and self._windows > 1 and self._loader != "features":
             cuda = self._parts.device.type == "cuda"
-            advice = input_bound(window, self._cfg.data.global_batch_size, self._cfg.data.workers, self._loader, cuda)
+            advice = input_bound(
+                window, self._cfg.data.global_batch_size, self._cfg.data.workers, self._loader, cuda
+            )
             if advice:
                 self._advised = True
                 say(advice)
@@ -37,7 +39,9 @@ class Advice:
         """Once: that a checkpoint was due before the one before it was written, so that training waited for the disk."""
         if waited > WAIT and not self._waited:
             self._waited = True
-            say(f"training waited {waited:.1f} s for the checkpoint before to be written; raise --checkpoint-every-steps")
+            say(
+                f"training waited {waited:.1f} s for the checkpoint before to be written; raise --checkpoint-every-steps"
+            )
 
     def on_attack(self, signal_to_rounding: float, say: Callable[[str], None]) -> None:
         """Once a run: whether the attack can be seen above the encoder's rounding."""

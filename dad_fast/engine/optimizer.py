@@ -8,7 +8,13 @@ from pathlib import Path
 from dad_fast.errors import EnvironmentProblem
 
 # timm's names of apex's optimizers; the same from torch, which are fused here too.
-OPTIMIZERS = {"fusedsgd": "sgd", "fusedadam": "adam", "fusedadamw": "adamw", "fusedlamb": "lamb", "fusednovograd": "novograd"}
+OPTIMIZERS = {
+    "fusedsgd": "sgd",
+    "fusedadam": "adam",
+    "fusedadamw": "adamw",
+    "fusedlamb": "lamb",
+    "fusednovograd": "novograd",
+}
 
 
 def apex_problem() -> tuple[str, str]:
@@ -18,11 +24,22 @@ def apex_problem() -> tuple[str, str]:
     """
     spec = find_spec("apex")
     if spec is None:
-        return "it is not installed", "build it from NVIDIA's source with --cpp_ext --cuda_ext (PyPI's apex is another package)"
-    if not any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
-        return "the installed apex is PyPI's web toolkit, not NVIDIA's", "pip uninstall -y apex, and build NVIDIA's from its source"
+        return (
+            "it is not installed",
+            "build it from NVIDIA's source with --cpp_ext --cuda_ext (PyPI's apex is another package)",
+        )
+    if not any(
+        (Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or []
+    ):
+        return (
+            "the installed apex is PyPI's web toolkit, not NVIDIA's",
+            "pip uninstall -y apex, and build NVIDIA's from its source",
+        )
     if find_spec("amp_C") is None:
-        return "NVIDIA's apex is here without its compiled parts (amp_C)", "build it from its source with --cpp_ext --cuda_ext"
+        return (
+            "NVIDIA's apex is here without its compiled parts (amp_C)",
+            "build it from its source with --cpp_ext --cuda_ext",
+        )
     return "", ""
 
 
@@ -34,4 +51,6 @@ def check_optimizer(opt: str, cuda: bool) -> None:
     if not problem and not cuda:
         problem, mend = "it needs a CUDA device", "run on a GPU"
     if problem:
-        raise EnvironmentProblem(f"--opt {opt} is NVIDIA apex's: {problem}; {mend}, or use --opt {OPTIMIZERS[opt.lower()]}")
+        raise EnvironmentProblem(
+            f"--opt {opt} is NVIDIA apex's: {problem}; {mend}, or use --opt {OPTIMIZERS[opt.lower()]}"
+        )

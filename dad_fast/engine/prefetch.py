@@ -29,7 +29,9 @@ def _to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     slots = (_Slot(), _Slot())
     for number in count():
         slot = slots[number % 2]
-        with torch.cuda.stream(side):  # DALI's batches are bound to the stream that is current when they are asked for
+        with torch.cuda.stream(
+            side
+        ):  # DALI's batches are bound to the stream that is current when they are asked for
             batch = next(batches, None)
             if batch is None:
                 return
@@ -52,7 +54,9 @@ class _Slot:
     def fill(self, batch: Batch, device: torch.device) -> Batch:
         tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
         if not self.buffers:
-            self.buffers = {name: torch.empty_like(value, device=device) for name, value in tensors.items()}
+            self.buffers = {
+                name: torch.empty_like(value, device=device) for name, value in tensors.items()
+            }
         for name, value in tensors.items():
             self.buffers[name].copy_(value, non_blocking=True)
         return replace(batch, **self.buffers)

@@ -20,7 +20,9 @@ def check_splits(cfg: Config) -> None:
     """DataError for a split that an image folder lacks, and for splits of different classes."""
     data = cfg.data
     splits = data.train_split, data.val_split
-    if data.data_dir.startswith(EMBEDDED) or any(find_shards(data.data_dir, split) for split in splits):
+    if data.data_dir.startswith(EMBEDDED) or any(
+        find_shards(data.data_dir, split) for split in splits
+    ):
         return
     folders = [find_folder(Path(data.data_dir), split) for split in splits]
     if not data.class_map:
@@ -34,7 +36,9 @@ def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
     where, names = f"--data-dir {cfg.data.data_dir}", (cfg.data.train_split, cfg.data.val_split)
     folders = set(train.folders), set(val.folders)
     alone = zip(names, (folders[0] - folders[1], folders[1] - folders[0]), strict=True)
-    only = [f"only {name} has the class {shown(min(classes))}" for name, classes in alone if classes]
+    only = [
+        f"only {name} has the class {shown(min(classes))}" for name, classes in alone if classes
+    ]
     what = ", ".join(only) or f"{names[0]} and {names[1]} order their classes differently"
     raise DataError(f"{where}: {what}; mend the folders or give --class-map")
 
@@ -45,8 +49,14 @@ def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
     teacher, discretizer: whether the run needs them.
     """
     student = cfg.student.name.removeprefix("timm:")
-    if cfg.method != "lp-clip" and not student.startswith("hf-hub:") and not timm.is_model(student.partition(".")[0]):
-        raise UsageError(f"--student {cfg.student.name}: timm has no such model{nearest(student, timm.list_models())}")
+    if (
+        cfg.method != "lp-clip"
+        and not student.startswith("hf-hub:")
+        and not timm.is_model(student.partition(".")[0])
+    ):
+        raise UsageError(
+            f"--student {cfg.student.name}: timm has no such model{nearest(student, timm.list_models())}"
+        )
     named = {
         "--teacher": _file_of(cfg.teacher.name) if teacher else "",
         "--discretizer": _file_of(cfg.discretizer.name) if discretizer else "",

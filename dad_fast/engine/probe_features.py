@@ -44,7 +44,11 @@ class _ViewBatches(Dataset[EvalBatch]):
             width, height = (int(x) for x in steps.source.sizes[sample])
             record = sample_record(steps.aug, side, steps.seed, view, sample, width, height)
             images.numpy()[row] = execute(record, steps.image(sample))
-        return EvalBatch(images.permute(0, 3, 1, 2), torch.from_numpy(steps.source.labels[samples]), torch.from_numpy(samples.copy()))
+        return EvalBatch(
+            images.permute(0, 3, 1, 2),
+            torch.from_numpy(steps.source.labels[samples]),
+            torch.from_numpy(samples.copy()),
+        )
 
 
 class FeatureTable:
@@ -67,33 +71,54 @@ class FeatureTable:
         device: torch.device,
     ) -> None:
         """Raises UsageError where the table would not fit into the machine's memory."""
-        self.encode, self.source, self.aug, self.img_size, self.seed, self.views = encode, source, aug, img_size, seed, views
+        self.encode, self.source, self.aug, self.img_size, self.seed, self.views = (
+            encode,
+            source,
+            aug,
+            img_size,
+            seed,
+            views,
+        )
         self.batch_size, self.workers, self.device = batch_size, workers, device
         self.shape = (views, len(source), num_features)
         self.features: Tensor | None = None
         needed, there = 4 * views * len(source) * num_features, _memory()
         if needed > 0.8 * there:
             sizes = f"{needed / 2**30:.0f} GiB of features and {there / 2**30:.0f} GiB of memory"
-            raise UsageError(f"--lp-views {views}: {sizes}; keep fewer views, or 0 to run the encoder in every step")
+            raise UsageError(
+                f"--lp-views {views}: {sizes}; keep fewer views, or 0 to run the encoder in every step"
+            )
 
     @torch.no_grad()
     def prepare(self, say: Callable[[str], None]) -> None:
         if self.features is None:
-            steps = TrainSteps(self.source, self.aug, self.img_size, self.batch_size, self.seed, rank=0, world=1)
-            batches = _ViewBatches(steps, share(np.flatnonzero(self.source.ok), self.batch_size), self.batch_size)
+            steps = TrainSteps(
+                self.source, self.aug, self.img_size, self.batch_size, self.seed, rank=0, world=1
+            )
+            batches = _ViewBatches(
+                steps, share(np.flatnonzero(self.source.ok), self.batch_size), self.batch_size
+            )
             features = torch.zeros(self.shape)
             done, tell = 0, Lines(say, "features", self.views * len(batches.samples))
             numbers = range(self.views * batches.per_view)
             pin = self.device.type == "cuda"
-            for number, batch in zip(numbers, iterate(batches, numbers, self.workers, pin), strict=True):
+            for number, batch in zip(
+                numbers, iterate(batches, numbers, self.workers, pin), strict=True
+            ):
                 found = self.encode(to_pixels(batch.images.to(self.device, non_blocking=True)))
                 features[number // batches.per_view, batch.samples] = found.float().cpu()
                 done += len(batch.samples)
                 tell(done)
             self.features = distributed.all_reduce_sums(features)
         views, num, width = self.shape
-        what = "one view, which is the same in every epoch" if views == 1 else f"{views} views drawn once"
-        say(f"features are kept: {what}, {num:,} x {width} each ({4 * views * num * width / 2**20:,.0f} MiB); training is on them alone")
+        what = (
+            "one view, which is the same in every epoch"
+            if views == 1
+            else f"{views} views drawn once"
+        )
+        say(
+            f"features are kept: {what}, {num:,} x {width} each ({4 * views * num * width / 2**20:,.0f} MiB); training is on them alone"
+        )
 
 
 class FeatureLoader:
@@ -102,14 +127,34 @@ class FeatureLoader:
     name = "features"
     failed_over = 0
 
-    def __init__(self, table: FeatureTable, batch_size: int, seed: int, rank: int = 0, world: int = 1, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        table: FeatureTable,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
         steps = TrainSteps(table.source, table.aug, table.img_size, batch_size, seed, rank, world)
-        self.source, self.steps_per_epoch, self.pin_memory = table.source, steps.steps_per_epoch, pin_memory
+        self.source, self.steps_per_epoch, self.pin_memory = (
+            table.source,
+            steps.steps_per_epoch,
+            pin_memory,
+        )
         if batch_size < 1 or self.steps_per_epoch == 0:
             has = f"{self.source.name} has only {len(self.source):,} images"
             raise UsageError(f"--batch-size {batch_size}: {has} for {world} x {batch_size}")
-        self.table, self.batch_size, self.seed, self.rank, self.world = table, batch_size, seed, rank, world
-        self.replaced = [self.source.keys[int(sample)] for sample in np.flatnonzero(~self.source.ok)]
+        self.table, self.batch_size, self.seed, self.rank, self.world = (
+            table,
+            batch_size,
+            seed,
+            rank,
+            world,
+        )
+        self.replaced = [
+            self.source.keys[int(sample)] for sample in np.flatnonzero(~self.source.ok)
+        ]
         readable = np.flatnonzero(self.source.ok)
         after = np.searchsorted(readable, np.arange(len(self.source))) % len(readable)
         self._valid = readable[after]  # the next readable sample, in the source's order, for each
@@ -122,8 +167,14 @@ class FeatureLoader:
     def _batch(self, step: int) -> Batch:
         assert self.table.features is not None, "prepare() first"
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start, size, num = (step_in_epoch * self.world + self.rank) * self.batch_size, self.batch_size, len(self.source)
-        drawn = epoch_order(self.seed, epoch, num)[np.minimum(np.arange(start, start + size), num - 1)]
+        start, size, num = (
+            (step_in_epoch * self.world + self.rank) * self.batch_size,
+            self.batch_size,
+            len(self.source),
+        )
+        drawn = epoch_order(self.seed, epoch, num)[
+            np.minimum(np.arange(start, start + size), num - 1)
+        ]
         samples = torch.from_numpy(self._valid[drawn])
         return Batch(
             images=torch.empty(size, 0, dtype=torch.uint8),

@@ -1,6 +1,6 @@
 """LP-CLIP in the training loop: what a linear probe's step computes, and what its batches hold besides images.
 
-    uint8 images -> features of the strong view (or kept ones) -> linear layer -> weighted cross-entropy to pseudo-labels -> update
+uint8 images -> features of the strong view (or kept ones) -> linear layer -> weighted cross-entropy to pseudo-labels -> update
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class ProbeStep(TrainStep):
         super().__init__(cfg, probe, None, None, update)
         self.probe = probe
         compiled = cfg.engine.torchcompile
-        self.encode: Callable[[Tensor], Tensor] = torch.compile(probe.features, dynamic=False) if compiled else probe.features
+        self.encode: Callable[[Tensor], Tensor] = (
+            torch.compile(probe.features, dynamic=False) if compiled else probe.features
+        )
 
     def generate(self, batch: Batch) -> Generated:
         """In the place of images the features of the strong view, [B, F]; as targets labels int64 [B]; what each counts as `keep`."""
@@ -40,15 +42,22 @@ class ProbeStep(TrainStep):
                 features = self.encode(to_pixels(batch.images, self.layout))
         labels, weights = batch.labels, None
         if cfg.labels == "pseudo":
-            assert batch.pseudo_labels is not None and batch.confidence is not None, "ProbeData joins them"
-            labels, weights = batch.pseudo_labels, sample_weights(batch.confidence, cfg.weight, cfg.threshold)
+            assert batch.pseudo_labels is not None and batch.confidence is not None, (
+                "ProbeData joins them"
+            )
+            labels, weights = (
+                batch.pseudo_labels,
+                sample_weights(batch.confidence, cfg.weight, cfg.threshold),
+            )
         return Generated([features], labels, labels, None, None, weights)
 
     def loss(self, generated: Generated) -> tuple[Tensor, dict[str, Tensor]]:
         features, labels, weights = generated.images[0], generated.targets, generated.keep
         with stage("objective"):
             counted = torch.ones_like(features[:, 0]) if weights is None else weights
-            loss = consistency_loss(self.probe.logits(features), labels, counted, self.cfg.augment.smoothing)
+            loss = consistency_loss(
+                self.probe.logits(features), labels, counted, self.cfg.augment.smoothing
+            )
         scalars = {"loss": loss.detach()}
         if weights is not None:
             scalars["weight"] = weights.mean()

@@ -56,7 +56,13 @@ class PseudoLabels:
     ) -> None:
         self.teacher, self.source, self.view = teacher, source, view
         self.batch_size, self.workers, self.device = batch_size, workers, device
-        facts = {**identity, "images": source.fingerprint, "view": list(view), "batch_size": batch_size, "device": device.type}
+        facts = {
+            **identity,
+            "images": source.fingerprint,
+            "view": list(view),
+            "batch_size": batch_size,
+            "device": device.type,
+        }
         self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.path = cache_dir() / "pseudo-labels" / f"{self.key[:32]}.safetensors"
         self._labels: Tensor | None = None
@@ -70,7 +76,11 @@ class PseudoLabels:
             return
         self._labels, self._confidence = self._made(say)
         try:
-            write_safetensors(self.path, {"labels": self._labels, "confidence": self._confidence}, {"key": self.key})
+            write_safetensors(
+                self.path,
+                {"labels": self._labels, "confidence": self._confidence},
+                {"key": self.key},
+            )
         except OSError:  # a cache is a convenience, not a need
             pass
 
@@ -98,8 +108,12 @@ class PseudoLabels:
         mine = share(np.flatnonzero(self.source.ok), self.batch_size)
         piece = Subset(self.source, mine, self.source.labels[mine])
         done, tell = 0, Lines(say, "pseudo-labels", len(mine))
-        for batch in EvalLoader(piece, *self.view, self.batch_size, self.workers, pin_memory=self.device.type == "cuda"):
-            found = pseudo_labels(self.teacher(to_pixels(batch.images.to(self.device, non_blocking=True))))
+        for batch in EvalLoader(
+            piece, *self.view, self.batch_size, self.workers, pin_memory=self.device.type == "cuda"
+        ):
+            found = pseudo_labels(
+                self.teacher(to_pixels(batch.images.to(self.device, non_blocking=True)))
+            )
             rows = torch.from_numpy(mine)[batch.samples]
             labels[rows], confidence[rows] = (tensor.cpu() for tensor in found)
             done += len(rows)
@@ -132,4 +146,6 @@ class Lines:
             self._say(f"{self._what}: {done:,} images in {seconds:.1f} s")
         elif now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
-            self._say(f"{self._what}: {done:,} of {self._total:,} images, {seconds * (self._total / done - 1):.0f} s left")
+            self._say(
+                f"{self._what}: {done:,} of {self._total:,} images, {seconds * (self._total / done - 1):.0f} s left"
+            )

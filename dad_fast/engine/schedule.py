@@ -12,7 +12,9 @@ def total_epochs(schedule: ScheduleConfig) -> float:
     return schedule.epochs + schedule.cooldown_epochs
 
 
-def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
+def learning_rate(
+    step: int, steps_per_epoch: int, optim: OptimConfig, schedule: ScheduleConfig
+) -> float:
     """Linear warm-up, cosine to min_lr at the end of `epochs`, then min_lr; `step` counts from 0."""
     epoch = step / steps_per_epoch
     if epoch < schedule.warmup_epochs:

@@ -26,7 +26,15 @@ from dad_fast.engine.update import Update
 from dad_fast.loggers.profiling import stage
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import discretize, perturb
-from dad_fast.methods.losses import TERMS, Logits, joint_objective, keep_mask, mixed_outputs, objective, smooth
+from dad_fast.methods.losses import (
+    TERMS,
+    Logits,
+    joint_objective,
+    keep_mask,
+    mixed_outputs,
+    objective,
+    smooth,
+)
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
 
@@ -50,20 +58,39 @@ class Generated(NamedTuple):
 class TrainStep:
     """Computes the loss of a batch and updates the student. `teacher` and `discretizer` are None where the method needs none."""
 
-    def __init__(self, cfg: Config, student: Student, teacher: Teacher | None, discretizer: Discretizer | None, update: Update):
-        self.cfg, self.student, self.teacher, self.discretizer, self.update = cfg, student, teacher, discretizer, update
+    def __init__(
+        self,
+        cfg: Config,
+        student: Student,
+        teacher: Teacher | None,
+        discretizer: Discretizer | None,
+        update: Update,
+    ):
+        self.cfg, self.student, self.teacher, self.discretizer, self.update = (
+            cfg,
+            student,
+            teacher,
+            discretizer,
+            update,
+        )
         self.terms = TERMS.get(cfg.method, ())  # a linear probe's are its own: lp_clip.py
         self.attack = PGD.from_config(cfg.attack, fused=cfg.engine.step_kernels)
         self.device = next(student.parameters()).device
-        self.layout = torch.channels_last if cfg.precision.channels_last else torch.contiguous_format
+        self.layout = (
+            torch.channels_last if cfg.precision.channels_last else torch.contiguous_format
+        )
         self.run_student: Callable[[Tensor], Tensor] = student
         self.run_teacher: Callable[[Tensor], Tensor] | None = teacher
         if cfg.engine.torchcompile:
             keep_compiled_code_private()
             # dynamic=False: sizes are few, and which kernel a batch gets must not depend on the sizes met before it, as after a resume.
             self.run_student = torch.compile(student, dynamic=False)
-            self.run_teacher = torch.compile(teacher, dynamic=False) if teacher is not None else None
-        self.graphs = StepGraphs.if_wanted(cfg.engine.cuda_graphs, self.device, self.generate, self.learn, update)
+            self.run_teacher = (
+                torch.compile(teacher, dynamic=False) if teacher is not None else None
+            )
+        self.graphs = StepGraphs.if_wanted(
+            cfg.engine.cuda_graphs, self.device, self.generate, self.learn, update
+        )
 
     def __call__(self, batch: Batch, step: int, lr: float) -> dict[str, Tensor]:
         """One step. Returns scalars on the device: the loss, its parts, the share kept by the filter, whether it was applied.
@@ -76,11 +103,16 @@ class TrainStep:
         sums: dict[str, Tensor] = {}
         for part in batch.to(self.device).split(num_parts):
             scalars = self.graphs.learn(part) if self.graphs else self.learn(self.generate(part))
-            sums = {name: value + sums[name] if sums else value.clone() for name, value in scalars.items()}
+            sums = {
+                name: value + sums[name] if sums else value.clone()
+                for name, value in scalars.items()
+            }
         self.update.reduce()
         with stage("update"):
             applied = self.graphs.apply() if self.graphs else self.update.apply()
-        return {name: value / num_parts for name, value in sums.items()} | {"applied": applied.float()}
+        return {name: value / num_parts for name, value in sums.items()} | {
+            "applied": applied.float()
+        }
 
     def generate(self, batch: Batch) -> Generated:
         """Attack, discretizer and teacher, for a batch on the device."""
@@ -93,7 +125,11 @@ class TrainStep:
         # x + delta -> Q(x + delta): against the teacher (DAD, or from a store), against the student (DAT)
         images, stored = [x], batch.dad_outputs is not None
         if "dad" in self.terms or "aug" in self.terms:
-            images.append(self.stored_images(batch) if stored else self.adversarial(self._teacher(), x, y, batch.seeds))
+            images.append(
+                self.stored_images(batch)
+                if stored
+                else self.adversarial(self._teacher(), x, y, batch.seeds)
+            )
         if "dat" in self.terms:
             images.append(self.adversarial(self.student_in_eval, x, y, batch.seeds))
 
@@ -101,7 +137,9 @@ class TrainStep:
         keep, teacher_clean, teacher_dad = batch.dad_kept, batch.clean_outputs, batch.dad_outputs
         if cfg.store.mix_outputs and teacher_clean is not None:
             partner = partners(len(teacher_clean), self.device)
-            teacher_clean = mixed_outputs(teacher_clean, teacher_clean[partner], batch.mix_lam, cfg.loss.temperature)
+            teacher_clean = mixed_outputs(
+                teacher_clean, teacher_clean[partner], batch.mix_lam, cfg.loss.temperature
+            )
         with torch.no_grad(), stage("teacher"):
             if "kd" in self.terms and teacher_clean is None:
                 teacher_clean = self._teacher()(x)
@@ -109,7 +147,9 @@ class TrainStep:
                 teacher_dad = self._teacher()(images[1])
                 if cfg.loss.filter:
                     keep = keep_mask(teacher_dad, batch.labels, second_labels)
-        labels = soft_targets(batch.labels, self.student.num_classes) if stored else y  # stored images are not mixed
+        labels = (
+            soft_targets(batch.labels, self.student.num_classes) if stored else y
+        )  # stored images are not mixed
         return Generated(images, y, labels, teacher_clean, teacher_dad, keep)
 
     @torch.no_grad()
@@ -120,17 +160,30 @@ class TrainStep:
         with stage("mix"):
             clean, adversarial = to_pixels(batch.images, self.layout), self.stored_images(batch)
             halves = mix(clean, *how, others=adversarial), mix(adversarial, *how, others=clean)
-            images, targets = torch.cat([half.pixels for half in halves]), torch.cat([half.targets for half in halves])  # [2B, ...]
-        partner, of_clean, of_dad = partners(len(lam), self.device), batch.clean_outputs, batch.dad_outputs
+            images, targets = (
+                torch.cat([half.pixels for half in halves]),
+                torch.cat([half.targets for half in halves]),
+            )  # [2B, ...]
+        partner, of_clean, of_dad = (
+            partners(len(lam), self.device),
+            batch.clean_outputs,
+            batch.dad_outputs,
+        )
         with stage("teacher"):
             if of_clean is None or of_dad is None:
                 teacher = self._teacher()(images)
             else:
                 pairs = (of_clean, of_dad[partner]), (of_dad, of_clean[partner])
-                teacher = torch.cat([mixed_outputs(*pair, lam, self.cfg.loss.temperature) for pair in pairs])
+                teacher = torch.cat(
+                    [mixed_outputs(*pair, lam, self.cfg.loss.temperature) for pair in pairs]
+                )
         keep = None
-        if batch.dad_kept is not None:  # 0 where anything is shown of an image that the filter rejects
-            keep = torch.cat([batch.dad_kept[partner].where(lam < 1, 1.0), batch.dad_kept.where(lam > 0, 1.0)])
+        if (
+            batch.dad_kept is not None
+        ):  # 0 where anything is shown of an image that the filter rejects
+            keep = torch.cat(
+                [batch.dad_kept[partner].where(lam < 1, 1.0), batch.dad_kept.where(lam > 0, 1.0)]
+            )
         return Generated([images], targets, targets, teacher, None, keep)
 
     def learn(self, generated: Generated) -> dict[str, Tensor]:
@@ -157,10 +210,20 @@ class TrainStep:
             soft = smooth(targets, smoothing)
             if cfg.loss.form == "joint":
                 assert teacher_clean is not None
-                loss, parts = joint_objective(cfg.loss, student_clean, teacher_clean, soft, keep, fused=fused)
+                loss, parts = joint_objective(
+                    cfg.loss, student_clean, teacher_clean, soft, keep, fused=fused
+                )
             else:
                 logits = Logits(student_clean, student_dad, student_dat, teacher_clean, teacher_dad)
-                loss, parts = objective(cfg.method, cfg.loss, logits, soft, keep, smooth(dad_targets, smoothing), fused=fused)
+                loss, parts = objective(
+                    cfg.method,
+                    cfg.loss,
+                    logits,
+                    soft,
+                    keep,
+                    smooth(dad_targets, smoothing),
+                    fused=fused,
+                )
         scalars = {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
         if keep is not None:
             scalars["kept"] = keep.mean()
@@ -169,10 +232,19 @@ class TrainStep:
     def mixed(self, batch: Batch) -> Mixed:
         """Pixels in [0, 1] and soft labels, after mixup and CutMix; not smoothed: smoothing is the student's, not the attack's."""
         pixels = to_pixels(batch.images, self.layout)
-        return mix(pixels, batch.labels, batch.mix_kind, batch.mix_lam, batch.mix_box, self.student.num_classes)
+        return mix(
+            pixels,
+            batch.labels,
+            batch.mix_kind,
+            batch.mix_lam,
+            batch.mix_box,
+            self.student.num_classes,
+        )
 
     def _teacher(self) -> Callable[[Tensor], Tensor]:
-        assert self.run_teacher is not None, "the builder leaves a teacher out only where stores replace it"
+        assert self.run_teacher is not None, (
+            "the builder leaves a teacher out only where stores replace it"
+        )
         return self.run_teacher
 
     @torch.no_grad()
@@ -185,11 +257,15 @@ class TrainStep:
         decoded = self.discretizer.decode_packed(batch.dad_codes, grid)
         return to_pixels(to_levels(decoded), self.layout)
 
-    def adversarial(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def adversarial(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, keys: Tensor
+    ) -> Tensor:
         """Q(x') for an attack on `model`, [B, 3, H, W]."""
         assert self.discretizer is not None
         with stage("attack"):
-            return discretize(self.discretizer, model, self.attack, x, y, keys, self.cfg.attack.order).images
+            return discretize(
+                self.discretizer, model, self.attack, x, y, keys, self.cfg.attack.order
+            ).images
 
     def measure(self, batch: Batch) -> dict[str, float]:
         """The share of codes that the attack changes, over a few images: at log steps only, for it costs two more encoder passes."""
@@ -205,7 +281,15 @@ class TrainStep:
         if "dat" in self.terms:
             attacked["codes_changed_dat"] = self.student_in_eval
         for name, model in attacked.items():
-            base, perturbed = perturb(self.discretizer, model, self.attack, x[few], y[few], batch.seeds[few], self.cfg.attack.order)
+            base, perturbed = perturb(
+                self.discretizer,
+                model,
+                self.attack,
+                x[few],
+                y[few],
+                batch.seeds[few],
+                self.cfg.attack.order,
+            )
             with torch.no_grad():
                 before, after = self.discretizer(base).codes, self.discretizer(perturbed).codes
             if before is not None and after is not None:
@@ -222,7 +306,15 @@ class TrainStep:
         x, y, _, _ = self.mixed(batch)
         few = slice(0, 2)
         model = self.teacher or self.student_in_eval
-        base, perturbed = perturb(self.discretizer, model, self.attack, x[few], y[few], batch.seeds[few], self.cfg.attack.order)
+        base, perturbed = perturb(
+            self.discretizer,
+            model,
+            self.attack,
+            x[few],
+            y[few],
+            batch.seeds[few],
+            self.cfg.attack.order,
+        )
         with torch.no_grad():
             return signal_to_rounding(*encoders, base, perturbed).item()
 
@@ -236,4 +328,6 @@ class TrainStep:
 
     def autocast(self) -> AbstractContextManager[None]:
         precision = self.cfg.precision
-        return torch.autocast(self.device.type, getattr(torch, precision.student), enabled=precision.amp)
+        return torch.autocast(
+            self.device.type, getattr(torch, precision.student), enabled=precision.amp
+        )

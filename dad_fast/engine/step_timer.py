@@ -55,7 +55,11 @@ class Clock:
     def count(self) -> None:
         """Count the time until now."""
         now = time.perf_counter()
-        self.total, self._window, self._mark = self.total + now - self._mark, self._window + now - self._mark, now
+        self.total, self._window, self._mark = (
+            self.total + now - self._mark,
+            self._window + now - self._mark,
+            now,
+        )
 
     def skip(self) -> None:
         """Leave out the time since the last `count`: validation, checkpoints and measurements are not training."""
@@ -69,7 +73,9 @@ class Clock:
         return found
 
 
-def input_bound(window: Window, images_per_step: int, workers: int, loader: str, cuda: bool) -> str | None:
+def input_bound(
+    window: Window, images_per_step: int, workers: int, loader: str, cuda: bool
+) -> str | None:
     """What to tell the user of a run that waits for its data: both rates and the fix; None where it does not wait.
 
     On a CPU the loader and the step share the cores: without an idle core there is nothing to wait for.
@@ -77,7 +83,10 @@ def input_bound(window: Window, images_per_step: int, workers: int, loader: str,
     if not window.steps or window.waited < INPUT_BOUND * window.seconds:
         return None
     images = window.steps * images_per_step
-    delivered, possible = images / window.seconds, images / max(window.seconds - window.waited, 1e-9)
+    delivered, possible = (
+        images / window.seconds,
+        images / max(window.seconds - window.waited, 1e-9),
+    )
     cores = usable_cores()
     idle = cores if cuda else cores - torch.get_num_threads()
     if workers < idle:
@@ -88,4 +97,6 @@ def input_bound(window: Window, images_per_step: int, workers: int, loader: str,
         fix = "--loader dali decodes on the GPU; smaller files would help too"
     else:
         fix = "smaller files or more cores would help"
-    return f"input-bound: {delivered:,.0f} < {possible:,.0f} img/s, the rate of the steps alone; {fix}"
+    return (
+        f"input-bound: {delivered:,.0f} < {possible:,.0f} img/s, the rate of the steps alone; {fix}"
+    )

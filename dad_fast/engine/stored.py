@@ -42,7 +42,9 @@ class Stored:
             store = open_store(folder)
             name = "adversarial" if isinstance(store, AdversarialStore) else "targets"
             if getattr(self, name) is not None:
-                raise UsageError(f"--store {folder}: a second store of kind {store.kind}; give one of each kind")
+                raise UsageError(
+                    f"--store {folder}: a second store of kind {store.kind}; give one of each kind"
+                )
             _check_classes(store, source)
             setattr(self, name, store)
         self._source, self._filtered = source, filtered
@@ -69,9 +71,15 @@ class Stored:
         """Raises UsageError where the loss needs what these stores do not hold, DataError where it would read their outputs wrongly."""
         terms = TERMS.get(cfg.method, ())
         for store in self.stores:
-            what, served = ("adversarial images", {"dad", "aug"}) if store is self.adversarial else ("outputs on clean images", {"kd"})
+            what, served = (
+                ("adversarial images", {"dad", "aug"})
+                if store is self.adversarial
+                else ("outputs on clean images", {"kd"})
+            )
             if not served & set(terms):
-                raise UsageError(f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave it out")
+                raise UsageError(
+                    f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave it out"
+                )
             form = store.manifest.outputs_form
             if form.k and form.temperature != cfg.loss.temperature:
                 raise DataError(
@@ -80,16 +88,31 @@ class Stored:
                 )
         joint = cfg.loss.form == "joint"
         if joint and self.adversarial is None:
-            raise UsageError("--loss-form joint learns from stored adversarial images, and no store has any: add one to --store")
+            raise UsageError(
+                "--loss-form joint learns from stored adversarial images, and no store has any: add one to --store"
+            )
         if cfg.store.mix_outputs and self.targets is None:
-            raise UsageError("--mix-outputs mixes stored outputs on clean images, and no store has any: add one made with --targets")
-        if joint and self.targets is not None and uses_mixing(cfg.augment) and not cfg.store.mix_outputs:
+            raise UsageError(
+                "--mix-outputs mixes stored outputs on clean images, and no store has any: add one made with --targets"
+            )
+        if (
+            joint
+            and self.targets is not None
+            and uses_mixing(cfg.augment)
+            and not cfg.store.mix_outputs
+        ):
             raise UsageError(
                 "--loss-form joint mixes clean with adversarial images, and no store has outputs on such mixes: add --mix-outputs, "
                 "which mixes those on the unmixed images (an approximation), or leave the store of --targets out and give --teacher"
             )
 
-    def check_run(self, img_size: int, augment: AugmentConfig, hashes: dict[str, str | None], mix_outputs: bool = False) -> None:
+    def check_run(
+        self,
+        img_size: int,
+        augment: AugmentConfig,
+        hashes: dict[str, str | None],
+        mix_outputs: bool = False,
+    ) -> None:
         """Raises DataError where a store was made for other images, augmentation or models than the run's; `hashes` has what is loaded.
 
         mix_outputs: the run mixes stored outputs of unmixed views, whatever it mixes them by."""
@@ -98,22 +121,38 @@ class Stored:
             for name, value in hashes.items():
                 recorded = manifest.hashes.get(name)
                 if value and recorded and value != recorded:
-                    raise DataError(f"--store {store.folder}: made with another {name} ({recorded[:12]}…) than the run's ({value[:12]}…)")
+                    raise DataError(
+                        f"--store {store.folder}: made with another {name} ({recorded[:12]}…) than the run's ({value[:12]}…)"
+                    )
         if self.adversarial is not None:
             made = self.adversarial.manifest.settings["images"]["img_size"]
             if made != img_size:
-                raise DataError(f"--store {self.adversarial.folder}: images of {made} px where the student sees {img_size} (--img-size)")
+                raise DataError(
+                    f"--store {self.adversarial.folder}: images of {made} px where the student sees {img_size} (--img-size)"
+                )
         if self.targets is not None:
-            theirs = self.targets.manifest.settings["augment"] | {"img_size": self.targets.manifest.settings["img_size"]}
+            theirs = self.targets.manifest.settings["augment"] | {
+                "img_size": self.targets.manifest.settings["img_size"]
+            }
             ours = view_settings(augment) | {"img_size": img_size}
             if mix_outputs:
-                if uses_mixing(replace(augment, **{name: theirs.get(name, 0.0) for name in MIXING})):
+                if uses_mixing(
+                    replace(augment, **{name: theirs.get(name, 0.0) for name in MIXING})
+                ):
                     mixed = ", ".join(f"{name} {theirs.get(name)}" for name in ("mixup", "cutmix"))
-                    raise DataError(f"--mix-outputs: --store {self.targets.folder} has outputs on mixed views ({mixed}); make one without")
+                    raise DataError(
+                        f"--mix-outputs: --store {self.targets.folder} has outputs on mixed views ({mixed}); make one without"
+                    )
                 ours = {name: value for name, value in ours.items() if name not in MIXING}
-            changed = [f"{name}: {theirs[name]} in the store, {ours[name]} here" for name in ours if theirs.get(name) != ours[name]]
+            changed = [
+                f"{name}: {theirs[name]} in the store, {ours[name]} here"
+                for name in ours
+                if theirs.get(name) != ours[name]
+            ]
             if changed:
-                raise DataError(f"--store {self.targets.folder}: its teacher saw other views: {'; '.join(changed)}; use the same settings")
+                raise DataError(
+                    f"--store {self.targets.folder}: its teacher saw other views: {'; '.join(changed)}; use the same settings"
+                )
 
     def join(self, batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
         """`batches` with what the stores hold of them, in order."""
@@ -129,10 +168,19 @@ class Stored:
             store, view = self.adversarial, batch.epoch % self.adversarial.num_views
             rows = self._rows_of(store, view)[samples]
             counts = store.kept(rows, view) if self._filtered else store.readable(rows, view)
-            found |= {"dad_outputs": store.outputs(rows, view), "dad_kept": counts.astype(np.float32)}
+            found |= {
+                "dad_outputs": store.outputs(rows, view),
+                "dad_kept": counts.astype(np.float32),
+            }
             if store.manifest.images != "none":
                 # Gathered where copies to the device start from; torch hands such memory out again once the device has read it.
-                pixels = torch.empty(len(rows), *store.manifest.image_size, 3, dtype=torch.uint8, pin_memory=pin_memory)
+                pixels = torch.empty(
+                    len(rows),
+                    *store.manifest.image_size,
+                    3,
+                    dtype=torch.uint8,
+                    pin_memory=pin_memory,
+                )
                 store.images(rows, view, out=pixels.numpy())
                 images["dad_images"] = pixels.permute(0, 3, 1, 2)
             else:
@@ -140,8 +188,12 @@ class Stored:
         if self.targets is not None:
             view = batch.epoch % self.targets.num_views
             assert batch.drawn is not None
-            found["clean_outputs"] = self.targets.outputs(self._rows_of(self.targets, view)[batch.drawn.cpu().numpy()], view)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
+            found["clean_outputs"] = self.targets.outputs(
+                self._rows_of(self.targets, view)[batch.drawn.cpu().numpy()], view
+            )
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()
+        }
         if pin_memory:
             tensors = {name: value.pin_memory() for name, value in tensors.items()}
         return replace(batch, **tensors, **images)
@@ -162,19 +214,31 @@ def recorded_classes(dirs: Sequence[str]) -> ClassMap | None:
 def view_settings(augment: AugmentConfig) -> dict[str, Any]:
     """What decides the pixels of an augmented, mixed view, as a manifest holds it."""
     other = {"img_size", "smoothing", "crop_pct", "interpolation"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(augment).items() if name not in other}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(augment).items()
+        if name not in other
+    }
 
 
 def _check_classes(store: Store, source: Source) -> None:
     theirs, ours = store.manifest.class_map, source.classes
     if theirs.folders != ours.folders:
-        differing = [f"{i}: {a} there, {b} here" for i, (a, b) in enumerate(zip(theirs.folders, ours.folders, strict=False)) if a != b]
+        differing = [
+            f"{i}: {a} there, {b} here"
+            for i, (a, b) in enumerate(zip(theirs.folders, ours.folders, strict=False))
+            if a != b
+        ]
         what = differing[0] if differing else f"{len(theirs)} there, {len(ours)} here"
-        raise DataError(f"--store {store.folder}: its classes are not the run's (class {what}); give the same --class-map")
+        raise DataError(
+            f"--store {store.folder}: its classes are not the run's (class {what}); give the same --class-map"
+        )
     rows = store.rows(source)
     if not np.array_equal(store.labels(rows), source.labels):
         first = int(np.flatnonzero(store.labels(rows) != source.labels)[0])
-        raise DataError(f"--store {store.folder}: {source.keys[first]} has another label there; it was made from other data")
+        raise DataError(
+            f"--store {store.folder}: {source.keys[first]} has another label there; it was made from other data"
+        )
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -54,10 +54,20 @@ class Trainer:
     resume: "" starts at step 0; "auto" goes on from the newest sound checkpoint in `output`; a path goes on from that checkpoint.
     """
 
-    def __init__(self, cfg: Config, parts: Components, output: Path, label: str, resume: str = "", allow_config_change: bool = False):
+    def __init__(
+        self,
+        cfg: Config,
+        parts: Components,
+        output: Path,
+        label: str,
+        resume: str = "",
+        allow_config_change: bool = False,
+    ):
         cfg = with_batch_sizes(cfg, distributed.world())
         self.cfg, self.parts, self.output, self.label = cfg, parts, output, label
-        seed_generators(cfg.seed)  # again, after the student was built: a run draws the same whatever its initial weights took
+        seed_generators(
+            cfg.seed
+        )  # again, after the student was built: a run draws the same whatever its initial weights took
         distributed.broadcast_(list(chain(parts.student.parameters(), parts.student.buffers())))
         self.update = Update(parts.student, cfg, parts.device)
         if isinstance(parts.student, Probe):
@@ -75,9 +85,15 @@ class Trainer:
         self.validation_due = False  # a stop was asked for when it should have begun
         self.clock = Clock(parts.device)
         self.advice = Advice(cfg, parts, self.loader.name)
-        self.met: set[str] = set()  # unreadable files in the batches of this process; its loader is ahead of them
+        self.met: set[str] = (
+            set()
+        )  # unreadable files in the batches of this process; its loader is ahead of them
         self.bad_images: set[str] = set()  # that any process has met
-        self.gpu = Gpu.open(parts.device.index or 0) if parts.device.type == "cuda" and distributed.is_main() else None
+        self.gpu = (
+            Gpu.open(parts.device.index or 0)
+            if parts.device.type == "cuda" and distributed.is_main()
+            else None
+        )
         self.worst_streak = torch.zeros((), device=parts.device)
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
         self.writer = Writer()
@@ -88,14 +104,27 @@ class Trainer:
         self.metrics_offset = found.state["metrics_offset"] if found else 0
 
     def _loader(self) -> TrainLoader | FeatureLoader:
-        cfg, parts, mine = self.cfg, self.parts, self.cfg.data.batch_size * self.cfg.engine.grad_accum_steps
+        cfg, parts, mine = (
+            self.cfg,
+            self.parts,
+            self.cfg.data.batch_size * self.cfg.engine.grad_accum_steps,
+        )
         rank, world, cuda = distributed.rank(), distributed.world(), parts.device.type == "cuda"
         if parts.probe is not None and parts.probe.features is not None:
             return FeatureLoader(parts.probe.features, mine, cfg.seed, rank, world, pin_memory=cuda)
         return train_loader(
-            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, mine, seed=parts.stored.view_seed(cfg.seed),
-            workers=cfg.data.workers, rank=rank, world=world, device=parts.device, cycle=parts.stored.cycle,
-        )  # fmt: skip
+            cfg.data.loader,
+            parts.train,
+            cfg.augment,
+            parts.student.image_size,
+            mine,
+            seed=parts.stored.view_seed(cfg.seed),
+            workers=cfg.data.workers,
+            rank=rank,
+            world=world,
+            device=parts.device,
+            cycle=parts.stored.cycle,
+        )
 
     def start(self) -> None:
         """Open the logs, say what is about to happen, and make what the steps need before the first of them."""
@@ -124,7 +153,9 @@ class Trainer:
                 self._steps(stop, progress)
             finally:
                 self.writer.wait()
-            distributed.set_timeout(distributed.LONG)  # what comes now, the first process may do alone
+            distributed.set_timeout(
+                distributed.LONG
+            )  # what comes now, the first process may do alone
             distributed.barrier()  # none ends before the checkpoint is written
         return {
             "seconds": self.clock.total,
@@ -137,8 +168,18 @@ class Trainer:
 
     def _steps(self, stop: StopRequest, progress: TrainProgress) -> None:
         if self.validation_due:
-            self._boundary(self.next_step == self.total_steps, epoch_ends=True, stopping=False, progress=progress)
-        batches, clock, vote, begun = self._batches(), self.clock, distributed.Vote(), self.next_step
+            self._boundary(
+                self.next_step == self.total_steps,
+                epoch_ends=True,
+                stopping=False,
+                progress=progress,
+            )
+        batches, clock, vote, begun = (
+            self._batches(),
+            self.clock,
+            distributed.Vote(),
+            self.next_step,
+        )
         clock.skip()
         while self.next_step < self.total_steps:
             first = self.next_step == begun  # nothing to save yet, and compilation may take minutes
@@ -149,7 +190,9 @@ class Trainer:
                 if first:
                     clock.skip()
 
-                lr = learning_rate(self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule)
+                lr = learning_rate(
+                    self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule
+                )
                 with clock.step(), enough_memory(self.cfg, self.parts.device):
                     scalars = self.step(batch, self.next_step, lr)
             self.meter.add(scalars)
@@ -159,8 +202,13 @@ class Trainer:
             progress.tick()
             self.writer.check()
 
-            last, epoch_ends = self.next_step == self.total_steps, self.next_step % self.steps_per_epoch == 0
-            stopping = vote(stop.error)  # the same in all processes, as is everything that is decided below
+            last, epoch_ends = (
+                self.next_step == self.total_steps,
+                self.next_step % self.steps_per_epoch == 0,
+            )
+            stopping = vote(
+                stop.error
+            )  # the same in all processes, as is everything that is decided below
             if self.next_step % self.cfg.log_every == 0 or last:
                 self._log_window(lr, batch, progress)
             if last or epoch_ends or stopping or self._checkpoint_due():
@@ -177,12 +225,23 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         batches = self.loader.batches(self.next_step, self.total_steps)
-        return feed(self.parts.join(batches, pin_memory=self.parts.device.type == "cuda"), self.parts.device)
+        return feed(
+            self.parts.join(batches, pin_memory=self.parts.device.type == "cuda"), self.parts.device
+        )
 
     def _progress(self) -> TrainProgress:
-        return TrainProgress(self.total_steps, self.images_per_step, self.steps_per_epoch, self.label, self.log, start_step=self.next_step)
+        return TrainProgress(
+            self.total_steps,
+            self.images_per_step,
+            self.steps_per_epoch,
+            self.label,
+            self.log,
+            start_step=self.next_step,
+        )
 
-    def _boundary(self, last: bool, epoch_ends: bool, stopping: bool, progress: TrainProgress) -> None:
+    def _boundary(
+        self, last: bool, epoch_ends: bool, stopping: bool, progress: TrainProgress
+    ) -> None:
         """Validation and checkpoint, whichever are due."""
         self._stop_if_not_finite()
         gc.collect()
@@ -199,18 +258,37 @@ class Trainer:
                 self._stop(type(stop))
             best = result.top1 > self.best_top1
             self.best_top1 = max(self.best_top1, result.top1)
-            self.log.metrics("val", step=self.next_step, epoch=epoch, top1=result.top1, nll=result.nll, ece=result.ece)
-        if last or stopping or best or self._checkpoint_due() or (epoch_ends and not self.cfg.checkpoint.every_steps):
+            self.log.metrics(
+                "val",
+                step=self.next_step,
+                epoch=epoch,
+                top1=result.top1,
+                nll=result.nll,
+                ece=result.ece,
+            )
+        if (
+            last
+            or stopping
+            or best
+            or self._checkpoint_due()
+            or (epoch_ends and not self.cfg.checkpoint.every_steps)
+        ):
             save(self, best)
 
     def _validate(self, progress: TrainProgress) -> Result:
-        return self.judge(self.evaluated, Suite(self.cfg.data.val_split, self.parts.val), progress.evaluating("validation"))
+        return self.judge(
+            self.evaluated,
+            Suite(self.cfg.data.val_split, self.parts.val),
+            progress.evaluating("validation"),
+        )
 
     def _stop(self, kind: type[DadFastError]) -> NoReturn:
         """In all processes, once the state is written."""
         self.writer.wait()
         distributed.barrier()
-        raise kind(f"stopped at step {self.next_step} of {self.total_steps}; saved in {self.output}, {GO_ON}")
+        raise kind(
+            f"stopped at step {self.next_step} of {self.total_steps}; saved in {self.output}, {GO_ON}"
+        )
 
     def _checkpoint_due(self) -> bool:
         every = self.cfg.checkpoint.every_steps
@@ -234,9 +312,15 @@ class Trainer:
         progress.update(values)
         gpu = {"gpu": self.gpu.sample()} if self.gpu else {}
         self.log.metrics(
-            "train", step=self.next_step, epoch=self.next_step / self.steps_per_epoch, lr=lr, **values,
-            img_per_s=window.steps * self.images_per_step / window.seconds, bad_images=bad_images, **gpu,
-        )  # fmt: skip
+            "train",
+            step=self.next_step,
+            epoch=self.next_step / self.steps_per_epoch,
+            lr=lr,
+            **values,
+            img_per_s=window.steps * self.images_per_step / window.seconds,
+            bad_images=bad_images,
+            **gpu,
+        )
 
     def gathered_bad_images(self) -> list[str]:
         """Unreadable files that any process has met so far. All processes call it."""
@@ -261,16 +345,26 @@ class Trainer:
         """The weights that evaluation uses: the EMA's when there is one."""
         return self.update.ema.module if self.update.ema is not None else self.parts.student
 
-    def judge(self, model: nn.Module, suite: Suite, progress: Callable[[int, int], None] | None = None) -> Result:
+    def judge(
+        self, model: nn.Module, suite: Suite, progress: Callable[[int, int], None] | None = None
+    ) -> Result:
         """`model` on `suite`, with the student's view of an image (size, crop, filter) and the run's precision. Stops as `evaluate`."""
         student = self.parts.student
         with self.step.autocast(), stop_requests():
             return evaluate(
-                model, suite.source, name=suite.name, img_size=student.image_size, crop_pct=student.crop_pct,
-                interpolation=student.interpolation, batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
-                workers=self.cfg.data.workers, device=self.parts.device, corruption=suite.corruption, progress=progress,
+                model,
+                suite.source,
+                name=suite.name,
+                img_size=student.image_size,
+                crop_pct=student.crop_pct,
+                interpolation=student.interpolation,
+                batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
+                workers=self.cfg.data.workers,
+                device=self.parts.device,
+                corruption=suite.corruption,
+                progress=progress,
                 stopped=f"stopped while judging; the weights are saved in {self.output}, {GO_ON}",
-            )  # fmt: skip
+            )
 
     def _check_signal(self, batch: Batch) -> None:
         ratio = self.step.signal_to_rounding(batch)

@@ -22,7 +22,11 @@ from dad_fast.engine.optimizer import check_optimizer
 from dad_fast.errors import UsageError
 from dad_fast.loggers.profiling import stage
 
-FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # these skip a step by themselves, on the device
+FUSED = (
+    torch.optim.AdamW,
+    torch.optim.Adam,
+    torch.optim.SGD,
+)  # these skip a step by themselves, on the device
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
@@ -31,7 +35,15 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
     check_optimizer(cfg.opt, cuda)
 
     def create(**extra: Any) -> torch.optim.Optimizer:
-        return create_optimizer_v2(model, opt=cfg.opt, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, **kwargs, **extra)
+        return create_optimizer_v2(
+            model,
+            opt=cfg.opt,
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
+            momentum=cfg.momentum,
+            **kwargs,
+            **extra,
+        )
 
     try:
         optimizer = create()
@@ -41,7 +53,9 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
             extra["fused"] = True
         optimizer = create(**extra) if extra else optimizer
     except (TypeError, ValueError, AssertionError, ImportError) as error:
-        raise UsageError(f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and optim.opt_kwargs") from None
+        raise UsageError(
+            f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and optim.opt_kwargs"
+        ) from None
     return optimizer
 
 
@@ -56,16 +70,40 @@ class Update:
         # Batch norm's running statistics: a bad batch has already moved them when its loss is known.
         self.buffers = [b for b in student.buffers() if b.is_floating_point()]
         self.saved_buffers = [b.clone() for b in self.buffers]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision.amp and cfg.precision.student == "float16")
-        self.ema = ModelEmaV3(student, decay=cfg.ema.decay, use_warmup=cfg.ema.warmup) if cfg.ema.model_ema else None
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=cfg.precision.amp and cfg.precision.student == "float16"
+        )
+        self.ema = (
+            ModelEmaV3(student, decay=cfg.ema.decay, use_warmup=cfg.ema.warmup)
+            if cfg.ema.model_ema
+            else None
+        )
         if self.ema is not None:
-            pairs = list(zip(self.ema.module.state_dict().values(), student.state_dict().values(), strict=True))
-            self.averaged = [list(tensors) for tensors in zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)]
-            self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # batches that a batch norm has seen
-        self.ema_weight, self.loss_sum, self.bad_in_a_row = (torch.zeros((), device=device) for _ in range(3))
+            pairs = list(
+                zip(
+                    self.ema.module.state_dict().values(),
+                    student.state_dict().values(),
+                    strict=True,
+                )
+            )
+            self.averaged = [
+                list(tensors)
+                for tensors in zip(
+                    *(pair for pair in pairs if pair[0].is_floating_point()), strict=True
+                )
+            ]
+            self.counts = [
+                pair for pair in pairs if not pair[0].is_floating_point()
+            ]  # batches that a batch norm has seen
+        self.ema_weight, self.loss_sum, self.bad_in_a_row = (
+            torch.zeros((), device=device) for _ in range(3)
+        )
         # What a CUDA graph reads lies on the device, at an address that stays: the learning rates and, once captured, the gradients.
         on_device = device.type == "cuda" and bool(self.optimizer.defaults.get("fused"))
-        self.rates = [torch.zeros((), device=device) if on_device else None for _ in self.optimizer.param_groups]
+        self.rates = [
+            torch.zeros((), device=device) if on_device else None
+            for _ in self.optimizer.param_groups
+        ]
         self.static_gradients: list[Tensor] = []
         self.num_processes = distributed.world()
         self.shared: SharedGradients | None = None
@@ -107,7 +145,9 @@ class Update:
         if self.num_processes == 1:
             return
         if self.shared is None:
-            self.shared = SharedGradients(self.parameters, [self.loss_sum, *running_statistics(self.student)])
+            self.shared = SharedGradients(
+                self.parameters, [self.loss_sum, *running_statistics(self.student)]
+            )
             self.static_gradients = [self.shared.flat]
         with stage("reduce"):
             self.shared.reduce()
@@ -159,4 +199,8 @@ class Update:
     def _state_on_device(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         """The optimizer's tensors: (parameter, name, tensor)."""
         for p, state in self.optimizer.state.items():
-            yield from ((p, name, value) for name, value in state.items() if torch.is_tensor(value) and value.device == p.device)
+            yield from (
+                (p, name, value)
+                for name, value in state.items()
+                if torch.is_tensor(value) and value.device == p.device
+            )

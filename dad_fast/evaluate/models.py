@@ -37,26 +37,42 @@ def is_by_name(name: str) -> bool:
     return name.startswith(BY_NAME)
 
 
-def load_subject(name: str, cfg: Config, data_classes: Callable[[], ClassMap], device: torch.device) -> EvalModel:
+def load_subject(
+    name: str, cfg: Config, data_classes: Callable[[], ClassMap], device: torch.device
+) -> EvalModel:
     """The model `name`: a run's folder, a checkpoint's folder or a file of a student, or timm:, open_clip:, hf-hub: and embedded: as
     `--teacher` takes them. The classes of a run are those it recorded; of a published model those of the data that it is judged on.
 
     Raises DataError and UsageError as the loaders do, and where a run recorded no classes.
     """
     if is_by_name(name):
-        return of_teacher(load_teacher(replace(cfg.teacher, name=name), data_classes(), cfg.precision, device))
+        return of_teacher(
+            load_teacher(replace(cfg.teacher, name=name), data_classes(), cfg.precision, device)
+        )
     path = checkpoint_file(name)
     student, metadata = load_student(path)
     classes = recorded_classes(path, metadata, cfg.data.class_map)
-    facts = {"method": metadata.get("dad_fast.method", ""), "ema": metadata.get("dad_fast.ema", "") == "true"}
-    title = f"{path}: {student.name}" + (f" by {facts['method']}" if facts["method"] else "") + (", EMA" if facts["ema"] else "")
+    facts = {
+        "method": metadata.get("dad_fast.method", ""),
+        "ema": metadata.get("dad_fast.ema", "") == "true",
+    }
+    title = (
+        f"{path}: {student.name}"
+        + (f" by {facts['method']}" if facts["method"] else "")
+        + (", EMA" if facts["ema"] else "")
+    )
     view = (student.image_size, student.crop_pct, student.interpolation)
     facts = {"path": str(path), "sha256": sha256_file(path), "student": student.name, **facts}
     return EvalModel(name, title, student.to(device), classes, view, facts)
 
 
 def of_teacher(teacher: Teacher) -> EvalModel:
-    facts = {"name": teacher.name, "sha256": teacher.weights_sha256, "seen": teacher.provenance, "squashed": teacher.squashed}
+    facts = {
+        "name": teacher.name,
+        "sha256": teacher.weights_sha256,
+        "seen": teacher.provenance,
+        "squashed": teacher.squashed,
+    }
     view = (teacher.image_size, teacher.crop_pct, teacher.interpolation)
     return EvalModel(teacher.name, teacher.name, teacher, teacher.classes, view, facts)
 
@@ -64,13 +80,19 @@ def of_teacher(teacher: Teacher) -> EvalModel:
 def recorded_classes(weights: Path, metadata: Mapping[str, str], class_map: str) -> ClassMap:
     """The classes of a student's outputs, in their order; `--class-map` may only say the same."""
     if CLASSES not in metadata:
-        raise DataError(f"{weights}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?")
+        raise DataError(
+            f"{weights}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?"
+        )
     classes = ClassMap.from_json(metadata[CLASSES])
     if class_map:
         given = ClassMap.from_csv(class_map)
         for number, (ours, theirs) in enumerate(zip(classes.folders, given.folders, strict=False)):
             if ours != theirs:
-                raise DataError(f"--class-map {class_map}: class {number} is {theirs!r}, but {ours!r} in {weights}; leave --class-map out")
+                raise DataError(
+                    f"--class-map {class_map}: class {number} is {theirs!r}, but {ours!r} in {weights}; leave --class-map out"
+                )
         if len(classes) != len(given):
-            raise DataError(f"--class-map {class_map}: {len(given)} classes, but {len(classes)} in {weights}; leave --class-map out")
+            raise DataError(
+                f"--class-map {class_map}: {len(given)} classes, but {len(classes)} in {weights}; leave --class-map out"
+            )
     return classes

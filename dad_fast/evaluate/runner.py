@@ -23,7 +23,13 @@ from dad_fast.evaluate.metrics.image_scores import SCORES, image_scores
 from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.metrics.predictions import FIELDS, Records
 from dad_fast.evaluate.metrics.result import Result, make_result
-from dad_fast.evaluate.suites.base import EvalSet, Subset, as_eval_set, corruption_summary, image_numbers
+from dad_fast.evaluate.suites.base import (
+    EvalSet,
+    Subset,
+    as_eval_set,
+    corruption_summary,
+    image_numbers,
+)
 from dad_fast.evaluate.suites.imagenet import alexnet_errors, corruption_errors
 from dad_fast.evaluate.suites.published import C_SIDE, C_VIEWS
 from dad_fast.evaluate.suites.registry import Corruption, Suite, open_suites
@@ -31,7 +37,9 @@ from dad_fast.evaluate.suites.registry import Corruption, Suite, open_suites
 __all__ = ["Result", "Suite", "evaluate", "open_suites", "records_of"]
 
 Model = Callable[[Tensor], Tensor]
-Look = Callable[[Tensor, Tensor], Tensor]  # pixels [B, 3, H, W] and the images' keys [B] -> what the model sees
+Look = Callable[
+    [Tensor, Tensor], Tensor
+]  # pixels [B, 3, H, W] and the images' keys [B] -> what the model sees
 
 
 def evaluate(
@@ -59,9 +67,14 @@ def evaluate(
     """
     judged = as_eval_set(source)
     view = (img_size, *(judged.view or (crop_pct, interpolation)))
-    records, num_outputs = records_of(model, judged, view, batch_size, workers, device, corruption, progress, dali, stopped)
+    records, num_outputs = records_of(
+        model, judged, view, batch_size, workers, device, corruption, progress, dali, stopped
+    )
     skipped = sum(int((~piece.ok).sum()) for piece in judged.pieces)
-    facts: dict[str, Any] = {"skipped": skipped, "protocol": protocol(judged, view) + "; decoded by DALI" * dali}
+    facts: dict[str, Any] = {
+        "skipped": skipped,
+        "protocol": protocol(judged, view) + "; decoded by DALI" * dali,
+    }
     if judged.parts:
         facts |= _corruption_facts(judged, records)
     return make_result(name or judged.name, records, num_outputs, **facts)
@@ -100,45 +113,84 @@ def records_of(
         with torch.no_grad():
             scores = []
             for piece in pieces:
-                found, outputs = _scores(model, judged, piece, view, looks, batch_size, workers, device, advance, dali, poll)
+                found, outputs = _scores(
+                    model,
+                    judged,
+                    piece,
+                    view,
+                    looks,
+                    batch_size,
+                    workers,
+                    device,
+                    advance,
+                    dali,
+                    poll,
+                )
                 scores.append(found)
                 num_outputs = max(num_outputs, outputs)
             poll.end()
     finally:
         if isinstance(model, torch.nn.Module):
             model.train(was_training)
-    if distributed.world() > 1:  # a process may have had no image, where there are fewer than processes
+    if (
+        distributed.world() > 1
+    ):  # a process may have had no image, where there are fewer than processes
         told = distributed.all_reduce_sums(torch.tensor([num_outputs, num_outputs > 0]))
         num_outputs = int(told[0] // told[1])
-    return _records(judged, pieces, scores), len(judged.columns) if judged.columns is not None else num_outputs
+    return _records(judged, pieces, scores), len(
+        judged.columns
+    ) if judged.columns is not None else num_outputs
 
 
 def _scores(
-    model: Model, judged: EvalSet, piece: Subset, view: tuple[int, float, str], looks: Sequence[Look], batch_size: int, workers: int,
-    device: torch.device, advance: Callable[[int], None], dali: bool, poll: _Poll,
-) -> tuple[Tensor, int]:  # fmt: skip
+    model: Model,
+    judged: EvalSet,
+    piece: Subset,
+    view: tuple[int, float, str],
+    looks: Sequence[Look],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    advance: Callable[[int], None],
+    dali: bool,
+    poll: _Poll,
+) -> tuple[Tensor, int]:
     """`image_scores` of all images of `piece`, float64 [looks, N, 8] on the CPU, and the number of the model's outputs."""
-    columns, accepted = (None if array is None else torch.from_numpy(array).to(device) for array in (judged.columns, judged.accepted))
+    columns, accepted = (
+        None if array is None else torch.from_numpy(array).to(device)
+        for array in (judged.columns, judged.accepted)
+    )
     mine = piece.taken(slice(distributed.rank(), None, distributed.world()))
     keys = torch.from_numpy(mine.rows).to(device)
     found = torch.zeros(len(looks), len(piece), len(SCORES), dtype=torch.float64, device=device)
-    of_mine = found[:, distributed.rank() :: distributed.world()]  # the other processes fill in the rest
+    of_mine = found[
+        :, distributed.rank() :: distributed.world()
+    ]  # the other processes fill in the rest
     num_outputs = polls = 0
-    batches: Any = iter(_loader(dali, device)(mine, *view, batch_size, workers, pin_memory=device.type == "cuda"))
+    batches: Any = iter(
+        _loader(dali, device)(mine, *view, batch_size, workers, pin_memory=device.type == "cuda")
+    )
     with closing(batches):  # its processes, also when this ends by a failure or a stop
         for batch in batches:
             pixels = to_pixels(batch.images.to(device, non_blocking=True))
-            labels, rows = batch.labels.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
+            labels, rows = (
+                batch.labels.to(device, non_blocking=True),
+                batch.samples.to(device, non_blocking=True),
+            )
             for number, look in enumerate(looks):
                 logits = model(look(pixels, keys[rows]))
                 num_outputs = logits.shape[1]
                 if num_outputs < len(judged.classes) and judged.known:
-                    raise DataError(f"{judged.name} has {len(judged.classes)} classes, the model {num_outputs} outputs (--suite)")
+                    raise DataError(
+                        f"{judged.name} has {len(judged.classes)} classes, the model {num_outputs} outputs (--suite)"
+                    )
                 of_mine[number, rows] = image_scores(logits, labels, columns, accepted)
                 poll()
                 polls += 1
             advance(len(labels))
-    largest = -(-len(piece) // distributed.world())  # share of a process; all poll as often as it takes
+    largest = -(
+        -len(piece) // distributed.world()
+    )  # share of a process; all poll as often as it takes
     for _ in range(-(-largest // batch_size) * len(looks) - polls):
         poll()
     return distributed.all_reduce_sums(found).cpu(), num_outputs
@@ -176,10 +228,14 @@ def _records(judged: EvalSet, pieces: Sequence[Subset], scores: Sequence[Tensor]
     for piece, images, found in zip(pieces, image_numbers(pieces), scores, strict=True):
         label = judged.output_of(piece.labels)
         for look in found.numpy():
-            for name, value in zip(FIELDS, (images, np.full(len(images), part), label, *look.T), strict=True):
+            for name, value in zip(
+                FIELDS, (images, np.full(len(images), part), label, *look.T), strict=True
+            ):
                 columns[name].append(value)
             part += 1
-    return Records(judged.fingerprint, {name: np.concatenate(values) for name, values in columns.items()})
+    return Records(
+        judged.fingerprint, {name: np.concatenate(values) for name, values in columns.items()}
+    )
 
 
 def _looks(corruption: Corruption | None) -> list[Look]:
@@ -204,14 +260,25 @@ def protocol(judged: EvalSet, view: tuple[int, float, str]) -> str:
 def _corruption_facts(judged: EvalSet, records: Records) -> dict[str, Any]:
     """mCE with its interval, and accuracy and error of each corruption, of a suite of corrupted copies."""
     parts = [records.part(number) for number in range(len(judged.parts))]
-    tops, weights = corruption_summary(judged, [100 * float(part["correct"].mean()) for part in parts])
+    tops, weights = corruption_summary(
+        judged, [100 * float(part["correct"].mean()) for part in parts]
+    )
     errors = corruption_errors({name: values for name, values in tops.items() if len(values) == 5})
-    by_corruption = {name: {"top1": values, "ce": errors.get(name)} for name, values in tops.items()}
+    by_corruption = {
+        name: {"top1": values, "ce": errors.get(name)} for name, values in tops.items()
+    }
     found: dict[str, Any] = {"by_corruption": by_corruption, "by_severity": ()}
     if weights is None:
         return found
-    shared = reduce(np.intersect1d, [part["image"] for part in parts])  # all of them, unless a file is unreadable somewhere
-    wrong = np.stack([1 - part["correct"][np.isin(part["image"], shared)] for part in parts])  # [P, N]
+    shared = reduce(
+        np.intersect1d, [part["image"] for part in parts]
+    )  # all of them, unless a file is unreadable somewhere
+    wrong = np.stack(
+        [1 - part["correct"][np.isin(part["image"], shared)] for part in parts]
+    )  # [P, N]
     # The mCE of a resample is the mean of what its images add, whichever are in it.
     interval = mean_interval(100 * weights @ wrong) if len(shared) else None
-    return found | {"mce": float(np.mean([errors[name] for name in alexnet_errors()])), "mce_interval": interval}
+    return found | {
+        "mce": float(np.mean([errors[name] for name in alexnet_errors()])),
+        "mce_interval": interval,
+    }

@@ -14,8 +14,30 @@ from dad_fast.files import atomic_write_text
 
 HEADER = f"{'suite':<24} {'images':>8} {'top-1 %':>7} {'95 %':>13} {'top-5 %':>7} {'ECE %':>6} {'NLL':>7} {'Brier':>6} {'agree %':>7}"
 COLUMNS = (
-    *("num_images", "skipped", "top1", "top1_low", "top1_high", "top5", "ece", "ece_low", "ece_high", "ece_adaptive"),
-    *("nll", "nll_low", "nll_high", "brier", "brier_low", "brier_high", "agreement", "mce", "mce_low", "mce_high"),
+    *(
+        "num_images",
+        "skipped",
+        "top1",
+        "top1_low",
+        "top1_high",
+        "top5",
+        "ece",
+        "ece_low",
+        "ece_high",
+        "ece_adaptive",
+    ),
+    *(
+        "nll",
+        "nll_low",
+        "nll_high",
+        "brier",
+        "brier_low",
+        "brier_high",
+        "agreement",
+        "mce",
+        "mce_low",
+        "mce_high",
+    ),
     *("effective_robustness", "protocol"),
 )
 
@@ -39,16 +61,28 @@ def notes(results: Mapping[str, Result]) -> list[str]:
         if result.skipped:
             lines.append(f"{name}: {result.skipped:,} unreadable images left out")
         if result.mce is not None and result.mce_interval is not None:
-            lines.append(f"{name}: mCE {result.mce:.1f} ({result.mce_interval[0]:.1f} – {result.mce_interval[1]:.1f}), relative to AlexNet")
+            lines.append(
+                f"{name}: mCE {result.mce:.1f} ({result.mce_interval[0]:.1f} – {result.mce_interval[1]:.1f}), relative to AlexNet"
+            )
         elif result.by_corruption:
-            lines.append(f"{name}: no mCE, which takes 15 corruptions of five severities and ImageNet's 1000 classes")
+            lines.append(
+                f"{name}: no mCE, which takes 15 corruptions of five severities and ImageNet's 1000 classes"
+            )
     return lines
 
 
-def detection_lines(id_suite: str, ood: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    lines = [f"{f'unknown, against {id_suite}':<40} {'score':<12}" + "".join(f" {name.upper().replace('_', '-'):>9}" for name in DETECTION)]
+def detection_lines(
+    id_suite: str, ood: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> list[str]:
+    lines = [
+        f"{f'unknown, against {id_suite}':<40} {'score':<12}"
+        + "".join(f" {name.upper().replace('_', '-'):>9}" for name in DETECTION)
+    ]
     for name, scores in ood.items():
-        lines += [f"{name:<40} {score:<12}" + "".join(f" {found[metric]:>9.1f}" for metric in DETECTION) for score, found in scores.items()]
+        lines += [
+            f"{name:<40} {score:<12}" + "".join(f" {found[metric]:>9.1f}" for metric in DETECTION)
+            for score, found in scores.items()
+        ]
     return lines
 
 
@@ -64,7 +98,9 @@ def robustness_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def comparison_lines(names: tuple[str, str], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [f"A = {names[0]}", f"B = {names[1]}", ""]
-    lines.append(f"{'suite':<24} {'images':>8} {'A %':>6} {'B %':>6} {'A - B':>6} {'95 %':>15} {'only A':>7} {'only B':>7} {'p':>9}")
+    lines.append(
+        f"{'suite':<24} {'images':>8} {'A %':>6} {'B %':>6} {'A - B':>6} {'95 %':>15} {'only A':>7} {'only B':>7} {'p':>9}"
+    )
     for suite, one in found.items():
         (a, b), (low, high) = one["top1"], one["interval"]
         p = "–" if one["p_value"] is None else f"{one['p_value']:.2g}"
@@ -72,7 +108,9 @@ def comparison_lines(names: tuple[str, str], found: Mapping[str, Mapping[str, An
             f"{suite:<24} {one['num_images']:>8} {a:>6.1f} {b:>6.1f} {one['difference']:>+6.1f} {f'{low:+.1f} – {high:+.1f}':>15} "
             f"{one['only_first']:>7} {one['only_second']:>7} {p:>9}"
         )
-    lines.append("95 %: paired bootstrap over images. p: McNemar's exact test, two-sided; none over several corruptions of an image.")
+    lines.append(
+        "95 %: paired bootstrap over images. p: McNemar's exact test, two-sided; none over several corruptions of an image."
+    )
     return lines
 
 
@@ -90,7 +128,13 @@ def write_csv(path: str | Path, models: Mapping[str, Mapping[str, Any]]) -> None
             }
             beyond = found.get("effective_robustness", {}).get(suite, {}).get("effective")
             values = {**one, **low_high, "effective_robustness": beyond}
-            writer.writerow((model, suite, *("" if values.get(name) is None else values[name] for name in COLUMNS)))
+            writer.writerow(
+                (
+                    model,
+                    suite,
+                    *("" if values.get(name) is None else values[name] for name in COLUMNS),
+                )
+            )
     atomic_write_text(path, text.getvalue())
 
 

@@ -39,7 +39,9 @@ METRICS = {
     "agreement": Metric("Agreement with the teacher in %", sign=1),
 }
 
-Grid = tuple[list[str], list[list[str]], set[tuple[int, int]]]  # header, rows of text, (row, column) of the cells in bold
+Grid = tuple[
+    list[str], list[list[str]], set[tuple[int, int]]
+]  # header, rows of text, (row, column) of the cells in bold
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -52,12 +54,18 @@ def read_record(path: str | Path) -> dict[str, Any]:
         record = {"runs": [record]}
     runs = record.get("runs") if isinstance(record, dict) else None
     if not isinstance(runs, list) or not runs or not all(map(_is_run, runs)):
-        raise DataError(f"{path}: holds no runs; name the results.json of a finished run or comparison")
+        raise DataError(
+            f"{path}: holds no runs; name the results.json of a finished run or comparison"
+        )
     return record
 
 
 def _is_run(run: Any) -> bool:
-    if not isinstance(run, dict) or not isinstance(run.get("variant"), str) or not isinstance(run.get("suites"), dict):
+    if (
+        not isinstance(run, dict)
+        or not isinstance(run.get("variant"), str)
+        or not isinstance(run.get("suites"), dict)
+    ):
         return False
     return all(isinstance(result, dict) for result in run["suites"].values())
 
@@ -83,10 +91,14 @@ def teachers(record: dict[str, Any], part: str = "teacher") -> list[dict[str, An
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; None for a single value, which has none."""
     mean = statistics.fmean(values)  # `statistics.stdev` raises on values that are not finite
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(
+        values
+    ) > 1 else None
 
 
-def cell(runs: Sequence[dict[str, Any]], suite: str, metric: str) -> tuple[float, float | None] | None:
+def cell(
+    runs: Sequence[dict[str, Any]], suite: str, metric: str
+) -> tuple[float, float | None] | None:
     """`spread` of a metric over runs; None where a run was not judged by that suite or its result has no such metric."""
     values = [value for run in runs if (value := value_of(run, suite, metric)) is not None]
     return spread(values) if len(values) == len(runs) else None
@@ -119,14 +131,24 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
         made = max(float(run.get("store_seconds") or 0) for run in runs)
         filled = [f"{made:.0f}" if made else "" for _ in stores]
         results = [_text(found, digits) for found in row]
-        table.append([variant, str(len(runs)), f"{round(epochs, 2):g}", _text(seconds, 0), *filled, *results])
+        table.append(
+            [variant, str(len(runs)), f"{round(epochs, 2):g}", _text(seconds, 0), *filled, *results]
+        )
     best = set()
     for column in range(len(names)):
-        scored = [(i, *found) for i, row in enumerate(cells) if (found := row[column]) and math.isfinite(found[0])]
+        scored = [
+            (i, *found)
+            for i, row in enumerate(cells)
+            if (found := row[column]) and math.isfinite(found[0])
+        ]
         if len(scored) < 2 or any(sd is None for _, _, sd in scored):
             continue
         _, top, top_sd = max(scored, key=lambda item: sign * item[1])
-        best |= {(first + i, first_suite + column) for i, mean, sd in scored if abs(top - mean) <= max(top_sd or 0.0, sd or 0.0)}
+        best |= {
+            (first + i, first_suite + column)
+            for i, mean, sd in scored
+            if abs(top - mean) <= max(top_sd or 0.0, sd or 0.0)
+        }
     return header, table, best
 
 
@@ -143,45 +165,94 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
 
     counts = sorted({len(runs) for runs in variants(record).values()})
     seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
-    lines = [f"{METRICS[metric].words}{' (lower is better)' if METRICS[metric].sign < 0 else ''}; {seeds} of the student."]
+    lines = [
+        f"{METRICS[metric].words}{' (lower is better)' if METRICS[metric].sign < 0 else ''}; {seeds} of the student."
+    ]
     if counts == [1]:
         lines[0] += " One seed shows no spread: do not read small differences."
     else:
-        lines[0] += " Mean ± standard deviation over student seeds only: the teacher, the discretizer and the split are the same."
-        lines[0] += " Bold: the best of the students, and what lies within one standard deviation of it."
+        lines[0] += (
+            " Mean ± standard deviation over student seeds only: the teacher, the discretizer and the split are the same."
+        )
+        lines[0] += (
+            " Bold: the best of the students, and what lies within one standard deviation of it."
+        )
     names = suites(record)
     corrupted = [name for name in names if name.partition(":")[0] in CORRUPTIONS]
     if corrupted:
         base = next((name for name in names if name not in corrupted), "the validation split")
-        lines.append(f"Corruptions are applied to `{base}`; a name without a number is taken over all its severities.")
-        lines += [f"{name}: {remark}." for name, remark in REMARKS.items() if any(one.partition(":")[0] == name for one in corrupted)]
+        lines.append(
+            f"Corruptions are applied to `{base}`; a name without a number is taken over all its severities."
+        )
+        lines += [
+            f"{name}: {remark}."
+            for name, remark in REMARKS.items()
+            if any(one.partition(":")[0] == name for one in corrupted)
+        ]
     for part in ("teacher", "discretizer"):
         for used in teachers(record, part):
-            lines.append(f"{part.capitalize()} {used['name']} has seen: {(used['seen'] or 'not recorded in the weights').rstrip('.')}.")
-    if modes := sorted({run["bn"] for run in record["runs"] if run.get("bn") and run["method"] not in ("ce", "kd", "lp-clip")}):
-        lines.append(f"Batch norm of the students over clean and attacked images: {', '.join(modes)}.")
-    skipped = {name: max(int(run["suites"][name].get("skipped", 0)) for run in record["runs"] if name in run["suites"]) for name in names}
-    lines += [f"{name}: {count} unreadable images are left out." for name, count in skipped.items() if count]
-    protocols = {name: run["suites"][name].get("protocol", "") for name in names for run in record["runs"] if name in run["suites"]}
-    lines += [f"{name}: {text}." for name, text in protocols.items() if "; " in text]  # what outputs compete, what is missing
+            lines.append(
+                f"{part.capitalize()} {used['name']} has seen: {(used['seen'] or 'not recorded in the weights').rstrip('.')}."
+            )
+    if modes := sorted(
+        {
+            run["bn"]
+            for run in record["runs"]
+            if run.get("bn") and run["method"] not in ("ce", "kd", "lp-clip")
+        }
+    ):
+        lines.append(
+            f"Batch norm of the students over clean and attacked images: {', '.join(modes)}."
+        )
+    skipped = {
+        name: max(
+            int(run["suites"][name].get("skipped", 0))
+            for run in record["runs"]
+            if name in run["suites"]
+        )
+        for name in names
+    }
+    lines += [
+        f"{name}: {count} unreadable images are left out."
+        for name, count in skipped.items()
+        if count
+    ]
+    protocols = {
+        name: run["suites"][name].get("protocol", "")
+        for name in names
+        for run in record["runs"]
+        if name in run["suites"]
+    }
+    lines += [
+        f"{name}: {text}." for name, text in protocols.items() if "; " in text
+    ]  # what outputs compete, what is missing
     facts = record.get("environment")
     if facts:
         lines.append(f"Train s: seconds of training without evaluation, on {computed_on(facts)}.")
     if any(run.get("store_seconds") for run in record["runs"]):
-        lines.append("Stores s: seconds of filling the stores that a run learns from, once for all runs and seeds that share them.")
+        lines.append(
+            "Stores s: seconds of filling the stores that a run learns from, once for all runs and seeds that share them."
+        )
     return lines
 
 
 def markdown(record: dict[str, Any], metric: str = "top1") -> str:
     """The table and its notes as GitHub markdown."""
-    return "\n".join([*grid_markdown(rows(record, metric)), "", *(f"- {note}" for note in notes(record, metric))])
+    return "\n".join(
+        [*grid_markdown(rows(record, metric)), "", *(f"- {note}" for note in notes(record, metric))]
+    )
 
 
 def grid_markdown(grid: Grid) -> list[str]:
     header, table, best = grid
-    lines = ["| " + " | ".join(map(_escape, header)) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+    lines = [
+        "| " + " | ".join(map(_escape, header)) + " |",
+        "|" + "---|" + "---:|" * (len(header) - 1),
+    ]
     for i, row in enumerate(table):
-        shown = [f"**{text}**" if (i, j) in best else text for j, text in enumerate(map(_escape, row))]
+        shown = [
+            f"**{text}**" if (i, j) in best else text for j, text in enumerate(map(_escape, row))
+        ]
         lines.append("| " + " | ".join(shown) + " |")
     return lines
 
@@ -192,7 +263,9 @@ def _escape(text: str) -> str:
 
 def print_table(record: dict[str, Any]) -> None:
     """The table of top-1 accuracy on the terminal."""
-    print_grids({METRICS["top1"].words: rows(record, "top1")}, notes(record, "top1"), markdown(record))
+    print_grids(
+        {METRICS["top1"].words: rows(record, "top1")}, notes(record, "top1"), markdown(record)
+    )
 
 
 def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -> None:
@@ -206,8 +279,15 @@ def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -
     console = Console()
     for title, grid in grids.items():
         turned = _turned(grid)
-        forms = [_drawn(title, grid), _drawn(title, turned, narrow=True), _drawn(title, _compact(turned), narrow=True)]
-        widths = [Measurement.get(console, console.options.update(width=1000), form).maximum for form in forms]
+        forms = [
+            _drawn(title, grid),
+            _drawn(title, turned, narrow=True),
+            _drawn(title, _compact(turned), narrow=True),
+        ]
+        widths = [
+            Measurement.get(console, console.options.update(width=1000), form).maximum
+            for form in forms
+        ]
         # The first form that fits, or the narrowest: a number that is cut off is worse than a wrapped line.
         fitting = [i for i, width in enumerate(widths) if width <= console.width]
         chosen = fitting[0] if fitting else widths.index(min(widths))
@@ -220,7 +300,11 @@ def _turned(grid: Grid) -> Grid:
     """Its rows as columns; a name of several words stands in several lines."""
     header, table, best = grid
     names = ["", *(row[0].replace(" ", "\n") for row in table)]
-    return names, [[header[j], *(row[j] for row in table)] for j in range(1, len(header))], {(j - 1, i + 1) for i, j in best}
+    return (
+        names,
+        [[header[j], *(row[j] for row in table)] for j in range(1, len(header))],
+        {(j - 1, i + 1) for i, j in best},
+    )
 
 
 def _compact(grid: Grid) -> Grid:
@@ -236,11 +320,17 @@ def _drawn(title: str, grid: Grid, narrow: bool = False) -> Any:
     from rich.text import Text
 
     header, table, best = grid
-    drawn = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True) if narrow else Table(title=title)
+    drawn = (
+        Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        if narrow
+        else Table(title=title)
+    )
     for i, name in enumerate(header):
         drawn.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
     for i, row in enumerate(table):
-        drawn.add_row(*(Text(text, style="bold" if (i, j) in best else "") for j, text in enumerate(row)))
+        drawn.add_row(
+            *(Text(text, style="bold" if (i, j) in best else "") for j, text in enumerate(row))
+        )
     return drawn
 
 
@@ -249,16 +339,24 @@ def computed_on(facts: Mapping[str, Any]) -> str:
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
     several = facts.get("side_by_side", 1)
     together = f", {several} runs side by side" if several > 1 else ""
-    return (", ".join(str(gpu["name"]) for gpu in facts["gpus"]) or f"{facts['cpu']}, {threads}") + together
+    return (
+        ", ".join(str(gpu["name"]) for gpu in facts["gpus"]) or f"{facts['cpu']}, {threads}"
+    ) + together
 
 
 @program
 def main(arguments: Sequence[str]) -> None:
     if not arguments or len(arguments) > 2 or (len(arguments) == 2 and arguments[1] not in METRICS):
-        raise UsageError(f"usage: python -m dad_fast.evaluate.tables RESULTS.json [{'|'.join(METRICS)}]")
+        raise UsageError(
+            f"usage: python -m dad_fast.evaluate.tables RESULTS.json [{'|'.join(METRICS)}]"
+        )
     record, metric = read_record(arguments[0]), *(arguments[1:] or ["top1"])
-    if all(value_of(run, suite, metric) is None for run in record["runs"] for suite in run["suites"]):
-        raise DataError(f"{arguments[0]}: none of its results has {METRICS[metric].words}; the others are {', '.join(METRICS)}")
+    if all(
+        value_of(run, suite, metric) is None for run in record["runs"] for suite in run["suites"]
+    ):
+        raise DataError(
+            f"{arguments[0]}: none of its results has {METRICS[metric].words}; the others are {', '.join(METRICS)}"
+        )
     print(markdown(record, metric))
 
 

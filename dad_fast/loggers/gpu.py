@@ -39,7 +39,9 @@ class Gpu:
             pynvml.nvmlInit()
             prefix = "" if uuid.startswith(("GPU-", "MIG-")) else "GPU-"
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(prefix + uuid))
-        except Exception:  # no package, no driver, a board that NVML does not know: a run needs none of it
+        except (
+            Exception
+        ):  # no package, no driver, a board that NVML does not know: a run needs none of it
             return None
 
     def facts(self) -> dict[str, Any]:
@@ -51,7 +53,9 @@ class Gpu:
             memory_gib=_try(lambda: round(nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1)),
             power_limit_w=_try(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
             max_sm_mhz=_try(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
-            max_memory_mhz=_try(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+            max_memory_mhz=_try(
+                lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)
+            ),
         )
 
     def sample(self) -> dict[str, Any]:
@@ -61,8 +65,12 @@ class Gpu:
             power_w=_try(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
             sm_mhz=_try(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
             memory_mhz=_try(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
-            temperature_c=_try(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-            memory_used_gib=_try(lambda: round(nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30, 2)),
+            temperature_c=_try(
+                lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
+            ),
+            memory_used_gib=_try(
+                lambda: round(nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30, 2)
+            ),
             throttled=_try(lambda: self._throttled()),
         )
 
@@ -73,11 +81,16 @@ class Gpu:
     def _throttled(self) -> list[str]:
         nvml = self._nvml
         # Renamed in driver 535: Throttle became Event.
-        read = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or nvml.nvmlDeviceGetCurrentClocksThrottleReasons
+        read = (
+            getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
+            or nvml.nvmlDeviceGetCurrentClocksThrottleReasons
+        )
         bits = read(self._handle)
         found = []
         for constant, words in THROTTLES.items():
-            bit = getattr(nvml, f"nvmlClocksEventReason{constant}", None) or getattr(nvml, f"nvmlClocksThrottleReason{constant}", 0)
+            bit = getattr(nvml, f"nvmlClocksEventReason{constant}", None) or getattr(
+                nvml, f"nvmlClocksThrottleReason{constant}", 0
+            )
             if bits & bit:
                 found.append(words)
         return found
@@ -86,7 +99,9 @@ class Gpu:
 def _try(read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except Exception:  # NVMLError_NotSupported, an older binding without the function, a GPU that fell off the bus
+    except (
+        Exception
+    ):  # NVMLError_NotSupported, an older binding without the function, a GPU that fell off the bus
         return None
 
 

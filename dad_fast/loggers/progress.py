@@ -16,7 +16,12 @@ from dad_fast.loggers.run_log import RunLog, print_line
 
 PLAIN_SECONDS = 10.0
 REPORT_SECONDS = 1.0  # between two reports of a worker process to its parent
-SHARES = {"data_wait": "data wait", "kept": "kept", "codes_changed": "codes changed", "codes_changed_dat": "codes changed (dat)"}
+SHARES = {
+    "data_wait": "data wait",
+    "kept": "kept",
+    "codes_changed": "codes changed",
+    "codes_changed_dat": "codes changed (dat)",
+}
 
 
 class TrainProgress:
@@ -41,7 +46,11 @@ class TrainProgress:
         start_step: int = 0,
         live: bool | None = None,
     ) -> None:
-        self.total_steps, self.images_per_step, self.steps_per_epoch = total_steps, images_per_step, max(1, steps_per_epoch)
+        self.total_steps, self.images_per_step, self.steps_per_epoch = (
+            total_steps,
+            images_per_step,
+            max(1, steps_per_epoch),
+        )
         self.label, self.log = label, log
         self.step = start_step
         self.images_per_second = 0.0
@@ -50,15 +59,22 @@ class TrainProgress:
         self._task: Any = None
         self._echo = log.echo
         self._last_line = time.monotonic()
-        self._mark = (self._last_line, start_step)  # time and step of the last log step: the speed is measured from there
+        self._mark = (
+            self._last_line,
+            start_step,
+        )  # time and step of the last log step: the speed is measured from there
 
     def __enter__(self) -> TrainProgress:
         self._last_line = time.monotonic()
         self._mark = (self._last_line, self.step)
         if self._bar is not None:
-            self._task = self._bar.add_task(self.label, total=self.total_steps, completed=self.step, text="")
+            self._task = self._bar.add_task(
+                self.label, total=self.total_steps, completed=self.step, text=""
+            )
             self._bar.start()
-            self.log.echo = lambda line: self._bar.console.print(line, markup=False, highlight=False)
+            self.log.echo = lambda line: self._bar.console.print(
+                line, markup=False, highlight=False
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -85,7 +101,9 @@ class TrainProgress:
         self._mark = (now, self.step)
         self._values = "  ".join(format_value(name, value) for name, value in values.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.step, text=f"{self._speed()}  {self._values}")
+            self._bar.update(
+                self._task, completed=self.step, text=f"{self._speed()}  {self._values}"
+            )
         if now - self._last_line >= PLAIN_SECONDS or self.step >= self.total_steps:
             self._last_line = now
             epochs = -(-self.total_steps // self.steps_per_epoch)
@@ -204,6 +222,12 @@ def _make_bar() -> Any:
     bar = BarColumn(bar_width=12, table_column=Column(min_width=12))
     count = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9))
     # On a narrow terminal the text is cut, not the bar.
-    text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    text = TextColumn(
+        "{task.fields[text]}",
+        markup=False,
+        table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+    )
     console = Console(stderr=True)
-    return Progress(name, bar, count, text, console=console, refresh_per_second=2, transient=True, expand=True)
+    return Progress(
+        name, bar, count, text, console=console, refresh_per_second=2, transient=True, expand=True
+    )

@@ -21,12 +21,27 @@ from dad_fast.errors import printable
 from dad_fast.files import disk_error, no_link, plain
 
 PACKAGES = (
-    "dad-fast", "torch", "torchvision", "triton", "timm", "open_clip_torch", "apache-tvm-ffi", "safetensors", "numpy", "pillow",
-    "nvidia-ml-py", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "xformers", "apex",
-)  # fmt: skip
+    "dad-fast",
+    "torch",
+    "torchvision",
+    "triton",
+    "timm",
+    "open_clip_torch",
+    "apache-tvm-ffi",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "nvidia-ml-py",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "xformers",
+    "apex",
+)
 
 
-LOG_BYTES = 16 * 2**20  # of train.log, about two weeks of a line every ten seconds; then it becomes train.log.1, in place of the last one
+LOG_BYTES = (
+    16 * 2**20
+)  # of train.log, about two weeks of a line every ten seconds; then it becomes train.log.1, in place of the last one
 
 
 def print_line(text: str) -> None:
@@ -42,10 +57,15 @@ class RunLog:
     replaces it while its live bar is up, so that lines appear above the bar.
     """
 
-    def __init__(self, folder: str | Path, echo: Callable[[str], None] = print_line, rank: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, echo: Callable[[str], None] = print_line, rank: int = 0
+    ) -> None:
         self.folder = Path(folder)
         self.echo = echo if rank == 0 else lambda text: None
-        metrics, text = "metrics.jsonl" if rank == 0 else os.devnull, f"train-rank{rank}.log" if rank else "train.log"
+        metrics, text = (
+            "metrics.jsonl" if rank == 0 else os.devnull,
+            f"train-rank{rank}.log" if rank else "train.log",
+        )
         with _disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._metrics = open(self.folder / metrics, "a+b", buffering=0, opener=no_link)
@@ -56,7 +76,9 @@ class RunLog:
 
     def metrics(self, kind: str, **values: Any) -> None:
         """Append one line `{"kind": kind, "time": seconds since the epoch, **values}` to metrics.jsonl."""
-        line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), **values}), allow_nan=False)
+        line = json.dumps(
+            plain({"kind": kind, "time": round(time.time(), 3), **values}), allow_nan=False
+        )
         _append(self._metrics, line + "\n")
 
     def say(self, text: str, *, echo: bool = True) -> None:
@@ -180,9 +202,20 @@ def _torch_facts() -> dict[str, Any]:
                     "capability": f"{properties.major}.{properties.minor}",
                 }
             )
-        return {"threads": torch.get_num_threads(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "gpus": gpus}
+        return {
+            "threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "gpus": gpus,
+        }
     except Exception as error:  # a broken driver must not stop a CPU run
-        return {"threads": None, "cuda": None, "cudnn": None, "gpus": [], "torch_problem": str(error).partition("\n")[0]}
+        return {
+            "threads": None,
+            "cuda": None,
+            "cudnn": None,
+            "gpus": [],
+            "torch_problem": str(error).partition("\n")[0],
+        }
 
 
 def _driver() -> str | None:
@@ -205,13 +238,21 @@ def _git_commit(root: Path) -> str | None:
     """
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
         return done.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("DAD_FAST_COMMIT") or None
 

@@ -41,7 +41,9 @@ class PGD:
     def from_config(cls, cfg: AttackConfig, fused: bool = False) -> PGD:
         return cls(cfg.norm, cfg.eps, cfg.step_size, cfg.steps, cfg.random_start, fused)
 
-    def __call__(self, model: Callable[[Tensor], Tensor], pixels: Tensor, targets: Tensor, keys: Tensor) -> Tensor:
+    def __call__(
+        self, model: Callable[[Tensor], Tensor], pixels: Tensor, targets: Tensor, keys: Tensor
+    ) -> Tensor:
         """Attack `model` (pixels -> logits [B, C]).
 
         pixels: [B, 3, H, W] in [0, 1]. targets: labels int64 [B] or probabilities [B, C]. keys: int64 [B], one per sample; they
@@ -55,7 +57,9 @@ class PGD:
             image.requires_grad_(True)
             with torch.enable_grad():
                 logits = model(image)
-            (gradient,) = torch.autograd.grad(logits, image, cross_entropy_direction(logits, targets))
+            (gradient,) = torch.autograd.grad(
+                logits, image, cross_entropy_direction(logits, targets)
+            )
             delta, image = update(pixels, delta, gradient, self.norm, self.eps, self.step_size)
         return image
 

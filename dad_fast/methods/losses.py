@@ -18,9 +18,24 @@ import torch
 from torch import Tensor
 
 from dad_fast.config.schema import LossConfig, Method
-from dad_fast.kernels.distillation_loss import distillation, distillation_loss, smooth, soft_cross_entropy
+from dad_fast.kernels.distillation_loss import (
+    distillation,
+    distillation_loss,
+    smooth,
+    soft_cross_entropy,
+)
 
-__all__ = ["TERMS", "Logits", "distillation", "joint_objective", "keep_mask", "mixed_outputs", "objective", "smooth", "soft_cross_entropy"]
+__all__ = [
+    "TERMS",
+    "Logits",
+    "distillation",
+    "joint_objective",
+    "keep_mask",
+    "mixed_outputs",
+    "objective",
+    "smooth",
+    "soft_cross_entropy",
+]
 
 # The terms of each method, in the order in which they are added.
 TERMS: dict[Method, tuple[str, ...]] = {
@@ -78,14 +93,28 @@ def objective(
     stored images are. keep: filter [B] for the terms on Q(x'), or None to count all.
     fused: one kernel for all terms of the same student's logits, where there is one (CUDA; float32 arithmetic).
     """
-    of_logits = {"student_clean": targets, "student_dat": targets, "student_dad": targets if dad_targets is None else dad_targets}
-    parts = (_parts_fused if fused else _parts)(TERMS[method], weights.temperature, logits, of_logits, keep)
-    total = sum((getattr(weights, name) * part for name, part in parts.items()), start=targets.new_zeros(()))
+    of_logits = {
+        "student_clean": targets,
+        "student_dat": targets,
+        "student_dad": targets if dad_targets is None else dad_targets,
+    }
+    parts = (_parts_fused if fused else _parts)(
+        TERMS[method], weights.temperature, logits, of_logits, keep
+    )
+    total = sum(
+        (getattr(weights, name) * part for name, part in parts.items()), start=targets.new_zeros(())
+    )
     return total, parts
 
 
 def joint_objective(
-    weights: LossConfig, student: Tensor, teacher: Tensor, targets: Tensor, keep: Tensor | None, *, fused: bool = False
+    weights: LossConfig,
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    keep: Tensor | None,
+    *,
+    fused: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The form of the authors' code for stored images, 0.75 CE + 4 KL there (ce = 0.75, kd = 0.25 at T = 4): the loss and its parts.
 
@@ -95,7 +124,10 @@ def joint_objective(
     if fused:
         ce, kd = distillation_loss(student, teacher, targets, keep, temperature=weights.temperature)
     else:
-        ce, kd = soft_cross_entropy(student, targets, keep), distillation(student, teacher, weights.temperature, keep)
+        ce, kd = (
+            soft_cross_entropy(student, targets, keep),
+            distillation(student, teacher, weights.temperature, keep),
+        )
     return weights.ce * ce + weights.kd * kd, {"ce": ce, "kd": kd}
 
 
@@ -107,11 +139,17 @@ def mixed_outputs(own: Tensor, others: Tensor, lam: Tensor, temperature: float) 
     """
     share = lam.float()[:, None]
     of_own = (own.float() / temperature).log_softmax(dim=-1) + share.log()
-    return temperature * torch.logaddexp(of_own, (others.float() / temperature).log_softmax(dim=-1) + torch.log1p(-share))
+    return temperature * torch.logaddexp(
+        of_own, (others.float() / temperature).log_softmax(dim=-1) + torch.log1p(-share)
+    )
 
 
 def _parts(
-    terms: tuple[str, ...], temperature: float, logits: Logits, targets: dict[str, Tensor], keep: Tensor | None
+    terms: tuple[str, ...],
+    temperature: float,
+    logits: Logits,
+    targets: dict[str, Tensor],
+    keep: Tensor | None,
 ) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for name in terms:
@@ -125,7 +163,11 @@ def _parts(
 
 
 def _parts_fused(
-    terms: tuple[str, ...], temperature: float, logits: Logits, targets: dict[str, Tensor], keep: Tensor | None
+    terms: tuple[str, ...],
+    temperature: float,
+    logits: Logits,
+    targets: dict[str, Tensor],
+    keep: Tensor | None,
 ) -> dict[str, Tensor]:
     """The same, with all terms on the same student's logits in one call; no method has two of a kind on them."""
     groups: dict[str, list[str]] = {}

@@ -24,11 +24,19 @@ def pseudo_labels(logits: Tensor) -> tuple[Tensor, Tensor]:
 def sample_weights(confidence: Tensor, weight: str, threshold: float) -> Tensor:
     """What each sample counts, [B]: its confidence or 1 (`weight`: "confidence" or "none"), and 0 below the threshold."""
     weights = confidence if weight == "confidence" else torch.ones_like(confidence)
-    return weights.where(~(confidence < threshold), 0.0)  # a confidence that is not a number stays one, so that the step is refused
+    return weights.where(
+        ~(confidence < threshold), 0.0
+    )  # a confidence that is not a number stays one, so that the step is refused
 
 
-def consistency_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+def consistency_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Weighted cross-entropy of the probe's logits [B, C] to labels int64 [B], weights [B]; mean over the batch size."""
     if not smoothing:
         return soft_cross_entropy(logits, labels, weights)
-    return soft_cross_entropy(logits, smooth(torch.nn.functional.one_hot(labels, logits.shape[1]).float(), smoothing), weights)
+    return soft_cross_entropy(
+        logits,
+        smooth(torch.nn.functional.one_hot(labels, logits.shape[1]).float(), smoothing),
+        weights,
+    )

@@ -36,7 +36,9 @@ def _mix(x: Tensor) -> Tensor:
 
 def keyed_bits(keys: Tensor, count: int, stream: int = 0) -> Tensor:
     """Hash [B, count] int64 of each key in `keys` [B] int64; different `stream`s of one key are independent."""
-    base = _mix(keys + _signed((stream * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) & ((1 << 64) - 1)))  # [B]
+    base = _mix(
+        keys + _signed((stream * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) & ((1 << 64) - 1))
+    )  # [B]
     counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * GOLDEN  # [count]
     return _mix(base[:, None] + counter[None, :])
 
@@ -60,4 +62,6 @@ def keyed_normal(keys: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tenso
     u, v = _uniform_pair(keys, (size + 1) // 2, stream)
     radius = (-2.0 * (u + 2.0**-25).log()).sqrt()  # u + 2^-25 lies in (0, 1): never log 0
     angle = v * (2.0 * math.pi)
-    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :size].reshape(len(keys), *shape)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :size].reshape(
+        len(keys), *shape
+    )

@@ -10,7 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import Attention, GluMlp, LayerNorm, LayerNormFp32, LayerScale, Mlp, RmsNorm, RmsNormFp32, SwiGLU
+from timm.layers import (
+    Attention,
+    GluMlp,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    Mlp,
+    RmsNorm,
+    RmsNormFp32,
+    SwiGLU,
+)
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -34,9 +44,17 @@ def _attend(attn: Any, tokens: Tensor) -> Tensor:
     batch, num_tokens, _ = tokens.shape
     cls, width = tokens[:, :1], attn.attn_dim
     weight_q, weight_kv = attn.qkv.weight.split((width, 2 * width))
-    bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split((width, 2 * width))
-    q = F.linear(cls, weight_q, bias_q).reshape(batch, 1, attn.num_heads, attn.head_dim).transpose(1, 2)
-    kv = F.linear(tokens, weight_kv, bias_kv).reshape(batch, num_tokens, 2, attn.num_heads, attn.head_dim)
+    bias_q, bias_kv = (
+        (None, None) if attn.qkv.bias is None else attn.qkv.bias.split((width, 2 * width))
+    )
+    q = (
+        F.linear(cls, weight_q, bias_q)
+        .reshape(batch, 1, attn.num_heads, attn.head_dim)
+        .transpose(1, 2)
+    )
+    kv = F.linear(tokens, weight_kv, bias_kv).reshape(
+        batch, num_tokens, 2, attn.num_heads, attn.head_dim
+    )
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim]
     x = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
     x = attn.norm(x.transpose(1, 2).reshape(batch, 1, width))
@@ -59,7 +77,9 @@ def keep_class_token_only(model: nn.Module) -> str:
     if isinstance(trunk := getattr(model, "trunk", None), VisionTransformer):
         return keep_class_token_only(trunk)
     if type(model).__module__.startswith("open_clip."):
-        from dad_fast.models.class_token_clip import keep_class_token_only_clip  # a bare checkout has no open_clip
+        from dad_fast.models.class_token_clip import (
+            keep_class_token_only_clip,
+        )  # a bare checkout has no open_clip
 
         return keep_class_token_only_clip(model)
     return f"{type(model).__name__} is no vision transformer that it knows"
@@ -97,4 +117,8 @@ def unknown_part(parts: dict[tuple[type, ...], tuple[nn.Module, ...]]) -> str:
 
 def dropout(block: nn.Module) -> str:
     """A reason where dropout inside the block would draw other numbers (drop path draws one per sample: the same)."""
-    return "its last block has dropout" if any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()) else ""
+    return (
+        "its last block has dropout"
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
+        else ""
+    )

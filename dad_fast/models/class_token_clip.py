@@ -28,7 +28,9 @@ SCALES = (nn.Identity, LayerScale)
 class ClassTokenResidualBlock(ResidualAttentionBlock):
     """Tokens [B, N, D] -> class token [B, 1, D]; nn.MultiheadAttention takes other queries than keys by itself."""
 
-    def forward(self, q_x: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None) -> Tensor:
+    def forward(
+        self, q_x: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None
+    ) -> Tensor:
         tokens = self.ln_1(q_x)
         x = q_x[:, :1] + self.ls_1(self.attention(tokens[:, :1], tokens, tokens))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
@@ -46,9 +48,20 @@ def _attend(attn: Any, tokens: Tensor) -> Tensor:
     """open_clip's own Attention with the first token as its only query: [B, N, D] -> [B, 1, D]."""
     batch, num_tokens, width = tokens.shape
     weight_q, weight_kv = attn.in_proj_weight.split((width, 2 * width))
-    bias_q, bias_kv = (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split((width, 2 * width))
-    q = F.linear(tokens[:, :1], weight_q, bias_q).reshape(batch, 1, attn.num_heads, -1).transpose(1, 2)
-    k, v = F.linear(tokens, weight_kv, bias_kv).reshape(batch, num_tokens, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    bias_q, bias_kv = (
+        (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split((width, 2 * width))
+    )
+    q = (
+        F.linear(tokens[:, :1], weight_q, bias_q)
+        .reshape(batch, 1, attn.num_heads, -1)
+        .transpose(1, 2)
+    )
+    k, v = (
+        F.linear(tokens, weight_kv, bias_kv)
+        .reshape(batch, num_tokens, 2, attn.num_heads, -1)
+        .permute(2, 0, 3, 1, 4)
+        .unbind(0)
+    )
     x = F.scaled_dot_product_attention(attn.ln_q(q), attn.ln_k(k), v)  # [B, heads, 1, head_dim]
     if attn.head_scale is not None:
         x = x * attn.head_scale
@@ -79,13 +92,21 @@ def _why_not(tower: Any) -> str:
     block = tower.transformer.resblocks[-1]
     if isinstance(block, (ClassTokenResidualBlock, ClassTokenCustomBlock)):
         return ""
-    parts = {NORMS: (tower.ln_post, block.ln_1, block.ln_2), MLP_PARTS: tuple(block.mlp), SCALES: (block.ls_1, block.ls_2)}
+    parts = {
+        NORMS: (tower.ln_post, block.ln_1, block.ln_2),
+        MLP_PARTS: tuple(block.mlp),
+        SCALES: (block.ls_1, block.ls_2),
+    }
     attn = block.attn
     if type(block) is CustomResidualAttentionBlock:
         if type(attn) is not Attention or attn.scaled_cosine:
             return "its last block has cosine attention"
         parts[NORMS] += (block.ln_attn, attn.ln_q, attn.ln_k, attn.ln_inner)
-    elif type(block) is not ResidualAttentionBlock or type(attn) is not nn.MultiheadAttention or hasattr(block, "ln_1_kv"):
+    elif (
+        type(block) is not ResidualAttentionBlock
+        or type(attn) is not nn.MultiheadAttention
+        or hasattr(block, "ln_1_kv")
+    ):
         return f"its last block is a {type(block).__name__}"
     elif attn.dropout > 0:
         return "its last block has dropout"

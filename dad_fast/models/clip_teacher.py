@@ -18,7 +18,12 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.student import PROBE
 from dad_fast.models.teacher import TEACHER, UNKNOWN, Teacher, check_classes
-from dad_fast.models.weights.declared import checked_clip, checked_published, no_more_parameters_than, without_downloads
+from dad_fast.models.weights.declared import (
+    checked_clip,
+    checked_published,
+    no_more_parameters_than,
+    without_downloads,
+)
 from dad_fast.models.weights.files import asset, load_strictly, read_state_dict, sha256_file
 from dad_fast.models.weights.fingerprint import fingerprint
 from dad_fast.models.zeroshot import prompt_names, resolve_templates, zero_shot_head
@@ -26,15 +31,24 @@ from dad_fast.models.zeroshot import prompt_names, resolve_templates, zero_shot_
 try:
     import open_clip
 except ImportError:
-    raise EnvironmentProblem("--teacher: open_clip is missing; pip install open_clip_torch") from None
+    raise EnvironmentProblem(
+        "--teacher: open_clip is missing; pip install open_clip_torch"
+    ) from None
 
 log = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]
-Head = tuple[Tensor, Tensor, bool]  # weight [C, F], bias [C], and whether its features are made unit
-OPENAI: Mapping[str, Any] = {  # how an image becomes pixels, in open_clip's words, where nothing says otherwise
-    "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic", "resize_mode": "shortest",
-}  # fmt: skip
+Head = tuple[
+    Tensor, Tensor, bool
+]  # weight [C, F], bias [C], and whether its features are made unit
+OPENAI: Mapping[
+    str, Any
+] = {  # how an image becomes pixels, in open_clip's words, where nothing says otherwise
+    "mean": open_clip.OPENAI_DATASET_MEAN,
+    "std": open_clip.OPENAI_DATASET_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,9 @@ class Clip:
     sha256: str | None = None
 
 
-def load_clip_teacher(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device) -> Teacher:
+def load_clip_teacher(
+    cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device
+) -> Teacher:
     """open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, embedded:NAME, or FILE; see `teacher.load_teacher`."""
     if cfg.name.startswith("open_clip:"):
         arch, at, file = cfg.name.removeprefix("open_clip:").partition("@")
@@ -61,7 +77,11 @@ def load_clip_teacher(cfg: TeacherConfig, classes: ClassMap, precision: Precisio
     model = clip.model.eval().to(device)
     size = model.visual.image_size
     tower = ImageTower(model.visual)
-    weight, bias, unit_features = _read_head(cfg.head, classes, tower) if cfg.head else _zero_shot(clip, model, classes, cfg.templates)
+    weight, bias, unit_features = (
+        _read_head(cfg.head, classes, tower)
+        if cfg.head
+        else _zero_shot(clip, model, classes, cfg.templates)
+    )
     return Teacher(
         tower,
         (weight, bias),
@@ -74,7 +94,9 @@ def load_clip_teacher(cfg: TeacherConfig, classes: ClassMap, precision: Precisio
         unit_features=unit_features,
         provenance=clip.provenance,
         weights_sha256=clip.sha256,
-        interpolation="bilinear" if clip.preprocess["interpolation"] == "bilinear" else "bicubic",  # "random" is for training
+        interpolation="bilinear"
+        if clip.preprocess["interpolation"] == "bilinear"
+        else "bicubic",  # "random" is for training
         squashed=clip.preprocess["resize_mode"] == "squash",
     )
 
@@ -88,14 +110,22 @@ class ImageTower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.visual(x)
-        return features[0] if isinstance(features, tuple) else features  # CoCa's tower returns its tokens too
+        return (
+            features[0] if isinstance(features, tuple) else features
+        )  # CoCa's tower returns its tokens too
 
 
 def _from_own_file(name: str) -> Clip:
-    path = asset(f"{name.removeprefix('embedded:')}-clip.safetensors") if name.startswith("embedded:") else name
+    path = (
+        asset(f"{name.removeprefix('embedded:')}-clip.safetensors")
+        if name.startswith("embedded:")
+        else name
+    )
     state, metadata = read_state_dict(path)
     if TEACHER not in metadata:
-        raise DataError(f"--teacher {path}: the file does not name its architecture; write open_clip:ARCH@{path} or timm:NAME@{path}")
+        raise DataError(
+            f"--teacher {path}: the file does not name its architecture; write open_clip:ARCH@{path} or timm:NAME@{path}"
+        )
     try:
         described = checked_clip(metadata[TEACHER])
         model = _clip_within(described["model_cfg"], state, path)
@@ -110,7 +140,9 @@ def _from_own_file(name: str) -> Clip:
     return Clip(model, tokenizer, preprocess, described["templates"], seen, sha256_file(path))
 
 
-def _clip_within(model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+def _clip_within(
+    model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path
+) -> nn.Module:
     """A new CLIP of the shape that a file says, first without memory: its size has to be the file's."""
     with (
         no_more_parameters_than(state, path),
@@ -130,14 +162,21 @@ def _from_weights(arch: str, file: str) -> Clip:
     quick, says = bool(config.get("quick_gelu")), own.get("model_cfg", {}).get("quick_gelu")
     if own.get("model_cfg") and bool(says) != quick:
         right = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
-        raise UsageError(f"--teacher open_clip:{arch}@{file}: the open_clip_config.json beside it says another activation; write {right}")
+        raise UsageError(
+            f"--teacher open_clip:{arch}@{file}: the open_clip_config.json beside it says another activation; write {right}"
+        )
     with without_downloads():
         model = _create(f"open_clip:{arch}@{file}", arch, pretrained_text=False)
     _load(model, state, file)
     preprocess = _preprocess(arch, own)
     log.warning(
         "teacher %s: architecture %s with %s, mean %s, std %s, as named or published for it; OpenAI's own weights need an ARCH-quickgelu",
-        *(file, arch, "QuickGELU" if quick else "GELU", *([round(x, 4) for x in preprocess[key]] for key in ("mean", "std"))),
+        *(
+            file,
+            arch,
+            "QuickGELU" if quick else "GELU",
+            *([round(x, 4) for x in preprocess[key]] for key in ("mean", "std")),
+        ),
     )
     return Clip(model, lambda: _tokenizer_at_hand(arch), preprocess, sha256=sha256_file(file))
 
@@ -148,11 +187,15 @@ def _from_tag(name: str, arch: str, tag: str) -> Clip:
     if not published:
         tags = open_clip.list_pretrained_tags_by_model(arch)
         hint = nearest(tag, tags) or (f"; it has {', '.join(tags[:6])}" if tags else "")
-        raise UsageError(f"--teacher {name}: {arch} has no weights {tag!r}{hint}; local weights are open_clip:{arch}@FILE")
+        raise UsageError(
+            f"--teacher {name}: {arch} has no weights {tag!r}{hint}; local weights are open_clip:{arch}@FILE"
+        )
     # The activation belongs to the weights: with the other one CLIP is silently several points worse.
     quick = bool(published.get("quick_gelu"))
     if config.get("quick_gelu") and not quick:
-        raise UsageError(f"--teacher {name}: these weights use GELU; write open_clip:{arch.removesuffix('-quickgelu')}/{tag}")
+        raise UsageError(
+            f"--teacher {name}: these weights use GELU; write open_clip:{arch.removesuffix('-quickgelu')}/{tag}"
+        )
     return _published(name, arch, pretrained=tag, force_quick_gelu=quick)
 
 
@@ -167,7 +210,9 @@ def _create(name: str, arch: str, **kwargs: Any) -> Any:
             return open_clip.create_model(arch, **kwargs)
     except Exception as error:  # open_clip, the hub's client and urllib each have their own errors
         why = " ".join(str(error).split())[:120]
-        raise EnvironmentProblem(f"--teacher {name}: cannot be had ({why}); give a local file: open_clip:ARCH@FILE") from None
+        raise EnvironmentProblem(
+            f"--teacher {name}: cannot be had ({why}); give a local file: open_clip:ARCH@FILE"
+        ) from None
 
 
 def _tokenizer_at_hand(arch: str) -> Tokenizer:
@@ -200,9 +245,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _known_arch(arch: str) -> dict[str, Any]:
-    config = None if set(arch) & set(":/") else open_clip.get_model_config(arch)  # which would ask the hub, or read a folder
+    config = (
+        None if set(arch) & set(":/") else open_clip.get_model_config(arch)
+    )  # which would ask the hub, or read a folder
     if config is None:
-        raise UsageError(f"--teacher open_clip:{arch}: open_clip has no such architecture{nearest(arch, open_clip.list_models())}")
+        raise UsageError(
+            f"--teacher open_clip:{arch}: open_clip has no such architecture{nearest(arch, open_clip.list_models())}"
+        )
     return dict(config)
 
 
@@ -214,7 +263,9 @@ def _beside(file: Path) -> dict[str, Any]:
     try:
         return checked_published(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not the JSON that open_clip writes ({error}); fetch it again or move it away from the weights") from None
+        raise DataError(
+            f"{path}: not the JSON that open_clip writes ({error}); fetch it again or move it away from the weights"
+        ) from None
 
 
 def _preprocess(arch: str, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,24 +273,50 @@ def _preprocess(arch: str, own: Mapping[str, Any]) -> dict[str, Any]:
     beside = own.get("preprocess_cfg", {})
     if "mean" in beside and "std" in beside:
         return {**OPENAI, **beside}
-    published = [open_clip.get_pretrained_cfg(arch, tag) for tag in open_clip.list_pretrained_tags_by_model(arch)]
-    shared = {key: found[0] for key in OPENAI if len(found := list({str(cfg[key]): cfg[key] for cfg in published}.values())) == 1}
+    published = [
+        open_clip.get_pretrained_cfg(arch, tag)
+        for tag in open_clip.list_pretrained_tags_by_model(arch)
+    ]
+    shared = {
+        key: found[0]
+        for key in OPENAI
+        if len(found := list({str(cfg[key]): cfg[key] for cfg in published}.values())) == 1
+    }
     if published and not {"mean", "std"} <= shared.keys():
-        log.warning("published weights of %s differ in mean and std: OpenAI's are taken, unless an open_clip_config.json lies beside", arch)
+        log.warning(
+            "published weights of %s differ in mean and std: OpenAI's are taken, unless an open_clip_config.json lies beside",
+            arch,
+        )
         return dict(OPENAI)
     return {**OPENAI, **shared}
 
 
 def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
     """Load strictly, after the changes of names and shapes between open_clip's versions."""
-    state = {key.removeprefix("module."): value.float() if value.is_floating_point() else value for key, value in state.items()}
+    state = {
+        key.removeprefix("module."): value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+    }
     own = model.state_dict()
-    for leftover in ("input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids"):
+    for leftover in (
+        "input_resolution",
+        "context_length",
+        "vocab_size",
+        "text.transformer.embeddings.position_ids",
+    ):
         if leftover not in own:
             state.pop(leftover, None)
     if "positional_embedding" in state and "text.positional_embedding" in own:
-        towers = ("text_projection", "positional_embedding", "token_embedding", "transformer.", "ln_final.")
-        state = {f"text.{key}" if key.startswith(towers) else key: value for key, value in state.items()}
+        towers = (
+            "text_projection",
+            "positional_embedding",
+            "token_embedding",
+            "transformer.",
+            "ln_final.",
+        )
+        state = {
+            f"text.{key}" if key.startswith(towers) else key: value for key, value in state.items()
+        }
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in own and scalar in state and state[scalar].numel() == 1:
             state[scalar] = state[scalar].reshape(own[scalar].shape)
@@ -248,9 +325,18 @@ def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
 
 def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Sequence[str]) -> Head:
     """Weight [C, F] times logit_scale, and bias [C]: SigLIP's logit_bias, else 0."""
-    weight = zero_shot_head(model, clip.tokenizer, prompt_names(classes), resolve_templates(templates, classes, clip.templates))
+    weight = zero_shot_head(
+        model,
+        clip.tokenizer,
+        prompt_names(classes),
+        resolve_templates(templates, classes, clip.templates),
+    )
     bias = getattr(model, "logit_bias", None)
-    return weight * model.logit_scale.detach().exp().float(), torch.full((len(classes),), 0.0 if bias is None else float(bias)), True
+    return (
+        weight * model.logit_scale.detach().exp().float(),
+        torch.full((len(classes),), 0.0 if bias is None else float(bias)),
+        True,
+    )
 
 
 def _read_head(path: str, classes: ClassMap, tower: ImageTower) -> Head:
@@ -260,13 +346,19 @@ def _read_head(path: str, classes: ClassMap, tower: ImageTower) -> Head:
     state, metadata = read_state_dict(path)
     weight, bias = state.get("weight"), state.get("bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        raise DataError(f"--teacher-head {path}: needs a tensor weight [classes, features], and optionally bias [classes]")
+        raise DataError(
+            f"--teacher-head {path}: needs a tensor weight [classes, features], and optionally bias [classes]"
+        )
     if weight.shape[0] != len(classes):
-        raise DataError(f"--teacher-head {path}: it has {weight.shape[0]} outputs, the data {len(classes)} classes; give its --class-map")
+        raise DataError(
+            f"--teacher-head {path}: it has {weight.shape[0]} outputs, the data {len(classes)} classes; give its --class-map"
+        )
     check_classes(f"--teacher-head {path}", metadata, classes)
     features = getattr(tower.visual, "output_dim", weight.shape[1])
     if features != weight.shape[1]:
-        raise DataError(f"--teacher-head {path}: it takes {weight.shape[1]} features, the teacher has {features}; give this teacher's head")
+        raise DataError(
+            f"--teacher-head {path}: it takes {weight.shape[1]} features, the teacher has {features}; give this teacher's head"
+        )
     unit = False
     if PROBE in metadata:
         from dad_fast.models.probe import check_encoder, probe_spec

@@ -25,29 +25,51 @@ class OnnxStudent:
         try:
             import onnxruntime
         except ImportError:
-            raise EnvironmentProblem(f"{path}: reading it needs onnxruntime: pip install 'dad-fast[export]'") from None
+            raise EnvironmentProblem(
+                f"{path}: reading it needs onnxruntime: pip install 'dad-fast[export]'"
+            ) from None
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors are raised; its warnings would be lines of their own
+        options.log_severity_level = (
+            3  # errors are raised; its warnings would be lines of their own
+        )
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
             self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         except Exception as error:  # the runtime has a class of its own for every kind of damage
-            raise DataError(f"{path}: not an ONNX model, or damaged ({' '.join(str(error).split())[:120]}): export it again") from None
+            raise DataError(
+                f"{path}: not an ONNX model, or damaged ({' '.join(str(error).split())[:120]}): export it again"
+            ) from None
         if VIEW not in self.metadata:
-            raise DataError(f"{path}: not exported by dad-fast (no {VIEW} in its metadata), so its images and classes are not known")
+            raise DataError(
+                f"{path}: not exported by dad-fast (no {VIEW} in its metadata), so its images and classes are not known"
+            )
         try:
             view = checked_view(self.metadata[VIEW])
         except ValueError as error:
             raise DataError(f"{path}: its metadata {VIEW} is damaged ({error})") from None
         self._check_shapes(path, view)
-        self.name, self.num_classes, self.image_size = view["name"], view["num_classes"], view["img_size"]
+        self.name, self.num_classes, self.image_size = (
+            view["name"],
+            view["num_classes"],
+            view["img_size"],
+        )
         self.crop_pct, self.interpolation = view["crop_pct"], view["interpolation"]
 
     def _check_shapes(self, path: str | Path, view: dict[str, Any]) -> None:
-        given = [(part.name, list(part.shape)[1:]) for part in (*self._session.get_inputs(), *self._session.get_outputs())]
-        if given != [("pixels", [3, view["img_size"], view["img_size"]]), ("logits", [view["num_classes"]])]:
-            raise DataError(f"{path}: damaged: its inputs and outputs are not those that its metadata {VIEW} says")
+        given = [
+            (part.name, list(part.shape)[1:])
+            for part in (*self._session.get_inputs(), *self._session.get_outputs())
+        ]
+        if given != [
+            ("pixels", [3, view["img_size"], view["img_size"]]),
+            ("logits", [view["num_classes"]]),
+        ]:
+            raise DataError(
+                f"{path}: damaged: its inputs and outputs are not those that its metadata {VIEW} says"
+            )
 
     def __call__(self, pixels: Tensor) -> Tensor:
         run: Callable[..., Any] = self._session.run

@@ -30,18 +30,30 @@ CAST = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.MultiheadAtten
 class Optimizations:
     """Which savings are on. All off is the plain form, bit for bit."""
 
-    class_token_only: bool = True  # last transformer block for the class token alone, teacher and student
+    class_token_only: bool = (
+        True  # last transformer block for the class token alone, teacher and student
+    )
     fold_normalisation: bool = True  # the teacher's mean and std into its patch embedding
-    fold_quick_gelu: bool = True  # the teacher's QuickGELU as one SiLU, its slope in the weights around it
-    cast_weights: bool = True  # the teacher's matrices once to the dtype that autocast gives them at every call
+    fold_quick_gelu: bool = (
+        True  # the teacher's QuickGELU as one SiLU, its slope in the weights around it
+    )
+    cast_weights: bool = (
+        True  # the teacher's matrices once to the dtype that autocast gives them at every call
+    )
 
 
-PLAIN = Optimizations(class_token_only=False, fold_normalisation=False, fold_quick_gelu=False, cast_weights=False)
+PLAIN = Optimizations(
+    class_token_only=False, fold_normalisation=False, fold_quick_gelu=False, cast_weights=False
+)
 
 
 def optimize_student(student: Student, savings: Optimizations) -> dict[str, str]:
     """Apply to a student what `savings` asks for: saving -> "" where it is on, else why it is not."""
-    return {"class_token_only": keep_class_token_only(student.model)} if savings.class_token_only else {}
+    return (
+        {"class_token_only": keep_class_token_only(student.model)}
+        if savings.class_token_only
+        else {}
+    )
 
 
 def optimize_teacher(teacher: Teacher, savings: Optimizations) -> dict[str, str]:
@@ -61,7 +73,11 @@ def optimize_teacher(teacher: Teacher, savings: Optimizations) -> dict[str, str]
 def image_model(teacher: Teacher) -> Any:
     """The model inside a teacher: open_clip's vision tower or timm's model."""
     outer = teacher.encoder if teacher.whole is None else teacher.whole
-    model = outer.model if isinstance(outer, (_Columns, _PreLogits)) else getattr(outer, "visual", outer)
+    model = (
+        outer.model
+        if isinstance(outer, (_Columns, _PreLogits))
+        else getattr(outer, "visual", outer)
+    )
     return getattr(model, "trunk", model)
 
 
@@ -77,7 +93,11 @@ def fold_normalisation(teacher: Teacher) -> str:
             return f"its patch embedding is a {type(embed).__name__}{' that pads' if type(embed) is PatchEmbed else ''}"
         conv = embed.proj
     else:
-        conv = getattr(model, "conv1", None) if type(model).__module__ == "open_clip.transformer" else None
+        conv = (
+            getattr(model, "conv1", None)
+            if type(model).__module__ == "open_clip.transformer"
+            else None
+        )
     if type(conv) is not nn.Conv2d or any(conv.padding) or conv.groups != 1:
         return f"{type(model).__name__} does not begin with a patch embedding"
     if any(p.requires_grad for p in (conv.weight, conv.bias) if p is not None):
@@ -100,10 +120,18 @@ def fold_quick_gelu(teacher: Teacher) -> str:
     found = list(_quick_gelus(image_model(teacher)))
     if not found:
         return "no MLP of it has a QuickGELU"
-    if any(type(linear) is not nn.Linear or linear.weight.requires_grad for pair in found for linear in pair[:2]):
+    if any(
+        type(linear) is not nn.Linear or linear.weight.requires_grad
+        for pair in found
+        for linear in pair[:2]
+    ):
         return "its MLPs are not two frozen linear layers"
     for before, after, owner, name in found:
-        for tensor, factor in ((before.weight, QUICK_GELU_SLOPE), (before.bias, QUICK_GELU_SLOPE), (after.weight, 1 / QUICK_GELU_SLOPE)):
+        for tensor, factor in (
+            (before.weight, QUICK_GELU_SLOPE),
+            (before.bias, QUICK_GELU_SLOPE),
+            (after.weight, 1 / QUICK_GELU_SLOPE),
+        ):
             if tensor is not None:
                 tensor.copy_(_times(tensor, factor))
         setattr(owner, name, nn.SiLU())
@@ -113,11 +141,18 @@ def fold_quick_gelu(teacher: Teacher) -> str:
 def _quick_gelus(model: nn.Module) -> Iterator[tuple[Any, Any, Any, str]]:
     """(linear before, linear after, owner, attribute) of every QuickGELU between two layers that it can be folded into."""
     for module in model.modules():
-        if type(module) is Mlp and type(module.act) is QuickGELU and type(module.norm) is nn.Identity:
+        if (
+            type(module) is Mlp
+            and type(module.act) is QuickGELU
+            and type(module.norm) is nn.Identity
+        ):
             yield module.fc1, module.fc2, module, "act"
-        elif isinstance(module, nn.Sequential) and hasattr(module, "gelu") and type(module.gelu).__name__ == "QuickGELU":
-            if type(getattr(module, "ln", None)) in (type(None), nn.Identity):
-                yield module.c_fc, module.c_proj, module, "gelu"
+        elif (
+            isinstance(module, nn.Sequential)
+            and hasattr(module, "gelu")
+            and type(module.gelu).__name__ == "QuickGELU"
+        ) and type(getattr(module, "ln", None)) in (type(None), nn.Identity):
+            yield module.c_fc, module.c_proj, module, "gelu"
 
 
 def cast_weights(teacher: Teacher) -> str:

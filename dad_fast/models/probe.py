@@ -35,7 +35,10 @@ class Probe(Student):
     """
 
     def __init__(self, encoder: Teacher, spec: Mapping[str, Any]) -> None:
-        super().__init__(nn.Linear(spec["num_features"], spec["num_classes"]), {**spec, "mean": [0.0] * 3, "std": [1.0] * 3})
+        super().__init__(
+            nn.Linear(spec["num_features"], spec["num_classes"]),
+            {**spec, "mean": [0.0] * 3, "std": [1.0] * 3},
+        )
         nn.init.zeros_(self.model.weight)
         nn.init.zeros_(self.model.bias)
         self.spec = dict(spec)
@@ -76,7 +79,9 @@ def _drop_encoder(module: nn.Module, state: dict[str, Tensor], prefix: str, loca
 
 
 def _forget_encoder(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(ENCODER)]
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not key.startswith(ENCODER)
+    ]
 
 
 @torch.no_grad()
@@ -112,7 +117,9 @@ def build_probe(
     )
     if init == "zero-shot":
         if teacher.whole is not None:
-            raise UsageError(f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; use --lp-init zeros")
+            raise UsageError(
+                f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; use --lp-init zeros"
+            )
         probe.model.weight.copy_(teacher.head_weight)
         probe.model.bias.copy_(teacher.head_bias)
     if init_from:
@@ -133,7 +140,10 @@ def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     teacher cannot be had.
     """
     spec = probe_spec(path, metadata)
-    if "weight" not in state or state["weight"].shape != (spec["num_classes"], spec["num_features"]):
+    if "weight" not in state or state["weight"].shape != (
+        spec["num_classes"],
+        spec["num_features"],
+    ):
         raise DataError(
             f"{path}: its weight is not of the {spec['num_classes']:,} classes and {spec['num_features']:,} features that it says"
         )
@@ -141,10 +151,18 @@ def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     name = _found(spec["teacher"], path)
     # Its own file is the head, so that no text tower is asked for one; timm's models bring theirs.
     head = "" if name.startswith("timm:") else str(path)
-    if (timm_name := name.removeprefix("timm:")) != name and "@" not in name and not _on_hub(timm_name):
-        raise DataError(f"{path}: its encoder {name} has no weights on a hub; train it on timm:{timm_name}@FILE")
+    if (
+        (timm_name := name.removeprefix("timm:")) != name
+        and "@" not in name
+        and not _on_hub(timm_name)
+    ):
+        raise DataError(
+            f"{path}: its encoder {name} has no weights on a hub; train it on timm:{timm_name}@FILE"
+        )
     with without_downloads():
-        teacher = load_teacher(TeacherConfig(name=name, head=head), classes, PrecisionConfig(), torch.device("cpu"))
+        teacher = load_teacher(
+            TeacherConfig(name=name, head=head), classes, PrecisionConfig(), torch.device("cpu")
+        )
     teacher.name = spec["teacher"]
     if not head:  # else that of the head's file was checked on loading
         check_encoder(str(path), spec, fingerprint(teacher.encoder))
@@ -161,7 +179,9 @@ def _on_hub(name: str) -> bool:
 def probe_spec(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a probe's file says of itself; DataError where it is none or its metadata is damaged."""
     if PROBE not in metadata:
-        raise DataError(f"{path}: not a linear probe of dad-fast (no {PROBE} in its metadata); name the run of an --method lp-clip")
+        raise DataError(
+            f"{path}: not a linear probe of dad-fast (no {PROBE} in its metadata); name the run of an --method lp-clip"
+        )
     try:
         return checked_probe(metadata[PROBE])
     except ValueError as error:

@@ -17,7 +17,9 @@ def run_settings(weights: Path) -> tuple[Config | None, Path]:
             try:
                 text = (place / "config.toml").read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{place / 'config.toml'}: cannot be read ({error}); restore it or remove it") from None
+                raise DataError(
+                    f"{place / 'config.toml'}: cannot be read ({error}); restore it or remove it"
+                ) from None
             return from_toml(text, str(place / "config.toml")), place
     return None, folder
 

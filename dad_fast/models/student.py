@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
-from dad_fast.models.weights.declared import check_model_kwargs, checked_spec, no_more_parameters_than
+from dad_fast.models.weights.declared import (
+    check_model_kwargs,
+    checked_spec,
+    no_more_parameters_than,
+)
 from dad_fast.models.weights.files import load_strictly, read_state_dict, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -35,7 +39,11 @@ class Student(nn.Module):
     def __init__(self, model: nn.Module, spec: Mapping[str, Any]) -> None:
         super().__init__()
         self.model, self.spec = model, dict(spec)
-        self.name, self.num_classes, self.image_size = spec["name"], spec["num_classes"], spec["img_size"]
+        self.name, self.num_classes, self.image_size = (
+            spec["name"],
+            spec["num_classes"],
+            spec["img_size"],
+        )
         self.crop_pct, self.interpolation = spec["crop_pct"], spec["interpolation"]
         self.register_buffer("mean", torch.tensor(spec["mean"]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"]).view(1, -1, 1, 1), persistent=False)
@@ -55,10 +63,14 @@ class Student(nn.Module):
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What its file holds: tensors by timm's own keys, auxiliary batch norms left out, and what is needed to build it as metadata."""
-        return {k: v for k, v in self.model.state_dict().items() if ".aux_bn." not in k}, {STUDENT: json.dumps(self.spec)}
+        return {k: v for k, v in self.model.state_dict().items() if ".aux_bn." not in k}, {
+            STUDENT: json.dumps(self.spec)
+        }
 
 
-def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_groups: int = 2) -> Student:
+def build_student(
+    cfg: StudentConfig, num_classes: int, img_size: int = 0, num_groups: int = 2
+) -> Student:
     """A new student with the weights that `cfg` names; `img_size` 0 is the model's own.
 
     With `bn = "aux"` every batch norm gets statistics of its own for each of the `num_groups` equal parts of a batch (AdvProp,
@@ -79,10 +91,15 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
         raise UsageError(f"student.model_kwargs: {error}") from None
     model = _create(cfg.name, num_classes, img_size, kwargs, cfg.pretrained and not local)
     data = resolve_data_config({}, model=model)
-    from_hub = cfg.name.startswith("hf-hub:")  # the file names what the hub said, so that reading it needs no network
+    from_hub = cfg.name.startswith(
+        "hf-hub:"
+    )  # the file names what the hub said, so that reading it needs no network
     spec = {
         "name": model.pretrained_cfg["architecture"] if from_hub else cfg.name,
-        "model_kwargs": {**(getattr(model, "pretrained_model_args", {}) if from_hub else {}), **cfg.model_kwargs},
+        "model_kwargs": {
+            **(getattr(model, "pretrained_model_args", {}) if from_hub else {}),
+            **cfg.model_kwargs,
+        },
         "num_classes": num_classes,
         "img_size": img_size or data["input_size"][-1],
         "mean": list(data["mean"]),
@@ -95,20 +112,34 @@ def build_student(cfg: StudentConfig, num_classes: int, img_size: int = 0, num_g
         load_student_weights(student, weights)
     if cfg.bn == "aux" and num_groups > 1:
         fused = any(isinstance(module, BatchNormAct2d) for module in student.model.modules())
-        if fused and convert_splitbn_model(BatchNormAct2d(1)).eval()(-torch.ones(1, 1, 1, 1)) < 0:  # its ReLU is gone
-            raise EnvironmentProblem(f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; pip install 'timm>=1.0.31'")
+        if (
+            fused and convert_splitbn_model(BatchNormAct2d(1)).eval()(-torch.ones(1, 1, 1, 1)) < 0
+        ):  # its ReLU is gone
+            raise EnvironmentProblem(
+                f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; pip install 'timm>=1.0.31'"
+            )
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
     return student
 
 
-def _create(name: str, num_classes: int, img_size: int, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+def _create(
+    name: str, num_classes: int, img_size: int, kwargs: dict[str, Any], pretrained: bool
+) -> nn.Module:
     base = name.removeprefix("hf-hub:").removeprefix("timm:")
     if not name.startswith("hf-hub:") and not timm.is_model(base.partition(".")[0]):
-        raise UsageError(f"--student {name}: timm has no such model{nearest(base, timm.list_models())}")
+        raise UsageError(
+            f"--student {name}: timm has no such model{nearest(base, timm.list_models())}"
+        )
     try:
         if img_size:
             try:  # vision transformers need to know it, convolutional networks do not take it
-                return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=img_size, **kwargs)
+                return timm.create_model(
+                    name,
+                    pretrained=pretrained,
+                    num_classes=num_classes,
+                    img_size=img_size,
+                    **kwargs,
+                )
             except TypeError as error:
                 if "img_size" not in str(error):
                     raise
@@ -119,8 +150,12 @@ def _create(name: str, num_classes: int, img_size: int, kwargs: dict[str, Any], 
         why = (" ".join(str(error).split()) or type(error).__name__)[:160]
         if pretrained and not isinstance(error, TypeError):
             mend = "give --student-weights FILE and --no-pretrained"
-            raise EnvironmentProblem(f"--student {name} --pretrained: its weights cannot be had ({why}); {mend}") from None
-        raise UsageError(f"--student {name}: {why}; see student.model_kwargs, --drop and --drop-path") from None
+            raise EnvironmentProblem(
+                f"--student {name} --pretrained: its weights cannot be had ({why}); {mend}"
+            ) from None
+        raise UsageError(
+            f"--student {name}: {why}; see student.model_kwargs, --drop and --drop-path"
+        ) from None
 
 
 def load_student_weights(student: Student, path: str | Path) -> None:
@@ -130,14 +165,27 @@ def load_student_weights(student: Student, path: str | Path) -> None:
     """
     path = checkpoint_file(path)
     state, _ = read_state_dict(path)
-    state = {key.removeprefix("module.").removeprefix("model."): tensor for key, tensor in state.items()}
+    state = {
+        key.removeprefix("module.").removeprefix("model."): tensor for key, tensor in state.items()
+    }
     own = student.model.state_dict()
     classifier = getattr(student.model, "pretrained_cfg", {}).get("classifier") or ()
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    other = [k for k in own if k.startswith(heads) and k in state and state[k].shape != own[k].shape] if heads else []
+    heads = tuple(
+        f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier)
+    )
+    other = (
+        [k for k in own if k.startswith(heads) and k in state and state[k].shape != own[k].shape]
+        if heads
+        else []
+    )
     if other:
         old, new = state[other[0]].shape[0], own[other[0]].shape[0]
-        log.warning("%s has a classifier for %d classes, not %d: the student begins with a new one", path, old, new)
+        log.warning(
+            "%s has a classifier for %d classes, not %d: the student begins with a new one",
+            path,
+            old,
+            new,
+        )
         state |= {k: own[k] for k in own if k.startswith(heads)}
     load_strictly(student.model, state, path)
 
@@ -161,7 +209,9 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
 
         return load_probe(path, state, metadata), metadata
     if STUDENT not in metadata:
-        raise DataError(f"{path}: not a student of dad-fast (no {STUDENT} in its metadata); name a run's folder or its model.safetensors")
+        raise DataError(
+            f"{path}: not a student of dad-fast (no {STUDENT} in its metadata); name a run's folder or its model.safetensors"
+        )
     try:
         spec = checked_spec(metadata[STUDENT])
     except ValueError as error:
@@ -171,7 +221,9 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
     return student.eval(), metadata
 
 
-def _create_as_declared(spec: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
+def _create_as_declared(
+    spec: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
+) -> nn.Module:
     """The new model that a file's metadata names, first without memory: its size has to be the file's."""
     arguments = spec["name"], spec["num_classes"], spec["img_size"], dict(spec["model_kwargs"])
     try:
@@ -183,7 +235,9 @@ def _create_as_declared(spec: Mapping[str, Any], state: Mapping[str, Tensor], pa
         with no_more_parameters_than(state, path):
             return _create(*arguments, pretrained=False)
     except UsageError as error:
-        raise DataError(f"{path}: the model that its metadata names cannot be built ({error})") from None
+        raise DataError(
+            f"{path}: the model that its metadata names cannot be built ({error})"
+        ) from None
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -192,7 +246,9 @@ def checkpoint_file(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise DataError(f"{path}: no such checkpoint; name a run's folder, a checkpoint folder or a weights file")
+        raise DataError(
+            f"{path}: no such checkpoint; name a run's folder, a checkpoint folder or a weights file"
+        )
     for inside in ("model.safetensors", "checkpoints/latest/model.safetensors"):
         if (path / inside).is_file():
             return path / inside

@@ -62,14 +62,21 @@ class Teacher(nn.Module):
         """
         super().__init__()
         if squashed:
-            log.warning("teacher %s was trained on images squashed to a square; here they are cropped to one", name)
+            log.warning(
+                "teacher %s was trained on images squashed to a square; here they are cropped to one",
+                name,
+            )
         self.encoder = encoder  # normalised pixels -> features [B, F]
-        self.whole = head if isinstance(head, nn.Module) else None  # normalised pixels -> logits, where the model has its own head
+        self.whole = (
+            head if isinstance(head, nn.Module) else None
+        )  # normalised pixels -> logits, where the model has its own head
         self.classes, self.name, self.image_size = classes, name, image_size
         self.precision, self.unit_features = precision or PrecisionConfig(), unit_features
         self.provenance, self.weights_sha256 = provenance, weights_sha256
         self.crop_pct, self.interpolation, self.squashed = crop_pct, interpolation, squashed
-        self.takes_raw_pixels = False  # whether the normalisation is inside the weights; see savings.fold_normalisation
+        self.takes_raw_pixels = (
+            False  # whether the normalisation is inside the weights; see savings.fold_normalisation
+        )
         weight, bias = (torch.empty(0), torch.empty(0)) if isinstance(head, nn.Module) else head
         self.register_buffer("head_weight", weight)  # [C, F]
         self.register_buffer("head_bias", bias)  # [C]
@@ -100,10 +107,16 @@ class Teacher(nn.Module):
 
     def _run(self, model: nn.Module, pixels: Tensor) -> Tensor:
         if pixels.shape[-2:] != (self.image_size, self.image_size):
-            pixels = F.interpolate(pixels, (self.image_size, self.image_size), mode="bicubic", antialias=True)
+            pixels = F.interpolate(
+                pixels, (self.image_size, self.image_size), mode="bicubic", antialias=True
+            )
         dtype = getattr(torch, self.precision.teacher)
-        with torch.autocast(pixels.device.type, dtype, enabled=self.precision.amp and dtype != torch.float32):
-            output: Tensor = model(pixels if self.takes_raw_pixels else (pixels - self.mean) / self.std)
+        with torch.autocast(
+            pixels.device.type, dtype, enabled=self.precision.amp and dtype != torch.float32
+        ):
+            output: Tensor = model(
+                pixels if self.takes_raw_pixels else (pixels - self.mean) / self.std
+            )
         return output.float()
 
 
@@ -133,7 +146,9 @@ class _Columns(nn.Module):
         return self.model(x).index_select(1, self.index)
 
 
-def load_teacher(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device) -> Teacher:
+def load_teacher(
+    cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device
+) -> Teacher:
     """The teacher that `cfg.name` says, with one output for each of `classes`.
 
     open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, timm:NAME, timm:NAME@FILE, embedded:NAME, or FILE, a safetensors file that
@@ -142,7 +157,11 @@ def load_teacher(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConf
     """
     if cfg.name.startswith("timm:"):
         return _from_timm(cfg, classes, precision).to(device)
-    if not cfg.name.startswith(("open_clip:", "hf-hub:", "embedded:")) and not Path(cfg.name).suffix and not Path(cfg.name).is_file():
+    if (
+        not cfg.name.startswith(("open_clip:", "hf-hub:", "embedded:"))
+        and not Path(cfg.name).suffix
+        and not Path(cfg.name).is_file()
+    ):
         known = "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, embedded:digits"
         raise UsageError(f"--teacher {cfg.name!r}: no such file; write one, or {known}")
     from dad_fast.models.clip_teacher import load_clip_teacher  # a bare checkout has no open_clip
@@ -156,24 +175,34 @@ def check_classes(where: str, metadata: Mapping[str, str], classes: ClassMap) ->
         return
     own = ClassMap.from_json(metadata[CLASSES])
     if len(own) != len(classes):
-        raise DataError(f"{where}: its class list has {len(own)} classes, the data {len(classes)}; give the --class-map it was made with")
+        raise DataError(
+            f"{where}: its class list has {len(own)} classes, the data {len(classes)}; give the --class-map it was made with"
+        )
     for (number, folder, _), (_, mine, _) in zip(own, classes, strict=True):
         if folder != mine:
-            raise DataError(f"{where}: its class {number} is {folder!r}, the data's is {mine!r}; give the --class-map it was made with")
+            raise DataError(
+                f"{where}: its class {number} is {folder!r}, the data's is {mine!r}; give the --class-map it was made with"
+            )
 
 
 def _from_timm(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig) -> Teacher:
     if cfg.head:
-        raise UsageError("--teacher-head belongs to open_clip teachers; a timm teacher has its own head")
+        raise UsageError(
+            "--teacher-head belongs to open_clip teachers; a timm teacher has its own head"
+        )
     arch, _, file = cfg.name.removeprefix("timm:").partition("@")
     if not timm.is_model(arch.partition(".")[0]):
-        raise UsageError(f"--teacher timm:{arch}: timm has no such model{nearest(arch, timm.list_models())}")
+        raise UsageError(
+            f"--teacher timm:{arch}: timm has no such model{nearest(arch, timm.list_models())}"
+        )
     model, data = _timm_weights(arch, file, classes) if file else _timm_pretrained(arch)
     encoder, outputs = _PreLogits(model), model.num_classes
     if outputs == 1000 and is_imagenet(classes):
         model = _Columns(model, imagenet_columns(classes))
     elif outputs != len(classes):
-        raise DataError(f"--teacher {cfg.name}: it has {outputs} outputs, the data {len(classes)} classes, which are not ImageNet's wnids")
+        raise DataError(
+            f"--teacher {cfg.name}: it has {outputs} outputs, the data {len(classes)} classes, which are not ImageNet's wnids"
+        )
     return Teacher(
         encoder,
         model,
@@ -193,9 +222,13 @@ def _from_timm(cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig
 def _timm_pretrained(arch: str) -> tuple[Any, dict[str, Any]]:
     try:
         model = timm.create_model(arch, pretrained=True)
-    except Exception as error:  # RuntimeError where there are no weights, the hub's own errors without a network
+    except (
+        Exception
+    ) as error:  # RuntimeError where there are no weights, the hub's own errors without a network
         why = " ".join(str(error).split())[:120]
-        raise EnvironmentProblem(f"--teacher timm:{arch}: its weights cannot be had ({why}); give timm:{arch}@FILE") from None
+        raise EnvironmentProblem(
+            f"--teacher timm:{arch}: its weights cannot be had ({why}); give timm:{arch}@FILE"
+        ) from None
     return model, resolve_data_config({}, model=model)
 
 
@@ -204,7 +237,9 @@ def _timm_weights(arch: str, file: str, classes: ClassMap) -> tuple[Any, dict[st
     if STUDENT in metadata:  # a student of ours, which brings its own size and normalisation
         student, _ = load_student(file)
         if student.name != arch:
-            raise DataError(f"--teacher timm:{arch}@{file}: the file is a {student.name}; write timm:{student.name}@{file}")
+            raise DataError(
+                f"--teacher timm:{arch}@{file}: the file is a {student.name}; write timm:{student.name}@{file}"
+            )
         check_classes(f"--teacher {file}", metadata, classes)
         spec = student.spec
         return student.model, {**spec, "input_size": (3, spec["img_size"], spec["img_size"])}
@@ -220,5 +255,7 @@ def _num_outputs(arch: str, state: Mapping[str, Tensor], file: str) -> int:
     classifier = config.classifier if config is not None and config.classifier else "head"
     key = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     if key not in state:
-        raise DataError(f"--teacher timm:{arch}@{file}: no classifier {key} in it; is it the file of another architecture?")
+        raise DataError(
+            f"--teacher timm:{arch}@{file}: no classifier {key} in it; is it the file of another architecture?"
+        )
     return int(state[key].shape[0])

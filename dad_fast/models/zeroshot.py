@@ -32,7 +32,9 @@ _WNID = re.compile(r"n\d{8}")
 
 def is_imagenet(classes: ClassMap) -> bool:
     """Whether every class folder is a wnid of ImageNet-1k."""
-    return all(_WNID.fullmatch(folder) for folder in classes.folders) and set(classes.folders) <= set(_imagenet_wnids())
+    return all(_WNID.fullmatch(folder) for folder in classes.folders) and set(
+        classes.folders
+    ) <= set(_imagenet_wnids())
 
 
 def _imagenet_wnids() -> list[str]:
@@ -56,7 +58,9 @@ def prompt_names(classes: ClassMap) -> list[str]:
     return [IMAGENET_CLASSNAMES[column] for column in imagenet_columns(classes)]
 
 
-def resolve_templates(templates: str | Sequence[str], classes: ClassMap, own: Sequence[str] = ()) -> list[str]:
+def resolve_templates(
+    templates: str | Sequence[str], classes: ClassMap, own: Sequence[str] = ()
+) -> list[str]:
     """Prompts with one {} each. "auto" takes the weights' `own`, else ImageNet's 80 where the classes are ImageNet's, else "simple"."""
     if not isinstance(templates, str):
         found = list(templates)
@@ -69,17 +73,28 @@ def resolve_templates(templates: str | Sequence[str], classes: ClassMap, own: Se
     elif templates in ("auto", "simple"):
         found = list(SIMPLE)
     elif Path(templates).is_file():
-        found = [line.strip() for line in Path(templates).read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [
+            line.strip()
+            for line in Path(templates).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     else:
-        raise DataError(f"--templates {templates}: no such file; give auto, imagenet, simple, or a text file with one prompt a line")
+        raise DataError(
+            f"--templates {templates}: no such file; give auto, imagenet, simple, or a text file with one prompt a line"
+        )
     wrong = [prompt for prompt in found if prompt.count("{}") != 1]
     if wrong or not found:
-        raise UsageError(f"--templates: {wrong[0] if wrong else 'an empty list'!r}: each prompt needs one {{}} where the class name goes")
+        raise UsageError(
+            f"--templates: {wrong[0] if wrong else 'an empty list'!r}: each prompt needs one {{}} where the class name goes"
+        )
     return found
 
 
 def zero_shot_head(
-    clip: nn.Module, tokenizer: Callable[[], Callable[[list[str]], Tensor]], names: Sequence[str], templates: Sequence[str]
+    clip: nn.Module,
+    tokenizer: Callable[[], Callable[[list[str]], Tensor]],
+    names: Sequence[str],
+    templates: Sequence[str],
 ) -> Tensor:
     """Weight [C, F] of unit rows: for each name the mean of its prompts' unit text features, made unit again.
 
@@ -88,7 +103,9 @@ def zero_shot_head(
     if len(names) * len(templates) < MANY_PROMPTS:
         return _compute(clip, tokenizer(), names, templates)
     device = next(clip.parameters()).device
-    made_from = json.dumps([fingerprint(clip), list(names), list(templates), device.type, torch.__version__])
+    made_from = json.dumps(
+        [fingerprint(clip), list(names), list(templates), device.type, torch.__version__]
+    )
     path = cache_dir() / "heads" / f"{hashlib.sha256(made_from.encode()).hexdigest()}.safetensors"
     try:
         weight = read_state_dict(path)[0]["weight"].to(device)
@@ -107,7 +124,10 @@ def zero_shot_head(
 
 @torch.no_grad()
 def _compute(
-    clip: nn.Module, tokenize: Callable[[list[str]], Tensor], names: Sequence[str] | Iterator[str], templates: Sequence[str]
+    clip: nn.Module,
+    tokenize: Callable[[list[str]], Tensor],
+    names: Sequence[str] | Iterator[str],
+    templates: Sequence[str],
 ) -> Tensor:
     device = next(clip.parameters()).device
     rows = []
@@ -125,7 +145,12 @@ def _counted(names: Sequence[str]) -> Iterator[str]:
         if terminal or time.monotonic() - last > LINE_SECONDS:
             last = time.monotonic()
             text = f"zero-shot head: {done:,} of {len(names):,} classes"
-            print(f"\r{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+            print(
+                f"\r{text}" if terminal else text,
+                end="" if terminal else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
         yield name
     if terminal:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)

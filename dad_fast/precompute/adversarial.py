@@ -42,7 +42,9 @@ def adversarial(
     as_stored: what becomes of uint8 images on their way through the store.
     """
     x = to_pixels(images)
-    base, perturbed = perturb(discretizer, teacher, attack, x, soft_targets(labels, num_classes), keys, order)
+    base, perturbed = perturb(
+        discretizer, teacher, attack, x, soft_targets(labels, num_classes), keys, order
+    )
     found = discretizer(perturbed)
     levels = as_stored(to_levels(found.images))
     outputs = teacher(to_pixels(levels)).float()

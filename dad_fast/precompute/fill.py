@@ -64,29 +64,58 @@ class AdversarialFiller:
         hashes: dict[str, str | None],
         device: torch.device,
     ) -> None:
-        self.cfg, self.source, self.teacher, self.discretizer, self.view, self.device = cfg, source, teacher, discretizer, view, device
+        self.cfg, self.source, self.teacher, self.discretizer, self.view, self.device = (
+            cfg,
+            source,
+            teacher,
+            discretizer,
+            view,
+            device,
+        )
         self.attack = PGD.from_config(cfg.attack)
         self.images = launch.images
         self.unreadable: list[str] = []
         side = view["img_size"]
         codes = discretizer(torch.zeros(1, 3, side, side, device=device)).codes
         self.manifest = make_manifest(
-            cfg, launch, source, "adversarial", hashes,
-            {**settings, "attack": asdict(cfg.attack), "images": view, "discretizer": hashes["discretizer"] or discretizer.name},
+            cfg,
+            launch,
+            source,
+            "adversarial",
+            hashes,
+            {
+                **settings,
+                "attack": asdict(cfg.attack),
+                "images": view,
+                "discretizer": hashes["discretizer"] or discretizer.name,
+            },
             code_bits=discretizer.code_bits,
             code_grid=tuple(codes.shape[1:]) if codes is not None else (),
-            images=launch.images, image_size=(side, side) if launch.images != "none" else (),
-        )  # fmt: skip
+            images=launch.images,
+            image_size=(side, side) if launch.images != "none" else (),
+        )
 
     def feed(self, rows: Sequence[Rows]) -> Iterator[Block]:
         size, workers = self.manifest.block_size, self.cfg.data.workers
-        return blocks(self.source, [r.number for r in rows], size, **self.view, workers=workers, pin_memory=self.device.type == "cuda")
+        return blocks(
+            self.source,
+            [r.number for r in rows],
+            size,
+            **self.view,
+            workers=workers,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def records(self, rows: Rows, item: Block) -> Records:
         self._note(item.unreadable)
         keys = torch.from_numpy(sample_seeds(self.cfg.seed, rows.view, item.samples.numpy()))
-        images, labels, keys = (t.to(self.device, non_blocking=True) for t in (item.images, item.labels, keys))
-        models, num_classes = (self.teacher, self.discretizer, self.attack, self.cfg.attack.order), len(self.source.classes)
+        images, labels, keys = (
+            t.to(self.device, non_blocking=True) for t in (item.images, item.labels, keys)
+        )
+        models, num_classes = (
+            (self.teacher, self.discretizer, self.attack, self.cfg.attack.order),
+            len(self.source.classes),
+        )
         n, stored = item.num_real, _Stored(self.images)
         found = adversarial(*models, images, labels, keys, num_classes, stored)
         return Records(
@@ -96,7 +125,9 @@ class AdversarialFiller:
             readable=item.readable[:n].numpy(),
             kept=_host(found.kept[:n]),
             changed=None if found.changed is None else _host(found.changed[:n]),
-            codes=None if found.codes is None else _host(pack_codes(found.codes[:n].flatten(1), self.manifest.code_bits)),
+            codes=None
+            if found.codes is None
+            else _host(pack_codes(found.codes[:n].flatten(1), self.manifest.code_bits)),
             images=stored.content(n),
         )
 
@@ -123,7 +154,11 @@ class _Stored:
             return levels
         self._kept = encode_images(levels.permute(0, 2, 3, 1).cpu().numpy(), self.form)
         size = tuple(levels.shape[2:])
-        again = on_all_cores(lambda file: decode_image(bytes(file), size, "an image just encoded"), self._kept, self.form)
+        again = on_all_cores(
+            lambda file: decode_image(bytes(file), size, "an image just encoded"),
+            self._kept,
+            self.form,
+        )
         return torch.from_numpy(np.stack(again)).to(levels.device).permute(0, 3, 1, 2)
 
     def content(self, num: int) -> np.ndarray | list[Bytes] | None:
@@ -151,20 +186,40 @@ class TargetFiller:
         hashes: dict[str, str | None],
         device: torch.device,
     ) -> None:
-        self.cfg, self.source, self.teacher, self.img_size, self.device = cfg, source, teacher, img_size, device
+        self.cfg, self.source, self.teacher, self.img_size, self.device = (
+            cfg,
+            source,
+            teacher,
+            img_size,
+            device,
+        )
         views = {"augment": view_settings(cfg.augment), "img_size": img_size}
         self.manifest = make_manifest(cfg, launch, source, "targets", hashes, {**settings, **views})
         if uses_mixing(cfg.augment) and self.manifest.block_size % 2:
-            raise UsageError(f"--block-size {self.manifest.block_size}: must be even with --mixup or --cutmix, which mix images in pairs")
+            raise UsageError(
+                f"--block-size {self.manifest.block_size}: must be even with --mixup or --cutmix, which mix images in pairs"
+            )
 
     def feed(self, rows: Sequence[Rows]) -> Iterator[Places]:
         numbers = [(r.view, r.start) for r in rows]
-        places = _Places(TrainSteps(self.source, self.cfg.augment, self.img_size, self.manifest.block_size, self.cfg.seed, 0, 1))
+        places = _Places(
+            TrainSteps(
+                self.source,
+                self.cfg.augment,
+                self.img_size,
+                self.manifest.block_size,
+                self.cfg.seed,
+                0,
+                1,
+            )
+        )
         return iterate(places, numbers, self.cfg.data.workers, self.device.type == "cuda")
 
     @torch.no_grad()
     def records(self, rows: Rows, item: Places) -> Records:
-        images, labels, kind, lam, box = (t.to(self.device, non_blocking=True) for t in item.tensors)
+        images, labels, kind, lam, box = (
+            t.to(self.device, non_blocking=True) for t in item.tensors
+        )
         mixed = mix(to_pixels(images), labels, kind, lam, box, len(self.source.classes))
         n = rows.stop - rows.start
         return Records(
@@ -176,7 +231,9 @@ class TargetFiller:
 
 class Places(NamedTuple):
     drawn: Tensor  # int64 [B], samples
-    tensors: tuple[Tensor, ...]  # images uint8 [B, 3, H, W]; labels, mix_kind, mix_lam, mix_box as in a Batch
+    tensors: tuple[
+        Tensor, ...
+    ]  # images uint8 [B, 3, H, W]; labels, mix_kind, mix_lam, mix_box as in a Batch
 
     def pin_memory(self) -> Places:
         return Places(self.drawn, tuple(tensor.pin_memory() for tensor in self.tensors))
@@ -190,22 +247,42 @@ class _Places(Dataset[Places]):
 
     def __getitem__(self, where: tuple[int, int]) -> Places:
         images, found = self.steps.made(*where)
-        return Places(found["drawn"], (images, found["labels"], found["mix_kind"], found["mix_lam"], found["mix_box"]))
+        return Places(
+            found["drawn"],
+            (images, found["labels"], found["mix_kind"], found["mix_lam"], found["mix_box"]),
+        )
 
 
 def make_manifest(
-    cfg: Config, launch: StoreLaunch, source: Source, kind: str, hashes: dict[str, str | None], settings: dict[str, Any], **form: Any
+    cfg: Config,
+    launch: StoreLaunch,
+    source: Source,
+    kind: str,
+    hashes: dict[str, str | None],
+    settings: dict[str, Any],
+    **form: Any,
 ) -> Manifest:
     """The manifest of a store of this data and form; shards of about SHARD_BYTES."""
     outputs = launch.outputs
     if outputs.startswith("topk:") and "@" not in outputs:
         outputs += f"@{cfg.loss.temperature:g}"
     common: dict[str, Any] = {
-        "kind": kind, "classes": source.classes.entries, "source": source.fingerprint, "settings": settings, "hashes": hashes,
-        "num_samples": len(source), "num_views": launch.views, "block_size": launch.block_size or cfg.data.batch_size, "outputs": outputs,
-    }  # fmt: skip
+        "kind": kind,
+        "classes": source.classes.entries,
+        "source": source.fingerprint,
+        "settings": settings,
+        "hashes": hashes,
+        "num_samples": len(source),
+        "num_views": launch.views,
+        "block_size": launch.block_size or cfg.data.batch_size,
+        "outputs": outputs,
+    }
     per_block = sum(Manifest(**common, **form).bytes_per_sample.values()) * common["block_size"]
-    return Manifest(**common, **form, blocks_per_shard=launch.shard_blocks or max(1, min(SHARD_BYTES // per_block, 4096)))
+    return Manifest(
+        **common,
+        **form,
+        blocks_per_shard=launch.shard_blocks or max(1, min(SHARD_BYTES // per_block, 4096)),
+    )
 
 
 def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[Records]:
@@ -230,7 +307,9 @@ def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[
 def estimate(filler: StoreBuilder, num_blocks: int = 3) -> float:
     """Seconds that a block takes here, the median of a few after one that warms up."""
     geometry = filler.manifest.geometry
-    rows = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)][: num_blocks + 1]
+    rows = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)][
+        : num_blocks + 1
+    ]
     times = []
     start = time.perf_counter()
     for block, item in zip(rows, filler.feed(rows), strict=True):
@@ -246,4 +325,6 @@ def _host(tensor: Tensor) -> np.ndarray:
 
 
 def stopped(error: type[DadFastError], done: int, folder: Path) -> DadFastError:
-    return error(f"stopped after {done:,} blocks of this call; all of them are in {folder}, the same command goes on")
+    return error(
+        f"stopped after {done:,} blocks of this call; all of them are in {folder}, the same command goes on"
+    )

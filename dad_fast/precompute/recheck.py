@@ -48,7 +48,9 @@ def recheck(filler: StoreBuilder, store: AdversarialStore | TargetStore, share: 
     blocks = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)]
     chosen = sorted(random.sample(range(len(blocks)), max(1, round(share * len(blocks)))))
     drift = Drift(devices=f" ({devices[0]})" if devices else "")
-    for block, item in zip([blocks[i] for i in chosen], filler.feed([blocks[i] for i in chosen]), strict=True):
+    for block, item in zip(
+        [blocks[i] for i in chosen], filler.feed([blocks[i] for i in chosen]), strict=True
+    ):
         _compare(store, block, filler.records(block, item), drift)
     return drift
 
@@ -60,7 +62,10 @@ def _compare(store: Store, block: Rows, again: Records, drift: Drift) -> None:
     manifest.outputs_form.encode(np.where(readable[:, None], again.outputs, 0), computed)
     outputs = manifest.outputs_form.decode(computed, manifest.num_classes).astype(np.float32)
     stored = store.outputs(rows, view).astype(np.float32)
-    differs = {"outputs": (outputs != stored).any(1) | (computed["max_logit"] != store.max_logits(rows, view))}
+    differs = {
+        "outputs": (outputs != stored).any(1)
+        | (computed["max_logit"] != store.max_logits(rows, view))
+    }
     differs["labels"] = again.labels != store.labels(rows, view)
     if isinstance(store, AdversarialStore):
         if again.kept is not None:
@@ -70,7 +75,12 @@ def _compare(store: Store, block: Rows, again: Records, drift: Drift) -> None:
         if again.images is not None:
             images = again.images
             if isinstance(images, list):
-                images = np.stack([decode_image(bytes(file), manifest.image_size, "an image just encoded") for file in images])
+                images = np.stack(
+                    [
+                        decode_image(bytes(file), manifest.image_size, "an image just encoded")
+                        for file in images
+                    ]
+                )
             differs["images"] = (images != store.images(rows, view)).any((1, 2, 3))
     same = readable.copy()
     for name, found in differs.items():

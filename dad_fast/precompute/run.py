@@ -19,14 +19,26 @@ from dad_fast.config.schema import StudentConfig
 from dad_fast.data.sources.base import open_source
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
-from dad_fast.distributed.launch import end_with_launcher, is_worker, number_of_processes, run_processes
+from dad_fast.distributed.launch import (
+    end_with_launcher,
+    is_worker,
+    number_of_processes,
+    run_processes,
+)
 from dad_fast.distributed.signals import stop_requests
 from dad_fast.engine import frozen
 from dad_fast.errors import DataError
 from dad_fast.loggers.progress import format_seconds, report_progress
 from dad_fast.loggers.run_log import print_line
 from dad_fast.models.student import build_student
-from dad_fast.precompute.fill import AdversarialFiller, StoreBuilder, TargetFiller, estimate, fill, stopped
+from dad_fast.precompute.fill import (
+    AdversarialFiller,
+    StoreBuilder,
+    TargetFiller,
+    estimate,
+    fill,
+    stopped,
+)
 from dad_fast.precompute.recheck import recheck
 from dad_fast.store import Manifest, Records, open_store
 
@@ -59,7 +71,11 @@ def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
 
 def _say_state(launch: StoreLaunch) -> int:
     complete = Manifest.load(Path(launch.output)).complete
-    what = f"complete; look at it with dad-fast store info {launch.output}" if complete else "this part is done, others are not yet"
+    what = (
+        f"complete; look at it with dad-fast store info {launch.output}"
+        if complete
+        else "this part is done, others are not yet"
+    )
     print_line(f"{launch.output}: {what}")
     return 0
 
@@ -67,15 +83,29 @@ def _say_state(launch: StoreLaunch) -> int:
 def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
     """Everything that a user can get wrong fails here, before a file is written."""
     device = resolve_device(cfg.device)
-    source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+    source = open_source(
+        cfg.data.data_dir,
+        cfg.data.train_split,
+        cfg.data.class_map,
+        max_bad_share=cfg.data.max_bad_share,
+    )
     teacher, digest, *_ = frozen.teacher(cfg, source.classes, device)
     hashes: dict[str, str | None] = {"teacher": digest}
-    settings = {"seed": cfg.seed, "precision": asdict(cfg.precision), "savings": sorted(cfg.engine.savings), "device": device.type}
+    settings = {
+        "seed": cfg.seed,
+        "precision": asdict(cfg.precision),
+        "savings": sorted(cfg.engine.savings),
+        "device": device.type,
+    }
     view = _view(cfg, len(source.classes), teacher.image_size)
     if launch.targets:
-        return TargetFiller(cfg, launch, source, teacher, view["img_size"], settings, hashes, device)
+        return TargetFiller(
+            cfg, launch, source, teacher, view["img_size"], settings, hashes, device
+        )
     discretizer, hashes["discretizer"] = frozen.discretizer(cfg, device)
-    return AdversarialFiller(cfg, launch, source, teacher, discretizer, view, settings, hashes, device)
+    return AdversarialFiller(
+        cfg, launch, source, teacher, discretizer, view, settings, hashes, device
+    )
 
 
 def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
@@ -95,11 +125,17 @@ def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
 def _estimate(filler: StoreBuilder, world: int, folder: Path) -> int:
     manifest = filler.manifest
     seconds = estimate(filler)
-    blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
+    blocks = sum(
+        len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards)
+    )
     images = manifest.num_samples * manifest.num_views
-    print(f"{manifest.num_samples:,} images, {manifest.num_views} views, blocks of {manifest.block_size}")
-    print(f"time    {format_seconds(seconds * blocks / world)} on {world} process{'es' if world > 1 else ''} like this one "
-          f"({manifest.block_size / seconds:,.0f} img/s each)")  # fmt: skip
+    print(
+        f"{manifest.num_samples:,} images, {manifest.num_views} views, blocks of {manifest.block_size}"
+    )
+    print(
+        f"time    {format_seconds(seconds * blocks / world)} on {world} process{'es' if world > 1 else ''} like this one "
+        f"({manifest.block_size / seconds:,.0f} img/s each)"
+    )
     for kind, size in manifest.bytes_per_sample.items():
         if size:
             most = "at most " if kind == "images" and manifest.images != "raw" else ""
@@ -114,8 +150,10 @@ def _check(filler: StoreBuilder, launch: StoreLaunch) -> int:
     drift = recheck(filler, open_store(launch.output), launch.check)
     print(drift)
     if drift.equal < drift.checked and not drift.devices:
-        raise DataError(f"{launch.output}: not what this machine computes; other versions or hardware round differently, but a large "
-                        "difference means damage (dad-fast store verify), or another teacher, discretizer or data")  # fmt: skip
+        raise DataError(
+            f"{launch.output}: not what this machine computes; other versions or hardware round differently, but a large "
+            "difference means damage (dad-fast store verify), or another teacher, discretizer or data"
+        )
     return 0
 
 
@@ -123,7 +161,13 @@ def _check(filler: StoreBuilder, launch: StoreLaunch) -> int:
 def _progress(filler: StoreBuilder, rank: int, world: int) -> Iterator[Any]:
     """A callback for each block's records: a bar on a terminal, else a line now and then. The first process shows its own share."""
     manifest = filler.manifest
-    total = len([b for s in range(rank, manifest.geometry.num_shards, world) for b in manifest.geometry.blocks(s)])
+    total = len(
+        [
+            b
+            for s in range(rank, manifest.geometry.num_shards, world)
+            for b in manifest.geometry.blocks(s)
+        ]
+    )
     start = last = time.monotonic()
     done = images = kept = 0
     changed: list[float] = []
@@ -148,7 +192,12 @@ def _progress(filler: StoreBuilder, rank: int, world: int) -> Iterator[Any]:
         if rank or not due:
             return
         last = now
-        print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[K{text}" if terminal else text,
+            end="" if terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     try:
         yield advance

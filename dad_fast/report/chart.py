@@ -72,7 +72,9 @@ def line_chart(heading: str, unit: str, x_label: str, series: Sequence[Series]) 
         placed = [place(*point) for point in _thinned(line.points)]
         title = f"<title>{text(line.name)}</title>"
         if len(placed) == 1:
-            parts.append(f'<circle cx="{placed[0][0]:.1f}" cy="{placed[0][1]:.1f}" r="3" style="fill:{line.color}">{title}</circle>')
+            parts.append(
+                f'<circle cx="{placed[0][0]:.1f}" cy="{placed[0][1]:.1f}" r="3" style="fill:{line.color}">{title}</circle>'
+            )
         elif placed:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
             style = f"fill:none;{stroke(line.color, line.dashes)};opacity:0.85"
@@ -86,7 +88,10 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     if every <= 1:
         return list(points)
     parts = [points[i : i + every] for i in range(0, len(points), every)]
-    return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts]
+    return [
+        (statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part))
+        for part in parts
+    ]
 
 
 def bar_chart(heading: str, unit: str, bars: Sequence[Bar]) -> str:
@@ -98,23 +103,40 @@ def bar_chart(heading: str, unit: str, bars: Sequence[Bar]) -> str:
     for value in (0, 25, 50, 75, 100):
         x = left + value * scale
         anchor = "start" if value == 0 else "end" if value == 100 else "middle"
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top + 14}" y2="{height - 20}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{height - 5}" text-anchor="{anchor}">{value}{" %" if value == 100 else ""}</text>')
+        parts.append(
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top + 14}" y2="{height - 20}"/>'
+        )
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - 5}" text-anchor="{anchor}">{value}{" %" if value == 100 else ""}</text>'
+        )
     for i, bar in enumerate(bars):
         y = top + i * line
         end = left + _clip(bar.mean) * scale
-        shown = f"{bar.mean:.1f}" + (f" [{bar.interval[0]:.1f}, {bar.interval[1]:.1f}]" if bar.interval else "")
-        room = int((WIDTH - left - right - 6.3 * len(shown) - 10) / 6.6)  # a name that is too long is cut; its whole is the tooltip
+        shown = f"{bar.mean:.1f}" + (
+            f" [{bar.interval[0]:.1f}, {bar.interval[1]:.1f}]" if bar.interval else ""
+        )
+        room = int(
+            (WIDTH - left - right - 6.3 * len(shown) - 10) / 6.6
+        )  # a name that is too long is cut; its whole is the tooltip
         cut = bar.name if len(bar.name) <= room else bar.name[: room - 1] + "…"
-        parts.append(f'<text class="name" x="{left}" y="{y + 14}">{text(cut)}<title>{text(bar.name)}</title></text>')
+        parts.append(
+            f'<text class="name" x="{left}" y="{y + 14}">{text(cut)}<title>{text(bar.name)}</title></text>'
+        )
         parts.append(f'<text x="{WIDTH - right}" y="{y + 14}" text-anchor="end">{shown}</text>')
-        parts.append(f'<rect x="{left}" y="{y + 19}" width="{end - left:.1f}" height="12" style="fill:{bar.color};opacity:0.75"/>')
+        parts.append(
+            f'<rect x="{left}" y="{y + 19}" width="{end - left:.1f}" height="12" style="fill:{bar.color};opacity:0.75"/>'
+        )
         if bar.interval:
             low, high = (left + _clip(bound) * scale for bound in bar.interval)
             ends = "".join(f"M{x:.1f} {y + 20}v10" for x in (low, high))
-            parts.append(f'<path d="M{low:.1f} {y + 25}H{high:.1f}{ends}" style="stroke:var(--text);stroke-width:1.5;fill:none"/>')
+            parts.append(
+                f'<path d="M{low:.1f} {y + 25}H{high:.1f}{ends}" style="stroke:var(--text);stroke-width:1.5;fill:none"/>'
+            )
         dots = (left + _clip(value) * scale for value in bar.values)
-        parts += [f'<circle cx="{x:.1f}" cy="{y + 25}" r="2.5" style="fill:var(--back);stroke:var(--text)"/>' for x in dots]
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y + 25}" r="2.5" style="fill:var(--back);stroke:var(--text)"/>'
+            for x in dots
+        ]
     return _figure(heading, unit, height, parts)
 
 
@@ -129,7 +151,9 @@ def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) ->
     place = _placer(axis, axis, bottom + BOTTOM)
     parts = _axes(axis, axis, place, bottom + BOTTOM, "", with_x=False)
     (x0, y0), (x1, y1) = place(0, 0), place(1, 1)
-    parts.append(f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" style="{stroke("var(--soft)", "4 4", 1)}"/>')
+    parts.append(
+        f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" style="{stroke("var(--soft)", "4 4", 1)}"/>'
+    )
     shares = [[count / (sum(one.count) or 1) for count in one.count] for one in series]
     most = max(map(max, shares)) or 1
     base = height - BOTTOM
@@ -141,7 +165,9 @@ def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) ->
         placed = [place(c, a) for c, a, _ in used]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         style = f"fill:none;{stroke(one.color, one.dashes, 1.5)}"
-        parts.append(f'<polyline points="{path}" style="{style}"><title>{text(one.name)}</title></polyline>')
+        parts.append(
+            f'<polyline points="{path}" style="{style}"><title>{text(one.name)}</title></polyline>'
+        )
         for (x, y), (c, a, s) in zip(placed, used, strict=True):
             what = f"{one.name}: {100 * s:.1f} % of images, confidence {100 * c:.1f} %, right {100 * a:.1f} %"
             dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{1.2 + 6 * math.sqrt(s):.1f}" style="fill:{one.color};opacity:0.8">'
@@ -155,12 +181,18 @@ def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) ->
                 parts.append(f'<rect {box} style="fill:{one.color}"/>')
     for value in axis:
         x, _ = place(value, 0)
-        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{100 * value:.0f}</text>')
-    parts.append(f'<text x="{LEFT - 6}" y="{base - COLUMNS_HEIGHT + 5}" text-anchor="end">{100 * most:.0f} %</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{100 * value:.0f}</text>'
+        )
+    parts.append(
+        f'<text x="{LEFT - 6}" y="{base - COLUMNS_HEIGHT + 5}" text-anchor="end">{100 * most:.0f} %</text>'
+    )
     parts.append(f'<text x="{LEFT - 6}" y="{base + 3}" text-anchor="end">0 %</text>')
     parts.append(f'<text x="{LEFT + 4}" y="{TOP + 11}">right, %</text>')
     parts.append(f'<text x="{LEFT + 4}" y="{base - COLUMNS_HEIGHT - 4}">share of the images</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">confidence, %</text>')
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">confidence, %</text>'
+    )
     return _figure(heading, unit, height, parts)
 
 
@@ -168,13 +200,17 @@ def _clip(value: float) -> float:
     return min(max(value, 0.0), 100.0) if math.isfinite(value) else 0.0
 
 
-def _placer(x_ticks: Sequence[float], y_ticks: Sequence[float], height: float) -> Callable[[float, float], tuple[float, float]]:
+def _placer(
+    x_ticks: Sequence[float], y_ticks: Sequence[float], height: float
+) -> Callable[[float, float], tuple[float, float]]:
     """From values to places in the drawing."""
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), height - BOTTOM - up * (height - TOP - BOTTOM)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), height - BOTTOM - up * (
+            height - TOP - BOTTOM
+        )
 
     return place
 
@@ -191,13 +227,21 @@ def _axes(
     scale = 100 if not with_x else 1
     for y in y_ticks:
         _, at = place(x_ticks[0], y)
-        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_tick(scale * y)}</text>')
+        parts.append(
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_tick(scale * y)}</text>'
+        )
     if with_x:
         for x in x_ticks:
             at, _ = place(x, y_ticks[0])
-            parts.append(f'<text x="{at:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{_tick(x)}</text>')
-        parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">{text(x_label)}</text>')
+            parts.append(
+                f'<text x="{at:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{_tick(x)}</text>'
+            )
+        parts.append(
+            f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">{text(x_label)}</text>'
+        )
     return parts
 
 

@@ -12,12 +12,26 @@ from dad_fast.report.runs import Group
 
 # Two runs' speeds are compared only where these are the same.
 SAME_WORK = (
-    *("student.name", "student.model_kwargs", "augment.img_size", "data.batch_size", "data.global_batch_size", "data.data_dir"),
+    *(
+        "student.name",
+        "student.model_kwargs",
+        "augment.img_size",
+        "data.batch_size",
+        "data.global_batch_size",
+        "data.data_dir",
+    ),
     *("precision", "engine.savings"),
 )
 
 COLUMNS = (
-    *("steps", "training time, s", "img/s", "time per image / KD", "data wait, %", "GPU memory, GiB"),
+    *(
+        "steps",
+        "training time, s",
+        "img/s",
+        "time per image / KD",
+        "data wait, %",
+        "GPU memory, GiB",
+    ),
     *("power, W", "energy, J per image", "energy, Wh", "bad images"),
 )
 
@@ -59,7 +73,11 @@ def _windows(run: Run) -> list[tuple[float, float, float | None]]:
 
 def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
     """The KD run to compare with: the first with the same student, data, batch, precision and machine, of the same comparison if any."""
-    same = [other for other in groups if other.method == "kd" and not other.setting("store.dirs") and _work(other) == _work(group)]
+    same = [
+        other
+        for other in groups
+        if other.method == "kd" and not other.setting("store.dirs") and _work(other) == _work(group)
+    ]
     return min(same, key=lambda other: other.origin != group.origin, default=None)
 
 
@@ -72,7 +90,11 @@ def _work(group: Group) -> str:
     }
     if not settings:  # nothing is known of it: it is like no other run
         settings = {"run": str(group.runs[0].folder)}
-    return json.dumps([settings, sorted({f"{run.processes} x {machine(run.facts)}" for run in group.runs})], default=str, sort_keys=True)
+    return json.dumps(
+        [settings, sorted({f"{run.processes} x {machine(run.facts)}" for run in group.runs})],
+        default=str,
+        sort_keys=True,
+    )
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -82,7 +104,9 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def cost_table(groups: Sequence[Group]) -> tuple[str, list[str]]:
     """The table, without columns that are empty, and its notes; ("", []) where nothing was trained."""
-    groups = [group for group in groups if group.finished or any(run.kind("train") for run in group.runs)]
+    groups = [
+        group for group in groups if group.finished or any(run.kind("train") for run in group.runs)
+    ]
     energy = [mean([joules_per_image(run) for run in group.runs]) for group in groups]
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
     against: dict[str, None] = {}
@@ -110,7 +134,9 @@ def cost_table(groups: Sequence[Group]) -> tuple[str, list[str]]:
         for name, (found, form) in zip(COLUMNS, values, strict=True):
             columns[name].append(numbers(found, form.format))
     shown = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
-    body = [[group.label, *(cells[i] for cells in shown.values())] for i, group in enumerate(groups)]
+    body = [
+        [group.label, *(cells[i] for cells in shown.values())] for i, group in enumerate(groups)
+    ]
     powered = any(joules is not None for joules in energy)
     return (table(["", *shown], body), _notes(groups, powered, list(against))) if body else ("", [])
 
@@ -126,20 +152,37 @@ def _images(run: Run) -> float | None:
 
 
 def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> list[str]:
-    facts: list[dict[str, Any]] = [run.facts for group in groups for run in group.runs if machine(run.facts)]
+    facts: list[dict[str, Any]] = [
+        run.facts for group in groups for run in group.runs if machine(run.facts)
+    ]
     on_cpu = [not one["gpus"] for one in facts]
-    lines = ["Means over seeds. img/s counts clean images; evaluation is left out. Data wait: share of the time spent waiting for them."]
+    lines = [
+        "Means over seeds. img/s counts clean images; evaluation is left out. Data wait: share of the time spent waiting for them."
+    ]
     if against:
         what = f"Time per image / KD: img/s of {', '.join(against)} over img/s of the run; precomputing a store is not in it."
-        lines.append(what + (" Measured on a CPU: read the ratio, not the speed." if on_cpu and all(on_cpu) else ""))
+        lines.append(
+            what
+            + (
+                " Measured on a CPU: read the ratio, not the speed."
+                if on_cpu and all(on_cpu)
+                else ""
+            )
+        )
     elif any(group.method != "kd" for group in groups):
-        lines.append("No time against KD: there is no KD run of the same student, data, batch, precision and machine here.")
+        lines.append(
+            "No time against KD: there is no KD run of the same student, data, batch, precision and machine here."
+        )
     if powered:
         several = any(run.processes > 1 for group in groups for run in group.runs)
         whose = "the first GPU's power, taken for each of them" if several else "the GPU's power"
-        lines.append(f"Energy: {whose}, sampled at each log step and integrated over the time of training; without the host.")
+        lines.append(
+            f"Energy: {whose}, sampled at each log step and integrated over the time of training; without the host."
+        )
     elif on_cpu and all(on_cpu):
         lines.append("No energy counters here: these runs were on a CPU.")
     else:
-        lines.append("No energy: the log has no power samples (they come by nvidia-ml-py, on a GPU).")
+        lines.append(
+            "No energy: the log has no power samples (they come by nvidia-ml-py, on a GPU)."
+        )
     return lines

@@ -31,7 +31,13 @@ ENVIRONMENT = (
         ("CUDA", "cuda"),
         ("cuDNN", "cudnn"),
     ),
-    *(("platform", "platform"), ("python", "python"), ("commit", "git"), ("loader", "loader"), ("processes", "processes")),
+    *(
+        ("platform", "platform"),
+        ("python", "python"),
+        ("commit", "git"),
+        ("loader", "loader"),
+        ("processes", "processes"),
+    ),
 )
 MANY = 40  # settings; more differ only between runs of different kinds
 
@@ -46,9 +52,19 @@ def trained(groups: Sequence[Group]) -> str:
         ("data", [_data(group) for group in groups]),
         ("training", [_training(group) for group in groups]),
         ("seeds of the student", [_seeds(group) for group in groups]),
-        ("on", [", ".join(dict.fromkeys(filter(None, (machine(run.facts) for run in group.runs)))) or "–" for group in groups]),
+        (
+            "on",
+            [
+                ", ".join(dict.fromkeys(filter(None, (machine(run.facts) for run in group.runs))))
+                or "–"
+                for group in groups
+            ],
+        ),
     ]
-    return comparison([group.label for group in groups], [(name, values) for name, values in rows if set(values) != {"–"}])
+    return comparison(
+        [group.label for group in groups],
+        [(name, values) for name, values in rows if set(values) != {"–"}],
+    )
 
 
 def _student(group: Group) -> str:
@@ -57,11 +73,20 @@ def _student(group: Group) -> str:
     parameters = number(record, "num_parameters")
     words = [str(name)] + ([f"{parameters / 1e6:.2f} M parameters"] if parameters else [])
     norm = record.get("bn")
-    return ", ".join(words + ([f"batch norm {norm} over clean and attacked"] if norm and group.method not in ("ce", "kd") else []))
+    return ", ".join(
+        words
+        + (
+            [f"batch norm {norm} over clean and attacked"]
+            if norm and group.method not in ("ce", "kd")
+            else []
+        )
+    )
 
 
 def _part(group: Group, part: str) -> str:
-    used = next((record[part] for record in group.finished if record.get(part)), None) or group.runs[0].facts.get(part)
+    used = next(
+        (record[part] for record in group.finished if record.get(part)), None
+    ) or group.runs[0].facts.get(part)
     return str(used["name"]) if isinstance(used, dict) and used.get("name") else "–"
 
 
@@ -70,7 +95,9 @@ def _attack(group: Group) -> str:
     norm, eps = group.setting("attack.norm"), group.setting("attack.eps")
     if _part(group, "discretizer") == "–" or norm is None or eps is None:
         return "–"
-    steps, size, start = (group.setting(f"attack.{name}") for name in ("steps", "step_size", "random_start"))
+    steps, size, start = (
+        group.setting(f"attack.{name}") for name in ("steps", "step_size", "random_start")
+    )
     words = f"{'L∞' if norm == 'linf' else 'L2'} {eps} in [0, 1] pixels, {steps} step{'' if steps == 1 else 's'} of {size}"
     return f"{words}, random start {start}, {'Q(Q(x) + δ)' if group.setting('attack.order') == 'authors' else 'Q(x + δ)'}"
 
@@ -83,7 +110,9 @@ def _data(group: Group) -> str:
     words = f"{folder}, split {group.setting('data.train_split')}; validated on {group.setting('data.val_split')}"
     stores = group.setting("store.dirs")
     words += f"; {size} px" if size else ""
-    return words + (f"; stores {', '.join(map(str, stores))}" if isinstance(stores, list) and stores else "")
+    return words + (
+        f"; stores {', '.join(map(str, stores))}" if isinstance(stores, list) and stores else ""
+    )
 
 
 def _training(group: Group) -> str:
@@ -93,7 +122,11 @@ def _training(group: Group) -> str:
     size = f" of {each:,} clean images" if each else ""
     if not any(steps):
         planned = group.setting("schedule.epochs")
-        return f"{planned:g} epochs planned{f', steps{size}' if size else ''}" if isinstance(planned, int | float) else "–"
+        return (
+            f"{planned:g} epochs planned{f', steps{size}' if size else ''}"
+            if isinstance(planned, int | float)
+            else "–"
+        )
     return f"{numbers(epochs, lambda value: f'{value:.4g}')} epochs, {numbers(steps, lambda value: f'{value:,.0f}')} steps{size}"
 
 
@@ -120,14 +153,20 @@ def differing(groups: Sequence[Group]) -> str:
     if not rows:
         lines.append("No setting differs but the seed.")
     elif len(rows) > MANY:
-        lines.append(f"{len(rows)} settings differ; the first {MANY} are shown, all are below under Settings.")
+        lines.append(
+            f"{len(rows)} settings differ; the first {MANY} are shown, all are below under Settings."
+        )
     if rows:
         lines.append("Settings that are not listed are the same in all of these runs.")
     return comparison([group.label for group in known], rows[:MANY]) + notes(lines)
 
 
 def _values(group: Group, path: str) -> str:
-    found = dict.fromkeys(_word(run.settings[path]) if path in run.settings else "not set" for run in group.runs if run.settings)
+    found = dict.fromkeys(
+        _word(run.settings[path]) if path in run.settings else "not set"
+        for run in group.runs
+        if run.settings
+    )
     return " | ".join(found)
 
 
@@ -148,10 +187,17 @@ def environment(groups: Sequence[Group]) -> str:
     known = [group for group in groups if any(run.facts for run in group.runs)]
     if not known:
         return ""
-    packages = dict.fromkeys(name for group in known for run in group.runs for name in _packages(run.facts))
+    packages = dict.fromkeys(
+        name for group in known for run in group.runs for name in _packages(run.facts)
+    )
     rows = [(name, [_environment(group, key) for group in known]) for name, key in ENVIRONMENT]
-    rows += [(name, [_environment(group, name, packages=True) for group in known]) for name in packages]
-    return comparison([group.label for group in known], [(name, values) for name, values in rows if set(values) != {"–"}])
+    rows += [
+        (name, [_environment(group, name, packages=True) for group in known]) for name in packages
+    ]
+    return comparison(
+        [group.label for group in known],
+        [(name, values) for name, values in rows if set(values) != {"–"}],
+    )
 
 
 def _packages(facts: dict[str, Any]) -> dict[str, Any]:
@@ -170,5 +216,15 @@ def _environment(group: Group, key: str, packages: bool = False) -> str:
 
 
 def _gpus(value: Any) -> str:
-    names = [str(gpu.get("name", "?")) for gpu in value if isinstance(gpu, dict)] if isinstance(value, list) else []
-    return ", ".join(f"{names.count(name)} × {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)) or "none"
+    names = (
+        [str(gpu.get("name", "?")) for gpu in value if isinstance(gpu, dict)]
+        if isinstance(value, list)
+        else []
+    )
+    return (
+        ", ".join(
+            f"{names.count(name)} × {name}" if names.count(name) > 1 else name
+            for name in dict.fromkeys(names)
+        )
+        or "none"
+    )

@@ -16,7 +16,11 @@ MIN_SEEDS = 3  # with two, t gives an interval nine times as wide as the values 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     """The interval of the mean of two or more `values`."""
     freedom = len(values) - 1
-    wide = T[freedom - 1] if freedom <= len(T) else Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
+    wide = (
+        T[freedom - 1]
+        if freedom <= len(T)
+        else Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
+    )
     mean, half = statistics.fmean(values), wide * statistics.stdev(values) / math.sqrt(len(values))
     return max(mean - half, 0.0), min(mean + half, 100.0)
 
@@ -38,7 +42,9 @@ def over_images(result: dict[str, Any]) -> tuple[float, float] | None:
     except (KeyError, TypeError, ValueError):
         pass
     count, top1 = result.get("num_images"), float(result["top1"])
-    return wilson(top1, count) if isinstance(count, int) and count > 0 and 0 <= top1 <= 100 else None
+    return (
+        wilson(top1, count) if isinstance(count, int) and count > 0 and 0 <= top1 <= 100 else None
+    )
 
 
 def interval(results: Sequence[dict[str, Any]]) -> tuple[float, float] | None:

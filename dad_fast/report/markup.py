@@ -25,7 +25,9 @@ HEAD = """<!DOCTYPE html>
 <main>
 """
 # Override the order of what follows them: an honest name has no use for them, and a name with one can pose as another.
-BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+BIDI_CONTROLS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 NUM_COLORS, NUM_DASHES = 8, 3
 DASHES = ("", "6 3", "2 3")
 
@@ -33,7 +35,11 @@ DASHES = ("", "6 3", "2 3")
 def document(title: str, content: Sequence[str]) -> str:
     """The whole page; `title` is plain text, `content` is HTML."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    return HEAD.format(title=text(title), style=style) + "\n".join(part for part in content if part) + "\n</main>\n</body>\n</html>\n"
+    return (
+        HEAD.format(title=text(title), style=style)
+        + "\n".join(part for part in content if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
 
 
 def text(value: object) -> str:
@@ -56,12 +62,21 @@ def _visible(character: str) -> str:
 def section(heading: str, *content: str) -> str:
     """Nothing where there is no content."""
     kept = [part for part in content if part]
-    return f'<section id="{_anchor(heading)}">\n<h2>{text(heading)}</h2>\n' + "\n".join(kept) + "\n</section>" if kept else ""
+    return (
+        f'<section id="{_anchor(heading)}">\n<h2>{text(heading)}</h2>\n'
+        + "\n".join(kept)
+        + "\n</section>"
+        if kept
+        else ""
+    )
 
 
 def contents(headings: Sequence[str]) -> str:
     """Links to the sections of these headings."""
-    links = (f'<a href="#{_anchor(heading)}">{text(heading.partition(":")[0])}</a>' for heading in headings)
+    links = (
+        f'<a href="#{_anchor(heading)}">{text(heading.partition(":")[0])}</a>'
+        for heading in headings
+    )
     return f'<nav aria-label="contents">{"".join(links)}</nav>'
 
 
@@ -77,17 +92,27 @@ def notes(lines: Sequence[str], kind: str = "notes") -> str:
     return f'<ul class="{kind}">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 
-def table(header: Sequence[str], body: Sequence[Sequence[str]], best: Collection[tuple[int, int]] = (), caption: str = "") -> str:
+def table(
+    header: Sequence[str],
+    body: Sequence[Sequence[str]],
+    best: Collection[tuple[int, int]] = (),
+    caption: str = "",
+) -> str:
     """Names in the first column, which stays in view while the rest scrolls; numbers in the others."""
     head = "".join(f'<th scope="col">{_heading(name)}</th>' for name in header)
     lines = [f"<thead><tr>{head}</tr></thead><tbody>"]
     for i, row in enumerate(body):
-        cells = "".join(f"<td{' class=best' if (i, j) in best else ''}>{text(cell)}</td>" for j, cell in enumerate(row[1:], start=1))
+        cells = "".join(
+            f"<td{' class=best' if (i, j) in best else ''}>{text(cell)}</td>"
+            for j, cell in enumerate(row[1:], start=1)
+        )
         lines.append(f'<tr><th scope="row">{text(row[0])}</th>{cells}</tr>')
     return _scrolled("table", lines, caption)
 
 
-def comparison(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], caption: str = "") -> str:
+def comparison(
+    names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], caption: str = ""
+) -> str:
     """One column per name; a row whose values are all the same shows its value once, and if all rows are such, names are not needed."""
     if not rows:
         return ""
@@ -97,7 +122,11 @@ def comparison(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], 
     for name, values in rows:
         same = len(set(values)) == 1
         span = f' colspan="{len(names)}"' if same and shown else ""
-        cells = f"<td{span}>{text(values[0])}</td>" if same else "".join(f"<td>{text(value)}</td>" for value in values)
+        cells = (
+            f"<td{span}>{text(values[0])}</td>"
+            if same
+            else "".join(f"<td>{text(value)}</td>" for value in values)
+        )
         lines.append(f'<tr><th scope="row">{text(name)}</th>{cells}</tr>')
     return _scrolled("table class=words", lines, caption)
 
@@ -125,12 +154,17 @@ def details(summary: str, content: str) -> str:
 def legend(items: Sequence[tuple[str, str, str]]) -> str:
     """(name, colour, dashes) of each, drawn as the charts draw it."""
     line = '<svg viewBox="0 0 24 8" aria-hidden="true"><line x1="0" x2="24" y1="4" y2="4" style="{}"/></svg>'
-    entries = (f"<span>{line.format(stroke(color, dashes, 4))}{text(name)}</span>" for name, color, dashes in items)
+    entries = (
+        f"<span>{line.format(stroke(color, dashes, 4))}{text(name)}</span>"
+        for name, color, dashes in items
+    )
     return f'<div class="legend">{"".join(entries)}</div>'
 
 
 def stroke(color: str, dashes: str, width: float = 2) -> str:
-    return f"stroke:{color};stroke-width:{width:g}" + (f";stroke-dasharray:{dashes}" if dashes else "")
+    return f"stroke:{color};stroke-width:{width:g}" + (
+        f";stroke-dasharray:{dashes}" if dashes else ""
+    )
 
 
 def look(number: int) -> tuple[str, str]:

@@ -7,7 +7,7 @@ network nor scripts, and no template engine: the page is sections of text, table
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dad_fast.errors import DataError
@@ -17,8 +17,27 @@ from dad_fast.files import atomic_write_text
 from dad_fast.report.chart import Series, line_chart
 from dad_fast.report.cost import cost_table
 from dad_fast.report.facts import differing, environment, trained
-from dad_fast.report.markup import contents, details, document, grid, legend, look, notes, preformatted, section, text
-from dad_fast.report.results import TEACHER, bar_notes, bars, fairness, reliability, reliability_notes, result_tables
+from dad_fast.report.markup import (
+    contents,
+    details,
+    document,
+    grid,
+    legend,
+    look,
+    notes,
+    preformatted,
+    section,
+    text,
+)
+from dad_fast.report.results import (
+    TEACHER,
+    bar_notes,
+    bars,
+    fairness,
+    reliability,
+    reliability_notes,
+    result_tables,
+)
 from dad_fast.report.run_files import number
 from dad_fast.report.runs import Group, Loaded, load
 from dad_fast.report.tiles import PIECES, SHEET, Tiles
@@ -46,7 +65,11 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     loaded = load([folder])
     if not loaded.record["runs"]:
-        raise DataError("; ".join([f"{folder}/results.json: not a results.json of a finished run", *loaded.problems]))
+        raise DataError(
+            "; ".join(
+                [f"{folder}/results.json: not a results.json of a finished run", *loaded.problems]
+            )
+        )
     path = folder / "report.html"
     atomic_write_text(path, page(loaded))
     return path
@@ -64,19 +87,33 @@ def page(loaded: Loaded) -> str:
     done = bool(record["runs"])
     sections = {
         "What was trained, and on what": [trained(groups)],
-        "Result": [result_tables(record), notes([*table_notes(record, "top1"), *fairness(groups)])] if done else [],
+        "Result": [result_tables(record), notes([*table_notes(record, "top1"), *fairness(groups)])]
+        if done
+        else [],
         "What differs": [differing(groups)] if len(groups) > 1 else [],
         "Accuracy per shift": [bars(record, looks), notes(bar_notes(groups))] if done else [],
-        "Calibration": _with_key(teacher_results, reliability(record, looks), notes(reliability_notes())),
+        "Calibration": _with_key(
+            teacher_results, reliability(record, looks), notes(reliability_notes())
+        ),
         "Training": _with_key(key, _curves(groups, looks, CURVES)),
         "Images: clean, discretized, attacked": [sheets],
-        "Throughput, energy and overhead": [costs, notes(cost_notes), *_with_key(key, _curves(groups, looks, COST_CURVES))],
+        "Throughput, energy and overhead": [
+            costs,
+            notes(cost_notes),
+            *_with_key(key, _curves(groups, looks, COST_CURVES)),
+        ],
         "Environment": [environment(groups)],
         "Settings": [_settings(loaded)],
     }
     filled = {heading: content for heading, content in sections.items() if any(content)}
-    top = [f"<h1>{text(title(groups))}</h1>", contents(list(filled)), notes(loaded.problems, "problems")]
-    return document(title(groups), [*top, *(section(heading, *content) for heading, content in filled.items())])
+    top = [
+        f"<h1>{text(title(groups))}</h1>",
+        contents(list(filled)),
+        notes(loaded.problems, "problems"),
+    ]
+    return document(
+        title(groups), [*top, *(section(heading, *content) for heading, content in filled.items())]
+    )
 
 
 def title(groups: Sequence[Group]) -> str:
@@ -92,7 +129,11 @@ def _with_key(key: str, figures: str, *more: str) -> list[str]:
     return [key, figures, *more] if figures else []
 
 
-def _curves(groups: Sequence[Group], looks: dict[str, tuple[str, str]], curves: Sequence[tuple[str, str, float, str, str]]) -> str:
+def _curves(
+    groups: Sequence[Group],
+    looks: dict[str, tuple[str, str]],
+    curves: Sequence[tuple[str, str, float, str, str]],
+) -> str:
     """One line per seed."""
     figures = []
     for kind, value, factor, heading, unit in curves:
@@ -112,7 +153,14 @@ def _sheets(groups: Sequence[Group], problems: list[str]) -> str:
     """The sheet of every group's first seed that has one."""
     having = {}
     for group in groups:
-        folder = next((run.folder for run in group.runs if (run.folder / PIECES).exists() or (run.folder / SHEET).exists()), None)
+        folder = next(
+            (
+                run.folder
+                for run in group.runs
+                if (run.folder / PIECES).exists() or (run.folder / SHEET).exists()
+            ),
+            None,
+        )
         if folder:
             having[group.label] = folder
     tiles = Tiles(len(having))
@@ -122,12 +170,21 @@ def _sheets(groups: Sequence[Group], problems: list[str]) -> str:
 
 def _settings(loaded: Loaded) -> str:
     """Configuration and run.json as they lie on disk, folded away; of the first seed of every group."""
-    name: Callable[[Group, str], str] = lambda group, file: f"{group.label}: {file}" if len(loaded.groups) > 1 else file  # noqa: E731
-    parts = [details("config.toml of the comparison", f"<pre>{preformatted(loaded.config)}</pre>")] if loaded.config else []
+
+    def name(group: Group, file: str) -> str:
+        return f"{group.label}: {file}" if len(loaded.groups) > 1 else file
+
+    parts = (
+        [details("config.toml of the comparison", f"<pre>{preformatted(loaded.config)}</pre>")]
+        if loaded.config
+        else []
+    )
     for group in loaded.groups:
         run = group.runs[0]
         if run.config:
-            parts.append(details(name(group, "config.toml"), f"<pre>{preformatted(run.config)}</pre>"))
+            parts.append(
+                details(name(group, "config.toml"), f"<pre>{preformatted(run.config)}</pre>")
+            )
         if run.facts:
             shown = json.dumps(run.facts, indent=2, ensure_ascii=False)
             parts.append(details(name(group, "run.json"), f"<pre>{preformatted(shown)}</pre>"))

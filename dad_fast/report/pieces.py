@@ -62,17 +62,32 @@ def write_pieces(
     from safetensors.torch import save
 
     difference = 0.5 + scale * (adversarial.float() - discretized.float()) / 2
-    tensors = {name: _levels(part) for name, part in zip(IMAGES, (original, discretized, adversarial, difference), strict=True)}
+    tensors = {
+        name: _levels(part)
+        for name, part in zip(IMAGES, (original, discretized, adversarial, difference), strict=True)
+    }
     if shift is not None:
         tensors["shift"] = shift.detach().float().cpu().contiguous()
-    described = {"scale": scale, "num_codes": num_codes, "attacked": attacked, "examples": list(examples)}
+    described = {
+        "scale": scale,
+        "num_codes": num_codes,
+        "attacked": attacked,
+        "examples": list(examples),
+    }
     atomic_write_bytes(path, save(tensors, {METADATA: json.dumps(described)}))
 
 
 def _levels(images: Tensor) -> Tensor:
     import torch
 
-    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+    return (
+        (images.detach().float().clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .contiguous()
+    )
 
 
 def read_pieces(path: str | Path) -> Pieces:
@@ -83,7 +98,7 @@ def read_pieces(path: str | Path) -> Pieces:
         with safe_open(str(path), "np") as file:
             described = json.loads((file.metadata() or {})[METADATA])
             images = {name: file.get_tensor(name) for name in IMAGES}
-            shift = file.get_tensor("shift") if "shift" in file.keys() else None
+            shift = file.get_tensor("shift") if "shift" in file else None
         shape = images["original"].shape
         sound = (
             len(shape) == 4
@@ -92,11 +107,35 @@ def read_pieces(path: str | Path) -> Pieces:
             and all(part.shape == shape and part.dtype == np.uint8 for part in images.values())
         )
         count = len(described["examples"])
-        sound = sound and shape[0] == count and all(isinstance(one, dict) for one in described["examples"])
-        if not sound or (shift is not None and (shift.ndim != 3 or len(shift) != count or not shift.size or not np.isfinite(shift).all())):
+        sound = (
+            sound
+            and shape[0] == count
+            and all(isinstance(one, dict) for one in described["examples"])
+        )
+        if not sound or (
+            shift is not None
+            and (
+                shift.ndim != 3
+                or len(shift) != count
+                or not shift.size
+                or not np.isfinite(shift).all()
+            )
+        ):
             raise ValueError("shapes or types that do not belong together")
         return Pieces(
-            images, shift, int(described["scale"]), int(described["num_codes"]), str(described["attacked"]), described["examples"]
+            images,
+            shift,
+            int(described["scale"]),
+            int(described["num_codes"]),
+            str(described["attacked"]),
+            described["examples"],
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last: a type that numpy lacks
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last: a type that numpy lacks
         raise DataError(f"{path}: not the pieces of a picture sheet ({error})") from None

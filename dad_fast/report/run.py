@@ -14,9 +14,14 @@ from dad_fast.report.runs import load
 
 def run(folders: Sequence[str], output: str) -> int:
     """Returns the exit code; the page's path goes to stdout, what is missing or damaged to stderr and onto the page."""
-    target = Path(output or (Path(folders[0]) / "report.html" if len(set(folders)) == 1 else "runs/report.html"))
+    target = Path(
+        output
+        or (Path(folders[0]) / "report.html" if len(set(folders)) == 1 else "runs/report.html")
+    )
     if target.is_dir():
-        raise UsageError(f"--output {target} is a folder; name the page, such as {target / 'report.html'}")
+        raise UsageError(
+            f"--output {target} is a folder; name the page, such as {target / 'report.html'}"
+        )
     if target.suffix not in (".html", ".htm"):
         raise UsageError(f"--output {target}: the page's name ends in .html")
     loaded = load(folders)

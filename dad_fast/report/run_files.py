@@ -15,7 +15,12 @@ from typing import Any
 from dad_fast.config.fields import read_toml
 from dad_fast.evaluate.tables import METRICS, computed_on
 
-FILES = ("results.json", "run.json", "config.toml", "metrics.jsonl")  # any of them makes a folder a run's
+FILES = (
+    "results.json",
+    "run.json",
+    "config.toml",
+    "metrics.jsonl",
+)  # any of them makes a folder a run's
 
 
 @dataclass
@@ -38,11 +43,16 @@ class Run:
     @property
     def images_per_step(self) -> int | None:
         """Clean images of a step, of all processes together."""
-        whole, batch = self.settings.get("data.global_batch_size"), self.settings.get("data.batch_size")
+        whole, batch = (
+            self.settings.get("data.global_batch_size"),
+            self.settings.get("data.batch_size"),
+        )
         if isinstance(whole, int) and whole > 0:
             return whole
         accumulated = self.settings.get("engine.grad_accum_steps", 1)
-        return batch * accumulated if isinstance(batch, int) and isinstance(accumulated, int) else None
+        return (
+            batch * accumulated if isinstance(batch, int) and isinstance(accumulated, int) else None
+        )
 
     def kind(self, name: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == name]
@@ -143,8 +153,17 @@ def check_record(record: Any, path: Path, problems: list[str]) -> dict[str, Any]
         if not isinstance(used, dict) or "name" not in used:
             whole[part] = None
         else:
-            judged = {"suites": _suites(used["suites"], path, problems)} if isinstance(used.get("suites"), dict) else {"suites": {}}
-            whole[part] = {**used, "name": str(used["name"]), "seen": str(used.get("seen") or ""), **judged}
+            judged = (
+                {"suites": _suites(used["suites"], path, problems)}
+                if isinstance(used.get("suites"), dict)
+                else {"suites": {}}
+            )
+            whole[part] = {
+                **used,
+                "name": str(used["name"]),
+                "seen": str(used.get("seen") or ""),
+                **judged,
+            }
     return whole
 
 
@@ -153,16 +172,26 @@ def _suites(suites: dict[str, Any], path: Path, problems: list[str]) -> dict[str
     kept = {}
     for name, result in suites.items():
         if not isinstance(result, dict) or number(result, "top1") is None:
-            problems.append(f"{short_name(path.parent)}/results.json: suite {name} has no top-1 and is left out")
+            problems.append(
+                f"{short_name(path.parent)}/results.json: suite {name} has no top-1 and is left out"
+            )
             continue
-        kept[name] = {**result, **{key: number(result, key) for key in METRICS}, "skipped": int(number(result, "skipped") or 0)}
+        kept[name] = {
+            **result,
+            **{key: number(result, key) for key in METRICS},
+            "skipped": int(number(result, "skipped") or 0),
+        }
     return kept
 
 
 def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tables.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {prefix + key: value}
+        )
     return flat
 
 

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 
 from dad_fast.config.fields import read_toml
 from dad_fast.errors import DataError
-from dad_fast.report.run_files import FILES, Run, check_record, machine, number, read_json, read_run, short_name
+from dad_fast.report.run_files import (
+    FILES,
+    Run,
+    check_record,
+    machine,
+    number,
+    read_json,
+    read_run,
+    short_name,
+)
 
 
 @dataclass
@@ -31,7 +40,9 @@ class Group:
 
     @property
     def method(self) -> str:
-        return str(self.setting("method") or next((record["method"] for record in self.finished), ""))
+        return str(
+            self.setting("method") or next((record["method"] for record in self.finished), "")
+        )
 
     def setting(self, path: str) -> Any:
         """The value of a setting, of the first seed that has it; None where no config.toml is left."""
@@ -56,7 +67,9 @@ class Loaded:
     @property
     def record(self) -> dict[str, Any]:
         """What `dad_fast.evaluate.tables` reads: every finished run, under its group's label."""
-        runs = [{**record, "variant": group.label} for group in self.groups for record in group.finished]
+        runs = [
+            {**record, "variant": group.label} for group in self.groups for record in group.finished
+        ]
         facts = [run.facts for group in self.groups for run in group.runs if machine(run.facts)]
         one = len({machine(found) for found in facts}) == 1
         return {"runs": _name_teachers(runs), **({"environment": facts[0]} if one else {})}
@@ -70,28 +83,45 @@ def load(folders: Sequence[str | Path]) -> Loaded:
     config = ""
     for given, folder in zip(dict.fromkeys(map(str, folders)), named, strict=False):
         if not folder.exists():
-            raise DataError(f"{given}: no such file or folder; name a run's folder, or a file of dad-fast eval --json")
+            raise DataError(
+                f"{given}: no such file or folder; name a run's folder, or a file of dad-fast eval --json"
+            )
         if not folder.is_dir():
             found += _evaluation(folder, given, problems)
             continue
         record = read_json(folder / "results.json", problems)
-        inside = sorted({path.parent for name in FILES for path in folder.glob(f"*/seed-*/{name}")}, key=_order(folder))
+        inside = sorted(
+            {path.parent for name in FILES for path in folder.glob(f"*/seed-*/{name}")},
+            key=_order(folder),
+        )
         if isinstance(record, dict) and isinstance(record.get("runs"), list):
             config = str(record.get("config", ""))
             found += _comparison(folder, record, inside, problems)
         elif inside:
             found += _by_parent(folder, [read_run(path, problems) for path in inside])
-            problems.append(f"{short_name(folder)}: no results.json of the whole comparison, so it is in progress or was stopped")
+            problems.append(
+                f"{short_name(folder)}: no results.json of the whole comparison, so it is in progress or was stopped"
+            )
         elif any((folder / name).exists() for name in FILES):
             found.append(Found(folder, folder, "", [read_run(folder, problems, record)]))
         else:
-            raise DataError(f"{given}: no run has written to it (none of {', '.join(FILES)}); name a run's folder or a comparison's")
+            raise DataError(
+                f"{given}: no run has written to it (none of {', '.join(FILES)}); name a run's folder or a comparison's"
+            )
     groups = _label(_join_seeds(found))
-    problems += [line for group in groups for run in group.runs if run.record is None for line in [_unfinished(group, run)]]
+    problems += [
+        line
+        for group in groups
+        for run in group.runs
+        if run.record is None
+        for line in [_unfinished(group, run)]
+    ]
     return Loaded(groups, list(dict.fromkeys(problems)), config if len(named) == 1 else "")
 
 
-def _comparison(folder: Path, record: dict[str, Any], inside: Sequence[Path], problems: list[str]) -> list[Found]:
+def _comparison(
+    folder: Path, record: dict[str, Any], inside: Sequence[Path], problems: list[str]
+) -> list[Found]:
     """The runs of a comparison's results.json, with what their folders hold; folders that it does not list are left alone."""
     groups: dict[str, list[Run]] = {}
     for entry in record["runs"]:
@@ -100,7 +130,9 @@ def _comparison(folder: Path, record: dict[str, Any], inside: Sequence[Path], pr
             continue
         path = folder / _plain_name(checked["variant"]) / f"seed-{checked['seed']}"
         run = read_run(path, problems, checked) if path in inside else Run(path, checked)
-        run.facts = run.facts or (record["environment"] if isinstance(record.get("environment"), dict) else {})
+        run.facts = run.facts or (
+            record["environment"] if isinstance(record.get("environment"), dict) else {}
+        )
         groups.setdefault(checked["variant"], []).append(run)
     return [Found(folder, folder / _plain_name(name), name, runs) for name, runs in groups.items()]
 
@@ -108,14 +140,28 @@ def _comparison(folder: Path, record: dict[str, Any], inside: Sequence[Path], pr
 def _evaluation(path: Path, given: str, problems: list[str]) -> list[Found]:
     """The models in a file of `dad-fast eval --json`, a group each. Raises DataError for any other file."""
     record = read_json(path, problems)
-    models = record.get("models") or {path.stem: record.get("checkpoint") or record.get("teacher")} if isinstance(record, dict) else {}
-    judged = {name: one for name, one in models.items() if isinstance(one, dict) and "suites" in one} if isinstance(models, dict) else {}
+    models = (
+        record.get("models") or {path.stem: record.get("checkpoint") or record.get("teacher")}
+        if isinstance(record, dict)
+        else {}
+    )
+    judged = (
+        {name: one for name, one in models.items() if isinstance(one, dict) and "suites" in one}
+        if isinstance(models, dict)
+        else {}
+    )
     if not judged:
-        raise DataError(f"{given}: is a file, and no result of dad-fast eval --json; name a run's folder")
+        raise DataError(
+            f"{given}: is a file, and no result of dad-fast eval --json; name a run's folder"
+        )
     facts = record["environment"] if isinstance(record.get("environment"), dict) else {}
     found = []
     for name, one in judged.items():
-        checked = check_record({"method": "evaluated", "teacher": record.get("teacher"), **one, "variant": name}, path, problems)
+        checked = check_record(
+            {"method": "evaluated", "teacher": record.get("teacher"), **one, "variant": name},
+            path,
+            problems,
+        )
         if checked is not None:
             found.append(Found(path, path.parent / name, name, [Run(path, checked, facts=facts)]))
     return found
@@ -150,11 +196,21 @@ def _label(found: Sequence[Found]) -> list[Group]:
     places = [one.place for one in found]
     groups = []
     for origin, place, variant, runs in found:
-        if len(found) == 1 or len({one.origin for one in found}) == 1 and variant:
-            label = variant or next((run.record["variant"] for run in runs if run.record), str(runs[0].facts.get("variant") or place.name))
+        if len(found) == 1 or (len({one.origin for one in found}) == 1 and variant):
+            label = variant or next(
+                (run.record["variant"] for run in runs if run.record),
+                str(runs[0].facts.get("variant") or place.name),
+            )
         else:
             rest = [other for other in places if other != place]
-            parts = next((n for n in range(1, len(place.parts)) if all(o.parts[-n:] != place.parts[-n:] for o in rest)), len(place.parts))
+            parts = next(
+                (
+                    n
+                    for n in range(1, len(place.parts))
+                    if all(o.parts[-n:] != place.parts[-n:] for o in rest)
+                ),
+                len(place.parts),
+            )
             label = "/".join(place.parts[-parts:])
         groups.append(Group(label, origin, runs))
     return groups
@@ -170,7 +226,10 @@ def _name_teachers(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         name = teacher["name"]
         for label in (name, f"{name} ({run['variant']})"):
             suites = known.setdefault(label, {})
-            if all(suites.get(suite, result)["top1"] == result["top1"] for suite, result in teacher["suites"].items()):
+            if all(
+                suites.get(suite, result)["top1"] == result["top1"]
+                for suite, result in teacher["suites"].items()
+            ):
                 suites.update(teacher["suites"])
                 run["teacher"] = {**teacher, "name": label, "suites": suites}
                 break
@@ -178,14 +237,20 @@ def _name_teachers(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _unfinished(group: Group, run: Run) -> str:
-    name = f"{group.label}/{run.folder.name}" if run.folder.name.startswith("seed-") else group.label
+    name = (
+        f"{group.label}/{run.folder.name}" if run.folder.name.startswith("seed-") else group.label
+    )
     trained = run.kind("train")
     if not trained:
         return f"{name}: no results and no logged step yet: in progress, or stopped at the start"
     step, epoch, moment = (number(trained[-1], key) for key in ("step", "epoch", "time"))
     where = f"step {step:,.0f}" if step is not None else "a step"
     where += f" (epoch {epoch:.3g})" if epoch is not None else ""
-    when = f" at {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(moment))}" if moment is not None and 0 <= moment < 4e9 else ""
+    when = (
+        f" at {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(moment))}"
+        if moment is not None and 0 <= moment < 4e9
+        else ""
+    )
     return f"{name}: no results yet: in progress, or stopped. Last logged: {where}{when}"
 
 
@@ -198,6 +263,10 @@ def _order(folder: Path) -> Callable[[Path], tuple[int, str, int]]:
 
     def place(run: Path) -> tuple[int, str, int]:
         variant, seed = run.parent.name, run.name.removeprefix("seed-")
-        return listed.index(variant) if variant in listed else len(listed), variant, int(seed) if seed.isdecimal() else 0
+        return (
+            listed.index(variant) if variant in listed else len(listed),
+            variant,
+            int(seed) if seed.isdecimal() else 0,
+        )
 
     return place

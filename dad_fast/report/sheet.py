@@ -18,7 +18,13 @@ CAPTION, GAP, HEADER, MARGIN = 88, 4, 24, 10
 SCALES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
-def write_sheet(path: str | Path, original: Tensor, discretized: Tensor, adversarial: Tensor, captions: Sequence[str]) -> None:
+def write_sheet(
+    path: str | Path,
+    original: Tensor,
+    discretized: Tensor,
+    adversarial: Tensor,
+    captions: Sequence[str],
+) -> None:
     """Write a PNG with one line per example.
 
     original, discretized, adversarial: [N, 3, H, W] in [0, 1], N ≥ 1, on any device: x, Q(x), Q(x + δ)
@@ -29,7 +35,12 @@ def write_sheet(path: str | Path, original: Tensor, discretized: Tensor, adversa
     difference = adversarial.float() - discretized.float()
     scale = difference_scale(difference)
     columns = [original, discretized, adversarial, 0.5 + scale * difference / 2]
-    headings = ["original", "Q(original)", "Q(attacked)", f"{scale} x change" if scale > 1 else "change"]  # PIL's font is Latin only
+    headings = [
+        "original",
+        "Q(original)",
+        "Q(attacked)",
+        f"{scale} x change" if scale > 1 else "change",
+    ]  # PIL's font is Latin only
     count, side = len(original), max(original.shape[-2:])
     zoom = max(1, -(-MIN_SIDE // side))
     cell_w, cell_h = original.shape[-1] * zoom, original.shape[-2] * zoom
@@ -43,12 +54,22 @@ def write_sheet(path: str | Path, original: Tensor, discretized: Tensor, adversa
         left, line = MARGIN + i // per_block * (block + MARGIN), i % per_block
         top = HEADER + line * (cell_h + GAP)
         text = "\n".join(_fit(part, font) for part in captions[i].split("\n"))
-        draw.multiline_text((left, top + cell_h / 2), text, fill="black", font=font, anchor="lm", spacing=3)
+        draw.multiline_text(
+            (left, top + cell_h / 2), text, fill="black", font=font, anchor="lm", spacing=3
+        )
         for j, images in enumerate(columns):
             x = left + CAPTION + j * (cell_w + GAP)
             if line == 0:
-                draw.text((x + cell_w / 2, HEADER / 2 + 1), headings[j], fill="black", font=font, anchor="mm")
-            sheet.paste(_to_pil(images[i]).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, top))
+                draw.text(
+                    (x + cell_w / 2, HEADER / 2 + 1),
+                    headings[j],
+                    fill="black",
+                    font=font,
+                    anchor="mm",
+                )
+            sheet.paste(
+                _to_pil(images[i]).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, top)
+            )
     file = io.BytesIO()
     sheet.save(file, "PNG", optimize=True)
     atomic_write_bytes(path, file.getvalue())

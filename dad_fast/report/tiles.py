@@ -20,7 +20,9 @@ from dad_fast.report.pieces import Pieces, read_pieces
 PIECES, SHEET = "sheet.safetensors", "sheet.png"
 PAGE_BYTES = 3_000_000  # of all images of a page, as text 4/3 of it
 LOSSLESS_SIDE = 64  # larger images are shown as JPEG
-HEAT = np.array([(0x6A, 0x12, 0x40), (0xE6, 0x5A, 0x14), (0xFF, 0xE6, 0x5A)], np.float32)  # near to far; as in report.css
+HEAT = np.array(
+    [(0x6A, 0x12, 0x40), (0xE6, 0x5A, 0x14), (0xFF, 0xE6, 0x5A)], np.float32
+)  # near to far; as in report.css
 
 
 class Tiles:
@@ -52,27 +54,50 @@ class Tiles:
             spent += sum(len(data) for _, (_, data) in tiles)
             if figures and spent > self.share:
                 break
-            figures.append(_figure(_caption(pieces, i), tiles, min(pieces.images["original"].shape[1:3]) <= LOSSLESS_SIDE))
-        lines = [f"The attack is on {pieces.attacked}. Difference: Q(attacked) - Q(clean) around grey, times {pieces.scale}."]
+            figures.append(
+                _figure(
+                    _caption(pieces, i),
+                    tiles,
+                    min(pieces.images["original"].shape[1:3]) <= LOSSLESS_SIDE,
+                )
+            )
+        lines = [
+            f"The attack is on {pieces.attacked}. Difference: Q(attacked) - Q(clean) around grey, times {pieces.scale}."
+        ]
         heat = ""
         if pieces.shift is not None:
             height, width = pieces.shift.shape[1:]
             bits = max(1, (pieces.num_codes - 1).bit_length())
             size = -(-height * width * bits // 8)
-            lines.append(f"{height} × {width} codes an image out of {pieces.num_codes:,}, {bits} bits each: {size:,} bytes.")
+            lines.append(
+                f"{height} × {width} codes an image out of {pieces.num_codes:,}, {bits} bits each: {size:,} bytes."
+            )
             scale = 'near <span class="heat"></span> far; grey: unchanged'
-            heat = f"<p>Changed codes, by the distance that they moved in the codebook: {scale}.</p>"
+            heat = (
+                f"<p>Changed codes, by the distance that they moved in the codebook: {scale}.</p>"
+            )
         if len(figures) < len(pieces.examples):
-            lines.append(f"{len(figures)} of {len(pieces.examples)} examples are shown, to keep the page small.")
+            lines.append(
+                f"{len(figures)} of {len(pieces.examples)} examples are shown, to keep the page small."
+            )
         return f'<div class="examples">{"".join(figures)}</div><div class="notes">{heat}{notes(lines)}</div>'
 
 
 def _tiles(pieces: Pieces, i: int) -> list[tuple[str, np.ndarray]]:
     image = {name: part[i] for name, part in pieces.images.items()}
-    tiles = [("clean", image["original"]), ("Q(clean)", image["discretized"]), ("Q(attacked)", image["adversarial"])]
+    tiles = [
+        ("clean", image["original"]),
+        ("Q(clean)", image["discretized"]),
+        ("Q(attacked)", image["adversarial"]),
+    ]
     tiles.append((f"difference ×{pieces.scale}", image["difference"]))
     if pieces.shift is not None:
-        tiles.append(("changed codes", heat_map(image["original"], pieces.shift[i], float(pieces.shift.max()))))
+        tiles.append(
+            (
+                "changed codes",
+                heat_map(image["original"], pieces.shift[i], float(pieces.shift.max())),
+            )
+        )
     return tiles
 
 
@@ -82,7 +107,10 @@ def heat_map(image: np.ndarray, shift: np.ndarray, furthest: float) -> np.ndarra
     A code covers its share of the image, without smoothing; `furthest` > 0 is the end of the colours.
     """
     height, width = image.shape[:2]
-    rows, columns = np.arange(height) * shift.shape[0] // height, np.arange(width) * shift.shape[1] // width
+    rows, columns = (
+        np.arange(height) * shift.shape[0] // height,
+        np.arange(width) * shift.shape[1] // width,
+    )
     moved = shift[rows][:, columns]  # [H, W]
     grey = 40 + 0.5 * image.mean(axis=2)
     at = 2 * np.clip(moved / furthest if furthest > 0 else moved, 0, 1)
@@ -104,8 +132,14 @@ def encode(image: np.ndarray) -> tuple[str, bytes]:
 def _caption(pieces: Pieces, i: int) -> str:
     example = pieces.examples[i]
     label, answer = text(example.get("label", "")), text(example.get("answer", ""))
-    words = f"kept: still {answer}" if example.get("kept") else f"{'dropped' if example.get('filtered') else 'used'}: now {answer}"
-    changed = "" if pieces.shift is None else f" · {(pieces.shift[i] > 0).mean():.0%} of codes changed"
+    words = (
+        f"kept: still {answer}"
+        if example.get("kept")
+        else f"{'dropped' if example.get('filtered') else 'used'}: now {answer}"
+    )
+    changed = (
+        "" if pieces.shift is None else f" · {(pieces.shift[i] > 0).mean():.0%} of codes changed"
+    )
     return f"{label} <small>{words}{changed}</small>"
 
 

@@ -22,7 +22,9 @@ def check_images_form(form: str) -> None:
     """Raises UsageError for anything but `none`, `raw`, `webp` and `jpeg:Q`, 1 <= Q <= 100."""
     found = re.fullmatch(r"none|raw|webp|jpeg:([1-9]\d{0,2})", form)
     if not found or int(found[1] or 1) > 100:
-        raise UsageError(f"images {form!r}: write none, raw, webp (lossless) or jpeg:Q with a quality from 1 to 100, such as jpeg:95")
+        raise UsageError(
+            f"images {form!r}: write none, raw, webp (lossless) or jpeg:Q with a quality from 1 to 100, such as jpeg:95"
+        )
 
 
 def encode_image(image: np.ndarray, form: str) -> Bytes:
@@ -31,9 +33,13 @@ def encode_image(image: np.ndarray, form: str) -> Bytes:
         return np.ascontiguousarray(image).reshape(-1).data
     file = io.BytesIO()
     if form == "webp":
-        Image.fromarray(image).save(file, "WEBP", lossless=True, exact=True, method=2)  # 4 saves 4 % and takes three times as long
+        Image.fromarray(image).save(
+            file, "WEBP", lossless=True, exact=True, method=2
+        )  # 4 saves 4 % and takes three times as long
     else:
-        Image.fromarray(image).save(file, "JPEG", quality=int(form.partition(":")[2]), subsampling=0)
+        Image.fromarray(image).save(
+            file, "JPEG", quality=int(form.partition(":")[2]), subsampling=0
+        )
     return file.getvalue()
 
 
@@ -48,7 +54,9 @@ def stored_files(images: np.ndarray | list[Bytes], form: str, readable: np.ndarr
     Raises ValueError for images that are neither."""
     if isinstance(images, list):
         if len(images) != len(readable) or form == "raw":
-            raise ValueError(f"{len(images)} encoded images for a block of {len(readable)} in the form {form}")
+            raise ValueError(
+                f"{len(images)} encoded images for a block of {len(readable)} in the form {form}"
+            )
         return [image if ok else b"" for image, ok in zip(images, readable, strict=True)]
     if images.dtype != np.uint8:
         raise ValueError(f"images are {images.dtype}, not uint8")
@@ -71,7 +79,9 @@ def decode_image(content: bytes, size: tuple[int, ...], name: str) -> np.ndarray
     try:
         with Image.open(io.BytesIO(content), formats=("WEBP", "JPEG")) as image:
             if image.size != (size[1], size[0]):  # before its pixels are decoded
-                raise DataError(f"{name}: {image.size[0]}x{image.size[1]} pixels where the manifest says {size[1]}x{size[0]}")
+                raise DataError(
+                    f"{name}: {image.size[0]}x{image.size[1]} pixels where the manifest says {size[1]}x{size[0]}"
+                )
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: not an image ({error}); verify the store") from error

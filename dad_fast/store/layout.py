@@ -61,7 +61,9 @@ def describe_dtype(dtype: np.dtype[Any]) -> list[list[Any]]:
 
 def hash_keys(keys: Iterable[str]) -> np.ndarray:
     """uint8 [N, 16]: what the index holds of the samples' keys."""
-    digests = b"".join(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:16] for key in keys)
+    digests = b"".join(
+        hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:16] for key in keys
+    )
     return np.frombuffer(digests, np.uint8).reshape(-1, 16)
 
 
@@ -107,7 +109,10 @@ class Geometry(NamedTuple):
     def blocks(self, shard: int) -> list[Block]:
         view, start, stop = self.place(shard)
         size = self.block_size
-        return [Block(first // size, view, first, min(first + size, stop)) for first in range(start, stop, size)]
+        return [
+            Block(first // size, view, first, min(first + size, stop))
+            for first in range(start, stop, size)
+        ]
 
 
 def shard_file(shard: int, kind: str) -> str:

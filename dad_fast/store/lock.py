@@ -37,7 +37,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             raise Busy(str(path)) from error
         except OSError as error:
             os.close(handle)
-            raise DataError(f"{path}: this file system has no locks ({error.strerror}); a store cannot be written here") from error
+            raise DataError(
+                f"{path}: this file system has no locks ({error.strerror}); a store cannot be written here"
+            ) from error
         os.close(handle)
     try:
         yield

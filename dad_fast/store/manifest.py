@@ -28,9 +28,16 @@ from dad_fast.store.outputs import OutputsForm
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "dad-fast store", 1
 KINDS = ("adversarial", "targets")
-FLAGS = {"block_size": "--block-size", "blocks_per_shard": "--shard-blocks", "num_views": "--views", "images": "--images",
-         "outputs": "--outputs"}  # fmt: skip
-_LARGEST = 1 << 28  # bytes of a manifest, samples, records of a shard: more is not a store but an attempt to exhaust memory
+FLAGS = {
+    "block_size": "--block-size",
+    "blocks_per_shard": "--shard-blocks",
+    "num_views": "--views",
+    "images": "--images",
+    "outputs": "--outputs",
+}
+_LARGEST = (
+    1 << 28
+)  # bytes of a manifest, samples, records of a shard: more is not a store but an attempt to exhaust memory
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -74,27 +81,46 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"a store's kind is {' or '.join(KINDS)}, not {self.kind!r}")
-        for name, most in (("num_samples", _LARGEST), ("num_views", 65535), ("block_size", 65536), ("blocks_per_shard", 65536)):
+        for name, most in (
+            ("num_samples", _LARGEST),
+            ("num_views", 65535),
+            ("block_size", 65536),
+            ("blocks_per_shard", 65536),
+        ):
             if not 1 <= getattr(self, name) <= most:
-                raise UsageError(f"a store's {name} is from 1 to {most:,}, not {getattr(self, name):,}")
+                raise UsageError(
+                    f"a store's {name} is from 1 to {most:,}, not {getattr(self, name):,}"
+                )
         ClassMap(tuple(self.classes))  # raises for a list that is none
         form = OutputsForm.parse(self.outputs, len(self.classes))
         object.__setattr__(self, "outputs", str(form))
         object.__setattr__(self, "settings", plain(self.settings))
         object.__setattr__(self, "hashes", plain(self.hashes))
         check_images_form(self.images)
-        for name, wanted in (("code_grid", self.code_bits > 0), ("image_size", self.images != "none")):
+        for name, wanted in (
+            ("code_grid", self.code_bits > 0),
+            ("image_size", self.images != "none"),
+        ):
             pair = getattr(self, name)
             if len(pair) != 2 * wanted or not all(1 <= side <= 8192 for side in pair):
-                raise UsageError(f"a store's {name} {list(pair)} does not fit its code_bits {self.code_bits} and images {self.images}")
+                raise UsageError(
+                    f"a store's {name} {list(pair)} does not fit its code_bits {self.code_bits} and images {self.images}"
+                )
         if not 0 <= self.code_bits <= 32:
             raise UsageError(f"a store's codes have 0 to 32 bits, not {self.code_bits}")
         if self.kind == "targets" and (self.code_bits or self.images != "none"):
             raise UsageError("a store of targets holds neither codes nor images")
         if self.kind == "adversarial" and not self.code_bits and self.images == "none":
-            raise UsageError("this discretizer has no codes: store images, for there would be nothing else to train on (--images)")
-        if self.geometry.num_shards > 999_999 or self.geometry.rows_per_shard * max(self.bytes_per_sample.values()) > _LARGEST << 12:
-            raise UsageError("shards that are too many or too large: choose another block_size or blocks_per_shard")
+            raise UsageError(
+                "this discretizer has no codes: store images, for there would be nothing else to train on (--images)"
+            )
+        if (
+            self.geometry.num_shards > 999_999
+            or self.geometry.rows_per_shard * max(self.bytes_per_sample.values()) > _LARGEST << 12
+        ):
+            raise UsageError(
+                "shards that are too many or too large: choose another block_size or blocks_per_shard"
+            )
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -178,19 +204,38 @@ class Manifest:
             if document.get("format") != FORMAT:
                 raise DataError(f"{name}: not the manifest of a store")
             if document.get("version") != VERSION:
-                raise DataError(f"{name}: format version {document.get('version')}; this program reads version {VERSION}")
+                raise DataError(
+                    f"{name}: format version {document.get('version')}; this program reads version {VERSION}"
+                )
             checksum = document.pop("checksum", None)
             if checksum != hashlib.sha256(_canonical(document)).hexdigest():
-                raise DataError(f"{name}: its checksum is not that of its content: it is damaged or was edited")
+                raise DataError(
+                    f"{name}: its checksum is not that of its content: it is damaged or was edited"
+                )
             manifest = cls._read(document)
             if manifest._document() != document:
-                raise DataError(f"{name}: the layout it describes is not the one that its settings give")
+                raise DataError(
+                    f"{name}: the layout it describes is not the one that its settings give"
+                )
             if manifest.to_json() != content:
-                raise DataError(f"{name}: not written as this program writes it: it is damaged or was edited")
+                raise DataError(
+                    f"{name}: not written as this program writes it: it is damaged or was edited"
+                )
         except (DataError, UsageError) as error:
-            raise DataError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:
-            raise DataError(f"{name}: not a manifest that this program writes ({type(error).__name__}: {error})") from error
+            raise DataError(
+                str(error) if str(error).startswith(name) else f"{name}: {error}"
+            ) from error
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            raise DataError(
+                f"{name}: not a manifest that this program writes ({type(error).__name__}: {error})"
+            ) from error
         return manifest
 
     @classmethod
@@ -212,18 +257,26 @@ class Manifest:
             values[name] = tuple(values[name])
             if not all(type(side) is int for side in values[name]):
                 raise DataError(f"{name} holds something else than whole numbers")
-        values["classes"] = tuple((int(i), str(folder), str(text)) for i, folder, text in values["classes"])
+        values["classes"] = tuple(
+            (int(i), str(folder), str(text)) for i, folder, text in values["classes"]
+        )
         values["shards"] = tuple(dict(shard) for shard in values["shards"])
         manifest = cls(**values)
         if manifest.shards:
             if len(manifest.shards) != manifest.geometry.num_shards:
-                raise DataError(f"{len(manifest.shards)} checksums of shards where there are {manifest.geometry.num_shards} shards")
+                raise DataError(
+                    f"{len(manifest.shards)} checksums of shards where there are {manifest.geometry.num_shards} shards"
+                )
             for shard in manifest.shards:
-                if tuple(sorted(shard)) != tuple(sorted(manifest.files)) or not all(_HEX.fullmatch(str(value)) for value in shard.values()):
+                if tuple(sorted(shard)) != tuple(sorted(manifest.files)) or not all(
+                    _HEX.fullmatch(str(value)) for value in shard.values()
+                ):
                     raise DataError("a shard's checksums are not SHA-256 of its files")
         return manifest
 
-    def differences(self, other: Manifest, mine: str = "the store", theirs: str = "this run") -> list[str]:
+    def differences(
+        self, other: Manifest, mine: str = "the store", theirs: str = "this run"
+    ) -> list[str]:
         """One text for each setting in which two manifests differ; checksums of shards aside."""
         if self.kind != other.kind:
             return [f"kind: {self.kind} in {mine}, {other.kind} in {theirs}"]
@@ -238,12 +291,18 @@ class Manifest:
 
 
 def _canonical(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    ).encode()
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
-        return {key: item for part in value for key, item in _flat(value[part], f"{name}.{part}" if name else part).items()}
+        return {
+            key: item
+            for part in value
+            for key, item in _flat(value[part], f"{name}.{part}" if name else part).items()
+        }
     return {name: value}
 
 

@@ -39,10 +39,14 @@ class OutputsForm:
             return cls()
         found = re.fullmatch(r"topk:([1-9]\d{0,4})@(\d{1,4}(?:\.\d{1,4})?)", text)
         if not found or float(found[2]) == 0:
-            raise UsageError(f"outputs {text!r}: write full, or topk:K@T with the K largest logits and the temperature T of distillation")
+            raise UsageError(
+                f"outputs {text!r}: write full, or topk:K@T with the K largest logits and the temperature T of distillation"
+            )
         k = int(found[1])
         if k >= num_classes or num_classes > 65536:
-            raise UsageError(f"outputs {text!r}: there are {num_classes} classes; K must be less, and classes at most 65536")
+            raise UsageError(
+                f"outputs {text!r}: there are {num_classes} classes; K must be less, and classes at most 65536"
+            )
         return cls(k, float(found[2]))
 
     def __str__(self) -> str:
@@ -52,7 +56,12 @@ class OutputsForm:
         """The fields of a record that hold outputs."""
         if not self.k:
             return [("max_logit", "<f4"), ("logits", "<f2", (num_classes,))]
-        return [("max_logit", "<f4"), ("rest", "<f4"), ("classes", "<u2", (self.k,)), ("logits", "<f2", (self.k,))]
+        return [
+            ("max_logit", "<f4"),
+            ("rest", "<f4"),
+            ("classes", "<u2", (self.k,)),
+            ("logits", "<f2", (self.k,)),
+        ]
 
     def encode(self, logits: np.ndarray, records: np.ndarray) -> None:
         """Fill these fields of `records` [N] from float [N, C], all finite."""
@@ -67,7 +76,10 @@ class OutputsForm:
         classes = order[:, : self.k]
         records["classes"] = classes
         records["logits"] = np.maximum(np.take_along_axis(relative, classes, 1), LOWEST)
-        others = np.take_along_axis(relative, order[:, self.k :], 1).astype(np.float64) / self.temperature
+        others = (
+            np.take_along_axis(relative, order[:, self.k :], 1).astype(np.float64)
+            / self.temperature
+        )
         largest = others[:, :1]
         records["rest"] = largest[:, 0] + np.log(np.exp(others - largest).sum(axis=1))
 
@@ -75,8 +87,12 @@ class OutputsForm:
         """float16 [N, C]: logits minus their maximum, which is all that a softmax sees."""
         if not self.k:
             return records["logits"]
-        level = self.temperature * (records["rest"].astype(np.float64) - math.log(num_classes - self.k))
+        level = self.temperature * (
+            records["rest"].astype(np.float64) - math.log(num_classes - self.k)
+        )
         logits = np.empty((len(records), num_classes), np.float16)
-        logits[:] = np.maximum(level, LOWEST).astype(np.float16)[:, None]  # rounded before it is spread: a tenth of the time
+        logits[:] = np.maximum(level, LOWEST).astype(np.float16)[
+            :, None
+        ]  # rounded before it is spread: a tenth of the time
         logits[np.arange(len(records))[:, None], records["classes"]] = records["logits"]
         return logits

@@ -17,7 +17,9 @@ class Part:
     def __init__(self, final: Path) -> None:
         self.final, self.path = final, final.with_name(final.name + PART)
         if final.exists() and not self.path.exists():
-            os.replace(final, self.path)  # an earlier attempt ended between the renaming and the checksums
+            os.replace(
+                final, self.path
+            )  # an earlier attempt ended between the renaming and the checksums
         if self.path.is_symlink() or (self.path.exists() and self.path.stat().st_nlink > 1):
             self.path.unlink()  # another file too, since a merge that was killed: it must not be written to
         self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

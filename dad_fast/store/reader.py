@@ -38,13 +38,25 @@ class Store:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder)
         if self.manifest.kind != self.kind:
-            raise DataError(f"{folder}: a store of kind {self.manifest.kind}, where one of kind {self.kind} is needed")
+            raise DataError(
+                f"{folder}: a store of kind {self.manifest.kind}, where one of kind {self.kind} is needed"
+            )
         sizes = file_sizes(self.folder)
         geometry = self.manifest.geometry
-        missing = [shard for shard in range(geometry.num_shards) if not has_files(self.manifest, shard, sizes)]
+        missing = [
+            shard
+            for shard in range(geometry.num_shards)
+            if not has_files(self.manifest, shard, sizes)
+        ]
         if missing or not self.manifest.complete:
-            what = f"shards {some(missing)} of {geometry.num_shards:,} are missing" if missing else "it was never finished"
-            raise DataError(f"{folder}: {what}; run the command that made it again, or merge its parts")
+            what = (
+                f"shards {some(missing)} of {geometry.num_shards:,} are missing"
+                if missing
+                else "it was never finished"
+            )
+            raise DataError(
+                f"{folder}: {what}; run the command that made it again, or merge its parts"
+            )
         self._geometry = geometry
         self._data = self.manifest.data_dtype
         self._maps: dict[tuple[str, int], np.ndarray] = {}
@@ -81,7 +93,9 @@ class Store:
             raise DataError(f"{self.folder}: {what}; was it made from this data?")
         after = order[np.minimum(places + 1, len(order) - 1)]
         if (twice := (ours[after] == theirs) & (after != found)).any():
-            raise DataError(f"{self.folder}: {keys[int(twice.argmax())]} is twice in view {view}; it cannot be joined by keys")
+            raise DataError(
+                f"{self.folder}: {keys[int(twice.argmax())]} is twice in view {view}; it cannot be joined by keys"
+            )
         return found
 
     def keys(self, rows: np.ndarray, view: int = 0) -> np.ndarray:
@@ -98,8 +112,12 @@ class Store:
 
     def outputs(self, rows: np.ndarray, view: int = 0) -> np.ndarray:
         """The teacher's logits minus their maximum, float16 [n, C]; from `topk` as outputs.py says, for its temperature."""
-        first, last = ("max_logit", "logits") if self.manifest.outputs_form.k else ("logits", "logits")
-        return self.manifest.outputs_form.decode(self._fields(rows, view, first, last), self.manifest.num_classes)
+        first, last = (
+            ("max_logit", "logits") if self.manifest.outputs_form.k else ("logits", "logits")
+        )
+        return self.manifest.outputs_form.decode(
+            self._fields(rows, view, first, last), self.manifest.num_classes
+        )
 
     def max_logits(self, rows: np.ndarray, view: int = 0) -> np.ndarray:
         """float32 [n]: what was taken from the logits."""
@@ -118,7 +136,15 @@ class Store:
         part = np.dtype([(name, self._data[name].base, self._data[name].shape) for name in names])
         return self._gather("data", rows, view, begin, end).view(part).ravel()
 
-    def _gather(self, kind: str, rows: np.ndarray, view: int, begin: int, end: int, out: np.ndarray | None = None) -> np.ndarray:
+    def _gather(
+        self,
+        kind: str,
+        rows: np.ndarray,
+        view: int,
+        begin: int,
+        end: int,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """uint8 [n, end - begin]: these bytes of the records of `rows`."""
         shards, places = self._locate(rows, view)
         if out is None:
@@ -131,8 +157,10 @@ class Store:
     def _locate(self, rows: np.ndarray, view: int) -> tuple[list[int], list[int]]:
         """Shard, and place in it, of each row."""
         rows = np.asarray(rows)
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
-            raise IndexError(f"{self.folder}: has the rows 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}")
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(
+                f"{self.folder}: has the rows 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}"
+            )
         if not 0 <= view < self.num_views:
             raise IndexError(f"{self.folder}: has the views 0 to {self.num_views - 1}, not {view}")
         shards, places = np.divmod(rows, self._geometry.rows_per_shard)
@@ -149,7 +177,9 @@ class Store:
                     _, start, stop = self._geometry.place(shard)
                     found = found.reshape(stop - start, self.manifest.bytes_per_sample[kind])
             except (OSError, ValueError) as error:
-                raise DataError(f"{path}: cannot be read ({error}); see dad-fast store verify {self.folder}") from error
+                raise DataError(
+                    f"{path}: cannot be read ({error}); see dad-fast store verify {self.folder}"
+                ) from error
             self._maps[kind, shard] = found
         return found
 
@@ -168,7 +198,9 @@ class AdversarialStore(Store):
         Raises UsageError when the store has no codes.
         """
         if not self.manifest.code_bytes:
-            raise UsageError(f"{self.folder}: holds no codes, its discretizer has none; train on its images")
+            raise UsageError(
+                f"{self.folder}: holds no codes, its discretizer has none; train on its images"
+            )
         return self._fields(rows, view, "codes", "codes")["codes"]
 
     def kept(self, rows: np.ndarray, view: int = 0) -> np.ndarray:
@@ -188,18 +220,25 @@ class AdversarialStore(Store):
         """
         manifest = self.manifest
         if manifest.images == "none":
-            raise UsageError(f"{self.folder}: holds no images, only codes (it was made with --images none)")
+            raise UsageError(
+                f"{self.folder}: holds no images, only codes (it was made with --images none)"
+            )
         shape = (len(rows), *manifest.image_size, 3)
         if out is None:
             out = np.empty(shape, np.uint8)
         if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {list(out.shape)}, not contiguous uint8 {list(shape)}")
+            raise ValueError(
+                f"out is {out.dtype} {list(out.shape)}, not contiguous uint8 {list(shape)}"
+            )
         if manifest.images == "raw":
             size = manifest.bytes_per_sample["images"]
             self._gather("images", rows, view, 0, size, out.reshape(len(rows), size))
             return out
         shards, _ = self._locate(rows, view)
-        index, files = self._index(rows, view), {shard: self._map("images", shard) for shard in set(shards)}
+        index, files = (
+            self._index(rows, view),
+            {shard: self._map("images", shard) for shard in set(shards)},
+        )
 
         def decode(i: int) -> None:
             start, length = int(index["image_start"][i]), int(index["image_bytes"][i])

@@ -14,7 +14,9 @@ from dad_fast.files import atomic_write_bytes
 WIDTH, MIN_SIDE, CAPTION, GAP, HEADER, MARGIN = 1000, 84, 140, 4, 24, 12
 
 
-def draw_sheet(path: str | Path, columns: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
+def draw_sheet(
+    path: str | Path, columns: Mapping[str, np.ndarray], captions: Sequence[str]
+) -> None:
     """Write a PNG. `columns`: heading -> uint8 [N, H, W, 3], N >= 1; small images are enlarged by a whole factor. `captions`: N texts."""
     count, (height, width) = len(captions), next(iter(columns.values())).shape[1:3]
     zoom = max(1, -(-MIN_SIDE // max(height, width)))
@@ -22,17 +24,28 @@ def draw_sheet(path: str | Path, columns: Mapping[str, np.ndarray], captions: Se
     block = CAPTION + len(columns) * (cell_w + GAP)
     num_blocks = min(max(1, WIDTH // (block + MARGIN)), count)
     lines = -(-count // num_blocks)
-    sheet = Image.new("RGB", (MARGIN + num_blocks * (block + MARGIN), HEADER + lines * (cell_h + GAP) + MARGIN), "white")
+    sheet = Image.new(
+        "RGB",
+        (MARGIN + num_blocks * (block + MARGIN), HEADER + lines * (cell_h + GAP) + MARGIN),
+        "white",
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i in range(count):
         left, top = MARGIN + i // lines * (block + MARGIN), HEADER + i % lines * (cell_h + GAP)
         text = "\n".join(_fit(line, font) for line in captions[i].split("\n"))
-        draw.multiline_text((left, top + cell_h / 2), text, fill="black", font=font, anchor="lm", spacing=3)
+        draw.multiline_text(
+            (left, top + cell_h / 2), text, fill="black", font=font, anchor="lm", spacing=3
+        )
         for j, (heading, images) in enumerate(columns.items()):
             x = left + CAPTION + j * (cell_w + GAP)
             if i % lines == 0:
-                draw.text((x + cell_w / 2, HEADER / 2 + 1), heading, fill="black", font=font, anchor="mm")
-            sheet.paste(Image.fromarray(images[i]).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, top))
+                draw.text(
+                    (x + cell_w / 2, HEADER / 2 + 1), heading, fill="black", font=font, anchor="mm"
+                )
+            sheet.paste(
+                Image.fromarray(images[i]).resize((cell_w, cell_h), Image.Resampling.NEAREST),
+                (x, top),
+            )
     file = io.BytesIO()
     sheet.save(file, "PNG", optimize=True)
     atomic_write_bytes(path, file.getvalue())

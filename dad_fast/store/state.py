@@ -25,7 +25,11 @@ def file_sizes(folder: Path) -> dict[str, int]:
     with os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):  # other processes are at work
-                sizes[entry.name] = entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+                sizes[entry.name] = (
+                    entry.stat(follow_symlinks=False).st_size
+                    if entry.is_file(follow_symlinks=False)
+                    else -1
+                )
     return sizes
 
 
@@ -48,11 +52,15 @@ def recorded_sums(folder: Path, manifest: Manifest, shard: int) -> dict[str, str
     except FileNotFoundError:
         return dict(manifest.shards[shard]) if manifest.complete else None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{folder / shard_file(shard, SUMS)}: cannot be read ({error}); delete it, and the shard is made again") from error
+        raise DataError(
+            f"{folder / shard_file(shard, SUMS)}: cannot be read ({error}); delete it, and the shard is made again"
+        ) from error
     found = [_LINE.fullmatch(line) for line in text.splitlines()]
     sums = {match[3]: match[1] for match in found if match and int(match[2]) == shard}
     if len(sums) != len(found) or set(sums) != set(manifest.files):
-        raise DataError(f"{folder / shard_file(shard, SUMS)}: not the checksums of this shard; delete it, and the shard is made again")
+        raise DataError(
+            f"{folder / shard_file(shard, SUMS)}: not the checksums of this shard; delete it, and the shard is made again"
+        )
     return sums
 
 
@@ -71,7 +79,9 @@ def is_finished(folder: Path, manifest: Manifest, shard: int) -> bool:
     for kind in (*manifest.files, SUMS):
         with suppress(FileNotFoundError):
             sizes[shard_file(shard, kind)] = (folder / shard_file(shard, kind)).lstat().st_size
-    return (manifest.complete or shard_file(shard, SUMS) in sizes) and has_files(manifest, shard, sizes)
+    return (manifest.complete or shard_file(shard, SUMS) in sizes) and has_files(
+        manifest, shard, sizes
+    )
 
 
 def finished_shards(folder: Path, manifest: Manifest) -> list[int]:
@@ -80,7 +90,8 @@ def finished_shards(folder: Path, manifest: Manifest) -> list[int]:
     return [
         shard
         for shard in range(manifest.geometry.num_shards)
-        if (manifest.complete or shard_file(shard, SUMS) in sizes) and has_files(manifest, shard, sizes)
+        if (manifest.complete or shard_file(shard, SUMS) in sizes)
+        and has_files(manifest, shard, sizes)
     ]
 
 

@@ -22,41 +22,71 @@ def describe(folder: str | Path) -> Iterator[str]:
     manifest = Manifest.load(folder)
     geometry = manifest.geometry
     missing = missing_shards(folder, manifest)
-    state = f"shards {some(missing)} of {geometry.num_shards:,} missing" if missing else "complete" if manifest.complete else "not finished"
+    state = (
+        f"shards {some(missing)} of {geometry.num_shards:,} missing"
+        if missing
+        else "complete"
+        if manifest.complete
+        else "not finished"
+    )
     yield f"{folder}: {manifest.kind} store, {state}"
     index = _read_index(folder, manifest)
     readable = index["flags"] & READABLE != 0
-    yield _line("samples", f"{manifest.num_samples:,} in {_count(manifest.num_views, 'view')}, {manifest.num_classes:,} classes")
+    yield _line(
+        "samples",
+        f"{manifest.num_samples:,} in {_count(manifest.num_views, 'view')}, {manifest.num_classes:,} classes",
+    )
     if num_bad := int((~readable).sum()):
         yield _line("unreadable", f"{num_bad:,} of {len(index):,}, stored without outputs")
     blocks = min(manifest.blocks_per_shard, -(-manifest.num_samples // manifest.block_size))
-    yield _line("shards", f"{geometry.num_shards:,} of {_count(blocks, 'block')} of {manifest.block_size:,} samples")
+    yield _line(
+        "shards",
+        f"{geometry.num_shards:,} of {_count(blocks, 'block')} of {manifest.block_size:,} samples",
+    )
     if manifest.code_bits:
         grid = "x".join(map(str, manifest.code_grid))
-        yield _line("codes", f"{grid} of {manifest.code_bits} bits, {manifest.code_bytes:,} B an image")
+        yield _line(
+            "codes", f"{grid} of {manifest.code_bits} bits, {manifest.code_bytes:,} B an image"
+        )
     yield _line("outputs", _outputs(manifest))
     sizes = file_sizes(folder)
     if manifest.images != "none":
         stored = int(index["image_bytes"].sum()) / max(1, int(readable.sum()))
-        yield _line("images", f"{manifest.images}, {'x'.join(map(str, manifest.image_size))} pixels, {stored:,.0f} B an image")
+        yield _line(
+            "images",
+            f"{manifest.images}, {'x'.join(map(str, manifest.image_size))} pixels, {stored:,.0f} B an image",
+        )
     total = sum(max(0, size) for size in sizes.values())
-    yield _line("on disk", f"{_bytes(total)}, {total / max(1, len(index)):,.0f} B a sample and view")
+    yield _line(
+        "on disk", f"{_bytes(total)}, {total / max(1, len(index)):,.0f} B a sample and view"
+    )
     if manifest.kind == "adversarial" and readable.any():
         kept = (index["flags"] & KEPT != 0)[readable]
-        yield _line("kept", f"{kept.mean():.1%} by the teacher" + _by_view(index["view"][readable], kept, manifest.num_views))
+        yield _line(
+            "kept",
+            f"{kept.mean():.1%} by the teacher"
+            + _by_view(index["view"][readable], kept, manifest.num_views),
+        )
         changed = index["changed"][readable]
         if not np.isnan(changed).all():
             yield _line("codes changed", f"{np.nanmean(changed):.1%} of an image's on average")
             yield from _histogram(changed[~np.isnan(changed)])
     yield "made by"
-    for name, value in sorted(_flat({"settings": manifest.settings, "hash": {**manifest.hashes, "source": manifest.source}}).items()):
+    for name, value in sorted(
+        _flat(
+            {"settings": manifest.settings, "hash": {**manifest.hashes, "source": manifest.source}}
+        ).items()
+    ):
         yield f"  {name} = {value}"
     yield _line("checksum", manifest.checksum)
 
 
 def _read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     """INDEX records of all shards that are there."""
-    parts = [np.fromfile(folder / shard_file(shard, "index"), INDEX) for shard in finished_shards(folder, manifest)]
+    parts = [
+        np.fromfile(folder / shard_file(shard, "index"), INDEX)
+        for shard in finished_shards(folder, manifest)
+    ]
     return np.concatenate(parts) if parts else np.empty(0, INDEX)
 
 
@@ -77,7 +107,11 @@ def _by_view(views: np.ndarray, kept: np.ndarray, num_views: int) -> str:
 
 def _histogram(values: np.ndarray) -> Iterator[str]:
     """Ten bins from 0 to a round share that holds all but the largest thousandth; the last bin holds those too."""
-    top = next(limit for limit in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if limit >= np.quantile(values, 0.999) or limit == 1.0)
+    top = next(
+        limit
+        for limit in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+        if limit >= np.quantile(values, 0.999) or limit == 1.0
+    )
     counts, _ = np.histogram(np.minimum(values, top), bins=BINS, range=(0, top))
     digits = 1 if top <= 0.05 else 0
     for i, count in enumerate(counts):
@@ -89,7 +123,11 @@ def _histogram(values: np.ndarray) -> Iterator[str]:
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        return {key: item for part in value for key, item in _flat(value[part], f"{name}.{part}" if name else part).items()}
+        return {
+            key: item
+            for part in value
+            for key, item in _flat(value[part], f"{name}.{part}" if name else part).items()
+        }
     return {name: value}
 
 

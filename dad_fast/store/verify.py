@@ -16,7 +16,16 @@ from dad_fast.files import disk_error
 from dad_fast.store.layout import INDEX, broken_rows, shard_file
 from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
-from dad_fast.store.state import SUMS, expected_size, file_sizes, finished_shards, missing_shards, recorded_sums, some, sums_text
+from dad_fast.store.state import (
+    SUMS,
+    expected_size,
+    file_sizes,
+    finished_shards,
+    missing_shards,
+    recorded_sums,
+    some,
+    sums_text,
+)
 from dad_fast.store.writer import StoreWriter
 
 _CHUNK = 1 << 24
@@ -42,7 +51,11 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] | None = Non
             progress(done, total)
     if not manifest.complete:
         missing = missing_shards(folder, manifest)
-        what = f"shards {some(missing)} of {manifest.geometry.num_shards:,} are missing" if missing else "all shards are there, unfinished"
+        what = (
+            f"shards {some(missing)} of {manifest.geometry.num_shards:,} are missing"
+            if missing
+            else "all shards are there, unfinished"
+        )
         problems.append(f"{what}; run the command that made the store again")
     return problems
 
@@ -53,15 +66,24 @@ def _wrong_files(manifest: Manifest, sizes: dict[str, int]) -> list[str]:
     for shard in range(manifest.geometry.num_shards):
         begun = manifest.complete or shard_file(shard, SUMS) in sizes
         if not manifest.complete:
-            known |= {shard_file(shard, SUMS), shard_file(shard, SUMS) + PART, shard_file(shard, LOCK[1:]), MANIFEST + LOCK}
+            known |= {
+                shard_file(shard, SUMS),
+                shard_file(shard, SUMS) + PART,
+                shard_file(shard, LOCK[1:]),
+                MANIFEST + LOCK,
+            }
         for kind in manifest.files:
             name, wanted = shard_file(shard, kind), expected_size(manifest, shard, kind)
             known |= {name} if manifest.complete else {name, name + PART}
             if begun and sizes.get(name, -1) < 0:
                 problems.append(f"{name}: missing; run the command that made the store again")
             elif begun and wanted not in (None, sizes[name]):
-                problems.append(f"{name}: {sizes[name]:,} bytes, not {wanted:,}; run the command that made the store again")
-    problems += [f"{name}: does not belong to the store; remove it" for name in sorted(set(sizes) - known)]
+                problems.append(
+                    f"{name}: {sizes[name]:,} bytes, not {wanted:,}; run the command that made the store again"
+                )
+    problems += [
+        f"{name}: does not belong to the store; remove it" for name in sorted(set(sizes) - known)
+    ]
     return problems
 
 
@@ -73,22 +95,38 @@ def _wrong_shard(folder: Path, manifest: Manifest, shard: int) -> list[str]:
     for kind in manifest.files:
         if _sha256(folder / shard_file(shard, kind)) != sums[kind]:
             mend = "remove the shard's files and run the command that made the store again"
-            problems.append(f"{shard_file(shard, kind)}: not the bytes that were written (SHA-256); {mend}")
+            problems.append(
+                f"{shard_file(shard, kind)}: not the bytes that were written (SHA-256); {mend}"
+            )
     view, start, stop = manifest.geometry.place(shard)
     index = np.memmap(folder / shard_file(shard, "index"), INDEX, "r").view(np.ndarray)
-    data = np.memmap(folder / shard_file(shard, "data"), np.uint8, "r").reshape(stop - start, -1).view(np.ndarray)
+    data = (
+        np.memmap(folder / shard_file(shard, "data"), np.uint8, "r")
+        .reshape(stop - start, -1)
+        .view(np.ndarray)
+    )
     bad = broken_rows(index, data, view, start)
     for i in np.flatnonzero((index["label"] < 0) | (index["label"] >= manifest.num_classes)):
-        bad.setdefault(start + int(i), f"its label {index['label'][i]} is none of the {manifest.num_classes} classes")
+        bad.setdefault(
+            start + int(i),
+            f"its label {index['label'][i]} is none of the {manifest.num_classes} classes",
+        )
     if "images" in manifest.files:
         bad |= _wrong_images(folder / shard_file(shard, "images"), index, start, bad)
-    problems += [f"{shard_file(shard, 'index')}: row {row} of view {view}: {why}" for row, why in sorted(bad.items())[:_NAMED]]
+    problems += [
+        f"{shard_file(shard, 'index')}: row {row} of view {view}: {why}"
+        for row, why in sorted(bad.items())[:_NAMED]
+    ]
     if len(bad) > _NAMED:
-        problems.append(f"{shard_file(shard, 'index')}: {len(bad) - _NAMED:,} more rows of view {view}")
+        problems.append(
+            f"{shard_file(shard, 'index')}: {len(bad) - _NAMED:,} more rows of view {view}"
+        )
     return problems
 
 
-def _wrong_images(path: Path, index: np.ndarray, start: int, known: Mapping[int, str]) -> dict[int, str]:
+def _wrong_images(
+    path: Path, index: np.ndarray, start: int, known: Mapping[int, str]
+) -> dict[int, str]:
     """Rows that are not `known` as bad and whose image is."""
     bad: dict[int, str] = {}
     size, end = path.stat().st_size, 0  # of the image before; -1 where only a damaged record knows
@@ -99,15 +137,25 @@ def _wrong_images(path: Path, index: np.ndarray, start: int, known: Mapping[int,
                 continue
             first, length = int(record["image_start"]), int(record["image_bytes"])
             file.seek(min(first, size))
-            if end not in (-1, first) or length > size or zlib.crc32(file.read(length)) != record["image_crc"]:
+            if (
+                end not in (-1, first)
+                or length > size
+                or zlib.crc32(file.read(length)) != record["image_crc"]
+            ):
                 bad[row] = "its image is damaged"
             end = first + length
     if end not in (-1, size):
-        bad.setdefault(start + len(index) - 1, f"the images end at byte {end:,}, the file at {size:,}")
+        bad.setdefault(
+            start + len(index) - 1, f"the images end at byte {end:,}, the file at {size:,}"
+        )
     return bad
 
 
-def merge(sources: Sequence[str | Path], into: str | Path, progress: Callable[[int, int], None] | None = None) -> list[int]:
+def merge(
+    sources: Sequence[str | Path],
+    into: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[int]:
     """Bring the finished shards of parts of one store together in `into`, new or one of the parts. Shards are linked where the file system
     can, else copied; their checksums are checked on the way.
 
@@ -119,7 +167,9 @@ def merge(sources: Sequence[str | Path], into: str | Path, progress: Callable[[i
     manifests = [Manifest.load(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         if differences := manifests[0].differences(manifest, str(folders[0]), str(folder)):
-            raise DataError(f"{folder}: not a part of the same store: {'; '.join(differences[:12])}")
+            raise DataError(
+                f"{folder}: not a part of the same store: {'; '.join(differences[:12])}"
+            )
     writer = StoreWriter.open(into, manifests[0], resume=True)
     into = writer.folder
     found: dict[int, tuple[Path, dict[str, str]]] = {}
@@ -138,7 +188,9 @@ def merge(sources: Sequence[str | Path], into: str | Path, progress: Callable[[i
                 with locked(into / shard_file(shard, LOCK[1:])):
                     _bring(folder, into, shard, sums)
             except Busy as error:
-                raise DataError(f"{into}: another process is writing shard {shard}; wait for it, or stop it") from error
+                raise DataError(
+                    f"{into}: another process is writing shard {shard}; wait for it, or stop it"
+                ) from error
         if progress:
             progress(number, len(found))
     return writer.finish()
@@ -148,7 +200,9 @@ def _bring(folder: Path, into: Path, shard: int, sums: dict[str, str]) -> None:
     for kind, wanted in sums.items():
         source, target = folder / shard_file(shard, kind), into / shard_file(shard, kind)
         if _sha256(source) != wanted:
-            raise DataError(f"{source}: not the bytes that were written (SHA-256); dad-fast store verify {folder} says more")
+            raise DataError(
+                f"{source}: not the bytes that were written (SHA-256); dad-fast store verify {folder} says more"
+            )
         part = target.with_name(target.name + PART)
         part.unlink(missing_ok=True)
         try:

@@ -26,11 +26,28 @@ import numpy as np
 from dad_fast.errors import DataError, NotFinite, UsageError
 from dad_fast.files import disk_error, sync
 from dad_fast.store.images import stored_files
-from dad_fast.store.layout import INDEX, KEPT, READABLE, Block, broken_rows, crcs, hash_keys, seal, shard_file
+from dad_fast.store.layout import (
+    INDEX,
+    KEPT,
+    READABLE,
+    Block,
+    broken_rows,
+    crcs,
+    hash_keys,
+    seal,
+    shard_file,
+)
 from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
 from dad_fast.store.part import Bytes, Part
-from dad_fast.store.state import SUMS, finished_shards, is_finished, missing_shards, recorded_sums, sums_text
+from dad_fast.store.state import (
+    SUMS,
+    finished_shards,
+    is_finished,
+    missing_shards,
+    recorded_sums,
+    sums_text,
+)
 
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
 
@@ -78,31 +95,46 @@ class StoreWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / (MANIFEST + LOCK), wait=True):
-                names = {path.name for path in folder.iterdir()} - {MANIFEST + LOCK, MANIFEST + PART}
+                names = {path.name for path in folder.iterdir()} - {
+                    MANIFEST + LOCK,
+                    MANIFEST + PART,
+                }
                 if MANIFEST not in names:
                     if names:
-                        raise UsageError(f"{folder}: holds other files, such as {min(names)}; a store needs a folder of its own")
+                        raise UsageError(
+                            f"{folder}: holds other files, such as {min(names)}; a store needs a folder of its own"
+                        )
                     write_whole(folder / MANIFEST, manifest.with_shards(()).to_json())
                     return cls(folder, manifest.with_shards(()))
                 if not resume:
-                    raise UsageError(f"{folder}: there is a store already, and this would begin one; name another folder")
+                    raise UsageError(
+                        f"{folder}: there is a store already, and this would begin one; name another folder"
+                    )
         except OSError as error:
             raise disk_error(error, folder) from error
         there = Manifest.load(folder)
         if differences := there.differences(manifest):
-            raise DataError(f"{folder}: made with other settings: {'; '.join(differences[:12])}; use those, or name another folder")
+            raise DataError(
+                f"{folder}: made with other settings: {'; '.join(differences[:12])}; use those, or name another folder"
+            )
         return cls(folder, there)
 
     def shards_to_do(self, rank: int = 0, world: int = 1) -> list[int]:
         """The shards of this process that are not there yet. Every shard is some process's, whatever `world` was before."""
         there = set(finished_shards(self.folder, self.manifest))
-        return [shard for shard in range(rank, self.manifest.geometry.num_shards, world) if shard not in there]
+        return [
+            shard
+            for shard in range(rank, self.manifest.geometry.num_shards, world)
+            if shard not in there
+        ]
 
     def blocks_to_do(self, number: int) -> list[Block]:
         """What is left of a shard; for who must know all blocks before the first is computed. An earlier attempt's blocks are checked;
         where it had written all of them, the shard is finished here.
         """
-        names = [shard_file(number, kind) + end for kind in self.manifest.files for end in ("", PART)]
+        names = [
+            shard_file(number, kind) + end for kind in self.manifest.files for end in ("", PART)
+        ]
         if not any((self.folder / name).exists() for name in names):
             return self.manifest.geometry.blocks(number)
         with self.shard(number) as shard:
@@ -119,7 +151,9 @@ class StoreWriter:
                 with ShardWriter(self.folder, self.manifest, number) as shard:
                     yield shard
         except Busy as error:
-            raise DataError(f"{self.folder}: another process is writing shard {number}; wait for it, or stop it") from error
+            raise DataError(
+                f"{self.folder}: another process is writing shard {number}; wait for it, or stop it"
+            ) from error
 
     def finish(self) -> list[int]:
         """Complete the store when all shards are there. Any process may call this, several too, and again.
@@ -129,7 +163,11 @@ class StoreWriter:
         with locked(self.folder / (MANIFEST + LOCK), wait=True):
             manifest = Manifest.load(self.folder)
             missing = missing_shards(self.folder, manifest)
-            sums = [recorded_sums(self.folder, manifest, shard) for shard in range(manifest.geometry.num_shards) if shard not in missing]
+            sums = [
+                recorded_sums(self.folder, manifest, shard)
+                for shard in range(manifest.geometry.num_shards)
+                if shard not in missing
+            ]
             if missing:
                 return missing
             complete = manifest.with_shards(tuple(entry for entry in sums if entry))
@@ -137,7 +175,9 @@ class StoreWriter:
                 write_whole(self.folder / MANIFEST, complete.to_json())
             for shard in range(manifest.geometry.num_shards):
                 (self.folder / shard_file(shard, SUMS)).unlink(missing_ok=True)
-            for path in self.folder.glob("shard-*.lock"):  # of processes that were killed after their shard's last byte
+            for path in self.folder.glob(
+                "shard-*.lock"
+            ):  # of processes that were killed after their shard's last byte
                 with suppress(Busy), locked(path):
                     pass
             self.manifest = complete
@@ -151,7 +191,9 @@ class ShardWriter:
         self.folder, self.manifest, self.number = folder, manifest, number
         self.blocks = manifest.geometry.blocks(number)
         # The manifest as it is now: another process may have completed the store, which ends the checksums' own files.
-        self.finished = is_finished(folder, manifest, number) or is_finished(folder, Manifest.load(folder), number)
+        self.finished = is_finished(folder, manifest, number) or is_finished(
+            folder, Manifest.load(folder), number
+        )
         self.next_block = len(self.blocks) if self.finished else 0
         self._files: dict[str, Part] = {}
         self._synced = time.monotonic()
@@ -190,14 +232,20 @@ class ShardWriter:
         """
         block = self.blocks[self.next_block]
         index, data, images = self._encode(block, records)
-        content: dict[str, list[Bytes]] = {"index": [index.tobytes()], "data": [data.tobytes()], "images": images}
+        content: dict[str, list[Bytes]] = {
+            "index": [index.tobytes()],
+            "data": [data.tobytes()],
+            "images": images,
+        }
         try:
             for kind, part in self._files.items():
                 for piece in content[kind]:
                     part.write(piece)
         except OSError as error:
             for part in self._files.values():
-                with suppress(OSError):  # on a disk that refuses this too; whoever opens the part again cuts off what is not whole
+                with suppress(
+                    OSError
+                ):  # on a disk that refuses this too; whoever opens the part again cuts off what is not whole
                     part.undo()
             raise disk_error(error, self.folder / shard_file(self.number, "data")) from error
         for part in self._files.values():
@@ -211,7 +259,11 @@ class ShardWriter:
     def _encode(self, block: Block, records: Records) -> tuple[np.ndarray, np.ndarray, list[Bytes]]:
         """INDEX [n], uint8 [n, size], and the images' bytes."""
         manifest, num = self.manifest, len(block)
-        readable = np.ones(num, bool) if records.readable is None else _array(records.readable, (num,), "readable").astype(bool)
+        readable = (
+            np.ones(num, bool)
+            if records.readable is None
+            else _array(records.readable, (num,), "readable").astype(bool)
+        )
         outputs = _array(records.outputs, (num, manifest.num_classes), "outputs").astype(np.float32)
         labels = _array(records.labels, (num,), "labels")
         if len(records.keys) != num:
@@ -219,7 +271,9 @@ class ShardWriter:
         bad = readable & ~np.isfinite(outputs).all(axis=1)
         if bad.any():
             name = records.keys[int(bad.argmax())]
-            raise NotFinite(f"the teacher's outputs on {name} are not numbers; look at that image, or try --no-amp")
+            raise NotFinite(
+                f"the teacher's outputs on {name} are not numbers; look at that image, or try --no-amp"
+            )
 
         data = np.zeros(num, manifest.data_dtype)
         manifest.outputs_form.encode(np.where(readable[:, None], outputs, 0), data)
@@ -234,14 +288,22 @@ class ShardWriter:
         index["label"], index["view"] = labels, block.view
         index["flags"] = READABLE * readable
         if records.kept is not None:
-            index["flags"] |= (KEPT * (readable & _array(records.kept, (num,), "kept").astype(bool))).astype(np.uint16)
+            index["flags"] |= (
+                KEPT * (readable & _array(records.kept, (num,), "kept").astype(bool))
+            ).astype(np.uint16)
         index["changed"] = np.nan
         if records.changed is not None:
-            index["changed"] = np.where(readable, _array(records.changed, (num,), "changed"), np.nan)
+            index["changed"] = np.where(
+                readable, _array(records.changed, (num,), "changed"), np.nan
+            )
         images: list[Bytes] = []
         if manifest.images != "none":
             given = records.images
-            pixels = given if isinstance(given, list) else _array(given, (num, *manifest.image_size, 3), "images")
+            pixels = (
+                given
+                if isinstance(given, list)
+                else _array(given, (num, *manifest.image_size, 3), "images")
+            )
             images = stored_files(pixels, manifest.images, readable)
             index["image_bytes"] = sizes = [len(content) for content in images]
             index["image_start"] = self._files["images"].size + np.cumsum([0, *sizes])[:-1]
@@ -254,8 +316,14 @@ class ShardWriter:
         """Keep the whole blocks of an earlier attempt, whose checksums are right, and cut off the rest."""
         for block in self.blocks:
             index = np.frombuffer(self._files["index"].read(len(block) * INDEX.itemsize), np.uint8)
-            data = np.frombuffer(self._files["data"].read(len(block) * self.manifest.bytes_per_sample["data"]), np.uint8)
-            if len(index) < len(block) * INDEX.itemsize or len(data) < len(block) * self.manifest.bytes_per_sample["data"]:
+            data = np.frombuffer(
+                self._files["data"].read(len(block) * self.manifest.bytes_per_sample["data"]),
+                np.uint8,
+            )
+            if (
+                len(index) < len(block) * INDEX.itemsize
+                or len(data) < len(block) * self.manifest.bytes_per_sample["data"]
+            ):
                 break
             records = index.view(INDEX)
             if broken_rows(records, data.reshape(len(block), -1), block.view, block.start):

@@ -34,7 +34,9 @@ class Plan:
 
 class Axis(NamedTuple):
     help: str
-    cells: Callable[[Config, Sequence[str]], Cells]  # of the base and of the values that were typed, if any
+    cells: Callable[
+        [Config, Sequence[str]], Cells
+    ]  # of the base and of the values that were typed, if any
     flag: str = ""  # what the values are typed after; with it the axis needs no naming in --axes
     needs_values: bool = False
 
@@ -60,11 +62,16 @@ def _weights(base: Config, values: Sequence[str]) -> Cells:
 
 
 def _teachers(base: Config, values: Sequence[str]) -> Cells:
-    return {f"teacher={short}": {"teacher.name": name} for name, short in _short_names(values).items()}
+    return {
+        f"teacher={short}": {"teacher.name": name} for name, short in _short_names(values).items()
+    }
 
 
 def _discretizers(base: Config, values: Sequence[str]) -> Cells:
-    return {f"discretizer={short}": {"discretizer.name": name} for name, short in _short_names(values or ("identity", "jpeg:75")).items()}
+    return {
+        f"discretizer={short}": {"discretizer.name": name}
+        for name, short in _short_names(values or ("identity", "jpeg:75")).items()
+    }
 
 
 def _budgets(base: Config, values: Sequence[str]) -> Cells:
@@ -100,7 +107,9 @@ def _lp_clip(base: Config, values: Sequence[str]) -> Cells:
 
 def _thresholds(base: Config, values: Sequence[str]) -> Cells:
     typed = [_number("--thresholds", "lp_clip.threshold", value) for value in values]
-    return {f"threshold={value:g}": {"lp_clip.threshold": value} for value in typed or (0.5, 0.8, 0.95)}
+    return {
+        f"threshold={value:g}": {"lp_clip.threshold": value} for value in typed or (0.5, 0.8, 0.95)
+    }
 
 
 def _strengths(base: Config, values: Sequence[str]) -> Cells:
@@ -108,26 +117,45 @@ def _strengths(base: Config, values: Sequence[str]) -> Cells:
     for value in values:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
             raise UsageError(f"--strengths {value}: a number, 0 or more, as in rand-m9")
-    return {f"m={value}": {"augment.aa": re.sub(r"-m[0-9.]+", f"-m{value}", policy)} for value in values or ("2", "9", "15")}
+    return {
+        f"m={value}": {"augment.aa": re.sub(r"-m[0-9.]+", f"-m{value}", policy)}
+        for value in values or ("2", "9", "15")
+    }
 
 
 def _variants(base: Config, values: Sequence[str]) -> Cells:
-    return {name: dict(flatten(tables, f"variants.{name}")) for name, tables in base.variants.items()}
+    return {
+        name: dict(flatten(tables, f"variants.{name}")) for name, tables in base.variants.items()
+    }
 
 
 AXES = {
-    "components": Axis("ce, kd, aug-only, dad: neither, distillation, augmentation, both", _components),
+    "components": Axis(
+        "ce, kd, aug-only, dad: neither, distillation, augmentation, both", _components
+    ),
     "methods": Axis("dat and dat+dad: the attack on the student", _methods),
-    "weights": Axis("loss.kd and loss.dad as a grid: --weights X ... [half, once, twice the base's]", _weights, "--weights"),
+    "weights": Axis(
+        "loss.kd and loss.dad as a grid: --weights X ... [half, once, twice the base's]",
+        _weights,
+        "--weights",
+    ),
     "teacher": Axis("--teachers A B ...", _teachers, "--teachers", needs_values=True),
-    "discretizer": Axis("--discretizers A B ... [identity, jpeg:75]", _discretizers, "--discretizers"),
-    "budget": Axis("attack.eps: --budgets X ... [a quarter, half, twice the base's]", _budgets, "--budgets"),
+    "discretizer": Axis(
+        "--discretizers A B ... [identity, jpeg:75]", _discretizers, "--discretizers"
+    ),
+    "budget": Axis(
+        "attack.eps: --budgets X ... [a quarter, half, twice the base's]", _budgets, "--budgets"
+    ),
     "start": Axis("random start of 0, 0.8 and 1; only the noise; only Q(x)", _starts),
     "order": Axis("Q(x+d) as in the paper, Q(Q(x)+d) as in the authors' code", _order),
     "filter": Axis("with and without the teacher's filter", _filter),
     "lp-clip": Axis("without its weights, without strong augmentation, with true labels", _lp_clip),
-    "threshold": Axis("lp_clip.threshold: --thresholds X ... [0.5, 0.8, 0.95]", _thresholds, "--thresholds"),
-    "strength": Axis("RandAugment's magnitude: --strengths M ... [2, 9, 15]", _strengths, "--strengths"),
+    "threshold": Axis(
+        "lp_clip.threshold: --thresholds X ... [0.5, 0.8, 0.95]", _thresholds, "--thresholds"
+    ),
+    "strength": Axis(
+        "RandAugment's magnitude: --strengths M ... [2, 9, 15]", _strengths, "--strengths"
+    ),
     "variants": Axis("the [variants] of the preset or of CONFIG.toml", _variants),
 }
 
@@ -137,20 +165,29 @@ class _Growing:
     """Cells as they are found."""
 
     base: Config
-    names: dict[tuple[tuple[str, str], ...], str] = field(default_factory=dict)  # what a cell computes -> its name
+    names: dict[tuple[tuple[str, str], ...], str] = field(
+        default_factory=dict
+    )  # what a cell computes -> its name
     cells: Cells = field(default_factory=dict)
 
     def add(self, name: str, changes: Changes, axis: str) -> str:
         """The name under which the cell is run: another one where the same is run already."""
-        coerced = {path: coerce(lookup(path, f"axis {axis}"), value, f"axis {axis}") for path, value in changes.items()}
+        coerced = {
+            path: coerce(lookup(path, f"axis {axis}"), value, f"axis {axis}")
+            for path, value in changes.items()
+        }
         coerced = {path: value for path, value in coerced.items() if value != get(self.base, path)}
         found = self.names.setdefault(identity(with_values(self.base, coerced)), name)
         if found != name:
             return found
         if name in self.cells and self.cells[name] != coerced:
-            raise UsageError(f"axis {axis}: its cell {name} is not the run of that name in another axis; give it another name")
+            raise UsageError(
+                f"axis {axis}: its cell {name} is not the run of that name in another axis; give it another name"
+            )
         if not VARIANT_NAME.fullmatch(name):
-            raise UsageError(f"axis {axis}: {name!r} cannot be a cell's name, since it becomes a folder")
+            raise UsageError(
+                f"axis {axis}: {name!r} cannot be a cell's name, since it becomes a folder"
+            )
         self.cells.setdefault(name, coerced)
         return name
 
@@ -160,7 +197,9 @@ def papers_axis(cfg: Config) -> str:
     return "lp-clip" if cfg.method == "lp-clip" else "components"
 
 
-def make_plan(cfg: Config, axes: Sequence[str], values: Mapping[str, Sequence[str]], vary: Sequence[str] = ()) -> Plan:
+def make_plan(
+    cfg: Config, axes: Sequence[str], values: Mapping[str, Sequence[str]], vary: Sequence[str] = ()
+) -> Plan:
     """The sweep around `cfg`, whose own variants are one of the axes.
 
     axes: names in AXES, in the order of the table; values: what was typed for an axis; vary: texts "section.key=V1,V2" (or V1;V2 where
@@ -168,18 +207,24 @@ def make_plan(cfg: Config, axes: Sequence[str], values: Mapping[str, Sequence[st
     It is left to `resolve.check` whether the settings of each cell fit together.
     """
     if cfg.store.dirs:
-        raise UsageError("--store: a store belongs to one attack and one teacher, and cells differ in them; use --stores, which fills them")
+        raise UsageError(
+            "--store: a store belongs to one attack and one teacher, and cells differ in them; use --stores, which fills them"
+        )
     base = with_values(cfg, {"variants": {}})
     growing = _Growing(base)
     growing.add(base.method, {}, "base")
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys([*axes, *(axis for axis in AXES if values.get(axis))]):
         if name not in AXES:
-            raise UsageError(f"--axes {name}: no such axis{nearest(name, AXES)} (axes: {', '.join(AXES)}; any setting: --vary KEY=V1,V2)")
+            raise UsageError(
+                f"--axes {name}: no such axis{nearest(name, AXES)} (axes: {', '.join(AXES)}; any setting: --vary KEY=V1,V2)"
+            )
         axis = AXES[name]
         if axis.needs_values and not values.get(name):
             raise UsageError(f"--axes {name}: say which: {axis.flag} A B")
-        found[name] = _grow(growing, name, axis.cells(cfg if name == "variants" else base, values.get(name, ())))
+        found[name] = _grow(
+            growing, name, axis.cells(cfg if name == "variants" else base, values.get(name, ()))
+        )
     for text in vary:
         path, cells = _varied(text)
         found[path] = _grow(growing, path, cells)
@@ -192,7 +237,14 @@ def make_plan(cfg: Config, axes: Sequence[str], values: Mapping[str, Sequence[st
 
 
 def _grow(growing: _Growing, axis: str, cells: Cells) -> list[str]:
-    return list(dict.fromkeys([growing.base.method, *(growing.add(name, changes, axis) for name, changes in cells.items())]))
+    return list(
+        dict.fromkeys(
+            [
+                growing.base.method,
+                *(growing.add(name, changes, axis) for name, changes in cells.items()),
+            ]
+        )
+    )
 
 
 def _varied(text: str) -> tuple[str, Cells]:
@@ -201,24 +253,43 @@ def _varied(text: str) -> tuple[str, Cells]:
     path = path.strip()
     values = [value.strip() for value in typed.split(";" if ";" in typed else ",")]
     if not equals or not path or "" in values:
-        raise UsageError(f"{where}: write --vary section.key=VALUE,VALUE (VALUE;VALUE where a value has commas)")
+        raise UsageError(
+            f"{where}: write --vary section.key=VALUE,VALUE (VALUE;VALUE where a value has commas)"
+        )
     setting = lookup(path, where)
     if path in _NOT_A_FACTOR or path == "store.dirs":
-        raise UsageError(f"{where}: {path} is no factor of a sweep{'; use --seeds' if path.startswith('seed') else ''}")
+        raise UsageError(
+            f"{where}: {path} is no factor of a sweep{'; use --seeds' if path.startswith('seed') else ''}"
+        )
     key = path.rpartition(".")[2]
-    return path, {f"{key}={_slug(value)}": {path: coerce(setting, value, where)} for value in values}
+    return path, {
+        f"{key}={_slug(value)}": {path: coerce(setting, value, where)} for value in values
+    }
 
 
 # Settings that change nothing of what a run computes: how it is fed, watched, kept and judged, and which of the seeds it has.
 _NOT_A_FACTOR = {
-    *("data.workers", "data.max_bad_share", "log_every", "device", "seeds", "seed", "engine.cuda_graphs", "engine.dist_timeout"),
+    *(
+        "data.workers",
+        "data.max_bad_share",
+        "log_every",
+        "device",
+        "seeds",
+        "seed",
+        "engine.cuda_graphs",
+        "engine.dist_timeout",
+    ),
     *(path for path in settings() if path.startswith(("eval.", "checkpoint."))),
 }
 
 
 def identity(cfg: Config) -> tuple[tuple[str, str], ...]:
     """What a run computes: the settings that its method uses, without the seed. Equal for runs that are the same."""
-    return tuple((path, repr(get(cfg, path))) for path in settings() if path not in _NOT_A_FACTOR and _used(cfg.method, path))
+    return tuple(
+        (path, repr(get(cfg, path)))
+        for path in settings()
+        if path not in _NOT_A_FACTOR and _used(cfg.method, path)
+    )
 
 
 # The methods whose loss has the term of each weight; what no term needs makes no difference between runs.

@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 
 from dad_fast.errors import DataError, UsageError, program
 from dad_fast.evaluate import tables as table
-from dad_fast.evaluate.tables import Grid, cell, markdown, read_record, spread, suites, value_of, variants
+from dad_fast.evaluate.tables import (
+    Grid,
+    cell,
+    markdown,
+    read_record,
+    spread,
+    suites,
+    value_of,
+    variants,
+)
 
 # Student's t at 97.5 %, for 1 to 9 degrees of freedom.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -32,7 +41,9 @@ class Difference(NamedTuple):
     pairs: list[float]  # one per seed that both have
 
 
-def difference(base: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], suite: str, metric: str = "top1") -> Difference | None:
+def difference(
+    base: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], suite: str, metric: str = "top1"
+) -> Difference | None:
     """`runs` minus `base` in `metric` on `suite`, over the seeds that both have; None where there is none."""
     by_seed = {run["seed"]: value_of(run, suite, metric) for run in base}
     both = ((value_of(run, suite, metric), by_seed.get(run["seed"])) for run in runs)
@@ -87,13 +98,22 @@ def axis_rows(record: dict[str, Any], axis: str) -> Grid:
             continue
         is_base = name == ablation["base"]
         ratio = f"{_seconds(runs) / seconds:.2f}" if seconds else "–"
-        row = [f"{name} (base)" if is_base else name, str(len(runs)), f"{_seconds(runs):.0f}", ratio]
+        row = [
+            f"{name} (base)" if is_base else name,
+            str(len(runs)),
+            f"{_seconds(runs):.0f}",
+            ratio,
+        ]
         for suite in names:
             if is_base:
                 row.append(_absolute(cell(runs, suite, "top1")))
                 continue
             found = difference(base, runs, suite)
-            if found is not None and found.interval is not None and (found.interval[0] > 0 or found.interval[1] < 0):
+            if (
+                found is not None
+                and found.interval is not None
+                and (found.interval[0] > 0 or found.interval[1] < 0)
+            ):
                 clear.add((len(rows), len(row)))
             row.append(_relative(found))
         rows.append(row)
@@ -105,13 +125,19 @@ def _seconds(runs: Sequence[dict[str, Any]]) -> float:
 
 
 def _absolute(found: tuple[float, float | None] | None) -> str:
-    return "–" if found is None else f"{found[0]:.1f}" + ("" if found[1] is None else f" ± {found[1]:.1f}")
+    return (
+        "–"
+        if found is None
+        else f"{found[0]:.1f}" + ("" if found[1] is None else f" ± {found[1]:.1f}")
+    )
 
 
 def _relative(found: Difference | None) -> str:
     if found is None:
         return "–"
-    interval = "" if found.interval is None else f" [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
+    interval = (
+        "" if found.interval is None else f" [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
+    )
     return f"{found.mean:+.1f}{interval}".replace("-", "−")
 
 
@@ -121,9 +147,13 @@ def notes(record: dict[str, Any]) -> list[str]:
     tables = [axis_rows(record, axis) for axis in ablation["axes"]]
     clear = sum(len(found) for *_, found in tables)
     compared = sum("[" in text for _, rows, _ in tables for row in rows for text in row)
-    lines = [f"The row of {base} is top-1 accuracy in %, mean ± standard deviation over seeds; the others: difference from it in points."]
+    lines = [
+        f"The row of {base} is top-1 accuracy in %, mean ± standard deviation over seeds; the others: difference from it in points."
+    ]
     if compared:
-        lines.append("[low, high]: 95 % interval of the difference over seeds, paired (Student's t). Bold: it leaves 0 out.")
+        lines.append(
+            "[low, high]: 95 % interval of the difference over seeds, paired (Student's t). Bold: it leaves 0 out."
+        )
         lines.append(
             f"Of {compared} intervals {clear} leave 0 out; about {0.05 * compared:.0f} would by chance alone. "
             "The spread is that of student seeds only: teacher, discretizer and data are the same."
@@ -131,9 +161,14 @@ def notes(record: dict[str, Any]) -> list[str]:
     else:
         lines.append("One seed has no spread: do not read small differences.")
     if ablation["stores"]:
-        kinds = {"adversarial": "adversarial images, un-augmented", "targets": "the teacher's outputs on augmented views"}
+        kinds = {
+            "adversarial": "adversarial images, un-augmented",
+            "targets": "the teacher's outputs on augmented views",
+        }
         what = " and ".join(kinds[kind] for kind in ablation["stores"])
-        lines.append(f"Cells that can, the base too, learn from stores ({what}), drawn once for all seeds; online runs may differ.")
+        lines.append(
+            f"Cells that can, the base too, learn from stores ({what}), drawn once for all seeds; online runs may differ."
+        )
     lines += [f"{name} failed: {why}" for name, why in ablation["failed"].items()]
     return lines
 
@@ -148,7 +183,17 @@ def axes_markdown(record: dict[str, Any]) -> str:
 
 def ablation_markdown(record: dict[str, Any]) -> str:
     """The axes' tables, and those of every cell as it is."""
-    return "\n".join([axes_markdown(record), "## every cell", "", markdown(record), "", markdown(record, "ece"), ""])
+    return "\n".join(
+        [
+            axes_markdown(record),
+            "## every cell",
+            "",
+            markdown(record),
+            "",
+            markdown(record, "ece"),
+            "",
+        ]
+    )
 
 
 def read_ablation(arguments: Sequence[str], module: str) -> dict[str, Any]:
@@ -163,7 +208,11 @@ def read_ablation(arguments: Sequence[str], module: str) -> dict[str, Any]:
 
 def print_ablation(record: dict[str, Any]) -> None:
     """The axes' tables and notes on the terminal."""
-    table.print_grids({axis: axis_rows(record, axis) for axis in record["ablation"]["axes"]}, notes(record), ablation_markdown(record))
+    table.print_grids(
+        {axis: axis_rows(record, axis) for axis in record["ablation"]["axes"]},
+        notes(record),
+        ablation_markdown(record),
+    )
 
 
 @program

@@ -26,7 +26,9 @@ class Cost:
     runs: dict[str, float]  # cell -> one run of it, evaluation included
     stores: dict[str, float]  # folder -> filling it
     store_bytes: int
-    reference: tuple[str, float]  # a plain KD run of the base's length, or the base where there can be none
+    reference: tuple[
+        str, float
+    ]  # a plain KD run of the base's length, or the base where there can be none
     teacher: float  # evaluating a teacher, once in a sweep
     threads: int
 
@@ -38,7 +40,9 @@ def print_plan(sweep: Sweep, launch: Launch) -> int:
     cost = _cost(sweep, plan, devices)
     done = {run.name for run in sweep.runs if run.record() is not None}
     width, indent = max(map(len, config.variants)) + 7, max(map(len, plan.axes)) + 2
-    print(f"{'':<{indent}}{'cell':<{width}}{'seeds':>6}{'done':>6}{'s a run':>9}{f'× {cost.reference[0]}':>12}")
+    print(
+        f"{'':<{indent}}{'cell':<{width}}{'seeds':>6}{'done':>6}{'s a run':>9}{f'× {cost.reference[0]}':>12}"
+    )
     shown = set[str]()
     for axis, names in plan.axes.items():
         for number, name in enumerate(names):
@@ -58,17 +62,25 @@ def print_plan(sweep: Sweep, launch: Launch) -> int:
 
 def _print_totals(sweep: Sweep, left: Sequence[Run], devices: Sequence[str], cost: Cost) -> None:
     num_runs = len(sweep.runs)
-    print(f"\n{len(sweep.config.variants)} cells, {num_runs} runs; {num_runs - len(left)} are done, {len(left)} to do")
+    print(
+        f"\n{len(sweep.config.variants)} cells, {num_runs} runs; {num_runs - len(left)} are done, {len(left)} to do"
+    )
     for store in sweep.stores:
         users = sum(store.folder in run.cfg.store.dirs for run in sweep.runs)
-        print(f"{users} runs learn from {store.folder}, filled once in {format_seconds(cost.stores[store.folder])}")
+        print(
+            f"{users} runs learn from {store.folder}, filled once in {format_seconds(cost.stores[store.folder])}"
+        )
     if sweep.stores:
         size = f"{cost.store_bytes / 1e6:,.1f} MB in all"
         print(f"stores: {size}; their images are not augmented, and one draw serves all seeds")
     needed = {folder for run in left for folder in run.cfg.store.dirs}
-    total = sum(cost.runs[run.variant] for run in left) + sum(cost.stores[folder] for folder in needed)
+    total = sum(cost.runs[run.variant] for run in left) + sum(
+        cost.stores[folder] for folder in needed
+    )
     total += cost.teacher * len({repr(run.cfg.teacher) for run in left})
-    several = f", {format_seconds(total / len(devices))} on {len(devices)}" if len(devices) > 1 else ""
+    several = (
+        f", {format_seconds(total / len(devices))} on {len(devices)}" if len(devices) > 1 else ""
+    )
     name, seconds = cost.reference
     times = f"{total / seconds:.1f} times one run of {name} ({seconds:.0f} s)"
     print(f"cost: {format_seconds(total)} on one process like this one{several}; {times}")
@@ -85,7 +97,9 @@ def _cost(sweep: Sweep, plan: Plan, devices: Sequence[str]) -> Cost:
     can_distil = bool(base.student.name and base.teacher.name)
     reference = online(with_values(base, {"method": "kd"})) if can_distil else base
     kinds = {
-        store.folder: "codes" if store.launch.images == "none" and store.kind == "adversarial" else store.kind
+        store.folder: "codes"
+        if store.launch.images == "none" and store.kind == "adversarial"
+        else store.kind
         for store in sweep.stores
     }
 
@@ -93,15 +107,25 @@ def _cost(sweep: Sweep, plan: Plan, devices: Sequence[str]) -> Cost:
         measured = {**cells, "": reference}
         return {
             "do": "measure",
-            "runs": {name: to_toml(with_values(cfg, {"device": device})) for name, cfg in measured.items()},
-            "stored": {name: [kinds[folder] for folder in cfg.store.dirs] for name, cfg in cells.items()},
+            "runs": {
+                name: to_toml(with_values(cfg, {"device": device}))
+                for name, cfg in measured.items()
+            },
+            "stored": {
+                name: [kinds[folder] for folder in cfg.store.dirs] for name, cfg in cells.items()
+            },
             "stores": [store_message(store, device) for store in sweep.stores],
         }
 
     answers: list[dict[str, Any]] = []
     with stop_requests() as stop, JobsProgress() as progress:
         with Pool(devices[:1], logs=None, threads_for=len(devices)) as pool:
-            pool.run([Job("measure", message)], lambda _, answer, __: answers.append(answer), stop, progress.update)
+            pool.run(
+                [Job("measure", message)],
+                lambda _, answer, __: answers.append(answer),
+                stop,
+                progress.update,
+            )
         if stop.error:
             raise stop.error("nothing was written")
     found = answers[0]

@@ -32,7 +32,9 @@ def forest_plot(record: dict[str, Any]) -> str:
         shown = [name for name in cells if name != base and name in grouped]
         lines += [(axis, ""), *((axis, name) for name in shown)] if shown else []
     width, height = LABELS + len(names) * (PANEL + GAP), TOP + ROW * len(lines) + BOTTOM
-    parts = [f'<text class="head" x="8" y="20">Top-1 accuracy against {escape(base)}, in points</text>']
+    parts = [
+        f'<text class="head" x="8" y="20">Top-1 accuracy against {escape(base)}, in points</text>'
+    ]
     seeds = len(grouped.get(base, []))
     what = "one seed: no spread"
     if seeds > 1:
@@ -41,9 +43,14 @@ def forest_plot(record: dict[str, Any]) -> str:
     for row, (axis, name) in enumerate(lines):
         y = TOP + row * ROW + 13
         style = "head" if not name else ""
-        parts.append(f'<text class="{style}" x="{8 if not name else 20}" y="{y}">{escape(name or axis)}</text>')
+        parts.append(
+            f'<text class="{style}" x="{8 if not name else 20}" y="{y}">{escape(name or axis)}</text>'
+        )
     for number, suite in enumerate(names):
-        found = [difference(grouped.get(base, []), grouped[name], suite) if name else None for _, name in lines]
+        found = [
+            difference(grouped.get(base, []), grouped[name], suite) if name else None
+            for _, name in lines
+        ]
         parts += _panel(LABELS + number * (PANEL + GAP), suite, found, height)
     style = f'<style>{STYLE.strip()}</style><rect width="{width}" height="{height}" fill="#fff"/>'
     return (
@@ -55,8 +62,15 @@ def forest_plot(record: dict[str, Any]) -> str:
 def _panel(left: int, suite: str, found: Sequence[Difference | None], height: int) -> list[str]:
     found = [item if item is not None and math.isfinite(item.mean) else None for item in found]
     reach = [value for item in found if item for value in item.pairs] + [0.0]
-    room = (max(reach) - min(reach)) / 2  # an interval over few seeds can be many times as wide as what was seen
-    ends = [min(max(end, min(reach) - room), max(reach) + room) for item in found if item and item.interval for end in item.interval]
+    room = (
+        max(reach) - min(reach)
+    ) / 2  # an interval over few seeds can be many times as wide as what was seen
+    ends = [
+        min(max(end, min(reach) - room), max(reach) + room)
+        for item in found
+        if item and item.interval
+        for end in item.interval
+    ]
     marks = ticks(min(reach + ends), max(reach + ends), 4)
     low, high = marks[0], marks[-1]
 
@@ -64,19 +78,31 @@ def _panel(left: int, suite: str, found: Sequence[Difference | None], height: in
         return left + (min(max(value, low), high) - low) / (high - low) * PANEL
 
     bottom = height - BOTTOM
-    parts = [f'<text class="head" x="{left + PANEL / 2}" y="{TOP - 8}" text-anchor="middle">{escape(suite)}</text>']
+    parts = [
+        f'<text class="head" x="{left + PANEL / 2}" y="{TOP - 8}" text-anchor="middle">{escape(suite)}</text>'
+    ]
     for mark in marks:
         style = "zero" if mark == 0 else "axis"
-        parts.append(f'<line class="{style}" x1="{at(mark):.1f}" x2="{at(mark):.1f}" y1="{TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="soft" x="{at(mark):.1f}" y="{bottom + 16}" text-anchor="middle">{mark:g}</text>')
+        parts.append(
+            f'<line class="{style}" x1="{at(mark):.1f}" x2="{at(mark):.1f}" y1="{TOP}" y2="{bottom}"/>'
+        )
+        parts.append(
+            f'<text class="soft" x="{at(mark):.1f}" y="{bottom + 16}" text-anchor="middle">{mark:g}</text>'
+        )
     for row, item in enumerate(found):
         if item is None:
             continue
         y = TOP + row * ROW + 8
         if item.interval is not None:
             start, end = item.interval
-            parts.append(f'<line class="range" x1="{at(start):.1f}" x2="{at(end):.1f}" y1="{y}" y2="{y}"/>')
-        parts += [f'<circle class="seed" cx="{at(value):.1f}" cy="{y + 6}" r="1.8"/>' for value in item.pairs if len(item.pairs) > 1]
+            parts.append(
+                f'<line class="range" x1="{at(start):.1f}" x2="{at(end):.1f}" y1="{y}" y2="{y}"/>'
+            )
+        parts += [
+            f'<circle class="seed" cx="{at(value):.1f}" cy="{y + 6}" r="1.8"/>'
+            for value in item.pairs
+            if len(item.pairs) > 1
+        ]
         parts.append(f'<circle class="dot" cx="{at(item.mean):.1f}" cy="{y}" r="3.5"/>')
     return parts
 

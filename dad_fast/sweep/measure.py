@@ -40,7 +40,12 @@ def measure(
     stored: the kinds of store that a run will learn from. They do not exist yet and are imitated.
     Evaluation is timed with the first run's student.
     """
-    found: dict[str, Any] = {"runs": {}, "stores": {}, "teacher": 0.0, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "runs": {},
+        "stores": {},
+        "teacher": 0.0,
+        "threads": torch.get_num_threads(),
+    }
     evaluation: dict[str, float] = {}
     for number, (name, cfg) in enumerate(runs.items()):
         report_progress(number, len(runs), f"timing {name or 'plain distillation'}")
@@ -57,7 +62,9 @@ def measure(
     for store in stores:
         filler = make_builder(store.config, store.launch)
         manifest = filler.manifest
-        blocks = sum(len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards))
+        blocks = sum(
+            len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards)
+        )
         size = sum(manifest.bytes_per_sample.values()) * manifest.num_samples * manifest.num_views
         found["stores"][store.folder] = {"seconds": estimate(filler, TIMED) * blocks, "bytes": size}
     return found
@@ -70,9 +77,15 @@ def _step_seconds(trainer: Trainer, parts: Components, stored: Sequence[str]) ->
     if parts.probe is not None:  # one that makes views, also where a run would keep them
         cfg = trainer.cfg
         loader = train_loader(
-            cfg.data.loader, parts.train, cfg.augment, parts.student.image_size, trainer.images_per_step, cfg.seed, cfg.data.workers,
+            cfg.data.loader,
+            parts.train,
+            cfg.augment,
+            parts.student.image_size,
+            trainer.images_per_step,
+            cfg.seed,
+            cfg.data.workers,
             device=parts.device,
-        )  # fmt: skip
+        )
     batches = feed(_as_if_stored(loader.batches(0, warm + TIMED), parts, stored), parts.device)
     seconds = []
     for number in range(warm + TIMED):
@@ -91,18 +104,26 @@ def _preparing(trainer: Trainer, parts: Components) -> float:
     return encoded * max(1, cfg.lp_clip.views)
 
 
-def _as_if_stored(batches: Iterator[Batch], parts: Components, stored: Sequence[str]) -> Iterator[Batch]:
+def _as_if_stored(
+    batches: Iterator[Batch], parts: Components, stored: Sequence[str]
+) -> Iterator[Batch]:
     """`batches` with empty records in place of what stores of these kinds would give: a step takes as long with them."""
     for batch in batches:
         size, classes = len(batch.labels), len(parts.train.classes)
         found: dict[str, Any] = {}
         if "adversarial" in stored or "codes" in stored:
-            found |= {"dad_outputs": torch.zeros(size, classes, dtype=torch.float16), "dad_kept": torch.ones(size)}
+            found |= {
+                "dad_outputs": torch.zeros(size, classes, dtype=torch.float16),
+                "dad_kept": torch.ones(size),
+            }
         if "adversarial" in stored:
             found["dad_images"] = batch.images.clone()
         if "codes" in stored:
             assert parts.discretizer is not None
-            bits = math.prod(parts.discretizer.code_grid(parts.student.image_size)) * parts.discretizer.code_bits
+            bits = (
+                math.prod(parts.discretizer.code_grid(parts.student.image_size))
+                * parts.discretizer.code_bits
+            )
             found["dad_codes"] = torch.zeros(size, -(-bits // 8), dtype=torch.uint8)
         if parts.probe is not None:
             found |= {"pseudo_labels": batch.labels, "confidence": torch.ones(size)}
@@ -115,12 +136,16 @@ def _as_if_stored(batches: Iterator[Batch], parts: Components, stored: Sequence[
 
 def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, float]:
     """Seconds to evaluate on the validation split and on all suites, from one batch of each."""
-    suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval) or [Suite(cfg.data.val_split, parts.val)]
+    suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval) or [
+        Suite(cfg.data.val_split, parts.val)
+    ]
     trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
     return {
         "val": _seconds(trainer, parts.student, Suite(cfg.data.val_split, parts.val), cfg),
         "suites": sum(_seconds(trainer, parts.student, suite, cfg) for suite in suites),
-        "teacher": sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites) if parts.teacher is not None else 0.0,
+        "teacher": sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites)
+        if parts.teacher is not None
+        else 0.0,
     }
 
 
@@ -137,7 +162,9 @@ def _first_batch(suite: Suite, cfg: Config) -> tuple[Suite, float]:
     piece = judged.pieces[0]
     few = np.flatnonzero(piece.ok)[: cfg.eval.batch_size or cfg.data.batch_size]
     cut = replace(judged, pieces=(piece.taken(few),), parts=judged.parts[:1])
-    return replace(suite, source=cut), len(few) / sum(int(piece.ok.sum()) for piece in judged.pieces)
+    return replace(suite, source=cut), len(few) / sum(
+        int(piece.ok.sum()) for piece in judged.pieces
+    )
 
 
 def _now(device: torch.device) -> float:

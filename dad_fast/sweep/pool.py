@@ -22,13 +22,17 @@ from dad_fast.distributed.signals import StopRequest
 from dad_fast.files import no_link
 
 WORKER = "dad_fast.sweep.worker"
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout or of site-packages: where workers find this package
+ROOT = (
+    Path(__file__).resolve().parents[2]
+)  # of the checkout or of site-packages: where workers find this package
 
 
 def shared_parts(cfg: Config) -> str:
     """Equal for runs that share what a worker has loaded. Features of views are large, so only equal ones are shared."""
     views = (cfg.augment, cfg.seed) if cfg.method == "lp-clip" else ()
-    return repr((cfg.data, cfg.teacher, cfg.discretizer, cfg.precision, cfg.engine, cfg.eval, *views))
+    return repr(
+        (cfg.data, cfg.teacher, cfg.discretizer, cfg.precision, cfg.engine, cfg.eval, *views)
+    )
 
 
 Done = Callable[["Job", dict[str, Any], float], None]
@@ -56,7 +60,13 @@ class _Worker:
 class Pool:
     """A context manager that ends its workers. A run under way is saved first, unless a second Ctrl-C came."""
 
-    def __init__(self, devices: Sequence[str], logs: Path | None, lock: int | None = None, threads_for: int = 0) -> None:
+    def __init__(
+        self,
+        devices: Sequence[str],
+        logs: Path | None,
+        lock: int | None = None,
+        threads_for: int = 0,
+    ) -> None:
         """devices: one entry per process. logs: folder of the workers' logs; None = they are not kept.
 
         lock: a file descriptor that workers hold open with their parent.
@@ -64,7 +74,9 @@ class Pool:
         """
         self.workers = [_Worker(number, device) for number, device in enumerate(devices)]
         self.logs, self.lock, self.shares = logs, lock, threads_for or len(devices)
-        self._events: queue.Queue[tuple[_Worker, subprocess.Popen[str], dict[str, Any] | None]] = queue.Queue()
+        self._events: queue.Queue[tuple[_Worker, subprocess.Popen[str], dict[str, Any] | None]] = (
+            queue.Queue()
+        )
 
     def __enter__(self) -> Pool:
         return self
@@ -83,7 +95,13 @@ class Pool:
             assert worker.process is not None
             worker.process.wait()
 
-    def run(self, jobs: Sequence[Job], done: Done, stop: StopRequest, progress: Progress = lambda *_: None) -> None:
+    def run(
+        self,
+        jobs: Sequence[Job],
+        done: Done,
+        stop: StopRequest,
+        progress: Progress = lambda *_: None,
+    ) -> None:
         """Do all jobs, in their order where workers and dependencies allow; `done(job, answer, seconds)` after each.
 
         An answer with "error" is a failure, also of the jobs that need this one. When a stop is requested,
@@ -113,7 +131,9 @@ class Pool:
         for worker in self.workers:
             if worker.job is not None and worker.process is not None:
                 worker.process.terminate()
-        while any(worker.job is not None for worker in self.workers):  # until each has saved what it had
+        while any(
+            worker.job is not None for worker in self.workers
+        ):  # until each has saved what it had
             self._receive(end)
 
     def _send(self, worker: _Worker, job: Job) -> None:
@@ -126,16 +146,32 @@ class Pool:
             worker.process.stdin.flush()
 
     def _start(self, worker: _Worker) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.shares)))
         environment[SIDE_BY_SIDE] = str(self.shares)
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        log = open(self.logs / f"worker-{worker.number}.log", "a", opener=no_link) if self.logs is not None else subprocess.DEVNULL
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        log = (
+            open(self.logs / f"worker-{worker.number}.log", "a", opener=no_link)
+            if self.logs is not None
+            else subprocess.DEVNULL
+        )
         # A session of its own: Ctrl-C reaches the sweep's process alone, which asks the workers to save.
         process = subprocess.Popen(
-            [sys.executable, "-m", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
-            start_new_session=True, pass_fds=() if self.lock is None else (self.lock,),
-        )  # fmt: skip
+            [sys.executable, "-m", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            pass_fds=() if self.lock is None else (self.lock,),
+        )
         if not isinstance(log, int):
             log.close()
         threading.Thread(target=self._read, args=(worker, process), daemon=True).start()
@@ -160,8 +196,16 @@ class Pool:
             self._progress(job.name, *answer["progress"])
             return
         if answer is None:
-            how = f"signal {signal.Signals(-process.returncode).name}" if process.returncode < 0 else f"exit code {process.returncode}"
-            log = f"; see {self.logs / f'worker-{worker.number}.log'}" if self.logs is not None else ""
+            how = (
+                f"signal {signal.Signals(-process.returncode).name}"
+                if process.returncode < 0
+                else f"exit code {process.returncode}"
+            )
+            log = (
+                f"; see {self.logs / f'worker-{worker.number}.log'}"
+                if self.logs is not None
+                else ""
+            )
             answer = {"error": f"its process died ({how}){log}", "exit_code": 1}
         worker.job = None
         end(job, answer, time.monotonic() - worker.started)

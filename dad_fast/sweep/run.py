@@ -34,7 +34,9 @@ def run_here(sweep: Sweep, launch: Launch) -> int:
     distributed.on_main(lambda: check_output(sweep, launch))
     if sweep.stores and distributed.world() > 1:
         make = "make them first with dad-fast precompute and give them with --store"
-        raise UsageError(f"--stores: {distributed.world()} processes cannot fill stores here; {make}")
+        raise UsageError(
+            f"--stores: {distributed.world()} processes cannot fill stores here; {make}"
+        )
     builder = Builder()
     # One run a variant is enough, unless checkpoints are to be continued.
     checked = {run.variant if not launch.resume else run.folder: run for run in sweep.runs}
@@ -93,7 +95,9 @@ def train_run(
     suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval)
     trainer = Trainer(cfg, parts, folder, label, launch.resume, launch.allow_config_change)
     if launch.resume and trainer.next_step >= trainer.total_steps:
-        record: dict[str, Any] | None = distributed.on_main(lambda: _finished(folder / "results.json", suites))
+        record: dict[str, Any] | None = distributed.on_main(
+            lambda: _finished(folder / "results.json", suites)
+        )
         if record:
             if distributed.is_main():
                 print_line(f"{label}: finished already ({folder})")
@@ -103,7 +107,11 @@ def train_run(
         kernels = {"csrc": csrc_status()}
         if parts.discretizer is not None and parts.discretizer.backend:
             kernels["codebook_search"] = parts.discretizer.backend
-        resolved = {"kernels": kernels, "loader": trainer.loader.name, "processes": distributed.world()}
+        resolved = {
+            "kernels": kernels,
+            "loader": trainer.loader.name,
+            "processes": distributed.world(),
+        }
         facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()
@@ -163,7 +171,8 @@ def _weights(parts: Components) -> dict[str, Any]:
     stores = parts.stored.stores
     if stores:
         found["stores"] = [
-            {"folder": str(s.folder), "kind": s.kind, "views": s.num_views, "sha256": s.checksum} for s in stores
+            {"folder": str(s.folder), "kind": s.kind, "views": s.num_views, "sha256": s.checksum}
+            for s in stores
         ]
         found["teacher_loaded"] = parts.teacher is not None
     return found

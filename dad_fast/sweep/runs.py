@@ -17,8 +17,24 @@ from dad_fast.sweep.ablation import Plan, identity
 
 # What a run or a sweep writes; `--overwrite` removes these and nothing else.
 WRITTEN = (
-    *("config.toml", "run.json", "metrics.jsonl", "train.log", "train.log.1", "train-rank*.log*", "checkpoints"),
-    *("model.safetensors", "results.json", "sheet.png", "sheet.safetensors", "table.md", "plot.svg", "report.html"),
+    *(
+        "config.toml",
+        "run.json",
+        "metrics.jsonl",
+        "train.log",
+        "train.log.1",
+        "train-rank*.log*",
+        "checkpoints",
+    ),
+    *(
+        "model.safetensors",
+        "results.json",
+        "sheet.png",
+        "sheet.safetensors",
+        "table.md",
+        "plot.svg",
+        "report.html",
+    ),
     *("stores/adversarial-*", "stores/targets-*", "logs/worker-*.log"),
 )
 UNCOUNTED = {".lock", "logs"}  # in the output folder before a sweep has begun
@@ -51,7 +67,11 @@ class Run:
         except (OSError, ValueError, RecursionError, UsageError):
             return None
         settings = [identity(with_batch_sizes(cfg, num_processes)) for cfg in (made, self.cfg)]
-        same = settings[0] == settings[1] and made.seed == self.seed and made.eval.suites == self.cfg.eval.suites
+        same = (
+            settings[0] == settings[1]
+            and made.seed == self.seed
+            and made.eval.suites == self.cfg.eval.suites
+        )
         whole = isinstance(record, dict) and {"seed", "seconds", "epochs", "suites"} <= set(record)
         return record if whole and later and same else None
 
@@ -112,15 +132,23 @@ def check_output(sweep: Sweep, launch: Launch) -> None:
         return
     if launch.overwrite:
         if not _is_run(output) and not _runs_inside(output):
-            raise UsageError(f"--overwrite: {output} is not empty and holds no run; name another folder")
+            raise UsageError(
+                f"--overwrite: {output} is not empty and holds no run; name another folder"
+            )
         if inside := sweep.inputs_inside():
-            raise UsageError(f"--overwrite would remove {inside[0]}, which this run reads; name another --output")
+            raise UsageError(
+                f"--overwrite would remove {inside[0]}, which this run reads; name another --output"
+            )
         return
     if sweep.ablation and not (output / "config.toml").exists():
-        raise UsageError(f"--output {output} is not empty and holds no sweep ({names[0]}); name another folder")
+        raise UsageError(
+            f"--output {output} is not empty and holds no sweep ({names[0]}); name another folder"
+        )
     if not launch.resume:
         replace = "" if sweep.ablation else "replace it with --overwrite, "
-        raise UsageError(f"--output {output} exists; continue with --resume auto, {replace}or name another folder")
+        raise UsageError(
+            f"--output {output} exists; continue with --resume auto, {replace}or name another folder"
+        )
     if several and _is_run(output):
         what = f"{output} holds one run, and these are {len(sweep.runs)} in folders of their own"
         raise UsageError(f"--resume: {what}; name another --output")

@@ -28,7 +28,9 @@ from dad_fast.sweep.tables import print_tables, write_tables
 
 GIB_PER_JOB = 2.0
 LOCK_SECONDS = 60.0  # how long workers of a killed sweep may take to save
-ERRORS = {error.exit_code: error for error in (DadFastError, UsageError, EnvironmentProblem, DataError)}
+ERRORS = {
+    error.exit_code: error for error in (DadFastError, UsageError, EnvironmentProblem, DataError)
+}
 
 
 def run_sweep(sweep: Sweep, launch: Launch) -> int:
@@ -46,7 +48,9 @@ def run_sweep(sweep: Sweep, launch: Launch) -> int:
         print_tables(sweep)
         write_report(output)
         plot = "plot.svg, " if sweep.ablation else ""
-        print_line(f"{output}: table.md, {plot}report.html, results.json, and a folder for each run")
+        print_line(
+            f"{output}: table.md, {plot}report.html, results.json, and a folder for each run"
+        )
     for name, why in failed.items():
         print_line(f"failed: {name}: {why}")
     return 1 if failed else 0
@@ -84,7 +88,11 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
     (output / "logs").mkdir(parents=True, exist_ok=True)
     try:
         with _locked(output, stop) as lock, JobsProgress() as progress:
-            left = list(sweep.runs) if launch.overwrite else [run for run in sweep.runs if run.record() is None]
+            left = (
+                list(sweep.runs)
+                if launch.overwrite
+                else [run for run in sweep.runs if run.record() is None]
+            )
             with Pool(devices[: max(1, len(left))], output / "logs", lock) as pool:
                 if left:
                     _check(sweep, left, launch, pool, stop, progress)
@@ -106,12 +114,19 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
 
 
 def _check(
-    sweep: Sweep, runs: Sequence[Run], launch: Launch, pool: Pool, stop: StopRequest, progress: JobsProgress
+    sweep: Sweep,
+    runs: Sequence[Run],
+    launch: Launch,
+    pool: Pool,
+    stop: StopRequest,
+    progress: JobsProgress,
 ) -> None:
     """Raise what a user got wrong in any run, before anything is trained."""
     # One run a variant is enough, unless checkpoints are to be continued.
     checked = {run.variant if not launch.resume else run.name: run for run in runs}.values()
-    stores = {store.kind: store for store in _needed(sweep, runs)}.values()  # those of a kind have one form
+    stores = {
+        store.kind: store for store in _needed(sweep, runs)
+    }.values()  # those of a kind have one form
     unfilled = sweep.unfilled(launch.overwrite)
 
     def message(device: str) -> dict[str, Any]:
@@ -125,19 +140,28 @@ def _check(
             for run in checked
         ]
         return {
-            "do": "check", "runs": described, "stores": [store_message(store, device) for store in stores],
+            "do": "check",
+            "runs": described,
+            "stores": [store_message(store, device) for store in stores],
             "launch": _launch(launch),
-        }  # fmt: skip
+        }
 
     answers: list[dict[str, Any]] = []
-    pool.run([Job("check", message)], lambda job, answer, seconds: answers.append(answer), stop, progress.update)
+    pool.run(
+        [Job("check", message)],
+        lambda job, answer, seconds: answers.append(answer),
+        stop,
+        progress.update,
+    )
     progress.end("check")
     if not stop.error and "error" in answers[0]:
         raise ERRORS.get(answers[0]["exit_code"], DadFastError)(answers[0]["error"])
 
 
 def _needed(sweep: Sweep, runs: Sequence[Run]) -> list[SharedStore]:
-    return [store for store in sweep.stores if any(store.folder in run.cfg.store.dirs for run in runs)]
+    return [
+        store for store in sweep.stores if any(store.folder in run.cfg.store.dirs for run in runs)
+    ]
 
 
 def _store_job(store: SharedStore) -> Job:
@@ -150,15 +174,24 @@ def _store_job(store: SharedStore) -> Job:
 def store_message(store: SharedStore, device: str) -> dict[str, Any]:
     """A SharedStore as JSON, for a worker on `device`."""
     launch = asdict(store.launch)
-    return {"folder": store.folder, "kind": store.kind, "config": _toml(store.config, device), "launch": launch}
+    return {
+        "folder": store.folder,
+        "kind": store.kind,
+        "config": _toml(store.config, device),
+        "launch": launch,
+    }
 
 
 def _run_job(run: Run, launch: Launch, stores: Sequence[SharedStore], teachers: _Teachers) -> Job:
     def message(device: str) -> dict[str, Any]:
         return {
-            "do": "run", "variant": run.variant, "config": _toml(run.cfg, device), "folder": str(run.folder),
-            "launch": _launch(launch), "teacher_results": teachers.of(run.cfg),
-        }  # fmt: skip
+            "do": "run",
+            "variant": run.variant,
+            "config": _toml(run.cfg, device),
+            "folder": str(run.folder),
+            "launch": _launch(launch),
+            "teacher_results": teachers.of(run.cfg),
+        }
 
     after = tuple(Path(store.folder).name for store in stores if store.folder in run.cfg.store.dirs)
     return Job(run.name, message, shared_parts(run.cfg), after)
@@ -167,9 +200,11 @@ def _run_job(run: Run, launch: Launch, stores: Sequence[SharedStore], teachers: 
 def _launch(launch: Launch) -> dict[str, Any]:
     """What a worker needs of it."""
     return {
-        "resume": launch.resume, "allow_config_change": launch.allow_config_change, "preset": launch.preset,
+        "resume": launch.resume,
+        "allow_config_change": launch.allow_config_change,
+        "preset": launch.preset,
         "both_batch_sizes": launch.both_batch_sizes,
-    }  # fmt: skip
+    }
 
 
 def _toml(cfg: Config, device: str) -> str:
@@ -179,7 +214,9 @@ def _toml(cfg: Config, device: str) -> str:
 class _State:
     """What is known of a sweep under way; told to the user after each job."""
 
-    def __init__(self, sweep: Sweep, left: Sequence[Run], stop: StopRequest, progress: JobsProgress) -> None:
+    def __init__(
+        self, sweep: Sweep, left: Sequence[Run], stop: StopRequest, progress: JobsProgress
+    ) -> None:
         self.sweep, self.stop, self.progress = sweep, stop, progress
         self.teachers = _Teachers(sweep.runs)
         self.failed: dict[str, str] = {}
@@ -212,7 +249,9 @@ class _State:
         left = len(self._left) - self._ended
         if not self._ended or not left:
             return ""
-        return f", about {format_seconds((time.monotonic() - self._begun) / self._ended * left)} left"
+        return (
+            f", about {format_seconds((time.monotonic() - self._begun) / self._ended * left)} left"
+        )
 
 
 class _Teachers:
@@ -261,7 +300,9 @@ def _locked(output: Path, stop: StopRequest) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() - waited_from > LOCK_SECONDS:
-                    raise UsageError(f"--output {output}: another sweep runs in it; wait for it, or stop it") from None
+                    raise UsageError(
+                        f"--output {output}: another sweep runs in it; wait for it, or stop it"
+                    ) from None
                 time.sleep(0.2)
             except OSError as error:
                 problem = f"{output}: this file system has no locks ({error.strerror})"

@@ -16,7 +16,19 @@ from dad_fast.sweep.runs import Sweep
 
 # Facts of the first run's run.json that the table names.
 ENVIRONMENT = (
-    *("python", "platform", "cpu", "cpus", "packages", "git", "threads", "cuda", "cudnn", "gpus", "driver"),
+    *(
+        "python",
+        "platform",
+        "cpu",
+        "cpus",
+        "packages",
+        "git",
+        "threads",
+        "cuda",
+        "cudnn",
+        "gpus",
+        "driver",
+    ),
     "side_by_side",
 )
 
@@ -34,7 +46,11 @@ def write_tables(sweep: Sweep, failed: Mapping[str, str], num_processes: int = 1
         "environment": {name: facts[name] for name in ENVIRONMENT if name in facts},
         "runs": runs,
         "stores": [
-            {"kind": store.kind, "views": store.launch.views, "seconds": store_seconds(store.folder)}
+            {
+                "kind": store.kind,
+                "views": store.launch.views,
+                "seconds": store_seconds(store.folder),
+            }
             for store in sweep.stores
         ],
         "failed": dict(failed),
@@ -42,7 +58,12 @@ def write_tables(sweep: Sweep, failed: Mapping[str, str], num_processes: int = 1
     plan, output = sweep.ablation, sweep.output
     if plan:
         kinds = list(dict.fromkeys(store.kind for store in sweep.stores))
-        whole["ablation"] = {"base": plan.base, "axes": plan.axes, "stores": kinds, "failed": dict(failed)}
+        whole["ablation"] = {
+            "base": plan.base,
+            "axes": plan.axes,
+            "stores": kinds,
+            "failed": dict(failed),
+        }
         whole["ablation"]["cells"] = summary(whole, plan.base)
         table = ablation_markdown(whole)
         atomic_write_text(output / "plot.svg", forest_plot(whole))

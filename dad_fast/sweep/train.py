@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from dad_fast.config import Config, Launch
-from dad_fast.distributed.launch import end_with_launcher, is_worker, number_of_processes, run_processes, started_here
+from dad_fast.distributed.launch import (
+    end_with_launcher,
+    is_worker,
+    number_of_processes,
+    run_processes,
+    started_here,
+)
 from dad_fast.errors import UsageError
 from dad_fast.sweep.runs import make_sweep
 from dad_fast.sweep.sweep import run_sweep
@@ -20,7 +26,9 @@ def run(cfg: Config, launch: Launch) -> int:
         end_with_launcher()
     elif (nproc := number_of_processes(launch.nproc)) > 1:
         if launch.jobs > 1:
-            raise UsageError(f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all processes; leave one out")
+            raise UsageError(
+                f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all processes; leave one out"
+            )
         return run_processes(nproc, "train", launch.arguments)
     elif len(sweep.runs) > 1:
         return run_sweep(sweep, launch)

@@ -46,26 +46,41 @@ class Worker:
     def do(self, job: dict[str, Any]) -> dict[str, Any]:
         return dict(getattr(self, job.pop("do"))(**job) or {})
 
-    def check(self, runs: list[dict[str, Any]], stores: list[dict[str, Any]], launch: dict[str, Any]) -> None:
+    def check(
+        self, runs: list[dict[str, Any]], stores: list[dict[str, Any]], launch: dict[str, Any]
+    ) -> None:
         for number, run in enumerate(runs):
             report_progress(number, len(runs), run["variant"])
             cfg = from_toml(run["config"])
             try:
                 builder, _ = self._parts_of(cfg)
-                check_run(cfg, Path(run["folder"]), Launch(output="", **launch), builder, run["unfilled"])
+                check_run(
+                    cfg, Path(run["folder"]), Launch(output="", **launch), builder, run["unfilled"]
+                )
             except DadFastError as error:
                 raise type(error)(f"{run['variant']}: {error}") from None
         for store in map(_store, stores):
             make_builder(store.config, store.launch)
 
-    def measure(self, runs: dict[str, str], stored: dict[str, list[str]], stores: list[dict[str, Any]]) -> dict[str, Any]:
+    def measure(
+        self, runs: dict[str, str], stored: dict[str, list[str]], stores: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         configs = {variant: from_toml(text) for variant, text in runs.items()}
-        return measure(configs, stored, list(map(_store, stores)), lambda cfg: self._parts_of(cfg)[0])
+        return measure(
+            configs, stored, list(map(_store, stores)), lambda cfg: self._parts_of(cfg)[0]
+        )
 
     def store(self, **store: Any) -> None:
         fill_store(_store(store))
 
-    def run(self, variant: str, config: str, folder: str, launch: dict[str, Any], teacher_results: dict[str, Any]) -> None:
+    def run(
+        self,
+        variant: str,
+        config: str,
+        folder: str,
+        launch: dict[str, Any],
+        teacher_results: dict[str, Any],
+    ) -> None:
         cfg = from_toml(config)
         builder, known = self._parts_of(cfg)
         known.update(teacher_results)
@@ -120,7 +135,10 @@ def _answer(worker: Worker, job: dict[str, Any]) -> tuple[dict[str, Any], int | 
         return {"error": str(error), "exit_code": error.exit_code}, None
     except Exception as error:
         traceback.print_exc()
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split()), "exit_code": 1}, BROKEN
+        return {
+            "error": " ".join(f"{type(error).__name__}: {error}".split()),
+            "exit_code": 1,
+        }, BROKEN
 
 
 def _listen(jobs: queue.Queue[dict[str, Any] | None], busy: threading.Event) -> None:

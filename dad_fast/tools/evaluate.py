@@ -17,7 +17,12 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import check_dali
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
-from dad_fast.distributed.launch import end_with_launcher, is_worker, number_of_processes, run_processes
+from dad_fast.distributed.launch import (
+    end_with_launcher,
+    is_worker,
+    number_of_processes,
+    run_processes,
+)
 from dad_fast.distributed.signals import ends_at_once, stop_requests
 from dad_fast.errors import UsageError
 from dad_fast.evaluate import show
@@ -49,9 +54,16 @@ class Found:
     robustness: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        record = {**self.subject.facts, "suites": {name: result.to_dict() for name, result in self.results.items()}}
+        record = {
+            **self.subject.facts,
+            "suites": {name: result.to_dict() for name, result in self.results.items()},
+        }
         if self.ood or self.robustness:
-            record |= {"id_suite": self.id_suite, "ood": self.ood, "effective_robustness": self.robustness}
+            record |= {
+                "id_suite": self.id_suite,
+                "ood": self.ood,
+                "effective_robustness": self.robustness,
+            }
         return record
 
 
@@ -60,13 +72,24 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
     _check_outputs(launch)
     files = [name for name in launch.compare if is_records(name)]
     if launch.compare and len(files) == 2:
-        given = {"--csv": launch.csv, "--save-predictions": launch.predictions, "--ood": launch.ood, "--baselines": launch.baselines}
+        given = {
+            "--csv": launch.csv,
+            "--save-predictions": launch.predictions,
+            "--ood": launch.ood,
+            "--baselines": launch.baselines,
+        }
         if unused := [flag for flag, value in given.items() if value]:
-            raise UsageError(f"{unused[0]}: two files of predictions are compared as they are, no model is judged; leave it out")
+            raise UsageError(
+                f"{unused[0]}: two files of predictions are compared as they are, no model is judged; leave it out"
+            )
         return _compare(launch, {name: load_records(name)[1] for name in launch.compare}, {})
     if not launch.model and not launch.compare and not flags.get("teacher.name"):
-        before = " before --suite" if "eval.suites" in flags else ""  # which takes all names that follow it
-        raise UsageError(f"nothing to judge: name a model (a run's folder, a .safetensors file, timm:NAME@FILE){before}, or a --teacher")
+        before = (
+            " before --suite" if "eval.suites" in flags else ""
+        )  # which takes all names that follow it
+        raise UsageError(
+            f"nothing to judge: name a model (a run's folder, a .safetensors file, timm:NAME@FILE){before}, or a --teacher"
+        )
     if is_worker():
         end_with_launcher()
     elif (nproc := number_of_processes(launch.nproc)) > 1:
@@ -94,12 +117,18 @@ class _Evaluation:
             "checkpoint": None,
             "teacher": None,
         }
-        found = {name: self.judge(load_subject(name, self.cfg, self.data_classes, self.device)) for name in names}
+        found = {
+            name: self.judge(load_subject(name, self.cfg, self.data_classes, self.device))
+            for name in names
+        }
         if not found:
             self.teacher(self.data_classes())
         if not distributed.is_main():
             return 0
-        everything = {**found, **{f"teacher {one.subject.name}": one for one in self.teacher_results.values()}}
+        everything = {
+            **found,
+            **{f"teacher {one.subject.name}": one for one in self.teacher_results.values()},
+        }
         if self.teacher_results:
             record["teacher"] = next(iter(self.teacher_results.values())).to_dict()
         if self.launch.predictions:
@@ -109,8 +138,13 @@ class _Evaluation:
         if self.launch.csv:
             show.write_csv(self.launch.csv, tables)
         if self.launch.compare:
-            records = {name: {suite: r.records for suite, r in one.results.items() if r.records} for name, one in found.items()}
-            records |= {name: load_records(name)[1] for name in self.launch.compare if name not in found}
+            records = {
+                name: {suite: r.records for suite, r in one.results.items() if r.records}
+                for name, one in found.items()
+            }
+            records |= {
+                name: load_records(name)[1] for name in self.launch.compare if name not in found
+            }
             return _compare(self.launch, records, {**record, "models": tables})
         if found:
             record["checkpoint"] = tables[names[0]]
@@ -125,7 +159,9 @@ class _Evaluation:
         """The teacher's results for models with these classes; None where no teacher is asked for."""
         if self.cfg.teacher.name and classes not in self.teacher_results:
             teacher = load_teacher(self.cfg.teacher, classes, self.cfg.precision, self.device)
-            self.teacher_results[classes] = self._judge(of_teacher(teacher), f"teacher {teacher.name}", None)
+            self.teacher_results[classes] = self._judge(
+                of_teacher(teacher), f"teacher {teacher.name}", None
+            )
             say(f"It has seen: {teacher.provenance}")
         return self.teacher_results.get(classes)
 
@@ -141,7 +177,11 @@ class _Evaluation:
         say(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
         for suite in suites:
             result = with_intervals(self.result(subject, suite))
-            if teacher is not None and result.records and (theirs := teacher.results[suite.name].records):
+            if (
+                teacher is not None
+                and result.records
+                and (theirs := teacher.results[suite.name].records)
+            ):
                 result = replace(result, agreement=agreement(result.records, theirs))
             say(show.row(result))
             found.results[suite.name] = result
@@ -162,17 +202,34 @@ class _Evaluation:
         size, crop_pct, interpolation = self.view(subject)
         with stop_requests():
             return evaluate(
-                subject.model, suite.source, name=suite.name, corruption=suite.corruption, img_size=size, crop_pct=crop_pct,
-                interpolation=interpolation, batch_size=self.batch_size, workers=self.cfg.data.workers, device=self.device,
-                progress=_progress(suite.name), dali=self.dali, stopped=STOPPED,
-            )  # fmt: skip
+                subject.model,
+                suite.source,
+                name=suite.name,
+                corruption=suite.corruption,
+                img_size=size,
+                crop_pct=crop_pct,
+                interpolation=interpolation,
+                batch_size=self.batch_size,
+                workers=self.cfg.data.workers,
+                device=self.device,
+                progress=_progress(suite.name),
+                dali=self.dali,
+                stopped=STOPPED,
+            )
 
     def unknown(self, subject: EvalModel, suites: Sequence[Suite], id_suite: str) -> list[Unknown]:
         """The sets after --ood, opened before anything is judged: one that is missing must not show after hours."""
-        columns = as_eval_set(next(suite.source for suite in suites if suite.name == id_suite)).columns
-        return [open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns) for name in self.launch.ood]
+        columns = as_eval_set(
+            next(suite.source for suite in suites if suite.name == id_suite)
+        ).columns
+        return [
+            open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns)
+            for name in self.launch.ood
+        ]
 
-    def detect(self, subject: EvalModel, found: Found, sets: Sequence[Unknown]) -> dict[str, dict[str, dict[str, float]]]:
+    def detect(
+        self, subject: EvalModel, found: Found, sets: Sequence[Unknown]
+    ) -> dict[str, dict[str, dict[str, float]]]:
         known = found.results[found.id_suite].records
         assert known is not None
         ood = {}
@@ -182,7 +239,16 @@ class _Evaluation:
             batch_size, workers, progress = self.batch_size, self.cfg.data.workers, _progress(label)
             with stop_requests():
                 unknown, _ = records_of(
-                    subject.model, judged, view, batch_size, workers, self.device, corruption, progress, self.dali, STOPPED
+                    subject.model,
+                    judged,
+                    view,
+                    batch_size,
+                    workers,
+                    self.device,
+                    corruption,
+                    progress,
+                    self.dali,
+                    STOPPED,
                 )
             ood[label] = detect(known, unknown)
         return ood
@@ -192,8 +258,12 @@ class _Evaluation:
         known = [suite.name for suite in suites]
         wanted = self.launch.id_suite
         if wanted and wanted not in known:
-            raise UsageError(f"--id-suite {wanted}: not among the judged suites ({', '.join(known)}){nearest(wanted, known)}")
-        return wanted or next((suite.name for suite in suites if suite.corruption is None), known[0])
+            raise UsageError(
+                f"--id-suite {wanted}: not among the judged suites ({', '.join(known)}){nearest(wanted, known)}"
+            )
+        return wanted or next(
+            (suite.name for suite in suites if suite.corruption is None), known[0]
+        )
 
     def view(self, subject: EvalModel) -> tuple[int, float, str]:
         aug, (size, crop_pct, interpolation) = self.cfg.augment, subject.view
@@ -204,7 +274,9 @@ class _Evaluation:
         return self.cfg.eval.batch_size or self.cfg.data.batch_size
 
 
-def _compare(launch: EvalLaunch, records: Mapping[str, Mapping[str, Records]], record: Mapping[str, Any]) -> int:
+def _compare(
+    launch: EvalLaunch, records: Mapping[str, Mapping[str, Records]], record: Mapping[str, Any]
+) -> int:
     """Print and write the paired comparison of the two models on every suite that both were judged on."""
     first, second = launch.compare
     both = [suite for suite in records[first] if suite in records[second]]
@@ -217,14 +289,20 @@ def _compare(launch: EvalLaunch, records: Mapping[str, Mapping[str, Records]], r
         say(line)
     if launch.json:
         compared = {"first": first, "second": second, "suites": found}
-        atomic_write_json(launch.json, {**record, "comparison": compared, "environment": environment()})
+        atomic_write_json(
+            launch.json, {**record, "comparison": compared, "environment": environment()}
+        )
     return 0
 
 
 def _save(folder: Path, name: str, found: Found) -> None:
     path = folder / (re.sub(r"[^\w.@-]+", "_", name).strip("_.") + ".safetensors")
     about = {**found.subject.facts, "classes": found.subject.classes.folders}
-    save_records(path, about, {suite: result.records for suite, result in found.results.items() if result.records})
+    save_records(
+        path,
+        about,
+        {suite: result.records for suite, result in found.results.items() if result.records},
+    )
     say(f"{path}: what {name} says of each image")
 
 
@@ -240,9 +318,13 @@ def _check_outputs(launch: EvalLaunch) -> None:
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
             raise UsageError(f"{flag} {path}: name a file in a folder that exists")
         if path and Path(path).exists() and Path(path).suffix != suffix:
-            raise UsageError(f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name another file")
+            raise UsageError(
+                f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name another file"
+            )
     if launch.predictions and Path(launch.predictions).is_file():
-        raise UsageError(f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file for each model")
+        raise UsageError(
+            f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file for each model"
+        )
 
 
 def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
@@ -251,16 +333,36 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
     for run in runs:
         folder = checkpoint_file(run).absolute().parent
         # Of a run's folder, or of a checkpoint's: RUN/checkpoints/step-N.
-        config = next((path for path in (folder / "config.toml", folder.parent.parent / "config.toml") if path.is_file()), None)
+        config = next(
+            (
+                path
+                for path in (folder / "config.toml", folder.parent.parent / "config.toml")
+                if path.is_file()
+            ),
+            None,
+        )
         if config is not None:
             cfg = from_toml(config.read_text(encoding="utf-8"), str(config))
             break
-    values = {path: coerce(settings()[path], value, settings()[path].flag) for path, value in flags.items()}
+    values = {
+        path: coerce(settings()[path], value, settings()[path].flag)
+        for path, value in flags.items()
+    }
     # The run's teacher is judged only when asked for; a size is the model's own; --batch-size is the batch of this verb; PIL decodes.
-    cfg = with_values(cfg, {"teacher": TeacherConfig(), "device": "auto", "augment.img_size": 0, "data.loader": "torchvision"})
+    cfg = with_values(
+        cfg,
+        {
+            "teacher": TeacherConfig(),
+            "device": "auto",
+            "augment.img_size": 0,
+            "data.loader": "torchvision",
+        },
+    )
     cfg = with_values(cfg, values | ({"eval.batch_size": 0} if "data.batch_size" in values else {}))
     if not cfg.data.data_dir and not cfg.eval.suites:
-        raise UsageError("no data: add --data-dir (an image folder or embedded:digits); no config.toml beside the checkpoint names it")
+        raise UsageError(
+            "no data: add --data-dir (an image folder or embedded:digits); no config.toml beside the checkpoint names it"
+        )
     return cfg
 
 
@@ -270,6 +372,11 @@ def _progress(name: str) -> Callable[[int, int], None]:
 
     def show_it(done: int, total: int) -> None:
         if shown:
-            print(f"\r{name}: {done:,} of {total:,}" if done < total else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{name}: {done:,} of {total:,}" if done < total else "\r\x1b[K",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return show_it

@@ -54,11 +54,17 @@ def run(options: PredictOptions) -> int:
 def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxStudent, ClassMap]:
     """The model that `name` stands for, on `device`, with its classes."""
     path = Path(name)
-    if path.is_dir() and (path / "model.onnx").is_file() and not (path / "model.safetensors").is_file():
+    if (
+        path.is_dir()
+        and (path / "model.onnx").is_file()
+        and not (path / "model.safetensors").is_file()
+    ):
         path = path / "model.onnx"
     if path.suffix == ".onnx" and path.is_file():
         if named and device.type != "cpu":
-            raise UsageError(f"--device {device}: {path} runs on the CPU; leave --device out, or name the student's model.safetensors")
+            raise UsageError(
+                f"--device {device}: {path} runs on the CPU; leave --device out, or name the student's model.safetensors"
+            )
         onnx = OnnxStudent(path)
         return onnx, recorded_classes(path, onnx.metadata.get(CLASSES), onnx.num_classes)
     path = checkpoint_file(path)
@@ -88,22 +94,32 @@ def find_images(names: Sequence[str]) -> Iterator[str]:
 
 
 @torch.no_grad()
-def predict(model: Student | OnnxStudent, paths: Sequence[str], top: int, device: torch.device) -> list[Said | DecodeError]:
+def predict(
+    model: Student | OnnxStudent, paths: Sequence[str], top: int, device: torch.device
+) -> list[Said | DecodeError]:
     """Of each image what the model says, or why it cannot be read."""
 
     def read(path: str) -> np.ndarray | DecodeError:
         try:
-            return eval_transform(read_rgb(path), model.image_size, model.crop_pct, model.interpolation)
+            return eval_transform(
+                read_rgb(path), model.image_size, model.crop_pct, model.interpolation
+            )
         except DecodeError as error:
             return error
 
     with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
         images = list(pool.map(read, paths))
-    found: list[Said | DecodeError] = [image if isinstance(image, DecodeError) else [] for image in images]
+    found: list[Said | DecodeError] = [
+        image if isinstance(image, DecodeError) else [] for image in images
+    ]
     if pixels := [image for image in images if not isinstance(image, DecodeError)]:
-        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()  # uint8 [B, 3, H, W]
+        batch = (
+            torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+        )  # uint8 [B, 3, H, W]
         call: Callable[[Tensor], Tensor] = model
-        likeliest = call(to_pixels(batch.to(device))).float().softmax(1).topk(min(top, model.num_classes))
+        likeliest = (
+            call(to_pixels(batch.to(device))).float().softmax(1).topk(min(top, model.num_classes))
+        )
         said = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
         for i, image in enumerate(images):
             if not isinstance(image, DecodeError):
@@ -112,7 +128,9 @@ def predict(model: Student | OnnxStudent, paths: Sequence[str], top: int, device
 
 
 def _text_line(path: str, found: Any, classes: ClassMap) -> str:
-    return f"{shown(path)}: " + "; ".join(f"{shown(classes.names[number])} {100 * share:.1f} %" for share, number in found)
+    return f"{shown(path)}: " + "; ".join(
+        f"{shown(classes.names[number])} {100 * share:.1f} %" for share, number in found
+    )
 
 
 def _json_line(path: str, found: Any, classes: ClassMap) -> str:
@@ -120,7 +138,12 @@ def _json_line(path: str, found: Any, classes: ClassMap) -> str:
     if isinstance(found, DecodeError):
         return json.dumps({"image": path, "error": str(found).removeprefix(f"{shown(path)}: ")})
     said = [
-        {"class": number, "folder": classes.folders[number], "name": classes.names[number], "confidence": round(share, 6)}
+        {
+            "class": number,
+            "folder": classes.folders[number],
+            "name": classes.names[number],
+            "confidence": round(share, 6),
+        }
         for share, number in found
     ]
     return json.dumps({"image": path, "predictions": said})

@@ -34,7 +34,9 @@ def _verify(given: argparse.Namespace) -> int:
     for problem in problems:
         print(problem)
     if problems:
-        raise DataError(f"{folder}: {len(problems):,} problem{'s' if len(problems) > 1 else ''}, listed above")
+        raise DataError(
+            f"{folder}: {len(problems):,} problem{'s' if len(problems) > 1 else ''}, listed above"
+        )
     print(f"{folder}: every byte is as it was written")
     return 0
 
@@ -53,7 +55,9 @@ def _merge(given: argparse.Namespace) -> int:
 def _sheet(given: argparse.Namespace) -> int:
     store = open_store(given.folders[0])
     if not isinstance(store, AdversarialStore):
-        raise UsageError(f"{store.folder}: holds the teacher's outputs only, so there is nothing to see")
+        raise UsageError(
+            f"{store.folder}: holds the teacher's outputs only, so there is nothing to see"
+        )
     target = Path(given.output or f"{store.folder.resolve().name}-sheet.png")
     if target.suffix.lower() != ".png" or not target.absolute().parent.is_dir():
         raise UsageError(f"--output {target}: name a .png in a folder that exists")
@@ -61,7 +65,9 @@ def _sheet(given: argparse.Namespace) -> int:
         raise UsageError(f"--view {given.view}: the store has the views 0 to {store.num_views - 1}")
     manifest, view = store.manifest, given.view
     if manifest.images == "none" and not given.discretizer:
-        raise UsageError(f"{store.folder}: holds codes and no images; name the VQGAN that made them (--discretizer)")
+        raise UsageError(
+            f"{store.folder}: holds codes and no images; name the VQGAN that made them (--discretizer)"
+        )
     rows = np.unique(np.linspace(0, len(store) - 1, given.num).round().astype(np.int64))
     columns = {}
     if manifest.images != "none":
@@ -74,10 +80,16 @@ def _sheet(given: argparse.Namespace) -> int:
     names = manifest.class_map.names
     captions = []
     for label, says, kept, changed in zip(
-        store.labels(rows, view), store.outputs(rows, view).argmax(1), store.kept(rows, view), store.changed(rows, view), strict=True
+        store.labels(rows, view),
+        store.outputs(rows, view).argmax(1),
+        store.kept(rows, view),
+        store.changed(rows, view),
+        strict=True,
     ):
         lines = [names[label], f"teacher: {names[says]}", "kept" if kept else "not kept"]
-        captions.append("\n".join(lines if np.isnan(changed) else [*lines, f"{changed:.0%} of codes new"]))
+        captions.append(
+            "\n".join(lines if np.isnan(changed) else [*lines, f"{changed:.0%} of codes new"])
+        )
     from dad_fast.store.sheet import draw_sheet
 
     draw_sheet(target, columns, captions)
@@ -99,14 +111,22 @@ def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> 
     if not discretizer.code_bits:
         raise UsageError(f"--discretizer {name}: has no codes; name the VQGAN that made the store")
     if discretizer.fingerprint() != manifest.hashes.get("discretizer"):
-        raise DataError(f"--discretizer {name}: not the weights that made {store.folder} (their hash differs)")
+        raise DataError(
+            f"--discretizer {name}: not the weights that made {store.folder} (their hash differs)"
+        )
     packed = torch.from_numpy(np.ascontiguousarray(store.codes(rows, view)))
     with torch.no_grad():
-        pixels = torch.cat([discretizer.decode_packed(part, manifest.code_grid) for part in packed.split(8)])
-    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = torch.cat(
+            [discretizer.decode_packed(part, manifest.code_grid) for part in packed.split(8)]
+        )
+    return (
+        (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    )
 
 
-def _clean(store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, split: str, size: int) -> np.ndarray:
+def _clean(
+    store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, split: str, size: int
+) -> np.ndarray:
     """uint8 [n, size, size, 3]: the samples as they are in the data, with the crop that the store was made with."""
     from dad_fast.data.augment.execute import eval_transform
     from dad_fast.data.sources.base import open_source
@@ -116,7 +136,9 @@ def _clean(store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, 
     sample_of = {key.tobytes(): sample for sample, key in enumerate(hash_keys(source.keys))}
     wanted = [sample_of.get(key.tobytes(), -1) for key in store.keys(rows, view)]
     if -1 in wanted:
-        raise DataError(f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was it made from this data?")
+        raise DataError(
+            f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was it made from this data?"
+        )
     crop = store.manifest.settings.get("images", {})
     images = np.zeros((len(rows), size, size, 3), np.uint8)
     for i, sample in enumerate(wanted):
@@ -124,7 +146,9 @@ def _clean(store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, 
             image = source.read(sample)
         except DecodeError:  # black, as what is stored of it
             continue
-        images[i] = eval_transform(image, size, crop.get("crop_pct", 1.0), crop.get("interpolation", "bicubic"))
+        images[i] = eval_transform(
+            image, size, crop.get("crop_pct", 1.0), crop.get("interpolation", "bicubic")
+        )
     return images
 
 
@@ -133,6 +157,11 @@ def _progress(verb: str, noun: str) -> Callable[[int, int], None] | None:
         return None
 
     def show(done: int, total: int) -> None:
-        print(f"\r{verb} {done:,} of {total:,} {noun}" if done < total else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{verb} {done:,} of {total:,} {noun}" if done < total else "\r\x1b[K",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     return show

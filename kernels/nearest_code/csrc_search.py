@@ -32,14 +32,18 @@ def prepare(codebook: Tensor) -> Prepared:
     return Prepared(codebook, tiles)
 
 
-def search(latents: Tensor, state: Prepared, codes: Tensor, num_nonfinite: Tensor, instruction_set: int = 0) -> None:
+def search(
+    latents: Tensor, state: Prepared, codes: Tensor, num_nonfinite: Tensor, instruction_set: int = 0
+) -> None:
     """latents [N, D] float32, contiguous -> codes [N] int64; num_nonfinite grows by the number of latents that are not finite.
 
     instruction_set indexes the library's `instruction_sets()`; 0 is the fastest that the processor runs.
     """
     library = csrc()
     assert library is not None
-    num_nonfinite += library.nearest_code(latents, *state, codes, torch.get_num_threads(), instruction_set)
+    num_nonfinite += library.nearest_code(
+        latents, *state, codes, torch.get_num_threads(), instruction_set
+    )
 
 
 def search_csrc(latents: Tensor, codebook: Tensor, instruction_set: int = 0) -> Tensor:

@@ -58,7 +58,9 @@ def build_grid(codebook: Tensor) -> Tensor:
     assert library is not None
     block = library.grid_build(codebook, CELLS_PER_CODE, torch.get_num_threads())
     if not block:
-        raise UsageError("no grid serves this codebook: its codes are not finite or its lists are too long; choose another back end")
+        raise UsageError(
+            "no grid serves this codebook: its codes are not finite or its lists are too long; choose another back end"
+        )
     return torch.frombuffer(bytearray(block), dtype=torch.uint8)
 
 
@@ -90,11 +92,15 @@ def _bytes(tensor: Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # needs no numpy
 
 
-def search(latents: Tensor, grid: Tensor, codes: Tensor, num_nonfinite: Tensor, instruction_set: int = 0) -> None:
+def search(
+    latents: Tensor, grid: Tensor, codes: Tensor, num_nonfinite: Tensor, instruction_set: int = 0
+) -> None:
     """latents [N, D] float32, contiguous -> codes [N] int64; num_nonfinite grows by the number of latents that are not finite.
 
     instruction_set indexes the library's `instruction_sets()`; 0 is the fastest that the processor runs.
     """
     library = csrc()
     assert library is not None
-    num_nonfinite += library.grid_search(latents, grid, codes, torch.get_num_threads(), instruction_set)
+    num_nonfinite += library.grid_search(
+        latents, grid, codes, torch.get_num_threads(), instruction_set
+    )

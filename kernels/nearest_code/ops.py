@@ -33,13 +33,20 @@ def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
     A latent that is not finite gets code 0; a code that is not finite never wins. D > 16 on CUDA synchronises with the host.
     Raises ValueError for shapes and dtypes that do not fit.
     """
-    if latents.ndim not in (2, 4) or codebook.ndim != 2 or latents.shape[1] != codebook.shape[1] or 0 in codebook.shape:
+    if (
+        latents.ndim not in (2, 4)
+        or codebook.ndim != 2
+        or latents.shape[1] != codebook.shape[1]
+        or 0 in codebook.shape
+    ):
         raise ValueError(
             f"latents [N, D] or [B, D, H, W] and codebook [K, D] are needed, not {list(latents.shape)} and {list(codebook.shape)}"
         )
     for tensor in (latents, codebook):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"latents and codebook must be float32, float16 or bfloat16, not {tensor.dtype}")
+            raise ValueError(
+                f"latents and codebook must be float32, float16 or bfloat16, not {tensor.dtype}"
+            )
     if latents.ndim == 2:
         return _nearest_code(latents.detach(), codebook.detach())
     batch, dim, height, width = latents.shape

@@ -35,7 +35,9 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"dad_fast.kernels.nearest_code.{name}")
 
 
-def _find(name: str, device: torch.device, num_codes: int, dim: int) -> tuple[ModuleType | None, str]:
+def _find(
+    name: str, device: torch.device, num_codes: int, dim: int
+) -> tuple[ModuleType | None, str]:
     """The back end's module, or None and why there is none."""
     reason = ""
     for file in BACK_ENDS[name]:
@@ -68,8 +70,14 @@ class CodebookSearch:
     """
 
     def __init__(self, codebook: Tensor, backend: str = "auto") -> None:
-        if codebook.ndim != 2 or 0 in codebook.shape or codebook.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"a codebook [K, D] in float32, float16 or bfloat16 is needed, not {list(codebook.shape)} in {codebook.dtype}")
+        if (
+            codebook.ndim != 2
+            or 0 in codebook.shape
+            or codebook.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+        ):
+            raise ValueError(
+                f"a codebook [K, D] in float32, float16 or bfloat16 is needed, not {list(codebook.shape)} in {codebook.dtype}"
+            )
         self.codebook = codebook.detach().to(torch.float32, copy=True).contiguous()
         self.requested = backend
         self.backend, self._module, self._state = self._prepare(backend)
@@ -81,10 +89,14 @@ class CodebookSearch:
         where = (self.codebook.device, *self.codebook.shape)
         if backend != "auto":
             if backend not in BACK_ENDS:
-                raise UsageError(f"codebook search: no back end {backend!r}; choose one of auto, {', '.join(BACK_ENDS)}")
+                raise UsageError(
+                    f"codebook search: no back end {backend!r}; choose one of auto, {', '.join(BACK_ENDS)}"
+                )
             module, reason = _find(backend, *where)
             if module is None:
-                raise EnvironmentProblem(f"codebook search: the back end {backend} was asked for, but {reason}")
+                raise EnvironmentProblem(
+                    f"codebook search: the back end {backend} was asked for, but {reason}"
+                )
             return backend, module, module.prepare(self.codebook)
         reasons = []
         for name in BACK_ENDS:
@@ -99,7 +111,9 @@ class CodebookSearch:
             except UsageError as error:  # this codebook has no grid
                 reasons.append(f"{name}: {error}")
                 continue
-            _say_once(f"codebook search: {name} for {where[1]} codes of {where[2]} dimensions on {where[0].type}")
+            _say_once(
+                f"codebook search: {name} for {where[1]} codes of {where[2]} dimensions on {where[0].type}"
+            )
             log.debug("codebook search: not %s", "; ".join(reasons))
             return name, module, state
         raise AssertionError("torch is always available")
@@ -110,12 +124,16 @@ class CodebookSearch:
         The lowest index wins a tie; a latent that is not finite gets code 0 and counts in `num_nonfinite`. ValueError for other inputs.
         """
         flat, shape = self._flatten(latents)
-        return torch.ops.dad_fast.codebook_search(flat, self.num_nonfinite, self._handle).view(shape)
+        return torch.ops.dad_fast.codebook_search(flat, self.num_nonfinite, self._handle).view(
+            shape
+        )
 
     def search_and_quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """`search`, and the codes' entries of the codebook: float32, shaped as `latents`."""
         flat, shape = self._flatten(latents)
-        codes, quantized = torch.ops.dad_fast.codebook_search_and_quantize(flat, self.num_nonfinite, self._handle)
+        codes, quantized = torch.ops.dad_fast.codebook_search_and_quantize(
+            flat, self.num_nonfinite, self._handle
+        )
         if latents.ndim == 4:
             quantized = quantized.view(*shape, -1).permute(0, 3, 1, 2)
         return codes.view(shape), quantized
@@ -123,7 +141,11 @@ class CodebookSearch:
     def _flatten(self, latents: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """[N, D] float32, contiguous, and the codes' shape."""
         dim = self.codebook.shape[1]
-        if latents.ndim not in (2, 4) or latents.shape[1] != dim or latents.device != self.codebook.device:
+        if (
+            latents.ndim not in (2, 4)
+            or latents.shape[1] != dim
+            or latents.device != self.codebook.device
+        ):
             raise ValueError(
                 f"latents [N, {dim}] or [B, {dim}, H, W] on {self.codebook.device} are needed, "
                 f"not {list(latents.shape)} on {latents.device}"
@@ -134,7 +156,11 @@ class CodebookSearch:
         if latents.ndim == 2:
             return latents.float().contiguous(), (latents.shape[0],)
         batch, _, height, width = latents.shape
-        return latents.permute(0, 2, 3, 1).reshape(-1, dim).float().contiguous(), (batch, height, width)
+        return latents.permute(0, 2, 3, 1).reshape(-1, dim).float().contiguous(), (
+            batch,
+            height,
+            width,
+        )
 
     def run(self, latents: Tensor, num_nonfinite: Tensor, quantized: Tensor | None) -> Tensor:
         """What the ops below call: latents [N, D] float32, contiguous."""
@@ -171,7 +197,9 @@ def _(latents: Tensor, num_nonfinite: Tensor, handle: int) -> Tensor:
 
 
 @torch.library.custom_op("dad_fast::codebook_search_and_quantize", mutates_args=("num_nonfinite",))
-def _search_and_quantize(latents: Tensor, num_nonfinite: Tensor, handle: int) -> tuple[Tensor, Tensor]:
+def _search_and_quantize(
+    latents: Tensor, num_nonfinite: Tensor, handle: int
+) -> tuple[Tensor, Tensor]:
     quantized = torch.empty_like(latents)
     return _searches[handle].run(latents, num_nonfinite, quantized), quantized
 

@@ -39,15 +39,21 @@ def _by_score(z: Tensor, e: Tensor, valid: Tensor, half_square: Tensor) -> Tenso
     margin *= (2 * z.shape[1] + 16) * FP64_ROUNDING
     score.masked_fill_(~valid, torch.inf)
     ceiling = (score + margin).amin(1, keepdim=True)  # no winner's score can lie above it
-    rows, codes = (score - margin <= ceiling).logical_and_(valid).nonzero(as_tuple=True)  # ascending
-    if len(rows) == num_rows:  # one candidate each: a row without any means that no code is valid, so that none has one
+    rows, codes = (
+        (score - margin <= ceiling).logical_and_(valid).nonzero(as_tuple=True)
+    )  # ascending
+    if (
+        len(rows) == num_rows
+    ):  # one candidate each: a row without any means that no code is valid, so that none has one
         return codes
     distance = z.new_zeros(len(rows))  # [candidates]
     for d in range(z.shape[1]):
         distance += (z[rows, d] - e[codes, d]).square_()
     best = z.new_full((num_rows,), torch.inf).scatter_reduce_(0, rows, distance, "amin")
     codes = codes.masked_fill_(distance != best[rows], num_codes)
-    return codes.new_full((num_rows,), num_codes).scatter_reduce_(0, rows, codes, "amin") % num_codes
+    return (
+        codes.new_full((num_rows,), num_codes).scatter_reduce_(0, rows, codes, "amin") % num_codes
+    )
 
 
 def available(device: torch.device, num_codes: int, dim: int) -> str:

@@ -85,7 +85,9 @@ def can_win(codebook: Tensor) -> Tensor:
     # Equal values, so that -0 is 0; the others become one row, which is masked anyway.
     _, group = torch.where(finite[:, None], codebook + 0.0, 0.0).unique(dim=0, return_inverse=True)
     index = torch.arange(len(codebook), device=codebook.device)
-    first = torch.full_like(index, len(codebook)).scatter_reduce_(0, group, index.masked_fill(~finite, len(codebook)), "amin")
+    first = torch.full_like(index, len(codebook)).scatter_reduce_(
+        0, group, index.masked_fill(~finite, len(codebook)), "amin"
+    )
     return finite & (first[group] == index)
 
 
@@ -100,55 +102,88 @@ def centre_codebook(codebook: Tensor, slots: int) -> Centred:
     e = (exact - centre.double()).masked_fill(~valid[:, None], 0.0)
     largest = float(e.abs().max()) if some else 0.0
     exponent = 5 - int(torch.tensor(largest, dtype=torch.float64).log2().floor()) if largest else 0
-    scale = 2.0 ** min(max(exponent, -125), 126)  # the largest entry comes to [32, 64): room above and below in fp16
+    scale = 2.0 ** min(
+        max(exponent, -125), 126
+    )  # the largest entry comes to [32, 64): room above and below in fp16
     e = torch.nn.functional.pad(e * scale, (0, 0, 0, slots * strip - num_codes))
     columns = codebook.new_full((dim, slots * strip), torch.inf)
     columns[:, :num_codes] = codebook.masked_fill(~valid[:, None], torch.inf).T
     valid = torch.nn.functional.pad(valid, (0, slots * strip - num_codes))
     radius = float(e.norm(dim=1).max()) * (1 + 1e-6)
-    return Centred(e, valid, columns, centre, strip, scale, radius, floor=2.0**-24 + 2.0**-126 * (1 + scale))
+    return Centred(
+        e, valid, columns, centre, strip, scale, radius, floor=2.0**-24 + 2.0**-126 * (1 + scale)
+    )
 
 
-def launch_parameters(kernel: str, device: torch.device, state: Prepared, **shape: int) -> dict[str, int]:
+def launch_parameters(
+    kernel: str, device: torch.device, state: Prepared, **shape: int
+) -> dict[str, int]:
     return meta_parameters(kernel, architecture(device), **shape) | {"slots": state.slots}
 
 
 @triton.jit
 def error_bound(norm, zeta, reach, rho, cross, tau, gamma):
     """E(reach) of the module's docstring; norm, zeta, cross [rows]; reach a scalar or [rows]."""
-    return norm * rho + zeta * (reach + rho) + cross + tau + gamma * ((norm + zeta) * (reach + rho) + 0.5 * reach * reach + tau)
+    return (
+        norm * rho
+        + zeta * (reach + rho)
+        + cross
+        + tau
+        + gamma * ((norm + zeta) * (reach + rho) + 0.5 * reach * reach + tau)
+    )
 
 
 @triton.jit
 def threshold(low, norm, zeta, radius, rho, cross, tau, gamma, SLACK: tl.constexpr):
     """[rows]: no code with a higher computed score can be the nearest."""
-    square = 2.0 * (low + error_bound(norm, zeta, radius, rho, cross, tau, gamma) * SLACK) + norm * norm
+    square = (
+        2.0 * (low + error_bound(norm, zeta, radius, rho, cross, tau, gamma) * SLACK) + norm * norm
+    )
     square += (tl.abs(low) + norm * norm) * 9.5367431640625e-07  # 2^-20: the cancellation above
     reach = tl.minimum((norm + tl.sqrt(tl.maximum(square, 0.0))) * SLACK, radius)
     return low + 2.0 * SLACK * error_bound(norm, zeta, reach, rho, cross, tau, gamma)
 
 
 @triton.jit
-def write_quantized(codebook_ptr, quantized_ptr, rows, codes, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def write_quantized(
+    codebook_ptr, quantized_ptr, rows, codes, live, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """quantized[rows] = codebook[codes] where live."""
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         mask = live[:, None] & (d[None, :] < D)
-        values = tl.load(codebook_ptr + codes[:, None].to(tl.int64) * D + d[None, :], mask=mask, other=0.0)
+        values = tl.load(
+            codebook_ptr + codes[:, None].to(tl.int64) * D + d[None, :], mask=mask, other=0.0
+        )
         tl.store(quantized_ptr + rows[:, None].to(tl.int64) * D + d[None, :], values, mask=mask)
 
 
 @triton.jit
-def append_work(num_work_ptr, work_ptr, slots_ptr, rows, needed, in_band, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+def append_work(
+    num_work_ptr,
+    work_ptr,
+    slots_ptr,
+    rows,
+    needed,
+    in_band,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     """Puts the rows that are needed [ROWS] on the work list, with their strips in the band [ROWS, SLOTS]. Returns their places."""
     count = needed.to(tl.int32)
     place = tl.atomic_add(num_work_ptr, tl.sum(count)) + tl.cumsum(count, 0) - count
     tl.store(work_ptr + place, rows, mask=needed)
     column = tl.arange(0, SLOTS)
     bits = tl.where(in_band, (tl.full((ROWS, SLOTS), 1, tl.int32) << (column % 32)[None, :]), 0)
-    words = tl.sum(tl.reshape(bits, (ROWS, SLOTS // 32, 32)), 2)  # distinct bits: the sum is the union
+    words = tl.sum(
+        tl.reshape(bits, (ROWS, SLOTS // 32, 32)), 2
+    )  # distinct bits: the sum is the union
     word = tl.arange(0, SLOTS // 32)
-    tl.store(slots_ptr + place[:, None].to(tl.int64) * (SLOTS // 32) + word[None, :], words, mask=needed[:, None])
+    tl.store(
+        slots_ptr + place[:, None].to(tl.int64) * (SLOTS // 32) + word[None, :],
+        words,
+        mask=needed[:, None],
+    )
     return place
 
 
@@ -184,16 +219,23 @@ def settle_kernel(
                     place = first + lane
                     live = place < strip
                     if TILES:
-                        first_tile, second_tile = tl.load(tiles_ptr + item * 2), tl.load(tiles_ptr + item * 2 + 1)
+                        first_tile, second_tile = (
+                            tl.load(tiles_ptr + item * 2),
+                            tl.load(tiles_ptr + item * 2 + 1),
+                        )
                         first_tile = tl.where(first_tile < 0, place, first_tile)
                         live = live & ((place == first_tile) | (place == second_tile))
                     index = slot * strip + place
                     distance = tl.zeros((CHUNK,), tl.float64)
                     for d in range(D):
                         z = tl.load(z_ptr + row * D + d).to(tl.float64)
-                        e = tl.load(columns_ptr + d * (SLOTS * strip) + index, mask=live, other=float("inf")).to(tl.float64)
+                        e = tl.load(
+                            columns_ptr + d * (SLOTS * strip) + index, mask=live, other=float("inf")
+                        ).to(tl.float64)
                         distance += (z - e) * (z - e)
-                    closer = distance < best  # a lane meets its codes in ascending order: the first of equals stays
+                    closer = (
+                        distance < best
+                    )  # a lane meets its codes in ascending order: the first of equals stays
                     best = tl.where(closer, distance, best)
                     code = tl.where(closer, index, code)
         low = tl.min(best, 0)
@@ -211,9 +253,17 @@ def block_of_dimensions(dim: int) -> int:
     return min(256, triton.next_power_of_2(dim))
 
 
-def settle_constants(dim: int, slots: int, strip: int, tiles: bool, quantize: bool) -> dict[str, Any]:
+def settle_constants(
+    dim: int, slots: int, strip: int, tiles: bool, quantize: bool
+) -> dict[str, Any]:
     chunk = min(SETTLE_CHUNK, max(16, triton.next_power_of_2(strip)))
-    return {"SLOTS": slots, "CHUNK": chunk, "BLOCK_D": block_of_dimensions(dim), "TILES": tiles, "QUANTIZE": quantize}
+    return {
+        "SLOTS": slots,
+        "CHUNK": chunk,
+        "BLOCK_D": block_of_dimensions(dim),
+        "TILES": tiles,
+        "QUANTIZE": quantize,
+    }
 
 
 def settle(
@@ -241,7 +291,9 @@ def settle(
             tiles if tiles is not None else work,
             state.strip,
             dim,
-            **settle_constants(dim, state.slots, state.strip, tiles is not None, quantized is not None),
+            **settle_constants(
+                dim, state.slots, state.strip, tiles is not None, quantized is not None
+            ),
             **SETTLE_OPTIONS,
         )
 
@@ -249,8 +301,17 @@ def settle(
 def compile_specs(arch: str) -> list[CompileSpec]:
     from dad_fast.kernels.cross_compile import CompileSpec
 
-    types = {"z_ptr": "*fp32", "columns_ptr": "*fp32", "codebook_ptr": "*fp32", "codes_ptr": "*i64", "quantized_ptr": "*fp32"}
-    types |= dict.fromkeys(("num_work_ptr", "work_ptr", "slots_ptr", "tiles_ptr"), "*i32") | {"strip": "i32", "D": "i32"}
+    types = {
+        "z_ptr": "*fp32",
+        "columns_ptr": "*fp32",
+        "codebook_ptr": "*fp32",
+        "codes_ptr": "*i64",
+        "quantized_ptr": "*fp32",
+    }
+    types |= dict.fromkeys(("num_work_ptr", "work_ptr", "slots_ptr", "tiles_ptr"), "*i32") | {
+        "strip": "i32",
+        "D": "i32",
+    }
     return [
         CompileSpec(
             f"nearest_code: settle, D={dim}",

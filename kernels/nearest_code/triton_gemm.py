@@ -69,15 +69,23 @@ def round_kernel(
         real = inside[:, None] & (d < D)[None, :]
         z = tl.load(z_ptr + rows[:, None].to(tl.int64) * D + d[None, :], mask=real, other=0.0)
         all_finite = tl.minimum(all_finite, tl.min((tl.abs(z) < float("inf")).to(tl.int32), 1))
-        z = tl.where(real, (z - tl.load(centre_ptr + d, mask=d < D, other=0.0)[None, :]) * scale, 0.0)
+        z = tl.where(
+            real, (z - tl.load(centre_ptr + d, mask=d < D, other=0.0)[None, :]) * scale, 0.0
+        )
         fits = tl.where(tl.abs(z) < 32768.0, z, 0.0)  # a row with another entry is not scored
         rounded = fits.to(tl.float16)
         rest = fits - rounded.to(tl.float32)
         square += tl.sum(z * z, 1)
         residual += tl.sum(rest * rest, 1)
-        tl.store(rounded_ptr + rows[:, None].to(tl.int64) * WIDTH + d[None, :], rounded, mask=inside[:, None])
+        tl.store(
+            rounded_ptr + rows[:, None].to(tl.int64) * WIDTH + d[None, :],
+            rounded,
+            mask=inside[:, None],
+        )
     norm = tl.sqrt(square) * SLACK
-    zeta = tl.sqrt(residual) * SLACK + norm * 1.1920928955078125e-07 + floor * D  # 2^-23: z - c rounds
+    zeta = (
+        tl.sqrt(residual) * SLACK + norm * 1.1920928955078125e-07 + floor * D
+    )  # 2^-23: z - c rounds
     finite = all_finite != 0
     norm = tl.where(finite, tl.where(norm < 32768.0, norm, -2.0), -1.0)
     tl.store(norms_ptr + rows * 2, norm, mask=inside)
@@ -130,7 +138,12 @@ def gemm_kernel(
     first_tile = tl.zeros((ROWS,), tl.int32)
     second_tile = first_tile
     for i in range(strip):
-        b_ptr = packed_ptr + i * (SLOTS * BLOCKS * BLOCK_D) + slot[None, :] * (BLOCKS * BLOCK_D) + k[:, None]
+        b_ptr = (
+            packed_ptr
+            + i * (SLOTS * BLOCKS * BLOCK_D)
+            + slot[None, :] * (BLOCKS * BLOCK_D)
+            + k[:, None]
+        )
         if BLOCKS == 1:
             product = tl.dot(a, tl.load(b_ptr))
         else:
@@ -166,7 +179,9 @@ def gemm_kernel(
     needed = inside & (done == 0)
     if tl.sum(needed.to(tl.int32)) > 0:
         place = append_work(num_work_ptr, work_ptr, slots_ptr, rows, needed, in_band, ROWS, SLOTS)
-        two = usable & (third_low > limit)  # at most two iterations reach the band, so that only their codes can win
+        two = usable & (
+            third_low > limit
+        )  # at most two iterations reach the band, so that only their codes can win
         tl.store(tiles_ptr + place * 2, tl.where(two, first_tile, -1), mask=needed)
         tl.store(tiles_ptr + place * 2 + 1, tl.where(two, second_tile, -1), mask=needed)
 
@@ -208,7 +223,10 @@ def prepare(codebook: Tensor, slots: int | None = None) -> Prepared:
         codebook=codebook,
         columns=book.columns,
         centre=book.centre,
-        packed=torch.nn.functional.pad(packed, (0, width * number - dim)).view(slots, book.strip, -1).transpose(0, 1).contiguous(),
+        packed=torch.nn.functional.pad(packed, (0, width * number - dim))
+        .view(slots, book.strip, -1)
+        .transpose(0, 1)
+        .contiguous(),
         half_square=half_square.view(slots, book.strip).T.contiguous(),
         slots=slots,
         strip=book.strip,
@@ -242,7 +260,9 @@ def search(
     work = torch.empty(num_rows, dtype=torch.int32, device=latents.device)
     slots = torch.empty(num_rows, state.slots // 32, dtype=torch.int32, device=latents.device)
     tiles = torch.empty(num_rows, 2, dtype=torch.int32, device=latents.device)
-    rounded = torch.empty(num_rows, state.packed.shape[2], dtype=torch.float16, device=latents.device)
+    rounded = torch.empty(
+        num_rows, state.packed.shape[2], dtype=torch.float16, device=latents.device
+    )
     norms = torch.empty(num_rows, 2, dtype=torch.float32, device=latents.device)
     with torch.cuda.device_of(latents):
         round_kernel[(triton.cdiv(num_rows, ROUND_ROWS),)](
@@ -284,7 +304,13 @@ def search(
 
 def round_constants(dim: int) -> dict[str, Any]:
     width, number = blocks_of(dim)
-    return {"D": dim, "WIDTH": width * number, "ROWS": ROUND_ROWS, "BLOCK_D": min(width, 64), "SLACK": SLACK}
+    return {
+        "D": dim,
+        "WIDTH": width * number,
+        "ROWS": ROUND_ROWS,
+        "BLOCK_D": min(width, 64),
+        "SLACK": SLACK,
+    }
 
 
 def constants(dim: int, meta: dict[str, int], quantize: bool) -> dict[str, Any]:
@@ -297,7 +323,8 @@ def constants(dim: int, meta: dict[str, int], quantize: bool) -> dict[str, Any]:
         "SLOTS": meta["slots"],
         "WRITE_D": min(32, block_of_dimensions(dim)),
         "QUANTIZE": quantize,
-        "GAMMA": GAMMA_PER_STEP * (width * number // 16) + 2.0**-22,  # the last: half_square - product rounds
+        "GAMMA": GAMMA_PER_STEP * (width * number // 16)
+        + 2.0**-22,  # the last: half_square - product rounds
         "SLACK": SLACK,
     }
 
@@ -306,18 +333,51 @@ def compile_specs(arch: str) -> list[CompileSpec]:
     """The widest latents of every entry of the table, and those of 512 dimensions, which take several blocks."""
     from dad_fast.kernels.cross_compile import CompileSpec
 
-    types = {"rounded_ptr": "*fp16", "norms_ptr": "*fp32", "packed_ptr": "*fp16", "half_square_ptr": "*fp32", "codebook_ptr": "*fp32"}
-    types |= {"codes_ptr": "*i64", "quantized_ptr": "*fp32"} | {f"{name}_ptr": "*i32" for name in ("num_work", "work", "slots", "tiles")}
+    types = {
+        "rounded_ptr": "*fp16",
+        "norms_ptr": "*fp32",
+        "packed_ptr": "*fp16",
+        "half_square_ptr": "*fp32",
+        "codebook_ptr": "*fp32",
+    }
+    types |= {"codes_ptr": "*i64", "quantized_ptr": "*fp32"} | {
+        f"{name}_ptr": "*i32" for name in ("num_work", "work", "slots", "tiles")
+    }
     types |= {"num_rows": "i32", "strip": "i32", "radius": "fp32", "rho": "fp32", "tau": "fp32"}
-    round_types = {"z_ptr": "*fp32", "centre_ptr": "*fp32", "rounded_ptr": "*fp16", "norms_ptr": "*fp32", "num_nonfinite_ptr": "*i64"}
+    round_types = {
+        "z_ptr": "*fp32",
+        "centre_ptr": "*fp32",
+        "rounded_ptr": "*fp16",
+        "norms_ptr": "*fp32",
+        "num_nonfinite_ptr": "*i64",
+    }
     round_types |= {"num_rows": "i32", "scale": "fp32", "floor": "fp32"}
     specs = []
     for entry in entries(KERNEL, arch):
         dim = entry["max"].get("d", 512)
-        options = {"num_warps": entry["num_warps"], "num_stages": entry["num_stages"], "enable_fp_fusion": False}
-        specs.append(CompileSpec(f"nearest_code: round, D={dim}", round_kernel, round_types, round_constants(dim), ROUND_OPTIONS))
+        options = {
+            "num_warps": entry["num_warps"],
+            "num_stages": entry["num_stages"],
+            "enable_fp_fusion": False,
+        }
         specs.append(
-            CompileSpec(f"nearest_code: gemm, D={dim}", gemm_kernel, types, constants(dim, entry, True), options, tensor_cores=True)
+            CompileSpec(
+                f"nearest_code: round, D={dim}",
+                round_kernel,
+                round_types,
+                round_constants(dim),
+                ROUND_OPTIONS,
+            )
+        )
+        specs.append(
+            CompileSpec(
+                f"nearest_code: gemm, D={dim}",
+                gemm_kernel,
+                types,
+                constants(dim, entry, True),
+                options,
+                tensor_cores=True,
+            )
         )
     return specs
 
@@ -327,8 +387,14 @@ def tuning_cases() -> list[TuningCase]:
     counter = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def case(dim: int, bounds: dict[str, int], candidates: list[dict[str, int]]) -> TuningCase:
-        latents, codebook = torch.randn(256 * 196, dim, device="cuda"), torch.randn(16384, dim, device="cuda")
-        codes, quantized = torch.empty(len(latents), dtype=torch.int64, device="cuda"), torch.empty_like(latents)
+        latents, codebook = (
+            torch.randn(256 * 196, dim, device="cuda"),
+            torch.randn(16384, dim, device="cuda"),
+        )
+        codes, quantized = (
+            torch.empty(len(latents), dtype=torch.int64, device="cuda"),
+            torch.empty_like(latents),
+        )
         states: dict[int, Prepared] = {}
 
         def run(meta: dict[str, int]) -> None:
@@ -340,7 +406,17 @@ def tuning_cases() -> list[TuningCase]:
 
     candidates = [
         {"rows": rows, "slots": slots, "num_warps": warps, "num_stages": stages}
-        for rows, slots, warps in ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
+        for rows, slots, warps in (
+            (64, 64, 4),
+            (128, 64, 4),
+            (128, 64, 8),
+            (128, 128, 8),
+            (256, 64, 8),
+        )
         for stages in (2, 3, 4)
     ]
-    return [case(64, {"d": 64}, candidates), case(256, {"d": 256}, candidates), case(512, {}, candidates)]
+    return [
+        case(64, {"d": 64}, candidates),
+        case(256, {"d": 256}, candidates),
+        case(512, {}, candidates),
+    ]

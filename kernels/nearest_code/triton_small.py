@@ -78,11 +78,15 @@ def score_kernel(
     slot = tl.arange(0, SLOTS)
 
     # A, and what the band needs of it.
-    z = tl.load(z_ptr + rows[:, None].to(tl.int64) * D + (k % D)[None, :], mask=inside[:, None], other=0.0)  # [ROWS, KP]
+    z = tl.load(
+        z_ptr + rows[:, None].to(tl.int64) * D + (k % D)[None, :], mask=inside[:, None], other=0.0
+    )  # [ROWS, KP]
     finite = tl.min((tl.abs(z) < float("inf")).to(tl.int32), 1) != 0
     z = (tl.where(finite[:, None], z, 0.0) - tl.load(centre_ptr + k % D)[None, :]) * scale
     norm = tl.sqrt(tl.sum(tl.where(k[None, :] < D, z * z, 0.0), 1)) * SLACK
-    usable = norm < 32768.0  # its entries fit fp16; a latent a thousand radii away is left to `settle`
+    usable = (
+        norm < 32768.0
+    )  # its entries fit fp16; a latent a thousand radii away is left to `settle`
     z = tl.where(usable[:, None], z, 0.0)
     hi = z.to(tl.float16)
     lo = (z - hi.to(tl.float32)).to(tl.float16)
@@ -123,7 +127,11 @@ def score_kernel(
         code = tl.where(here < best, winner, code)
         best = tl.minimum(best, here)
     # Each distance is within (D + 2) 2^-24 of its exact value, and 2^-100 is far above what a flush of subnormals loses.
-    decided = scanned & (best < 1e38) & (second > best * (1.0 + (D + 4) * 2.384185791015625e-07) + 7.888609052210118e-31)
+    decided = (
+        scanned
+        & (best < 1e38)
+        & (second > best * (1.0 + (D + 4) * 2.384185791015625e-07) + 7.888609052210118e-31)
+    )
 
     num_nonfinite = tl.sum((inside & (finite == 0)).to(tl.int64))
     if num_nonfinite > 0:
@@ -270,7 +278,11 @@ def compile_specs(arch: str) -> list[CompileSpec]:
             score_kernel,
             types,
             constants(dim, entry | {"slots": slots}, True),
-            {"num_warps": entry["num_warps"], "num_stages": entry["num_stages"], "enable_fp_fusion": False},
+            {
+                "num_warps": entry["num_warps"],
+                "num_stages": entry["num_stages"],
+                "enable_fp_fusion": False,
+            },
             tensor_cores=True,
         )
         for dim in (4, 8)
@@ -287,7 +299,10 @@ def tuning_cases() -> list[TuningCase]:
 
     def case(num_rows: int, bounds: dict[str, int], candidates: list[dict[str, int]]) -> TuningCase:
         latents = torch.randn(num_rows, 4, device="cuda")
-        codes, quantized = torch.empty(num_rows, dtype=torch.int64, device="cuda"), torch.empty_like(latents)
+        codes, quantized = (
+            torch.empty(num_rows, dtype=torch.int64, device="cuda"),
+            torch.empty_like(latents),
+        )
 
         def run(meta: dict[str, int]) -> None:
             key = meta.get("slots", slots)
@@ -297,10 +312,19 @@ def tuning_cases() -> list[TuningCase]:
 
         return TuningCase(KERNEL, bounds, candidates, run)
 
-    few = [{"rows": rows, "num_warps": warps, "num_stages": 3} for rows, warps in ((16, 1), (32, 2), (64, 4), (128, 8))]
+    few = [
+        {"rows": rows, "num_warps": warps, "num_stages": 3}
+        for rows, warps in ((16, 1), (32, 2), (64, 4), (128, 8))
+    ]
     many = [
         {"rows": rows, "slots": slots, "num_warps": warps, "num_stages": stages}
-        for rows, slots, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8))
+        for rows, slots, warps in (
+            (64, 64, 4),
+            (64, 128, 4),
+            (128, 64, 8),
+            (128, 128, 8),
+            (64, 256, 8),
+        )
         for stages in (2, 3, 4)
     ]
     return [case(784, {"n": 16384}, few), case(256 * 784, {}, many)]

@@ -17,22 +17,39 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from dad_fast.checkpoint.folder import CheckpointFolder, generator_tensors, restore_generators, snapshot  # noqa: E402
-from dad_fast.checkpoint.writer import Writer  # noqa: E402
-from dad_fast.config import resolve, to_toml  # noqa: E402
-from dad_fast.engine.build import Builder  # noqa: E402
-from dad_fast.engine.trainer import Trainer  # noqa: E402
-from dad_fast.errors import DataError, NotFinite, Preempted, UsageError  # noqa: E402
-from tests import warm  # noqa: E402
-from tests.processes import HANG, ROOT, wait_until  # noqa: E402
+from dad_fast.checkpoint.folder import (
+    CheckpointFolder,
+    generator_tensors,
+    restore_generators,
+    snapshot,
+)
+from dad_fast.checkpoint.writer import Writer
+from dad_fast.config import resolve, to_toml
+from dad_fast.engine.build import Builder
+from dad_fast.engine.trainer import Trainer
+from dad_fast.errors import DataError, NotFinite, Preempted, UsageError
+from tests import warm
+from tests.processes import HANG, ROOT, wait_until
 
 BUILDER = Builder()
 COMMON = [
-    "data.batch_size=50", "data.workers=0", "log_every=7", "eval.every_epochs=0", "eval.suites=[]",
-    "augment.mixup=0.8", "augment.cutmix=1.0", "augment.scale=[0.6,1.0]", "ema.model_ema=true", "optim.clip_grad=1.0", "schedule.epochs=1",
-    "student.name=resnet18", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
-    "student.drop_path=0.2", "variants={}", "device=cpu",
-]  # fmt: skip
+    "data.batch_size=50",
+    "data.workers=0",
+    "log_every=7",
+    "eval.every_epochs=0",
+    "eval.suites=[]",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.scale=[0.6,1.0]",
+    "ema.model_ema=true",
+    "optim.clip_grad=1.0",
+    "schedule.epochs=1",
+    "student.name=resnet18",
+    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+    "student.drop_path=0.2",
+    "variants={}",
+    "device=cpu",
+]
 
 
 def config(method="dad", *more):
@@ -52,20 +69,28 @@ def run(folder, cfg, resume=""):
 
 def digest(folder, step):
     path = folder / "checkpoints" / f"step-{step}"
-    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in ("model.safetensors", "train.safetensors")}
+    return {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name in ("model.safetensors", "train.safetensors")
+    }
 
 
 @pytest.mark.parametrize("method", ["dad", "dat+dad", "ce"])
 def test_k_steps_and_the_rest_equal_the_straight_run(tmp_path, method):
-    cfg = config(method, *(["data.batch_size=20", "engine.grad_accum_steps=2"] if method == "ce" else []))
+    cfg = config(
+        method, *(["data.batch_size=20", "engine.grad_accum_steps=2"] if method == "ce" else [])
+    )
     run(tmp_path / "straight", replace(cfg, max_steps=12))
     run(tmp_path / "parts", replace(cfg, max_steps=5))
     torch.manual_seed(12345)  # whatever happened to the generators in between
     run(tmp_path / "parts", replace(cfg, max_steps=12), "auto")
     assert digest(tmp_path / "straight", 12) == digest(tmp_path / "parts", 12)
-    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("straight", "parts")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "parts")
+    ]
     last = [[r for r in one if r["kind"] == "train"][-1] for one in rows]
-    assert [r["loss"] for r in last][0] == pytest.approx(last[1]["loss"], rel=1e-6)
+    assert next(r["loss"] for r in last) == pytest.approx(last[1]["loss"], rel=1e-6)
 
 
 COMMAND = [sys.executable, "-m", "dad_fast", "train", "--preset", "demo"]
@@ -101,7 +126,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number, not_killed):
     process = command(tmp_path / "killed", *KILLED)
     assert process.wait(HANG) == 0, process.communicate()[1]
     assert digest(tmp_path / "killed", 24) == digest(not_killed, 24)
-    assert (tmp_path / "killed/model.safetensors").read_bytes() == (not_killed / "model.safetensors").read_bytes()
+    assert (tmp_path / "killed/model.safetensors").read_bytes() == (
+        not_killed / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_damaged_latest_gives_way_to_the_one_before_aloud(tmp_path, capsys):
@@ -113,7 +140,11 @@ def test_a_damaged_latest_gives_way_to_the_one_before_aloud(tmp_path, capsys):
     damaged.write_bytes(content)
     made = trainer(tmp_path, cfg, "auto")
     made.start()
-    assert made.next_step == 3 and "step-6 is damaged" in capsys.readouterr().err and "is damaged" in (tmp_path / "train.log").read_text()
+    assert (
+        made.next_step == 3
+        and "step-6 is damaged" in capsys.readouterr().err
+        and "is damaged" in (tmp_path / "train.log").read_text()
+    )
     (tmp_path / "checkpoints/step-3/state.json").write_text("{")
     with pytest.raises(DataError, match="no sound checkpoint"):
         trainer(tmp_path, cfg, "auto")
@@ -125,28 +156,56 @@ def test_changed_science_is_refused_with_the_difference(tmp_path):
         trainer(tmp_path, config("ce", "optim.lr=0.5"), "auto")
     assert trainer(tmp_path, config("ce", "log_every=1"), "auto").next_step == 2
     changed = config("ce", "optim.lr=0.5")
-    assert Trainer(changed, BUILDER.build(changed), tmp_path, "test", "auto", allow_config_change=True).next_step == 2
+    assert (
+        Trainer(
+            changed, BUILDER.build(changed), tmp_path, "test", "auto", allow_config_change=True
+        ).next_step
+        == 2
+    )
 
 
 def test_the_portions_of_a_step_may_change_where_no_batch_norm_sees_them(tmp_path):
     run(tmp_path / "bn", config("ce", "max_steps=2"))
-    with pytest.raises(UsageError, match="batch norm saw 50 images at a time in each of 1 processes, now 10 .*--grad-accum-steps"):
-        trainer(tmp_path / "bn", config("ce", "data.global_batch_size=50", "engine.grad_accum_steps=5"), "auto")
+    with pytest.raises(
+        UsageError,
+        match="batch norm saw 50 images at a time in each of 1 processes, now 10 .*--grad-accum-steps",
+    ):
+        trainer(
+            tmp_path / "bn",
+            config("ce", "data.global_batch_size=50", "engine.grad_accum_steps=5"),
+            "auto",
+        )
     with pytest.raises(UsageError, match=r"data\.global_batch_size: 50 → 250"):
         trainer(tmp_path / "bn", config("ce", "engine.grad_accum_steps=5"), "auto")
-    vit = ("student.name=vit_tiny_patch16_224", "student.model_kwargs={patch_size=7,embed_dim=24,depth=1,num_heads=2}")
+    vit = (
+        "student.name=vit_tiny_patch16_224",
+        "student.model_kwargs={patch_size=7,embed_dim=24,depth=1,num_heads=2}",
+    )
     run(tmp_path / "ln", config("ce", "max_steps=2", *vit))
-    made = trainer(tmp_path / "ln", config("ce", "data.global_batch_size=50", "engine.grad_accum_steps=5", "log_every=1", *vit), "auto")
+    made = trainer(
+        tmp_path / "ln",
+        config("ce", "data.global_batch_size=50", "engine.grad_accum_steps=5", "log_every=1", *vit),
+        "auto",
+    )
     assert made.next_step == 2 and made.images_per_step == 50 and made.cfg.data.batch_size == 10
 
 
 def test_not_a_number_stops_the_run_and_keeps_the_state(tmp_path):
-    made = trainer(tmp_path, config("ce", "optim.lr=1e30", "optim.clip_grad=0", "schedule.warmup_epochs=0", "max_steps=20"))
+    made = trainer(
+        tmp_path,
+        config(
+            "ce", "optim.lr=1e30", "optim.clip_grad=0", "schedule.warmup_epochs=0", "max_steps=20"
+        ),
+    )
     made.start()
     with pytest.raises(NotFinite, match="--lr"):
         made.train()
     kept = made.checkpoints.load("auto", print)
-    assert all(torch.isfinite(v).all() for k, v in kept.tensors.items() if k.startswith("student.") and v.is_floating_point())
+    assert all(
+        torch.isfinite(v).all()
+        for k, v in kept.tensors.items()
+        if k.startswith("student.") and v.is_floating_point()
+    )
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):
@@ -154,7 +213,9 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     for step, best in ((1, False), (2, True), (3, False), (4, False), (5, False)):
         folder.save(step, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), best)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-2", "step-4", "step-5"]
-    assert os.readlink(tmp_path / "latest") == "step-5" and os.readlink(tmp_path / "best") == "step-2"
+    assert (
+        os.readlink(tmp_path / "latest") == "step-5" and os.readlink(tmp_path / "best") == "step-2"
+    )
 
 
 def test_killed_before_it_could_point_at_the_best(tmp_path):
@@ -176,9 +237,16 @@ def test_killed_while_it_tidied_up_after_its_last_checkpoint(tmp_path, monkeypat
     for step in (1, 2, 3):
         if step == 3:  # stands for a kill at this moment
             at = (shutil, operation) if operation == "rmtree" else (folder, operation)
-            monkeypatch.setattr(*at, lambda path, *rest, **more: None if str(path).endswith(".tmp") else sys.exit("killed"))
+            monkeypatch.setattr(
+                *at,
+                lambda path, *rest, **more: (
+                    None if str(path).endswith(".tmp") else sys.exit("killed")
+                ),
+            )
         with pytest.raises(SystemExit) if step == 3 else nullcontext():
-            folder.save(step, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), False)
+            folder.save(
+                step, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), False
+            )
     monkeypatch.undo()
     folder = CheckpointFolder(tmp_path, keep=2)
     assert folder.load("auto", print).state["step"] == 3
@@ -241,7 +309,10 @@ for step in [1, *[2] * 10000]:
 @pytest.mark.parametrize("moment", [0.0, 0.003, 0.01, 0.02])
 def test_killed_while_it_writes(tmp_path, moment):
     """At whatever moment, with one checkpoint kept, even while one is replaced by another of the same step."""
-    process = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(tmp_path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     wait_until((tmp_path / "step-2").exists, process)
     wait_until((tmp_path / ".step-2.tmp").exists, process)
     time.sleep(moment)
@@ -263,7 +334,13 @@ def test_generators_are_restored():
     saved = generator_tensors(torch.device("cpu"))
     first = random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(1)
     restore_generators(saved, torch.device("cpu"))
-    assert first == (random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(1))
+    assert first == (
+        random.gauss(0, 1),
+        random.random(),
+        np.random.randn(),
+        np.random.rand(),
+        torch.rand(1),
+    )
 
 
 def test_preempted_is_75_and_the_settings_round_trip():

@@ -8,17 +8,17 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from dad_fast.checkpoint.folder import CheckpointFolder  # noqa: E402
-from dad_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer  # noqa: E402
-from dad_fast.cli.main import main  # noqa: E402
-from dad_fast.config import Launch, resolve  # noqa: E402
-from dad_fast.engine.build import Builder  # noqa: E402
-from dad_fast.engine.trainer import Trainer  # noqa: E402
-from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.sweep import train  # noqa: E402
-from tests import tiny  # noqa: E402
+from dad_fast.checkpoint.folder import CheckpointFolder
+from dad_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
+from dad_fast.cli.main import main
+from dad_fast.config import Launch, resolve
+from dad_fast.engine.build import Builder
+from dad_fast.engine.trainer import Trainer
+from dad_fast.errors import DataError, UsageError
+from dad_fast.sweep import train
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,20 @@ def inputs(tmp_path_factory):
 
 def config(inputs, *more):
     sets = [
-        f"data.data_dir={inputs / 'data'}", f"teacher.name={inputs / 'teacher.safetensors'}", f"discretizer.name={inputs / 'vqgan.ckpt'}",
-        "student.name=resnet18", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", f"augment.img_size={tiny.SIDE}",
-        "method=dad", "data.batch_size=8", "data.workers=0", "device=cpu", "schedule.epochs=2", "schedule.warmup_epochs=0", "max_steps=1",
-    ]  # fmt: skip
+        f"data.data_dir={inputs / 'data'}",
+        f"teacher.name={inputs / 'teacher.safetensors'}",
+        f"discretizer.name={inputs / 'vqgan.ckpt'}",
+        "student.name=resnet18",
+        "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+        f"augment.img_size={tiny.SIDE}",
+        "method=dad",
+        "data.batch_size=8",
+        "data.workers=0",
+        "device=cpu",
+        "schedule.epochs=2",
+        "schedule.warmup_epochs=0",
+        "max_steps=1",
+    ]
     return resolve(None, None, [*sets, *more], {})
 
 
@@ -78,7 +88,12 @@ def test_other_files_may_not(begun, elsewhere):
     tiny.write_vqgan(elsewhere / "vqgan.ckpt", seed=1)
     shutil.copy(elsewhere / "data/train/ant/0.jpg", elsewhere / "data/train/ant/9.jpg")
     Image.new("RGB", (40, 40)).save(elsewhere / "data/val/bee/0.jpg")
-    for what in ("weights of the teacher", "weights of the discretizer", r"images in \S*data train", r"images in \S*data val"):
+    for what in (
+        "weights of the teacher",
+        "weights of the discretizer",
+        r"images in \S*data train",
+        r"images in \S*data val",
+    ):
         refused(begun, config(elsewhere), what)
 
 
@@ -87,28 +102,54 @@ def test_classes_may_not_change_places(begun, inputs, tmp_path):
     rows["same"].write_text("id,folder,name\n0,ant,ant\n1,bee,bee\n2,cat,cat\n")
     rows["swapped"].write_text("id,folder,name\n0,bee,bee\n1,ant,ant\n2,cat,cat\n")
     assert trainer(begun, config(inputs, f"data.class_map={rows['same']}")).next_step == 1
-    refused(begun, config(inputs, f"data.class_map={rows['swapped']}"), r"the classes \(0: ant ant → bee bee\)")
+    refused(
+        begun,
+        config(inputs, f"data.class_map={rows['swapped']}"),
+        r"the classes \(0: ant ant → bee bee\)",
+    )
 
 
 def test_an_average_that_begins_later_begins_with_the_weights_as_they_are(begun, inputs):
     made = trainer(begun, config(inputs, "ema.model_ema=true"), allow=True)
-    for average, weight in zip(made.update.ema.module.state_dict().values(), made.parts.student.state_dict().values(), strict=True):
+    for average, weight in zip(
+        made.update.ema.module.state_dict().values(),
+        made.parts.student.state_dict().values(),
+        strict=True,
+    ):
         assert torch.equal(average, weight)
 
 
 def test_allowed_changes_of_the_optimizer_take_effect(begun, inputs):
-    made = trainer(begun, config(inputs, "optim.weight_decay=0.5", "optim.opt_kwargs={betas=[0.5,0.6]}"), allow=True)
+    made = trainer(
+        begun,
+        config(inputs, "optim.weight_decay=0.5", "optim.opt_kwargs={betas=[0.5,0.6]}"),
+        allow=True,
+    )
     groups = made.update.optimizer.param_groups
-    assert {group["weight_decay"] for group in groups} == {0.0, 0.5} and all(tuple(group["betas"]) == (0.5, 0.6) for group in groups)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5} and all(
+        tuple(group["betas"]) == (0.5, 0.6) for group in groups
+    )
     assert all(entry["step"] == 1 for entry in made.update.optimizer.state.values())
     other = trainer(begun, config(inputs, "optim.opt=sgd"), allow=True)
-    assert not other.update.optimizer.state and "sgd begins without a past: the run began with adamw" in other.notes
-    assert trainer(begun, config(inputs, "precision.amp=true", "precision.student=float16"), allow=True).update.scaler.get_scale() > 1
+    assert (
+        not other.update.optimizer.state
+        and "sgd begins without a past: the run began with adamw" in other.notes
+    )
+    assert (
+        trainer(
+            begun, config(inputs, "precision.amp=true", "precision.student=float16"), allow=True
+        ).update.scaler.get_scale()
+        > 1
+    )
 
 
 def test_another_student_is_one_line(begun, inputs):
     with pytest.raises(UsageError, match="another student") as caught:
-        trainer(begun, config(inputs, "student.model_kwargs={layers=[1,1,1,1],channels=[16,8,8,8]}"), allow=True)
+        trainer(
+            begun,
+            config(inputs, "student.model_kwargs={layers=[1,1,1,1],channels=[16,8,8,8]}"),
+            allow=True,
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -125,17 +166,36 @@ def test_rounding_that_changes_is_said(begun, inputs):
 def test_another_run_can_be_gone_on_from(begun, inputs, tmp_path):
     made = trainer(tmp_path / "new", config(inputs, "max_steps=2"), resume=str(begun))
     run(made)
-    assert made.next_step == 2 and sorted(path.name for path in (tmp_path / "new/checkpoints").glob("step-*")) == ["step-2"]
+    assert made.next_step == 2 and sorted(
+        path.name for path in (tmp_path / "new/checkpoints").glob("step-*")
+    ) == ["step-2"]
 
 
 def test_one_run_and_several_do_not_share_a_folder(tmp_path, capsys):
     for name in ("one", "several/ce/seed-0"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "run.json").touch()
-    given = ["train", "--preset", "demo", "--set", "variants={}", "--method", "ce", "--resume", "auto", "-o"]
-    assert main([*given, str(tmp_path / "one"), "--seeds", "2"]) == main([*given, str(tmp_path / "several")]) == 2
+    given = [
+        "train",
+        "--preset",
+        "demo",
+        "--set",
+        "variants={}",
+        "--method",
+        "ce",
+        "--resume",
+        "auto",
+        "-o",
+    ]
+    assert (
+        main([*given, str(tmp_path / "one"), "--seeds", "2"])
+        == main([*given, str(tmp_path / "several")])
+        == 2
+    )
     said = capsys.readouterr().err
-    assert "holds one run, and these are 2" in said and "holds several runs, and this is one" in said
+    assert (
+        "holds one run, and these are 2" in said and "holds several runs, and this is one" in said
+    )
 
 
 def test_a_comparison_is_checked_whole_before_it_goes_on(begun, inputs, tmp_path):
@@ -143,7 +203,9 @@ def test_a_comparison_is_checked_whole_before_it_goes_on(begun, inputs, tmp_path
     cfg = config(inputs, "optim.lr=0.5", "seeds=2")
     with pytest.raises(UsageError, match=r"seed-1/checkpoints/step-1: .*optim.lr: 0.001 → 0.5"):
         train.run(cfg, Launch(output=str(tmp_path), resume="auto"))
-    assert [path.name for path in tmp_path.iterdir()] == ["dad"] and [path.name for path in (tmp_path / "dad").iterdir()] == ["seed-1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["dad"] and [
+        path.name for path in (tmp_path / "dad").iterdir()
+    ] == ["seed-1"]
 
 
 def test_waiting_for_the_disk_is_said_once(begun, inputs):
@@ -158,7 +220,9 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("dad_fast.checkpoint.folder.FORMAT", 1)
     folder.save(3, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), best=False)
     monkeypatch.undo()
-    with pytest.raises(DataError, match=r"step-3 was written by another version of dad-fast \(format 1, not 2\)"):
+    with pytest.raises(
+        DataError, match=r"step-3 was written by another version of dad-fast \(format 1, not 2\)"
+    ):
         folder.load(str(tmp_path / "step-3"), print)
 
 
@@ -181,6 +245,10 @@ def test_whatever_an_optimizer_keeps_comes_back():
     tensors, numbers = flatten_optimizer(made)
     again = Odd([weight], lr=0.5)
     restore_optimizer(again, tensors, json.loads(json.dumps(numbers)))
-    assert again.words == (3, (1, 2), None) and again.param_groups[0]["mu_dtype"] is torch.bfloat16 and again.param_groups[0]["lr"] == 0.1
+    assert (
+        again.words == (3, (1, 2), None)
+        and again.param_groups[0]["mu_dtype"] is torch.bfloat16
+        and again.param_groups[0]["lr"] == 0.1
+    )
     entry = again.state[weight]
     assert torch.equal(entry["Q"][0], torch.eye(2)) and entry["step"] == 4 and entry["none"] is None

@@ -12,51 +12,101 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("hypothesis")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dad_fast.cli.main import main  # noqa: E402
-from dad_fast.config import resolve  # noqa: E402
-from dad_fast.engine.build import Builder  # noqa: E402
-from dad_fast.engine.trainer import Trainer  # noqa: E402
-from dad_fast.errors import Preempted  # noqa: E402
-from tests import tiny  # noqa: E402
+from dad_fast.cli.main import main
+from dad_fast.config import resolve
+from dad_fast.engine.build import Builder
+from dad_fast.engine.trainer import Trainer
+from dad_fast.errors import Preempted
+from tests import tiny
 
 STEPS = 8  # of three an epoch: the first two epochs and a part of the third
 METHODS = ("ce", "kd", "aug-only", "dat", "dad", "dat+dad")
 ACCUMULATED = ("data.batch_size=4", "engine.grad_accum_steps=2")
 CASES = {method: (f"method={method}",) for method in METHODS}
-CASES |= {f"{method}, accumulated": (f"method={method}", *ACCUMULATED) for method in ("ce", "dat+dad")}
+CASES |= {
+    f"{method}, accumulated": (f"method={method}", *ACCUMULATED) for method in ("ce", "dat+dad")
+}
 CASES |= {f"{method}, dali": (f"method={method}", "data.loader=dali") for method in ("ce", "dad")}
 CASES |= {
     "kd, dali, accumulated": ("method=kd", "data.loader=dali", *ACCUMULATED),
     "kd, sgd, no ema": ("method=kd", "optim.opt=sgd", "ema.model_ema=false"),
     "ce, lamb": ("method=ce", "optim.opt=lamb"),  # counts its steps on the host
-    "ce, float16": ("method=ce", "precision.amp=true", "precision.student=float16", "optim.lr=3.0"),  # the scale of the loss moves
-    "kd, channels last": ("method=kd", "precision.channels_last=true"),  # whose moments are laid out as the weights are
+    "ce, float16": (
+        "method=ce",
+        "precision.amp=true",
+        "precision.student=float16",
+        "optim.lr=3.0",
+    ),  # the scale of the loss moves
+    "kd, channels last": (
+        "method=kd",
+        "precision.channels_last=true",
+    ),  # whose moments are laid out as the weights are
     "dad, stored": ("method=dad", "store.dirs=[STORE]", "augment.mixup=0", "augment.cutmix=0"),
     "lp-clip": ("method=lp-clip", "augment.mixup=0", "augment.cutmix=0", "augment.scale=[0.6,1.0]"),
-}  # fmt: skip
+}
 BUILDER = Builder()
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     root = tiny.write_parts(tmp_path_factory.mktemp("inputs"))
-    given = ["--data-dir", root / "data", *tiny.STUDENT, "--teacher", root / "teacher.safetensors", "--discretizer", root / "vqgan.ckpt"]
-    store = ["precompute", *given, "-b", "8", "-j", "0", "--device", "cpu", "--images", "raw", "--views", "2", "-o", root / "store"]
+    given = [
+        "--data-dir",
+        root / "data",
+        *tiny.STUDENT,
+        "--teacher",
+        root / "teacher.safetensors",
+        "--discretizer",
+        root / "vqgan.ckpt",
+    ]
+    store = [
+        "precompute",
+        *given,
+        "-b",
+        "8",
+        "-j",
+        "0",
+        "--device",
+        "cpu",
+        "--images",
+        "raw",
+        "--views",
+        "2",
+        "-o",
+        root / "store",
+    ]
     assert main([str(part) for part in store]) == 0
     return root
 
 
 def config(inputs, case, *more):
     sets = [
-        f"data.data_dir={inputs / 'data'}", f"teacher.name={inputs / 'teacher.safetensors'}", f"discretizer.name={inputs / 'vqgan.ckpt'}",
-        "student.name=resnet18", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "student.drop_path=0.3", "student.drop=0.2",
-        f"augment.img_size={tiny.SIDE}", "augment.mixup=0.8", "augment.cutmix=1.0", "augment.aa=rand-m9-mstd0.5-inc1",
-        "data.batch_size=8", "data.workers=0", "device=cpu", "log_every=3", "ema.model_ema=true", "optim.clip_grad=1.0",
-        "schedule.epochs=4", "schedule.warmup_epochs=1", "checkpoint.every_steps=1", "checkpoint.keep=100", f"max_steps={STEPS}",
-    ]  # fmt: skip
+        f"data.data_dir={inputs / 'data'}",
+        f"teacher.name={inputs / 'teacher.safetensors'}",
+        f"discretizer.name={inputs / 'vqgan.ckpt'}",
+        "student.name=resnet18",
+        "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+        "student.drop_path=0.3",
+        "student.drop=0.2",
+        f"augment.img_size={tiny.SIDE}",
+        "augment.mixup=0.8",
+        "augment.cutmix=1.0",
+        "augment.aa=rand-m9-mstd0.5-inc1",
+        "data.batch_size=8",
+        "data.workers=0",
+        "device=cpu",
+        "log_every=3",
+        "ema.model_ema=true",
+        "optim.clip_grad=1.0",
+        "schedule.epochs=4",
+        "schedule.warmup_epochs=1",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=100",
+        f"max_steps={STEPS}",
+    ]
     extra = [item.replace("STORE", f'"{inputs / "store"}"') for item in CASES[case]]
     return resolve(None, None, [*sets, *extra, *more], {})
 
@@ -70,14 +120,20 @@ def run(folder, cfg, resume=""):
 
 
 def digest(folder, step):
-    files = [folder / f"checkpoints/step-{step}" / name for name in ("model.safetensors", "train.safetensors")]
+    files = [
+        folder / f"checkpoints/step-{step}" / name
+        for name in ("model.safetensors", "train.safetensors")
+    ]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def logged(folder):
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("time", "data_wait", "img_per_s")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("time", "data_wait", "img_per_s")}
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +167,21 @@ def check(inputs, straight, case, step, folder):
     assert logged(folder) == logged(whole)
 
 
-QUICK = ("ce", "dad", "kd, channels last", "dat+dad, accumulated", "kd, dali, accumulated", "dad, stored", "lp-clip")
+QUICK = (
+    "ce",
+    "dad",
+    "kd, channels last",
+    "dat+dad, accumulated",
+    "kd, dali, accumulated",
+    "dad, stored",
+    "lp-clip",
+)
 
 
-@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_every_case_goes_on_from_the_middle_of_an_epoch(inputs, straight, tmp_path, case):
     check(inputs, straight, case, 4, tmp_path / "run")
 
@@ -131,12 +198,21 @@ def test_a_bad_image_counts_from_the_step_that_meets_it(inputs, tmp_path):
     shutil.copytree(inputs / "data", tmp_path / "data")
     for name in ("ant/3.jpg", "bee/5.jpg"):
         (tmp_path / "data/train" / name).write_bytes(b"no image")
-    cfg = config(inputs, "dad, stored", f"data.data_dir={tmp_path / 'data'}", "data.max_bad_share=0.5", "log_every=1", "max_steps=3")
+    cfg = config(
+        inputs,
+        "dad, stored",
+        f"data.data_dir={tmp_path / 'data'}",
+        "data.max_bad_share=0.5",
+        "log_every=1",
+        "max_steps=3",
+    )
     expected: list[set[str]] = [set()]
     for batch in Trainer(cfg, BUILDER.build(cfg), tmp_path / "run", "test").loader.batches(0, 3):
         expected.append(expected[-1] | set(batch.replaced))
     run(tmp_path / "run", cfg)
-    assert [row["bad_images"] for row in logged(tmp_path / "run") if row["kind"] == "train"] == [len(names) for names in expected[1:]]
+    assert [row["bad_images"] for row in logged(tmp_path / "run") if row["kind"] == "train"] == [
+        len(names) for names in expected[1:]
+    ]
 
 
 def test_a_run_of_k_steps_saves_what_the_straight_run_saves_at_k(inputs, straight, tmp_path):
@@ -156,7 +232,9 @@ def test_a_stop_in_the_middle_of_a_validation(inputs, straight, tmp_path, step):
     cfg = config(inputs, "ce")
     if step == STEPS:
         run(tmp_path, config(inputs, "ce", f"max_steps={STEPS - 1}", "checkpoint.every_steps=1"))
-        (tmp_path / "metrics.jsonl").write_bytes((straight("ce") / "metrics.jsonl").read_bytes())  # without the end of a shorter run
+        (tmp_path / "metrics.jsonl").write_bytes(
+            (straight("ce") / "metrics.jsonl").read_bytes()
+        )  # without the end of a shorter run
     stopped = AskedToStopInValidation(cfg, BUILDER.build(cfg), tmp_path, "test", "auto")
     stopped.start()
     with pytest.raises(Preempted, match="--resume auto"):
@@ -166,7 +244,9 @@ def test_a_stop_in_the_middle_of_a_validation(inputs, straight, tmp_path, step):
     run(tmp_path, cfg, "auto")
     assert digest(tmp_path, STEPS) == digest(straight("ce"), STEPS)
     if step != STEPS:
-        assert [row for row in logged(tmp_path) if row["kind"] == "val"] == [row for row in logged(straight("ce")) if row["kind"] == "val"]
+        assert [row for row in logged(tmp_path) if row["kind"] == "val"] == [
+            row for row in logged(straight("ce")) if row["kind"] == "val"
+        ]
 
 
 def test_another_way_after_a_step_forgets_the_first_way(inputs, straight, tmp_path):
@@ -177,5 +257,8 @@ def test_another_way_after_a_step_forgets_the_first_way(inputs, straight, tmp_pa
     run(tmp_path / "run", cfg, str(tmp_path / "run/checkpoints/step-4"))
     left = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
     best = os.readlink(tmp_path / "run/checkpoints/best")
-    assert left == sorted({"step-6", best}) and os.readlink(tmp_path / "run/checkpoints/latest") == "step-6"
+    assert (
+        left == sorted({"step-6", best})
+        and os.readlink(tmp_path / "run/checkpoints/latest") == "step-6"
+    )
     assert digest(tmp_path / "run", 6) == digest(whole, 6)

@@ -13,17 +13,24 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-from dad_fast.checkpoint.folder import STATE, _digest  # noqa: E402
-from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.models.weights.files import sha256_file  # noqa: E402
-from tests.checkpoint.test_resume import config, run, trainer  # noqa: E402
+from dad_fast.checkpoint.folder import STATE, _digest
+from dad_fast.errors import DataError, UsageError
+from dad_fast.models.weights.files import sha256_file
+from tests.checkpoint.test_resume import config, run, trainer
 
 GONE = "(gone)"  # a text, so that the tests' names are the same in every process
 STATES: list[dict[str, Any]] = [
     *({"world": value} for value in (GONE, 0, 10**9, "1", 2)),
-    *({"optimizer": value} for value in (GONE, {"param_groups": [], "numbers": {}}, {"param_groups": None, "numbers": {"x": 1}})),
+    *(
+        {"optimizer": value}
+        for value in (
+            GONE,
+            {"param_groups": [], "numbers": {}},
+            {"param_groups": None, "numbers": {"x": 1}},
+        )
+    ),
     *({"config": value} for value in (GONE, "seed = 2", "[[[", 7)),
     {"data": GONE},
     {"best_top1": GONE},
@@ -46,7 +53,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, cfg
 
 
-def forged(made: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], tensors: dict[str, Any]) -> Path:
+def forged(
+    made: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], tensors: dict[str, Any]
+) -> Path:
     folder = tmp_path / "r"
     shutil.copytree(made[0], folder, symlinks=True)
     step = next((folder / "checkpoints").glob("step-*"))
@@ -65,7 +74,9 @@ def forged(made: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], tens
     [*((state, {}) for state in STATES), *(({}, {name: value}) for name, value in TENSORS.items())],
     ids=lambda value: next((f"{key}={item}"[:30] for key, item in value.items()), ""),
 )
-def test_a_state_that_no_trainer_wrote(made: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], tensors: dict[str, Any]) -> None:
+def test_a_state_that_no_trainer_wrote(
+    made: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], tensors: dict[str, Any]
+) -> None:
     folder = forged(made, tmp_path, changes, tensors)
     start = time.process_time()
     with pytest.raises((DataError, UsageError)) as caught:

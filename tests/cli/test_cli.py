@@ -47,23 +47,58 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 def test_train_gets_settings_and_launch(started: list[Any]) -> None:
-    arguments = ["train", *DEMO, "--lr", "0.5", "-b", "64", "-j0", "-o", "out", "--overwrite", "--suite", "test,val", "gaussian_noise:3"]
+    arguments = [
+        "train",
+        *DEMO,
+        "--lr",
+        "0.5",
+        "-b",
+        "64",
+        "-j0",
+        "-o",
+        "out",
+        "--overwrite",
+        "--suite",
+        "test,val",
+        "gaussian_noise:3",
+    ]
     arguments += ["--no-filter", "--scale", "0.5", "1", "--debug"]
     assert cli.main(arguments) == 0
     ((cfg, launch),) = started
-    assert (cfg.optim.lr, cfg.data.batch_size, cfg.data.workers, cfg.loss.filter) == (0.5, 64, 0, False)
-    assert cfg.eval.suites == ("test", "val", "gaussian_noise:3") and cfg.augment.scale == (0.5, 1.0)
-    assert launch == Launch(output="out", overwrite=True, preset="demo", debug=True, arguments=tuple(arguments[1:]))
+    assert (cfg.optim.lr, cfg.data.batch_size, cfg.data.workers, cfg.loss.filter) == (
+        0.5,
+        64,
+        0,
+        False,
+    )
+    assert cfg.eval.suites == ("test", "val", "gaussian_noise:3") and cfg.augment.scale == (
+        0.5,
+        1.0,
+    )
+    assert launch == Launch(
+        output="out", overwrite=True, preset="demo", debug=True, arguments=tuple(arguments[1:])
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "output"),
-    [(DEMO, "runs/demo"), (["{file}"], "runs/mine"), ([*DEMO, "-o", "x"], "x"), (["--method", "ce"], "runs/ce")],
+    [
+        (DEMO, "runs/demo"),
+        (["{file}"], "runs/mine"),
+        ([*DEMO, "-o", "x"], "x"),
+        (["--method", "ce"], "runs/ce"),
+    ],
 )
-def test_default_output(started: list[Any], tmp_path: Path, arguments: list[str], output: str) -> None:
+def test_default_output(
+    started: list[Any], tmp_path: Path, arguments: list[str], output: str
+) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(to_toml(resolve("demo")))
-    more = [] if "--preset" in arguments or "{file}" in arguments else ["--data-dir", "embedded:digits", "--student", "resnet18"]
+    more = (
+        []
+        if "--preset" in arguments or "{file}" in arguments
+        else ["--data-dir", "embedded:digits", "--student", "resnet18"]
+    )
     assert cli.main(["train", *(argument.format(file=file) for argument in arguments), *more]) == 0
     assert started[0][1].output == output
 
@@ -72,14 +107,22 @@ def test_resume_auto_alone_takes_the_runs_own_settings(started: list[Any], tmp_p
     (tmp_path / "config.toml").write_text(to_toml(resolve("demo", None, ["optim.lr=0.125"])))
     assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--max-steps", "9"]) == 0
     cfg, launch = started[0]
-    assert (cfg.optim.lr, cfg.max_steps, launch.resume) == (0.125, 9, "auto") and len(cfg.variants) == 5
-    assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--lr", "1"]) == 2  # says what to train, but not enough
+    assert (cfg.optim.lr, cfg.max_steps, launch.resume) == (0.125, 9, "auto") and len(
+        cfg.variants
+    ) == 5
+    assert (
+        cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--lr", "1"]) == 2
+    )  # says what to train, but not enough
 
 
-def test_print_config_prints_toml_and_starts_nothing(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_prints_toml_and_starts_nothing(
+    started: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["train", *DEMO, "--lr", "0.25", "--print-config"]) == 0
     assert tomllib.loads(capsys.readouterr().out)["optim"]["lr"] == 0.25
-    assert cli.main(["train", "--preset", "dad-vitb16", "--print-config"]) == 2  # printed, and what is missing is said
+    assert (
+        cli.main(["train", "--preset", "dad-vitb16", "--print-config"]) == 2
+    )  # printed, and what is missing is said
     output = capsys.readouterr()
     assert tomllib.loads(output.out)["method"] == "dad" and "--data-dir" in output.err
     assert not started
@@ -108,10 +151,16 @@ def test_print_config_prints_toml_and_starts_nothing(started: list[Any], capsys:
         ("eval --suit x", "did you mean --suite?"),
     ],
 )
-def test_usage_errors_are_one_line_and_exit_2(started: list[Any], capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+def test_usage_errors_are_one_line_and_exit_2(
+    started: list[Any], capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
     assert cli.main(shlex.split(line)) == 2
     output = capsys.readouterr()
-    assert output.err.startswith("dad-fast: error: ") and message in output.err and output.err.count("\n") == 1
+    assert (
+        output.err.startswith("dad-fast: error: ")
+        and message in output.err
+        and output.err.count("\n") == 1
+    )
     assert not output.out and not started
 
 
@@ -123,13 +172,26 @@ def test_usage_errors_are_one_line_and_exit_2(started: list[Any], capsys: pytest
         (errors.Preempted("saved"), 75, "dad-fast: error: saved"),
         (errors.Interrupted("saved"), 130, "dad-fast: error: saved"),
         (KeyboardInterrupt(), 130, "dad-fast: interrupted"),
-        (ModuleNotFoundError("No module named 'timm'", name="timm"), 3, "dad-fast: error: the package timm is missing"),
-        (RuntimeError("two\nlines"), 1, "dad-fast: failure: RuntimeError: two lines (run with --debug for the traceback)"),
+        (
+            ModuleNotFoundError("No module named 'timm'", name="timm"),
+            3,
+            "dad-fast: error: the package timm is missing",
+        ),
+        (
+            RuntimeError("two\nlines"),
+            1,
+            "dad-fast: failure: RuntimeError: two lines (run with --debug for the traceback)",
+        ),
         (MemoryError(), 1, "dad-fast: failure: MemoryError (run with"),
     ],
 )
 def test_exit_codes(
-    started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+    started: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    message: str,
 ) -> None:
     raising(monkeypatch, error)
     assert cli.main(["train", *DEMO]) == code
@@ -139,7 +201,9 @@ def test_exit_codes(
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["-h", "train -h", "train --anything -h", "eval --help", "doctor -h", ""])
+@pytest.mark.parametrize(
+    "line", ["-h", "train -h", "train --anything -h", "eval --help", "doctor -h", ""]
+)
 def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], line: str) -> None:
     assert cli.main(line.split()) == 0
     text = capsys.readouterr().out
@@ -166,8 +230,19 @@ def test_examples_run_as_pasted(started: list[Any], capsys: pytest.CaptureFixtur
 
 
 def test_as_a_module_and_through_a_pipe() -> None:
-    result = subprocess.run([sys.executable, "-m", "dad_fast", "train", "--zzz"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr == "dad-fast: error: unknown flag --zzz; dad-fast train --help-all lists every flag\n"
+    result = subprocess.run(
+        [sys.executable, "-m", "dad_fast", "train", "--zzz"], capture_output=True, text=True
+    )
+    assert (
+        result.returncode == 2
+        and result.stderr
+        == "dad-fast: error: unknown flag --zzz; dad-fast train --help-all lists every flag\n"
+    )
     late = "import time; time.sleep(0.3); from dad_fast.cli.main import main; main(['train', '--help-all'])"
-    closed = subprocess.run(f"{shlex.join([sys.executable, '-c', late])} | true", shell=True, capture_output=True, text=True)
+    closed = subprocess.run(
+        f"{shlex.join([sys.executable, '-c', late])} | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
     assert closed.stderr == ""

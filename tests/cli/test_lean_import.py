@@ -13,7 +13,11 @@ WATCH = "import sys; import {module}; {call}; print(','.join(sorted({{name.split
 
 
 def loaded(module: str, call: str = "pass") -> set[str]:
-    result = subprocess.run([sys.executable, "-c", WATCH.format(module=module, call=call)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", WATCH.format(module=module, call=call)],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     return set(result.stderr.strip().splitlines()[-1].split(","))
 
@@ -24,7 +28,16 @@ def test_import_is_light() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["-h"], ["train", "-h"], ["train", "--help-all"], ["eval", "-h"], ["store", "-h"], ["report", "-h"], ["doctor", "-h"], ["--version"]],
+    [
+        ["-h"],
+        ["train", "-h"],
+        ["train", "--help-all"],
+        ["eval", "-h"],
+        ["store", "-h"],
+        ["report", "-h"],
+        ["doctor", "-h"],
+        ["--version"],
+    ],
 )
 def test_help_is_light(arguments: list[str]) -> None:
     assert not loaded("dad_fast.cli.main", f"dad_fast.cli.main.main({arguments!r})") & HEAVY
@@ -43,7 +56,12 @@ def test_help_answers_at_once() -> None:
             before = os.times()
             subprocess.run([sys.executable, *command.split()], capture_output=True, check=True)
             after = os.times()
-            found.append(after.children_user + after.children_system - before.children_user - before.children_system)
+            found.append(
+                after.children_user
+                + after.children_system
+                - before.children_user
+                - before.children_system
+            )
     start, answer = (min(found) for found in seconds.values())
     assert answer < 20 * max(start, 0.01)
 
@@ -54,7 +72,11 @@ def test_public_names_are_found_when_used() -> None:
     from dad_fast.methods import attack
     from dad_fast.methods import losses as objectives
 
-    assert dad_fast.PGD is attack.PGD and dad_fast.losses is objectives and callable(dad_fast.discretize)
+    assert (
+        dad_fast.PGD is attack.PGD
+        and dad_fast.losses is objectives
+        and callable(dad_fast.discretize)
+    )
     assert {"Teacher", "VQGAN", "PGD", "discretize", "losses", "__version__"} <= set(dir(dad_fast))
     assert dad_fast.__version__[0].isdigit()
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -7,19 +7,46 @@ from pathlib import Path
 
 import pytest
 
-from dad_fast.config import Config, check, differences, expand, from_toml, preset_names, resolve, to_toml
+from dad_fast.config import (
+    Config,
+    check,
+    differences,
+    expand,
+    from_toml,
+    preset_names,
+    resolve,
+    to_toml,
+)
 from dad_fast.config.fields import get, settings, with_values
 from dad_fast.config.resolve import Layers, gather, preset_text
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
 
-FITS = {"data.data_dir": "embedded:digits", "student.name": "resnet10t", "teacher.name": "embedded:digits", "discretizer.name": "identity"}
+FITS = {
+    "data.data_dir": "embedded:digits",
+    "student.name": "resnet10t",
+    "teacher.name": "embedded:digits",
+    "discretizer.name": "identity",
+}
 ON_EMBEDDED_DATA = {"demo", "lp-clip-demo", "lp-clip-sweep"}
-PRESETS = {*ON_EMBEDDED_DATA, "dad-vitb16", "dad-rn50", "kd-vitb16", "dat-vitb16", "dad-authors-online", "lp-clip-vitl14"}
+PRESETS = {
+    *ON_EMBEDDED_DATA,
+    "dad-vitb16",
+    "dad-rn50",
+    "kd-vitb16",
+    "dat-vitb16",
+    "dad-authors-online",
+    "lp-clip-vitl14",
+}
 
 
 def config(*sets: str, **values: object) -> Config:
-    return resolve(None, None, list(sets), {**FITS, **{path.replace("__", "."): value for path, value in values.items()}})
+    return resolve(
+        None,
+        None,
+        list(sets),
+        {**FITS, **{path.replace("__", "."): value for path, value in values.items()}},
+    )
 
 
 def error(*sets: str, **values: object) -> str:
@@ -37,7 +64,12 @@ def write(folder: Path, text: str) -> Path:
 
 def test_precedence_defaults_preset_file_set_flag(tmp_path: Path) -> None:
     file = write(tmp_path, "[optim]\nlr = 0.02\nweight_decay = 0.2\nclip_grad = 2\n")
-    cfg = gather("dad-vitb16", file, ["optim.weight_decay=0.3", "optim.clip_grad=3"], {"optim.clip_grad": "4"})
+    cfg = gather(
+        "dad-vitb16",
+        file,
+        ["optim.weight_decay=0.3", "optim.clip_grad=3"],
+        {"optim.clip_grad": "4"},
+    )
     assert cfg.optim.momentum == Config().optim.momentum  # default
     assert cfg.schedule.epochs == 30  # preset
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.clip_grad) == (0.02, 0.3, 4.0)
@@ -49,7 +81,13 @@ def test_the_last_set_wins() -> None:
 
 def test_types_from_text() -> None:
     cfg = config(
-        *("optim.lr=3e-4", "data.batch_size=1_000", "eval.suites=test,optdigits", "augment.scale=0.5,1", "precision.amp=yes"),
+        *(
+            "optim.lr=3e-4",
+            "data.batch_size=1_000",
+            "eval.suites=test,optdigits",
+            "augment.scale=0.5,1",
+            "precision.amp=yes",
+        ),
         *(
             "student.model_kwargs={a = 1, b = 'x'}",
             "student.model_kwargs.c=true",
@@ -58,22 +96,41 @@ def test_types_from_text() -> None:
         ),
         *('augment.aa="rand-m9"', "data.class_map=/a b/c=d.csv"),
     )
-    assert (cfg.optim.lr, cfg.data.batch_size, cfg.eval.suites, cfg.augment.scale) == (3e-4, 1000, ("test", "optdigits"), (0.5, 1.0))
+    assert (cfg.optim.lr, cfg.data.batch_size, cfg.eval.suites, cfg.augment.scale) == (
+        3e-4,
+        1000,
+        ("test", "optdigits"),
+        (0.5, 1.0),
+    )
     assert cfg.student.model_kwargs == {"a": 1, "b": "x", "c": True, "d": "text"}
     assert cfg.teacher.templates == ("a {}",)
-    assert (cfg.precision.amp, cfg.augment.aa, cfg.data.class_map) == (True, "rand-m9", "/a b/c=d.csv")
+    assert (cfg.precision.amp, cfg.augment.aa, cfg.data.class_map) == (
+        True,
+        "rand-m9",
+        "/a b/c=d.csv",
+    )
 
 
 def test_types_from_toml(tmp_path: Path) -> None:
-    file = write(tmp_path, 'eval.suites = []\noptim.lr = 1\n[teacher]\ntemplates = ["a {}", "b {}"]\n[augment]\nscale = [1, 1]\n')
+    file = write(
+        tmp_path,
+        'eval.suites = []\noptim.lr = 1\n[teacher]\ntemplates = ["a {}", "b {}"]\n[augment]\nscale = [1, 1]\n',
+    )
     cfg = resolve(None, file, [], FITS)
-    assert isinstance(cfg.optim.lr, float) and cfg.teacher.templates == ("a {}", "b {}") and cfg.augment.scale == (1.0, 1.0)
+    assert (
+        isinstance(cfg.optim.lr, float)
+        and cfg.teacher.templates == ("a {}", "b {}")
+        and cfg.augment.scale == (1.0, 1.0)
+    )
 
 
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ("[data]\nbatch_size = 2.5", "data.batch_size (--batch-size) must be a whole number, got 2.5"),
+        (
+            "[data]\nbatch_size = 2.5",
+            "data.batch_size (--batch-size) must be a whole number, got 2.5",
+        ),
         ("[data]\nbatch_size = true", "must be a whole number"),
         ("[data]\ndata_dir = 3", "must be text"),
         ("[precision]\namp = 1", "must be true or false"),
@@ -86,12 +143,18 @@ def test_types_from_toml(tmp_path: Path) -> None:
         ("data = 3", "data is a section"),
         ("[optimizer]\nlr = 1", "unknown section [optimizer]; did you mean optim"),
         ("[optim]\nlearning_rate = 1", "unknown key optim.learning_rate; did you mean --lr?"),
-        ("[optim]\nwieght_decay = 1", "unknown key optim.wieght_decay; did you mean optim.weight_decay?"),
+        (
+            "[optim]\nwieght_decay = 1",
+            "unknown key optim.wieght_decay; did you mean optim.weight_decay?",
+        ),
         ("[data]\nepochs = 1", "unknown key data.epochs; did you mean schedule.epochs?"),
         ("seed = 1\nlr = ]", "not valid TOML: invalid value (at line 2"),
         ("variants = 3", "variants holds tables"),
         ("[variants.a]\nseed = 3", "seed cannot differ between variants"),
-        ("[variants.a]\noptim.lrr = 3", "variants.a: unknown key optim.lrr; did you mean optim.lr?"),
+        (
+            "[variants.a]\noptim.lrr = 3",
+            "variants.a: unknown key optim.lrr; did you mean optim.lr?",
+        ),
         ("[variants.'a/b']\nmethod = 'ce'", "'a/b' cannot be a variant's name"),
     ],
 )
@@ -153,7 +216,10 @@ def test_methods_need_only_what_they_use() -> None:
     assert resolve(None, None, [], {**alone, "method": "ce"}).method == "ce"
     with pytest.raises(UsageError, match="dat needs a discretizer"):
         resolve(None, None, [], {**alone, "method": "dat"})
-    assert resolve(None, None, [], {**alone, "method": "dat", "discretizer.name": "jpeg:75"}).method == "dat"
+    assert (
+        resolve(None, None, [], {**alone, "method": "dat", "discretizer.name": "jpeg:75"}).method
+        == "dat"
+    )
     with pytest.raises(UsageError, match="kd needs a teacher"):
         resolve(None, None, [], {**alone, "method": "kd"})
 
@@ -200,12 +266,27 @@ def test_any_config_round_trips() -> None:
     text = some.text(some.characters(exclude_categories=["Cs"], exclude_characters="\0"))
     number = some.floats(allow_nan=False, allow_infinity=False)
     leaf = some.booleans() | some.integers(-(2**63), 2**63 - 1) | number | text
-    value = some.recursive(leaf, lambda inner: some.lists(inner, max_size=3) | some.dictionaries(text, inner, max_size=3), max_leaves=6)
+    value = some.recursive(
+        leaf,
+        lambda inner: some.lists(inner, max_size=3) | some.dictionaries(text, inner, max_size=3),
+        max_leaves=6,
+    )
 
-    @hypothesis.given(name=text, lr=some.floats(1e-300, 1e300), suites=some.lists(text), kwargs=some.dictionaries(text, value, max_size=4))
+    @hypothesis.given(
+        name=text,
+        lr=some.floats(1e-300, 1e300),
+        suites=some.lists(text),
+        kwargs=some.dictionaries(text, value, max_size=4),
+    )
     def round_trip(name: str, lr: float, suites: list[str], kwargs: dict[str, object]) -> None:
         variants = {"a": {"student.model_kwargs": kwargs, "optim.lr": lr}}
-        values = {"teacher.name": name, "optim.lr": lr, "eval.suites": tuple(suites), "student.model_kwargs": kwargs, "variants": variants}
+        values = {
+            "teacher.name": name,
+            "optim.lr": lr,
+            "eval.suites": tuple(suites),
+            "student.model_kwargs": kwargs,
+            "variants": variants,
+        }
         cfg = with_values(Config(), values)
         assert from_toml(to_toml(cfg)) == cfg
 
@@ -221,14 +302,21 @@ def test_to_toml_says_every_setting_with_its_meaning() -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_resolve_and_say_what_to_add(name: str) -> None:
-    cfg = resolve(name, None, [], {key: value for key, value in FITS.items() if key != "student.name"})
+    cfg = resolve(
+        name, None, [], {key: value for key, value in FITS.items() if key != "student.name"}
+    )
     assert from_toml(to_toml(cfg)) == cfg
     assert preset_text(name).startswith("# ")
     if name not in ON_EMBEDDED_DATA:
         assert "# Add:" in preset_text(name) and "Source:" in preset_text(name)
         assert name.startswith(cfg.method)
     if name not in ON_EMBEDDED_DATA and cfg.method != "lp-clip":
-        assert (cfg.schedule.epochs, cfg.schedule.cooldown_epochs, cfg.data.batch_size, cfg.optim.lr) == (30, 10.0, 256, 1e-4)
+        assert (
+            cfg.schedule.epochs,
+            cfg.schedule.cooldown_epochs,
+            cfg.data.batch_size,
+            cfg.optim.lr,
+        ) == (30, 10.0, 256, 1e-4)
 
 
 def test_preset_list() -> None:
@@ -239,25 +327,41 @@ def test_demo_is_complete() -> None:
     names = {name: cfg for name, _, cfg in expand(resolve("demo"))}
     assert list(names) == ["ce", "kd", "dad", "kd-stored", "dad-stored"]
     assert [cfg.method for cfg in names.values()] == ["ce", "kd", "dad", "kd", "dad"]
-    assert names["kd-stored"].schedule.epochs > names["dad-stored"].schedule.epochs > names["dad"].schedule.epochs
-    assert names["kd-stored"].store.make == names["dad-stored"].store.make[1:]  # they share the teacher's outputs
+    assert (
+        names["kd-stored"].schedule.epochs
+        > names["dad-stored"].schedule.epochs
+        > names["dad"].schedule.epochs
+    )
+    assert (
+        names["kd-stored"].store.make == names["dad-stored"].store.make[1:]
+    )  # they share the teacher's outputs
 
 
 def test_presets_of_linear_probes_are_complete() -> None:
     for preset in ("lp-clip-demo", "lp-clip-sweep"):
         runs = expand(resolve(preset))
-        assert {cfg.method for _, _, cfg in runs} == {"lp-clip"} and {cfg.student.name for _, _, cfg in runs} == {""}
-    assert [name for name, _, cfg in expand(resolve("lp-clip-demo")) if cfg.lp_clip.labels == "true"] == ["supervised"]
+        assert {cfg.method for _, _, cfg in runs} == {"lp-clip"} and {
+            cfg.student.name for _, _, cfg in runs
+        } == {""}
+    assert [
+        name for name, _, cfg in expand(resolve("lp-clip-demo")) if cfg.lp_clip.labels == "true"
+    ] == ["supervised"]
 
 
 def test_expand_without_variants_is_named_by_the_method() -> None:
-    assert [(name, seed) for name, seed, _ in expand(config("seeds=2", "seed=5"))] == [("dad", 5), ("dad", 6)]
+    assert [(name, seed) for name, seed, _ in expand(config("seeds=2", "seed=5"))] == [
+        ("dad", 5),
+        ("dad", 6),
+    ]
     cfg = config()
     assert [(name, seed, run) for name, seed, run in expand(cfg)] == [("dad", 0, cfg)]
 
 
 def test_expand_takes_nested_tables_and_dotted_keys(tmp_path: Path) -> None:
-    nested = write(tmp_path, "seeds = 2\n[variants.a]\nmethod = 'ce'\n[variants.a.attack]\neps = 3\n[variants.b]\nattack.eps = 4")
+    nested = write(
+        tmp_path,
+        "seeds = 2\n[variants.a]\nmethod = 'ce'\n[variants.a.attack]\neps = 3\n[variants.b]\nattack.eps = 4",
+    )
     runs = expand(resolve(None, nested, [], FITS))
     assert [(name, seed, run.method, run.attack.eps) for name, seed, run in runs] == [
         ("a", 0, "ce", 3.0),
@@ -270,40 +374,69 @@ def test_expand_takes_nested_tables_and_dotted_keys(tmp_path: Path) -> None:
 
 
 def test_every_variant_is_checked() -> None:
-    assert error("variants.a.method=ce", "variants.b.data.data_dir=").startswith("variant b: no data")
+    assert error("variants.a.method=ce", "variants.b.data.data_dir=").startswith(
+        "variant b: no data"
+    )
     base = {key: value for key, value in FITS.items() if key != "teacher.name"}
-    assert resolve(None, None, ["variants.a.method=ce"], base)  # nothing of the comparison needs a teacher
+    assert resolve(
+        None, None, ["variants.a.method=ce"], base
+    )  # nothing of the comparison needs a teacher
     with pytest.raises(UsageError, match="variant b: --method kd needs a teacher"):
         resolve(None, None, ["variants.a.method=ce", "variants.b.method=kd"], base)
 
 
 def test_later_layers_beat_variants_of_earlier_ones(tmp_path: Path) -> None:
     file = write(
-        tmp_path, "[schedule]\nepochs = 9\nwarmup_epochs = 0\n[variants.long]\nschedule.epochs = 99\nattack.eps = 1\n[variants.short]\n"
+        tmp_path,
+        "[schedule]\nepochs = 9\nwarmup_epochs = 0\n[variants.long]\nschedule.epochs = 99\nattack.eps = 1\n[variants.short]\n",
     )
     epochs = {name: run.schedule.epochs for name, _, run in expand(resolve(None, file, [], FITS))}
     assert epochs == {"long": 99, "short": 9}  # within the layer the variant wins
     runs = {name: run for name, _, run in expand(resolve(None, file, ["schedule.epochs=2"], FITS))}
     assert {run.schedule.epochs for run in runs.values()} == {2} and runs["long"].attack.eps == 1.0
-    runs = {name: run for name, _, run in expand(resolve(None, file, ["variants.long.schedule.epochs=3", "schedule.epochs=2"], FITS))}
+    runs = {
+        name: run
+        for name, _, run in expand(
+            resolve(None, file, ["variants.long.schedule.epochs=3", "schedule.epochs=2"], FITS)
+        )
+    }
     assert (runs["long"].schedule.epochs, runs["short"].schedule.epochs) == (3, 2)
 
 
 def test_a_later_method_picks_the_variants_of_that_method() -> None:
     assert [name for name, _, _ in expand(resolve("demo", None, [], {"method": "kd"}))] == ["kd"]
     several = ["variants.a.method=kd", "variants.b.method=kd", "variants.c.method=ce"]
-    assert [name for name, _, _ in expand(resolve(None, None, several, {**FITS, "method": "kd"}))] == ["a", "b", "c"]  # one layer
-    assert [name for name, _, _ in expand(resolve("lp-clip-demo", None, [], {"method": "lp-clip"}))][0] != "dad"
+    assert [
+        name for name, _, _ in expand(resolve(None, None, several, {**FITS, "method": "kd"}))
+    ] == ["a", "b", "c"]  # one layer
+    assert (
+        next(
+            name for name, _, _ in expand(resolve("lp-clip-demo", None, [], {"method": "lp-clip"}))
+        )
+        != "dad"
+    )
     assert [name for name, _, _ in expand(resolve("demo", None, ["method=dad"]))] == ["dad"]
-    assert [name for name, _, _ in expand(resolve("demo", None, ["method=aug-only"]))] == ["aug-only"]
+    assert [name for name, _, _ in expand(resolve("demo", None, ["method=aug-only"]))] == [
+        "aug-only"
+    ]
     assert resolve("demo", None, ["variants={}"]).variants == {}
 
 
 def test_differences_name_only_what_changes_the_result() -> None:
     cfg = config()
     assert differences(cfg, cfg) == []
-    assert differences(cfg, config("optim.lr=1", "attack.order=authors")) == ["attack.order: 'paper' → 'authors'", "optim.lr: 0.001 → 1.0"]
-    harmless = config("data.workers=9", "log_every=1", "checkpoint.keep=7", "eval.batch_size=3", "device=cpu", "max_steps=3")
+    assert differences(cfg, config("optim.lr=1", "attack.order=authors")) == [
+        "attack.order: 'paper' → 'authors'",
+        "optim.lr: 0.001 → 1.0",
+    ]
+    harmless = config(
+        "data.workers=9",
+        "log_every=1",
+        "checkpoint.keep=7",
+        "eval.batch_size=3",
+        "device=cpu",
+        "max_steps=3",
+    )
     assert differences(cfg, harmless) == []
     assert differences(cfg, config("variants.a.method=ce")) == ["variants: a differ"]
     assert set(settings()) >= RESUME_SAFE

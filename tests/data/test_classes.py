@@ -16,7 +16,9 @@ def write(path, text):
 
 
 def test_csv_fixes_the_order_whatever_the_rows(tmp_path):
-    classes = ClassMap.from_csv(write(tmp_path / "c.csv", "folder,name,id\nzebra,a zebra,0\nape,an ape,2\ncat,a cat,1\n"))
+    classes = ClassMap.from_csv(
+        write(tmp_path / "c.csv", "folder,name,id\nzebra,a zebra,0\nape,an ape,2\ncat,a cat,1\n")
+    )
     assert classes.folders == ["zebra", "cat", "ape"]
     assert classes.names == ["a zebra", "a cat", "an ape"]
     assert list(classes) == [(0, "zebra", "a zebra"), (1, "cat", "a cat"), (2, "ape", "an ape")]
@@ -40,7 +42,11 @@ def test_folders_are_sorted_and_json_returns_the_same(tmp_path):
 
 def test_wnids_get_timm_names():
     pytest.importorskip("timm")
-    assert readable_names(["n01440764", "n99999999", "my_class"]) == ["tench", "n99999999", "my class"]
+    assert readable_names(["n01440764", "n99999999", "my_class"]) == [
+        "tench",
+        "n99999999",
+        "my class",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,17 @@ pytest.importorskip("nvidia.dali")
 torch = pytest.importorskip("torch")
 hypothesis = pytest.importorskip("hypothesis")
 
-from dali_cases import CENTER, FULL, Files, by_dali, decoded, jpeg, photos, record_of  # noqa: E402
-from PIL import Image  # noqa: E402
+from dali_cases import CENTER, FULL, Files, by_dali, decoded, jpeg, photos, record_of
+from PIL import Image
 
-from dad_fast.config.schema import AugmentConfig  # noqa: E402
-from dad_fast.data.loaders.dali.jpeg import is_sound  # noqa: E402
-from dad_fast.data.loaders.dali.loader import DaliLoader  # noqa: E402
-from dad_fast.data.loaders.loader import TrainLoader, resolve_loader, train_loader  # noqa: E402
-from dad_fast.data.sources.base import open_source  # noqa: E402
-from dad_fast.data.sources.decode import DecodeError, read_rgb  # noqa: E402
-from dad_fast.errors import DataError, EnvironmentProblem, UsageError  # noqa: E402
-from tests.processes import HANG  # noqa: E402
+from dad_fast.config.schema import AugmentConfig
+from dad_fast.data.loaders.dali.jpeg import is_sound
+from dad_fast.data.loaders.dali.loader import DaliLoader
+from dad_fast.data.loaders.loader import TrainLoader, resolve_loader, train_loader
+from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.decode import DecodeError, read_rgb
+from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from tests.processes import HANG
 
 st = hypothesis.strategies
 CPU = torch.device("cpu")
@@ -35,7 +35,11 @@ FIELDS = ("labels", "samples", "seeds", "mix_kind", "mix_lam", "mix_box")
 def shade(number, size=(64, 48)):
     """A smooth picture of its own colours."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]]
-    return Image.fromarray(np.stack([x * 3 + number, y * 4, np.full_like(x, number * 5)], axis=-1).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([x * 3 + number, y * 4, np.full_like(x, number * 5)], axis=-1)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def shades(num=30):
@@ -61,7 +65,9 @@ def loaders(source, aug=FULL, img_size=32, batch_size=6, seed=3, workers=0):
 def collect(loader, start, stop):
     batches = list(loader.batches(start, stop))
     assert [batch.step for batch in batches] == list(range(start, stop))
-    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", *FIELDS)}
+    return {
+        name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", *FIELDS)
+    }
 
 
 def assert_same(a, b):
@@ -75,12 +81,20 @@ def distance(a, b):
 
 def test_the_sequence_is_the_other_loaders():
     dali, pil = loaders(Files(photos() * 5))
-    assert (dali.name, pil.name, dali.steps_per_epoch) == ("dali", "torchvision", pil.steps_per_epoch)
+    assert (dali.name, pil.name, dali.steps_per_epoch) == (
+        "dali",
+        "torchvision",
+        pil.steps_per_epoch,
+    )
     ours, theirs = collect(dali, 0, 5), collect(pil, 0, 5)  # over three epochs
     assert_same({name: ours[name] for name in FIELDS}, {name: theirs[name] for name in FIELDS})
     assert distance(ours, theirs) < 4 and not dali.failed_over
     batch = next(dali.batches(3, 4))
-    assert batch.images.shape == (6, 3, 32, 32) and batch.images.dtype == torch.uint8 and (batch.epoch, batch.step) == (1, 3)
+    assert (
+        batch.images.shape == (6, 3, 32, 32)
+        and batch.images.dtype == torch.uint8
+        and (batch.epoch, batch.step) == (1, 3)
+    )
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -118,15 +132,26 @@ def test_a_process_ends_with_batches_in_the_pipeline(tmp_path):
     (tmp_path / "script.py").write_text(ABANDON)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[1].parent)])
     command = [sys.executable, str(tmp_path / "script.py")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=HANG)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_ranks_and_usage_errors_are_the_other_loaders():
     source = Files(shades())
     whole = collect(next(loaders(source)), 0, 4)
-    ranks = [list(DaliLoader(source, FULL, 32, 2, 3, 0, rank=r, world=3, device=CPU).batches(0, 4)) for r in range(3)]
-    assert torch.equal(whole["images"], torch.cat([ranks[r][step].images for step in range(4) for r in range(3)]))
+    ranks = [
+        list(DaliLoader(source, FULL, 32, 2, 3, 0, rank=r, world=3, device=CPU).batches(0, 4))
+        for r in range(3)
+    ]
+    assert torch.equal(
+        whole["images"], torch.cat([ranks[r][step].images for step in range(4) for r in range(3)])
+    )
     with pytest.raises(UsageError, match="--batch-size 5: must be even"):
         DaliLoader(source, FULL, 32, 5, 0, 0, device=CPU)
 
@@ -173,7 +198,11 @@ def test_odd_images_are_handled_alike(tmp_path):
     for aug in (CENTER, AugmentConfig(color_jitter=0.0, scale=(0.5, 1.0))):
         dali, pil = loaders(source, aug, batch_size=len(files))
         ours, theirs = collect(dali, 0, 1), collect(pil, 0, 1)
-        assert torch.equal(ours["samples"], theirs["samples"]) and not dali.replaced and not dali.failed_over
+        assert (
+            torch.equal(ours["samples"], theirs["samples"])
+            and not dali.replaced
+            and not dali.failed_over
+        )
         for row, sample in enumerate(ours["samples"].tolist()):
             error = (ours["images"][row].int() - theirs["images"][row].int()).abs().float()
             assert error.mean() <= (0.0 if names[sample] in by_pil_too else 0.6), names[sample]
@@ -205,8 +234,12 @@ def test_a_bad_file_fails_over_to_pil_and_is_named(caplog):
     for step in range(15):
         rows = slice(step * 6, step * 6 + 6)
         failed = 7 in clean["samples"][rows]
-        assert torch.equal(ours["images"][rows], (theirs if failed else clean)["images"][rows]), step
-    assert_same({name: value[18:] for name, value in ours.items()}, collect(next(loaders(source)), 3, 15))
+        assert torch.equal(ours["images"][rows], (theirs if failed else clean)["images"][rows]), (
+            step
+        )
+    assert_same(
+        {name: value[18:] for name, value in ours.items()}, collect(next(loaders(source)), 3, 15)
+    )
 
 
 def test_a_file_that_only_pil_reads_is_said_once_a_batch(caplog):
@@ -214,14 +247,26 @@ def test_a_file_that_only_pil_reads_is_said_once_a_batch(caplog):
     ours, theirs = collect(dali, 0, 5), collect(pil, 0, 5)
     assert_same({name: ours[name] for name in FIELDS}, {name: theirs[name] for name in FIELDS})
     assert dali.replaced == [] and dali.failed_over == 1
-    assert caplog.text.count("DALI could not make the batch of step") == 1 and ": file7)" in caplog.text
+    assert (
+        caplog.text.count("DALI could not make the batch of step") == 1
+        and ": file7)" in caplog.text
+    )
     step = (ours["samples"] == 7).nonzero().item() // 6
-    assert torch.equal(ours["images"][step * 6 : step * 6 + 6], theirs["images"][step * 6 : step * 6 + 6])
+    assert torch.equal(
+        ours["images"][step * 6 : step * 6 + 6], theirs["images"][step * 6 : step * 6 + 6]
+    )
 
 
 def test_dali_that_never_works_stops_the_run():
-    loader = next(loaders(Files(shades(60), torn={number: nobody_reads(number) for number in range(60)}), CENTER))
-    with pytest.raises(EnvironmentProblem, match="DALI failed on 8 batches in a row that PIL can read .*--loader torchvision"):
+    loader = next(
+        loaders(
+            Files(shades(60), torn={number: nobody_reads(number) for number in range(60)}), CENTER
+        )
+    )
+    with pytest.raises(
+        EnvironmentProblem,
+        match="DALI failed on 8 batches in a row that PIL can read .*--loader torchvision",
+    ):
         list(loader.batches(0, 9))
 
 
@@ -234,14 +279,21 @@ def test_files_that_change_in_mid_run(tmp_path):
     batches = dali.batches(0, 10)
     next(batches)
     (root / source.keys[3]).unlink()
-    for number, damage in ((9, lambda data: data[:300]), (20, lambda data: data[:300] + bytes(len(data) - 300))):
+    for number, damage in (
+        (9, lambda data: data[:300]),
+        (20, lambda data: data[:300] + bytes(len(data) - 300)),
+    ):
         path = root / source.keys[number]
         path.write_bytes(damage(path.read_bytes()))
     (root / source.keys[30]).write_bytes(jpeg(shade(1, (99, 98))))
     assert len(list(batches)) == 9
     ours, theirs = collect(dali, 10, 20), collect(pil, 10, 20)
     assert_same({name: ours[name] for name in FIELDS}, {name: theirs[name] for name in FIELDS})
-    assert sorted(dali.replaced) == sorted(pil.replaced) == sorted(source.keys[number] for number in (3, 9, 20, 30))
+    assert (
+        sorted(dali.replaced)
+        == sorted(pil.replaced)
+        == sorted(source.keys[number] for number in (3, 9, 20, 30))
+    )
     source.max_bad_share = 0.05
     with pytest.raises(DataError, match="of 40 images cannot be read"):
         collect(next(loaders(source, batch_size=4)), 10, 20)
@@ -250,7 +302,9 @@ def test_files_that_change_in_mid_run(tmp_path):
 BASES = [jpeg(shade(9)), jpeg(shade(9), progressive=True), jpeg(shade(9), restart_marker_rows=1)]
 
 
-@hypothesis.given(base=st.sampled_from(BASES), at=st.integers(2, 10**4), junk=st.binary(min_size=1, max_size=40))
+@hypothesis.given(
+    base=st.sampled_from(BASES), at=st.integers(2, 10**4), junk=st.binary(min_size=1, max_size=40)
+)
 @hypothesis.settings(max_examples=60, phases=[hypothesis.Phase.generate])
 def test_dali_and_pil_judge_damaged_files_alike(base, at, junk):
     """Bytes changed in place: either the file is PIL's to judge, or DALI shows what PIL shows, or DALI refuses it."""
@@ -272,7 +326,15 @@ def test_dali_and_pil_judge_damaged_files_alike(base, at, junk):
 def test_headers_are_checked():
     whole = jpeg(shade(0))
     assert is_sound(whole, 64, 48)
-    cut = (b"", whole[:-2], whole[:200], whole[1:], whole + b"\0", b"\xff\xd8\xff\xd9", whole[:3] + b"\x5d" + whole[4:])
+    cut = (
+        b"",
+        whole[:-2],
+        whole[:200],
+        whole[1:],
+        whole + b"\0",
+        b"\xff\xd8\xff\xd9",
+        whole[:3] + b"\x5d" + whole[4:],
+    )
     for data in (*cut, encoded(shade(0), "PNG"), jpeg(shade(0).convert("CMYK"))):
         assert not is_sound(data, 64, 48)
     assert not is_sound(whole, 48, 64)
@@ -282,9 +344,15 @@ def test_which_loader_serves(monkeypatch, tmp_path):
     source = Files(shades())
     cuda = torch.device("cuda")
     assert resolve_loader("auto", source, cuda)[0] == "dali"
-    assert resolve_loader("auto", source, CPU) == ("torchvision", "on a CPU PIL is faster, unless large photographs are only cropped")
+    assert resolve_loader("auto", source, CPU) == (
+        "torchvision",
+        "on a CPU PIL is faster, unless large photographs are only cropped",
+    )
     assert resolve_loader("auto", Files(shades(), plain=[False] * 30), cuda)[0] == "torchvision"
-    assert resolve_loader("dali", source, CPU)[0] == "dali" and resolve_loader("torchvision", source, cuda)[0] == "torchvision"
+    assert (
+        resolve_loader("dali", source, CPU)[0] == "dali"
+        and resolve_loader("torchvision", source, cuda)[0] == "torchvision"
+    )
     assert isinstance(train_loader("dali", source, FULL, 32, 6, 0, 0), DaliLoader)
     assert train_loader("auto", source, FULL, 32, 6, 0, 0).name == "torchvision"
 
@@ -292,10 +360,18 @@ def test_which_loader_serves(monkeypatch, tmp_path):
     package = f"nvidia-dali-cuda{(torch.version.cuda or '13').split('.')[0]}0"
     name, why = resolve_loader("auto", source, cuda)
     assert name == "torchvision" and why.startswith(f"DALI is not installed: pip install {package}")
-    with pytest.raises(EnvironmentProblem, match=f"--loader dali: .*{package} .*placeholder.*; or use --loader torchvision"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=f"--loader dali: .*{package} .*placeholder.*; or use --loader torchvision",
+    ):
         train_loader("dali", source, FULL, 32, 6, 0, 0)
     (tmp_path / "nvidia_dali-1.0.dist-info").mkdir()
-    (tmp_path / "nvidia_dali-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-dali\nVersion: 1.0\n")
+    (tmp_path / "nvidia_dali-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: nvidia-dali\nVersion: 1.0\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(EnvironmentProblem, match=f"--loader dali: PyPI's nvidia-dali is a placeholder; .* pip install {package}"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=f"--loader dali: PyPI's nvidia-dali is a placeholder; .* pip install {package}",
+    ):
         resolve_loader("dali", source, CPU)

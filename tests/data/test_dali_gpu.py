@@ -9,20 +9,27 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("timm")
 torch = pytest.importorskip("torch")
 
-from dali_cases import CENTER, FULL, Files, decoded, errors, jpeg, photos, record_of  # noqa: E402
+from dali_cases import CENTER, FULL, Files, decoded, errors, jpeg, photos, record_of
 
-from dad_fast.data.augment.policy import ARGUMENTS, GEOMETRIC  # noqa: E402
-from dad_fast.data.augment.records import Erase  # noqa: E402
-from dad_fast.data.loaders.dali.loader import DaliLoader  # noqa: E402
-from dad_fast.data.loaders.loader import TrainLoader  # noqa: E402
-from tests.data.test_dali import FIELDS, collect, nobody_reads, shades  # noqa: E402
-from tests.data.test_dali_parity import check, every_argument, ruler, shift_in_pixels, sides  # noqa: E402
+from dad_fast.data.augment.policy import ARGUMENTS, GEOMETRIC
+from dad_fast.data.augment.records import Erase
+from dad_fast.data.loaders.dali.loader import DaliLoader
+from dad_fast.data.loaders.loader import TrainLoader
+from tests.data.test_dali import FIELDS, collect, nobody_reads, shades
+from tests.data.test_dali_parity import check, every_argument, ruler, shift_in_pixels, sides
 
 pytestmark = pytest.mark.gpu
 
 # nvJPEG and the hardware decoder round the transform and the chroma their own way: mean and 99th percentile of the levels.
 DECODED = (1.0, 6, 255)
-THRESHOLDS = ("equalize", "posterize", "solarize", "solarize_add", "contrast", "sharpness")  # a level before is many levels after
+THRESHOLDS = (
+    "equalize",
+    "posterize",
+    "solarize",
+    "solarize_add",
+    "contrast",
+    "sharpness",
+)  # a level before is many levels after
 LOOSE = (4.0, 64, 255)
 
 
@@ -30,7 +37,9 @@ def test_decoding_crops_flips_and_resizes():
     crops = ((0, 0, 400, 300), (7, 9, 112, 112), (100, 50, 60, 70))
     for flip in (False, True):
         cases = [(data, crop) for data in photos() for crop in crops]
-        records = [record_of(decoded(data), 112, crop=crop, hflip=flip, vflip=flip) for data, crop in cases]
+        records = [
+            record_of(decoded(data), 112, crop=crop, hflip=flip, vflip=flip) for data, crop in cases
+        ]
         check(errors([data for data, _ in cases], records, "cuda"), DECODED, "decoded")
 
 
@@ -49,14 +58,24 @@ def test_geometry_to_half_a_pixel(name):
     image = ruler(60, 60, 4)
     ops = sides(name)
     records = [record_of(image, 60, ops=(op,)) for op in ops]
-    for op, shift in zip(ops, shift_in_pixels([jpeg(image, quality=100, subsampling=0)] * len(ops), records, 4, "cuda"), strict=True):
-        assert np.percentile(shift, 99) <= 0.5 and shift.mean() < 0.25, (op, shift.max(), shift.mean())
+    for op, shift in zip(
+        ops,
+        shift_in_pixels([jpeg(image, quality=100, subsampling=0)] * len(ops), records, 4, "cuda"),
+        strict=True,
+    ):
+        assert np.percentile(shift, 99) <= 0.5 and shift.mean() < 0.25, (
+            op,
+            shift.max(),
+            shift.mean(),
+        )
 
 
 def test_erasing_is_exact():
     image = decoded(photos()[0])
     erase = Erase(13, 8, 50, 61, "pixel", 99)
-    found = errors([photos()[0]], [record_of(image, 112, crop=(7, 31, 112, 112), erase=erase)], "cuda")
+    found = errors(
+        [photos()[0]], [record_of(image, 112, crop=(7, 31, 112, 112), erase=erase)], "cuda"
+    )
     assert not found[0, 13:63, 8:69].any()
 
 
@@ -71,14 +90,19 @@ def test_batches_stay_on_the_device():
     with torch.cuda.stream(side):
         for batch in loader.batches(0, 10):
             assert batch.images.device == device and batch.images.dtype == torch.uint8
-            assert batch.images.is_contiguous(memory_format=torch.channels_last) and batch.labels.is_pinned()
+            assert (
+                batch.images.is_contiguous(memory_format=torch.channels_last)
+                and batch.labels.is_pinned()
+            )
             kept.append((batch, batch.images.clone()))
     torch.cuda.synchronize()
     assert all(torch.equal(batch.images, copy) for batch, copy in kept)
     assert loader.replaced == ["file30"] and loader.failed_over == 2
     theirs = collect(TrainLoader(source, FULL, 32, 6, 3, 0), 0, 10)
     for name in FIELDS:
-        assert torch.equal(torch.cat([getattr(batch, name) for batch, _ in kept]), theirs[name]), name
+        assert torch.equal(torch.cat([getattr(batch, name) for batch, _ in kept]), theirs[name]), (
+            name
+        )
 
 
 def test_resume_gives_the_same_samples():
@@ -87,4 +111,6 @@ def test_resume_gives_the_same_samples():
     whole = collect(DaliLoader(source, CENTER, 32, 6, 3, 2, device=device), 0, 10)
     rest = collect(DaliLoader(source, CENTER, 32, 6, 3, 2, device=device), 4, 10)
     assert torch.equal(whole["samples"][24:], rest["samples"])
-    assert (whole["images"][24:].int() - rest["images"].int()).abs().float().mean() < 0.5  # which decoder takes a file may differ
+    assert (
+        whole["images"][24:].int() - rest["images"].int()
+    ).abs().float().mean() < 0.5  # which decoder takes a file may differ

@@ -12,10 +12,10 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("timm")
 hypothesis = pytest.importorskip("hypothesis")
 
-from dali_cases import FULL, by_dali, by_pil, decoded, errors, jpeg, photos, record_of  # noqa: E402
+from dali_cases import FULL, by_dali, by_pil, decoded, errors, jpeg, photos, record_of
 
-from dad_fast.data.augment.policy import ARGUMENTS, GEOMETRIC, Op  # noqa: E402
-from dad_fast.data.augment.records import Erase, sample_record  # noqa: E402
+from dad_fast.data.augment.policy import ARGUMENTS, GEOMETRIC, Op
+from dad_fast.data.augment.records import Erase, sample_record
 
 st = hypothesis.strategies
 
@@ -23,12 +23,21 @@ LEVELS = (0.0, 3.3, 9.7)
 # Levels of 255 over all pixels of the photos, all magnitudes and both signs: mean, 99th percentile, maximum.
 EXACT = (0.0, 0, 0)
 TOLERANCE = {
-    **dict.fromkeys(("brightness", "contrast", "invert", "posterize", "sharpness", "solarize", "solarize_add"), EXACT),
+    **dict.fromkeys(
+        ("brightness", "contrast", "invert", "posterize", "sharpness", "solarize", "solarize_add"),
+        EXACT,
+    ),
     "auto_contrast": (0.01, 0, 1),  # float32, where PIL has float64
     "color": (0.01, 0, 1),  # the grey of a pixel in float32, where PIL has 16-bit integers
-    "equalize": (1.0, 10, 10),  # PIL rounds the pixels per level down to whole ones: much at 96 pixels, a level at 224
+    "equalize": (
+        1.0,
+        10,
+        10,
+    ),  # PIL rounds the pixels per level down to whole ones: much at 96 pixels, a level at 224
     "gaussian_blur": (0.5, 4, 60),  # a true Gaussian, where PIL runs three box filters
-    **dict.fromkeys(GEOMETRIC, (0.8, 15, 255)),  # DALI blends the border with the fill over one pixel; PIL does not
+    **dict.fromkeys(
+        GEOMETRIC, (0.8, 15, 255)
+    ),  # DALI blends the border with the fill over one pixel; PIL does not
 }
 BICUBIC = (1.5, 25, 255)  # of the geometric ones: DALI is bilinear there
 RESIZE = (0.3, 1, 20)
@@ -51,7 +60,9 @@ def check(found, tolerance, what):
     mean, p99, most = tolerance
     seen = (found.mean(), np.percentile(found, 99), found.max())
     print(f"{what}: mean {seen[0]:.3f}, 99 % {seen[1]:.0f}, max {seen[2]}")
-    assert seen[0] <= mean and seen[1] <= p99 and seen[2] <= most, f"{what}: {seen} above {tolerance}"
+    assert seen[0] <= mean and seen[1] <= p99 and seen[2] <= most, (
+        f"{what}: {seen} above {tolerance}"
+    )
 
 
 def every_argument(name):
@@ -61,13 +72,21 @@ def every_argument(name):
 
 def sides(name):
     op, values = every_argument(name)
-    return [Op(op, value, filter_name) for filter_name in (("bilinear", "bicubic") if op in GEOMETRIC else ("",)) for value in values]
+    return [
+        Op(op, value, filter_name)
+        for filter_name in (("bilinear", "bicubic") if op in GEOMETRIC else ("",))
+        for value in values
+    ]
 
 
 @pytest.fixture(scope="module")
 def colours(files):
     """Errors of every operation, from one batch: {operation: int [n, S, S, 3]}"""
-    cases = [(data, op) for data in files for op in dict.fromkeys(op for name in ARGUMENTS for op in sides(name))]
+    cases = [
+        (data, op)
+        for data in files
+        for op in dict.fromkeys(op for name in ARGUMENTS for op in sides(name))
+    ]
     records = [record_of(decoded(data), 96, crop=(40, 30, 96, 96), ops=(op,)) for data, op in cases]
     found = {}
     for (_, op), error in zip(cases, errors([data for data, _ in cases], records), strict=True):
@@ -78,22 +97,44 @@ def colours(files):
 @pytest.mark.parametrize("name", list(ARGUMENTS))
 def test_colours_of_each_operation(colours, name):
     for filter_name in {op.interpolation for op in sides(name)}:
-        found = np.stack([error for op in sides(name) if op.interpolation == filter_name for error in colours[op]])
-        check(found, BICUBIC if filter_name == "bicubic" else TOLERANCE[ARGUMENTS[name][0]], f"{name} {filter_name}")
+        found = np.stack(
+            [
+                error
+                for op in sides(name)
+                if op.interpolation == filter_name
+                for error in colours[op]
+            ]
+        )
+        check(
+            found,
+            BICUBIC if filter_name == "bicubic" else TOLERANCE[ARGUMENTS[name][0]],
+            f"{name} {filter_name}",
+        )
 
 
 def ruler(width, height, step):
     """Red tells x, green tells y, in `step` levels a pixel; blue is even, and unlike the fill."""
     y, x = np.mgrid[0:height, 0:width]
-    return Image.fromarray(np.stack([x * step, y * step, np.full_like(x, 220)], axis=-1).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([x * step, y * step, np.full_like(x, 220)], axis=-1).clip(0, 255).astype(np.uint8)
+    )
 
 
 def shift_in_pixels(datas, records, levels_per_pixel, device="cpu"):
     """|where DALI shows from - where PIL shows from|, in output pixels, away from borders: a list of float [m, 2] (x and y)."""
-    ours, theirs = by_dali(datas, records, device).astype(float), by_pil(datas, records).astype(float)
+    ours, theirs = (
+        by_dali(datas, records, device).astype(float),
+        by_pil(datas, records).astype(float),
+    )
     inside = (np.abs(theirs[..., 2] - 220) < 4) & (np.abs(ours[..., 2] - 220) < 4)
     inside[:, [0, -1], :] = inside[:, :, [0, -1]] = False
-    shrunk = inside[:, 1:-1, 1:-1] & inside[:, :-2, 1:-1] & inside[:, 2:, 1:-1] & inside[:, 1:-1, :-2] & inside[:, 1:-1, 2:]
+    shrunk = (
+        inside[:, 1:-1, 1:-1]
+        & inside[:, :-2, 1:-1]
+        & inside[:, 2:, 1:-1]
+        & inside[:, 1:-1, :-2]
+        & inside[:, 1:-1, 2:]
+    )
     assert shrunk.mean(axis=(1, 2)).min() > 0.3
     found = np.abs(ours - theirs)[:, 1:-1, 1:-1, :2] / levels_per_pixel
     return [errors[where] for errors, where in zip(found, shrunk, strict=True)]
@@ -111,22 +152,46 @@ def test_geometry_to_half_a_pixel():
 def test_geometry_of_crops_and_resizes():
     """Crops at least as large as the output: a smaller one has less than a level to a pixel, and its colours are compared below."""
     image = ruler(240, 240, 1)
-    crops = ((0, 0, 240, 240), (33, 44, 60, 60), (101, 7, 131, 211), (0, 0, 60, 240), (5, 3, 200, 61))
+    crops = (
+        (0, 0, 240, 240),
+        (33, 44, 60, 60),
+        (101, 7, 131, 211),
+        (0, 0, 60, 240),
+        (5, 3, 200, 61),
+    )
     for interpolation in ("bilinear", "bicubic"):
         cases = [(crop, h, v) for crop in crops for h in (False, True) for v in (False, True)]
-        records = [record_of(image, 60, crop=crop, interpolation=interpolation, hflip=h, vflip=v) for crop, h, v in cases]
+        records = [
+            record_of(image, 60, crop=crop, interpolation=interpolation, hflip=h, vflip=v)
+            for crop, h, v in cases
+        ]
         shifts = shift_in_pixels([jpeg(image, quality=100, subsampling=0)] * len(cases), records, 1)
         for (crop, *_), levels in zip(cases, shifts, strict=True):
             pixels = levels / (np.array(crop[2:]) / 60)
-            assert pixels.mean() < 0.25 and (pixels > 0.5).mean() < (0.01 if min(crop[2:]) > 120 else 0.25), (crop, pixels.mean())
+            assert pixels.mean() < 0.25 and (pixels > 0.5).mean() < (
+                0.01 if min(crop[2:]) > 120 else 0.25
+            ), (crop, pixels.mean())
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_crops_are_resized_alike(files, interpolation):
-    crops = ((0, 0, 400, 300), (7, 9, 224, 224), (100, 50, 60, 70), (3, 5, 390, 40), (60, 3, 17, 290))
+    crops = (
+        (0, 0, 400, 300),
+        (7, 9, 224, 224),
+        (100, 50, 60, 70),
+        (3, 5, 390, 40),
+        (60, 3, 17, 290),
+    )
     cases = [(data, crop) for data in files for crop in crops]
-    records = [record_of(decoded(data), 112, crop=crop, interpolation=interpolation) for data, crop in cases]
-    check(errors([data for data, _ in cases], records), EXACT if interpolation == "nearest" else RESIZE, interpolation)
+    records = [
+        record_of(decoded(data), 112, crop=crop, interpolation=interpolation)
+        for data, crop in cases
+    ]
+    check(
+        errors([data for data, _ in cases], records),
+        EXACT if interpolation == "nearest" else RESIZE,
+        interpolation,
+    )
 
 
 def test_decoding_crops_flips_and_erasing_are_exact(files):
@@ -137,27 +202,50 @@ def test_decoding_crops_flips_and_erasing_are_exact(files):
             for left in (0, 7, 64)
             for h in (False, True)
             for v in (False, True)
-            for erase in (None, *(Erase(13, 8, 50, 61, fill, 99) for fill in ("const", "rand", "pixel")), Erase(0, 0, 111, 3, "pixel", 7))
+            for erase in (
+                None,
+                *(Erase(13, 8, 50, 61, fill, 99) for fill in ("const", "rand", "pixel")),
+                Erase(0, 0, 111, 3, "pixel", 7),
+            )
         ]
         assert not errors([data] * len(records), records).any()
 
 
 def test_kinds_of_jpeg_are_decoded_exactly(files):
     image = decoded(files[0])
-    kinds = ({"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 30}, {"restart_marker_rows": 1})
+    kinds = (
+        {"progressive": True},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"quality": 30},
+        {"restart_marker_rows": 1},
+    )
     datas = [jpeg(image, **options) for options in kinds]
-    datas += [jpeg(image.convert("L"), **options) for options in kinds if "subsampling" not in options]
+    datas += [
+        jpeg(image.convert("L"), **options) for options in kinds if "subsampling" not in options
+    ]
     for left, top in ((0, 0), (33, 17), (544, 331)):
-        assert not errors(datas, [record_of(image, 96, crop=(left, top, 96, 96))] * len(datas)).any()
+        assert not errors(
+            datas, [record_of(image, 96, crop=(left, top, 96, 96))] * len(datas)
+        ).any()
 
 
-@hypothesis.given(seed=st.integers(0, 2**40), sample=st.integers(0, 2**31), img_size=st.sampled_from([33, 64, 112]))
+@hypothesis.given(
+    seed=st.integers(0, 2**40),
+    sample=st.integers(0, 2**31),
+    img_size=st.sampled_from([33, 64, 112]),
+)
 @hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
 def test_whole_records(seed, sample, img_size):
     """Any records: the same pictures. A step at a threshold may turn one level into many, so the bound is on a picture as a whole."""
-    aug = dataclasses.replace(FULL, aa="rand-m9-mstd1-inc1-n3", reprob=0.5, train_interpolation="bilinear")
+    aug = dataclasses.replace(
+        FULL, aa="rand-m9-mstd1-inc1-n3", reprob=0.5, train_interpolation="bilinear"
+    )
     files = photos() * 4
-    records = [sample_record(aug, img_size, seed, 0, sample + row, *decoded(data).size) for row, data in enumerate(files)]
+    records = [
+        sample_record(aug, img_size, seed, 0, sample + row, *decoded(data).size)
+        for row, data in enumerate(files)
+    ]
     for record, found in zip(records, errors(files, records), strict=True):
         assert np.median(found) <= 4 and found.mean() < 12, (record, np.median(found), found.mean())
 

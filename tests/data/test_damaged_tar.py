@@ -23,11 +23,33 @@ def test_names_are_only_names(tmp_path):
     """Absolute, climbing and undecodable names and terminal codes: read from the tar, never from the disk, shown as escapes."""
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(picture(200, size=(3, 3)))
-    names = [str(secret.with_suffix("")), "../secret", "a/../../secret", "x\x1b[31m\n", "y\udcff", "z" * 300, "q\\n"]
-    source = one_shard(tmp_path, [m for i, name in enumerate(names) for m in sample(name, i % 2, i)], encoding="utf-8")
-    assert len(source) == 2 + len(names) and source.ok.all() and not {3} & set(source.sizes[:, 0].tolist())
-    assert [source.encoded(2 + i) for i in range(len(names))] == [picture(i) for i in range(len(names))]
-    assert all(key.isprintable() for key in source.keys) and source.keys[5] == r"one.tar:x\x1b[31m\n.jpg" and r"q\\n" in source.keys[8]
+    names = [
+        str(secret.with_suffix("")),
+        "../secret",
+        "a/../../secret",
+        "x\x1b[31m\n",
+        "y\udcff",
+        "z" * 300,
+        "q\\n",
+    ]
+    source = one_shard(
+        tmp_path,
+        [m for i, name in enumerate(names) for m in sample(name, i % 2, i)],
+        encoding="utf-8",
+    )
+    assert (
+        len(source) == 2 + len(names)
+        and source.ok.all()
+        and not {3} & set(source.sizes[:, 0].tolist())
+    )
+    assert [source.encoded(2 + i) for i in range(len(names))] == [
+        picture(i) for i in range(len(names))
+    ]
+    assert (
+        all(key.isprintable() for key in source.keys)
+        and source.keys[5] == r"one.tar:x\x1b[31m\n.jpg"
+        and r"q\\n" in source.keys[8]
+    )
     again = TarSource(tmp_path, ["one.tar"])
     assert list(again.keys) == list(source.keys) and again.fingerprint == source.fingerprint
 
@@ -50,27 +72,55 @@ def test_links_and_devices_are_bad_images_and_are_not_followed(tmp_path):
         special("dir.jpg", tarfile.DIRTYPE),
         ("none.jpg", picture(3)),
     ]
-    with pytest.raises(DataError, match="5 of 7 images cannot be read: one.tar:soft.jpg .a link, which is not followed") as caught:
+    with pytest.raises(
+        DataError,
+        match="5 of 7 images cannot be read: one.tar:soft.jpg .a link, which is not followed",
+    ) as caught:
         one_shard(tmp_path, members)
-    assert "one.tar:device.jpg (no regular file)" in str(caught.value) and "one.tar:none.jpg (no .cls and no .json" in str(caught.value)
+    assert "one.tar:device.jpg (no regular file)" in str(
+        caught.value
+    ) and "one.tar:none.jpg (no .cls and no .json" in str(caught.value)
 
 
 def test_bad_labels_are_bad_images(tmp_path):
     labels = [b"-1", b"x", b"", b"1 2", b"9" * 70, b"1.0", b"\x1b[31m"]
-    jsons = [b"{", b"[]", b"{}", b'{"label": "1"}', b'{"label": true}', b'{"label": -1}', b"[" * 100_000]
+    jsons = [
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"label": "1"}',
+        b'{"label": true}',
+        b'{"label": -1}',
+        b"[" * 100_000,
+    ]
     jsons.append(b'{"label": 1' + b"0" * 5000 + b"}")
-    members = [m for i, text in enumerate(labels) for m in ((f"c{i}.jpg", picture(i)), (f"c{i}.cls", text))]
-    members += [m for i, text in enumerate(jsons) for m in ((f"j{i}.jpg", picture(i)), (f"j{i}.json", text))]
+    members = [
+        m for i, text in enumerate(labels) for m in ((f"c{i}.jpg", picture(i)), (f"c{i}.cls", text))
+    ]
+    members += [
+        m for i, text in enumerate(jsons) for m in ((f"j{i}.jpg", picture(i)), (f"j{i}.json", text))
+    ]
     path = write_tar(tmp_path / "one.tar", [*sample("good0", 0), *sample("good1", 1), *members])
     source = TarSource(tmp_path, [path.name], max_bad_share=0.99)
-    assert source.ok.tolist() == [True, True] + [False] * 15 and source.labels.tolist() == [0, 1] + [0] * 15
-    with pytest.raises(DataError, match=r"15 of 17 images.*: one.tar:c0.jpg \(its .cls is b'-1', which is no class number\)") as caught:
+    assert (
+        source.ok.tolist() == [True, True] + [False] * 15
+        and source.labels.tolist() == [0, 1] + [0] * 15
+    )
+    with pytest.raises(
+        DataError,
+        match=r"15 of 17 images.*: one.tar:c0.jpg \(its .cls is b'-1', which is no class number\)",
+    ) as caught:
         TarSource(tmp_path, [path.name])
     assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_bad_images_are_named(tmp_path, caplog):
-    members = [("bad.jpg", picture(1)[:200]), ("bad.cls", b"1"), ("empty.png", b""), ("empty.cls", b"0")]
+    members = [
+        ("bad.jpg", picture(1)[:200]),
+        ("bad.cls", b"1"),
+        ("empty.png", b""),
+        ("empty.cls", b"0"),
+    ]
     with caplog.at_level(logging.WARNING):
         source = one_shard(tmp_path, members)
     assert source.ok.tolist() == [True, True, False, False]
@@ -81,7 +131,10 @@ def test_bad_images_are_named(tmp_path, caplog):
 
 
 def test_a_shard_that_is_cut_short(tmp_path, caplog):
-    path = write_tar(tmp_path / "whole.tar", [m for i in range(3) for m in ((f"{i}.cls", b"%d" % i), (f"{i}.jpg", picture(i)))])
+    path = write_tar(
+        tmp_path / "whole.tar",
+        [m for i in range(3) for m in ((f"{i}.cls", b"%d" % i), (f"{i}.jpg", picture(i)))],
+    )
     content = path.read_bytes()
     last = content.rindex(b"2.jpg")
     for length, num, words in (
@@ -93,7 +146,11 @@ def test_a_shard_that_is_cut_short(tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             source = TarSource(tmp_path, ["whole.tar"], max_bad_share=0.5)
-        assert len(source) == num and source.ok.tolist() == [True, True, False][:num] and words in caplog.text
+        assert (
+            len(source) == num
+            and source.ok.tolist() == [True, True, False][:num]
+            and words in caplog.text
+        )
 
 
 def header(**fields):
@@ -115,9 +172,18 @@ def header(**fields):
         (header()[:100] + b"garbage" + header()[107:], "checksum is wrong"),
         (os.urandom(512).replace(b"\0", b"x"), "damaged at byte"),
         (header(kind=b"L", size=b"00010000000\0") + bytes(1 << 22), "a header of 2,097,152 bytes"),
-        (header(kind=b"x", size=b"00000000012\0") + b"99 path=x\n".ljust(512, b"\0"), "pax header is damaged"),
-        (header(kind=b"x", size=b"00000000012\0") + b"10 size=-\n".ljust(512, b"\0"), "pax header says the size -"),
-        (header(kind=b"x", size=b"00000000012\0") + b"0 path=xx\n".ljust(512, b"\0"), "pax header is damaged"),
+        (
+            header(kind=b"x", size=b"00000000012\0") + b"99 path=x\n".ljust(512, b"\0"),
+            "pax header is damaged",
+        ),
+        (
+            header(kind=b"x", size=b"00000000012\0") + b"10 size=-\n".ljust(512, b"\0"),
+            "pax header says the size -",
+        ),
+        (
+            header(kind=b"x", size=b"00000000012\0") + b"0 path=xx\n".ljust(512, b"\0"),
+            "pax header is damaged",
+        ),
     ],
 )
 def test_damaged_headers_stop(tmp_path, block, message):
@@ -125,7 +191,9 @@ def test_damaged_headers_stop(tmp_path, block, message):
     content = path.read_bytes()
     end = content.rindex(b"good.cls") + 1024
     path.write_bytes(content[:end] + block + content[end:])
-    with pytest.raises(DataError, match=f"^one.tar: damaged at byte {end:,}: .*{message}|{message} {end:,}") as caught:
+    with pytest.raises(
+        DataError, match=f"^one.tar: damaged at byte {end:,}: .*{message}|{message} {end:,}"
+    ) as caught:
         TarSource(tmp_path, ["one.tar"])
     assert "\n" not in str(caught.value) and caught.value.exit_code == 4
 
@@ -134,7 +202,11 @@ def test_sizes_beyond_the_end(tmp_path):
     path = write_tar(tmp_path / "one.tar", sample("good", 0))
     content = path.read_bytes()
     end = content.rindex(b"good.cls") + 1024
-    for block in (header(size=b"77777777777\0"), header(size=b"\x80" + b"\xff" * 11), header(kind=b"L", size=b"77777777777\0")):
+    for block in (
+        header(size=b"77777777777\0"),
+        header(size=b"\x80" + b"\xff" * 11),
+        header(kind=b"L", size=b"77777777777\0"),
+    ):
         path.write_bytes(content[:end] + block + content[end:])
         source = TarSource(tmp_path, ["one.tar"], max_bad_share=0.5)
         assert source.ok.tolist() in ([True, False], [True]) and source.read(0).size == (12, 10)
@@ -145,11 +217,18 @@ def test_sparse_members_are_bad_and_what_follows_is_found(tmp_path, caplog):
     path = write_tar(tmp_path / "one.tar", sample("good", 0))
     content = path.read_bytes()
     maps = bytes(504) + b"\1" + bytes(7) + bytes(512)
-    sparse = header(name="s.jpg", kind=b"S", magic=b"ustar  \0", size=b"00000001000\0", extended=b"\1") + maps + bytes(512)
+    sparse = (
+        header(name="s.jpg", kind=b"S", magic=b"ustar  \0", size=b"00000001000\0", extended=b"\1")
+        + maps
+        + bytes(512)
+    )
     path.write_bytes(sparse + content)
     with caplog.at_level(logging.WARNING):
         source = TarSource(tmp_path, ["one.tar"], max_bad_share=0.5)
-    assert source.ok.tolist() == [False, True] and "one.tar:s.jpg (stored as a sparse file" in caplog.text
+    assert (
+        source.ok.tolist() == [False, True]
+        and "one.tar:s.jpg (stored as a sparse file" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,7 +267,11 @@ def test_shards_that_cannot_be_used(tmp_path):
         (("packed",), DataError, "compressed .train-0.tar.gz.*decompress"),
         (("data/train-{000000..000002}.tar",), DataError, "2 of 3 shards are not there"),
         (("data/train-000000.tar", "train"), UsageError, "has no split 'train': give its folder"),
-        (("data", "val"), DataError, r"no folder 'val'; it has none; its 1 shards.*'train-\{000000..000000\}.tar'"),
+        (
+            ("data", "val"),
+            DataError,
+            r"no folder 'val'; it has none; its 1 shards.*'train-\{000000..000000\}.tar'",
+        ),
         (("data", "train-{a..b}.tar"), UsageError, "one range of numbers"),
         (("data", "train-{0..9.tar"), UsageError, "one range of numbers"),
         (("data", "train-{5..2}.tar"), UsageError, "names 0 shards"),

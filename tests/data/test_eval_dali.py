@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smooth pictures of several shapes, as JPEGs in colour and grey, and PNGs."""
     root, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for number, (width, height) in enumerate([(90, 60), (61, 97), (80, 80), (200, 45), (33, 32), (64, 128)] * 2):
+    for number, (width, height) in enumerate(
+        [(90, 60), (61, 97), (80, 80), (200, 45), (33, 32), (64, 128)] * 2
+    ):
         coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         image = coarse.resize((width, height), Image.Resampling.BICUBIC)
         path = root / "val" / "ab"[number % 2] / f"{number}.{'png' if number % 5 == 4 else 'jpg'}"
@@ -46,7 +48,10 @@ def test_near_to_pils_pixels(photos: Path, interpolation: str) -> None:
         off = (ours.images.int() - theirs.images.int()).abs().float().mean(dim=(1, 2, 3))
         png = torch.tensor([source.keys[int(i)].endswith(".png") for i in ours.samples])
         assert (off[png] == 0).all()  # PIL made them
-        assert 0 < off.max() < 1.0, [(source.keys[int(i)], round(float(x), 2)) for i, x in zip(ours.samples, off, strict=True)]
+        assert 0 < off.max() < 1.0, [
+            (source.keys[int(i)], round(float(x), 2))
+            for i, x in zip(ours.samples, off, strict=True)
+        ]
     assert loader.failed_over == 0
 
 
@@ -66,37 +71,64 @@ def test_a_batch_that_dali_cannot_make_is_pils(photos: Path) -> None:
     batches = list(loader)
     assert loader.failed_over == 1 and len(calls) == 3
     assert torch.equal(torch.cat([batch.samples for batch in batches]), torch.arange(12))
-    assert torch.equal(batches[1].images, list(EvalLoader(source, 32, 0.875, "bilinear", 4, 0))[1].images)
+    assert torch.equal(
+        batches[1].images, list(EvalLoader(source, 32, 0.875, "bilinear", 4, 0))[1].images
+    )
 
 
 def test_a_dali_that_always_fails_is_given_up(photos: Path) -> None:
-    loader = DaliEvalLoader(open_source(str(photos), "val"), 32, 0.875, "bilinear", 1, 0, device=CPU)
+    loader = DaliEvalLoader(
+        open_source(str(photos), "val"), 32, 0.875, "bilinear", 1, 0, device=CPU
+    )
 
     def fails(pipeline, planned):
         raise RuntimeError("out of order")
 
     loader._images = fails
-    with pytest.raises(EnvironmentProblem, match=r"8 batches in a row that PIL can read \(out of order\); use --loader torchvision"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"8 batches in a row that PIL can read \(out of order\); use --loader torchvision",
+    ):
         list(loader)
 
 
 def test_filters_that_dali_has_not(photos: Path) -> None:
-    with pytest.raises(UsageError, match="--interpolation box: DALI resizes with nearest, bilinear, bicubic, lanczos"):
+    with pytest.raises(
+        UsageError,
+        match="--interpolation box: DALI resizes with nearest, bilinear, bicubic, lanczos",
+    ):
         DaliEvalLoader(open_source(str(photos), "val"), 32, 0.875, "box", 4, 0, device=CPU)
 
 
-def test_results_say_who_decoded(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_say_who_decoded(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     classes = open_source(str(photos), "val").classes
     save_student(
-        tmp_path / "m.safetensors", build_student(StudentConfig(name="test_resnet"), 2, 32), {"dad_fast.classes": classes.to_json()}
+        tmp_path / "m.safetensors",
+        build_student(StudentConfig(name="test_resnet"), 2, 32),
+        {"dad_fast.classes": classes.to_json()},
     )
     found = {}
     for loader in ("torchvision", "dali"):
-        arguments = [str(tmp_path / "m.safetensors"), "--data-dir", str(photos), "--loader", loader, "-j", "1", "--device", "cpu"]
+        arguments = [
+            str(tmp_path / "m.safetensors"),
+            "--data-dir",
+            str(photos),
+            "--loader",
+            loader,
+            "-j",
+            "1",
+            "--device",
+            "cpu",
+        ]
         assert cli.main(["eval", *arguments, "--json", str(tmp_path / "o.json")]) == 0
         record = json.loads((tmp_path / "o.json").read_text())
         found[record["decoder"]] = record["checkpoint"]["suites"]["val"]
-    assert found["DALI"]["protocol"] == found["PIL"]["protocol"] + "; decoded by DALI" and "decoded by DALI" in capsys.readouterr().out
+    assert (
+        found["DALI"]["protocol"] == found["PIL"]["protocol"] + "; decoded by DALI"
+        and "decoded by DALI" in capsys.readouterr().out
+    )
     assert found["DALI"]["num_images"] == found["PIL"]["num_images"] == 12
     assert found["DALI"]["nll"] == pytest.approx(found["PIL"]["nll"], abs=0.02)

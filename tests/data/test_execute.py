@@ -28,7 +28,9 @@ def photo():
 
 
 def plain(image, img_size, **changes):
-    record = Record(0, 0, image.size, img_size, (0, 0, *image.size), "bicubic", False, False, (), None)
+    record = Record(
+        0, 0, image.size, img_size, (0, 0, *image.size), "bicubic", False, False, (), None
+    )
     return dataclasses.replace(record, **changes)
 
 
@@ -47,10 +49,18 @@ def test_operations_equal_timms(photo, name, monkeypatch):
                 if op == "posterize" and value == 0:
                     assert not ours.any()  # timm means black; Pillow 13 refuses to
                     continue
-                resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "": None}[interpolation]
+                resample = {
+                    "bilinear": Image.Resampling.BILINEAR,
+                    "bicubic": Image.Resampling.BICUBIC,
+                    "": None,
+                }[interpolation]
                 hparams = {"img_mean": FILL, "interpolation": resample}
-                theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=level, hparams=hparams)(image)
-                np.testing.assert_array_equal(ours, np.asarray(theirs), err_msg=f"{name} {level} {interpolation}")
+                theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=level, hparams=hparams)(
+                    image
+                )
+                np.testing.assert_array_equal(
+                    ours, np.asarray(theirs), err_msg=f"{name} {level} {interpolation}"
+                )
 
 
 class _Sign:
@@ -71,8 +81,17 @@ def test_every_policy_of_timm_is_covered():
 def test_jitter_equals_torchvisions(photo):
     functional = pytest.importorskip("torchvision.transforms.functional")
     image = photo.resize((32, 32))
-    ours = execute(plain(image, 32, ops=(Op("contrast", 0.7, ""), Op("color", 1.3, ""), Op("brightness", 1.2, ""))), image)
-    theirs = functional.adjust_brightness(functional.adjust_saturation(functional.adjust_contrast(image, 0.7), 1.3), 1.2)
+    ours = execute(
+        plain(
+            image,
+            32,
+            ops=(Op("contrast", 0.7, ""), Op("color", 1.3, ""), Op("brightness", 1.2, "")),
+        ),
+        image,
+    )
+    theirs = functional.adjust_brightness(
+        functional.adjust_saturation(functional.adjust_contrast(image, 0.7), 1.3), 1.2
+    )
     np.testing.assert_array_equal(ours, np.asarray(theirs))
 
 
@@ -80,8 +99,12 @@ def test_crop_and_flips_equal_torchvisions(photo):
     functional = pytest.importorskip("torchvision.transforms.functional")
     modes = pytest.importorskip("torchvision.transforms").InterpolationMode
     for interpolation, mode in (("bilinear", modes.BILINEAR), ("bicubic", modes.BICUBIC)):
-        record = plain(photo, 48, crop=(20, 10, 77, 55), interpolation=interpolation, hflip=True, vflip=True)
-        theirs = functional.vflip(functional.hflip(functional.resized_crop(photo, 10, 20, 55, 77, (48, 48), mode)))
+        record = plain(
+            photo, 48, crop=(20, 10, 77, 55), interpolation=interpolation, hflip=True, vflip=True
+        )
+        theirs = functional.vflip(
+            functional.hflip(functional.resized_crop(photo, 10, 20, 55, 77, (48, 48), mode))
+        )
         np.testing.assert_array_equal(execute(record, photo), np.asarray(theirs))
 
 
@@ -115,12 +138,19 @@ def test_extreme_sizes_are_executed(size):
 
 
 @pytest.mark.parametrize("size", [(160, 107), (107, 160), (28, 28), (31, 33), (300, 301)])
-@pytest.mark.parametrize(("img_size", "crop_pct", "interpolation"), [(28, 1.0, "bicubic"), (32, 0.875, "bilinear"), (33, 0.9, "bicubic")])
+@pytest.mark.parametrize(
+    ("img_size", "crop_pct", "interpolation"),
+    [(28, 1.0, "bicubic"), (32, 0.875, "bilinear"), (33, 0.9, "bicubic")],
+)
 def test_evaluation_equals_timms(photo, size, img_size, crop_pct, interpolation):
     factory = pytest.importorskip("timm.data.transforms_factory")
     image = photo.resize(size)
-    theirs = factory.transforms_imagenet_eval(img_size, crop_pct, interpolation=interpolation, use_prefetcher=True)(image)
-    np.testing.assert_array_equal(eval_transform(image, img_size, crop_pct, interpolation), theirs.permute(1, 2, 0).numpy())
+    theirs = factory.transforms_imagenet_eval(
+        img_size, crop_pct, interpolation=interpolation, use_prefetcher=True
+    )(image)
+    np.testing.assert_array_equal(
+        eval_transform(image, img_size, crop_pct, interpolation), theirs.permute(1, 2, 0).numpy()
+    )
 
 
 def test_evaluation_filter_must_exist(photo):
@@ -142,7 +172,9 @@ def test_modes_become_rgb_as_timm_does(photo):
         image = read_rgb(file)
         file.seek(0)
         assert image.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(file).convert("RGB")))
+        np.testing.assert_array_equal(
+            np.asarray(image), np.asarray(Image.open(file).convert("RGB"))
+        )
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
@@ -172,7 +204,10 @@ def test_damaged_files_say_which_and_why(photo, tmp_path, monkeypatch):
         "text.jpg": (b"<html>not found</html>", "not an image"),
         "cut.jpg": (whole[: len(whole) // 2], "truncated"),
         "cut.png": (encoded(photo, "PNG").getvalue()[:2000], "truncated|broken|cut"),
-        "header.png": (encoded(photo, "PNG").getvalue()[:20], "not an image|truncated|broken|Truncated"),
+        "header.png": (
+            encoded(photo, "PNG").getvalue()[:20],
+            "not an image|truncated|broken|Truncated",
+        ),
     }
     for name, (content, why) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -188,11 +223,23 @@ def test_damaged_files_say_which_and_why(photo, tmp_path, monkeypatch):
 
 def test_sixteen_bit_colour_takes_the_high_byte():
     """PIL's own choice for 16-bit RGB, which the greyscale rule above follows."""
-    rows = b"".join(b"\0" + bytes([200, 255, 100, 0, 7, 128]) * 4 for _ in range(4))  # a filter byte, then big-endian pixels
+    rows = b"".join(
+        b"\0" + bytes([200, 255, 100, 0, 7, 128]) * 4 for _ in range(4)
+    )  # a filter byte, then big-endian pixels
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
-    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    file = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
     assert read_rgb(io.BytesIO(file)).getpixel((2, 2)) == (200, 100, 7)

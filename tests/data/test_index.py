@@ -37,14 +37,28 @@ def tree(tmp_path):
 def count_verified(monkeypatch):
     verified = []
     original = indexing._verify
-    monkeypatch.setattr(indexing, "_verify", lambda entry, content: verified.append(entry.path) or original(entry, content))
+    monkeypatch.setattr(
+        indexing,
+        "_verify",
+        lambda entry, content: verified.append(entry.path) or original(entry, content),
+    )
     return verified
 
 
 def test_a_folder_is_read_in_path_order_with_sorted_classes(tree):
     source = open_source(str(tree), "train")
-    assert source.classes.entries == ((0, "ape", "ape"), (1, "cat", "cat"), (2, "sea_lion", "sea lion"))
-    assert list(source.keys)[:5] == ["ape/0.png", "ape/1.png", "ape/2.png", "ape/3.png", "cat/0.png"]
+    assert source.classes.entries == (
+        (0, "ape", "ape"),
+        (1, "cat", "cat"),
+        (2, "sea_lion", "sea lion"),
+    )
+    assert list(source.keys)[:5] == [
+        "ape/0.png",
+        "ape/1.png",
+        "ape/2.png",
+        "ape/3.png",
+        "cat/0.png",
+    ]
     assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert source.sizes.tolist()[:2] == [[10, 8], [11, 8]]
     assert source.read(5).getpixel((0, 0)) == (0, 20, 0) and source.read(5).size == (11, 8)
@@ -54,8 +68,14 @@ def test_a_folder_is_read_in_path_order_with_sorted_classes(tree):
 
 def test_a_class_map_fixes_labels_not_samples(tree, tmp_path):
     (tmp_path / "map.csv").write_text("id,folder,name\n0,sea_lion,sea lion\n1,cat,cat\n2,ape,ape\n")
-    plain, mapped = open_source(str(tree), "train"), open_source(str(tree), "train", str(tmp_path / "map.csv"))
-    assert list(plain.keys) == list(mapped.keys) and mapped.labels.tolist() == [2] * 4 + [1] * 4 + [0] * 4
+    plain, mapped = (
+        open_source(str(tree), "train"),
+        open_source(str(tree), "train", str(tmp_path / "map.csv")),
+    )
+    assert (
+        list(plain.keys) == list(mapped.keys)
+        and mapped.labels.tolist() == [2] * 4 + [1] * 4 + [0] * 4
+    )
     recorded = open_source(str(tree), "val", classes=mapped.classes)
     assert recorded.labels.tolist() == mapped.labels.tolist()
 
@@ -70,7 +90,11 @@ def test_a_second_opening_verifies_nothing_and_a_changed_file_is_verified_again(
     (tree / "train" / "ape" / "3.png").unlink()
     source = open_source(str(tree), "train")
     assert sorted(verified) == ["ape/0.png", "cat/1.png", "cat/9.png"]
-    assert len(source) == 12 and source.sizes[4].tolist() == [99, 7] and source.fingerprint != first.fingerprint
+    assert (
+        len(source) == 12
+        and source.sizes[4].tolist() == [99, 7]
+        and source.fingerprint != first.fingerprint
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "version"])
@@ -116,9 +140,15 @@ def test_of_several_processes_one_verifies(tree, monkeypatch, caplog):
     def waits():
         return caplog.text.count("another process is indexing") == 2
 
-    monkeypatch.setattr(indexing, "save_index", lambda *arguments: wait_until(waits) or original(*arguments))
+    monkeypatch.setattr(
+        indexing, "save_index", lambda *arguments: wait_until(waits) or original(*arguments)
+    )
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: indexing.build_index(tree / "train", ["ape", "cat", "sea_lion"]), range(3)))
+        found = list(
+            pool.map(
+                lambda _: indexing.build_index(tree / "train", ["ape", "cat", "sea_lion"]), range(3)
+            )
+        )
     assert found[0] == found[1] == found[2] and len(verified) == 12
     assert "another process is indexing" in caplog.text
 
@@ -184,7 +214,9 @@ def test_folders_that_cannot_be_used(tree, tmp_path):
         FolderSource(tree, "train")
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_is_no_obstacle(tree, tmp_path, monkeypatch, caplog):
+def test_a_cache_that_cannot_be_written_is_said_and_is_no_obstacle(
+    tree, tmp_path, monkeypatch, caplog
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "file" / "below"))
     with caplog.at_level(logging.WARNING):
@@ -195,7 +227,12 @@ def test_a_cache_that_cannot_be_written_is_said_and_is_no_obstacle(tree, tmp_pat
 def test_packed_strings():
     texts = ["", "a", "bäb", "n\udcff", "last"]
     packed = PackedStrings(texts)
-    assert list(packed) == texts and packed[-1] == "last" and packed[1:3] == ["a", "bäb"] and packed[np.int64(2)] == "bäb"
+    assert (
+        list(packed) == texts
+        and packed[-1] == "last"
+        and packed[1:3] == ["a", "bäb"]
+        and packed[np.int64(2)] == "bäb"
+    )
     with pytest.raises(IndexError):
         packed[5]
 
@@ -211,8 +248,14 @@ def test_encoded_gives_the_bytes_of_plain_jpegs_alone(tree):
     (folder / "broken.jpg").write_bytes((folder / "RGB.jpg").read_bytes()[:300])
     for _ in range(2):  # verified, and from the index
         source = pickle.loads(pickle.dumps(FolderSource(tree, "train", max_bad_share=0.2)))
-        given = {key: source.encoded(i) for i, key in enumerate(source.keys) if source.encoded(i) is not None}
-        assert sorted(given) == [f"ape/{name}" for name in ("L.jpg", "RGB.jpg", "jpeg.png", "progressive.jpg")]
+        given = {
+            key: source.encoded(i)
+            for i, key in enumerate(source.keys)
+            if source.encoded(i) is not None
+        }
+        assert sorted(given) == [
+            f"ape/{name}" for name in ("L.jpg", "RGB.jpg", "jpeg.png", "progressive.jpg")
+        ]
         assert all(content == (tree / "train" / key).read_bytes() for key, content in given.items())
     index = list(source.keys).index("ape/RGB.jpg")
     (folder / "RGB.jpg").write_bytes(given["ape/RGB.jpg"] + b"more")

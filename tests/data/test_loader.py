@@ -81,7 +81,10 @@ def test_batch_fields():
     (batch,) = TrainLoader(Squares(), AUG, 8, 10, 0, 0).batches(7, 8)
     assert batch.images.shape == (10, 3, 8, 8) and batch.images.dtype == torch.uint8
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert all(getattr(batch, n).dtype == torch.int64 for n in ("labels", "samples", "seeds", "mix_kind", "mix_box"))
+    assert all(
+        getattr(batch, n).dtype == torch.int64
+        for n in ("labels", "samples", "seeds", "mix_kind", "mix_box")
+    )
     assert batch.mix_lam.dtype == torch.float32 and batch.mix_box.shape == (10, 4)
     assert (batch.epoch, batch.step, batch.replaced) == (1, 7, ())
     assert torch.equal(batch.labels, batch.samples % 2)
@@ -100,17 +103,26 @@ def test_an_epoch_is_a_permutation_and_epochs_differ():
 
 def test_the_global_sequence_does_not_depend_on_the_batch_size():
     """48 positions of an epoch of 50, in steps of 2, 8, 12 and 48."""
-    runs = [collect(TrainLoader(Squares(), AUG, 8, size, 5, 0), 0, 48 // size) for size in (2, 8, 12, 48)]
+    runs = [
+        collect(TrainLoader(Squares(), AUG, 8, size, 5, 0), 0, 48 // size)
+        for size in (2, 8, 12, 48)
+    ]
     for run in runs[1:]:
         assert_same(runs[0], run)
 
 
 def test_the_global_sequence_does_not_depend_on_the_number_of_ranks():
     whole = collect(TrainLoader(Squares(), AUG, 8, 12, 5, 0), 0, 8)
-    ranks = [list(TrainLoader(Squares(), AUG, 8, 4, 5, 0, rank=r, world=3).batches(0, 8)) for r in range(3)]
+    ranks = [
+        list(TrainLoader(Squares(), AUG, 8, 4, 5, 0, rank=r, world=3).batches(0, 8))
+        for r in range(3)
+    ]
     assert set(map(len, ranks)) == {8}
     for name in whole:
-        assert torch.equal(whole[name], torch.cat([getattr(ranks[r][step], name) for step in range(8) for r in range(3)])), name
+        assert torch.equal(
+            whole[name],
+            torch.cat([getattr(ranks[r][step], name) for step in range(8) for r in range(3)]),
+        ), name
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 13])
@@ -124,12 +136,14 @@ def test_resume_at_any_step(start):
 
 def test_any_sample_can_be_replayed_alone():
     source, loader = Squares(), TrainLoader(Squares(), AUG, 8, 8, 5, 0)
-    batch = list(loader.batches(9, 10))[0]
+    batch = next(iter(loader.batches(9, 10)))
     for row, sample in enumerate(batch.samples.tolist()):
         pixels = execute(sample_record(AUG, 8, 5, 1, sample, 12, 12), source.read(sample))
         np.testing.assert_array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
     mix = mix_record(AUG, 8, 5, 1, (3 * 8) // 2 + 2)  # step 9 is step 3 of epoch 1; its third pair
-    assert batch.mix_box[4].tolist() == list(mix.box) and batch.mix_lam[5].item() == pytest.approx(mix.lam)
+    assert batch.mix_box[4].tolist() == list(mix.box) and batch.mix_lam[5].item() == pytest.approx(
+        mix.lam
+    )
 
 
 def test_bad_files_are_replaced_by_the_next_valid_sample_and_named(caplog):
@@ -137,12 +151,19 @@ def test_bad_files_are_replaced_by_the_next_valid_sample_and_named(caplog):
     loader = TrainLoader(source, PLAIN, 12, 10, 0, 0)
     clean = collect(TrainLoader(Squares(), PLAIN, 12, 10, 0, 0), 0, 10)
     run = collect(loader, 0, 10)
-    expected = torch.where((clean["samples"] >= 10) & (clean["samples"] <= 12), torch.tensor(13), clean["samples"])
-    assert torch.equal(run["samples"], expected) and torch.equal(run["images"][:, 0, 0, 0].long(), expected)
+    expected = torch.where(
+        (clean["samples"] >= 10) & (clean["samples"] <= 12), torch.tensor(13), clean["samples"]
+    )
+    assert torch.equal(run["samples"], expected) and torch.equal(
+        run["images"][:, 0, 0, 0].long(), expected
+    )
     assert torch.equal(run["labels"], expected % 2)
     assert sorted(loader.replaced) == ["image10", "image11", "image12"]
     assert caplog.text.count("cannot be read") == 3 and "image11" in caplog.text
-    assert_same({n: v[30:] for n, v in run.items()}, collect(TrainLoader(source, PLAIN, 12, 10, 0, 0), 3, 10))
+    assert_same(
+        {n: v[30:] for n, v in run.items()},
+        collect(TrainLoader(source, PLAIN, 12, 10, 0, 0), 3, 10),
+    )
 
 
 def test_many_bad_files_are_counted_without_a_line_each(caplog):
@@ -150,7 +171,10 @@ def test_many_bad_files_are_counted_without_a_line_each(caplog):
     loader.source.max_bad_share = 1.0
     collect(loader, 0, 10)
     assert len(loader.replaced) == 20
-    assert caplog.text.count("takes its place") == 10 and caplog.text.count("more images cannot be read") == 1
+    assert (
+        caplog.text.count("takes its place") == 10
+        and caplog.text.count("more images cannot be read") == 1
+    )
 
 
 def test_the_last_sample_is_replaced_by_the_first():
@@ -215,15 +239,23 @@ def test_workers_give_the_same_batches():
     loader = TrainLoader(Squares(bad=(10,)), AUG, 8, 8, 5, 2)
     assert_same(here, collect(loader, 4, 14))
     assert loader.replaced == ["image10"]
-    inline, worker = (list(EvalLoader(Squares(), 12, 1.0, "bicubic", 16, number)) for number in (0, 1))
-    assert all(torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples) for a, b in zip(inline, worker, strict=True))
+    inline, worker = (
+        list(EvalLoader(Squares(), 12, 1.0, "bicubic", 16, number)) for number in (0, 1)
+    )
+    assert all(
+        torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples)
+        for a, b in zip(inline, worker, strict=True)
+    )
 
 
 def test_worker_failures_are_one_line():
     def run(**options):
         list(TrainLoader(Squares(bad=range(50), **options), PLAIN, 12, 10, 0, 1).batches(0, 3))
 
-    with pytest.raises(DadFastError, match=r"^a loader worker failed: ZeroDivisionError: a mistake \(--debug shows where\)$") as caught:
+    with pytest.raises(
+        DadFastError,
+        match=r"^a loader worker failed: ZeroDivisionError: a mistake \(--debug shows where\)$",
+    ) as caught:
         run(action="bug")
     assert "in read" in str(caught.value.__cause__)
     with pytest.raises(DataError, match=r"^squares: not one image can be read \(--data-dir\)$"):
@@ -239,7 +271,9 @@ def test_a_worker_that_hangs_ends_the_run_and_a_slow_one_does_not(monkeypatch):
     assert_same(slow, collect(TrainLoader(Squares(), PLAIN, 12, 10, 0, 0), 0, 5))
     monkeypatch.setattr(workers, "HANG_SECONDS", 5.0)
     started = time.monotonic()
-    with pytest.raises(DadFastError, match="no batch for 5 s: a loader worker hangs .*--resume auto") as caught:
+    with pytest.raises(
+        DadFastError, match="no batch for 5 s: a loader worker hangs .*--resume auto"
+    ) as caught:
         collect(TrainLoader(Squares(bad=range(50), action="hang"), PLAIN, 12, 10, 0, 1), 0, 3)
     assert "\n" not in str(caught.value) and time.monotonic() - started < HANG
 
@@ -248,8 +282,12 @@ def test_a_worker_that_hangs_ends_the_run_and_a_slow_one_does_not(monkeypatch):
 def test_workers_survive_the_signals_of_a_preemption():
     batches = TrainLoader(Squares(), PLAIN, 8, 2, 5, 1).batches(0, 25)
     next(batches)
-    children = [int(p) for p in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
-    (server,) = [pid for pid in children if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    children = [
+        int(p) for p in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    ]
+    (server,) = [
+        pid for pid in children if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     workers = [int(p) for p in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
     for pid in (server, *workers):
         os.kill(pid, signal.SIGTERM)
@@ -284,7 +322,13 @@ def test_no_worker_outlives_the_training_process(tmp_path, end):
     (tmp_path / "script.py").write_text(ABANDON)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[1].parent)])
     command = [sys.executable, str(tmp_path / "script.py"), end]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=HANG)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert done.returncode == (0 if end == "exits" else -signal.SIGKILL), done.stderr
     processes = done.stdout.split()
     assert len(processes) >= 2

@@ -30,7 +30,11 @@ def reference(images, labels, mixes, num_classes, smoothing):
 
 
 def arguments(mixes):
-    return torch.tensor([m[0] for m in mixes]), torch.tensor([m[1] for m in mixes]).float(), torch.tensor([m[2] for m in mixes])
+    return (
+        torch.tensor([m[0] for m in mixes]),
+        torch.tensor([m[1] for m in mixes]).float(),
+        torch.tensor([m[2] for m in mixes]),
+    )
 
 
 @pytest.mark.parametrize("side", [1, 7, 16])
@@ -51,7 +55,9 @@ def test_mix_equals_the_loop(side, smoothing):
     np.testing.assert_allclose(mixed.targets.numpy(), targets, atol=1e-6)
     np.testing.assert_allclose(mixed.targets.sum(1).numpy(), 1.0, atol=1e-6)
     neighbours = labels.reshape(-1, 2)[:, ::-1].reshape(-1)
-    assert mixed.second_labels.tolist() == [int(n if m.kind else own) for n, own, m in zip(neighbours, labels, mixes, strict=True)]
+    assert mixed.second_labels.tolist() == [
+        int(n if m.kind else own) for n, own, m in zip(neighbours, labels, mixes, strict=True)
+    ]
     assert torch.equal(pixels, before)
 
 
@@ -66,7 +72,12 @@ def test_unmixed_images_are_untouched_bit_for_bit_and_may_be_odd_in_number():
 def test_to_pixels_and_targets():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     pixels = to_pixels(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
-    assert pixels.is_contiguous() and pixels.dtype == torch.float32 and float(pixels.max()) == 1.0 and float(pixels.min()) == 0.0
+    assert (
+        pixels.is_contiguous()
+        and pixels.dtype == torch.float32
+        and float(pixels.max()) == 1.0
+        and float(pixels.min()) == 0.0
+    )
     timm_mixup = pytest.importorskip("timm.data.mixup")
     labels = torch.tensor([2, 0])
     expected = timm_mixup.mixup_target(labels, 4, 1.0, 0.1)

@@ -36,16 +36,18 @@ KNOWN_SEEDS = [2431782952858440772, 7923396070619191001]
     crop=st.sampled_from(["random-resized", "center"]),
 )
 @hypothesis.example(width=1, height=1, img_size=1, seed=0, epoch=0, sample=0, crop="random-resized")
-@hypothesis.example(width=6000, height=1, img_size=224, seed=0, epoch=0, sample=0, crop="random-resized")
+@hypothesis.example(
+    width=6000, height=1, img_size=224, seed=0, epoch=0, sample=0, crop="random-resized"
+)
 @hypothesis.example(width=1, height=6000, img_size=224, seed=0, epoch=0, sample=0, crop="center")
 def test_boxes_lie_inside_and_replay_is_equal(width, height, img_size, seed, epoch, sample, crop):
     aug = AugmentConfig(crop=crop, color_jitter=0.4, reprob=1.0, mixup=0.4, cutmix=1.0)
     record = sample_record(aug, img_size, seed, epoch, sample, width, height)
     left, top, w, h = record.crop
-    assert 0 <= left and 0 <= top and 1 <= w and 1 <= h and left + w <= width and top + h <= height
+    assert left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
     if record.erase is not None:
-        assert 0 <= record.erase.top and record.erase.top + record.erase.height <= img_size
-        assert 0 <= record.erase.left and record.erase.left + record.erase.width <= img_size
+        assert record.erase.top >= 0 and record.erase.top + record.erase.height <= img_size
+        assert record.erase.left >= 0 and record.erase.left + record.erase.width <= img_size
     mix = mix_record(aug, img_size, seed, epoch, sample)
     y0, y1, x0, x1 = mix.box
     assert 0 <= y0 <= y1 <= img_size and 0 <= x0 <= x1 <= img_size and 0.0 <= mix.lam <= 1.0
@@ -58,7 +60,9 @@ def test_boxes_lie_inside_and_replay_is_equal(width, height, img_size, seed, epo
 def test_a_record_is_plain_numbers_that_survive_json():
     record = sample_record(FULL, 224, 7, 3, 11, 500, 375)
     fields = dataclasses.asdict(record)
-    assert json.loads(json.dumps(fields)) == json.loads(json.dumps(dataclasses.asdict(sample_record(FULL, 224, 7, 3, 11, 500, 375))))
+    assert json.loads(json.dumps(fields)) == json.loads(
+        json.dumps(dataclasses.asdict(sample_record(FULL, 224, 7, 3, 11, 500, 375)))
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.hflip = True
 
@@ -75,7 +79,8 @@ def test_known_record():
 def test_seed_epoch_and_sample_each_matter_and_nothing_is_shared():
     base = (1, 2, 3)
     crops = {
-        sample_record(AugmentConfig(), 224, *key, 4000, 3000).crop for key in (base, (2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3), (1, 3, 2))
+        sample_record(AugmentConfig(), 224, *key, 4000, 3000).crop
+        for key in (base, (2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3), (1, 3, 2))
     }
     assert len(crops) == 6
     seeds = np.concatenate([sample_seeds(s, e, np.arange(2000)) for s in (0, 1) for e in (0, 1)])
@@ -89,9 +94,17 @@ def test_crops_have_timm_statistics():
     image, count = Image.new("L", (640, 360)), 1500
     random.seed(0)
     theirs = np.array(
-        [transforms.RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)], float
+        [
+            transforms.RandomResizedCropAndInterpolation.get_params(
+                image, (0.08, 1.0), (3 / 4, 4 / 3)
+            )
+            for _ in range(count)
+        ],
+        float,
     )
-    ours = np.array([sample_record(AugmentConfig(), 224, 0, 0, i, 640, 360).crop for i in range(count)], float)[:, [1, 0, 3, 2]]
+    ours = np.array(
+        [sample_record(AugmentConfig(), 224, 0, 0, i, 640, 360).crop for i in range(count)], float
+    )[:, [1, 0, 3, 2]]
     for mine, timms in zip(ours.T, theirs.T, strict=True):
         spread = math.hypot(mine.std(), timms.std()) / math.sqrt(count)
         assert abs(mine.mean() - timms.mean()) < 4 * spread
@@ -109,18 +122,28 @@ def test_erasing_has_timm_statistics():
     ours = [e.height * e.width if e else 0 for e in erased]
     assert np.mean(np.array(ours) > 0) == pytest.approx(0.25, abs=0.04)
     assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.2)
-    assert {e.fill for e in erased if e} == {"pixel"} and len({e.seed for e in erased if e}) == sum(e is not None for e in erased)
+    assert {e.fill for e in erased if e} == {"pixel"} and len({e.seed for e in erased if e}) == sum(
+        e is not None for e in erased
+    )
 
 
 def test_flips_and_filters_follow_their_probabilities():
-    records = [sample_record(AugmentConfig(hflip=0.5, vflip=0.25), 32, 0, 0, i, 64, 64) for i in range(2000)]
+    records = [
+        sample_record(AugmentConfig(hflip=0.5, vflip=0.25), 32, 0, 0, i, 64, 64)
+        for i in range(2000)
+    ]
     assert np.mean([r.hflip for r in records]) == pytest.approx(0.5, abs=0.04)
     assert np.mean([r.vflip for r in records]) == pytest.approx(0.25, abs=0.04)
     assert np.mean([r.interpolation == "bicubic" for r in records]) == pytest.approx(0.5, abs=0.04)
-    assert {sample_record(AugmentConfig(train_interpolation="bilinear"), 32, 0, 0, i, 64, 64).interpolation for i in range(20)} == {
-        "bilinear"
-    }
-    plain = sample_record(AugmentConfig(crop="center", hflip=0, color_jitter=0), 28, 0, 0, 0, 28, 28)
+    assert {
+        sample_record(
+            AugmentConfig(train_interpolation="bilinear"), 32, 0, 0, i, 64, 64
+        ).interpolation
+        for i in range(20)
+    } == {"bilinear"}
+    plain = sample_record(
+        AugmentConfig(crop="center", hflip=0, color_jitter=0), 28, 0, 0, 0, 28, 28
+    )
     assert (plain.crop, plain.ops, plain.erase, plain.hflip) == ((0, 0, 28, 28), (), None, False)
 
 
@@ -138,17 +161,34 @@ def test_jitter_is_torchvisions_and_unused_with_a_policy():
 def test_randaugment_choice_and_probability():
     pytest.importorskip("timm")
     policy = parse_policy("rand-m9-mstd0.5-inc1")
-    assert (policy.num_ops, policy.prob, policy.magnitude, policy.magnitude_std, policy.magnitude_max) == (2, 0.5, 9, 0.5, 10)
-    assert len(policy.names) == 15 and "SolarizeIncreasing" in policy.names and policy.weights is None
+    assert (
+        policy.num_ops,
+        policy.prob,
+        policy.magnitude,
+        policy.magnitude_std,
+        policy.magnitude_max,
+    ) == (2, 0.5, 9, 0.5, 10)
+    assert (
+        len(policy.names) == 15 and "SolarizeIncreasing" in policy.names and policy.weights is None
+    )
     drawn = [sample_ops(policy, Draws(0, 1, 0, i)) for i in range(3000)]
     assert np.mean([len(ops) for ops in drawn]) == pytest.approx(1.0, abs=0.05)
     assert any(len(ops) == 2 and ops[0].name == ops[1].name for ops in drawn)  # with replacement
     rotations = [op.value for ops in drawn for op in ops if op.name == "rotate"]
-    assert np.mean(np.abs(rotations)) == pytest.approx(27, abs=0.4) and np.std(np.abs(rotations)) == pytest.approx(1.5, abs=0.3)
+    assert np.mean(np.abs(rotations)) == pytest.approx(27, abs=0.4) and np.std(
+        np.abs(rotations)
+    ) == pytest.approx(1.5, abs=0.3)
     assert np.mean(np.array(rotations) > 0) == pytest.approx(0.5, abs=0.12)
-    assert {op.interpolation for ops in drawn for op in ops if op.name == "shear_x"} == {"bilinear", "bicubic"}
+    assert {op.interpolation for ops in drawn for op in ops if op.name == "shear_x"} == {
+        "bilinear",
+        "bicubic",
+    }
     assert {op.interpolation for ops in drawn for op in ops if op.name == "equalize"} == {""}
-    assert {op.interpolation for i in range(200) for op in sample_ops(policy, Draws(0, 1, 0, i), "bilinear")} <= {"", "bilinear"}
+    assert {
+        op.interpolation
+        for i in range(200)
+        for op in sample_ops(policy, Draws(0, 1, 0, i), "bilinear")
+    } <= {"", "bilinear"}
 
 
 def test_weighted_policies_are_drawn_without_replacement():
@@ -159,11 +199,18 @@ def test_weighted_policies_are_drawn_without_replacement():
     share = np.mean([any(op.name == "rotate" for op in ops) for ops in drawn])
     assert share > 0.6  # a third of the first draw's weight
     uniform = parse_policy("rand-m10-n1-p1-mstdinf")
-    levels = [abs(op.value) / 30 for i in range(2000) for op in sample_ops(uniform, Draws(0, 1, 0, i)) if op.name == "rotate"]
+    levels = [
+        abs(op.value) / 30
+        for i in range(2000)
+        for op in sample_ops(uniform, Draws(0, 1, 0, i))
+        if op.name == "rotate"
+    ]
     assert np.mean(levels) == pytest.approx(0.5, abs=0.1) and max(levels) > 0.9
 
 
-@pytest.mark.parametrize("text", ["augmix-m3", "rand-m9-foo", "rand-x9", "original", "rand-", "rand-m9-tother", "randm9"])
+@pytest.mark.parametrize(
+    "text", ["augmix-m3", "rand-m9-foo", "rand-x9", "original", "rand-", "rand-m9-tother", "randm9"]
+)
 def test_policies_that_cannot_be_read_name_the_flag(text):
     with pytest.raises(UsageError, match="--aa"):
         parse_policy(text)

@@ -12,17 +12,25 @@ import pytest
 
 hypothesis = pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from dad_fast.data.sources.index import Entry, load_index, save_index  # noqa: E402
-from dad_fast.data.sources.names import shown  # noqa: E402
-from dad_fast.data.sources.tar_index import _group  # noqa: E402
-from dad_fast.data.sources.tar_members import Member, read_members  # noqa: E402
-from dad_fast.errors import DataError  # noqa: E402
+from dad_fast.data.sources.index import Entry, load_index, save_index
+from dad_fast.data.sources.names import shown
+from dad_fast.data.sources.tar_index import _group
+from dad_fast.data.sources.tar_members import Member, read_members
+from dad_fast.errors import DataError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
-KINDS = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+KINDS = (
+    tarfile.REGTYPE,
+    tarfile.AREGTYPE,
+    tarfile.CONTTYPE,
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+)
 LETTERS = st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))
 NAMES = st.one_of(
     st.text(LETTERS, min_size=1, max_size=40),
@@ -63,8 +71,14 @@ def test_members_are_those_that_tarfile_sees(members, format):
     content = build(members, format)
     found, whole = listed(content)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        theirs = [(info.name, info.isreg(), info.offset_data, info.size if info.isreg() else 0) for info in tar]
-    ours = [(member.name.rstrip("/"), member.kind == "file", member.offset, member.size) for member in found]
+        theirs = [
+            (info.name, info.isreg(), info.offset_data, info.size if info.isreg() else 0)
+            for info in tar
+        ]
+    ours = [
+        (member.name.rstrip("/"), member.kind == "file", member.offset, member.size)
+        for member in found
+    ]
     assert whole and ours == [(name.rstrip("/"), *rest) for name, *rest in theirs]
 
 
@@ -80,7 +94,10 @@ def test_damage_is_a_data_error_or_members_inside_the_file(members, format, dama
     except DataError as error:
         assert str(error).startswith("x.tar: ") and str(error).isprintable()
     else:
-        assert all(0 <= member.offset and 0 <= member.size and member.offset + member.size <= len(content) for member in found)
+        assert all(
+            member.offset >= 0 and member.size >= 0 and member.offset + member.size <= len(content)
+            for member in found
+        )
 
 
 def test_a_member_of_more_than_eight_gigabytes():
@@ -95,7 +112,10 @@ def test_a_member_of_more_than_eight_gigabytes():
             file.write(build([("a.jpg", tarfile.REGTYPE, b"abc")], format))
             file.flush()
             found, whole = read_members(file.fileno(), "x.tar")
-            assert whole and [(m.name, m.size) for m in found] == [("big.bin", 9 << 30), ("a.jpg", 3)]
+            assert whole and [(m.name, m.size) for m in found] == [
+                ("big.bin", 9 << 30),
+                ("a.jpg", 3),
+            ]
             assert os.pread(file.fileno(), 3, found[1].offset) == b"abc"
 
 
@@ -104,24 +124,40 @@ def test_concatenated_tars_end_at_the_first_end_mark():
     assert listed(one + one) == listed(one)
 
 
-@given(st.permutations([(key, kind) for key in ("a", "b/a", "c") for kind in ("jpg", "cls", "json", "txt", "seg.png")]))
+@given(
+    st.permutations(
+        [
+            (key, kind)
+            for key in ("a", "b/a", "c")
+            for kind in ("jpg", "cls", "json", "txt", "seg.png")
+        ]
+    )
+)
 @quick
 def test_grouping_does_not_depend_on_what_lies_between(order):
     members = [Member(f"{key}.{kind}", "file", i * 1024, 1) for i, (key, kind) in enumerate(order)]
     samples = _group(members, "x.tar")
     assert list(samples.images) == [key for key, kind in order if kind == "jpg"]
-    assert {key: set(found) for key, found in samples.labels.items()} == {key: {"cls", "json"} for key in ("a", "b/a", "c")}
+    assert {key: set(found) for key, found in samples.labels.items()} == {
+        key: {"cls", "json"} for key in ("a", "b/a", "c")
+    }
     assert all(image.name == f"{key}.jpg" for key, image in samples.images.items())
 
 
 @given(st.lists(st.tuples(NAMES, st.integers(0, 2**62), st.booleans(), NAMES), max_size=6))
 @quick
 def test_an_index_holds_any_name(rows):
-    entries = [Entry(path, "7", number, number, number, 1, 2, error, not flag, error) for path, number, flag, error in rows]
+    entries = [
+        Entry(path, "7", number, number, number, 1, 2, error, not flag, error)
+        for path, number, flag, error in rows
+    ]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "x.csv"
         assert save_index(file, "a shard 'ä' of 1 bytes", entries)
-        assert load_index(file, "a shard 'ä' of 1 bytes") == entries and load_index(file, "bytes") == []
+        assert (
+            load_index(file, "a shard 'ä' of 1 bytes") == entries
+            and load_index(file, "bytes") == []
+        )
 
 
 @given(st.lists(st.text(), min_size=2, max_size=2, unique=True))

@@ -7,17 +7,17 @@ import pytest
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
 pytest.importorskip("safetensors")
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from dad_fast.config.schema import PrecisionConfig  # noqa: E402
-from dad_fast.discretizers.registry import load_discretizer  # noqa: E402
-from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer  # noqa: E402
-from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations  # noqa: E402
-from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig  # noqa: E402
-from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.kernels import CodebookSearch  # noqa: E402
-from dad_fast.models.weights.files import sha256_file  # noqa: E402
-from tests.numerics import assert_as_exact, assert_same_function, clearly_nearest, error  # noqa: E402
+from dad_fast.config.schema import PrecisionConfig
+from dad_fast.discretizers.registry import load_discretizer
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
+from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
+from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
+from dad_fast.errors import DataError, UsageError
+from dad_fast.kernels import CodebookSearch
+from dad_fast.models.weights.files import sha256_file
+from tests.numerics import assert_as_exact, assert_same_function, clearly_nearest, error
 
 CPU, FLOAT32 = torch.device("cpu"), PrecisionConfig()
 
@@ -25,7 +25,17 @@ CPU, FLOAT32 = torch.device("cpu"), PrecisionConfig()
 @pytest.fixture
 def vqgan():
     torch.manual_seed(0)
-    model = VQGAN(VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(1,), z_channels=4, embed_dim=4, n_embed=32))
+    model = VQGAN(
+        VQGANConfig(
+            ch=8,
+            ch_mult=(1, 2),
+            num_res_blocks=1,
+            attn_levels=(1,),
+            z_channels=4,
+            embed_dim=4,
+            n_embed=32,
+        )
+    )
     with torch.no_grad():
         model.codebook.normal_(std=0.5)
     return model
@@ -40,13 +50,23 @@ def test_vqgan_from_a_file(vqgan, tmp_path):
     torch.save({"state_dict": vqgan.state_dict()}, tmp_path / "taming.ckpt")
     pixels = torch.rand(2, 3, 16, 12, requires_grad=True)
     discretizer = load(tmp_path / "own.safetensors")
-    assert (discretizer.provenance, discretizer.weights_sha256) == ("noise", sha256_file(tmp_path / "own.safetensors"))
+    assert (discretizer.provenance, discretizer.weights_sha256) == (
+        "noise",
+        sha256_file(tmp_path / "own.safetensors"),
+    )
     images, codes = discretizer(pixels)
-    assert images.shape == pixels.shape and images.dtype == torch.float32 and not images.requires_grad
+    assert (
+        images.shape == pixels.shape and images.dtype == torch.float32 and not images.requires_grad
+    )
     assert codes.shape == (2, 8, 6) and codes.dtype == torch.int64
-    assert torch.equal(images, vqgan.eval().decode(codes)) and torch.equal(codes, vqgan.codes(pixels))
+    assert torch.equal(images, vqgan.eval().decode(codes)) and torch.equal(
+        codes, vqgan.codes(pixels)
+    )
     taming = load(tmp_path / "taming.ckpt")
-    assert torch.equal(taming(pixels).images, images) and taming.provenance == "not recorded in the weights"
+    assert (
+        torch.equal(taming(pixels).images, images)
+        and taming.provenance == "not recorded in the weights"
+    )
     assert not any(p.requires_grad for p in taming.vqgan.parameters()) and not taming.vqgan.training
 
 
@@ -64,8 +84,12 @@ def test_precision_of_each_stage(vqgan, savings, monkeypatch):
     monkeypatch.setattr(CodebookSearch, "search", search)
     pixels = torch.rand(1, 3, 8, 8)
     exact = VQGANDiscretizer(vqgan, FLOAT32)(pixels)
-    mixed = VQGANDiscretizer(vqgan, PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"), savings=savings)
-    assert mixed.encode(pixels).dtype == torch.float16 and mixed.fused.decode(exact.codes).dtype in (torch.bfloat16, torch.float32)
+    mixed = VQGANDiscretizer(
+        vqgan, PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"), savings=savings
+    )
+    assert mixed.encode(pixels).dtype == torch.float16 and mixed.fused.decode(
+        exact.codes
+    ).dtype in (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         images, codes = mixed(pixels)
     assert images.dtype == torch.float32 and torch.equal(codes, vqgan.lookup(mixed.encode(pixels)))
@@ -100,12 +124,22 @@ def test_fit_float16(vqgan, tmp_path):
     assert VQGANDiscretizer(vqgan, FLOAT32).fit_float16(pixels) == ""
     discretizer = VQGANDiscretizer(vqgan, half)
     assert not discretizer.encode(pixels).isfinite().all()
-    assert "encoder runs at 2^-" in (line := discretizer.fit_float16(pixels)) and "decoder" not in line and "\n" not in line
-    torch.testing.assert_close(discretizer.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item())
-    vqgan.save(tmp_path / "loud.safetensors", seen="")  # a file is fitted when it is loaded, by synthetic images
+    assert (
+        "encoder runs at 2^-" in (line := discretizer.fit_float16(pixels))
+        and "decoder" not in line
+        and "\n" not in line
+    )
+    torch.testing.assert_close(
+        discretizer.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item()
+    )
+    vqgan.save(
+        tmp_path / "loud.safetensors", seen=""
+    )  # a file is fitted when it is loaded, by synthetic images
     loaded = load(tmp_path / "loud.safetensors", half)
     assert "encoder runs at 2^-" in loaded.range_note
-    torch.testing.assert_close(loaded.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item())
+    torch.testing.assert_close(
+        loaded.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item()
+    )
 
 
 def test_a_size_that_the_factor_does_not_divide(vqgan):
@@ -125,7 +159,12 @@ def test_jpeg_is_pillows():
     image = torch.stack((ramp.expand(32, 48), ramp.flip(0).expand(32, 48), torch.rand(32, 48)))
     pixels = image.repeat(2, 1, 1, 1).requires_grad_()
     images, codes = load("jpeg:30")(pixels)
-    assert codes is None and images.shape == pixels.shape and images.dtype == torch.float32 and not images.requires_grad
+    assert (
+        codes is None
+        and images.shape == pixels.shape
+        and images.dtype == torch.float32
+        and not images.requires_grad
+    )
     file = io.BytesIO()
     levels = (pixels[0].detach() * 255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(levels).save(file, "JPEG", quality=30)
@@ -145,14 +184,18 @@ def test_jpeg_needs_a_quality(name):
 
 @pytest.mark.parametrize("name", ["", "vqgan", "f8-16384"])
 def test_a_name_that_is_none(name):
-    with pytest.raises(UsageError, match=f"--discretizer '{name}': no such file; write a .ckpt .*jpeg:75"):
+    with pytest.raises(
+        UsageError, match=f"--discretizer '{name}': no such file; write a .ckpt .*jpeg:75"
+    ):
         load(name)
 
 
 def test_files_that_are_none(tmp_path):
     with pytest.raises(DataError, match="nowhere.ckpt: no such weights file"):
         load(tmp_path / "nowhere.ckpt")
-    with pytest.raises(UsageError, match="no embedded file letters-vqgan.safetensors: there are .*digits"):
+    with pytest.raises(
+        UsageError, match="no embedded file letters-vqgan.safetensors: there are .*digits"
+    ):
         load("embedded:letters")
     torch.save({"state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
     with pytest.raises(DataError, match="other.ckpt: not a VQGAN .*--discretizer"):

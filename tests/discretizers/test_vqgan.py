@@ -9,17 +9,42 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
-import torch.nn.functional as F  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN, VQGANConfig  # noqa: E402
-from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.models.weights.files import write_safetensors  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN, VQGANConfig
+from dad_fast.errors import DataError, UsageError
+from dad_fast.models.weights.files import write_safetensors
+from tests.numerics import assert_same_function
 
-F8_LIKE = VQGANConfig(ch=32, ch_mult=(1, 2, 2, 4), num_res_blocks=2, attn_levels=(3,), z_channels=4, embed_dim=4, n_embed=64)
-F16_LIKE = VQGANConfig(ch=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=1, attn_levels=(4,), z_channels=256, embed_dim=256, n_embed=48)
-DEMO_LIKE = VQGANConfig(ch=8, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(1,), z_channels=4, embed_dim=4, n_embed=32, norm_groups=4)
+F8_LIKE = VQGANConfig(
+    ch=32,
+    ch_mult=(1, 2, 2, 4),
+    num_res_blocks=2,
+    attn_levels=(3,),
+    z_channels=4,
+    embed_dim=4,
+    n_embed=64,
+)
+F16_LIKE = VQGANConfig(
+    ch=32,
+    ch_mult=(1, 1, 2, 2, 4),
+    num_res_blocks=1,
+    attn_levels=(4,),
+    z_channels=256,
+    embed_dim=256,
+    n_embed=48,
+)
+DEMO_LIKE = VQGANConfig(
+    ch=8,
+    ch_mult=(1, 2, 4),
+    num_res_blocks=1,
+    attn_levels=(1,),
+    z_channels=4,
+    embed_dim=4,
+    n_embed=32,
+    norm_groups=4,
+)
 
 
 class Independent:
@@ -40,7 +65,9 @@ class Independent:
         grouped = x.reshape(b, min(self.groups, c), -1)
         centred = grouped - grouped.mean(dim=2, keepdim=True)
         scaled = centred / (centred.square().mean(dim=2, keepdim=True) + 1e-6).sqrt()
-        return scaled.reshape(b, c, h, w) * self.p[f"{name}.weight"].view(1, c, 1, 1) + self.p[f"{name}.bias"].view(1, c, 1, 1)
+        return scaled.reshape(b, c, h, w) * self.p[f"{name}.weight"].view(1, c, 1, 1) + self.p[
+            f"{name}.bias"
+        ].view(1, c, 1, 1)
 
     def swish_norm(self, x, name):
         y = self.norm(x, name)
@@ -56,10 +83,14 @@ class Independent:
         y = self.norm(x, f"{name}.norm")
         q, k, v = (self.conv(y, f"{name}.{part}").reshape(b, c, h * w) for part in "qkv")
         share = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / c**0.5, dim=2)
-        return x + self.conv(torch.einsum("bij,bcj->bci", share, v).reshape(b, c, h, w), f"{name}.proj_out")
+        return x + self.conv(
+            torch.einsum("bij,bcj->bci", share, v).reshape(b, c, h, w), f"{name}.proj_out"
+        )
 
     def middle(self, x, name):
-        return self.block(self.attention(self.block(x, f"{name}.block_1"), f"{name}.attn_1"), f"{name}.block_2")
+        return self.block(
+            self.attention(self.block(x, f"{name}.block_1"), f"{name}.attn_1"), f"{name}.block_2"
+        )
 
     def level(self, x, name):
         i = 0
@@ -80,17 +111,27 @@ class Independent:
                 padded[:, :, :-1, :-1] = x
                 x = self.conv(padded, f"encoder.down.{i}.downsample.conv", stride=2)
             i += 1
-        x = self.conv(self.swish_norm(self.middle(x, "encoder.mid"), "encoder.norm_out"), "encoder.conv_out", padding=1)
+        x = self.conv(
+            self.swish_norm(self.middle(x, "encoder.mid"), "encoder.norm_out"),
+            "encoder.conv_out",
+            padding=1,
+        )
         return self.conv(x, "quant_conv")
 
     def decode(self, codes):
-        x = self.conv(self.p["quantize.embedding.weight"][codes].permute(0, 3, 1, 2), "post_quant_conv")
+        x = self.conv(
+            self.p["quantize.embedding.weight"][codes].permute(0, 3, 1, 2), "post_quant_conv"
+        )
         x = self.middle(self.conv(x, "decoder.conv_in", padding=1), "decoder.mid")
         levels = [i for i in range(8) if self.has(f"decoder.up.{i}")]
         for i in reversed(levels):
             x = self.level(x, f"decoder.up.{i}")
             if self.has(f"decoder.up.{i}.upsample"):
-                x = self.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), f"decoder.up.{i}.upsample.conv", padding=1)
+                x = self.conv(
+                    x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3),
+                    f"decoder.up.{i}.upsample.conv",
+                    padding=1,
+                )
         x = self.conv(self.swish_norm(x, "decoder.norm_out"), "decoder.conv_out", padding=1)
         return (x.clamp(-1, 1) + 1) / 2
 
@@ -116,26 +157,37 @@ def test_equals_an_independent_float64_evaluation(config):
     pixels = torch.rand(2, 3, 48, 32)
     latents, expected = vqgan.encode(pixels), exact.encode(pixels)
     assert latents.shape == (2, config.embed_dim, 48 // vqgan.downsample, 32 // vqgan.downsample)
-    torch.testing.assert_close(latents.double(), expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+    torch.testing.assert_close(
+        latents.double(), expected, rtol=1e-4, atol=1e-4 * expected.std().item()
+    )
 
-    distances = torch.cdist(expected.permute(0, 2, 3, 1).reshape(-1, config.embed_dim), vqgan.codebook.double())  # [N, K]
+    distances = torch.cdist(
+        expected.permute(0, 2, 3, 1).reshape(-1, config.embed_dim), vqgan.codebook.double()
+    )  # [N, K]
     codes = vqgan.codes(pixels)
     assert codes.dtype == torch.int64 and len(codes.unique()) > 4
     nearest_two = distances.topk(2, largest=False).values
-    clear = nearest_two[:, 1] - nearest_two[:, 0] > 1e-3 * expected.std()  # further apart than float32's error in the latents
+    clear = (
+        nearest_two[:, 1] - nearest_two[:, 0] > 1e-3 * expected.std()
+    )  # further apart than float32's error in the latents
     assert clear.double().mean() > 0.9
     assert torch.equal(codes.flatten()[clear], distances.argmin(dim=1)[clear])
-    own = latents.double().permute(0, 2, 3, 1).reshape(-1, config.embed_dim)  # and of the latents as they are, every code is exact
+    own = (
+        latents.double().permute(0, 2, 3, 1).reshape(-1, config.embed_dim)
+    )  # and of the latents as they are, every code is exact
     assert torch.equal(codes.flatten(), torch.cdist(own, vqgan.codebook.double()).argmin(dim=1))
 
     images, expected = vqgan.decode(codes), exact.decode(codes)
-    assert images.shape == pixels.shape and 0 <= images.min() and images.max() <= 1
-    assert 0.02 < ((expected > 0) & (expected < 1)).double().mean()  # not everything is clamped
+    assert images.shape == pixels.shape and images.min() >= 0 and images.max() <= 1
+    assert ((expected > 0) & (expected < 1)).double().mean() > 0.02  # not everything is clamped
     assert_same_function(images.double(), expected)
 
 
 # From the architecture by hand; f16's parameters likewise.
-@pytest.mark.parametrize("name, encoder, decoder, millions", [("f8-16384", 172.0, 360.1, 67.7), ("f16-1024", 105.9, 193.4, 72.1)])
+@pytest.mark.parametrize(
+    "name, encoder, decoder, millions",
+    [("f8-16384", 172.0, 360.1, 67.7), ("f16-1024", 105.9, 193.4, 72.1)],
+)
 def test_published_sizes(name, encoder, decoder, millions):
     with torch.device("meta"):
         vqgan = VQGAN(PRESETS[name])
@@ -156,15 +208,31 @@ def test_keys_are_tamings():
     block = {f"{part}{i}" for part in ("norm", "conv") for i in (1, 2)}
     attention = {"norm", "q", "k", "v", "proj_out"}
     expected = {"quantize.embedding", "quant_conv", "post_quant_conv"}
-    for half, levels, count, move in (("encoder", "down", 2, "downsample"), ("decoder", "up", 3, "upsample")):
+    for half, levels, count, move in (
+        ("encoder", "down", 2, "downsample"),
+        ("decoder", "up", 3, "upsample"),
+    ):
         expected |= {f"{half}.{name}" for name in ("conv_in", "norm_out", "conv_out")}
         expected |= {f"{half}.mid.{b}.{part}" for b in ("block_1", "block_2") for part in block}
         expected |= {f"{half}.mid.attn_1.{part}" for part in attention}
-        expected |= {f"{half}.{levels}.{i}.block.{j}.{part}" for i in range(4) for j in range(count) for part in block}
-        expected |= {f"{half}.{levels}.3.attn.{j}.{part}" for j in range(count) for part in attention}
-        expected |= {f"{half}.{levels}.{i}.{move}.conv" for i in (range(3) if move == "downsample" else range(1, 4))}
+        expected |= {
+            f"{half}.{levels}.{i}.block.{j}.{part}"
+            for i in range(4)
+            for j in range(count)
+            for part in block
+        }
+        expected |= {
+            f"{half}.{levels}.3.attn.{j}.{part}" for j in range(count) for part in attention
+        }
+        expected |= {
+            f"{half}.{levels}.{i}.{move}.conv"
+            for i in (range(3) if move == "downsample" else range(1, 4))
+        }
     # a 1x1 convolution where the width changes: 128 -> 256 and 256 -> 512 down, 512 -> 256 and 256 -> 128 up
-    expected |= {f"{name}.block.0.nin_shortcut" for name in ("encoder.down.1", "encoder.down.3", "decoder.up.2", "decoder.up.0")}
+    expected |= {
+        f"{name}.block.0.nin_shortcut"
+        for name in ("encoder.down.1", "encoder.down.3", "decoder.up.2", "decoder.up.0")
+    }
     assert modules == expected
     assert {key.rpartition(".")[2] for key in keys} == {"weight", "bias"}
     order = [name for name, _ in groupby(key.split(".")[0] for key in keys)]
@@ -174,12 +242,21 @@ def test_keys_are_tamings():
 def test_lightning_checkpoint(tmp_path):
     """{"state_dict": …} with the discriminator's weights in it; the config comes from the shapes."""
     vqgan = random_vqgan(F8_LIKE)
-    training = {"loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4), "loss.perceptual_loss.lin0.weight": torch.ones(1)}
+    training = {
+        "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
+        "loss.perceptual_loss.lin0.weight": torch.ones(1),
+    }
     state = vqgan.state_dict() | training
-    torch.save({"epoch": 3, "global_step": 7, "state_dict": state, "optimizer_states": [{"state": {}}]}, tmp_path / "last.ckpt")
+    torch.save(
+        {"epoch": 3, "global_step": 7, "state_dict": state, "optimizer_states": [{"state": {}}]},
+        tmp_path / "last.ckpt",
+    )
     loaded, seen = VQGAN.load_with_provenance(tmp_path / "last.ckpt")
     assert asdict(loaded.config) == asdict(F8_LIKE) and seen == "not recorded in the weights"
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), vqgan.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.state_dict().values(), vqgan.state_dict().values(), strict=True)
+    )
     pixels = torch.rand(1, 3, 16, 16)
     assert torch.equal(loaded.codes(pixels), vqgan.codes(pixels))
 
@@ -203,8 +280,14 @@ def test_own_file(tmp_path):
 
 def test_half_precision_weights_become_float32(tmp_path):
     vqgan = random_vqgan(DEMO_LIKE)
-    write_safetensors(tmp_path / "half.safetensors", vqgan.half().state_dict(), {"dad_fast.vqgan": json.dumps(asdict(DEMO_LIKE))})
-    assert {p.dtype for p in VQGAN.load(tmp_path / "half.safetensors").parameters()} == {torch.float32}
+    write_safetensors(
+        tmp_path / "half.safetensors",
+        vqgan.half().state_dict(),
+        {"dad_fast.vqgan": json.dumps(asdict(DEMO_LIKE))},
+    )
+    assert {p.dtype for p in VQGAN.load(tmp_path / "half.safetensors").parameters()} == {
+        torch.float32
+    }
 
 
 def broken(state, metadata, how):
@@ -229,8 +312,16 @@ def broken(state, metadata, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["not a VQGAN", "Gumbel", "missing encoder.mid.attn_1.q.bias", "unexpected extra", "quant_conv.weight is", "JSON"]
-    + ["unknown VQGAN setting 'depth'", "no VQGAN can be made"],
+    [
+        "not a VQGAN",
+        "Gumbel",
+        "missing encoder.mid.attn_1.q.bias",
+        "unexpected extra",
+        "quant_conv.weight is",
+        "JSON",
+        "unknown VQGAN setting 'depth'",
+        "no VQGAN can be made",
+    ],
 )
 def test_other_weights_are_refused(tmp_path, how):
     path = tmp_path / "other.safetensors"
@@ -243,7 +334,9 @@ def test_other_weights_are_refused(tmp_path, how):
 def test_autocast_does_not_reach_the_lookup():
     vqgan = random_vqgan(F8_LIKE)
     latents = vqgan.encode(torch.rand(2, 3, 32, 32))
-    exact = torch.cdist(latents.double().permute(0, 2, 3, 1).reshape(-1, 4), vqgan.codebook.double()).argmin(dim=1)
+    exact = torch.cdist(
+        latents.double().permute(0, 2, 3, 1).reshape(-1, 4), vqgan.codebook.double()
+    ).argmin(dim=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(vqgan.lookup(latents).flatten(), exact)
         assert vqgan.encode(torch.rand(1, 3, 32, 32)).dtype == torch.bfloat16  # autocast was on
@@ -263,10 +356,18 @@ CHANGES = {
     "in place": lambda vqgan, new: vqgan.codebook.copy_(new),
     "one entry": lambda vqgan, new: vqgan.codebook[3].copy_(new[3]),
     "through .data": lambda vqgan, new: vqgan.codebook.data.copy_(new),
-    "a new tensor": lambda vqgan, new: setattr(vqgan.quantize.embedding.weight, "data", new.clone()),
-    "a new parameter": lambda vqgan, new: setattr(vqgan.quantize.embedding, "weight", torch.nn.Parameter(new, requires_grad=False)),
-    "load_state_dict": lambda vqgan, new: vqgan.load_state_dict(vqgan.state_dict() | {"quantize.embedding.weight": new}),
-    "assigned": lambda vqgan, new: vqgan.load_state_dict(vqgan.state_dict() | {"quantize.embedding.weight": new}, assign=True),
+    "a new tensor": lambda vqgan, new: setattr(
+        vqgan.quantize.embedding.weight, "data", new.clone()
+    ),
+    "a new parameter": lambda vqgan, new: setattr(
+        vqgan.quantize.embedding, "weight", torch.nn.Parameter(new, requires_grad=False)
+    ),
+    "load_state_dict": lambda vqgan, new: vqgan.load_state_dict(
+        vqgan.state_dict() | {"quantize.embedding.weight": new}
+    ),
+    "assigned": lambda vqgan, new: vqgan.load_state_dict(
+        vqgan.state_dict() | {"quantize.embedding.weight": new}, assign=True
+    ),
     "half and back": lambda vqgan, new: vqgan.bfloat16().float(),
     "trained and frozen again": lambda vqgan, new: train_codebook(vqgan),
     "under inference mode": lambda vqgan, new: under_inference_mode(vqgan, new),
@@ -294,7 +395,9 @@ def test_the_lookup_follows_the_codebook(change):
     latents = torch.randn(2, 4, 30, 30) * vqgan.codebook.std()
     vqgan.lookup(latents)
     change(vqgan, torch.randn(64, 4) * vqgan.codebook.std())
-    exact = torch.cdist(latents.double().permute(0, 2, 3, 1).reshape(-1, 4), vqgan.codebook.double()).argmin(dim=1)
+    exact = torch.cdist(
+        latents.double().permute(0, 2, 3, 1).reshape(-1, 4), vqgan.codebook.double()
+    ).argmin(dim=1)
     assert torch.equal(vqgan.lookup(latents).flatten(), exact)
 
 
@@ -330,7 +433,9 @@ def test_cuda_equals_the_float64_evaluation(config):
         latents, codes = vqgan.encode(pixels), vqgan.codes(pixels)
         images = vqgan.decode(codes)
     expected = exact.encode(pixels)
-    torch.testing.assert_close(latents.double(), expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+    torch.testing.assert_close(
+        latents.double(), expected, rtol=1e-3, atol=1e-3 * expected.std().item()
+    )
     mine = latents.double().permute(0, 2, 3, 1).reshape(-1, config.embed_dim)
     assert torch.equal(codes.flatten(), torch.cdist(mine, vqgan.codebook.double()).argmin(dim=1))
     torch.testing.assert_close(images.double(), exact.decode(codes), rtol=0, atol=1e-3)

@@ -12,17 +12,19 @@ import time
 import pytest
 
 torch = pytest.importorskip("torch")
-from dad_fast.distributed import launch  # noqa: E402
-from dad_fast.distributed import process_group as distributed  # noqa: E402
-from dad_fast.errors import EnvironmentProblem  # noqa: E402
-from tests import warm  # noqa: E402
-from tests.processes import HANG, environment, run_together, wait_until  # noqa: E402
+from dad_fast.distributed import launch
+from dad_fast.distributed import process_group as distributed
+from dad_fast.errors import EnvironmentProblem
+from tests import warm
+from tests.processes import HANG, environment, run_together, wait_until
 
 
 def test_one_process_alone():
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
     x = torch.ones(2)
-    assert distributed.all_reduce_sums(x) is x and distributed.all_gather_json({"a": 1}) == [{"a": 1}]
+    assert distributed.all_reduce_sums(x) is x and distributed.all_gather_json({"a": 1}) == [
+        {"a": 1}
+    ]
     assert distributed.on_main(lambda: 3) == 3 and distributed.broadcast("b") == "b"
     distributed.barrier()
     distributed.close()
@@ -134,7 +136,9 @@ def test_a_process_that_nobody_joins_says_where_it_waited(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = warm.run(command, env=environment(**identity), cwd=tmp_path, timeout=HANG)
     said = [line for line in done.stderr.splitlines() if line.startswith("dad-fast: ")]
-    assert len(said) == 1 and said[0].startswith("dad-fast: error: process 0 of 2 cannot join the others at 127.0.0.1: "), done.stderr
+    assert len(said) == 1 and said[0].startswith(
+        "dad-fast: error: process 0 of 2 cannot join the others at 127.0.0.1: "
+    ), done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -147,12 +151,18 @@ def test_a_store_that_does_not_answer_is_given_up(tmp_path):
     code = "store = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); print(store.port, flush=True); time.sleep(3600)"
     command = [sys.executable, "-c", f"import time, torch.distributed as d; {code}"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as host:
-        store = torch.distributed.TCPStore("127.0.0.1", int(host.stdout.readline()), is_master=False, wait_for_workers=False)
+        store = torch.distributed.TCPStore(
+            "127.0.0.1", int(host.stdout.readline()), is_master=False, wait_for_workers=False
+        )
         host.send_signal(signal.SIGSTOP)
         start = time.monotonic()
         say_stopped(store, 1, Preempted("asked to"))
         error = who_is_gone(store, 1, 2, "timed out")
-        assert isinstance(error, PeerLost) and "is gone or cannot be reached" in str(error) and "(timed out)" in str(error)
+        assert (
+            isinstance(error, PeerLost)
+            and "is gone or cannot be reached" in str(error)
+            and "(timed out)" in str(error)
+        )
         assert time.monotonic() - start < HANG
         host.kill()
         say_stopped(store, 1, Preempted("asked to"))  # there is nobody left to tell
@@ -192,7 +202,11 @@ def fake(tmp_path, monkeypatch):
     [
         (["ends", "ends"], 0, ""),
         (["waits", "waits", "dies"], 1, "process 2 of 3 (counted from 0) was killed by SIGKILL"),
-        (["waits", "fails"], 4, "process 1 of 2 (counted from 0) failed, the others are stopped: error: what went wrong"),
+        (
+            ["waits", "fails"],
+            4,
+            "process 1 of 2 (counted from 0) failed, the others are stopped: error: what went wrong",
+        ),
         (["fails", "waits"], 4, "dad-fast: error: what went wrong"),
     ],
 )
@@ -205,7 +219,9 @@ def test_the_first_failure_stops_the_others_and_is_named(fake, capfd, how, code,
     assert "[1] here" in err and "[0] here" not in err
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
 def test_signals_are_passed_on(fake, capfd, number, code):
     """Also to processes that have no handler yet, as here for SIGUSR1: they had nothing to save."""
 
@@ -239,7 +255,13 @@ def test_processes_end_with_their_launcher(tmp_path):
     time.sleep(0.5)
     os._exit(9)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment(), capture_output=True, text=True, timeout=HANG)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert done.stdout.strip() == "75"
 
 
@@ -255,9 +277,16 @@ def test_a_step_holds_the_same_images_whatever_the_number_of_processes(aug):
     fields = "samples", "labels", "seeds", "images", "mix_lam"
 
     def whole(step, world):
-        parts = [TrainSteps(source, config, 28, 12 // world, 7, rank, world)[step] for rank in range(world)]
+        parts = [
+            TrainSteps(source, config, 28, 12 // world, 7, rank, world)[step]
+            for rank in range(world)
+        ]
         return {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
 
     for step in (0, 5, 400):  # the last one in the second epoch
         alone = whole(step, 1)
-        assert all(torch.equal(alone[name], found) for world in (2, 3) for name, found in whole(step, world).items())
+        assert all(
+            torch.equal(alone[name], found)
+            for world in (2, 3)
+            for name, found in whole(step, world).items()
+        )

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-from tests.processes import HANG, environment, run_script, wait_until  # noqa: E402
+from tests.processes import HANG, environment, run_script, wait_until
 
 SCRIPT = Path(__file__).parents[1] / "train_together.py"
 METHODS = ("ce", "kd", "dad", "dat")
@@ -23,24 +23,38 @@ def results(nproc, folder, trainings):
     found = run_script(nproc, folder, [str(SCRIPT), json.dumps(trainings)])
     assert all(code == 0 for code, _, _ in found), found
     assert all(out == found[0][1] for _, out, _ in found)
-    return {name: (losses, digest) for name, losses, digest in map(json.loads, found[0][1].splitlines())}
+    return {
+        name: (losses, digest) for name, losses, digest in map(json.loads, found[0][1].splitlines())
+    }
 
 
 def trainings(parts):
     """Every method without batch statistics in 64 bits, and with a true VQGAN in 32; batch norm over the same few images at a time."""
     exact = [[f"{method} exact", method, "ln", 1, "float64"] for method in METHODS]
-    accumulated = [["dad accumulated", "dad", "ln", 2, "float64"], ["kd poisoned", "kd", "ln", 1, "float64", 1]]
+    accumulated = [
+        ["dad accumulated", "dad", "ln", 2, "float64"],
+        ["kd poisoned", "kd", "ln", 1, "float64", 1],
+    ]
     rounded = [[f"{method} rounded", method, "ln", 1, "float32"] for method in ("dad", "dat+dad")]
-    return [*exact, *accumulated, *rounded, *([f"{method} bn", method, "bn", parts, "float64"] for method in ("ce", "kd", "dad"))]
+    return [
+        *exact,
+        *accumulated,
+        *rounded,
+        *([f"{method} bn", method, "bn", parts, "float64"] for method in ("ce", "kd", "dad")),
+    ]
 
 
 @pytest.mark.parametrize("nproc", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_compute_what_one_computes(tmp_path, nproc):
-    alone = results(1, tmp_path, trainings(parts=nproc))  # batch norm in so many micro-batches sees what the processes see
+    alone = results(
+        1, tmp_path, trainings(parts=nproc)
+    )  # batch norm in so many micro-batches sees what the processes see
     together = results(nproc, tmp_path, trainings(parts=1))
     for name, (losses, _) in alone.items():
         tolerance = 1e-3 if "rounded" in name else 1e-10
-        assert together[name][0] == pytest.approx(losses, rel=tolerance, nan_ok="poisoned" in name), name
+        assert together[name][0] == pytest.approx(
+            losses, rel=tolerance, nan_ok="poisoned" in name
+        ), name
         assert len(set(losses)) == len(losses)  # it trains
 
 
@@ -57,17 +71,44 @@ def test_one_tensor_of_gradients_is_what_ddp_makes_of_them(tmp_path):
 
 
 COMMON = [
-    "data.workers=0", "log_every=4", "eval.every_epochs=0", "eval.suites=[]", "augment.mixup=0.8", "ema.model_ema=true",
-    "schedule.epochs=1", "student.name=vit_tiny_patch16_224", "student.drop_path=0.2", "student.drop=0.1", "variants={}", "device=cpu",
-    "student.model_kwargs={patch_size=7,embed_dim=24,depth=2,num_heads=2}", "data.global_batch_size=24",
-    "method=kd", "checkpoint.every_steps=3",
-]  # fmt: skip
+    "data.workers=0",
+    "log_every=4",
+    "eval.every_epochs=0",
+    "eval.suites=[]",
+    "augment.mixup=0.8",
+    "ema.model_ema=true",
+    "schedule.epochs=1",
+    "student.name=vit_tiny_patch16_224",
+    "student.drop_path=0.2",
+    "student.drop=0.1",
+    "variants={}",
+    "device=cpu",
+    "student.model_kwargs={patch_size=7,embed_dim=24,depth=2,num_heads=2}",
+    "data.global_batch_size=24",
+    "method=kd",
+    "checkpoint.every_steps=3",
+]
 
 
 def train(folder, *more):
     sets = [part for item in COMMON for part in ("--set", item)]
-    command = [sys.executable, "-m", "dad_fast", "train", "--preset", "demo", *sets, "-o", str(folder), "--resume", "auto", *map(str, more)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "dad_fast",
+        "train",
+        "--preset",
+        "demo",
+        *sets,
+        "-o",
+        str(folder),
+        "--resume",
+        "auto",
+        *map(str, more),
+    ]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def process_of(launcher, rank):
@@ -95,7 +136,10 @@ def test_a_process_killed_and_one_asked_to_stop_and_one_going_on_alone(tmp_path)
     os.kill(process_of(launcher, 1), signal.SIGKILL)
     said = launcher.communicate(timeout=HANG)[1]
     assert launcher.returncode == 1
-    assert "process 1 of 2 (counted from 0) is gone" in said and "process 1 of 2 (counted from 0) was killed by SIGKILL" in said
+    assert (
+        "process 1 of 2 (counted from 0) is gone" in said
+        and "process 1 of 2 (counted from 0) was killed by SIGKILL" in said
+    )
 
     launcher, before = train(run, "--nproc", 2), saved_step(run)
     wait_for_step(run, before + 3, launcher)
@@ -105,13 +149,28 @@ def test_a_process_killed_and_one_asked_to_stop_and_one_going_on_alone(tmp_path)
     step = saved_step(run)
     assert f"stopped at step {step}" in said and said.count("stopped at step") == 1
 
-    command = [sys.executable, "-m", "dad_fast", "train", "--resume", "auto", "-o", str(run), "--max-steps", str(step + 3)]
+    command = [
+        sys.executable,
+        "-m",
+        "dad_fast",
+        "train",
+        "--resume",
+        "auto",
+        "-o",
+        str(run),
+        "--max-steps",
+        str(step + 3),
+    ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert f"steps {step} to {step + 3} of 24 images" in done.stderr
     assert "batch 24 x 1 process = 24 images a step" in (run / "train.log").read_text()
     assert "batch 12 x 2 processes = 24 images a step" in (run / "train-rank1.log").read_text()
-    steps = [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "train"]
+    steps = [
+        row["step"]
+        for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if row["kind"] == "train"
+    ]
     assert steps == sorted(set(steps))
 
 
@@ -126,14 +185,32 @@ def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path):
         launcher = train(tmp_path / folder, "--nproc", 2, "--max-steps", 60)
         said = launcher.communicate(timeout=HANG)[1]
         assert launcher.returncode == 0, said
-    for name in ("model.safetensors", "checkpoints/step-60/train.safetensors", "checkpoints/step-60/model.safetensors"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+    for name in (
+        "model.safetensors",
+        "checkpoints/step-60/train.safetensors",
+        "checkpoints/step-60/model.safetensors",
+    ):
+        assert (tmp_path / "parts" / name).read_bytes() == (
+            tmp_path / "straight" / name
+        ).read_bytes(), name
 
 
 @pytest.mark.slow
 def test_torchrun_starts_it_too(tmp_path):
     sets = [part for item in COMMON for part in ("--set", item)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dad_fast", "train", "--preset", "demo", *sets]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dad_fast",
+        "train",
+        "--preset",
+        "demo",
+        *sets,
+    ]
     given = [*command, "-o", str(tmp_path / "run"), "--max-steps", "4"]
     done = subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
@@ -143,12 +220,26 @@ def test_torchrun_starts_it_too(tmp_path):
 def test_batch_sizes_that_do_not_fit(tmp_path, capsys):
     from dad_fast.cli.main import main
 
-    given = ["train", "--preset", "demo", "--method", "ce", "-o", str(tmp_path / "run"), "--device", "cpu", "--max-steps", "1"]
+    given = [
+        "train",
+        "--preset",
+        "demo",
+        "--method",
+        "ce",
+        "-o",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+        "--max-steps",
+        "1",
+    ]
     assert main([*given, "--global-batch-size", "30", "--batch-size", "20"]) == 2
     assert "--batch-size 20 x 1 processes x --grad-accum-steps 1 = 20" in capsys.readouterr().err
     assert main([*given, "--global-batch-size", "31", "--grad-accum-steps", "2"]) == 2
     assert "take a multiple of 2" in capsys.readouterr().err
-    assert main([*given, "--global-batch-size", "6", "--grad-accum-steps", "2", "--mixup", "0.8"]) == 2
+    assert (
+        main([*given, "--global-batch-size", "6", "--grad-accum-steps", "2", "--mixup", "0.8"]) == 2
+    )
     assert "take a multiple of 4" in capsys.readouterr().err
     assert main([*given, "--sync-bn"]) == 3 and "--sync-bn" in capsys.readouterr().err
     assert main([*given, "--nproc", "0"]) == 2

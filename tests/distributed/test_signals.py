@@ -74,7 +74,9 @@ def test_a_process_that_waits_in_c_ends_too():
         lock, held = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
         lock(held), lock(held)
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=-1, stderr=-1, text=True
+    ) as process:
         process.stdout.readline()
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)

@@ -35,25 +35,47 @@ def environment(folder, code=0, state="RUNNING", **tools):
     for name, text in (TOOLS | tools).items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
-    env = {"PATH": f"{folder}:{os.environ['PATH']}", "SAID": str(folder / "said"), "CODE": str(code), "STATE": state}
+    env = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SAID": str(folder / "said"),
+        "CODE": str(code),
+        "STATE": state,
+    }
     return env | {"SLURM_JOB_ID": "40123", "SLURM_JOB_NODELIST": "node[7-8]"}
 
 
 @pytest.mark.parametrize(
-    "code, state, requeued", [(0, "RUNNING", False), (1, "RUNNING", False), (75, "RUNNING", True), (75, "COMPLETING", False)]
+    "code, state, requeued",
+    [
+        (0, "RUNNING", False),
+        (1, "RUNNING", False),
+        (75, "RUNNING", True),
+        (75, "COMPLETING", False),
+    ],
 )
-def test_the_job_is_queued_again_where_it_was_stopped_and_saved_but_not_cancelled(tmp_path, code, state, requeued):
+def test_the_job_is_queued_again_where_it_was_stopped_and_saved_but_not_cancelled(
+    tmp_path, code, state, requeued
+):
     env = environment(tmp_path, code, state)
-    done = subprocess.run(["bash", str(SCRIPT), "--preset", "demo", "-o", "runs/a b"], env=env, timeout=HANG)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--preset", "demo", "-o", "runs/a b"], env=env, timeout=HANG
+    )
     assert done.returncode == code
     said = (tmp_path / "said").read_text().splitlines()
-    assert said[:2] == [f"{r} {r} 2 2 node7 20123 -m dad_fast train --resume auto --preset demo -o runs/a b" for r in (0, 1)]
+    assert said[:2] == [
+        f"{r} {r} 2 2 node7 20123 -m dad_fast train --resume auto --preset demo -o runs/a b"
+        for r in (0, 1)
+    ]
     assert said[2:] == (["requeue 40123"] if requeued else [])
 
 
 def traps(pid, number):
     """Whether a process has a handler for a signal."""
-    (caught,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:")]
+    (caught,) = [
+        line.split()[1]
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("SigCgt:")
+    ]
     return int(caught, 16) >> (number - 1) & 1
 
 

@@ -36,7 +36,10 @@ def test_pypis_apex_is_refused_with_a_word(packages):
 
 def test_what_opt_says(packages):
     check_optimizer("adamw", cuda=False)
-    with pytest.raises(EnvironmentProblem, match="--opt fusedadamw is NVIDIA apex's: it is not installed; .* or use --opt adamw"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match="--opt fusedadamw is NVIDIA apex's: it is not installed; .* or use --opt adamw",
+    ):
         check_optimizer("fusedadamw", cuda=True)
     packages("apex/optimizers/__init__.py", "apex/__init__.py", "amp_C.py")
     check_optimizer("FusedAdamW", cuda=True)
@@ -48,4 +51,6 @@ def test_the_names_are_timms():
     optim = pytest.importorskip("timm.optim")
     infos = {name: optim.get_optimizer_info(name) for name in OPTIMIZERS}
     assert all(str(info.opt_class).startswith("apex.optimizers.") for info in infos.values())
-    assert {optim.get_optimizer_info(name).name for name in OPTIMIZERS.values()} == set(OPTIMIZERS.values())
+    assert {optim.get_optimizer_info(name).name for name in OPTIMIZERS.values()} == set(
+        OPTIMIZERS.values()
+    )

@@ -40,7 +40,11 @@ def test_waiting_is_what_lies_between_steps(hand_set):
             hand_set.sleep(0.01)
     clock.count()
     window = clock.window()
-    assert window.steps == 3 and window.seconds == pytest.approx(0.09) and window.waited == pytest.approx(0.06)
+    assert (
+        window.steps == 3
+        and window.seconds == pytest.approx(0.09)
+        and window.waited == pytest.approx(0.06)
+    )
     assert clock.total == pytest.approx(0.09)
     assert clock.window() == Window(0, 0.0, 0.0)
 
@@ -52,7 +56,9 @@ def test_skipped_time_is_in_nothing(hand_set):
     with clock.step():
         hand_set.sleep(0.01)
     clock.count()
-    assert clock.total == pytest.approx(5.01) and clock.window().waited == pytest.approx(0, abs=1e-9)
+    assert clock.total == pytest.approx(5.01) and clock.window().waited == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 @pytest.mark.gpu
@@ -85,7 +91,10 @@ def test_what_a_waiting_run_is_told(monkeypatch):
     assert input_bound(Window(10, 2.0, 0.1), 100, 0, "torchvision", False) is None
     assert input_bound(Window(0, 0.0, 0.0), 100, 0, "torchvision", False) is None
     told = input_bound(waits, 100, 0, "torchvision", False)
-    assert told == "input-bound: 500 < 1,000 img/s, the rate of the steps alone; raise --workers (now 0; 4 cores)"
+    assert (
+        told
+        == "input-bound: 500 < 1,000 img/s, the rate of the steps alone; raise --workers (now 0; 4 cores)"
+    )
     assert "raise --workers (now 3" in (input_bound(waits, 100, 3, "dali", True) or "")
     assert "--loader dali" in (input_bound(waits, 100, 4, "torchvision", True) or "")
     for loader, cuda in (("dali", True), ("torchvision", False)):  # on a CPU DALI is no faster
@@ -98,7 +107,9 @@ def test_a_cpu_without_an_idle_core_gets_no_advice(monkeypatch):
     monkeypatch.setattr(clock_module, "usable_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision", False) is None
-    assert "raise --workers" in (input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision", True) or "")
+    assert "raise --workers" in (
+        input_bound(Window(10, 2.0, 1.0), 100, 0, "torchvision", True) or ""
+    )
 
 
 def test_runs_side_by_side_share_the_cores(monkeypatch):

@@ -13,7 +13,18 @@ def batch(number: int) -> Batch:
     size = 4
     images = torch.full((size, 8, 8, 3), number, dtype=torch.uint8).permute(0, 3, 1, 2)
     index = torch.arange(size) + size * number
-    return Batch(images, index, index, index, index, index.float(), index[:, None].repeat(1, 4), 0, number, ())
+    return Batch(
+        images,
+        index,
+        index,
+        index,
+        index,
+        index.float(),
+        index[:, None].repeat(1, 4),
+        0,
+        number,
+        (),
+    )
 
 
 def test_on_a_cpu_batches_pass_as_they_are():
@@ -36,4 +47,6 @@ def test_two_static_buffers(where):
         sums.append((got.images.double().sum(), got.labels.sum()))
         addresses.add(got.images.data_ptr())
     assert len(addresses) == 2
-    assert [(int(a), int(b)) for a, b in sums] == [(number * 768, 16 * number + 6) for number in range(20)]
+    assert [(int(a), int(b)) for a, b in sums] == [
+        (number * 768, 16 * number + 6) for number in range(20)
+    ]

@@ -11,16 +11,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
-import tests.engine.test_step as small  # noqa: E402
-from dad_fast.config.schema import AttackConfig, Config, EngineConfig  # noqa: E402
-from dad_fast.discretizers.jpeg import Jpeg  # noqa: E402
-from dad_fast.engine import cuda_graph as graph_module  # noqa: E402
-from dad_fast.engine.cuda_graph import WARM_UP, capturing  # noqa: E402
-from dad_fast.engine.step import TrainStep  # noqa: E402
-from dad_fast.engine.update import Update  # noqa: E402
-from dad_fast.errors import EnvironmentProblem  # noqa: E402
-from dad_fast.methods.losses import TERMS  # noqa: E402
-from dad_fast.models.student import build_student  # noqa: E402
+import tests.engine.test_step as small
+from dad_fast.config.schema import AttackConfig, Config, EngineConfig
+from dad_fast.discretizers.jpeg import Jpeg
+from dad_fast.engine import cuda_graph as graph_module
+from dad_fast.engine.cuda_graph import WARM_UP, capturing
+from dad_fast.engine.step import TrainStep
+from dad_fast.engine.update import Update
+from dad_fast.errors import EnvironmentProblem
+from dad_fast.methods.losses import TERMS
+from dad_fast.models.student import build_student
 
 STEPS = WARM_UP + 5
 
@@ -28,15 +28,21 @@ STEPS = WARM_UP + 5
 def make(method, graphs, student=small.LAYER_NORM, parts=1, **changes) -> TrainStep:
     device = torch.device("cuda")
     cfg = Config(
-        method=method, student=student, attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
+        method=method,
+        student=student,
+        attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
         engine=EngineConfig(cuda_graphs=graphs, grad_accum_steps=parts),
-        optim=replace(Config().optim, clip_grad=1.0), ema=replace(Config().ema, model_ema=True), **changes,
-    )  # fmt: skip
+        optim=replace(Config().optim, clip_grad=1.0),
+        ema=replace(Config().ema, model_ema=True),
+        **changes,
+    )
     torch.manual_seed(0)
     model = build_student(cfg.student, small.C, small.SIDE).to(device)
     discretizer = small.discretizer()
     discretizer.vqgan.to(device)
-    return TrainStep(cfg, model, small.LinearTeacher().to(device), discretizer, Update(model, cfg, device))
+    return TrainStep(
+        cfg, model, small.LinearTeacher().to(device), discretizer, Update(model, cfg, device)
+    )
 
 
 def train(step: TrainStep) -> list[float]:
@@ -51,15 +57,21 @@ def train(step: TrainStep) -> list[float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("student", [small.LAYER_NORM, replace(small.BATCH_NORM, drop_path=0.5)], ids=["ln", "bn"])
+@pytest.mark.parametrize(
+    "student", [small.LAYER_NORM, replace(small.BATCH_NORM, drop_path=0.5)], ids=["ln", "bn"]
+)
 @pytest.mark.parametrize("method", TERMS)
 def test_graphs_compute_what_plain_calls_compute(method, student, parts):
     plain, graphed = make(method, "off", student, parts), make(method, "on", student, parts)
     torch.testing.assert_close(train(graphed), train(plain), rtol=1e-4, atol=1e-5)
     assert graphed.graphs.captured
-    for a, b in zip(graphed.student.state_dict().values(), plain.student.state_dict().values(), strict=True):
+    for a, b in zip(
+        graphed.student.state_dict().values(), plain.student.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    for a, b in zip(graphed.update.ema.module.parameters(), plain.update.ema.module.parameters(), strict=True):
+    for a, b in zip(
+        graphed.update.ema.module.parameters(), plain.update.ema.module.parameters(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
@@ -67,7 +79,11 @@ def test_graphs_compute_what_plain_calls_compute(method, student, parts):
 def test_a_bad_batch_changes_nothing_under_graphs():
     step = make("ce", "on", replace(small.BATCH_NORM))
     train(step)
-    before = {name: value.clone() for name, value in step.student.state_dict().items() if value.is_floating_point()}
+    before = {
+        name: value.clone()
+        for name, value in step.student.state_dict().items()
+        if value.is_floating_point()
+    }
     with torch.no_grad():
         weight = next(step.student.parameters())
         kept = weight.clone()
@@ -87,7 +103,9 @@ def test_what_cannot_be_captured_falls_back_or_is_refused(caplog):
     with caplog.at_level(logging.WARNING):
         losses = train(step)
     assert step.graphs.failed and len(losses) == STEPS
-    (said,) = [record.message for record in caplog.records if "CUDA graphs are off" in record.message]
+    (said,) = [
+        record.message for record in caplog.records if "CUDA graphs are off" in record.message
+    ]
     assert "previous error" not in said  # the reason itself, not that there was one
     # Nothing of the broken capture stays: the stream, the allocator and the random generator work on, and another step is captured.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
@@ -112,17 +130,25 @@ class BrokenCapture:
 
 def test_a_broken_capture_names_its_reason_and_is_cleared_away(monkeypatch):
     calls = []
-    generator = SimpleNamespace(get_state=lambda: "state", graphsafe_set_state=lambda state: calls.append(("generator", state)))
+    generator = SimpleNamespace(
+        get_state=lambda: "state",
+        graphsafe_set_state=lambda state: calls.append(("generator", state)),
+    )
     fresh = SimpleNamespace(set_state=lambda state: None, graphsafe_get_state=lambda: "fresh")
     cuda = SimpleNamespace(
-        graph=BrokenCapture, default_generators=[None, generator], current_stream=lambda index: index, stream=lambda _: nullcontext(),
+        graph=BrokenCapture,
+        default_generators=[None, generator],
+        current_stream=lambda index: index,
+        stream=lambda _: nullcontext(),
         synchronize=lambda index: None,
-    )  # fmt: skip
+    )
     allocator = SimpleNamespace(
         _cuda_endAllocateToPool=lambda *arguments: calls.append(("end", *arguments)),
         _cuda_releasePool=lambda *arguments: calls.append(("release", *arguments)),
     )
-    stand_in = SimpleNamespace(cuda=cuda, _C=allocator, Generator=lambda device: fresh, device=torch.device)
+    stand_in = SimpleNamespace(
+        cuda=cuda, _C=allocator, Generator=lambda device: fresh, device=torch.device
+    )
     monkeypatch.setattr(graph_module, "torch", stand_in)
     for reason in (RuntimeError("synchronised"), TypeError("another")):
         calls.clear()

@@ -10,14 +10,14 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-from dad_fast.cli.main import main  # noqa: E402
-from dad_fast.config.schema import AugmentConfig, EngineConfig, LossConfig, StoreConfig  # noqa: E402
-from dad_fast.data.augment.records import CUTMIX, MIXUP  # noqa: E402
-from dad_fast.methods.losses import joint_objective, mixed_outputs  # noqa: E402
-from tests.engine.test_step import SIDE, B, C, batch, make  # noqa: E402
-from tests.numerics import assert_same_function, assert_same_levels  # noqa: E402
-from tests.precompute.test_precompute import flags, inputs, raw, step_of, targets  # noqa: E402, F401
-from tests.tiny import write_images  # noqa: E402
+from dad_fast.cli.main import main
+from dad_fast.config.schema import AugmentConfig, EngineConfig, LossConfig, StoreConfig
+from dad_fast.data.augment.records import CUTMIX, MIXUP
+from dad_fast.methods.losses import joint_objective, mixed_outputs
+from tests.engine.test_step import SIDE, B, C, batch, make
+from tests.numerics import assert_same_function, assert_same_levels
+from tests.precompute.test_precompute import flags, inputs, raw, step_of, targets  # noqa: F401
+from tests.tiny import write_images
 
 JOINT = LossConfig(form="joint", ce=0.75, kd=0.25)
 
@@ -78,27 +78,41 @@ def test_the_joint_loss_is_its_sentence(filtered):
     kl = (np.exp(teacher) * (teacher - softer)).sum(-1)
     expected = (0.75 * ce + 4 * kl)[~rejected].sum() / (2 * B)
     assert loss.item() == pytest.approx(expected, rel=2e-5)
-    assert set(parts) == {"loss", "ce", "kd", "kept"} and parts["kept"].item() == pytest.approx(1 - rejected.mean())
+    assert set(parts) == {"loss", "ce", "kd", "kept"} and parts["kept"].item() == pytest.approx(
+        1 - rejected.mean()
+    )
 
 
 def test_stored_outputs_are_mixed_where_no_teacher_looks():
-    step, data = make("dad", loss=JOINT, store=StoreConfig(dirs=("x",), mix_outputs=True)), stored_batch(clean_outputs=True)
+    step, data = (
+        make("dad", loss=JOINT, store=StoreConfig(dirs=("x",), mix_outputs=True)),
+        stored_batch(clean_outputs=True),
+    )
     step.run_teacher = None
     said = step.generate(data).teacher_clean
-    clean, dad = (np.exp(log_softmax(t.double().numpy() / 4)) for t in (data.clean_outputs, data.dad_outputs))
+    clean, dad = (
+        np.exp(log_softmax(t.double().numpy() / 4)) for t in (data.clean_outputs, data.dad_outputs)
+    )
     neighbour = np.arange(B) ^ 1
     lam = data.mix_lam.double().numpy()[:, None]
-    expected = np.concatenate([lam * clean + (1 - lam) * dad[neighbour], lam * dad + (1 - lam) * clean[neighbour]])
+    expected = np.concatenate(
+        [lam * clean + (1 - lam) * dad[neighbour], lam * dad + (1 - lam) * clean[neighbour]]
+    )
     np.testing.assert_allclose((said.double() / 4).softmax(-1).numpy(), expected, atol=1e-6)
 
 
 def test_the_papers_form_mixes_stored_outputs_too():
-    step, data = make("dad", store=StoreConfig(dirs=("x",), mix_outputs=True)), stored_batch(clean_outputs=True)
+    step, data = (
+        make("dad", store=StoreConfig(dirs=("x",), mix_outputs=True)),
+        stored_batch(clean_outputs=True),
+    )
     found = step.generate(data)
     clean, lam = (data.clean_outputs.double() / 4).softmax(-1), data.mix_lam.double()[:, None]
     neighbour = torch.arange(B) ^ 1
     expected = lam * clean + (1 - lam) * clean[neighbour]
-    torch.testing.assert_close((found.teacher_clean.double() / 4).softmax(-1), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        (found.teacher_clean.double() / 4).softmax(-1), expected, atol=1e-6, rtol=0
+    )
     assert found.teacher_dad is data.dad_outputs  # stored images are not mixed in this form
 
 
@@ -118,15 +132,22 @@ def test_unmixed_images_show_one_kind_only():
     found = step.generate(plain)
     assert torch.equal(found.images[0], torch.cat([data.images, data.dad_images]).float() / 255)
     assert found.targets.argmax(1).tolist() == data.labels.tolist() * 2
-    assert found.keep.tolist() == [1.0] * B + data.dad_kept.tolist()  # the filter judges adversarial images, never clean ones
+    assert (
+        found.keep.tolist() == [1.0] * B + data.dad_kept.tolist()
+    )  # the filter judges adversarial images, never clean ones
 
 
 def test_fused_and_plain_are_one():
     g = torch.Generator().manual_seed(0)
-    soft, keep = torch.rand(6, 5, generator=g).softmax(-1).double(), torch.tensor([1.0, 0, 1, 1, 0, 1]).double()
+    soft, keep = (
+        torch.rand(6, 5, generator=g).softmax(-1).double(),
+        torch.tensor([1.0, 0, 1, 1, 0, 1]).double(),
+    )
     results = []
     for fused in (False, True):
-        student = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_(True)
+        student = torch.randn(
+            6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        ).requires_grad_(True)
         teacher = torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         loss, _ = joint_objective(JOINT, student, teacher, soft, keep, fused=fused)
         loss.backward()
@@ -136,7 +157,10 @@ def test_fused_and_plain_are_one():
 
 
 def test_micro_batches_make_the_step_of_the_whole_batch():
-    whole, parts = make("dad", loss=JOINT), make("dad", loss=JOINT, engine=EngineConfig(grad_accum_steps=2))
+    whole, parts = (
+        make("dad", loss=JOINT),
+        make("dad", loss=JOINT, engine=EngineConfig(grad_accum_steps=2)),
+    )
     for number in range(2):
         a, b = whole(stored_batch(), number, 1e-3), parts(stored_batch(), number, 1e-3)
         assert_same_function(a["loss"], b["loss"])
@@ -155,17 +179,33 @@ def test_every_label_is_right_with_more_than_ten_classes(inputs, tmp_path):  # n
         level = 10 + 20 * int(path.parent.name)
         path.unlink()
         Image.new("RGB", (40, 40), (level, level, level)).save(path.with_suffix(".png"))
-    (tmp_path / "classes.csv").write_text("id,folder,name\n" + "".join(f"{i},{i},digit {i}\n" for i in range(12)))
-    data = flags(inputs, "--data-dir", str(tmp_path / "data"), "--class-map", str(tmp_path / "classes.csv"))
+    (tmp_path / "classes.csv").write_text(
+        "id,folder,name\n" + "".join(f"{i},{i},digit {i}\n" for i in range(12))
+    )
+    data = flags(
+        inputs, "--data-dir", str(tmp_path / "data"), "--class-map", str(tmp_path / "classes.csv")
+    )
     data += ["--discretizer", "identity", "--attack-eps", "0"]
     assert main(["precompute", *data, "-o", str(tmp_path / "store"), "--images", "raw"]) == 0
     data += ["--class-map", ""]  # the store's own list serves
-    store = ["--store", str(tmp_path / "store"), "--loss-form", "joint", "--no-filter", "--smoothing", "0", "--color-jitter", "0"]
+    store = [
+        "--store",
+        str(tmp_path / "store"),
+        "--loss-form",
+        "joint",
+        "--no-filter",
+        "--smoothing",
+        "0",
+        "--color-jitter",
+        "0",
+    ]
     for mixing in ([], ["--mixup", "0.8"]):
         step, batches = step_of(inputs, "dad", *data, *store, *mixing)
         for number, found in enumerate(batches(0, 4)):
             joint = step.generate(found)
-            shown = (joint.images[0].mean((1, 2, 3)) * 255 - 10) / 20  # mixing is linear: the mean class of what is shown
+            shown = (
+                joint.images[0].mean((1, 2, 3)) * 255 - 10
+            ) / 20  # mixing is linear: the mean class of what is shown
             said = (joint.targets * torch.arange(12)).sum(1)
             torch.testing.assert_close(shown, said, atol=0.06, rtol=0)
             assert joint.targets.shape == (12, 12) and number < 4
@@ -177,8 +217,25 @@ def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_pat
 
     unmixed = tmp_path / "stores" / "unmixed"
     plain = ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25"]
-    assert main(["precompute", *flags(inputs, *plain), "-o", str(unmixed), "--targets", "--views", "2"]) == 0
-    run = ["train", "--method", "dad", *inputs["data"], *plain, "--loss-form", "joint", "--ce-weight", "0.75", "--kd-weight", "0.25"]
+    assert (
+        main(
+            ["precompute", *flags(inputs, *plain), "-o", str(unmixed), "--targets", "--views", "2"]
+        )
+        == 0
+    )
+    run = [
+        "train",
+        "--method",
+        "dad",
+        *inputs["data"],
+        *plain,
+        "--loss-form",
+        "joint",
+        "--ce-weight",
+        "0.75",
+        "--kd-weight",
+        "0.25",
+    ]
     run += ["--epochs", "2", "--warmup-epochs", "0", "--mixup", "0.8"]
     forms = {
         "teacher": [*inputs["teacher"], "--store", str(raw)],
@@ -187,7 +244,9 @@ def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_pat
     }
     for name, more in forms.items():
         assert main([*run, *more, "-o", str(tmp_path / name)]) == 0, capsys.readouterr().err
-        assert json.loads((tmp_path / name / "run.json").read_text())["teacher_loaded"] is (name == "teacher")
+        assert json.loads((tmp_path / name / "run.json").read_text())["teacher_loaded"] is (
+            name == "teacher"
+        )
         assert main([*run, *more, "-o", str(tmp_path / "parts" / name), "--max-steps", "3"]) == 0
         assert main([*run, *more, "-o", str(tmp_path / "parts" / name), "--resume", "auto"]) == 0
         a, b = (folder / name / "model.safetensors" for folder in (tmp_path, tmp_path / "parts"))
@@ -195,11 +254,29 @@ def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_pat
     capsys.readouterr()
     assert main([*run, "--store", str(raw), str(unmixed), "-o", str(tmp_path / "no")]) == 2
     assert "add --mix-outputs" in capsys.readouterr().err
-    assert main([*run, "--store", str(unmixed), *inputs["teacher"], "-o", str(tmp_path / "no")]) == 2
+    assert (
+        main([*run, "--store", str(unmixed), *inputs["teacher"], "-o", str(tmp_path / "no")]) == 2
+    )
     assert "--loss-form joint learns from stored adversarial images" in capsys.readouterr().err
-    assert main([*run, "--store", str(raw), str(targets), "--mix-outputs", "-o", str(tmp_path / "no")]) == 4
+    assert (
+        main([*run, "--store", str(raw), str(targets), "--mix-outputs", "-o", str(tmp_path / "no")])
+        == 4
+    )
     assert "has outputs on mixed views (mixup 0.8, cutmix 1.0)" in capsys.readouterr().err
-    assert main([*run, "--store", str(raw), "--mix-outputs", *inputs["teacher"], "-o", str(tmp_path / "no")]) == 2
+    assert (
+        main(
+            [
+                *run,
+                "--store",
+                str(raw),
+                "--mix-outputs",
+                *inputs["teacher"],
+                "-o",
+                str(tmp_path / "no"),
+            ]
+        )
+        == 2
+    )
     assert "no store has any: add one made with --targets" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
@@ -215,9 +292,27 @@ def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_pat
         (["--loss-form", "sum"], "--loss-form"),
     ],
 )
-def test_where_the_joint_form_cannot_apply_it_is_refused_in_one_line(change, words, capsys, tmp_path):
+def test_where_the_joint_form_cannot_apply_it_is_refused_in_one_line(
+    change, words, capsys, tmp_path
+):
     store = [] if change == ["--store"] else ["--store", str(tmp_path / "none"), *change]
-    assert main(["train", "--preset", "demo", "--method", "dad", "--loss-form", "joint", *store, "-o", str(tmp_path / "out")]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--preset",
+                "demo",
+                "--method",
+                "dad",
+                "--loss-form",
+                "joint",
+                *store,
+                "-o",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1, error
 
@@ -230,7 +325,12 @@ def test_the_papers_form_is_the_default():
 def test_layouts_agree():
     """NHWC or not, the loss is the same."""
     step, data = make("dad", loss=JOINT, augment=AugmentConfig()), stored_batch()
-    other = make("dad", loss=JOINT, augment=AugmentConfig(), precision=replace(step.cfg.precision, channels_last=True))
+    other = make(
+        "dad",
+        loss=JOINT,
+        augment=AugmentConfig(),
+        precision=replace(step.cfg.precision, channels_last=True),
+    )
     assert_same_function(step.loss(step.generate(data))[0], other.loss(other.generate(data))[0])
 
 

@@ -14,17 +14,17 @@ torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
-from probes import BUILDER, PLAIN, STRONG, arguments, config, teacher_of, trained  # noqa: E402
+import tiny
+from probes import BUILDER, PLAIN, STRONG, arguments, config, teacher_of, trained
 
-from dad_fast.cli.main import main  # noqa: E402
-from dad_fast.engine.build import Builder  # noqa: E402
-from dad_fast.errors import UsageError  # noqa: E402
-from dad_fast.methods.lp_clip import consistency_loss, pseudo_labels, sample_weights  # noqa: E402
-from dad_fast.models.probe import build_probe  # noqa: E402
-from dad_fast.models.student import load_student  # noqa: E402
-from dad_fast.models.weights.fingerprint import fingerprint  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.cli.main import main
+from dad_fast.engine.build import Builder
+from dad_fast.errors import UsageError
+from dad_fast.methods.lp_clip import consistency_loss, pseudo_labels, sample_weights
+from dad_fast.models.probe import build_probe
+from dad_fast.models.student import load_student
+from dad_fast.models.weights.fingerprint import fingerprint
+from tests.numerics import assert_same_function
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -35,7 +35,10 @@ def head(trainer):
 
 def digest(folder, step):
     path = folder / "checkpoints" / f"step-{step}"
-    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in ("model.safetensors", "train.safetensors")}
+    return {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name in ("model.safetensors", "train.safetensors")
+    }
 
 
 # --- the loss ---
@@ -57,7 +60,12 @@ def test_the_loss_is_the_formula(weight, threshold, smoothing):
         loss = -sum(target * (value - log_sum) for target, value in zip(targets, s, strict=True))
         total += (confidence >= threshold) * (confidence if weight == "confidence" else 1.0) * loss
     labels, confidence = pseudo_labels(torch.from_numpy(teacher))
-    found = consistency_loss(torch.from_numpy(logits), labels, sample_weights(confidence, weight, threshold).double(), smoothing)
+    found = consistency_loss(
+        torch.from_numpy(logits),
+        labels,
+        sample_weights(confidence, weight, threshold).double(),
+        smoothing,
+    )
     assert found.item() == pytest.approx(total / 16, rel=1e-6)
 
 
@@ -65,7 +73,9 @@ def test_ties_go_to_the_lowest_class_and_the_threshold_is_inclusive():
     labels, confidence = pseudo_labels(torch.tensor([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]]))
     assert labels.tolist() == [1, 0] and confidence[1].item() == 0.25
     assert sample_weights(torch.tensor([0.25, 0.2499]), "none", 0.25).tolist() == [1.0, 0.0]
-    assert sample_weights(torch.tensor([float("nan")]), "confidence", 0.5).isnan().all()  # so that the step is refused
+    assert (
+        sample_weights(torch.tensor([float("nan")]), "confidence", 0.5).isnan().all()
+    )  # so that the step is refused
 
 
 def test_below_the_threshold_nothing_counts_not_even_what_is_infinite():
@@ -83,7 +93,10 @@ def test_only_the_linear_layer_is_the_probes_own(parts):
     teacher = teacher_of(parts)
     probe = build_probe(teacher, "0" * 64)
     assert set(probe.state_dict()) == {"model.weight", "model.bias"}
-    assert [name for name, p in probe.named_parameters() if p.requires_grad] == ["model.weight", "model.bias"]
+    assert [name for name, p in probe.named_parameters() if p.requires_grad] == [
+        "model.weight",
+        "model.bias",
+    ]
     assert not any(module.training for module in probe.train().encoder.modules())
     twin = copy.deepcopy(probe)
     assert twin.encoder is probe.encoder and twin.model.weight is not probe.model.weight
@@ -113,17 +126,30 @@ def test_training_changes_the_linear_layer_alone(parts, tmp_path, views):
     assert trainer.evaluated.model.weight.abs().max() > 0
     saved = set(trainer.checkpoints.load("auto", print).tensors)
     assert {name for name in saved if name.startswith(("student.", "ema."))} == {
-        "student.model.weight", "student.model.bias", "ema.model.weight", "ema.model.bias",
-    }  # fmt: skip
+        "student.model.weight",
+        "student.model.bias",
+        "ema.model.weight",
+        "ema.model.bias",
+    }
 
 
-@pytest.mark.parametrize("more", [[], ["lp_clip.views=3"], ["lp_clip.labels=true"], ["lp_clip.threshold=0.34", "lp_clip.weight=none"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["lp_clip.views=3"],
+        ["lp_clip.labels=true"],
+        ["lp_clip.threshold=0.34", "lp_clip.weight=none"],
+    ],
+)
 def test_k_steps_and_the_rest_equal_the_straight_run(parts, tmp_path, more):
     cfg = config(parts, "ema.model_ema=true", *more)
     trained(replace(cfg, max_steps=11), tmp_path / "straight")
     trained(replace(cfg, max_steps=5), tmp_path / "parts")
     torch.manual_seed(12345)
-    trained(replace(cfg, max_steps=11), tmp_path / "parts", "auto", builder=Builder())  # features and answers are made again
+    trained(
+        replace(cfg, max_steps=11), tmp_path / "parts", "auto", builder=Builder()
+    )  # features and answers are made again
     assert digest(tmp_path / "straight", 11) == digest(tmp_path / "parts", 11)
 
 
@@ -133,17 +159,30 @@ def shuffle_labels(made):
 
 def test_labels_are_not_used(parts, tmp_path):
     cfg = config(parts)
-    plain, shuffled = trained(cfg, tmp_path / "a"), trained(cfg, tmp_path / "b", change=shuffle_labels)
-    assert all(torch.equal(plain, other) for plain, other in zip(head(plain).values(), head(shuffled).values(), strict=True))
+    plain, shuffled = (
+        trained(cfg, tmp_path / "a"),
+        trained(cfg, tmp_path / "b", change=shuffle_labels),
+    )
+    assert all(
+        torch.equal(plain, other)
+        for plain, other in zip(head(plain).values(), head(shuffled).values(), strict=True)
+    )
     true = config(parts, "lp_clip.labels=true")
-    plain, shuffled = trained(true, tmp_path / "c"), trained(true, tmp_path / "d", change=shuffle_labels)
+    plain, shuffled = (
+        trained(true, tmp_path / "c"),
+        trained(true, tmp_path / "d", change=shuffle_labels),
+    )
     assert not torch.equal(head(plain)["weight"], head(shuffled)["weight"])  # the test can tell
 
 
 @pytest.mark.parametrize(("views", "num"), [(STRONG, 4), (PLAIN, 1)])
 def test_kept_features_give_what_the_encoder_gives(parts, tmp_path, views, num):
     kept = trained(config(parts, f"lp_clip.views={num}", views=views), tmp_path / "kept")
-    assert kept.loader.name == "features" and kept.parts.probe.features.features.shape == (num, 24, 16)
+    assert kept.loader.name == "features" and kept.parts.probe.features.features.shape == (
+        num,
+        24,
+        16,
+    )
 
     def run_the_encoder(made):
         made.probe.features = None
@@ -168,15 +207,21 @@ def test_an_unreadable_image_lends_its_place_to_the_next(parts, tmp_path):
     drawn = torch.cat([batch.drawn for batch in batches]).tolist()
     assert sorted(drawn) == list(range(24)) and [{5: 6, 23: 0}.get(n, n) for n in drawn] == seen
     online = trained(replace(config(parts), max_steps=3), tmp_path / "online", change=one_is_bad)
-    assert sorted(kept.loader.replaced) == sorted(online.loader.replaced) == ["ant/5.jpg", "cat/7.jpg"]
-    assert [b.samples.tolist() for b in online.loader.batches(0, 3)] == [b.samples.tolist() for b in batches]
+    assert (
+        sorted(kept.loader.replaced) == sorted(online.loader.replaced) == ["ant/5.jpg", "cat/7.jpg"]
+    )
+    assert [b.samples.tolist() for b in online.loader.batches(0, 3)] == [
+        b.samples.tolist() for b in batches
+    ]
 
 
 def test_one_pass_of_the_teacher_serves_every_seed_and_setting(parts, tmp_path, cache):
     trained(config(parts), tmp_path / "first", builder=Builder())
     (file,) = (cache / "pseudo-labels").iterdir()
     assert f"from {file}" not in (tmp_path / "first/train.log").read_text()
-    trained(config(parts, "seed=1", "lp_clip.threshold=0.4"), tmp_path / "second", builder=Builder())
+    trained(
+        config(parts, "seed=1", "lp_clip.threshold=0.4"), tmp_path / "second", builder=Builder()
+    )
     assert f"from {file}" in (tmp_path / "second/train.log").read_text()
     file.write_bytes(file.read_bytes()[:40])  # damaged: made again
     trained(config(parts), tmp_path / "third", builder=Builder())
@@ -202,14 +247,29 @@ def test_a_resumed_run_must_find_the_same_teacher(parts, tmp_path):
 def test_two_processes_train_what_one_trains(parts, tmp_path, cache):
     from tests.processes import HANG, environment, one_thread
 
-    more = [part for item in (*STRONG, "lp_clip.views=2", "eval.batch_size=8") for part in ("--set", item)]
+    more = [
+        part
+        for item in (*STRONG, "lp_clip.views=2", "eval.batch_size=8")
+        for part in ("--set", item)
+    ]
     with one_thread():
         assert main(arguments(parts, tmp_path / "one", *more)) == 0
     labels = {path: path.read_bytes() for path in (cache / "pseudo-labels").iterdir()}
     (only,) = labels
     only.unlink()  # so that the two make it
-    command = [sys.executable, "-m", "dad_fast", *arguments(parts, tmp_path / "two", *more, "--batch-size", "4", "--nproc", "2")]
-    done = subprocess.run(command, env=environment() | {"DAD_FAST_CACHE": str(cache)}, capture_output=True, text=True, timeout=HANG)
+    command = [
+        sys.executable,
+        "-m",
+        "dad_fast",
+        *arguments(parts, tmp_path / "two", *more, "--batch-size", "4", "--nproc", "2"),
+    ]
+    done = subprocess.run(
+        command,
+        env=environment() | {"DAD_FAST_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert done.returncode == 0, done.stderr
     assert "once by each of 2 processes" in (tmp_path / "two/train.log").read_text()
     assert {path: path.read_bytes() for path in (cache / "pseudo-labels").iterdir()} == labels

@@ -22,7 +22,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def refused(capsys, *arguments, code):
-    assert main(["train", "--data-dir", "data", "-o", "run", *STUDENT, *map(str, arguments)]) == code
+    assert (
+        main(["train", "--data-dir", "data", "-o", "run", *STUDENT, *map(str, arguments)]) == code
+    )
     line = capsys.readouterr().err
     assert line.count("\n") == 1, line
     return line
@@ -30,35 +32,79 @@ def refused(capsys, *arguments, code):
 
 def test_a_file_of_weights_that_is_not_there(folder, capsys):
     teacher, vqgan = write_teacher(folder / "clip.safetensors"), write_vqgan(folder / "vqgan.ckpt")
-    line = refused(capsys, "--teacher", "open_clip:ViT-B-32@clip.pt", "--discretizer", vqgan, code=4)
+    line = refused(
+        capsys, "--teacher", "open_clip:ViT-B-32@clip.pt", "--discretizer", vqgan, code=4
+    )
     assert "--teacher clip.pt: no such file; check the path" in line
     line = refused(capsys, "--teacher", "clop.safetensors", "--discretizer", vqgan, code=4)
     assert "--teacher clop.safetensors: no such file" in line
-    assert "--discretizer vqgn.ckpt: no such file" in refused(capsys, "--teacher", teacher, "--discretizer", "vqgn.ckpt", code=4)
-    assert "--student-weights w.pth: no such file" in refused(capsys, "--method", "ce", "--student-weights", "w.pth", code=4)
-    assert "--init-from runs/gone: no such file" in refused(capsys, "--method", "ce", "--init-from", "runs/gone", code=4)
+    assert "--discretizer vqgn.ckpt: no such file" in refused(
+        capsys, "--teacher", teacher, "--discretizer", "vqgn.ckpt", code=4
+    )
+    assert "--student-weights w.pth: no such file" in refused(
+        capsys, "--method", "ce", "--student-weights", "w.pth", code=4
+    )
+    assert "--init-from runs/gone: no such file" in refused(
+        capsys, "--method", "ce", "--init-from", "runs/gone", code=4
+    )
 
 
 def test_a_teacher_that_is_needed_and_a_student_that_timm_does_not_know(folder, capsys):
     assert "--method dad needs a teacher" in refused(capsys, code=2)
-    assert "timm has no such model; did you mean" in refused(capsys, "--method", "ce", "--student", "resnet5", code=2)
+    assert "timm has no such model; did you mean" in refused(
+        capsys, "--method", "ce", "--student", "resnet5", code=2
+    )
 
 
 def test_splits_that_do_not_fit(folder, capsys):
     (folder / "data/val/bee").rename(folder / "data/val/beee")
     line = refused(capsys, "--method", "ce", code=4)
-    assert "only train has the class bee, only val has the class beee; mend the folders or give --class-map" in line
+    assert (
+        "only train has the class bee, only val has the class beee; mend the folders or give --class-map"
+        in line
+    )
     shutil.rmtree(folder / "data/val")
     assert "data has no folder 'val'; it has train" in refused(capsys, "--method", "ce", code=4)
 
 
 def test_a_checkpoint_that_is_not_there(folder, capsys):
-    assert main(["train", "--data-dir", "embedded:digits", "--method", "ce", *STUDENT, "-o", "run", "--resume", "run/checkpoints"]) == 4
-    assert "--resume run/checkpoints: nothing is there; name RUN/checkpoints/step-N" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "train",
+                "--data-dir",
+                "embedded:digits",
+                "--method",
+                "ce",
+                *STUDENT,
+                "-o",
+                "run",
+                "--resume",
+                "run/checkpoints",
+            ]
+        )
+        == 4
+    )
+    assert (
+        "--resume run/checkpoints: nothing is there; name RUN/checkpoints/step-N"
+        in capsys.readouterr().err
+    )
 
 
 def test_fewer_steps_than_a_run_has_done_leave_it_as_it_is(tmp_path, capsys):
-    arguments = ["train", "--preset", "demo", "--method", "ce", "--suite", "optdigits", "-j", "0", "-o", str(tmp_path / "run")]
+    arguments = [
+        "train",
+        "--preset",
+        "demo",
+        "--method",
+        "ce",
+        "--suite",
+        "optdigits",
+        "-j",
+        "0",
+        "-o",
+        str(tmp_path / "run"),
+    ]
     assert main([*arguments, "--max-steps", "2"]) == 0
     said = capsys.readouterr().err
     assert f"{tmp_path / 'run'}: model.safetensors" in said

@@ -12,19 +12,19 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 pytest.importorskip("open_clip")
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dad_fast.config.schema import Config, EngineConfig, LossConfig, StoreConfig  # noqa: E402
-from dad_fast.engine.step import TrainStep  # noqa: E402
-from dad_fast.engine.update import Update  # noqa: E402
-from dad_fast.kernels.pack_codes import packed_bytes  # noqa: E402
-from dad_fast.methods.losses import TERMS  # noqa: E402
-from dad_fast.models.optimizations import Optimizations, optimize_student, optimize_teacher  # noqa: E402
-from dad_fast.models.student import build_student  # noqa: E402
-from tests.engine.test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer  # noqa: E402
-from tests.models.test_savings import timm_teacher  # noqa: E402
+from dad_fast.config.schema import Config, EngineConfig, LossConfig, StoreConfig
+from dad_fast.engine.step import TrainStep
+from dad_fast.engine.update import Update
+from dad_fast.kernels.pack_codes import packed_bytes
+from dad_fast.methods.losses import TERMS
+from dad_fast.models.optimizations import Optimizations, optimize_student, optimize_teacher
+from dad_fast.models.student import build_student
+from tests.engine.test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer
+from tests.models.test_savings import timm_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 CUDA = torch.device("cuda")
@@ -43,7 +43,11 @@ class Crossings(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
         # A Python number becomes a tensor of no dimension, which a kernel takes as an argument.
         if len({t.device.type for t in tensors if t.dim() or "copy" in str(func)}) > 1:
-            ours = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "/dad_fast/" in f.filename]
+            ours = [
+                f"{f.filename}:{f.lineno}"
+                for f in traceback.extract_stack()
+                if "/dad_fast/" in f.filename
+            ]
             self.seen.append((str(func), ours[-1:]))
         return out
 
@@ -58,11 +62,15 @@ def pretended_cuda(monkeypatch):
             return super().__new__(cls)
 
     monkeypatch.setattr(torch, "Generator", HostGenerator)
-    monkeypatch.setattr(torch.autograd, "grad", lambda outputs, inputs, *_: (torch.zeros_like(inputs),))
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda outputs, inputs, *_: (torch.zeros_like(inputs),)
+    )
     library = torch.library.Library("aten", "IMPL")
     for name in ("_fused_adamw_", "_fused_adam_", "_fused_sgd_"):
         for overload in ("", ".tensor_lr"):
-            library.impl(name + overload, lambda *args, **kwargs: None, "Meta", allow_override=True)  # torch 2.11 has some
+            library.impl(
+                name + overload, lambda *args, **kwargs: None, "Meta", allow_override=True
+            )  # torch 2.11 has some
     yield
     library._destroy()
 
@@ -72,7 +80,9 @@ def move(module):
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
-                part._parameters[name] = torch.nn.Parameter(torch.empty_like(p, device=CUDA), requires_grad=p.requires_grad)
+                part._parameters[name] = torch.nn.Parameter(
+                    torch.empty_like(p, device=CUDA), requires_grad=p.requires_grad
+                )
         for name, b in part._buffers.items():
             if b is not None:
                 part._buffers[name] = torch.empty_like(b, device=CUDA)
@@ -92,7 +102,9 @@ def stored(codes=False, outputs=False):
 
 
 def crossings(monkeypatch, method, student_config, fused=False, data=None, **sections):
-    cfg = Config(method=method, student=student_config, engine=EngineConfig(cuda_graphs="off"), **sections)
+    cfg = Config(
+        method=method, student=student_config, engine=EngineConfig(cuda_graphs="off"), **sections
+    )
     student, vqgan = build_student(cfg.student, C, SIDE, 3), discretizer()
     teacher = timm_teacher(img_size=SIDE, num_classes=C)
     teacher.image_size = SIDE
@@ -105,7 +117,11 @@ def crossings(monkeypatch, method, student_config, fused=False, data=None, **sec
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (student, teacher, *(part for part in vars(vqgan).values() if isinstance(part, torch.nn.Module))):
+        for module in (
+            student,
+            teacher,
+            *(part for part in vars(vqgan).values() if isinstance(part, torch.nn.Module)),
+        ):
             move(module)
         step = TrainStep(cfg, student, teacher, vqgan, Update(student, cfg, CUDA))
         step.attack = replace(step.attack, fused=fused)
@@ -145,7 +161,18 @@ def test_neither_does_learning_from_stores(pretended_cuda, monkeypatch, codes, o
     data, dirs = stored(codes, outputs), ("a store",)
     store = StoreConfig(dirs=dirs, mix_outputs=outputs)
     assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store) == []
-    assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store, loss=LossConfig(form="joint"), fused=True) == []
+    assert (
+        crossings(
+            monkeypatch,
+            "dad",
+            LAYER_NORM,
+            data=data,
+            store=store,
+            loss=LossConfig(form="joint"),
+            fused=True,
+        )
+        == []
+    )
 
 
 def test_it_would_be_seen(pretended_cuda, monkeypatch):
@@ -165,7 +192,9 @@ def test_it_would_be_seen(pretended_cuda, monkeypatch):
         assert [name for name, _ in found.seen] == ["aten._to_copy.default", "aten.copy_.default"]
 
 
-@pytest.mark.parametrize("opt, captured", [("adamw", True), ("sgd", True), ("lamb", False), ("rmsprop", False)])
+@pytest.mark.parametrize(
+    "opt, captured", [("adamw", True), ("sgd", True), ("lamb", False), ("rmsprop", False)]
+)
 def test_only_what_keeps_its_rates_on_the_device_is_captured(pretended_cuda, opt, captured):
     from dad_fast.engine.cuda_graph import StepGraphs
     from dad_fast.errors import EnvironmentProblem

@@ -8,27 +8,39 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dad_fast.config.schema import AttackConfig, AugmentConfig, Config, EngineConfig, LossConfig, StudentConfig  # noqa: E402
-from dad_fast.data.loaders.loader import Batch  # noqa: E402
-from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer  # noqa: E402
-from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig  # noqa: E402
-from dad_fast.distributed.device import resolve_device  # noqa: E402
-from dad_fast.engine.garbage import collections_between_steps  # noqa: E402
-from dad_fast.engine.meter import Meter  # noqa: E402
-from dad_fast.engine.step import TrainStep  # noqa: E402
-from dad_fast.engine.update import Update  # noqa: E402
-from dad_fast.errors import EnvironmentProblem  # noqa: E402
-from dad_fast.methods.attack import PGD  # noqa: E402
-from dad_fast.methods.losses import TERMS  # noqa: E402
-from dad_fast.models.student import build_student  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.config.schema import (
+    AttackConfig,
+    AugmentConfig,
+    Config,
+    EngineConfig,
+    LossConfig,
+    StudentConfig,
+)
+from dad_fast.data.loaders.loader import Batch
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
+from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
+from dad_fast.distributed.device import resolve_device
+from dad_fast.engine.garbage import collections_between_steps
+from dad_fast.engine.meter import Meter
+from dad_fast.engine.step import TrainStep
+from dad_fast.engine.update import Update
+from dad_fast.errors import EnvironmentProblem
+from dad_fast.methods.attack import PGD
+from dad_fast.methods.losses import TERMS
+from dad_fast.models.student import build_student
+from tests.numerics import assert_same_function
 
 B, C, SIDE = 8, 4, 16
 CPU = torch.device("cpu")
-LAYER_NORM = StudentConfig(name="vit_tiny_patch16_224", model_kwargs={"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2})
-BATCH_NORM = StudentConfig(name="resnet18", model_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]})
+LAYER_NORM = StudentConfig(
+    name="vit_tiny_patch16_224",
+    model_kwargs={"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+)
+BATCH_NORM = StudentConfig(
+    name="resnet18", model_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+)
 
 
 class LinearTeacher(torch.nn.Module):
@@ -43,7 +55,17 @@ class LinearTeacher(torch.nn.Module):
 
 def discretizer():
     torch.manual_seed(4)
-    vqgan = VQGAN(VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), z_channels=4, embed_dim=4, n_embed=32))
+    vqgan = VQGAN(
+        VQGANConfig(
+            ch=8,
+            ch_mult=(1, 2),
+            num_res_blocks=1,
+            attn_levels=(),
+            z_channels=4,
+            embed_dim=4,
+            n_embed=32,
+        )
+    )
     return VQGANDiscretizer(vqgan.eval().requires_grad_(False), Config().precision)
 
 
@@ -56,7 +78,9 @@ def batch(kinds=(0, 1, 2, 1)):
         seeds=torch.arange(B) * 977,
         mix_kind=torch.tensor(kinds).repeat_interleave(2),
         mix_lam=torch.tensor([1.0, 0.7, 0.75, 0.4]).repeat_interleave(2),
-        mix_box=torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [4, 12, 4, 12], [0, 0, 0, 0]]).repeat_interleave(2, dim=0),
+        mix_box=torch.tensor(
+            [[0, 0, 0, 0], [0, 0, 0, 0], [4, 12, 4, 12], [0, 0, 0, 0]]
+        ).repeat_interleave(2, dim=0),
         epoch=0,
         step=0,
         replaced=(),
@@ -69,7 +93,9 @@ def make(method, student=LAYER_NORM, **changes):
         student=student,
         augment=AugmentConfig(smoothing=0.1),
         attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
-        loss=LossConfig(ce=1.0, kd=0.5, dad=0.25, dat=2.0, aug=3.0, filter=changes.pop("filter", True)),
+        loss=LossConfig(
+            ce=1.0, kd=0.5, dad=0.25, dat=2.0, aug=3.0, filter=changes.pop("filter", True)
+        ),
     )
     cfg = replace(cfg, **changes)
     torch.manual_seed(0)
@@ -80,7 +106,10 @@ def make(method, student=LAYER_NORM, **changes):
 @pytest.mark.parametrize("order", ["paper", "authors"])
 @pytest.mark.parametrize("method", TERMS)
 def test_the_loss_is_the_sentence(method, order):
-    step, data = make(method, attack=AttackConfig(eps=0.5, step_size=0.4, steps=2, order=order)), batch()
+    step, data = (
+        make(method, attack=AttackConfig(eps=0.5, step_size=0.4, steps=2, order=order)),
+        batch(),
+    )
     student, teacher, q = step.student.train(), step.teacher, step.discretizer
     loss, _ = step.loss(step.generate(data))
 
@@ -98,7 +127,10 @@ def test_the_loss_is_the_sentence(method, order):
         return (-(smoothed * student(images).double().log_softmax(-1)).sum(-1) * weight).sum() / B
 
     def kd(images, weight=1.0):
-        p, log_q = (teacher(images).double() / 4).softmax(-1), (student(images).double() / 4).log_softmax(-1)
+        p, log_q = (
+            (teacher(images).double() / 4).softmax(-1),
+            (student(images).double() / 4).log_softmax(-1),
+        )
         return 16 * ((p * (p.log() - log_q)).sum(-1) * weight).sum() / B
 
     weighted = {
@@ -115,7 +147,15 @@ def test_the_loss_is_the_sentence(method, order):
 class Reads(TorchDispatchMode):
     """Notes every operation that would make the host wait for a device."""
 
-    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal.default", "masked_select", "unique", "allclose")
+    WAITS = (
+        "_local_scalar_dense",
+        "is_nonzero",
+        "nonzero",
+        "equal.default",
+        "masked_select",
+        "unique",
+        "allclose",
+    )
 
     def __init__(self):
         super().__init__()
@@ -129,7 +169,11 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["kd", "dad", "dat+dad"])
 def test_a_step_reads_nothing_on_the_host(method):
-    step = make(method, optim=replace(Config().optim, clip_grad=1.0), ema=replace(Config().ema, model_ema=True))
+    step = make(
+        method,
+        optim=replace(Config().optim, clip_grad=1.0),
+        ema=replace(Config().ema, model_ema=True),
+    )
     step(batch(), 0, 1e-3)
     with Reads() as reads:
         step(batch(), 1, 1e-3)
@@ -144,7 +188,10 @@ def test_micro_batches_make_the_step_of_the_whole_batch(method):
         a, b = whole(batch(), number, 1e-3), parts(batch(), number, 1e-3)
         assert a.keys() == b.keys()
         assert_same_function(a["loss"], b["loss"])
-        grads = [torch.stack([p.grad.abs().max() for p in step.update.parameters]) for step in (whole, parts)]
+        grads = [
+            torch.stack([p.grad.abs().max() for p in step.update.parameters])
+            for step in (whole, parts)
+        ]
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
 
 
@@ -165,14 +212,18 @@ def test_graphs_that_were_asked_for_need_a_gpu():
 
 
 def resident_kib():
-    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))
+    return int(
+        next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    )
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_is_flat(steps):
     """With no cycle collector, as in training: a step leaves nothing behind, not even a reference cycle."""
-    tiny = replace(LAYER_NORM, model_kwargs={"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1})
+    tiny = replace(
+        LAYER_NORM, model_kwargs={"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    )
     step, data = make("dad", tiny, ema=replace(Config().ema, model_ema=True)), batch()
     meter = Meter()
     with collections_between_steps():
@@ -198,8 +249,12 @@ def test_joint_and_split_are_one_for_students_without_batch_statistics():
 
 
 def test_the_share_of_changed_codes_grows_with_the_budget():
-    weak = make("dad", attack=AttackConfig(eps=0.01, step_size=0.01)).measure(batch())["codes_changed"]
-    strong = make("dad", attack=AttackConfig(eps=5.0, step_size=5.0)).measure(batch())["codes_changed"]
+    weak = make("dad", attack=AttackConfig(eps=0.01, step_size=0.01)).measure(batch())[
+        "codes_changed"
+    ]
+    strong = make("dad", attack=AttackConfig(eps=5.0, step_size=5.0)).measure(batch())[
+        "codes_changed"
+    ]
     assert 0 <= weak < strong <= 1
 
 
@@ -218,5 +273,7 @@ def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert resolve_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert resolve_device("cuda:1") == torch.device("cuda:1") and current == [
+        torch.device("cuda:1")
+    ]
     assert resolve_device("cuda") == torch.device("cuda") and len(current) == 1

@@ -7,16 +7,21 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
-from dad_fast.config.schema import Config, EmaConfig, OptimConfig, PrecisionConfig  # noqa: E402
-from dad_fast.engine.update import Update  # noqa: E402
-from dad_fast.errors import UsageError  # noqa: E402
+from dad_fast.config.schema import Config, EmaConfig, OptimConfig, PrecisionConfig
+from dad_fast.engine.update import Update
+from dad_fast.errors import UsageError
 
 CPU = torch.device("cpu")
 
 
 def student():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 2),
+    )
 
 
 def config(**optim):
@@ -56,7 +61,9 @@ def test_a_bad_step_is_not_applied_and_a_good_one_after_it_is(opt):
             if torch.is_tensor(value):
                 assert torch.equal(value, state_after[index][name]), (index, name)
     assert step(update, model, x, 2) and update.bad_in_a_row == 0
-    if opt == "lamb":  # counts its steps in Python, where a step that the device refused cannot be seen
+    if (
+        opt == "lamb"
+    ):  # counts its steps in Python, where a step that the device refused cannot be seen
         return
     step(reference, straight, x, 2)
     for a, b in zip(model.parameters(), straight.parameters(), strict=True):
@@ -67,12 +74,16 @@ def test_clipping_and_decay_equal_torch():
     x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 100
     # No bias before a batch norm here: its true gradient is 0, and Adam makes a full step out of rounding.
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(48, 8), torch.nn.GELU(), torch.nn.Linear(8, 2)
+    )
     plain = copy.deepcopy(model)
     update = Update(model, config(clip_grad=0.5, weight_decay=0.3), CPU)
     decayed = [p for p in plain.parameters() if p.ndim > 1]
     rest = [p for p in plain.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": rest, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.3}], lr=0.1)
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.3}], lr=0.1
+    )
     for i in range(3):
         step(update, model, x, i, lr=0.05)
         optimizer.zero_grad()
@@ -88,7 +99,9 @@ def test_clipping_and_decay_equal_torch():
 def test_ema_equals_its_recurrence():
     x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     model = student()
-    update = Update(model, replace(config(), ema=EmaConfig(model_ema=True, decay=0.9, warmup=False)), CPU)
+    update = Update(
+        model, replace(config(), ema=EmaConfig(model_ema=True, decay=0.9, warmup=False)), CPU
+    )
     expected = model[0].weight.detach().clone()
     for i in range(5):
         step(update, model, x, i)
@@ -99,7 +112,9 @@ def test_ema_equals_its_recurrence():
 
 def test_fp16_overflow_halves_the_scale_and_goes_on():
     model = student()
-    update = Update(model, replace(config(), precision=PrecisionConfig(amp=True, student="float16")), CPU)
+    update = Update(
+        model, replace(config(), precision=PrecisionConfig(amp=True, student="float16")), CPU
+    )
     x = torch.randn(4, 3, 4, 4)
     before = update.scaler.get_scale()
     step(update, model, x, 0)

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from dad_fast.errors import DataError
-from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, fit, logit, read_baselines
+from dad_fast.evaluate.metrics.effective_robustness import (
+    effective_robustness,
+    fit,
+    logit,
+    read_baselines,
+)
 from dad_fast.evaluate.metrics.image_scores import SCORES
 from dad_fast.evaluate.metrics.paired_tests import agreement, compare, mcnemar
 from dad_fast.evaluate.metrics.predictions import Records, load_records, save_records
@@ -21,11 +26,19 @@ def records(correct, source: str = "s", image=None, part=None, prediction=None) 
     values["prediction"] = np.zeros(count) if prediction is None else np.asarray(prediction, float)
     numbers = np.arange(count) if image is None else np.asarray(image)
     return Records(
-        source, {"image": numbers, "part": np.zeros(count, int) if part is None else np.asarray(part), "label": numbers, **values}
+        source,
+        {
+            "image": numbers,
+            "part": np.zeros(count, int) if part is None else np.asarray(part),
+            "label": numbers,
+            **values,
+        },
     )
 
 
-@pytest.mark.parametrize(("a", "b"), [(0, 0), (1, 0), (5, 5), (3, 12), (0, 20), (40, 61), (900, 1000), (30000, 31000)])
+@pytest.mark.parametrize(
+    ("a", "b"), [(0, 0), (1, 0), (5, 5), (3, 12), (0, 20), (40, 61), (900, 1000), (30000, 31000)]
+)
 def test_mcnemar_is_the_exact_binomial_test(a: int, b: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     expected = stats.binomtest(min(a, b), a + b, 0.5).pvalue if a + b else 1.0
@@ -40,11 +53,15 @@ def test_a_paired_comparison() -> None:
     assert found["top1"] == [pytest.approx(100 * a.mean()), pytest.approx(100 * b.mean())]
     assert found["difference"] == pytest.approx(100 * (a.mean() - b.mean()))
     assert (found["only_first"], found["only_second"]) == ((a & ~b).sum(), (b & ~a).sum())
-    plain = [100 * (a[rows].mean() - b[rows].mean()) for rows in random.integers(500, size=(4000, 500))]
+    plain = [
+        100 * (a[rows].mean() - b[rows].mean()) for rows in random.integers(500, size=(4000, 500))
+    ]
     assert found["interval"] == pytest.approx(np.percentile(plain, (2.5, 97.5)), abs=0.25)
     # Unpaired the interval would be nearly three times as wide.
     wide = [100 * (random.choice(a, 500).mean() - random.choice(b, 500).mean()) for _ in range(500)]
-    assert found["interval"][1] - found["interval"][0] < 0.6 * np.subtract(*np.percentile(wide, (97.5, 2.5)))
+    assert found["interval"][1] - found["interval"][0] < 0.6 * np.subtract(
+        *np.percentile(wide, (97.5, 2.5))
+    )
 
 
 def test_differences_of_nll_and_brier() -> None:
@@ -60,33 +77,57 @@ def test_an_image_in_several_parts_is_one_trial() -> None:
     random = np.random.default_rng(0)
     a, b = random.random(100) < 0.8, random.random(100) < 0.7
     image, part = np.tile(np.arange(100), 5), np.repeat(np.arange(5), 100)
-    once, five = compare("x", records(a), records(b)), compare("x", *(records(np.tile(one, 5), image=image, part=part) for one in (a, b)))
+    once, five = (
+        compare("x", records(a), records(b)),
+        compare("x", *(records(np.tile(one, 5), image=image, part=part) for one in (a, b))),
+    )
     assert five["interval"] == pytest.approx(once["interval"]) and five["num_images"] == 100
     assert once["p_value"] is not None and five["p_value"] is None
 
 
 def test_other_images_are_not_compared() -> None:
     ones = np.ones(4)
-    for other in (records(ones, source="t"), records(ones, image=[0, 1, 2, 4]), records(np.ones(3)), records(ones, part=[0, 0, 0, 1])):
-        with pytest.raises(DataError, match="val: the two models were not judged on the same images"):
+    for other in (
+        records(ones, source="t"),
+        records(ones, image=[0, 1, 2, 4]),
+        records(np.ones(3)),
+        records(ones, part=[0, 0, 0, 1]),
+    ):
+        with pytest.raises(
+            DataError, match="val: the two models were not judged on the same images"
+        ):
             compare("val", records(ones), other)
 
 
 def test_agreement_is_of_classes_not_of_success() -> None:
-    a, b = records([1, 0, 0, 1], prediction=[3, 1, 2, -1]), records([1, 0, 0, 1], prediction=[3, 1, 5, -1])
+    a, b = (
+        records([1, 0, 0, 1], prediction=[3, 1, 2, -1]),
+        records([1, 0, 0, 1], prediction=[3, 1, 5, -1]),
+    )
     assert agreement(a, b) == 50.0  # an answer that is no number agrees with nothing
 
 
 def test_saved_predictions_are_read_back(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    a = Records("abc", {
-        **{name: random.integers(0, 1000, 50) for name in ("image", "part", "label")},
-        **{name: random.random(50) for name in SCORES}, "prediction": random.integers(-1, 1000, 50).astype(float),
-        "correct": (random.random(50) < 0.5).astype(float), "top5": np.ones(50),
-    })  # fmt: skip
-    save_records(tmp_path / "p.safetensors", {"model": "m", "seed": 1}, {"imagenet-a": a, "fog:3": a.part(0)})
+    a = Records(
+        "abc",
+        {
+            **{name: random.integers(0, 1000, 50) for name in ("image", "part", "label")},
+            **{name: random.random(50) for name in SCORES},
+            "prediction": random.integers(-1, 1000, 50).astype(float),
+            "correct": (random.random(50) < 0.5).astype(float),
+            "top5": np.ones(50),
+        },
+    )
+    save_records(
+        tmp_path / "p.safetensors", {"model": "m", "seed": 1}, {"imagenet-a": a, "fog:3": a.part(0)}
+    )
     about, suites = load_records(tmp_path / "p.safetensors")
-    assert about["model"] == "m" and list(suites) == ["imagenet-a", "fog:3"] and suites["imagenet-a"].source == "abc"
+    assert (
+        about["model"] == "m"
+        and list(suites) == ["imagenet-a", "fog:3"]
+        and suites["imagenet-a"].source == "abc"
+    )
     for name, values in a.values.items():
         np.testing.assert_array_equal(suites["imagenet-a"][name], values)
         assert suites["imagenet-a"][name].dtype == values.dtype
@@ -97,14 +138,20 @@ def test_files_that_hold_no_predictions(tmp_path: Path) -> None:
 
     good = {f"s/{field}": np.zeros(3) for field in ("image", "part", "label", *SCORES)}
     about = {"dad_fast.predictions": json.dumps({"suites": {"s": "x"}})}
-    for number, (arrays, metadata, message) in enumerate([
-        (good, {}, "no predictions of dad-fast"),
-        ({**good, "s/part": np.zeros(2)}, about, "differ in shape"),
-        ({"a": np.zeros(1)}, about, "no predictions of dad-fast .no 's/image'"),
-        (good, {"dad_fast.predictions": "{"}, "damaged"),
-        (good, {"dad_fast.predictions": '{"suites": [1]}'}, "damaged"),
-        (good, {"dad_fast.predictions": json.dumps({"suites": {"\x1b[2Js": "x"}})}, r"damaged .a suite is called \\x1b"),
-    ]):  # fmt: skip
+    for number, (arrays, metadata, message) in enumerate(
+        [
+            (good, {}, "no predictions of dad-fast"),
+            ({**good, "s/part": np.zeros(2)}, about, "differ in shape"),
+            ({"a": np.zeros(1)}, about, "no predictions of dad-fast .no 's/image'"),
+            (good, {"dad_fast.predictions": "{"}, "damaged"),
+            (good, {"dad_fast.predictions": '{"suites": [1]}'}, "damaged"),
+            (
+                good,
+                {"dad_fast.predictions": json.dumps({"suites": {"\x1b[2Js": "x"}})},
+                r"damaged .a suite is called \\x1b",
+            ),
+        ]
+    ):
         path = tmp_path / f"{number}.safetensors"
         save_file(arrays, path, metadata)
         with pytest.raises(DataError, match=message) as caught:
@@ -117,7 +164,9 @@ def test_the_line_of_the_baselines() -> None:
     pairs = [(50.0, 20.0), (60.0, 31.0), (70.0, 38.0), (80.0, 55.0), (0.0, 0.0)]
     line = fit(pairs)
     expected = stats.linregress([logit(a) for a, _ in pairs[:4]], [logit(b) for _, b in pairs[:4]])
-    assert line.slope == pytest.approx(expected.slope) and line.intercept == pytest.approx(expected.intercept)
+    assert line.slope == pytest.approx(expected.slope) and line.intercept == pytest.approx(
+        expected.intercept
+    )
     assert line.r2 == pytest.approx(expected.rvalue**2) and line.num_baselines == 4
     assert fit(pairs[:2]) is None and fit([(50.0, 1.0), (50.0, 2.0), (50.0, 3.0)]) is None
 
@@ -137,7 +186,11 @@ def test_baselines_from_csv_and_json(tmp_path: Path) -> None:
     table, listed = tmp_path / "b.csv", tmp_path / "b.json"
     table.write_text("model,val,sketch\nresnet50,76.1,24.1\nvit,79.9,\n")
     listed.write_text('[{"model": "resnet50", "val": 76.1, "sketch": 24.1}, {"val": 79.9}]')
-    assert read_baselines(table) == read_baselines(listed) == [{"val": 76.1, "sketch": 24.1}, {"val": 79.9}]
+    assert (
+        read_baselines(table)
+        == read_baselines(listed)
+        == [{"val": 76.1, "sketch": 24.1}, {"val": 79.9}]
+    )
     for text, message in [
         ("model,val\na,x\n", "baseline 1: val is 'x', not an accuracy"),
         ("model,val\na,760\n", "not an accuracy in percent"),

@@ -20,7 +20,11 @@ from dad_fast.methods.noise import keyed_uniform
 def images(count: int, side: int, seed: int = 0) -> torch.Tensor:
     """Blocks of colour with some noise on them, as uint8 levels: edges for blurs, flat parts for noise."""
     generator = torch.Generator().manual_seed(seed)
-    blocks = torch.rand(count, 3, side // 7, side // 7, generator=generator).repeat_interleave(7, 2).repeat_interleave(7, 3)
+    blocks = (
+        torch.rand(count, 3, side // 7, side // 7, generator=generator)
+        .repeat_interleave(7, 2)
+        .repeat_interleave(7, 3)
+    )
     pixels = (0.9 * blocks + 0.1 * torch.rand(blocks.shape, generator=generator)) * 255
     return torch.nn.functional.interpolate(pixels, size=side).round() / 255
 
@@ -48,10 +52,22 @@ def test_in_range_deterministic_and_independent_of_the_batch(name, side):
     assert x.equal(before)
     order = torch.tensor([2, 0])
     alone = CORRUPTIONS[name](x[order], severity, KEYS[order])
-    torch.testing.assert_close(alone, together[order], rtol=0, atol=1e-6)  # eight ulps: matrix products round by their shape
+    torch.testing.assert_close(
+        alone, together[order], rtol=0, atol=1e-6
+    )  # eight ulps: matrix products round by their shape
 
 
-DRAWN = "gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow", "frost", "fog", "elastic_transform"
+DRAWN = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "glass_blur",
+    "motion_blur",
+    "snow",
+    "frost",
+    "fog",
+    "elastic_transform",
+)
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -59,7 +75,9 @@ def test_draws_belong_to_key_and_severity(name):
     x = images(1, 28).expand(4, -1, -1, -1).contiguous()
     same = CORRUPTIONS[name](x, 2, torch.tensor([7, 7, 8, 7]))
     assert same[0].equal(same[1]) and same[0].equal(same[3]) and not same[0].equal(same[2])
-    change = [(CORRUPTIONS[name](x[:1], severity, KEYS[:1]) - x[:1]).flatten() for severity in (2, 3)]
+    change = [
+        (CORRUPTIONS[name](x[:1], severity, KEYS[:1]) - x[:1]).flatten() for severity in (2, 3)
+    ]
     if name.endswith("noise"):
         assert abs(np.corrcoef(change[0], change[1])[0, 1]) < 0.2
 
@@ -68,12 +86,22 @@ def test_draws_belong_to_key_and_severity(name):
 def test_severity_grows(name):
     for side in (28, 70):
         x = images(4, side)
-        change = [(CORRUPTIONS[name](x, severity, KEYS) - x).abs().mean().item() for severity in range(1, 6)]
-        if name == "defocus_blur":  # as published, severity 4 at 32 px (a sharp cross) changes less than severity 3
+        change = [
+            (CORRUPTIONS[name](x, severity, KEYS) - x).abs().mean().item()
+            for severity in range(1, 6)
+        ]
+        if (
+            name == "defocus_blur"
+        ):  # as published, severity 4 at 32 px (a sharp cross) changes less than severity 3
             change.pop(3)
         if name == "pixelate":  # a smaller grid may fall on the block edges
             change = [change[0], change[-1]]
-        if name in ("glass_blur", "snow", "frost", "elastic_transform"):  # published constants that trade one thing for another
+        if name in (
+            "glass_blur",
+            "snow",
+            "frost",
+            "elastic_transform",
+        ):  # published constants that trade one thing for another
             change = [min(change)]
         assert change == sorted(change) and change[0] > 0
 
@@ -83,16 +111,23 @@ def test_noises_have_the_published_moments():
     keys = torch.arange(8)
     for severity, sigma in enumerate((0.08, 0.12, 0.18), start=1):  # beyond that, clipping bites
         noise = CORRUPTIONS["gaussian_noise"](x, severity, keys) - x
-        assert noise.std().item() == pytest.approx(sigma, rel=0.02) and abs(noise.mean().item()) < 0.002
+        assert (
+            noise.std().item() == pytest.approx(sigma, rel=0.02)
+            and abs(noise.mean().item()) < 0.002
+        )
     for severity, photons in enumerate((60, 25, 12, 5, 3), start=1):
         counts = CORRUPTIONS["shot_noise"](x * 0.5, severity, keys) * photons
-        rate = 0.25 * photons * 254 / 255 * 64 / 63.5  # the image is read in uint8 levels: 63.5 becomes 64
+        rate = (
+            0.25 * photons * 254 / 255 * 64 / 63.5
+        )  # the image is read in uint8 levels: 63.5 becomes 64
         kept = counts[counts < photons - 0.5]
         assert torch.allclose(kept, kept.round(), atol=1e-4)
         for k in range(4):
             expected = math.exp(-rate) * rate**k / math.factorial(k)
             if k < photons - 1:
-                assert (counts.round() == k).float().mean().item() == pytest.approx(expected, abs=0.004)
+                assert (counts.round() == k).float().mean().item() == pytest.approx(
+                    expected, abs=0.004
+                )
     for severity, amount in enumerate((0.03, 0.06, 0.09, 0.17, 0.27), start=1):
         noisy = CORRUPTIONS["impulse_noise"](x, severity, keys)
         assert (noisy == 0).float().mean().item() == pytest.approx(amount / 2, rel=0.05)
@@ -104,14 +139,21 @@ def test_shot_noise_of_black_is_black_and_its_small_constants_hold():
     x[:, :, 14:] = 1
     noisy = CORRUPTIONS["shot_noise"](x, 5, KEYS[:2])
     assert noisy[:, :, :14].abs().max() == 0
-    below = noisy[:, :, 14:]  # Poisson(50) / 50, cut at 1: E min(X, 50) / 50 = 1 - e^-50 50^50 / 50!
-    assert below.mean().item() == pytest.approx(1 - math.exp(-50 + 50 * math.log(50) - math.lgamma(51)), abs=0.005)
+    below = noisy[
+        :, :, 14:
+    ]  # Poisson(50) / 50, cut at 1: E min(X, 50) / 50 = 1 - e^-50 50^50 / 50!
+    assert below.mean().item() == pytest.approx(
+        1 - math.exp(-50 + 50 * math.log(50) - math.lgamma(51)), abs=0.005
+    )
 
 
 @pytest.mark.parametrize(("side", "severities"), [(28, range(1, 6)), (70, range(1, 6))])
 def test_defocus_blur_equals_scipy(side, severities):
     ndimage = pytest.importorskip("scipy.ndimage")
-    published = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)), ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))
+    published = (
+        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+    )
     x = images(1, side)
     for severity in severities:
         radius, alias = published[side > 64][severity - 1]
@@ -121,7 +163,9 @@ def test_defocus_blur_equals_scipy(side, severities):
         kernel /= kernel.sum()
         gauss = np.exp(-((np.arange(taps) - taps // 2) ** 2) / (2 * alias**2))
         kernel = ndimage.correlate(kernel, np.outer(gauss, gauss) / gauss.sum() ** 2, mode="mirror")
-        expected = np.stack([ndimage.correlate(channel, kernel, mode="mirror") for channel in x[0].double().numpy()])
+        expected = np.stack(
+            [ndimage.correlate(channel, kernel, mode="mirror") for channel in x[0].double().numpy()]
+        )
         found = CORRUPTIONS["defocus_blur"](x, severity, KEYS[:1])[0].numpy()
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -138,9 +182,27 @@ def test_names_and_order_are_those_of_the_published_folders():
 
 
 def test_a_table_says_that_frost_is_not_the_published_one():
-    suites = {name: {"num_images": 10, "top1": 50.0, "top5": None, "ece": 1.0, "nll": 1.0} for name in ("test", "frost:3", "fog")}
-    record = {"runs": [{"variant": "ce", "method": "ce", "seed": 0, "epochs": 1.0, "seconds": 1.0, "suites": suites, "teacher": None}]}
-    assert any(note.startswith("frost: the ice is drawn by a program") for note in table.notes(record, "top1"))
+    suites = {
+        name: {"num_images": 10, "top1": 50.0, "top5": None, "ece": 1.0, "nll": 1.0}
+        for name in ("test", "frost:3", "fog")
+    }
+    record = {
+        "runs": [
+            {
+                "variant": "ce",
+                "method": "ce",
+                "seed": 0,
+                "epochs": 1.0,
+                "seconds": 1.0,
+                "suites": suites,
+                "teacher": None,
+            }
+        ]
+    }
+    assert any(
+        note.startswith("frost: the ice is drawn by a program")
+        for note in table.notes(record, "top1")
+    )
     del suites["frost:3"]
     assert not any("frost" in note for note in table.notes(record, "top1"))
 
@@ -160,7 +222,11 @@ def test_zoom_blur_equals_scipy(side):
         for factor in factors:
             crop = math.ceil(side / factor)
             top = (side - crop) // 2
-            large = ndimage.zoom(x[0, :, top : top + crop, top : top + crop].double().numpy(), (1, factor, factor), order=1)
+            large = ndimage.zoom(
+                x[0, :, top : top + crop, top : top + crop].double().numpy(),
+                (1, factor, factor),
+                order=1,
+            )
             trim = (large.shape[1] - side) // 2
             expected += large[:, trim : trim + side, trim : trim + side]
         found = CORRUPTIONS["zoom_blur"](x, severity, KEYS[:1])[0].numpy()
@@ -176,7 +242,9 @@ def test_fog_equals_the_published_loop():
             uniform = draws.pop(0)
             for i, r in enumerate(at):
                 for j, c in enumerate(at):
-                    corners = sum(field[(r + a) % side, (c + b) % side] for a in (0, step) for b in (0, step))
+                    corners = sum(
+                        field[(r + a) % side, (c + b) % side] for a in (0, step) for b in (0, step)
+                    )
                     field[r + half, c + half] = corners / 4 + wibble * uniform[i, j] * wibble
             for rows, columns in ((0, half), (half, 0)):
                 uniform = draws.pop(0)
@@ -195,10 +263,15 @@ def test_fog_equals_the_published_loop():
     stream = zlib.crc32(b"fog") << 16 | 4 << 8
     for i in range(2):
         shapes = [(1 << n, 1 << n) for n in range(5) for _ in range(3)]
-        draws = [2 * keyed_uniform(KEYS[i : i + 1], shape, stream + n + 1)[0].double().numpy() - 1 for n, shape in enumerate(shapes)]
+        draws = [
+            2 * keyed_uniform(KEYS[i : i + 1], shape, stream + n + 1)[0].double().numpy() - 1
+            for n, shape in enumerate(shapes)
+        ]
         haze = published(32, 2, draws)[:28, :28]
         brightest = x[i].max().item()
-        np.testing.assert_allclose(found[i], (x[i].numpy() + haze) * brightest / (brightest + 1), atol=1e-5)
+        np.testing.assert_allclose(
+            found[i], (x[i].numpy() + haze) * brightest / (brightest + 1), atol=1e-5
+        )
 
 
 def test_brightness_equals_hsv():
@@ -215,11 +288,17 @@ def test_brightness_equals_hsv():
 def test_contrast_and_invert():
     x = images(2, 28)
     mean = x.double().mean(dim=(2, 3), keepdim=True)
-    assert torch.allclose(CORRUPTIONS["contrast"](x, 5, KEYS[:2]).double(), ((x - mean) * 0.15 + mean).clamp(0, 1), atol=1e-6)
+    assert torch.allclose(
+        CORRUPTIONS["contrast"](x, 5, KEYS[:2]).double(),
+        ((x - mean) * 0.15 + mean).clamp(0, 1),
+        atol=1e-6,
+    )
     assert CORRUPTIONS["invert"](x, 1, KEYS[:2]).equal(1 - x) and num_severities("invert") == 1
 
 
-@pytest.mark.parametrize(("side", "shares"), [(28, (0.95, 0.9, 0.85, 0.75, 0.65)), (70, (0.6, 0.5, 0.4, 0.3, 0.25))])
+@pytest.mark.parametrize(
+    ("side", "shares"), [(28, (0.95, 0.9, 0.85, 0.75, 0.65)), (70, (0.6, 0.5, 0.4, 0.3, 0.25))]
+)
 def test_pixelate_equals_pil(side, shares):
     x = images(1, side)
     for severity, share in enumerate(shares, start=1):
@@ -257,5 +336,9 @@ def test_cuda_equals_cpu(name, side):
     x = images(4, side)
     for severity in range(1, num_severities(name) + 1):
         found = CORRUPTIONS[name](x.cuda(), severity, KEYS.cuda()).cpu()
-        off = (found - CORRUPTIONS[name](x, severity, KEYS)).abs() > 2e-3  # half a pixel level; convolutions may round as tf32
-        assert off.float().mean() <= (1e-4 if name == "shot_noise" else 0)  # a draw on the edge between two counts may fall either way
+        off = (
+            found - CORRUPTIONS[name](x, severity, KEYS)
+        ).abs() > 2e-3  # half a pixel level; convolutions may round as tf32
+        assert off.float().mean() <= (
+            1e-4 if name == "shot_noise" else 0
+        )  # a draw on the edge between two counts may fall either way

@@ -25,7 +25,9 @@ def test_equals_scikit_learn(case: int) -> None:
     truth, scores = np.r_[np.ones(len(known)), np.zeros(len(unknown))], np.r_[known, unknown]
     assert found["auroc"] == pytest.approx(100 * sklearn.roc_auc_score(truth, scores))
     assert found["aupr"] == pytest.approx(100 * sklearn.average_precision_score(truth, scores))
-    assert found["aupr_out"] == pytest.approx(100 * sklearn.average_precision_score(1 - truth, -scores))
+    assert found["aupr_out"] == pytest.approx(
+        100 * sklearn.average_precision_score(1 - truth, -scores)
+    )
     false, true, _ = sklearn.roc_curve(truth, scores, drop_intermediate=False)
     assert found["fpr95"] == pytest.approx(100 * false[np.argmax(true >= 0.95)])
 
@@ -50,7 +52,9 @@ def test_scores_that_are_not_numbers_are_not_known() -> None:
 
 def test_average_precision_by_hand() -> None:
     # Ranks: + - + : precision 1 at recall 1/2, 2/3 at recall 1.
-    assert average_precision(np.array([3.0, 1.0]), np.array([2.0])) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(np.array([3.0, 1.0]), np.array([2.0])) == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
 
 
 def records(**values) -> Records:

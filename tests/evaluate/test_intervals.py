@@ -13,7 +13,9 @@ from dad_fast.evaluate.metrics.result import make_result, with_intervals
 
 def plain_bootstrap(values: np.ndarray) -> np.ndarray:
     random = np.random.default_rng(1)
-    return np.percentile([random.choice(values, len(values)).mean() for _ in range(4000)], (2.5, 97.5))
+    return np.percentile(
+        [random.choice(values, len(values)).mean() for _ in range(4000)], (2.5, 97.5)
+    )
 
 
 @pytest.mark.parametrize("kind", ["0 and 1", "few", "many"])
@@ -52,7 +54,12 @@ def records_of(count: int, parts: int) -> Records:
     confidence = np.tile(random.uniform(0.2, 1, count), parts)
     correct = np.tile((random.random(count) < 0.8 * confidence[:count]).astype(float), parts)
     values = {name: np.zeros(count * parts) for name in SCORES}
-    values |= {"confidence": confidence, "correct": correct, "nll": -np.log(confidence), "brier": (1 - confidence) ** 2}
+    values |= {
+        "confidence": confidence,
+        "correct": correct,
+        "nll": -np.log(confidence),
+        "brier": (1 - confidence) ** 2,
+    }
     return Records("x", {"image": image, "part": part, "label": np.zeros_like(image), **values})
 
 
@@ -67,10 +74,14 @@ def test_intervals_of_calibration_equal_plain_resampling() -> None:
             values.append(again[name])
     for name, values in plain.items():
         expected = np.percentile(values, (2.5, 97.5))
-        assert getattr(found, f"{name}_interval") == pytest.approx(expected, abs=0.25 * np.std(values)), name
+        assert getattr(found, f"{name}_interval") == pytest.approx(
+            expected, abs=0.25 * np.std(values)
+        ), name
 
 
 def test_images_of_several_parts_are_drawn_together() -> None:
     once, five = (with_intervals(make_result("x", records_of(200, parts), 10)) for parts in (1, 5))
-    assert five.nll_interval == pytest.approx(once.nll_interval) and five.ece_interval == pytest.approx(once.ece_interval)
+    assert five.nll_interval == pytest.approx(
+        once.nll_interval
+    ) and five.ece_interval == pytest.approx(once.ece_interval)
     assert five.top1_interval == pytest.approx(once.top1_interval) and len(five.by_severity) == 5

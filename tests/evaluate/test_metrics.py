@@ -37,7 +37,9 @@ def reference(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "top1": 100 * hit.mean(),
         "top5": 100 * np.mean([label in row[:5] for label, row in zip(labels, order, strict=True)]),
         "ece": 100 * ece,
-        "nll": -np.mean([math.log(row[label]) for label, row in zip(labels, probabilities, strict=True)]),
+        "nll": -np.mean(
+            [math.log(row[label]) for label, row in zip(labels, probabilities, strict=True)]
+        ),
         "brier": ((probabilities - one_hot) ** 2).sum(1).mean(),
     }
 
@@ -46,7 +48,9 @@ def random_case(num_classes: int, count: int = 257) -> tuple[torch.Tensor, torch
     generator = torch.Generator().manual_seed(num_classes)
     labels = torch.randint(num_classes, (count,), generator=generator)
     logits = torch.randn(count, num_classes, generator=generator) * 3
-    logits[torch.arange(count), labels] += 2 * math.log(num_classes) * torch.rand(count, generator=generator)
+    logits[torch.arange(count), labels] += (
+        2 * math.log(num_classes) * torch.rand(count, generator=generator)
+    )
     return logits, labels
 
 
@@ -75,12 +79,16 @@ def test_known_values():
     assert found["brier"] == pytest.approx((2 * 2 * 0.2**2 + 2 * 0.8**2) / 3)
     diagram = found["reliability"]
     assert diagram["count"] == [0] * 11 + [3] + [0] * 3  # 0.8 is the upper end of (11/15, 12/15]
-    assert diagram["confidence"][11] == pytest.approx(0.8) and diagram["accuracy"][11] == pytest.approx(2 / 3)
+    assert diagram["confidence"][11] == pytest.approx(0.8) and diagram["accuracy"][
+        11
+    ] == pytest.approx(2 / 3)
 
 
 def test_the_diagram_gives_back_the_calibration_error():
     found = metrics(*random_case(10))
-    count, sure, right = (np.array(found["reliability"][name]) for name in ("count", "confidence", "accuracy"))
+    count, sure, right = (
+        np.array(found["reliability"][name]) for name in ("count", "confidence", "accuracy")
+    )
     assert count.sum() == 257
     assert 100 * (count * abs(sure - right)).sum() / 257 == pytest.approx(found["ece"])
 
@@ -89,7 +97,9 @@ def test_adaptive_bins_equal_scikit_learns():
     calibration = pytest.importorskip("sklearn.calibration")
     logits, labels = random_case(10, 1000)
     of_each = scores(logits, labels)
-    accuracy, confidence = calibration.calibration_curve(of_each["correct"], of_each["confidence"], n_bins=15, strategy="quantile")
+    accuracy, confidence = calibration.calibration_curve(
+        of_each["correct"], of_each["confidence"], n_bins=15, strategy="quantile"
+    )
     edges = np.quantile(of_each["confidence"], np.linspace(0, 1, 16))
     share = np.bincount(np.searchsorted(edges[1:-1], of_each["confidence"]), minlength=15) / 1000
     assert share.min() > 0.06  # bins of equal numbers
@@ -101,11 +111,21 @@ def test_equal_confidences_share_a_bin():
     """The order of the images must not matter, though most of them are equally sure."""
     generator = np.random.default_rng(0)
     confidence = np.where(generator.random(300) < 0.7, 1.0, generator.random(300))
-    of_each = {name: np.zeros(300) for name in SCORES} | {"confidence": confidence, "correct": generator.random(300) < 0.5}
+    of_each = {name: np.zeros(300) for name in SCORES} | {
+        "confidence": confidence,
+        "correct": generator.random(300) < 0.5,
+    }
     found = set()
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(300)
-        found.add(round(summarise({name: value[order] for name, value in of_each.items()}, 10)["ece_adaptive"], 9))
+        found.add(
+            round(
+                summarise({name: value[order] for name, value in of_each.items()}, 10)[
+                    "ece_adaptive"
+                ],
+                9,
+            )
+        )
     assert len(found) == 1
 
 
@@ -131,7 +151,9 @@ def test_outputs_that_do_not_compete_might_not_be_there():
     labels = torch.arange(257) % 3  # places in `columns`
     masked, small = scores(logits, labels, columns=columns), scores(logits[:, columns], labels)
     for name in SCORES[1:]:
-        np.testing.assert_allclose(masked[name], small[name], rtol=1e-12, atol=1e-15)  # the sum has zeros between its terms
+        np.testing.assert_allclose(
+            masked[name], small[name], rtol=1e-12, atol=1e-15
+        )  # the sum has zeros between its terms
     assert masked["prediction"].tolist() == [[7, 2, 5][int(i)] for i in small["prediction"]]
 
 
@@ -146,7 +168,9 @@ def test_several_right_outputs_are_one_class():
         right = {0, 3} if labels[i] == 0 else {4}
         order = np.argsort(-probabilities[i], kind="stable")
         share = sum(probabilities[i, c] for c in right)
-        assert found["correct"][i] == (order[0] in right) and found["top5"][i] == bool(right & set(order[:5]))
+        assert found["correct"][i] == (order[0] in right) and found["top5"][i] == bool(
+            right & set(order[:5])
+        )
         assert found["nll"][i] == pytest.approx(-math.log(share), rel=1e-9)
         others = sum(probabilities[i, c] ** 2 for c in range(6) if c not in right)
         assert found["brier"][i] == pytest.approx(others + (1 - share) ** 2, rel=1e-9)

@@ -64,7 +64,15 @@ class Answers(torch.nn.Module):
 
 def judge(model, source, batch_size=16, **options):
     return evaluate(
-        model, source, img_size=16, crop_pct=1.0, interpolation="bilinear", batch_size=batch_size, workers=0, device=CPU, **options
+        model,
+        source,
+        img_size=16,
+        crop_pct=1.0,
+        interpolation="bilinear",
+        batch_size=batch_size,
+        workers=0,
+        device=CPU,
+        **options,
     )
 
 
@@ -74,11 +82,22 @@ def test_every_readable_image_once_and_the_mode_restored():
     counted = []
     for batch_size in (7, 16, 100):
         model = Answers(table).train()
-        result = judge(model, source, batch_size, name="m", progress=lambda done, total: counted.append((done, total)))
+        result = judge(
+            model,
+            source,
+            batch_size,
+            name="m",
+            progress=lambda done, total: counted.append((done, total)),
+        )
         assert model.seen == [i for i in range(50) if i not in (3, 49)]
         assert model.modes == {False} and model.training
         right = table.argmax(1).numpy()[source.ok] == source.labels[source.ok]
-        assert (result.name, result.num_images, result.skipped, result.by_severity) == ("m", 48, 2, ())
+        assert (result.name, result.num_images, result.skipped, result.by_severity) == (
+            "m",
+            48,
+            2,
+            (),
+        )
         assert result.top1 == pytest.approx(100 * right.mean())
     assert counted[-1] == (48, 48) and counted[:7] == [(n, 48) for n in (7, 14, 21, 28, 35, 42, 48)]
 
@@ -112,11 +131,18 @@ def test_a_function_is_a_model_and_workers_change_nothing():
     weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     results = [
         evaluate(
-            lambda pixels: pixels.mean(dim=(2, 3)) @ weight, source, img_size=12, crop_pct=0.9, interpolation="bicubic", batch_size=6,
-            workers=workers, device=CPU, corruption=("gaussian_noise", 5),
+            lambda pixels: pixels.mean(dim=(2, 3)) @ weight,
+            source,
+            img_size=12,
+            crop_pct=0.9,
+            interpolation="bicubic",
+            batch_size=6,
+            workers=workers,
+            device=CPU,
+            corruption=("gaussian_noise", 5),
         )
         for workers in (0, 1)
-    ]  # fmt: skip
+    ]
     assert results[0] == results[1] and results[0].top5 is not None
 
 
@@ -133,10 +159,21 @@ def folders(tmp_path):
 def test_suite_names(folders):
     data = DataConfig(data_dir=str(folders), val_split="val")
     classes = open_source(str(folders), "val").classes
-    suites = open_suites(["contrast", "sketch", str(folders / "other" / "val"), "contrast:3", "sketch"], data, classes)
+    suites = open_suites(
+        ["contrast", "sketch", str(folders / "other" / "val"), "contrast:3", "sketch"],
+        data,
+        classes,
+    )
     assert [suite.name for suite in suites] == ["contrast", "sketch", "val", "contrast:3"]
-    assert [suite.corruption for suite in suites] == [("contrast", None), None, None, ("contrast", 3)]
-    assert suites[0].source is suites[1].source is suites[3].source and suites[0].source.name.endswith("sketch")
+    assert [suite.corruption for suite in suites] == [
+        ("contrast", None),
+        None,
+        None,
+        ("contrast", 3),
+    ]
+    assert suites[0].source is suites[1].source is suites[3].source and suites[
+        0
+    ].source.name.endswith("sketch")
     both = open_suites(["val", str(folders / "other" / "val")], data, classes)
     assert [suite.name for suite in both] == ["val", str(folders / "other" / "val")]
     assert open_suites(["fog"], data, classes)[0].source.name.endswith("val")
@@ -168,7 +205,11 @@ def test_embedded_suites():
     assert [len(suite.source) for suite in suites] == [1000, 896, 1000]
     with pytest.raises(UsageError, match="--suite optdigit: .*has no split 'optdigit'"):
         open_suites(["optdigit"], data, classes)
-    mean = judge(lambda pixels: pixels.mean(dim=(1, 2, 3))[:, None] * torch.arange(10.0), suites[2].source, corruption=suites[2].corruption)
+    mean = judge(
+        lambda pixels: pixels.mean(dim=(1, 2, 3))[:, None] * torch.arange(10.0),
+        suites[2].source,
+        corruption=suites[2].corruption,
+    )
     assert mean.num_images == 1000 and 5 < mean.top1 < 20
 
 
@@ -186,4 +227,8 @@ def test_cuda_equals_cpu():
     }
     expected = evaluate(linear, source, device=CPU, **options)
     found = evaluate(linear.cuda(), source, device=torch.device("cuda"), **options)
-    assert found.num_images == 50 and found.top1 == pytest.approx(expected.top1) and found.nll == pytest.approx(expected.nll, rel=1e-4)
+    assert (
+        found.num_images == 50
+        and found.top1 == pytest.approx(expected.top1)
+        and found.nll == pytest.approx(expected.nll, rel=1e-4)
+    )

@@ -27,9 +27,15 @@ def test_wnid_folders(tmp_path: Path, kind: str) -> None:
     write_classes(tmp_path / inside, numbers_of(chosen), each=2)
     found = judge(f"{kind}={tmp_path}")
     assert (found.name, found.num_images, found.top1, found.top5) == (kind, 22, 100.0, 100.0)
-    assert "partial: 11 of 1,000 class folders, 22 of 5" in found.protocol and "logits of" not in found.protocol
+    assert (
+        "partial: 11 of 1,000 class folders, 22 of 5" in found.protocol
+        and "logits of" not in found.protocol
+    )
     wrong = judge(f"{kind}={tmp_path}", Reader(offset=1, margin=1.0))
-    assert (wrong.top1, wrong.top5) == (0.0, 100.0)  # another class is preferred, and nothing masks it
+    assert (wrong.top1, wrong.top5) == (
+        0.0,
+        100.0,
+    )  # another class is preferred, and nothing masks it
 
 
 def test_v2_folders_are_numbers_not_names(tmp_path: Path) -> None:
@@ -39,7 +45,10 @@ def test_v2_folders_are_numbers_not_names(tmp_path: Path) -> None:
     write_classes(tmp_path / "imagenetv2-matched-frequency-format-val", folders)
     found = judge(f"imagenet-v2={tmp_path}", batch_size=500)
     assert found.num_images == 1000 and found.top1 == 100.0
-    assert found.protocol == "resize 8 bilinear, crop 8; partial: 1,000 of 1,000 class folders, 1,000 of 10,000 images"
+    assert (
+        found.protocol
+        == "resize 8 bilinear, crop 8; partial: 1,000 of 1,000 class folders, 1,000 of 10,000 images"
+    )
     shutil.rmtree(tmp_path)
     write_classes(tmp_path, numbers_of(WNIDS[100:105]))  # as some copies are
     assert judge(f"imagenet-v2={tmp_path}").top1 == 100.0
@@ -66,7 +75,9 @@ def test_a_and_r_are_judged_among_their_200_classes(tmp_path: Path, letter: str)
 def test_the_200_are_of_the_1000_and_differ() -> None:
     a, r = subset_wnids("a"), subset_wnids("r")
     assert len(set(a)) == len(set(r)) == 200 and set(a) | set(r) <= set(WNIDS)
-    assert "n01498041" in a and "n01443537" in r and "n01443537" not in a  # stingray; goldfish is in R only
+    assert (
+        "n01498041" in a and "n01443537" in r and "n01443537" not in a
+    )  # stingray; goldfish is in R only
 
 
 def test_a_folder_of_the_wrong_set_is_refused(tmp_path: Path) -> None:
@@ -79,8 +90,13 @@ def test_objectnet(tmp_path: Path) -> None:
     root = write_objectnet(tmp_path / "objectnet-1.0")
     for path in (root, root / "images", tmp_path):
         found = judge(f"objectnet={path}")
-        assert (found.num_images, found.top1) == (10, 100.0), path  # the two classes that ImageNet has not are left out
-    assert "any of a folder's ids is right" in found.protocol and "partial: 5 of 5 class folders, 10 of 18,574 images" in found.protocol
+        assert (found.num_images, found.top1) == (10, 100.0), (
+            path
+        )  # the two classes that ImageNet has not are left out
+    assert (
+        "any of a folder's ids is right" in found.protocol
+        and "partial: 5 of 5 class folders, 10 of 18,574 images" in found.protocol
+    )
     # Any of a folder's ids is right, and nothing is masked: 5 more than 409 is none of a clock's ids, 121 more is the digital clock.
     assert judge(f"objectnet={root}", Reader(offset=5, margin=1.0)).top1 == 0.0
     clock = judge(f"objectnet={root}", Reader(offset=121, margin=1.0)).records
@@ -100,13 +116,25 @@ def test_objectnets_border_is_cut_off(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda m: shutil.rmtree(m), "has a folder mappings beside images"),
-        (lambda m: (m / "objectnet_to_imagenet_1k.json").unlink(), "objectnet_to_imagenet_1k.json: not there"),
-        (lambda m: (m / "objectnet_to_imagenet_1k.json").write_text('{"Banana": "ananas"}'), "'ananas' of 'Banana' is no class of Imag"),
+        (
+            lambda m: (m / "objectnet_to_imagenet_1k.json").unlink(),
+            "objectnet_to_imagenet_1k.json: not there",
+        ),
+        (
+            lambda m: (m / "objectnet_to_imagenet_1k.json").write_text('{"Banana": "ananas"}'),
+            "'ananas' of 'Banana' is no class of Imag",
+        ),
         (lambda m: (m / "objectnet_to_imagenet_1k.json").write_text("{"), "not readable as JSON"),
-        (lambda m: (m / "folder_to_objectnet_label.json").write_text('["a"]'), "not a table of texts"),
-        (lambda m: (m / "folder_to_objectnet_label.json").write_text('{"a": "B"}'), "no label in common"),
+        (
+            lambda m: (m / "folder_to_objectnet_label.json").write_text('["a"]'),
+            "not a table of texts",
+        ),
+        (
+            lambda m: (m / "folder_to_objectnet_label.json").write_text('{"a": "B"}'),
+            "no label in common",
+        ),
     ],
-)  # fmt: skip
+)
 def test_objectnets_mappings_are_checked(tmp_path: Path, damage, message: str) -> None:
     root = write_objectnet(tmp_path)
     damage(root / "mappings")
@@ -118,7 +146,10 @@ def test_objectnets_mappings_are_checked(tmp_path: Path, damage, message: str) -
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("imagenet", r"imagenet: 3 of 1,000 class folders, 6 of 50,000 images in .* \(without n0\d+, .* more\); finish the download"),
+        (
+            "imagenet",
+            r"imagenet: 3 of 1,000 class folders, 6 of 50,000 images in .* \(without n0\d+, .* more\); finish the download",
+        ),
         ("imagenet-r", r"imagenet-r: 3 of 200 class folders, 6 of 30,000 images"),
         ("imagenet-a", r"imagenet-a: 3 of 200 class folders, 6 of 7,500 images"),
     ],
@@ -127,7 +158,8 @@ def test_half_downloaded_folders_are_named(tmp_path: Path, kind: str, message: s
     chosen = [wnid for wnid in subset_wnids("a") if wnid in subset_wnids("r")][:3]
     write_classes(tmp_path, numbers_of(chosen), each=2)
     (
-        tmp_path / sorted(set(subset_wnids(kind[-1]) if kind != "imagenet" else WNIDS) - set(chosen))[0]
+        tmp_path
+        / sorted(set(subset_wnids(kind[-1]) if kind != "imagenet" else WNIDS) - set(chosen))[0]
     ).mkdir()  # an empty one does not count
     with pytest.raises(DataError, match=message) as caught:
         judge(f"{kind}={tmp_path}", options=EvalConfig())
@@ -138,15 +170,33 @@ def test_half_downloaded_folders_are_named(tmp_path: Path, kind: str, message: s
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("imagenet-a={}/none", DataError, "no such folder; expected 200 class folders such as n01498041 with 7,500 images"),
-        ("imagenet-v2={}", DataError, "none of its class folders is there .it has cats, dogs.; expected 1,000 class folders 0 … 999"),
-        ("imagenet-c={}", DataError, "no CORRUPTION/SEVERITY folders; expected CORRUPTION/SEVERITY/WNID folders of 15"),
+        (
+            "imagenet-a={}/none",
+            DataError,
+            "no such folder; expected 200 class folders such as n01498041 with 7,500 images",
+        ),
+        (
+            "imagenet-v2={}",
+            DataError,
+            "none of its class folders is there .it has cats, dogs.; expected 1,000 class folders 0 … 999",
+        ),
+        (
+            "imagenet-c={}",
+            DataError,
+            "no CORRUPTION/SEVERITY folders; expected CORRUPTION/SEVERITY/WNID folders of 15",
+        ),
         ("objectnet={}", DataError, "none of its class folders is there"),
-        ("imagenet-s={}", UsageError, "'imagenet-s' is no kind of test set; did you mean imagenet-s"),
+        (
+            "imagenet-s={}",
+            UsageError,
+            "'imagenet-s' is no kind of test set; did you mean imagenet-s",
+        ),
         ("imagenet-a=", UsageError, "name its folder, as in imagenet-a=/data/imagenet-a"),
     ],
-)  # fmt: skip
-def test_wrong_names_and_folders(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:
+)
+def test_wrong_names_and_folders(
+    tmp_path: Path, name: str, error: type[Exception], message: str
+) -> None:
     write_classes(tmp_path, {"cats": 0, "dogs": 1})
     with pytest.raises(error, match=message) as caught:
         judge(name.format(tmp_path))
@@ -157,9 +207,16 @@ def test_a_bare_name_is_the_folder_of_that_name_in_the_data(tmp_path: Path) -> N
     write_classes(tmp_path / "imagenet-r", numbers_of(subset_wnids("r")[:4]))
     write_classes(tmp_path / "val", numbers_of(subset_wnids("r")[:2]))
     two = ClassMap(tuple((i, wnid, wnid) for i, wnid in enumerate(subset_wnids("r")[:2])))
-    suites = open_suites(["val", "imagenet-r", "contrast:2"], DataConfig(data_dir=str(tmp_path)), two, PARTIAL)
-    assert [suite.name for suite in suites] == ["val", "imagenet-r", "contrast:2"] and suites[2].source is suites[0].source
-    assert "only 2 of 4 classes are the model's" in suites[1].source.note and len(suites[1].source) == 2
+    suites = open_suites(
+        ["val", "imagenet-r", "contrast:2"], DataConfig(data_dir=str(tmp_path)), two, PARTIAL
+    )
+    assert [suite.name for suite in suites] == ["val", "imagenet-r", "contrast:2"] and suites[
+        2
+    ].source is suites[0].source
+    assert (
+        "only 2 of 4 classes are the model's" in suites[1].source.note
+        and len(suites[1].source) == 2
+    )
 
 
 @pytest.mark.parametrize("names", [False, True])
@@ -168,27 +225,44 @@ def test_a_model_of_some_classes_in_another_order(tmp_path: Path, names: bool) -
     write_classes(tmp_path, numbers_of(a), each=1)
     own = a[:30] + [wnid for wnid in WNIDS if wnid not in a][:20]
     listed = shuffled_map(own, names=names)
-    wnid_of = {name: wnid for wnid, name in zip(imagenet_classes().folders, imagenet_classes().names, strict=True)}
+    wnid_of = {
+        name: wnid
+        for wnid, name in zip(imagenet_classes().folders, imagenet_classes().names, strict=True)
+    }
     numbers = [WNIDS.index(wnid_of[name]) for name in listed.names]
     found = judge(f"imagenet-a={tmp_path}", OfMap(numbers), listed)
     assert (found.num_images, found.top1) == (30, 100.0)
     assert "logits of the 30 classes; only 30 of 200 classes are the model's" in found.protocol
-    assert (found.records["prediction"] < 50).all() and len(set(found.records["label"].tolist())) == 30
+    assert (found.records["prediction"] < 50).all() and len(
+        set(found.records["label"].tolist())
+    ) == 30
 
 
 def test_a_model_without_any_of_the_classes(tmp_path: Path) -> None:
     write_classes(tmp_path, numbers_of(WNIDS[:2]))
     cats = ClassMap(((0, "siamese", "siamese"), (1, "mog", "mog")))
-    with pytest.raises(DataError, match=r"none of the model's 2 classes \(siamese, mog\) is one of its 2") as caught:
+    with pytest.raises(
+        DataError, match=r"none of the model's 2 classes \(siamese, mog\) is one of its 2"
+    ) as caught:
         judge(f"imagenet={tmp_path}", Reader(2), cats)
     assert "\n" not in str(caught.value)
 
 
 def test_join_by_name_only_where_it_is_of_one_class() -> None:
     model = ClassMap(((0, "crane", "crane"), (1, "Egyptian_cat", "x"), (2, "0002", "tench")))
-    wanted = [("n02012849", "crane"), ("n03126707", "crane"), ("n02124075", "egyptian cat"), ("n01440764", "Tench")]
+    wanted = [
+        ("n02012849", "crane"),
+        ("n03126707", "crane"),
+        ("n02124075", "egyptian cat"),
+        ("n01440764", "Tench"),
+    ]
     assert join(model, wanted) == [None, None, 1, 2]
-    assert join(ClassMap(((0, "n01440764", "a"), (1, "crane", "b"))), wanted) == [None, None, None, 0]  # wnids: no guessing by name
+    assert join(ClassMap(((0, "n01440764", "a"), (1, "crane", "b"))), wanted) == [
+        None,
+        None,
+        None,
+        0,
+    ]  # wnids: no guessing by name
 
 
 def test_subset_of_a_plain_folder(tmp_path: Path) -> None:
@@ -197,10 +271,19 @@ def test_subset_of_a_plain_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lacks 4 of the 6 listed classes"):
         judge(str(tmp_path / "part"), Reader(6), listed)
     found = judge(f"subset={tmp_path / 'part'}", Reader(6, offset=1, margin=1.0), listed)
-    assert (found.name, found.top1, found.protocol) == ("part", 100.0, "resize 8 bilinear, crop 8; logits of the 2 classes")
-    assert judge(f"subset={tmp_path / 'part'}", Reader(6, offset=3, margin=1.0), listed).top1 == 0.0  # 1 + 3 and 4 + 3 - 6 compete
+    assert (found.name, found.top1, found.protocol) == (
+        "part",
+        100.0,
+        "resize 8 bilinear, crop 8; logits of the 2 classes",
+    )
+    assert (
+        judge(f"subset={tmp_path / 'part'}", Reader(6, offset=3, margin=1.0), listed).top1 == 0.0
+    )  # 1 + 3 and 4 + 3 - 6 compete
     write_classes(tmp_path / "part", {"yak": 5})
-    with pytest.raises(DataError, match="1 of its 3 classes are not the model's .yak.; remove them, or say what they are"):
+    with pytest.raises(
+        DataError,
+        match="1 of its 3 classes are not the model's .yak.; remove them, or say what they are",
+    ):
         judge(f"subset={tmp_path / 'part'}", Reader(6), listed)
 
 
@@ -212,7 +295,9 @@ def test_a_folder_with_a_class_map(tmp_path: Path) -> None:
     found = judge(f"{tmp_path / 'new'}@{table}", Reader(3), listed)
     assert (found.name, found.num_images, found.top1) == ("new", 3, 100.0)
     table.write_text("id,folder,name\n0,01,yak\n1,02,cow\n2,03,dog\n")
-    with pytest.raises(DataError, match="1 of its 3 classes are not the model's .02.; mend the class map"):
+    with pytest.raises(
+        DataError, match="1 of its 3 classes are not the model's .02.; mend the class map"
+    ):
         judge(f"{tmp_path / 'new'}@{table}", Reader(3), listed)
     table.write_text("id,folder,name\n0,01,yak\n1,02,cat\n2,03,c0\n")
     with pytest.raises(DataError, match="two of its folders are the same class"):
@@ -224,7 +309,9 @@ def test_folders_called_by_name_join_without_a_map(tmp_path: Path) -> None:
     write_classes(tmp_path / "named", {"brown_dog": 1, "Cat": 0})
     assert judge(str(tmp_path / "named"), Reader(2), listed).top1 == 100.0
     three = ClassMap((*listed, (2, "c2", "yak")))
-    with pytest.raises(DataError, match="it lacks 1 of the model's 3 classes .c2.; write subset=PATH"):
+    with pytest.raises(
+        DataError, match="it lacks 1 of the model's 3 classes .c2.; write subset=PATH"
+    ):
         judge(str(tmp_path / "named"), Reader(3), three)
 
 

@@ -25,7 +25,9 @@ def library() -> Path | None:
     folder = tempfile.mkdtemp(prefix="dad-fast-disk-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     made = Path(folder) / "failing_disk.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(made), str(SOURCE), "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-o", str(made), str(SOURCE), "-ldl"], check=True
+    )
     return made
 
 
@@ -37,9 +39,16 @@ def needed() -> Path:
     return found
 
 
-def watching(folder: Path, log: Path, at: int = 0, how: str | int = 0, on: bool = False) -> dict[str, str]:
+def watching(
+    folder: Path, log: Path, at: int = 0, how: str | int = 0, on: bool = False
+) -> dict[str, str]:
     """Environment: log what is done below `folder`, and let operation `at` fail (an errno, "short" or "kill"); with `on`, all from it."""
-    chosen = {"DISK_FOLDER": str(folder), "DISK_LOG": str(log), "DISK_AT": str(at), "DISK_HOW": str(how)}
+    chosen = {
+        "DISK_FOLDER": str(folder),
+        "DISK_LOG": str(log),
+        "DISK_AT": str(at),
+        "DISK_HOW": str(how),
+    }
     return chosen | ({"DISK_FROM": "1"} if on else {})
 
 

@@ -57,13 +57,17 @@ class Cycles:
         return asdict(self)
 
 
-def start(arguments: list[str], LD_PRELOAD: str = "", cold: bool = False, **environment: str) -> Any:
+def start(
+    arguments: list[str], LD_PRELOAD: str = "", cold: bool = False, **environment: str
+) -> Any:
     """A process, as subprocess.Popen has it."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "dad_fast", *arguments]
     if cold:
         env |= {"LD_PRELOAD": LD_PRELOAD} if LD_PRELOAD else {}
-        return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
     return warm.start(command, env=env, preload=LD_PRELOAD)
 
 
@@ -84,7 +88,9 @@ def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
     """Until `num_kills` processes were killed and what they left was finished; AssertionError where anything differs."""
     begin, straight, log = time.monotonic(), root / "straight", root / "operations.log"
     # Nothing else starts report and export as Python starts them; they are short.
-    straight_seconds = run_to_the_end(job.arguments(straight), cold=job.rewrites, **shim(), **watching(straight, log))
+    straight_seconds = run_to_the_end(
+        job.arguments(straight), cold=job.rewrites, **shim(), **watching(straight, log)
+    )
     found = Cycles(job.name, seed, straight_seconds=straight_seconds)
     found.straight_operations = len(operations(log))
     expected = job.contents(straight)
@@ -94,26 +100,41 @@ def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
         code = -signal.SIGKILL
         while code != 0:
             share, operation = draw.random(), draw.randint(1, max(1, found.straight_operations))
-            by_operation = found.straight_operations > 0 and (found.kills + found.ended_before_the_kill) % 2 == 1
+            by_operation = (
+                found.straight_operations > 0
+                and (found.kills + found.ended_before_the_kill) % 2 == 1
+            )
             if found.kills >= num_kills:  # let it end
                 share, operation, by_operation = 0.0, 0, False
             log.unlink(missing_ok=True)
             at = operation if by_operation else 0
             started = time.monotonic()
             seconds = 0.0 if by_operation else share * found.straight_seconds
-            code = _start_and_kill(job.arguments(folder), seconds, **shim(), **watching(folder, log, at, "kill"))
+            code = _start_and_kill(
+                job.arguments(folder), seconds, **shim(), **watching(folder, log, at, "kill")
+            )
             job.whole(folder)
             if code:
                 found.kills += 1
                 last = operations(log)[-1].replace(str(folder), "") if by_operation else ""
-                found.moments.append(f"before operation {at}, {last}" if by_operation else f"at {share:.3f} of the time")
+                found.moments.append(
+                    f"before operation {at}, {last}"
+                    if by_operation
+                    else f"at {share:.3f} of the time"
+                )
             elif found.kills < num_kills:
                 found.ended_before_the_kill += 1
                 if not by_operation:  # the straight run had a busier machine
                     found.straight_seconds = min(found.straight_seconds, time.monotonic() - started)
         there = job.contents(folder)
-        differ = [name for name in sorted(there.keys() | expected.keys()) if there.get(name) != expected.get(name)]
-        assert not differ, f"{job.name}: {differ} of {folder} and {straight} differ; seed {seed}, killed {found.moments}"
+        differ = [
+            name
+            for name in sorted(there.keys() | expected.keys())
+            if there.get(name) != expected.get(name)
+        ]
+        assert not differ, (
+            f"{job.name}: {differ} of {folder} and {straight} differ; seed {seed}, killed {found.moments}"
+        )
         found.comparisons += 1
         found.files_compared += len(expected)
     found.seconds = round(time.monotonic() - begin, 1)

@@ -9,21 +9,32 @@ import pytest
 
 torch = pytest.importorskip("torch")
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 
-from dad_fast.checkpoint.folder import CheckpointFolder  # noqa: E402
-from dad_fast.errors import DataError  # noqa: E402
+from dad_fast.checkpoint.folder import CheckpointFolder
+from dad_fast.errors import DataError
 
 FILES = ("model.safetensors", "train.safetensors", "state.json")
-STATE = {"config": 'method = "kd"\n', "best_top1": 12.5, "metrics_offset": 1234, "classes": '{"names": ["ä", "b"]}', "stores": {}}
+STATE = {
+    "config": 'method = "kd"\n',
+    "best_top1": 12.5,
+    "metrics_offset": 1234,
+    "classes": '{"names": ["ä", "b"]}',
+    "stores": {},
+}
 
 
 def write_two(root: Path) -> CheckpointFolder:
     folder = CheckpointFolder(root, keep=3)
     for step in (3, 6):
-        tensors = {"student.weight": torch.full((4, 5), float(step)), "generator.torch": torch.arange(9, dtype=torch.uint8)}
-        folder.save(step, tensors, STATE, lambda path: path.write_bytes(b"a model's bytes"), best=False)
+        tensors = {
+            "student.weight": torch.full((4, 5), float(step)),
+            "generator.torch": torch.arange(9, dtype=torch.uint8),
+        }
+        folder.save(
+            step, tensors, STATE, lambda path: path.write_bytes(b"a model's bytes"), best=False
+        )
     return folder
 
 
@@ -31,14 +42,28 @@ def check(root: Path, folder: CheckpointFolder) -> None:
     """The newest is damaged: step 3 is found instead, and said; asked for by name it is one line."""
     said: list[str] = []
     found = folder.load("auto", said.append)
-    assert found is not None and found.state["step"] == 3 and torch.equal(found.tensors["student.weight"], torch.full((4, 5), 3.0))
-    assert len(said) == 1 and "step-6" in said[0] and "trying the checkpoint before it" in said[0] and "\n" not in said[0]
+    assert (
+        found is not None
+        and found.state["step"] == 3
+        and torch.equal(found.tensors["student.weight"], torch.full((4, 5), 3.0))
+    )
+    assert (
+        len(said) == 1
+        and "step-6" in said[0]
+        and "trying the checkpoint before it" in said[0]
+        and "\n" not in said[0]
+    )
     with pytest.raises(DataError, match="step-6"):
         folder.load(str(root / "step-6"), said.append)
 
 
 @hypothesis.settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
-@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+@given(
+    name=st.sampled_from(FILES),
+    where=st.floats(0, 1, exclude_max=True),
+    bit=st.integers(0, 7),
+    cut=st.booleans(),
+)
 def test_any_flipped_bit_and_any_cut_is_noticed(
     tmp_path_factory: pytest.TempPathFactory, name: str, where: float, bit: int, cut: bool
 ) -> None:
@@ -79,11 +104,17 @@ def test_a_file_that_is_not_there(tmp_path: Path, name: str, damage: str) -> Non
 
 KEYS = st.sampled_from(["sha256", "step", "config", "x"])
 LEAVES = st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=5)
-JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=6)
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=6,
+)
 
 
 @given(value=JSON)
-def test_any_json_in_place_of_the_state_is_damage(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+def test_any_json_in_place_of_the_state_is_damage(
+    tmp_path_factory: pytest.TempPathFactory, value: object
+) -> None:
     root = tmp_path_factory.mktemp("checkpoints")
     folder = write_two(root)
     (root / "step-6" / "state.json").write_text(json.dumps(value))

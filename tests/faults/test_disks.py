@@ -12,26 +12,52 @@ import pytest
 
 for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from harness import HANG, ROOT  # noqa: E402
+from harness import HANG, ROOT
 
-from tests import warm  # noqa: E402
+from tests import warm
 
 SMALL = [
-    "data.batch_size=50", "data.workers=0", "log_every=4", "eval.every_epochs=0", "eval.suites=[]", "variants={}", "device=cpu",
-    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "schedule.epochs=1", "max_steps=12", "checkpoint.every_steps=4",
-]  # fmt: skip
+    "data.batch_size=50",
+    "data.workers=0",
+    "log_every=4",
+    "eval.every_epochs=0",
+    "eval.suites=[]",
+    "variants={}",
+    "device=cpu",
+    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+    "schedule.epochs=1",
+    "max_steps=12",
+    "checkpoint.every_steps=4",
+]
 SETS = [part for item in SMALL for part in ("--set", item)]
 
 
-def dad_fast(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+def dad_fast(
+    *arguments: str, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dad_fast", *arguments]
     if before is None:
         return warm.run(command, timeout=HANG, cwd=ROOT)
-    return subprocess.run(command, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=HANG)
+    return subprocess.run(
+        command, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=HANG
+    )
 
 
-def train(folder: Path, *more: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    return dad_fast("train", "--preset", "demo", "--method", "kd", *SETS, *more, "-o", str(folder), before=before)
+def train(
+    folder: Path, *more: str, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return dad_fast(
+        "train",
+        "--preset",
+        "demo",
+        "--method",
+        "kd",
+        *SETS,
+        *more,
+        "-o",
+        str(folder),
+        before=before,
+    )
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -44,7 +70,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of one megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -63,8 +91,14 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(small_disk: Path) -> None:
 
 
 def test_a_quota_in_the_middle_of_a_file(tmp_path: Path) -> None:
-    stopped = train(tmp_path / "run", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert stopped.returncode == 4 and "step-4: the disk is full, or a limit is reached" in last_line(stopped)
+    stopped = train(
+        tmp_path / "run",
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert (
+        stopped.returncode == 4
+        and "step-4: the disk is full, or a limit is reached" in last_line(stopped)
+    )
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
@@ -73,7 +107,11 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, verb: str) -> None:
     if not Path("/sys/kernel").is_dir():
         pytest.skip("needs Linux's /sys, where nobody makes folders")
     folder = "/sys/kernel/run"
-    done = train(Path(folder)) if verb == "train" else dad_fast("precompute", "--preset", "demo", *SETS, "-o", folder)
+    done = (
+        train(Path(folder))
+        if verb == "train"
+        else dad_fast("precompute", "--preset", "demo", *SETS, "-o", folder)
+    )
     assert done.returncode == 4 and folder in last_line(done)
     assert "check the path" in last_line(done) or "cannot be written" in last_line(done)
 

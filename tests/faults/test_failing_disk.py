@@ -22,14 +22,23 @@ import pytest
 
 for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from failing_disk import needed  # noqa: E402
-from harness import ROOT  # noqa: E402
+from failing_disk import needed
+from harness import ROOT
 
 SMALL = [
-    "data.batch_size=50", "data.workers=0", "log_every=2", "eval.every_epochs=0", "eval.suites=[]", "variants={}", "device=cpu",
-    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "schedule.epochs=1", "max_steps=2", "data.train_split=val",
+    "data.batch_size=50",
+    "data.workers=0",
+    "log_every=2",
+    "eval.every_epochs=0",
+    "eval.suites=[]",
+    "variants={}",
+    "device=cpu",
+    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+    "schedule.epochs=1",
+    "max_steps=2",
+    "data.train_split=val",
     "checkpoint.every_steps=1",
-]  # fmt: skip
+]
 SETS = [part for item in SMALL for part in ("--set", item)]
 SEED = 0
 COMMANDS = ("train", "precompute", "eval", "report", "export", "sheet", "merge")
@@ -41,18 +50,58 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.out, self.made, self.log = root / "out", root / "made", root / "operations.log"
-        environment = os.environ | {"LD_PRELOAD": str(needed()), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {
+            "LD_PRELOAD": str(needed()),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, str(Path(__file__).with_name("with_failing_disk.py"))]
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.straight: dict[str, dict[str, Any]] = {}
 
     def command(self, verb: str) -> list[str]:
-        out, run, store = self.out, str(self.made / "train" / "run"), str(self.made / "precompute" / "store")
-        judged = ["--json", str(out / "r.json"), "--csv", str(out / "r.csv"), "--save-predictions", str(out / "p")]
+        out, run, store = (
+            self.out,
+            str(self.made / "train" / "run"),
+            str(self.made / "precompute" / "store"),
+        )
+        judged = [
+            "--json",
+            str(out / "r.json"),
+            "--csv",
+            str(out / "r.csv"),
+            "--save-predictions",
+            str(out / "p"),
+        ]
         return {
             "train": ["train", "--preset", "demo", "--method", "kd", *SETS, "-o", str(out / "run")],
-            "precompute": ["precompute", "--preset", "demo", "--images", "raw", "--block-size", "250", *SETS, "-o", str(out / "store")],
-            "eval": ["eval", run, "--suite", "val", "-b", "100", "-j", "0", "--device", "cpu", *judged],
+            "precompute": [
+                "precompute",
+                "--preset",
+                "demo",
+                "--images",
+                "raw",
+                "--block-size",
+                "250",
+                *SETS,
+                "-o",
+                str(out / "store"),
+            ],
+            "eval": [
+                "eval",
+                run,
+                "--suite",
+                "val",
+                "-b",
+                "100",
+                "-j",
+                "0",
+                "--device",
+                "cpu",
+                *judged,
+            ],
             "report": ["report", run, "-o", str(out / "page.html")],
             "export": ["export", run, "--overwrite", "-o", str(out / "e")],
             "sheet": ["store", "sheet", store, "-o", str(out / "sheet.png")],
@@ -62,16 +111,34 @@ class Machine:
     def run(self, verb: str, at: int = 0, how: str | int = 0, on: bool = False) -> dict[str, Any]:
         """Over what an earlier one wrote, for the verbs that replace it."""
         earlier = self.made / verb
-        source = str(earlier) if earlier.exists() and verb not in ("train", "precompute", "merge") else ""
-        case = {"arguments": self.command(verb), "folder": str(self.out), "source": source, "log": str(self.log)}
+        source = (
+            str(earlier)
+            if earlier.exists() and verb not in ("train", "precompute", "merge")
+            else ""
+        )
+        case = {
+            "arguments": self.command(verb),
+            "folder": str(self.out),
+            "source": source,
+            "log": str(self.log),
+        }
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps({**case, "at": at, "how": how, "on": on}), file=self.process.stdin, flush=True)
+        print(
+            json.dumps({**case, "at": at, "how": how, "on": on}),
+            file=self.process.stdin,
+            flush=True,
+        )
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
         return found
 
     def go_straight(self, verb: str) -> dict[str, Any]:
         """Once, kept in `made`."""
-        for needed_before in {"train": (), "precompute": (), "sheet": ("precompute",), "merge": ("precompute",)}.get(verb, ("train",)):
+        for needed_before in {
+            "train": (),
+            "precompute": (),
+            "sheet": ("precompute",),
+            "merge": ("precompute",),
+        }.get(verb, ("train",)):
             self.go_straight(needed_before)
         if verb not in self.straight:
             found = self.straight[verb] = self.run(verb)
@@ -93,7 +160,11 @@ def check(found: dict[str, Any], straight: dict[str, Any], about: str) -> None:
     about = f"{about}, {found['failed']}: exit code {found['code']}, {found['said'][-3:]}"
     assert not any("Traceback" in line for line in found["said"]), about
     removing = found["failed"].startswith(("unlink", "rmdir"))
-    left = [name for name in found["after"] if name.endswith(TEMPORARY) or "/.tmp" in name or ".old/" in name]
+    left = [
+        name
+        for name in found["after"]
+        if name.endswith(TEMPORARY) or "/.tmp" in name or ".old/" in name
+    ]
     assert removing or not left, f"{left}: {about}"
     lost = [name for name in found["before"] if name not in found["after"]]
     assert not lost, f"{lost}: {about}"
@@ -101,7 +172,11 @@ def check(found: dict[str, Any], straight: dict[str, Any], about: str) -> None:
         assert removing or found["after"].keys() == straight["after"].keys(), about
         return
     last = found["said"][-1]
-    assert found["code"] == 4 and last.startswith("dad-fast: error: /") and ("again" in last or "go on" in last), about
+    assert (
+        found["code"] == 4
+        and last.startswith("dad-fast: error: /")
+        and ("again" in last or "go on" in last)
+    ), about
     assert sum(line.startswith("dad-fast:") for line in found["said"]) == 1, about
 
 
@@ -110,7 +185,11 @@ def fail(machine: Machine, verb: str, num: int) -> None:
     draw, points = random.Random(f"{SEED} {verb}"), range(1, straight["operations"] + 1)
     for how, on in ((errno.EIO, False), (errno.ENOSPC, True)):
         for at in sorted(draw.sample(points, min(num, len(points)))):
-            check(machine.run(verb, at, how, on), straight, f"{verb}, {os.strerror(how)} at operation {at}")
+            check(
+                machine.run(verb, at, how, on),
+                straight,
+                f"{verb}, {os.strerror(how)} at operation {at}",
+            )
     short = machine.run(verb, 1, "short", True)
     assert short["code"] == 0 and short["after"].keys() == straight["after"].keys(), short
 

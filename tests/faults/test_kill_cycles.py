@@ -17,14 +17,31 @@ import pytest
 
 for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from harness import Job, kill_cycles, run_to_the_end, shim  # noqa: E402
+from harness import Job, kill_cycles, run_to_the_end, shim
 
 SMALL = [
-    "data.batch_size=50", "data.workers=0", "log_every=4", "eval.every_epochs=0", "eval.suites=[]", "variants={}", "device=cpu",
-    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "schedule.epochs=1", "max_steps=20",
-]  # fmt: skip
+    "data.batch_size=50",
+    "data.workers=0",
+    "log_every=4",
+    "eval.every_epochs=0",
+    "eval.suites=[]",
+    "variants={}",
+    "device=cpu",
+    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+    "schedule.epochs=1",
+    "max_steps=20",
+]
 SETS = [part for item in SMALL for part in ("--set", item)]
-OF_THE_CLOCK = {"time", "img_per_s", "data_wait", "seconds", "train_seconds", "metrics_offset", "sha256", "git"}
+OF_THE_CLOCK = {
+    "time",
+    "img_per_s",
+    "data_wait",
+    "seconds",
+    "train_seconds",
+    "metrics_offset",
+    "sha256",
+    "git",
+}
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .+")
 
 
@@ -42,7 +59,9 @@ def content(path: Path) -> Any:
         return "a folder"
     if path.name == "metrics.jsonl":
         rows = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
-        return [row for row in rows if row["kind"] != "attack"]  # the check of the attack's strength, once a start
+        return [
+            row for row in rows if row["kind"] != "attack"
+        ]  # the check of the attack's strength, once a start
     if path.name == "train.log":
         return all(map(LOG_LINE.fullmatch, path.read_text().splitlines()))
     if path.name in ("results.json", "run.json", "state.json"):
@@ -80,21 +99,63 @@ def page_is_whole(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reported") / "run"
-    run_to_the_end(["train", "--preset", "demo", "--method", "kd", *SETS, "-o", str(folder)], **shim())
+    run_to_the_end(
+        ["train", "--preset", "demo", "--method", "kd", *SETS, "-o", str(folder)], **shim()
+    )
     return folder
 
 
 @pytest.fixture
 def jobs(finished_run: Path) -> dict[str, Job]:
-    train = ["train", "--preset", "demo", "--method", "dad", *SETS, "--set", "checkpoint.every_steps=4", "--resume", "auto", "-o"]
-    store = ["precompute", "--preset", "demo", "--images", "raw", "--block-size", "50", "--shard-blocks", "3", *SETS]
+    train = [
+        "train",
+        "--preset",
+        "demo",
+        "--method",
+        "dad",
+        *SETS,
+        "--set",
+        "checkpoint.every_steps=4",
+        "--resume",
+        "auto",
+        "-o",
+    ]
+    store = [
+        "precompute",
+        "--preset",
+        "demo",
+        "--images",
+        "raw",
+        "--block-size",
+        "50",
+        "--shard-blocks",
+        "3",
+        *SETS,
+    ]
     store += ["--set", "data.train_split=val", "-o"]
-    report, export = ["report", str(finished_run), "-o"], ["export", str(finished_run), "--overwrite", "-o"]
+    report, export = (
+        ["report", str(finished_run), "-o"],
+        ["export", str(finished_run), "--overwrite", "-o"],
+    )
     return {
-        "train": Job("train", lambda folder: [*train, str(folder)], contents, checkpoints_are_whole),
+        "train": Job(
+            "train", lambda folder: [*train, str(folder)], contents, checkpoints_are_whole
+        ),
         "precompute": Job("precompute", lambda folder: [*store, str(folder)], contents),
-        "report": Job("report", lambda folder: [*report, str(folder / "page.html")], contents, page_is_whole, rewrites=True),
-        "export": Job("export", lambda folder: [*export, str(folder / "export")], contents, export_is_whole, rewrites=True),
+        "report": Job(
+            "report",
+            lambda folder: [*report, str(folder / "page.html")],
+            contents,
+            page_is_whole,
+            rewrites=True,
+        ),
+        "export": Job(
+            "export",
+            lambda folder: [*export, str(folder / "export")],
+            contents,
+            export_is_whole,
+            rewrites=True,
+        ),
     }
 
 
@@ -107,14 +168,26 @@ def add_to_record(path: Path, job: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock"), wait=True):
         rows = json.loads(path.read_text())["jobs"] if path.exists() else []
-        rows = [row for row in rows if row["job"] != job["job"]] + [{**job, "environment": environment()}]
+        rows = [row for row in rows if row["job"] != job["job"]] + [
+            {**job, "environment": environment()}
+        ]
         atomic_write_json(path, {"jobs": sorted(rows, key=lambda row: row["job"])})
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["train", "precompute", "report", "export"])
-def test_killed_at_random_moments(name: str, jobs: dict[str, Job], tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    cycles, record = request.config.getoption("--fault-cycles"), request.config.getoption("--fault-record")
-    found = kill_cycles(jobs[name], tmp_path, cycles if name in ("train", "precompute") else max(1, cycles // 2), seed=0)
+def test_killed_at_random_moments(
+    name: str, jobs: dict[str, Job], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    cycles, record = (
+        request.config.getoption("--fault-cycles"),
+        request.config.getoption("--fault-record"),
+    )
+    found = kill_cycles(
+        jobs[name],
+        tmp_path,
+        cycles if name in ("train", "precompute") else max(1, cycles // 2),
+        seed=0,
+    )
     if record:
         add_to_record(Path(record), found.to_dict())

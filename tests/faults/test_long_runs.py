@@ -15,16 +15,26 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from dad_fast.config import resolve  # noqa: E402
-from dad_fast.config.schema import Config  # noqa: E402
-from dad_fast.engine.build import Builder  # noqa: E402
-from dad_fast.engine.trainer import Trainer  # noqa: E402
+from dad_fast.config import resolve
+from dad_fast.config.schema import Config
+from dad_fast.engine.build import Builder
+from dad_fast.engine.trainer import Trainer
 
 TINY = [
-    "method=dad", "data.batch_size=4", "data.workers=1", "log_every=5", "eval.every_epochs=0", "eval.suites=[]", "variants={}",
-    "device=cpu", "student.name=resnet18", "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}", "checkpoint.every_steps=25",
-    "ema.model_ema=true", "schedule.epochs=1000",
-]  # fmt: skip
+    "method=dad",
+    "data.batch_size=4",
+    "data.workers=1",
+    "log_every=5",
+    "eval.every_epochs=0",
+    "eval.suites=[]",
+    "variants={}",
+    "device=cpu",
+    "student.name=resnet18",
+    "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
+    "checkpoint.every_steps=25",
+    "ema.model_ema=true",
+    "schedule.epochs=1000",
+]
 
 
 def config(*more: str) -> Config:
@@ -33,7 +43,9 @@ def config(*more: str) -> Config:
 
 def held() -> dict[str, int]:
     status = Path("/proc/self/status").read_text()
-    resident = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+    resident = int(
+        next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
+    )
     objects = gc.get_objects()
     return {
         "KiB": resident,
@@ -64,15 +76,25 @@ def test_nothing_grows(tmp_path: Path, steps: int) -> None:
     trainer.start()
     trainer.train()
     after_warm_up, end = samples[3], samples[-2]
-    assert end["handles"] <= after_warm_up["handles"] + 2 and end["threads"] <= after_warm_up["threads"], (after_warm_up, end)
+    assert (
+        end["handles"] <= after_warm_up["handles"] + 2
+        and end["threads"] <= after_warm_up["threads"]
+    ), (after_warm_up, end)
     assert end["KiB"] - after_warm_up["KiB"] < 8192, (after_warm_up, end)
-    assert end["tensors"] <= after_warm_up["tensors"] + 4 and end["objects"] <= after_warm_up["objects"] + 0.2 * steps, (after_warm_up, end)
+    assert (
+        end["tensors"] <= after_warm_up["tensors"] + 4
+        and end["objects"] <= after_warm_up["objects"] + 0.2 * steps
+    ), (after_warm_up, end)
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) <= 3
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(5, 100 + steps + 1, 5))
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(
+        range(5, 100 + steps + 1, 5)
+    )
 
 
-def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NTP, suspend, summer time: durations come from the monotonic clock, and no decision from the other."""
     cfg = config("max_steps=20", "data.workers=0")
     straight = Trainer(cfg, Builder().build(cfg), tmp_path / "straight", "straight")
@@ -85,5 +107,8 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     jumping.start()
     summary = jumping.train()
     assert 0 < summary["seconds"] < 600
-    one, other = (tmp_path / name / "checkpoints" / "step-20" / "train.safetensors" for name in ("straight", "jumping"))
+    one, other = (
+        tmp_path / name / "checkpoints" / "step-20" / "train.safetensors"
+        for name in ("straight", "jumping")
+    )
     assert one.read_bytes() == other.read_bytes()

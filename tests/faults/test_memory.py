@@ -9,9 +9,9 @@ import pytest
 
 for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from harness import HANG, ROOT  # noqa: E402
+from harness import HANG, ROOT
 
-from tests import warm  # noqa: E402
+from tests import warm
 
 SCRIPT = """
 import re, resource, sys
@@ -27,8 +27,29 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_out_of_memory_says_which_batch_size_to_try(tmp_path: Path) -> None:
     sets = ["variants={}", "data.workers=0", "eval.suites=[]", "student.model_kwargs={}"]
-    arguments = ["train", "--preset", "demo", "--method", "ce", "-b", "3000", "--device", "cpu", "-o", str(tmp_path / "run")]
-    command = [sys.executable, "-c", SCRIPT, *arguments, *(part for item in sets for part in ("--set", item))]
+    arguments = [
+        "train",
+        "--preset",
+        "demo",
+        "--method",
+        "ce",
+        "-b",
+        "3000",
+        "--device",
+        "cpu",
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        *arguments,
+        *(part for item in sets for part in ("--set", item)),
+    ]
     done = warm.run(command, cwd=ROOT, timeout=HANG)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "3000 images at a time; try --batch-size 1500 --grad-accum-steps 2, as many images a step" in done.stderr.splitlines()[-1]
+    assert (
+        "3000 images at a time; try --batch-size 1500 --grad-accum-steps 2, as many images a step"
+        in done.stderr.splitlines()[-1]
+    )

@@ -10,11 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny import STUDENT, write_parts  # noqa: E402
+from safetensors.torch import load_file, save_file
+from tiny import STUDENT, write_parts
 
-from dad_fast.cli.main import main  # noqa: E402
-from dad_fast.models.student import load_student  # noqa: E402
+from dad_fast.cli.main import main
+from dad_fast.models.student import load_student
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,29 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def train(inputs: Path, out: Path, *more: str) -> int:
     arguments = [
-        "train", "--data-dir", str(inputs / "data"), "--teacher", str(inputs / "teacher.safetensors"),
-        "--discretizer", str(inputs / "vqgan.ckpt"), *STUDENT, "-b", "8", "-j", "0", "--epochs", "2", "--warmup-epochs", "0",
-        "--set", "checkpoint.every_steps=1", "--device", "cpu", "-o", str(out),
-    ]  # fmt: skip
+        "train",
+        "--data-dir",
+        str(inputs / "data"),
+        "--teacher",
+        str(inputs / "teacher.safetensors"),
+        "--discretizer",
+        str(inputs / "vqgan.ckpt"),
+        *STUDENT,
+        "-b",
+        "8",
+        "-j",
+        "0",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0",
+        "--set",
+        "checkpoint.every_steps=1",
+        "--device",
+        "cpu",
+        "-o",
+        str(out),
+    ]
     return main([*arguments, *more])
 
 
@@ -52,9 +71,13 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("method", ["kd", "dad"])
-def test_a_teacher_that_is_not_a_number(inputs: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_that_is_not_a_number(
+    inputs: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     poison(inputs / "teacher.safetensors", tmp_path / "bad.safetensors", "visual.conv1")
-    assert train(inputs, tmp_path / "run", "--method", method, "--teacher", str(tmp_path / "bad.safetensors")) in (1, 4)
+    assert train(
+        inputs, tmp_path / "run", "--method", method, "--teacher", str(tmp_path / "bad.safetensors")
+    ) in (1, 4)
     line = one_line(capsys)
     assert "not a number" in line, line
     for model in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
@@ -62,27 +85,61 @@ def test_a_teacher_that_is_not_a_number(inputs: Path, tmp_path: Path, method: st
         assert all(torch.isfinite(p).all() for p in student.parameters())
 
 
-def test_a_learning_rate_that_breaks_the_loss(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_learning_rate_that_breaks_the_loss(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(inputs, tmp_path / "run", "--method", "ce", "--lr", "1e35") == 1
     assert "lower --lr" in one_line(capsys)
     student, _ = load_student(tmp_path / "run" / "checkpoints" / "latest" / "model.safetensors")
     assert all(torch.isfinite(p).all() for p in student.parameters())
 
 
-def test_a_vqgan_that_is_not_a_number(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_vqgan_that_is_not_a_number(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its codes are 0, which the run says; its images are not numbers, which stops it."""
     weights = torch.load(inputs / "vqgan.ckpt", weights_only=True)
     weights["state_dict"]["encoder.conv_in.weight"].view(-1)[0] = float("nan")
     torch.save(weights, tmp_path / "bad.ckpt")
-    code = train(inputs, tmp_path / "run", "--method", "dad", "--discretizer", str(tmp_path / "bad.ckpt"), "--set", "log_every=1")
+    code = train(
+        inputs,
+        tmp_path / "run",
+        "--method",
+        "dad",
+        "--discretizer",
+        str(tmp_path / "bad.ckpt"),
+        "--set",
+        "log_every=1",
+    )
     said = capsys.readouterr().err
     assert "Traceback" not in said and "not numbers and got code 0" in said and code == 0, said
 
 
-def test_a_store_of_a_broken_teacher_is_refused(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_of_a_broken_teacher_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     poison(inputs / "teacher.safetensors", tmp_path / "bad.safetensors", "visual.conv1")
-    code = main([
-        "precompute", "--data-dir", str(inputs / "data"), "--teacher", str(tmp_path / "bad.safetensors"), "--img-size", "32",
-        "--discretizer", str(inputs / "vqgan.ckpt"), "-b", "8", "-j", "0", "--device", "cpu", "-o", str(tmp_path / "store"),
-    ])  # fmt: skip
-    assert code in (1, 4) and "the teacher's outputs on ant/0.jpg are not numbers" in one_line(capsys)
+    code = main(
+        [
+            "precompute",
+            "--data-dir",
+            str(inputs / "data"),
+            "--teacher",
+            str(tmp_path / "bad.safetensors"),
+            "--img-size",
+            "32",
+            "--discretizer",
+            str(inputs / "vqgan.ckpt"),
+            "-b",
+            "8",
+            "-j",
+            "0",
+            "--device",
+            "cpu",
+            "-o",
+            str(tmp_path / "store"),
+        ]
+    )
+    assert code in (1, 4) and "the teacher's outputs on ant/0.jpg are not numbers" in one_line(
+        capsys
+    )

@@ -17,15 +17,39 @@ import pytest
 
 for package in ("torch", "timm", "open_clip"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
+import tiny
 
-from tests.processes import HANG, ROOT, run_together  # noqa: E402
+from tests.processes import HANG, ROOT, run_together
 
 SLOWLY = Path(__file__).parent / "slowly"
 WITHIN = 240.0  # seconds from the signal to the end of the last process: less than any timeout of the processes themselves
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dad_fast")
-RUN = ["-b", "8", "-j", "0", "--epochs", "2", "--warmup-epochs", "0", "--device", "cpu", "--set", "log_every=2", "--resume", "auto"]
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "dad_fast",
+)
+RUN = [
+    "-b",
+    "8",
+    "-j",
+    "0",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "0",
+    "--device",
+    "cpu",
+    "--set",
+    "log_every=2",
+    "--resume",
+    "auto",
+]
 
 
 class Phase(NamedTuple):
@@ -37,10 +61,23 @@ class Phase(NamedTuple):
 
 
 VERIFY, HEAD = "dad_fast.data.sources.index:_verify:0.5", "dad_fast.models.zeroshot:_compute:60"
-JUDGE, STEP = "dad_fast.evaluate.runner:image_scores:0.5", "dad_fast.engine.step:TrainStep.__call__:1"
-LABELS, FEATURES = "dad_fast.engine.pseudo_labels:pseudo_labels:0.5", "dad_fast.engine.probe_features:execute:0.2"
-SAVING, BLOCK = "dad_fast.checkpoint.folder:CheckpointFolder.save:1", "dad_fast.precompute.fill:adversarial:0.5"
-AGAIN, SAVED, WHOLE = "run the same command again with --resume auto", "saved in", "what stands above is whole"
+JUDGE, STEP = (
+    "dad_fast.evaluate.runner:image_scores:0.5",
+    "dad_fast.engine.step:TrainStep.__call__:1",
+)
+LABELS, FEATURES = (
+    "dad_fast.engine.pseudo_labels:pseudo_labels:0.5",
+    "dad_fast.engine.probe_features:execute:0.2",
+)
+SAVING, BLOCK = (
+    "dad_fast.checkpoint.folder:CheckpointFolder.save:1",
+    "dad_fast.precompute.fill:adversarial:0.5",
+)
+AGAIN, SAVED, WHOLE = (
+    "run the same command again with --resume auto",
+    "saved in",
+    "what stands above is whole",
+)
 PHASES = {
     "train, flags": Phase("train", "dad_fast.cli.train:main:60", TERM, AGAIN),
     "train, index": Phase("train", VERIFY, TERM, AGAIN),
@@ -74,29 +111,92 @@ PHASES = {
 def arguments(verb: str, parts: Path, out: Path) -> list[str]:
     data = ["--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors")]
     if verb == "train":
-        return ["train", "--method", "kd", *data, *tiny.STUDENT, *RUN, "--val-every", "1", "-o", str(out)]
+        return [
+            "train",
+            "--method",
+            "kd",
+            *data,
+            *tiny.STUDENT,
+            *RUN,
+            "--val-every",
+            "1",
+            "-o",
+            str(out),
+        ]
     if verb == "lp-clip":
         return ["train", "--method", "lp-clip", "--lp-views", "1", *data, *RUN, "-o", str(out)]
     if verb == "eval":
-        return ["eval", *data, "-b", "2", "-j", "0", "--device", "cpu", "--suite", "val", "--json", str(out)]
+        return [
+            "eval",
+            *data,
+            "-b",
+            "2",
+            "-j",
+            "0",
+            "--device",
+            "cpu",
+            "--suite",
+            "val",
+            "--json",
+            str(out),
+        ]
     discretizer = ["--discretizer", "jpeg:60", "-o", str(out), "-j", "0"]
     if verb == "precompute":
-        return ["precompute", *data, *discretizer, "--images", "raw", "-b", "2", "--shard-blocks", "1", "--device", "cpu"]
-    sweep = ["-b", "8", "--epochs", "1", "--warmup-epochs", "0", "--devices", "cpu", "--jobs", "1", "--seeds", "1", "--axes", "filter"]
+        return [
+            "precompute",
+            *data,
+            *discretizer,
+            "--images",
+            "raw",
+            "-b",
+            "2",
+            "--shard-blocks",
+            "1",
+            "--device",
+            "cpu",
+        ]
+    sweep = [
+        "-b",
+        "8",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--devices",
+        "cpu",
+        "--jobs",
+        "1",
+        "--seeds",
+        "1",
+        "--axes",
+        "filter",
+    ]
     return ["ablate", *data, *tiny.STUDENT, *discretizer, *sweep, "--resume", "auto"]
 
 
 def start(command: list[str], folder: Path, slow: str = "") -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DAD_FAST_CACHE": str(folder / "cache")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "DAD_FAST_CACHE": str(folder / "cache"),
+    }
     if slow:
         slowly = {"DAD_FAST_SLOW": slow, "DAD_FAST_SLOW_MARK": str(folder / "met")}
         environment |= slowly | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(SLOWLY)])}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
-def stop(command: list[str], folder: Path, slow: str, number: int, ranks: int = 1) -> tuple[int, str]:
+def stop(
+    command: list[str], folder: Path, slow: str, number: int, ranks: int = 1
+) -> tuple[int, str]:
     """Exit code and stderr of a command that gets a signal in the slow phase, once so many processes are there."""
     process = start(command, folder, slow)
     try:
@@ -106,7 +206,9 @@ def stop(command: list[str], folder: Path, slow: str, number: int, ranks: int = 
             time.sleep(0.02)
         process.send_signal(number)
         said = process.communicate(timeout=WITHIN)[1]
-        assert not subprocess.run(["pgrep", "--session", str(process.pid)], capture_output=True).stdout, "somebody is left behind"
+        assert not subprocess.run(
+            ["pgrep", "--session", str(process.pid)], capture_output=True
+        ).stdout, "somebody is left behind"
         return process.returncode, said
     finally:
         process.kill()
@@ -118,7 +220,11 @@ def contents(verb: str, out: Path) -> Any:
         return json.loads(out.read_text())["teacher"]["suites"]
     if verb == "precompute":
         return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("model.safetensors") if "checkpoints" not in str(path)}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("model.safetensors")
+        if "checkpoints" not in str(path)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +256,9 @@ def command(verb: str, parts: Path, folder: Path, nproc: int) -> list[str]:
 def stopped(name: str, parts: Path, folder: Path) -> Phase:
     phase = PHASES[name]
     ranks = 1 if phase.slow in (VERIFY, SAVING) else phase.nproc  # one process indexes, one writes
-    code, said = stop(command(phase.verb, parts, folder, phase.nproc), folder, phase.slow, phase.number, ranks)
+    code, said = stop(
+        command(phase.verb, parts, folder, phase.nproc), folder, phase.slow, phase.number, ranks
+    )
     assert code == (130 if phase.number == INT else 75), said
     errors = [line for line in said.splitlines() if "dad-fast: error" in line]
     assert len(errors) == 1 and phase.words in errors[0] and "Traceback" not in said, said
@@ -165,20 +273,31 @@ def test_a_stop(parts: Path, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PHASES)
-def test_after_a_stop_in_any_phase_the_same_command_ends_with_the_same_bytes(parts: Path, tmp_path: Path, straight: Any, name: str) -> None:
+def test_after_a_stop_in_any_phase_the_same_command_ends_with_the_same_bytes(
+    parts: Path, tmp_path: Path, straight: Any, name: str
+) -> None:
     phase = stopped(name, parts, tmp_path)
-    assert run_to_the_end(phase.verb, parts, tmp_path, phase.nproc) == straight(phase.verb, phase.nproc)
+    assert run_to_the_end(phase.verb, parts, tmp_path, phase.nproc) == straight(
+        phase.verb, phase.nproc
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "verb, slow, number", [("eval", JUDGE, TERM), ("train", JUDGE, USR1), ("train", VERIFY, INT)], ids=["eval", "validation", "index"]
+    "verb, slow, number",
+    [("eval", JUDGE, TERM), ("train", JUDGE, USR1), ("train", VERIFY, INT)],
+    ids=["eval", "validation", "index"],
 )
-def test_under_torchrun(parts: Path, tmp_path: Path, straight: Any, verb: str, slow: str, number: int) -> None:
+def test_under_torchrun(
+    parts: Path, tmp_path: Path, straight: Any, verb: str, slow: str, number: int
+) -> None:
     """It passes SIGTERM and Ctrl-C on and ends with 1; SIGUSR1 kills it, and its processes hear of that."""
     given = [*TORCHRUN, *arguments(verb, parts, tmp_path / "out")]
     code, said = stop(given, tmp_path, slow, number, ranks=1 if slow == VERIFY else 2)
-    assert code == (-USR1 if number == USR1 else 1) and (WHOLE if verb == "eval" else "--resume auto") in said, said
+    assert (
+        code == (-USR1 if number == USR1 else 1)
+        and (WHOLE if verb == "eval" else "--resume auto") in said
+    ), said
     assert run_to_the_end(verb, parts, tmp_path, 2) == straight(verb, 2)
 
 
@@ -210,4 +329,6 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     d.close()
     """
     found = run_together(3, tmp_path, code)
-    assert [said.split("\n")[0] for _, said, _ in found] == ["5 as asked as asked as asked 2 2"] * 3, found
+    assert [said.split("\n")[0] for _, said, _ in found] == [
+        "5 as asked as asked as asked 2 2"
+    ] * 3, found

@@ -10,10 +10,10 @@ import pytest
 
 for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from harness import HANG, ROOT  # noqa: E402
-from tiny import STUDENT, write_images  # noqa: E402
+from harness import HANG, ROOT
+from tiny import STUDENT, write_images
 
-from tests import warm  # noqa: E402
+from tests import warm
 
 SCRIPT = """
 import multiprocessing, os, signal, sys, threading, time
@@ -35,12 +35,48 @@ print("left:", [one.pid for one in multiprocessing.active_children()])
 sys.exit(code)
 """
 DIES, HANGS = ("SIGKILL", "a loader worker died"), ("SIGSTOP", "a loader worker hangs")
-SMALL = ["--set", "eval.suites=[]", "--set", "variants={}", "--set", "checkpoint.every_steps=1", "-b", "50", "--device", "cpu"]
+SMALL = [
+    "--set",
+    "eval.suites=[]",
+    "--set",
+    "variants={}",
+    "--set",
+    "checkpoint.every_steps=1",
+    "-b",
+    "50",
+    "--device",
+    "cpu",
+]
 COMMANDS = {
     "train": ["train", "--preset", "demo", "--method", "ce", *SMALL],
-    "train, DALI": ["train", "--method", "ce", *STUDENT, "--loader", "dali", "--device", "cpu", "-b", "8", "--epochs", "9"],
+    "train, DALI": [
+        "train",
+        "--method",
+        "ce",
+        *STUDENT,
+        "--loader",
+        "dali",
+        "--device",
+        "cpu",
+        "-b",
+        "8",
+        "--epochs",
+        "9",
+    ],
     "precompute": ["precompute", "--preset", "demo", *SMALL],
-    "eval": ["eval", "--teacher", "embedded:digits", "--data-dir", "embedded:digits", "--suite", "train", "-b", "10", "--device", "cpu"],
+    "eval": [
+        "eval",
+        "--teacher",
+        "embedded:digits",
+        "--data-dir",
+        "embedded:digits",
+        "--suite",
+        "train",
+        "-b",
+        "10",
+        "--device",
+        "cpu",
+    ],
 }
 
 
@@ -48,7 +84,11 @@ COMMANDS = {
     ("verb", "fault"),
     [
         ("train", DIES),
-        *(pytest.param(verb, fault, marks=pytest.mark.slow) for verb in COMMANDS for fault in (DIES, HANGS)),
+        *(
+            pytest.param(verb, fault, marks=pytest.mark.slow)
+            for verb in COMMANDS
+            for fault in (DIES, HANGS)
+        ),
     ],
 )
 def test_a_worker_that_dies_or_hangs(tmp_path: Path, verb: str, fault: tuple[str, str]) -> None:
@@ -61,4 +101,7 @@ def test_a_worker_that_dies_or_hangs(tmp_path: Path, verb: str, fault: tuple[str
         arguments += ["-o", str(tmp_path / "out")]
     done = warm.run([sys.executable, "-c", SCRIPT, fault[0], *arguments], cwd=ROOT, timeout=HANG)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert fault[1] in done.stderr.splitlines()[-1] and "left: []" in done.stdout, (done.stderr, done.stdout)
+    assert fault[1] in done.stderr.splitlines()[-1] and "left: []" in done.stdout, (
+        done.stderr,
+        done.stdout,
+    )

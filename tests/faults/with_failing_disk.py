@@ -27,7 +27,10 @@ from dad_fast.cli.main import main
 def files(folder: Path) -> dict[str, str]:
     """SHA-256 by name."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +53,14 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         lines = said.read().decode(errors="replace").splitlines()
     done = operations(log)
     failed = done[at - 1] if 0 < at <= len(done) else ""
-    return {"code": code, "said": lines, "failed": failed, "operations": len(done), "before": before, "after": files(folder)}
+    return {
+        "code": code,
+        "said": lines,
+        "failed": failed,
+        "operations": len(done),
+        "before": before,
+        "after": files(folder),
+    }
 
 
 if __name__ == "__main__":

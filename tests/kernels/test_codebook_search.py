@@ -29,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 @needs_csrc
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("n", "k", "d"), [(101, 300, 1), (101, 700, 2), (101, 300, 3), (101, 600, 4), (33, 1, 4), (33, 7, 3)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"),
+    [(101, 300, 1), (101, 700, 2), (101, 300, 3), (101, 600, 4), (33, 1, 4), (33, 7, 3)],
+)
 def test_grid_equals_fp64(data, n: int, k: int, d: int) -> None:
     z, e = data(n, k, d)
     grid = grid_search.build_grid(e)
@@ -45,9 +48,13 @@ def test_any_codebook_has_its_grid() -> None:
     from hypothesis import strategies as st
 
     @hypothesis.given(
-        k=st.integers(1, 400), d=st.integers(1, 4), seed=st.integers(0, 10**6), log_scale=st.integers(-44, 37),
-        offset=st.sampled_from([0.0, 1.0, 3.0, 1000.0]), levels=st.sampled_from([0, 2, 7]),
-    )  # fmt: skip
+        k=st.integers(1, 400),
+        d=st.integers(1, 4),
+        seed=st.integers(0, 10**6),
+        log_scale=st.integers(-44, 37),
+        offset=st.sampled_from([0.0, 1.0, 3.0, 1000.0]),
+        levels=st.sampled_from([0, 2, 7]),
+    )
     def check(k: int, d: int, seed: int, log_scale: int, offset: float, levels: int) -> None:
         z, e = normal(200, k, d, seed)
         if levels:  # points of a lattice: ties, duplicates, flat sides
@@ -116,7 +123,9 @@ def test_images_and_quantized(backend: str, dtype: torch.dtype) -> None:
     z, e = torch.randn(2, 4, 5, 3).to(dtype), torch.randn(500, 4).to(dtype)
     search = CodebookSearch(e, backend)
     codes, quantized = search.search_and_quantize(z)
-    assert codes.shape == (2, 5, 3) and quantized.shape == z.shape and quantized.dtype == torch.float32
+    assert (
+        codes.shape == (2, 5, 3) and quantized.shape == z.shape and quantized.dtype == torch.float32
+    )
     assert torch.equal(codes, nearest_code(z, e)) and torch.equal(codes, search.search(z))
     assert torch.equal(quantized, e.float()[codes].permute(0, 3, 1, 2))
     flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
@@ -138,9 +147,13 @@ def test_compiles_as_one_graph(backend: str) -> None:
     z, e = torch.randn(2, 4, 6, 5), torch.randn(300, 4)
     z[0, 0, 0, 0] = torch.nan
     search = CodebookSearch(e, backend)
-    compiled = torch.compile(lambda z: search.search_and_quantize(2 * z), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda z: search.search_and_quantize(2 * z), fullgraph=True, backend="aot_eager"
+    )
     codes, quantized = compiled(z)
-    assert torch.equal(codes, nearest_code(2 * z, e)) and torch.equal(quantized, e[codes].permute(0, 3, 1, 2))
+    assert torch.equal(codes, nearest_code(2 * z, e)) and torch.equal(
+        quantized, e[codes].permute(0, 3, 1, 2)
+    )
     assert search.num_nonfinite.item() == 1
 
 
@@ -162,13 +175,18 @@ def test_later_changes_of_the_codebook_do_not_count(backend: str) -> None:
     assert torch.equal(search.search(z), expected)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda search: pickle.loads(pickle.dumps(search))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda search: pickle.loads(pickle.dumps(search))]
+)
 def test_copies_search_alike(copied) -> None:
     z, e = normal(50, 300, 4)
     search = CodebookSearch(e)
     other = copied(search)
     del search
-    assert torch.equal(other.search(z), nearest_code(z, e)) and other.backend == CodebookSearch(e).backend
+    assert (
+        torch.equal(other.search(z), nearest_code(z, e))
+        and other.backend == CodebookSearch(e).backend
+    )
 
 
 def test_auto(caplog: pytest.LogCaptureFixture) -> None:
@@ -179,24 +197,39 @@ def test_auto(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.getMessage() for record in caplog.records if "333" in record.getMessage()]
     assert lines == [f"codebook search: {first.backend} for 333 codes of 4 dimensions on cpu"]
     if INSTRUCTION_SETS:
-        assert (first.backend, second.backend, small.backend, wide.backend) == ("grid", "grid", "csrc", "csrc")
-        assert CodebookSearch(torch.full((300, 4), math.nan)).backend == "csrc"  # no code to make a grid of
+        assert (first.backend, second.backend, small.backend, wide.backend) == (
+            "grid",
+            "grid",
+            "csrc",
+            "csrc",
+        )
+        assert (
+            CodebookSearch(torch.full((300, 4), math.nan)).backend == "csrc"
+        )  # no code to make a grid of
 
 
 def test_back_ends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     _, e = normal(0, 300, 4)
     with pytest.raises(UsageError, match="choose one of auto, grid, csrc, cuda, triton, torch"):
         CodebookSearch(e, "fast")
-    with pytest.raises(EnvironmentProblem, match="the back end grid was asked for, but .*at most 4 dimensions, not 5"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match="the back end grid was asked for, but .*at most 4 dimensions, not 5",
+    ):
         CodebookSearch(torch.randn(10, 5), "grid")
     with pytest.raises(EnvironmentProblem, match="at most 65536 codes, not 65537"):
         CodebookSearch(torch.randn(65537, 1), "grid")
-    with pytest.raises(EnvironmentProblem, match="the back end cuda was asked for, but it needs a CUDA device, not cpu"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match="the back end cuda was asked for, but it needs a CUDA device, not cpu",
+    ):
         CodebookSearch(e, "cuda")
     for module in (grid_search, csrc_search):
         monkeypatch.setattr(module, "csrc", lambda: None)
     for name in ("grid", "csrc"):
-        with pytest.raises(EnvironmentProblem, match=f"the back end {name} was asked for, but csrc is "):
+        with pytest.raises(
+            EnvironmentProblem, match=f"the back end {name} was asked for, but csrc is "
+        ):
             CodebookSearch(e, name)
     assert CodebookSearch(e).backend == "torch"
     for wrong in (e[0], e[:0], e.double(), e.long()):
@@ -216,7 +249,10 @@ def test_searches_from_several_threads() -> None:
     search = CodebookSearch(e, "grid")
     expected = nearest_code(z, e)
     with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(codes, expected) for codes in pool.map(lambda _: search.search(z), range(20)))
+        assert all(
+            torch.equal(codes, expected)
+            for codes in pool.map(lambda _: search.search(z), range(20))
+        )
 
 
 @needs_csrc
@@ -245,7 +281,9 @@ def device_back_end(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("n", "k", "d"), [(301, 2048, 4), (1, 130, 1), (101, 300, 3), (101, 300, 2)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(301, 2048, 4), (1, 130, 1), (101, 300, 3), (101, 300, 2)]
+)
 def test_cuda_equals_fp64(device_back_end: str, data, n: int, k: int, d: int) -> None:
     z, e = data(n, k, d)
     codes, quantized = CodebookSearch(e.cuda(), device_back_end).search_and_quantize(z.cuda())

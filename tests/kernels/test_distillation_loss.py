@@ -8,10 +8,10 @@ from itertools import product
 import pytest
 
 torch = pytest.importorskip("torch")
-import torch.nn.functional as F  # noqa: E402
+import torch.nn.functional as F
 
-from dad_fast.kernels import distillation_loss as op  # noqa: E402
-from dad_fast.kernels.distillation_loss import distillation_loss  # noqa: E402
+from dad_fast.kernels import distillation_loss as op
+from dad_fast.kernels.distillation_loss import distillation_loss
 
 G = (0.7, -1.3)  # what comes from above, for CE and KD
 
@@ -37,7 +37,11 @@ def through_autograd(student, teacher, targets, weight, temperature, smoothing, 
 def plain(student, teacher, targets, weight, temperature, smoothing):
     ce, kd = student.sum() * 0, student.sum() * 0
     if targets is not None:
-        soft = F.one_hot(targets, student.shape[1]).to(op._at_least_float32(student)) if targets.ndim == 1 else targets.to(ce)
+        soft = (
+            F.one_hot(targets, student.shape[1]).to(op._at_least_float32(student))
+            if targets.ndim == 1
+            else targets.to(ce)
+        )
         ce = op.soft_cross_entropy(student, op.smooth(soft, smoothing), weight)
     if teacher is not None:
         kd = op.distillation(student, teacher, temperature, weight)
@@ -45,7 +49,9 @@ def plain(student, teacher, targets, weight, temperature, smoothing):
 
 
 def by_the_op(student, teacher, targets, weight, temperature, smoothing):
-    return distillation_loss(student, teacher, targets, weight, temperature=temperature, smoothing=smoothing)
+    return distillation_loss(
+        student, teacher, targets, weight, temperature=temperature, smoothing=smoothing
+    )
 
 
 def by_the_kernels(student, teacher, targets, weight, temperature, smoothing):
@@ -60,16 +66,23 @@ def by_the_kernels(student, teacher, targets, weight, temperature, smoothing):
 
         @staticmethod
         def backward(ctx, grad):
-            return launch_backward(grad, ctx.kept, student.detach(), teacher, targets, weight, temperature, smoothing)
+            return launch_backward(
+                grad, ctx.kept, student.detach(), teacher, targets, weight, temperature, smoothing
+            )
 
     return Tied.apply(student).unbind()
 
 
 def exact(student, teacher, targets, weight, temperature, smoothing):
-    fixed = (None if x is None or not x.is_floating_point() else x.double() for x in (teacher, targets, weight))
+    fixed = (
+        None if x is None or not x.is_floating_point() else x.double()
+        for x in (teacher, targets, weight)
+    )
     teacher64, targets64, weight64 = fixed
     targets64 = targets if targets64 is None else targets64
-    return through_autograd(student.double(), teacher64, targets64, weight64, temperature, smoothing, plain)
+    return through_autograd(
+        student.double(), teacher64, targets64, weight64, temperature, smoothing, plain
+    )
 
 
 def compare(args, loss, slack=5e-7):
@@ -85,11 +98,16 @@ def compare(args, loss, slack=5e-7):
     return got
 
 
-LOSSES = [pytest.param(by_the_op, id="op"), pytest.param(by_the_kernels, id="kernel", marks=pytest.mark.interpreter)]
+LOSSES = [
+    pytest.param(by_the_op, id="op"),
+    pytest.param(by_the_kernels, id="kernel", marks=pytest.mark.interpreter),
+]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("teacher, targets, weighted", [*product((True, False), ("soft", "labels", None), (True, False))])
+@pytest.mark.parametrize(
+    "teacher, targets, weighted", [*product((True, False), ("soft", "labels", None), (True, False))]
+)
 def test_every_combination(loss, teacher, targets, weighted):
     student, t, probs, labels, weight = draw()
     y = {"soft": probs, "labels": labels, None: None}[targets]
@@ -97,8 +115,12 @@ def test_every_combination(loss, teacher, targets, weighted):
         args = (student, t if teacher else None, y, weight if weighted else None, 4.0, smoothing)
         before = [None if x is None else x.clone() for x in args[:4]]
         first, second = compare(args, loss), compare(args, loss)
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # the same result twice
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(before, args[:4], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(first, second, strict=True)
+        )  # the same result twice
+        assert all(
+            a is b is None or torch.equal(a, b) for a, b in zip(before, args[:4], strict=True)
+        )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -150,7 +172,10 @@ def test_infinite_logits(loss):
     labels = torch.tensor([1, 2])
     args = (student, None, labels, None, 1.0, 0.0)
     got = through_autograd(*args, loss)
-    assert got[0][0] == pytest.approx(F.cross_entropy(student, labels).item(), rel=1e-6) and (got[1][:, 4] == 0).all()
+    assert (
+        got[0][0] == pytest.approx(F.cross_entropy(student, labels).item(), rel=1e-6)
+        and (got[1][:, 4] == 0).all()
+    )
 
     for bad in ("nan", "inf"):
         student, teacher, probs, _, _ = draw(2, 10)
@@ -161,7 +186,7 @@ def test_infinite_logits(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_strided_logits_and_gradients_from_above(loss):
-    student, teacher, probs, labels, weight = draw(4, 12)
+    student, teacher, probs, _labels, weight = draw(4, 12)
     wide = torch.zeros(4, 24)
     wide[:, ::2] = student
     tall = torch.zeros(8, 12)
@@ -173,8 +198,12 @@ def test_strided_logits_and_gradients_from_above(loss):
         torch.stack((ce, kd)).backward(torch.tensor((G, G)).T.contiguous()[:, 1])  # not contiguous
         torch.testing.assert_close(view.grad, expected[1])
     one = student.clone().requires_grad_(True)
-    loss(one, teacher, probs, weight, 4.0, 0.0)[1].expand(3).sum().backward()  # only one of the two is used
-    torch.testing.assert_close(one.grad, 3 * through_autograd(student, teacher, None, weight, 4.0, 0.0, plain)[1] / G[1])
+    loss(one, teacher, probs, weight, 4.0, 0.0)[1].expand(
+        3
+    ).sum().backward()  # only one of the two is used
+    torch.testing.assert_close(
+        one.grad, 3 * through_autograd(student, teacher, None, weight, 4.0, 0.0, plain)[1] / G[1]
+    )
 
 
 # --- the op -------------------------------------------------------------------------------------------------------------------
@@ -184,7 +213,10 @@ def test_strided_logits_and_gradients_from_above(loss):
 def test_the_op_keeps_the_rules_of_ops(targets):
     student, teacher, probs, labels, weight = draw(3, 6)
     y = {"soft": probs, "labels": labels, None: None}[targets]
-    torch.library.opcheck(torch.ops.dad_fast.distillation_loss.default, (student.requires_grad_(True), teacher, y, weight, 4.0, 0.1))
+    torch.library.opcheck(
+        torch.ops.dad_fast.distillation_loss.default,
+        (student.requires_grad_(True), teacher, y, weight, 4.0, 0.1),
+    )
     _, kept = torch.ops.dad_fast.distillation_loss(student.detach(), teacher, y, weight, 4.0, 0.1)
     arguments = (torch.tensor(G), kept, student.detach(), teacher, y, weight, 4.0, 0.1)
     torch.library.opcheck(torch.ops.dad_fast.distillation_loss_backward.default, arguments)
@@ -193,15 +225,22 @@ def test_the_op_keeps_the_rules_of_ops(targets):
 def test_gradients_by_finite_differences_and_compiled():
     student, teacher, probs, _, weight = draw(3, 6)
     args = (teacher.double(), probs.double(), weight.double())
-    assert torch.autograd.gradcheck(lambda s: distillation_loss(s, *args, temperature=2.0), student.double().requires_grad_(True))
+    assert torch.autograd.gradcheck(
+        lambda s: distillation_loss(s, *args, temperature=2.0),
+        student.double().requires_grad_(True),
+    )
     compiled = torch.compile(by_the_op, fullgraph=True, backend="aot_eager")
     settings = (student, teacher, probs, weight, 4.0, 0.0)
-    for a, b in zip(through_autograd(*settings, by_the_op), through_autograd(*settings, compiled), strict=True):
+    for a, b in zip(
+        through_autograd(*settings, by_the_op), through_autograd(*settings, compiled), strict=True
+    ):
         assert torch.equal(a, b)
 
 
 def test_no_gradient_reaches_teacher_targets_or_weights():
-    student, teacher, probs, _, weight = (x.requires_grad_(x.is_floating_point()) for x in draw(3, 6))
+    student, teacher, probs, _, weight = (
+        x.requires_grad_(x.is_floating_point()) for x in draw(3, 6)
+    )
     sum(distillation_loss(student, teacher, probs, weight)).backward()
     assert student.grad is not None and teacher.grad is probs.grad is weight.grad is None
 
@@ -217,7 +256,11 @@ def test_no_gradient_reaches_teacher_targets_or_weights():
     ],
 )
 def test_wrong_arguments(change, words):
-    args = {"student": torch.zeros(2, 3), "teacher": torch.zeros(2, 3), "targets": torch.zeros(2, dtype=torch.int64)}
+    args = {
+        "student": torch.zeros(2, 3),
+        "teacher": torch.zeros(2, 3),
+        "targets": torch.zeros(2, dtype=torch.int64),
+    }
     with pytest.raises(ValueError, match=words):
         distillation_loss(**args | change)
 
@@ -228,7 +271,9 @@ def test_wrong_arguments(change, words):
 def test_on_a_gpu(dtype, classes):
     """Eager, compiled and replayed from a CUDA graph, over temperatures."""
     for temperature in (0.05, 4.0, 20.0):
-        student, teacher, probs, labels, weight = (tensor.cuda() for tensor in draw(64, classes, dtype=dtype))
+        student, teacher, probs, labels, weight = (
+            tensor.cuda() for tensor in draw(64, classes, dtype=dtype)
+        )
         for targets in (probs, labels, None):
             args = (student, teacher, targets, weight, temperature, 0.0)
             got = compare(args, by_the_op)

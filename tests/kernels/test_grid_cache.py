@@ -105,7 +105,7 @@ def test_damaged_cache_is_built_again(damage, tmp_path: Path) -> None:
 
 @needs_csrc
 def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
-    z, e = normal(5, 20, 2)
+    _z, e = normal(5, 20, 2)
     grid_search.prepare(e)
     path = cache_file(tmp_path)
     content = path.read_bytes()
@@ -144,7 +144,10 @@ for _ in range(3):
 @needs_csrc
 def test_processes_that_build_at_once(tmp_path: Path) -> None:
     processes = [
-        subprocess.Popen([sys.executable, "-c", BUILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", BUILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
     ]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
@@ -155,4 +158,6 @@ def test_processes_that_build_at_once(tmp_path: Path) -> None:
     assert all(process.returncode == 0 for process in processes)
     e = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
     assert results == {f"{int(nearest_code(2 * e, e).sum())}\n" * 3}
-    assert grid_search.read_grid(cache_file(tmp_path), e) is not None  # one file, whole, and no temporary one
+    assert (
+        grid_search.read_grid(cache_file(tmp_path), e) is not None
+    )  # one file, whole, and no temporary one

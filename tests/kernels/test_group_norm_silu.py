@@ -6,15 +6,28 @@ The interpreter is chosen when triton is imported, so that the tests of the kern
 import pytest
 
 torch = pytest.importorskip("torch")
-import torch.nn.functional as F  # noqa: E402
+import torch.nn.functional as F
 
-from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu, reference  # noqa: E402
+from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(2, 64, 8, 4, 8), (1, 24, 5, 7, 4), (2, 1, 1, 1, 1), (1, 96, 9, 5, 3), (1, 128, 4, 8, 16)]  # B, C, H, W, groups
+SHAPES = [
+    (2, 64, 8, 4, 8),
+    (1, 24, 5, 7, 4),
+    (2, 1, 1, 1, 1),
+    (1, 96, 9, 5, 3),
+    (1, 128, 4, 8, 16),
+]  # B, C, H, W, groups
 EVERY_SHAPE_AND_DTYPE = [(shape, torch.float32) for shape in SHAPES]
-EVERY_SHAPE_AND_DTYPE += [(shape, dtype) for dtype in DTYPES[1:] for shape in SHAPES[:2]]  # one of even sizes, one of odd ones
-META = {"rows": 8, "columns": 64, "tiles": 2, "num_warps": 4}  # small, so that small maps have several chunks and strips
+EVERY_SHAPE_AND_DTYPE += [
+    (shape, dtype) for dtype in DTYPES[1:] for shape in SHAPES[:2]
+]  # one of even sizes, one of odd ones
+META = {
+    "rows": 8,
+    "columns": 64,
+    "tiles": 2,
+    "num_warps": 4,
+}  # small, so that small maps have several chunks and strips
 
 
 def inputs(shape, dtype=torch.float32, mean=0.0):
@@ -31,7 +44,9 @@ def launch(x, residual, weight, bias, num_groups, channel_bias, silu=True, eps=1
 
 
 def added(x, residual, channel_bias):
-    total = x.double() if channel_bias is None else x.double() + channel_bias.double().view(1, -1, 1, 1)
+    total = (
+        x.double() if channel_bias is None else x.double() + channel_bias.double().view(1, -1, 1, 1)
+    )
     return total if residual is None else total + residual.double()
 
 
@@ -43,7 +58,9 @@ def step(dtype):
 def assert_close_enough(y, total, weight, bias, num_groups, silu, eps=1e-6):
     """Error against float64 at most twice that of torch's norm in `y`'s dtype, or its last digit."""
     exact = reference(total.double(), weight, bias, num_groups, eps, silu, torch.float64)
-    plain = F.group_norm(total.to(y.dtype).contiguous(), num_groups, weight.to(y.dtype), bias.to(y.dtype), eps)
+    plain = F.group_norm(
+        total.to(y.dtype).contiguous(), num_groups, weight.to(y.dtype), bias.to(y.dtype), eps
+    )
     plain = F.silu(plain) if silu else plain
     error, allowed = (y.double() - exact).abs(), (plain.double() - exact).abs().max()
     assert (error <= 2 * allowed + step(y.dtype) * (1 + exact.abs())).all(), (error.max(), allowed)
@@ -70,7 +87,9 @@ def test_kernel_with_a_residual(shape, dtype):
     exact = added(x, residual, channel_bias)
     rounded_in_float32 = 1e-6 * sum(term.abs().max().item() for term in (x, residual, channel_bias))
     assert ((total.double() - exact).abs() <= step(dtype) * exact.abs() + rounded_in_float32).all()
-    assert_close_enough(y, total, weight, bias, num_groups, True)  # the norm is of the sum as it is stored
+    assert_close_enough(
+        y, total, weight, bias, num_groups, True
+    )  # the norm is of the sum as it is stored
     again = launch(*args)
     assert torch.equal(y, again[0]) and torch.equal(total, again[1])
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
@@ -92,7 +111,15 @@ def test_kernel_with_a_small_eps_and_small_values():
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[0])
     scale = 2.0**-12
     plain, _ = launch(x, residual, weight, bias, num_groups, channel_bias)
-    scaled, _ = launch(x * scale, residual * scale, weight, bias, num_groups, channel_bias * scale, eps=1e-6 * scale**2)
+    scaled, _ = launch(
+        x * scale,
+        residual * scale,
+        weight,
+        bias,
+        num_groups,
+        channel_bias * scale,
+        eps=1e-6 * scale**2,
+    )
     torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-6)
 
 
@@ -104,10 +131,19 @@ def test_kernel_layouts_and_table():
     wide = torch.zeros(1, 128, 4, 16)
     wide[..., ::2] = x
     for x_like in (x.to(memory_format=torch.channels_last), wide[..., ::2]):
-        for ours, theirs in zip(launch(x_like, residual, weight, bias, num_groups, channel_bias), expected, strict=True):
+        for ours, theirs in zip(
+            launch(x_like, residual, weight, bias, num_groups, channel_bias), expected, strict=True
+        ):
             assert torch.equal(ours, theirs)
-    torch.testing.assert_close(launch(x, residual, weight, bias, num_groups, channel_bias, meta=None)[0], expected[0])
-    assert launch(x[:0], residual[:0], weight, bias, num_groups, channel_bias)[0].shape == (0, 128, 4, 8)
+    torch.testing.assert_close(
+        launch(x, residual, weight, bias, num_groups, channel_bias, meta=None)[0], expected[0]
+    )
+    assert launch(x[:0], residual[:0], weight, bias, num_groups, channel_bias)[0].shape == (
+        0,
+        128,
+        4,
+        8,
+    )
 
 
 @pytest.mark.interpreter
@@ -126,16 +162,31 @@ def test_kernel_with_a_value_that_is_no_number(value):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_ops_keep_the_rules_of_ops(dtype):
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[1], dtype)
-    torch.library.opcheck(torch.ops.dad_fast.group_norm_silu.default, (x, weight, bias, num_groups, 1e-6, True, channel_bias))
-    torch.library.opcheck(torch.ops.dad_fast.group_norm_silu.default, (x, weight, bias, num_groups, 1e-6, False, None))
-    torch.library.opcheck(torch.ops.dad_fast.add_group_norm_silu.default, (x, residual, weight, bias, num_groups, 1e-6, True, channel_bias))
-    y, total = add_group_norm_silu(x, residual, weight, bias, num_groups, 1e-6, channel_bias=channel_bias)
+    torch.library.opcheck(
+        torch.ops.dad_fast.group_norm_silu.default,
+        (x, weight, bias, num_groups, 1e-6, True, channel_bias),
+    )
+    torch.library.opcheck(
+        torch.ops.dad_fast.group_norm_silu.default, (x, weight, bias, num_groups, 1e-6, False, None)
+    )
+    torch.library.opcheck(
+        torch.ops.dad_fast.add_group_norm_silu.default,
+        (x, residual, weight, bias, num_groups, 1e-6, True, channel_bias),
+    )
+    y, total = add_group_norm_silu(
+        x, residual, weight, bias, num_groups, 1e-6, channel_bias=channel_bias
+    )
     assert_close_enough(y, total, weight, bias, num_groups, True)
     alone = group_norm_silu(total, weight, bias, num_groups, 1e-6)
     assert torch.equal(alone, y) and alone.permute(0, 2, 3, 1).is_contiguous()
     options = {"fullgraph": True, "backend": "aot_eager"}
-    compiled = torch.compile(lambda *a: add_group_norm_silu(*a, num_groups, 1e-6, channel_bias=channel_bias), **options)
-    assert all(torch.equal(a, b) for a, b in zip(compiled(x, residual, weight, bias), (y, total), strict=True))
+    compiled = torch.compile(
+        lambda *a: add_group_norm_silu(*a, num_groups, 1e-6, channel_bias=channel_bias), **options
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(compiled(x, residual, weight, bias), (y, total), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,19 +201,28 @@ def test_the_ops_keep_the_rules_of_ops(dtype):
     ],
 )
 def test_wrong_arguments(change, words):
-    args = {"x": torch.zeros(2, 6, 4, 4), "weight": torch.ones(6), "bias": torch.zeros(6), "num_groups": 3} | change
+    args = {
+        "x": torch.zeros(2, 6, 4, 4),
+        "weight": torch.ones(6),
+        "bias": torch.zeros(6),
+        "num_groups": 3,
+    } | change
     with pytest.raises(ValueError, match=words):
         add_group_norm_silu(**args) if "residual" in args else group_norm_silu(**args)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (4, 128, 112, 112, 32), (3, 512, 28, 28, 32), (2, 256, 57, 55, 32)])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (4, 128, 112, 112, 32), (3, 512, 28, 28, 32), (2, 256, 57, 55, 32)]
+)
 def test_cuda(shape, dtype):
     x, residual, weight, bias, num_groups, channel_bias = (
         t.cuda() if isinstance(t, torch.Tensor) else t for t in inputs(shape, dtype, 5.0)
     )
-    y, total = add_group_norm_silu(x, residual, weight, bias, num_groups, 1e-6, channel_bias=channel_bias)
+    y, total = add_group_norm_silu(
+        x, residual, weight, bias, num_groups, 1e-6, channel_bias=channel_bias
+    )
     exact = added(x, residual, channel_bias)
     assert ((total.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
     assert_close_enough(y, total, weight, bias, num_groups, True)
@@ -173,7 +233,11 @@ def test_cuda(shape, dtype):
 @pytest.mark.gpu
 def test_cuda_offsets_beyond_int32():
     """More than 2^31 values in one map: only 64-bit row offsets reach the last image."""
-    x = torch.randn(1, 64, 256, 256, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last).repeat(520, 1, 1, 1)
+    x = (
+        torch.randn(1, 64, 256, 256, device="cuda", dtype=torch.float16)
+        .to(memory_format=torch.channels_last)
+        .repeat(520, 1, 1, 1)
+    )
     weight, bias = torch.rand(2, 64, device="cuda")
     y = group_norm_silu(x, weight, bias, 32)
     assert torch.equal(y[-1:], group_norm_silu(x[:1], weight, bias, 32))

@@ -19,12 +19,16 @@ from dad_fast.errors import EnvironmentProblem
 from dad_fast.kernels import cross_compile, report, tuning
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
 
 
 def call(*arguments, **environment):
     command = [sys.executable, "-m", "dad_fast.kernels.report", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
+    )
 
 
 @pytest.fixture(scope="module", params=["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
@@ -46,18 +50,32 @@ def test_nothing_spills(rows):
 
 
 def test_tensor_cores_where_the_design_counts_on_them(rows):
-    assert [label(row) for row in rows if row["tensor_cores_expected"] and not row["tensor_core_instructions"]] == []
-    assert all("HGMMA" in row["tensor_core_instructions"] for row in rows if row["arch"] == "sm_90" and "nearest_code: gemm" in row["name"])
+    assert [
+        label(row)
+        for row in rows
+        if row["tensor_cores_expected"] and not row["tensor_core_instructions"]
+    ] == []
+    assert all(
+        "HGMMA" in row["tensor_core_instructions"]
+        for row in rows
+        if row["arch"] == "sm_90" and "nearest_code: gemm" in row["name"]
+    )
 
 
 def test_every_kernel_fits_a_multiprocessor(rows):
     for row in rows:
-        assert row["shared"] <= cross_compile.LIMITS[row["arch"]][4] and row["occupancy"] > 0, label(row)
+        assert row["shared"] <= cross_compile.LIMITS[row["arch"]][4] and row["occupancy"] > 0, (
+            label(row)
+        )
 
 
 def test_the_search_leaves_shared_memory_to_other_blocks(rows):
     found = [row for row in rows if row["name"].startswith("nearest_code: ")]
-    assert {row["name"] for row in found} >= {"nearest_code: small, D=4", "nearest_code: gemm, D=256", "nearest_code: settle, D=4"}
+    assert {row["name"] for row in found} >= {
+        "nearest_code: small, D=4",
+        "nearest_code: gemm, D=256",
+        "nearest_code: settle, D=4",
+    }
     for row in found:
         if "small" in row["name"] or "settle" in row["name"]:
             assert row["shared"] <= 64 << 10, label(row)
@@ -74,7 +92,9 @@ def test_no_subnormals_are_flushed_in_what_decides():
     for spec in cross_compile.all_specs("sm_90"):
         if spec.name.startswith("nearest_code: "):
             text = cross_compile.compile_triton(spec, "sm_90").asm["ptx"]
-            assert {line.split()[0] for line in text.splitlines() if ".ftz" in line and line.split()} <= {"sqrt.approx.ftz.f32"}, spec.name
+            assert {
+                line.split()[0] for line in text.splitlines() if ".ftz" in line and line.split()
+            } <= {"sqrt.approx.ftz.f32"}, spec.name
             assert "fma.rn.f64" not in text and "fma.rn.f32" not in text, spec.name
 
 
@@ -88,7 +108,11 @@ def test_table_and_names():
 
 def test_the_interpreter_is_refused_in_one_line():
     done = call("pack_codes: 14", "--only", "triton", "--arch", "sm_80", TRITON_INTERPRET="1")
-    assert done.returncode == 3 and done.stderr.strip() == "report: TRITON_INTERPRET is set: the interpreter compiles nothing; unset it"
+    assert (
+        done.returncode == 3
+        and done.stderr.strip()
+        == "report: TRITON_INTERPRET is set: the interpreter compiles nothing; unset it"
+    )
 
 
 def test_missing_tools_are_one_line_and_exit_3(monkeypatch, capsys):
@@ -104,7 +128,11 @@ def test_no_nvcc_is_one_line_and_exit_3(monkeypatch, capsys, tmp_path):
     source = tmp_path / "kernel.cu"
     source.write_text("__global__ void f() {}\n")
     monkeypatch.setattr(report, "cuda_sources", lambda: [source])
-    monkeypatch.setattr(cross_compile, "nvcc", lambda: (_ for _ in ()).throw(EnvironmentProblem("nvcc is not on PATH")))
+    monkeypatch.setattr(
+        cross_compile,
+        "nvcc",
+        lambda: (_ for _ in ()).throw(EnvironmentProblem("nvcc is not on PATH")),
+    )
     pytest.importorskip("tvm_ffi")
     assert report.main(["--only", "cuda"]) == 3
     assert capsys.readouterr().err == "report: nvcc is not on PATH\n"
@@ -136,7 +164,9 @@ def test_cuda_sources_are_read(monkeypatch, capsys, tmp_path):
     assert report.main(["--only", "cuda", "--arch", "sm_90", "--json"]) == 1
     out = capsys.readouterr()
     found = {row["name"].removeprefix("good.cu: "): row for row in json.loads(out.out)["kernels"]}
-    assert not found["copy"]["spills"] and found["spill"]["spills"] and found["spill"]["stack"] >= 256
+    assert (
+        not found["copy"]["spills"] and found["spill"]["spills"] and found["spill"]["stack"] >= 256
+    )
     assert "bad.cu for sm_90" in out.err and len(out.err.splitlines()) == 1
 
 
@@ -196,7 +226,15 @@ def test_tuning_measures_and_names_unknown_kernels(capsys):
 def test_every_launch_goes_to_the_device_of_its_tensors(name):
     """Triton launches on the current device, which need not be theirs."""
     tree = ast.parse(Path(importlib.import_module(name).__file__).read_text(encoding="utf-8"))
-    launches = {node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)}
-    guards = [node for node in ast.walk(tree) if isinstance(node, ast.With) and "device_of" in ast.unparse(node.items[0])]
+    launches = {
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    }
+    guards = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and "device_of" in ast.unparse(node.items[0])
+    ]
     guarded = {node for guard in guards for node in ast.walk(guard)}
     assert launches and launches <= guarded

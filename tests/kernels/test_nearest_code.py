@@ -18,13 +18,19 @@ from dad_fast.kernels.nearest_code.torch_search import BLOCK_CPU, search_torch
 from tests.codebooks import DATA, normal
 
 INSTRUCTION_SETS = csrc().instruction_sets().split() if csrc() is not None else []
-BACK_ENDS = {"torch": search_torch} | {f"csrc-{name}": (lambda z, e, i=i: search_csrc(z, e, i)) for i, name in enumerate(INSTRUCTION_SETS)}
+BACK_ENDS = {"torch": search_torch} | {
+    f"csrc-{name}": (lambda z, e, i=i: search_csrc(z, e, i))
+    for i, name in enumerate(INSTRUCTION_SETS)
+}
 every_back_end = pytest.mark.parametrize("search", BACK_ENDS.values(), ids=BACK_ENDS.keys())
 
 
 @every_back_end
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("n", "k", "d"), [(101, 257, 1), (101, 300, 3), (101, 2048, 4), (67, 513, 8), (37, 200, 32), (11, 100, 256)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"),
+    [(101, 257, 1), (101, 300, 3), (101, 2048, 4), (67, 513, 8), (37, 200, 32), (11, 100, 256)],
+)
 def test_equals_fp64(search, data, n: int, k: int, d: int) -> None:
     z, e = data(n, k, d)
     assert torch.equal(search(z, e), search_reference(z, e))
@@ -60,7 +66,9 @@ def test_not_finite(search, d: int) -> None:
     e[0, 0], e[17, 3], e[18, 1] = torch.nan, torch.inf, -torch.inf
     codes = search(z, e)
     assert codes[[3, 5, 7]].tolist() == [0, 0, 0]
-    assert not torch.isin(codes[[i for i in range(40) if i not in (3, 5, 7)]], torch.tensor([0, 17, 18])).any()
+    assert not torch.isin(
+        codes[[i for i in range(40) if i not in (3, 5, 7)]], torch.tensor([0, 17, 18])
+    ).any()
     assert torch.equal(codes, search_reference(z, e))
     assert search(z, torch.full_like(e, torch.nan)).eq(0).all()
 
@@ -100,7 +108,11 @@ def test_any_shape() -> None:
     from hypothesis import strategies as st
 
     @hypothesis.given(
-        n=st.integers(0, 150), k=st.integers(1, 700), d=st.integers(1, 40), seed=st.integers(0, 99), data=st.sampled_from(DATA)
+        n=st.integers(0, 150),
+        k=st.integers(1, 700),
+        d=st.integers(1, 40),
+        seed=st.integers(0, 99),
+        data=st.sampled_from(DATA),
     )
     def check(n: int, k: int, d: int, seed: int, data) -> None:
         z, e = data(n, k, d) if data is not normal else normal(n, k, d, seed)
@@ -141,7 +153,9 @@ def test_operator_contract(d: int) -> None:
 
 def test_compiles_as_one_graph() -> None:
     z, e = torch.randn(2, 4, 6, 5), torch.randn(30, 4)
-    compiled = torch.compile(lambda z, e: nearest_code(2 * z, e) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda z, e: nearest_code(2 * z, e) + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(z, e), nearest_code(2 * z, e) + 1)
 
 
@@ -189,7 +203,13 @@ def test_csrc_never_holds_all_distances(n: int, d: int) -> None:
 
 def test_wrong_arguments() -> None:
     z, e = normal(3, 5, 4)
-    for latents, codebook in [(z[0], e), (z, e[0]), (z, e[:, :3]), (z, e[:0]), (z[:, :0], e[:, :0])]:
+    for latents, codebook in [
+        (z[0], e),
+        (z, e[0]),
+        (z, e[:, :3]),
+        (z, e[:0]),
+        (z[:, :0], e[:, :0]),
+    ]:
         with pytest.raises(ValueError, match="are needed, not"):
             nearest_code(latents, codebook)
     for latents, codebook in [(z.double(), e), (z, e.long())]:
@@ -199,7 +219,9 @@ def test_wrong_arguments() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("n", "k", "d"), [(301, 2048, 4), (1, 1, 1), (101, 300, 3), (67, 200, 32), (501, 1000, 256)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(301, 2048, 4), (1, 1, 1), (101, 300, 3), (67, 200, 32), (501, 1000, 256)]
+)
 def test_cuda_equals_fp64(data, n: int, k: int, d: int) -> None:
     z, e = data(n, k, d)
     assert torch.equal(nearest_code(z.cuda(), e.cuda()).cpu(), search_reference(z, e))

@@ -6,14 +6,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
-from dad_fast.kernels import pack_codes, unpack_codes  # noqa: E402
+from dad_fast.kernels import pack_codes, unpack_codes
 
 WIDTHS = list(range(1, 33))
 
 
 def by_numpy(codes, bits):
     stream = (codes.numpy()[..., None] >> np.arange(bits)) & 1
-    return np.packbits(stream.reshape(*codes.shape[:-1], -1).astype(np.uint8), axis=-1, bitorder="little")
+    return np.packbits(
+        stream.reshape(*codes.shape[:-1], -1).astype(np.uint8), axis=-1, bitorder="little"
+    )
 
 
 def unpack_by_numpy(packed, bits, length):
@@ -137,5 +139,7 @@ def test_operator_contract():
 
 def test_compiles_as_one_graph():
     codes = draw((2, 24), 11)
-    compiled = torch.compile(lambda c: unpack_codes(pack_codes(c, 11), 11, 24) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda c: unpack_codes(pack_codes(c, 11), 11, 24) + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(codes), codes + 1)

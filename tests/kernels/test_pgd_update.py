@@ -6,11 +6,18 @@ The interpreter is chosen when triton is imported, so that the tests of the kern
 import pytest
 
 torch = pytest.importorskip("torch")
-from dad_fast.kernels.pgd_update import pgd_update, reference  # noqa: E402
-from dad_fast.methods.attack import PGD  # noqa: E402
+from dad_fast.kernels.pgd_update import pgd_update, reference
+from dad_fast.methods.attack import PGD
 
 SHAPES = [(3, 3, 8, 8), (1, 3, 37, 41), (2, 1, 1, 1), (2, 3, 40, 40)]
-STEPS = [("l2", 0.1, 0.1), ("l2", 5.0, 0.3), ("l2", 0.0, 1.0), ("l2", 0.7, 0.0), ("linf", 0.03, 0.01), ("linf", 0.0, 0.5)]
+STEPS = [
+    ("l2", 0.1, 0.1),
+    ("l2", 5.0, 0.3),
+    ("l2", 0.0, 1.0),
+    ("l2", 0.7, 0.0),
+    ("linf", 0.03, 0.01),
+    ("linf", 0.0, 0.5),
+]
 
 
 def launch(*args):
@@ -60,7 +67,10 @@ def test_kernel_equals_the_plain_form(shape, step):
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_kernel_takes_16_bit_gradients(norm, dtype):
     pixels, delta, gradient = inputs((2, 3, 20, 20), 0.1, dtype=dtype)
-    assert_close_enough(launch(pixels, delta, gradient, norm, 0.1, 0.1), (pixels, delta, gradient.float(), norm, 0.1, 0.1))
+    assert_close_enough(
+        launch(pixels, delta, gradient, norm, 0.1, 0.1),
+        (pixels, delta, gradient.float(), norm, 0.1, 0.1),
+    )
 
 
 @pytest.mark.interpreter
@@ -90,10 +100,17 @@ def test_kernel_gradients_of_zero_and_of_no_number(norm):
     gradient[0] = 0.0
     gradient[1, 0, 0, 0] = float("nan")
     gradient[2, 0, 0, 0] = float("inf")
-    got, plain = launch(pixels, delta, gradient, norm, 0.1, 0.1), reference(pixels, delta, gradient, norm, 0.1, 0.1)
+    got, plain = (
+        launch(pixels, delta, gradient, norm, 0.1, 0.1),
+        reference(pixels, delta, gradient, norm, 0.1, 0.1),
+    )
     for ours, theirs in zip(got, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1.2e-7, equal_nan=True)
-    assert torch.equal(got[0].isnan(), plain[0].isnan()) and got[0][1].isnan().any() == (norm == "l2") and not got[0][3].isnan().any()
+    assert (
+        torch.equal(got[0].isnan(), plain[0].isnan())
+        and got[0][1].isnan().any() == (norm == "l2")
+        and not got[0][3].isnan().any()
+    )
 
 
 @pytest.mark.interpreter
@@ -132,7 +149,9 @@ def test_kernel_with_more_blocks_than_partial_sums(monkeypatch):
 def test_the_op_keeps_the_rules_of_ops(norm):
     args = (*inputs((2, 3, 8, 8), 0.1), norm, 0.1, 0.1)
     torch.library.opcheck(torch.ops.dad_fast.pgd_update.default, args)
-    compiled = torch.compile(lambda *tensors: pgd_update(*tensors, norm, 0.1, 0.1), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *tensors: pgd_update(*tensors, norm, 0.1, 0.1), fullgraph=True, backend="aot_eager"
+    )
     for a, b, c in zip(pgd_update(*args), reference(*args), compiled(*args[:3]), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 
@@ -141,7 +160,9 @@ def test_the_attack_is_the_same_with_and_without_it():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
     x, y, keys = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0]), torch.arange(5)
     for norm in ("l2", "linf"):
-        plain, fused = (PGD(norm, 0.3, 0.2, 3, 0.8, fused=on)(model, x, y, keys) for on in (False, True))
+        plain, fused = (
+            PGD(norm, 0.3, 0.2, 3, 0.8, fused=on)(model, x, y, keys) for on in (False, True)
+        )
         assert torch.equal(plain, fused) and not fused.requires_grad
 
 

@@ -10,11 +10,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 
-from dad_fast.kernels import CodebookSearch  # noqa: E402
-from dad_fast.kernels.nearest_code import triton_common, triton_gemm, triton_small  # noqa: E402
-from dad_fast.kernels.nearest_code.reference import search_reference  # noqa: E402
-from dad_fast.kernels.nearest_code.torch_search import search_torch  # noqa: E402
-from tests.codebooks import (  # noqa: E402
+from dad_fast.kernels import CodebookSearch
+from dad_fast.kernels.nearest_code import triton_common, triton_gemm, triton_small
+from dad_fast.kernels.nearest_code.reference import search_reference
+from dad_fast.kernels.nearest_code.torch_search import search_torch
+from tests.codebooks import (
     DATA,
     clustered,
     duplicated,
@@ -27,15 +27,17 @@ from tests.codebooks import (  # noqa: E402
     outside,
     sphere,
     tiny,
-)  # fmt: skip
-from tests.interpreter import run_interpreted  # noqa: E402
+)
+from tests.interpreter import run_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 META = {"rows": 16, "num_warps": 4, "num_stages": 2}
 SLOTS = 32
-every_back_end = pytest.mark.parametrize("module", [triton_small, triton_gemm], ids=["small", "gemm"])
+every_back_end = pytest.mark.parametrize(
+    "module", [triton_small, triton_gemm], ids=["small", "gemm"]
+)
 
 
 def test_under_the_interpreter():
@@ -54,7 +56,9 @@ class Search:
         self.num_settled = 0
         settle, module.settle = module.settle, self._count(module.settle)
         try:
-            module.search(z.contiguous(), state, self.codes, self.num_nonfinite, self.quantized, meta)
+            module.search(
+                z.contiguous(), state, self.codes, self.num_nonfinite, self.quantized, meta
+            )
         finally:
             module.settle = settle
 
@@ -91,7 +95,9 @@ def cases(on_a_gpu, interpreted, interpreted_for_some):
     every = [(data, *size) for size in (interpreted if INTERPRETED else on_a_gpu) for data in DATA]
     some = (normal, clustered, mixed_scales, outside) if INTERPRETED else ()
     every += [(data, *size) for size in interpreted_for_some for data in some]
-    return pytest.mark.parametrize(("data", "k", "d"), every, ids=lambda x: getattr(x, "__name__", str(x)))
+    return pytest.mark.parametrize(
+        ("data", "k", "d"), every, ids=lambda x: getattr(x, "__name__", str(x))
+    )
 
 
 @on_device
@@ -144,7 +150,9 @@ def test_numbers_of_rows(module, n):
 @on_device
 @every_back_end
 def test_ordinary_latents_are_seldom_settled(module):
-    assert Search(module, *normal(100, 1024, 4)).num_settled <= (5 if module is triton_small else 20)
+    assert Search(module, *normal(100, 1024, 4)).num_settled <= (
+        5 if module is triton_small else 20
+    )
 
 
 @on_device
@@ -205,14 +213,20 @@ def test_codebook_search_by_triton(d):
     for latents in (images, images.contiguous(memory_format=torch.channels_last), images.half()):
         before = search.num_nonfinite.item()
         codes, quantized = search.search_and_quantize(latents)
-        expected = search_reference(latents.permute(0, 2, 3, 1).reshape(-1, d).cpu().float(), e).view(2, 1, 3)
-        assert torch.equal(codes.cpu(), expected) and torch.equal(search.search(latents).cpu(), expected)
+        expected = search_reference(
+            latents.permute(0, 2, 3, 1).reshape(-1, d).cpu().float(), e
+        ).view(2, 1, 3)
+        assert torch.equal(codes.cpu(), expected) and torch.equal(
+            search.search(latents).cpu(), expected
+        )
         assert torch.equal(quantized.cpu(), e[expected].permute(0, 3, 1, 2))
         assert search.num_nonfinite.item() == before + 2
     compiled = torch.compile(lambda z: search.search(2 * z), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(images), search.search(2 * images))
     flat = torch.randn(5, d, device=DEVICE)
-    torch.library.opcheck(torch.ops.dad_fast.codebook_search.default, (flat, search.num_nonfinite, search._handle))
+    torch.library.opcheck(
+        torch.ops.dad_fast.codebook_search.default, (flat, search.num_nonfinite, search._handle)
+    )
 
 
 def dot_with_errors(size):
@@ -225,8 +239,17 @@ def dot_with_errors(size):
     def create_dot(self, a, b, accumulator, *rest):
         a, b = a.data.astype(np.float64), b.data.astype(np.float64)
         magnitude = np.abs(a) @ np.where(np.isfinite(b), np.abs(b), 0)
-        error = size * triton_common.GAMMA_PER_STEP * a.shape[1] / 16 * magnitude * generator.choice([-1.0, 1.0], magnitude.shape)
-        return TensorHandle((a @ b + accumulator.data + error).astype(np.float32), accumulator.dtype.scalar)
+        error = (
+            size
+            * triton_common.GAMMA_PER_STEP
+            * a.shape[1]
+            / 16
+            * magnitude
+            * generator.choice([-1.0, 1.0], magnitude.shape)
+        )
+        return TensorHandle(
+            (a @ b + accumulator.data + error).astype(np.float32), accumulator.dtype.scalar
+        )
 
     return create_dot
 
@@ -248,7 +271,17 @@ def test_codes_survive_the_worst_rounding(module, separation, monkeypatch):
 
 
 def test_codes_that_cannot_win():
-    e = torch.tensor([[1.0, 0.0], [1.0, -0.0], [torch.nan, 0.0], [2.0, 0.0], [1.0, 0.0], [torch.inf, 1.0], [0.0, 0.0]])
+    e = torch.tensor(
+        [
+            [1.0, 0.0],
+            [1.0, -0.0],
+            [torch.nan, 0.0],
+            [2.0, 0.0],
+            [1.0, 0.0],
+            [torch.inf, 1.0],
+            [0.0, 0.0],
+        ]
+    )
     assert triton_common.can_win(e).tolist() == [True, False, False, True, False, False, True]
 
 
@@ -270,7 +303,9 @@ def test_a_million_queries_on_a_gpu(module, d):
     z, e = torch.randn(1_000_000, d, device="cuda"), torch.randn(16384, d, device="cuda")
     found = Search(module, z, e, slots=None, meta=None)
     for first in range(0, len(z), 1 << 16):
-        assert torch.equal(found.codes[first : first + (1 << 16)], search_torch(z[first : first + (1 << 16)], e))
+        assert torch.equal(
+            found.codes[first : first + (1 << 16)], search_torch(z[first : first + (1 << 16)], e)
+        )
     assert torch.equal(found.quantized, e[found.codes])
     assert found.num_settled <= 0.1 * len(z)
 
@@ -302,4 +337,6 @@ def test_every_candidate_of_the_tuning_tool_is_exact_on_a_gpu(module):
     expected = search_torch(z, e)
     for case in module.tuning_cases():
         for meta in case.candidates:
-            assert torch.equal(Search(module, z, e, slots=meta.get("slots", 128), meta=meta).codes, expected), meta
+            assert torch.equal(
+                Search(module, z, e, slots=meta.get("slots", 128), meta=meta).codes, expected
+            ), meta

@@ -4,10 +4,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dad_fast.kernels import tuning  # noqa: E402
-from dad_fast.kernels import wide_attention as module  # noqa: E402
-from dad_fast.kernels.wide_attention import WAYS, bmm, sdpa, wide_attention, xformers  # noqa: E402
-from tests.numerics import assert_as_exact, error  # noqa: E402
+from dad_fast.kernels import tuning
+from dad_fast.kernels import wide_attention as module
+from dad_fast.kernels.wide_attention import WAYS, bmm, sdpa, wide_attention, xformers
+from tests.numerics import assert_as_exact, error
 
 
 def exact(q, k, v, scale):
@@ -40,7 +40,11 @@ def test_the_table_decides_on_cuda(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
     assert wide_attention(cuda, 512) is WAYS[tuning.entries("wide_attention", "sm_90")[-1]["way"]]
-    table = {"wide_attention": {"sm_90": [{"max": {"width": 256}, "way": "bmm"}, {"max": {}, "way": "xformers"}]}}
+    table = {
+        "wide_attention": {
+            "sm_90": [{"max": {"width": 256}, "way": "bmm"}, {"max": {}, "way": "xformers"}]
+        }
+    }
     monkeypatch.setattr(tuning, "_table", lambda: table)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
     assert wide_attention(cuda, 256) is bmm and wide_attention(cuda, 512) is xformers

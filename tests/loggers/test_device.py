@@ -34,26 +34,51 @@ def board(**changes: Any) -> Gpu:
         "nvmlDeviceGetPowerUsage": lambda h: 512_500,
         "nvmlDeviceGetClockInfo": lambda h, which: {1: 1755, 2: 3201}[which],
         "nvmlDeviceGetTemperature": lambda h, which: 61,
-        "nvmlDeviceGetCurrentClocksEventReasons": lambda h: 4 | 1,  # power cap, and idle, which throttles nothing
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda h: (
+            4 | 1
+        ),  # power cap, and idle, which throttles nothing
         "nvmlDeviceGetTotalEnergyConsumption": lambda h: 1_500,
     }
-    return Gpu(SimpleNamespace(**{name: value for name, value in (readings | changes).items() if value is not None}), None)
+    return Gpu(
+        SimpleNamespace(
+            **{name: value for name, value in (readings | changes).items() if value is not None}
+        ),
+        None,
+    )
 
 
 def test_readings_and_their_units() -> None:
     gpu = board()
     assert gpu.facts() == {
-        "name": "NVIDIA Board", "driver": "580.1", "memory_gib": 80.0, "power_limit_w": 700.0, "max_sm_mhz": 1980, "max_memory_mhz": 3201,
-    }  # fmt: skip
+        "name": "NVIDIA Board",
+        "driver": "580.1",
+        "memory_gib": 80.0,
+        "power_limit_w": 700.0,
+        "max_sm_mhz": 1980,
+        "max_memory_mhz": 3201,
+    }
     assert gpu.sample() == {
-        "power_w": 512.5, "sm_mhz": 1755, "memory_mhz": 3201, "temperature_c": 61, "memory_used_gib": 1.0, "throttled": ["power cap"],
-    }  # fmt: skip
+        "power_w": 512.5,
+        "sm_mhz": 1755,
+        "memory_mhz": 3201,
+        "temperature_c": 61,
+        "memory_used_gib": 1.0,
+        "throttled": ["power cap"],
+    }
     assert gpu.energy_joules() == 1.5
 
 
 def test_counters_that_are_missing_are_left_out() -> None:
-    gpu = board(nvmlDeviceGetPowerUsage=missing, nvmlDeviceGetTotalEnergyConsumption=missing, nvmlDeviceGetTemperature=None)
-    assert "power_w" not in gpu.sample() and "temperature_c" not in gpu.sample() and gpu.sample()["sm_mhz"] == 1755
+    gpu = board(
+        nvmlDeviceGetPowerUsage=missing,
+        nvmlDeviceGetTotalEnergyConsumption=missing,
+        nvmlDeviceGetTemperature=None,
+    )
+    assert (
+        "power_w" not in gpu.sample()
+        and "temperature_c" not in gpu.sample()
+        and gpu.sample()["sm_mhz"] == 1755
+    )
     assert gpu.energy_joules() is None
     nothing = Gpu(SimpleNamespace(), None)
     assert nothing.facts() == {} and nothing.sample() == {} and nothing.energy_joules() is None

@@ -21,8 +21,15 @@ from tests.processes import wait_until
 
 def test_atomic_write_replaces_and_leaves_no_temporary(tmp_path):
     path = tmp_path / "new" / "a.json"
-    files.atomic_write_json(path, {"x": 1.5, "bad": float("nan"), "path": path, "list": (1, float("-inf"))})
-    assert json.loads(path.read_text()) == {"x": 1.5, "bad": "nan", "path": str(path), "list": [1, "-inf"]}
+    files.atomic_write_json(
+        path, {"x": 1.5, "bad": float("nan"), "path": path, "list": (1, float("-inf"))}
+    )
+    assert json.loads(path.read_text()) == {
+        "x": 1.5,
+        "bad": "nan",
+        "path": str(path),
+        "list": [1, "-inf"],
+    }
     files.atomic_write_text(path, "ü")
     assert path.read_text() == "ü" and os.listdir(path.parent) == ["a.json"]
 
@@ -30,7 +37,9 @@ def test_atomic_write_replaces_and_leaves_no_temporary(tmp_path):
 def test_json_holds_names_that_are_not_utf8(tmp_path):
     name = os.fsdecode(b"caf\xe9 \xe2\x82\xac")
     files.atomic_write_json(tmp_path / "x.json", {name: [name, "caf\u00e9"]})
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {name: [name, "caf\u00e9"]}
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {
+        name: [name, "caf\u00e9"]
+    }
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -48,7 +57,9 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_plain_reads_scalars_of_arrays_and_tensors():
     torch = pytest.importorskip("torch")
-    value = files.plain({1: torch.tensor(2.5), "n": torch.tensor(float("inf")), "flag": True, "none": None})
+    value = files.plain(
+        {1: torch.tensor(2.5), "n": torch.tensor(float("inf")), "flag": True, "none": None}
+    )
     assert value == {"1": 2.5, "n": "inf", "flag": True, "none": None}
 
 
@@ -76,7 +87,9 @@ def test_torn_last_line_is_dropped(tmp_path, torn):
     assert len(read_metrics(tmp_path)) == 1
     with RunLog(tmp_path) as log:
         log.metrics("train", step=2)
-        log.truncate_to(10**9)  # a checkpoint that knows of more lines than the file has: nothing is padded
+        log.truncate_to(
+            10**9
+        )  # a checkpoint that knows of more lines than the file has: nothing is padded
         log.metrics("train", step=3)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
@@ -120,7 +133,9 @@ def test_progress_without_a_terminal_writes_plain_lines(tmp_path, monkeypatch):
                     bar.update({"loss": 1.23456, "data_wait": 0.031, "gpu_memory": 12.14})
         assert bar.images_per_second > 0
     assert len(lines) == 2
-    assert lines[0].startswith("dad seed 0  epoch 2/2  step 7/10  ") and lines[0].endswith("loss 1.23  data wait 3 %  12.1 GiB")
+    assert lines[0].startswith("dad seed 0  epoch 2/2  step 7/10  ") and lines[0].endswith(
+        "loss 1.23  data wait 3 %  12.1 GiB"
+    )
     assert "img/s" in lines[1] and "0:00 left" in lines[1]
     assert (tmp_path / "train.log").read_text().count("\n") == 2
 
@@ -140,7 +155,12 @@ def test_live_bar_shows_values_and_lines_above_it(tmp_path, monkeypatch):
             bar.evaluating("optdigits")(3, 9)
         assert log.echo is before
     text = shown.getvalue()
-    assert "kd [seed] 0" in text and "4/4" in text and "[note] checkpoint saved" in text and "evaluating optdigits 3/9" in text
+    assert (
+        "kd [seed] 0" in text
+        and "4/4" in text
+        and "[note] checkpoint saved" in text
+        and "evaluating optdigits 3/9" in text
+    )
     assert "checkpoint saved" in (tmp_path / "train.log").read_text()
 
 
@@ -158,7 +178,9 @@ def test_warnings_of_the_package_reach_the_log_of_the_latest_run(tmp_path, capsy
     warn("nobody's any more")
     first.close()
     assert "warning: a.jpg cannot be read" in (tmp_path / "second/train.log").read_text()
-    assert (tmp_path / "first/train.log").read_text() == "" and "nobody" not in (tmp_path / "second/train.log").read_text()
+    assert (tmp_path / "first/train.log").read_text() == "" and "nobody" not in (
+        tmp_path / "second/train.log"
+    ).read_text()
     assert capsys.readouterr().err.count("a.jpg") == 1
 
 

@@ -4,11 +4,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dad_fast.engine.diagnostics import share_changed, signal_to_rounding  # noqa: E402
-from dad_fast.methods.attack import PGD, cross_entropy_direction  # noqa: E402
+from dad_fast.engine.diagnostics import share_changed, signal_to_rounding
+from dad_fast.methods.attack import PGD, cross_entropy_direction
 
 SHAPE = (3, 4, 4)
 
@@ -18,7 +18,9 @@ class Linear(torch.nn.Module):
 
     def __init__(self, seed: int = 0):
         super().__init__()
-        self.w = torch.nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)))
+        self.w = torch.nn.Parameter(
+            torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+        )
 
     def forward(self, x):
         score = (x * self.w).sum(dim=(1, 2, 3))
@@ -26,7 +28,9 @@ class Linear(torch.nn.Module):
 
 
 def pixels(batch=5, low=0.3, high=0.7, seed=1):
-    return low + (high - low) * torch.rand(batch, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    return low + (high - low) * torch.rand(
+        batch, *SHAPE, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 LABELS, KEYS = torch.tensor([0, 1, 0, 1, 1]), torch.arange(5) * 31
@@ -44,7 +48,9 @@ def test_several_l2_steps_stop_at_the_budget():
     model, x = Linear(), pixels()
     got = PGD("l2", eps=0.2, step_size=0.15, steps=4, random_start=0)(model, x, LABELS, KEYS)
     sign = torch.where(LABELS == 0, -1.0, 1.0)[:, None, None, None]
-    torch.testing.assert_close(got, (x + 0.2 * sign * model.w / model.w.norm()).detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        got, (x + 0.2 * sign * model.w / model.w.norm()).detach(), rtol=0, atol=1e-6
+    )
 
 
 def test_linf_equals_the_closed_form():
@@ -65,10 +71,17 @@ def test_soft_labels_give_the_gradient_of_soft_cross_entropy():
 
 def test_random_start_has_norm_eps_and_the_right_share_of_samples():
     x, keys = torch.full((400, 3, 8, 8), 0.5), torch.arange(400)
-    delta = PGD("l2", eps=0.3, steps=0, random_start=0.8)(Linear(), x, torch.zeros(400, dtype=torch.long), keys) - x
+    delta = (
+        PGD("l2", eps=0.3, steps=0, random_start=0.8)(
+            Linear(), x, torch.zeros(400, dtype=torch.long), keys
+        )
+        - x
+    )
     norms = delta.flatten(1).norm(dim=1)
     started = norms > 0
-    torch.testing.assert_close(norms[started], torch.full_like(norms[started], 0.3), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        norms[started], torch.full_like(norms[started], 0.3), rtol=1e-4, atol=0
+    )
     assert 0.72 < started.float().mean() < 0.88
 
 
@@ -92,11 +105,15 @@ def test_the_direction_of_cross_entropy_at_any_confidence(gap, dtype):
     logits = torch.tensor([[gap, 0.0, -1.0, -2.5], [0.3, gap, 0.0, 1.0]], dtype=dtype)
     labels = torch.tensor([0, 0])
     got = cross_entropy_direction(logits, labels)
-    for row, label, found in zip(logits.double().tolist(), labels.tolist(), got.tolist(), strict=True):
+    for row, label, found in zip(
+        logits.double().tolist(), labels.tolist(), got.tolist(), strict=True
+    ):
         powers = [mp.exp(mpf(v)) for v in row]
         exact = [p / sum(powers) - (i == label) for i, p in enumerate(powers)]
         largest = max(abs(v) for v in exact)
-        assert found == pytest.approx([float(v / largest) for v in exact], abs=1e-3 if dtype == torch.float16 else 1e-6)
+        assert found == pytest.approx(
+            [float(v / largest) for v in exact], abs=1e-3 if dtype == torch.float16 else 1e-6
+        )
 
 
 def test_soft_targets_give_the_gradient_of_soft_cross_entropy_in_float64():
@@ -109,7 +126,9 @@ def test_soft_targets_give_the_gradient_of_soft_cross_entropy_in_float64():
 
 def test_zero_gradient_moves_nothing():
     x = pixels()
-    out = PGD("l2", 0.1, 0.1, 2, 0)(lambda z: (z * 0).sum(dim=(1, 2, 3))[:, None].repeat(1, 2), x, LABELS, KEYS)
+    out = PGD("l2", 0.1, 0.1, 2, 0)(
+        lambda z: (z * 0).sum(dim=(1, 2, 3))[:, None].repeat(1, 2), x, LABELS, KEYS
+    )
     assert torch.equal(out, x)
 
 
@@ -117,7 +136,12 @@ def test_no_weight_gradient_and_no_graph():
     model, x = Linear(), pixels()
     before = x.clone()
     out = PGD()(model, x, LABELS, KEYS)
-    assert model.w.grad is None and not out.requires_grad and torch.equal(x, before) and not x.requires_grad
+    assert (
+        model.w.grad is None
+        and not out.requires_grad
+        and torch.equal(x, before)
+        and not x.requires_grad
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -129,7 +153,9 @@ def test_no_weight_gradient_and_no_graph():
     start=st.floats(0, 1),
     batch=st.integers(1, 4),
 )
-def test_always_inside_the_budget_and_the_image_range_whatever_the_batch(norm, eps, step, steps, start, batch):
+def test_always_inside_the_budget_and_the_image_range_whatever_the_batch(
+    norm, eps, step, steps, start, batch
+):
     model, x, attack = Linear(), pixels(batch, 0, 1), PGD(norm, eps, step, steps, start)
     out = attack(model, x, LABELS[:batch], KEYS[:batch])
     assert out.min() >= 0 and out.max() <= 1

@@ -3,7 +3,7 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-from dad_fast.methods.noise import keyed_bits, keyed_normal, keyed_uniform  # noqa: E402
+from dad_fast.methods.noise import keyed_bits, keyed_normal, keyed_uniform
 
 
 def splitmix_mix(x: int) -> int:
@@ -32,7 +32,9 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_streams_and_keys_are_independent():
     keys = torch.arange(2000)
-    draws = [keyed_normal(keys, (1,), stream).flatten() for stream in (0, 1)] + [keyed_normal(keys + 1, (1,)).flatten()]
+    draws = [keyed_normal(keys, (1,), stream).flatten() for stream in (0, 1)] + [
+        keyed_normal(keys + 1, (1,)).flatten()
+    ]
     correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(3)
     assert correlation.abs().max() < 5 / 2000**0.5
 

@@ -3,10 +3,18 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-import numpy as np  # noqa: E402
+import numpy as np
 
-from dad_fast.config.schema import LossConfig  # noqa: E402
-from dad_fast.methods.losses import TERMS, Logits, distillation, keep_mask, objective, smooth, soft_cross_entropy  # noqa: E402
+from dad_fast.config.schema import LossConfig
+from dad_fast.methods.losses import (
+    TERMS,
+    Logits,
+    distillation,
+    keep_mask,
+    objective,
+    smooth,
+    soft_cross_entropy,
+)
 
 B, C = 6, 7
 RANDOM = np.random.default_rng(0)
@@ -18,16 +26,23 @@ def log_softmax(x):
 
 
 def np_ce(logits, targets, weight=None):
-    return float(((-(targets * log_softmax(logits)).sum(-1)) * (1 if weight is None else weight)).sum() / B)
+    return float(
+        ((-(targets * log_softmax(logits)).sum(-1)) * (1 if weight is None else weight)).sum() / B
+    )
 
 
 def np_kd(student, teacher, t, weight=None):
     p, q = log_softmax(teacher / t), log_softmax(student / t)
-    return float(t * t * ((np.exp(p) * (p - q)).sum(-1) * (1 if weight is None else weight)).sum() / B)
+    return float(
+        t * t * ((np.exp(p) * (p - q)).sum(-1) * (1 if weight is None else weight)).sum() / B
+    )
 
 
 def draw():
-    logits = {name: RANDOM.normal(0, 3, (B, C)) for name in ("student_clean", "student_dad", "student_dat", "teacher_clean", "teacher_dad")}
+    logits = {
+        name: RANDOM.normal(0, 3, (B, C))
+        for name in ("student_clean", "student_dad", "student_dat", "teacher_clean", "teacher_dad")
+    }
     targets = RANDOM.dirichlet(np.ones(C), B)
     keep = np.array([1.0, 0, 1, 1, 0, 1])
     return logits, targets, keep
@@ -54,7 +69,14 @@ def test_objective_equals_its_formula(method, filtered, fused):
         "dat+dad": 1.1 * ce + 0.5 * kd + 0.7 * dad + 0.9 * dat,
     }[method]
     logits = Logits(**{k: torch.from_numpy(v) for k, v in raw.items()})
-    total, parts = objective(method, w, logits, torch.from_numpy(targets), torch.from_numpy(keep) if filtered else None, fused=fused)
+    total, parts = objective(
+        method,
+        w,
+        logits,
+        torch.from_numpy(targets),
+        torch.from_numpy(keep) if filtered else None,
+        fused=fused,
+    )
     assert total.item() == pytest.approx(expected, rel=1e-12)
     assert set(parts) == set(TERMS[method])
 
@@ -77,18 +99,22 @@ def test_a_filtered_sample_may_be_anything():
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_kd_in_half_precision_is_computed_in_float32(temperature, scale):
-    student, teacher = (scale * torch.randn(8, 100, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    student, teacher = (
+        scale * torch.randn(8, 100, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+    )
     student16, teacher16 = student.half(), teacher.half()
     exact = distillation(student16.double(), teacher16.double(), temperature)
     got = distillation(student16, teacher16, temperature)
     assert got.dtype == torch.float32 and torch.isfinite(got)
     # At high temperatures the divergence is a small difference of log-probabilities: an ulp of those is what rounding costs.
-    largest = max((x.float() / temperature).log_softmax(-1).abs().max().item() for x in (student16, teacher16))
+    largest = max(
+        (x.float() / temperature).log_softmax(-1).abs().max().item() for x in (student16, teacher16)
+    )
     ulp = temperature**2 * torch.finfo(torch.float32).eps * largest
     assert got.item() == pytest.approx(exact.item(), rel=1e-5, abs=ulp)
 
 
-def test_kd_gradient_is_T_times_the_difference_of_the_probabilities():
+def test_kd_gradient_is_the_temperature_times_the_difference_of_the_probabilities():
     student = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     teacher, t = torch.randn(3, 5, dtype=torch.float64), 4.0
     distillation(student, teacher, t).backward()
@@ -99,10 +125,13 @@ def test_kd_gradient_is_T_times_the_difference_of_the_probabilities():
 def test_hard_labels_equal_one_hot():
     logits, labels = torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
     one_hot = torch.nn.functional.one_hot(labels, 5).float()
-    torch.testing.assert_close(soft_cross_entropy(logits, labels), soft_cross_entropy(logits, one_hot))
+    torch.testing.assert_close(
+        soft_cross_entropy(logits, labels), soft_cross_entropy(logits, one_hot)
+    )
     torch.testing.assert_close(smooth(one_hot, 0.1).sum(-1), torch.ones(4))
     torch.testing.assert_close(
-        soft_cross_entropy(logits, smooth(one_hot, 0.1)), torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        soft_cross_entropy(logits, smooth(one_hot, 0.1)),
+        torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1),
     )
 
 
@@ -119,14 +148,30 @@ def test_fused_and_plain_are_one_objective(method, temperature):
     for filtered in (True, False):
         for smoothing, w in ((0.0, (1.0, 0.5, 0.5, 1.0, 1.0)), (0.1, (0.3, 2.0, 0.0, 0.7, 4.0))):
             raw, targets, keep = draw()
-            weights = LossConfig(**dict(zip(("ce", "kd", "dad", "dat", "aug"), w, strict=True)), temperature=temperature)
+            weights = LossConfig(
+                **dict(zip(("ce", "kd", "dad", "dat", "aug"), w, strict=True)),
+                temperature=temperature,
+            )
             results = []
             for fused in (False, True):
                 tensors = {k: torch.from_numpy(v).requires_grad_(True) for k, v in raw.items()}
                 y = smooth(torch.from_numpy(targets), smoothing)
-                total, parts = objective(method, weights, Logits(**tensors), y, torch.from_numpy(keep) if filtered else None, fused=fused)
+                total, parts = objective(
+                    method,
+                    weights,
+                    Logits(**tensors),
+                    y,
+                    torch.from_numpy(keep) if filtered else None,
+                    fused=fused,
+                )
                 total.backward()
-                gradients = {k: t.grad for k, t in tensors.items() if k.startswith("student") and t.grad is not None}
-                results.append((total.detach(), {k: p.detach() for k, p in parts.items()}, gradients))
+                gradients = {
+                    k: t.grad
+                    for k, t in tensors.items()
+                    if k.startswith("student") and t.grad is not None
+                }
+                results.append(
+                    (total.detach(), {k: p.detach() for k, p in parts.items()}, gradients)
+                )
             assert list(results[0][1]) == list(results[1][1]) == list(TERMS[method])
             torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)

@@ -6,12 +6,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
-import torch.nn.functional as F  # noqa: E402
+import torch.nn.functional as F
 
-from dad_fast.models.class_token import keep_class_token_only  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.models.class_token import keep_class_token_only
+from tests.numerics import assert_same_function
 
-TINY = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8, "img_size": 32, "num_classes": 5}
+TINY = {
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": 8,
+    "img_size": 32,
+    "num_classes": 5,
+}
 TIMM = {
     "plain": {},
     "drop path": {"drop_path_rate": 0.5},
@@ -32,7 +39,12 @@ CLIP = {
     "layer scale": {"ls_init_value": 0.2},
     "norm after pooling": {"final_ln_after_pool": True},
     "qk norm": {"qk_norm": True},
-    "normformer": {"scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True},
+    "normformer": {
+        "scale_heads": True,
+        "scale_attn_inner": True,
+        "scale_attn": True,
+        "scale_fc": True,
+    },
     "patch dropout": {"patch_dropout": 0.25},
 }
 
@@ -79,11 +91,17 @@ def images(dtype=torch.float64, batch=6):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("make, kwargs", [(vit, k) for k in TIMM.values()] + [(tower, k) for k in CLIP.values()], ids=[*TIMM, *CLIP])
+@pytest.mark.parametrize(
+    "make, kwargs",
+    [(vit, k) for k in TIMM.values()] + [(tower, k) for k in CLIP.values()],
+    ids=[*TIMM, *CLIP],
+)
 def test_logits_and_every_gradient_are_the_whole_blocks(make, kwargs, training):
     plain = make(**kwargs).double()
     whole = run(plain, images(), True, training)
-    size = max(a.abs().max().item() for a in whole)  # some gradients are 0 (the bias of a key's norm), up to rounding
+    size = max(
+        a.abs().max().item() for a in whole
+    )  # some gradients are 0 (the bias of a key's norm), up to rounding
     for a, b in zip(whole, run(saved(plain), images(), True, training), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13 * size)
 
@@ -92,7 +110,9 @@ def test_logits_and_every_gradient_are_the_whole_blocks(make, kwargs, training):
 def test_frozen_weights_give_the_gradient_of_the_input_alone(make):
     plain = make().double().requires_grad_(False).eval()
     other = saved(plain)
-    for a, b in zip(run(plain, images(), False, False), run(other, images(), False, False), strict=True):
+    for a, b in zip(
+        run(plain, images(), False, False), run(other, images(), False, False), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     with torch.no_grad():  # open_clip's blocks take another path without gradients
         torch.testing.assert_close(plain(images()), other(images()), rtol=1e-11, atol=1e-12)
@@ -122,14 +142,18 @@ def test_names_shapes_copies_and_deep_copies_stay(make):
     again = copy.deepcopy(other)  # as the EMA does
     again.load_state_dict(plain.state_dict())
     assert torch.equal(again.eval()(images(torch.float32)), other.eval()(images(torch.float32)))
-    assert keep_class_token_only(again) == "" and type(again) is type(plain)  # applying it twice changes nothing
+    assert keep_class_token_only(again) == "" and type(again) is type(
+        plain
+    )  # applying it twice changes nothing
 
 
 def test_works_with_gradient_checkpointing_and_compiled():
     plain = vit().double()
     other = saved(plain)
     other.set_grad_checkpointing(True)
-    for a, b in zip(run(plain, images(), True, True), run(other, images(), True, True), strict=True):
+    for a, b in zip(
+        run(plain, images(), True, True), run(other, images(), True, True), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     whole = torch.compile(saved(plain), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(whole(images()), plain(images()), rtol=1e-11, atol=1e-12)
@@ -144,7 +168,11 @@ def test_works_with_gradient_checkpointing_and_compiled():
         ("vit_tiny_patch16_224", {"proj_drop_rate": 0.1}, "dropout"),
         ("vit_tiny_patch16_224", {"attn_drop_rate": 0.1}, "dropout"),
         ("vit_tiny_patch16_224", {"attn_layer": "diff"}, "DiffAttention"),
-        ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ParallelThingsBlock}, "ParallelThingsBlock"),
+        (
+            "vit_tiny_patch16_224",
+            {"block_fn": timm.models.vision_transformer.ParallelThingsBlock},
+            "ParallelThingsBlock",
+        ),
         ("deit_tiny_distilled_patch16_224", {}, "VisionTransformerDistilled"),
     ],
 )
@@ -152,7 +180,9 @@ def test_refuses_what_it_does_not_fit_and_changes_nothing(name, kwargs, words):
     model = timm.create_model(name, **(TINY | kwargs)).eval()
     before, classes = model(images(torch.float32)), [type(m) for m in model.modules()]
     assert words in keep_class_token_only(model)
-    assert torch.equal(model(images(torch.float32)), before) and classes == [type(m) for m in model.modules()]
+    assert torch.equal(model(images(torch.float32)), before) and classes == [
+        type(m) for m in model.modules()
+    ]
 
 
 def test_refuses_other_networks_and_towers():
@@ -168,7 +198,9 @@ def test_open_clips_tower_around_a_timm_model():
     model = timm_model.TimmModel("vit_tiny_patch16_224", 8, 224, pool="token").eval()
     x = torch.rand(1, 3, 224, 224)
     assert_same_function(saved(model)(x), model(x))
-    assert "global_pool='avg'" in keep_class_token_only(timm_model.TimmModel("vit_tiny_patch16_224", 8, 224, pool="avg"))
+    assert "global_pool='avg'" in keep_class_token_only(
+        timm_model.TimmModel("vit_tiny_patch16_224", 8, 224, pool="avg")
+    )
 
 
 def test_it_does_less_work():
@@ -181,6 +213,11 @@ def test_it_does_less_work():
             model = timm.create_model("vit_base_patch16_224")
         assert not change or keep_class_token_only(model) == ""
         with FlopCounterMode(display=False) as counter:
-            F.cross_entropy(model(torch.empty(2, 3, 224, 224, device="meta")), torch.empty(2, dtype=torch.long, device="meta")).backward()
+            F.cross_entropy(
+                model(torch.empty(2, 3, 224, 224, device="meta")),
+                torch.empty(2, dtype=torch.long, device="meta"),
+            ).backward()
         counts.append(counter.get_total_flops() / 2)
-    assert counts[0] == pytest.approx(105.2e9, rel=0.01) and 1 - counts[1] / counts[0] == pytest.approx(0.07, abs=0.005), counts
+    assert counts[0] == pytest.approx(105.2e9, rel=0.01) and 1 - counts[1] / counts[
+        0
+    ] == pytest.approx(0.07, abs=0.005), counts

@@ -11,20 +11,23 @@ torch = pytest.importorskip("torch")
 for package in ("open_clip", "safetensors", "mlxtend", "sklearn"):
     pytest.importorskip(package)
 
-from dad_fast.config.schema import PrecisionConfig, TeacherConfig  # noqa: E402
-from dad_fast.data.sources.embedded import EmbeddedSource  # noqa: E402
-from dad_fast.discretizers.registry import load_discretizer  # noqa: E402
-from dad_fast.models.teacher import load_teacher  # noqa: E402
-from dad_fast.models.weights.files import asset, read_state_dict  # noqa: E402
+from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+from dad_fast.data.sources.embedded import EmbeddedSource
+from dad_fast.discretizers.registry import load_discretizer
+from dad_fast.models.teacher import load_teacher
+from dad_fast.models.weights.files import asset, read_state_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1].parent / "scripts"))
-import make_demo_weights as script  # noqa: E402
+import make_demo_weights as script
 
 CPU = torch.device("cpu")
 
 
 def test_together_under_8_mb():
-    assert sum(asset(f"digits-{kind}.safetensors").stat().st_size for kind in ("clip", "vqgan")) < 8_000_000
+    assert (
+        sum(asset(f"digits-{kind}.safetensors").stat().st_size for kind in ("clip", "vqgan"))
+        < 8_000_000
+    )
 
 
 def test_teacher_is_good_zero_shot_on_digits_it_has_not_seen():
@@ -38,10 +41,13 @@ def test_teacher_is_good_zero_shot_on_digits_it_has_not_seen():
 def test_zero_shot_head_follows_the_class_names():
     # Another order of the classes is another order of the outputs: the head is made from prompts, not stored.
     classes = EmbeddedSource("val").classes
-    turned = type(classes)(tuple((i, folder, name) for i, (_, folder, name) in enumerate(reversed(list(classes)))))
+    turned = type(classes)(
+        tuple((i, folder, name) for i, (_, folder, name) in enumerate(reversed(list(classes))))
+    )
     pixels = script.load("val")[0][:50]
     straight, reverse = (
-        load_teacher(TeacherConfig(name="embedded:digits"), each, PrecisionConfig(), CPU)(pixels) for each in (classes, turned)
+        load_teacher(TeacherConfig(name="embedded:digits"), each, PrecisionConfig(), CPU)(pixels)
+        for each in (classes, turned)
     )
     torch.testing.assert_close(reverse, straight.flip(1))
 
@@ -77,10 +83,16 @@ def test_same_seed_same_files_and_fp16(tmp_path):
     sets = [(pixels[:256], labels[:256])]
     for name in ("a", "b"):
         torch.manual_seed(0)
-        script.make_teacher(tmp_path / f"{name}-clip.safetensors", sets, script.move, epochs=1, seen="256 digits")
-        script.make_discretizer(tmp_path / f"{name}-vqgan.safetensors", sets, script.move, epochs=1, seen="256 digits")
+        script.make_teacher(
+            tmp_path / f"{name}-clip.safetensors", sets, script.move, epochs=1, seen="256 digits"
+        )
+        script.make_discretizer(
+            tmp_path / f"{name}-vqgan.safetensors", sets, script.move, epochs=1, seen="256 digits"
+        )
     for kind in ("clip", "vqgan"):
-        assert (tmp_path / f"a-{kind}.safetensors").read_bytes() == (tmp_path / f"b-{kind}.safetensors").read_bytes()
+        assert (tmp_path / f"a-{kind}.safetensors").read_bytes() == (
+            tmp_path / f"b-{kind}.safetensors"
+        ).read_bytes()
         state, _ = read_state_dict(tmp_path / f"a-{kind}.safetensors")
         assert {tensor.dtype for tensor in state.values()} <= {torch.float16, torch.int64}
 

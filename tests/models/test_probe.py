@@ -9,14 +9,14 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
-from probes import arguments, config, teacher_of, trained  # noqa: E402
+import tiny
+from probes import arguments, config, teacher_of, trained
 
-from dad_fast.cli.main import main  # noqa: E402
-from dad_fast.errors import DataError  # noqa: E402
-from dad_fast.models.probe import Probe  # noqa: E402
-from dad_fast.models.student import load_student  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.cli.main import main
+from dad_fast.errors import DataError
+from dad_fast.models.probe import Probe
+from dad_fast.models.student import load_student
+from tests.numerics import assert_same_function
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -25,13 +25,37 @@ def test_from_the_command_line_to_its_judgement(parts, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(arguments(parts, out, "--lp-threshold", "0.3", "--lp-weight", "none")) == 0
     record = json.loads((out / "results.json").read_text())
-    assert record["method"] == "lp-clip" and record["student"].startswith("linear probe on ") and record["teacher"]["suites"]["val"]
+    assert (
+        record["method"] == "lp-clip"
+        and record["student"].startswith("linear probe on ")
+        and record["teacher"]["suites"]["val"]
+    )
     assert main(["eval", str(out), "--suite", "val", "--json", str(tmp_path / "judged.json")]) == 0
     judged = json.loads((tmp_path / "judged.json").read_text())["checkpoint"]["suites"]["val"]
-    assert judged["top1"] == record["suites"]["val"]["top1"] and judged["nll"] == pytest.approx(record["suites"]["val"]["nll"], rel=1e-4)
-    assert main(arguments(parts, out, "--lp-threshold", "0.3", "--lp-weight", "none", "--resume", "auto")) == 0
+    assert judged["top1"] == record["suites"]["val"]["top1"] and judged["nll"] == pytest.approx(
+        record["suites"]["val"]["nll"], rel=1e-4
+    )
+    assert (
+        main(
+            arguments(
+                parts, out, "--lp-threshold", "0.3", "--lp-weight", "none", "--resume", "auto"
+            )
+        )
+        == 0
+    )
     assert "finished already" in capsys.readouterr().err
-    again = arguments(parts, tmp_path / "more", "--init-from", out, "--lp-labels", "true", "--lr", "1e-12", "--min-lr", "0")
+    again = arguments(
+        parts,
+        tmp_path / "more",
+        "--init-from",
+        out,
+        "--lp-labels",
+        "true",
+        "--lr",
+        "1e-12",
+        "--min-lr",
+        "0",
+    )
     assert main(again) == 0
     first, second = (load_student(tmp_path / name)[0].model.weight for name in ("run", "more"))
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
@@ -41,11 +65,22 @@ def test_the_file_gives_encoder_and_head_as_one_model(parts, tmp_path):
     trainer = trained(config(parts), tmp_path / "run")
     probe, metadata = load_student(tmp_path / "run")
     pixels = torch.rand(4, 3, 32, 32)
-    assert isinstance(probe, Probe) and not probe.training and metadata["dad_fast.method"] == "lp-clip"
+    assert (
+        isinstance(probe, Probe) and not probe.training and metadata["dad_fast.method"] == "lp-clip"
+    )
     assert_same_function(probe(pixels), trainer.evaluated.eval()(pixels))
-    assert (probe.num_classes, probe.image_size, probe.crop_pct, probe.interpolation) == (3, 32, 1.0, "bicubic")
-    assert (tmp_path / "run/checkpoints/latest/model.safetensors").stat().st_size < 4096  # no encoder in it
-    teacher = teacher_of(parts, head=tmp_path / "run/checkpoints/latest/model.safetensors")  # and it can teach
+    assert (probe.num_classes, probe.image_size, probe.crop_pct, probe.interpolation) == (
+        3,
+        32,
+        1.0,
+        "bicubic",
+    )
+    assert (
+        tmp_path / "run/checkpoints/latest/model.safetensors"
+    ).stat().st_size < 4096  # no encoder in it
+    teacher = teacher_of(
+        parts, head=tmp_path / "run/checkpoints/latest/model.safetensors"
+    )  # and it can teach
     assert_same_function(teacher(pixels), probe(pixels))
 
 
@@ -70,15 +105,27 @@ def test_another_encoder_is_refused(parts, tmp_path, capsys):
     refused = [
         ["eval", str(tmp_path / "run"), "--suite", "val"],
         arguments(parts, tmp_path / "new", "--teacher", moved, "--init-from", tmp_path / "run"),
-        arguments(parts, tmp_path / "new", "--teacher", moved, "--teacher-head", tmp_path / "run/model.safetensors"),
+        arguments(
+            parts,
+            tmp_path / "new",
+            "--teacher",
+            moved,
+            "--teacher-head",
+            tmp_path / "run/model.safetensors",
+        ),
     ]
     for command in refused:
         assert main(command) == 4
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
+        said = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")
+        ]
         assert len(said) == 1 and "another encoder" in said[0]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"teacher": 3}', '{"num_features": 60000}', '{"num_features": 16.0}'])
+@pytest.mark.parametrize(
+    "damage",
+    ["{", "[]", "{}", '{"teacher": 3}', '{"num_features": 60000}', '{"num_features": 16.0}'],
+)
 def test_damaged_metadata_is_one_line(parts, tmp_path, damage):
     from dad_fast.models.weights.files import read_state_dict, write_safetensors
 
@@ -96,7 +143,10 @@ MISTAKES = {
     "mixed images": ("--mixup", ["--mixup", "0.8"]),
     "a store": ("--store", ["--store", "somewhere"]),
     "no teacher": ("--teacher", ["--teacher", ""]),
-    "true labels with a threshold": ("--lp-threshold", ["--lp-labels", "true", "--lp-threshold", "0.5"]),
+    "true labels with a threshold": (
+        "--lp-threshold",
+        ["--lp-labels", "true", "--lp-threshold", "0.5"],
+    ),
     "a threshold that is none": ("between 0 and 1", ["--lp-threshold", "1.5"]),
     "two starts": ("--init-from", ["--lp-init", "zero-shot", "--init-from", "somewhere"]),
     "kept features and DALI": ("--loader dali", ["--lp-views", "2", "--loader", "dali"]),
@@ -115,7 +165,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(parts, tmp_path, capsys, what)
 def test_other_methods_leave_a_probe_alone(parts, tmp_path, capsys):
     """A probe's weights are not those of a timm model."""
     trained(config(parts), tmp_path / "run")
-    given = arguments(parts, tmp_path / "kd", "--method", "kd", *tiny.STUDENT, "--init-from", tmp_path / "run/checkpoints/latest")
+    given = arguments(
+        parts,
+        tmp_path / "kd",
+        "--method",
+        "kd",
+        *tiny.STUDENT,
+        "--init-from",
+        tmp_path / "run/checkpoints/latest",
+    )
     assert main(given) == 4
     assert "another architecture" in capsys.readouterr().err
 
@@ -126,11 +184,29 @@ def test_a_timm_teacher_gives_its_features_and_its_answers(parts, tmp_path, caps
     teacher = f"timm:resnet18@{tmp_path / 'ce/model.safetensors'}"
     assert main(arguments(parts, tmp_path / "run", "--teacher", teacher, "--lp-views", "2")) == 0
     probe, _ = load_student(tmp_path / "run")
-    assert isinstance(probe, Probe) and probe.model.weight.shape == (3, 8) and not probe.spec["unit_features"]
+    assert (
+        isinstance(probe, Probe)
+        and probe.model.weight.shape == (3, 8)
+        and not probe.spec["unit_features"]
+    )
     assert main(["eval", str(tmp_path / "run"), "--suite", "val"]) == 0
     capsys.readouterr()
-    assert main(arguments(parts, tmp_path / "zs", "--teacher", teacher, "--lp-init", "zero-shot")) == 2
+    assert (
+        main(arguments(parts, tmp_path / "zs", "--teacher", teacher, "--lp-init", "zero-shot")) == 2
+    )
     assert "--lp-init" in capsys.readouterr().err
-    assert main([*arguments(parts, tmp_path / "ce", "--method", "ce", "--teacher", "", *tiny.STUDENT), "--overwrite", "--seed", "7"]) == 0
+    assert (
+        main(
+            [
+                *arguments(
+                    parts, tmp_path / "ce", "--method", "ce", "--teacher", "", *tiny.STUDENT
+                ),
+                "--overwrite",
+                "--seed",
+                "7",
+            ]
+        )
+        == 0
+    )
     with pytest.raises(DataError, match="another encoder"):
         load_student(tmp_path / "run")

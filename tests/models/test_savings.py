@@ -8,25 +8,43 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from dad_fast.config.schema import PrecisionConfig, StudentConfig  # noqa: E402
-from dad_fast.data.classes import ClassMap  # noqa: E402
-from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher  # noqa: E402
-from dad_fast.models.student import build_student  # noqa: E402
-from dad_fast.models.teacher import Teacher, _PreLogits  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.config.schema import PrecisionConfig, StudentConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
+from dad_fast.models.student import build_student
+from dad_fast.models.teacher import Teacher, _PreLogits
+from tests.numerics import assert_same_function
 
 SIDE, CLASSES = 32, ClassMap(tuple((i, f"c{i}", f"c{i}") for i in range(5)))
-TINY = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8, "img_size": SIDE, "num_classes": 5}
+TINY = {
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": 8,
+    "img_size": SIDE,
+    "num_classes": 5,
+}
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.25, 0.27)
 
 
 def wrap(encoder, head, precision=None):
-    return Teacher(encoder, head, name="t", classes=CLASSES, image_size=SIDE, mean=MEAN, std=STD, precision=precision or PrecisionConfig())
+    return Teacher(
+        encoder,
+        head,
+        name="t",
+        classes=CLASSES,
+        image_size=SIDE,
+        mean=MEAN,
+        std=STD,
+        precision=precision or PrecisionConfig(),
+    )
 
 
 def timm_teacher(name="vit_tiny_patch16_224", precision=None, plain=False, **kwargs):
     torch.manual_seed(0)
-    model = timm.create_model(name, **(TINY if "vit" in name and not plain else {"num_classes": 5}) | kwargs)
+    model = timm.create_model(
+        name, **(TINY if "vit" in name and not plain else {"num_classes": 5}) | kwargs
+    )
     return wrap(_PreLogits(model), model, precision)
 
 
@@ -36,7 +54,9 @@ def clip_teacher(quick_gelu=True, precision=None, width=32, layers=3):
 
     torch.manual_seed(0)
     act = open_clip.transformer.QuickGELU if quick_gelu else torch.nn.GELU
-    visual = open_clip.transformer.VisionTransformer(SIDE, 8, width, layers, 4, 4.0, output_dim=6, act_layer=act)
+    visual = open_clip.transformer.VisionTransformer(
+        SIDE, 8, width, layers, 4, 4.0, output_dim=6, act_layer=act
+    )
     return wrap(ImageTower(visual), (torch.randn(5, 6), torch.randn(5)), precision)
 
 
@@ -53,8 +73,14 @@ def run(teacher, x):
 def double(teacher):
     """In float64 throughout; a teacher's outputs are float32, which would hide what is compared."""
     teacher = teacher.double()
-    teacher.mean, teacher.std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
-    model = teacher.whole or (lambda x: torch.nn.functional.linear(teacher.encoder(x), teacher.head_weight, teacher.head_bias))
+    teacher.mean, teacher.std = (
+        torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD)
+    )
+    model = teacher.whole or (
+        lambda x: torch.nn.functional.linear(
+            teacher.encoder(x), teacher.head_weight, teacher.head_bias
+        )
+    )
 
     def forward(x):
         return model(x if teacher.takes_raw_pixels else (x - teacher.mean) / teacher.std)
@@ -70,17 +96,29 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("one", ["class_token_only", "fold_normalisation", "fold_quick_gelu", "all"])
+@pytest.mark.parametrize(
+    "one", ["class_token_only", "fold_normalisation", "fold_quick_gelu", "all"]
+)
 @pytest.mark.parametrize("make", TEACHERS.values(), ids=TEACHERS)
 def test_each_saving_is_exact_in_exact_arithmetic(make, one):
     plain, other = make(), make()
     plain_forward, other_forward = double(plain), double(other)
-    savings = Optimizations() if one == "all" else Optimizations(**{name: name == one for name in vars(PLAIN)})
+    savings = (
+        Optimizations()
+        if one == "all"
+        else Optimizations(**{name: name == one for name in vars(PLAIN)})
+    )
     results = optimize_teacher(other, savings)
     assert set(results) == {name for name, on in vars(savings).items() if on}
     refused = {name for name, why in results.items() if why} - {"cast_weights"}
-    assert refused <= ({"fold_quick_gelu"} if make in (TEACHERS["timm"], TEACHERS["open_clip gelu"]) else set())
-    for a, b in zip(run(plain_forward, pixels(dtype=torch.float64)), run(other_forward, pixels(dtype=torch.float64)), strict=True):
+    assert refused <= (
+        {"fold_quick_gelu"} if make in (TEACHERS["timm"], TEACHERS["open_clip gelu"]) else set()
+    )
+    for a, b in zip(
+        run(plain_forward, pixels(dtype=torch.float64)),
+        run(other_forward, pixels(dtype=torch.float64)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12 * a.abs().max().item())
 
 
@@ -118,7 +156,9 @@ def test_features_and_a_teacher_of_a_number_of_columns():
     model = timm.create_model("vit_tiny_patch16_224", **TINY | {"num_classes": 9})
     plain = wrap(_PreLogits(model), _Columns(model, [8, 0, 3, 1, 2]))
     other = copy.deepcopy(plain)
-    assert not any(optimize_teacher(other, Optimizations(fold_quick_gelu=False, cast_weights=False)).values())
+    assert not any(
+        optimize_teacher(other, Optimizations(fold_quick_gelu=False, cast_weights=False)).values()
+    )
     assert_same_function(other.features(pixels()), plain.features(pixels()))
     assert_same_function(other(pixels()), plain(pixels()))
 
@@ -134,10 +174,17 @@ def test_features_and_a_teacher_of_a_number_of_columns():
 )
 def test_normalisation_is_folded_only_where_nothing_is_padded(name, kwargs, words):
     if "embed_layer" in kwargs:
-        kwargs = {"embed_layer": partial(timm.layers.HybridEmbed, backbone=torch.nn.Conv2d(3, 8, 3, padding=1))}
+        kwargs = {
+            "embed_layer": partial(
+                timm.layers.HybridEmbed, backbone=torch.nn.Conv2d(3, 8, 3, padding=1)
+            )
+        }
     teacher = timm_teacher(name, **kwargs).eval()
     before = teacher(pixels())
-    assert words in optimize_teacher(teacher, Optimizations(class_token_only=False))["fold_normalisation"]
+    assert (
+        words
+        in optimize_teacher(teacher, Optimizations(class_token_only=False))["fold_normalisation"]
+    )
     assert not teacher.takes_raw_pixels and torch.equal(teacher(pixels()), before)
 
 
@@ -152,9 +199,14 @@ def test_a_student_keeps_its_names_and_its_file(tmp_path):
     from dad_fast.models.student import load_student, save_student
 
     kwargs = {k: TINY[k] for k in ("embed_dim", "depth", "num_heads", "patch_size")}
-    student = build_student(StudentConfig(name="vit_tiny_patch16_224", model_kwargs=kwargs, drop_path=0.3), 5, SIDE)
+    student = build_student(
+        StudentConfig(name="vit_tiny_patch16_224", model_kwargs=kwargs, drop_path=0.3), 5, SIDE
+    )
     plain = copy.deepcopy(student).eval()
-    assert optimize_student(student, Optimizations()) == {"class_token_only": ""} and optimize_student(plain, PLAIN) == {}
+    assert (
+        optimize_student(student, Optimizations()) == {"class_token_only": ""}
+        and optimize_student(plain, PLAIN) == {}
+    )
     save_student(tmp_path / "student.safetensors", student, {})
     loaded, _ = load_student(tmp_path / "student.safetensors")
     assert torch.equal(loaded(pixels()), plain(pixels()))
@@ -172,7 +224,10 @@ def kept(teacher, batch=4):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that an address is not used twice
+            storages[storage.data_ptr()] = (
+                storage.nbytes(),
+                storage,
+            )  # held, so that an address is not used twice
         return tensor
 
     x = pixels(batch).requires_grad_(True)
@@ -205,10 +260,31 @@ def gelu(**kwargs):
         # and the inputs of qkv (1), fc1 (1) and fc2 (4); the output projection's is the attention's output
         ("trained weights keep them", gelu, PLAIN, True, False, 16.125),
         ("QuickGELU keeps its input and its sigmoid", clip_teacher, PLAIN, False, False, 14.125),
-        ("SiLU keeps its input", clip_teacher, Optimizations(class_token_only=False), False, False, 10.125),
+        (
+            "SiLU keeps its input",
+            clip_teacher,
+            Optimizations(class_token_only=False),
+            False,
+            False,
+            10.125,
+        ),
         # 12 width^2 parameters of 2 bytes live until backward, here shared by 4 images
-        ("16-bit copies of all matrices are kept", gelu, PLAIN, False, True, 10.25 + 12 * 64 / 17 / 4),
-        ("no copies of matrices that are 16-bit already", gelu, Optimizations(class_token_only=False), False, True, 10.25),
+        (
+            "16-bit copies of all matrices are kept",
+            gelu,
+            PLAIN,
+            False,
+            True,
+            10.25 + 12 * 64 / 17 / 4,
+        ),
+        (
+            "no copies of matrices that are 16-bit already",
+            gelu,
+            Optimizations(class_token_only=False),
+            False,
+            True,
+            10.25,
+        ),
     ],
 )
 def test_what_is_kept_for_the_gradient_of_the_pixels(what, make, savings, trained, amp, expected):
@@ -219,11 +295,25 @@ def test_what_is_kept_for_the_gradient_of_the_pixels(what, make, savings, traine
 OTHERS = {  # what a teacher may be besides: batch norm, standardised weights, biases put together in forward, windows, no attention
     "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
     "nf_regnet_b0": {},
-    "beit_base_patch16_224": {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "eva02_tiny_patch14_224": {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "beit_base_patch16_224": {
+        "img_size": SIDE,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+    },
+    "eva02_tiny_patch14_224": {
+        "img_size": SIDE,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+    },
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
 }
-MAKERS = TEACHERS | {name: partial(timm_teacher, name, plain=True, **kwargs) for name, kwargs in OTHERS.items()}
+MAKERS = TEACHERS | {
+    name: partial(timm_teacher, name, plain=True, **kwargs) for name, kwargs in OTHERS.items()
+}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -233,7 +323,9 @@ def test_weights_cast_once_give_the_same_bits(make, dtype):
     plain, other = make(precision=precision), make(precision=precision)
     assert optimize_teacher(other, Optimizations(False, False, False, True)) == {"cast_weights": ""}
     if make in TEACHERS.values():
-        assert 2 * sum(p.nbytes for p in other.encoder.parameters()) < 1.2 * sum(p.nbytes for p in plain.encoder.parameters())
+        assert 2 * sum(p.nbytes for p in other.encoder.parameters()) < 1.2 * sum(
+            p.nbytes for p in plain.encoder.parameters()
+        )
     for a, b in zip(run(plain, pixels()), run(other, pixels()), strict=True):
         assert torch.equal(a, b)
 

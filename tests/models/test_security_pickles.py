@@ -15,8 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from dad_fast.errors import DataError  # noqa: E402
-from dad_fast.models.weights.files import read_state_dict  # noqa: E402
+from dad_fast.errors import DataError
+from dad_fast.models.weights.files import read_state_dict
 
 
 def refused(path: Path, *words: str) -> None:
@@ -25,22 +25,31 @@ def refused(path: Path, *words: str) -> None:
     with pytest.raises(DataError) as caught:
         read_state_dict(path)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 600 and all(word in message for word in words), message
+    assert "\n" not in message and len(message) < 600 and all(word in message for word in words), (
+        message
+    )
     assert time.process_time() - start < 8
 
 
 def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
     """torch reads compressed entries, so a small file could fill the memory."""
     torch.save({"w": torch.zeros(2_000_000)}, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
         for entry in plain.infolist():
             bomb.writestr(entry.filename, plain.read(entry))
     assert (tmp_path / "bomb.pth").stat().st_size < 20_000
     refused(tmp_path / "bomb.pth", "bomb.pth", "compressed inside", "safetensors")
 
 
-@pytest.mark.parametrize(("at", "byte"), [(0.6754430976643836, 0x40), (0.875, 0x80)], ids=["its version", "a name"])
-def test_an_archive_that_python_cannot_list_is_not_handed_to_torch(tmp_path: Path, at: float, byte: int) -> None:
+@pytest.mark.parametrize(
+    ("at", "byte"), [(0.6754430976643836, 0x40), (0.875, 0x80)], ids=["its version", "a name"]
+)
+def test_an_archive_that_python_cannot_list_is_not_handed_to_torch(
+    tmp_path: Path, at: float, byte: int
+) -> None:
     """Found by fuzzing: such an archive went past the checks of what is in it."""
     torch.save({"state_dict": {"a.weight": torch.zeros(2, 3)}}, tmp_path / "w.pth")
     content = bytearray((tmp_path / "w.pth").read_bytes())
@@ -75,9 +84,13 @@ def test_tensors_that_are_not_what_they_say(tmp_path: Path, make: Callable[[], A
 
 
 def test_views_of_what_is_stored_are_read(tmp_path: Path) -> None:
-    torch.save({"w": torch.arange(12.0).view(3, 4).t(), "v": torch.ones(1).expand(5)}, tmp_path / "w.pth")
+    torch.save(
+        {"w": torch.arange(12.0).view(3, 4).t(), "v": torch.ones(1).expand(5)}, tmp_path / "w.pth"
+    )
     state, _ = read_state_dict(tmp_path / "w.pth")
-    assert torch.equal(state["w"], torch.arange(12.0).view(3, 4).t()) and torch.equal(state["v"], torch.ones(5))
+    assert torch.equal(state["w"], torch.arange(12.0).view(3, 4).t()) and torch.equal(
+        state["v"], torch.ones(5)
+    )
 
 
 def pickled(expression: str, path: Path) -> Path:
@@ -90,21 +103,30 @@ def pickled(expression: str, path: Path) -> Path:
 
 
 MANY = "\x8a\x05\0\0\0\0\x02"  # 2**33
-BYTES = "((U\x07storagectorch\nBoolStorage\nU\x010U\x03cpuK\x04tQK\0(" + MANY + "t(K\0t\x89ccollections\nOrderedDict\n)RtR"
+BYTES = (
+    "((U\x07storagectorch\nBoolStorage\nU\x010U\x03cpuK\x04tQK\0("
+    + MANY
+    + "t(K\0t\x89ccollections\nOrderedDict\n)RtR"
+)
 BOMBS = {
     "bytes": f"cbuiltins\nbytearray\n{MANY}\x85R",
     "bytes of Python 2": f"c__builtin__\nbytearray\n{MANY}\x85R",
     "a tensor": f"ctorch\nDoubleTensor\n{MANY}\x85R",
     "a copy of one number": "ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n(ctorch._utils\n_rebuild_tensor_v2\n"
-    + BYTES + "ctorch\nfloat64\nU\x03cpu\x89tR",
+    + BYTES
+    + "ctorch\nfloat64\nU\x03cpu\x89tR",
     "a subclass": "ctorch._utils\n_rebuild_wrapper_subclass\n)R",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("expression", BOMBS.values(), ids=BOMBS)
 def test_pickles_that_would_fill_the_memory(tmp_path: Path, expression: str) -> None:
     """torch.load(weights_only=True) makes eight gigabytes and more of these few bytes."""
-    refused(pickled(expression, tmp_path / "w.pth"), "w.pth: refused, because it asks for", "safetensors")
+    refused(
+        pickled(expression, tmp_path / "w.pth"),
+        "w.pth: refused, because it asks for",
+        "safetensors",
+    )
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
@@ -126,7 +148,16 @@ def test_no_protocol_calls_anything(tmp_path: Path, protocol: int, zipped: bool)
 
 
 @pytest.mark.parametrize(
-    "instructions", ["\x82\x01", "U\x03abcQ", "Pabc\n", "(S'x'\nios\nmkdir\n", "\x8a\x05\0\0\0\0\x02q\0", "(" * 10**5], ids=ascii
+    "instructions",
+    [
+        "\x82\x01",
+        "U\x03abcQ",
+        "Pabc\n",
+        "(S'x'\nios\nmkdir\n",
+        "\x8a\x05\0\0\0\0\x02q\0",
+        "(" * 10**5,
+    ],
+    ids=ascii,
 )
 def test_odd_instructions(tmp_path: Path, instructions: str) -> None:
     refused(pickled(instructions, tmp_path / "w.pth"), "w.pth")
@@ -140,16 +171,22 @@ def test_an_archive_with_two_lists_of_entries(tmp_path: Path) -> None:
     start = int.from_bytes(end64[48:56], "little")
     twice = content[:-98] + content[start:-98]
     where = (len(twice)).to_bytes(8, "little")
-    (tmp_path / "w.pth").write_bytes(twice + end64 + content[-42:-34] + where + content[-26:-22] + end)
+    (tmp_path / "w.pth").write_bytes(
+        twice + end64 + content[-42:-34] + where + content[-26:-22] + end
+    )
     with zipfile.ZipFile(tmp_path / "w.pth") as archive:
         assert archive.infolist()
     refused(tmp_path / "w.pth", "w.pth", "list of entries")
 
 
-@pytest.mark.parametrize("shared", [torch.zeros(10**6), torch.zeros(1).expand(2**18)], ids=["whole", "expanded"])
+@pytest.mark.parametrize(
+    "shared", [torch.zeros(10**6), torch.zeros(1).expand(2**18)], ids=["whole", "expanded"]
+)
 def test_the_same_numbers_again_and_again(tmp_path: Path, shared: Any) -> None:
     """A small file could stand for a model of any size."""
     torch.save({f"w{i}": shared.view(-1) for i in range(500)}, tmp_path / "w.pth")
     refused(tmp_path / "w.pth", "w.pth", "again and again")
-    torch.save({"embedding": shared[:1000], "head": shared[:1000]}, tmp_path / "w.pth")  # tied weights are not that
+    torch.save(
+        {"embedding": shared[:1000], "head": shared[:1000]}, tmp_path / "w.pth"
+    )  # tied weights are not that
     assert len(read_state_dict(tmp_path / "w.pth")[0]) == 2

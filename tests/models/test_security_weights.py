@@ -15,16 +15,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 
-from dad_fast.config.schema import PrecisionConfig, TeacherConfig  # noqa: E402
-from dad_fast.data.classes import ClassMap  # noqa: E402
-from dad_fast.discretizers.vqgan.model import VQGAN  # noqa: E402
-from dad_fast.errors import DadFastError, DataError  # noqa: E402
-from dad_fast.models.clip_teacher import _tokenizer_at_hand  # noqa: E402
-from dad_fast.models.student import load_student  # noqa: E402
-from dad_fast.models.teacher import load_teacher  # noqa: E402
-from dad_fast.models.weights.files import read_state_dict, write_safetensors  # noqa: E402
-from tests.models.test_declared import SPEC  # noqa: E402
-from tests.tiny import write_teacher, write_vqgan  # noqa: E402
+from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.discretizers.vqgan.model import VQGAN
+from dad_fast.errors import DadFastError, DataError
+from dad_fast.models.clip_teacher import _tokenizer_at_hand
+from dad_fast.models.student import load_student
+from dad_fast.models.teacher import load_teacher
+from dad_fast.models.weights.files import read_state_dict, write_safetensors
+from tests.models.test_declared import SPEC
+from tests.tiny import write_teacher, write_vqgan
 
 DEEP = "[" * 100_000 + "]" * 100_000
 CLASSES = ClassMap(((0, "ant", "ant"), (1, "bee", "bee"), (2, "cat", "cat")))
@@ -51,7 +51,9 @@ def refused(load: Callable[[], Any], *words: str) -> None:
     with pytest.raises(DadFastError) as caught:
         load()
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 600 and all(word in message for word in words), message
+    assert "\n" not in message and len(message) < 600 and all(word in message for word in words), (
+        message
+    )
     assert time.process_time() - start < 8
 
 
@@ -64,7 +66,14 @@ def put(path: Path, state: dict[str, Any], key: str, text: str, **metadata: str)
 
 
 @pytest.mark.parametrize(
-    "header", [b"{", b"{}", b'{"a":1}', b'{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', b"[" * 10**5]
+    "header",
+    [
+        b"{",
+        b"{}",
+        b'{"a":1}',
+        b'{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}',
+        b"[" * 10**5,
+    ],
 )
 def test_safetensors_headers_that_lie(tmp_path: Path, header: bytes) -> None:
     for length in (len(header), 2**63, 2**62 - 1, 0):
@@ -91,10 +100,17 @@ SMALL_FILES_OF_LARGE_MODELS = {
 }
 
 
-@pytest.mark.parametrize("changes", SMALL_FILES_OF_LARGE_MODELS.values(), ids=SMALL_FILES_OF_LARGE_MODELS)
+@pytest.mark.parametrize(
+    "changes", SMALL_FILES_OF_LARGE_MODELS.values(), ids=SMALL_FILES_OF_LARGE_MODELS
+)
 def test_students_that_grow_without_parameters(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Ten gigabytes of masks, or minutes of layers without weights, of a file of three numbers."""
-    path = put(tmp_path / "m.safetensors", {"w": torch.zeros(3)}, "dad_fast.student", json.dumps(SPEC | changes))
+    path = put(
+        tmp_path / "m.safetensors",
+        {"w": torch.zeros(3)},
+        "dad_fast.student",
+        json.dumps(SPEC | changes),
+    )
     refused(lambda: load_student(path), "m.safetensors", "than fit the 3 numbers in the file")
 
 
@@ -112,12 +128,29 @@ def vqgan(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ch": "32"}, {"ch": 10**6}, {"ch": 10**18}, {"ch": -1}, {"ch": 1.5}, {"ch": True}, {"ch_mult": [1] * 10**5}, {"ch_mult": []},
-        {"ch_mult": 3}, {"ch_mult": [[1]]}, {"num_res_blocks": 10**7}, {"n_embed": 10**12}, {"norm_groups": 0}, {"attn_levels": None},
-        {"attn_levels": [-1]}, {"embed_dim": 10**6}, {"z_channels": 0}, {"in_channels": 10**5}, {"colour": 1}, {"num_res_blocks": 31},
+        {"ch": "32"},
+        {"ch": 10**6},
+        {"ch": 10**18},
+        {"ch": -1},
+        {"ch": 1.5},
+        {"ch": True},
+        {"ch_mult": [1] * 10**5},
+        {"ch_mult": []},
+        {"ch_mult": 3},
+        {"ch_mult": [[1]]},
+        {"num_res_blocks": 10**7},
+        {"n_embed": 10**12},
+        {"norm_groups": 0},
+        {"attn_levels": None},
+        {"attn_levels": [-1]},
+        {"embed_dim": 10**6},
+        {"z_channels": 0},
+        {"in_channels": 10**5},
+        {"colour": 1},
+        {"num_res_blocks": 31},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_shapes_that_no_vqgan_has(tmp_path: Path, vqgan: Any, changes: dict[str, Any]) -> None:
     state, config = vqgan
     path = put(tmp_path / "x.safetensors", state, "dad_fast.vqgan", json.dumps(config | changes))
@@ -131,7 +164,13 @@ def test_descriptions_of_a_vqgan_that_are_none(tmp_path: Path, vqgan: Any, text:
 
 
 @pytest.mark.parametrize(
-    "key", ["encoder.down.1000000000.x", "encoder.down.0.block.1000000000.x", "encoder.down.x", "encoder.down.0.block.9e9.y"]
+    "key",
+    [
+        "encoder.down.1000000000.x",
+        "encoder.down.0.block.1000000000.x",
+        "encoder.down.x",
+        "encoder.down.0.block.9e9.y",
+    ],
 )
 def test_keys_that_say_a_shape_that_no_vqgan_has(tmp_path: Path, vqgan: Any, key: str) -> None:
     torch.save({"state_dict": {**vqgan[0], key: torch.zeros(1)}}, tmp_path / "x.ckpt")
@@ -144,12 +183,16 @@ def test_keys_that_say_a_shape_that_no_vqgan_has(tmp_path: Path, vqgan: Any, key
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     pytest.importorskip("open_clip")
-    state, metadata = read_state_dict(write_teacher(tmp_path_factory.mktemp("clip") / "t.safetensors"))
+    state, metadata = read_state_dict(
+        write_teacher(tmp_path_factory.mktemp("clip") / "t.safetensors")
+    )
     return state, json.loads(metadata["dad_fast.teacher"])
 
 
 def read_teacher(path: Path | str) -> Any:
-    return load_teacher(TeacherConfig(name=str(path)), CLASSES, PrecisionConfig(), torch.device("cpu"))
+    return load_teacher(
+        TeacherConfig(name=str(path)), CLASSES, PrecisionConfig(), torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,20 +200,38 @@ def read_teacher(path: Path | str) -> Any:
     [
         ("vision_cfg", {"timm_model_name": "hf-hub:someone/else"}),
         ("vision_cfg", {"timm_model_name": "resnet18", "timm_model_pretrained": True}),
-        ("vision_cfg", {"timm_model_name": "../../etc/passwd"}), ("text_cfg", {"hf_model_name": "someone/else"}),
-        ("text_cfg", {"hf_tokenizer_name": "someone/else"}), ("text_cfg", {"hf_model_pretrained": True}),
-        ("vision_cfg", {"layers": 10**6}), ("vision_cfg", {"layers": 60_000}), ("vision_cfg", {"width": 65_000, "head_width": 65_000}),
-        ("vision_cfg", {"image_size": 65_536}), ("vision_cfg", {"patch_size": 0}), ("vision_cfg", {"image_size": "x"}),
-        ("vision_cfg", {"unknown": 1}), ("text_cfg", {"vocab_size": 10**10}), ("text_cfg", {"context_length": 60_000}),
-        ("text_cfg", {"context_length": None}), ("text_cfg", {"layers": 60_000}), ("", {"embed_dim": 60_000}), ("", {"embed_dim": -1}),
+        ("vision_cfg", {"timm_model_name": "../../etc/passwd"}),
+        ("text_cfg", {"hf_model_name": "someone/else"}),
+        ("text_cfg", {"hf_tokenizer_name": "someone/else"}),
+        ("text_cfg", {"hf_model_pretrained": True}),
+        ("vision_cfg", {"layers": 10**6}),
+        ("vision_cfg", {"layers": 60_000}),
+        ("vision_cfg", {"width": 65_000, "head_width": 65_000}),
+        ("vision_cfg", {"image_size": 65_536}),
+        ("vision_cfg", {"patch_size": 0}),
+        ("vision_cfg", {"image_size": "x"}),
+        ("vision_cfg", {"unknown": 1}),
+        ("text_cfg", {"vocab_size": 10**10}),
+        ("text_cfg", {"context_length": 60_000}),
+        ("text_cfg", {"context_length": None}),
+        ("text_cfg", {"layers": 60_000}),
+        ("", {"embed_dim": 60_000}),
+        ("", {"embed_dim": -1}),
     ],
     ids=str,
-)  # fmt: skip
-def test_teachers_that_would_fetch_or_grow(tmp_path: Path, clip: Any, no_network: list[Any], part: str, changes: dict[str, Any]) -> None:
+)
+def test_teachers_that_would_fetch_or_grow(
+    tmp_path: Path, clip: Any, no_network: list[Any], part: str, changes: dict[str, Any]
+) -> None:
     state, described = clip
     config = described["model_cfg"]
     config = {**config, part: {**config[part], **changes}} if part else {**config, **changes}
-    path = put(tmp_path / "x.safetensors", state, "dad_fast.teacher", json.dumps({**described, "model_cfg": config}))
+    path = put(
+        tmp_path / "x.safetensors",
+        state,
+        "dad_fast.teacher",
+        json.dumps({**described, "model_cfg": config}),
+    )
     refused(lambda: read_teacher(path), "x.safetensors")
     assert not no_network
 
@@ -179,45 +240,81 @@ def test_a_tokenizer_for_a_local_file_is_not_fetched(monkeypatch: pytest.MonkeyP
     """Some architectures have theirs on the hub, which nobody named."""
     constants = pytest.importorskip("huggingface_hub").constants
     offline = []
-    monkeypatch.setattr("open_clip.get_tokenizer", lambda arch: offline.append(constants.HF_HUB_OFFLINE))
+    monkeypatch.setattr(
+        "open_clip.get_tokenizer", lambda arch: offline.append(constants.HF_HUB_OFFLINE)
+    )
     _tokenizer_at_hand("ViT-B-16-SigLIP")
     assert offline == [True] and not constants.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize("arch", ["hf-hub:someone/else", "local-dir:/tmp", "../../x", "https://x/y"])
-def test_an_architecture_is_a_name_alone(tmp_path: Path, clip: Any, no_network: list[Any], arch: str) -> None:
+@pytest.mark.parametrize(
+    "arch", ["hf-hub:someone/else", "local-dir:/tmp", "../../x", "https://x/y"]
+)
+def test_an_architecture_is_a_name_alone(
+    tmp_path: Path, clip: Any, no_network: list[Any], arch: str
+) -> None:
     write_safetensors(tmp_path / "w.safetensors", clip[0], {})
-    refused(lambda: read_teacher(f"open_clip:{arch}@{tmp_path / 'w.safetensors'}"), "no such architecture")
+    refused(
+        lambda: read_teacher(f"open_clip:{arch}@{tmp_path / 'w.safetensors'}"),
+        "no such architecture",
+    )
     assert not no_network
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mean": "abc"}, {"mean": [1]}, {"std": [0, 0, 0]}, {"std": [float("nan")] * 3}, {"templates": 5}, {"templates": ["a {}"] * 10**4},
-     {"templates": ["{.__class__.__init__.__globals__}"]}, {"templates": ["{0:>1000000000}"]}, {"seen": ["x"]}, {"model_cfg": []},
-     {"model_cfg": {"vision_cfg": 1, "text_cfg": 2}}],
+    [
+        {"mean": "abc"},
+        {"mean": [1]},
+        {"std": [0, 0, 0]},
+        {"std": [float("nan")] * 3},
+        {"templates": 5},
+        {"templates": ["a {}"] * 10**4},
+        {"templates": ["{.__class__.__init__.__globals__}"]},
+        {"templates": ["{0:>1000000000}"]},
+        {"seen": ["x"]},
+        {"model_cfg": []},
+        {"model_cfg": {"vision_cfg": 1, "text_cfg": 2}},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_teachers_that_say_nonsense(tmp_path: Path, clip: Any, changes: dict[str, Any]) -> None:
-    path = put(tmp_path / "x.safetensors", clip[0], "dad_fast.teacher", json.dumps({**clip[1], **changes}))
+    path = put(
+        tmp_path / "x.safetensors", clip[0], "dad_fast.teacher", json.dumps({**clip[1], **changes})
+    )
     refused(lambda: read_teacher(path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", DEEP])
 def test_descriptions_of_a_teacher_that_are_none(tmp_path: Path, clip: Any, text: str) -> None:
-    refused(lambda: read_teacher(put(tmp_path / "x.safetensors", clip[0], "dad_fast.teacher", text)), "x.safetensors")
+    refused(
+        lambda: read_teacher(put(tmp_path / "x.safetensors", clip[0], "dad_fast.teacher", text)),
+        "x.safetensors",
+    )
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[", "[]", "3", DEEP, '{"model_cfg": 3}', '{"preprocess_cfg": []}', '{"preprocess_cfg": {"mean": "x", "std": [1, 1, 1]}}',
-     '{"preprocess_cfg": {"mean": [0, 0, 0], "std": [0, 0, 0]}}'],
+    [
+        "",
+        "[",
+        "[]",
+        "3",
+        DEEP,
+        '{"model_cfg": 3}',
+        '{"preprocess_cfg": []}',
+        '{"preprocess_cfg": {"mean": "x", "std": [1, 1, 1]}}',
+        '{"preprocess_cfg": {"mean": [0, 0, 0], "std": [0, 0, 0]}}',
+    ],
     ids=lambda text: text[:30],
-)  # fmt: skip
+)
 def test_a_config_beside_the_weights_that_is_none(tmp_path: Path, clip: Any, text: str) -> None:
     write_safetensors(tmp_path / "w.safetensors", clip[0], {})
     (tmp_path / "open_clip_config.json").write_text(text)
-    refused(lambda: read_teacher(f"open_clip:ViT-B-32@{tmp_path / 'w.safetensors'}"), "open_clip_config.json")
+    refused(
+        lambda: read_teacher(f"open_clip:ViT-B-32@{tmp_path / 'w.safetensors'}"),
+        "open_clip_config.json",
+    )
 
 
 # --- a linear probe ---------------------------------------------------------------------------------------------------------
@@ -228,20 +325,43 @@ def probe(tmp_path: Path, clip: Any) -> Iterator[Callable[..., Path]]:
     """Writes a probe's file whose description has some entries changed."""
     teacher = put(tmp_path / "t.safetensors", clip[0], "dad_fast.teacher", json.dumps(clip[1]))
     spec = {
-        "name": "probe", "teacher": str(teacher), "encoder_sha256": "0" * 64, "num_features": 16, "unit_features": True, "num_classes": 3,
-        "img_size": 32, "crop_pct": 1.0, "interpolation": "bicubic",
-    }  # fmt: skip
+        "name": "probe",
+        "teacher": str(teacher),
+        "encoder_sha256": "0" * 64,
+        "num_features": 16,
+        "unit_features": True,
+        "num_classes": 3,
+        "img_size": 32,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+    }
     state = {"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}
 
     def write(**changes: Any) -> Path:
         text = changes.pop("text", json.dumps({**spec, **changes}))
-        return put(tmp_path / "p.safetensors", state, "dad_fast.probe", text, **{"dad_fast.classes": CLASSES.to_json()})
+        return put(
+            tmp_path / "p.safetensors",
+            state,
+            "dad_fast.probe",
+            text,
+            **{"dad_fast.classes": CLASSES.to_json()},
+        )
 
     yield write
 
 
-@pytest.mark.parametrize("name", ["hf-hub:someone/else", "open_clip:ViT-B-32/openai", "timm:resnet18.a1_in1k", "timm:vit_base_patch16_224"])
-def test_a_probe_fetches_no_encoder(probe: Callable[..., Path], no_network: list[Any], monkeypatch: Any, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf-hub:someone/else",
+        "open_clip:ViT-B-32/openai",
+        "timm:resnet18.a1_in1k",
+        "timm:vit_base_patch16_224",
+    ],
+)
+def test_a_probe_fetches_no_encoder(
+    probe: Callable[..., Path], no_network: list[Any], monkeypatch: Any, tmp_path: Path, name: str
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     refused(lambda: load_student(probe(teacher=name)))
     assert not no_network
@@ -249,9 +369,20 @@ def test_a_probe_fetches_no_encoder(probe: Callable[..., Path], no_network: list
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_features": 10**6, "num_classes": 10**6}, {"num_features": 10**12}, {"num_features": -1}, {"num_classes": 0}, {"img_size": 10**9},
-     {"img_size": -5}, {"crop_pct": float("nan")}, {"crop_pct": 0.0}, {"text": DEEP}, {"text": "[]"}, {"text": "{"}],
+    [
+        {"num_features": 10**6, "num_classes": 10**6},
+        {"num_features": 10**12},
+        {"num_features": -1},
+        {"num_classes": 0},
+        {"img_size": 10**9},
+        {"img_size": -5},
+        {"crop_pct": float("nan")},
+        {"crop_pct": 0.0},
+        {"text": DEEP},
+        {"text": "[]"},
+        {"text": "{"},
+    ],
     ids=lambda changes: str(changes)[:40],
-)  # fmt: skip
+)
 def test_probes_that_would_grow(probe: Callable[..., Path], changes: dict[str, Any]) -> None:
     refused(lambda: load_student(probe(**changes)), "p.safetensors")

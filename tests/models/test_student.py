@@ -7,14 +7,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
-from safetensors import safe_open  # noqa: E402
-from timm.optim import param_groups_weight_decay  # noqa: E402
+from safetensors import safe_open
+from timm.optim import param_groups_weight_decay
 
-from dad_fast.config.schema import StudentConfig  # noqa: E402
-from dad_fast.errors import DataError, EnvironmentProblem, UsageError  # noqa: E402
-from dad_fast.models.student import build_student, checkpoint_file, load_student, load_student_weights, save_student  # noqa: E402
-from dad_fast.models.weights.files import write_safetensors  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.config.schema import StudentConfig
+from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models.student import (
+    build_student,
+    checkpoint_file,
+    load_student,
+    load_student_weights,
+    save_student,
+)
+from dad_fast.models.weights.files import write_safetensors
+from tests.numerics import assert_same_function
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
 TINY_VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8}
@@ -55,23 +61,33 @@ def test_its_own_size_where_none_is_given():
 
 
 def test_dropout_and_stochastic_depth_reach_the_model():
-    model = build(name="vit_tiny_patch16_224", model_kwargs=TINY_VIT | {"depth": 2}, drop=0.3, drop_path=0.2).model
+    model = build(
+        name="vit_tiny_patch16_224", model_kwargs=TINY_VIT | {"depth": 2}, drop=0.3, drop_path=0.2
+    ).model
     assert model.head_drop.p == 0.3 and model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"bn": "aux"}, {"name": "vit_tiny_patch16_224", "model_kwargs": TINY_VIT}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"bn": "aux"}, {"name": "vit_tiny_patch16_224", "model_kwargs": TINY_VIT}]
+)
 def test_file_round_trip(tmp_path, kwargs):
     student = build(**kwargs)
     student(torch.rand(4, 3, 32, 32))  # batch norm has seen something
-    save_student(tmp_path / "model.safetensors", student, {"dad_fast.method": "dad", "dad_fast.ema": "true"})
+    save_student(
+        tmp_path / "model.safetensors", student, {"dad_fast.method": "dad", "dad_fast.ema": "true"}
+    )
     loaded, metadata = load_student(tmp_path / "model.safetensors")
     assert metadata["dad_fast.method"] == "dad" and metadata["dad_fast.ema"] == "true"
     assert loaded.spec == student.spec and not loaded.training
     pixels = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded(pixels), student.eval()(pixels))
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:  # timm's own keys, loadable without us
+    with safe_open(
+        tmp_path / "model.safetensors", framework="pt"
+    ) as file:  # timm's own keys, loadable without us
         keys = set(file.keys())
-    assert keys == set(timm.create_model(student.name, num_classes=5, **student.spec["model_kwargs"]).state_dict())
+    assert keys == set(
+        timm.create_model(student.name, num_classes=5, **student.spec["model_kwargs"]).state_dict()
+    )
 
 
 def test_a_run_folder_stands_for_its_model(tmp_path):
@@ -81,7 +97,9 @@ def test_a_run_folder_stands_for_its_model(tmp_path):
     save_student(latest / "model.safetensors", student, {})
     assert checkpoint_file(tmp_path) == checkpoint_file(latest) == latest / "model.safetensors"
     save_student(tmp_path / "model.safetensors", student, {})
-    assert checkpoint_file(tmp_path) == tmp_path / "model.safetensors"  # the finished run's model before a checkpoint
+    assert (
+        checkpoint_file(tmp_path) == tmp_path / "model.safetensors"
+    )  # the finished run's model before a checkpoint
     assert load_student(tmp_path)[0].name == "resnet18"
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no model.safetensors"):
@@ -93,14 +111,20 @@ def test_a_run_folder_stands_for_its_model(tmp_path):
 def test_auxiliary_batch_norm():
     """The first half trains the statistics that evaluation uses; the second half has its own."""
     torch.manual_seed(0)
-    student, clean, other = build(bn="aux"), torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32) * 0.1
+    student, clean, other = (
+        build(bn="aux"),
+        torch.rand(8, 3, 32, 32),
+        torch.rand(8, 3, 32, 32) * 0.1,
+    )
     plain = build().train()
     plain(clean)
     student.train()(torch.cat((clean, other)))
     norm, expected = student.model.bn1, plain.model.bn1
     torch.testing.assert_close(norm.running_mean, expected.running_mean)
     assert not torch.allclose(norm.aux_bn[0].running_mean, norm.running_mean)
-    assert_same_function(student.eval()(clean)[:3], student(clean[:3]))  # in evaluation: one set of statistics, any batch size
+    assert_same_function(
+        student.eval()(clean)[:3], student(clean[:3])
+    )  # in evaluation: one set of statistics, any batch size
 
 
 def test_auxiliary_batch_norm_needs_two_groups():
@@ -112,7 +136,12 @@ def test_auxiliary_batch_norm_needs_two_groups():
 def test_auxiliary_batch_norm_keeps_fused_activations(monkeypatch):
     """timm before 1.0.31 lost them without a word."""
     fused = {"name": "test_efficientnet", "model_kwargs": {}}
-    if timm.layers.convert_splitbn_model(timm.layers.BatchNormAct2d(1)).eval()(-torch.ones(1, 1, 1, 1)) == 0:
+    if (
+        timm.layers.convert_splitbn_model(timm.layers.BatchNormAct2d(1)).eval()(
+            -torch.ones(1, 1, 1, 1)
+        )
+        == 0
+    ):
         pixels = torch.rand(2, 3, 32, 32)
         assert torch.equal(build(bn="aux", **fused).eval()(pixels), build(**fused).eval()(pixels))
         without = lambda norm, num_splits=2: timm.layers.SplitBatchNorm2d(1, num_splits=num_splits)  # noqa: E731
@@ -124,11 +153,22 @@ def test_weights_as_files_hold_them(tmp_path):
     """A bare state dict, one under "state_dict" with DataParallel's prefix, and a run's file; --init-from likewise."""
     source = build(seed=1)
     torch.save(source.model.state_dict(), tmp_path / "a.pth")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in source.model.state_dict().items()}, "epoch": 1}, tmp_path / "b.pth")
+    torch.save(
+        {
+            "state_dict": {f"module.{k}": v for k, v in source.model.state_dict().items()},
+            "epoch": 1,
+        },
+        tmp_path / "b.pth",
+    )
     save_student(tmp_path / "c.safetensors", source, {})
     pixels = torch.rand(2, 3, 32, 32)
     expected = source.eval()(pixels)
-    for changes in ({"weights": "a.pth"}, {"weights": "b.pth"}, {"weights": "c.safetensors"}, {"init_from": "c.safetensors"}):
+    for changes in (
+        {"weights": "a.pth"},
+        {"weights": "b.pth"},
+        {"weights": "c.safetensors"},
+        {"init_from": "c.safetensors"},
+    ):
         changes = {key: str(tmp_path / name) for key, name in changes.items()}
         assert torch.equal(build(seed=2, **changes).eval()(pixels), expected)
 
@@ -144,19 +184,36 @@ def test_another_number_of_classes_begins_a_new_head(tmp_path, caplog):
 
 
 def test_weights_of_another_architecture(tmp_path):
-    save_student(tmp_path / "other.safetensors", build(name="vit_tiny_patch16_224", model_kwargs=TINY_VIT), {})
-    refuse(DataError, ["other.safetensors", "another architecture", "missing conv1.weight"], weights=str(tmp_path / "other.safetensors"))
+    save_student(
+        tmp_path / "other.safetensors",
+        build(name="vit_tiny_patch16_224", model_kwargs=TINY_VIT),
+        {},
+    )
+    refuse(
+        DataError,
+        ["other.safetensors", "another architecture", "missing conv1.weight"],
+        weights=str(tmp_path / "other.safetensors"),
+    )
     refuse(DataError, ["nowhere.pth", "no such"], weights=str(tmp_path / "nowhere.pth"))
     wider = build(model_kwargs={**SMALL, "channels": [8, 8, 8, 16]})
     save_student(tmp_path / "wider.safetensors", wider, {})
-    with pytest.raises(DataError, match=r"layer4.0.conv1.weight is \[16, 8, 3, 3\], not \[8, 8, 3, 3\]"):
+    with pytest.raises(
+        DataError, match=r"layer4.0.conv1.weight is \[16, 8, 3, 3\], not \[8, 8, 3, 3\]"
+    ):
         load_student_weights(build(), tmp_path / "wider.safetensors")
 
 
 def test_unknown_models_and_arguments():
-    refuse(UsageError, ["--student resnt18", "did you mean resnet18"], name="resnt18", model_kwargs={})
+    refuse(
+        UsageError, ["--student resnt18", "did you mean resnet18"], name="resnt18", model_kwargs={}
+    )
     refuse(UsageError, ["--student resnet18", "colour", "model_kwargs"], model_kwargs={"colour": 3})
-    refuse(UsageError, ["--student vit_tiny", "divisible", "model_kwargs"], name="vit_tiny_patch16_224", model_kwargs={"embed_dim": 25})
+    refuse(
+        UsageError,
+        ["--student vit_tiny", "divisible", "model_kwargs"],
+        name="vit_tiny_patch16_224",
+        model_kwargs={"embed_dim": 25},
+    )
 
 
 def test_pretrained_without_a_network(monkeypatch):
@@ -164,11 +221,19 @@ def test_pretrained_without_a_network(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    refuse(EnvironmentProblem, ["--pretrained", "no route to host", "--student-weights"], pretrained=True)
+    refuse(
+        EnvironmentProblem,
+        ["--pretrained", "no route to host", "--student-weights"],
+        pretrained=True,
+    )
 
 
 @pytest.mark.parametrize(
-    "metadata, words", [({}, "not a student of dad-fast"), *(({"dad_fast.student": text}, "damaged") for text in ("{", "{}", "[]"))]
+    "metadata, words",
+    [
+        ({}, "not a student of dad-fast"),
+        *(({"dad_fast.student": text}, "damaged") for text in ("{", "{}", "[]")),
+    ],
 )
 def test_files_that_are_no_student(tmp_path, metadata, words):
     path = tmp_path / "model.safetensors"
@@ -183,16 +248,26 @@ def test_the_spec_is_plain_json(tmp_path):
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         spec = json.loads(file.metadata()["dad_fast.student"])
     assert spec == {
-        "name": "resnet18", "model_kwargs": SMALL, "num_classes": 5, "img_size": 32,
-        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 0.95, "interpolation": "bicubic",
-    }  # fmt: skip
+        "name": "resnet18",
+        "model_kwargs": SMALL,
+        "num_classes": 5,
+        "img_size": 32,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "crop_pct": 0.95,
+        "interpolation": "bicubic",
+    }
 
 
 def test_timms_optimizers_decay_what_they_decay_of_the_bare_model():
-    student = build_student(StudentConfig(name="vit_tiny_patch16_224", model_kwargs={"depth": 1}), 3)
+    student = build_student(
+        StudentConfig(name="vit_tiny_patch16_224", model_kwargs={"depth": 1}), 3
+    )
     bare = student.model
     ours = param_groups_weight_decay(student, 0.1, student.no_weight_decay())
     theirs = param_groups_weight_decay(bare, 0.1, bare.no_weight_decay())
-    assert [list(map(id, group["params"])) for group in ours] == [list(map(id, group["params"])) for group in theirs]
+    assert [list(map(id, group["params"])) for group in ours] == [
+        list(map(id, group["params"])) for group in theirs
+    ]
     assert {"model.pos_embed", "model.cls_token"} <= student.no_weight_decay()
     assert build_student(StudentConfig(name="resnet18"), 3).no_weight_decay() == set()

@@ -10,18 +10,18 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import save, save_file  # noqa: E402
-from teachers import ANIMALS, WNIDS, class_map, load, refuse  # noqa: E402
-from tiny import SIDE, TOWERS, write_teacher  # noqa: E402
+import torch.nn.functional as F
+from safetensors.torch import save, save_file
+from teachers import ANIMALS, WNIDS, class_map, load, refuse
+from tiny import SIDE, TOWERS, write_teacher
 
-from dad_fast.config.schema import PrecisionConfig  # noqa: E402
-from dad_fast.errors import DataError, EnvironmentProblem, UsageError  # noqa: E402
-from dad_fast.models import clip_teacher, zeroshot  # noqa: E402
-from dad_fast.models.teacher import UNKNOWN  # noqa: E402
-from dad_fast.models.weights.files import sha256_file, write_safetensors  # noqa: E402
-from dad_fast.models.zeroshot import is_imagenet, prompt_names, resolve_templates, zero_shot_head  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.config.schema import PrecisionConfig
+from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models import clip_teacher, zeroshot
+from dad_fast.models.teacher import UNKNOWN
+from dad_fast.models.weights.files import sha256_file, write_safetensors
+from dad_fast.models.zeroshot import is_imagenet, prompt_names, resolve_templates, zero_shot_head
+from tests.numerics import assert_same_function
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def own_logits(clip, pixels, classes=ANIMALS, templates=("a {}",), mean=0.5, std
     with torch.no_grad():
         rows = []
         for name in classes.names:
-            texts = clip.encode_text(tokens([template.format(name) for template in templates]), normalize=True)
+            texts = clip.encode_text(
+                tokens([template.format(name) for template in templates]), normalize=True
+            )
             rows.append(F.normalize(texts.mean(dim=0), dim=0))
         images = clip.encode_image((pixels - mean) / std, normalize=True)
         return clip.logit_scale.exp() * images @ torch.stack(rows).T
@@ -63,7 +65,9 @@ def test_a_file_that_names_its_architecture(clip_file, clip):
     assert logits.dtype == torch.float32
     assert_same_function(logits, own_logits(clip, pixels))
     with torch.no_grad():
-        assert_same_function(teacher.features(pixels), clip.encode_image((pixels - 0.5) / 0.5, normalize=True))
+        assert_same_function(
+            teacher.features(pixels), clip.encode_image((pixels - 0.5) / 0.5, normalize=True)
+        )
 
 
 def test_templates_are_averaged(clip_file, clip):
@@ -78,7 +82,7 @@ def test_half_precision_weights_run_in_float32(clip_file, clip, tmp_path):
     from safetensors import safe_open
 
     with safe_open(clip_file, framework="pt") as file:
-        state, metadata = {key: file.get_tensor(key).half() for key in file.keys()}, file.metadata()
+        state, metadata = {key: file.get_tensor(key).half() for key in file}, file.metadata()
     write_safetensors(tmp_path / "half.safetensors", state, metadata)
     teacher, pixels = load(tmp_path / "half.safetensors"), torch.rand(2, 3, SIDE, SIDE)
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
@@ -94,7 +98,9 @@ def test_gradients_reach_pixels_and_no_weight(clip_file):
         direction = F.normalize(pixels.grad.flatten(), dim=0).view_as(pixels)
         with torch.no_grad():
             ahead, behind = (teacher(pixels + step * direction)[0, 1] for step in (5e-2, -5e-2))
-        assert (ahead - behind).item() / 1e-1 == pytest.approx((pixels.grad * direction).sum().item(), rel=0.05)
+        assert (ahead - behind).item() / 1e-1 == pytest.approx(
+            (pixels.grad * direction).sum().item(), rel=0.05
+        )
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
 
@@ -124,7 +130,9 @@ def test_mixed_precision(clip_file):
     assert pixels.grad.isfinite().all()
     for precision in (PrecisionConfig(), PrecisionConfig(amp=True, teacher="float32")):
         teacher = load(clip_file, precision=precision)
-        with torch.autocast("cpu", torch.bfloat16):  # what is set for the student does not reach a teacher in float32
+        with torch.autocast(
+            "cpu", torch.bfloat16
+        ):  # what is set for the student does not reach a teacher in float32
             assert torch.equal(teacher(pixels), exact)
 
 
@@ -135,7 +143,9 @@ def known(monkeypatch, clip):
     for name, more in (("Tiny", {}), ("Tiny-quickgelu", {"quick_gelu": True})):
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config | more)
     quick = open_clip.pretrained._pcfg(url="https://nowhere.invalid/x.safetensors", quick_gelu=True)
-    plain = open_clip.pretrained._pcfg(url="https://nowhere.invalid/y.safetensors", mean=(0.4,) * 3, std=(0.2,) * 3)
+    plain = open_clip.pretrained._pcfg(
+        url="https://nowhere.invalid/y.safetensors", mean=(0.4,) * 3, std=(0.2,) * 3
+    )
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny", {"openai": quick, "other": plain})
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-quickgelu", {"openai": quick})
 
@@ -152,7 +162,11 @@ def test_named_architecture(known, clip, bare_file, caplog):
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
-    assert "Tiny with GELU" in caplog.text and "differ in mean and std" in caplog.text and "randomly" not in caplog.text
+    assert (
+        "Tiny with GELU" in caplog.text
+        and "differ in mean and std" in caplog.text
+        and "randomly" not in caplog.text
+    )
     assert teacher.provenance == UNKNOWN
     # open_clip's tokenizer takes the text tower's own context length
     assert_same_function(teacher(pixels), own_logits(clip, pixels, mean=mean, std=std))
@@ -161,15 +175,32 @@ def test_named_architecture(known, clip, bare_file, caplog):
     assert not torch.allclose(quick(pixels), teacher(pixels))
 
     beside = bare_file.with_name("open_clip_config.json")
-    beside.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}))
+    beside.write_text(
+        json.dumps({"model_cfg": TOWERS, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}})
+    )
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
     assert_same_function(teacher(pixels), own_logits(clip, pixels, mean=0.4, std=0.2))
-    assert teacher.interpolation == "bicubic" and not teacher.squashed and "squashed" not in caplog.text
-    as_siglip = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    assert (
+        teacher.interpolation == "bicubic"
+        and not teacher.squashed
+        and "squashed" not in caplog.text
+    )
+    as_siglip = {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    }
     beside.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": as_siglip}))
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
-    assert teacher.interpolation == "bilinear" and teacher.squashed and "was trained on images squashed to a square" in caplog.text
-    refuse(UsageError, ["another activation", "write Tiny"], f"open_clip:Tiny-quickgelu@{bare_file}")
+    assert (
+        teacher.interpolation == "bilinear"
+        and teacher.squashed
+        and "was trained on images squashed to a square" in caplog.text
+    )
+    refuse(
+        UsageError, ["another activation", "write Tiny"], f"open_clip:Tiny-quickgelu@{bare_file}"
+    )
     beside.write_text("{")
     refuse(DataError, [str(beside), "JSON"], f"open_clip:Tiny@{bare_file}")
 
@@ -177,7 +208,10 @@ def test_named_architecture(known, clip, bare_file, caplog):
 def test_names_of_older_files(known, clip, bare_file):
     """What OpenAI's and older files have besides, and logit_scale as a vector."""
     state = {f"module.{key}": value for key, value in clip.state_dict().items()}
-    state |= {"module.logit_scale": clip.logit_scale.detach().view(1), "module.input_resolution": torch.tensor(SIDE)}
+    state |= {
+        "module.logit_scale": clip.logit_scale.detach().view(1),
+        "module.input_resolution": torch.tensor(SIDE),
+    }
     save_file(state, bare_file)
     pixels = torch.rand(1, 3, SIDE, SIDE)
     other = load(f"open_clip:Tiny@{bare_file}")
@@ -198,16 +232,31 @@ def test_tags(known, clip, monkeypatch):
 
     monkeypatch.setattr(clip_teacher.open_clip, "create_model", offline)
     pixels = torch.rand(1, 3, SIDE, SIDE)
-    named, right, plain = (load(f"open_clip:{name}")(pixels) for name in ("Tiny/openai", "Tiny-quickgelu/openai", "Tiny/other"))
+    named, right, plain = (
+        load(f"open_clip:{name}")(pixels)
+        for name in ("Tiny/openai", "Tiny-quickgelu/openai", "Tiny/other")
+    )
     assert torch.equal(named, right) and not torch.allclose(named, plain)
-    assert made == [("Tiny", "openai", True), ("Tiny-quickgelu", "openai", True), ("Tiny", "other", False)]
+    assert made == [
+        ("Tiny", "openai", True),
+        ("Tiny-quickgelu", "openai", True),
+        ("Tiny", "other", False),
+    ]
 
 
 def test_mistakes_in_tags(known, monkeypatch):
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED["Tiny-quickgelu"], "other", open_clip.pretrained._pcfg())
-    refuse(UsageError, ["these weights use GELU", "open_clip:Tiny/other"], "open_clip:Tiny-quickgelu/other")
+    monkeypatch.setitem(
+        open_clip.pretrained._PRETRAINED["Tiny-quickgelu"], "other", open_clip.pretrained._pcfg()
+    )
+    refuse(
+        UsageError,
+        ["these weights use GELU", "open_clip:Tiny/other"],
+        "open_clip:Tiny-quickgelu/other",
+    )
     refuse(UsageError, ["no weights 'opnai'", "openai"], "open_clip:Tiny/opnai")
-    refuse(UsageError, ["no such architecture", "did you mean ViT-B-32"], "open_clip:ViT-B-23/openai")
+    refuse(
+        UsageError, ["no such architecture", "did you mean ViT-B-32"], "open_clip:ViT-B-23/openai"
+    )
     refuse(UsageError, ["no such architecture"], "open_clip:Nonsense@nowhere.safetensors")
     refuse(DataError, ["nowhere.safetensors", "no such"], "open_clip:Tiny@nowhere.safetensors")
 
@@ -230,7 +279,11 @@ def test_without_a_network(monkeypatch):
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
     monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", offline)
-    refuse(EnvironmentProblem, ["cannot be had", "no route to host", "open_clip:ARCH@FILE"], "open_clip:ViT-B-32/openai")
+    refuse(
+        EnvironmentProblem,
+        ["cannot be had", "no route to host", "open_clip:ARCH@FILE"],
+        "open_clip:ViT-B-32/openai",
+    )
     refuse(EnvironmentProblem, ["cannot be had", "hf-hub:some/model"], "hf-hub:some/model")
 
 
@@ -238,7 +291,11 @@ def test_other_weights_are_refused(known, clip, clip_file, bare_file, tmp_path):
     refuse(DataError, ["does not name its architecture", "open_clip:ARCH@"], bare_file)
     state = clip.state_dict()
     save_file({key: value for key, value in state.items() if key != "ln_final.bias"}, bare_file)
-    refuse(DataError, [str(bare_file), "another architecture", "missing ln_final.bias"], f"open_clip:Tiny@{bare_file}")
+    refuse(
+        DataError,
+        [str(bare_file), "another architecture", "missing ln_final.bias"],
+        f"open_clip:Tiny@{bare_file}",
+    )
     write_safetensors(bare_file, state, {"dad_fast.teacher": '{"model_cfg": {}}'})
     refuse(DataError, [str(bare_file), "damaged"], bare_file)
 
@@ -247,8 +304,14 @@ def test_other_weights_are_refused(known, clip, clip_file, bare_file, tmp_path):
 
 
 def test_fine_tuned_head(clip_file, clip, tmp_path):
-    path, weight, bias = tmp_path / "head.safetensors", torch.randn(3, TOWERS["embed_dim"]), torch.randn(3)
-    write_safetensors(path, {"weight": weight, "bias": bias}, {"dad_fast.classes": ANIMALS.to_json()})
+    path, weight, bias = (
+        tmp_path / "head.safetensors",
+        torch.randn(3, TOWERS["embed_dim"]),
+        torch.randn(3),
+    )
+    write_safetensors(
+        path, {"weight": weight, "bias": bias}, {"dad_fast.classes": ANIMALS.to_json()}
+    )
     pixels = torch.rand(2, 3, SIDE, SIDE)
     with torch.no_grad():
         features = clip.encode_image((pixels - 0.5) / 0.5)
@@ -266,7 +329,11 @@ def test_fine_tuned_head(clip_file, clip, tmp_path):
         ({"weight": (3, 16), "bias": (2,)}, None, ["bias [classes]"]),
         ({"weight": (4, 16)}, None, ["4 outputs", "3 classes", "--class-map"]),
         ({"weight": (3, 8)}, None, ["8 features", "has 16"]),
-        ({"weight": (3, 16)}, class_map("ant", "cat", "queen_bee"), ["class 1 is 'cat'", "'queen_bee'", "--class-map"]),
+        (
+            {"weight": (3, 16)},
+            class_map("ant", "cat", "queen_bee"),
+            ["class 1 is 'cat'", "'queen_bee'", "--class-map"],
+        ),
         ({"weight": (3, 16)}, class_map("ant", "cat"), ["2 classes", "the data 3"]),
     ],
 )
@@ -279,10 +346,17 @@ def test_heads_that_do_not_fit(clip_file, tmp_path, tensors, classes, words):
 
 def test_prompts():
     fish = class_map(*WNIDS[:3])
-    assert is_imagenet(fish) and not is_imagenet(ANIMALS) and not is_imagenet(class_map("n00000000"))
-    assert prompt_names(class_map(*WNIDS[2::-1])) == list(open_clip.IMAGENET_CLASSNAMES[2::-1])  # by wnid, not by position
+    assert (
+        is_imagenet(fish) and not is_imagenet(ANIMALS) and not is_imagenet(class_map("n00000000"))
+    )
+    assert prompt_names(class_map(*WNIDS[2::-1])) == list(
+        open_clip.IMAGENET_CLASSNAMES[2::-1]
+    )  # by wnid, not by position
     assert prompt_names(ANIMALS) == ["ant", "queen bee", "cat"]
-    assert len(resolve_templates("auto", fish)) == 80 and resolve_templates("imagenet", ANIMALS)[0] == "a bad photo of a {}."
+    assert (
+        len(resolve_templates("auto", fish)) == 80
+        and resolve_templates("imagenet", ANIMALS)[0] == "a bad photo of a {}."
+    )
     assert resolve_templates("auto", ANIMALS) == ["a photo of a {}."]
     assert resolve_templates("auto", fish, own=["digit {}"]) == ["digit {}"]
     assert resolve_templates("simple", fish, own=["digit {}"]) == ["a photo of a {}."]
@@ -308,7 +382,9 @@ def test_zero_shot_head_equals_open_clips(clip):
     assert_same_function(zero_shot_head(clip, lambda: tokens, ANIMALS.names, templates), expected.T)
 
 
-def test_a_head_of_many_prompts_is_kept_and_a_damaged_one_made_again(clip, tmp_path, monkeypatch, capsys):
+def test_a_head_of_many_prompts_is_kept_and_a_damaged_one_made_again(
+    clip, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(zeroshot, "MANY_PROMPTS", 6)
     monkeypatch.setattr(zeroshot, "LINE_SECONDS", -1.0)
@@ -332,7 +408,10 @@ def test_a_head_of_many_prompts_is_kept_and_a_damaged_one_made_again(clip, tmp_p
         zero_shot_head(other, no_tokenizer, ANIMALS.names, templates)
     (kept,) = tmp_path.glob("heads/*")
     whole = kept.read_bytes()
-    forged = [save({"weight": w}) for w in (torch.ones(3), torch.zeros(3, 16), torch.full((3, 16), torch.nan), torch.eye(2))]
+    forged = [
+        save({"weight": w})
+        for w in (torch.ones(3), torch.zeros(3, 16), torch.full((3, 16), torch.nan), torch.eye(2))
+    ]
     for content in (whole[:50], b"", *forged):
         kept.write_bytes(content)
         assert torch.equal(zero_shot_head(clip, tokenizer, ANIMALS.names, templates), computed)

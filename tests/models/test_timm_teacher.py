@@ -5,14 +5,14 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
-from teachers import ANIMALS, WNIDS, class_map, load, refuse  # noqa: E402
+from teachers import ANIMALS, WNIDS, class_map, load, refuse
 
-from dad_fast.config.schema import StudentConfig  # noqa: E402
-from dad_fast.errors import DataError, EnvironmentProblem, UsageError  # noqa: E402
-from dad_fast.models.student import build_student, save_student  # noqa: E402
-from dad_fast.models.teacher import UNKNOWN  # noqa: E402
-from dad_fast.models.weights.files import write_safetensors  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.config.schema import StudentConfig
+from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models.student import build_student, save_student
+from dad_fast.models.teacher import UNKNOWN
+from dad_fast.models.weights.files import write_safetensors
+from tests.numerics import assert_same_function
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,11 @@ def photo(package, name):
 
 @pytest.mark.parametrize(
     "package, name, wnid, probability",
-    [("sklearn", "china.jpg", "n03877845", 0.315), ("skimage", "chelsea", "n02123159", 0.386), ("skimage", "coffee", "n07920052", 0.951)],
+    [
+        ("sklearn", "china.jpg", "n03877845", 0.315),
+        ("skimage", "chelsea", "n02123159", 0.386),
+        ("skimage", "coffee", "n07920052", 0.951),
+    ],
     ids=["palace", "tiger cat", "espresso"],
 )
 def test_a_trained_teacher_on_photographs(lite0, package, name, wnid, probability):
@@ -53,22 +57,32 @@ def test_a_trained_teacher_on_photographs(lite0, package, name, wnid, probabilit
     assert (teacher.image_size, teacher.num_classes, teacher.provenance) == (224, 1000, UNKNOWN)
     with torch.no_grad():
         shares = teacher(pixels).softmax(dim=1)[0]
-        assert WNIDS[shares.argmax()] == wnid and shares.max().item() == pytest.approx(probability, abs=0.03)
+        assert WNIDS[shares.argmax()] == wnid and shares.max().item() == pytest.approx(
+            probability, abs=0.03
+        )
         few = class_map(*(w for w in reversed(WNIDS) if int(w[1:]) % 7 == 0 or w == wnid))
         logits = load(f"timm:tf_efficientnet_lite0@{lite0}", few)(pixels)[0]
     assert logits.shape == (len(few),) and few.folders[logits.argmax()] == wnid
-    assert torch.equal(logits.sort().values, teacher(pixels)[0][[WNIDS.index(w) for w in few.folders]].sort().values)
+    assert torch.equal(
+        logits.sort().values,
+        teacher(pixels)[0][[WNIDS.index(w) for w in few.folders]].sort().values,
+    )
 
 
 def test_timm_features_are_what_the_classifier_sees(lite0):
-    teacher, pixels = load(f"timm:tf_efficientnet_lite0@{lite0}", class_map(*WNIDS)), torch.rand(2, 3, 224, 224)
+    teacher, pixels = (
+        load(f"timm:tf_efficientnet_lite0@{lite0}", class_map(*WNIDS)),
+        torch.rand(2, 3, 224, 224),
+    )
     with torch.no_grad():
         features = teacher.features(pixels)
         assert features.shape == (2, 1280)
         assert_same_function(teacher.whole.model.get_classifier()(features), teacher(pixels))
 
 
-RESNET = StudentConfig(name="resnet18", model_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]})
+RESNET = StudentConfig(
+    name="resnet18", model_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+)
 
 
 def test_a_student_becomes_a_teacher(tmp_path):
@@ -79,16 +93,28 @@ def test_a_student_becomes_a_teacher(tmp_path):
     teacher, pixels = load(f"timm:resnet18@{tmp_path}/model.safetensors"), torch.rand(2, 3, 40, 40)
     assert teacher.image_size == 40
     assert torch.equal(teacher(pixels), student.eval()(pixels))
-    refuse(DataError, ["class 0 is 'ant'", "'cat'"], f"timm:resnet18@{tmp_path}/model.safetensors", class_map("cat", "ant", "queen_bee"))
+    refuse(
+        DataError,
+        ["class 0 is 'ant'", "'cat'"],
+        f"timm:resnet18@{tmp_path}/model.safetensors",
+        class_map("cat", "ant", "queen_bee"),
+    )
     refuse(DataError, ["the file is a resnet18"], f"timm:resnet34@{tmp_path}/model.safetensors")
 
 
 def test_mistakes_with_timm(lite0, tmp_path, monkeypatch):
     refuse(UsageError, ["no such model", "did you mean resnet50"], "timm:resnt50")
-    refuse(UsageError, ["--teacher-head"], f"timm:tf_efficientnet_lite0@{lite0}", head="x.safetensors")
+    refuse(
+        UsageError, ["--teacher-head"], f"timm:tf_efficientnet_lite0@{lite0}", head="x.safetensors"
+    )
     refuse(DataError, ["1000 outputs", "3 classes"], f"timm:tf_efficientnet_lite0@{lite0}")
     refuse(DataError, ["no classifier fc.weight"], f"timm:resnet50@{lite0}", class_map(*WNIDS))
-    refuse(DataError, ["another architecture"], f"timm:tf_efficientnet_lite1@{lite0}", class_map(*WNIDS))
+    refuse(
+        DataError,
+        ["another architecture"],
+        f"timm:tf_efficientnet_lite1@{lite0}",
+        class_map(*WNIDS),
+    )
 
     def offline(*args, **kwargs):
         raise OSError("no route\nto host")

@@ -15,8 +15,14 @@ import pytest
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
 pytest.importorskip("safetensors")
-from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.models.weights.files import asset, load_strictly, read_state_dict, sha256_file, write_safetensors  # noqa: E402
+from dad_fast.errors import DataError, UsageError
+from dad_fast.models.weights.files import (
+    asset,
+    load_strictly,
+    read_state_dict,
+    sha256_file,
+    write_safetensors,
+)
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2, dtype=torch.float16)}
 
@@ -59,7 +65,11 @@ def foreign(monkeypatch):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_tensor_pickles(tmp_path, beside, under, zipped):
     content = collections.OrderedDict(STATE)
-    torch.save(content if beside is None else {under: content, **beside}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        content if beside is None else {under: content, **beside},
+        tmp_path / "w.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     state, metadata = read_state_dict(tmp_path / "w.pth")
     same(state)
     assert metadata == {}
@@ -75,8 +85,14 @@ def test_a_parameter_comes_back_as_a_tensor_without_gradient(tmp_path):
 def test_lightning_checkpoint(tmp_path, foreign, package, zipped):
     checkpoint = foreign(f"{package}.callbacks.model_checkpoint", "ModelCheckpoint")
     attributes = foreign(f"{package}.utilities.parsing", "AttributeDict", dict)
-    dict_config, list_config = foreign("omegaconf.dictconfig", "DictConfig"), foreign("omegaconf.listconfig", "ListConfig")
-    metadata, node = foreign("omegaconf.base", "ContainerMetadata"), foreign("omegaconf.nodes", "AnyNode")
+    dict_config, list_config = (
+        foreign("omegaconf.dictconfig", "DictConfig"),
+        foreign("omegaconf.listconfig", "ListConfig"),
+    )
+    metadata, node = (
+        foreign("omegaconf.base", "ContainerMetadata"),
+        foreign("omegaconf.nodes", "AnyNode"),
+    )
     config, inside, about, leaf = dict_config(), list_config(), metadata(), node()
     about.__dict__ = {"ref_type": dict, "object_type": dict, "optional": True}
     leaf.__dict__ = {"_val": 4.5e-06, "_parent": config}  # a cycle, as omegaconf has them
@@ -85,13 +101,20 @@ def test_lightning_checkpoint(tmp_path, foreign, package, zipped):
     content = {
         "epoch": 7,
         "pytorch-lightning_version": "1.0.8",
-        "callbacks": {checkpoint: {"best_model_score": np.float64(0.25), "best_model_path": "x.ckpt"}},
+        "callbacks": {
+            checkpoint: {"best_model_score": np.float64(0.25), "best_model_path": "x.ckpt"}
+        },
         "hyper_parameters": attributes(lr=1.0, config=config),
         "args": argparse.Namespace(size=np.int64(256)),
         "steps": collections.defaultdict(list, {"a": [1]}),
         "order": np.arange(3),
         "state_dict": collections.OrderedDict(STATE),
-        "optimizer_states": [{"state": {0: {"step": 1, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}],
+        "optimizer_states": [
+            {
+                "state": {0: {"step": 1, "exp_avg": torch.ones(2)}},
+                "param_groups": [{"lr": 1e-3, "params": [0]}],
+            }
+        ],
     }
     torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=zipped)
     foreign.undo()
@@ -99,7 +122,9 @@ def test_lightning_checkpoint(tmp_path, foreign, package, zipped):
     assert not any(name.startswith(("omegaconf", package)) for name in sys.modules)
     same(read_state_dict(tmp_path / "last.ckpt")[0])
     assert not any(name.startswith(("omegaconf", package)) for name in sys.modules)
-    assert set(torch.serialization.get_safe_globals()) == allowed  # nothing of this stays allowed for the rest of the process
+    assert (
+        set(torch.serialization.get_safe_globals()) == allowed
+    )  # nothing of this stays allowed for the rest of the process
 
 
 class Call:
@@ -121,7 +146,10 @@ def hostile(proof, foreign):
     return {
         "system": Call(os.system, command),
         "beside": {"state_dict": STATE, "callbacks": Call(os.system, command)},
-        "inside": {"state_dict": {**STATE, "b": Call(os.system, command)}, "model": [Call(os.system, command)]},
+        "inside": {
+            "state_dict": {**STATE, "b": Call(os.system, command)},
+            "model": [Call(os.system, command)],
+        },
         "eval": {"state_dict": STATE, "x": Call(eval, source)},
         "exec": {"state_dict": STATE, "x": Call(exec, source)},
         "argument": {"state_dict": STATE, "x": Call(stand_in, Call(os.system, command))},
@@ -132,7 +160,9 @@ def hostile(proof, foreign):
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "bare", "protocol 4"])
-@pytest.mark.parametrize("what", ["system", "beside", "inside", "eval", "exec", "argument", "state", "getattr", "make"])
+@pytest.mark.parametrize(
+    "what", ["system", "beside", "inside", "eval", "exec", "argument", "state", "getattr", "make"]
+)
 def test_hostile_pickles_have_no_effect(tmp_path, foreign, what, form):
     proof, path = tmp_path / "proof", tmp_path / "w.ckpt"
     content = hostile(proof, foreign)[what]
@@ -141,7 +171,12 @@ def test_hostile_pickles_have_no_effect(tmp_path, foreign, what, form):
             content.pop("state_dict")  # tensors need torch.save
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
-        torch.save(content, path, _use_new_zipfile_serialization=form != "old", pickle_protocol=4 if form == "protocol 4" else 2)
+        torch.save(
+            content,
+            path,
+            _use_new_zipfile_serialization=form != "old",
+            pickle_protocol=4 if form == "protocol 4" else 2,
+        )
     foreign.undo()
     refused(path, "safetensors")
     assert not proof.exists()
@@ -160,13 +195,26 @@ def test_torchscript_is_refused_with_the_mend(tmp_path):
             archive.writestr(f"ViT-L-14/{name}", b"")
     refused(tmp_path / "ViT-L-14.pt", "TorchScript", "safetensors")
     pytest.importorskip("open_clip")
-    refused(tmp_path / "ViT-L-14.pt", "timm/vit_large_patch14_clip_224.openai", "open_clip:ViT-L-14-quickgelu@FILE")
+    refused(
+        tmp_path / "ViT-L-14.pt",
+        "timm/vit_large_patch14_clip_224.openai",
+        "open_clip:ViT-L-14-quickgelu@FILE",
+    )
     (tmp_path / "ViT-L-14.pt").rename(tmp_path / "model.pt")
     refused(tmp_path / "model.pt", "give the same weights as safetensors")
 
 
 def test_what_is_no_state_dict(tmp_path):
-    for content in (torch.ones(3), [torch.ones(3)], {}, {"state_dict": {}}, {"a": 1, "b": torch.ones(1)}, {3: torch.ones(1)}, None, "text"):
+    for content in (
+        torch.ones(3),
+        [torch.ones(3)],
+        {},
+        {"state_dict": {}},
+        {"a": 1, "b": torch.ones(1)},
+        {3: torch.ones(1)},
+        None,
+        "text",
+    ):
         torch.save(content, tmp_path / "w.pt")
         refused(tmp_path / "w.pt", "state dict", "safetensors")
 
@@ -176,7 +224,10 @@ def files(tmp_path):
     whole = (tmp_path / "w.safetensors").read_bytes()
     for zipped in (True, False):
         torch.save(STATE, data := io.BytesIO(), _use_new_zipfile_serialization=zipped)
-        yield from (data.getvalue()[:n] for n in (2, 9, 60, len(data.getvalue()) // 2, len(data.getvalue()) - 7))
+        yield from (
+            data.getvalue()[:n]
+            for n in (2, 9, 60, len(data.getvalue()) // 2, len(data.getvalue()) - 7)
+        )
     yield from (whole[:n] for n in (1, 8, 9, 40, len(whole) - 3))
     yield b"\xff" * 8 + b"{" + whole[9:]
     yield b""
@@ -214,11 +265,17 @@ def test_a_flipped_bit_of_what_we_write_shows(tmp_path):
     path = tmp_path / "w.safetensors"
     write_safetensors(path, STATE, {"crop_pct": "0.875"})
     data = path.read_bytes()
-    names = [range(start, start + len(name)) for name in (b"__metadata__", b"dad_fast.sha256") for start in [data.index(name)]]
+    names = [
+        range(start, start + len(name))
+        for name in (b"__metadata__", b"dad_fast.sha256")
+        for start in [data.index(name)]
+    ]
     for bit in range(0, 8 * len(data), 7):
         if any(bit // 8 in name for name in names):  # the file then has no seal
             continue
-        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        path.write_bytes(
+            data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+        )
         with pytest.raises(DataError):
             read_state_dict(path)
 
@@ -228,7 +285,9 @@ def test_a_header_length_that_looks_like_another_format(tmp_path, magic):
     """The first bytes of safetensors are a number, which may begin like a pickle or a zip archive."""
     length = int.from_bytes(magic, "little")
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
-    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    (tmp_path / "w.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f"
+    )
     assert (tmp_path / "w.safetensors").read_bytes().startswith(magic)
     same(read_state_dict(tmp_path / "w.safetensors")[0], {"a": torch.ones(1)})
 
@@ -249,7 +308,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_strict_loading_names_the_first_differing_keys():
     layer = torch.nn.Linear(3, 2)
-    with pytest.raises(DataError, match="w.pt: weights of another architecture: missing weight; missing bias; unexpected a.weight and 1 "):
+    with pytest.raises(
+        DataError,
+        match="w.pt: weights of another architecture: missing weight; missing bias; unexpected a.weight and 1 ",
+    ):
         load_strictly(layer, STATE, "w.pt")
     with pytest.raises(DataError, match=r"weight is \[2, 4\], not \[2, 3\]"):
         load_strictly(layer, {"weight": torch.ones(2, 4), "bias": torch.ones(2)}, "w.pt")

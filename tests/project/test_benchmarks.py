@@ -16,9 +16,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import overhead, timing  # noqa: E402
-from benchmarks.bench import Bench, Session, default_size  # noqa: E402
-from benchmarks.record import as_text, make_record, number, read_record, record_path, write_record  # noqa: E402
+from benchmarks import overhead, timing
+from benchmarks.bench import Bench, Session, default_size
+from benchmarks.record import as_text, make_record, number, read_record, record_path, write_record
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -55,19 +55,27 @@ def _short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_functions_take_turns_and_begin_with_another_one_each_round(clock: HandSet) -> None:
     log: list[str] = []
-    times = timing.interleaved({name: clock.work(11, log, name) for name in "abc"}, CPU, seconds=0.0)
+    times = timing.interleaved(
+        {name: clock.work(11, log, name) for name in "abc"}, CPU, seconds=0.0
+    )
     assert all(len(values) == timing.MIN_ROUNDS for values in times.values())
-    assert "".join(log[3 * (timing.WARM_UP_CALLS["cpu"] + 2) :]) == "abcbcacababcbca"  # after warm-up and two estimates of each
+    assert (
+        "".join(log[3 * (timing.WARM_UP_CALLS["cpu"] + 2) :]) == "abcbcacababcbca"
+    )  # after warm-up and two estimates of each
     assert all(value == pytest.approx(0.011) for values in times.values() for value in values)
 
 
 def test_short_functions_are_called_many_times_a_round(clock: HandSet) -> None:
     log: list[str] = []
     (times,) = timing.interleaved({"a": clock.work(0.08, log)}, CPU, seconds=0.0).values()
-    assert len(log) > timing.MIN_ROUNDS * 100 and times == pytest.approx([0.08e-3] * timing.MIN_ROUNDS)
+    assert len(log) > timing.MIN_ROUNDS * 100 and times == pytest.approx(
+        [0.08e-3] * timing.MIN_ROUNDS
+    )
 
 
-def test_what_fails_is_left_out_by_name_and_what_was_measured_is_written_at_once(tmp_path: Path) -> None:
+def test_what_fails_is_left_out_by_name_and_what_was_measured_is_written_at_once(
+    tmp_path: Path,
+) -> None:
     def fails() -> None:
         raise RuntimeError("no such kernel\nand a page of detail")
 
@@ -76,13 +84,25 @@ def test_what_fails_is_left_out_by_name_and_what_was_measured_is_written_at_once
 
     bench = Bench(Session(CPU, "tiny", tmp_path), "steps")
     good = {"plain": lambda: time.sleep(1e-3), "other": lambda: time.sleep(1e-3)}
-    assert bench.compare("fits", good | {"huge": too_large}, baseline="plain", work=1, seconds=0.1).keys() == good.keys()
-    with pytest.raises(RuntimeError, match="broken: not measured: bad; bad: RuntimeError: no such kernel$"):
+    assert (
+        bench.compare(
+            "fits", good | {"huge": too_large}, baseline="plain", work=1, seconds=0.1
+        ).keys()
+        == good.keys()
+    )
+    with pytest.raises(
+        RuntimeError, match="broken: not measured: bad; bad: RuntimeError: no such kernel$"
+    ):
         bench.compare("broken", good | {"bad": fails}, baseline="plain", work=1, seconds=0.1)
     (path,) = tmp_path.rglob("steps.json")
     first, second = read_record(path)["comparisons"]
-    assert first["left_out"].keys() == {"huge"} and second["left_out"] == {"bad": "RuntimeError: no such kernel"}
-    assert [row["name"] for row in second["rows"]] == ["plain", "other"] and "bad: left out (RuntimeError" in as_text(second)
+    assert first["left_out"].keys() == {"huge"} and second["left_out"] == {
+        "bad": "RuntimeError: no such kernel"
+    }
+    assert [row["name"] for row in second["rows"]] == [
+        "plain",
+        "other",
+    ] and "bad: left out (RuntimeError" in as_text(second)
 
 
 def test_garbage_collection_is_back_on_after_a_failure() -> None:
@@ -101,7 +121,13 @@ def test_garbage_collection_is_back_on_after_a_failure() -> None:
 
 
 def test_spread() -> None:
-    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "min": 1.0, "n": 5}
+    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {
+        "median": 3.0,
+        "q1": 2.0,
+        "q3": 4.0,
+        "min": 1.0,
+        "n": 5,
+    }
     assert timing.spread([2.0])["q3"] == 2.0
 
 
@@ -112,11 +138,24 @@ def bench() -> Bench:
 
 def test_compare_records_ratios_rates_and_predictions(bench: Bench, clock: HandSet) -> None:
     functions = {"kd": clock.work(10, []), "dad": clock.work(30, [])}
-    ratios = bench.compare("b", functions, baseline="kd", work=8, flops={"kd": 1e9, "dad": 4e9}, notes={"kd": "x"}, seconds=0, energy=True)
+    ratios = bench.compare(
+        "b",
+        functions,
+        baseline="kd",
+        work=8,
+        flops={"kd": 1e9, "dad": 4e9},
+        notes={"kd": "x"},
+        seconds=0,
+        energy=True,
+    )
     assert ratios["kd"] == 1.0 and ratios["dad"] == pytest.approx(3.0)
-    record = make_record("steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0)
+    record = make_record(
+        "steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0
+    )
     kd, dad = record["comparisons"][0]["rows"]
-    assert kd["note"] == "x" and "note" not in dad and "peak_bytes" not in kd and "joules" not in kd  # a CPU counts neither
+    assert (
+        kd["note"] == "x" and "note" not in dad and "peak_bytes" not in kd and "joules" not in kd
+    )  # a CPU counts neither
     assert dad["predicted"] == 4.0 and dad["per_second"] == pytest.approx(8e3 / dad["ms"]["median"])
     assert dad["tflops"] == pytest.approx(dad["per_second"] * 4e9 / 1e12)
     text = as_text(record["comparisons"][0])
@@ -130,20 +169,30 @@ def test_a_baseline_that_is_not_there(bench: Bench) -> None:
 
 def test_a_record_says_what_it_must_and_holds_no_paths(bench: Bench, tmp_path: Path) -> None:
     bench.compare("b", {"kd": lambda: None}, baseline="kd", work=1, seconds=0)
-    record = make_record("steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0)
+    record = make_record(
+        "steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0
+    )
     path = record_path(tmp_path, record, bench.session.machine.slug)
     write_record(path, record)
     assert path.parent.name.startswith("tiny-cpu-") and path.name == "steps.json"
     assert read_record(path) == json.loads(json.dumps(record))
     machine = record["machine"]
-    assert machine["device"]["kind"] == "cpu" and machine["device"]["threads"] == torch.get_num_threads()
-    assert machine["packages"]["torch"] == torch.__version__.partition("+")[0] or machine["packages"]["torch"] == torch.__version__
+    assert (
+        machine["device"]["kind"] == "cpu"
+        and machine["device"]["threads"] == torch.get_num_threads()
+    )
+    assert (
+        machine["packages"]["torch"] == torch.__version__.partition("+")[0]
+        or machine["packages"]["torch"] == torch.__version__
+    )
     assert "load" in machine["start"] and "commit" in machine and isinstance(machine["dirty"], bool)
     text = path.read_text()
     assert str(ROOT) not in text and str(tmp_path) not in text
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 99, "comparisons": []}', '{"schema": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"schema": 99, "comparisons": []}', '{"schema": 1}']
+)
 def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(content)
@@ -154,25 +203,44 @@ def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path, content: str) 
         read_record(tmp_path / "none.json")
 
 
-def steps_record(dad: float, *, size: str = "tiny", name: str = "dad", cpu: str = "X") -> dict[str, Any]:
+def steps_record(
+    dad: float, *, size: str = "tiny", name: str = "dad", cpu: str = "X"
+) -> dict[str, Any]:
     ratio = {"median": dad, "q1": dad - 0.1, "q3": dad + 0.1, "min": dad - 0.2, "n": 9}
     rows = [{"name": "kd", "ratio": ratio | {"median": 1.0}}, {"name": name, "ratio": ratio}]
     machine = {"device": {"kind": "cpu", "cpu": cpu}, "commit": "abc", "dirty": False}
-    return {"size": size, "machine": machine, "taken": "now", "comparisons": [{"name": "batch 32", "baseline": "kd", "rows": rows}]}
+    return {
+        "size": size,
+        "machine": machine,
+        "taken": "now",
+        "comparisons": [{"name": "batch 32", "baseline": "kd", "rows": rows}],
+    }
 
 
 def test_growth_beyond_the_limit_is_named() -> None:
     assert overhead.grown(steps_record(5.0), steps_record(5.2), 0.05) == []
     (line,) = overhead.grown(steps_record(5.0), steps_record(5.3), 0.05)
-    assert "batch 32, against kd: dad costs 5.30 (5.20–5.40) times plain KD, 6.0% more than 5.00" in line
+    assert (
+        "batch 32, against kd: dad costs 5.30 (5.20–5.40) times plain KD, 6.0% more than 5.00"
+        in line
+    )
     assert "no step benchmark ran" in overhead.grown(steps_record(5.0), None, 0.05)[0]
-    assert "of size base" in overhead.grown(steps_record(5.0, size="base"), steps_record(5.0), 0.05)[0]
+    assert (
+        "of size base" in overhead.grown(steps_record(5.0, size="base"), steps_record(5.0), 0.05)[0]
+    )
     assert "on Y" in overhead.grown(steps_record(5.0, cpu="Y"), steps_record(5.0), 0.05)[0]
-    assert "in common" in overhead.grown(steps_record(5.0, name="dad, old"), steps_record(5.0), 0.05)[0]
+    assert (
+        "in common"
+        in overhead.grown(steps_record(5.0, name="dad, old"), steps_record(5.0), 0.05)[0]
+    )
 
 
 def test_shares() -> None:
-    assert overhead.parse_share("5%") == pytest.approx(0.05) == pytest.approx(overhead.parse_share("0.05"))
+    assert (
+        overhead.parse_share("5%")
+        == pytest.approx(0.05)
+        == pytest.approx(overhead.parse_share("0.05"))
+    )
     for text in ("five", "-1%", "", "nan", "5000%"):
         with pytest.raises(ValueError, match="--fail-over"):
             overhead.parse_share(text)
@@ -184,12 +252,20 @@ def test_history_grows_by_a_line_per_comparison(tmp_path: Path) -> None:
         overhead.append_history(steps_record(dad), "cpu-x", path)
     first, second = [json.loads(line) for line in path.read_text().splitlines()]
     assert first["ratios"] == {"dad": [4.9, 5.0, 5.1]} and second["ratios"]["dad"][1] == 4.0
-    assert (first["commit"], first["device"], first["size"], first["comparison"]) == ("abc", "cpu-x", "tiny", "batch 32, against kd")
+    assert (first["commit"], first["device"], first["size"], first["comparison"]) == (
+        "abc",
+        "cpu-x",
+        "tiny",
+        "batch 32, against kd",
+    )
 
 
 def test_overhead_is_drawn_over_commits(tmp_path: Path) -> None:
     history, chart = tmp_path / "history.jsonl", tmp_path / "overhead.svg"
-    assert overhead.main(["--history", str(history), "--output", str(chart)]) == 1 and not chart.exists()
+    assert (
+        overhead.main(["--history", str(history), "--output", str(chart)]) == 1
+        and not chart.exists()
+    )
     for dad in (5.0, 4.0, 4.5):
         overhead.append_history(steps_record(dad), "cpu-x", history)
     assert overhead.main(["--history", str(history), "--output", str(chart)]) == 0
@@ -197,13 +273,22 @@ def test_overhead_is_drawn_over_commits(tmp_path: Path) -> None:
 
     root = ET.parse(chart).getroot()
     text = " ".join(root.itertext())
-    assert root.tag.endswith("svg") and "cpu-x · tiny · batch 32, against kd" in text and "abc" in text
+    assert (
+        root.tag.endswith("svg") and "cpu-x · tiny · batch 32, against kd" in text and "abc" in text
+    )
     history.write_text(history.read_text() + '{"torn')
     assert overhead.main(["--history", str(history), "--output", str(chart)]) == 1
 
 
 def test_number() -> None:
-    assert [number(value) for value in (0, 0.000123, 0.0123, 1.234, 12.34, 1234.5)] == ["0", "1.2e-04", "0.0123", "1.23", "12.3", "1,234"]
+    assert [number(value) for value in (0, 0.000123, 0.0123, 1.234, 12.34, 1234.5)] == [
+        "0",
+        "1.2e-04",
+        "0.0123",
+        "1.23",
+        "12.3",
+        "1,234",
+    ]
 
 
 def test_default_size_of_a_cpu() -> None:
@@ -227,8 +312,12 @@ def test_flops_are_those_of_the_stages() -> None:
 
     work = make_workload("tiny", CPU, 8)
     flops = Flops(work)
-    assert flops.of["teacher"] < flops.of["teacher_gradient"] <= 2.05 * flops.of["teacher"]  # no gradient of a weight is in it
-    assert flops.of["student_gradient"] < flops.of["student"] and flops.of_step("dad", "authors") > flops.of_step("dad")
+    assert (
+        flops.of["teacher"] < flops.of["teacher_gradient"] <= 2.05 * flops.of["teacher"]
+    )  # no gradient of a weight is in it
+    assert flops.of["student_gradient"] < flops.of["student"] and flops.of_step(
+        "dad", "authors"
+    ) > flops.of_step("dad")
 
 
 def test_flops_of_published_shapes() -> None:
@@ -238,7 +327,11 @@ def test_flops_of_published_shapes() -> None:
     from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 
     with torch.device("meta"):
-        vqgan, vit, pixels = VQGAN(PRESETS["f8-16384"]), timm.create_model("vit_base_patch16_224"), torch.empty(1, 3, 224, 224)
+        vqgan, vit, pixels = (
+            VQGAN(PRESETS["f8-16384"]),
+            timm.create_model("vit_base_patch16_224"),
+            torch.empty(1, 3, 224, 224),
+        )
         codes = torch.zeros(1, 28, 28, dtype=torch.int64)
     assert count(lambda: vqgan.encode(pixels)) / 1e9 == pytest.approx(172.0, rel=0.002)
     assert count(lambda: vqgan.decode(codes)) / 1e9 == pytest.approx(360.1, rel=0.002)
@@ -274,28 +367,51 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", ".", "-q", "-p", "no:cacheprovider", "--bench-out", "out", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        ".",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--bench-out",
+        "out",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_the_folder_skips_without_the_option(folder: Path) -> None:
     done = run(folder, "-rs")
-    assert done.returncode == 0 and "a benchmark: run with --benchmark" in done.stdout and not (folder / "out").exists()
+    assert (
+        done.returncode == 0
+        and "a benchmark: run with --benchmark" in done.stdout
+        and not (folder / "out").exists()
+    )
 
 
 def test_the_option_runs_writes_and_compares(folder: Path) -> None:
     done = run(folder, "--benchmark")
     assert done.returncode == 0, done.stdout
-    assert "steps, size tiny" in done.stdout and "ratio to 'kd'" in done.stdout and "ratios only" in done.stdout
+    assert (
+        "steps, size tiny" in done.stdout
+        and "ratio to 'kd'" in done.stdout
+        and "ratios only" in done.stdout
+    )
     (record,) = (folder / "out").glob("tiny-cpu-*/steps.json")
     kept = shutil.copy(record, folder / "before.json")
     (folder / "test_steps.py").write_text(STEPS.replace("FACTOR", "3"))
     done = run(folder, "--benchmark", "--overhead-compare", str(kept), "--fail-over", "20%")
-    assert done.returncode == 1 and "benchmarks: batch 32, against kd: dad costs" in done.stdout, done.stdout
+    assert done.returncode == 1 and "benchmarks: batch 32, against kd: dad costs" in done.stdout, (
+        done.stdout
+    )
 
 
 def test_a_run_in_which_no_step_ran_fails(folder: Path) -> None:
-    (folder / "test_steps.py").write_text("import pytest\ndef test_steps(bench): pytest.skip('no package')\n")
+    (folder / "test_steps.py").write_text(
+        "import pytest\ndef test_steps(bench): pytest.skip('no package')\n"
+    )
     done = run(folder, "--benchmark")
     assert done.returncode == 1 and "no step benchmark ran" in done.stdout
 

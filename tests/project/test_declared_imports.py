@@ -29,7 +29,11 @@ USER_EXTRAS = ("cuda12", "cuda13", "demo", "export")
 # Not on the package index: built from source, and looked for by name.
 BUILT_FROM_SOURCE = {"apex", "amp_C"}
 # Packages that cannot be installed everywhere, so that importlib.metadata may not know their modules.
-MODULES = {"nvidia": {"nvidia-dali-cuda120", "nvidia-dali-cuda130"}, "xformers": {"xformers"}, "triton": {"triton"}}
+MODULES = {
+    "nvidia": {"nvidia-dali-cuda120", "nvidia-dali-cuda130"},
+    "xformers": {"xformers"},
+    "triton": {"triton"},
+}
 FUNCTIONS = {"importorskip", "import_module", "find_spec"}
 
 
@@ -63,7 +67,9 @@ def imports(path: Path) -> Iterator[Import]:
 
 def nodes(parent: ast.AST, optional: bool) -> Iterator[tuple[ast.stmt | ast.expr, bool]]:
     """Yield the statements and expressions below `parent`, each with whether it is optional."""
-    optional = optional or isinstance(parent, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Try)
+    optional = optional or isinstance(
+        parent, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Try
+    )
     for node in ast.iter_child_nodes(parent):
         if isinstance(node, ast.stmt | ast.expr):
             yield node, optional
@@ -89,7 +95,10 @@ def library_imports() -> tuple[Import, ...]:
 def declared(*extras: str) -> set[str]:
     """Return the distributions in the dependencies and in `extras`, with the extras that these include."""
     names = set()
-    texts = [*PROJECT["dependencies"], *(text for extra in extras for text in PROJECT["optional-dependencies"][extra])]
+    texts = [
+        *PROJECT["dependencies"],
+        *(text for extra in extras for text in PROJECT["optional-dependencies"][extra]),
+    ]
     for requirement in map(Requirement, texts):
         if requirement.name == PROJECT["name"]:
             names |= declared(*requirement.extras)
@@ -101,7 +110,10 @@ def declared(*extras: str) -> set[str]:
 @cache
 def distributions() -> dict[str, set[str]]:
     """Map the modules that are installed, or named in MODULES, to distributions."""
-    installed = {name: set(map(canonicalize_name, found)) for name, found in metadata.packages_distributions().items()}
+    installed = {
+        name: set(map(canonicalize_name, found))
+        for name, found in metadata.packages_distributions().items()
+    }
     return installed | {name: installed.get(name, set()) | more for name, more in MODULES.items()}
 
 
@@ -124,7 +136,9 @@ def test_the_library_imports_its_dependencies_and_optional_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("tests", ("test",)), ("benchmarks", ("bench",)), ("scripts", ("dev",))], ids=["tests", "benchmarks", "scripts"]
+    ("folder", "extras"),
+    [("tests", ("test",)), ("benchmarks", ("bench",)), ("scripts", ("dev",))],
+    ids=["tests", "benchmarks", "scripts"],
 )
 def test_other_code_imports_packages_of_its_extra(folder: str, extras: tuple[str, ...]) -> None:
     found = [item for item in imports_below(ROOT / folder) if item.package not in BUILT_FROM_SOURCE]
@@ -145,6 +159,11 @@ def test_an_undeclared_import_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     code = "import os, numpy.linalg\nimport no_such.part\ndef f():\n    from not_there import x\npytest.importorskip('nor.this')\n"
     (tmp_path / "file.py").write_text(code)
     found = imports_below(tmp_path)
-    assert [(item.package, item.optional) for item in found] == [("numpy", False), ("no_such", False), ("not_there", True), ("nor", True)]
+    assert [(item.package, item.optional) for item in found] == [
+        ("numpy", False),
+        ("no_such", False),
+        ("not_there", True),
+        ("nor", True),
+    ]
     expected = ["file.py:2 imports no_such", "file.py:4 imports not_there", "file.py:5 imports nor"]
     assert undeclared(found) == expected

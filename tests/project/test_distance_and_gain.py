@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1].parent / "scripts"))
-import distance_and_gain as experiment  # noqa: E402
-import show_distance_and_gain as shown  # noqa: E402
+import distance_and_gain as experiment
+import show_distance_and_gain as shown
 
 
 def test_relation_of_distance_and_gain():
@@ -21,28 +21,47 @@ def test_relation_of_distance_and_gain():
     distance = np.tile(np.arange(5.0), (6, 1))
     gain = (10 - distance)[:, :, None] + 0.01 * random.standard_normal((6, 5, 3))
     found = experiment.relation(distance, gain)
-    assert found["rho"] == pytest.approx(-1) and found["interval"] == [-1, -1] and found["p"] == pytest.approx(1 / 120)
+    assert (
+        found["rho"] == pytest.approx(-1)
+        and found["interval"] == [-1, -1]
+        and found["p"] == pytest.approx(1 / 120)
+    )
     assert found["pooled"] < -0.9 and found["by_test"] == pytest.approx([-1] * 6)
     assert experiment.relation(distance, -gain)["p"] == 1
     noise = experiment.relation(random.standard_normal((6, 5)), random.standard_normal((6, 5, 3)))
     assert noise["interval"][0] < 0 < noise["interval"][1] and noise["p"] > 0.05
     # Test sets that all say the same are one trial, not six: p does not shrink with their number.
     order = np.array([0.0, 1, 2, 4, 3])
-    assert experiment.relation(np.tile(order, (60, 1)), gain.repeat(10, 0))["p"] == pytest.approx(5 / 120)
+    assert experiment.relation(np.tile(order, (60, 1)), gain.repeat(10, 0))["p"] == pytest.approx(
+        5 / 120
+    )
 
 
 def test_tables_of_the_experiment_are_put_into_the_document(tmp_path):
     random = np.random.default_rng(2)
     names = list(experiment.SETS)
     value = lambda x: {"value": x, "interval": [x - 1e-4, x + 1e-4]}  # noqa: E731
-    of_suite = {suite: {name: {m: value(random.random() * 1e-3) for m in ("sw2_squared_corrected", "mmd2")} for name in names}
-                for suite in experiment.SUITES}  # fmt: skip
+    of_suite = {
+        suite: {
+            name: {m: value(random.random() * 1e-3) for m in ("sw2_squared_corrected", "mmd2")}
+            for name in names
+        }
+        for suite in experiment.SUITES
+    }
     distances = dict.fromkeys(experiment.SPACES, of_suite)
-    top1 = {name: {suite: list(90 + random.random(3)) for suite in experiment.SUITES} for name in ("none", *names)}
+    top1 = {
+        name: {suite: list(90 + random.random(3)) for suite in experiment.SUITES}
+        for name in ("none", *names)
+    }
     top1["dad"]["optdigits"] = [x + 5 for x in top1["none"]["optdigits"]]
     record = {"relation": experiment.relate(distances, top1), "top1": top1, "distances": distances}
     text = shown.tables(record)
-    assert "| optdigits | " in text and "**+5.0 ± 0.0** |" in text and text.count("| invert:1 |") == 4 and "| all 18 |" in text
+    assert (
+        "| optdigits | " in text
+        and "**+5.0 ± 0.0** |" in text
+        and text.count("| invert:1 |") == 4
+        and "| all 18 |" in text
+    )
     document = tmp_path / "analyze.md"
     document.write_text(f"before\n{shown.MARKS[0]}old\n{shown.MARKS[1]}after\n")
     shown.renew(document, text)
@@ -61,7 +80,10 @@ def test_tables_of_the_experiment_are_put_into_the_document(tmp_path):
 def test_rank_correlation_equals_scipy():
     stats = pytest.importorskip("scipy.stats")
     random = np.random.default_rng(1)
-    a, b = random.integers(0, 4, (20, 6)).astype(float), random.integers(0, 4, (20, 6)).astype(float)
+    a, b = (
+        random.integers(0, 4, (20, 6)).astype(float),
+        random.integers(0, 4, (20, 6)).astype(float),
+    )
     for found, x, y in zip(experiment.within(a, b), a, b, strict=True):
         assert found == pytest.approx(stats.spearmanr(x, y).statistic)
     assert experiment.within(np.ones((1, 5)), np.arange(5.0)[None]) == 0

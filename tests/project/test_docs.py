@@ -10,14 +10,31 @@ import pytest
 from dad_fast.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path for where in ("", "docs", "benchmarks", "kernels") for path in (ROOT / where).glob("*.md"))
-COMMANDS = ("train", "ablate", "eval", "analyze", "predict", "export", "precompute", "store", "report", "profile", "doctor")
+PAGES = sorted(
+    path for where in ("", "docs", "benchmarks", "kernels") for path in (ROOT / where).glob("*.md")
+)
+COMMANDS = (
+    "train",
+    "ablate",
+    "eval",
+    "analyze",
+    "predict",
+    "export",
+    "precompute",
+    "store",
+    "report",
+    "profile",
+    "doctor",
+)
 
 
 def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)}
+    return {
+        re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)$", text, re.M)
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -63,7 +80,11 @@ def test_flags_of_command_lines(page, helps):
     for line in re.findall(r"^(?:dad-fast|\S.*-m dad_fast) .*$", blocks, re.M):
         verb = re.search(r"(?:dad-fast|dad_fast) (\w+)", line)
         assert verb and verb[1] in COMMANDS, line
-        known = set(re.findall(r"--[\w-]+", (helps[verb[1]] + helps["train --help-all"]).replace("--[no-]", "--")))
+        known = set(
+            re.findall(
+                r"--[\w-]+", (helps[verb[1]] + helps["train --help-all"]).replace("--[no-]", "--")
+            )
+        )
         for flag in re.findall(r" (--[a-z][\w-]*)", line[line.index(verb[0]) :].partition(" #")[0]):
             assert flag in known or flag.replace("--no-", "--") in known, (line, flag)
 
@@ -75,4 +96,6 @@ def test_the_table_of_the_demo_is_what_its_record_says():
     lines = markdown(read_record(ROOT / "docs" / "demo-5-seeds.json")).splitlines()
     for line in lines[:7]:
         name, _, *cells = line.split("|")[1:]  # without the number of seeds
-        assert "|".join(["", name.replace(" teacher embedded:digits", " teacher"), *cells]) in shown, line
+        assert (
+            "|".join(["", name.replace(" teacher embedded:digits", " teacher"), *cells]) in shown
+        ), line

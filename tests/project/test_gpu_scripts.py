@@ -41,7 +41,9 @@ def _keep_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUT", raising=False)
 
 
-def run_part(monkeypatch: pytest.MonkeyPatch, out: Path, part: Any, name: str = "demo", **options: Any) -> dict[str, Any]:
+def run_part(
+    monkeypatch: pytest.MonkeyPatch, out: Path, part: Any, name: str = "demo", **options: Any
+) -> dict[str, Any]:
     pytest.importorskip("torch")
     monkeypatch.setitem(gpu_check.PARTS, name, part)
     gpu_check.check(name, SimpleNamespace(**(vars(OPTIONS) | options)), out)
@@ -57,20 +59,36 @@ def test_verdicts_and_the_manifest(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         gpu_parts.require("json", "no_such_package")
         return {}
 
-    assert run_part(monkeypatch, tmp_path, skips, "ncu")["reason"] == "not installed: no_such_package"
+    assert (
+        run_part(monkeypatch, tmp_path, skips, "ncu")["reason"] == "not installed: no_such_package"
+    )
     failed = run_part(monkeypatch, tmp_path, fails)
-    assert (failed["verdict"], failed["reason"]) == ("failed", "RuntimeError: exit code 7: what went wrong")
+    assert (failed["verdict"], failed["reason"]) == (
+        "failed",
+        "RuntimeError: exit code 7: what went wrong",
+    )
     assert "what went wrong" in (tmp_path / "demo.log").read_text()
-    assert run_part(monkeypatch, tmp_path, lambda run: {"found": 1})["found"] == 1  # run again: replaces its entry
+    assert (
+        run_part(monkeypatch, tmp_path, lambda run: {"found": 1})["found"] == 1
+    )  # run again: replaces its entry
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert [(entry["part"], entry["verdict"]) for entry in manifest] == [("demo", "passed"), ("ncu", "skipped")]
+    assert [(entry["part"], entry["verdict"]) for entry in manifest] == [
+        ("demo", "passed"),
+        ("ncu", "skipped"),
+    ]
 
 
-def test_a_part_that_runs_too_long_is_stopped_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_part_that_runs_too_long_is_stopped_and_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     start = time.monotonic()
     sleeps = lambda run: {"line": run.call(sys.executable, "-c", "import time; time.sleep(3600)")}  # noqa: E731
     result = run_part(monkeypatch, tmp_path, sleeps, limit=0.5)
-    assert result["verdict"] == "failed" and "ran past 0.5 s" in result["reason"] and time.monotonic() - start < HANG
+    assert (
+        result["verdict"] == "failed"
+        and "ran past 0.5 s" in result["reason"]
+        and time.monotonic() - start < HANG
+    )
 
 
 def test_what_a_part_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -85,7 +103,12 @@ time.sleep(3600)
 """
     limit = 3.0
     while not child.exists():  # a busy machine takes longer to start it
-        result = run_part(monkeypatch, tmp_path, lambda run: {"line": run.call(sys.executable, "-c", code)}, limit=limit)
+        result = run_part(
+            monkeypatch,
+            tmp_path,
+            lambda run: {"line": run.call(sys.executable, "-c", code)},
+            limit=limit,
+        )
         assert "ran past" in result["reason"]
         limit *= 3
 
@@ -95,18 +118,26 @@ time.sleep(3600)
         except ProcessLookupError:
             return True
         state = Path(f"/proc/{child.read_text()}/stat")
-        return state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z"  # nobody has asked for its exit code
+        return (
+            state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z"
+        )  # nobody has asked for its exit code
 
     wait_until(ended)
 
 
-def test_with_out_set_everything_is_packed_there_even_of_a_part_that_is_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_with_out_set_everything_is_packed_there_even_of_a_part_that_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     out, target = tmp_path / "results", tmp_path / "target"
     out.mkdir()
     monkeypatch.setenv("OUT", str(target))
 
     def cut_off(run: Any) -> dict[str, Any]:
-        run.call(sys.executable, "-c", "print('FAILED tests/test_a.py::b - assert 1 == 2'); raise SystemExit(1)")
+        run.call(
+            sys.executable,
+            "-c",
+            "print('FAILED tests/test_a.py::b - assert 1 == 2'); raise SystemExit(1)",
+        )
         return {}
 
     def killed(run: Any) -> dict[str, Any]:
@@ -117,9 +148,16 @@ def test_with_out_set_everything_is_packed_there_even_of_a_part_that_is_cut_off(
         run_part(monkeypatch, out, killed, "ncu")
     assert sorted(path.name for path in target.iterdir()) == ["gpu_check.tar.gz", "summary.txt"]
     said = (target / "summary.txt").read_text()
-    assert "    FAILED tests/test_a.py::b - assert 1 == 2" in said and re.search(r"^ncu +running", said, re.MULTILINE)
+    assert "    FAILED tests/test_a.py::b - assert 1 == 2" in said and re.search(
+        r"^ncu +running", said, re.MULTILINE
+    )
     with tarfile.open(target / "gpu_check.tar.gz") as archive:
-        assert {"gpu_check/tests.json", "gpu_check/tests.log", "gpu_check/ncu.json", "gpu_check/manifest.json"} <= set(archive.getnames())
+        assert {
+            "gpu_check/tests.json",
+            "gpu_check/tests.log",
+            "gpu_check/ncu.json",
+            "gpu_check/manifest.json",
+        } <= set(archive.getnames())
     monkeypatch.setattr(gpu_check, "SUMMARY_CHARACTERS", 100)
     assert len(gpu_check.summary(out)) == 101
 
@@ -137,15 +175,33 @@ def test_targets_are_read_from_records_of_a_gpu_at_size_paper(tmp_path: Path) ->
     (folder / "steps.json").write_text(json.dumps(steps))
     lines = gpu_targets.targets(tmp_path)
     assert len(lines) == 1 + len(gpu_targets.TARGETS)
-    assert re.fullmatch(r"dad online, paper's order, ViT-B/16 +<= 5.3 x +5.1 x  met", lines[1]) and lines[2].endswith(" -")
+    assert re.fullmatch(
+        r"dad online, paper's order, ViT-B/16 +<= 5.3 x +5.1 x  met", lines[1]
+    ) and lines[2].endswith(" -")
 
 
 def test_every_target_names_rows_that_the_benchmarks_have() -> None:
     """What is looked up by name is what the benchmarks write."""
-    text = "".join((ROOT / "benchmarks" / f"test_{group}.py").read_text() for group in ("steps", "stages", "stored"))
-    names = [gpu_targets.PAPER, gpu_targets.AUTHORS, *gpu_targets.STAGES, "filling: adversarial images", "dad, stored images"]
-    assert [name for name in [*names, "dad, stored images and outputs", "dad, stored codes"] if f'"{name}"' not in text] == []
-    assert '"ResNet-50, batch 256"' in text and 'f"batch {len(work.batch.labels)}, graphs, {name}"' in text
+    text = "".join(
+        (ROOT / "benchmarks" / f"test_{group}.py").read_text()
+        for group in ("steps", "stages", "stored")
+    )
+    names = [
+        gpu_targets.PAPER,
+        gpu_targets.AUTHORS,
+        *gpu_targets.STAGES,
+        "filling: adversarial images",
+        "dad, stored images",
+    ]
+    assert [
+        name
+        for name in [*names, "dad, stored images and outputs", "dad, stored codes"]
+        if f'"{name}"' not in text
+    ] == []
+    assert (
+        '"ResNet-50, batch 256"' in text
+        and 'f"batch {len(work.batch.labels)}, graphs, {name}"' in text
+    )
 
 
 def test_the_calls_for_half_an_hour_hold_known_parts() -> None:
@@ -154,18 +210,29 @@ def test_the_calls_for_half_an_hour_hold_known_parts() -> None:
     assert all(f"--minutes 9.5 {call} " in gpu_check.__doc__ for call in gpu_check.CALLS)
 
 
-def test_a_missing_tool_or_benchmark_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_tool_or_benchmark_is_skipped_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for name, part in (("nsys", gpu_parts.nsys), ("ncu", gpu_parts.ncu)):
         assert run_part(monkeypatch, tmp_path, part, name)["reason"] == f"not on the PATH: {name}"
 
 
-def test_every_benchmark_file_is_a_part_and_one_that_only_skips_is_said_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_benchmark_file_is_a_part_and_one_that_only_skips_is_said_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     files = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
     assert {f"bench-{group}" for group in files} <= gpu_check.PARTS.keys() and "steps" in files
-    monkeypatch.setattr(gpu_parts.Context, "pytest", lambda run, *arguments: f"=== {len(arguments)} skipped in 1 s ===")
+    monkeypatch.setattr(
+        gpu_parts.Context,
+        "pytest",
+        lambda run, *arguments: f"=== {len(arguments)} skipped in 1 s ===",
+    )
     result = run_part(monkeypatch, tmp_path, gpu_check.PARTS["bench-steps"], "bench-steps")
-    assert (result["verdict"], result["reason"]) == ("skipped", "nothing ran: === 8 skipped in 1 s ===")
+    assert (result["verdict"], result["reason"]) == (
+        "skipped",
+        "nothing ran: === 8 skipped in 1 s ===",
+    )
 
 
 def test_without_a_gpu_the_script_says_so_and_an_unknown_part_is_refused() -> None:
@@ -182,34 +249,91 @@ def test_without_a_gpu_the_script_says_so_and_an_unknown_part_is_refused() -> No
 def record(kind: str = "cuda") -> dict[str, Any]:
     spread = {"median": 2.0, "q1": 1.5, "q3": 2.5, "min": 1.0, "n": 9}
     rows = [
-        {"name": "kd (timm)", "ms": spread, "ratio": spread | {"median": 1.0}, "per_second": 3280.0, "tflops": 400.0, "joules": 0.5},
-        {"name": "dad", "ms": spread, "ratio": spread, "per_second": 1000.0, "tflops": 600.0, "predicted": 5.2, "peak_bytes": 2**30},
+        {
+            "name": "kd (timm)",
+            "ms": spread,
+            "ratio": spread | {"median": 1.0},
+            "per_second": 3280.0,
+            "tflops": 400.0,
+            "joules": 0.5,
+        },
+        {
+            "name": "dad",
+            "ms": spread,
+            "ratio": spread,
+            "per_second": 1000.0,
+            "tflops": 600.0,
+            "predicted": 5.2,
+            "peak_bytes": 2**30,
+        },
     ]
     gemm = [{"name": "8192", "ms": spread, "ratio": spread, "per_second": 1.0, "tflops": 800.0}]
-    device = {"kind": kind, "cpu": "Some CPU", "threads": 2, "name": "NVIDIA H200", "driver": "580.1"}
+    device = {
+        "kind": kind,
+        "cpu": "Some CPU",
+        "threads": 2,
+        "name": "NVIDIA H200",
+        "driver": "580.1",
+    }
     return {
-        "schema": 1, "group": "stages", "size": "paper", "taken": "2026-11-21T07:00:00Z", "seconds": 1,
+        "schema": 1,
+        "group": "stages",
+        "size": "paper",
+        "taken": "2026-11-21T07:00:00Z",
+        "seconds": 1,
         "machine": {
-            "device": device, "start": {}, "end": {"sm_mhz": 1755, "power_w": 512.5}, "cpu_share_of_others": 0.25, "commit": "0123456789ab",
-            "dirty": True, "packages": {"torch": "2.11.0", "timm": "1.0.31"},
+            "device": device,
+            "start": {},
+            "end": {"sm_mhz": 1755, "power_w": 512.5},
+            "cpu_share_of_others": 0.25,
+            "commit": "0123456789ab",
+            "dirty": True,
+            "packages": {"torch": "2.11.0", "timm": "1.0.31"},
         },
         "comparisons": [
-            {"name": "batch 256", "unit": "img", "work": 256, "baseline": "kd (timm)", "rows": rows},
-            {"name": "matrix product", "unit": "product", "work": 1, "baseline": "8192", "rows": gemm},
+            {
+                "name": "batch 256",
+                "unit": "img",
+                "work": 256,
+                "baseline": "kd (timm)",
+                "rows": rows,
+            },
+            {
+                "name": "matrix product",
+                "unit": "product",
+                "work": 1,
+                "baseline": "8192",
+                "rows": gemm,
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 def test_tables(tmp_path: Path) -> None:
     path = tmp_path / "stages.json"
     text = gpu_report.markdown(record(), path, "stages.json")
-    assert "NVIDIA H200, driver 580.1, 1755 MHz and 512 W at the end; torch 2.11.0, timm 1.0.31; commit 012345678 with uncommitted" in text
-    assert "| dad | 2 | 1.50–2.50 |".replace("1.50–2.50", "1.5–2.5") in text and "| 75% |" in text and "| 1024 |" in text and "5.20" in text
+    assert (
+        "NVIDIA H200, driver 580.1, 1755 MHz and 512 W at the end; torch 2.11.0, timm 1.0.31; commit 012345678 with uncommitted"
+        in text
+    )
+    assert (
+        "| dad | 2 | 1.50–2.50 |".replace("1.50–2.50", "1.5–2.5") in text
+        and "| 75% |" in text
+        and "| 1024 |" in text
+        and "5.20" in text
+    )
     on_cpu = gpu_report.markdown(record("cpu"), path, "stages.json")
-    assert "Some CPU, threads: 2" in on_cpu and "took 25%" in on_cpu and "TFLOP" not in on_cpu and "3,280" not in on_cpu
+    assert (
+        "Some CPU, threads: 2" in on_cpu
+        and "took 25%" in on_cpu
+        and "TFLOP" not in on_cpu
+        and "3,280" not in on_cpu
+    )
 
 
-def test_documents_are_renewed_from_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documents_are_renewed_from_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "stages.json").write_text(json.dumps(record()))
     document = tmp_path / "doc.md"
     document.write_text("before\n<!-- records: stages.json -->\nold\n<!-- end records -->\nafter\n")
@@ -225,18 +349,27 @@ def test_documents_are_renewed_from_records(tmp_path: Path, capsys: pytest.Captu
     assert gpu_report.main(["--update", str(document), "--check"]) == 0
     (tmp_path / "stages.json").write_text("{}")
     capsys.readouterr()
-    assert gpu_report.main(["--update", str(document)]) == 1 and capsys.readouterr().err.count("\n") == 1
+    assert (
+        gpu_report.main(["--update", str(document)]) == 1
+        and capsys.readouterr().err.count("\n") == 1
+    )
     assert document.read_text() == text
 
 
 def test_committed_tables_are_what_the_committed_records_say() -> None:
     """A number in a document comes from a record."""
-    documents = [path for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md") if path.exists()]
+    documents = [
+        path for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md") if path.exists()
+    ]
     for document in documents:
         text = document.read_text(encoding="utf-8")
-        assert gpu_report.renewed(text, document) == text, f"run scripts/gpu_report.py --update {document.name}"
+        assert gpu_report.renewed(text, document) == text, (
+            f"run scripts/gpu_report.py --update {document.name}"
+        )
 
 
 def test_committed_records_hold_no_paths() -> None:
     for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
-        assert not re.search(r'"(/|[A-Z]:\\)|/(home|root|tmp|work)/', path.read_text(encoding="utf-8")), path
+        assert not re.search(
+            r'"(/|[A-Z]:\\)|/(home|root|tmp|work)/', path.read_text(encoding="utf-8")
+        ), path

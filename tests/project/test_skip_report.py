@@ -41,10 +41,24 @@ def test_two(): ...
 
 
 def run(folder: Path, tests: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    files = {"conftest.py": CONFTEST, "allowed.toml": ALLOWED, "pytest.ini": f"[pytest]\npythonpath = {ROOT}\n", **tests}
+    files = {
+        "conftest.py": CONFTEST,
+        "allowed.toml": ALLOWED,
+        "pytest.ini": f"[pytest]\npythonpath = {ROOT}\n",
+        **tests,
+    }
     for name, text in files.items():
         (folder / name).write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        str(folder),
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
@@ -56,13 +70,20 @@ def test_allowed_skips_are_counted_and_pass(tmp_path: Path, options: tuple[str, 
 
 
 @pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one-process", "xdist"])
-def test_unknown_reasons_fail_also_for_whole_files(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_unknown_reasons_fail_also_for_whole_files(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
     inner = "import pytest\n\ndef test_three():\n    pytest.skip('never here')\n"
     whole = "import pytest\n\npytest.importorskip('no_such_package')\n"
-    done = run(tmp_path, {"test_it.py": TESTS, "test_inner.py": inner, "test_whole.py": whole}, *options)
+    done = run(
+        tmp_path, {"test_it.py": TESTS, "test_inner.py": inner, "test_whole.py": whole}, *options
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "    1  NOT ALLOWED: never here\n" in done.stdout
-    assert "    1  NOT ALLOWED: could not import 'no_such_package': No module named 'no_such_package'\n" in done.stdout
+    assert (
+        "    1  NOT ALLOWED: could not import 'no_such_package': No module named 'no_such_package'\n"
+        in done.stdout
+    )
     assert "error: 2 reason(s) not in allowed_skips.toml" in done.stdout
 
 
@@ -72,5 +93,8 @@ def test_the_committed_list_is_valid() -> None:
 
 def test_an_entry_needs_its_why(tmp_path: Path) -> None:
     (tmp_path / "list.toml").write_text('[[skip]]\nreason = "x"\n')
-    with pytest.raises(pytest.UsageError, match=r"list\.toml: an entry has reason, why and perhaps when, not reason"):
+    with pytest.raises(
+        pytest.UsageError,
+        match=r"list\.toml: an entry has reason, why and perhaps when, not reason",
+    ):
         load_patterns(tmp_path / "list.toml")

@@ -18,21 +18,45 @@ def test_round_trip(tmp_path):
     levels = torch.randint(256, (3, 2, 3, 8, 12), generator=torch.Generator().manual_seed(0))
     shift = torch.tensor([[[0.0, 1.5]], [[0.25, 0.0]]])
     images = levels / 255
-    write_pieces(tmp_path / "s.safetensors", *images, scale=5, examples=EXAMPLES, attacked="t", shift=shift, num_codes=64)
+    write_pieces(
+        tmp_path / "s.safetensors",
+        *images,
+        scale=5,
+        examples=EXAMPLES,
+        attacked="t",
+        shift=shift,
+        num_codes=64,
+    )
     found = read_pieces(tmp_path / "s.safetensors")
     for part, name in zip(levels, ("original", "discretized", "adversarial"), strict=True):
         assert np.array_equal(found.images[name], part.permute(0, 2, 3, 1).numpy())
     expected = (127.5 * (1 + 5 * (images[2] - images[1]))).clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert abs(found.images["difference"] - expected).max() <= 0.51
-    assert found.shift.tolist() == shift.tolist() and (found.scale, found.num_codes, found.attacked) == (5, 64, "t")
+    assert found.shift.tolist() == shift.tolist() and (
+        found.scale,
+        found.num_codes,
+        found.attacked,
+    ) == (5, 64, "t")
     assert found.examples == EXAMPLES
 
 
 def test_a_change_below_one_level_is_kept_in_the_difference(tmp_path):
     image = torch.full((2, 3, 8, 8), 0.5)
-    write_pieces(tmp_path / "s.safetensors", image, image, image + 5e-4, scale=500, examples=EXAMPLES, attacked="t")
+    write_pieces(
+        tmp_path / "s.safetensors",
+        image,
+        image,
+        image + 5e-4,
+        scale=500,
+        examples=EXAMPLES,
+        attacked="t",
+    )
     found = read_pieces(tmp_path / "s.safetensors")
-    assert np.unique(found.images["difference"]).tolist() == [159] and found.shift is None and found.num_codes == 0
+    assert (
+        np.unique(found.images["difference"]).tolist() == [159]
+        and found.shift is None
+        and found.num_codes == 0
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign", "shapes", "missing"])

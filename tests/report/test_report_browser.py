@@ -64,8 +64,18 @@ def pages(tmp_path_factory):
     for number in range(12):
         folder = root / f"run-{number}-{'very-long-name-' * 6}"
         facts = made.GPU | {"cpu": made.HOSTILE, "packages": {made.HOSTILE: made.HOSTILE}}
-        record = made.write_run(folder, made.HOSTILE, "dad", facts=facts, power=500.0 + number, finished=number != 11,
-                                settings={"student.name": made.HOSTILE.replace("\ud800", ""), "optim.lr": 10.0**-number})  # fmt: skip
+        record = made.write_run(
+            folder,
+            made.HOSTILE,
+            "dad",
+            facts=facts,
+            power=500.0 + number,
+            finished=number != 11,
+            settings={
+                "student.name": made.HOSTILE.replace("\ud800", ""),
+                "optim.lr": 10.0**-number,
+            },
+        )
         record["suites"] |= {made.HOSTILE: made.result(50.0)}
         record["teacher"]["name"] = record["teacher"]["seen"] = made.HOSTILE
         made.write_images(folder, labels=(made.HOSTILE, "two"))
@@ -73,7 +83,11 @@ def pages(tmp_path_factory):
             made.write_json(folder / "results.json", {**record, "variant": "v"})
         hostile.append(folder)
     files = {}
-    for name, folders in (("single", [root / "single"]), ("comparison", [root / "comparison"]), ("hostile", hostile)):
+    for name, folders in (
+        ("single", [root / "single"]),
+        ("comparison", [root / "comparison"]),
+        ("hostile", hostile),
+    ):
         files[name] = root / f"{name}.html"
         files[name].write_text(page(load(folders)))
     return files
@@ -83,7 +97,9 @@ def pages(tmp_path_factory):
 @pytest.mark.parametrize("width", [360, 768, 1280])
 @pytest.mark.parametrize("name", ["single", "comparison", "hostile"])
 def test_on_screen(browser, pages, name, width, scheme):
-    shown, said = _open(browser, pages[name], viewport={"width": width, "height": 800}, color_scheme=scheme)
+    shown, said = _open(
+        browser, pages[name], viewport={"width": width, "height": 800}, color_scheme=scheme
+    )
     assert said == []
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
     assert shown.evaluate(TOO_WIDE) == []
@@ -99,14 +115,25 @@ def test_on_screen(browser, pages, name, width, scheme):
 @pytest.mark.parametrize("name", ["single", "comparison", "hostile"])
 def test_in_print(browser, pages, name):
     """On A4 as printed: black on white whatever the screen's scheme, nothing hidden in a box that scrolls."""
-    shown, said = _open(browser, pages[name], viewport={"width": 703, "height": 1000}, color_scheme="dark")  # A4 without its margins
+    shown, said = _open(
+        browser, pages[name], viewport={"width": 703, "height": 1000}, color_scheme="dark"
+    )  # A4 without its margins
     shown.emulate_media(media="print")
-    assert said == [] and shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        said == []
+        and shown.evaluate("getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
     assert shown.evaluate(FAINT) == []
     hidden = "[...document.querySelectorAll('.scroll')].filter(one => getComputedStyle(one).overflowX !== 'visible').length"
     assert shown.evaluate(hidden) == 0
     if name != "hostile":  # twelve columns of endless words are wider than paper
-        assert shown.evaluate("Math.max(...[...document.querySelectorAll('table')].map(one => one.getBoundingClientRect().right))") <= 703
+        assert (
+            shown.evaluate(
+                "Math.max(...[...document.querySelectorAll('table')].map(one => one.getBoundingClientRect().right))"
+            )
+            <= 703
+        )
     assert shown.pdf(format="A4")[:5] == b"%PDF-"
     shown.context.close()
 
@@ -117,7 +144,9 @@ def test_by_keyboard(browser, pages):
     reached = set()
     for _ in range(40):
         shown.keyboard.press("Tab")
-        reached.add(shown.evaluate("document.activeElement.className || document.activeElement.tagName"))
+        reached.add(
+            shown.evaluate("document.activeElement.className || document.activeElement.tagName")
+        )
     assert {"scroll", "SUMMARY"} <= reached
     shown.context.close()
 
@@ -129,6 +158,11 @@ def _open(browser, path, **options):
     shown.on("console", lambda message: said.append(message.text))
     shown.on("pageerror", lambda error: said.append(str(error)))
     shown.on("dialog", lambda dialog: said.append(dialog.message))
-    shown.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append(request.url))
+    shown.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith(("file:", "data:")) else said.append(request.url)
+        ),
+    )
     shown.goto(path.as_uri())
     return shown, said

@@ -24,8 +24,14 @@ def labels(*folders):
 def test_a_comparison_has_a_column_per_variant(tmp_path):
     folder = made.write_comparison(tmp_path / "demo", seeds=2)
     loaded = load([folder])
-    assert labels(folder) == [("ce", 2), ("kd", 2), ("kd-long", 2), ("dad", 2)] and loaded.problems == []
-    assert loaded.groups[3].setting("schedule.epochs") == 2 and loaded.groups[3].runs[1].record["seed"] == 1
+    assert (
+        labels(folder) == [("ce", 2), ("kd", 2), ("kd-long", 2), ("dad", 2)]
+        and loaded.problems == []
+    )
+    assert (
+        loaded.groups[3].setting("schedule.epochs") == 2
+        and loaded.groups[3].runs[1].record["seed"] == 1
+    )
     assert len(loaded.record["runs"]) == 8 and loaded.record["environment"]["cpu"] == "A CPU"
 
 
@@ -43,7 +49,10 @@ def test_names_are_as_long_as_it_takes_to_tell_apart(tmp_path):
 
 def test_seeds_named_one_by_one_are_one_column(tmp_path):
     folder = made.write_comparison(tmp_path / "demo", seeds=3)
-    assert labels(*(folder / f"dad/seed-{seed}" for seed in range(3)), folder / "kd/seed-0") == [("dad", 3), ("kd", 1)]
+    assert labels(*(folder / f"dad/seed-{seed}" for seed in range(3)), folder / "kd/seed-0") == [
+        ("dad", 3),
+        ("kd", 1),
+    ]
 
 
 def test_a_run_in_progress_is_shown_and_said(tmp_path):
@@ -56,7 +65,10 @@ def test_a_run_in_progress_is_shown_and_said(tmp_path):
     loaded = load([folder])
     shown = page(loaded)
     assert "demo: no results.json of the whole comparison" in shown
-    assert "dad/seed-0: no results yet: in progress, or stopped. Last logged: step 20 (epoch 2) at 20" in shown
+    assert (
+        "dad/seed-0: no results yet: in progress, or stopped. Last logged: step 20 (epoch 2) at 20"
+        in shown
+    )
     assert len(loaded.record["runs"]) == 3 and "Training loss" in shown
 
 
@@ -69,7 +81,16 @@ def test_a_run_before_its_first_step(tmp_path):
 
 def test_old_records_lack_keys(tmp_path):
     old = made.write_run(tmp_path, full=False)
-    for key in ("variant", "epochs", "seconds", "seed", "num_parameters", "bn", "discretizer", "teacher"):
+    for key in (
+        "variant",
+        "epochs",
+        "seconds",
+        "seed",
+        "num_parameters",
+        "bn",
+        "discretizer",
+        "teacher",
+    ):
         del old[key]
     del old["suites"]["fog"]["nll"]
     (tmp_path / "results.json").write_text(json.dumps(old))
@@ -77,25 +98,56 @@ def test_old_records_lack_keys(tmp_path):
     (tmp_path / "config.toml").unlink()
     (tmp_path / "metrics.jsonl").unlink()
     loaded = load([tmp_path])
-    assert loaded.problems == [] and "90.0" in page(loaded) and "Calibration</h2>" not in page(loaded)
+    assert (
+        loaded.problems == [] and "90.0" in page(loaded) and "Calibration</h2>" not in page(loaded)
+    )
 
 
 # (file, what it holds, whether that is more than a missing value and so is said)
 DAMAGE = [
     *(
         ("results.json", text, True)
-        for text in ("", "{", "[]", '{"suites": 3}', '{"suites": {"test": 5}}', '{"runs": [1, {"suites": {}}]}')
+        for text in (
+            "",
+            "{",
+            "[]",
+            '{"suites": 3}',
+            '{"suites": {"test": 5}}',
+            '{"runs": [1, {"suites": {}}]}',
+        )
     ),
     *(("results.json", text, False) for text in ("null", '{"suites": {}}')),
-    *(("run.json", text, text in ("", "[" * 100_000)) for text in ("", "[1]", '{"gpus": {}}', "[" * 100_000)),
-    ("run.json", '{"gpus": [1], "cpu": 2, "threads": "x", "packages": 7, "teacher": 3, "variant": [2]}', False),
+    *(
+        ("run.json", text, text in ("", "[" * 100_000))
+        for text in ("", "[1]", '{"gpus": {}}', "[" * 100_000)
+    ),
+    (
+        "run.json",
+        '{"gpus": [1], "cpu": 2, "threads": "x", "packages": 7, "teacher": 3, "variant": [2]}',
+        False,
+    ),
     *(("config.toml", text, True) for text in ("=", "seed = ", "\udcff")),
     ("config.toml", "method = [[1], {a = 2}]", False),
-    ("config.toml", "[attack]\neps = 'x'\nnorm = 3\n[data]\nbatch_size = 'many'\ndata_dir = 1\n[schedule]\nepochs = 'x'", False),
+    (
+        "config.toml",
+        "[attack]\neps = 'x'\nnorm = 3\n[data]\nbatch_size = 'many'\ndata_dir = 1\n[schedule]\nepochs = 'x'",
+        False,
+    ),
     *(("metrics.jsonl", text, True) for text in ("{", "5\n", "{}\n", '{"kind": 5}\n')),
-    *(("metrics.jsonl", text, False) for text in ("", '{"kind": "train"}\n', '{"kind": "train", "step": "a", "img_per_s": [1]}\n')),
+    *(
+        ("metrics.jsonl", text, False)
+        for text in (
+            "",
+            '{"kind": "train"}\n',
+            '{"kind": "train", "step": "a", "img_per_s": [1]}\n',
+        )
+    ),
     ("metrics.jsonl", '{"kind": "train", "epoch": 1, "loss": "nan", "gpu": 3}\n', False),
-    ("metrics.jsonl", '{"kind": "train", "epoch": 1, "step": 1, "loss": 1e999, "time": 1e300, "img_per_s": 0}\n', False),
+    (
+        "metrics.jsonl",
+        '{"kind": "train", "epoch": 1, "step": 1, "loss": 1e999, "time": 1e300, "img_per_s": 0}\n',
+        False,
+    ),
     *(("sheet.safetensors", text, True) for text in ("", "x" * 50)),
     *(("sheet.png", text, True) for text in ("", "GIF89a")),
 ]
@@ -108,10 +160,19 @@ def test_damage_is_said_on_the_page(tmp_path, name, text, said, capsys):
     (damaged / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     if name == "sheet.png":
         (damaged / "sheet.safetensors").unlink()
-    assert cli.main(["report", str(damaged), str(folder / "kd/seed-0"), "-o", str(tmp_path / "page.html")]) == 0
+    assert (
+        cli.main(
+            ["report", str(damaged), str(folder / "kd/seed-0"), "-o", str(tmp_path / "page.html")]
+        )
+        == 0
+    )
     told = capsys.readouterr()
     shown = (tmp_path / "page.html").read_text()
-    assert told.out.strip().endswith("page.html") and "Traceback" not in told.err and "Top-1 accuracy" in shown
+    assert (
+        told.out.strip().endswith("page.html")
+        and "Traceback" not in told.err
+        and "Top-1 accuracy" in shown
+    )
     assert (name in told.err, name in shown.partition("<section")[0]) == (said, said)
 
 
@@ -121,7 +182,9 @@ def test_a_torn_line_leaves_the_rest(tmp_path):
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join([lines[0][:20] + "\n", *lines[1:], '{"kind": "tra']))
     loaded = load([tmp_path])
-    assert loaded.problems == [f"{tmp_path.name}/metrics.jsonl: 1 of 5 lines are damaged and left out, the last line is torn and left out"]
+    assert loaded.problems == [
+        f"{tmp_path.name}/metrics.jsonl: 1 of 5 lines are damaged and left out, the last line is torn and left out"
+    ]
     assert len(loaded.groups[0].runs[0].kind("train")) == 3
 
 
@@ -134,7 +197,11 @@ def test_a_record_cannot_lead_out_of_its_folder(tmp_path):
     assert load([folder]).groups[0].runs[0].rows == []
 
 
-NO_RUN = [("missing", "no such file"), ("file", "is a file, and no result of dad-fast eval"), ("empty", "no run has written to it")]
+NO_RUN = [
+    ("missing", "no such file"),
+    ("file", "is a file, and no result of dad-fast eval"),
+    ("empty", "no run has written to it"),
+]
 
 
 @pytest.mark.parametrize(("what", "message"), NO_RUN)
@@ -156,8 +223,14 @@ def test_where_the_page_goes(tmp_path, capsys, monkeypatch):
     made.write_run(tmp_path / "a")
     made.write_run(tmp_path / "b")
     assert cli.main(["report", "a"]) == 0 and (tmp_path / "a/report.html").exists()
-    assert cli.main(["report", "a", "b"]) == 0 and capsys.readouterr().out.split()[-1] == "runs/report.html"
-    assert cli.main(["report", "a", "-o", "new/page.html", "b"]) == 0 and (tmp_path / "new/page.html").exists()
+    assert (
+        cli.main(["report", "a", "b"]) == 0
+        and capsys.readouterr().out.split()[-1] == "runs/report.html"
+    )
+    assert (
+        cli.main(["report", "a", "-o", "new/page.html", "b"]) == 0
+        and (tmp_path / "new/page.html").exists()
+    )
     for arguments, message in (
         (["-o", "x.html"], "no run"),
         (["a", "-o", "a/results.json"], "ends in .html"),
@@ -180,13 +253,41 @@ def test_teachers_of_one_name_that_disagree_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(1, 1.0), ("2.5", 2.5), ("nan", None), (math.inf, None), (None, None), ([1], None), (True, None), (10**400, None)],
+    [
+        (1, 1.0),
+        ("2.5", 2.5),
+        ("nan", None),
+        (math.inf, None),
+        (None, None),
+        ([1], None),
+        (True, None),
+        (10**400, None),
+    ],
 )
 def test_number(value, expected):
     assert number({"a": {"b": value}}, "a.b") == expected and number({"a": value}, "a.b") is None
 
 
-JUNK = [None, True, -1, 10**30, math.nan, math.inf, "", "x", "<b>", [], [1], {}, {"a": 1}, [[]], [{}], [None], {"name": {}}, {"suites": {}}]
+JUNK = [
+    None,
+    True,
+    -1,
+    10**30,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "<b>",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    [[]],
+    [{}],
+    [None],
+    {"name": {}},
+    {"suites": {}},
+]
 
 
 def test_any_value_in_any_place(tmp_path):
@@ -194,7 +295,10 @@ def test_any_value_in_any_place(tmp_path):
     run, random = tmp_path / "run", Random(0)
     record = made.write_run(run, "dad", "dad", facts=made.GPU | {"processes": 2}, power=500.0)
     record["ood"] = {"textures": {"energy": {"auroc": 91.25, "aupr": 90.0, "fpr95": 30.0}}}
-    files = {run / "results.json": record, run / "run.json": json.loads((run / "run.json").read_text())}
+    files = {
+        run / "results.json": record,
+        run / "run.json": json.loads((run / "run.json").read_text()),
+    }
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for _ in range(150):
         path, value = random.choice([*files.items(), (run / "metrics.jsonl", rows)])
@@ -204,7 +308,12 @@ def test_any_value_in_any_place(tmp_path):
         try:
             page(load([run])).encode()
         finally:
-            path.write_text("".join(json.dumps(line) + "\n" for line in (value if path.suffix == ".jsonl" else [value])))
+            path.write_text(
+                "".join(
+                    json.dumps(line) + "\n"
+                    for line in (value if path.suffix == ".jsonl" else [value])
+                )
+            )
 
 
 def _with_junk(value, random):
@@ -223,5 +332,11 @@ def _with_junk(value, random):
 
 def _places(value, path):
     yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from _places(inner, (*path, key))

@@ -23,13 +23,19 @@ def cells(path, count: int, side: int, zoom: int) -> torch.Tensor:
         top = sheet.HEADER + i % lines * (cell + sheet.GAP)
         left = sheet.MARGIN + i // lines * (block + sheet.MARGIN) + sheet.CAPTION
         corners = range(left, left + block - sheet.CAPTION, cell + sheet.GAP)
-        found.append(torch.stack([pixels[:, top : top + cell : zoom, x : x + cell : zoom] for x in corners]))
+        found.append(
+            torch.stack([pixels[:, top : top + cell : zoom, x : x + cell : zoom] for x in corners])
+        )
     return torch.stack(found)
 
 
-@pytest.mark.parametrize(("count", "side", "zoom", "blocks"), [(5, 28, 3, 2), (1, 28, 3, 1), (2, 100, 1, 1)])
+@pytest.mark.parametrize(
+    ("count", "side", "zoom", "blocks"), [(5, 28, 3, 2), (1, 28, 3, 1), (2, 100, 1, 1)]
+)
 def test_every_image_is_where_it_belongs(tmp_path, count, side, zoom, blocks):
-    levels = torch.randint(256, (3, count, 3, side, side), generator=torch.Generator().manual_seed(0))
+    levels = torch.randint(
+        256, (3, count, 3, side, side), generator=torch.Generator().manual_seed(0)
+    )
     levels[2] = (levels[1] + torch.randint(-20, 21, levels[1].shape)).clamp(0, 255)
     images = levels / 255
     write_sheet(tmp_path / "sheet.png", *images, captions=["a long name of a class\nkept"] * count)

@@ -13,12 +13,37 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path for folder in ("dad_fast", "kernels", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(
+    path
+    for folder in ("dad_fast", "kernels", "scripts", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
 
 # Calls that run what they are given, or make objects of any kind from it.
-RUN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load",
-       "marshal.loads", "shelve.open", "dill.load", "dill.loads", "joblib.load", "yaml.load", "yaml.unsafe_load", "torch.jit.load",
-       "torch.hub.load", "subprocess.getoutput", "subprocess.getstatusoutput", "jsonpickle.decode"}  # fmt: skip
+RUN = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "marshal.load",
+    "marshal.loads",
+    "shelve.open",
+    "dill.load",
+    "dill.loads",
+    "joblib.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "torch.jit.load",
+    "torch.hub.load",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "jsonpickle.decode",
+}
 # Calls that write where an archive says, or to a name that somebody else may have taken.
 WRITE = {"tarfile.open", "shutil.unpack_archive", "tempfile.mktemp", "os.tempnam"}
 FETCH = ("urllib.request", "requests", "httpx", "aiohttp", "ftplib", "http.client")
@@ -53,7 +78,10 @@ def test_nothing_runs_what_it_reads() -> None:
                     found.append(where)
             if name == "torch.load" and keyword(call, "weights_only") != "True":
                 found.append(f"{where} without weights_only=True")
-            if name in ("np.load", "numpy.load") and keyword(call, "allow_pickle") not in (None, "False"):
+            if name in ("np.load", "numpy.load") and keyword(call, "allow_pickle") not in (
+                None,
+                "False",
+            ):
                 found.append(f"{where} with pickles")
             if name.endswith((".extract", ".extractall")):
                 found.append(where)
@@ -66,7 +94,8 @@ def test_no_shell() -> None:
     for path in FILES:
         for name, call in calls(path):
             if name.startswith("subprocess.") and (
-                keyword(call, "shell") is not None or isinstance(call.args[0], (ast.Constant, ast.JoinedStr))
+                keyword(call, "shell") is not None
+                or isinstance(call.args[0], (ast.Constant, ast.JoinedStr))
             ):
                 found.append(f"{named(path)}:{call.lineno}: {name}")
     assert not found, found
@@ -82,7 +111,9 @@ def test_no_module_of_ours_speaks_to_the_network() -> None:
             found += [
                 f"{named(path)}: {name}"
                 for name in names
-                if name.startswith(FETCH) or name.split(".")[0] in ("pickle", "yaml", "shelve", "marshal")  # pickletools runs nothing
+                if name.startswith(FETCH)
+                or name.split(".")[0]
+                in ("pickle", "yaml", "shelve", "marshal")  # pickletools runs nothing
             ]
     assert not found, found
 
@@ -108,7 +139,9 @@ def test_no_module_is_taken_from_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "bin" / "dad-fast").write_text(INSTALLED)
     (tmp_path / "data").mkdir()
     for name in ("selectors", "dad_fast", "socket", "sitecustomize"):
-        (tmp_path / "data" / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the data was run')")
+        (tmp_path / "data" / f"{name}.py").write_text(
+            f"raise SystemExit('{name}.py of the data was run')"
+        )
     done = subprocess.run(
         [sys.executable, tmp_path / "bin" / "dad-fast"],
         capture_output=True,
@@ -140,7 +173,11 @@ sys.exit(max(main(command) for command in json.loads(sys.argv[1])))
 
 
 def offline(*commands: list[object]) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "TRANSFORMERS_"))
+    }
     return subprocess.run(
         [sys.executable, "-c", NO_NETWORK, json.dumps(commands, default=str)],
         capture_output=True,
@@ -157,11 +194,41 @@ def test_a_run_asks_for_no_network(tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
     from tests.tiny import STUDENT, write_images, write_teacher, write_vqgan
 
-    data, teacher, vqgan = write_images(tmp_path / "data"), write_teacher(tmp_path / "t.safetensors"), write_vqgan(tmp_path / "q.ckpt")
-    train = ["train", "--method", "dad", "--data-dir", data, "--teacher", teacher, "--discretizer", vqgan, *STUDENT, "-b", "8", "-j0"]
+    data, teacher, vqgan = (
+        write_images(tmp_path / "data"),
+        write_teacher(tmp_path / "t.safetensors"),
+        write_vqgan(tmp_path / "q.ckpt"),
+    )
+    train = [
+        "train",
+        "--method",
+        "dad",
+        "--data-dir",
+        data,
+        "--teacher",
+        teacher,
+        "--discretizer",
+        vqgan,
+        *STUDENT,
+        "-b",
+        "8",
+        "-j0",
+    ]
     run = tmp_path / "run"
     done = offline(
-        [*train, "--max-steps", "2", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "-o", run],
+        [
+            *train,
+            "--max-steps",
+            "2",
+            "--epochs",
+            "1",
+            "--warmup-epochs",
+            "0",
+            "--device",
+            "cpu",
+            "-o",
+            run,
+        ],
         ["export", run, "-o", tmp_path / "out"],
         ["predict", tmp_path / "out", data / "val"],
     )
@@ -174,8 +241,13 @@ def test_a_name_that_asks_for_it_does(tmp_path: Path) -> None:
     code = NO_NETWORK.replace('raise OSError("no network in this test")', "os._exit(7)").replace(
         "import socket, sys", "import os, socket, sys"
     )
-    code = code.replace(NO_NETWORK[NO_NETWORK.index("import json") :], "import timm; timm.create_model('resnet10t', pretrained=True)")
+    code = code.replace(
+        NO_NETWORK[NO_NETWORK.index("import json") :],
+        "import timm; timm.create_model('resnet10t', pretrained=True)",
+    )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 7 and "NETWORK" in done.stderr

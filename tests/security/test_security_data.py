@@ -20,13 +20,13 @@ import pytest
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("torch")
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from dad_fast.cli import main as cli  # noqa: E402
-from dad_fast.data.augment.execute import MOST_PIXELS, eval_transform  # noqa: E402
-from dad_fast.data.sources.base import open_source  # noqa: E402
-from dad_fast.data.sources.decode import DecodeError, read_rgb, read_unchanged  # noqa: E402
-from dad_fast.errors import printable  # noqa: E402
+from dad_fast.cli import main as cli
+from dad_fast.data.augment.execute import MOST_PIXELS, eval_transform
+from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.decode import DecodeError, read_rgb, read_unchanged
+from dad_fast.errors import printable
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\u202e"
 
@@ -37,7 +37,10 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
         (b"IDAT", zlib.compress(data)),
         (b"IEND", b""),
     ]
-    chunks = [len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big") for kind, body in parts]
+    chunks = [
+        len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        for kind, body in parts
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -59,28 +62,56 @@ def jpeg() -> bytes:
 
 def test_printable_leaves_nothing_that_acts() -> None:
     text = printable(f"a{ESCAPES}b\udcff")
-    assert text.replace("\n", "").isprintable() and text.startswith("a\\x1b]0;owned\\x07") and text.endswith("b\\udcff")
+    assert (
+        text.replace("\n", "").isprintable()
+        and text.startswith("a\\x1b]0;owned\\x07")
+        and text.endswith("b\\udcff")
+    )
     assert printable("plain \\ text\nand more") == "plain \\ text\nand more"
 
 
-@pytest.mark.parametrize("command", [["eval"], ["export", "-o", "x"], ["train", "--set"], ["store", "info"], [], ["predict", "m"]])
-def test_what_was_typed_is_not_written_on_the_terminal(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [["eval"], ["export", "-o", "x"], ["train", "--set"], ["store", "info"], [], ["predict", "m"]],
+)
+def test_what_was_typed_is_not_written_on_the_terminal(
+    capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
     """Scripts hand on names of files that they found."""
     assert cli.main([*command, f"x{ESCAPES}"]) in (2, 4)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error[:-1].isprintable()
 
 
-def test_folders_and_files_with_such_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_and_files_with_such_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As classes and as images, from the index to the message."""
     for split in ("train", "val"):
         for name in (f"ant{ESCAPES}", "bee"):
             (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / f"a{ESCAPES}.jpg").write_bytes(jpeg() if name == "bee" else b"no image")
-    command = ["train", "--method", "ce", "--student", "test_resnet", "--data-dir", str(tmp_path), "-o", str(tmp_path / "o"), "-j0"]
+            (tmp_path / split / name / f"a{ESCAPES}.jpg").write_bytes(
+                jpeg() if name == "bee" else b"no image"
+            )
+    command = [
+        "train",
+        "--method",
+        "ce",
+        "--student",
+        "test_resnet",
+        "--data-dir",
+        str(tmp_path),
+        "-o",
+        str(tmp_path / "o"),
+        "-j0",
+    ]
     assert cli.main(command) == 4
     error = capsys.readouterr().err
-    assert "1 of 2 images cannot be read" in error and error.replace("\n", "").isprintable() and "\\x1b" in error
+    assert (
+        "1 of 2 images cannot be read" in error
+        and error.replace("\n", "").isprintable()
+        and "\\x1b" in error
+    )
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------------
@@ -93,7 +124,11 @@ def shard(tmp_path: Path) -> Any:
     def write(*members: tuple[str, bytes, Any]) -> Path:
         (tmp_path / "data").mkdir(exist_ok=True)
         with tarfile.open(tmp_path / "data" / "s.tar", "w") as tar:
-            for name, kind, content in (("good.jpg", tarfile.REGTYPE, jpeg()), ("good.cls", tarfile.REGTYPE, b"0"), *members):
+            for name, kind, content in (
+                ("good.jpg", tarfile.REGTYPE, jpeg()),
+                ("good.cls", tarfile.REGTYPE, b"0"),
+                *members,
+            ):
                 info = tarfile.TarInfo(name)
                 info.type = kind
                 if kind == tarfile.REGTYPE:
@@ -107,15 +142,21 @@ def shard(tmp_path: Path) -> Any:
     return write
 
 
-@pytest.mark.parametrize("name", ["/etc/x", "../../x", "a/../../../x", "x/../../etc/passwd", "C:\\x", f"{ESCAPES}x"])
+@pytest.mark.parametrize(
+    "name", ["/etc/x", "../../x", "a/../../../x", "x/../../etc/passwd", "C:\\x", f"{ESCAPES}x"]
+)
 def test_a_members_name_is_never_a_path(shard: Any, tmp_path: Path, name: str) -> None:
-    source = open_source(str(shard((f"{name}.jpg", tarfile.REGTYPE, jpeg()), (f"{name}.cls", tarfile.REGTYPE, b"0"))))
+    source = open_source(
+        str(shard((f"{name}.jpg", tarfile.REGTYPE, jpeg()), (f"{name}.cls", tarfile.REGTYPE, b"0")))
+    )
     assert len(source) == 2 and all(key.isprintable() for key in source.keys)
     assert source.read(1).size == (8, 8)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["data", "s.tar"]  # nothing was extracted
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
 def test_links_and_devices_are_no_images(shard: Any, tmp_path: Path, kind: bytes) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(jpeg())
@@ -128,7 +169,9 @@ def test_links_and_devices_are_no_images(shard: Any, tmp_path: Path, kind: bytes
 
 def test_a_link_as_a_label_is_not_followed(shard: Any, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("7")
-    folder = shard(("bad.jpg", tarfile.REGTYPE, jpeg()), ("bad.cls", tarfile.SYMTYPE, str(tmp_path / "secret")))
+    folder = shard(
+        ("bad.jpg", tarfile.REGTYPE, jpeg()), ("bad.cls", tarfile.SYMTYPE, str(tmp_path / "secret"))
+    )
     assert open_source(str(folder), max_bad_share=0.9).ok.tolist() == [True, False]
 
 
@@ -136,7 +179,14 @@ def test_a_link_as_a_label_is_not_followed(shard: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [png(60_000, 60_000, b"\0" * 10**6), png(2**31 - 1, 2**31 - 1), png(0, 5), png(5, 5), b"GIF89a" + b"\xff" * 20]
+    "content",
+    [
+        png(60_000, 60_000, b"\0" * 10**6),
+        png(2**31 - 1, 2**31 - 1),
+        png(0, 5),
+        png(5, 5),
+        b"GIF89a" + b"\xff" * 20,
+    ],
 )
 def test_images_that_claim_more_than_they_hold(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)
@@ -172,7 +222,10 @@ def test_images_that_fit_are_what_they_were(size: tuple[int, int]) -> None:
     found = eval_transform(image, 32, 0.875, "bilinear")
     side, short = 36, min(size)
     whole = image.resize(
-        (side, int(side * size[1] / short)) if size[0] <= size[1] else (int(side * size[0] / short), side), Image.Resampling.BILINEAR
+        (side, int(side * size[1] / short))
+        if size[0] <= size[1]
+        else (int(side * size[0] / short), side),
+        Image.Resampling.BILINEAR,
     )
     left, top = round((whole.width - 32) / 2), round((whole.height - 32) / 2)
     assert np.array_equal(found, np.asarray(whole.crop((left, top, left + 32, top + 32))))
@@ -182,7 +235,9 @@ def test_images_that_fit_are_what_they_were(size: tuple[int, int]) -> None:
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def test_no_interpreter_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_interpreter_is_started_for_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For EPS, whatever the file is called, Pillow would start Ghostscript, which runs the file."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
@@ -228,7 +283,10 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
     for index in (1, 2, 4, 5):
         with pytest.raises(DecodeError, match="not a regular file"):
             source.read(index)
-        assert source.encoded(index) is None and read_unchanged(tmp_path / source.keys[index], 0) is None
+        assert (
+            source.encoded(index) is None
+            and read_unchanged(tmp_path / source.keys[index], 0) is None
+        )
     timer.cancel()
     assert not waited
 
@@ -258,7 +316,9 @@ TOML = [
 
 
 @pytest.mark.parametrize("text", TOML, ids=lambda text: text[:12])
-def test_settings_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_settings_that_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
     (tmp_path / "c.toml").write_text(text)
     assert cli.main(["train", str(tmp_path / "c.toml"), "--print-config"]) == 2
     error = capsys.readouterr().err
@@ -266,7 +326,9 @@ def test_settings_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "c.json", "c.py", "c.pkl"])
-def test_other_formats_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_other_formats_are_not_guessed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     (tmp_path / name).write_text("!!python/object/apply:os.system ['true']")
     assert cli.main(["train", str(tmp_path / name), "--print-config"]) == 2
     assert re.search("TOML|toml", capsys.readouterr().err)

@@ -29,13 +29,21 @@ def test_a_new_cache_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.Monk
     assert mode(tmp_path / "a" / "cache") == 0o700
     (tmp_path / "shared").mkdir(mode=0o755)
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "shared"))
-    assert write_cache(cache_dir() / "x", b"x") and mode(tmp_path / "shared") == 0o755  # one that is there is somebody's choice
+    assert (
+        write_cache(cache_dir() / "x", b"x") and mode(tmp_path / "shared") == 0o755
+    )  # one that is there is somebody's choice
 
 
-def test_files_follow_the_umask_and_are_private_while_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_follow_the_umask_and_are_private_while_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(stat.S_IMODE(os.fstat(handle).st_mode)), fsync(handle))[1])
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (seen.append(stat.S_IMODE(os.fstat(handle).st_mode)), fsync(handle))[1],
+    )
     atomic_write_bytes(tmp_path / "x", b"x")
     assert seen[0] == 0o600 and mode(tmp_path / "x") & 0o022 == 0
     assert os.listdir(tmp_path) == ["x"]
@@ -53,7 +61,9 @@ def test_writing_does_not_follow_a_link(tmp_path: Path) -> None:
 def compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The folder that torch.compile would use, for a cache folder of some mode."""
     registered: list[Path] = []
-    monkeypatch.setattr("atexit.register", lambda function, folder, **named: registered.append(folder))
+    monkeypatch.setattr(
+        "atexit.register", lambda function, folder, **named: registered.append(folder)
+    )
 
     def found(mode: int | None) -> Path:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "so that it is put back")
@@ -70,7 +80,9 @@ def compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder.rmdir()
 
 
-def test_compiled_code_lies_where_nobody_else_can_plant_it(compile_cache: Any, tmp_path: Path) -> None:
+def test_compiled_code_lies_where_nobody_else_can_plant_it(
+    compile_cache: Any, tmp_path: Path
+) -> None:
     """By default torch.compile loads it from /tmp/torchinductor_NAME, whoever made that."""
     folder = compile_cache(None)
     assert folder == tmp_path / "cache" / "torch.compile" and mode(folder) == 0o700
@@ -79,7 +91,9 @@ def test_compiled_code_lies_where_nobody_else_can_plant_it(compile_cache: Any, t
 
 
 @pytest.mark.parametrize("open_to", [0o777, 0o770, 0o1777])
-def test_compiled_code_is_not_kept_in_a_shared_cache(compile_cache: Any, tmp_path: Path, open_to: int) -> None:
+def test_compiled_code_is_not_kept_in_a_shared_cache(
+    compile_cache: Any, tmp_path: Path, open_to: int
+) -> None:
     folder = compile_cache(open_to)
     assert tmp_path / "cache" not in folder.parents and mode(folder) == 0o700
 
@@ -103,4 +117,6 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     write_whole(tmp_path / "m.json", b"new")
     part = Part(tmp_path / "shard.data")
     part.write(b"new")
-    assert (tmp_path / "precious").read_text() == "years" and (tmp_path / "m.json").read_bytes() == b"new"
+    assert (tmp_path / "precious").read_text() == "years" and (
+        tmp_path / "m.json"
+    ).read_bytes() == b"new"

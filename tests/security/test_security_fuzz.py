@@ -22,30 +22,40 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from PIL import Image  # noqa: E402
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from dad_fast.checkpoint.folder import FORMAT, STATE, Checkpoint, CheckpointFolder, _digest  # noqa: E402
-from dad_fast.config import Config, from_toml  # noqa: E402
-from dad_fast.config.fields import settings as known_settings  # noqa: E402
-from dad_fast.data.sources.decode import DecodeError, read_rgb  # noqa: E402
-from dad_fast.errors import DadFastError, DataError, UsageError  # noqa: E402
-from dad_fast.models.student import load_student  # noqa: E402
-from dad_fast.models.weights.files import read_state_dict, sha256_file, write_safetensors  # noqa: E402
-from dad_fast.store.manifest import Manifest, _canonical  # noqa: E402
-from dad_fast.store.reader import AdversarialStore, open_store  # noqa: E402
-from tests.models.test_declared import SMALL, SPEC  # noqa: E402
-from tests.store_data import make_manifest, write  # noqa: E402
+from dad_fast.checkpoint.folder import FORMAT, STATE, Checkpoint, CheckpointFolder, _digest
+from dad_fast.config import Config, from_toml
+from dad_fast.config.fields import settings as known_settings
+from dad_fast.data.sources.decode import DecodeError, read_rgb
+from dad_fast.errors import DadFastError, DataError, UsageError
+from dad_fast.models.student import load_student
+from dad_fast.models.weights.files import read_state_dict, sha256_file, write_safetensors
+from dad_fast.store.manifest import Manifest, _canonical
+from dad_fast.store.reader import AdversarialStore, open_store
+from tests.models.test_declared import SMALL, SPEC
+from tests.store_data import make_manifest, write
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 SECONDS = 3.0  # of the processor's time, for one file
 
 plain = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 anything = st.recursive(
-    plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8
+    plain,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
 )
-damages = st.tuples(st.sampled_from(["change", "cut", "add", "zero"]), st.floats(0, 1), st.binary(min_size=1, max_size=12))
+damages = st.tuples(
+    st.sampled_from(["change", "cut", "add", "zero"]),
+    st.floats(0, 1),
+    st.binary(min_size=1, max_size=12),
+)
 
 
 def damaged(content: bytes, damage: tuple[str, float, bytes]) -> bytes:
@@ -88,14 +98,24 @@ def test_any_text_as_settings(text: str) -> None:
 def test_any_value_of_any_setting(pairs: list[tuple[str, Any]]) -> None:
     def toml(value: Any) -> str:
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+            return (
+                "{"
+                + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items())
+                + "}"
+            )
         if isinstance(value, list):
             return "[" + ", ".join(map(toml, value)) + "]"
-        return repr(value) if isinstance(value, float) else json.dumps(value if value is not None else "")
+        return (
+            repr(value)
+            if isinstance(value, float)
+            else json.dumps(value if value is not None else "")
+        )
 
     with soon():
         try:
-            assert isinstance(from_toml("\n".join(f"{path} = {toml(value)}" for path, value in pairs)), Config)
+            assert isinstance(
+                from_toml("\n".join(f"{path} = {toml(value)}" for path, value in pairs)), Config
+            )
         except UsageError as error:
             said(error)
 
@@ -148,7 +168,9 @@ def test_a_forged_manifest(store: Path, data: Any, value: Any) -> None:
         place, key = place[key], data.draw(st.sampled_from(sorted(place[key])))
     place[key] = value
     try:
-        sealed = _canonical({**document, "checksum": hashlib.sha256(_canonical(document)).hexdigest()})
+        sealed = _canonical(
+            {**document, "checksum": hashlib.sha256(_canonical(document)).hexdigest()}
+        )
     except ValueError:
         return  # not a number, which the canonical form has no word for
     with soon():
@@ -164,20 +186,32 @@ def test_a_forged_manifest(store: Path, data: Any, value: Any) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run") / "checkpoints"
-    state = {"config": "seed = 1\n", "optimizer": {"param_groups": [{"lr": 0.1}], "numbers": {}}, "best_top1": 3.5}
+    state = {
+        "config": "seed = 1\n",
+        "optimizer": {"param_groups": [{"lr": 0.1}], "numbers": {}},
+        "best_top1": 3.5,
+    }
 
     def write_model(path: Path) -> None:
         write_safetensors(path, {"w": torch.zeros(3)}, {})
 
     CheckpointFolder(root, keep=2).save(
-        5, {"student.w": torch.arange(6.0), "generator.torch": torch.get_rng_state()}, state, write_model, best=False
+        5,
+        {"student.w": torch.arange(6.0), "generator.torch": torch.get_rng_state()},
+        state,
+        write_model,
+        best=False,
     )
     return root
 
 
 @FUZZ
-@given(name=st.sampled_from(["model.safetensors", "train.safetensors", "state.json"]), damage=damages)
-def test_a_checkpoint_with_damage_anywhere(checkpoint: Path, tmp_path: Path, name: str, damage: Any) -> None:
+@given(
+    name=st.sampled_from(["model.safetensors", "train.safetensors", "state.json"]), damage=damages
+)
+def test_a_checkpoint_with_damage_anywhere(
+    checkpoint: Path, tmp_path: Path, name: str, damage: Any
+) -> None:
     """Noticed, or not there: whoever reads on has what was written."""
     copy = tmp_path / "checkpoints"
     shutil.rmtree(copy, ignore_errors=True)
@@ -191,7 +225,9 @@ def test_a_checkpoint_with_damage_anywhere(checkpoint: Path, tmp_path: Path, nam
         except DataError as error:
             said(error)
         else:
-            assert isinstance(found, Checkpoint) and torch.equal(found.tensors["student.w"], torch.arange(6.0))
+            assert isinstance(found, Checkpoint) and torch.equal(
+                found.tensors["student.w"], torch.arange(6.0)
+            )
             assert found.state["best_top1"] == 3.5 and found.state["step"] == 5
 
 
@@ -205,7 +241,9 @@ def test_a_forged_state(checkpoint: Path, tmp_path: Path, state: Any) -> None:
     folder = copy / "step-5"
     if isinstance(state, dict):
         own = json.loads(json.dumps({**state, "format": FORMAT}))
-        files = {name: sha256_file(folder / name) for name in ("model.safetensors", "train.safetensors")}
+        files = {
+            name: sha256_file(folder / name) for name in ("model.safetensors", "train.safetensors")
+        }
         state = {**own, "sha256": files | {STATE: _digest(own)}}
     (folder / STATE).write_text(json.dumps(state))
     with soon():
@@ -242,18 +280,28 @@ def test_weights_with_damage_anywhere(tmp_path: Path, form: str, damage: Any) ->
         for read in (read_state_dict, load_student):
             try:
                 state, _ = read(tmp_path / "w")
-                assert read is load_student or sum(tensor.numel() for tensor in state.values()) < 1_000_000
+                assert (
+                    read is load_student
+                    or sum(tensor.numel() for tensor in state.values()) < 1_000_000
+                )
             except DadFastError as error:
                 said(error)
 
 
 @settings(FUZZ, max_examples=20)
-@given(key=st.sampled_from([*SPEC, "model_kwargs.layers", "model_kwargs.channels", "model_kwargs.more"]), value=anything)
+@given(
+    key=st.sampled_from(
+        [*SPEC, "model_kwargs.layers", "model_kwargs.channels", "model_kwargs.more"]
+    ),
+    value=anything,
+)
 def test_a_forged_description_of_a_student(tmp_path: Path, key: str, value: Any) -> None:
     spec = {**SPEC, "model_kwargs": {**SMALL}}
     table, _, name = key.rpartition(".")
     (spec["model_kwargs"] if table else spec)[name] = value
-    write_safetensors(tmp_path / "m.safetensors", {"w": torch.zeros(3)}, {"dad_fast.student": json.dumps(spec)})
+    write_safetensors(
+        tmp_path / "m.safetensors", {"w": torch.zeros(3)}, {"dad_fast.student": json.dumps(spec)}
+    )
     with soon(), pytest.raises(DataError) as caught:
         load_student(tmp_path / "m.safetensors")
     said(caught.value)

@@ -15,21 +15,23 @@ import pytest
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, example, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
-from dad_fast.cli import main as cli  # noqa: E402
-from dad_fast.config import from_toml  # noqa: E402
-from dad_fast.data.classes import ClassMap  # noqa: E402
-from dad_fast.data.sources.index import _FORMAT, Entry, _encoded, load_index  # noqa: E402
-from dad_fast.errors import DadFastError, DataError, UsageError  # noqa: E402
-from dad_fast.evaluate.metrics.effective_robustness import read_baselines  # noqa: E402
-from dad_fast.evaluate.metrics.predictions import FIELDS, PREDICTIONS, Records, load_records  # noqa: E402
-from dad_fast.evaluate.suites.imagenet import _read_json  # noqa: E402
-from dad_fast.evaluate.tables import read_record  # noqa: E402
-from dad_fast.models.weights.files import write_safetensors  # noqa: E402
+from dad_fast.cli import main as cli
+from dad_fast.config import from_toml
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.index import _FORMAT, Entry, _encoded, load_index
+from dad_fast.errors import DadFastError, DataError, UsageError
+from dad_fast.evaluate.metrics.effective_robustness import read_baselines
+from dad_fast.evaluate.metrics.predictions import FIELDS, PREDICTIONS, Records, load_records
+from dad_fast.evaluate.suites.imagenet import _read_json
+from dad_fast.evaluate.tables import read_record
+from dad_fast.models.weights.files import write_safetensors
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 DEEP = "[" * 100_000
 HUGE = "9" * 5000
 
@@ -53,7 +55,19 @@ def answered(read: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize(
     "row",
-    ["²,a,b", f"{HUGE},a,b", "٠,a,b", "-1,a,b", "0x0,a,b", "1e1,a,b", "0", ",,", f"0,{'a' * 200_000},b", '0,"a', "1000000000,a,b"],
+    [
+        "²,a,b",
+        f"{HUGE},a,b",
+        "٠,a,b",
+        "-1,a,b",
+        "0x0,a,b",
+        "1e1,a,b",
+        "0",
+        ",,",
+        f"0,{'a' * 200_000},b",
+        '0,"a',
+        "1000000000,a,b",
+    ],
     ids=lambda row: row[:12],
 )
 def test_class_maps_that_are_none(tmp_path: Path, row: str) -> None:
@@ -66,12 +80,21 @@ def test_class_maps_that_are_none(tmp_path: Path, row: str) -> None:
 @given(st.text(alphabet="012,\"'\n\r\t\0²٠a../\ufeff\x85", max_size=60))
 def test_any_text_as_a_class_map(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.csv").write_text(f"id,folder,name\n{text}", encoding="utf-8", newline="")
-    assert isinstance(answered(lambda: ClassMap.from_csv(tmp_path / "c.csv")), (ClassMap, type(None)))
+    assert isinstance(
+        answered(lambda: ClassMap.from_csv(tmp_path / "c.csv")), (ClassMap, type(None))
+    )
 
 
 @FUZZ
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6), lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8).map(json.dumps))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+        ),
+        max_leaves=8,
+    ).map(json.dumps)
+)
 @example(DEEP)
 @example(f'[{{"val": {HUGE}}}]')
 @example(f'[{{"val": {"9" * 400}}}]')
@@ -90,7 +113,10 @@ def test_any_json_as_baselines_and_as_results(tmp_path: Path, text: str) -> None
     assert table is None or all(isinstance(value, str) for value in table.values())
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2,3\n", "a,b\n1,inf\n", f"a,b\n1,{'x' * 200_000}\n", "a\n\0\n", "", f"a\n{HUGE}\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["a,b\n1,2,3\n", "a,b\n1,inf\n", f"a,b\n1,{'x' * 200_000}\n", "a\n\0\n", "", f"a\n{HUGE}\n"],
+)
 def test_csv_baselines_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.csv").write_text(text)
     assert answered(lambda: read_baselines(tmp_path / "b.csv")) is None
@@ -106,28 +132,50 @@ def test_csv_baselines_that_are_none(tmp_path: Path, text: str) -> None:
 def test_any_text_as_an_index(tmp_path: Path, text: str) -> None:
     """Under a right checksum: what is no index is made again."""
     body = text.encode()
-    (tmp_path / "i.csv").write_bytes(_encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, x") + b"\n" + body)
+    (tmp_path / "i.csv").write_bytes(
+        _encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, x")
+        + b"\n"
+        + body
+    )
     with soon():
         assert all(isinstance(entry, Entry) for entry in load_index(tmp_path / "i.csv", "x"))
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "complex64", "float32", "bool", "uint64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float8_e4m3fn", "complex64", "float32", "bool", "uint64"]
+)
 def test_predictions_of_any_type(tmp_path: Path, dtype: str) -> None:
     arrays = {f"v/{field}": torch.zeros(3).to(getattr(torch, dtype)) for field in FIELDS}
     write_safetensors(tmp_path / "p.safetensors", arrays, {PREDICTIONS: '{"suites": {"v": "s"}}'})
     found = answered(lambda: load_records(tmp_path / "p.safetensors"))
-    assert found is None or isinstance(found[1]["v"], Records) and len(found[1]["v"]) == 3
+    assert found is None or (isinstance(found[1]["v"], Records) and len(found[1]["v"]) == 3)
 
 
-@pytest.mark.parametrize("text", [DEEP, f'{{"suites": {HUGE}}}', "[]", '{"suites": 3}', '{"suites": {"\\u001b[2J": 1}}', "{}", "\0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        f'{{"suites": {HUGE}}}',
+        "[]",
+        '{"suites": 3}',
+        '{"suites": {"\\u001b[2J": 1}}',
+        "{}",
+        "\0",
+    ],
+)
 def test_predictions_that_say_nonsense(tmp_path: Path, text: str) -> None:
     write_safetensors(tmp_path / "p.safetensors", {"v/image": torch.zeros(3)}, {PREDICTIONS: text})
     assert answered(lambda: load_records(tmp_path / "p.safetensors")) is None
 
 
 @pytest.mark.parametrize(
-    "text", [f"{'.'.join('a' * 50_000)} = 1", "\n".join(f"{'.'.join('a' * 2000)} = {i}" for i in range(200)), "a = 1\n" * 200_000]
+    "text",
+    [
+        f"{'.'.join('a' * 50_000)} = 1",
+        "\n".join(f"{'.'.join('a' * 2000)} = {i}" for i in range(200)),
+        "a = 1\n" * 200_000,
+    ],
 )
 def test_settings_that_would_take_minutes(text: str) -> None:
     """Reading a key of many parts takes time with their square."""
@@ -136,7 +184,15 @@ def test_settings_that_would_take_minutes(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["seed = X", "optim.lr = X", "data.data_dir = X", "student.model_kwargs = {a = [X]}", "store.dirs = [X]", "variants.x.seed = X"]
+    "text",
+    [
+        "seed = X",
+        "optim.lr = X",
+        "data.data_dir = X",
+        "student.model_kwargs = {a = [X]}",
+        "store.dirs = [X]",
+        "variants.x.seed = X",
+    ],
 )
 def test_numbers_that_cannot_be_printed(text: str) -> None:
     with soon(), pytest.raises(UsageError, match="not settings"):
@@ -149,9 +205,31 @@ def test_settings_with_many_dots_in_their_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["[" * 10_000, "{a=" * 10_000, HUGE, f"[{HUGE}]", '"\\ud800"', "1e999", "0x" + "f" * 5000, "\0"], ids=lambda value: value[:5]
+    "value",
+    [
+        "[" * 10_000,
+        "{a=" * 10_000,
+        HUGE,
+        f"[{HUGE}]",
+        '"\\ud800"',
+        "1e999",
+        "0x" + "f" * 5000,
+        "\0",
+    ],
+    ids=lambda value: value[:5],
 )
-@pytest.mark.parametrize("key", ["student.model_kwargs", "data.data_dir", "optim.lr", "seed", "augment.mean", "store.dirs", "method"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "student.model_kwargs",
+        "data.data_dir",
+        "optim.lr",
+        "seed",
+        "augment.mean",
+        "store.dirs",
+        "method",
+    ],
+)
 def test_values_that_are_typed(capsys: pytest.CaptureFixture[str], key: str, value: str) -> None:
     code = cli.main(["train", "--print-config", "--set", f"{key}={value}"])
     error = capsys.readouterr().err

@@ -16,26 +16,36 @@ Image = pytest.importorskip("PIL.Image")
 hypothesis = pytest.importorskip("hypothesis")
 
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from store_data import make_manifest, write  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from store_data import make_manifest, write
 
-from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.store import Manifest, open_store  # noqa: E402
-from dad_fast.store.manifest import MANIFEST, _canonical  # noqa: E402
+from dad_fast.errors import DataError, UsageError
+from dad_fast.store import Manifest, open_store
+from dad_fast.store.manifest import MANIFEST, _canonical
 
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=True) | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**63)
+        | st.floats(allow_nan=True)
+        | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        ),
         max_leaves=8,
     )
 )
 def test_any_settings_come_back_and_are_equal_to_themselves(value: Any) -> None:
     manifest = make_manifest(settings={"value": value})
     again = Manifest.from_json(manifest.to_json())
-    assert again == manifest and again.to_json() == manifest.to_json() and not manifest.differences(again)
+    assert (
+        again == manifest
+        and again.to_json() == manifest.to_json()
+        and not manifest.differences(again)
+    )
 
 
 def test_a_manifest_says_nothing_of_where_or_when(tmp_path: Path) -> None:
@@ -105,12 +115,25 @@ def test_hostile_manifests_are_refused_at_once(tmp_path: Path, changes: dict[str
     start = time.process_time()
     with pytest.raises(DataError, match=MANIFEST) as caught:
         open_store(tmp_path)
-    assert time.process_time() - start < 2 and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert (
+        time.process_time() - start < 2
+        and "\n" not in str(caught.value)
+        and len(str(caught.value)) < 600
+    )
 
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"null", b"[]", b"\xff\xfe", b'"' + b"x" * 9, b"[" * 100_000, b'{"format": "dad-fast store", "version": 1, "a": NaN}'],
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b'"' + b"x" * 9,
+        b"[" * 100_000,
+        b'{"format": "dad-fast store", "version": 1, "a": NaN}',
+    ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(text)

@@ -18,15 +18,26 @@ Image = pytest.importorskip("PIL.Image")
 hypothesis = pytest.importorskip("hypothesis")
 
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from store_data import BAD, CLASSES, NUM, content, exit_code, in_child, key, make_manifest, make_targets, write  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from store_data import (
+    BAD,
+    CLASSES,
+    NUM,
+    content,
+    exit_code,
+    in_child,
+    key,
+    make_manifest,
+    make_targets,
+    write,
+)
 
-from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.store import AdversarialStore, OutputsForm, TargetStore, open_store  # noqa: E402
-from dad_fast.store.images import decode_image  # noqa: E402
-from dad_fast.store.layout import INDEX  # noqa: E402
-from dad_fast.store.mapped import map_file  # noqa: E402
+from dad_fast.errors import DataError, UsageError
+from dad_fast.store import AdversarialStore, OutputsForm, TargetStore, open_store
+from dad_fast.store.images import decode_image
+from dad_fast.store.layout import INDEX
+from dad_fast.store.mapped import map_file
 
 GOOD = np.array([row not in (7, 44) for row in range(NUM)])
 
@@ -50,7 +61,9 @@ def test_any_rows_in_any_order(store, chosen: list[int], view: int) -> None:
     assert (store.kept(rows, view) == (wanted["kept"][rows] & ok)).all()
     assert (store.codes(rows, view) == wanted["codes"][rows] * ok[:, None]).all()
     assert (store.images(rows, view) == wanted["images"][rows] * ok[:, None, None, None]).all()
-    assert np.array_equal(store.changed(rows, view), np.where(ok, wanted["changed"][rows], np.nan), equal_nan=True)
+    assert np.array_equal(
+        store.changed(rows, view), np.where(ok, wanted["changed"][rows], np.nan), equal_nan=True
+    )
     logits = store.outputs(rows, view).astype(np.float32) + store.max_logits(rows, view)[:, None]
     assert np.allclose(logits, wanted["outputs"][rows] * ok[:, None], atol=0.03, rtol=0)
 
@@ -62,7 +75,10 @@ def test_rows_are_joined_by_key(store, order: list[int], num: int) -> None:
 
 
 def test_keys_that_are_missing_are_named(store) -> None:
-    with pytest.raises(DataError, match=r"2 of 3 samples are not in the store: a\.png, b\.png; was it made from this data"):
+    with pytest.raises(
+        DataError,
+        match=r"2 of 3 samples are not in the store: a\.png, b\.png; was it made from this data",
+    ):
         store.rows(["a.png", key(3), "b.png"])
 
 
@@ -80,12 +96,17 @@ def test_a_reader_travels_to_other_processes(store) -> None:
     store.images(rows)
     copy = pickle.loads(pickle.dumps(store))
     assert not copy._maps and (copy.codes(rows, 1) == store.codes(rows, 1)).all()
-    assert len(pickle.dumps(store)) < 20_000 and len(copy) == NUM and copy.checksum == store.checksum
+    assert (
+        len(pickle.dumps(store)) < 20_000 and len(copy) == NUM and copy.checksum == store.checksum
+    )
 
 
 def test_images_go_where_they_are_wanted(store) -> None:
     out = np.empty((3, 6, 4, 3), np.uint8)
-    assert store.images(np.array([5, 1, 40]), out=out) is out and (out == store.images(np.array([5, 1, 40]))).all()
+    assert (
+        store.images(np.array([5, 1, 40]), out=out) is out
+        and (out == store.images(np.array([5, 1, 40]))).all()
+    )
     for wrong in (out[:2], out.astype(np.int16), np.empty((3, 4, 6, 3), np.uint8).swapaxes(1, 2)):
         with pytest.raises(ValueError, match="out is"):
             store.images(np.array([5, 1, 40]), out=wrong)
@@ -138,7 +159,9 @@ def test_a_shard_that_vanishes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["webp", "jpeg:95"])
 def test_encoded_images(tmp_path: Path, form: str) -> None:
     manifest = make_manifest(images=form, image_size=(32, 24))
-    smooth = np.add.outer(np.arange(32) * 3, np.arange(24) * 4)[None, :, :, None] + np.array([0, 30, 60])
+    smooth = np.add.outer(np.arange(32) * 3, np.arange(24) * 4)[None, :, :, None] + np.array(
+        [0, 30, 60]
+    )
     images = np.clip(smooth + np.arange(NUM)[:, None, None, None], 0, 255).astype(np.uint8)
     import store_data
 
@@ -197,7 +220,9 @@ def test_what_a_store_lacks_is_said(tmp_path: Path) -> None:
 # --- teacher outputs
 
 LOGITS = st.integers(2, 40).flatmap(
-    lambda c: st.lists(st.lists(st.floats(-300, 300, width=32), min_size=c, max_size=c), min_size=1, max_size=4)
+    lambda c: st.lists(
+        st.lists(st.floats(-300, 300, width=32), min_size=c, max_size=c), min_size=1, max_size=4
+    )
 )
 
 
@@ -222,7 +247,9 @@ def test_full_outputs_are_exact_where_it_matters(values: list[list[float]]) -> N
 
 
 @given(LOGITS, st.sampled_from([1.0, 2.0, 4.0]), st.data())
-def test_topk_outputs_keep_the_distribution_at_their_temperature(values: list[list[float]], temperature: float, data) -> None:
+def test_topk_outputs_keep_the_distribution_at_their_temperature(
+    values: list[list[float]], temperature: float, data
+) -> None:
     logits = np.array(values, np.float32)
     k = data.draw(st.integers(1, logits.shape[1] - 1))
     found, _ = stored(OutputsForm(k, temperature), logits)
@@ -230,7 +257,9 @@ def test_topk_outputs_keep_the_distribution_at_their_temperature(values: list[li
     for p, q, z in zip(exact, ours, logits, strict=True):
         top = np.argsort(-z, kind="stable")[:k]
         rest = np.setdiff1d(np.arange(len(z)), top)
-        tolerance = 2**-10 * 600 / temperature  # relative, at a distance of 600 from the largest; 2^-11 of the distance in general
+        tolerance = (
+            2**-10 * 600 / temperature
+        )  # relative, at a distance of 600 from the largest; 2^-11 of the distance in general
         assert np.allclose(q[top], p[top], rtol=tolerance, atol=1e-6)
         assert np.isclose(q[rest].sum(), p[rest].sum(), rtol=tolerance, atol=1e-3)
         assert np.ptp(q[rest]) < 1e-12
@@ -259,7 +288,20 @@ def test_the_largest_class_stays_the_largest() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ful", "topk", "topk:3", "topk:0@1", "topk:5@1", "topk:3@0", "topk:3@-1", "topk:3@nan", "topk:3@1e9", "full@1"]
+    "text",
+    [
+        "",
+        "ful",
+        "topk",
+        "topk:3",
+        "topk:0@1",
+        "topk:5@1",
+        "topk:3@0",
+        "topk:3@-1",
+        "topk:3@nan",
+        "topk:3@1e9",
+        "full@1",
+    ],
 )
 def test_outputs_forms_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError, match="outputs"):
@@ -279,8 +321,14 @@ def test_the_ten_lines_of_numpy_in_the_docs(store) -> None:
         names: dict[str, Any] = {"folder": str(store.folder), "view": view, "row": row}
         exec("\n".join(code), names)
         wanted = content(store.manifest, view)
-        assert names["record"]["label"] == wanted["labels"][row] and (names["data"]["codes"] == wanted["codes"][row]).all()
+        assert (
+            names["record"]["label"] == wanted["labels"][row]
+            and (names["data"]["codes"] == wanted["codes"][row]).all()
+        )
         assert np.allclose(names["logits"], wanted["outputs"][row], atol=0.03)
         assert bytes(names["record"]["key"]) == hashlib.sha256(key(row).encode()).digest()[:16]
         torch, kernels = pytest.importorskip("torch"), pytest.importorskip("dad_fast.kernels")
-        assert names["codes"].tolist() == kernels.unpack_codes(torch.from_numpy(wanted["codes"][row]), 9, 9).tolist()
+        assert (
+            names["codes"].tolist()
+            == kernels.unpack_codes(torch.from_numpy(wanted["codes"][row]), 9, 9).tolist()
+        )

@@ -13,15 +13,15 @@ np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 hypothesis = pytest.importorskip("hypothesis")
 
-import store_data  # noqa: E402
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from store_data import content, files, make_manifest, make_targets, records, write  # noqa: E402
+import store_data
+from hypothesis import given
+from hypothesis import strategies as st
+from store_data import content, files, make_manifest, make_targets, records, write
 
-from dad_fast.cli import main as cli  # noqa: E402
-from dad_fast.errors import DataError  # noqa: E402
-from dad_fast.store import AdversarialStore, StoreWriter  # noqa: E402
-from dad_fast.store.verify import merge, verify  # noqa: E402
+from dad_fast.cli import main as cli
+from dad_fast.errors import DataError
+from dad_fast.store import AdversarialStore, StoreWriter
+from dad_fast.store.verify import merge, verify
 
 
 @pytest.fixture(scope="module", params=["raw", "webp"])
@@ -42,8 +42,14 @@ def test_a_flipped_bit_anywhere_is_found(store: Path, data) -> None:
     path.write_bytes(damaged)
     try:
         problems = verify(store)
-        assert any(problem.startswith(f"{path.name}: not the bytes that were written") for problem in problems)
-        assert any(re.match(rf"{path.stem}\.index: row \d+ of view [01]: ", problem) for problem in problems)
+        assert any(
+            problem.startswith(f"{path.name}: not the bytes that were written")
+            for problem in problems
+        )
+        assert any(
+            re.match(rf"{path.stem}\.index: row \d+ of view [01]: ", problem)
+            for problem in problems
+        )
         assert len(problems) == 2
     finally:
         path.write_bytes(whole)
@@ -52,7 +58,9 @@ def test_a_flipped_bit_anywhere_is_found(store: Path, data) -> None:
 def test_a_sound_store_has_no_problems_and_progress_ends_at_all(store: Path) -> None:
     seen: list[tuple[int, int]] = []
     assert verify(store, lambda done, total: seen.append((done, total))) == []
-    assert len(seen) == 6 and seen[-1][0] == seen[-1][1] == sum(path.stat().st_size for path in store.glob("shard-*"))
+    assert len(seen) == 6 and seen[-1][0] == seen[-1][1] == sum(
+        path.stat().st_size for path in store.glob("shard-*")
+    )
 
 
 def test_every_problem_is_named(tmp_path: Path, capsys) -> None:
@@ -70,9 +78,14 @@ def test_every_problem_is_named(tmp_path: Path, capsys) -> None:
     (folder / "shard-000005.images").symlink_to("/etc/passwd")
     assert cli.main(["store", "verify", str(folder)]) == 4
     out, err = capsys.readouterr()
-    assert "shard-000000.data: missing" in out and "shard-000001.images: 1,153 bytes, not 1,152" in out
+    assert (
+        "shard-000000.data: missing" in out and "shard-000001.images: 1,153 bytes, not 1,152" in out
+    )
     assert "notes.txt: does not belong" in out and "shard-000099.data: does not belong" in out
-    assert "shard-000003.index: not the bytes" in out and "row 0 of view 1: holds row 16 of view 1" in out
+    assert (
+        "shard-000003.index: not the bytes" in out
+        and "row 0 of view 1: holds row 16 of view 1" in out
+    )
     assert "shard-000005.images: missing" in out
     assert re.fullmatch(r"dad-fast: error: \S+: \d+ problems, listed above\n", err)
 
@@ -82,7 +95,9 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "store" / "shard-000000.data"
     path.write_bytes(bytes(path.stat().st_size))
     problems = verify(tmp_path / "store")
-    assert len(problems) == 22 and problems[-1].endswith("23 more rows of view 0")  # the zeros of the unreadable one are right
+    assert len(problems) == 22 and problems[-1].endswith(
+        "23 more rows of view 0"
+    )  # the zeros of the unreadable one are right
 
 
 def test_a_store_that_is_not_finished(tmp_path: Path, capsys) -> None:
@@ -90,7 +105,9 @@ def test_a_store_that_is_not_finished(tmp_path: Path, capsys) -> None:
     writer = StoreWriter.open(tmp_path / "store", make_manifest(), resume=True)
     with writer.shard(0) as shard:
         shard.append(records(writer.manifest, shard.todo()[0]))
-    assert verify(tmp_path / "store") == ["shards 0, 2, 3, 5 of 6 are missing; run the command that made the store again"]
+    assert verify(tmp_path / "store") == [
+        "shards 0, 2, 3, 5 of 6 are missing; run the command that made the store again"
+    ]
     assert cli.main(["store", "info", str(tmp_path / "store")]) == 0
     assert "shards 0, 2, 3, 5 of 6 missing" in capsys.readouterr().out
     (tmp_path / "store" / "shard-000001.sha256").write_text("nonsense")
@@ -107,11 +124,15 @@ def test_parts_are_merged_into_the_same_bytes(tmp_path: Path) -> None:
     for rank in range(3):
         write(tmp_path / f"part{rank}", manifest, rank, 3)
     seen: list[tuple[int, int]] = []
-    assert merge([tmp_path / "part0", tmp_path / "part1"], tmp_path / "new", lambda *now: seen.append(now)) == [2, 5]
+    assert merge(
+        [tmp_path / "part0", tmp_path / "part1"], tmp_path / "new", lambda *now: seen.append(now)
+    ) == [2, 5]
     assert seen[-1] == (4, 4)
     assert merge([tmp_path / "part0", tmp_path / "part2"], tmp_path / "new") == []
     assert files(tmp_path / "new") == files(tmp_path / "whole")
-    assert merge([tmp_path / "part1", tmp_path / "new"], tmp_path / "part2") == []  # into one of the parts; complete ones help too
+    assert (
+        merge([tmp_path / "part1", tmp_path / "new"], tmp_path / "part2") == []
+    )  # into one of the parts; complete ones help too
     assert files(tmp_path / "part2") == files(tmp_path / "whole")
     assert verify(tmp_path / "new") == []
 
@@ -146,16 +167,36 @@ def test_a_merge_across_file_systems_copies(tmp_path: Path, monkeypatch) -> None
 def test_parts_that_do_not_fit_are_named(tmp_path: Path, capsys) -> None:
     write(tmp_path / "a", make_manifest(), 0, 2)
     write(tmp_path / "b", make_manifest(settings={"attack": {"eps": 0.3}}), 1, 2)
-    assert cli.main(["store", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "new")]) == 4
+    assert (
+        cli.main(
+            [
+                "store",
+                "merge",
+                str(tmp_path / "a"),
+                str(tmp_path / "b"),
+                "-o",
+                str(tmp_path / "new"),
+            ]
+        )
+        == 4
+    )
     message = capsys.readouterr().err
-    assert f"settings.attack.eps: 0.1 in {tmp_path / 'a'}, 0.3 in {tmp_path / 'b'}" in message and not (tmp_path / "new").exists()
+    assert (
+        f"settings.attack.eps: 0.1 in {tmp_path / 'a'}, 0.3 in {tmp_path / 'b'}" in message
+        and not (tmp_path / "new").exists()
+    )
 
 
 def test_two_versions_of_a_shard_and_a_damaged_one_are_refused(tmp_path: Path, monkeypatch) -> None:
     write(tmp_path / "a", make_manifest(), 0, 2)
     plain = content
     monkeypatch.setattr(
-        store_data, "content", lambda manifest, view: {**plain(manifest, view), "outputs": plain(manifest, view)["outputs"] + 1}
+        store_data,
+        "content",
+        lambda manifest, view: {
+            **plain(manifest, view),
+            "outputs": plain(manifest, view)["outputs"] + 1,
+        },
     )
     write(tmp_path / "b", make_manifest(), 0, 1)
     with pytest.raises(DataError, match=r"shard 0 is not the same in \S*/a and in \S*/b"):
@@ -174,10 +215,17 @@ def test_info_says_what_made_it(store: Path, capsys) -> None:
     text = capsys.readouterr().out
     form = "raw" if "raw, " in text else "webp"
     assert f"{store}: adversarial store, complete" in text and "45 in 2 views, 5 classes" in text
-    assert "3 of 90, stored without outputs" in text and f"{form}, 6x4 pixels" in text and "3x3 of 9 bits, 11 B an image" in text
+    assert (
+        "3 of 90, stored without outputs" in text
+        and f"{form}, 6x4 pixels" in text
+        and "3x3 of 9 bits, 11 B an image" in text
+    )
     assert "settings.attack.eps = 0.1" in text and "hash.teacher = aaaa" in text
     index = AdversarialStore(store)
-    shares = [index.kept(np.arange(45), view)[index.readable(np.arange(45), view)].mean() for view in (0, 1)]
+    shares = [
+        index.kept(np.arange(45), view)[index.readable(np.arange(45), view)].mean()
+        for view in (0, 1)
+    ]
     assert f", {min(shares):.1%} to {max(shares):.1%} by view" in text
     bars = re.findall(r"(\d+\.\d) %  #*|\s(\d+\.\d)%  #+", text)
     assert bars and all(len(line) <= 100 for line in text.splitlines())
@@ -195,12 +243,29 @@ def test_a_sheet_shows_what_is_stored(tmp_path: Path, capsys) -> None:
     manifest = make_manifest(image_size=(30, 30))
     write(tmp_path / "store", manifest)
     target = tmp_path / "sheet.png"
-    assert cli.main(["store", "sheet", str(tmp_path / "store"), "-o", str(target), "--num", "3", "--view", "1"]) == 0
+    assert (
+        cli.main(
+            [
+                "store",
+                "sheet",
+                str(tmp_path / "store"),
+                "-o",
+                str(target),
+                "--num",
+                "3",
+                "--view",
+                "1",
+            ]
+        )
+        == 0
+    )
     pixels = np.asarray(Image.open(target).convert("RGB"))
     from dad_fast.store import sheet
 
     left, top = sheet.MARGIN + sheet.CAPTION, sheet.HEADER  # of the first sample: row 0
-    assert (pixels[top : top + 90 : 3, left : left + 90 : 3] == content(manifest, 1)["images"][0]).all()
+    assert (
+        pixels[top : top + 90 : 3, left : left + 90 : 3] == content(manifest, 1)["images"][0]
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +287,9 @@ def test_a_sheet_shows_what_is_stored(tmp_path: Path, capsys) -> None:
         ([], 2, "info|verify|sheet|merge"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, capsys, monkeypatch, arguments: list[str], code: int, text: str) -> None:
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys, monkeypatch, arguments: list[str], code: int, text: str
+) -> None:
     if "--discretizer" in arguments:
         pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
@@ -246,7 +313,12 @@ def test_a_sheet_of_codes_and_clean_images(tmp_path: Path) -> None:
 
     source = open_source("embedded:digits", "val")
     discretizer = load_discretizer("embedded:digits", PrecisionConfig(), torch.device("cpu"))
-    images = torch.from_numpy(np.stack([np.asarray(source.read(i)) for i in range(8)])).permute(0, 3, 1, 2) / 255
+    images = (
+        torch.from_numpy(np.stack([np.asarray(source.read(i)) for i in range(8)])).permute(
+            0, 3, 1, 2
+        )
+        / 255
+    )
     found = discretizer(images)
     bits = int(discretizer.vqgan.codebook.shape[0] - 1).bit_length()
     manifest = Manifest(
@@ -274,12 +346,23 @@ def test_a_sheet_of_codes_and_clean_images(tmp_path: Path) -> None:
         )
     assert writer.finish() == []
     target = tmp_path / "sheet.png"
-    arguments = ["store", "sheet", str(tmp_path / "store"), "-o", str(target), "--discretizer", "embedded:digits"]
+    arguments = [
+        "store",
+        "sheet",
+        str(tmp_path / "store"),
+        "-o",
+        str(target),
+        "--discretizer",
+        "embedded:digits",
+    ]
     assert cli.main([*arguments, "--data-dir", "embedded:digits", "--split", "val"]) == 0
     pixels = np.asarray(Image.open(target).convert("RGB"))
     from dad_fast.store import sheet
 
     left = sheet.MARGIN + sheet.CAPTION
-    columns = [pixels[sheet.HEADER : sheet.HEADER + 84 : 3, x : x + 84 : 3] for x in (left, left + 88, left + 176)]
+    columns = [
+        pixels[sheet.HEADER : sheet.HEADER + 84 : 3, x : x + 84 : 3]
+        for x in (left, left + 88, left + 176)
+    ]
     assert (columns[0] == np.asarray(source.read(0))).all()
     assert np.abs(columns[1].astype(int) - columns[2]).max() <= 1

@@ -16,12 +16,21 @@ import pytest
 np = pytest.importorskip("numpy")
 pytest.importorskip("PIL")
 
-from store_data import content, exit_code, files, in_child, make_manifest, make_targets, records, write  # noqa: E402
+from store_data import (
+    content,
+    exit_code,
+    files,
+    in_child,
+    make_manifest,
+    make_targets,
+    records,
+    write,
+)
 
-from dad_fast.errors import DataError, NotFinite, UsageError  # noqa: E402
-from dad_fast.store import AdversarialStore, Records, StoreWriter  # noqa: E402
-from dad_fast.store.images import encode_images  # noqa: E402
-from dad_fast.store.verify import verify  # noqa: E402
+from dad_fast.errors import DataError, NotFinite, UsageError
+from dad_fast.store import AdversarialStore, Records, StoreWriter
+from dad_fast.store.images import encode_images
+from dad_fast.store.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_processes_write_the_same_bytes_as_one(tmp_path: Path, reference, world: int) -> None:
     """All at once, each calling finish() when it is done."""
-    children = [in_child(lambda rank=rank: write(tmp_path / "store", make_manifest(), rank, world)) for rank in range(world)]
+    children = [
+        in_child(lambda rank=rank: write(tmp_path / "store", make_manifest(), rank, world))
+        for rank in range(world)
+    ]
     assert [exit_code(child) for child in children] == [0] * world
     assert files(tmp_path / "store") == reference
 
@@ -106,7 +118,10 @@ def test_several_processes_killed_together(tmp_path: Path, reference) -> None:
             write(folder, manifest, rank, 3)
 
         numbers = [rng.randint(1, 40) for _ in range(3)]
-        children = [in_child(lambda rank=rank, number=number: work(rank, number)) for rank, number in enumerate(numbers)]
+        children = [
+            in_child(lambda rank=rank, number=number: work(rank, number))
+            for rank, number in enumerate(numbers)
+        ]
         assert {exit_code(child) for child in children} <= {0, -signal.SIGKILL}
     assert write(folder, manifest) == []
     assert files(folder) == reference
@@ -124,9 +139,15 @@ write(sys.argv[1], make_manifest(), before_block=lambda block: time.sleep(0.01))
 def test_killed_at_random_moments(tmp_path: Path, reference) -> None:
     """A real process; the blocks that it takes 10 ms for are each done once or twice."""
     tests = Path(__file__).parents[1]
-    script, folder, rng = SLOW_WRITER.format(root=str(tests.parent), tests=str(tests)), tmp_path / "store", random.Random(0)
+    script, folder, rng = (
+        SLOW_WRITER.format(root=str(tests.parent), tests=str(tests)),
+        tmp_path / "store",
+        random.Random(0),
+    )
     for _ in range(8):
-        child = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE
+        )
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         time.sleep(rng.uniform(0.0, 0.06))
         child.kill()
@@ -135,7 +156,9 @@ def test_killed_at_random_moments(tmp_path: Path, reference) -> None:
     assert files(folder) == reference
 
 
-@pytest.mark.parametrize("died", ["in a block", "before the names", "between the names", "before the checksums"])
+@pytest.mark.parametrize(
+    "died", ["in a block", "before the names", "between the names", "before the checksums"]
+)
 def test_what_is_left_of_a_shard_is_known_beforehand(tmp_path: Path, reference, died: str) -> None:
     manifest, folder = make_manifest(), tmp_path / "store"
     writer = StoreWriter.open(folder, manifest)
@@ -144,7 +167,10 @@ def test_what_is_left_of_a_shard_is_known_beforehand(tmp_path: Path, reference, 
         for block in shard.todo()[: 1 if died == "in a block" else 2]:
             shard.append(records(manifest, block))
         raise KeyboardInterrupt
-    for kind in {"between the names": ["index", "data"], "before the checksums": ["index", "data", "images"]}.get(died, []):
+    for kind in {
+        "between the names": ["index", "data"],
+        "before the checksums": ["index", "data", "images"],
+    }.get(died, []):
         os.replace(folder / f"shard-000000.{kind}.part", folder / f"shard-000000.{kind}")
     left = writer.blocks_to_do(0)
     assert [block.number for block in left] == ([1] if died == "in a block" else [])
@@ -168,14 +194,22 @@ def test_one_block_at_most_is_computed_twice(tmp_path: Path, reference) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "store", manifest, before_block=die)
     write(tmp_path / "store", manifest, before_block=done.append)
-    blocks = [block for shard in range(manifest.geometry.num_shards) for block in manifest.geometry.blocks(shard)]
-    assert sorted(done, key=lambda b: (b.view, b.start)) == sorted([*blocks, done[7]], key=lambda b: (b.view, b.start))
+    blocks = [
+        block
+        for shard in range(manifest.geometry.num_shards)
+        for block in manifest.geometry.blocks(shard)
+    ]
+    assert sorted(done, key=lambda b: (b.view, b.start)) == sorted(
+        [*blocks, done[7]], key=lambda b: (b.view, b.start)
+    )
     assert files(tmp_path / "store") == reference
 
 
 @pytest.mark.parametrize("kind", ["index", "data", "images"])
 @pytest.mark.parametrize("damage", ["torn", "longer", "flipped", "lost"])
-def test_a_damaged_part_is_cut_back_to_its_last_whole_block(tmp_path: Path, reference, kind: str, damage: str) -> None:
+def test_a_damaged_part_is_cut_back_to_its_last_whole_block(
+    tmp_path: Path, reference, kind: str, damage: str
+) -> None:
     manifest, folder = make_manifest(), tmp_path / "store"
     writer = StoreWriter.open(folder, manifest)
     with writer.shard(0) as shard:
@@ -186,7 +220,13 @@ def test_a_damaged_part_is_cut_back_to_its_last_whole_block(tmp_path: Path, refe
         part.unlink()
     else:
         half = len(whole) // 2
-        part.write_bytes({"torn": whole[:half], "longer": whole + b"x" * 11, "flipped": whole[:half] + b"\x55" + whole[half + 1 :]}[damage])
+        part.write_bytes(
+            {
+                "torn": whole[:half],
+                "longer": whole + b"x" * 11,
+                "flipped": whole[:half] + b"\x55" + whole[half + 1 :],
+            }[damage]
+        )
     with writer.shard(0) as shard:
         assert shard.next_block == (1 if damage == "longer" else 0)
     write(folder, manifest)
@@ -194,7 +234,9 @@ def test_a_damaged_part_is_cut_back_to_its_last_whole_block(tmp_path: Path, refe
 
 
 @pytest.mark.parametrize(("limit", "begun"), [(700, False), (400, True), (900, True), (1100, True)])
-def test_a_full_disk_is_named_and_nothing_else_is_lost(tmp_path: Path, reference, capfd, limit: int, begun: bool) -> None:
+def test_a_full_disk_is_named_and_nothing_else_is_lost(
+    tmp_path: Path, reference, capfd, limit: int, begun: bool
+) -> None:
     """The process may write no file larger than `limit`: the manifest; a shard's index, its images, first block or later."""
     manifest, folder = make_manifest(), tmp_path / "store"
     if begun:
@@ -265,12 +307,19 @@ def test_a_lost_shard_is_written_again(tmp_path: Path, reference) -> None:
 
 def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
     write(tmp_path / "store", make_manifest())
-    other = make_manifest(settings={"attack": {"eps": 0.2, "norm": "l2"}, "seed": 0, "amp": True}, num_views=3)
+    other = make_manifest(
+        settings={"attack": {"eps": 0.2, "norm": "l2"}, "seed": 0, "amp": True}, num_views=3
+    )
     with pytest.raises(DataError) as caught:
         StoreWriter.open(tmp_path / "store", other, resume=True)
     message = str(caught.value)
-    assert "settings.attack.eps: 0.1 in the store, 0.2 in this run" in message and "--views: 2 in the store, 3" in message
-    assert "settings.amp: nothing in the store, True in this run" in message and "norm" not in message
+    assert (
+        "settings.attack.eps: 0.1 in the store, 0.2 in this run" in message
+        and "--views: 2 in the store, 3" in message
+    )
+    assert (
+        "settings.amp: nothing in the store, True in this run" in message and "norm" not in message
+    )
     with pytest.raises(UsageError, match="a store already"):
         StoreWriter.open(tmp_path / "store", make_manifest())
 
@@ -305,15 +354,26 @@ def test_images_that_are_encoded_already_are_stored_as_they_are(tmp_path: Path) 
                 shard.append(Records(**{**vars(good), "images": files_of[:-1]}))
             shard.append(Records(**{**vars(good), "images": files_of}))
     for kind in ("index", "data", "images"):
-        assert (tmp_path / f"files/shard-000000.{kind}").read_bytes() == (tmp_path / f"pixels/shard-000000.{kind}").read_bytes()
+        assert (tmp_path / f"files/shard-000000.{kind}").read_bytes() == (
+            tmp_path / f"pixels/shard-000000.{kind}"
+        ).read_bytes()
 
 
 def test_arrays_of_another_shape_are_refused(tmp_path: Path) -> None:
     manifest = make_manifest()
     with StoreWriter.open(tmp_path / "store", manifest).shard(0) as shard:
         good = records(manifest, shard.todo()[0])
-        wrong = {"codes": good.codes[:, :-1], "images": good.images[:7], "outputs": good.outputs[:, :4], "keys": good.keys[:3]}
-        for name, values in {**wrong, "labels": good.labels[:, None], "images ": good.images.astype(float)}.items():
+        wrong = {
+            "codes": good.codes[:, :-1],
+            "images": good.images[:7],
+            "outputs": good.outputs[:, :4],
+            "keys": good.keys[:3],
+        }
+        for name, values in {
+            **wrong,
+            "labels": good.labels[:, None],
+            "images ": good.images.astype(float),
+        }.items():
             with pytest.raises(ValueError, match=name.strip()):
                 shard.append(Records(**{**vars(good), name.strip(): values}))
         assert shard.next_block == 0

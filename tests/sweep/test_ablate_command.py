@@ -13,23 +13,35 @@ import pytest
 pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
+import tiny
 
-from dad_fast.cli.main import main  # noqa: E402
-from tests.processes import HANG, wait_until  # noqa: E402
+from dad_fast.cli.main import main
+from tests.processes import HANG, wait_until
 
 
 def arguments(parts, out, *more):
-    return tiny.train_arguments(parts, out, "--devices", "cpu", "--jobs", "1", "--seeds", "2", *more, verb="ablate")
+    return tiny.train_arguments(
+        parts, out, "--devices", "cpu", "--jobs", "1", "--seeds", "2", *more, verb="ablate"
+    )
 
 
 def finished(out):
-    return {str(path.parent.relative_to(out)): path.stat().st_mtime_ns for path in out.glob("*/seed-*/results.json")}
+    return {
+        str(path.parent.relative_to(out)): path.stat().st_mtime_ns
+        for path in out.glob("*/seed-*/results.json")
+    }
 
 
 def test_the_plan_and_its_cost(parts, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(arguments(parts, out, "--axes", "filter", "--stores", "--vary", "optim.lr=1e30", "--dry-run")) == 0
+    assert (
+        main(
+            arguments(
+                parts, out, "--axes", "filter", "--stores", "--vary", "optim.lr=1e30", "--dry-run"
+            )
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "3 cells, 6 runs; 0 are done, 6 to do" in said and "times one run of KD" in said
     assert f"6 runs learn from {out}/stores/adversarial-" in said and not out.exists()
@@ -38,30 +50,69 @@ def test_the_plan_and_its_cost(parts, tmp_path, capsys):
 def test_a_sweep_with_a_failure_extended_and_gone_on_with(parts, tmp_path, capsys):
     out = tmp_path / "out"
     # a cell that fails is named, and the others are done
-    assert main(arguments(parts, out, "--axes", "filter", "--vary", "optim.lr=1e30", "--max-steps", "12")) == 1
+    assert (
+        main(
+            arguments(
+                parts, out, "--axes", "filter", "--vary", "optim.lr=1e30", "--max-steps", "12"
+            )
+        )
+        == 1
+    )
     said = capsys.readouterr().err
     assert "failed: lr=1e30 seed 0: the loss or a gradient was not a number" in said
     before = finished(out)
     assert set(before) == {"dad/seed-0", "dad/seed-1", "filter=off/seed-0", "filter=off/seed-1"}
     record = json.loads((out / "results.json").read_text())
-    assert record["ablation"]["axes"] == {"filter": ["dad", "filter=off"], "optim.lr": ["dad", "lr=1e30"]}
+    assert record["ablation"]["axes"] == {
+        "filter": ["dad", "filter=off"],
+        "optim.lr": ["dad", "lr=1e30"],
+    }
     assert set(record["ablation"]["failed"]) == {"lr=1e30 seed 0", "lr=1e30 seed 1"}
     assert record["environment"]["cpu"] and len(record["runs"]) == 4
     assert "interval" in record["ablation"]["cells"]["filter=off"]["val"]["top1"]
-    assert "| filter=off | 2 |" in (out / "table.md").read_text() and (out / "plot.svg").exists() and (out / "report.html").exists()
+    assert (
+        "| filter=off | 2 |" in (out / "table.md").read_text()
+        and (out / "plot.svg").exists()
+        and (out / "report.html").exists()
+    )
 
     # cells are added; what is done is not done again, but for what is damaged
     (out / "dad/seed-1/results.json").write_text("{}")
-    assert main(arguments(parts, out, "--axes", "order", "filter", "--max-steps", "12", "--resume", "auto")) == 0
+    assert (
+        main(
+            arguments(
+                parts, out, "--axes", "order", "filter", "--max-steps", "12", "--resume", "auto"
+            )
+        )
+        == 0
+    )
     assert "[4/6] dad seed 1: val" in capsys.readouterr().err
     after = finished(out)
-    assert [name for name in before if after[name] != before[name]] == ["dad/seed-1"] and "order=authors/seed-1" in after
+    assert [name for name in before if after[name] != before[name]] == [
+        "dad/seed-1"
+    ] and "order=authors/seed-1" in after
     assert json.loads((out / "dad/seed-1/results.json").read_text()) == record["runs"][1]
 
     # another base is not this sweep
     assert main(arguments(parts, out, "--axes", "filter", "--max-steps", "12")) == 2
     assert "--resume auto" in capsys.readouterr().err
-    assert main(arguments(parts, out, "--axes", "filter", "--max-steps", "12", "--resume", "auto", "--temperature", "2")) == 2
+    assert (
+        main(
+            arguments(
+                parts,
+                out,
+                "--axes",
+                "filter",
+                "--max-steps",
+                "12",
+                "--resume",
+                "auto",
+                "--temperature",
+                "2",
+            )
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert "loss.temperature: 4.0 → 2.0" in said and said.count("\n") == 1
 
@@ -73,29 +124,73 @@ def test_a_cell_is_the_run_that_train_makes_of_it(parts, tmp_path):
     file = tmp_path / "alone.toml"
     file.write_text((out / "filter=off/seed-1/config.toml").read_text())
     assert main(["train", str(file), "-o", str(tmp_path / "alone")]) == 0
-    ours, alone = (json.loads((folder / "results.json").read_text()) for folder in (out / "filter=off/seed-1", tmp_path / "alone"))
+    ours, alone = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (out / "filter=off/seed-1", tmp_path / "alone")
+    )
     assert ours["suites"] == alone["suites"] and ours["teacher"] == alone["teacher"]
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (out / "filter=off/seed-1", tmp_path / "alone")]
+    weights = [
+        (folder / "model.safetensors").read_bytes()
+        for folder in (out / "filter=off/seed-1", tmp_path / "alone")
+    ]
     assert weights[0][-1000:] == weights[1][-1000:]  # behind the metadata
 
 
 @pytest.mark.slow
 def test_cells_share_stores(parts, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(arguments(parts, out, "--axes", "components", "filter", "--stores", "adversarial", "targets:2")) == 0
-    assert sorted(path.name.partition("-")[0] for path in (out / "stores").iterdir() if path.is_dir()) == ["adversarial", "targets"]
+    assert (
+        main(
+            arguments(
+                parts, out, "--axes", "components", "filter", "--stores", "adversarial", "targets:2"
+            )
+        )
+        == 0
+    )
+    assert sorted(
+        path.name.partition("-")[0] for path in (out / "stores").iterdir() if path.is_dir()
+    ) == ["adversarial", "targets"]
     facts = json.loads((out / "filter=off/seed-1/run.json").read_text())
-    assert [store["kind"] for store in facts["stores"]] == ["adversarial", "targets"] and not facts["teacher_loaded"]
-    assert "learn from stores (adversarial images, un-augmented and" in (out / "table.md").read_text()
+    assert [store["kind"] for store in facts["stores"]] == ["adversarial", "targets"] and not facts[
+        "teacher_loaded"
+    ]
+    assert (
+        "learn from stores (adversarial images, un-augmented and" in (out / "table.md").read_text()
+    )
     assert main(arguments(parts, out, "--axes", "components", "filter", "--resume", "auto")) == 2
     assert "store.make" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_linear_probes_are_swept_too(parts, tmp_path, capsys):
-    out, data = tmp_path / "out", ["--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors")]
-    given = ["ablate", "--preset", "lp-clip-demo", *data, "--set", "eval.suites=[]", "--img-size", str(tiny.SIDE), "--batch-size", "8"]
-    given += ["--seeds", "1", "--epochs", "2", "--devices", "cpu", "-o", str(out), "--thresholds", "0.3"]
+    out, data = (
+        tmp_path / "out",
+        ["--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors")],
+    )
+    given = [
+        "ablate",
+        "--preset",
+        "lp-clip-demo",
+        *data,
+        "--set",
+        "eval.suites=[]",
+        "--img-size",
+        str(tiny.SIDE),
+        "--batch-size",
+        "8",
+    ]
+    given += [
+        "--seeds",
+        "1",
+        "--epochs",
+        "2",
+        "--devices",
+        "cpu",
+        "-o",
+        str(out),
+        "--thresholds",
+        "0.3",
+    ]
     assert main([*given, "--dry-run"]) == 0
     assert "2 cells, 2 runs; 0 are done, 2 to do" in capsys.readouterr().out
     assert main(given) == 0
@@ -105,7 +200,18 @@ def test_linear_probes_are_swept_too(parts, tmp_path, capsys):
 
 
 # Long enough to be stopped in the middle; checkpoints only where somebody asks for one.
-LONG = ["--axes", "filter", "--epochs", "100", "--max-steps", "0", "--seeds", "1", "--val-every", "0"]
+LONG = [
+    "--axes",
+    "filter",
+    "--epochs",
+    "100",
+    "--max-steps",
+    "0",
+    "--seeds",
+    "1",
+    "--val-every",
+    "0",
+]
 LONG += ["--set", "log_every=5", "--set", "checkpoint.every_steps=100000"]
 
 
@@ -156,7 +262,10 @@ def test_a_worker_that_dies_fails_its_cell_alone(parts, tmp_path):
     os.kill(int(worker), signal.SIGKILL)
     _, said = sweep.communicate(timeout=HANG)
     assert sweep.returncode == 1, said
-    assert f"failed: dad seed 0: its process died (signal SIGKILL); see {out}/logs/worker-0.log" in said
+    assert (
+        f"failed: dad seed 0: its process died (signal SIGKILL); see {out}/logs/worker-0.log"
+        in said
+    )
     assert set(finished(out)) == {"filter=off/seed-0"}
 
 
@@ -183,7 +292,11 @@ MISTAKES = {
     "a checkpoint to go on from": (2, "--resume auto", ["--resume", "runs/x"]),
     "an unknown flag": (2, "--vary", ["--varies", "x=1"]),
     "a form of stored images": (2, "--store-images", ["--stores", "--store-images", "png"]),
-    "one teacher of several is no file": (4, "teacher=nowhere: ", ["--teachers", "nowhere.safetensors"]),
+    "one teacher of several is no file": (
+        4,
+        "teacher=nowhere: ",
+        ["--teachers", "nowhere.safetensors"],
+    ),
 }
 
 

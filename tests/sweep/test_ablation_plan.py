@@ -13,7 +13,9 @@ from dad_fast.sweep.runs import make_sweep
 
 
 def plan_of(axes, values=None, vary=(), preset="demo", **flags):
-    cfg = gather(preset, None, [], {path.replace("__", "."): value for path, value in flags.items()})
+    cfg = gather(
+        preset, None, [], {path.replace("__", "."): value for path, value in flags.items()}
+    )
     return make_plan(cfg, axes, values or {}, vary)
 
 
@@ -27,9 +29,15 @@ def test_the_base_is_shared_by_all_axes_and_comes_first():
         "components": ["dad", "ce", "kd", "aug-only"],
         "filter": ["dad", "filter=off"],
         "order": ["dad", "order=authors"],
-        "start": ["dad", "start=0", "start=0.8", "noise-only", "Q-only"],  # the demo starts at random always
+        "start": [
+            "dad",
+            "start=0",
+            "start=0.8",
+            "noise-only",
+            "Q-only",
+        ],  # the demo starts at random always
     }
-    assert list(plan.config.variants)[0] == "dad" and changes(plan, "dad") == {}
+    assert next(iter(plan.config.variants)) == "dad" and changes(plan, "dad") == {}
     assert len(expand(plan.config)) == 10
     assert changes(plan, "Q-only") == {"attack.steps": 0, "attack.random_start": 0.0}
 
@@ -45,7 +53,13 @@ def test_the_weights_are_a_grid_around_the_base():
     plan = plan_of(["weights"])
     assert len(plan.axes["weights"]) == 9 and "kd=0.5_dad=0.5" not in plan.axes["weights"]
     assert changes(plan, "kd=0.25_dad=1") == {"loss.kd": 0.25, "loss.dad": 1.0}
-    assert plan_of([], {"weights": ["0", "1"]}).axes["weights"] == ["dad", "kd=0_dad=0", "kd=0_dad=1", "kd=1_dad=0", "kd=1_dad=1"]
+    assert plan_of([], {"weights": ["0", "1"]}).axes["weights"] == [
+        "dad",
+        "kd=0_dad=0",
+        "kd=0_dad=1",
+        "kd=1_dad=0",
+        "kd=1_dad=1",
+    ]
 
 
 def test_the_same_run_is_one_cell_whatever_it_is_called():
@@ -56,28 +70,51 @@ def test_the_same_run_is_one_cell_whatever_it_is_called():
     # what kd does not use makes no difference
     plan = plan_of(["components"], vary=["loss.filter=true,false"], method="aug-only")
     assert plan.axes["loss.filter"] == ["aug-only", "filter=false"]
-    with pytest.raises(UsageError, match="axis filter: no cell of it differs from the base, whose method is kd"):
+    with pytest.raises(
+        UsageError, match="axis filter: no cell of it differs from the base, whose method is kd"
+    ):
         plan_of(["filter"], method="kd")
 
 
 def test_models_get_short_names_that_tell_them_apart():
-    names = ["open_clip:ViT-B-32/openai", "open_clip:ViT-L-14@/data/w.safetensors", "/models/mine.safetensors", "hf-hub:org/m"]
+    names = [
+        "open_clip:ViT-B-32/openai",
+        "open_clip:ViT-L-14@/data/w.safetensors",
+        "/models/mine.safetensors",
+        "hf-hub:org/m",
+    ]
     plan = plan_of([], {"teacher": names})
-    assert plan.axes["teacher"][1:] == ["teacher=ViT-B-32-openai", "teacher=ViT-L-14", "teacher=mine", "teacher=org-m"]
+    assert plan.axes["teacher"][1:] == [
+        "teacher=ViT-B-32-openai",
+        "teacher=ViT-L-14",
+        "teacher=mine",
+        "teacher=org-m",
+    ]
     assert changes(plan, "teacher=mine") == {"teacher.name": "/models/mine.safetensors"}
     plan = plan_of([], {"discretizer": ["/a/vqgan.ckpt", "/b/vqgan.ckpt", "jpeg:30"]})
-    assert plan.axes["discretizer"][1:] == ["discretizer=a-vqgan.ckpt", "discretizer=b-vqgan.ckpt", "discretizer=jpeg-30"]
+    assert plan.axes["discretizer"][1:] == [
+        "discretizer=a-vqgan.ckpt",
+        "discretizer=b-vqgan.ckpt",
+        "discretizer=jpeg-30",
+    ]
 
 
 def test_any_setting_can_be_an_axis():
-    plan = plan_of([], vary=["loss.temperature=1,4,8", "augment.scale=[0.5,1];[0.7,1.0]", "student.bn=split,aux"])
+    plan = plan_of(
+        [],
+        vary=["loss.temperature=1,4,8", "augment.scale=[0.5,1];[0.7,1.0]", "student.bn=split,aux"],
+    )
     assert plan.axes["loss.temperature"] == ["dad", "temperature=1", "temperature=8"]
-    assert plan.axes["augment.scale"] == ["dad", "scale=0.5-1"] and changes(plan, "scale=0.5-1") == {"augment.scale": (0.5, 1.0)}
+    assert plan.axes["augment.scale"] == ["dad", "scale=0.5-1"] and changes(
+        plan, "scale=0.5-1"
+    ) == {"augment.scale": (0.5, 1.0)}
     assert plan.axes["student.bn"] == ["dad", "bn=split", "bn=aux"]
 
 
 def test_a_sweep_is_written_as_variants_and_read_again():
-    plan = plan_of([name for name in AXES if name not in ("lp-clip", "threshold")], {"teacher": ["timm:x"]})
+    plan = plan_of(
+        [name for name in AXES if name not in ("lp-clip", "threshold")], {"teacher": ["timm:x"]}
+    )
     again = from_toml(to_toml(plan.config))
     assert expand(again) == expand(plan.config)
 
@@ -87,7 +124,9 @@ def test_what_a_method_uses_agrees_with_its_objective():
     for path, methods in _TERMS.items():
         key = path.removeprefix("loss.")
         if key in ("kd", "dad", "dat", "aug"):
-            assert set(methods) == {method for method, terms in objectives.TERMS.items() if key in terms}, path
+            assert set(methods) == {
+                method for method, terms in objectives.TERMS.items() if key in terms
+            }, path
 
 
 def test_a_seed_is_no_part_of_what_a_run_computes_but_its_start_is():
@@ -107,45 +146,93 @@ def test_stores_are_shared_by_the_cells_that_need_the_same():
     sweep = sweep_of(plan_of(["components", "filter", "weights", "budget"]), ("adversarial",))
     dirs = {run.variant: run.cfg.store.dirs for run in sweep.runs}
     assert dirs["ce"] == dirs["kd"] == ()
-    shared = {dirs[name] for name in dirs if not name.startswith(("ce", "eps", "kd")) or "_" in name}
+    shared = {
+        dirs[name] for name in dirs if not name.startswith(("ce", "eps", "kd")) or "_" in name
+    }
     assert len(shared) == 1 and len({dirs[name] for name in dirs if name.startswith("eps")}) == 3
     assert len(sweep.stores) == 4
-    assert all(store.folder.startswith("out/stores/adversarial-") and store.launch.views == 1 for store in sweep.stores)
+    assert all(
+        store.folder.startswith("out/stores/adversarial-") and store.launch.views == 1
+        for store in sweep.stores
+    )
 
 
 def test_each_kind_of_store_has_its_number_of_views():
     plan = plan_of(["components"], schedule__epochs="7", seeds="2")
-    for stores, views in ((("adversarial", "targets"), (1, 7)), (("adversarial:4", "targets:16"), (4, 16))):
+    for stores, views in (
+        (("adversarial", "targets"), (1, 7)),
+        (("adversarial:4", "targets:16"), (4, 16)),
+    ):
         sweep = sweep_of(plan, stores)
         forms = [(store.kind, store.launch.views, store.launch.images) for store in sweep.stores]
         assert forms == [("adversarial", views[0], "raw"), ("targets", views[1], "none")]
-        assert {run.variant: len(run.cfg.store.dirs) for run in sweep.runs} == {"dad": 2, "ce": 0, "kd": 1, "aug-only": 1}
+        assert {run.variant: len(run.cfg.store.dirs) for run in sweep.runs} == {
+            "dad": 2,
+            "ce": 0,
+            "kd": 1,
+            "aug-only": 1,
+        }
         assert all(not run.cfg.store.make and run.cfg.seed == run.seed for run in sweep.runs)
         assert all(store.config.seed == 0 and not store.config.store.dirs for store in sweep.stores)
 
 
 MISTAKES = {
-    "an unknown axis": (lambda: plan_of(["component"]), "--axes component: no such axis; did you mean components?"),
+    "an unknown axis": (
+        lambda: plan_of(["component"]),
+        "--axes component: no such axis; did you mean components?",
+    ),
     "no teachers": (lambda: plan_of(["teacher"]), "--axes teacher: say which: --teachers A B"),
-    "a word for a number": (lambda: plan_of([], {"budget": ["big"]}), "--budgets: attack.eps .* must be a number, got 'big'"),
-    "a strength": (lambda: plan_of([], {"strength": ["-1"]}), "--strengths -1: a number, 0 or more"),
-    "a negative weight": (lambda: plan_of([], {"weights": ["-1"]}), "--weights: .* must be 0 or more"),
-    "an unknown setting": (lambda: plan_of([], vary=["loss.temp=1,2"]), "--vary loss.temp=1,2: unknown key loss.temp"),
-    "no values": (lambda: plan_of([], vary=["loss.temperature"]), "write --vary section.key=VALUE,VALUE"),
-    "an empty value": (lambda: plan_of([], vary=["loss.temperature=1,"]), "write --vary section.key=VALUE,VALUE"),
-    "seeds as a factor": (lambda: plan_of([], vary=["seed=1,2"]), "no factor of a sweep; use --seeds"),
+    "a word for a number": (
+        lambda: plan_of([], {"budget": ["big"]}),
+        "--budgets: attack.eps .* must be a number, got 'big'",
+    ),
+    "a strength": (
+        lambda: plan_of([], {"strength": ["-1"]}),
+        "--strengths -1: a number, 0 or more",
+    ),
+    "a negative weight": (
+        lambda: plan_of([], {"weights": ["-1"]}),
+        "--weights: .* must be 0 or more",
+    ),
+    "an unknown setting": (
+        lambda: plan_of([], vary=["loss.temp=1,2"]),
+        "--vary loss.temp=1,2: unknown key loss.temp",
+    ),
+    "no values": (
+        lambda: plan_of([], vary=["loss.temperature"]),
+        "write --vary section.key=VALUE,VALUE",
+    ),
+    "an empty value": (
+        lambda: plan_of([], vary=["loss.temperature=1,"]),
+        "write --vary section.key=VALUE,VALUE",
+    ),
+    "seeds as a factor": (
+        lambda: plan_of([], vary=["seed=1,2"]),
+        "no factor of a sweep; use --seeds",
+    ),
     "a section": (lambda: plan_of([], vary=["loss=1"]), "loss is a section"),
-    "only the base's own value": (lambda: plan_of([], vary=["loss.temperature=4"]), "no cell of it differs"),
+    "only the base's own value": (
+        lambda: plan_of([], vary=["loss.temperature=4"]),
+        "no cell of it differs",
+    ),
     "a store": (lambda: plan_of(["components"], store__dirs=["x"]), "use --stores"),
-    "no variants": (lambda: plan_of(["variants"], preset="dad-vitb16"), "there are no \\[variants\\]"),
-    "no number of views": (lambda: sweep_of(plan_of(["filter"]), ("adversarial:0",)), "--stores adversarial:0: views are"),
+    "no variants": (
+        lambda: plan_of(["variants"], preset="dad-vitb16"),
+        "there are no \\[variants\\]",
+    ),
+    "no number of views": (
+        lambda: sweep_of(plan_of(["filter"]), ("adversarial:0",)),
+        "--stores adversarial:0: views are",
+    ),
     "stores that nobody learns from": (
-        lambda: sweep_of(plan_of(["lp-clip"], preset="lp-clip-demo"), ("targets",)), "--stores targets: --method lp-clip learns from no"
+        lambda: sweep_of(plan_of(["lp-clip"], preset="lp-clip-demo"), ("targets",)),
+        "--stores targets: --method lp-clip learns from no",
     ),
     "a cell that does not fit": (
-        lambda: sweep_of(plan_of([], {"discretizer": ["jpeg:101"]}), ()), "variant discretizer=jpeg-101: .* from 1 to 100"
+        lambda: sweep_of(plan_of([], {"discretizer": ["jpeg:101"]}), ()),
+        "variant discretizer=jpeg-101: .* from 1 to 100",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", MISTAKES)
@@ -159,9 +246,19 @@ def test_a_mistake_is_one_line(what):
 def test_linear_probes_have_axes_of_their_own():
     plan = plan_of(["lp-clip", "strength"], {"threshold": ["0.9"]}, preset="lp-clip-demo")
     assert plan.axes["lp-clip"] == ["lp-clip", "no-weight", "no-strong", "supervised"]
-    assert plan.axes["threshold"] == ["lp-clip", "threshold=0.9"] and plan.axes["strength"] == ["lp-clip", "m=2", "m=9", "m=15"]
+    assert plan.axes["threshold"] == ["lp-clip", "threshold=0.9"] and plan.axes["strength"] == [
+        "lp-clip",
+        "m=2",
+        "m=9",
+        "m=15",
+    ]
     assert changes(plan, "m=15") == {"augment.aa": "rand-m15-n2-mstd0.5-inc1"}
     assert changes(plan, "no-strong") == {"augment.aa": "", "augment.reprob": 0.0}
-    assert papers_axis(plan.config) == "lp-clip" and papers_axis(gather("demo", None, [], {})) == "components"
-    with pytest.raises(UsageError, match="axis threshold: no cell of it differs from the base, whose method is dad"):
+    assert (
+        papers_axis(plan.config) == "lp-clip"
+        and papers_axis(gather("demo", None, [], {})) == "components"
+    )
+    with pytest.raises(
+        UsageError, match="axis threshold: no cell of it differs from the base, whose method is dad"
+    ):
         plan_of(["threshold"])

@@ -9,7 +9,15 @@ import pytest
 from dad_fast.evaluate.tables import read_record
 from dad_fast.sweep import ablation_tables as ablation
 from dad_fast.sweep import forest
-from dad_fast.sweep.ablation_tables import ablation_markdown, axes_markdown, axis_rows, difference, notes, summary, t_quantile
+from dad_fast.sweep.ablation_tables import (
+    ablation_markdown,
+    axes_markdown,
+    axis_rows,
+    difference,
+    notes,
+    summary,
+    t_quantile,
+)
 from dad_fast.sweep.forest import forest_plot
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -18,13 +26,24 @@ DOCS = Path(__file__).parents[2] / "docs"
 def run_of(cell, seed, top1, seconds=10.0, **more):
     suite = {"top1": top1, "ece": 1.0, "nll": 0.1, "num_images": 10, "skipped": 0}
     found = {"variant": cell, "method": "dad", "seed": seed, "epochs": 1, "seconds": seconds}
-    return found | {"teacher": None, "discretizer": None, "bn": None, "suites": {"test": suite}} | more
+    return (
+        found | {"teacher": None, "discretizer": None, "bn": None, "suites": {"test": suite}} | more
+    )
 
 
 def record_of(**tops):
-    runs = [run_of(cell.replace("_", "="), seed, top1) for cell, values in tops.items() for seed, top1 in enumerate(values)]
+    runs = [
+        run_of(cell.replace("_", "="), seed, top1)
+        for cell, values in tops.items()
+        for seed, top1 in enumerate(values)
+    ]
     cells = list(dict.fromkeys(run["variant"] for run in runs))
-    ablation = {"base": "dad", "axes": {"filter": cells, "order": ["dad", "order=authors"]}, "stores": [], "failed": {}}
+    ablation = {
+        "base": "dad",
+        "axes": {"filter": cells, "order": ["dad", "order=authors"]},
+        "stores": [],
+        "failed": {},
+    }
     return {"runs": runs, "ablation": ablation}
 
 
@@ -36,7 +55,9 @@ def test_intervals_are_student_t_of_paired_differences():
     record = record_of(dad=base, filter_off=other)
     found = difference(record["runs"][:3], record["runs"][3:], "test")
     expected = stats.ttest_rel(other, base).confidence_interval(0.95)
-    assert found.mean == pytest.approx(4 / 3) and found.interval == pytest.approx(tuple(expected), abs=1e-3)
+    assert found.mean == pytest.approx(4 / 3) and found.interval == pytest.approx(
+        tuple(expected), abs=1e-3
+    )
 
 
 def test_only_seeds_that_both_have_are_paired():
@@ -69,7 +90,10 @@ def test_a_sweep_under_way_may_lack_its_base_and_numbers_may_not_be_finite():
     record = record_of(filter_off=[60.0, 61.0])
     record["ablation"]["axes"] = {"filter": ["dad", "filter=off"]}
     record["ablation"]["failed"] = {"dad seed 0": "the loss was not a number"}
-    assert axis_rows(record, "filter")[1] == [["dad", "0", "", "", "–"], ["filter=off", "2", "10", "–", "–"]]
+    assert axis_rows(record, "filter")[1] == [
+        ["dad", "0", "", "", "–"],
+        ["filter=off", "2", "10", "–", "–"],
+    ]
     assert any("dad seed 0 failed: the loss" in line for line in notes(record))
     ElementTree.fromstring(forest_plot(record))
     record = record_of(dad=["nan", 70.0], filter_off=[60.0, 61.0])
@@ -84,7 +108,9 @@ def test_the_summary_has_every_metric():
 
 
 def test_the_plot_is_one_svg_with_everything_inside_it():
-    record = record_of(dad=[70.0, 72.0, 74.0], filter_off=[60.0, 62.1, 64.2], **{"order_a<b": [90.0, 10.0, 70.0]})
+    record = record_of(
+        dad=[70.0, 72.0, 74.0], filter_off=[60.0, 62.1, 64.2], **{"order_a<b": [90.0, 10.0, 70.0]}
+    )
     root = ElementTree.fromstring(forest_plot(record))
     width = float(root.get("width"))
     for element in root.iter():
@@ -97,7 +123,9 @@ def test_the_plot_is_one_svg_with_everything_inside_it():
 
 def test_the_tables_and_the_plot_in_the_documentation_are_those_of_its_record():
     record = read_record(DOCS / "ablate.json")
-    assert axes_markdown(record).replace("## ", "### ") in (DOCS / "ablate.md").read_text(encoding="utf-8")
+    assert axes_markdown(record).replace("## ", "### ") in (DOCS / "ablate.md").read_text(
+        encoding="utf-8"
+    )
     assert forest_plot(record) == (DOCS / "ablate.svg").read_text(encoding="utf-8")
 
 

@@ -10,14 +10,14 @@ import pytest
 pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
+import tiny
 
-from dad_fast.cli.main import main  # noqa: E402
-from dad_fast.config.stores import is_filled, store_seconds  # noqa: E402
-from dad_fast.errors import Preempted  # noqa: E402
-from dad_fast.loggers import progress as progress_module  # noqa: E402
-from dad_fast.loggers.progress import JobsProgress, report_progress, report_progress_to  # noqa: E402
-from tests.processes import HANG, ROOT  # noqa: E402
+from dad_fast.cli.main import main
+from dad_fast.config.stores import is_filled, store_seconds
+from dad_fast.errors import Preempted
+from dad_fast.loggers import progress as progress_module
+from dad_fast.loggers.progress import JobsProgress, report_progress, report_progress_to
+from tests.processes import HANG, ROOT
 
 
 def arguments(parts, out, *more):
@@ -34,17 +34,29 @@ def stores_in(out):
 
 def test_a_run_makes_the_stores_it_asks_for(parts, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(arguments(parts, out, "--method", "dad", "--stores", "adversarial", "targets:2")) == 0
+    assert (
+        main(arguments(parts, out, "--method", "dad", "--stores", "adversarial", "targets:2")) == 0
+    )
     stores = stores_in(out)
-    assert [path.name.partition("-")[0] for path in stores] == ["adversarial", "targets"] and all(map(is_filled, stores))
+    assert [path.name.partition("-")[0] for path in stores] == ["adversarial", "targets"] and all(
+        map(is_filled, stores)
+    )
     facts, record = read(out / "run.json"), read(out / "results.json")
-    assert [(store["kind"], store["views"]) for store in facts["stores"]] == [("adversarial", 1), ("targets", 2)]
+    assert [(store["kind"], store["views"]) for store in facts["stores"]] == [
+        ("adversarial", 1),
+        ("targets", 2),
+    ]
     assert not facts["teacher_loaded"]
-    assert record["store_seconds"] == pytest.approx(sum(map(store_seconds, stores))) and record["store_seconds"] > 0
+    assert (
+        record["store_seconds"] == pytest.approx(sum(map(store_seconds, stores)))
+        and record["store_seconds"] > 0
+    )
     assert "stores s" in capsys.readouterr().out
     # The same command resumes: the stores are there, and count no further seconds.
     shutil.rmtree(out / "checkpoints")
-    again = arguments(parts, out, "--method", "dad", "--stores", "adversarial", "targets:2", "--resume", "auto")
+    again = arguments(
+        parts, out, "--method", "dad", "--stores", "adversarial", "targets:2", "--resume", "auto"
+    )
     assert main(again) == 0
     assert {**read(out / "results.json"), "seconds": 0} == {**record, "seconds": 0}
     # The store can be given to another run like any other.
@@ -93,12 +105,20 @@ def test_overwrite_keeps_what_the_run_reads(parts, tmp_path, capsys):
         capsys.readouterr()
         assert main(arguments(parts, out, "--method", "kd", "--overwrite", *more)) == 2
         said = capsys.readouterr().err
-        assert f"--overwrite would remove {more[1]}, which this run reads" in said and said.count("\n") == 1
+        assert (
+            f"--overwrite would remove {more[1]}, which this run reads" in said
+            and said.count("\n") == 1
+        )
     assert sorted(path for path in out.rglob("*")) == before
 
 
 def test_several_runs_on_several_processes(parts, tmp_path):
-    command = [sys.executable, "-m", "dad_fast", *arguments(parts, tmp_path / "out", "--method", "ce", "--seeds", "2", "--nproc", "2")]
+    command = [
+        sys.executable,
+        "-m",
+        "dad_fast",
+        *arguments(parts, tmp_path / "out", "--method", "ce", "--seeds", "2", "--nproc", "2"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert [run["seed"] for run in read(tmp_path / "out/results.json")["runs"]] == [0, 1]
@@ -115,11 +135,18 @@ def test_variants_share_stores_and_a_table(parts, tmp_path):
     given = arguments(parts, out, "--jobs", "1")
     assert main([given[0], str(file), *given[1:]]) == 0
     assert len(stores_in(out)) == 2
-    for name, kinds in {"plain": [], "taught": ["targets"], "full": ["adversarial", "targets"]}.items():
+    for name, kinds in {
+        "plain": [],
+        "taught": ["targets"],
+        "full": ["adversarial", "targets"],
+    }.items():
         facts = read(out / name / "seed-0/run.json")
         assert [store["kind"] for store in facts.get("stores", [])] == kinds
     record = read(out / "results.json")
-    assert {store["kind"]: store["views"] for store in record["stores"]} == {"adversarial": 1, "targets": 2}
+    assert {store["kind"]: store["views"] for store in record["stores"]} == {
+        "adversarial": 1,
+        "targets": 2,
+    }
     assert record["failed"] == {} and record["environment"]["side_by_side"] == 1
     assert "stores s" in (out / "table.md").read_text()
 
@@ -127,31 +154,65 @@ def test_variants_share_stores_and_a_table(parts, tmp_path):
 def test_stores_that_exist_serve_several_runs(parts, tmp_path):
     assert main(arguments(parts, tmp_path / "one", "--method", "kd", "--stores", "targets:2")) == 0
     (store,) = stores_in(tmp_path / "one")
-    assert main(arguments(parts, tmp_path / "two", "--method", "kd", "--store", store, "--seeds", "2", "--jobs", "2")) == 0
+    assert (
+        main(
+            arguments(
+                parts,
+                tmp_path / "two",
+                "--method",
+                "kd",
+                "--store",
+                store,
+                "--seeds",
+                "2",
+                "--jobs",
+                "2",
+            )
+        )
+        == 0
+    )
     record = read(tmp_path / "two/results.json")
-    assert [run["seed"] for run in record["runs"]] == [0, 1] and record["environment"]["side_by_side"] == 2
+    assert [run["seed"] for run in record["runs"]] == [0, 1] and record["environment"][
+        "side_by_side"
+    ] == 2
     assert all(run["store_seconds"] > 0 for run in record["runs"])
 
 
 def test_a_run_that_fails_leaves_the_others(parts, tmp_path, capsys):
     file = tmp_path / "compare.toml"
-    file.write_text('method = "ce"\n[variants.sound]\noptim.lr = 1e-3\n[variants.wild]\noptim.lr = 1e30\n')
+    file.write_text(
+        'method = "ce"\n[variants.sound]\noptim.lr = 1e-3\n[variants.wild]\noptim.lr = 1e30\n'
+    )
     given = arguments(parts, tmp_path / "out", "--max-steps", "12", "--epochs", "12", "--jobs", "1")
     assert main([given[0], str(file), *given[1:]]) == 1
     said = capsys.readouterr().err
     assert "failed: wild seed 0: the loss or a gradient was not a number" in said
     record = read(tmp_path / "out/results.json")
-    assert [run["variant"] for run in record["runs"]] == ["sound"] and set(record["failed"]) == {"wild seed 0"}
+    assert [run["variant"] for run in record["runs"]] == ["sound"] and set(record["failed"]) == {
+        "wild seed 0"
+    }
 
 
 MISTAKES = {
     "a kind": (["--stores", "target"], "--stores target: no such kind; did you mean targets?"),
-    "views": (["--stores", "targets:none"], "--stores targets:none: views are a whole number, 1 or more, as in targets:4"),
-    "a method": (["--method", "ce", "--stores"], "--stores adversarial: --method ce learns from no such store"),
+    "views": (
+        ["--stores", "targets:none"],
+        "--stores targets:none: views are a whole number, 1 or more, as in targets:4",
+    ),
+    "a method": (
+        ["--method", "ce", "--stores"],
+        "--stores adversarial: --method ce learns from no such store",
+    ),
     "both": (["--store", "somewhere", "--stores"], "--store and --stores"),
-    "a form of images": (["--stores", "--store-images", "png"], "--store-images png: must be none, raw, webp or jpeg:Q"),
+    "a form of images": (
+        ["--stores", "--store-images", "png"],
+        "--store-images png: must be none, raw, webp or jpeg:Q",
+    ),
     "jobs": (["--jobs", "0"], "--jobs 0: a whole number, 1 or more"),
-    "jobs and processes": (["--seeds", "2", "--jobs", "2", "--nproc", "2"], "--jobs 2: with --nproc 2 one run at a time"),
+    "jobs and processes": (
+        ["--seeds", "2", "--jobs", "2", "--nproc", "2"],
+        "--jobs 2: with --nproc 2 one run at a time",
+    ),
     "an old flag": (["--store-views", "4"], "did you mean --stores KIND:VIEWS?"),
 }
 

@@ -9,25 +9,53 @@ import pytest
 pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
+import tiny
 
-from dad_fast.cli.main import main  # noqa: E402
+from dad_fast.cli.main import main
 
 
 def arguments(parts, out, *more):
-    return tiny.train_arguments(parts, out, "--device", "cpu", *more, discretizer=str(parts / "vqgan.ckpt"))
+    return tiny.train_arguments(
+        parts, out, "--device", "cpu", *more, discretizer=str(parts / "vqgan.ckpt")
+    )
 
 
 @pytest.mark.parametrize("method", ["ce", "kd", "aug-only", "dat", "dad", "dat+dad"])
 def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
-    assert main(arguments(parts, tmp_path / "run", "--method", method, "--mixup", "0.8", "--aa", "rand-m9-mstd0.5-inc1")) == 0
+    assert (
+        main(
+            arguments(
+                parts,
+                tmp_path / "run",
+                "--method",
+                method,
+                "--mixup",
+                "0.8",
+                "--aa",
+                "rand-m9-mstd0.5-inc1",
+            )
+        )
+        == 0
+    )
     made = {path.name for path in (tmp_path / "run").iterdir()}
-    expected = {"config.toml", "run.json", "metrics.jsonl", "train.log", "checkpoints", "model.safetensors", "results.json", "report.html"}
+    expected = {
+        "config.toml",
+        "run.json",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints",
+        "model.safetensors",
+        "results.json",
+        "report.html",
+    }
     sheets = {"sheet.png", "sheet.safetensors"}
     assert made - sheets == expected
     assert made & sheets == (set() if method in ("ce", "kd") else sheets)
     page = (tmp_path / "run/report.html").read_text()
-    assert all((words in page) == (method not in ("ce", "kd")) for words in ("changed codes", "difference ×", "Q(clean)"))
+    assert all(
+        (words in page) == (method not in ("ce", "kd"))
+        for words in ("changed codes", "difference ×", "Q(clean)")
+    )
     record = json.loads((tmp_path / "run/results.json").read_text())
     assert record["steps"] == 2 and record["suites"]["val"]["num_images"] == 24
     facts = json.loads((tmp_path / "run/run.json").read_text())
@@ -35,7 +63,9 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
 
 
 def test_the_discretizers_and_the_two_orders(parts, tmp_path):
-    for number, more in enumerate((["--discretizer", "jpeg:60"], ["--discretizer", "identity"], ["--attack-order", "authors"])):
+    for number, more in enumerate(
+        (["--discretizer", "jpeg:60"], ["--discretizer", "identity"], ["--attack-order", "authors"])
+    ):
         assert main(arguments(parts, tmp_path / str(number), *more)) == 0
 
 
@@ -51,25 +81,52 @@ def test_finished_overwritten_and_judged(parts, tmp_path, capsys):
     assert "optim.lr" in capsys.readouterr().err
     assert main(arguments(parts, out, "--resume", "auto", "--max-steps", "4")) == 0
     assert json.loads((out / "results.json").read_text())["steps"] == 4
-    assert main(arguments(parts, out, "--resume", "auto", "--max-steps", "4", "--suite", "contrast:1")) == 0
+    assert (
+        main(arguments(parts, out, "--resume", "auto", "--max-steps", "4", "--suite", "contrast:1"))
+        == 0
+    )
     assert list(json.loads((out / "results.json").read_text())["suites"]) == ["contrast:1"]
     judged = tmp_path / "judged.json"
-    assert main(["eval", str(out), "--data-dir", str(parts / "data"), "--suite", "val", "contrast:2", "--json", str(judged)]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(out),
+                "--data-dir",
+                str(parts / "data"),
+                "--suite",
+                "val",
+                "contrast:2",
+                "--json",
+                str(judged),
+            ]
+        )
+        == 0
+    )
     assert judged.exists()
     (out / "notes.txt").write_text("mine")
     (out / "train-rank1.log").write_text("of another process")
     assert main(arguments(parts, out, "--overwrite", "--seed", "1")) == 0
     assert not (out / "train-rank1.log").exists()
-    assert (out / "notes.txt").read_text() == "mine" and (out / "model.safetensors").read_bytes() != weights
+    assert (out / "notes.txt").read_text() == "mine" and (
+        out / "model.safetensors"
+    ).read_bytes() != weights
 
 
 def test_several_runs_make_a_table(parts, tmp_path, capsys):
     file = tmp_path / "compare.toml"
-    file.write_text('[variants.plain]\nmethod = "ce"\n[variants.taught]\nmethod = "kd"\nschedule.epochs = 3\n')
+    file.write_text(
+        '[variants.plain]\nmethod = "ce"\n[variants.taught]\nmethod = "kd"\nschedule.epochs = 3\n'
+    )
     given = arguments(parts, tmp_path / "out", "--seeds", "2", "--jobs", "1")
     assert main([given[0], str(file), *given[1:]]) == 0
     record = json.loads((tmp_path / "out/results.json").read_text())
-    assert [(r["variant"], r["seed"]) for r in record["runs"]] == [("plain", 0), ("plain", 1), ("taught", 0), ("taught", 1)]
+    assert [(r["variant"], r["seed"]) for r in record["runs"]] == [
+        ("plain", 0),
+        ("plain", 1),
+        ("taught", 0),
+        ("taught", 1),
+    ]
     assert (tmp_path / "out/taught/seed-1/model.safetensors").exists()
     assert "plain" in (tmp_path / "out/table.md").read_text()
     shutil.rmtree(tmp_path / "out/taught/seed-1")
@@ -80,11 +137,27 @@ def test_several_runs_make_a_table(parts, tmp_path, capsys):
 
 def test_weights_of_another_run_are_a_start(parts, tmp_path):
     assert main(arguments(parts, tmp_path / "first", "--method", "ce")) == 0
-    assert main(arguments(parts, tmp_path / "second", "--method", "ce", "--init-from", tmp_path / "first", "--lr", "1e-12")) == 0
+    assert (
+        main(
+            arguments(
+                parts,
+                tmp_path / "second",
+                "--method",
+                "ce",
+                "--init-from",
+                tmp_path / "first",
+                "--lr",
+                "1e-12",
+            )
+        )
+        == 0
+    )
     import torch
     from safetensors.torch import load_file
 
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
+    )
     torch.testing.assert_close(first["fc.weight"], second["fc.weight"], rtol=0, atol=1e-6)
 
 
@@ -112,19 +185,55 @@ CONVNEXT = ["--student", "test_convnext", "--set", "student.model_kwargs={}"]
 MISTAKES = {
     "no such folder": (4, "--data-dir", lambda p, t: ["--data-dir", t / "nowhere"]),
     "an empty class": (4, "bee", lambda p, t: ["--data-dir", bad_data(t / "d", make_empty)]),
-    "unreadable images": (4, "bee", lambda p, t: ["--data-dir", bad_data(t / "d", make_unreadable)]),
-    "classes that differ": (4, "cat", lambda p, t: ["--data-dir", bad_data(t / "d", make_another_class)]),
-    "a class map that disagrees": (4, "class", lambda p, t: ["--class-map", _class_map(t / "c.csv")]),
+    "unreadable images": (
+        4,
+        "bee",
+        lambda p, t: ["--data-dir", bad_data(t / "d", make_unreadable)],
+    ),
+    "classes that differ": (
+        4,
+        "cat",
+        lambda p, t: ["--data-dir", bad_data(t / "d", make_another_class)],
+    ),
+    "a class map that disagrees": (
+        4,
+        "class",
+        lambda p, t: ["--class-map", _class_map(t / "c.csv")],
+    ),
     "an unknown student": (2, "resnet18", lambda p, t: ["--student", "resnet81"]),
-    "an unknown teacher": (2, "ViT-B-32", lambda p, t: ["--teacher", f"open_clip:ViT-B-23@{p / 'teacher.safetensors'}"]),
-    "a teacher that is no file": (4, "nowhere.safetensors", lambda p, t: ["--teacher", t / "nowhere.safetensors"]),
-    "student weights of another architecture": (4, "architecture", lambda p, t: ["--student-weights", p / "teacher.safetensors"]),
-    "a discretizer that is a teacher": (4, "VQGAN", lambda p, t: ["--discretizer", p / "teacher.safetensors"]),
+    "an unknown teacher": (
+        2,
+        "ViT-B-32",
+        lambda p, t: ["--teacher", f"open_clip:ViT-B-23@{p / 'teacher.safetensors'}"],
+    ),
+    "a teacher that is no file": (
+        4,
+        "nowhere.safetensors",
+        lambda p, t: ["--teacher", t / "nowhere.safetensors"],
+    ),
+    "student weights of another architecture": (
+        4,
+        "architecture",
+        lambda p, t: ["--student-weights", p / "teacher.safetensors"],
+    ),
+    "a discretizer that is a teacher": (
+        4,
+        "VQGAN",
+        lambda p, t: ["--discretizer", p / "teacher.safetensors"],
+    ),
     "a size that Q cannot take": (2, "--img-size", lambda p, t: ["--img-size", "34"]),
-    "a size that the student cannot take": (2, "--img-size", lambda p, t: [*CONVNEXT, "--img-size", "8"]),
+    "a size that the student cannot take": (
+        2,
+        "--img-size",
+        lambda p, t: [*CONVNEXT, "--img-size", "8"],
+    ),
     "an unknown flag": (2, "--batch-size", lambda p, t: ["--batch-sise", "8"]),
     "an unknown key": (2, "optim.lr", lambda p, t: ["--set", "optim.lrr=1"]),
-    "an odd batch with mixup": (2, "--batch-size", lambda p, t: ["--mixup", "1", "--batch-size", "7"]),
+    "an odd batch with mixup": (
+        2,
+        "--batch-size",
+        lambda p, t: ["--mixup", "1", "--batch-size", "7"],
+    ),
     "a batch larger than the data": (2, "--batch-size", lambda p, t: ["--batch-size", "1000"]),
     "an unknown suite": (4, "contrast", lambda p, t: ["--suite", "contrats"]),
     "a device that is not there": (3, "--device", lambda p, t: ["--device", "cuda:7"]),

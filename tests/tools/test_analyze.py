@@ -12,21 +12,21 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("open_clip")
 
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from dad_fast.cli import analyze as flags  # noqa: E402
-from dad_fast.cli import main as cli  # noqa: E402
-from dad_fast.config import Config  # noqa: E402
-from dad_fast.config.schema import AttackConfig, PrecisionConfig  # noqa: E402
-from dad_fast.discretizers.identity import Identity  # noqa: E402
-from dad_fast.discretizers.registry import load_discretizer  # noqa: E402
-from dad_fast.errors import DataError, UsageError  # noqa: E402
-from dad_fast.methods.attack import PGD  # noqa: E402
-from dad_fast.models.student import load_student  # noqa: E402
-from dad_fast.tools.analyze.compare import compare  # noqa: E402
-from dad_fast.tools.analyze.measure import TITLES, Generators, choice, feature_space, moves  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.numerics import assert_same_function  # noqa: E402
+from dad_fast.cli import analyze as flags
+from dad_fast.cli import main as cli
+from dad_fast.config import Config
+from dad_fast.config.schema import AttackConfig, PrecisionConfig
+from dad_fast.discretizers.identity import Identity
+from dad_fast.discretizers.registry import load_discretizer
+from dad_fast.errors import DataError, UsageError
+from dad_fast.methods.attack import PGD
+from dad_fast.models.student import load_student
+from dad_fast.tools.analyze.compare import compare
+from dad_fast.tools.analyze.measure import TITLES, Generators, choice, feature_space, moves
+from tests import tiny
+from tests.numerics import assert_same_function
 
 CPU = torch.device("cpu")
 OPTIONS = {"projections": 32, "resamples": 50, "seed": 0, "progress": lambda done, total: None}
@@ -37,7 +37,11 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
-    sets = {"clean": normal(400, 4, seed=1), "near": normal(300, 4, seed=2) + 0.2, "far": 2 * normal(350, 4, seed=3)}
+    sets = {
+        "clean": normal(400, 4, seed=1),
+        "near": normal(300, 4, seed=2) + 0.2,
+        "far": 2 * normal(350, 4, seed=3),
+    }
     found = compare(sets, {"test": normal(500, 4, seed=4) + 0.2}, **OPTIONS)
     assert (found["size"], found["half"]) == (300, 150)
     of = found["tests"]["test"]["sets"]
@@ -45,11 +49,18 @@ def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
     for measure in ("sw2_squared_corrected", "mmd2"):
         low, high = of["near"][measure]["interval"]
         assert low < 0 < high
-        assert of["near"][measure]["value"] < of["clean"][measure]["value"] < of["far"][measure]["value"]
+        assert (
+            of["near"][measure]["value"]
+            < of["clean"][measure]["value"]
+            < of["far"][measure]["value"]
+        )
     # Between N(0, I), N(0.2, I) and N(0, 4 I) in 4 dimensions: 0.2^2 on each axis; and that + (2 - 1)^2.
     assert of["clean"]["sw2_squared_corrected"]["value"] == pytest.approx(0.04, abs=0.02)
     assert of["far"]["sw2_squared_corrected"]["value"] == pytest.approx(1.04, rel=0.15)
-    assert of["near"]["sw2"]["value"] == pytest.approx(floor["sw2"]["value"], rel=0.3) and floor["sw2"]["value"] > 0.05
+    assert (
+        of["near"]["sw2"]["value"] == pytest.approx(floor["sw2"]["value"], rel=0.3)
+        and floor["sw2"]["value"] > 0.05
+    )
     assert floor["mmd2"]["interval"][0] < 0 < floor["mmd2"]["interval"][1]
     low, high = of["near"]["minus_clean"]["interval"]
     assert high < 0 and of["clean"]["minus_clean"]["value"] == 0
@@ -60,21 +71,43 @@ def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     held: dict[str, list[bool]] = {"clean": [], "near": [], "far": [], "nearer": [], "mmd": []}
     for trial in range(60):
-        sets = {"clean": normal(200, 4, seed=10 * trial), "near": normal(200, 4, seed=10 * trial + 1) + 0.2}
+        sets = {
+            "clean": normal(200, 4, seed=10 * trial),
+            "near": normal(200, 4, seed=10 * trial + 1) + 0.2,
+        }
         sets["far"] = 1.5 * normal(200, 4, seed=10 * trial + 2)
-        options = {"projections": 24, "resamples": 60, "seed": trial, "progress": lambda done, total: None}
-        found = compare(sets, {"test": normal(200, 4, seed=10 * trial + 3) + 0.2}, **options)["tests"]["test"]["sets"]
+        options = {
+            "projections": 24,
+            "resamples": 60,
+            "seed": trial,
+            "progress": lambda done, total: None,
+        }
+        found = compare(sets, {"test": normal(200, 4, seed=10 * trial + 3) + 0.2}, **options)[
+            "tests"
+        ]["test"]["sets"]
         for name, truth in (("clean", 0.04), ("near", 0.0), ("far", 0.29)):
             low, high = found[name]["sw2_squared_corrected"]["interval"]
             held[name].append(low <= truth <= high)
-        held["nearer"].append(found["near"]["minus_clean"]["interval"][0] <= -0.04 <= found["near"]["minus_clean"]["interval"][1])
-        held["mmd"].append(found["near"]["mmd2"]["interval"][0] <= 0 <= found["near"]["mmd2"]["interval"][1])
-    assert all(np.mean(one) >= 0.85 for one in held.values()), {name: np.mean(one) for name, one in held.items()}
+        held["nearer"].append(
+            found["near"]["minus_clean"]["interval"][0]
+            <= -0.04
+            <= found["near"]["minus_clean"]["interval"][1]
+        )
+        held["mmd"].append(
+            found["near"]["mmd2"]["interval"][0] <= 0 <= found["near"]["mmd2"]["interval"][1]
+        )
+    assert all(np.mean(one) >= 0.85 for one in held.values()), {
+        name: np.mean(one) for name, one in held.items()
+    }
 
 
 def test_compare_refuses_what_says_nothing():
     with pytest.raises(DataError, match="few has only 7 images"):
-        compare({"clean": normal(30, 2, seed=1), "few": normal(7, 2, seed=1)}, {"test": normal(30, 2, seed=2)}, **OPTIONS)
+        compare(
+            {"clean": normal(30, 2, seed=1), "few": normal(7, 2, seed=1)},
+            {"test": normal(30, 2, seed=2)},
+            **OPTIONS,
+        )
     with pytest.raises(DataError, match="the same"):
         compare({"clean": torch.ones(30, 2)}, {"test": normal(30, 2, seed=2)}, **OPTIONS)
 
@@ -100,8 +133,17 @@ def test_generators_make_what_their_names_say(tmp_path):
     teacher, student = Line().eval(), Line().eval()
     discretizer = vqgan(tmp_path)
     cfg = Config(attack=AttackConfig(norm="linf", eps=0.3, step_size=0.3, random_start=0.5))
-    pixels, labels, keys = torch.rand(6, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2]), torch.arange(6)
-    assert Generators(cfg, teacher, discretizer, None).names == ["clean", "q_clean", "random_q", "dad"]
+    pixels, labels, keys = (
+        torch.rand(6, 3, 16, 16),
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+        torch.arange(6),
+    )
+    assert Generators(cfg, teacher, discretizer, None).names == [
+        "clean",
+        "q_clean",
+        "random_q",
+        "dad",
+    ]
     made = Generators(cfg, teacher, discretizer, student)(pixels, labels, keys)
     assert list(made) == ["clean", "q_clean", "random_q", "dat", "dad"] == list(TITLES)
     assert made["clean"].images is pixels and made["clean"].changed is None
@@ -119,12 +161,16 @@ def test_generators_make_what_their_names_say(tmp_path):
 def test_in_the_authors_order_the_second_pass_alone_changes_no_code(tmp_path):
     discretizer = vqgan(tmp_path)
     cfg = Config(attack=AttackConfig(eps=0.0, order="authors"))
-    made = Generators(cfg, Line().eval(), discretizer, None)(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2))
+    made = Generators(cfg, Line().eval(), discretizer, None)(
+        torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2)
+    )
     assert made["random_q"].changed.sum() == 0 and made["dad"].changed.sum() == 0
 
 
 def test_without_codes_no_share_of_them():
-    made = Generators(Config(), Line().eval(), Identity(), None)(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2))
+    made = Generators(Config(), Line().eval(), Identity(), None)(
+        torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2)
+    )
     assert made["dad"].changed is None and made["q_clean"].images.equal(made["clean"].images)
 
 
@@ -134,7 +180,10 @@ def test_choice_and_moves():
     assert not np.array_equal(choice(np.ones(50, bool), 50, 0), np.arange(50))
     before, after = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 2, 1, 1, 2])
     assert moves(before, after, ("a", "b", "c")) == [("c", "b", 2), ("a", "b", 1), ("b", "c", 1)]
-    assert moves(before, after, ("a", "b", "c"), most=1) == [("c", "b", 2)] and moves(before, before, "abc") == []
+    assert (
+        moves(before, after, ("a", "b", "c"), most=1) == [("c", "b", 2)]
+        and moves(before, before, "abc") == []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +191,49 @@ def parts(tmp_path_factory):
     """A folder of images, a teacher, a VQGAN, and a run of two steps."""
     root = tmp_path_factory.mktemp("parts")
     tiny.write_images(root / "data")
-    common = ["--data-dir", str(root / "data"), "--teacher", str(tiny.write_teacher(root / "teacher.safetensors"))]
-    common += ["--discretizer", str(tiny.write_vqgan(root / "vqgan.ckpt")), "-j", "0", "-b", "10", "--img-size", str(tiny.SIDE)]
+    common = [
+        "--data-dir",
+        str(root / "data"),
+        "--teacher",
+        str(tiny.write_teacher(root / "teacher.safetensors")),
+    ]
+    common += [
+        "--discretizer",
+        str(tiny.write_vqgan(root / "vqgan.ckpt")),
+        "-j",
+        "0",
+        "-b",
+        "10",
+        "--img-size",
+        str(tiny.SIDE),
+    ]
     run = root / "run"
-    assert cli.main(["train", *common, *tiny.STUDENT, "--method", "dad", "--max-steps", "2", "--epochs", "8", "-o", str(run)]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                *common,
+                *tiny.STUDENT,
+                "--method",
+                "dad",
+                "--max-steps",
+                "2",
+                "--epochs",
+                "8",
+                "-o",
+                str(run),
+            ]
+        )
+        == 0
+    )
     return root, common, run
 
 
 def analyze(*arguments) -> int:
-    return flags.main([*map(str, arguments), "--num-images", "24", "--resamples", "20", "--projections", "8"], debug=False)
+    return flags.main(
+        [*map(str, arguments), "--num-images", "24", "--resamples", "20", "--projections", "8"],
+        debug=False,
+    )
 
 
 def test_a_run_is_analyzed(parts, capsys):
@@ -158,19 +241,31 @@ def test_a_run_is_analyzed(parts, capsys):
     assert analyze(run, "--suite", "val", "contrast:3", "fog", "--no-filter") == 0
     out = run / "analysis"
     assert sorted(path.name for path in out.iterdir()) == [
-        "analysis.json", "analysis.md", "sheet-dad.png", "sheet-dat.png", "sheet-random-q.png",
-    ]  # fmt: skip
+        "analysis.json",
+        "analysis.md",
+        "sheet-dad.png",
+        "sheet-dat.png",
+        "sheet-random-q.png",
+    ]
     record = json.loads((out / "analysis.json").read_text())
     assert list(record["sets"]) == ["clean", "q_clean", "random_q", "dat", "dad"]
     assert list(record["distances"]["tests"]) == ["val", "contrast:3", "fog"]
-    assert record["distances"]["size"] == 24 and record["student"]["method"] == "dad" and not record["filter"]
+    assert (
+        record["distances"]["size"] == 24
+        and record["student"]["method"] == "dad"
+        and not record["filter"]
+    )
     for name, one in record["sets"].items():
         assert one["num_images"] == one["num_counted"] == 24 and one["vendi_score"] >= 1
         assert (one["codes_changed"] is None) == (name in ("clean", "q_clean"))
         assert "moved" in one or name == "clean"
     for found in record["distances"]["tests"].values():
         for one in found["sets"].values():
-            assert all(math.isfinite(x) for values in one.values() for x in (values["value"], *values["interval"]))
+            assert all(
+                math.isfinite(x)
+                for values in one.values()
+                for x in (values["value"], *values["interval"])
+            )
     text = (out / "analysis.md").read_text()
     assert text in capsys.readouterr().out and "| val |" in text and "DAT" in text
     assert Image.open(out / "sheet-dat.png").width > 300
@@ -183,10 +278,17 @@ def test_without_a_student_there_is_no_dat(parts, tmp_path, capsys):
     _, common, run = parts
     assert analyze(*common, "--no-filter", "-o", tmp_path) == 0
     record = json.loads((tmp_path / "analysis.json").read_text())
-    assert list(record["sets"]) == ["clean", "q_clean", "random_q", "dad"] and record["student"] is None
-    assert "DAT is left out" in capsys.readouterr().out and not (tmp_path / "sheet-dat.png").exists()
+    assert (
+        list(record["sets"]) == ["clean", "q_clean", "random_q", "dad"]
+        and record["student"] is None
+    )
+    assert (
+        "DAT is left out" in capsys.readouterr().out and not (tmp_path / "sheet-dat.png").exists()
+    )
     assert list(record["distances"]["tests"]) == ["val"]
-    assert analyze(*common, "--no-filter", "--init-from", run, "-o", tmp_path) == 0  # an earlier analysis is replaced
+    assert (
+        analyze(*common, "--no-filter", "--init-from", run, "-o", tmp_path) == 0
+    )  # an earlier analysis is replaced
     assert "dat" in json.loads((tmp_path / "analysis.json").read_text())["sets"]
 
 
@@ -208,8 +310,35 @@ def test_other_spaces(parts, tmp_path):
 def test_a_linear_probe_is_a_student_too(parts, tmp_path):
     _, common, _ = parts
     run = tmp_path / "probe"
-    assert cli.main(["train", *common, "--method", "lp-clip", "--max-steps", "2", "--epochs", "8", "-o", str(run)]) == 0
-    assert analyze(run, *common[4:6], "--no-filter", "--features", "student", "--set", "attack.random_start=0") == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                *common,
+                "--method",
+                "lp-clip",
+                "--max-steps",
+                "2",
+                "--epochs",
+                "8",
+                "-o",
+                str(run),
+            ]
+        )
+        == 0
+    )
+    assert (
+        analyze(
+            run,
+            *common[4:6],
+            "--no-filter",
+            "--features",
+            "student",
+            "--set",
+            "attack.random_start=0",
+        )
+        == 0
+    )
     record = json.loads((run / "analysis" / "analysis.json").read_text())
     assert record["student"]["method"] == "lp-clip" and "dat" in record["sets"]
     assert record["sets"]["dat"]["codes_changed"]["value"] > 0
@@ -220,7 +349,9 @@ def test_the_student_sees_what_its_classifier_sees(parts):
     student, _ = load_student(run)
     pixels = torch.rand(3, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad():
-        features = student.model.forward_head(student.model.forward_features((pixels - student.mean) / student.std), pre_logits=True)
+        features = student.model.forward_head(
+            student.model.forward_features((pixels - student.mean) / student.std), pre_logits=True
+        )
         found = feature_space("student", None, student)(pixels)
         assert_same_function(found, (features / features.norm(dim=1, keepdim=True)).double())
         assert_same_function(student.model.get_classifier()(features), student(pixels))
@@ -228,12 +359,17 @@ def test_the_student_sees_what_its_classifier_sees(parts):
     seen = feature_space("pixels", None, None)(pixels)
     assert seen.shape == (2, 3 * 32 * 32)
     shrunk = torch.nn.functional.avg_pool2d(pixels, 2).double().flatten(1)
-    assert (seen[0] - seen[1]).norm().item() == pytest.approx((shrunk[0] - shrunk[1]).square().mean().sqrt().item())
+    assert (seen[0] - seen[1]).norm().item() == pytest.approx(
+        (shrunk[0] - shrunk[1]).square().mean().sqrt().item()
+    )
 
 
 def test_a_filter_that_leaves_too_few_is_one_line(parts, tmp_path):
     _, common, _ = parts
-    with pytest.raises(DataError, match=r"has only \d+ images to compare, and 20 are needed; raise --num-images, or add --no-filter"):
+    with pytest.raises(
+        DataError,
+        match=r"has only \d+ images to compare, and 20 are needed; raise --num-images, or add --no-filter",
+    ):
         analyze(*common, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +379,10 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     (tmp_path / "several" / "dad" / "seed-0").mkdir(parents=True)
     (tmp_path / "several" / "config.toml").write_text('[variants.dad]\nmethod = "dad"\n')
-    for name in ("half", "torn"):  # a run that has not come to weights, and one whose settings are cut off
+    for name in (
+        "half",
+        "torn",
+    ):  # a run that has not come to weights, and one whose settings are cut off
         (tmp_path / name).mkdir()
     text = (run / "config.toml").read_text()
     (tmp_path / "half" / "config.toml").write_text(text)
@@ -254,7 +393,11 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
         ([str(tmp_path / "torn")], "not valid TOML"),
         ([], "-o OUT"),
         ([str(tmp_path)], "no run (there is no config.toml in it)"),
-        ([str(tmp_path / "several")], "holds several runs; name one of them, such as " + str(tmp_path / "several" / "dad" / "seed-0")),
+        (
+            [str(tmp_path / "several")],
+            "holds several runs; name one of them, such as "
+            + str(tmp_path / "several" / "dad" / "seed-0"),
+        ),
         ([str(tmp_path / "nothing"), *out], "no such file"),
         (["--preset", "demoo", *out], "did you mean demo?"),
         (out, "--data-dir"),
@@ -268,16 +411,22 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
         ([*common, "--suite", "fog:7", *out], "--suite fog:7"),
         ([*common, "-o", str(tmp_path / "file")], "is a file; name a folder"),
         ([*common, "--init-from", str(tmp_path), *out], str(tmp_path)),
-        ([str(run), "--img-size", "3", "--no-filter", *out], "choose an --img-size that is a multiple of 4"),
+        (
+            [str(run), "--img-size", "3", "--no-filter", *out],
+            "choose an --img-size that is a multiple of 4",
+        ),
     ):
         with pytest.raises((UsageError, DataError)) as caught:
             flags.main(list(arguments), debug=False)
-        assert says in str(caught.value) and "\n" not in str(caught.value), (arguments, str(caught.value))
+        assert says in str(caught.value) and "\n" not in str(caught.value), (
+            arguments,
+            str(caught.value),
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_student_of_other_classes_is_refused(parts, tmp_path):
-    root, common, run = parts
+    _root, _common, run = parts
     other = tiny.write_images(tmp_path / "other", classes=("ant", "bee", "dog"))
     with pytest.raises(DataError, match="its classes are not those of"):
         analyze(run, "--data-dir", other, "-o", tmp_path / "out")
@@ -290,8 +439,21 @@ def test_help_fits_a_screen():
 
 @pytest.mark.slow
 def test_on_the_embedded_digits_an_attack_changes_more_codes_than_noise(tmp_path):
-    command = ["--preset", "demo", "--num-images", "100", "--resamples", "20", "--suite", "optdigits", "-o", str(tmp_path)]
+    command = [
+        "--preset",
+        "demo",
+        "--num-images",
+        "100",
+        "--resamples",
+        "20",
+        "--suite",
+        "optdigits",
+        "-o",
+        str(tmp_path),
+    ]
     assert flags.main(command, debug=False) == 0
     sets = json.loads((tmp_path / "analysis.json").read_text())["sets"]
-    assert 0.5 < sets["random_q"]["codes_changed"]["value"] < sets["dad"]["codes_changed"]["value"] < 1
+    assert (
+        0.5 < sets["random_q"]["codes_changed"]["value"] < sets["dad"]["codes_changed"]["value"] < 1
+    )
     assert sets["dad"]["teacher_top1"] < 90 < sets["q_clean"]["teacher_top1"]

@@ -30,7 +30,9 @@ def make_package(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> 
     importlib.invalidate_caches()
 
 
-def make_distribution(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:
+def make_distribution(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, version: str
+) -> None:
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -44,7 +46,9 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     states = {line.split()[1]: line.split()[0] for line in lines if line and line[0] != " "}
     assert states["python"] == states["torch"] == states["timm"] == "ok"
-    assert {"csrc", "apex", "dali", "xformers", "cache", "cuda"} <= {name.partition(":")[0] for name in states}
+    assert {"csrc", "apex", "dali", "xformers", "cache", "cuda"} <= {
+        name.partition(":")[0] for name in states
+    }
     assert max(map(len, lines)) <= 100 and lines[-1].startswith("Everything required is here.")
 
 
@@ -52,9 +56,13 @@ def test_numerics() -> None:
     from dad_fast.tools.doctor.numerics import rows
 
     found = list(rows())
-    assert {row.component for row in found} == {"codebook search", "attack"} and all(row.state == "ok" for row in found)
+    assert {row.component for row in found} == {"codebook search", "attack"} and all(
+        row.state == "ok" for row in found
+    )
     search = found[0].detail
-    assert search.startswith("cpu: 0 of 2048") and "shortcut: 0)" not in search  # the problem is hard, or it would show nothing
+    assert (
+        search.startswith("cpu: 0 of 2048") and "shortcut: 0)" not in search
+    )  # the problem is hard, or it would show nothing
 
 
 def test_numerics_see_a_wrong_kernel_and_attack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,25 +72,39 @@ def test_numerics_see_a_wrong_kernel_and_attack(monkeypatch: pytest.MonkeyPatch)
     from dad_fast.tools.doctor import numerics
 
     cpu = torch.device("cpu")
-    monkeypatch.setattr(numerics, "nearest_code", lambda z, e: (e.square().sum(1) - 2 * z @ e.T).argmin(1))
+    monkeypatch.setattr(
+        numerics, "nearest_code", lambda z, e: (e.square().sum(1) - 2 * z @ e.T).argmin(1)
+    )
     monkeypatch.setattr(numerics, "PGD", lambda steps, **settings: PGD(steps=1, **settings))
     assert numerics.search_row(cpu).state == numerics.attack_row(cpu).state == "wrong"
     assert numerics.search_row(cpu).required
 
 
-def test_a_missing_package_fails_and_names_the_mend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_package_fails_and_names_the_mend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package in ("rich", "pynvml"):
         pytest.importorskip(package)
-    monkeypatch.setattr(doctor, "requirements", lambda: ["no-such-package>=1.0", "nvidia-ml-py>=12", "rich>=99", "numpy>=1,<1.1"])
+    monkeypatch.setattr(
+        doctor,
+        "requirements",
+        lambda: ["no-such-package>=1.0", "nvidia-ml-py>=12", "rich>=99", "numpy>=1,<1.1"],
+    )
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert doctor.run(numerics=False) == 3
     text = capsys.readouterr().out
     assert "wrong  no-such-package" in text and "mend: pip install 'no-such-package>=1.0'" in text
-    assert "off    nvidia-ml-py" in text and "older than the 99 that is needed" in text and "not tested: releases below 1.1" in text
+    assert (
+        "off    nvidia-ml-py" in text
+        and "older than the 99 that is needed" in text
+        and "not tested: releases below 1.1" in text
+    )
     assert "Cannot work: no-such-package, rich." in text
 
 
-def test_a_package_that_does_not_import_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_does_not_import_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken_binary.py").write_text("raise OSError('undefined symbol: x')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(doctor, "requirements", lambda: ["broken_binary"])
@@ -102,7 +124,12 @@ def test_apex_of_pypi_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert only(doctor.apex(), "apex").state == "off"
     make_package(tmp_path, monkeypatch, "apex/__init__.py", "apex/lib/__init__.py")
     row = only(doctor.apex(), "apex")
-    assert row.state == "wrong" and "web toolkit" in row.detail and "uninstall" in row.mend and not row.required
+    assert (
+        row.state == "wrong"
+        and "web toolkit" in row.detail
+        and "uninstall" in row.mend
+        and not row.required
+    )
     make_package(tmp_path, monkeypatch, "apex/optimizers/__init__.py")
     assert "without its compiled parts" in only(doctor.apex(), "apex").detail
     make_package(tmp_path, monkeypatch, "amp_C.py")
@@ -115,7 +142,11 @@ def test_dali_placeholder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [row.state for row in doctor.dali()] == ["off"]
     make_distribution(tmp_path, monkeypatch, "nvidia-dali", "0.0.1.dev5")
     row = only(doctor.dali(), "dali")
-    assert row.state == "wrong" and "placeholder" in row.detail and row.mend == "pip uninstall -y nvidia-dali"
+    assert (
+        row.state == "wrong"
+        and "placeholder" in row.detail
+        and row.mend == "pip uninstall -y nvidia-dali"
+    )
     make_distribution(tmp_path, monkeypatch, "nvidia-dali-cuda130", "2.4.0")
     assert [row.state for row in doctor.dali()] == ["wrong", "ok"]
 
@@ -126,7 +157,9 @@ def test_deprecated_pynvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert row.state == "wrong" and "deprecated" in row.detail and "nvidia-ml-py" in row.mend
 
 
-def test_xformers_without_its_compiled_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_without_its_compiled_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_package(tmp_path, monkeypatch, "xformers/__init__.py")
     assert only(doctor.xformers(), "xformers").state == "wrong"
     make_package(tmp_path, monkeypatch, "xformers/cpp_lib.json")
@@ -138,7 +171,11 @@ def test_missing_csrc_is_off_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(dad_fast.kernels, "csrc_status", lambda: "off: not built (run make csrc)")
     row = only(doctor.kernels(), "csrc")
-    assert (row.state, row.mend, row.required) == ("off", "run make csrc", False) and row.detail.startswith("not built; ")
+    assert (row.state, row.mend, row.required) == (
+        "off",
+        "run make csrc",
+        False,
+    ) and row.detail.startswith("not built; ")
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +188,11 @@ def test_requirements_are_the_projects(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"torch", "timm", "open_clip_torch", "numpy"} <= set(names) and "mlxtend" not in names
     assert doctor.parse_requirement("torch>=2.11,<2.16") == ("torch", "2.11", "2.16")
     monkeypatch.setattr(doctor, "PROJECT", Path("/nowhere/pyproject.toml"))
-    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2.11", 'mlxtend; extra == "demo"', "x; sys_platform == 'os2'"])
+    monkeypatch.setattr(
+        metadata,
+        "requires",
+        lambda name: ["torch>=2.11", 'mlxtend; extra == "demo"', "x; sys_platform == 'os2'"],
+    )
     assert doctor.requirements() == ["torch>=2.11"]
 
 
@@ -162,5 +203,9 @@ def test_without_torch_it_still_answers() -> None:
         "sys.modules['torch'] = None; from dad_fast.cli.main import main; sys.exit(main(['doctor']))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 3 and "wrong  torch" in result.stdout and "Cannot work: torch" in result.stdout, result
+    assert (
+        result.returncode == 3
+        and "wrong  torch" in result.stdout
+        and "Cannot work: torch" in result.stdout
+    ), result
     assert "Traceback" not in result.stdout + result.stderr

@@ -28,7 +28,9 @@ def folder(tmp_path):
     for label, num in (("ape", 3), ("cat", 5)):
         (tmp_path / "data" / "train" / label).mkdir(parents=True)
         for i in range(num):
-            Image.new("RGB", (40 + 10 * i, 30), (i, 0, 0)).save(tmp_path / "data" / "train" / label / f"{i}.jpg")
+            Image.new("RGB", (40 + 10 * i, 30), (i, 0, 0)).save(
+                tmp_path / "data" / "train" / label / f"{i}.jpg"
+            )
     Image.new("RGBA", (400, 300)).save(tmp_path / "data" / "train" / "ape" / "a.png")
     return tmp_path / "data"
 
@@ -51,14 +53,26 @@ def test_a_folder(folder, capsys):
         "smallest 40x30 px (0.0012 MP), median 60x30 px (0.0018 MP), largest 400x300 px (0.12 MP)",
     ):
         assert words in text
-    assert re.search(r"ok PIL [\d,]+ img/s a core", text) and "DALI" not in text and re.search(r"feeds PIL decodes [\d,]+ img/s", text)
+    assert (
+        re.search(r"ok PIL [\d,]+ img/s a core", text)
+        and "DALI" not in text
+        and re.search(r"feeds PIL decodes [\d,]+ img/s", text)
+    )
 
 
 def test_bad_files_are_named_and_too_many_exit_with_4(folder, capsys):
     (folder / "train" / "cat" / "x\x1b[2J.jpg").write_bytes(b"")
     code, text, err = doctor(capsys, "--data", folder, "--loader", "torchvision")
-    assert code == 4 and r"wrong bad files 1 cannot be read, 10 % of all: cat/x\x1b[2J.jpg (not an image)" in text
-    assert "\x1b" not in text + err and "training stops at 1% of unreadable images" in err and len(err.splitlines()) == 1
+    assert (
+        code == 4
+        and r"wrong bad files 1 cannot be read, 10 % of all: cat/x\x1b[2J.jpg (not an image)"
+        in text
+    )
+    assert (
+        "\x1b" not in text + err
+        and "training stops at 1% of unreadable images" in err
+        and len(err.splitlines()) == 1
+    )
 
 
 def test_shards_and_their_warnings(tmp_path, capsys):
@@ -72,15 +86,25 @@ def test_shards_and_their_warnings(tmp_path, capsys):
                 tar.addfile(info, io.BytesIO(data))
     whole = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[: whole.rindex(b"3.cls") + 1024])
-    code, text, _ = doctor(capsys, "--data", tmp_path / "{0..0}.tar", "--loader", "torchvision", "--need", "1")
-    assert code == 0 and "4 images of 5 classes in 1 shards" in text and "without images: 1, 3" in text
-    assert "wrong warning 0.tar ends without a tar's end mark" in text and "1 are needed: enough" in text
+    code, text, _ = doctor(
+        capsys, "--data", tmp_path / "{0..0}.tar", "--loader", "torchvision", "--need", "1"
+    )
+    assert (
+        code == 0 and "4 images of 5 classes in 1 shards" in text and "without images: 1, 3" in text
+    )
+    assert (
+        "wrong warning 0.tar ends without a tar's end mark" in text
+        and "1 are needed: enough" in text
+    )
 
 
 def test_dali(folder, capsys):
     pytest.importorskip("nvidia.dali")
     code, text, _ = doctor(capsys, "--data", folder, "--split", "train", "--loader", "dali")
-    assert code == 0 and re.search(r"ok DALI cpu [\d,]+ img/s on \d+ cores, [\d,]+ a core, on the 89% that are plain JPEGs", text)
+    assert code == 0 and re.search(
+        r"ok DALI cpu [\d,]+ img/s on \d+ cores, [\d,]+ a core, on the 89% that are plain JPEGs",
+        text,
+    )
     assert "DALI mixed" in text and "ok PIL" not in text
 
 
@@ -103,7 +127,12 @@ def test_the_embedded_set(capsys):
 def test_feeds():
     assert feeds({"PIL": 100.0, "DALI cpu": 2000.0}, 1500).state == "ok"
     row = feeds({"PIL": 100.0, "DALI cpu": 2000.0}, 0)
-    assert row.state == "off" and row.mend and row.detail.startswith("DALI cpu decodes 2,000") and row.detail.count("too slow") == 2
+    assert (
+        row.state == "off"
+        and row.mend
+        and row.detail.startswith("DALI cpu decodes 2,000")
+        and row.detail.count("too slow") == 2
+    )
     assert feeds({"PIL": 9000.0}, 0).state == "ok"
 
 
@@ -129,4 +158,7 @@ def test_mistakes(capsys, arguments, code, message):
 def test_help_says_all_flags_without_torch(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     code, text, _ = doctor(capsys, "-h")
-    assert code == 0 and all(flag in text for flag in ("--data", "--split", "--class-map", "--loader", "--need", "--numerics"))
+    assert code == 0 and all(
+        flag in text
+        for flag in ("--data", "--split", "--class-map", "--loader", "--need", "--numerics")
+    )

@@ -16,16 +16,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 np = pytest.importorskip("numpy")
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from dad_fast.cli import main as cli  # noqa: E402
-from dad_fast.cli import predict as flags  # noqa: E402
-from dad_fast.config import resolve, to_toml  # noqa: E402
-from dad_fast.data.augment.execute import eval_transform  # noqa: E402
-from dad_fast.models.student import load_student  # noqa: E402
-from dad_fast.tools.predict import find_images  # noqa: E402
-from tests.exports import NAMES, export, make, needs_onnx  # noqa: E402
-from tests.tiny import SIDE  # noqa: E402
+from dad_fast.cli import main as cli
+from dad_fast.cli import predict as flags
+from dad_fast.config import resolve, to_toml
+from dad_fast.data.augment.execute import eval_transform
+from dad_fast.models.student import load_student
+from dad_fast.tools.predict import find_images
+from tests.exports import NAMES, export, make, needs_onnx
+from tests.tiny import SIDE
 
 SHOWN = ("ant", "bee <b>|`x`", "c\\x1b[31md")  # as the terminal gets them
 
@@ -36,7 +36,9 @@ def predict(*arguments: Any) -> int:
 
 def photo(path: Path, seed: int = 0, size: tuple[int, int] = (40, 50)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+        path
+    )
     return path
 
 
@@ -47,7 +49,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(root / "run" / "model.safetensors")
     onnx = [] if importlib.util.find_spec("onnxscript") is None else ["onnx"]
     assert export(root / "run", "-o", root / "export", "--format", "timm", *onnx) == 0
-    for number, name in enumerate(("a.png", "b.JPG", "below/c.webp", ".hidden.png", ".cache/d.png")):
+    for number, name in enumerate(
+        ("a.png", "b.JPG", "below/c.webp", ".hidden.png", ".cache/d.png")
+    ):
         photo(root / "photos" / name, number, (40 + number, 50))
     (root / "photos" / "notes.txt").write_text("no image")
     return root
@@ -63,18 +67,34 @@ def test_confidences_are_the_students(place: Path, capsys: pytest.CaptureFixture
     assert [Path(row["image"]).name for row in found] == ["a.png", "b.JPG", "c.webp"]
     student, _ = load_student(place / "run")
     for row in found:
-        levels = eval_transform(Image.open(row["image"]).convert("RGB"), student.image_size, student.crop_pct, student.interpolation)
+        levels = eval_transform(
+            Image.open(row["image"]).convert("RGB"),
+            student.image_size,
+            student.crop_pct,
+            student.interpolation,
+        )
         with torch.no_grad():
-            shares = student(torch.from_numpy(levels.copy()).permute(2, 0, 1)[None].float() / 255).softmax(1)[0]
+            shares = student(
+                torch.from_numpy(levels.copy()).permute(2, 0, 1)[None].float() / 255
+            ).softmax(1)[0]
         order = shares.argsort(descending=True).tolist()
         assert [said["class"] for said in row["predictions"]] == order
-        assert [said["confidence"] for said in row["predictions"]] == pytest.approx(shares[order].tolist(), abs=1e-5)
+        assert [said["confidence"] for said in row["predictions"]] == pytest.approx(
+            shares[order].tolist(), abs=1e-5
+        )
         assert [said["name"] for said in row["predictions"]] == [NAMES[number] for number in order]
-        assert [said["folder"] for said in row["predictions"]] == [f"folder{number}" for number in order]
+        assert [said["folder"] for said in row["predictions"]] == [
+            f"folder{number}" for number in order
+        ]
 
 
-@pytest.mark.parametrize("model", ["run/model.safetensors", "export", pytest.param("export/model.onnx", marks=needs_onnx)])
-def test_every_form_of_a_model_says_the_same(place: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+@pytest.mark.parametrize(
+    "model",
+    ["run/model.safetensors", "export", pytest.param("export/model.onnx", marks=needs_onnx)],
+)
+def test_every_form_of_a_model_says_the_same(
+    place: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
     assert predict(place / "run", place / "photos", "-b", 2) == 0
     expected = capsys.readouterr().out
     assert predict(place / model, place / "photos") == 0
@@ -83,14 +103,18 @@ def test_every_form_of_a_model_says_the_same(place: Path, capsys: pytest.Capture
 
 
 @needs_onnx
-def test_a_folder_with_onnx_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_onnx_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export(place / "run", "-o", tmp_path / "o", "--format", "onnx") == 0
     capsys.readouterr()
     assert predict(tmp_path / "o", place / "photos" / "a.png", "--top", "1") == 0
     assert capsys.readouterr().out.count(" %") == 1
 
 
-def test_a_runs_own_crop_is_taken(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_runs_own_crop_is_taken(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(tmp_path / "model.safetensors")
     sets = ["data.data_dir=x", "student.name=resnet18", "method=ce", "augment.crop_pct=0.5"]
     (tmp_path / "config.toml").write_text(to_toml(resolve(None, None, sets)))
@@ -98,13 +122,17 @@ def test_a_runs_own_crop_is_taken(place: Path, tmp_path: Path, capsys: pytest.Ca
     assert predict(tmp_path, image, "--json") == predict(place / "run", image, "--json") == 0
     ours, other = rows(capsys.readouterr().out)
     assert ours["predictions"] != other["predictions"]
-    assert export(tmp_path, "-o", tmp_path / "o") == 0  # and goes with the model when it leaves the run
+    assert (
+        export(tmp_path, "-o", tmp_path / "o") == 0
+    )  # and goes with the model when it leaves the run
     capsys.readouterr()
     assert predict(tmp_path / "o", image, "--json") == 0
     assert rows(capsys.readouterr().out) == [ours]
 
 
-def test_unreadable_images_are_named_and_the_others_predicted(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_named_and_the_others_predicted(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad, short = tmp_path / "bad\x1b[2J\n.png", tmp_path / "short.jpg"
     bad.write_text("no image")
     short.write_bytes(photo(tmp_path / "whole.jpg").read_bytes()[:300])
@@ -113,14 +141,21 @@ def test_unreadable_images_are_named_and_the_others_predicted(place: Path, tmp_p
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 1 and str(good) in output.out
     assert len(output.err.splitlines()) == 4 and "\x1b" not in output.err
-    for words in ("bad\\x1b[2J\\n.png: not an image", "none.png: no such file", "short.jpg: ", "3 of 4 images could not be read"):
+    for words in (
+        "bad\\x1b[2J\\n.png: not an image",
+        "none.png: no such file",
+        "short.jpg: ",
+        "3 of 4 images could not be read",
+    ):
         assert words in output.err, words
     assert predict(place / "run", bad, good, "--json") == 4
     first, second = rows(capsys.readouterr().out)
     assert first == {"image": str(bad), "error": "not an image"} and len(second["predictions"]) == 3
 
 
-def test_no_name_writes_on_a_terminal(place: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_no_name_writes_on_a_terminal(
+    place: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
     name = os.fsencode(tmp_path) + b"/\x1b]0;x\x07\xff\xc2\x9b.png"
     os.link(photo(tmp_path / "a.png"), name)
     assert predict(place / "run", os.fsdecode(name)) == 0
@@ -131,9 +166,18 @@ def test_no_name_writes_on_a_terminal(place: Path, tmp_path: Path, capsysbinary:
     assert os.fsencode(json.loads(line)["image"]) == name
 
 
-def test_a_bomb_is_not_decoded(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = [(b"IHDR", (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"), (b"IDAT", zlib.compress(b"\0" * 10**6)), (b"IEND", b"")]
-    chunks = [len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in parts]
+def test_a_bomb_is_not_decoded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [
+        (b"IHDR", (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"),
+        (b"IDAT", zlib.compress(b"\0" * 10**6)),
+        (b"IEND", b""),
+    ]
+    chunks = [
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in parts
+    ]
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     assert predict(place / "run", tmp_path / "bomb.png") == 4
     assert "more pixels than the safe limit" in capsys.readouterr().err
@@ -144,7 +188,10 @@ def test_folders_are_searched_without_following_links(tmp_path: Path) -> None:
     photo(tmp_path / "a" / "1.png")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     names = list(find_images([str(tmp_path), "x.png"]))
-    assert [os.path.relpath(name, tmp_path) for name in names[:2]] == ["a/1.png", "b/2.png"] and names[2:] == ["x.png"]
+    assert [os.path.relpath(name, tmp_path) for name in names[:2]] == [
+        "a/1.png",
+        "b/2.png",
+    ] and names[2:] == ["x.png"]
 
 
 @pytest.mark.parametrize(
@@ -162,15 +209,25 @@ def test_folders_are_searched_without_following_links(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_line(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    words: str,
 ) -> None:
-    assert predict(*(argument.format(run=place / "run", empty=tmp_path) for argument in arguments)) == code
+    assert (
+        predict(*(argument.format(run=place / "run", empty=tmp_path) for argument in arguments))
+        == code
+    )
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
 
 
 @needs_onnx
-def test_hostile_onnx_files(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_onnx_files(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import onnx
 
     sound = onnx.load(str(place / "export" / "model.onnx"))
@@ -181,7 +238,9 @@ def test_hostile_onnx_files(place: Path, tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / "m.onnx").write_bytes(content)
         assert predict(tmp_path / "m.onnx", image) == 4
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "m.onnx" in error and all(word in error for word in words), error
+        assert (
+            error.count("\n") == 1 and "m.onnx" in error and all(word in error for word in words)
+        ), error
 
     def described(**entries: Any) -> Any:
         model = onnx.ModelProto()
@@ -198,8 +257,34 @@ def test_hostile_onnx_files(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     refused(sound.SerializeToString()[:5000], "not an ONNX model")
     refused(described(view="{"), "damaged")
     refused(described(view="[" * 10**5), "damaged")
-    refused(described(view=json.dumps({"name": "x", "num_classes": 3, "img_size": 10**9, "crop_pct": 1, "interpolation": "x"})), "img_size")
-    refused(described(view=json.dumps({"name": "x", "num_classes": 4, "img_size": SIDE, "crop_pct": 1, "interpolation": "x"})), "inputs")
+    refused(
+        described(
+            view=json.dumps(
+                {
+                    "name": "x",
+                    "num_classes": 3,
+                    "img_size": 10**9,
+                    "crop_pct": 1,
+                    "interpolation": "x",
+                }
+            )
+        ),
+        "img_size",
+    )
+    refused(
+        described(
+            view=json.dumps(
+                {
+                    "name": "x",
+                    "num_classes": 4,
+                    "img_size": SIDE,
+                    "crop_pct": 1,
+                    "interpolation": "x",
+                }
+            )
+        ),
+        "inputs",
+    )
     refused(described(classes="[[0]]"), "class list")
     bare = onnx.ModelProto()
     bare.CopyFrom(sound)
@@ -213,7 +298,11 @@ def test_hostile_onnx_files(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     size = len(tensor.raw_data)
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in {"location": "../../../../../../../etc/passwd", "offset": "0", "length": str(size)}.items():
+    for key, value in {
+        "location": "../../../../../../../etc/passwd",
+        "offset": "0",
+        "length": str(size),
+    }.items():
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
     refused(outside, "not an ONNX model")
@@ -221,12 +310,17 @@ def test_hostile_onnx_files(place: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 @needs_onnx
 def test_onnx_runs_on_the_cpu_and_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["predict", str(place / "export" / "model.onnx"), "x.png", "--device", "meta"]) == 2
+    assert (
+        cli.main(["predict", str(place / "export" / "model.onnx"), "x.png", "--device", "meta"])
+        == 2
+    )
     assert "runs on the CPU" in capsys.readouterr().err
 
 
 def test_help_examples_parse() -> None:
-    lines = [line.strip() for line in flags.HELP.splitlines() if line.startswith("  dad-fast predict ")]
+    lines = [
+        line.strip() for line in flags.HELP.splitlines() if line.startswith("  dad-fast predict ")
+    ]
     assert len(lines) == 3
     for line in lines:
         assert flags.parse(shlex.split(line.partition(" > ")[0])[2:]).images

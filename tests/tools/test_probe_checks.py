@@ -9,13 +9,21 @@ import pytest
 
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
-from dad_fast.tools.probe.measures import class_means, few_labels, nearest_mean, silhouette, uncertainty  # noqa: E402
+from dad_fast.tools.probe.measures import (
+    class_means,
+    few_labels,
+    nearest_mean,
+    silhouette,
+    uncertainty,
+)
 
 
 def clusters(num=90, classes=4, width=5, seed=0):
     random = np.random.default_rng(seed)
     labels = random.integers(0, classes, num)
-    return random.normal(0, 1, (num, width)) + random.normal(0, 1.5, (classes, width))[labels], labels
+    return random.normal(0, 1, (num, width)) + random.normal(0, 1.5, (classes, width))[
+        labels
+    ], labels
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
@@ -47,7 +55,9 @@ def test_nearest_mean_is_sklearns():
 
 def test_a_class_without_samples_is_nearest_to_nothing():
     means = class_means(torch.zeros(2, 3), torch.tensor([0, 2]), 3)
-    assert means[1].isnan().all() and nearest_mean(torch.randn(5, 3), means).unique().tolist() == [0]  # equal ones: the lowest
+    assert means[1].isnan().all() and nearest_mean(torch.randn(5, 3), means).unique().tolist() == [
+        0
+    ]  # equal ones: the lowest
 
 
 def test_mutual_information_is_sklearns():
@@ -63,9 +73,15 @@ def test_mutual_information_is_sklearns():
 
 
 def test_uncertainty_at_its_ends():
-    sure = torch.tensor([[[0.0, -torch.inf]], [[-torch.inf, 0.0]]])  # two probes, each sure of another class
+    sure = torch.tensor(
+        [[[0.0, -torch.inf]], [[-torch.inf, 0.0]]]
+    )  # two probes, each sure of another class
     total, aleatoric, epistemic = (tensor.item() for tensor in uncertainty(sure))
-    assert (total, aleatoric, epistemic) == (pytest.approx(math.log(2)), 0.0, pytest.approx(math.log(2)))
+    assert (total, aleatoric, epistemic) == (
+        pytest.approx(math.log(2)),
+        0.0,
+        pytest.approx(math.log(2)),
+    )
     agreed = torch.tensor([0.2, 0.8], dtype=torch.float64).log().expand(4, 1, 2)
     assert uncertainty(agreed).epistemic.item() == pytest.approx(0.0, abs=1e-15)
 
@@ -74,8 +90,16 @@ def test_few_labels_from_zeros_are_sklearns_logistic_regression():
     linear_model = pytest.importorskip("sklearn.linear_model")
     features, labels = clusters(num=40)
     strength = 0.03
-    expected = linear_model.LogisticRegression(C=1 / (strength * 40), tol=1e-10, max_iter=10_000).fit(features, labels)
-    weight, bias = few_labels(torch.from_numpy(features), torch.from_numpy(labels), torch.zeros(4, 5), torch.zeros(4), strength)
+    expected = linear_model.LogisticRegression(
+        C=1 / (strength * 40), tol=1e-10, max_iter=10_000
+    ).fit(features, labels)
+    weight, bias = few_labels(
+        torch.from_numpy(features),
+        torch.from_numpy(labels),
+        torch.zeros(4, 5),
+        torch.zeros(4),
+        strength,
+    )
     probabilities = (torch.from_numpy(features) @ weight.T + bias).softmax(dim=1)
     np.testing.assert_allclose(probabilities.numpy(), expected.predict_proba(features), atol=2e-4)
 
@@ -83,7 +107,9 @@ def test_few_labels_from_zeros_are_sklearns_logistic_regression():
 def test_few_labels_with_a_strong_pull_stay_at_their_start():
     features, labels = clusters()
     start = torch.randn(4, 5)
-    weight, _ = few_labels(torch.from_numpy(features), torch.from_numpy(labels), start, torch.zeros(4), 1e6)
+    weight, _ = few_labels(
+        torch.from_numpy(features), torch.from_numpy(labels), start, torch.zeros(4), 1e6
+    )
     torch.testing.assert_close(weight, start.double(), rtol=0, atol=1e-5)
 
 
@@ -97,7 +123,18 @@ def runs(tmp_path_factory):
     from dad_fast.cli.main import main
 
     root = tmp_path_factory.mktemp("runs")
-    given = ["--preset", "lp-clip-demo", "--set", "variants={}", "--set", "lp_clip.views=0", "--max-steps", "2", "--suite", "val"]
+    given = [
+        "--preset",
+        "lp-clip-demo",
+        "--set",
+        "variants={}",
+        "--set",
+        "lp_clip.views=0",
+        "--max-steps",
+        "2",
+        "--suite",
+        "val",
+    ]
     assert main(["train", *given, "--seeds", "2", "-o", str(root / "lp")]) == 0
     return [str(root / f"lp/lp-clip/seed-{seed}") for seed in (0, 1)]
 
@@ -106,15 +143,41 @@ def test_the_checks_of_an_ensemble(runs, tmp_path, capsys):
     from dad_fast.tools.probe.checks import main
 
     out = tmp_path / "checks.json"
-    assert main([*runs, "--suite", "val", "contrast:5", "--labels", "1,3", "--draws", "2", "--json", str(out)]) == 0
+    assert (
+        main(
+            [
+                *runs,
+                "--suite",
+                "val",
+                "contrast:5",
+                "--labels",
+                "1,3",
+                "--draws",
+                "2",
+                "--json",
+                str(out),
+            ]
+        )
+        == 0
+    )
     record = json.loads(out.read_text())
     val, contrast = record["suites"]["val"], record["suites"]["contrast:5"]
-    trained = [json.loads(open(f"{run}/results.json").read())["suites"]["val"]["top1"] for run in runs]
-    assert val["probe"] == pytest.approx(trained) and val["num_images"] == 500 and val["zero_shot"] > 95
+    trained = [
+        json.loads(open(f"{run}/results.json").read())["suites"]["val"]["top1"] for run in runs
+    ]
+    assert (
+        val["probe"] == pytest.approx(trained)
+        and val["num_images"] == 500
+        and val["zero_shot"] > 95
+    )
     assert val["nearest_class_mean"] > 95 and 0.3 < val["silhouette"] < 1
-    assert {k: {start: len(values) for start, values in found.items()} for k, found in val["few_labels"].items()} == {
-        "1": {"probe": 2, "zeros": 2}, "3": {"probe": 2, "zeros": 2},
-    }  # fmt: skip
+    assert {
+        k: {start: len(values) for start, values in found.items()}
+        for k, found in val["few_labels"].items()
+    } == {
+        "1": {"probe": 2, "zeros": 2},
+        "3": {"probe": 2, "zeros": 2},
+    }
     parts = val["uncertainty"]
     assert parts["total"] == pytest.approx(parts["aleatoric"] + parts["epistemic"])
     assert 50 < contrast["uncertainty"]["auroc"]["total"] <= 100

@@ -13,11 +13,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dad_fast.cli import main as cli  # noqa: E402
-from dad_fast.cli import profile as profile_flags  # noqa: E402
-from dad_fast.loggers import profiling  # noqa: E402
-from dad_fast.tools.profile import run as profile  # noqa: E402
-from tests.tools.test_timeline import write_nsys  # noqa: E402
+from dad_fast.cli import main as cli
+from dad_fast.cli import profile as profile_flags
+from dad_fast.loggers import profiling
+from dad_fast.tools.profile import run as profile
+from tests.tools.test_timeline import write_nsys
 
 ROOT = Path(__file__).parents[2]
 DEMO = ["--preset", "demo", "--method", "dad", "-b", "8", "--device", "cpu"]
@@ -25,7 +25,12 @@ DEMO = ["--preset", "demo", "--method", "dad", "-b", "8", "--device", "cpu"]
 
 def test_ranges_are_free_when_off_and_named_when_on() -> None:
     assert profiling.stage("a") is profiling.stage("b")
-    with profiling.naming_stages(), torch.profiler.profile() as profiler, profiling.stage("outer"), profiling.stage("inner"):
+    with (
+        profiling.naming_stages(),
+        torch.profiler.profile() as profiler,
+        profiling.stage("outer"),
+        profiling.stage("inner"),
+    ):
         torch.ones(2) + 1
     assert {"outer", "inner"} <= {event.key for event in profiler.key_averages()}
     assert profiling.stage("a") is profiling.stage("b")
@@ -46,18 +51,53 @@ def demo_parts() -> None:
 
 
 def test_torch(demo_parts: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["profile", "torch", *DEMO, "--steps", "2", "--warm-up", "1", "-o", str(tmp_path / "out")]) == 0
+    assert (
+        cli.main(
+            [
+                "profile",
+                "torch",
+                *DEMO,
+                "--steps",
+                "2",
+                "--warm-up",
+                "1",
+                "-o",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
-    assert "2 steps of dad after 1 unwatched ones, 8 images each, on cpu" in text and "trace.json.gz" in text
+    assert (
+        "2 steps of dad after 1 unwatched ones, 8 images each, on cpu" in text
+        and "trace.json.gz" in text
+    )
     shown = {line.split()[0] for line in text.split("stage ")[1].split("\n\n")[0].splitlines()[1:]}
-    assert shown == {"step", "data", "mix", "attack", "encode", "lookup", "decode", "teacher", "student", "objective", "backward", "update"}
+    assert shown == {
+        "step",
+        "data",
+        "mix",
+        "attack",
+        "encode",
+        "lookup",
+        "decode",
+        "teacher",
+        "student",
+        "objective",
+        "backward",
+        "update",
+    }
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"trace.json.gz", "ops.txt"}
 
 
 def test_memory(demo_parts: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", "memory", *DEMO, "--warm-up", "0", "-o", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "CPU Mem" in text and re.search(r"whole process, loading included: \d+\.\d\d GiB", text) and "1 steps" in text
+    assert (
+        "CPU Mem" in text
+        and re.search(r"whole process, loading included: \d+\.\d\d GiB", text)
+        and "1 steps" in text
+    )
     assert "aten::" in (tmp_path / "memory.txt").read_text()
 
 
@@ -65,42 +105,90 @@ def stub(folder: Path, tool: str, code: int = 0, then: str = "") -> dict[str, st
     """A PATH on which `tool` records its arguments, one a line, and does `then`."""
     folder.mkdir()
     script = folder / tool
-    script.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {shlex.quote(str(folder / "arguments"))}\n{then}\nexit {code}\n')
+    script.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" > {shlex.quote(str(folder / "arguments"))}\n{then}\nexit {code}\n'
+    )
     script.chmod(0o755)
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
 
 def test_nsys_is_called_so_that_it_captures_only_the_watched_steps(tmp_path: Path) -> None:
     export = write_nsys(tmp_path / "export.sqlite")
-    environment = stub(tmp_path / "bin", "nsys", then=f"cp {export} {tmp_path / 'out'}/profile.sqlite")
-    command = [str(ROOT / "scripts" / "nsys.sh"), *DEMO, "--steps", "3", "--warm-up", "7", "-o", str(tmp_path / "out")]
+    environment = stub(
+        tmp_path / "bin", "nsys", then=f"cp {export} {tmp_path / 'out'}/profile.sqlite"
+    )
+    command = [
+        str(ROOT / "scripts" / "nsys.sh"),
+        *DEMO,
+        "--steps",
+        "3",
+        "--warm-up",
+        "7",
+        "-o",
+        str(tmp_path / "out"),
+    ]
     environment["PYTHON"] = sys.executable
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     arguments = (tmp_path / "bin" / "arguments").read_text().splitlines()
-    assert arguments[0] == "profile" and {"--capture-range=cudaProfilerApi", "--capture-range-end=stop"} <= set(arguments)
-    assert f"--output={tmp_path / 'out' / 'profile'}" in arguments and "--export=sqlite" in arguments
+    assert arguments[0] == "profile" and {
+        "--capture-range=cudaProfilerApi",
+        "--capture-range-end=stop",
+    } <= set(arguments)
+    assert (
+        f"--output={tmp_path / 'out' / 'profile'}" in arguments and "--export=sqlite" in arguments
+    )
     inner = arguments[arguments.index("-m") :]
-    assert inner[:4] == ["-m", "dad_fast", "profile", "range"] and inner[-4:] == ["--steps", "3", "--warm-up", "7"]
-    assert Path(inner[4]).read_text().count('device = "cpu"') == 1 and 'cuda_graphs = "off"' in Path(inner[4]).read_text()
-    assert "device idle 38.9%" in done.stdout and "profile.nsys-rep: open it" in done.stdout and "Look at" in done.stdout
-    cfg, launch = profile_flags.parse(inner[3:])  # what nsys would start is a command that is understood
+    assert inner[:4] == ["-m", "dad_fast", "profile", "range"] and inner[-4:] == [
+        "--steps",
+        "3",
+        "--warm-up",
+        "7",
+    ]
+    assert (
+        Path(inner[4]).read_text().count('device = "cpu"') == 1
+        and 'cuda_graphs = "off"' in Path(inner[4]).read_text()
+    )
+    assert (
+        "device idle 38.9%" in done.stdout
+        and "profile.nsys-rep: open it" in done.stdout
+        and "Look at" in done.stdout
+    )
+    cfg, launch = profile_flags.parse(
+        inner[3:]
+    )  # what nsys would start is a command that is understood
     assert (cfg.method, launch.kind, launch.steps, launch.warm_up) == ("dad", "range", 3, 7)
 
 
 def test_ncu_looks_at_our_kernels_unless_told_otherwise(tmp_path: Path) -> None:
     environment = stub(tmp_path / "bin", "ncu") | {"PYTHON": sys.executable}
     command = [str(ROOT / "scripts" / "ncu.sh"), *DEMO, "-o", str(tmp_path / "out")]
-    assert subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path).returncode == 0
-    arguments = (tmp_path / "bin" / "arguments").read_text().splitlines()
-    assert {"--profile-from-start=off", "--launch-count=20"} <= set(arguments)
-    (kernels,) = (a.removeprefix("--kernel-name=regex:") for a in arguments if a.startswith("--kernel-name"))
-    assert profile.own_kernels() and all(re.search(kernels, name) for name in profile.own_kernels()) and not re.search(kernels, "gemm")
-    done = subprocess.run(
-        [*command, "--kernel", "gemm.*", "--launches", "3"], env=environment, capture_output=True, text=True, cwd=tmp_path
+    assert (
+        subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path).returncode == 0
     )
     arguments = (tmp_path / "bin" / "arguments").read_text().splitlines()
-    assert "--kernel-name=regex:gemm.*" in arguments and "--launch-count=3" in arguments and "profile.ncu-rep: open it" in done.stdout
+    assert {"--profile-from-start=off", "--launch-count=20"} <= set(arguments)
+    (kernels,) = (
+        a.removeprefix("--kernel-name=regex:") for a in arguments if a.startswith("--kernel-name")
+    )
+    assert (
+        profile.own_kernels()
+        and all(re.search(kernels, name) for name in profile.own_kernels())
+        and not re.search(kernels, "gemm")
+    )
+    done = subprocess.run(
+        [*command, "--kernel", "gemm.*", "--launches", "3"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    arguments = (tmp_path / "bin" / "arguments").read_text().splitlines()
+    assert (
+        "--kernel-name=regex:gemm.*" in arguments
+        and "--launch-count=3" in arguments
+        and "profile.ncu-rep: open it" in done.stdout
+    )
 
 
 def test_a_tool_that_fails_is_named_with_its_code(tmp_path: Path) -> None:
@@ -111,7 +199,22 @@ def test_a_tool_that_fails_is_named_with_its_code(tmp_path: Path) -> None:
 
 
 def test_what_nsys_starts_runs_on_its_own(demo_parts: None, tmp_path: Path) -> None:
-    assert cli.main(["profile", "range", *DEMO, "--steps", "1", "--warm-up", "1", "-o", str(tmp_path / "out")]) == 0
+    assert (
+        cli.main(
+            [
+                "profile",
+                "range",
+                *DEMO,
+                "--steps",
+                "1",
+                "--warm-up",
+                "1",
+                "-o",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -124,14 +227,23 @@ def test_what_nsys_starts_runs_on_its_own(demo_parts: None, tmp_path: Path) -> N
         ("nsyss", 2, "unknown kind of profile nsyss; did you mean nsys?"),
         ("torch --preset demo", 2, "pick one with --method"),
         ("torch --preset demo --method dad --steps 0", 2, "--steps 0: a whole number, 1 or more"),
-        ("torch --preset demo --method dad --warm-up x", 2, "--warm-up x: a whole number, 0 or more"),
+        (
+            "torch --preset demo --method dad --warm-up x",
+            2,
+            "--warm-up x: a whole number, 0 or more",
+        ),
         ("torch --preset demo --method dad --step 3", 2, "did you mean --steps?"),
         ("torch --method dad", 2, "add --data-dir"),
         ("torch --preset demo --method dad -o {file}", 2, "is a file; name a folder"),
     ],
 )
 def test_mistakes_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, code: int, message: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    code: int,
+    message: str,
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     file = tmp_path / "file"

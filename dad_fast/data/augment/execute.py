@@ -47,10 +47,14 @@ def execute(record: Record, image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def eval_transform(image: Image.Image, img_size: int, crop_pct: float, interpolation: str) -> np.ndarray:
+def eval_transform(
+    image: Image.Image, img_size: int, crop_pct: float, interpolation: str
+) -> np.ndarray:
     """timm's evaluation: shorter side to floor(img_size / crop_pct), centre crop -> uint8 [img_size, img_size, 3]."""
     if interpolation not in _FILTERS:
-        raise UsageError(f"--interpolation {interpolation}: not a filter; choose from {', '.join(_FILTERS)}")
+        raise UsageError(
+            f"--interpolation {interpolation}: not a filter; choose from {', '.join(_FILTERS)}"
+        )
     image = _without_far_ends(image, math.floor(img_size / crop_pct))
     size, (left, top) = eval_size(image.width, image.height, img_size, crop_pct)
     if size != image.size:
@@ -67,13 +71,21 @@ def _without_far_ends(image: Image.Image, side: int) -> Image.Image:
     if long <= most:
         return image
     start = (long - most) // 2
-    return image.crop((start, 0, start + most, short) if image.width == long else (0, start, short, start + most))
+    return image.crop(
+        (start, 0, start + most, short) if image.width == long else (0, start, short, start + most)
+    )
 
 
-def eval_size(width: int, height: int, img_size: int, crop_pct: float) -> tuple[tuple[int, int], tuple[int, int]]:
+def eval_size(
+    width: int, height: int, img_size: int, crop_pct: float
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Of `eval_transform`: width and height after resizing, left and top of the crop."""
     short = math.floor(img_size / crop_pct)
-    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    size = (
+        (short, int(short * height / width))
+        if width <= height
+        else (int(short * width / height), short)
+    )
     return size, (round((size[0] - img_size) / 2.0), round((size[1] - img_size) / 2.0))
 
 
@@ -83,7 +95,9 @@ def erase_patch(erase: Erase) -> np.ndarray:
     if erase.fill == "const":
         return np.broadcast_to(np.array(FILL, np.uint8), shape)
     bits = np.random.Philox(key=np.array([erase.seed, 1], dtype=np.uint64))
-    noise = np.random.Generator(bits).standard_normal(shape if erase.fill == "pixel" else (3,), dtype=np.float32)
+    noise = np.random.Generator(bits).standard_normal(
+        shape if erase.fill == "pixel" else (3,), dtype=np.float32
+    )
     colour = np.asarray(MEAN, np.float32) + np.asarray(STD, np.float32) * noise
     return np.broadcast_to(np.rint(colour.clip(0.0, 1.0) * 255.0).astype(np.uint8), shape)
 
@@ -93,7 +107,11 @@ def affine_matrix(op: Op, side: int) -> tuple[float, ...]:
     Coordinates in pixels, (0, 0) is the corner of the first one.
     """
     if op.name == "rotate":
-        cos, sin, half = math.cos(math.radians(op.value)), math.sin(math.radians(op.value)), side / 2.0
+        cos, sin, half = (
+            math.cos(math.radians(op.value)),
+            math.sin(math.radians(op.value)),
+            side / 2.0,
+        )
         return cos, -sin, half - cos * half + sin * half, sin, cos, half - sin * half - cos * half
     x_by_y = op.value if op.name == "shear_x" else 0.0
     y_by_x = op.value if op.name == "shear_y" else 0.0
@@ -104,7 +122,13 @@ def affine_matrix(op: Op, side: int) -> tuple[float, ...]:
 
 def _affine(image: Image.Image, op: Op) -> Image.Image:
     matrix = affine_matrix(op, image.size[0])
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=_FILTERS[op.interpolation], fillcolor=FILL)
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        matrix,
+        resample=_FILTERS[op.interpolation],
+        fillcolor=FILL,
+    )
 
 
 def _posterize(image: Image.Image, op: Op) -> Image.Image:
@@ -122,7 +146,9 @@ _OPS: dict[str, Callable[[Image.Image, Op], Image.Image]] = {
     "auto_contrast": lambda image, op: ImageOps.autocontrast(image),
     "equalize": lambda image, op: ImageOps.equalize(image),
     "invert": lambda image, op: ImageOps.invert(image),
-    "rotate": lambda image, op: image.rotate(op.value, resample=_FILTERS[op.interpolation], fillcolor=FILL),
+    "rotate": lambda image, op: image.rotate(
+        op.value, resample=_FILTERS[op.interpolation], fillcolor=FILL
+    ),
     "shear_x": _affine,
     "shear_y": _affine,
     "translate_x": _affine,

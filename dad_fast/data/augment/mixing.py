@@ -21,7 +21,9 @@ class Mixed(NamedTuple):
     lam: Tensor  # float32 [B], share of the own image
 
 
-def to_pixels(images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+def to_pixels(
+    images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
     """uint8 [B, 3, H, W] -> float32 in [0, 1]."""
     return images.to(torch.float32, memory_format=memory_format).div_(255.0)
 
@@ -33,7 +35,9 @@ def to_levels(pixels: Tensor) -> Tensor:
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """Labels int64 [B] -> float32 [B, C]: smoothing/C everywhere, the rest on the label."""
-    targets = torch.full((labels.shape[0], num_classes), smoothing / num_classes, device=labels.device)
+    targets = torch.full(
+        (labels.shape[0], num_classes), smoothing / num_classes, device=labels.device
+    )
     return targets.scatter_(1, labels.unsqueeze(1), 1.0 - smoothing + smoothing / num_classes)
 
 
@@ -72,7 +76,11 @@ def mix(
     inside_x = (columns >= x0[:, None]) & (columns < x1[:, None])  # [B, W]
     own = ~(inside_y[:, :, None] & inside_x[:, None, :]).unsqueeze(1)  # [B, 1, H, W]
     kind, share = kind.view(-1, 1, 1, 1), lam.view(-1, 1, 1, 1)
-    weight = torch.where(kind == CUTMIX, own.to(pixels.dtype), torch.where(kind == MIXUP, share, 1.0).to(pixels.dtype))
+    weight = torch.where(
+        kind == CUTMIX,
+        own.to(pixels.dtype),
+        torch.where(kind == MIXUP, share, 1.0).to(pixels.dtype),
+    )
     mixed = pixels * weight + (pixels if others is None else others)[partner] * (1.0 - weight)
     targets = soft_targets(labels, num_classes, smoothing)
     targets = targets * lam[:, None] + targets[partner] * (1.0 - lam[:, None])

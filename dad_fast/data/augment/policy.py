@@ -49,7 +49,9 @@ def parse_policy(text: str) -> Policy:
     kind, *sections = text.split("-")
     for section in sections if kind == "rand" else [kind]:
         if not _SECTION.fullmatch(section):
-            raise UsageError(f"--aa {text}: cannot read {section!r}; timm writes a policy as rand-m9-mstd0.5-inc1 (m n p mstd mmax inc t)")
+            raise UsageError(
+                f"--aa {text}: cannot read {section!r}; timm writes a policy as rand-m9-mstd0.5-inc1 (m n p mstd mmax inc t)"
+            )
     from timm.data.auto_augment import rand_augment_transform
 
     # timm's parser wants a digit after every key and takes a deviation above 100 for "uniform"
@@ -132,7 +134,10 @@ ARGUMENTS: dict[str, tuple[str, Callable[[float, Draws], float]]] = {
     "Posterize": ("posterize", lambda level, draws: int(level / 10.0 * 4)),
     "PosterizeIncreasing": ("posterize", lambda level, draws: 4 - int(level / 10.0 * 4)),
     "Solarize": ("solarize", lambda level, draws: min(256, int(level / 10.0 * 256))),
-    "SolarizeIncreasing": ("solarize", lambda level, draws: 256 - min(256, int(level / 10.0 * 256))),
+    "SolarizeIncreasing": (
+        "solarize",
+        lambda level, draws: 256 - min(256, int(level / 10.0 * 256)),
+    ),
     "SolarizeAdd": ("solarize_add", lambda level, draws: min(128, int(level / 10.0 * 110))),
     "Color": ("color", _enhance),
     "ColorIncreasing": ("color", _enhance_increasing),

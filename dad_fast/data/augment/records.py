@@ -64,7 +64,9 @@ class Mix(NamedTuple):
 UNMIXED = Mix(NO_MIX, 1.0, (0, 0, 0, 0))
 
 
-def sample_record(aug: AugmentConfig, img_size: int, seed: int, epoch: int, sample: int, width: int, height: int) -> Record:
+def sample_record(
+    aug: AugmentConfig, img_size: int, seed: int, epoch: int, sample: int, width: int, height: int
+) -> Record:
     """The record of one sample in one epoch; a pure function. Raises UsageError when `aug.aa` is not a RandAugment policy."""
     draws = Draws(seed, RECORD, epoch, sample)
     random_filter = aug.train_interpolation == "random"
@@ -73,20 +75,26 @@ def sample_record(aug: AugmentConfig, img_size: int, seed: int, epoch: int, samp
     else:
         crop = _random_resized_crop(draws, aug.scale, aug.ratio, width, height)
     interpolation = aug.train_interpolation
-    if random_filter:  # without a random crop or without a resize nothing is drawn; timm then takes bilinear
+    if (
+        random_filter
+    ):  # without a random crop or without a resize nothing is drawn; timm then takes bilinear
         drawn = aug.crop != "center" and crop[2:] != (img_size, img_size)
         interpolation = ("bilinear", "bicubic")[draws.below(2)] if drawn else "bilinear"
     hflip = draws.chance(aug.hflip)
     vflip = draws.chance(aug.vflip)
     ops: tuple[Op, ...] = ()
     if aug.aa:
-        ops = sample_ops(parse_policy(aug.aa), draws, "" if random_filter else aug.train_interpolation)
+        ops = sample_ops(
+            parse_policy(aug.aa), draws, "" if random_filter else aug.train_interpolation
+        )
     if aug.color_jitter > 0 and (not aug.aa or "3a" in aug.aa):
         ops += _color_jitter(draws, aug.color_jitter)
     erase = None
     if draws.chance(aug.reprob):
         erase = _erase_box(draws, img_size, aug.remode, seed, epoch, sample)
-    return Record(epoch, sample, (width, height), img_size, crop, interpolation, hflip, vflip, ops, erase)
+    return Record(
+        epoch, sample, (width, height), img_size, crop, interpolation, hflip, vflip, ops, erase
+    )
 
 
 def mix_record(aug: AugmentConfig, img_size: int, seed: int, epoch: int, pair: int) -> Mix:
@@ -101,7 +109,9 @@ def mix_record(aug: AugmentConfig, img_size: int, seed: int, epoch: int, pair: i
         y, x = draws.below(img_size), draws.below(img_size)
         y0, y1 = max(0, y - side // 2), min(img_size, y + (side + 1) // 2)
         x0, x1 = max(0, x - side // 2), min(img_size, x + (side + 1) // 2)
-        return Mix(CUTMIX, 1.0 - (y1 - y0) * (x1 - x0) / float(img_size * img_size), (y0, y1, x0, x1))
+        return Mix(
+            CUTMIX, 1.0 - (y1 - y0) * (x1 - x0) / float(img_size * img_size), (y0, y1, x0, x1)
+        )
     return Mix(MIXUP, draws.beta(aug.mixup), (0, 0, 0, 0))
 
 
@@ -121,7 +131,9 @@ def _random_resized_crop(
     for _ in range(10):
         area = draws.between(*scale) * width * height
         aspect = math.exp(draws.between(low, high))
-        w = max(1, round(math.sqrt(area * aspect)))  # timm's own 0-pixel crops of tiny images fail later
+        w = max(
+            1, round(math.sqrt(area * aspect))
+        )  # timm's own 0-pixel crops of tiny images fail later
         h = max(1, round(math.sqrt(area / aspect)))
         if w <= width and h <= height:
             top = draws.below(height - h + 1)
@@ -145,7 +157,9 @@ def _color_jitter(draws: Draws, strength: float) -> tuple[Op, ...]:
     return tuple(ops)
 
 
-def _erase_box(draws: Draws, img_size: int, fill: str, seed: int, epoch: int, sample: int) -> Erase | None:
+def _erase_box(
+    draws: Draws, img_size: int, fill: str, seed: int, epoch: int, sample: int
+) -> Erase | None:
     """timm's box: 2 % to a third of the area, aspect 0.3 to 1/0.3, ten attempts, strictly inside the image's side."""
     low = math.log(0.3)
     for _ in range(10):

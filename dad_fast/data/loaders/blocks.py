@@ -32,7 +32,13 @@ class Block(NamedTuple):
     unreadable: tuple[str, ...]  # files that fail although the index has them as sound
 
     def pin_memory(self) -> Block:
-        return self._replace(**{name: value.pin_memory() for name, value in self._asdict().items() if isinstance(value, Tensor)})
+        return self._replace(
+            **{
+                name: value.pin_memory()
+                for name, value in self._asdict().items()
+                if isinstance(value, Tensor)
+            }
+        )
 
 
 def num_blocks(source: Source, size: int) -> int:
@@ -42,7 +48,9 @@ def num_blocks(source: Source, size: int) -> int:
 class _Blocks(Dataset[Block]):
     """Block number -> Block."""
 
-    def __init__(self, source: Source, size: int, img_size: int, crop_pct: float, interpolation: str) -> None:
+    def __init__(
+        self, source: Source, size: int, img_size: int, crop_pct: float, interpolation: str
+    ) -> None:
         self.source, self.size = source, size
         self.transform = (img_size, crop_pct, interpolation)
 
@@ -62,9 +70,14 @@ class _Blocks(Dataset[Block]):
                     unreadable.append(source.keys[int(samples[row])])
         view[num_real:], readable[num_real:] = view[num_real - 1], readable[num_real - 1]
         return Block(
-            number, num_real, images.permute(0, 3, 1, 2), torch.from_numpy(source.labels[samples]), torch.from_numpy(samples),
-            torch.from_numpy(readable), tuple(unreadable),
-        )  # fmt: skip
+            number,
+            num_real,
+            images.permute(0, 3, 1, 2),
+            torch.from_numpy(source.labels[samples]),
+            torch.from_numpy(samples),
+            torch.from_numpy(readable),
+            tuple(unreadable),
+        )
 
 
 def blocks(
@@ -78,4 +91,6 @@ def blocks(
     pin_memory: bool = False,
 ) -> Iterator[Block]:
     """The blocks `numbers`, in that order, made by `workers` processes (0: here)."""
-    return iterate(_Blocks(source, size, img_size, crop_pct, interpolation), numbers, workers, pin_memory)
+    return iterate(
+        _Blocks(source, size, img_size, crop_pct, interpolation), numbers, workers, pin_memory
+    )

@@ -67,19 +67,25 @@ class TrainLoader:
         cycle: int = 0,
     ) -> None:
         if uses_mixing(aug) and batch_size % 2:
-            raise UsageError(f"--batch-size {batch_size}: must be even with --mixup or --cutmix, which mix images in pairs")
+            raise UsageError(
+                f"--batch-size {batch_size}: must be even with --mixup or --cutmix, which mix images in pairs"
+            )
         if batch_size < 1:
             raise UsageError(f"--batch-size {batch_size}: must be at least 1")
         self._steps = TrainSteps(source, aug, img_size, batch_size, seed, rank, world, cycle)
         self.steps_per_epoch = self._steps.steps_per_epoch
         if self.steps_per_epoch == 0:
-            raise UsageError(f"--batch-size {batch_size}: {source.name} has only {len(source):,} images for {world} x {batch_size}")
+            raise UsageError(
+                f"--batch-size {batch_size}: {source.name} has only {len(source):,} images for {world} x {batch_size}"
+            )
         self.source, self.workers, self.pin_memory = source, workers, pin_memory
         self.replaced: list[str] = []  # distinct, in the order in which they turned up
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of the steps start_step … stop_step - 1 of the run, across epochs, from one set of workers."""
-        for batch in iterate(self._steps, range(start_step, stop_step), self.workers, self.pin_memory):
+        for batch in iterate(
+            self._steps, range(start_step, stop_step), self.workers, self.pin_memory
+        ):
             for name in batch.replaced:
                 self._note(name)
             yield batch
@@ -89,9 +95,16 @@ class TrainLoader:
             return
         self.replaced.append(name)
         if len(self.replaced) <= NAMED:
-            log.warning("%s: %s cannot be read; the next valid image takes its place", self.source.name, name)
+            log.warning(
+                "%s: %s cannot be read; the next valid image takes its place",
+                self.source.name,
+                name,
+            )
         elif len(self.replaced) == NAMED + 1:
-            log.warning("%s: more images cannot be read; they are replaced too, and counted without a line each", self.source.name)
+            log.warning(
+                "%s: more images cannot be read; they are replaced too, and counted without a line each",
+                self.source.name,
+            )
         if len(self.replaced) > self.source.max_bad_share * len(self.source):
             raise DataError(
                 f"{self.source.name}: {len(self.replaced):,} of {len(self.source):,} images cannot be read, such as {self.replaced[0]}; "
@@ -114,7 +127,10 @@ def resolve_loader(kind: str, source: Source, device: torch.device) -> tuple[str
         return kind, "asked for"
     problem = _dali_problem()
     if device.type != "cuda":
-        return "torchvision", "on a CPU PIL is faster, unless large photographs are only cropped"  # benchmarks, group loader
+        return (
+            "torchvision",
+            "on a CPU PIL is faster, unless large photographs are only cropped",
+        )  # benchmarks, group loader
     if problem:
         return "torchvision", problem
     some = range(0, len(source), max(1, len(source) // 16))
@@ -163,15 +179,24 @@ def train_loader(
     if resolve_loader(kind, source, device)[0] == "dali":
         from dad_fast.data.loaders.dali.loader import DaliLoader
 
-        return DaliLoader(source, aug, img_size, batch_size, seed, workers, device=device, **options)
+        return DaliLoader(
+            source, aug, img_size, batch_size, seed, workers, device=device, **options
+        )
     return TrainLoader(source, aug, img_size, batch_size, seed, workers, **options)
 
 
 class _EvalBatches(Dataset[EvalBatch]):
     """Batch number -> EvalBatch."""
 
-    def __init__(self, source: Source, img_size: int, crop_pct: float, interpolation: str, batch_size: int) -> None:
-        self.source, self.img_size, self.crop_pct, self.interpolation = source, img_size, crop_pct, interpolation
+    def __init__(
+        self, source: Source, img_size: int, crop_pct: float, interpolation: str, batch_size: int
+    ) -> None:
+        self.source, self.img_size, self.crop_pct, self.interpolation = (
+            source,
+            img_size,
+            crop_pct,
+            interpolation,
+        )
         self.batch_size = batch_size
         self.samples = np.flatnonzero(source.ok)
 
@@ -185,8 +210,14 @@ class _EvalBatches(Dataset[EvalBatch]):
         view = images.numpy()
         for row, sample in enumerate(samples):
             if not skip(row, int(sample)):
-                view[row] = eval_transform(self.source.read(int(sample)), self.img_size, self.crop_pct, self.interpolation)
-        return EvalBatch(images.permute(0, 3, 1, 2), torch.from_numpy(self.source.labels[samples]), torch.from_numpy(samples.copy()))
+                view[row] = eval_transform(
+                    self.source.read(int(sample)), self.img_size, self.crop_pct, self.interpolation
+                )
+        return EvalBatch(
+            images.permute(0, 3, 1, 2),
+            torch.from_numpy(self.source.labels[samples]),
+            torch.from_numpy(samples.copy()),
+        )
 
 
 class EvalLoader:

@@ -35,13 +35,17 @@ class Batch:
     labels: Tensor  # int64 [B]
     samples: Tensor  # int64 [B], indices into the source
     seeds: Tensor  # int64 [B], keyed by (seed, epoch, sample): for noise drawn on the device
-    mix_kind: Tensor  # int64 [B]: 0 none, 1 mixup, 2 CutMix; partners are neighbours (0-1, 2-3, ...)
+    mix_kind: (
+        Tensor  # int64 [B]: 0 none, 1 mixup, 2 CutMix; partners are neighbours (0-1, 2-3, ...)
+    )
     mix_lam: Tensor  # float32 [B]: share of the own image
     mix_box: Tensor  # int64 [B, 4]: y0, y1, x0, x1
     epoch: int
     step: int  # of the whole run
     replaced: tuple[str, ...]  # unreadable files whose place another sample took
-    drawn: Tensor | None = None  # int64 [B], the samples that the order has there: other than `samples` where a file is unreadable
+    drawn: Tensor | None = (
+        None  # int64 [B], the samples that the order has there: other than `samples` where a file is unreadable
+    )
     # From stores, where the run has them: Q(x') of the samples as pixels or codes, what the teacher says of it and whether it counts, and
     # what the teacher says of the mixed clean images.
     dad_images: Tensor | None = None  # uint8 [B, 3, H, W]
@@ -55,7 +59,14 @@ class Batch:
     features: Tensor | None = None  # float32 [B, F]
 
     def _map(self, function: Any) -> Batch:
-        return replace(self, **{name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+        return replace(
+            self,
+            **{
+                name: function(value)
+                for name, value in vars(self).items()
+                if isinstance(value, Tensor)
+            },
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -65,7 +76,11 @@ class Batch:
 
     def split(self, num_parts: int) -> list[Batch]:
         """Micro-batches of equal size; views."""
-        return [self._map(lambda tensor, i=i: tensor.chunk(num_parts)[i]) for i in range(num_parts)] if num_parts > 1 else [self]
+        return (
+            [self._map(lambda tensor, i=i: tensor.chunk(num_parts)[i]) for i in range(num_parts)]
+            if num_parts > 1
+            else [self]
+        )
 
 
 @lru_cache(maxsize=2)
@@ -80,7 +95,15 @@ class TrainSteps(Dataset[Batch]):
     """Step number -> Batch, executed with PIL. What a step holds is decided here alone, whoever executes it."""
 
     def __init__(
-        self, source: Source, aug: AugmentConfig, img_size: int, batch_size: int, seed: int, rank: int, world: int, cycle: int = 0
+        self,
+        source: Source,
+        aug: AugmentConfig,
+        img_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        cycle: int = 0,
     ) -> None:
         """cycle: epochs after which order, augmentation and mixes come again; 0 = never."""
         self.source, self.aug, self.img_size, self.batch_size = source, aug, img_size, batch_size
@@ -95,7 +118,9 @@ class TrainSteps(Dataset[Batch]):
         """`place`, and its images uint8 [B, 3, H, W]."""
         return self._made(lambda load: self.place(view, start, load))
 
-    def _made(self, fields: Callable[[Callable[[int, Record], None]], dict[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
+    def _made(
+        self, fields: Callable[[Callable[[int, Record], None]], dict[str, Any]]
+    ) -> tuple[Tensor, dict[str, Any]]:
         side = self.img_size
         images = torch.empty(self.batch_size, side, side, 3, dtype=torch.uint8)
         view = images.numpy()
@@ -122,15 +147,24 @@ class TrainSteps(Dataset[Batch]):
         the last sample comes again; a sample without a partner is not mixed.
         """
         size, num = self.batch_size, len(self.source)
-        drawn = epoch_order(self.seed, view, num)[np.minimum(np.arange(start, start + size), num - 1)]
+        drawn = epoch_order(self.seed, view, num)[
+            np.minimum(np.arange(start, start + size), num - 1)
+        ]
         samples = drawn.copy()
         replaced: list[str] = []
         for row in range(size):
             samples[row] = self._load(int(samples[row]), view, replaced, partial(load, row))
         mixes = [UNMIXED] * size
         if uses_mixing(self.aug):
-            pairs = [mix_record(self.aug, self.img_size, self.seed, view, start // 2 + i) for i in range(size // 2)]
-            mixes = [pair if start + row // 2 * 2 + 1 < num else UNMIXED for row in range(size) for pair in [pairs[row // 2]]]
+            pairs = [
+                mix_record(self.aug, self.img_size, self.seed, view, start // 2 + i)
+                for i in range(size // 2)
+            ]
+            mixes = [
+                pair if start + row // 2 * 2 + 1 < num else UNMIXED
+                for row in range(size)
+                for pair in [pairs[row // 2]]
+            ]
         return {
             "labels": torch.from_numpy(self.source.labels[samples]),
             "samples": torch.from_numpy(samples),
@@ -141,13 +175,19 @@ class TrainSteps(Dataset[Batch]):
             "replaced": tuple(replaced),
         }
 
-    def _load(self, sample: int, epoch: int, replaced: list[str], load: Callable[[Record], None]) -> int:
+    def _load(
+        self, sample: int, epoch: int, replaced: list[str], load: Callable[[Record], None]
+    ) -> int:
         source = self.source
         for _ in range(len(source)):
             if source.ok[sample]:
                 width, height = (int(x) for x in source.sizes[sample])
                 try:
-                    load(sample_record(self.aug, self.img_size, self.seed, epoch, sample, width, height))
+                    load(
+                        sample_record(
+                            self.aug, self.img_size, self.seed, epoch, sample, width, height
+                        )
+                    )
                     return sample
                 except DecodeError:
                     pass
@@ -160,5 +200,7 @@ class TrainSteps(Dataset[Batch]):
         image = self.source.read(sample)
         width, height = (int(x) for x in self.source.sizes[sample])
         if image.size != (width, height):
-            raise DecodeError(f"{self.source.keys[sample]}: {image.size[0]}x{image.size[1]} where the index says {width}x{height}")
+            raise DecodeError(
+                f"{self.source.keys[sample]}: {image.size[0]}x{image.size[1]} where the index says {width}x{height}"
+            )
         return image

@@ -47,28 +47,42 @@ class _Guarded(Dataset[Any]):
         except DadFastError as error:
             return _Failure(error, traceback.format_exc())
         except Exception as error:
-            message = f"a loader worker failed: {type(error).__name__}: {error} (--debug shows where)"
+            message = (
+                f"a loader worker failed: {type(error).__name__}: {error} (--debug shows where)"
+            )
             return _Failure(DadFastError(message), traceback.format_exc())
 
 
-def iterate(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool) -> Iterator[Any]:
+def iterate(
+    dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool
+) -> Iterator[Any]:
     """dataset[n] for each n, in order, made by `workers` processes (0: here). Each item is a whole batch.
 
     Raises DadFastError with one line when a worker fails, dies or hangs; a DadFastError raised in a worker comes through as it is.
     """
-    batches = _from_workers(dataset, numbers, workers, pin_memory) if workers else _from_here(dataset, numbers, pin_memory)
+    batches = (
+        _from_workers(dataset, numbers, workers, pin_memory)
+        if workers
+        else _from_here(dataset, numbers, pin_memory)
+    )
     _running.add(batches)
     return batches
 
 
-def _from_here(dataset: Dataset[Any], numbers: Sequence[Any], pin_memory: bool) -> Generator[Any, None, None]:
+def _from_here(
+    dataset: Dataset[Any], numbers: Sequence[Any], pin_memory: bool
+) -> Generator[Any, None, None]:
     for number in numbers:
         batch = dataset[number]
         yield batch.pin_memory() if pin_memory else batch
 
 
-def _from_workers(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: `doctor --data` says what helps
+def _from_workers(
+    dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool
+) -> Generator[Any, None, None]:
+    warnings.filterwarnings(
+        "ignore", message="This DataLoader will create"
+    )  # more workers than cores: `doctor --data` says what helps
     loader = DataLoader(
         _Guarded(dataset),
         batch_size=None,
@@ -97,12 +111,16 @@ def _from_workers(dataset: Dataset[Any], numbers: Sequence[Any], workers: int, p
                     for worker in batches._workers:  # it would neither end nor heed a SIGTERM
                         worker.kill()
                     what = f"no batch for {HANG_SECONDS:g} s: a loader worker hangs (a network disk that does not answer?)"
-                    raise DadFastError(f"{what}; mend that and go on with --resume auto") from error.with_traceback(None)
+                    raise DadFastError(
+                        f"{what}; mend that and go on with --resume auto"
+                    ) from error.with_traceback(None)
                 if "worker" not in str(error):
                     raise
                 what = " ".join(str(error).split())[:200]
                 mend = "out of memory or of /dev/shm? Fewer --workers, or 0, may help"
-                raise DadFastError(f"a loader worker died ({what}); {mend}") from error.with_traceback(None)
+                raise DadFastError(
+                    f"a loader worker died ({what}); {mend}"
+                ) from error.with_traceback(None)
             if isinstance(batch, _Failure):
                 raise batch.error from RuntimeError(batch.trace)
             yield batch
@@ -135,7 +153,11 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _init_worker(worker: int) -> None:
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # the training process answers these and needs its batches meanwhile
+    for name in (
+        "SIGTERM",
+        "SIGUSR1",
+        "SIGINT",
+    ):  # the training process answers these and needs its batches meanwhile
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

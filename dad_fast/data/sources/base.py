@@ -52,7 +52,12 @@ def is_split(data_dir: str, split: str) -> bool:
 
 
 def open_source(
-    data_dir: str, split: str = "", class_map: str = "", *, classes: ClassMap | None = None, max_bad_share: float = 0.01
+    data_dir: str,
+    split: str = "",
+    class_map: str = "",
+    *,
+    classes: ClassMap | None = None,
+    max_bad_share: float = 0.01,
 ) -> Source:
     """Open a split of an image folder, of WebDataset shards or of the embedded set.
 
@@ -78,7 +83,9 @@ def open_source(
             raise UsageError(f"no embedded set {data_dir!r}; there is embedded:digits (--data-dir)")
         source = EmbeddedSource(split)
         if fixed is not None and fixed.folders != source.classes.folders:
-            raise UsageError("embedded:digits has the classes 0 to 9; the class list names others (--class-map)")
+            raise UsageError(
+                "embedded:digits has the classes 0 to 9; the class list names others (--class-map)"
+            )
         return source
     from dad_fast.data.sources.folder import FolderSource
     from dad_fast.data.sources.tar import TarSource, find_shards

@@ -21,7 +21,15 @@ from dad_fast.data.sources.names import shown
 from dad_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows forty more, by content; for EPS it starts Ghostscript
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # Pillow knows forty more, by content; for EPS it starts Ghostscript
 
 
 class DecodeError(DataError):

@@ -32,7 +32,13 @@ _DIGESTS = {
     "mnist": "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d",
     "optdigits": "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826",
 }
-_FROM = {"train": "mnist", "val": "mnist", "test": "mnist", "optdigits": "optdigits", "optdigits-train": "optdigits"}
+_FROM = {
+    "train": "mnist",
+    "val": "mnist",
+    "test": "mnist",
+    "optdigits": "optdigits",
+    "optdigits-train": "optdigits",
+}
 
 
 class EmbeddedSource:
@@ -42,7 +48,9 @@ class EmbeddedSource:
 
     def __init__(self, split: str) -> None:
         if split not in _FROM:
-            raise UsageError(f"embedded:digits has no split {split!r}; it has {', '.join(_FROM)} (--train-split, --val-split, --suite)")
+            raise UsageError(
+                f"embedded:digits has no split {split!r}; it has {', '.join(_FROM)} (--train-split, --val-split, --suite)"
+            )
         self.split = split
         self.name = f"embedded:digits/{split}"
         self.classes = ClassMap(tuple((i, str(i), name) for i, name in enumerate(NAMES)))
@@ -53,7 +61,9 @@ class EmbeddedSource:
         self.keys: Sequence[str] = [f"{_FROM[split]}/{row}" for row in chosen]
         self.sizes = np.full((len(chosen), 2), SIDE, dtype=np.int32)
         self.ok = np.ones(len(chosen), dtype=bool)
-        self.fingerprint = hashlib.sha256(self._images.tobytes() + self.labels.tobytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            self._images.tobytes() + self.labels.tobytes()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,7 +82,9 @@ def _split_rows(split: str, labels: np.ndarray) -> np.ndarray:
     """Rows of a split, shuffled by the fixed seed (the packages' own order goes by class) and stratified by class."""
     random = np.random.RandomState(_SPLIT_SEED)  # numpy froze this generator's stream
     shuffled = random.permutation(len(labels))
-    rank = np.empty(len(labels), dtype=np.int64)  # how many of its class come before it in the shuffled order
+    rank = np.empty(
+        len(labels), dtype=np.int64
+    )  # how many of its class come before it in the shuffled order
     for label in range(10):
         members = shuffled[labels[shuffled] == label]
         rank[members] = np.arange(len(members))
@@ -93,13 +105,19 @@ def _to_images(kind: str, pixels: np.ndarray) -> np.ndarray:
         grey = pixels.reshape(-1, SIDE, SIDE)
     else:
         grey = np.zeros((len(pixels), SIDE, SIDE), dtype=np.uint8)
-        for out, small in zip(grey, np.round(pixels * (255.0 / 16.0)).astype(np.uint8), strict=True):
-            out[4:24, 4:24] = np.asarray(Image.fromarray(small.reshape(8, 8)).resize((20, 20), Image.Resampling.BICUBIC))
+        for out, small in zip(
+            grey, np.round(pixels * (255.0 / 16.0)).astype(np.uint8), strict=True
+        ):
+            out[4:24, 4:24] = np.asarray(
+                Image.fromarray(small.reshape(8, 8)).resize((20, 20), Image.Resampling.BICUBIC)
+            )
     return np.repeat(grey[..., None], 3, axis=3)
 
 
 def _digest(pixels: np.ndarray, labels: np.ndarray) -> str:
-    return hashlib.sha256(pixels.astype(np.uint8).tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
+    return hashlib.sha256(
+        pixels.astype(np.uint8).tobytes() + labels.astype(np.uint8).tobytes()
+    ).hexdigest()
 
 
 def _load_mnist() -> tuple[np.ndarray, np.ndarray]:
@@ -129,13 +147,17 @@ def _raw(kind: str) -> tuple[np.ndarray, np.ndarray]:
             pixels, labels = file["pixels"], file["labels"]
         if _digest(pixels, labels) == _DIGESTS[kind]:
             return pixels, labels
-    except Exception:  # absent, or damaged, which NumPy and zipfile say in a dozen ways: made again below
+    except (
+        Exception
+    ):  # absent, or damaged, which NumPy and zipfile say in a dozen ways: made again below
         pass
     package, load = _PACKAGES[kind]
     try:
         pixels, labels = (array.astype(np.uint8) for array in load())
     except ImportError as error:
-        raise EnvironmentProblem(f"embedded:digits needs the package {package}: pip install 'dad-fast[demo]'") from error
+        raise EnvironmentProblem(
+            f"embedded:digits needs the package {package}: pip install 'dad-fast[demo]'"
+        ) from error
     if _digest(pixels, labels) != _DIGESTS[kind]:
         raise EnvironmentProblem(
             f"embedded:digits: the installed {package} holds other images than the splits were made for: pip install 'dad-fast[demo]'"

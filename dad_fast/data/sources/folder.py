@@ -24,7 +24,12 @@ class FolderSource:
     """
 
     def __init__(
-        self, root: Path, split: str = "", classes: ClassMap | None = None, max_bad_share: float = 0.01, other_folders: bool = False
+        self,
+        root: Path,
+        split: str = "",
+        classes: ClassMap | None = None,
+        max_bad_share: float = 0.01,
+        other_folders: bool = False,
     ) -> None:
         """other_folders: whether folders that are not in the class list may lie there, and are left out."""
         self.folder = find_folder(root, split)
@@ -40,7 +45,9 @@ class FolderSource:
         self.files = files_of(entries, lambda i: shown(entries[i].path))
         digest = hashlib.sha256()
         for entry in entries:
-            digest.update(f"{entry.path}\0{entry.size}\0{entry.ok}\n".encode("utf-8", "surrogateescape"))
+            digest.update(
+                f"{entry.path}\0{entry.size}\0{entry.ok}\n".encode("utf-8", "surrogateescape")
+            )
         self.fingerprint = digest.hexdigest()
         report_bad(self.name, self.files.bad, len(entries), max_bad_share)
 
@@ -57,17 +64,25 @@ class FolderSource:
 
     def describe(self) -> str:
         bad = int((~self.ok).sum())
-        return f"{self.name}: {len(self):,} images of {len(self.classes):,} classes" + (f", {bad:,} unreadable" if bad else "")
+        return f"{self.name}: {len(self):,} images of {len(self.classes):,} classes" + (
+            f", {bad:,} unreadable" if bad else ""
+        )
 
 
 def find_folder(root: Path, split: str) -> Path:
     """The folder of a split; DataError, with what is there, where it is not."""
     if not root.is_dir():
-        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'} (--data-dir)")
+        raise DataError(
+            f"{root}: {'not a folder' if root.exists() else 'no such folder'} (--data-dir)"
+        )
     if split and not (root / split).is_dir():
-        there = sorted(item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith("."))
+        there = sorted(
+            item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith(".")
+        )
         has = f"it has {some(there) or 'none'}{shards_hint(root)}"
-        raise DataError(f"{root} has no folder {split!r}; {has} (--data-dir, --train-split, --val-split)")
+        raise DataError(
+            f"{root} has no folder {split!r}; {has} (--data-dir, --train-split, --val-split)"
+        )
     return root / split
 
 
@@ -76,7 +91,11 @@ def _check_classes(folder: Path, classes: ClassMap | None, other_folders: bool) 
     if classes is None:
         return there
     if missing := sorted(set(classes.folders) - set(there.folders)):
-        raise DataError(f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: {some(missing)} (--class-map)")
+        raise DataError(
+            f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: {some(missing)} (--class-map)"
+        )
     if not other_folders and (extra := sorted(set(there.folders) - set(classes.folders))):
-        raise DataError(f"{folder} has {len(extra):,} folders that are not in the class list: {some(extra)} (--class-map)")
+        raise DataError(
+            f"{folder} has {len(extra):,} folders that are not in the class list: {some(extra)} (--class-map)"
+        )
     return classes

@@ -52,7 +52,9 @@ class Entry(NamedTuple):
     error: str
 
 
-Part = tuple[Callable[[Entry], Path | io.BytesIO], Sequence[Entry]]  # entries, and how to get at what PIL opens
+Part = tuple[
+    Callable[[Entry], Path | io.BytesIO], Sequence[Entry]
+]  # entries, and how to get at what PIL opens
 
 
 def build_index(folder: Path, classes: list[str]) -> list[Entry]:
@@ -63,7 +65,11 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     root = folder.resolve()
     file, about = index_file(root), f"folder {str(root)!r}"
     with threads() as pool:
-        found = [entry for entries in pool.map(lambda label: _scan_class(root, label), classes) for entry in entries]
+        found = [
+            entry
+            for entries in pool.map(lambda label: _scan_class(root, label), classes)
+            for entry in entries
+        ]
     found.sort(key=lambda entry: entry.path)
     with one_at_a_time(file, f"indexing {folder}"):
         known = {entry.path: entry for entry in load_index(file, about)}
@@ -78,9 +84,15 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
                 for entry in verify_all([(lambda entry: root / entry.path, fresh)], str(folder)):
                     entries[entry.path] = entry
             finally:
-                kept = {**known, **entries}.values() if len(entries) < len(found) else entries.values()
+                kept = (
+                    {**known, **entries}.values() if len(entries) < len(found) else entries.values()
+                )
                 if not save_index(file, about, list(kept)):
-                    log.warning("%s cannot be written: the index of %s is not kept and is made again next time", file, folder)
+                    log.warning(
+                        "%s cannot be written: the index of %s is not kept and is made again next time",
+                        file,
+                        folder,
+                    )
     return [entries[entry.path] for entry in found]
 
 
@@ -95,7 +107,10 @@ def load_index(file: Path, about: str) -> list[Entry]:
         head, _, body = file.read_bytes().partition(b"\n")
     except OSError:
         return []
-    if not head.startswith(_FORMAT.encode()) or hashlib.sha256(body).hexdigest().encode() not in head:
+    if (
+        not head.startswith(_FORMAT.encode())
+        or hashlib.sha256(body).hexdigest().encode() not in head
+    ):
         log.warning("%s is damaged or of another version: it is made again", file)
         return []
     if not head.endswith(_encoded(f", {about}")):
@@ -104,7 +119,18 @@ def load_index(file: Path, about: str) -> list[Entry]:
     try:
         next(rows)
         return [
-            Entry(path, label, int(offset), int(size), int(mtime), int(width), int(height), format, ok == "1", error)
+            Entry(
+                path,
+                label,
+                int(offset),
+                int(size),
+                int(mtime),
+                int(width),
+                int(height),
+                format,
+                ok == "1",
+                error,
+            )
             for path, label, offset, size, mtime, width, height, format, ok, error in rows
         ]
     except (ValueError, StopIteration, csv.Error):
@@ -115,12 +141,19 @@ def load_index(file: Path, about: str) -> list[Entry]:
 def save_index(file: Path, about: str, entries: list[Entry]) -> bool:
     """Write an index file whole or not at all; False when the cache folder cannot be written."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # names may hold line ends of any kind
+    writer = csv.writer(
+        text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
+    )  # names may hold line ends of any kind
     writer.writerow(Entry._fields)
     for entry in entries:
         writer.writerow(int(value) if isinstance(value, bool) else value for value in entry)
     body = text.getvalue().encode("utf-8", "surrogateescape")
-    return write_cache(file, _encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, {about}") + b"\n" + body)
+    return write_cache(
+        file,
+        _encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, {about}")
+        + b"\n"
+        + body,
+    )
 
 
 def _encoded(text: str) -> bytes:
@@ -133,8 +166,15 @@ def verify_all(parts: Sequence[Part], name: str) -> Iterator[Entry]:
     if not total:
         return
     log.info("indexing %s: %s images to verify", name, f"{total:,}")
-    tasks = [(content, entries[i : i + _CHUNK]) for content, entries in parts for i in range(0, len(entries), _CHUNK)]
-    with threads() as pool, progress_bar(total, f"indexing {name}") as advance:  # PIL decodes without the GIL
+    tasks = [
+        (content, entries[i : i + _CHUNK])
+        for content, entries in parts
+        for i in range(0, len(entries), _CHUNK)
+    ]
+    with (
+        threads() as pool,
+        progress_bar(total, f"indexing {name}") as advance,
+    ):  # PIL decodes without the GIL
         for chunk in pool.map(lambda task: [_verify(entry, task[0]) for entry in task[1]], tasks):
             yield from chunk
             advance(len(chunk))
@@ -178,13 +218,17 @@ def files_of(entries: Sequence[Entry], name: Callable[[int], str]) -> Files:
     )
 
 
-def report_bad(source: str, bad: Sequence[tuple[str, str]], total: int, max_bad_share: float) -> None:
+def report_bad(
+    source: str, bad: Sequence[tuple[str, str]], total: int, max_bad_share: float
+) -> None:
     """Warn of unreadable images, given as (name, why); DataError when they are too many or all."""
     if not bad:
         return
     text = f"{source}: {len(bad):,} of {total:,} images cannot be read: {some(f'{name} ({why})' for name, why in bad)}"
     if len(bad) > max_bad_share * total or len(bad) == total:
-        raise DataError(f"{text}; mend or remove them, or raise data.max_bad_share ({max_bad_share:g})")
+        raise DataError(
+            f"{text}; mend or remove them, or raise data.max_bad_share ({max_bad_share:g})"
+        )
     log.warning("%s; each is replaced by the next valid image", text)
 
 
@@ -194,7 +238,9 @@ def _scan_class(root: Path, label: str) -> list[Entry]:
     try:
         _scan(root, label, label, (), entries)
     except OSError as error:
-        raise DataError(f"{root / label}: cannot be listed: {error.strerror} (--data-dir)") from error
+        raise DataError(
+            f"{root / label}: cannot be listed: {error.strerror} (--data-dir)"
+        ) from error
     if not entries:
         raise DataError(
             f"class folder {root / label} holds no images ({' '.join(EXTENSIONS)}); fill it, or leave the class out (--class-map)"
@@ -202,7 +248,9 @@ def _scan_class(root: Path, label: str) -> list[Entry]:
     return entries
 
 
-def _scan(root: Path, relative: str, label: str, above: tuple[tuple[int, int], ...], entries: list[Entry]) -> None:
+def _scan(
+    root: Path, relative: str, label: str, above: tuple[tuple[int, int], ...], entries: list[Entry]
+) -> None:
     """Collect images below `relative`, through symbolic links; `above` are the folders on the way here, so that a loop ends."""
     here = os.stat(root / relative)
     identity = (here.st_dev, here.st_ino)
@@ -246,9 +294,20 @@ def progress_bar(total: int, text: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(shown(text), total=total)
         yield lambda count: progress.advance(task, count)

@@ -29,14 +29,18 @@ class PackedStrings(Sequence[str]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        return self._buffer[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+        return self._buffer[self._ends[index] : self._ends[index + 1]].decode(
+            "utf-8", "surrogateescape"
+        )
 
 
 def shown(text: str) -> str:
     """`text` on one line: control characters, undecodable bytes and backslashes as escapes, so that different names stay different."""
     if text.isprintable() and "\\" not in text:
         return text
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

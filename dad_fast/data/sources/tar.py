@@ -36,18 +36,28 @@ class TarSource:
     readability: a copy of the shards elsewhere has the same.
     """
 
-    def __init__(self, base: Path, names: Sequence[str], classes: ClassMap | None = None, max_bad_share: float = 0.01) -> None:
+    def __init__(
+        self,
+        base: Path,
+        names: Sequence[str],
+        classes: ClassMap | None = None,
+        max_bad_share: float = 0.01,
+    ) -> None:
         self.name = f"{base}/{names[0]}" + (f" … {names[-1]}" if len(names) > 1 else "")
         self.max_bad_share = max_bad_share
         self._shards, found = build_tar_index(base, names)
         entries = [entry for part in found for entry in part]
         self.keys: Sequence[str] = PackedStrings(
-            f"{shown(name)}:{shown(entry.path)}" for name, part in zip(names, found, strict=True) for entry in part
+            f"{shown(name)}:{shown(entry.path)}"
+            for name, part in zip(names, found, strict=True)
+            for entry in part
         )
         self.labels = np.array([int(entry.label or 0) for entry in entries], dtype=np.int64)
         self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
         self.ok = np.array([entry.ok for entry in entries], dtype=bool)
-        self._shard_of = np.repeat(np.arange(len(found), dtype=np.int32), [len(part) for part in found])
+        self._shard_of = np.repeat(
+            np.arange(len(found), dtype=np.int32), [len(part) for part in found]
+        )
         self._offsets = np.array([entry.offset for entry in entries], dtype=np.int64)
         self.files = files_of(entries, self.keys.__getitem__)
         report_bad(self.name, self.files.bad, len(entries), max_bad_share)
@@ -80,7 +90,11 @@ class TarSource:
         return text + (f", {bad:,} unreadable" if bad else "")
 
     def _content(self, index: int) -> bytes:
-        return read_bytes(self._shards[self._shard_of[index]], int(self._offsets[index]), int(self.files.num_bytes[index]))
+        return read_bytes(
+            self._shards[self._shard_of[index]],
+            int(self._offsets[index]),
+            int(self.files.num_bytes[index]),
+        )
 
 
 def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
@@ -91,7 +105,9 @@ def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
     for text, flags in ((split, "--train-split, --val-split, --suite"), (data_dir, "--data-dir")):
         if (text.endswith(".tar") or "{" in text) and not (Path(data_dir) / split).is_dir():
             if text is data_dir and split:
-                mend = "give its folder as --data-dir and the pattern as --train-split or --val-split"
+                mend = (
+                    "give its folder as --data-dir and the pattern as --train-split or --val-split"
+                )
                 raise UsageError(f"{data_dir} names shards, so it has no split {split!r}: {mend}")
             return _expand(data_dir if text is split else "", text, flags)
     folder = Path(data_dir) / split
@@ -127,12 +143,20 @@ def _expand(root: str, pattern: str, flags: str) -> tuple[Path, list[str]]:
         raise UsageError(f"{pattern}: a pattern of shards ends in .tar ({flags})")
     head, *rest = re.split(_RANGE, pattern)
     if any(brace in part for part in (head, *rest[2::3]) for brace in "{}"):
-        raise UsageError(f"{pattern}: the braces of shards hold one range of numbers, as in train-{{000000..000099}}.tar ({flags})")
-    ranges = [range(int(first), int(last) + 1) for first, last in zip(rest[::3], rest[1::3], strict=True)]
+        raise UsageError(
+            f"{pattern}: the braces of shards hold one range of numbers, as in train-{{000000..000099}}.tar ({flags})"
+        )
+    ranges = [
+        range(int(first), int(last) + 1) for first, last in zip(rest[::3], rest[1::3], strict=True)
+    ]
     total = math.prod(map(len, ranges))
     if not 1 <= total <= _MOST_SHARDS:
-        raise UsageError(f"{pattern}: names {total:,} shards; 1 to {_MOST_SHARDS:,} can be read ({flags})")
-    folder, slash, start = head.rpartition("/")  # names are relative to the part that is the same for all
+        raise UsageError(
+            f"{pattern}: names {total:,} shards; 1 to {_MOST_SHARDS:,} can be read ({flags})"
+        )
+    folder, slash, start = head.rpartition(
+        "/"
+    )  # names are relative to the part that is the same for all
     names = []
     for chosen in itertools.product(*ranges):
         text = start
@@ -148,7 +172,9 @@ def _check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> Cl
     highest = int(present[-1])
     if classes is not None:
         if highest >= len(classes):
-            raise DataError(f"{name}: class {highest} is not in the class list, which has 0 to {len(classes) - 1} (--class-map)")
+            raise DataError(
+                f"{name}: class {highest} is not in the class list, which has 0 to {len(classes) - 1} (--class-map)"
+            )
         return classes
     if len(present) * 2 < highest + 1:
         what = f"class numbers go to {highest:,}, but only {len(present):,} classes have images"

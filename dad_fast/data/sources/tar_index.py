@@ -21,7 +21,15 @@ from typing import NamedTuple
 
 from dad_fast.cache import cache_dir, one_at_a_time
 from dad_fast.data.sources.decode import EXTENSIONS
-from dad_fast.data.sources.index import PENDING, Entry, index_file, load_index, save_index, threads, verify_all
+from dad_fast.data.sources.index import (
+    PENDING,
+    Entry,
+    index_file,
+    load_index,
+    save_index,
+    threads,
+    verify_all,
+)
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.tar_members import Kind, Member, read_members
 from dad_fast.errors import DataError
@@ -58,7 +66,9 @@ class _Open:
         self._close = weakref.finalize(self, os.close, self.descriptor)
 
 
-_open_shard = lru_cache(maxsize=_OPEN_FILES)(_Open)  # pread has no position, so threads and forked processes may share these
+_open_shard = lru_cache(maxsize=_OPEN_FILES)(
+    _Open
+)  # pread has no position, so threads and forked processes may share these
 
 
 def read_bytes(shard: Shard, offset: int, size: int) -> bytes:
@@ -80,12 +90,16 @@ def build_tar_index(base: Path, names: Sequence[str]) -> tuple[list[Shard], list
     """
     paths = [base / name for name in names]
     if missing := [str(path) for path in paths if not path.is_file()]:
-        raise DataError(f"{len(missing):,} of {len(paths):,} shards are not there: {some(map(shown, missing))} (--data-dir)")
+        raise DataError(
+            f"{len(missing):,} of {len(paths):,} shards are not there: {some(map(shown, missing))} (--data-dir)"
+        )
     with one_at_a_time(index_file(base.resolve()), f"indexing {base}"):
         return _build(base, names, paths)
 
 
-def _build(base: Path, names: Sequence[str], paths: Sequence[Path]) -> tuple[list[Shard], list[list[Entry]]]:
+def _build(
+    base: Path, names: Sequence[str], paths: Sequence[Path]
+) -> tuple[list[Shard], list[list[Entry]]]:
     try:
         shards = [_stat(path) for path in paths]
         kept = [load_index(index_file(Path(shard.path)), _about(shard)) for shard in shards]
@@ -93,17 +107,30 @@ def _build(base: Path, names: Sequence[str], paths: Sequence[Path]) -> tuple[lis
         if stale:
             log.info("reading the headers of %s shards in %s", f"{len(stale):,}", base)
         with threads() as pool:
-            found = list(pool.map(lambda number: _scan(shards[number], shown(names[number])), stale))
+            found = list(
+                pool.map(lambda number: _scan(shards[number], shown(names[number])), stale)
+            )
     except OSError as error:
-        raise DataError(f"{shown(str(error.filename or base))}: cannot be read: {error.strerror or error} (--data-dir)") from error
-    parts = [(partial(_content, shards[number]), entries) for number, entries in zip(stale, found, strict=True)]
+        raise DataError(
+            f"{shown(str(error.filename or base))}: cannot be read: {error.strerror or error} (--data-dir)"
+        ) from error
+    parts = [
+        (partial(_content, shards[number]), entries)
+        for number, entries in zip(stale, found, strict=True)
+    ]
     verified = verify_all(parts, str(base))
     unkept = 0
     for number, entries in zip(stale, found, strict=True):
         kept[number] = list(islice(verified, len(entries)))
-        unkept += not save_index(index_file(Path(shards[number].path)), _about(shards[number]), kept[number])
+        unkept += not save_index(
+            index_file(Path(shards[number].path)), _about(shards[number]), kept[number]
+        )
     if unkept:
-        log.warning("%s cannot be written: the indexes of %s shards are not kept and are made again next time", cache_dir(), unkept)
+        log.warning(
+            "%s cannot be written: the indexes of %s shards are not kept and are made again next time",
+            cache_dir(),
+            unkept,
+        )
     return shards, kept
 
 
@@ -129,14 +156,24 @@ def _scan(shard: Shard, name: str) -> list[Entry]:
     samples = _group(members, name)
     entries = []
     if odd := [shown(member) for member, key in samples.odd if key not in samples.images]:
-        log.warning("%s: %s images are in no sample, since a key ends at the first dot of the name: %s", name, f"{len(odd):,}", some(odd))
+        log.warning(
+            "%s: %s images are in no sample, since a key ends at the first dot of the name: %s",
+            name,
+            f"{len(odd):,}",
+            some(odd),
+        )
     if not samples.images:
-        seen = sorted({shown(match[2]) for member in members if (match := _KEY.fullmatch(member.name))})
+        seen = sorted(
+            {shown(match[2]) for member in members if (match := _KEY.fullmatch(member.name))}
+        )
         what = f"no images in it ({' '.join(EXTENSIONS)} after the first dot of the name)"
         raise DataError(f"{name}: {what}; it has {some(seen) or 'nothing'}")
     for key, image in samples.images.items():
         entry = Entry(image.name, "", image.offset, image.size, 0, 0, 0, "", False, PENDING)
-        if why := _WHY_NOT.get(image.kind, "" if image.size <= _LARGEST["image"] else f"{image.size:,} bytes are no image"):
+        if why := _WHY_NOT.get(
+            image.kind,
+            "" if image.size <= _LARGEST["image"] else f"{image.size:,} bytes are no image",
+        ):
             entries.append(entry._replace(error=why))
             continue
         try:
@@ -149,7 +186,9 @@ def _scan(shard: Shard, name: str) -> list[Entry]:
 class _Samples(NamedTuple):
     images: dict[str, Member]  # by key
     labels: dict[str, dict[str, Member]]  # by key, then by kind
-    odd: list[tuple[str, str]]  # names with a further dot before an image's extension, and their keys
+    odd: list[
+        tuple[str, str]
+    ]  # names with a further dot before an image's extension, and their keys
 
 
 def _group(members: Sequence[Member], shard: str) -> _Samples:
@@ -169,7 +208,9 @@ def _group(members: Sequence[Member], shard: str) -> _Samples:
             continue
         if other is not member:
             both = f"{shown(other.name)} and {shown(member.name)}"
-            raise DataError(f"{shard}: two members for one sample, {both}; a key needs one image and one label: write the shard again")
+            raise DataError(
+                f"{shard}: two members for one sample, {both}; a key needs one image and one label: write the shard again"
+            )
     return samples
 
 
@@ -191,5 +232,7 @@ def _label(shard: Shard, members: dict[str, Member]) -> int:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("its .json has no label") from None
     if type(value) is not int or not 0 <= value < 10**9:
-        raise ValueError(f"its .json has the label {shown(repr(value)[:20])}, which is no class number")
+        raise ValueError(
+            f"its .json has the label {shown(repr(value)[:20])}, which is no class number"
+        )
     return value

@@ -52,7 +52,9 @@ def read_members(descriptor: int, shard: str) -> tuple[list[Member], bool]:
     start = os.pread(descriptor, 8, 0)
     for magic, (name, tool) in _COMPRESSED.items():
         if start.startswith(magic):
-            raise DataError(f"{shard}: compressed with {name}, so its images cannot be read one by one: decompress it with {tool}")
+            raise DataError(
+                f"{shard}: compressed with {name}, so its images cannot be read one by one: decompress it with {tool}"
+            )
     members: list[Member] = []
     long_name, pax = "", dict[str, str]()
     position = 0
@@ -104,7 +106,9 @@ def read_members(descriptor: int, shard: str) -> tuple[list[Member], bool]:
 def _check_sum(header: bytes, where: str) -> None:
     said = _number(header[148:156], where)
     if sum(header) - sum(header[148:156]) + 8 * ord(" ") != said:
-        raise DataError(f"{where}: a header's checksum is wrong; copy it again (tar -tf lists what is there)")
+        raise DataError(
+            f"{where}: a header's checksum is wrong; copy it again (tar -tf lists what is there)"
+        )
 
 
 def _number(field: bytes, where: str) -> int:
@@ -113,13 +117,17 @@ def _number(field: bytes, where: str) -> int:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0")[0].strip()
     if not _OCTAL.fullmatch(digits):
-        raise DataError(f"{where}: a header has no number where one belongs; copy it again (tar -tf lists what is there)")
+        raise DataError(
+            f"{where}: a header has no number where one belongs; copy it again (tar -tf lists what is there)"
+        )
     return int(digits or b"0", 8)
 
 
 def _name(header: bytes) -> str:
     name = _text(header[:100])
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""  # GNU's own format has times there
+    prefix = (
+        _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    )  # GNU's own format has times there
     return f"{prefix}/{name}" if prefix else name
 
 
@@ -134,13 +142,21 @@ def _pax_records(content: bytes, where: str) -> dict[str, str]:
     while position < len(content) and content[position]:
         digits, _, _ = content[position : position + 20].partition(b" ")
         length = int(digits) if digits.isdigit() else 0
-        key, equals, value = content[position + len(digits) + 1 : position + length - 1].partition(b"=")
-        if length < len(digits) + 4 or content[position + length - 1 : position + length] != b"\n" or not equals:
+        key, equals, value = content[position + len(digits) + 1 : position + length - 1].partition(
+            b"="
+        )
+        if (
+            length < len(digits) + 4
+            or content[position + length - 1 : position + length] != b"\n"
+            or not equals
+        ):
             raise DataError(f"{where}: a pax header is damaged; copy it again")
         records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         position += length
     if not re.fullmatch(r"[0-9]{1,20}", records.get("size", "0")):
-        raise DataError(f"{where}: a pax header says the size {shown(records['size'][:40])}; copy it again")
+        raise DataError(
+            f"{where}: a pax header says the size {shown(records['size'][:40])}; copy it again"
+        )
     return records
 
 

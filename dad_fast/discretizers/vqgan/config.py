@@ -38,7 +38,9 @@ class VQGANConfig:
             values = value if isinstance(value, tuple) else (value,)
             most = MOST.get(field.name, 1 << 20)
             least = 0 if field.name == "attn_levels" else 1
-            if len(values) > 16 or not all(type(number) is int and least <= number <= most for number in values):
+            if len(values) > 16 or not all(
+                type(number) is int and least <= number <= most for number in values
+            ):
                 raise ValueError(f"{field.name} is {str(value)[:40]}")
         if not self.ch_mult:
             raise ValueError("ch_mult is empty")
@@ -55,7 +57,9 @@ class VQGANConfig:
 
 
 def _f16(n_embed: int) -> VQGANConfig:
-    return VQGANConfig(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), z_channels=256, embed_dim=256, n_embed=n_embed)
+    return VQGANConfig(
+        ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), z_channels=256, embed_dim=256, n_embed=n_embed
+    )
 
 
 PRESETS: dict[str, VQGANConfig] = {
@@ -70,32 +74,52 @@ def config_from_json(text: str, path: str | Path) -> VQGANConfig:
     """The config that `VQGAN.save` wrote as metadata. DataError (naming `path`) where it is not one."""
     known = {field.name for field in fields(VQGANConfig)}
     try:
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in json.loads(text).items()
+        }
     except (ValueError, AttributeError, RecursionError):
-        raise DataError(f"{path}: its metadata dad_fast.vqgan is not a JSON object; write the file again with VQGAN.save") from None
+        raise DataError(
+            f"{path}: its metadata dad_fast.vqgan is not a JSON object; write the file again with VQGAN.save"
+        ) from None
     if unknown := sorted(values.keys() - known):
-        raise DataError(f"{path}: unknown VQGAN setting {unknown[0]!r} in its metadata; it was written by another version of dad-fast")
+        raise DataError(
+            f"{path}: unknown VQGAN setting {unknown[0]!r} in its metadata; it was written by another version of dad-fast"
+        )
     try:
         return VQGANConfig(**values)
     except ValueError as error:
-        raise DataError(f"{path}: no VQGAN is as its metadata says ({error}); is the file damaged?") from None
+        raise DataError(
+            f"{path}: no VQGAN is as its metadata says ({error}); is the file damaged?"
+        ) from None
 
 
 def infer_config(state: Mapping[str, Tensor], path: str | Path) -> VQGANConfig:
     """The config that a taming state dict was made with, from its keys and shapes. DataError (naming `path`) where it is not a VQGAN."""
     if "quantize.embed.weight" in state:
-        raise DataError(f"{path}: this is a Gumbel VQGAN, which has another quantizer; use one with quantize.embedding.weight")
+        raise DataError(
+            f"{path}: this is a Gumbel VQGAN, which has another quantizer; use one with quantize.embedding.weight"
+        )
     try:
         ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
-        num_levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
-        num_blocks = 1 + max(int(key.split(".")[4]) for key in state if key.startswith("encoder.down.0.block."))
+        num_levels = 1 + max(
+            int(key.split(".")[2]) for key in state if key.startswith("encoder.down.")
+        )
+        num_blocks = 1 + max(
+            int(key.split(".")[4]) for key in state if key.startswith("encoder.down.0.block.")
+        )
         n_embed, embed_dim = state["quantize.embedding.weight"].shape
         return VQGANConfig(
             in_channels=in_channels,
             ch=ch,
-            ch_mult=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(num_levels)),
+            ch_mult=tuple(
+                state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch
+                for i in range(num_levels)
+            ),
             num_res_blocks=num_blocks,
-            attn_levels=tuple(i for i in range(num_levels) if f"encoder.down.{i}.attn.0.q.weight" in state),
+            attn_levels=tuple(
+                i for i in range(num_levels) if f"encoder.down.{i}.attn.0.q.weight" in state
+            ),
             z_channels=state["decoder.conv_in.weight"].shape[1],
             embed_dim=embed_dim,
             n_embed=n_embed,

@@ -41,8 +41,15 @@ class VQGANDiscretizer(Discretizer):
         weights_sha256: str | None = None,
     ) -> None:
         self.vqgan = vqgan.eval().requires_grad_(False)
-        self.precision, self.name, self.provenance, self.weights_sha256 = precision, name, provenance, weights_sha256
-        self.savings = (savings or VQGANOptimizations.none()) if precision.amp else VQGANOptimizations.none()
+        self.precision, self.name, self.provenance, self.weights_sha256 = (
+            precision,
+            name,
+            provenance,
+            weights_sha256,
+        )
+        self.savings = (
+            (savings or VQGANOptimizations.none()) if precision.amp else VQGANOptimizations.none()
+        )
         self.encoder_scale = self.decoder_scale = 1.0
         self.range_note = ""  # what fit_float16 did, for the log
         self._fuse()
@@ -65,7 +72,11 @@ class VQGANDiscretizer(Discretizer):
         EvalSet by `pixels` [B, 3, H, W], or by synthetic images (8 times further than those reach still fits). To be called before
         training: it runs encoder and decoder in float32 and reads the result on the host.
         """
-        halves = [half for half in ("encoder", "decoder") if stage_dtype(self.precision, half) == torch.float16]
+        halves = [
+            half
+            for half in ("encoder", "decoder")
+            if stage_dtype(self.precision, half) == torch.float16
+        ]
         if not halves:
             return ""
         if pixels is None:
@@ -76,7 +87,9 @@ class VQGANDiscretizer(Discretizer):
             setattr(self, f"{half}_scale", scale)
             if scale < 1.0:
                 layer, largest = max(getattr(found, half).items(), key=lambda item: item[1])
-                lines.append(f"{layer} reaches {largest:.3g}: the {half} runs at 2^{round(math.log2(scale))} of its scale to fit float16")
+                lines.append(
+                    f"{layer} reaches {largest:.3g}: the {half} runs at 2^{round(math.log2(scale))} of its scale to fit float16"
+                )
         self._fuse()
         self.range_note = "; ".join(lines)
         return self.range_note
@@ -127,7 +140,11 @@ class VQGANDiscretizer(Discretizer):
         return self.encode, lambda pixels: exact.encode(pixels.double())
 
     def stages(self) -> list[tuple[object, str, str]]:
-        return [(self, "encode", "encode"), (self, "decode", "decode"), (self.vqgan, "lookup", "lookup")]
+        return [
+            (self, "encode", "encode"),
+            (self, "decode", "decode"),
+            (self.vqgan, "lookup", "lookup"),
+        ]
 
 
 def load_file(argument: str, context: LoadContext) -> VQGANDiscretizer:

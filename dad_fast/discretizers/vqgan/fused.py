@@ -53,7 +53,11 @@ def _level(plain: Level, recipe: Recipe, name: str) -> dict[str, nn.Module]:
 
 def _middle(plain: Middle, recipe: Recipe) -> dict[str, nn.Module]:
     first, second = Block(plain.block_1, recipe), Block(plain.block_2, recipe)
-    return {"mid_block_1": first, "mid_attn_1": Attention(plain.attn_1, recipe), "mid_block_2": second}
+    return {
+        "mid_block_1": first,
+        "mid_attn_1": Attention(plain.attn_1, recipe),
+        "mid_block_2": second,
+    }
 
 
 class _Half(nn.Module):
@@ -68,7 +72,9 @@ class _Half(nn.Module):
         if device.type == "meta":  # where shapes and FLOP are counted there is none
             return nullcontext()
         enabled = not self.savings.cast and self.dtype in (torch.float16, torch.bfloat16)
-        return torch.autocast(device.type, self.dtype if enabled else torch.bfloat16, enabled=enabled)
+        return torch.autocast(
+            device.type, self.dtype if enabled else torch.bfloat16, enabled=enabled
+        )
 
 
 class FusedEncoder(_Half):
@@ -84,9 +90,14 @@ class FusedEncoder(_Half):
         self.quant_conv: Conv | None = None
         if self.savings.merge_1x1:
             (outer, shift), (inner, bias) = parameters(vqgan.quant_conv), parameters(plain.conv_out)
-            self.conv_out = Conv(compose(outer, inner), outer[..., 0, 0] @ bias + shift, last, padding=1)
+            self.conv_out = Conv(
+                compose(outer, inner), outer[..., 0, 0] @ bias + shift, last, padding=1
+            )
         else:
-            self.conv_out, self.quant_conv = Conv.like(plain.conv_out, last), Conv.like(vqgan.quant_conv, last)
+            self.conv_out, self.quant_conv = (
+                Conv.like(plain.conv_out, last),
+                Conv.like(vqgan.quant_conv, last),
+            )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Latents [B, D, H/f, W/f] of `pixels` [B, 3, H, W] in [0,1]."""
@@ -120,7 +131,9 @@ class FusedDecoder(_Half):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Pixels [B, 3, h*f, w*f] in [0,1] of `codes` int64 [B, h, w]."""
-        z = F.embedding(codes, self.table).permute(0, 3, 1, 2)  # [B, z_channels, h, w], NHWC in memory
+        z = F.embedding(codes, self.table).permute(
+            0, 3, 1, 2
+        )  # [B, z_channels, h, w], NHWC in memory
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         y, _ = self.norm_out(self.layers(Sum(self.conv_in(z))))

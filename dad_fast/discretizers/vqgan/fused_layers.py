@@ -29,7 +29,9 @@ class VQGANOptimizations:
     cast: bool = True  # weights in the stage's dtype once; off: autocast casts them at every call, and norms run in float32
     channels_last: bool = True  # NHWC, weights permuted once; on CUDA the group norm of older PyTorch leaves it again, norm_kernel never
     upsample: bool = True  # nearest-2x and 3x3 convolution as one transposed convolution on the small map: 4/9 of the FLOP
-    attention: bool = True  # scores h (Wq Wk) h and values h (Wv Wo): two projections instead of four
+    attention: bool = (
+        True  # scores h (Wq Wk) h and values h (Wv Wo): two projections instead of four
+    )
     merge_1x1: bool = True  # quant_conv inside conv_out, post_quant_conv inside the codebook
     norm_kernel: bool = False  # group norm, SiLU and the bias and residual before them in one op; on CUDA a Triton kernel not yet run there
 
@@ -52,7 +54,11 @@ class Recipe(NamedTuple):
 
     def laid_out(self, value: Tensor) -> Tensor:
         """A map or weight [N, C, H, W] in the recipe's memory format; where that is not chosen, as it comes."""
-        return value.contiguous(memory_format=torch.channels_last) if self.savings.channels_last else value
+        return (
+            value.contiguous(memory_format=torch.channels_last)
+            if self.savings.channels_last
+            else value
+        )
 
 
 class Sum(NamedTuple):
@@ -63,7 +69,11 @@ class Sum(NamedTuple):
     residual: Tensor | None = None  # [B, C, H, W]
 
     def total(self) -> Tensor:
-        x = self.x if self.channel_bias is None else self.x.add_(self.channel_bias.view(1, -1, 1, 1))
+        x = (
+            self.x
+            if self.channel_bias is None
+            else self.x.add_(self.channel_bias.view(1, -1, 1, 1))
+        )
         if self.residual is None:
             return x
         # In place where that leaves the residual stream in its memory format.
@@ -77,17 +87,33 @@ class Conv(nn.Module):
     bias: Tensor
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, recipe: Recipe, *, weight_scale: float | None = None, stride: int = 1, padding: int = 0
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        recipe: Recipe,
+        *,
+        weight_scale: float | None = None,
+        stride: int = 1,
+        padding: int = 0,
     ) -> None:
         super().__init__()
         self.stride, self.padding, self.norm_kernel = stride, padding, recipe.savings.norm_kernel
-        self.register_buffer("weight", recipe.tensor(weight * (recipe.scale if weight_scale is None else weight_scale)))
+        self.register_buffer(
+            "weight",
+            recipe.tensor(weight * (recipe.scale if weight_scale is None else weight_scale)),
+        )
         self.register_buffer("bias", recipe.tensor(bias * recipe.scale))
 
     @classmethod
     def like(cls, plain: nn.Conv2d, recipe: Recipe, weight_scale: float | None = None) -> Conv:
         stride, padding = plain.stride[0], plain.padding[0]
-        return cls(*parameters(plain), recipe, weight_scale=weight_scale, stride=stride, padding=int(padding))
+        return cls(
+            *parameters(plain),
+            recipe,
+            weight_scale=weight_scale,
+            stride=stride,
+            padding=int(padding),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -95,7 +121,9 @@ class Conv(nn.Module):
     def before_norm(self, x: Tensor, residual: Tensor | None = None) -> Sum:
         """The same plus `residual`, for a norm to take."""
         if self.norm_kernel:
-            return Sum(F.conv2d(x, self.weight, None, self.stride, self.padding), self.bias, residual)
+            return Sum(
+                F.conv2d(x, self.weight, None, self.stride, self.padding), self.bias, residual
+            )
         return Sum(self(x), None, residual)
 
 
@@ -107,7 +135,12 @@ class Norm(nn.Module):
 
     def __init__(self, plain: nn.GroupNorm, recipe: Recipe, silu: bool = True) -> None:
         super().__init__()
-        self.groups, self.eps, self.silu, self.kernel = plain.num_groups, plain.eps * recipe.scale**2, silu, recipe.savings.norm_kernel
+        self.groups, self.eps, self.silu, self.kernel = (
+            plain.num_groups,
+            plain.eps * recipe.scale**2,
+            silu,
+            recipe.savings.norm_kernel,
+        )
         if self.kernel:
             recipe = recipe._replace(dtype=torch.float32)  # in which it computes
         self.register_buffer("weight", recipe.tensor(plain.weight))
@@ -118,8 +151,12 @@ class Norm(nn.Module):
         if self.kernel:
             args = (self.weight, self.bias, self.groups, self.eps)
             if terms.residual is not None:
-                return add_group_norm_silu(terms.x, terms.residual, *args, silu=self.silu, channel_bias=terms.channel_bias)
-            return group_norm_silu(terms.x, *args, silu=self.silu, channel_bias=terms.channel_bias), terms.x
+                return add_group_norm_silu(
+                    terms.x, terms.residual, *args, silu=self.silu, channel_bias=terms.channel_bias
+                )
+            return group_norm_silu(
+                terms.x, *args, silu=self.silu, channel_bias=terms.channel_bias
+            ), terms.x
         x = terms.total()
         y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
         return F.silu(y, inplace=True) if self.silu else y, x
@@ -130,7 +167,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = Norm(plain.norm1, recipe), Conv.like(plain.conv1, recipe)
         self.norm2, self.conv2 = Norm(plain.norm2, recipe), Conv.like(plain.conv2, recipe)
-        self.shortcut = None if plain.nin_shortcut is None else Conv.like(plain.nin_shortcut, recipe, 1.0)
+        self.shortcut = (
+            None if plain.nin_shortcut is None else Conv.like(plain.nin_shortcut, recipe, 1.0)
+        )
 
     def forward(self, terms: Sum) -> Sum:
         h, x = self.norm1(terms)
@@ -152,11 +191,15 @@ class Attention(nn.Module):
         self.attend = wide_attention(plain.q.weight.device, plain.q.out_channels)
         self.k = self.v = None
         if recipe.savings.attention:
-            (wq, bq), (wk, _), (wv, bv), (wo, bo) = map(parameters, (plain.q, plain.k, plain.v, plain.proj_out))
+            (wq, bq), (wk, _), (wv, bv), (wo, bo) = map(
+                parameters, (plain.q, plain.k, plain.v, plain.proj_out)
+            )
             self.q = Conv(compose(wk.transpose(0, 1), wq), wk[..., 0, 0].T @ bq, recipe)
             self.proj_out = Conv(compose(wo, wv), wo[..., 0, 0] @ bv + bo, recipe)
         else:
-            self.q, self.k, self.v = (Conv.like(conv, recipe) for conv in (plain.q, plain.k, plain.v))
+            self.q, self.k, self.v = (
+                Conv.like(conv, recipe) for conv in (plain.q, plain.k, plain.v)
+            )
             self.proj_out = Conv.like(plain.proj_out, recipe, 1.0)  # v has the scale
             self.scale /= recipe.scale  # so have both q and k
 
@@ -184,7 +227,9 @@ class Up(nn.Module):
         if self.transposed:
             weight, bias = parameters(plain.conv)
             taps = weight.new_tensor(UPSAMPLED_TAPS)
-            self.conv = Conv(torch.einsum("ty,sx,oiyx->iots", taps, taps, weight), bias, recipe, weight_scale=1.0)
+            self.conv = Conv(
+                torch.einsum("ty,sx,oiyx->iots", taps, taps, weight), bias, recipe, weight_scale=1.0
+            )
         else:
             self.conv = Conv.like(plain.conv, recipe, 1.0)
 

@@ -38,7 +38,9 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.nin_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -60,7 +62,9 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         # [B, C, H, W] -> [B, 1, HW, C]
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        q, k, v = (
+            conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v)
+        )
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
@@ -71,7 +75,9 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as the published weights were trained
+        return self.conv(
+            F.pad(x, (0, 1, 0, 1))
+        )  # right and bottom only, as the published weights were trained
 
 
 class Upsample(nn.Module):
@@ -86,10 +92,17 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution; each is followed by attention where the level has it."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, groups: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, groups: int
+    ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(out_channels if i else in_channels, out_channels, groups) for i in range(num_blocks))
-        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0))
+        self.block = nn.ModuleList(
+            ResnetBlock(out_channels if i else in_channels, out_channels, groups)
+            for i in range(num_blocks)
+        )
+        self.attn = nn.ModuleList(
+            AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -144,7 +157,9 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], cfg.norm_groups)
         self.up = nn.ModuleList()
         for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
-            level = Level(before, width, cfg.num_res_blocks + 1, i in cfg.attn_levels, cfg.norm_groups)
+            level = Level(
+                before, width, cfg.num_res_blocks + 1, i in cfg.attn_levels, cfg.norm_groups
+            )
             if i > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
@@ -217,7 +232,9 @@ class VQGAN(nn.Module):
         """
         codebook = self.codebook.detach()
         with torch.autocast(latents.device.type, enabled=False):
-            traced = torch.compiler.is_compiling() or type(latents) is not Tensor  # a fake tensor has no values to prepare
+            traced = (
+                torch.compiler.is_compiling() or type(latents) is not Tensor
+            )  # a fake tensor has no values to prepare
             if traced or self.codebook.requires_grad or codebook.is_inference():
                 return nearest_code(latents.detach().float(), codebook.float())
             return self.search().search(latents.float())
@@ -230,8 +247,13 @@ class VQGAN(nn.Module):
         now = (self.codebook._version, codebook.data_ptr(), codebook.device, codebook.dtype)
         changed = now != self._searched
         if self._search is not None and not changed and codebook.device.type == "cpu":
-            both = (values.float().contiguous().view(torch.int32).numpy() for values in (self._search.codebook, codebook))
-            changed = not np.array_equal(*both)  # numpy's: torch.equal counts as waiting for a device where steps are traced
+            both = (
+                values.float().contiguous().view(torch.int32).numpy()
+                for values in (self._search.codebook, codebook)
+            )
+            changed = not np.array_equal(
+                *both
+            )  # numpy's: torch.equal counts as waiting for a device where steps are traced
         if self._search is None or changed:
             self._search, self._searched = CodebookSearch(codebook), now
         return self._search
@@ -253,7 +275,11 @@ class VQGAN(nn.Module):
 
     def save(self, path: str | Path, seen: str) -> None:
         """Write a safetensors file that `load` reads without guessing; `seen` says what the model was trained on."""
-        write_safetensors(path, self.state_dict(), {"dad_fast.vqgan": json.dumps(asdict(self.config)), "dad_fast.seen": seen})
+        write_safetensors(
+            path,
+            self.state_dict(),
+            {"dad_fast.vqgan": json.dumps(asdict(self.config)), "dad_fast.seen": seen},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> VQGAN:
@@ -276,6 +302,8 @@ class VQGAN(nn.Module):
             with torch.device("meta"):  # no random weights that the file's would replace
                 model = cls(config)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise DataError(f"{path}: no VQGAN can be made of {config} ({error}); is the file damaged?") from None
+            raise DataError(
+                f"{path}: no VQGAN can be made of {config} ({error}); is the file damaged?"
+            ) from None
         load_strictly(model, state, path)
         return model, metadata.get("dad_fast.seen", "not recorded in the weights")

@@ -15,7 +15,9 @@ from dad_fast.methods.noise import keyed_uniform
 # A corruption takes pixels [B, C, H, W] in [0, 1], its constants for one severity, keys int64 [B] and the stream of its draws.
 
 
-def defocus_blur(x: Tensor, radius_and_alias: tuple[float, float], keys: Tensor, stream: int) -> Tensor:
+def defocus_blur(
+    x: Tensor, radius_and_alias: tuple[float, float], keys: Tensor, stream: int
+) -> Tensor:
     kernel = disk(*radius_and_alias).to(x)
     half = len(kernel) // 2
     padded = F.pad(x, (half, half, half, half), mode="reflect")
@@ -27,7 +29,9 @@ def disk(radius: float, alias_blur: float) -> Tensor:
     half, taps = (8, 3) if radius <= 8 else (int(radius), 5)
     grid = torch.arange(-half, half + 1, dtype=torch.float64)
     kernel = (grid[:, None] ** 2 + grid**2 <= radius**2).double()
-    gauss = torch.exp(-0.5 * ((torch.arange(taps, dtype=torch.float64) - taps // 2) / alias_blur) ** 2)
+    gauss = torch.exp(
+        -0.5 * ((torch.arange(taps, dtype=torch.float64) - taps // 2) / alias_blur) ** 2
+    )
     gauss = gauss / gauss.sum()
     padded = F.pad((kernel / kernel.sum())[None, None], (taps // 2,) * 4, mode="reflect")
     kernel = F.conv2d(padded, (gauss[:, None] * gauss)[None, None])[0, 0]
@@ -39,8 +43,12 @@ def glass_blur(x: Tensor, constants: tuple[float, int, int], keys: Tensor, strea
     """Gaussian blur, pixels that change places within `reach`, Gaussian blur again."""
     sigma, reach, passes = constants
     height, width = x.shape[-2:]
-    down, across = (gaussian_matrix(side, sigma, 4.0, "nearest").to(x.device) for side in (height, width))
-    levels = (down @ x.double() @ across.T * 255 + 1e-6).floor()  # as stored in 8 bits; rounding must not decide what is whole
+    down, across = (
+        gaussian_matrix(side, sigma, 4.0, "nearest").to(x.device) for side in (height, width)
+    )
+    levels = (
+        down @ x.double() @ across.T * 255 + 1e-6
+    ).floor()  # as stored in 8 bits; rounding must not decide what is whole
     for i in range(passes):
         draws = keyed_uniform(keys, (2, height, width), stream + i)
         levels = shuffle(levels, (draws * 2 * reach).long() - reach, reach)
@@ -59,17 +67,23 @@ def shuffle(x: Tensor, moves: Tensor, reach: int) -> Tensor:
     place = torch.arange(size, device=x.device)
     row, column = place // width, place % width
     moved = (row > reach) & (row <= height - reach) & (column > reach) & (column <= width - reach)
-    source = torch.where(moved, place + moves[:, 1].flatten(1) * width + moves[:, 0].flatten(1), place)  # [B, H * W]
+    source = torch.where(
+        moved, place + moves[:, 1].flatten(1) * width + moves[:, 0].flatten(1), place
+    )  # [B, H * W]
     follows = (source > place) & moved[source]
     # The first `size` nodes are pixels after the pass, the others pixels before it, where every chain ends.
-    chain = torch.cat((torch.where(follows, source, source + size), (place + size).expand(batch, -1)), dim=1)
+    chain = torch.cat(
+        (torch.where(follows, source, source + size), (place + size).expand(batch, -1)), dim=1
+    )
     while not (further := chain.gather(1, chain)).equal(chain):
         chain = further
     ends = chain[:, None, :size] - size
     return x.flatten(2).gather(2, ends.expand(-1, channels, -1)).view_as(x)
 
 
-def gaussian_matrix(side: int, sigma: float, truncate: float, edge: Literal["nearest", "reflect"]) -> Tensor:
+def gaussian_matrix(
+    side: int, sigma: float, truncate: float, edge: Literal["nearest", "reflect"]
+) -> Tensor:
     """A Gaussian filter along one axis as a matrix, float64 [side, side]: scipy's weights up to `truncate` sigmas and its edge modes."""
     if sigma == 0:
         return torch.eye(side, dtype=torch.float64)
@@ -86,7 +100,9 @@ def gaussian_matrix(side: int, sigma: float, truncate: float, edge: Literal["nea
     return matrix.scatter_add_(1, taken, (weights / weights.sum()).expand(side, -1))
 
 
-def motion_blur(x: Tensor, radius_and_sigma: tuple[int, float], keys: Tensor, stream: int) -> Tensor:
+def motion_blur(
+    x: Tensor, radius_and_sigma: tuple[int, float], keys: Tensor, stream: int
+) -> Tensor:
     return streak(x, random_angle(keys, -45, 45, stream), *radius_and_sigma)
 
 
@@ -110,7 +126,9 @@ def streak(x: Tensor, angles: Tensor, radius: int, sigma: float) -> Tensor:
     for i, weight in enumerate(weights):
         row = (rows + down[:, i, None, None]).clamp(0, height - 1)
         column = (columns + across[:, i, None, None]).clamp(0, width - 1)
-        index = (row * width + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)  # [B, C, H * W]
+        index = (
+            (row * width + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+        )  # [B, C, H * W]
         total += weight * flat.gather(2, index).view_as(x)
     return total
 
@@ -129,6 +147,11 @@ def enlarge(x: Tensor, factor: float) -> Tensor:
     crop_h, crop_w = math.ceil(height / factor), math.ceil(width / factor)
     top, left = (height - crop_h) // 2, (width - crop_w) // 2
     size = (round(crop_h * factor), round(crop_w * factor))
-    large = F.interpolate(x[..., top : top + crop_h, left : left + crop_w], size=size, mode="bilinear", align_corners=True)
+    large = F.interpolate(
+        x[..., top : top + crop_h, left : left + crop_w],
+        size=size,
+        mode="bilinear",
+        align_corners=True,
+    )
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return large[..., top : top + height, left : left + width]

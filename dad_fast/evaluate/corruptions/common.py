@@ -25,13 +25,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dad_fast.evaluate.corruptions.blur import defocus_blur, gaussian_matrix, glass_blur, motion_blur, zoom_blur
+from dad_fast.evaluate.corruptions.blur import (
+    defocus_blur,
+    gaussian_matrix,
+    glass_blur,
+    motion_blur,
+    zoom_blur,
+)
 from dad_fast.evaluate.corruptions.weather import brightness, fog, frost, snow
 from dad_fast.methods.noise import keyed_normal, keyed_uniform
 
 SMALL_SIDE = 64
 # What a table says beside a corruption that is not the published one.
-REMARKS = {"frost": "the ice is drawn by a program; the published sets add photographs of it, so their numbers are others"}
+REMARKS = {
+    "frost": "the ice is drawn by a program; the published sets add photographs of it, so their numbers are others"
+}
 
 # Each works on pixels [B, 3, H, W] in [0, 1]; the caller clamps. `stream` makes the draws belong to one corruption and severity.
 
@@ -44,7 +52,9 @@ def _shot_noise(x: Tensor, photons: float, keys: Tensor, stream: int) -> Tensor:
     """Poisson(x * photons) / photons, by inversion: the 256 pixel values have 256 distribution functions, laid end to end in one
     sorted table (row v holds v + CDF), so that one search finds every count."""
     levels = torch.arange(256, device=x.device, dtype=torch.float64)
-    counts = torch.arange(int(photons + 8 * math.sqrt(photons) + 20), device=x.device, dtype=torch.float64)
+    counts = torch.arange(
+        int(photons + 8 * math.sqrt(photons) + 20), device=x.device, dtype=torch.float64
+    )
     rate = levels[:, None] / 255 * photons  # [256, 1]
     log_pmf = torch.special.xlogy(counts, rate) - rate - torch.lgamma(counts + 1)  # [256, K]
     table = levels[:, None] + log_pmf.exp().cumsum(dim=1).clamp(max=1)
@@ -64,21 +74,37 @@ def _contrast(x: Tensor, factor: float, keys: Tensor, stream: int) -> Tensor:
     return (x - mean) * factor + mean
 
 
-def _elastic_transform(x: Tensor, constants: tuple[float, float, float], keys: Tensor, stream: int) -> Tensor:
+def _elastic_transform(
+    x: Tensor, constants: tuple[float, float, float], keys: Tensor, stream: int
+) -> Tensor:
     """A random affine map of the middle, then a random smooth displacement; lengths in pixels. Exact bilinear sampling of both."""
     alpha, sigma, reach = constants
     height, width = x.shape[-2:]
     middle_x, middle_y, third = width // 2, height // 2, min(height, width) // 3
-    before = torch.tensor(((third, third), (third, -third), (-third, -third)), device=x.device, dtype=torch.float64)
+    before = torch.tensor(
+        ((third, third), (third, -third), (-third, -third)), device=x.device, dtype=torch.float64
+    )
     before += torch.tensor((middle_x, middle_y), device=x.device)
-    after = before + reach * (2 * keyed_uniform(keys, (3, 2), stream).double() - 1)  # [B, 3, 2 (x, y)]
+    after = before + reach * (
+        2 * keyed_uniform(keys, (3, 2), stream).double() - 1
+    )  # [B, 3, 2 (x, y)]
     ones = torch.ones_like(after[..., :1])
-    back = torch.linalg.solve(torch.cat((after, ones), dim=-1), before.expand_as(after))  # [B, 3, 2]: (x, y, 1) there -> (x, y) here
-    rows, columns = (torch.arange(side, device=x.device, dtype=torch.float64) for side in (height, width))
-    grid = torch.stack((columns.expand(height, -1), rows[:, None].expand(-1, width)), dim=-1)  # [H, W, 2 (x, y)]
-    warped = _sample(x.double(), (grid @ back[:, None, :2] + back[:, None, 2:]), around_centres=True)
+    back = torch.linalg.solve(
+        torch.cat((after, ones), dim=-1), before.expand_as(after)
+    )  # [B, 3, 2]: (x, y, 1) there -> (x, y) here
+    rows, columns = (
+        torch.arange(side, device=x.device, dtype=torch.float64) for side in (height, width)
+    )
+    grid = torch.stack(
+        (columns.expand(height, -1), rows[:, None].expand(-1, width)), dim=-1
+    )  # [H, W, 2 (x, y)]
+    warped = _sample(
+        x.double(), (grid @ back[:, None, :2] + back[:, None, 2:]), around_centres=True
+    )
 
-    down, across = (gaussian_matrix(side, sigma, 3.0, "reflect").to(x.device) for side in (height, width))
+    down, across = (
+        gaussian_matrix(side, sigma, 3.0, "reflect").to(x.device) for side in (height, width)
+    )
     noise = 2 * keyed_uniform(keys, (2, height, width), stream + 1).double() - 1
     shift = (alpha * (down @ noise @ across.T)).permute(0, 2, 3, 1)  # [B, H, W, 2 (x, y)]
     return _sample(warped, grid + shift, around_centres=False).float()
@@ -88,7 +114,9 @@ def _sample(x: Tensor, where: Tensor, around_centres: bool) -> Tensor:
     """`x` [B, C, H, W] at the places `where` [B, H, W, 2 (x, y)] in pixels; mirrored around the outermost pixels' centres or edges."""
     size = torch.tensor((x.shape[3], x.shape[2]), device=x.device, dtype=x.dtype)
     unit = 2 * where / (size - 1) - 1 if around_centres else (2 * where + 1) / size - 1
-    return F.grid_sample(x, unit, mode="bilinear", padding_mode="reflection", align_corners=around_centres)
+    return F.grid_sample(
+        x, unit, mode="bilinear", padding_mode="reflection", align_corners=around_centres
+    )
 
 
 def _pixelate(x: Tensor, share: float, keys: Tensor, stream: int) -> Tensor:
@@ -124,7 +152,9 @@ def _invert(x: Tensor, nothing: None, keys: Tensor, stream: int) -> Tensor:
 
 
 def _factors(*ends_and_steps: tuple[float, float]) -> tuple[list[float], ...]:
-    return tuple(np.arange(1, end, step).tolist() for end, step in ends_and_steps)  # as published, with its rounding
+    return tuple(
+        np.arange(1, end, step).tolist() for end, step in ends_and_steps
+    )  # as published, with its rounding
 
 
 def _in_pixels(side: int, *shares: tuple[float, float, float]) -> tuple[tuple[float, ...], ...]:
@@ -133,9 +163,17 @@ def _in_pixels(side: int, *shares: tuple[float, float, float]) -> tuple[tuple[fl
 
 # In the order of ImageNet-C's folders; name: (function, CIFAR-10-C's constants for severities 1 to 5, ImageNet-C's)
 _TABLE: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any]]] = {
-    "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "gaussian_noise": (
+        _gaussian_noise,
+        (0.04, 0.06, 0.08, 0.09, 0.10),
+        (0.08, 0.12, 0.18, 0.26, 0.38),
+    ),
     "shot_noise": (_shot_noise, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
-    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
+    "impulse_noise": (
+        _impulse_noise,
+        (0.01, 0.02, 0.03, 0.05, 0.07),
+        (0.03, 0.06, 0.09, 0.17, 0.27),
+    ),
     "defocus_blur": (
         defocus_blur,
         ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
@@ -159,12 +197,18 @@ _TABLE: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any]]] = 
     "snow": (
         snow,
         (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
         ),
         (
-            (0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
         ),
     ),
     "frost": (
@@ -172,18 +216,36 @@ _TABLE: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any]]] = 
         ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
         ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
     ),
-    "fog": (fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)), ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
+    "fog": (
+        fog,
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+    ),
     "brightness": (brightness, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
     "elastic_transform": (
         _elastic_transform,
-        _in_pixels(32, (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
-        _in_pixels(244, (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),  # 244, as published
+        _in_pixels(
+            32,
+            (0, 0, 0.08),
+            (0.05, 0.2, 0.07),
+            (0.08, 0.06, 0.06),
+            (0.1, 0.04, 0.05),
+            (0.1, 0.03, 0.03),
+        ),
+        _in_pixels(
+            244,
+            (2, 0.7, 0.1),
+            (2, 0.08, 0.2),
+            (0.05, 0.01, 0.02),
+            (0.07, 0.01, 0.02),
+            (0.12, 0.01, 0.02),
+        ),  # 244, as published
     ),
     "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
     "invert": (_invert, (None,), (None,)),
-}  # fmt: skip
+}
 STANDARD = tuple(name for name in _TABLE if name != "invert")  # the 15 of ImageNet-C
 
 
@@ -203,4 +265,6 @@ def num_severities(name: str) -> int:
     return len(_TABLE[name][1])
 
 
-CORRUPTIONS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {name: partial(corrupt, name) for name in _TABLE}
+CORRUPTIONS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
+    name: partial(corrupt, name) for name in _TABLE
+}

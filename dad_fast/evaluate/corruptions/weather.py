@@ -13,7 +13,12 @@ LUMA = (0.299, 0.587, 0.114)
 ICE_COLOR, ICE_CONTRAST = (0.56, 0.65, 0.69), 0.09
 
 
-def snow(x: Tensor, constants: tuple[float, float, float, float, int, float, float], keys: Tensor, stream: int) -> Tensor:
+def snow(
+    x: Tensor,
+    constants: tuple[float, float, float, float, int, float, float],
+    keys: Tensor,
+    stream: int,
+) -> Tensor:
     """Thresholded noise, enlarged and blown in one direction, twice (the second time upside down), over a whitened image."""
     mean, spread, zoom, threshold, radius, sigma, kept = constants
     flakes = enlarge(mean + spread * keyed_normal(keys, (1, *x.shape[-2:]), stream), zoom)
@@ -36,10 +41,16 @@ def ice(keys: Tensor, height: int, width: int, stream: int) -> Tensor:
     needles = torch.full((len(keys), 1, height, width), -torch.inf, device=keys.device)
     for i in range(6):
         noise = keyed_normal(keys, (1, height, width), stream + 2 * i)
-        needles = torch.maximum(needles, streak(noise, random_angle(keys, 0, 360, stream + 2 * i + 1), 6, 4.0))
-    clouds = plasma(keys, 1 << (max(height, width) - 1).bit_length(), 2.0, stream + 16)[:, None, :height, :width]
+        needles = torch.maximum(
+            needles, streak(noise, random_angle(keys, 0, 360, stream + 2 * i + 1), 6, 4.0)
+        )
+    clouds = plasma(keys, 1 << (max(height, width) - 1).bit_length(), 2.0, stream + 16)[
+        :, None, :height, :width
+    ]
     texture = standardized(needles) + 0.5 * standardized(clouds)
-    return torch.tensor(ICE_COLOR, device=keys.device).view(1, 3, 1, 1) + ICE_CONTRAST * standardized(texture)
+    return torch.tensor(ICE_COLOR, device=keys.device).view(
+        1, 3, 1, 1
+    ) + ICE_CONTRAST * standardized(texture)
 
 
 def standardized(x: Tensor) -> Tensor:
@@ -52,7 +63,9 @@ def fog(x: Tensor, strength_and_decay: tuple[float, float], keys: Tensor, stream
     strength, decay = strength_and_decay
     height, width = x.shape[-2:]
     brightest = x.amax(dim=(1, 2, 3), keepdim=True)
-    haze = plasma(keys, 1 << (max(height, width) - 1).bit_length(), decay, stream)[:, None, :height, :width]
+    haze = plasma(keys, 1 << (max(height, width) - 1).bit_length(), decay, stream)[
+        :, None, :height, :width
+    ]
     return (x + strength * haze) * brightest / (brightest + strength)
 
 

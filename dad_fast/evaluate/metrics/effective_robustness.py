@@ -50,23 +50,34 @@ def fit(pairs: Sequence[tuple[float, float]]) -> Line | None:
     return Line(slope, intercept, 1 - left / spread if spread else 1.0, len(kept))
 
 
-def effective_robustness(baselines: Sequence[Mapping[str, float]], top1: Mapping[str, float], id_suite: str) -> dict[str, dict[str, Any]]:
+def effective_robustness(
+    baselines: Sequence[Mapping[str, float]], top1: Mapping[str, float], id_suite: str
+) -> dict[str, dict[str, Any]]:
     """For every suite that the baselines know besides `id_suite`: what the line expects, and how much the model has beyond it, in points.
 
     baselines: accuracy in percent by suite, of each model. top1: the judged model's. Raises DataError where no line can be fitted.
     """
     found = {}
     for suite, accuracy in top1.items():
-        pairs = [(one[id_suite], one[suite]) for one in baselines if id_suite in one and suite in one]
+        pairs = [
+            (one[id_suite], one[suite]) for one in baselines if id_suite in one and suite in one
+        ]
         if suite == id_suite or not pairs:
             continue
         line = fit(pairs)
         if line is None:
             have = f"{len(pairs)} baselines have {id_suite} and {suite}"
-            raise DataError(f"--baselines: {have}, too few or too alike for a line (three that differ, not 0 or 100 %)")
+            raise DataError(
+                f"--baselines: {have}, too few or too alike for a line (three that differ, not 0 or 100 %)"
+            )
         expected = line.expected(top1[id_suite]) if 0 < top1[id_suite] < 100 else None
         effective = None if expected is None else accuracy - expected
-        found[suite] = {"id": id_suite, "expected": expected, "effective": effective, **line._asdict()}
+        found[suite] = {
+            "id": id_suite,
+            "expected": expected,
+            "effective": effective,
+            **line._asdict(),
+        }
     if not found:
         known = sorted({suite for one in baselines for suite in one})
         raise DataError(
@@ -83,11 +94,17 @@ def read_baselines(path: str | Path) -> list[dict[str, float]]:
     where = f"--baselines {shown(str(path))}"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if str(path).endswith(".json") else list(csv.DictReader(text.splitlines()))
+        rows = (
+            json.loads(text)
+            if str(path).endswith(".json")
+            else list(csv.DictReader(text.splitlines()))
+        )
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{where}: not a readable table ({' '.join(str(error).split())})") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{where}: needs a row for each baseline and a column for each suite, top-1 in percent")
+        raise DataError(
+            f"{where}: needs a row for each baseline and a column for each suite, top-1 in percent"
+        )
     return [_accuracies(where, number, row) for number, row in enumerate(rows, start=1)]
 
 
@@ -99,7 +116,11 @@ def _accuracies(where: str, number: int, row: Mapping[Any, Any]) -> dict[str, fl
         try:
             found[str(suite)] = float(value)
         except (TypeError, ValueError, OverflowError):
-            raise DataError(f"{where}, baseline {number}: {shown(str(suite))} is {shown(str(value))[:40]!r}, not an accuracy") from None
+            raise DataError(
+                f"{where}, baseline {number}: {shown(str(suite))} is {shown(str(value))[:40]!r}, not an accuracy"
+            ) from None
         if not 0 <= found[str(suite)] <= 100:
-            raise DataError(f"{where}, baseline {number}: {shown(str(suite))} is {found[str(suite)]:g}, not an accuracy in percent")
+            raise DataError(
+                f"{where}, baseline {number}: {shown(str(suite))} is {found[str(suite)]:g}, not an accuracy in percent"
+            )
     return found

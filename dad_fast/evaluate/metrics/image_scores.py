@@ -23,7 +23,9 @@ NUM_BINS = 15
 SCORES = ("prediction", "correct", "top5", "confidence", "nll", "brier", "energy", "entropy")
 
 
-def image_scores(logits: Tensor, labels: Tensor, columns: Tensor | None = None, accepted: Tensor | None = None) -> Tensor:
+def image_scores(
+    logits: Tensor, labels: Tensor, columns: Tensor | None = None, accepted: Tensor | None = None
+) -> Tensor:
     """float64 [B, 8] on the device of the logits: the columns of SCORES for every image.
 
     prediction is an output of the model (-1 for a row that is not finite); correct and top5 are 0 or 1; energy is
@@ -40,7 +42,11 @@ def image_scores(logits: Tensor, labels: Tensor, columns: Tensor | None = None, 
     logits = (logits if columns is None else logits.index_select(1, columns)).double()
     classes = torch.arange(logits.shape[1], device=logits.device)
     known = labels >= 0
-    right = classes == labels[:, None] if accepted is None else accepted[labels.clamp(min=0)] & known[:, None]  # [B, K]
+    right = (
+        classes == labels[:, None]
+        if accepted is None
+        else accepted[labels.clamp(min=0)] & known[:, None]
+    )  # [B, K]
     finite = logits.isfinite().all(dim=1)
     best = logits.amax(dim=1, keepdim=True)  # [B, 1]
     own = logits.where(right, -torch.inf).amax(dim=1, keepdim=True)  # [B, 1]
@@ -57,10 +63,15 @@ def image_scores(logits: Tensor, labels: Tensor, columns: Tensor | None = None, 
     brier = (p * p * ~right).sum(dim=1) + (1 - p_right) ** 2
     judged = finite & known
     columns_of = (
-        prediction.where(finite, -1), top1, top5, p.amax(dim=1).where(finite, 0.0),
-        nll.where(judged, torch.nan), brier.where(judged, torch.nan),
-        logits.logsumexp(dim=1).where(finite, torch.nan), torch.special.entr(p).sum(dim=1).where(finite, torch.nan),
-    )  # fmt: skip
+        prediction.where(finite, -1),
+        top1,
+        top5,
+        p.amax(dim=1).where(finite, 0.0),
+        nll.where(judged, torch.nan),
+        brier.where(judged, torch.nan),
+        logits.logsumexp(dim=1).where(finite, torch.nan),
+        torch.special.entr(p).sum(dim=1).where(finite, torch.nan),
+    )
     return torch.stack([column.double() for column in columns_of], dim=1)
 
 
@@ -93,12 +104,23 @@ def confidence_bins(confidence: np.ndarray) -> np.ndarray:
 
 
 def _calibration_error(bins: np.ndarray, correct: np.ndarray, confidence: np.ndarray) -> float:
-    hits, sure = (np.bincount(bins, weights=values, minlength=NUM_BINS) for values in (correct, confidence))
+    hits, sure = (
+        np.bincount(bins, weights=values, minlength=NUM_BINS) for values in (correct, confidence)
+    )
     return float(np.abs(hits - sure).sum() / len(correct))
 
 
-def _reliability(bins: np.ndarray, correct: np.ndarray, confidence: np.ndarray) -> dict[str, list[Any]]:
+def _reliability(
+    bins: np.ndarray, correct: np.ndarray, confidence: np.ndarray
+) -> dict[str, list[Any]]:
     """Of each of the 15 equal bins its number of images, mean confidence and accuracy (fractions; 0 where the bin is empty)."""
-    count, sure, hits = (np.bincount(bins, weights=w, minlength=NUM_BINS) for w in (np.ones_like(correct), confidence, correct))
+    count, sure, hits = (
+        np.bincount(bins, weights=w, minlength=NUM_BINS)
+        for w in (np.ones_like(correct), confidence, correct)
+    )
     each = np.maximum(count, 1)
-    return {"count": count.astype(int).tolist(), "confidence": (sure / each).tolist(), "accuracy": (hits / each).tolist()}
+    return {
+        "count": count.astype(int).tolist(),
+        "confidence": (sure / each).tolist(),
+        "accuracy": (hits / each).tolist(),
+    }

@@ -20,7 +20,9 @@ def mean_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float
     """
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= _FEW:
-        draws = np.random.default_rng(_SEED).multinomial(len(values), counts / len(values), size=resamples)  # [R, distinct]
+        draws = np.random.default_rng(_SEED).multinomial(
+            len(values), counts / len(values), size=resamples
+        )  # [R, distinct]
         means = draws @ distinct / len(values)
     else:
         means = np.array([values[rows].mean() for rows in resampled(len(values), resamples)])

@@ -15,17 +15,27 @@ import numpy as np
 from dad_fast.evaluate.metrics.predictions import Records
 
 METRICS = ("auroc", "aupr", "aupr_out", "fpr95")
-_SIGN = {"max-softmax": ("confidence", 1), "energy": ("energy", 1), "entropy": ("entropy", -1)}  # score: (field of the records, sign)
+_SIGN = {
+    "max-softmax": ("confidence", 1),
+    "energy": ("energy", 1),
+    "entropy": ("entropy", -1),
+}  # score: (field of the records, sign)
 
 
 def detect(known: Records, unknown: Records) -> dict[str, dict[str, float]]:
     """For each score AUROC, AUPR, AUPR-out and FPR95, in percent."""
-    return {name: metrics(sign * known[field], sign * unknown[field]) for name, (field, sign) in _SIGN.items()}
+    return {
+        name: metrics(sign * known[field], sign * unknown[field])
+        for name, (field, sign) in _SIGN.items()
+    }
 
 
 def metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
     """Of the scores of known and unknown images, float [N] and [M]. Scores that are not numbers count as the lowest: not known."""
-    known, unknown = (np.nan_to_num(scores.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf) for scores in (known, unknown))
+    known, unknown = (
+        np.nan_to_num(scores.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        for scores in (known, unknown)
+    )
     ordered = np.sort(unknown)
     below = np.searchsorted(ordered, known, side="left")
     ties = np.searchsorted(ordered, known, side="right") - below
@@ -44,6 +54,8 @@ def average_precision(positives: np.ndarray, negatives: np.ndarray) -> float:
     positive = np.concatenate([np.ones(len(positives)), np.zeros(len(negatives))])
     order = np.argsort(-scores, kind="stable")
     scores, hits = scores[order], np.cumsum(positive[order])
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # where a threshold's run of equal scores ends
+    last = np.flatnonzero(
+        np.append(scores[1:] != scores[:-1], True)
+    )  # where a threshold's run of equal scores ends
     precision, gained = hits[last] / (last + 1), np.diff(hits[last], prepend=0)
     return float((precision * gained).sum() / len(positives))

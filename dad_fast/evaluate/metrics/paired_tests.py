@@ -34,9 +34,14 @@ def compare(name: str, a: Records, b: Records) -> dict[str, Any]:
     _, place = np.unique(a["image"], return_inverse=True)
 
     def paired(field: str, scale: float) -> tuple[np.ndarray, dict[str, Any]]:
-        each = scale * np.bincount(place, weights=a[field] - b[field]) / np.bincount(place)  # [images]
+        each = (
+            scale * np.bincount(place, weights=a[field] - b[field]) / np.bincount(place)
+        )  # [images]
         known = bool(np.isfinite(each).all())
-        return each, {"difference": float(each.mean()), "interval": list(mean_interval(each))} if known else {}
+        return each, {
+            "difference": float(each.mean()),
+            "interval": list(mean_interval(each)),
+        } if known else {}
 
     each, top1 = paired("correct", 100.0)
     return {
@@ -55,14 +60,20 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided p-value of McNemar's exact test: 2 * P(X <= min(only_a, only_b)), X ~ Binomial(only_a + only_b, 1/2), 1 at most."""
     trials, least = only_a + only_b, min(only_a, only_b)
     log_terms = [
-        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) - trials * math.log(2) for k in range(least + 1)
+        math.lgamma(trials + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(trials - k + 1)
+        - trials * math.log(2)
+        for k in range(least + 1)
     ]
     return min(1.0, 2 * math.fsum(map(math.exp, log_terms)))
 
 
 def check_same_images(name: str, a: Records, b: Records) -> None:
     """DataError where the rows of two records are not of the same images in the same order."""
-    if a.source == b.source and all(np.array_equal(a[field], b[field]) for field in ("image", "part")):
+    if a.source == b.source and all(
+        np.array_equal(a[field], b[field]) for field in ("image", "part")
+    ):
         return
     what = f"{len(a):,} and {len(b):,} rows" if len(a) != len(b) else "other files"
     raise DataError(

@@ -50,9 +50,15 @@ class Records:
 
 def save_records(path: str | Path, about: Mapping[str, Any], suites: Mapping[str, Records]) -> None:
     """Write the records of one model: safetensors with arrays NAME/FIELD, and what they are of as JSON metadata."""
-    arrays = {f"{name}/{field}": _small(field, records[field]) for name, records in suites.items() for field in FIELDS}
+    arrays = {
+        f"{name}/{field}": _small(field, records[field])
+        for name, records in suites.items()
+        for field in FIELDS
+    }
     described = {**about, "suites": {name: records.source for name, records in suites.items()}}
-    atomic_write_bytes(path, save(arrays, {PREDICTIONS: json.dumps(plain(described), ensure_ascii=False)}))
+    atomic_write_bytes(
+        path, save(arrays, {PREDICTIONS: json.dumps(plain(described), ensure_ascii=False)})
+    )
 
 
 def _small(field: str, values: np.ndarray) -> np.ndarray:
@@ -76,11 +82,18 @@ def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
             if any(value.dtype.kind not in "buif" for value in found.values()):
                 raise ValueError(f"the arrays of {name} hold complex numbers")
             whole = ("image", "part", "label")
-            suites[name] = Records(str(source), {f: v.astype(np.int64 if f in whole else np.float64) for f, v in found.items()})
+            suites[name] = Records(
+                str(source),
+                {f: v.astype(np.int64 if f in whole else np.float64) for f, v in found.items()},
+            )
     except KeyError as error:
-        raise DataError(f"{shown(str(path))}: no predictions of dad-fast (no {error}); name a file of eval --save-predictions") from None
+        raise DataError(
+            f"{shown(str(path))}: no predictions of dad-fast (no {error}); name a file of eval --save-predictions"
+        ) from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{shown(str(path))}: its predictions are damaged ({error}); save them again") from None
+        raise DataError(
+            f"{shown(str(path))}: its predictions are damaged ({error}); save them again"
+        ) from None
     return about, suites
 
 

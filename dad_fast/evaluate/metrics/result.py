@@ -31,18 +31,26 @@ class Result:
     nll: float
     skipped: int = 0
     by_severity: tuple[float, ...] = ()
-    top1_interval: tuple[float, float] | None = None  # 95 %, bootstrap over images; over parts an image counts as one
+    top1_interval: tuple[float, float] | None = (
+        None  # 95 %, bootstrap over images; over parts an image counts as one
+    )
     ece_adaptive: float | None = None  # 15 bins of equal numbers of images
     brier: float | None = None
-    reliability: dict[str, list[Any]] | None = None  # count, confidence, accuracy of 15 equal bins, as fractions
+    reliability: dict[str, list[Any]] | None = (
+        None  # count, confidence, accuracy of 15 equal bins, as fractions
+    )
     ece_interval: tuple[float, float] | None = None  # these three where `with_intervals` made them
     nll_interval: tuple[float, float] | None = None
     brier_interval: tuple[float, float] | None = None
-    agreement: float | None = None  # share of images on which the model and the teacher say the same class, %
+    agreement: float | None = (
+        None  # share of images on which the model and the teacher say the same class, %
+    )
     protocol: str = ""  # how an image becomes pixels, which outputs compete, and what is missing
     mce: float | None = None  # mean corruption error relative to AlexNet's, %
     mce_interval: tuple[float, float] | None = None
-    by_corruption: dict[str, dict[str, Any]] | None = None  # top-1 by severity, and the corruption error
+    by_corruption: dict[str, dict[str, Any]] | None = (
+        None  # top-1 by severity, and the corruption error
+    )
     records: Records | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,11 +64,22 @@ def make_result(name: str, records: Records, num_outputs: int, **facts: Any) -> 
     """`records` as a Result; `facts` are its further fields. num_outputs: how many outputs compete."""
     found = summarise(records.scores, num_outputs)
     images, place = np.unique(records["image"], return_inverse=True)
-    each = np.bincount(place, weights=records["correct"]) / np.bincount(place)  # [images]: the share of parts in which it is right
+    each = np.bincount(place, weights=records["correct"]) / np.bincount(
+        place
+    )  # [images]: the share of parts in which it is right
     low, high = mean_interval(each)
-    tops = tuple(100 * float(records.part(part)["correct"].mean()) for part in np.unique(records["part"]))
+    tops = tuple(
+        100 * float(records.part(part)["correct"].mean()) for part in np.unique(records["part"])
+    )
     facts = {"by_severity": tops if len(tops) > 1 else ()} | facts
-    return Result(name=name, num_images=len(images), top1_interval=(100 * low, 100 * high), records=records, **found, **facts)
+    return Result(
+        name=name,
+        num_images=len(images),
+        top1_interval=(100 * low, 100 * high),
+        records=records,
+        **found,
+        **facts,
+    )
 
 
 def with_intervals(result: Result) -> Result:
@@ -76,8 +95,12 @@ def with_intervals(result: Result) -> Result:
     gap = records["correct"] - records["confidence"]
     found: dict[str, list[float]] = {"ece": [], "nll": [], "brier": []}
     for drawn in resampled(len(images)):
-        weights = np.bincount(drawn, minlength=len(images))[place]  # how often each row is in the resample
-        found["ece"].append(100 * float(np.abs(np.bincount(bins, weights=weights * gap)).sum() / weights.sum()))
+        weights = np.bincount(drawn, minlength=len(images))[
+            place
+        ]  # how often each row is in the resample
+        found["ece"].append(
+            100 * float(np.abs(np.bincount(bins, weights=weights * gap)).sum() / weights.sum())
+        )
         found["nll"].append(float(weights @ records["nll"] / weights.sum()))
         found["brier"].append(float(weights @ records["brier"] / weights.sum()))
     made = {f"{name}_interval": interval(np.array(values)) for name, values in found.items()}

@@ -23,7 +23,12 @@ class Subset:
 
     def __init__(self, base: Source, rows: np.ndarray, labels: np.ndarray, border: int = 0) -> None:
         self.base, self.rows, self.labels, self.border = base, rows, labels, border
-        self.name, self.classes, self.fingerprint, self.max_bad_share = base.name, base.classes, base.fingerprint, base.max_bad_share
+        self.name, self.classes, self.fingerprint, self.max_bad_share = (
+            base.name,
+            base.classes,
+            base.fingerprint,
+            base.max_bad_share,
+        )
         self.ok, self.sizes = base.ok[rows], base.sizes[rows]
         self.keys: Sequence[str] = _Keys(base.keys, rows)
 
@@ -34,7 +39,9 @@ class Subset:
         image = self.base.read(int(self.rows[index]))
         if not self.border:
             return image
-        return image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
+        return image.crop(
+            (self.border, self.border, image.width - self.border, image.height - self.border)
+        )
 
     def encoded(self, index: int) -> bytes | None:
         return None if self.border else self.base.encoded(int(self.rows[index]))
@@ -103,17 +110,24 @@ def image_numbers(pieces: Sequence[Subset]) -> list[np.ndarray]:
     if len(pieces) == 1:
         return [pieces[0].rows]
     number: dict[str, int] = {}
-    return [np.array([number.setdefault(key, len(number)) for key in piece.keys], dtype=np.int64) for piece in pieces]
+    return [
+        np.array([number.setdefault(key, len(number)) for key in piece.keys], dtype=np.int64)
+        for piece in pieces
+    ]
 
 
 def as_eval_set(source: Source | EvalSet) -> EvalSet:
     """A plain source: all its images, all outputs compete, a label is an output."""
     if isinstance(source, EvalSet):
         return source
-    return EvalSet(source.name, (Subset(source, np.arange(len(source)), source.labels),), source.classes)
+    return EvalSet(
+        source.name, (Subset(source, np.arange(len(source)), source.labels),), source.classes
+    )
 
 
-def corruption_summary(judged: EvalSet, top1: Sequence[float]) -> tuple[dict[str, list[float]], np.ndarray | None]:
+def corruption_summary(
+    judged: EvalSet, top1: Sequence[float]
+) -> tuple[dict[str, list[float]], np.ndarray | None]:
     """Top-1 by corruption, a value a severity; and the weight of each part in the mean corruption error: None where one of those that it
     takes is missing, or the model has not ImageNet's 1000 classes, which AlexNet's errors are of.
 
@@ -125,5 +139,10 @@ def corruption_summary(judged: EvalSet, top1: Sequence[float]) -> tuple[dict[str
     alexnet = alexnet_errors()
     if len(judged.classes) < 1000 or any(len(by_corruption.get(name, ())) != 5 for name in alexnet):
         return by_corruption, None
-    weights = np.array([1 / (5 * alexnet[name] * len(alexnet)) if name in alexnet else 0.0 for name, _ in judged.parts])
+    weights = np.array(
+        [
+            1 / (5 * alexnet[name] * len(alexnet)) if name in alexnet else 0.0
+            for name, _ in judged.parts
+        ]
+    )
     return by_corruption, weights

@@ -19,7 +19,11 @@ from dad_fast.errors import DataError, EnvironmentProblem
 @lru_cache(maxsize=1)
 def published() -> dict[str, Any]:
     """published.json: sizes of the test sets, AlexNet's errors."""
-    found: dict[str, Any] = json.loads(resources.files("dad_fast.evaluate.suites").joinpath("published.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(
+        resources.files("dad_fast.evaluate.suites")
+        .joinpath("published.json")
+        .read_text(encoding="utf-8")
+    )
     return found
 
 
@@ -29,7 +33,12 @@ def imagenet_classes() -> ClassMap:
     from timm.data import ImageNetInfo
 
     wnids = list(ImageNetInfo().label_names())
-    return ClassMap(tuple((i, wnid, name) for i, (wnid, name) in enumerate(zip(wnids, readable_names(wnids), strict=True))))
+    return ClassMap(
+        tuple(
+            (i, wnid, name)
+            for i, (wnid, name) in enumerate(zip(wnids, readable_names(wnids), strict=True))
+        )
+    )
 
 
 @lru_cache(maxsize=2)
@@ -37,9 +46,13 @@ def subset_wnids(letter: str) -> tuple[str, ...]:
     """The 200 wnids of ImageNet-A ("a") or ImageNet-R ("r"), from the list that timm ships."""
     name = f"imagenet_{letter}_synsets.txt"
     try:
-        wnids = tuple(resources.files("timm.data._info").joinpath(name).read_text(encoding="utf-8").split())
+        wnids = tuple(
+            resources.files("timm.data._info").joinpath(name).read_text(encoding="utf-8").split()
+        )
     except (ModuleNotFoundError, OSError) as error:
-        raise EnvironmentProblem(f"timm's list {name} is not where it was ({error}): pip install 'timm>=1.0.31'") from None
+        raise EnvironmentProblem(
+            f"timm's list {name} is not where it was ({error}): pip install 'timm>=1.0.31'"
+        ) from None
     assert len(wnids) == 200
     return wnids
 
@@ -50,7 +63,10 @@ def objectnet_wnids(mappings: Path) -> dict[str, list[str]]:
 
     Raises DataError where the files are not there, or say what they should not.
     """
-    labels, meanings = (_read_json(mappings / name) for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"))
+    labels, meanings = (
+        _read_json(mappings / name)
+        for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+    )
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
@@ -61,10 +77,14 @@ def objectnet_wnids(mappings: Path) -> dict[str, list[str]]:
             continue  # one of the 200 classes that ImageNet has not
         descriptions = meanings[label].split("; ")
         if unknown := [text for text in descriptions if text not in wnid_of]:
-            raise DataError(f"{mappings}/objectnet_to_imagenet_1k.json: {unknown[0]!r} of {label!r} is no class of ImageNet; get it again")
+            raise DataError(
+                f"{mappings}/objectnet_to_imagenet_1k.json: {unknown[0]!r} of {label!r} is no class of ImageNet; get it again"
+            )
         found[folder] = [wnid_of[text] for text in descriptions]
     if not found:
-        raise DataError(f"{mappings}: its two files have no label in common; get them again with the images")
+        raise DataError(
+            f"{mappings}: its two files have no label in common; get them again with the images"
+        )
     return found
 
 
@@ -76,8 +96,12 @@ def _read_json(path: Path) -> dict[str, str]:
             f"{path}: not there; ObjectNet's archive has a folder mappings beside images, which says what its classes are"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); get it again from ObjectNet's archive") from None
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise DataError(
+            f"{path}: not readable as JSON ({error}); get it again from ObjectNet's archive"
+        ) from None
+    if not isinstance(content, dict) or not all(
+        isinstance(value, str) for value in content.values()
+    ):
         raise DataError(f"{path}: not a table of texts; get it again from ObjectNet's archive")
     return content
 
@@ -89,7 +113,11 @@ def join(model: ClassMap, wanted: Sequence[tuple[str, str]]) -> list[int | None]
     """
     place = {folder: i for i, folder in enumerate(model.folders)}
     by_folder = [place.get(folder) for folder, _ in wanted]
-    return by_folder if any(found is not None for found in by_folder) else by_name(model, [name for _, name in wanted])
+    return (
+        by_folder
+        if any(found is not None for found in by_folder)
+        else by_name(model, [name for _, name in wanted])
+    )
 
 
 def by_name(model: ClassMap, wanted: Sequence[str]) -> list[int | None]:
@@ -99,7 +127,12 @@ def by_name(model: ClassMap, wanted: Sequence[str]) -> list[int | None]:
         for text in {_plain(folder), _plain(name)}:
             named.setdefault(text, set()).add(i)
     asked = [_plain(name) for name in wanted]
-    return [next(iter(named[text])) if len(named.get(text, ())) == 1 and asked.count(text) == 1 else None for text in asked]
+    return [
+        next(iter(named[text]))
+        if len(named.get(text, ())) == 1 and asked.count(text) == 1
+        else None
+        for text in asked
+    ]
 
 
 def _plain(name: str) -> str:
@@ -109,7 +142,11 @@ def _plain(name: str) -> str:
 def corruption_errors(accuracy: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Each corruption's error relative to AlexNet's, in percent, from its top-1 by severity in percent."""
     alexnet = alexnet_errors()
-    return {name: (100 - float(np.mean(tops))) / alexnet[name] for name, tops in accuracy.items() if name in alexnet}
+    return {
+        name: (100 - float(np.mean(tops))) / alexnet[name]
+        for name, tops in accuracy.items()
+        if name in alexnet
+    }
 
 
 def alexnet_errors() -> dict[str, float]:
@@ -121,4 +158,6 @@ def alexnet_errors() -> dict[str, float]:
 def check_disjoint(name: str, there: Sequence[str], known: Sequence[str]) -> None:
     """DataError where class folders are there that the set does not have: then it is another set."""
     if extra := sorted(set(there) - set(known)):
-        raise DataError(f"{name}: {len(extra):,} class folders are not of it, such as {some(extra, 3)}; is that another data set?")
+        raise DataError(
+            f"{name}: {len(extra):,} class folders are not of it, such as {some(extra, 3)}; is that another data set?"
+        )

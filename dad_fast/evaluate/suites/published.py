@@ -64,19 +64,31 @@ class Meaning:
     others: bool = False  # folders of other classes may lie beside
 
 
-def open_layout(layout: str, path: str, classes: ClassMap, options: EvalConfig, max_bad_share: float) -> EvalSet:
+def open_layout(
+    layout: str, path: str, classes: ClassMap, options: EvalConfig, max_bad_share: float
+) -> EvalSet:
     """The test set `layout` in the folder `path`, for a model with the classes `classes`.
 
     Raises DataError where the folder is no such set or is not whole (unless `options.allow_partial`), or has no class of the model.
     """
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"--suite {layout}={path}: {'not a folder' if root.exists() else 'no such folder'}; expected {_expected(layout)}")
+        raise DataError(
+            f"--suite {layout}={path}: {'not a folder' if root.exists() else 'no such folder'}; expected {_expected(layout)}"
+        )
     if layout == "imagenet-c":
         return _open_c(root, classes, options, max_bad_share)
     folder, meaning = _find(layout, root)
     chosen, note = _check(layout, folder, meaning, options.allow_partial)
-    return _judged(layout, folder, {name: meaning.wnids[name] for name in chosen}, meaning.masked, classes, note, max_bad_share)
+    return _judged(
+        layout,
+        folder,
+        {name: meaning.wnids[name] for name in chosen},
+        meaning.masked,
+        classes,
+        note,
+        max_bad_share,
+    )
 
 
 def _find(layout: str, root: Path) -> tuple[Path, Meaning]:
@@ -87,14 +99,19 @@ def _find(layout: str, root: Path) -> tuple[Path, Meaning]:
             return folder, meaning
     there = _folders(root)
     has = f"it has {some(map(shown, there), 3)}" if there else "it has no folders"
-    raise DataError(f"--suite {layout}={root}: none of its class folders is there ({has}); expected {_expected(layout)}")
+    raise DataError(
+        f"--suite {layout}={root}: none of its class folders is there ({has}); expected {_expected(layout)}"
+    )
 
 
 def _meaning(layout: str, folder: Path) -> Meaning | None:
     """What the class folders of `layout` would mean in `folder`; None where it cannot be that one."""
     wnids = imagenet_classes().folders
     if layout == "objectnet":
-        mappings = next((path for path in (folder / "mappings", folder.parent / "mappings") if path.is_dir()), None)
+        mappings = next(
+            (path for path in (folder / "mappings", folder.parent / "mappings") if path.is_dir()),
+            None,
+        )
         if mappings is None and folder.name != "images":
             return None
         return Meaning(objectnet_wnids(mappings or folder.parent / "mappings"), others=True)
@@ -111,30 +128,48 @@ def _expected(layout: str) -> str:
         return "CORRUPTION/SEVERITY/WNID folders of 15 corruptions and 5 severities, 50,000 images each"
     if layout == "objectnet":
         return "images/ with a folder a class, and mappings/ beside it"
-    example = {"imagenet-v2": "0 … 999"}.get(layout, "such as n01498041" if size["classes"] == 200 else "such as n01440764")
+    example = {"imagenet-v2": "0 … 999"}.get(
+        layout, "such as n01498041" if size["classes"] == 200 else "such as n01440764"
+    )
     return f"{size['classes']:,} class folders {example} with {size['images']:,} images"
 
 
-def _check(layout: str, folder: Path, meaning: Meaning, allow_partial: bool) -> tuple[list[str], str]:
+def _check(
+    layout: str, folder: Path, meaning: Meaning, allow_partial: bool
+) -> tuple[list[str], str]:
     """The class folders that hold images, and a note where they are not all. Counts names only, before any image is opened."""
     there = _folders(folder)
     if not meaning.others:
-        check_disjoint(f"--suite {layout}={folder}", [name for name in there if _CLASS_FOLDER.fullmatch(name)], list(meaning.wnids))
+        check_disjoint(
+            f"--suite {layout}={folder}",
+            [name for name in there if _CLASS_FOLDER.fullmatch(name)],
+            list(meaning.wnids),
+        )
     counts = {name: _num_images(folder / name) for name in meaning.wnids if name in there}
     filled = [name for name, count in counts.items() if count]
     size, images = published()["sizes"][layout], sum(counts.values())
     if len(filled) >= len(meaning.wnids) and images >= size["images"]:
-        return filled, "" if images == size["images"] else f"{images:,} images, published are {size['images']:,}"
+        return filled, "" if images == size[
+            "images"
+        ] else f"{images:,} images, published are {size['images']:,}"
     what = f"{len(filled):,} of {len(meaning.wnids):,} class folders, {images:,} of {size['images']:,} images"
     if not allow_partial:
         lacks = [name for name in meaning.wnids if name not in filled]
         such = f" (without {some(map(shown, lacks), 3)})" if lacks else ""
-        raise DataError(f"{layout}: {what} in {folder}{such}; finish the download, or judge what is there with --allow-partial")
+        raise DataError(
+            f"{layout}: {what} in {folder}{such}; finish the download, or judge what is there with --allow-partial"
+        )
     return filled, f"partial: {what}"
 
 
 def _judged(
-    layout: str, folder: Path, wnids: Mapping[str, list[str]], masked: bool, classes: ClassMap, note: str, max_bad_share: float
+    layout: str,
+    folder: Path,
+    wnids: Mapping[str, list[str]],
+    masked: bool,
+    classes: ClassMap,
+    note: str,
+    max_bad_share: float,
 ) -> EvalSet:
     """The images of the class folders `wnids` for a model with the classes `classes`."""
     right, total = _outputs(layout, wnids, classes), len(wnids)
@@ -153,45 +188,86 @@ def _judged(
             columns = np.sort(output_of)
             output_of = np.searchsorted(columns, output_of)
         labels = output_of[labels]
-    notes = [f"logits of the {len(names):,} classes"] * masked + ["any of a folder's ids is right"] * (layout == "objectnet")
+    notes = [f"logits of the {len(names):,} classes"] * masked + [
+        "any of a folder's ids is right"
+    ] * (layout == "objectnet")
     if len(names) < total:
         notes.append(f"only {len(names):,} of {total:,} classes are the model's")
     notes += [note] * bool(note)
-    return EvalSet(layout, (Subset(source, np.arange(len(source)), labels, BORDER if layout == "objectnet" else 0),),
-                  classes, columns, accepted, note="; ".join(notes))  # fmt: skip
+    return EvalSet(
+        layout,
+        (Subset(source, np.arange(len(source)), labels, BORDER if layout == "objectnet" else 0),),
+        classes,
+        columns,
+        accepted,
+        note="; ".join(notes),
+    )
 
 
-def _outputs(layout: str, wnids: Mapping[str, list[str]], classes: ClassMap) -> dict[str, list[int]]:
+def _outputs(
+    layout: str, wnids: Mapping[str, list[str]], classes: ClassMap
+) -> dict[str, list[int]]:
     """The outputs of the model that are right for each class folder: none where the model has no such class."""
     of_imagenet = imagenet_classes()
     name_of = dict(zip(of_imagenet.folders, of_imagenet.names, strict=True))
     asked = list(dict.fromkeys(wnid for each in wnids.values() for wnid in each))
     output = dict(zip(asked, join(classes, [(wnid, name_of[wnid]) for wnid in asked]), strict=True))
-    found = {name: [i for wnid in each if (i := output[wnid]) is not None] for name, each in wnids.items()}
+    found = {
+        name: [i for wnid in each if (i := output[wnid]) is not None]
+        for name, each in wnids.items()
+    }
     if not any(found.values()):
         have = some(map(shown, classes.folders), 3)
-        raise DataError(f"--suite {layout}: none of the model's {len(classes):,} classes ({have}) is one of its {len(wnids):,}")
+        raise DataError(
+            f"--suite {layout}: none of the model's {len(classes):,} classes ({have}) is one of its {len(wnids):,}"
+        )
     return found
 
 
 def _open_c(root: Path, classes: ClassMap, options: EvalConfig, max_bad_share: float) -> EvalSet:
-    places = {(name, s): place for name in _corruptions() for s in range(1, 6) if (place := _c_folder(root, name, s)) is not None}
-    lacks = [f"{name}/{s}" for name in _corruptions() for s in range(1, 6) if (name, s) not in places]
+    places = {
+        (name, s): place
+        for name in _corruptions()
+        for s in range(1, 6)
+        if (place := _c_folder(root, name, s)) is not None
+    }
+    lacks = [
+        f"{name}/{s}" for name in _corruptions() for s in range(1, 6) if (name, s) not in places
+    ]
     if not places:
-        raise DataError(f"--suite imagenet-c={root}: no CORRUPTION/SEVERITY folders; expected {_expected('imagenet-c')}")
+        raise DataError(
+            f"--suite imagenet-c={root}: no CORRUPTION/SEVERITY folders; expected {_expected('imagenet-c')}"
+        )
     if lacks and not options.allow_partial:
         what = f"{len(places)} of {len(places) + len(lacks)} CORRUPTION/SEVERITY folders in {root} (without {some(lacks, 3)})"
-        raise DataError(f"imagenet-c: {what}; finish the download, or judge what is there with --allow-partial")
+        raise DataError(
+            f"imagenet-c: {what}; finish the download, or judge what is there with --allow-partial"
+        )
     meaning = Meaning({wnid: [wnid] for wnid in imagenet_classes().folders})
     pieces: list[Subset] = []
     notes = [f"without {some(lacks, 3)}"] * bool(lacks)
     for folder in places.values():
         chosen, note = _check("imagenet-c", folder, meaning, options.allow_partial)
-        one = _judged("imagenet-c", folder, {name: meaning.wnids[name] for name in chosen}, False, classes, note, max_bad_share)
+        one = _judged(
+            "imagenet-c",
+            folder,
+            {name: meaning.wnids[name] for name in chosen},
+            False,
+            classes,
+            note,
+            max_bad_share,
+        )
         pieces += one.pieces
         notes += [one.note] * (one.note not in ("", *notes))
     view = C_VIEWS[options.c_preprocessing]
-    return EvalSet("imagenet-c", tuple(pieces), classes, parts=tuple(places), view=view, note="; ".join(notes[:2]))
+    return EvalSet(
+        "imagenet-c",
+        tuple(pieces),
+        classes,
+        parts=tuple(places),
+        view=view,
+        note="; ".join(notes[:2]),
+    )
 
 
 def _corruptions() -> list[str]:
@@ -199,7 +275,9 @@ def _corruptions() -> list[str]:
 
 
 def _c_folder(root: Path, name: str, severity: int) -> Path | None:
-    return next((path for group in GROUPS if (path := root / group / name / str(severity)).is_dir()), None)
+    return next(
+        (path for group in GROUPS if (path := root / group / name / str(severity)).is_dir()), None
+    )
 
 
 def _folders(folder: Path) -> list[str]:

@@ -46,7 +46,9 @@ class _Named:
     class_map: str
 
 
-def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap, options: EvalConfig | None = None) -> list[Suite]:
+def open_suites(
+    names: Sequence[str], data: DataConfig, classes: ClassMap, options: EvalConfig | None = None
+) -> list[Suite]:
     """What the `--suite` names stand for, opened and checked against `classes`, the recorded class list of the model.
 
     A name is one of
@@ -60,7 +62,9 @@ def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap, optio
     Raises UsageError for a name that is none of these, DataError for a folder that is missing or whose classes disagree.
     """
     options = options or EvalConfig()
-    parsed = {name: _parse(name, data) for name in dict.fromkeys(names) if _corruption(name) is None}
+    parsed = {
+        name: _parse(name, data) for name in dict.fromkeys(names) if _corruption(name) is None
+    }
     opened: dict[str, Source | EvalSet] = {}
 
     def source(name: str) -> Source | EvalSet:
@@ -84,22 +88,34 @@ def open_suites(names: Sequence[str], data: DataConfig, classes: ClassMap, optio
 Unknown = tuple[str, EvalSet, Corruption | None]  # name, images, what is done to them
 
 
-def open_unknown(name: str, data: DataConfig, classes: ClassMap, options: EvalConfig, columns: np.ndarray | None) -> Unknown:
+def open_unknown(
+    name: str, data: DataConfig, classes: ClassMap, options: EvalConfig, columns: np.ndarray | None
+) -> Unknown:
     """Images after `--ood`, none of which has a label: any image folder or shards, or whatever else `open_suites` knows. `columns` are
     the outputs that compete on the in-distribution suite.
     """
     corruption = None
     path = str(Path(data.data_dir) / name) if _is_inside(name, data) else name
     if is_split("", path):
-        judged, label = as_eval_set(open_source(path, max_bad_share=data.max_bad_share)), Path(path).name or name
+        judged, label = (
+            as_eval_set(open_source(path, max_bad_share=data.max_bad_share)),
+            Path(path).name or name,
+        )
     else:
         try:
             suite = open_suites([name], data, classes, options)[0]
         except (UsageError, DataError) as error:
             raise type(error)(str(error).replace(f"--suite {name}:", f"--ood {name}:")) from None
         judged, label, corruption = as_eval_set(suite.source), suite.name, suite.corruption
-    pieces = tuple(Subset(piece.base, piece.rows, np.full(len(piece), -1, dtype=np.int64), piece.border) for piece in judged.pieces)
-    return label, replace(judged, pieces=pieces, columns=columns, accepted=None, parts=(), known=False), corruption
+    pieces = tuple(
+        Subset(piece.base, piece.rows, np.full(len(piece), -1, dtype=np.int64), piece.border)
+        for piece in judged.pieces
+    )
+    return (
+        label,
+        replace(judged, pieces=pieces, columns=columns, accepted=None, parts=(), known=False),
+        corruption,
+    )
 
 
 def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
@@ -108,22 +124,36 @@ def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
     """
     if data.class_map:
         return ClassMap.from_csv(data.class_map)
-    parsed = [_parse(name, data) for name in names if _corruption(name) is None] or [_parse(data.val_split, data)]
+    parsed = [_parse(name, data) for name in names if _corruption(name) is None] or [
+        _parse(data.val_split, data)
+    ]
     if any(one.kind in LAYOUTS for one in parsed):
         return imagenet_classes()
     first = parsed[0]
     if first.class_map:
-        raise UsageError(f"--suite {first.text}: what the model's own classes are is not known; give its --class-map")
-    inside = data.data_dir.startswith(EMBEDDED) or _is_inside(first.path, data) or not is_split("", first.path)
+        raise UsageError(
+            f"--suite {first.text}: what the model's own classes are is not known; give its --class-map"
+        )
+    inside = (
+        data.data_dir.startswith(EMBEDDED)
+        or _is_inside(first.path, data)
+        or not is_split("", first.path)
+    )
     found = (open_source(data.data_dir, first.path) if inside else open_source(first.path)).classes
-    return imagenet_classes() if first.kind == SUBSET and set(found.folders) <= set(imagenet_classes().folders) else found
+    return (
+        imagenet_classes()
+        if first.kind == SUBSET and set(found.folders) <= set(imagenet_classes().folders)
+        else found
+    )
 
 
 def _parse(name: str, data: DataConfig) -> _Named:
     kind, equals, path = name.partition("=")
     if equals and not is_split("", name):
         if kind not in KINDS:
-            raise UsageError(f"--suite {name}: {kind!r} is no kind of test set{nearest(kind, KINDS)} (kinds: {', '.join(KINDS)})")
+            raise UsageError(
+                f"--suite {name}: {kind!r} is no kind of test set{nearest(kind, KINDS)} (kinds: {', '.join(KINDS)})"
+            )
         if not path:
             raise UsageError(f"--suite {name}: name its folder, as in {kind}=/data/{kind}")
     elif name in LAYOUTS and _is_inside(name, data):
@@ -151,11 +181,15 @@ def _corruption(name: str) -> Corruption | None:
         return base, None
     if severity not in map(str, range(1, num_severities(base) + 1)):
         known = "1 to 5" if num_severities(base) > 1 else "1 only"
-        raise UsageError(f"--suite {name}: no severity {severity!r}; {base} has {known}, and without a number all are taken")
+        raise UsageError(
+            f"--suite {name}: no severity {severity!r}; {base} has {known}, and without a number all are taken"
+        )
     return base, int(severity)
 
 
-def _open(one: _Named, data: DataConfig, classes: ClassMap, options: EvalConfig) -> Source | EvalSet:
+def _open(
+    one: _Named, data: DataConfig, classes: ClassMap, options: EvalConfig
+) -> Source | EvalSet:
     if one.kind in LAYOUTS:
         return open_layout(one.kind, one.path, classes, options, data.max_bad_share)
     if data.data_dir.startswith(EMBEDDED) and not is_split("", one.path):
@@ -176,7 +210,11 @@ def _open(one: _Named, data: DataConfig, classes: ClassMap, options: EvalConfig)
 
 def _is_inside(name: str, data: DataConfig) -> bool:
     """Whether a folder or shards of this name are in the data's folder."""
-    return bool(data.data_dir) and not data.data_dir.startswith(EMBEDDED) and is_split(data.data_dir, name)
+    return (
+        bool(data.data_dir)
+        and not data.data_dir.startswith(EMBEDDED)
+        and is_split(data.data_dir, name)
+    )
 
 
 def _other_names(folder: Path, classes: ClassMap) -> bool:
@@ -187,7 +225,9 @@ def _other_names(folder: Path, classes: ClassMap) -> bool:
         there = ClassMap.from_folders(folder)
     except DataError:  # shards, or nothing: open_source says it
         return False
-    return not set(there.folders) & set(classes.folders) and any(found is not None for found in join(classes, _wanted(there)))
+    return not set(there.folders) & set(classes.folders) and any(
+        found is not None for found in join(classes, _wanted(there))
+    )
 
 
 def _wanted(listed: ClassMap) -> list[tuple[str, str]]:
@@ -199,22 +239,38 @@ def _joined(one: _Named, folder: Path, classes: ClassMap, max_bad_share: float) 
     where = f"--suite {one.text}"
     listed = ClassMap.from_csv(one.class_map) if one.class_map else ClassMap.from_folders(folder)
     found = by_name(classes, listed.names) if one.class_map else join(classes, _wanted(listed))
-    if unknown := [name for name, output in zip(listed.folders, found, strict=True) if output is None]:
+    if unknown := [
+        name for name, output in zip(listed.folders, found, strict=True) if output is None
+    ]:
         of = f"{len(unknown):,} of its {len(listed):,} classes are not the model's"
-        mend = "mend the class map" if one.class_map else "remove them, or say what they are with PATH@CLASSES.csv"
+        mend = (
+            "mend the class map"
+            if one.class_map
+            else "remove them, or say what they are with PATH@CLASSES.csv"
+        )
         raise DataError(f"{where}: {of} ({some(map(shown, unknown), 3)}); {mend}")
     outputs = np.array(found, dtype=np.int64)
     if len(set(found)) < len(found):
-        raise DataError(f"{where}: two of its folders are the same class of the model; put their images into one")
+        raise DataError(
+            f"{where}: two of its folders are the same class of the model; put their images into one"
+        )
     if one.kind != SUBSET and len(found) < len(classes):
         lacks = [name for i, name in enumerate(classes.folders) if i not in set(found)]
         mend = "write subset=PATH to let the model choose among its classes alone"
-        raise DataError(f"{where}: it lacks {len(lacks):,} of the model's {len(classes):,} classes ({some(map(shown, lacks), 3)}); {mend}")
+        raise DataError(
+            f"{where}: it lacks {len(lacks):,} of the model's {len(classes):,} classes ({some(map(shown, lacks), 3)}); {mend}"
+        )
     source = FolderSource(folder, classes=listed, max_bad_share=max_bad_share)
     columns = np.sort(outputs) if one.kind == SUBSET else None
     places = np.searchsorted(columns, outputs) if columns is not None else outputs
     note = f"logits of the {len(found):,} classes" if columns is not None else ""
-    return EvalSet(one.path, (Subset(source, np.arange(len(source)), places[source.labels]),), classes, columns, note=note)
+    return EvalSet(
+        one.path,
+        (Subset(source, np.arange(len(source)), places[source.labels]),),
+        classes,
+        columns,
+        note=note,
+    )
 
 
 def _nearest(name: str) -> str:

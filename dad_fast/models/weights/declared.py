@@ -17,17 +17,36 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 
-MAX_PATH, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4500, 200, 1000, 8  # of model_kwargs: characters of a text, values in all, nesting
+MAX_PATH, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = (
+    4500,
+    200,
+    1000,
+    8,
+)  # of model_kwargs: characters of a text, values in all, nesting
 MAX_NUMBER, MAX_CLASSES, MAX_SIDE, MAX_CONTEXT = 65_536, 1_000_000, 16_384, 4096
 MAX_TABLES = 1 << 26  # numbers in buffers
 # Arguments that are not the architecture's: timm.create_model's own, and those that its builder takes for itself.
-NOT_ARCHITECTURE = {name for name, p in inspect.signature(timm.create_model).parameters.items() if p.kind is not p.VAR_KEYWORD} | {
-    *("features_only", "feature_cfg", "feature_cls", "kwargs_filter", "model_cfg", "pretrained_filter_fn"),
+NOT_ARCHITECTURE = {
+    name
+    for name, p in inspect.signature(timm.create_model).parameters.items()
+    if p.kind is not p.VAR_KEYWORD
+} | {
+    *(
+        "features_only",
+        "feature_cfg",
+        "feature_cls",
+        "kwargs_filter",
+        "model_cfg",
+        "pretrained_filter_fn",
+    ),
     *("pretrained_model_args", "pretrained_strict", "pruned", "num_classes", "img_size"),
 }
 
@@ -52,19 +71,24 @@ def checked_clip(text: str) -> dict[str, Any]:
     Raises ValueError, in few words, for what is none, what would fetch something, and sizes that no model has.
     """
     rules: dict[str, Callable[[Any], bool]] = {
-        "model_cfg": lambda value: isinstance(value, dict) and all(isinstance(value.get(key), dict) for key in ("vision_cfg", "text_cfg")),
+        "model_cfg": lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(value.get(key), dict) for key in ("vision_cfg", "text_cfg"))
+        ),
         "mean": lambda value: _three(value, -1e3, 1e3),
         "std": lambda value: _three(value, 1e-6, 1e3),
-        "templates": lambda value: isinstance(value, list) and len(value) <= MAX_ITEMS and all(map(_text, value)),
+        "templates": lambda value: (
+            isinstance(value, list) and len(value) <= MAX_ITEMS and all(map(_text, value))
+        ),
         "seen": lambda value: isinstance(value, str) and len(value) <= 10 * MAX_TEXT,
     }
     said = _checked(text, rules, {"templates": [], "seen": ""})
     model_cfg = said["model_cfg"]
     check_values(model_cfg, "model_cfg")
     vision, words = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    if fetched := [key for key in (*vision, *words) if key.startswith("hf_")] + ["timm_model_pretrained"] * bool(
-        vision.get("timm_model_pretrained")
-    ):
+    if fetched := [key for key in (*vision, *words) if key.startswith("hf_")] + [
+        "timm_model_pretrained"
+    ] * bool(vision.get("timm_model_pretrained")):
         raise ValueError(f"{fetched[0]} would fetch something")
     if not _is_registered(vision.get("timm_model_name") or "resnet18"):
         raise ValueError(f"timm_model_name is {_short(vision['timm_model_name'])}")
@@ -77,25 +101,38 @@ def checked_published(text: str) -> dict[str, Any]:
     """open_clip_config.json: model_cfg and preprocess_cfg, of which quick_gelu, mean and std are used. Raises ValueError, in few words."""
 
     def normalises(value: Any) -> bool:
-        given = isinstance(value, dict) and {key: value[key] for key in ("mean", "std") if key in value}
+        given = isinstance(value, dict) and {
+            key: value[key] for key in ("mean", "std") if key in value
+        }
         return given == {} or (
-            isinstance(given, dict) and len(given) == 2 and _three(given["mean"], -1e3, 1e3) and _three(given["std"], 1e-6, 1e3)
+            isinstance(given, dict)
+            and len(given) == 2
+            and _three(given["mean"], -1e3, 1e3)
+            and _three(given["std"], 1e-6, 1e3)
         )
 
-    rules: dict[str, Callable[[Any], bool]] = {"model_cfg": lambda value: isinstance(value, dict), "preprocess_cfg": normalises}
+    rules: dict[str, Callable[[Any], bool]] = {
+        "model_cfg": lambda value: isinstance(value, dict),
+        "preprocess_cfg": normalises,
+    }
     return _checked(text, rules, {"model_cfg": {}, "preprocess_cfg": {}})
 
 
 def checked_probe(text: str) -> dict[str, Any]:
     """The same of a linear probe's file. Raises ValueError, in few words."""
-    return _checked(text, {
-        **VIEW,
-        "name": lambda value: isinstance(value, str) and len(value) <= MAX_PATH,
-        "teacher": lambda value: isinstance(value, str) and len(value) <= MAX_PATH,
-        "encoder_sha256": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
-        "num_features": _whole(1, MAX_NUMBER),
-        "unit_features": lambda value: isinstance(value, bool),
-    })  # fmt: skip
+    return _checked(
+        text,
+        {
+            **VIEW,
+            "name": lambda value: isinstance(value, str) and len(value) <= MAX_PATH,
+            "teacher": lambda value: isinstance(value, str) and len(value) <= MAX_PATH,
+            "encoder_sha256": lambda value: (
+                isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+            ),
+            "num_features": _whole(1, MAX_NUMBER),
+            "unit_features": lambda value: isinstance(value, bool),
+        },
+    )
 
 
 def checked_view(text: str) -> dict[str, Any]:
@@ -103,7 +140,9 @@ def checked_view(text: str) -> dict[str, Any]:
     return _checked(text, VIEW)
 
 
-def _checked(text: str, rules: Mapping[str, Callable[[Any], bool]], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _checked(
+    text: str, rules: Mapping[str, Callable[[Any], bool]], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     try:
         spec = json.loads(text)
     except RecursionError:
@@ -146,12 +185,18 @@ def no_more_parameters_than(tensors: Mapping[str, torch.Tensor], path: object) -
     and tables that depend on the image's size and are in no file.
     """
     held = sum(tensor.numel() for tensor in tensors.values())
-    left = {"parameters": 2 * held + 1_000_000, "layers": 2 * len(tensors) + 1000, "buffers": 2 * held + MAX_TABLES}
+    left = {
+        "parameters": 2 * held + 1_000_000,
+        "layers": 2 * len(tensors) + 1000,
+        "buffers": 2 * held + MAX_TABLES,
+    }
 
     def count(what: str, number: int) -> None:
         left[what] -= number
         if left[what] < 0:
-            raise DataError(f"{path}: the model that its metadata names has more {what} than fit the {held:,} numbers in the file")
+            raise DataError(
+                f"{path}: the model that its metadata names has more {what} than fit the {held:,} numbers in the file"
+            )
 
     def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
@@ -162,7 +207,10 @@ def no_more_parameters_than(tensors: Mapping[str, torch.Tensor], path: object) -
         count("buffers", 0 if buffer is None else buffer.numel())
 
     # Of every module, so that the first one too many ends it.
-    handles = register_module_parameter_registration_hook(count_parameter), register_module_buffer_registration_hook(count_buffer)
+    handles = (
+        register_module_parameter_registration_hook(count_parameter),
+        register_module_buffer_registration_hook(count_buffer),
+    )
     try:
         yield
     finally:
@@ -186,19 +234,27 @@ def without_downloads() -> Iterator[None]:
 def recorded_classes(path: object, text: str | None, num_classes: int) -> ClassMap:
     """The classes of a file's head, in its order, from its metadata. DataError where there are none, or not as many as outputs."""
     if text is None:
-        raise DataError(f"{path}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?")
+        raise DataError(
+            f"{path}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?"
+        )
     try:
         classes = ClassMap.from_json(text)
     except DataError as error:
         raise DataError(f"{path}: its class list is damaged ({error})") from None
     if len(classes) != num_classes:
-        raise DataError(f"{path}: damaged: its class list has {len(classes):,} classes, its model {num_classes:,} outputs")
+        raise DataError(
+            f"{path}: damaged: its class list has {len(classes):,} classes, its model {num_classes:,} outputs"
+        )
     return classes
 
 
 def _is_registered(name: str) -> bool:
     """A model of timm's own; a name with a colon or a slash would be a hub's or a folder's."""
-    return len(name) <= MAX_TEXT and not set(name) & set(":/\\") and timm.is_model(name.partition(".")[0])
+    return (
+        len(name) <= MAX_TEXT
+        and not set(name) & set(":/\\")
+        and timm.is_model(name.partition(".")[0])
+    )
 
 
 def _flat(value: Any, what: str, depth: int) -> Iterator[Any]:
@@ -223,7 +279,11 @@ def _real(low: float, high: float) -> Callable[[Any], bool]:
 
 def _three(values: Any, low: float, high: float) -> bool:
     real = _real(low, high)
-    return isinstance(values, list) and len(values) == 3 and all(real(value) and math.isfinite(value) for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(real(value) and math.isfinite(value) for value in values)
+    )
 
 
 def _short(value: Any) -> str:

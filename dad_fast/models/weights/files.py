@@ -27,7 +27,9 @@ def asset(name: str) -> Path:
     """Path of the embedded weights file `name`. UsageError where no such file is embedded."""
     path = ASSETS / name
     if not path.is_file():
-        raise UsageError(f"no embedded file {name}: there are {', '.join(sorted(p.name for p in ASSETS.glob('*.safetensors'))) or 'none'}")
+        raise UsageError(
+            f"no embedded file {name}: there are {', '.join(sorted(p.name for p in ASSETS.glob('*.safetensors'))) or 'none'}"
+        )
     return path
 
 
@@ -46,26 +48,41 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} weights file: check the path")
+        raise DataError(
+            f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} weights file: check the path"
+        )
     try:
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}): check its permissions"
+        ) from error
     # safetensors: eight bytes for the length of the header, then the header, which is JSON. Asked first, since those bytes may be any.
     if start[8:] != b"{":
-        if start.startswith((b"PK", b"\x80")):  # a zip archive, or a bare pickle as torch wrote before 1.6
+        if start.startswith(
+            (b"PK", b"\x80")
+        ):  # a zip archive, or a bare pickle as torch wrote before 1.6
             return _tensors(read_pickle(path), path), {}
         what = "empty" if not start else "neither safetensors nor a PyTorch checkpoint"
-        raise DataError(f"{path}: {what}: fetch it again, or check that it is the weights themselves and not a page or a pointer to them")
+        raise DataError(
+            f"{path}: {what}: fetch it again, or check that it is the weights themselves and not a page or a pointer to them"
+        )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+            tensors, metadata = (
+                {key: file.get_tensor(key) for key in file},
+                dict(file.metadata() or {}),
+            )
         seal = metadata.pop(_SEAL, None)
         if seal is not None and seal != _digest(path, seal):
-            raise DataError(f"{path}: damaged, or changed since it was written: take it from a copy, or leave {_SEAL} out of its metadata")
+            raise DataError(
+                f"{path}: damaged, or changed since it was written: take it from a copy, or leave {_SEAL} out of its metadata"
+            )
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a safetensors file, or damaged ({error}): fetch it again") from error
+        raise DataError(
+            f"{path}: not a safetensors file, or damaged ({error}): fetch it again"
+        ) from error
     return tensors, metadata
 
 
@@ -82,16 +99,30 @@ def _digest(path: Path, seal: str) -> str:
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in what a checkpoint holds."""
     if isinstance(content, dict):
-        content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+        content = next(
+            (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)),
+            content,
+        )
     if not isinstance(content, dict) or not content:
-        raise DataError(f"{path}: holds no state dict, neither bare nor under state_dict or model: save one with safetensors")
+        raise DataError(
+            f"{path}: holds no state dict, neither bare nor under state_dict or model: save one with safetensors"
+        )
     for key, value in content.items():
         if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
-            raise DataError(f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save one with safetensors")
+            raise DataError(
+                f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save one with safetensors"
+            )
         if not _is_plain(value):
-            raise DataError(f"{path}: its tensor {key[:60]!r} is sparse, quantized, without values or larger than what is stored of it")
-    if sum(value.numel() * value.element_size() for value in content.values()) > 4 * path.stat().st_size + _SMALL:
-        raise DataError(f"{path}: its tensors are views of the same numbers again and again; save a state dict with safetensors")
+            raise DataError(
+                f"{path}: its tensor {key[:60]!r} is sparse, quantized, without values or larger than what is stored of it"
+            )
+    if (
+        sum(value.numel() * value.element_size() for value in content.values())
+        > 4 * path.stat().st_size + _SMALL
+    ):
+        raise DataError(
+            f"{path}: its tensors are views of the same numbers again and again; save a state dict with safetensors"
+        )
     return {key: value.detach() for key, value in content.items()}
 
 
@@ -102,11 +133,16 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), _SMALL)
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write tensors and text metadata so that `path` is either the whole new file or what it was before, and damage to it shows."""
     held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     data = _ordered(save(held, {**metadata, _SEAL: _OPEN}))
-    seal, quoted = hashlib.sha256(data).hexdigest(), f'"{_SEAL}":"%s"'  # such quotes stand nowhere else before the tensors
+    seal, quoted = (
+        hashlib.sha256(data).hexdigest(),
+        f'"{_SEAL}":"%s"',
+    )  # such quotes stand nowhere else before the tensors
     atomic_write_bytes(path, data.replace((quoted % _OPEN).encode(), (quoted % seal).encode(), 1))
 
 
@@ -130,7 +166,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DataError(f"{path}: weights of another architecture: {'; '.join(problems[:3])}{more}")
     if any(tensor.is_meta for tensor in own.values()):
-        model.load_state_dict({key: state[key].to(own[key].dtype, copy=True) for key in own}, assign=True)
+        model.load_state_dict(
+            {key: state[key].to(own[key].dtype, copy=True) for key in own}, assign=True
+        )
     else:
         model.load_state_dict(dict(state))
 

@@ -14,7 +14,10 @@ import re
 import struct
 import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what torch, too, makes of the names of Python 2
+from _compat_pickle import (
+    IMPORT_MAPPING,
+    NAME_MAPPING,
+)  # what torch, too, makes of the names of Python 2
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,11 +48,35 @@ class InertDict:
 
 
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch")
-_CALLBACKS = ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping", "lr_monitor.LearningRateMonitor", "base.Callback")
-_OMEGACONF = ("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata")
+_CALLBACKS = (
+    "model_checkpoint.ModelCheckpoint",
+    "early_stopping.EarlyStopping",
+    "lr_monitor.LearningRateMonitor",
+    "base.Callback",
+)
+_OMEGACONF = (
+    "dictconfig.DictConfig",
+    "listconfig.ListConfig",
+    "base.ContainerMetadata",
+    "base.Metadata",
+)
 _NODES = ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
-_NUMPY = ("core.multiarray.scalar", "_core.multiarray.scalar", "core.multiarray._reconstruct", "_core.multiarray._reconstruct")
-_TYPES = ("bool", "dict", "float", "int", "list", "object", "str", "tuple")  # omegaconf notes what a value should be
+_NUMPY = (
+    "core.multiarray.scalar",
+    "_core.multiarray.scalar",
+    "core.multiarray._reconstruct",
+    "_core.multiarray._reconstruct",
+)
+_TYPES = (
+    "bool",
+    "dict",
+    "float",
+    "int",
+    "list",
+    "object",
+    "str",
+    "tuple",
+)  # omegaconf notes what a value should be
 
 STAND_INS: dict[str, type] = {
     **{f"{package}.callbacks.{name}": Inert for package in _LIGHTNING for name in _CALLBACKS},
@@ -62,7 +89,11 @@ STAND_INS: dict[str, type] = {
     "typing.Any": Inert,
     "argparse.Namespace": Inert,
     "collections.defaultdict": InertDict,
-    **{f"{module}.{name}": Inert for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
+    **{
+        f"{module}.{name}": Inert
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath")
+    },
 }
 
 # Of what torch would call itself, what weights need: not torch.FloatTensor(10**10) and its kind, which fill the memory.
@@ -71,7 +102,9 @@ _KNOWN = re.compile(
     r"|torch\.(storage\.|cuda\.)?[A-Z]\w*Storage|torch\.[a-z]\w*|torch\.Size|torch\.serialization\._get_layout"
     r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)|builtins\.(set|complex)|_codecs\.encode"
 )
-_LEGACY_PICKLES = 5  # of a file without an archive: magic number, version, system, content, keys of what follows
+_LEGACY_PICKLES = (
+    5  # of a file without an archive: magic number, version, system, content, keys of what follows
+)
 
 
 def read_pickle(path: Path) -> Any:
@@ -85,12 +118,17 @@ def read_pickle(path: Path) -> Any:
             is_zip = file.read(2) == b"PK"
             file.seek(0)
             names = _names_in_archive(path) if is_zip else _names(file, _LEGACY_PICKLES)
-        if refused := sorted(name for name in names if not (name in STAND_INS or _KNOWN.fullmatch(name))):
+        if refused := sorted(
+            name for name in names if not (name in STAND_INS or _KNOWN.fullmatch(name))
+        ):
             raise DataError(
                 f"{path}: refused, because it asks for {ascii(refused[0])[1:-1][:100]}, which weights do not need and which could do harm; "
                 "give a safetensors file, or one that holds only the state dict"
             )
-        with safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]), warnings.catch_warnings():
+        with (
+            safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # about protocols: what cannot be read is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except DataError:
@@ -104,9 +142,13 @@ def _names_in_archive(path: Path) -> set[str]:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise DataError(f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; {_instead(path)}")
+        raise DataError(
+            f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; {_instead(path)}"
+        )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise DataError(f"{path}: compressed inside, which torch.save never does and which could be of any size; give a safetensors file")
+        raise DataError(
+            f"{path}: compressed inside, which torch.save never does and which could be of any size; give a safetensors file"
+        )
     _check_directory(path)
     return _names(io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")), 1)
 
@@ -119,7 +161,9 @@ def _check_directory(path: Path) -> None:
     with open(path, "rb") as file:
         length = file.seek(0, os.SEEK_END)
         file.seek(max(0, length - 98))
-        tail = file.read()  # the end in 64 bits (56 bytes), where that is, 20 bytes, and the end, 22 bytes
+        tail = (
+            file.read()
+        )  # the end in 64 bits (56 bytes), where that is, 20 bytes, and the end, 22 bytes
     stop = length - 22
     size, start = struct.unpack("<LL", tail[-10:-2])
     if tail[-42:-38] == b"PK\x06\x07":
@@ -143,7 +187,9 @@ def _names(file: IO[bytes], pickles: int) -> set[str]:
                 raise ValueError(f"its pickle has the instruction {instruction.name}")
             if instruction.name == "GLOBAL":
                 module, _, name = str(argument).partition(" ")
-                module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                module, name = NAME_MAPPING.get(
+                    (module, name), (IMPORT_MAPPING.get(module, module), name)
+                )
                 found.add(f"{module}.{name}")
     return found
 
@@ -152,7 +198,9 @@ def _damaged(path: Path, error: Exception) -> DataError:
     said = re.search(r"WeightsUnpickler error: (.+)", str(error))
     why = said[1] if said else (str(error).splitlines() or [type(error).__name__])[0]
     why = why[:120]
-    return DataError(f"{path}: not a weights file, or damaged ({why}); fetch it again, or give a safetensors file")
+    return DataError(
+        f"{path}: not a weights file, or damaged ({why}); fetch it again, or give a safetensors file"
+    )
 
 
 def _instead(path: Path) -> str:
@@ -161,7 +209,9 @@ def _instead(path: Path) -> str:
         import open_clip
     except ImportError:
         return "give the same weights as safetensors"
-    arch = path.stem.removesuffix("px")  # OpenAI's files keep their names: ViT-L-14.pt, RN50.pt, ViT-L-14-336px.pt
+    arch = path.stem.removesuffix(
+        "px"
+    )  # OpenAI's files keep their names: ViT-L-14.pt, RN50.pt, ViT-L-14-336px.pt
     repository = open_clip.get_pretrained_cfg(arch, "openai").get("hf_hub", "").strip("/")
     if not repository:
         return "give the same weights as safetensors"

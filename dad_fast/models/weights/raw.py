@@ -31,7 +31,9 @@ def _checkpoint_of(folder: Path) -> Path:
     for candidate in (folder, folder / "checkpoints" / "latest"):
         if (candidate / TENSORS).is_file():
             return candidate.resolve()
-    raise DataError(f"{folder}: no checkpoint here ({TENSORS} or checkpoints/latest), and only checkpoints hold raw weights; name one")
+    raise DataError(
+        f"{folder}: no checkpoint here ({TENSORS} or checkpoints/latest), and only checkpoints hold raw weights; name one"
+    )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -39,9 +41,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         digest = json.loads((path.parent / STATE).read_text())["sha256"][TENSORS]
         if sha256_file(path) != digest:
-            raise DataError(f"{path}: damaged, it is not what was written; name an earlier checkpoint")
+            raise DataError(
+                f"{path}: damaged, it is not what was written; name an earlier checkpoint"
+            )
         with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith(PREFIX) and ".aux_bn." not in key]
+            keys = [key for key in file if key.startswith(PREFIX) and ".aux_bn." not in key]
             return {key.removeprefix(PREFIX): file.get_tensor(key) for key in keys}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error}); name another checkpoint") from None
+        raise DataError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); name another checkpoint"
+        ) from None

@@ -44,21 +44,30 @@ def compare(
              set; mmd2. Each is {"value", "interval"}; a value is the mean over resamples.
     Raises DataError where a set is too small, or the clean images all look the same.
     """
-    together = {**{("set", name): x for name, x in sets.items()}, **{("test", name): x for name, x in tests.items()}}
+    together = {
+        **{("set", name): x for name, x in sets.items()},
+        **{("test", name): x for name, x in tests.items()},
+    }
     n = min(len(x) for x in together.values())
     if n < FEWEST:
         (_, name), x = min(together.items(), key=lambda item: len(item[1]))
-        raise DataError(f"{name} has only {len(x)} images to compare, and {FEWEST} are needed; raise --num-images, or add --no-filter")
+        raise DataError(
+            f"{name} has only {len(x)} images to compare, and {FEWEST} are needed; raise --num-images, or add --no-filter"
+        )
     together = {key: x[:n] for key, x in together.items()}
     bandwidth = median_distance(together["set", "clean"])
     if bandwidth < 1e-9:
-        raise DataError("the features of all clean images are the same; are model and images the right ones?")
+        raise DataError(
+            "the features of all clean images are the same; are model and images the right ones?"
+        )
     split = {"set": halves(n, resamples, seed + 1), "test": halves(n, resamples, seed + 2)}
     along = directions(next(iter(together.values())).shape[1], projections, seed)
 
     projected = {key: Projected(x, along) for key, x in together.items()}
     own = {key: torch.zeros(resamples, dtype=torch.float64) for key in together}
-    between = {(test, name): torch.zeros(resamples, dtype=torch.float64) for test in tests for name in sets}
+    between = {
+        (test, name): torch.zeros(resamples, dtype=torch.float64) for test in tests for name in sets
+    }
     for r in range(resamples):
         first = {}
         for key, one in projected.items():
@@ -68,13 +77,24 @@ def compare(
             between[test, name][r] = squared_sw2_of_sorted(first["set", name], first["test", test])
         progress(r + 1, resamples)
 
-    kernels = {name: gaussian_kernel(together["set", name], together["set", name], bandwidth) for name in sets}
-    found: dict[str, Any] = {"size": n, "half": n // 2, "bandwidth": bandwidth, "projections": projections, "resamples": resamples}
+    kernels = {
+        name: gaussian_kernel(together["set", name], together["set", name], bandwidth)
+        for name in sets
+    }
+    found: dict[str, Any] = {
+        "size": n,
+        "half": n // 2,
+        "bandwidth": bandwidth,
+        "projections": projections,
+        "resamples": resamples,
+    }
     found["tests"] = {}
     for test in tests:
         kernel = gaussian_kernel(together["test", test], together["test", test], bandwidth)
         floor_mmd = mmd2(kernel, kernel, kernel, *split["test"])
-        corrected = {name: between[test, name] - (own["set", name] + own["test", test]) / 2 for name in sets}
+        corrected = {
+            name: between[test, name] - (own["set", name] + own["test", test]) / 2 for name in sets
+        }
         of_sets = {}
         for name in sets:
             across = gaussian_kernel(together["set", name], together["test", test], bandwidth)
@@ -85,7 +105,10 @@ def compare(
                 "minus_clean": _summary(corrected[name] - corrected["clean"]),
                 "mmd2": _summary(mmd),
             }
-        found["tests"][test] = {"floor": {"sw2": _summary(own["test", test].sqrt()), "mmd2": _summary(floor_mmd)}, "sets": of_sets}
+        found["tests"][test] = {
+            "floor": {"sw2": _summary(own["test", test].sqrt()), "mmd2": _summary(floor_mmd)},
+            "sets": of_sets,
+        }
     return found
 
 

@@ -28,7 +28,10 @@ def wasserstein2_1d(a: Tensor, b: Tensor) -> Tensor:
     n, m = len(a), len(b)
     if n == m:
         return (a - b).square().mean(dim=0)
-    steps_a, steps_b = torch.arange(1, n + 1, device=a.device) * m, torch.arange(1, m + 1, device=a.device) * n  # in units of 1/(n m)
+    steps_a, steps_b = (
+        torch.arange(1, n + 1, device=a.device) * m,
+        torch.arange(1, m + 1, device=a.device) * n,
+    )  # in units of 1/(n m)
     ends = torch.cat((steps_a, steps_b)).unique()
     lengths = ends.diff(prepend=ends.new_zeros(1)).double() / (n * m)
     return lengths @ (a[(ends - 1) // m] - b[(ends - 1) // n]).square()
@@ -112,7 +115,9 @@ def squared_sw2_of_sorted(a: Tensor, b: Tensor) -> Tensor:
 def vendi_score(x: Tensor) -> float:
     """How many different images a set of features [n, F] is worth: 1 where all point one way, n (at most F) where all are orthogonal."""
     x = torch.nn.functional.normalize(x.double(), dim=1)
-    share = torch.linalg.eigvalsh(x.T @ x if len(x) > x.shape[1] else x @ x.T).clamp(min=0)  # the two have the same positive eigenvalues
+    share = torch.linalg.eigvalsh(x.T @ x if len(x) > x.shape[1] else x @ x.T).clamp(
+        min=0
+    )  # the two have the same positive eigenvalues
     share = share / share.sum()
     return torch.special.entr(share).sum().exp().item()
 

@@ -27,8 +27,18 @@ from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher, _PreLogits
 
 # What each set is called in tables; its name in files is the key.
-TITLES = {"clean": "clean", "q_clean": "Q(clean)", "random_q": "random + Q", "dat": "DAT", "dad": "DAD"}
-FILTERED = ("q_clean", "random_q", "dad")  # the loss counts these where the teacher still says the label
+TITLES = {
+    "clean": "clean",
+    "q_clean": "Q(clean)",
+    "random_q": "random + Q",
+    "dat": "DAT",
+    "dad": "DAD",
+}
+FILTERED = (
+    "q_clean",
+    "random_q",
+    "dad",
+)  # the loss counts these where the teacher still says the label
 EXAMPLES = 8  # images of a sheet
 THUMBNAIL = 32  # pixels a side, at most, of images that are compared as they are
 
@@ -48,11 +58,15 @@ def feature_space(name: str, teacher: Teacher, student: Student | None) -> Featu
     if name == "teacher":
         return lambda pixels: F.normalize(teacher.features(pixels).double(), dim=1)
     if student is None:
-        raise UsageError("--features student: no student is named; name a run's folder, or add --init-from RUN")
+        raise UsageError(
+            "--features student: no student is named; name a run's folder, or add --init-from RUN"
+        )
     if isinstance(student, Probe):
         return lambda pixels: F.normalize(student.features(pixels).double(), dim=1)
     before_head = _PreLogits(student.model)
-    return lambda pixels: F.normalize(before_head((pixels - student.mean) / student.std).double(), dim=1)
+    return lambda pixels: F.normalize(
+        before_head((pixels - student.mean) / student.std).double(), dim=1
+    )
 
 
 def thumbnails(pixels: Tensor) -> Tensor:
@@ -68,7 +82,9 @@ class ImageSet:
     features: Tensor  # float64 [N, F], see `feature_space`
     said: Tensor  # int64 [N], the teacher's class
     labels: Tensor  # int64 [N]
-    changed: Tensor | None = None  # float32 [N], share of codes that are not Q(clean)'s; None where there are none
+    changed: Tensor | None = (
+        None  # float32 [N], share of codes that are not Q(clean)'s; None where there are none
+    )
     examples: Tensor | None = None  # float32 [EXAMPLES, 3, H, W], the first images
 
     def counted(self, filtered: bool) -> Tensor:
@@ -84,12 +100,16 @@ class Made(NamedTuple):
 class Generators:
     """Clean images -> every set that these models can make: DAT's needs a student to attack."""
 
-    def __init__(self, cfg: Config, teacher: Teacher, discretizer: Discretizer, student: nn.Module | None) -> None:
+    def __init__(
+        self, cfg: Config, teacher: Teacher, discretizer: Discretizer, student: nn.Module | None
+    ) -> None:
         self.discretizer, self.order, self.precision = discretizer, cfg.attack.order, cfg.precision
         self.student, self.num_classes = student, teacher.num_classes
         attack = PGD.from_config(cfg.attack)
         start_alone = replace(attack, steps=0, random_start=1.0)
-        self.attacks: dict[str, tuple[PGD, Callable[[Tensor], Tensor]]] = {"random_q": (start_alone, teacher)}
+        self.attacks: dict[str, tuple[PGD, Callable[[Tensor], Tensor]]] = {
+            "random_q": (start_alone, teacher)
+        }
         if student is not None:
             self.attacks["dat"] = (attack, self._student)
         self.attacks["dad"] = (attack, teacher)
@@ -105,8 +125,12 @@ class Generators:
         made = {"clean": Made(pixels, None), "q_clean": Made(plain.images, None)}
         targets, unmoved = soft_targets(labels, self.num_classes), plain.codes
         for name, (attack, model) in self.attacks.items():
-            base, perturbed = perturb(self.discretizer, model, attack, pixels, targets, keys, self.order)
-            if base is not pixels and name == "random_q":  # Q(Q(x)): what the authors' order gives without a perturbation
+            base, perturbed = perturb(
+                self.discretizer, model, attack, pixels, targets, keys, self.order
+            )
+            if (
+                base is not pixels and name == "random_q"
+            ):  # Q(Q(x)): what the authors' order gives without a perturbation
                 unmoved = self.discretizer(base).codes
             found = self.discretizer(perturbed)
             changed = None
@@ -119,7 +143,9 @@ class Generators:
         assert self.student is not None
         if isinstance(self.student, Probe):  # whose own forward keeps no gradient
             return self.student.logits(self.student.encoder.features(pixels))
-        with torch.autocast(pixels.device.type, getattr(torch, self.precision.student), enabled=self.precision.amp):
+        with torch.autocast(
+            pixels.device.type, getattr(torch, self.precision.student), enabled=self.precision.amp
+        ):
             logits: Tensor = self.student(pixels)
         return logits
 
@@ -135,7 +161,9 @@ def make_sets(
     progress: Progress,
 ) -> dict[str, ImageSet]:
     """Every set made from the images of `source`, which are in random order; noise as in training's first epoch."""
-    gathered: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {name: [] for name in generators.names}
+    gathered: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {
+        name: [] for name in generators.names
+    }
     examples: dict[str, Tensor] = {}
     labels = []
     for pixels, batch_labels, rows in _batches(cfg, source, view, device, progress):
@@ -145,18 +173,32 @@ def make_sets(
             examples.setdefault(name, made.images[:EXAMPLES].float().cpu())
             with torch.no_grad():
                 seen, said = features(made.images).cpu(), teacher(made.images).argmax(dim=1).cpu()
-            gathered[name].append((seen, said, None if made.changed is None else made.changed.cpu()))
+            gathered[name].append(
+                (seen, said, None if made.changed is None else made.changed.cpu())
+            )
     all_labels, sets = torch.cat(labels), {}
     for name, parts in gathered.items():
         all_seen, all_said, changed = zip(*parts, strict=True)
-        shares = torch.cat([share for share in changed if share is not None]) if changed[0] is not None else None
-        sets[name] = ImageSet(torch.cat(all_seen), torch.cat(all_said), all_labels, shares, examples[name])
+        shares = (
+            torch.cat([share for share in changed if share is not None])
+            if changed[0] is not None
+            else None
+        )
+        sets[name] = ImageSet(
+            torch.cat(all_seen), torch.cat(all_said), all_labels, shares, examples[name]
+        )
     return sets
 
 
 @torch.no_grad()
 def suite_features(
-    cfg: Config, suite: Suite, num_images: int, features: Features, view: View, device: torch.device, progress: Progress
+    cfg: Config,
+    suite: Suite,
+    num_images: int,
+    features: Features,
+    view: View,
+    device: torch.device,
+    progress: Progress,
 ) -> Tensor:
     """Features of a random choice of a suite's images, in random order; float64 [N, F].
 
@@ -184,14 +226,20 @@ def choice(ok: np.ndarray, num: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.flatnonzero(ok))[:num]
 
 
-def _batches(cfg: Config, piece: Subset, view: View, device: torch.device, progress: Progress) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(
+    cfg: Config, piece: Subset, view: View, device: torch.device, progress: Progress
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Pixels [B, 3, H, W] in [0, 1], labels and rows of the whole source int64 [B], of a piece that is wholly readable."""
     size = cfg.eval.batch_size or cfg.data.batch_size
     loader = EvalLoader(piece, *view, size, cfg.data.workers, pin_memory=device.type == "cuda")
     done = 0
     for batch in loader:
         rows = torch.from_numpy(piece.rows)[batch.samples]
-        yield to_pixels(batch.images.to(device, non_blocking=True)), batch.labels.to(device), rows.to(device)
+        yield (
+            to_pixels(batch.images.to(device, non_blocking=True)),
+            batch.labels.to(device),
+            rows.to(device),
+        )
         done += len(batch.labels)
         progress(done, loader.num_images)
 
@@ -211,7 +259,9 @@ def _corrupted(suite: Suite, pixels: Tensor, keys: Tensor) -> Tensor:
     return result
 
 
-def moves(before: Tensor, after: Tensor, names: Sequence[str], most: int = 10) -> list[tuple[str, str, int]]:
+def moves(
+    before: Tensor, after: Tensor, names: Sequence[str], most: int = 10
+) -> list[tuple[str, str, int]]:
     """The most frequent changes of the teacher's class from `before` to `after`, int64 [N] each: (from, to, images)."""
     moved = before != after
     pairs, counts = torch.stack((before[moved], after[moved])).unique(dim=1, return_counts=True)

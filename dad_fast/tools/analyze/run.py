@@ -42,9 +42,17 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder")
     device = resolve_device(cfg.device)
-    source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+    source = open_source(
+        cfg.data.data_dir,
+        cfg.data.train_split,
+        cfg.data.class_map,
+        max_bad_share=cfg.data.max_bad_share,
+    )
     suites = open_suites(cfg.eval.suites or (cfg.data.val_split,), cfg.data, source.classes)
-    frozen_teacher, frozen_discretizer = frozen.teacher(cfg, source.classes, device), frozen.discretizer(cfg, device)
+    frozen_teacher, frozen_discretizer = (
+        frozen.teacher(cfg, source.classes, device),
+        frozen.discretizer(cfg, device),
+    )
     teacher, discretizer = frozen_teacher.model, frozen_discretizer.model
     student, about_student = _student(cfg, launch, source.classes)
     if student is not None:
@@ -57,13 +65,28 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     rows = engine.choice(source.ok, launch.num_images, cfg.seed)
     images = Subset(source, rows, source.labels[rows])
     if student is None:
-        print("DAT is left out: it attacks a student, and none is named (a run's folder, or --init-from RUN)")
-    sets = engine.make_sets(cfg, images, teacher, features, generators, view, device, _progress("making and seeing the sets"))
+        print(
+            "DAT is left out: it attacks a student, and none is named (a run's folder, or --init-from RUN)"
+        )
+    sets = engine.make_sets(
+        cfg,
+        images,
+        teacher,
+        features,
+        generators,
+        view,
+        device,
+        _progress("making and seeing the sets"),
+    )
     tests = {
-        suite.name: engine.suite_features(cfg, suite, launch.num_images, features, view, device, _progress(f"seeing {suite.name}"))
+        suite.name: engine.suite_features(
+            cfg, suite, launch.num_images, features, view, device, _progress(f"seeing {suite.name}")
+        )
         for suite in suites
     }
-    counted = {name: one.counted(cfg.loss.filter and name in FILTERED) for name, one in sets.items()}
+    counted = {
+        name: one.counted(cfg.loss.filter and name in FILTERED) for name, one in sets.items()
+    }
     options = {"projections": launch.projections, "resamples": launch.resamples, "seed": cfg.seed}
     distances = compare(counted, tests, **options, progress=_progress("comparing"))
     record = {
@@ -74,11 +97,25 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
         "seed": cfg.seed,
         "filter": cfg.loss.filter,
         "attack": asdict(cfg.attack),
-        "teacher": {"name": teacher.name, "fingerprint": frozen_teacher.fingerprint, "seen": teacher.provenance},
-        "discretizer": {"name": discretizer.name, "fingerprint": frozen_discretizer.fingerprint, "seen": discretizer.provenance},
+        "teacher": {
+            "name": teacher.name,
+            "fingerprint": frozen_teacher.fingerprint,
+            "seen": teacher.provenance,
+        },
+        "discretizer": {
+            "name": discretizer.name,
+            "fingerprint": frozen_discretizer.fingerprint,
+            "seen": discretizer.provenance,
+        },
         "student": about_student,
-        "sets": {name: _facts(sets, name, len(counted[name]), distances["size"], source.classes.names) for name in sets},
-        "tests": {name: {"num_images": len(x), **_diversity(x[: distances["size"]])} for name, x in tests.items()},
+        "sets": {
+            name: _facts(sets, name, len(counted[name]), distances["size"], source.classes.names)
+            for name in sets
+        },
+        "tests": {
+            name: {"num_images": len(x), **_diversity(x[: distances["size"]])}
+            for name, x in tests.items()
+        },
         "distances": distances,
         "environment": environment(),
     }
@@ -93,18 +130,30 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     return 0
 
 
-def _student(cfg: Config, launch: AnalyzeLaunch, classes: ClassMap) -> tuple[Student | None, dict[str, Any] | None]:
+def _student(
+    cfg: Config, launch: AnalyzeLaunch, classes: ClassMap
+) -> tuple[Student | None, dict[str, Any] | None]:
     """The student that DAT attacks, and what the record says of it: of a run, of --init-from, or of --student-weights."""
     named = launch.weights or cfg.student.init_from
     if named:
         path = checkpoint_file(named)
         student, metadata = load_student(path)
         if CLASSES in metadata and ClassMap.from_json(metadata[CLASSES]).folders != classes.folders:
-            raise DataError(f"{path}: its classes are not those of {cfg.data.data_dir}; give its own --data-dir or --class-map")
-        return student, {"name": student.name, "file": str(path), "sha256": sha256_file(path), "method": metadata.get("dad_fast.method")}
+            raise DataError(
+                f"{path}: its classes are not those of {cfg.data.data_dir}; give its own --data-dir or --class-map"
+            )
+        return student, {
+            "name": student.name,
+            "file": str(path),
+            "sha256": sha256_file(path),
+            "method": metadata.get("dad_fast.method"),
+        }
     if cfg.student.weights or cfg.student.pretrained:
         student = build_student(cfg.student, len(classes), cfg.augment.img_size)
-        return student, {"name": student.name, "file": cfg.student.weights or "timm's pretrained weights"}
+        return student, {
+            "name": student.name,
+            "file": cfg.student.weights or "timm's pretrained weights",
+        }
     return None, None
 
 
@@ -112,7 +161,11 @@ def _view(cfg: Config, num_classes: int, student: Student | None, teacher_size: 
     """The student's view of an image in evaluation; without a student, the teacher's size and timm's usual crop."""
     aug, own = cfg.augment, (teacher_size, 0.875, "bicubic")
     if student is None and cfg.student.name:
-        student = build_student(StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs), num_classes, aug.img_size)
+        student = build_student(
+            StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs),
+            num_classes,
+            aug.img_size,
+        )
     if student is not None:
         own = (student.image_size, student.crop_pct, student.interpolation)
     return aug.img_size or own[0], aug.crop_pct or own[1], aug.interpolation or own[2]
@@ -125,10 +178,14 @@ def _try(cfg: Config, student: Student | None, view: View, device: torch.device)
     try:
         student(torch.zeros(1, 3, view[0], view[0], device=device))
     except RuntimeError as error:
-        raise UsageError(f"--img-size {view[0]}: {student.name} cannot take it ({str(error).splitlines()[0]})") from None
+        raise UsageError(
+            f"--img-size {view[0]}: {student.name} cannot take it ({str(error).splitlines()[0]})"
+        ) from None
 
 
-def _facts(sets: Mapping[str, ImageSet], name: str, num_counted: int, size: int, names: Sequence[str]) -> dict[str, Any]:
+def _facts(
+    sets: Mapping[str, ImageSet], name: str, num_counted: int, size: int, names: Sequence[str]
+) -> dict[str, Any]:
     """What is known of one set besides its distances. Moves are over all images, whether the loss counts them or not."""
     one, clean = sets[name], sets["clean"]
     moved = one.said != clean.said
@@ -141,13 +198,19 @@ def _facts(sets: Mapping[str, ImageSet], name: str, num_counted: int, size: int,
         **_diversity(one.features[:size]),
     }
     if name != "clean":
-        top = [{"from": a, "to": b, "images": count} for a, b, count in engine.moves(clean.said, one.said, names)]
+        top = [
+            {"from": a, "to": b, "images": count}
+            for a, b, count in engine.moves(clean.said, one.said, names)
+        ]
         found["moved"] = {**_mean(moved.double()), "top": top}
     return found
 
 
 def _mean(values: torch.Tensor) -> dict[str, Any]:
-    return {"value": values.double().mean().item(), "interval": list(mean_interval(np.asarray(values, dtype=np.float64)))}
+    return {
+        "value": values.double().mean().item(),
+        "interval": list(mean_interval(np.asarray(values, dtype=np.float64))),
+    }
 
 
 def _diversity(features: torch.Tensor) -> dict[str, float]:
@@ -159,9 +222,18 @@ def _sheet(path: Path, sets: Mapping[str, ImageSet], name: str, names: Sequence[
     one, clean = sets[name], sets["clean"]
     captions = []
     for i in range(min(engine.EXAMPLES, len(one.said))):
-        lines = [names[int(one.labels[i])], "seen so" if one.said[i] == one.labels[i] else f"seen as {names[int(one.said[i])]}"]
-        captions.append("\n".join(lines if one.changed is None else [*lines, f"{one.changed[i]:.0%} codes"]))
-    assert clean.examples is not None and sets["q_clean"].examples is not None and one.examples is not None
+        lines = [
+            names[int(one.labels[i])],
+            "seen so" if one.said[i] == one.labels[i] else f"seen as {names[int(one.said[i])]}",
+        ]
+        captions.append(
+            "\n".join(lines if one.changed is None else [*lines, f"{one.changed[i]:.0%} codes"])
+        )
+    assert (
+        clean.examples is not None
+        and sets["q_clean"].examples is not None
+        and one.examples is not None
+    )
     write_sheet(path, clean.examples, sets["q_clean"].examples, one.examples, captions)
 
 
@@ -172,7 +244,12 @@ def _progress(what: str) -> Progress:
     def show(done: int, total: int) -> None:
         nonlocal last
         if sys.stderr.isatty():
-            print(f"\r\x1b[K{what}: {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[K{what}: {done:,} of {total:,}",
+                end="" if done < total else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
         elif done >= total or time.monotonic() - last >= PLAIN_SECONDS:
             last = time.monotonic()
             print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)

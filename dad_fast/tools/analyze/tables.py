@@ -34,20 +34,55 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines.append(_row(test, *cells))
     lines += ["", *_head("MMD^2 x 1000", *titles, "floor")]
     for test, found in distances["tests"].items():
-        lines.append(_row(test, *(_pm(one["mmd2"], 1000) for one in found["sets"].values()), _pm(found["floor"]["mmd2"], 1000)))
-    lines += ["", *_head("set", "teacher top-1 %", "counted", "codes changed %", "class moves %", "mean distance", "Vendi score")]
+        lines.append(
+            _row(
+                test,
+                *(_pm(one["mmd2"], 1000) for one in found["sets"].values()),
+                _pm(found["floor"]["mmd2"], 1000),
+            )
+        )
+    lines += [
+        "",
+        *_head(
+            "set",
+            "teacher top-1 %",
+            "counted",
+            "codes changed %",
+            "class moves %",
+            "mean distance",
+            "Vendi score",
+        ),
+    ]
     for one in sets.values():
         changed = _pm(one["codes_changed"], 100, 1) if one["codes_changed"] else ""
         moved = _pm(one["moved"], 100, 1) if "moved" in one else ""
         counted = f"{one['num_counted']:,} of {one['num_images']:,}"
         numbers = f"{one['mean_distance']:.3f}", f"{one['vendi_score']:.2f}"
-        lines.append(_row(one["title"], f"{one['teacher_top1']:.1f}", counted, changed, moved, *numbers))
+        lines.append(
+            _row(one["title"], f"{one['teacher_top1']:.1f}", counted, changed, moved, *numbers)
+        )
     for name, one in record["tests"].items():
-        lines.append(_row(name, "", f"{one['num_images']:,}", "", "", f"{one['mean_distance']:.3f}", f"{one['vendi_score']:.2f}"))
+        lines.append(
+            _row(
+                name,
+                "",
+                f"{one['num_images']:,}",
+                "",
+                "",
+                f"{one['mean_distance']:.3f}",
+                f"{one['vendi_score']:.2f}",
+            )
+        )
     for one in sets.values():
         if one.get("moved", {}).get("top"):
-            top = ", ".join(f"{move['from']} → {move['to']} {move['images']}" for move in one["moved"]["top"][:5])
-            lines += ["", f"{one['title']} moves the teacher's class of clean images most often: {top}."]
+            top = ", ".join(
+                f"{move['from']} → {move['to']} {move['images']}"
+                for move in one["moved"]["top"][:5]
+            )
+            lines += [
+                "",
+                f"{one['title']} moves the teacher's class of clean images most often: {top}.",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -63,7 +98,9 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         f"MMD: Gaussian kernel, bandwidth {found['bandwidth']:.3g}, the median distance within the clean images; unbiased.",
     ]
     if record["filter"]:
-        notes.append(f"Of {filtered} only images are counted that the teacher gives their label, as in the loss (--no-filter counts all).")
+        notes.append(
+            f"Of {filtered} only images are counted that the teacher gives their label, as in the loss (--no-filter counts all)."
+        )
     if record["student"] is None:
         notes.append("DAT is left out: no student was named.")
     return [f"- {note}" for note in notes]

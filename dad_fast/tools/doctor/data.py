@@ -21,7 +21,11 @@ MAX_BAD_SHARE = 0.01  # data.max_bad_share's default
 SECONDS = 3.0  # of decoding per back end
 SAMPLES = 256  # images that are decoded, again and again
 # Images a second that one H200 is expected to take, from counted operations at half of its bf16 peak; not measured.
-NEEDS = {"KD, teacher online": 1900, "ViT-B/16, stored teacher outputs": 4400, "ResNet-50, stored teacher outputs": 8700}
+NEEDS = {
+    "KD, teacher online": 1900,
+    "ViT-B/16, stored teacher outputs": 4400,
+    "ResNet-50, stored teacher outputs": 8700,
+}
 
 
 def run(options: DoctorOptions) -> int:
@@ -35,7 +39,9 @@ def run(options: DoctorOptions) -> int:
     finally:
         logger.propagate = propagate
         logger.removeHandler(warnings)
-    for row in contents(source, [text for text in warnings.texts if not text.startswith(source.name)]):
+    for row in contents(
+        source, [text for text in warnings.texts if not text.startswith(source.name)]
+    ):
         print(render(row), flush=True)
     if hasattr(source, "files"):
         rates = {}
@@ -45,7 +51,9 @@ def run(options: DoctorOptions) -> int:
         print(render(feeds(rates, options.need)), flush=True)
     bad = int((~source.ok).sum())
     if bad > MAX_BAD_SHARE * len(source):
-        raise DataError(f"{source.name}: training stops at {MAX_BAD_SHARE:.0%} of unreadable images; mend them or raise data.max_bad_share")
+        raise DataError(
+            f"{source.name}: training stops at {MAX_BAD_SHARE:.0%} of unreadable images; mend them or raise data.max_bad_share"
+        )
     return 0
 
 
@@ -61,7 +69,11 @@ class _Collected(logging.Handler):
 def _split(options: DoctorOptions) -> str:
     if options.split is not None:
         return options.split
-    return "train" if options.data.startswith(EMBEDDED) or (Path(options.data) / "train").is_dir() else ""
+    return (
+        "train"
+        if options.data.startswith(EMBEDDED) or (Path(options.data) / "train").is_dir()
+        else ""
+    )
 
 
 def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
@@ -69,30 +81,61 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
     ok = source.ok
     yield Row("data", "ok", source.describe())
     counts = np.bincount(source.labels[ok], minlength=len(source.classes))
-    names = [f"{i} {shown(name)}" if name != str(i) else name for i, name in enumerate(source.classes.names)]
+    names = [
+        f"{i} {shown(name)}" if name != str(i) else name
+        for i, name in enumerate(source.classes.names)
+    ]
     empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
     detail = f"{counts.min():,} to {counts.max():,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
-    yield Row("classes", "wrong" if empty else "ok", detail + (f"; without images: {some(empty)}" if empty else ""))
+    yield Row(
+        "classes",
+        "wrong" if empty else "ok",
+        detail + (f"; without images: {some(empty)}" if empty else ""),
+    )
     files: Files | None = getattr(source, "files", None)
     if files is not None and files.bad:
         listed = some((f"{name} ({why})" for name, why in files.bad), limit=20)
         detail = f"{len(files.bad):,} cannot be read, {100 * len(files.bad) / len(source):.2g} % of all: {listed}"
-        yield Row("bad files", "wrong", detail, "replace or remove them; a run takes the next valid image instead of each")
+        yield Row(
+            "bad files",
+            "wrong",
+            detail,
+            "replace or remove them; a run takes the next valid image instead of each",
+        )
     else:
-        yield Row("bad files", "ok", "none" if files is None else "none: each image has been decoded once")
+        yield Row(
+            "bad files", "ok", "none" if files is None else "none: each image has been decoded once"
+        )
     for text in warnings:
         yield Row("warning", "wrong", text)
     if files is not None:
         formats = np.bincount(files.formats[ok], minlength=len(files.format_names))
         order = np.argsort(-formats, kind="stable")
-        yield Row("formats", "ok", ", ".join(f"{files.format_names[i] or '?'} {formats[i]:,}" for i in order if formats[i]))
+        yield Row(
+            "formats",
+            "ok",
+            ", ".join(
+                f"{files.format_names[i] or '?'} {formats[i]:,}" for i in order if formats[i]
+            ),
+        )
         total = _bytes(int(files.num_bytes[ok].sum()))
-        yield Row("bytes", "ok", f"{total} in all, {_bytes(int(np.median(files.num_bytes[ok])))} an image in the median")
+        yield Row(
+            "bytes",
+            "ok",
+            f"{total} in all, {_bytes(int(np.median(files.num_bytes[ok])))} an image in the median",
+        )
     sides = source.sizes[ok]
     area = sides.prod(axis=1, dtype=np.int64)
     small, median, large = (np.argsort(area, kind="stable")[[0, len(area) // 2, -1]]).tolist()
-    shapes = (f"{sides[i][0]}x{sides[i][1]} px ({area[i] / 1e6:.2g} MP)" for i in (small, median, large))
-    yield Row("sizes", "ok", "smallest {}, median {}, largest {}".format(*shapes) + f"; {area.sum() / 1e6:,.0f} megapixels in all")
+    shapes = (
+        f"{sides[i][0]}x{sides[i][1]} px ({area[i] / 1e6:.2g} MP)" for i in (small, median, large)
+    )
+    yield Row(
+        "sizes",
+        "ok",
+        "smallest {}, median {}, largest {}".format(*shapes)
+        + f"; {area.sum() / 1e6:,.0f} megapixels in all",
+    )
 
 
 def _bytes(count: float) -> str:
@@ -119,7 +162,11 @@ def back_ends(loader: str, source: Source) -> dict[str, Callable[[Source], tuple
         except EnvironmentProblem as error:
             if loader == "dali":
                 raise
-            missing = str(error).removeprefix("--loader dali: ").removesuffix("; or use --loader torchvision")
+            missing = (
+                str(error)
+                .removeprefix("--loader dali: ")
+                .removesuffix("; or use --loader torchvision")
+            )
             found["DALI"] = lambda source: (Row("DALI", "off", missing), 0.0)
     return found
 
@@ -127,7 +174,9 @@ def back_ends(loader: str, source: Source) -> dict[str, Callable[[Source], tuple
 def _chosen(source: Source) -> list[int]:
     """Readable samples, spread evenly over the source."""
     samples = np.flatnonzero(source.ok)
-    return samples[np.linspace(0, len(samples) - 1, min(SAMPLES, len(samples))).astype(int)].tolist()
+    return samples[
+        np.linspace(0, len(samples) - 1, min(SAMPLES, len(samples))).astype(int)
+    ].tolist()
 
 
 def _rate(decode: Callable[[int], int], name: str) -> float:
@@ -155,7 +204,11 @@ def pil_rate(source: Source) -> tuple[Row, float]:
 
     rate = _rate(decode, "PIL")
     cores = num_cores()
-    return Row("PIL", "ok", f"{rate:,.0f} img/s a core; {rate * cores:,.0f} on {cores} cores if they are free"), rate * cores
+    return Row(
+        "PIL",
+        "ok",
+        f"{rate:,.0f} img/s a core; {rate * cores:,.0f} on {cores} cores if they are free",
+    ), rate * cores
 
 
 def dali_rate(source: Source, device: str) -> tuple[Row, float]:
@@ -181,9 +234,22 @@ def dali_rate(source: Source, device: str) -> tuple[Row, float]:
 
         rate = _rate(decode_all, name)
     except Exception as error:  # DALI raises RuntimeError and its own types, with pages of text
-        return Row(name, "wrong", f"failed: {' '.join(str(error).split())[:200]}", "--loader torchvision decodes with PIL"), 0.0
-    part = "" if len(files) == len(samples) else f", on the {len(files) / len(samples):.0%} that are plain JPEGs"
-    where = "on this GPU" if device == "mixed" else f"on {num_cores()} cores, {rate / num_cores():,.0f} a core"
+        return Row(
+            name,
+            "wrong",
+            f"failed: {' '.join(str(error).split())[:200]}",
+            "--loader torchvision decodes with PIL",
+        ), 0.0
+    part = (
+        ""
+        if len(files) == len(samples)
+        else f", on the {len(files) / len(samples):.0%} that are plain JPEGs"
+    )
+    where = (
+        "on this GPU"
+        if device == "mixed"
+        else f"on {num_cores()} cores, {rate / num_cores():,.0f} a core"
+    )
     return Row(name, "ok", f"{rate:,.0f} img/s {where}{part}"), rate
 
 
@@ -197,6 +263,9 @@ def feeds(rates: dict[str, float], need: float) -> Row:
         detail = f"{able}; {need:,.0f} are needed: {'enough' if enough else 'too slow'}"
     else:
         enough = rates[best] >= max(NEEDS.values())
-        each = (f"{rate:,} ({what}): {'enough' if rates[best] >= rate else 'too slow'}" for what, rate in NEEDS.items())
+        each = (
+            f"{rate:,} ({what}): {'enough' if rates[best] >= rate else 'too slow'}"
+            for what, rate in NEEDS.items()
+        )
         detail = f"{able}; one H200 is estimated to take {', '.join(each)}"
     return Row("feeds", "ok" if enough else "off", detail, "" if enough else mend)

@@ -26,12 +26,22 @@ def search_row(device: torch.device) -> Row:
     Clusters far from the origin are the hard case: |z|^2 - 2ze + |e|^2 then loses the digits that decide.
     """
     latents, codebook = hard_problem()
-    expected = torch.stack([(row - codebook.double()).square().sum(1).argmin() for row in latents.double()])
+    expected = torch.stack(
+        [(row - codebook.double()).square().sum(1).argmin() for row in latents.double()]
+    )
     found = nearest_code(latents.to(device), codebook.to(device)).cpu()
-    scores = codebook.square().sum(1) - 2 * latents @ codebook.T  # [N, K], the usual shortcut in float32
+    scores = (
+        codebook.square().sum(1) - 2 * latents @ codebook.T
+    )  # [N, K], the usual shortcut in float32
     wrong, shortcut = (found != expected).sum().item(), (scores.argmin(1) != expected).sum().item()
     detail = f"{device}: {wrong} of {len(latents)} codes differ from float64 (float32's shortcut: {shortcut})"
-    return Row("codebook search", "wrong" if wrong else "ok", detail, "report it, with this output" if wrong else "", required=True)
+    return Row(
+        "codebook search",
+        "wrong" if wrong else "ok",
+        detail,
+        "report it, with this output" if wrong else "",
+        required=True,
+    )
 
 
 def hard_problem() -> tuple[Tensor, Tensor]:
@@ -47,18 +57,32 @@ def attack_row(device: torch.device) -> Row:
     """PGD on a linear teacher against its closed form: with two classes the gradient's direction never changes."""
     generator = torch.Generator().manual_seed(0)
     pixels = 0.3 + 0.4 * torch.rand(8, 3, 16, 16, generator=generator)
-    weight = 0.05 * torch.randn(2, pixels[0].numel(), generator=generator)  # logits of a few units: no softmax that rounds to 1
+    weight = 0.05 * torch.randn(
+        2, pixels[0].numel(), generator=generator
+    )  # logits of a few units: no softmax that rounds to 1
     labels, keys = torch.arange(8) % 2, torch.arange(8)
-    direction = (weight[1] - weight[0]).double()[None] * (1 - 2 * labels)[:, None].double()  # [B, 768], away from the label
-    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels[0].numel(), 2, bias=False)).to(device)
+    direction = (weight[1] - weight[0]).double()[None] * (1 - 2 * labels)[
+        :, None
+    ].double()  # [B, 768], away from the label
+    teacher = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(pixels[0].numel(), 2, bias=False)
+    ).to(device)
     teacher[1].weight = torch.nn.Parameter(weight.to(device))
     errors = {}
     for norm, eps, step in (("l2", 0.1, 0.04), ("linf", 4 / 255, 1.5 / 255)):
         unit = direction / direction.norm(dim=1, keepdim=True) if norm == "l2" else direction.sign()
-        expected = pixels.double() + eps * unit.view_as(pixels)  # three steps of more than eps / 3 end on the ball
+        expected = pixels.double() + eps * unit.view_as(
+            pixels
+        )  # three steps of more than eps / 3 end on the ball
         attack = PGD(norm=norm, eps=eps, step_size=step, steps=3, random_start=0.0)  # type: ignore[arg-type]
         found = attack(teacher, pixels.to(device), labels.to(device), keys.to(device))
         errors[norm] = (found.cpu().double() - expected).abs().max().item()
     detail = f"{device}: largest error against the closed form {errors['l2']:.1e} (L2), {errors['linf']:.1e} (L-infinity)"
     wrong = max(errors.values()) > TOLERANCE
-    return Row("attack", "wrong" if wrong else "ok", detail, "report it, with this output" if wrong else "", required=True)
+    return Row(
+        "attack",
+        "wrong" if wrong else "ok",
+        detail,
+        "report it, with this output" if wrong else "",
+        required=True,
+    )

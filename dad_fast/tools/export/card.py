@@ -56,9 +56,13 @@ def _object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__}); restore it, or remove it and have a card without it") from None
+        raise DataError(
+            f"{path}: cannot be read ({type(error).__name__}); restore it, or remove it and have a card without it"
+        ) from None
     if not isinstance(found, dict):
-        raise DataError(f"{path}: not a JSON object; restore it, or remove it and have a card without it")
+        raise DataError(
+            f"{path}: not a JSON object; restore it, or remove it and have a card without it"
+        )
     return found
 
 
@@ -74,11 +78,18 @@ def model_card(
     """Markdown with the front matter of the Hugging Face hub. `weights`: "EMA" or "raw"; `checks`: differences by what was read back."""
     try:
         parts = [
-            *_title(student, classes, metadata, files), *_loading(student, files), *_training(student, metadata, weights, run),
-            *_results(student, weights, run), *_limits(student, classes, run), *_licence(run), *_verified(checks),
-        ]  # fmt: skip
+            *_title(student, classes, metadata, files),
+            *_loading(student, files),
+            *_training(student, metadata, weights, run),
+            *_results(student, weights, run),
+            *_limits(student, classes, run),
+            *_licence(run),
+            *_verified(checks),
+        ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"results.json or run.json: not as a run writes them ({type(error).__name__}: {error})") from None
+        raise DataError(
+            f"results.json or run.json: not as a run writes them ({type(error).__name__}: {error})"
+        ) from None
     return "\n".join(parts) + "\n"
 
 
@@ -87,9 +98,13 @@ def md(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(shown(str(value)), quote=False))
 
 
-def _title(student: Student, classes: ClassMap, metadata: Mapping[str, str], files: Sequence[str]) -> Iterator[str]:
+def _title(
+    student: Student, classes: ClassMap, metadata: Mapping[str, str], files: Sequence[str]
+) -> Iterator[str]:
     method = metadata.get("dad_fast.method", "")
-    names = ", ".join(md(name) for name in classes.names[:8]) + (f" and {len(classes) - 8:,} more" if len(classes) > 8 else "")
+    names = ", ".join(md(name) for name in classes.names[:8]) + (
+        f" and {len(classes) - 8:,} more" if len(classes) > 8 else ""
+    )
     library = "library_name: timm\n" if "config.json" in files else ""
     yield f"---\n{library}pipeline_tag: image-classification\nlicense: unknown\ntags: [image-classification, dad-fast]\n---"
     yield f"# {md(student.name)}" + (f", trained by {md(method)}" if method else "")
@@ -119,7 +134,9 @@ def _loading(student: Student, files: Sequence[str]) -> Iterator[str]:
     yield "From the command line: `dad-fast predict DIR IMAGE.jpg`"
 
 
-def _training(student: Student, metadata: Mapping[str, str], weights: str, run: RunFacts) -> Iterator[str]:
+def _training(
+    student: Student, metadata: Mapping[str, str], weights: str, run: RunFacts
+) -> Iterator[str]:
     yield "\n## How it was trained"
     method = metadata.get("dad_fast.method", "")
     yield f"- Method: {METHODS.get(method, md(method) or 'not recorded')}."
@@ -144,7 +161,11 @@ def _training(student: Student, metadata: Mapping[str, str], weights: str, run: 
     if student.has_batch_stats and cfg.method not in ("ce", "kd"):
         yield f"- Batch norm over clean and attacked images: {cfg.student.bn}."
     versions = machine.get("packages") or {}
-    named = ", ".join(f"{md(name)} {md(versions[name])}" for name in ("dad-fast", "torch", "timm") if name in versions)
+    named = ", ".join(
+        f"{md(name)} {md(versions[name])}"
+        for name in ("dad-fast", "torch", "timm")
+        if name in versions
+    )
     yield f"- Made with {named or 'versions that are not recorded'}."
 
 
@@ -154,12 +175,20 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
         yield f"No results of these weights ({weights}) lay beside them: `dad-fast eval` judges them."
         return
     teacher = ((run.results.get("teacher") or {}).get("suites")) or {}
-    yield "| suite | images | top-1 % | 95 % interval | top-5 % | ECE % | NLL |" + (" teacher's top-1 % |" if teacher else "")
+    yield "| suite | images | top-1 % | 95 % interval | top-5 % | ECE % | NLL |" + (
+        " teacher's top-1 % |" if teacher else ""
+    )
     yield "|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if teacher else "")
     for name, found in run.results["suites"].items():
         low, high = found.get("top1_interval") or (None, None)
         interval = "–" if low is None else f"{_number(low, 1)} – {_number(high, 1)}"
-        cells = [md(name), f"{int(found['num_images']):,}", _number(found["top1"], 1), interval, _number(found.get("top5"), 1)]
+        cells = [
+            md(name),
+            f"{int(found['num_images']):,}",
+            _number(found["top1"], 1),
+            interval,
+            _number(found.get("top5"), 1),
+        ]
         cells += [_number(found.get("ece"), 1), _number(found.get("nll"), 3)]
         if teacher:
             cells.append(_number((teacher.get(name) or {}).get("top1"), 1))
@@ -168,7 +197,11 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
     side = student.image_size
     view = f"shorter side to {short} px ({md(student.interpolation)}), centre crop of {side} px"
     yield f"\nPreprocessing: {view}, decoded by PIL, no EXIF rotation."
-    yield from (f"- {md(name)}: {md(found['protocol'])}" for name, found in run.results["suites"].items() if found.get("protocol"))
+    yield from (
+        f"- {md(name)}: {md(found['protocol'])}"
+        for name, found in run.results["suites"].items()
+        if found.get("protocol")
+    )
     yield "\nOne model of one seed; corruptions (names without a folder) are applied to the validation images."
 
 
@@ -183,7 +216,9 @@ def _limits(student: Student, classes: ClassMap, run: RunFacts) -> Iterator[str]
 
 def _licence(run: RunFacts) -> Iterator[str]:
     yield "\n## Licence"
-    sources = "the images" + (", its teacher" if run.cfg is not None and run.cfg.teacher.name else "")
+    sources = "the images" + (
+        ", its teacher" if run.cfg is not None and run.cfg.teacher.name else ""
+    )
     yield f"Not recorded. It depends on {sources} and the weights that it started from; whoever publishes this model states it here."
     yield "dad-fast, which trained it, is Apache-2.0; that says nothing about these weights."
 
@@ -201,5 +236,9 @@ def _number(value: Any, digits: int) -> str:
 def short_name(name: str) -> str:
     """A path's last part: folders of the machine that trained are nobody's business."""
     before, at, path = str(name).rpartition("@")
-    path = path if path.startswith("embedded:") or not set(path) & set("/\\") or ":" in path else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    path = (
+        path
+        if path.startswith("embedded:") or not set(path) & set("/\\") or ":" in path
+        else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    )
     return f"{before}{at}{path}"

@@ -19,7 +19,9 @@ def check_pixels(side: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(2, 3, side, side, generator=generator)
     coarse = torch.rand(2, 3, 5, 5, generator=generator)
-    smooth = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False).clamp(0, 1)
+    smooth = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False).clamp(
+        0, 1
+    )
     smooth[1] = (0.9 * smooth[1] + 0.1 * noise[1]).clamp(0, 1)
     flat = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, side, side)
     return [noise[:1], torch.cat((noise[1:], (255 * smooth).round() / 255, flat)).contiguous()]
@@ -30,20 +32,28 @@ def reference(student: Student) -> list[tuple[Tensor, Tensor]]:
     """Pairs of pixels and the student's own logits. DadFastError where they are not numbers."""
     pairs = [(pixels, student(pixels)) for pixels in check_pixels(student.image_size)]
     if not all(logits.isfinite().all() for _, logits in pairs):
-        raise DadFastError(f"{student.name}: its logits are not numbers, so nothing is exported; look at the run's losses")
+        raise DadFastError(
+            f"{student.name}: its logits are not numbers, so nothing is exported; look at the run's losses"
+        )
     return pairs
 
 
 @torch.no_grad()
-def largest_difference(exported: Callable[[Tensor], Tensor], pairs: list[tuple[Tensor, Tensor]], what: str) -> float:
+def largest_difference(
+    exported: Callable[[Tensor], Tensor], pairs: list[tuple[Tensor, Tensor]], what: str
+) -> float:
     """Largest difference of logits over the largest logit of the batch. DadFastError above `TOLERANCE`, with nothing left behind."""
     worst = 0.0
     for pixels, expected in pairs:
         found = exported(pixels)
         if found.shape != expected.shape:
-            raise DadFastError(f"{what} gives logits {list(found.shape)} where the student gives {list(expected.shape)}; nothing is kept")
+            raise DadFastError(
+                f"{what} gives logits {list(found.shape)} where the student gives {list(expected.shape)}; nothing is kept"
+            )
         difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-2)).item()
         if not difference <= TOLERANCE:
-            raise DadFastError(f"{what} gives other logits than the student (by {difference:.1e} of the largest); nothing is kept")
+            raise DadFastError(
+                f"{what} gives other logits than the student (by {difference:.1e} of the largest); nothing is kept"
+            )
         worst = max(worst, difference)
     return worst

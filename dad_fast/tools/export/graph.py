@@ -28,19 +28,27 @@ IN_ONE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB
 def check_onnx_packages() -> None:
     """Raises EnvironmentProblem that names what `--format onnx` lacks."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise EnvironmentProblem(f"--format onnx needs {', '.join(missing)}: pip install 'dad-fast[export]'")
+        raise EnvironmentProblem(
+            f"--format onnx needs {', '.join(missing)}: pip install 'dad-fast[export]'"
+        )
 
 
 def trace(student: Student) -> ExportedProgram:
     """The student's computation, float32: pixels [batch, 3, side, side] in [0, 1] -> logits [batch, num_classes]."""
-    pixels = torch.rand(2, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(
+        2, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0)
+    )
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(student, (pixels,), dynamic_shapes={"pixels": {0: Dim("batch", min=1, max=2**20)}})
+            program = torch.export.export(
+                student, (pixels,), dynamic_shapes={"pixels": {0: Dim("batch", min=1, max=2**20)}}
+            )
     except Exception as error:  # whatever a model's code may raise under tracing
         why = " ".join(str(error).split())[:200]
-        raise DadFastError(f"{student.name} cannot be traced by torch.export ({why}); --format timm does not need it") from error
+        raise DadFastError(
+            f"{student.name} cannot be traced by torch.export ({why}); --format timm does not need it"
+        ) from error
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # it holds this machine's paths
@@ -69,9 +77,14 @@ def write_onnx(path: Path, program: ExportedProgram, metadata: Mapping[str, str]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made: Any = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=["pixels"], output_names=["logits"],
-            dynamic_shapes={"pixels": {0: "batch"}}, verbose=False,
-        )  # fmt: skip
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes={"pixels": {0: "batch"}},
+            verbose=False,
+        )
     for node in made.model.graph.all_nodes():
         node.metadata_props.clear()  # names of Python frames, and this machine's paths
         node.doc_string = None
@@ -81,16 +94,23 @@ def write_onnx(path: Path, program: ExportedProgram, metadata: Mapping[str, str]
     onnx.checker.check_model(str(path))
     found = onnx.load(str(path), load_external_data=False)
     nodes = [*found.graph.node, *(node for function in found.functions for node in function.node)]
-    if others := sorted({f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")}):
-        raise DadFastError(f"the ONNX graph needs operators that only this package has: {', '.join(others[:3])}; use --format torch")
+    if others := sorted(
+        {f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")}
+    ):
+        raise DadFastError(
+            f"the ONNX graph needs operators that only this package has: {', '.join(others[:3])}; use --format torch"
+        )
 
 
 def view_metadata(student: Student) -> dict[str, str]:
     """What a graph's file says of the model in it, for `OnnxStudent`."""
     view = {
-        "name": student.name, "num_classes": student.num_classes, "img_size": student.image_size, "crop_pct": student.crop_pct,
+        "name": student.name,
+        "num_classes": student.num_classes,
+        "img_size": student.image_size,
+        "crop_pct": student.crop_pct,
         "interpolation": student.interpolation,
-    }  # fmt: skip
+    }
     return {VIEW: json.dumps(view)}
 
 

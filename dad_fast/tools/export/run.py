@@ -15,7 +15,14 @@ import dad_fast
 from dad_fast.config.options import ExportOptions
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import UsageError
-from dad_fast.files import atomic_write_json, atomic_write_text, disk_error, hold, remove_abandoned, sync
+from dad_fast.files import (
+    atomic_write_json,
+    atomic_write_text,
+    disk_error,
+    hold,
+    remove_abandoned,
+    sync,
+)
 from dad_fast.models.run_settings import take_view
 from dad_fast.models.student import CLASSES, PROBE, STUDENT, Student, checkpoint_file, load_student
 from dad_fast.models.weights.declared import recorded_classes
@@ -26,7 +33,9 @@ from dad_fast.tools.export.card import model_card, read_run, short_name
 from dad_fast.tools.export.check import largest_difference, reference
 from dad_fast.tools.export.timm_folder import read_timm, write_timm
 
-RECORD = "export.json"  # written last; also what says that a folder is an export and may be replaced
+RECORD = (
+    "export.json"  # written last; also what says that a folder is an export and may be replaced
+)
 
 
 def run(options: ExportOptions) -> int:
@@ -41,13 +50,18 @@ def run(options: ExportOptions) -> int:
     if "onnx" in formats:
         graph.check_onnx_packages()
     if "timm" in formats and STUDENT not in metadata:
-        raise UsageError(f"--format timm: {student.name} is no model of timm's; use --format onnx torch")
+        raise UsageError(
+            f"--format timm: {student.name} is no model of timm's; use --format onnx torch"
+        )
     facts = read_run(source)
     take_view(student, facts.cfg)
     with _new_folder(target) as folder:
         checks = _write(folder, student, classes, metadata, formats)
         files = sorted(path.name for path in folder.iterdir())
-        atomic_write_text(folder / "README.md", model_card(student, classes, metadata, weights, facts, checks, files))
+        atomic_write_text(
+            folder / "README.md",
+            model_card(student, classes, metadata, weights, facts, checks, files),
+        )
         record = {
             "dad_fast": dad_fast.__version__,
             "model": student.name,
@@ -55,12 +69,17 @@ def run(options: ExportOptions) -> int:
             "source": {"file": source.name, "sha256": sha256_file(source)},
             "files": {name: sha256_file(folder / name) for name in files},
             "largest_difference": checks,
-            "packages": {name: version(name) for name in ("torch", "timm", *(graph.PACKAGES if "onnx" in formats else ()))},
+            "packages": {
+                name: version(name)
+                for name in ("torch", "timm", *(graph.PACKAGES if "onnx" in formats else ()))
+            },
         }
         atomic_write_json(folder / RECORD, record)
     for name, difference in checks.items():
         print(f"{name:<28} the student's logits, to {difference:.1e} of the largest")
-    print(f"{target}: {', '.join([*files, 'README.md', RECORD])}; {student.name}, {weights} weights")
+    print(
+        f"{target}: {', '.join([*files, 'README.md', RECORD])}; {student.name}, {weights} weights"
+    )
     return 0
 
 
@@ -77,7 +96,13 @@ def _load(checkpoint: str, weights: str) -> tuple[Student, dict[str, str], Path,
     return student, {**metadata, "dad_fast.ema": "false"}, folder / "train.safetensors", "raw"
 
 
-def _write(folder: Path, student: Student, classes: ClassMap, metadata: dict[str, str], formats: tuple[str, ...]) -> dict[str, float]:
+def _write(
+    folder: Path,
+    student: Student,
+    classes: ClassMap,
+    metadata: dict[str, str],
+    formats: tuple[str, ...],
+) -> dict[str, float]:
     """Write each format and read it back: the largest difference by what read it."""
     pairs = reference(student)
     checks: dict[str, float] = {}
@@ -89,26 +114,38 @@ def _write(folder: Path, student: Student, classes: ClassMap, metadata: dict[str
             checks[name] = largest_difference(model, pairs, name)
     if "onnx" in formats or "torch" in formats:
         program = graph.trace(student)
-        metadata = {key: text for key, text in metadata.items() if key != PROBE} | graph.view_metadata(student)
+        metadata = {
+            key: text for key, text in metadata.items() if key != PROBE
+        } | graph.view_metadata(student)
         if "onnx" in formats:
             graph.write_onnx(folder / graph.ONNX, program, metadata)
-            checks["onnxruntime"] = largest_difference(graph.read_onnx(folder / graph.ONNX), pairs, graph.ONNX)
+            checks["onnxruntime"] = largest_difference(
+                graph.read_onnx(folder / graph.ONNX), pairs, graph.ONNX
+            )
         if "torch" in formats:
             graph.write_program(folder / graph.PROGRAM, program, metadata)
-            checks["torch.export"] = largest_difference(graph.read_program(folder / graph.PROGRAM), pairs, graph.PROGRAM)
+            checks["torch.export"] = largest_difference(
+                graph.read_program(folder / graph.PROGRAM), pairs, graph.PROGRAM
+            )
     return checks
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
     """Before anything is computed: an existing folder is replaced only where it is an export, and only when asked for."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"-o {target}: is a {'link' if target.is_symlink() else 'file'}; name a new folder")
+        raise UsageError(
+            f"-o {target}: is a {'link' if target.is_symlink() else 'file'}; name a new folder"
+        )
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise UsageError(f"-o {target}: exists; add --overwrite to replace an earlier export, or name another folder")
+        raise UsageError(
+            f"-o {target}: exists; add --overwrite to replace an earlier export, or name another folder"
+        )
     if not _is_export(target):
-        raise UsageError(f"--overwrite: {target} holds no export, so it is not replaced; name another folder")
+        raise UsageError(
+            f"--overwrite: {target} holds no export, so it is not replaced; name another folder"
+        )
 
 
 def _is_export(folder: Path) -> bool:
@@ -129,7 +166,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
             left.rename(target)
     for ending in (".tmp", ".old"):
         remove_abandoned(target.parent, f".{target.name}.", ending)
-    new, old = (target.parent / f".{target.name}.{secrets.token_hex(4)}.{kind}" for kind in ("tmp", "old"))
+    new, old = (
+        target.parent / f".{target.name}.{secrets.token_hex(4)}.{kind}" for kind in ("tmp", "old")
+    )
     new.mkdir()
     handle = os.open(new, os.O_RDONLY | os.O_CLOEXEC)
     hold(handle, new)

@@ -26,7 +26,9 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ARCHITECTURE = ("first_conv", "classifier", "fixed_input_size")
 
 
-def write_timm(folder: Path, student: Student, classes: ClassMap, metadata: Mapping[str, str]) -> None:
+def write_timm(
+    folder: Path, student: Student, classes: ClassMap, metadata: Mapping[str, str]
+) -> None:
     """Write `model.safetensors` (with `metadata`) and `config.json` into `folder`."""
     save_student(folder / WEIGHTS, student, metadata)
     atomic_write_json(folder / CONFIG, timm_config(student, classes))
@@ -51,7 +53,9 @@ def timm_config(student: Student, classes: ClassMap) -> dict[str, Any]:
             **{key: own[key] for key in ARCHITECTURE if own.get(key) is not None},
             "custom_load": False,
             "input_size": [3, side, side],
-            **dict.fromkeys(("pool_size", "test_input_size", "test_crop_pct")),  # of the registered model, at its own size
+            **dict.fromkeys(
+                ("pool_size", "test_input_size", "test_crop_pct")
+            ),  # of the registered model, at its own size
             "crop_mode": "center",
             "interpolation": student.interpolation,
             "crop_pct": student.crop_pct,
@@ -66,7 +70,12 @@ def _takes_size(student: Student) -> bool:
     """Whether timm's constructor of this model takes `img_size`."""
     try:
         with torch.device("meta"):
-            timm.create_model(student.name, img_size=student.image_size, num_classes=1, **student.spec["model_kwargs"])
+            timm.create_model(
+                student.name,
+                img_size=student.image_size,
+                num_classes=1,
+                **student.spec["model_kwargs"],
+            )
     except TypeError as error:
         return "img_size" not in str(error)
     except Exception:  # it needs values while it is built; a student of its size was built before
@@ -76,11 +85,16 @@ def _takes_size(student: Student) -> bool:
 
 def read_timm(folder: Path) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """What timm makes of these files, in the two ways that the model card shows: name, and pixels in [0, 1] -> logits."""
-    yield "timm local-dir", _with_its_normalisation(timm.create_model(f"local-dir:{folder}", pretrained=True))
+    yield (
+        "timm local-dir",
+        _with_its_normalisation(timm.create_model(f"local-dir:{folder}", pretrained=True)),
+    )
     config = json.loads((folder / CONFIG).read_text())
     overlay = {**config["pretrained_cfg"], "file": str(folder / WEIGHTS)}
     arguments = config.get("model_args", {})
-    model = timm.create_model(config["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    model = timm.create_model(
+        config["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+    )
     yield "timm pretrained_cfg_overlay", _with_its_normalisation(model)
 
 

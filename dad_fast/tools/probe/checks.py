@@ -37,7 +37,13 @@ from dad_fast.loggers.run_log import environment, print_line
 from dad_fast.models.probe import Probe, check_encoder
 from dad_fast.models.run_settings import run_settings, take_view
 from dad_fast.models.student import checkpoint_file, load_student
-from dad_fast.tools.probe.measures import class_means, few_labels, nearest_mean, silhouette, uncertainty
+from dad_fast.tools.probe.measures import (
+    class_means,
+    few_labels,
+    nearest_mean,
+    silhouette,
+    uncertainty,
+)
 
 STRENGTH = 1e-4  # of `few_labels`: chosen on the embedded digits' validation split
 MOST_TRAINING_IMAGES = 50_000  # for class means and few labels
@@ -69,26 +75,40 @@ class Checker:
         first, spec = checkpoint_file(runs[0]), self.probes[0].spec
         cfg, _ = run_settings(first)
         if cfg is None or not cfg.data.data_dir:
-            raise UsageError(f"{runs[0]}: no config.toml beside its model says which data it was trained on; name a run's folder")
+            raise UsageError(
+                f"{runs[0]}: no config.toml beside its model says which data it was trained on; name a run's folder"
+            )
         for run, probe in zip(runs, self.probes, strict=True):
             check_encoder(run, probe.spec, spec["encoder_sha256"])
         self.cfg: Config = cfg
         take_view(self.probes[0], cfg)
         self.device = resolve_device("auto")
-        self.source = open_source(cfg.data.data_dir, cfg.data.train_split, cfg.data.class_map, max_bad_share=cfg.data.max_bad_share)
+        self.source = open_source(
+            cfg.data.data_dir,
+            cfg.data.train_split,
+            cfg.data.class_map,
+            max_bad_share=cfg.data.max_bad_share,
+        )
         self.classes: ClassMap = self.source.classes
         self.teacher, *_, sha256 = frozen.teacher(cfg, self.classes, self.device)
         check_encoder(runs[0], spec, sha256)
-        self.heads = [(probe.model.weight.detach(), probe.model.bias.detach()) for probe in self.probes]
+        self.heads = [
+            (probe.model.weight.detach(), probe.model.bias.detach()) for probe in self.probes
+        ]
 
     @torch.no_grad()
     def see(self, suite: Suite, most: int = 0) -> Seen:
         """All of a suite's images, every severity of a corruption, or `most` evenly spread ones."""
         judged: EvalSet = as_eval_set(suite.source)
         if judged.accepted is not None:
-            raise UsageError(f"--suite {suite.name}: an image of it may be of several classes, which these checks do not know")
+            raise UsageError(
+                f"--suite {suite.name}: an image of it may be of several classes, which these checks do not know"
+            )
         probe, cfg = self.probes[0], self.cfg
-        view: tuple[int, float, str] = (probe.image_size, *(judged.view or (probe.crop_pct, probe.interpolation)))
+        view: tuple[int, float, str] = (
+            probe.image_size,
+            *(judged.view or (probe.crop_pct, probe.interpolation)),
+        )
         features, labels = [], []
         print_line(f"features of {suite.name}")
         for piece in judged.pieces:
@@ -96,8 +116,13 @@ class Checker:
             if most and len(piece) > most:
                 piece = piece.taken(np.linspace(0, len(piece) - 1, most).round().astype(np.int64))
             keys = torch.from_numpy(piece.rows)
-            for batch in EvalLoader(piece, *view, cfg.eval.batch_size or cfg.data.batch_size, cfg.data.workers):
-                pixels, rows = to_pixels(batch.images.to(self.device)), keys[batch.samples].to(self.device)
+            for batch in EvalLoader(
+                piece, *view, cfg.eval.batch_size or cfg.data.batch_size, cfg.data.workers
+            ):
+                pixels, rows = (
+                    to_pixels(batch.images.to(self.device)),
+                    keys[batch.samples].to(self.device),
+                )
                 for one in _looks(suite, pixels, rows):
                     features.append(self.teacher.features(one).cpu())
                     labels.append(batch.labels)
@@ -109,7 +134,9 @@ class Checker:
         train = self.see(Suite(self.cfg.data.train_split, self.source), MOST_TRAINING_IMAGES)
         means = class_means(train.features, train.labels, len(self.classes))
         drawn = list(_drawn(train.labels, len(self.classes), few))
-        tuned = {k: [self._tuned(train, rows) for count, rows in drawn if count == k] for k in few.counts}
+        tuned = {
+            k: [self._tuned(train, rows) for count, rows in drawn if count == k] for k in few.counts
+        }
         found: dict[str, Any] = {}
         epistemic: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for suite in suites:
@@ -119,25 +146,43 @@ class Checker:
                 "num_images": len(seen.labels),
                 "zero_shot": _accuracy(self._zero_shot(seen), seen.labels),
                 "probe": [_accuracy(one, seen.labels) for one in told],
-                "nearest_class_mean": 100 * (nearest_mean(seen.features, means[seen.outputs]) == seen.labels).double().mean().item(),
+                "nearest_class_mean": 100
+                * (nearest_mean(seen.features, means[seen.outputs]) == seen.labels)
+                .double()
+                .mean()
+                .item(),
             }
-            some = np.linspace(0, len(seen.labels) - 1, min(len(seen.labels), MOST_SILHOUETTE)).round().astype(np.int64)
+            some = (
+                np.linspace(0, len(seen.labels) - 1, min(len(seen.labels), MOST_SILHOUETTE))
+                .round()
+                .astype(np.int64)
+            )
             row["silhouette"] = silhouette(seen.features[some], seen.labels[some])
             row["few_labels"] = {
                 str(k): {
-                    start: [_accuracy(_log_probabilities(seen, heads[start]), seen.labels) for heads in per_draw]
+                    start: [
+                        _accuracy(_log_probabilities(seen, heads[start]), seen.labels)
+                        for heads in per_draw
+                    ]
                     for start in ("probe", "zeros")
                 }
                 for k, per_draw in tuned.items()
             }
             if len(told) > 1:
                 total, aleatoric, own = uncertainty(torch.stack(told))
-                row["uncertainty"] = {"total": total.mean().item(), "aleatoric": aleatoric.mean().item(), "epistemic": own.mean().item()}
+                row["uncertainty"] = {
+                    "total": total.mean().item(),
+                    "aleatoric": aleatoric.mean().item(),
+                    "epistemic": own.mean().item(),
+                }
                 epistemic[suite.name] = own.numpy(), total.numpy()
                 known = epistemic[suites[0].name]
                 if suite is not suites[0]:
                     scores = {"epistemic": 0, "total": 1}
-                    row["uncertainty"]["auroc"] = {n: metrics(-known[i], -epistemic[suite.name][i])["auroc"] for n, i in scores.items()}
+                    row["uncertainty"]["auroc"] = {
+                        n: metrics(-known[i], -epistemic[suite.name][i])["auroc"]
+                        for n, i in scores.items()
+                    }
             found[suite.name] = row
         return {
             "teacher": self.teacher.name,
@@ -153,13 +198,18 @@ class Checker:
         weight, bias = self.heads[0]
         features, labels = train.features[rows], train.labels[rows]
         zeros = torch.zeros_like(weight), torch.zeros_like(bias)
-        return {"probe": few_labels(features, labels, weight, bias, STRENGTH), "zeros": few_labels(features, labels, *zeros, STRENGTH)}
+        return {
+            "probe": few_labels(features, labels, weight, bias, STRENGTH),
+            "zeros": few_labels(features, labels, *zeros, STRENGTH),
+        }
 
     def _zero_shot(self, seen: Seen) -> Tensor:
         """The teacher's own head; not that of a timm teacher, which sees more than features."""
         if self.teacher.whole is not None:
             return torch.full((len(seen.labels), len(seen.outputs)), torch.nan)
-        return _log_probabilities(seen, (self.teacher.head_weight.cpu(), self.teacher.head_bias.cpu()))
+        return _log_probabilities(
+            seen, (self.teacher.head_weight.cpu(), self.teacher.head_bias.cpu())
+        )
 
 
 def _load(run: str) -> Probe:
@@ -183,7 +233,9 @@ def _drawn(labels: Tensor, num_classes: int, few: Few) -> list[tuple[int, Tensor
     for draw in range(few.draws):
         random = np.random.default_rng((few.seed, draw))
         order = torch.from_numpy(random.permutation(len(labels)))
-        rank = torch.zeros(len(labels), dtype=torch.int64)  # how many of its class come before a sample in that order
+        rank = torch.zeros(
+            len(labels), dtype=torch.int64
+        )  # how many of its class come before a sample in that order
         for number in range(num_classes):
             members = order[labels[order] == number]
             rank[members] = torch.arange(len(members))
@@ -199,7 +251,11 @@ def _log_probabilities(seen: Seen, head: tuple[Tensor, Tensor]) -> Tensor:
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float | None:
     """In percent; None where the scores are not numbers."""
-    return None if scores.isnan().all() else 100 * (scores.argmax(dim=1) == labels).double().mean().item()
+    return (
+        None
+        if scores.isnan().all()
+        else 100 * (scores.argmax(dim=1) == labels).double().mean().item()
+    )
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -208,17 +264,33 @@ def markdown(record: dict[str, Any]) -> str:
     lines = _table(
         ["", "images", "zero-shot", "probe", "nearest class mean", "silhouette"],
         [
-            [name, f"{row['num_images']:,}", *(_text(row["zero_shot"]), _spread(row["probe"])), *_latent(row)]
+            [
+                name,
+                f"{row['num_images']:,}",
+                *(_text(row["zero_shot"]), _spread(row["probe"])),
+                *_latent(row),
+            ]
             for name, row in suites.items()
         ],
     )
-    lines += ["", *_table(
-        ["", "0", *(f"{k}, {start}" for k in counts for start in ("probe", "new"))],
-        [
-            [name, _text(row["probe"][0]), *(_spread(row["few_labels"][k][start]) for k in counts for start in ("probe", "zeros"))]
-            for name, row in suites.items()
-        ],
-    )]  # fmt: skip
+    lines += [
+        "",
+        *_table(
+            ["", "0", *(f"{k}, {start}" for k in counts for start in ("probe", "new"))],
+            [
+                [
+                    name,
+                    _text(row["probe"][0]),
+                    *(
+                        _spread(row["few_labels"][k][start])
+                        for k in counts
+                        for start in ("probe", "zeros")
+                    ),
+                ]
+                for name, row in suites.items()
+            ],
+        ),
+    ]
     if all("uncertainty" in row for row in suites.values()):
         rows = []
         for name, row in suites.items():
@@ -226,7 +298,13 @@ def markdown(record: dict[str, Any]) -> str:
             auroc = found.get("auroc", {"epistemic": None, "total": None})
             values = (f"{found[key]:.4f}" for key in ("total", "aleatoric", "epistemic"))
             rows.append([name, *values, _text(auroc["epistemic"]), _text(auroc["total"])])
-        lines += ["", *_table(["", "total", "aleatoric", "epistemic", "AUROC by epistemic", "AUROC by total"], rows)]
+        lines += [
+            "",
+            *_table(
+                ["", "total", "aleatoric", "epistemic", "AUROC by epistemic", "AUROC by total"],
+                rows,
+            ),
+        ]
     return "\n".join(lines)
 
 
@@ -235,7 +313,11 @@ def _latent(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+    return [
+        "| " + " | ".join(header) + " |",
+        "|---" + "|---:" * (len(header) - 1) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
 
 
 def _text(value: float | None) -> str:
@@ -243,28 +325,55 @@ def _text(value: float | None) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):.1f}" + (
+        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    )
 
 
 @program
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dad_fast.tools.probe.checks", description="Checks of linear probes on features.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; several are an ensemble")
-    parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="as in dad-fast eval; the first is the known one")
-    parser.add_argument("--labels", default="1,5,20", help="labels a class for fine-tuning (default: %(default)s)")
-    parser.add_argument("--draws", type=int, default=5, help="times that they are drawn (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m dad_fast.tools.probe.checks",
+        description="Checks of linear probes on features.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder; several are an ensemble"
+    )
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="as in dad-fast eval; the first is the known one",
+    )
+    parser.add_argument(
+        "--labels", default="1,5,20", help="labels a class for fine-tuning (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=5, help="times that they are drawn (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--json", default="", metavar="FILE", help="write the record there too")
     given = parser.parse_args(arguments)
-    if not all(part.isdecimal() and int(part) > 0 for part in given.labels.split(",")) or given.draws < 1 or given.seed < 0:
-        raise UsageError("--labels and --draws are whole numbers above 0, such as --labels 1,5,20 --draws 5, --seed 0 or more")
+    if (
+        not all(part.isdecimal() and int(part) > 0 for part in given.labels.split(","))
+        or given.draws < 1
+        or given.seed < 0
+    ):
+        raise UsageError(
+            "--labels and --draws are whole numbers above 0, such as --labels 1,5,20 --draws 5, --seed 0 or more"
+        )
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise UsageError(f"--json {given.json}: name a file in a folder that exists")
     checker = Checker(given.runs)
     cfg = checker.cfg
     typed = [part for name in given.suite for part in name.split(",") if part]
-    suites = open_suites(typed or cfg.eval.suites or (cfg.data.val_split,), cfg.data, checker.classes, cfg.eval)
-    record = checker.check(suites, Few(tuple(int(part) for part in given.labels.split(",")), given.draws, given.seed))
+    suites = open_suites(
+        typed or cfg.eval.suites or (cfg.data.val_split,), cfg.data, checker.classes, cfg.eval
+    )
+    record = checker.check(
+        suites, Few(tuple(int(part) for part in given.labels.split(",")), given.draws, given.seed)
+    )
     print(markdown(record))
     if given.json:
         atomic_write_json(given.json, {**record, "environment": environment()})

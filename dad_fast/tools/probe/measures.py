@@ -1,11 +1,11 @@
 """What a linear probe's features and outputs tell beside its accuracy: latent organisation, epistemic uncertainty, and few labels.
 
-    silhouette   mean over samples of (b - a) / max(a, b): a = mean distance to the own class, b = the least mean distance to another
-                 class (Rousseeuw 1987); 0 for a sample that is alone in its class
-    class means  a sample is of the class whose mean of training features is nearest
-    uncertainty  of M probes p_m: H(mean p_m) = mean H(p_m) + mutual information between the output and the choice of the probe; the first
-                 term of the sum is aleatoric, the second epistemic (Houlsby et al., arXiv 1112.5745)
-    few labels   argmin over W, b of mean CE(W f + b, y) + strength / 2 ||W - W0||^2: logistic regression that begins at the probe W0
+silhouette   mean over samples of (b - a) / max(a, b): a = mean distance to the own class, b = the least mean distance to another
+             class (Rousseeuw 1987); 0 for a sample that is alone in its class
+class means  a sample is of the class whose mean of training features is nearest
+uncertainty  of M probes p_m: H(mean p_m) = mean H(p_m) + mutual information between the output and the choice of the probe; the first
+             term of the sum is aleatoric, the second epistemic (Houlsby et al., arXiv 1112.5745)
+few labels   argmin over W, b of mean CE(W f + b, y) + strength / 2 ||W - W0||^2: logistic regression that begins at the probe W0
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def silhouette(features: Tensor, labels: Tensor) -> float:
     for start in range(0, len(features), CHUNK):
         rows = slice(start, start + CHUNK)
         # Differences, not the expanded square: the distance of a sample to itself is 0.
-        sums = torch.cdist(features[rows], features, compute_mode="donot_use_mm_for_euclid_dist") @ member  # [n, C]
+        sums = (
+            torch.cdist(features[rows], features, compute_mode="donot_use_mm_for_euclid_dist")
+            @ member
+        )  # [n, C]
         mine = own[rows, None]
         size = counts[mine].squeeze(1)
         a = sums.gather(1, mine).squeeze(1) / (size - 1)
@@ -68,11 +71,15 @@ def uncertainty(log_probabilities: Tensor) -> Uncertainty:
     mean = log_p.logsumexp(dim=0) - math.log(len(log_p))
     total = torch.special.entr(mean.exp()).sum(dim=1)
     aleatoric = torch.special.entr(log_p.exp()).sum(dim=2).mean(dim=0)
-    return Uncertainty(total, aleatoric, (total - aleatoric).clamp(min=0.0))  # rounding can leave it just below 0
+    return Uncertainty(
+        total, aleatoric, (total - aleatoric).clamp(min=0.0)
+    )  # rounding can leave it just below 0
 
 
 @torch.enable_grad()
-def few_labels(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+def few_labels(
+    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: float
+) -> tuple[Tensor, Tensor]:
     """The linear layer, float64 weight [C, F] and bias [C], that begins at the given one and learns features [N, F], labels int64 [N].
 
     The penalty is on the weight's way from its start, not on the bias; with a start of zeros this is L2-regularised logistic
@@ -80,11 +87,20 @@ def few_labels(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, s
     """
     features, start = features.double(), weight.detach().double()
     weight, bias = start.clone().requires_grad_(), bias.detach().double().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=500,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(features, weight, bias), labels) + strength / 2 * (weight - start).square().sum()
+        loss = (
+            F.cross_entropy(F.linear(features, weight, bias), labels)
+            + strength / 2 * (weight - start).square().sum()
+        )
         loss.backward()
         return loss
 

@@ -45,7 +45,12 @@ def run(cfg: Config, launch: ProfileLaunch) -> int:
 # --- the steps that are looked at ---
 
 
-def _steps(cfg: Config, launch: ProfileLaunch, output: Path, watch: AbstractContextManager[object] | None = None) -> str:
+def _steps(
+    cfg: Config,
+    launch: ProfileLaunch,
+    output: Path,
+    watch: AbstractContextManager[object] | None = None,
+) -> str:
     """Run warm-up, then the watched steps inside `watch` and the CUDA profiler's range; returns a line that says what ran."""
     import torch
 
@@ -87,40 +92,72 @@ def _steps(cfg: Config, launch: ProfileLaunch, output: Path, watch: AbstractCont
 def _under_nsight(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
     tool = shutil.which(launch.kind)
     if tool is None:
-        raise EnvironmentProblem(f"{launch.kind} is not on the PATH: {TOOLS[launch.kind]}; dad-fast profile torch works without")
+        raise EnvironmentProblem(
+            f"{launch.kind} is not on the PATH: {TOOLS[launch.kind]}; dad-fast profile torch works without"
+        )
     output.mkdir(parents=True, exist_ok=True)
     config, result = output / "config.toml", output / "profile"
     atomic_write_text(config, to_toml(cfg))
     target = [sys.executable, "-m", "dad_fast", "profile", "range", str(config), "-o", str(output)]
     target += ["--steps", str(launch.steps), "--warm-up", str(launch.warm_up)]
-    command = [tool, *(nsys_options(result) if launch.kind == "nsys" else ncu_options(result, launch)), *target]
+    command = [
+        tool,
+        *(nsys_options(result) if launch.kind == "nsys" else ncu_options(result, launch)),
+        *target,
+    ]
     print_line(f"$ {shlex.join(command)}")
     code = subprocess.run(command).returncode
     if code:
-        hint = "; without permission for GPU counters ncu needs root, or the driver's option" if launch.kind == "ncu" else ""
-        raise DadFastError(f"{launch.kind} ended with exit code {code}; what it says stands above{hint}")
+        hint = (
+            "; without permission for GPU counters ncu needs root, or the driver's option"
+            if launch.kind == "ncu"
+            else ""
+        )
+        raise DadFastError(
+            f"{launch.kind} ended with exit code {code}; what it says stands above{hint}"
+        )
     if launch.kind == "nsys":
         _after_nsys(result)
     else:
-        print(f"{result}.ncu-rep: open it in ncu-ui, or: ncu --import {result}.ncu-rep --page details")
+        print(
+            f"{result}.ncu-rep: open it in ncu-ui, or: ncu --import {result}.ncu-rep --page details"
+        )
         print(
             "Look at: SpeedOfLight (memory or compute near its peak?), occupancy and its limiter, uncoalesced or bank-conflicting access,"
         )
-        print("local memory (register spills), and tensor-pipe use where a kernel is a matrix product.")
+        print(
+            "local memory (register spills), and tensor-pipe use where a kernel is a matrix product."
+        )
     return 0
 
 
 def nsys_options(result: Path) -> list[str]:
     return [
-        *("profile", "--trace=cuda,nvtx,cudnn,cublas", "--sample=none", "--cpuctxsw=none", "--cuda-graph-trace=node"),
-        *("--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--export=sqlite", "--force-overwrite=true"),
+        *(
+            "profile",
+            "--trace=cuda,nvtx,cudnn,cublas",
+            "--sample=none",
+            "--cpuctxsw=none",
+            "--cuda-graph-trace=node",
+        ),
+        *(
+            "--capture-range=cudaProfilerApi",
+            "--capture-range-end=stop",
+            "--export=sqlite",
+            "--force-overwrite=true",
+        ),
         f"--output={result}",
     ]
 
 
 def ncu_options(result: Path, launch: ProfileLaunch) -> list[str]:
     return [
-        *("--profile-from-start=off", "--target-processes=application-only", "--clock-control=none", "--set=full"),
+        *(
+            "--profile-from-start=off",
+            "--target-processes=application-only",
+            "--clock-control=none",
+            "--set=full",
+        ),
         f"--kernel-name=regex:{launch.kernel or '^(' + '|'.join(own_kernels()) + ')$'}",
         *(f"--launch-count={launch.launches}", "--force-overwrite", f"--export={result}"),
     ]
@@ -131,9 +168,20 @@ def own_kernels() -> list[str]:
     folder = Path(__file__).resolve().parents[2] / "kernels"
     names = set()
     for path in folder.resolve().rglob("*.py"):
-        names.update(re.findall(r"^@triton\.jit.*\n(?:@.*\n)*def (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        names.update(
+            re.findall(
+                r"^@triton\.jit.*\n(?:@.*\n)*def (\w+)",
+                path.read_text(encoding="utf-8"),
+                re.MULTILINE,
+            )
+        )
     for path in (folder.resolve().parent / "csrc").glob("*.cu"):
-        names.update(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)", path.read_text(encoding="utf-8")))
+        names.update(
+            re.findall(
+                r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)",
+                path.read_text(encoding="utf-8"),
+            )
+        )
     return sorted(names)
 
 
@@ -143,16 +191,24 @@ def _after_nsys(result: Path) -> None:
         print(as_text(summarize(read_timeline(export))))
     except DataError as error:
         print_line(f"no summary: {error}")
-    print(f"\n{result}.nsys-rep: open it in nsys-ui; scripts/nsys_summary.py {export} prints the summary again")
-    print("Look at: the row NVTX (the stages), gaps in the row CUDA HW (the GPU waits: for data, for launches, for a synchronization),")
-    print("cudaStreamSynchronize or cudaMemcpy inside a step, and kernels that are not the stage's convolutions and products.")
+    print(
+        f"\n{result}.nsys-rep: open it in nsys-ui; scripts/nsys_summary.py {export} prints the summary again"
+    )
+    print(
+        "Look at: the row NVTX (the stages), gaps in the row CUDA HW (the GPU waits: for data, for launches, for a synchronization),"
+    )
+    print(
+        "cudaStreamSynchronize or cudaMemcpy inside a step, and kernels that are not the stage's convolutions and products."
+    )
 
 
 # --- torch ---
 
 
 def _torch(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it reports each start, and a missing GPU as an error
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # else it reports each start, and a missing GPU as an error
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -164,13 +220,21 @@ def _torch(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
     trace, table = output / "trace.json.gz", output / "ops.txt"
     profiler.export_chrome_trace(str(trace))
     text = profiler.key_averages().table(
-        sort_by="self_device_time_total" if on_gpu else "self_cpu_time_total", row_limit=15, max_name_column_width=40
+        sort_by="self_device_time_total" if on_gpu else "self_cpu_time_total",
+        row_limit=15,
+        max_name_column_width=40,
     )
     atomic_write_text(table, text)
     print(f"{what}\n\n{as_text(summarize(read_timeline(trace)))}\n\n{text}")
-    print(f"{trace}: open it at ui.perfetto.dev or chrome://tracing (nothing is uploaded); {table}: the table of operations")
-    print("Look at: which stage takes the time, operations that copy or convert (aten::copy_, aten::to), many small ones in a row, gaps.")
-    print("The profiler itself slows small operations down: take times from the benchmarks, and shares from here.")
+    print(
+        f"{trace}: open it at ui.perfetto.dev or chrome://tracing (nothing is uploaded); {table}: the table of operations"
+    )
+    print(
+        "Look at: which stage takes the time, operations that copy or convert (aten::copy_, aten::to), many small ones in a row, gaps."
+    )
+    print(
+        "The profiler itself slows small operations down: take times from the benchmarks, and shares from here."
+    )
     return 0
 
 
@@ -189,11 +253,19 @@ def _memory(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
     what = _steps(cfg, launch, output, profiler)
     output.mkdir(parents=True, exist_ok=True)
     table = output / "memory.txt"
-    text = profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=15, max_name_column_width=40)
+    text = profiler.key_averages().table(
+        sort_by="self_cpu_memory_usage", row_limit=15, max_name_column_width=40
+    )
     atomic_write_text(table, text)
-    print(f"{what}\n\n{text}\n{table}: what each operation allocates minus what it frees, summed over the steps, by torch's profiler.")
-    print(f"Largest resident memory of the whole process, loading included: {_peak_resident_gib():.2f} GiB.")
-    print("On a CPU there is no peak by stage; on a GPU this command writes a snapshot with the stack of every allocation.")
+    print(
+        f"{what}\n\n{text}\n{table}: what each operation allocates minus what it frees, summed over the steps, by torch's profiler."
+    )
+    print(
+        f"Largest resident memory of the whole process, loading included: {_peak_resident_gib():.2f} GiB."
+    )
+    print(
+        "On a CPU there is no peak by stage; on a GPU this command writes a snapshot with the stack of every allocation."
+    )
     return 0
 
 
@@ -208,10 +280,18 @@ def _cuda_memory(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
         torch.cuda.memory._dump_snapshot(str(snapshot))
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-    allocated, reserved = (read() / 2**30 for read in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
-    print(f"{what}; at most {allocated:.2f} GiB in tensors, {reserved:.2f} GiB taken from the driver (warm-up included)")
-    print(f"{snapshot}: drag it onto pytorch.org/memory_viz (it stays in the browser); open no such file from strangers, it is a pickle")
-    print("Look at: the plateau between steps (weights, optimizer, EMA), what stands at the peak, and blocks that outlive their step.")
+    allocated, reserved = (
+        read() / 2**30 for read in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+    )
+    print(
+        f"{what}; at most {allocated:.2f} GiB in tensors, {reserved:.2f} GiB taken from the driver (warm-up included)"
+    )
+    print(
+        f"{snapshot}: drag it onto pytorch.org/memory_viz (it stays in the browser); open no such file from strangers, it is a pickle"
+    )
+    print(
+        "Look at: the plateau between steps (weights, optimizer, EMA), what stands at the peak, and blocks that outlive their step."
+    )
     return 0
 
 

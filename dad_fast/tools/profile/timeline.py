@@ -67,9 +67,16 @@ class Summary:
 def summarize(timeline: Timeline, shortest_gap: float = 5e-6) -> Summary:
     """DataError for a timeline with neither ranges nor device work."""
     if not timeline.ranges and not timeline.work:
-        raise DataError("the profile holds neither stages nor device work; was the captured range entered?")
-    stepping = {r.thread for r in timeline.ranges if r.name == "step"}  # libraries put ranges of their own on other threads
-    ranges = sorted((r for r in timeline.ranges if not stepping or r.thread in stepping), key=lambda r: (r.start, -r.end))
+        raise DataError(
+            "the profile holds neither stages nor device work; was the captured range entered?"
+        )
+    stepping = {
+        r.thread for r in timeline.ranges if r.name == "step"
+    }  # libraries put ranges of their own on other threads
+    ranges = sorted(
+        (r for r in timeline.ranges if not stepping or r.thread in stepping),
+        key=lambda r: (r.start, -r.end),
+    )
     owner = _Innermost(ranges)
     calls: dict[str, int] = defaultdict(int)
     host: dict[str, float] = defaultdict(float)
@@ -102,9 +109,14 @@ def summarize(timeline: Timeline, shortest_gap: float = 5e-6) -> Summary:
             last_end, last_stage = work.end, stage
     edges: Sequence[Any] = timeline.work or timeline.ranges
     span = max(edge.end for edge in edges) - min(edge.start for edge in edges)
-    kernels = sorted(((name, int(count), seconds) for name, (count, seconds) in totals.items()), key=lambda row: -row[2])
+    kernels = sorted(
+        ((name, int(count), seconds) for name, (count, seconds) in totals.items()),
+        key=lambda row: -row[2],
+    )
     gaps.sort(key=lambda gap: -gap.seconds)
-    return Summary(calls.get("step", 1), dict(calls), dict(host), dict(device), kernels, busy, span, gaps)
+    return Summary(
+        calls.get("step", 1), dict(calls), dict(host), dict(device), kernels, busy, span, gaps
+    )
 
 
 class _Innermost:
@@ -131,7 +143,10 @@ class _Innermost:
 def as_text(summary: Summary, top: int = 10) -> str:
     """The summary as aligned text, per step."""
     steps = summary.steps
-    names = sorted(summary.host.keys() | summary.device.keys(), key=lambda n: (-summary.device.get(n, 0.0), -summary.host.get(n, 0.0)))
+    names = sorted(
+        summary.host.keys() | summary.device.keys(),
+        key=lambda n: (-summary.device.get(n, 0.0), -summary.host.get(n, 0.0)),
+    )
     columns = [("device", summary.device)] if summary.kernels else []
     columns.append(("host", summary.host))
     width = max(24, *(len(name) for name in names))
@@ -145,10 +160,19 @@ def as_text(summary: Summary, top: int = 10) -> str:
         lines.append(f"{name:{width}} {summary.calls.get(name, 0) / steps:6g}{cells}")
     if summary.kernels:
         idle = 1 - summary.busy / summary.span if summary.span else 0.0
-        lines += ["", f"device idle {idle:.1%} of {1e3 * summary.span / steps:.3f} ms per step; longest gaps:"]
-        lines += [f"  {1e3 * gap.seconds:9.3f} ms  after {gap.after}, before {gap.before}" for gap in summary.gaps[:5]] or ["  none"]
+        lines += [
+            "",
+            f"device idle {idle:.1%} of {1e3 * summary.span / steps:.3f} ms per step; longest gaps:",
+        ]
+        lines += [
+            f"  {1e3 * gap.seconds:9.3f} ms  after {gap.after}, before {gap.before}"
+            for gap in summary.gaps[:5]
+        ] or ["  none"]
         lines += ["", "most costly device work (per step):"]
-        lines += [f"  {1e3 * seconds / steps:9.3f} ms  {count / steps:6g} x  {name[:90]}" for name, count, seconds in summary.kernels[:top]]
+        lines += [
+            f"  {1e3 * seconds / steps:9.3f} ms  {count / steps:6g} x  {name[:90]}"
+            for name, count, seconds in summary.kernels[:top]
+        ]
     return "\n".join(lines)
 
 
@@ -156,24 +180,43 @@ def read_timeline(path: str | Path) -> Timeline:
     """From nsys's SQLite export, or a JSON trace of torch's profiler (.json, .json.gz). DataError, naming the file, for anything else."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; name an export of nsys (nsys export --type sqlite FILE.nsys-rep) or a trace.json.gz")
+        raise DataError(
+            f"{path}: no such file; name an export of nsys (nsys export --type sqlite FILE.nsys-rep) or a trace.json.gz"
+        )
     if path.suffix == ".nsys-rep":
         raise DataError(f"{path}: export it first: nsys export --type sqlite {path}")
     with path.open("rb") as file:
         is_sqlite = file.read(16) == b"SQLite format 3\0"
     try:
         return _read_nsys(path) if is_sqlite else _read_trace(path)
-    except (sqlite3.Error, zlib.error, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, RecursionError) as error:
-        raise DataError(f"{path}: neither an nsys export nor a trace of torch's profiler ({type(error).__name__}: {error})") from None
+    except (
+        sqlite3.Error,
+        zlib.error,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        OSError,
+        RecursionError,
+    ) as error:
+        raise DataError(
+            f"{path}: neither an nsys export nor a trace of torch's profiler ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _read_nsys(path: Path) -> Timeline:
     with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
         database.row_factory = sqlite3.Row
-        tables = {row["name"] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = {
+            row["name"]
+            for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        }
         if "StringIds" not in tables:
             raise ValueError("it has no table StringIds")
-        strings = {row["id"]: row["value"] for row in database.execute("SELECT id, value FROM StringIds")}
+        strings = {
+            row["id"]: row["value"] for row in database.execute("SELECT id, value FROM StringIds")
+        }
         ranges = []
         if "NVTX_EVENTS" in tables:
             for row in database.execute("SELECT * FROM NVTX_EVENTS WHERE end IS NOT NULL"):
@@ -181,14 +224,22 @@ def _read_nsys(path: Path) -> Timeline:
                 ranges.append(Range(name, row["start"] / 1e9, row["end"] / 1e9, row["globalTid"]))
         launches = {}
         if "CUPTI_ACTIVITY_KIND_RUNTIME" in tables:
-            for row in database.execute("SELECT start, correlationId, globalTid FROM CUPTI_ACTIVITY_KIND_RUNTIME"):
-                launches[row["globalTid"] >> 24, row["correlationId"]] = row["start"] / 1e9  # the low 24 bits are the thread's
+            for row in database.execute(
+                "SELECT start, correlationId, globalTid FROM CUPTI_ACTIVITY_KIND_RUNTIME"
+            ):
+                launches[row["globalTid"] >> 24, row["correlationId"]] = (
+                    row["start"] / 1e9
+                )  # the low 24 bits are the thread's
         work = []
         for kind in NSYS_WORK:
             table = f"CUPTI_ACTIVITY_KIND_{kind}"
             for row in database.execute(f"SELECT * FROM {table}") if table in tables else ():
                 columns = row.keys()
-                label = strings.get(row["shortName"], "?") if "shortName" in columns else kind.lower().replace("_trace", "")
+                label = (
+                    strings.get(row["shortName"], "?")
+                    if "shortName" in columns
+                    else kind.lower().replace("_trace", "")
+                )
                 launched = launches.get((row["globalPid"] >> 24, row["correlationId"]))
                 work.append(Work(label, row["start"] / 1e9, row["end"] / 1e9, launched))
     return Timeline(ranges, work)
@@ -207,10 +258,14 @@ def _read_trace(path: Path) -> Timeline:
     for event in complete:
         kind, start = event.get("cat"), float(event["ts"]) / 1e6
         end = start + float(event.get("dur", 0)) / 1e6
-        if kind == "user_annotation" and not event["name"].startswith(("ProfilerStep", "Optimizer.")):  # torch's own
+        if kind == "user_annotation" and not event["name"].startswith(
+            ("ProfilerStep", "Optimizer.")
+        ):  # torch's own
             ranges.append(Range(event["name"], start, end, hash(event.get("tid"))))
         elif kind in ("cuda_runtime", "cuda_driver"):
             launches[event["args"].get("correlation")] = start
         elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
             work.append((event["name"], start, end, event["args"].get("correlation")))
-    return Timeline(ranges, [Work(name, start, end, launches.get(key)) for name, start, end, key in work])
+    return Timeline(
+        ranges, [Work(name, start, end, launches.get(key)) for name, start, end, key in work]
+    )

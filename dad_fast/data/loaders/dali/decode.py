@@ -25,11 +25,24 @@ def decoder(files: Sequence[bytes], device: str, num_threads: int) -> Callable[[
 
     gpu = 0 if device == "mixed" else None
 
-    @pipeline_def(batch_size=BATCH, num_threads=num_threads, device_id=gpu, exec_async=False, exec_pipelined=False)
+    @pipeline_def(
+        batch_size=BATCH,
+        num_threads=num_threads,
+        device_id=gpu,
+        exec_async=False,
+        exec_pipelined=False,
+    )
     def pipeline():
-        encoded = fn.external_source(source=parts, cycle=True, batch=True, dtype=types.UINT8, ndim=1)
+        encoded = fn.external_source(
+            source=parts, cycle=True, batch=True, dtype=types.UINT8, ndim=1
+        )
         return fn.decoders.image(
-            encoded, device=device, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, use_fast_idct=False
+            encoded,
+            device=device,
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            use_fast_idct=False,
         )
 
     running = pipeline()

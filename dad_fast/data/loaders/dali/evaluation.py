@@ -63,9 +63,14 @@ class _Plans(Dataset[_Planned]):
         return _Planned(
             batch,
             torch.tensor(list(files), dtype=torch.int64),
-            torch.frombuffer(bytearray(b"".join(files.values())), dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8),
+            torch.frombuffer(bytearray(b"".join(files.values())), dtype=torch.uint8)
+            if files
+            else torch.empty(0, dtype=torch.uint8),
             torch.tensor(list(map(len, files.values())), dtype=torch.int64).cumsum(0),
-            torch.tensor([[height, width, top, left] for (width, height), (left, top) in places], dtype=torch.int32),
+            torch.tensor(
+                [[height, width, top, left] for (width, height), (left, top) in places],
+                dtype=torch.int32,
+            ),
         )
 
 
@@ -75,11 +80,23 @@ class DaliEvalLoader(EvalLoader):
     device: of the images that are handed out; on CUDA the decoder is the mixed one.
     """
 
-    def __init__(self, source: Source, img_size: int, crop_pct: float, interpolation: str, batch_size: int, workers: int,
-                 pin_memory: bool = False, *, device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self,
+        source: Source,
+        img_size: int,
+        crop_pct: float,
+        interpolation: str,
+        batch_size: int,
+        workers: int,
+        pin_memory: bool = False,
+        *,
+        device: torch.device,
+    ) -> None:
         super().__init__(source, img_size, crop_pct, interpolation, batch_size, workers, pin_memory)
         if interpolation not in FILTER_TYPES:
-            raise UsageError(f"--interpolation {interpolation}: DALI resizes with {', '.join(FILTER_TYPES)}; use --loader torchvision")
+            raise UsageError(
+                f"--interpolation {interpolation}: DALI resizes with {', '.join(FILTER_TYPES)}; use --loader torchvision"
+            )
         self.source, self.view, self.interpolation = source, (img_size, crop_pct), interpolation
         self.batch_size, self.device = batch_size, device
         self.failed_over = 0
@@ -88,7 +105,9 @@ class DaliEvalLoader(EvalLoader):
         pipeline = self._pipeline()
         plans = _Plans(self._batches, self.source, self.view)
         in_a_row = 0
-        for number, planned in enumerate(iterate(plans, range(len(self)), self.workers, self.pin_memory)):
+        for number, planned in enumerate(
+            iterate(plans, range(len(self)), self.workers, self.pin_memory)
+        ):
             if not len(planned.rows):
                 yield planned.batch
                 continue
@@ -102,7 +121,10 @@ class DaliEvalLoader(EvalLoader):
                 raise_after_repeated_failures(in_a_row, why)
                 if self.failed_over == 1:
                     log.warning(
-                        "%s: DALI could not make batch %d, PIL does, here and where it fails again (%s)", self.source.name, number, why
+                        "%s: DALI could not make batch %d, PIL does, here and where it fails again (%s)",
+                        self.source.name,
+                        number,
+                        why,
                     )
                 pipeline = self._pipeline()
             yield batch
@@ -120,9 +142,15 @@ class DaliEvalLoader(EvalLoader):
     def _pipeline(self) -> Any:
         mixed = self.device.type == "cuda"
         pipeline = _view(
-            img_size=self.view[0], filter=FILTER_TYPES[self.interpolation], device="mixed" if mixed else "cpu", batch_size=self.batch_size,
-            num_threads=max(1, self.workers), device_id=self.device.index or 0 if mixed else None, exec_async=False, exec_pipelined=False,
-        )  # fmt: skip
+            img_size=self.view[0],
+            filter=FILTER_TYPES[self.interpolation],
+            device="mixed" if mixed else "cpu",
+            batch_size=self.batch_size,
+            num_threads=max(1, self.workers),
+            device_id=self.device.index or 0 if mixed else None,
+            exec_async=False,
+            exec_pipelined=False,
+        )
         pipeline.build()
         return pipeline
 
@@ -131,9 +159,17 @@ class DaliEvalLoader(EvalLoader):
 def _view(img_size: int, filter: Any, device: str) -> Any:
     """uint8 [img_size, img_size, 3] of each JPEG. size: height and width after resizing; start: top and left of the crop."""
     files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-    size, start = fn.external_source(name="size", dtype=types.FLOAT, ndim=1), fn.external_source(name="start", dtype=types.INT32, ndim=1)
+    size, start = (
+        fn.external_source(name="size", dtype=types.FLOAT, ndim=1),
+        fn.external_source(name="start", dtype=types.INT32, ndim=1),
+    )
     images = fn.decoders.image(
-        files, device=device, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, use_fast_idct=False
+        files,
+        device=device,
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        use_fast_idct=False,
     )
     images = fn.resize(images, size=size, interp_type=filter, antialias=True)
     return fn.slice(images, start=start, shape=[img_size, img_size], axes=[0, 1])

@@ -26,16 +26,23 @@ def is_sound(data: bytes, width: int, height: int) -> bool:
     while position + 4 <= len(data):
         if data[position] != 0xFF:
             return False
-        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        marker, length = (
+            data[position + 1],
+            int.from_bytes(data[position + 2 : position + 4], "big"),
+        )
         body = position + 4
         if marker in (*_BASELINE, *_PROGRESSIVE):
             frame = marker
-            if data[body : body + 5] != struct.pack(">BHH", 8, height, width) or data[body + 5] not in (1, 3):
+            if data[body : body + 5] != struct.pack(">BHH", 8, height, width) or data[
+                body + 5
+            ] not in (1, 3):
                 return False
         elif marker == _RESTART:
             restarts = True
         elif marker == _SCAN:
-            return frame in _PROGRESSIVE or (frame in _BASELINE and _scan_is_plain(data, position + 2 + length, restarts))
+            return frame in _PROGRESSIVE or (
+                frame in _BASELINE and _scan_is_plain(data, position + 2 + length, restarts)
+            )
         elif marker not in _SKIPPED:
             return False
         position += 2 + length
@@ -45,7 +52,9 @@ def is_sound(data: bytes, width: int, height: int) -> bool:
 def _scan_is_plain(data: bytes, start: int, restarts: bool) -> bool:
     """Every 0xFF up to the closing marker is stuffed with a zero, or begins a restart marker."""
     codes = np.frombuffer(data, np.uint8, offset=start)
-    after = codes[1:][codes[:-1] == 0xFF][:-1]  # what follows each; the last one is the closing marker's
+    after = codes[1:][codes[:-1] == 0xFF][
+        :-1
+    ]  # what follows each; the last one is the closing marker's
     plain = after == 0
     if restarts:
         plain |= after >> 3 == 0xD0 >> 3

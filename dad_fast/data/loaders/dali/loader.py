@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from dad_fast.data.loaders.dali.pipeline import FILTER_TYPES, augment
-from dad_fast.data.loaders.dali.plan import FILTERS, Planned, PlannedSteps, num_operations, split_patches
+from dad_fast.data.loaders.dali.plan import (
+    FILTERS,
+    Planned,
+    PlannedSteps,
+    num_operations,
+    split_patches,
+)
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.loaders.steps import Batch, TrainSteps
 from dad_fast.data.loaders.workers import iterate
@@ -38,7 +44,9 @@ _FILTER_CODES = np.array([int(FILTER_TYPES[name]) for name in FILTERS], np.int32
 def raise_after_repeated_failures(failed_in_a_row: int, reason: str) -> None:
     """EnvironmentProblem after _GIVE_UP batches in a row that PIL could make and DALI could not."""
     if failed_in_a_row >= _GIVE_UP:
-        raise EnvironmentProblem(f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision")
+        raise EnvironmentProblem(
+            f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision"
+        )
 
 
 class DaliLoader(TrainLoader):
@@ -65,7 +73,9 @@ class DaliLoader(TrainLoader):
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         engine = _Engine(self._steps, self.device, self.workers)
         waiting: deque[Planned] = deque()
-        for planned in iterate(self._plans, range(start_step, stop_step), self.workers, self.pin_memory):
+        for planned in iterate(
+            self._plans, range(start_step, stop_step), self.workers, self.pin_memory
+        ):
             engine.feed(planned)
             waiting.append(planned)
             if len(waiting) > _AHEAD:
@@ -78,7 +88,9 @@ class DaliLoader(TrainLoader):
         try:
             batch = engine.take(planned)
             self._failed_in_a_row = 0
-        except FAILURES:  # it may be a later batch that broke the pipeline: only this one alone tells
+        except (
+            FAILURES
+        ):  # it may be a later batch that broke the pipeline: only this one alone tells
             batch = self._alone(engine, planned)
             for later in waiting:
                 engine.feed(later)
@@ -99,16 +111,25 @@ class DaliLoader(TrainLoader):
         batch = self._steps[planned.batch.step]
         self.failed_over += 1
         if set(batch.replaced) - set(planned.batch.replaced):
-            return engine.place(batch.images, batch)  # the culprit is named as every unreadable file is
+            return engine.place(
+                batch.images, batch
+            )  # the culprit is named as every unreadable file is
         self._failed_in_a_row += 1
         raise_after_repeated_failures(self._failed_in_a_row, reason)
-        log.warning("%s: DALI could not make the batch of step %d, PIL did (%s)", self.source.name, planned.batch.step, reason)
+        log.warning(
+            "%s: DALI could not make the batch of step %d, PIL did (%s)",
+            self.source.name,
+            planned.batch.step,
+            reason,
+        )
         return engine.place(batch.images, batch)
 
     def _reason(self, error: Exception, planned: Planned) -> str:
         """What DALI says is wrong, without the pages around it, and with which file where it counts them."""
         text = str(error).partition("encountered:")[2] or str(error)
-        line = next((line.strip(" :") for line in text.splitlines() if line.strip()), "no reason given")[:200]
+        line = next(
+            (line.strip(" :") for line in text.splitlines() if line.strip()), "no reason given"
+        )[:200]
         number = re.search(r"sample #(\d+)", line)
         if number and int(number[1]) < len(planned.rows):
             return f"{line}: {self.source.keys[int(planned.batch.samples[planned.rows[int(number[1])]])]}"
@@ -126,11 +147,16 @@ class _Engine:
     def restart(self) -> None:
         cuda = self.device.type == "cuda"
         self.pipeline = augment(
-            img_size=self.steps.img_size, num_ops=num_operations(self.steps.aug), erases=self.erases, device="mixed" if cuda else "cpu",
-            hints=_mixed_hints(self.steps.source.sizes) if cuda else {}, batch_size=self.steps.batch_size, num_threads=self.threads,
+            img_size=self.steps.img_size,
+            num_ops=num_operations(self.steps.aug),
+            erases=self.erases,
+            device="mixed" if cuda else "cpu",
+            hints=_mixed_hints(self.steps.source.sizes) if cuda else {},
+            batch_size=self.steps.batch_size,
+            num_threads=self.threads,
             device_id=torch.empty(0, device=self.device).device.index if cuda else None,
             prefetch_queue_depth=1,  # how many runs the first call starts; later ones queue up behind it all the same
-        )  # fmt: skip
+        )
         self.pipeline.build()
         self.broken: Exception | None = None
 
@@ -145,7 +171,9 @@ class _Engine:
         if self.erases:
             numbers |= {"box": boxes, "patch": split_patches(planned.patches.numpy(), boxes)}
         try:
-            self.pipeline.feed_input("files", files)  # not copied: `planned` is kept until its batch is taken
+            self.pipeline.feed_input(
+                "files", files
+            )  # not copied: `planned` is kept until its batch is taken
             for name, value in numbers.items():
                 self.pipeline.feed_input(name, value)
             self.pipeline.schedule_run()
@@ -183,4 +211,8 @@ class _Engine:
 def _mixed_hints(sizes: np.ndarray) -> dict[str, Any]:
     """For decoding on a GPU: what its hardware decoder takes over, and buffers for all but the largest hundredth of the images."""
     width, height = np.percentile(sizes, 99, axis=0).astype(int).tolist()
-    return {"hw_decoder_load": 0.65, "preallocate_width_hint": width, "preallocate_height_hint": height}
+    return {
+        "hw_decoder_load": 0.65,
+        "preallocate_width_hint": width,
+        "preallocate_height_hint": height,
+    }

@@ -45,17 +45,29 @@ def augment(img_size: int, num_ops: int, erases: bool, device: str, hints: dict[
 
     files = fn.external_source(name="files", dtype=types.UINT8, ndim=1, no_copy=True)
     images = fn.decoders.image_slice(
-        files, start=number("start", 1), shape=number("shape", 1), axis_names="WH", device=device, output_type=types.RGB,
-        adjust_orientation=False, jpeg_fancy_upsampling=True, use_fast_idct=False, **hints,
-    )  # fmt: skip
+        files,
+        start=number("start", 1),
+        shape=number("shape", 1),
+        axis_names="WH",
+        device=device,
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        use_fast_idct=False,
+        **hints,
+    )
     filters = fn.reinterpret(number("filter", 0), dtype=types.INTERP_TYPE)
     images = fn.resize(images, size=[img_size, img_size], interp_type=filters, antialias=True)
     images = fn.flip(images, horizontal=number("hflip", 0), vertical=number("vflip", 0))
     for slot in range(num_ops):
-        images = _operation(images, number(f"kind{slot}", 0), number(f"value{slot}", 1, types.FLOAT), img_size)
+        images = _operation(
+            images, number(f"kind{slot}", 0), number(f"value{slot}", 1, types.FLOAT), img_size
+        )
     if erases:
         box = number("box", 1)
-        patch = fn.external_source(name="patch", dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True)
+        patch = fn.external_source(
+            name="patch", dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True
+        )
         if device == "mixed":
             patch = patch.gpu()
         images = _erased(images, box, patch, img_size)
@@ -90,7 +102,9 @@ def _operation(images: Any, kind: Any, value: Any, side: int) -> Any:
 
 def _to_bytes(images: Any, factor: Any = 1.0) -> Any:
     """factor * images as bytes, as PIL does it: cut off at both ends, and what is behind the point. Of DALI's ways the quickest by far."""
-    return fn.brightness_contrast(images, brightness=factor, brightness_shift=_DOWN, dtype=types.UINT8)
+    return fn.brightness_contrast(
+        images, brightness=factor, brightness_shift=_DOWN, dtype=types.UINT8
+    )
 
 
 def _blend(degenerate: Any, images: Any, factor: Any) -> Any:
@@ -100,8 +114,20 @@ def _blend(degenerate: Any, images: Any, factor: Any) -> Any:
 
 def _geometry(images: Any, matrix: Any, side: int) -> Any:
     """The warp knows one fill value for all channels; but it repeats the outermost pixels, so they get the colour that fills."""
-    framed = fn.slice(images, [-1, -1], [side + 2, side + 2], axes=[0, 1], out_of_bounds_policy="pad", fill_values=list(FILL))
-    return fn.warp_affine(framed, matrix=fn.reshape(matrix, shape=[2, 3]), size=[side, side], interp_type=types.INTERP_LINEAR)
+    framed = fn.slice(
+        images,
+        [-1, -1],
+        [side + 2, side + 2],
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=list(FILL),
+    )
+    return fn.warp_affine(
+        framed,
+        matrix=fn.reshape(matrix, shape=[2, 3]),
+        size=[side, side],
+        interp_type=types.INTERP_LINEAR,
+    )
 
 
 def _lookup(images: Any, value: Any) -> Any:
@@ -124,7 +150,9 @@ def _auto_contrast(images: Any) -> Any:
     flat = low >= high  # such a channel stays
     scale = 255.0 / math.max(high - low, 1.0)
     scale, offset = scale * (1 - flat) + flat, low * scale * (1 - flat)
-    return _to_bytes(images * scale - offset + 1e-3)  # float32 falls short of whole numbers that PIL's float64 reaches
+    return _to_bytes(
+        images * scale - offset + 1e-3
+    )  # float32 falls short of whole numbers that PIL's float64 reaches
 
 
 def _equalize(images: Any) -> Any:
@@ -138,13 +166,22 @@ def _sharpness(images: Any, factor: Any, side: int) -> Any:
     smooth = fn.filter(images, types.Constant(_SMOOTH, device="cpu"), mode="valid")
     inner = fn.slice(images, [1, 1], [side - 2, side - 2], axes=[0, 1])
     outer = fn.erase(images, anchor=[1, 1], shape=[side - 2, side - 2], axes=[0, 1], fill_value=0)
-    return outer + _padded(_blend(smooth, inner, factor), types.Constant(np.array([-1, -1], np.int32), device="cpu"), side)
+    return outer + _padded(
+        _blend(smooth, inner, factor),
+        types.Constant(np.array([-1, -1], np.int32), device="cpu"),
+        side,
+    )
 
 
 def _erased(images: Any, box: Any, patch: Any, side: int) -> Any:
     """The noise was drawn on the host, the same as PIL's loader draws."""
     if box[2] > 0:
-        blank = fn.erase(images, anchor=fn.cast(box[0:2], dtype=types.FLOAT), shape=fn.cast(box[2:4], dtype=types.FLOAT), axes=[0, 1])
+        blank = fn.erase(
+            images,
+            anchor=fn.cast(box[0:2], dtype=types.FLOAT),
+            shape=fn.cast(box[2:4], dtype=types.FLOAT),
+            axes=[0, 1],
+        )
         found = blank + _padded(patch, -box[0:2], side)
     else:
         found = images
@@ -153,4 +190,11 @@ def _erased(images: Any, box: Any, patch: Any, side: int) -> Any:
 
 def _padded(images: Any, start: Any, side: int) -> Any:
     """Black all around, so that adding puts them in."""
-    return fn.slice(images, start=start, shape=[side, side], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
+    return fn.slice(
+        images,
+        start=start,
+        shape=[side, side],
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )

@@ -21,7 +21,18 @@ FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 KIND = {
     name: number
     for number, name in enumerate(
-        ("geometry", "table", "brightness", "contrast", "color", "auto_contrast", "equalize", "sharpness", "gaussian_blur"), start=1
+        (
+            "geometry",
+            "table",
+            "brightness",
+            "contrast",
+            "color",
+            "auto_contrast",
+            "equalize",
+            "sharpness",
+            "gaussian_blur",
+        ),
+        start=1,
     )
 }
 _TABLES = ("invert", "posterize", "solarize", "solarize_add")
@@ -66,12 +77,18 @@ class PlannedSteps(Dataset[Planned]):
 
         fields = self.steps.fields(step, load)
         side = self.steps.img_size
-        images = torch.from_numpy(np.stack(others)) if others else torch.empty(0, side, side, 3, dtype=torch.uint8)
+        images = (
+            torch.from_numpy(np.stack(others))
+            if others
+            else torch.empty(0, side, side, 3, dtype=torch.uint8)
+        )
         numbers = arguments(records, self.num_ops) if records else {"patch": np.zeros(0, np.uint8)}
         return Planned(
             batch=Batch(images=images.permute(0, 3, 1, 2), **fields),
             rows=torch.tensor(rows, dtype=torch.int64),
-            files=torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8),
+            files=torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+            if files
+            else torch.empty(0, dtype=torch.uint8),
             ends=torch.tensor([len(data) for data in files], dtype=torch.int64).cumsum(0),
             patches=torch.from_numpy(numbers.pop("patch")),
             numbers=numbers,
@@ -97,7 +114,9 @@ def arguments(records: Sequence[Record], num_ops: int) -> dict[str, np.ndarray]:
     num = len(records)
     found = {
         "start": np.array([record.crop[:2] for record in records], np.int32),  # [n, 2], x and y
-        "shape": np.array([record.crop[2:] for record in records], np.int32),  # [n, 2], width and height
+        "shape": np.array(
+            [record.crop[2:] for record in records], np.int32
+        ),  # [n, 2], width and height
         "filter": np.array([FILTERS.index(record.interpolation) for record in records], np.int32),
         "hflip": np.array([record.hflip for record in records], np.int32),
         "vflip": np.array([record.vflip for record in records], np.int32),
@@ -109,9 +128,15 @@ def arguments(records: Sequence[Record], num_ops: int) -> dict[str, np.ndarray]:
     for row, record in enumerate(records):
         for slot, op in enumerate(record.ops):
             if op.name in GEOMETRIC:
-                kinds[slot, row], values[slot, row] = KIND["geometry"], _of_framed(affine_matrix(op, record.img_size))
+                kinds[slot, row], values[slot, row] = (
+                    KIND["geometry"],
+                    _of_framed(affine_matrix(op, record.img_size)),
+                )
             elif op.name in _TABLES:
-                kinds[slot, row], values[slot, row, :4] = KIND["table"], _table(op.name, int(op.value))
+                kinds[slot, row], values[slot, row, :4] = (
+                    KIND["table"],
+                    _table(op.name, int(op.value)),
+                )
             else:
                 kinds[slot, row], values[slot, row, 0] = KIND[op.name], op.value
         if record.erase is not None:

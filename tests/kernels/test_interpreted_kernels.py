@@ -8,4 +8,4 @@ from tests.interpreter import run_interpreted
 
 def test_the_kernels_under_the_interpreter():
     names = ("group_norm_silu", "distillation_loss", "pack_codes", "pgd_update")
-    run_interpreted(*(f"tests/test_{name}.py" for name in names))
+    run_interpreted(*(f"tests/kernels/test_{name}.py" for name in names))
