@@ -24,7 +24,7 @@ from dad_fast.methods.registry import Images
 from tests.engine.test_step import SIDE, B, C, batch, make
 from tests.numerics import assert_same_function, assert_same_levels
 from tests.precompute.test_precompute import flags, inputs, raw, step_of, targets  # noqa: F401
-from tests.steps import learner_of, loss_of
+from tests.steps import learner_of, loss_of, run
 from tests.tiny import write_images
 
 JOINT = LossConfig(form="joint", ce=0.75, kd=0.25)
@@ -174,7 +174,8 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
         make("dad", loss=JOINT, engine=EngineConfig(grad_accum_steps=2)),
     )
     for number in range(2):
-        a, b = whole(stored_batch(), number, 1e-3), parts(stored_batch(), number, 1e-3)
+        a = run(whole, stored_batch(), number, 1e-3)
+        b = run(parts, stored_batch(), number, 1e-3)
         assert_same_function(a["loss"], b["loss"])
 
 

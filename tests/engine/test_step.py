@@ -209,7 +209,8 @@ def test_micro_batches_make_the_step_of_the_whole_batch(method):
 def test_a_compiled_step_is_the_plain_step(method):
     plain, compiled = make(method), make(method, engine=EngineConfig(torchcompile=True))
     for number in range(3):
-        a, b = plain(batch(), number, 1e-3), compiled(batch(), number, 1e-3)
+        a = run(plain, batch(), number, 1e-3)
+        b = run(compiled, batch(), number, 1e-3)
         assert_same_function(a["loss"], b["loss"])
     assert (
         learner_of(compiled).student.state_dict().keys()
@@ -240,10 +241,10 @@ def test_memory_is_flat(steps):
     meter = Meter()
     with collections_between_steps():
         for number in range(100):
-            meter.add(step(data, number, 1e-3))
+            meter.add(run(step, data, number, 1e-3))
         before, objects = resident_kib(), len(gc.get_objects())
         for number in range(steps):
-            meter.add(step(data, number, 1e-3))
+            meter.add(run(step, data, number, 1e-3))
         grown, left = resident_kib() - before, len(gc.get_objects()) - objects
     assert left < 50 and grown < 4096, (left, grown)
 
@@ -251,7 +252,7 @@ def test_memory_is_flat(steps):
 @pytest.mark.parametrize("bn", ["joint", "split", "aux"])
 def test_every_form_of_batch_norm_trains(bn):
     step = make("dad", replace(BATCH_NORM, bn=bn))
-    losses = [step(batch(), i, 1e-3)["loss"].item() for i in range(3)]
+    losses = [run(step, batch(), i, 1e-3)["loss"].item() for i in range(3)]
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
 
 
