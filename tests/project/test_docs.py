@@ -93,7 +93,7 @@ def test_the_table_of_the_demo_is_what_its_record_says():
     from dad_fast.evaluate.tables import markdown, read_record
 
     shown = (ROOT / "README.md").read_text()
-    lines = markdown(read_record(ROOT / "docs" / "demo-5-seeds.json")).splitlines()
+    lines = markdown(read_record(ROOT / "docs" / "records" / "demo-5-seeds.json")).splitlines()
     for line in lines[:7]:
         name, _, *cells = line.split("|")[1:]  # without the number of seeds
         assert (
