@@ -126,15 +126,3 @@ def test_readme_example_runs():
     exec(code, names)
     assert names["attacked"].images.shape == (8, 3, 28, 28)
     assert all(p.grad is not None for p in names["student"].parameters())
-
-
-def test_contributed_discretizer_runs():
-    torch = pytest.importorskip("torch")
-    names: dict[str, Any] = {}
-    (code,) = [block for block in python_blocks(ROOT / "CONTRIBUTING.md") if "Discretizer" in block]
-    assert len(code.splitlines()) < 40
-    exec(code, names)
-
-    result = names["load"]("3", context=None)(torch.rand(2, 3, 8, 8))
-    assert result.codes is None
-    assert torch.equal((result.images * 7).round() / 7, result.images)
