@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import execute
-from dad_fast.data.augment.records import Record
+from dad_fast.data.augment.records import AugmentRecord
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import read_rgb
 
@@ -78,7 +78,7 @@ class Files:
 
 
 def record_of(image, img_size, **changes):
-    record = Record(
+    record = AugmentRecord(
         0, 0, image.size, img_size, (0, 0, *image.size), "bicubic", False, False, (), None
     )
     return dataclasses.replace(record, **changes)

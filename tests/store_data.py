@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dad_fast.errors import DadFastError
-from dad_fast.store import Block, Manifest, Records, StoreWriter
+from dad_fast.store import Manifest, RowBlock, StoreRows, StoreWriter
 
 NUM, CLASSES = 45, 5
 BAD = {(0, 7), (1, 7), (0, 44)}  # unreadable (view, row)
@@ -69,7 +69,7 @@ def content(manifest: Manifest, view: int) -> dict[str, np.ndarray]:
     }
 
 
-def records(manifest: Manifest, block: Block) -> Records:
+def records(manifest: Manifest, block: RowBlock) -> StoreRows:
     part = {
         name: values[block.start : block.stop]
         for name, values in content(manifest, block.view).items()
@@ -78,7 +78,7 @@ def records(manifest: Manifest, block: Block) -> Records:
         del part["codes"], part["changed"]
     if manifest.images == "none":
         del part["images"]
-    return Records(keys=[key(row) for row in range(block.start, block.stop)], **part)
+    return StoreRows(keys=[key(row) for row in range(block.start, block.stop)], **part)
 
 
 def write(
@@ -87,7 +87,7 @@ def write(
     rank: int = 0,
     world: int = 1,
     resume: bool = True,
-    before_block: Callable[[Block], None] | None = None,
+    before_block: Callable[[RowBlock], None] | None = None,
 ) -> list[int]:
     """A process's part of writing the store; returns what `finish` does."""
     writer = StoreWriter.open(folder, manifest, resume)

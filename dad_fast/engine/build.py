@@ -12,7 +12,8 @@ from timm.layers import convert_sync_batchnorm
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
 from dad_fast.data.loaders.loader import Batch
-from dad_fast.data.sources.base import Source, open_source
+from dad_fast.data.sources.base import Source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device

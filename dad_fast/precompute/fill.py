@@ -18,7 +18,7 @@ from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import Config
 from dad_fast.data.augment.mixing import mix, to_pixels
 from dad_fast.data.augment.records import uses_mixing
-from dad_fast.data.loaders.blocks import Block, blocks
+from dad_fast.data.loaders.blocks import ImageBlock, blocks
 from dad_fast.data.loaders.steps import TrainSteps
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
@@ -30,10 +30,9 @@ from dad_fast.keyed_random import sample_seeds
 from dad_fast.methods.attack import PGD
 from dad_fast.models.teacher import Teacher
 from dad_fast.precompute.adversarial import adversarial
-from dad_fast.store import Block as Rows
-from dad_fast.store import Manifest, Records, StoreWriter
+from dad_fast.store import Manifest, RowBlock, StoreRows, StoreWriter
+from dad_fast.store.files import Bytes
 from dad_fast.store.images import decode_image, encode_images, on_all_cores
-from dad_fast.store.part import Bytes
 
 SHARD_BYTES = 1 << 30  # about; a shard is what is lost when a disk loses a file
 
@@ -43,10 +42,10 @@ class StoreBuilder(Protocol):
 
     manifest: Manifest
 
-    def feed(self, rows: Sequence[Rows]) -> Iterator[Any]:
+    def feed(self, rows: Sequence[RowBlock]) -> Iterator[Any]:
         """What `records` needs for each of `rows`, in this order."""
 
-    def records(self, rows: Rows, item: Any) -> Records: ...
+    def records(self, rows: RowBlock, item: Any) -> StoreRows: ...
 
 
 class AdversarialFiller:
@@ -95,7 +94,7 @@ class AdversarialFiller:
             image_size=(side, side) if launch.images != "none" else (),
         )
 
-    def feed(self, rows: Sequence[Rows]) -> Iterator[Block]:
+    def feed(self, rows: Sequence[RowBlock]) -> Iterator[ImageBlock]:
         size, workers = self.manifest.block_size, self.cfg.data.workers
         return blocks(
             self.source,
@@ -106,7 +105,7 @@ class AdversarialFiller:
             pin_memory=self.device.type == "cuda",
         )
 
-    def records(self, rows: Rows, item: Block) -> Records:
+    def records(self, rows: RowBlock, item: ImageBlock) -> StoreRows:
         self._note(item.unreadable)
         keys = torch.from_numpy(sample_seeds(self.cfg.seed, rows.view, item.samples.numpy()))
         images, labels, keys = (
@@ -118,7 +117,7 @@ class AdversarialFiller:
         )
         n, stored = item.num_real, _Stored(self.images)
         found = adversarial(*models, images, labels, keys, num_classes, stored)
-        return Records(
+        return StoreRows(
             keys=[self.source.keys[i] for i in range(rows.start, rows.stop)],
             labels=item.labels[:n].numpy(),
             outputs=_host(found.outputs[:n]),
@@ -200,7 +199,7 @@ class TargetFiller:
                 f"--block-size {self.manifest.block_size}: must be even with --mixup or --cutmix, which mix images in pairs"
             )
 
-    def feed(self, rows: Sequence[Rows]) -> Iterator[Places]:
+    def feed(self, rows: Sequence[RowBlock]) -> Iterator[Places]:
         numbers = [(r.view, r.start) for r in rows]
         places = _Places(
             TrainSteps(
@@ -216,13 +215,13 @@ class TargetFiller:
         return iterate(places, numbers, self.cfg.data.workers, self.device.type == "cuda")
 
     @torch.no_grad()
-    def records(self, rows: Rows, item: Places) -> Records:
+    def records(self, rows: RowBlock, item: Places) -> StoreRows:
         images, labels, kind, lam, box = (
             t.to(self.device, non_blocking=True) for t in item.tensors
         )
         mixed = mix(to_pixels(images), labels, kind, lam, box, len(self.source.classes))
         n = rows.stop - rows.start
-        return Records(
+        return StoreRows(
             keys=[self.source.keys[i] for i in item.drawn[:n].tolist()],
             labels=self.source.labels[item.drawn[:n].numpy()],
             outputs=_host(self.teacher(mixed.pixels)[:n]),
@@ -285,13 +284,13 @@ def make_manifest(
     )
 
 
-def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[Records]:
+def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[StoreRows]:
     """Write this process's part of the store, yielding each block's records once they are written. Closing it in between loses nothing.
 
     Raises DataError when the folder holds a store of other settings, or the disk is full.
     """
     writer = StoreWriter.open(folder, filler.manifest, resume=True)
-    work: list[tuple[int, Rows]] = []
+    work: list[tuple[int, RowBlock]] = []
     for number in writer.shards_to_do(rank, world):
         work += [(number, rows) for rows in writer.blocks_to_do(number)]
     feed = filler.feed([rows for _, rows in work])

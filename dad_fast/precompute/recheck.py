@@ -10,8 +10,7 @@ import numpy as np
 
 from dad_fast.errors import DataError
 from dad_fast.precompute.fill import StoreBuilder
-from dad_fast.store import AdversarialStore, Records, Store, TargetStore
-from dad_fast.store import Block as Rows
+from dad_fast.store import AdversarialStore, RowBlock, Store, StoreRows, TargetStore
 from dad_fast.store.images import decode_image
 
 DEVICE = "settings.device"  # the one setting that may differ: other devices round otherwise, which is then what is reported
@@ -55,7 +54,7 @@ def recheck(filler: StoreBuilder, store: AdversarialStore | TargetStore, share: 
     return drift
 
 
-def _compare(store: Store, block: Rows, again: Records, drift: Drift) -> None:
+def _compare(store: Store, block: RowBlock, again: StoreRows, drift: Drift) -> None:
     manifest, rows, view = store.manifest, np.arange(block.start, block.stop), block.view
     readable = store.readable(rows, view)
     computed = np.zeros(len(block), manifest.data_dtype)

@@ -16,7 +16,7 @@ import numpy as np
 from dad_fast.config import Config
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import StudentConfig
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.distributed.launch import (
@@ -40,7 +40,7 @@ from dad_fast.precompute.fill import (
     stopped,
 )
 from dad_fast.precompute.recheck import recheck
-from dad_fast.store import Manifest, Records, open_store
+from dad_fast.store import Manifest, StoreRows, open_store
 
 LINE_SECONDS = 10.0
 
@@ -173,7 +173,7 @@ def _progress(filler: StoreBuilder, rank: int, world: int) -> Iterator[Any]:
     changed: list[float] = []
     terminal = sys.stderr.isatty()
 
-    def advance(records: Records) -> None:
+    def advance(records: StoreRows) -> None:
         nonlocal done, images, kept, last
         done, images = done + 1, images + len(records.keys)
         kept += int(records.kept.sum()) if records.kept is not None else 0

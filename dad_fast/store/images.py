@@ -13,7 +13,7 @@ from PIL import Image
 
 from dad_fast.cores import usable_cores
 from dad_fast.errors import DataError, UsageError
-from dad_fast.store.part import Bytes
+from dad_fast.store.files import Bytes
 
 T = TypeVar("T")
 

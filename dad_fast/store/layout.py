@@ -68,7 +68,7 @@ def hash_keys(keys: Iterable[str]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows start … stop - 1 of a view: one unit of work. Only a view's last block is smaller than `block_size`."""
 
     number: int  # within its view
@@ -106,11 +106,11 @@ class Geometry(NamedTuple):
         start = number * self.rows_per_shard
         return view, start, min(start + self.rows_per_shard, self.num_samples)
 
-    def blocks(self, shard: int) -> list[Block]:
+    def blocks(self, shard: int) -> list[RowBlock]:
         view, start, stop = self.place(shard)
         size = self.block_size
         return [
-            Block(first // size, view, first, min(first + size, stop))
+            RowBlock(first // size, view, first, min(first + size, stop))
             for first in range(start, stop, size)
         ]
 

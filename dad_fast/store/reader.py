@@ -17,10 +17,10 @@ import numpy as np
 
 from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError, UsageError
+from dad_fast.store.files import map_file
 from dad_fast.store.images import decode_image, on_all_cores
 from dad_fast.store.layout import INDEX, KEPT, READABLE, hash_keys, shard_file
 from dad_fast.store.manifest import Manifest
-from dad_fast.store.mapped import map_file
 from dad_fast.store.state import file_sizes, has_files, some
 
 

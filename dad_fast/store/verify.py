@@ -13,8 +13,8 @@ import numpy as np
 
 from dad_fast.errors import DataError
 from dad_fast.files import disk_error
+from dad_fast.store.files import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.layout import INDEX, broken_rows, shard_file
-from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
 from dad_fast.store.state import (
     SUMS,

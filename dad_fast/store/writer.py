@@ -4,7 +4,7 @@
     for number in writer.shards_to_do(rank, world):
         with writer.shard(number) as shard:
             for block in shard.todo():
-                shard.append(Records(...))       # rows block.start … block.stop - 1 of block.view
+                shard.append(StoreRows(...))       # rows block.start … block.stop - 1 of block.view
     missing = writer.finish()                    # [] when all shards are there, by whichever process comes last
 
 A shard is written under its own lock into `.part` files, block by block. Who opens it again checks every record's checksums and goes on
@@ -25,21 +25,20 @@ import numpy as np
 
 from dad_fast.errors import DataError, NotFinite, UsageError
 from dad_fast.files import disk_error, sync
+from dad_fast.store.files import LOCK, PART, Busy, Bytes, Part, locked, write_whole
 from dad_fast.store.images import stored_files
 from dad_fast.store.layout import (
     INDEX,
     KEPT,
     READABLE,
-    Block,
+    RowBlock,
     broken_rows,
     crcs,
     hash_keys,
     seal,
     shard_file,
 )
-from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
-from dad_fast.store.part import Bytes, Part
 from dad_fast.store.state import (
     SUMS,
     finished_shards,
@@ -53,7 +52,7 @@ SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Records:
+class StoreRows:
     """The rows of a block, in their order, without padding. Arrays or CPU tensors.
 
     keys: [n] of the samples, as the source names them; labels: int [n]
@@ -128,7 +127,7 @@ class StoreWriter:
             if shard not in there
         ]
 
-    def blocks_to_do(self, number: int) -> list[Block]:
+    def blocks_to_do(self, number: int) -> list[RowBlock]:
         """What is left of a shard; for who must know all blocks before the first is computed. An earlier attempt's blocks are checked;
         where it had written all of them, the shard is finished here.
         """
@@ -221,11 +220,11 @@ class ShardWriter:
             for part in self._files.values():
                 part.close()
 
-    def todo(self) -> list[Block]:
+    def todo(self) -> list[RowBlock]:
         """The blocks that are still to be appended, in this order."""
         return self.blocks[self.next_block :]
 
-    def append(self, records: Records) -> None:
+    def append(self, records: StoreRows) -> None:
         """Write the next block. After an error, a full disk for one, the shard ends with the block before it.
 
         Raises NotFinite for outputs that are not numbers, DataError when the disk is full, ValueError for arrays of another shape.
@@ -256,7 +255,9 @@ class ShardWriter:
                 os.fsync(part.handle)
             self._synced = time.monotonic()
 
-    def _encode(self, block: Block, records: Records) -> tuple[np.ndarray, np.ndarray, list[Bytes]]:
+    def _encode(
+        self, block: RowBlock, records: StoreRows
+    ) -> tuple[np.ndarray, np.ndarray, list[Bytes]]:
         """INDEX [n], uint8 [n, size], and the images' bytes."""
         manifest, num = self.manifest, len(block)
         readable = (

@@ -15,7 +15,8 @@ import torch
 
 from dad_fast.config import Config
 from dad_fast.config.stores import SharedStore, online
-from dad_fast.data.loaders.loader import Batch, train_loader
+from dad_fast.data.loaders.choose import train_loader
+from dad_fast.data.loaders.loader import Batch
 from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.trainer import Trainer

@@ -19,11 +19,12 @@ from dali_cases import CENTER, FULL, Files, by_dali, decoded, jpeg, photos, reco
 from PIL import Image
 
 from dad_fast.config.schema import AugmentConfig
+from dad_fast.data.loaders.choose import resolve_loader, train_loader
 from dad_fast.data.loaders.dali.jpeg import is_sound
 from dad_fast.data.loaders.dali.loader import DaliLoader
-from dad_fast.data.loaders.loader import TrainLoader, resolve_loader, train_loader
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources.decode import DecodeError, read_rgb
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from tests.processes import HANG
 
@@ -83,7 +84,7 @@ def test_the_sequence_is_the_other_loaders():
     dali, pil = loaders(Files(photos() * 5))
     assert (dali.name, pil.name, dali.steps_per_epoch) == (
         "dali",
-        "torchvision",
+        "pil",
         pil.steps_per_epoch,
     )
     ours, theirs = collect(dali, 0, 5), collect(pil, 0, 5)  # over three epochs
@@ -265,7 +266,7 @@ def test_dali_that_never_works_stops_the_run():
     )
     with pytest.raises(
         EnvironmentProblem,
-        match="DALI failed on 8 batches in a row that PIL can read .*--loader torchvision",
+        match="DALI failed on 8 batches in a row that PIL can read .*--loader pil",
     ):
         list(loader.batches(0, 9))
 
@@ -345,24 +346,23 @@ def test_which_loader_serves(monkeypatch, tmp_path):
     cuda = torch.device("cuda")
     assert resolve_loader("auto", source, cuda)[0] == "dali"
     assert resolve_loader("auto", source, CPU) == (
-        "torchvision",
+        "pil",
         "on a CPU PIL is faster, unless large photographs are only cropped",
     )
-    assert resolve_loader("auto", Files(shades(), plain=[False] * 30), cuda)[0] == "torchvision"
-    assert (
-        resolve_loader("dali", source, CPU)[0] == "dali"
-        and resolve_loader("torchvision", source, cuda)[0] == "torchvision"
-    )
+    assert resolve_loader("auto", Files(shades(), plain=[False] * 30), cuda)[0] == "pil"
+    assert resolve_loader("dali", source, CPU)[0] == "dali" and resolve_loader(
+        "torchvision", source, cuda
+    ) == ("pil", "asked for")
     assert isinstance(train_loader("dali", source, FULL, 32, 6, 0, 0), DaliLoader)
-    assert train_loader("auto", source, FULL, 32, 6, 0, 0).name == "torchvision"
+    assert train_loader("auto", source, FULL, 32, 6, 0, 0).name == "pil"
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     package = f"nvidia-dali-cuda{(torch.version.cuda or '13').split('.')[0]}0"
     name, why = resolve_loader("auto", source, cuda)
-    assert name == "torchvision" and why.startswith(f"DALI is not installed: pip install {package}")
+    assert name == "pil" and why.startswith(f"DALI is not installed: pip install {package}")
     with pytest.raises(
         EnvironmentProblem,
-        match=f"--loader dali: .*{package} .*placeholder.*; or use --loader torchvision",
+        match=f"--loader dali: .*{package} .*placeholder.*; or use --loader pil",
     ):
         train_loader("dali", source, FULL, 32, 6, 0, 0)
     (tmp_path / "nvidia_dali-1.0.dist-info").mkdir()

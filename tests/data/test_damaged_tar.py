@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from shards import one_shard, picture, sample, write_shards, write_tar
 
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.decode import DecodeError
+from dad_fast.data.sources.registry import open_source
 from dad_fast.data.sources.tar import TarSource
 from dad_fast.errors import DataError, UsageError
 

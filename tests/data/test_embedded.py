@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dad_fast.data.sources import embedded
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.embedded import EmbeddedSource
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import EnvironmentProblem, UsageError
 
 SIZES = {"train": 3500, "val": 500, "test": 1000, "optdigits": 896, "optdigits-train": 901}

@@ -16,7 +16,7 @@ from dad_fast.cli import main as cli
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.loaders.dali.evaluation import DaliEvalLoader
 from dad_fast.data.loaders.loader import EvalLoader
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.models.student import build_student, save_student
 
@@ -87,7 +87,7 @@ def test_a_dali_that_always_fails_is_given_up(photos: Path) -> None:
     loader._images = fails
     with pytest.raises(
         EnvironmentProblem,
-        match=r"8 batches in a row that PIL can read \(out of order\); use --loader torchvision",
+        match=r"8 batches in a row that PIL can read \(out of order\); use --loader pil",
     ):
         list(loader)
 

@@ -15,7 +15,7 @@ from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment import policy as policies
 from dad_fast.data.augment.execute import eval_transform, execute
 from dad_fast.data.augment.policy import ARGUMENTS, GEOMETRIC, Op
-from dad_fast.data.augment.records import FILL, Erase, Record, sample_record
+from dad_fast.data.augment.records import FILL, AugmentRecord, Erase, sample_record
 from dad_fast.data.sources.decode import DecodeError, read_rgb
 from dad_fast.errors import UsageError
 
@@ -28,7 +28,7 @@ def photo():
 
 
 def plain(image, img_size, **changes):
-    record = Record(
+    record = AugmentRecord(
         0, 0, image.size, img_size, (0, 0, *image.size), "bicubic", False, False, (), None
     )
     return dataclasses.replace(record, **changes)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources import index as indexing
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.names import PackedStrings
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import DataError
 from tests.processes import wait_until
 

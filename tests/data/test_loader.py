@@ -19,7 +19,8 @@ from dad_fast.data.augment.execute import execute
 from dad_fast.data.augment.records import mix_record, sample_record
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders import workers
-from dad_fast.data.loaders.loader import EvalLoader, TrainLoader, resolve_loader, train_loader
+from dad_fast.data.loaders.choose import resolve_loader, train_loader
+from dad_fast.data.loaders.loader import EvalLoader, TrainLoader
 from dad_fast.data.loaders.steps import epoch_order
 from dad_fast.data.sources.decode import DecodeError
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
@@ -205,13 +206,13 @@ def test_usage_errors_name_the_flag():
         TrainLoader(Squares(), PLAIN, 8, 0, 0, 0)
 
 
-def test_without_dali_torchvision_serves(monkeypatch):
+def test_without_dali_pil_serves(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     loader = train_loader("auto", Squares(), PLAIN, 12, 10, 0, 0, device="cpu")
-    assert loader.name == "torchvision" and len(list(loader.batches(0, 2))) == 2
+    assert loader.name == "pil" and len(list(loader.batches(0, 2))) == 2
     name, why = resolve_loader("auto", Squares(), torch.device("cuda"))
-    assert name == "torchvision" and "not installed: pip install nvidia-dali-cuda1" in why
-    with pytest.raises(EnvironmentProblem, match="--loader dali: .*or use --loader torchvision"):
+    assert name == "pil" and "not installed: pip install nvidia-dali-cuda1" in why
+    with pytest.raises(EnvironmentProblem, match="--loader dali: .*or use --loader pil"):
         train_loader("dali", Squares(), PLAIN, 12, 10, 0, 0)
 
 

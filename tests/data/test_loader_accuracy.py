@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 for package in ("timm", "open_clip", "mlxtend", "sklearn", "nvidia.dali"):
     pytest.importorskip(package)
 from dad_fast.cli.main import main
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 
 SEEDS = 3
 STUDENT = (

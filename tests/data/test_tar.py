@@ -17,12 +17,13 @@ from shards import picture, sample, write_shards, write_tar
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.loaders.loader import TrainLoader, train_loader
+from dad_fast.data.loaders.choose import train_loader
+from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources import index as indexing
 from dad_fast.data.sources import tar_index
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.decode import DecodeError
 from dad_fast.data.sources.folder import FolderSource
+from dad_fast.data.sources.registry import open_source
 from dad_fast.data.sources.tar import TarSource
 from dad_fast.errors import DataError
 
@@ -70,7 +71,7 @@ def test_a_copy_elsewhere_has_the_same_fingerprint_and_other_labels_have_not(tmp
     assert TarSource(tmp_path / "d", ["train-000000.tar"]).fingerprint != here.fingerprint
 
 
-@pytest.mark.parametrize("loader", ["torchvision", "dali"])
+@pytest.mark.parametrize("loader", ["pil", "dali"])
 def test_a_folder_and_its_tar_give_the_same_training(tmp_path, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali")

@@ -305,7 +305,7 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     """Of five images three processes have two, two and one; and of two images one has none. Whoever is asked, all of them stop."""
     code = f"""
     import signal, numpy as np
-    from dad_fast.data.sources.base import open_source
+    from dad_fast.data.sources.registry import open_source
     from dad_fast.distributed.signals import stop_requests
     from dad_fast.errors import Preempted
     from dad_fast.evaluate.runner import evaluate

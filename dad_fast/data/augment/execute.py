@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dad_fast.data.augment.policy import Op
-from dad_fast.data.augment.records import FILL, MEAN, STD, Erase, Record
+from dad_fast.data.augment.records import FILL, MEAN, STD, AugmentRecord, Erase
 from dad_fast.errors import UsageError
 
 MOST_PIXELS = 1 << 26  # of a resized image before it is cropped: 200 MB
@@ -24,7 +24,7 @@ _FILTERS = {
 }
 
 
-def execute(record: Record, image: Image.Image) -> np.ndarray:
+def execute(record: AugmentRecord, image: Image.Image) -> np.ndarray:
     """Apply `record` to its RGB image (whose size it was made for) -> uint8 [img_size, img_size, 3]."""
     assert image.size == record.size
     left, top, width, height = record.crop

@@ -34,7 +34,7 @@ class Erase(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class AugmentRecord:
     """What happens to one sample in one epoch.
 
     `size` is the source's (width, height); `crop` is (left, top, width, height) in source pixels, resized to `img_size` squared with
@@ -66,7 +66,7 @@ UNMIXED = Mix(NO_MIX, 1.0, (0, 0, 0, 0))
 
 def sample_record(
     aug: AugmentConfig, img_size: int, seed: int, epoch: int, sample: int, width: int, height: int
-) -> Record:
+) -> AugmentRecord:
     """The record of one sample in one epoch; a pure function. Raises UsageError when `aug.aa` is not a RandAugment policy."""
     draws = Draws(seed, RECORD, epoch, sample)
     random_filter = aug.train_interpolation == "random"
@@ -92,7 +92,7 @@ def sample_record(
     erase = None
     if draws.chance(aug.reprob):
         erase = _erase_box(draws, img_size, aug.remode, seed, epoch, sample)
-    return Record(
+    return AugmentRecord(
         epoch, sample, (width, height), img_size, crop, interpolation, hflip, vflip, ops, erase
     )
 

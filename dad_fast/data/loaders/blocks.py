@@ -1,6 +1,6 @@
 """A data set in fixed blocks, for work that is done once per image: the same blocks whatever the number of processes.
 
-Block b holds the samples b * size … of the source's order, each once, through the evaluation transform (no augmentation). The last block
+ImageBlock b holds the samples b * size … of the source's order, each once, through the evaluation transform (no augmentation). The last block
 is filled up with its last sample, so that every block is computed in the same shapes; `num_real` says how many of a block are real.
 """
 
@@ -20,7 +20,7 @@ from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.decode import DecodeError
 
 
-class Block(NamedTuple):
+class ImageBlock(NamedTuple):
     """Images are stored as NHWC behind an NCHW view; what cannot be read is black and not `readable`."""
 
     number: int
@@ -31,7 +31,7 @@ class Block(NamedTuple):
     readable: Tensor  # bool [S]
     unreadable: tuple[str, ...]  # files that fail although the index has them as sound
 
-    def pin_memory(self) -> Block:
+    def pin_memory(self) -> ImageBlock:
         return self._replace(
             **{
                 name: value.pin_memory()
@@ -45,8 +45,8 @@ def num_blocks(source: Source, size: int) -> int:
     return -(-len(source) // size)
 
 
-class _Blocks(Dataset[Block]):
-    """Block number -> Block."""
+class _Blocks(Dataset[ImageBlock]):
+    """Block number -> ImageBlock."""
 
     def __init__(
         self, source: Source, size: int, img_size: int, crop_pct: float, interpolation: str
@@ -54,7 +54,7 @@ class _Blocks(Dataset[Block]):
         self.source, self.size = source, size
         self.transform = (img_size, crop_pct, interpolation)
 
-    def __getitem__(self, number: int) -> Block:
+    def __getitem__(self, number: int) -> ImageBlock:
         source, side = self.source, self.transform[0]
         first = number * self.size
         samples = np.minimum(np.arange(first, first + self.size), len(source) - 1)
@@ -69,7 +69,7 @@ class _Blocks(Dataset[Block]):
                     readable[row] = False
                     unreadable.append(source.keys[int(samples[row])])
         view[num_real:], readable[num_real:] = view[num_real - 1], readable[num_real - 1]
-        return Block(
+        return ImageBlock(
             number,
             num_real,
             images.permute(0, 3, 1, 2),
@@ -89,7 +89,7 @@ def blocks(
     interpolation: str,
     workers: int,
     pin_memory: bool = False,
-) -> Iterator[Block]:
+) -> Iterator[ImageBlock]:
     """The blocks `numbers`, in that order, made by `workers` processes (0: here)."""
     return iterate(
         _Blocks(source, size, img_size, crop_pct, interpolation), numbers, workers, pin_memory

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +20,7 @@ from dad_fast.data.augment.records import uses_mixing
 from dad_fast.data.loaders.steps import Batch, TrainSteps
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
-from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.errors import DataError, UsageError
 
 log = logging.getLogger("dad_fast.data")
 
@@ -50,7 +48,7 @@ class TrainLoader:
     `replaced` names the unreadable files that were met so far; more of them than the source's `max_bad_share` raise DataError.
     """
 
-    name = "torchvision"
+    name = "pil"
     failed_over = 0  # batches that PIL made because the loader's own decoder failed
 
     def __init__(
@@ -110,79 +108,6 @@ class TrainLoader:
                 f"{self.source.name}: {len(self.replaced):,} of {len(self.source):,} images cannot be read, such as {self.replaced[0]}; "
                 "mend or remove them, or raise data.max_bad_share"
             )
-
-
-def resolve_loader(kind: str, source: Source, device: torch.device) -> tuple[str, str]:
-    """Which loader serves: ("dali" | "torchvision", why).
-
-    Args:
-        kind: "auto", "dali" or "torchvision".
-
-    Raises EnvironmentProblem when `kind` is "dali" and DALI is not there.
-    """
-    if kind == "torchvision":
-        return kind, "asked for"
-    if kind == "dali":
-        check_dali()
-        return kind, "asked for"
-    problem = _dali_problem()
-    if device.type != "cuda":
-        return (
-            "torchvision",
-            "on a CPU PIL is faster, unless large photographs are only cropped",
-        )  # benchmarks, group loader
-    if problem:
-        return "torchvision", problem
-    some = range(0, len(source), max(1, len(source) // 16))
-    if not any(source.encoded(sample) is not None for sample in some):
-        return "torchvision", "the images are no JPEG files, which is what DALI decodes"
-    return "dali", "DALI decodes on the GPU (not yet run on one)"
-
-
-def _dali_problem() -> str:
-    """Why DALI cannot be used, with the mend; empty when it can."""
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError as error:
-        package = f"nvidia-dali-cuda{(torch.version.cuda or '13').partition('.')[0]}0"
-        with suppress(metadata.PackageNotFoundError):
-            metadata.version("nvidia-dali")
-            return f"PyPI's nvidia-dali is a placeholder; pip uninstall nvidia-dali, then pip install {package}"
-        if isinstance(error, ModuleNotFoundError):
-            return f"DALI is not installed: pip install {package} (PyPI's nvidia-dali is a placeholder)"
-        return f"DALI cannot be imported ({' '.join(str(error).split())[:200]}): pip install --force-reinstall {package}"
-    return ""
-
-
-def check_dali() -> None:
-    """Raises EnvironmentProblem where DALI was asked for and is not there."""
-    if problem := _dali_problem():
-        raise EnvironmentProblem(f"--loader dali: {problem}; or use --loader torchvision")
-
-
-def train_loader(
-    kind: str,
-    source: Source,
-    aug: AugmentConfig,
-    img_size: int,
-    batch_size: int,
-    seed: int,
-    workers: int,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
-    cycle: int = 0,
-) -> TrainLoader:
-    """The loader that `resolve_loader` names; its `name` and `batches` are the same for all."""
-    device = torch.device(device)
-    options = {"rank": rank, "world": world, "cycle": cycle, "pin_memory": device.type == "cuda"}
-    if resolve_loader(kind, source, device)[0] == "dali":
-        from dad_fast.data.loaders.dali.loader import DaliLoader
-
-        return DaliLoader(
-            source, aug, img_size, batch_size, seed, workers, device=device, **options
-        )
-    return TrainLoader(source, aug, img_size, batch_size, seed, workers, **options)
 
 
 class _EvalBatches(Dataset[EvalBatch]):

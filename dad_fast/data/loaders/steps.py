@@ -20,7 +20,13 @@ from torch.utils.data import Dataset
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import execute
-from dad_fast.data.augment.records import UNMIXED, Record, mix_record, sample_record, uses_mixing
+from dad_fast.data.augment.records import (
+    UNMIXED,
+    AugmentRecord,
+    mix_record,
+    sample_record,
+    uses_mixing,
+)
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.decode import DecodeError
 from dad_fast.errors import DataError
@@ -119,19 +125,19 @@ class TrainSteps(Dataset[Batch]):
         return self._made(lambda load: self.place(view, start, load))
 
     def _made(
-        self, fields: Callable[[Callable[[int, Record], None]], dict[str, Any]]
+        self, fields: Callable[[Callable[[int, AugmentRecord], None]], dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Any]]:
         side = self.img_size
         images = torch.empty(self.batch_size, side, side, 3, dtype=torch.uint8)
         view = images.numpy()
 
-        def load(row: int, record: Record) -> None:
+        def load(row: int, record: AugmentRecord) -> None:
             view[row] = execute(record, self.image(record.sample))
 
         found = fields(load)
         return images.permute(0, 3, 1, 2), found
 
-    def fields(self, step: int, load: Callable[[int, Record], None]) -> dict[str, Any]:
+    def fields(self, step: int, load: Callable[[int, AugmentRecord], None]) -> dict[str, Any]:
         """Everything of a Batch but its images, which `load(row, record)` makes. Where that raises DecodeError, the next valid sample in
         the source's order takes the row, as if it had been drawn.
         """
@@ -142,7 +148,9 @@ class TrainSteps(Dataset[Batch]):
         seeds = torch.from_numpy(sample_seeds(self.seed, epoch, found["samples"].numpy()))
         return {**found, "seeds": seeds, "epoch": epoch, "step": step}
 
-    def place(self, view: int, start: int, load: Callable[[int, Record], None]) -> dict[str, Any]:
+    def place(
+        self, view: int, start: int, load: Callable[[int, AugmentRecord], None]
+    ) -> dict[str, Any]:
         """What does not depend on the run: the places from `start` on in the order of epoch `view`, `batch_size` of them. Past the end
         the last sample comes again; a sample without a partner is not mixed.
         """
@@ -176,7 +184,7 @@ class TrainSteps(Dataset[Batch]):
         }
 
     def _load(
-        self, sample: int, epoch: int, replaced: list[str], load: Callable[[Record], None]
+        self, sample: int, epoch: int, replaced: list[str], load: Callable[[AugmentRecord], None]
     ) -> int:
         source = self.source
         for _ in range(len(source)):

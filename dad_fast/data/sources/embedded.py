@@ -78,6 +78,22 @@ class EmbeddedSource:
         return f"{self.name}: {len(self):,} images of {len(self.classes)} classes, {SIDE}x{SIDE}"
 
 
+def open_embedded(
+    argument: str, split: str, classes: ClassMap | None, max_bad_share: float
+) -> EmbeddedSource:
+    """Open `embedded:digits`. Raises UsageError for another name, split or class list."""
+    if argument != "digits":
+        raise UsageError(
+            f"no embedded set 'embedded:{argument}'; there is embedded:digits (--data-dir)"
+        )
+    source = EmbeddedSource(split)
+    if classes is not None and classes.folders != source.classes.folders:
+        raise UsageError(
+            "embedded:digits has the classes 0 to 9; the class list names others (--class-map)"
+        )
+    return source
+
+
 def _split_rows(split: str, labels: np.ndarray) -> np.ndarray:
     """Rows of a split, shuffled by the fixed seed (the packages' own order goes by class) and stratified by class."""
     random = np.random.RandomState(_SPLIT_SEED)  # numpy froze this generator's stream

@@ -69,6 +69,13 @@ class FolderSource:
         )
 
 
+def open_folder(
+    argument: str, split: str, classes: ClassMap | None, max_bad_share: float
+) -> FolderSource:
+    """Open a split of the image folder `argument`."""
+    return FolderSource(Path(argument), split, classes, max_bad_share)
+
+
 def find_folder(root: Path, split: str) -> Path:
     """The folder of a split; DataError, with what is there, where it is not."""
     if not root.is_dir():

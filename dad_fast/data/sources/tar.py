@@ -97,6 +97,16 @@ class TarSource:
         )
 
 
+def open_shards(
+    argument: str, split: str, classes: ClassMap | None, max_bad_share: float
+) -> TarSource:
+    """Open the shards that a folder or pattern and a split name."""
+    shards = find_shards(argument, split)
+    if shards is None:
+        raise DataError(f"{Path(argument) / split}: no shards (*.tar) in it (--data-dir)")
+    return TarSource(*shards, classes, max_bad_share)
+
+
 def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
     """The folder of the shards and their names in it; None where `data_dir` and `split` name no shards.
 

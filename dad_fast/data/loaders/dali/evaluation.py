@@ -95,7 +95,7 @@ class DaliEvalLoader(EvalLoader):
         super().__init__(source, img_size, crop_pct, interpolation, batch_size, workers, pin_memory)
         if interpolation not in FILTER_TYPES:
             raise UsageError(
-                f"--interpolation {interpolation}: DALI resizes with {', '.join(FILTER_TYPES)}; use --loader torchvision"
+                f"--interpolation {interpolation}: DALI resizes with {', '.join(FILTER_TYPES)}; use --loader pil"
             )
         self.source, self.view, self.interpolation = source, (img_size, crop_pct), interpolation
         self.batch_size, self.device = batch_size, device

@@ -45,7 +45,7 @@ def raise_after_repeated_failures(failed_in_a_row: int, reason: str) -> None:
     """EnvironmentProblem after _GIVE_UP batches in a row that PIL could make and DALI could not."""
     if failed_in_a_row >= _GIVE_UP:
         raise EnvironmentProblem(
-            f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision"
+            f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader pil"
         )
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import affine_matrix, erase_patch, execute
 from dad_fast.data.augment.policy import GEOMETRIC, parse_policy
-from dad_fast.data.augment.records import Record
+from dad_fast.data.augment.records import AugmentRecord
 from dad_fast.data.loaders.dali.jpeg import is_sound
 from dad_fast.data.loaders.steps import Batch, TrainSteps
 
@@ -61,12 +61,12 @@ class PlannedSteps(Dataset[Planned]):
         self.num_ops = num_operations(steps.aug)
 
     def __getitem__(self, step: int) -> Planned:
-        records: list[Record] = []
+        records: list[AugmentRecord] = []
         rows: list[int] = []
         files: list[bytes] = []
         others: list[np.ndarray] = []
 
-        def load(row: int, record: Record) -> None:
+        def load(row: int, record: AugmentRecord) -> None:
             data = self.steps.source.encoded(record.sample) if can_execute(record) else None
             if data is not None and is_sound(data, *record.size):
                 records.append(record)
@@ -102,14 +102,14 @@ def num_operations(aug: AugmentConfig) -> int:
     return policy + jitter
 
 
-def can_execute(record: Record) -> bool:
+def can_execute(record: AugmentRecord) -> bool:
     """Whether the pipeline knows everything in the record; PIL makes the few others."""
     if record.img_size < 3 or record.interpolation not in FILTERS:
         return False
     return all(op.interpolation in ("", "bilinear", "bicubic") for op in record.ops)
 
 
-def arguments(records: Sequence[Record], num_ops: int) -> dict[str, np.ndarray]:
+def arguments(records: Sequence[AugmentRecord], num_ops: int) -> dict[str, np.ndarray]:
     """The records of n samples as arrays, by the name of the pipeline's input that takes them; `patch` is one buffer, see `split`."""
     num = len(records)
     found = {
