@@ -135,7 +135,7 @@ class AdversarialFiller:
         if len(self.unreadable) > self.source.max_bad_share * len(self.source):
             raise DataError(
                 f"{self.source.name}: {len(self.unreadable):,} of {len(self.source):,} images cannot be read any more, such as "
-                f"{self.unreadable[0]}; mend or remove them, or raise data.max_bad_share"
+                f"{self.unreadable[0]}; fix or remove them, or raise data.max_bad_share"
             )
 
 

@@ -227,7 +227,7 @@ def report_bad(
     text = f"{source}: {len(bad):,} of {total:,} images cannot be read: {some(f'{name} ({why})' for name, why in bad)}"
     if len(bad) > max_bad_share * total or len(bad) == total:
         raise DataError(
-            f"{text}; mend or remove them, or raise data.max_bad_share ({max_bad_share:g})"
+            f"{text}; fix or remove them, or raise data.max_bad_share ({max_bad_share:g})"
         )
     log.warning("%s; each is replaced by the next valid image", text)
 
