@@ -178,7 +178,7 @@ def header(**fields):
         ),
         (
             header(kind=b"x", size=b"00000000012\0") + b"10 size=-\n".ljust(512, b"\0"),
-            "pax header says the size -",
+            "pax header has the size -",
         ),
         (
             header(kind=b"x", size=b"00000000012\0") + b"0 path=xx\n".ljust(512, b"\0"),
@@ -265,7 +265,7 @@ def test_shards_that_cannot_be_used(tmp_path):
         (("empty.tar",), DataError, "empty.tar: no images in it.*nothing"),
         (("dots.tar",), DataError, "no images in it.*after the first dot.*it has b.cls, b.jpg"),
         (("packed",), DataError, "compressed .train-0.tar.gz.*decompress"),
-        (("data/train-{000000..000002}.tar",), DataError, "2 of 3 shards are not there"),
+        (("data/train-{000000..000002}.tar",), DataError, "2 of 3 shards are missing"),
         (("data/train-000000.tar", "train"), UsageError, "has no split 'train': give its folder"),
         (
             ("data", "val"),

@@ -116,7 +116,7 @@ def test_a_damaged_index_is_made_again(tree, cache, monkeypatch, damage):
 
 def test_an_interrupted_build_keeps_what_it_verified(tree, monkeypatch):
     monkeypatch.setattr(indexing, "_CHUNK", 1)
-    monkeypatch.setattr(indexing, "num_threads", lambda: 1)
+    monkeypatch.setattr(indexing, "usable_cores", lambda: 1)
     original = indexing._verify
 
     def interrupted(entry, content):

@@ -261,7 +261,7 @@ def test_an_interrupted_build_keeps_the_shards_that_it_verified(tmp_path, monkey
             raise KeyboardInterrupt
         return original(entry, content)
 
-    monkeypatch.setattr(indexing, "num_threads", lambda: 1)
+    monkeypatch.setattr(indexing, "usable_cores", lambda: 1)
     monkeypatch.setattr(indexing, "_verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_source(str(tmp_path / "data"))
