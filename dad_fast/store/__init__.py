@@ -1,4 +1,7 @@
-"""Stored adversarial codes, images and teacher outputs: written once, read by every run after. docs/store.md has the format."""
+"""Stores of adversarial codes, images and teacher outputs, written once and read by later runs.
+
+docs/store.md has the format.
+"""
 
 from dad_fast.store.layout import RowBlock, hash_keys
 from dad_fast.store.manifest import Manifest
