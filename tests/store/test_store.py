@@ -201,7 +201,7 @@ def test_targets_hold_outputs_only(tmp_path: Path) -> None:
     assert isinstance(store, TargetStore) and not hasattr(store, "codes")
     assert store.outputs(np.arange(NUM), 1).shape == (NUM, CLASSES)
     assert {path.suffix for path in (tmp_path / "store").iterdir()} == {".json", ".index", ".data"}
-    with pytest.raises(DataError, match="a store of kind targets, where one of kind adversarial"):
+    with pytest.raises(DataError, match="a store of kind targets; name one of kind adversarial"):
         AdversarialStore(tmp_path / "store")
 
 
