@@ -1,4 +1,4 @@
-"""What the tests of DALI share: photos as JPEG bytes, and records executed by DALI and by PIL side by side."""
+"""Helpers of the DALI tests: photos as JPEG bytes, and records executed by both DALI and PIL."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def photos():
 
 
 class Files:
-    """A source of encoded images in memory. `plain` are those that `encoded` hands out; `torn` are other bytes for some of them, as if a
-    file were being rewritten when DALI's loader read it.
+    """A source of encoded images in memory.
+
+    `plain` are those that `encoded` returns; `torn` are other bytes for some of them, as if a file were
+    being rewritten while DALI's loader reads it.
     """
 
     name = fingerprint = "files"

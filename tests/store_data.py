@@ -56,7 +56,7 @@ def key(row: int) -> str:
 
 
 def content(manifest: Manifest, view: int) -> dict[str, np.ndarray]:
-    """Everything that a view holds: arrays with `num_samples` rows."""
+    """Return the content of a view: arrays with `num_samples` rows."""
     rng, num = np.random.default_rng(100 + view), manifest.num_samples
     return {
         "labels": np.arange(num) % CLASSES,
@@ -89,7 +89,7 @@ def write(
     resume: bool = True,
     before_block: Callable[[RowBlock], None] | None = None,
 ) -> list[int]:
-    """A process's part of writing the store; returns what `finish` does."""
+    """Write one process's part of the store; returns the result of `finish`."""
     writer = StoreWriter.open(folder, manifest, resume)
     for number in writer.shards_to_do(rank, world):
         with writer.shard(number) as shard:
@@ -123,5 +123,5 @@ def in_child(function: Callable[[], Any]) -> int:
 
 
 def exit_code(child: int) -> int:
-    """Wait for it: its exit code, or minus the signal that killed it."""
+    """Wait for a process; returns its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,4 +1,4 @@
-"""The mixed back end (decoding on the GPU) against PIL: the CPU back end's parity with looser bounds on decoding, outputs on the device."""
+"""The mixed back end (decoding on the GPU) against PIL, with looser bounds than the CPU back end."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ def test_erasing_is_exact():
 
 
 def test_batches_stay_on_the_device():
-    """Images are there before the consumer's stream reads them, and stay while it holds them; fail-over and odd files included."""
+    """Images are complete before the consumer's stream reads them and stay while it holds them.
+
+    Covers fail-over and unusual files.
+    """
     device = torch.device("cuda", 0)
     files = [*shades(), nobody_reads(3)]
     source = Files(files, plain=[number % 5 != 0 for number in range(len(files))])

@@ -46,7 +46,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
         open_source("embeded:digits", "train")
 
 
-def test_paths_are_no_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_not_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a:b").mkdir()
     assert not any(map(is_named, ("a:b", "/data/a:b", "data/train-{00..12}.tar", "c:", "photos")))

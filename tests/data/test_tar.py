@@ -1,4 +1,4 @@
-"""WebDataset shards: read as folders are, no member's name trusted, and every bad shard one clear line."""
+"""WebDataset shards: same behaviour as image folders, indexes per shard, and workers."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_labels_come_from_cls_or_json_and_keep_numerical_order(tmp_path):
     ]
 
 
-def test_class_lists(tmp_path):
+def test_class_lists_fix_the_classes_of_shards(tmp_path):
     write_shards(tmp_path / "data")
     (tmp_path / "map.csv").write_text(
         "id,folder,name\n" + "".join(f"{i},n{i:02d},class {i}\n" for i in range(7))
@@ -320,7 +320,7 @@ def test_forked_and_spawned_workers_read_shards(tmp_path):
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_suites_may_be_shards(tmp_path):
+def test_evaluation_suites_can_be_shards(tmp_path):
     pytest.importorskip("timm")
     from dad_fast.config.schema import DataConfig
     from dad_fast.evaluate.runner import open_suites
@@ -342,7 +342,7 @@ def test_suites_may_be_shards(tmp_path):
         open_suites(["sketch-{0..1}.tar"], DataConfig(data_dir=str(tmp_path / "data")), classes)
 
 
-def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, caplog):
+def test_an_unwritable_cache_is_logged_once(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "file" / "below"))
     with caplog.at_level(logging.WARNING):
