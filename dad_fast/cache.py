@@ -56,8 +56,8 @@ def write_cache(path: Path, content: bytes) -> bool:
 def one_at_a_time(path: Path, what: str) -> Iterator[None]:
     """Let one process at a time make the cache file `path`; the others wait and find the result.
 
-    `what` describes the work in the log line of a waiting process. Without a writable cache folder or
-    without locks in its file system no process waits.
+    `what` describes the work in the log line of a waiting process. Without a writable cache folder
+    or without locks in its file system no process waits.
     """
     handle = -1
     try:
@@ -84,7 +84,8 @@ def keep_compiled_code_private() -> None:
     """Set a private cache folder for torch.compile; call this before it.
 
     torch.compile runs the code in its cache, by default a folder in /tmp whose name anyone can take
-    first. This sets a folder in the user's cache, or a temporary one when others can write that cache.
+    first. This sets a folder in the user's cache, or a temporary one when others can write that
+    cache.
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return

@@ -36,7 +36,7 @@ def usable_cores() -> int:
 def wait_passively() -> None:
     """Let OpenMP threads sleep while they wait, unless the user set a policy.
 
-    Call it before torch is imported. Spinning threads take cores from the threads they wait for when
-    other work shares the machine.
+    Call it before torch is imported. Spinning threads take cores from the threads they wait for
+    when other work shares the machine.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

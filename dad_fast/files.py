@@ -21,8 +21,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` so that readers, also after a crash, see the old file or the new one.
 
-    Makes missing folders. Raises OSError that names `path` (no space, no permission); the temporary file
-    is then removed and an existing `path` unchanged.
+    Makes missing folders. Raises OSError that names `path` (no space, no permission); the temporary
+    file is then removed and an existing `path` unchanged.
     """
     path = Path(path)
     try:
@@ -80,7 +80,7 @@ def hold(handle: int, path: str | Path) -> bool:
 
 
 def remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove entries of `folder` with these names that no process has locked: their writer is dead."""
+    """Remove entries of `folder` with these names whose writer is dead: their lock is free."""
     for name in os.listdir(folder):
         if not (name.startswith(prefix) and name.endswith(suffix)):
             continue

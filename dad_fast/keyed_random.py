@@ -1,8 +1,8 @@
 """Random numbers keyed by their purpose, so that any draw can be repeated alone.
 
-Philox-4x64 is a function of (key, counter). The key is the run's seed, the counter is (block, stream,
-index, epoch): no two purposes share numbers and nothing is hashed. Only raw bits come from numpy, which
-guarantees them across versions; it does not guarantee its distributions.
+Philox-4x64 is a function of (key, counter). The key is the run's seed, the counter is (block,
+stream, index, epoch): no two purposes share numbers and nothing is hashed. Only raw bits come from
+numpy, which guarantees them across versions; it does not guarantee its distributions.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def photos():
 class Files:
     """A source of encoded images in memory.
 
-    `plain` are those that `encoded` returns; `torn` are other bytes for some of them, as if a file were
-    being rewritten while DALI's loader reads it.
+    `plain` are those that `encoded` returns; `torn` are other bytes for some of them, as if a file
+    were being rewritten while DALI's loader reads it.
     """
 
     name = fingerprint = "files"

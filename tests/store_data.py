@@ -105,7 +105,10 @@ def files(folder: str | Path) -> dict[str, bytes]:
 
 
 def in_child(function: Callable[[], Any]) -> int:
-    """Start `function` in a forked process and return its id. It exits with 0, an error's exit code, or 1."""
+    """Start `function` in a forked process and return its id.
+
+    The process exits with 0, an error's exit code, or 1.
+    """
     child = os.fork()
     if child:
         return child

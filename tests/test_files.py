@@ -52,7 +52,7 @@ def test_errors_name_the_file_not_its_temporary(
 
 
 def test_a_killed_export_is_restored_or_removed(tmp_path: Path) -> None:
-    """A kill between the two renames left the earlier export moved aside; an earlier kill, half a new one."""
+    """A kill between the renames leaves the old export moved aside; one before, half a new one."""
     pytest.importorskip("torch")
     from dad_fast.tools.export.run import _new_folder
 

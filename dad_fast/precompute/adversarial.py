@@ -16,7 +16,7 @@ from dad_fast.methods.losses import keep_mask
 
 
 class Adversarial(NamedTuple):
-    """Adversarial images on the device. `outputs` and `kept` belong to exactly these 8-bit pixels."""
+    """Adversarial images on the device. `outputs` and `kept` belong to these 8-bit pixels."""
 
     images: Tensor  # uint8 [B, 3, H, W]
     codes: Tensor | None  # int64 [B, h, w]; None when the discretizer has no codes

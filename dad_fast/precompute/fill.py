@@ -153,8 +153,9 @@ class AdversarialFiller:
 class _Stored:
     """Encoder of images on their way into the store.
 
-    A call with levels uint8 [B, 3, H, W] returns the levels that a reader will get. JPEG changes the
-    pixels, and the teacher's outputs must belong to the changed ones; so images are encoded here, once.
+    A call with levels uint8 [B, 3, H, W] returns the levels that a reader will get. JPEG changes
+    the pixels, and the teacher's outputs must belong to the changed ones; so images are encoded
+    here, once.
     """
 
     def __init__(self, form: str) -> None:
@@ -299,8 +300,8 @@ def make_manifest(
 def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[StoreRows]:
     """Write this process's part of the store; yields the records of each block after writing them.
 
-    Closing the generator early loses nothing. Raises DataError when the folder holds a store with other
-    settings, or the disk is full.
+    Closing the generator early loses nothing. Raises DataError when the folder holds a store with
+    other settings, or the disk is full.
     """
     writer = StoreWriter.open(folder, filler.manifest, resume=True)
     work: list[tuple[int, RowBlock]] = []

@@ -1,4 +1,4 @@
-"""Recomputation of part of a store: on the same kind of device every bit must equal the stored one."""
+"""Recomputation of part of a store: on the same kind of device all bits must be equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dad_fast.precompute.fill import StoreBuilder
 from dad_fast.store import AdversarialStore, RowBlock, Store, StoreRows, TargetStore
 from dad_fast.store.images import decode_image
 
-# The only setting that may differ: other devices round differently, and the report shows by how much.
+# The only setting that may differ: other devices round differently, which the report quantifies.
 DEVICE = "settings.device"
 
 

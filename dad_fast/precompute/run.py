@@ -1,4 +1,4 @@
-"""`dad-fast precompute`: fill a store with one or several processes, estimate the cost, or check it."""
+"""`dad-fast precompute`: fill a store, estimate the cost, or check a store."""
 
 from __future__ import annotations
 

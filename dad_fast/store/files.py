@@ -1,8 +1,8 @@
 """Files of a store: locks, small files that are whole or absent, files that grow, and maps.
 
-A lock is an flock on a file of its own: the kernel drops it with its owner, so that a killed process
-blocks nobody. Temporary names are fixed, not random, so that the next process overwrites what a
-killed process left.
+A lock is an flock on a file of its own: the kernel drops it with its owner, so that a killed
+process blocks nobody. Temporary names are fixed, not random, so that the next process overwrites
+what a killed process left.
 """
 
 from __future__ import annotations

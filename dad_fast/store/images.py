@@ -53,8 +53,8 @@ def encode_images(images: np.ndarray, form: str) -> list[Bytes]:
 def stored_files(images: np.ndarray | list[Bytes], form: str, readable: np.ndarray) -> list[Bytes]:
     """Return the stored bytes of n images, given as uint8 [n, H, W, 3] or encoded already.
 
-    Images that are not `readable` get no bytes, or black pixels if raw. Raises ValueError for images in
-    neither form.
+    Images that are not `readable` get no bytes, or black pixels if raw. Raises ValueError for
+    images in neither form.
     """
     if isinstance(images, list):
         if len(images) != len(readable) or form == "raw":

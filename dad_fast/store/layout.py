@@ -1,16 +1,17 @@
 """Layout of a store's bytes: record types, positions of records, and their checksums.
 
 A store holds, for each of its views, one record per sample. A view's samples are cut into blocks of
-`block_size` (the unit of work), and `blocks_per_shard` blocks make a shard; a shard belongs to one view.
-Shard i is up to three files, each an array without a header:
+`block_size` (the unit of work), and `blocks_per_shard` blocks make a shard; a shard belongs to one
+view. Shard i is up to three files, each an array without a header:
 
     shard-000000.index    INDEX records: key, label, flags, share of codes changed, checksums
     shard-000000.data     codes and teacher outputs, fixed records (see `data_dtype`)
     shard-000000.images   images in their training form: fixed records when raw, else one file after
                           the other (image_start, image_bytes)
 
-Own format: random batches of 256 at 273,000 records/s (lmdb 199,000, array_record 76,000, zarr 2,400 to
-3,000), resume by blocks, a checksum per record, identical bytes from any number of writers.
+Own format: random batches of 256 at 273,000 records/s (lmdb 199,000, array_record 76,000, zarr
+2,400 to 3,000), resume by blocks, a checksum per record, identical bytes from any number of
+writers.
 
 All numbers are little-endian, records are packed.
 """

@@ -1,8 +1,8 @@
 """manifest.json: the settings that made a store, the layout of its bytes, and its checksums.
 
-It is canonical JSON (sorted keys, one form of every value) without times, hosts or paths, so that the
-same settings give the same bytes on any machine. It names no files: their names follow from the shard's
-number.
+It is canonical JSON (sorted keys, one form of every value) without times, hosts or paths, so that
+the same settings give the same bytes on any machine. It names no files: their names follow from the
+shard's number.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Manifest:
     """Content and settings of a store.
 
     Args:
-        kind: `adversarial` (Q(x') and the teacher's outputs on it) or `targets` (the teacher's outputs
-            on augmented, mixed clean views).
+        kind: `adversarial` (Q(x') and the teacher's outputs on it) or `targets` (the teacher's
+            outputs on augmented, mixed clean views).
         classes: (id, folder, name) of every class, in the order of the outputs.
         source: the fingerprint of the data set.
-        settings: every setting that decides a record's content, such as attack, discretizer, teacher,
-            augmentation, precision, seed; nested dicts of plain values.
+        settings: every setting that decides a record's content, such as attack, discretizer,
+            teacher, augmentation, precision, seed; nested dicts of plain values.
         hashes: SHA-256 by name, such as teacher and discretizer.
         num_samples: of each view, unreadable ones included. num_views: draws per sample.
         block_size, blocks_per_shard: see layout.py.
@@ -115,12 +115,14 @@ class Manifest:
             raise UsageError("a store of targets holds neither codes nor images")
         if self.kind == "adversarial" and not self.code_bits and self.images == "none":
             raise UsageError(
-                "this discretizer has no codes: store images to have something to train on (--images)"
+                "this discretizer has no codes, so there is nothing to train on: "
+                "store images (--images)"
             )
         shard_bytes = self.geometry.rows_per_shard * max(self.bytes_per_sample.values())
         if self.geometry.num_shards > 999_999 or shard_bytes > _LARGEST << 12:
             raise UsageError(
-                "shards that are too many or too large: choose another block_size or blocks_per_shard"
+                "shards that are too many or too large: "
+                "choose another block_size or blocks_per_shard"
             )
 
     @cached_property
@@ -160,7 +162,7 @@ class Manifest:
 
     @cached_property
     def bytes_per_sample(self) -> dict[str, int]:
-        """Bytes of a sample and view, by kind of file; for webp and jpeg an upper bound, the raw size."""
+        """Bytes of a sample and view, by kind of file; the raw size bounds webp and jpeg."""
         images = math.prod((*self.image_size, 3)) if self.image_size else 0
         return {"index": INDEX.itemsize, "data": self.data_dtype.itemsize, "images": images}
 
@@ -188,8 +190,8 @@ class Manifest:
     def load(cls, folder: str | Path) -> Manifest:
         """Read a folder's manifest.
 
-        Raises DataError when it is missing, damaged, of another version, or in another form than this
-        program writes.
+        Raises DataError when it is missing, damaged, of another version, or in another form than
+        this program writes.
         """
         path = Path(folder) / MANIFEST
         try:

@@ -4,13 +4,14 @@
     topk:K@T     the K largest: uint16 classes, fp16 z - max z; fp32 max z;
                  fp32 log of the others' sum of exp((z - max z) / T)
 
-A constant added to all logits does not change their softmax, so z - max z suffices for distillation at
-any temperature, and fp16 is then most precise for the likely classes: |error| <= 2^-11 |z - max z|.
+A constant added to all logits does not change their softmax, so z - max z suffices at any
+temperature, and fp16 is then most precise for the likely classes: |error| <= 2^-11 |z - max z|.
 CLIP's logits (scale 100) are 10 to 35; stored directly their error would be up to 2^-7, for the
 likeliest class too.
 
-`topk` gives each of the other C - K classes the same logit, so that their softmax at temperature T has
-the right sum: the teacher's distribution at T is exact on the K classes and uniform over the rest.
+`topk` gives each of the other C - K classes the same logit, so that their softmax at temperature T
+has the right sum: the teacher's distribution at T is exact on the K classes and uniform over the
+rest.
 """
 
 from __future__ import annotations

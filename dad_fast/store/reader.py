@@ -27,9 +27,10 @@ from dad_fast.store.state import file_sizes, has_files, some
 class Store:
     """Base of both kinds of stores.
 
-    It holds no open files until it is read, so that it can be pickled to loader processes. Methods take
-    `rows`, int [n] in any order, and a `view`; they return new arrays with n rows. They raise DataError
-    for a shard that has vanished, IndexError for rows or views that the store does not have.
+    It holds no open files until it is read, so that it can be pickled to loader processes. Methods
+    take `rows`, int [n] in any order, and a `view`; they return new arrays with n rows. They raise
+    DataError for a shard that has vanished, IndexError for rows or views that the store does not
+    have.
     """
 
     kind = ""
@@ -190,7 +191,7 @@ class Store:
 
 
 class AdversarialStore(Store):
-    """Q(x') of every sample and view, as codes, images or both, with the teacher's outputs on it."""
+    """Q(x') of every sample and view (codes, images or both) with the teacher's outputs on it."""
 
     kind = "adversarial"
 
@@ -222,7 +223,8 @@ class AdversarialStore(Store):
 
         Encoded images are decoded on all cores.
 
-        out: C-contiguous array to fill, such as page-locked memory; reuse of a buffer halves the time.
+        out: C-contiguous array to fill, such as page-locked memory; reuse of a buffer halves the
+            time.
 
         Raises UsageError when the store has no images, DataError when one is damaged.
         """

@@ -1,7 +1,8 @@
 """State of a store's shards: a shard is finished once its checksums are recorded.
 
-A finished shard has a file `shard-000000.sha256` next to it, in sha256sum's format, until the store is
-complete and the manifest holds all checksums. All files of the shard must have their expected sizes.
+A finished shard has a file `shard-000000.sha256` next to it, in sha256sum's format, until the store
+is complete and the manifest holds all checksums. All files of the shard must have their expected
+sizes.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def recorded_sums(folder: Path, manifest: Manifest, shard: int) -> dict[str, str
 
 
 def has_files(manifest: Manifest, shard: int, sizes: Mapping[str, int]) -> bool:
-    """Return whether every file of the shard exists with the size that follows from the manifest."""
+    """Return whether every file of the shard exists with the size that the manifest implies."""
     for kind in manifest.files:
         size = sizes.get(shard_file(shard, kind), -1)
         if size < 0 or expected_size(manifest, shard, kind) not in (None, size):

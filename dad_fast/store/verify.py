@@ -156,13 +156,13 @@ def merge(
     into: str | Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[int]:
-    """Collect the finished shards of parts of one store in `into`, a new folder or one of the parts.
+    """Collect the finished shards of a store's parts in `into`, a new folder or one of the parts.
 
     Shards are linked where the file system allows it, else copied; their checksums are verified.
     Returns the shards that are still missing, [] when the store is complete.
 
-    Raises DataError when parts were made with different settings, hold different versions of a shard,
-    or a damaged one.
+    Raises DataError when parts were made with different settings, hold different versions of a
+    shard, or a damaged one.
     """
     folders = [Path(source) for source in sources]
     manifests = [Manifest.load(folder) for folder in folders]

@@ -7,8 +7,9 @@
                 shard.append(StoreRows(...))       # rows block.start … block.stop - 1 of block.view
     missing = writer.finish()                    # [] when all shards are finished, by any process
 
-A shard is written under its own lock into `.part` files, block by block. Reopening checks the checksums
-of every record and resumes after the last whole block, so that at most one block is computed twice.
+A shard is written under its own lock into `.part` files, block by block. Reopening checks the
+checksums of every record and resumes after the last whole block, so that at most one block is
+computed twice.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ class StoreRows:
 
     keys: [n] of the samples, from the source; labels: int [n]
     outputs: float [n, C], the teacher's logits
-    readable: bool [n], False for unreadable images: only their key and label are stored; None = all are
-        readable
-    kept: bool [n], the teacher still predicts the label; changed: float [n], share of codes changed;
-        None if not measured
+    readable: bool [n], False for unreadable images: only their key and label are stored; None = all
+        are readable
+    kept: bool [n], the teacher still predicts the label; changed: float [n], share of codes
+        changed; None if not measured
     codes: uint8 [n, code_bytes], packed; None when the manifest has none
     images: uint8 [n, H, W, 3], or n encoded files; None when the manifest has none
     """
@@ -90,8 +91,8 @@ class StoreWriter:
 
         Raises:
             UsageError: the folder holds a store already (without `resume`), or other files.
-            DataError: the existing store has different settings, which are listed; or the folder cannot
-                be written.
+            DataError: the existing store has different settings, which are listed; or the folder
+                cannot be written.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -194,8 +195,8 @@ class ShardWriter:
     def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
         self.folder, self.manifest, self.number = folder, manifest, number
         self.blocks = manifest.geometry.blocks(number)
-        # The manifest is read again: another process may have completed the store, which removes the
-        # files of checksums.
+        # The manifest is read again: another process may have completed the store, which removes
+        # the files of checksums.
         self.finished = is_finished(folder, manifest, number)
         self.finished = self.finished or is_finished(folder, Manifest.load(folder), number)
         self.next_block = len(self.blocks) if self.finished else 0
@@ -232,8 +233,8 @@ class ShardWriter:
     def append(self, records: StoreRows) -> None:
         """Write the next block. After an error the shard ends with the block before it.
 
-        Raises NotFinite for outputs that are not finite, DataError when the disk is full, ValueError for
-        arrays of another shape.
+        Raises NotFinite for outputs that are not finite, DataError when the disk is full,
+        ValueError for arrays of another shape.
         """
         block = self.blocks[self.next_block]
         index, data, images = self._encode(block, records)
@@ -276,7 +277,8 @@ class ShardWriter:
         if bad.any():
             name = records.keys[int(bad.argmax())]
             raise NotFinite(
-                f"the teacher's outputs on {name} are not finite; look at that image, or try --no-amp"
+                f"the teacher's outputs on {name} are not finite; "
+                "look at that image, or try --no-amp"
             )
 
         data = np.zeros(num, manifest.data_dtype)
@@ -314,7 +316,7 @@ class ShardWriter:
         return index, raw, images
 
     def _recover(self) -> None:
-        """Keep the whole blocks of an earlier attempt with correct checksums, and cut off the rest."""
+        """Keep an earlier attempt's whole blocks with correct checksums, and cut off the rest."""
         for block in self.blocks:
             index_size = len(block) * INDEX.itemsize
             data_size = len(block) * self.manifest.bytes_per_sample["data"]

@@ -25,7 +25,7 @@ def test_csv_fixes_the_class_order(tmp_path):
 
 
 def test_numeric_folders_keep_the_listed_order(tmp_path):
-    """The authors' code read the folders 0, 1, 10, 100 … in string order, and 12 of 1000 labels survived."""
+    """The authors' code sorted folders 0, 1, 10 … as strings: 12 of 1000 labels survived."""
     rows = "".join(f"{i},{i},class {i}\n" for i in range(120))
     classes = ClassMap.from_csv(write(tmp_path / "c.csv", "id,folder,name\n" + rows))
     assert classes.folders == [str(i) for i in range(120)]

@@ -272,7 +272,7 @@ def test_repeated_dali_failures_stop_the_run():
 
 
 def test_files_that_change_during_a_run_are_replaced(tmp_path):
-    """Deleted, truncated, damaged and grown files are named, replaced and counted; the run continues."""
+    """Deleted, truncated, damaged and grown files are named, replaced and counted."""
     root = folder_of(tmp_path, {f"{number:02}.jpg": data for number, data in enumerate(shades(40))})
     source = open_source(str(root), max_bad_share=0.5)
     source.max_bad_share = 0.5
@@ -308,7 +308,7 @@ BASES = [jpeg(shade(9)), jpeg(shade(9), progressive=True), jpeg(shade(9), restar
 )
 @hypothesis.settings(max_examples=60, phases=[hypothesis.Phase.generate])
 def test_dali_and_pil_agree_on_damaged_files(base, at, junk):
-    """Bytes changed in place: PIL decodes the file, or DALI's pixels equal PIL's, or DALI refuses it."""
+    """With changed bytes PIL decodes the file, or DALI's pixels equal PIL's, or DALI refuses it."""
     at %= len(base)
     damaged = (base[:at] + junk + base[at + len(junk) :])[: len(base)]
     try:

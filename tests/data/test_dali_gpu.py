@@ -1,4 +1,4 @@
-"""The mixed back end (decoding on the GPU) against PIL, with looser bounds than the CPU back end."""
+"""The mixed back end (decoding on the GPU) against PIL, with looser bounds than on the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.data.test_dali_parity import check, every_argument, ruler, shift_in_p
 
 pytestmark = pytest.mark.gpu
 
-# nvJPEG and the hardware decoder round the transform and the chroma their own way: mean and 99th percentile of the levels.
+# nvJPEG and the hardware decoder round transform and chroma differently: mean and 99th percentile
+# of the levels.
 DECODED = (1.0, 6, 255)
 THRESHOLDS = (
     "equalize",

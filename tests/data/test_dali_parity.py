@@ -23,7 +23,8 @@ from dad_fast.data.augment.records import Erase, sample_record
 st = hypothesis.strategies
 
 LEVELS = (0.0, 3.3, 9.7)
-# Levels of 255 over all pixels of the photos, all magnitudes and both signs: mean, 99th percentile, maximum.
+# Levels of 255 over all pixels of the photos, all magnitudes and both signs: mean, 99th percentile,
+# maximum.
 EXACT = (0.0, 0, 0)
 TOLERANCE = {
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Evaluation decoded by DALI: the same order of images, fail-over to PIL, and the loader in results."""
+"""Evaluation decoded by DALI: order of images, fail-over to PIL, and the loader in results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Execution with PIL: pixels equal to timm's for the same arguments; decoding of all kinds of files."""
+"""Execution with PIL: pixels equal to timm's for the same arguments; decoding of all formats."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ PLAIN = AugmentConfig(crop="center", hflip=0.0, color_jitter=0.0)
 
 
 class Squares:
-    """A source of one-coloured images; `bad` fail after indexing, `known_bad` failed in the index."""
+    """A source of one-coloured images; `bad` fail after indexing, `known_bad` in the index."""
 
     name = "squares"
     fingerprint = "squares"

@@ -1,4 +1,4 @@
-"""`dad-fast precompute` and training from its stores: stored values equal those of online training."""
+"""`dad-fast precompute` and training from its stores: values equal those of online training."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ def test_topk_outputs_keep_the_distribution_at_their_temperature(
 
 
 def test_stored_clip_outputs_keep_the_divergence_small() -> None:
-    """Divergence at temperature 1, in nats, for logits like CLIP's: cosines around 0.2, scale 100."""
+    """Divergence at temperature 1, in nats, of logits like CLIP's: cosines near 0.2, scale 100."""
     rng = np.random.default_rng(0)
     logits = (100 * (0.15 + 0.03 * rng.standard_normal((200, 1000)))).astype(np.float32)
     exact = softmax(logits)

@@ -1,4 +1,4 @@
-"""`dad-fast store`: damage is found and named, parts are merged, info and sheet show the content."""
+"""`dad-fast store`: damage is found and named, parts are merged, info and sheet are correct."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_parts_are_merged_into_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_killed_merge_leaves_its_parts_unchanged(tmp_path: Path) -> None:
-    """A linked file belongs to the part: a writer that resumes the merged store must not truncate it."""
+    """A linked file belongs to the part: a resumed writer of the merged store must not cut it."""
     write(tmp_path / "part", make_manifest())
     before = files(tmp_path / "part")
     StoreWriter.open(tmp_path / "new", make_manifest())

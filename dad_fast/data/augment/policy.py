@@ -1,8 +1,8 @@
-"""RandAugment as data: timm's policy strings and level ranges in, operations with their final arguments out.
+"""RandAugment as data: from timm's policy strings to operations with their final arguments.
 
 timm parses the policy, so transform sets and defaults are timm's own. This module draws, from keyed
-numbers, what timm draws while it works on the pixels: which operations, whether each is applied, its
-magnitude, sign and resampling filter.
+numbers, what timm draws while it works on the pixels: which operations, whether each is applied,
+its magnitude, sign and resampling filter.
 """
 
 from __future__ import annotations

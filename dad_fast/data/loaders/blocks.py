@@ -1,8 +1,8 @@
 """A data set in fixed blocks, for work that is done once per image.
 
 Block b holds the samples b * size … of the source's order after the evaluation transform (no
-augmentation), whatever the number of processes. The last block is filled up with its last sample, so
-that all blocks have the same shapes; `num_real` counts the samples before the filling.
+augmentation), whatever the number of processes. The last block is filled up with its last sample,
+so that all blocks have the same shapes; `num_real` counts the samples before the filling.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Content of each step of a run: samples, labels, seeds, mixes, and the images as PIL makes them.
 
-Step s of a run belongs to epoch s // steps_per_epoch; within an epoch the order of samples is a keyed
-permutation. A step takes batch_size * world consecutive positions of that order, and each rank a
-contiguous part of them. The tail is dropped, so every rank has the same number of steps.
+Step s of a run belongs to epoch s // steps_per_epoch; within an epoch the order of samples is a
+keyed permutation. A step takes batch_size * world consecutive positions of that order, and each
+rank a contiguous part of them. The tail is dropped, so every rank has the same number of steps.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 
 
 class TrainSteps(Dataset[Batch]):
-    """Step number -> Batch, executed with PIL. Other loaders take the content of a step from here."""
+    """Step number -> Batch, executed with PIL. Other loaders take a step's content from here."""
 
     def __init__(
         self,
@@ -143,8 +143,8 @@ class TrainSteps(Dataset[Batch]):
     def fields(self, step: int, load: Callable[[int, AugmentRecord], None]) -> dict[str, Any]:
         """Return all fields of a Batch except its images, which `load(row, record)` makes.
 
-        When `load` raises DecodeError, the next valid sample in the source's order takes the row, as
-        if it had been drawn.
+        When `load` raises DecodeError, the next valid sample in the source's order takes the row,
+        as if it had been drawn.
         """
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = (step_in_epoch * self.world + self.rank) * self.batch_size

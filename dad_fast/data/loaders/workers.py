@@ -1,8 +1,8 @@
 """Loader processes: their start, the signals they ignore, and one-line errors for their failures.
 
 They come from a fork server: a fork of the training process would copy locks that its threads
-(autograd, CUDA, the live progress bar) may hold at that moment, a rare hang. So a script that uses a
-loader with workers needs the usual `if __name__ == "__main__":`.
+(autograd, CUDA, the live progress bar) may hold at that moment, a rare hang. So a script that uses
+a loader with workers needs the usual `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def iterate(
 ) -> Iterator[Any]:
     """Yield dataset[n] for each n, in order, made by `workers` processes (0: this process).
 
-    Each item is a whole batch. Raises DadFastError with one line when a worker fails, dies or hangs; a
-    DadFastError of a worker is raised unchanged.
+    Each item is a whole batch. Raises DadFastError with one line when a worker fails, dies or
+    hangs; a DadFastError of a worker is raised unchanged.
     """
     if workers:
         batches = _from_workers(dataset, numbers, workers, pin_memory)

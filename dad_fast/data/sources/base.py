@@ -32,10 +32,10 @@ class Source(Protocol):
         """Return the image in mode RGB. Raises DecodeError that names the file."""
 
     def encoded(self, index: int) -> bytes | None:
-        """Return the stored file, for a decoder other than PIL, or None where only `read` may be used.
+        """Return the stored file for a decoder other than PIL; None where only `read` may be used.
 
-        None unless the index found the file a plain JPEG (`decode.image_format`) and its size in bytes
-        is unchanged.
+        None unless the index found the file a plain JPEG (`decode.image_format`) and its size in
+        bytes is unchanged.
         """
 
     def describe(self) -> str:

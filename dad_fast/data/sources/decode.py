@@ -1,8 +1,9 @@
 """Decoding of a file to an 8-bit RGB image with PIL, as timm does it.
 
-EXIF rotation is ignored. Greyscale, palette, CMYK and alpha go through PIL's `convert("RGB")` (alpha is
-dropped, not blended). One deliberate difference from timm: 16-bit greyscale is scaled by taking the
-high byte, as PIL itself does for 16-bit RGB; `convert` alone would clip all values above 255 to white.
+EXIF rotation is ignored. Greyscale, palette, CMYK and alpha go through PIL's `convert("RGB")`
+(alpha is dropped, not blended). One deliberate difference from timm: 16-bit greyscale is scaled by
+taking the high byte, as PIL itself does for 16-bit RGB; `convert` alone would clip all values above
+255 to white.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def image_format(image: Image.Image) -> str:
 def _is_plain_jpeg(image: Image.Image) -> bool:
     """Return whether an image is a JPEG in grey or YCbCr.
 
-    CMYK is not plain, nor are colours stored as RGB, which some decoders take for YCbCr. The test for
-    RGB is libjpeg's: an Adobe marker, or the component names R, G, B without a JFIF marker.
+    CMYK is not plain, nor are colours stored as RGB, which some decoders take for YCbCr. The test
+    for RGB is libjpeg's: an Adobe marker, or the component names R, G, B without a JFIF marker.
     """
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
         return False

@@ -6,8 +6,8 @@
 | optdigits | 896 | optdigits (scikit-learn): other writers and scanner; a test set of students |
 | optdigits-train | 901 | the rest of optdigits: for the demo's teacher, never for a student |
 
-The splits are disjoint. optdigits are 8x8; they are put into a 20x20 box centred in 28x28, as MNIST's
-digits are. The package does not record writers, so the same hand may be in both halves.
+The splits are disjoint. optdigits are 8x8; they are put into a 20x20 box centred in 28x28, as
+MNIST's digits are. The package does not record writers, so the same hand may be in both halves.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from dad_fast.errors import DataError
 class FolderSource:
     """A split of an image folder, in the order of paths, whatever the order of the classes.
 
-    The fingerprint covers paths, file sizes and readability, not mtimes: a copy of the folder has the
-    same fingerprint.
+    The fingerprint covers paths, file sizes and readability, not mtimes: a copy of the folder has
+    the same fingerprint.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """Indexes of images: class, size and readability of each file, verified once and cached.
 
-An index is a CSV in the user's cache folder (data is often read-only), one per image folder or shard:
-path (also the key), label, offset, size and mtime of the file, width, height, format, ok, error. Its
-first line names the indexed folder or shard and holds a checksum; a damaged index or one of another
-version is made again. In a folder, new files and those of another size or mtime are verified again. An
-interrupted build keeps the entries that it has verified.
+An index is a CSV in the user's cache folder (data is often read-only), one per image folder or
+shard: path (also the key), label, offset, size and mtime of the file, width, height, format, ok,
+error. Its first line names the indexed folder or shard and holds a checksum; a damaged index or one
+of another version is made again. In a folder, new files and those of another size or mtime are
+verified again. An interrupted build keeps the entries that it has verified.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Entry(NamedTuple):
     """One image.
 
     `path` is relative to the indexed folder, or a member's name; `mtime` is in nanoseconds, 0 in a
-    shard, which has its own. `label` is a class folder's name, or a class number in a shard; `format`
-    comes from `decode.image_format`.
+    shard, which has its own. `label` is a class folder's name, or a class number in a shard;
+    `format` comes from `decode.image_format`.
     """
 
     path: str
@@ -93,7 +93,8 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
                 kept = entries if len(entries) == len(found) else {**known, **entries}
                 if not save_index(file, about, list(kept.values())):
                     log.warning(
-                        "%s cannot be written: the index of %s is not kept and is made again next time",
+                        "%s cannot be written: the index of %s is not kept and is made again "
+                        "next time",
                         file,
                         folder,
                     )
@@ -176,8 +177,8 @@ def verify_all(parts: Sequence[Part], name: str) -> Iterator[Entry]:
 def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entry:
     """Decode the file.
 
-    JPEGs are decoded at an eighth of the size: this still reads the whole stream, so damage shows, in a
-    fraction of the time.
+    JPEGs are decoded at an eighth of the size: this still reads the whole stream, so damage shows,
+    in a fraction of the time.
     """
     if entry.error != PENDING:
         return entry
@@ -282,7 +283,7 @@ def _scan(
 
 @contextmanager
 def threads() -> Iterator[ThreadPoolExecutor]:
-    """Pool with a thread per core, at most 32. Leaving the block cancels tasks that have not begun."""
+    """Pool with a thread per core, at most 32. Leaving the block cancels tasks not yet begun."""
     pool = ThreadPoolExecutor(min(32, usable_cores()))
     try:
         yield pool

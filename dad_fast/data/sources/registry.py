@@ -64,7 +64,7 @@ def open_source(
 
 
 def is_named(data_dir: str) -> bool:
-    """Whether `data_dir` is NAME:ARGUMENT of a source, known or not, rather than a path."""
+    """Return whether `data_dir` is NAME:ARGUMENT of a source, known or not, rather than a path."""
     if data_dir.startswith(PYTHON):
         return True
     name, colon, _ = data_dir.partition(":")
@@ -74,7 +74,7 @@ def is_named(data_dir: str) -> bool:
 
 
 def is_split(data_dir: str, split: str) -> bool:
-    """Whether the folder, or the first shard of a pattern, exists."""
+    """Return whether the folder, or the first shard of a pattern, exists."""
     from dad_fast.data.sources.tar import find_shards
 
     if (Path(data_dir) / split).is_dir():

@@ -33,8 +33,8 @@ _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 class TarSource:
     """A split of WebDataset shards, in the order of the shards and of the images in each.
 
-    Without a class list the class numbers are their own names, from 0 to the highest. The fingerprint
-    covers names, sizes, labels and readability: a copy of the shards has the same fingerprint.
+    Without a class list the class numbers are their own names, from 0 to the highest. The
+    fingerprint covers names, sizes, labels and readability: a copy of the shards has the same one.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ def open_shards(
 def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
     """Return the folder of the shards and their names in it.
 
-    None when `data_dir` and `split` name no shards. Raises UsageError for an invalid pattern, DataError
-    when a folder holds only compressed tars.
+    None when `data_dir` and `split` name no shards. Raises UsageError for an invalid pattern,
+    DataError when a folder holds only compressed tars.
     """
     folder = Path(data_dir) / split
     if not folder.is_dir():

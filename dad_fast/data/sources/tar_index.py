@@ -1,9 +1,9 @@
 """Samples of WebDataset shards: members of a tar that share a key, verified once and cached.
 
-A key is a member's path up to the first dot of its file name; the rest, in lower case, is the member's
-kind: `n01/5.JPEG` and `n01/5.cls` are one sample. A sample needs one image and a class number, in `.cls`
-or as `label` in `.json`. Members of a sample need not be neighbours. An index file belongs to one shard
-and is made again when the shard's size or mtime changes.
+A key is a member's path up to the first dot of its file name; the rest, in lower case, is its kind:
+`n01/5.JPEG` and `n01/5.cls` are one sample. A sample needs one image and a class number, in `.cls`
+or as `label` in `.json`. Members of a sample need not be neighbours. An index file belongs to one
+shard and is made again when the shard's size or mtime changes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Shard(NamedTuple):
 
 
 class _Open:
-    """An open shard. It closes with its last reference, so that the cache below may drop it in use."""
+    """An open shard. It closes with its last reference, so the cache below may drop it in use."""
 
     def __init__(self, shard: Shard) -> None:
         self.descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,8 +1,8 @@
 """Members of a tar: their names and the positions of their bytes. Nothing is extracted.
 
-Own code: `tarfile` takes 1.9 to 2.0 times as long (10,000 small members), and ends its list silently at
-the first damaged header, which would leave out the rest of a shard; here that is an error.
-Reads the ustar, GNU and pax formats (POSIX.1-2001; GNU tar's manual, "Basic Tar Format").
+Own code: `tarfile` takes 1.9 to 2.0 times as long (10,000 small members), and ends its list
+silently at the first damaged header, which would leave out the rest of a shard; here that is an
+error. Reads the ustar, GNU and pax formats (POSIX.1-2001; GNU tar's manual, "Basic Tar Format").
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Member(NamedTuple):
 def read_members(descriptor: int, shard: str) -> tuple[list[Member], bool]:
     """Return the members of an open tar in order, and whether the tar is whole.
 
-    A whole tar has its end mark and no member that is cut off. Raises DataError that names `shard` when
-    it is compressed, no tar, or has a damaged header.
+    A whole tar has its end mark and no member that is cut off. Raises DataError that names `shard`
+    when it is compressed, no tar, or has a damaged header.
     """
     length = os.fstat(descriptor).st_size
     start = os.pread(descriptor, 8, 0)
@@ -167,7 +167,7 @@ def _pax_records(content: bytes, where: str) -> dict[str, str]:
 
 
 def _after_sparse_map(descriptor: int, header: bytes, position: int) -> int:
-    """Return the position of an old GNU sparse file's bytes, after the blocks that continue its map."""
+    """Return the position of an old GNU sparse file's bytes, after the blocks of its map."""
     more = header[482]
     while more:
         block = os.pread(descriptor, _BLOCK, position)

@@ -1,8 +1,9 @@
 """Evaluation images decoded, resized and cropped by DALI.
 
 Pixels differ slightly from PIL's, so results record the loader. Worker processes plan: they pass on
-the bytes of plain JPEGs and make with PIL what DALI does not decode as PIL does. PIL makes a batch as
-a whole when DALI fails on it. The mixed back end, which decodes on a GPU, has not yet been run on one.
+the bytes of plain JPEGs and make with PIL what DALI does not decode as PIL does. PIL makes a batch
+as a whole when DALI fails on it. The mixed back end, which decodes on a GPU, has not yet been run
+on one.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class DaliEvalLoader(EvalLoader):
                 raise_after_repeated_failures(in_a_row, why)
                 if self.failed_over == 1:
                     log.warning(
-                        "%s: DALI could not make batch %d; PIL makes it and later ones that fail (%s)",
+                        "%s: DALI could not make batch %d; PIL makes it and later failures (%s)",
                         self.source.name,
                         number,
                         why,

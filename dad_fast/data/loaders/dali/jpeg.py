@@ -2,10 +2,11 @@
 
 Both decode with libjpeg-turbo, but the library only warns of damage inside the scan, and PIL, which
 feeds it in pieces, stops at some damage that DALI reads over: a marker in the middle of a baseline
-scan. So PIL decodes such files and all unusual ones. Damaged codes that are still valid codes remain;
-neither decoder detects those, and both return the same wrong pixels. In trials with thousands of
-damaged files no case was left where PIL refuses a file and DALI does not. The opposite exists (a bad
-table that is never used) and costs only speed, since PIL makes a batch on which DALI fails.
+scan. So PIL decodes such files and all unusual ones. Damaged codes that are still valid codes
+remain; neither decoder detects those, and both return the same wrong pixels. In trials with
+thousands of damaged files no case was left where PIL refuses a file and DALI does not. The opposite
+exists (a bad table that is never used) and costs only speed, since PIL makes a batch on which DALI
+fails.
 """
 
 from __future__ import annotations

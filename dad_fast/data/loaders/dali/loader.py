@@ -4,9 +4,9 @@ A worker turns a step into the files' bytes and the numbers of their records; th
 feeds them to DALI, two batches ahead of the one that it returns. The sequence of samples, labels,
 seeds and mixes is that of the PIL loader; the loader is stateless apart from the step.
 
-PIL makes images that DALI does not decode as PIL does (anything but plain JPEGs) in the worker, one by
-one. PIL makes a batch as a whole when DALI fails on it, always: a batch's pixels depend on its files
-alone, not on earlier failures.
+PIL makes images that DALI does not decode as PIL does (anything but plain JPEGs) in the worker, one
+by one. PIL makes a batch as a whole when DALI fails on it, always: a batch's pixels depend on its
+files alone, not on earlier failures.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class DaliLoader(TrainLoader):
     Args:
         device: of the returned images. On CUDA the decoder is the mixed one (not yet run on a GPU).
 
-    On CUDA `Batch.images` lies on the device, bound to the stream that was current when the batch was
-    requested: use it on that stream and keep a reference while work on it is queued. All other tensors
-    of a batch are in host memory, pinned on request.
+    On CUDA `Batch.images` lies on the device, bound to the stream that was current when the batch
+    was requested: use it on that stream and keep a reference while work on it is queued. All other
+    tensors of a batch are in host memory, pinned on request.
 
     `failed_over` counts the batches that PIL made because DALI failed on them.
     """
@@ -131,7 +131,7 @@ class DaliLoader(TrainLoader):
         return engine.place(batch.images, batch)
 
     def _reason(self, error: Exception, planned: Planned) -> str:
-        """Return the first line of DALI's error, with the file's name where DALI gives its number."""
+        """Return the first line of DALI's error, with the file's name if DALI gives a number."""
         text = str(error).partition("encountered:")[2] or str(error)
         lines = [line.strip(" :") for line in text.splitlines() if line.strip()]
         reason = lines[0][:200] if lines else "no reason given"
@@ -215,7 +215,7 @@ class _Engine:
 
 
 def _mixed_hints(sizes: np.ndarray) -> dict[str, Any]:
-    """Return arguments of the mixed decoder: its hardware share, and buffers for 99 % of the images."""
+    """Return arguments of the mixed decoder: hardware share, buffers for 99 % of the images."""
     width, height = np.percentile(sizes, 99, axis=0).astype(int).tolist()
     return {
         "hw_decoder_load": 0.65,

@@ -1,11 +1,11 @@
 """DALI pipeline that executes records: JPEGs and numbers in, uint8 [S, S, 3] out, on CPU or GPU.
 
-All random numbers come from the records: no DALI readers, no random operators. Decoding and cropping
-give PIL's pixels (both use libjpeg-turbo with its accurate transform and smooth chroma); the other
-operations differ from PIL's by the tolerances in tests/data/test_dali_parity.py. One difference is not
-rounding: geometric operations are always bilinear, even for a record with bicubic, since DALI's warp
-has no better filter. On photos this is half a level more on average, and 10 to 20 levels at the
-hundredth of the pixels that differ most.
+All random numbers come from the records: no DALI readers, no random operators. Decoding and
+cropping give PIL's pixels (both use libjpeg-turbo with its accurate transform and smooth chroma);
+the other operations differ from PIL's by the tolerances in tests/data/test_dali_parity.py. One
+difference is not rounding: geometric operations are always bilinear, even for a record with
+bicubic, since DALI's warp has no better filter. On photos this is half a level more on average, and
+10 to 20 levels at the hundredth of the pixels that differ most.
 
 The mixed back end (decoding on the GPU) has the same definition. It has not yet been run on a GPU.
 """
@@ -121,8 +121,8 @@ def _blend(degenerate: Any, images: Any, factor: Any) -> Any:
 def _geometry(images: Any, matrix: Any, side: int) -> Any:
     """Warp the image.
 
-    DALI's warp has one fill value for all channels, but it repeats the outermost pixels: a frame of one
-    pixel gets the fill colour.
+    DALI's warp has one fill value for all channels, but it repeats the outermost pixels: a frame of
+    one pixel gets the fill colour.
     """
     framed = fn.slice(
         images,

@@ -177,7 +177,7 @@ def split_patches(patches: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
 
 
 def _table(name: str, value: int) -> tuple[int, int, int, int]:
-    """Return (addend below 128, level above which to invert, bits to invert always, bits to keep)."""
+    """Return (addend below 128, level above which to invert, bits to invert, bits to keep)."""
     if name == "posterize":
         return 0, 255, 0, 256 - (1 << (8 - value))
     if name == "solarize_add":
