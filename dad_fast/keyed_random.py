@@ -75,9 +75,8 @@ class Draws:
             target -= weight
             if target < 0:
                 return index
-        return max(
-            i for i, weight in enumerate(weights) if weight > 0
-        )  # rounding at the very end of the range
+        # Rounding at the very end of the range.
+        return max(i for i, weight in enumerate(weights) if weight > 0)
 
     def beta(self, alpha: float) -> float:
         """Draw from Beta(alpha, alpha), in [0, 1].

@@ -26,10 +26,9 @@ def test_leftovers_of_killed_writers_are_removed_and_live_files_kept(tmp_path: P
     subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".a.json.") and left.name.endswith(".tmp")
-    handle, another = files._begin(
-        path
-    )  # its own is being written at this moment; the dead one's goes
-    files.atomic_write_text(tmp_path / "other.json", "beside it")
+    # A live writer keeps its temporary file; that of the killed one is removed.
+    handle, another = files._begin(path)
+    files.atomic_write_text(tmp_path / "other.json", "other")
     assert {one.name for one in tmp_path.iterdir()} == {Path(another).name, "other.json"}
     files.atomic_write_text(path, "whole")
     assert path.read_text() == "whole" and Path(another).exists()

@@ -23,14 +23,8 @@ pytestmark = pytest.mark.gpu
 # nvJPEG and the hardware decoder round transform and chroma differently: mean and 99th percentile
 # of the levels.
 DECODED = (1.0, 6, 255)
-THRESHOLDS = (
-    "equalize",
-    "posterize",
-    "solarize",
-    "solarize_add",
-    "contrast",
-    "sharpness",
-)  # a level before is many levels after
+# Operations that turn a difference of one level into many.
+THRESHOLDS = ("equalize", "posterize", "solarize", "solarize_add", "contrast", "sharpness")
 LOOSE = (4.0, 64, 255)
 
 

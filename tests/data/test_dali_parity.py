@@ -31,19 +31,19 @@ TOLERANCE = {
         ("brightness", "contrast", "invert", "posterize", "sharpness", "solarize", "solarize_add"),
         EXACT,
     ),
-    "auto_contrast": (0.01, 0, 1),  # float32, where PIL has float64
-    "color": (0.01, 0, 1),  # the grey of a pixel in float32, where PIL has 16-bit integers
-    "equalize": (
-        1.0,
-        10,
-        10,
-    ),  # PIL rounds the pixels per level down to whole ones: much at 96 pixels, a level at 224
-    "gaussian_blur": (0.5, 4, 60),  # a true Gaussian, where PIL runs three box filters
-    **dict.fromkeys(
-        GEOMETRIC, (0.8, 15, 255)
-    ),  # DALI blends the border with the fill over one pixel; PIL does not
+    # float32, where PIL has float64.
+    "auto_contrast": (0.01, 0, 1),
+    # The grey of a pixel in float32, where PIL has 16-bit integers.
+    "color": (0.01, 0, 1),
+    # PIL truncates the pixels per level to integers: much at 96 pixels, a level at 224.
+    "equalize": (1.0, 10, 10),
+    # A true Gaussian, where PIL runs three box filters.
+    "gaussian_blur": (0.5, 4, 60),
+    # DALI blends the border with the fill over one pixel; PIL does not.
+    **dict.fromkeys(GEOMETRIC, (0.8, 15, 255)),
 }
-BICUBIC = (1.5, 25, 255)  # of the geometric ones: DALI is bilinear there
+# Geometric operations of bicubic records, which DALI executes as bilinear.
+BICUBIC = (1.5, 25, 255)
 RESIZE = (0.3, 1, 20)
 
 

@@ -223,9 +223,8 @@ def test_errors_of_damaged_files_name_file_and_reason(photo, tmp_path, monkeypat
 
 def test_sixteen_bit_colour_takes_the_high_byte():
     """PIL takes the high byte of 16-bit RGB, and the rule for greyscale follows it."""
-    rows = b"".join(
-        b"\0" + bytes([200, 255, 100, 0, 7, 128]) * 4 for _ in range(4)
-    )  # a filter byte, then big-endian pixels
+    # Each row is a filter byte, then big-endian pixels.
+    rows = (b"\0" + bytes([200, 255, 100, 0, 7, 128]) * 4) * 4
 
     def chunk(kind, content):
         return (

@@ -145,10 +145,12 @@ def test_stored_outputs_are_the_teachers_logits_on_the_stored_pixels(inputs, raw
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(raw)))
     for batch in batches(0, 8):  # both views
         generated = step.generate(batch)
-        said = step.teacher(generated.images[1])
+        logits = step.teacher(generated.images[1])
         stored = generated.teacher_dad.float()
-        torch.testing.assert_close(stored, said - said.amax(1, keepdim=True), rtol=1e-3, atol=2e-3)
-        assert torch.equal(generated.keep.bool(), said.argmax(1) == batch.labels)
+        torch.testing.assert_close(
+            stored, logits - logits.amax(1, keepdim=True), rtol=1e-3, atol=2e-3
+        )
+        assert torch.equal(generated.keep.bool(), logits.argmax(1) == batch.labels)
     store = AdversarialStore(raw)
     rows = np.arange(len(store))
     assert (
@@ -177,9 +179,12 @@ def test_stored_outputs_belong_to_the_encoded_pixels(inputs, tmp_path, form):
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(store)))
     for batch in batches(0, 4):
         generated = step.generate(batch)
-        said = step.teacher(generated.images[1])
+        logits = step.teacher(generated.images[1])
         torch.testing.assert_close(
-            generated.teacher_dad.float(), said - said.amax(1, keepdim=True), rtol=1e-3, atol=1e-4
+            generated.teacher_dad.float(),
+            logits - logits.amax(1, keepdim=True),
+            rtol=1e-3,
+            atol=1e-4,
         )
     assert (
         main(
@@ -200,16 +205,17 @@ def test_stored_outputs_belong_to_the_encoded_pixels(inputs, tmp_path, form):
 
 def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
     views = flags(inputs, *AUGMENTED)
+    # The seed decides about the student only.
     stored, batches = step_of(
         inputs, "kd", *views, "--store", str(targets), "--teacher", "", "--seed", "7"
-    )  # of the student alone
+    )
     online, plain = step_of(inputs, "kd", *views)
     assert stored.teacher is None
     for a, b in zip(batches(0, 12), plain(0, 12), strict=True):  # three epochs of four steps
-        said = online.generate(b).teacher_clean
+        logits = online.generate(b).teacher_clean
         torch.testing.assert_close(
             stored.generate(a).teacher_clean.float(),
-            said - said.amax(1, keepdim=True),
+            logits - logits.amax(1, keepdim=True),
             rtol=1e-3,
             atol=2e-3,
         )
@@ -268,10 +274,10 @@ def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):
     replaced = 0
     for a, b in zip(batches(0, 4), plain(0, 4), strict=True):
         replaced += len(a.replaced)
-        said = online.generate(b).teacher_clean
+        logits = online.generate(b).teacher_clean
         torch.testing.assert_close(
             stored.generate(a).teacher_clean.float(),
-            said - said.amax(1, keepdim=True),
+            logits - logits.amax(1, keepdim=True),
             rtol=1e-3,
             atol=2e-3,
         )
@@ -502,8 +508,8 @@ def test_estimate_writes_nothing_and_check_recomputes(inputs, raw, tmp_path, cap
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert "img/s" in said and f" free in {tmp_path}" in said and not (tmp_path / "no").exists()
+    output = capsys.readouterr().out
+    assert "img/s" in output and f" free in {tmp_path}" in output and not (tmp_path / "no").exists()
     store = ["precompute", *flags(inputs), "-o", str(raw), "--images", "raw", "--views", "2"]
     assert main([*store, "--check", "50%"]) == 0
     assert "24 of 24 records are computed again bit for bit" in capsys.readouterr().out
@@ -544,7 +550,8 @@ def test_check_compares_every_part_of_a_record(inputs, raw, tmp_path, capsys, ki
         )
         (tmp_path / "store/manifest.json").write_bytes(other.to_json())
         kind, offset = "images", 7
-        words = "images in 1; largest difference of a logit 0 (settings.device: cuda in the store, cpu in this run)"
+        devices = "(settings.device: cuda in the store, cpu in this run)"
+        words = f"images in 1; largest difference of a logit 0 {devices}"
     path = tmp_path / "store" / f"shard-000000.{kind}"
     content = bytearray(path.read_bytes())
     content[offset] ^= 2

@@ -257,9 +257,8 @@ def test_topk_outputs_keep_the_distribution_at_their_temperature(
     for p, q, z in zip(exact, ours, logits, strict=True):
         top = np.argsort(-z, kind="stable")[:k]
         rest = np.setdiff1d(np.arange(len(z)), top)
-        tolerance = (
-            2**-10 * 600 / temperature
-        )  # relative, at a distance of 600 from the largest; 2^-11 of the distance in general
+        # Relative, at a distance of 600 from the largest; 2^-11 of the distance in general.
+        tolerance = 2**-10 * 600 / temperature
         assert np.allclose(q[top], p[top], rtol=tolerance, atol=1e-6)
         assert np.isclose(q[rest].sum(), p[rest].sum(), rtol=tolerance, atol=1e-3)
         assert np.ptp(q[rest]) < 1e-12

@@ -95,9 +95,8 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "store" / "shard-000000.data"
     path.write_bytes(bytes(path.stat().st_size))
     problems = verify(tmp_path / "store")
-    assert len(problems) == 22 and problems[-1].endswith(
-        "23 more rows of view 0"
-    )  # the zeros of the unreadable one are right
+    # Zeros are correct for the unreadable row.
+    assert len(problems) == 22 and problems[-1].endswith("23 more rows of view 0")
 
 
 def test_an_unfinished_store_is_reported(tmp_path: Path, capsys) -> None:
@@ -130,9 +129,8 @@ def test_parts_are_merged_into_the_same_bytes(tmp_path: Path) -> None:
     assert seen[-1] == (4, 4)
     assert merge([tmp_path / "part0", tmp_path / "part2"], tmp_path / "new") == []
     assert files(tmp_path / "new") == files(tmp_path / "whole")
-    assert (
-        merge([tmp_path / "part1", tmp_path / "new"], tmp_path / "part2") == []
-    )  # into one of the parts; complete ones help too
+    # A part may be the target, and a complete store a source.
+    assert merge([tmp_path / "part1", tmp_path / "new"], tmp_path / "part2") == []
     assert files(tmp_path / "part2") == files(tmp_path / "whole")
     assert verify(tmp_path / "new") == []
 

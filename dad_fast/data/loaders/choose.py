@@ -13,7 +13,8 @@ from dad_fast.data.sources.base import Source
 from dad_fast.errors import EnvironmentProblem
 
 ALIASES = {"torchvision": "pil"}
-PROBED = 16  # samples of a source that are tested for JPEG files
+# Samples of a source that are tested for JPEG files.
+PROBED = 16
 
 
 def train_loader(
