@@ -17,11 +17,11 @@ torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
 from dad_fast.cli.main import main
-from dad_fast.config import resolve
 from dad_fast.data.loaders.loader import TrainLoader
-from dad_fast.engine.build import Builder
-from dad_fast.engine.step import TrainStep
+from dad_fast.engine.build import Builder, make_step
 from dad_fast.engine.update import Update
+from dad_fast.methods.registry import Images
+from dad_fast.methods.settings import resolve
 from dad_fast.store import AdversarialStore, Manifest, TargetStore
 from tests.numerics import assert_same_levels
 from tests.processes import HANG, ROOT, one_thread
@@ -118,7 +118,7 @@ def step_of(inputs, method, *more, pin_memory=False):
     loader = TrainLoader(
         parts.train, cfg.augment, SIDE, cfg.data.batch_size, seed, 0, cycle=parts.stored.cycle
     )
-    step = TrainStep(
+    step = make_step(
         cfg,
         parts.student,
         parts.teacher,
@@ -138,15 +138,15 @@ def test_decoded_codes_equal_the_stored_pixels(inputs, raw, tmp_path):
             and b.dad_images is not None
             and torch.equal(a.dad_kept, b.dad_kept)
         )
-        assert_same_levels(step.stored_images(a), other.stored_images(b))
+        assert_same_levels(step.generator.stored_images(a), other.generator.stored_images(b))
 
 
 def test_stored_outputs_are_the_teachers_logits_on_the_stored_pixels(inputs, raw):
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(raw)))
     for batch in batches(0, 8):  # both views
         generated = step.generate(batch)
-        logits = step.teacher(generated.images[1])
-        stored = generated.teacher_dad.float()
+        logits = step.generator.teacher(generated.images[Images.ATTACK_TEACHER])
+        stored = generated.teacher[Images.ATTACK_TEACHER].float()
         torch.testing.assert_close(
             stored, logits - logits.amax(1, keepdim=True), rtol=1e-3, atol=2e-3
         )
@@ -179,9 +179,9 @@ def test_stored_outputs_belong_to_the_encoded_pixels(inputs, tmp_path, form):
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(store)))
     for batch in batches(0, 4):
         generated = step.generate(batch)
-        logits = step.teacher(generated.images[1])
+        logits = step.generator.teacher(generated.images[Images.ATTACK_TEACHER])
         torch.testing.assert_close(
-            generated.teacher_dad.float(),
+            generated.teacher[Images.ATTACK_TEACHER].float(),
             logits - logits.amax(1, keepdim=True),
             rtol=1e-3,
             atol=1e-4,
@@ -212,9 +212,9 @@ def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
     online, plain = step_of(inputs, "kd", *views)
     assert stored.teacher is None
     for a, b in zip(batches(0, 12), plain(0, 12), strict=True):  # three epochs of four steps
-        logits = online.generate(b).teacher_clean
+        logits = online.generate(b).teacher[Images.CLEAN]
         torch.testing.assert_close(
-            stored.generate(a).teacher_clean.float(),
+            stored.generate(a).teacher[Images.CLEAN].float(),
             logits - logits.amax(1, keepdim=True),
             rtol=1e-3,
             atol=2e-3,
@@ -274,9 +274,9 @@ def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):
     replaced = 0
     for a, b in zip(batches(0, 4), plain(0, 4), strict=True):
         replaced += len(a.replaced)
-        logits = online.generate(b).teacher_clean
+        logits = online.generate(b).teacher[Images.CLEAN]
         torch.testing.assert_close(
-            stored.generate(a).teacher_clean.float(),
+            stored.generate(a).teacher[Images.CLEAN].float(),
             logits - logits.amax(1, keepdim=True),
             rtol=1e-3,
             atol=2e-3,
