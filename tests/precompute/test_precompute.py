@@ -210,7 +210,7 @@ def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
         inputs, "kd", *views, "--store", str(targets), "--teacher", "", "--seed", "7"
     )
     online, plain = step_of(inputs, "kd", *views)
-    assert stored.teacher is None
+    assert stored.generator.teacher is None
     for a, b in zip(batches(0, 12), plain(0, 12), strict=True):  # three epochs of four steps
         logits = online.generate(b).teacher[Images.CLEAN]
         torch.testing.assert_close(
