@@ -14,7 +14,7 @@ from benchmarks.bench import Bench
 from benchmarks.test_steps import STEPS
 from benchmarks.workload import Workload, make_workload
 from dad_fast.data.loaders.loader import TrainLoader
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 
 
 def loaded_step(work: Workload, name: str) -> Callable[[], object]:

@@ -23,9 +23,11 @@ from PIL import Image
 from benchmarks.bench import Bench
 from benchmarks.photos import write_photos, write_shard
 from dad_fast.config.schema import AugmentConfig
-from dad_fast.data.loaders.loader import TrainLoader, train_loader
-from dad_fast.data.sources.base import Source, open_source
+from dad_fast.data.loaders.choose import train_loader
+from dad_fast.data.loaders.loader import TrainLoader
+from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.decode import read_rgb
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import EnvironmentProblem
 
 SIDE = 224

@@ -22,7 +22,7 @@ from benchmarks.test_loader import SIDE, described, held_to_one_core
 from benchmarks.workload import Workload, make_workload
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.loaders.loader import TrainLoader
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.engine.build import make_step
 from dad_fast.engine.update import Update
 from dad_fast.methods.lp_clip import pseudo_labels

@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.bench import Bench
 from benchmarks.photos import photographs
 from dad_fast.data.augment.execute import eval_transform
-from dad_fast.store import AdversarialStore, Manifest, Records, StoreWriter, hash_keys
+from dad_fast.store import AdversarialStore, Manifest, StoreRows, StoreWriter, hash_keys
 
 BATCH, SIDE = 256, 224
 NUM_RECORDS = {"tiny": 20_480, "base": 102_400, "paper": 1_281_167}
@@ -45,9 +45,9 @@ def make_manifest(num: int, **changes: Any) -> Manifest:
     return Manifest(**{**values, "block_size": BATCH, "blocks_per_shard": 16, **changes})
 
 
-def make_records(manifest: Manifest, start: int, num: int) -> Records:
+def make_records(manifest: Manifest, start: int, num: int) -> StoreRows:
     rng = np.random.default_rng(start)
-    return Records(
+    return StoreRows(
         keys=[f"n{row % 1000:08d}/{row}.JPEG" for row in range(start, start + num)],
         labels=np.arange(start, start + num) % manifest.num_classes,
         outputs=rng.standard_normal((num, manifest.num_classes), np.float32),
@@ -87,7 +87,7 @@ def write(folder: Path, manifest: Manifest) -> AdversarialStore:
                     for name, value in vars(block).items()
                     if value is not None
                 }
-                shard.append(Records(**{**cut, "keys": keys}))
+                shard.append(StoreRows(**{**cut, "keys": keys}))
     assert writer.finish() == []
     return AdversarialStore(folder)
 

@@ -143,7 +143,7 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     for package in ("open_clip", "mlxtend", "sklearn"):
         pytest.importorskip(package)
     from dad_fast.data.loaders.loader import TrainLoader
-    from dad_fast.data.sources.base import open_source
+    from dad_fast.data.sources.registry import open_source
 
     cfg = gather("demo", None, [], {})
     source = open_source(cfg.data.data_dir, cfg.data.train_split)

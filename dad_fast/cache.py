@@ -1,4 +1,7 @@
-"""The user's cache folder: indexes of data sets and the unpacked embedded set. Everything in it can be deleted and is made again."""
+"""The user's cache folder: indexes of data sets, the unpacked embedded set, compiled code.
+
+Everything in it can be deleted and is made again.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ log = logging.getLogger("dad_fast.data")
 
 
 def cache_dir() -> Path:
-    """$DAD_FAST_CACHE, else $XDG_CACHE_HOME/dad-fast, else ~/.cache/dad-fast. Not created here."""
+    """Return $DAD_FAST_CACHE, else $XDG_CACHE_HOME/dad-fast, else ~/.cache/dad-fast.
+
+    The folder may not exist yet.
+    """
     if own := os.environ.get("DAD_FAST_CACHE"):
         return Path(own).expanduser()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -27,14 +33,17 @@ def cache_dir() -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """A new cache belongs to its user alone: it names the user's data, and what is in it is read again. An existing one stays as it is."""
+    """Create the cache with access for its user only; an existing one stays unchanged.
+
+    It names the user's data, and programs trust its content.
+    """
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def write_cache(path: Path, content: bytes) -> bool:
-    """Write a cache file whole or not at all. False when the folder cannot be written: a cache is a convenience, not a need."""
+    """Write a cache file whole or not at all. Return False when the folder cannot be written."""
     try:
         _make_private(cache_dir())
         atomic_write_bytes(path, content)
@@ -45,17 +54,17 @@ def write_cache(path: Path, content: bytes) -> bool:
 
 @contextmanager
 def one_at_a_time(path: Path, what: str) -> Iterator[None]:
-    """The block is of one process at a time, among those that make the cache file `path`: the others wait, and find what it made.
+    """Let one process at a time make the cache file `path`; the others wait and find the result.
 
-    `what` says it to a user who waits. Where the cache folder cannot be written or has no locks nobody waits.
+    `what` describes the work in the log line of a waiting process. Without a writable cache folder
+    or without locks in its file system no process waits.
     """
     handle = -1
     try:
         _make_private(cache_dir())
         path.parent.mkdir(exist_ok=True)
-        handle = os.open(
-            path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        handle = os.open(path.with_suffix(".lock"), flags, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,12 +76,16 @@ def one_at_a_time(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         if handle >= 0:
-            os.close(handle)  # and the lock with it, as when the process is killed
+            # Releases the lock, as does the death of the process.
+            os.close(handle)
 
 
 def keep_compiled_code_private() -> None:
-    """To be called before torch.compile, which runs what it finds in its cache: by default a folder in /tmp, of a name that anyone can take
-    first. Here it is in the user's cache folder, or, where others can write that one, new and gone with the process.
+    """Set a private cache folder for torch.compile; call this before it.
+
+    torch.compile runs the code in its cache, by default a folder in /tmp whose name anyone can take
+    first. This sets a folder in the user's cache, or a temporary one when others can write that
+    cache.
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return

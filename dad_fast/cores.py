@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 
-SIDE_BY_SIDE = (
-    "DAD_FAST_SIDE_BY_SIDE"  # set by a sweep for its workers: how many of them share the machine
-)
+# Number of workers that share the machine; a sweep sets it for its workers.
+SIDE_BY_SIDE = "DAD_FAST_SIDE_BY_SIDE"
 
 
 def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def memory_gib() -> float:
-    """Memory of the machine in GiB; 8 where the system does not say."""
+    """Return the machine's memory in GiB; 8 when the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, OSError, ValueError):
@@ -22,19 +23,20 @@ def memory_gib() -> float:
 
 
 def side_by_side() -> int:
-    """Number of runs that share this machine, as far as this project started them."""
+    """Return the number of runs of a sweep that share this machine."""
     text = os.environ.get(SIDE_BY_SIDE, "1")
     return int(text) if text.isdecimal() and int(text) else 1
 
 
 def usable_cores() -> int:
-    """This process's share of the cores, at least 1."""
+    """Return this process's share of the cores, at least 1."""
     return max(1, num_cores() // side_by_side())
 
 
 def wait_passively() -> None:
-    """Let OpenMP threads sleep while they wait, unless the user has chosen. Call it before torch is imported.
+    """Let OpenMP threads sleep while they wait, unless the user set a policy.
 
-    Threads that spin while they wait take the cores from the threads they wait for, when other work runs beside them.
+    Call it before torch is imported. Spinning threads take cores from the threads they wait for
+    when other work shares the machine.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

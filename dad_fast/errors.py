@@ -1,6 +1,6 @@
-"""Errors that a user can mend, each with the exit code that `dad-fast` documents.
+"""Errors that a user can fix, each with the exit code that `dad-fast` documents.
 
-A message is one line: what is wrong, where (flag or file), and the mend.
+A message is one line: the problem, its place (flag or file), and the fix.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 
 class DadFastError(Exception):
-    """Base of every error that is shown as one line, without a traceback."""
+    """Base of all errors that print as one line, without a traceback."""
 
     exit_code = 1
 
@@ -35,7 +35,7 @@ class DataError(DadFastError):
 
 
 class NotFinite(DadFastError):
-    """A loss or a gradient was not a number; the run stopped with its state kept."""
+    """A loss, a gradient or an output was not finite; the run stopped and kept its state."""
 
     exit_code = 1
 
@@ -59,7 +59,7 @@ class Interrupted(DadFastError):
 
 
 def printable(text: str) -> str:
-    """`text` with control characters as escapes, line ends aside: a name in it cannot move the cursor, set a title or clear a screen."""
+    """Escape control characters except line ends, so that no name can control the terminal."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(
@@ -69,12 +69,15 @@ def printable(text: str) -> str:
 
 
 def print_error(message: str) -> None:
-    """`message` as one line on stderr, whatever the names in it."""
+    """Print `message` as one line on stderr, whatever the names in it."""
     print("dad-fast:", printable(message).replace("\n", "\\n"), file=sys.stderr)
 
 
 def program(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], int]:
-    """`main(arguments)` as a program, which returns its exit code: an error that a user can mend becomes one line on stderr."""
+    """Wrap `main(arguments)` as a program that returns an exit code.
+
+    A DadFastError becomes one line on stderr.
+    """
 
     @functools.wraps(main)
     def run(arguments: Sequence[str]) -> int:

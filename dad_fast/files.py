@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: temporary name in the same folder, sync, rename, sync the folder."""
+"""Atomic writes: temporary name in the same folder, sync, rename, sync the folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`; a reader, or a crash, sees the old file or the new one. Makes missing folders.
+    """Write `data` to `path` so that readers, also after a crash, see the old file or the new one.
 
-    Raises OSError that names `path` (no space, no permission); the temporary file is then gone and an existing `path` unchanged.
+    Makes missing folders. Raises OSError that names `path` (no space, no permission); the temporary
+    file is then removed and an existing `path` unchanged.
     """
     path = Path(path)
     try:
@@ -32,14 +33,12 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(
-                    temporary, 0o666 & ~_UMASK
-                )  # mkstemp makes 0600, which colleagues on a shared disk could not read
+                # mkstemp makes 0600, which colleagues on a shared disk could not read.
+                os.chmod(temporary, 0o666 & ~_UMASK)
                 os.replace(temporary, path)
         except BaseException:
-            with suppress(
-                OSError
-            ):  # on a disk that has become read-only; the first error is the one to tell
+            # The disk may have become read-only; the first error is the one to report.
+            with suppress(OSError):
                 os.unlink(temporary)
             raise
         sync(path.parent)
@@ -50,7 +49,10 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def _begin(path: Path) -> tuple[int, str]:
-    """A temporary file beside `path`, locked while its writer lives. What killed writers left there goes."""
+    """Create a temporary file next to `path`, locked while its writer lives.
+
+    Removes temporary files of killed writers.
+    """
     remove_abandoned(path.parent, f".{path.name}.", ".tmp")
     while True:
         handle, temporary = tempfile.mkstemp(
@@ -62,10 +64,14 @@ def _begin(path: Path) -> tuple[int, str]:
 
 
 def hold(handle: int, path: str | Path) -> bool:
-    """Lock a new file or folder, so that `remove_abandoned` leaves it alone until `handle` is closed. False: it was quicker."""
+    """Lock a new file or folder, so that `remove_abandoned` leaves it alone until `handle` closes.
+
+    Returns False when `remove_abandoned` was faster.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: there nothing is removed either
+    except OSError:
+        # Without locks in the file system `remove_abandoned` removes nothing either.
         return True
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(path))
@@ -74,61 +80,67 @@ def hold(handle: int, path: str | Path) -> bool:
 
 
 def remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove the files and folders so named in `folder` whose writer lives no more: nobody holds their lock."""
+    """Remove entries of `folder` with these names whose writer is dead: their lock is free."""
     for name in os.listdir(folder):
         if not (name.startswith(prefix) and name.endswith(suffix)):
             continue
-        left = folder / name
+        path = folder / name
         with suppress(OSError):
-            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if left.is_dir():
-                    shutil.rmtree(left)
+                if path.is_dir():
+                    shutil.rmtree(path)
                 else:
-                    left.unlink()
+                    path.unlink()
             finally:
                 os.close(handle)
 
 
 def no_link(path: str, flags: int) -> int:
-    """An opener for files that are written in place: in a folder that came from others a link could lead to any file of the user's."""
+    """Open a file to write it in place, but no symbolic link.
+
+    In a folder from somebody else a link could lead to any file of the user's.
+    """
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """`atomic_write_bytes` for UTF-8 text."""
+    """Write UTF-8 text with `atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode())
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
-    """`atomic_write_bytes` for JSON, indented, with `plain` values."""
+    """Write indented JSON of `plain` values with `atomic_write_bytes`."""
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    atomic_write_bytes(
-        path, text.encode(errors="backslashreplace")
-    )  # a name that is not UTF-8 has surrogates: JSON's own escape
+    # A name that is not UTF-8 has surrogates; their Python escape is also JSON's.
+    atomic_write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def disk_error(
     error: Exception, path: str | Path, then: str = "run the same command again"
 ) -> DataError:
-    """What a failed write of `path` means to the user: an OSError, or what safetensors made of one."""
+    """Turn a failed write of `path` (an OSError, or safetensors' form of it) into a DataError."""
     why = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
     if is_full(error):
         return DataError(
             f"{path}: the disk is full, or a limit is reached ({why}); make room and {then}"
         )
-    return DataError(f"{path}: cannot be written ({why}); mend that and {then}")
+    return DataError(f"{path}: cannot be written ({why}); fix that and {then}")
 
 
 def is_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in _FULL or any(
-        f"(os error {number})" in str(error) for number in _FULL
-    )
+    if getattr(error, "errno", None) in _FULL:
+        return True
+    # safetensors keeps the number in its text only.
+    return any(f"(os error {number})" in str(error) for number in _FULL)
 
 
 def sync(path: Path) -> None:
-    """Make durable what a file holds, or a rename inside a folder. Raises OSError that names `path`."""
+    """Make a file's content, or a rename inside a folder, durable.
+
+    Raises OSError that names `path`.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -140,7 +152,7 @@ def sync(path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: paths and unknown objects as text, one-element tensors as numbers.
+    """Convert `value` for JSON: paths and unknown objects to text, one-element tensors to numbers.
 
     Numbers that JSON lacks become "nan", "inf" and "-inf", which `float()` reads back.
     """
@@ -163,6 +175,5 @@ def _read_umask() -> int:
     return umask
 
 
-_UMASK = (
-    _read_umask()
-)  # read once at import: reading means setting, which is not safe beside other threads
+# Read once at import: reading sets the mask, which is not safe with other threads.
+_UMASK = _read_umask()

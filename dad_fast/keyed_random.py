@@ -1,8 +1,8 @@
-"""Random numbers keyed by what they are for, so that any draw can be made again alone.
+"""Random numbers keyed by their purpose, so that any draw can be repeated alone.
 
-Philox-4x64 is a function of (key, counter). The key is the run's seed, the counter is (block, stream, index, epoch): no two
-purposes share numbers and nothing is hashed. Only raw bits are taken from numpy: it promises those across versions, and does
-not promise its distributions.
+Philox-4x64 is a function of (key, counter). The key is the run's seed, the counter is (block,
+stream, index, epoch): no two purposes share numbers and nothing is hashed. Only raw bits come from
+numpy, which guarantees them across versions; it does not guarantee its distributions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ORDER, RECORD, MIX, ERASE, SEED = range(5)  # the streams
+# Streams.
+ORDER, RECORD, MIX, ERASE, SEED = range(5)
 _MASK = (1 << 64) - 1
 _UNIT = 2.0**-53
 
@@ -23,12 +24,12 @@ def _bits(seed: int, stream: int, epoch: int, index: int) -> np.random.Philox:
 
 
 def raw_bits(seed: int, stream: int, epoch: int, index: int, num: int) -> np.ndarray:
-    """The first `num` raw words, uint64 [num]."""
+    """Return the first `num` raw words, uint64 [num]."""
     return _bits(seed, stream, epoch, index).random_raw(num)
 
 
 class Draws:
-    """Numbers for one purpose, drawn one after the other. Nothing is computed before the first draw."""
+    """Sequence of numbers for one purpose. Nothing is computed before the first draw."""
 
     __slots__ = ("_key", "_source", "_waiting")
 
@@ -38,7 +39,7 @@ class Draws:
         self._waiting: list[int] = []
 
     def uniform(self) -> float:
-        """In [0, 1)."""
+        """Draw from [0, 1)."""
         if not self._waiting:
             if self._source is None:
                 self._source = _bits(*self._key)
@@ -47,46 +48,51 @@ class Draws:
         return (self._waiting.pop() >> 11) * _UNIT
 
     def between(self, low: float, high: float) -> float:
-        """In [low, high)."""
+        """Draw from [low, high)."""
         return low + (high - low) * self.uniform()
 
     def below(self, num: int) -> int:
-        """An integer in 0 … num-1."""
+        """Draw an integer from 0 … num-1."""
         return int(self.uniform() * num)
 
     def chance(self, probability: float) -> bool:
-        """True with this probability; 0 and 1 cost no draw."""
+        """Return True with this probability; 0 and 1 use no draw."""
         return probability > 0 and (probability >= 1 or self.uniform() < probability)
 
     def signed(self, value: float) -> float:
-        """`value` or its negative, evenly."""
+        """Return `value` or its negative with equal probability."""
         return -value if self.uniform() < 0.5 else value
 
     def normal(self) -> float:
-        """Standard normal (Box-Muller, one of the pair)."""
+        """Draw from the standard normal (Box-Muller, one of the pair)."""
         radius = math.sqrt(-2.0 * math.log(1.0 - self.uniform()))
         return radius * math.cos(2.0 * math.pi * self.uniform())
 
     def pick(self, weights: Sequence[float]) -> int:
-        """An index with probability proportional to its weight."""
+        """Draw an index with probability proportional to its weight."""
         target = self.uniform() * sum(weights)
         for index, weight in enumerate(weights):
             target -= weight
             if target < 0:
                 return index
-        return max(
-            i for i, weight in enumerate(weights) if weight > 0
-        )  # rounding at the very end of the range
+        # Rounding at the very end of the range.
+        return max(i for i, weight in enumerate(weights) if weight > 0)
 
     def beta(self, alpha: float) -> float:
-        """Beta(alpha, alpha), in [0, 1]; by logs, since gamma variates of a small alpha underflow."""
+        """Draw from Beta(alpha, alpha), in [0, 1].
+
+        Computed in logs, since gamma variates of a small alpha underflow.
+        """
         difference = self._log_gamma(alpha) - self._log_gamma(alpha)
         if difference < 0:
             return math.exp(difference) / (1.0 + math.exp(difference))
         return 1.0 / (1.0 + math.exp(-difference))
 
     def _log_gamma(self, alpha: float) -> float:
-        """Log of a Gamma(alpha, 1) variate: Marsaglia and Tsang (2000) for alpha + 1, brought down by U^(1/alpha)."""
+        """Draw the log of a Gamma(alpha, 1) variate.
+
+        Marsaglia and Tsang (2000) for alpha + 1, scaled by U^(1/alpha).
+        """
         d = alpha + 1.0 - 1.0 / 3.0
         c = 1.0 / math.sqrt(9.0 * d)
         while True:
@@ -97,9 +103,9 @@ class Draws:
 
 
 def sample_seeds(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-    """Non-negative int64 seeds, one a sample, keyed by (seed, epoch, sample), for noise that the device draws.
+    """Return a non-negative seed per sample, keyed by (seed, epoch, sample), for device noise.
 
-    A chain of splitmix64 finalizers over the whole batch at once. `samples` int64 [B] -> int64 [B].
+    A chain of splitmix64 finalizers over the whole batch. `samples` int64 [B] -> int64 [B].
     """
     with np.errstate(over="ignore"):
         words = np.full(samples.shape, seed & _MASK, dtype=np.uint64)

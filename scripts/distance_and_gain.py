@@ -32,7 +32,7 @@ from dad_fast.config.options import StoreLaunch
 from dad_fast.config.resolve import gather
 from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.evaluate.corruptions.common import STANDARD, corrupt
 from dad_fast.files import atomic_write_text, plain
 from dad_fast.loggers.run_log import environment

@@ -1,4 +1,4 @@
-"""What the tests of DALI share: photos as JPEG bytes, and records executed by DALI and by PIL side by side."""
+"""Helpers of the DALI tests: photos as JPEG bytes, and records executed by both DALI and PIL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import execute
-from dad_fast.data.augment.records import Record
+from dad_fast.data.augment.records import AugmentRecord
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import read_rgb
 
@@ -47,8 +47,10 @@ def photos():
 
 
 class Files:
-    """A source of encoded images in memory. `plain` are those that `encoded` hands out; `torn` are other bytes for some of them, as if a
-    file were being rewritten when DALI's loader read it.
+    """A source of encoded images in memory.
+
+    `plain` are those that `encoded` returns; `torn` are other bytes for some of them, as if a file
+    were being rewritten while DALI's loader reads it.
     """
 
     name = fingerprint = "files"
@@ -78,7 +80,7 @@ class Files:
 
 
 def record_of(image, img_size, **changes):
-    record = Record(
+    record = AugmentRecord(
         0, 0, image.size, img_size, (0, 0, *image.size), "bicubic", False, False, (), None
     )
     return dataclasses.replace(record, **changes)

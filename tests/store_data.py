@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dad_fast.errors import DadFastError
-from dad_fast.store import Block, Manifest, Records, StoreWriter
+from dad_fast.store import Manifest, RowBlock, StoreRows, StoreWriter
 
 NUM, CLASSES = 45, 5
 BAD = {(0, 7), (1, 7), (0, 44)}  # unreadable (view, row)
@@ -56,7 +56,7 @@ def key(row: int) -> str:
 
 
 def content(manifest: Manifest, view: int) -> dict[str, np.ndarray]:
-    """Everything that a view holds: arrays with `num_samples` rows."""
+    """Return the content of a view: arrays with `num_samples` rows."""
     rng, num = np.random.default_rng(100 + view), manifest.num_samples
     return {
         "labels": np.arange(num) % CLASSES,
@@ -69,7 +69,7 @@ def content(manifest: Manifest, view: int) -> dict[str, np.ndarray]:
     }
 
 
-def records(manifest: Manifest, block: Block) -> Records:
+def records(manifest: Manifest, block: RowBlock) -> StoreRows:
     part = {
         name: values[block.start : block.stop]
         for name, values in content(manifest, block.view).items()
@@ -78,7 +78,7 @@ def records(manifest: Manifest, block: Block) -> Records:
         del part["codes"], part["changed"]
     if manifest.images == "none":
         del part["images"]
-    return Records(keys=[key(row) for row in range(block.start, block.stop)], **part)
+    return StoreRows(keys=[key(row) for row in range(block.start, block.stop)], **part)
 
 
 def write(
@@ -87,9 +87,9 @@ def write(
     rank: int = 0,
     world: int = 1,
     resume: bool = True,
-    before_block: Callable[[Block], None] | None = None,
+    before_block: Callable[[RowBlock], None] | None = None,
 ) -> list[int]:
-    """A process's part of writing the store; returns what `finish` does."""
+    """Write one process's part of the store; returns the result of `finish`."""
     writer = StoreWriter.open(folder, manifest, resume)
     for number in writer.shards_to_do(rank, world):
         with writer.shard(number) as shard:
@@ -105,7 +105,10 @@ def files(folder: str | Path) -> dict[str, bytes]:
 
 
 def in_child(function: Callable[[], Any]) -> int:
-    """Start `function` in a forked process and return its id. It exits with 0, an error's exit code, or 1."""
+    """Start `function` in a forked process and return its id.
+
+    The process exits with 0, an error's exit code, or 1.
+    """
     child = os.fork()
     if child:
         return child
@@ -123,5 +126,5 @@ def in_child(function: Callable[[], Any]) -> int:
 
 
 def exit_code(child: int) -> int:
-    """Wait for it: its exit code, or minus the signal that killed it."""
+    """Wait for a process; returns its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

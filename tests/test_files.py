@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whoever is killed beside them."""
+"""Atomic writes: files are whole or absent, also after kills."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ files.atomic_write_text(sys.argv[1], "half")
 """
 
 
-def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+def test_leftovers_of_killed_writers_are_removed_and_live_files_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".a.json.") and left.name.endswith(".tmp")
-    handle, another = files._begin(
-        path
-    )  # its own is being written at this moment; the dead one's goes
-    files.atomic_write_text(tmp_path / "other.json", "beside it")
+    # A live writer keeps its temporary file; that of the killed one is removed.
+    handle, another = files._begin(path)
+    files.atomic_write_text(tmp_path / "other.json", "other")
     assert {one.name for one in tmp_path.iterdir()} == {Path(another).name, "other.json"}
     files.atomic_write_text(path, "whole")
     assert path.read_text() == "whole" and Path(another).exists()
@@ -39,7 +38,7 @@ def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: 
 
 
 @pytest.mark.parametrize("call", ["mkstemp", "fsync", "replace"])
-def test_an_error_names_the_file_and_not_its_temporary(
+def test_errors_name_the_file_not_its_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     def fail(*arguments: object, **more: object) -> None:
@@ -51,8 +50,8 @@ def test_an_error_names_the_file_and_not_its_temporary(
     assert found.value.filename == str(tmp_path / "a.json") and not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_export_left_comes_back_or_goes(tmp_path: Path) -> None:
-    """Killed between its two renames, it had moved the earlier export aside; killed before, it had half a new one."""
+def test_a_killed_export_is_restored_or_removed(tmp_path: Path) -> None:
+    """A kill between the renames leaves the old export moved aside; one before, half a new one."""
     pytest.importorskip("torch")
     from dad_fast.tools.export.run import _new_folder
 

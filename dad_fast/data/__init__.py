@@ -1,1 +1,1 @@
-"""Data: sources, class lists, augmentation records, loaders. A leaf of the import tree: nothing here knows models or engines."""
+"""Data: sources, class lists, augmentation records, loaders. Imports no models and no engine."""

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +28,9 @@ class ClassMap:
 
     def __post_init__(self) -> None:
         if [entry[0] for entry in self.entries] != list(range(len(self.entries))):
+            last = len(self.entries) - 1
             raise DataError(
-                f"a class list must have the ids 0 to {len(self.entries) - 1} in order, each once (--class-map)"
+                f"a class list must have the ids 0 to {last} in order, each once (--class-map)"
             )
         if not self.entries:
             raise DataError("the class list is empty (--class-map)")
@@ -54,25 +56,28 @@ class ClassMap:
 
     @classmethod
     def from_csv(cls, path: str | Path) -> ClassMap:
-        """A CSV with the header id,folder,name (any order of rows). Raises DataError that names the file and the line."""
+        """Read a CSV with the header id,folder,name and rows in any order.
+
+        Raises DataError that names the file and the line.
+        """
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 rows = csv.DictReader(file)
                 if missing := {"id", "folder", "name"} - set(rows.fieldnames or ()):
+                    names = ", ".join(sorted(missing))
                     raise DataError(
-                        f"{path}: no column {', '.join(sorted(missing))}; a class map has the header id,folder,name (--class-map)"
+                        f"{path}: no column {names}; "
+                        "a class map has the header id,folder,name (--class-map)"
                     )
                 entries = []
                 for row in rows:
-                    if (
-                        not _NUMBER.fullmatch(row["id"] or "")
-                        or not row["folder"]
-                        or not row["name"]
-                    ):
+                    number, folder, name = row["id"], row["folder"], row["name"]
+                    if not _NUMBER.fullmatch(number or "") or not folder or not name:
                         raise DataError(
-                            f"{path}, line {rows.line_num}: a class needs a number, a folder and a name (--class-map)"
+                            f"{path}, line {rows.line_num}: "
+                            "a class needs a number, a folder and a name (--class-map)"
                         )
-                    entries.append((int(row["id"]), row["folder"], row["name"]))
+                    entries.append((int(number), folder, name))
         except FileNotFoundError as error:
             raise DataError(f"no class map {path} (--class-map)") from error
         except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -84,7 +89,10 @@ class ClassMap:
 
     @classmethod
     def from_folders(cls, folder: str | Path) -> ClassMap:
-        """The sub-folders of `folder`, sorted by name; hidden ones are not classes. Raises DataError where there are none."""
+        """Take the sub-folders of `folder`, sorted by name, without hidden ones, as classes.
+
+        Raises DataError when there are none.
+        """
         folders = sorted(
             entry.name
             for entry in os.scandir(folder)
@@ -92,19 +100,16 @@ class ClassMap:
         )
         if not folders:
             raise DataError(
-                f"{folder}: no class folders in it; images belong in one folder a class"
+                f"{folder}: no class folders in it; put the images of each class in one"
             )
-        return cls(
-            tuple(
-                (i, name, text)
-                for i, (name, text) in enumerate(zip(folders, readable_names(folders), strict=True))
-            )
-        )
+        pairs = zip(folders, readable_names(folders), strict=True)
+        return cls(tuple((i, name, text) for i, (name, text) in enumerate(pairs)))
 
     def to_json(self) -> str:
-        """As UTF-8 can hold it: bytes of a folder's name that are none are JSON's own escapes, which `from_json` reads back."""
+        """Return JSON that UTF-8 can hold, for `from_json`."""
         entries = [list(entry) for entry in self.entries]
         text = json.dumps(entries, ensure_ascii=False)
+        # A folder's name that is not UTF-8 has surrogates, which JSON can escape.
         return json.dumps(entries) if _SURROGATE.search(text) else text
 
     @classmethod
@@ -120,25 +125,24 @@ class ClassMap:
 
 
 def readable_names(folders: Sequence[str]) -> list[str]:
-    """A name for each class folder: ImageNet's (timm's table) for wnids, else the folder with blanks for underscores."""
-    info = None
-    if any(_WNID.fullmatch(folder) for folder in folders):
-        info = _imagenet_22k()
+    """Return a name for each class folder.
+
+    WordNet ids get ImageNet's name (timm's table), others the folder with blanks for underscores.
+    """
     names = []
     for folder in folders:
         text = folder.replace("_", " ")
-        if info is not None and _WNID.fullmatch(folder):
-            try:
-                text = info.label_name_to_description(folder).split(",")[0]
-            except KeyError:
-                pass  # a wnid outside ImageNet-22k keeps its number
+        if _WNID.fullmatch(folder):
+            # An id outside ImageNet-22k keeps its number.
+            with suppress(KeyError):
+                text = _imagenet_22k().label_name_to_description(folder).split(",")[0]
         names.append(text)
     return names
 
 
 @lru_cache(maxsize=1)
 def _imagenet_22k() -> Any:
-    """timm's table of 22,000 names, which takes a tenth of a second to read."""
+    """Load timm's table of 22,000 names, which takes a tenth of a second."""
     from timm.data import ImageNetInfo
 
     return ImageNetInfo("imagenet-22k")

@@ -13,7 +13,8 @@ from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config, EngineConfig
 from dad_fast.data.loaders.loader import Batch
-from dad_fast.data.sources.base import Source, open_source
+from dad_fast.data.sources.base import Source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device

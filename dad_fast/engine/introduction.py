@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dad_fast.config.schema import Config
-from dad_fast.data.loaders.loader import TrainLoader, resolve_loader
+from dad_fast.data.loaders.choose import resolve_loader
+from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Components
 from dad_fast.engine.probe_features import FeatureLoader

@@ -9,9 +9,9 @@ import timm
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import Config
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.sources.base import EMBEDDED
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown
+from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.registry import METHODS
@@ -21,9 +21,7 @@ def check_splits(cfg: Config) -> None:
     """DataError for a split that an image folder lacks, and for splits of different classes."""
     data = cfg.data
     splits = data.train_split, data.val_split
-    if data.data_dir.startswith(EMBEDDED) or any(
-        find_shards(data.data_dir, split) for split in splits
-    ):
+    if is_named(data.data_dir) or any(find_shards(data.data_dir, split) for split in splits):
         return
     folders = [find_folder(Path(data.data_dir), split) for split in splits]
     if not data.class_map:

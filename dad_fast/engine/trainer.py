@@ -17,7 +17,8 @@ from dad_fast.checkpoint.state import load_for_all, restore, save, seed_generato
 from dad_fast.checkpoint.writer import Writer
 from dad_fast.config.schema import Config
 from dad_fast.config.variants import with_batch_sizes
-from dad_fast.data.loaders.loader import Batch, TrainLoader, train_loader
+from dad_fast.data.loaders.choose import train_loader
+from dad_fast.data.loaders.loader import Batch, TrainLoader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_requests
 from dad_fast.engine.build import Components, make_step

@@ -1,4 +1,4 @@
-"""What a store holds of a block of images, computed: the adversarial image's codes and pixels, and what the teacher says of them."""
+"""Adversarial images of a block for a store: codes and pixels, and the teacher's logits on them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dad_fast.methods.losses import keep_mask
 
 
 class Adversarial(NamedTuple):
-    """All on the device. The stored image is 8-bit, and `outputs` and `kept` belong to exactly these pixels."""
+    """Adversarial images on the device. `outputs` and `kept` belong to these 8-bit pixels."""
 
     images: Tensor  # uint8 [B, 3, H, W]
-    codes: Tensor | None  # int64 [B, h, w]; None where the discretizer has none
+    codes: Tensor | None  # int64 [B, h, w]; None when the discretizer has no codes
     outputs: Tensor  # float32 [B, C], the teacher's logits
-    kept: Tensor  # bool [B], the teacher still says the label
+    kept: Tensor  # bool [B], the teacher still predicts the label
     changed: Tensor | None  # float32 [B], share of codes that the attack changed
 
 
@@ -37,14 +37,14 @@ def adversarial(
     num_classes: int,
     as_stored: Callable[[Tensor], Tensor] = lambda levels: levels,
 ) -> Adversarial:
-    """The discrete adversarial images of `images` uint8 [B, 3, H, W] against `teacher`; labels, keys int64 [B]. See `perturb`.
+    """Make discrete adversarial images of `images` uint8 [B, 3, H, W] against `teacher`.
 
-    as_stored: what becomes of uint8 images on their way through the store.
+    labels, keys: int64 [B], see `perturb`.
+    as_stored: changes uint8 images as the store's encoding does.
     """
-    x = to_pixels(images)
-    base, perturbed = perturb(
-        discretizer, teacher, attack, x, soft_targets(labels, num_classes), keys, order
-    )
+    pixels = to_pixels(images)
+    targets = soft_targets(labels, num_classes)
+    base, perturbed = perturb(discretizer, teacher, attack, pixels, targets, keys, order)
     found = discretizer(perturbed)
     levels = as_stored(to_levels(found.images))
     outputs = teacher(to_pixels(levels)).float()

@@ -1,4 +1,4 @@
-"""Filling a store: the same bytes whatever the number of processes, where they are stopped and where they go on."""
+"""Computation of a store's rows: identical bytes for any number of processes, stops and resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import Config
 from dad_fast.data.augment.mixing import mix, to_pixels
 from dad_fast.data.augment.records import uses_mixing
-from dad_fast.data.loaders.blocks import Block, blocks
+from dad_fast.data.loaders.blocks import ImageBlock, blocks
 from dad_fast.data.loaders.steps import TrainSteps
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
@@ -30,27 +30,30 @@ from dad_fast.keyed_random import sample_seeds
 from dad_fast.methods.attack import PGD
 from dad_fast.models.teacher import Teacher
 from dad_fast.precompute.adversarial import adversarial
-from dad_fast.store import Block as Rows
-from dad_fast.store import Manifest, Records, StoreWriter
+from dad_fast.store import Manifest, RowBlock, StoreRows, StoreWriter
+from dad_fast.store.files import Bytes
 from dad_fast.store.images import decode_image, encode_images, on_all_cores
-from dad_fast.store.part import Bytes
 
-SHARD_BYTES = 1 << 30  # about; a shard is what is lost when a disk loses a file
+# Approximate size of a shard, which is lost when a disk loses a file.
+SHARD_BYTES = 1 << 30
 
 
 class StoreBuilder(Protocol):
-    """Computes the records of a store's rows."""
+    """Interface of what computes the records of a store's rows."""
 
     manifest: Manifest
 
-    def feed(self, rows: Sequence[Rows]) -> Iterator[Any]:
-        """What `records` needs for each of `rows`, in this order."""
+    def feed(self, rows: Sequence[RowBlock]) -> Iterator[Any]:
+        """Yield the input of `records` for each of `rows`, in this order."""
 
-    def records(self, rows: Rows, item: Any) -> Records: ...
+    def records(self, rows: RowBlock, item: Any) -> StoreRows: ...
 
 
 class AdversarialFiller:
-    """Q(x') of every image, unaugmented, against the teacher; view v draws its noise as training does in epoch v."""
+    """Q(x') of every unaugmented image against the teacher.
+
+    View v draws its noise as training does in epoch v.
+    """
 
     def __init__(
         self,
@@ -64,14 +67,12 @@ class AdversarialFiller:
         hashes: dict[str, str | None],
         device: torch.device,
     ) -> None:
-        self.cfg, self.source, self.teacher, self.discretizer, self.view, self.device = (
-            cfg,
-            source,
-            teacher,
-            discretizer,
-            view,
-            device,
-        )
+        self.cfg = cfg
+        self.source = source
+        self.teacher = teacher
+        self.discretizer = discretizer
+        self.view = view
+        self.device = device
         self.attack = PGD.from_config(cfg.attack)
         self.images = launch.images
         self.unreadable: list[str] = []
@@ -95,39 +96,47 @@ class AdversarialFiller:
             image_size=(side, side) if launch.images != "none" else (),
         )
 
-    def feed(self, rows: Sequence[Rows]) -> Iterator[Block]:
-        size, workers = self.manifest.block_size, self.cfg.data.workers
+    def feed(self, rows: Sequence[RowBlock]) -> Iterator[ImageBlock]:
         return blocks(
             self.source,
-            [r.number for r in rows],
-            size,
+            [block.number for block in rows],
+            self.manifest.block_size,
             **self.view,
-            workers=workers,
+            workers=self.cfg.data.workers,
             pin_memory=self.device.type == "cuda",
         )
 
-    def records(self, rows: Rows, item: Block) -> Records:
+    def records(self, rows: RowBlock, item: ImageBlock) -> StoreRows:
         self._note(item.unreadable)
         keys = torch.from_numpy(sample_seeds(self.cfg.seed, rows.view, item.samples.numpy()))
         images, labels, keys = (
-            t.to(self.device, non_blocking=True) for t in (item.images, item.labels, keys)
+            tensor.to(self.device, non_blocking=True) for tensor in (item.images, item.labels, keys)
         )
-        models, num_classes = (
-            (self.teacher, self.discretizer, self.attack, self.cfg.attack.order),
+        stored = _Stored(self.images)
+        found = adversarial(
+            self.teacher,
+            self.discretizer,
+            self.attack,
+            self.cfg.attack.order,
+            images,
+            labels,
+            keys,
             len(self.source.classes),
+            stored,
         )
-        n, stored = item.num_real, _Stored(self.images)
-        found = adversarial(*models, images, labels, keys, num_classes, stored)
-        return Records(
+
+        n = item.num_real
+        codes = None
+        if found.codes is not None:
+            codes = _host(pack_codes(found.codes[:n].flatten(1), self.manifest.code_bits))
+        return StoreRows(
             keys=[self.source.keys[i] for i in range(rows.start, rows.stop)],
             labels=item.labels[:n].numpy(),
             outputs=_host(found.outputs[:n]),
             readable=item.readable[:n].numpy(),
             kept=_host(found.kept[:n]),
             changed=None if found.changed is None else _host(found.changed[:n]),
-            codes=None
-            if found.codes is None
-            else _host(pack_codes(found.codes[:n].flatten(1), self.manifest.code_bits)),
+            codes=codes,
             images=stored.content(n),
         )
 
@@ -135,15 +144,19 @@ class AdversarialFiller:
         self.unreadable += names
         if len(self.unreadable) > self.source.max_bad_share * len(self.source):
             raise DataError(
-                f"{self.source.name}: {len(self.unreadable):,} of {len(self.source):,} images cannot be read any more, such as "
-                f"{self.unreadable[0]}; mend or remove them, or raise data.max_bad_share"
+                f"{self.source.name}: {len(self.unreadable):,} of {len(self.source):,} images "
+                f"cannot be read any more, such as {self.unreadable[0]}; "
+                "fix or remove them, or raise data.max_bad_share"
             )
 
 
 class _Stored:
-    """Images on their way into the store: called with levels uint8 [B, 3, H, W] it returns those that will be read again.
+    """Encoder of images on their way into the store.
 
-    JPEG changes the pixels, and the teacher's outputs must belong to the changed ones; so what is stored is encoded here, and once."""
+    A call with levels uint8 [B, 3, H, W] returns the levels that a reader will get. JPEG changes
+    the pixels, and the teacher's outputs must belong to the changed ones; so images are encoded
+    here, once.
+    """
 
     def __init__(self, form: str) -> None:
         self.form = form
@@ -162,7 +175,7 @@ class _Stored:
         return torch.from_numpy(np.stack(again)).to(levels.device).permute(0, 3, 1, 2)
 
     def content(self, num: int) -> np.ndarray | list[Bytes] | None:
-        """What a store takes of the first `num`."""
+        """Return the first `num` images in the form that a store takes."""
         if self.form == "none":
             return None
         kept = self._kept[:num]
@@ -170,9 +183,9 @@ class _Stored:
 
 
 class TargetFiller:
-    """What the teacher says of clean images as training shows them: view v is what epoch v has, mixes included.
+    """The teacher's logits on clean images as training uses them: view v is epoch v with its mixes.
 
-    A row belongs to a place in the order of its view and has the key of the sample that the order has there.
+    A row is a position in the order of its view and has the key of the sample at that position.
     """
 
     def __init__(
@@ -186,43 +199,41 @@ class TargetFiller:
         hashes: dict[str, str | None],
         device: torch.device,
     ) -> None:
-        self.cfg, self.source, self.teacher, self.img_size, self.device = (
-            cfg,
-            source,
-            teacher,
-            img_size,
-            device,
-        )
+        self.cfg = cfg
+        self.source = source
+        self.teacher = teacher
+        self.img_size = img_size
+        self.device = device
         views = {"augment": view_settings(cfg.augment), "img_size": img_size}
         self.manifest = make_manifest(cfg, launch, source, "targets", hashes, {**settings, **views})
         if uses_mixing(cfg.augment) and self.manifest.block_size % 2:
             raise UsageError(
-                f"--block-size {self.manifest.block_size}: must be even with --mixup or --cutmix, which mix images in pairs"
+                f"--block-size {self.manifest.block_size}: must be even with --mixup or --cutmix, "
+                "which mix images in pairs"
             )
 
-    def feed(self, rows: Sequence[Rows]) -> Iterator[Places]:
-        numbers = [(r.view, r.start) for r in rows]
-        places = _Places(
-            TrainSteps(
-                self.source,
-                self.cfg.augment,
-                self.img_size,
-                self.manifest.block_size,
-                self.cfg.seed,
-                0,
-                1,
-            )
+    def feed(self, rows: Sequence[RowBlock]) -> Iterator[Places]:
+        steps = TrainSteps(
+            self.source,
+            self.cfg.augment,
+            self.img_size,
+            self.manifest.block_size,
+            self.cfg.seed,
+            rank=0,
+            world=1,
         )
-        return iterate(places, numbers, self.cfg.data.workers, self.device.type == "cuda")
+        numbers = [(block.view, block.start) for block in rows]
+        pin_memory = self.device.type == "cuda"
+        return iterate(_Places(steps), numbers, self.cfg.data.workers, pin_memory)
 
     @torch.no_grad()
-    def records(self, rows: Rows, item: Places) -> Records:
+    def records(self, rows: RowBlock, item: Places) -> StoreRows:
         images, labels, kind, lam, box = (
-            t.to(self.device, non_blocking=True) for t in item.tensors
+            tensor.to(self.device, non_blocking=True) for tensor in item.tensors
         )
         mixed = mix(to_pixels(images), labels, kind, lam, box, len(self.source.classes))
         n = rows.stop - rows.start
-        return Records(
+        return StoreRows(
             keys=[self.source.keys[i] for i in item.drawn[:n].tolist()],
             labels=self.source.labels[item.drawn[:n].numpy()],
             outputs=_host(self.teacher(mixed.pixels)[:n]),
@@ -230,17 +241,18 @@ class TargetFiller:
 
 
 class Places(NamedTuple):
+    """Augmented images of consecutive positions in the order of a view."""
+
     drawn: Tensor  # int64 [B], samples
-    tensors: tuple[
-        Tensor, ...
-    ]  # images uint8 [B, 3, H, W]; labels, mix_kind, mix_lam, mix_box as in a Batch
+    # images uint8 [B, 3, H, W]; labels, mix_kind, mix_lam, mix_box as in a Batch.
+    tensors: tuple[Tensor, ...]
 
     def pin_memory(self) -> Places:
         return Places(self.drawn, tuple(tensor.pin_memory() for tensor in self.tensors))
 
 
 class _Places(Dataset[Places]):
-    """(view, first place) -> Places."""
+    """(view, first position) -> Places."""
 
     def __init__(self, steps: TrainSteps) -> None:
         self.steps = steps
@@ -262,7 +274,7 @@ def make_manifest(
     settings: dict[str, Any],
     **form: Any,
 ) -> Manifest:
-    """The manifest of a store of this data and form; shards of about SHARD_BYTES."""
+    """Make the manifest of a store of this data and form, with shards of about SHARD_BYTES."""
     outputs = launch.outputs
     if outputs.startswith("topk:") and "@" not in outputs:
         outputs += f"@{cfg.loss.temperature:g}"
@@ -285,13 +297,14 @@ def make_manifest(
     )
 
 
-def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[Records]:
-    """Write this process's part of the store, yielding each block's records once they are written. Closing it in between loses nothing.
+def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[StoreRows]:
+    """Write this process's part of the store; yields the records of each block after writing them.
 
-    Raises DataError when the folder holds a store of other settings, or the disk is full.
+    Closing the generator early loses nothing. Raises DataError when the folder holds a store with
+    other settings, or the disk is full.
     """
     writer = StoreWriter.open(folder, filler.manifest, resume=True)
-    work: list[tuple[int, Rows]] = []
+    work: list[tuple[int, RowBlock]] = []
     for number in writer.shards_to_do(rank, world):
         work += [(number, rows) for rows in writer.blocks_to_do(number)]
     feed = filler.feed([rows for _, rows in work])
@@ -305,11 +318,10 @@ def fill(filler: StoreBuilder, folder: Path, rank: int, world: int) -> Iterator[
 
 
 def estimate(filler: StoreBuilder, num_blocks: int = 3) -> float:
-    """Seconds that a block takes here, the median of a few after one that warms up."""
+    """Return the seconds per block on this machine: the median of a few after one warm-up."""
     geometry = filler.manifest.geometry
-    rows = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)][
-        : num_blocks + 1
-    ]
+    rows = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)]
+    rows = rows[: num_blocks + 1]
     times = []
     start = time.perf_counter()
     for block, item in zip(rows, filler.feed(rows), strict=True):
@@ -326,5 +338,6 @@ def _host(tensor: Tensor) -> np.ndarray:
 
 def stopped(error: type[DadFastError], done: int, folder: Path) -> DadFastError:
     return error(
-        f"stopped after {done:,} blocks of this call; all of them are in {folder}, the same command goes on"
+        f"stopped after {done:,} blocks of this call; all of them are in {folder}, "
+        "run the same command to resume"
     )

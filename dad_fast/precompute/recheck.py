@@ -1,4 +1,4 @@
-"""Computing part of a store again: on the same kind of device every bit must come out as it is stored."""
+"""Recomputation of part of a store: on the same kind of device all bits must be equal."""
 
 from __future__ import annotations
 
@@ -10,35 +10,40 @@ import numpy as np
 
 from dad_fast.errors import DataError
 from dad_fast.precompute.fill import StoreBuilder
-from dad_fast.store import AdversarialStore, Records, Store, TargetStore
-from dad_fast.store import Block as Rows
+from dad_fast.store import AdversarialStore, RowBlock, Store, StoreRows, TargetStore
 from dad_fast.store.images import decode_image
 
-DEVICE = "settings.device"  # the one setting that may differ: other devices round otherwise, which is then what is reported
+# The only setting that may differ: other devices round differently, which the report quantifies.
+DEVICE = "settings.device"
 
 
 @dataclass
 class Drift:
-    """How far the store is from what this machine computes."""
+    """Differences between a store and what this machine computes.
 
-    checked: int = 0  # readable records
+    checked: readable records. logit: largest difference. parts: number of records that differ, by
+    field. devices: both devices, when they are of different kinds.
+    """
+
+    checked: int = 0
     equal: int = 0
-    logit: float = 0.0  # largest difference
-    parts: Counter[str] = field(default_factory=Counter)  # records that differ, by what differs
-    devices: str = ""  # where they are not of one kind
+    logit: float = 0.0
+    parts: Counter[str] = field(default_factory=Counter)
+    devices: str = ""
 
     def __str__(self) -> str:
         text = f"{self.equal:,} of {self.checked:,} records are computed again bit for bit"
         if self.equal == self.checked:
             return text
         parts = ", ".join(f"{name} in {number:,}" for name, number in self.parts.items())
-        return f"{text}; differing: {parts}; largest difference of a logit {self.logit:.3g}{self.devices}"
+        largest = f"largest difference of a logit {self.logit:.3g}"
+        return f"{text}; differing: {parts}; {largest}{self.devices}"
 
 
 def recheck(filler: StoreBuilder, store: AdversarialStore | TargetStore, share: float) -> Drift:
-    """Compute a random `share` of the blocks of `store` again, other ones at every call, and compare all that is stored of them.
+    """Recompute a random `share` of the blocks of `store`, different ones each call, and compare.
 
-    Raises DataError where the filler has other settings than the store, the device aside.
+    Raises DataError when the filler's settings differ from the store's, except the device.
     """
     differences = store.manifest.differences(filler.manifest)
     devices = [text for text in differences if text.startswith(DEVICE)]
@@ -46,27 +51,27 @@ def recheck(filler: StoreBuilder, store: AdversarialStore | TargetStore, share: 
         raise DataError(f"{store.folder}: made with other settings: {'; '.join(differences[:12])}")
     geometry = store.manifest.geometry
     blocks = [block for shard in range(geometry.num_shards) for block in geometry.blocks(shard)]
-    chosen = sorted(random.sample(range(len(blocks)), max(1, round(share * len(blocks)))))
+    numbers = sorted(random.sample(range(len(blocks)), max(1, round(share * len(blocks)))))
+    chosen = [blocks[number] for number in numbers]
     drift = Drift(devices=f" ({devices[0]})" if devices else "")
-    for block, item in zip(
-        [blocks[i] for i in chosen], filler.feed([blocks[i] for i in chosen]), strict=True
-    ):
+    for block, item in zip(chosen, filler.feed(chosen), strict=True):
         _compare(store, block, filler.records(block, item), drift)
     return drift
 
 
-def _compare(store: Store, block: Rows, again: Records, drift: Drift) -> None:
+def _compare(store: Store, block: RowBlock, again: StoreRows, drift: Drift) -> None:
     manifest, rows, view = store.manifest, np.arange(block.start, block.stop), block.view
     readable = store.readable(rows, view)
     computed = np.zeros(len(block), manifest.data_dtype)
     manifest.outputs_form.encode(np.where(readable[:, None], again.outputs, 0), computed)
     outputs = manifest.outputs_form.decode(computed, manifest.num_classes).astype(np.float32)
     stored = store.outputs(rows, view).astype(np.float32)
+
+    max_differs = computed["max_logit"] != store.max_logits(rows, view)
     differs = {
-        "outputs": (outputs != stored).any(1)
-        | (computed["max_logit"] != store.max_logits(rows, view))
+        "outputs": (outputs != stored).any(1) | max_differs,
+        "labels": again.labels != store.labels(rows, view),
     }
-    differs["labels"] = again.labels != store.labels(rows, view)
     if isinstance(store, AdversarialStore):
         if again.kept is not None:
             differs["kept"] = again.kept != store.kept(rows, view)
@@ -75,17 +80,15 @@ def _compare(store: Store, block: Rows, again: Records, drift: Drift) -> None:
         if again.images is not None:
             images = again.images
             if isinstance(images, list):
-                images = np.stack(
-                    [
-                        decode_image(bytes(file), manifest.image_size, "an image just encoded")
-                        for file in images
-                    ]
-                )
+                size, name = manifest.image_size, "an image just encoded"
+                images = np.stack([decode_image(bytes(file), size, name) for file in images])
             differs["images"] = (images != store.images(rows, view)).any((1, 2, 3))
+
     same = readable.copy()
     for name, found in differs.items():
         same &= ~found
         if number := int((found & readable).sum()):
             drift.parts[name] += number
-    drift.checked, drift.equal = drift.checked + int(readable.sum()), drift.equal + int(same.sum())
+    drift.checked += int(readable.sum())
+    drift.equal += int(same.sum())
     drift.logit = max(drift.logit, float(np.abs(outputs - stored)[readable].max(initial=0)))

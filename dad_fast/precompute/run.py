@@ -1,4 +1,4 @@
-"""`dad-fast precompute`: fills a store, on one process or several; or estimates what that takes; or checks what is there."""
+"""`dad-fast precompute`: fill a store, estimate the cost, or check a store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from dad_fast.config import Config
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import StudentConfig
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.distributed.launch import (
@@ -40,17 +40,20 @@ from dad_fast.precompute.fill import (
     stopped,
 )
 from dad_fast.precompute.recheck import recheck
-from dad_fast.store import Manifest, Records, open_store
+from dad_fast.store import Manifest, StoreRows, open_store
 
 LINE_SECONDS = 10.0
 
 
 def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
-    """Returns the exit code. `arguments` are those of the command line, for the processes that --nproc starts."""
+    """Run the command and return its exit code.
+
+    arguments: those of the command line, for the processes that --nproc starts.
+    """
     nproc = number_of_processes(launch.nproc)
     if nproc > 1 and not is_worker() and not (launch.estimate or launch.check):
         code = run_processes(nproc, "precompute", arguments)
-        return code or _say_state(launch)
+        return code or _report_state(launch)
     end_with_launcher()
     rank, world = distributed.rank(), distributed.world()
     filler = make_builder(cfg, launch)
@@ -66,22 +69,19 @@ def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
             advance(records)
             if stop.error:
                 raise stopped(stop.error, done, folder)
-    return _say_state(launch) if rank == 0 and nproc == 1 else 0
+    return _report_state(launch) if rank == 0 and nproc == 1 else 0
 
 
-def _say_state(launch: StoreLaunch) -> int:
-    complete = Manifest.load(Path(launch.output)).complete
-    what = (
-        f"complete; look at it with dad-fast store info {launch.output}"
-        if complete
-        else "this part is done, others are not yet"
-    )
-    print_line(f"{launch.output}: {what}")
+def _report_state(launch: StoreLaunch) -> int:
+    state = "this part is done, others are not yet"
+    if Manifest.load(Path(launch.output)).complete:
+        state = f"complete; look at it with dad-fast store info {launch.output}"
+    print_line(f"{launch.output}: {state}")
     return 0
 
 
 def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
-    """Everything that a user can get wrong fails here, before a file is written."""
+    """Load data and models. All errors of settings are raised here, before a file is written."""
     device = resolve_device(cfg.device)
     source = open_source(
         cfg.data.data_dir,
@@ -109,8 +109,12 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
 
 
 def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
-    """The student's view of an image in evaluation; without a student, the teacher's size and timm's usual crop."""
-    aug, size, crop_pct, interpolation = cfg.augment, teacher_size, 0.875, "bicubic"
+    """Return the student's evaluation transform.
+
+    Without a student: the teacher's size and timm's usual crop.
+    """
+    aug = cfg.augment
+    size, crop_pct, interpolation = teacher_size, 0.875, "bicubic"
     if cfg.student.name:
         architecture = StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs)
         student = build_student(architecture, num_classes, aug.img_size)
@@ -124,24 +128,25 @@ def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
 
 def _estimate(filler: StoreBuilder, world: int, folder: Path) -> int:
     manifest = filler.manifest
+    geometry = manifest.geometry
     seconds = estimate(filler)
-    blocks = sum(
-        len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards)
-    )
+    blocks = sum(len(geometry.blocks(shard)) for shard in range(geometry.num_shards))
     images = manifest.num_samples * manifest.num_views
     print(
-        f"{manifest.num_samples:,} images, {manifest.num_views} views, blocks of {manifest.block_size}"
+        f"{manifest.num_samples:,} images, {manifest.num_views} views, "
+        f"blocks of {manifest.block_size}"
     )
-    print(
-        f"time    {format_seconds(seconds * blocks / world)} on {world} process{'es' if world > 1 else ''} like this one "
-        f"({manifest.block_size / seconds:,.0f} img/s each)"
-    )
+    total = format_seconds(seconds * blocks / world)
+    processes = f"{world} process{'es' if world > 1 else ''}"
+    rate = manifest.block_size / seconds
+    print(f"time    {total} on {processes} like this one ({rate:,.0f} img/s each)")
     for kind, size in manifest.bytes_per_sample.items():
         if size:
             most = "at most " if kind == "images" and manifest.images != "raw" else ""
             print(f"{kind:<7} {most}{size:,} bytes an image, {most}{_bytes(size * images)}")
     disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    whole, free = images * sum(manifest.bytes_per_sample.values()), shutil.disk_usage(disk).free
+    whole = images * sum(manifest.bytes_per_sample.values())
+    free = shutil.disk_usage(disk).free
     print(f"disk    {_bytes(whole)} in all, {_bytes(free)} free in {disk}")
     return 0
 
@@ -151,31 +156,31 @@ def _check(filler: StoreBuilder, launch: StoreLaunch) -> int:
     print(drift)
     if drift.equal < drift.checked and not drift.devices:
         raise DataError(
-            f"{launch.output}: not what this machine computes; other versions or hardware round differently, but a large "
-            "difference means damage (dad-fast store verify), or another teacher, discretizer or data"
+            f"{launch.output}: not what this machine computes; other versions or hardware round "
+            "differently, but a large difference means damage (dad-fast store verify), "
+            "or another teacher, discretizer or data"
         )
     return 0
 
 
 @contextmanager
 def _progress(filler: StoreBuilder, rank: int, world: int) -> Iterator[Any]:
-    """A callback for each block's records: a bar on a terminal, else a line now and then. The first process shows its own share."""
+    """Yield a callback for each block's records: a bar on a terminal, else a line now and then.
+
+    The first process shows its own share.
+    """
     manifest = filler.manifest
-    total = len(
-        [
-            b
-            for s in range(rank, manifest.geometry.num_shards, world)
-            for b in manifest.geometry.blocks(s)
-        ]
-    )
+    shards = range(rank, manifest.geometry.num_shards, world)
+    total = sum(len(manifest.geometry.blocks(shard)) for shard in shards)
     start = last = time.monotonic()
     done = images = kept = 0
     changed: list[float] = []
     terminal = sys.stderr.isatty()
 
-    def advance(records: Records) -> None:
+    def advance(records: StoreRows) -> None:
         nonlocal done, images, kept, last
-        done, images = done + 1, images + len(records.keys)
+        done += 1
+        images += len(records.keys)
         kept += int(records.kept.sum()) if records.kept is not None else 0
         if records.changed is not None:
             changed.append(float(np.nanmean(records.changed)))
@@ -192,12 +197,10 @@ def _progress(filler: StoreBuilder, rank: int, world: int) -> Iterator[Any]:
         if rank or not due:
             return
         last = now
-        print(
-            f"\r\x1b[K{text}" if terminal else text,
-            end="" if terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        if terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     try:
         yield advance

@@ -1,4 +1,4 @@
-"""The stored, training form of images: raw, lossless WebP or JPEG."""
+"""Stored form of images: raw, lossless WebP or JPEG."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ from PIL import Image
 
 from dad_fast.cores import usable_cores
 from dad_fast.errors import DataError, UsageError
-from dad_fast.store.part import Bytes
+from dad_fast.store.files import Bytes
 
 T = TypeVar("T")
 
 
 def check_images_form(form: str) -> None:
-    """Raises UsageError for anything but `none`, `raw`, `webp` and `jpeg:Q`, 1 <= Q <= 100."""
+    """Raise UsageError unless `form` is `none`, `raw`, `webp` or `jpeg:Q`, 1 <= Q <= 100."""
     found = re.fullmatch(r"none|raw|webp|jpeg:([1-9]\d{0,2})", form)
     if not found or int(found[1] or 1) > 100:
         raise UsageError(
-            f"images {form!r}: write none, raw, webp (lossless) or jpeg:Q with a quality from 1 to 100, such as jpeg:95"
+            f"images {form!r}: write none, raw, webp (lossless) or jpeg:Q "
+            "with a quality from 1 to 100, such as jpeg:95"
         )
 
 
 def encode_image(image: np.ndarray, form: str) -> Bytes:
-    """uint8 [H, W, 3] -> what is stored; of raw images not a copy. JPEG keeps the colours' resolution (4:4:4): it is the attack's too."""
+    """Encode uint8 [H, W, 3]; a raw image is not copied.
+
+    JPEG keeps the resolution of colours (4:4:4), since the attack changes colours too.
+    """
     if form == "raw":
         return np.ascontiguousarray(image).reshape(-1).data
     file = io.BytesIO()
     if form == "webp":
-        Image.fromarray(image).save(
-            file, "WEBP", lossless=True, exact=True, method=2
-        )  # 4 saves 4 % and takes three times as long
+        # Method 4 saves 4 % and takes three times as long.
+        Image.fromarray(image).save(file, "WEBP", lossless=True, exact=True, method=2)
     else:
-        Image.fromarray(image).save(
-            file, "JPEG", quality=int(form.partition(":")[2]), subsampling=0
-        )
+        quality = int(form.partition(":")[2])
+        Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling=0)
     return file.getvalue()
 
 
 def encode_images(images: np.ndarray, form: str) -> list[Bytes]:
-    """`encode_image` of uint8 [N, H, W, 3]."""
+    """Encode uint8 [N, H, W, 3] with `encode_image`."""
     return on_all_cores(lambda image: encode_image(image, form), images, form)
 
 
 def stored_files(images: np.ndarray | list[Bytes], form: str, readable: np.ndarray) -> list[Bytes]:
-    """What is stored of each of n images, uint8 [n, H, W, 3] or encoded already; of those not `readable` nothing, or black if raw.
+    """Return the stored bytes of n images, given as uint8 [n, H, W, 3] or encoded already.
 
-    Raises ValueError for images that are neither."""
+    Images that are not `readable` get no bytes, or black pixels if raw. Raises ValueError for
+    images in neither form.
+    """
     if isinstance(images, list):
         if len(images) != len(readable) or form == "raw":
             raise ValueError(
@@ -66,21 +70,22 @@ def stored_files(images: np.ndarray | list[Bytes], form: str, readable: np.ndarr
 
 
 def on_all_cores(function: Callable[[Any], T], items: Iterable[Any], form: str) -> list[T]:
-    """[function(item), …]; in threads where images are encoded, since the codecs hold no interpreter lock."""
+    """Return [function(item), …], in threads for encoded forms: the codecs release the GIL."""
     if form == "raw":
         return [function(item) for item in items]
-    cores = usable_cores()
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return list(pool.map(function, items))
 
 
 def decode_image(content: bytes, size: tuple[int, ...], name: str) -> np.ndarray:
-    """uint8 [H, W, 3]. Raises DataError when it is not an image of that size."""
+    """Decode to uint8 [H, W, 3]. Raises DataError when it is not an image of that size."""
     try:
         with Image.open(io.BytesIO(content), formats=("WEBP", "JPEG")) as image:
-            if image.size != (size[1], size[0]):  # before its pixels are decoded
+            # Checked before the pixels are decoded.
+            if image.size != (size[1], size[0]):
                 raise DataError(
-                    f"{name}: {image.size[0]}x{image.size[1]} pixels where the manifest says {size[1]}x{size[0]}"
+                    f"{name}: {image.size[0]}x{image.size[1]} pixels, "
+                    f"{size[1]}x{size[0]} in the manifest"
                 )
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

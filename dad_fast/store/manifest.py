@@ -1,7 +1,8 @@
-"""manifest.json: everything that made a store, how its bytes are laid out, and its checksums.
+"""manifest.json: the settings that made a store, the layout of its bytes, and its checksums.
 
-It is canonical JSON (sorted keys, one form of every value) without times, hosts or paths, so that the same settings give the same bytes on
-any machine. It names no files: their names follow from the shard's number.
+It is canonical JSON (sorted keys, one form of every value) without times, hosts or paths, so that
+the same settings give the same bytes on any machine. It names no files: their names follow from the
+shard's number.
 """
 
 from __future__ import annotations
@@ -35,27 +36,28 @@ FLAGS = {
     "images": "--images",
     "outputs": "--outputs",
 }
-_LARGEST = (
-    1 << 28
-)  # bytes of a manifest, samples, records of a shard: more is not a store but an attempt to exhaust memory
+# Limit of a manifest's bytes, of samples and of records of a shard, against exhaustion of memory.
+_LARGEST = 1 << 28
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store holds and what made it.
+    """Content and settings of a store.
 
     Args:
-        kind: `adversarial` (Q(x') and the teacher's outputs on it) or `targets` (the teacher's outputs on augmented, mixed clean views).
+        kind: `adversarial` (Q(x') and the teacher's outputs on it) or `targets` (the teacher's
+            outputs on augmented, mixed clean views).
         classes: (id, folder, name) of every class, in the order of the outputs.
         source: the fingerprint of the data set.
-        settings: every setting that decides a record's content, such as attack, discretizer, teacher, augmentation, precision, seed;
-            nested dicts of plain values.
+        settings: every setting that decides a record's content, such as attack, discretizer,
+            teacher, augmentation, precision, seed; nested dicts of plain values.
         hashes: SHA-256 by name, such as teacher and discretizer.
         num_samples: of each view, unreadable ones included. num_views: draws per sample.
         block_size, blocks_per_shard: see layout.py.
         outputs: `full` or `topk:K@T`.
-        code_bits, code_grid: bits of a code and (h, w) of an image's codes; 0 and () where the discretizer has none.
+        code_bits, code_grid: bits of a code and (h, w) of an image's codes; 0 and () when the
+            discretizer has no codes.
         images, image_size: `none`, `raw`, `webp` or `jpeg:Q`, and (H, W); () without images.
         shards: SHA-256 of each shard's files by kind; () until the store is complete.
 
@@ -87,11 +89,11 @@ class Manifest:
             ("block_size", 65536),
             ("blocks_per_shard", 65536),
         ):
-            if not 1 <= getattr(self, name) <= most:
-                raise UsageError(
-                    f"a store's {name} is from 1 to {most:,}, not {getattr(self, name):,}"
-                )
-        ClassMap(tuple(self.classes))  # raises for a list that is none
+            number = getattr(self, name)
+            if not 1 <= number <= most:
+                raise UsageError(f"a store's {name} is from 1 to {most:,}, not {number:,}")
+        # Raises for an invalid list.
+        ClassMap(tuple(self.classes))
         form = OutputsForm.parse(self.outputs, len(self.classes))
         object.__setattr__(self, "outputs", str(form))
         object.__setattr__(self, "settings", plain(self.settings))
@@ -104,7 +106,8 @@ class Manifest:
             pair = getattr(self, name)
             if len(pair) != 2 * wanted or not all(1 <= side <= 8192 for side in pair):
                 raise UsageError(
-                    f"a store's {name} {list(pair)} does not fit its code_bits {self.code_bits} and images {self.images}"
+                    f"a store's {name} {list(pair)} does not fit its code_bits {self.code_bits} "
+                    f"and images {self.images}"
                 )
         if not 0 <= self.code_bits <= 32:
             raise UsageError(f"a store's codes have 0 to 32 bits, not {self.code_bits}")
@@ -112,14 +115,14 @@ class Manifest:
             raise UsageError("a store of targets holds neither codes nor images")
         if self.kind == "adversarial" and not self.code_bits and self.images == "none":
             raise UsageError(
-                "this discretizer has no codes: store images, for there would be nothing else to train on (--images)"
+                "this discretizer has no codes, so there is nothing to train on: "
+                "store images (--images)"
             )
-        if (
-            self.geometry.num_shards > 999_999
-            or self.geometry.rows_per_shard * max(self.bytes_per_sample.values()) > _LARGEST << 12
-        ):
+        shard_bytes = self.geometry.rows_per_shard * max(self.bytes_per_sample.values())
+        if self.geometry.num_shards > 999_999 or shard_bytes > _LARGEST << 12:
             raise UsageError(
-                "shards that are too many or too large: choose another block_size or blocks_per_shard"
+                "shards that are too many or too large: "
+                "choose another block_size or blocks_per_shard"
             )
 
     @cached_property
@@ -140,12 +143,12 @@ class Manifest:
 
     @property
     def num_codes(self) -> int:
-        """Codes of an image."""
+        """Number of codes of an image."""
         return math.prod(self.code_grid) if self.code_bits else 0
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of an image's codes, packed."""
+        """Bytes of an image's packed codes."""
         return -(-self.num_codes * self.code_bits // 8)
 
     @cached_property
@@ -154,12 +157,12 @@ class Manifest:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The kinds of files of a shard."""
+        """Kinds of files of a shard."""
         return ("index", "data") if self.images == "none" else ("index", "data", "images")
 
     @cached_property
     def bytes_per_sample(self) -> dict[str, int]:
-        """Of each view, by kind of file; for webp and jpeg an upper bound, the raw size."""
+        """Bytes of a sample and view, by kind of file; the raw size bounds webp and jpeg."""
         images = math.prod((*self.image_size, 3)) if self.image_size else 0
         return {"index": INDEX.itemsize, "data": self.data_dtype.itemsize, "images": images}
 
@@ -185,7 +188,11 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """Raises DataError when there is none, or it is damaged, of another version, or not one that this program writes."""
+        """Read a folder's manifest.
+
+        Raises DataError when it is missing, damaged, of another version, or in another form than
+        this program writes.
+        """
         path = Path(folder) / MANIFEST
         try:
             if path.stat().st_size > _LARGEST:
@@ -205,7 +212,8 @@ class Manifest:
                 raise DataError(f"{name}: not the manifest of a store")
             if document.get("version") != VERSION:
                 raise DataError(
-                    f"{name}: format version {document.get('version')}; this program reads version {VERSION}"
+                    f"{name}: format version {document.get('version')}; "
+                    f"this program reads version {VERSION}"
                 )
             checksum = document.pop("checksum", None)
             if checksum != hashlib.sha256(_canonical(document)).hexdigest():
@@ -222,9 +230,8 @@ class Manifest:
                     f"{name}: not written as this program writes it: it is damaged or was edited"
                 )
         except (DataError, UsageError) as error:
-            raise DataError(
-                str(error) if str(error).startswith(name) else f"{name}: {error}"
-            ) from error
+            text = str(error)
+            raise DataError(text if text.startswith(name) else f"{name}: {text}") from error
         except (
             ValueError,
             TypeError,
@@ -265,29 +272,28 @@ class Manifest:
         if manifest.shards:
             if len(manifest.shards) != manifest.geometry.num_shards:
                 raise DataError(
-                    f"{len(manifest.shards)} checksums of shards where there are {manifest.geometry.num_shards} shards"
+                    f"{len(manifest.shards)} checksums for {manifest.geometry.num_shards} shards"
                 )
             for shard in manifest.shards:
-                if tuple(sorted(shard)) != tuple(sorted(manifest.files)) or not all(
-                    _HEX.fullmatch(str(value)) for value in shard.values()
-                ):
+                are_hashes = all(_HEX.fullmatch(str(value)) for value in shard.values())
+                if sorted(shard) != sorted(manifest.files) or not are_hashes:
                     raise DataError("a shard's checksums are not SHA-256 of its files")
         return manifest
 
     def differences(
         self, other: Manifest, mine: str = "the store", theirs: str = "this run"
     ) -> list[str]:
-        """One text for each setting in which two manifests differ; checksums of shards aside."""
+        """Describe each setting in which two manifests differ, except the checksums of shards."""
         if self.kind != other.kind:
             return [f"kind: {self.kind} in {mine}, {other.kind} in {theirs}"]
         ours, others = (_flat(asdict(manifest.with_shards(()))) for manifest in (self, other))
-        names = sorted(set(ours) | set(others))
-        missing = "nothing"
-        return [
-            f"{FLAGS.get(name, name)}: {_short(ours.get(name, missing))} in {mine}, {_short(others.get(name, missing))} in {theirs}"
-            for name in names
-            if ours.get(name, missing) != others.get(name, missing)
-        ]
+        texts = []
+        for name in sorted(set(ours) | set(others)):
+            our, their = (values.get(name, "nothing") for values in (ours, others))
+            if our != their:
+                flag = FLAGS.get(name, name)
+                texts.append(f"{flag}: {_short(our)} in {mine}, {_short(their)} in {theirs}")
+        return texts
 
 
 def _canonical(value: Any) -> bytes:
@@ -297,13 +303,12 @@ def _canonical(value: Any) -> bytes:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            key: item
-            for part in value
-            for key, item in _flat(value[part], f"{name}.{part}" if name else part).items()
-        }
-    return {name: value}
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    found = {}
+    for part in value:
+        found.update(_flat(value[part], f"{name}.{part}" if name else part))
+    return found
 
 
 def _short(value: Any) -> str:

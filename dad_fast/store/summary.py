@@ -1,4 +1,4 @@
-"""What there is to say of a store, as text."""
+"""Summary of a store as text."""
 
 from __future__ import annotations
 
@@ -17,25 +17,20 @@ BINS = 10
 
 
 def describe(folder: str | Path) -> Iterator[str]:
-    """Lines; the whole index is read. Raises DataError when the folder is no store."""
+    """Yield the lines; reads the whole index. Raises DataError when the folder is no store."""
     folder = Path(folder)
     manifest = Manifest.load(folder)
     geometry = manifest.geometry
     missing = missing_shards(folder, manifest)
-    state = (
-        f"shards {some(missing)} of {geometry.num_shards:,} missing"
-        if missing
-        else "complete"
-        if manifest.complete
-        else "not finished"
-    )
+    state = "complete" if manifest.complete else "not finished"
+    if missing:
+        state = f"shards {some(missing)} of {geometry.num_shards:,} missing"
     yield f"{folder}: {manifest.kind} store, {state}"
+
     index = _read_index(folder, manifest)
     readable = index["flags"] & READABLE != 0
-    yield _line(
-        "samples",
-        f"{manifest.num_samples:,} in {_count(manifest.num_views, 'view')}, {manifest.num_classes:,} classes",
-    )
+    views = _count(manifest.num_views, "view")
+    yield _line("samples", f"{manifest.num_samples:,} in {views}, {manifest.num_classes:,} classes")
     if num_bad := int((~readable).sum()):
         yield _line("unreadable", f"{num_bad:,} of {len(index):,}, stored without outputs")
     blocks = min(manifest.blocks_per_shard, -(-manifest.num_samples // manifest.block_size))
@@ -49,40 +44,34 @@ def describe(folder: str | Path) -> Iterator[str]:
             "codes", f"{grid} of {manifest.code_bits} bits, {manifest.code_bytes:,} B an image"
         )
     yield _line("outputs", _outputs(manifest))
-    sizes = file_sizes(folder)
     if manifest.images != "none":
         stored = int(index["image_bytes"].sum()) / max(1, int(readable.sum()))
-        yield _line(
-            "images",
-            f"{manifest.images}, {'x'.join(map(str, manifest.image_size))} pixels, {stored:,.0f} B an image",
-        )
-    total = sum(max(0, size) for size in sizes.values())
+        size = "x".join(map(str, manifest.image_size))
+        yield _line("images", f"{manifest.images}, {size} pixels, {stored:,.0f} B an image")
+    total = sum(max(0, size) for size in file_sizes(folder).values())
     yield _line(
         "on disk", f"{_bytes(total)}, {total / max(1, len(index)):,.0f} B a sample and view"
     )
+
     if manifest.kind == "adversarial" and readable.any():
         kept = (index["flags"] & KEPT != 0)[readable]
-        yield _line(
-            "kept",
-            f"{kept.mean():.1%} by the teacher"
-            + _by_view(index["view"][readable], kept, manifest.num_views),
-        )
+        by_view = _by_view(index["view"][readable], kept, manifest.num_views)
+        yield _line("kept", f"{kept.mean():.1%} by the teacher{by_view}")
         changed = index["changed"][readable]
         if not np.isnan(changed).all():
             yield _line("codes changed", f"{np.nanmean(changed):.1%} of an image's on average")
             yield from _histogram(changed[~np.isnan(changed)])
+
     yield "made by"
-    for name, value in sorted(
-        _flat(
-            {"settings": manifest.settings, "hash": {**manifest.hashes, "source": manifest.source}}
-        ).items()
-    ):
+    hashes = {**manifest.hashes, "source": manifest.source}
+    values = _flat({"settings": manifest.settings, "hash": hashes})
+    for name, value in sorted(values.items()):
         yield f"  {name} = {value}"
     yield _line("checksum", manifest.checksum)
 
 
 def _read_index(folder: Path, manifest: Manifest) -> np.ndarray:
-    """INDEX records of all shards that are there."""
+    """Read the INDEX records of all finished shards."""
     parts = [
         np.fromfile(folder / shard_file(shard, "index"), INDEX)
         for shard in finished_shards(folder, manifest)
@@ -95,7 +84,8 @@ def _outputs(manifest: Manifest) -> str:
     form = manifest.outputs_form
     if not form.k:
         return f"full, {num_bytes:,} B (16-bit logits of {manifest.num_classes:,} classes)"
-    return f"the {form.k} largest of {manifest.num_classes:,}, and the others' mass at temperature {form.temperature:g}, {num_bytes:,} B"
+    mass = f"the others' mass at temperature {form.temperature:g}"
+    return f"the {form.k} largest of {manifest.num_classes:,}, and {mass}, {num_bytes:,} B"
 
 
 def _by_view(views: np.ndarray, kept: np.ndarray, num_views: int) -> str:
@@ -106,12 +96,12 @@ def _by_view(views: np.ndarray, kept: np.ndarray, num_views: int) -> str:
 
 
 def _histogram(values: np.ndarray) -> Iterator[str]:
-    """Ten bins from 0 to a round share that holds all but the largest thousandth; the last bin holds those too."""
-    top = next(
-        limit
-        for limit in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-        if limit >= np.quantile(values, 0.999) or limit == 1.0
-    )
+    """Draw ten bins from 0 to a round share that holds 99.9 % of the values.
+
+    The last bin also holds the larger values.
+    """
+    needed = np.quantile(values, 0.999)
+    top = next((limit for limit in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if limit >= needed), 1.0)
     counts, _ = np.histogram(np.minimum(values, top), bins=BINS, range=(0, top))
     digits = 1 if top <= 0.05 else 0
     for i, count in enumerate(counts):

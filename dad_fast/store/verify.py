@@ -1,4 +1,4 @@
-"""Checking a store, byte for byte, and joining parts that were written on different machines."""
+"""Verification of a store, byte for byte, and merging of parts from different machines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from dad_fast.errors import DataError
 from dad_fast.files import disk_error
+from dad_fast.store.files import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.layout import INDEX, broken_rows, shard_file
-from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
 from dad_fast.store.state import (
     SUMS,
@@ -29,13 +29,20 @@ from dad_fast.store.state import (
 from dad_fast.store.writer import StoreWriter
 
 _CHUNK = 1 << 24
-_NAMED = 20  # rows of a shard that are named
+# Bad rows of a shard that get a line each.
+_NAMED = 20
+
+
+_RERUN = "run the command that made the store again"
 
 
 def verify(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Read every byte of a store, finished or not. Returns what is wrong, one line each with the mend where there is one; [] = nothing.
+    """Read every byte of a store, finished or not, and return its problems, [] when there are none.
 
-    progress: called with bytes done and bytes in all. Raises DataError when the manifest itself cannot be used.
+    A problem is one line, with its fix where there is one.
+
+    progress: called with bytes done and bytes in total. Raises DataError when the manifest itself
+    cannot be used.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
@@ -50,19 +57,18 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] | None = Non
         if progress:
             progress(done, total)
     if not manifest.complete:
+        problem = "all shards are there, unfinished"
         missing = missing_shards(folder, manifest)
-        what = (
-            f"shards {some(missing)} of {manifest.geometry.num_shards:,} are missing"
-            if missing
-            else "all shards are there, unfinished"
-        )
-        problems.append(f"{what}; run the command that made the store again")
+        if missing:
+            problem = f"shards {some(missing)} of {manifest.geometry.num_shards:,} are missing"
+        problems.append(f"{problem}; {_RERUN}")
     return problems
 
 
 def _wrong_files(manifest: Manifest, sizes: dict[str, int]) -> list[str]:
-    """Files that are missing, of the wrong size, or not the store's."""
-    problems, known = [], {MANIFEST}
+    """Return the files that are missing, of the wrong size, or not the store's."""
+    problems = []
+    known = {MANIFEST}
     for shard in range(manifest.geometry.num_shards):
         begun = manifest.complete or shard_file(shard, SUMS) in sizes
         if not manifest.complete:
@@ -73,14 +79,13 @@ def _wrong_files(manifest: Manifest, sizes: dict[str, int]) -> list[str]:
                 MANIFEST + LOCK,
             }
         for kind in manifest.files:
-            name, wanted = shard_file(shard, kind), expected_size(manifest, shard, kind)
+            name = shard_file(shard, kind)
+            wanted = expected_size(manifest, shard, kind)
             known |= {name} if manifest.complete else {name, name + PART}
             if begun and sizes.get(name, -1) < 0:
-                problems.append(f"{name}: missing; run the command that made the store again")
+                problems.append(f"{name}: missing; {_RERUN}")
             elif begun and wanted not in (None, sizes[name]):
-                problems.append(
-                    f"{name}: {sizes[name]:,} bytes, not {wanted:,}; run the command that made the store again"
-                )
+                problems.append(f"{name}: {sizes[name]:,} bytes, not {wanted:,}; {_RERUN}")
     problems += [
         f"{name}: does not belong to the store; remove it" for name in sorted(set(sizes) - known)
     ]
@@ -88,48 +93,47 @@ def _wrong_files(manifest: Manifest, sizes: dict[str, int]) -> list[str]:
 
 
 def _wrong_shard(folder: Path, manifest: Manifest, shard: int) -> list[str]:
-    """What the checksums of a shard, whose files have their sizes, say."""
+    """Check the checksums of a shard whose files have their sizes, and return the problems."""
     sums = recorded_sums(folder, manifest, shard)
     assert sums is not None
     problems = []
     for kind in manifest.files:
-        if _sha256(folder / shard_file(shard, kind)) != sums[kind]:
-            mend = "remove the shard's files and run the command that made the store again"
+        name = shard_file(shard, kind)
+        if _sha256(folder / name) != sums[kind]:
             problems.append(
-                f"{shard_file(shard, kind)}: not the bytes that were written (SHA-256); {mend}"
+                f"{name}: not the bytes that were written (SHA-256); "
+                f"remove the shard's files and {_RERUN}"
             )
+
     view, start, stop = manifest.geometry.place(shard)
-    index = np.memmap(folder / shard_file(shard, "index"), INDEX, "r").view(np.ndarray)
-    data = (
-        np.memmap(folder / shard_file(shard, "data"), np.uint8, "r")
-        .reshape(stop - start, -1)
-        .view(np.ndarray)
-    )
-    bad = broken_rows(index, data, view, start)
+    index_name = shard_file(shard, "index")
+    index = np.memmap(folder / index_name, INDEX, "r").view(np.ndarray)
+    content = np.memmap(folder / shard_file(shard, "data"), np.uint8, "r").view(np.ndarray)
+    bad = broken_rows(index, content.reshape(stop - start, -1), view, start)
     for i in np.flatnonzero((index["label"] < 0) | (index["label"] >= manifest.num_classes)):
-        bad.setdefault(
-            start + int(i),
-            f"its label {index['label'][i]} is none of the {manifest.num_classes} classes",
-        )
+        label = index["label"][i]
+        why = f"its label {label} is none of the {manifest.num_classes} classes"
+        bad.setdefault(start + int(i), why)
     if "images" in manifest.files:
         bad |= _wrong_images(folder / shard_file(shard, "images"), index, start, bad)
+
     problems += [
-        f"{shard_file(shard, 'index')}: row {row} of view {view}: {why}"
+        f"{index_name}: row {row} of view {view}: {why}"
         for row, why in sorted(bad.items())[:_NAMED]
     ]
     if len(bad) > _NAMED:
-        problems.append(
-            f"{shard_file(shard, 'index')}: {len(bad) - _NAMED:,} more rows of view {view}"
-        )
+        problems.append(f"{index_name}: {len(bad) - _NAMED:,} more rows of view {view}")
     return problems
 
 
 def _wrong_images(
     path: Path, index: np.ndarray, start: int, known: Mapping[int, str]
 ) -> dict[int, str]:
-    """Rows that are not `known` as bad and whose image is."""
+    """Return rows with a bad image, except those `known` as bad."""
     bad: dict[int, str] = {}
-    size, end = path.stat().st_size, 0  # of the image before; -1 where only a damaged record knows
+    size = path.stat().st_size
+    # End of the previous image; -1 after a damaged record, which alone knows it.
+    end = 0
     with open(path, "rb") as file:
         for row, record in enumerate(index, start):
             if row in known:
@@ -137,17 +141,13 @@ def _wrong_images(
                 continue
             first, length = int(record["image_start"]), int(record["image_bytes"])
             file.seek(min(first, size))
-            if (
-                end not in (-1, first)
-                or length > size
-                or zlib.crc32(file.read(length)) != record["image_crc"]
-            ):
+            misplaced = end not in (-1, first) or length > size
+            if misplaced or zlib.crc32(file.read(length)) != record["image_crc"]:
                 bad[row] = "its image is damaged"
             end = first + length
     if end not in (-1, size):
-        bad.setdefault(
-            start + len(index) - 1, f"the images end at byte {end:,}, the file at {size:,}"
-        )
+        last = start + len(index) - 1
+        bad.setdefault(last, f"the images end at byte {end:,}, the file at {size:,}")
     return bad
 
 
@@ -156,12 +156,13 @@ def merge(
     into: str | Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[int]:
-    """Bring the finished shards of parts of one store together in `into`, new or one of the parts. Shards are linked where the file system
-    can, else copied; their checksums are checked on the way.
+    """Collect the finished shards of a store's parts in `into`, a new folder or one of the parts.
 
-    Returns the shards that are still missing; [] when the store is complete.
+    Shards are linked where the file system allows it, else copied; their checksums are verified.
+    Returns the shards that are still missing, [] when the store is complete.
 
-    Raises DataError when parts were made with other settings, hold different versions of a shard, or one that is damaged.
+    Raises DataError when parts were made with different settings, hold different versions of a
+    shard, or a damaged one.
     """
     folders = [Path(source) for source in sources]
     manifests = [Manifest.load(folder) for folder in folders]
@@ -180,7 +181,8 @@ def merge(
             first = found.setdefault(shard, (folder, sums))
             if first[1] != sums:
                 raise DataError(
-                    f"shard {shard} is not the same in {first[0]} and in {folder}; remove it from one of them (were they computed alike?)"
+                    f"shard {shard} is not the same in {first[0]} and in {folder}; "
+                    "remove it from one of them (were they computed alike?)"
                 )
     for number, (shard, (folder, sums)) in enumerate(sorted(found.items()), 1):
         if folder != into:
@@ -201,14 +203,16 @@ def _bring(folder: Path, into: Path, shard: int, sums: dict[str, str]) -> None:
         source, target = folder / shard_file(shard, kind), into / shard_file(shard, kind)
         if _sha256(source) != wanted:
             raise DataError(
-                f"{source}: not the bytes that were written (SHA-256); dad-fast store verify {folder} says more"
+                f"{source}: not the bytes that were written (SHA-256); "
+                f"dad-fast store verify {folder} lists the damage"
             )
         part = target.with_name(target.name + PART)
         part.unlink(missing_ok=True)
         try:
             try:
                 os.link(source, part)
-            except OSError:  # another file system, or one without links
+            except OSError:
+                # Another file system, or one without links.
                 shutil.copyfile(source, part)
                 with open(part, "rb") as file:
                     os.fsync(file.fileno())

@@ -1,14 +1,15 @@
-"""Writing a store: any number of processes, killed at any moment, and the bytes are the same.
+"""Writer of stores: identical bytes from any number of processes, also after kills at any moment.
 
     writer = StoreWriter.open(folder, manifest, resume=True)
     for number in writer.shards_to_do(rank, world):
         with writer.shard(number) as shard:
             for block in shard.todo():
-                shard.append(Records(...))       # rows block.start … block.stop - 1 of block.view
-    missing = writer.finish()                    # [] when all shards are there, by whichever process comes last
+                shard.append(StoreRows(...))       # rows block.start … block.stop - 1 of block.view
+    missing = writer.finish()                    # [] when all shards are finished, by any process
 
-A shard is written under its own lock into `.part` files, block by block. Who opens it again checks every record's checksums and goes on
-after the last whole block, so that at most one block is computed twice.
+A shard is written under its own lock into `.part` files, block by block. Reopening checks the
+checksums of every record and resumes after the last whole block, so that at most one block is
+computed twice.
 """
 
 from __future__ import annotations
@@ -25,21 +26,20 @@ import numpy as np
 
 from dad_fast.errors import DataError, NotFinite, UsageError
 from dad_fast.files import disk_error, sync
+from dad_fast.store.files import LOCK, PART, Busy, Bytes, Part, locked, write_whole
 from dad_fast.store.images import stored_files
 from dad_fast.store.layout import (
     INDEX,
     KEPT,
     READABLE,
-    Block,
+    RowBlock,
     broken_rows,
     crcs,
     hash_keys,
     seal,
     shard_file,
 )
-from dad_fast.store.lock import LOCK, PART, Busy, locked, write_whole
 from dad_fast.store.manifest import MANIFEST, Manifest
-from dad_fast.store.part import Bytes, Part
 from dad_fast.store.state import (
     SUMS,
     finished_shards,
@@ -49,19 +49,22 @@ from dad_fast.store.state import (
     sums_text,
 )
 
-SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
+# Work that a power cut may lose; a killed process loses nothing that was written.
+SYNC_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Records:
-    """The rows of a block, in their order, without padding. Arrays or CPU tensors.
+class StoreRows:
+    """Rows of a block, in order, without padding. Arrays or CPU tensors.
 
-    keys: [n] of the samples, as the source names them; labels: int [n]
+    keys: [n] of the samples, from the source; labels: int [n]
     outputs: float [n, C], the teacher's logits
-    readable: bool [n], False for samples whose image cannot be read: only key and label of those are stored; None = all are
-    kept: bool [n], the teacher still says the label; changed: float [n], share of codes changed; None where it is not measured
-    codes: uint8 [n, code_bytes], packed; None where the manifest has none
-    images: uint8 [n, H, W, 3], or n files that are encoded already; None where the manifest has none
+    readable: bool [n], False for unreadable images: only their key and label are stored; None = all
+        are readable
+    kept: bool [n], the teacher still predicts the label; changed: float [n], share of codes
+        changed; None if not measured
+    codes: uint8 [n, code_bytes], packed; None when the manifest has none
+    images: uint8 [n, H, W, 3], or n encoded files; None when the manifest has none
     """
 
     keys: Sequence[str]
@@ -75,19 +78,21 @@ class Records:
 
 
 class StoreWriter:
-    """A store being written. Made by `open`."""
+    """A store under construction; `open` makes it."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
 
     @classmethod
     def open(cls, folder: str | Path, manifest: Manifest, resume: bool = False) -> StoreWriter:
-        """Begin a store in a new or empty folder or, with `resume`, go on with the one that is there. Of several processes one begins it
-        and the others resume.
+        """Begin a store in a new or empty folder or, with `resume`, continue an existing one.
+
+        Of several processes one begins the store and the others resume it.
 
         Raises:
             UsageError: the folder holds a store already (without `resume`), or other files.
-            DataError: the store there was made with other settings, which are listed; or the folder cannot be written.
+            DataError: the existing store has different settings, which are listed; or the folder
+                cannot be written.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -95,56 +100,54 @@ class StoreWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / (MANIFEST + LOCK), wait=True):
-                names = {path.name for path in folder.iterdir()} - {
-                    MANIFEST + LOCK,
-                    MANIFEST + PART,
-                }
+                names = {path.name for path in folder.iterdir()}
+                names -= {MANIFEST + LOCK, MANIFEST + PART}
                 if MANIFEST not in names:
                     if names:
                         raise UsageError(
-                            f"{folder}: holds other files, such as {min(names)}; a store needs a folder of its own"
+                            f"{folder}: holds other files, such as {min(names)}; "
+                            "a store needs a folder of its own"
                         )
                     write_whole(folder / MANIFEST, manifest.with_shards(()).to_json())
                     return cls(folder, manifest.with_shards(()))
                 if not resume:
-                    raise UsageError(
-                        f"{folder}: there is a store already, and this would begin one; name another folder"
-                    )
+                    raise UsageError(f"{folder}: there is a store already; name another folder")
         except OSError as error:
             raise disk_error(error, folder) from error
-        there = Manifest.load(folder)
-        if differences := there.differences(manifest):
+
+        found = Manifest.load(folder)
+        differences = found.differences(manifest)
+        if differences:
             raise DataError(
-                f"{folder}: made with other settings: {'; '.join(differences[:12])}; use those, or name another folder"
+                f"{folder}: made with other settings: {'; '.join(differences[:12])}; "
+                "use those, or name another folder"
             )
-        return cls(folder, there)
+        return cls(folder, found)
 
     def shards_to_do(self, rank: int = 0, world: int = 1) -> list[int]:
-        """The shards of this process that are not there yet. Every shard is some process's, whatever `world` was before."""
-        there = set(finished_shards(self.folder, self.manifest))
-        return [
-            shard
-            for shard in range(rank, self.manifest.geometry.num_shards, world)
-            if shard not in there
-        ]
+        """Return this process's unfinished shards. `world` may differ from that of earlier runs."""
+        finished = set(finished_shards(self.folder, self.manifest))
+        shards = range(rank, self.manifest.geometry.num_shards, world)
+        return [shard for shard in shards if shard not in finished]
 
-    def blocks_to_do(self, number: int) -> list[Block]:
-        """What is left of a shard; for who must know all blocks before the first is computed. An earlier attempt's blocks are checked;
-        where it had written all of them, the shard is finished here.
+    def blocks_to_do(self, number: int) -> list[RowBlock]:
+        """Return the missing blocks of a shard, for loaders that need all numbers in advance.
+
+        Checks the blocks of an earlier attempt, and finishes the shard when none is missing.
         """
-        names = [
-            shard_file(number, kind) + end for kind in self.manifest.files for end in ("", PART)
-        ]
-        if not any((self.folder / name).exists() for name in names):
+        files = [self.folder / shard_file(number, kind) for kind in self.manifest.files]
+        files += [path.with_name(path.name + PART) for path in files]
+        if not any(path.exists() for path in files):
             return self.manifest.geometry.blocks(number)
         with self.shard(number) as shard:
             return shard.todo()
 
     @contextmanager
     def shard(self, number: int) -> Iterator[ShardWriter]:
-        """Write one shard; leaving after its last block finishes it, leaving before keeps its whole blocks for later.
+        """Write one shard.
 
-        Raises DataError when another process is writing it or the disk is full.
+        Leaving the context after the last block finishes the shard; leaving earlier keeps its whole
+        blocks for later. Raises DataError when another process is writing it or the disk is full.
         """
         try:
             with locked(self.folder / shard_file(number, LOCK[1:])):
@@ -156,28 +159,30 @@ class StoreWriter:
             ) from error
 
     def finish(self) -> list[int]:
-        """Complete the store when all shards are there. Any process may call this, several too, and again.
+        """Complete the store when all shards are finished. Any process may call this, repeatedly.
 
         Returns the shards that are missing; [] when the store is complete.
         """
         with locked(self.folder / (MANIFEST + LOCK), wait=True):
             manifest = Manifest.load(self.folder)
             missing = missing_shards(self.folder, manifest)
+            shards = range(manifest.geometry.num_shards)
+            # Read even when shards are missing: a damaged file of checksums is reported at once.
             sums = [
                 recorded_sums(self.folder, manifest, shard)
-                for shard in range(manifest.geometry.num_shards)
+                for shard in shards
                 if shard not in missing
             ]
             if missing:
                 return missing
+
             complete = manifest.with_shards(tuple(entry for entry in sums if entry))
             if complete.checksum != manifest.checksum:
                 write_whole(self.folder / MANIFEST, complete.to_json())
-            for shard in range(manifest.geometry.num_shards):
+            for shard in shards:
                 (self.folder / shard_file(shard, SUMS)).unlink(missing_ok=True)
-            for path in self.folder.glob(
-                "shard-*.lock"
-            ):  # of processes that were killed after their shard's last byte
+            # Locks of processes that were killed after their shard's last byte.
+            for path in self.folder.glob("shard-*.lock"):
                 with suppress(Busy), locked(path):
                     pass
             self.manifest = complete
@@ -185,15 +190,15 @@ class StoreWriter:
 
 
 class ShardWriter:
-    """One shard, locked. `next_block` blocks are there."""
+    """One locked shard, of which `next_block` blocks are written."""
 
     def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
         self.folder, self.manifest, self.number = folder, manifest, number
         self.blocks = manifest.geometry.blocks(number)
-        # The manifest as it is now: another process may have completed the store, which ends the checksums' own files.
-        self.finished = is_finished(folder, manifest, number) or is_finished(
-            folder, Manifest.load(folder), number
-        )
+        # The manifest is read again: another process may have completed the store, which removes
+        # the files of checksums.
+        self.finished = is_finished(folder, manifest, number)
+        self.finished = self.finished or is_finished(folder, Manifest.load(folder), number)
         self.next_block = len(self.blocks) if self.finished else 0
         self._files: dict[str, Part] = {}
         self._synced = time.monotonic()
@@ -221,14 +226,15 @@ class ShardWriter:
             for part in self._files.values():
                 part.close()
 
-    def todo(self) -> list[Block]:
-        """The blocks that are still to be appended, in this order."""
+    def todo(self) -> list[RowBlock]:
+        """Return the blocks to append, in order."""
         return self.blocks[self.next_block :]
 
-    def append(self, records: Records) -> None:
-        """Write the next block. After an error, a full disk for one, the shard ends with the block before it.
+    def append(self, records: StoreRows) -> None:
+        """Write the next block. After an error the shard ends with the block before it.
 
-        Raises NotFinite for outputs that are not numbers, DataError when the disk is full, ValueError for arrays of another shape.
+        Raises NotFinite for outputs that are not finite, DataError when the disk is full,
+        ValueError for arrays of another shape.
         """
         block = self.blocks[self.next_block]
         index, data, images = self._encode(block, records)
@@ -243,9 +249,8 @@ class ShardWriter:
                     part.write(piece)
         except OSError as error:
             for part in self._files.values():
-                with suppress(
-                    OSError
-                ):  # on a disk that refuses this too; whoever opens the part again cuts off what is not whole
+                # The disk may refuse this too; reopening the part cuts off an incomplete block.
+                with suppress(OSError):
                     part.undo()
             raise disk_error(error, self.folder / shard_file(self.number, "data")) from error
         for part in self._files.values():
@@ -256,14 +261,14 @@ class ShardWriter:
                 os.fsync(part.handle)
             self._synced = time.monotonic()
 
-    def _encode(self, block: Block, records: Records) -> tuple[np.ndarray, np.ndarray, list[Bytes]]:
-        """INDEX [n], uint8 [n, size], and the images' bytes."""
+    def _encode(
+        self, block: RowBlock, records: StoreRows
+    ) -> tuple[np.ndarray, np.ndarray, list[Bytes]]:
+        """Return INDEX [n], uint8 [n, size], and the images' bytes."""
         manifest, num = self.manifest, len(block)
-        readable = (
-            np.ones(num, bool)
-            if records.readable is None
-            else _array(records.readable, (num,), "readable").astype(bool)
-        )
+        readable = np.ones(num, bool)
+        if records.readable is not None:
+            readable = _array(records.readable, (num,), "readable").astype(bool)
         outputs = _array(records.outputs, (num, manifest.num_classes), "outputs").astype(np.float32)
         labels = _array(records.labels, (num,), "labels")
         if len(records.keys) != num:
@@ -272,7 +277,8 @@ class ShardWriter:
         if bad.any():
             name = records.keys[int(bad.argmax())]
             raise NotFinite(
-                f"the teacher's outputs on {name} are not numbers; look at that image, or try --no-amp"
+                f"the teacher's outputs on {name} are not finite; "
+                "look at that image, or try --no-amp"
             )
 
         data = np.zeros(num, manifest.data_dtype)
@@ -288,24 +294,21 @@ class ShardWriter:
         index["label"], index["view"] = labels, block.view
         index["flags"] = READABLE * readable
         if records.kept is not None:
-            index["flags"] |= (
-                KEPT * (readable & _array(records.kept, (num,), "kept").astype(bool))
-            ).astype(np.uint16)
+            kept = readable & _array(records.kept, (num,), "kept").astype(bool)
+            index["flags"] |= (KEPT * kept).astype(np.uint16)
         index["changed"] = np.nan
         if records.changed is not None:
-            index["changed"] = np.where(
-                readable, _array(records.changed, (num,), "changed"), np.nan
-            )
+            changed = _array(records.changed, (num,), "changed")
+            index["changed"] = np.where(readable, changed, np.nan)
+
         images: list[Bytes] = []
         if manifest.images != "none":
             given = records.images
-            pixels = (
-                given
-                if isinstance(given, list)
-                else _array(given, (num, *manifest.image_size, 3), "images")
-            )
-            images = stored_files(pixels, manifest.images, readable)
-            index["image_bytes"] = sizes = [len(content) for content in images]
+            if not isinstance(given, list):
+                given = _array(given, (num, *manifest.image_size, 3), "images")
+            images = stored_files(given, manifest.images, readable)
+            sizes = [len(content) for content in images]
+            index["image_bytes"] = sizes
             index["image_start"] = self._files["images"].size + np.cumsum([0, *sizes])[:-1]
             index["image_crc"] = [zlib.crc32(content) for content in images]
         index["data_crc"] = crcs(raw)
@@ -313,17 +316,13 @@ class ShardWriter:
         return index, raw, images
 
     def _recover(self) -> None:
-        """Keep the whole blocks of an earlier attempt, whose checksums are right, and cut off the rest."""
+        """Keep an earlier attempt's whole blocks with correct checksums, and cut off the rest."""
         for block in self.blocks:
-            index = np.frombuffer(self._files["index"].read(len(block) * INDEX.itemsize), np.uint8)
-            data = np.frombuffer(
-                self._files["data"].read(len(block) * self.manifest.bytes_per_sample["data"]),
-                np.uint8,
-            )
-            if (
-                len(index) < len(block) * INDEX.itemsize
-                or len(data) < len(block) * self.manifest.bytes_per_sample["data"]
-            ):
+            index_size = len(block) * INDEX.itemsize
+            data_size = len(block) * self.manifest.bytes_per_sample["data"]
+            index = np.frombuffer(self._files["index"].read(index_size), np.uint8)
+            data = np.frombuffer(self._files["data"].read(data_size), np.uint8)
+            if len(index) < index_size or len(data) < data_size:
                 break
             records = index.view(INDEX)
             if broken_rows(records, data.reshape(len(block), -1), block.view, block.start):
@@ -351,7 +350,7 @@ class ShardWriter:
         return True
 
     def _commit(self) -> None:
-        """Files first, then the checksums that make them count."""
+        """Rename the files, then write the checksums that mark the shard as finished."""
         for part in self._files.values():
             os.fsync(part.handle)
         for part in self._files.values():

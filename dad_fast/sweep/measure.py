@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from dad_fast.config import Config
-from dad_fast.data.loaders.loader import Batch, train_loader
+from dad_fast.data.loaders.choose import train_loader
+from dad_fast.data.loaders.loader import Batch
 from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.trainer import Trainer

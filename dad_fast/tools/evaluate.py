@@ -14,7 +14,7 @@ from dad_fast.config.fields import coerce, nearest, settings, with_values
 from dad_fast.config.options import EvalLaunch
 from dad_fast.config.schema import TeacherConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.loaders.loader import check_dali
+from dad_fast.data.loaders.choose import check_dali
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.distributed.launch import (

@@ -129,8 +129,8 @@ def _clean(
 ) -> np.ndarray:
     """uint8 [n, size, size, 3]: the samples as they are in the data, with the crop that the store was made with."""
     from dad_fast.data.augment.execute import eval_transform
-    from dad_fast.data.sources.base import open_source
     from dad_fast.data.sources.decode import DecodeError
+    from dad_fast.data.sources.registry import open_source
 
     source = open_source(data_dir, split, classes=store.manifest.class_map)
     sample_of = {key.tobytes(): sample for sample, key in enumerate(hash_keys(source.keys))}

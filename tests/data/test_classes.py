@@ -1,4 +1,4 @@
-"""The class list: order, round trips, and errors that name the file and the mend."""
+"""The class list: order, round trips, and errors that name the file and the fix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def write(path, text):
     return path
 
 
-def test_csv_fixes_the_order_whatever_the_rows(tmp_path):
+def test_csv_fixes_the_class_order(tmp_path):
     classes = ClassMap.from_csv(
         write(tmp_path / "c.csv", "folder,name,id\nzebra,a zebra,0\nape,an ape,2\ncat,a cat,1\n")
     )
@@ -24,14 +24,14 @@ def test_csv_fixes_the_order_whatever_the_rows(tmp_path):
     assert list(classes) == [(0, "zebra", "a zebra"), (1, "cat", "a cat"), (2, "ape", "an ape")]
 
 
-def test_numbers_as_folders_keep_the_listed_order(tmp_path):
-    """The authors' code read the folders 0, 1, 10, 100 … in string order, and 12 of 1000 labels survived."""
+def test_numeric_folders_keep_the_listed_order(tmp_path):
+    """The authors' code sorted folders 0, 1, 10 … as strings: 12 of 1000 labels survived."""
     rows = "".join(f"{i},{i},class {i}\n" for i in range(120))
     classes = ClassMap.from_csv(write(tmp_path / "c.csv", "id,folder,name\n" + rows))
     assert classes.folders == [str(i) for i in range(120)]
 
 
-def test_folders_are_sorted_and_json_returns_the_same(tmp_path):
+def test_folders_are_sorted_and_json_round_trips(tmp_path):
     for name in ("b_b", "a", ".hidden"):
         (tmp_path / name).mkdir()
     (tmp_path / "file.jpg").write_bytes(b"")
@@ -68,7 +68,7 @@ def test_errors_name_the_file(tmp_path, text, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_other_bad_input(tmp_path):
+def test_invalid_class_lists_are_refused(tmp_path):
     with pytest.raises(DataError, match="no class map"):
         ClassMap.from_csv(tmp_path / "absent.csv")
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
@@ -80,7 +80,7 @@ def test_other_bad_input(tmp_path):
         ClassMap.from_json("[1, 2]")
 
 
-def test_folders_that_are_no_utf8_are_recorded(tmp_path):
+def test_folders_that_are_not_utf8_round_trip(tmp_path):
     """A run would otherwise end with an error when its model is saved."""
     for name in (b"\xff\xfe", "ä".encode()):
         os.mkdir(os.path.join(os.fsencode(tmp_path), name))

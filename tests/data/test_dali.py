@@ -1,4 +1,4 @@
-"""The loader that DALI feeds: the other loader's sequence, exact resume, odd files by PIL, and fail-over when a file is bad after all."""
+"""The DALI loader: the PIL loader's sequence, exact resume, unusual files by PIL, fail-over."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from dali_cases import CENTER, FULL, Files, by_dali, decoded, jpeg, photos, reco
 from PIL import Image
 
 from dad_fast.config.schema import AugmentConfig
+from dad_fast.data.loaders.choose import resolve_loader, train_loader
 from dad_fast.data.loaders.dali.jpeg import is_sound
 from dad_fast.data.loaders.dali.loader import DaliLoader
-from dad_fast.data.loaders.loader import TrainLoader, resolve_loader, train_loader
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources.decode import DecodeError, read_rgb
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from tests.processes import HANG
 
@@ -33,7 +34,7 @@ FIELDS = ("labels", "samples", "seeds", "mix_kind", "mix_lam", "mix_box")
 
 
 def shade(number, size=(64, 48)):
-    """A smooth picture of its own colours."""
+    """Make a smooth picture with colours of its own."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]]
     return Image.fromarray(
         np.stack([x * 3 + number, y * 4, np.full_like(x, number * 5)], axis=-1)
@@ -47,7 +48,7 @@ def shades(num=30):
 
 
 def nobody_reads(number):
-    """Whole from marker to marker, with a code table that is none."""
+    """Make a file with all its markers and an invalid code table."""
     data = jpeg(shade(number))
     table = data.index(b"\xff\xc4") + 5
     damaged = data[:table] + b"\xff" * 16 + data[table + 16 :]
@@ -79,11 +80,11 @@ def distance(a, b):
     return (a["images"].int() - b["images"].int()).abs().float().mean().item()
 
 
-def test_the_sequence_is_the_other_loaders():
+def test_the_sequence_equals_the_pil_loaders():
     dali, pil = loaders(Files(photos() * 5))
     assert (dali.name, pil.name, dali.steps_per_epoch) == (
         "dali",
-        "torchvision",
+        "pil",
         pil.steps_per_epoch,
     )
     ours, theirs = collect(dali, 0, 5), collect(pil, 0, 5)  # over three epochs
@@ -107,7 +108,7 @@ def test_resume_at_any_step(aug):
         assert_same({name: value[start * 6 :] for name, value in whole.items()}, rest)
 
 
-def test_workers_and_an_abandoned_pass_change_nothing():
+def test_workers_and_an_abandoned_pass_keep_the_batches():
     source = Files([*shades(), nobody_reads(3)])
     here = collect(next(loaders(source)), 0, 10)
     loader = next(loaders(source))
@@ -142,7 +143,7 @@ def test_a_process_ends_with_batches_in_the_pipeline(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_ranks_and_usage_errors_are_the_other_loaders():
+def test_ranks_and_usage_errors_equal_the_pil_loaders():
     source = Files(shades())
     whole = collect(next(loaders(source)), 0, 4)
     ranks = [
@@ -170,7 +171,7 @@ def encoded(image, kind, **options):
     return file.getvalue()
 
 
-def test_odd_images_are_handled_alike(tmp_path):
+def test_unusual_images_are_replaced_as_by_pil(tmp_path):
     photo = decoded(photos()[0]).resize((160, 107))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -208,13 +209,13 @@ def test_odd_images_are_handled_alike(tmp_path):
             assert error.mean() <= (0.0 if names[sample] in by_pil_too else 0.6), names[sample]
 
 
-def test_without_a_single_jpeg_pil_makes_everything():
+def test_pil_makes_all_images_without_a_jpeg():
     source = Files(shades(), plain=[False] * 30)
     dali, pil = loaders(source)
     assert_same(collect(dali, 0, 10), collect(pil, 0, 10))
 
 
-def test_settings_that_dali_lacks_are_executed_by_pil():
+def test_pil_executes_settings_that_dali_lacks():
     source = Files(shades())
     for aug, img_size in ((AugmentConfig(train_interpolation="box"), 32), (FULL, 2)):
         dali, pil = loaders(source, aug, img_size)
@@ -242,7 +243,7 @@ def test_a_bad_file_fails_over_to_pil_and_is_named(caplog):
     )
 
 
-def test_a_file_that_only_pil_reads_is_said_once_a_batch(caplog):
+def test_a_file_that_only_pil_reads_is_logged_once_per_batch(caplog):
     dali, pil = loaders(Files(shades(), torn={7: nobody_reads(7)}))
     ours, theirs = collect(dali, 0, 5), collect(pil, 0, 5)
     assert_same({name: ours[name] for name in FIELDS}, {name: theirs[name] for name in FIELDS})
@@ -257,7 +258,7 @@ def test_a_file_that_only_pil_reads_is_said_once_a_batch(caplog):
     )
 
 
-def test_dali_that_never_works_stops_the_run():
+def test_repeated_dali_failures_stop_the_run():
     loader = next(
         loaders(
             Files(shades(60), torn={number: nobody_reads(number) for number in range(60)}), CENTER
@@ -265,13 +266,13 @@ def test_dali_that_never_works_stops_the_run():
     )
     with pytest.raises(
         EnvironmentProblem,
-        match="DALI failed on 8 batches in a row that PIL can read .*--loader torchvision",
+        match="DALI failed on 8 batches in a row that PIL can read .*--loader pil",
     ):
         list(loader.batches(0, 9))
 
 
-def test_files_that_change_in_mid_run(tmp_path):
-    """Deleted, cut off, damaged in place, and grown: named, replaced, counted, and everything else goes on."""
+def test_files_that_change_during_a_run_are_replaced(tmp_path):
+    """Deleted, truncated, damaged and grown files are named, replaced and counted."""
     root = folder_of(tmp_path, {f"{number:02}.jpg": data for number, data in enumerate(shades(40))})
     source = open_source(str(root), max_bad_share=0.5)
     source.max_bad_share = 0.5
@@ -306,8 +307,8 @@ BASES = [jpeg(shade(9)), jpeg(shade(9), progressive=True), jpeg(shade(9), restar
     base=st.sampled_from(BASES), at=st.integers(2, 10**4), junk=st.binary(min_size=1, max_size=40)
 )
 @hypothesis.settings(max_examples=60, phases=[hypothesis.Phase.generate])
-def test_dali_and_pil_judge_damaged_files_alike(base, at, junk):
-    """Bytes changed in place: either the file is PIL's to judge, or DALI shows what PIL shows, or DALI refuses it."""
+def test_dali_and_pil_agree_on_damaged_files(base, at, junk):
+    """With changed bytes PIL decodes the file, or DALI's pixels equal PIL's, or DALI refuses it."""
     at %= len(base)
     damaged = (base[:at] + junk + base[at + len(junk) :])[: len(base)]
     try:
@@ -323,7 +324,7 @@ def test_dali_and_pil_judge_damaged_files_alike(base, at, junk):
     assert image is not None and np.array_equal(pixels, np.asarray(image)[:, 8:56])
 
 
-def test_headers_are_checked():
+def test_jpeg_headers_are_checked():
     whole = jpeg(shade(0))
     assert is_sound(whole, 64, 48)
     cut = (
@@ -340,29 +341,28 @@ def test_headers_are_checked():
     assert not is_sound(whole, 48, 64)
 
 
-def test_which_loader_serves(monkeypatch, tmp_path):
+def test_resolve_loader_chooses_by_device_and_source(monkeypatch, tmp_path):
     source = Files(shades())
     cuda = torch.device("cuda")
     assert resolve_loader("auto", source, cuda)[0] == "dali"
     assert resolve_loader("auto", source, CPU) == (
-        "torchvision",
+        "pil",
         "on a CPU PIL is faster, unless large photographs are only cropped",
     )
-    assert resolve_loader("auto", Files(shades(), plain=[False] * 30), cuda)[0] == "torchvision"
-    assert (
-        resolve_loader("dali", source, CPU)[0] == "dali"
-        and resolve_loader("torchvision", source, cuda)[0] == "torchvision"
-    )
+    assert resolve_loader("auto", Files(shades(), plain=[False] * 30), cuda)[0] == "pil"
+    assert resolve_loader("dali", source, CPU)[0] == "dali" and resolve_loader(
+        "torchvision", source, cuda
+    ) == ("pil", "asked for")
     assert isinstance(train_loader("dali", source, FULL, 32, 6, 0, 0), DaliLoader)
-    assert train_loader("auto", source, FULL, 32, 6, 0, 0).name == "torchvision"
+    assert train_loader("auto", source, FULL, 32, 6, 0, 0).name == "pil"
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     package = f"nvidia-dali-cuda{(torch.version.cuda or '13').split('.')[0]}0"
     name, why = resolve_loader("auto", source, cuda)
-    assert name == "torchvision" and why.startswith(f"DALI is not installed: pip install {package}")
+    assert name == "pil" and why.startswith(f"DALI is not installed: pip install {package}")
     with pytest.raises(
         EnvironmentProblem,
-        match=f"--loader dali: .*{package} .*placeholder.*; or use --loader torchvision",
+        match=f"--loader dali: .*{package} .*placeholder.*; or use --loader pil",
     ):
         train_loader("dali", source, FULL, 32, 6, 0, 0)
     (tmp_path / "nvidia_dali-1.0.dist-info").mkdir()

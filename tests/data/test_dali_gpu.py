@@ -1,4 +1,4 @@
-"""The mixed back end (decoding on the GPU) against PIL: the CPU back end's parity with looser bounds on decoding, outputs on the device."""
+"""The mixed back end (decoding on the GPU) against PIL, with looser bounds than on the CPU."""
 
 from __future__ import annotations
 
@@ -20,16 +20,11 @@ from tests.data.test_dali_parity import check, every_argument, ruler, shift_in_p
 
 pytestmark = pytest.mark.gpu
 
-# nvJPEG and the hardware decoder round the transform and the chroma their own way: mean and 99th percentile of the levels.
+# nvJPEG and the hardware decoder round transform and chroma differently: mean and 99th percentile
+# of the levels.
 DECODED = (1.0, 6, 255)
-THRESHOLDS = (
-    "equalize",
-    "posterize",
-    "solarize",
-    "solarize_add",
-    "contrast",
-    "sharpness",
-)  # a level before is many levels after
+# Operations that turn a difference of one level into many.
+THRESHOLDS = ("equalize", "posterize", "solarize", "solarize_add", "contrast", "sharpness")
 LOOSE = (4.0, 64, 255)
 
 
@@ -80,7 +75,10 @@ def test_erasing_is_exact():
 
 
 def test_batches_stay_on_the_device():
-    """Images are there before the consumer's stream reads them, and stay while it holds them; fail-over and odd files included."""
+    """Images are complete before the consumer's stream reads them and stay while it holds them.
+
+    Covers fail-over and unusual files.
+    """
     device = torch.device("cuda", 0)
     files = [*shades(), nobody_reads(3)]
     source = Files(files, plain=[number % 5 != 0 for number in range(len(files))])

@@ -1,4 +1,7 @@
-"""DALI executes records as PIL does: geometry to half a pixel, colours to the tolerances below, flips, crops and erasing exactly."""
+"""DALI executes records as PIL does.
+
+Geometry to half a pixel, colours to the tolerances below, flips, crops and erasing exactly.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,27 @@ from dad_fast.data.augment.records import Erase, sample_record
 st = hypothesis.strategies
 
 LEVELS = (0.0, 3.3, 9.7)
-# Levels of 255 over all pixels of the photos, all magnitudes and both signs: mean, 99th percentile, maximum.
+# Levels of 255 over all pixels of the photos, all magnitudes and both signs: mean, 99th percentile,
+# maximum.
 EXACT = (0.0, 0, 0)
 TOLERANCE = {
     **dict.fromkeys(
         ("brightness", "contrast", "invert", "posterize", "sharpness", "solarize", "solarize_add"),
         EXACT,
     ),
-    "auto_contrast": (0.01, 0, 1),  # float32, where PIL has float64
-    "color": (0.01, 0, 1),  # the grey of a pixel in float32, where PIL has 16-bit integers
-    "equalize": (
-        1.0,
-        10,
-        10,
-    ),  # PIL rounds the pixels per level down to whole ones: much at 96 pixels, a level at 224
-    "gaussian_blur": (0.5, 4, 60),  # a true Gaussian, where PIL runs three box filters
-    **dict.fromkeys(
-        GEOMETRIC, (0.8, 15, 255)
-    ),  # DALI blends the border with the fill over one pixel; PIL does not
+    # float32, where PIL has float64.
+    "auto_contrast": (0.01, 0, 1),
+    # The grey of a pixel in float32, where PIL has 16-bit integers.
+    "color": (0.01, 0, 1),
+    # PIL truncates the pixels per level to integers: much at 96 pixels, a level at 224.
+    "equalize": (1.0, 10, 10),
+    # A true Gaussian, where PIL runs three box filters.
+    "gaussian_blur": (0.5, 4, 60),
+    # DALI blends the border with the fill over one pixel; PIL does not.
+    **dict.fromkeys(GEOMETRIC, (0.8, 15, 255)),
 }
-BICUBIC = (1.5, 25, 255)  # of the geometric ones: DALI is bilinear there
+# Geometric operations of bicubic records, which DALI executes as bilinear.
+BICUBIC = (1.5, 25, 255)
 RESIZE = (0.3, 1, 20)
 
 
@@ -81,7 +85,7 @@ def sides(name):
 
 @pytest.fixture(scope="module")
 def colours(files):
-    """Errors of every operation, from one batch: {operation: int [n, S, S, 3]}"""
+    """Return the errors of every operation, from one batch: {operation: int [n, S, S, 3]}."""
     cases = [
         (data, op)
         for data in files
@@ -113,7 +117,7 @@ def test_colours_of_each_operation(colours, name):
 
 
 def ruler(width, height, step):
-    """Red tells x, green tells y, in `step` levels a pixel; blue is even, and unlike the fill."""
+    """Make an image with x in red and y in green, `step` levels a pixel, and constant blue."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(
         np.stack([x * step, y * step, np.full_like(x, 220)], axis=-1).clip(0, 255).astype(np.uint8)
@@ -121,7 +125,10 @@ def ruler(width, height, step):
 
 
 def shift_in_pixels(datas, records, levels_per_pixel, device="cpu"):
-    """|where DALI shows from - where PIL shows from|, in output pixels, away from borders: a list of float [m, 2] (x and y)."""
+    """Return the distances between DALI's and PIL's source positions, away from borders.
+
+    A list of float [m, 2] (x and y), in output pixels.
+    """
     ours, theirs = (
         by_dali(datas, records, device).astype(float),
         by_pil(datas, records).astype(float),
@@ -150,7 +157,7 @@ def test_geometry_to_half_a_pixel():
 
 
 def test_geometry_of_crops_and_resizes():
-    """Crops at least as large as the output: a smaller one has less than a level to a pixel, and its colours are compared below."""
+    """Crops are at least as large as the output; smaller ones have less than a level per pixel."""
     image = ruler(240, 240, 1)
     crops = (
         (0, 0, 240, 240),
@@ -236,8 +243,8 @@ def test_kinds_of_jpeg_are_decoded_exactly(files):
     img_size=st.sampled_from([33, 64, 112]),
 )
 @hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
-def test_whole_records(seed, sample, img_size):
-    """Any records: the same pictures. A step at a threshold may turn one level into many, so the bound is on a picture as a whole."""
+def test_random_records_match_pil(seed, sample, img_size):
+    """A step at a threshold may turn one level into many, so the bound is on a whole picture."""
     aug = dataclasses.replace(
         FULL, aa="rand-m9-mstd1-inc1-n3", reprob=0.5, train_interpolation="bilinear"
     )
@@ -250,7 +257,7 @@ def test_whole_records(seed, sample, img_size):
         assert np.median(found) <= 4 and found.mean() < 12, (record, np.median(found), found.mean())
 
 
-def test_the_smallest_pictures(files):
+def test_smallest_images_match_pil(files):
     for img_size in (3, 4, 5):
         records = [sample_record(FULL, img_size, 0, 0, sample, 640, 427) for sample in range(40)]
         assert by_dali([files[0]] * 40, records).shape == (40, img_size, img_size, 3)

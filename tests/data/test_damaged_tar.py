@@ -1,4 +1,4 @@
-"""Shards that are damaged or hostile: no member's name is trusted, and every bad one is a clear line."""
+"""Damaged and hostile shards: no member's name is trusted, and every bad shard is a clear line."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 from shards import one_shard, picture, sample, write_shards, write_tar
 
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.decode import DecodeError
+from dad_fast.data.sources.registry import open_source
 from dad_fast.data.sources.tar import TarSource
 from dad_fast.errors import DataError, UsageError
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-def test_names_are_only_names(tmp_path):
-    """Absolute, climbing and undecodable names and terminal codes: read from the tar, never from the disk, shown as escapes."""
+def test_member_names_are_never_trusted(tmp_path):
+    """Absolute, climbing and undecodable names are read from the tar only and shown as escapes."""
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(picture(200, size=(3, 3)))
     names = [
@@ -130,7 +130,7 @@ def test_bad_images_are_named(tmp_path, caplog):
     assert source.encoded(2) is None
 
 
-def test_a_shard_that_is_cut_short(tmp_path, caplog):
+def test_truncated_shards_keep_whole_members(tmp_path, caplog):
     path = write_tar(
         tmp_path / "whole.tar",
         [m for i in range(3) for m in ((f"{i}.cls", b"%d" % i), (f"{i}.jpg", picture(i)))],
@@ -154,7 +154,7 @@ def test_a_shard_that_is_cut_short(tmp_path, caplog):
 
 
 def header(**fields):
-    """A ustar header with a right checksum, whatever is in its fields."""
+    """Make a ustar header with a correct checksum for any fields."""
     block = bytearray(tarfile.TarInfo(fields.pop("name", "x.jpg")).tobuf(tarfile.USTAR_FORMAT))
     places = {"size": 124, "kind": 156, "magic": 257, "prefix": 345, "extended": 482}
     for field, value in fields.items():
@@ -178,7 +178,7 @@ def header(**fields):
         ),
         (
             header(kind=b"x", size=b"00000000012\0") + b"10 size=-\n".ljust(512, b"\0"),
-            "pax header says the size -",
+            "pax header has the size -",
         ),
         (
             header(kind=b"x", size=b"00000000012\0") + b"0 path=xx\n".ljust(512, b"\0"),
@@ -186,7 +186,7 @@ def header(**fields):
         ),
     ],
 )
-def test_damaged_headers_stop(tmp_path, block, message):
+def test_damaged_headers_raise(tmp_path, block, message):
     path = write_tar(tmp_path / "one.tar", sample("good", 0))
     content = path.read_bytes()
     end = content.rindex(b"good.cls") + 1024
@@ -198,7 +198,7 @@ def test_damaged_headers_stop(tmp_path, block, message):
     assert "\n" not in str(caught.value) and caught.value.exit_code == 4
 
 
-def test_sizes_beyond_the_end(tmp_path):
+def test_sizes_beyond_the_end_are_refused(tmp_path):
     path = write_tar(tmp_path / "one.tar", sample("good", 0))
     content = path.read_bytes()
     end = content.rindex(b"good.cls") + 1024
@@ -212,8 +212,8 @@ def test_sizes_beyond_the_end(tmp_path):
         assert source.ok.tolist() in ([True, False], [True]) and source.read(0).size == (12, 10)
 
 
-def test_sparse_members_are_bad_and_what_follows_is_found(tmp_path, caplog):
-    """An old GNU sparse member whose map goes on in two more blocks, then a good sample."""
+def test_sparse_members_are_bad_and_later_members_are_read(tmp_path, caplog):
+    """An old GNU sparse member whose map continues in two more blocks, then a good sample."""
     path = write_tar(tmp_path / "one.tar", sample("good", 0))
     content = path.read_bytes()
     maps = bytes(504) + b"\1" + bytes(7) + bytes(512)
@@ -240,12 +240,12 @@ def test_sparse_members_are_bad_and_what_follows_is_found(tmp_path, caplog):
         ([*sample("a\x1b", 0), *sample("a\x1b", 1)], r"a\\x1b.jpg and a\\x1b.jpg"),
     ],
 )
-def test_ambiguous_samples_stop(tmp_path, members, message):
+def test_ambiguous_samples_raise(tmp_path, members, message):
     with pytest.raises(DataError, match=f"one.tar: two members for one sample, {message}"):
         one_shard(tmp_path, members)
 
 
-def test_shards_that_cannot_be_used(tmp_path):
+def test_unusable_shards_are_refused(tmp_path):
     write_shards(tmp_path / "data", num=1)
     good = (tmp_path / "data" / "train-000000.tar").read_bytes()
     (tmp_path / "zip.tar").write_bytes(gzip.compress(good))
@@ -265,7 +265,7 @@ def test_shards_that_cannot_be_used(tmp_path):
         (("empty.tar",), DataError, "empty.tar: no images in it.*nothing"),
         (("dots.tar",), DataError, "no images in it.*after the first dot.*it has b.cls, b.jpg"),
         (("packed",), DataError, "compressed .train-0.tar.gz.*decompress"),
-        (("data/train-{000000..000002}.tar",), DataError, "2 of 3 shards are not there"),
+        (("data/train-{000000..000002}.tar",), DataError, "2 of 3 shards are missing"),
         (("data/train-000000.tar", "train"), UsageError, "has no split 'train': give its folder"),
         (
             ("data", "val"),

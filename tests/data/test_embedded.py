@@ -1,4 +1,4 @@
-"""The embedded digits: sizes, disjoint splits, the cache, and what is said when a package is missing."""
+"""The embedded digits: sizes, disjoint splits, the cache, and the error for a missing package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dad_fast.data.sources import embedded
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.embedded import EmbeddedSource
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import EnvironmentProblem, UsageError
 
 SIZES = {"train": 3500, "val": 500, "test": 1000, "optdigits": 896, "optdigits-train": 901}
@@ -71,7 +71,7 @@ def test_same_images_from_a_fresh_and_from_a_damaged_cache(sources, tmp_path, mo
     embedded._raw.cache_clear()
 
 
-def test_a_cache_that_cannot_be_written_is_no_obstacle(sources, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_ignored(sources, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "file" / "below"))
     embedded._raw.cache_clear()
@@ -79,7 +79,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(sources, tmp_path, monkey
     embedded._raw.cache_clear()
 
 
-def test_missing_or_changed_package(tmp_path, monkeypatch):
+def test_a_missing_or_changed_package_is_refused(tmp_path, monkeypatch):
     def missing():
         raise ImportError("no module")
 
@@ -96,7 +96,7 @@ def test_missing_or_changed_package(tmp_path, monkeypatch):
     embedded._raw.cache_clear()
 
 
-def test_unknown_names():
+def test_unknown_sets_and_splits_are_refused():
     with pytest.raises(UsageError, match="optdigits-train"):
         open_source("embedded:digits", "tets")
     with pytest.raises(UsageError, match="embedded:digits"):

@@ -1,4 +1,4 @@
-"""Evaluation decoded by DALI: the same images in the same places, PIL's where DALI does not serve, and results that say so."""
+"""Evaluation decoded by DALI: order of images, fail-over to PIL, and the loader in results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dad_fast.cli import main as cli
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.loaders.dali.evaluation import DaliEvalLoader
 from dad_fast.data.loaders.loader import EvalLoader
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.models.student import build_student, save_student
 
@@ -39,7 +39,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_near_to_pils_pixels(photos: Path, interpolation: str) -> None:
+def test_pixels_are_close_to_pil(photos: Path, interpolation: str) -> None:
     source = open_source(str(photos), "val")
     view = (32, 0.875, interpolation, 5, 0)
     loader = DaliEvalLoader(source, *view, device=CPU)
@@ -55,8 +55,8 @@ def test_near_to_pils_pixels(photos: Path, interpolation: str) -> None:
     assert loader.failed_over == 0
 
 
-def test_a_batch_that_dali_cannot_make_is_pils(photos: Path) -> None:
-    """Failures in the middle of the pass: every image still comes once, in its place."""
+def test_pil_makes_a_batch_that_dali_cannot(photos: Path) -> None:
+    """Every image still comes once, in order, when batches fail in the middle of a pass."""
     source = open_source(str(photos), "val")
     loader = DaliEvalLoader(source, 32, 0.875, "bilinear", 4, 0, device=CPU)
     original, calls = loader._images, []
@@ -76,7 +76,7 @@ def test_a_batch_that_dali_cannot_make_is_pils(photos: Path) -> None:
     )
 
 
-def test_a_dali_that_always_fails_is_given_up(photos: Path) -> None:
+def test_repeated_dali_failures_end_the_evaluation(photos: Path) -> None:
     loader = DaliEvalLoader(
         open_source(str(photos), "val"), 32, 0.875, "bilinear", 1, 0, device=CPU
     )
@@ -87,12 +87,12 @@ def test_a_dali_that_always_fails_is_given_up(photos: Path) -> None:
     loader._images = fails
     with pytest.raises(
         EnvironmentProblem,
-        match=r"8 batches in a row that PIL can read \(out of order\); use --loader torchvision",
+        match=r"8 batches in a row that PIL can read \(out of order\); use --loader pil",
     ):
         list(loader)
 
 
-def test_filters_that_dali_has_not(photos: Path) -> None:
+def test_filters_that_dali_lacks_are_refused(photos: Path) -> None:
     with pytest.raises(
         UsageError,
         match="--interpolation box: DALI resizes with nearest, bilinear, bicubic, lanczos",
@@ -100,7 +100,7 @@ def test_filters_that_dali_has_not(photos: Path) -> None:
         DaliEvalLoader(open_source(str(photos), "val"), 32, 0.875, "box", 4, 0, device=CPU)
 
 
-def test_results_say_who_decoded(
+def test_results_record_the_loader(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Execution with PIL: the same pixels as timm's own operations on the same arguments, and decoding of every kind of file."""
+"""Execution with PIL: pixels equal to timm's for the same arguments; decoding of all formats."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment import policy as policies
 from dad_fast.data.augment.execute import eval_transform, execute
 from dad_fast.data.augment.policy import ARGUMENTS, GEOMETRIC, Op
-from dad_fast.data.augment.records import FILL, Erase, Record, sample_record
+from dad_fast.data.augment.records import FILL, AugmentRecord, Erase, sample_record
 from dad_fast.data.sources.decode import DecodeError, read_rgb
 from dad_fast.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def photo():
-    """A real JPEG, made smaller."""
+    """Load a real JPEG at a smaller size."""
     datasets = pytest.importorskip("sklearn.datasets")
     return Image.fromarray(datasets.load_sample_image("china.jpg")).resize((160, 107))
 
 
 def plain(image, img_size, **changes):
-    record = Record(
+    record = AugmentRecord(
         0, 0, image.size, img_size, (0, 0, *image.size), "bicubic", False, False, (), None
     )
     return dataclasses.replace(record, **changes)
@@ -197,7 +197,7 @@ def test_animations_give_their_first_frame():
     assert image.size == (8, 8) and image.getpixel((3, 3)) == (255, 0, 0)
 
 
-def test_damaged_files_say_which_and_why(photo, tmp_path, monkeypatch):
+def test_errors_of_damaged_files_name_file_and_reason(photo, tmp_path, monkeypatch):
     whole = encoded(photo, "JPEG").getvalue()
     cases = {
         "empty.jpg": (b"", "not an image"),
@@ -222,10 +222,9 @@ def test_damaged_files_say_which_and_why(photo, tmp_path, monkeypatch):
 
 
 def test_sixteen_bit_colour_takes_the_high_byte():
-    """PIL's own choice for 16-bit RGB, which the greyscale rule above follows."""
-    rows = b"".join(
-        b"\0" + bytes([200, 255, 100, 0, 7, 128]) * 4 for _ in range(4)
-    )  # a filter byte, then big-endian pixels
+    """PIL takes the high byte of 16-bit RGB, and the rule for greyscale follows it."""
+    # Each row is a filter byte, then big-endian pixels.
+    rows = (b"\0" + bytes([200, 255, 100, 0, 7, 128]) * 4) * 4
 
     def chunk(kind, content):
         return (

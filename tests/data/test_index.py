@@ -1,4 +1,4 @@
-"""The index of an image folder: built once, stale entries verified again, bad files named, and every bad folder one clear line."""
+"""The index of an image folder: built once, changed files verified again, bad files named."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources import index as indexing
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.names import PackedStrings
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import DataError
 from tests.processes import wait_until
 
@@ -116,7 +116,7 @@ def test_a_damaged_index_is_made_again(tree, cache, monkeypatch, damage):
 
 def test_an_interrupted_build_keeps_what_it_verified(tree, monkeypatch):
     monkeypatch.setattr(indexing, "_CHUNK", 1)
-    monkeypatch.setattr(indexing, "num_threads", lambda: 1)
+    monkeypatch.setattr(indexing, "usable_cores", lambda: 1)
     original = indexing._verify
 
     def interrupted(entry, content):
@@ -133,8 +133,8 @@ def test_an_interrupted_build_keeps_what_it_verified(tree, monkeypatch):
     assert verified == [f"cat/{i}.png" for i in (1, 2, 3)] + [f"sea_lion/{i}.png" for i in range(4)]
 
 
-def test_of_several_processes_one_verifies(tree, monkeypatch, caplog):
-    """Threads here: a lock is of an opened file, not of a process."""
+def test_only_one_of_several_processes_verifies(tree, monkeypatch, caplog):
+    """Threads stand for processes: a lock belongs to an opened file."""
     verified, original = count_verified(monkeypatch), indexing.save_index
 
     def waits():
@@ -165,7 +165,7 @@ def test_bad_files_are_named_counted_and_limited(tree, caplog):
         open_source(str(tree), "train")
 
 
-def test_a_bad_file_that_was_mended_counts_again(tree):
+def test_a_repaired_file_counts_again(tree):
     (tree / "train" / "cat" / "0.png").write_bytes(b"")
     assert not FolderSource(tree, "train", max_bad_share=0.2).ok.all()
     Image.new("RGB", (10, 8)).save(tree / "train" / "cat" / "0.png")
@@ -192,7 +192,7 @@ def test_links_loops_hidden_files_and_odd_names(tree, tmp_path):
     assert len(source) == 15 and not source.ok[list(source.keys).index("ape/nowhere.jpg")]
 
 
-def test_folders_that_cannot_be_used(tree, tmp_path):
+def test_unusable_folders_are_refused(tree, tmp_path):
     classes = ClassMap(((0, "ape", "ape"), (1, "cat", "cat")))
     more = ClassMap((*FolderSource(tree, "train").classes.entries, (3, "yak", "yak")))
     (tree / "file").write_text("")
@@ -214,9 +214,7 @@ def test_folders_that_cannot_be_used(tree, tmp_path):
         FolderSource(tree, "train")
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_is_no_obstacle(
-    tree, tmp_path, monkeypatch, caplog
-):
+def test_an_unwritable_cache_is_logged_and_ignored(tree, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "file" / "below"))
     with caplog.at_level(logging.WARNING):
@@ -224,7 +222,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_is_no_obstacle(
     assert "is not kept" in caplog.text
 
 
-def test_packed_strings():
+def test_packed_strings_equal_a_list():
     texts = ["", "a", "bäb", "n\udcff", "last"]
     packed = PackedStrings(texts)
     assert (

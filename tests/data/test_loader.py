@@ -1,4 +1,4 @@
-"""Loaders: the sequence depends on (seed, step) alone, bad files are replaced, failures are one line, with and without workers."""
+"""Loaders: a sequence that depends on (seed, step) only, bad files, and one-line failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from dad_fast.data.augment.execute import execute
 from dad_fast.data.augment.records import mix_record, sample_record
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders import workers
-from dad_fast.data.loaders.loader import EvalLoader, TrainLoader, resolve_loader, train_loader
+from dad_fast.data.loaders.choose import resolve_loader, train_loader
+from dad_fast.data.loaders.loader import EvalLoader, TrainLoader
 from dad_fast.data.loaders.steps import epoch_order
 from dad_fast.data.sources.decode import DecodeError
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
@@ -30,7 +31,7 @@ PLAIN = AugmentConfig(crop="center", hflip=0.0, color_jitter=0.0)
 
 
 class Squares:
-    """A source of one-coloured images; `bad` fail although the index thinks them readable, `known_bad` are marked."""
+    """A source of one-coloured images; `bad` fail after indexing, `known_bad` in the index."""
 
     name = "squares"
     fingerprint = "squares"
@@ -205,13 +206,13 @@ def test_usage_errors_name_the_flag():
         TrainLoader(Squares(), PLAIN, 8, 0, 0, 0)
 
 
-def test_without_dali_torchvision_serves(monkeypatch):
+def test_auto_falls_back_to_pil_without_dali(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     loader = train_loader("auto", Squares(), PLAIN, 12, 10, 0, 0, device="cpu")
-    assert loader.name == "torchvision" and len(list(loader.batches(0, 2))) == 2
+    assert loader.name == "pil" and len(list(loader.batches(0, 2))) == 2
     name, why = resolve_loader("auto", Squares(), torch.device("cuda"))
-    assert name == "torchvision" and "not installed: pip install nvidia-dali-cuda1" in why
-    with pytest.raises(EnvironmentProblem, match="--loader dali: .*or use --loader torchvision"):
+    assert name == "pil" and "not installed: pip install nvidia-dali-cuda1" in why
+    with pytest.raises(EnvironmentProblem, match="--loader dali: .*or use --loader pil"):
         train_loader("dali", Squares(), PLAIN, 12, 10, 0, 0)
 
 
@@ -227,7 +228,7 @@ def test_evaluation_counts_every_readable_image_once():
         list(EvalLoader(Squares(bad=(7,)), 12, 1.0, "bicubic", 16, 0))
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_unchanged():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(TrainLoader(Squares(), AUG, 8, 8, 5, 1).batches(0, 2))

@@ -1,4 +1,4 @@
-"""Training with either loader: the same sequence of samples, and accuracy within the spread of the seeds."""
+"""Training with either loader: equal sequences of samples, accuracy within the seeds' spread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 for package in ("timm", "open_clip", "mlxtend", "sklearn", "nvidia.dali"):
     pytest.importorskip(package)
 from dad_fast.cli.main import main
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 
 SEEDS = 3
 STUDENT = (
@@ -19,8 +19,9 @@ STUDENT = (
 )
 
 SETTINGS = """
-    --method ce --student resnet18 --img-size 28 --device cpu -b 100 -j 1 --epochs 8 --warmup-epochs 1 --lr 3e-3 --val-every 0
-    --scale 0.7 1.0 --hflip 0 --aa rand-m5-n1-mstd0.5 --reprob 0.1 --mixup 0.2 --crop-pct 1.0
+    --method ce --student resnet18 --img-size 28 --device cpu -b 100 -j 1 --epochs 8 --warmup-epochs
+    1 --lr 3e-3 --val-every 0 --scale 0.7 1.0 --hflip 0 --aa rand-m5-n1-mstd0.5 --reprob 0.1 --mixup
+    0.2 --crop-pct 1.0
 """
 
 

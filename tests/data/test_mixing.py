@@ -12,7 +12,7 @@ from dad_fast.data.augment.records import CUTMIX, MIXUP, NO_MIX, mix_record
 
 
 def reference(images, labels, mixes, num_classes, smoothing):
-    """uint8 [B, 3, H, W] and one mix a sample -> mixed pixels and targets, float64."""
+    """Mix uint8 [B, 3, H, W] with one mix a sample -> pixels and targets, float64."""
     pixels = images.astype(np.float64) / 255.0
     targets = np.full((len(labels), num_classes), smoothing / num_classes)
     targets[np.arange(len(labels)), labels] += 1.0 - smoothing
@@ -61,7 +61,7 @@ def test_mix_equals_the_loop(side, smoothing):
     assert torch.equal(pixels, before)
 
 
-def test_unmixed_images_are_untouched_bit_for_bit_and_may_be_odd_in_number():
+def test_unmixed_images_are_bit_exact_also_in_odd_batches():
     pixels = to_pixels(torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8))
     labels = torch.tensor([0, 1, 2, 0, 1])
     mixed = mix(pixels, labels, *arguments([(NO_MIX, 1.0, (0, 0, 0, 0))] * 5), 3)
@@ -85,7 +85,7 @@ def test_to_pixels_and_targets():
 
 
 def test_mix_is_captured_without_host_synchronization():
-    """Static shapes: the whole function traces into one graph (no .item(), no branch on a tensor)."""
+    """The whole function traces into one graph (no .item(), no branch on a tensor)."""
     mixes = [(MIXUP, 0.3, (0, 0, 0, 0))] * 2 + [(CUTMIX, 0.75, (0, 2, 0, 2))] * 2
     inputs = (torch.rand(4, 3, 4, 4), torch.tensor([0, 1, 2, 0]), *arguments(mixes))
     traced = torch.compile(lambda *a: mix(*a, 3, 0.1).pixels, backend="eager", fullgraph=True)

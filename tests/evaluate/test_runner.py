@@ -11,7 +11,7 @@ from PIL import Image
 
 from dad_fast.config.schema import DataConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.runner import evaluate, open_suites
 

@@ -163,7 +163,7 @@ def add_to_record(path: Path, job: dict[str, Any]) -> None:
     """The job's row in the file, in place of an earlier one; under a lock, as another process may add its own."""
     from dad_fast.files import atomic_write_json
     from dad_fast.loggers.run_log import environment
-    from dad_fast.store.lock import locked
+    from dad_fast.store.files import locked
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock"), wait=True):

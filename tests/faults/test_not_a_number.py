@@ -140,6 +140,6 @@ def test_a_store_of_a_broken_teacher_is_refused(
             str(tmp_path / "store"),
         ]
     )
-    assert code in (1, 4) and "the teacher's outputs on ant/0.jpg are not numbers" in one_line(
+    assert code in (1, 4) and "the teacher's outputs on ant/0.jpg are not finite" in one_line(
         capsys
     )

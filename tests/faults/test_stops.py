@@ -96,8 +96,8 @@ PHASES = {
     "lp-clip, features": Phase("lp-clip", FEATURES, INT, AGAIN),
     "lp-clip, features, two": Phase("lp-clip", FEATURES, TERM, AGAIN, 2),
     "precompute, index": Phase("precompute", VERIFY, TERM, "the same command goes on"),
-    "precompute, block": Phase("precompute", BLOCK, INT, "the same command goes on"),
-    "precompute, block, two": Phase("precompute", BLOCK, TERM, "the same command goes on", 2),
+    "precompute, block": Phase("precompute", BLOCK, INT, "run the same command to resume"),
+    "precompute, block, two": Phase("precompute", BLOCK, TERM, "run the same command to resume", 2),
     "eval, index": Phase("eval", VERIFY, INT, WHOLE),
     "eval, index, two": Phase("eval", VERIFY, TERM, WHOLE, 2),
     "eval, judging": Phase("eval", JUDGE, TERM, WHOLE),
@@ -305,7 +305,7 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     """Of five images three processes have two, two and one; and of two images one has none. Whoever is asked, all of them stop."""
     code = f"""
     import signal, numpy as np
-    from dad_fast.data.sources.base import open_source
+    from dad_fast.data.sources.registry import open_source
     from dad_fast.distributed.signals import stop_requests
     from dad_fast.errors import Preempted
     from dad_fast.evaluate.runner import evaluate

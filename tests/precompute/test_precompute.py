@@ -1,4 +1,4 @@
-"""`dad-fast precompute` and training from its stores: what is stored is what training would have computed."""
+"""`dad-fast precompute` and training from its stores: values equal those of online training."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def targets(inputs, tmp_path_factory):
 
 
 def step_of(inputs, method, *more, pin_memory=False):
-    """(TrainStep, its batches joined to the stores)."""
+    """Return (TrainStep, its batches joined to the stores)."""
     from dad_fast.cli.parser import typed_settings
     from dad_fast.cli.train import make_parser
 
@@ -128,7 +128,7 @@ def step_of(inputs, method, *more, pin_memory=False):
     return step, lambda *span: parts.stored.join(loader.batches(*span), pin_memory)
 
 
-def test_codes_alone_are_the_stored_pixels_again(inputs, raw, tmp_path):
+def test_decoded_codes_equal_the_stored_pixels(inputs, raw, tmp_path):
     assert main(["precompute", *flags(inputs), "-o", str(tmp_path / "codes"), "--views", "2"]) == 0
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(tmp_path / "codes")))
     other, others = step_of(inputs, "dad", *flags(inputs, "--store", str(raw)))
@@ -141,14 +141,16 @@ def test_codes_alone_are_the_stored_pixels_again(inputs, raw, tmp_path):
         assert_same_levels(step.generator.stored_images(a), other.generator.stored_images(b))
 
 
-def test_what_is_stored_is_what_the_teacher_says_of_these_pixels(inputs, raw):
+def test_stored_outputs_are_the_teachers_logits_on_the_stored_pixels(inputs, raw):
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(raw)))
     for batch in batches(0, 8):  # both views
         generated = step.generate(batch)
-        said = step.generator.teacher(generated.images[Images.ATTACK_TEACHER])
+        logits = step.generator.teacher(generated.images[Images.ATTACK_TEACHER])
         stored = generated.teacher[Images.ATTACK_TEACHER].float()
-        torch.testing.assert_close(stored, said - said.amax(1, keepdim=True), rtol=1e-3, atol=2e-3)
-        assert torch.equal(generated.keep.bool(), said.argmax(1) == batch.labels)
+        torch.testing.assert_close(
+            stored, logits - logits.amax(1, keepdim=True), rtol=1e-3, atol=2e-3
+        )
+        assert torch.equal(generated.keep.bool(), logits.argmax(1) == batch.labels)
     store = AdversarialStore(raw)
     rows = np.arange(len(store))
     assert (
@@ -158,8 +160,8 @@ def test_what_is_stored_is_what_the_teacher_says_of_these_pixels(inputs, raw):
 
 
 @pytest.mark.parametrize("form", ["jpeg:30", "jpeg:95", "webp"])
-def test_outputs_belong_to_encoded_pixels_as_they_are_read(inputs, tmp_path, form):
-    """Encoded once: what the teacher saw is what a reader gets, though a JPEG of a decoded JPEG is another image."""
+def test_stored_outputs_belong_to_the_encoded_pixels(inputs, tmp_path, form):
+    """Images are encoded once, since a JPEG of a decoded JPEG has other pixels."""
     store = tmp_path / "store"
     assert (
         main(
@@ -177,10 +179,10 @@ def test_outputs_belong_to_encoded_pixels_as_they_are_read(inputs, tmp_path, for
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(store)))
     for batch in batches(0, 4):
         generated = step.generate(batch)
-        said = step.generator.teacher(generated.images[Images.ATTACK_TEACHER])
+        logits = step.generator.teacher(generated.images[Images.ATTACK_TEACHER])
         torch.testing.assert_close(
             generated.teacher[Images.ATTACK_TEACHER].float(),
-            said - said.amax(1, keepdim=True),
+            logits - logits.amax(1, keepdim=True),
             rtol=1e-3,
             atol=1e-4,
         )
@@ -203,16 +205,17 @@ def test_outputs_belong_to_encoded_pixels_as_they_are_read(inputs, tmp_path, for
 
 def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
     views = flags(inputs, *AUGMENTED)
+    # The seed decides about the student only.
     stored, batches = step_of(
         inputs, "kd", *views, "--store", str(targets), "--teacher", "", "--seed", "7"
-    )  # of the student alone
+    )
     online, plain = step_of(inputs, "kd", *views)
-    assert stored.teacher is None
+    assert stored.generator.teacher is None
     for a, b in zip(batches(0, 12), plain(0, 12), strict=True):  # three epochs of four steps
-        said = online.generate(b).teacher[Images.CLEAN]
+        logits = online.generate(b).teacher[Images.CLEAN]
         torch.testing.assert_close(
             stored.generate(a).teacher[Images.CLEAN].float(),
-            said - said.amax(1, keepdim=True),
+            logits - logits.amax(1, keepdim=True),
             rtol=1e-3,
             atol=2e-3,
         )
@@ -228,7 +231,7 @@ def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
 
 @pytest.mark.gpu
 def test_batches_for_a_gpu_lie_in_page_locked_memory(inputs, raw, targets):
-    """All that a store adds; and memory that is handed out again was read before."""
+    """All fields from a store are pinned, and a buffer is reused only after it was read."""
     _step, batches = step_of(
         inputs, "dad", *flags(inputs, *AUGMENTED, "--store", str(raw), str(targets))
     )
@@ -248,7 +251,7 @@ def test_batches_for_a_gpu_lie_in_page_locked_memory(inputs, raw, targets):
 
 
 def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):
-    """Its place in a view is taken by the next sample, and the stored outputs are of that one."""
+    """The next sample takes its position in a view, and the stored outputs are of that sample."""
     import shutil
 
     shutil.copytree(inputs["folder"] / "data", tmp_path / "data")
@@ -271,10 +274,10 @@ def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):
     replaced = 0
     for a, b in zip(batches(0, 4), plain(0, 4), strict=True):
         replaced += len(a.replaced)
-        said = online.generate(b).teacher[Images.CLEAN]
+        logits = online.generate(b).teacher[Images.CLEAN]
         torch.testing.assert_close(
             stored.generate(a).teacher[Images.CLEAN].float(),
-            said - said.amax(1, keepdim=True),
+            logits - logits.amax(1, keepdim=True),
             rtol=1e-3,
             atol=2e-3,
         )
@@ -282,7 +285,7 @@ def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["dad", "aug-only", "dat+dad", "kd"])
-def test_training_from_stores_runs_resumes_and_says_what_it_used(
+def test_training_from_stores_resumes_and_logs_its_stores(
     inputs, raw, targets, tmp_path, method, capsys
 ):
     needs = inputs["discretizer"] if method == "dat+dad" else []
@@ -450,7 +453,7 @@ def test_several_processes_write_the_bytes_of_one(inputs, raw, tmp_path, nproc):
 
 
 @pytest.mark.slow  # starts five processes; what a kill leaves of a shard is in test_store_writer.py
-def test_killed_and_stopped_runs_go_on_to_the_same_bytes(inputs, raw, tmp_path):
+def test_killed_and_stopped_runs_resume_to_the_same_bytes(inputs, raw, tmp_path):
     folder = tmp_path / "store"
     arguments = [
         *flags(inputs),
@@ -505,8 +508,8 @@ def test_estimate_writes_nothing_and_check_recomputes(inputs, raw, tmp_path, cap
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert "img/s" in said and f" free in {tmp_path}" in said and not (tmp_path / "no").exists()
+    output = capsys.readouterr().out
+    assert "img/s" in output and f" free in {tmp_path}" in output and not (tmp_path / "no").exists()
     store = ["precompute", *flags(inputs), "-o", str(raw), "--images", "raw", "--views", "2"]
     assert main([*store, "--check", "50%"]) == 0
     assert "24 of 24 records are computed again bit for bit" in capsys.readouterr().out
@@ -524,7 +527,7 @@ def test_estimate_writes_nothing_and_check_recomputes(inputs, raw, tmp_path, cap
         ("", 0, ""),
     ],
 )
-def test_check_sees_every_part_of_a_record(inputs, raw, tmp_path, capsys, kind, offset, words):
+def test_check_compares_every_part_of_a_record(inputs, raw, tmp_path, capsys, kind, offset, words):
     import shutil
 
     shutil.copytree(raw, tmp_path / "store")
@@ -547,7 +550,8 @@ def test_check_sees_every_part_of_a_record(inputs, raw, tmp_path, capsys, kind, 
         )
         (tmp_path / "store/manifest.json").write_bytes(other.to_json())
         kind, offset = "images", 7
-        words = "images in 1; largest difference of a logit 0 (settings.device: cuda in the store, cpu in this run)"
+        devices = "(settings.device: cuda in the store, cpu in this run)"
+        words = f"images in 1; largest difference of a logit 0 {devices}"
     path = tmp_path / "store" / f"shard-000000.{kind}"
     content = bytearray(path.read_bytes())
     content[offset] ^= 2
@@ -599,7 +603,7 @@ def test_parts_of_several_machines_are_merged(inputs, raw, tmp_path, capsys, mon
     assert "kind: adversarial in the store, targets in this run; use" in capsys.readouterr().err
 
 
-def test_views_of_targets_have_orders_of_their_own(targets):
+def test_views_of_targets_have_different_orders(targets):
     store = TargetStore(targets)
     rows = np.arange(len(store))
     assert not np.array_equal(store.keys(rows, 0), store.keys(rows, 1))

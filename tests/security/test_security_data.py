@@ -24,8 +24,8 @@ from PIL import Image
 
 from dad_fast.cli import main as cli
 from dad_fast.data.augment.execute import MOST_PIXELS, eval_transform
-from dad_fast.data.sources.base import open_source
 from dad_fast.data.sources.decode import DecodeError, read_rgb, read_unchanged
+from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import printable
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\u202e"

@@ -15,8 +15,7 @@ from dad_fast.cache import cache_dir, keep_compiled_code_private, write_cache
 from dad_fast.errors import DataError
 from dad_fast.files import atomic_write_bytes
 from dad_fast.loggers.run_log import RunLog
-from dad_fast.store.lock import write_whole
-from dad_fast.store.part import Part
+from dad_fast.store.files import Part, write_whole
 
 
 def mode(path: Path) -> int:

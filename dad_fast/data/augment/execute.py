@@ -1,4 +1,7 @@
-"""Carry out a record with PIL, and the evaluation transform. The pixels equal those of timm's own operations on the same arguments."""
+"""Execution of augmentation records with PIL, and the evaluation transform.
+
+The pixels equal those of timm's operations with the same arguments.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dad_fast.data.augment.policy import Op
-from dad_fast.data.augment.records import FILL, MEAN, STD, Erase, Record
+from dad_fast.data.augment.records import FILL, MEAN, STD, AugmentRecord, Erase
 from dad_fast.errors import UsageError
 
-MOST_PIXELS = 1 << 26  # of a resized image before it is cropped: 200 MB
+# Largest resized image before its crop: 200 MB.
+MOST_PIXELS = 1 << 26
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -24,8 +28,8 @@ _FILTERS = {
 }
 
 
-def execute(record: Record, image: Image.Image) -> np.ndarray:
-    """Apply `record` to its RGB image (whose size it was made for) -> uint8 [img_size, img_size, 3]."""
+def execute(record: AugmentRecord, image: Image.Image) -> np.ndarray:
+    """Apply `record` to an RGB image of the record's size -> uint8 [img_size, img_size, 3]."""
     assert image.size == record.size
     left, top, width, height = record.crop
     if record.crop != (0, 0, *image.size):
@@ -50,12 +54,15 @@ def execute(record: Record, image: Image.Image) -> np.ndarray:
 def eval_transform(
     image: Image.Image, img_size: int, crop_pct: float, interpolation: str
 ) -> np.ndarray:
-    """timm's evaluation: shorter side to floor(img_size / crop_pct), centre crop -> uint8 [img_size, img_size, 3]."""
+    """Resize and crop as timm does in evaluation -> uint8 [img_size, img_size, 3].
+
+    The shorter side becomes floor(img_size / crop_pct); the crop is the centre.
+    """
     if interpolation not in _FILTERS:
         raise UsageError(
             f"--interpolation {interpolation}: not a filter; choose from {', '.join(_FILTERS)}"
         )
-    image = _without_far_ends(image, math.floor(img_size / crop_pct))
+    image = _cut_far_ends(image, math.floor(img_size / crop_pct))
     size, (left, top) = eval_size(image.width, image.height, img_size, crop_pct)
     if size != image.size:
         image = image.resize(size, _FILTERS[interpolation])
@@ -64,55 +71,61 @@ def eval_transform(
     return np.asarray(image)
 
 
-def _without_far_ends(image: Image.Image, side: int) -> Image.Image:
-    """The middle of an image so long that it would be enormous once its shorter side is `side`; what the crop shows is in it."""
+def _cut_far_ends(image: Image.Image, side: int) -> Image.Image:
+    """Keep the middle of a very long image, so that resizing it to `side` needs little memory.
+
+    The centre crop lies in that middle.
+    """
     short, long = sorted(image.size)
-    most = max(short, MOST_PIXELS * short // side**2)  # of the longer side
-    if long <= most:
+    kept = max(short, MOST_PIXELS * short // side**2)
+    if long <= kept:
         return image
-    start = (long - most) // 2
-    return image.crop(
-        (start, 0, start + most, short) if image.width == long else (0, start, short, start + most)
-    )
+    start = (long - kept) // 2
+    if image.width == long:
+        return image.crop((start, 0, start + kept, short))
+    return image.crop((0, start, short, start + kept))
 
 
 def eval_size(
     width: int, height: int, img_size: int, crop_pct: float
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of `eval_transform`: width and height after resizing, left and top of the crop."""
+    """Return (width, height) after resizing and (left, top) of the crop of `eval_transform`."""
     short = math.floor(img_size / crop_pct)
-    size = (
-        (short, int(short * height / width))
-        if width <= height
-        else (int(short * width / height), short)
-    )
-    return size, (round((size[0] - img_size) / 2.0), round((size[1] - img_size) / 2.0))
+    if width <= height:
+        size = (short, int(short * height / width))
+    else:
+        size = (int(short * width / height), short)
+    left, top = (round((side - img_size) / 2.0) for side in size)
+    return size, (left, top)
 
 
 def erase_patch(erase: Erase) -> np.ndarray:
-    """What fills an erased box: uint8 [height, width, 3]."""
+    """Make the pixels of an erased box: uint8 [height, width, 3]."""
     shape = (erase.height, erase.width, 3)
     if erase.fill == "const":
         return np.broadcast_to(np.array(FILL, np.uint8), shape)
+
     bits = np.random.Philox(key=np.array([erase.seed, 1], dtype=np.uint64))
-    noise = np.random.Generator(bits).standard_normal(
-        shape if erase.fill == "pixel" else (3,), dtype=np.float32
-    )
+    noise_shape = shape if erase.fill == "pixel" else (3,)
+    noise = np.random.Generator(bits).standard_normal(noise_shape, dtype=np.float32)
     colour = np.asarray(MEAN, np.float32) + np.asarray(STD, np.float32) * noise
-    return np.broadcast_to(np.rint(colour.clip(0.0, 1.0) * 255.0).astype(np.uint8), shape)
+    levels = np.rint(colour.clip(0.0, 1.0) * 255.0).astype(np.uint8)
+    return np.broadcast_to(levels, shape)
 
 
 def affine_matrix(op: Op, side: int) -> tuple[float, ...]:
-    """Of a geometric operation on a square image: (a, b, c, d, e, f) shows at (x, y) what was at (a*x + b*y + c, d*x + e*y + f).
-    Coordinates in pixels, (0, 0) is the corner of the first one.
+    """Return (a, b, c, d, e, f) of a geometric operation on a square image.
+
+    The output at (x, y) is the input at (a*x + b*y + c, d*x + e*y + f). Coordinates are in pixels;
+    (0, 0) is the corner of the first pixel.
     """
     if op.name == "rotate":
-        cos, sin, half = (
-            math.cos(math.radians(op.value)),
-            math.sin(math.radians(op.value)),
-            side / 2.0,
-        )
-        return cos, -sin, half - cos * half + sin * half, sin, cos, half - sin * half - cos * half
+        angle = math.radians(op.value)
+        cos, sin = math.cos(angle), math.sin(angle)
+        half = side / 2.0
+        right = half - cos * half + sin * half
+        down = half - sin * half - cos * half
+        return cos, -sin, right, sin, cos, down
     x_by_y = op.value if op.name == "shear_x" else 0.0
     y_by_x = op.value if op.name == "shear_y" else 0.0
     right = op.value * side if op.name == "translate_x" else 0.0
@@ -132,7 +145,10 @@ def _affine(image: Image.Image, op: Op) -> Image.Image:
 
 
 def _posterize(image: Image.Image, op: Op) -> Image.Image:
-    """Keep the highest bits; 0 bits is black, which timm's ranges ask for and ImageOps.posterize refuses since Pillow 13."""
+    """Keep the highest bits; 0 bits is black.
+
+    timm's ranges include 0 bits, which ImageOps.posterize refuses since Pillow 13.
+    """
     mask = 256 - (1 << (8 - int(op.value)))
     return image.point([value & mask for value in range(256)] * 3)
 

@@ -1,7 +1,8 @@
-"""RandAugment as data: timm's policy strings and level ranges in, operations with their final arguments out.
+"""RandAugment as data: from timm's policy strings to operations with their final arguments.
 
-timm parses the policy, so its transform sets and defaults are timm's own. What is drawn here, from keyed numbers, is what timm draws
-while it works on the pixels: which operations, whether each is applied, its magnitude, sign and resampling filter.
+timm parses the policy, so transform sets and defaults are timm's own. This module draws, from keyed
+numbers, what timm draws while it works on the pixels: which operations, whether each is applied,
+its magnitude, sign and resampling filter.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ _SECTION = re.compile(r"(m|n|p|inc|mmax)\d+(\.\d+)?|mstd(\d+(\.\d+)?|inf)|t(weig
 
 
 class Op(NamedTuple):
-    """One operation. `value` by name: rotate, degrees counter-clockwise; shear_x, shear_y, x += value*y; translate_x, translate_y, share of
-    the side; posterize, bits kept; solarize, threshold; solarize_add, addend below 128; color, contrast, brightness, sharpness, factor;
-    gaussian_blur, radius; auto_contrast, equalize, invert, unused. `interpolation` is set for geometric operations alone.
+    """One operation.
+
+    `value` by name: rotate, degrees counter-clockwise; shear_x, shear_y, x += value*y; translate_x,
+    translate_y, share of the side; posterize, bits kept; solarize, threshold; solarize_add, addend
+    below 128; color, contrast, brightness, sharpness, factor; gaussian_blur, radius; auto_contrast,
+    equalize, invert, unused. `interpolation` is set for geometric operations only.
     """
 
     name: str
@@ -32,7 +36,10 @@ class Op(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """A parsed policy: `num_ops` draws from `names`; `weights` (drawn without replacement) or None (even, with replacement)."""
+    """A parsed policy: `num_ops` draws from `names`.
+
+    With `weights` the draws are without replacement; with None they are uniform, with replacement.
+    """
 
     names: tuple[str, ...]
     weights: tuple[float, ...] | None
@@ -45,16 +52,17 @@ class Policy:
 
 @lru_cache(maxsize=8)
 def parse_policy(text: str) -> Policy:
-    """Parse `rand-m9-mstd0.5-inc1` and the like. Raises UsageError that names --aa."""
+    """Parse a policy such as `rand-m9-mstd0.5-inc1`. Raises UsageError that names --aa."""
     kind, *sections = text.split("-")
     for section in sections if kind == "rand" else [kind]:
         if not _SECTION.fullmatch(section):
             raise UsageError(
-                f"--aa {text}: cannot read {section!r}; timm writes a policy as rand-m9-mstd0.5-inc1 (m n p mstd mmax inc t)"
+                f"--aa {text}: cannot read {section!r}; "
+                "timm writes a policy as rand-m9-mstd0.5-inc1 (m n p mstd mmax inc t)"
             )
     from timm.data.auto_augment import rand_augment_transform
 
-    # timm's parser wants a digit after every key and takes a deviation above 100 for "uniform"
+    # timm's parser needs a digit after every key and takes a deviation above 100 for "uniform".
     transform = rand_augment_transform(text.replace("mstdinf", "mstd101"), hparams={})
     op = transform.ops[0]
     weights = transform.choice_weights
@@ -70,7 +78,10 @@ def parse_policy(text: str) -> Policy:
 
 
 def sample_ops(policy: Policy, draws: Draws, interpolation: str = "") -> tuple[Op, ...]:
-    """Draw the operations that are applied; empty `interpolation` draws bilinear or bicubic for each geometric one."""
+    """Draw the operations to apply.
+
+    An empty `interpolation` draws bilinear or bicubic for each geometric operation.
+    """
     ops = []
     for name in _choose(policy, draws):
         if not draws.chance(policy.prob):
@@ -83,6 +94,7 @@ def sample_ops(policy: Policy, draws: Draws, interpolation: str = "") -> tuple[O
         level = max(0.0, min(magnitude, policy.magnitude_max))
         op, argument = ARGUMENTS[name]
         value = argument(level, draws)
+
         filter_name = ""
         if op in GEOMETRIC:
             filter_name = interpolation or ("bilinear", "bicubic")[draws.below(2)]
@@ -93,7 +105,8 @@ def sample_ops(policy: Policy, draws: Draws, interpolation: str = "") -> tuple[O
 def _choose(policy: Policy, draws: Draws) -> list[str]:
     if policy.weights is None:
         return [policy.names[draws.below(len(policy.names))] for _ in range(policy.num_ops)]
-    weights, chosen = list(policy.weights), []
+    weights = list(policy.weights)
+    chosen = []
     for _ in range(min(policy.num_ops, len(weights))):
         index = draws.pick(weights)
         chosen.append(policy.names[index])
@@ -125,7 +138,7 @@ def _share(level: float, low: float, high: float) -> float:
     return max(low, min(high, low + (high - low) * (level / 10.0)))
 
 
-# timm's operation -> (name in a record, level in 0 … 10 (or mmax) -> final argument)
+# timm's operation -> (name in a record, function from a level in 0 … 10 (or mmax) to the argument).
 ARGUMENTS: dict[str, tuple[str, Callable[[float, Draws], float]]] = {
     "AutoContrast": ("auto_contrast", _none),
     "Equalize": ("equalize", _none),

@@ -1,8 +1,11 @@
-"""One sampler for every augmentation: (seed, epoch, sample) -> a record of plain numbers. Loaders only execute records.
+"""Sampler of augmentations: (seed, epoch, sample) -> a record of numbers, which loaders execute.
 
-Semantics are timm's (RandomResizedCrop, flips, RandAugment, colour jitter, random erasing) and so are the ranges; the order is
-crop, flips, colour and geometry, erasing. A record holds final arguments (degrees, bits, a box in pixels), not magnitudes, so that
-PIL and DALI can each carry it out. Pixels that no image covers are filled with FILL, the ImageNet mean.
+Semantics and ranges are timm's (RandomResizedCrop, flips, RandAugment, colour jitter, random
+erasing); the order is crop, flips, colour and geometry, erasing. A record holds final arguments
+(degrees, bits, a box in pixels), not magnitudes, so that both PIL and DALI can execute it. Pixels
+that no image covers are filled with FILL, the ImageNet mean.
+
+Own code: no library emits parameters that two back ends can replay per (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ NO_MIX, MIXUP, CUTMIX = range(3)
 
 
 class Erase(NamedTuple):
-    """A box in output pixels, filled with FILL (const), one colour (rand) or noise (pixel), both from N(MEAN, STD) clipped to [0, 1]."""
+    """A box in output pixels to fill with FILL (const), one colour (rand) or noise (pixel).
+
+    Colour and noise are drawn from N(MEAN, STD), clipped to [0, 1].
+    """
 
     top: int
     left: int
@@ -34,11 +40,11 @@ class Erase(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """What happens to one sample in one epoch.
+class AugmentRecord:
+    """Augmentation of one sample in one epoch.
 
-    `size` is the source's (width, height); `crop` is (left, top, width, height) in source pixels, resized to `img_size` squared with
-    `interpolation`; `ops` follow in order, on the square image.
+    `size` is the source's (width, height); `crop` is (left, top, width, height) in source pixels,
+    resized to `img_size` squared with `interpolation`; `ops` follow in order, on the square image.
     """
 
     epoch: int
@@ -54,7 +60,10 @@ class Record:
 
 
 class Mix(NamedTuple):
-    """How two neighbours of the epoch order are mixed; `lam` is the share of the own image, `box` (y0, y1, x0, x1) comes from the other."""
+    """Mix of two neighbours of the epoch order.
+
+    `lam` is the share of the own image; `box` (y0, y1, x0, x1) comes from the other image.
+    """
 
     kind: int
     lam: float
@@ -66,39 +75,48 @@ UNMIXED = Mix(NO_MIX, 1.0, (0, 0, 0, 0))
 
 def sample_record(
     aug: AugmentConfig, img_size: int, seed: int, epoch: int, sample: int, width: int, height: int
-) -> Record:
-    """The record of one sample in one epoch; a pure function. Raises UsageError when `aug.aa` is not a RandAugment policy."""
+) -> AugmentRecord:
+    """Return the record of one sample in one epoch; a pure function.
+
+    Raises UsageError when `aug.aa` is not a RandAugment policy.
+    """
     draws = Draws(seed, RECORD, epoch, sample)
     random_filter = aug.train_interpolation == "random"
+
     if aug.crop == "center":
-        crop = _center_square(width, height)
+        side = min(width, height)
+        crop = ((width - side) // 2, (height - side) // 2, side, side)
     else:
         crop = _random_resized_crop(draws, aug.scale, aug.ratio, width, height)
+
     interpolation = aug.train_interpolation
-    if (
-        random_filter
-    ):  # without a random crop or without a resize nothing is drawn; timm then takes bilinear
+    if random_filter:
+        # Without a random crop or a resize nothing is drawn; timm then takes bilinear.
         drawn = aug.crop != "center" and crop[2:] != (img_size, img_size)
         interpolation = ("bilinear", "bicubic")[draws.below(2)] if drawn else "bilinear"
+
     hflip = draws.chance(aug.hflip)
     vflip = draws.chance(aug.vflip)
     ops: tuple[Op, ...] = ()
     if aug.aa:
-        ops = sample_ops(
-            parse_policy(aug.aa), draws, "" if random_filter else aug.train_interpolation
-        )
+        op_filter = "" if random_filter else aug.train_interpolation
+        ops = sample_ops(parse_policy(aug.aa), draws, op_filter)
     if aug.color_jitter > 0 and (not aug.aa or "3a" in aug.aa):
         ops += _color_jitter(draws, aug.color_jitter)
+
     erase = None
     if draws.chance(aug.reprob):
         erase = _erase_box(draws, img_size, aug.remode, seed, epoch, sample)
-    return Record(
+    return AugmentRecord(
         epoch, sample, (width, height), img_size, crop, interpolation, hflip, vflip, ops, erase
     )
 
 
 def mix_record(aug: AugmentConfig, img_size: int, seed: int, epoch: int, pair: int) -> Mix:
-    """The mix of pair `pair`: positions 2*pair and 2*pair+1 of the global epoch order. CutMix's lam is that of the box inside the image."""
+    """Return the mix of positions 2*pair and 2*pair+1 of the global epoch order.
+
+    CutMix's `lam` is that of the box inside the image.
+    """
     if not uses_mixing(aug):
         return UNMIXED
     draws = Draws(seed, MIX, epoch, pair)
@@ -109,19 +127,13 @@ def mix_record(aug: AugmentConfig, img_size: int, seed: int, epoch: int, pair: i
         y, x = draws.below(img_size), draws.below(img_size)
         y0, y1 = max(0, y - side // 2), min(img_size, y + (side + 1) // 2)
         x0, x1 = max(0, x - side // 2), min(img_size, x + (side + 1) // 2)
-        return Mix(
-            CUTMIX, 1.0 - (y1 - y0) * (x1 - x0) / float(img_size * img_size), (y0, y1, x0, x1)
-        )
+        own_share = 1.0 - (y1 - y0) * (x1 - x0) / float(img_size * img_size)
+        return Mix(CUTMIX, own_share, (y0, y1, x0, x1))
     return Mix(MIXUP, draws.beta(aug.mixup), (0, 0, 0, 0))
 
 
 def uses_mixing(aug: AugmentConfig) -> bool:
     return aug.mixup_prob > 0 and (aug.mixup > 0 or aug.cutmix > 0)
-
-
-def _center_square(width: int, height: int) -> tuple[int, int, int, int]:
-    side = min(width, height)
-    return ((width - side) // 2, (height - side) // 2, side, side)
 
 
 def _random_resized_crop(
@@ -131,13 +143,13 @@ def _random_resized_crop(
     for _ in range(10):
         area = draws.between(*scale) * width * height
         aspect = math.exp(draws.between(low, high))
-        w = max(
-            1, round(math.sqrt(area * aspect))
-        )  # timm's own 0-pixel crops of tiny images fail later
+        # At least one pixel: timm's 0-pixel crops of tiny images fail later.
+        w = max(1, round(math.sqrt(area * aspect)))
         h = max(1, round(math.sqrt(area / aspect)))
         if w <= width and h <= height:
             top = draws.below(height - h + 1)
             return draws.below(width - w + 1), top, w, h
+
     if width / height < ratio[0]:
         w, h = width, max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
@@ -148,7 +160,10 @@ def _random_resized_crop(
 
 
 def _color_jitter(draws: Draws, strength: float) -> tuple[Op, ...]:
-    """torchvision's ColorJitter with one strength for brightness, contrast and saturation, in random order, no hue."""
+    """Draw torchvision's ColorJitter: brightness, contrast and saturation in random order, no hue.
+
+    All three share one strength.
+    """
     names = ["brightness", "contrast", "color"]
     ops = []
     while names:
@@ -160,7 +175,10 @@ def _color_jitter(draws: Draws, strength: float) -> tuple[Op, ...]:
 def _erase_box(
     draws: Draws, img_size: int, fill: str, seed: int, epoch: int, sample: int
 ) -> Erase | None:
-    """timm's box: 2 % to a third of the area, aspect 0.3 to 1/0.3, ten attempts, strictly inside the image's side."""
+    """Draw timm's box: 2 % to a third of the area, aspect 0.3 to 1/0.3, inside the image.
+
+    Returns None when ten attempts find no box.
+    """
     low = math.log(0.3)
     for _ in range(10):
         area = draws.between(0.02, 1.0 / 3.0) * img_size * img_size

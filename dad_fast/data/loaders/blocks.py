@@ -1,7 +1,8 @@
-"""A data set in fixed blocks, for work that is done once per image: the same blocks whatever the number of processes.
+"""A data set in fixed blocks, for work that is done once per image.
 
-Block b holds the samples b * size … of the source's order, each once, through the evaluation transform (no augmentation). The last block
-is filled up with its last sample, so that every block is computed in the same shapes; `num_real` says how many of a block are real.
+Block b holds the samples b * size … of the source's order after the evaluation transform (no
+augmentation), whatever the number of processes. The last block is filled up with its last sample,
+so that all blocks have the same shapes; `num_real` counts the samples before the filling.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.decode import DecodeError
 
 
-class Block(NamedTuple):
-    """Images are stored as NHWC behind an NCHW view; what cannot be read is black and not `readable`."""
+class ImageBlock(NamedTuple):
+    """One block. Images are stored as NHWC behind an NCHW view; an unreadable image is black."""
 
     number: int
     num_real: int
@@ -29,24 +30,21 @@ class Block(NamedTuple):
     labels: Tensor  # int64 [S]
     samples: Tensor  # int64 [S], indices into the source
     readable: Tensor  # bool [S]
-    unreadable: tuple[str, ...]  # files that fail although the index has them as sound
+    unreadable: tuple[str, ...]  # files that fail although the index lists them as valid
 
-    def pin_memory(self) -> Block:
-        return self._replace(
-            **{
-                name: value.pin_memory()
-                for name, value in self._asdict().items()
-                if isinstance(value, Tensor)
-            }
-        )
+    def pin_memory(self) -> ImageBlock:
+        tensors = {
+            name: value for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
+        return self._replace(**{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
 
 def num_blocks(source: Source, size: int) -> int:
     return -(-len(source) // size)
 
 
-class _Blocks(Dataset[Block]):
-    """Block number -> Block."""
+class _Blocks(Dataset[ImageBlock]):
+    """Block number -> ImageBlock."""
 
     def __init__(
         self, source: Source, size: int, img_size: int, crop_pct: float, interpolation: str
@@ -54,22 +52,26 @@ class _Blocks(Dataset[Block]):
         self.source, self.size = source, size
         self.transform = (img_size, crop_pct, interpolation)
 
-    def __getitem__(self, number: int) -> Block:
+    def __getitem__(self, number: int) -> ImageBlock:
         source, side = self.source, self.transform[0]
         first = number * self.size
         samples = np.minimum(np.arange(first, first + self.size), len(source) - 1)
         num_real = min(self.size, len(source) - first)
         images = torch.zeros(self.size, side, side, 3, dtype=torch.uint8)
-        view, readable, unreadable = images.numpy(), source.ok[samples].copy(), []
+        view = images.numpy()
+        readable = source.ok[samples].copy()
+        unreadable = []
         for row in range(num_real):
-            if readable[row]:
-                try:
-                    view[row] = eval_transform(source.read(int(samples[row])), *self.transform)
-                except DecodeError:
-                    readable[row] = False
-                    unreadable.append(source.keys[int(samples[row])])
-        view[num_real:], readable[num_real:] = view[num_real - 1], readable[num_real - 1]
-        return Block(
+            if not readable[row]:
+                continue
+            try:
+                view[row] = eval_transform(source.read(int(samples[row])), *self.transform)
+            except DecodeError:
+                readable[row] = False
+                unreadable.append(source.keys[int(samples[row])])
+        view[num_real:] = view[num_real - 1]
+        readable[num_real:] = readable[num_real - 1]
+        return ImageBlock(
             number,
             num_real,
             images.permute(0, 3, 1, 2),
@@ -89,8 +91,8 @@ def blocks(
     interpolation: str,
     workers: int,
     pin_memory: bool = False,
-) -> Iterator[Block]:
-    """The blocks `numbers`, in that order, made by `workers` processes (0: here)."""
+) -> Iterator[ImageBlock]:
+    """Yield the blocks `numbers` in that order, made by `workers` processes (0: this process)."""
     return iterate(
         _Blocks(source, size, img_size, crop_pct, interpolation), numbers, workers, pin_memory
     )

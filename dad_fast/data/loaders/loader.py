@@ -1,14 +1,13 @@
-"""Loaders: they execute records, in processes of their own, and know no state but the step.
+"""Training and evaluation loaders on PIL, with worker processes.
 
-One set of workers serves the whole run, and starting at any step is the same as having come there (steps.py).
+Loaders are stateless apart from the step number, so a resumed run gets exactly the batches of an
+uninterrupted one (see steps.py). One set of workers serves the whole run.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +21,12 @@ from dad_fast.data.augment.records import uses_mixing
 from dad_fast.data.loaders.steps import Batch, TrainSteps
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
-from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.errors import DataError, UsageError
 
 log = logging.getLogger("dad_fast.data")
 
-NAMED = 10  # unreadable images with a line each; a million images with half a percent of them would fill the terminal
+# Unreadable images that get a log line each; half a percent of a million would fill the terminal.
+NAMED = 10
 
 
 class EvalBatch(NamedTuple):
@@ -44,14 +44,17 @@ class TrainLoader:
     Args:
         batch_size: clean images per step on this rank; even when images are mixed.
         workers: processes; 0 loads in this one.
-        pin_memory: put the batches into page-locked memory, for copies to a GPU that do not wait.
-        cycle: epochs after which order, augmentation and mixes come again, as stored teacher outputs need it; 0 = never.
+        pin_memory: put the batches into page-locked memory, for asynchronous copies to a GPU.
+        cycle: epochs after which order, augmentation and mixes repeat, as stored teacher outputs
+            need; 0 = never.
 
-    `replaced` names the unreadable files that were met so far; more of them than the source's `max_bad_share` raise DataError.
+    `replaced` names the unreadable files so far. Raises DataError when their share exceeds the
+    source's `max_bad_share`.
     """
 
-    name = "torchvision"
-    failed_over = 0  # batches that PIL made because the loader's own decoder failed
+    name = "pil"
+    # Batches that PIL made because the loader's own decoder failed.
+    failed_over = 0
 
     def __init__(
         self,
@@ -68,7 +71,8 @@ class TrainLoader:
     ) -> None:
         if uses_mixing(aug) and batch_size % 2:
             raise UsageError(
-                f"--batch-size {batch_size}: must be even with --mixup or --cutmix, which mix images in pairs"
+                f"--batch-size {batch_size}: must be even with --mixup or --cutmix, "
+                "which mix images in pairs"
             )
         if batch_size < 1:
             raise UsageError(f"--batch-size {batch_size}: must be at least 1")
@@ -76,16 +80,19 @@ class TrainLoader:
         self.steps_per_epoch = self._steps.steps_per_epoch
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"--batch-size {batch_size}: {source.name} has only {len(source):,} images for {world} x {batch_size}"
+                f"--batch-size {batch_size}: {source.name} has only {len(source):,} images "
+                f"for {world} x {batch_size}"
             )
-        self.source, self.workers, self.pin_memory = source, workers, pin_memory
-        self.replaced: list[str] = []  # distinct, in the order in which they turned up
+        self.source = source
+        self.workers = workers
+        self.pin_memory = pin_memory
+        # Distinct names, in the order of their failure.
+        self.replaced: list[str] = []
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Batches of the steps start_step … stop_step - 1 of the run, across epochs, from one set of workers."""
-        for batch in iterate(
-            self._steps, range(start_step, stop_step), self.workers, self.pin_memory
-        ):
+        """Yield the batches of the run's steps start_step … stop_step - 1, across epochs."""
+        steps = range(start_step, stop_step)
+        for batch in iterate(self._steps, steps, self.workers, self.pin_memory):
             for name in batch.replaced:
                 self._note(name)
             yield batch
@@ -102,87 +109,15 @@ class TrainLoader:
             )
         elif len(self.replaced) == NAMED + 1:
             log.warning(
-                "%s: more images cannot be read; they are replaced too, and counted without a line each",
+                "%s: more images cannot be read; they are replaced and counted without a line each",
                 self.source.name,
             )
         if len(self.replaced) > self.source.max_bad_share * len(self.source):
             raise DataError(
-                f"{self.source.name}: {len(self.replaced):,} of {len(self.source):,} images cannot be read, such as {self.replaced[0]}; "
-                "mend or remove them, or raise data.max_bad_share"
+                f"{self.source.name}: {len(self.replaced):,} of {len(self.source):,} images cannot "
+                f"be read, such as {self.replaced[0]}; "
+                "fix or remove them, or raise data.max_bad_share"
             )
-
-
-def resolve_loader(kind: str, source: Source, device: torch.device) -> tuple[str, str]:
-    """Which loader serves: ("dali" | "torchvision", why).
-
-    Args:
-        kind: "auto", "dali" or "torchvision".
-
-    Raises EnvironmentProblem when `kind` is "dali" and DALI is not there.
-    """
-    if kind == "torchvision":
-        return kind, "asked for"
-    if kind == "dali":
-        check_dali()
-        return kind, "asked for"
-    problem = _dali_problem()
-    if device.type != "cuda":
-        return (
-            "torchvision",
-            "on a CPU PIL is faster, unless large photographs are only cropped",
-        )  # benchmarks, group loader
-    if problem:
-        return "torchvision", problem
-    some = range(0, len(source), max(1, len(source) // 16))
-    if not any(source.encoded(sample) is not None for sample in some):
-        return "torchvision", "the images are no JPEG files, which is what DALI decodes"
-    return "dali", "DALI decodes on the GPU (not yet run on one)"
-
-
-def _dali_problem() -> str:
-    """Why DALI cannot be used, with the mend; empty when it can."""
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError as error:
-        package = f"nvidia-dali-cuda{(torch.version.cuda or '13').partition('.')[0]}0"
-        with suppress(metadata.PackageNotFoundError):
-            metadata.version("nvidia-dali")
-            return f"PyPI's nvidia-dali is a placeholder; pip uninstall nvidia-dali, then pip install {package}"
-        if isinstance(error, ModuleNotFoundError):
-            return f"DALI is not installed: pip install {package} (PyPI's nvidia-dali is a placeholder)"
-        return f"DALI cannot be imported ({' '.join(str(error).split())[:200]}): pip install --force-reinstall {package}"
-    return ""
-
-
-def check_dali() -> None:
-    """Raises EnvironmentProblem where DALI was asked for and is not there."""
-    if problem := _dali_problem():
-        raise EnvironmentProblem(f"--loader dali: {problem}; or use --loader torchvision")
-
-
-def train_loader(
-    kind: str,
-    source: Source,
-    aug: AugmentConfig,
-    img_size: int,
-    batch_size: int,
-    seed: int,
-    workers: int,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
-    cycle: int = 0,
-) -> TrainLoader:
-    """The loader that `resolve_loader` names; its `name` and `batches` are the same for all."""
-    device = torch.device(device)
-    options = {"rank": rank, "world": world, "cycle": cycle, "pin_memory": device.type == "cuda"}
-    if resolve_loader(kind, source, device)[0] == "dali":
-        from dad_fast.data.loaders.dali.loader import DaliLoader
-
-        return DaliLoader(
-            source, aug, img_size, batch_size, seed, workers, device=device, **options
-        )
-    return TrainLoader(source, aug, img_size, batch_size, seed, workers, **options)
 
 
 class _EvalBatches(Dataset[EvalBatch]):
@@ -191,12 +126,9 @@ class _EvalBatches(Dataset[EvalBatch]):
     def __init__(
         self, source: Source, img_size: int, crop_pct: float, interpolation: str, batch_size: int
     ) -> None:
-        self.source, self.img_size, self.crop_pct, self.interpolation = (
-            source,
-            img_size,
-            crop_pct,
-            interpolation,
-        )
+        self.source = source
+        self.img_size = img_size
+        self.transform = (img_size, crop_pct, interpolation)
         self.batch_size = batch_size
         self.samples = np.flatnonzero(source.ok)
 
@@ -204,15 +136,13 @@ class _EvalBatches(Dataset[EvalBatch]):
         return self.made(number, lambda row, sample: False)
 
     def made(self, number: int, skip: Callable[[int, int], bool]) -> EvalBatch:
-        """The batch, without the images that `skip(row, sample)` says somebody else makes."""
+        """Make the batch; rows for which `skip(row, sample)` is true are left for the caller."""
         samples = self.samples[number * self.batch_size : (number + 1) * self.batch_size]
         images = torch.empty(len(samples), self.img_size, self.img_size, 3, dtype=torch.uint8)
         view = images.numpy()
         for row, sample in enumerate(samples):
             if not skip(row, int(sample)):
-                view[row] = eval_transform(
-                    self.source.read(int(sample)), self.img_size, self.crop_pct, self.interpolation
-                )
+                view[row] = eval_transform(self.source.read(int(sample)), *self.transform)
         return EvalBatch(
             images.permute(0, 3, 1, 2),
             torch.from_numpy(self.source.labels[samples]),
@@ -223,8 +153,8 @@ class _EvalBatches(Dataset[EvalBatch]):
 class EvalLoader:
     """Every readable image of a source once, in its order; the last batch may be smaller.
 
-    `skipped` counts the files that the index found unreadable. A file that fails since raises DecodeError: a judged number is
-    never taken over other images than it says.
+    `skipped` counts the files that the index found unreadable. A file that fails after indexing
+    raises DecodeError, so that a metric always covers the number of images that it reports.
     """
 
     def __init__(
@@ -238,7 +168,8 @@ class EvalLoader:
         pin_memory: bool = False,
     ) -> None:
         self._batches = _EvalBatches(source, img_size, crop_pct, interpolation, batch_size)
-        self.workers, self.pin_memory = workers, pin_memory
+        self.workers = workers
+        self.pin_memory = pin_memory
         self.num_images = len(self._batches.samples)
         self.skipped = len(source) - self.num_images
 

@@ -1,8 +1,8 @@
-"""What each step of a run holds, whoever decodes it: samples, labels, seeds and mixes, and the images as PIL makes them.
+"""Content of each step of a run: samples, labels, seeds, mixes, and the images as PIL makes them.
 
-Step s of a run belongs to epoch s // steps_per_epoch; within it the order of samples is a keyed permutation. A step takes
-batch_size * world consecutive positions of that order, a rank its own stretch of them; the tail is dropped, so every rank has the same
-number of steps.
+Step s of a run belongs to epoch s // steps_per_epoch; within an epoch the order of samples is a
+keyed permutation. A step takes batch_size * world consecutive positions of that order, and each
+rank a contiguous part of them. The tail is dropped, so every rank has the same number of steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from torch.utils.data import Dataset
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import execute
-from dad_fast.data.augment.records import UNMIXED, Record, mix_record, sample_record, uses_mixing
+from dad_fast.data.augment.records import (
+    UNMIXED,
+    AugmentRecord,
+    mix_record,
+    sample_record,
+    uses_mixing,
+)
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.decode import DecodeError
 from dad_fast.errors import DataError
@@ -29,44 +35,40 @@ from dad_fast.keyed_random import ORDER, raw_bits, sample_seeds
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch of a rank. Images are stored as NHWC behind an NCHW view (channels_last strides)."""
+    """One training batch of a rank.
+
+    Images are stored as NHWC behind an NCHW view (channels_last strides).
+    """
 
     images: Tensor  # uint8 [B, 3, H, W]
     labels: Tensor  # int64 [B]
     samples: Tensor  # int64 [B], indices into the source
-    seeds: Tensor  # int64 [B], keyed by (seed, epoch, sample): for noise drawn on the device
-    mix_kind: (
-        Tensor  # int64 [B]: 0 none, 1 mixup, 2 CutMix; partners are neighbours (0-1, 2-3, ...)
-    )
+    seeds: Tensor  # int64 [B], keyed by (seed, epoch, sample), for noise drawn on the device
+    # int64 [B]: 0 none, 1 mixup, 2 CutMix; partners are neighbours (0-1, 2-3, ...).
+    mix_kind: Tensor
     mix_lam: Tensor  # float32 [B]: share of the own image
     mix_box: Tensor  # int64 [B, 4]: y0, y1, x0, x1
     epoch: int
     step: int  # of the whole run
-    replaced: tuple[str, ...]  # unreadable files whose place another sample took
-    drawn: Tensor | None = (
-        None  # int64 [B], the samples that the order has there: other than `samples` where a file is unreadable
-    )
-    # From stores, where the run has them: Q(x') of the samples as pixels or codes, what the teacher says of it and whether it counts, and
-    # what the teacher says of the mixed clean images.
+    replaced: tuple[str, ...]  # unreadable files that another sample replaced
+    # int64 [B], samples of the epoch order; they differ from `samples` where a file is unreadable.
+    drawn: Tensor | None = None
+    # From stores: Q(x') as pixels or codes, the teacher's logits on it, whether it counts, and the
+    # teacher's logits on the mixed clean images.
     dad_images: Tensor | None = None  # uint8 [B, 3, H, W]
     dad_codes: Tensor | None = None  # uint8 [B, bytes], packed
     dad_outputs: Tensor | None = None  # float16 [B, C]
     dad_kept: Tensor | None = None  # float32 [B]
     clean_outputs: Tensor | None = None  # float16 [B, C]
-    # For a linear probe: the teacher's answers on the weak views of the samples, and where views are fixed the features of the strong ones.
+    # For a linear probe: the teacher's predictions on the weak views, and with fixed views the
+    # features of the strong ones.
     pseudo_labels: Tensor | None = None  # int64 [B]
     confidence: Tensor | None = None  # float32 [B]
     features: Tensor | None = None  # float32 [B, F]
 
     def _map(self, function: Any) -> Batch:
-        return replace(
-            self,
-            **{
-                name: function(value)
-                for name, value in vars(self).items()
-                if isinstance(value, Tensor)
-            },
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -75,24 +77,25 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def split(self, num_parts: int) -> list[Batch]:
-        """Micro-batches of equal size; views."""
-        return (
-            [self._map(lambda tensor, i=i: tensor.chunk(num_parts)[i]) for i in range(num_parts)]
-            if num_parts > 1
-            else [self]
-        )
+        """Return micro-batches of equal size; views."""
+        if num_parts == 1:
+            return [self]
+        return [self._map(lambda tensor, i=i: tensor.chunk(num_parts)[i]) for i in range(num_parts)]
 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """The global order of an epoch: a permutation, int64 [num_samples], the same on every rank and for every batch size."""
+    """Return the global order of an epoch: a permutation, int64 [num_samples].
+
+    It is the same on every rank and for every batch size.
+    """
     order = raw_bits(seed, ORDER, epoch, 0, num_samples).argsort(kind="stable")
     order.setflags(write=False)
     return order
 
 
 class TrainSteps(Dataset[Batch]):
-    """Step number -> Batch, executed with PIL. What a step holds is decided here alone, whoever executes it."""
+    """Step number -> Batch, executed with PIL. Other loaders take a step's content from here."""
 
     def __init__(
         self,
@@ -105,9 +108,15 @@ class TrainSteps(Dataset[Batch]):
         world: int,
         cycle: int = 0,
     ) -> None:
-        """cycle: epochs after which order, augmentation and mixes come again; 0 = never."""
-        self.source, self.aug, self.img_size, self.batch_size = source, aug, img_size, batch_size
-        self.seed, self.rank, self.world, self.cycle = seed, rank, world, cycle
+        """cycle: epochs after which order, augmentation and mixes repeat; 0 = never."""
+        self.source = source
+        self.aug = aug
+        self.img_size = img_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.cycle = cycle
         self.steps_per_epoch = len(source) // (batch_size * world)
 
     def __getitem__(self, step: int) -> Batch:
@@ -115,25 +124,27 @@ class TrainSteps(Dataset[Batch]):
         return Batch(images=images, **fields)
 
     def made(self, view: int, start: int) -> tuple[Tensor, dict[str, Any]]:
-        """`place`, and its images uint8 [B, 3, H, W]."""
+        """Return the images of `place`, uint8 [B, 3, H, W], and its fields."""
         return self._made(lambda load: self.place(view, start, load))
 
     def _made(
-        self, fields: Callable[[Callable[[int, Record], None]], dict[str, Any]]
+        self, fields: Callable[[Callable[[int, AugmentRecord], None]], dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Any]]:
         side = self.img_size
         images = torch.empty(self.batch_size, side, side, 3, dtype=torch.uint8)
         view = images.numpy()
 
-        def load(row: int, record: Record) -> None:
+        def load(row: int, record: AugmentRecord) -> None:
             view[row] = execute(record, self.image(record.sample))
 
         found = fields(load)
         return images.permute(0, 3, 1, 2), found
 
-    def fields(self, step: int, load: Callable[[int, Record], None]) -> dict[str, Any]:
-        """Everything of a Batch but its images, which `load(row, record)` makes. Where that raises DecodeError, the next valid sample in
-        the source's order takes the row, as if it had been drawn.
+    def fields(self, step: int, load: Callable[[int, AugmentRecord], None]) -> dict[str, Any]:
+        """Return all fields of a Batch except its images, which `load(row, record)` makes.
+
+        When `load` raises DecodeError, the next valid sample in the source's order takes the row,
+        as if it had been drawn.
         """
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = (step_in_epoch * self.world + self.rank) * self.batch_size
@@ -142,29 +153,29 @@ class TrainSteps(Dataset[Batch]):
         seeds = torch.from_numpy(sample_seeds(self.seed, epoch, found["samples"].numpy()))
         return {**found, "seeds": seeds, "epoch": epoch, "step": step}
 
-    def place(self, view: int, start: int, load: Callable[[int, Record], None]) -> dict[str, Any]:
-        """What does not depend on the run: the places from `start` on in the order of epoch `view`, `batch_size` of them. Past the end
-        the last sample comes again; a sample without a partner is not mixed.
+    def place(
+        self, view: int, start: int, load: Callable[[int, AugmentRecord], None]
+    ) -> dict[str, Any]:
+        """Return the fields that do not depend on the run.
+
+        They cover `batch_size` positions from `start` on in the order of epoch `view`. Past the end
+        the last sample repeats; a sample without a partner is not mixed.
         """
         size, num = self.batch_size, len(self.source)
-        drawn = epoch_order(self.seed, view, num)[
-            np.minimum(np.arange(start, start + size), num - 1)
-        ]
+        positions = np.minimum(np.arange(start, start + size), num - 1)
+        drawn = epoch_order(self.seed, view, num)[positions]
         samples = drawn.copy()
         replaced: list[str] = []
         for row in range(size):
             samples[row] = self._load(int(samples[row]), view, replaced, partial(load, row))
+
         mixes = [UNMIXED] * size
         if uses_mixing(self.aug):
-            pairs = [
-                mix_record(self.aug, self.img_size, self.seed, view, start // 2 + i)
-                for i in range(size // 2)
-            ]
-            mixes = [
-                pair if start + row // 2 * 2 + 1 < num else UNMIXED
-                for row in range(size)
-                for pair in [pairs[row // 2]]
-            ]
+            for first in range(0, size - 1, 2):
+                if start + first + 1 < num:
+                    pair = (start + first) // 2
+                    mix = mix_record(self.aug, self.img_size, self.seed, view, pair)
+                    mixes[first : first + 2] = [mix, mix]
         return {
             "labels": torch.from_numpy(self.source.labels[samples]),
             "samples": torch.from_numpy(samples),
@@ -176,18 +187,17 @@ class TrainSteps(Dataset[Batch]):
         }
 
     def _load(
-        self, sample: int, epoch: int, replaced: list[str], load: Callable[[Record], None]
+        self, sample: int, epoch: int, replaced: list[str], load: Callable[[AugmentRecord], None]
     ) -> int:
         source = self.source
         for _ in range(len(source)):
             if source.ok[sample]:
                 width, height = (int(x) for x in source.sizes[sample])
+                record = sample_record(
+                    self.aug, self.img_size, self.seed, epoch, sample, width, height
+                )
                 try:
-                    load(
-                        sample_record(
-                            self.aug, self.img_size, self.seed, epoch, sample, width, height
-                        )
-                    )
+                    load(record)
                     return sample
                 except DecodeError:
                     pass
@@ -196,11 +206,12 @@ class TrainSteps(Dataset[Batch]):
         raise DataError(f"{source.name}: not one image can be read (--data-dir)")
 
     def image(self, sample: int) -> Image.Image:
-        """Raises DecodeError when the file cannot be read or is not of the index's size."""
+        """Read a sample. Raises DecodeError when that fails or its size is not the index's."""
         image = self.source.read(sample)
         width, height = (int(x) for x in self.source.sizes[sample])
         if image.size != (width, height):
             raise DecodeError(
-                f"{self.source.keys[sample]}: {image.size[0]}x{image.size[1]} where the index says {width}x{height}"
+                f"{self.source.keys[sample]}: {image.size[0]}x{image.size[1]} pixels, "
+                f"{width}x{height} in the index"
             )
         return image

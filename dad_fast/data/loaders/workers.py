@@ -1,8 +1,8 @@
-"""The processes that load: how they start, what they ignore, and how their failures become one line.
+"""Loader processes: their start, the signals they ignore, and one-line errors for their failures.
 
-They come from a fork server: a fork of the training process would copy locks that its threads (autograd, CUDA, the live progress
-bar) may hold at that moment, which is a rare hang that nobody can reproduce. So a script that uses a loader with workers needs the usual
-`if __name__ == "__main__":`.
+They come from a fork server: a fork of the training process would copy locks that its threads
+(autograd, CUDA, the live progress bar) may hold at that moment, a rare hang. So a script that uses
+a loader with workers needs the usual `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from dad_fast.errors import DadFastError
 
-CHECK_SECONDS = 5.0  # after which a dead worker is noticed
-HANG_SECONDS = 600.0  # without a batch from any worker: a stuck network disk, or a deadlock
+# Interval between checks for dead workers.
+CHECK_SECONDS = 5.0
+# Time without a batch from any worker after which they count as hung (network disk, deadlock).
+HANG_SECONDS = 600.0
 
 
 class _Failure(NamedTuple):
-    """An exception in a worker, carried to the training process: DataLoader itself would bury the message in a traceback."""
+    """An exception of a worker on its way to the training process.
+
+    DataLoader itself would bury the message in a traceback.
+    """
 
     error: DadFastError
     trace: str
@@ -56,15 +61,15 @@ class _Guarded(Dataset[Any]):
 def iterate(
     dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool
 ) -> Iterator[Any]:
-    """dataset[n] for each n, in order, made by `workers` processes (0: here). Each item is a whole batch.
+    """Yield dataset[n] for each n, in order, made by `workers` processes (0: this process).
 
-    Raises DadFastError with one line when a worker fails, dies or hangs; a DadFastError raised in a worker comes through as it is.
+    Each item is a whole batch. Raises DadFastError with one line when a worker fails, dies or
+    hangs; a DadFastError of a worker is raised unchanged.
     """
-    batches = (
-        _from_workers(dataset, numbers, workers, pin_memory)
-        if workers
-        else _from_here(dataset, numbers, pin_memory)
-    )
+    if workers:
+        batches = _from_workers(dataset, numbers, workers, pin_memory)
+    else:
+        batches = _from_here(dataset, numbers, pin_memory)
     _running.add(batches)
     return batches
 
@@ -80,9 +85,8 @@ def _from_here(
 def _from_workers(
     dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool
 ) -> Generator[Any, None, None]:
-    warnings.filterwarnings(
-        "ignore", message="This DataLoader will create"
-    )  # more workers than cores: `doctor --data` says what helps
+    # More workers than cores; `doctor --data` reports what helps.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     loader = DataLoader(
         _Guarded(dataset),
         batch_size=None,
@@ -93,9 +97,11 @@ def _from_workers(
         timeout=CHECK_SECONDS,
         multiprocessing_context=_context(),
         worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # else each pass would draw from the global generator, whose state a resume restores
+        # Each pass would otherwise draw from the global generator, whose state a resume restores.
+        generator=torch.Generator(),
     )
-    batches, waited = iter(loader), 0.0
+    batches = iter(loader)
+    waited = 0.0
     try:
         while True:
             try:
@@ -108,24 +114,27 @@ def _from_workers(
                     waited += CHECK_SECONDS
                     if waited < HANG_SECONDS:
                         continue
-                    for worker in batches._workers:  # it would neither end nor heed a SIGTERM
+                    # A hung worker would neither end nor react to SIGTERM.
+                    for worker in batches._workers:
                         worker.kill()
-                    what = f"no batch for {HANG_SECONDS:g} s: a loader worker hangs (a network disk that does not answer?)"
                     raise DadFastError(
-                        f"{what}; mend that and go on with --resume auto"
+                        f"no batch for {HANG_SECONDS:g} s: a loader worker hangs "
+                        "(a network disk that does not answer?); "
+                        "fix that and continue with --resume auto"
                     ) from error.with_traceback(None)
                 if "worker" not in str(error):
                     raise
-                what = " ".join(str(error).split())[:200]
-                mend = "out of memory or of /dev/shm? Fewer --workers, or 0, may help"
+                why = " ".join(str(error).split())[:200]
                 raise DadFastError(
-                    f"a loader worker died ({what}); {mend}"
+                    f"a loader worker died ({why}); "
+                    "out of memory or of /dev/shm? Fewer --workers, or 0, may help"
                 ) from error.with_traceback(None)
             if isinstance(batch, _Failure):
                 raise batch.error from RuntimeError(batch.trace)
             yield batch
     finally:
-        del batches  # ends the workers now, not when the traceback that holds this frame is dropped
+        # Ends the workers now, not when the traceback that holds this frame is dropped.
+        del batches
 
 
 _running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
@@ -133,9 +142,13 @@ _running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 @atexit.register
 def _close_running() -> None:
-    """End the workers of loaders that nobody finished: multiprocessing would wait for them, and they ignore its SIGTERM."""
+    """End the workers of unfinished loaders.
+
+    multiprocessing would wait for them at exit, since they ignore its SIGTERM.
+    """
     for batches in list(_running):
-        with suppress(ValueError, RuntimeError):  # being advanced by another thread at this moment
+        # Another thread may be advancing the generator at this moment.
+        with suppress(ValueError, RuntimeError):
             batches.close()
 
 
@@ -153,11 +166,8 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _init_worker(worker: int) -> None:
-    for name in (
-        "SIGTERM",
-        "SIGUSR1",
-        "SIGINT",
-    ):  # the training process answers these and needs its batches meanwhile
+    # The training process handles these signals and still needs batches.
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -166,8 +176,9 @@ def _init_worker(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the training process is gone, however that ended. DataLoader's own watch sees only the fork server, which
-    in turn lives as long as its workers do.
+    """End this worker when the training process is gone.
+
+    DataLoader's own watch sees only the fork server, which lives as long as its workers do.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

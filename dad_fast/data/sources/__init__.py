@@ -1,1 +1,1 @@
-"""Where images lie: folders, tar shards, embedded data."""
+"""Sources of images: folders, tar shards, embedded data, and those of other packages."""

@@ -1,8 +1,9 @@
-"""From a file's bytes to an 8-bit RGB image, with PIL, as timm does it; reported numbers are decoded here.
+"""Decoding of a file to an 8-bit RGB image with PIL, as timm does it.
 
-EXIF rotation is ignored. Greyscale, palette, CMYK and alpha go through PIL's `convert("RGB")` (alpha is dropped, not blended).
-One deliberate difference from timm: 16-bit greyscale is scaled by taking the high byte, as PIL itself does for 16-bit RGB;
-`convert` alone would clip everything above 255 to white.
+EXIF rotation is ignored. Greyscale, palette, CMYK and alpha go through PIL's `convert("RGB")`
+(alpha is dropped, not blended). One deliberate difference from timm: 16-bit greyscale is scaled by
+taking the high byte, as PIL itself does for 16-bit RGB; `convert` alone would clip all values above
+255 to white.
 """
 
 from __future__ import annotations
@@ -21,26 +22,20 @@ from dad_fast.data.sources.names import shown
 from dad_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-FORMATS = (
-    "BMP",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # Pillow knows forty more, by content; for EPS it starts Ghostscript
+# Pillow detects forty more by content; for EPS it starts Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class DecodeError(DataError):
-    """One image cannot be read; the message names it."""
+    """An image cannot be read; the message names it."""
 
 
 @contextmanager
 def open_image(file: str | Path | IO[bytes]) -> Iterator[Image.Image]:
-    """An image whose pixels are not read yet. Only a regular file is opened: a pipe would be waited for, a device be acted on.
+    """Open an image without reading its pixels.
 
-    Raises whatever PIL raises; `reason` says it in words.
+    Opens regular files only: a pipe would block, and opening a device can have side effects. Raises
+    PIL's errors; `reason` puts them into words.
     """
     if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError("not a regular file")
@@ -49,19 +44,24 @@ def open_image(file: str | Path | IO[bytes]) -> Iterator[Image.Image]:
 
 
 def read_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
-    """Decode an image to RGB, 8 bits. `name` stands for the file in errors. Raises DecodeError whatever is wrong with it."""
+    """Decode an image to RGB, 8 bits. `name` stands for the file in errors.
+
+    Raises DecodeError for any damage.
+    """
     try:
         with open_image(file) as image:
             return to_rgb(image)
-    except Exception as error:  # PIL raises a dozen unrelated types for damaged files, SyntaxError and struct.error among them
+    # PIL raises a dozen unrelated types for damaged files, SyntaxError and struct.error among them.
+    except Exception as error:
         raise DecodeError(f"{name or shown(str(file))}: {reason(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded copy in mode RGB."""
+    """Return a decoded copy in mode RGB."""
     if image.mode.startswith("I"):
         values = np.asarray(image)  # uint16 or int32
-        if image.mode != "I" or values.max(initial=0) > 255:  # mode "I" also holds 8-bit values
+        # Mode "I" also holds 8-bit values.
+        if image.mode != "I" or values.max(initial=0) > 255:
             values = values >> 8
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "RGB":
@@ -70,11 +70,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-PLAIN_JPEG = "JPEG"  # the `image_format` of JPEGs that every decoder shows alike
+# The `image_format` of JPEGs that every decoder reads alike.
+PLAIN_JPEG = "JPEG"
 
 
 def image_format(image: Image.Image) -> str:
-    """The format of an opened image and how it keeps colours, such as "PNG RGBA"; PLAIN_JPEG for JPEGs in grey or YCbCr."""
+    """Return the format and colour mode of an opened image, such as "PNG RGBA".
+
+    JPEGs in grey or YCbCr are PLAIN_JPEG.
+    """
     if _is_plain_jpeg(image):
         return PLAIN_JPEG
     stored = "stored as RGB" if image.format == "JPEG" and image.mode == "RGB" else image.mode
@@ -82,8 +86,10 @@ def image_format(image: Image.Image) -> str:
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
-    """CMYK is not plain, nor are colours stored as RGB, which some decoders take for YCbCr. The test for those is libjpeg's: an Adobe
-    marker, or the letters R, G, B for components where no JFIF marker is.
+    """Return whether an image is a JPEG in grey or YCbCr.
+
+    CMYK is not plain, nor are colours stored as RGB, which some decoders take for YCbCr. The test
+    for RGB is libjpeg's: an Adobe marker, or the component names R, G, B without a JFIF marker.
     """
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
         return False
@@ -95,7 +101,7 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
 
 
 def read_unchanged(path: str | Path, size: int) -> bytes | None:
-    """A regular file's content; None when it cannot be read or has not this size."""
+    """Return a regular file's content, or None when it cannot be read or has another size."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
@@ -109,7 +115,7 @@ def read_unchanged(path: str | Path, size: int) -> bytes | None:
 
 
 def reason(error: Exception) -> str:
-    """Why an image was refused, in a few words that do not repeat its path."""
+    """Describe in a few words, without the path, why an image was refused."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
     if isinstance(error, Image.DecompressionBombError):

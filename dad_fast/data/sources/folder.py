@@ -1,4 +1,4 @@
-"""An image folder, one sub-folder a class, read through its index."""
+"""Image folders with one sub-folder per class, read through an index."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from dad_fast.errors import DataError
 
 
 class FolderSource:
-    """A split of an image folder. Samples are in the order of their paths, whatever the order of the classes.
+    """A split of an image folder, in the order of paths, whatever the order of the classes.
 
-    The fingerprint covers paths, file sizes and readability, not mtimes: a copy of the folder elsewhere has the same.
+    The fingerprint covers paths, file sizes and readability, not mtimes: a copy of the folder has
+    the same fingerprint.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class FolderSource:
         max_bad_share: float = 0.01,
         other_folders: bool = False,
     ) -> None:
-        """other_folders: whether folders that are not in the class list may lie there, and are left out."""
+        """other_folders: leave out folders that are not in the class list, instead of an error."""
         self.folder = find_folder(root, split)
         self.name = str(self.folder)
         self.max_bad_share = max_bad_share
@@ -45,9 +46,8 @@ class FolderSource:
         self.files = files_of(entries, lambda i: shown(entries[i].path))
         digest = hashlib.sha256()
         for entry in entries:
-            digest.update(
-                f"{entry.path}\0{entry.size}\0{entry.ok}\n".encode("utf-8", "surrogateescape")
-            )
+            line = f"{entry.path}\0{entry.size}\0{entry.ok}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
         report_bad(self.name, self.files.bad, len(entries), max_bad_share)
 
@@ -63,23 +63,28 @@ class FolderSource:
         return read_unchanged(self.folder / self.keys[index], int(self.files.num_bytes[index]))
 
     def describe(self) -> str:
+        text = f"{self.name}: {len(self):,} images of {len(self.classes):,} classes"
         bad = int((~self.ok).sum())
-        return f"{self.name}: {len(self):,} images of {len(self.classes):,} classes" + (
-            f", {bad:,} unreadable" if bad else ""
-        )
+        return f"{text}, {bad:,} unreadable" if bad else text
+
+
+def open_folder(
+    argument: str, split: str, classes: ClassMap | None, max_bad_share: float
+) -> FolderSource:
+    """Open a split of the image folder `argument`."""
+    return FolderSource(Path(argument), split, classes, max_bad_share)
 
 
 def find_folder(root: Path, split: str) -> Path:
-    """The folder of a split; DataError, with what is there, where it is not."""
+    """Return the folder of a split. Raises DataError that lists the existing folders."""
     if not root.is_dir():
-        raise DataError(
-            f"{root}: {'not a folder' if root.exists() else 'no such folder'} (--data-dir)"
-        )
+        problem = "not a folder" if root.exists() else "no such folder"
+        raise DataError(f"{root}: {problem} (--data-dir)")
     if split and not (root / split).is_dir():
-        there = sorted(
+        folders = sorted(
             item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith(".")
         )
-        has = f"it has {some(there) or 'none'}{shards_hint(root)}"
+        has = f"it has {some(folders) or 'none'}{shards_hint(root)}"
         raise DataError(
             f"{root} has no folder {split!r}; {has} (--data-dir, --train-split, --val-split)"
         )
@@ -87,15 +92,19 @@ def find_folder(root: Path, split: str) -> Path:
 
 
 def _check_classes(folder: Path, classes: ClassMap | None, other_folders: bool) -> ClassMap:
-    there = ClassMap.from_folders(folder)
+    found = ClassMap.from_folders(folder)
     if classes is None:
-        return there
-    if missing := sorted(set(classes.folders) - set(there.folders)):
+        return found
+    missing = sorted(set(classes.folders) - set(found.folders))
+    if missing:
         raise DataError(
-            f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: {some(missing)} (--class-map)"
+            f"{folder} lacks {len(missing):,} of the {len(classes):,} listed classes: "
+            f"{some(missing)} (--class-map)"
         )
-    if not other_folders and (extra := sorted(set(there.folders) - set(classes.folders))):
+    extra = sorted(set(found.folders) - set(classes.folders))
+    if extra and not other_folders:
         raise DataError(
-            f"{folder} has {len(extra):,} folders that are not in the class list: {some(extra)} (--class-map)"
+            f"{folder} has {len(extra):,} folders that are not in the class list: "
+            f"{some(extra)} (--class-map)"
         )
     return classes

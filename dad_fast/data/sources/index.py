@@ -1,9 +1,10 @@
-"""Indexes of images: each file's class, size and whether it can be decoded, verified once and kept.
+"""Indexes of images: class, size and readability of each file, verified once and cached.
 
-A CSV in the user's cache folder (data is often read-only), one per image folder or per shard: path (which is the key as well), label,
-offset, size and mtime of the file, width, height, format, ok, error. Its first line says what it is an index of and holds a checksum; a
-damaged index is made again, as is one of another version. In a folder a file whose size or mtime has changed is verified again, so is a
-new one; an interrupted build keeps what it has verified.
+An index is a CSV in the user's cache folder (data is often read-only), one per image folder or
+shard: path (also the key), label, offset, size and mtime of the file, width, height, format, ok,
+error. Its first line names the indexed folder or shard and holds a checksum; a damaged index or one
+of another version is made again. In a folder, new files and those of another size or mtime are
+verified again. An interrupted build keeps the entries that it has verified.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ log = logging.getLogger("dad_fast.data")
 
 PENDING = "not verified"
 _FORMAT = "# dad-fast index 4"
-_CHUNK = 16  # files per task
+# Files per task.
+_CHUNK = 16
 
 
 class Entry(NamedTuple):
-    """One image. `path` is relative to the indexed folder, or is a member's name; `mtime` is in nanoseconds, 0 in a shard, which has its
-    own. `label` is a class folder's name or a class number in a shard; `format` is as `decode.image_format` says it.
+    """One image.
+
+    `path` is relative to the indexed folder, or a member's name; `mtime` is in nanoseconds, 0 in a
+    shard, which has its own. `label` is a class folder's name, or a class number in a shard;
+    `format` comes from `decode.image_format`.
     """
 
     path: str
@@ -52,25 +57,25 @@ class Entry(NamedTuple):
     error: str
 
 
-Part = tuple[
-    Callable[[Entry], Path | io.BytesIO], Sequence[Entry]
-]  # entries, and how to get at what PIL opens
+# Entries, and a function that returns for an entry what PIL opens.
+Part = tuple[Callable[[Entry], Path | io.BytesIO], Sequence[Entry]]
 
 
 def build_index(folder: Path, classes: list[str]) -> list[Entry]:
-    """The verified index of `folder`, whose sub-folders `classes` hold one class each, sorted by path.
+    """Return the verified index of `folder`, sorted by path.
 
-    Raises DataError when a class has no images or a folder cannot be listed. Bad files are entries with `ok` False.
+    Its sub-folders `classes` hold one class each. Raises DataError when a class has no images or a
+    folder cannot be listed. Bad files are entries with `ok` False.
     """
     root = folder.resolve()
-    file, about = index_file(root), f"folder {str(root)!r}"
+    file = index_file(root)
+    about = f"folder {str(root)!r}"
+    found: list[Entry] = []
     with threads() as pool:
-        found = [
-            entry
-            for entries in pool.map(lambda label: _scan_class(root, label), classes)
-            for entry in entries
-        ]
+        for scanned in pool.map(lambda label: _scan_class(root, label), classes):
+            found += scanned
     found.sort(key=lambda entry: entry.path)
+
     with one_at_a_time(file, f"indexing {folder}"):
         known = {entry.path: entry for entry in load_index(file, about)}
         entries: dict[str, Entry] = {}
@@ -84,12 +89,12 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
                 for entry in verify_all([(lambda entry: root / entry.path, fresh)], str(folder)):
                     entries[entry.path] = entry
             finally:
-                kept = (
-                    {**known, **entries}.values() if len(entries) < len(found) else entries.values()
-                )
-                if not save_index(file, about, list(kept)):
+                # An interrupted build keeps the old entries too.
+                kept = entries if len(entries) == len(found) else {**known, **entries}
+                if not save_index(file, about, list(kept.values())):
                     log.warning(
-                        "%s cannot be written: the index of %s is not kept and is made again next time",
+                        "%s cannot be written: the index of %s is not kept and is made again "
+                        "next time",
                         file,
                         folder,
                     )
@@ -97,20 +102,21 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
 
 
 def index_file(path: Path) -> Path:
-    """Where the index of a resolved folder or shard is kept."""
+    """Return the path of the index of a resolved folder or shard."""
     return cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.csv"
 
 
 def load_index(file: Path, about: str) -> list[Entry]:
-    """The entries of an index file; empty when it is absent, about something else, of another version or damaged."""
+    """Return the entries of an index file.
+
+    Empty when the file is absent, about something else, of another version or damaged.
+    """
     try:
         head, _, body = file.read_bytes().partition(b"\n")
     except OSError:
         return []
-    if (
-        not head.startswith(_FORMAT.encode())
-        or hashlib.sha256(body).hexdigest().encode() not in head
-    ):
+    checksum = hashlib.sha256(body).hexdigest().encode()
+    if not head.startswith(_FORMAT.encode()) or checksum not in head:
         log.warning("%s is damaged or of another version: it is made again", file)
         return []
     if not head.endswith(_encoded(f", {about}")):
@@ -118,42 +124,29 @@ def load_index(file: Path, about: str) -> list[Entry]:
     rows = csv.reader(io.StringIO(body.decode("utf-8", "surrogateescape"), newline=""))
     try:
         next(rows)
-        return [
-            Entry(
-                path,
-                label,
-                int(offset),
-                int(size),
-                int(mtime),
-                int(width),
-                int(height),
-                format,
-                ok == "1",
-                error,
-            )
-            for path, label, offset, size, mtime, width, height, format, ok, error in rows
-        ]
+        entries = []
+        for path, label, *numbers, format, ok, error in rows:
+            offset, size, mtime, width, height = map(int, numbers)
+            fields = (path, label, offset, size, mtime, width, height, format, ok == "1", error)
+            entries.append(Entry(*fields))
+        return entries
     except (ValueError, StopIteration, csv.Error):
         log.warning("%s is no index: it is made again", file)
         return []
 
 
 def save_index(file: Path, about: str, entries: list[Entry]) -> bool:
-    """Write an index file whole or not at all; False when the cache folder cannot be written."""
+    """Write an index file whole or not at all. Return False when the cache cannot be written."""
     text = io.StringIO(newline="")
-    writer = csv.writer(
-        text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
-    )  # names may hold line ends of any kind
+    # Quoted, since names may hold line ends of any kind.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(Entry._fields)
     for entry in entries:
         writer.writerow(int(value) if isinstance(value, bool) else value for value in entry)
     body = text.getvalue().encode("utf-8", "surrogateescape")
-    return write_cache(
-        file,
-        _encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, {about}")
-        + b"\n"
-        + body,
-    )
+    checksum = hashlib.sha256(body).hexdigest()
+    head = _encoded(f"{_FORMAT}, sha256 of what follows {checksum}, {about}")
+    return write_cache(file, head + b"\n" + body)
 
 
 def _encoded(text: str) -> bytes:
@@ -161,7 +154,10 @@ def _encoded(text: str) -> bytes:
 
 
 def verify_all(parts: Sequence[Part], name: str) -> Iterator[Entry]:
-    """The entries of all parts in their order, each decoded once if it is still `PENDING`. The log says so, a terminal shows a bar."""
+    """Yield the entries of all parts in order, each decoded once if it is still `PENDING`.
+
+    Logs the number of images; a terminal shows a progress bar.
+    """
     total = sum(len(entries) for _, entries in parts)
     if not total:
         return
@@ -171,17 +167,19 @@ def verify_all(parts: Sequence[Part], name: str) -> Iterator[Entry]:
         for content, entries in parts
         for i in range(0, len(entries), _CHUNK)
     ]
-    with (
-        threads() as pool,
-        progress_bar(total, f"indexing {name}") as advance,
-    ):  # PIL decodes without the GIL
+    # PIL decodes without the GIL, so threads suffice.
+    with threads() as pool, progress_bar(total, f"indexing {name}") as advance:
         for chunk in pool.map(lambda task: [_verify(entry, task[0]) for entry in task[1]], tasks):
             yield from chunk
             advance(len(chunk))
 
 
 def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entry:
-    """Decode the file. JPEGs at an eighth of the size: the whole stream is still read, so damage shows, at a fraction of the time."""
+    """Decode the file.
+
+    JPEGs are decoded at an eighth of the size: this still reads the whole stream, so damage shows,
+    in a fraction of the time.
+    """
     if entry.error != PENDING:
         return entry
     try:
@@ -190,18 +188,19 @@ def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entr
             format = image_format(image)
             image.draft("L", (1, 1))
             image.load()
-    except Exception as error:  # see decode.read_rgb
+    # PIL raises many types, see decode.read_rgb.
+    except Exception as error:
         return entry._replace(ok=False, error=reason(error))
     return entry._replace(width=width, height=height, format=format, ok=True, error="")
 
 
 class Files(NamedTuple):
-    """What a source keeps of its index besides what every source has."""
+    """Fields of an index that only sources of files have."""
 
     num_bytes: np.ndarray  # int64 [N]
-    formats: np.ndarray  # uint8 [N], places in `format_names`
+    formats: np.ndarray  # uint8 [N], positions in `format_names`
     format_names: tuple[str, ...]
-    bad: tuple[tuple[str, str], ...]  # name, fit for a message, and why, where `ok` is False
+    bad: tuple[tuple[str, str], ...]  # printable name and reason, where `ok` is False
 
     def plain_jpeg(self, index: int) -> bool:
         return self.format_names[self.formats[index]] == PLAIN_JPEG
@@ -221,19 +220,23 @@ def files_of(entries: Sequence[Entry], name: Callable[[int], str]) -> Files:
 def report_bad(
     source: str, bad: Sequence[tuple[str, str]], total: int, max_bad_share: float
 ) -> None:
-    """Warn of unreadable images, given as (name, why); DataError when they are too many or all."""
+    """Warn of unreadable images, given as (name, reason).
+
+    Raises DataError when their share exceeds `max_bad_share` or all are unreadable.
+    """
     if not bad:
         return
-    text = f"{source}: {len(bad):,} of {total:,} images cannot be read: {some(f'{name} ({why})' for name, why in bad)}"
+    listed = some(f"{name} ({why})" for name, why in bad)
+    text = f"{source}: {len(bad):,} of {total:,} images cannot be read: {listed}"
     if len(bad) > max_bad_share * total or len(bad) == total:
         raise DataError(
-            f"{text}; mend or remove them, or raise data.max_bad_share ({max_bad_share:g})"
+            f"{text}; fix or remove them, or raise data.max_bad_share ({max_bad_share:g})"
         )
     log.warning("%s; each is replaced by the next valid image", text)
 
 
 def _scan_class(root: Path, label: str) -> list[Entry]:
-    """Entries of one class, not yet verified."""
+    """Return the entries of one class, not yet verified."""
     entries: list[Entry] = []
     try:
         _scan(root, label, label, (), entries)
@@ -243,7 +246,8 @@ def _scan_class(root: Path, label: str) -> list[Entry]:
         ) from error
     if not entries:
         raise DataError(
-            f"class folder {root / label} holds no images ({' '.join(EXTENSIONS)}); fill it, or leave the class out (--class-map)"
+            f"class folder {root / label} holds no images ({' '.join(EXTENSIONS)}); "
+            "fill it, or leave the class out (--class-map)"
         )
     return entries
 
@@ -251,14 +255,18 @@ def _scan_class(root: Path, label: str) -> list[Entry]:
 def _scan(
     root: Path, relative: str, label: str, above: tuple[tuple[int, int], ...], entries: list[Entry]
 ) -> None:
-    """Collect images below `relative`, through symbolic links; `above` are the folders on the way here, so that a loop ends."""
+    """Collect images below `relative`, through symbolic links.
+
+    `above` are the parent folders (device, inode), which end loops of links.
+    """
     here = os.stat(root / relative)
     identity = (here.st_dev, here.st_ino)
     if identity in above:
         return
     with os.scandir(root / relative) as listing:
         for item in listing:
-            if item.name.startswith("."):  # also the ._NAME.jpg that macOS leaves on foreign disks
+            # Among hidden files are the ._NAME.jpg that macOS leaves on other file systems.
+            if item.name.startswith("."):
                 continue
             path = f"{relative}/{item.name}"
             if item.is_dir():
@@ -267,29 +275,25 @@ def _scan(
                 try:
                     stat = item.stat()
                     size, mtime = stat.st_size, stat.st_mtime_ns
-                except OSError:  # a link to nowhere: a bad file, not an absent one
+                except OSError:
+                    # A broken link is a bad file, not an absent one.
                     size, mtime = 0, 0
                 entries.append(Entry(path, label, 0, size, mtime, 0, 0, "", False, PENDING))
 
 
 @contextmanager
 def threads() -> Iterator[ThreadPoolExecutor]:
-    """One a core; when the block fails or is left early, nothing more is begun."""
-    pool = ThreadPoolExecutor(num_threads())
+    """Pool with a thread per core, at most 32. Leaving the block cancels tasks not yet begun."""
+    pool = ThreadPoolExecutor(min(32, usable_cores()))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def num_threads() -> int:
-    cores = usable_cores()
-    return min(32, cores)
-
-
 @contextmanager
 def progress_bar(total: int, text: str) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere nothing, since the log has said what is going on."""
+    """Show a progress bar on a terminal, nothing elsewhere; yields a function that advances it."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return

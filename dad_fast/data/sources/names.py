@@ -1,4 +1,4 @@
-"""Names of samples: kept in one buffer, and shown so that no file name can write on a terminal."""
+"""Names of samples: compact storage, and printing without control characters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import numpy as np
 
 
 class PackedStrings(Sequence[str]):
-    """Many strings in one buffer: a million paths are copied to each loader process in tens of megabytes instead of hundreds."""
+    """Many strings in one buffer.
+
+    A million paths take tens of megabytes in each loader process instead of hundreds.
+    """
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
@@ -35,7 +38,10 @@ class PackedStrings(Sequence[str]):
 
 
 def shown(text: str) -> str:
-    """`text` on one line: control characters, undecodable bytes and backslashes as escapes, so that different names stay different."""
+    """Return `text` on one line, with control characters and undecodable bytes as escapes.
+
+    Backslashes are escaped too, so that different names stay different.
+    """
     if text.isprintable() and "\\" not in text:
         return text
     return "".join(
@@ -44,7 +50,7 @@ def shown(text: str) -> str:
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first few, and how many more."""
+    """List the first few names and count the others."""
     listed = list(names)
     more = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {more:,} more" if more > 0 else "")

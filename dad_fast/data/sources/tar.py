@@ -1,6 +1,7 @@
-"""WebDataset shards as a source: tars of (image, class number) samples, read at random through an index, never extracted.
+"""WebDataset shards: tars of (image, class number) samples, read at random through an index.
 
-The shards are every `*.tar` of a folder, sorted by name, or those that a pattern names: `train-{000000..000099}.tar`.
+Nothing is extracted. The shards are all `*.tar` of a folder, sorted by name, or those of a pattern:
+`train-{000000..000099}.tar`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class TarSource:
-    """A split of WebDataset shards. Samples are in the order of the shards, and in a shard in that of its images.
+    """A split of WebDataset shards, in the order of the shards and of the images in each.
 
-    Without a class list the class numbers are their own names, from 0 to the highest. The fingerprint covers names, sizes, labels and
-    readability: a copy of the shards elsewhere has the same.
+    Without a class list the class numbers are their own names, from 0 to the highest. The
+    fingerprint covers names, sizes, labels and readability: a copy of the shards has the same one.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class TarSource:
         self.files = files_of(entries, self.keys.__getitem__)
         report_bad(self.name, self.files.bad, len(entries), max_bad_share)
         self.classes = _check_labels(self.name, self.labels[self.ok], classes)
-        self.labels[self.labels >= len(self.classes)] = 0  # of unreadable images only
+        # Only unreadable images can have such a label.
+        self.labels[self.labels >= len(self.classes)] = 0
         digest = hashlib.sha256()
         for key, entry in zip(self.keys, entries, strict=True):
             digest.update(f"{key}\0{entry.size}\0{entry.label}\0{entry.ok}\n".encode())
@@ -85,9 +87,10 @@ class TarSource:
             return None
 
     def describe(self) -> str:
+        counts = f"{len(self):,} images of {len(self.classes):,} classes"
+        text = f"{self.name}: {counts} in {len(self._shards):,} shards"
         bad = int((~self.ok).sum())
-        text = f"{self.name}: {len(self):,} images of {len(self.classes):,} classes in {len(self._shards):,} shards"
-        return text + (f", {bad:,} unreadable" if bad else "")
+        return f"{text}, {bad:,} unreadable" if bad else text
 
     def _content(self, index: int) -> bytes:
         return read_bytes(
@@ -97,22 +100,34 @@ class TarSource:
         )
 
 
-def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
-    """The folder of the shards and their names in it; None where `data_dir` and `split` name no shards.
+def open_shards(
+    argument: str, split: str, classes: ClassMap | None, max_bad_share: float
+) -> TarSource:
+    """Open the shards that a folder or pattern and a split name."""
+    shards = find_shards(argument, split)
+    if shards is None:
+        raise DataError(f"{Path(argument) / split}: no shards (*.tar) in it (--data-dir)")
+    return TarSource(*shards, classes, max_bad_share)
 
-    Raises UsageError for a pattern that cannot be read, DataError where a folder holds nothing but compressed tars.
+
+def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
+    """Return the folder of the shards and their names in it.
+
+    None when `data_dir` and `split` name no shards. Raises UsageError for an invalid pattern,
+    DataError when a folder holds only compressed tars.
     """
-    for text, flags in ((split, "--train-split, --val-split, --suite"), (data_dir, "--data-dir")):
-        if (text.endswith(".tar") or "{" in text) and not (Path(data_dir) / split).is_dir():
-            if text is data_dir and split:
-                mend = (
-                    "give its folder as --data-dir and the pattern as --train-split or --val-split"
-                )
-                raise UsageError(f"{data_dir} names shards, so it has no split {split!r}: {mend}")
-            return _expand(data_dir if text is split else "", text, flags)
     folder = Path(data_dir) / split
     if not folder.is_dir():
-        return None
+        if _is_pattern(split):
+            return _expand(data_dir, split, "--train-split, --val-split, --suite")
+        if not _is_pattern(data_dir):
+            return None
+        if split:
+            raise UsageError(
+                f"{data_dir} names shards, so it has no split {split!r}: give its folder as "
+                "--data-dir and the pattern as --train-split or --val-split"
+            )
+        return _expand("", data_dir, "--data-dir")
     try:
         with os.scandir(folder) as listing:
             items = [item for item in listing if not item.name.startswith(".")]
@@ -122,61 +137,77 @@ def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
         return None
     files = sorted(item.name for item in items)
     names = [name for name in files if name.endswith(".tar")]
-    if not names and (packed := [name for name in files if name.endswith(_PACKED)]):
-        what = f"its shards are compressed ({some(map(shown, packed))})"
-        raise DataError(f"{folder}: {what}, so images cannot be read one by one: decompress them")
-    return (folder, names) if names else None
+    if names:
+        return folder, names
+    packed = [shown(name) for name in files if name.endswith(_PACKED)]
+    if packed:
+        raise DataError(
+            f"{folder}: its shards are compressed ({some(packed)}), "
+            "so images cannot be read one by one: decompress them"
+        )
+    return None
+
+
+def _is_pattern(text: str) -> bool:
+    return text.endswith(".tar") or "{" in text
 
 
 def shards_hint(folder: Path) -> str:
-    """What to type where a split is missing but shards lie in the folder; empty otherwise."""
+    """Return how to name the shards of a folder that lacks a split; empty without shards."""
     names = sorted(item.name for item in folder.iterdir() if item.name.endswith(".tar"))
     if not names:
         return ""
-    example = re.sub(r"([0-9]+)[.]tar$", r"{\1..\1}.tar", names[0])
-    return f"; its {len(names):,} shards can be named by a pattern, as in --train-split '{shown(example)}'"
+    example = shown(re.sub(r"([0-9]+)[.]tar$", r"{\1..\1}.tar", names[0]))
+    count = f"{len(names):,} shards"
+    return f"; its {count} can be named by a pattern, as in --train-split '{example}'"
 
 
 def _expand(root: str, pattern: str, flags: str) -> tuple[Path, list[str]]:
-    """`a-{00..12}.tar` -> thirteen names, numbers as wide as the first one; several ranges make every combination."""
+    """Expand `a-{00..12}.tar` to thirteen names, with numbers as wide as the first one.
+
+    Several ranges make all combinations.
+    """
     if not pattern.endswith(".tar"):
         raise UsageError(f"{pattern}: a pattern of shards ends in .tar ({flags})")
     head, *rest = re.split(_RANGE, pattern)
-    if any(brace in part for part in (head, *rest[2::3]) for brace in "{}"):
+    firsts, lasts, afters = rest[::3], rest[1::3], rest[2::3]
+    if any(brace in part for part in (head, *afters) for brace in "{}"):
         raise UsageError(
-            f"{pattern}: the braces of shards hold one range of numbers, as in train-{{000000..000099}}.tar ({flags})"
+            f"{pattern}: the braces of shards hold one range of numbers, "
+            f"as in train-{{000000..000099}}.tar ({flags})"
         )
-    ranges = [
-        range(int(first), int(last) + 1) for first, last in zip(rest[::3], rest[1::3], strict=True)
-    ]
+    ranges = [range(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
     total = math.prod(map(len, ranges))
     if not 1 <= total <= _MOST_SHARDS:
         raise UsageError(
             f"{pattern}: names {total:,} shards; 1 to {_MOST_SHARDS:,} can be read ({flags})"
         )
-    folder, slash, start = head.rpartition(
-        "/"
-    )  # names are relative to the part that is the same for all
+
+    # Names are relative to the folder that all of them share.
+    folder, slash, start = head.rpartition("/")
     names = []
     for chosen in itertools.product(*ranges):
         text = start
-        for number, first, after in zip(chosen, rest[::3], rest[2::3], strict=True):
+        for number, first, after in zip(chosen, firsts, afters, strict=True):
             text += f"{number:0{len(first)}d}{after}"
         names.append(text)
     return Path(root) / (folder + slash), names
 
 
 def _check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> ClassMap:
-    """The class list that goes with class numbers [N], all of them ≥ 0."""
+    """Return the class list of class numbers [N], all of them ≥ 0."""
     present = np.unique(labels)
     highest = int(present[-1])
     if classes is not None:
         if highest >= len(classes):
             raise DataError(
-                f"{name}: class {highest} is not in the class list, which has 0 to {len(classes) - 1} (--class-map)"
+                f"{name}: class {highest} is not in the class list, "
+                f"which has 0 to {len(classes) - 1} (--class-map)"
             )
         return classes
     if len(present) * 2 < highest + 1:
-        what = f"class numbers go to {highest:,}, but only {len(present):,} classes have images"
-        raise DataError(f"{name}: {what}; say what the classes are (--class-map)")
+        raise DataError(
+            f"{name}: class numbers go to {highest:,}, but only {len(present):,} classes have "
+            "images; name the classes (--class-map)"
+        )
     return ClassMap(tuple((i, str(i), str(i)) for i in range(highest + 1)))

@@ -1,8 +1,9 @@
-"""The samples of WebDataset shards: the members of a tar that share a key, verified once and kept, as those of folders are.
+"""Samples of WebDataset shards: members of a tar that share a key, verified once and cached.
 
-A key is a member's path up to the first dot of its file name, the rest is its kind, in small letters: `n01/5.JPEG` and `n01/5.cls` are
-one sample. It needs one image and a class number, which stands in `.cls` or in `.json` as `label`. Members of a sample need not be
-neighbours. An index file belongs to one shard and is made again when the shard's size or mtime has changed.
+A key is a member's path up to the first dot of its file name; the rest, in lower case, is its kind:
+`n01/5.JPEG` and `n01/5.cls` are one sample. A sample needs one image and a class number, in `.cls`
+or as `label` in `.json`. Members of a sample need not be neighbours. An index file belongs to one
+shard and is made again when the shard's size or mtime changes.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ from dad_fast.errors import DataError
 log = logging.getLogger("dad_fast.data")
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
-_META = re.compile(r"__[^/]*__(?:$|/)")  # WebDataset keeps such names for itself
+# WebDataset reserves such names.
+_META = re.compile(r"__[^/]*__(?:$|/)")
 _IMAGES = {extension[1:] for extension in EXTENSIONS}
 _LABELS = ("cls", "json")
-_LARGEST = {"image": 1 << 30, "cls": 64, "json": 1 << 24}  # bytes
-_OPEN_FILES = 256  # a quarter of the usual limit of a process
+# Largest members, in bytes.
+_LARGEST = {"image": 1 << 30, "cls": 64, "json": 1 << 24}
+# A quarter of the usual limit of a process.
+_OPEN_FILES = 256
 _WHY_NOT: dict[Kind, str] = {
     "link": "a link, which is not followed",
     "special": "no regular file",
@@ -51,7 +55,7 @@ _WHY_NOT: dict[Kind, str] = {
 
 
 class Shard(NamedTuple):
-    """A tar as it was when it was indexed; `mtime` is in nanoseconds."""
+    """State of a tar at indexing; `mtime` is in nanoseconds."""
 
     path: str
     size: int
@@ -59,20 +63,22 @@ class Shard(NamedTuple):
 
 
 class _Open:
-    """An open shard. It closes when the last reader lets go of it, so that the cache below may drop it meanwhile."""
+    """An open shard. It closes with its last reference, so the cache below may drop it in use."""
 
     def __init__(self, shard: Shard) -> None:
         self.descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
         self._close = weakref.finalize(self, os.close, self.descriptor)
 
 
-_open_shard = lru_cache(maxsize=_OPEN_FILES)(
-    _Open
-)  # pread has no position, so threads and forked processes may share these
+# pread has no position, so threads and forked processes may share these.
+_open_shard = lru_cache(maxsize=_OPEN_FILES)(_Open)
 
 
 def read_bytes(shard: Shard, offset: int, size: int) -> bytes:
-    """`size` bytes of a shard from `offset`. Raises OSError when they cannot be read or the shard has changed."""
+    """Read `size` bytes of a shard from `offset`.
+
+    Raises OSError when they cannot be read or the shard has changed.
+    """
     opened = _open_shard(shard)
     stat = os.fstat(opened.descriptor)
     if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime):
@@ -84,14 +90,15 @@ def read_bytes(shard: Shard, offset: int, size: int) -> bytes:
 
 
 def build_tar_index(base: Path, names: Sequence[str]) -> tuple[list[Shard], list[list[Entry]]]:
-    """The shards `names` below `base` and the verified entries of each, in the order of their images.
+    """Return the shards `names` below `base` and the verified entries of each, in their order.
 
     Raises DataError when a shard is missing, damaged, compressed or ambiguous.
     """
     paths = [base / name for name in names]
-    if missing := [str(path) for path in paths if not path.is_file()]:
+    missing = [shown(str(path)) for path in paths if not path.is_file()]
+    if missing:
         raise DataError(
-            f"{len(missing):,} of {len(paths):,} shards are not there: {some(map(shown, missing))} (--data-dir)"
+            f"{len(missing):,} of {len(paths):,} shards are missing: {some(missing)} (--data-dir)"
         )
     with one_at_a_time(index_file(base.resolve()), f"indexing {base}"):
         return _build(base, names, paths)
@@ -107,13 +114,12 @@ def _build(
         if stale:
             log.info("reading the headers of %s shards in %s", f"{len(stale):,}", base)
         with threads() as pool:
-            found = list(
-                pool.map(lambda number: _scan(shards[number], shown(names[number])), stale)
-            )
+            scanned = pool.map(lambda number: _scan(shards[number], shown(names[number])), stale)
+            found = list(scanned)
     except OSError as error:
-        raise DataError(
-            f"{shown(str(error.filename or base))}: cannot be read: {error.strerror or error} (--data-dir)"
-        ) from error
+        name, why = shown(str(error.filename or base)), error.strerror or error
+        raise DataError(f"{name}: cannot be read: {why} (--data-dir)") from error
+
     parts = [
         (partial(_content, shards[number]), entries)
         for number, entries in zip(stale, found, strict=True)
@@ -121,13 +127,13 @@ def _build(
     verified = verify_all(parts, str(base))
     unkept = 0
     for number, entries in zip(stale, found, strict=True):
+        shard = shards[number]
         kept[number] = list(islice(verified, len(entries)))
-        unkept += not save_index(
-            index_file(Path(shards[number].path)), _about(shards[number]), kept[number]
-        )
+        unkept += not save_index(index_file(Path(shard.path)), _about(shard), kept[number])
     if unkept:
         log.warning(
-            "%s cannot be written: the indexes of %s shards are not kept and are made again next time",
+            "%s cannot be written: the indexes of %s shards are not kept and are made again "
+            "next time",
             cache_dir(),
             unkept,
         )
@@ -148,14 +154,14 @@ def _content(shard: Shard, entry: Entry) -> BytesIO:
 
 
 def _scan(shard: Shard, name: str) -> list[Entry]:
-    """The entries of one shard, not yet verified."""
+    """Return the entries of one shard, not yet verified."""
     opened = _open_shard(shard)
     members, whole = read_members(opened.descriptor, name)
     if not whole:
         log.warning("%s ends without a tar's end mark: it may have been cut short", name)
     samples = _group(members, name)
-    entries = []
-    if odd := [shown(member) for member, key in samples.odd if key not in samples.images]:
+    odd = [shown(member) for member, key in samples.odd if key not in samples.images]
+    if odd:
         log.warning(
             "%s: %s images are in no sample, since a key ends at the first dot of the name: %s",
             name,
@@ -163,17 +169,18 @@ def _scan(shard: Shard, name: str) -> list[Entry]:
             some(odd),
         )
     if not samples.images:
-        seen = sorted(
-            {shown(match[2]) for member in members if (match := _KEY.fullmatch(member.name))}
-        )
+        matches = [_KEY.fullmatch(member.name) for member in members]
+        seen = sorted({shown(match[2]) for match in matches if match})
         what = f"no images in it ({' '.join(EXTENSIONS)} after the first dot of the name)"
         raise DataError(f"{name}: {what}; it has {some(seen) or 'nothing'}")
+
+    entries = []
     for key, image in samples.images.items():
         entry = Entry(image.name, "", image.offset, image.size, 0, 0, 0, "", False, PENDING)
-        if why := _WHY_NOT.get(
-            image.kind,
-            "" if image.size <= _LARGEST["image"] else f"{image.size:,} bytes are no image",
-        ):
+        why = _WHY_NOT.get(image.kind, "")
+        if not why and image.size > _LARGEST["image"]:
+            why = f"{image.size:,} bytes are no image"
+        if why:
             entries.append(entry._replace(error=why))
             continue
         try:
@@ -186,9 +193,7 @@ def _scan(shard: Shard, name: str) -> list[Entry]:
 class _Samples(NamedTuple):
     images: dict[str, Member]  # by key
     labels: dict[str, dict[str, Member]]  # by key, then by kind
-    odd: list[
-        tuple[str, str]
-    ]  # names with a further dot before an image's extension, and their keys
+    odd: list[tuple[str, str]]  # names with another dot before an image's extension, and their keys
 
 
 def _group(members: Sequence[Member], shard: str) -> _Samples:
@@ -209,13 +214,14 @@ def _group(members: Sequence[Member], shard: str) -> _Samples:
         if other is not member:
             both = f"{shown(other.name)} and {shown(member.name)}"
             raise DataError(
-                f"{shard}: two members for one sample, {both}; a key needs one image and one label: write the shard again"
+                f"{shard}: two members for one sample, {both}; "
+                "a key needs one image and one label: write the shard again"
             )
     return samples
 
 
 def _label(shard: Shard, members: dict[str, Member]) -> int:
-    """Raises ValueError, which says why there is none."""
+    """Read the class number of a sample. Raises ValueError with the reason when there is none."""
     kind = next((kind for kind in _LABELS if kind in members), None)
     if kind is None:
         raise ValueError("no .cls and no .json with its label")
@@ -232,7 +238,6 @@ def _label(shard: Shard, members: dict[str, Member]) -> int:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("its .json has no label") from None
     if type(value) is not int or not 0 <= value < 10**9:
-        raise ValueError(
-            f"its .json has the label {shown(repr(value)[:20])}, which is no class number"
-        )
+        given = shown(repr(value)[:20])
+        raise ValueError(f"its .json has the label {given}, which is no class number")
     return value

@@ -12,9 +12,10 @@ import numpy as np
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.sources.base import EMBEDDED, Source, is_split, open_source
+from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.names import shown, some
+from dad_fast.data.sources.registry import is_named, is_split, open_source
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions.common import CORRUPTIONS, num_severities
 from dad_fast.evaluate.suites.base import EvalSet, Subset, as_eval_set
@@ -134,11 +135,7 @@ def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
         raise UsageError(
             f"--suite {first.text}: what the model's own classes are is not known; give its --class-map"
         )
-    inside = (
-        data.data_dir.startswith(EMBEDDED)
-        or _is_inside(first.path, data)
-        or not is_split("", first.path)
-    )
+    inside = is_named(data.data_dir) or _is_inside(first.path, data) or not is_split("", first.path)
     found = (open_source(data.data_dir, first.path) if inside else open_source(first.path)).classes
     return (
         imagenet_classes()
@@ -192,7 +189,7 @@ def _open(
 ) -> Source | EvalSet:
     if one.kind in LAYOUTS:
         return open_layout(one.kind, one.path, classes, options, data.max_bad_share)
-    if data.data_dir.startswith(EMBEDDED) and not is_split("", one.path):
+    if is_named(data.data_dir) and not is_split("", one.path):
         try:
             return open_source(data.data_dir, one.path, classes=classes)
         except UsageError as error:
@@ -210,11 +207,7 @@ def _open(
 
 def _is_inside(name: str, data: DataConfig) -> bool:
     """Whether a folder or shards of this name are in the data's folder."""
-    return (
-        bool(data.data_dir)
-        and not data.data_dir.startswith(EMBEDDED)
-        and is_split(data.data_dir, name)
-    )
+    return bool(data.data_dir) and not is_named(data.data_dir) and is_split(data.data_dir, name)
 
 
 def _other_names(folder: Path, classes: ClassMap) -> bool:

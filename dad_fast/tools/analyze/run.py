@@ -16,7 +16,7 @@ from dad_fast.config import Config
 from dad_fast.config.options import AnalyzeLaunch
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.errors import DataError, UsageError

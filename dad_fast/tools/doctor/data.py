@@ -11,9 +11,10 @@ import numpy as np
 
 from dad_fast.config.options import DoctorOptions
 from dad_fast.cores import num_cores
-from dad_fast.data.sources.base import EMBEDDED, Source, open_source
+from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.index import Files, progress_bar
 from dad_fast.data.sources.names import shown, some
+from dad_fast.data.sources.registry import is_named, open_source
 from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.tools.doctor.row import Row, render
 
@@ -69,11 +70,7 @@ class _Collected(logging.Handler):
 def _split(options: DoctorOptions) -> str:
     if options.split is not None:
         return options.split
-    return (
-        "train"
-        if options.data.startswith(EMBEDDED) or (Path(options.data) / "train").is_dir()
-        else ""
-    )
+    return "train" if is_named(options.data) or (Path(options.data) / "train").is_dir() else ""
 
 
 def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
@@ -150,10 +147,10 @@ def back_ends(loader: str, source: Source) -> dict[str, Callable[[Source], tuple
     found: dict[str, Callable[[Source], tuple[Row, float]]] = {}
     if loader != "dali":
         found["PIL"] = pil_rate
-    if loader != "torchvision":
+    if loader not in ("pil", "torchvision"):
         import torch
 
-        from dad_fast.data.loaders.loader import resolve_loader
+        from dad_fast.data.loaders.choose import resolve_loader
 
         try:
             resolve_loader("dali", source, torch.device("cpu"))
@@ -163,9 +160,7 @@ def back_ends(loader: str, source: Source) -> dict[str, Callable[[Source], tuple
             if loader == "dali":
                 raise
             missing = (
-                str(error)
-                .removeprefix("--loader dali: ")
-                .removesuffix("; or use --loader torchvision")
+                str(error).removeprefix("--loader dali: ").removesuffix("; or use --loader pil")
             )
             found["DALI"] = lambda source: (Row("DALI", "off", missing), 0.0)
     return found

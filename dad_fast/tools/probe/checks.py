@@ -24,7 +24,7 @@ from dad_fast.config.schema import Config
 from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import EvalLoader
-from dad_fast.data.sources.base import open_source
+from dad_fast.data.sources.registry import open_source
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.errors import UsageError, program

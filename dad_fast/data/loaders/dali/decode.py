@@ -1,4 +1,4 @@
-"""Decoding alone, by DALI: what `dad-fast doctor --data` and the benchmarks time."""
+"""JPEG decoding by DALI, for the timings of `dad-fast doctor --data` and the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ BATCH = 32
 
 
 def decoder(files: Sequence[bytes], device: str, num_threads: int) -> Callable[[], None]:
-    """A function that decodes all `files` once, JPEGs that DALI knows, in batches of 32 at most, with PIL's upsampling of colours. When it
-    returns nothing goes on behind it.
+    """Return a function that decodes all `files` once, in batches of 32 at most, and waits.
+
+    Upsampling of colours is PIL's.
 
     Args:
+        files: JPEGs that DALI can decode.
         device: "cpu", or "mixed" for the first GPU (not yet run on one).
     """
     images = [np.frombuffer(content, np.uint8) for content in files]

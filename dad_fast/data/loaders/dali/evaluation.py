@@ -1,7 +1,9 @@
-"""Evaluation images decoded, resized and cropped by DALI. Its pixels differ a little from PIL's, so that results say who made them.
+"""Evaluation images decoded, resized and cropped by DALI.
 
-Worker processes plan: they hand over the bytes of plain JPEGs, and make with PIL whatever DALI does not decode as PIL does. A batch on
-which DALI fails is made by PIL as a whole. The mixed back end, which decodes on a GPU, has not yet been run on one.
+Pixels differ slightly from PIL's, so results record the loader. Worker processes plan: they pass on
+the bytes of plain JPEGs and make with PIL what DALI does not decode as PIL does. PIL makes a batch
+as a whole when DALI fails on it. The mixed back end, which decodes on a GPU, has not yet been run
+on one.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dad_fast.data.augment.execute import eval_size
 from dad_fast.data.loaders.dali.jpeg import is_sound
 from dad_fast.data.loaders.dali.loader import FAILURES, raise_after_repeated_failures
 from dad_fast.data.loaders.dali.pipeline import FILTER_TYPES
+from dad_fast.data.loaders.dali.plan import join_files
 from dad_fast.data.loaders.loader import EvalBatch, EvalLoader
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
@@ -29,13 +32,13 @@ log = logging.getLogger("dad_fast.data")
 
 
 class _Planned(NamedTuple):
-    """A batch on its way to DALI: `batch` with the images that PIL made; the other `rows` are to be filled."""
+    """A batch on its way to DALI: `batch` with PIL's images; DALI fills the other `rows`."""
 
     batch: EvalBatch
     rows: Tensor  # int64 [n]
     files: Tensor  # uint8, n JPEGs one after the other
-    ends: Tensor  # int64 [n], where each of them ends
-    sizes: Tensor  # int32 [n, 2], height and width after resizing
+    ends: Tensor  # int64 [n], end of each JPEG in `files`
+    sizes: Tensor  # int32 [n, 4], height and width after resizing, top and left of the crop
 
     def pin_memory(self) -> _Planned:
         return self._replace(batch=self.batch.pin_memory())
@@ -60,24 +63,22 @@ class _Plans(Dataset[_Planned]):
         batch = self.batches.made(number, skip)
         shapes = [self.source.sizes[int(batch.samples[row])] for row in files]
         places = [eval_size(int(width), int(height), *self.view) for width, height in shapes]
+        sizes = [[height, width, top, left] for (width, height), (left, top) in places]
         return _Planned(
-            batch,
-            torch.tensor(list(files), dtype=torch.int64),
-            torch.frombuffer(bytearray(b"".join(files.values())), dtype=torch.uint8)
-            if files
-            else torch.empty(0, dtype=torch.uint8),
-            torch.tensor(list(map(len, files.values())), dtype=torch.int64).cumsum(0),
-            torch.tensor(
-                [[height, width, top, left] for (width, height), (left, top) in places],
-                dtype=torch.int32,
-            ),
+            batch=batch,
+            rows=torch.tensor(list(files), dtype=torch.int64),
+            files=join_files(list(files.values())),
+            ends=torch.tensor(list(map(len, files.values())), dtype=torch.int64).cumsum(0),
+            sizes=torch.tensor(sizes, dtype=torch.int32),
         )
 
 
 class DaliEvalLoader(EvalLoader):
-    """An `EvalLoader` whose plain JPEGs DALI decodes, resizes and crops; `failed_over` counts the batches that PIL made for it.
+    """An `EvalLoader` whose plain JPEGs DALI decodes, resizes and crops.
 
-    device: of the images that are handed out; on CUDA the decoder is the mixed one.
+    device: of the returned images; on CUDA the decoder is the mixed one.
+
+    `failed_over` counts the batches that PIL made because DALI failed on them.
     """
 
     def __init__(
@@ -94,20 +95,23 @@ class DaliEvalLoader(EvalLoader):
     ) -> None:
         super().__init__(source, img_size, crop_pct, interpolation, batch_size, workers, pin_memory)
         if interpolation not in FILTER_TYPES:
+            known = ", ".join(FILTER_TYPES)
             raise UsageError(
-                f"--interpolation {interpolation}: DALI resizes with {', '.join(FILTER_TYPES)}; use --loader torchvision"
+                f"--interpolation {interpolation}: DALI resizes with {known}; use --loader pil"
             )
-        self.source, self.view, self.interpolation = source, (img_size, crop_pct), interpolation
-        self.batch_size, self.device = batch_size, device
+        self.source = source
+        self.view = (img_size, crop_pct)
+        self.interpolation = interpolation
+        self.batch_size = batch_size
+        self.device = device
         self.failed_over = 0
 
     def __iter__(self) -> Iterator[EvalBatch]:
         pipeline = self._pipeline()
         plans = _Plans(self._batches, self.source, self.view)
         in_a_row = 0
-        for number, planned in enumerate(
-            iterate(plans, range(len(self)), self.workers, self.pin_memory)
-        ):
+        batches = iterate(plans, range(len(self)), self.workers, self.pin_memory)
+        for number, planned in enumerate(batches):
             if not len(planned.rows):
                 yield planned.batch
                 continue
@@ -115,13 +119,15 @@ class DaliEvalLoader(EvalLoader):
                 batch = planned.batch._replace(images=self._images(pipeline, planned))
                 in_a_row = 0
             except FAILURES as error:
-                batch = self._batches[number]  # DecodeError where it is the file
-                self.failed_over, in_a_row = self.failed_over + 1, in_a_row + 1
+                # Raises DecodeError when the file is the cause.
+                batch = self._batches[number]
+                self.failed_over += 1
+                in_a_row += 1
                 why = " ".join(str(error).split())[:200]
                 raise_after_repeated_failures(in_a_row, why)
                 if self.failed_over == 1:
                     log.warning(
-                        "%s: DALI could not make batch %d, PIL does, here and where it fails again (%s)",
+                        "%s: DALI could not make batch %d; PIL makes it and later failures (%s)",
                         self.source.name,
                         number,
                         why,
@@ -157,12 +163,13 @@ class DaliEvalLoader(EvalLoader):
 
 @pipeline_def
 def _view(img_size: int, filter: Any, device: str) -> Any:
-    """uint8 [img_size, img_size, 3] of each JPEG. size: height and width after resizing; start: top and left of the crop."""
+    """Make uint8 [img_size, img_size, 3] of each JPEG.
+
+    Inputs: size, height and width after resizing; start, top and left of the crop.
+    """
     files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-    size, start = (
-        fn.external_source(name="size", dtype=types.FLOAT, ndim=1),
-        fn.external_source(name="start", dtype=types.INT32, ndim=1),
-    )
+    size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
+    start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     images = fn.decoders.image(
         files,
         device=device,

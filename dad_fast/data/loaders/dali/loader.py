@@ -1,10 +1,12 @@
-"""The loader that DALI feeds: worker processes plan, the pipeline of dali_pipeline.py decodes and augments.
+"""Training loader on DALI: worker processes plan, the pipeline (pipeline.py) decodes and augments.
 
-A worker turns a step into the files' bytes and their records' numbers; the training process feeds them to DALI, two batches ahead of the
-one that it hands out. The sequence of samples, labels, seeds and mixes is the other loader's, and there is no state but the step.
+A worker turns a step into the files' bytes and the numbers of their records; the training process
+feeds them to DALI, two batches ahead of the one that it returns. The sequence of samples, labels,
+seeds and mixes is that of the PIL loader; the loader is stateless apart from the step.
 
-Images that DALI does not decode as PIL does (anything but plain JPEGs) are made by PIL in the worker, one by one. A batch on which DALI
-fails is made by PIL as a whole, always: so a batch's pixels depend on its files alone, not on what went wrong before it.
+PIL makes images that DALI does not decode as PIL does (anything but plain JPEGs) in the worker, one
+by one. PIL makes a batch as a whole when DALI fails on it, always: a batch's pixels depend on its
+files alone, not on earlier failures.
 """
 
 from __future__ import annotations
@@ -35,28 +37,35 @@ from dad_fast.errors import EnvironmentProblem
 
 log = logging.getLogger("dad_fast.data")
 
-_AHEAD = 2  # batches in DALI's hands while one is trained on
-_GIVE_UP = 8  # batches in a row that PIL can make and DALI cannot: then it is not the files
-FAILURES = (RuntimeError, IndexError, ValueError)  # what DALI's own exceptions become
+# Batches that DALI holds while the run trains on another.
+_AHEAD = 2
+# Batches in a row that PIL can make and DALI cannot, after which the files are not the cause.
+_GIVE_UP = 8
+# Python classes of DALI's own exceptions.
+FAILURES = (RuntimeError, IndexError, ValueError)
 _FILTER_CODES = np.array([int(FILTER_TYPES[name]) for name in FILTERS], np.int32)
 
 
 def raise_after_repeated_failures(failed_in_a_row: int, reason: str) -> None:
-    """EnvironmentProblem after _GIVE_UP batches in a row that PIL could make and DALI could not."""
+    """Raise EnvironmentProblem after _GIVE_UP batches in a row that only PIL could make."""
     if failed_in_a_row >= _GIVE_UP:
         raise EnvironmentProblem(
-            f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); use --loader torchvision"
+            f"DALI failed on {_GIVE_UP} batches in a row that PIL can read ({reason}); "
+            "use --loader pil"
         )
 
 
 class DaliLoader(TrainLoader):
-    """Training batches of one rank, decoded and augmented by DALI; the same samples in the same order as `TrainLoader`'s.
+    """Training batches of one rank, decoded and augmented by DALI.
+
+    Samples and their order are those of `TrainLoader`.
 
     Args:
-        device: of the images that are handed out. On CUDA the decoder is the mixed one (not yet run on a GPU).
+        device: of the returned images. On CUDA the decoder is the mixed one (not yet run on a GPU).
 
-    On CUDA `Batch.images` lies on the device, bound to the stream that was current when the batch was asked for: it may be used on that
-    stream, and for as long as it is referenced there. All other tensors of a batch are in host memory, pinned if asked for.
+    On CUDA `Batch.images` lies on the device, bound to the stream that was current when the batch
+    was requested: use it on that stream and keep a reference while work on it is queued. All other
+    tensors of a batch are in host memory, pinned on request.
 
     `failed_over` counts the batches that PIL made because DALI failed on them.
     """
@@ -73,9 +82,8 @@ class DaliLoader(TrainLoader):
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         engine = _Engine(self._steps, self.device, self.workers)
         waiting: deque[Planned] = deque()
-        for planned in iterate(
-            self._plans, range(start_step, stop_step), self.workers, self.pin_memory
-        ):
+        steps = range(start_step, stop_step)
+        for planned in iterate(self._plans, steps, self.workers, self.pin_memory):
             engine.feed(planned)
             waiting.append(planned)
             if len(waiting) > _AHEAD:
@@ -88,9 +96,8 @@ class DaliLoader(TrainLoader):
         try:
             batch = engine.take(planned)
             self._failed_in_a_row = 0
-        except (
-            FAILURES
-        ):  # it may be a later batch that broke the pipeline: only this one alone tells
+        except FAILURES:
+            # A later batch may have broken the pipeline, so this one is tried alone.
             batch = self._alone(engine, planned)
             for later in waiting:
                 engine.feed(later)
@@ -111,9 +118,8 @@ class DaliLoader(TrainLoader):
         batch = self._steps[planned.batch.step]
         self.failed_over += 1
         if set(batch.replaced) - set(planned.batch.replaced):
-            return engine.place(
-                batch.images, batch
-            )  # the culprit is named as every unreadable file is
+            # PIL cannot read the file either; the log names it as any unreadable file.
+            return engine.place(batch.images, batch)
         self._failed_in_a_row += 1
         raise_after_repeated_failures(self._failed_in_a_row, reason)
         log.warning(
@@ -125,19 +131,19 @@ class DaliLoader(TrainLoader):
         return engine.place(batch.images, batch)
 
     def _reason(self, error: Exception, planned: Planned) -> str:
-        """What DALI says is wrong, without the pages around it, and with which file where it counts them."""
+        """Return the first line of DALI's error, with the file's name if DALI gives a number."""
         text = str(error).partition("encountered:")[2] or str(error)
-        line = next(
-            (line.strip(" :") for line in text.splitlines() if line.strip()), "no reason given"
-        )[:200]
-        number = re.search(r"sample #(\d+)", line)
-        if number and int(number[1]) < len(planned.rows):
-            return f"{line}: {self.source.keys[int(planned.batch.samples[planned.rows[int(number[1])]])]}"
-        return line
+        lines = [line.strip(" :") for line in text.splitlines() if line.strip()]
+        reason = lines[0][:200] if lines else "no reason given"
+        number = re.search(r"sample #(\d+)", reason)
+        if number is None or int(number[1]) >= len(planned.rows):
+            return reason
+        row = planned.rows[int(number[1])]
+        return f"{reason}: {self.source.keys[int(planned.batch.samples[row])]}"
 
 
 class _Engine:
-    """The pipeline, and how batches go in and come out. An error of DALI (FAILURES) ends the pipeline."""
+    """The pipeline with its inputs and outputs. An error of DALI (FAILURES) ends the pipeline."""
 
     def __init__(self, steps: TrainSteps, device: torch.device, threads: int) -> None:
         self.steps, self.device, self.threads = steps, device, max(1, threads)
@@ -155,13 +161,14 @@ class _Engine:
             batch_size=self.steps.batch_size,
             num_threads=self.threads,
             device_id=torch.empty(0, device=self.device).device.index if cuda else None,
-            prefetch_queue_depth=1,  # how many runs the first call starts; later ones queue up behind it all the same
+            # Runs that the first call starts; later ones queue up behind it all the same.
+            prefetch_queue_depth=1,
         )
         self.pipeline.build()
         self.broken: Exception | None = None
 
     def feed(self, planned: Planned) -> None:
-        """Hand a batch to DALI, which begins with it at once. What goes wrong here is raised by the next `take`."""
+        """Start DALI on a batch. The next `take` raises an error that occurs here."""
         if not len(planned.rows):
             return
         files = np.split(planned.files.numpy(), planned.ends[:-1].tolist())
@@ -171,9 +178,8 @@ class _Engine:
         if self.erases:
             numbers |= {"box": boxes, "patch": split_patches(planned.patches.numpy(), boxes)}
         try:
-            self.pipeline.feed_input(
-                "files", files
-            )  # not copied: `planned` is kept until its batch is taken
+            # Not copied: `planned` is kept until its batch is taken.
+            self.pipeline.feed_input("files", files)
             for name, value in numbers.items():
                 self.pipeline.feed_input(name, value)
             self.pipeline.schedule_run()
@@ -181,7 +187,7 @@ class _Engine:
             self.broken = error
 
     def take(self, planned: Planned) -> Batch:
-        """The batch that was fed first of those not yet taken."""
+        """Return the batch that was fed first of those not yet taken."""
         if not len(planned.rows):
             return self.place(planned.batch.images, planned.batch)
         if self.broken is not None:
@@ -199,7 +205,7 @@ class _Engine:
         return replace(batch, images=images.to(self.device, non_blocking=True))
 
     def _merge(self, images: Tensor, planned: Planned) -> Tensor:
-        """DALI's rows and PIL's, each where it belongs."""
+        """Put DALI's and PIL's rows into the order of the batch."""
         num = len(planned.batch.labels)
         mine = torch.ones(num, dtype=torch.bool)
         mine[planned.rows] = False
@@ -209,7 +215,7 @@ class _Engine:
 
 
 def _mixed_hints(sizes: np.ndarray) -> dict[str, Any]:
-    """For decoding on a GPU: what its hardware decoder takes over, and buffers for all but the largest hundredth of the images."""
+    """Return arguments of the mixed decoder: hardware share, buffers for 99 % of the images."""
     width, height = np.percentile(sizes, 99, axis=0).astype(int).tolist()
     return {
         "hw_decoder_load": 0.65,

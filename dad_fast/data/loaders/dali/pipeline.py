@@ -1,9 +1,11 @@
-"""One DALI pipeline that executes records: encoded JPEGs and their records' numbers in, uint8 [S, S, 3] out, on the CPU or on a GPU.
+"""DALI pipeline that executes records: JPEGs and numbers in, uint8 [S, S, 3] out, on CPU or GPU.
 
-Everything random was drawn before: no DALI readers, no random operators. Decoding and cropping give PIL's pixels (both use libjpeg-turbo
-with its accurate transform and smooth chroma); the other operations differ from PIL's by the tolerances in tests/data/test_dali_parity.py.
-One difference is of kind, not of rounding: geometric operations are always bilinear, where a record may say bicubic, since DALI warps
-with nothing better. On photos that is half a level more on average, and 10 to 20 levels at the hundredth of the pixels that differ most.
+All random numbers come from the records: no DALI readers, no random operators. Decoding and
+cropping give PIL's pixels (both use libjpeg-turbo with its accurate transform and smooth chroma);
+the other operations differ from PIL's by the tolerances in tests/data/test_dali_parity.py. One
+difference is not rounding: geometric operations are always bilinear, even for a record with
+bicubic, since DALI's warp has no better filter. On photos this is half a level more on average, and
+10 to 20 levels at the hundredth of the pixels that differ most.
 
 The mixed back end (decoding on the GPU) has the same definition. It has not yet been run on a GPU.
 """
@@ -24,18 +26,19 @@ FILTER_TYPES = {
     "bicubic": types.INTERP_CUBIC,
     "lanczos": types.INTERP_LANCZOS3,
 }
-_DOWN = -0.49999 / 255  # of the range: turns rounding into cutting off
+# Share of the range that turns rounding into truncation.
+_DOWN = -0.49999 / 255
 _LUMA = (0.299, 0.587, 0.114)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
 
 
 @pipeline_def(enable_conditionals=True)
 def augment(img_size: int, num_ops: int, erases: bool, device: str, hints: dict[str, Any]) -> Any:
-    """The pipeline.
+    """Define the pipeline.
 
     Args:
-        num_ops: the most operations that a record holds.
-        erases: whether any record erases.
+        num_ops: maximum number of operations of a record.
+        erases: whether any record erases a box.
         device: of the decoder: "cpu" or "mixed".
         hints: further arguments of a mixed decoder.
     """
@@ -75,7 +78,7 @@ def augment(img_size: int, num_ops: int, erases: bool, device: str, hints: dict[
 
 
 def _operation(images: Any, kind: Any, value: Any, side: int) -> Any:
-    """One place in the list of a record's operations; samples go by their kind."""
+    """Apply one operation of the records; `kind` selects it per sample."""
     if kind == 0:
         found = images
     elif kind == KIND["geometry"]:
@@ -101,7 +104,10 @@ def _operation(images: Any, kind: Any, value: Any, side: int) -> Any:
 
 
 def _to_bytes(images: Any, factor: Any = 1.0) -> Any:
-    """factor * images as bytes, as PIL does it: cut off at both ends, and what is behind the point. Of DALI's ways the quickest by far."""
+    """Return factor * images as bytes as PIL does: clipped, then truncated.
+
+    The fastest of DALI's operations that do this, by far.
+    """
     return fn.brightness_contrast(
         images, brightness=factor, brightness_shift=_DOWN, dtype=types.UINT8
     )
@@ -113,7 +119,11 @@ def _blend(degenerate: Any, images: Any, factor: Any) -> Any:
 
 
 def _geometry(images: Any, matrix: Any, side: int) -> Any:
-    """The warp knows one fill value for all channels; but it repeats the outermost pixels, so they get the colour that fills."""
+    """Warp the image.
+
+    DALI's warp has one fill value for all channels, but it repeats the outermost pixels: a frame of
+    one pixel gets the fill colour.
+    """
     framed = fn.slice(
         images,
         [-1, -1],
@@ -131,7 +141,7 @@ def _geometry(images: Any, matrix: Any, side: int) -> Any:
 
 
 def _lookup(images: Any, value: Any) -> Any:
-    """What a table of 256 values would do: solarize_add, solarize, invert, posterize. In bytes, which never overflow here."""
+    """Apply solarize_add, solarize, invert or posterize, in bytes, which never overflow here."""
     numbers = fn.cast(value, dtype=types.UINT8)
     white = types.ScalarConstant(255, dtype=types.UINT8)
     added = images + numbers[0] * (images < types.ScalarConstant(128, dtype=types.UINT8))
@@ -147,34 +157,36 @@ def _contrast(images: Any, factor: Any) -> Any:
 def _auto_contrast(images: Any) -> Any:
     low = fn.cast(fn.reductions.min(images, axes=[0, 1], keep_dims=True), dtype=types.FLOAT)
     high = fn.cast(fn.reductions.max(images, axes=[0, 1], keep_dims=True), dtype=types.FLOAT)
-    flat = low >= high  # such a channel stays
-    scale = 255.0 / math.max(high - low, 1.0)
-    scale, offset = scale * (1 - flat) + flat, low * scale * (1 - flat)
-    return _to_bytes(
-        images * scale - offset + 1e-3
-    )  # float32 falls short of whole numbers that PIL's float64 reaches
+    # A channel of one value stays as it is.
+    flat = low >= high
+    stretch = 255.0 / math.max(high - low, 1.0)
+    scale = stretch * (1 - flat) + flat
+    offset = low * stretch * (1 - flat)
+    # 1e-3, since float32 falls short of whole numbers that PIL's float64 reaches.
+    return _to_bytes(images * scale - offset + 1e-3)
 
 
 def _equalize(images: Any) -> Any:
-    """DALI's is OpenCV's, whose table counts the pixels up to a level; PIL's counts those below it, which is the same of the negative."""
+    """Equalize the negative.
+
+    DALI's table (OpenCV's) counts the pixels up to a level, PIL's those below it, which is the same
+    operation on the negative.
+    """
     white = types.ScalarConstant(255, dtype=types.UINT8)
     return white - fn.equalize(white - images)
 
 
 def _sharpness(images: Any, factor: Any, side: int) -> Any:
-    """PIL's filter leaves the outermost pixels as they are."""
+    """Blend with the smoothed image; PIL's filter leaves the outermost pixels unchanged."""
     smooth = fn.filter(images, types.Constant(_SMOOTH, device="cpu"), mode="valid")
     inner = fn.slice(images, [1, 1], [side - 2, side - 2], axes=[0, 1])
     outer = fn.erase(images, anchor=[1, 1], shape=[side - 2, side - 2], axes=[0, 1], fill_value=0)
-    return outer + _padded(
-        _blend(smooth, inner, factor),
-        types.Constant(np.array([-1, -1], np.int32), device="cpu"),
-        side,
-    )
+    start = types.Constant(np.array([-1, -1], np.int32), device="cpu")
+    return outer + _padded(_blend(smooth, inner, factor), start, side)
 
 
 def _erased(images: Any, box: Any, patch: Any, side: int) -> Any:
-    """The noise was drawn on the host, the same as PIL's loader draws."""
+    """Put the patch, drawn on the host as for PIL's loader, into the box."""
     if box[2] > 0:
         blank = fn.erase(
             images,
@@ -189,7 +201,7 @@ def _erased(images: Any, box: Any, patch: Any, side: int) -> Any:
 
 
 def _padded(images: Any, start: Any, side: int) -> Any:
-    """Black all around, so that adding puts them in."""
+    """Pad with black, so that an addition inserts the image."""
     return fn.slice(
         images,
         start=start,
