@@ -25,7 +25,7 @@ cannot be trained on.
   --data DIR        image folder, folder or pattern of WebDataset shards, or embedded:digits
   --split NAME      sub-folder or pattern in it [train where there is one]
   --class-map FILE  CSV (id, folder, name) with the classes
-  --loader NAME     which back ends decode: auto (every one here), dali or torchvision (PIL) [auto]
+  --loader NAME     which back ends decode: auto (every one here), dali or pil [auto]
   --need N          images a second that training will take [estimates for one H200]
   --debug           show tracebacks
 
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> DoctorOptions:
     parser.add_argument("--data", default="")
     parser.add_argument("--split", default=None)
     parser.add_argument("--class-map", dest="class_map", default="")
-    parser.add_argument("--loader", choices=("auto", "dali", "torchvision"), default="auto")
+    parser.add_argument("--loader", choices=("auto", "dali", "pil", "torchvision"), default="auto")
     parser.add_argument("--need", type=float, default=0.0)
     options = DoctorOptions(**vars(parser.parse(arguments)))
     if options.data and options.numerics:

@@ -88,8 +88,8 @@ class DataConfig:
         "--global-batch-size",
         rule=NOT_NEGATIVE,
     )
-    loader: Literal["auto", "dali", "torchvision"] = setting(
-        "auto", "who decodes and augments: auto, dali or torchvision", "--loader"
+    loader: Literal["auto", "dali", "pil", "torchvision"] = setting(
+        "auto", "what decodes and augments: auto, dali or pil", "--loader"
     )
     workers: int = setting(
         4,

@@ -77,7 +77,6 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(
             f"--method {cfg.method} needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)"
         )
-    _check_scheme(cfg.data.data_dir, "--data-dir", ("embedded",))
     _check_scheme(cfg.teacher.name, "--teacher", ("open_clip", "timm", "hf-hub", "embedded"))
     _check_scheme(cfg.discretizer.name, "--discretizer", DISCRETIZERS.names())
     quality = cfg.discretizer.name.removeprefix("jpeg:")
