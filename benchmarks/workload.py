@@ -36,9 +36,10 @@ from dad_fast.engine.frozen import model_optimizations
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.methods.attack import cross_entropy_direction
+from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import Student, build_student
-from dad_fast.models.teacher import Teacher, load_teacher
+from dad_fast.models.teacher import Teacher
 
 SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat nor white
 

@@ -7,7 +7,7 @@ from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.sources.base import open_source
 from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
-from dad_fast.models.teacher import load_teacher
+from dad_fast.models.load_teacher import load_teacher
 
 STRONG = [
     "augment.aa=rand-m9-n2-mstd0.5",

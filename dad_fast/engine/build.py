@@ -24,9 +24,9 @@ from dad_fast.engine.pseudo_labels import PseudoLabels, WeakView
 from dad_fast.engine.stored import Stored, recorded_classes, view_settings
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.methods.losses import TERMS
+from dad_fast.models.load_student import take_view
 from dad_fast.models.optimizations import optimize_student
 from dad_fast.models.probe import Probe, build_probe
-from dad_fast.models.run_settings import take_view
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
 from dad_fast.store import AdversarialStore, TargetStore

@@ -1,4 +1,7 @@
-"""Teachers of open_clip: published weights by tag or hub name, local weights of a named architecture, or a file that names its own."""
+"""Teachers of open_clip: published weights by tag or hub name, or a local file.
+
+A local file needs the name of its architecture, unless its metadata describes the model.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from dad_fast.config.fields import nearest
-from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.models.student import PROBE
-from dad_fast.models.teacher import TEACHER, UNKNOWN, Teacher, check_classes
+from dad_fast.models.teacher import UNKNOWN, Teacher, TeacherContext
 from dad_fast.models.weights.declared import (
+    PROBE,
+    TEACHER,
+    check_classes,
+    check_encoder,
     checked_clip,
     checked_published,
     no_more_parameters_than,
+    probe_spec,
     without_downloads,
 )
-from dad_fast.models.weights.files import asset, load_strictly, read_state_dict, sha256_file
-from dad_fast.models.weights.fingerprint import fingerprint
+from dad_fast.models.weights.files import (
+    asset,
+    fingerprint,
+    load_strictly,
+    read_state_dict,
+    sha256_file,
+    strip_wrappers,
+)
 from dad_fast.models.zeroshot import prompt_names, resolve_templates, zero_shot_head
 
 try:
@@ -38,50 +50,87 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]
-Head = tuple[
-    Tensor, Tensor, bool
-]  # weight [C, F], bias [C], and whether its features are made unit
-OPENAI: Mapping[
-    str, Any
-] = {  # how an image becomes pixels, in open_clip's words, where nothing says otherwise
+
+# Weight [C, F], bias [C], and whether the features are normalised before the head
+Head = tuple[Tensor, Tensor, bool]
+
+# Preprocessing of images, by open_clip's keys, for weights that do not record their own
+OPENAI: Mapping[str, Any] = {
     "mean": open_clip.OPENAI_DATASET_MEAN,
     "std": open_clip.OPENAI_DATASET_STD,
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
 
+# Entries of older checkpoints that open_clip's models no longer have
+LEFTOVERS = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "text.transformer.embeddings.position_ids",
+)
+
+# Entries of the text tower, which some models keep under "text."
+TEXT_TOWER = (
+    "text_projection",
+    "positional_embedding",
+    "token_embedding",
+    "transformer.",
+    "ln_final.",
+)
+
 
 @dataclass(frozen=True)
 class Clip:
-    """A loaded CLIP and what belongs to its weights."""
+    """A loaded CLIP and the settings that belong to its weights."""
 
     model: nn.Module
-    tokenizer: Callable[[], Tokenizer]  # made when prompts are; some need files of the hub
+    tokenizer: Callable[
+        [], Tokenizer
+    ]  # called only if prompts are needed; some need files of the hub
     preprocess: Mapping[str, Any]  # the keys of OPENAI
     templates: Sequence[str] = ()
     provenance: str = UNKNOWN
     sha256: str | None = None
 
 
-def load_clip_teacher(
-    cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device
-) -> Teacher:
-    """open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, embedded:NAME, or FILE; see `teacher.load_teacher`."""
-    if cfg.name.startswith("open_clip:"):
-        arch, at, file = cfg.name.removeprefix("open_clip:").partition("@")
-        clip = _from_weights(arch, file) if at else _from_tag(cfg.name, *arch.partition("/")[::2])
-    elif cfg.name.startswith("hf-hub:"):
-        clip = _published(cfg.name, cfg.name)
-    else:
-        clip = _from_own_file(cfg.name)
-    model = clip.model.eval().to(device)
-    size = model.visual.image_size
+def load_open_clip(argument: str, context: TeacherContext) -> Teacher:
+    """Load `open_clip:ARCH/TAG` or `open_clip:ARCH@FILE`; see `load_teacher` for the errors."""
+    arch, at, file = argument.partition("@")
+    if at:
+        return _teacher(_from_weights(arch, file), context)
+    arch, _, tag = arch.partition("/")
+    return _teacher(_from_tag(context.cfg.name, arch, tag), context)
+
+
+def load_hub(argument: str, context: TeacherContext) -> Teacher:
+    """Load `hf-hub:REPO`; see `load_teacher` for the errors."""
+    name = context.cfg.name
+    return _teacher(_published(name, name), context)
+
+
+def load_embedded(argument: str, context: TeacherContext) -> Teacher:
+    """Load `embedded:NAME`. Raises UsageError if no such file is embedded."""
+    return _teacher(_from_own_file(asset(f"{argument}-clip.safetensors")), context)
+
+
+def load_file(argument: str, context: TeacherContext) -> Teacher:
+    """Load a safetensors file whose metadata describes its CLIP; see `load_teacher` for the errors."""
+    return _teacher(_from_own_file(argument), context)
+
+
+def _teacher(clip: Clip, context: TeacherContext) -> Teacher:
+    """Make a teacher of a CLIP: its image tower under the head of --teacher-head, else a zero-shot head."""
+    cfg, classes = context.cfg, context.classes
+    model: Any = clip.model.eval().to(context.device)
     tower = ImageTower(model.visual)
-    weight, bias, unit_features = (
-        _read_head(cfg.head, classes, tower)
-        if cfg.head
-        else _zero_shot(clip, model, classes, cfg.templates)
-    )
+    if cfg.head:
+        weight, bias, unit_features = _read_head(cfg.head, classes, tower)
+    else:
+        weight, bias, unit_features = _zero_shot(clip, model, classes, cfg.templates)
+    size = model.visual.image_size
+    # open_clip's "random" is a setting for training.
+    is_bilinear = clip.preprocess["interpolation"] == "bilinear"
     return Teacher(
         tower,
         (weight, bias),
@@ -90,19 +139,17 @@ def load_clip_teacher(
         image_size=size[0] if isinstance(size, (tuple, list)) else size,
         mean=clip.preprocess["mean"],
         std=clip.preprocess["std"],
-        precision=precision,
+        precision=context.precision,
         unit_features=unit_features,
         provenance=clip.provenance,
         weights_sha256=clip.sha256,
-        interpolation="bilinear"
-        if clip.preprocess["interpolation"] == "bilinear"
-        else "bicubic",  # "random" is for training
+        interpolation="bilinear" if is_bilinear else "bicubic",
         squashed=clip.preprocess["resize_mode"] == "squash",
     )
 
 
 class ImageTower(nn.Module):
-    """CLIP's image tower and projection, without the text tower, which is not needed once the head is made."""
+    """CLIP's image tower and projection, without the text tower, which is unused once the head is made."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -110,17 +157,11 @@ class ImageTower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.visual(x)
-        return (
-            features[0] if isinstance(features, tuple) else features
-        )  # CoCa's tower returns its tokens too
+        # CoCa's tower returns its tokens too.
+        return features[0] if isinstance(features, tuple) else features
 
 
-def _from_own_file(name: str) -> Clip:
-    path = (
-        asset(f"{name.removeprefix('embedded:')}-clip.safetensors")
-        if name.startswith("embedded:")
-        else name
-    )
+def _from_own_file(path: str | Path) -> Clip:
     state, metadata = read_state_dict(path)
     if TEACHER not in metadata:
         raise DataError(
@@ -130,25 +171,26 @@ def _from_own_file(name: str) -> Clip:
         described = checked_clip(metadata[TEACHER])
         model = _clip_within(described["model_cfg"], state, path)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise DataError(f"--teacher {path}: its metadata {TEACHER} is damaged ({why})") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise DataError(f"--teacher {path}: its metadata {TEACHER} is damaged ({reason})") from None
     _load(model, state, path)
-    context = described["model_cfg"]["text_cfg"]["context_length"]
-    tokenizer = lambda: open_clip.SimpleTokenizer(context_length=context)  # noqa: E731
-    seen = described["seen"] or UNKNOWN
-    preprocess = {**OPENAI, "mean": described["mean"], "std": described["std"]}
-    return Clip(model, tokenizer, preprocess, described["templates"], seen, sha256_file(path))
+    context_length = described["model_cfg"]["text_cfg"]["context_length"]
+    return Clip(
+        model,
+        tokenizer=lambda: open_clip.SimpleTokenizer(context_length=context_length),
+        preprocess={**OPENAI, "mean": described["mean"], "std": described["std"]},
+        templates=described["templates"],
+        provenance=described["seen"] or UNKNOWN,
+        sha256=sha256_file(path),
+    )
 
 
 def _clip_within(
     model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path
 ) -> nn.Module:
-    """A new CLIP of the shape that a file says, first without memory: its size has to be the file's."""
-    with (
-        no_more_parameters_than(state, path),
-        torch.device("meta"),
-        suppress(RuntimeError),
-    ):  # where values are needed, as in the next lines
+    """Build a CLIP from a file's metadata, first on the meta device, to check its size against the file's."""
+    # Some models need values while they are built. The next lines report any other error.
+    with no_more_parameters_than(state, path), torch.device("meta"), suppress(RuntimeError):
         open_clip.CLIP(**model_cfg)
     with no_more_parameters_than(state, path):
         model: nn.Module = open_clip.CLIP(**model_cfg)
@@ -158,25 +200,25 @@ def _clip_within(
 def _from_weights(arch: str, file: str) -> Clip:
     config = _known_arch(arch)
     state, _ = read_state_dict(file)
-    own = _beside(Path(file))
-    quick, says = bool(config.get("quick_gelu")), own.get("model_cfg", {}).get("quick_gelu")
-    if own.get("model_cfg") and bool(says) != quick:
-        right = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
+    published = _published_config(Path(file))
+    own_model_cfg = published.get("model_cfg", {})
+    quick_gelu = bool(config.get("quick_gelu"))
+    if own_model_cfg and bool(own_model_cfg.get("quick_gelu")) != quick_gelu:
+        right = arch.removesuffix("-quickgelu") if quick_gelu else f"{arch}-quickgelu"
         raise UsageError(
-            f"--teacher open_clip:{arch}@{file}: the open_clip_config.json beside it says another activation; write {right}"
+            f"--teacher open_clip:{arch}@{file}: the open_clip_config.json next to it names another activation; write {right}"
         )
     with without_downloads():
         model = _create(f"open_clip:{arch}@{file}", arch, pretrained_text=False)
     _load(model, state, file)
-    preprocess = _preprocess(arch, own)
+    preprocess = _preprocess(arch, published)
     log.warning(
         "teacher %s: architecture %s with %s, mean %s, std %s, as named or published for it; OpenAI's own weights need an ARCH-quickgelu",
-        *(
-            file,
-            arch,
-            "QuickGELU" if quick else "GELU",
-            *([round(x, 4) for x in preprocess[key]] for key in ("mean", "std")),
-        ),
+        file,
+        arch,
+        "QuickGELU" if quick_gelu else "GELU",
+        [round(value, 4) for value in preprocess["mean"]],
+        [round(value, 4) for value in preprocess["std"]],
     )
     return Clip(model, lambda: _tokenizer_at_hand(arch), preprocess, sha256=sha256_file(file))
 
@@ -190,13 +232,13 @@ def _from_tag(name: str, arch: str, tag: str) -> Clip:
         raise UsageError(
             f"--teacher {name}: {arch} has no weights {tag!r}{hint}; local weights are open_clip:{arch}@FILE"
         )
-    # The activation belongs to the weights: with the other one CLIP is silently several points worse.
-    quick = bool(published.get("quick_gelu"))
-    if config.get("quick_gelu") and not quick:
+    # The activation belongs to the weights: the other one costs several points of accuracy without an error.
+    quick_gelu = bool(published.get("quick_gelu"))
+    if config.get("quick_gelu") and not quick_gelu:
         raise UsageError(
             f"--teacher {name}: these weights use GELU; write open_clip:{arch.removesuffix('-quickgelu')}/{tag}"
         )
-    return _published(name, arch, pretrained=tag, force_quick_gelu=quick)
+    return _published(name, arch, pretrained=tag, force_quick_gelu=quick_gelu)
 
 
 def _published(name: str, arch: str, **kwargs: Any) -> Clip:
@@ -208,15 +250,16 @@ def _create(name: str, arch: str, **kwargs: Any) -> Any:
     try:
         with _quiet():
             return open_clip.create_model(arch, **kwargs)
-    except Exception as error:  # open_clip, the hub's client and urllib each have their own errors
-        why = " ".join(str(error).split())[:120]
+    except Exception as error:
+        # open_clip, the hub's client and urllib each have errors of their own.
+        reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
-            f"--teacher {name}: cannot be had ({why}); give a local file: open_clip:ARCH@FILE"
+            f"--teacher {name}: not available ({reason}); give a local file: open_clip:ARCH@FILE"
         ) from None
 
 
 def _tokenizer_at_hand(arch: str) -> Tokenizer:
-    """For weights in a local file: nobody named the hub, which some tokenizers would be fetched from."""
+    """Make the tokenizer of a local weights file from local files: some tokenizers would be downloaded from the hub."""
     with without_downloads():
         return _tokenizer(arch)
 
@@ -227,16 +270,16 @@ def _tokenizer(arch: str) -> Tokenizer:
             tokenizer: Tokenizer = open_clip.get_tokenizer(arch)
         return tokenizer
     except Exception as error:
-        why = " ".join(str(error).split())[:120]
+        reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
-            f"--teacher {arch}: its tokenizer's files cannot be had ({why}); fill the hub's cache on a machine with a network, "
-            "or give --teacher-head, which needs no prompts"
+            f"--teacher {arch}: its tokenizer's files are not available ({reason}); fill the hub's cache on a machine with a "
+            "network, or give --teacher-head, which needs no prompts"
         ) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip logs that a model has no weights yet, and what failed; here the one is meant and the other raised."""
+    """Silence open_clip, which logs models without weights, as intended here, and errors, which are raised here."""
     logging.disable(logging.ERROR)
     try:
         yield
@@ -245,9 +288,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _known_arch(arch: str) -> dict[str, Any]:
-    config = (
-        None if set(arch) & set(":/") else open_clip.get_model_config(arch)
-    )  # which would ask the hub, or read a folder
+    # With a colon or a slash in the name, open_clip would ask the hub or read a folder.
+    config = None if set(arch) & set(":/") else open_clip.get_model_config(arch)
     if config is None:
         raise UsageError(
             f"--teacher open_clip:{arch}: open_clip has no such architecture{nearest(arch, open_clip.list_models())}"
@@ -255,8 +297,8 @@ def _known_arch(arch: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _beside(file: Path) -> dict[str, Any]:
-    """The open_clip_config.json that the hub keeps beside the weights; empty where there is none."""
+def _published_config(file: Path) -> dict[str, Any]:
+    """Read the open_clip_config.json that the hub keeps next to the weights; empty if there is none."""
     path = file.with_name("open_clip_config.json")
     if not path.is_file():
         return {}
@@ -264,27 +306,30 @@ def _beside(file: Path) -> dict[str, Any]:
         return checked_published(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: not the JSON that open_clip writes ({error}); fetch it again or move it away from the weights"
+            f"{path}: not the JSON that open_clip writes ({error}); download it again or move it away from the weights"
         ) from None
 
 
-def _preprocess(arch: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Preprocessing of local weights: what the file beside them says, else what all published weights of `arch` share, else OpenAI's."""
-    beside = own.get("preprocess_cfg", {})
-    if "mean" in beside and "std" in beside:
-        return {**OPENAI, **beside}
+def _preprocess(arch: str, published_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the preprocessing of local weights.
+
+    It is that of the file next to them, else the settings that all published weights of `arch` share, else OpenAI's.
+    """
+    given = published_config.get("preprocess_cfg", {})
+    if "mean" in given and "std" in given:
+        return {**OPENAI, **given}
     published = [
         open_clip.get_pretrained_cfg(arch, tag)
         for tag in open_clip.list_pretrained_tags_by_model(arch)
     ]
-    shared = {
-        key: found[0]
-        for key in OPENAI
-        if len(found := list({str(cfg[key]): cfg[key] for cfg in published}.values())) == 1
-    }
+    shared = {}
+    for key in OPENAI:
+        values = {str(cfg[key]): cfg[key] for cfg in published}
+        if len(values) == 1:
+            (shared[key],) = values.values()
     if published and not {"mean", "std"} <= shared.keys():
         log.warning(
-            "published weights of %s differ in mean and std: OpenAI's are taken, unless an open_clip_config.json lies beside",
+            "published weights of %s differ in mean and std: using OpenAI's, unless there is an open_clip_config.json next to them",
             arch,
         )
         return dict(OPENAI)
@@ -292,30 +337,19 @@ def _preprocess(arch: str, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load strictly, after the changes of names and shapes between open_clip's versions."""
+    """Load strictly, after renaming and reshaping entries of files by other versions of open_clip."""
     state = {
-        key.removeprefix("module."): value.float() if value.is_floating_point() else value
-        for key, value in state.items()
+        key: value.float() if value.is_floating_point() else value
+        for key, value in strip_wrappers(state).items()
     }
     own = model.state_dict()
-    for leftover in (
-        "input_resolution",
-        "context_length",
-        "vocab_size",
-        "text.transformer.embeddings.position_ids",
-    ):
+    for leftover in LEFTOVERS:
         if leftover not in own:
             state.pop(leftover, None)
     if "positional_embedding" in state and "text.positional_embedding" in own:
-        towers = (
-            "text_projection",
-            "positional_embedding",
-            "token_embedding",
-            "transformer.",
-            "ln_final.",
-        )
         state = {
-            f"text.{key}" if key.startswith(towers) else key: value for key, value in state.items()
+            f"text.{key}" if key.startswith(TEXT_TOWER) else key: value
+            for key, value in state.items()
         }
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in own and scalar in state and state[scalar].numel() == 1:
@@ -324,24 +358,19 @@ def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
 
 
 def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Sequence[str]) -> Head:
-    """Weight [C, F] times logit_scale, and bias [C]: SigLIP's logit_bias, else 0."""
-    weight = zero_shot_head(
-        model,
-        clip.tokenizer,
-        prompt_names(classes),
-        resolve_templates(templates, classes, clip.templates),
-    )
-    bias = getattr(model, "logit_bias", None)
-    return (
-        weight * model.logit_scale.detach().exp().float(),
-        torch.full((len(classes),), 0.0 if bias is None else float(bias)),
-        True,
-    )
+    """Return weight [C, F] times logit_scale, and bias [C]: SigLIP's logit_bias, else 0."""
+    prompts = resolve_templates(templates, classes, clip.templates)
+    weight = zero_shot_head(model, clip.tokenizer, prompt_names(classes), prompts)
+    weight = weight * model.logit_scale.detach().exp().float()
+    logit_bias = getattr(model, "logit_bias", None)
+    bias = torch.full((len(classes),), 0.0 if logit_bias is None else float(logit_bias))
+    return weight, bias, True
 
 
 def _read_head(path: str, classes: ClassMap, tower: ImageTower) -> Head:
-    """A linear head: weight [C, F], bias [C] or none, and perhaps its class list. It is a fine-tuned one on image features as they are,
-    or a linear probe of this very encoder, which says what its features were.
+    """Read a linear head: weight [C, F], bias [C] (optional), and its class list (optional).
+
+    The file is a fine-tuned head on unnormalised features, or a linear probe of the same encoder, which records its features.
     """
     state, metadata = read_state_dict(path)
     weight, bias = state.get("weight"), state.get("bias")
@@ -361,8 +390,6 @@ def _read_head(path: str, classes: ClassMap, tower: ImageTower) -> Head:
         )
     unit = False
     if PROBE in metadata:
-        from dad_fast.models.probe import check_encoder, probe_spec
-
         spec = probe_spec(Path(path), metadata)
         check_encoder(str(path), spec, fingerprint(tower))
         unit = spec["unit_features"]

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 import torch.nn.functional as F
 
-from dad_fast.models.class_token import keep_class_token_only
+from dad_fast.models.optimizations import keep_class_token_only
 from tests.numerics import assert_same_function
 
 TINY = {

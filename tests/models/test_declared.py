@@ -16,7 +16,8 @@ pytest.importorskip("safetensors")
 
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DataError, UsageError
-from dad_fast.models.student import build_student, load_student
+from dad_fast.models.load_student import load_student
+from dad_fast.models.student import build_student
 from dad_fast.models.weights.declared import checked_spec, recorded_classes
 from dad_fast.models.weights.files import write_safetensors
 

@@ -14,7 +14,7 @@ for package in ("open_clip", "safetensors", "mlxtend", "sklearn"):
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.sources.embedded import EmbeddedSource
 from dad_fast.discretizers.registry import load_discretizer
-from dad_fast.models.teacher import load_teacher
+from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.weights.files import asset, read_state_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1].parent / "scripts"))

@@ -14,8 +14,8 @@ from probes import arguments, config, teacher_of, trained
 
 from dad_fast.cli.main import main
 from dad_fast.errors import DataError
+from dad_fast.models.load_student import load_student
 from dad_fast.models.probe import Probe
-from dad_fast.models.student import load_student
 from tests.numerics import assert_same_function
 
 pytestmark = pytest.mark.usefixtures("cache")

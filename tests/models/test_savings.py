@@ -12,7 +12,8 @@ from dad_fast.config.schema import PrecisionConfig, StudentConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import build_student
-from dad_fast.models.teacher import Teacher, _PreLogits
+from dad_fast.models.teacher import Teacher
+from dad_fast.models.timm_teacher import PreLogits
 from tests.numerics import assert_same_function
 
 SIDE, CLASSES = 32, ClassMap(tuple((i, f"c{i}", f"c{i}") for i in range(5)))
@@ -45,7 +46,7 @@ def timm_teacher(name="vit_tiny_patch16_224", precision=None, plain=False, **kwa
     model = timm.create_model(
         name, **(TINY if "vit" in name and not plain else {"num_classes": 5}) | kwargs
     )
-    return wrap(_PreLogits(model), model, precision)
+    return wrap(PreLogits(model), model, precision)
 
 
 def clip_teacher(quick_gelu=True, precision=None, width=32, layers=3):
@@ -150,11 +151,11 @@ def test_applying_twice_folds_once():
 
 
 def test_features_and_a_teacher_of_a_number_of_columns():
-    from dad_fast.models.teacher import _Columns
+    from dad_fast.models.timm_teacher import SelectedClasses
 
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **TINY | {"num_classes": 9})
-    plain = wrap(_PreLogits(model), _Columns(model, [8, 0, 3, 1, 2]))
+    plain = wrap(PreLogits(model), SelectedClasses(model, [8, 0, 3, 1, 2]))
     other = copy.deepcopy(plain)
     assert not any(
         optimize_teacher(other, Optimizations(fold_quick_gelu=False, cast_weights=False)).values()
@@ -196,7 +197,8 @@ def test_trained_weights_are_not_folded():
 
 
 def test_a_student_keeps_its_names_and_its_file(tmp_path):
-    from dad_fast.models.student import load_student, save_student
+    from dad_fast.models.load_student import load_student
+    from dad_fast.models.student import save_student
 
     kwargs = {k: TINY[k] for k in ("embed_dim", "depth", "num_heads", "patch_size")}
     student = build_student(

@@ -308,7 +308,7 @@ def test_a_sheet_of_codes_and_clean_images(tmp_path: Path) -> None:
     from dad_fast.config.schema import PrecisionConfig
     from dad_fast.data.sources.base import open_source
     from dad_fast.discretizers.registry import load_discretizer
-    from dad_fast.models.weights.fingerprint import fingerprint
+    from dad_fast.models.weights.files import fingerprint
     from dad_fast.store import Manifest, Records
 
     source = open_source("embedded:digits", "val")

@@ -17,8 +17,7 @@ from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import VQGAN
 from dad_fast.discretizers.vqgan.precision import stage_dtype
 from dad_fast.kernels import unpack_codes
-from dad_fast.models.weights.files import asset, sha256_file
-from dad_fast.models.weights.fingerprint import fingerprint
+from dad_fast.models.weights.files import asset, fingerprint, sha256_file
 
 DEFAULT_OPTIMIZATIONS = VQGANOptimizations()
 
