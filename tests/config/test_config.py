@@ -7,20 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dad_fast.config import (
-    Config,
-    check,
-    differences,
-    expand,
-    from_toml,
-    preset_names,
-    resolve,
-    to_toml,
-)
+from dad_fast.config import Config, differences, expand, from_toml, preset_names, to_toml
 from dad_fast.config.fields import get, settings, with_values
 from dad_fast.config.resolve import Layers, gather, preset_text
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
+from dad_fast.methods.settings import check, resolve
 
 FITS = {
     "data.data_dir": "embedded:digits",

@@ -6,8 +6,9 @@ import pytest
 
 from dad_fast.config import expand, from_toml, to_toml
 from dad_fast.config.fields import with_values
-from dad_fast.config.resolve import check, gather
+from dad_fast.config.resolve import gather
 from dad_fast.errors import UsageError
+from dad_fast.methods.settings import check
 from dad_fast.sweep.ablation import _TERMS, AXES, identity, make_plan, papers_axis
 from dad_fast.sweep.runs import make_sweep
 
