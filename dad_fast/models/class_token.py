@@ -1,8 +1,10 @@
-"""Last transformer block for the class token alone, in timm's vision transformers whose head reads no other token.
+"""Last transformer block for the class token alone, in timm's vision transformers whose head reads
+no other token.
 
-Queries, output projection, MLP and final norm of all other tokens are dead work: 10/12 of the block's matrix products and
-its attention. Keys and values still use all tokens, so logits and gradients are equal in exact arithmetic. The block keeps
-its parameters and their names; its output, and that of the final norm, is [B, 1, D] instead of [B, N, D].
+Queries, output projection, MLP and final norm of all other tokens are dead work: 10/12 of the
+block's matrix products and its attention. Keys and values still use all tokens, so logits and
+gradients are equal in exact arithmetic. The block keeps its parameters and their names; its output,
+and that of the final norm, is [B, 1, D] instead of [B, N, D].
 
 class_token_clip.py does the same for open_clip's towers.
 """
@@ -64,7 +66,8 @@ def _attend(attn: Any, tokens: Tensor) -> Tensor:
 def keep_class_token_timm(model: VisionTransformer) -> str:
     """Make the last block of a timm VisionTransformer compute the class token alone, in place.
 
-    Returns "" on success (also the second time), else the reason why the model is not supported and stays unchanged.
+    Returns "" on success (also the second time), else the reason why the model is not supported and
+    stays unchanged.
     """
     reason, block = _unsupported(model), model.blocks[-1]
     if not reason and type(block) is Block:
@@ -94,7 +97,9 @@ def _unsupported(model: Any) -> str:
 
 
 def unknown_part(parts: dict[tuple[type, ...], tuple[nn.Module, ...]]) -> str:
-    """Name the first module of `parts` whose class is not among its known classes; "" if there is none."""
+    """Name the first module of `parts` whose class is not among its known classes; "" if there is
+    none.
+    """
     for known, modules in parts.items():
         for module in modules:
             if type(module) not in known:
@@ -103,6 +108,8 @@ def unknown_part(parts: dict[tuple[type, ...], tuple[nn.Module, ...]]) -> str:
 
 
 def dropout(block: nn.Module) -> str:
-    """Return a reason if dropout inside the block would draw other numbers (drop path draws one per sample: the same)."""
+    """Return a reason if dropout inside the block would draw other numbers (drop path draws one per
+    sample: the same).
+    """
     active = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
     return "its last block has dropout" if active else ""

@@ -1,4 +1,6 @@
-"""Last transformer block for the class token alone, in open_clip's vision towers; see class_token.py."""
+"""Last transformer block for the class token alone, in open_clip's vision towers; see
+class_token.py.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ SCALES = (nn.Identity, LayerScale)
 
 
 class ClassTokenResidualBlock(ResidualAttentionBlock):
-    """Tokens [B, N, D] -> class token [B, 1, D]; nn.MultiheadAttention accepts fewer queries than keys."""
+    """Tokens [B, N, D] -> class token [B, 1, D]; nn.MultiheadAttention accepts fewer queries than
+    keys.
+    """
 
     def forward(
         self, q_x: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None

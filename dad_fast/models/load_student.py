@@ -1,4 +1,6 @@
-"""Load a trained student: its final weights, the raw weights of a checkpoint, and the settings of its run."""
+"""Load a trained student: its final weights, the raw weights of a checkpoint, and the settings of
+its run.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ PREFIX = "student.model."
 
 
 def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
-    """Load a student from a file, a run or a checkpoint folder: the student in eval mode and the file's metadata.
+    """Load a student from a file, a run or a checkpoint folder: the student in eval mode and the
+    file's metadata.
 
-    A linear probe comes with its encoder, as one model. Nothing that a file names is downloaded or executed. Raises DataError
-    for a file that is damaged or is not a student.
+    A linear probe comes with its encoder, as one model. Nothing that a file names is downloaded or
+    executed. Raises DataError for a file that is damaged or is not a student.
     """
     path = checkpoint_file(path)
     state, metadata = read_state_dict(path)
@@ -33,17 +36,20 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
         return load_probe(path, state, metadata), metadata
     if STUDENT not in metadata:
         raise DataError(
-            f"{path}: not a student of dad-fast (no {STUDENT} in its metadata); name a run's folder or its model.safetensors"
+            f"{path}: not a student of dad-fast (no {STUDENT} in its metadata); name a run's "
+            "folder or its model.safetensors"
         )
     return read_student(path, state, metadata), metadata
 
 
 def load_raw_student(path: str | Path) -> tuple[Student, dict[str, str], Path]:
-    """Load a student with the raw weights of a checkpoint: those that the optimizer steps, not their average (EMA).
+    """Load a student with the raw weights of a checkpoint: those that the optimizer steps, not
+    their average (EMA).
 
-    `path` is a checkpoint's folder, or a run's folder or its model.safetensors, which stand for the latest checkpoint. Returns
-    the student in eval mode, the metadata of the model next to the raw weights, and the checkpoint's folder. Raises DataError
-    if there is no checkpoint or if it is damaged.
+    `path` is a checkpoint's folder, or a run's folder or its model.safetensors, which stand for the
+    latest checkpoint. Returns the student in eval mode, the metadata of the model next to the raw
+    weights, and the checkpoint's folder. Raises DataError if there is no checkpoint or if it is
+    damaged.
     """
     folder = _checkpoint_of(checkpoint_file(path).parent)
     student, metadata = load_student(folder / "model.safetensors")
@@ -56,7 +62,8 @@ def _checkpoint_of(folder: Path) -> Path:
         if (candidate / TENSORS).is_file():
             return candidate.resolve()
     raise DataError(
-        f"{folder}: no checkpoint here ({TENSORS} or checkpoints/latest), and only checkpoints hold raw weights; name one"
+        f"{folder}: no checkpoint here ({TENSORS} or checkpoints/latest), and only checkpoints "
+        "hold raw weights; name one"
     )
 
 
@@ -66,7 +73,8 @@ def _read_raw(path: Path) -> dict[str, Tensor]:
         digest = json.loads((path.parent / STATE).read_text())["sha256"][TENSORS]
         if sha256_file(path) != digest:
             raise DataError(
-                f"{path}: damaged, its content has changed since it was written; name an earlier checkpoint"
+                f"{path}: damaged, its content has changed since it was written; name an earlier "
+                "checkpoint"
             )
         with safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith(PREFIX) and ".aux_bn." not in key]
@@ -80,7 +88,8 @@ def _read_raw(path: Path) -> dict[str, Tensor]:
 def run_settings(weights: Path) -> tuple[Config | None, Path]:
     """Return the settings of a model's run and the run's folder; None if there is no config.toml.
 
-    The file lies next to the weights, or in the run's folder if the weights are those of a checkpoint.
+    The file lies next to the weights, or in the run's folder if the weights are those of a
+    checkpoint.
     """
     folder = weights.absolute().parent
     for place in (folder, folder.parent.parent):
@@ -97,7 +106,8 @@ def run_settings(weights: Path) -> tuple[Config | None, Path]:
 
 
 def take_view(student: Student, cfg: Config | None) -> None:
-    """Set the student's evaluation crop and interpolation to those of its run, so that its file records them.
+    """Set the student's evaluation crop and interpolation to those of its run, so that its file
+    records them.
 
     A loaded student needs this only if its file was written by an older version.
     """

@@ -20,11 +20,12 @@ def load_teacher(
 ) -> Teacher:
     """Load the teacher `cfg.name` on `device`, with one output for each of `classes`.
 
-    The name is open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, timm:NAME, timm:NAME@FILE, embedded:NAME, any other
-    teacher of the registry, or FILE: safetensors with the architecture in its metadata.
+    The name is open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, timm:NAME, timm:NAME@FILE,
+    embedded:NAME, any other teacher of the registry, or FILE: safetensors with the architecture in
+    its metadata.
 
-    Raises UsageError for any other name, EnvironmentProblem for weights that are not available, DataError for a file or a
-    class list that does not fit.
+    Raises UsageError for any other name, EnvironmentProblem for weights that are not available,
+    DataError for a file or a class list that does not fit.
     """
     context = TeacherContext(cfg=cfg, classes=classes, precision=precision, device=device)
     if is_registered(cfg.name):

@@ -17,11 +17,13 @@ VIEW = "dad_fast.view"
 
 
 class OnnxStudent:
-    """Classifier: pixels float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, num_classes], on the CPU.
+    """Classifier: pixels float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, num_classes], on the
+    CPU.
 
     `metadata` is that of the file.
 
-    Raises EnvironmentProblem without onnxruntime, DataError for a file that is damaged or that `dad-fast export` did not write.
+    Raises EnvironmentProblem without onnxruntime, DataError for a file that is damaged or that
+    `dad-fast export` did not write.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,7 +50,8 @@ class OnnxStudent:
             ) from None
         if VIEW not in self.metadata:
             raise DataError(
-                f"{path}: not exported by dad-fast (no {VIEW} in its metadata), so its images and classes are not known"
+                f"{path}: not exported by dad-fast (no {VIEW} in its metadata), so its images and "
+                "classes are not known"
             )
         try:
             view = checked_view(self.metadata[VIEW])

@@ -1,7 +1,9 @@
-"""Exact optimizations of teachers and students: the same values and gradients in exact arithmetic, with less work.
+"""Exact optimizations of teachers and students: the same values and gradients in exact arithmetic,
+with less work.
 
-A model that does not support an optimization stays unchanged, and the reason is returned. No parameter changes its name.
-Folding changes the values of frozen weights, so only teachers are folded, which are never saved.
+A model that does not support an optimization stays unchanged, and the reason is returned. No
+parameter changes its name. Folding changes the values of frozen weights, so only teachers are
+folded, which are never saved.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from dad_fast.models.timm_teacher import PreLogits, SelectedClasses
 
 # QuickGELU(x) = x sigmoid(1.702 x)
 QUICK_GELU_SLOPE = 1.702
-# Modules that use their weights only in operations that autocast runs in 16 bit. A subclass may do more, such as weight
-# standardisation.
+# Modules that use their weights only in operations that autocast runs in 16 bit. A subclass may do
+# more, such as weight standardisation.
 CAST = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.MultiheadAttention)
 
 
@@ -49,14 +51,18 @@ PLAIN = Optimizations(
 
 
 def optimize_student(student: Student, wanted: Optimizations) -> dict[str, str]:
-    """Apply the optimizations of a student in place: name -> "" if applied, else the reason why not."""
+    """Apply the optimizations of a student in place: name -> "" if applied, else the reason why
+    not.
+    """
     if not wanted.class_token_only:
         return {}
     return {"class_token_only": keep_class_token_only(student.model)}
 
 
 def optimize_teacher(teacher: Teacher, wanted: Optimizations) -> dict[str, str]:
-    """Apply the optimizations of a frozen teacher in place: name -> "" if applied, else the reason why not."""
+    """Apply the optimizations of a frozen teacher in place: name -> "" if applied, else the reason
+    why not.
+    """
     results = {}
     if wanted.class_token_only:
         results["class_token_only"] = keep_class_token_only(image_model(teacher))
@@ -83,8 +89,9 @@ def image_model(teacher: Teacher) -> Any:
 def keep_class_token_only(model: nn.Module) -> str:
     """Make the last block of `model` compute the class token alone, in place.
 
-    `model`: a timm VisionTransformer, an open_clip vision tower, or an open_clip tower around a timm model. Returns "" on
-    success (also the second time), else the reason why the model is not supported and stays unchanged.
+    `model`: a timm VisionTransformer, an open_clip vision tower, or an open_clip tower around a
+    timm model. Returns "" on success (also the second time), else the reason why the model is not
+    supported and stays unchanged.
     """
     for candidate in (model, getattr(model, "trunk", None)):
         if isinstance(candidate, VisionTransformer):
@@ -101,7 +108,8 @@ def keep_class_token_only(model: nn.Module) -> str:
 def fold_normalisation(teacher: Teacher) -> str:
     """Fold mean and std into an unpadded patch embedding.
 
-    conv((x - mean) / std) = conv'(x), with weight / std as weight and bias - sum of weight mean / std as bias.
+    conv((x - mean) / std) = conv'(x), with weight / std as weight and bias - sum of weight mean /
+    std as bias.
     """
     if teacher.takes_raw_pixels:
         return ""
@@ -133,8 +141,8 @@ def fold_normalisation(teacher: Teacher) -> str:
 def fold_quick_gelu(teacher: Teacher) -> str:
     """Fold QuickGELU's slope into the weights around it, which leaves a SiLU.
 
-    x sigmoid(a x) = SiLU(a x) / a: `a` into the linear layer before, 1 / a into the one after. QuickGELU is three kernels
-    and keeps two tensors for backward; SiLU is one kernel and keeps one.
+    x sigmoid(a x) = SiLU(a x) / a: `a` into the linear layer before, 1 / a into the one after.
+    QuickGELU is three kernels and keeps two tensors for backward; SiLU is one kernel and keeps one.
     """
     found = list(_quick_gelus(image_model(teacher)))
     if not found:
@@ -158,7 +166,9 @@ def fold_quick_gelu(teacher: Teacher) -> str:
 
 
 def _quick_gelus(model: nn.Module) -> Iterator[tuple[Any, Any, Any, str]]:
-    """Yield (linear before, linear after, owner, attribute) of every QuickGELU directly between two layers."""
+    """Yield (linear before, linear after, owner, attribute) of every QuickGELU directly between two
+    layers.
+    """
     for module in model.modules():
         if type(module) is Mlp:
             if type(module.act) is QuickGELU and type(module.norm) is nn.Identity:
@@ -172,10 +182,11 @@ def _quick_gelus(model: nn.Module) -> Iterator[tuple[Any, Any, Any, str]]:
 
 
 def cast_weights(teacher: Teacher) -> str:
-    """Cast matrices, kernels and their biases to the 16-bit dtype that autocast casts them to at every call: the same bits.
+    """Cast matrices, kernels and their biases to the 16-bit dtype that autocast casts them to at
+    every call: the same bits.
 
-    Autocast caches such a copy only for trained weights; for a frozen model every call makes a new one, which lives until
-    backward. Norms, embeddings and everything else stay float32.
+    Autocast caches such a copy only for trained weights; for a frozen model every call makes a new
+    one, which lives until backward. Norms, embeddings and everything else stay float32.
     """
     dtype = getattr(torch, teacher.precision.teacher)
     if not teacher.precision.amp or dtype == torch.float32:

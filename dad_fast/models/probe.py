@@ -1,7 +1,10 @@
-"""Linear probe: a teacher's frozen image encoder under a new linear layer. Only the layer is trained, saved and averaged.
+"""Linear probe: a teacher's frozen image encoder under a new linear layer.
 
-The file of a probe holds `weight` [C, F] and `bias` [C], and as metadata the teacher's name and a hash of the encoder. The
-file also works as a `--teacher-head`, so that the probe can teach a student.
+Only the layer is trained, saved and averaged.
+
+The file of a probe holds `weight` [C, F] and `bias` [C], and as metadata the teacher's name and a
+hash of the encoder. The file also works as a `--teacher-head`, so that the probe can teach a
+student.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ from dad_fast.models.weights.declared import (
     check_encoder,
     probe_spec,
     recorded_classes,
-    without_downloads,
 )
 from dad_fast.models.weights.files import fingerprint, load_strictly, read_state_dict
+from dad_fast.models.weights.limits import without_downloads
 from dad_fast.registry import PYTHON
 
 # Prefix of the encoder's keys in a probe's state dict
@@ -40,9 +43,11 @@ ENCODER = "encoder."
 
 
 class Probe(Student):
-    """Encoder and linear layer as one classifier: pixels float [B, 3, H, W] in [0, 1] -> logits float32 [B, C].
+    """Encoder and linear layer as one classifier: pixels float [B, 3, H, W] in [0, 1] -> logits
+    float32 [B, C].
 
-    The encoder stays in eval mode and needs no gradient. State dicts omit it, and copies of the probe share it.
+    The encoder stays in eval mode and needs no gradient. State dicts omit it, and copies of the
+    probe share it.
     """
 
     def __init__(self, encoder: Teacher, spec: Mapping[str, Any]) -> None:
@@ -64,11 +69,16 @@ class Probe(Student):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """Return the input of the linear layer, float32 [B, F]: for CLIP normalised image features, as for its zero-shot head."""
+        """Return the input of the linear layer, float32 [B, F]: for CLIP normalised image features,
+        as for its zero-shot head.
+        """
         return self.encoder.features(pixels)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits float32 [B, C] of features [B, F]. Ignores autocast: the layer is too small to gain from it."""
+        """Return logits float32 [B, C] of features [B, F].
+
+        Ignores autocast: the layer is too small to gain from it.
+        """
         with torch.autocast(features.device.type, enabled=False):
             logits: Tensor = self.model(features.float())
         return logits
@@ -107,10 +117,11 @@ def build_probe(
 ) -> Probe:
     """Build a new probe on `teacher`'s encoder; `img_size` 0 is the encoder's own.
 
-    init: zeros, or the teacher's own head. init_from: the run (or file) of another probe on the same encoder, to take the
-    initial weights from.
+    init: zeros, or the teacher's own head. init_from: the run (or file) of another probe on the
+    same encoder, to take the initial weights from.
 
-    Raises UsageError for a teacher without a linear head to start from, DataError for a file that is no probe on this encoder.
+    Raises UsageError for a teacher without a linear head to start from, DataError for a file that
+    is no probe on this encoder.
     """
     side = teacher.image_size
     pixels = torch.zeros(1, 3, side, side, device=teacher.mean.device)
@@ -131,7 +142,8 @@ def build_probe(
     if init == "zero-shot":
         if teacher.whole is not None:
             raise UsageError(
-                f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; use --lp-init zeros"
+                f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; use --lp-init "
+                "zeros"
             )
         probe.model.weight.copy_(teacher.head_weight)
         probe.model.bias.copy_(teacher.head_bias)
@@ -146,23 +158,27 @@ def build_probe(
 
 
 def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Probe:
-    """Load the probe of a run's file, whose content is given, on the encoder that it names, in eval mode.
+    """Load the probe of a run's file, whose content is given, on the encoder that it names, in eval
+    mode.
 
-    A teacher's file that has moved is looked for next to `path`; a hub's model is found in the hub's cache and not downloaded.
-    Raises DataError if the metadata is damaged or the encoder is another one, and the errors of `load_teacher`.
+    A teacher's file that has moved is looked for next to `path`; a hub's model is found in the
+    hub's cache and not downloaded. Raises DataError if the metadata is damaged or the encoder is
+    another one, and the errors of `load_teacher`.
     """
     spec = probe_spec(path, metadata)
     num_classes, num_features = spec["num_classes"], spec["num_features"]
     if "weight" not in state or state["weight"].shape != (num_classes, num_features):
         raise DataError(
-            f"{path}: its weight does not have the {num_classes:,} classes and {num_features:,} features of its metadata"
+            f"{path}: its weight does not have the {num_classes:,} classes and {num_features:,} "
+            "features of its metadata"
         )
     classes = recorded_classes(path, metadata.get(CLASSES), num_classes)
     name = _found(spec["teacher"], path)
     if name.startswith(PYTHON):
         # Importing a module because a file names it would let the file run code.
         raise DataError(
-            f"{path}: its encoder {name} is a user's own module, which is never imported because a file names it; "
+            f"{path}: its encoder {name} is a user's own module, which is never imported because a "
+            "file names it; "
             "train the probe on a registered teacher"
         )
     timm_name = name.removeprefix("timm:")
@@ -171,7 +187,8 @@ def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
         raise DataError(
             f"{path}: its encoder {name} has no weights on a hub; train it on timm:{timm_name}@FILE"
         )
-    # The probe's own file is the head, so that no text tower is needed to make one; timm's models bring theirs.
+    # The probe's own file is the head, so that no text tower is needed to make one; timm's models
+    # bring theirs.
     head = "" if is_timm else str(path)
     with without_downloads():
         teacher = load_teacher(
@@ -192,7 +209,9 @@ def _on_hub(name: str) -> bool:
 
 
 def _found(name: str, path: Path) -> str:
-    """Return `name` with a file that has moved replaced by the file of the same name next to `path`, if there is one."""
+    """Return `name` with a file that has moved replaced by the file of the same name next to
+    `path`, if there is one.
+    """
     has_scheme = is_registered(name)
     before, at, file = name.rpartition("@") if has_scheme else ("", "", name)
     if has_scheme and not at:

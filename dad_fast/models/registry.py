@@ -1,6 +1,7 @@
 """Teachers by name. To add one: a file with a factory, and a line here.
 
-A factory is called with the argument after the name's colon and a `TeacherContext`, and returns a `Teacher`.
+A factory is called with the argument after the name's colon and a `TeacherContext`, and returns a
+`Teacher`.
 """
 
 from __future__ import annotations

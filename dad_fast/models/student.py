@@ -1,4 +1,7 @@
-"""Students: timm models that normalise their own input. Building, saving and initial weights; see load_student.py to load one."""
+"""Students: timm models that normalise their own input.
+
+Building, saving and initial weights; see load_student.py to load one.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ from dad_fast.models.weights.declared import (
     STUDENT,
     check_model_kwargs,
     checked_spec,
-    no_more_parameters_than,
 )
 from dad_fast.models.weights.files import (
     load_strictly,
@@ -29,6 +31,7 @@ from dad_fast.models.weights.files import (
     strip_wrappers,
     write_safetensors,
 )
+from dad_fast.models.weights.limits import no_more_parameters_than
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,9 @@ class Student(nn.Module):
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Content of the student's file: tensors by timm's keys, without auxiliary batch norms, and metadata to rebuild it."""
+        """Content of the student's file: tensors by timm's keys, without auxiliary batch norms, and
+        metadata to rebuild it.
+        """
         state = self.model.state_dict()
         tensors = {key: tensor for key, tensor in state.items() if ".aux_bn." not in key}
         return tensors, {STUDENT: json.dumps(self.spec)}
@@ -76,11 +81,13 @@ def build_student(
 ) -> Student:
     """Build a student with the initial weights that `cfg` names; `img_size` 0 is the model's own.
 
-    With `bn = "aux"` and several groups, every batch norm keeps separate statistics for each of the `num_groups` equal parts
-    of a batch (AdvProp, arXiv 1911.09665); evaluation uses those of the first part, the clean images.
+    With `bn = "aux"` and several groups, every batch norm keeps separate statistics for each of the
+    `num_groups` equal parts of a batch (AdvProp, arXiv 1911.09665); evaluation uses those of the
+    first part, the clean images.
 
-    Raises UsageError for an unknown model or argument, DataError for weights of another architecture, EnvironmentProblem for
-    pretrained weights that are not available and for a timm version that cannot convert the batch norms.
+    Raises UsageError for an unknown model or argument, DataError for weights of another
+    architecture, EnvironmentProblem for pretrained weights that are not available and for a timm
+    version that cannot convert the batch norms.
     """
     kwargs: dict[str, Any] = dict(cfg.model_kwargs)
     if cfg.drop_path:
@@ -98,7 +105,8 @@ def build_student(
     data = resolve_data_config({}, model=model)
     name, model_kwargs = cfg.name, dict(cfg.model_kwargs)
     if cfg.name.startswith("hf-hub:"):
-        # Record the architecture behind the hub's name, so that loading the student needs no network.
+        # Record the architecture behind the hub's name, so that loading the student needs no
+        # network.
         name = model.pretrained_cfg["architecture"]
         model_kwargs = {**getattr(model, "pretrained_model_args", {}), **model_kwargs}
     spec = {
@@ -118,14 +126,17 @@ def build_student(
     if cfg.bn == "aux" and num_groups > 1:
         if _conversion_loses_activations(student.model):
             raise EnvironmentProblem(
-                f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; pip install 'timm>=1.0.31'"
+                f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; pip "
+                "install 'timm>=1.0.31'"
             )
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
     return student
 
 
 def _conversion_loses_activations(model: nn.Module) -> bool:
-    """Whether `convert_splitbn_model` of this timm version drops the ReLU of fused norms, and `model` has such norms."""
+    """Whether `convert_splitbn_model` of this timm version drops the ReLU of fused norms, and
+    `model` has such norms.
+    """
     if not any(isinstance(module, BatchNormAct2d) for module in model.modules()):
         return False
     converted = convert_splitbn_model(BatchNormAct2d(1)).eval()
@@ -153,7 +164,8 @@ def _create(
     except DadFastError:
         raise
     except Exception as error:
-        # timm's models check their arguments in many ways, and the hub's client has errors of its own.
+        # timm's models check their arguments in many ways, and the hub's client has errors of its
+        # own.
         reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
         if pretrained and not isinstance(error, TypeError):
             raise EnvironmentProblem(
@@ -166,9 +178,11 @@ def _create(
 
 
 def load_student_weights(student: Student, path: str | Path) -> None:
-    """Load a run's `model.safetensors` (or its run or checkpoint folder), or a tensor-only file with timm's keys.
+    """Load a run's `model.safetensors` (or its run or checkpoint folder), or a tensor-only file
+    with timm's keys.
 
-    A classifier for another number of classes is not loaded, with a warning. Raises DataError for any other difference.
+    A classifier for another number of classes is not loaded, with a warning. Raises DataError for
+    any other difference.
     """
     path = checkpoint_file(path)
     state = strip_wrappers(read_state_dict(path)[0])
@@ -197,7 +211,10 @@ def save_student(path: str | Path, student: Student, extra_metadata: Mapping[str
 
 
 def read_student(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Student:
-    """Build the student of a file with the given content, in eval mode. Raises DataError for a file that is damaged."""
+    """Build the student of a file with the given content, in eval mode.
+
+    Raises DataError for a file that is damaged.
+    """
     try:
         spec = checked_spec(metadata[STUDENT])
     except ValueError as error:
@@ -210,7 +227,9 @@ def read_student(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
 def _create_as_declared(
     spec: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
 ) -> nn.Module:
-    """Build the model that a file's metadata names, first on the meta device, to check its size against the file's."""
+    """Build the model that a file's metadata names, first on the meta device, to check its size
+    against the file's.
+    """
     arguments = spec["name"], spec["num_classes"], spec["img_size"], dict(spec["model_kwargs"])
     try:
         with no_more_parameters_than(state, path), torch.device("meta"):
@@ -228,13 +247,16 @@ def _create_as_declared(
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """Return the weights file of `path`: a file, a checkpoint folder, or a run's folder (its final model, else the latest checkpoint)."""
+    """Return the weights file of `path`: a file, a checkpoint folder, or a run's folder (its final
+    model, else the latest checkpoint).
+    """
     path = Path(path)
     if path.is_file():
         return path
     if not path.exists():
         raise DataError(
-            f"{path}: no such checkpoint; name a run's folder, a checkpoint folder or a weights file"
+            f"{path}: no such checkpoint; name a run's folder, a checkpoint folder or a weights "
+            "file"
         )
     for inside in ("model.safetensors", "checkpoints/latest/model.safetensors"):
         if (path / inside).is_file():

@@ -1,4 +1,6 @@
-"""Frozen teachers: pixels in [0, 1] -> logits, from an encoder with a linear head or from a whole classifier."""
+"""Frozen teachers: pixels in [0, 1] -> logits, from an encoder with a linear head or from a whole
+classifier.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ UNKNOWN = "not recorded in the weights"
 
 
 class Teacher(nn.Module):
-    """A frozen classifier: pixels float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, C], CLIP's logit_scale included.
+    """A frozen classifier: pixels float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, C], CLIP's
+    logit_scale included.
 
-    Differentiable in the pixels, not in the weights. Images of another size than `image_size` are resized inside (bicubic,
-    antialiased, differentiable).
+    Differentiable in the pixels, not in the weights. Images of another size than `image_size` are
+    resized inside (bicubic, antialiased, differentiable).
     """
 
     mean: Tensor
@@ -49,16 +52,18 @@ class Teacher(nn.Module):
         interpolation: str = "bicubic",
         squashed: bool = False,
     ) -> None:
-        """Freeze `encoder` under a linear `head` (weight [C, F], bias [C]), or a whole classifier as `head`.
+        """Freeze `encoder` under a linear `head` (weight [C, F], bias [C]), or a whole classifier
+        as `head`.
 
-        encoder: normalised pixels -> features [B, F]. crop_pct, interpolation: evaluation view that belongs to the weights.
-        squashed: the weights were trained on images squashed to a square, as SigLIP's. Images are cropped all the same, with
-        a warning.
+        encoder: normalised pixels -> features [B, F]. crop_pct, interpolation: evaluation view that
+        belongs to the weights. squashed: the weights were trained on images squashed to a square,
+        as SigLIP's. Images are cropped all the same, with a warning.
         """
         super().__init__()
         if squashed:
             log.warning(
-                "teacher %s was trained on images squashed to a square; here they are cropped to one",
+                "teacher %s was trained on images squashed to a square; here they are cropped to "
+                "one",
                 name,
             )
         self.encoder = encoder
@@ -97,7 +102,9 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Return the input of the head, float32 [B, F]: normalised image features for a zero-shot head."""
+        """Return the input of the head, float32 [B, F]: normalised image features for a zero-shot
+        head.
+        """
         features = self._run(self.encoder, pixels)
         return F.normalize(features, dim=-1) if self.unit_features else features
 

@@ -93,10 +93,12 @@ def _pretrained(arch: str) -> tuple[Any, dict[str, Any]]:
     try:
         model = timm.create_model(arch, pretrained=True)
     except Exception as error:
-        # RuntimeError if there are no weights; without a network the hub's client has errors of its own.
+        # RuntimeError if there are no weights; without a network the hub's client has errors of its
+        # own.
         reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
-            f"--teacher timm:{arch}: its weights are not available ({reason}); give timm:{arch}@FILE"
+            f"--teacher timm:{arch}: its weights are not available ({reason}); give "
+            f"timm:{arch}@FILE"
         ) from None
     return model, resolve_data_config({}, model=model)
 
@@ -108,7 +110,8 @@ def _from_file(arch: str, file: str, classes: ClassMap) -> tuple[Any, dict[str, 
         student = read_student(Path(file), state, metadata)
         if student.name != arch:
             raise DataError(
-                f"--teacher timm:{arch}@{file}: the file is a {student.name}; write timm:{student.name}@{file}"
+                f"--teacher timm:{arch}@{file}: the file is a {student.name}; write "
+                f"timm:{student.name}@{file}"
             )
         check_classes(f"--teacher {file}", metadata, classes)
         spec = student.spec
@@ -120,12 +123,15 @@ def _from_file(arch: str, file: str, classes: ClassMap) -> tuple[Any, dict[str, 
 
 
 def _num_outputs(arch: str, state: Mapping[str, Tensor], file: str) -> int:
-    """Number of classes of a file's classifier, found by the name in timm's configuration of the architecture."""
+    """Number of classes of a file's classifier, found by the name in timm's configuration of the
+    architecture.
+    """
     config = timm.get_pretrained_cfg(arch)
     classifier = config.classifier if config is not None and config.classifier else "head"
     key = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     if key not in state:
         raise DataError(
-            f"--teacher timm:{arch}@{file}: no classifier {key} in it; is it the file of another architecture?"
+            f"--teacher timm:{arch}@{file}: no classifier {key} in it; is it the file of another "
+            "architecture?"
         )
     return int(state[key].shape[0])

@@ -1,6 +1,8 @@
-"""Zero-shot head: class names and prompts through CLIP's text tower (Radford et al., arXiv 2103.00020, section 3.1).
+"""Zero-shot head: class names and prompts through CLIP's text tower (Radford et al., arXiv
+2103.00020, section 3.1).
 
-ImageNet's 80,000 prompts take minutes on a CPU, so a head of many prompts is cached, under a hash of all that it depends on.
+ImageNet's 80,000 prompts take minutes on a CPU, so a head of many prompts is cached, under a hash
+of all that it depends on.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def imagenet_columns(classes: ClassMap) -> list[int]:
 
 
 def prompt_names(classes: ClassMap) -> list[str]:
-    """Return the name of each class in prompts: OpenAI's names for ImageNet, else those of the class map."""
+    """Return the name of each class in prompts: OpenAI's names for ImageNet, else those of the
+    class map.
+    """
     if not is_imagenet(classes):
         return classes.names
     from open_clip import IMAGENET_CLASSNAMES
@@ -62,7 +66,9 @@ def prompt_names(classes: ClassMap) -> list[str]:
 def resolve_templates(
     templates: str | Sequence[str], classes: ClassMap, own: Sequence[str] = ()
 ) -> list[str]:
-    """Return prompts with one {} each. "auto" takes the weights' `own`, else the 80 of ImageNet for its classes, else "simple".
+    """Return prompts with one {} each.
+
+    "auto" takes the weights' `own`, else the 80 of ImageNet for its classes, else "simple".
 
     Raises DataError for a file that does not exist, UsageError for a prompt without exactly one {}.
     """
@@ -81,7 +87,8 @@ def resolve_templates(
         found = [line for line in lines if line]
     else:
         raise DataError(
-            f"--templates {templates}: no such file; give auto, imagenet, simple, or a text file with one prompt a line"
+            f"--templates {templates}: no such file; give auto, imagenet, simple, or a text file "
+            "with one prompt a line"
         )
     wrong = [prompt for prompt in found if prompt.count("{}") != 1]
     if wrong or not found:
@@ -98,7 +105,8 @@ def zero_shot_head(
     names: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:
-    """Return the weight [C, F]: for each name the mean of its prompts' normalised text features, normalised again.
+    """Return the weight [C, F]: for each name the mean of its prompts' normalised text features,
+    normalised again.
 
     `tokenizer` makes the tokenizer, and is not called for a cached head.
     """
@@ -148,7 +156,9 @@ def _compute(
 
 
 def _counted(names: Sequence[str]) -> Iterator[str]:
-    """Yield the names and print progress: on a terminal for each name, elsewhere every `LINE_SECONDS`."""
+    """Yield the names and print progress: on a terminal for each name, elsewhere every
+    `LINE_SECONDS`.
+    """
     is_terminal, last = sys.stderr.isatty(), time.monotonic()
     for done, name in enumerate(names):
         if is_terminal or time.monotonic() - last > LINE_SECONDS:

@@ -70,8 +70,8 @@ def test_vqgan_from_a_file(vqgan, tmp_path):
     assert not any(p.requires_grad for p in taming.vqgan.parameters()) and not taming.vqgan.training
 
 
-@pytest.mark.parametrize("savings", [None, VQGANOptimizations()])
-def test_precision_of_each_stage(vqgan, savings, monkeypatch):
+@pytest.mark.parametrize("optimizations", [None, VQGANOptimizations()])
+def test_precision_of_each_stage(vqgan, optimizations, monkeypatch):
     """With amp the encoder's and the decoder's own dtype; the lookup sees float32 whatever surrounds it."""
     seen = []
 
@@ -85,7 +85,9 @@ def test_precision_of_each_stage(vqgan, savings, monkeypatch):
     pixels = torch.rand(1, 3, 8, 8)
     exact = VQGANDiscretizer(vqgan, FLOAT32)(pixels)
     mixed = VQGANDiscretizer(
-        vqgan, PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"), savings=savings
+        vqgan,
+        PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"),
+        optimizations=optimizations,
     )
     assert mixed.encode(pixels).dtype == torch.float16 and mixed.fused.decode(
         exact.codes
@@ -100,7 +102,7 @@ def test_precision_of_each_stage(vqgan, savings, monkeypatch):
     clear = clearly_nearest(vqgan.encode(pixels), vqgan.codebook)
     assert clear.float().mean() > 0.8
     for precision in (FLOAT32, PrecisionConfig(amp=True, encoder="float32", decoder="float32")):
-        images, codes = VQGANDiscretizer(vqgan, precision, savings=savings)(pixels)
+        images, codes = VQGANDiscretizer(vqgan, precision, optimizations=optimizations)(pixels)
         assert torch.equal(codes[clear], exact.codes[clear])
         assert_same_function(images, vqgan.decode(codes))
     assert seen == [torch.float32] * 5

@@ -9,6 +9,7 @@ pytest.importorskip("safetensors")
 from torch.utils.flop_counter import FlopCounterMode
 
 from dad_fast.discretizers.vqgan.float16_range import HEADROOM, probe_range, scale_for
+from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.errors import UsageError
@@ -47,7 +48,7 @@ def case(request):
 def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last):
     vqgan, pixels, codes, _, _ = case
     pixels = pixels.to(memory_format=torch.channels_last) if channels_last else pixels
-    fused = vqgan.fuse(VQGANOptimizations.none(), encoder=dtype, decoder=dtype)
+    fused = FusedVQGAN(vqgan, VQGANOptimizations.none(), encoder=dtype, decoder=dtype)
     with torch.autocast("cpu", dtype if dtype in HALF else torch.bfloat16, enabled=dtype in HALF):
         latents, images = vqgan.encode(pixels), vqgan.decode(codes)
     assert torch.equal(fused.encode(pixels), latents) and torch.equal(fused.decode(codes), images)
@@ -62,7 +63,7 @@ def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last
 def test_float32(case, savings):
     """The 2x rule; and no code differs where float32 can tell the two nearest apart."""
     vqgan, pixels, codes, latents, images = case
-    fused = vqgan.fuse(savings)
+    fused = FusedVQGAN(vqgan, savings)
     assert_as_exact(fused.encode(pixels), vqgan.encode(pixels), latents)
     assert_as_exact(fused.decode(codes), vqgan.decode(codes), images)
     clear = clearly_nearest(latents, vqgan.codebook)
@@ -74,8 +75,12 @@ def test_float32(case, savings):
 def test_every_saving_is_exact_in_exact_arithmetic(case):
     """In float64 nothing is left of the difference."""
     vqgan, pixels, codes, latents, images = case
-    fused = double(vqgan).fuse(
-        encoder=torch.float64, decoder=torch.float64, encoder_scale=0.5, decoder_scale=2.0**-7
+    fused = FusedVQGAN(
+        double(vqgan),
+        encoder=torch.float64,
+        decoder=torch.float64,
+        encoder_scale=0.5,
+        decoder_scale=2.0**-7,
     )
     assert (
         error(fused.encode(pixels.double()), latents) < 1e-13
@@ -87,7 +92,9 @@ def test_every_saving_is_exact_in_exact_arithmetic(case):
 @pytest.mark.parametrize("norm_kernel", [False, True])
 def test_16_bit_error_is_at_most_twice_the_plain_models(case, dtype, norm_kernel):
     vqgan, pixels, codes, latents, images = case
-    fused = vqgan.fuse(VQGANOptimizations(norm_kernel=norm_kernel), encoder=dtype, decoder=dtype)
+    fused = FusedVQGAN(
+        vqgan, VQGANOptimizations(norm_kernel=norm_kernel), encoder=dtype, decoder=dtype
+    )
     with torch.autocast("cpu", dtype):
         plain_latents, plain_images = vqgan.encode(pixels), vqgan.decode(codes)
         got = fused.encode(pixels)  # autocast around it changes nothing
@@ -106,9 +113,9 @@ def test_trained_weights(dtype):
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
     clear = clearly_nearest(latents, vqgan.codebook)
     assert clear.float().mean() > 0.9 and torch.equal(
-        vqgan.fuse().codes(pixels)[clear], vqgan.lookup(latents)[clear]
+        FusedVQGAN(vqgan).codes(pixels)[clear], vqgan.lookup(latents)[clear]
     )
-    fused = vqgan.fuse(encoder=dtype, decoder=dtype)
+    fused = FusedVQGAN(vqgan, encoder=dtype, decoder=dtype)
     with torch.autocast("cpu", dtype):
         assert error(fused.encode(pixels), latents) <= 2 * error(vqgan.encode(pixels), latents)
         assert error(fused.decode(codes), exact.decode(codes)) <= 2 * error(
@@ -132,7 +139,7 @@ def test_upsampling_at_every_border(height, width):
 )
 def test_flop(name, encode, decode):
     with torch.device("meta"):
-        fused = VQGAN(PRESETS[name]).fuse()
+        fused = FusedVQGAN(VQGAN(PRESETS[name]))
         with FlopCounterMode(display=False) as encoding:
             latents = fused.encode(torch.empty(1, 3, 224, 224))
         with FlopCounterMode(display=False) as decoding:
@@ -143,7 +150,7 @@ def test_flop(name, encode, decode):
 
 def test_a_prepared_form_keeps_its_weights_and_its_checks():
     vqgan = random_vqgan(DEMO_LIKE)
-    fused, pixels = vqgan.fuse(), torch.rand(1, 3, 16, 16)
+    fused, pixels = FusedVQGAN(vqgan), torch.rand(1, 3, 16, 16)
     before = fused.encode(pixels)
     with torch.no_grad():
         vqgan.encoder.conv_in.weight.mul_(2)
@@ -158,7 +165,7 @@ def test_compiles_as_one_graph():
     pixels = torch.rand(1, 3, 16, 16)
     exact = double(vqgan).encode(pixels.double())
     for savings in (VQGANOptimizations(), VQGANOptimizations(norm_kernel=True)):
-        fused = vqgan.fuse(savings, encoder=torch.bfloat16)
+        fused = FusedVQGAN(vqgan, savings, encoder=torch.bfloat16)
         compiled = torch.compile(fused.encode, fullgraph=True, backend="aot_eager")
         assert_as_exact(
             compiled(pixels), fused.encode(pixels), exact
@@ -187,7 +194,7 @@ def test_scaled_activations_fit_float16(norm_kernel):
     exact = double(vqgan)
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
     savings = VQGANOptimizations(norm_kernel=norm_kernel)
-    overflowing = vqgan.fuse(savings, encoder=torch.float16, decoder=torch.float16)
+    overflowing = FusedVQGAN(vqgan, savings, encoder=torch.float16, decoder=torch.float16)
     assert (
         not overflowing.encode(pixels).isfinite().all()
         and not overflowing.decode(codes).isfinite().all()
@@ -197,14 +204,14 @@ def test_scaled_activations_fit_float16(norm_kernel):
     assert max(found.encoder.values()) > 65504 and max(found.decoder.values()) > 65504
     assert found.encoder_scale < 2.0**-3 and found.decoder_scale < 2.0**-3
     scales = {"encoder_scale": found.encoder_scale, "decoder_scale": found.decoder_scale}
-    scaled = vqgan.fuse(savings, encoder=torch.float16, decoder=torch.float16, **scales)
+    scaled = FusedVQGAN(vqgan, savings, encoder=torch.float16, decoder=torch.float16, **scales)
     assert (
         error(scaled.encode(pixels), latents) < 3e-3
         and error(scaled.decode(codes), exact.decode(codes)) < 5e-3
     )
 
     # A power of two changes no bit of float32.
-    one, other = vqgan.fuse(savings), vqgan.fuse(savings, **scales)
+    one, other = FusedVQGAN(vqgan, savings), FusedVQGAN(vqgan, savings, **scales)
     assert torch.equal(one.encode(pixels), other.encode(pixels)) and torch.equal(
         one.decode(codes), other.decode(codes)
     )
@@ -217,7 +224,7 @@ def test_eps_is_scaled_with_the_stream():
         vqgan.encoder.conv_in.weight.mul_(1e-4)
         vqgan.encoder.conv_in.bias.fill_(0.01)
     assert torch.equal(
-        vqgan.fuse(encoder_scale=2.0**-9).encode(pixels), vqgan.fuse().encode(pixels)
+        FusedVQGAN(vqgan, encoder_scale=2.0**-9).encode(pixels), FusedVQGAN(vqgan).encode(pixels)
     )
 
 
@@ -254,7 +261,7 @@ def test_cuda_16_bit(dtype, savings):
     exact, pixels = double(vqgan).cuda(), torch.rand(2, 3, 64, 96, device="cuda")
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
     images = exact.decode(codes)
-    fused = vqgan.fuse(savings, encoder=dtype, decoder=dtype)
+    fused = FusedVQGAN(vqgan, savings, encoder=dtype, decoder=dtype)
     with torch.autocast("cuda", dtype), torch.no_grad():
         plain_latents, plain_images = vqgan.encode(pixels), vqgan.decode(codes)
     assert error(fused.encode(pixels), latents) <= 2 * error(plain_latents, latents)
@@ -266,8 +273,11 @@ def test_cuda_16_bit(dtype, savings):
 def test_cuda_graph(norm_kernel):
     """A captured pass gives what the eager one gives, on inputs it was not captured with."""
     vqgan = random_vqgan(F8_LIKE).cuda()
-    fused = vqgan.fuse(
-        VQGANOptimizations(norm_kernel=norm_kernel), encoder=torch.float16, decoder=torch.bfloat16
+    fused = FusedVQGAN(
+        vqgan,
+        VQGANOptimizations(norm_kernel=norm_kernel),
+        encoder=torch.float16,
+        decoder=torch.bfloat16,
     )
     pixels, codes = (
         torch.rand(2, 3, 64, 64, device="cuda"),

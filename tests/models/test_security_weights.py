@@ -19,7 +19,7 @@ from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.discretizers.vqgan.model import VQGAN
 from dad_fast.errors import DadFastError, DataError
-from dad_fast.models.clip_teacher import _tokenizer_at_hand
+from dad_fast.models.clip_weights import _tokenizer_at_hand
 from dad_fast.models.load_student import load_student
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.weights.files import read_state_dict, write_safetensors

@@ -17,7 +17,7 @@ from tiny import SIDE, TOWERS, write_teacher
 
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.models import clip_teacher, zeroshot
+from dad_fast.models import clip_teacher, clip_weights, zeroshot
 from dad_fast.models.teacher import UNKNOWN
 from dad_fast.models.weights.files import sha256_file, write_safetensors
 from dad_fast.models.zeroshot import is_imagenet, prompt_names, resolve_templates, zero_shot_head
@@ -230,7 +230,7 @@ def test_tags(known, clip, monkeypatch):
         model.load_state_dict(clip.state_dict())
         return model
 
-    monkeypatch.setattr(clip_teacher.open_clip, "create_model", offline)
+    monkeypatch.setattr(clip_weights.open_clip, "create_model", offline)
     pixels = torch.rand(1, 3, SIDE, SIDE)
     named, right, plain = (
         load(f"open_clip:{name}")(pixels)
@@ -268,7 +268,8 @@ def test_a_name_that_is_none(name):
 
 def test_without_open_clip(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    monkeypatch.delitem(sys.modules, "dad_fast.models.clip_teacher")
+    for module in ("clip_teacher", "clip_weights"):
+        monkeypatch.delitem(sys.modules, f"dad_fast.models.{module}")
     for name in ("open_clip:ViT-L-14/openai", "embedded:digits"):
         refuse(EnvironmentProblem, ["open_clip is missing", "pip install open_clip_torch"], name)
 

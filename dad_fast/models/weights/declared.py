@@ -1,7 +1,8 @@
-"""Checks of the metadata in weights files, which is untrusted input, before a model is built from it.
+"""Checks of the metadata in weights files, which is untrusted input, before a model is built from
+it.
 
-A student's file names a timm model and its arguments. Neither may download, load or run anything, and the model must fit
-the file: its parameters are counted while it is built, and building stops at the first one that the file cannot fill.
+A student's file names a timm model and its arguments. Neither may download, load or run anything.
+limits.py bounds the size of the model that is built from them.
 """
 
 from __future__ import annotations
@@ -11,22 +12,16 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from torch import nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 
-# Keys of a file's metadata: a student, a linear probe in place of a student, a teacher, and the classes of the head.
+# Keys of a file's metadata: a student, a linear probe in place of a student, a teacher, and the
+# classes of the head.
 STUDENT = "dad_fast.student"
 PROBE = "dad_fast.probe"
 TEACHER = "dad_fast.teacher"
@@ -42,10 +37,9 @@ MAX_PATH = 4500
 MAX_CLASSES = 1_000_000
 MAX_SIDE = 16_384
 MAX_CONTEXT = 4096
-# Numbers in buffers
-MAX_TABLES = 1 << 26
 
-# Arguments that do not belong to an architecture: those of timm.create_model and those of its model builder.
+# Arguments that do not belong to an architecture: those of timm.create_model and those of its model
+# builder.
 NOT_ARCHITECTURE = {
     name
     for name, parameter in inspect.signature(timm.create_model).parameters.items()
@@ -66,7 +60,10 @@ NOT_ARCHITECTURE = {
 
 
 def checked_spec(text: str) -> dict[str, Any]:
-    """Parse and check the metadata of a student. Raises ValueError for an entry of the wrong type or size."""
+    """Parse and check the metadata of a student.
+
+    Raises ValueError for an entry of the wrong type or size.
+    """
     rules: dict[str, Callable[[Any], bool]] = {
         **VIEW,
         "name": lambda value: isinstance(value, str) and _is_registered(value),
@@ -80,7 +77,8 @@ def checked_spec(text: str) -> dict[str, Any]:
 
 
 def checked_clip(text: str) -> dict[str, Any]:
-    """Parse and check the metadata of a CLIP: model_cfg (arguments of open_clip.CLIP), mean, std; templates and seen are optional.
+    """Parse and check the metadata of a CLIP: model_cfg (arguments of open_clip.CLIP), mean, std;
+    templates and seen are optional.
 
     Raises ValueError for an entry of the wrong type or size, or one that would download something.
     """
@@ -116,7 +114,10 @@ def checked_clip(text: str) -> dict[str, Any]:
 
 
 def checked_published(text: str) -> dict[str, Any]:
-    """Parse and check an open_clip_config.json, of which quick_gelu, mean and std are used. Raises ValueError."""
+    """Parse and check an open_clip_config.json, of which quick_gelu, mean and std are used.
+
+    Raises ValueError.
+    """
 
     def has_valid_normalisation(value: Any) -> bool:
         if not isinstance(value, dict):
@@ -136,7 +137,10 @@ def checked_published(text: str) -> dict[str, Any]:
 
 
 def checked_probe(text: str) -> dict[str, Any]:
-    """Parse and check the metadata of a linear probe. Raises ValueError for an entry of the wrong type or size."""
+    """Parse and check the metadata of a linear probe.
+
+    Raises ValueError for an entry of the wrong type or size.
+    """
     return _checked(
         text,
         {
@@ -153,7 +157,10 @@ def checked_probe(text: str) -> dict[str, Any]:
 
 
 def checked_view(text: str) -> dict[str, Any]:
-    """Parse and check the metadata of an ONNX model: name, classes, evaluation view. Raises ValueError."""
+    """Parse and check the metadata of an ONNX model: name, classes, evaluation view.
+
+    Raises ValueError.
+    """
     return _checked(text, VIEW)
 
 
@@ -184,7 +191,9 @@ def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 
 def check_values(table: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError unless `table` holds few, plain values, of plausible size for arguments of an architecture."""
+    """Raise ValueError unless `table` holds few, plain values, of plausible size for arguments of
+    an architecture.
+    """
     values = list(_flat(table, what, 0))
     if len(values) > MAX_ITEMS:
         raise ValueError(f"{what} holds {len(values):,} values")
@@ -195,65 +204,15 @@ def check_values(table: Mapping[str, Any], what: str) -> None:
             raise ValueError(f"{what} holds a text of {len(value):,} characters")
 
 
-@contextmanager
-def no_more_parameters_than(tensors: Mapping[str, torch.Tensor], path: object) -> Iterator[None]:
-    """Context in which a model may not register far more parameters than `tensors`, the content of `path`, can fill.
-
-    The limit is twice the file's size, since some models build a classifier and replace it, and `MAX_TABLES` more numbers
-    in buffers: masks and tables that depend on the image size and are not saved. Raises DataError beyond it.
-    """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    left = {
-        "parameters": 2 * held + 1_000_000,
-        "layers": 2 * len(tensors) + 1000,
-        "buffers": 2 * held + MAX_TABLES,
-    }
-
-    def count(what: str, number: int) -> None:
-        left[what] -= number
-        if left[what] < 0:
-            raise DataError(
-                f"{path}: the model that its metadata names has more {what} than fit the {held:,} numbers in the file"
-            )
-
-    def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
-            count("parameters", parameter.numel())
-        count("layers", 1)
-
-    def count_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
-        count("buffers", 0 if buffer is None else buffer.numel())
-
-    # Global hooks count while the model is built, before it has filled the memory.
-    handles = (
-        register_module_parameter_registration_hook(count_parameter),
-        register_module_buffer_registration_hook(count_buffer),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def without_downloads() -> Iterator[None]:
-    """Context in which the hub's client reads its cache only: a file may name a hub model, but only the user may download one."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def recorded_classes(path: object, text: str | None, num_classes: int) -> ClassMap:
-    """Return the classes of a file's outputs, in order, from its metadata. Raises DataError if they are missing or do not fit."""
+    """Return the classes of a file's outputs, in order, from its metadata.
+
+    Raises DataError if they are missing or do not fit.
+    """
     if text is None:
         raise DataError(
-            f"{path}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?"
+            f"{path}: no class list in its metadata, so its outputs have no meaning; was it "
+            "written by dad-fast?"
         )
     try:
         classes = ClassMap.from_json(text)
@@ -261,13 +220,16 @@ def recorded_classes(path: object, text: str | None, num_classes: int) -> ClassM
         raise DataError(f"{path}: its class list is damaged ({error})") from None
     if len(classes) != num_classes:
         raise DataError(
-            f"{path}: damaged: its class list has {len(classes):,} classes, its model {num_classes:,} outputs"
+            f"{path}: damaged: its class list has {len(classes):,} classes, its model "
+            f"{num_classes:,} outputs"
         )
     return classes
 
 
 def check_classes(where: str, metadata: Mapping[str, str], classes: ClassMap) -> None:
-    """Raise DataError if the metadata holds a class list that differs from `classes`, by folder and order."""
+    """Raise DataError if the metadata holds a class list that differs from `classes`, by folder and
+    order.
+    """
     if CLASSES not in metadata:
         return
     own = ClassMap.from_json(metadata[CLASSES])
@@ -285,7 +247,10 @@ def check_classes(where: str, metadata: Mapping[str, str], classes: ClassMap) ->
 
 
 def probe_spec(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the description of a linear probe from its file's metadata. Raises DataError if it is missing or damaged."""
+    """Return the description of a linear probe from its file's metadata.
+
+    Raises DataError if it is missing or damaged.
+    """
     if PROBE not in metadata:
         raise DataError(
             f"{path}: not a linear probe of dad-fast (no {PROBE} in its metadata); "
@@ -298,17 +263,23 @@ def probe_spec(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:
-    """Raise DataError unless `sha256` is the fingerprint of the encoder that the probe was trained on."""
+    """Raise DataError unless `sha256` is the fingerprint of the encoder that the probe was trained
+    on.
+    """
     expected = spec["encoder_sha256"]
     if expected != sha256:
         raise DataError(
-            f"{where}: this probe belongs to another encoder ({expected[:12]}…) than {spec['teacher']} now is "
+            f"{where}: this probe belongs to another encoder ({expected[:12]}…) than "
+            f"{spec['teacher']} now is "
             f"({sha256[:12]}…); give the weights that it was trained on"
         )
 
 
 def _is_registered(name: str) -> bool:
-    """Whether timm itself has the model. A name with a colon or a slash would be that of a hub or a folder."""
+    """Whether timm itself has the model.
+
+    A name with a colon or a slash would be that of a hub or a folder.
+    """
     return (
         len(name) <= MAX_TEXT
         and not set(name) & set(":/\\")
@@ -346,7 +317,9 @@ def _three(values: Any, low: float, high: float) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Format a value for a one-line error, without the cost of printing a number of a million digits."""
+    """Format a value for a one-line error, without the cost of printing a number of a million
+    digits.
+    """
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
     text = repr(value)

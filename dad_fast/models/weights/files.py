@@ -1,4 +1,6 @@
-"""Weights files: read safetensors and PyTorch checkpoints, write safetensors atomically, load strictly."""
+"""Weights files: read safetensors and PyTorch checkpoints, write safetensors atomically, load
+strictly.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def sha256_file(path: str | Path) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return the hex SHA-256 of all parameters and persistent buffers: name, dtype, shape and bytes, sorted by name."""
+    """Return the hex SHA-256 of all parameters and persistent buffers: name, dtype, shape and
+    bytes, sorted by name.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -55,11 +59,13 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file or a PyTorch checkpoint: tensors by name, on the CPU, and text metadata (empty for pickles).
+    """Read a safetensors file or a PyTorch checkpoint: tensors by name, on the CPU, and text
+    metadata (empty for pickles).
 
-    A checkpoint {"state_dict": ...} or {"model": ...} gives that entry. No code in a file is executed: see `pickles.py`.
-    Raises DataError if the file is missing, damaged or unsafe to read. Any changed bit of a file by `write_safetensors`
-    counts as damage, unless it hits the name of its checksum's key.
+    A checkpoint {"state_dict": ...} or {"model": ...} gives that entry. No code in a file is
+    executed: see `pickles.py`. Raises DataError if the file is missing, damaged or unsafe to read.
+    Any changed bit of a file by `write_safetensors` counts as damage, unless it hits the name of
+    its checksum's key.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,8 +79,8 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
             f"{path}: cannot be read ({error.strerror}): check its permissions"
         ) from error
 
-    # safetensors: eight bytes for the length of the header, then the header, which is JSON. This test comes first, since
-    # the eight bytes may look like the start of any other format.
+    # safetensors: eight bytes for the length of the header, then the header, which is JSON. This
+    # test comes first, since the eight bytes may look like the start of any other format.
     is_safetensors = start[8:] == b"{"
     # A zip archive, or a bare pickle as torch wrote before 1.6
     is_pickle = start.startswith((b"PK", b"\x80"))
@@ -83,7 +89,8 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     if not is_safetensors:
         problem = "neither safetensors nor a PyTorch checkpoint" if start else "empty"
         raise DataError(
-            f"{path}: {problem}: download it again, and check that it is the weights and not a web page or a Git LFS pointer"
+            f"{path}: {problem}: download it again, and check that it is the weights and not a web "
+            "page or a Git LFS pointer"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -92,7 +99,8 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         seal = metadata.pop(_SEAL, None)
         if seal is not None and seal != _digest(path, seal):
             raise DataError(
-                f"{path}: damaged, or changed since it was written: take it from a copy, or leave {_SEAL} out of its metadata"
+                f"{path}: damaged, or changed since it was written: take it from a copy, or leave "
+                f"{_SEAL} out of its metadata"
             )
     except (SafetensorError, OSError) as error:
         raise DataError(
@@ -128,21 +136,25 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
                 break
     if not isinstance(content, dict) or not content:
         raise DataError(
-            f"{path}: holds no state dict, neither bare nor under state_dict or model: save one with safetensors"
+            f"{path}: holds no state dict, neither bare nor under state_dict or model: save one "
+            "with safetensors"
         )
     for key, value in content.items():
         if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
             raise DataError(
-                f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save one with safetensors"
+                f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save "
+                "one with safetensors"
             )
         if not _is_plain(value):
             raise DataError(
-                f"{path}: its tensor {key[:60]!r} is sparse, quantized, without values or larger than its storage"
+                f"{path}: its tensor {key[:60]!r} is sparse, quantized, without values or larger "
+                "than its storage"
             )
     num_bytes = sum(value.numel() * value.element_size() for value in content.values())
     if num_bytes > 4 * path.stat().st_size + _SMALL:
         raise DataError(
-            f"{path}: its tensors are views of the same numbers again and again; save a state dict with safetensors"
+            f"{path}: its tensors are views of the same numbers again and again; save a state dict "
+            "with safetensors"
         )
     return {key: value.detach() for key, value in content.items()}
 
@@ -167,7 +179,9 @@ def write_safetensors(
 
 
 def _ordered(data: bytes) -> bytes:
-    """Sort the metadata of a safetensors file: the library's order is random, and equal runs should write equal files."""
+    """Sort the metadata of a safetensors file: the library's order is random, and equal runs should
+    write equal files.
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -177,9 +191,12 @@ def _ordered(data: bytes) -> bytes:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load `state` into `model`. Raises DataError, naming the first differing keys, unless names and shapes are the model's.
+    """Load `state` into `model`.
 
-    Floating-point numbers take the model's dtype. A model on the meta device gets copies of the tensors.
+    Raises DataError, naming the first differing keys, unless names and shapes are the model's.
+
+    Floating-point numbers take the model's dtype. A model on the meta device gets copies of the
+    tensors.
     """
     own = model.state_dict()
     problems = list(_differences(own, state))

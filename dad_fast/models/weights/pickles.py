@@ -1,8 +1,9 @@
 """Reader of PyTorch's pickled checkpoints that executes nothing in them.
 
-`torch.load(weights_only=True)` builds tensors and plain containers and refuses the rest. Published VQGANs are Lightning
-checkpoints, which also name a few classes (callbacks, omegaconf's containers, numpy's scalars) that the weights do not need.
-Each of these names, and no other, maps to an inert stand-in, so that the real class is neither imported nor called.
+`torch.load(weights_only=True)` builds tensors and plain containers and refuses the rest. Published
+VQGANs are Lightning checkpoints, which also name a few classes (callbacks, omegaconf's containers,
+numpy's scalars) that the weights do not need. Each of these names, and no other, maps to an inert
+stand-in, so that the real class is neither imported nor called.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from dad_fast.errors import DataError
 
 
 class Inert:
-    """Stand-in for an object that is not needed: accepts any arguments and any state, and keeps none."""
+    """Stand-in for an object that is not needed: accepts any arguments and any state, and keeps
+    none.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
         return super().__new__(cls)
@@ -40,7 +43,10 @@ class Inert:
 
 
 class InertDict:
-    """Stand-in for subclasses of dict. Makes a plain dict, the only type whose items torch lets a pickle set."""
+    """Stand-in for subclasses of dict.
+
+    Makes a plain dict, the only type whose items torch lets a pickle set.
+    """
 
     def __new__(cls, *args: Any) -> Any:
         return {}
@@ -87,7 +93,8 @@ STAND_INS: dict[str, type] = {
     },
 }
 
-# The names torch allows that weights need. Others, such as torch.FloatTensor(10**10), would fill the memory.
+# The names torch allows that weights need. Others, such as torch.FloatTensor(10**10), would fill
+# the memory.
 _KNOWN = re.compile(
     r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|sparse_tensor|qtensor|meta_tensor_no_storage)"
     r"|torch\.(storage\.|cuda\.)?[A-Z]\w*Storage|torch\.[a-z]\w*|torch\.Size|torch\.serialization\._get_layout"
@@ -100,8 +107,9 @@ _LEGACY_PICKLES = 5
 def read_pickle(path: Path) -> Any:
     """Return the content of a torch.save file, on the CPU.
 
-    Raises DataError if the file is damaged, compressed or a TorchScript archive, or if it names anything but tensors, plain
-    containers and `STAND_INS`. Names are checked before anything is built, since some that torch allows fill the memory.
+    Raises DataError if the file is damaged, compressed or a TorchScript archive, or if it names
+    anything but tensors, plain containers and `STAND_INS`. Names are checked before anything is
+    built, since some that torch allows fill the memory.
     """
     try:
         with open(path, "rb") as file:
@@ -113,7 +121,8 @@ def read_pickle(path: Path) -> Any:
         )
         if refused:
             raise DataError(
-                f"{path}: refused, because it asks for {ascii(refused[0])[1:-1][:100]}, which weights do not need and which "
+                f"{path}: refused, because it asks for {ascii(refused[0])[1:-1][:100]}, which "
+                "weights do not need and which "
                 "could do harm; give a safetensors file, or one that holds only the state dict"
             )
         with (
@@ -136,20 +145,24 @@ def _names_in_archive(path: Path) -> set[str]:
         entries = archive.infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise DataError(
-            f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; {_instead(path)}"
+            f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; "
+            f"{_instead(path)}"
         )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise DataError(
-            f"{path}: compressed inside, which torch.save never does and which could be of any size; give a safetensors file"
+            f"{path}: compressed inside, which torch.save never does and which could be of any "
+            "size; give a safetensors file"
         )
     _check_directory(path)
     return _names(io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")), 1)
 
 
 def _check_directory(path: Path) -> None:
-    """Raise ValueError unless the archive's list of entries lies right before its end record, which points to it.
+    """Raise ValueError unless the archive's list of entries lies right before its end record, which
+    points to it.
 
-    Python reads the list before the end record, torch the one that the record points to: a forged file could have two.
+    Python reads the list before the end record, torch the one that the record points to: a forged
+    file could have two.
     """
     with open(path, "rb") as file:
         length = file.seek(0, os.SEEK_END)
@@ -168,7 +181,8 @@ def _check_directory(path: Path) -> None:
 
 
 def _names(file: IO[bytes], pickles: int) -> set[str]:
-    """Return every name in the next `pickles` pickles, as MODULE.NAME of Python 3, without building anything.
+    """Return every name in the next `pickles` pickles, as MODULE.NAME of Python 3, without building
+    anything.
 
     Raises ValueError for instructions that torch.save does not use to refer to a name.
     """
@@ -190,7 +204,8 @@ def _damaged(path: Path, error: Exception) -> DataError:
     found = re.search(r"WeightsUnpickler error: (.+)", str(error))
     reason = found[1] if found else (str(error).splitlines() or [type(error).__name__])[0]
     return DataError(
-        f"{path}: not a weights file, or damaged ({reason[:120]}); download it again, or give a safetensors file"
+        f"{path}: not a weights file, or damaged ({reason[:120]}); download it again, or give a "
+        "safetensors file"
     )
 
 
