@@ -1,4 +1,6 @@
-"""What tests of linear probes share: runs of `--method lp-clip` on a tiny CLIP and a folder of JPEGs."""
+"""Helpers for tests of linear probes: runs of `--method lp-clip` on a tiny CLIP and a folder of
+JPEGs.
+"""
 
 import torch
 
@@ -40,7 +42,7 @@ BUILDER = Builder()
 
 
 def trained(cfg, folder, resume="", builder=BUILDER, change=None):
-    """A trained run; `change` gets its parts before, from a builder of their own."""
+    """Train a run; `change` may modify its components first, which then come from a new builder."""
     made = (Builder() if change else builder).build(cfg)
     if change:
         change(made)

@@ -1,10 +1,10 @@
-"""Last transformer block for the class token alone, in timm's vision transformers whose head reads
-no other token.
+"""Last block for the class token alone, in timm's vision transformers.
 
-Queries, output projection, MLP and final norm of all other tokens are dead work: 10/12 of the
-block's matrix products and its attention. Keys and values still use all tokens, so logits and
-gradients are equal in exact arithmetic. The block keeps its parameters and their names; its output,
-and that of the final norm, is [B, 1, D] instead of [B, N, D].
+The head of these models must read no other token. Then queries, output projection, MLP and final
+norm of all other tokens are dead work: 10/12 of the block's matrix products and its attention. Keys
+and values still use all tokens, so logits and gradients are equal in exact arithmetic. The block
+keeps its parameters and their names; its output, and that of the final norm, is [B, 1, D] instead
+of [B, N, D].
 
 class_token_clip.py does the same for open_clip's towers.
 """
@@ -108,8 +108,9 @@ def unknown_part(parts: dict[tuple[type, ...], tuple[nn.Module, ...]]) -> str:
 
 
 def dropout(block: nn.Module) -> str:
-    """Return a reason if dropout inside the block would draw other numbers (drop path draws one per
-    sample: the same).
+    """Return a reason if dropout inside the block would draw other numbers.
+
+    Drop path draws one number per sample, which stays the same.
     """
     active = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
     return "its last block has dropout" if active else ""

@@ -1,6 +1,4 @@
-"""Last transformer block for the class token alone, in open_clip's vision towers; see
-class_token.py.
-"""
+"""Last block for the class token alone, in open_clip's vision towers; see class_token.py."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ SCALES = (nn.Identity, LayerScale)
 
 
 class ClassTokenResidualBlock(ResidualAttentionBlock):
-    """Tokens [B, N, D] -> class token [B, 1, D]; nn.MultiheadAttention accepts fewer queries than
-    keys.
-    """
+    """open_clip's block with nn.MultiheadAttention: tokens [B, N, D] -> class token [B, 1, D]."""
 
     def forward(
         self, q_x: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None

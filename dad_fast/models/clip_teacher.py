@@ -48,14 +48,12 @@ def load_embedded(argument: str, context: TeacherContext) -> Teacher:
 
 
 def load_file(argument: str, context: TeacherContext) -> Teacher:
-    """Load a safetensors file whose metadata describes its CLIP; see `load_teacher` for the errors."""
+    """Load a safetensors file with its CLIP as metadata; see `load_teacher` for the errors."""
     return _teacher(clip_from_own_file(argument), context)
 
 
 def _teacher(clip: Clip, context: TeacherContext) -> Teacher:
-    """Make a teacher of a CLIP: its image tower under the head of --teacher-head, else a zero-shot
-    head.
-    """
+    """Make a teacher of a CLIP, with the head of --teacher-head or a zero-shot head."""
     cfg, classes = context.cfg, context.classes
     model: Any = clip.model.eval().to(context.device)
     tower = ImageTower(model.visual)
@@ -84,9 +82,7 @@ def _teacher(clip: Clip, context: TeacherContext) -> Teacher:
 
 
 class ImageTower(nn.Module):
-    """CLIP's image tower and projection, without the text tower, which is unused once the head is
-    made.
-    """
+    """CLIP's image tower and projection, without the text tower."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()

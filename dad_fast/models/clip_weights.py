@@ -106,9 +106,7 @@ def clip_from_own_file(path: str | Path) -> Clip:
 def _clip_within(
     model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path
 ) -> nn.Module:
-    """Build a CLIP from a file's metadata, first on the meta device, to check its size against the
-    file's.
-    """
+    """Build the CLIP of a file's metadata, first on the meta device to check its size."""
     # Some models need values while they are built. The next lines report any other error.
     with no_more_parameters_than(state, path), torch.device("meta"), suppress(RuntimeError):
         open_clip.CLIP(**model_cfg)
@@ -184,9 +182,7 @@ def _create(name: str, arch: str, **kwargs: Any) -> Any:
 
 
 def _tokenizer_at_hand(arch: str) -> Tokenizer:
-    """Make the tokenizer of a local weights file from local files: some tokenizers would be
-    downloaded from the hub.
-    """
+    """Make the tokenizer of a local weights file without downloads from the hub."""
     with without_downloads():
         return _tokenizer(arch)
 
@@ -207,9 +203,7 @@ def _tokenizer(arch: str) -> Tokenizer:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence open_clip, which logs models without weights, as intended here, and errors, which are
-    raised here.
-    """
+    """Silence open_clip, which logs models without weights (intended) and errors (raised)."""
     logging.disable(logging.ERROR)
     try:
         yield
@@ -229,9 +223,7 @@ def _known_arch(arch: str) -> dict[str, Any]:
 
 
 def _published_config(file: Path) -> dict[str, Any]:
-    """Read the open_clip_config.json that the hub keeps next to the weights; empty if there is
-    none.
-    """
+    """Read the open_clip_config.json next to the weights; empty if there is none."""
     path = file.with_name("open_clip_config.json")
     if not path.is_file():
         return {}
@@ -273,7 +265,7 @@ def _preprocess(arch: str, published_config: Mapping[str, Any]) -> dict[str, Any
 
 
 def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load strictly, after renaming and reshaping entries of files by other versions of open_clip."""
+    """Load strictly, after adapting the entries of files by other versions of open_clip."""
     state = {
         key: value.float() if value.is_floating_point() else value
         for key, value in strip_wrappers(state).items()

@@ -1,6 +1,4 @@
-"""Load a trained student: its final weights, the raw weights of a checkpoint, and the settings of
-its run.
-"""
+"""Load a trained student: final weights, raw weights of a checkpoint, settings of its run."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ PREFIX = "student.model."
 
 
 def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
-    """Load a student from a file, a run or a checkpoint folder: the student in eval mode and the
-    file's metadata.
+    """Load a student, in eval mode, and its metadata from a file, a run or a checkpoint folder.
 
     A linear probe comes with its encoder, as one model. Nothing that a file names is downloaded or
     executed. Raises DataError for a file that is damaged or is not a student.
@@ -43,8 +40,7 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
 
 
 def load_raw_student(path: str | Path) -> tuple[Student, dict[str, str], Path]:
-    """Load a student with the raw weights of a checkpoint: those that the optimizer steps, not
-    their average (EMA).
+    """Load a student with the raw weights of a checkpoint, not their average (EMA).
 
     `path` is a checkpoint's folder, or a run's folder or its model.safetensors, which stand for the
     latest checkpoint. Returns the student in eval mode, the metadata of the model next to the raw
@@ -68,7 +64,7 @@ def _checkpoint_of(folder: Path) -> Path:
 
 
 def _read_raw(path: Path) -> dict[str, Tensor]:
-    """Verify a checkpoint's hash and return the student's tensors, without auxiliary batch norms."""
+    """Verify a checkpoint's hash and return the student's tensors without auxiliary batch norms."""
     try:
         digest = json.loads((path.parent / STATE).read_text())["sha256"][TENSORS]
         if sha256_file(path) != digest:
@@ -106,8 +102,7 @@ def run_settings(weights: Path) -> tuple[Config | None, Path]:
 
 
 def take_view(student: Student, cfg: Config | None) -> None:
-    """Set the student's evaluation crop and interpolation to those of its run, so that its file
-    records them.
+    """Set the student's evaluation crop and interpolation to those of its run, for its file.
 
     A loaded student needs this only if its file was written by an older version.
     """

@@ -17,8 +17,7 @@ VIEW = "dad_fast.view"
 
 
 class OnnxStudent:
-    """Classifier: pixels float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, num_classes], on the
-    CPU.
+    """Classifier on the CPU: pixels [B, 3, H, W] in [0, 1] -> logits [B, num_classes], float32.
 
     `metadata` is that of the file.
 

@@ -1,9 +1,8 @@
-"""Exact optimizations of teachers and students: the same values and gradients in exact arithmetic,
-with less work.
+"""Exact optimizations of teachers and students: less work for equal values and gradients.
 
-A model that does not support an optimization stays unchanged, and the reason is returned. No
-parameter changes its name. Folding changes the values of frozen weights, so only teachers are
-folded, which are never saved.
+Equal in exact arithmetic; results differ by rounding. A model that does not support an optimization
+stays unchanged, and the reason is returned. No parameter changes its name. Folding changes the
+values of frozen weights, so only teachers are folded, which are never saved.
 """
 
 from __future__ import annotations
@@ -166,9 +165,7 @@ def fold_quick_gelu(teacher: Teacher) -> str:
 
 
 def _quick_gelus(model: nn.Module) -> Iterator[tuple[Any, Any, Any, str]]:
-    """Yield (linear before, linear after, owner, attribute) of every QuickGELU directly between two
-    layers.
-    """
+    """Yield (layer before, layer after, owner, attribute) of every QuickGELU between two layers."""
     for module in model.modules():
         if type(module) is Mlp:
             if type(module.act) is QuickGELU and type(module.norm) is nn.Identity:
@@ -182,8 +179,9 @@ def _quick_gelus(model: nn.Module) -> Iterator[tuple[Any, Any, Any, str]]:
 
 
 def cast_weights(teacher: Teacher) -> str:
-    """Cast matrices, kernels and their biases to the 16-bit dtype that autocast casts them to at
-    every call: the same bits.
+    """Cast weights once to the 16-bit dtype that autocast casts them to at every call.
+
+    Results are bit-equal. Only matrices, kernels and their biases are cast.
 
     Autocast caches such a copy only for trained weights; for a frozen model every call makes a new
     one, which lives until backward. Norms, embeddings and everything else stay float32.

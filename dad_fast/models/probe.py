@@ -43,8 +43,7 @@ ENCODER = "encoder."
 
 
 class Probe(Student):
-    """Encoder and linear layer as one classifier: pixels float [B, 3, H, W] in [0, 1] -> logits
-    float32 [B, C].
+    """Encoder and linear layer: pixels float [B, 3, H, W] in [0, 1] -> logits float32 [B, C].
 
     The encoder stays in eval mode and needs no gradient. State dicts omit it, and copies of the
     probe share it.
@@ -69,9 +68,7 @@ class Probe(Student):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """Return the input of the linear layer, float32 [B, F]: for CLIP normalised image features,
-        as for its zero-shot head.
-        """
+        """Return the input of the linear layer, float32 [B, F], normalised for CLIP."""
         return self.encoder.features(pixels)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -158,8 +155,7 @@ def build_probe(
 
 
 def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Probe:
-    """Load the probe of a run's file, whose content is given, on the encoder that it names, in eval
-    mode.
+    """Load the probe of a file with the given content, in eval mode, on the encoder that it names.
 
     A teacher's file that has moved is looked for next to `path`; a hub's model is found in the
     hub's cache and not downloaded. Raises DataError if the metadata is damaged or the encoder is
@@ -209,9 +205,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _found(name: str, path: Path) -> str:
-    """Return `name` with a file that has moved replaced by the file of the same name next to
-    `path`, if there is one.
-    """
+    """Replace a moved file in `name` by the file of that name next to `path`, if there is one."""
     has_scheme = is_registered(name)
     before, at, file = name.rpartition("@") if has_scheme else ("", "", name)
     if has_scheme and not at:

@@ -24,5 +24,5 @@ TEACHERS.add("file", "dad_fast.models.clip_teacher:load_file")
 
 
 def is_registered(name: str) -> bool:
-    """Whether `name` is NAME:ARGUMENT of a registered teacher, and not the path of a file."""
+    """Return whether `name` is NAME:ARGUMENT of a registered teacher, and not a path."""
     return ":" in name and TEACHERS.split(name)[0] in TEACHERS

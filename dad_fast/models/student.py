@@ -64,12 +64,13 @@ class Student(nn.Module):
 
     @property
     def has_batch_stats(self) -> bool:
-        """Whether outputs in training mode depend on the other images of the batch."""
+        """Return whether outputs in training mode depend on the other images of the batch."""
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Content of the student's file: tensors by timm's keys, without auxiliary batch norms, and
-        metadata to rebuild it.
+        """Return the content of the student's file: tensors by timm's keys, and metadata.
+
+        Auxiliary batch norms are left out, and the metadata rebuilds the model.
         """
         state = self.model.state_dict()
         tensors = {key: tensor for key, tensor in state.items() if ".aux_bn." not in key}
@@ -134,9 +135,7 @@ def build_student(
 
 
 def _conversion_loses_activations(model: nn.Module) -> bool:
-    """Whether `convert_splitbn_model` of this timm version drops the ReLU of fused norms, and
-    `model` has such norms.
-    """
+    """Return whether this timm version would drop the ReLU of fused norms of `model`."""
     if not any(isinstance(module, BatchNormAct2d) for module in model.modules()):
         return False
     converted = convert_splitbn_model(BatchNormAct2d(1)).eval()
@@ -178,8 +177,7 @@ def _create(
 
 
 def load_student_weights(student: Student, path: str | Path) -> None:
-    """Load a run's `model.safetensors` (or its run or checkpoint folder), or a tensor-only file
-    with timm's keys.
+    """Load initial weights: a run's file or folder, or a tensor-only file with timm's keys.
 
     A classifier for another number of classes is not loaded, with a warning. Raises DataError for
     any other difference.
@@ -227,9 +225,7 @@ def read_student(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
 def _create_as_declared(
     spec: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
 ) -> nn.Module:
-    """Build the model that a file's metadata names, first on the meta device, to check its size
-    against the file's.
-    """
+    """Build the model of a file's metadata, first on the meta device to check its size."""
     arguments = spec["name"], spec["num_classes"], spec["img_size"], dict(spec["model_kwargs"])
     try:
         with no_more_parameters_than(state, path), torch.device("meta"):
@@ -247,8 +243,9 @@ def _create_as_declared(
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """Return the weights file of `path`: a file, a checkpoint folder, or a run's folder (its final
-    model, else the latest checkpoint).
+    """Return the weights file of `path`: a file, a checkpoint folder or a run's folder.
+
+    A run's folder gives its final model, else its latest checkpoint. Raises DataError without one.
     """
     path = Path(path)
     if path.is_file():

@@ -1,6 +1,4 @@
-"""Frozen teachers: pixels in [0, 1] -> logits, from an encoder with a linear head or from a whole
-classifier.
-"""
+"""Frozen teachers: an encoder with a linear head, or a whole classifier."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ UNKNOWN = "not recorded in the weights"
 
 
 class Teacher(nn.Module):
-    """A frozen classifier: pixels float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, C], CLIP's
-    logit_scale included.
+    """Frozen classifier: pixels float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, C].
+
+    Logits of CLIP include its logit_scale.
 
     Differentiable in the pixels, not in the weights. Images of another size than `image_size` are
     resized inside (bicubic, antialiased, differentiable).
@@ -52,8 +51,7 @@ class Teacher(nn.Module):
         interpolation: str = "bicubic",
         squashed: bool = False,
     ) -> None:
-        """Freeze `encoder` under a linear `head` (weight [C, F], bias [C]), or a whole classifier
-        as `head`.
+        """Freeze `encoder` under a `head`: weight [C, F] and bias [C], or a whole classifier.
 
         encoder: normalised pixels -> features [B, F]. crop_pct, interpolation: evaluation view that
         belongs to the weights. squashed: the weights were trained on images squashed to a square,
@@ -102,9 +100,7 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Return the input of the head, float32 [B, F]: normalised image features for a zero-shot
-        head.
-        """
+        """Return the input of the head, float32 [B, F], normalised for a zero-shot head."""
         features = self._run(self.encoder, pixels)
         return F.normalize(features, dim=-1) if self.unit_features else features
 

@@ -123,9 +123,7 @@ def _from_file(arch: str, file: str, classes: ClassMap) -> tuple[Any, dict[str, 
 
 
 def _num_outputs(arch: str, state: Mapping[str, Tensor], file: str) -> int:
-    """Number of classes of a file's classifier, found by the name in timm's configuration of the
-    architecture.
-    """
+    """Return the number of classes of a file's classifier, which timm's configuration names."""
     config = timm.get_pretrained_cfg(arch)
     classifier = config.classifier if config is not None and config.classifier else "head"
     key = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"

@@ -1,5 +1,6 @@
-"""Zero-shot head: class names and prompts through CLIP's text tower (Radford et al., arXiv
-2103.00020, section 3.1).
+"""Zero-shot head: class names and prompts through CLIP's text tower.
+
+Source: Radford et al., arXiv 2103.00020, section 3.1.
 
 ImageNet's 80,000 prompts take minutes on a CPU, so a head of many prompts is cached, under a hash
 of all that it depends on.
@@ -34,7 +35,7 @@ _WNID = re.compile(r"n\d{8}")
 
 
 def is_imagenet(classes: ClassMap) -> bool:
-    """Whether every class folder is a wnid of ImageNet-1k."""
+    """Return whether every class folder is a wnid of ImageNet-1k."""
     return all(_WNID.fullmatch(folder) for folder in classes.folders) and set(
         classes.folders
     ) <= set(_imagenet_wnids())
@@ -53,9 +54,7 @@ def imagenet_columns(classes: ClassMap) -> list[int]:
 
 
 def prompt_names(classes: ClassMap) -> list[str]:
-    """Return the name of each class in prompts: OpenAI's names for ImageNet, else those of the
-    class map.
-    """
+    """Return the names of classes in prompts: OpenAI's for ImageNet, else the class map's."""
     if not is_imagenet(classes):
         return classes.names
     from open_clip import IMAGENET_CLASSNAMES
@@ -105,8 +104,9 @@ def zero_shot_head(
     names: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:
-    """Return the weight [C, F]: for each name the mean of its prompts' normalised text features,
-    normalised again.
+    """Return the weight [C, F] of a zero-shot head.
+
+    Each row is the mean of the normalised text features of a name's prompts, normalised again.
 
     `tokenizer` makes the tokenizer, and is not called for a cached head.
     """
@@ -130,7 +130,7 @@ def zero_shot_head(
 
 
 def _is_head(weight: Tensor, num_classes: int) -> bool:
-    """Whether `weight` has one normalised row for each class."""
+    """Return whether `weight` has one normalised row for each class."""
     if weight.ndim != 2 or len(weight) != num_classes:
         return False
     norms = weight.float().norm(dim=1)
@@ -156,9 +156,7 @@ def _compute(
 
 
 def _counted(names: Sequence[str]) -> Iterator[str]:
-    """Yield the names and print progress: on a terminal for each name, elsewhere every
-    `LINE_SECONDS`.
-    """
+    """Yield the names and print progress, every `LINE_SECONDS` where stderr is no terminal."""
     is_terminal, last = sys.stderr.isatty(), time.monotonic()
     for done, name in enumerate(names):
         if is_terminal or time.monotonic() - last > LINE_SECONDS:

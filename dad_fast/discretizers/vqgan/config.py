@@ -1,6 +1,4 @@
-"""Configuration of a VQGAN: the published ones, and the one of a weights file, from its metadata or
-shapes.
-"""
+"""Configuration of a VQGAN: published ones, or read from a file's metadata or shapes."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ class VQGANConfig:
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
-        """Raise ValueError, naming the setting, for an impossible shape: configurations come from
-        files, too.
-        """
+        """Raise ValueError, naming the setting, for an impossible shape, such as a file's."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple) != field.type.startswith("tuple"):

@@ -71,9 +71,7 @@ class VQGANDiscretizer(Discretizer):
         return self.fused.encode(pixels)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode `codes` int64 [B, h, w] to images float32 [B, 3, H, W] in [0, 1], in the precision
-        of the run.
-        """
+        """Decode `codes` int64 [B, h, w] to images float32 [B, 3, H, W] in [0, 1]."""
         return self.fused.decode(codes).float()
 
     def fit_float16(self, pixels: Tensor | None = None) -> str:

@@ -37,9 +37,7 @@ class ActivationRange:
 
 
 def scale_for(largest: float) -> float:
-    """Return the power of two, at most 1, that brings `largest` times the headroom into float16's
-    range.
-    """
+    """Return the power of two, at most 1, that fits `largest` times the headroom into float16."""
     if not math.isfinite(largest):
         raise ValueError("activations are not finite even in float32: are the weights damaged?")
     room = torch.finfo(torch.float16).max / (HEADROOM * max(largest, 1.0))
@@ -47,9 +45,7 @@ def scale_for(largest: float) -> float:
 
 
 def probe_images(side: int, device: torch.device | None = None) -> Tensor:
-    """Return diverse, reproducible images [8, 3, side, side]: plain, ramps, stripes, blocks, fine
-    and coarse noise.
-    """
+    """Return images [8, 3, side, side]: plain, ramps, stripes, blocks, fine and coarse noise."""
     generator = torch.Generator().manual_seed(0)
     ramp = torch.linspace(0, 1, side)
     line = (torch.arange(side) // 2 % 2).float()
@@ -72,8 +68,7 @@ def probe_images(side: int, device: torch.device | None = None) -> Tensor:
 
 
 def probe_range(vqgan: VQGAN, pixels: Tensor) -> ActivationRange:
-    """Encode and decode `pixels` [B, 3, H, W] in [0, 1] in float32 and record the largest output of
-    every layer.
+    """Measure the largest output of every layer in float32 on `pixels` [B, 3, H, W] in [0, 1].
 
     Reads the results on the host.
     """

@@ -1,5 +1,4 @@
-"""Layers of a fused VQGAN (fused.py): frozen tensors prepared once, in the dtype and memory format
-of their stage.
+"""Layers of a fused VQGAN: frozen tensors in the dtype and memory format of their stage.
 
 Each is built from its plain layer and a `Recipe`. With the recipe's `scale` s, a power of two,
 every convolution outputs s times the output of the plain one, so that a residual stream beyond
@@ -94,8 +93,9 @@ class Sum(NamedTuple):
 
 
 class Conv(nn.Module):
-    """Convolution with weight [O, I, k, k] times `weight_scale` (default: the recipe's scale) and
-    bias [O] times the scale.
+    """Convolution with scaled weight [O, I, k, k] and bias [O].
+
+    The recipe's scale applies to the bias, and to the weight unless `weight_scale` is given.
     """
 
     weight: Tensor
@@ -196,8 +196,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions, as wide as its input, so that its four projections can become
-    two.
+    """One head over all positions. It is as wide as its input, so four projections become two.
 
     (Wq h_i + bq) . (Wk h_j + bk) = (Wk' Wq h_i + Wk' bq) . h_j + a term of i alone, which the
     softmax over j drops; Wo sum_j a_ij (Wv h_j + bv) + bo = Wo Wv sum_j a_ij h_j + Wo bv + bo,
@@ -269,7 +268,5 @@ def parameters(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:
-    """Return the weight [O, I, k, k] of the 1x1 convolution `outer` [O, M, 1, 1] after `inner` [M,
-    I, k, k].
-    """
+    """Return the weight [O, I, k, k] of the 1x1 `outer` [O, M, 1, 1] after `inner` [M, I, k, k]."""
     return torch.einsum("om,mikl->oikl", outer[..., 0, 0], inner)

@@ -148,9 +148,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Runs its levels from the coarsest to the finest; `up[i]` is the level of the encoder's
-    `down[i]`.
-    """
+    """Decoder, from the coarsest level to the finest; `up[i]` mirrors the encoder's `down[i]`."""
 
     def __init__(self, cfg: VQGANConfig) -> None:
         super().__init__()
@@ -224,7 +222,7 @@ class VQGAN(nn.Module):
         return self.quant_conv(self.encoder(2.0 * pixels - 1.0))
 
     def check_sides(self, pixels: Tensor) -> None:
-        """Raise UsageError unless both sides of `pixels` [B, 3, H, W] are multiples of the factor."""
+        """Raise UsageError unless the factor divides both sides of `pixels` [B, 3, H, W]."""
         height, width = pixels.shape[-2:]
         if height % self.downsample or width % self.downsample:
             raise UsageError(
@@ -234,8 +232,9 @@ class VQGAN(nn.Module):
             )
 
     def lookup(self, latents: Tensor) -> Tensor:
-        """Return codes int64 [B, h, w] of `latents` [B, D, h, w]: the exact nearest entry of the
-        fp32 codebook, lowest index on ties.
+        """Return codes int64 [B, h, w] of `latents` [B, D, h, w].
+
+        A code is the exact nearest entry of the fp32 codebook, the lowest index on ties.
 
         A frozen codebook is prepared at the first call (`CodebookSearch`), and again after it was
         changed or moved.
@@ -280,9 +279,7 @@ class VQGAN(nn.Module):
         return (self.decoder(self.post_quant_conv(quantized)).clamp(-1.0, 1.0) + 1.0) / 2.0
 
     def save(self, path: str | Path, seen: str) -> None:
-        """Write a safetensors file with its configuration as metadata; `seen` names the training
-        data.
-        """
+        """Write a safetensors file with the configuration; `seen` names the training data."""
         write_safetensors(
             path,
             self.state_dict(),
@@ -291,8 +288,7 @@ class VQGAN(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> VQGAN:
-        """Load taming's Lightning `.ckpt`, a bare state dict or safetensors; the config comes from
-        metadata or shapes.
+        """Load taming's Lightning `.ckpt`, a bare state dict or safetensors.
 
         Drops keys under `loss.` (discriminator and LPIPS). Raises DataError unless every other key
         matches.

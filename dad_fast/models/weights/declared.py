@@ -1,5 +1,4 @@
-"""Checks of the metadata in weights files, which is untrusted input, before a model is built from
-it.
+"""Checks of the metadata in weights files: untrusted input, from which models are built.
 
 A student's file names a timm model and its arguments. Neither may download, load or run anything.
 limits.py bounds the size of the model that is built from them.
@@ -77,8 +76,9 @@ def checked_spec(text: str) -> dict[str, Any]:
 
 
 def checked_clip(text: str) -> dict[str, Any]:
-    """Parse and check the metadata of a CLIP: model_cfg (arguments of open_clip.CLIP), mean, std;
-    templates and seen are optional.
+    """Parse and check the metadata of a CLIP.
+
+    It has model_cfg (arguments of open_clip.CLIP), mean, std, and optionally templates and seen.
 
     Raises ValueError for an entry of the wrong type or size, or one that would download something.
     """
@@ -191,9 +191,7 @@ def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 
 def check_values(table: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError unless `table` holds few, plain values, of plausible size for arguments of
-    an architecture.
-    """
+    """Raise ValueError unless `table` holds few plain values of plausible size."""
     values = list(_flat(table, what, 0))
     if len(values) > MAX_ITEMS:
         raise ValueError(f"{what} holds {len(values):,} values")
@@ -227,9 +225,7 @@ def recorded_classes(path: object, text: str | None, num_classes: int) -> ClassM
 
 
 def check_classes(where: str, metadata: Mapping[str, str], classes: ClassMap) -> None:
-    """Raise DataError if the metadata holds a class list that differs from `classes`, by folder and
-    order.
-    """
+    """Raise DataError if the metadata has another class list than `classes`, by folder."""
     if CLASSES not in metadata:
         return
     own = ClassMap.from_json(metadata[CLASSES])
@@ -263,9 +259,7 @@ def probe_spec(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:
-    """Raise DataError unless `sha256` is the fingerprint of the encoder that the probe was trained
-    on.
-    """
+    """Raise DataError unless `sha256` is the fingerprint of the probe's encoder."""
     expected = spec["encoder_sha256"]
     if expected != sha256:
         raise DataError(
@@ -276,7 +270,7 @@ def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:
 
 
 def _is_registered(name: str) -> bool:
-    """Whether timm itself has the model.
+    """Return whether timm itself has the model.
 
     A name with a colon or a slash would be that of a hub or a folder.
     """
@@ -317,9 +311,7 @@ def _three(values: Any, low: float, high: float) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Format a value for a one-line error, without the cost of printing a number of a million
-    digits.
-    """
+    """Format a value for a one-line error, without printing a number of a million digits."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
     text = repr(value)

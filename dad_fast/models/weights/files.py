@@ -1,6 +1,4 @@
-"""Weights files: read safetensors and PyTorch checkpoints, write safetensors atomically, load
-strictly.
-"""
+"""Weights files: read safetensors and PyTorch checkpoints, write safetensors, load strictly."""
 
 from __future__ import annotations
 
@@ -48,8 +46,9 @@ def sha256_file(path: str | Path) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return the hex SHA-256 of all parameters and persistent buffers: name, dtype, shape and
-    bytes, sorted by name.
+    """Return the hex SHA-256 of all parameters and persistent buffers.
+
+    It covers name, dtype, shape and bytes, in the order of the names.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -59,9 +58,9 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file or a PyTorch checkpoint: tensors by name, on the CPU, and text
-    metadata (empty for pickles).
+    """Read a safetensors file or a PyTorch checkpoint.
 
+    Returns tensors by name, on the CPU, and text metadata (empty for pickles).
     A checkpoint {"state_dict": ...} or {"model": ...} gives that entry. No code in a file is
     executed: see `pickles.py`. Raises DataError if the file is missing, damaged or unsafe to read.
     Any changed bit of a file by `write_safetensors` counts as damage, unless it hits the name of
@@ -160,7 +159,7 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has all its values in memory: an expanded one could be of any size."""
+    """Return whether all values are in memory: an expanded tensor could be of any size."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
     return tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), _SMALL)
@@ -169,7 +168,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors and text metadata atomically, with a checksum that `read_state_dict` verifies."""
+    """Write tensors and metadata atomically, with a checksum that `read_state_dict` verifies."""
     held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     data = _ordered(save(held, {**metadata, _SEAL: _OPEN}))
     seal = hashlib.sha256(data).hexdigest()
@@ -179,8 +178,9 @@ def write_safetensors(
 
 
 def _ordered(data: bytes) -> bytes:
-    """Sort the metadata of a safetensors file: the library's order is random, and equal runs should
-    write equal files.
+    """Sort the metadata of a safetensors file.
+
+    The library's order is random, and equal runs should write equal files.
     """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

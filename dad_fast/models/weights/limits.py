@@ -20,8 +20,7 @@ MAX_TABLES = 1 << 26
 
 @contextmanager
 def no_more_parameters_than(tensors: Mapping[str, torch.Tensor], path: object) -> Iterator[None]:
-    """Context in which a model may not register far more parameters than `tensors`, the content of
-    `path`, can fill.
+    """Limit the parameters of models built in this context by `tensors`, the content of `path`.
 
     The limit is twice the file's size, since some models build a classifier and replace it, and
     `MAX_TABLES` more numbers in buffers: masks and tables that depend on the image size and are not
@@ -64,8 +63,9 @@ def no_more_parameters_than(tensors: Mapping[str, torch.Tensor], path: object) -
 
 @contextmanager
 def without_downloads() -> Iterator[None]:
-    """Context in which the hub's client reads its cache only: a file may name a hub model, but only
-    the user may download one.
+    """Restrict the hub's client to its cache in this context.
+
+    A file may name a model of the hub, but only the user may download one.
     """
     from huggingface_hub import constants
 

@@ -28,9 +28,7 @@ from dad_fast.errors import DataError
 
 
 class Inert:
-    """Stand-in for an object that is not needed: accepts any arguments and any state, and keeps
-    none.
-    """
+    """Stand-in for an unneeded object: accepts any arguments and any state, and keeps none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
         return super().__new__(cls)
@@ -158,8 +156,7 @@ def _names_in_archive(path: Path) -> set[str]:
 
 
 def _check_directory(path: Path) -> None:
-    """Raise ValueError unless the archive's list of entries lies right before its end record, which
-    points to it.
+    """Raise ValueError unless the end record points to the list of entries right before it.
 
     Python reads the list before the end record, torch the one that the record points to: a forged
     file could have two.
@@ -181,8 +178,7 @@ def _check_directory(path: Path) -> None:
 
 
 def _names(file: IO[bytes], pickles: int) -> set[str]:
-    """Return every name in the next `pickles` pickles, as MODULE.NAME of Python 3, without building
-    anything.
+    """Return every name in the next `pickles` pickles, as MODULE.NAME of Python 3.
 
     Raises ValueError for instructions that torch.save does not use to refer to a name.
     """
@@ -220,4 +216,7 @@ def _instead(path: Path) -> str:
     repository = open_clip.get_pretrained_cfg(arch, "openai").get("hf_hub", "").strip("/")
     if not repository:
         return "give the same weights as safetensors"
-    return f"use open_clip_model.safetensors of {repository} on the Hugging Face hub, as open_clip:{arch}-quickgelu@FILE"
+    return (
+        f"use open_clip_model.safetensors of {repository} on the Hugging Face hub, "
+        f"as open_clip:{arch}-quickgelu@FILE"
+    )
