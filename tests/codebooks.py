@@ -47,8 +47,9 @@ def integers(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def far_away(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Return steps of one fp32 rounding around 3000: |z|^2 + |e|^2 - 2 z.e cannot distinguish them
-    even in fp64.
+    """Return steps of one fp32 rounding around 3000.
+
+    |z|^2 + |e|^2 - 2 z.e cannot distinguish these codes, not even in fp64.
     """
     z, e = normal(n, k, d)
     return 3000 + 2.0**-12 * (2 * z).round(), 3000 + 2.0**-12 * (2 * e).round()

@@ -17,9 +17,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_exact(found: Tensor, plain: Tensor, exact: Tensor, ulps: float = 4) -> None:
-    """Assert an error of at most twice that of plain torch in the same dtype, plus a few units in
-    the last place.
-    """
+    """Assert an error of at most twice that of plain torch in the same dtype, plus some ulps."""
     ours, allowed = (
         error(found, exact),
         2 * error(plain, exact) + ulps * torch.finfo(plain.dtype).eps,
@@ -37,9 +35,7 @@ def assert_same_function(found: Tensor, expected: Tensor, share: float = 1e-4) -
 
 
 def assert_same_levels(found: Tensor, expected: Tensor) -> None:
-    """Assert that images of 256 levels in [0, 1] differ in few pixels and by one level, where
-    rounding decides.
-    """
+    """Assert that images of 256 levels in [0, 1] differ in few pixels, by one level."""
     apart = (found.double() - expected.double()).abs()
     assert apart.max() < 1.01 / 255 and (apart > 0).double().mean() < 0.01
 

@@ -1,6 +1,4 @@
-"""Helpers for tests of linear probes: runs of `--method lp-clip` on a tiny CLIP and a folder of
-JPEGs.
-"""
+"""Helpers for tests of linear probes: runs on a tiny CLIP and a folder of JPEGs."""
 
 import torch
 

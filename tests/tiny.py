@@ -1,6 +1,4 @@
-"""Smallest real components of a run, for end-to-end tests: an open_clip model, a VQGAN, a folder of
-JPEGs.
-"""
+"""Smallest real components of a run: an open_clip model, a VQGAN, a folder of JPEGs."""
 
 import json
 from pathlib import Path
@@ -24,9 +22,7 @@ STUDENT = [
 def train_arguments(
     parts: Path, out: Path, *more: object, discretizer: str = "jpeg:60", verb: str = "train"
 ) -> list[str]:
-    """Return the arguments of two steps on `parts`; a flag repeated in `more` overrides the
-    default.
-    """
+    """Return the arguments of two steps on `parts`; flags in `more` override the defaults."""
     given = [
         verb,
         "--data-dir",
@@ -75,9 +71,7 @@ def write_teacher(path: Path, seed: int = 0) -> Path:
 
 
 def write_vqgan(path: Path, seed: int = 0) -> Path:
-    """Write a random VQGAN of factor 4 in the format of taming's checkpoints: a state dict under
-    "state_dict".
-    """
+    """Write a random VQGAN of factor 4 as taming does, with its state dict under "state_dict"."""
     import torch
 
     from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig

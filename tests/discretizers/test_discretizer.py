@@ -1,6 +1,4 @@
-"""Tests of discretizers: images in [0, 1] without gradient, codes, precision per stage, one-line
-errors.
-"""
+"""Tests of discretizers: images, codes, precision per stage, one-line errors."""
 
 import io
 
@@ -57,26 +55,21 @@ def test_vqgan_from_a_file(vqgan, tmp_path):
         sha256_file(tmp_path / "own.safetensors"),
     )
     images, codes = discretizer(pixels)
-    assert (
-        images.shape == pixels.shape and images.dtype == torch.float32 and not images.requires_grad
-    )
+    assert images.shape == pixels.shape
+    assert images.dtype == torch.float32
+    assert not images.requires_grad
     assert codes.shape == (2, 8, 6) and codes.dtype == torch.int64
-    assert torch.equal(images, vqgan.eval().decode(codes)) and torch.equal(
-        codes, vqgan.codes(pixels)
-    )
+    assert torch.equal(images, vqgan.eval().decode(codes))
+    assert torch.equal(codes, vqgan.codes(pixels))
     taming = load(tmp_path / "taming.ckpt")
-    assert (
-        torch.equal(taming(pixels).images, images)
-        and taming.provenance == "not recorded in the weights"
-    )
+    assert torch.equal(taming(pixels).images, images)
+    assert taming.provenance == "not recorded in the weights"
     assert not any(p.requires_grad for p in taming.vqgan.parameters()) and not taming.vqgan.training
 
 
 @pytest.mark.parametrize("optimizations", [None, VQGANOptimizations()])
 def test_precision_of_each_stage(vqgan, optimizations, monkeypatch):
-    """With amp encoder and decoder run in their own dtypes; the lookup gets float32 in any autocast
-    context.
-    """
+    """Encoder and decoder run in their own dtypes under amp; the lookup always gets float32."""
     seen = []
 
     def search(self, latents):
@@ -93,9 +86,8 @@ def test_precision_of_each_stage(vqgan, optimizations, monkeypatch):
         PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"),
         optimizations=optimizations,
     )
-    assert mixed.encode(pixels).dtype == torch.float16 and mixed.fused.decode(
-        exact.codes
-    ).dtype in (torch.bfloat16, torch.float32)
+    assert mixed.encode(pixels).dtype == torch.float16
+    assert mixed.fused.decode(exact.codes).dtype in (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         images, codes = mixed(pixels)
     assert images.dtype == torch.float32 and torch.equal(codes, vqgan.lookup(mixed.encode(pixels)))
@@ -131,11 +123,10 @@ def test_fit_float16(vqgan, tmp_path):
     assert VQGANDiscretizer(vqgan, FLOAT32).fit_float16(pixels) == ""
     discretizer = VQGANDiscretizer(vqgan, half)
     assert not discretizer.encode(pixels).isfinite().all()
-    assert (
-        "encoder runs at 2^-" in (line := discretizer.fit_float16(pixels))
-        and "decoder" not in line
-        and "\n" not in line
-    )
+    line = discretizer.fit_float16(pixels)
+    assert "encoder runs at 2^-" in line
+    assert "decoder" not in line
+    assert "\n" not in line
     torch.testing.assert_close(
         discretizer.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item()
     )
@@ -165,12 +156,10 @@ def test_jpeg_equals_pillow():
     image = torch.stack((ramp.expand(32, 48), ramp.flip(0).expand(32, 48), torch.rand(32, 48)))
     pixels = image.repeat(2, 1, 1, 1).requires_grad_()
     images, codes = load("jpeg:30")(pixels)
-    assert (
-        codes is None
-        and images.shape == pixels.shape
-        and images.dtype == torch.float32
-        and not images.requires_grad
-    )
+    assert codes is None
+    assert images.shape == pixels.shape
+    assert images.dtype == torch.float32
+    assert not images.requires_grad
     file = io.BytesIO()
     levels = (pixels[0].detach() * 255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(levels).save(file, "JPEG", quality=30)

@@ -1,6 +1,4 @@
-"""Tests of VQGAN: taming's keys, published sizes, and parity with an independent float64
-implementation.
-"""
+"""Tests of VQGAN: taming's keys, published sizes, parity with an independent implementation."""
 
 import copy
 import json
@@ -204,9 +202,7 @@ def test_number_of_parameters_of_published_models(name, encoder, decoder, millio
 
 
 def test_keys_equal_those_of_taming():
-    """Names of a published f8 checkpoint, by pattern: 2 blocks a level down, 3 up, attention on the
-    last level.
-    """
+    """Compare with the names of a published f8 checkpoint, by pattern."""
     with torch.device("meta"):
         keys = list(VQGAN(PRESETS["f8-16384"]).state_dict())
     modules = {key.rpartition(".")[0] for key in keys}

@@ -1,6 +1,4 @@
-"""Tests of the last block for the class token alone: parity with the full block; reasons for
-unsupported models.
-"""
+"""Tests of the last block for the class token alone: parity, and unsupported models."""
 
 import copy
 
@@ -181,9 +179,8 @@ def test_unsupported_models_are_refused_and_unchanged(name, kwargs, words):
     model = timm.create_model(name, **(TINY | kwargs)).eval()
     before, classes = model(images(torch.float32)), [type(m) for m in model.modules()]
     assert words in keep_class_token_only(model)
-    assert torch.equal(model(images(torch.float32)), before) and classes == [
-        type(m) for m in model.modules()
-    ]
+    assert torch.equal(model(images(torch.float32)), before)
+    assert classes == [type(m) for m in model.modules()]
 
 
 def test_other_networks_and_towers_are_refused():

@@ -65,8 +65,10 @@ def test_discretizer_keeps_digits_readable():
 
 def test_training_images_are_not_in_evaluation_splits():
     seen = {key for split in script.SPLITS.values() for key in EmbeddedSource(split).keys}
-    judged = {key for split in ("val", "test", "optdigits") for key in EmbeddedSource(split).keys}
-    assert not seen & judged
+    evaluated = {
+        key for split in ("val", "test", "optdigits") for key in EmbeddedSource(split).keys
+    }
+    assert not seen & evaluated
 
 
 def test_sights_are_in_range_and_reproducible():

@@ -25,16 +25,13 @@ def test_train_evaluate_and_predict_with_a_probe(parts, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(arguments(parts, out, "--lp-threshold", "0.3", "--lp-weight", "none")) == 0
     record = json.loads((out / "results.json").read_text())
-    assert (
-        record["method"] == "lp-clip"
-        and record["student"].startswith("linear probe on ")
-        and record["teacher"]["suites"]["val"]
-    )
-    assert main(["eval", str(out), "--suite", "val", "--json", str(tmp_path / "judged.json")]) == 0
-    judged = json.loads((tmp_path / "judged.json").read_text())["checkpoint"]["suites"]["val"]
-    assert judged["top1"] == record["suites"]["val"]["top1"] and judged["nll"] == pytest.approx(
-        record["suites"]["val"]["nll"], rel=1e-4
-    )
+    assert record["method"] == "lp-clip"
+    assert record["student"].startswith("linear probe on ")
+    assert record["teacher"]["suites"]["val"]
+    assert main(["eval", str(out), "--suite", "val", "--json", str(tmp_path / "eval.json")]) == 0
+    evaluated = json.loads((tmp_path / "eval.json").read_text())["checkpoint"]["suites"]["val"]
+    assert evaluated["top1"] == record["suites"]["val"]["top1"]
+    assert evaluated["nll"] == pytest.approx(record["suites"]["val"]["nll"], rel=1e-4)
     assert (
         main(
             arguments(
@@ -65,9 +62,9 @@ def test_load_student_returns_encoder_and_head_as_one_model(parts, tmp_path):
     trainer = trained(config(parts), tmp_path / "run")
     probe, metadata = load_student(tmp_path / "run")
     pixels = torch.rand(4, 3, 32, 32)
-    assert (
-        isinstance(probe, Probe) and not probe.training and metadata["dad_fast.method"] == "lp-clip"
-    )
+    assert isinstance(probe, Probe)
+    assert not probe.training
+    assert metadata["dad_fast.method"] == "lp-clip"
     assert_same_function(probe(pixels), trainer.evaluated.eval()(pixels))
     assert (probe.num_classes, probe.image_size, probe.crop_pct, probe.interpolation) == (
         3,
@@ -114,10 +111,10 @@ def test_another_encoder_is_refused(parts, tmp_path, capsys):
     ]
     for command in refused:
         assert main(command) == 4
-        said = [
+        lines = [
             line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")
         ]
-        assert len(said) == 1 and "another encoder" in said[0]
+        assert len(lines) == 1 and "another encoder" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +153,8 @@ MISTAKES = {
 def test_usage_errors_are_one_line_and_write_nothing(parts, tmp_path, capsys, what):
     word, more = MISTAKES[what]
     assert main(arguments(parts, tmp_path / "out", *more)) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
-    assert len(said) == 1 and word in said[0] and not (tmp_path / "out").exists()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
+    assert len(lines) == 1 and word in lines[0] and not (tmp_path / "out").exists()
 
 
 def test_other_methods_refuse_a_probe_as_initial_weights(parts, tmp_path, capsys):
@@ -182,11 +179,9 @@ def test_probe_on_a_timm_teacher(parts, tmp_path, capsys):
     teacher = f"timm:resnet18@{tmp_path / 'ce/model.safetensors'}"
     assert main(arguments(parts, tmp_path / "run", "--teacher", teacher, "--lp-views", "2")) == 0
     probe, _ = load_student(tmp_path / "run")
-    assert (
-        isinstance(probe, Probe)
-        and probe.model.weight.shape == (3, 8)
-        and not probe.spec["unit_features"]
-    )
+    assert isinstance(probe, Probe)
+    assert probe.model.weight.shape == (3, 8)
+    assert not probe.spec["unit_features"]
     assert main(["eval", str(tmp_path / "run"), "--suite", "val"]) == 0
     capsys.readouterr()
     assert (

@@ -90,9 +90,8 @@ def test_views_of_stored_tensors_load(tmp_path: Path) -> None:
         {"w": torch.arange(12.0).view(3, 4).t(), "v": torch.ones(1).expand(5)}, tmp_path / "w.pth"
     )
     state, _ = read_state_dict(tmp_path / "w.pth")
-    assert torch.equal(state["w"], torch.arange(12.0).view(3, 4).t()) and torch.equal(
-        state["v"], torch.ones(5)
-    )
+    assert torch.equal(state["w"], torch.arange(12.0).view(3, 4).t())
+    assert torch.equal(state["v"], torch.ones(5))
 
 
 def pickled(expression: str, path: Path) -> Path:

@@ -1,6 +1,4 @@
-"""Tests of hostile weights: no code, no downloads, bounded memory, and each is a quick one-line
-error.
-"""
+"""Tests of hostile weights: a quick one-line error, no code, no downloads, bounded memory."""
 
 from __future__ import annotations
 
@@ -48,9 +46,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def refused(load: Callable[[], Any], *words: str) -> None:
-    """Expect a one-line error within seconds: a DataError, or `error` for a file that is not
-    damaged.
-    """
+    """Expect a one-line error within seconds."""
     start = time.process_time()
     with pytest.raises(DadFastError) as caught:
         load()

@@ -150,9 +150,7 @@ def test_auxiliary_batch_norm_keeps_fused_activations(monkeypatch):
 
 
 def test_initial_weights_from_bare_wrapped_and_own_files(tmp_path):
-    """Accept a bare state dict, one with the prefixes of wrappers, and a run's file; --init-from
-    likewise.
-    """
+    """Accept bare and wrapped state dicts and a run's file, also as --init-from."""
     source = build(seed=1)
     torch.save(source.model.state_dict(), tmp_path / "a.pth")
     torch.save(

@@ -1,6 +1,4 @@
-"""Tests of open_clip teachers: parity of logits, frozen weights, gradients of pixels, classes,
-one-line errors.
-"""
+"""Tests of open_clip teachers: logits, gradients, class lists, one-line errors."""
 
 import copy
 import json
@@ -159,18 +157,14 @@ def bare_file(clip, tmp_path):
 
 
 def test_named_architecture(known, clip, bare_file, caplog):
-    """Activation and normalisation of a local file are logged, and an open_clip_config.json next to
-    it decides.
-    """
+    """Activation and normalisation are logged; an open_clip_config.json next to the file decides."""
     pixels = torch.rand(2, 3, SIDE, SIDE)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
-    assert (
-        "Tiny with GELU" in caplog.text
-        and "differ in mean and std" in caplog.text
-        and "randomly" not in caplog.text
-    )
+    assert "Tiny with GELU" in caplog.text
+    assert "differ in mean and std" in caplog.text
+    assert "randomly" not in caplog.text
     assert teacher.provenance == UNKNOWN
     # open_clip's tokenizer takes the text tower's own context length
     assert_same_function(teacher(pixels), own_logits(clip, pixels, mean=mean, std=std))
@@ -178,35 +172,31 @@ def test_named_architecture(known, clip, bare_file, caplog):
     quick = load(f"open_clip:Tiny-quickgelu@{bare_file}", templates=("a {}",))
     assert not torch.allclose(quick(pixels), teacher(pixels))
 
-    beside = bare_file.with_name("open_clip_config.json")
-    beside.write_text(
+    config = bare_file.with_name("open_clip_config.json")
+    config.write_text(
         json.dumps({"model_cfg": TOWERS, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}})
     )
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
     assert_same_function(teacher(pixels), own_logits(clip, pixels, mean=0.4, std=0.2))
-    assert (
-        teacher.interpolation == "bicubic"
-        and not teacher.squashed
-        and "squashed" not in caplog.text
-    )
+    assert teacher.interpolation == "bicubic"
+    assert not teacher.squashed
+    assert "squashed" not in caplog.text
     as_siglip = {
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "interpolation": "bilinear",
         "resize_mode": "squash",
     }
-    beside.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": as_siglip}))
+    config.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": as_siglip}))
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
-    assert (
-        teacher.interpolation == "bilinear"
-        and teacher.squashed
-        and "was trained on images squashed to a square" in caplog.text
-    )
+    assert teacher.interpolation == "bilinear"
+    assert teacher.squashed
+    assert "was trained on images squashed to a square" in caplog.text
     refuse(
         UsageError, ["another activation", "write Tiny"], f"open_clip:Tiny-quickgelu@{bare_file}"
     )
-    beside.write_text("{")
-    refuse(DataError, [str(beside), "JSON"], f"open_clip:Tiny@{bare_file}")
+    config.write_text("{")
+    refuse(DataError, [str(config), "JSON"], f"open_clip:Tiny@{bare_file}")
 
 
 def test_files_of_older_open_clip_versions_load(known, clip, bare_file):
@@ -369,16 +359,14 @@ def test_heads_of_another_shape_are_refused(clip_file, tmp_path, tensors, classe
 
 def test_prompts():
     fish = class_map(*WNIDS[:3])
-    assert (
-        is_imagenet(fish) and not is_imagenet(ANIMALS) and not is_imagenet(class_map("n00000000"))
-    )
+    assert is_imagenet(fish)
+    assert not is_imagenet(ANIMALS)
+    assert not is_imagenet(class_map("n00000000"))
     # By wnid, not by position
     assert prompt_names(class_map(*WNIDS[2::-1])) == list(open_clip.IMAGENET_CLASSNAMES[2::-1])
     assert prompt_names(ANIMALS) == ["ant", "queen bee", "cat"]
-    assert (
-        len(resolve_templates("auto", fish)) == 80
-        and resolve_templates("imagenet", ANIMALS)[0] == "a bad photo of a {}."
-    )
+    assert len(resolve_templates("auto", fish)) == 80
+    assert resolve_templates("imagenet", ANIMALS)[0] == "a bad photo of a {}."
     assert resolve_templates("auto", ANIMALS) == ["a photo of a {}."]
     assert resolve_templates("auto", fish, own=["digit {}"]) == ["digit {}"]
     assert resolve_templates("simple", fish, own=["digit {}"]) == ["a photo of a {}."]

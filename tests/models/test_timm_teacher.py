@@ -51,17 +51,14 @@ def photo(package, name):
     ids=["palace", "tiger cat", "espresso"],
 )
 def test_trained_teacher_on_photographs(lite0, package, name, wnid, probability):
-    """Classes are matched by wnid in any order; the probabilities are those of the published
-    weights.
-    """
+    """Classes are matched by wnid in any order."""
     pixels = photo(package, name)
     teacher = load(f"timm:tf_efficientnet_lite0@{lite0}", class_map(*WNIDS))
     assert (teacher.image_size, teacher.num_classes, teacher.provenance) == (224, 1000, UNKNOWN)
     with torch.no_grad():
         shares = teacher(pixels).softmax(dim=1)[0]
-        assert WNIDS[shares.argmax()] == wnid and shares.max().item() == pytest.approx(
-            probability, abs=0.03
-        )
+        assert WNIDS[shares.argmax()] == wnid
+        assert shares.max().item() == pytest.approx(probability, abs=0.03)
         few = class_map(*(w for w in reversed(WNIDS) if int(w[1:]) % 7 == 0 or w == wnid))
         logits = load(f"timm:tf_efficientnet_lite0@{lite0}", few)(pixels)[0]
     assert logits.shape == (len(few),) and few.folders[logits.argmax()] == wnid
@@ -88,9 +85,7 @@ RESNET = StudentConfig(
 
 
 def test_a_student_as_teacher(tmp_path):
-    """The file brings its own shape, size and normalisation, and the order of its classes is
-    checked.
-    """
+    """The file brings its own shape and normalisation, and its class list is checked."""
     torch.manual_seed(0)
     student = build_student(RESNET, 3, 40)
     save_student(tmp_path / "model.safetensors", student, {"dad_fast.classes": ANIMALS.to_json()})

@@ -1,6 +1,4 @@
-"""Tests of weights files: nothing in them is executed; unsafe files are a one-line error with path
-and fix.
-"""
+"""Tests of weights files: no code is executed, and unsafe files are a one-line error."""
 
 import argparse
 import collections
@@ -62,13 +60,13 @@ def foreign(monkeypatch):
         yield make
 
 
-@pytest.mark.parametrize("beside", [None, {"epoch": 3}, {"args": argparse.Namespace(lr=1)}])
+@pytest.mark.parametrize("others", [None, {"epoch": 3}, {"args": argparse.Namespace(lr=1)}])
 @pytest.mark.parametrize("under", ["state_dict", "model"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_tensor_pickles_load(tmp_path, beside, under, zipped):
+def test_tensor_pickles_load(tmp_path, others, under, zipped):
     content = collections.OrderedDict(STATE)
     torch.save(
-        content if beside is None else {under: content, **beside},
+        content if others is None else {under: content, **others},
         tmp_path / "w.pth",
         _use_new_zipfile_serialization=zipped,
     )
@@ -95,7 +93,8 @@ def test_lightning_checkpoint(tmp_path, foreign, package, zipped):
         foreign("omegaconf.base", "ContainerMetadata"),
         foreign("omegaconf.nodes", "AnyNode"),
     )
-    config, inside, about, leaf = dict_config(), list_config(), metadata(), node()
+    config, inside = dict_config(), list_config()
+    about, leaf = metadata(), node()
     about.__dict__ = {"ref_type": dict, "object_type": dict, "optional": True}
     # A cycle, as omegaconf has them
     leaf.__dict__ = {"_val": 4.5e-06, "_parent": config}
@@ -147,7 +146,7 @@ def hostile(proof, foreign):
     state.__dict__ = {"_content": Call(os.system, command)}
     return {
         "system": Call(os.system, command),
-        "beside": {"state_dict": STATE, "callbacks": Call(os.system, command)},
+        "others": {"state_dict": STATE, "callbacks": Call(os.system, command)},
         "inside": {
             "state_dict": {**STATE, "b": Call(os.system, command)},
             "model": [Call(os.system, command)],
@@ -163,7 +162,7 @@ def hostile(proof, foreign):
 
 @pytest.mark.parametrize("form", ["zip", "old", "bare", "protocol 4"])
 @pytest.mark.parametrize(
-    "what", ["system", "beside", "inside", "eval", "exec", "argument", "state", "getattr", "make"]
+    "what", ["system", "others", "inside", "eval", "exec", "argument", "state", "getattr", "make"]
 )
 def test_hostile_pickles_have_no_effect(tmp_path, foreign, what, form):
     proof, path = tmp_path / "proof", tmp_path / "w.ckpt"
@@ -226,7 +225,8 @@ def files(tmp_path):
     write_safetensors(tmp_path / "w.safetensors", STATE, {})
     whole = (tmp_path / "w.safetensors").read_bytes()
     for zipped in (True, False):
-        torch.save(STATE, data := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+        data = io.BytesIO()
+        torch.save(STATE, data, _use_new_zipfile_serialization=zipped)
         yield from (
             data.getvalue()[:n]
             for n in (2, 9, 60, len(data.getvalue()) // 2, len(data.getvalue()) - 7)
