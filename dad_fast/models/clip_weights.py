@@ -79,6 +79,7 @@ class Clip:
 
 
 def clip_from_own_file(path: str | Path) -> Clip:
+    """Load a file whose metadata describes its CLIP. Raises DataError."""
     state, metadata = read_state_dict(path)
     if TEACHER not in metadata:
         raise DataError(
@@ -116,6 +117,7 @@ def _clip_within(
 
 
 def clip_from_weights(arch: str, file: str) -> Clip:
+    """Load local weights of a named architecture. Raises UsageError and DataError."""
     config = _known_arch(arch)
     state, _ = read_state_dict(file)
     published = _published_config(Path(file))
@@ -144,6 +146,7 @@ def clip_from_weights(arch: str, file: str) -> Clip:
 
 
 def clip_from_tag(name: str, arch: str, tag: str) -> Clip:
+    """Load published weights by tag. Raises UsageError for a wrong tag, EnvironmentProblem."""
     config = _known_arch(arch)
     published = open_clip.get_pretrained_cfg(arch, tag)
     if not published:
@@ -165,6 +168,7 @@ def clip_from_tag(name: str, arch: str, tag: str) -> Clip:
 
 
 def clip_from_hub(name: str, arch: str, **kwargs: Any) -> Clip:
+    """Download published weights. Raises EnvironmentProblem if they are not available."""
     model = _create(name, arch, require_pretrained=True, **kwargs)
     return Clip(model, lambda: _tokenizer(arch), {**OPENAI, **model.visual.preprocess_cfg})
 
@@ -196,8 +200,7 @@ def _tokenizer(arch: str) -> Tokenizer:
         reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
             f"--teacher {arch}: its tokenizer's files are not available ({reason}); fill the hub's "
-            "cache on a machine with a "
-            "network, or give --teacher-head, which needs no prompts"
+            "cache on a machine with a network, or give --teacher-head, which needs no prompts"
         ) from None
 
 

@@ -50,18 +50,14 @@ PLAIN = Optimizations(
 
 
 def optimize_student(student: Student, wanted: Optimizations) -> dict[str, str]:
-    """Apply the optimizations of a student in place: name -> "" if applied, else the reason why
-    not.
-    """
+    """Optimize a student in place. Returns name -> "" if applied, else the reason why not."""
     if not wanted.class_token_only:
         return {}
     return {"class_token_only": keep_class_token_only(student.model)}
 
 
 def optimize_teacher(teacher: Teacher, wanted: Optimizations) -> dict[str, str]:
-    """Apply the optimizations of a frozen teacher in place: name -> "" if applied, else the reason
-    why not.
-    """
+    """Optimize a frozen teacher in place. Returns name -> "" if applied, else the reason."""
     results = {}
     if wanted.class_token_only:
         results["class_token_only"] = keep_class_token_only(image_model(teacher))

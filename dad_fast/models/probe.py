@@ -139,8 +139,8 @@ def build_probe(
     if init == "zero-shot":
         if teacher.whole is not None:
             raise UsageError(
-                f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; use --lp-init "
-                "zeros"
+                f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; "
+                "use --lp-init zeros"
             )
         probe.model.weight.copy_(teacher.head_weight)
         probe.model.bias.copy_(teacher.head_bias)
@@ -173,9 +173,8 @@ def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     if name.startswith(PYTHON):
         # Importing a module because a file names it would let the file run code.
         raise DataError(
-            f"{path}: its encoder {name} is a user's own module, which is never imported because a "
-            "file names it; "
-            "train the probe on a registered teacher"
+            f"{path}: its encoder {name} is a user's own module, which is never imported because "
+            "a file names it; train the probe on a registered teacher"
         )
     timm_name = name.removeprefix("timm:")
     is_timm = timm_name != name

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Student(nn.Module):
-    """A timm classifier: pixels float [B, 3, H, W] in [0, 1] -> logits [B, num_classes]."""
+    """Classifier of timm: pixels float [B, 3, H, W] in [0, 1] -> logits [B, num_classes]."""
 
     mean: Tensor
     std: Tensor
@@ -127,8 +127,8 @@ def build_student(
     if cfg.bn == "aux" and num_groups > 1:
         if _conversion_loses_activations(student.model):
             raise EnvironmentProblem(
-                f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; pip "
-                "install 'timm>=1.0.31'"
+                f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; "
+                "pip install 'timm>=1.0.31'"
             )
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
     return student
@@ -150,7 +150,7 @@ def _create(
         raise UsageError(
             f"--student {name}: timm has no such model{nearest(base, timm.list_models())}"
         )
-    arguments = {"pretrained": pretrained, "num_classes": num_classes, **kwargs}
+    arguments = {**kwargs, "pretrained": pretrained, "num_classes": num_classes}
     try:
         if img_size:
             # Vision transformers need the image size, convolutional networks do not take it.
@@ -252,8 +252,8 @@ def checkpoint_file(path: str | Path) -> Path:
         return path
     if not path.exists():
         raise DataError(
-            f"{path}: no such checkpoint; name a run's folder, a checkpoint folder or a weights "
-            "file"
+            f"{path}: no such checkpoint; "
+            "name a run's folder, a checkpoint folder or a weights file"
         )
     for inside in ("model.safetensors", "checkpoints/latest/model.safetensors"):
         if (path / inside).is_file():

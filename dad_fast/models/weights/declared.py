@@ -116,7 +116,7 @@ def checked_clip(text: str) -> dict[str, Any]:
 def checked_published(text: str) -> dict[str, Any]:
     """Parse and check an open_clip_config.json, of which quick_gelu, mean and std are used.
 
-    Raises ValueError.
+    Raises ValueError for an entry of the wrong type or size.
     """
 
     def has_valid_normalisation(value: Any) -> bool:
@@ -264,8 +264,7 @@ def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:
     if expected != sha256:
         raise DataError(
             f"{where}: this probe belongs to another encoder ({expected[:12]}…) than "
-            f"{spec['teacher']} now is "
-            f"({sha256[:12]}…); give the weights that it was trained on"
+            f"{spec['teacher']} now is ({sha256[:12]}…); give the weights that it was trained on"
         )
 
 

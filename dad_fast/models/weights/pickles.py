@@ -120,8 +120,8 @@ def read_pickle(path: Path) -> Any:
         if refused:
             raise DataError(
                 f"{path}: refused, because it asks for {ascii(refused[0])[1:-1][:100]}, which "
-                "weights do not need and which "
-                "could do harm; give a safetensors file, or one that holds only the state dict"
+                "weights do not need and which could do harm; "
+                "give a safetensors file, or one that holds only the state dict"
             )
         with (
             safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]),
