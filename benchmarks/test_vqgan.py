@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench import Bench
+from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.fused_layers import Recipe, Sum, Up, VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN, Upsample
 from dad_fast.kernels.group_norm_silu import add_group_norm_silu
@@ -108,12 +109,16 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
         shape = VQGAN(vqgan.config)
     flops["plain"] = _count(getattr(shape, what), inputs)
     for form, savings in forms.items():
-        functions[form] = run(getattr(vqgan.fuse(savings, encoder=dtype, decoder=dtype), what))
-        flops[form] = _count(getattr(shape.fuse(replace(savings, norm_kernel=False)), what), inputs)
+        functions[form] = run(
+            getattr(FusedVQGAN(vqgan, savings, encoder=dtype, decoder=dtype), what)
+        )
+        flops[form] = _count(
+            getattr(FusedVQGAN(shape, replace(savings, norm_kernel=False)), what), inputs
+        )
     if (
         bench.device.type == "cuda" and dtype != torch.float32
     ):  # compiling takes minutes, on a CPU many
-        fused = vqgan.fuse(VQGANOptimizations(), encoder=dtype, decoder=dtype)
+        fused = FusedVQGAN(vqgan, VQGANOptimizations(), encoder=dtype, decoder=dtype)
         functions["torch.compile(plain)"] = run(torch.compile(plain))
         functions["torch.compile(fused)"] = run(torch.compile(getattr(fused, what)))
         flops |= {"torch.compile(plain)": flops["plain"], "torch.compile(fused)": flops["fused"]}

@@ -5,7 +5,7 @@ base   ResNet-50 from a CLIP ViT-B/16 with VQGAN f16 (1024 codes), 224 px
 paper  ViT-B/16 from a CLIP ViT-L/14 with VQGAN f8 (16384 codes), 224 px
 base and paper have random weights of timm's and taming's architectures: shapes decide the time, and nothing is downloaded.
 
-Teacher, VQGAN and student are used as a run uses them: freed of work that nobody needs (models/savings.py, VQGAN.fuse). The plain forms
+Teacher, VQGAN and student are used as a run uses them: freed of work that nobody needs (models/optimizations.py, FusedVQGAN). The plain forms
 stand beside them, for the baseline and for what is counted.
 """
 
@@ -38,9 +38,10 @@ from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.methods.attack import cross_entropy_direction
 from dad_fast.methods.registry import METHODS
+from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import Student, build_student
-from dad_fast.models.teacher import Teacher, load_teacher
+from dad_fast.models.teacher import Teacher
 
 SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat nor white
 
@@ -207,7 +208,7 @@ def freed(teacher: Teacher, cfg: Config) -> Teacher:
 def make_discretizer(
     vqgan: VQGAN, cfg: Config, savings: VQGANOptimizations, batch: Batch
 ) -> VQGANDiscretizer:
-    discretizer = VQGANDiscretizer(vqgan, cfg.precision, savings=savings)
+    discretizer = VQGANDiscretizer(vqgan, cfg.precision, optimizations=savings)
     discretizer.fit_float16(batch.images[:8].float() / 255.0)
     return discretizer
 

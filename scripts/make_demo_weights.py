@@ -39,7 +39,8 @@ from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.sources.embedded import NAMES, EmbeddedSource
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
-from dad_fast.models.teacher import TEACHER, load_teacher
+from dad_fast.models.load_teacher import load_teacher
+from dad_fast.models.weights.declared import TEACHER
 from dad_fast.models.weights.files import write_safetensors
 
 ASSETS = Path(__file__).resolve().parent.parent / "dad_fast" / "assets"

@@ -1,4 +1,4 @@
-"""Latents [n, d] and codebooks [k, d] that are hard to search exactly, each in a way of its own."""
+"""Latents [n, d] and codebooks [k, d] that are hard to search exactly, each for another reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def normal(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def clustered(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Codes so close to a few centres that fp32 cannot tell many of them apart."""
+    """Return codes so close to a few centres that fp32 cannot distinguish many of them."""
     z, e = normal(n, k, d)
     return z, e[torch.arange(k) % 8] + 1e-6 * e
 
@@ -30,7 +30,7 @@ def duplicated(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def dead(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Nine tenths of the codes are one and the same point."""
+    """Return codes of which nine tenths are the same point."""
     z, e = normal(n, k, d)
     return z, torch.where((torch.arange(k) % 10 == 3)[:, None], e, e[:1])
 
@@ -41,13 +41,16 @@ def exact_hits(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def integers(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Small integers: many exact ties between different codes."""
+    """Return small integers, with many exact ties between different codes."""
     z, e = normal(n, k, d)
     return z.round(), (2 * e).round()
 
 
 def far_away(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Steps of one fp32 rounding around 3000: |z|^2 + |e|^2 - 2 z.e cannot tell these codes apart, not even in fp64."""
+    """Return steps of one fp32 rounding around 3000.
+
+    |z|^2 + |e|^2 - 2 z.e cannot distinguish these codes, not even in fp64.
+    """
     z, e = normal(n, k, d)
     return 3000 + 2.0**-12 * (2 * z).round(), 3000 + 2.0**-12 * (2 * e).round()
 
@@ -70,7 +73,7 @@ def mixed_scales(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def sphere(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Every code is as near to the origin as any other."""
+    """Return codes with equal distance to the origin."""
     z, e = normal(n, k, d)
     return torch.where((torch.arange(n) % 2 == 0)[:, None], z, 1e-3 * z), e / e.norm(
         dim=1, keepdim=True
@@ -78,13 +81,13 @@ def sphere(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def outside(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Latents from just outside the codebook to as far as fp32 goes."""
+    """Return latents from just outside the codebook to the end of fp32's range."""
     z, e = normal(n, k, d)
     return z / z.abs().amax(1, keepdim=True) * 10.0 ** torch.linspace(0, 38, n)[:, None], e
 
 
 def midway(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Latents on the bisectors of pairs of codes, as nearly as fp32 has them."""
+    """Return latents on the bisectors of pairs of codes, up to rounding."""
     _z, e = normal(n, k, d)
     return (e[torch.arange(n) % k] + e[(3 * torch.arange(n) + 1) % k]) / 2, e
 

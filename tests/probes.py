@@ -1,4 +1,4 @@
-"""What tests of linear probes share: runs of `--method lp-clip` on a tiny CLIP and a folder of JPEGs."""
+"""Helpers for tests of linear probes: runs on a tiny CLIP and a folder of JPEGs."""
 
 import torch
 
@@ -7,7 +7,7 @@ from dad_fast.data.sources.registry import open_source
 from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
 from dad_fast.methods.settings import resolve
-from dad_fast.models.teacher import load_teacher
+from dad_fast.models.load_teacher import load_teacher
 
 STRONG = [
     "augment.aa=rand-m9-n2-mstd0.5",
@@ -40,7 +40,7 @@ BUILDER = Builder()
 
 
 def trained(cfg, folder, resume="", builder=BUILDER, change=None):
-    """A trained run; `change` gets its parts before, from a builder of their own."""
+    """Train a run; `change` may modify its components first, which then come from a new builder."""
     made = (Builder() if change else builder).build(cfg)
     if change:
         change(made)

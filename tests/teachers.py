@@ -9,7 +9,7 @@ from timm.data import ImageNetInfo
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.models.teacher import load_teacher
+from dad_fast.models.load_teacher import load_teacher
 
 CPU, FLOAT32 = torch.device("cpu"), PrecisionConfig()
 WNIDS = ImageNetInfo().label_names()

@@ -1,4 +1,4 @@
-"""The smallest real parts of a run, for tests of the whole path: a true open_clip model, a true VQGAN, a folder of JPEGs."""
+"""Smallest real components of a run: an open_clip model, a VQGAN, a folder of JPEGs."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ STUDENT = [
 def train_arguments(
     parts: Path, out: Path, *more: object, discretizer: str = "jpeg:60", verb: str = "train"
 ) -> list[str]:
-    """Two steps on `parts`; of a flag that `more` repeats the last one counts."""
+    """Return the arguments of two steps on `parts`; flags in `more` override the defaults."""
     given = [
         verb,
         "--data-dir",
@@ -49,7 +49,7 @@ def train_arguments(
 
 
 def write_teacher(path: Path, seed: int = 0) -> Path:
-    """A random CLIP that names its architecture, as the embedded one does."""
+    """Write a random CLIP with its architecture as metadata, like the embedded one."""
     import pytest
     import torch
     from safetensors.torch import save_file
@@ -71,7 +71,7 @@ def write_teacher(path: Path, seed: int = 0) -> Path:
 
 
 def write_vqgan(path: Path, seed: int = 0) -> Path:
-    """A random VQGAN of factor 4, as taming's checkpoints are: a state dict under "state_dict"."""
+    """Write a random VQGAN of factor 4 as taming does, with its state dict under "state_dict"."""
     import torch
 
     from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
@@ -93,7 +93,7 @@ def write_vqgan(path: Path, seed: int = 0) -> Path:
 
 
 def write_parts(root: Path) -> Path:
-    """All of them: `root`/data, teacher.safetensors and vqgan.ckpt."""
+    """Write `root`/data, teacher.safetensors and vqgan.ckpt."""
     write_images(root / "data")
     write_teacher(root / "teacher.safetensors")
     write_vqgan(root / "vqgan.ckpt")
@@ -101,7 +101,7 @@ def write_parts(root: Path) -> Path:
 
 
 def write_images(root: Path, classes=("ant", "bee", "cat"), per_class: int = 8) -> Path:
-    """`root`/train and `root`/val with JPEGs of several sizes; a class has its own colour."""
+    """Write `root`/train and `root`/val with JPEGs of several sizes, in one colour per class."""
     import numpy as np
     from PIL import Image
 

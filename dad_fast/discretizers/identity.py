@@ -8,7 +8,7 @@ from dad_fast.discretizers.base import Discretized, Discretizer, LoadContext
 
 
 class Identity(Discretizer):
-    """Returns the pixels that it is given."""
+    """Discretizer that returns its input."""
 
     name = "identity"
     provenance = "nothing: it changes nothing"
@@ -18,5 +18,5 @@ class Identity(Discretizer):
 
 
 def load(argument: str, context: LoadContext) -> Identity:
-    """`identity`."""
+    """Load `identity`."""
     return Identity()

@@ -1,6 +1,7 @@
 """Discretizers by name. To add one: a file with a factory, and a line here.
 
-A factory is called with the argument after the name's colon and a `LoadContext`, and returns a `Discretizer`.
+A factory is called with the argument after the name's colon and a `LoadContext`, and returns a
+`Discretizer`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ DISCRETIZERS.add("jpeg", "dad_fast.discretizers.jpeg:load")
 def load_discretizer(
     name: str, precision: PrecisionConfig, device: torch.device, optimizations: object | None = None
 ) -> Discretizer:
-    """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as `jpeg:75`.
+    """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as
+    `jpeg:75`.
 
-    optimizations: of a VQGAN under autocast (VQGANOptimizations); all by default.
+    optimizations: those of a VQGAN under autocast (VQGANOptimizations); all by default.
 
     Raises UsageError for a name that is none of these, DataError for a file that cannot be used.
     """

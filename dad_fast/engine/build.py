@@ -30,9 +30,9 @@ from dad_fast.engine.stored import Stored, recorded_classes, view_settings
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.methods.registry import METHODS, Images
+from dad_fast.models.load_student import take_view
 from dad_fast.models.optimizations import optimize_student
 from dad_fast.models.probe import Probe, build_probe
-from dad_fast.models.run_settings import take_view
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
 from dad_fast.store import AdversarialStore, TargetStore

@@ -12,9 +12,10 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
+from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.optimizations import Optimizations, optimize_teacher
-from dad_fast.models.teacher import Teacher, load_teacher
-from dad_fast.models.weights.fingerprint import fingerprint
+from dad_fast.models.teacher import Teacher
+from dad_fast.models.weights.files import fingerprint
 
 log = logging.getLogger("dad_fast.engine")
 

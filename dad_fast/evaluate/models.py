@@ -13,8 +13,11 @@ from torch import nn
 from dad_fast.config.schema import Config
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
-from dad_fast.models.student import CLASSES, checkpoint_file, load_student
-from dad_fast.models.teacher import Teacher, load_teacher
+from dad_fast.models.load_student import load_student
+from dad_fast.models.load_teacher import load_teacher
+from dad_fast.models.student import checkpoint_file
+from dad_fast.models.teacher import Teacher
+from dad_fast.models.weights.declared import CLASSES
 from dad_fast.models.weights.files import sha256_file
 
 BY_NAME = ("timm:", "open_clip:", "hf-hub:", "embedded:")

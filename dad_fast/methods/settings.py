@@ -15,6 +15,7 @@ from dad_fast.discretizers.registry import DISCRETIZERS
 from dad_fast.errors import UsageError
 from dad_fast.methods.registry import JOINT_TERMS, METHODS
 from dad_fast.methods.stores import check_stores, usable_kinds
+from dad_fast.models.registry import TEACHERS
 
 
 def resolve(
@@ -77,7 +78,7 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(
             f"--method {cfg.method} needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)"
         )
-    _check_scheme(cfg.teacher.name, "--teacher", ("open_clip", "timm", "hf-hub", "embedded"))
+    _check_scheme(cfg.teacher.name, "--teacher", TEACHERS.names())
     _check_scheme(cfg.discretizer.name, "--discretizer", DISCRETIZERS.names())
     quality = cfg.discretizer.name.removeprefix("jpeg:")
     is_quality = quality.isdecimal() and 1 <= int(quality) <= 100

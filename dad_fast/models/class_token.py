@@ -1,8 +1,12 @@
-"""The last transformer block for the class token alone, in vision transformers that read nothing else of its output.
+"""Last block for the class token alone, in timm's vision transformers.
 
-Queries, output projection, MLP and final norm of all other tokens are dead work there: 10/12 of the block's matrix products and its
-attention. Keys and values are still those of all tokens, so that logits and every gradient are the same in exact arithmetic.
-The block keeps its parameters and their names; its output, and that of the final norm, is [B, 1, D] instead of [B, N, D].
+The head of these models must read no other token. Then queries, output projection, MLP and final
+norm of all other tokens are dead work: 10/12 of the block's matrix products and its attention. Keys
+and values still use all tokens, so logits and gradients are equal in exact arithmetic. The block
+keeps its parameters and their names; its output, and that of the final norm, is [B, 1, D] instead
+of [B, N, D].
+
+class_token_clip.py does the same for open_clip's towers.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from timm.layers import (
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-# What acts on each token alone, so that fewer tokens give the same values.
+# Modules that act on each token alone, so that fewer tokens give the same values
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32)
 MLPS = (Mlp, GluMlp, SwiGLU)
 SCALES = (nn.Identity, LayerScale)
@@ -43,18 +47,14 @@ def _attend(attn: Any, tokens: Tensor) -> Tensor:
     """timm's Attention with the first token as its only query: [B, N, D] -> [B, 1, D]."""
     batch, num_tokens, _ = tokens.shape
     cls, width = tokens[:, :1], attn.attn_dim
+    bias_q = bias_kv = None
     weight_q, weight_kv = attn.qkv.weight.split((width, 2 * width))
-    bias_q, bias_kv = (
-        (None, None) if attn.qkv.bias is None else attn.qkv.bias.split((width, 2 * width))
-    )
-    q = (
-        F.linear(cls, weight_q, bias_q)
-        .reshape(batch, 1, attn.num_heads, attn.head_dim)
-        .transpose(1, 2)
-    )
-    kv = F.linear(tokens, weight_kv, bias_kv).reshape(
-        batch, num_tokens, 2, attn.num_heads, attn.head_dim
-    )
+    if attn.qkv.bias is not None:
+        bias_q, bias_kv = attn.qkv.bias.split((width, 2 * width))
+    q = F.linear(cls, weight_q, bias_q)
+    q = q.reshape(batch, 1, attn.num_heads, attn.head_dim).transpose(1, 2)
+    kv = F.linear(tokens, weight_kv, bias_kv)
+    kv = kv.reshape(batch, num_tokens, 2, attn.num_heads, attn.head_dim)
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim]
     x = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
     x = attn.norm(x.transpose(1, 2).reshape(batch, 1, width))
@@ -63,31 +63,21 @@ def _attend(attn: Any, tokens: Tensor) -> Tensor:
     return attn.proj(x)
 
 
-def keep_class_token_only(model: nn.Module) -> str:
-    """Make the last block of `model` compute the class token alone, in place.
+def keep_class_token_timm(model: VisionTransformer) -> str:
+    """Make the last block of a timm VisionTransformer compute the class token alone, in place.
 
-    `model`: a timm VisionTransformer, an open_clip vision tower, or an open_clip tower around a timm model. Returns "" when it is done
-    (or was before), else why this model does not allow it; nothing is changed then.
+    Returns "" on success (also the second time), else the reason why the model is not supported and
+    stays unchanged.
     """
-    if isinstance(model, VisionTransformer):
-        why, block = _why_not_timm(model), model.blocks[-1]
-        if not why and type(block) is Block:
-            block.__class__ = ClassTokenBlock
-        return why
-    if isinstance(trunk := getattr(model, "trunk", None), VisionTransformer):
-        return keep_class_token_only(trunk)
-    if type(model).__module__.startswith("open_clip."):
-        from dad_fast.models.class_token_clip import (
-            keep_class_token_only_clip,
-        )  # a bare checkout has no open_clip
-
-        return keep_class_token_only_clip(model)
-    return f"{type(model).__name__} is no vision transformer that it knows"
+    reason, block = _unsupported(model), model.blocks[-1]
+    if not reason and type(block) is Block:
+        block.__class__ = ClassTokenBlock
+    return reason
 
 
-def _why_not_timm(model: Any) -> str:
+def _unsupported(model: Any) -> str:
     if type(model) is not VisionTransformer:
-        return f"{type(model).__name__} has a forward pass of its own"
+        return f"{type(model).__name__} has its own forward pass"
     if not model.has_class_token or model.global_pool != "token" or model.attn_pool is not None:
         return f"its head pools more than a class token (global_pool={model.global_pool!r})"
     block = model.blocks[-1]
@@ -107,7 +97,9 @@ def _why_not_timm(model: Any) -> str:
 
 
 def unknown_part(parts: dict[tuple[type, ...], tuple[nn.Module, ...]]) -> str:
-    """The first module of `parts` whose class is not among those it must be of, as a reason; "" where all are."""
+    """Name the first module of `parts` whose class is not among its known classes; "" if there is
+    none.
+    """
     for known, modules in parts.items():
         for module in modules:
             if type(module) not in known:
@@ -116,9 +108,9 @@ def unknown_part(parts: dict[tuple[type, ...], tuple[nn.Module, ...]]) -> str:
 
 
 def dropout(block: nn.Module) -> str:
-    """A reason where dropout inside the block would draw other numbers (drop path draws one per sample: the same)."""
-    return (
-        "its last block has dropout"
-        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
-        else ""
-    )
+    """Return a reason if dropout inside the block would draw other numbers.
+
+    Drop path draws one number per sample, which stays the same.
+    """
+    active = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
+    return "its last block has dropout" if active else ""

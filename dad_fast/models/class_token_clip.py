@@ -1,4 +1,4 @@
-"""The last block for the class token alone, for open_clip's own vision towers; see cls_only.py."""
+"""Last block for the class token alone, in open_clip's vision towers; see class_token.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCALES = (nn.Identity, LayerScale)
 
 
 class ClassTokenResidualBlock(ResidualAttentionBlock):
-    """Tokens [B, N, D] -> class token [B, 1, D]; nn.MultiheadAttention takes other queries than keys by itself."""
+    """open_clip's block with nn.MultiheadAttention: tokens [B, N, D] -> class token [B, 1, D]."""
 
     def forward(
         self, q_x: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None
@@ -47,48 +47,42 @@ class ClassTokenCustomBlock(CustomResidualAttentionBlock):
 def _attend(attn: Any, tokens: Tensor) -> Tensor:
     """open_clip's own Attention with the first token as its only query: [B, N, D] -> [B, 1, D]."""
     batch, num_tokens, width = tokens.shape
+    bias_q = bias_kv = None
     weight_q, weight_kv = attn.in_proj_weight.split((width, 2 * width))
-    bias_q, bias_kv = (
-        (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split((width, 2 * width))
-    )
-    q = (
-        F.linear(tokens[:, :1], weight_q, bias_q)
-        .reshape(batch, 1, attn.num_heads, -1)
-        .transpose(1, 2)
-    )
-    k, v = (
-        F.linear(tokens, weight_kv, bias_kv)
-        .reshape(batch, num_tokens, 2, attn.num_heads, -1)
-        .permute(2, 0, 3, 1, 4)
-        .unbind(0)
-    )
+    if attn.in_proj_bias is not None:
+        bias_q, bias_kv = attn.in_proj_bias.split((width, 2 * width))
+    q = F.linear(tokens[:, :1], weight_q, bias_q)
+    q = q.reshape(batch, 1, attn.num_heads, -1).transpose(1, 2)
+    kv = F.linear(tokens, weight_kv, bias_kv)
+    kv = kv.reshape(batch, num_tokens, 2, attn.num_heads, -1)
+    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     x = F.scaled_dot_product_attention(attn.ln_q(q), attn.ln_k(k), v)  # [B, heads, 1, head_dim]
     if attn.head_scale is not None:
         x = x * attn.head_scale
     return attn.out_proj(attn.ln_inner(x.transpose(1, 2).reshape(batch, 1, width)))
 
 
-def keep_class_token_only_clip(tower: Any) -> str:
-    """As `cls_only.keep_class_token_only`, for an open_clip VisionTransformer."""
-    why = _why_not(tower)
-    if not why:
+def keep_class_token_clip(tower: Any) -> str:
+    """Apply `class_token.keep_class_token_timm` to an open_clip VisionTransformer."""
+    reason = _unsupported(tower)
+    if not reason:
         block = tower.transformer.resblocks[-1]
         if type(block) is ResidualAttentionBlock:
             block.__class__ = ClassTokenResidualBlock
         elif type(block) is CustomResidualAttentionBlock:
             block.__class__ = ClassTokenCustomBlock
-    return why
+    return reason
 
 
-def _why_not(tower: Any) -> str:
+def _unsupported(tower: Any) -> str:
     if type(tower) is not VisionTransformer:
-        return f"{type(tower).__name__} is no vision transformer that it knows"
+        return f"{type(tower).__name__} is no known vision transformer"
     if tower.pool_type != "tok" or tower.attn_pool is not None:
         return f"its head pools more than a class token (pool_type={tower.pool_type!r})"
     if tower.output_tokens:
         return "it returns its tokens too"
     if type(tower.transformer) is not Transformer or not tower.transformer.batch_first:
-        return f"its {type(tower.transformer).__name__} is laid out in another way"
+        return f"its {type(tower.transformer).__name__} has another layout"
     block = tower.transformer.resblocks[-1]
     if isinstance(block, (ClassTokenResidualBlock, ClassTokenCustomBlock)):
         return ""

@@ -1,7 +1,8 @@
-"""Work that a model does and nobody needs, left out: each saving gives the same values and gradients in exact arithmetic.
+"""Exact optimizations of teachers and students: less work for equal values and gradients.
 
-A model that a saving does not fit is left as it is, and the reason is returned. Nothing here renames a parameter. Folding changes
-the values of frozen weights, so it is for teachers only, which are never saved.
+Equal in exact arithmetic; results differ by rounding. A model that does not support an optimization
+stays unchanged, and the reason is returned. No parameter changes its name. Folding changes the
+values of frozen weights, so only teachers are folded, which are never saved.
 """
 
 from __future__ import annotations
@@ -14,32 +15,33 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dad_fast.models.class_token import keep_class_token_only
+from dad_fast.models.class_token import keep_class_token_timm
 from dad_fast.models.student import Student
-from dad_fast.models.teacher import Teacher, _Columns, _PreLogits
+from dad_fast.models.teacher import Teacher
+from dad_fast.models.timm_teacher import PreLogits, SelectedClasses
 
-QUICK_GELU_SLOPE = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
-# Modules that do nothing with their weights but what autocast runs in 16 bit (a subclass may: weight standardisation).
+# QuickGELU(x) = x sigmoid(1.702 x)
+QUICK_GELU_SLOPE = 1.702
+# Modules that use their weights only in operations that autocast runs in 16 bit. A subclass may do
+# more, such as weight standardisation.
 CAST = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class Optimizations:
-    """Which savings are on. All off is the plain form, bit for bit."""
+    """Switches of the optimizations. With all of them off a model is the plain one, bit for bit."""
 
-    class_token_only: bool = (
-        True  # last transformer block for the class token alone, teacher and student
-    )
-    fold_normalisation: bool = True  # the teacher's mean and std into its patch embedding
-    fold_quick_gelu: bool = (
-        True  # the teacher's QuickGELU as one SiLU, its slope in the weights around it
-    )
-    cast_weights: bool = (
-        True  # the teacher's matrices once to the dtype that autocast gives them at every call
-    )
+    # Last transformer block for the class token alone, teacher and student
+    class_token_only: bool = True
+    # The teacher's mean and std in its patch embedding
+    fold_normalisation: bool = True
+    # The teacher's QuickGELU as one SiLU, with its slope in the adjacent weights
+    fold_quick_gelu: bool = True
+    # The teacher's matrices cast once to the dtype that autocast would cast them to at every call
+    cast_weights: bool = True
 
 
 PLAIN = Optimizations(
@@ -47,57 +49,76 @@ PLAIN = Optimizations(
 )
 
 
-def optimize_student(student: Student, savings: Optimizations) -> dict[str, str]:
-    """Apply to a student what `savings` asks for: saving -> "" where it is on, else why it is not."""
-    return (
-        {"class_token_only": keep_class_token_only(student.model)}
-        if savings.class_token_only
-        else {}
-    )
+def optimize_student(student: Student, wanted: Optimizations) -> dict[str, str]:
+    """Optimize a student in place. Returns name -> "" if applied, else the reason why not."""
+    if not wanted.class_token_only:
+        return {}
+    return {"class_token_only": keep_class_token_only(student.model)}
 
 
-def optimize_teacher(teacher: Teacher, savings: Optimizations) -> dict[str, str]:
-    """Apply to a frozen teacher what `savings` asks for: saving -> "" where it is on, else why it is not."""
+def optimize_teacher(teacher: Teacher, wanted: Optimizations) -> dict[str, str]:
+    """Optimize a frozen teacher in place. Returns name -> "" if applied, else the reason."""
     results = {}
-    if savings.class_token_only:
+    if wanted.class_token_only:
         results["class_token_only"] = keep_class_token_only(image_model(teacher))
-    if savings.fold_normalisation:
+    if wanted.fold_normalisation:
         results["fold_normalisation"] = fold_normalisation(teacher)
-    if savings.fold_quick_gelu:
+    if wanted.fold_quick_gelu:
         results["fold_quick_gelu"] = fold_quick_gelu(teacher)
-    if savings.cast_weights:  # after the folding, which is done in float32
+    # Folding is done in float32, so casting comes last.
+    if wanted.cast_weights:
         results["cast_weights"] = cast_weights(teacher)
     return results
 
 
 def image_model(teacher: Teacher) -> Any:
-    """The model inside a teacher: open_clip's vision tower or timm's model."""
+    """Return the model inside a teacher: open_clip's vision tower or timm's model."""
     outer = teacher.encoder if teacher.whole is None else teacher.whole
-    model = (
-        outer.model
-        if isinstance(outer, (_Columns, _PreLogits))
-        else getattr(outer, "visual", outer)
-    )
+    if isinstance(outer, (SelectedClasses, PreLogits)):
+        model = outer.model
+    else:
+        model = getattr(outer, "visual", outer)
     return getattr(model, "trunk", model)
+
+
+def keep_class_token_only(model: nn.Module) -> str:
+    """Make the last block of `model` compute the class token alone, in place.
+
+    `model`: a timm VisionTransformer, an open_clip vision tower, or an open_clip tower around a
+    timm model. Returns "" on success (also the second time), else the reason why the model is not
+    supported and stays unchanged.
+    """
+    for candidate in (model, getattr(model, "trunk", None)):
+        if isinstance(candidate, VisionTransformer):
+            return keep_class_token_timm(candidate)
+    if type(model).__module__.startswith("open_clip."):
+        # A bare checkout has no open_clip.
+        from dad_fast.models.class_token_clip import keep_class_token_clip
+
+        return keep_class_token_clip(model)
+    return f"{type(model).__name__} is no known vision transformer"
 
 
 @torch.no_grad()
 def fold_normalisation(teacher: Teacher) -> str:
-    """conv((x - mean) / std) = conv'(x) with weight / std, and bias - sum of weight mean / std: only where nothing is padded."""
+    """Fold mean and std into an unpadded patch embedding.
+
+    conv((x - mean) / std) = conv'(x), with weight / std as weight and bias - sum of weight mean /
+    std as bias.
+    """
     if teacher.takes_raw_pixels:
         return ""
     model = image_model(teacher)
+    conv: Any = None
     if isinstance(model, VisionTransformer):
         embed = model.patch_embed
-        if type(embed) is not PatchEmbed or embed.dynamic_img_pad:
-            return f"its patch embedding is a {type(embed).__name__}{' that pads' if type(embed) is PatchEmbed else ''}"
+        if type(embed) is not PatchEmbed:
+            return f"its patch embedding is a {type(embed).__name__}"
+        if embed.dynamic_img_pad:
+            return "its patch embedding is a PatchEmbed that pads"
         conv = embed.proj
-    else:
-        conv = (
-            getattr(model, "conv1", None)
-            if type(model).__module__ == "open_clip.transformer"
-            else None
-        )
+    elif type(model).__module__ == "open_clip.transformer":
+        conv = getattr(model, "conv1", None)
     if type(conv) is not nn.Conv2d or any(conv.padding) or conv.groups != 1:
         return f"{type(model).__name__} does not begin with a patch embedding"
     if any(p.requires_grad for p in (conv.weight, conv.bias) if p is not None):
@@ -113,9 +134,10 @@ def fold_normalisation(teacher: Teacher) -> str:
 
 @torch.no_grad()
 def fold_quick_gelu(teacher: Teacher) -> str:
-    """x sigmoid(a x) = SiLU(a x) / a: `a` into the linear layer before, 1 / a into the one after.
+    """Fold QuickGELU's slope into the weights around it, which leaves a SiLU.
 
-    QuickGELU is three kernels and keeps two tensors for backward; SiLU is one and keeps one.
+    x sigmoid(a x) = SiLU(a x) / a: `a` into the linear layer before, 1 / a into the one after.
+    QuickGELU is three kernels and keeps two tensors for backward; SiLU is one kernel and keeps one.
     """
     found = list(_quick_gelus(image_model(teacher)))
     if not found:
@@ -133,33 +155,32 @@ def fold_quick_gelu(teacher: Teacher) -> str:
             (after.weight, 1 / QUICK_GELU_SLOPE),
         ):
             if tensor is not None:
-                tensor.copy_(_times(tensor, factor))
+                tensor.copy_(tensor.double() * factor)
         setattr(owner, name, nn.SiLU())
     return ""
 
 
 def _quick_gelus(model: nn.Module) -> Iterator[tuple[Any, Any, Any, str]]:
-    """(linear before, linear after, owner, attribute) of every QuickGELU between two layers that it can be folded into."""
+    """Yield (layer before, layer after, owner, attribute) of every QuickGELU between two layers."""
     for module in model.modules():
-        if (
-            type(module) is Mlp
-            and type(module.act) is QuickGELU
-            and type(module.norm) is nn.Identity
-        ):
-            yield module.fc1, module.fc2, module, "act"
-        elif (
-            isinstance(module, nn.Sequential)
-            and hasattr(module, "gelu")
-            and type(module.gelu).__name__ == "QuickGELU"
-        ) and type(getattr(module, "ln", None)) in (type(None), nn.Identity):
-            yield module.c_fc, module.c_proj, module, "gelu"
+        if type(module) is Mlp:
+            if type(module.act) is QuickGELU and type(module.norm) is nn.Identity:
+                yield module.fc1, module.fc2, module, "act"
+        elif isinstance(module, nn.Sequential) and hasattr(module, "gelu"):
+            norm = getattr(module, "ln", None)
+            if type(module.gelu).__name__ == "QuickGELU" and (
+                norm is None or type(norm) is nn.Identity
+            ):
+                yield module.c_fc, module.c_proj, module, "gelu"
 
 
 def cast_weights(teacher: Teacher) -> str:
-    """Matrices, kernels and their biases in the 16-bit dtype that autocast casts them to at every call: the same bits.
+    """Cast weights once to the 16-bit dtype that autocast casts them to at every call.
 
-    Autocast remembers such a copy only for weights that are trained; for a frozen model it is made again by every call and lives
-    until backward. Norms, embeddings and everything else stay float32.
+    Results are bit-equal. Only matrices, kernels and their biases are cast.
+
+    Autocast caches such a copy only for trained weights; for a frozen model every call makes a new
+    one, which lives until backward. Norms, embeddings and everything else stay float32.
     """
     dtype = getattr(torch, teacher.precision.teacher)
     if not teacher.precision.amp or dtype == torch.float32:
@@ -169,7 +190,3 @@ def cast_weights(teacher: Teacher) -> str:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     return ""
-
-
-def _times(tensor: Tensor, factor: float) -> Tensor:
-    return (tensor.double() * factor).to(tensor.dtype)

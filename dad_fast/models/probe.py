@@ -1,7 +1,10 @@
-"""A linear probe: a teacher's frozen image encoder under a new linear layer, which alone is trained, saved and averaged.
+"""Linear probe: a teacher's frozen image encoder under a new linear layer.
 
-Its file holds `weight` [C, F] and `bias` [C], and in its metadata the teacher's name and a hash of the encoder. It is a
-`--teacher-head` file too: with it the probe can teach a student.
+Only the layer is trained, saved and averaged.
+
+The file of a probe holds `weight` [C, F] and `bias` [C], and as metadata the teacher's name and a
+hash of the encoder. The file also works as a `--teacher-head`, so that the probe can teach a
+student.
 """
 
 from __future__ import annotations
@@ -19,19 +22,31 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.errors import DataError, UsageError
-from dad_fast.models.student import CLASSES, PROBE, Student, checkpoint_file
-from dad_fast.models.teacher import Teacher, check_classes, load_teacher
-from dad_fast.models.weights.declared import checked_probe, recorded_classes, without_downloads
-from dad_fast.models.weights.files import load_strictly, read_state_dict
-from dad_fast.models.weights.fingerprint import fingerprint
+from dad_fast.models.load_teacher import load_teacher
+from dad_fast.models.registry import is_registered
+from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.teacher import Teacher
+from dad_fast.models.weights.declared import (
+    CLASSES,
+    PROBE,
+    check_classes,
+    check_encoder,
+    probe_spec,
+    recorded_classes,
+)
+from dad_fast.models.weights.files import fingerprint, load_strictly, read_state_dict
+from dad_fast.models.weights.limits import without_downloads
+from dad_fast.registry import PYTHON
 
+# Prefix of the encoder's keys in a probe's state dict
 ENCODER = "encoder."
 
 
 class Probe(Student):
-    """Encoder and linear layer as one classifier: pixels float [B, 3, H, W] in [0, 1] -> logits float32 [B, C].
+    """Encoder and linear layer: pixels float [B, 3, H, W] in [0, 1] -> logits float32 [B, C].
 
-    The encoder is shared with whoever gave it: it stays in eval mode, needs no gradient, and is in no state dict and no copy.
+    The encoder stays in eval mode and needs no gradient. State dicts omit it, and copies of the
+    probe share it.
     """
 
     def __init__(self, encoder: Teacher, spec: Mapping[str, Any]) -> None:
@@ -53,11 +68,14 @@ class Probe(Student):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """What the linear layer sees, float32 [B, F]: for CLIP unit image features, as its zero-shot head has them."""
+        """Return the input of the linear layer, float32 [B, F], normalised for CLIP."""
         return self.encoder.features(pixels)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Float32 [B, C] of features [B, F], whatever autocast is on: the layer is too small to gain by it."""
+        """Return logits float32 [B, C] of features [B, F].
+
+        Ignores autocast: the layer is too small to gain from it.
+        """
         with torch.autocast(features.device.type, enabled=False):
             logits: Tensor = self.model(features.float())
         return logits
@@ -67,7 +85,8 @@ class Probe(Student):
 
     @property
     def has_batch_stats(self) -> bool:
-        return False  # those of the encoder are fixed
+        # Those of the encoder are fixed.
+        return False
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         return dict(self.model.state_dict()), {PROBE: json.dumps(self.spec)}
@@ -93,11 +112,13 @@ def build_probe(
     init: Literal["zeros", "zero-shot"] = "zeros",
     init_from: str = "",
 ) -> Probe:
-    """A new probe on `teacher`'s encoder; `img_size` 0 is the encoder's own.
+    """Build a new probe on `teacher`'s encoder; `img_size` 0 is the encoder's own.
 
-    init: zeros, or the teacher's own head. init_from: the run (or file) of another probe on the same encoder, whose weights it starts from.
+    init: zeros, or the teacher's own head. init_from: the run (or file) of another probe on the
+    same encoder, to take the initial weights from.
 
-    Raises UsageError for a teacher that has no linear head to start from, DataError for a file that is no probe on this encoder.
+    Raises UsageError for a teacher without a linear head to start from, DataError for a file that
+    is no probe on this encoder.
     """
     side = teacher.image_size
     pixels = torch.zeros(1, 3, side, side, device=teacher.mean.device)
@@ -118,7 +139,8 @@ def build_probe(
     if init == "zero-shot":
         if teacher.whole is not None:
             raise UsageError(
-                f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; use --lp-init zeros"
+                f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; "
+                "use --lp-init zeros"
             )
         probe.model.weight.copy_(teacher.head_weight)
         probe.model.bias.copy_(teacher.head_bias)
@@ -133,38 +155,43 @@ def build_probe(
 
 
 def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Probe:
-    """The probe in a run's file, whose content is given, on the encoder that it names, in eval mode.
+    """Load the probe of a file with the given content, in eval mode, on the encoder that it names.
 
-    A teacher's file that is not where it was is looked for beside `path`; one of a hub is found in the hub's cache, and not
-    fetched. Raises DataError where the metadata is damaged or the encoder is another one, and what `load_teacher` raises where the
-    teacher cannot be had.
+    A teacher's file that has moved is looked for next to `path`; a hub's model is found in the
+    hub's cache and not downloaded. Raises DataError if the metadata is damaged or the encoder is
+    another one, and the errors of `load_teacher`.
     """
     spec = probe_spec(path, metadata)
-    if "weight" not in state or state["weight"].shape != (
-        spec["num_classes"],
-        spec["num_features"],
-    ):
+    num_classes, num_features = spec["num_classes"], spec["num_features"]
+    if "weight" not in state or state["weight"].shape != (num_classes, num_features):
         raise DataError(
-            f"{path}: its weight is not of the {spec['num_classes']:,} classes and {spec['num_features']:,} features that it says"
+            f"{path}: its weight does not have the {num_classes:,} classes and {num_features:,} "
+            "features of its metadata"
         )
-    classes = recorded_classes(path, metadata.get(CLASSES), spec["num_classes"])
+    classes = recorded_classes(path, metadata.get(CLASSES), num_classes)
     name = _found(spec["teacher"], path)
-    # Its own file is the head, so that no text tower is asked for one; timm's models bring theirs.
-    head = "" if name.startswith("timm:") else str(path)
-    if (
-        (timm_name := name.removeprefix("timm:")) != name
-        and "@" not in name
-        and not _on_hub(timm_name)
-    ):
+    if name.startswith(PYTHON):
+        # Importing a module because a file names it would let the file run code.
+        raise DataError(
+            f"{path}: its encoder {name} is a user's own module, which is never imported because "
+            "a file names it; train the probe on a registered teacher"
+        )
+    timm_name = name.removeprefix("timm:")
+    is_timm = timm_name != name
+    if is_timm and "@" not in name and not _on_hub(timm_name):
         raise DataError(
             f"{path}: its encoder {name} has no weights on a hub; train it on timm:{timm_name}@FILE"
         )
+    # The probe's own file is the head, so that no text tower is needed to make one; timm's models
+    # bring theirs.
+    head = "" if is_timm else str(path)
     with without_downloads():
         teacher = load_teacher(
             TeacherConfig(name=name, head=head), classes, PrecisionConfig(), torch.device("cpu")
         )
     teacher.name = spec["teacher"]
-    if not head:  # else that of the head's file was checked on loading
+    # Reading a head file that is a probe compares the encoder's fingerprint already.
+    if is_timm:
         check_encoder(str(path), spec, fingerprint(teacher.encoder))
     probe = Probe(teacher, spec)
     load_strictly(probe.model, state, path)
@@ -176,32 +203,13 @@ def _on_hub(name: str) -> bool:
     return known is not None and bool(known.hf_hub_id)
 
 
-def probe_spec(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a probe's file says of itself; DataError where it is none or its metadata is damaged."""
-    if PROBE not in metadata:
-        raise DataError(
-            f"{path}: not a linear probe of dad-fast (no {PROBE} in its metadata); name the run of an --method lp-clip"
-        )
-    try:
-        return checked_probe(metadata[PROBE])
-    except ValueError as error:
-        raise DataError(f"{path}: its metadata {PROBE} is damaged ({error})") from None
-
-
-def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:
-    """DataError where the encoder with the fingerprint `sha256` is not the one that the probe was trained on."""
-    if spec["encoder_sha256"] != sha256:
-        raise DataError(
-            f"{where}: this probe belongs to another encoder ({spec['encoder_sha256'][:12]}…) than {spec['teacher']} now is "
-            f"({sha256[:12]}…); give the weights that it was trained on"
-        )
-
-
 def _found(name: str, path: Path) -> str:
-    """`name`, with its file replaced by that of the same name beside `path` where it is not where it was."""
-    has_scheme = name.startswith(("open_clip:", "hf-hub:", "timm:", "embedded:"))
+    """Replace a moved file in `name` by the file of that name next to `path`, if there is one."""
+    has_scheme = is_registered(name)
     before, at, file = name.rpartition("@") if has_scheme else ("", "", name)
     if has_scheme and not at:
         return name
-    beside = path.parent / Path(file).name
-    return f"{before}{at}{beside}" if not Path(file).exists() and beside.is_file() else name
+    neighbour = path.parent / Path(file).name
+    if not Path(file).exists() and neighbour.is_file():
+        return f"{before}{at}{neighbour}"
+    return name

@@ -1,6 +1,9 @@
-"""The zero-shot head: class names and prompts through CLIP's text tower (Radford et al., arXiv 2103.00020, section 3.1).
+"""Zero-shot head: class names and prompts through CLIP's text tower.
 
-ImageNet's 80,000 prompts take minutes on a CPU, so a head of many prompts is kept in the cache, by what it was made from.
+Source: Radford et al., arXiv 2103.00020, section 3.1.
+
+ImageNet's 80,000 prompts take minutes on a CPU, so a head of many prompts is cached, under a hash
+of all that it depends on.
 """
 
 from __future__ import annotations
@@ -11,27 +14,28 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from dad_fast.cache import cache_dir, write_cache
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, UsageError
-from dad_fast.models.weights.files import read_state_dict
-from dad_fast.models.weights.fingerprint import fingerprint
+from dad_fast.models.weights.files import fingerprint, read_state_dict
 
+# Number of prompts from which on a head is cached
 MANY_PROMPTS = 2000
+# Seconds between progress lines where stderr is no terminal
 LINE_SECONDS = 10.0
 SIMPLE = ("a photo of a {}.",)
 _WNID = re.compile(r"n\d{8}")
 
 
 def is_imagenet(classes: ClassMap) -> bool:
-    """Whether every class folder is a wnid of ImageNet-1k."""
+    """Return whether every class folder is a wnid of ImageNet-1k."""
     return all(_WNID.fullmatch(folder) for folder in classes.folders) and set(
         classes.folders
     ) <= set(_imagenet_wnids())
@@ -44,13 +48,13 @@ def _imagenet_wnids() -> list[str]:
 
 
 def imagenet_columns(classes: ClassMap) -> list[int]:
-    """The output of an ImageNet-1k head that belongs to each class of `classes`, by wnid."""
+    """Return the index of each class of `classes` in an ImageNet-1k head, by wnid."""
     position = {wnid: i for i, wnid in enumerate(_imagenet_wnids())}
     return [position[folder] for folder in classes.folders]
 
 
 def prompt_names(classes: ClassMap) -> list[str]:
-    """What stands for each class in a prompt: OpenAI's names for ImageNet, else the class map's."""
+    """Return the names of classes in prompts: OpenAI's for ImageNet, else the class map's."""
     if not is_imagenet(classes):
         return classes.names
     from open_clip import IMAGENET_CLASSNAMES
@@ -61,7 +65,12 @@ def prompt_names(classes: ClassMap) -> list[str]:
 def resolve_templates(
     templates: str | Sequence[str], classes: ClassMap, own: Sequence[str] = ()
 ) -> list[str]:
-    """Prompts with one {} each. "auto" takes the weights' `own`, else ImageNet's 80 where the classes are ImageNet's, else "simple"."""
+    """Return prompts with one {} each.
+
+    "auto" takes the weights' `own`, else the 80 of ImageNet for its classes, else "simple".
+
+    Raises DataError for a file that does not exist, UsageError for a prompt without exactly one {}.
+    """
     if not isinstance(templates, str):
         found = list(templates)
     elif templates == "auto" and own:
@@ -73,19 +82,18 @@ def resolve_templates(
     elif templates in ("auto", "simple"):
         found = list(SIMPLE)
     elif Path(templates).is_file():
-        found = [
-            line.strip()
-            for line in Path(templates).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        lines = [line.strip() for line in Path(templates).read_text(encoding="utf-8").splitlines()]
+        found = [line for line in lines if line]
     else:
         raise DataError(
-            f"--templates {templates}: no such file; give auto, imagenet, simple, or a text file with one prompt a line"
+            f"--templates {templates}: no such file; give auto, imagenet, simple, or a text file "
+            "with one prompt a line"
         )
     wrong = [prompt for prompt in found if prompt.count("{}") != 1]
     if wrong or not found:
+        problem = repr(wrong[0]) if wrong else "an empty list"
         raise UsageError(
-            f"--templates: {wrong[0] if wrong else 'an empty list'!r}: each prompt needs one {{}} where the class name goes"
+            f"--templates: {problem}: each prompt needs one {{}} where the class name goes"
         )
     return found
 
@@ -96,9 +104,11 @@ def zero_shot_head(
     names: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:
-    """Weight [C, F] of unit rows: for each name the mean of its prompts' unit text features, made unit again.
+    """Return the weight [C, F] of a zero-shot head.
 
-    `tokenizer` makes the tokenizer, which is not needed where a head of many prompts is in the cache.
+    Each row is the mean of the normalised text features of a name's prompts, normalised again.
+
+    `tokenizer` makes the tokenizer, and is not called for a cached head.
     """
     if len(names) * len(templates) < MANY_PROMPTS:
         return _compute(clip, tokenizer(), names, templates)
@@ -109,48 +119,51 @@ def zero_shot_head(
     path = cache_dir() / "heads" / f"{hashlib.sha256(made_from.encode()).hexdigest()}.safetensors"
     try:
         weight = read_state_dict(path)[0]["weight"].to(device)
-        if (
-            weight.ndim == 2
-            and len(weight) == len(names)
-            and torch.allclose(weight.float().norm(dim=1), weight.new_ones((), dtype=torch.float))
-        ):
+        if _is_head(weight, len(names)):
             return weight
-    except (DataError, KeyError):  # not there yet, or damaged: it is made again
+    except (DataError, KeyError):
+        # Not cached yet, or damaged: compute it.
         pass
     weight = _compute(clip, tokenizer(), _counted(names), templates)
     write_cache(path, save({"weight": weight.cpu().contiguous()}))
     return weight
 
 
-@torch.no_grad()
+def _is_head(weight: Tensor, num_classes: int) -> bool:
+    """Return whether `weight` has one normalised row for each class."""
+    if weight.ndim != 2 or len(weight) != num_classes:
+        return False
+    norms = weight.float().norm(dim=1)
+    return torch.allclose(norms, torch.ones_like(norms))
+
+
 def _compute(
     clip: nn.Module,
     tokenize: Callable[[list[str]], Tensor],
     names: Sequence[str] | Iterator[str],
     templates: Sequence[str],
 ) -> Tensor:
+    from open_clip import build_zero_shot_classifier
+
     device = next(clip.parameters()).device
-    rows = []
-    for name in names:
-        tokens = tokenize([template.replace("{}", name) for template in templates]).to(device)
-        features = F.normalize(clip.encode_text(tokens).float(), dim=-1)  # [templates, F]
-        rows.append(F.normalize(features.mean(dim=0), dim=-1))
+    # Functions, not format strings: a prompt may hold other braces.
+    prompts = [partial(template.replace, "{}") for template in templates]
+    rows = [
+        build_zero_shot_classifier(clip, tokenize, [name], prompts, device=device)[:, 0]
+        for name in names
+    ]
     return torch.stack(rows)
 
 
 def _counted(names: Sequence[str]) -> Iterator[str]:
-    """The names, counted on a terminal, and elsewhere on a line now and then."""
-    terminal, last = sys.stderr.isatty(), time.monotonic()
+    """Yield the names and print progress, every `LINE_SECONDS` where stderr is no terminal."""
+    is_terminal, last = sys.stderr.isatty(), time.monotonic()
     for done, name in enumerate(names):
-        if terminal or time.monotonic() - last > LINE_SECONDS:
+        if is_terminal or time.monotonic() - last > LINE_SECONDS:
             last = time.monotonic()
             text = f"zero-shot head: {done:,} of {len(names):,} classes"
-            print(
-                f"\r{text}" if terminal else text,
-                end="" if terminal else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            start, end = ("\r", "") if is_terminal else ("", "\n")
+            print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
         yield name
-    if terminal:
+    if is_terminal:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -37,8 +37,8 @@ from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.registry import Unknown, classes_of, open_suites, open_unknown
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.run_log import environment
+from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.student import checkpoint_file
-from dad_fast.models.teacher import load_teacher
 
 STOPPED = "stopped: what stands above is whole; run the same command again"
 

@@ -23,10 +23,10 @@ from dad_fast.data.sources.decode import EXTENSIONS, DecodeError, read_rgb
 from dad_fast.data.sources.names import shown
 from dad_fast.distributed.device import resolve_device
 from dad_fast.errors import DataError, UsageError
+from dad_fast.models.load_student import load_student, run_settings, take_view
 from dad_fast.models.onnx_student import OnnxStudent
-from dad_fast.models.run_settings import run_settings, take_view
-from dad_fast.models.student import CLASSES, Student, checkpoint_file, load_student
-from dad_fast.models.weights.declared import recorded_classes
+from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
 Said = list[tuple[float, int]]  # confidence and class, the likeliest first
 

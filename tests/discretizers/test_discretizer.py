@@ -1,4 +1,4 @@
-"""Discretizers: images in [0, 1] without gradient, codes where there are some, precision per stage, one line for each mistake."""
+"""Tests of discretizers: images, codes, precision per stage, one-line errors."""
 
 import io
 
@@ -55,24 +55,21 @@ def test_vqgan_from_a_file(vqgan, tmp_path):
         sha256_file(tmp_path / "own.safetensors"),
     )
     images, codes = discretizer(pixels)
-    assert (
-        images.shape == pixels.shape and images.dtype == torch.float32 and not images.requires_grad
-    )
+    assert images.shape == pixels.shape
+    assert images.dtype == torch.float32
+    assert not images.requires_grad
     assert codes.shape == (2, 8, 6) and codes.dtype == torch.int64
-    assert torch.equal(images, vqgan.eval().decode(codes)) and torch.equal(
-        codes, vqgan.codes(pixels)
-    )
+    assert torch.equal(images, vqgan.eval().decode(codes))
+    assert torch.equal(codes, vqgan.codes(pixels))
     taming = load(tmp_path / "taming.ckpt")
-    assert (
-        torch.equal(taming(pixels).images, images)
-        and taming.provenance == "not recorded in the weights"
-    )
+    assert torch.equal(taming(pixels).images, images)
+    assert taming.provenance == "not recorded in the weights"
     assert not any(p.requires_grad for p in taming.vqgan.parameters()) and not taming.vqgan.training
 
 
-@pytest.mark.parametrize("savings", [None, VQGANOptimizations()])
-def test_precision_of_each_stage(vqgan, savings, monkeypatch):
-    """With amp the encoder's and the decoder's own dtype; the lookup sees float32 whatever surrounds it."""
+@pytest.mark.parametrize("optimizations", [None, VQGANOptimizations()])
+def test_precision_of_each_stage(vqgan, optimizations, monkeypatch):
+    """Encoder and decoder run in their own dtypes under amp; the lookup always gets float32."""
     seen = []
 
     def search(self, latents):
@@ -85,35 +82,37 @@ def test_precision_of_each_stage(vqgan, savings, monkeypatch):
     pixels = torch.rand(1, 3, 8, 8)
     exact = VQGANDiscretizer(vqgan, FLOAT32)(pixels)
     mixed = VQGANDiscretizer(
-        vqgan, PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"), savings=savings
+        vqgan,
+        PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16"),
+        optimizations=optimizations,
     )
-    assert mixed.encode(pixels).dtype == torch.float16 and mixed.fused.decode(
-        exact.codes
-    ).dtype in (torch.bfloat16, torch.float32)
+    assert mixed.encode(pixels).dtype == torch.float16
+    assert mixed.fused.decode(exact.codes).dtype in (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         images, codes = mixed(pixels)
     assert images.dtype == torch.float32 and torch.equal(codes, vqgan.lookup(mixed.encode(pixels)))
     with torch.autocast("cpu", torch.bfloat16):
         plain = vqgan.decode(codes)
     assert_as_exact(images, plain, vqgan.decode(codes))
-    assert error(images, vqgan.decode(codes)) > 1e-4  # float32's is a thousandth of that
+    # Float32's is a thousandth of that
+    assert error(images, vqgan.decode(codes)) > 1e-4
     clear = clearly_nearest(vqgan.encode(pixels), vqgan.codebook)
     assert clear.float().mean() > 0.8
     for precision in (FLOAT32, PrecisionConfig(amp=True, encoder="float32", decoder="float32")):
-        images, codes = VQGANDiscretizer(vqgan, precision, savings=savings)(pixels)
+        images, codes = VQGANDiscretizer(vqgan, precision, optimizations=optimizations)(pixels)
         assert torch.equal(codes[clear], exact.codes[clear])
         assert_same_function(images, vqgan.decode(codes))
     assert seen == [torch.float32] * 5
 
 
-def test_without_amp_it_is_the_plain_model_bit_for_bit(vqgan):
+def test_without_amp_it_equals_the_plain_model_bit_for_bit(vqgan):
     pixels = torch.rand(2, 3, 16, 12)
     images, codes = VQGANDiscretizer(vqgan, FLOAT32)(pixels)
     assert torch.equal(codes, vqgan.codes(pixels)) and torch.equal(images, vqgan.decode(codes))
 
 
 def test_fit_float16(vqgan, tmp_path):
-    """Only what runs in float16 is scaled, only where it must be, and then its latents are finite."""
+    """Only a float16 half whose activations overflow is scaled, and then its latents are finite."""
     pixels = torch.rand(2, 3, 16, 12)
     half = PrecisionConfig(amp=True, encoder="float16", decoder="bfloat16")
     assert VQGANDiscretizer(vqgan, half).fit_float16(pixels) == ""
@@ -124,17 +123,15 @@ def test_fit_float16(vqgan, tmp_path):
     assert VQGANDiscretizer(vqgan, FLOAT32).fit_float16(pixels) == ""
     discretizer = VQGANDiscretizer(vqgan, half)
     assert not discretizer.encode(pixels).isfinite().all()
-    assert (
-        "encoder runs at 2^-" in (line := discretizer.fit_float16(pixels))
-        and "decoder" not in line
-        and "\n" not in line
-    )
+    line = discretizer.fit_float16(pixels)
+    assert "encoder runs at 2^-" in line
+    assert "decoder" not in line
+    assert "\n" not in line
     torch.testing.assert_close(
         discretizer.encode(pixels).float(), exact, rtol=0, atol=0.02 * exact.std().item()
     )
-    vqgan.save(
-        tmp_path / "loud.safetensors", seen=""
-    )  # a file is fitted when it is loaded, by synthetic images
+    # A file is fitted when it is loaded, by synthetic images
+    vqgan.save(tmp_path / "loud.safetensors", seen="")
     loaded = load(tmp_path / "loud.safetensors", half)
     assert "encoder runs at 2^-" in loaded.range_note
     torch.testing.assert_close(
@@ -142,7 +139,7 @@ def test_fit_float16(vqgan, tmp_path):
     )
 
 
-def test_a_size_that_the_factor_does_not_divide(vqgan):
+def test_image_size_must_be_a_multiple_of_the_factor(vqgan):
     with pytest.raises(UsageError, match=r"15x16 .* 2x2 .* --img-size that is a multiple of 2"):
         VQGANDiscretizer(vqgan, FLOAT32)(torch.rand(1, 3, 15, 16))
 
@@ -153,18 +150,16 @@ def test_identity():
     assert torch.equal(images, pixels) and not images.requires_grad and codes is None
 
 
-def test_jpeg_is_pillows():
-    """Levels of 8 bits, one file an image: what reading back a stored JPEG gives."""
+def test_jpeg_equals_pillow():
+    """Equals a JPEG file of each image, written and read again by Pillow."""
     ramp = torch.linspace(0, 1, 48)
     image = torch.stack((ramp.expand(32, 48), ramp.flip(0).expand(32, 48), torch.rand(32, 48)))
     pixels = image.repeat(2, 1, 1, 1).requires_grad_()
     images, codes = load("jpeg:30")(pixels)
-    assert (
-        codes is None
-        and images.shape == pixels.shape
-        and images.dtype == torch.float32
-        and not images.requires_grad
-    )
+    assert codes is None
+    assert images.shape == pixels.shape
+    assert images.dtype == torch.float32
+    assert not images.requires_grad
     file = io.BytesIO()
     levels = (pixels[0].detach() * 255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(levels).save(file, "JPEG", quality=30)
@@ -183,14 +178,14 @@ def test_jpeg_needs_a_quality(name):
 
 
 @pytest.mark.parametrize("name", ["", "vqgan", "f8-16384"])
-def test_a_name_that_is_none(name):
+def test_unknown_names_are_refused(name):
     with pytest.raises(
         UsageError, match=f"--discretizer '{name}': no such file; write a .ckpt .*jpeg:75"
     ):
         load(name)
 
 
-def test_files_that_are_none(tmp_path):
+def test_unusable_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="nowhere.ckpt: no such weights file"):
         load(tmp_path / "nowhere.ckpt")
     with pytest.raises(

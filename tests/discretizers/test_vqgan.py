@@ -1,4 +1,4 @@
-"""VQGAN: taming's keys, the published sizes, and outputs and codes equal to an independent float64 evaluation."""
+"""Tests of VQGAN: taming's keys, published sizes, parity with an independent implementation."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ DEMO_LIKE = VQGANConfig(
 
 
 class Independent:
-    """The architecture once more, straight from a state dict in float64: no module of the package, attention written out."""
+    """Independent float64 implementation on a state dict, without any module of the package."""
 
     def __init__(self, state, groups=32):
         self.p = {key: tensor.double() for key, tensor in state.items()}
@@ -137,14 +137,15 @@ class Independent:
 
 
 def random_vqgan(config, seed=0):
-    """A VQGAN whose every tensor, biases and norms too, is random, with a codebook around its latents."""
+    """VQGAN with random tensors, biases and norms included, and a codebook around its latents."""
     torch.manual_seed(seed)
     vqgan = VQGAN(config)
     with torch.no_grad():
         for parameter in vqgan.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-        latents = vqgan.encode(torch.rand(4, 3, 64, 64)).permute(0, 2, 3, 1).flatten(0, 2)  # [N, D]
+        # [N, D]
+        latents = vqgan.encode(torch.rand(4, 3, 64, 64)).permute(0, 2, 3, 1).flatten(0, 2)
         entries = latents[torch.randint(len(latents), (config.n_embed,))]
         vqgan.codebook.copy_(entries + 0.5 * latents.std(dim=0) * torch.randn_like(entries))
     return vqgan.eval().requires_grad_(False)
@@ -161,25 +162,25 @@ def test_equals_an_independent_float64_evaluation(config):
         latents.double(), expected, rtol=1e-4, atol=1e-4 * expected.std().item()
     )
 
+    # [N, K]
     distances = torch.cdist(
         expected.permute(0, 2, 3, 1).reshape(-1, config.embed_dim), vqgan.codebook.double()
-    )  # [N, K]
+    )
     codes = vqgan.codes(pixels)
     assert codes.dtype == torch.int64 and len(codes.unique()) > 4
     nearest_two = distances.topk(2, largest=False).values
-    clear = (
-        nearest_two[:, 1] - nearest_two[:, 0] > 1e-3 * expected.std()
-    )  # further apart than float32's error in the latents
+    # Further apart than float32's error in the latents
+    clear = nearest_two[:, 1] - nearest_two[:, 0] > 1e-3 * expected.std()
     assert clear.double().mean() > 0.9
     assert torch.equal(codes.flatten()[clear], distances.argmin(dim=1)[clear])
-    own = (
-        latents.double().permute(0, 2, 3, 1).reshape(-1, config.embed_dim)
-    )  # and of the latents as they are, every code is exact
+    # And of the latents as they are, every code is exact
+    own = latents.double().permute(0, 2, 3, 1).reshape(-1, config.embed_dim)
     assert torch.equal(codes.flatten(), torch.cdist(own, vqgan.codebook.double()).argmin(dim=1))
 
     images, expected = vqgan.decode(codes), exact.decode(codes)
     assert images.shape == pixels.shape and images.min() >= 0 and images.max() <= 1
-    assert ((expected > 0) & (expected < 1)).double().mean() > 0.02  # not everything is clamped
+    # Not everything is clamped
+    assert ((expected > 0) & (expected < 1)).double().mean() > 0.02
     assert_same_function(images.double(), expected)
 
 
@@ -188,7 +189,7 @@ def test_equals_an_independent_float64_evaluation(config):
     "name, encoder, decoder, millions",
     [("f8-16384", 172.0, 360.1, 67.7), ("f16-1024", 105.9, 193.4, 72.1)],
 )
-def test_published_sizes(name, encoder, decoder, millions):
+def test_number_of_parameters_of_published_models(name, encoder, decoder, millions):
     with torch.device("meta"):
         vqgan = VQGAN(PRESETS[name])
         with FlopCounterMode(display=False) as encoding:
@@ -200,8 +201,8 @@ def test_published_sizes(name, encoder, decoder, millions):
     assert sum(p.numel() for p in vqgan.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_keys_are_tamings():
-    """The names of a published f8 checkpoint, by pattern: 2 blocks a level down, 3 up, attention on the last level."""
+def test_keys_equal_those_of_taming():
+    """Compare with the names of a published f8 checkpoint, by pattern."""
     with torch.device("meta"):
         keys = list(VQGAN(PRESETS["f8-16384"]).state_dict())
     modules = {key.rpartition(".")[0] for key in keys}
@@ -228,7 +229,8 @@ def test_keys_are_tamings():
             f"{half}.{levels}.{i}.{move}.conv"
             for i in (range(3) if move == "downsample" else range(1, 4))
         }
-    # a 1x1 convolution where the width changes: 128 -> 256 and 256 -> 512 down, 512 -> 256 and 256 -> 128 up
+    # a 1x1 convolution where the width changes: 128 -> 256 and 256 -> 512 down, 512 -> 256 and 256
+    # -> 128 up
     expected |= {
         f"{name}.block.0.nin_shortcut"
         for name in ("encoder.down.1", "encoder.down.3", "decoder.up.2", "decoder.up.0")
@@ -240,7 +242,7 @@ def test_keys_are_tamings():
 
 
 def test_lightning_checkpoint(tmp_path):
-    """{"state_dict": …} with the discriminator's weights in it; the config comes from the shapes."""
+    """Load {"state_dict": …} with the discriminator's weights; the config comes from the shapes."""
     vqgan = random_vqgan(F8_LIKE)
     training = {
         "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
@@ -262,14 +264,14 @@ def test_lightning_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_config_from_shapes(name, tmp_path):
+def test_config_is_inferred_from_shapes(name, tmp_path):
     from dad_fast.discretizers.vqgan.config import infer_config
 
     with torch.device("meta"):
         assert infer_config(VQGAN(PRESETS[name]).state_dict(), "x") == PRESETS[name]
 
 
-def test_own_file(tmp_path):
+def test_saved_file_loads(tmp_path):
     vqgan = random_vqgan(DEMO_LIKE)
     vqgan.save(tmp_path / "own.safetensors", seen="nothing but noise")
     loaded, seen = VQGAN.load_with_provenance(tmp_path / "own.safetensors")
@@ -331,7 +333,7 @@ def test_other_weights_are_refused(tmp_path, how):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_autocast_does_not_reach_the_lookup():
+def test_lookup_ignores_autocast():
     vqgan = random_vqgan(F8_LIKE)
     latents = vqgan.encode(torch.rand(2, 3, 32, 32))
     exact = torch.cdist(
@@ -339,7 +341,8 @@ def test_autocast_does_not_reach_the_lookup():
     ).argmin(dim=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(vqgan.lookup(latents).flatten(), exact)
-        assert vqgan.encode(torch.rand(1, 3, 32, 32)).dtype == torch.bfloat16  # autocast was on
+        # Autocast was on
+        assert vqgan.encode(torch.rand(1, 3, 32, 32)).dtype == torch.bfloat16
 
 
 def test_a_frozen_codebook_is_prepared_once():
@@ -401,7 +404,7 @@ def test_the_lookup_follows_the_codebook(change):
     assert torch.equal(vqgan.lookup(latents).flatten(), exact)
 
 
-def test_a_copy_has_its_own_lookup():
+def test_a_copy_has_its_own_search():
     vqgan = random_vqgan(F8_LIKE).requires_grad_(False)
     latents = torch.randn(2, 4, 9, 9)
     codes = vqgan.lookup(latents)
@@ -411,14 +414,14 @@ def test_a_copy_has_its_own_lookup():
     assert set(other.state_dict()) == set(vqgan.state_dict())
 
 
-def test_latents_that_are_not_finite_are_counted():
+def test_non_finite_latents_are_counted():
     vqgan = random_vqgan(F8_LIKE).requires_grad_(False)
     latents = torch.randn(2, 4, 9, 9)
     latents[0, 1, 2, 3] = torch.nan
     assert vqgan.lookup(latents)[0, 2, 3] == 0 and vqgan.search().num_nonfinite == 1
 
 
-def test_sides_that_do_not_divide():
+def test_indivisible_image_sides_are_refused():
     with pytest.raises(UsageError, match="--img-size that is a multiple of 4"):
         random_vqgan(DEMO_LIKE).codes(torch.rand(1, 3, 30, 28))
 

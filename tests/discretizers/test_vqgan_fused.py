@@ -1,4 +1,4 @@
-"""The fused VQGAN: the same function as the plain one, to the bit where nothing is saved, to rounding where something is."""
+"""Tests of the fused VQGAN: parity with the plain one, and float16's range."""
 
 from dataclasses import fields
 
@@ -9,6 +9,7 @@ pytest.importorskip("safetensors")
 from torch.utils.flop_counter import FlopCounterMode
 
 from dad_fast.discretizers.vqgan.float16_range import HEADROOM, probe_range, scale_for
+from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.errors import UsageError
@@ -33,7 +34,7 @@ def double(vqgan):
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
-    """A VQGAN, pixels, their codes, and the float64 latents and images."""
+    """VQGAN, pixels, their codes, and latents and images in float64."""
     torch.manual_seed(0)
     vqgan = random_vqgan(MODELS[request.param])
     exact, pixels = double(vqgan), torch.rand(2, 3, 48, 16)
@@ -44,10 +45,10 @@ def case(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last):
+def test_without_optimizations_it_equals_the_plain_model_bit_for_bit(case, dtype, channels_last):
     vqgan, pixels, codes, _, _ = case
     pixels = pixels.to(memory_format=torch.channels_last) if channels_last else pixels
-    fused = vqgan.fuse(VQGANOptimizations.none(), encoder=dtype, decoder=dtype)
+    fused = FusedVQGAN(vqgan, VQGANOptimizations.none(), encoder=dtype, decoder=dtype)
     with torch.autocast("cpu", dtype if dtype in HALF else torch.bfloat16, enabled=dtype in HALF):
         latents, images = vqgan.encode(pixels), vqgan.decode(codes)
     assert torch.equal(fused.encode(pixels), latents) and torch.equal(fused.decode(codes), images)
@@ -55,14 +56,14 @@ def test_nothing_saved_is_the_plain_model_bit_for_bit(case, dtype, channels_last
 
 
 @pytest.mark.parametrize(
-    "savings",
+    "optimizations",
     [VQGANOptimizations(), VQGANOptimizations(norm_kernel=True), *map(only, NAMES)],
     ids=["default", "all", *NAMES],
 )
-def test_float32(case, savings):
-    """The 2x rule; and no code differs where float32 can tell the two nearest apart."""
+def test_error_in_float32_is_at_most_twice_that_of_the_plain_model(case, optimizations):
+    """No code differs either, where float32 can distinguish the two nearest entries."""
     vqgan, pixels, codes, latents, images = case
-    fused = vqgan.fuse(savings)
+    fused = FusedVQGAN(vqgan, optimizations)
     assert_as_exact(fused.encode(pixels), vqgan.encode(pixels), latents)
     assert_as_exact(fused.decode(codes), vqgan.decode(codes), images)
     clear = clearly_nearest(latents, vqgan.codebook)
@@ -71,23 +72,27 @@ def test_float32(case, savings):
     pixels.requires_grad_(False)
 
 
-def test_every_saving_is_exact_in_exact_arithmetic(case):
-    """In float64 nothing is left of the difference."""
+def test_every_optimization_is_exact_in_float64(case):
+    """The difference vanishes in float64."""
     vqgan, pixels, codes, latents, images = case
-    fused = double(vqgan).fuse(
-        encoder=torch.float64, decoder=torch.float64, encoder_scale=0.5, decoder_scale=2.0**-7
+    fused = FusedVQGAN(
+        double(vqgan),
+        encoder=torch.float64,
+        decoder=torch.float64,
+        encoder_scale=0.5,
+        decoder_scale=2.0**-7,
     )
-    assert (
-        error(fused.encode(pixels.double()), latents) < 1e-13
-        and error(fused.decode(codes), images) < 1e-13
-    )
+    assert error(fused.encode(pixels.double()), latents) < 1e-13
+    assert error(fused.decode(codes), images) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("norm_kernel", [False, True])
-def test_16_bit_error_is_at_most_twice_the_plain_models(case, dtype, norm_kernel):
+def test_error_in_16_bit_is_at_most_twice_that_of_the_plain_model(case, dtype, norm_kernel):
     vqgan, pixels, codes, latents, images = case
-    fused = vqgan.fuse(VQGANOptimizations(norm_kernel=norm_kernel), encoder=dtype, decoder=dtype)
+    fused = FusedVQGAN(
+        vqgan, VQGANOptimizations(norm_kernel=norm_kernel), encoder=dtype, decoder=dtype
+    )
     with torch.autocast("cpu", dtype):
         plain_latents, plain_images = vqgan.encode(pixels), vqgan.decode(codes)
         got = fused.encode(pixels)  # autocast around it changes nothing
@@ -99,16 +104,15 @@ def test_16_bit_error_is_at_most_twice_the_plain_models(case, dtype, norm_kernel
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_trained_weights(dtype):
-    """The embedded VQGAN: its codes in float32, and the 2x rule; trained projections are what merging them could have hurt."""
+def test_embedded_vqgan_keeps_its_codes(dtype):
+    """Merging trained projections changes no clear code."""
     vqgan = VQGAN.load(asset("digits-vqgan.safetensors")).eval().requires_grad_(False)
     exact, pixels = double(vqgan), torch.rand(8, 3, 28, 28)
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
     clear = clearly_nearest(latents, vqgan.codebook)
-    assert clear.float().mean() > 0.9 and torch.equal(
-        vqgan.fuse().codes(pixels)[clear], vqgan.lookup(latents)[clear]
-    )
-    fused = vqgan.fuse(encoder=dtype, decoder=dtype)
+    assert clear.float().mean() > 0.9
+    assert torch.equal(FusedVQGAN(vqgan).codes(pixels)[clear], vqgan.lookup(latents)[clear])
+    fused = FusedVQGAN(vqgan, encoder=dtype, decoder=dtype)
     with torch.autocast("cpu", dtype):
         assert error(fused.encode(pixels), latents) <= 2 * error(vqgan.encode(pixels), latents)
         assert error(fused.decode(codes), exact.decode(codes)) <= 2 * error(
@@ -126,13 +130,14 @@ def test_upsampling_at_every_border(height, width):
     torch.testing.assert_close(folded, plain(x), rtol=1e-13, atol=1e-13)
 
 
-# By hand, at 224 px: an attention saves two projections of 784 x 512 x 512 (f16: 196), and an upsampled convolution 5/9 of its FLOP.
+# By hand, at 224 px: an attention saves two projections of 784 x 512 x 512 (f16: 196), and an
+# upsampled convolution 5/9 of its FLOP.
 @pytest.mark.parametrize(
     "name, encode, decode", [("f8-16384", 169.5, 307.5), ("f16-1024", 105.3, 172.0)]
 )
-def test_flop(name, encode, decode):
+def test_flop_of_published_models(name, encode, decode):
     with torch.device("meta"):
-        fused = VQGAN(PRESETS[name]).fuse()
+        fused = FusedVQGAN(VQGAN(PRESETS[name]))
         with FlopCounterMode(display=False) as encoding:
             latents = fused.encode(torch.empty(1, 3, 224, 224))
         with FlopCounterMode(display=False) as decoding:
@@ -141,9 +146,9 @@ def test_flop(name, encode, decode):
     assert decoding.get_total_flops() / 1e9 == pytest.approx(decode, abs=0.1)
 
 
-def test_a_prepared_form_keeps_its_weights_and_its_checks():
+def test_fused_form_keeps_its_weights_and_checks():
     vqgan = random_vqgan(DEMO_LIKE)
-    fused, pixels = vqgan.fuse(), torch.rand(1, 3, 16, 16)
+    fused, pixels = FusedVQGAN(vqgan), torch.rand(1, 3, 16, 16)
     before = fused.encode(pixels)
     with torch.no_grad():
         vqgan.encoder.conv_in.weight.mul_(2)
@@ -157,19 +162,18 @@ def test_compiles_as_one_graph():
     vqgan = random_vqgan(DEMO_LIKE)
     pixels = torch.rand(1, 3, 16, 16)
     exact = double(vqgan).encode(pixels.double())
-    for savings in (VQGANOptimizations(), VQGANOptimizations(norm_kernel=True)):
-        fused = vqgan.fuse(savings, encoder=torch.bfloat16)
+    for optimizations in (VQGANOptimizations(), VQGANOptimizations(norm_kernel=True)):
+        fused = FusedVQGAN(vqgan, optimizations, encoder=torch.bfloat16)
         compiled = torch.compile(fused.encode, fullgraph=True, backend="aot_eager")
-        assert_as_exact(
-            compiled(pixels), fused.encode(pixels), exact
-        )  # bfloat16 kernels of other layouts round otherwise
+        # Bfloat16 kernels of other layouts round otherwise
+        assert_as_exact(compiled(pixels), fused.encode(pixels), exact)
 
 
-# --- float16's range ----------------------------------------------------------------------------------------------------------
+# --- float16's range ------------------------------------------------------------------------------
 
 
 def loud_vqgan():
-    """A VQGAN whose residual streams and branches leave float16's range, as float32 and as function the same as a quiet one's."""
+    """VQGAN whose residual streams and branches exceed float16's range."""
     vqgan = random_vqgan(F8_LIKE)
     with torch.no_grad():
         for half in (vqgan.encoder, vqgan.decoder):
@@ -186,75 +190,69 @@ def test_scaled_activations_fit_float16(norm_kernel):
     vqgan, pixels = loud_vqgan(), torch.rand(2, 3, 32, 32)
     exact = double(vqgan)
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
-    savings = VQGANOptimizations(norm_kernel=norm_kernel)
-    overflowing = vqgan.fuse(savings, encoder=torch.float16, decoder=torch.float16)
-    assert (
-        not overflowing.encode(pixels).isfinite().all()
-        and not overflowing.decode(codes).isfinite().all()
-    )
+    optimizations = VQGANOptimizations(norm_kernel=norm_kernel)
+    overflowing = FusedVQGAN(vqgan, optimizations, encoder=torch.float16, decoder=torch.float16)
+    assert not overflowing.encode(pixels).isfinite().all()
+    assert not overflowing.decode(codes).isfinite().all()
 
     found = probe_range(vqgan, pixels)
     assert max(found.encoder.values()) > 65504 and max(found.decoder.values()) > 65504
     assert found.encoder_scale < 2.0**-3 and found.decoder_scale < 2.0**-3
     scales = {"encoder_scale": found.encoder_scale, "decoder_scale": found.decoder_scale}
-    scaled = vqgan.fuse(savings, encoder=torch.float16, decoder=torch.float16, **scales)
-    assert (
-        error(scaled.encode(pixels), latents) < 3e-3
-        and error(scaled.decode(codes), exact.decode(codes)) < 5e-3
+    scaled = FusedVQGAN(
+        vqgan, optimizations, encoder=torch.float16, decoder=torch.float16, **scales
     )
+    assert error(scaled.encode(pixels), latents) < 3e-3
+    assert error(scaled.decode(codes), exact.decode(codes)) < 5e-3
 
     # A power of two changes no bit of float32.
-    one, other = vqgan.fuse(savings), vqgan.fuse(savings, **scales)
-    assert torch.equal(one.encode(pixels), other.encode(pixels)) and torch.equal(
-        one.decode(codes), other.decode(codes)
-    )
+    one, other = FusedVQGAN(vqgan, optimizations), FusedVQGAN(vqgan, optimizations, **scales)
+    assert torch.equal(one.encode(pixels), other.encode(pixels))
+    assert torch.equal(one.decode(codes), other.decode(codes))
 
 
 def test_eps_is_scaled_with_the_stream():
-    """A map so flat that group norm's eps decides: with the eps left alone the scaled form would be another function."""
+    """On a map so flat that group norm's eps decides, an unscaled eps would change the output."""
     vqgan, pixels = random_vqgan(DEMO_LIKE), torch.full((1, 3, 16, 16), 0.5)
     with torch.no_grad():
         vqgan.encoder.conv_in.weight.mul_(1e-4)
         vqgan.encoder.conv_in.bias.fill_(0.01)
     assert torch.equal(
-        vqgan.fuse(encoder_scale=2.0**-9).encode(pixels), vqgan.fuse().encode(pixels)
+        FusedVQGAN(vqgan, encoder_scale=2.0**-9).encode(pixels), FusedVQGAN(vqgan).encode(pixels)
     )
 
 
 def test_scale_for():
     assert scale_for(0.0) == scale_for(65504 / HEADROOM) == 1.0
-    assert scale_for(65504 / HEADROOM * 1.01) == 0.5 and scale_for(65504.0 * 4) == 1 / (
-        4 * HEADROOM
-    )
+    assert scale_for(65504 / HEADROOM * 1.01) == 0.5
+    assert scale_for(65504.0 * 4) == 1 / (4 * HEADROOM)
     with pytest.raises(ValueError, match="not finite"):
         scale_for(float("inf"))
 
 
-def test_a_quiet_model_is_left_alone():
+def test_small_activations_are_not_scaled():
     found = probe_range(random_vqgan(DEMO_LIKE), torch.rand(1, 3, 16, 16))
     assert found.encoder_scale == found.decoder_scale == 1.0
-    assert (
-        "encoder.down_1_attn_0.q" in found.encoder
-        and "decoder.up_2_upsample.conv" not in found.encoder
-    )
+    assert "encoder.down_1_attn_0.q" in found.encoder
+    assert "decoder.up_2_upsample.conv" not in found.encoder
 
 
-# --- CUDA ---------------------------------------------------------------------------------------------------------------------
+# --- CUDA -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
-    "savings",
+    "optimizations",
     [VQGANOptimizations(), VQGANOptimizations(norm_kernel=True), *map(only, NAMES)],
     ids=["default", "all", *NAMES],
 )
-def test_cuda_16_bit(dtype, savings):
+def test_cuda_error_in_16_bit_is_at_most_twice_that_of_the_plain_model(dtype, optimizations):
     vqgan = random_vqgan(F8_LIKE).cuda()
     exact, pixels = double(vqgan).cuda(), torch.rand(2, 3, 64, 96, device="cuda")
     latents, codes = exact.encode(pixels.double()), vqgan.codes(pixels)
     images = exact.decode(codes)
-    fused = vqgan.fuse(savings, encoder=dtype, decoder=dtype)
+    fused = FusedVQGAN(vqgan, optimizations, encoder=dtype, decoder=dtype)
     with torch.autocast("cuda", dtype), torch.no_grad():
         plain_latents, plain_images = vqgan.encode(pixels), vqgan.decode(codes)
     assert error(fused.encode(pixels), latents) <= 2 * error(plain_latents, latents)
@@ -264,10 +262,13 @@ def test_cuda_16_bit(dtype, savings):
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm_kernel", [False, True])
 def test_cuda_graph(norm_kernel):
-    """A captured pass gives what the eager one gives, on inputs it was not captured with."""
+    """Replaying a captured graph on new inputs equals the eager result."""
     vqgan = random_vqgan(F8_LIKE).cuda()
-    fused = vqgan.fuse(
-        VQGANOptimizations(norm_kernel=norm_kernel), encoder=torch.float16, decoder=torch.bfloat16
+    fused = FusedVQGAN(
+        vqgan,
+        VQGANOptimizations(norm_kernel=norm_kernel),
+        encoder=torch.float16,
+        decoder=torch.bfloat16,
     )
     pixels, codes = (
         torch.rand(2, 3, 64, 64, device="cuda"),

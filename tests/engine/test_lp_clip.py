@@ -21,9 +21,9 @@ from dad_fast.cli.main import main
 from dad_fast.engine.build import Builder
 from dad_fast.errors import UsageError
 from dad_fast.methods.lp_clip import consistency_loss, pseudo_labels, sample_weights
+from dad_fast.models.load_student import load_student
 from dad_fast.models.probe import build_probe
-from dad_fast.models.student import load_student
-from dad_fast.models.weights.fingerprint import fingerprint
+from dad_fast.models.weights.files import fingerprint
 from tests.numerics import assert_same_function
 
 pytestmark = pytest.mark.usefixtures("cache")

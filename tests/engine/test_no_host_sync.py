@@ -26,7 +26,7 @@ METHOD_NAMES = [name for name in METHODS if METHODS[name].terms]
 from dad_fast.models.optimizations import Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import build_student
 from tests.engine.test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer
-from tests.models.test_savings import timm_teacher
+from tests.models.test_optimizations import timm_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 CUDA = torch.device("cuda")

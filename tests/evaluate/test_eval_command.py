@@ -25,7 +25,8 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.evaluate.metrics.predictions import FIELDS, load_records
 from dad_fast.evaluate.models import load_subject
 from dad_fast.methods.settings import resolve
-from dad_fast.models.student import build_student, load_student, save_student
+from dad_fast.models.load_student import load_student
+from dad_fast.models.student import build_student, save_student
 
 CPU = torch.device("cpu")
 COLOURS = {"black": 0, "grey": 128, "white": 255}

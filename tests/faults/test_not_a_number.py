@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import STUDENT, write_parts
 
 from dad_fast.cli.main import main
-from dad_fast.models.student import load_student
+from dad_fast.models.load_student import load_student
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A weights file's own description is checked before a model is built from it: nothing fetched, nothing run, nothing absurdly large."""
+"""Tests of the checks of metadata: no downloads, no code, no huge models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ pytest.importorskip("safetensors")
 
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DataError, UsageError
-from dad_fast.models.student import build_student, load_student
+from dad_fast.models.load_student import load_student
+from dad_fast.models.student import build_student
 from dad_fast.models.weights.declared import checked_spec, recorded_classes
 from dad_fast.models.weights.files import write_safetensors
 
@@ -120,11 +121,11 @@ def test_hostile_descriptions(
     assert time.process_time() - start < 10
 
 
-def test_a_sound_description_is_taken_as_it_is() -> None:
+def test_a_valid_description_is_accepted_unchanged() -> None:
     assert checked_spec(json.dumps({**SPEC, "more": 1})) == SPEC
 
 
-def test_arguments_that_are_no_architectures_are_refused_in_training_too() -> None:
+def test_build_student_refuses_arguments_of_no_architecture() -> None:
     with pytest.raises(UsageError, match="student.model_kwargs: model_kwargs.checkpoint_path"):
         build_student(
             StudentConfig(name="resnet18", model_kwargs={"checkpoint_path": "x.pth"}), 3, 32
@@ -146,13 +147,13 @@ def test_arguments_that_are_no_architectures_are_refused_in_training_too() -> No
         '[["0x1",1,2]]',
     ],
 )
-def test_class_lists_that_are_none(text: str | None) -> None:
+def test_damaged_class_lists_are_refused(text: str | None) -> None:
     with pytest.raises(DataError) as caught:
         recorded_classes("m.safetensors", text, 3)
     assert str(caught.value).startswith("m.safetensors: ") and "\n" not in str(caught.value)
 
 
-def test_a_class_list_has_the_length_of_the_head() -> None:
+def test_class_list_must_have_the_length_of_the_head() -> None:
     text = json.dumps([[0, "ant", "ant"], [1, "bee", "bee"]])
     assert recorded_classes("m", text, 2).names == ["ant", "bee"]
     with pytest.raises(DataError, match="2 classes, its model 3 outputs"):
@@ -169,8 +170,8 @@ def test_a_class_list_has_the_length_of_the_head() -> None:
         "deit_tiny_patch16_224",
     ],
 )
-def test_students_of_many_kinds_are_read_back(tmp_path: Path, name: str) -> None:
-    """Models with buffers that are no parameters, and models whose classifier is replaced, fit their own files."""
+def test_students_of_many_architectures_load(tmp_path: Path, name: str) -> None:
+    """Models with extra buffers and models that replace their classifier fit their own files."""
     model = timm.create_model(name, num_classes=3)
     spec = {
         **SPEC,

@@ -1,4 +1,4 @@
-"""The demo's committed weights, and the script that makes them."""
+"""Tests of the demo's committed weights and of the script that makes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ for package in ("open_clip", "safetensors", "mlxtend", "sklearn"):
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.sources.embedded import EmbeddedSource
 from dad_fast.discretizers.registry import load_discretizer
-from dad_fast.models.teacher import load_teacher
+from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.weights.files import asset, read_state_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1].parent / "scripts"))
@@ -23,14 +23,14 @@ import make_demo_weights as script
 CPU = torch.device("cpu")
 
 
-def test_together_under_8_mb():
+def test_embedded_weights_are_under_8_mb():
     assert (
         sum(asset(f"digits-{kind}.safetensors").stat().st_size for kind in ("clip", "vqgan"))
         < 8_000_000
     )
 
 
-def test_teacher_is_good_zero_shot_on_digits_it_has_not_seen():
+def test_teacher_zero_shot_accuracy_on_unseen_digits():
     classes = EmbeddedSource("val").classes
     teacher = load_teacher(TeacherConfig(name="embedded:digits"), classes, PrecisionConfig(), CPU)
     for split in ("val", "optdigits"):
@@ -39,7 +39,8 @@ def test_teacher_is_good_zero_shot_on_digits_it_has_not_seen():
 
 
 def test_zero_shot_head_follows_the_class_names():
-    # Another order of the classes is another order of the outputs: the head is made from prompts, not stored.
+    # Another order of the classes is another order of the outputs: the head is made from prompts,
+    # not stored.
     classes = EmbeddedSource("val").classes
     turned = type(classes)(
         tuple((i, folder, name) for i, (_, folder, name) in enumerate(reversed(list(classes))))
@@ -62,13 +63,15 @@ def test_discretizer_keeps_digits_readable():
     assert discretizer.provenance
 
 
-def test_what_was_learned_from_is_never_judged():
+def test_training_images_are_not_in_evaluation_splits():
     seen = {key for split in script.SPLITS.values() for key in EmbeddedSource(split).keys}
-    judged = {key for split in ("val", "test", "optdigits") for key in EmbeddedSource(split).keys}
-    assert not seen & judged
+    evaluated = {
+        key for split in ("val", "test", "optdigits") for key in EmbeddedSource(split).keys
+    }
+    assert not seen & evaluated
 
 
-def test_sights_stay_in_range_and_follow_the_seed():
+def test_sights_are_in_range_and_reproducible():
     pixels = script.load("val")[0][:64]
     draws = []
     for _ in range(2):
@@ -78,7 +81,7 @@ def test_sights_stay_in_range_and_follow_the_seed():
     assert draws[0].min() >= 0 and draws[0].max() <= 1
 
 
-def test_same_seed_same_files_and_fp16(tmp_path):
+def test_same_seed_writes_the_same_fp16_files(tmp_path):
     pixels, labels = script.load("train")
     sets = [(pixels[:256], labels[:256])]
     for name in ("a", "b"):

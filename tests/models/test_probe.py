@@ -1,4 +1,4 @@
-"""A linear probe's file, from the command line to its judgement, and every mistake in one line."""
+"""Tests of linear probes: training, evaluation, file format, one-line errors."""
 
 from __future__ import annotations
 
@@ -14,27 +14,24 @@ from probes import arguments, config, teacher_of, trained
 
 from dad_fast.cli.main import main
 from dad_fast.errors import DataError
+from dad_fast.models.load_student import load_student
 from dad_fast.models.probe import Probe
-from dad_fast.models.student import load_student
 from tests.numerics import assert_same_function
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-def test_from_the_command_line_to_its_judgement(parts, tmp_path, capsys):
+def test_train_evaluate_and_predict_with_a_probe(parts, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(arguments(parts, out, "--lp-threshold", "0.3", "--lp-weight", "none")) == 0
     record = json.loads((out / "results.json").read_text())
-    assert (
-        record["method"] == "lp-clip"
-        and record["student"].startswith("linear probe on ")
-        and record["teacher"]["suites"]["val"]
-    )
-    assert main(["eval", str(out), "--suite", "val", "--json", str(tmp_path / "judged.json")]) == 0
-    judged = json.loads((tmp_path / "judged.json").read_text())["checkpoint"]["suites"]["val"]
-    assert judged["top1"] == record["suites"]["val"]["top1"] and judged["nll"] == pytest.approx(
-        record["suites"]["val"]["nll"], rel=1e-4
-    )
+    assert record["method"] == "lp-clip"
+    assert record["student"].startswith("linear probe on ")
+    assert record["teacher"]["suites"]["val"]
+    assert main(["eval", str(out), "--suite", "val", "--json", str(tmp_path / "eval.json")]) == 0
+    evaluated = json.loads((tmp_path / "eval.json").read_text())["checkpoint"]["suites"]["val"]
+    assert evaluated["top1"] == record["suites"]["val"]["top1"]
+    assert evaluated["nll"] == pytest.approx(record["suites"]["val"]["nll"], rel=1e-4)
     assert (
         main(
             arguments(
@@ -61,13 +58,13 @@ def test_from_the_command_line_to_its_judgement(parts, tmp_path, capsys):
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
 
 
-def test_the_file_gives_encoder_and_head_as_one_model(parts, tmp_path):
+def test_load_student_returns_encoder_and_head_as_one_model(parts, tmp_path):
     trainer = trained(config(parts), tmp_path / "run")
     probe, metadata = load_student(tmp_path / "run")
     pixels = torch.rand(4, 3, 32, 32)
-    assert (
-        isinstance(probe, Probe) and not probe.training and metadata["dad_fast.method"] == "lp-clip"
-    )
+    assert isinstance(probe, Probe)
+    assert not probe.training
+    assert metadata["dad_fast.method"] == "lp-clip"
     assert_same_function(probe(pixels), trainer.evaluated.eval()(pixels))
     assert (probe.num_classes, probe.image_size, probe.crop_pct, probe.interpolation) == (
         3,
@@ -75,16 +72,14 @@ def test_the_file_gives_encoder_and_head_as_one_model(parts, tmp_path):
         1.0,
         "bicubic",
     )
-    assert (
-        tmp_path / "run/checkpoints/latest/model.safetensors"
-    ).stat().st_size < 4096  # no encoder in it
-    teacher = teacher_of(
-        parts, head=tmp_path / "run/checkpoints/latest/model.safetensors"
-    )  # and it can teach
+    # No encoder in it
+    assert (tmp_path / "run/checkpoints/latest/model.safetensors").stat().st_size < 4096
+    # And it can teach
+    teacher = teacher_of(parts, head=tmp_path / "run/checkpoints/latest/model.safetensors")
     assert_same_function(teacher(pixels), probe(pixels))
 
 
-def test_a_teachers_file_may_lie_beside(parts, tmp_path):
+def test_a_moved_teacher_file_is_found_next_to_the_probe(parts, tmp_path):
     moved = tmp_path / "teacher.safetensors"
     moved.write_bytes((parts / "teacher.safetensors").read_bytes())
     trained(config(parts, f"teacher.name={moved}"), tmp_path / "run")
@@ -116,17 +111,17 @@ def test_another_encoder_is_refused(parts, tmp_path, capsys):
     ]
     for command in refused:
         assert main(command) == 4
-        said = [
+        lines = [
             line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")
         ]
-        assert len(said) == 1 and "another encoder" in said[0]
+        assert len(lines) == 1 and "another encoder" in lines[0]
 
 
 @pytest.mark.parametrize(
     "damage",
     ["{", "[]", "{}", '{"teacher": 3}', '{"num_features": 60000}', '{"num_features": 16.0}'],
 )
-def test_damaged_metadata_is_one_line(parts, tmp_path, damage):
+def test_damaged_metadata_is_a_one_line_error(parts, tmp_path, damage):
     from dad_fast.models.weights.files import read_state_dict, write_safetensors
 
     trainer = trained(config(parts), tmp_path / "run")
@@ -155,15 +150,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(parts, tmp_path, capsys, what):
+def test_usage_errors_are_one_line_and_write_nothing(parts, tmp_path, capsys, what):
     word, more = MISTAKES[what]
     assert main(arguments(parts, tmp_path / "out", *more)) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
-    assert len(said) == 1 and word in said[0] and not (tmp_path / "out").exists()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
+    assert len(lines) == 1 and word in lines[0] and not (tmp_path / "out").exists()
 
 
-def test_other_methods_leave_a_probe_alone(parts, tmp_path, capsys):
-    """A probe's weights are not those of a timm model."""
+def test_other_methods_refuse_a_probe_as_initial_weights(parts, tmp_path, capsys):
+    """The weights of a probe do not fit a timm model."""
     trained(config(parts), tmp_path / "run")
     given = arguments(
         parts,
@@ -178,17 +173,15 @@ def test_other_methods_leave_a_probe_alone(parts, tmp_path, capsys):
     assert "another architecture" in capsys.readouterr().err
 
 
-def test_a_timm_teacher_gives_its_features_and_its_answers(parts, tmp_path, capsys):
+def test_probe_on_a_timm_teacher(parts, tmp_path, capsys):
     given = arguments(parts, tmp_path / "ce", "--method", "ce", "--teacher", "", *tiny.STUDENT)
     assert main(given) == 0
     teacher = f"timm:resnet18@{tmp_path / 'ce/model.safetensors'}"
     assert main(arguments(parts, tmp_path / "run", "--teacher", teacher, "--lp-views", "2")) == 0
     probe, _ = load_student(tmp_path / "run")
-    assert (
-        isinstance(probe, Probe)
-        and probe.model.weight.shape == (3, 8)
-        and not probe.spec["unit_features"]
-    )
+    assert isinstance(probe, Probe)
+    assert probe.model.weight.shape == (3, 8)
+    assert not probe.spec["unit_features"]
     assert main(["eval", str(tmp_path / "run"), "--suite", "val"]) == 0
     capsys.readouterr()
     assert (

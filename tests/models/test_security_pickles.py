@@ -1,4 +1,4 @@
-"""Hostile pickles: nothing runs, and nothing grows beyond what the file holds; each is one line, soon."""
+"""Tests of hostile pickles: no code runs, memory is bounded, and each is a quick one-line error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dad_fast.models.weights.files import read_state_dict
 
 
 def refused(path: Path, *words: str) -> None:
-    """One line, within seconds."""
+    """Expect a one-line DataError within seconds."""
     start = time.process_time()
     with pytest.raises(DataError) as caught:
         read_state_dict(path)
@@ -32,7 +32,7 @@ def refused(path: Path, *words: str) -> None:
 
 
 def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
-    """torch reads compressed entries, so a small file could fill the memory."""
+    """Torch would read compressed entries, so a small file could fill the memory."""
     torch.save({"w": torch.zeros(2_000_000)}, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
@@ -47,10 +47,10 @@ def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("at", "byte"), [(0.6754430976643836, 0x40), (0.875, 0x80)], ids=["its version", "a name"]
 )
-def test_an_archive_that_python_cannot_list_is_not_handed_to_torch(
+def test_an_archive_that_zipfile_cannot_list_never_reaches_torch(
     tmp_path: Path, at: float, byte: int
 ) -> None:
-    """Found by fuzzing: such an archive went past the checks of what is in it."""
+    """Regression test, found by fuzzing: such an archive escaped the checks of its content."""
     torch.save({"state_dict": {"a.weight": torch.zeros(2, 3)}}, tmp_path / "w.pth")
     content = bytearray((tmp_path / "w.pth").read_bytes())
     for position in range(int(at * len(content)), len(content)):
@@ -78,23 +78,24 @@ def test_an_archive_that_python_cannot_list_is_not_handed_to_torch(
     ],
     ids=["one number as a trillion", "no values", "sparse", "quantized"],
 )
-def test_tensors_that_are_not_what_they_say(tmp_path: Path, make: Callable[[], Any]) -> None:
+def test_tensors_larger_than_their_storage_are_refused(
+    tmp_path: Path, make: Callable[[], Any]
+) -> None:
     torch.save({"w": make()}, tmp_path / "w.pth")
     refused(tmp_path / "w.pth", "w.pth", "tensor 'w'")
 
 
-def test_views_of_what_is_stored_are_read(tmp_path: Path) -> None:
+def test_views_of_stored_tensors_load(tmp_path: Path) -> None:
     torch.save(
         {"w": torch.arange(12.0).view(3, 4).t(), "v": torch.ones(1).expand(5)}, tmp_path / "w.pth"
     )
     state, _ = read_state_dict(tmp_path / "w.pth")
-    assert torch.equal(state["w"], torch.arange(12.0).view(3, 4).t()) and torch.equal(
-        state["v"], torch.ones(5)
-    )
+    assert torch.equal(state["w"], torch.arange(12.0).view(3, 4).t())
+    assert torch.equal(state["v"], torch.ones(5))
 
 
 def pickled(expression: str, path: Path) -> Path:
-    """An archive of torch.save whose pickle is {"w": expression}, in pickle's own instructions, with four bytes of numbers."""
+    """Archive of torch.save whose pickle is {"w": expression}, with four bytes of storage."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02}U\x01w" + expression.encode("latin-1") + b"s.")
         for name, content in (("version", b"3\n"), ("byteorder", b"little"), ("data/0", bytes(4))):
@@ -120,8 +121,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("expression", BOMBS.values(), ids=BOMBS)
-def test_pickles_that_would_fill_the_memory(tmp_path: Path, expression: str) -> None:
-    """torch.load(weights_only=True) makes eight gigabytes and more of these few bytes."""
+def test_pickles_that_would_fill_the_memory_are_refused(tmp_path: Path, expression: str) -> None:
+    """With torch.load(weights_only=True) these few bytes would become eight gigabytes and more."""
     refused(
         pickled(expression, tmp_path / "w.pth"),
         "w.pth: refused, because it asks for",
@@ -131,7 +132,7 @@ def test_pickles_that_would_fill_the_memory(tmp_path: Path, expression: str) -> 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_no_protocol_calls_anything(tmp_path: Path, protocol: int, zipped: bool) -> None:
+def test_no_pickle_protocol_executes_code(tmp_path: Path, protocol: int, zipped: bool) -> None:
     class Call:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "made"),)
@@ -159,12 +160,12 @@ def test_no_protocol_calls_anything(tmp_path: Path, protocol: int, zipped: bool)
     ],
     ids=ascii,
 )
-def test_odd_instructions(tmp_path: Path, instructions: str) -> None:
+def test_unknown_name_instructions_are_refused(tmp_path: Path, instructions: str) -> None:
     refused(pickled(instructions, tmp_path / "w.pth"), "w.pth")
 
 
-def test_an_archive_with_two_lists_of_entries(tmp_path: Path) -> None:
-    """Python would look at the second, torch load by the first."""
+def test_an_archive_with_two_entry_lists_is_refused(tmp_path: Path) -> None:
+    """Python would check the second list, and torch load by the first."""
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pth")
     content = (tmp_path / "w.pth").read_bytes()
     end64, end = content[-98:-42], content[-22:]
@@ -182,11 +183,10 @@ def test_an_archive_with_two_lists_of_entries(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "shared", [torch.zeros(10**6), torch.zeros(1).expand(2**18)], ids=["whole", "expanded"]
 )
-def test_the_same_numbers_again_and_again(tmp_path: Path, shared: Any) -> None:
-    """A small file could stand for a model of any size."""
+def test_many_views_of_the_same_numbers_are_refused(tmp_path: Path, shared: Any) -> None:
+    """Otherwise a small file could expand to a model of any size."""
     torch.save({f"w{i}": shared.view(-1) for i in range(500)}, tmp_path / "w.pth")
     refused(tmp_path / "w.pth", "w.pth", "again and again")
-    torch.save(
-        {"embedding": shared[:1000], "head": shared[:1000]}, tmp_path / "w.pth"
-    )  # tied weights are not that
+    # Tied weights are not that
+    torch.save({"embedding": shared[:1000], "head": shared[:1000]}, tmp_path / "w.pth")
     assert len(read_state_dict(tmp_path / "w.pth")[0]) == 2

@@ -1,4 +1,4 @@
-"""Hostile weights: nothing runs, nothing is fetched, and nothing grows beyond what the file holds; each is one line, soon."""
+"""Tests of hostile weights: a quick one-line error, no code, no downloads, bounded memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.discretizers.vqgan.model import VQGAN
 from dad_fast.errors import DadFastError, DataError
-from dad_fast.models.clip_teacher import _tokenizer_at_hand
-from dad_fast.models.student import load_student
-from dad_fast.models.teacher import load_teacher
+from dad_fast.models.clip_weights import _tokenizer_at_hand
+from dad_fast.models.load_student import load_student
+from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.weights.files import read_state_dict, write_safetensors
 from tests.models.test_declared import SPEC
 from tests.tiny import write_teacher, write_vqgan
@@ -32,7 +32,7 @@ CLASSES = ClassMap(((0, "ant", "ant"), (1, "bee", "bee"), (2, "cat", "cat")))
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was asked of the network, which answers nothing."""
+    """Record requests to the network, and fail them."""
     asked: list[Any] = []
 
     def refuse(*arguments: Any, **named: Any) -> Any:
@@ -46,7 +46,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def refused(load: Callable[[], Any], *words: str) -> None:
-    """One line, within seconds: a DataError, or another error of ours for what is no damage."""
+    """Expect a one-line error within seconds."""
     start = time.process_time()
     with pytest.raises(DadFastError) as caught:
         load()
@@ -62,7 +62,7 @@ def put(path: Path, state: dict[str, Any], key: str, text: str, **metadata: str)
     return path
 
 
-# --- safetensors -------------------------------------------------------------------------------------------------------------
+# --- safetensors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def put(path: Path, state: dict[str, Any], key: str, text: str, **metadata: str)
         b"[" * 10**5,
     ],
 )
-def test_safetensors_headers_that_lie(tmp_path: Path, header: bytes) -> None:
+def test_invalid_safetensors_headers_are_refused(tmp_path: Path, header: bytes) -> None:
     for length in (len(header), 2**63, 2**62 - 1, 0):
         (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + header + b"\0" * 4)
         try:
@@ -86,7 +86,7 @@ def test_safetensors_headers_that_lie(tmp_path: Path, header: bytes) -> None:
             assert not state and not metadata  # an empty file is one
 
 
-# --- a student --------------------------------------------------------------------------------------------------------------
+# --- a student ------------------------------------------------------------------------------------
 
 THIN = {"embed_dim": 4, "num_heads": 1, "depth": 1}
 SMALL_FILES_OF_LARGE_MODELS = {
@@ -103,8 +103,10 @@ SMALL_FILES_OF_LARGE_MODELS = {
 @pytest.mark.parametrize(
     "changes", SMALL_FILES_OF_LARGE_MODELS.values(), ids=SMALL_FILES_OF_LARGE_MODELS
 )
-def test_students_that_grow_without_parameters(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Ten gigabytes of masks, or minutes of layers without weights, of a file of three numbers."""
+def test_students_with_huge_buffers_or_many_layers_are_refused(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """A file of three numbers would need ten gigabytes of masks, or minutes to build layers."""
     path = put(
         tmp_path / "m.safetensors",
         {"w": torch.zeros(3)},
@@ -114,7 +116,7 @@ def test_students_that_grow_without_parameters(tmp_path: Path, changes: dict[str
     refused(lambda: load_student(path), "m.safetensors", "than fit the 3 numbers in the file")
 
 
-# --- a VQGAN ----------------------------------------------------------------------------------------------------------------
+# --- a VQGAN --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +153,16 @@ def vqgan(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     ],
     ids=str,
 )
-def test_shapes_that_no_vqgan_has(tmp_path: Path, vqgan: Any, changes: dict[str, Any]) -> None:
+def test_impossible_vqgan_shapes_are_refused(
+    tmp_path: Path, vqgan: Any, changes: dict[str, Any]
+) -> None:
     state, config = vqgan
     path = put(tmp_path / "x.safetensors", state, "dad_fast.vqgan", json.dumps(config | changes))
     refused(lambda: VQGAN.load(path), "x.safetensors")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", DEEP, '{"ch": ' + "9" * 5000 + "}"])
-def test_descriptions_of_a_vqgan_that_are_none(tmp_path: Path, vqgan: Any, text: str) -> None:
+def test_damaged_vqgan_metadata_is_refused(tmp_path: Path, vqgan: Any, text: str) -> None:
     path = put(tmp_path / "x.safetensors", vqgan[0], "dad_fast.vqgan", text)
     refused(lambda: VQGAN.load(path), "x.safetensors")
 
@@ -172,12 +176,14 @@ def test_descriptions_of_a_vqgan_that_are_none(tmp_path: Path, vqgan: Any, text:
         "encoder.down.0.block.9e9.y",
     ],
 )
-def test_keys_that_say_a_shape_that_no_vqgan_has(tmp_path: Path, vqgan: Any, key: str) -> None:
+def test_state_dict_keys_of_an_impossible_vqgan_are_refused(
+    tmp_path: Path, vqgan: Any, key: str
+) -> None:
     torch.save({"state_dict": {**vqgan[0], key: torch.zeros(1)}}, tmp_path / "x.ckpt")
     refused(lambda: VQGAN.load(tmp_path / "x.ckpt"), "x.ckpt")
 
 
-# --- a teacher that describes itself ----------------------------------------------------------------------------------------
+# --- a teacher that describes itself --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +226,7 @@ def read_teacher(path: Path | str) -> Any:
     ],
     ids=str,
 )
-def test_teachers_that_would_fetch_or_grow(
+def test_teachers_that_would_download_or_grow_are_refused(
     tmp_path: Path, clip: Any, no_network: list[Any], part: str, changes: dict[str, Any]
 ) -> None:
     state, described = clip
@@ -236,8 +242,8 @@ def test_teachers_that_would_fetch_or_grow(
     assert not no_network
 
 
-def test_a_tokenizer_for_a_local_file_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some architectures have theirs on the hub, which nobody named."""
+def test_the_tokenizer_of_a_local_file_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some architectures have their tokenizer on the hub."""
     constants = pytest.importorskip("huggingface_hub").constants
     offline = []
     monkeypatch.setattr(
@@ -250,7 +256,7 @@ def test_a_tokenizer_for_a_local_file_is_not_fetched(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "arch", ["hf-hub:someone/else", "local-dir:/tmp", "../../x", "https://x/y"]
 )
-def test_an_architecture_is_a_name_alone(
+def test_an_architecture_cannot_name_a_hub_or_a_folder(
     tmp_path: Path, clip: Any, no_network: list[Any], arch: str
 ) -> None:
     write_safetensors(tmp_path / "w.safetensors", clip[0], {})
@@ -278,7 +284,9 @@ def test_an_architecture_is_a_name_alone(
     ],
     ids=str,
 )
-def test_teachers_that_say_nonsense(tmp_path: Path, clip: Any, changes: dict[str, Any]) -> None:
+def test_damaged_teacher_descriptions_are_refused(
+    tmp_path: Path, clip: Any, changes: dict[str, Any]
+) -> None:
     path = put(
         tmp_path / "x.safetensors", clip[0], "dad_fast.teacher", json.dumps({**clip[1], **changes})
     )
@@ -286,7 +294,7 @@ def test_teachers_that_say_nonsense(tmp_path: Path, clip: Any, changes: dict[str
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", DEEP])
-def test_descriptions_of_a_teacher_that_are_none(tmp_path: Path, clip: Any, text: str) -> None:
+def test_damaged_teacher_metadata_is_refused(tmp_path: Path, clip: Any, text: str) -> None:
     refused(
         lambda: read_teacher(put(tmp_path / "x.safetensors", clip[0], "dad_fast.teacher", text)),
         "x.safetensors",
@@ -308,7 +316,7 @@ def test_descriptions_of_a_teacher_that_are_none(tmp_path: Path, clip: Any, text
     ],
     ids=lambda text: text[:30],
 )
-def test_a_config_beside_the_weights_that_is_none(tmp_path: Path, clip: Any, text: str) -> None:
+def test_a_damaged_open_clip_config_is_refused(tmp_path: Path, clip: Any, text: str) -> None:
     write_safetensors(tmp_path / "w.safetensors", clip[0], {})
     (tmp_path / "open_clip_config.json").write_text(text)
     refused(
@@ -317,12 +325,12 @@ def test_a_config_beside_the_weights_that_is_none(tmp_path: Path, clip: Any, tex
     )
 
 
-# --- a linear probe ---------------------------------------------------------------------------------------------------------
+# --- a linear probe -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def probe(tmp_path: Path, clip: Any) -> Iterator[Callable[..., Path]]:
-    """Writes a probe's file whose description has some entries changed."""
+    """Write a probe's file with some entries of its metadata changed."""
     teacher = put(tmp_path / "t.safetensors", clip[0], "dad_fast.teacher", json.dumps(clip[1]))
     spec = {
         "name": "probe",
@@ -359,12 +367,23 @@ def probe(tmp_path: Path, clip: Any) -> Iterator[Callable[..., Path]]:
         "timm:vit_base_patch16_224",
     ],
 )
-def test_a_probe_fetches_no_encoder(
+def test_loading_a_probe_downloads_no_encoder(
     probe: Callable[..., Path], no_network: list[Any], monkeypatch: Any, tmp_path: Path, name: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     refused(lambda: load_student(probe(teacher=name)))
     assert not no_network
+
+
+def test_a_probe_imports_no_module_that_its_file_names(
+    probe: Callable[..., Path], monkeypatch: Any
+) -> None:
+    def fail(name: str) -> None:
+        raise AssertionError(f"{name} was imported")
+
+    monkeypatch.setattr("dad_fast.registry.importlib.import_module", fail)
+    name = "python:os:system:touch proof"
+    refused(lambda: load_student(probe(teacher=name)), "never imported")
 
 
 @pytest.mark.parametrize(
@@ -384,5 +403,7 @@ def test_a_probe_fetches_no_encoder(
     ],
     ids=lambda changes: str(changes)[:40],
 )
-def test_probes_that_would_grow(probe: Callable[..., Path], changes: dict[str, Any]) -> None:
+def test_probes_with_huge_encoders_are_refused(
+    probe: Callable[..., Path], changes: dict[str, Any]
+) -> None:
     refused(lambda: load_student(probe(**changes)), "p.safetensors")

@@ -1,4 +1,4 @@
-"""Students: any timm model with its normalisation inside; files that hold all that is needed to use them."""
+"""Tests of students: normalisation, initial weights, auxiliary batch norm, self-contained files."""
 
 import json
 import logging
@@ -12,10 +12,10 @@ from timm.optim import param_groups_weight_decay
 
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models.load_student import load_student
 from dad_fast.models.student import (
     build_student,
     checkpoint_file,
-    load_student,
     load_student_weights,
     save_student,
 )
@@ -55,7 +55,7 @@ def test_normalises_inside(name, kwargs):
     assert student.has_batch_stats == (name == "resnet18")
 
 
-def test_its_own_size_where_none_is_given():
+def test_default_image_size_is_the_models_own():
     assert build(img_size=0).image_size == 224
     assert build(img_size=48).image_size == 48
 
@@ -81,25 +81,23 @@ def test_file_round_trip(tmp_path, kwargs):
     assert loaded.spec == student.spec and not loaded.training
     pixels = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded(pixels), student.eval()(pixels))
-    with safe_open(
-        tmp_path / "model.safetensors", framework="pt"
-    ) as file:  # timm's own keys, loadable without us
+    # Timm's own keys, loadable without us
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         keys = set(file.keys())
     assert keys == set(
         timm.create_model(student.name, num_classes=5, **student.spec["model_kwargs"]).state_dict()
     )
 
 
-def test_a_run_folder_stands_for_its_model(tmp_path):
+def test_a_run_folder_is_accepted_as_a_checkpoint(tmp_path):
     student = build()
     latest = tmp_path / "checkpoints" / "latest"
     latest.mkdir(parents=True)
     save_student(latest / "model.safetensors", student, {})
     assert checkpoint_file(tmp_path) == checkpoint_file(latest) == latest / "model.safetensors"
     save_student(tmp_path / "model.safetensors", student, {})
-    assert (
-        checkpoint_file(tmp_path) == tmp_path / "model.safetensors"
-    )  # the finished run's model before a checkpoint
+    # The finished run's model before a checkpoint
+    assert checkpoint_file(tmp_path) == tmp_path / "model.safetensors"
     assert load_student(tmp_path)[0].name == "resnet18"
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no model.safetensors"):
@@ -109,7 +107,7 @@ def test_a_run_folder_stands_for_its_model(tmp_path):
 
 
 def test_auxiliary_batch_norm():
-    """The first half trains the statistics that evaluation uses; the second half has its own."""
+    """The first half of a batch trains the statistics of evaluation, the second half its own."""
     torch.manual_seed(0)
     student, clean, other = (
         build(bn="aux"),
@@ -122,19 +120,18 @@ def test_auxiliary_batch_norm():
     norm, expected = student.model.bn1, plain.model.bn1
     torch.testing.assert_close(norm.running_mean, expected.running_mean)
     assert not torch.allclose(norm.aux_bn[0].running_mean, norm.running_mean)
-    assert_same_function(
-        student.eval()(clean)[:3], student(clean[:3])
-    )  # in evaluation: one set of statistics, any batch size
+    # In evaluation: one set of statistics, any batch size
+    assert_same_function(student.eval()(clean)[:3], student(clean[:3]))
 
 
 def test_auxiliary_batch_norm_needs_two_groups():
-    """Methods without attacked images train the same student whatever --bn says."""
+    """A method without attacked images ignores --bn aux."""
     assert build(bn="aux", num_groups=1).state_dict().keys() == build().state_dict().keys()
     assert len(build(bn="aux", num_groups=3).model.bn1.aux_bn) == 2
 
 
 def test_auxiliary_batch_norm_keeps_fused_activations(monkeypatch):
-    """timm before 1.0.31 lost them without a word."""
+    """Versions of timm before 1.0.31 lost them silently."""
     fused = {"name": "test_efficientnet", "model_kwargs": {}}
     if (
         timm.layers.convert_splitbn_model(timm.layers.BatchNormAct2d(1)).eval()(
@@ -144,13 +141,16 @@ def test_auxiliary_batch_norm_keeps_fused_activations(monkeypatch):
     ):
         pixels = torch.rand(2, 3, 32, 32)
         assert torch.equal(build(bn="aux", **fused).eval()(pixels), build(**fused).eval()(pixels))
-        without = lambda norm, num_splits=2: timm.layers.SplitBatchNorm2d(1, num_splits=num_splits)  # noqa: E731
+
+        def without(norm, num_splits=2):
+            return timm.layers.SplitBatchNorm2d(1, num_splits=num_splits)
+
         monkeypatch.setattr("dad_fast.models.student.convert_splitbn_model", without)
     refuse(EnvironmentProblem, ["--bn aux", "test_efficientnet", "timm>=1.0.31"], bn="aux", **fused)
 
 
-def test_weights_as_files_hold_them(tmp_path):
-    """A bare state dict, one under "state_dict" with DataParallel's prefix, and a run's file; --init-from likewise."""
+def test_initial_weights_from_bare_wrapped_and_own_files(tmp_path):
+    """Accept bare and wrapped state dicts and a run's file, also as --init-from."""
     source = build(seed=1)
     torch.save(source.model.state_dict(), tmp_path / "a.pth")
     torch.save(
@@ -161,19 +161,22 @@ def test_weights_as_files_hold_them(tmp_path):
         tmp_path / "b.pth",
     )
     save_student(tmp_path / "c.safetensors", source, {})
+    wrapped = {f"_orig_mod.module.{k}": v for k, v in source.model.state_dict().items()}
+    torch.save({"model": wrapped}, tmp_path / "d.pth")
     pixels = torch.rand(2, 3, 32, 32)
     expected = source.eval()(pixels)
     for changes in (
         {"weights": "a.pth"},
         {"weights": "b.pth"},
         {"weights": "c.safetensors"},
+        {"weights": "d.pth"},
         {"init_from": "c.safetensors"},
     ):
         changes = {key: str(tmp_path / name) for key, name in changes.items()}
         assert torch.equal(build(seed=2, **changes).eval()(pixels), expected)
 
 
-def test_another_number_of_classes_begins_a_new_head(tmp_path, caplog):
+def test_another_number_of_classes_starts_a_new_head(tmp_path, caplog):
     source = build(classes=7, seed=1)
     save_student(tmp_path / "seven.safetensors", source, {})
     with caplog.at_level(logging.WARNING):
@@ -183,7 +186,7 @@ def test_another_number_of_classes_begins_a_new_head(tmp_path, caplog):
     assert torch.equal(student.model.fc.weight, build(classes=5, seed=2).model.fc.weight)
 
 
-def test_weights_of_another_architecture(tmp_path):
+def test_weights_of_another_architecture_are_refused(tmp_path):
     save_student(
         tmp_path / "other.safetensors",
         build(name="vit_tiny_patch16_224", model_kwargs=TINY_VIT),
@@ -203,7 +206,7 @@ def test_weights_of_another_architecture(tmp_path):
         load_student_weights(build(), tmp_path / "wider.safetensors")
 
 
-def test_unknown_models_and_arguments():
+def test_unknown_models_and_arguments_are_refused():
     refuse(
         UsageError, ["--student resnt18", "did you mean resnet18"], name="resnt18", model_kwargs={}
     )
@@ -235,7 +238,7 @@ def test_pretrained_without_a_network(monkeypatch):
         *(({"dad_fast.student": text}, "damaged") for text in ("{", "{}", "[]")),
     ],
 )
-def test_files_that_are_no_student(tmp_path, metadata, words):
+def test_files_without_a_student_are_refused(tmp_path, metadata, words):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, build().model.state_dict(), metadata)
     with pytest.raises(DataError, match=words) as error:
@@ -259,7 +262,7 @@ def test_the_spec_is_plain_json(tmp_path):
     }
 
 
-def test_timms_optimizers_decay_what_they_decay_of_the_bare_model():
+def test_weight_decay_groups_equal_those_of_the_bare_model():
     student = build_student(
         StudentConfig(name="vit_tiny_patch16_224", model_kwargs={"depth": 1}), 3
     )

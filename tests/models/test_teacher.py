@@ -1,8 +1,9 @@
-"""Teachers: the library's own logits, frozen weights, differentiable pixels, the right classes, and one line for each mistake."""
+"""Tests of open_clip teachers: logits, gradients, class lists, one-line errors."""
 
 import copy
 import json
 import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from tiny import SIDE, TOWERS, write_teacher
 
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.models import clip_teacher, zeroshot
+from dad_fast.models import clip_teacher, clip_weights, zeroshot
 from dad_fast.models.teacher import UNKNOWN
 from dad_fast.models.weights.files import sha256_file, write_safetensors
 from dad_fast.models.zeroshot import is_imagenet, prompt_names, resolve_templates, zero_shot_head
@@ -31,7 +32,7 @@ def clip_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(clip_file):
-    """The same model as open_clip itself runs it."""
+    """CLIP of `clip_file` as open_clip runs it."""
     from safetensors.torch import load_file
 
     model = open_clip.CLIP(**TOWERS).eval()
@@ -40,7 +41,7 @@ def clip(clip_file):
 
 
 def own_logits(clip, pixels, classes=ANIMALS, templates=("a {}",), mean=0.5, std=0.5):
-    """open_clip's forward on images and prompts, averaged over templates as Radford et al. do."""
+    """Return logits by open_clip's own forward, averaged over templates as in Radford et al."""
     tokens = open_clip.SimpleTokenizer(context_length=TOWERS["text_cfg"]["context_length"])
     with torch.no_grad():
         rows = []
@@ -53,10 +54,10 @@ def own_logits(clip, pixels, classes=ANIMALS, templates=("a {}",), mean=0.5, std
         return clip.logit_scale.exp() * images @ torch.stack(rows).T
 
 
-# --- open_clip --------------------------------------------------------------------------------------------------------------
+# --- open_clip ------------------------------------------------------------------------------------
 
 
-def test_a_file_that_names_its_architecture(clip_file, clip):
+def test_a_file_with_its_architecture_as_metadata(clip_file, clip):
     teacher = load(clip_file)
     pixels = torch.rand(3, 3, SIDE, SIDE)
     assert (teacher.image_size, teacher.num_classes, teacher.provenance) == (SIDE, 3, "nothing")
@@ -89,8 +90,8 @@ def test_half_precision_weights_run_in_float32(clip_file, clip, tmp_path):
     torch.testing.assert_close(teacher(pixels), own_logits(clip, pixels), rtol=1e-2, atol=1e-2)
 
 
-def test_gradients_reach_pixels_and_no_weight(clip_file):
-    """Against finite differences, also through the resize of an image of another size."""
+def test_gradients_reach_the_pixels_but_no_weight(clip_file):
+    """Compare with finite differences, also through the resize of an image of another size."""
     teacher = load(clip_file)
     for side in (SIDE, SIDE + 12):
         pixels = torch.rand(1, 3, side, side, requires_grad=True)
@@ -130,15 +131,14 @@ def test_mixed_precision(clip_file):
     assert pixels.grad.isfinite().all()
     for precision in (PrecisionConfig(), PrecisionConfig(amp=True, teacher="float32")):
         teacher = load(clip_file, precision=precision)
-        with torch.autocast(
-            "cpu", torch.bfloat16
-        ):  # what is set for the student does not reach a teacher in float32
+        # What is set for the student does not reach a teacher in float32
+        with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(teacher(pixels), exact)
 
 
 @pytest.fixture
 def known(monkeypatch, clip):
-    """open_clip with the tiny towers as an architecture of its own, plain and with QuickGELU, and tags for them."""
+    """Register tiny architectures in open_clip, plain and with QuickGELU, and tags for them."""
     config = {**TOWERS, "embed_dim": TOWERS["embed_dim"]}
     for name, more in (("Tiny", {}), ("Tiny-quickgelu", {"quick_gelu": True})):
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config | more)
@@ -157,16 +157,14 @@ def bare_file(clip, tmp_path):
 
 
 def test_named_architecture(known, clip, bare_file, caplog):
-    """A local file says nothing of its activation and normalisation: both are logged, and a config beside it decides."""
+    """Activation and normalisation are logged; an open_clip_config.json next to the file decides."""
     pixels = torch.rand(2, 3, SIDE, SIDE)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
-    assert (
-        "Tiny with GELU" in caplog.text
-        and "differ in mean and std" in caplog.text
-        and "randomly" not in caplog.text
-    )
+    assert "Tiny with GELU" in caplog.text
+    assert "differ in mean and std" in caplog.text
+    assert "randomly" not in caplog.text
     assert teacher.provenance == UNKNOWN
     # open_clip's tokenizer takes the text tower's own context length
     assert_same_function(teacher(pixels), own_logits(clip, pixels, mean=mean, std=std))
@@ -174,39 +172,35 @@ def test_named_architecture(known, clip, bare_file, caplog):
     quick = load(f"open_clip:Tiny-quickgelu@{bare_file}", templates=("a {}",))
     assert not torch.allclose(quick(pixels), teacher(pixels))
 
-    beside = bare_file.with_name("open_clip_config.json")
-    beside.write_text(
+    config = bare_file.with_name("open_clip_config.json")
+    config.write_text(
         json.dumps({"model_cfg": TOWERS, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}})
     )
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
     assert_same_function(teacher(pixels), own_logits(clip, pixels, mean=0.4, std=0.2))
-    assert (
-        teacher.interpolation == "bicubic"
-        and not teacher.squashed
-        and "squashed" not in caplog.text
-    )
+    assert teacher.interpolation == "bicubic"
+    assert not teacher.squashed
+    assert "squashed" not in caplog.text
     as_siglip = {
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "interpolation": "bilinear",
         "resize_mode": "squash",
     }
-    beside.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": as_siglip}))
+    config.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": as_siglip}))
     teacher = load(f"open_clip:Tiny@{bare_file}", templates=("a {}",))
-    assert (
-        teacher.interpolation == "bilinear"
-        and teacher.squashed
-        and "was trained on images squashed to a square" in caplog.text
-    )
+    assert teacher.interpolation == "bilinear"
+    assert teacher.squashed
+    assert "was trained on images squashed to a square" in caplog.text
     refuse(
         UsageError, ["another activation", "write Tiny"], f"open_clip:Tiny-quickgelu@{bare_file}"
     )
-    beside.write_text("{")
-    refuse(DataError, [str(beside), "JSON"], f"open_clip:Tiny@{bare_file}")
+    config.write_text("{")
+    refuse(DataError, [str(config), "JSON"], f"open_clip:Tiny@{bare_file}")
 
 
-def test_names_of_older_files(known, clip, bare_file):
-    """What OpenAI's and older files have besides, and logit_scale as a vector."""
+def test_files_of_older_open_clip_versions_load(known, clip, bare_file):
+    """Accept extra entries of OpenAI's and older files, and logit_scale as a vector."""
     state = {f"module.{key}": value for key, value in clip.state_dict().items()}
     state |= {
         "module.logit_scale": clip.logit_scale.detach().view(1),
@@ -220,7 +214,7 @@ def test_names_of_older_files(known, clip, bare_file):
 
 
 def test_tags(known, clip, monkeypatch):
-    """OpenAI's weights get QuickGELU whichever architecture is named; other weights keep what is theirs."""
+    """OpenAI's weights always get QuickGELU; other weights keep their activation."""
     made = []
     create = open_clip.create_model
 
@@ -230,7 +224,7 @@ def test_tags(known, clip, monkeypatch):
         model.load_state_dict(clip.state_dict())
         return model
 
-    monkeypatch.setattr(clip_teacher.open_clip, "create_model", offline)
+    monkeypatch.setattr(clip_weights.open_clip, "create_model", offline)
     pixels = torch.rand(1, 3, SIDE, SIDE)
     named, right, plain = (
         load(f"open_clip:{name}")(pixels)
@@ -244,7 +238,7 @@ def test_tags(known, clip, monkeypatch):
     ]
 
 
-def test_mistakes_in_tags(known, monkeypatch):
+def test_wrong_tags_are_refused(known, monkeypatch):
     monkeypatch.setitem(
         open_clip.pretrained._PRETRAINED["Tiny-quickgelu"], "other", open_clip.pretrained._pcfg()
     )
@@ -262,13 +256,32 @@ def test_mistakes_in_tags(known, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "ViT-L-14", "ViT-L-14/openai", "clip:ViT-L-14"])
-def test_a_name_that_is_none(name):
+def test_unknown_names_are_refused(name):
     refuse(UsageError, [f"--teacher {name!r}", "no such file", "open_clip:ARCH/TAG"], name)
+
+
+def test_a_teacher_of_a_users_own_module(clip_file, monkeypatch):
+    """The factory gets the argument of the name, and the context with the class list."""
+
+    def load_scaled(argument, context):
+        teacher = clip_teacher.load_file(str(clip_file), context)
+        teacher.head_weight *= float(argument)
+        return teacher
+
+    module = types.ModuleType("own_teachers")
+    module.load_scaled = load_scaled
+    monkeypatch.setitem(sys.modules, "own_teachers", module)
+    pixels = torch.rand(2, 3, SIDE, SIDE)
+    expected = 2 * load(clip_file)(pixels)
+    teacher = load("python:own_teachers:load_scaled:2")
+    assert torch.equal(teacher(pixels), expected) and teacher.classes == ANIMALS
+    refuse(UsageError, ["cannot import own_teachers:other"], "python:own_teachers:other")
 
 
 def test_without_open_clip(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    monkeypatch.delitem(sys.modules, "dad_fast.models.clip_teacher")
+    for module in ("clip_teacher", "clip_weights"):
+        monkeypatch.delitem(sys.modules, f"dad_fast.models.{module}")
     for name in ("open_clip:ViT-L-14/openai", "embedded:digits"):
         refuse(EnvironmentProblem, ["open_clip is missing", "pip install open_clip_torch"], name)
 
@@ -281,10 +294,10 @@ def test_without_a_network(monkeypatch):
     monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", offline)
     refuse(
         EnvironmentProblem,
-        ["cannot be had", "no route to host", "open_clip:ARCH@FILE"],
+        ["not available", "no route to host", "open_clip:ARCH@FILE"],
         "open_clip:ViT-B-32/openai",
     )
-    refuse(EnvironmentProblem, ["cannot be had", "hf-hub:some/model"], "hf-hub:some/model")
+    refuse(EnvironmentProblem, ["not available", "hf-hub:some/model"], "hf-hub:some/model")
 
 
 def test_other_weights_are_refused(known, clip, clip_file, bare_file, tmp_path):
@@ -300,7 +313,7 @@ def test_other_weights_are_refused(known, clip, clip_file, bare_file, tmp_path):
     refuse(DataError, [str(bare_file), "damaged"], bare_file)
 
 
-# --- heads, prompts and classes ---------------------------------------------------------------------------------------------
+# --- heads, prompts and classes -------------------------------------------------------------------
 
 
 def test_fine_tuned_head(clip_file, clip, tmp_path):
@@ -337,7 +350,7 @@ def test_fine_tuned_head(clip_file, clip, tmp_path):
         ({"weight": (3, 16)}, class_map("ant", "cat"), ["2 classes", "the data 3"]),
     ],
 )
-def test_heads_that_do_not_fit(clip_file, tmp_path, tensors, classes, words):
+def test_heads_of_another_shape_are_refused(clip_file, tmp_path, tensors, classes, words):
     path = tmp_path / "head.safetensors"
     metadata = {} if classes is None else {"dad_fast.classes": classes.to_json()}
     write_safetensors(path, {key: torch.zeros(shape) for key, shape in tensors.items()}, metadata)
@@ -346,17 +359,14 @@ def test_heads_that_do_not_fit(clip_file, tmp_path, tensors, classes, words):
 
 def test_prompts():
     fish = class_map(*WNIDS[:3])
-    assert (
-        is_imagenet(fish) and not is_imagenet(ANIMALS) and not is_imagenet(class_map("n00000000"))
-    )
-    assert prompt_names(class_map(*WNIDS[2::-1])) == list(
-        open_clip.IMAGENET_CLASSNAMES[2::-1]
-    )  # by wnid, not by position
+    assert is_imagenet(fish)
+    assert not is_imagenet(ANIMALS)
+    assert not is_imagenet(class_map("n00000000"))
+    # By wnid, not by position
+    assert prompt_names(class_map(*WNIDS[2::-1])) == list(open_clip.IMAGENET_CLASSNAMES[2::-1])
     assert prompt_names(ANIMALS) == ["ant", "queen bee", "cat"]
-    assert (
-        len(resolve_templates("auto", fish)) == 80
-        and resolve_templates("imagenet", ANIMALS)[0] == "a bad photo of a {}."
-    )
+    assert len(resolve_templates("auto", fish)) == 80
+    assert resolve_templates("imagenet", ANIMALS)[0] == "a bad photo of a {}."
     assert resolve_templates("auto", ANIMALS) == ["a photo of a {}."]
     assert resolve_templates("auto", fish, own=["digit {}"]) == ["digit {}"]
     assert resolve_templates("simple", fish, own=["digit {}"]) == ["a photo of a {}."]
@@ -375,16 +385,14 @@ def test_prompts_from_a_file(tmp_path):
         resolve_templates(str(tmp_path / "none.txt"), ANIMALS)
 
 
-def test_zero_shot_head_equals_open_clips(clip):
+def test_zero_shot_head_equals_that_of_open_clip(clip):
     tokens = open_clip.SimpleTokenizer(context_length=TOWERS["text_cfg"]["context_length"])
     templates = ["a {}", "the {} of {{}}".replace("{{}}", "it")]
     expected = open_clip.build_zero_shot_classifier(clip, tokens, ANIMALS.names, templates)
     assert_same_function(zero_shot_head(clip, lambda: tokens, ANIMALS.names, templates), expected.T)
 
 
-def test_a_head_of_many_prompts_is_kept_and_a_damaged_one_made_again(
-    clip, tmp_path, monkeypatch, capsys
-):
+def test_a_large_head_is_cached_and_recomputed_if_damaged(clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(zeroshot, "MANY_PROMPTS", 6)
     monkeypatch.setattr(zeroshot, "LINE_SECONDS", -1.0)

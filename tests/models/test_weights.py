@@ -1,4 +1,4 @@
-"""Weights files are read without running anything in them; what cannot be read safely is one line with the path and the mend."""
+"""Tests of weights files: no code is executed, and unsafe files are a one-line error."""
 
 import argparse
 import collections
@@ -44,7 +44,7 @@ def refused(path, *words):
 
 @pytest.fixture
 def foreign(monkeypatch):
-    """Makes classes under foreign names while a file is written, and takes them away before it is read."""
+    """Make classes under foreign names while a file is written; remove them before it is read."""
     with monkeypatch.context() as patch:
 
         def make(module, name, base=object):
@@ -60,13 +60,13 @@ def foreign(monkeypatch):
         yield make
 
 
-@pytest.mark.parametrize("beside", [None, {"epoch": 3}, {"args": argparse.Namespace(lr=1)}])
+@pytest.mark.parametrize("others", [None, {"epoch": 3}, {"args": argparse.Namespace(lr=1)}])
 @pytest.mark.parametrize("under", ["state_dict", "model"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_tensor_pickles(tmp_path, beside, under, zipped):
+def test_tensor_pickles_load(tmp_path, others, under, zipped):
     content = collections.OrderedDict(STATE)
     torch.save(
-        content if beside is None else {under: content, **beside},
+        content if others is None else {under: content, **others},
         tmp_path / "w.pth",
         _use_new_zipfile_serialization=zipped,
     )
@@ -75,7 +75,7 @@ def test_tensor_pickles(tmp_path, beside, under, zipped):
     assert metadata == {}
 
 
-def test_a_parameter_comes_back_as_a_tensor_without_gradient(tmp_path):
+def test_a_parameter_loads_as_a_tensor_without_gradient(tmp_path):
     torch.save({"w": torch.nn.Parameter(torch.ones(2))}, tmp_path / "w.pt")
     assert not read_state_dict(tmp_path / "w.pt")[0]["w"].requires_grad
 
@@ -93,9 +93,11 @@ def test_lightning_checkpoint(tmp_path, foreign, package, zipped):
         foreign("omegaconf.base", "ContainerMetadata"),
         foreign("omegaconf.nodes", "AnyNode"),
     )
-    config, inside, about, leaf = dict_config(), list_config(), metadata(), node()
+    config, inside = dict_config(), list_config()
+    about, leaf = metadata(), node()
     about.__dict__ = {"ref_type": dict, "object_type": dict, "optional": True}
-    leaf.__dict__ = {"_val": 4.5e-06, "_parent": config}  # a cycle, as omegaconf has them
+    # A cycle, as omegaconf has them
+    leaf.__dict__ = {"_val": 4.5e-06, "_parent": config}
     inside.__dict__ = {"_content": [leaf], "_metadata": about}
     config.__dict__ = {"_content": {"betas": inside}, "_metadata": about}
     content = {
@@ -122,13 +124,12 @@ def test_lightning_checkpoint(tmp_path, foreign, package, zipped):
     assert not any(name.startswith(("omegaconf", package)) for name in sys.modules)
     same(read_state_dict(tmp_path / "last.ckpt")[0])
     assert not any(name.startswith(("omegaconf", package)) for name in sys.modules)
-    assert (
-        set(torch.serialization.get_safe_globals()) == allowed
-    )  # nothing of this stays allowed for the rest of the process
+    # Nothing of this stays allowed for the rest of the process
+    assert set(torch.serialization.get_safe_globals()) == allowed
 
 
 class Call:
-    """Pickles as a call of `function` with `arguments`."""
+    """Object that pickles as a call of `function` with `arguments`."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -138,14 +139,14 @@ class Call:
 
 
 def hostile(proof, foreign):
-    """What a hostile file may hold; every one of them would make the file `proof`."""
+    """Contents of hostile files; each would create the file `proof`."""
     command, source = f"touch {proof}", f"open({str(proof)!r}, 'w')"
     stand_in = foreign("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
     state = foreign("omegaconf.dictconfig", "DictConfig")()
     state.__dict__ = {"_content": Call(os.system, command)}
     return {
         "system": Call(os.system, command),
-        "beside": {"state_dict": STATE, "callbacks": Call(os.system, command)},
+        "others": {"state_dict": STATE, "callbacks": Call(os.system, command)},
         "inside": {
             "state_dict": {**STATE, "b": Call(os.system, command)},
             "model": [Call(os.system, command)],
@@ -161,7 +162,7 @@ def hostile(proof, foreign):
 
 @pytest.mark.parametrize("form", ["zip", "old", "bare", "protocol 4"])
 @pytest.mark.parametrize(
-    "what", ["system", "beside", "inside", "eval", "exec", "argument", "state", "getattr", "make"]
+    "what", ["system", "others", "inside", "eval", "exec", "argument", "state", "getattr", "make"]
 )
 def test_hostile_pickles_have_no_effect(tmp_path, foreign, what, form):
     proof, path = tmp_path / "proof", tmp_path / "w.ckpt"
@@ -182,15 +183,16 @@ def test_hostile_pickles_have_no_effect(tmp_path, foreign, what, form):
     assert not proof.exists()
 
 
-def test_the_refused_name_is_said(tmp_path):
+def test_the_error_names_the_refused_class(tmp_path):
     torch.save({"state_dict": STATE, "x": Call(os.getcwd)}, tmp_path / "w.ckpt")
     refused(tmp_path / "w.ckpt", f"{os.name}.getcwd", "give a safetensors file")
     torch.save({"state_dict": STATE, "x": Call(eval, "1")}, tmp_path / "w.ckpt")
     refused(tmp_path / "w.ckpt", "eval")
 
 
-def test_torchscript_is_refused_with_the_mend(tmp_path):
-    with zipfile.ZipFile(tmp_path / "ViT-L-14.pt", "w") as archive:  # the members that tell one
+def test_torchscript_error_names_the_safetensors_file(tmp_path):
+    # The members that tell one
+    with zipfile.ZipFile(tmp_path / "ViT-L-14.pt", "w") as archive:
         for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
             archive.writestr(f"ViT-L-14/{name}", b"")
     refused(tmp_path / "ViT-L-14.pt", "TorchScript", "safetensors")
@@ -204,7 +206,7 @@ def test_torchscript_is_refused_with_the_mend(tmp_path):
     refused(tmp_path / "model.pt", "give the same weights as safetensors")
 
 
-def test_what_is_no_state_dict(tmp_path):
+def test_files_without_a_state_dict_are_refused(tmp_path):
     for content in (
         torch.ones(3),
         [torch.ones(3)],
@@ -223,7 +225,8 @@ def files(tmp_path):
     write_safetensors(tmp_path / "w.safetensors", STATE, {})
     whole = (tmp_path / "w.safetensors").read_bytes()
     for zipped in (True, False):
-        torch.save(STATE, data := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+        data = io.BytesIO()
+        torch.save(STATE, data, _use_new_zipfile_serialization=zipped)
         yield from (
             data.getvalue()[:n]
             for n in (2, 9, 60, len(data.getvalue()) // 2, len(data.getvalue()) - 7)
@@ -237,14 +240,14 @@ def files(tmp_path):
     yield b"\x80\x02}q\x00."
 
 
-def test_damaged_files(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     for i, data in enumerate(files(tmp_path)):
         path = tmp_path / f"{i}.bin"
         path.write_bytes(data)
         refused(path)
 
 
-def test_no_file_at_all(tmp_path):
+def test_missing_files_are_refused(tmp_path):
     refused(tmp_path / "none.pt", "no such weights file")
     refused(tmp_path, "a folder")
 
@@ -261,7 +264,7 @@ def test_safetensors_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_a_flipped_bit_of_what_we_write_shows(tmp_path):
+def test_a_flipped_bit_of_a_written_file_is_detected(tmp_path):
     path = tmp_path / "w.safetensors"
     write_safetensors(path, STATE, {"crop_pct": "0.875"})
     data = path.read_bytes()
@@ -282,7 +285,7 @@ def test_a_flipped_bit_of_what_we_write_shows(tmp_path):
 
 @pytest.mark.parametrize("magic", [b"\x80", b"PK"])
 def test_a_header_length_that_looks_like_another_format(tmp_path, magic):
-    """The first bytes of safetensors are a number, which may begin like a pickle or a zip archive."""
+    """The first bytes of safetensors are a number, which may look like another format."""
     length = int.from_bytes(magic, "little")
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
     (tmp_path / "w.safetensors").write_bytes(
@@ -292,7 +295,7 @@ def test_a_header_length_that_looks_like_another_format(tmp_path, magic):
     same(read_state_dict(tmp_path / "w.safetensors")[0], {"a": torch.ones(1)})
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
     write_safetensors(path, STATE, {})
     before = path.read_bytes()

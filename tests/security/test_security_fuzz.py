@@ -31,7 +31,7 @@ from dad_fast.config import Config, from_toml
 from dad_fast.config.fields import settings as known_settings
 from dad_fast.data.sources.decode import DecodeError, read_rgb
 from dad_fast.errors import DadFastError, DataError, UsageError
-from dad_fast.models.student import load_student
+from dad_fast.models.load_student import load_student
 from dad_fast.models.weights.files import read_state_dict, sha256_file, write_safetensors
 from dad_fast.store.manifest import Manifest, _canonical
 from dad_fast.store.reader import AdversarialStore, open_store

@@ -306,7 +306,7 @@ def test_a_sheet_shows_codes_and_clean_images(tmp_path: Path) -> None:
     from dad_fast.config.schema import PrecisionConfig
     from dad_fast.data.sources.registry import open_source
     from dad_fast.discretizers.registry import load_discretizer
-    from dad_fast.models.weights.fingerprint import fingerprint
+    from dad_fast.models.weights.files import fingerprint
     from dad_fast.store import Manifest, StoreRows
 
     source = open_source("embedded:digits", "val")

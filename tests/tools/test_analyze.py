@@ -22,7 +22,7 @@ from dad_fast.discretizers.identity import Identity
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.attack import PGD
-from dad_fast.models.student import load_student
+from dad_fast.models.load_student import load_student
 from dad_fast.tools.analyze.compare import compare
 from dad_fast.tools.analyze.measure import TITLES, Generators, choice, feature_space, moves
 from tests import tiny

@@ -25,7 +25,8 @@ from dad_fast.cli import main as cli
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.augment.execute import eval_transform
 from dad_fast.data.classes import ClassMap
-from dad_fast.models.student import Student, build_student, load_student, save_student
+from dad_fast.models.load_student import load_student
+from dad_fast.models.student import Student, build_student, save_student
 from dad_fast.tools.export import graph as export_graph
 from dad_fast.tools.export.card import md
 from dad_fast.tools.export.check import largest_difference
@@ -413,9 +414,9 @@ def test_a_probe_is_exported_with_its_encoder(
 
 def make_probe(path: Path, teacher_file: Path) -> Student:
     from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+    from dad_fast.models.load_teacher import load_teacher
     from dad_fast.models.probe import build_probe
-    from dad_fast.models.teacher import load_teacher
-    from dad_fast.models.weights.fingerprint import fingerprint
+    from dad_fast.models.weights.files import fingerprint
 
     classes = ClassMap(tuple((i, name, name) for i, name in enumerate(("ant", "bee", "cat"))))
     teacher = load_teacher(

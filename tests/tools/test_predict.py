@@ -23,7 +23,7 @@ from dad_fast.cli import predict as flags
 from dad_fast.config import to_toml
 from dad_fast.data.augment.execute import eval_transform
 from dad_fast.methods.settings import resolve
-from dad_fast.models.student import load_student
+from dad_fast.models.load_student import load_student
 from dad_fast.tools.predict import find_images
 from tests.exports import NAMES, export, make, needs_onnx
 from tests.tiny import SIDE

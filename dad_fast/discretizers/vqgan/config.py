@@ -1,4 +1,4 @@
-"""The shape of a VQGAN: the published ones, and how a weights file tells its own."""
+"""Configuration of a VQGAN: published ones, or read from a file's metadata or shapes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch import Tensor
 
 from dad_fast.errors import DataError
 
+# Largest values of settings
 MOST = {"ch_mult": 64, "num_res_blocks": 32, "attn_levels": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANConfig:
-    """The shape of a VQGAN. `attn_levels` are the levels (0 = full resolution) whose blocks are followed by attention."""
+    """Shape of a VQGAN.
+
+    `attn_levels`: levels (0 = full resolution) whose blocks are followed by attention.
+    """
 
     in_channels: int = 3
     ch: int = 128
@@ -27,10 +31,11 @@ class VQGANConfig:
     z_channels: int = 4
     embed_dim: int = 4
     n_embed: int = 16384
-    norm_groups: int = 32  # taming's; a layer with fewer channels has one channel per group
+    # As in taming; a layer with fewer channels has one channel per group
+    norm_groups: int = 32
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the setting, for a shape that no VQGAN has: these come from files, too."""
+        """Raise ValueError, naming the setting, for an impossible shape, such as a file's."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple) != field.type.startswith("tuple"):
@@ -38,21 +43,20 @@ class VQGANConfig:
             values = value if isinstance(value, tuple) else (value,)
             most = MOST.get(field.name, 1 << 20)
             least = 0 if field.name == "attn_levels" else 1
-            if len(values) > 16 or not all(
-                type(number) is int and least <= number <= most for number in values
-            ):
+            in_range = all(type(number) is int and least <= number <= most for number in values)
+            if len(values) > 16 or not in_range:
                 raise ValueError(f"{field.name} is {str(value)[:40]}")
         if not self.ch_mult:
             raise ValueError("ch_mult is empty")
 
     @property
     def downsample(self) -> int:
-        """Side of the square of pixels that one code stands for."""
+        """Side in pixels of the square that one code represents."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def code_bits(self) -> int:
-        """Bits that tell all codes apart."""
+        """Bits of one code."""
         return max(1, (self.n_embed - 1).bit_length())
 
 
@@ -71,7 +75,10 @@ PRESETS: dict[str, VQGANConfig] = {
 
 
 def config_from_json(text: str, path: str | Path) -> VQGANConfig:
-    """The config that `VQGAN.save` wrote as metadata. DataError (naming `path`) where it is not one."""
+    """Parse the metadata that `VQGAN.save` wrote.
+
+    Raises DataError, naming `path`, if it is damaged.
+    """
     known = {field.name for field in fields(VQGANConfig)}
     try:
         values: dict[str, Any] = {
@@ -80,25 +87,32 @@ def config_from_json(text: str, path: str | Path) -> VQGANConfig:
         }
     except (ValueError, AttributeError, RecursionError):
         raise DataError(
-            f"{path}: its metadata dad_fast.vqgan is not a JSON object; write the file again with VQGAN.save"
+            f"{path}: its metadata dad_fast.vqgan is not a JSON object; write the file again with "
+            "VQGAN.save"
         ) from None
-    if unknown := sorted(values.keys() - known):
+    unknown = sorted(values.keys() - known)
+    if unknown:
         raise DataError(
-            f"{path}: unknown VQGAN setting {unknown[0]!r} in its metadata; it was written by another version of dad-fast"
+            f"{path}: unknown VQGAN setting {unknown[0]!r} in its metadata; it was written by "
+            "another version of dad-fast"
         )
     try:
         return VQGANConfig(**values)
     except ValueError as error:
         raise DataError(
-            f"{path}: no VQGAN is as its metadata says ({error}); is the file damaged?"
+            f"{path}: its metadata describes no possible VQGAN ({error}); is the file damaged?"
         ) from None
 
 
 def infer_config(state: Mapping[str, Tensor], path: str | Path) -> VQGANConfig:
-    """The config that a taming state dict was made with, from its keys and shapes. DataError (naming `path`) where it is not a VQGAN."""
+    """Infer the config of a taming state dict from its keys and shapes.
+
+    Raises DataError, naming `path`, if it is not a VQGAN.
+    """
     if "quantize.embed.weight" in state:
         raise DataError(
-            f"{path}: this is a Gumbel VQGAN, which has another quantizer; use one with quantize.embedding.weight"
+            f"{path}: this is a Gumbel VQGAN, which has another quantizer; use one with "
+            "quantize.embedding.weight"
         )
     try:
         ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
@@ -126,6 +140,7 @@ def infer_config(state: Mapping[str, Tensor], path: str | Path) -> VQGANConfig:
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
         raise DataError(
-            f"{path}: not a VQGAN with taming-transformers' keys (no encoder.*, decoder.* and quantize.embedding.weight); "
+            f"{path}: not a VQGAN with taming-transformers' keys (no encoder.*, decoder.* and "
+            "quantize.embedding.weight); "
             "--discretizer needs such a checkpoint"
         ) from None

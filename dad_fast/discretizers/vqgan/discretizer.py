@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,21 +14,29 @@ from torch import Tensor
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.discretizers.base import Discretized, Discretizer, LoadContext
 from dad_fast.discretizers.vqgan.float16_range import probe_images, probe_range
+from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import VQGAN
-from dad_fast.discretizers.vqgan.precision import stage_dtype
 from dad_fast.kernels import unpack_codes
-from dad_fast.models.weights.files import asset, sha256_file
-from dad_fast.models.weights.fingerprint import fingerprint
+from dad_fast.models.weights.files import asset, fingerprint, sha256_file
 
+Half = Literal["encoder", "decoder"]
+HALVES: tuple[Half, Half] = ("encoder", "decoder")
 DEFAULT_OPTIMIZATIONS = VQGANOptimizations()
 
 
 class VQGANDiscretizer(Discretizer):
-    """A frozen VQGAN. Under `precision.amp` encoder and decoder run fused, each in its own dtype; the lookup is always exact.
+    """Frozen VQGAN.
 
-    Without amp it is the plain model in float32, bit for bit. `savings`: what the fused form saves; None keeps the plain model
-    under autocast.
+    Under `precision.amp` encoder and decoder run fused, each in its own dtype; the lookup is always
+    exact.
+
+    The default dtypes are float16 for the encoder, since a code is a rounding decision and bfloat16
+    is 9 times as noisy, and bfloat16 for the decoder, since images need no more digits and its
+    range needs no scaling.
+
+    Without amp it is the plain model in float32, bit for bit. `optimizations`: those of the fused
+    form; None keeps the plain model under autocast.
     """
 
     def __init__(
@@ -35,23 +44,22 @@ class VQGANDiscretizer(Discretizer):
         vqgan: VQGAN,
         precision: PrecisionConfig,
         *,
-        savings: VQGANOptimizations | None = DEFAULT_OPTIMIZATIONS,
+        optimizations: VQGANOptimizations | None = DEFAULT_OPTIMIZATIONS,
         name: str = "vqgan",
         provenance: str = "",
         weights_sha256: str | None = None,
     ) -> None:
         self.vqgan = vqgan.eval().requires_grad_(False)
-        self.precision, self.name, self.provenance, self.weights_sha256 = (
-            precision,
-            name,
-            provenance,
-            weights_sha256,
-        )
-        self.savings = (
-            (savings or VQGANOptimizations.none()) if precision.amp else VQGANOptimizations.none()
-        )
-        self.encoder_scale = self.decoder_scale = 1.0
-        self.range_note = ""  # what fit_float16 did, for the log
+        self.precision = precision
+        self.name = name
+        self.provenance = provenance
+        self.weights_sha256 = weights_sha256
+        if optimizations is None or not precision.amp:
+            optimizations = VQGANOptimizations.none()
+        self.optimizations = optimizations
+        self.scales: dict[Half, float] = {"encoder": 1.0, "decoder": 1.0}
+        # Line for the log about the result of fit_float16
+        self.range_note = ""
         self._fuse()
 
     def __call__(self, pixels: Tensor) -> Discretized:
@@ -59,24 +67,23 @@ class VQGANDiscretizer(Discretizer):
         return Discretized(self.decode(codes), codes)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Latents [B, D, h, w] in the precision of the run."""
+        """Encode to latents [B, D, h, w] in the precision of the run."""
         return self.fused.encode(pixels)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images float32 [B, 3, H, W] in [0, 1] of `codes` int64 [B, h, w], decoded in the precision of the run."""
+        """Decode `codes` int64 [B, h, w] to images float32 [B, 3, H, W] in [0, 1]."""
         return self.fused.decode(codes).float()
 
     def fit_float16(self, pixels: Tensor | None = None) -> str:
-        """Scale what runs in float16 so that its activations fit; a line on what was done, "" for nothing.
+        """Scale the halves that run in float16 so that their activations fit.
 
-        EvalSet by `pixels` [B, 3, H, W], or by synthetic images (8 times further than those reach still fits). To be called before
-        training: it runs encoder and decoder in float32 and reads the result on the host.
+        Returns a line for the log, "" if nothing changed.
+
+        The scale is measured on `pixels` [B, 3, H, W], or on synthetic images, with headroom of a
+        factor of 8. Call it before training: it runs encoder and decoder in float32 and reads the
+        result on the host.
         """
-        halves = [
-            half
-            for half in ("encoder", "decoder")
-            if stage_dtype(self.precision, half) == torch.float16
-        ]
+        halves = [half for half in HALVES if self._dtype(half) == torch.float16]
         if not halves:
             return ""
         if pixels is None:
@@ -84,24 +91,33 @@ class VQGANDiscretizer(Discretizer):
         found, lines = probe_range(self.vqgan, pixels), []
         for half in halves:
             scale: float = getattr(found, f"{half}_scale")
-            setattr(self, f"{half}_scale", scale)
+            self.scales[half] = scale
             if scale < 1.0:
                 layer, largest = max(getattr(found, half).items(), key=lambda item: item[1])
                 lines.append(
-                    f"{layer} reaches {largest:.3g}: the {half} runs at 2^{round(math.log2(scale))} of its scale to fit float16"
+                    f"{layer} reaches {largest:.3g}: the {half} runs at "
+                    f"2^{round(math.log2(scale))} of its scale to fit float16"
                 )
         self._fuse()
         self.range_note = "; ".join(lines)
         return self.range_note
 
     def _fuse(self) -> None:
-        self.fused = self.vqgan.fuse(
-            self.savings,
-            encoder=stage_dtype(self.precision, "encoder"),
-            decoder=stage_dtype(self.precision, "decoder"),
-            encoder_scale=self.encoder_scale,
-            decoder_scale=self.decoder_scale,
+        self.fused = FusedVQGAN(
+            self.vqgan,
+            self.optimizations,
+            encoder=self._dtype("encoder"),
+            decoder=self._dtype("decoder"),
+            encoder_scale=self.scales["encoder"],
+            decoder_scale=self.scales["decoder"],
         )
+
+    def _dtype(self, half: Half) -> torch.dtype:
+        """Compute dtype of a half; float32 without amp."""
+        if not self.precision.amp:
+            return torch.float32
+        dtype: torch.dtype = getattr(torch, getattr(self.precision, half))
+        return dtype
 
     @property
     def codebook(self) -> Tensor:
@@ -132,8 +148,8 @@ class VQGANDiscretizer(Discretizer):
         count = int(self.vqgan.search().num_nonfinite)
         if not count:
             return []
-        what = f"{count:,} of the encoder's outputs so far were not finite and got code 0"
-        return [f"{what}; set precision.encoder=float32, or look at the VQGAN's weights"]
+        problem = f"{count:,} of the encoder's outputs so far were not finite and got code 0"
+        return [f"{problem}; set precision.encoder=float32, or check the VQGAN's weights"]
 
     def encoders(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         exact = copy.deepcopy(self.vqgan).double()
@@ -148,23 +164,26 @@ class VQGANDiscretizer(Discretizer):
 
 
 def load_file(argument: str, context: LoadContext) -> VQGANDiscretizer:
-    """A VQGAN's .ckpt or .safetensors; the whole name is its path. Raises DataError for a file that cannot be used."""
+    """Load a VQGAN's .ckpt or .safetensors; the whole name is its path.
+
+    Raises DataError for a file that cannot be used.
+    """
     return _load(Path(context.text), context)
 
 
 def load_embedded(argument: str, context: LoadContext) -> VQGANDiscretizer:
-    """`embedded:digits`. Raises UsageError for another name."""
+    """Load `embedded:digits`. Raises UsageError for another name."""
     return _load(asset(f"{argument}-vqgan.safetensors"), context)
 
 
 def _load(path: Path, context: LoadContext) -> VQGANDiscretizer:
     vqgan, seen = VQGAN.load_with_provenance(path)
-    savings = context.optimizations
-    assert savings is None or isinstance(savings, VQGANOptimizations)
+    optimizations = context.optimizations
+    assert optimizations is None or isinstance(optimizations, VQGANOptimizations)
     discretizer = VQGANDiscretizer(
         vqgan.to(context.device),
         context.precision,
-        savings=savings,
+        optimizations=optimizations,
         name=context.text,
         provenance=seen,
         weights_sha256=sha256_file(path),

@@ -1,7 +1,8 @@
-"""Layers of a fused VQGAN (`vqgan_fused`): frozen tensors prepared once, in the dtype and memory format of their stage.
+"""Layers of a fused VQGAN: frozen tensors in the dtype and memory format of their stage.
 
-Each is built from its plain layer and a `Recipe`. The recipe's `scale` s, a power of two, makes every convolution write s times what the
-plain one writes, so that a residual stream beyond fp16's range fits; group norm undoes it (its eps becomes eps s^2).
+Each is built from its plain layer and a `Recipe`. With the recipe's `scale` s, a power of two,
+every convolution outputs s times the output of the plain one, so that a residual stream beyond
+fp16's range fits; group norm undoes the scale (its eps becomes eps s^2).
 """
 
 from __future__ import annotations
@@ -18,70 +19,84 @@ from dad_fast.discretizers.vqgan.model import AttnBlock, Downsample, ResnetBlock
 from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
 from dad_fast.kernels.wide_attention import wide_attention
 
-# Nearest-2x upsampling and then a 3-tap kernel is a transposed convolution of stride 2 with these 4 taps (the same in x and y).
+# Nearest-2x upsampling followed by a 3-tap kernel is a transposed convolution of stride 2 with
+# these 4 taps, in x and in y.
 UPSAMPLED_TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANOptimizations:
-    """What a fused VQGAN saves. Each is exact in exact arithmetic, and with all of them off it is bit-equal to the plain one."""
+    """Switches of a fused VQGAN.
 
-    cast: bool = True  # weights in the stage's dtype once; off: autocast casts them at every call, and norms run in float32
-    channels_last: bool = True  # NHWC, weights permuted once; on CUDA the group norm of older PyTorch leaves it again, norm_kernel never
-    upsample: bool = True  # nearest-2x and 3x3 convolution as one transposed convolution on the small map: 4/9 of the FLOP
-    attention: bool = (
-        True  # scores h (Wq Wk) h and values h (Wv Wo): two projections instead of four
-    )
-    merge_1x1: bool = True  # quant_conv inside conv_out, post_quant_conv inside the codebook
-    norm_kernel: bool = False  # group norm, SiLU and the bias and residual before them in one op; on CUDA a Triton kernel not yet run there
+    Each is exact in exact arithmetic; with all off the result is bit-equal to the plain model.
+    """
+
+    # Cast weights once to the stage's dtype; off: autocast casts them at every call, and norms run
+    # in float32
+    cast: bool = True
+    # NHWC, weights permuted once; on CUDA the group norm of older PyTorch leaves NHWC, norm_kernel
+    # does not
+    channels_last: bool = True
+    # Nearest-2x upsampling and 3x3 convolution as one transposed convolution on the small map: 4/9
+    # of the FLOP
+    upsample: bool = True
+    # Scores h (Wq Wk) h and values h (Wv Wo): two projections instead of four
+    attention: bool = True
+    # quant_conv inside conv_out, post_quant_conv inside the codebook
+    merge_1x1: bool = True
+    # Group norm, SiLU and the preceding bias and residual in one op; on CUDA a Triton kernel, not
+    # yet run there
+    norm_kernel: bool = False
 
     @classmethod
     def none(cls) -> VQGANOptimizations:
+        """Return the switches of the plain model: all off."""
         return cls(**dict.fromkeys((field.name for field in fields(cls)), False))
 
 
 class Recipe(NamedTuple):
-    """How one half (encoder or decoder) is made."""
+    """Settings of one half (encoder or decoder)."""
 
-    savings: VQGANOptimizations
+    optimizations: VQGANOptimizations
     dtype: torch.dtype
     scale: float = 1.0
 
     def tensor(self, value: Tensor) -> Tensor:
-        """A parameter, computed in float64, as it is kept."""
-        value = value.detach().to(self.dtype if self.savings.cast else torch.float32).contiguous()
+        """Convert a parameter, computed in float64, to its dtype and memory format."""
+        dtype = self.dtype if self.optimizations.cast else torch.float32
+        value = value.detach().to(dtype).contiguous()
         return self.laid_out(value) if value.ndim == 4 else value
 
     def laid_out(self, value: Tensor) -> Tensor:
-        """A map or weight [N, C, H, W] in the recipe's memory format; where that is not chosen, as it comes."""
-        return (
-            value.contiguous(memory_format=torch.channels_last)
-            if self.savings.channels_last
-            else value
-        )
+        """Convert a map or weight [N, C, H, W] to NHWC if the recipe asks for it."""
+        if self.optimizations.channels_last:
+            return value.contiguous(memory_format=torch.channels_last)
+        return value
 
 
 class Sum(NamedTuple):
-    """A map x + channel_bias + residual, not yet added up where the op of the next norm does that."""
+    """Map x + channel_bias + residual, not yet added up if the op of the next norm does that."""
 
     x: Tensor  # [B, C, H, W]
     channel_bias: Tensor | None = None  # [C]
     residual: Tensor | None = None  # [B, C, H, W]
 
     def total(self) -> Tensor:
-        x = (
-            self.x
-            if self.channel_bias is None
-            else self.x.add_(self.channel_bias.view(1, -1, 1, 1))
-        )
+        """Add up the terms, in place."""
+        x = self.x
+        if self.channel_bias is not None:
+            x = x.add_(self.channel_bias.view(1, -1, 1, 1))
         if self.residual is None:
             return x
-        # In place where that leaves the residual stream in its memory format.
+        # In place only if that keeps the memory format of the residual stream.
         return x.add_(self.residual) if x.stride() == self.residual.stride() else self.residual + x
 
 
 class Conv(nn.Module):
-    """Its weight [O, I, k, k] is taken times `weight_scale` (default: the recipe's scale), its bias [O] times that scale."""
+    """Convolution with scaled weight [O, I, k, k] and bias [O].
+
+    The recipe's scale applies to the bias, and to the weight unless `weight_scale` is given.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -97,79 +112,82 @@ class Conv(nn.Module):
         padding: int = 0,
     ) -> None:
         super().__init__()
-        self.stride, self.padding, self.norm_kernel = stride, padding, recipe.savings.norm_kernel
-        self.register_buffer(
-            "weight",
-            recipe.tensor(weight * (recipe.scale if weight_scale is None else weight_scale)),
-        )
+        self.stride = stride
+        self.padding = padding
+        self.norm_kernel = recipe.optimizations.norm_kernel
+        weight_scale = recipe.scale if weight_scale is None else weight_scale
+        self.register_buffer("weight", recipe.tensor(weight * weight_scale))
         self.register_buffer("bias", recipe.tensor(bias * recipe.scale))
 
     @classmethod
     def like(cls, plain: nn.Conv2d, recipe: Recipe, weight_scale: float | None = None) -> Conv:
-        stride, padding = plain.stride[0], plain.padding[0]
+        """Convert a plain convolution."""
         return cls(
             *parameters(plain),
             recipe,
             weight_scale=weight_scale,
-            stride=stride,
-            padding=int(padding),
+            stride=plain.stride[0],
+            padding=int(plain.padding[0]),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
     def before_norm(self, x: Tensor, residual: Tensor | None = None) -> Sum:
-        """The same plus `residual`, for a norm to take."""
+        """Return the output plus `residual` as the input of a norm."""
         if self.norm_kernel:
-            return Sum(
-                F.conv2d(x, self.weight, None, self.stride, self.padding), self.bias, residual
-            )
+            y = F.conv2d(x, self.weight, None, self.stride, self.padding)
+            return Sum(y, self.bias, residual)
         return Sum(self(x), None, residual)
 
 
 class Norm(nn.Module):
-    """Group norm, then SiLU where `silu`."""
+    """Group norm, then SiLU if `silu`."""
 
     weight: Tensor
     bias: Tensor
 
     def __init__(self, plain: nn.GroupNorm, recipe: Recipe, silu: bool = True) -> None:
         super().__init__()
-        self.groups, self.eps, self.silu, self.kernel = (
-            plain.num_groups,
-            plain.eps * recipe.scale**2,
-            silu,
-            recipe.savings.norm_kernel,
-        )
+        self.groups = plain.num_groups
+        self.eps = plain.eps * recipe.scale**2
+        self.silu = silu
+        self.kernel = recipe.optimizations.norm_kernel
         if self.kernel:
-            recipe = recipe._replace(dtype=torch.float32)  # in which it computes
+            # The kernel computes in float32.
+            recipe = recipe._replace(dtype=torch.float32)
         self.register_buffer("weight", recipe.tensor(plain.weight))
         self.register_buffer("bias", recipe.tensor(plain.bias))
 
     def forward(self, terms: Sum) -> tuple[Tensor, Tensor]:
-        """The norm of the sum; and the sum, which in a branch (a bias and no residual) nobody reads and which then lacks the bias."""
+        """Return the norm of the sum, and the sum.
+
+        In a branch (bias, no residual) the sum is unused and lacks the bias.
+        """
         if self.kernel:
             args = (self.weight, self.bias, self.groups, self.eps)
             if terms.residual is not None:
                 return add_group_norm_silu(
                     terms.x, terms.residual, *args, silu=self.silu, channel_bias=terms.channel_bias
                 )
-            return group_norm_silu(
-                terms.x, *args, silu=self.silu, channel_bias=terms.channel_bias
-            ), terms.x
+            y = group_norm_silu(terms.x, *args, silu=self.silu, channel_bias=terms.channel_bias)
+            return y, terms.x
         x = terms.total()
         y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-        return F.silu(y, inplace=True) if self.silu else y, x
+        y = F.silu(y, inplace=True) if self.silu else y
+        return y, x
 
 
 class Block(nn.Module):
     def __init__(self, plain: ResnetBlock, recipe: Recipe) -> None:
         super().__init__()
-        self.norm1, self.conv1 = Norm(plain.norm1, recipe), Conv.like(plain.conv1, recipe)
-        self.norm2, self.conv2 = Norm(plain.norm2, recipe), Conv.like(plain.conv2, recipe)
-        self.shortcut = (
-            None if plain.nin_shortcut is None else Conv.like(plain.nin_shortcut, recipe, 1.0)
-        )
+        self.norm1 = Norm(plain.norm1, recipe)
+        self.conv1 = Conv.like(plain.conv1, recipe)
+        self.norm2 = Norm(plain.norm2, recipe)
+        self.conv2 = Conv.like(plain.conv2, recipe)
+        self.shortcut: Conv | None = None
+        if plain.nin_shortcut is not None:
+            self.shortcut = Conv.like(plain.nin_shortcut, recipe, 1.0)
 
     def forward(self, terms: Sum) -> Sum:
         h, x = self.norm1(terms)
@@ -178,10 +196,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions, as wide as its input: so that its four projections lose nothing by becoming two.
+    """One head over all positions. It is as wide as its input, so four projections become two.
 
-    (Wq h_i + bq) . (Wk h_j + bk) = (Wk' Wq h_i + Wk' bq) . h_j + what depends on i alone, which the softmax over j drops;
-    Wo sum_j a_ij (Wv h_j + bv) + bo = Wo Wv sum_j a_ij h_j + Wo bv + bo, because the a_ij of one i sum to 1.
+    (Wq h_i + bq) . (Wk h_j + bk) = (Wk' Wq h_i + Wk' bq) . h_j + a term of i alone, which the
+    softmax over j drops; Wo sum_j a_ij (Wv h_j + bv) + bo = Wo Wv sum_j a_ij h_j + Wo bv + bo,
+    because the a_ij of one i sum to 1.
     """
 
     def __init__(self, plain: AttnBlock, recipe: Recipe) -> None:
@@ -189,19 +208,22 @@ class Attention(nn.Module):
         self.norm = Norm(plain.norm, recipe, silu=False)
         self.scale = 1 / math.sqrt(plain.q.out_channels) / recipe.scale
         self.attend = wide_attention(plain.q.weight.device, plain.q.out_channels)
-        self.k = self.v = None
-        if recipe.savings.attention:
-            (wq, bq), (wk, _), (wv, bv), (wo, bo) = map(
-                parameters, (plain.q, plain.k, plain.v, plain.proj_out)
-            )
+        self.k: Conv | None = None
+        self.v: Conv | None = None
+        if recipe.optimizations.attention:
+            wq, bq = parameters(plain.q)
+            wk, _ = parameters(plain.k)
+            wv, bv = parameters(plain.v)
+            wo, bo = parameters(plain.proj_out)
             self.q = Conv(compose(wk.transpose(0, 1), wq), wk[..., 0, 0].T @ bq, recipe)
             self.proj_out = Conv(compose(wo, wv), wo[..., 0, 0] @ bv + bo, recipe)
         else:
-            self.q, self.k, self.v = (
-                Conv.like(conv, recipe) for conv in (plain.q, plain.k, plain.v)
-            )
-            self.proj_out = Conv.like(plain.proj_out, recipe, 1.0)  # v has the scale
-            self.scale /= recipe.scale  # so have both q and k
+            self.q = Conv.like(plain.q, recipe)
+            self.k = Conv.like(plain.k, recipe)
+            self.v = Conv.like(plain.v, recipe)
+            # v has the scale already, and q and k have it twice together.
+            self.proj_out = Conv.like(plain.proj_out, recipe, 1.0)
+            self.scale /= recipe.scale
 
     def forward(self, terms: Sum) -> Sum:
         h, x = self.norm(terms)
@@ -223,13 +245,12 @@ class Down(nn.Module):
 class Up(nn.Module):
     def __init__(self, plain: Upsample, recipe: Recipe) -> None:
         super().__init__()
-        self.transposed = recipe.savings.upsample
+        self.transposed = recipe.optimizations.upsample
         if self.transposed:
             weight, bias = parameters(plain.conv)
             taps = weight.new_tensor(UPSAMPLED_TAPS)
-            self.conv = Conv(
-                torch.einsum("ty,sx,oiyx->iots", taps, taps, weight), bias, recipe, weight_scale=1.0
-            )
+            transposed = torch.einsum("ty,sx,oiyx->iots", taps, taps, weight)
+            self.conv = Conv(transposed, bias, recipe, weight_scale=1.0)
         else:
             self.conv = Conv.like(plain.conv, recipe, 1.0)
 
@@ -241,11 +262,11 @@ class Up(nn.Module):
 
 
 def parameters(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias in float64, in which they are merged and scaled."""
+    """Return weight and bias in float64, in which they are merged and scaled."""
     assert layer.bias is not None
     return layer.weight.detach().double(), layer.bias.detach().double()
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:
-    """The weight of the 1x1 convolution `outer` [O, M, 1, 1] after `inner` [M, I, k, k]."""
+    """Return the weight [O, I, k, k] of the 1x1 `outer` [O, M, 1, 1] after `inner` [M, I, k, k]."""
     return torch.einsum("om,mikl->oikl", outer[..., 0, 0], inner)

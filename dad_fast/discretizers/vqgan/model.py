@@ -1,8 +1,9 @@
 """VQGAN (Esser et al., "Taming Transformers", arXiv 2012.09841): pixels -> codes -> pixels.
 
-Module names are those of taming-transformers' checkpoints (`encoder.*`, `decoder.*`, `quantize.embedding.weight`, `quant_conv`,
-`post_quant_conv`), so a published checkpoint loads strictly. Pixels are [0,1] outside and [-1,1] inside. The lookup is
-`dad_fast.kernels.nearest_code`: exact, and never an N x K matrix of distances.
+Module names are those of taming-transformers' checkpoints (`encoder.*`, `decoder.*`,
+`quantize.embedding.weight`, `quant_conv`, `post_quant_conv`), so a published checkpoint loads
+strictly. Pixels are in [0, 1] outside and in [-1, 1] inside. The lookup is
+`dad_fast.kernels.nearest_code`: exact, without an N x K matrix of distances.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from dad_fast.discretizers.vqgan.config import PRESETS as PRESETS
 from dad_fast.discretizers.vqgan.config import VQGANConfig, config_from_json, infer_config
 from dad_fast.errors import DataError, UsageError
 from dad_fast.kernels import CodebookSearch, nearest_code
-from dad_fast.models.weights.files import load_strictly, read_state_dict, write_safetensors
-
-if TYPE_CHECKING:
-    from dad_fast.discretizers.vqgan.fused import FusedVQGAN, VQGANOptimizations
+from dad_fast.models.weights.files import (
+    load_strictly,
+    read_state_dict,
+    strip_wrappers,
+    write_safetensors,
+)
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -61,10 +63,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
+        maps = [conv(h) for conv in (self.q, self.k, self.v)]
         # [B, C, H, W] -> [B, 1, HW, C]
-        q, k, v = (
-            conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v)
-        )
+        q, k, v = (each.flatten(2).transpose(1, 2).unsqueeze(1) for each in maps)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
@@ -75,9 +76,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(
-            F.pad(x, (0, 1, 0, 1))
-        )  # right and bottom only, as the published weights were trained
+        # Pad right and bottom only, as the published weights were trained.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -90,7 +90,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; each is followed by attention where the level has it."""
+    """Blocks of one resolution, each followed by attention if the level has it."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, groups: int
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Runs its levels from the coarsest to the finest; `up[i]` is the level of the encoder's `down[i]`."""
+    """Decoder, from the coarsest level to the finest; `up[i]` mirrors the encoder's `down[i]`."""
 
     def __init__(self, cfg: VQGANConfig) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
 
 
 class Quantize(nn.Module):
-    """Holds the codebook [K, D] under taming's name."""
+    """Codebook [K, D] under taming's name."""
 
     def __init__(self, n_embed: int, embed_dim: int) -> None:
         super().__init__()
@@ -185,9 +185,10 @@ class Quantize(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """The autoencoder and its codebook.
+    """Autoencoder and codebook.
 
-    `encode` and `decode` are differentiable (the codes are not); a discretizer runs them frozen. See `load` for files.
+    `encode` and `decode` are differentiable (codes are not); a discretizer runs them frozen. See
+    `load` for files and `FusedVQGAN` for faster inference.
     """
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -199,82 +200,86 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self._search: CodebookSearch | None = None
-        self._searched: tuple[object, ...] = ()  # which codebook _search was prepared for
+        # Identity of the codebook that _search was prepared for
+        self._searched: tuple[object, ...] = ()
 
     @property
     def downsample(self) -> int:
-        """Side of the square of pixels that one code stands for."""
+        """Side in pixels of the square that one code represents."""
         return self.config.downsample
 
     @property
     def codebook(self) -> Tensor:
-        """The codebook [K, D]."""
+        """Codebook [K, D]."""
         return self.quantize.embedding.weight
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Latents [B, D, H/f, W/f], before the lookup, of `pixels` [B, 3, H, W] in [0,1]. UsageError where f divides neither side."""
+        """Encode `pixels` [B, 3, H, W] in [0, 1] to latents [B, D, H/f, W/f].
+
+        Raises UsageError unless f divides both sides.
+        """
         self.check_sides(pixels)
         return self.quant_conv(self.encoder(2.0 * pixels - 1.0))
 
     def check_sides(self, pixels: Tensor) -> None:
-        """UsageError unless both sides of `pixels` [B, 3, H, W] are multiples of the factor."""
+        """Raise UsageError unless the factor divides both sides of `pixels` [B, 3, H, W]."""
         height, width = pixels.shape[-2:]
         if height % self.downsample or width % self.downsample:
             raise UsageError(
-                f"images of {height}x{width} do not divide into this discretizer's {self.downsample}x{self.downsample} codes: "
+                f"images of {height}x{width} do not divide into this discretizer's "
+                f"{self.downsample}x{self.downsample} codes: "
                 f"choose an --img-size that is a multiple of {self.downsample}"
             )
 
     def lookup(self, latents: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of `latents` [B, D, h, w]: the exact nearest entry of the fp32 codebook, lowest index on a tie.
+        """Return codes int64 [B, h, w] of `latents` [B, D, h, w].
 
-        A codebook that needs no gradient is prepared at the first call (`CodebookSearch`), and again after it was changed or moved.
+        A code is the exact nearest entry of the fp32 codebook, the lowest index on ties.
+
+        A frozen codebook is prepared at the first call (`CodebookSearch`), and again after it was
+        changed or moved.
         """
         codebook = self.codebook.detach()
         with torch.autocast(latents.device.type, enabled=False):
-            traced = (
-                torch.compiler.is_compiling() or type(latents) is not Tensor
-            )  # a fake tensor has no values to prepare
-            if traced or self.codebook.requires_grad or codebook.is_inference():
+            # A fake tensor has no values to prepare a search from.
+            is_traced = torch.compiler.is_compiling() or type(latents) is not Tensor
+            if is_traced or self.codebook.requires_grad or codebook.is_inference():
                 return nearest_code(latents.detach().float(), codebook.float())
             return self.search().search(latents.float())
 
     def search(self) -> CodebookSearch:
-        """The prepared search of the codebook as it is now. Its `num_nonfinite` starts at 0 whenever it is prepared."""
+        """Return the prepared search of the current codebook.
+
+        Preparing it resets its `num_nonfinite` to 0.
+        """
         codebook = self.codebook.detach()
-        # In-place changes count up the version, `.to()` and loading with assign=True make another tensor. What is written through
-        # `.data` shows in none of these: on the CPU the values are compared, which is cheap there; on a GPU it would wait for it.
+        # In-place changes increase the version; `.to()` and loading with assign=True make another
+        # tensor. Writes through `.data` change none of these: on the CPU the values are compared,
+        # which is cheap; on a GPU it would synchronize.
         now = (self.codebook._version, codebook.data_ptr(), codebook.device, codebook.dtype)
         changed = now != self._searched
         if self._search is not None and not changed and codebook.device.type == "cpu":
-            both = (
+            before, after = (
                 values.float().contiguous().view(torch.int32).numpy()
                 for values in (self._search.codebook, codebook)
             )
-            changed = not np.array_equal(
-                *both
-            )  # numpy's: torch.equal counts as waiting for a device where steps are traced
+            # Not torch.equal, which the test of host syncs would count as one.
+            changed = not np.array_equal(before, after)
         if self._search is None or changed:
             self._search, self._searched = CodebookSearch(codebook), now
         return self._search
 
     def codes(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, H/f, W/f] of `pixels` [B, 3, H, W] in [0,1]."""
+        """Encode `pixels` [B, 3, H, W] in [0, 1] to codes int64 [B, H/f, W/f]."""
         return self.lookup(self.encode(pixels))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Pixels [B, 3, h*f, w*f] in [0,1] of `codes` int64 [B, h, w]."""
+        """Decode `codes` int64 [B, h, w] to pixels [B, 3, h*f, w*f] in [0, 1]."""
         quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)  # [B, D, h, w]
         return (self.decoder(self.post_quant_conv(quantized)).clamp(-1.0, 1.0) + 1.0) / 2.0
 
-    def fuse(self, savings: VQGANOptimizations | None = None, **precision: Any) -> FusedVQGAN:
-        """The same function for inference, in fewer operations; arguments and what it promises: see `FusedVQGAN`."""
-        from dad_fast.discretizers.vqgan.fused import FusedVQGAN  # which imports this module
-
-        return FusedVQGAN(self, savings, **precision)
-
     def save(self, path: str | Path, seen: str) -> None:
-        """Write a safetensors file that `load` reads without guessing; `seen` says what the model was trained on."""
+        """Write a safetensors file with the configuration; `seen` names the training data."""
         write_safetensors(
             path,
             self.state_dict(),
@@ -283,23 +288,26 @@ class VQGAN(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> VQGAN:
-        """A VQGAN from taming's Lightning `.ckpt`, a bare state dict or safetensors; the config is read from metadata or from shapes.
+        """Load taming's Lightning `.ckpt`, a bare state dict or safetensors.
 
-        Keys under `loss.` (the discriminator and LPIPS of training) are dropped; every other key must match. DataError otherwise.
+        Drops keys under `loss.` (discriminator and LPIPS). Raises DataError unless every other key
+        matches.
         """
         return cls.load_with_provenance(path)[0]
 
     @classmethod
     def load_with_provenance(cls, path: str | Path) -> tuple[VQGAN, str]:
-        """`load`, and what the file says that the model was trained on."""
+        """Return the VQGAN of `load`, and its training data as the file records it."""
         state, metadata = read_state_dict(path)
+        state = strip_wrappers(state)
         state = {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
         if "dad_fast.vqgan" in metadata:
             config = config_from_json(metadata["dad_fast.vqgan"], path)
         else:
             config = infer_config(state, path)
         try:
-            with torch.device("meta"):  # no random weights that the file's would replace
+            # No random weights, which the file's would replace
+            with torch.device("meta"):
                 model = cls(config)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise DataError(

@@ -1,7 +1,7 @@
-"""What a weights file says of itself comes from anyone: it is checked before anything is built from it.
+"""Checks of the metadata in weights files: untrusted input, from which models are built.
 
-A student's file names a timm model and its arguments. Neither may fetch, load or run anything, and the model must fit the file: while
-it is built its parameters are counted, and the first one beyond what the file holds ends it.
+A student's file names a timm model and its arguments. Neither may download, load or run anything.
+limits.py bounds the size of the model that is built from them.
 """
 
 from __future__ import annotations
@@ -11,48 +11,58 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from torch import nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 
-MAX_PATH, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = (
-    4500,
-    200,
-    1000,
-    8,
-)  # of model_kwargs: characters of a text, values in all, nesting
-MAX_NUMBER, MAX_CLASSES, MAX_SIDE, MAX_CONTEXT = 65_536, 1_000_000, 16_384, 4096
-MAX_TABLES = 1 << 26  # numbers in buffers
-# Arguments that are not the architecture's: timm.create_model's own, and those that its builder takes for itself.
+# Keys of a file's metadata: a student, a linear probe in place of a student, a teacher, and the
+# classes of the head.
+STUDENT = "dad_fast.student"
+PROBE = "dad_fast.probe"
+TEACHER = "dad_fast.teacher"
+CLASSES = "dad_fast.classes"
+
+# Limits of nested settings: characters of a string, number of values, depth, size of a number.
+MAX_TEXT = 200
+MAX_ITEMS = 1000
+MAX_DEPTH = 8
+MAX_NUMBER = 65_536
+
+MAX_PATH = 4500
+MAX_CLASSES = 1_000_000
+MAX_SIDE = 16_384
+MAX_CONTEXT = 4096
+
+# Arguments that do not belong to an architecture: those of timm.create_model and those of its model
+# builder.
 NOT_ARCHITECTURE = {
     name
-    for name, p in inspect.signature(timm.create_model).parameters.items()
-    if p.kind is not p.VAR_KEYWORD
+    for name, parameter in inspect.signature(timm.create_model).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
 } | {
-    *(
-        "features_only",
-        "feature_cfg",
-        "feature_cls",
-        "kwargs_filter",
-        "model_cfg",
-        "pretrained_filter_fn",
-    ),
-    *("pretrained_model_args", "pretrained_strict", "pruned", "num_classes", "img_size"),
+    "features_only",
+    "feature_cfg",
+    "feature_cls",
+    "kwargs_filter",
+    "model_cfg",
+    "pretrained_filter_fn",
+    "pretrained_model_args",
+    "pretrained_strict",
+    "pruned",
+    "num_classes",
+    "img_size",
 }
 
 
 def checked_spec(text: str) -> dict[str, Any]:
-    """A student's description from its JSON, every entry of a kind and size that a model can have. Raises ValueError, in few words."""
+    """Parse and check the metadata of a student.
+
+    Raises ValueError for an entry of the wrong type or size.
+    """
     rules: dict[str, Callable[[Any], bool]] = {
         **VIEW,
         "name": lambda value: isinstance(value, str) and _is_registered(value),
@@ -66,9 +76,11 @@ def checked_spec(text: str) -> dict[str, Any]:
 
 
 def checked_clip(text: str) -> dict[str, Any]:
-    """What a CLIP's file says of itself: model_cfg (arguments of open_clip.CLIP), mean, std, and perhaps templates and seen.
+    """Parse and check the metadata of a CLIP.
 
-    Raises ValueError, in few words, for what is none, what would fetch something, and sizes that no model has.
+    It has model_cfg (arguments of open_clip.CLIP), mean, std, and optionally templates and seen.
+
+    Raises ValueError for an entry of the wrong type or size, or one that would download something.
     """
     rules: dict[str, Callable[[Any], bool]] = {
         "model_cfg": lambda value: (
@@ -82,44 +94,53 @@ def checked_clip(text: str) -> dict[str, Any]:
         ),
         "seen": lambda value: isinstance(value, str) and len(value) <= 10 * MAX_TEXT,
     }
-    said = _checked(text, rules, {"templates": [], "seen": ""})
-    model_cfg = said["model_cfg"]
+    declared = _checked(text, rules, {"templates": [], "seen": ""})
+    model_cfg = declared["model_cfg"]
     check_values(model_cfg, "model_cfg")
-    vision, words = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    if fetched := [key for key in (*vision, *words) if key.startswith("hf_")] + [
-        "timm_model_pretrained"
-    ] * bool(vision.get("timm_model_pretrained")):
-        raise ValueError(f"{fetched[0]} would fetch something")
-    if not _is_registered(vision.get("timm_model_name") or "resnet18"):
-        raise ValueError(f"timm_model_name is {_short(vision['timm_model_name'])}")
-    if not _whole(1, MAX_CONTEXT)(words.get("context_length")):  # its mask is the square of it
-        raise ValueError(f"text_cfg.context_length is {_short(words.get('context_length'))}")
-    return said
+    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+
+    downloads = [key for key in (*vision_cfg, *text_cfg) if key.startswith("hf_")]
+    if vision_cfg.get("timm_model_pretrained"):
+        downloads.append("timm_model_pretrained")
+    if downloads:
+        raise ValueError(f"{downloads[0]} would download something")
+    if not _is_registered(vision_cfg.get("timm_model_name") or "resnet18"):
+        raise ValueError(f"timm_model_name is {_short(vision_cfg['timm_model_name'])}")
+    # The attention mask has context_length^2 entries.
+    context_length = text_cfg.get("context_length")
+    if not _whole(1, MAX_CONTEXT)(context_length):
+        raise ValueError(f"text_cfg.context_length is {_short(context_length)}")
+    return declared
 
 
 def checked_published(text: str) -> dict[str, Any]:
-    """open_clip_config.json: model_cfg and preprocess_cfg, of which quick_gelu, mean and std are used. Raises ValueError, in few words."""
+    """Parse and check an open_clip_config.json, of which quick_gelu, mean and std are used.
 
-    def normalises(value: Any) -> bool:
-        given = isinstance(value, dict) and {
-            key: value[key] for key in ("mean", "std") if key in value
-        }
-        return given == {} or (
-            isinstance(given, dict)
-            and len(given) == 2
-            and _three(given["mean"], -1e3, 1e3)
-            and _three(given["std"], 1e-6, 1e3)
+    Raises ValueError for an entry of the wrong type or size.
+    """
+
+    def has_valid_normalisation(value: Any) -> bool:
+        if not isinstance(value, dict):
+            return False
+        given = [key for key in ("mean", "std") if key in value]
+        if not given:
+            return True
+        return (
+            len(given) == 2 and _three(value["mean"], -1e3, 1e3) and _three(value["std"], 1e-6, 1e3)
         )
 
     rules: dict[str, Callable[[Any], bool]] = {
         "model_cfg": lambda value: isinstance(value, dict),
-        "preprocess_cfg": normalises,
+        "preprocess_cfg": has_valid_normalisation,
     }
     return _checked(text, rules, {"model_cfg": {}, "preprocess_cfg": {}})
 
 
 def checked_probe(text: str) -> dict[str, Any]:
-    """The same of a linear probe's file. Raises ValueError, in few words."""
+    """Parse and check the metadata of a linear probe.
+
+    Raises ValueError for an entry of the wrong type or size.
+    """
     return _checked(
         text,
         {
@@ -136,7 +157,10 @@ def checked_probe(text: str) -> dict[str, Any]:
 
 
 def checked_view(text: str) -> dict[str, Any]:
-    """The same of a model that brings its own computation (ONNX): what it is called, what images it takes, how many outputs it has."""
+    """Parse and check the metadata of an ONNX model: name, classes, evaluation view.
+
+    Raises ValueError.
+    """
     return _checked(text, VIEW)
 
 
@@ -159,14 +183,15 @@ def _checked(
 
 
 def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError unless these are arguments of an architecture alone, and of sizes that one can have."""
-    if others := sorted(NOT_ARCHITECTURE & set(kwargs)):
+    """Raise ValueError unless `kwargs` are arguments of an architecture, of plausible size."""
+    others = sorted(NOT_ARCHITECTURE & set(kwargs))
+    if others:
         raise ValueError(f"model_kwargs.{others[0]} is no argument of an architecture")
     check_values(kwargs, "model_kwargs")
 
 
 def check_values(table: Mapping[str, Any], what: str) -> None:
-    """Raises ValueError unless everything in `table` is plain, few, and of a size that an architecture's argument can have."""
+    """Raise ValueError unless `table` holds few plain values of plausible size."""
     values = list(_flat(table, what, 0))
     if len(values) > MAX_ITEMS:
         raise ValueError(f"{what} holds {len(values):,} values")
@@ -177,65 +202,15 @@ def check_values(table: Mapping[str, Any], what: str) -> None:
             raise ValueError(f"{what} holds a text of {len(value):,} characters")
 
 
-@contextmanager
-def no_more_parameters_than(tensors: Mapping[str, torch.Tensor], path: object) -> Iterator[None]:
-    """While it lasts, a model that registers far more parameters than `tensors`, the file at `path`, holds numbers is a DataError.
-
-    Twice as many are let through, since some models build a classifier and replace it, and `MAX_TABLES` more numbers in buffers: masks
-    and tables that depend on the image's size and are in no file.
-    """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    left = {
-        "parameters": 2 * held + 1_000_000,
-        "layers": 2 * len(tensors) + 1000,
-        "buffers": 2 * held + MAX_TABLES,
-    }
-
-    def count(what: str, number: int) -> None:
-        left[what] -= number
-        if left[what] < 0:
-            raise DataError(
-                f"{path}: the model that its metadata names has more {what} than fit the {held:,} numbers in the file"
-            )
-
-    def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
-            count("parameters", parameter.numel())
-        count("layers", 1)
-
-    def count_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
-        count("buffers", 0 if buffer is None else buffer.numel())
-
-    # Of every module, so that the first one too many ends it.
-    handles = (
-        register_module_parameter_registration_hook(count_parameter),
-        register_module_buffer_registration_hook(count_buffer),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def without_downloads() -> Iterator[None]:
-    """While it lasts, what a hub has is found only where it was fetched before: a file may name it, but only the user may fetch it."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def recorded_classes(path: object, text: str | None, num_classes: int) -> ClassMap:
-    """The classes of a file's head, in its order, from its metadata. DataError where there are none, or not as many as outputs."""
+    """Return the classes of a file's outputs, in order, from its metadata.
+
+    Raises DataError if they are missing or do not fit.
+    """
     if text is None:
         raise DataError(
-            f"{path}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?"
+            f"{path}: no class list in its metadata, so its outputs have no meaning; was it "
+            "written by dad-fast?"
         )
     try:
         classes = ClassMap.from_json(text)
@@ -243,13 +218,61 @@ def recorded_classes(path: object, text: str | None, num_classes: int) -> ClassM
         raise DataError(f"{path}: its class list is damaged ({error})") from None
     if len(classes) != num_classes:
         raise DataError(
-            f"{path}: damaged: its class list has {len(classes):,} classes, its model {num_classes:,} outputs"
+            f"{path}: damaged: its class list has {len(classes):,} classes, its model "
+            f"{num_classes:,} outputs"
         )
     return classes
 
 
+def check_classes(where: str, metadata: Mapping[str, str], classes: ClassMap) -> None:
+    """Raise DataError if the metadata has another class list than `classes`, by folder."""
+    if CLASSES not in metadata:
+        return
+    own = ClassMap.from_json(metadata[CLASSES])
+    if len(own) != len(classes):
+        raise DataError(
+            f"{where}: its class list has {len(own)} classes, the data {len(classes)}; "
+            "give the --class-map it was made with"
+        )
+    for (number, folder, _), (_, expected, _) in zip(own, classes, strict=True):
+        if folder != expected:
+            raise DataError(
+                f"{where}: its class {number} is {folder!r}, the data's is {expected!r}; "
+                "give the --class-map it was made with"
+            )
+
+
+def probe_spec(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the description of a linear probe from its file's metadata.
+
+    Raises DataError if it is missing or damaged.
+    """
+    if PROBE not in metadata:
+        raise DataError(
+            f"{path}: not a linear probe of dad-fast (no {PROBE} in its metadata); "
+            "name the run of an --method lp-clip"
+        )
+    try:
+        return checked_probe(metadata[PROBE])
+    except ValueError as error:
+        raise DataError(f"{path}: its metadata {PROBE} is damaged ({error})") from None
+
+
+def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:
+    """Raise DataError unless `sha256` is the fingerprint of the probe's encoder."""
+    expected = spec["encoder_sha256"]
+    if expected != sha256:
+        raise DataError(
+            f"{where}: this probe belongs to another encoder ({expected[:12]}…) than "
+            f"{spec['teacher']} now is ({sha256[:12]}…); give the weights that it was trained on"
+        )
+
+
 def _is_registered(name: str) -> bool:
-    """A model of timm's own; a name with a colon or a slash would be a hub's or a folder's."""
+    """Return whether timm itself has the model.
+
+    A name with a colon or a slash would be that of a hub or a folder.
+    """
     return (
         len(name) <= MAX_TEXT
         and not set(name) & set(":/\\")
@@ -287,7 +310,7 @@ def _three(values: Any, low: float, high: float) -> bool:
 
 
 def _short(value: Any) -> str:
-    """A value in an error: short, on one line, and without the cost of printing a number of a million digits."""
+    """Format a value for a one-line error, without printing a number of a million digits."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
     text = repr(value)
@@ -298,7 +321,7 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TEXT
 
 
-# What a description says of any model: each entry's rule.
+# Rules of the entries that every model has.
 VIEW: dict[str, Callable[[Any], bool]] = {
     "name": _text,
     "num_classes": _whole(1, MAX_CLASSES),

@@ -1,4 +1,4 @@
-"""Weights files: safetensors, and PyTorch checkpoints as `dad_fast.models.weights.pickles` reads them; written whole or not at all."""
+"""Weights files: read safetensors and PyTorch checkpoints, write safetensors, load strictly."""
 
 from __future__ import annotations
 
@@ -17,40 +17,59 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.files import atomic_write_bytes
 from dad_fast.models.weights.pickles import read_pickle
 
-_SMALL = 1 << 20  # bytes that a tensor may be expanded to
-_SEAL = "dad_fast.sha256"  # in the metadata of what we write: of the whole file, with _OPEN in this place
-_OPEN = "0" * 64
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
+
+# Prefixes of every key that DataParallel, torch.compile and trainers add.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+# Bytes that a tensor of a pickle may be expanded to
+_SMALL = 1 << 20
+
+# Metadata key of files that we write: SHA-256 of the whole file, with _OPEN in place of the hash
+_SEAL = "dad_fast.sha256"
+_OPEN = "0" * 64
 
 
 def asset(name: str) -> Path:
-    """Path of the embedded weights file `name`. UsageError where no such file is embedded."""
+    """Return the path of the embedded weights file `name`. Raises UsageError if there is none."""
     path = ASSETS / name
     if not path.is_file():
-        raise UsageError(
-            f"no embedded file {name}: there are {', '.join(sorted(p.name for p in ASSETS.glob('*.safetensors'))) or 'none'}"
-        )
+        known = sorted(file.name for file in ASSETS.glob("*.safetensors"))
+        raise UsageError(f"no embedded file {name}: there are {', '.join(known) or 'none'}")
     return path
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the hex SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, on the CPU, and the file's text metadata (empty for pickles), of a safetensors file or a PyTorch checkpoint.
+def fingerprint(module: nn.Module) -> str:
+    """Return the hex SHA-256 of all parameters and persistent buffers.
 
-    Of a checkpoint {"state_dict": ...} or {"model": ...} that entry is taken. Nothing in a file is executed: see
-    `dad_fast.models.weights.pickles`. Raises DataError where the file is missing, damaged, or holds anything that cannot be read safely.
-    A file of `write_safetensors` is damaged when any bit of it has changed (but for the name of its seal: then it has none).
+    It covers name, dtype, shape and bytes, in the order of the names.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file or a PyTorch checkpoint.
+
+    Returns tensors by name, on the CPU, and text metadata (empty for pickles).
+    A checkpoint {"state_dict": ...} or {"model": ...} gives that entry. No code in a file is
+    executed: see `pickles.py`. Raises DataError if the file is missing, damaged or unsafe to read.
+    Any changed bit of a file by `write_safetensors` counts as damage, unless it hits the name of
+    its checksum's key.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(
-            f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} weights file: check the path"
-        )
+        problem = "a folder, not a" if path.is_dir() else "no such"
+        raise DataError(f"{path}: {problem} weights file: check the path")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -58,32 +77,43 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         raise DataError(
             f"{path}: cannot be read ({error.strerror}): check its permissions"
         ) from error
-    # safetensors: eight bytes for the length of the header, then the header, which is JSON. Asked first, since those bytes may be any.
-    if start[8:] != b"{":
-        if start.startswith(
-            (b"PK", b"\x80")
-        ):  # a zip archive, or a bare pickle as torch wrote before 1.6
-            return _tensors(read_pickle(path), path), {}
-        what = "empty" if not start else "neither safetensors nor a PyTorch checkpoint"
+
+    # safetensors: eight bytes for the length of the header, then the header, which is JSON. This
+    # test comes first, since the eight bytes may look like the start of any other format.
+    is_safetensors = start[8:] == b"{"
+    # A zip archive, or a bare pickle as torch wrote before 1.6
+    is_pickle = start.startswith((b"PK", b"\x80"))
+    if is_pickle and not is_safetensors:
+        return _tensors(read_pickle(path), path), {}
+    if not is_safetensors:
+        problem = "neither safetensors nor a PyTorch checkpoint" if start else "empty"
         raise DataError(
-            f"{path}: {what}: fetch it again, or check that it is the weights themselves and not a page or a pointer to them"
+            f"{path}: {problem}: download it again, and check that it is the weights and not a web "
+            "page or a Git LFS pointer"
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors, metadata = (
-                {key: file.get_tensor(key) for key in file.keys()},
-                dict(file.metadata() or {}),
-            )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = dict(file.metadata() or {})
         seal = metadata.pop(_SEAL, None)
         if seal is not None and seal != _digest(path, seal):
             raise DataError(
-                f"{path}: damaged, or changed since it was written: take it from a copy, or leave {_SEAL} out of its metadata"
+                f"{path}: damaged, or changed since it was written: take it from a copy, or leave "
+                f"{_SEAL} out of its metadata"
             )
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{path}: not a safetensors file, or damaged ({error}): fetch it again"
+            f"{path}: not a safetensors file, or damaged ({error}): download it again"
         ) from error
     return tensors, metadata
+
+
+def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes of `WRAPPERS` that all keys share, such as "module." of DataParallel."""
+    for prefix in WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state):
+            return strip_wrappers({key.removeprefix(prefix): state[key] for key in state})
+    return dict(state)
 
 
 def _digest(path: Path, seal: str) -> str:
@@ -97,37 +127,39 @@ def _digest(path: Path, seal: str) -> str:
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a checkpoint holds."""
+    """Return the state dict in the content of a checkpoint. Raises DataError for anything else."""
     if isinstance(content, dict):
-        content = next(
-            (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)),
-            content,
-        )
+        for key in ("state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
     if not isinstance(content, dict) or not content:
         raise DataError(
-            f"{path}: holds no state dict, neither bare nor under state_dict or model: save one with safetensors"
+            f"{path}: holds no state dict, neither bare nor under state_dict or model: save one "
+            "with safetensors"
         )
     for key, value in content.items():
         if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
             raise DataError(
-                f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save one with safetensors"
+                f"{path}: its entry {str(key)[:60]!r} is no tensor, so this is no state dict: save "
+                "one with safetensors"
             )
         if not _is_plain(value):
             raise DataError(
-                f"{path}: its tensor {key[:60]!r} is sparse, quantized, without values or larger than what is stored of it"
+                f"{path}: its tensor {key[:60]!r} is sparse, quantized, without values or larger "
+                "than its storage"
             )
-    if (
-        sum(value.numel() * value.element_size() for value in content.values())
-        > 4 * path.stat().st_size + _SMALL
-    ):
+    num_bytes = sum(value.numel() * value.element_size() for value in content.values())
+    if num_bytes > 4 * path.stat().st_size + _SMALL:
         raise DataError(
-            f"{path}: its tensors are views of the same numbers again and again; save a state dict with safetensors"
+            f"{path}: its tensors are views of the same numbers again and again; save a state dict "
+            "with safetensors"
         )
     return {key: value.detach() for key, value in content.items()}
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Values in memory, as many as it says: one stored number may otherwise stand for a tensor of any size."""
+    """Return whether all values are in memory: an expanded tensor could be of any size."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
     return tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), _SMALL)
@@ -136,18 +168,20 @@ def _is_plain(tensor: Tensor) -> bool:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors and text metadata so that `path` is either the whole new file or what it was before, and damage to it shows."""
+    """Write tensors and metadata atomically, with a checksum that `read_state_dict` verifies."""
     held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     data = _ordered(save(held, {**metadata, _SEAL: _OPEN}))
-    seal, quoted = (
-        hashlib.sha256(data).hexdigest(),
-        f'"{_SEAL}":"%s"',
-    )  # such quotes stand nowhere else before the tensors
+    seal = hashlib.sha256(data).hexdigest()
+    # Unescaped quotes make this match unique in the header, which precedes the tensors.
+    quoted = f'"{_SEAL}":"%s"'
     atomic_write_bytes(path, data.replace((quoted % _OPEN).encode(), (quoted % seal).encode(), 1))
 
 
 def _ordered(data: bytes) -> bytes:
-    """The same safetensors file with its metadata in order: the library's order is random, and equal runs should be equal files."""
+    """Sort the metadata of a safetensors file.
+
+    The library's order is random, and equal runs should write equal files.
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -157,12 +191,16 @@ def _ordered(data: bytes) -> bytes:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load `state` into `model`; DataError naming the first differing keys where names or shapes are not exactly the model's.
+    """Load `state` into `model`.
 
-    Floating-point numbers take the model's dtype. A model made on the meta device takes over copies of the tensors.
+    Raises DataError, naming the first differing keys, unless names and shapes are the model's.
+
+    Floating-point numbers take the model's dtype. A model on the meta device gets copies of the
+    tensors.
     """
     own = model.state_dict()
-    if problems := list(_differences(own, state)):
+    problems = list(_differences(own, state))
+    if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DataError(f"{path}: weights of another architecture: {'; '.join(problems[:3])}{more}")
     if any(tensor.is_meta for tensor in own.values()):

@@ -1,8 +1,9 @@
-"""PyTorch's pickled checkpoints, opened without running anything that is in them.
+"""Reader of PyTorch's pickled checkpoints that executes nothing in them.
 
-`torch.load(weights_only=True)` builds tensors and plain containers and refuses the rest. The Lightning checkpoints that VQGANs are
-published as also name a few classes (callbacks, omegaconf's containers, numpy's scalars) that say nothing about the weights. Each of
-these names, and no other, is answered by an inert stand-in, so that the real class is neither imported nor called.
+`torch.load(weights_only=True)` builds tensors and plain containers and refuses the rest. Published
+VQGANs are Lightning checkpoints, which also name a few classes (callbacks, omegaconf's containers,
+numpy's scalars) that the weights do not need. Each of these names, and no other, maps to an inert
+stand-in, so that the real class is neither imported nor called.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import re
 import struct
 import warnings
 import zipfile
-from _compat_pickle import (
-    IMPORT_MAPPING,
-    NAME_MAPPING,
-)  # what torch, too, makes of the names of Python 2
+
+# torch maps the names of Python 2 by these tables, too.
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,7 @@ from dad_fast.errors import DataError
 
 
 class Inert:
-    """Takes the place of an object that is not needed: accepts any arguments and any state, and keeps none."""
+    """Stand-in for an unneeded object: accepts any arguments and any state, and keeps none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
         return super().__new__(cls)
@@ -41,7 +41,10 @@ class Inert:
 
 
 class InertDict:
-    """The same for subclasses of dict: what is made is a plain dict, since torch lets a pickle set items of nothing else."""
+    """Stand-in for subclasses of dict.
+
+    Makes a plain dict, the only type whose items torch lets a pickle set.
+    """
 
     def __new__(cls, *args: Any) -> Any:
         return {}
@@ -67,16 +70,8 @@ _NUMPY = (
     "core.multiarray._reconstruct",
     "_core.multiarray._reconstruct",
 )
-_TYPES = (
-    "bool",
-    "dict",
-    "float",
-    "int",
-    "list",
-    "object",
-    "str",
-    "tuple",
-)  # omegaconf notes what a value should be
+# omegaconf records the expected type of a value.
+_TYPES = ("bool", "dict", "float", "int", "list", "object", "str", "tuple")
 
 STAND_INS: dict[str, type] = {
     **{f"{package}.callbacks.{name}": Inert for package in _LIGHTNING for name in _CALLBACKS},
@@ -96,74 +91,81 @@ STAND_INS: dict[str, type] = {
     },
 }
 
-# Of what torch would call itself, what weights need: not torch.FloatTensor(10**10) and its kind, which fill the memory.
+# The names torch allows that weights need. Others, such as torch.FloatTensor(10**10), would fill
+# the memory.
 _KNOWN = re.compile(
     r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|sparse_tensor|qtensor|meta_tensor_no_storage)"
     r"|torch\.(storage\.|cuda\.)?[A-Z]\w*Storage|torch\.[a-z]\w*|torch\.Size|torch\.serialization\._get_layout"
     r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)|builtins\.(set|complex)|_codecs\.encode"
 )
-_LEGACY_PICKLES = (
-    5  # of a file without an archive: magic number, version, system, content, keys of what follows
-)
+# Pickles in a file without an archive: magic number, version, system, content, storage keys
+_LEGACY_PICKLES = 5
 
 
 def read_pickle(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU.
+    """Return the content of a torch.save file, on the CPU.
 
-    Raises DataError where the file is damaged, is a TorchScript archive, is compressed, or names anything but tensors, plain containers and
-    `STAND_INS`. Names are looked at before anything is built, for torch itself lets a pickle fill the memory by some of them.
+    Raises DataError if the file is damaged, compressed or a TorchScript archive, or if it names
+    anything but tensors, plain containers and `STAND_INS`. Names are checked before anything is
+    built, since some that torch allows fill the memory.
     """
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
             file.seek(0)
             names = _names_in_archive(path) if is_zip else _names(file, _LEGACY_PICKLES)
-        if refused := sorted(
-            name for name in names if not (name in STAND_INS or _KNOWN.fullmatch(name))
-        ):
+        refused = sorted(
+            name for name in names if name not in STAND_INS and not _KNOWN.fullmatch(name)
+        )
+        if refused:
             raise DataError(
-                f"{path}: refused, because it asks for {ascii(refused[0])[1:-1][:100]}, which weights do not need and which could do harm; "
+                f"{path}: refused, because it asks for {ascii(refused[0])[1:-1][:100]}, which "
+                "weights do not need and which could do harm; "
                 "give a safetensors file, or one that holds only the state dict"
             )
         with (
             safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # about protocols: what cannot be read is said below
+            # Warnings about protocols; errors are reported below.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except DataError:
         raise
-    except Exception as error:  # a damaged pickle can fail in any way: EOFError, KeyError, struct.error, RuntimeError ...
+    except Exception as error:
+        # A damaged pickle fails in many ways: EOFError, KeyError, struct.error, RuntimeError ...
         raise _damaged(path, error) from None
 
 
 def _names_in_archive(path: Path) -> set[str]:
-    """The names in an archive's pickle, as torch finds it."""
+    """Return the names in an archive's pickle, located as torch locates it."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise DataError(
-            f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; {_instead(path)}"
+            f"{path}: a TorchScript archive (as OpenAI published CLIP), which holds code; "
+            f"{_instead(path)}"
         )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise DataError(
-            f"{path}: compressed inside, which torch.save never does and which could be of any size; give a safetensors file"
+            f"{path}: compressed inside, which torch.save never does and which could be of any "
+            "size; give a safetensors file"
         )
     _check_directory(path)
     return _names(io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")), 1)
 
 
 def _check_directory(path: Path) -> None:
-    """Raises ValueError unless the archive's list of entries lies where its end says, right before it.
+    """Raise ValueError unless the end record points to the list of entries right before it.
 
-    Python takes the list that lies before the end, torch the one that the end points to: a forged file could have two.
+    Python reads the list before the end record, torch the one that the record points to: a forged
+    file could have two.
     """
     with open(path, "rb") as file:
         length = file.seek(0, os.SEEK_END)
         file.seek(max(0, length - 98))
-        tail = (
-            file.read()
-        )  # the end in 64 bits (56 bytes), where that is, 20 bytes, and the end, 22 bytes
+        # End record in 64 bits (56 bytes), its location (20 bytes), end record (22 bytes)
+        tail = file.read()
     stop = length - 22
     size, start = struct.unpack("<LL", tail[-10:-2])
     if tail[-42:-38] == b"PK\x06\x07":
@@ -172,13 +174,13 @@ def _check_directory(path: Path) -> None:
         if tail[:4] != b"PK\x06\x06" or struct.unpack("<Q", tail[-34:-26]) != (stop,):
             raise ValueError("its list of entries cannot be found")
     if tail[-22:-18] != b"PK\x05\x06" or start + size != stop:
-        raise ValueError("its list of entries is not where its end says")
+        raise ValueError("its list of entries is not where its end record points")
 
 
 def _names(file: IO[bytes], pickles: int) -> set[str]:
-    """Every name that the next `pickles` ask for, as MODULE.NAME of Python 3. Nothing is built.
+    """Return every name in the next `pickles` pickles, as MODULE.NAME of Python 3.
 
-    Raises ValueError for instructions that ask for a name in another way than torch.save does.
+    Raises ValueError for instructions that torch.save does not use to refer to a name.
     """
     found = set()
     for _ in range(pickles):
@@ -195,24 +197,26 @@ def _names(file: IO[bytes], pickles: int) -> set[str]:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    said = re.search(r"WeightsUnpickler error: (.+)", str(error))
-    why = said[1] if said else (str(error).splitlines() or [type(error).__name__])[0]
-    why = why[:120]
+    found = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    reason = found[1] if found else (str(error).splitlines() or [type(error).__name__])[0]
     return DataError(
-        f"{path}: not a weights file, or damaged ({why}); fetch it again, or give a safetensors file"
+        f"{path}: not a weights file, or damaged ({reason[:120]}); download it again, or give a "
+        "safetensors file"
     )
 
 
 def _instead(path: Path) -> str:
-    """Where the weights of a TorchScript archive are to be had as safetensors."""
+    """Say which safetensors file has the weights of a TorchScript archive."""
     try:
         import open_clip
     except ImportError:
         return "give the same weights as safetensors"
-    arch = path.stem.removesuffix(
-        "px"
-    )  # OpenAI's files keep their names: ViT-L-14.pt, RN50.pt, ViT-L-14-336px.pt
+    # OpenAI's files are named by architecture: ViT-L-14.pt, RN50.pt, ViT-L-14-336px.pt.
+    arch = path.stem.removesuffix("px")
     repository = open_clip.get_pretrained_cfg(arch, "openai").get("hf_hub", "").strip("/")
     if not repository:
         return "give the same weights as safetensors"
-    return f"use open_clip_model.safetensors of {repository} on the Hugging Face hub, as open_clip:{arch}-quickgelu@FILE"
+    return (
+        f"use open_clip_model.safetensors of {repository} on the Hugging Face hub, "
+        f"as open_clip:{arch}-quickgelu@FILE"
+    )

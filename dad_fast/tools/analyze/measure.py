@@ -24,7 +24,8 @@ from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import perturb
 from dad_fast.models.probe import Probe
 from dad_fast.models.student import Student
-from dad_fast.models.teacher import Teacher, _PreLogits
+from dad_fast.models.teacher import Teacher
+from dad_fast.models.timm_teacher import PreLogits
 
 # What each set is called in tables; its name in files is the key.
 TITLES = {
@@ -63,7 +64,7 @@ def feature_space(name: str, teacher: Teacher, student: Student | None) -> Featu
         )
     if isinstance(student, Probe):
         return lambda pixels: F.normalize(student.features(pixels).double(), dim=1)
-    before_head = _PreLogits(student.model)
+    before_head = PreLogits(student.model)
     return lambda pixels: F.normalize(
         before_head((pixels - student.mean) / student.std).double(), dim=1
     )

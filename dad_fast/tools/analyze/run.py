@@ -26,7 +26,9 @@ from dad_fast.evaluate.suites.base import Subset
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.loggers.progress import PLAIN_SECONDS
 from dad_fast.loggers.run_log import environment
-from dad_fast.models.student import CLASSES, Student, build_student, checkpoint_file, load_student
+from dad_fast.models.load_student import load_student
+from dad_fast.models.student import Student, build_student, checkpoint_file
+from dad_fast.models.weights.declared import CLASSES
 from dad_fast.models.weights.files import sha256_file
 from dad_fast.report.sheet import write_sheet
 from dad_fast.tools.analyze import measure as engine

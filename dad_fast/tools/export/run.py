@@ -23,11 +23,10 @@ from dad_fast.files import (
     remove_abandoned,
     sync,
 )
-from dad_fast.models.run_settings import take_view
-from dad_fast.models.student import CLASSES, PROBE, STUDENT, Student, checkpoint_file, load_student
-from dad_fast.models.weights.declared import recorded_classes
+from dad_fast.models.load_student import load_raw_student, load_student, take_view
+from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.weights.declared import CLASSES, PROBE, STUDENT, recorded_classes
 from dad_fast.models.weights.files import sha256_file
-from dad_fast.models.weights.raw import load_raw_student
 from dad_fast.tools.export import graph
 from dad_fast.tools.export.card import model_card, read_run, short_name
 from dad_fast.tools.export.check import largest_difference, reference

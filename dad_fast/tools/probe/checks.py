@@ -34,9 +34,10 @@ from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
 from dad_fast.evaluate.suites.registry import Suite, open_suites
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.run_log import environment, print_line
-from dad_fast.models.probe import Probe, check_encoder
-from dad_fast.models.run_settings import run_settings, take_view
-from dad_fast.models.student import checkpoint_file, load_student
+from dad_fast.models.load_student import load_student, run_settings, take_view
+from dad_fast.models.probe import Probe
+from dad_fast.models.student import checkpoint_file
+from dad_fast.models.weights.declared import check_encoder
 from dad_fast.tools.probe.measures import (
     class_means,
     few_labels,

@@ -1,4 +1,4 @@
-"""The last block for the class token alone: the same logits and gradients as the whole block, and a word where it does not fit."""
+"""Tests of the last block for the class token alone: parity, and unsupported models."""
 
 import copy
 
@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 import torch.nn.functional as F
 
-from dad_fast.models.class_token import keep_class_token_only
+from dad_fast.models.optimizations import keep_class_token_only
 from tests.numerics import assert_same_function
 
 TINY = {
@@ -55,7 +55,8 @@ def vit(gated=False, **kwargs):
     if gated:  # as a few of timm's models build their attention
         for block in model.blocks:
             block.attn = timm.layers.Attention(32, 4, qkv_bias=True, gated=True)
-    for p in model.parameters():  # nothing at 0 or 1, where a mistake would not show
+    # Nothing at 0 or 1, where a mistake would not show
+    for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return model
 
@@ -76,7 +77,7 @@ def saved(model):
 
 
 def run(model, x, weights, training):
-    """(logits, gradient of the input, gradients of the weights)."""
+    """Return logits, gradient of the input, gradients of the weights."""
     model.train(training)
     x = x.clone().requires_grad_(True)
     torch.manual_seed(7)  # drop path and patch dropout draw the same
@@ -96,18 +97,17 @@ def images(dtype=torch.float64, batch=6):
     [(vit, k) for k in TIMM.values()] + [(tower, k) for k in CLIP.values()],
     ids=[*TIMM, *CLIP],
 )
-def test_logits_and_every_gradient_are_the_whole_blocks(make, kwargs, training):
+def test_logits_and_gradients_equal_those_of_the_full_block(make, kwargs, training):
     plain = make(**kwargs).double()
     whole = run(plain, images(), True, training)
-    size = max(
-        a.abs().max().item() for a in whole
-    )  # some gradients are 0 (the bias of a key's norm), up to rounding
+    # Some gradients are 0 (the bias of a key's norm), up to rounding
+    size = max(a.abs().max().item() for a in whole)
     for a, b in zip(whole, run(saved(plain), images(), True, training), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13 * size)
 
 
 @pytest.mark.parametrize("make", [vit, tower])
-def test_frozen_weights_give_the_gradient_of_the_input_alone(make):
+def test_frozen_weights_get_no_gradient_and_the_input_does(make):
     plain = make().double().requires_grad_(False).eval()
     other = saved(plain)
     for a, b in zip(
@@ -120,7 +120,7 @@ def test_frozen_weights_give_the_gradient_of_the_input_alone(make):
 
 @pytest.mark.parametrize("make", [vit, tower])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_its_rounding_is_at_most_twice_the_plain_forms(make, dtype):
+def test_rounding_error_is_at_most_twice_that_of_the_full_block(make, dtype):
     exact_model = make().double()
 
     def results(model):
@@ -135,19 +135,18 @@ def test_its_rounding_is_at_most_twice_the_plain_forms(make, dtype):
 
 
 @pytest.mark.parametrize("make", [vit, tower])
-def test_names_shapes_copies_and_deep_copies_stay(make):
+def test_keeps_names_and_shapes_and_can_be_copied(make):
     plain = make()
     other = saved(plain)
     assert list(plain.state_dict()) == list(other.state_dict())
     again = copy.deepcopy(other)  # as the EMA does
     again.load_state_dict(plain.state_dict())
     assert torch.equal(again.eval()(images(torch.float32)), other.eval()(images(torch.float32)))
-    assert keep_class_token_only(again) == "" and type(again) is type(
-        plain
-    )  # applying it twice changes nothing
+    # Applying it twice changes nothing
+    assert keep_class_token_only(again) == "" and type(again) is type(plain)
 
 
-def test_works_with_gradient_checkpointing_and_compiled():
+def test_works_with_gradient_checkpointing_and_torch_compile():
     plain = vit().double()
     other = saved(plain)
     other.set_grad_checkpointing(True)
@@ -176,23 +175,22 @@ def test_works_with_gradient_checkpointing_and_compiled():
         ("deit_tiny_distilled_patch16_224", {}, "VisionTransformerDistilled"),
     ],
 )
-def test_refuses_what_it_does_not_fit_and_changes_nothing(name, kwargs, words):
+def test_unsupported_models_are_refused_and_unchanged(name, kwargs, words):
     model = timm.create_model(name, **(TINY | kwargs)).eval()
     before, classes = model(images(torch.float32)), [type(m) for m in model.modules()]
     assert words in keep_class_token_only(model)
-    assert torch.equal(model(images(torch.float32)), before) and classes == [
-        type(m) for m in model.modules()
-    ]
+    assert torch.equal(model(images(torch.float32)), before)
+    assert classes == [type(m) for m in model.modules()]
 
 
-def test_refuses_other_networks_and_towers():
+def test_other_networks_and_towers_are_refused():
     assert "ResNet" in keep_class_token_only(timm.create_model("resnet18"))
     assert "pool_type='avg'" in keep_class_token_only(tower(pool_type="avg"))
     assert "tokens too" in keep_class_token_only(tower(output_tokens=True))
     assert "pools more" in keep_class_token_only(tower(attentional_pool=True, attn_pooler_heads=2))
 
 
-def test_open_clips_tower_around_a_timm_model():
+def test_open_clip_tower_around_a_timm_model():
     timm_model = pytest.importorskip("open_clip.timm_model")
     torch.manual_seed(0)
     model = timm_model.TimmModel("vit_tiny_patch16_224", 8, 224, pool="token").eval()
@@ -203,8 +201,8 @@ def test_open_clips_tower_around_a_timm_model():
     )
 
 
-def test_it_does_less_work():
-    """Floating point operations of ViT-B/16's training step: 7 % fewer."""
+def test_needs_fewer_flop():
+    """A training step of ViT-B/16 needs 7 % fewer FLOP."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []
@@ -218,6 +216,6 @@ def test_it_does_less_work():
                 torch.empty(2, dtype=torch.long, device="meta"),
             ).backward()
         counts.append(counter.get_total_flops() / 2)
-    assert counts[0] == pytest.approx(105.2e9, rel=0.01) and 1 - counts[1] / counts[
-        0
-    ] == pytest.approx(0.07, abs=0.005), counts
+    plain, class_token_only = counts
+    assert plain == pytest.approx(105.2e9, rel=0.01)
+    assert 1 - class_token_only / plain == pytest.approx(0.07, abs=0.005)

@@ -1,4 +1,4 @@
-"""Work left out of teacher and student: the same values without it, less kept for backward, and off means untouched."""
+"""Tests of exact optimizations: same values, less memory for backward, no change when off."""
 
 import copy
 from functools import partial
@@ -12,7 +12,8 @@ from dad_fast.config.schema import PrecisionConfig, StudentConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import build_student
-from dad_fast.models.teacher import Teacher, _PreLogits
+from dad_fast.models.teacher import Teacher
+from dad_fast.models.timm_teacher import PreLogits
 from tests.numerics import assert_same_function
 
 SIDE, CLASSES = 32, ClassMap(tuple((i, f"c{i}", f"c{i}") for i in range(5)))
@@ -45,7 +46,7 @@ def timm_teacher(name="vit_tiny_patch16_224", precision=None, plain=False, **kwa
     model = timm.create_model(
         name, **(TINY if "vit" in name and not plain else {"num_classes": 5}) | kwargs
     )
-    return wrap(_PreLogits(model), model, precision)
+    return wrap(PreLogits(model), model, precision)
 
 
 def clip_teacher(quick_gelu=True, precision=None, width=32, layers=3):
@@ -71,7 +72,7 @@ def run(teacher, x):
 
 
 def double(teacher):
-    """In float64 throughout; a teacher's outputs are float32, which would hide what is compared."""
+    """Run a model in float64; the float32 outputs of a teacher would hide differences."""
     teacher = teacher.double()
     teacher.mean, teacher.std = (
         torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD)
@@ -100,16 +101,16 @@ TEACHERS = {
     "one", ["class_token_only", "fold_normalisation", "fold_quick_gelu", "all"]
 )
 @pytest.mark.parametrize("make", TEACHERS.values(), ids=TEACHERS)
-def test_each_saving_is_exact_in_exact_arithmetic(make, one):
+def test_each_optimization_is_exact_in_float64(make, one):
     plain, other = make(), make()
     plain_forward, other_forward = double(plain), double(other)
-    savings = (
+    optimizations = (
         Optimizations()
         if one == "all"
         else Optimizations(**{name: name == one for name in vars(PLAIN)})
     )
-    results = optimize_teacher(other, savings)
-    assert set(results) == {name for name, on in vars(savings).items() if on}
+    results = optimize_teacher(other, optimizations)
+    assert set(results) == {name for name, on in vars(optimizations).items() if on}
     refused = {name for name, why in results.items() if why} - {"cast_weights"}
     assert refused <= (
         {"fold_quick_gelu"} if make in (TEACHERS["timm"], TEACHERS["open_clip gelu"]) else set()
@@ -124,7 +125,7 @@ def test_each_saving_is_exact_in_exact_arithmetic(make, one):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("make", TEACHERS.values(), ids=TEACHERS)
-def test_rounding_is_at_most_twice_the_plain_forms(make, dtype):
+def test_rounding_error_is_at_most_twice_that_of_the_plain_model(make, dtype):
     precision = PrecisionConfig(amp=dtype != "float32", teacher=dtype)
     exact, plain, other = make(), make(precision=precision), make(precision=precision)
     optimize_teacher(other, Optimizations())
@@ -149,12 +150,12 @@ def test_applying_twice_folds_once():
     assert torch.equal(run(once, pixels())[0], run(twice, pixels())[0])
 
 
-def test_features_and_a_teacher_of_a_number_of_columns():
-    from dad_fast.models.teacher import _Columns
+def test_features_and_selected_classes():
+    from dad_fast.models.timm_teacher import SelectedClasses
 
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **TINY | {"num_classes": 9})
-    plain = wrap(_PreLogits(model), _Columns(model, [8, 0, 3, 1, 2]))
+    plain = wrap(PreLogits(model), SelectedClasses(model, [8, 0, 3, 1, 2]))
     other = copy.deepcopy(plain)
     assert not any(
         optimize_teacher(other, Optimizations(fold_quick_gelu=False, cast_weights=False)).values()
@@ -172,7 +173,7 @@ def test_features_and_a_teacher_of_a_number_of_columns():
         ("vit_tiny_patch16_224", {"embed_layer": timm.layers.HybridEmbed}, "HybridEmbed"),
     ],
 )
-def test_normalisation_is_folded_only_where_nothing_is_padded(name, kwargs, words):
+def test_normalisation_is_folded_only_without_padding(name, kwargs, words):
     if "embed_layer" in kwargs:
         kwargs = {
             "embed_layer": partial(
@@ -195,39 +196,39 @@ def test_trained_weights_are_not_folded():
     assert "trained" in results["fold_normalisation"] and "frozen" in results["fold_quick_gelu"]
 
 
-def test_a_student_keeps_its_names_and_its_file(tmp_path):
-    from dad_fast.models.student import load_student, save_student
+def test_an_optimized_student_keeps_its_names_and_file(tmp_path):
+    from dad_fast.models.load_student import load_student
+    from dad_fast.models.student import save_student
 
     kwargs = {k: TINY[k] for k in ("embed_dim", "depth", "num_heads", "patch_size")}
     student = build_student(
         StudentConfig(name="vit_tiny_patch16_224", model_kwargs=kwargs, drop_path=0.3), 5, SIDE
     )
     plain = copy.deepcopy(student).eval()
-    assert (
-        optimize_student(student, Optimizations()) == {"class_token_only": ""}
-        and optimize_student(plain, PLAIN) == {}
-    )
+    assert optimize_student(student, Optimizations()) == {"class_token_only": ""}
+    assert optimize_student(plain, PLAIN) == {}
     save_student(tmp_path / "student.safetensors", student, {})
     loaded, _ = load_student(tmp_path / "student.safetensors")
     assert torch.equal(loaded(pixels()), plain(pixels()))
     assert_same_function(student.eval()(pixels()), plain(pixels()))
 
 
-# --- what is kept for backward ------------------------------------------------------------------------------------------------
+# --- what is kept for backward --------------------------------------------------------------------
 
 
 def kept(teacher, batch=4):
-    """Bytes per image that autograd keeps for the gradient of the pixels, weights and what lives outside the batch apart."""
+    """Return the bytes per image, without weights, kept for the gradient of the pixels."""
     own = {t.untyped_storage().data_ptr() for t in (*teacher.parameters(), *teacher.buffers())}
     storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
+            # Held, so that an address is not used twice
             storages[storage.data_ptr()] = (
                 storage.nbytes(),
                 storage,
-            )  # held, so that an address is not used twice
+            )
         return tensor
 
     x = pixels(batch).requires_grad_(True)
@@ -237,13 +238,13 @@ def kept(teacher, batch=4):
     return sum(size for size, _ in storages.values()) / batch
 
 
-def tensors_a_block(make, savings, trained=False, amp=False, width=64, tokens=17):
-    """The same per transformer block, in tensors of [tokens, width]: the difference between 6 blocks and 3."""
+def tensors_a_block(make, optimizations, trained=False, amp=False, width=64, tokens=17):
+    """Return the memory of `kept` per block, in tensors of [tokens, width]."""
     sizes = []
     for layers in (3, 6):
         teacher = make(width=width, layers=layers, precision=PrecisionConfig(amp=amp))
         teacher.encoder.requires_grad_(trained)
-        optimize_teacher(teacher, savings)
+        optimize_teacher(teacher, optimizations)
         sizes.append(kept(teacher))
     return (sizes[1] - sizes[0]) / 3 / (width * tokens * (2 if amp else 4))
 
@@ -253,11 +254,13 @@ def gelu(**kwargs):
 
 
 @pytest.mark.parametrize(
-    "what, make, savings, trained, amp, expected",
+    "what, make, optimizations, trained, amp, expected",
     [
-        # the inputs of both norms, q, k, v, the attention's output, the input of GELU (4 wide): 10; statistics and logsumexp: 1/8
+        # the inputs of both norms, q, k, v, the attention's output, the input of GELU (4 wide): 10;
+        # statistics and logsumexp: 1/8
         ("no input of a linear layer is kept", gelu, PLAIN, False, False, 10.125),
-        # and the inputs of qkv (1), fc1 (1) and fc2 (4); the output projection's is the attention's output
+        # and the inputs of qkv (1), fc1 (1) and fc2 (4); the output projection's is the attention's
+        # output
         ("trained weights keep them", gelu, PLAIN, True, False, 16.125),
         ("QuickGELU keeps its input and its sigmoid", clip_teacher, PLAIN, False, False, 14.125),
         (
@@ -287,12 +290,20 @@ def gelu(**kwargs):
         ),
     ],
 )
-def test_what_is_kept_for_the_gradient_of_the_pixels(what, make, savings, trained, amp, expected):
-    """At ViT-L/14 (257 tokens, 1024 wide, 24 blocks) one tensor a block is 12.6 MB an image in 16 bit: 127 MB instead of 204."""
-    assert tensors_a_block(make, savings, trained, amp) == pytest.approx(expected, rel=0.005), what
+def test_memory_kept_for_the_gradient_of_the_pixels(
+    what, make, optimizations, trained, amp, expected
+):
+    """For ViT-L/14 in 16 bit this is 127 MB an image instead of 204.
+
+    It has 24 blocks of 257 tokens and width 1024: one tensor per block is 12.6 MB.
+    """
+    assert tensors_a_block(make, optimizations, trained, amp) == pytest.approx(
+        expected, rel=0.005
+    ), what
 
 
-OTHERS = {  # what a teacher may be besides: batch norm, standardised weights, biases put together in forward, windows, no attention
+# Other teachers: batch norm, standardised weights, biases assembled in forward, windows, no attention
+OTHERS = {
     "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
     "nf_regnet_b0": {},
     "beit_base_patch16_224": {
@@ -318,7 +329,7 @@ MAKERS = TEACHERS | {
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_weights_cast_once_give_the_same_bits(make, dtype):
+def test_cast_weights_is_bit_equal(make, dtype):
     precision = PrecisionConfig(amp=True, teacher=dtype)
     plain, other = make(precision=precision), make(precision=precision)
     assert optimize_teacher(other, Optimizations(False, False, False, True)) == {"cast_weights": ""}
@@ -330,7 +341,7 @@ def test_weights_cast_once_give_the_same_bits(make, dtype):
         assert torch.equal(a, b)
 
 
-def test_weights_stay_as_they_are_in_float32():
+def test_weights_are_not_cast_in_float32():
     teacher = clip_teacher()
     assert "float32" in optimize_teacher(teacher, Optimizations())["cast_weights"]
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}

@@ -1,0 +1,37 @@
+"""Load a teacher by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.errors import UsageError
+from dad_fast.models.registry import TEACHERS, is_registered
+from dad_fast.models.teacher import Teacher, TeacherContext
+
+EXAMPLES = "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, embedded:digits"
+
+
+def load_teacher(
+    cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device
+) -> Teacher:
+    """Load the teacher `cfg.name` on `device`, with one output for each of `classes`.
+
+    The name is open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, timm:NAME, timm:NAME@FILE,
+    embedded:NAME, any other teacher of the registry, or FILE: safetensors with the architecture in
+    its metadata.
+
+    Raises UsageError for any other name, EnvironmentProblem for weights that are not available,
+    DataError for a file or a class list that does not fit.
+    """
+    context = TeacherContext(cfg=cfg, classes=classes, precision=precision, device=device)
+    if is_registered(cfg.name):
+        name, argument = TEACHERS.split(cfg.name)
+    elif Path(cfg.name).suffix or Path(cfg.name).is_file():
+        name, argument = "file", cfg.name
+    else:
+        raise UsageError(f"--teacher {cfg.name!r}: no such file; write one, or {EXAMPLES}")
+    return TEACHERS[name](argument, context).to(device)
