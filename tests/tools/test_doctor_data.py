@@ -129,7 +129,7 @@ def test_feeds():
     row = feeds({"PIL": 100.0, "DALI cpu": 2000.0}, 0)
     assert (
         row.state == "off"
-        and row.mend
+        and row.fix
         and row.detail.startswith("DALI cpu decodes 2,000")
         and row.detail.count("too slow") == 2
     )
