@@ -368,7 +368,7 @@ def test_a_filter_that_leaves_too_few_is_one_line(parts, tmp_path):
     _, common, _ = parts
     with pytest.raises(
         DataError,
-        match=r"has only \d+ images to compare, and 20 are needed; raise --num-images, or add --no-filter",
+        match=r"has only \d+ images to compare, 20 are needed; raise --num-images, or add --no-filter",
     ):
         analyze(*common, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()

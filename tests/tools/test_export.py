@@ -248,7 +248,7 @@ def test_a_run_is_exported_plain_and_as_it_was_judged(trained: Path, tmp_path: P
         "discrete adversarial distillation",
         "(EMA)",
         "- Images: data, split train",
-        "It has seen: nothing",
+        "(trained on: nothing",
         "shorter side to 32 px",
         "| val | 24 |",
         "clean and attacked images: aux",

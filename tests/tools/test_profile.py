@@ -69,7 +69,7 @@ def test_torch(demo_parts: None, tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     text = capsys.readouterr().out
     assert (
-        "2 steps of dad after 1 unwatched ones, 8 images each, on cpu" in text
+        "2 steps of dad after a warm-up of 1, 8 images each, on cpu" in text
         and "trace.json.gz" in text
     )
     shown = {line.split()[0] for line in text.split("stage ")[1].split("\n\n")[0].splitlines()[1:]}
