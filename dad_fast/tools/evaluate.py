@@ -1,4 +1,6 @@
-"""`dad-fast eval`: evaluate models on test sets and corruptions, next to a teacher, or compare two models."""
+"""`dad-fast eval`: evaluate models on test sets and corruptions, next to a teacher, or compare two
+models.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,10 @@ class Found:
 
 
 def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
-    """Return the exit code. `flags` maps paths of settings to typed values; the others come from the run's config.toml."""
+    """Return the exit code.
+
+    `flags` maps paths of settings to typed values; the others come from the run's config.toml.
+    """
     _check_outputs(launch)
     files = [name for name in launch.compare if is_records(name)]
     if launch.compare and len(files) == 2:
@@ -80,14 +85,16 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
         }
         if unused := [flag for flag, value in given.items() if value]:
             raise UsageError(
-                f"{unused[0]}: --compare of two files of predictions evaluates no model; leave {unused[0]} out"
+                f"{unused[0]}: --compare of two files of predictions evaluates no model; leave "
+                f"{unused[0]} out"
             )
         return _compare(launch, {name: load_records(name)[1] for name in launch.compare}, {})
     if not launch.model and not launch.compare and not flags.get("teacher.name"):
         # --suite takes all names that follow it.
         before = " before --suite" if "eval.suites" in flags else ""
         raise UsageError(
-            f"nothing to evaluate: name a model (a run's folder, a .safetensors file, timm:NAME@FILE){before}, or a --teacher"
+            "nothing to evaluate: name a model (a run's folder, a .safetensors file, "
+            f"timm:NAME@FILE){before}, or a --teacher"
         )
     if is_worker():
         end_with_launcher()
@@ -254,12 +261,15 @@ class _Evaluation:
         return ood
 
     def id_suite(self, suites: Sequence[Suite]) -> str:
-        """Return the name of the in-distribution suite: that of --id-suite, or the first without a corruption."""
+        """Return the name of the in-distribution suite: that of --id-suite, or the first without a
+        corruption.
+        """
         known = [suite.name for suite in suites]
         wanted = self.launch.id_suite
         if wanted and wanted not in known:
             raise UsageError(
-                f"--id-suite {wanted}: not among the evaluated suites ({', '.join(known)}){nearest(wanted, known)}"
+                f"--id-suite {wanted}: not among the evaluated suites "
+                f"({', '.join(known)}){nearest(wanted, known)}"
             )
         uncorrupted = (suite.name for suite in suites if suite.corruption is None)
         return wanted or next(uncorrupted, known[0])
@@ -276,7 +286,9 @@ class _Evaluation:
 def _compare(
     launch: EvalLaunch, records: Mapping[str, Mapping[str, Records]], record: Mapping[str, Any]
 ) -> int:
-    """Print and write the paired comparison of two models on every suite that both were evaluated on."""
+    """Print and write the paired comparison of two models on every suite that both were evaluated
+    on.
+    """
     first, second = launch.compare
     both = [suite for suite in records[first] if suite in records[second]]
     if not both:
@@ -311,18 +323,22 @@ def log(text: str) -> None:
 
 
 def _check_outputs(launch: EvalLaunch) -> None:
-    """Check the output paths before any work: their folders exist, and only earlier results are replaced."""
+    """Check the output paths before any work: their folders exist, and only earlier results are
+    replaced.
+    """
     for flag, path in (("--json", launch.json), ("--csv", launch.csv)):
         suffix = flag.replace("--", ".")
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
             raise UsageError(f"{flag} {path}: name a file in a folder that exists")
         if path and Path(path).exists() and Path(path).suffix != suffix:
             raise UsageError(
-                f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name another file"
+                f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name "
+                "another file"
             )
     if launch.predictions and Path(launch.predictions).is_file():
         raise UsageError(
-            f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file for each model"
+            f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file "
+            "for each model"
         )
 
 
@@ -341,8 +357,8 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
         path: coerce(settings()[path], value, settings()[path].flag)
         for path, value in flags.items()
     }
-    # The run's teacher is evaluated only on request, the image size is the model's own, and PIL decodes. --batch-size is the batch of
-    # this command.
+    # The run's teacher is evaluated only on request, the image size is the model's own, and PIL
+    # decodes. --batch-size is the batch of this command.
     cfg = with_values(
         cfg,
         {
@@ -355,7 +371,8 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
     cfg = with_values(cfg, values | ({"eval.batch_size": 0} if "data.batch_size" in values else {}))
     if not cfg.data.data_dir and not cfg.eval.suites:
         raise UsageError(
-            "no data: add --data-dir (an image folder or embedded:digits); no config.toml next to the checkpoint names it"
+            "no data: add --data-dir (an image folder or embedded:digits); no config.toml next to "
+            "the checkpoint names it"
         )
     return cfg
 

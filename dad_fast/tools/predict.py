@@ -1,4 +1,6 @@
-"""`dad-fast predict`: print the most likely classes of images, from a trained or an exported student."""
+"""`dad-fast predict`: print the most likely classes of images, from a trained or an exported
+student.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ Predictions = list[tuple[float, int]]  # confidence and class, the most likely f
 
 
 def run(options: PredictOptions) -> int:
-    """Print the predictions and return the exit code. Raises DataError at the end if images could not be read."""
+    """Print the predictions and return the exit code.
+
+    Raises DataError at the end if images could not be read.
+    """
     device = resolve_device(options.device)
     model, classes = _open(options.model, device, named=options.device != "auto")
     show = _json_line if options.json else _text_line
@@ -60,7 +65,8 @@ def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxS
     if path.suffix == ".onnx" and path.is_file():
         if named and device.type != "cpu":
             raise UsageError(
-                f"--device {device}: {path} runs on the CPU; leave --device out, or name the student's model.safetensors"
+                f"--device {device}: {path} runs on the CPU; leave --device out, or name the "
+                "student's model.safetensors"
             )
         onnx = OnnxStudent(path)
         return onnx, recorded_classes(path, onnx.metadata.get(CLASSES), onnx.num_classes)
@@ -72,7 +78,8 @@ def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxS
 
 
 def find_images(names: Sequence[str]) -> Iterator[str]:
-    """Yield the named files, and in named folders all image files by path; links to folders are not followed.
+    """Yield the named files, and in named folders all image files by path; links to folders are not
+    followed.
 
     Raises DataError for a folder without images.
     """
@@ -130,7 +137,9 @@ def _text_line(path: str, found: Any, classes: ClassMap) -> str:
 
 
 def _json_line(path: str, found: Any, classes: ClassMap) -> str:
-    """Format a JSON line in ASCII: safe on a terminal; bytes of a file name that are not UTF-8 stay as lone surrogates."""
+    """Format a JSON line in ASCII: safe on a terminal; bytes of a file name that are not UTF-8 stay
+    as lone surrogates.
+    """
     if isinstance(found, DecodeError):
         return json.dumps({"image": path, "error": str(found).removeprefix(f"{shown(path)}: ")})
     predictions = [

@@ -17,7 +17,10 @@ from dad_fast.store.verify import merge, verify
 
 
 def run(given: argparse.Namespace) -> int:
-    """Run the action `given.action` and return the exit code. `given` comes from the parser in cli/store.py."""
+    """Run the action `given.action` and return the exit code.
+
+    `given` comes from the parser in cli/store.py.
+    """
     return {"info": _info, "verify": _verify, "sheet": _sheet, "merge": _merge}[given.action](given)
 
 
@@ -43,7 +46,8 @@ def _merge(given: argparse.Namespace) -> int:
     missing = merge(given.folders, given.output, count_progress("merged shards"))
     if missing:
         print(
-            f"{given.output}: shards {some(missing)} are still missing; merge the parts that hold them, or run the command that makes them"
+            f"{given.output}: shards {some(missing)} are still missing; merge the parts that hold "
+            "them, or run the command that makes them"
         )
     else:
         print(f"{given.output}: complete")
@@ -66,7 +70,8 @@ def _sheet(given: argparse.Namespace) -> int:
     manifest, view = store.manifest, given.view
     if manifest.images == "none" and not given.discretizer:
         raise UsageError(
-            f"{store.folder}: holds codes and no images; name the VQGAN that made them (--discretizer)"
+            f"{store.folder}: holds codes and no images; name the VQGAN that made them "
+            "(--discretizer)"
         )
 
     rows = np.unique(np.linspace(0, len(store) - 1, given.num).round().astype(np.int64))
@@ -101,7 +106,9 @@ def _sheet(given: argparse.Namespace) -> int:
 
 
 def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> np.ndarray:
-    """Decode the stored codes with the VQGAN `name`, which must be the one that made the store; uint8 [n, H, W, 3]."""
+    """Decode the stored codes with the VQGAN `name`, which must be the one that made the store;
+    uint8 [n, H, W, 3].
+    """
     import torch
 
     from dad_fast.config.schema import PrecisionConfig
@@ -128,7 +135,9 @@ def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> 
 def _clean(
     store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, split: str, size: int
 ) -> np.ndarray:
-    """Load the samples from the data with the crop that the store was made with; uint8 [n, size, size, 3]."""
+    """Load the samples from the data with the crop that the store was made with; uint8 [n, size,
+    size, 3].
+    """
     from dad_fast.data.augment.execute import eval_transform
     from dad_fast.data.sources.base import open_source
     from dad_fast.data.sources.decode import DecodeError
@@ -138,7 +147,8 @@ def _clean(
     wanted = [sample_of.get(key.tobytes(), -1) for key in store.keys(rows, view)]
     if -1 in wanted:
         raise DataError(
-            f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was it made from this data?"
+            f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was "
+            "it made from this data?"
         )
     crop = store.manifest.settings.get("images", {})
     images = np.zeros((len(rows), size, size, 3), np.uint8)

@@ -33,15 +33,18 @@ def compare(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Compare every set of `sets`, which includes "clean", with every test; features float64 [N, F] each, in random order.
+    """Compare every set of `sets`, which includes "clean", with every test; features float64 [N, F]
+    each, in random order.
 
-    All are cut to the size n of the smallest, and every resample takes a random half of each (m = n // 2): the same rows of all sets and
-    the same rows of all tests, so differences between sets are less noisy than the sets. Intervals hold 95 % of the resamples.
+    All are cut to the size n of the smallest, and every resample takes a random half of each (m = n
+    // 2): the same rows of all sets and the same rows of all tests, so differences between sets are
+    less noisy than the sets. Intervals hold 95 % of the resamples.
 
     Returns size (n), half (m), bandwidth, and under "tests" for each test:
       floor: sw2 and mmd2 between the two halves of the test set
-      sets:  for each set sw2; sw2_squared_corrected (minus half of both self-distances); minus_clean (the same, minus that of the clean
-             set); mmd2. Each is {"value", "interval"}; a value is the mean over resamples.
+      sets:  for each set sw2; sw2_squared_corrected (minus half of both self-distances);
+             minus_clean (the same, minus that of the clean set); mmd2. Each is {"value",
+             "interval"}; a value is the mean over resamples.
     Raises DataError if a set is too small or all clean images have the same features.
     """
     together = {
@@ -52,7 +55,8 @@ def compare(
     if n < FEWEST:
         (_, name), x = min(together.items(), key=lambda item: len(item[1]))
         raise DataError(
-            f"{name} has only {len(x)} images to compare, {FEWEST} are needed; raise --num-images, or add --no-filter"
+            f"{name} has only {len(x)} images to compare, {FEWEST} are needed; raise --num-images, "
+            "or add --no-filter"
         )
 
     together = {key: x[:n] for key, x in together.items()}

@@ -49,7 +49,8 @@ def feature_space(name: str, teacher: Teacher, student: Student | None) -> Featu
 
     teacher  features of the teacher's image encoder, normalised to length 1
     student  features before the student's classifier, normalised to length 1
-    pixels   images of at most THUMBNAIL a side, divided by the root of their number of values: a distance is a root mean square
+    pixels   images of at most THUMBNAIL a side, divided by the root of their number of values: a
+             distance is a root mean square
 
     Raises UsageError for "student" without a student.
     """
@@ -77,7 +78,9 @@ def thumbnails(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """N images in random order, on the host; image i of every generated set is made from the same clean image."""
+    """N images in random order, on the host; image i of every generated set is made from the same
+    clean image.
+    """
 
     features: Tensor  # float64 [N, F], see `feature_space`
     predicted: Tensor  # int64 [N], the teacher's class
@@ -87,7 +90,9 @@ class ImageSet:
     examples: Tensor | None = None  # float32 [EXAMPLES, 3, H, W], the first images
 
     def counted(self, filtered: bool) -> Tensor:
-        """Return features [M, F] of the images that the loss counts: all, or those that the teacher classifies as their label."""
+        """Return features [M, F] of the images that the loss counts: all, or those that the teacher
+        classifies as their label.
+        """
         return self.features[self.predicted == self.labels] if filtered else self.features
 
 
@@ -157,7 +162,9 @@ def make_sets(
     device: torch.device,
     progress: Progress,
 ) -> dict[str, ImageSet]:
-    """Make every set from the images of `source`, which are in random order; noise as in the first training epoch."""
+    """Make every set from the images of `source`, which are in random order; noise as in the first
+    training epoch.
+    """
     gathered: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {
         name: [] for name in generators.names
     }
@@ -228,7 +235,9 @@ def choice(ok: np.ndarray, num: int, seed: int) -> np.ndarray:
 def _batches(
     cfg: Config, piece: Subset, view: View, device: torch.device, progress: Progress
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield pixels [B, 3, H, W] in [0, 1], labels and rows of the whole source (int64 [B]) of a fully readable piece."""
+    """Yield pixels [B, 3, H, W] in [0, 1], labels and rows of the whole source (int64 [B]) of a
+    fully readable piece.
+    """
     size = cfg.eval.batch_size or cfg.data.batch_size
     loader = EvalLoader(piece, *view, size, cfg.data.workers, pin_memory=device.type == "cuda")
     done = 0
@@ -261,7 +270,9 @@ def _corrupted(suite: Suite, pixels: Tensor, keys: Tensor) -> Tensor:
 def moves(
     before: Tensor, after: Tensor, names: Sequence[str], most: int = 10
 ) -> list[tuple[str, str, int]]:
-    """Return the most frequent changes of the teacher's class from `before` to `after` (int64 [N]): (from, to, images)."""
+    """Return the most frequent changes of the teacher's class from `before` to `after` (int64 [N]):
+    (from, to, images).
+    """
     moved = before != after
     pairs, counts = torch.stack((before[moved], after[moved])).unique(dim=1, return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:most].tolist()

@@ -1,4 +1,6 @@
-"""`dad-fast analyze`: distances of generated images to training and test images in a model's feature space."""
+"""`dad-fast analyze`: distances of generated images to training and test images in a model's
+feature space.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ from dad_fast.tools.analyze.tables import markdown
 
 
 def run(cfg: Config, launch: AnalyzeLaunch) -> int:
-    """Write analysis.json, analysis.md and picture sheets; return the exit code. User errors fail before the first attack."""
+    """Write analysis.json, analysis.md and picture sheets; return the exit code.
+
+    User errors fail before the first attack.
+    """
     output = Path(launch.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder")
@@ -63,7 +68,8 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     images = Subset(source, rows, source.labels[rows])
     if student is None:
         print(
-            "DAT is left out because it attacks a student; name a run's folder, or add --init-from RUN"
+            "DAT is left out because it attacks a student; name a run's folder, or add --init-from "
+            "RUN"
         )
     sets = engine.make_sets(
         cfg,
@@ -139,14 +145,17 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
 def _student(
     cfg: Config, launch: AnalyzeLaunch, classes: ClassMap
 ) -> tuple[Student | None, dict[str, Any] | None]:
-    """Load the student that DAT attacks (a run, --init-from or --student-weights) and return it with its entry in the record."""
+    """Load the student that DAT attacks (a run, --init-from or --student-weights) and return it
+    with its entry in the record.
+    """
     named = launch.weights or cfg.student.init_from
     if named:
         path = checkpoint_file(named)
         student, metadata = load_student(path)
         if CLASSES in metadata and ClassMap.from_json(metadata[CLASSES]).folders != classes.folders:
             raise DataError(
-                f"{path}: its classes are not those of {cfg.data.data_dir}; give its own --data-dir or --class-map"
+                f"{path}: its classes are not those of {cfg.data.data_dir}; give its own --data-dir "
+                "or --class-map"
             )
         return student, {
             "name": student.name,
@@ -164,7 +173,9 @@ def _student(
 
 
 def _view(cfg: Config, num_classes: int, student: Student | None, teacher_size: int) -> View:
-    """Return the student's view of an image in evaluation; without a student, the teacher's size and timm's usual crop."""
+    """Return the student's view of an image in evaluation; without a student, the teacher's size
+    and timm's usual crop.
+    """
     aug = cfg.augment
     own = (teacher_size, 0.875, "bicubic")
     if student is None and cfg.student.name:
@@ -194,7 +205,10 @@ def _check_size(student: Student | None, view: View, device: torch.device) -> No
 def _facts(
     sets: Mapping[str, ImageSet], name: str, num_counted: int, size: int, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the record of one set besides its distances. `moved` covers all images, also those that the loss does not count."""
+    """Return the record of one set besides its distances.
+
+    `moved` covers all images, also those that the loss does not count.
+    """
     one, clean = sets[name], sets["clean"]
     moved = one.predicted != clean.predicted
     found = {

@@ -99,7 +99,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     ]
     if record["filter"]:
         notes.append(
-            f"{filtered}: only images that the teacher classifies as their label are counted, as in the loss (--no-filter counts all)."
+            f"{filtered}: only images that the teacher classifies as their label are counted, as in "
+            "the loss (--no-filter counts all)."
         )
     if record["student"] is None:
         notes.append("DAT is left out: no student was named.")

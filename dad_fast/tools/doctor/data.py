@@ -1,4 +1,6 @@
-"""`dad-fast doctor --data`: report the contents of a data set, its faults, and its decoding speed on this machine."""
+"""`dad-fast doctor --data`: report the contents of a data set, its faults, and its decoding speed
+on this machine.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from dad_fast.tools.doctor.row import Row, render
 MAX_BAD_SHARE = 0.01  # default of data.max_bad_share
 SECONDS = 3.0  # decoding time per back end
 SAMPLES = 256  # images that are decoded repeatedly
-# Expected images per second of one H200, from counted operations at half of its bf16 peak. Not measured.
+# Expected images per second of one H200, from counted operations at half of its bf16 peak. Not
+# measured.
 NEEDS = {
     "KD, teacher online": 1900,
     "ViT-B/16, stored teacher outputs": 4400,
@@ -29,7 +32,10 @@ NEEDS = {
 
 
 def run(options: DoctorOptions) -> int:
-    """Print the rows and return 0. Raises DataError (exit code 4) if more than `MAX_BAD_SHARE` is unreadable."""
+    """Print the rows and return 0.
+
+    Raises DataError (exit code 4) if more than `MAX_BAD_SHARE` is unreadable.
+    """
     warnings = _Collected()
     logger = logging.getLogger("dad_fast.data")
     logger.addHandler(warnings)
@@ -53,7 +59,8 @@ def run(options: DoctorOptions) -> int:
     bad = int((~source.ok).sum())
     if bad > MAX_BAD_SHARE * len(source):
         raise DataError(
-            f"{source.name}: training stops at {MAX_BAD_SHARE:.0%} of unreadable images; fix them or raise data.max_bad_share"
+            f"{source.name}: training stops at {MAX_BAD_SHARE:.0%} of unreadable images; fix them "
+            "or raise data.max_bad_share"
         )
     return 0
 
@@ -78,7 +85,9 @@ def _split(options: DoctorOptions) -> str:
 
 
 def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
-    """Yield the rows that follow from the index: classes, bad files, warnings, formats, bytes, sizes."""
+    """Yield the rows that follow from the index: classes, bad files, warnings, formats, bytes,
+    sizes.
+    """
     ok = source.ok
     yield Row("data", "ok", source.describe())
 
@@ -172,7 +181,10 @@ def _chosen(source: Source) -> list[int]:
 
 
 def _rate(decode: Callable[[int], int], name: str) -> float:
-    """Return images per second of decode(0), decode(1), …; each call returns its number of images. The first is a warm-up."""
+    """Return images per second of decode(0), decode(1), …; each call returns its number of images.
+
+    The first is a warm-up.
+    """
     decode(0)
     done = call = 0
     start = time.perf_counter()
@@ -188,7 +200,9 @@ def _rate(decode: Callable[[int], int], name: str) -> float:
 
 
 def pil_rate(source: Source) -> tuple[Row, float]:
-    """Time one core and multiply by the number of cores: processes share nothing but memory bandwidth."""
+    """Time one core and multiply by the number of cores: processes share nothing but memory
+    bandwidth.
+    """
     samples = _chosen(source)
 
     def decode(call: int) -> int:

@@ -1,4 +1,7 @@
-"""`dad-fast doctor --numerics`: compare this machine's arithmetic with the definitions. A few seconds a device."""
+"""`dad-fast doctor --numerics`: compare this machine's arithmetic with the definitions.
+
+A few seconds a device.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def rows() -> Iterator[Row]:
 
 
 def search_row(device: torch.device) -> Row:
-    """Compare the codebook search with the float64 argmin, on a codebook where float32 distances fail.
+    """Compare the codebook search with the float64 argmin, on a codebook where float32 distances
+    fail.
 
     Clusters far from the origin are the hard case: |z|^2 - 2ze + |e|^2 loses the deciding digits.
     """
@@ -45,7 +49,9 @@ def search_row(device: torch.device) -> Row:
 
 
 def hard_problem() -> tuple[Tensor, Tensor]:
-    """Return latents [2048, 4] near midpoints of codes [1024, 4] in tight clusters around (30, 30, 30, 30)."""
+    """Return latents [2048, 4] near midpoints of codes [1024, 4] in tight clusters around (30, 30,
+    30, 30).
+    """
     generator = torch.Generator().manual_seed(0)
     centres = 30 + torch.randn(16, 1, 4, generator=generator)
     codebook = (centres + 1e-2 * torch.randn(16, 64, 4, generator=generator)).reshape(-1, 4)
@@ -54,7 +60,9 @@ def hard_problem() -> tuple[Tensor, Tensor]:
 
 
 def attack_row(device: torch.device) -> Row:
-    """Compare PGD on a linear teacher with its closed form: with two classes the gradient direction is constant."""
+    """Compare PGD on a linear teacher with its closed form: with two classes the gradient direction
+    is constant.
+    """
     generator = torch.Generator().manual_seed(0)
     pixels = 0.3 + 0.4 * torch.rand(8, 3, 16, 16, generator=generator)
     # Small weights give logits of a few units, so the softmax does not round to 1.

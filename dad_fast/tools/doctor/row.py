@@ -11,7 +11,8 @@ WIDTH = 100
 class Row(NamedTuple):
     """One line of the report.
 
-    `state`: ok, off (missing, and nothing breaks without it) or wrong. doctor fails only if a required row is not ok.
+    `state`: ok, off (missing, and nothing breaks without it) or wrong. doctor fails only if a
+    required row is not ok.
     """
 
     component: str

@@ -1,4 +1,5 @@
-"""`dad-fast doctor`: list which features are available on this machine and how to fix what is missing.
+"""`dad-fast doctor`: list which features are available on this machine and how to fix what is
+missing.
 
 Read-only: doctor changes nothing.
 """
@@ -26,7 +27,8 @@ MODULES = {
     "pillow": "PIL",
     "nvidia-ml-py": "pynvml",
 }
-# Declared dependencies that the CPU does not need. Their own rows below report what is off without them.
+# Declared dependencies that the CPU does not need. Their own rows below report what is off without
+# them.
 OPTIONAL = {"triton", "apache-tvm-ffi", "nvidia-ml-py"}
 
 
@@ -127,7 +129,9 @@ def packages() -> Iterator[Row]:
 
 
 def requirements() -> list[str]:
-    """Return the declared dependencies without extras, from the checkout's pyproject.toml or the installed metadata."""
+    """Return the declared dependencies without extras, from the checkout's pyproject.toml or the
+    installed metadata.
+    """
     if PROJECT.exists():
         declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
@@ -221,7 +225,9 @@ def _visible() -> str:
 
 
 def driver() -> Iterator[Row]:
-    """Check NVML. nvidia-ml-py provides the module pynvml; a deprecated distribution of that name shadows it."""
+    """Check NVML. nvidia-ml-py provides the module pynvml; a deprecated distribution of that name
+    shadows it.
+    """
     if installed("pynvml"):
         fix = "pip uninstall -y pynvml && pip install --force-reinstall nvidia-ml-py"
         yield Row(
@@ -286,7 +292,9 @@ def apex() -> Iterator[Row]:
 
 
 def dali() -> Iterator[Row]:
-    """Tell DALI from its placeholders: distributions of version 0.0.1 without a CUDA version, or with an old one."""
+    """Tell DALI from its placeholders: distributions of version 0.0.1 without a CUDA version, or
+    with an old one.
+    """
     names = [dist.metadata["Name"] or "" for dist in metadata.distributions()]
     found = {
         name: installed(name) or ""

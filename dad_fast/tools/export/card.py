@@ -31,7 +31,9 @@ METHODS = {
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts of a model from its run's folder: settings, and results.json if the file is the evaluated model."""
+    """Facts of a model from its run's folder: settings, and results.json if the file is the
+    evaluated model.
+    """
 
     cfg: Config | None = None
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -39,7 +41,8 @@ class RunFacts:
 
 
 def read_run(weights: Path) -> RunFacts:
-    """Read the facts of the run that contains the file `weights`: RUN or RUN/checkpoints/step-N. Missing files are left out.
+    """Read the facts of the run that contains the file `weights`: RUN or RUN/checkpoints/step-N.
+    Missing files are left out.
 
     Raises DataError or UsageError for a damaged file.
     """
@@ -58,7 +61,8 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: cannot be read ({type(error).__name__}); restore it, or remove it to get a card without it"
+            f"{path}: cannot be read ({type(error).__name__}); restore it, or remove it to get a "
+            "card without it"
         ) from None
     if not isinstance(found, dict):
         raise DataError(
@@ -93,7 +97,8 @@ def model_card(
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"results.json or run.json: not the format that a run writes ({type(error).__name__}: {error})"
+            f"results.json or run.json: not the format that a run writes ({type(error).__name__}: "
+            f"{error})"
         ) from None
     return "\n".join(parts) + "\n"
 

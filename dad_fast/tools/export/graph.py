@@ -1,4 +1,7 @@
-"""Export a student as a graph that contains its normalisation: ONNX, or a program of torch.export. Both take any batch size."""
+"""Export a student as a graph that contains its normalisation: ONNX, or a program of torch.export.
+
+Both take any batch size.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,9 @@ def check_onnx_packages() -> None:
 
 
 def trace(student: Student) -> ExportedProgram:
-    """Trace the student in float32: pixels [batch, 3, side, side] in [0, 1] -> logits [batch, num_classes]."""
+    """Trace the student in float32: pixels [batch, 3, side, side] in [0, 1] -> logits [batch,
+    num_classes].
+    """
     pixels = torch.rand(
         2, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0)
     )
@@ -47,7 +52,8 @@ def trace(student: Student) -> ExportedProgram:
     except Exception as error:  # a model's code may raise anything under tracing
         why = " ".join(str(error).split())[:200]
         raise DadFastError(
-            f"{student.name} cannot be traced by torch.export ({why}); --format timm does not need it"
+            f"{student.name} cannot be traced by torch.export ({why}); --format timm does not need "
+            "it"
         ) from error
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
@@ -56,7 +62,9 @@ def trace(student: Student) -> ExportedProgram:
 
 
 def write_program(path: Path, program: ExportedProgram, metadata: Mapping[str, str]) -> None:
-    """Write a file for `torch.export.load`, with `metadata` as JSON in its extra file dad_fast.json."""
+    """Write a file for `torch.export.load`, with `metadata` as JSON in its extra file
+    dad_fast.json.
+    """
     file = io.BytesIO()  # torch's own writer does not report a full disk
     torch.export.save(program, file, extra_files={"dad_fast.json": json.dumps(dict(metadata))})
     atomic_write_bytes(path, file.getvalue())
@@ -68,7 +76,8 @@ def read_program(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def write_onnx(path: Path, program: ExportedProgram, metadata: Mapping[str, str]) -> None:
-    """Write an ONNX file of standard operators only, with `metadata`; above 1.8 GB its weights go to `path`.data.
+    """Write an ONNX file of standard operators only, with `metadata`; above 1.8 GB its weights go
+    to `path`.data.
 
     Raises DadFastError if an operator of another domain is needed.
     """
@@ -100,7 +109,8 @@ def write_onnx(path: Path, program: ExportedProgram, metadata: Mapping[str, str]
     }
     if others:
         raise DadFastError(
-            f"the ONNX graph needs operators outside the standard: {', '.join(sorted(others)[:3])}; use --format torch"
+            f"the ONNX graph needs operators outside the standard: {', '.join(sorted(others)[:3])}; "
+            "use --format torch"
         )
 
 

@@ -1,4 +1,7 @@
-"""`dad-fast export`: write a student as timm, ONNX or torch.export files. Each is read back and compared first."""
+"""`dad-fast export`: write a student as timm, ONNX or torch.export files.
+
+Each is read back and compared first.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,9 @@ def run(options: ExportOptions) -> int:
 
 
 def _load(checkpoint: str, weights: str) -> tuple[Student, dict[str, str], Path, str]:
-    """Load the student; return it with its metadata, its file, and the kind of its weights ("EMA" or "raw")."""
+    """Load the student; return it with its metadata, its file, and the kind of its weights ("EMA"
+    or "raw").
+    """
     path = checkpoint_file(checkpoint)
     student, metadata = load_student(path)
     averaged = metadata.get("dad_fast.ema") == "true"
@@ -135,7 +140,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(
-            f"-o {target}: exists; add --overwrite to replace an earlier export, or name another folder"
+            f"-o {target}: exists; add --overwrite to replace an earlier export, or name another "
+            "folder"
         )
     if not _is_export(target):
         raise UsageError(
@@ -152,9 +158,11 @@ def _is_export(folder: Path) -> bool:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to fill; it replaces `target` on success and is removed on failure, which leaves `target` unchanged.
+    """Yield a folder to fill; it replaces `target` on success and is removed on failure, which
+    leaves `target` unchanged.
 
-    Clean up after a killed export first: remove its folder, and restore an earlier export that it had moved aside.
+    Clean up after a killed export first: remove its folder, and restore an earlier export that it
+    had moved aside.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
-"""Export a student as timm's own files: `model.safetensors` and `config.json`, the layout of timm's models on the Hugging Face hub.
+"""Export a student as timm's own files: `model.safetensors` and `config.json`, the layout of timm's
+models on the Hugging Face hub.
 
-    timm.create_model("local-dir:DIR", pretrained=True)
-    timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={**config["pretrained_cfg"], "file": "DIR/model.safetensors"}, ...)
+    timm.create_model("local-dir:DIR", pretrained=True) timm.create_model(NAME, pretrained=True,
+    pretrained_cfg_overlay={**config["pretrained_cfg"], "file": "DIR/model.safetensors"}, ...)
 
-`pretrained_cfg` holds the student's own normalisation, crop and filter, so timm's transform equals the one of `dad-fast`.
+`pretrained_cfg` holds the student's own normalisation, crop and filter, so timm's transform equals
+the one of `dad-fast`.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def preprocessing(student: Student) -> dict[str, Any]:
 
 
 def read_timm(folder: Path) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Load these files with timm in the two ways of the model card; yield a name and a function: pixels in [0, 1] -> logits."""
+    """Load these files with timm in the two ways of the model card; yield a name and a function:
+    pixels in [0, 1] -> logits.
+    """
     yield (
         "timm local-dir",
         _with_normalisation(timm.create_model(f"local-dir:{folder}", pretrained=True)),

@@ -1,9 +1,11 @@
-"""Checks of linear probes of `--method lp-clip` besides accuracy: latent organisation, few labels, epistemic uncertainty.
+"""Checks of linear probes of `--method lp-clip` besides accuracy: latent organisation, few labels,
+epistemic uncertainty.
 
     python -m dad_fast.tools.probe.checks RUN... [--suite NAME ...] [--labels 1,5,20] [--draws 5] [--json FILE]
 
-Every RUN is a run's folder; several runs with different seeds form an ensemble. The encoder runs once over the training images and each
-suite (by default those of the first run); everything else is computed on features.
+Every RUN is a run's folder; several runs with different seeds form an ensemble. The encoder runs
+once over the training images and each suite (by default those of the first run); everything else is
+computed on features.
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ class Checker:
     """The probes of several runs on one encoder."""
 
     def __init__(self, runs: Sequence[str]) -> None:
-        """Load the probes and their encoder. Raises UsageError for runs without settings or with different encoders."""
+        """Load the probes and their encoder.
+
+        Raises UsageError for runs without settings or with different encoders.
+        """
         self.probes = [_load(run) for run in runs]
         spec = self.probes[0].spec
         cfg, _ = run_settings(checkpoint_file(runs[0]))
@@ -98,11 +103,14 @@ class Checker:
 
     @torch.no_grad()
     def see(self, suite: Suite, most: int = 0) -> Seen:
-        """Compute features of all images of a suite (every severity of a corruption), or of `most` evenly spread images."""
+        """Compute features of all images of a suite (every severity of a corruption), or of `most`
+        evenly spread images.
+        """
         eval_set: EvalSet = as_eval_set(suite.source)
         if eval_set.accepted is not None:
             raise UsageError(
-                f"--suite {suite.name}: its images may have several classes, which these checks do not support; leave it out"
+                f"--suite {suite.name}: its images may have several classes, which these checks do "
+                "not support; leave it out"
             )
         probe, cfg = self.probes[0], self.cfg
         crop: tuple[float, str] = eval_set.view or (probe.crop_pct, probe.interpolation)
@@ -193,7 +201,9 @@ class Checker:
         }
 
     def _zero_shot(self, seen: Seen) -> Tensor:
-        """Log-probabilities of the teacher's own head; NaN for a timm teacher, whose head needs more than features."""
+        """Log-probabilities of the teacher's own head; NaN for a timm teacher, whose head needs
+        more than features.
+        """
         if self.teacher.whole is not None:
             return torch.full((len(seen.labels), len(seen.outputs)), torch.nan)
         return _log_probabilities(
@@ -209,7 +219,9 @@ def _load(run: str) -> Probe:
 
 
 def _variants(suite: Suite, pixels: Tensor, keys: Tensor) -> list[Tensor]:
-    """Return the images as the suite shows them: as they are, or corrupted at each of its severities."""
+    """Return the images as the suite shows them: as they are, or corrupted at each of its
+    severities.
+    """
     if suite.corruption is None:
         return [pixels]
     name, severity = suite.corruption
@@ -218,7 +230,9 @@ def _variants(suite: Suite, pixels: Tensor, keys: Tensor) -> list[Tensor]:
 
 
 def _drawn(labels: Tensor, num_classes: int, few: Few) -> list[tuple[int, Tensor]]:
-    """Draw (count, rows int64) for each count and draw: that many random samples of every class, or all of a smaller class."""
+    """Draw (count, rows int64) for each count and draw: that many random samples of every class, or
+    all of a smaller class.
+    """
     found = []
     for draw in range(few.draws):
         random = np.random.default_rng((few.seed, draw))
@@ -347,7 +361,8 @@ def main(arguments: Sequence[str]) -> None:
         or given.seed < 0
     ):
         raise UsageError(
-            "--labels and --draws are whole numbers above 0, such as --labels 1,5,20 --draws 5, --seed 0 or more"
+            "--labels and --draws are whole numbers above 0, such as --labels 1,5,20 --draws 5, "
+            "--seed 0 or more"
         )
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise UsageError(f"--json {given.json}: name a file in a folder that exists")

@@ -1,11 +1,14 @@
-"""Measures of a linear probe besides accuracy: latent organisation, epistemic uncertainty, and learning from few labels.
+"""Measures of a linear probe besides accuracy: latent organisation, epistemic uncertainty, and
+learning from few labels.
 
-silhouette   mean over samples of (b - a) / max(a, b): a = mean distance to the own class, b = the least mean distance to another
-             class (Rousseeuw 1987); 0 for the only sample of a class
+silhouette   mean over samples of (b - a) / max(a, b): a = mean distance to the own class, b = the
+             least mean distance to another class (Rousseeuw 1987); 0 for the only sample of a class
 class means  predict the class whose mean of training features is nearest
-uncertainty  of M probes p_m: H(mean p_m) = mean H(p_m) + mutual information between the output and the choice of the probe; the first
-             term of the sum is aleatoric, the second epistemic (Houlsby et al., arXiv 1112.5745)
-few labels   argmin over W, b of mean CE(W f + b, y) + strength / 2 ||W - W0||^2: logistic regression initialised at the probe W0
+uncertainty  of M probes p_m: H(mean p_m) = mean H(p_m) + mutual information between the output and
+             the choice of the probe; the first term of the sum is aleatoric, the second epistemic
+             (Houlsby et al., arXiv 1112.5745)
+few labels   argmin over W, b of mean CE(W f + b, y) + strength / 2 ||W - W0||^2: logistic
+             regression initialised at the probe W0
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ class Uncertainty(NamedTuple):
 
 
 def silhouette(features: Tensor, labels: Tensor) -> float:
-    """Mean silhouette of features [N, F] (Euclidean) under labels int64 [N], from -1 to 1. Raises ValueError with fewer than two classes."""
+    """Mean silhouette of features [N, F] (Euclidean) under labels int64 [N], from -1 to 1.
+
+    Raises ValueError with fewer than two classes.
+    """
     classes, own = labels.unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError("a silhouette needs two classes")
@@ -54,13 +60,17 @@ def silhouette(features: Tensor, labels: Tensor) -> float:
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the mean features of each class, float64 [C, F]; NaN for a class without samples, which is never the nearest."""
+    """Return the mean features of each class, float64 [C, F]; NaN for a class without samples,
+    which is never the nearest.
+    """
     member = F.one_hot(labels, num_classes).double()
     return (member.T @ features.double()) / member.sum(dim=0)[:, None]
 
 
 def nearest_mean(features: Tensor, means: Tensor) -> Tensor:
-    """Return the class int64 [N] whose mean [C, F] is nearest to each of features [N, F]; the lowest one in a tie."""
+    """Return the class int64 [N] whose mean [C, F] is nearest to each of features [N, F]; the
+    lowest one in a tie.
+    """
     distances = torch.cdist(features.double(), means, compute_mode="donot_use_mm_for_euclid_dist")
     return distances.nan_to_num(torch.inf).argmin(dim=1)
 
@@ -79,10 +89,12 @@ def uncertainty(log_probabilities: Tensor) -> Uncertainty:
 def few_labels(
     features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: float
 ) -> tuple[Tensor, Tensor]:
-    """Fit a linear layer, initialised at the given one, to features [N, F] with labels int64 [N]; float64 weight [C, F], bias [C].
+    """Fit a linear layer, initialised at the given one, to features [N, F] with labels int64 [N];
+    float64 weight [C, F], bias [C].
 
-    The penalty is on the distance of the weight from its start, not on the bias; with a start of zeros this is L2-regularised logistic
-    regression. The problem is convex, so the result does not depend on the optimizer (L-BFGS).
+    The penalty is on the distance of the weight from its start, not on the bias; with a start of
+    zeros this is L2-regularised logistic regression. The problem is convex, so the result does not
+    depend on the optimizer (L-BFGS).
     """
     features, start = features.double(), weight.detach().double()
     weight, bias = start.clone().requires_grad_(), bias.detach().double().clone().requires_grad_()

@@ -1,4 +1,6 @@
-"""`dad-fast profile`: run a few training steps under Nsight Systems, Nsight Compute, torch's profiler or the memory recorder."""
+"""`dad-fast profile`: run a few training steps under Nsight Systems, Nsight Compute, torch's
+profiler or the memory recorder.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def _steps(
     output: Path,
     watch: AbstractContextManager[object] | None = None,
 ) -> str:
-    """Run the warm-up, then the profiled steps inside `watch` and the CUDA profiler's range; return a one-line description."""
+    """Run the warm-up, then the profiled steps inside `watch` and the CUDA profiler's range; return
+    a one-line description.
+    """
     import torch
 
     from dad_fast.engine.build import Builder
@@ -122,10 +126,12 @@ def _under_nsight(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
             f"{result}.ncu-rep: open it in ncu-ui, or: ncu --import {result}.ncu-rep --page details"
         )
         print(
-            "Look at: SpeedOfLight (memory or compute near its peak?), occupancy and its limiter, uncoalesced or bank-conflicting access,"
+            "Look at: SpeedOfLight (memory or compute near its peak?), occupancy and its limiter, "
+            "uncoalesced or bank-conflicting access,"
         )
         print(
-            "local memory (register spills), and tensor-pipe use where a kernel is a matrix product."
+            "local memory (register spills), and tensor-pipe use where a kernel is a matrix "
+            "product."
         )
     return 0
 
@@ -179,13 +185,16 @@ def _after_nsys(result: Path) -> None:
     except DataError as error:
         print_line(f"no summary: {error}")
     print(
-        f"\n{result}.nsys-rep: open it in nsys-ui; scripts/nsys_summary.py {export} prints the summary again"
+        f"\n{result}.nsys-rep: open it in nsys-ui; scripts/nsys_summary.py {export} prints the "
+        "summary again"
     )
     print(
-        "Look at: the row NVTX (the stages), gaps in the row CUDA HW (the GPU waits: for data, for launches, for a synchronization),"
+        "Look at: the row NVTX (the stages), gaps in the row CUDA HW (the GPU waits: for data, for "
+        "launches, for a synchronization),"
     )
     print(
-        "cudaStreamSynchronize or cudaMemcpy inside a step, and kernels that are not the stage's convolutions and products."
+        "cudaStreamSynchronize or cudaMemcpy inside a step, and kernels that are not the stage's "
+        "convolutions and products."
     )
 
 
@@ -213,13 +222,16 @@ def _torch(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
     atomic_write_text(table, text)
     print(f"{what}\n\n{as_text(summarize(read_timeline(trace)))}\n\n{text}")
     print(
-        f"{trace}: open it at ui.perfetto.dev or chrome://tracing (nothing is uploaded); {table}: the table of operations"
+        f"{trace}: open it at ui.perfetto.dev or chrome://tracing (nothing is uploaded); {table}: "
+        "the table of operations"
     )
     print(
-        "Look at: the stages with the most time, operations that copy or convert (aten::copy_, aten::to), many small ones in a row, gaps."
+        "Look at: the stages with the most time, operations that copy or convert (aten::copy_, "
+        "aten::to), many small ones in a row, gaps."
     )
     print(
-        "The profiler slows small operations down: take times from the benchmarks, and shares from here."
+        "The profiler slows small operations down: take times from the benchmarks, and shares from "
+        "here."
     )
     return 0
 
@@ -244,13 +256,16 @@ def _memory(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
     )
     atomic_write_text(table, text)
     print(
-        f"{what}\n\n{text}\n{table}: bytes that each operation allocates minus bytes it frees, summed over the steps, by torch's profiler."
+        f"{what}\n\n{text}\n{table}: bytes that each operation allocates minus bytes it frees, "
+        "summed over the steps, by torch's profiler."
     )
     print(
-        f"Peak resident memory of the whole process, loading included: {_peak_resident_gib():.2f} GiB."
+        f"Peak resident memory of the whole process, loading included: {_peak_resident_gib():.2f} "
+        "GiB."
     )
     print(
-        "On a GPU this command writes a snapshot with the stack of every allocation; on a CPU there is no peak by stage."
+        "On a GPU this command writes a snapshot with the stack of every allocation; on a CPU there "
+        "is no peak by stage."
     )
     return 0
 
@@ -270,13 +285,16 @@ def _cuda_memory(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
         read() / 2**30 for read in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
     )
     print(
-        f"{what}; at most {allocated:.2f} GiB in tensors, {reserved:.2f} GiB taken from the driver (warm-up included)"
+        f"{what}; at most {allocated:.2f} GiB in tensors, {reserved:.2f} GiB taken from the driver "
+        "(warm-up included)"
     )
     print(
-        f"{snapshot}: drag it onto pytorch.org/memory_viz (it stays in the browser); it is a pickle, so open only your own"
+        f"{snapshot}: drag it onto pytorch.org/memory_viz (it stays in the browser); it is a "
+        "pickle, so open only your own"
     )
     print(
-        "Look at: the plateau between steps (weights, optimizer, EMA), the blocks at the peak, and blocks that outlive their step."
+        "Look at: the plateau between steps (weights, optimizer, EMA), the blocks at the peak, and "
+        "blocks that outlive their step."
     )
     return 0
 

@@ -1,10 +1,12 @@
-"""Stage times and gaps of a profile, from an nsys export (SQLite) or a trace of torch's profiler (JSON).
+"""Stage times and gaps of a profile, from an nsys export (SQLite) or a trace of torch's profiler
+(JSON).
 
-Own code, because the NVTX reports of `nsys stats` assign work to ranges of the launching thread (the backward pass has threads of its own),
-name no stage around a gap, and do not read torch's traces.
+Own code, because the NVTX reports of `nsys stats` assign work to ranges of the launching thread
+(the backward pass has threads of its own), name no stage around a gap, and do not read torch's
+traces.
 
-Device work belongs to the innermost range that was open when any thread launched it. The host time of a stage excludes the ranges inside
-it. Times are seconds.
+Device work belongs to the innermost range that was open when any thread launched it. The host time
+of a stage excludes the ranges inside it. Times are seconds.
 """
 
 from __future__ import annotations
@@ -119,7 +121,10 @@ def _host_times(ranges: Sequence[Range]) -> tuple[dict[str, int], dict[str, floa
 def _busy_and_gaps(
     placed: Sequence[tuple[Work, str]], shortest_gap: float
 ) -> tuple[float, list[Gap]]:
-    """Return the seconds in which the device worked, and the gaps, longest first. `placed`: work by start, with its stage."""
+    """Return the seconds in which the device worked, and the gaps, longest first.
+
+    `placed`: work by start, with its stage.
+    """
     busy = 0.0
     gaps: list[Gap] = []
     last_end: float | None = None
@@ -136,7 +141,9 @@ def _busy_and_gaps(
 
 
 class _Innermost:
-    """Look-up of the innermost range at a time; of ranges on several threads, the one with the latest start."""
+    """Look-up of the innermost range at a time; of ranges on several threads, the one with the
+    latest start.
+    """
 
     def __init__(self, ranges: Sequence[Range]) -> None:
         self.starts = [r.start for r in ranges]
@@ -194,11 +201,15 @@ def as_text(summary: Summary, top: int = 10) -> str:
 
 
 def read_timeline(path: str | Path) -> Timeline:
-    """Read nsys's SQLite export or a trace of torch's profiler (.json, .json.gz). Raises DataError for other files."""
+    """Read nsys's SQLite export or a trace of torch's profiler (.json, .json.gz).
+
+    Raises DataError for other files.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; name an export of nsys (nsys export --type sqlite FILE.nsys-rep) or a trace.json.gz"
+            f"{path}: no such file; name an export of nsys (nsys export --type sqlite "
+            "FILE.nsys-rep) or a trace.json.gz"
         )
     if path.suffix == ".nsys-rep":
         raise DataError(f"{path}: export it first: nsys export --type sqlite {path}")
@@ -218,7 +229,8 @@ def read_timeline(path: str | Path) -> Timeline:
         RecursionError,
     ) as error:
         raise DataError(
-            f"{path}: neither an nsys export nor a trace of torch's profiler ({type(error).__name__}: {error})"
+            f"{path}: neither an nsys export nor a trace of torch's profiler "
+            f"({type(error).__name__}: {error})"
         ) from None
 
 
