@@ -1,4 +1,7 @@
-"""Kernels and their references: one file per op. Imports torch only; Triton and csrc are used where they are found."""
+"""Kernels and their references: one file per op.
+
+Imports torch only; uses Triton and csrc if available.
+"""
 
 if (
     __name__ != "dad_fast.kernels"
