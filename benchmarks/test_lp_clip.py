@@ -81,9 +81,8 @@ def peak_memory() -> int:
 
 
 def test_views(bench: Bench, folder: Path) -> None:
-    watched = (
-        ("weak", "RandAugment and Cutout") if bench.size == "tiny" else VIEWS
-    )  # a process each
+    # A process each.
+    watched = ("weak", "RandAugment and Cutout") if bench.size == "tiny" else VIEWS
     notes = {
         name: f"adds {added_memory(folder, name):.0f} MiB to the peak of a process"
         for name in watched

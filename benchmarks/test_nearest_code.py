@@ -24,12 +24,13 @@ from dad_fast.kernels.nearest_code import grid_search
 from dad_fast.kernels.nearest_code.search import BACK_ENDS
 
 NUM_CODES, CODES_PER_IMAGE = 16384, 784
+# Of each parameter, what size tiny keeps: a look in seconds; base has the tables and plots.
 OF_TINY = (
     "normal",
     "K = 256",
     8,
     784,
-)  # of each parameter, what size tiny keeps: a look in seconds; base has the tables and plots
+)
 CHUNKS = (16, 64, 256, 1024, 4096)
 AUTHORS = "authors' formula"
 Search = Callable[[], Tensor]
@@ -185,12 +186,11 @@ def compare(
             "grid_build_seconds": round(time.perf_counter() - start, 2),
             "grid_bytes": grid.numel(),
         }
+    # So that ratios say how many times slower.
     return bench.compare(
         name,
         functions,
-        baseline=next(
-            key for key in functions if key.startswith("dad-fast")
-        ),  # so that ratios say how many times slower
+        baseline=next(key for key in functions if key.startswith("dad-fast")),
         work=len(z),
         unit="query",
         config=config,

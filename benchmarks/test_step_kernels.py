@@ -35,10 +35,11 @@ MODELS = {  # student, teacher, batch
     "base": (("vit_small_patch16_224", {}), ("vit_base_patch16_clip_quickgelu_224", {}), 128),
     "paper": (("vit_base_patch16_224", {}), ("vit_large_patch14_clip_quickgelu_224", {}), 256),
 }
+# An element; see pgd_update.py.
 PIXEL_BYTES = {
     "plain": {"l2": 124, "linf": 80},
     "fused": {"l2": 28, "linf": 20},
-}  # an element; see pgd_update.py
+}
 
 
 def precision(bench: Bench) -> PrecisionConfig:

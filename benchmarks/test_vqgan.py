@@ -24,10 +24,11 @@ from dad_fast.kernels.group_norm_silu import add_group_norm_silu
 from dad_fast.kernels.wide_attention import WAYS
 from dad_fast.models.weights.files import asset
 
+# On a GPU; CPUs have fast bfloat16 at best.
 DTYPES = {
     "encode": torch.float16,
     "decode": torch.bfloat16,
-}  # on a GPU; CPUs have fast bfloat16 at best
+}
 
 
 def _model(bench: Bench, which: str) -> tuple[str, VQGAN, int, int]:
@@ -112,9 +113,8 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
     for form, savings in forms.items():
         functions[form] = run(getattr(vqgan.fuse(savings, encoder=dtype, decoder=dtype), what))
         flops[form] = _count(getattr(shape.fuse(replace(savings, norm_kernel=False)), what), inputs)
-    if (
-        bench.device.type == "cuda" and dtype != torch.float32
-    ):  # compiling takes minutes, on a CPU many
+    # Compiling takes minutes, on a CPU many.
+    if bench.device.type == "cuda" and dtype != torch.float32:
         fused = vqgan.fuse(VQGANOptimizations(), encoder=dtype, decoder=dtype)
         functions["torch.compile(plain)"] = run(torch.compile(plain))
         functions["torch.compile(fused)"] = run(torch.compile(getattr(fused, what)))
@@ -213,6 +213,7 @@ def test_attention(bench: Bench, tokens: int) -> None:
     dtype = torch.float16 if bench.device.type == "cuda" else torch.bfloat16
     q, h = torch.randn(2, batch, tokens, 512, device=bench.device, dtype=dtype)
     ways = dict(WAYS)
+    # Not installed, or not built for this torch.
     try:
         if bench.device.type != "cuda":
             raise ImportError("needs CUDA")
@@ -221,7 +222,7 @@ def test_attention(bench: Bench, tokens: int) -> None:
         ImportError,
         ValueError,
         NotImplementedError,
-    ):  # not installed, or not built for this torch
+    ):
         del ways["xformers"]
     functions = {name: lambda way=way: way(q, h, h, 512**-0.5) for name, way in ways.items()}
     flops = dict.fromkeys(ways, 4.0 * tokens**2 * 512)

@@ -3,9 +3,8 @@
 Imports torch only; uses Triton and csrc if available.
 """
 
-if (
-    __name__ != "dad_fast.kernels"
-):  # the checkout's root is on sys.path, but the name `kernels` belongs to another package
+# The checkout's root is on sys.path, but the name `kernels` belongs to another package.
+if __name__ != "dad_fast.kernels":
     raise ImportError("this folder is imported as dad_fast.kernels")
 
 from dad_fast.kernels.csrc import csrc_status

@@ -62,9 +62,8 @@ class Binary:
     instructions: int
     tensor_core_instructions: dict[str, int]
     tensor_cores_expected: bool
-    occupancy: (
-        float | None
-    )  # resident warps over the most possible; None: the block's size is the caller's choice
+    # Resident warps over the most possible; None: the block's size is the caller's choice.
+    occupancy: float | None
 
     @property
     def spills(self) -> bool:

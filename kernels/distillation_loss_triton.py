@@ -100,9 +100,8 @@ def _forward(
                 targets_ptr, row, targets_stride, column, mask, num_classes, LABELS, smoothing
             )
             log_q = s - max_s - log_s
-            if (
-                LABELS and not SMOOTH
-            ):  # a product would make NaN of 0 times an infinite log-probability
+            # A product would make NaN of 0 times an infinite log-probability.
+            if LABELS and not SMOOTH:
                 ce -= tl.sum(tl.where(y > 0.0, log_q, 0.0))
             else:
                 ce -= tl.sum(tl.where(mask, y * log_q, 0.0))

@@ -232,7 +232,7 @@ def relate(distances: dict[str, Any], top1: dict[str, dict[str, list[float]]]) -
     gains = [
         [np.subtract(top1[name][suite], top1["none"][suite]) for name in names] for suite in SUITES
     ]
-    gain = np.array(gains)  # [T, G, S]
+    gain: np.ndarray = np.array(gains)  # [T, G, S]
     found: dict[str, Any] = {}
     for space, of_suites in distances.items():
         for measure in MEASURES:

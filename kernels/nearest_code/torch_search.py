@@ -42,12 +42,10 @@ def _by_score(z: Tensor, e: Tensor, valid: Tensor, half_square: Tensor) -> Tenso
     margin *= (2 * z.shape[1] + 16) * FP64_ROUNDING
     score.masked_fill_(~valid, torch.inf)
     ceiling = (score + margin).amin(1, keepdim=True)  # no winner's score can lie above it
-    rows, codes = (
-        (score - margin <= ceiling).logical_and_(valid).nonzero(as_tuple=True)
-    )  # ascending
-    if (
-        len(rows) == num_rows
-    ):  # one candidate each: a row without any means that no code is valid, so that none has one
+    # Ascending.
+    rows, codes = (score - margin <= ceiling).logical_and_(valid).nonzero(as_tuple=True)
+    # One candidate each: a row without any means that no code is valid, so that none has one.
+    if len(rows) == num_rows:
         return codes
     distance = z.new_zeros(len(rows))  # [candidates]
     for d in range(z.shape[1]):

@@ -1,4 +1,6 @@
-"""The benchmarks' harness: timing in turns, records, the pytest options, the comparison with an earlier record, the history."""
+"""Benchmark harness: timing in turns, records, pytest options, comparison with an earlier record,
+history.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class HandSet:
-    """A clock that moves when a function under test moves it."""
+    """Clock that only functions under test move."""
 
     now = 0.0
 
@@ -33,7 +35,7 @@ class HandSet:
         return self.now
 
     def work(self, milliseconds: float, log: list[str], name: str = "") -> Callable[[], None]:
-        """A function that takes so long, and writes its name into the log."""
+        """Return a function that takes this long and logs its name."""
 
         def run() -> None:
             log.append(name)
@@ -53,15 +55,14 @@ def _short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
 
 
-def test_functions_take_turns_and_begin_with_another_one_each_round(clock: HandSet) -> None:
+def test_functions_take_turns_and_rotate(clock: HandSet) -> None:
     log: list[str] = []
     times = timing.interleaved(
         {name: clock.work(11, log, name) for name in "abc"}, CPU, seconds=0.0
     )
     assert all(len(values) == timing.MIN_ROUNDS for values in times.values())
-    assert (
-        "".join(log[3 * (timing.WARM_UP_CALLS["cpu"] + 2) :]) == "abcbcacababcbca"
-    )  # after warm-up and two estimates of each
+    # After warm-up and two estimates of each.
+    assert "".join(log[3 * (timing.WARM_UP_CALLS["cpu"] + 2) :]) == "abcbcacababcbca"
     assert all(value == pytest.approx(0.011) for values in times.values() for value in values)
 
 
@@ -73,7 +74,7 @@ def test_short_functions_are_called_many_times_a_round(clock: HandSet) -> None:
     )
 
 
-def test_what_fails_is_left_out_by_name_and_what_was_measured_is_written_at_once(
+def test_failures_are_named_and_results_are_written_at_once(
     tmp_path: Path,
 ) -> None:
     def fails() -> None:
@@ -153,21 +154,20 @@ def test_compare_records_ratios_rates_and_predictions(bench: Bench, clock: HandS
         "steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0
     )
     kd, dad = record["comparisons"][0]["rows"]
-    assert (
-        kd["note"] == "x" and "note" not in dad and "peak_bytes" not in kd and "joules" not in kd
-    )  # a CPU counts neither
+    # A CPU counts neither.
+    assert kd["note"] == "x" and "note" not in dad and "peak_bytes" not in kd and "joules" not in kd
     assert dad["predicted"] == 4.0 and dad["per_second"] == pytest.approx(8e3 / dad["ms"]["median"])
     assert dad["tflops"] == pytest.approx(dad["per_second"] * 4e9 / 1e12)
     text = as_text(record["comparisons"][0])
     assert "ratio to 'kd'" in text and "4.00" in text and "peak" not in text and "predicted" in text
 
 
-def test_a_baseline_that_is_not_there(bench: Bench) -> None:
+def test_missing_baseline(bench: Bench) -> None:
     with pytest.raises(ValueError, match="baseline 'x' is none of a"):
         bench.compare("b", {"a": lambda: None}, baseline="x", work=1)
 
 
-def test_a_record_says_what_it_must_and_holds_no_paths(bench: Bench, tmp_path: Path) -> None:
+def test_record_has_all_fields_and_no_paths(bench: Bench, tmp_path: Path) -> None:
     bench.compare("b", {"kd": lambda: None}, baseline="kd", work=1, seconds=0)
     record = make_record(
         "steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0
@@ -193,7 +193,7 @@ def test_a_record_says_what_it_must_and_holds_no_paths(bench: Bench, tmp_path: P
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"schema": 99, "comparisons": []}', '{"schema": 1}']
 )
-def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+def test_invalid_records_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="r.json: not") as error:
@@ -295,8 +295,10 @@ def test_default_size_of_a_cpu() -> None:
     assert default_size(CPU) == "tiny"
 
 
-def test_the_baseline_computes_the_loss_that_it_is_compared_with() -> None:
-    """Same images, same labels, same objective: timm's distillation and our plain KD agree on the first step's loss."""
+def test_baseline_has_the_same_loss() -> None:
+    """timm's distillation and our plain KD agree on the first step's loss: same images, labels,
+    objective.
+    """
     pytest.importorskip("timm.task")
     from benchmarks.timm_kd import TimmKD
     from benchmarks.workload import make_workload
@@ -312,16 +314,17 @@ def test_flops_are_those_of_the_stages() -> None:
 
     work = make_workload("tiny", CPU, 8)
     flops = Flops(work)
-    assert (
-        flops.of["teacher"] < flops.of["teacher_gradient"] <= 2.05 * flops.of["teacher"]
-    )  # no gradient of a weight is in it
+    # No gradient of a weight is in it.
+    assert flops.of["teacher"] < flops.of["teacher_gradient"] <= 2.05 * flops.of["teacher"]
     assert flops.of["student_gradient"] < flops.of["student"] and flops.of_step(
         "dad", "authors"
     ) > flops.of_step("dad")
 
 
 def test_flops_of_published_shapes() -> None:
-    """By hand, 2 per multiplication and addition: VQGAN f8 at 224 px 172.0 and 360.1 GFLOP, ViT-B/16 35.1."""
+    """Compare with counts by hand: VQGAN f8 at 224 px 172.0 and 360.1 GFLOP, ViT-B/16 35.1
+    (multiply-add = 2).
+    """
     timm = pytest.importorskip("timm")
     from benchmarks.workload import count
     from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
@@ -358,7 +361,7 @@ def test_steps(bench, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A benchmark folder of its own with the real conftest."""
+    """Make a benchmark folder with the real conftest."""
     shutil.copy(ROOT / "benchmarks" / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_steps.py").write_text(STEPS.replace("FACTOR", "2"))
@@ -408,7 +411,7 @@ def test_the_option_runs_writes_and_compares(folder: Path) -> None:
     )
 
 
-def test_a_run_in_which_no_step_ran_fails(folder: Path) -> None:
+def test_comparison_without_steps_fails(folder: Path) -> None:
     (folder / "test_steps.py").write_text(
         "import pytest\ndef test_steps(bench): pytest.skip('no package')\n"
     )

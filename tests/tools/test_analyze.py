@@ -1,4 +1,4 @@
-"""`dad-fast analyze`: the sets it makes, the comparison, its files and its errors."""
+"""`dad-fast analyze`: sets, comparison, output files and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
+def test_compare_finds_the_nearer_set_and_zero_for_one_distribution():
     sets = {
         "clean": normal(400, 4, seed=1),
         "near": normal(300, 4, seed=2) + 0.2,
@@ -54,7 +54,8 @@ def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
             < of["clean"][measure]["value"]
             < of["far"][measure]["value"]
         )
-    # Between N(0, I), N(0.2, I) and N(0, 4 I) in 4 dimensions: 0.2^2 on each axis; and that + (2 - 1)^2.
+    # Between N(0, I), N(0.2, I) and N(0, 4 I) in 4 dimensions: 0.2^2 on each axis; and that plus
+    # (2 - 1)^2.
     assert of["clean"]["sw2_squared_corrected"]["value"] == pytest.approx(0.04, abs=0.02)
     assert of["far"]["sw2_squared_corrected"]["value"] == pytest.approx(1.04, rel=0.15)
     assert (
@@ -68,7 +69,7 @@ def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_interval_coverage():
     held: dict[str, list[bool]] = {"clean": [], "near": [], "far": [], "nearer": [], "mmd": []}
     for trial in range(60):
         sets = {
@@ -101,7 +102,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     }
 
 
-def test_compare_refuses_what_says_nothing():
+def test_compare_refuses_small_and_constant_sets():
     with pytest.raises(DataError, match="few has only 7 images"):
         compare(
             {"clean": normal(30, 2, seed=1), "few": normal(7, 2, seed=1)},
@@ -113,7 +114,7 @@ def test_compare_refuses_what_says_nothing():
 
 
 class Line(torch.nn.Module):
-    """A linear classifier of pixels that also gives features, as a teacher does."""
+    """Linear classifier of pixels with features, like a teacher."""
 
     num_classes = 3
 
@@ -129,7 +130,7 @@ def vqgan(folder: Path):
     return load_discretizer(str(tiny.write_vqgan(folder / "vqgan.ckpt")), PrecisionConfig(), CPU)
 
 
-def test_generators_make_what_their_names_say(tmp_path):
+def test_generators_make_their_sets(tmp_path):
     teacher, student = Line().eval(), Line().eval()
     discretizer = vqgan(tmp_path)
     cfg = Config(attack=AttackConfig(norm="linf", eps=0.3, step_size=0.3, random_start=0.5))
@@ -167,7 +168,7 @@ def test_in_the_authors_order_the_second_pass_alone_changes_no_code(tmp_path):
     assert made["random_q"].changed.sum() == 0 and made["dad"].changed.sum() == 0
 
 
-def test_without_codes_no_share_of_them():
+def test_discretizer_without_codes_has_no_changed_share():
     made = Generators(Config(), Line().eval(), Identity(), None)(
         torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2)
     )
@@ -188,7 +189,7 @@ def test_choice_and_moves():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A folder of images, a teacher, a VQGAN, and a run of two steps."""
+    """Make a folder of images, a teacher, a VQGAN, and a run of two steps."""
     root = tmp_path_factory.mktemp("parts")
     tiny.write_images(root / "data")
     common = [
@@ -286,9 +287,8 @@ def test_without_a_student_there_is_no_dat(parts, tmp_path, capsys):
         "DAT is left out" in capsys.readouterr().out and not (tmp_path / "sheet-dat.png").exists()
     )
     assert list(record["distances"]["tests"]) == ["val"]
-    assert (
-        analyze(*common, "--no-filter", "--init-from", run, "-o", tmp_path) == 0
-    )  # an earlier analysis is replaced
+    # An earlier analysis is replaced.
+    assert analyze(*common, "--no-filter", "--init-from", run, "-o", tmp_path) == 0
     assert "dat" in json.loads((tmp_path / "analysis.json").read_text())["sets"]
 
 
@@ -344,7 +344,7 @@ def test_a_linear_probe_is_a_student_too(parts, tmp_path):
     assert record["sets"]["dat"]["codes_changed"]["value"] > 0
 
 
-def test_the_student_sees_what_its_classifier_sees(parts):
+def test_student_features_are_classifier_inputs(parts):
     _, _, run = parts
     student, _ = load_student(run)
     pixels = torch.rand(3, 3, tiny.SIDE, tiny.SIDE)
@@ -364,7 +364,7 @@ def test_the_student_sees_what_its_classifier_sees(parts):
     )
 
 
-def test_a_filter_that_leaves_too_few_is_one_line(parts, tmp_path):
+def test_filter_with_too_few_images_is_a_one_line_error(parts, tmp_path):
     _, common, _ = parts
     with pytest.raises(
         DataError,
@@ -379,10 +379,11 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     (tmp_path / "several" / "dad" / "seed-0").mkdir(parents=True)
     (tmp_path / "several" / "config.toml").write_text('[variants.dad]\nmethod = "dad"\n')
+    # A run without weights, and a run with truncated settings.
     for name in (
         "half",
         "torn",
-    ):  # a run that has not come to weights, and one whose settings are cut off
+    ):
         (tmp_path / name).mkdir()
     text = (run / "config.toml").read_text()
     (tmp_path / "half" / "config.toml").write_text(text)

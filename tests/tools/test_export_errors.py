@@ -1,4 +1,4 @@
-"""`dad-fast export` where something is wrong: one line, and nothing is left behind or overwritten."""
+"""`dad-fast export` errors: one line, and nothing is left behind or overwritten."""
 
 from __future__ import annotations
 

@@ -46,10 +46,11 @@ def silhouette(features: Tensor, labels: Tensor) -> float:
     for start in range(0, len(features), CHUNK):
         rows = slice(start, start + CHUNK)
         # Differences, not the expanded square, so that the distance of a sample to itself is 0.
+        # [n, C].
         sums = (
             torch.cdist(features[rows], features, compute_mode="donot_use_mm_for_euclid_dist")
             @ member
-        )  # [n, C]
+        )
         mine = own[rows, None]
         size = counts[mine].squeeze(1)
         a = sums.gather(1, mine).squeeze(1) / (size - 1)
