@@ -19,9 +19,10 @@ def with_ddp(step: TrainStep) -> TrainStep:
     """Change `step` so that DDP sums its gradients: static graph, gradients as views of the
     buckets.
     """
-    step.update.num_processes = 1  # no sum of its own; DDP divides
-    step.run_student = DistributedDataParallel(
-        step.student, static_graph=True, gradient_as_bucket_view=True
+    (learner,) = step.learners
+    learner.update.num_processes = 1  # no sum of its own; DDP divides
+    learner.forward = DistributedDataParallel(
+        learner.student, static_graph=True, gradient_as_bucket_view=True
     )
     return step
 

@@ -263,7 +263,7 @@ def _read_nsys(path: Path) -> Timeline:
             table = f"CUPTI_ACTIVITY_KIND_{kind}"
             for row in database.execute(f"SELECT * FROM {table}") if table in tables else ():
                 label = kind.lower().replace("_trace", "")
-                if "shortName" in row.keys():  # noqa: SIM118  # `in row` searches the values
+                if "shortName" in row.keys():  # `in row` searches the values
                     label = strings.get(row["shortName"], "?")
                 launched = launches.get((row["globalPid"] >> 24, row["correlationId"]))
                 work.append(Work(label, row["start"] / 1e9, row["end"] / 1e9, launched))
