@@ -186,7 +186,7 @@ def compare(
             "grid_build_seconds": round(time.perf_counter() - start, 2),
             "grid_bytes": grid.numel(),
         }
-    # So that ratios say how many times slower.
+    # Ratios are then factors of slowdown.
     return bench.compare(
         name,
         functions,

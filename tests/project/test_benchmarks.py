@@ -400,7 +400,7 @@ def test_the_option_runs_writes_and_compares(folder: Path) -> None:
     assert (
         "steps, size tiny" in done.stdout
         and "ratio to 'kd'" in done.stdout
-        and "ratios only" in done.stdout
+        and "only the ratios" in done.stdout
     )
     (record,) = (folder / "out").glob("tiny-cpu-*/steps.json")
     kept = shutil.copy(record, folder / "before.json")

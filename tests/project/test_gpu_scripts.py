@@ -119,7 +119,7 @@ time.sleep(3600)
         except ProcessLookupError:
             return True
         state = Path(f"/proc/{child.read_text()}/stat")
-        # Nobody has asked for its exit code.
+        # A zombie: its exit code was not collected.
         return state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z"
 
     wait_until(ended)

@@ -389,7 +389,7 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
     (tmp_path / "half" / "config.toml").write_text(text)
     (tmp_path / "torn" / "config.toml").write_text(text[: text.index("[teacher]") + 5])
     out = ["-o", str(tmp_path / "out")]
-    for arguments, says in (
+    for arguments, message in (
         ([str(tmp_path / "half")], "half"),
         ([str(tmp_path / "torn")], "not valid TOML"),
         ([], "-o OUT"),
@@ -419,7 +419,7 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
     ):
         with pytest.raises((UsageError, DataError)) as caught:
             flags.main(list(arguments), debug=False)
-        assert says in str(caught.value) and "\n" not in str(caught.value), (
+        assert message in str(caught.value) and "\n" not in str(caught.value), (
             arguments,
             str(caught.value),
         )

@@ -383,7 +383,7 @@ def test_a_probe_is_exported_with_its_encoder(
         tmp_path / "run" / "model.safetensors", write_teacher(tmp_path / "teacher.safetensors")
     )
     assert export(tmp_path / "run", "-o", tmp_path / "timm", "--format", "timm") == 2
-    assert "no model of timm's; use --format onnx torch" in capsys.readouterr().err
+    assert "is not a timm model; use --format onnx torch" in capsys.readouterr().err
     assert export(tmp_path / "run", "-o", tmp_path / "out", "--format", "onnx", "torch") == 0
     (tmp_path / "teacher.safetensors").unlink()  # an export needs no separate encoder
     pixels, expected = logits(probe)

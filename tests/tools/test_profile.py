@@ -196,7 +196,7 @@ def test_a_tool_that_fails_is_named_with_its_code(tmp_path: Path) -> None:
     environment = stub(tmp_path / "bin", "ncu", code=9)
     command = [sys.executable, "-m", "dad_fast", "profile", "ncu", *DEMO, "-o", "out"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and "ncu ended with exit code 9" in done.stderr
+    assert done.returncode == 1 and "ncu failed with exit code 9" in done.stderr
 
 
 def test_command_that_nsys_starts(demo_parts: None, tmp_path: Path) -> None:
