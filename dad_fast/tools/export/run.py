@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 import dad_fast
 from dad_fast.config.options import ExportOptions
 from dad_fast.data.classes import ClassMap
@@ -190,7 +192,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise disk_error(error, target) from error
     finally:
         os.close(handle)
