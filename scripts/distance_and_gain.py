@@ -8,8 +8,8 @@ students are distilled on clean images and on the set with the same loss, and co
 of the same seed distilled on clean images alone. Every set is stored first (8-bit, unaugmented; 5
 draws of sets with noise), so students see the measured images. In every set only images count that
 the teacher classifies as their label. Distances are measured in three spaces. Writes
-OUT/analysis-SPACE (by dad-fast analyze), docs/analyze.json, docs/analyze.svg, and the tables
-between the marks in docs/analyze.md.
+OUT/analysis-SPACE (by dad-fast analyze), docs/records/analyze.json, docs/analyze.svg, and the
+tables between the marks in docs/analyze.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import open_source
 from dad_fast.evaluate.corruptions.common import STANDARD, corrupt
-from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.files import atomic_write_text, plain
 from dad_fast.loggers.run_log import environment
 from dad_fast.models.student import load_student
 from dad_fast.precompute.fill import fill
@@ -288,7 +288,8 @@ def main() -> int:
         "analyses": analyses,
         "environment": environment(),
     }
-    atomic_write_json(DOCS / "analyze.json", rounded(record))
+    text = json.dumps(plain(rounded(record)), separators=(",", ":"), ensure_ascii=False)
+    atomic_write_text(DOCS / "records" / "analyze.json", text + "\n")
     show(DOCS)
     return 0
 

@@ -1,5 +1,6 @@
-"""Make docs/lp-clip.json: LP-CLIP on the embedded digits, for a teacher that knows the shifts and
-one that does not.
+"""Make docs/records/lp-clip.json: LP-CLIP on the embedded digits, with two teachers.
+
+One teacher knows the shifts, the other does not.
 
     # The second teacher, about four minutes of one core; then about fifteen:
     python scripts/make_demo_weights.py --see mnist --teacher-only -o blind
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a ba
 
 from dad_fast.cli.main import main as dad_fast
 from dad_fast.evaluate.tables import spread
-from dad_fast.files import atomic_write_json
+from dad_fast.files import atomic_write_text, plain
 from dad_fast.loggers.run_log import environment
 from dad_fast.models.weights.files import sha256_file
 from dad_fast.tools.probe import checks as probe_checks
@@ -204,7 +205,7 @@ def main() -> None:
         default=Path("runs/lp-clip-record"),
         help="folder of the runs, for --resume auto",
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/lp-clip.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/records/lp-clip.json"))
     parser.add_argument("--table", action="store_true", help="print the tables of the record")
     args = parser.parse_args()
     if args.table:
@@ -221,7 +222,8 @@ def main() -> None:
         "environment": environment(),
     }
     record = {**facts, "settings": settings, "checks": checks}
-    atomic_write_json(args.output, record)
+    text = json.dumps(plain(record), separators=(",", ":"), ensure_ascii=False)
+    atomic_write_text(args.output, text + "\n")
     print(tables(json.loads(args.output.read_text())))
 
 

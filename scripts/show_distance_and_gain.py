@@ -1,5 +1,6 @@
-"""Make the plot and the tables of docs/analyze.md from docs/analyze.json: python
-scripts/show_distance_and_gain.py
+"""Make the plot and the tables of docs/analyze.md from docs/records/analyze.json.
+
+python scripts/show_distance_and_gain.py
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def renew(document: Path, text: str) -> None:
 
 def show(docs: Path) -> None:
     """Write the plot and the tables of the record in `docs`."""
-    record = json.loads((docs / "analyze.json").read_text())
+    record = json.loads((docs / "records" / "analyze.json").read_text())
     plot(record, docs / "analyze.svg")
     renew(docs / "analyze.md", tables(record))
 
