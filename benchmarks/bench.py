@@ -1,4 +1,4 @@
-"""The `bench` fixture: times named functions against each other and keeps what a record needs."""
+"""The `bench` fixture: time named functions against each other and record the results."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from benchmarks.machine import Machine
 from benchmarks.record import Record, make_record, record_path, write_record
 from benchmarks.timing import Function, graphed, interleaved, joules_per_call, peak_memory, spread
 
-TINY_SECONDS = 4.0  # of a comparison at most, and a third of what it asks for: all groups together take minutes on two cores
+# Limit per comparison at size tiny, which also takes a third of the requested time: all groups take
+# minutes on two cores.
+TINY_SECONDS = 4.0
 
 
 def default_size(device: torch.device) -> str:
-    """tiny on a CPU, paper from 60 GiB of GPU memory on, base below."""
+    """Return tiny on a CPU, paper with at least 60 GiB of GPU memory, base otherwise."""
     if device.type == "cpu":
         return "tiny"
-    return (
-        "paper" if torch.cuda.get_device_properties(device).total_memory >= 60 * 2**30 else "base"
-    )
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return "paper" if memory >= 60 * 2**30 else "base"
 
 
 class Session:
-    """All comparisons of one pytest session, by group. `out` is the folder of their records; None: they are not written."""
+    """All comparisons of one pytest session, by group.
+
+    `out`: folder of the records, or None to write none.
+    """
 
     def __init__(self, device: torch.device, size: str, out: Path | None = None) -> None:
         self.device, self.size, self.out = device, size, out
@@ -41,7 +45,10 @@ class Session:
         return time.perf_counter() - self.started
 
     def write(self) -> list[Record]:
-        """The records as they stand: after every comparison, so that a session that is stopped leaves what it measured."""
+        """Write the current records and return them.
+
+        Called after every comparison, so a stopped session keeps its results.
+        """
         machine = self.machine.describe()
         records = [
             make_record(group, self.size, rows, machine, self.seconds)
@@ -54,7 +61,7 @@ class Session:
 
 
 class Bench:
-    """What a benchmark gets: the device, the size, and `compare`."""
+    """Device, size and `compare` for one benchmark."""
 
     def __init__(self, session: Session, group: str) -> None:
         self.session, self.group = session, group
@@ -76,16 +83,23 @@ class Bench:
         energy: bool = False,
         seconds: float = 10.0,
     ) -> dict[str, float]:
-        """Time `functions` (no arguments; all do the same amount of `work`) in turns and record them under `name`.
+        """Time `functions` (no arguments, equal amounts of `work`) in turns and record them under
+        `name`.
 
-        baseline: the one that ratios refer to. work, unit: what one call does, such as 256 "img", for the rate.
-        config: what the record must say about the inputs (plain values, no paths). predicted: expected ratios to the baseline.
-        flops: FLOP per `unit`, counted before measuring: gives TFLOP/s, and predicts ratios where `predicted` does not.
-        notes: a remark per function. graph: on a GPU, time the replay of a CUDA graph of each function. energy: on a GPU, joules per
-        `unit` over a block of calls. seconds: what the rounds together may take (at least 5 rounds are made).
+        baseline    the function that ratios refer to
+        work, unit  the work of one call for the rate, such as 256 "img"
+        config      facts about the inputs (plain values, no paths)
+        predicted   expected ratios to the baseline
+        flops       FLOP per `unit`, counted before measuring: gives TFLOP/s, and predicts ratios
+                    missing in `predicted`
+        notes       a remark per function
+        graph       on a GPU, time the replay of a CUDA graph of each function
+        energy      on a GPU, measure joules per `unit` over a block of calls
+        seconds     limit of all rounds together (at least 5 rounds run)
 
-        Returns the median ratio of each function to the baseline, over rounds. A function that fails is left out by name, and the
-        test fails when the others are recorded; one that does not fit into the device's memory is left out without that.
+        Returns the median ratio of each function to the baseline over rounds. A failing function is
+        left out by name, and the test fails after the others are recorded; a function that runs out
+        of device memory is left out without failing the test.
         """
         if baseline not in functions:
             raise ValueError(f"baseline {baseline!r} is none of {', '.join(functions)}")
@@ -103,20 +117,17 @@ class Bench:
             except Exception as error:
                 if key == baseline:
                     raise
-                left_out[key] = (
-                    f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
-                )
+                message = (str(error).strip() or "no message").splitlines()[0][:300]
+                left_out[key] = f"{type(error).__name__}: {message}"
                 if not isinstance(error, torch.OutOfMemoryError):
                     traceback.print_exc(file=sys.stdout)
-                    failures[key] = error.with_traceback(
-                        None
-                    )  # whose frames hold the function's tensors
+                    # The frames of the traceback hold the function's tensors.
+                    failures[key] = error.with_traceback(None)
         times = interleaved(timed, self.device, seconds)
         rows, ratios = [], {}
         for key, function in timed.items():
-            ratio = spread(
-                [own / base for own, base in zip(times[key], times[baseline], strict=True)]
-            )
+            pairs = zip(times[key], times[baseline], strict=True)
+            ratio = spread([own / base for own, base in pairs])
             ratios[key] = ratio["median"]
             row: Record = {
                 "name": key,

@@ -1,6 +1,8 @@
-"""`pytest benchmarks/ --benchmark`: options, the `bench` fixture, tables and records. Without --benchmark the folder skips.
+"""`pytest benchmarks/ --benchmark`: options, the `bench` fixture, tables and records. Without
+--benchmark all tests skip.
 
-pytest-benchmark may be installed as well: its options all begin with --benchmark- and its fixture is `benchmark`; neither is touched.
+pytest-benchmark may be installed as well: its options start with --benchmark- and its fixture is
+`benchmark`, so nothing collides.
 """
 
 from __future__ import annotations
@@ -28,9 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the benchmarks of benchmarks/",
     )
-    group.addoption(
-        "--bench-size", choices=SIZES, help="models and inputs; by default what the device can hold"
-    )
+    group.addoption("--bench-size", choices=SIZES, help="models and inputs [what fits the device]")
     group.addoption("--bench-device", default="auto", help="auto, cpu or cuda[:N]")
     group.addoption(
         "--bench-out",
@@ -41,9 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--overhead-compare",
         metavar="RECORD",
-        help="exit 1 when DAD's overhead over KD grew since this record of steps",
+        help="exit 1 if DAD's overhead over KD grew since this record of steps",
     )
-    group.addoption("--fail-over", default="5%", metavar="SHARE", help="how much it may grow [5%%]")
+    group.addoption("--fail-over", default="5%", metavar="SHARE", help="allowed growth [5%%]")
     group.addoption(
         "--append-history",
         action="store_true",
@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @dataclass
 class State:
     session: Session | None = None
-    before: Record | None = None  # what --overhead-compare names
+    before: Record | None = None  # the record of --overhead-compare
     records: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -64,14 +64,11 @@ STATE = pytest.StashKey[State]()
 
 def pytest_configure(config: pytest.Config) -> None:
     state = config.stash[STATE] = State()
-    if not config.getoption(
-        "run_benchmarks", False
-    ):  # absent when this file is found late, as by `pytest .`
+    # The option is absent when pytest finds this file late, as with `pytest .`.
+    if not config.getoption("run_benchmarks", False):
         return
     if config.getoption("numprocesses", None):
-        raise pytest.UsageError(
-            "--benchmark: timings need the machine for themselves; leave out -n"
-        )
+        raise pytest.UsageError("--benchmark: timings need the whole machine; leave out -n")
     try:
         overhead.parse_share(config.getoption("fail_over"))
         if config.getoption("overhead_compare"):
@@ -97,11 +94,9 @@ def _bench_session(request: pytest.FixtureRequest) -> Session:
 
     config = request.config
     name = config.getoption("bench_device")
-    device = (
-        torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        if name == "auto"
-        else torch.device(name)
-    )
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     session = Session(
@@ -115,7 +110,7 @@ def _bench_session(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, _bench_session: Session) -> Bench:
-    """Times functions for the group that the file test_<group>.py names."""
+    """Time functions for the group of the file test_<group>.py."""
     from benchmarks.bench import Bench
 
     return Bench(_bench_session, request.path.stem.removeprefix("test_"))
@@ -146,20 +141,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    state, say = config.stash[STATE], terminalreporter.write_line
+    state, write = config.stash[STATE], terminalreporter.write_line
     for record in state.records:
         assert state.session is not None
         slug = state.session.machine.slug
         terminalreporter.section(f"{record['group']}, size {record['size']}, {slug}")
         for comparison in record["comparisons"]:
-            say(as_text(comparison) + "\n")
+            write(as_text(comparison) + "\n")
         if record["machine"]["device"]["kind"] == "cpu":
-            say("On a CPU: ratios only, and only for these models; they say nothing about a GPU.")
+            write(
+                "On a CPU only the ratios of these models count; they do not carry over to a GPU."
+            )
         others = record["machine"]["cpu_share_of_others"]
         if others is not None and others > 0.1:
-            say(
-                f"Other processes took {others:.0%} of all cores' time meanwhile: look at the quartiles."
-            )
-        say(f"record: {record_path(config.getoption('bench_out'), record, slug)}")
+            write(f"Other processes took {others:.0%} of all cores' time: check the quartiles.")
+        write(f"record: {record_path(config.getoption('bench_out'), record, slug)}")
     for problem in state.problems:
-        say(f"benchmarks: {problem}", red=True)
+        write(f"benchmarks: {problem}", red=True)

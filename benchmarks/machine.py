@@ -1,4 +1,4 @@
-"""The machine of a benchmark session, as its records describe it."""
+"""Description of the machine in the records of a benchmark session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dad_fast.loggers.run_log import environment
 
 
 class Machine:
-    """The machine of a session, as its records describe it: facts once, and what it did between start and end."""
+    """Constant facts of the machine, and its load from the start to the end of a session."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -26,17 +26,15 @@ class Machine:
 
     @property
     def slug(self) -> str:
-        """A folder's name for this device, such as nvidia-h200 or cpu-amd-epyc."""
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"cpu {self.facts['cpu']}"
-        )
+        """Return a folder name for this device, such as nvidia-h200 or cpu-amd-epyc."""
+        name = f"cpu {self.facts['cpu']}"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
         name = re.sub(r"\(R\)|\(TM\)|@.*| CPU| Processor", "", name)
         return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
     def describe(self) -> Record:
-        """The `machine` of a record."""
+        """Return the `machine` of a record."""
         facts = self.facts
         commit = facts["git"] or ""
         device: Record = {
@@ -66,7 +64,9 @@ class Machine:
         return load | (self.gpu.sample() if self.gpu else {})
 
     def _others(self) -> float | None:
-        """Share of all cores' time that other processes took while this session ran; None where the kernel does not say."""
+        """Return the share of all cores' time that other processes took in this session; None if
+        unknown.
+        """
         start, end = self._busy_start, _cpu_seconds()
         if start is None or end is None or end[0] <= start[0]:
             return None
@@ -74,11 +74,13 @@ class Machine:
 
 
 def _cpu_seconds() -> tuple[float, float] | None:
-    """(time of all cores, busy time of processes other than this one and its children), in seconds."""
+    """Return (time of all cores, busy time of processes other than this one and its children) in
+    seconds.
+    """
     try:
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     except (OSError, ValueError, IndexError):
         return None
     per_second = os.sysconf("SC_CLK_TCK")
-    busy = (sum(ticks) - ticks[3] - ticks[4]) / per_second  # all but idle and waiting for disks
+    busy = (sum(ticks) - ticks[3] - ticks[4]) / per_second  # without idle and disk waits
     return sum(ticks) / per_second, busy - sum(os.times()[:4])

@@ -1,6 +1,7 @@
-"""DAD's overhead over plain KD: compared with an earlier record, kept in history.jsonl, and drawn over commits.
+"""DAD's overhead over plain KD: compare with an earlier record, keep a history, and draw it over
+commits.
 
-python -m benchmarks.overhead      draws benchmarks/history.jsonl as benchmarks/overhead.svg (make overhead)
+    python -m benchmarks.overhead   # draws benchmarks/history.jsonl as benchmarks/overhead.svg
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ COLORS = ("#0b62a8", "#b65200", "#087a5a", "#a33a86", "#6b6300", "#1f86a8")
 
 
 def parse_share(text: str) -> float:
-    """ "5%" or "0.05" -> 0.05; ValueError in one line."""
+    """Parse "5%" or "0.05" as 0.05. Raises ValueError for other texts."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -35,7 +36,7 @@ def parse_share(text: str) -> float:
 
 
 def overheads(record: Record) -> dict[tuple[str, str], dict[str, float]]:
-    """Ratios to plain KD (median, q1, q3) of the rows that are DAD, by (comparison, row)."""
+    """Return the ratios of DAD rows to plain KD (median, q1, q3), by (comparison, row)."""
     return {
         (f"{comparison['name']}, against {comparison['baseline']}", row["name"]): row["ratio"]
         for comparison in record["comparisons"]
@@ -45,18 +46,15 @@ def overheads(record: Record) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def grown(before: Record, now: Record | None, limit: float) -> list[str]:
-    """What grew by more than `limit`, one line each; also what makes the comparison impossible."""
+    """Return a line for each overhead that grew by more than `limit`, or the reason why nothing can
+    be compared.
+    """
     if now is None:
         return ["--overhead-compare: no step benchmark ran, so nothing was compared"]
     old, new = overheads(before), overheads(now)
-    devices = [
-        record["machine"]["device"].get("name", record["machine"]["device"]["cpu"])
-        for record in (before, now)
-    ]
-    if (before["size"], devices[0]) != (now["size"], devices[1]):
-        return [
-            f"--overhead-compare: the record is of size {before['size']} on {devices[0]}, this run of {now['size']} on {devices[1]}"
-        ]
+    then_where, now_where = _where(before), _where(now)
+    if then_where != now_where:
+        return [f"--overhead-compare: the record is of {then_where}, this run of {now_where}"]
     common = sorted(old.keys() & new.keys())
     if not common:
         return ["--overhead-compare: the record and this run have no DAD step in common"]
@@ -68,13 +66,19 @@ def grown(before: Record, now: Record | None, limit: float) -> list[str]:
                 "{median:.2f} ({q1:.2f}–{q3:.2f})".format(**ratios[key]) for ratios in (new, old)
             )
             found.append(
-                f"{key[0]}: {key[1]} costs {current} times plain KD, {change:.1%} more than {then} in the record"
+                f"{key[0]}: {key[1]} costs {current} times plain KD, "
+                f"{change:.1%} more than {then} in the record"
             )
     return found
 
 
+def _where(record: Record) -> str:
+    device = record["machine"]["device"]
+    return f"size {record['size']} on {device.get('name', device['cpu'])}"
+
+
 def append_history(record: Record, slug: str, path: Path = HISTORY) -> None:
-    """One line per comparison with DAD in it."""
+    """Append a line per comparison with DAD rows to the history."""
     by_comparison: dict[str, dict[str, list[float]]] = {}
     for (comparison, row), ratio in overheads(record).items():
         by_comparison.setdefault(comparison, {})[row] = [
@@ -88,20 +92,19 @@ def append_history(record: Record, slug: str, path: Path = HISTORY) -> None:
                 "commit": machine["commit"],
                 "dirty": machine["dirty"],
                 "device": slug,
+                "size": record["size"],
+                "comparison": comparison,
+                "ratios": ratios,
             }
-            file.write(
-                json.dumps(
-                    line | {"size": record["size"], "comparison": comparison, "ratios": ratios}
-                )
-                + "\n"
-            )
+            file.write(json.dumps(line) + "\n")
 
 
 def read_history(path: Path) -> list[Record]:
-    """The lines in their order; ValueError, in one line, for a missing, empty or damaged file."""
+    """Read the lines in order. Raises ValueError for a missing, empty or damaged file."""
     if not path.exists() or not path.read_text(encoding="utf-8").strip():
         raise ValueError(
-            f"{path}: no history yet; run pytest benchmarks/test_steps.py --benchmark --append-history"
+            f"{path}: no history yet; run pytest benchmarks/test_steps.py --benchmark "
+            "--append-history"
         )
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -113,7 +116,9 @@ def read_history(path: Path) -> list[Record]:
 
 
 def draw(lines: Sequence[Record]) -> str:
-    """A standalone SVG: one panel per device, size and comparison; a line per kind of step, with quartiles, over commits."""
+    """Draw a standalone SVG over commits: a panel per device, size and comparison, a line with
+    quartiles per kind of step.
+    """
     panels: dict[tuple[str, str, str], list[Record]] = {}
     for line in lines:
         panels.setdefault((line["device"], line["size"], line["comparison"]), []).append(line)

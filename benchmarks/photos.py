@@ -1,4 +1,6 @@
-"""JPEGs for benchmarks, cut from the photographs that come with scikit-learn and scikit-image: folders, and shards of the same files."""
+"""JPEGs for benchmarks, cut from the photographs of scikit-learn and scikit-image, as folders and
+as shards.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ CLASSES = ("a", "b")
 
 
 def photographs() -> list[Image.Image]:
-    """Two of 640x427 px, and more of up to 1411x1411 where scikit-image is installed."""
+    """Load two photographs of 640x427 px, and more of up to 1411x1411 if scikit-image is installed."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
     try:
         from skimage import data
@@ -34,7 +36,9 @@ def photographs() -> list[Image.Image]:
 
 
 def write_photos(folder: Path, width: int, height: int, num: int) -> Path:
-    """`num` JPEGs of two classes: other cuts of other photographs each, resized, with a little grain so that enlarged ones keep detail."""
+    """Write `num` JPEGs of two classes: different resized cuts, with a little grain so that
+    enlarged cuts keep detail.
+    """
     random = np.random.default_rng(0)
     sources = photographs()
     for number in range(num):
@@ -59,7 +63,7 @@ def write_photos(folder: Path, width: int, height: int, num: int) -> Path:
 
 
 def write_shard(folder: Path, path: Path) -> Path:
-    """The files of an image folder as one WebDataset shard, in the same order."""
+    """Write the files of an image folder as one WebDataset shard, in the same order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number, file in enumerate(sorted(folder.rglob("*.jpg"))):

@@ -1,4 +1,6 @@
-"""Records of benchmarks: what they hold, where they lie, and how they read as a table. The schema is described in benchmarks/README.md."""
+"""Benchmark records: making, reading, writing, and tables. benchmarks/README.md describes the
+schema.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ Record = dict[str, Any]
 def make_record(
     group: str, size: str, comparisons: Sequence[Record], machine: Record, seconds: float
 ) -> Record:
-    """`machine` is what `Machine.describe` says at the end."""
+    """Make a record; `machine` comes from `Machine.describe` at the end of the session."""
     taken = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {
         "schema": SCHEMA,
@@ -32,7 +34,9 @@ def make_record(
 
 
 def record_path(folder: str | Path, record: Record, slug: str) -> Path:
-    """FOLDER/SIZE-DEVICE/GROUP.json: one current record per device, size and group; older ones are in git's history."""
+    """Return FOLDER/SIZE-DEVICE/GROUP.json: one current record per device, size and group; git
+    keeps older ones.
+    """
     return Path(folder) / f"{record['size']}-{slug}" / f"{record['group']}.json"
 
 
@@ -41,7 +45,7 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def read_record(path: str | Path) -> Record:
-    """ValueError, in one line, for a file that is no record of this schema."""
+    """Read a record. Raises ValueError for a file that is not a record of this schema."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -75,7 +79,7 @@ COLUMNS = (
 
 
 def table(comparison: Record) -> list[list[str]]:
-    """Rows of text under COLUMNS; columns that nothing fills are empty in every row."""
+    """Return rows of text under COLUMNS; a column without values is empty in every row."""
     unit = comparison["unit"]
     rows = []
     for row in comparison["rows"]:
@@ -104,7 +108,7 @@ def shown_columns(rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def as_text(comparison: Record) -> str:
-    """A comparison as aligned text, for the terminal."""
+    """Format a comparison as aligned text for the terminal."""
     rows = table(comparison)
     keep = shown_columns(rows)
     lines = [[COLUMNS[i] for i in keep], *([row[i] for i in keep] for row in rows)]
@@ -123,7 +127,7 @@ def as_text(comparison: Record) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits without an exponent."""
+    """Format three significant digits, without an exponent from 0.001 on."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.1e}"

@@ -1,14 +1,17 @@
-"""A model of the time of a step on many GPUs: compute, loader and all-reduce. Tables for docs/distributed.md: python -m benchmarks.scaling
+"""Model of the time of a step on many GPUs: compute, loader and all-reduce.
+
+Tables for docs/distributed.md: python -m benchmarks.scaling
 
     step(N) = max(compute, loader) + all_reduce(N)
 
-The all-reduce is not hidden behind the backward pass (engine/shared_gradients.py says why). In a machine of 8 GPUs it is a ring over
-NVLink; between m machines each GPU reduces its eighth over its own network card, between a reduce-scatter and an all-gather inside:
+The all-reduce does not overlap the backward pass (see distributed/gradients.py). In a machine of 8
+GPUs it is a ring over NVLink; between m machines each GPU reduces its eighth over its own network
+card, between a reduce-scatter and an all-gather inside:
 
     all_reduce = 2 (7/8) S / nvlink + 2 (m-1)/m (S/8) / card + latencies                  S: bytes of the gradients
 
-What is measured on a CPU with gloo is the form of the model, not these numbers: group `scaling` compares step(N) with what its parts,
-measured alone, add up to. Nothing here has yet been run on several GPUs.
+The group `scaling` checks the form of the model, not these numbers, on a CPU with gloo: it compares
+step(N) with the sum of its parts measured alone. Not yet run on several GPUs.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ LOADER = 8000.0  # images/s of one GPU's share of the machine, to be measured
 
 @dataclass(frozen=True)
 class Network:
-    """Bytes/s that an all-reduce gets out of it, and seconds that one more hop costs."""
+    """Achieved bytes/s of an all-reduce, and seconds per hop."""
 
     nvlink: float = 350e9
     card: float = 40e9  # 400 Gbit/s a GPU
@@ -39,7 +42,7 @@ class Network:
 
 
 def all_reduce(num_bytes: float, num_gpus: int, network: Network) -> float:
-    """Seconds."""
+    """Return the seconds of an all-reduce of `num_bytes` over `num_gpus`."""
     inside = min(num_gpus, GPUS_PER_MACHINE)
     machines = -(-num_gpus // GPUS_PER_MACHINE)
     seconds = (
@@ -55,14 +58,14 @@ def all_reduce(num_bytes: float, num_gpus: int, network: Network) -> float:
 def step_seconds(
     kind: str, batch_size: int, num_gpus: int, network: Network
 ) -> tuple[float, float]:
-    """(max of compute and loader, all-reduce) for `batch_size` images a GPU."""
+    """Return the seconds of (max of compute and loader, all-reduce) for `batch_size` images a GPU."""
     compute = max(batch_size * GFLOP[kind] * 1e9 / ACHIEVED, batch_size / LOADER)
     num_bytes = 4 * PARAMETERS[kind.rpartition(" ")[2]]
     return compute, all_reduce(num_bytes, num_gpus, network) if num_gpus > 1 else 0.0
 
 
 def efficiency(kind: str, batch_size: int, num_gpus: int, network: Network) -> float:
-    """Images a second of a GPU among others, over that of a GPU alone."""
+    """Return the images per second of one of `num_gpus` GPUs, relative to a single GPU."""
     alone, _ = step_seconds(kind, batch_size, 1, network)
     return alone / sum(step_seconds(kind, batch_size, num_gpus, network))
 

@@ -1,6 +1,8 @@
-"""A process of the group `scaling`: does what it is told on stdin, one line at a time, and answers "done" when the device has done it.
+"""Process of the group `scaling`: run the commands from stdin line by line; answer "done" when the
+device has finished.
 
-step METHOD         one training step on its own batch, all-reduce included where it was started with others
+step METHOD         one training step on its own batch, with the all-reduce if there are several
+                    processes
 ddp METHOD          the same with torch's DistributedDataParallel (ddp.py)
 reduce NUM          an all-reduce of NUM float32
 
@@ -29,10 +31,10 @@ def main(size: str, device_name: str, batch_size: str) -> None:
     made: dict[str, Callable[[], object]] = {}
 
     def function(line: str) -> Callable[[], object]:
-        verb, what = line.split()
-        if verb in ("step", "ddp"):
+        command, what = line.split()
+        if command in ("step", "ddp"):
             cfg = work.with_method(what)
-            step = work.step(cfg) if verb == "step" else with_ddp(work.step(cfg))
+            step = work.step(cfg) if command == "step" else with_ddp(work.step(cfg))
             return lambda: step(work.batch, 10, cfg.optim.lr)
         tensor = torch.zeros(int(what), device=device)
         return lambda: distributed.all_reduce_sums(tensor)

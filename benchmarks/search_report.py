@@ -1,6 +1,9 @@
-"""The record of benchmarks/test_nearest_code.py as tables and a plot: python -m benchmarks.search_report RECORD.json [--document FILE.md]
+"""Tables and a plot of the record of benchmarks/test_nearest_code.py.
 
-Renews what stands between <!-- codebook search --> and <!-- end codebook search --> in the document, and FILE.svg beside it.
+    python -m benchmarks.search_report RECORD.json [--document FILE.md]
+
+Renews the text between <!-- codebook search --> and <!-- end codebook search --> in the document,
+and FILE.svg in the same folder.
 """
 
 from __future__ import annotations
@@ -14,10 +17,8 @@ from benchmarks.record import Record, number, read_record
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- codebook search -->\n).*?(<!-- end codebook search -->)", re.DOTALL)
-SWEEPS = {
-    "K": "num_codes",
-    "N": "num_latents",
-}  # comparisons named "K = ..." vary the codebook's size
+# Comparisons named "K = ..." vary the codebook's size, "N = ..." the number of latents.
+SWEEPS = {"K": "num_codes", "N": "num_latents"}
 
 
 def nanoseconds(comparison: Record, row: Record) -> float:
@@ -38,11 +39,10 @@ def table(comparison: Record) -> list[str]:
         lines.append(
             f"| {row['name']} | {times} | {ratios} | {row['note'].removesuffix(' wrong')} |"
         )
-    built = (
-        f" The grid: built in {config['grid_build_seconds']} s, {config['grid_bytes'] / 1e6:.1f} MB."
-        if "grid_bytes" in config
-        else ""
-    )
+    built = ""
+    if "grid_bytes" in config:
+        seconds, megabytes = config["grid_build_seconds"], config["grid_bytes"] / 1e6
+        built = f" The grid: built in {seconds} s, {megabytes:.1f} MB."
     checked = config["wrong_codes_are_of_the_first"]
     lines += [
         "",
@@ -59,11 +59,8 @@ def is_sweep(comparison: Record) -> bool:
 def caption(record: Record, path: Path) -> str:
     machine = record["machine"]
     device = machine["device"]
-    where = (
-        f"{device['cpu']}, threads: {device['threads']}"
-        if device["kind"] == "cpu"
-        else device["name"]
-    )
+    on_cpu = device["kind"] == "cpu"
+    where = f"{device['cpu']}, threads: {device['threads']}" if on_cpu else device["name"]
     others = machine["cpu_share_of_others"]
     busy = f"; other processes took {others:.0%} of the cores' time" if others is not None else ""
     versions = f"torch {machine['packages']['torch']}, commit {(machine['commit'] or 'unknown')[:9]}, {record['taken'][:10]}"
@@ -79,7 +76,7 @@ def markdown(record: Record, path: Path) -> str:
 
 
 def plot(record: Record, path: Path) -> None:
-    """ns a query against K (left) and N (right), both axes logarithmic."""
+    """Plot ns a query against K (left) and N (right), both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("svg")

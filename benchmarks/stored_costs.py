@@ -1,7 +1,9 @@
-"""All costs of stored DAD, from a record of the group `stored`: python -m benchmarks.stored_costs RECORD.json
+"""Total costs of stored DAD, from a record of the group `stored`: python -m benchmarks.stored_costs
+RECORD.json
 
-Per clean image and epoch, relative to plain distillation with the teacher online: the step, and what filling the stores costs spread over
-the epochs of all runs. Calculated from the measured steps, for stores of adversarial images (one view) and of the teacher's outputs.
+Per clean image and epoch, relative to plain distillation with the teacher online: the step, plus
+the cost of filling the stores divided by the epochs of all runs. Calculated from measured steps,
+for stores of adversarial images (one view) and of teacher outputs.
 """
 
 from __future__ import annotations
@@ -11,27 +13,23 @@ from pathlib import Path
 
 from benchmarks.record import read_record
 
-PLANS = (
-    (30, 30),
-    (100, 100),
-    (300, 30),
-    (300, 10),
-)  # epochs of a run, stored views of the teacher's outputs
+# (epochs of a run, stored views of the teacher's outputs)
+PLANS = ((30, 30), (100, 100), (300, 30), (300, 10))
 RUNS = (1, 3, 10)
 
 
 def costs(ratio: dict[str, float], epochs: int, views: int, runs: int) -> dict[str, float]:
-    """ratio: of each step and filling to plain distillation. Names what is trained, and on what -> cost per clean image and epoch."""
+    """Return the cost per clean image and epoch by kind of training.
+
+    `ratio`: steps and fillings to plain distillation.
+    """
     total = epochs * runs
-    adversarial, view = (
-        ratio["filling: adversarial images"] / total,
-        ratio["filling: outputs of a view"] * views / total,
-    )
+    adversarial = ratio["filling: adversarial images"] / total
+    view = ratio["filling: outputs of a view"] * views / total
+    stored = ratio["dad, stored images and outputs"] + adversarial + view
     return {
         "dad, stored images, teacher online": ratio["dad, stored images"] + adversarial,
-        "dad, stored images and outputs": ratio["dad, stored images and outputs"]
-        + adversarial
-        + view,
+        "dad, stored images and outputs": stored,
         "kd, stored outputs": ratio["kd, stored outputs"] + view,
     }
 
@@ -53,11 +51,8 @@ def table(ratio: dict[str, float]) -> str:
     for epochs, views in PLANS:
         for runs in RUNS:
             found = costs(ratio, epochs, views, runs)
-            lines.append(
-                f"| {epochs}, {views}, {runs} | "
-                + " | ".join(f"{value:.2f}" for value in found.values())
-                + " |"
-            )
+            cells = " | ".join(f"{value:.2f}" for value in found.values())
+            lines.append(f"| {epochs}, {views}, {runs} | {cells} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
-"""Steps that fetch their batch first: decoding and augmentation in the same process, as the demo trains.
+"""Steps that load their batch first: decoding and augmentation in the same process, as in the demo.
 
-Loader processes would work ahead while another function has its turn, and get their work for nothing; so the sizes with 224 px are
-timed by the real command instead (scripts/gpu_check.sh vitb16), one run after another.
+Loader processes would prefetch in another function's turn, which hides their cost. The sizes with
+224 px are therefore timed with the real command (scripts/gpu_check.sh vitb16), one run after
+another.
 """
 
 from __future__ import annotations

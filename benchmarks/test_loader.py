@@ -1,8 +1,10 @@
-"""Loading: decoding alone, cropping and flipping, and RandAugment, by DALI, by our PIL loader, by timm's DataLoader and by plain PIL.
+"""Loading with DALI, our PIL loader, timm's DataLoader and plain PIL: decoding alone, crop and
+flip, RandAugment.
 
-`1 core`: everything is held to one core and loads in this process, from start to end of a few batches, so that nothing is prepared in
-another's turn and a rate is images a second per core. `all cores` takes as many worker processes as there are cores; they go on from
-call to call, each of which takes several times more batches than are prefetched. Files are in the page cache.
+`1 core`: all work runs on one core in this process, from start to end of a few batches, so nothing
+is prefetched in another's turn and a rate is images per second per core. `all cores`: a worker
+process per core; workers continue from call to call, and a call takes several times more batches
+than are prefetched. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 
 @contextmanager
 def held_to_one_core() -> Iterator[None]:
-    """This thread and those that it starts meanwhile."""
+    """Pin this thread, and threads started inside, to one core."""
     threads = torch.get_num_threads()
     os.sched_setaffinity(0, CORES[-1:])
     torch.set_num_threads(1)
@@ -113,7 +115,9 @@ def test_decode_on_the_gpu(bench: Bench, folders: dict[str, Path], size: str) ->
 
 
 def timm_loader(folder: Path, policy: str, batch_size: int, workers: int) -> Iterable[object]:
-    """timm's data set, transform and collate function, uint8 as its prefetcher takes them, in a DataLoader; practically without end."""
+    """Return timm's data set, transform and collate function in an endless DataLoader; uint8, as
+    for its prefetcher.
+    """
     timm_data = pytest.importorskip("timm.data")
     from timm.data.loader import fast_collate
     from torch.utils.data import DataLoader, RandomSampler
@@ -134,7 +138,7 @@ def timm_loader(folder: Path, policy: str, batch_size: int, workers: int) -> Ite
 
 
 def plain_batches(folder: Path, batch_size: int) -> Iterator[object]:
-    """What a few lines of PIL and numpy do: open, cut, resize, flip."""
+    """Load with a few lines of PIL and numpy: open, crop, resize, flip."""
     random = np.random.default_rng(0)
     files = sorted(folder.rglob("*.jpg"))
     while True:
@@ -249,7 +253,7 @@ def test_all_cores(bench: Bench, folders: dict[str, Path], policy: str) -> None:
 
 
 def test_reading(bench: Bench, folders: dict[str, Path], tmp_path: Path) -> None:
-    """The files' bytes at random places: one file each, or members of a shard."""
+    """Read the bytes of random files: single files, or members of a shard."""
     folder = open_source(str(folders["500x375"]))
     shard = open_source(str(write_shard(folders["500x375"], tmp_path / "shards" / "0.tar").parent))
     order = np.random.default_rng(0).permutation(len(folder)).tolist()

@@ -1,7 +1,9 @@
-"""LP-CLIP: what the strong view costs beside the weak one, in time and memory, and what a step costs with and without kept features.
+"""LP-CLIP: cost of the strong view compared with the weak one, in time and memory; steps with and
+without kept features.
 
-Views are made by PIL on one core, as the loader makes them, from files in the page cache. The memory is what they add to the peak of a
-process that does nothing else. A step's batch lies on the device; the reading of kept features is in it.
+Views are made by PIL on one core, as in the loader, from files in the page cache. Memory is what
+they add to the peak of a process that does nothing else. A step's batch is on the device; a step
+includes reading kept features.
 """
 
 from __future__ import annotations
@@ -52,14 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def views(folder: Path, name: str) -> None:
-    """A few batches of these views."""
+    """Make a few batches of these views."""
     loader = TrainLoader(open_source(str(folder)), VIEWS[name], SIDE, BATCH, seed=0, workers=0)
     for _ in loader.batches(0, BATCHES):
         pass
 
 
 def added_memory(folder: Path, name: str) -> float:
-    """MiB that making these views adds to the peak of a process of its own; Linux."""
+    """Return the MiB that making these views adds to the peak of its own process (Linux)."""
     code = "import sys; from pathlib import Path; from benchmarks.test_lp_clip import peak_memory, views; before = peak_memory(); "
     code += "views(Path(sys.argv[1]), sys.argv[2]); print(peak_memory() - before)"
     done = subprocess.run(
@@ -69,7 +71,7 @@ def added_memory(folder: Path, name: str) -> float:
 
 
 def peak_memory() -> int:
-    """KiB. Not getrusage's, which counts what the process was before it became this program."""
+    """Return the peak in KiB. getrusage also counts the process before exec, hence /proc."""
     (line,) = (
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -79,9 +81,8 @@ def peak_memory() -> int:
 
 
 def test_views(bench: Bench, folder: Path) -> None:
-    watched = (
-        ("weak", "RandAugment and Cutout") if bench.size == "tiny" else VIEWS
-    )  # a process each
+    # A process each.
+    watched = ("weak", "RandAugment and Cutout") if bench.size == "tiny" else VIEWS
     notes = {
         name: f"adds {added_memory(folder, name):.0f} MiB to the peak of a process"
         for name in watched

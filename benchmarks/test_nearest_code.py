@@ -1,7 +1,9 @@
-"""The codebook search against the authors' formula and what else finds nearest neighbours; the share of wrong codes beside each time.
+"""Codebook search against the authors' formula and other nearest-neighbour searches, with the share
+of wrong codes.
 
-The record's group is `nearest_code`. Wrong: not the code that the fp64 distance gives, lowest index on a tie. Trees and the prepared
-searches are built before timing; what building costs is in the comparison's config.
+The record's group is `nearest_code`. A code is wrong if it differs from the fp64 argmin (lowest
+index on a tie). Trees and prepared searches are built before timing; the comparison's config has
+the cost of building.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from dad_fast.kernels.nearest_code import grid_search
 from dad_fast.kernels.nearest_code.search import BACK_ENDS
 
 NUM_CODES, CODES_PER_IMAGE = 16384, 784
+# Of each parameter, what size tiny keeps: a look in seconds; base has the tables and plots.
 OF_TINY = (
     "normal",
     "K = 256",
     8,
     784,
-)  # of each parameter, what size tiny keeps: a look in seconds; base has the tables and plots
+)
 CHUNKS = (16, 64, 256, 1024, 4096)
 AUTHORS = "authors' formula"
 Search = Callable[[], Tensor]
@@ -44,7 +47,9 @@ def uniform(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def clustered(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """128 clusters of standard deviation 0.1, their centres normal; latents from the same clusters."""
+    """Draw codes from 128 clusters (standard deviation 0.1, normal centres) and latents from the
+    same clusters.
+    """
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(128, d, generator=generator)
     z, e = (centres[torch.randint(128, (rows,), generator=generator)] for rows in (n, k))
@@ -59,7 +64,7 @@ def off_centre(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def authors(z: Tensor, e: Tensor) -> Tensor:
-    """taming-transformers' expansion of the square, all distances at once."""
+    """Search as taming-transformers does: expanded square, all distances at once."""
     distances = (
         z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * torch.einsum("nd,kd->nk", z, e)
     )
@@ -74,7 +79,7 @@ def chunked(z: Tensor, e: Tensor, rows: int) -> Tensor:
 
 
 def best_chunk(z: Tensor, e: Tensor) -> int:
-    """Rows a chunk, by measuring each once after a warm-up."""
+    """Choose the rows per chunk by timing each candidate once after a warm-up."""
     seconds = {}
     for rows in CHUNKS:
         part = z[: max(rows, 2048)]
@@ -88,7 +93,7 @@ def best_chunk(z: Tensor, e: Tensor) -> int:
 
 
 def prepared(z: Tensor, e: Tensor) -> dict[str, Search]:
-    """Every back end that runs here, by name; torch's, which is for tests, only where there is no other."""
+    """Return every back end that runs here, by name; torch's only if there is no other."""
     found: dict[str, Search] = {}
     for name in BACK_ENDS:
         try:
@@ -106,7 +111,7 @@ def installed(*packages: str) -> bool:
 
 
 def peers(z: Tensor, e: Tensor) -> dict[str, Search]:
-    """Searches of other packages, those that are installed, with as many threads as torch."""
+    """Return the searches of other installed packages, with as many threads as torch."""
     found: dict[str, Search] = {}
     if installed("vector_quantize_pytorch"):
         from vector_quantize_pytorch import VectorQuantize
@@ -181,12 +186,11 @@ def compare(
             "grid_build_seconds": round(time.perf_counter() - start, 2),
             "grid_bytes": grid.numel(),
         }
+    # Ratios are then factors of slowdown.
     return bench.compare(
         name,
         functions,
-        baseline=next(
-            key for key in functions if key.startswith("dad-fast")
-        ),  # so that ratios say how many times slower
+        baseline=next(key for key in functions if key.startswith("dad-fast")),
         work=len(z),
         unit="query",
         config=config,
@@ -209,7 +213,7 @@ def skip_at_tiny(bench: Bench, parameter: object) -> None:
 
 @pytest.mark.parametrize("data", [normal, uniform, clustered, off_centre], ids=lambda f: f.__name__)
 def test_f8(bench: Bench, data: Callable[[int, int, int], tuple[Tensor, Tensor]]) -> None:
-    """VQGAN f8: 784 codes an image, of 16384 with four dimensions."""
+    """VQGAN f8: 784 codes an image, 16384 codes of four dimensions."""
     skip_at_tiny(bench, data.__name__)
     z, e = data(CODES_PER_IMAGE * images(bench), NUM_CODES, 4)
     ratios = compare(bench, f"f8, {data.__name__}, {images(bench)} images", z, e, data.__name__)
@@ -219,7 +223,7 @@ def test_f8(bench: Bench, data: Callable[[int, int, int], tuple[Tensor, Tensor]]
 
 @pytest.mark.parametrize("dim", [8, 32, 256])
 def test_wide(bench: Bench, dim: int) -> None:
-    """256: VQGAN f16's dimensions. 8: where trees end."""
+    """256: dimensions of VQGAN f16. 8: limit of trees."""
     skip_at_tiny(bench, dim)
     z, e = normal(
         CODES_PER_IMAGE * (64 if bench.device.type == "cuda" else 1 if bench.size == "tiny" else 2),

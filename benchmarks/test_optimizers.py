@@ -1,7 +1,10 @@
-"""AdamW's step in each of its implementations, on the parameters of the students of the size: one tensor after the other, foreach, fused,
-and NVIDIA apex's where it is installed (an adapter that was not yet run). Bytes: an update reads the weight, its gradient and two
-moments, and writes all but the gradient, 28 bytes a parameter; foreach passes over memory about a dozen times. What the records say
-is what engine/update.py takes: fused wherever the optimizer has it."""
+"""AdamW's step in each implementation, on the parameters of the students of the size.
+
+Implementations: one tensor after the other, foreach, fused, and NVIDIA apex's if installed (not yet
+run). Bytes: an update reads the weight, its gradient and two moments, and writes all but the
+gradient: 28 bytes a parameter. foreach passes over memory about a dozen times. engine/update.py
+follows these records: fused if the optimizer has it.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""One process against several: training steps of the same batch per process, with their all-reduce and without, and the all-reduce alone.
+"""One process against several: training steps with and without all-reduce, and the all-reduce
+alone.
 
-The model is that a step of N processes takes what N processes apart take (on a CPU they share cores and memory) and the all-reduce of the
-gradients; `predicted` is that sum, from the comparisons before.
+Every process has a batch of the same size. Model: the time of a step of N processes is that of N
+separate processes (on a CPU they share cores and memory) plus the all-reduce of the gradients;
+`predicted` is this sum, from earlier comparisons.
 
-The peer is DistributedDataParallel, which hides a part of the all-reduce behind the backward pass: `predicted` is a step without that part.
+The peer is DistributedDataParallel, which overlaps a part of the all-reduce with the backward pass;
+its `predicted` is without that part.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ METHODS = ("kd", "dad")
 
 
 class Pool:
-    """Processes that do one thing at a time, all at once."""
+    """Worker processes that run one command at a time, all together."""
 
     def __init__(self, bench: Bench, num: int, together: bool, folder: Path) -> None:
         arguments = [bench.size, bench.device.type, str(BATCH)]
@@ -80,7 +83,7 @@ class Pool:
 
 @contextmanager
 def pools(bench: Bench, num: int) -> Iterator[tuple[Pool, Pool, Pool]]:
-    """One process; `num` apart; `num` together."""
+    """Yield one process, `num` separate processes, and `num` connected processes."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         made = []
         for size, together in ((1, False), (num, False), (num, True)):

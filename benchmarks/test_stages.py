@@ -1,4 +1,6 @@
-"""The parts of a step on one batch, against a whole step of plain distillation in the same interleaved run."""
+"""The parts of a step on one batch, against a whole step of plain distillation in the same
+interleaved run.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def test_stages(bench: Bench, batch_size: int) -> None:
             logits = student(x)
         logits.float().sum().backward()
 
-    learner.update.begin(10, 0.0)  # a learning rate of 0: the weights stay, the work is the same
+    learner.update.begin(10, 0.0)  # learning rate 0 keeps the weights; the work is the same
     student_step()  # `apply` finds gradients, also in its warm-up
 
     baseline, kd_step = kd_baseline(work)
@@ -90,7 +92,7 @@ def test_stages(bench: Bench, batch_size: int) -> None:
 
 
 def test_ceiling(bench: Bench) -> None:
-    """What a plain matrix product reaches here: the yardstick of the TFLOP/s column."""
+    """Plain matrix product: the reference of the TFLOP/s column."""
     side, dtype = (8192, torch.bfloat16) if bench.device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
     name = f"{side} x {side}, {str(dtype).removeprefix('torch.')}"

@@ -1,4 +1,5 @@
-"""What the step saves outside of the VQGAN: each saving of teacher and student, the PGD update, the loss; each against its plain form.
+"""Optimizations of the step outside the VQGAN (teacher, student, PGD update, loss), each against
+its plain form.
 
 Predictions are FLOP for models and bytes for the update, both counted before measuring.
 """
@@ -23,7 +24,7 @@ from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student
 from dad_fast.models.student import build_student
 from dad_fast.models.teacher import Teacher
 
-# Twelve blocks, as ViT-B has, so that the last one's share is that of ViT-B.
+# Twelve blocks, so that the last block has the same share as in ViT-B.
 TINY_VIT = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 MODELS = {  # student, teacher, batch
     "tiny": (
@@ -34,10 +35,11 @@ MODELS = {  # student, teacher, batch
     "base": (("vit_small_patch16_224", {}), ("vit_base_patch16_clip_quickgelu_224", {}), 128),
     "paper": (("vit_base_patch16_224", {}), ("vit_large_patch14_clip_quickgelu_224", {}), 256),
 }
+# An element; see pgd_update.py.
 PIXEL_BYTES = {
     "plain": {"l2": 124, "linf": 80},
     "fused": {"l2": 28, "linf": 20},
-}  # an element; see pgd_update.py
+}
 
 
 def precision(bench: Bench) -> PrecisionConfig:
@@ -51,7 +53,7 @@ def flops(run: Callable[[], object]) -> float:
 
 
 def test_student(bench: Bench) -> None:
-    """Forward and backward; the class token alone in the last block."""
+    """Forward and backward, with only the class token in the last block."""
     (name, kwargs), _, batch = MODELS[bench.size]
     pixels = torch.rand(batch, 3, 224, 224, device=bench.device)
     labels = torch.randint(0, 1000, (batch,), device=bench.device)
@@ -95,7 +97,9 @@ def _training(student: nn.Module, pixels: Tensor, labels: Tensor, amp: bool) -> 
 
 @pytest.mark.parametrize("what", ["forward", "forward + input gradient"])
 def test_teacher(bench: Bench, what: str) -> None:
-    """Every saving alone, and all of them, with 16-bit compute on a GPU and float32 on a CPU, where nothing is cast."""
+    """Every optimization alone and all together: 16-bit compute on a GPU, float32 without casts on
+    a CPU.
+    """
     _, (name, kwargs), batch = MODELS[bench.size]
     import timm
 
@@ -124,7 +128,7 @@ def test_teacher(bench: Bench, what: str) -> None:
     functions: dict[str, Callable[[], object]] = {}
     for label, savings in kinds.items():
         teacher = copy.deepcopy(plain)
-        refused = {saving for saving, why in optimize_teacher(teacher, savings).items() if why}
+        refused = {name for name, why in optimize_teacher(teacher, savings).items() if why}
         assert refused <= {"cast_weights"}
         functions[label] = _inference(teacher, pixels, what)
         if bench.device.type == "cuda" and label in ("plain", "all"):

@@ -1,4 +1,6 @@
-"""Whole training steps against plain distillation, in one interleaved run: CE, KD, DAT, DAD in the paper's and the authors' order."""
+"""Whole training steps against plain distillation, in one interleaved run: CE, KD, DAT, DAD in the
+paper's and the authors' order.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,7 @@ def test_steps(bench: Bench, work: Workload) -> None:
 
 
 def test_steps_of_resnet50(bench: Bench) -> None:
-    """The smaller student of the same teacher: of its step, distillation is a larger part."""
+    """Smaller student of the same teacher: distillation is a larger part of its step."""
     if bench.size != "paper":
         pytest.skip("at size paper: ResNet-50 from ViT-L/14")
     work = make_workload("paper", bench.device, 256, preset="dad-rn50")
@@ -94,6 +96,6 @@ def test_steps_of_resnet50(bench: Bench) -> None:
 
 @pytest.mark.parametrize("name", GRAPHED)
 def test_graphs(bench: Bench, on_gpu: None, work: Workload, name: str) -> None:
-    """One method at a time: a captured step keeps its activations' memory."""
+    """Run one method at a time, because a captured step keeps the memory of its activations."""
     steps = {name: one_step(work, name), f"{name}, graphs": one_step(work, name, graphs="on")}
     compare(bench, f"batch {len(work.batch.labels)}, graphs, {name}", work, steps, seconds=10)

@@ -1,6 +1,7 @@
-"""Stores on one core: gathering records and images, joining by key, writing. Files lie in the page cache.
+"""Stores on one core: gathering records and images, joining by key, writing. Files are in the page
+cache.
 
-All of it is the host's work, so it is timed with `--bench-device cpu`, on any machine.
+All work is on the host, so time it with `--bench-device cpu` on any machine.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def make_records(manifest: Manifest, start: int, num: int) -> StoreRows:
 
 
 def photos(num: int) -> np.ndarray:
-    """uint8 [num, 224, 224, 3]: cuts of real photographs."""
+    """Cut photographs; uint8 [num, 224, 224, 3]."""
     sources = photographs()
     rng = np.random.default_rng(0)
     cuts = []
@@ -93,7 +94,7 @@ def write(folder: Path, manifest: Manifest) -> AdversarialStore:
 
 
 def batches(num: int) -> Callable[[], np.ndarray]:
-    """Another random batch of rows at each call."""
+    """Return a new random batch of rows at each call."""
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, num, BATCH) for _ in range(64)]
 
@@ -106,7 +107,10 @@ def batches(num: int) -> Callable[[], np.ndarray]:
 
 @pytest.mark.parametrize("outputs", ["full", "topk:10@4"])
 def test_records(bench: Bench, tmp_path: Path, outputs: str) -> None:
-    """Codes and teacher outputs of random rows. The bound is the same bytes taken from one array in memory."""
+    """Codes and teacher outputs of random rows.
+
+    The bound is the same bytes gathered from one array in memory.
+    """
     num = NUM_RECORDS[bench.size]
     store = write(tmp_path / "store", make_manifest(num, outputs=outputs, **F8))
     rows = batches(num)
@@ -140,7 +144,7 @@ def test_records(bench: Bench, tmp_path: Path, outputs: str) -> None:
 
 
 def test_images(bench: Bench, tmp_path: Path) -> None:
-    """Random images of 224 px; against decoding the same images from JPEG files' bytes with PIL, already at their size."""
+    """Random images of 224 px, against decoding them with PIL from JPEG bytes of the same size."""
     num = NUM_IMAGES[bench.size]
     raw = write(tmp_path / "raw", make_manifest(num, images="raw", image_size=(SIDE, SIDE)))
     stores = {
@@ -182,7 +186,7 @@ def test_images(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_join(bench: Bench, tmp_path: Path) -> None:
-    """A store's rows for a source's keys; hashing the keys is most of it."""
+    """Find a store's rows for a source's keys; most of the time is hashing the keys."""
     num = NUM_RECORDS[bench.size]
     store = write(
         tmp_path / "store", make_manifest(num, classes=CLASSES[:2], code_bits=8, code_grid=(1, 1))
@@ -211,7 +215,9 @@ def test_join(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("images", "num"), [("none", 2 * BATCH), ("raw", 2 * BATCH), ("webp", 64)])
 def test_writing(bench: Bench, tmp_path: Path, images: str, num: int) -> None:
-    """A shard of two blocks with every checksum, synced and renamed; against numpy's save of the same arrays."""
+    """Write a shard of two blocks with checksums, sync and rename, against numpy.save of the same
+    arrays.
+    """
     manifest = make_manifest(
         num,
         block_size=num // 2,

@@ -1,6 +1,7 @@
-"""What stores save: training steps fed by them against plain distillation, what filling them costs, and all costs counted.
+"""Stores: training steps fed by them against plain distillation, the cost of filling them, and the
+total.
 
-The joining of stored rows to batches is a thread's work and is not in the steps; group `store` has its throughput.
+A thread joins stored rows to batches, so the steps exclude this; group `store` has its throughput.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def step_on(work: Workload, method: str, batch: Batch) -> Callable[[], object]:
 
 
 def stored_batches(work: Workload) -> tuple[Batch, Batch, Batch, Batch]:
-    """The workload's batch as stores complete it: images; images and clean outputs; codes; clean outputs alone."""
+    """Return the workload's batch with stored images; images and clean outputs; codes; clean
+    outputs alone.
+    """
     found = filled(work)
     outputs, kept = found.outputs.half(), found.kept.float()
     images = dataclasses.replace(

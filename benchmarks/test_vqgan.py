@@ -1,6 +1,8 @@
-"""The VQGAN: plain, each saving of the fused form alone, all of them, and torch.compile; its group norm, upsampling and attention alone.
+"""VQGAN: plain, each optimization of the fused form, all of them, torch.compile; its group norm,
+upsampling, attention.
 
-At size tiny the embedded VQGAN on 28-px digits, and f8 with random weights on a 48-px image; else f8 or f16 with random weights at 224 px.
+At size tiny the embedded VQGAN on 28-px digits, and f8 with random weights on a 48-px image; else
+f8 or f16 with random weights at 224 px.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from dad_fast.kernels.group_norm_silu import add_group_norm_silu
 from dad_fast.kernels.wide_attention import WAYS
 from dad_fast.models.weights.files import asset
 
+# On a GPU; CPUs have fast bfloat16 at best.
 DTYPES = {
     "encode": torch.float16,
     "decode": torch.bfloat16,
-}  # on a GPU; CPUs have fast bfloat16 at best
+}
 
 
 def _model(bench: Bench, which: str) -> tuple[str, VQGAN, int, int]:
-    """Name, model, batch and side."""
+    """Return name, model, batch and side."""
     if which == "embedded":
         if bench.size != "tiny":
             pytest.skip("size tiny")
@@ -50,14 +53,14 @@ def _model(bench: Bench, which: str) -> tuple[str, VQGAN, int, int]:
 
 
 def _count(model: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    """FLOP per image, counted on the meta device."""
+    """Count FLOP per image on the meta device."""
     with FlopCounterMode(display=False) as counter:
         model(inputs[:1].to("meta"))
     return float(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("what", ["encode", "decode"])
-@pytest.mark.parametrize("precision", ["16 bits", "float32"])  # on a GPU the first is what runs use
+@pytest.mark.parametrize("precision", ["16 bits", "float32"])  # runs on a GPU use 16 bits
 @pytest.mark.parametrize("which", ["embedded", "published"])
 def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
     if precision == "16 bits" and bench.size == "tiny":
@@ -94,7 +97,7 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
 
     names = [field.name for field in fields(VQGANOptimizations)]
     if bench.device.type == "cpu":
-        names.remove("norm_kernel")  # there it is the composition that it is tested against
+        names.remove("norm_kernel")  # on a CPU it equals the composition
     forms = {
         name: replace(VQGANOptimizations.none(), **{name: True})
         for name in names
@@ -109,15 +112,12 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
         shape = VQGAN(vqgan.config)
     flops["plain"] = _count(getattr(shape, what), inputs)
     for form, savings in forms.items():
-        functions[form] = run(
-            getattr(FusedVQGAN(vqgan, savings, encoder=dtype, decoder=dtype), what)
-        )
-        flops[form] = _count(
-            getattr(FusedVQGAN(shape, replace(savings, norm_kernel=False)), what), inputs
-        )
-    if (
-        bench.device.type == "cuda" and dtype != torch.float32
-    ):  # compiling takes minutes, on a CPU many
+        fused = FusedVQGAN(vqgan, savings, encoder=dtype, decoder=dtype)
+        functions[form] = run(getattr(fused, what))
+        counted = FusedVQGAN(shape, replace(savings, norm_kernel=False))
+        flops[form] = _count(getattr(counted, what), inputs)
+    # Compiling takes minutes, on a CPU many.
+    if bench.device.type == "cuda" and dtype != torch.float32:
         fused = FusedVQGAN(vqgan, VQGANOptimizations(), encoder=dtype, decoder=dtype)
         functions["torch.compile(plain)"] = run(torch.compile(plain))
         functions["torch.compile(fused)"] = run(torch.compile(getattr(fused, what)))
@@ -141,7 +141,7 @@ def test_vqgan(bench: Bench, which: str, precision: str, what: str) -> None:
 
 @pytest.mark.parametrize("channels", [128, 256, 512])
 def test_group_norm(bench: Bench, channels: int) -> None:
-    """Convolution bias, residual, group norm, SiLU: the maps of f8 at 224 px, whose sides shrink as their width grows."""
+    """Convolution bias, residual, group norm, SiLU on the maps of f8 at 224 px."""
     batch, side = (1 if bench.size == "tiny" else 64), {128: 224, 256: 112, 512: 28}[channels]
     dtype = torch.float16 if bench.device.type == "cuda" else torch.bfloat16
     x, residual = (
@@ -211,11 +211,12 @@ def test_upsample(bench: Bench, channels: int) -> None:
 
 @pytest.mark.parametrize("tokens", [196, 784])
 def test_attention(bench: Bench, tokens: int) -> None:
-    """One head 512 wide; q, and k = v."""
+    """One head of width 512, with k = v."""
     batch = 2 if bench.size == "tiny" else 64
     dtype = torch.float16 if bench.device.type == "cuda" else torch.bfloat16
     q, h = torch.randn(2, batch, tokens, 512, device=bench.device, dtype=dtype)
     ways = dict(WAYS)
+    # Not installed, or not built for this torch.
     try:
         if bench.device.type != "cuda":
             raise ImportError("needs CUDA")
@@ -224,7 +225,7 @@ def test_attention(bench: Bench, tokens: int) -> None:
         ImportError,
         ValueError,
         NotImplementedError,
-    ):  # not installed, or not built for this torch
+    ):
         del ways["xformers"]
     functions = {name: lambda way=way: way(q, h, h, 512**-0.5) for name, way in ways.items()}
     flops = dict.fromkeys(ways, 4.0 * tokens**2 * 512)

@@ -1,7 +1,9 @@
-"""Times of several functions, taken in turns, so that a drift of the machine (clocks, heat, other work) falls on all of them alike.
+"""Time several functions in turns, so that drifts of the machine (clocks, heat, other work) affect
+all of them alike.
 
-A round calls every function once (short ones several times) and begins with another one each time. On a CPU the wall clock is read;
-on a GPU device events stand around each call, with the L2 cache flushed before it, and the host waits once per round.
+A round calls every function once (short ones several times); each round starts with another
+function. CPU times are wall-clock times. GPU times are device events around each call, after a
+flush of the L2 cache; the host waits once per round.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ from typing import Any
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-WARM_UP_SECONDS = (
-    0.2  # per function, and at least so many calls: allocator, caches, compilation, capture, clocks
-)
+# Per function, with a minimum number of calls: allocator, caches, compilation, capture, clocks.
+WARM_UP_SECONDS = 0.2
 WARM_UP_CALLS = {"cpu": 2, "cuda": 5}
 BLOCK_SECONDS = 0.01  # a function shorter than this is called several times per round
 MAX_CALLS = 1000  # per round
@@ -29,9 +30,10 @@ Function = Callable[[], object]
 def interleaved(
     functions: Mapping[str, Function], device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds per call of each function, one value per round, in the order of the rounds: at least MIN_ROUNDS of them.
+    """Return seconds per call of each function, a value per round (at least MIN_ROUNDS), in the
+    order of the rounds.
 
-    `seconds` is what all rounds together should take.
+    `seconds` is the target time of all rounds together.
     """
     timer = _EventTimer(device) if device.type == "cuda" else _wall_time
     names = list(functions)
@@ -56,7 +58,9 @@ def interleaved(
 
 
 def graphed(function: Function) -> Function:
-    """`function` as the replay of a CUDA graph of one call; it must read and write the same memory each time."""
+    """Capture one call as a CUDA graph and return its replay; `function` must use the same memory
+    in each call.
+    """
     from dad_fast.engine.cuda_graph import capturing
 
     stream = torch.cuda.Stream()
@@ -67,7 +71,7 @@ def graphed(function: Function) -> Function:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with capturing(graph, torch.cuda.graph_pool_handle(), stream):
-        keep = function()  # what it returns lives in the graph's memory
+        keep = function()  # its result lives in the graph's memory
 
     def replay() -> object:
         graph.replay()
@@ -77,7 +81,9 @@ def graphed(function: Function) -> Function:
 
 
 def peak_memory(function: Function, device: torch.device) -> int | None:
-    """Bytes that one call needs beyond what was allocated before it, from torch's caching allocator; None on a CPU."""
+    """Return the bytes that one call allocates at its peak, from torch's caching allocator; None on
+    a CPU.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -94,7 +100,9 @@ def joules_per_call(
     read_joules: Callable[[], float | None],
     seconds: float = 2.0,
 ) -> float | None:
-    """Energy of the whole board over a block of calls of about `seconds`, per call; None where the board does not count it."""
+    """Return the energy of the board per call, over a block of about `seconds`; None if the board
+    does not count it.
+    """
     torch.cuda.synchronize(device)
     start, before, count = time.perf_counter(), read_joules(), 0
     while time.perf_counter() - start < seconds:
@@ -106,7 +114,7 @@ def joules_per_call(
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """{median, q1, q3, min, n} of `values`."""
+    """Return {median, q1, q3, min, n} of `values`."""
     if len(values) == 1:
         quartiles = [values[0]] * 3
     else:
@@ -137,7 +145,10 @@ def _wall_time(function: Function, calls: int) -> float:
 
 
 class _EventTimer:
-    """Mean device time of a call. The flush between calls also gives the host time to queue the next one."""
+    """Mean device time of a call.
+
+    The flush between calls also lets the host queue the next call.
+    """
 
     def __init__(self, device: torch.device) -> None:
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -145,10 +156,8 @@ class _EventTimer:
         self.device = device
 
     def __call__(self, function: Function, calls: int) -> float:
-        pairs = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(calls)
-        ]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * calls)]
+        pairs = list(zip(events[::2], events[1::2], strict=True))
         for start, end in pairs:
             self.flush.zero_()
             start.record()

@@ -1,7 +1,8 @@
-"""Plain distillation as timm does it: the denominator of every ratio, so that it is not ours.
+"""Plain distillation by timm: an independent denominator of every ratio.
 
-timm's LogitDistillationTask and optimizer in the step of timm's train.py: normalised images, autocast, backward, clipping, optimizer, EMA.
-Labels and images come mixed already (timm mixes in its loader, unmeasured here; ours is mixed inside the measured step).
+timm's LogitDistillationTask and optimizer in the step of timm's train.py: normalised images,
+autocast, backward, clipping, optimizer, EMA. Labels and images are mixed in advance (timm mixes in
+its loader, unmeasured here; our measured step includes mixing).
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from dad_fast.models.teacher import Teacher
 
 try:
     from timm.task import LogitDistillationTask
-except ImportError:  # a timm before 1.0.31, on a machine where nothing can be installed
+except ImportError:  # a timm before 1.0.31, on a machine without a package index
     LogitDistillationTask = None
 
 
 def kd_baseline(work: Workload) -> tuple[str, Callable[[], object]]:
-    """The step that ratios refer to, and its name: timm's, or "kd", our own plain form, where this timm has none."""
+    """Return the name and the step that ratios refer to: timm's, or our own plain "kd" if this timm
+    has none.
+    """
     if LogitDistillationTask is not None:
         return "kd (timm)", TimmKD(work)
     step = work.step(work.with_method("kd"))
@@ -35,7 +38,7 @@ def kd_baseline(work: Workload) -> tuple[str, Callable[[], object]]:
 
 
 class _Bare(nn.Module):
-    """A teacher on normalised images, as timm expects one."""
+    """Wrap a teacher to take normalised images, as timm expects."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ class _Bare(nn.Module):
 
 
 class TimmKD:
-    """One call is one training step on the workload's batch."""
+    """Training step of timm on the workload's batch; one call is one step."""
 
     def __init__(self, work: Workload) -> None:
         cfg, batch, device = work.cfg, work.batch, work.device
@@ -96,9 +99,8 @@ class TimmKD:
     def __call__(self) -> Tensor:
         precision = self.cfg.precision
         x = (self.images.float() - self.mean) / self.std
-        with torch.autocast(
-            self.device.type, getattr(torch, precision.student), enabled=precision.amp
-        ):
+        dtype = getattr(torch, precision.student)
+        with torch.autocast(self.device.type, dtype, enabled=precision.amp):
             loss = self.task(x, self.targets)["loss"]
         self.optimizer.zero_grad()
         loss.backward()

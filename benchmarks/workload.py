@@ -1,12 +1,13 @@
-"""What the groups `stages` and `steps` time: a student, a frozen teacher, a VQGAN and a batch that lies on the device, by size.
+"""Workload of the groups `stages` and `steps`: student, frozen teacher, VQGAN and a batch on the
+device, by size.
 
 tiny   the demo's own: embedded digits, its trained teacher and VQGAN, 28 px
 base   ResNet-50 from a CLIP ViT-B/16 with VQGAN f16 (1024 codes), 224 px
 paper  ViT-B/16 from a CLIP ViT-L/14 with VQGAN f8 (16384 codes), 224 px
-base and paper have random weights of timm's and taming's architectures: shapes decide the time, and nothing is downloaded.
+base and paper have random weights of timm's and taming's architectures: only shapes matter for time, and nothing is downloaded.
 
-Teacher, VQGAN and student are used as a run uses them: freed of work that nobody needs (models/optimizations.py, FusedVQGAN). The plain forms
-stand beside them, for the baseline and for what is counted.
+Teacher, VQGAN and student have the optimizations of a run (models/optimizations.py, FusedVQGAN).
+Their plain forms are kept for the baseline and for counting FLOP.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat
 
 @dataclass(frozen=True)
 class Workload:
-    """The frozen parts and the batch; `student` and `step` make new students. `plain_teacher` is the baseline's, too."""
+    """The frozen parts and the batch; `student` and `step` make new students.
+
+    `plain_teacher` is the baseline's, too.
+    """
 
     size: str
     cfg: Config
@@ -86,7 +90,7 @@ class Workload:
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
 
     def step(self, cfg: Config) -> TrainStep:
-        """A training step of `cfg.method` with a student of its own."""
+        """Make a training step of `cfg.method` with a new student."""
         plain = cfg.engine.savings == ("none",)
         student = self.student(model_optimizations(cfg))
         teacher = (
@@ -109,7 +113,7 @@ class Workload:
         return Flops(self)
 
     def describe(self) -> dict[str, Any]:
-        """The `config` of a record."""
+        """Return the `config` of a record."""
         cfg, vqgan = self.cfg, self.discretizer.vqgan.config
         return {
             "student": cfg.student.name,
@@ -134,10 +138,14 @@ class Workload:
 def make_workload(
     size: str, device: torch.device, batch_size: int = 0, preset: str = ""
 ) -> Workload:
-    """batch_size 0 is the preset's own; preset: another than the size's, for another student. Skips the test where a package is missing."""
-    return (
-        _tiny(device, batch_size) if size == "tiny" else _random(size, device, batch_size, preset)
-    )
+    """Make the workload of a size. Skips the test if a package is missing.
+
+    batch_size  0 = that of the preset
+    preset      another preset than the size's, for another student
+    """
+    if size == "tiny":
+        return _tiny(device, batch_size)
+    return _random(size, device, batch_size, preset)
 
 
 def _tiny(device: torch.device, batch_size: int) -> Workload:
@@ -149,9 +157,8 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     cfg = gather("demo", None, [], {})
     source = open_source(cfg.data.data_dir, cfg.data.train_split)
     side, size = cfg.augment.img_size, batch_size or cfg.data.batch_size
-    batch = next(
-        iter(TrainLoader(source, cfg.augment, side, size, seed=0, workers=0).batches(0, 1))
-    ).to(device)
+    loader = TrainLoader(source, cfg.augment, side, size, seed=0, workers=0)
+    batch = next(iter(loader.batches(0, 1))).to(device)
     plain = load_teacher(cfg.teacher, source.classes, cfg.precision, device)
     discretizer = load_discretizer(cfg.discretizer.name, cfg.precision, device)
     assert isinstance(discretizer, VQGANDiscretizer)
@@ -172,7 +179,7 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
     cfg = gather(
         other_preset or preset, None, ["student.pretrained=false", "augment.img_size=224"], {}
     )
-    if device.type == "cpu":  # 16-bit convolutions take minutes there
+    if device.type == "cpu":  # 16-bit convolutions take minutes on a CPU
         cfg = dataclasses.replace(cfg, precision=dataclasses.replace(cfg.precision, amp=False))
     torch.manual_seed(0)
     num_classes = 1000
@@ -199,7 +206,7 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
 
 
 def freed(teacher: Teacher, cfg: Config) -> Teacher:
-    """A copy of `teacher` without the work that nobody needs."""
+    """Return a copy of `teacher` with its exact optimizations."""
     copied = copy.deepcopy(teacher)
     optimize_teacher(copied, model_optimizations(cfg))
     return copied
@@ -214,16 +221,14 @@ def make_discretizer(
 
 
 def random_batch(cfg: Config, size: int, num_classes: int, device: torch.device) -> Batch:
-    """Smooth random images with labels, and mixed as the config says."""
+    """Make smooth random images with labels and the mixing of the config."""
     generator = torch.Generator().manual_seed(0)
     side = cfg.augment.img_size
     small = torch.rand(size, 3, SMOOTH_SIDE, SMOOTH_SIDE, generator=generator)
     images = (nn.functional.interpolate(small, (side, side), mode="bilinear") * 255).to(torch.uint8)
-    pairs = (
-        [mix_record(cfg.augment, side, 0, 0, i) for i in range(size // 2)]
-        if uses_mixing(cfg.augment)
-        else [UNMIXED] * (size // 2)
-    )
+    pairs = [UNMIXED] * (size // 2)
+    if uses_mixing(cfg.augment):
+        pairs = [mix_record(cfg.augment, side, 0, 0, i) for i in range(size // 2)]
     mixes = [pair for pair in pairs for _ in range(2)]
     return Batch(
         images=images.contiguous(memory_format=torch.channels_last),
@@ -241,14 +246,18 @@ def random_batch(cfg: Config, size: int, num_classes: int, device: torch.device)
 
 @torch.no_grad()
 def spread_codebook(vqgan: VQGAN, pixels: Tensor) -> None:
-    """Codes drawn around the latents of `pixels`: as initialised they lie in one point, which no search meets in practice."""
+    """Draw codes around the latents of `pixels`: initial codes lie in almost one point, unlike in
+    practice.
+    """
     latents = vqgan.encode(pixels).transpose(0, 1).flatten(1)  # [D, N]
     codebook = vqgan.quantize.embedding.weight  # [K, D]
     codebook.copy_(torch.randn_like(codebook) * latents.std(1) + latents.mean(1))
 
 
 class Flops:
-    """FLOP per image of each stage, counted in the plain forms by torch; attention is counted as its two matrix products."""
+    """FLOP per image of each stage, counted by torch in the plain forms; attention counts as two
+    matrix products.
+    """
 
     def __init__(self, work: Workload) -> None:
         few = 2
@@ -257,13 +266,11 @@ class Flops:
 
         def gradient(model: Callable[[Tensor], Tensor]) -> Callable[[], object]:
             def run() -> object:
-                x = (
-                    pixels.clone().requires_grad_(True) * 1.0
-                )  # torch's counter fails where a module's input is a leaf
+                # torch's counter fails if a module's input is a leaf, hence the product.
+                x = pixels.clone().requires_grad_(True) * 1.0
                 logits = model(x)
-                return torch.autograd.grad(
-                    logits, x, cross_entropy_direction(logits, work.batch.labels[:few])
-                )
+                direction = cross_entropy_direction(logits, work.batch.labels[:few])
+                return torch.autograd.grad(logits, x, direction)
 
             return run
 
@@ -281,7 +288,7 @@ class Flops:
         self.of["student"] = count(lambda: student(pixels).sum().backward()) / few
 
     def of_step(self, method: str, order: str = "paper") -> float:
-        """S student step, T teacher forward, G teacher forward + input gradient, V one VQGAN pass."""
+        """Return the FLOP per image of a training step of `method`."""
         f = self.of
         passes = 2 if order == "authors" else 1
         vqgan = passes * (f["encode"] + f["decode"])
@@ -295,9 +302,7 @@ class Flops:
 
 def count(function: Callable[[], object]) -> int:
     counter = FlopCounterMode(display=False)
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        counter,
-    ):  # other attention kernels are not counted on every device
+    # Other attention kernels are not counted on every device.
+    with sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return int(counter.get_total_flops())

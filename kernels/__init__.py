@@ -1,8 +1,10 @@
-"""Kernels and their references: one file per op. Imports torch only; Triton and csrc are used where they are found."""
+"""Kernels and their references: one file per op.
 
-if (
-    __name__ != "dad_fast.kernels"
-):  # the checkout's root is on sys.path, but the name `kernels` belongs to another package
+Imports torch only; uses Triton and csrc if available.
+"""
+
+# The checkout's root is on sys.path, but the name `kernels` belongs to another package.
+if __name__ != "dad_fast.kernels":
     raise ImportError("this folder is imported as dad_fast.kernels")
 
 from dad_fast.kernels.csrc import csrc_status

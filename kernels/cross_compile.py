@@ -1,7 +1,9 @@
-"""Compiles Triton kernels and CUDA sources for GPUs that are not here, and reads registers, spills and SASS out of the binaries.
+"""Cross-compile Triton kernels and CUDA sources without a GPU; read registers, spills and SASS from
+the binaries.
 
-Each module with a Triton kernel says in `compile_specs(arch)` with which signatures and meta-parameters it is launched. The binary
-is Triton's own, compiled as a launch on that GPU would compile it; the tools (ptxas, cuobjdump, nvdisasm) come with Triton.
+`compile_specs(arch)` of each module with a Triton kernel lists the signatures and meta-parameters
+of its launches. Triton compiles the binary as for a launch on that GPU; the tools (ptxas,
+cuobjdump, nvdisasm) come with Triton.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 from dad_fast.errors import EnvironmentProblem
 
 ARCHITECTURES = ("sm_80", "sm_90")
-# Per multiprocessor: registers, warps, blocks, bytes of shared memory; the last: what one block may use at most.
+# Per multiprocessor: registers, warps, blocks, bytes of shared memory. The last number is the limit
+# of one block.
 LIMITS = {
     "sm_80": (65536, 64, 32, 164 << 10, 163 << 10),
     "sm_90": (65536, 64, 32, 228 << 10, 227 << 10),
@@ -32,7 +35,9 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class CompileSpec:
-    """One launch of a Triton kernel: `types` per argument ("*fp32", "i32", "fp32" ...), `constants` the constexpr arguments."""
+    """Launch of a Triton kernel: `types` per argument ("*fp32", "i32", "fp32" ...), `constants` the
+    constexpr arguments.
+    """
 
     name: str
     kernel: Any  # triton.JITFunction
@@ -44,7 +49,7 @@ class CompileSpec:
 
 @dataclass(frozen=True)
 class Binary:
-    """What one kernel needs of a GPU."""
+    """Resources that one kernel needs of a GPU."""
 
     name: str
     arch: str
@@ -57,9 +62,8 @@ class Binary:
     instructions: int
     tensor_core_instructions: dict[str, int]
     tensor_cores_expected: bool
-    occupancy: (
-        float | None
-    )  # resident warps over the most possible; None: the block's size is the caller's choice
+    # Resident warps over the most possible; None: the block's size is the caller's choice.
+    occupancy: float | None
 
     @property
     def spills(self) -> bool:
@@ -67,7 +71,10 @@ class Binary:
 
 
 def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
-    """Resident warps over the multiprocessor's limit, by CUDA's rules of allocation (registers in 256 a warp, 1 KiB a block kept back)."""
+    """Return resident warps over the multiprocessor's limit.
+
+    By CUDA's allocation rules: registers in units of 256 a warp, 1 KiB reserved per block.
+    """
     all_registers, all_warps, all_blocks, all_shared, _ = LIMITS[arch]
     per_warp = -(-max(registers, 1) * 32 // 256) * 256
     blocks = min(
@@ -80,7 +87,10 @@ def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
 
 
 def tool(name: str) -> str:
-    """The path of one of NVIDIA's tools: Triton's own, else the one on PATH. EnvironmentProblem where there is none."""
+    """Return the path of one of NVIDIA's tools: Triton's own, else that on PATH.
+
+    Raises EnvironmentProblem without one.
+    """
     import triton
 
     own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -101,7 +111,7 @@ def _run(command: list[str]) -> str:
 
 
 def triton_modules() -> list[str]:
-    """The modules of kernels/ that have a Triton kernel, as dad_fast.kernels.*."""
+    """Return the modules of kernels/ with a Triton kernel, as dad_fast.kernels.*."""
     files = sorted(
         path
         for path in FOLDER.rglob("*.py")
@@ -114,7 +124,10 @@ def triton_modules() -> list[str]:
 
 
 def all_specs(arch: str) -> list[CompileSpec]:
-    """What every module declares. A module whose kernels another module launches says so by declaring none."""
+    """Return the specs of all modules.
+
+    A module whose kernels another module launches declares none.
+    """
     return [
         spec
         for name in triton_modules()

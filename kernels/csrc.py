@@ -1,6 +1,7 @@
-"""Finds and loads the compiled half (csrc/), or says why it is off.
+"""Find and load the compiled half (csrc/), or report why it is off.
 
-An installed package, editable or not, has the library in its own folder; in a bare checkout `make csrc` puts it there.
+An installed package (editable or not) has the library in its own folder; in a bare checkout `make
+csrc` builds it there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import dad_fast
 
 @functools.cache
 def _load(name: str, built_by: str) -> tuple[Any, str]:
-    """The tvm-ffi module lib<name> (None: there is none), and one line on what is there or missing."""
+    """Load the tvm-ffi module lib<name>; return it (or None) with a line of status."""
     found = [
         path for folder in dad_fast.__path__ for path in sorted(Path(folder).glob(f"lib{name}.*"))
     ]
@@ -41,20 +42,20 @@ def _load(name: str, built_by: str) -> tuple[Any, str]:
 
 
 def csrc() -> Any | None:
-    """The loaded library, a module with one function per op; None where it is not available."""
+    """Return the loaded library, a module with one function per op; None if it is not available."""
     return _load("dad_csrc", "a C++17 compiler")[0]
 
 
 def csrc_status() -> str:
-    """`on: FILE (instruction set)`, or `off: REASON (MEND)`."""
+    """Return `on: FILE (instruction set)` or `off: REASON (FIX)`."""
     return _load("dad_csrc", "a C++17 compiler")[1]
 
 
 def csrc_cuda() -> Any | None:
-    """The same for the CUDA half, which is built where nvcc is found."""
+    """Return the library of the CUDA half, which is built if nvcc is found; else None."""
     return _load("dad_csrc_cuda", "nvcc, of CUDA's toolkit,")[0]
 
 
 def csrc_cuda_status() -> str:
-    """`on: FILE (architectures)`, or `off: REASON (MEND)`."""
+    """Return `on: FILE (architectures)` or `off: REASON (FIX)`."""
     return _load("dad_csrc_cuda", "nvcc, of CUDA's toolkit,")[1]

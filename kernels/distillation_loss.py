@@ -1,15 +1,21 @@
-"""`distillation_loss`: cross-entropy and distillation of the same logits, in one pass forward and one backward.
+"""`distillation_loss`: cross-entropy and distillation of the same logits, in one pass forward and
+one backward.
 
-    CE = - sum_c y_c log softmax(s)_c                     y: labels or probabilities, smoothed: y (1 - a) + a / C
+    CE = - sum_c y_c log softmax(s)_c                     y: labels or probabilities, smoothed: y (1
+                                                          - a) + a / C
     KD = T^2 sum_c p_c (log p_c - log softmax(s / T)_c)   p = softmax(t / T)
     both: times a weight per sample, summed, divided by the batch size
 
-student s, teacher t: [B, C] in float32, float16 or bfloat16; all arithmetic is float32 in log-space (float64 in float64, on a CPU).
-Gradient, by sample:  w/B (g_ce (softmax(s) sum(y) - y) + g_kd T (softmax(s/T) - p)).  Kept for backward: the inputs and six float32 a row.
-Bytes: s, t and y are read once by each pass and the gradient is written once, 22 a logit for a bfloat16 student, a float32 teacher and
-probabilities; the plain form in eager mode is about 25 operations of 4 to 16 bytes a logit each.
+student s, teacher t: [B, C] in float32, float16 or bfloat16; all arithmetic is float32 in log-space
+(float64 in float64, on a CPU).
+Gradient, by sample:  w/B (g_ce (softmax(s) sum(y) - y) + g_kd T (softmax(s/T) - p)).
+Kept for backward: the inputs and six float32 a row.
+Bytes: s, t and y are read once by each pass and the gradient is written once, 22 a logit for a
+bfloat16 student, a float32 teacher and probabilities; the plain form in eager mode is about 25
+operations of 4 to 16 bytes a logit each.
 
-The plain functions below are the definition. For a loss the forward kernel visits a row twice, the second time from the cache.
+The plain functions below are the definition. For a loss the forward kernel visits a row twice, the
+second time from the cache.
 """
 
 from __future__ import annotations
@@ -20,12 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Columns of what is kept a row: the largest s and t/T, log of the sum of exp(s - max), the same of s/T and t/T, sum of the targets.
+# Columns kept for backward: the largest s and t/T, log of the sum of exp(s - max), the same of s/T
+# and t/T, sum of the targets.
 MAX_S, MAX_T, LOG_S, LOG_ST, LOG_TT, MASS = range(6)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-    """CE of logits [B, C] against labels int64 [B] or probabilities [B, C], times weight [B]; mean over the batch size."""
+    """CE of logits [B, C] against labels int64 [B] or probabilities [B, C], times weight [B]; mean
+    over the batch size.
+    """
     log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)
     if targets.dim() == 1:
         losses = -log_probs.gather(1, targets[:, None]).squeeze(1)
@@ -37,7 +46,9 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = 
 def distillation(
     student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None = None
 ) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch size; logits [B, C], weight [B]."""
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch size; logits [B,
+    C], weight [B].
+    """
     student_log_probs = F.log_softmax(_at_least_float32(student) / temperature, dim=-1)
     teacher_log_probs = F.log_softmax(_at_least_float32(teacher) / temperature, dim=-1)
     losses = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(
@@ -57,7 +68,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _mean(losses: Tensor, weight: Tensor | None) -> Tensor:
     if weight is not None:
-        # `where`, not a product: a filtered sample whose loss is infinite must count as 0, not as NaN.
+        # `where` rather than a product: a filtered sample with an infinite loss must count as 0,
+        # not NaN.
         losses = (losses * weight).where(weight != 0, 0.0)
     return losses.sum() / losses.shape[0]
 
@@ -77,7 +89,9 @@ def reference(
     temperature: float,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """What the op returns, by the plain functions: (CE, KD) [2], and what is kept for backward [B, 6]."""
+    """Return the op's results by the plain functions: (CE, KD) [2], and the statistics for backward
+    [B, 6].
+    """
     s = _at_least_float32(student)
     parts, kept = s.new_zeros(2), s.new_zeros(len(s), 6)
     kept[:, MAX_S] = s.amax(dim=1)
@@ -111,7 +125,7 @@ def reference_backward(
     temperature: float,
     smoothing: float,
 ) -> Tensor:
-    """The gradient of grad[0] CE + grad[1] KD in the student's logits."""
+    """Return the gradient of grad[0] CE + grad[1] KD in the student's logits."""
     s, (max_s, max_t, log_s, log_st, log_tt, mass) = (
         _at_least_float32(student),
         kept[:, :, None].unbind(1),
@@ -206,12 +220,14 @@ def distillation_loss(
     temperature: float = 1.0,
     smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(CE, KD), two scalars in float32 (see the top of this file); Triton on CUDA, the plain form elsewhere.
+    """(CE, KD), two scalars in float32 (see the top of this file); Triton on CUDA, the plain form
+    elsewhere.
 
-    student: [B, C], B >= 1, C >= 2, float32, float16 or bfloat16 (float64 on a CPU). teacher: [B, C] in any of these, or None: KD is 0.
-    targets: labels int64 [B] in [0, C), probabilities [B, C] in float32, or None: CE is 0. weight: float32 [B], or None for 1; a
-    sample of weight 0 counts as 0 whatever its logits are. Gradients reach the student alone, in its dtype. Raises ValueError for shapes
-    that do not fit and a temperature that is not above 0.
+    student: [B, C], B >= 1, C >= 2, float32, float16 or bfloat16 (float64 on a CPU). teacher: [B,
+    C] in any of these, or None: KD is 0. targets: labels int64 [B] in [0, C), probabilities [B, C]
+    in float32, or None: CE is 0. weight: float32 [B], or None for 1; a sample of weight 0 counts as
+    0, also with infinite logits. Only the student gets gradients, in its dtype. Raises ValueError
+    for shapes that do not fit and a temperature that is not above 0.
     """
     if student.ndim != 2 or (teacher is not None and teacher.shape != student.shape):
         raise ValueError(

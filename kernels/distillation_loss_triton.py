@@ -1,4 +1,5 @@
-"""`distillation_loss` in Triton: formulas, shapes and bytes are in distillation_loss.py. Not yet run on a GPU.
+"""`distillation_loss` in Triton: formulas, shapes and bytes are in distillation_loss.py. Not yet
+run on a GPU.
 
 Forward is one program a row, which makes its sums in a fixed order; backward is elementwise.
 """
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from dad_fast.kernels.cross_compile import CompileSpec
 
 MAX_BLOCK = 2048  # classes a program holds at once
-# Registers a thread may use; 8 classes a thread need about 60. Without a limit, ptxas aims at an occupancy of its own choice and spills
-# a register or two for it: which kernel it hits changes with the version of Triton.
+# Registers a thread may use; 8 classes a thread need about 60. Without a limit, ptxas aims at an
+# occupancy of its own choice and spills a register or two for it: which kernel it hits changes with
+# the version of Triton.
 MAX_REGISTERS = 128
 
 
@@ -30,7 +32,10 @@ def _load_row(pointer, row, stride, column, mask, other: tl.constexpr):
 
 @triton.jit
 def _log_sum(largest, total, values):
-    """(max, sum of exp(value - max)) with one more block of values, -inf where there are none. NaN and +inf end as NaN in the sum."""
+    """(max, sum of exp(value - max)) with one more block of values, -inf where there are none.
+
+    NaN and +inf end as NaN in the sum.
+    """
     new = tl.maximum(largest, tl.max(values))
     shift = tl.where(new == float("-inf"), 0.0, new)  # only -inf so far
     return new, total * tl.exp(largest - shift) + tl.sum(tl.exp(values - shift))
@@ -83,7 +88,8 @@ def _forward(
             max_tt, total_tt = _log_sum(max_tt, total_tt, tl.div_rn(t, temperature))
     log_s, log_st, log_tt = tl.log(total_s), tl.log(total_st), tl.log(total_tt)
 
-    # max and log of the sum stay apart, so that no digit of a small log-probability is lost beside a large logit.
+    # max and log of the sum stay separate, so that a small log-probability keeps its digits next to
+    # a large logit.
     ce, kd, mass = 0.0, 0.0, 0.0
     for start in range(0, num_classes, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -94,9 +100,8 @@ def _forward(
                 targets_ptr, row, targets_stride, column, mask, num_classes, LABELS, smoothing
             )
             log_q = s - max_s - log_s
-            if (
-                LABELS and not SMOOTH
-            ):  # a product would make NaN of 0 times an infinite log-probability
+            # A product would make NaN of 0 times an infinite log-probability.
+            if LABELS and not SMOOTH:
                 ce -= tl.sum(tl.where(y > 0.0, log_q, 0.0))
             else:
                 ce -= tl.sum(tl.where(mask, y * log_q, 0.0))
@@ -109,9 +114,8 @@ def _forward(
     kd = kd * temperature * temperature
     if WEIGHT:
         weight = tl.load(weight_ptr + row)
-        ce = tl.where(
-            weight == 0.0, 0.0, ce * weight
-        )  # not a product alone: the loss may be infinite
+        # Not only a product: the loss may be infinite.
+        ce = tl.where(weight == 0.0, 0.0, ce * weight)
         kd = tl.where(weight == 0.0, 0.0, kd * weight)
     tl.store(losses_ptr + row, ce)
     tl.store(losses_ptr + batch + row, kd)
@@ -269,7 +273,9 @@ def launch_backward(
 
 
 def compile_specs(arch: str) -> list[CompileSpec]:
-    """A bfloat16 student and a float32 teacher: CE and KD of mixed labels, CE of labels, KD with a filter."""
+    """A bfloat16 student and a float32 teacher: CE and KD of mixed labels, CE of labels, KD with a
+    filter.
+    """
     from dad_fast.kernels.cross_compile import CompileSpec
 
     pointers = {

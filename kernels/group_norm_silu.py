@@ -1,15 +1,21 @@
-"""`group_norm_silu` and `add_group_norm_silu`: group norm and SiLU of NHWC maps, with the bias and the residual that come before them.
+"""`group_norm_silu` and `add_group_norm_silu`: group norm and SiLU of NHWC maps, with the preceding
+bias and residual.
 
-    t = x + channel_bias (+ residual)                      [B, C, H, W]; both optional in the first, which does not return t
+    t = x + channel_bias (+ residual)                      [B, C, H, W]; both optional in the first,
+                                                           which does not return t
     m, v = mean and variance of t over H, W and the channels of a group; C / num_groups of them
-    y = SiLU((t - m) / sqrt(v + eps) * weight + bias)      SiLU(u) = u / (1 + exp(-u)); left out where silu is False
+    y = SiLU((t - m) / sqrt(v + eps) * weight + bias)      SiLU(u) = u / (1 + exp(-u)); left out if
+                                                           silu is False
 
-x, residual, y, t: float32, float16 or bfloat16, one dtype; weight, bias, channel_bias [C] of any of these. All arithmetic is float32; t is
-rounded to x's dtype before its statistics are taken where it is returned, and never rounded where it is not. For inference: no gradient.
+x, residual, y, t: float32, float16 or bfloat16, one dtype; weight, bias, channel_bias [C] of any of
+these. All arithmetic is float32; t is rounded to x's dtype before its statistics are taken if it is
+returned, else never rounded. For inference: no gradient.
 
-Two passes over the map. Each program of the first sums its rows about their first one, so that a mean far from 0 cancels before squares
-are taken; means and squared deviations are then merged pairwise-exactly (Chan, Golub, LeVeque 1983). Deterministic. Bytes per 16-bit
-element: 6 (read, read, write), and 10 where a residual is added (read 3, write 2); bias, add, norm and SiLU one by one move 20.
+Two passes over the map. Each program of the first sums its rows about their first one, so that a
+mean far from 0 cancels before squares are taken; means and squared deviations are then merged
+pairwise-exactly (Chan, Golub, LeVeque 1983). Deterministic. Bytes per 16-bit element: 6 (read,
+read, write), and 10 where a residual is added (read 3, write 2); bias, add, norm and SiLU one by
+one move 20.
 """
 
 from __future__ import annotations
@@ -141,9 +147,11 @@ def group_norm_silu(
     silu: bool = True,
     channel_bias: Tensor | None = None,
 ) -> Tensor:
-    """y (see the top of this file) [B, C, H, W] in NHWC, of `x` [B, C, H, W] in any layout; Triton on CUDA, torch elsewhere.
+    """y (see the top of this file) [B, C, H, W] in NHWC, of `x` [B, C, H, W] in any layout; Triton
+    on CUDA, torch elsewhere.
 
-    weight, bias, channel_bias: [C]; num_groups divides C. Raises ValueError for shapes and dtypes that do not fit.
+    weight, bias, channel_bias: [C]; num_groups divides C. Raises ValueError for shapes and dtypes
+    that do not fit.
     """
     _check(x, None, weight, bias, num_groups, channel_bias)
     return _group_norm_silu(x, weight, bias, num_groups, eps, silu, channel_bias)
@@ -160,7 +168,9 @@ def add_group_norm_silu(
     silu: bool = True,
     channel_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, t), both [B, C, H, W] in NHWC, of `x` and `residual` of that shape and one dtype; otherwise as `group_norm_silu`."""
+    """(y, t), both [B, C, H, W] in NHWC, of `x` and `residual` of that shape and one dtype;
+    otherwise as `group_norm_silu`.
+    """
     _check(x, residual, weight, bias, num_groups, channel_bias)
     return _add_group_norm_silu(x, residual, weight, bias, num_groups, eps, silu, channel_bias)
 

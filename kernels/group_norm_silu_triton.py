@@ -1,6 +1,8 @@
-"""`group_norm_silu` and `add_group_norm_silu` in Triton: formulas and bytes are in group_norm_silu.py. Not yet run on a GPU.
+"""`group_norm_silu` and `add_group_norm_silu` in Triton: formulas and bytes are in
+group_norm_silu.py. Not yet run on a GPU.
 
-Maps are [B, H W, C] here. A chunk is the rows that one program of the first pass sums, channel by channel.
+Maps are [B, H W, C] here. A chunk is the rows that one program of the first pass sums, channel by
+channel.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def _load_sum(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """x + channel_bias + residual in float32, [ROWS, COLUMNS]; base: the tile's start (int64), offset: inside it (int32)."""
+    """x + channel_bias + residual in float32, [ROWS, COLUMNS]; base: the tile's start (int64),
+    offset: inside it (int32).
+    """
     value = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(channel_bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
@@ -50,7 +54,8 @@ def _sum_chunks(
     residual_ptr,  # [B, num_rows, C], or unused
     channel_bias_ptr,  # [C], or unused
     total_ptr,  # [B, num_rows, C], out with HAS_RESIDUAL: x + channel_bias + residual
-    partial_ptr,  # [B, num_chunks, 2, C] float32, out: mean and sum of squared deviations over a chunk's rows
+    # [B, num_chunks, 2, C] float32, out: mean and sum of squared deviations over a chunk's rows.
+    partial_ptr,
     num_rows,
     num_chunks,
     CHANNELS: tl.constexpr,
@@ -127,7 +132,9 @@ def _partial(
     CHANNELS: tl.constexpr,
     group_size: tl.constexpr,
 ):
-    """Mean, squared deviations and number of rows of the entries `index` of a group: chunk by chunk, channel by channel."""
+    """Mean, squared deviations and number of rows of the entries `index` of a group: chunk by
+    chunk, channel by channel.
+    """
     chunk = index // group_size
     inside = chunk < num_chunks
     at = (
@@ -147,7 +154,8 @@ def _partial(
 def _merge_chunks(
     partial_ptr,  # [B, num_chunks, 2, C] float32
     weight_ptr,  # [C]
-    moments_ptr,  # [B, 2, C] float32, out: a channel's mean (its group's), and weight / sqrt(variance + eps)
+    # [B, 2, C] float32, out: a channel's mean (its group's), and weight / sqrt(variance + eps).
+    moments_ptr,
     num_rows,
     num_chunks,
     chunk_rows,
@@ -232,7 +240,10 @@ def launch(
     channel_bias: Tensor | None,
     meta: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, t), as `add_group_norm_silu`, whose checks it relies on; without a residual t is x. `meta`: see the table."""
+    """Return (y, t) like `add_group_norm_silu`, which checks the inputs; without a residual t is x.
+
+    `meta`: see the table.
+    """
     y = nhwc_empty(x)
     if x.numel() == 0:
         return y, nhwc_empty(x)
@@ -314,7 +325,9 @@ def _tile(meta: dict[str, int], channels: int) -> tuple[int, int]:
 
 
 def compile_specs(arch: str) -> list[CompileSpec]:
-    """The widths of f8 and one that is no power of two, in 16 and 32 bits, with and without bias and residual."""
+    """The widths of f8 and one that is no power of two, in 16 and 32 bits, with and without bias
+    and residual.
+    """
     from dad_fast.kernels.cross_compile import CompileSpec
 
     specs = []

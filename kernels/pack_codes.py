@@ -1,14 +1,16 @@
 """Codes as a stream of bits: 784 codes of 14 bits take 1372 bytes instead of 6272.
 
-Order of bits: bit j of code i (j = 0 the lowest) is bit t = i * bits + j of a row, and bit t of a row is bit t % 8 (0 the lowest) of
-byte t // 8; the bits after the last code are 0. In numpy, without this module:
+Order of bits: bit j of code i (j = 0 the lowest) is bit t = i * bits + j of a row, and bit t of a
+row is bit t % 8 (0 the lowest) of byte t // 8; the bits after the last code are 0. In numpy,
+without this module:
 
     def unpack(packed, bits, length):                       # packed: uint8 [..., bytes]
         stream = np.unpackbits(packed, axis=-1, bitorder="little")[..., : length * bits]
         return stream.reshape(*packed.shape[:-1], length, bits) @ (1 << np.arange(bits, dtype=np.int64))
 
-`pack_torch` and `unpack_torch` work on any device: eight codes fill `bits` bytes exactly, so that each of the eight has its place
-in every group. On CUDA one Triton kernel does it (pack_codes_triton.py). Bytes moved: 8 a code and bits / 8 a code.
+`pack_torch` and `unpack_torch` work on any device: eight codes fill exactly `bits` bytes, so the
+layout of every group is the same. On CUDA one Triton kernel does it (pack_codes_triton.py). Bytes
+moved: 8 a code and bits / 8 a code.
 """
 
 from __future__ import annotations
@@ -29,19 +31,18 @@ def packed_bytes(length: int, bits: int) -> int:
 
 
 def pack_torch(codes: Tensor, bits: int) -> Tensor:
-    """codes [..., L] -> uint8 [..., ceil(L * bits / 8)]; of a code out of range, its lowest bits."""
+    """Pack codes [..., L] as uint8 [..., ceil(L * bits / 8)]; of a code out of range, keep the
+    lowest bits.
+    """
     length = codes.shape[-1]
     groups = -(-length // 8)
     codes = codes.to(torch.int64) & ((1 << bits) - 1)
     codes = torch.nn.functional.pad(codes, (0, 8 * groups - length)).unflatten(-1, (groups, 8))
-    packed = codes.new_empty(
-        *codes.shape[:-1], bits, dtype=torch.uint8
-    )  # [..., groups, bytes of a group]
+    # [..., groups, bytes of a group].
+    packed = codes.new_empty(*codes.shape[:-1], bits, dtype=torch.uint8)
     for byte in range(bits):
-        first, last = (
-            8 * byte // bits,
-            min((8 * byte + 7) // bits, 7),
-        )  # the codes with a bit in this byte
+        # The codes with a bit in this byte.
+        first, last = 8 * byte // bits, min((8 * byte + 7) // bits, 7)
         value = codes[..., first] >> (8 * byte - first * bits)
         for i in range(first + 1, last + 1):
             value |= codes[..., i] << (i * bits - 8 * byte)
@@ -50,11 +51,10 @@ def pack_torch(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_torch(packed: Tensor, bits: int, length: int) -> Tensor:
-    """packed uint8 [..., ceil(length * bits / 8)] -> int64 [..., length]."""
+    """Unpack uint8 [..., ceil(length * bits / 8)] as int64 [..., length]."""
     groups = -(-length // 8)
-    dtype = (
-        torch.int32 if bits <= 24 else torch.int64
-    )  # holds a code and the up to 7 bits before it
+    # Holds a code and up to 7 bits before it.
+    dtype = torch.int32 if bits <= 24 else torch.int64
     grouped = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[-1])).unflatten(
         -1, (groups, bits)
     )
@@ -117,11 +117,14 @@ def _check_bits(name: str, bits: int) -> None:
 
 
 def pack_codes(codes: Tensor, bits: int, num_out_of_range: Tensor | None = None) -> Tensor:
-    """codes [..., L] (int64, int32, int16 or uint8, any strides, 0 <= code < 2^bits) -> uint8 [..., ceil(L * bits / 8)].
+    """Pack codes [..., L] as uint8 [..., ceil(L * bits / 8)].
 
-    The order of the bits is in the module's docstring. bits: 1 to 32. ValueError for other widths, dtypes and, on a CPU, for a code
-    out of range. On a device nothing is read back: there the lowest `bits` bits of such a code are kept and `num_out_of_range`
-    (int64 on that device), where given, grows by the number of such codes, to be looked at when the caller next waits. On a CPU, too,
+    codes: int64, int32, int16 or uint8, any strides, 0 <= code < 2^bits.
+
+    The order of the bits is in the module's docstring. bits: 1 to 32. Raises ValueError for other
+    widths, dtypes and, on a CPU, for a code out of range. On a device nothing is read back: the
+    lowest `bits` bits of such a code are kept and `num_out_of_range` (int64 on that device), if
+    given, grows by the number of such codes; check it at the next synchronisation. On a CPU, too,
     it counts instead of raising.
     """
     _check_bits("pack_codes", bits)
@@ -133,9 +136,11 @@ def pack_codes(codes: Tensor, bits: int, num_out_of_range: Tensor | None = None)
 
 
 def unpack_codes(packed: Tensor, bits: int, length: int) -> Tensor:
-    """packed uint8 [..., ceil(length * bits / 8)], any strides, as `pack_codes` makes it -> int64 codes [..., length].
+    """Unpack uint8 [..., ceil(length * bits / 8)] from `pack_codes`, any strides, as int64 codes
+    [..., length].
 
-    ValueError for other shapes, dtypes and widths. Bits after the last code are ignored. Works in CUDA graphs.
+    Raises ValueError for other shapes, dtypes and widths. Bits after the last code are ignored.
+    Works in CUDA graphs.
     """
     _check_bits("unpack_codes", bits)
     if (

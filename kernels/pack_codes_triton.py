@@ -1,6 +1,8 @@
-"""Packing and unpacking of codes in Triton; the order of the bits is in pack_codes.py. Not yet run on a GPU.
+"""Packing and unpacking of codes in Triton; the order of the bits is in pack_codes.py. Not yet run
+on a GPU.
 
-One lane makes one byte (packing) or one code (unpacking) out of all the codes or bytes that share bits with it.
+One lane makes one byte (packing) or one code (unpacking) out of all the codes or bytes that share
+bits with it.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
 
 
 def pack(codes: Tensor, bits: int, num_out_of_range: Tensor | None) -> Tensor:
-    """codes [..., L] -> uint8 [..., ceil(L * bits / 8)]; adds to num_out_of_range, an int64 tensor of one element, where given."""
+    """Pack codes [..., L] as uint8 [..., ceil(L * bits / 8)]; add to num_out_of_range (int64, one
+    element) if given.
+    """
     length = codes.shape[-1]
     row_bytes = packed_bytes(length, bits)
     packed = torch.empty(*codes.shape[:-1], row_bytes, dtype=torch.uint8, device=codes.device)

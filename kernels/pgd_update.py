@@ -1,19 +1,23 @@
-"""`pgd_update`: one step of projected gradient descent on images, from a gradient to the next image.
+"""`pgd_update`: one step of projected gradient descent on images, from a gradient to the next
+image.
 
     L2          d' = P(d + s g / |g|),  P(d) = d min(1, eps / |d|)          |.| over the whole image
     L-infinity  d' = P(d + s sign(g)),  P(d) = clamp(d, -eps, eps)
     both        d' = clamp(x + d', 0, 1) - x,  and the image x + d'
 
-pixels x, delta d: [B, ...], float32; gradient g: float32, float16 or bfloat16. Returns d' and x + d', laid out as x is. Nothing is kept
-for backward: no gradient passes.
+pixels x, delta d: [B, ...], float32; gradient g: float32, float16 or bfloat16. Returns d' and x +
+d', laid out as x is. Nothing is kept for backward: no gradient passes.
 
-Fused, L2 is two kernels. |d + s g/|g||^2 = |d|^2 + 2 s d.g/|g| + s^2, so that one reduction gives all that the update needs, summed in
-float64: a gradient whose squares underflow float32 needs no scaling, and nothing is lost where the three terms cancel. Bytes an element:
-8 to reduce, 20 to apply (12 read, 8 written), that is 1.08 GB for 256 images of 224 px. L-infinity is one kernel of 20 bytes an element.
-The plain form in eager mode moves 124 and 80: 15 and 8 operations, each of which reads and writes whole tensors.
+Fused, L2 is two kernels. |d + s g/|g||^2 = |d|^2 + 2 s d.g/|g| + s^2, so that one reduction gives
+all that the update needs, summed in float64: a gradient whose squares underflow float32 needs no
+scaling, and cancellation of the three terms loses nothing. Bytes an element: 8 to reduce, 20 to
+apply (12 read, 8 written), that is 1.08 GB for 256 images of 224 px. L-infinity is one kernel of 20
+bytes an element. The plain form in eager mode moves 124 and 80: 15 and 8 operations, each of which
+reads and writes whole tensors.
 
-The image is not converted to the VQGAN encoder's dtype and range on its way out. That would save 16 bytes an element, 0.6 GB or 0.14 ms at
-4.3 TB/s for those 256 images, of a step of more than half a second; and the encoder would have to know where its input comes from.
+The kernel does not convert the image to the VQGAN encoder's dtype and range. That would save 16
+bytes an element (0.6 GB, 0.14 ms at 4.3 TB/s for 256 images, of a step of more than half a second),
+but couple the encoder to the attack.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ def l2_norm(x: Tensor) -> Tensor:
 def reference(
     pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
 ) -> tuple[Tensor, Tensor]:
-    """The plain form, on any device and in any dtype."""
+    """Plain form, on any device and in any dtype."""
     delta = project(delta + step_size * direction(gradient, norm), pixels, norm, eps)
     return delta, pixels + delta
 
@@ -80,12 +84,14 @@ def _(
 def pgd_update(
     pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
 ) -> tuple[Tensor, Tensor]:
-    """One PGD step (see the top of this file): (new delta, pixels + new delta); Triton on CUDA, the plain form elsewhere.
+    """Run one PGD step and return (new delta, pixels + new delta); Triton on CUDA, the plain form
+    elsewhere.
 
-    pixels, delta: float32 [B, ...], B >= 1 images in [0, 1] and what was added to them. gradient: of the same shape, float32, float16 or
-    bfloat16, in any layout. norm: "l2" or "linf"; eps, step_size >= 0 in its unit. A sample whose gradient is 0 keeps its delta,
-    projected. A gradient that is not finite makes its L2 sample NaN; in L-infinity NaN counts as 0.
-    Raises ValueError for shapes, dtypes and norms that do not fit.
+    pixels, delta: float32 [B, ...], B >= 1 images in [0, 1] and their perturbations. gradient: of
+    the same shape, float32, float16 or bfloat16, in any layout. norm: "l2" or "linf"; eps,
+    step_size >= 0 in its unit. A sample whose gradient is 0 keeps its delta, projected. A gradient
+    that is not finite makes its L2 sample NaN; in L-infinity NaN counts as 0. Raises ValueError for
+    shapes, dtypes and norms that do not fit.
     """
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm must be l2 or linf, not {norm!r}")

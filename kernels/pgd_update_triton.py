@@ -1,6 +1,7 @@
 """`pgd_update` in Triton: formulas, shapes and bytes are in pgd_update.py. Not yet run on a GPU.
 
-Deterministic: every program writes its own partial sums, which all programs of a sample add up in the same order.
+Deterministic: every program writes its own partial sums; all programs of a sample add them in the
+same order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dad_fast.kernels.cross_compile import CompileSpec
 
-BLOCK = 4096  # elements a program holds at once: 16 a thread, 4 loads of 16 bytes for each of the tensors
+# Elements a program holds at once: 16 a thread, 4 loads of 16 bytes for each of the tensors.
+BLOCK = 4096
 NUM_WARPS = 8
 MAX_PARTS = 256  # partial sums that an applying program adds up
 
@@ -89,14 +91,14 @@ def _apply(
         dd = _total(partial_ptr, sample, num_parts, 0, PARTS)
         dg = _total(partial_ptr, sample, num_parts, 1, PARTS)
         gg = _total(partial_ptr, sample, num_parts, 2, PARTS)
-        # A gradient that is not finite must not pass for a small one: 1 / inf would leave most of the image as it was.
+        # A non-finite gradient must not act as a small one: 1 / inf would leave most of the image
+        # unchanged.
         per_g = tl.where(
             gg == 0.0, 0.0, tl.where(gg == float("inf"), float("nan"), 1.0 / tl.sqrt(gg))
         )
         step = step_size * per_g  # float64
-        length = tl.sqrt(
-            dd + 2.0 * step * dg + step * step * gg
-        )  # |d + step g|; NaN where rounding left less than 0: as good as 0
+        # |d + step g|; NaN if rounding left less than 0, which then acts like 0.
+        length = tl.sqrt(dd + 2.0 * step * dg + step * step * gg)
         shrink = tl.where(length > eps, eps / length, 1.0)
         d = ((d.to(tl.float64) + step * g.to(tl.float64)) * shrink).to(tl.float32)
     else:
@@ -109,7 +111,7 @@ def _apply(
 
 
 def compile_specs(arch: str) -> list[CompileSpec]:
-    """The launches at 224 px."""
+    """Return the launches at 224 px."""
     from dad_fast.kernels.cross_compile import CompileSpec
 
     common = {
@@ -151,11 +153,9 @@ def compile_specs(arch: str) -> list[CompileSpec]:
 def launch(
     pixels: Tensor, delta: Tensor, gradient: Tensor, norm: str, eps: float, step_size: float
 ) -> tuple[Tensor, Tensor]:
-    """As `pgd_update`, whose checks it relies on."""
-    new_delta, image = (
-        torch.empty_like(pixels),
-        torch.empty_like(pixels),
-    )  # dense, in the order of the pixels' own strides
+    """Like `pgd_update`, which checks the inputs."""
+    # Dense, in the order of the pixels' own strides.
+    new_delta, image = torch.empty_like(pixels), torch.empty_like(pixels)
     pixels, delta, gradient = (_laid_out_as(image, tensor) for tensor in (pixels, delta, gradient))
     batch, n = len(pixels), pixels[0].numel()
     num_blocks = triton.cdiv(n, BLOCK)
@@ -195,7 +195,7 @@ def launch(
 
 
 def _laid_out_as(example: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` with the strides of `example`, which is dense: itself where it has them, else a copy."""
+    """Return `tensor` with the strides of the dense `example`: itself if they match, else a copy."""
     return (
         tensor
         if tensor.stride() == example.stride()

@@ -1,8 +1,11 @@
-"""python -m dad_fast.kernels.report: what every Triton kernel and every csrc/*.cu needs of an A100 and an H100/H200, with no GPU here.
+"""Report the resources of every Triton kernel and csrc/*.cu on A100 and H100/H200, without a GPU.
 
-Compiles each for sm_80 and sm_90 (csrc: sm_90a) with the meta-parameters it is launched with, and prints registers per thread,
-spills (bytes of stack), shared memory per block, tensor-core instructions in the machine code, and the occupancy they allow.
-Exit code 0; 1 when a kernel does not compile; 3 when a tool is missing.
+    python -m dad_fast.kernels.report
+
+Compiles each for sm_80 and sm_90 (csrc: sm_90a) with the meta-parameters it is launched with, and
+prints registers per thread, spills (bytes of stack), shared memory per block, tensor-core
+instructions in the machine code, and the occupancy they allow. Exit code 0; 1 when a kernel does
+not compile; 3 when a tool is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from dad_fast.kernels.cross_compile import (
 
 
 def collect(archs: list[str], only: str, name: str) -> tuple[list[Binary], list[str]]:
-    """The binaries whose name contains `name`, and one line per kernel that does not compile."""
+    """Return the binaries whose name contains `name`, and a line per kernel that does not compile."""
     binaries: list[Binary] = []
     failures: list[str] = []
 

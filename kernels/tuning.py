@@ -1,8 +1,10 @@
-"""Meta-parameters of the Triton kernels: a checked-in table per architecture and shape bucket, and the tool that measures it.
+"""Meta-parameters of the Triton kernels: a committed table per architecture and shape bucket, and
+its measuring tool.
 
-The table, tuning.json: kernel -> architecture -> entries, tried in order. An entry fits a shape when each of its bounds under
-"max" is at least the shape's; the last entry of a list has no bound. @triton.autotune is not used: it needs a GPU to start,
-and ranks that time differently would run different kernels. Fixed entries give the same kernel, and the same codes, everywhere.
+The table, tuning.json: kernel -> architecture -> entries, tried in order. An entry fits a shape if
+each of its bounds under "max" is at least the shape's; the last entry of a list has no bound.
+@triton.autotune is not used: it needs a GPU at import, and ranks with different timings would run
+different kernels. Fixed entries give the same kernel and the same codes everywhere.
 
     python -m dad_fast.kernels.tuning [KERNEL ...] [--write]     (on a GPU) times every candidate, prints, rewrites this GPU's entries
 """
@@ -29,7 +31,7 @@ CHOOSERS = ("dad_fast.kernels.wide_attention",)  # tables that choose between ot
 
 @dataclass(frozen=True)
 class TuningCase:
-    """One entry of the table, to be measured: `run(meta)` does the work once with these meta-parameters."""
+    """Table entry to measure: `run(meta)` does the work once with these meta-parameters."""
 
     kernel: str
     bounds: dict[str, int]  # the entry's "max"
@@ -38,7 +40,9 @@ class TuningCase:
 
 
 def architecture(device: torch.device | str) -> str:
-    """The table's name for a CUDA device; newer ones than the table knows use the newest. A CPU (the interpreter): sm_80."""
+    """Return the table's name of a CUDA device (newer devices use the newest); sm_80 for a CPU (the
+    interpreter).
+    """
     device = torch.device(device)
     if device.type != "cuda":
         return "sm_80"
@@ -56,7 +60,7 @@ def entries(kernel: str, arch: str) -> list[dict[str, Any]]:
 
 
 def meta_parameters(kernel: str, arch: str, **shape: int) -> dict[str, int]:
-    """The meta-parameters for a shape: those of the first entry whose bounds hold."""
+    """Return the meta-parameters of the first entry that fits the shape."""
     for entry in entries(kernel, arch):
         if all(shape[name] <= bound for name, bound in entry["max"].items()):
             return {name: value for name, value in entry.items() if name != "max"}
@@ -64,7 +68,9 @@ def meta_parameters(kernel: str, arch: str, **shape: int) -> dict[str, int]:
 
 
 def measure(case: TuningCase) -> list[tuple[float, dict[str, int]]]:
-    """(milliseconds, candidate), fastest first; a candidate that the GPU cannot hold is left out."""
+    """Return (milliseconds, candidate), fastest first, without candidates that exceed the GPU's
+    resources.
+    """
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -134,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def render(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """The table as JSON with one entry a line, so that a change of one reads as one."""
+    """Format the table as JSON with an entry a line, for readable diffs."""
     kernels = []
     for kernel, by_arch in table.items():
         archs = []

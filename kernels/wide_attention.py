@@ -1,12 +1,16 @@
-"""Attention of one head wider than flash kernels take (512 in a published VQGAN, where they end at 256), for inference.
+"""Attention of one head wider than flash kernels support (512 in a published VQGAN; they end at
+256), for inference.
 
     y_i = sum_j softmax_j(scale q_i . k_j) v_j           q, k, v, y [B, N, D], one dtype
 
-Which of the ways is fastest depends on the GPU: the table (tuning.json, "wide_attention") has one for each architecture and width,
-measured by `python -m dad_fast.kernels.tuning wide_attention --write`. Not yet measured on a GPU: PyTorch's own choice stands.
+The fastest implementation depends on the GPU: the table (tuning.json, "wide_attention") has one for
+each architecture and width, measured by `python -m dad_fast.kernels.tuning wide_attention --write`.
+Not yet measured on a GPU, so the table has PyTorch's own choice.
 
-sdpa      PyTorch's dispatcher; on CUDA at this width it has the memory-efficient kernel (16 and 32 bits) or three plain operations
-bmm       batched GEMMs around a softmax; the scores [B, N, N] are rounded to the dtype, which costs up to twice the error
+sdpa      PyTorch's dispatcher; on CUDA at this width it has the memory-efficient kernel (16 and 32
+          bits) or three plain operations
+bmm       batched GEMMs around a softmax; the scores [B, N, N] are rounded to the dtype, which costs
+          up to twice the error
 xformers  memory_efficient_attention, where it is installed for this torch
 """
 
@@ -46,7 +50,9 @@ WAYS: dict[str, Attend] = {"sdpa": sdpa, "bmm": bmm, "xformers": xformers}
 
 
 def wide_attention(device: torch.device, width: int) -> Attend:
-    """The table's way for heads of `width` on `device`; PyTorch's own on other devices than CUDA, and where xformers is not installed."""
+    """Return the table's implementation for heads of `width` on `device`; PyTorch's own without
+    CUDA or xformers.
+    """
     if device.type != "cuda":
         return sdpa
     way = cast(
@@ -56,7 +62,7 @@ def wide_attention(device: torch.device, width: int) -> Attend:
 
 
 def tuning_cases() -> list[TuningCase]:
-    """The maps of f8 at 224 px, 32 images, in float16."""
+    """Return the maps of f8 at 224 px, 32 images, in float16."""
     q, h = torch.randn(2, 32, 784, 512, dtype=torch.float16, device="cuda")
     ways = [
         way for way in WAYS if way != "xformers" or importlib.util.find_spec("xformers") is not None

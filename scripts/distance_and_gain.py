@@ -1,13 +1,15 @@
-"""Whether images that lie nearer to a test set help more on it: the embedded experiment behind docs/analyze.md.
+"""Experiment of docs/analyze.md: do images nearer to a test set help more on it?
 
-    python scripts/distance_and_gain.py runs/distance-and-gain       # about 20 minutes of one core; goes on where it was stopped
+    python scripts/distance_and_gain.py runs/distance-and-gain   # 20 minutes of one core; resumes
 
-A generator makes one set of images from the training set: the images themselves, Q(x), Q(x + noise), DAT's (Q of images that attack a
-student trained without them) or DAD's. For each, students learn by distillation on clean images and on that set, by the same loss, and are
-compared with students of the same seed that learn on clean images alone. Every set is stored first (8-bit, unaugmented; where there is
-noise, 5 draws), so that students see the very images that are measured, and in every set only images count that the teacher gives their
-label. Distances are taken in three spaces. Writes OUT/analysis-SPACE (by dad-fast analyze), docs/records/analyze.json, docs/analyze.svg,
-and the tables between the marks in docs/analyze.md.
+A generator makes one set of images from the training set: the images themselves, Q(x), Q(x +
+noise), DAT's (Q of images that attack a student trained without them) or DAD's. For each set,
+students are distilled on clean images and on the set with the same loss, and compared with students
+of the same seed distilled on clean images alone. Every set is stored first (8-bit, unaugmented; 5
+draws of sets with noise), so students see the measured images. In every set only images count that
+the teacher classifies as their label. Distances are measured in three spaces. Writes
+OUT/analysis-SPACE (by dad-fast analyze), docs/records/analyze.json, docs/analyze.svg, and the
+tables between the marks in docs/analyze.md.
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ from dad_fast.precompute.run import make_builder
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EPOCHS, DRAWS = 10, 5
-# Chosen before anything was trained: the embedded test sets, and every corruption at its worst.
+# Chosen before any training: the embedded test sets, and every corruption at its worst.
 SUITES = ("test", "optdigits", *(f"{name}:5" for name in STANDARD), "invert:1")
-# How `dad-fast precompute` makes each set; DAT's is made here, for precompute attacks teachers.
+# Settings of `dad-fast precompute` for each set. DAT's is made here, because precompute attacks
+# teachers.
 SETS: dict[str, dict[str, Any]] = {
     "clean": {"discretizer.name": "identity", "attack.steps": 0, "attack.random_start": 0.0},
     "q_clean": {"attack.steps": 0, "attack.random_start": 0.0},
@@ -57,7 +60,7 @@ BOOTSTRAPS = 2000
 
 
 class AttackedStudent(nn.Module):
-    """What is attacked, with gradients, is a student; what judges the result, without, is the teacher."""
+    """The student with gradients (the attacked model), the teacher without (the filter)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class AttackedStudent(nn.Module):
 
 
 def settings() -> Config:
-    """DAD as in the demo, in one run."""
+    """Return the settings of DAD in the demo, as one run."""
     return with_values(
         expand(gather("demo", None, [], {"method": "dad"}))[0][2],
         {"schedule.epochs": EPOCHS, "eval.every_epochs": 0},
@@ -76,7 +79,7 @@ def settings() -> Config:
 
 
 def train(output: Path, seeds: int) -> None:
-    """Every store and student that is not there yet."""
+    """Make every missing store and student."""
     stores, base = output / "stores", output / "base.toml"
     if all(
         (output / name / f"seed-{seed}" / "results.json").exists()
@@ -134,8 +137,11 @@ def _do(*arguments: Any) -> None:
 
 
 @torch.no_grad()
-def judge(output: Path, seeds: int) -> dict[str, dict[str, list[float]]]:
-    """Top-1 in % by set, test set and seed. All students see a test image in the same view, so that it is made once."""
+def evaluate(output: Path, seeds: int) -> dict[str, dict[str, list[float]]]:
+    """Return top-1 in % by set, test set and seed.
+
+    All students share one view of each test image.
+    """
     cfg = settings()
     students = {
         (name, seed): load_student(output / name / f"seed-{seed}" / "model.safetensors")[0].eval()
@@ -162,31 +168,37 @@ def judge(output: Path, seeds: int) -> dict[str, dict[str, list[float]]]:
                 hits[key] += int((student(pixels).argmax(dim=1) == batch.labels).sum())
         for (name, _), count in hits.items():
             found[name].setdefault(suite, []).append(100 * count / loader.num_images)
-        print(f"judged {len(students)} students on {suite}", flush=True)
+        print(f"evaluated {len(students)} students on {suite}", flush=True)
     return found
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, of equal values their mean."""
+    """Return ranks along the last axis; equal values get their mean rank."""
     less = (values[..., None, :] < values[..., :, None]).sum(-1)
     equal = (values[..., None, :] == values[..., :, None]).sum(-1)
     return less + (equal - 1) / 2
 
 
 def within(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation over the generators for each test set; [..., T, G] twice -> [..., T]. 0 where all gains are the same."""
+    """Spearman's rank correlation over the generators for each test set; [..., T, G] twice -> [...,
+    T].
+
+    0 if all gains are equal.
+    """
     a, b = (x - x.mean(-1, keepdims=True) for x in (ranks(distance), ranks(gain)))
     scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
     return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
 def relation(distance: np.ndarray, gain: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """How distance [T, G] and gain [T, G, S] of G generators go together on T test sets, over S seeds.
+    """Relate distance [T, G] and gain [T, G, S] of G generators on T test sets, over S seeds.
 
-    rho: mean over test sets of the rank correlation over generators (below 0: the nearer helps more), with a 95 % interval by the bootstrap
-    over test sets and seeds. p: share of all G! ways to give the generators each other's gains, in all test sets at once, whose rho is as
-    low: test sets are no independent trials of the generators. pooled: the rank correlation over all pairs of test set and generator,
-    which mixes in that a far test set has more to gain.
+    rho     mean over test sets of the rank correlation over generators (below 0: nearer sets help
+            more), with a 95 % interval by the bootstrap over test sets and seeds
+    p       share of all G! permutations of the generators' gains, the same in all test sets, with a
+            rho as low: test sets are not independent trials of the generators
+    pooled  the rank correlation over all pairs of test set and generator, which also reflects that
+            a far test set has more to gain
     """
     num_tests, num_sets, num_seeds = gain.shape
     mean = gain.mean(-1)
@@ -194,10 +206,8 @@ def relation(distance: np.ndarray, gain: np.ndarray, seed: int = 0) -> dict[str,
     random = np.random.default_rng(seed)
     draws = []
     for _ in range(BOOTSTRAPS):
-        tests, seeds = (
-            random.integers(num_tests, size=num_tests),
-            random.integers(num_seeds, size=num_seeds),
-        )
+        tests = random.integers(num_tests, size=num_tests)
+        seeds = random.integers(num_seeds, size=num_seeds)
         draws.append(within(distance[tests], gain[tests][:, :, seeds].mean(-1)).mean())
     others = [
         within(distance, mean[:, list(order)]).mean()
@@ -213,15 +223,16 @@ def relation(distance: np.ndarray, gain: np.ndarray, seed: int = 0) -> dict[str,
 
 
 def relate(distances: dict[str, Any], top1: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """The relation in each space for each distance: over all test sets, and over those whose shift can be seen there: the interval of their
-    distance from clean images is above 0."""
+    """Return the relation in each space for each distance, over all test sets and over those with a
+    visible shift.
+
+    A shift is visible if the interval of the distance from clean images is above 0.
+    """
     names = list(SETS)
-    gain = np.array(
-        [
-            [np.subtract(top1[name][suite], top1["none"][suite]) for name in names]
-            for suite in SUITES
-        ]
-    )  # [T, G, S]
+    gains = [
+        [np.subtract(top1[name][suite], top1["none"][suite]) for name in names] for suite in SUITES
+    ]
+    gain: np.ndarray = np.array(gains)  # [T, G, S]
     found: dict[str, Any] = {}
     for space, of_suites in distances.items():
         for measure in MEASURES:
@@ -261,9 +272,9 @@ def main() -> int:
         tests = analysis["distances"].pop("tests")
         distances[space] = {suite: tests[suite.removesuffix(":1")]["sets"] for suite in SUITES}
         floors[space] = {suite: tests[suite.removesuffix(":1")]["floor"] for suite in SUITES}
-        analysis["student"]["file"] = "none/seed-0"  # and not where it lies on this machine
+        analysis["student"]["file"] = "none/seed-0"  # no path of this machine
         analyses[space] = {key: value for key, value in analysis.items() if key != "environment"}
-    top1 = judge(output, options.seeds)
+    top1 = evaluate(output, options.seeds)
     record = {
         "seeds": options.seeds,
         "epochs": EPOCHS,
@@ -284,7 +295,7 @@ def main() -> int:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to six digits."""
+    """Round all floats to six digits."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,37 +1,45 @@
-"""Checks this checkout on a CUDA machine, in parts. What needs a package or tool that is not there is skipped by name.
+"""Check this checkout on a CUDA machine, in parts. A part whose package or tool is missing is
+skipped by name.
 
                  minutes, estimated for one H200 and 16 cores; not yet run on a GPU
-doctor        1  what is installed; codebook search and attack on this GPU against float64
-csrc          1  builds the compiled half for this GPU (needs apache-tvm-ffi, cmake, nvcc); the parts after it use it
+doctor        1  installed packages; codebook search and attack on this GPU against float64
+csrc          1  builds the compiled half for this GPU (needs apache-tvm-ffi, cmake, nvcc);
+                 later parts use it
 tests         4  the tests marked `gpu`
-bench-GROUP      one part per file benchmarks/test_GROUP.py, at size paper: ViT-B/16 from ViT-L/14, VQGAN f8
-                 steps 7, stages 3, stored 3, nearest_code 4, vqgan 6, step_kernels 7, optimizers 1
-steps-base    3  whole steps against plain distillation at size base: ResNet-50 from ViT-B/16, VQGAN f16
+bench-GROUP      one part per file benchmarks/test_GROUP.py, at size paper: ViT-B/16 from ViT-L/14,
+                 VQGAN f8; minutes: steps 7, stages 3, stored 3, nearest_code 4, vqgan 6,
+                 step_kernels 7, optimizers 1
+steps-base    3  whole steps against plain distillation at size base: ResNet-50 from ViT-B/16,
+                 VQGAN f16
 demo          1  a few steps of every variant of the demo preset, through the real command
-vitb16        2  a few steps of kd and dad by the real command: ViT-B/16 student and teacher, VQGAN f8, random weights, on JPEGs made here
+vitb16        2  a few steps of kd and dad by the real command: ViT-B/16 student and teacher,
+                 VQGAN f8, random weights, generated JPEGs
 profile       1  torch's profiler over the steps of vitb16
 nsys          1  Nsight Systems over the steps of vitb16
 ncu           2  Nsight Compute on this project's kernels in the steps of vitb16
-tuning        5  times the Triton kernels' meta-parameters; the table with the fastest goes to tuning.json
+tuning        5  times the Triton kernels' meta-parameters; tuning.json gets the fastest
 
-With a GPU for half an hour, in calls of ten minutes, in order of value (each name stands for several parts):
+With a GPU for half an hour, in calls of ten minutes, in order of value (each name runs several
+parts):
 
-    scripts/gpu_check.sh --minutes 9.5 right    do kernels, graphs and the real command compute what they should; the stages' speed
-    scripts/gpu_check.sh --minutes 9.5 steps    the ratios of whole steps, with and without graphs, and with stores
-    scripts/gpu_check.sh --minutes 9.5 kernels  the kernels' speed against torch.compile, lookups, Nsight Compute
-    scripts/gpu_check.sh --minutes 9.5 rest     meta-parameters, savings, the smaller models
+    scripts/gpu_check.sh --minutes 9.5 right    correctness of kernels, graphs, command; stages
+    scripts/gpu_check.sh --minutes 9.5 steps    ratios of whole steps: graphs or not, with stores
+    scripts/gpu_check.sh --minutes 9.5 kernels  kernels against torch.compile, lookups, ncu
+    scripts/gpu_check.sh --minutes 9.5 rest     meta-parameters, optimizations, the smaller models
 
-A bare checkout with torch, triton, timm and pytest is enough for most of it. A machine without a package index wants these in
-.whl/ (7 MB; gpu_check.sh installs them aside, for itself alone):
+A bare checkout with torch, triton, timm and pytest is enough for most parts. On a machine without a
+package index put these into .whl/ (7 MB; gpu_check.sh installs them into a folder of its own):
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \\
+    pip download --no-deps --only-binary=:all: --python-version 3.12 \\
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \\
         --platform manylinux2014_x86_64 -d .whl open_clip_torch ftfy wcwidth apache-tvm-ffi mlxtend
 
-To a copy without git's history say which commit it is, for the records: DAD_FAST_COMMIT=$(git rev-parse HEAD).
+In a copy without git history set the commit for the records: DAD_FAST_COMMIT=$(git rev-parse HEAD).
 
-Results: runs/gpu_check/PART.json and .log, manifest.json, benchmarks/; scripts/gpu_report.py makes tables of the records. What is
-known so far is printed last, in less than 12,000 characters, and with OUT set packed after every part as OUT/gpu_check.tar.gz beside
-OUT/summary.txt, so that a call that is killed leaves what it found. When one part fails the next still runs.
+Results: runs/gpu_check/PART.json and .log, manifest.json, benchmarks/; scripts/gpu_report.py makes
+tables of the records. A summary of less than 12,000 characters is printed last. With OUT set,
+OUT/gpu_check.tar.gz and OUT/summary.txt are written after every part, so that a killed call keeps
+its results. A failed part does not stop the next one.
 """
 
 from __future__ import annotations
@@ -82,27 +90,24 @@ CALLS = {
 
 
 def check(name: str, options: argparse.Namespace, out: Path) -> str:
-    """Run one part, write its result file and enter it in the manifest; returns passed, failed or skipped."""
+    """Run one part, write its result file and manifest entry; return passed, failed or skipped."""
     from dad_fast.loggers.run_log import environment
 
     file, log = out / f"{name}.json", out / f"{name}.log"
     log.write_text("", encoding="utf-8")
-    finish(
-        out, file, {"part": name, "device": options.device, "verdict": "running"}
-    )  # what a killed run leaves
+    # A killed run leaves this entry.
+    finish(out, file, {"part": name, "device": options.device, "verdict": "running"})
     started = time.monotonic()
     result: dict[str, Any] = {"part": name, "device": options.device}
     with tempfile.TemporaryDirectory(prefix="dad-fast-gpu-check-") as work:
         os.environ["DAD_FAST_CACHE"] = f"{work}/cache"
         try:
-            result |= {"verdict": "passed"} | PARTS[name](
-                Context(options, out, log, Path(work), started + options.limit)
-            )
+            context = Context(options, out, log, Path(work), started + options.limit)
+            result |= {"verdict": "passed"} | PARTS[name](context)
         except Skipped as reason:
             result |= {"verdict": "skipped", "reason": str(reason)}
-        except (
-            Exception
-        ) as error:  # whatever failed belongs into the result file, and the next part still runs
+        # The failure goes into the result file, and the next part still runs.
+        except Exception as error:
             result |= {"verdict": "failed", "reason": f"{type(error).__name__}: {error}"}
     if result["verdict"] == "failed" and (found := failures(log)):
         result["failures"] = found
@@ -114,7 +119,7 @@ def check(name: str, options: argparse.Namespace, out: Path) -> str:
 
 
 def failures(log: Path) -> list[str]:
-    """Lines of a log that name what failed; of pytest's own, those of its summary."""
+    """Return the lines of a log that name failures; for pytest those of its summary."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))] or lines[-6:]
     more = [f"and {len(named) - FAILURES} more"] if len(named) > FAILURES else []
@@ -122,7 +127,7 @@ def failures(log: Path) -> list[str]:
 
 
 def finish(out: Path, file: Path, result: dict[str, Any]) -> None:
-    """Write a part's result and its line of the manifest; pack what there is, where OUT says where to."""
+    """Write a part's result and manifest entry; if OUT is set, pack all results there."""
     write(file, result)
     keys = ("part", "device", "verdict", "reason", "failures", "counts", "status", "seconds")
     enter(out / "manifest.json", {key: result[key] for key in keys if key in result})
@@ -138,7 +143,7 @@ def finish(out: Path, file: Path, result: dict[str, Any]) -> None:
 
 
 def summary(out: Path) -> str:
-    """What is known so far: a line per part, what failed, and the targets."""
+    """Return the summary: a line per part, its failures, and the targets."""
     lines = []
     for entry in json.loads((out / "manifest.json").read_text(encoding="utf-8")):
         rest = {
@@ -146,16 +151,14 @@ def summary(out: Path) -> str:
             for key, value in entry.items()
             if key not in ("part", "verdict", "failures", "device")
         }
-        lines.append(
-            f"{entry['part']:<20} {entry['verdict']:<8} "
-            + ", ".join(f"{key} {value}" for key, value in rest.items())[:300]
-        )
+        details = ", ".join(f"{key} {value}" for key, value in rest.items())[:300]
+        lines.append(f"{entry['part']:<20} {entry['verdict']:<8} {details}")
         lines += [f"    {line}" for line in entry.get("failures", [])]
     return "\n".join([*lines, "", *targets(out / "benchmarks")])[:SUMMARY_CHARACTERS] + "\n"
 
 
 def enter(manifest: Path, entry: dict[str, Any]) -> None:
-    """Replace the entry of that part; parts may be run one at a time, by several calls."""
+    """Replace the manifest entry of one part; several calls may run parts one at a time."""
     entries = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else []
     kept = [other for other in entries if other["part"] != entry["part"]]
     write(manifest, sorted([*kept, entry], key=lambda one: list(PARTS).index(one["part"])))
@@ -175,12 +178,12 @@ def main() -> int:
         "parts",
         nargs="*",
         metavar="PART",
-        help="parts, or the name of a call; by default all parts",
+        help="parts, or names of calls [all parts]",
     )
     parser.add_argument(
         "--minutes",
         type=float,
-        help="of the whole call: what does not fit any more is left out, what runs is stopped",
+        help="limit of the whole call: parts that no longer fit are left out, a running part is stopped",
     )
     parser.add_argument(
         "--steps", type=int, default=24, help="training steps per run of demo and vitb16"
@@ -212,7 +215,8 @@ def main() -> int:
 
     if options.device != "cpu" and not torch.cuda.is_available():
         print(
-            "gpu_check: torch sees no CUDA device here; run it on a GPU machine (or rehearse with --device cpu)",
+            "gpu_check: torch sees no CUDA device here; run it on a GPU machine (or rehearse with "
+            "--device cpu)",
             file=sys.stderr,
         )
         return 3
@@ -221,9 +225,9 @@ def main() -> int:
     limit, verdicts = options.limit, []
     for name in dict.fromkeys(wanted):
         if options.minutes is not None:
-            options.limit = min(
-                limit, 60 * options.minutes - (time.monotonic() - started) - 15
-            )  # to stop it and to pack
+            # Keep 15 s to stop the part and to pack.
+            left = 60 * options.minutes - (time.monotonic() - started) - 15
+            options.limit = min(limit, left)
             if options.limit < 20:
                 print(f"{name}: no time left", flush=True)
                 continue

@@ -1,4 +1,4 @@
-"""The parts of gpu_check.py: what each runs, and what goes into its result."""
+"""Parts of gpu_check.py: the commands of each, and its result."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ TIMED_METHODS = ("kd", "dad")
 
 
 class Skipped(Exception):
-    """This part cannot run here; the message says why."""
+    """Raised by a part that cannot run here, with the reason."""
 
 
 @dataclass
 class Context:
-    """What a part gets."""
+    """Options, folders and deadline of a part."""
 
     options: argparse.Namespace
     out: Path
     log: Path
-    work: Path  # a folder that is removed afterwards
+    work: Path  # removed after the part
     deadline: float
 
     def call(self, *command: str) -> str:
-        """Run in the checkout, output appended to the log as it comes; returns its last line, RuntimeError with it on failure."""
+        """Run a command in the checkout and append its output to the log; return the last line.
+
+        Raises RuntimeError with that line on failure.
+        """
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         with self.log.open("a", encoding="utf-8") as file:
@@ -72,11 +75,11 @@ class Context:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a command and all that it started: first as Ctrl-C does, so that pytest says what it has found."""
+    """End a command and its children: SIGINT first, so that pytest still reports, then SIGKILL."""
     for number, seconds in ((signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)
-        except ProcessLookupError:  # all of them have ended
+        except ProcessLookupError:  # all processes have ended
             return
         try:
             process.wait(timeout=seconds)
@@ -96,7 +99,7 @@ def require_tool(name: str) -> None:
         raise Skipped(f"not on the PATH: {name}")
 
 
-# --- is it right ---
+# --- correctness ---
 
 
 def doctor(run: Context) -> dict[str, Any]:
@@ -110,10 +113,8 @@ def csrc(run: Context) -> dict[str, Any]:
 
     require("tvm_ffi")
     require_tool("cmake")
-    build, flags = (
-        f"build/gpu-check-{sys.version_info.major}{sys.version_info.minor}",
-        [f"-DPython_EXECUTABLE={sys.executable}"],
-    )
+    build = f"build/gpu-check-{sys.version_info.major}{sys.version_info.minor}"
+    flags = [f"-DPython_EXECUTABLE={sys.executable}"]
     if run.options.device != "cpu":
         major, minor = torch.cuda.get_device_capability()
         flags.append(f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}{'a' if major >= 9 else ''}-real")
@@ -125,11 +126,9 @@ def csrc(run: Context) -> dict[str, Any]:
 
 
 def tests(run: Context) -> dict[str, Any]:
-    several = (
-        ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
-        if importlib.util.find_spec("xdist")
-        else []
-    )
+    several = []
+    if importlib.util.find_spec("xdist"):
+        several = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     set_timeout = ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
     closing_line = run.pytest(
         "-m", "gpu", "--continue-on-collection-errors", *several, *set_timeout, "tests"
@@ -147,7 +146,10 @@ def tests(run: Context) -> dict[str, Any]:
 
 
 def benchmark(run: Context, group: str, size: str = "paper") -> dict[str, Any]:
-    """Run a benchmark file; its record goes to OUT/benchmarks. On the CPU (a rehearsal) always at size tiny."""
+    """Run a benchmark file; write its record to OUT/benchmarks.
+
+    On the CPU (a rehearsal) the size is tiny.
+    """
     size = "tiny" if run.options.device == "cpu" else size
     target = [
         "--bench-size",
@@ -171,7 +173,9 @@ def steps_base(run: Context) -> dict[str, Any]:
 
 
 def speeds(run: Path) -> dict[str, Any]:
-    """A run's images a second, by log window and without the first, which holds the warm-up; and its settings."""
+    """Return a run's images per second over its log windows without the first (warm-up), and its
+    settings.
+    """
     rows = [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -179,7 +183,8 @@ def speeds(run: Path) -> dict[str, Any]:
     windows = [row for row in rows if row["kind"] == "train"]
     if len(windows) < 3:
         raise RuntimeError(
-            f"only {len(windows)} log lines of training: at least 3 are needed for a time with a spread"
+            f"only {len(windows)} log lines of training: at least 3 are needed for a time with a "
+            "spread"
         )
     rates = [row["img_per_s"] for row in windows[1:]]
     return {
@@ -198,21 +203,8 @@ def speeds(run: Path) -> dict[str, Any]:
 def demo(run: Context) -> dict[str, Any]:
     require("open_clip", "mlxtend", "sklearn")
     folder, steps = run.work / "demo", str(run.options.steps)
-    run.dad_fast(
-        *(
-            "train",
-            "--preset",
-            "demo",
-            "--device",
-            run.options.device,
-            "--max-steps",
-            steps,
-            "--set",
-            "log_every=2",
-            "-o",
-            str(folder),
-        )
-    )
+    flags = ["--device", run.options.device, "--max-steps", steps, "--set", "log_every=2"]
+    run.dad_fast("train", "--preset", "demo", *flags, "-o", str(folder))
     folders = sorted(path.parent for path in folder.rglob("metrics.jsonl"))
     return {
         "steps": run.options.steps,
@@ -221,7 +213,9 @@ def demo(run: Context) -> dict[str, Any]:
 
 
 def make_images(folder: Path, side: int = 320) -> None:
-    """JPEGs of smooth noise: what decoding and training cost does not depend on what they show."""
+    """Write JPEGs of smooth noise: the cost of decoding and training does not depend on the
+    content.
+    """
     import numpy as np
     from PIL import Image
 
@@ -238,7 +232,7 @@ def make_images(folder: Path, side: int = 320) -> None:
 
 
 def vitb16_settings(run: Context) -> list[str]:
-    """Weights and images made in run.work, and the flags of dad-fast train that use them."""
+    """Make weights and images in run.work; return the flags of dad-fast train that use them."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -246,34 +240,25 @@ def vitb16_settings(run: Context) -> list[str]:
     from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 
     torch.manual_seed(0)
-    work, options, model = run.work, run.options, "vit_base_patch16_224"
-    save_file(
-        timm.create_model(model, num_classes=NUM_CLASSES).state_dict(), work / "teacher.safetensors"
-    )
+    work, options = run.work, run.options
+    model = "vit_base_patch16_224"
+    teacher = timm.create_model(model, num_classes=NUM_CLASSES)
+    save_file(teacher.state_dict(), work / "teacher.safetensors")
     VQGAN(PRESETS["f8-16384"]).save(work / "vqgan.safetensors", seen="nothing: random weights")
     make_images(work / "images")
-    return [
-        *(
-            "--data-dir",
-            str(work / "images"),
-            "--student",
-            model,
-            "--teacher",
-            f"timm:{model}@{work / 'teacher.safetensors'}",
-        ),
-        *(
-            "--discretizer",
-            str(work / "vqgan.safetensors"),
-            "--batch-size",
-            str(options.batch_size),
-            "--workers",
-            str(options.workers),
-        ),
-        *("--epochs", "1000", "--device", options.device),
-        *(
-            ["--amp"] if options.device != "cpu" else []
-        ),  # 16-bit convolutions take minutes on a CPU
-    ]
+    flags = {
+        "--data-dir": work / "images",
+        "--student": model,
+        "--teacher": f"timm:{model}@{work / 'teacher.safetensors'}",
+        "--discretizer": work / "vqgan.safetensors",
+        "--batch-size": options.batch_size,
+        "--workers": options.workers,
+        "--epochs": 1000,
+        "--device": options.device,
+    }
+    words = [str(word) for item in flags.items() for word in item]
+    # 16-bit convolutions take minutes on a CPU.
+    return words if options.device == "cpu" else [*words, "--amp"]
 
 
 def vitb16(run: Context) -> dict[str, Any]:
@@ -321,9 +306,8 @@ def nsys(run: Context) -> dict[str, Any]:
 def ncu(run: Context) -> dict[str, Any]:
     require_tool("ncu")
     found = profiled(run, "ncu", "--launches", "30", "--set", "engine.step_kernels=true")
-    run.call(
-        "ncu", "--import", str(run.out / "ncu" / "profile.ncu-rep"), "--page", "details"
-    )  # into the log
+    # Into the log.
+    run.call("ncu", "--import", str(run.out / "ncu" / "profile.ncu-rep"), "--page", "details")
     return found
 
 

@@ -1,9 +1,11 @@
-"""Markdown tables from benchmark records, of a GPU or a CPU.
+"""Markdown tables from benchmark records of a GPU or a CPU.
 
-scripts/gpu_report.py RECORD.json [...]      prints a table per comparison
-scripts/gpu_report.py --update FILE.md       renews what stands between <!-- records: FOLDER/GROUP.json --> and <!-- end records -->,
-                                             the record's path being relative to the file; --check only says whether it is as it should be
-A number in a document comes from a committed record: this is how it gets there. Needs no packages.
+scripts/gpu_report.py RECORD.json [...]   prints a table per comparison
+scripts/gpu_report.py --update FILE.md    renews the text between <!-- records: FOLDER/GROUP.json
+                                          --> and <!-- end records --> (path relative to the file)
+scripts/gpu_report.py --check --update FILE.md   only reports whether the text is up to date
+
+Numbers in documents come from committed records by this script. Needs no packages.
 """
 
 from __future__ import annotations
@@ -18,18 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import COLUMNS, Record, read_record, shown_columns, table
 
 BLOCK = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end records -->)", re.DOTALL)
-ON_A_CPU = {
-    "",
-    "ms",
-    "ratio",
-    "quartiles",
-    "predicted",
-    "n",
-}  # rates of a CPU say nothing that a reader needs
+# Columns of CPU records; rates of a CPU are of no use to readers.
+ON_A_CPU = {"", "ms", "ratio", "quartiles", "predicted", "n"}
 
 
 def peak_tflops(record: Record, path: Path) -> float | None:
-    """What a plain matrix product reached on that machine, from the record of the stages beside this one."""
+    """Return the rate of a plain matrix product on that machine, from the stages record in the same
+    folder.
+    """
     try:
         stages = record if record["group"] == "stages" else read_record(path.parent / "stages.json")
     except ValueError:
@@ -44,7 +42,7 @@ def peak_tflops(record: Record, path: Path) -> float | None:
 
 
 def caption(record: Record, path: Path, label: str) -> str:
-    """One line: size, machine, versions, commit, date, how busy the machine was."""
+    """Return one line: size, machine, versions, commit, date, load of the machine."""
     machine = record["machine"]
     device = machine["device"]
     if device["kind"] == "cpu":
@@ -52,14 +50,11 @@ def caption(record: Record, path: Path, label: str) -> str:
     else:
         where = f"{device['name']}, driver {device.get('driver', 'unknown')}"
         state = machine["end"]
-        where += (
-            f", {state['sm_mhz']} MHz and {state['power_w']:.0f} W at the end"
-            if {"sm_mhz", "power_w"} <= state.keys()
-            else ""
-        )
-    commit = (machine["commit"] or "unknown")[:9] + (
-        " with uncommitted changes" if machine["dirty"] else ""
-    )
+        if {"sm_mhz", "power_w"} <= state.keys():
+            where += f", {state['sm_mhz']} MHz and {state['power_w']:.0f} W at the end"
+    commit = (machine["commit"] or "unknown")[:9]
+    if machine["dirty"]:
+        commit += " with uncommitted changes"
     packages = ", ".join(
         f"{name} {machine['packages'][name]}"
         for name in ("torch", "triton", "timm")
@@ -71,7 +66,7 @@ def caption(record: Record, path: Path, label: str) -> str:
 
 
 def markdown(record: Record, path: Path, label: str) -> str:
-    """The tables of a record. `label` is its path as a reader of the document follows it."""
+    """Return the tables of a record. `label`: its path relative to the document."""
     on_cpu = record["machine"]["device"]["kind"] == "cpu"
     peak = peak_tflops(record, path)
     parts = [caption(record, path, label)]
@@ -94,13 +89,16 @@ def markdown(record: Record, path: Path, label: str) -> str:
 
 
 def renewed(text: str, document: Path) -> str:
-    """`text` with every block filled from its record. ValueError, in one line, for a record that cannot be read."""
-    return BLOCK.sub(
-        lambda m: (
-            f"{m[1]}\n{markdown(read_record(document.parent / m[2]), document.parent / m[2], m[2])}\n\n{m[3]}"
-        ),
-        text,
-    )
+    """Return `text` with every block filled from its record.
+
+    Raises ValueError for an unreadable record.
+    """
+
+    def fill(block: re.Match[str]) -> str:
+        path = document.parent / block[2]
+        return f"{block[1]}\n{markdown(read_record(path), path, block[2])}\n\n{block[3]}"
+
+    return BLOCK.sub(fill, text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,9 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
             old = given.update.read_text(encoding="utf-8")
             new = renewed(old, given.update)
             if given.check:
-                print(
-                    f"{given.update}: {'as its records say' if new == old else 'not as its records say; run --update'}"
-                )
+                state = "up to date" if new == old else "differs from its records; run --update"
+                print(f"{given.update}: {state}")
                 return int(new != old)
             given.update.write_text(new, encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -1,7 +1,8 @@
-"""What this project wants to reach on one H200, beside what the records of size paper say: scripts/gpu_targets.py FOLDER_OF_RECORDS
+"""Targets for one H200 next to the measured records of size paper: scripts/gpu_targets.py
+FOLDER_OF_RECORDS
 
-Ratios are to timm's plain distillation with the teacher online, in the same interleaved run, per clean image unless said otherwise.
-Nothing has been measured on a GPU yet. Needs no packages.
+Ratios are to timm's plain distillation with the teacher online, in the same interleaved run, per
+clean image unless said otherwise. Nothing has been measured on a GPU yet. Needs no packages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import Record, number, read_record
 
 IMAGENET = 1_281_167  # images
-STAGES = {  # of a step of DAD in the paper's order, and how often it takes each
+# Stages of a step of DAD in the paper's order, and their number per step.
+STAGES = {
     "teacher forward": 2,
     "teacher forward + input gradient": 1,
     "attack arithmetic": 1,
@@ -30,7 +32,7 @@ PAPER, AUTHORS = "dad, paper's order", "dad, authors' order"
 
 
 class Records:
-    """Rows of the newest records of size paper on a GPU. A row that is not there is a KeyError."""
+    """Rows of the newest records of size paper on a GPU. Raises KeyError for a missing row."""
 
     def __init__(self, folder: Path) -> None:
         self.comparisons: dict[tuple[str, str], Record] = {}
@@ -55,7 +57,7 @@ class Records:
         return self.row(group, comparison, name)["ratio"]["median"]
 
     def stored(self) -> str:
-        """The one comparison of the group `stored`: its name is the preset's batch size."""
+        """Return the name of the only comparison of the group `stored`: the preset's batch size."""
         return next(name for group, name in self.comparisons if group == "stored")
 
 
@@ -174,7 +176,7 @@ TARGETS = [
 
 
 def targets(folder: Path) -> list[str]:
-    """A line per target; none without a record of size paper from a GPU."""
+    """Return a line per target, or none without a record of size paper from a GPU."""
     found = Records(folder)
     if not found.comparisons:
         return []
@@ -183,12 +185,12 @@ def targets(folder: Path) -> list[str]:
         try:
             value = target.measure(found)
         except (KeyError, StopIteration):
-            said = "-"
+            measured = "-"
         else:
             met = value >= target.limit if target.at_least else value <= target.limit
-            said = f"{number(value)} {target.unit}  {'met' if met else 'not met'}"
+            measured = f"{number(value)} {target.unit}  {'met' if met else 'not met'}"
         wanted = f"{'>=' if target.at_least else '<='} {number(target.limit)} {target.unit}"
-        lines.append(f"{target.name:<50} {wanted:>12}  {said}")
+        lines.append(f"{target.name:<50} {wanted:>12}  {measured}")
     return lines
 
 

@@ -1,13 +1,18 @@
-"""Make docs/records/lp-clip.json: LP-CLIP on the embedded digits, for a teacher that knows the shifts and one that does not.
+"""Make docs/records/lp-clip.json: LP-CLIP on the embedded digits, with two teachers.
 
-    python scripts/make_demo_weights.py --see mnist --teacher-only -o blind       # the second teacher, about four minutes on one core
-    python scripts/lp_clip_record.py --blind blind/digits-clip.safetensors        # about fifteen minutes on one core
+One teacher knows the shifts, the other does not.
 
-Settings, each judged over seeds, the teacher's zero-shot head beside it:
+    # The second teacher, about four minutes of one core; then about fifteen:
+    python scripts/make_demo_weights.py --see mnist --teacher-only -o blind
+    python scripts/lp_clip_record.py --blind blind/digits-clip.safetensors
 
-    seen        preset lp-clip-demo: the embedded teacher, which has seen both kinds of digits and families of the corruptions
-    blind       the same with a teacher of MNIST alone
-    unlabelled  the blind teacher, and a probe trained on images of the other kind (optdigits-train) without their labels
+Settings, each evaluated over seeds next to the teacher's zero-shot head:
+
+    seen        preset lp-clip-demo: the embedded teacher, trained on both kinds of digits and
+                families of the corruptions
+    blind       the same with a teacher trained on MNIST alone
+    unlabelled  the blind teacher, and a probe trained on images of the other kind (optdigits-train)
+                without their labels
     sweep       preset lp-clip-sweep with the blind teacher: strength of the strong view, threshold
 
 `--table` prints the record's tables as markdown and runs nothing.
@@ -31,7 +36,7 @@ from dad_fast.models.weights.files import sha256_file
 from dad_fast.tools.probe import checks as probe_checks
 
 METRICS = ("top1", "top1_interval", "ece", "nll", "brier")
-CALIBRATION = {"ece": 1, "nll": 2, "brier": 3}  # and the digits that are shown; less is better
+CALIBRATION = {"ece": 1, "nll": 2, "brier": 3}  # digits in the tables; lower is better
 SHORT = ["--suite", "test", "optdigits"]
 CORRUPTED = ["gaussian_noise:3", "defocus_blur:3", "contrast:3", "invert"]
 SETTINGS = {
@@ -53,7 +58,7 @@ SETTINGS = {
 
 
 def train(name: str, blind: str, seeds: int, work: Path) -> dict[str, Any]:
-    """One comparison, or what is left of it, as the record holds it."""
+    """Run or resume one comparison; return its part of the record."""
     out = work / name
     arguments = ["train", *SETTINGS[name], "--seeds", str(seeds)]
     code = dad_fast(
@@ -89,7 +94,7 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(name: str, seeds: int, work: Path) -> dict[str, Any]:
-    """The checks of the ensemble of a comparison's runs by the whole method."""
+    """Run the probe checks on the ensemble of a comparison's lp-clip runs."""
     out = work / f"{name}-checks.json"
     code = probe_checks.main(
         [
@@ -162,15 +167,19 @@ def _values(found: dict[str, Any], variant: str, suite: str, metric: str) -> lis
 
 
 def _accuracy(found: dict[str, Any], variant: str, suite: str) -> str:
-    """Bold where it is above the zero-shot head's 95 % interval over images, in brackets where it is below."""
+    """Format a mean: bold above the zero-shot head's 95 % interval over images, in brackets below."""
     mean, sd = spread(_values(found, variant, suite, "top1"))
     low, high = found["zero_shot"][suite]["top1_interval"]
-    text = f"{mean:.1f}" + ("" if sd is None else f" ± {sd:.1f}")
-    return f"**{text}**" if mean > high else f"({text})" if mean < low else text
+    text = f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
+    if mean > high:
+        return f"**{text}**"
+    return f"({text})" if mean < low else text
 
 
 def _calibration(found: dict[str, Any], variant: str, suite: str) -> str:
-    """Bold where it is better than the zero-shot head by more than two standard deviations over seeds."""
+    """Format calibration: bold if better than the zero-shot head by more than two standard
+    deviations.
+    """
     cells = []
     for metric, digits in CALIBRATION.items():
         mean, sd = spread(_values(found, variant, suite, metric))
@@ -183,12 +192,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--blind", help="weights of the teacher that saw MNIST alone")
+    parser.add_argument("--blind", help="weights of the teacher trained on MNIST alone")
     parser.add_argument(
         "--seeds",
         type=int,
         default=3,
-        help="of each setting; the sweep, which has many cells, takes two at most",
+        help="seeds of each setting; at most two for the sweep, which has many cells",
     )
     parser.add_argument(
         "--work",

@@ -1,20 +1,25 @@
 #!/usr/bin/env python
-"""Make the demo's teacher and discretizer from the embedded digits: dad_fast/assets/digits-{clip,vqgan}.safetensors.
+"""Make the demo's teacher and discretizer from the embedded digits:
+dad_fast/assets/digits-{clip,vqgan}.safetensors.
 
-    OMP_NUM_THREADS=1 python scripts/make_demo_weights.py                  # both, as committed: about six minutes on one core
-    python scripts/make_demo_weights.py --seed 1 -o other                  # a second teacher and discretizer
-    python scripts/make_demo_weights.py --see mnist,corruptions -o blind   # a teacher that never saw optdigits
+    OMP_NUM_THREADS=1 python scripts/make_demo_weights.py   # both, as committed: 6 minutes of one core
+    python scripts/make_demo_weights.py --seed 1 -o other   # a second teacher and discretizer
+    # A teacher that is not trained on optdigits:
+    python scripts/make_demo_weights.py --see mnist,corruptions -o blind
 
-Use others with `dad-fast train --preset demo --teacher other/digits-clip.safetensors --discretizer other/digits-vqgan.safetensors`.
+Use others with `dad-fast train --preset demo --teacher other/digits-clip.safetensors --discretizer
+other/digits-vqgan.safetensors`.
 
-The teacher is an open_clip model: an image tower (timm's test_resnet, 0.4 M parameters), a small text tower, and CLIP's loss where
-the texts of a batch are prompts of all ten class names, so that the image's own name is to be found among ten. It is used
-zero-shot, like any CLIP. The discretizer is this project's VQGAN (4x4 pixels a code), trained as a VQ-VAE (arXiv 1711.00937): no
-discriminator, no perceptual loss.
+The teacher is an open_clip model: an image tower (timm's test_resnet, 0.4 M parameters), a small
+text tower, and CLIP's loss where the texts of a batch are prompts of all ten class names, so each
+image is classified among ten. It is used zero-shot, like any CLIP. The discretizer is this
+project's VQGAN (4x4 pixels a code), trained as a VQ-VAE (arXiv 1711.00937): no discriminator, no
+perceptual loss.
 
-Neither ever sees the splits val, test and optdigits. The corruptions of `--see` are written here, apart from those of
-dad_fast.evaluate, and their strength is drawn anew for each image; still, the teacher knows the families (noise, blur, contrast,
-inversion), which is what the metadata `seen` says and the demo prints under its table.
+Neither is trained on the splits val, test and optdigits. The corruptions of `--see` are implemented
+here, independent of those of dad_fast.evaluate, with a random strength for each image. The teacher
+still knows the families (noise, blur, contrast, inversion): the metadata `seen` names them, and the
+demo prints them under its table.
 """
 
 from __future__ import annotations
@@ -61,9 +66,8 @@ CLIP_CONFIG: dict[str, Any] = {
     },
     "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-MAX_LOGIT_SCALE = math.log(
-    20.0
-)  # sharper adds nothing with ten classes, and flattens what a student can learn from
+# A sharper softmax adds nothing with ten classes and leaves a student less to learn from.
+MAX_LOGIT_SCALE = math.log(20.0)
 VQGAN_CONFIG = VQGANConfig(
     ch=8,
     ch_mult=(1, 2, 4),
@@ -79,24 +83,19 @@ BATCH = 128
 
 
 def load(split: str) -> tuple[Tensor, Tensor]:
-    """Pixels float32 [N, 3, 28, 28] in [0, 1] and labels [N]."""
+    """Load pixels float32 [N, 3, 28, 28] in [0, 1] and labels [N]."""
     source = EmbeddedSource(split)
-    images = torch.stack(
-        [
-            torch.frombuffer(bytearray(source.read(i).tobytes()), dtype=torch.uint8)
-            for i in range(len(source))
-        ]
-    )
-    return images.view(-1, 28, 28, 3).permute(0, 3, 1, 2).float().div(255.0), torch.from_numpy(
-        source.labels
-    )
+    encoded = [bytearray(source.read(i).tobytes()) for i in range(len(source))]
+    images = torch.stack([torch.frombuffer(content, dtype=torch.uint8) for content in encoded])
+    pixels = images.view(-1, 28, 28, 3).permute(0, 3, 1, 2).float().div(255.0)
+    return pixels, torch.from_numpy(source.labels)
 
 
-# --- what the two may see ---------------------------------------------------------------------------------------------------
+# --- augmentation of the training images -------------------------------------------------------
 
 
 def uniform(count: int, low: float, high: float) -> Tensor:
-    """One number for each image, [count, 1, 1, 1]."""
+    """Draw one number for each image, [count, 1, 1, 1]."""
     return torch.empty(count, 1, 1, 1).uniform_(low, high)
 
 
@@ -105,7 +104,9 @@ def sometimes(x: Tensor, changed: Tensor, probability: float) -> Tensor:
 
 
 def move(x: Tensor) -> Tensor:
-    """Rotate by up to 20 degrees, scale by 0.8 to 1.33 (and the height a little by itself), shear, shift by up to 3 pixels."""
+    """Rotate by up to 20 degrees, scale by 0.8 to 1.33 (and the height a little by itself), shear,
+    shift by up to 3 pixels.
+    """
     count = len(x)
     angle = uniform(count, -20, 20).flatten().deg2rad()
     scale = uniform(count, 0.75, 1.25).flatten()
@@ -119,12 +120,11 @@ def move(x: Tensor) -> Tensor:
 
 
 def blur(x: Tensor) -> Tensor:
-    """A Gaussian of 0.4 to 2.2 pixels, one for each image."""
+    """Blur each image with a Gaussian of 0.4 to 2.2 pixels."""
     offsets = torch.arange(-4.0, 5.0)
-    kernel = torch.softmax(
-        -(offsets**2) / (2 * uniform(len(x), 0.4, 2.2).view(-1, 1) ** 2), dim=1
-    )  # [B, 9]
-    x = x.transpose(0, 1)  # images as channels: one grouped convolution with a kernel for each
+    sigma = uniform(len(x), 0.4, 2.2).view(-1, 1)
+    kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=1)  # [B, 9]
+    x = x.transpose(0, 1)  # images as channels: a grouped convolution has a kernel for each image
     x = F.conv2d(
         F.pad(x, (4, 4, 0, 0), mode="replicate"), kernel[:, None, None, :], groups=x.shape[1]
     )
@@ -135,7 +135,7 @@ def blur(x: Tensor) -> Tensor:
 
 
 def corrupt(x: Tensor) -> Tensor:
-    """Blur, less contrast, inversion and Gaussian noise, each for some of the images."""
+    """Apply blur, less contrast, inversion and Gaussian noise, each to some of the images."""
     count = len(x)
     x = sometimes(x, blur(x), 0.35)
     middle = sometimes(x.mean(dim=(1, 2, 3), keepdim=True), uniform(count, 0.0, 1.0), 0.5)
@@ -145,7 +145,7 @@ def corrupt(x: Tensor) -> Tensor:
     return x.clamp(0.0, 1.0)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------------
+# --- training ----------------------------------------------------------------------------------
 
 
 def fit(
@@ -156,7 +156,10 @@ def fit(
     epochs: int,
     lr: float,
 ) -> None:
-    """AdamW with one cycle over all sets together; `loss` gets images, labels and the share of the training that is done."""
+    """Train with AdamW and a one-cycle schedule over all sets together.
+
+    `loss` gets images, labels and the finished share of the training.
+    """
     pixels, labels = (torch.cat(parts) for parts in zip(*sets, strict=True))
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embedding" in n]
@@ -177,9 +180,9 @@ def fit(
             optimizer.step()
             schedule.step()
             total += value.item()
+        mean, seconds = total / steps, time.monotonic() - start
         print(
-            f"{name}: epoch {epoch + 1:3d}/{epochs}  loss {total / steps:.4f}  {time.monotonic() - start:5.0f} s",
-            flush=True,
+            f"{name}: epoch {epoch + 1:3d}/{epochs}  loss {mean:.4f}  {seconds:5.0f} s", flush=True
         )
     model.eval()
 
@@ -189,9 +192,8 @@ def train_teacher(
 ) -> nn.Module:
     clip = open_clip.CLIP(**CLIP_CONFIG)
     tokenizer = open_clip.SimpleTokenizer(context_length=CLIP_CONFIG["text_cfg"]["context_length"])
-    prompts = torch.stack(
-        [tokenizer([template.format(name) for name in NAMES]) for template in TEMPLATES]
-    )  # [templates, 10, 20]
+    texts = [[template.format(name) for name in NAMES] for template in TEMPLATES]
+    prompts = torch.stack([tokenizer(batch) for batch in texts])  # [templates, 10, 20]
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
 
     def loss(pixels: Tensor, labels: Tensor, done: float) -> Tensor:
@@ -202,9 +204,8 @@ def train_teacher(
         return F.cross_entropy(clip.logit_scale.exp() * image @ text.T, labels)
 
     fit("teacher", clip, sets, loss, epochs, lr=4e-3)
-    with (
-        torch.no_grad()
-    ):  # rows of tokens that no prompt has are noise as they were drawn: zeros say so, and compress
+    # Embeddings of tokens without a prompt are still initial noise; zeros compress better.
+    with torch.no_grad():
         unused = torch.ones(len(clip.token_embedding.weight), dtype=torch.bool)
         unused[prompts.unique()] = False
         clip.token_embedding.weight[unused] = 0.0
@@ -215,7 +216,8 @@ def train_discretizer(
     sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int
 ) -> VQGAN:
     vqgan = VQGAN(VQGAN_CONFIG)
-    # Steps since each entry was last chosen; at the first step all are dead, and so begin at latents.
+    # Steps since each entry was last chosen. At the first step all are dead, so all start at
+    # latents.
     unused = torch.full((VQGAN_CONFIG.n_embed,), 1_000_000)
 
     def loss(pixels: Tensor, labels: Tensor, done: float) -> Tensor:
@@ -231,7 +233,8 @@ def train_discretizer(
         unused.add_(1)
         unused[codes.unique()] = 0
         q = vqgan.quantize.embedding(codes).permute(0, 3, 1, 2)
-        # Straight through: the decoder's gradient reaches the encoder as if there were no rounding. The decoder is not clamped here.
+        # Straight-through estimator: the gradient skips the rounding. The decoder is not clamped
+        # here.
         decoded = vqgan.decoder(vqgan.post_quant_conv(z + (q - z).detach()))
         error = decoded - (2.0 * x - 1.0)
         return (
@@ -245,7 +248,7 @@ def train_discretizer(
     return vqgan
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------
 
 
 def make_teacher(
@@ -265,7 +268,7 @@ def make_teacher(
         "seen": seen,
     }
     write_safetensors(path, clip.state_dict(), {TEACHER: json.dumps(described)})
-    # EvalSet as a run loads it, on what it has not seen.
+    # Evaluate the teacher as a run loads it, on splits that it was not trained on.
     teacher = load_teacher(
         TeacherConfig(name=str(path)),
         EmbeddedSource("val").classes,
@@ -274,10 +277,8 @@ def make_teacher(
     )
     for split in ("val", "test", "optdigits"):
         pixels, labels = load(split)
-        clean, corrupted = (
-            accuracy(teacher, pixels, labels),
-            accuracy(teacher, corrupt(pixels), labels),
-        )
+        clean = accuracy(teacher, pixels, labels)
+        corrupted = accuracy(teacher, corrupt(pixels), labels)
         print(f"teacher: {split:10s} {clean:5.1f} %   corrupted {corrupted:5.1f} %")
 
 
@@ -296,23 +297,26 @@ def make_discretizer(
         assert codes is not None, "a VQGAN has codes"
         error = (images - pixels).square().mean().sqrt()
         print(
-            f"discretizer: {split:10s} rms error {error:.4f}   {len(codes.unique())} of {VQGAN_CONFIG.n_embed} codes in use"
+            f"discretizer: {split:10s} rms error {error:.4f}   {len(codes.unique())} of "
+            f"{VQGAN_CONFIG.n_embed} codes in use"
         )
 
 
 @torch.no_grad()
 def accuracy(model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor) -> float:
-    said = torch.cat([model(part).argmax(dim=1) for part in pixels.split(250)])
-    return 100.0 * said.eq(labels).float().mean().item()
+    predicted = torch.cat([model(part).argmax(dim=1) for part in pixels.split(250)])
+    return 100.0 * predicted.eq(labels).float().mean().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     parser.add_argument(
-        "--see", default=",".join(SIGHTS), help="what both are trained on (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of weights, order and augmentation"
+    )
+    parser.add_argument(
+        "--see", default=",".join(SIGHTS), help="training data of both (default: %(default)s)"
     )
     parser.add_argument("--teacher-epochs", type=int, default=60)
     parser.add_argument("--discretizer-epochs", type=int, default=14)
@@ -355,9 +359,8 @@ def main() -> None:
             args.output / "digits-clip.safetensors", sets, augment, args.teacher_epochs, seen
         )
     if not args.teacher_only:
-        torch.manual_seed(
-            args.seed
-        )  # again, so that each file is the same whether made alone or not
+        # Again, so that each file is the same with and without the other.
+        torch.manual_seed(args.seed)
         make_discretizer(
             args.output / "digits-vqgan.safetensors", sets, augment, args.discretizer_epochs, seen
         )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A few training steps under Nsight Compute, warm-up skipped: dad-fast profile ncu, from a checkout that need not be installed.
+# Run a few training steps under Nsight Compute without the warm-up (dad-fast profile ncu); needs no installation.
 #   scripts/ncu.sh --preset demo --method dad --kernel 'groupnorm.*'
 # The settings are those of dad-fast train; scripts/ncu.sh -h lists the rest. Not yet run on a GPU.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A few training steps under Nsight Systems, warm-up skipped: dad-fast profile nsys, from a checkout that need not be installed.
+# Run a few training steps under Nsight Systems without the warm-up (dad-fast profile nsys); needs no installation.
 #   scripts/nsys.sh --preset dad-vitb16 --data-dir DIR --discretizer FILE --steps 5
 # The settings are those of dad-fast train; scripts/nsys.sh -h lists the rest. Not yet run on a GPU.
 set -euo pipefail

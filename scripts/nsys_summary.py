@@ -1,6 +1,10 @@
-"""Stage times and gaps of a profile: scripts/nsys_summary.py FILE.sqlite (of nsys export) or trace.json.gz (of dad-fast profile torch).
+"""Print stage times and gaps of a profile.
 
-Needs no packages. `--json` prints the numbers for programs. Tested on synthetic exports; not yet run on one from a GPU.
+    scripts/nsys_summary.py FILE.sqlite     of nsys export
+    scripts/nsys_summary.py trace.json.gz   of dad-fast profile torch
+
+Needs no packages. `--json` prints the numbers as JSON. Tested on synthetic exports; not yet run on
+one from a GPU.
 """
 
 from __future__ import annotations
@@ -31,12 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nsys_summary: {error}", file=sys.stderr)
         return error.exit_code
     if given.json:
-        print(
-            json.dumps(
-                dataclasses.asdict(summary) | {"gaps": [gap._asdict() for gap in summary.gaps]},
-                indent=1,
-            )
-        )
+        gaps = [gap._asdict() for gap in summary.gaps]
+        print(json.dumps(dataclasses.asdict(summary) | {"gaps": gaps}, indent=1))
     else:
         print(as_text(summary, given.top))
     return 0

@@ -1,4 +1,5 @@
-"""A picture of a report for the README: its title, bars, last reliability diagrams, first images, as a browser shows them.
+"""Take a picture of a report for the README: title, bars, reliability diagrams and first images, in
+a browser.
 
     dad-fast train --preset demo -o runs/demo
     python scripts/report_picture.py runs/demo/report.html docs/report.png
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 WIDTH = 1200
-# The rest of the page is left out: sections by the start of their names, and all but three diagrams and four examples.
+# Hides the rest of the page: other sections, and all but three diagrams and four examples.
 STYLE = """
   nav, ul, section:not([id^=accuracy], [id^=calibration], [id^=images]) { display: none; }
   [id^=calibration] figure:nth-child(-n+3), [id^=images] figure:nth-child(n+5) { display: none; }

@@ -1,4 +1,7 @@
-"""The plot and the tables in docs/analyze.md, from docs/records/analyze.json: python scripts/show_distance_and_gain.py"""
+"""Make the plot and the tables of docs/analyze.md from docs/records/analyze.json.
+
+python scripts/show_distance_and_gain.py
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,14 @@ SPACES = {
     "pixels": "pixels",
 }
 MEASURES = {"sw2_squared_corrected": "SW2²", "mmd2": "MMD²"}
+COLORS = ("#4477aa", "#228833", "#ccbb44", "#ee6677")  # of the generators
 MARKS = "<!-- results -->\n", "<!-- end of results -->\n"
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Each point is a generator on a test set: how much nearer than clean images it lies, and how much more it helps than they do."""
+    """Plot a point for each generator and test set: its distance and its gain, both relative to
+    clean images.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -38,23 +44,15 @@ def plot(record: dict[str, Any], path: Path) -> None:
         1, len(SPACES), figsize=(11, 4), sharey=True, layout="constrained"
     )
     for axis, (space, label) in zip(axes, SPACES.items(), strict=True):
-        for name, color in zip(
-            list(TITLES)[1:], ("#4477aa", "#228833", "#ccbb44", "#ee6677"), strict=True
-        ):
+        for name, color in zip(list(TITLES)[1:], COLORS, strict=True):
             points = []
             for suite in record["top1"]["none"]:
-                sets = record["distances"][space][suite]
-                nearer = (
-                    sets[name]["sw2_squared_corrected"]["value"]
-                    - sets["clean"]["sw2_squared_corrected"]["value"]
+                sets, top1 = record["distances"][space][suite], record["top1"]
+                own, clean = (
+                    sets[one]["sw2_squared_corrected"]["value"] for one in (name, "clean")
                 )
-                points.append(
-                    (
-                        1000 * nearer,
-                        np.mean(record["top1"][name][suite])
-                        - np.mean(record["top1"]["clean"][suite]),
-                    )
-                )
+                gain = np.mean(top1[name][suite]) - np.mean(top1["clean"][suite])
+                points.append((1000 * (own - clean), gain))
             axis.scatter(
                 *zip(*points, strict=True),
                 s=16,
@@ -75,7 +73,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """What docs/analyze.md shows: the relation, gains and distances."""
+    """Return the tables of docs/analyze.md: relation, gains and distances."""
     lines = [
         "| space | distance | test sets | mean rank correlation | 95 % interval | p | pooled |",
         "|---|---|---|---:|---:|---:|---:|",
@@ -120,9 +118,9 @@ def tables(record: dict[str, Any]) -> str:
         power = 1 - math.floor(
             math.log10(max(one["value"] for found in of_suites.values() for one in found))
         )
-        digits = max(
-            1, 1 - power - math.floor(math.log10(np.median(list(halves.values()))))
-        )  # two of the usual interval
+        # Two digits of the usual interval.
+        usual = np.median(list(halves.values()))
+        digits = max(1, 1 - power - math.floor(math.log10(usual)))
         lines += [
             "",
             f"| SW2² x 1e{power}: {title} | " + " | ".join(titles) + " |",
@@ -148,7 +146,7 @@ def renew(document: Path, text: str) -> None:
 
 
 def show(docs: Path) -> None:
-    """The plot and the tables of the record in `docs`."""
+    """Write the plot and the tables of the record in `docs`."""
     record = json.loads((docs / "records" / "analyze.json").read_text())
     plot(record, docs / "analyze.svg")
     renew(docs / "analyze.md", tables(record))

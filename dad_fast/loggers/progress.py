@@ -231,3 +231,29 @@ def _make_bar() -> Any:
     return Progress(
         name, bar, count, text, console=console, refresh_per_second=2, transient=True, expand=True
     )
+
+
+def count_progress(
+    text: str, *, enabled: bool = True, plain_lines: bool = False
+) -> Callable[[int, int], None]:
+    """Return a callback (done, total) that shows "`text`: done of total" on stderr.
+
+    On a terminal it rewrites one line and clears it at the end. Elsewhere it is silent, or with `plain_lines` prints a line every
+    PLAIN_SECONDS and at the end.
+    """
+    on_terminal = sys.stderr.isatty()
+    last_line = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last_line
+        line = f"{text}: {done:,} of {total:,}"
+        if not enabled:
+            return
+        if on_terminal:
+            rewritten = f"\r\x1b[K{line}" if done < total else "\r\x1b[K"
+            print(rewritten, end="", file=sys.stderr, flush=True)
+        elif plain_lines and (done >= total or time.monotonic() - last_line >= PLAIN_SECONDS):
+            last_line = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    return show

@@ -1,9 +1,10 @@
-"""`dad-fast eval`: judges models on test sets and corruptions, beside a teacher, or two of them against each other."""
+"""`dad-fast eval`: evaluate models on test sets and corruptions, next to a teacher, or compare two
+models.
+"""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,16 +37,17 @@ from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.registry import Unknown, classes_of, open_suites, open_unknown
 from dad_fast.files import atomic_write_json
+from dad_fast.loggers.progress import count_progress
 from dad_fast.loggers.run_log import environment
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.student import checkpoint_file
 
-STOPPED = "stopped: what stands above is whole; run the same command again"
+STOPPED = "stopped: the results above are complete; run the same command again"
 
 
 @dataclass
 class Found:
-    """What was found of one model."""
+    """All results of one model."""
 
     subject: EvalModel
     results: dict[str, Result] = field(default_factory=dict)
@@ -68,7 +70,10 @@ class Found:
 
 
 def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
-    """Returns the exit code. `flags` maps settings' paths to what was typed; what it leaves out comes from the run's config.toml."""
+    """Return the exit code.
+
+    `flags` maps paths of settings to typed values; the others come from the run's config.toml.
+    """
     _check_outputs(launch)
     files = [name for name in launch.compare if is_records(name)]
     if launch.compare and len(files) == 2:
@@ -80,20 +85,22 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
         }
         if unused := [flag for flag, value in given.items() if value]:
             raise UsageError(
-                f"{unused[0]}: two files of predictions are compared as they are, no model is judged; leave it out"
+                f"{unused[0]}: --compare of two files of predictions evaluates no model; leave "
+                f"{unused[0]} out"
             )
         return _compare(launch, {name: load_records(name)[1] for name in launch.compare}, {})
     if not launch.model and not launch.compare and not flags.get("teacher.name"):
-        before = (
-            " before --suite" if "eval.suites" in flags else ""
-        )  # which takes all names that follow it
+        # --suite takes all names that follow it.
+        before = " before --suite" if "eval.suites" in flags else ""
         raise UsageError(
-            f"nothing to judge: name a model (a run's folder, a .safetensors file, timm:NAME@FILE){before}, or a --teacher"
+            "nothing to evaluate: name a model (a run's folder, a .safetensors file, "
+            f"timm:NAME@FILE){before}, or a --teacher"
         )
     if is_worker():
         end_with_launcher()
     elif (nproc := number_of_processes(launch.nproc)) > 1:
         return run_processes(nproc, "eval", launch.arguments)
+
     names = [name for name in launch.compare or (launch.model,) if name and name not in files]
     cfg = _settings([name for name in names if not is_by_name(name)], flags)
     with distributed.joined(cfg), ends_at_once(STOPPED):
@@ -118,13 +125,14 @@ class _Evaluation:
             "teacher": None,
         }
         found = {
-            name: self.judge(load_subject(name, self.cfg, self.data_classes, self.device))
+            name: self.evaluate(load_subject(name, self.cfg, self.data_classes, self.device))
             for name in names
         }
         if not found:
             self.teacher(self.data_classes())
         if not distributed.is_main():
             return 0
+
         everything = {
             **found,
             **{f"teacher {one.subject.name}": one for one in self.teacher_results.values()},
@@ -134,6 +142,7 @@ class _Evaluation:
         if self.launch.predictions:
             for name, one in everything.items():
                 _save(Path(self.launch.predictions), name, one)
+
         tables = {name: one.to_dict() for name, one in everything.items()}
         if self.launch.csv:
             show.write_csv(self.launch.csv, tables)
@@ -156,46 +165,46 @@ class _Evaluation:
         return classes_of(self.suite_names, self.cfg.data)
 
     def teacher(self, classes: ClassMap) -> Found | None:
-        """The teacher's results for models with these classes; None where no teacher is asked for."""
+        """Return the teacher's results for models with these classes, or None without --teacher."""
         if self.cfg.teacher.name and classes not in self.teacher_results:
             teacher = load_teacher(self.cfg.teacher, classes, self.cfg.precision, self.device)
-            self.teacher_results[classes] = self._judge(
+            self.teacher_results[classes] = self._evaluate(
                 of_teacher(teacher), f"teacher {teacher.name}", None
             )
-            say(f"It has seen: {teacher.provenance}")
+            log(f"teacher {teacher.name} (trained on: {teacher.provenance})")
         return self.teacher_results.get(classes)
 
-    def judge(self, subject: EvalModel) -> Found:
-        return self._judge(subject, subject.title, self.teacher(subject.classes))
+    def evaluate(self, subject: EvalModel) -> Found:
+        return self._evaluate(subject, subject.title, self.teacher(subject.classes))
 
-    def _judge(self, subject: EvalModel, title: str, teacher: Found | None) -> Found:
-        """Results by suite, each printed when it is there."""
-        with distributed.main_first():  # the others find the indexes that the first one made
+    def _evaluate(self, subject: EvalModel, title: str, teacher: Found | None) -> Found:
+        """Evaluate on every suite and print each result as soon as it is known."""
+        with distributed.main_first():  # the other ranks then find its index files
             suites = open_suites(self.suite_names, self.cfg.data, subject.classes, self.cfg.eval)
             found = Found(subject, id_suite=self.id_suite(suites))
             unknown = self.unknown(subject, suites, found.id_suite)
-        say(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
+
+        log(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
         for suite in suites:
             result = with_intervals(self.result(subject, suite))
-            if (
-                teacher is not None
-                and result.records
-                and (theirs := teacher.results[suite.name].records)
-            ):
+            theirs = teacher.results[suite.name].records if teacher is not None else None
+            if result.records and theirs:
                 result = replace(result, agreement=agreement(result.records, theirs))
-            say(show.row(result))
+            log(show.row(result))
             found.results[suite.name] = result
         for line in show.notes(found.results):
-            say(f"  {line}")
+            log(f"  {line}")
+
         if unknown:
             found.ood = self.detect(subject, found, unknown)
             for line in ("", *show.detection_lines(found.id_suite, found.ood)):
-                say(line)
+                log(line)
+
         if self.baselines:
             tops = {name: result.top1 for name, result in found.results.items()}
             found.robustness = effective_robustness(self.baselines, tops, found.id_suite)
             for line in ("", *show.robustness_lines(found.robustness)):
-                say(line)
+                log(line)
         return found
 
     def result(self, subject: EvalModel, suite: Suite) -> Result:
@@ -218,10 +227,9 @@ class _Evaluation:
             )
 
     def unknown(self, subject: EvalModel, suites: Sequence[Suite], id_suite: str) -> list[Unknown]:
-        """The sets after --ood, opened before anything is judged: one that is missing must not show after hours."""
-        columns = as_eval_set(
-            next(suite.source for suite in suites if suite.name == id_suite)
-        ).columns
+        """Open the sets of --ood before the first evaluation, so that a missing one fails fast."""
+        known = next(suite.source for suite in suites if suite.name == id_suite)
+        columns = as_eval_set(known).columns
         return [
             open_unknown(name, self.cfg.data, subject.classes, self.cfg.eval, columns)
             for name in self.launch.ood
@@ -233,20 +241,19 @@ class _Evaluation:
         known = found.results[found.id_suite].records
         assert known is not None
         ood = {}
-        for label, judged, corruption in sets:
+        for label, eval_set, corruption in sets:
             size, crop_pct, interpolation = self.view(subject)
-            view = (size, *(judged.view or (crop_pct, interpolation)))
-            batch_size, workers, progress = self.batch_size, self.cfg.data.workers, _progress(label)
+            view = (size, *(eval_set.view or (crop_pct, interpolation)))
             with stop_requests():
                 unknown, _ = records_of(
                     subject.model,
-                    judged,
+                    eval_set,
                     view,
-                    batch_size,
-                    workers,
+                    self.batch_size,
+                    self.cfg.data.workers,
                     self.device,
                     corruption,
-                    progress,
+                    _progress(label),
                     self.dali,
                     STOPPED,
                 )
@@ -254,16 +261,18 @@ class _Evaluation:
         return ood
 
     def id_suite(self, suites: Sequence[Suite]) -> str:
-        """The name of the in-distribution suite: the one that was named, or the first that is no corruption."""
+        """Return the name of the in-distribution suite: that of --id-suite, or the first without a
+        corruption.
+        """
         known = [suite.name for suite in suites]
         wanted = self.launch.id_suite
         if wanted and wanted not in known:
             raise UsageError(
-                f"--id-suite {wanted}: not among the judged suites ({', '.join(known)}){nearest(wanted, known)}"
+                f"--id-suite {wanted}: not among the evaluated suites "
+                f"({', '.join(known)}){nearest(wanted, known)}"
             )
-        return wanted or next(
-            (suite.name for suite in suites if suite.corruption is None), known[0]
-        )
+        uncorrupted = (suite.name for suite in suites if suite.corruption is None)
+        return wanted or next(uncorrupted, known[0])
 
     def view(self, subject: EvalModel) -> tuple[int, float, str]:
         aug, (size, crop_pct, interpolation) = self.cfg.augment, subject.view
@@ -277,16 +286,18 @@ class _Evaluation:
 def _compare(
     launch: EvalLaunch, records: Mapping[str, Mapping[str, Records]], record: Mapping[str, Any]
 ) -> int:
-    """Print and write the paired comparison of the two models on every suite that both were judged on."""
+    """Print and write the paired comparison of two models on every suite that both were evaluated
+    on.
+    """
     first, second = launch.compare
     both = [suite for suite in records[first] if suite in records[second]]
     if not both:
         have = f"{first} has {', '.join(records[first])}; {second} has {', '.join(records[second])}"
-        raise UsageError(f"--compare: no suite was judged by both ({have})")
+        raise UsageError(f"--compare: the models share no suite ({have})")
     found = {suite: compare(suite, records[first][suite], records[second][suite]) for suite in both}
-    say("")
+    log("")
     for line in show.comparison_lines((first, second), found):
-        say(line)
+        log(line)
     if launch.json:
         compared = {"first": first, "second": second, "suites": found}
         atomic_write_json(
@@ -303,44 +314,42 @@ def _save(folder: Path, name: str, found: Found) -> None:
         about,
         {suite: result.records for suite, result in found.results.items() if result.records},
     )
-    say(f"{path}: what {name} says of each image")
+    log(f"{path}: predictions of {name} for each image")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     if distributed.is_main():
         print(text, flush=True)
 
 
 def _check_outputs(launch: EvalLaunch) -> None:
-    """Before anything is computed: the places exist, and what is replaced is an earlier result and not, say, weights."""
+    """Check the output paths before any work: their folders exist, and only earlier results are
+    replaced.
+    """
     for flag, path in (("--json", launch.json), ("--csv", launch.csv)):
         suffix = flag.replace("--", ".")
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
             raise UsageError(f"{flag} {path}: name a file in a folder that exists")
         if path and Path(path).exists() and Path(path).suffix != suffix:
             raise UsageError(
-                f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name another file"
+                f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name "
+                "another file"
             )
     if launch.predictions and Path(launch.predictions).is_file():
         raise UsageError(
-            f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file for each model"
+            f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file "
+            "for each model"
         )
 
 
 def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
-    """The settings of the first run among the models, under what was typed."""
+    """Return the settings of the first run among the models, overridden by the typed flags."""
     cfg = Config()
     for run in runs:
         folder = checkpoint_file(run).absolute().parent
-        # Of a run's folder, or of a checkpoint's: RUN/checkpoints/step-N.
-        config = next(
-            (
-                path
-                for path in (folder / "config.toml", folder.parent.parent / "config.toml")
-                if path.is_file()
-            ),
-            None,
-        )
+        # In the run's folder, which for a checkpoint is two levels up: RUN/checkpoints/step-N.
+        candidates = (folder / "config.toml", folder.parent.parent / "config.toml")
+        config = next((path for path in candidates if path.is_file()), None)
         if config is not None:
             cfg = from_toml(config.read_text(encoding="utf-8"), str(config))
             break
@@ -348,7 +357,8 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
         path: coerce(settings()[path], value, settings()[path].flag)
         for path, value in flags.items()
     }
-    # The run's teacher is judged only when asked for; a size is the model's own; --batch-size is the batch of this verb; PIL decodes.
+    # The run's teacher is evaluated only on request, the image size is the model's own, and PIL
+    # decodes. --batch-size is the batch of this command.
     cfg = with_values(
         cfg,
         {
@@ -361,22 +371,11 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
     cfg = with_values(cfg, values | ({"eval.batch_size": 0} if "data.batch_size" in values else {}))
     if not cfg.data.data_dir and not cfg.eval.suites:
         raise UsageError(
-            "no data: add --data-dir (an image folder or embedded:digits); no config.toml beside the checkpoint names it"
+            "no data: add --data-dir (an image folder or embedded:digits); no config.toml next to "
+            "the checkpoint names it"
         )
     return cfg
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
-    """Counts on a terminal."""
-    shown = sys.stderr.isatty() and distributed.is_main()
-
-    def show_it(done: int, total: int) -> None:
-        if shown:
-            print(
-                f"\r{name}: {done:,} of {total:,}" if done < total else "\r\x1b[K",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    return show_it
+    return count_progress(name, enabled=distributed.is_main())

@@ -1,4 +1,6 @@
-"""`dad-fast predict`: the likeliest classes of images, by a trained or an exported student."""
+"""`dad-fast predict`: print the most likely classes of images, from a trained or an exported
+student.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,14 @@ from dad_fast.models.onnx_student import OnnxStudent
 from dad_fast.models.student import Student, checkpoint_file
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
-Said = list[tuple[float, int]]  # confidence and class, the likeliest first
+Predictions = list[tuple[float, int]]  # confidence and class, the most likely first
 
 
 def run(options: PredictOptions) -> int:
-    """Returns the exit code. Raises DataError at the end where images could not be read."""
+    """Print the predictions and return the exit code.
+
+    Raises DataError at the end if images could not be read.
+    """
     device = resolve_device(options.device)
     model, classes = _open(options.model, device, named=options.device != "auto")
     show = _json_line if options.json else _text_line
@@ -47,26 +52,25 @@ def run(options: PredictOptions) -> int:
             if options.json or not isinstance(found, DecodeError):
                 print(show(path, found, classes), flush=not options.json)
     if failed:
-        raise DataError(f"{failed:,} of {done:,} images could not be read; they are named above")
+        raise DataError(f"{failed:,} of {done:,} images could not be read; their names are above")
     return 0
 
 
 def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxStudent, ClassMap]:
-    """The model that `name` stands for, on `device`, with its classes."""
+    """Load the model `name` on `device`, with its classes."""
     path = Path(name)
-    if (
-        path.is_dir()
-        and (path / "model.onnx").is_file()
-        and not (path / "model.safetensors").is_file()
-    ):
+    only_onnx = (path / "model.onnx").is_file() and not (path / "model.safetensors").is_file()
+    if path.is_dir() and only_onnx:
         path = path / "model.onnx"
     if path.suffix == ".onnx" and path.is_file():
         if named and device.type != "cpu":
             raise UsageError(
-                f"--device {device}: {path} runs on the CPU; leave --device out, or name the student's model.safetensors"
+                f"--device {device}: {path} runs on the CPU; leave --device out, or name the "
+                "student's model.safetensors"
             )
         onnx = OnnxStudent(path)
         return onnx, recorded_classes(path, onnx.metadata.get(CLASSES), onnx.num_classes)
+
     path = checkpoint_file(path)
     student, metadata = load_student(path)
     take_view(student, run_settings(path)[0])
@@ -74,7 +78,8 @@ def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxS
 
 
 def find_images(names: Sequence[str]) -> Iterator[str]:
-    """The files that are named, and in folders all files with an image's ending, sorted by path; links to folders are not followed.
+    """Yield the named files, and in named folders all image files by path; links to folders are not
+    followed.
 
     Raises DataError for a folder without images.
     """
@@ -96,8 +101,8 @@ def find_images(names: Sequence[str]) -> Iterator[str]:
 @torch.no_grad()
 def predict(
     model: Student | OnnxStudent, paths: Sequence[str], top: int, device: torch.device
-) -> list[Said | DecodeError]:
-    """Of each image what the model says, or why it cannot be read."""
+) -> list[Predictions | DecodeError]:
+    """Return the `top` predictions of each image, or the error of an unreadable one."""
 
     def read(path: str) -> np.ndarray | DecodeError:
         try:
@@ -109,35 +114,35 @@ def predict(
 
     with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
         images = list(pool.map(read, paths))
-    found: list[Said | DecodeError] = [
+    found: list[Predictions | DecodeError] = [
         image if isinstance(image, DecodeError) else [] for image in images
     ]
-    if pixels := [image for image in images if not isinstance(image, DecodeError)]:
-        batch = (
-            torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-        )  # uint8 [B, 3, H, W]
+    pixels = [image for image in images if not isinstance(image, DecodeError)]
+    if pixels:
+        # uint8 [B, 3, H, W]
+        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
         call: Callable[[Tensor], Tensor] = model
-        likeliest = (
-            call(to_pixels(batch.to(device))).float().softmax(1).topk(min(top, model.num_classes))
-        )
-        said = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+        shares = call(to_pixels(batch.to(device))).float().softmax(1)
+        best = shares.topk(min(top, model.num_classes))
+        predictions = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for i, image in enumerate(images):
             if not isinstance(image, DecodeError):
-                found[i] = list(zip(*next(said), strict=True))
+                found[i] = list(zip(*next(predictions), strict=True))
     return found
 
 
 def _text_line(path: str, found: Any, classes: ClassMap) -> str:
-    return f"{shown(path)}: " + "; ".join(
-        f"{shown(classes.names[number])} {100 * share:.1f} %" for share, number in found
-    )
+    named = [f"{shown(classes.names[number])} {100 * share:.1f} %" for share, number in found]
+    return f"{shown(path)}: {'; '.join(named)}"
 
 
 def _json_line(path: str, found: Any, classes: ClassMap) -> str:
-    """ASCII: no name in it can write on a terminal, and bytes of a file's name that are no UTF-8 stay as lone surrogates."""
+    """Format a JSON line in ASCII: safe on a terminal; bytes of a file name that are not UTF-8 stay
+    as lone surrogates.
+    """
     if isinstance(found, DecodeError):
         return json.dumps({"image": path, "error": str(found).removeprefix(f"{shown(path)}: ")})
-    said = [
+    predictions = [
         {
             "class": number,
             "folder": classes.folders[number],
@@ -146,4 +151,4 @@ def _json_line(path: str, found: Any, classes: ClassMap) -> str:
         }
         for share, number in found
     ]
-    return json.dumps({"image": path, "predictions": said})
+    return json.dumps({"image": path, "predictions": predictions})

@@ -1,15 +1,14 @@
-"""`dad-fast store`: what a store holds, whether its bytes are right, a picture of it, and joining its parts."""
+"""`dad-fast store`: inspect, verify, draw and merge stores."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from dad_fast.errors import DataError, UsageError
+from dad_fast.loggers.progress import count_progress
 from dad_fast.store.layout import hash_keys
 from dad_fast.store.reader import AdversarialStore, open_store
 from dad_fast.store.state import some
@@ -18,7 +17,10 @@ from dad_fast.store.verify import merge, verify
 
 
 def run(given: argparse.Namespace) -> int:
-    """Returns the exit code. `given` is what flags.store.parse makes."""
+    """Run the action `given.action` and return the exit code.
+
+    `given` comes from the parser in cli/store.py.
+    """
     return {"info": _info, "verify": _verify, "sheet": _sheet, "merge": _merge}[given.action](given)
 
 
@@ -30,22 +32,22 @@ def _info(given: argparse.Namespace) -> int:
 
 def _verify(given: argparse.Namespace) -> int:
     folder = given.folders[0]
-    problems = verify(folder, _progress("verified", "bytes"))
+    problems = verify(folder, count_progress("verified bytes"))
     for problem in problems:
         print(problem)
     if problems:
-        raise DataError(
-            f"{folder}: {len(problems):,} problem{'s' if len(problems) > 1 else ''}, listed above"
-        )
+        plural = "s" if len(problems) > 1 else ""
+        raise DataError(f"{folder}: {len(problems):,} problem{plural}, listed above")
     print(f"{folder}: every byte is as it was written")
     return 0
 
 
 def _merge(given: argparse.Namespace) -> int:
-    missing = merge(given.folders, given.output, _progress("merged", "shards"))
+    missing = merge(given.folders, given.output, count_progress("merged shards"))
     if missing:
         print(
-            f"{given.output}: shards {some(missing)} are still missing; merge the parts that hold them, or run the command that makes them"
+            f"{given.output}: shards {some(missing)} are still missing; merge the parts that hold "
+            "them, or run the command that makes them"
         )
     else:
         print(f"{given.output}: complete")
@@ -58,16 +60,20 @@ def _sheet(given: argparse.Namespace) -> int:
         raise UsageError(
             f"{store.folder}: holds the teacher's outputs only, so there is nothing to see"
         )
+
     target = Path(given.output or f"{store.folder.resolve().name}-sheet.png")
     if target.suffix.lower() != ".png" or not target.absolute().parent.is_dir():
         raise UsageError(f"--output {target}: name a .png in a folder that exists")
     if given.view >= store.num_views:
         raise UsageError(f"--view {given.view}: the store has the views 0 to {store.num_views - 1}")
+
     manifest, view = store.manifest, given.view
     if manifest.images == "none" and not given.discretizer:
         raise UsageError(
-            f"{store.folder}: holds codes and no images; name the VQGAN that made them (--discretizer)"
+            f"{store.folder}: holds codes and no images; name the VQGAN that made them "
+            "(--discretizer)"
         )
+
     rows = np.unique(np.linspace(0, len(store) - 1, given.num).round().astype(np.int64))
     columns = {}
     if manifest.images != "none":
@@ -77,19 +83,21 @@ def _sheet(given: argparse.Namespace) -> int:
     if given.data_dir:
         size = next(iter(columns.values())).shape[1]
         columns = {"clean": _clean(store, rows, view, given.data_dir, given.split, size), **columns}
+
     names = manifest.class_map.names
     captions = []
-    for label, says, kept, changed in zip(
+    for label, predicted, kept, changed in zip(
         store.labels(rows, view),
         store.outputs(rows, view).argmax(1),
         store.kept(rows, view),
         store.changed(rows, view),
         strict=True,
     ):
-        lines = [names[label], f"teacher: {names[says]}", "kept" if kept else "not kept"]
-        captions.append(
-            "\n".join(lines if np.isnan(changed) else [*lines, f"{changed:.0%} of codes new"])
-        )
+        lines = [names[label], f"teacher: {names[predicted]}", "kept" if kept else "not kept"]
+        if not np.isnan(changed):
+            lines.append(f"{changed:.0%} of codes new")
+        captions.append("\n".join(lines))
+
     from dad_fast.store.sheet import draw_sheet
 
     draw_sheet(target, columns, captions)
@@ -98,7 +106,9 @@ def _sheet(given: argparse.Namespace) -> int:
 
 
 def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> np.ndarray:
-    """uint8 [n, H, W, 3]: what the VQGAN `name`, which must be the one that made the store, decodes of the stored codes."""
+    """Decode the stored codes with the VQGAN `name`, which must be the one that made the store;
+    uint8 [n, H, W, 3].
+    """
     import torch
 
     from dad_fast.config.schema import PrecisionConfig
@@ -114,20 +124,20 @@ def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> 
         raise DataError(
             f"--discretizer {name}: not the weights that made {store.folder} (their hash differs)"
         )
+
     packed = torch.from_numpy(np.ascontiguousarray(store.codes(rows, view)))
     with torch.no_grad():
-        pixels = torch.cat(
-            [discretizer.decode_packed(part, manifest.code_grid) for part in packed.split(8)]
-        )
-    return (
-        (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    )
+        decoded = [discretizer.decode_packed(part, manifest.code_grid) for part in packed.split(8)]
+    levels = (torch.cat(decoded).clamp(0, 1) * 255).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _clean(
     store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, split: str, size: int
 ) -> np.ndarray:
-    """uint8 [n, size, size, 3]: the samples as they are in the data, with the crop that the store was made with."""
+    """Load the samples from the data with the crop that the store was made with; uint8 [n, size,
+    size, 3].
+    """
     from dad_fast.data.augment.execute import eval_transform
     from dad_fast.data.sources.decode import DecodeError
     from dad_fast.data.sources.registry import open_source
@@ -137,31 +147,17 @@ def _clean(
     wanted = [sample_of.get(key.tobytes(), -1) for key in store.keys(rows, view)]
     if -1 in wanted:
         raise DataError(
-            f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was it made from this data?"
+            f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was "
+            "it made from this data?"
         )
     crop = store.manifest.settings.get("images", {})
     images = np.zeros((len(rows), size, size, 3), np.uint8)
     for i, sample in enumerate(wanted):
         try:
             image = source.read(sample)
-        except DecodeError:  # black, as what is stored of it
-            continue
+        except DecodeError:
+            continue  # black, as in the store
         images[i] = eval_transform(
             image, size, crop.get("crop_pct", 1.0), crop.get("interpolation", "bicubic")
         )
     return images
-
-
-def _progress(verb: str, noun: str) -> Callable[[int, int], None] | None:
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        print(
-            f"\r{verb} {done:,} of {total:,} {noun}" if done < total else "\r\x1b[K",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    return show

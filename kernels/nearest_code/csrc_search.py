@@ -1,4 +1,6 @@
-"""Exact search on the CPU by csrc/nearest_code.cpp: fp32 by tiles of the codebook, then fp64 among the codes inside the rounding bound."""
+"""Exact search on the CPU by csrc/nearest_code.cpp: fp32 by tiles of the codebook, then fp64 among
+the codes inside the rounding bound.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from dad_fast.kernels.csrc import csrc, csrc_status
 
 
 def available(device: torch.device, num_codes: int, dim: int) -> str:
-    """ "" where this back end can search a codebook [num_codes, dim] on the device, else why not."""
+    """Return "" if this back end can search a codebook [num_codes, dim] on the device, else the
+    reason.
+    """
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
     return "" if csrc() is not None else f"csrc is {csrc_status()}"
@@ -35,9 +39,11 @@ def prepare(codebook: Tensor) -> Prepared:
 def search(
     latents: Tensor, state: Prepared, codes: Tensor, num_nonfinite: Tensor, instruction_set: int = 0
 ) -> None:
-    """latents [N, D] float32, contiguous -> codes [N] int64; num_nonfinite grows by the number of latents that are not finite.
+    """Search latents [N, D] float32, contiguous; return codes [N] int64; num_nonfinite grows by the
+    number of non-finite latents.
 
-    instruction_set indexes the library's `instruction_sets()`; 0 is the fastest that the processor runs.
+    instruction_set indexes the library's `instruction_sets()`; 0 is the fastest that this processor
+    supports.
     """
     library = csrc()
     assert library is not None
@@ -47,7 +53,10 @@ def search(
 
 
 def search_csrc(latents: Tensor, codebook: Tensor, instruction_set: int = 0) -> Tensor:
-    """latents [N, D], codebook [K, D] on the CPU -> codes [N] int64. Without the library: EnvironmentProblem."""
+    """Search latents [N, D] in a codebook [K, D] on the CPU; return codes [N] int64.
+
+    Raises EnvironmentProblem without the library.
+    """
     if csrc() is None:
         raise EnvironmentProblem(f"csrc is {csrc_status()}")
     codes = torch.empty(len(latents), dtype=torch.int64)

@@ -1,6 +1,8 @@
-"""Exact search on a GPU by the same grid as on the CPU (csrc/nearest_code_grid.cu), D <= 4: one launch, no synchronisation with the host.
+"""Exact search on a GPU by the same grid as on the CPU (csrc/nearest_code_grid.cu), D <= 4: one
+launch, no synchronisation with the host.
 
-Not yet run on a GPU. The cells, lists and distances are those of csrc/code_grid.h, which the CPU's tests exercise.
+Not yet run on a GPU. The cells, lists and distances are those of csrc/code_grid.h, which the CPU
+tests cover.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ class DeviceGrid(NamedTuple):
 
 
 def available(device: torch.device, num_codes: int, dim: int) -> str:
-    """ "" where this back end can search a codebook [num_codes, dim] on the device, else why not."""
+    """Return "" if this back end can search a codebook [num_codes, dim] on the device, else the
+    reason.
+    """
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if csrc_cuda() is None:
@@ -35,7 +39,9 @@ def prepare(codebook: Tensor) -> DeviceGrid:
 
 
 def search(latents: Tensor, state: DeviceGrid, codes: Tensor, num_nonfinite: Tensor) -> None:
-    """latents [N, D] float32, contiguous -> codes [N] int64; num_nonfinite grows by the number of latents that are not finite."""
+    """Search latents [N, D] float32, contiguous; return codes [N] int64; num_nonfinite grows by the
+    number of non-finite latents.
+    """
     library = csrc_cuda()
     assert library is not None and csrc() is not None
     library.grid_search_cuda(latents, state.header, state.grid, codes, num_nonfinite)

@@ -1,9 +1,11 @@
-"""Exact search by a grid over the space of latents, D <= 4: each cell lists every code that can be nearest in it (csrc/code_grid.h).
+"""Exact search by a grid over the space of latents, D <= 4: each cell lists every code that can be
+nearest in it (csrc/code_grid.h).
 
-A query reads one cell's list, about ten codes. Building takes seconds for 16384 codes, so the grid of a codebook is kept in the
-user's cache folder under the hash of its values: a block of bytes with a checksum, written whole or not at all. A block that is
-damaged, of another version or of another codebook is built again. Memory: at most 256 MB for a grid, three times that while it is
-built; 8 to 21 MB for 16384 codes of the benchmarks.
+A query reads one cell's list, about ten codes. Building takes seconds for 16384 codes, so the grid
+of a codebook is kept in the user's cache folder under the hash of its values: a block of bytes with
+a checksum, written atomically. A block that is damaged or belongs to another version or codebook is
+rebuilt. Memory: at most 256 MB for a grid, three times that while it is built; 8 to 21 MB for 16384
+codes of the benchmarks.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ VERSION = b"dad-fast grid 1\n"  # raised when the block or what is built into it
 
 
 def available(device: torch.device, num_codes: int, dim: int) -> str:
-    """ "" where this back end can search a codebook [num_codes, dim] on the device, else why not."""
+    """Return "" if this back end can search a codebook [num_codes, dim] on the device, else the
+    reason.
+    """
     if dim > MAX_DIM:
         return f"it is for latents of at most {MAX_DIM} dimensions, not {dim}"
     if num_codes > MAX_CODES:
@@ -35,9 +39,10 @@ def available(device: torch.device, num_codes: int, dim: int) -> str:
 
 
 def prepare(codebook: Tensor) -> Tensor:
-    """The grid of a codebook [K, D] float32 on the CPU, contiguous: uint8 [bytes], from the cache or built and put there.
+    """Return the grid of a codebook [K, D] float32 on the CPU, contiguous, as uint8 [bytes]:
+    cached, or built and cached.
 
-    UsageError for a codebook that no grid serves: no code is finite, or the lists would be too long.
+    Raises UsageError if the codebook has no grid: no code is finite, or the lists are too long.
     """
     from dad_fast.cache import cache_dir
 
@@ -65,7 +70,7 @@ def build_grid(codebook: Tensor) -> Tensor:
 
 
 def read_grid(path: Path, codebook: Tensor) -> Tensor | None:
-    """None where there is no file, or none that holds the grid of this codebook from the first byte to the last."""
+    """Read a cached grid; None if the file is missing, damaged or of another codebook."""
     library = csrc()
     assert library is not None
     try:
@@ -95,9 +100,11 @@ def _bytes(tensor: Tensor) -> bytes:
 def search(
     latents: Tensor, grid: Tensor, codes: Tensor, num_nonfinite: Tensor, instruction_set: int = 0
 ) -> None:
-    """latents [N, D] float32, contiguous -> codes [N] int64; num_nonfinite grows by the number of latents that are not finite.
+    """Search latents [N, D] float32, contiguous; return codes [N] int64; num_nonfinite grows by the
+    number of non-finite latents.
 
-    instruction_set indexes the library's `instruction_sets()`; 0 is the fastest that the processor runs.
+    instruction_set indexes the library's `instruction_sets()`; 0 is the fastest that this processor
+    supports.
     """
     library = csrc()
     assert library is not None

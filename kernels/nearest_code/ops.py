@@ -1,4 +1,4 @@
-"""`nearest_code`: the search for one call, with nothing prepared; a torch.library op that compiles as one graph."""
+"""`nearest_code`: search without preparation, as a torch.library op that compiles as one graph."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def _(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest code of each latent, exactly; the lowest index wins a tie.
+    """Return the exact index of the nearest code of each latent; the lowest index wins a tie.
 
-    latents: [N, D], or [B, D, H, W] as an encoder gives them; codebook: [K, D], K >= 1, D >= 1; float32, float16 or bfloat16
-    with any strides, on one device. Returns int64 codes, [N] or [B, H, W]. No gradient passes. Autocast does not change it.
-    A latent that is not finite gets code 0; a code that is not finite never wins. D > 16 on CUDA synchronises with the host.
-    Raises ValueError for shapes and dtypes that do not fit.
+    latents: [N, D], or [B, D, H, W] as an encoder gives them; codebook: [K, D], K >= 1, D >= 1;
+    float32, float16 or bfloat16 with any strides, on one device. Returns int64 codes, [N] or [B, H,
+    W]. No gradient. Not affected by autocast. A latent that is not finite gets code 0; a code that
+    is not finite never wins. D > 16 on CUDA synchronises with the host. Raises ValueError for
+    shapes and dtypes that do not fit.
     """
     if (
         latents.ndim not in (2, 4)

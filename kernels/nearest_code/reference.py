@@ -1,4 +1,4 @@
-"""The definition of the nearest code, in fp64: what every back end is tested against."""
+"""Definition of the nearest code in fp64: the reference of every back end's tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def search_reference(latents: Tensor, codebook: Tensor) -> Tensor:
-    """The definition, row by row: what every back end is tested against."""
+    """Search row by row, by the definition."""
     z, e = latents.double(), codebook.double()
     codes = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     for n, row in enumerate(z):

@@ -38,7 +38,7 @@ def _module(name: str) -> ModuleType:
 def _find(
     name: str, device: torch.device, num_codes: int, dim: int
 ) -> tuple[ModuleType | None, str]:
-    """The back end's module, or None and why there is none."""
+    """Return the back end's module, or None and the reason."""
     reason = ""
     for file in BACK_ENDS[name]:
         try:
@@ -54,19 +54,23 @@ def _find(
 class CodebookSearch:
     """Exact nearest-code search for one codebook; ready when the constructor returns.
 
-    codebook: [K, D], K >= 1, D >= 1, float32, float16 or bfloat16, on any device; copied, so that later changes to it do not count.
+    codebook: [K, D], K >= 1, D >= 1, float32, float16 or bfloat16, on any device;
+              copied, so later changes have no effect
     backend: `auto`, or by name
-      `grid`    CPU, D <= 4: a grid whose cells list the codes that can win; built once, kept in the user's cache folder
+      `grid`    CPU, D <= 4: a grid whose cells list the codes that can win; built once, kept in the
+                user's cache folder
       `csrc`    CPU: all codes in blocks, fp32 then fp64
       `cuda`    CUDA, D <= 4: the same grid, one launch
-      `triton`  CUDA: tensor cores, then fp64 where they cannot tell
+      `triton`  CUDA: tensor cores, then fp64 for close cases
       `torch`   any device
-    Every back end gives the codes of the fp64 search (see this package's docstring), outside autocast and without gradients.
-    Raises ValueError for a codebook that is none; UsageError for an unknown name; EnvironmentProblem for a back end that was asked
-    for by name and cannot be had here, with the reason. `auto` logs its choice once for each codebook's shape.
+    Every back end gives the codes of the fp64 search (see this package's docstring), outside
+    autocast and without gradients. Raises ValueError for an invalid codebook; UsageError for an
+    unknown name; EnvironmentProblem, with the reason, for a named back end that is not available
+    here. `auto` logs its choice once for each codebook's shape.
 
-    `num_nonfinite`, an int64 tensor on the codebook's device, counts the latents that were not finite (code 0) over all searches.
-    Neither search reads anything on the host, `torch` with D > 16 excepted; both compile as one graph.
+    `num_nonfinite`, an int64 tensor on the codebook's device, counts the non-finite latents (code
+    0) over all searches. No search synchronises with the host except `torch` with D > 16; both
+    methods compile as one graph.
     """
 
     def __init__(self, codebook: Tensor, backend: str = "auto") -> None:
@@ -119,9 +123,11 @@ class CodebookSearch:
         raise AssertionError("torch is always available")
 
     def search(self, latents: Tensor) -> Tensor:
-        """Codes int64 [N] or [B, H, W] of `latents` [N, D] or [B, D, H, W], float32, float16 or bfloat16, any strides.
+        """Return codes int64 [N] or [B, H, W] of `latents` [N, D] or [B, D, H, W], float32, float16
+        or bfloat16, any strides.
 
-        The lowest index wins a tie; a latent that is not finite gets code 0 and counts in `num_nonfinite`. ValueError for other inputs.
+        The lowest index wins a tie; a non-finite latent gets code 0 and counts in `num_nonfinite`.
+        Raises ValueError for other inputs.
         """
         flat, shape = self._flatten(latents)
         return torch.ops.dad_fast.codebook_search(flat, self.num_nonfinite, self._handle).view(
@@ -129,7 +135,9 @@ class CodebookSearch:
         )
 
     def search_and_quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """`search`, and the codes' entries of the codebook: float32, shaped as `latents`."""
+        """Like `search`, and also return the codes' entries of the codebook: float32, shaped as
+        `latents`.
+        """
         flat, shape = self._flatten(latents)
         codes, quantized = torch.ops.dad_fast.codebook_search_and_quantize(
             flat, self.num_nonfinite, self._handle
@@ -139,7 +147,7 @@ class CodebookSearch:
         return codes.view(shape), quantized
 
     def _flatten(self, latents: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """[N, D] float32, contiguous, and the codes' shape."""
+        """Return latents as [N, D] float32, contiguous, and the codes' shape."""
         dim = self.codebook.shape[1]
         if (
             latents.ndim not in (2, 4)
@@ -163,7 +171,7 @@ class CodebookSearch:
         )
 
     def run(self, latents: Tensor, num_nonfinite: Tensor, quantized: Tensor | None) -> Tensor:
-        """What the ops below call: latents [N, D] float32, contiguous."""
+        """Search latents [N, D] float32, contiguous; called by the ops below."""
         codes = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
         if self.backend == "triton":  # writes z_q as it goes
             self._module.search(latents, self._state, codes, num_nonfinite, quantized)

@@ -1,9 +1,9 @@
 """Exact search in plain torch, on any device.
 
-D <= 16: fp64 distances dimension by dimension, in blocks of rows; no host synchronisation.
-D > 16: fp64 scores |e|^2/2 - z.e by one GEMM per block, then the distance of the codes inside the GEMM's rounding bound. The
-number of those is read on the host: not for CUDA graphs.
-Memory beyond the arguments: a few blocks of BLOCK_CPU or BLOCK_CUDA elements, and never [N, K].
+D <= 16: fp64 distances dimension by dimension, in blocks of rows; no host synchronisation. D > 16:
+fp64 scores |e|^2/2 - z.e by one GEMM per block, then the distance of the codes inside the GEMM's
+rounding bound. The number of those is read on the host: not for CUDA graphs. Memory beyond the
+arguments: a few blocks of BLOCK_CPU or BLOCK_CUDA elements, and never [N, K].
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ def _by_difference(z: Tensor, e: Tensor) -> Tensor:
 
 
 def _by_score(z: Tensor, e: Tensor, valid: Tensor, half_square: Tensor) -> Tensor:
-    """Codes of z [n, D] in e [K, D], both float64 and finite; valid [K], half_square [K] = |e|^2 / 2."""
+    """Codes of z [n, D] in e [K, D], both float64 and finite; valid [K], half_square [K] = |e|^2 /
+    2.
+    """
     num_rows, num_codes = len(z), len(e)
     score = torch.addmm(half_square, z, e.T, alpha=-1)  # [n, K] = (|z - e|^2 - |z|^2) / 2
-    # How far the score, and half the distance that decides, can be from exact; (|z| + |e|)^2 bounds every sum of products.
+    # How far the score, and half the distance that decides, can be from exact; (|z| + |e|)^2 bounds
+    # every sum of products.
     margin = (z.norm(dim=1, keepdim=True) + e.norm(dim=1)).square_()  # [n, K]
     margin *= (2 * z.shape[1] + 16) * FP64_ROUNDING
     score.masked_fill_(~valid, torch.inf)
     ceiling = (score + margin).amin(1, keepdim=True)  # no winner's score can lie above it
-    rows, codes = (
-        (score - margin <= ceiling).logical_and_(valid).nonzero(as_tuple=True)
-    )  # ascending
-    if (
-        len(rows) == num_rows
-    ):  # one candidate each: a row without any means that no code is valid, so that none has one
+    # Ascending.
+    rows, codes = (score - margin <= ceiling).logical_and_(valid).nonzero(as_tuple=True)
+    # One candidate each: a row without any means that no code is valid, so that none has one.
+    if len(rows) == num_rows:
         return codes
     distance = z.new_zeros(len(rows))  # [candidates]
     for d in range(z.shape[1]):
@@ -66,7 +67,9 @@ def prepare(codebook: Tensor) -> Tensor:
 
 
 def search(latents: Tensor, codebook: Tensor, codes: Tensor, num_nonfinite: Tensor) -> None:
-    """latents [N, D], codebook [K, D] -> codes [N] int64; num_nonfinite grows by the number of latents that are not finite."""
+    """latents [N, D], codebook [K, D] -> codes [N] int64; num_nonfinite grows by the number of
+    non-finite latents.
+    """
     valid = codebook.isfinite().all(1)  # [K]
     small = latents.shape[1] <= MAX_DIFFERENCE_DIM
     e = codebook.double().masked_fill(~valid[:, None], torch.inf if small else 0.0)

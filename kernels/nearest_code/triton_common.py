@@ -1,23 +1,28 @@
-"""What the two Triton back ends share: the prepared codebook, the error band of 16-bit scores, and the fp64 settlement.
+"""Shared parts of the two Triton back ends: prepared codebook, error band of 16-bit scores, fp64
+settlement.
 
-With z' = s (z - c) and e' = s (e - c) (c the codes' mean, s a power of two) the nearest code has the lowest score
-|e'|^2 / 2 - z'.e', which tensor cores compute from fp16 with an error bounded below. The codes are laid out in SLOTS strips:
-code = slot * S + i. A kernel scores one code of each strip per iteration i and keeps the strips' minima [rows, SLOTS], one
-minimum a score and no index. No code outside the strips whose minimum lies within the band of the lowest score can win.
-A row with one such strip and no near tie in it is answered there and then; the others go to a work list, which `settle`
-answers in fp64, by the definition. So the codes are exact whatever the data; hard data cost time, not codes.
+With z' = s (z - c) and e' = s (e - c) (c the codes' mean, s a power of two) the nearest code has
+the lowest score |e'|^2 / 2 - z'.e', which tensor cores compute from fp16 with an error bounded
+below. The codes are laid out in SLOTS strips: code = slot * S + i. A kernel scores one code of each
+strip per iteration i and keeps the strips' minima [rows, SLOTS], one minimum a score and no index.
+No code outside the strips whose minimum lies within the band of the lowest score can win. A row
+with one such strip and no near tie is decided at once; the others go to a work list, which `settle`
+decides in fp64, by the definition. The codes are therefore exact for all data; hard data only cost
+time.
 
 The band. For a code with |e'| <= R the score is off by at most
 
     E(R) = Z rho + zeta (R + rho) + cross + tau + gamma ((Z + zeta) (R + rho) + R^2 / 2 + tau)
 
-Z = |z'|; zeta = |z' - its fp16 terms|; rho, tau: the largest |e' - its fp16 terms| and error of |e'|^2 / 2 as represented, both
-measured in fp64 when preparing; cross bounds the products left out (z_lo.e_lo). gamma bounds the summation: tensor cores align
-the products of a step with the accumulator and cut each at 2^-23 of the largest (or better), in blocks of 4 products at the
-smallest; that is 16 cuts for 16 products, and for each of 4 blocks one cut of the accumulator and one of the sum: 24 * 2^-23 for
-each k = 16 step, of a magnitude that the sum of all |products| bounds. fp32 additions in any order are within it.
-The winner and the code with the lowest computed score `low` both lie within sqrt(2 (low + E(radius)) + Z^2) of z', so that
-R = Z + that root, which for codes near the latent is far below the codebook's radius.
+Z = |z'|; zeta = |z' - its fp16 terms|; rho, tau: the largest |e' - its fp16 terms| and error of
+|e'|^2 / 2 as represented, both measured in fp64 when preparing; cross bounds the products left out
+(z_lo.e_lo). gamma bounds the summation: tensor cores align the products of a step with the
+accumulator and cut each at 2^-23 of the largest (or better), in blocks of 4 products at the
+smallest; that is 16 cuts for 16 products, and for each of 4 blocks one cut of the accumulator and
+one of the sum: 24 * 2^-23 for each k = 16 step, of a magnitude that the sum of all |products|
+bounds. fp32 additions in any order are within it. The winner and the code with the lowest computed
+score `low` both lie within sqrt(2 (low + E(radius)) + Z^2) of z', so that R = Z + that root, which
+for codes near the latent is far below the codebook's radius.
 """
 
 from __future__ import annotations
@@ -45,10 +50,15 @@ FLOAT_ARGUMENTS = ("scale", "radius", "rho", "lam", "tau", "floor")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A codebook made ready for one device. The floats are kernel arguments; see the module's docstring."""
+    """Codebook prepared for one device.
+
+    The floats are kernel arguments; see the module's docstring.
+    """
 
     codebook: Tensor  # [K, D] float32, as given: the source of z_q
-    columns: Tensor  # [D, SLOTS * S] float32; infinite where a code cannot win (not finite, a later duplicate, none)
+    # [D, SLOTS * S] float32; infinite where a code cannot win (not finite, a later duplicate,
+    # none).
+    columns: Tensor
     centre: Tensor  # [D] float32
     packed: Tensor  # the back end's fp16 operand
     half_square: Tensor  # [S, SLOTS] float32: |e'|^2 / 2 (triton_gemm)
@@ -67,7 +77,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Centred:
-    """The codebook centred and scaled in fp64, in strip order, as a back end's prepare() packs it."""
+    """Codebook centred and scaled in fp64, in strip order; a back end's prepare() packs it."""
 
     e: Tensor  # [SLOTS * S, D] float64; 0 where a code cannot win
     valid: Tensor  # [SLOTS * S]
@@ -102,9 +112,8 @@ def centre_codebook(codebook: Tensor, slots: int) -> Centred:
     e = (exact - centre.double()).masked_fill(~valid[:, None], 0.0)
     largest = float(e.abs().max()) if some else 0.0
     exponent = 5 - int(torch.tensor(largest, dtype=torch.float64).log2().floor()) if largest else 0
-    scale = 2.0 ** min(
-        max(exponent, -125), 126
-    )  # the largest entry comes to [32, 64): room above and below in fp16
+    # The largest entry comes to [32, 64), with room above and below in fp16.
+    scale = 2.0 ** min(max(exponent, -125), 126)
     e = torch.nn.functional.pad(e * scale, (0, 0, 0, slots * strip - num_codes))
     columns = codebook.new_full((dim, slots * strip), torch.inf)
     columns[:, :num_codes] = codebook.masked_fill(~valid[:, None], torch.inf).T
@@ -169,15 +178,16 @@ def append_work(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Puts the rows that are needed [ROWS] on the work list, with their strips in the band [ROWS, SLOTS]. Returns their places."""
+    """Append the needed rows [ROWS] to the work list, with their strips in the band [ROWS, SLOTS];
+    return their places.
+    """
     count = needed.to(tl.int32)
     place = tl.atomic_add(num_work_ptr, tl.sum(count)) + tl.cumsum(count, 0) - count
     tl.store(work_ptr + place, rows, mask=needed)
     column = tl.arange(0, SLOTS)
     bits = tl.where(in_band, (tl.full((ROWS, SLOTS), 1, tl.int32) << (column % 32)[None, :]), 0)
-    words = tl.sum(
-        tl.reshape(bits, (ROWS, SLOTS // 32, 32)), 2
-    )  # distinct bits: the sum is the union
+    # The bits are distinct, so the sum is the union.
+    words = tl.sum(tl.reshape(bits, (ROWS, SLOTS // 32, 32)), 2)
     word = tl.arange(0, SLOTS // 32)
     tl.store(
         slots_ptr + place[:, None].to(tl.int64) * (SLOTS // 32) + word[None, :],
@@ -206,7 +216,9 @@ def settle_kernel(
     TILES: tl.constexpr,
     QUANTIZE: tl.constexpr,
 ):
-    """The nearest code of each row on the list among its strips, in fp64 by the definition. Runs without contraction."""
+    """Find the nearest code of each listed row among its strips, in fp64 by the definition, without
+    contraction.
+    """
     lane = tl.arange(0, CHUNK)
     for item in range(tl.program_id(0), tl.load(num_work_ptr), tl.num_programs(0)):
         row = tl.load(work_ptr + item).to(tl.int64)
@@ -233,9 +245,8 @@ def settle_kernel(
                             columns_ptr + d * (SLOTS * strip) + index, mask=live, other=float("inf")
                         ).to(tl.float64)
                         distance += (z - e) * (z - e)
-                    closer = (
-                        distance < best
-                    )  # a lane meets its codes in ascending order: the first of equals stays
+                    # A lane visits its codes in ascending order, so the first of equals stays.
+                    closer = distance < best
                     best = tl.where(closer, distance, best)
                     code = tl.where(closer, index, code)
         low = tl.min(best, 0)
@@ -276,7 +287,9 @@ def settle(
     slots: Tensor,
     tiles: Tensor | None,
 ) -> None:
-    """Launches `settle_kernel` with a fixed grid: how much there is to do is known to the device only."""
+    """Launch `settle_kernel` with a fixed grid, because only the device knows the length of the
+    list.
+    """
     dim = latents.shape[1]
     with torch.cuda.device_of(latents):
         settle_kernel[(min(len(latents), SETTLE_PROGRAMS),)](

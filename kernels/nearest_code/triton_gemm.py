@@ -1,12 +1,14 @@
-"""Nearest code for any number of dimensions: a GEMM z'.e' in fp16 with fp32 accumulation whose scores never leave the registers.
+"""Nearest code for any number of dimensions: a GEMM z'.e' in fp16 with fp32 accumulation whose
+scores never leave the registers.
 
-score = |e'|^2 / 2 - z'.e' (z', e' centred and scaled: triton_common.py). Of the scores [ROWS, SLOTS] of iteration i the kernel
-keeps the minimum of each strip over all i (one fp32 minimum a score) and per row the three lowest iterations by their minimum
-(a second one). When one strip and one iteration are inside the error band, they name the code, and nothing is recomputed. The other
-rows (a few in a hundred at D = 256) go to `settle` with their strips and, where there are at most two, their iterations.
-A first kernel rounds the latents to fp16 and measures, row by row, what that loses; the codebook's loss is measured by prepare().
-Bytes moved: 8 D a latent in and out of fp16, the codebook in fp16 for each block of rows (from L2), 8 (+ 8 D with z_q) out.
-Not yet run on a GPU.
+score = |e'|^2 / 2 - z'.e' (z', e' centred and scaled: triton_common.py). Of the scores [ROWS,
+SLOTS] of iteration i the kernel keeps the minimum of each strip over all i (one fp32 minimum a
+score) and per row the three lowest iterations by their minimum (a second one). If one strip and one
+iteration are inside the error band, they give the code without recomputation. The other rows (a few
+in a hundred at D = 256) go to `settle` with their strips and, where there are at most two, their
+iterations. A first kernel rounds the latents to fp16 and measures, row by row, the rounding error;
+prepare() measures that of the codebook. Bytes moved: 8 D a latent in and out of fp16, the codebook
+in fp16 for each block of rows (from L2), 8 (+ 8 D with z_q) out. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def round_kernel(
     z_ptr,  # [N, D] float32
     centre_ptr,  # [D] float32
     rounded_ptr,  # [N, BLOCKS * BLOCK_D] float16, out: z', 0 beyond D
-    norms_ptr,  # [N, 2] float32, out: upper bounds of |z'| and |z' - rounded|; |z'| = -1: not finite, -2: too large to be scored
+    # [N, 2] float32, out: upper bounds of |z'| and |z' - rounded|; |z'| = -1: not finite, -2: too
+    # large to be scored.
+    norms_ptr,
     num_nonfinite_ptr,  # [1] int64, added to
     num_rows,
     scale,
@@ -83,9 +87,8 @@ def round_kernel(
             mask=inside[:, None],
         )
     norm = tl.sqrt(square) * SLACK
-    zeta = (
-        tl.sqrt(residual) * SLACK + norm * 1.1920928955078125e-07 + floor * D
-    )  # 2^-23: z - c rounds
+    # 2^-23: z - c rounds.
+    zeta = tl.sqrt(residual) * SLACK + norm * 1.1920928955078125e-07 + floor * D
     finite = all_finite != 0
     norm = tl.where(finite, tl.where(norm < 32768.0, norm, -2.0), -1.0)
     tl.store(norms_ptr + rows * 2, norm, mask=inside)
@@ -179,9 +182,8 @@ def gemm_kernel(
     needed = inside & (done == 0)
     if tl.sum(needed.to(tl.int32)) > 0:
         place = append_work(num_work_ptr, work_ptr, slots_ptr, rows, needed, in_band, ROWS, SLOTS)
-        two = usable & (
-            third_low > limit
-        )  # at most two iterations reach the band, so that only their codes can win
+        # At most two iterations reach the band, so only their codes can win.
+        two = usable & (third_low > limit)
         tl.store(tiles_ptr + place * 2, tl.where(two, first_tile, -1), mask=needed)
         tl.store(tiles_ptr + place * 2 + 1, tl.where(two, second_tile, -1), mask=needed)
 
@@ -195,7 +197,9 @@ def blocks_of(dim: int) -> tuple[int, int]:
 
 
 def available(device: torch.device, num_codes: int, dim: int) -> str:
-    """ "" where this back end can search a codebook [num_codes, dim] on the device, else why not."""
+    """Return "" if this back end can search a codebook [num_codes, dim] on the device, else the
+    reason.
+    """
     width, number = blocks_of(dim)
     reason = unavailable(device, 2 * num_codes * width * number)
     if reason or device.type != "cuda":
@@ -209,7 +213,10 @@ def available(device: torch.device, num_codes: int, dim: int) -> str:
 
 
 def prepare(codebook: Tensor, slots: int | None = None) -> Prepared:
-    """codebook [K, D] float32 -> what `search` needs. Synchronises with the host. `slots`: the number of strips (tests)."""
+    """codebook [K, D] float32: prepare it for `search`.
+
+    Synchronises with the host. `slots`: the number of strips (tests).
+    """
     dim = codebook.shape[1]
     slots = slots or meta_parameters(KERNEL, architecture(codebook.device), d=dim)["slots"]
     book = centre_codebook(codebook, slots)
@@ -247,10 +254,12 @@ def search(
     quantized: Tensor | None = None,
     meta: dict[str, int] | None = None,
 ) -> None:
-    """latents [N, D] float32, contiguous -> codes [N] int64 and, if given, quantized [N, D] = codebook[codes].
+    """Search latents [N, D] float32, contiguous; return codes [N] int64 and, if given, quantized
+    [N, D] = codebook[codes].
 
-    num_nonfinite, an int64 device tensor, grows by the number of latents that are not finite. Three launches with fixed grids,
-    no synchronisation with the host: may be captured in a CUDA graph. `meta` replaces the table's entry.
+    num_nonfinite, an int64 device tensor, grows by the number of non-finite latents. Three launches
+    with fixed grids, no synchronisation with the host: may be captured in a CUDA graph. `meta`
+    replaces the table's entry.
     """
     num_rows, dim = latents.shape
     if not num_rows:
@@ -330,7 +339,9 @@ def constants(dim: int, meta: dict[str, int], quantize: bool) -> dict[str, Any]:
 
 
 def compile_specs(arch: str) -> list[CompileSpec]:
-    """The widest latents of every entry of the table, and those of 512 dimensions, which take several blocks."""
+    """Return the widest latents of every table entry, and latents of 512 dimensions, which take
+    several blocks.
+    """
     from dad_fast.kernels.cross_compile import CompileSpec
 
     types = {
@@ -383,7 +394,9 @@ def compile_specs(arch: str) -> list[CompileSpec]:
 
 
 def tuning_cases() -> list[TuningCase]:
-    """256 images of a VQGAN with 14 x 14 latents of 256 dimensions and 16384 codes; narrower and wider ones; on the GPU at hand."""
+    """256 images of a VQGAN with 14 x 14 latents of 256 dimensions and 16384 codes; narrower and
+    wider ones; on the GPU at hand.
+    """
     counter = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def case(dim: int, bounds: dict[str, int], candidates: list[dict[str, int]]) -> TuningCase:

@@ -1,12 +1,14 @@
-"""Nearest code for D <= 8 on tensor cores: one MMA step of k = 16 (D <= 4) or 32 scores a latent against a code.
+"""Nearest code for D <= 8 on tensor cores: one MMA step of k = 16 (D <= 4) or 32 scores a latent
+against a code.
 
 With the fp16 terms of the centred, scaled latent and code (triton_common.py),
 
     A = [z_hi, z_hi, z_lo, 1, 1, 1, 0 ...]    B = [-e_hi, -e_lo, -e_hi, three terms of |e|^2 / 2, 0 ...]    score = A.B
 
-so that only z_lo.e_lo is left out. The loop costs one MMA and one fp32 minimum a score; then each row scans the strip of its
-lowest score in fp32 difference form, which decides unless a second strip or a second code is too close: those rows go to `settle`.
-Bytes moved per block of rows: 2 * KP a code (from L2), 4 D a latent, 4 D S for a row's strip, 8 (+ 4 D) out. Not yet run on a GPU.
+which omits only z_lo.e_lo. The loop costs one MMA and one fp32 minimum a score; then each row scans
+the strip of its lowest score in fp32 difference form, which decides unless a second strip or a
+second code is too close: those rows go to `settle`. Bytes moved per block of rows: 2 * KP a code
+(from L2), 4 D a latent, 4 D S for a row's strip, 8 (+ 4 D) out. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -77,16 +79,15 @@ def score_kernel(
     k = tl.arange(0, KP)
     slot = tl.arange(0, SLOTS)
 
-    # A, and what the band needs of it.
+    # A [ROWS, KP], and its norms for the band.
     z = tl.load(
         z_ptr + rows[:, None].to(tl.int64) * D + (k % D)[None, :], mask=inside[:, None], other=0.0
-    )  # [ROWS, KP]
+    )
     finite = tl.min((tl.abs(z) < float("inf")).to(tl.int32), 1) != 0
     z = (tl.where(finite[:, None], z, 0.0) - tl.load(centre_ptr + k % D)[None, :]) * scale
     norm = tl.sqrt(tl.sum(tl.where(k[None, :] < D, z * z, 0.0), 1)) * SLACK
-    usable = (
-        norm < 32768.0
-    )  # its entries fit fp16; a latent a thousand radii away is left to `settle`
+    # The entries fit fp16; a latent a thousand radii away is left to `settle`.
+    usable = norm < 32768.0
     z = tl.where(usable[:, None], z, 0.0)
     hi = z.to(tl.float16)
     lo = (z - hi.to(tl.float32)).to(tl.float16)
@@ -106,7 +107,8 @@ def score_kernel(
     num_strips = tl.sum(in_band.to(tl.int32), 1)
     chosen = tl.min(tl.where(lowest == low[:, None], slot[None, :], SLOTS - 1), 1)
 
-    # The chosen strip in fp32: the lowest distance, its code, and the lowest distance of any other code.
+    # The chosen strip in fp32: the lowest distance, its code, and the lowest distance of any other
+    # code.
     best = tl.full((ROWS,), float("inf"), tl.float32)
     second = tl.full((ROWS,), float("inf"), tl.float32)
     code = tl.zeros((ROWS,), tl.int32)
@@ -126,7 +128,8 @@ def score_kernel(
         second = tl.where(here < best, tl.minimum(best, runner_up), tl.minimum(second, here))
         code = tl.where(here < best, winner, code)
         best = tl.minimum(best, here)
-    # Each distance is within (D + 2) 2^-24 of its exact value, and 2^-100 is far above what a flush of subnormals loses.
+    # Each distance is within (D + 2) 2^-24 of its exact value, and 2^-100 is far above what a flush
+    # of subnormals loses.
     decided = (
         scanned
         & (best < 1e38)
@@ -147,7 +150,9 @@ def score_kernel(
 
 
 def available(device: torch.device, num_codes: int, dim: int) -> str:
-    """ "" where this back end can search a codebook [num_codes, dim] on the device, else why not."""
+    """Return "" if this back end can search a codebook [num_codes, dim] on the device, else the
+    reason.
+    """
     if dim > MAX_DIM:
         return f"it is for latents of at most {MAX_DIM} dimensions, not {dim}"
     return unavailable(device, num_codes * steps(dim) * 16)
@@ -173,7 +178,10 @@ def steps(dim: int) -> int:
 
 
 def prepare(codebook: Tensor, slots: int | None = None) -> Prepared:
-    """codebook [K, D <= 8] float32 -> what `search` needs. Synchronises with the host. `slots`: the number of strips (tests)."""
+    """codebook [K, D <= 8] float32: prepare it for `search`.
+
+    Synchronises with the host. `slots`: the number of strips (tests).
+    """
     dim = codebook.shape[1]
     slots = slots or meta_parameters(KERNEL, architecture(codebook.device), n=1 << 40)["slots"]
     book = centre_codebook(codebook, slots)
@@ -213,10 +221,12 @@ def search(
     quantized: Tensor | None = None,
     meta: dict[str, int] | None = None,
 ) -> None:
-    """latents [N, D] float32, contiguous -> codes [N] int64 and, if given, quantized [N, D] = codebook[codes].
+    """Search latents [N, D] float32, contiguous; return codes [N] int64 and, if given, quantized
+    [N, D] = codebook[codes].
 
-    num_nonfinite, an int64 device tensor, grows by the number of latents that are not finite. Two launches with fixed grids,
-    no synchronisation with the host: may be captured in a CUDA graph. `meta` replaces the table's entry.
+    num_nonfinite, an int64 device tensor, grows by the number of non-finite latents. Two launches
+    with fixed grids, no synchronisation with the host: may be captured in a CUDA graph. `meta`
+    replaces the table's entry.
     """
     num_rows, dim = latents.shape
     if not num_rows:
@@ -291,7 +301,9 @@ def compile_specs(arch: str) -> list[CompileSpec]:
 
 
 def tuning_cases() -> list[TuningCase]:
-    """One image and a batch of 256 of the f8 VQGAN (784 latents an image, 16384 codes of 4), for the CUDA device at hand."""
+    """One image and a batch of 256 of the f8 VQGAN (784 latents an image, 16384 codes of 4), for
+    the CUDA device at hand.
+    """
     codebook = torch.randn(16384, 4, device="cuda")
     counter = torch.zeros(1, dtype=torch.int64, device="cuda")
     states: dict[int, Prepared] = {}

@@ -226,7 +226,7 @@ def test_what_cannot_be_judged_says_so(
     shutil.copy(place / "run" / "model.safetensors", tmp_path / "cmp" / "dad" / "seed-0")
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 64)
     for arguments, code, message in [
-        ([], 2, "nothing to judge"),
+        ([], 2, "nothing to evaluate"),
         (["--suite", "test", place / "run"], 2, "before --suite"),
         ([tmp_path / "none"], 4, "no such checkpoint"),
         ([tmp_path / "cmp"], 4, "several runs"),
@@ -280,7 +280,7 @@ def test_teacher_alone_and_beside_a_checkpoint(
         and record["teacher"]["suites"]["val"]["num_images"] == 9
     )
     text = capsys.readouterr().out
-    assert f"teacher {name}, 3 classes" in text and "It has seen: not recorded" in text
+    assert f"teacher {name}, 3 classes" in text and "(trained on: not recorded)" in text
     assert (
         eval_(place / "run", "--teacher", name, "--suite", "test", "--json", tmp_path / "o.json")
         == 0
@@ -428,7 +428,7 @@ def test_comparisons_that_cannot_be_made(
     (a,), (b,) = (list((tmp_path / name).iterdir()) for name in "ab")
     capsys.readouterr()
     for arguments, code, message in [
-        (["--compare", a, b], 2, "no suite was judged by both"),
+        (["--compare", a, b], 2, "the models share no suite"),
         (["--compare", a, place / "none"], 4, "no such checkpoint"),
         (["--compare", a], 2, "--compare"),
         (["--compare", a, a, "--ood", "test"], 2, "--ood: two files of predictions"),

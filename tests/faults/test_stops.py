@@ -76,7 +76,7 @@ SAVING, BLOCK = (
 AGAIN, SAVED, WHOLE = (
     "run the same command again with --resume auto",
     "saved in",
-    "what stands above is whole",
+    "the results above are complete",
 )
 PHASES = {
     "train, flags": Phase("train", "dad_fast.cli.train:main:60", TERM, AGAIN),

@@ -1,12 +1,10 @@
-"""The benchmarks' harness: timing in turns, records, the pytest options, the comparison with an earlier record, the history."""
+"""Benchmark harness: timing in turns, records, pytest options, comparison with an earlier record,
+history.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class HandSet:
-    """A clock that moves when a function under test moves it."""
+    """Clock that only functions under test move."""
 
     now = 0.0
 
@@ -33,7 +31,7 @@ class HandSet:
         return self.now
 
     def work(self, milliseconds: float, log: list[str], name: str = "") -> Callable[[], None]:
-        """A function that takes so long, and writes its name into the log."""
+        """Return a function that takes this long and logs its name."""
 
         def run() -> None:
             log.append(name)
@@ -53,15 +51,14 @@ def _short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
 
 
-def test_functions_take_turns_and_begin_with_another_one_each_round(clock: HandSet) -> None:
+def test_functions_take_turns_and_rotate(clock: HandSet) -> None:
     log: list[str] = []
     times = timing.interleaved(
         {name: clock.work(11, log, name) for name in "abc"}, CPU, seconds=0.0
     )
     assert all(len(values) == timing.MIN_ROUNDS for values in times.values())
-    assert (
-        "".join(log[3 * (timing.WARM_UP_CALLS["cpu"] + 2) :]) == "abcbcacababcbca"
-    )  # after warm-up and two estimates of each
+    # After warm-up and two estimates of each.
+    assert "".join(log[3 * (timing.WARM_UP_CALLS["cpu"] + 2) :]) == "abcbcacababcbca"
     assert all(value == pytest.approx(0.011) for values in times.values() for value in values)
 
 
@@ -73,7 +70,7 @@ def test_short_functions_are_called_many_times_a_round(clock: HandSet) -> None:
     )
 
 
-def test_what_fails_is_left_out_by_name_and_what_was_measured_is_written_at_once(
+def test_failures_are_named_and_results_are_written_at_once(
     tmp_path: Path,
 ) -> None:
     def fails() -> None:
@@ -153,21 +150,20 @@ def test_compare_records_ratios_rates_and_predictions(bench: Bench, clock: HandS
         "steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0
     )
     kd, dad = record["comparisons"][0]["rows"]
-    assert (
-        kd["note"] == "x" and "note" not in dad and "peak_bytes" not in kd and "joules" not in kd
-    )  # a CPU counts neither
+    # A CPU counts neither.
+    assert kd["note"] == "x" and "note" not in dad and "peak_bytes" not in kd and "joules" not in kd
     assert dad["predicted"] == 4.0 and dad["per_second"] == pytest.approx(8e3 / dad["ms"]["median"])
     assert dad["tflops"] == pytest.approx(dad["per_second"] * 4e9 / 1e12)
     text = as_text(record["comparisons"][0])
     assert "ratio to 'kd'" in text and "4.00" in text and "peak" not in text and "predicted" in text
 
 
-def test_a_baseline_that_is_not_there(bench: Bench) -> None:
+def test_missing_baseline(bench: Bench) -> None:
     with pytest.raises(ValueError, match="baseline 'x' is none of a"):
         bench.compare("b", {"a": lambda: None}, baseline="x", work=1)
 
 
-def test_a_record_says_what_it_must_and_holds_no_paths(bench: Bench, tmp_path: Path) -> None:
+def test_record_has_all_fields_and_no_paths(bench: Bench, tmp_path: Path) -> None:
     bench.compare("b", {"kd": lambda: None}, baseline="kd", work=1, seconds=0)
     record = make_record(
         "steps", "tiny", bench.session.groups["steps"], bench.session.machine.describe(), 1.0
@@ -193,7 +189,7 @@ def test_a_record_says_what_it_must_and_holds_no_paths(bench: Bench, tmp_path: P
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"schema": 99, "comparisons": []}', '{"schema": 1}']
 )
-def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+def test_invalid_records_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="r.json: not") as error:
@@ -295,8 +291,10 @@ def test_default_size_of_a_cpu() -> None:
     assert default_size(CPU) == "tiny"
 
 
-def test_the_baseline_computes_the_loss_that_it_is_compared_with() -> None:
-    """Same images, same labels, same objective: timm's distillation and our plain KD agree on the first step's loss."""
+def test_baseline_has_the_same_loss() -> None:
+    """timm's distillation and our plain KD agree on the first step's loss: same images, labels,
+    objective.
+    """
     pytest.importorskip("timm.task")
     from benchmarks.timm_kd import TimmKD
     from benchmarks.workload import make_workload
@@ -312,16 +310,17 @@ def test_flops_are_those_of_the_stages() -> None:
 
     work = make_workload("tiny", CPU, 8)
     flops = Flops(work)
-    assert (
-        flops.of["teacher"] < flops.of["teacher_gradient"] <= 2.05 * flops.of["teacher"]
-    )  # no gradient of a weight is in it
+    # No gradient of a weight is in it.
+    assert flops.of["teacher"] < flops.of["teacher_gradient"] <= 2.05 * flops.of["teacher"]
     assert flops.of["student_gradient"] < flops.of["student"] and flops.of_step(
         "dad", "authors"
     ) > flops.of_step("dad")
 
 
 def test_flops_of_published_shapes() -> None:
-    """By hand, 2 per multiplication and addition: VQGAN f8 at 224 px 172.0 and 360.1 GFLOP, ViT-B/16 35.1."""
+    """Compare with counts by hand: VQGAN f8 at 224 px 172.0 and 360.1 GFLOP, ViT-B/16 35.1
+    (multiply-add = 2).
+    """
     timm = pytest.importorskip("timm")
     from benchmarks.workload import count
     from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
@@ -336,100 +335,3 @@ def test_flops_of_published_shapes() -> None:
     assert count(lambda: vqgan.encode(pixels)) / 1e9 == pytest.approx(172.0, rel=0.002)
     assert count(lambda: vqgan.decode(codes)) / 1e9 == pytest.approx(360.1, rel=0.002)
     assert count(lambda: vit(pixels)) / 1e9 == pytest.approx(35.1, rel=0.002)
-
-
-STEPS = """
-from types import SimpleNamespace
-from benchmarks import timing
-
-now = 0.0
-
-def work(seconds):
-    def run():
-        global now
-        now += seconds
-    return run
-
-def test_steps(bench, monkeypatch):
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
-    bench.compare("batch 32", {"kd": work(0.01), "dad": work(FACTOR * 0.01)}, baseline="kd", work=1, seconds=0)
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A benchmark folder of its own with the real conftest."""
-    shutil.copy(ROOT / "benchmarks" / "conftest.py", tmp_path)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    (tmp_path / "test_steps.py").write_text(STEPS.replace("FACTOR", "2"))
-    return tmp_path
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        ".",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--bench-out",
-        "out",
-        *arguments,
-    ]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def test_the_folder_skips_without_the_option(folder: Path) -> None:
-    done = run(folder, "-rs")
-    assert (
-        done.returncode == 0
-        and "a benchmark: run with --benchmark" in done.stdout
-        and not (folder / "out").exists()
-    )
-
-
-def test_the_option_runs_writes_and_compares(folder: Path) -> None:
-    done = run(folder, "--benchmark")
-    assert done.returncode == 0, done.stdout
-    assert (
-        "steps, size tiny" in done.stdout
-        and "ratio to 'kd'" in done.stdout
-        and "ratios only" in done.stdout
-    )
-    (record,) = (folder / "out").glob("tiny-cpu-*/steps.json")
-    kept = shutil.copy(record, folder / "before.json")
-    (folder / "test_steps.py").write_text(STEPS.replace("FACTOR", "3"))
-    done = run(folder, "--benchmark", "--overhead-compare", str(kept), "--fail-over", "20%")
-    assert done.returncode == 1 and "benchmarks: batch 32, against kd: dad costs" in done.stdout, (
-        done.stdout
-    )
-
-
-def test_a_run_in_which_no_step_ran_fails(folder: Path) -> None:
-    (folder / "test_steps.py").write_text(
-        "import pytest\ndef test_steps(bench): pytest.skip('no package')\n"
-    )
-    done = run(folder, "--benchmark")
-    assert done.returncode == 1 and "no step benchmark ran" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--overhead-compare", "none.json"], "none.json: cannot be read"),
-        (["--fail-over", "much"], "--fail-over much"),
-        (["--bench-size", "x"], "tiny"),
-    ],
-)
-def test_wrong_options_are_usage_errors(folder: Path, arguments: list[str], message: str) -> None:
-    done = run(folder, "--benchmark", *arguments)
-    assert done.returncode == 4 and message in done.stderr
-
-
-def test_pytest_benchmark_may_be_installed_too(folder: Path) -> None:
-    pytest.importorskip("pytest_benchmark")
-    done = run(folder, "--benchmark", "--benchmark-disable")
-    assert done.returncode == 0 and "ratio to 'kd'" in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""Every package that our code imports is declared in pyproject.toml, in the dependencies or the extra that the code belongs to."""
+"""Every package that our code imports is declared in pyproject.toml, in the dependencies or the
+extra that the code belongs to.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ OURS = {
 USER_EXTRAS = ("cuda12", "cuda13", "demo", "export")
 # Not on the package index: built from source, and looked for by name.
 BUILT_FROM_SOURCE = {"apex", "amp_C"}
-# Packages that cannot be installed everywhere, so that importlib.metadata may not know their modules.
+# Packages that cannot be installed everywhere, so that importlib.metadata may not know their
+# modules.
 MODULES = {
     "nvidia": {"nvidia-dali-cuda120", "nvidia-dali-cuda130"},
     "xformers": {"xformers"},
@@ -93,7 +96,9 @@ def library_imports() -> tuple[Import, ...]:
 
 
 def declared(*extras: str) -> set[str]:
-    """Return the distributions in the dependencies and in `extras`, with the extras that these include."""
+    """Return the distributions in the dependencies and in `extras`, with the extras that these
+    include.
+    """
     names = set()
     texts = [
         *PROJECT["dependencies"],

@@ -1,4 +1,4 @@
-"""The embedded experiment of distance and gain: its statistics, tables and plot."""
+"""Experiment of distance and gain: statistics, tables and plot."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_relation_of_distance_and_gain():
     assert experiment.relation(distance, -gain)["p"] == 1
     noise = experiment.relation(random.standard_normal((6, 5)), random.standard_normal((6, 5, 3)))
     assert noise["interval"][0] < 0 < noise["interval"][1] and noise["p"] > 0.05
-    # Test sets that all say the same are one trial, not six: p does not shrink with their number.
+    # Identical test sets are one trial, not six: p does not shrink with their number.
     order = np.array([0.0, 1, 2, 4, 3])
     assert experiment.relation(np.tile(order, (60, 1)), gain.repeat(10, 0))["p"] == pytest.approx(
         5 / 120
     )
 
 
-def test_tables_of_the_experiment_are_put_into_the_document(tmp_path):
+def test_tables_are_written_into_the_document(tmp_path):
     random = np.random.default_rng(2)
     names = list(experiment.SETS)
     value = lambda x: {"value": x, "interval": [x - 1e-4, x + 1e-4]}  # noqa: E731

@@ -1,4 +1,6 @@
-"""scripts/gpu_check and scripts/gpu_report: verdicts, limits, the manifest, and tables that are what the committed records say."""
+"""scripts/gpu_check and scripts/gpu_report: verdicts, limits, the manifest, and tables of committed
+records.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +70,8 @@ def test_verdicts_and_the_manifest(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "RuntimeError: exit code 7: what went wrong",
     )
     assert "what went wrong" in (tmp_path / "demo.log").read_text()
-    assert (
-        run_part(monkeypatch, tmp_path, lambda run: {"found": 1})["found"] == 1
-    )  # run again: replaces its entry
+    # Run again: replaces its entry.
+    assert run_part(monkeypatch, tmp_path, lambda run: {"found": 1})["found"] == 1
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [(entry["part"], entry["verdict"]) for entry in manifest] == [
         ("demo", "passed"),
@@ -91,8 +92,8 @@ def test_a_part_that_runs_too_long_is_stopped_and_named(
     )
 
 
-def test_what_a_part_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Workers that outlive their parent would keep the GPU's memory and time."""
+def test_children_of_a_part_end_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Surviving workers would keep the GPU's memory and time."""
     child = tmp_path / "child"
     code = f"""
 import subprocess, sys, time
@@ -118,14 +119,13 @@ time.sleep(3600)
         except ProcessLookupError:
             return True
         state = Path(f"/proc/{child.read_text()}/stat")
-        return (
-            state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z"
-        )  # nobody has asked for its exit code
+        # A zombie: its exit code was not collected.
+        return state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z"
 
     wait_until(ended)
 
 
-def test_with_out_set_everything_is_packed_there_even_of_a_part_that_is_cut_off(
+def test_results_are_packed_to_out_after_a_killed_part(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out, target = tmp_path / "results", tmp_path / "target"
@@ -147,9 +147,9 @@ def test_with_out_set_everything_is_packed_there_even_of_a_part_that_is_cut_off(
     with pytest.raises(KeyboardInterrupt):
         run_part(monkeypatch, out, killed, "ncu")
     assert sorted(path.name for path in target.iterdir()) == ["gpu_check.tar.gz", "summary.txt"]
-    said = (target / "summary.txt").read_text()
-    assert "    FAILED tests/test_a.py::b - assert 1 == 2" in said and re.search(
-        r"^ncu +running", said, re.MULTILINE
+    text = (target / "summary.txt").read_text()
+    assert "    FAILED tests/test_a.py::b - assert 1 == 2" in text and re.search(
+        r"^ncu +running", text, re.MULTILINE
     )
     with tarfile.open(target / "gpu_check.tar.gz") as archive:
         assert {
@@ -181,7 +181,7 @@ def test_targets_are_read_from_records_of_a_gpu_at_size_paper(tmp_path: Path) ->
 
 
 def test_every_target_names_rows_that_the_benchmarks_have() -> None:
-    """What is looked up by name is what the benchmarks write."""
+    """Every row that a target looks up is written by a benchmark."""
     text = "".join(
         (ROOT / "benchmarks" / f"test_{group}.py").read_text()
         for group in ("steps", "stages", "stored")
@@ -218,7 +218,7 @@ def test_a_missing_tool_or_benchmark_is_skipped_by_name(
         assert run_part(monkeypatch, tmp_path, part, name)["reason"] == f"not on the PATH: {name}"
 
 
-def test_every_benchmark_file_is_a_part_and_one_that_only_skips_is_said_to(
+def test_every_benchmark_file_is_a_part_and_skips_are_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
@@ -235,7 +235,7 @@ def test_every_benchmark_file_is_a_part_and_one_that_only_skips_is_said_to(
     )
 
 
-def test_without_a_gpu_the_script_says_so_and_an_unknown_part_is_refused() -> None:
+def test_missing_gpu_and_unknown_parts_are_errors() -> None:
     torch = pytest.importorskip("torch")
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh")]
     environment = os.environ | {"PYTHON": sys.executable}
@@ -356,8 +356,8 @@ def test_documents_are_renewed_from_records(
     assert document.read_text() == text
 
 
-def test_committed_tables_are_what_the_committed_records_say() -> None:
-    """A number in a document comes from a record."""
+def test_committed_tables_match_committed_records() -> None:
+    """Numbers in documents come from records."""
     documents = [
         path for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md") if path.exists()
     ]

@@ -1,4 +1,4 @@
-"""`--check-skips`: the table of skips, and the exit status where a reason is not in the list."""
+"""`--check-skips`: the table of skips, and the exit status for a reason that is not in the list."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_committed_list_is_valid() -> None:
     assert load_patterns(ALLOWED_SKIPS)
 
 
-def test_an_entry_needs_its_why(tmp_path: Path) -> None:
+def test_entry_without_reason_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.toml").write_text('[[skip]]\nreason = "x"\n')
     with pytest.raises(
         pytest.UsageError,

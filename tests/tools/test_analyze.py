@@ -1,12 +1,10 @@
-"""`dad-fast analyze`: the sets it makes, the comparison, its files and its errors."""
+"""`dad-fast analyze` as a command: output files, spaces and errors."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,179 +14,16 @@ from PIL import Image
 
 from dad_fast.cli import analyze as flags
 from dad_fast.cli import main as cli
-from dad_fast.config import Config
-from dad_fast.config.schema import AttackConfig, PrecisionConfig
-from dad_fast.discretizers.identity import Identity
-from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.errors import DataError, UsageError
-from dad_fast.methods.attack import PGD
 from dad_fast.models.load_student import load_student
-from dad_fast.tools.analyze.compare import compare
-from dad_fast.tools.analyze.measure import TITLES, Generators, choice, feature_space, moves
+from dad_fast.tools.analyze.measure import feature_space
 from tests import tiny
 from tests.numerics import assert_same_function
-
-CPU = torch.device("cpu")
-OPTIONS = {"projections": 32, "resamples": 50, "seed": 0, "progress": lambda done, total: None}
-
-
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def test_compare_finds_the_nearer_set_and_zero_for_the_same_distribution():
-    sets = {
-        "clean": normal(400, 4, seed=1),
-        "near": normal(300, 4, seed=2) + 0.2,
-        "far": 2 * normal(350, 4, seed=3),
-    }
-    found = compare(sets, {"test": normal(500, 4, seed=4) + 0.2}, **OPTIONS)
-    assert (found["size"], found["half"]) == (300, 150)
-    of = found["tests"]["test"]["sets"]
-    floor = found["tests"]["test"]["floor"]
-    for measure in ("sw2_squared_corrected", "mmd2"):
-        low, high = of["near"][measure]["interval"]
-        assert low < 0 < high
-        assert (
-            of["near"][measure]["value"]
-            < of["clean"][measure]["value"]
-            < of["far"][measure]["value"]
-        )
-    # Between N(0, I), N(0.2, I) and N(0, 4 I) in 4 dimensions: 0.2^2 on each axis; and that + (2 - 1)^2.
-    assert of["clean"]["sw2_squared_corrected"]["value"] == pytest.approx(0.04, abs=0.02)
-    assert of["far"]["sw2_squared_corrected"]["value"] == pytest.approx(1.04, rel=0.15)
-    assert (
-        of["near"]["sw2"]["value"] == pytest.approx(floor["sw2"]["value"], rel=0.3)
-        and floor["sw2"]["value"] > 0.05
-    )
-    assert floor["mmd2"]["interval"][0] < 0 < floor["mmd2"]["interval"][1]
-    low, high = of["near"]["minus_clean"]["interval"]
-    assert high < 0 and of["clean"]["minus_clean"]["value"] == 0
-    assert found == compare(sets, {"test": normal(500, 4, seed=4) + 0.2}, **OPTIONS)
-
-
-@pytest.mark.slow
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    held: dict[str, list[bool]] = {"clean": [], "near": [], "far": [], "nearer": [], "mmd": []}
-    for trial in range(60):
-        sets = {
-            "clean": normal(200, 4, seed=10 * trial),
-            "near": normal(200, 4, seed=10 * trial + 1) + 0.2,
-        }
-        sets["far"] = 1.5 * normal(200, 4, seed=10 * trial + 2)
-        options = {
-            "projections": 24,
-            "resamples": 60,
-            "seed": trial,
-            "progress": lambda done, total: None,
-        }
-        found = compare(sets, {"test": normal(200, 4, seed=10 * trial + 3) + 0.2}, **options)[
-            "tests"
-        ]["test"]["sets"]
-        for name, truth in (("clean", 0.04), ("near", 0.0), ("far", 0.29)):
-            low, high = found[name]["sw2_squared_corrected"]["interval"]
-            held[name].append(low <= truth <= high)
-        held["nearer"].append(
-            found["near"]["minus_clean"]["interval"][0]
-            <= -0.04
-            <= found["near"]["minus_clean"]["interval"][1]
-        )
-        held["mmd"].append(
-            found["near"]["mmd2"]["interval"][0] <= 0 <= found["near"]["mmd2"]["interval"][1]
-        )
-    assert all(np.mean(one) >= 0.85 for one in held.values()), {
-        name: np.mean(one) for name, one in held.items()
-    }
-
-
-def test_compare_refuses_what_says_nothing():
-    with pytest.raises(DataError, match="few has only 7 images"):
-        compare(
-            {"clean": normal(30, 2, seed=1), "few": normal(7, 2, seed=1)},
-            {"test": normal(30, 2, seed=2)},
-            **OPTIONS,
-        )
-    with pytest.raises(DataError, match="the same"):
-        compare({"clean": torch.ones(30, 2)}, {"test": normal(30, 2, seed=2)}, **OPTIONS)
-
-
-class Line(torch.nn.Module):
-    """A linear classifier of pixels that also gives features, as a teacher does."""
-
-    num_classes = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(3 * 16 * 16, 3)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.layer(pixels.flatten(1))
-
-
-def vqgan(folder: Path):
-    return load_discretizer(str(tiny.write_vqgan(folder / "vqgan.ckpt")), PrecisionConfig(), CPU)
-
-
-def test_generators_make_what_their_names_say(tmp_path):
-    teacher, student = Line().eval(), Line().eval()
-    discretizer = vqgan(tmp_path)
-    cfg = Config(attack=AttackConfig(norm="linf", eps=0.3, step_size=0.3, random_start=0.5))
-    pixels, labels, keys = (
-        torch.rand(6, 3, 16, 16),
-        torch.tensor([0, 1, 2, 0, 1, 2]),
-        torch.arange(6),
-    )
-    assert Generators(cfg, teacher, discretizer, None).names == [
-        "clean",
-        "q_clean",
-        "random_q",
-        "dad",
-    ]
-    made = Generators(cfg, teacher, discretizer, student)(pixels, labels, keys)
-    assert list(made) == ["clean", "q_clean", "random_q", "dat", "dad"] == list(TITLES)
-    assert made["clean"].images is pixels and made["clean"].changed is None
-    plain = discretizer(pixels)
-    assert made["q_clean"].images.equal(plain.images)
-    noise = PGD("linf", 0.3, 0.3, steps=0, random_start=1.0)(teacher, pixels, labels, keys)
-    assert made["random_q"].images.equal(discretizer(noise).images) and not noise.equal(pixels)
-    for name, model in (("dat", student), ("dad", teacher)):
-        attacked = discretizer(PGD.from_config(cfg.attack)(model, pixels, labels, keys))
-        assert made[name].images.equal(attacked.images)
-        assert made[name].changed.allclose((attacked.codes != plain.codes).float().mean(dim=(1, 2)))
-    assert not made["dat"].images.equal(made["dad"].images)
-
-
-def test_in_the_authors_order_the_second_pass_alone_changes_no_code(tmp_path):
-    discretizer = vqgan(tmp_path)
-    cfg = Config(attack=AttackConfig(eps=0.0, order="authors"))
-    made = Generators(cfg, Line().eval(), discretizer, None)(
-        torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2)
-    )
-    assert made["random_q"].changed.sum() == 0 and made["dad"].changed.sum() == 0
-
-
-def test_without_codes_no_share_of_them():
-    made = Generators(Config(), Line().eval(), Identity(), None)(
-        torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.arange(2)
-    )
-    assert made["dad"].changed is None and made["q_clean"].images.equal(made["clean"].images)
-
-
-def test_choice_and_moves():
-    ok = np.array([True, False, True, True, False, True])
-    assert sorted(choice(ok, 10, 0)) == [0, 2, 3, 5] and len(choice(ok, 2, 0)) == 2
-    assert not np.array_equal(choice(np.ones(50, bool), 50, 0), np.arange(50))
-    before, after = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 2, 1, 1, 2])
-    assert moves(before, after, ("a", "b", "c")) == [("c", "b", 2), ("a", "b", 1), ("b", "c", 1)]
-    assert (
-        moves(before, after, ("a", "b", "c"), most=1) == [("c", "b", 2)]
-        and moves(before, before, "abc") == []
-    )
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A folder of images, a teacher, a VQGAN, and a run of two steps."""
+    """Make a folder of images, a teacher, a VQGAN, and a run of two steps."""
     root = tmp_path_factory.mktemp("parts")
     tiny.write_images(root / "data")
     common = [
@@ -286,9 +121,8 @@ def test_without_a_student_there_is_no_dat(parts, tmp_path, capsys):
         "DAT is left out" in capsys.readouterr().out and not (tmp_path / "sheet-dat.png").exists()
     )
     assert list(record["distances"]["tests"]) == ["val"]
-    assert (
-        analyze(*common, "--no-filter", "--init-from", run, "-o", tmp_path) == 0
-    )  # an earlier analysis is replaced
+    # An earlier analysis is replaced.
+    assert analyze(*common, "--no-filter", "--init-from", run, "-o", tmp_path) == 0
     assert "dat" in json.loads((tmp_path / "analysis.json").read_text())["sets"]
 
 
@@ -344,7 +178,7 @@ def test_a_linear_probe_is_a_student_too(parts, tmp_path):
     assert record["sets"]["dat"]["codes_changed"]["value"] > 0
 
 
-def test_the_student_sees_what_its_classifier_sees(parts):
+def test_student_features_are_classifier_inputs(parts):
     _, _, run = parts
     student, _ = load_student(run)
     pixels = torch.rand(3, 3, tiny.SIDE, tiny.SIDE)
@@ -364,11 +198,11 @@ def test_the_student_sees_what_its_classifier_sees(parts):
     )
 
 
-def test_a_filter_that_leaves_too_few_is_one_line(parts, tmp_path):
+def test_filter_with_too_few_images_is_a_one_line_error(parts, tmp_path):
     _, common, _ = parts
     with pytest.raises(
         DataError,
-        match=r"has only \d+ images to compare, and 20 are needed; raise --num-images, or add --no-filter",
+        match=r"has only \d+ images to compare, 20 are needed; raise --num-images, or add --no-filter",
     ):
         analyze(*common, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -379,16 +213,17 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     (tmp_path / "several" / "dad" / "seed-0").mkdir(parents=True)
     (tmp_path / "several" / "config.toml").write_text('[variants.dad]\nmethod = "dad"\n')
+    # A run without weights, and a run with truncated settings.
     for name in (
         "half",
         "torn",
-    ):  # a run that has not come to weights, and one whose settings are cut off
+    ):
         (tmp_path / name).mkdir()
     text = (run / "config.toml").read_text()
     (tmp_path / "half" / "config.toml").write_text(text)
     (tmp_path / "torn" / "config.toml").write_text(text[: text.index("[teacher]") + 5])
     out = ["-o", str(tmp_path / "out")]
-    for arguments, says in (
+    for arguments, message in (
         ([str(tmp_path / "half")], "half"),
         ([str(tmp_path / "torn")], "not valid TOML"),
         ([], "-o OUT"),
@@ -418,7 +253,7 @@ def test_bad_input_is_one_line(parts, tmp_path, capsys):
     ):
         with pytest.raises((UsageError, DataError)) as caught:
             flags.main(list(arguments), debug=False)
-        assert says in str(caught.value) and "\n" not in str(caught.value), (
+        assert message in str(caught.value) and "\n" not in str(caught.value), (
             arguments,
             str(caught.value),
         )

@@ -1,4 +1,4 @@
-"""`dad-fast doctor`: true of this machine, and right about machines with the wrong packages (made up here)."""
+"""`dad-fast doctor` on this machine and on simulated machines with the wrong packages."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ def test_numerics() -> None:
         row.state == "ok" for row in found
     )
     search = found[0].detail
-    assert (
-        search.startswith("cpu: 0 of 2048") and "shortcut: 0)" not in search
-    )  # the problem is hard, or it would show nothing
+    # The problem is hard: the float32 shortcut fails on it.
+    assert search.startswith("cpu: 0 of 2048") and "shortcut: 0)" not in search
 
 
 def test_numerics_see_a_wrong_kernel_and_attack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +79,7 @@ def test_numerics_see_a_wrong_kernel_and_attack(monkeypatch: pytest.MonkeyPatch)
     assert numerics.search_row(cpu).required
 
 
-def test_a_missing_package_fails_and_names_the_mend(
+def test_a_missing_package_fails_and_names_the_fix(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for package in ("rich", "pynvml"):
@@ -93,10 +92,10 @@ def test_a_missing_package_fails_and_names_the_mend(
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert doctor.run(numerics=False) == 3
     text = capsys.readouterr().out
-    assert "wrong  no-such-package" in text and "mend: pip install 'no-such-package>=1.0'" in text
+    assert "wrong  no-such-package" in text and "fix: pip install 'no-such-package>=1.0'" in text
     assert (
         "off    nvidia-ml-py" in text
-        and "older than the 99 that is needed" in text
+        and "older than the required 99" in text
         and "not tested: releases below 1.1" in text
     )
     assert "Cannot work: no-such-package, rich." in text
@@ -127,7 +126,7 @@ def test_apex_of_pypi_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (
         row.state == "wrong"
         and "web toolkit" in row.detail
-        and "uninstall" in row.mend
+        and "uninstall" in row.fix
         and not row.required
     )
     make_package(tmp_path, monkeypatch, "apex/optimizers/__init__.py")
@@ -145,7 +144,7 @@ def test_dali_placeholder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (
         row.state == "wrong"
         and "placeholder" in row.detail
-        and row.mend == "pip uninstall -y nvidia-dali"
+        and row.fix == "pip uninstall -y nvidia-dali"
     )
     make_distribution(tmp_path, monkeypatch, "nvidia-dali-cuda130", "2.4.0")
     assert [row.state for row in doctor.dali()] == ["wrong", "ok"]
@@ -154,7 +153,7 @@ def test_dali_placeholder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_deprecated_pynvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_distribution(tmp_path, monkeypatch, "pynvml", "12.0.0")
     row = next(iter(doctor.driver()))
-    assert row.state == "wrong" and "deprecated" in row.detail and "nvidia-ml-py" in row.mend
+    assert row.state == "wrong" and "deprecated" in row.detail and "nvidia-ml-py" in row.fix
 
 
 def test_xformers_without_its_compiled_part(
@@ -166,12 +165,12 @@ def test_xformers_without_its_compiled_part(
     assert only(doctor.xformers(), "xformers").state == "ok"
 
 
-def test_missing_csrc_is_off_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_csrc_is_off_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     import dad_fast.kernels
 
     monkeypatch.setattr(dad_fast.kernels, "csrc_status", lambda: "off: not built (run make csrc)")
     row = only(doctor.kernels(), "csrc")
-    assert (row.state, row.mend, row.required) == (
+    assert (row.state, row.fix, row.required) == (
         "off",
         "run make csrc",
         False,
@@ -180,7 +179,7 @@ def test_missing_csrc_is_off_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
-    assert "DAD_FAST_CACHE" in only(doctor.cache(), "cache").mend
+    assert "DAD_FAST_CACHE" in only(doctor.cache(), "cache").fix
 
 
 def test_requirements_are_the_projects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +196,7 @@ def test_requirements_are_the_projects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_torch_it_still_answers() -> None:
-    """A machine where torch is not there (an import hook hides it)."""
+    """Run without torch: an import hook hides it."""
     code = (
         "import sys, importlib.util as u; find = u.find_spec; u.find_spec = lambda n, p=None: None if n == 'torch' else find(n, p);"
         "sys.modules['torch'] = None; from dad_fast.cli.main import main; sys.exit(main(['doctor']))"

@@ -1,4 +1,4 @@
-"""`dad-fast doctor --data`: what it says of folders and shards, its exit codes, and its flags."""
+"""`dad-fast doctor --data`: rows for folders and shards, exit codes, flags."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_feeds():
     row = feeds({"PIL": 100.0, "DALI cpu": 2000.0}, 0)
     assert (
         row.state == "off"
-        and row.mend
+        and row.fix
         and row.detail.startswith("DALI cpu decodes 2,000")
         and row.detail.count("too slow") == 2
     )
@@ -155,7 +155,7 @@ def test_mistakes(capsys, arguments, code, message):
     assert found == code and message in err and len(err.splitlines()) == 1
 
 
-def test_help_says_all_flags_without_torch(capsys, monkeypatch):
+def test_help_lists_all_flags_without_torch(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     code, text, _ = doctor(capsys, "-h")
     assert code == 0 and all(

@@ -1,4 +1,4 @@
-"""`dad-fast predict`: the same classes whatever the model is read from; unreadable images are named; no name writes on a terminal."""
+"""`dad-fast predict`: same classes for all formats; unreadable images are named; names are escaped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def photo(path: Path, seed: int = 0, size: tuple[int, int] = (40, 50)) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student, its export, and photographs: two in a folder, one below it, one hidden, and what is none."""
+    """Make a student, its export, and images: two in a folder, one below, one hidden, and other
+    files.
+    """
     root = tmp_path_factory.mktemp("predict")
     make(root / "run" / "model.safetensors")
     onnx = [] if importlib.util.find_spec("onnxscript") is None else ["onnx"]
@@ -79,12 +81,12 @@ def test_confidences_are_the_students(place: Path, capsys: pytest.CaptureFixture
                 torch.from_numpy(levels.copy()).permute(2, 0, 1)[None].float() / 255
             ).softmax(1)[0]
         order = shares.argsort(descending=True).tolist()
-        assert [said["class"] for said in row["predictions"]] == order
-        assert [said["confidence"] for said in row["predictions"]] == pytest.approx(
+        assert [one["class"] for one in row["predictions"]] == order
+        assert [one["confidence"] for one in row["predictions"]] == pytest.approx(
             shares[order].tolist(), abs=1e-5
         )
-        assert [said["name"] for said in row["predictions"]] == [NAMES[number] for number in order]
-        assert [said["folder"] for said in row["predictions"]] == [
+        assert [one["name"] for one in row["predictions"]] == [NAMES[number] for number in order]
+        assert [one["folder"] for one in row["predictions"]] == [
             f"folder{number}" for number in order
         ]
 
@@ -93,7 +95,7 @@ def test_confidences_are_the_students(place: Path, capsys: pytest.CaptureFixture
     "model",
     ["run/model.safetensors", "export", pytest.param("export/model.onnx", marks=needs_onnx)],
 )
-def test_every_form_of_a_model_says_the_same(
+def test_all_formats_predict_the_same(
     place: Path, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
     assert predict(place / "run", place / "photos", "-b", 2) == 0
@@ -113,7 +115,7 @@ def test_a_folder_with_onnx_alone(
     assert capsys.readouterr().out.count(" %") == 1
 
 
-def test_a_runs_own_crop_is_taken(
+def test_crop_of_the_run_is_used(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "model.safetensors")
@@ -123,9 +125,8 @@ def test_a_runs_own_crop_is_taken(
     assert predict(tmp_path, image, "--json") == predict(place / "run", image, "--json") == 0
     ours, other = rows(capsys.readouterr().out)
     assert ours["predictions"] != other["predictions"]
-    assert (
-        export(tmp_path, "-o", tmp_path / "o") == 0
-    )  # and goes with the model when it leaves the run
+    # The crop is stored with the model.
+    assert export(tmp_path, "-o", tmp_path / "o") == 0
     capsys.readouterr()
     assert predict(tmp_path / "o", image, "--json") == 0
     assert rows(capsys.readouterr().out) == [ours]
@@ -154,7 +155,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(
     assert first == {"image": str(bad), "error": "not an image"} and len(second["predictions"]) == 3
 
 
-def test_no_name_writes_on_a_terminal(
+def test_names_are_escaped_on_a_terminal(
     place: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     name = os.fsencode(tmp_path) + b"/\x1b]0;x\x07\xff\xc2\x9b.png"
@@ -310,7 +311,7 @@ def test_hostile_onnx_files(
 
 
 @needs_onnx
-def test_onnx_runs_on_the_cpu_and_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx_refuses_other_devices(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         cli.main(["predict", str(place / "export" / "model.onnx"), "x.png", "--device", "meta"])
         == 2

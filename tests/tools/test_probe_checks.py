@@ -1,4 +1,4 @@
-"""Measures of linear probes against sklearn and by hand, and the checks of real runs as a user starts them."""
+"""Measures of linear probes against sklearn and by hand, and the checks command on real runs."""
 
 from __future__ import annotations
 
@@ -53,15 +53,16 @@ def test_nearest_mean_is_sklearns():
     assert nearest_mean(torch.from_numpy(others), means).tolist() == expected.tolist()
 
 
-def test_a_class_without_samples_is_nearest_to_nothing():
+def test_class_without_samples_is_never_nearest():
     means = class_means(torch.zeros(2, 3), torch.tensor([0, 2]), 3)
+    # In a tie the lowest class wins.
     assert means[1].isnan().all() and nearest_mean(torch.randn(5, 3), means).unique().tolist() == [
         0
-    ]  # equal ones: the lowest
+    ]
 
 
 def test_mutual_information_is_sklearns():
-    """Between two variables whose joint distribution is the ensemble's: the probe, evenly drawn, and its output."""
+    """Mutual information between the probe, drawn uniformly, and its output."""
     metrics = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(0)
     counts = random.multinomial(1000, random.dirichlet(np.ones(4)), size=(3, 6))  # [M, N, C]
@@ -72,10 +73,9 @@ def test_mutual_information_is_sklearns():
     torch.testing.assert_close(found.total, found.aleatoric + found.epistemic)
 
 
-def test_uncertainty_at_its_ends():
-    sure = torch.tensor(
-        [[[0.0, -torch.inf]], [[-torch.inf, 0.0]]]
-    )  # two probes, each sure of another class
+def test_uncertainty_extremes():
+    # Two probes, each sure of another class.
+    sure = torch.tensor([[[0.0, -torch.inf]], [[-torch.inf, 0.0]]])
     total, aleatoric, epistemic = (tensor.item() for tensor in uncertainty(sure))
     assert (total, aleatoric, epistemic) == (
         pytest.approx(math.log(2)),
@@ -104,7 +104,7 @@ def test_few_labels_from_zeros_are_sklearns_logistic_regression():
     np.testing.assert_allclose(probabilities.numpy(), expected.predict_proba(features), atol=2e-4)
 
 
-def test_few_labels_with_a_strong_pull_stay_at_their_start():
+def test_strong_penalty_keeps_the_start():
     features, labels = clusters()
     start = torch.randn(4, 5)
     weight, _ = few_labels(
@@ -199,5 +199,5 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
     ]
     for code, word, arguments in mistakes:
         assert main(arguments) == code
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1 and word in said[0], said
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and word in lines[0], lines

@@ -1,4 +1,6 @@
-"""`dad-fast profile`: real profiles on the CPU, what nsys and ncu are called with (a stub records it), and its mistakes."""
+"""`dad-fast profile`: real profiles on the CPU, arguments of nsys and ncu (recorded by a stub),
+errors.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ def test_torch(demo_parts: None, tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     text = capsys.readouterr().out
     assert (
-        "2 steps of dad after 1 unwatched ones, 8 images each, on cpu" in text
+        "2 steps of dad after a warm-up of 1, 8 images each, on cpu" in text
         and "trace.json.gz" in text
     )
     shown = {line.split()[0] for line in text.split("stage ")[1].split("\n\n")[0].splitlines()[1:]}
@@ -102,7 +104,7 @@ def test_memory(demo_parts: None, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def stub(folder: Path, tool: str, code: int = 0, then: str = "") -> dict[str, str]:
-    """A PATH on which `tool` records its arguments, one a line, and does `then`."""
+    """Return a PATH on which `tool` records its arguments, one a line, and runs `then`."""
     folder.mkdir()
     script = folder / tool
     script.write_text(
@@ -112,7 +114,7 @@ def stub(folder: Path, tool: str, code: int = 0, then: str = "") -> dict[str, st
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
 
-def test_nsys_is_called_so_that_it_captures_only_the_watched_steps(tmp_path: Path) -> None:
+def test_nsys_captures_only_the_profiled_steps(tmp_path: Path) -> None:
     export = write_nsys(tmp_path / "export.sqlite")
     environment = stub(
         tmp_path / "bin", "nsys", then=f"cp {export} {tmp_path / 'out'}/profile.sqlite"
@@ -154,13 +156,12 @@ def test_nsys_is_called_so_that_it_captures_only_the_watched_steps(tmp_path: Pat
         and "profile.nsys-rep: open it" in done.stdout
         and "Look at" in done.stdout
     )
-    cfg, launch = profile_flags.parse(
-        inner[3:]
-    )  # what nsys would start is a command that is understood
+    # nsys would start a valid command.
+    cfg, launch = profile_flags.parse(inner[3:])
     assert (cfg.method, launch.kind, launch.steps, launch.warm_up) == ("dad", "range", 3, 7)
 
 
-def test_ncu_looks_at_our_kernels_unless_told_otherwise(tmp_path: Path) -> None:
+def test_ncu_profiles_own_kernels_by_default(tmp_path: Path) -> None:
     environment = stub(tmp_path / "bin", "ncu") | {"PYTHON": sys.executable}
     command = [str(ROOT / "scripts" / "ncu.sh"), *DEMO, "-o", str(tmp_path / "out")]
     assert (
@@ -195,10 +196,10 @@ def test_a_tool_that_fails_is_named_with_its_code(tmp_path: Path) -> None:
     environment = stub(tmp_path / "bin", "ncu", code=9)
     command = [sys.executable, "-m", "dad_fast", "profile", "ncu", *DEMO, "-o", "out"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and "ncu ended with exit code 9" in done.stderr
+    assert done.returncode == 1 and "ncu failed with exit code 9" in done.stderr
 
 
-def test_what_nsys_starts_runs_on_its_own(demo_parts: None, tmp_path: Path) -> None:
+def test_command_that_nsys_starts(demo_parts: None, tmp_path: Path) -> None:
     assert (
         cli.main(
             [

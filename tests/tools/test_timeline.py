@@ -1,4 +1,6 @@
-"""Stage times and gaps from a labelled synthetic export of nsys and from traces of torch's profiler."""
+"""Stage times and gaps from a labelled synthetic export of nsys and from traces of torch's
+profiler.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ MS = 1_000_000  # nanoseconds
 PROCESS, MAIN, AUTOGRAD = 5 << 24, (5 << 24) + 1, (5 << 24) + 2
 OTHER_PROCESS = 6 << 24
 
-# Two steps of 10 ms. In each: the teacher's kernel (2 ms), a gap of 1 ms, the attack's backward kernel launched by another thread
-# (3 ms), a copy outside every stage but `step` (0.5 ms).
+# Two steps of 10 ms. In each: the teacher's kernel (2 ms), a gap of 1 ms, the attack's backward
+# kernel launched by another thread (3 ms), a copy outside every stage but `step` (0.5 ms).
 RANGES = [
     ("step", 0, 10),
     ("teacher", 1, 4),
@@ -47,7 +49,7 @@ COPIES = [(9.5, MAIN, 5, 9.5, 10), (19.5, MAIN, 6, 19.5, 20)]
 
 
 def write_nsys(path: Path, *, with_strings: bool = True) -> Path:
-    """An export as nsys writes it: times in nanoseconds, names partly in StringIds."""
+    """Write an export like nsys: times in nanoseconds, some names in StringIds."""
     database = sqlite3.connect(path)
     database.execute("CREATE TABLE StringIds (id INTEGER, value TEXT)")
     database.execute(
@@ -73,6 +75,7 @@ def write_nsys(path: Path, *, with_strings: bool = True) -> Path:
             (start * MS, end * MS, *named, MAIN),
         )
     database.execute("INSERT INTO NVTX_EVENTS VALUES (0, NULL, 'a mark', NULL, ?, 34)", (MAIN,))
+    # On a thread that takes no steps.
     library = (
         1 * MS,
         19 * MS,
@@ -80,7 +83,7 @@ def write_nsys(path: Path, *, with_strings: bool = True) -> Path:
         None,
         AUTOGRAD,
         59,
-    )  # on a thread that takes no steps
+    )
     database.execute("INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?)", library)
     for name, launched, thread, correlation, start, end in KERNELS:
         row = (int(launched * MS), int(launched * MS) + 1000, thread, correlation)
@@ -96,7 +99,7 @@ def write_nsys(path: Path, *, with_strings: bool = True) -> Path:
             "INSERT INTO CUPTI_ACTIVITY_KIND_MEMCPY VALUES (?, ?, ?, ?)",
             (int(start * MS), int(end * MS), PROCESS, correlation),
         )
-    # the same correlation number in another process, launched inside `teacher`: it must not be taken for ours
+    # The same correlation number in another process, launched inside `teacher`, must not count.
     database.execute(
         "INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, ?, ?)",
         (2 * MS, 3 * MS, OTHER_PROCESS + 1, 2),
@@ -107,7 +110,7 @@ def write_nsys(path: Path, *, with_strings: bool = True) -> Path:
 
 
 def write_trace(path: Path) -> Path:
-    """The same steps as torch's profiler writes them: microseconds."""
+    """Write the same steps like torch's profiler: microseconds."""
     events = [
         {"ph": "X", "cat": "user_annotation", "name": n, "ts": s * 1e3, "dur": (e - s) * 1e3}
         for n, s, e in RANGES
@@ -166,9 +169,8 @@ def test_stage_times_and_gaps(tmp_path: Path, kind: str) -> None:
     summary = summarize(read_timeline(path))
     assert summary.steps == 2 and summary.calls == {"step": 2, "teacher": 2, "attack": 2}
     assert summary.device == pytest.approx({"teacher": 4e-3, "attack": 6e-3, "step": 1e-3})
-    assert summary.host == pytest.approx(
-        {"teacher": 6e-3, "attack": 10e-3, "step": 4e-3}
-    )  # a step's own: what its stages leave
+    # The own time of a step excludes its stages.
+    assert summary.host == pytest.approx({"teacher": 6e-3, "attack": 10e-3, "step": 4e-3})
     assert summary.kernels[:2] == [
         ("conv_backward", 2, pytest.approx(6e-3)),
         ("gemm", 2, pytest.approx(4e-3)),
@@ -186,15 +188,13 @@ def test_stage_times_and_gaps(tmp_path: Path, kind: str) -> None:
     )
 
 
-def test_without_device_work_the_table_is_the_hosts() -> None:
+def test_table_without_device_work() -> None:
     summary = summarize(Timeline([Range("step", 0.0, 1.0), Range("teacher", 0.25, 0.75)]))
     assert summary.host == {"step": 0.5, "teacher": 0.5} and summary.span == 1.0
     assert "device" not in as_text(summary)
 
 
-def test_work_that_overlaps_counts_once_as_busy_and_work_without_a_launch_belongs_to_no_stage() -> (
-    None
-):
+def test_overlapping_work_and_work_without_a_launch() -> None:
     work = [Work("a", 0.0, 2.0, 0.0), Work("b", 1.0, 3.0, None), Work("c", 1.5, 1.6, 9.0)]
     summary = summarize(Timeline([Range("step", 0.0, 5.0)], work))
     assert (
@@ -232,7 +232,7 @@ def test_damaged_files_are_named_in_one_line(tmp_path: Path, content: bytes) -> 
     ],
 )
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    """A gigabyte of zeros is a megabyte of gzip."""
+    """Refuse decompression bombs: a gigabyte of zeros is a megabyte of gzip."""
     monkeypatch.setattr("dad_fast.tools.profile.timeline.MOST_BYTES", 1 << 20)
     (tmp_path / "p.json.gz").write_bytes(content)
     with pytest.raises(
@@ -264,7 +264,7 @@ def test_an_export_without_a_column_is_named(tmp_path: Path) -> None:
         read_timeline(path)
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_files_and_empty_profiles_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_timeline(tmp_path / "none")
     report = tmp_path / "p.nsys-rep"

@@ -1,4 +1,4 @@
-"""Distances between generated sets and test sets with their intervals and floors: what `dad-fast analyze` computes from features."""
+"""Distances between generated sets and test sets, with intervals and floors, from features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dad_fast.tools.analyze.distances import (
     squared_sw2_of_sorted,
 )
 
-FEWEST = 20  # images in the smallest set: halves of less say nothing
+FEWEST = 20  # images in the smallest set; smaller halves give no useful interval
 
 
 def compare(
@@ -33,16 +33,19 @@ def compare(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Every set of `sets`, "clean" among them, against every one of `tests`; features float64 [N, F] each, in random order.
+    """Compare every set of `sets`, which includes "clean", with every test; features float64 [N, F]
+    each, in random order.
 
-    All are cut to the size n of the smallest, and every resample takes a random half of each (m = n // 2): the same rows of all sets, and
-    the same of all tests, so that differences between sets have less noise than the sets. Intervals hold 95 % of the resamples.
+    All are cut to the size n of the smallest, and every resample takes a random half of each (m = n
+    // 2): the same rows of all sets and the same rows of all tests, so differences between sets are
+    less noisy than the sets. Intervals hold 95 % of the resamples.
 
     Returns size (n), half (m), bandwidth, and under "tests" for each test:
       floor: sw2 and mmd2 between the two halves of the test set
-      sets:  for each set sw2; sw2_squared_corrected (less half of both self-distances); minus_clean, the same less that of the clean
-             set; mmd2. Each is {"value", "interval"}; a value is the mean over resamples.
-    Raises DataError where a set is too small, or the clean images all look the same.
+      sets:  for each set sw2; sw2_squared_corrected (minus half of both self-distances);
+             minus_clean (the same, minus that of the clean set); mmd2. Each is {"value",
+             "interval"}; a value is the mean over resamples.
+    Raises DataError if a set is too small or all clean images have the same features.
     """
     together = {
         **{("set", name): x for name, x in sets.items()},
@@ -52,14 +55,14 @@ def compare(
     if n < FEWEST:
         (_, name), x = min(together.items(), key=lambda item: len(item[1]))
         raise DataError(
-            f"{name} has only {len(x)} images to compare, and {FEWEST} are needed; raise --num-images, or add --no-filter"
+            f"{name} has only {len(x)} images to compare, {FEWEST} are needed; raise --num-images, "
+            "or add --no-filter"
         )
+
     together = {key: x[:n] for key, x in together.items()}
     bandwidth = median_distance(together["set", "clean"])
     if bandwidth < 1e-9:
-        raise DataError(
-            "the features of all clean images are the same; are model and images the right ones?"
-        )
+        raise DataError("all clean images have the same features; check the model and --data-dir")
     split = {"set": halves(n, resamples, seed + 1), "test": halves(n, resamples, seed + 2)}
     along = directions(next(iter(together.values())).shape[1], projections, seed)
 
@@ -81,14 +84,7 @@ def compare(
         name: gaussian_kernel(together["set", name], together["set", name], bandwidth)
         for name in sets
     }
-    found: dict[str, Any] = {
-        "size": n,
-        "half": n // 2,
-        "bandwidth": bandwidth,
-        "projections": projections,
-        "resamples": resamples,
-    }
-    found["tests"] = {}
+    found_tests: dict[str, Any] = {}
     for test in tests:
         kernel = gaussian_kernel(together["test", test], together["test", test], bandwidth)
         floor_mmd = mmd2(kernel, kernel, kernel, *split["test"])
@@ -105,11 +101,18 @@ def compare(
                 "minus_clean": _summary(corrected[name] - corrected["clean"]),
                 "mmd2": _summary(mmd),
             }
-        found["tests"][test] = {
+        found_tests[test] = {
             "floor": {"sw2": _summary(own["test", test].sqrt()), "mmd2": _summary(floor_mmd)},
             "sets": of_sets,
         }
-    return found
+    return {
+        "size": n,
+        "half": n // 2,
+        "bandwidth": bandwidth,
+        "projections": projections,
+        "resamples": resamples,
+        "tests": found_tests,
+    }
 
 
 def _summary(values: Tensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The sets of images that `dad-fast analyze` compares, as a model sees them."""
+"""Image sets that `dad-fast analyze` compares, and their features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.timm_teacher import PreLogits
 
-# What each set is called in tables; its name in files is the key.
+# Titles of the sets in tables; the keys are their names in files.
 TITLES = {
     "clean": "clean",
     "q_clean": "Q(clean)",
@@ -35,13 +35,10 @@ TITLES = {
     "dat": "DAT",
     "dad": "DAD",
 }
-FILTERED = (
-    "q_clean",
-    "random_q",
-    "dad",
-)  # the loss counts these where the teacher still says the label
+# Of these sets the loss counts only images that the teacher still classifies as their label.
+FILTERED = ("q_clean", "random_q", "dad")
 EXAMPLES = 8  # images of a sheet
-THUMBNAIL = 32  # pixels a side, at most, of images that are compared as they are
+THUMBNAIL = 32  # largest side in pixels of images that are compared as pixels
 
 View = tuple[int, float, str]  # side in pixels, share kept, filter
 Progress = Callable[[int, int], None]
@@ -49,10 +46,14 @@ Features = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] in [0, 1] -> [B, F]
 
 
 def feature_space(name: str, teacher: Teacher, student: Student | None) -> Features:
-    """Where distances are measured: the features of the teacher's image encoder, those before the student's classifier, each of length 1,
-    or the pixels themselves, shrunk to THUMBNAIL a side and divided by the root of their number, so that a distance is a root mean square.
+    """Return the map from pixels to the space in which distances are measured.
 
-    Raises UsageError where there is no student.
+    teacher  features of the teacher's image encoder, normalised to length 1
+    student  features before the student's classifier, normalised to length 1
+    pixels   images of at most THUMBNAIL a side, divided by the root of their number of values: a
+             distance is a root mean square
+
+    Raises UsageError for "student" without a student.
     """
     if name == "pixels":
         return thumbnails
@@ -78,19 +79,22 @@ def thumbnails(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of N images, in random order; image i of every generated set is made from the same clean image. On the host."""
+    """N images in random order, on the host; image i of every generated set is made from the same
+    clean image.
+    """
 
     features: Tensor  # float64 [N, F], see `feature_space`
-    said: Tensor  # int64 [N], the teacher's class
+    predicted: Tensor  # int64 [N], the teacher's class
     labels: Tensor  # int64 [N]
-    changed: Tensor | None = (
-        None  # float32 [N], share of codes that are not Q(clean)'s; None where there are none
-    )
+    # float32 [N], share of codes that differ from those of Q(clean); None for sets without codes.
+    changed: Tensor | None = None
     examples: Tensor | None = None  # float32 [EXAMPLES, 3, H, W], the first images
 
     def counted(self, filtered: bool) -> Tensor:
-        """Features of the images that the loss counts: all, or those that the teacher gives their label. [M, F]"""
-        return self.features[self.said == self.labels] if filtered else self.features
+        """Return features [M, F] of the images that the loss counts: all, or those that the teacher
+        classifies as their label.
+        """
+        return self.features[self.predicted == self.labels] if filtered else self.features
 
 
 class Made(NamedTuple):
@@ -99,7 +103,7 @@ class Made(NamedTuple):
 
 
 class Generators:
-    """Clean images -> every set that these models can make: DAT's needs a student to attack."""
+    """Make every set that these models allow from clean images; DAT's needs a student to attack."""
 
     def __init__(
         self, cfg: Config, teacher: Teacher, discretizer: Discretizer, student: nn.Module | None
@@ -129,9 +133,8 @@ class Generators:
             base, perturbed = perturb(
                 self.discretizer, model, attack, pixels, targets, keys, self.order
             )
-            if (
-                base is not pixels and name == "random_q"
-            ):  # Q(Q(x)): what the authors' order gives without a perturbation
+            # The authors' order without a perturbation gives Q(Q(x)).
+            if base is not pixels and name == "random_q":
                 unmoved = self.discretizer(base).codes
             found = self.discretizer(perturbed)
             changed = None
@@ -142,11 +145,10 @@ class Generators:
 
     def _student(self, pixels: Tensor) -> Tensor:
         assert self.student is not None
-        if isinstance(self.student, Probe):  # whose own forward keeps no gradient
+        if isinstance(self.student, Probe):  # its forward keeps no gradient
             return self.student.logits(self.student.encoder.features(pixels))
-        with torch.autocast(
-            pixels.device.type, getattr(torch, self.precision.student), enabled=self.precision.amp
-        ):
+        dtype = getattr(torch, self.precision.student)
+        with torch.autocast(pixels.device.type, dtype, enabled=self.precision.amp):
             logits: Tensor = self.student(pixels)
         return logits
 
@@ -161,7 +163,9 @@ def make_sets(
     device: torch.device,
     progress: Progress,
 ) -> dict[str, ImageSet]:
-    """Every set made from the images of `source`, which are in random order; noise as in training's first epoch."""
+    """Make every set from the images of `source`, which are in random order; noise as in the first
+    training epoch.
+    """
     gathered: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {
         name: [] for name in generators.names
     }
@@ -173,20 +177,22 @@ def make_sets(
         for name, made in generators(pixels, batch_labels, keys).items():
             examples.setdefault(name, made.images[:EXAMPLES].float().cpu())
             with torch.no_grad():
-                seen, said = features(made.images).cpu(), teacher(made.images).argmax(dim=1).cpu()
-            gathered[name].append(
-                (seen, said, None if made.changed is None else made.changed.cpu())
-            )
-    all_labels, sets = torch.cat(labels), {}
+                found = features(made.images).cpu()
+                predicted = teacher(made.images).argmax(dim=1).cpu()
+            changed = None if made.changed is None else made.changed.cpu()
+            gathered[name].append((found, predicted, changed))
+
+    all_labels = torch.cat(labels)
+    sets = {}
     for name, parts in gathered.items():
-        all_seen, all_said, changed = zip(*parts, strict=True)
-        shares = (
-            torch.cat([share for share in changed if share is not None])
-            if changed[0] is not None
-            else None
-        )
+        all_features, all_predicted, all_changed = zip(*parts, strict=True)
+        shares = [share for share in all_changed if share is not None]
         sets[name] = ImageSet(
-            torch.cat(all_seen), torch.cat(all_said), all_labels, shares, examples[name]
+            torch.cat(all_features),
+            torch.cat(all_predicted),
+            all_labels,
+            torch.cat(shares) if shares else None,
+            examples[name],
         )
     return sets
 
@@ -201,18 +207,18 @@ def suite_features(
     device: torch.device,
     progress: Progress,
 ) -> Tensor:
-    """Features of a random choice of a suite's images, in random order; float64 [N, F].
+    """Return features of a random choice of a suite's images, in random order; float64 [N, F].
 
-    Under a corruption at all severities each image has one of them.
+    With a corruption at all severities, each image gets one of them.
     """
-    judged = as_eval_set(suite.source)
-    sizes = [len(piece) for piece in judged.pieces]
-    chosen = choice(np.concatenate([piece.ok for piece in judged.pieces]), num_images, cfg.seed)
-    view = (view[0], *judged.view) if judged.view else view
+    eval_set = as_eval_set(suite.source)
+    sizes = [len(piece) for piece in eval_set.pieces]
+    chosen = choice(np.concatenate([piece.ok for piece in eval_set.pieces]), num_images, cfg.seed)
+    view = (view[0], *eval_set.view) if eval_set.view else view
     found: list[Tensor] = []
     places: list[np.ndarray] = []
     first = 0
-    for piece, size in zip(judged.pieces, sizes, strict=True):
+    for piece, size in zip(eval_set.pieces, sizes, strict=True):
         mine = np.flatnonzero((chosen >= first) & (chosen < first + size))
         part = piece.taken(chosen[mine] - first)
         first += size
@@ -223,14 +229,16 @@ def suite_features(
 
 
 def choice(ok: np.ndarray, num: int, seed: int) -> np.ndarray:
-    """`num` of the numbers of the true entries, or all, in random order; int64."""
+    """Return the positions of `num` true entries, or of all, in random order; int64."""
     return np.random.default_rng(seed).permutation(np.flatnonzero(ok))[:num]
 
 
 def _batches(
     cfg: Config, piece: Subset, view: View, device: torch.device, progress: Progress
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pixels [B, 3, H, W] in [0, 1], labels and rows of the whole source int64 [B], of a piece that is wholly readable."""
+    """Yield pixels [B, 3, H, W] in [0, 1], labels and rows of the whole source (int64 [B]) of a
+    fully readable piece.
+    """
     size = cfg.eval.batch_size or cfg.data.batch_size
     loader = EvalLoader(piece, *view, size, cfg.data.workers, pin_memory=device.type == "cuda")
     done = 0
@@ -246,7 +254,7 @@ def _batches(
 
 
 def _corrupted(suite: Suite, pixels: Tensor, keys: Tensor) -> Tensor:
-    """As in evaluation, where the key of an image is its row."""
+    """Apply the suite's corruption as in evaluation, where the key of an image is its row."""
     if suite.corruption is None:
         return pixels
     name, severity = suite.corruption
@@ -263,7 +271,9 @@ def _corrupted(suite: Suite, pixels: Tensor, keys: Tensor) -> Tensor:
 def moves(
     before: Tensor, after: Tensor, names: Sequence[str], most: int = 10
 ) -> list[tuple[str, str, int]]:
-    """The most frequent changes of the teacher's class from `before` to `after`, int64 [N] each: (from, to, images)."""
+    """Return the most frequent changes of the teacher's class from `before` to `after` (int64 [N]):
+    (from, to, images).
+    """
     moved = before != after
     pairs, counts = torch.stack((before[moved], after[moved])).unique(dim=1, return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:most].tolist()

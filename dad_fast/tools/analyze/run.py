@@ -1,10 +1,10 @@
-"""`dad-fast analyze`: where generated images lie between training and test images, in a model's eyes."""
+"""`dad-fast analyze`: distances of generated images to training and test images in a model's
+feature space.
+"""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.runner import open_suites
 from dad_fast.evaluate.suites.base import Subset
 from dad_fast.files import atomic_write_json, atomic_write_text
-from dad_fast.loggers.progress import PLAIN_SECONDS
+from dad_fast.loggers.progress import count_progress
 from dad_fast.loggers.run_log import environment
 from dad_fast.models.load_student import load_student
 from dad_fast.models.student import Student, build_student, checkpoint_file
@@ -34,12 +34,15 @@ from dad_fast.report.sheet import write_sheet
 from dad_fast.tools.analyze import measure as engine
 from dad_fast.tools.analyze.compare import compare
 from dad_fast.tools.analyze.distances import mean_distance, vendi_score
-from dad_fast.tools.analyze.measure import FILTERED, ImageSet, Progress, View
+from dad_fast.tools.analyze.measure import FILTERED, ImageSet, View
 from dad_fast.tools.analyze.tables import markdown
 
 
 def run(cfg: Config, launch: AnalyzeLaunch) -> int:
-    """Returns the exit code. Everything that a user can get wrong fails before the first image is attacked."""
+    """Write analysis.json, analysis.md and picture sheets; return the exit code.
+
+    User errors fail before the first attack.
+    """
     output = Path(launch.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder")
@@ -51,16 +54,15 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
         max_bad_share=cfg.data.max_bad_share,
     )
     suites = open_suites(cfg.eval.suites or (cfg.data.val_split,), cfg.data, source.classes)
-    frozen_teacher, frozen_discretizer = (
-        frozen.teacher(cfg, source.classes, device),
-        frozen.discretizer(cfg, device),
-    )
+
+    frozen_teacher = frozen.teacher(cfg, source.classes, device)
+    frozen_discretizer = frozen.discretizer(cfg, device)
     teacher, discretizer = frozen_teacher.model, frozen_discretizer.model
     student, about_student = _student(cfg, launch, source.classes)
     if student is not None:
         student = student.to(device).eval().requires_grad_(False)
     view = _view(cfg, len(source.classes), student, teacher.image_size)
-    _try(cfg, student, view, device)
+    _check_size(student, view, device)
     features = engine.feature_space(launch.features, teacher, student)
 
     generators = engine.Generators(cfg, teacher, discretizer, student)
@@ -68,7 +70,8 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     images = Subset(source, rows, source.labels[rows])
     if student is None:
         print(
-            "DAT is left out: it attacks a student, and none is named (a run's folder, or --init-from RUN)"
+            "DAT is left out because it attacks a student; name a run's folder, or add --init-from "
+            "RUN"
         )
     sets = engine.make_sets(
         cfg,
@@ -78,19 +81,27 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
         generators,
         view,
         device,
-        _progress("making and seeing the sets"),
+        _progress("features of the sets"),
     )
     tests = {
         suite.name: engine.suite_features(
-            cfg, suite, launch.num_images, features, view, device, _progress(f"seeing {suite.name}")
+            cfg,
+            suite,
+            launch.num_images,
+            features,
+            view,
+            device,
+            _progress(f"features of {suite.name}"),
         )
         for suite in suites
     }
+
     counted = {
         name: one.counted(cfg.loss.filter and name in FILTERED) for name, one in sets.items()
     }
     options = {"projections": launch.projections, "resamples": launch.resamples, "seed": cfg.seed}
     distances = compare(counted, tests, **options, progress=_progress("comparing"))
+
     record = {
         "data": source.name,
         "features": launch.features,
@@ -121,6 +132,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
         "distances": distances,
         "environment": environment(),
     }
+
     output.mkdir(parents=True, exist_ok=True)
     for name in ("random_q", "dat", "dad"):
         if name in sets:
@@ -135,14 +147,17 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
 def _student(
     cfg: Config, launch: AnalyzeLaunch, classes: ClassMap
 ) -> tuple[Student | None, dict[str, Any] | None]:
-    """The student that DAT attacks, and what the record says of it: of a run, of --init-from, or of --student-weights."""
+    """Load the student that DAT attacks (a run, --init-from or --student-weights) and return it
+    with its entry in the record.
+    """
     named = launch.weights or cfg.student.init_from
     if named:
         path = checkpoint_file(named)
         student, metadata = load_student(path)
         if CLASSES in metadata and ClassMap.from_json(metadata[CLASSES]).folders != classes.folders:
             raise DataError(
-                f"{path}: its classes are not those of {cfg.data.data_dir}; give its own --data-dir or --class-map"
+                f"{path}: its classes are not those of {cfg.data.data_dir}; give its own --data-dir "
+                "or --class-map"
             )
         return student, {
             "name": student.name,
@@ -160,8 +175,11 @@ def _student(
 
 
 def _view(cfg: Config, num_classes: int, student: Student | None, teacher_size: int) -> View:
-    """The student's view of an image in evaluation; without a student, the teacher's size and timm's usual crop."""
-    aug, own = cfg.augment, (teacher_size, 0.875, "bicubic")
+    """Return the student's view of an image in evaluation; without a student, the teacher's size
+    and timm's usual crop.
+    """
+    aug = cfg.augment
+    own = (teacher_size, 0.875, "bicubic")
     if student is None and cfg.student.name:
         student = build_student(
             StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs),
@@ -174,7 +192,8 @@ def _view(cfg: Config, num_classes: int, student: Student | None, teacher_size: 
 
 
 @torch.no_grad()
-def _try(cfg: Config, student: Student | None, view: View, device: torch.device) -> None:
+def _check_size(student: Student | None, view: View, device: torch.device) -> None:
+    """Run the student once. Raises UsageError if it does not take images of this size."""
     if student is None:
         return
     try:
@@ -188,22 +207,23 @@ def _try(cfg: Config, student: Student | None, view: View, device: torch.device)
 def _facts(
     sets: Mapping[str, ImageSet], name: str, num_counted: int, size: int, names: Sequence[str]
 ) -> dict[str, Any]:
-    """What is known of one set besides its distances. Moves are over all images, whether the loss counts them or not."""
+    """Return the record of one set besides its distances.
+
+    `moved` covers all images, also those that the loss does not count.
+    """
     one, clean = sets[name], sets["clean"]
-    moved = one.said != clean.said
+    moved = one.predicted != clean.predicted
     found = {
         "title": engine.TITLES[name],
-        "num_images": len(one.said),
+        "num_images": len(one.predicted),
         "num_counted": num_counted,
-        "teacher_top1": 100 * (one.said == one.labels).double().mean().item(),
+        "teacher_top1": 100 * (one.predicted == one.labels).double().mean().item(),
         "codes_changed": None if one.changed is None else _mean(one.changed),
         **_diversity(one.features[:size]),
     }
     if name != "clean":
-        top = [
-            {"from": a, "to": b, "images": count}
-            for a, b, count in engine.moves(clean.said, one.said, names)
-        ]
+        moves = engine.moves(clean.predicted, one.predicted, names)
+        top = [{"from": a, "to": b, "images": count} for a, b, count in moves]
         found["moved"] = {**_mean(moved.double()), "top": top}
     return found
 
@@ -220,40 +240,20 @@ def _diversity(features: torch.Tensor) -> dict[str, float]:
 
 
 def _sheet(path: Path, sets: Mapping[str, ImageSet], name: str, names: Sequence[str]) -> None:
-    """A few images: clean, Q(clean), this set's, and the change."""
+    """Draw a few images: clean, Q(clean), this set's, and the change."""
     one, clean = sets[name], sets["clean"]
     captions = []
-    for i in range(min(engine.EXAMPLES, len(one.said))):
-        lines = [
-            names[int(one.labels[i])],
-            "seen so" if one.said[i] == one.labels[i] else f"seen as {names[int(one.said[i])]}",
-        ]
-        captions.append(
-            "\n".join(lines if one.changed is None else [*lines, f"{one.changed[i]:.0%} codes"])
-        )
-    assert (
-        clean.examples is not None
-        and sets["q_clean"].examples is not None
-        and one.examples is not None
-    )
-    write_sheet(path, clean.examples, sets["q_clean"].examples, one.examples, captions)
+    for i in range(min(engine.EXAMPLES, len(one.predicted))):
+        label, predicted = int(one.labels[i]), int(one.predicted[i])
+        lines = [names[label], "seen so" if predicted == label else f"seen as {names[predicted]}"]
+        if one.changed is not None:
+            lines.append(f"{one.changed[i]:.0%} codes")
+        captions.append("\n".join(lines))
+
+    originals, discretized, own = clean.examples, sets["q_clean"].examples, one.examples
+    assert originals is not None and discretized is not None and own is not None
+    write_sheet(path, originals, discretized, own, captions)
 
 
-def _progress(what: str) -> Progress:
-    """A line that is written over on a terminal; elsewhere a line now and then, and when it is done."""
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if sys.stderr.isatty():
-            print(
-                f"\r\x1b[K{what}: {done:,} of {total:,}",
-                end="" if done < total else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif done >= total or time.monotonic() - last >= PLAIN_SECONDS:
-            last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-    return show
+def _progress(text: str) -> Callable[[int, int], None]:
+    return count_progress(text, plain_lines=True)

@@ -1,4 +1,4 @@
-"""The tables of `dad-fast analyze`, made from its record."""
+"""Markdown tables of `dad-fast analyze`, made from its record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPACES = {
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The tables of analysis.md."""
+    """Return the text of analysis.md."""
     distances, sets = record["distances"], record["sets"]
     lines = ["# Generated images and test sets", "", *_notes(record), ""]
     titles = [one["title"] for one in sets.values()]
@@ -90,16 +90,17 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     found = record["distances"]
     filtered = ", ".join(one["title"] for name, one in record["sets"].items() if name in FILTERED)
     notes = [
-        f"Of {SPACES[record['features']].format(**record)}. Every distance is between {found['half']:,} images of each side: "
+        f"Space: {SPACES[record['features']].format(**record)}. Every distance is between {found['half']:,} images of each side: "
         f"random halves of {found['size']:,}, {found['resamples']} times; ± is half of the 95 % interval over them.",
         f"SW2: over {found['projections']} directions. Its floor is the distance of the two halves of the test set. Corrected: less "
-        "half of both sides' own floors, so that sets of one distribution give 0 on average. Bold: nearer than the clean images, by a "
-        "difference whose 95 % interval leaves 0 out.",
+        "half of both sides' own floors, so sets of one distribution give 0 on average. Bold: nearer than the clean images, by a "
+        "difference whose 95 % interval excludes 0.",
         f"MMD: Gaussian kernel, bandwidth {found['bandwidth']:.3g}, the median distance within the clean images; unbiased.",
     ]
     if record["filter"]:
         notes.append(
-            f"Of {filtered} only images are counted that the teacher gives their label, as in the loss (--no-filter counts all)."
+            f"{filtered}: only images that the teacher classifies as their label are counted, as in "
+            "the loss (--no-filter counts all)."
         )
     if record["student"] is None:
         notes.append("DAT is left out: no student was named.")
@@ -115,7 +116,10 @@ def _row(*cells: str) -> str:
 
 
 def _pm(found: Mapping[str, Any], factor: float = 1, digits: int = 0) -> str:
-    """A value and half of its interval, in as many digits as the half is known to, or `digits`."""
+    """Format a value ± half of its interval, with `digits` digits or as many as the half justifies."""
     half = factor * (found["interval"][1] - found["interval"][0]) / 2
-    digits = digits or min(4, max(1, 1 - int(np.floor(np.log10(half))))) if half > 0 else 1
+    if half <= 0:
+        digits = 1
+    elif not digits:
+        digits = min(4, max(1, 1 - int(np.floor(np.log10(half)))))
     return f"{factor * found['value']:.{digits}f} ± {half:.{digits}f}"

@@ -1,4 +1,6 @@
-"""`dad-fast doctor --data`: what is in a data set, what is wrong with it, and how fast it can be decoded here."""
+"""`dad-fast doctor --data`: report the contents of a data set, its faults, and its decoding speed
+on this machine.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from dad_fast.data.sources.registry import is_named, open_source
 from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.tools.doctor.row import Row, render
 
-MAX_BAD_SHARE = 0.01  # data.max_bad_share's default
-SECONDS = 3.0  # of decoding per back end
-SAMPLES = 256  # images that are decoded, again and again
-# Images a second that one H200 is expected to take, from counted operations at half of its bf16 peak; not measured.
+MAX_BAD_SHARE = 0.01  # default of data.max_bad_share
+SECONDS = 3.0  # decoding time per back end
+SAMPLES = 256  # images that are decoded repeatedly
+# Expected images per second of one H200, from counted operations at half of its bf16 peak. Not
+# measured.
 NEEDS = {
     "KD, teacher online": 1900,
     "ViT-B/16, stored teacher outputs": 4400,
@@ -30,7 +33,10 @@ NEEDS = {
 
 
 def run(options: DoctorOptions) -> int:
-    """Prints the rows and returns 0, or 4 when so much is unreadable that training would stop."""
+    """Print the rows and return 0.
+
+    Raises DataError (exit code 4) if more than `MAX_BAD_SHARE` is unreadable.
+    """
     warnings = _Collected()
     logger = logging.getLogger("dad_fast.data")
     logger.addHandler(warnings)
@@ -40,9 +46,9 @@ def run(options: DoctorOptions) -> int:
     finally:
         logger.propagate = propagate
         logger.removeHandler(warnings)
-    for row in contents(
-        source, [text for text in warnings.texts if not text.startswith(source.name)]
-    ):
+
+    texts = [text for text in warnings.texts if not text.startswith(source.name)]
+    for row in contents(source, texts):
         print(render(row), flush=True)
     if hasattr(source, "files"):
         rates = {}
@@ -50,10 +56,12 @@ def run(options: DoctorOptions) -> int:
             row, rates[name] = measure(source)
             print(render(row), flush=True)
         print(render(feeds(rates, options.need)), flush=True)
+
     bad = int((~source.ok).sum())
     if bad > MAX_BAD_SHARE * len(source):
         raise DataError(
-            f"{source.name}: training stops at {MAX_BAD_SHARE:.0%} of unreadable images; mend them or raise data.max_bad_share"
+            f"{source.name}: training stops at {MAX_BAD_SHARE:.0%} of unreadable images; fix them "
+            "or raise data.max_bad_share"
         )
     return 0
 
@@ -74,9 +82,12 @@ def _split(options: DoctorOptions) -> str:
 
 
 def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
-    """What the index knows."""
+    """Yield the rows that follow from the index: classes, bad files, warnings, formats, bytes,
+    sizes.
+    """
     ok = source.ok
     yield Row("data", "ok", source.describe())
+
     counts = np.bincount(source.labels[ok], minlength=len(source.classes))
     names = [
         f"{i} {shown(name)}" if name != str(i) else name
@@ -84,11 +95,10 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
     ]
     empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
     detail = f"{counts.min():,} to {counts.max():,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
-    yield Row(
-        "classes",
-        "wrong" if empty else "ok",
-        detail + (f"; without images: {some(empty)}" if empty else ""),
-    )
+    if empty:
+        detail += f"; without images: {some(empty)}"
+    yield Row("classes", "wrong" if empty else "ok", detail)
+
     files: Files | None = getattr(source, "files", None)
     if files is not None and files.bad:
         listed = some((f"{name} ({why})" for name, why in files.bad), limit=20)
@@ -105,34 +115,25 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
         )
     for text in warnings:
         yield Row("warning", "wrong", text)
+
     if files is not None:
         formats = np.bincount(files.formats[ok], minlength=len(files.format_names))
         order = np.argsort(-formats, kind="stable")
-        yield Row(
-            "formats",
-            "ok",
-            ", ".join(
-                f"{files.format_names[i] or '?'} {formats[i]:,}" for i in order if formats[i]
-            ),
-        )
+        named = [f"{files.format_names[i] or '?'} {formats[i]:,}" for i in order if formats[i]]
+        yield Row("formats", "ok", ", ".join(named))
+
         total = _bytes(int(files.num_bytes[ok].sum()))
-        yield Row(
-            "bytes",
-            "ok",
-            f"{total} in all, {_bytes(int(np.median(files.num_bytes[ok])))} an image in the median",
-        )
+        median_bytes = _bytes(int(np.median(files.num_bytes[ok])))
+        yield Row("bytes", "ok", f"{total} in all, {median_bytes} an image in the median")
+
     sides = source.sizes[ok]
     area = sides.prod(axis=1, dtype=np.int64)
     small, median, large = (np.argsort(area, kind="stable")[[0, len(area) // 2, -1]]).tolist()
     shapes = (
         f"{sides[i][0]}x{sides[i][1]} px ({area[i] / 1e6:.2g} MP)" for i in (small, median, large)
     )
-    yield Row(
-        "sizes",
-        "ok",
-        "smallest {}, median {}, largest {}".format(*shapes)
-        + f"; {area.sum() / 1e6:,.0f} megapixels in all",
-    )
+    detail = "smallest {}, median {}, largest {}".format(*shapes)
+    yield Row("sizes", "ok", f"{detail}; {area.sum() / 1e6:,.0f} megapixels in all")
 
 
 def _bytes(count: float) -> str:
@@ -144,6 +145,7 @@ def _bytes(count: float) -> str:
 
 
 def back_ends(loader: str, source: Source) -> dict[str, Callable[[Source], tuple[Row, float]]]:
+    """Return the decoders to time: name -> function that returns a row and images per second."""
     found: dict[str, Callable[[Source], tuple[Row, float]]] = {}
     if loader != "dali":
         found["PIL"] = pil_rate
@@ -167,17 +169,20 @@ def back_ends(loader: str, source: Source) -> dict[str, Callable[[Source], tuple
 
 
 def _chosen(source: Source) -> list[int]:
-    """Readable samples, spread evenly over the source."""
+    """Return readable samples, spread evenly over the source."""
     samples = np.flatnonzero(source.ok)
-    return samples[
-        np.linspace(0, len(samples) - 1, min(SAMPLES, len(samples))).astype(int)
-    ].tolist()
+    spread = np.linspace(0, len(samples) - 1, min(SAMPLES, len(samples))).astype(int)
+    return samples[spread].tolist()
 
 
 def _rate(decode: Callable[[int], int], name: str) -> float:
-    """Images a second of decode(0), decode(1), …, each of which says how many it did; the first call is not counted."""
+    """Return images per second of decode(0), decode(1), …; each call returns its number of images.
+
+    The first is a warm-up.
+    """
     decode(0)
-    done, call, start = 0, 0, time.perf_counter()
+    done = call = 0
+    start = time.perf_counter()
     with progress_bar(100, f"decoding with {name}") as advance:
         shown_percent = 0
         while (elapsed := time.perf_counter() - start) < SECONDS:
@@ -190,7 +195,9 @@ def _rate(decode: Callable[[int], int], name: str) -> float:
 
 
 def pil_rate(source: Source) -> tuple[Row, float]:
-    """One core is timed; processes share nothing but memory's bandwidth, so the cores' number multiplies it."""
+    """Time one core and multiply by the number of cores: processes share nothing but memory
+    bandwidth.
+    """
     samples = _chosen(source)
 
     def decode(call: int) -> int:
@@ -199,15 +206,12 @@ def pil_rate(source: Source) -> tuple[Row, float]:
 
     rate = _rate(decode, "PIL")
     cores = num_cores()
-    return Row(
-        "PIL",
-        "ok",
-        f"{rate:,.0f} img/s a core; {rate * cores:,.0f} on {cores} cores if they are free",
-    ), rate * cores
+    detail = f"{rate:,.0f} img/s a core; {rate * cores:,.0f} on {cores} cores if they are free"
+    return Row("PIL", "ok", detail), rate * cores
 
 
 def dali_rate(source: Source, device: str) -> tuple[Row, float]:
-    """Plain JPEGs only; whatever else there is, PIL decodes in either loader."""
+    """Time DALI on plain JPEGs; PIL decodes all other formats in either loader."""
     name = f"DALI {device}"
     if device == "mixed":
         import torch
@@ -215,7 +219,8 @@ def dali_rate(source: Source, device: str) -> tuple[Row, float]:
         if not torch.cuda.is_available():
             return Row(name, "off", "no GPU here"), 0.0
     samples = _chosen(source)
-    files = [content for i in samples if (content := source.encoded(i)) is not None]
+    encoded = [source.encoded(i) for i in samples]
+    files = [content for content in encoded if content is not None]
     if not files:
         return Row(name, "off", "no plain JPEGs here: PIL decodes everything in either loader"), 0.0
     try:
@@ -229,30 +234,22 @@ def dali_rate(source: Source, device: str) -> tuple[Row, float]:
 
         rate = _rate(decode_all, name)
     except Exception as error:  # DALI raises RuntimeError and its own types, with pages of text
-        return Row(
-            name,
-            "wrong",
-            f"failed: {' '.join(str(error).split())[:200]}",
-            "--loader torchvision decodes with PIL",
-        ), 0.0
-    part = (
-        ""
-        if len(files) == len(samples)
-        else f", on the {len(files) / len(samples):.0%} that are plain JPEGs"
-    )
-    where = (
-        "on this GPU"
-        if device == "mixed"
-        else f"on {num_cores()} cores, {rate / num_cores():,.0f} a core"
-    )
+        reason = " ".join(str(error).split())[:200]
+        fix = "--loader torchvision decodes with PIL"
+        return Row(name, "wrong", f"failed: {reason}", fix), 0.0
+
+    cores = num_cores()
+    where = "on this GPU" if device == "mixed" else f"on {cores} cores, {rate / cores:,.0f} a core"
+    share = len(files) / len(samples)
+    part = "" if share == 1 else f", on the {share:.0%} that are plain JPEGs"
     return Row(name, "ok", f"{rate:,.0f} img/s {where}{part}"), rate
 
 
 def feeds(rates: dict[str, float], need: float) -> Row:
-    """Whether the fastest back end keeps up with what training takes."""
+    """Compare the fastest back end with the speed of training."""
     best = max(rates, key=lambda name: rates[name])
     able = f"{best} decodes {rates[best]:,.0f} img/s before augmentation"
-    mend = "more cores, a GPU that decodes (--loader dali), smaller images, or a store"
+    fix = "more cores, a GPU that decodes (--loader dali), smaller images, or a store"
     if need:
         enough = rates[best] >= need
         detail = f"{able}; {need:,.0f} are needed: {'enough' if enough else 'too slow'}"
@@ -263,4 +260,4 @@ def feeds(rates: dict[str, float], need: float) -> Row:
             for what, rate in NEEDS.items()
         )
         detail = f"{able}; one H200 is estimated to take {', '.join(each)}"
-    return Row("feeds", "ok" if enough else "off", detail, "" if enough else mend)
+    return Row("feeds", "ok" if enough else "off", detail, "" if enough else fix)

@@ -1,4 +1,7 @@
-"""`dad-fast doctor --numerics`: does the arithmetic of this machine give what the definitions say? A few seconds a device."""
+"""`dad-fast doctor --numerics`: compare this machine's arithmetic with the definitions.
+
+A few seconds a device.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dad_fast.kernels import nearest_code
 from dad_fast.methods.attack import PGD
 from dad_fast.tools.doctor.row import Row
 
-TOLERANCE = 1e-5  # of a pixel in [0, 1], where float32 meets float64
+TOLERANCE = 1e-5  # of a pixel in [0, 1]: float32 against float64
 
 
 def rows() -> Iterator[Row]:
@@ -21,19 +24,20 @@ def rows() -> Iterator[Row]:
 
 
 def search_row(device: torch.device) -> Row:
-    """Codebook search against the float64 argmin, on a codebook that float32 distances get wrong.
+    """Compare the codebook search with the float64 argmin, on a codebook where float32 distances
+    fail.
 
-    Clusters far from the origin are the hard case: |z|^2 - 2ze + |e|^2 then loses the digits that decide.
+    Clusters far from the origin are the hard case: |z|^2 - 2ze + |e|^2 loses the deciding digits.
     """
     latents, codebook = hard_problem()
     expected = torch.stack(
         [(row - codebook.double()).square().sum(1).argmin() for row in latents.double()]
     )
     found = nearest_code(latents.to(device), codebook.to(device)).cpu()
-    scores = (
-        codebook.square().sum(1) - 2 * latents @ codebook.T
-    )  # [N, K], the usual shortcut in float32
-    wrong, shortcut = (found != expected).sum().item(), (scores.argmin(1) != expected).sum().item()
+    # The usual shortcut in float32, [N, K].
+    scores = codebook.square().sum(1) - 2 * latents @ codebook.T
+    wrong = (found != expected).sum().item()
+    shortcut = (scores.argmin(1) != expected).sum().item()
     detail = f"{device}: {wrong} of {len(latents)} codes differ from float64 (float32's shortcut: {shortcut})"
     return Row(
         "codebook search",
@@ -45,7 +49,9 @@ def search_row(device: torch.device) -> Row:
 
 
 def hard_problem() -> tuple[Tensor, Tensor]:
-    """Latents [2048, 4] near the midpoints of codes [1024, 4] that lie in tight clusters around (30, 30, 30, 30)."""
+    """Return latents [2048, 4] near midpoints of codes [1024, 4] in tight clusters around (30, 30,
+    30, 30).
+    """
     generator = torch.Generator().manual_seed(0)
     centres = 30 + torch.randn(16, 1, 4, generator=generator)
     codebook = (centres + 1e-2 * torch.randn(16, 64, 4, generator=generator)).reshape(-1, 4)
@@ -54,16 +60,17 @@ def hard_problem() -> tuple[Tensor, Tensor]:
 
 
 def attack_row(device: torch.device) -> Row:
-    """PGD on a linear teacher against its closed form: with two classes the gradient's direction never changes."""
+    """Compare PGD on a linear teacher with its closed form: with two classes the gradient direction
+    is constant.
+    """
     generator = torch.Generator().manual_seed(0)
     pixels = 0.3 + 0.4 * torch.rand(8, 3, 16, 16, generator=generator)
-    weight = 0.05 * torch.randn(
-        2, pixels[0].numel(), generator=generator
-    )  # logits of a few units: no softmax that rounds to 1
+    # Small weights give logits of a few units, so the softmax does not round to 1.
+    weight = 0.05 * torch.randn(2, pixels[0].numel(), generator=generator)
     labels, keys = torch.arange(8) % 2, torch.arange(8)
-    direction = (weight[1] - weight[0]).double()[None] * (1 - 2 * labels)[
-        :, None
-    ].double()  # [B, 768], away from the label
+    # Away from the label, [B, 768].
+    sign = (1 - 2 * labels)[:, None].double()
+    direction = (weight[1] - weight[0]).double()[None] * sign
     teacher = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(pixels[0].numel(), 2, bias=False)
     ).to(device)
@@ -71,9 +78,8 @@ def attack_row(device: torch.device) -> Row:
     errors = {}
     for norm, eps, step in (("l2", 0.1, 0.04), ("linf", 4 / 255, 1.5 / 255)):
         unit = direction / direction.norm(dim=1, keepdim=True) if norm == "l2" else direction.sign()
-        expected = pixels.double() + eps * unit.view_as(
-            pixels
-        )  # three steps of more than eps / 3 end on the ball
+        # Three steps of more than eps / 3 end on the ball.
+        expected = pixels.double() + eps * unit.view_as(pixels)
         attack = PGD(norm=norm, eps=eps, step_size=step, steps=3, random_start=0.0)  # type: ignore[arg-type]
         found = attack(teacher, pixels.to(device), labels.to(device), keys.to(device))
         errors[norm] = (found.cpu().double() - expected).abs().max().item()

@@ -1,4 +1,4 @@
-"""A line of a report of `dad-fast doctor`."""
+"""One line of the report of `dad-fast doctor`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ WIDTH = 100
 
 
 class Row(NamedTuple):
-    """`state`: ok, off (not here, and nothing is broken by that) or wrong. Only a required row that is not ok fails doctor."""
+    """One line of the report.
+
+    `state`: ok, off (missing, and nothing breaks without it) or wrong. doctor fails only if a
+    required row is not ok.
+    """
 
     component: str
     state: Literal["ok", "off", "wrong"]
     detail: str
-    mend: str = ""
+    fix: str = ""
     required: bool = False
 
 
@@ -27,9 +31,9 @@ def render(row: Row) -> str:
         subsequent_indent=" " * len(lead),
         break_long_words=False,
     )
-    if row.mend:
+    if row.fix:
         text += "\n" + textwrap.fill(
-            f"mend: {row.mend}",
+            f"fix: {row.fix}",
             WIDTH,
             initial_indent=" " * len(lead),
             subsequent_indent=" " * len(lead),

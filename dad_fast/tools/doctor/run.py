@@ -1,4 +1,8 @@
-"""`dad-fast doctor`: of every part, what is on, what is off, why, and the mend. It reads and never changes anything."""
+"""`dad-fast doctor`: list which features are available on this machine and how to fix what is
+missing.
+
+Read-only: doctor changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +20,20 @@ from dad_fast.cores import num_cores
 from dad_fast.tools.doctor.row import Row, render
 
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
-# Distributions whose module has another name.
+# Distributions whose import name differs from their own.
 MODULES = {
     "open_clip_torch": "open_clip",
     "apache-tvm-ffi": "tvm_ffi",
     "pillow": "PIL",
     "nvidia-ml-py": "pynvml",
 }
-# Listed as dependencies, but everything works on the CPU without them: their own rows below say what is then off.
+# Declared dependencies that the CPU does not need. Their own rows below report what is off without
+# them.
 OPTIONAL = {"triton", "apache-tvm-ffi", "nvidia-ml-py"}
 
 
 def run(numerics: bool) -> int:
-    """Prints the rows and returns 0, or 3 when something required is missing or broken."""
+    """Print the rows; return 0, or 3 if something required is missing or broken."""
     rows = []
     for row in examine(numerics):
         print(render(row), flush=True)
@@ -39,12 +44,13 @@ def run(numerics: bool) -> int:
     if broken:
         print(f"Cannot work: {', '.join(broken)}.")
         return 3
-    print("Everything required is here." + (f" Worth mending: {', '.join(odd)}." if odd else ""))
+    worth_fixing = f" Worth fixing: {', '.join(odd)}." if odd else ""
+    print(f"Everything required is here.{worth_fixing}")
     return 0
 
 
 def examine(numerics: bool = False) -> Iterator[Row]:
-    """One row after another; a check that fails itself becomes a row."""
+    """Yield the rows of all checks; a check that raises becomes a row."""
     checks: list[Callable[[], Iterator[Row]]] = [
         python,
         packages,
@@ -90,42 +96,42 @@ def python() -> Iterator[Row]:
 
 
 def packages() -> Iterator[Row]:
-    """Every dependency that the project declares: imported, and of a version that it allows."""
+    """Import every declared dependency and compare its version with the declared range."""
     for requirement in requirements():
         name, lowest, below = parse_requirement(requirement)
         required = name not in OPTIONAL
-        mend = f"pip install '{requirement.partition(';')[0].strip()}'"
+        fix = f"pip install '{requirement.partition(';')[0].strip()}'"
         version = installed(name)
         try:
             module = import_module(MODULES.get(name, name.replace("-", "_")))
         except ModuleNotFoundError as error:
             missing = "not installed" if version is None else f"{version} does not import: {error}"
-            yield Row(name, "wrong" if required else "off", missing, mend, required)
+            yield Row(name, "wrong" if required else "off", missing, fix, required)
             continue
         except Exception as error:  # a broken binary raises anything
             yield Row(
                 name,
                 "wrong",
                 f"{version} does not import: {' '.join(str(error).split())}",
-                mend + " --force-reinstall",
+                fix + " --force-reinstall",
                 required,
             )
             continue
         version = version or str(getattr(module, "__version__", "version unknown"))
         if lowest and as_tuple(version) < as_tuple(lowest):
-            yield Row(
-                name, "wrong", f"{version}, older than the {lowest} that is needed", mend, required
-            )
+            yield Row(name, "wrong", f"{version}, older than the required {lowest}", fix, required)
         elif below and as_tuple(version) >= as_tuple(below):
             yield Row(
-                name, "wrong", f"{version}, not tested: releases below {below} are", mend, False
+                name, "wrong", f"{version}, not tested: releases below {below} are", fix, False
             )
         else:
             yield Row(name, "ok", version, required=required)
 
 
 def requirements() -> list[str]:
-    """The declared dependencies without the extras: from the checkout's pyproject.toml, or as installed."""
+    """Return the declared dependencies without extras, from the checkout's pyproject.toml or the
+    installed metadata.
+    """
     if PROJECT.exists():
         declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
@@ -139,9 +145,10 @@ def requirements() -> list[str]:
 
 
 def parse_requirement(text: str) -> tuple[str, str, str]:
-    """'torch>=2.11,<2.16' -> ('torch', '2.11', '2.16')."""
+    """Split 'torch>=2.11,<2.16' into ('torch', '2.11', '2.16')."""
     name = re.match(r"[A-Za-z0-9._-]+", text)
-    lowest, below = re.search(r">=\s*([\d.]+)", text), re.search(r"<\s*([\d.]+)", text)
+    lowest = re.search(r">=\s*([\d.]+)", text)
+    below = re.search(r"<\s*([\d.]+)", text)
     return name[0] if name else text, lowest[1] if lowest else "", below[1] if below else ""
 
 
@@ -218,14 +225,16 @@ def _visible() -> str:
 
 
 def driver() -> Iterator[Row]:
-    """NVML by nvidia-ml-py, whose module is called pynvml, as is a deprecated distribution."""
+    """Check NVML. nvidia-ml-py provides the module pynvml; a deprecated distribution of that name
+    shadows it.
+    """
     if installed("pynvml"):
-        mend = "pip uninstall -y pynvml && pip install --force-reinstall nvidia-ml-py"
+        fix = "pip uninstall -y pynvml && pip install --force-reinstall nvidia-ml-py"
         yield Row(
             "pynvml",
             "wrong",
             f"the deprecated distribution pynvml {installed('pynvml')} is installed",
-            mend,
+            fix,
         )
     if find_spec("pynvml") is None:
         return
@@ -248,13 +257,13 @@ def kernels() -> Iterator[Row]:
     from dad_fast.kernels.csrc import csrc_cuda_status
 
     state, _, rest = csrc_status().partition(": ")
-    reason, _, mend = rest.removesuffix(")").rpartition(" (") if state == "off" else (rest, "", "")
     if state == "off":
+        reason, _, fix = rest.removesuffix(")").rpartition(" (")
         yield Row(
             "csrc",
             "off",
             f"{reason}; the codebook search runs on torch, slower and with the same codes",
-            mend,
+            fix,
         )
     else:
         yield Row("csrc", "ok", rest)
@@ -269,21 +278,23 @@ def kernels() -> Iterator[Row]:
 def apex() -> Iterator[Row]:
     from dad_fast.engine.optimizer import apex_problem
 
-    problem, mend = apex_problem()
+    problem, fix = apex_problem()
     if find_spec("apex") is None:
         yield Row("apex", "off", "not installed; nothing here needs it")
     elif problem:
-        yield Row("apex", "wrong", problem, mend)
+        yield Row("apex", "wrong", problem, fix)
     else:
         yield Row(
             "apex",
             "ok",
-            "NVIDIA's, with compiled parts; --opt fusedadamw and the like would use it, which nobody has run yet",
+            "NVIDIA's, with compiled parts; --opt fusedadamw and the like would use it (not yet run)",
         )
 
 
 def dali() -> Iterator[Row]:
-    """The distributions without a CUDA version, or with an old one, are placeholders of version 0.0.1."""
+    """Tell DALI from its placeholders: distributions of version 0.0.1 without a CUDA version, or
+    with an old one.
+    """
     names = [dist.metadata["Name"] or "" for dist in metadata.distributions()]
     found = {
         name: installed(name) or ""
@@ -320,8 +331,8 @@ def xformers() -> Iterator[Row]:
     elif not any(
         (Path(folder) / "cpp_lib.json").exists() for folder in spec.submodule_search_locations or []
     ):
-        mend = "pip install --force-reinstall xformers"
-        yield Row("xformers", "wrong", f"{installed('xformers')}, without its compiled part", mend)
+        fix = "pip install --force-reinstall xformers"
+        yield Row("xformers", "wrong", f"{installed('xformers')}, without its compiled part", fix)
     else:
         yield Row(
             "xformers",
@@ -347,7 +358,7 @@ def cache() -> Iterator[Row]:
 
 
 def verified() -> Iterator[Row]:
-    """What doctor itself knows about correctness on this machine, and no more."""
+    """Report what is verified on this machine."""
     gpu = False
     if find_spec("torch") is not None:
         import torch
@@ -364,5 +375,5 @@ def verified() -> Iterator[Row]:
         yield Row(
             "GPU verification",
             "off",
-            "no GPU here: nothing about GPUs can be said from this machine",
+            "no GPU here: nothing about GPUs was checked",
         )

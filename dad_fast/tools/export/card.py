@@ -1,4 +1,4 @@
-"""The model card beside an export: what it is, what it was trained on and by, how well it does, what it is not, how to load it."""
+"""Model card of an export: loading, training, results, limits, licence, checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from dad_fast.models.student import Student
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run's folder says of a model: its settings, and results.json where the model is the one that was judged."""
+    """Facts of a model from its run's folder: settings, and results.json if the file is the
+    evaluated model.
+    """
 
     cfg: Config | None = None
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -30,15 +32,17 @@ class RunFacts:
 
 
 def read_run(weights: Path) -> RunFacts:
-    """Facts of the run that the file `weights` lies in: a run's folder, or RUN/checkpoints/step-N. A file that is not there is left out.
+    """Read the facts of the run that contains the file `weights`: RUN or RUN/checkpoints/step-N.
+    Missing files are left out.
 
-    Raises DataError or UsageError for one that is damaged.
+    Raises DataError or UsageError for a damaged file.
     """
     cfg, run = run_settings(weights)
     if cfg is None:
         return RunFacts()
-    judged = weights.absolute() == run / "model.safetensors"
-    return RunFacts(cfg, _object(run / "results.json") if judged else {}, _object(run / "run.json"))
+    evaluated = weights.absolute() == run / "model.safetensors"
+    results = _object(run / "results.json") if evaluated else {}
+    return RunFacts(cfg, results, _object(run / "run.json"))
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -48,11 +52,12 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: cannot be read ({type(error).__name__}); restore it, or remove it and have a card without it"
+            f"{path}: cannot be read ({type(error).__name__}); restore it, or remove it to get a "
+            "card without it"
         ) from None
     if not isinstance(found, dict):
         raise DataError(
-            f"{path}: not a JSON object; restore it, or remove it and have a card without it"
+            f"{path}: not a JSON object; restore it, or remove it to get a card without it"
         )
     return found
 
@@ -66,7 +71,11 @@ def model_card(
     checks: Mapping[str, float],
     files: Sequence[str],
 ) -> str:
-    """Markdown with the front matter of the Hugging Face hub. `weights`: "EMA" or "raw"; `checks`: differences by what was read back."""
+    """Return Markdown with front matter for the Hugging Face hub.
+
+    weights  "EMA" or "raw"
+    checks   name of what was read back -> largest difference of logits
+    """
     try:
         parts = [
             *_title(student, classes, metadata, files),
@@ -79,13 +88,14 @@ def model_card(
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"results.json or run.json: not as a run writes them ({type(error).__name__}: {error})"
+            f"results.json or run.json: not the format that a run writes ({type(error).__name__}: "
+            f"{error})"
         ) from None
     return "\n".join(parts) + "\n"
 
 
 def md(value: Any) -> str:
-    """Text from a file in Markdown: one line, no markup, no control characters."""
+    """Escape text from a file for Markdown: one line, no markup, no control characters."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(shown(str(value)), quote=False))
 
 
@@ -93,9 +103,9 @@ def _title(
     student: Student, classes: ClassMap, metadata: Mapping[str, str], files: Sequence[str]
 ) -> Iterator[str]:
     method = metadata.get("dad_fast.method", "")
-    names = ", ".join(md(name) for name in classes.names[:8]) + (
-        f" and {len(classes) - 8:,} more" if len(classes) > 8 else ""
-    )
+    names = ", ".join(md(name) for name in classes.names[:8])
+    if len(classes) > 8:
+        names += f" and {len(classes) - 8:,} more"
     library = "library_name: timm\n" if "config.json" in files else ""
     yield f"---\n{library}pipeline_tag: image-classification\nlicense: unknown\ntags: [image-classification, dad-fast]\n---"
     yield f"# {md(student.name)}" + (f", trained by {md(method)}" if method else "")
@@ -116,11 +126,11 @@ def _loading(student: Student, files: Sequence[str]) -> Iterator[str]:
         yield "    config['architecture'], pretrained=True, pretrained_cfg_overlay=overlay, **config.get('model_args', {})\n).eval()\n```"
     pixels = f"[batch, 3, {student.image_size}, {student.image_size}]"
     if "model.onnx" in files:
-        yield f"As ONNX: pixels float32 {pixels} in [0, 1], normalised inside; any batch size."
+        yield f"As ONNX: pixels float32 {pixels} in [0, 1], normalised by the graph; any batch size."
         yield "```python\nimport onnxruntime\n\nsession = onnxruntime.InferenceSession('DIR/model.onnx')"
         yield "(logits,) = session.run(['logits'], {'pixels': pixels})\n```"
     if "model.pt2" in files:
-        yield f"As a program of torch.export, with the same pixels {pixels}. Load only files that you trust: they may hold code."
+        yield f"As a program of torch.export, with the same pixels {pixels}. Load only files that you trust: they may contain code."
         yield "```python\nimport torch\n\nmodel = torch.export.load('DIR/model.pt2').module()\n```"
     yield "From the command line: `dad-fast predict DIR IMAGE.jpg`"
 
@@ -136,24 +146,26 @@ def _training(
     yield "\n## How it was trained"
     method = metadata.get("dad_fast.method", "")
     yield f"- Method: {_method_text(method)}."
-    yield f"- Weights: {'their average over the steps (EMA)' if weights == 'EMA' else 'as the optimizer left them'}."
+    kind = "average over the steps (EMA)" if weights == "EMA" else "of the last step (raw)"
+    yield f"- Weights: {kind}."
     cfg, results, machine = run.cfg, run.results, run.machine
     if cfg is None:
-        yield "- The run's folder was not beside the weights, so nothing more is known."
+        yield "- The weights were not in a run's folder, so nothing more is known."
         return
     data = short_name(cfg.data.data_dir)
     yield f"- Images: {md(data)}, split {md(cfg.data.train_split)}; {cfg.data.batch_size:,} to a batch, seed {cfg.seed}."
     if results:
         yield f"- {int(results['steps']):,} steps, {float(results['epochs']):.4g} epochs, {float(results['seconds']):,.0f} s."
-    origin = "timm's pretrained weights" if cfg.student.pretrained else ""
-    origin = md(short_name(cfg.student.init_from or cfg.student.weights)) or origin
-    yield f"- Started from {origin or 'random weights'}."
+    origin = md(short_name(cfg.student.init_from or cfg.student.weights))
+    if not origin:
+        origin = "timm's pretrained weights" if cfg.student.pretrained else "random weights"
+    yield f"- Started from {origin}."
     for part in ("teacher", "discretizer"):
         found = results.get(part) or machine.get(part)
         if found:
-            yield f"- {part.capitalize()}: {md(short_name(found['name']))}. It has seen: {md(found['seen'])}."
+            yield f"- {part.capitalize()}: {md(short_name(found['name']))} (trained on: {md(found['seen'])})."
         elif part == "teacher" and cfg.teacher.name:
-            yield f"- Teacher: {md(short_name(cfg.teacher.name))}. What it has seen is not recorded."
+            yield f"- Teacher: {md(short_name(cfg.teacher.name))} (trained on: not recorded)."
     if student.has_batch_stats and not METHODS[cfg.method].is_plain:
         yield f"- Batch norm over clean and attacked images: {cfg.student.bn}."
     versions = machine.get("packages") or {}
@@ -168,13 +180,15 @@ def _training(
 def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
     yield "\n## Results"
     if not run.results:
-        yield f"No results of these weights ({weights}) lay beside them: `dad-fast eval` judges them."
+        yield f"No results of these weights ({weights}) were found next to them; run `dad-fast eval` to evaluate them."
         return
     teacher = ((run.results.get("teacher") or {}).get("suites")) or {}
-    yield "| suite | images | top-1 % | 95 % interval | top-5 % | ECE % | NLL |" + (
-        " teacher's top-1 % |" if teacher else ""
+    head, line = (
+        "| suite | images | top-1 % | 95 % interval | top-5 % | ECE % | NLL |",
+        "|---" + 6 * "|---:" + "|",
     )
-    yield "|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if teacher else "")
+    yield head + (" teacher's top-1 % |" if teacher else "")
+    yield line + ("---:|" if teacher else "")
     for name, found in run.results["suites"].items():
         low, high = found.get("top1_interval") or (None, None)
         interval = "–" if low is None else f"{_number(low, 1)} – {_number(high, 1)}"
@@ -189,6 +203,7 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
         if teacher:
             cells.append(_number((teacher.get(name) or {}).get("top1"), 1))
         yield f"| {' | '.join(cells)} |"
+
     short = math.floor(student.image_size / student.crop_pct)
     side = student.image_size
     view = f"shorter side to {short} px ({md(student.interpolation)}), centre crop of {side} px"
@@ -203,20 +218,19 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
 
 def _limits(student: Student, classes: ClassMap, run: RunFacts) -> Iterator[str]:
     yield "\n## Limits"
-    yield f"- It names one of its {len(classes):,} classes for every image, also where none is shown; confidences are the softmax's."
-    yield "- It was judged on the suites above and on nothing else: not for decisions about people or safety without a test of your own."
+    yield f"- It predicts one of its {len(classes):,} classes for every image, also if none is visible; confidences are the softmax."
+    yield "- It was evaluated only on the suites above: test it yourself before using it for decisions about people or safety."
     if run.cfg is not None and run.cfg.teacher.name:
-        yield "- It takes over what its teacher knows, its errors too. A suite that the teacher has seen is not new to the student."
+        yield "- It learns its teacher's errors too. A suite in the teacher's training data is not new to the student."
     yield "- Exported in float32 and checked on a CPU; other precisions and devices round differently."
 
 
 def _licence(run: RunFacts) -> Iterator[str]:
     yield "\n## Licence"
-    sources = "the images" + (
-        ", its teacher" if run.cfg is not None and run.cfg.teacher.name else ""
-    )
-    yield f"Not recorded. It depends on {sources} and the weights that it started from; whoever publishes this model states it here."
-    yield "dad-fast, which trained it, is Apache-2.0; that says nothing about these weights."
+    taught = run.cfg is not None and run.cfg.teacher.name
+    sources = "the images, its teacher" if taught else "the images"
+    yield f"Not recorded. It depends on {sources} and the weights that it started from; state it here before you publish the model."
+    yield "dad-fast, which trained it, is Apache-2.0; this does not apply to these weights."
 
 
 def _verified(checks: Mapping[str, float]) -> Iterator[str]:
@@ -230,11 +244,9 @@ def _number(value: Any, digits: int) -> str:
 
 
 def short_name(name: str) -> str:
-    """A path's last part: folders of the machine that trained are nobody's business."""
+    """Return the last part of a path, so that no folder of the training machine is published."""
     before, at, path = str(name).rpartition("@")
-    path = (
-        path
-        if path.startswith("embedded:") or not set(path) & set("/\\") or ":" in path
-        else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-    )
+    is_path = bool(set(path) & set("/\\")) and ":" not in path
+    if is_path:
+        path = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
     return f"{before}{at}{path}"

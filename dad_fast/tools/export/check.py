@@ -1,4 +1,6 @@
-"""Whether what was exported computes what the student does: read back, and compared on random and on image-like pixels."""
+"""Compare an exported model, read back from its file, with the student on random and image-like
+pixels.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,13 @@ from torch import Tensor
 from dad_fast.errors import DadFastError
 from dad_fast.models.student import Student
 
-TOLERANCE = 1e-4  # of the largest logit: other kernels add in another order
+TOLERANCE = 1e-4  # of the largest logit; other kernels sum in another order
 
 
 def check_pixels(side: int) -> list[Tensor]:
-    """Batches of 1 and of 5 images [B, 3, side, side] in [0, 1]: noise; smooth colours in 8 bits, noise over them, black and white."""
+    """Return batches of 1 and 5 images [B, 3, side, side] in [0, 1]: noise; smooth colours in 8
+    bits, with noise, black, white.
+    """
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(2, 3, side, side, generator=generator)
     coarse = torch.rand(2, 3, 5, 5, generator=generator)
@@ -29,11 +33,15 @@ def check_pixels(side: int) -> list[Tensor]:
 
 @torch.no_grad()
 def reference(student: Student) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of pixels and the student's own logits. DadFastError where they are not numbers."""
+    """Return pairs of pixels and the student's own logits.
+
+    Raises DadFastError if they are not finite.
+    """
     pairs = [(pixels, student(pixels)) for pixels in check_pixels(student.image_size)]
     if not all(logits.isfinite().all() for _, logits in pairs):
         raise DadFastError(
-            f"{student.name}: its logits are not numbers, so nothing is exported; look at the run's losses"
+            f"{student.name}: its logits are not finite, so nothing is exported; check the run's "
+            "losses"
         )
     return pairs
 
@@ -42,18 +50,23 @@ def reference(student: Student) -> list[tuple[Tensor, Tensor]]:
 def largest_difference(
     exported: Callable[[Tensor], Tensor], pairs: list[tuple[Tensor, Tensor]], what: str
 ) -> float:
-    """Largest difference of logits over the largest logit of the batch. DadFastError above `TOLERANCE`, with nothing left behind."""
+    """Return the largest difference of logits over the batch's largest logit.
+
+    Raises DadFastError above `TOLERANCE`.
+    """
     worst = 0.0
     for pixels, expected in pairs:
         found = exported(pixels)
         if found.shape != expected.shape:
             raise DadFastError(
-                f"{what} gives logits {list(found.shape)} where the student gives {list(expected.shape)}; nothing is kept"
+                f"{what} gives logits {list(found.shape)} where the student gives "
+                f"{list(expected.shape)}; nothing is kept"
             )
         difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-2)).item()
         if not difference <= TOLERANCE:
             raise DadFastError(
-                f"{what} gives other logits than the student (by {difference:.1e} of the largest); nothing is kept"
+                f"{what} gives other logits than the student (by {difference:.1e} of the largest); "
+                "nothing is kept"
             )
         worst = max(worst, difference)
     return worst

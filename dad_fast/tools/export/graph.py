@@ -1,4 +1,7 @@
-"""A student as a graph of its own, normalisation inside: ONNX, and a program of torch.export. Both take any batch size."""
+"""Export a student as a graph that contains its normalisation: ONNX, or a program of torch.export.
+
+Both take any batch size.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from dad_fast.models.onnx_student import VIEW, OnnxStudent
 from dad_fast.models.student import Student
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
-OPSET = 18  # what the exporter writes without converting, and runtimes since 2023 read
+OPSET = 18  # written without conversion, and read by runtimes since 2023
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # writing needs the first two, checking the third
 IN_ONE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
 def check_onnx_packages() -> None:
-    """Raises EnvironmentProblem that names what `--format onnx` lacks."""
+    """Raise EnvironmentProblem, naming the packages that `--format onnx` lacks."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise EnvironmentProblem(
             f"--format onnx needs {', '.join(missing)}: pip install 'dad-fast[export]'"
@@ -34,7 +37,9 @@ def check_onnx_packages() -> None:
 
 
 def trace(student: Student) -> ExportedProgram:
-    """The student's computation, float32: pixels [batch, 3, side, side] in [0, 1] -> logits [batch, num_classes]."""
+    """Trace the student in float32: pixels [batch, 3, side, side] in [0, 1] -> logits [batch,
+    num_classes].
+    """
     pixels = torch.rand(
         2, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0)
     )
@@ -44,20 +49,23 @@ def trace(student: Student) -> ExportedProgram:
             program = torch.export.export(
                 student, (pixels,), dynamic_shapes={"pixels": {0: Dim("batch", min=1, max=2**20)}}
             )
-    except Exception as error:  # whatever a model's code may raise under tracing
+    except Exception as error:  # a model's code may raise anything under tracing
         why = " ".join(str(error).split())[:200]
         raise DadFastError(
-            f"{student.name} cannot be traced by torch.export ({why}); --format timm does not need it"
+            f"{student.name} cannot be traced by torch.export ({why}); --format timm does not need "
+            "it"
         ) from error
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
-            node.meta.pop("stack_trace", None)  # it holds this machine's paths
+            node.meta.pop("stack_trace", None)  # contains this machine's paths
     return program
 
 
 def write_program(path: Path, program: ExportedProgram, metadata: Mapping[str, str]) -> None:
-    """A file for `torch.export.load`; `metadata` as JSON in its extra file dad_fast.json."""
-    file = io.BytesIO()  # torch's own writer has no words for a full disk
+    """Write a file for `torch.export.load`, with `metadata` as JSON in its extra file
+    dad_fast.json.
+    """
+    file = io.BytesIO()  # torch's own writer does not report a full disk
     torch.export.save(program, file, extra_files={"dad_fast.json": json.dumps(dict(metadata))})
     atomic_write_bytes(path, file.getvalue())
 
@@ -68,9 +76,10 @@ def read_program(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def write_onnx(path: Path, program: ExportedProgram, metadata: Mapping[str, str]) -> None:
-    """An ONNX file of standard operators alone, with `metadata`; above 1.8 GB its weights are in `path`.data.
+    """Write an ONNX file of standard operators only, with `metadata`; above 1.8 GB its weights go
+    to `path`.data.
 
-    Raises DadFastError where an operator of another domain would be needed.
+    Raises DadFastError if an operator of another domain is needed.
     """
     import onnx
 
@@ -86,24 +95,27 @@ def write_onnx(path: Path, program: ExportedProgram, metadata: Mapping[str, str]
             verbose=False,
         )
     for node in made.model.graph.all_nodes():
-        node.metadata_props.clear()  # names of Python frames, and this machine's paths
+        node.metadata_props.clear()  # names of Python frames and this machine's paths
         node.doc_string = None
     made.model.metadata_props.update(metadata)
+
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     made.save(path, external_data=size > IN_ONE_FILE)
     onnx.checker.check_model(str(path))
     found = onnx.load(str(path), load_external_data=False)
     nodes = [*found.graph.node, *(node for function in found.functions for node in function.node)]
-    if others := sorted(
-        {f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")}
-    ):
+    others = {
+        f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")
+    }
+    if others:
         raise DadFastError(
-            f"the ONNX graph needs operators that only this package has: {', '.join(others[:3])}; use --format torch"
+            f"the ONNX graph needs operators outside the standard: {', '.join(sorted(others)[:3])}; "
+            "use --format torch"
         )
 
 
 def view_metadata(student: Student) -> dict[str, str]:
-    """What a graph's file says of the model in it, for `OnnxStudent`."""
+    """Return the metadata of a graph's file that `OnnxStudent` reads."""
     view = {
         "name": student.name,
         "num_classes": student.num_classes,

@@ -1,4 +1,7 @@
-"""`dad-fast export`: a trained student as files that others read, each read back and compared before the folder appears."""
+"""`dad-fast export`: write a student as timm, ONNX or torch.export files.
+
+Each is read back and compared first.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 import dad_fast
 from dad_fast.config.options import ExportOptions
@@ -32,13 +37,11 @@ from dad_fast.tools.export.card import model_card, read_run, short_name
 from dad_fast.tools.export.check import largest_difference, reference
 from dad_fast.tools.export.timm_folder import read_timm, write_timm
 
-RECORD = (
-    "export.json"  # written last; also what says that a folder is an export and may be replaced
-)
+RECORD = "export.json"  # written last; marks a folder as an export that may be replaced
 
 
 def run(options: ExportOptions) -> int:
-    """Returns the exit code."""
+    """Write the export and return the exit code."""
     target = Path(options.output)
     _check_target(target, options.overwrite)
     student, metadata, source, weights = _load(options.checkpoint, options.weights)
@@ -50,17 +53,17 @@ def run(options: ExportOptions) -> int:
         graph.check_onnx_packages()
     if "timm" in formats and STUDENT not in metadata:
         raise UsageError(
-            f"--format timm: {student.name} is no model of timm's; use --format onnx torch"
+            f"--format timm: {student.name} is not a timm model; use --format onnx torch"
         )
+
     facts = read_run(source)
     take_view(student, facts.cfg)
     with _new_folder(target) as folder:
         checks = _write(folder, student, classes, metadata, formats)
         files = sorted(path.name for path in folder.iterdir())
-        atomic_write_text(
-            folder / "README.md",
-            model_card(student, classes, metadata, weights, facts, checks, files),
-        )
+        card = model_card(student, classes, metadata, weights, facts, checks, files)
+        atomic_write_text(folder / "README.md", card)
+        packages = ("torch", "timm", *(graph.PACKAGES if "onnx" in formats else ()))
         record = {
             "dad_fast": dad_fast.__version__,
             "model": student.name,
@@ -68,12 +71,10 @@ def run(options: ExportOptions) -> int:
             "source": {"file": source.name, "sha256": sha256_file(source)},
             "files": {name: sha256_file(folder / name) for name in files},
             "largest_difference": checks,
-            "packages": {
-                name: version(name)
-                for name in ("torch", "timm", *(graph.PACKAGES if "onnx" in formats else ()))
-            },
+            "packages": {name: version(name) for name in packages},
         }
         atomic_write_json(folder / RECORD, record)
+
     for name, difference in checks.items():
         print(f"{name:<28} the student's logits, to {difference:.1e} of the largest")
     print(
@@ -83,7 +84,9 @@ def run(options: ExportOptions) -> int:
 
 
 def _load(checkpoint: str, weights: str) -> tuple[Student, dict[str, str], Path, str]:
-    """The student, its metadata, the file that it is from, and what its weights are called."""
+    """Load the student; return it with its metadata, its file, and the kind of its weights ("EMA"
+    or "raw").
+    """
     path = checkpoint_file(checkpoint)
     student, metadata = load_student(path)
     averaged = metadata.get("dad_fast.ema") == "true"
@@ -102,10 +105,10 @@ def _write(
     metadata: dict[str, str],
     formats: tuple[str, ...],
 ) -> dict[str, float]:
-    """Write each format and read it back: the largest difference by what read it."""
+    """Write each format and read it back; return reader -> largest difference."""
     pairs = reference(student)
     checks: dict[str, float] = {}
-    metadata = {**metadata, **student.contents()[1]}  # its description as it is now
+    metadata = {**metadata, **student.contents()[1]}  # the current description
     if "timm" in formats:
         write_timm(folder, student, classes, metadata)
         checks["dad-fast"] = largest_difference(load_student(folder)[0], pairs, "model.safetensors")
@@ -130,16 +133,16 @@ def _write(
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Before anything is computed: an existing folder is replaced only where it is an export, and only when asked for."""
+    """Raise UsageError unless `target` is new, empty, or an export and `overwrite` is set."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(
-            f"-o {target}: is a {'link' if target.is_symlink() else 'file'}; name a new folder"
-        )
+        kind = "link" if target.is_symlink() else "file"
+        raise UsageError(f"-o {target}: is a {kind}; name a new folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise UsageError(
-            f"-o {target}: exists; add --overwrite to replace an earlier export, or name another folder"
+            f"-o {target}: exists; add --overwrite to replace an earlier export, or name another "
+            "folder"
         )
     if not _is_export(target):
         raise UsageError(
@@ -156,8 +159,12 @@ def _is_export(folder: Path) -> bool:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes `target`'s place when all went well; otherwise nothing is left and `target` is as it was. What was
-    left by an export that was killed goes, or, where that had moved the earlier export aside, comes back."""
+    """Yield a folder to fill; it replaces `target` on success and is removed on failure, which
+    leaves `target` unchanged.
+
+    Clean up after a killed export first: remove its folder, and restore an earlier export that it
+    had moved aside.
+    """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.????????.old"):
@@ -165,9 +172,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
             left.rename(target)
     for ending in (".tmp", ".old"):
         remove_abandoned(target.parent, f".{target.name}.", ending)
-    new, old = (
-        target.parent / f".{target.name}.{secrets.token_hex(4)}.{kind}" for kind in ("tmp", "old")
-    )
+
+    new = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    old = target.parent / f".{target.name}.{secrets.token_hex(4)}.old"
     new.mkdir()
     handle = os.open(new, os.O_RDONLY | os.O_CLOEXEC)
     hold(handle, new)
@@ -184,7 +191,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise disk_error(error, target) from error
     finally:
         os.close(handle)

@@ -1,9 +1,11 @@
-"""What linear probes of `--method lp-clip` tell beside their accuracy: latent organisation, few labels, epistemic uncertainty.
+"""Checks of linear probes of `--method lp-clip` besides accuracy: latent organisation, few labels,
+epistemic uncertainty.
 
     python -m dad_fast.tools.probe.checks RUN... [--suite NAME ...] [--labels 1,5,20] [--draws 5] [--json FILE]
 
-Every RUN is a run's folder; several, which differ in their seed, are an ensemble. The encoder runs once over the training images and over
-each suite (by default those of the first run); everything else is computed on features.
+Every RUN is a run's folder; several runs with different seeds form an ensemble. The encoder runs
+once over the training images and each suite (by default those of the first run); everything else is
+computed on features.
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ from dad_fast.tools.probe.measures import (
     uncertainty,
 )
 
-STRENGTH = 1e-4  # of `few_labels`: chosen on the embedded digits' validation split
+STRENGTH = 1e-4  # of `few_labels`; chosen on the validation split of the embedded digits
 MOST_TRAINING_IMAGES = 50_000  # for class means and few labels
-MOST_SILHOUETTE = 10_000  # images of a suite: its cost grows with their square
+MOST_SILHOUETTE = 10_000  # images of a suite; the cost is quadratic
 
 
 class Seen(NamedTuple):
-    """A suite's images as the encoder sees them."""
+    """Features of a suite's images."""
 
     features: Tensor  # float32 [N, F]
     labels: Tensor  # int64 [N], places among `outputs`
@@ -60,7 +62,7 @@ class Seen(NamedTuple):
 
 
 class Few(NamedTuple):
-    """How few labels are given: how many a class, how often they are drawn, and the seed of the draws."""
+    """Few-label settings: numbers of labels a class, number of draws, seed of the draws."""
 
     counts: tuple[int, ...]
     draws: int
@@ -71,13 +73,16 @@ class Checker:
     """The probes of several runs on one encoder."""
 
     def __init__(self, runs: Sequence[str]) -> None:
-        """Raises UsageError for runs without settings or on several encoders."""
+        """Load the probes and their encoder.
+
+        Raises UsageError for runs without settings or with different encoders.
+        """
         self.probes = [_load(run) for run in runs]
-        first, spec = checkpoint_file(runs[0]), self.probes[0].spec
-        cfg, _ = run_settings(first)
+        spec = self.probes[0].spec
+        cfg, _ = run_settings(checkpoint_file(runs[0]))
         if cfg is None or not cfg.data.data_dir:
             raise UsageError(
-                f"{runs[0]}: no config.toml beside its model says which data it was trained on; name a run's folder"
+                f"{runs[0]}: no config.toml with --data-dir next to its model; name a run's folder"
             )
         for run, probe in zip(runs, self.probes, strict=True):
             check_encoder(run, probe.spec, spec["encoder_sha256"])
@@ -99,39 +104,37 @@ class Checker:
 
     @torch.no_grad()
     def see(self, suite: Suite, most: int = 0) -> Seen:
-        """All of a suite's images, every severity of a corruption, or `most` evenly spread ones."""
-        judged: EvalSet = as_eval_set(suite.source)
-        if judged.accepted is not None:
+        """Compute features of all images of a suite (every severity of a corruption), or of `most`
+        evenly spread images.
+        """
+        eval_set: EvalSet = as_eval_set(suite.source)
+        if eval_set.accepted is not None:
             raise UsageError(
-                f"--suite {suite.name}: an image of it may be of several classes, which these checks do not know"
+                f"--suite {suite.name}: its images may have several classes, which these checks do "
+                "not support; leave it out"
             )
         probe, cfg = self.probes[0], self.cfg
-        view: tuple[int, float, str] = (
-            probe.image_size,
-            *(judged.view or (probe.crop_pct, probe.interpolation)),
-        )
+        crop: tuple[float, str] = eval_set.view or (probe.crop_pct, probe.interpolation)
+        view = (probe.image_size, *crop)
         features, labels = [], []
         print_line(f"features of {suite.name}")
-        for piece in judged.pieces:
+        for piece in eval_set.pieces:
             piece = piece.taken(piece.ok)
             if most and len(piece) > most:
                 piece = piece.taken(np.linspace(0, len(piece) - 1, most).round().astype(np.int64))
             keys = torch.from_numpy(piece.rows)
-            for batch in EvalLoader(
-                piece, *view, cfg.eval.batch_size or cfg.data.batch_size, cfg.data.workers
-            ):
-                pixels, rows = (
-                    to_pixels(batch.images.to(self.device)),
-                    keys[batch.samples].to(self.device),
-                )
-                for one in _looks(suite, pixels, rows):
+            batch_size = cfg.eval.batch_size or cfg.data.batch_size
+            for batch in EvalLoader(piece, *view, batch_size, cfg.data.workers):
+                pixels = to_pixels(batch.images.to(self.device))
+                rows = keys[batch.samples].to(self.device)
+                for one in _variants(suite, pixels, rows):
                     features.append(self.teacher.features(one).cpu())
                     labels.append(batch.labels)
-        columns = np.arange(len(self.classes)) if judged.columns is None else judged.columns
+        columns = np.arange(len(self.classes)) if eval_set.columns is None else eval_set.columns
         return Seen(torch.cat(features), torch.cat(labels), torch.from_numpy(columns))
 
     def check(self, suites: Sequence[Suite], few: Few) -> dict[str, Any]:
-        """The record: by suite, and what it was computed from."""
+        """Compute the record: the results by suite, and the settings."""
         train = self.see(Suite(self.cfg.data.train_split, self.source), MOST_TRAINING_IMAGES)
         means = class_means(train.features, train.labels, len(self.classes))
         drawn = list(_drawn(train.labels, len(self.classes), few))
@@ -142,22 +145,16 @@ class Checker:
         epistemic: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for suite in suites:
             seen = self.see(suite)
-            told = [_log_probabilities(seen, head) for head in self.heads]
+            outputs = [_log_probabilities(seen, head) for head in self.heads]
+            nearest = nearest_mean(seen.features, means[seen.outputs])
             row: dict[str, Any] = {
                 "num_images": len(seen.labels),
                 "zero_shot": _accuracy(self._zero_shot(seen), seen.labels),
-                "probe": [_accuracy(one, seen.labels) for one in told],
-                "nearest_class_mean": 100
-                * (nearest_mean(seen.features, means[seen.outputs]) == seen.labels)
-                .double()
-                .mean()
-                .item(),
+                "probe": [_accuracy(one, seen.labels) for one in outputs],
+                "nearest_class_mean": 100 * (nearest == seen.labels).double().mean().item(),
             }
-            some = (
-                np.linspace(0, len(seen.labels) - 1, min(len(seen.labels), MOST_SILHOUETTE))
-                .round()
-                .astype(np.int64)
-            )
+            num = len(seen.labels)
+            some = np.linspace(0, num - 1, min(num, MOST_SILHOUETTE)).round().astype(np.int64)
             row["silhouette"] = silhouette(seen.features[some], seen.labels[some])
             row["few_labels"] = {
                 str(k): {
@@ -169,8 +166,8 @@ class Checker:
                 }
                 for k, per_draw in tuned.items()
             }
-            if len(told) > 1:
-                total, aleatoric, own = uncertainty(torch.stack(told))
+            if len(outputs) > 1:
+                total, aleatoric, own = uncertainty(torch.stack(outputs))
                 row["uncertainty"] = {
                     "total": total.mean().item(),
                     "aleatoric": aleatoric.mean().item(),
@@ -195,7 +192,7 @@ class Checker:
         }
 
     def _tuned(self, train: Seen, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The first probe, and a new linear layer, after the training images `rows` with their labels."""
+        """Fit the first probe and a new linear layer to the training images `rows`."""
         weight, bias = self.heads[0]
         features, labels = train.features[rows], train.labels[rows]
         zeros = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -205,7 +202,9 @@ class Checker:
         }
 
     def _zero_shot(self, seen: Seen) -> Tensor:
-        """The teacher's own head; not that of a timm teacher, which sees more than features."""
+        """Log-probabilities of the teacher's own head; NaN for a timm teacher, whose head needs
+        more than features.
+        """
         if self.teacher.whole is not None:
             return torch.full((len(seen.labels), len(seen.outputs)), torch.nan)
         return _log_probabilities(
@@ -220,7 +219,10 @@ def _load(run: str) -> Probe:
     return probe
 
 
-def _looks(suite: Suite, pixels: Tensor, keys: Tensor) -> list[Tensor]:
+def _variants(suite: Suite, pixels: Tensor, keys: Tensor) -> list[Tensor]:
+    """Return the images as the suite shows them: as they are, or corrupted at each of its
+    severities.
+    """
     if suite.corruption is None:
         return [pixels]
     name, severity = suite.corruption
@@ -229,14 +231,15 @@ def _looks(suite: Suite, pixels: Tensor, keys: Tensor) -> list[Tensor]:
 
 
 def _drawn(labels: Tensor, num_classes: int, few: Few) -> list[tuple[int, Tensor]]:
-    """(count, rows int64): for each count and draw that many random samples of every class, or all where there are fewer."""
+    """Draw (count, rows int64) for each count and draw: that many random samples of every class, or
+    all of a smaller class.
+    """
     found = []
     for draw in range(few.draws):
         random = np.random.default_rng((few.seed, draw))
         order = torch.from_numpy(random.permutation(len(labels)))
-        rank = torch.zeros(
-            len(labels), dtype=torch.int64
-        )  # how many of its class come before a sample in that order
+        # Number of samples of the same class before each sample in that order.
+        rank = torch.zeros(len(labels), dtype=torch.int64)
         for number in range(num_classes):
             members = order[labels[order] == number]
             rank[members] = torch.arange(len(members))
@@ -245,22 +248,20 @@ def _drawn(labels: Tensor, num_classes: int, few: Few) -> list[tuple[int, Tensor
 
 
 def _log_probabilities(seen: Seen, head: tuple[Tensor, Tensor]) -> Tensor:
-    """Float64 [N, K] over the classes that compete."""
+    """Return log-probabilities over the classes that compete, float64 [N, K]."""
     weight, bias = (tensor.double()[seen.outputs] for tensor in head)
     return F.linear(seen.features.double(), weight, bias).log_softmax(dim=1)
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float | None:
-    """In percent; None where the scores are not numbers."""
-    return (
-        None
-        if scores.isnan().all()
-        else 100 * (scores.argmax(dim=1) == labels).double().mean().item()
-    )
+    """Return the accuracy in percent; None if the scores are NaN."""
+    if scores.isnan().all():
+        return None
+    return 100 * (scores.argmax(dim=1) == labels).double().mean().item()
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Three tables: features and few labels, and with several probes their uncertainty."""
+    """Format the tables: features, few labels, and with several probes their uncertainty."""
     suites, counts = record["suites"], list(next(iter(record["suites"].values()))["few_labels"])
     lines = _table(
         ["", "images", "zero-shot", "probe", "nearest class mean", "silhouette"],
@@ -326,9 +327,8 @@ def _text(value: float | None) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.1f}" + (
-        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    )
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 @program
@@ -338,23 +338,23 @@ def main(arguments: Sequence[str]) -> None:
         description="Checks of linear probes on features.",
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run's folder; several are an ensemble"
+        "runs", nargs="+", metavar="RUN", help="a run's folder; several form an ensemble"
     )
     parser.add_argument(
         "--suite",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="as in dad-fast eval; the first is the known one",
+        help="as in dad-fast eval; the first is the in-distribution one",
     )
     parser.add_argument(
         "--labels", default="1,5,20", help="labels a class for fine-tuning (default: %(default)s)"
     )
     parser.add_argument(
-        "--draws", type=int, default=5, help="times that they are drawn (default: %(default)s)"
+        "--draws", type=int, default=5, help="number of draws (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    parser.add_argument("--json", default="", metavar="FILE", help="write the record there too")
+    parser.add_argument("--json", default="", metavar="FILE", help="also write the record to FILE")
     given = parser.parse_args(arguments)
     if (
         not all(part.isdecimal() and int(part) > 0 for part in given.labels.split(","))
@@ -362,7 +362,8 @@ def main(arguments: Sequence[str]) -> None:
         or given.seed < 0
     ):
         raise UsageError(
-            "--labels and --draws are whole numbers above 0, such as --labels 1,5,20 --draws 5, --seed 0 or more"
+            "--labels and --draws are whole numbers above 0, such as --labels 1,5,20 --draws 5, "
+            "--seed 0 or more"
         )
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise UsageError(f"--json {given.json}: name a file in a folder that exists")

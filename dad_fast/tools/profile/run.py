@@ -1,4 +1,6 @@
-"""`dad-fast profile`: a few training steps under Nsight Systems, Nsight Compute, torch's profiler, or the recorder of memory."""
+"""`dad-fast profile`: run a few training steps under Nsight Systems, Nsight Compute, torch's
+profiler or the memory recorder.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ TOOLS = {
 
 
 def run(cfg: Config, launch: ProfileLaunch) -> int:
-    """Returns the exit code. `cfg` is one run's."""
+    """Profile one run as `cfg` describes it and return the exit code."""
     if cfg.engine.cuda_graphs == "auto":
         cfg = dataclasses.replace(cfg, engine=dataclasses.replace(cfg.engine, cuda_graphs="off"))
     output = Path(launch.output)
@@ -42,7 +44,7 @@ def run(cfg: Config, launch: ProfileLaunch) -> int:
     return 0
 
 
-# --- the steps that are looked at ---
+# --- the profiled steps ---
 
 
 def _steps(
@@ -51,7 +53,9 @@ def _steps(
     output: Path,
     watch: AbstractContextManager[object] | None = None,
 ) -> str:
-    """Run warm-up, then the watched steps inside `watch` and the CUDA profiler's range; returns a line that says what ran."""
+    """Run the warm-up, then the profiled steps inside `watch` and the CUDA profiler's range; return
+    a one-line description.
+    """
     import torch
 
     from dad_fast.engine.build import Builder
@@ -64,6 +68,7 @@ def _steps(
     if parts.discretizer is not None:
         for owner, method, name in parts.discretizer.stages():
             name_method(owner, method, name)
+
     numbers = range(launch.warm_up + launch.steps)
     on_gpu = parts.device.type == "cuda"
     parts.prepare(print_line)
@@ -82,8 +87,10 @@ def _steps(
     with watch or nullcontext(), cuda_profiler_range(parts.device), naming_stages():
         for number in numbers[launch.warm_up :]:
             step(number)
-    what = f"{launch.steps} steps of {cfg.method} after {launch.warm_up} unwatched ones, {trainer.images_per_step} images each"
-    return f"{what}, on {parts.device}, graphs {cfg.engine.cuda_graphs}"
+
+    steps = f"{launch.steps} steps of {cfg.method} after a warm-up of {launch.warm_up}"
+    images = f"{trainer.images_per_step} images each"
+    return f"{steps}, {images}, on {parts.device}, graphs {cfg.engine.cuda_graphs}"
 
 
 # --- Nsight ---
@@ -93,28 +100,24 @@ def _under_nsight(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
     tool = shutil.which(launch.kind)
     if tool is None:
         raise EnvironmentProblem(
-            f"{launch.kind} is not on the PATH: {TOOLS[launch.kind]}; dad-fast profile torch works without"
+            f"{launch.kind} is not on the PATH: {TOOLS[launch.kind]}; or use dad-fast profile torch"
         )
+
     output.mkdir(parents=True, exist_ok=True)
     config, result = output / "config.toml", output / "profile"
     atomic_write_text(config, to_toml(cfg))
     target = [sys.executable, "-m", "dad_fast", "profile", "range", str(config), "-o", str(output)]
     target += ["--steps", str(launch.steps), "--warm-up", str(launch.warm_up)]
-    command = [
-        tool,
-        *(nsys_options(result) if launch.kind == "nsys" else ncu_options(result, launch)),
-        *target,
-    ]
+    options = nsys_options(result) if launch.kind == "nsys" else ncu_options(result, launch)
+    command = [tool, *options, *target]
     print_line(f"$ {shlex.join(command)}")
     code = subprocess.run(command).returncode
     if code:
-        hint = (
-            "; without permission for GPU counters ncu needs root, or the driver's option"
-            if launch.kind == "ncu"
-            else ""
-        )
+        hint = ""
+        if launch.kind == "ncu":
+            hint = "; without permission for GPU counters ncu needs root, or the driver's option"
         raise DadFastError(
-            f"{launch.kind} ended with exit code {code}; what it says stands above{hint}"
+            f"{launch.kind} failed with exit code {code}; see its output above{hint}"
         )
     if launch.kind == "nsys":
         _after_nsys(result)
@@ -123,65 +126,55 @@ def _under_nsight(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
             f"{result}.ncu-rep: open it in ncu-ui, or: ncu --import {result}.ncu-rep --page details"
         )
         print(
-            "Look at: SpeedOfLight (memory or compute near its peak?), occupancy and its limiter, uncoalesced or bank-conflicting access,"
+            "Look at: SpeedOfLight (memory or compute near its peak?), occupancy and its limiter, "
+            "uncoalesced or bank-conflicting access,"
         )
         print(
-            "local memory (register spills), and tensor-pipe use where a kernel is a matrix product."
+            "local memory (register spills), and tensor-pipe use where a kernel is a matrix "
+            "product."
         )
     return 0
 
 
 def nsys_options(result: Path) -> list[str]:
     return [
-        *(
-            "profile",
-            "--trace=cuda,nvtx,cudnn,cublas",
-            "--sample=none",
-            "--cpuctxsw=none",
-            "--cuda-graph-trace=node",
-        ),
-        *(
-            "--capture-range=cudaProfilerApi",
-            "--capture-range-end=stop",
-            "--export=sqlite",
-            "--force-overwrite=true",
-        ),
+        "profile",
+        "--trace=cuda,nvtx,cudnn,cublas",
+        "--sample=none",
+        "--cpuctxsw=none",
+        "--cuda-graph-trace=node",
+        "--capture-range=cudaProfilerApi",
+        "--capture-range-end=stop",
+        "--export=sqlite",
+        "--force-overwrite=true",
         f"--output={result}",
     ]
 
 
 def ncu_options(result: Path, launch: ProfileLaunch) -> list[str]:
+    names = launch.kernel or f"^({'|'.join(own_kernels())})$"
     return [
-        *(
-            "--profile-from-start=off",
-            "--target-processes=application-only",
-            "--clock-control=none",
-            "--set=full",
-        ),
-        f"--kernel-name=regex:{launch.kernel or '^(' + '|'.join(own_kernels()) + ')$'}",
-        *(f"--launch-count={launch.launches}", "--force-overwrite", f"--export={result}"),
+        "--profile-from-start=off",
+        "--target-processes=application-only",
+        "--clock-control=none",
+        "--set=full",
+        f"--kernel-name=regex:{names}",
+        f"--launch-count={launch.launches}",
+        "--force-overwrite",
+        f"--export={result}",
     ]
 
 
 def own_kernels() -> list[str]:
-    """Names of this project's Triton and CUDA kernels, read from their sources."""
-    folder = Path(__file__).resolve().parents[2] / "kernels"
+    """Read the names of this project's Triton and CUDA kernels from their sources."""
+    folder = (Path(__file__).resolve().parents[2] / "kernels").resolve()
+    triton = re.compile(r"^@triton\.jit.*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
+    cuda = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)")
     names = set()
-    for path in folder.resolve().rglob("*.py"):
-        names.update(
-            re.findall(
-                r"^@triton\.jit.*\n(?:@.*\n)*def (\w+)",
-                path.read_text(encoding="utf-8"),
-                re.MULTILINE,
-            )
-        )
-    for path in (folder.resolve().parent / "csrc").glob("*.cu"):
-        names.update(
-            re.findall(
-                r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)",
-                path.read_text(encoding="utf-8"),
-            )
-        )
+    for path in folder.rglob("*.py"):
+        names.update(triton.findall(path.read_text(encoding="utf-8")))
+    for path in (folder.parent / "csrc").glob("*.cu"):
+        names.update(cuda.findall(path.read_text(encoding="utf-8")))
     return sorted(names)
 
 
@@ -192,13 +185,16 @@ def _after_nsys(result: Path) -> None:
     except DataError as error:
         print_line(f"no summary: {error}")
     print(
-        f"\n{result}.nsys-rep: open it in nsys-ui; scripts/nsys_summary.py {export} prints the summary again"
+        f"\n{result}.nsys-rep: open it in nsys-ui; scripts/nsys_summary.py {export} prints the "
+        "summary again"
     )
     print(
-        "Look at: the row NVTX (the stages), gaps in the row CUDA HW (the GPU waits: for data, for launches, for a synchronization),"
+        "Look at: the row NVTX (the stages), gaps in the row CUDA HW (the GPU waits: for data, for "
+        "launches, for a synchronization),"
     )
     print(
-        "cudaStreamSynchronize or cudaMemcpy inside a step, and kernels that are not the stage's convolutions and products."
+        "cudaStreamSynchronize or cudaMemcpy inside a step, and kernels that are not the stage's "
+        "convolutions and products."
     )
 
 
@@ -206,9 +202,8 @@ def _after_nsys(result: Path) -> None:
 
 
 def _torch(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # else it reports each start, and a missing GPU as an error
+    # Otherwise it logs each start, and a missing GPU as an error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -227,13 +222,16 @@ def _torch(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
     atomic_write_text(table, text)
     print(f"{what}\n\n{as_text(summarize(read_timeline(trace)))}\n\n{text}")
     print(
-        f"{trace}: open it at ui.perfetto.dev or chrome://tracing (nothing is uploaded); {table}: the table of operations"
+        f"{trace}: open it at ui.perfetto.dev or chrome://tracing (nothing is uploaded); {table}: "
+        "the table of operations"
     )
     print(
-        "Look at: which stage takes the time, operations that copy or convert (aten::copy_, aten::to), many small ones in a row, gaps."
+        "Look at: the stages with the most time, operations that copy or convert (aten::copy_, "
+        "aten::to), many small ones in a row, gaps."
     )
     print(
-        "The profiler itself slows small operations down: take times from the benchmarks, and shares from here."
+        "The profiler slows small operations down: take times from the benchmarks, and shares from "
+        "here."
     )
     return 0
 
@@ -258,13 +256,16 @@ def _memory(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
     )
     atomic_write_text(table, text)
     print(
-        f"{what}\n\n{text}\n{table}: what each operation allocates minus what it frees, summed over the steps, by torch's profiler."
+        f"{what}\n\n{text}\n{table}: bytes that each operation allocates minus bytes it frees, "
+        "summed over the steps, by torch's profiler."
     )
     print(
-        f"Largest resident memory of the whole process, loading included: {_peak_resident_gib():.2f} GiB."
+        f"Peak resident memory of the whole process, loading included: {_peak_resident_gib():.2f} "
+        "GiB."
     )
     print(
-        "On a CPU there is no peak by stage; on a GPU this command writes a snapshot with the stack of every allocation."
+        "On a GPU this command writes a snapshot with the stack of every allocation; on a CPU there "
+        "is no peak by stage."
     )
     return 0
 
@@ -284,13 +285,16 @@ def _cuda_memory(cfg: Config, launch: ProfileLaunch, output: Path) -> int:
         read() / 2**30 for read in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
     )
     print(
-        f"{what}; at most {allocated:.2f} GiB in tensors, {reserved:.2f} GiB taken from the driver (warm-up included)"
+        f"{what}; at most {allocated:.2f} GiB in tensors, {reserved:.2f} GiB taken from the driver "
+        "(warm-up included)"
     )
     print(
-        f"{snapshot}: drag it onto pytorch.org/memory_viz (it stays in the browser); open no such file from strangers, it is a pickle"
+        f"{snapshot}: drag it onto pytorch.org/memory_viz (it stays in the browser); it is a "
+        "pickle, so open only your own"
     )
     print(
-        "Look at: the plateau between steps (weights, optimizer, EMA), what stands at the peak, and blocks that outlive their step."
+        "Look at: the plateau between steps (weights, optimizer, EMA), the blocks at the peak, and "
+        "blocks that outlive their step."
     )
     return 0
 
@@ -299,4 +303,5 @@ def _peak_resident_gib() -> float:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Linux counts kibibytes
+    # Linux counts kibibytes, macOS bytes.
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -1,7 +1,12 @@
-"""Where the time of a profile went: stage times and gaps, from an nsys export (SQLite) or a trace of torch's profiler (JSON).
+"""Stage times and gaps of a profile, from an nsys export (SQLite) or a trace of torch's profiler
+(JSON).
 
-Device work belongs to the innermost range in which it was launched, whichever thread launched it: the backward pass runs on threads of
-its own while the range's thread waits. A stage's host time is its own, without the ranges inside it. Times are seconds.
+Own code, because the NVTX reports of `nsys stats` assign work to ranges of the launching thread
+(the backward pass has threads of its own), name no stage around a gap, and do not read torch's
+traces.
+
+Device work belongs to the innermost range that was open when any thread launched it. The host time
+of a stage excludes the ranges inside it. Times are seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +25,8 @@ from typing import Any, NamedTuple
 from dad_fast.errors import DataError
 
 OUTSIDE = "(no stage)"
-MOST_BYTES = 1 << 30  # of a trace, unpacked: a small file could hold any number
-NSYS_WORK = ("KERNEL", "MEMCPY", "MEMSET", "GRAPH_TRACE")  # what runs on the device, by table
+MOST_BYTES = 1 << 30  # of an unpacked trace; guards against decompression bombs
+NSYS_WORK = ("KERNEL", "MEMCPY", "MEMSET", "GRAPH_TRACE")  # tables of device work
 
 
 class Range(NamedTuple):
@@ -32,7 +37,7 @@ class Range(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Something the device did, and when the host launched it (None where the profile does not say)."""
+    """One operation of the device, and the time of its launch on the host (None if not recorded)."""
 
     name: str
     start: float
@@ -48,36 +53,57 @@ class Timeline:
 
 class Gap(NamedTuple):
     seconds: float
-    after: str  # the stage whose work came before the gap
+    after: str  # stage of the work before the gap
     before: str
 
 
 @dataclass
 class Summary:
-    steps: int  # ranges called `step`; 1 where there are none
+    steps: int  # number of `step` ranges; 1 if there are none
     calls: dict[str, int]
     host: dict[str, float]  # by stage, over all steps
     device: dict[str, float]
-    kernels: list[tuple[str, int, float]]  # name, launches, seconds; the most costly first
-    busy: float  # seconds in which the device did anything
-    span: float  # from the first to the last device work, or of all ranges where there is none
-    gaps: list[Gap]  # the longest first
+    kernels: list[tuple[str, int, float]]  # name, launches, seconds; longest time first
+    busy: float  # seconds in which the device worked
+    span: float  # from the first to the last device work; of all ranges without device work
+    gaps: list[Gap]  # longest first
 
 
 def summarize(timeline: Timeline, shortest_gap: float = 5e-6) -> Summary:
-    """DataError for a timeline with neither ranges nor device work."""
+    """Sum a timeline up by stage. Raises DataError if it has neither ranges nor device work."""
     if not timeline.ranges and not timeline.work:
         raise DataError(
             "the profile holds neither stages nor device work; was the captured range entered?"
         )
-    stepping = {
-        r.thread for r in timeline.ranges if r.name == "step"
-    }  # libraries put ranges of their own on other threads
-    ranges = sorted(
-        (r for r in timeline.ranges if not stepping or r.thread in stepping),
-        key=lambda r: (r.start, -r.end),
-    )
+
+    # Libraries put ranges of their own on other threads.
+    stepping = {r.thread for r in timeline.ranges if r.name == "step"}
+    of_steps = (r for r in timeline.ranges if not stepping or r.thread in stepping)
+    ranges = sorted(of_steps, key=lambda r: (r.start, -r.end))
+    calls, host = _host_times(ranges)
+
     owner = _Innermost(ranges)
+    device: dict[str, float] = defaultdict(float)
+    totals: dict[str, list[float]] = {}
+    placed = []
+    for work in sorted(timeline.work, key=lambda w: w.start):
+        stage = owner.at(work.launched) if work.launched is not None else OUTSIDE
+        device[stage] += work.end - work.start
+        count_and_time = totals.setdefault(work.name, [0, 0.0])
+        count_and_time[0] += 1
+        count_and_time[1] += work.end - work.start
+        placed.append((work, stage))
+    busy, gaps = _busy_and_gaps(placed, shortest_gap)
+
+    edges: Sequence[Any] = timeline.work or timeline.ranges
+    span = max(edge.end for edge in edges) - min(edge.start for edge in edges)
+    kernels = [(name, int(count), seconds) for name, (count, seconds) in totals.items()]
+    kernels.sort(key=lambda row: -row[2])
+    return Summary(calls.get("step", 1), calls, host, dict(device), kernels, busy, span, gaps)
+
+
+def _host_times(ranges: Sequence[Range]) -> tuple[dict[str, int], dict[str, float]]:
+    """Return calls and own host seconds by stage, from ranges sorted by start."""
     calls: dict[str, int] = defaultdict(int)
     host: dict[str, float] = defaultdict(float)
     stack: list[Range] = []
@@ -89,17 +115,20 @@ def summarize(timeline: Timeline, shortest_gap: float = 5e-6) -> Summary:
         if stack and current.end <= stack[-1].end:
             host[stack[-1].name] -= current.end - current.start
         stack.append(current)
-    device: dict[str, float] = defaultdict(float)
-    totals: dict[str, list[float]] = {}
-    placed = []
-    for work in sorted(timeline.work, key=lambda w: w.start):
-        stage = owner.at(work.launched) if work.launched is not None else OUTSIDE
-        device[stage] += work.end - work.start
-        count_and_time = totals.setdefault(work.name, [0, 0.0])
-        count_and_time[0] += 1
-        count_and_time[1] += work.end - work.start
-        placed.append((work, stage))
-    busy, gaps, last_end, last_stage = 0.0, [], None, OUTSIDE
+    return dict(calls), dict(host)
+
+
+def _busy_and_gaps(
+    placed: Sequence[tuple[Work, str]], shortest_gap: float
+) -> tuple[float, list[Gap]]:
+    """Return the seconds in which the device worked, and the gaps, longest first.
+
+    `placed`: work by start, with its stage.
+    """
+    busy = 0.0
+    gaps: list[Gap] = []
+    last_end: float | None = None
+    last_stage = OUTSIDE
     for work, stage in placed:
         if last_end is not None and work.start - last_end >= shortest_gap:
             gaps.append(Gap(work.start - last_end, last_stage, stage))
@@ -107,20 +136,14 @@ def summarize(timeline: Timeline, shortest_gap: float = 5e-6) -> Summary:
         busy += max(0.0, work.end - begin)
         if last_end is None or work.end > last_end:
             last_end, last_stage = work.end, stage
-    edges: Sequence[Any] = timeline.work or timeline.ranges
-    span = max(edge.end for edge in edges) - min(edge.start for edge in edges)
-    kernels = sorted(
-        ((name, int(count), seconds) for name, (count, seconds) in totals.items()),
-        key=lambda row: -row[2],
-    )
     gaps.sort(key=lambda gap: -gap.seconds)
-    return Summary(
-        calls.get("step", 1), dict(calls), dict(host), dict(device), kernels, busy, span, gaps
-    )
+    return busy, gaps
 
 
 class _Innermost:
-    """The innermost of nested ranges at a time; of ranges on several threads, the one that began last."""
+    """Look-up of the innermost range at a time; of ranges on several threads, the one with the
+    latest start.
+    """
 
     def __init__(self, ranges: Sequence[Range]) -> None:
         self.starts = [r.start for r in ranges]
@@ -141,7 +164,7 @@ class _Innermost:
 
 
 def as_text(summary: Summary, top: int = 10) -> str:
-    """The summary as aligned text, per step."""
+    """Format the summary as aligned text, per step."""
     steps = summary.steps
     names = sorted(
         summary.host.keys() | summary.device.keys(),
@@ -155,8 +178,9 @@ def as_text(summary: Summary, top: int = 10) -> str:
     for name in names:
         cells = ""
         for _, times in columns:
-            whole = sum(times.values())
-            cells += f" {1e3 * times.get(name, 0.0) / steps:9.3f} {times.get(name, 0.0) / whole if whole else 0.0:6.1%}"
+            seconds, whole = times.get(name, 0.0), sum(times.values())
+            share = seconds / whole if whole else 0.0
+            cells += f" {1e3 * seconds / steps:9.3f} {share:6.1%}"
         lines.append(f"{name:{width}} {summary.calls.get(name, 0) / steps:6g}{cells}")
     if summary.kernels:
         idle = 1 - summary.busy / summary.span if summary.span else 0.0
@@ -177,11 +201,15 @@ def as_text(summary: Summary, top: int = 10) -> str:
 
 
 def read_timeline(path: str | Path) -> Timeline:
-    """From nsys's SQLite export, or a JSON trace of torch's profiler (.json, .json.gz). DataError, naming the file, for anything else."""
+    """Read nsys's SQLite export or a trace of torch's profiler (.json, .json.gz).
+
+    Raises DataError for other files.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; name an export of nsys (nsys export --type sqlite FILE.nsys-rep) or a trace.json.gz"
+            f"{path}: no such file; name an export of nsys (nsys export --type sqlite "
+            "FILE.nsys-rep) or a trace.json.gz"
         )
     if path.suffix == ".nsys-rep":
         raise DataError(f"{path}: export it first: nsys export --type sqlite {path}")
@@ -201,7 +229,8 @@ def read_timeline(path: str | Path) -> Timeline:
         RecursionError,
     ) as error:
         raise DataError(
-            f"{path}: neither an nsys export nor a trace of torch's profiler ({type(error).__name__}: {error})"
+            f"{path}: neither an nsys export nor a trace of torch's profiler "
+            f"({type(error).__name__}: {error})"
         ) from None
 
 
@@ -227,19 +256,15 @@ def _read_nsys(path: Path) -> Timeline:
             for row in database.execute(
                 "SELECT start, correlationId, globalTid FROM CUPTI_ACTIVITY_KIND_RUNTIME"
             ):
-                launches[row["globalTid"] >> 24, row["correlationId"]] = (
-                    row["start"] / 1e9
-                )  # the low 24 bits are the thread's
+                # The low 24 bits are the thread's.
+                launches[row["globalTid"] >> 24, row["correlationId"]] = row["start"] / 1e9
         work = []
         for kind in NSYS_WORK:
             table = f"CUPTI_ACTIVITY_KIND_{kind}"
             for row in database.execute(f"SELECT * FROM {table}") if table in tables else ():
-                columns = row.keys()
-                label = (
-                    strings.get(row["shortName"], "?")
-                    if "shortName" in columns
-                    else kind.lower().replace("_trace", "")
-                )
+                label = kind.lower().replace("_trace", "")
+                if "shortName" in row.keys():  # `in row` searches the values
+                    label = strings.get(row["shortName"], "?")
                 launched = launches.get((row["globalPid"] >> 24, row["correlationId"]))
                 work.append(Work(label, row["start"] / 1e9, row["end"] / 1e9, launched))
     return Timeline(ranges, work)
@@ -256,12 +281,13 @@ def _read_trace(path: Path) -> Timeline:
     complete = [event for event in events if event.get("ph") == "X"]
     launches, ranges, work = {}, [], []
     for event in complete:
-        kind, start = event.get("cat"), float(event["ts"]) / 1e6
+        kind = event.get("cat")
+        start = float(event["ts"]) / 1e6
         end = start + float(event.get("dur", 0)) / 1e6
-        if kind == "user_annotation" and not event["name"].startswith(
-            ("ProfilerStep", "Optimizer.")
-        ):  # torch's own
-            ranges.append(Range(event["name"], start, end, hash(event.get("tid"))))
+        if kind == "user_annotation":
+            of_torch = event["name"].startswith(("ProfilerStep", "Optimizer."))
+            if not of_torch:
+                ranges.append(Range(event["name"], start, end, hash(event.get("tid"))))
         elif kind in ("cuda_runtime", "cuda_driver"):
             launches[event["args"].get("correlation")] = start
         elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
