@@ -40,7 +40,7 @@ from dad_fast.report.results import (
 )
 from dad_fast.report.run_files import number
 from dad_fast.report.runs import Group, Loaded, load
-from dad_fast.report.tiles import PIECES, SHEET, Tiles
+from dad_fast.report.tiles import PIECES, Tiles
 
 MAX_TITLE = 80  # characters; a longer list of names becomes their number
 
@@ -127,7 +127,7 @@ def page(loaded: Loaded) -> str:
 
 
 def title(groups: Sequence[Group]) -> str:
-    """Return the names of the runs, or their number if that is too long, and their common folder."""
+    """Return the names of the runs, or their number if those are too long, and a common folder."""
     names = [group.label for group in groups]
     places = list(dict.fromkeys(group.origin.name for group in groups))
     listed = " · ".join(names)
@@ -166,7 +166,7 @@ def _sheets(groups: Sequence[Group], problems: list[str]) -> str:
     folders = {}
     for group in groups:
         for run in group.runs:
-            if (run.folder / PIECES).exists() or (run.folder / SHEET).exists():
+            if (run.folder / PIECES).exists():
                 folders[group.label] = run.folder
                 break
     tiles = Tiles(len(folders))

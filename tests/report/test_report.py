@@ -12,7 +12,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import report_runs as made
-import torch
 
 from dad_fast.cli import main as cli
 from dad_fast.errors import DataError
@@ -35,7 +34,6 @@ from dad_fast.report.cost import joules_per_image, throughput
 from dad_fast.report.intervals import over_seeds, wilson
 from dad_fast.report.page import page, write_report
 from dad_fast.report.runs import load
-from dad_fast.report.sheet import write_sheet
 from dad_fast.report.tiles import PAGE_BYTES, Tiles, heat_map
 
 NASTY = "<b>&\"'kd"
@@ -122,8 +120,7 @@ def fill(folder, with_nan=False) -> None:
                 data_wait=0.25,
             )
         log.metrics("val", step=4, epoch=2, top1=91.5, nll=0.3, ece=1.0)
-    image = torch.rand(2, 3, 28, 28)
-    write_sheet(folder / "sheet.png", image, image, image.flip(3), ["one", "two"])
+    made.write_images(folder)
 
 
 def test_comparison(tmp_path):
@@ -165,7 +162,7 @@ def test_comparison(tmp_path):
         "Attacked images kept by the filter",
     ]
     training = text.split("Training</h2>")[1].split("Throughput, energy and overhead</h2>")[0]
-    assert checked.tags.count("img") == 1 and training.count("<polyline") == 4
+    assert checked.tags.count("img") == 10 and training.count("<polyline") == 4
     assert "nan" not in re.sub(
         r'src="data:[^"]*"', "", training
     )  # a picture's base64 may well hold these letters
@@ -182,7 +179,7 @@ def test_single_run(tmp_path):
         and "method = 'kd'" in checked.text
         and '"torch": "2.15"' in checked.text
     )
-    assert "90.0" in checked.text and checked.tags.count("img") == 1
+    assert "90.0" in checked.text and checked.tags.count("img") == 10
 
 
 def test_run_without_log_or_sheet(tmp_path):
@@ -282,7 +279,7 @@ def test_two_seeds_have_the_interval_over_images(tmp_path):
     shown = page(load([made.write_comparison(tmp_path / "x", seeds=2)]))
     assert (
         "95.5 [94.0, 96.5]" in shown
-        and "it says nothing of other seeds" in shown
+        and "it does not cover other seeds" in shown
         and "of the mean over seeds" not in shown
     )
 
@@ -397,7 +394,7 @@ def test_kd_of_another_machine_or_student_is_no_baseline(tmp_path):
     ):
         made.write_run(tmp_path / f"{number}/kd/seed-0", **more)
         made.write_run(tmp_path / f"{number}/dad/seed-0", "dad", "dad")
-        assert "No time against KD" in page(load([tmp_path / f"{number}"]))
+        assert "No time relative to KD" in page(load([tmp_path / f"{number}"]))
 
 
 def test_calibration_pools_seeds_and_needs_sound_bins(tmp_path):
@@ -449,14 +446,14 @@ def test_an_evaluation_beside_a_run(tmp_path):
     made.write_run(tmp_path / "run")
     model = {"path": "m", "method": "dad", "suites": {"test": made.result(77.7)}}
     made.write_json(
-        tmp_path / "judged.json",
+        tmp_path / "scores.json",
         {"data_dir": "d", "checkpoint": model, "teacher": None, "environment": made.CPU},
     )
-    shown = page(load([tmp_path / "run", tmp_path / "judged.json"]))
-    assert "77.7" in shown and ">judged<" in shown and "nan" not in Checker(shown).text
+    shown = page(load([tmp_path / "run", tmp_path / "scores.json"]))
+    assert "77.7" in shown and ">scores<" in shown and "nan" not in Checker(shown).text
     both = {"models": {"a": model, "b": model}, "data_dir": "d"}
-    made.write_json(tmp_path / "judged.json", both)
-    assert [group.label for group in load([tmp_path / "judged.json"]).groups] == ["a", "b"]
+    made.write_json(tmp_path / "scores.json", both)
+    assert [group.label for group in load([tmp_path / "scores.json"]).groups] == ["a", "b"]
 
 
 def test_heat_map_colours_what_changed():
