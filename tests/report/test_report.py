@@ -380,7 +380,7 @@ def test_energy_of_several_gpus(tmp_path):
     )
     cells = re.findall(r"<td>(.*?)</td>", shown.split("<tr>")[2])
     assert (
-        cells[6:9] == ["500", "1", f"{20 * 1024 / 3600:.3g}"] and "taken for each of them" in shown
+        cells[6:9] == ["500", "1", f"{20 * 1024 / 3600:.3g}"] and "used for each of them" in shown
     )
 
 
@@ -402,7 +402,7 @@ def test_calibration_pools_seeds_and_needs_sound_bins(tmp_path):
     shown = page(load([folder]))
     assert (
         shown.split("Calibration</h2>")[1].count(
-            "18.2 % of images, confidence 96.7 %, right 87.0 %"
+            "18.2 % of images, confidence 96.7 %, accuracy 87.0 %"
         )
         == 3 * 5
     )

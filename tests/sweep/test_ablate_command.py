@@ -248,7 +248,7 @@ def test_asked_to_stop_it_saves_what_is_under_way(parts, tmp_path, number, code)
     os.kill(sweep.pid, number)
     _, said = sweep.communicate(timeout=HANG)
     assert sweep.returncode == code, said
-    assert "0 of 2 runs done; what was under way is saved" in said and "failed" not in said
+    assert "0 of 2 runs done; running ones are saved" in said and "failed" not in said
     assert list(out.glob("dad/seed-0/checkpoints/latest"))
 
 

@@ -181,7 +181,10 @@ MISTAKES = {
         lambda: plan_of(["component"]),
         "--axes component: no such axis; did you mean components?",
     ),
-    "no teachers": (lambda: plan_of(["teacher"]), "--axes teacher: say which: --teachers A B"),
+    "no teachers": (
+        lambda: plan_of(["teacher"]),
+        "--axes teacher: name the values: --teachers A B",
+    ),
     "a word for a number": (
         lambda: plan_of([], {"budget": ["big"]}),
         "--budgets: attack.eps .* must be a number, got 'big'",

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from dad_fast.evaluate.tables import read_record
-from dad_fast.sweep import ablation_tables as ablation
-from dad_fast.sweep import forest
+from dad_fast.report.intervals import t_quantile
 from dad_fast.sweep.ablation_tables import (
     ablation_markdown,
     axes_markdown,
@@ -16,7 +15,6 @@ from dad_fast.sweep.ablation_tables import (
     difference,
     notes,
     summary,
-    t_quantile,
 )
 from dad_fast.sweep.forest import forest_plot
 
@@ -127,11 +125,3 @@ def test_the_tables_and_the_plot_in_the_documentation_are_those_of_its_record():
         encoding="utf-8"
     )
     assert forest_plot(record) == (DOCS / "ablate.svg").read_text(encoding="utf-8")
-
-
-def test_another_record_is_refused(tmp_path, capsys):
-    (tmp_path / "results.json").write_text('{"runs": [{"variant": "dad", "suites": {}}]}')
-    for module in (ablation, forest):
-        assert module.main([str(tmp_path / "results.json")]) == 4 and module.main([]) == 2
-        said = capsys.readouterr().err
-        assert "not the record of a sweep" in said and "usage: python -m dad_fast." in said
