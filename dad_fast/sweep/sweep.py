@@ -107,13 +107,17 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
                 stores = _needed(sweep, left)
                 jobs = [_store_job(store) for store in stores]
                 # The longest runs first, so that none of them starts last and is left alone.
-                longest_first = sorted(left, key=lambda run: -run.cfg.schedule.epochs)
+                longest_first = sorted(left, key=_num_epochs, reverse=True)
                 jobs += [_run_job(run, launch, stores, state.teachers) for run in longest_first]
                 pool.run(jobs, state.job_ended, stop, progress.update)
                 write_tables(sweep, state.failed)
                 return state.failed
     finally:
         _remove_if_new(output)
+
+
+def _num_epochs(run: Run) -> float:
+    return run.cfg.schedule.epochs + run.cfg.schedule.cooldown_epochs
 
 
 def _check(

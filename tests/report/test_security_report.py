@@ -1,4 +1,4 @@
-"""A run's folder from a stranger, as a report: markup does nothing, numbers and nesting of any kind leave a page."""
+"""Reports of untrusted run folders: markup is inert, any numbers and nesting still make a page."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ FOLDERS = {
 
 
 class Acts(HTMLParser):
-    """Gathers what of a page would run or fetch something, as a browser reads it."""
+    """Collect the tags and attributes of a page that would run or fetch something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Acts(HTMLParser):
 
 
 @pytest.mark.parametrize("files", FOLDERS.values(), ids=FOLDERS)
-def test_a_strangers_run(
+def test_page_of_an_untrusted_run_is_inert(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str]
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -123,8 +123,8 @@ def test_a_strangers_run(
     assert cli.main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
     assert time.process_time() - start < 3
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     acts = Acts()
     acts.feed(page)
     assert acts.seen > 10 and not acts.found and "default-src 'none'" in page
-    assert not set("\u202e\x1b") & set(page + said.out + said.err)
+    assert not set("\u202e\x1b") & set(page + printed.out + printed.err)
