@@ -138,7 +138,8 @@ def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, f
     suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval) or [
         Suite(cfg.data.val_split, parts.val)
     ]
-    trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
+    # Warm up.
+    trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])
     teacher = 0.0
     if parts.teacher is not None:
         teacher = sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites)

@@ -59,7 +59,7 @@ def run_sweep(sweep: Sweep, launch: Launch) -> int:
 
 
 def job_devices(sweep: Sweep, launch: Launch) -> list[str]:
-    """The device of each worker process."""
+    """Return the device of each worker process."""
     device = sweep.config.device
     devices = list(launch.devices) or ([device] if device != "auto" else [])
     if not devices or any(name.startswith("cuda") for name in devices):
@@ -227,10 +227,13 @@ class _State:
         self.failed: dict[str, str] = {}
         self._left = {run.name: run for run in left}
         self._begun, self._ended = time.monotonic(), 0
+        self._epochs_done, self._epochs = 0.0, sum(map(_num_epochs, left))
 
     def job_ended(self, job: Job, answer: dict[str, Any], seconds: float) -> None:
         run = self._left.get(job.name)
-        self._ended += run is not None
+        if run is not None:
+            self._ended += 1
+            self._epochs_done += _num_epochs(run)
         self.progress.end(job.name)
         if "error" in answer and self.stop.error:
             self.progress.say(f"{job.name}: {answer['error']}")
@@ -252,11 +255,11 @@ class _State:
         write_tables(self.sweep, self.failed)
 
     def _time_left(self) -> str:
-        left = len(self._left) - self._ended
-        if not self._ended or not left:
+        if self._ended in (0, len(self._left)):
             return ""
-        seconds_per_run = (time.monotonic() - self._begun) / self._ended
-        return f", about {format_seconds(seconds_per_run * left)} left"
+        seconds_per_epoch = (time.monotonic() - self._begun) / self._epochs_done
+        left = seconds_per_epoch * (self._epochs - self._epochs_done)
+        return f", about {format_seconds(left)} left"
 
 
 class _Teachers:
