@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from dad_fast.methods.registry import BASELINE
 from dad_fast.report.markup import numbers, table
 from dad_fast.report.run_files import Run, machine, number
 from dad_fast.report.runs import Group
@@ -84,7 +85,9 @@ def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
     same = [
         other
         for other in groups
-        if other.method == "kd" and not other.setting("store.dirs") and _work(other) == _work(group)
+        if other.method == BASELINE
+        and not other.setting("store.dirs")
+        and _work(other) == _work(group)
     ]
     return min(same, key=lambda other: other.origin != group.origin, default=None)
 
@@ -177,7 +180,7 @@ def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> li
             f"Time per image / KD: img/s of {', '.join(against)} over img/s of the run; "
             f"precomputing a store is not counted.{advice}"
         )
-    elif any(group.method != "kd" for group in groups):
+    elif any(group.method != BASELINE for group in groups):
         lines.append(
             "No time relative to KD: this page has no KD run with the same student, data, batch, "
             "precision and machine."

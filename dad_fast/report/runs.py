@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from dad_fast.config.fields import read_toml
 from dad_fast.errors import DataError
+from dad_fast.methods.registry import METHODS
 from dad_fast.report.run_files import (
     FILES,
     Run,
@@ -47,6 +48,12 @@ class Group:
     def method(self) -> str:
         recorded = next((record["method"] for record in self.finished), "")
         return str(self.setting("method") or recorded)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the students were trained on clean images alone."""
+        spec = METHODS.find(self.method)
+        return spec is not None and spec.is_plain
 
     def setting(self, path: str) -> Any:
         """Return a setting of the first seed that has it; None without a config.toml."""
