@@ -11,7 +11,8 @@ from dad_fast.report.markup import comparison, notes, numbers
 from dad_fast.report.run_files import machine, number
 from dad_fast.report.runs import Group
 
-NOT_SHOWN = ("seed", "seeds", "device")  # seeds are in the tables; a device is in the environment
+# Other parts of the page show the seeds and the device.
+NOT_SHOWN = ("seed", "seeds", "device")
 # Name of a row and its key in run.json.
 ENVIRONMENT = (
     ("GPU", "gpus"),
@@ -61,12 +62,13 @@ def _student(group: Group) -> str:
     record = group.finished[0] if group.finished else {}
     name = group.setting("student.name") or record.get("student") or "–"
     parameters = number(record, "num_parameters")
-    words = [str(name)] + ([f"{parameters / 1e6:.2f} M parameters"] if parameters else [])
     norm = record.get("bn")
-    return ", ".join(
-        words
-        + ([f"batch norm {norm} over clean and attacked"] if norm and not group.is_plain else [])
-    )
+    words = [str(name)]
+    if parameters:
+        words.append(f"{parameters / 1e6:.2f} M parameters")
+    if norm and not group.is_plain:
+        words.append(f"batch norm {norm} over clean and attacked")
+    return ", ".join(words)
 
 
 def _part(group: Group, part: str) -> str:

@@ -51,7 +51,7 @@ class Group:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the students were trained on clean images alone."""
+        """True if the students were trained on clean images alone."""
         spec = METHODS.find(self.method)
         return spec is not None and spec.is_plain
 

@@ -296,9 +296,9 @@ def identity(cfg: Config) -> tuple[tuple[str, str], ...]:
 
 
 def _used(method_name: str, path: str) -> bool:
-    """Whether the setting at `path` changes what a run of this method computes."""
+    """Return True if the setting at `path` changes the result of a run of this method."""
     method = METHODS[method_name]
-    weights = {term.weight for spec in map(METHODS.__getitem__, METHODS) for term in spec.terms}
+    weights = {term.weight for name in METHODS for term in METHODS[name].terms}
     section = path.partition(".")[0]
     if section == "lp_clip":
         return method.linear_probe
