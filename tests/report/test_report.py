@@ -268,6 +268,11 @@ def test_three_seeds_have_the_interval_of_their_mean(tmp_path):
     assert "of the mean over seeds of the student (Student&#x27;s t)" in shown
 
 
+def test_equal_runs_make_equal_pages(tmp_path):
+    folder = made.write_comparison(tmp_path / "x", seeds=2)
+    assert page(load([folder])) == page(load([folder]))
+
+
 def test_two_seeds_have_the_interval_over_images(tmp_path):
     shown = page(load([made.write_comparison(tmp_path / "x", seeds=2)]))
     assert "95.5 [94.0, 96.5]" in shown
