@@ -1,4 +1,4 @@
-"""Run folders as a trainer leaves them, small, for tests of the report; written by the trainer's own writers."""
+"""Small run folders for tests of the report, written with the trainer's own writers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dad_fast.loggers.run_log import RunLog
 from dad_fast.report.pieces import write_pieces
 from dad_fast.report.sheet import write_sheet
 
-# What a class, a run or a weights file may be called by accident or on purpose: markup, quotes, control and direction characters.
+# A hostile name of a class, run or file: markup, quotes, control and direction characters.
 HOSTILE = "<script>alert(1)</script>\"'&amp;\x1b[31m\x00\u202egnp.exe\ud800 אבג " + "w" * 60
 CPU = {
     "cpu": "A CPU",
@@ -35,12 +35,12 @@ SUITES = ("test", "optdigits", "fog")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """In ASCII, which can say what UTF-8 cannot: half of a surrogate pair."""
+    """Write JSON in ASCII, which can represent half of a surrogate pair, unlike UTF-8."""
     atomic_write_text(path, json.dumps(value))
 
 
 def result(top1: float, full: bool = True) -> dict[str, Any]:
-    """`full`: with what records of today have and older ones lack."""
+    """Return a suite's result; `full` adds the metrics that older records lack."""
     found = {
         "name": "s",
         "num_images": 1000,
@@ -163,7 +163,7 @@ def write_run(
     power: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """A run's folder; returns its record."""
+    """Write a run's folder and return its record."""
     write_log(folder, rate=rate, power=power)
     cfg = with_values(
         Config(),
@@ -188,17 +188,15 @@ def write_run(
 def write_comparison(
     folder: Path, *, seeds: int = 1, facts: dict[str, Any] = CPU, power: float | None = None
 ) -> Path:
-    """CE, KD, KD of DAD's time, and DAD, as the demo trains them."""
+    """Write CE, KD, KD for as long as DAD, and DAD, as the demo trains them."""
     runs = []
     shapes = (
         ("ce", "ce", 80.0, 1000.0, 2.0, 10.0),
         ("kd", "kd", 90.0, 800.0, 2.0, 12.5),
         ("kd-long", "kd", 91.0, 800.0, 8.0, 50.0),
-    )
-    for variant, method, top1, rate, epochs, seconds in (
-        *shapes,
         ("dad", "dad", 95.0, 200.0, 2.0, 50.0),
-    ):
+    )
+    for variant, method, top1, rate, epochs, seconds in shapes:
         for seed in range(seeds):
             more = {
                 "rate": rate,

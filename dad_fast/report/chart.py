@@ -1,6 +1,7 @@
-"""Line, bar and reliability charts as inline SVG, with axes, ticks and labels; colours are CSS values, so that they follow light and dark.
+"""Line, bar and reliability charts as inline SVG, with axes, ticks and labels.
 
-A chart is as wide as a phone (360 units), so that its text stays as large as it is drawn.
+Colours are CSS values, so that they follow light and dark mode. A chart is as wide as a phone (360
+units), so that its text keeps its size there.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dad_fast.report.markup import stroke, text
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
 MAX_POINTS = 300
-MIN_COUNT = 10  # images in a bin, below which its accuracy says little
-BINS_HEIGHT = 50  # of the strip below a reliability diagram
-COLUMNS_HEIGHT = 32  # in it
+# Images in a bin; the accuracy of fewer images is too noisy to draw.
+MIN_COUNT = 10
+# Height of the strip below a reliability diagram, and of the columns in it.
+BINS_HEIGHT, COLUMNS_HEIGHT = 50, 32
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """A mean with its 95 % interval and the values that it is the mean of, all in percent."""
+    """A mean with its 95 % interval and the averaged values, all in percent."""
 
     name: str
     mean: float
@@ -41,7 +43,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Of each bin: the number of images, their mean confidence, and the share of them that is right."""
+    """Per bin: number of images, mean confidence, accuracy."""
 
     name: str
     color: str
@@ -52,7 +54,10 @@ class Reliability:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers that span [low, high]: multiples of 1, 2 or 5 times a power of ten, at most `most` + 1 of them."""
+    """Return at most `most` + 1 round numbers that span [low, high].
+
+    They are multiples of 1, 2 or 5 times a power of ten.
+    """
     if high <= low:
         low, high = low - 0.5, high + 0.5
     raw = (high - low) / most
@@ -63,7 +68,10 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def line_chart(heading: str, unit: str, x_label: str, series: Sequence[Series]) -> str:
-    """A figure with one line per series over an x axis that holds 0; a series of one point is a dot. At least one has a point."""
+    """Draw one line per series over an x axis that contains 0; a series of one point is a dot.
+
+    At least one series has a point.
+    """
     xs, ys = zip(*(point for line in series for point in line.points), strict=True)
     x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(ys), max(ys))
     place = _placer(x_ticks, y_ticks, HEIGHT)
@@ -72,9 +80,9 @@ def line_chart(heading: str, unit: str, x_label: str, series: Sequence[Series]) 
         placed = [place(*point) for point in _thinned(line.points)]
         title = f"<title>{text(line.name)}</title>"
         if len(placed) == 1:
-            parts.append(
-                f'<circle cx="{placed[0][0]:.1f}" cy="{placed[0][1]:.1f}" r="3" style="fill:{line.color}">{title}</circle>'
-            )
+            x, y = placed[0]
+            dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{line.color}">'
+            parts.append(f"{dot}{title}</circle>")
         elif placed:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
             style = f"fill:none;{stroke(line.color, line.dashes)};opacity:0.85"
@@ -83,7 +91,7 @@ def line_chart(heading: str, unit: str, x_label: str, series: Sequence[Series]) 
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of neighbours where there are more points than a chart can show."""
+    """Average neighbours if there are more points than a chart can show."""
     every = -(-len(points) // MAX_POINTS)
     if every <= 1:
         return list(points)
@@ -95,55 +103,52 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def bar_chart(heading: str, unit: str, bars: Sequence[Bar]) -> str:
-    """A figure of horizontal bars on an axis from 0 to 100, each with its interval as a whisker and its values as ticks."""
-    line, top, left, right = 36, 4, 4, 12
+    """Draw bars from 0 to 100, with intervals as whiskers and single values as circles."""
+    line, top = 36, 4
+    left, right = 4, 12
     scale = (WIDTH - left - right) / 100
     height = top + line * len(bars) + 24
     parts = []
     for value in (0, 25, 50, 75, 100):
         x = left + value * scale
-        anchor = "start" if value == 0 else "end" if value == 100 else "middle"
+        anchor = {0: "start", 100: "end"}.get(value, "middle")
+        words = "100 %" if value == 100 else str(value)
         parts.append(
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top + 14}" y2="{height - 20}"/>'
         )
-        parts.append(
-            f'<text x="{x:.1f}" y="{height - 5}" text-anchor="{anchor}">{value}{" %" if value == 100 else ""}</text>'
-        )
+        parts.append(_label(f"{x:.1f}", height - 5, anchor, words))
     for i, bar in enumerate(bars):
         y = top + i * line
         end = left + _clip(bar.mean) * scale
-        shown = f"{bar.mean:.1f}" + (
-            f" [{bar.interval[0]:.1f}, {bar.interval[1]:.1f}]" if bar.interval else ""
-        )
-        room = int(
-            (WIDTH - left - right - 6.3 * len(shown) - 10) / 6.6
-        )  # a name that is too long is cut; its whole is the tooltip
+        shown = f"{bar.mean:.1f}"
+        if bar.interval:
+            shown += f" [{bar.interval[0]:.1f}, {bar.interval[1]:.1f}]"
+        # A name that is too long is cut; the tooltip shows all of it.
+        room = int((WIDTH - left - right - 6.3 * len(shown) - 10) / 6.6)
         cut = bar.name if len(bar.name) <= room else bar.name[: room - 1] + "…"
-        parts.append(
-            f'<text class="name" x="{left}" y="{y + 14}">{text(cut)}<title>{text(bar.name)}</title></text>'
-        )
-        parts.append(f'<text x="{WIDTH - right}" y="{y + 14}" text-anchor="end">{shown}</text>')
-        parts.append(
-            f'<rect x="{left}" y="{y + 19}" width="{end - left:.1f}" height="12" style="fill:{bar.color};opacity:0.75"/>'
-        )
+        tooltip = f"<title>{text(bar.name)}</title>"
+        parts.append(f'<text class="name" x="{left}" y="{y + 14}">{text(cut)}{tooltip}</text>')
+        parts.append(_label(WIDTH - right, y + 14, "end", shown))
+        box = f'x="{left}" y="{y + 19}" width="{end - left:.1f}" height="12"'
+        parts.append(f'<rect {box} style="fill:{bar.color};opacity:0.75"/>')
+
         if bar.interval:
             low, high = (left + _clip(bound) * scale for bound in bar.interval)
             ends = "".join(f"M{x:.1f} {y + 20}v10" for x in (low, high))
-            parts.append(
-                f'<path d="M{low:.1f} {y + 25}H{high:.1f}{ends}" style="stroke:var(--text);stroke-width:1.5;fill:none"/>'
-            )
-        dots = (left + _clip(value) * scale for value in bar.values)
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y + 25}" r="2.5" style="fill:var(--back);stroke:var(--text)"/>'
-            for x in dots
-        ]
+            whisker = f"M{low:.1f} {y + 25}H{high:.1f}{ends}"
+            style = "stroke:var(--text);stroke-width:1.5;fill:none"
+            parts.append(f'<path d="{whisker}" style="{style}"/>')
+        for single in bar.values:
+            x = left + _clip(single) * scale
+            style = "fill:var(--back);stroke:var(--text)"
+            parts.append(f'<circle cx="{x:.1f}" cy="{y + 25}" r="2.5" style="{style}"/>')
     return _figure(heading, unit, height, parts)
 
 
 def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) -> str:
-    """A figure: accuracy over confidence against the diagonal, a dot's area the share of the images; below, those shares as columns.
+    """Draw accuracy over confidence with the diagonal, and the share of images per bin below it.
 
-    Bins of fewer than MIN_COUNT images have a column and no dot.
+    A dot's area is the share of the images. Bins of fewer than MIN_COUNT images have no dot.
     """
     axis = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     bottom = HEIGHT - BOTTOM + 40
@@ -151,9 +156,8 @@ def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) ->
     place = _placer(axis, axis, bottom + BOTTOM)
     parts = _axes(axis, axis, place, bottom + BOTTOM, "", with_x=False)
     (x0, y0), (x1, y1) = place(0, 0), place(1, 1)
-    parts.append(
-        f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" style="{stroke("var(--soft)", "4 4", 1)}"/>'
-    )
+    ends = f'x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"'
+    parts.append(f'<line {ends} style="{stroke("var(--soft)", "4 4", 1)}"/>')
     shares = [[count / (sum(one.count) or 1) for count in one.count] for one in series]
     most = max(map(max, shares)) or 1
     base = height - BOTTOM
@@ -169,31 +173,37 @@ def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) ->
             f'<polyline points="{path}" style="{style}"><title>{text(one.name)}</title></polyline>'
         )
         for (x, y), (c, a, s) in zip(placed, used, strict=True):
-            what = f"{one.name}: {100 * s:.1f} % of images, confidence {100 * c:.1f} %, right {100 * a:.1f} %"
-            dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{1.2 + 6 * math.sqrt(s):.1f}" style="fill:{one.color};opacity:0.8">'
-            parts.append(f"{dot}<title>{text(what)}</title></circle>")
+            tooltip = text(
+                f"{one.name}: {100 * s:.1f} % of images, "
+                f"confidence {100 * c:.1f} %, accuracy {100 * a:.1f} %"
+            )
+            place_and_size = f'cx="{x:.1f}" cy="{y:.1f}" r="{1.2 + 6 * math.sqrt(s):.1f}"'
+            style = f"fill:{one.color};opacity:0.8"
+            parts.append(
+                f'<circle {place_and_size} style="{style}"><title>{tooltip}</title></circle>'
+            )
         width = (WIDTH - LEFT - RIGHT) / len(share)
         each = (width - 2) / len(series)
         for i, one_share in enumerate(share):
             tall = one_share / most * COLUMNS_HEIGHT
             if tall >= 0.05:
-                box = f'x="{LEFT + i * width + 1 + number * each:.2f}" y="{base - tall:.1f}" width="{each:.2f}" height="{tall:.1f}"'
-                parts.append(f'<rect {box} style="fill:{one.color}"/>')
+                start = LEFT + i * width + 1 + number * each
+                corner = f'x="{start:.2f}" y="{base - tall:.1f}"'
+                size = f'width="{each:.2f}" height="{tall:.1f}"'
+                parts.append(f'<rect {corner} {size} style="fill:{one.color}"/>')
     for value in axis:
         x, _ = place(value, 0)
-        parts.append(
-            f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{100 * value:.0f}</text>'
-        )
-    parts.append(
-        f'<text x="{LEFT - 6}" y="{base - COLUMNS_HEIGHT + 5}" text-anchor="end">{100 * most:.0f} %</text>'
-    )
-    parts.append(f'<text x="{LEFT - 6}" y="{base + 3}" text-anchor="end">0 %</text>')
-    parts.append(f'<text x="{LEFT + 4}" y="{TOP + 11}">right, %</text>')
+        parts.append(_label(f"{x:.1f}", base + 16, "middle", f"{100 * value:.0f}"))
+    parts.append(_label(LEFT - 6, base - COLUMNS_HEIGHT + 5, "end", f"{100 * most:.0f} %"))
+    parts.append(_label(LEFT - 6, base + 3, "end", "0 %"))
+    parts.append(f'<text x="{LEFT + 4}" y="{TOP + 11}">accuracy, %</text>')
     parts.append(f'<text x="{LEFT + 4}" y="{base - COLUMNS_HEIGHT - 4}">share of the images</text>')
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">confidence, %</text>'
-    )
+    parts.append(_label((LEFT + WIDTH - RIGHT) / 2, height - 5, "middle", "confidence, %"))
     return _figure(heading, unit, height, parts)
+
+
+def _label(x: object, y: object, anchor: str, words: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>'
 
 
 def _clip(value: float) -> float:
@@ -203,14 +213,13 @@ def _clip(value: float) -> float:
 def _placer(
     x_ticks: Sequence[float], y_ticks: Sequence[float], height: float
 ) -> Callable[[float, float], tuple[float, float]]:
-    """From values to places in the drawing."""
+    """Return a function from values to coordinates in the drawing."""
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), height - BOTTOM - up * (
-            height - TOP - BOTTOM
-        )
+        from_left = LEFT + across * (WIDTH - LEFT - RIGHT)
+        return from_left, height - BOTTOM - up * (height - TOP - BOTTOM)
 
     return place
 
@@ -223,39 +232,36 @@ def _axes(
     x_label: str,
     with_x: bool = True,
 ) -> list[str]:
+    """Draw grid lines, ticks and labels. Without an x axis, y is a share and shown in percent."""
     parts = []
-    scale = 100 if not with_x else 1
+    scale = 1 if with_x else 100
     for y in y_ticks:
         _, at = place(x_ticks[0], y)
         parts.append(
             f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
         )
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_tick(scale * y)}</text>'
-        )
+        parts.append(_label(LEFT - 6, f"{at + 4:.1f}", "end", _tick(scale * y)))
     if with_x:
         for x in x_ticks:
             at, _ = place(x, y_ticks[0])
-            parts.append(
-                f'<text x="{at:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{_tick(x)}</text>'
-            )
-        parts.append(
-            f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">{text(x_label)}</text>'
-        )
+            parts.append(_label(f"{at:.1f}", height - BOTTOM + 16, "middle", _tick(x)))
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(_label(middle, height - 5, "middle", text(x_label)))
     return parts
 
 
 def _tick(value: float) -> str:
-    """Short enough for the margin: 25,000 is 25k."""
+    """Format a number short enough for the margin: 25,000 is 25k."""
     size = abs(value)
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if size >= limit:
-            return f"{value / (1e3 if letter == 'k' else limit):g}{letter}"
+            return f"{value / unit:g}{letter}"
     return f"{value:g}" if size >= 1e-3 or not size else f"{value:.0e}"
 
 
 def _figure(heading: str, unit: str, height: float, parts: Sequence[str]) -> str:
     label = text(f"{heading}, {unit}" if unit else heading)
     caption = text(heading) + (f" <small>{text(unit)}</small>" if unit else "")
-    svg = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    box = f'viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}"'
+    svg = f"<svg {box}>{''.join(parts)}</svg>"
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"

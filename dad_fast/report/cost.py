@@ -1,4 +1,7 @@
-"""What a run cost: throughput, energy by the GPU's power samples, and the time against plain distillation (KD) of the same comparison."""
+"""Cost of a run: throughput, energy from the GPU's power samples, and time relative to KD.
+
+KD is plain distillation, a run of the same comparison.
+"""
 
 from __future__ import annotations
 
@@ -11,44 +14,49 @@ from dad_fast.report.markup import numbers, table
 from dad_fast.report.run_files import Run, machine, number
 from dad_fast.report.runs import Group
 
-# Two runs' speeds are compared only where these are the same.
+# Two runs' speeds are compared only if these settings are equal.
 SAME_WORK = (
-    *(
-        "student.name",
-        "student.model_kwargs",
-        "augment.img_size",
-        "data.batch_size",
-        "data.global_batch_size",
-        "data.data_dir",
-    ),
-    *("precision", "engine.savings"),
+    "student.name",
+    "student.model_kwargs",
+    "augment.img_size",
+    "data.batch_size",
+    "data.global_batch_size",
+    "data.data_dir",
+    "precision",
+    "engine.savings",
 )
 
 COLUMNS = (
-    *(
-        "steps",
-        "training time, s",
-        "img/s",
-        "time per image / KD",
-        "data wait, %",
-        "GPU memory, GiB",
-    ),
-    *("power, W", "energy, J per image", "energy, Wh", "bad images"),
+    "steps",
+    "training time, s",
+    "img/s",
+    "time per image / KD",
+    "data wait, %",
+    "GPU memory, GiB",
+    "power, W",
+    "energy, J per image",
+    "energy, Wh",
+    "bad images",
 )
 
 
 def throughput(run: Run) -> float | None:
-    """Clean images a second over all logged windows together, without evaluation: each window weighs as many images as it trained on."""
+    """Return clean images a second over all logged windows, weighted by their images.
+
+    Evaluation is not counted.
+    """
     windows = _windows(run)
-    seconds = sum(steps / rate for steps, rate, _ in windows)  # in units of a step's images
+    # In units of a step's images.
+    seconds = sum(steps / rate for steps, rate, _ in windows)
     return sum(steps for steps, _, _ in windows) / seconds if seconds else None
 
 
 def joules_per_image(run: Run) -> float | None:
-    """Energy of the GPUs per clean image: power, averaged over the two ends of a window, times the window's seconds.
+    """Return the energy of the GPUs per clean image; None without power samples.
 
-    None without power samples. It counts training alone, not evaluation, and not the host. Of several processes the first logs its
-    GPU's power, which stands for all.
+    A window's energy is its seconds times the power averaged over its two ends. Training alone is
+    counted, neither evaluation nor the host. With several processes the power of the first one's
+    GPU is used for all.
     """
     energy, steps_seen, before = 0.0, 0.0, None
     for steps, rate, power in _windows(run):
@@ -60,7 +68,7 @@ def joules_per_image(run: Run) -> float | None:
 
 
 def _windows(run: Run) -> list[tuple[float, float, float | None]]:
-    """Of each log step: steps since the last one, images a second, power in W."""
+    """Return per log step: steps since the last one, images a second, power in W."""
     windows, last = [], 0.0
     for row in run.kind("train"):
         step, rate = number(row, "step"), number(row, "img_per_s")
@@ -73,7 +81,7 @@ def _windows(run: Run) -> list[tuple[float, float, float | None]]:
 
 
 def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The KD run to compare with: the first with the same student, data, batch, precision and machine, of the same comparison if any."""
+    """Return the first KD run of the same work and machine, preferably of the same comparison."""
     same = [
         other
         for other in groups
@@ -85,19 +93,18 @@ def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
 
 
 def _work(group: Group) -> str:
+    """Return a key that is equal for groups whose speeds may be compared."""
     settings = {
         path: value
         for run in group.runs[:1]
         for path, value in run.settings.items()
         if any(path == name or path.startswith(f"{name}.") for name in SAME_WORK)
     }
-    if not settings:  # nothing is known of it: it is like no other run
+    if not settings:
+        # Without a config.toml the run is comparable with no other.
         settings = {"run": str(group.runs[0].folder)}
-    return json.dumps(
-        [settings, sorted({f"{run.processes} x {machine(run.facts)}" for run in group.runs})],
-        default=str,
-        sort_keys=True,
-    )
+    machines = sorted({f"{run.processes} x {machine(run.facts)}" for run in group.runs})
+    return json.dumps([settings, machines], default=str, sort_keys=True)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -106,26 +113,30 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def cost_table(groups: Sequence[Group]) -> tuple[str, list[str]]:
-    """The table, without columns that are empty, and its notes; ("", []) where nothing was trained."""
+    """Return the table, without empty columns, and its notes; ("", []) if nothing was trained."""
     groups = [
         group for group in groups if group.finished or any(run.kind("train") for run in group.runs)
     ]
+    if not groups:
+        return "", []
     energy = [mean([joules_per_image(run) for run in group.runs]) for group in groups]
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
     against: dict[str, None] = {}
     for group, joules in zip(groups, energy, strict=True):
         logged = [row for run in group.runs for row in run.kind("train")]
-        speed, kd = mean([throughput(run) for run in group.runs]), baseline(group, groups)
+        speed = mean([throughput(run) for run in group.runs])
+        kd = baseline(group, groups)
         kd_speed = mean([throughput(run) for run in kd.runs]) if kd else None
         ratio = kd_speed / speed if speed and kd_speed else None
         if kd and kd is not group and ratio is not None:
             against[kd.label] = None
         images = mean([_images(run) for run in group.runs])
         watt_hours = joules * images / 3600 if joules is not None and images else None
+        speed_form = "{:,.0f}" if speed and speed >= 100 else "{:.1f}"
         values: tuple[tuple[Sequence[float | None], str], ...] = (
             ([_steps(run) for run in group.runs], "{:,.0f}"),
             ([number(record, "seconds") for record in group.finished], "{:,.0f}"),
-            ([speed], "{:,.0f}" if speed and speed >= 100 else "{:.1f}"),
+            ([speed], speed_form),
             ([ratio], "{:.2f}×"),
             ([number(row, "data_wait", 100) for row in logged], "{:.1f}"),
             ([number(row, "gpu_memory") for row in logged], "{:.1f}"),
@@ -141,7 +152,7 @@ def cost_table(groups: Sequence[Group]) -> tuple[str, list[str]]:
         [group.label, *(cells[i] for cells in shown.values())] for i, group in enumerate(groups)
     ]
     powered = any(joules is not None for joules in energy)
-    return (table(["", *shown], body), _notes(groups, powered, list(against))) if body else ("", [])
+    return table(["", *shown], body), _notes(groups, powered, list(against))
 
 
 def _steps(run: Run) -> float | None:
@@ -158,34 +169,31 @@ def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> li
     facts: list[dict[str, Any]] = [
         run.facts for group in groups for run in group.runs if machine(run.facts)
     ]
-    on_cpu = [not one["gpus"] for one in facts]
+    on_cpu = bool(facts) and all(not found["gpus"] for found in facts)
     lines = [
-        "Means over seeds. img/s counts clean images; evaluation is left out. Data wait: share of the time spent waiting for them."
+        "Means over seeds. img/s counts clean images; evaluation is left out. "
+        "Data wait: share of the time spent waiting for them."
     ]
     if against:
-        what = f"Time per image / KD: img/s of {', '.join(against)} over img/s of the run; precomputing a store is not in it."
+        advice = " Measured on a CPU: read the ratio, not the speed." if on_cpu else ""
         lines.append(
-            what
-            + (
-                " Measured on a CPU: read the ratio, not the speed."
-                if on_cpu and all(on_cpu)
-                else ""
-            )
+            f"Time per image / KD: img/s of {', '.join(against)} over img/s of the run; "
+            f"precomputing a store is not counted.{advice}"
         )
     elif any(group.method != BASELINE for group in groups):
         lines.append(
-            "No time against KD: there is no KD run of the same student, data, batch, precision and machine here."
+            "No time relative to KD: this page has no KD run with the same student, data, batch, "
+            "precision and machine."
         )
     if powered:
         several = any(run.processes > 1 for group in groups for run in group.runs)
-        whose = "the first GPU's power, taken for each of them" if several else "the GPU's power"
+        whose = "the first GPU's power, used for each of them" if several else "the GPU's power"
         lines.append(
-            f"Energy: {whose}, sampled at each log step and integrated over the time of training; without the host."
+            f"Energy: {whose}, sampled at each log step and integrated over the time of training; "
+            "without the host."
         )
-    elif on_cpu and all(on_cpu):
+    elif on_cpu:
         lines.append("No energy counters here: these runs were on a CPU.")
     else:
-        lines.append(
-            "No energy: the log has no power samples (they come by nvidia-ml-py, on a GPU)."
-        )
+        lines.append("No energy: the log has no power samples (nvidia-ml-py takes them on a GPU).")
     return lines

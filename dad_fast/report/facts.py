@@ -1,4 +1,4 @@
-"""Tables of the report that set runs side by side: what was trained on what, the settings that differ, the environment."""
+"""Tables of the report that compare runs: models and data, differing settings, environment."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from dad_fast.report.markup import comparison, notes, numbers
 from dad_fast.report.run_files import machine, number
 from dad_fast.report.runs import Group
 
-NOT_SHOWN = ("seed", "seeds", "device")  # seeds are in the tables; a device is in the environment
+# Other parts of the page show the seeds and the device.
+NOT_SHOWN = ("seed", "seeds", "device")
+# Name of a row and its key in run.json.
 ENVIRONMENT = (
-    *(
-        ("GPU", "gpus"),
-        ("CPU", "cpu"),
-        ("cores", "cpus"),
-        ("threads", "threads"),
-        ("driver", "driver"),
-        ("CUDA", "cuda"),
-        ("cuDNN", "cudnn"),
-    ),
-    *(
-        ("platform", "platform"),
-        ("python", "python"),
-        ("commit", "git"),
-        ("loader", "loader"),
-        ("processes", "processes"),
-    ),
+    ("GPU", "gpus"),
+    ("CPU", "cpu"),
+    ("cores", "cpus"),
+    ("threads", "threads"),
+    ("driver", "driver"),
+    ("CUDA", "cuda"),
+    ("cuDNN", "cudnn"),
+    ("platform", "platform"),
+    ("python", "python"),
+    ("commit", "git"),
+    ("loader", "loader"),
+    ("processes", "processes"),
 )
-MANY = 40  # settings; more differ only between runs of different kinds
+# Rows of the table of differing settings; runs of different methods have more.
+MAX_DIFFERING = 40
 
 
 def trained(groups: Sequence[Group]) -> str:
@@ -43,63 +42,68 @@ def trained(groups: Sequence[Group]) -> str:
         ("data", [_data(group) for group in groups]),
         ("training", [_training(group) for group in groups]),
         ("seeds of the student", [_seeds(group) for group in groups]),
-        (
-            "on",
-            [
-                ", ".join(dict.fromkeys(filter(None, (machine(run.facts) for run in group.runs))))
-                or "–"
-                for group in groups
-            ],
-        ),
+        ("hardware", [_hardware(group) for group in groups]),
     ]
-    return comparison(
-        [group.label for group in groups],
-        [(name, values) for name, values in rows if set(values) != {"–"}],
-    )
+    return _without_empty(groups, rows)
+
+
+def _without_empty(groups: Sequence[Group], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Return the rows that have a value as a table with one column per group."""
+    filled = [(name, values) for name, values in rows if set(values) != {"–"}]
+    return comparison([group.label for group in groups], filled)
+
+
+def _hardware(group: Group) -> str:
+    machines = dict.fromkeys(machine(run.facts) for run in group.runs)
+    return ", ".join(filter(None, machines)) or "–"
 
 
 def _student(group: Group) -> str:
     record = group.finished[0] if group.finished else {}
     name = group.setting("student.name") or record.get("student") or "–"
     parameters = number(record, "num_parameters")
-    words = [str(name)] + ([f"{parameters / 1e6:.2f} M parameters"] if parameters else [])
     norm = record.get("bn")
-    return ", ".join(
-        words
-        + ([f"batch norm {norm} over clean and attacked"] if norm and not group.is_plain else [])
-    )
+    words = [str(name)]
+    if parameters:
+        words.append(f"{parameters / 1e6:.2f} M parameters")
+    if norm and not group.is_plain:
+        words.append(f"batch norm {norm} over clean and attacked")
+    return ", ".join(words)
 
 
 def _part(group: Group, part: str) -> str:
-    used = next(
-        (record[part] for record in group.finished if record.get(part)), None
-    ) or group.runs[0].facts.get(part)
+    recorded = next((record[part] for record in group.finished if record.get(part)), None)
+    used = recorded or group.runs[0].facts.get(part)
     return str(used["name"]) if isinstance(used, dict) and used.get("name") else "–"
 
 
 def _attack(group: Group) -> str:
-    """What the images that the student sees are made with; a run without a discretizer attacks nothing."""
+    """Describe the attack; "–" without a discretizer, since such a run attacks nothing."""
     norm, eps = group.setting("attack.norm"), group.setting("attack.eps")
     if _part(group, "discretizer") == "–" or norm is None or eps is None:
         return "–"
     steps, size, start = (
         group.setting(f"attack.{name}") for name in ("steps", "step_size", "random_start")
     )
-    words = f"{'L∞' if norm == 'linf' else 'L2'} {eps} in [0, 1] pixels, {steps} step{'' if steps == 1 else 's'} of {size}"
-    return f"{words}, random start {start}, {'Q(Q(x) + δ)' if group.setting('attack.order') == 'authors' else 'Q(x + δ)'}"
+    ball = "L∞" if norm == "linf" else "L2"
+    plural = "" if steps == 1 else "s"
+    order = "Q(Q(x) + δ)" if group.setting("attack.order") == "authors" else "Q(x + δ)"
+    budget = f"{ball} {eps} in [0, 1] pixels, {steps} step{plural} of {size}"
+    return f"{budget}, random start {start}, {order}"
 
 
 def _data(group: Group) -> str:
     folder = group.setting("data.data_dir")
     if not folder:
         return "–"
-    size = group.setting("augment.img_size")
-    words = f"{folder}, split {group.setting('data.train_split')}; validated on {group.setting('data.val_split')}"
-    stores = group.setting("store.dirs")
-    words += f"; {size} px" if size else ""
-    return words + (
-        f"; stores {', '.join(map(str, stores))}" if isinstance(stores, list) and stores else ""
-    )
+    train, val = group.setting("data.train_split"), group.setting("data.val_split")
+    size, stores = group.setting("augment.img_size"), group.setting("store.dirs")
+    words = f"{folder}, split {train}; validated on {val}"
+    if size:
+        words += f"; {size} px"
+    if isinstance(stores, list) and stores:
+        words += f"; stores {', '.join(map(str, stores))}"
+    return words
 
 
 def _training(group: Group) -> str:
@@ -109,12 +113,12 @@ def _training(group: Group) -> str:
     size = f" of {each:,} clean images" if each else ""
     if not any(steps):
         planned = group.setting("schedule.epochs")
-        return (
-            f"{planned:g} epochs planned{f', steps{size}' if size else ''}"
-            if isinstance(planned, int | float)
-            else "–"
-        )
-    return f"{numbers(epochs, lambda value: f'{value:.4g}')} epochs, {numbers(steps, lambda value: f'{value:,.0f}')} steps{size}"
+        if not isinstance(planned, int | float):
+            return "–"
+        return f"{planned:g} epochs planned{f', steps{size}' if size else ''}"
+    num_epochs = numbers(epochs, "{:.4g}".format)
+    num_steps = numbers(steps, "{:,.0f}".format)
+    return f"{num_epochs} epochs, {num_steps} steps{size}"
 
 
 def _seeds(group: Group) -> str:
@@ -125,10 +129,10 @@ def _seeds(group: Group) -> str:
 
 
 def differing(groups: Sequence[Group]) -> str:
-    """Settings that are not the same in all groups, out of those whose config.toml is left."""
+    """Return the settings that differ between groups, of those that have a config.toml."""
     known = [group for group in groups if any(run.settings for run in group.runs)]
     missing = [group.label for group in groups if group not in known]
-    lines = [f"No config.toml is left of {', '.join(missing)}."] if missing else []
+    lines = [f"No config.toml: {', '.join(missing)}."] if missing else []
     if len(known) < 2:
         return notes(lines)
     paths = dict.fromkeys(path for group in known for run in group.runs for path in run.settings)
@@ -139,13 +143,14 @@ def differing(groups: Sequence[Group]) -> str:
             rows.append((path, values))
     if not rows:
         lines.append("No setting differs but the seed.")
-    elif len(rows) > MANY:
+    elif len(rows) > MAX_DIFFERING:
         lines.append(
-            f"{len(rows)} settings differ; the first {MANY} are shown, all are below under Settings."
+            f"{len(rows)} settings differ; the first {MAX_DIFFERING} are shown, "
+            "all are below under Settings."
         )
     if rows:
         lines.append("Settings that are not listed are the same in all of these runs.")
-    return comparison([group.label for group in known], rows[:MANY]) + notes(lines)
+    return comparison([group.label for group in known], rows[:MAX_DIFFERING]) + notes(lines)
 
 
 def _values(group: Group, path: str) -> str:
@@ -170,7 +175,7 @@ def _word(value: Any) -> str:
 
 
 def environment(groups: Sequence[Group]) -> str:
-    """Machine, versions and commit; where seeds of a group differ, all of theirs."""
+    """Return machine, versions and commit; if seeds of a group differ, all of their values."""
     known = [group for group in groups if any(run.facts for run in group.runs)]
     if not known:
         return ""
@@ -181,10 +186,7 @@ def environment(groups: Sequence[Group]) -> str:
     rows += [
         (name, [_environment(group, name, packages=True) for group in known]) for name in packages
     ]
-    return comparison(
-        [group.label for group in known],
-        [(name, values) for name, values in rows if set(values) != {"–"}],
-    )
+    return _without_empty(known, rows)
 
 
 def _packages(facts: dict[str, Any]) -> dict[str, Any]:
@@ -203,18 +205,13 @@ def _environment(group: Group, key: str, packages: bool = False) -> str:
 
 
 def _gpus(value: Any) -> str:
-    names = (
-        [str(gpu.get("name", "?")) for gpu in value if isinstance(gpu, dict)]
-        if isinstance(value, list)
-        else []
-    )
-    return (
-        ", ".join(
-            f"{names.count(name)} × {name}" if names.count(name) > 1 else name
-            for name in dict.fromkeys(names)
-        )
-        or "none"
-    )
+    gpus = value if isinstance(value, list) else []
+    names = [str(gpu.get("name", "?")) for gpu in gpus if isinstance(gpu, dict)]
+    counted = []
+    for name in dict.fromkeys(names):
+        count = names.count(name)
+        counted.append(f"{count} × {name}" if count > 1 else name)
+    return ", ".join(counted) or "none"
 
 
 def _method(group: Group) -> str:

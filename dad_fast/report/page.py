@@ -1,14 +1,16 @@
-"""One self-contained HTML page for runs: what was trained on what, results, calibration, curves, images, cost, environment.
+"""The report: one self-contained HTML page of one or more runs.
 
-`write_report` makes it at the end of every run and `dad-fast report` from any run folders, side by side. It needs neither the
-network nor scripts, and no template engine: the page is sections of text, tables and drawings, each made by one function.
+Sections: training data and models, results, calibration, curves, images, cost, environment.
+`write_report` writes it at the end of every run; `dad-fast report` writes it for any run folders
+next to each other.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dad_fast.errors import DataError
 from dad_fast.evaluate.tables import notes as table_notes
@@ -18,7 +20,6 @@ from dad_fast.report.chart import Series, line_chart
 from dad_fast.report.cost import cost_table
 from dad_fast.report.facts import differing, environment, trained
 from dad_fast.report.markup import (
-    contents,
     details,
     document,
     grid,
@@ -26,7 +27,6 @@ from dad_fast.report.markup import (
     look,
     notes,
     preformatted,
-    section,
     text,
 )
 from dad_fast.report.results import (
@@ -40,152 +40,150 @@ from dad_fast.report.results import (
 )
 from dad_fast.report.run_files import number
 from dad_fast.report.runs import Group, Loaded, load
-from dad_fast.report.tiles import PIECES, SHEET, Tiles
+from dad_fast.report.tiles import PIECES, Tiles
 
-CURVES = (  # kind of row, its value, factor, heading, unit
-    ("val", "top1", 1, "Validation top-1", "%"),
-    ("train", "loss", 1, "Training loss", "nats, each method's own sum"),
-    ("train", "kept", 100, "Attacked images kept by the filter", "%"),
-    ("train", "codes_changed", 100, "Codes changed by the attack", "%"),
-    ("val", "ece", 1, "Validation calibration error", "%"),
+MAX_TITLE = 80  # characters; a longer list of names becomes their number
+
+
+class Curve(NamedTuple):
+    kind: str  # of the rows of metrics.jsonl
+    value: str  # key in the row
+    factor: float
+    heading: str
+    unit: str
+
+
+CURVES = (
+    Curve("val", "top1", 1, "Validation top-1", "%"),
+    Curve("train", "loss", 1, "Training loss", "nats, each method's own sum"),
+    Curve("train", "kept", 100, "Attacked images kept by the filter", "%"),
+    Curve("train", "codes_changed", 100, "Codes changed by the attack", "%"),
+    Curve("val", "ece", 1, "Validation calibration error", "%"),
 )
 COST_CURVES = (
-    ("train", "img_per_s", 1, "Throughput", "clean images a second"),
-    ("train", "data_wait", 100, "Waiting for data", "% of the time"),
-    ("train", "gpu.power_w", 1, "Power of the GPU", "W"),
-    ("train", "gpu_memory", 1, "GPU memory, highest so far", "GiB"),
+    Curve("train", "img_per_s", 1, "Throughput", "clean images a second"),
+    Curve("train", "data_wait", 100, "Waiting for data", "% of the time"),
+    Curve("train", "gpu.power_w", 1, "Power of the GPU", "W"),
+    Curve("train", "gpu_memory", 1, "GPU memory, highest so far", "GiB"),
 )
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `folder`/report.html from what a finished run, or a comparison of runs, left in `folder`; returns its path.
+    """Write `folder`/report.html from the files of a finished run or comparison; return its path.
 
-    Raises DataError where there is no sound results.json.
+    Raises DataError if `folder` has no valid results.json.
     """
     folder = Path(folder)
     loaded = load([folder])
     if not loaded.record["runs"]:
-        raise DataError(
-            "; ".join(
-                [f"{folder}/results.json: not a results.json of a finished run", *loaded.problems]
-            )
-        )
+        problem = f"{folder}/results.json: not a results.json of a finished run"
+        raise DataError("; ".join([problem, *loaded.problems]))
     path = folder / "report.html"
     atomic_write_text(path, page(loaded))
     return path
 
 
 def page(loaded: Loaded) -> str:
-    """The whole page; picture sheets that cannot be read are added to `loaded.problems`."""
+    """Render the whole page. Unreadable picture sheets are added to `loaded.problems`."""
     groups, record = loaded.groups, loaded.record
     looks = {group.label: look(i) for i, group in enumerate(groups)}
-    named = [(name, *found) for name, found in looks.items()]
-    key = legend(named) if len(groups) > 1 else ""
-    teacher_results = legend([("teacher", *TEACHER), *named]) if teachers(record) else key
-    sheets = _sheets(groups, loaded.problems)  # before the problems are shown
+    students = [(name, *style) for name, style in looks.items()]
+    key = legend(students) if len(groups) > 1 else ""
+    key_with_teacher = legend([("teacher", *TEACHER), *students]) if teachers(record) else key
+
+    # Reading the sheets may find problems, which the page lists.
+    sheets = _sheets(groups, loaded.problems)
+
+    results: list[str] = []
+    per_shift: list[str] = []
+    if record["runs"]:
+        lines = [*table_notes(record, "top1"), *fairness(groups)]
+        results = [result_tables(record), notes(lines)]
+        per_shift = [bars(record, looks), notes(bar_notes(groups))]
+    calibration = reliability(record, looks)
+    training = _curves(groups, looks, CURVES)
     costs, cost_notes = cost_table(groups)
-    done = bool(record["runs"])
+    cost_curves = _curves(groups, looks, COST_CURVES)
+
     sections = {
         "What was trained, and on what": [trained(groups)],
-        "Result": [result_tables(record), notes([*table_notes(record, "top1"), *fairness(groups)])]
-        if done
-        else [],
+        "Result": results,
         "What differs": [differing(groups)] if len(groups) > 1 else [],
-        "Accuracy per shift": [bars(record, looks), notes(bar_notes(groups))] if done else [],
-        "Calibration": _with_key(
-            teacher_results, reliability(record, looks), notes(reliability_notes())
-        ),
-        "Training": _with_key(key, _curves(groups, looks, CURVES)),
+        "Accuracy per shift": per_shift,
+        "Calibration": [key_with_teacher, calibration, notes(reliability_notes())]
+        if calibration
+        else [],
+        "Training": [key, training] if training else [],
         "Images: clean, discretized, attacked": [sheets],
         "Throughput, energy and overhead": [
             costs,
             notes(cost_notes),
-            *_with_key(key, _curves(groups, looks, COST_CURVES)),
+            *([key, cost_curves] if cost_curves else []),
         ],
         "Environment": [environment(groups)],
         "Settings": [_settings(loaded)],
     }
-    filled = {heading: content for heading, content in sections.items() if any(content)}
-    top = [
-        f"<h1>{text(title(groups))}</h1>",
-        contents(list(filled)),
-        notes(loaded.problems, "problems"),
-    ]
-    return document(
-        title(groups), [*top, *(section(heading, *content) for heading, content in filled.items())]
-    )
+    return document(title(groups), loaded.problems, sections)
 
 
 def title(groups: Sequence[Group]) -> str:
-    """The names of the runs where that is short enough, their number otherwise; and the folder that they have in common."""
+    """Return the names of the runs, or their number if those are too long, and a common folder."""
     names = [group.label for group in groups]
     places = list(dict.fromkeys(group.origin.name for group in groups))
     listed = " · ".join(names)
-    shown = listed if len(listed) <= 80 or len(names) == 1 else f"{len(names)} runs"
+    shown = listed if len(listed) <= MAX_TITLE or len(names) == 1 else f"{len(names)} runs"
     return f"{shown}: {places[0]}" if len(places) == 1 and places != names else shown
 
 
-def _with_key(key: str, figures: str, *more: str) -> list[str]:
-    return [key, figures, *more] if figures else []
-
-
 def _curves(
-    groups: Sequence[Group],
-    looks: dict[str, tuple[str, str]],
-    curves: Sequence[tuple[str, str, float, str, str]],
+    groups: Sequence[Group], looks: Mapping[str, tuple[str, str]], curves: Sequence[Curve]
 ) -> str:
-    """One line per seed."""
+    """Draw a chart per curve with one line per seed; a curve without points is left out."""
     figures = []
-    for kind, value, factor, heading, unit in curves:
+    for curve in curves:
         series = []
         for group in groups:
+            color, dashes = looks[group.label]
             for run in group.runs:
-                found = [(number(row, "epoch"), number(row, value)) for row in run.kind(kind)]
-                points = [(x, factor * y) for x, y in found if x is not None and y is not None]
-                color, dashes = looks[group.label]
+                points = _points(run.kind(curve.kind), curve)
                 series.append(Series(group.label, color, points, dashes))
         if any(line.points for line in series):
-            figures.append(line_chart(heading, unit, "epoch", series))
+            figures.append(line_chart(curve.heading, curve.unit, "epoch", series))
     return grid(figures)
 
 
+def _points(rows: Sequence[dict[str, Any]], curve: Curve) -> list[tuple[float, float]]:
+    points = []
+    for row in rows:
+        epoch, value = number(row, "epoch"), number(row, curve.value)
+        if epoch is not None and value is not None:
+            points.append((epoch, curve.factor * value))
+    return points
+
+
 def _sheets(groups: Sequence[Group], problems: list[str]) -> str:
-    """The sheet of every group's first seed that has one."""
-    having = {}
+    """Return, for every group, the picture sheet of its first seed that has one."""
+    folders = {}
     for group in groups:
-        folder = next(
-            (
-                run.folder
-                for run in group.runs
-                if (run.folder / PIECES).exists() or (run.folder / SHEET).exists()
-            ),
-            None,
-        )
-        if folder:
-            having[group.label] = folder
-    tiles = Tiles(len(having))
-    made = {name: tiles.sheet(folder, problems) for name, folder in having.items()}
-    return "".join(f"<h3>{text(name)}</h3>{content}" for name, content in made.items() if content)
+        for run in group.runs:
+            if (run.folder / PIECES).exists():
+                folders[group.label] = run.folder
+                break
+    tiles = Tiles(len(folders))
+    sheets = {name: tiles.sheet(folder, problems) for name, folder in folders.items()}
+    return "".join(f"<h3>{text(name)}</h3>{sheet}" for name, sheet in sheets.items() if sheet)
 
 
 def _settings(loaded: Loaded) -> str:
-    """Configuration and run.json as they lie on disk, folded away; of the first seed of every group."""
-
-    def name(group: Group, file: str) -> str:
-        return f"{group.label}: {file}" if len(loaded.groups) > 1 else file
-
-    parts = (
-        [details("config.toml of the comparison", f"<pre>{preformatted(loaded.config)}</pre>")]
-        if loaded.config
-        else []
-    )
+    """Return config.toml and run.json of every group's first seed, folded away."""
+    files = {"config.toml of the comparison": loaded.config}
     for group in loaded.groups:
         run = group.runs[0]
-        if run.config:
-            parts.append(
-                details(name(group, "config.toml"), f"<pre>{preformatted(run.config)}</pre>")
-            )
-        if run.facts:
-            shown = json.dumps(run.facts, indent=2, ensure_ascii=False)
-            parts.append(details(name(group, "run.json"), f"<pre>{preformatted(shown)}</pre>"))
-    return "".join(parts)
+        prefix = f"{group.label}: " if len(loaded.groups) > 1 else ""
+        facts = json.dumps(run.facts, indent=2, ensure_ascii=False) if run.facts else ""
+        files |= {f"{prefix}config.toml": run.config, f"{prefix}run.json": facts}
+    return "".join(
+        details(name, f"<pre>{preformatted(content)}</pre>")
+        for name, content in files.items()
+        if content
+    )

@@ -1,4 +1,4 @@
-"""Results of the report: tables of metrics, what may be compared with what, bars per shift, reliability diagrams."""
+"""Results of the report: metrics, fair comparisons, bars per shift, reliability diagrams."""
 
 from __future__ import annotations
 
@@ -14,71 +14,57 @@ from dad_fast.report.markup import details, grid, notes, table
 from dad_fast.report.run_files import machine, number
 from dad_fast.report.runs import Group
 
-TEACHER = ("var(--soft)", "")  # colour and dashes
-EQUAL_EPOCHS, EQUAL_TIME = 0.02, 0.15  # relative differences that still count as equal
+# Colour and dashes.
+TEACHER = ("var(--soft)", "")
+# Relative differences that still count as equal.
+EQUAL_EPOCHS, EQUAL_TIME = 0.02, 0.15
 
 
 def result_tables(record: dict[str, Any]) -> str:
-    """Top-1 and ECE in the open, the other metrics that were measured folded away, and how each suite was judged."""
+    """Return tables of top-1 and ECE, then the other metrics and the suites' protocols, folded."""
     tables = {}
     for metric, (words, *_) in METRICS.items():
         header, body, best = rows(record, metric)
-        if any(
-            cell != "–" for row in body for cell in row[4:]
-        ):  # older records lack some metrics, and some suites do
-            tables[metric] = table(
-                header,
-                [["–" if cell == "nan" else cell for cell in row] for row in body],
-                best,
-                words,
-            )
-    folded = "".join(content for metric, content in tables.items() if metric not in ("top1", "ece"))
-    protocols = {}
+        # Older records lack some metrics, and so do some suites.
+        if any(cell != "–" for row in body for cell in row[4:]):
+            cells = [["–" if cell == "nan" else cell for cell in row] for row in body]
+            tables[metric] = table(header, cells, best, words)
+    further = [content for metric, content in tables.items() if metric not in ("top1", "ece")]
+
+    protocols = []
     for suite in suites(record):
-        judged = [result for _, results in of_suite(record, suite) for result in results]
-        protocols[suite] = " | ".join(
-            dict.fromkeys(str(result["protocol"]) for result in judged if result.get("protocol"))
-        )
-    folded += _detection(record)
-    said = notes([f"{suite}: {words}" for suite, words in protocols.items() if words])
+        results = [result for _, found in of_suite(record, suite) for result in found]
+        texts = dict.fromkeys(str(one["protocol"]) for one in results if one.get("protocol"))
+        if texts:
+            protocols.append(f"{suite}: {' | '.join(texts)}")
     return (
         tables.get("top1", "")
         + tables.get("ece", "")
-        + details("Further metrics", folded)
-        + details("How the suites were judged", said)
+        + details("Further metrics", "".join([*further, _detection(record)]))
+        + details("How the suites were evaluated", notes(protocols))
     )
 
 
 def _detection(record: dict[str, Any]) -> str:
-    """AUROC and FPR95 of images of unknown classes, where a run or an evaluation has judged them; "" elsewhere."""
-    header, body = ["", "unknown images", "score", "AUROC, %", "AUPR, %", "FPR95, %"], []
+    """Return AUROC, AUPR and FPR95 on images of unknown classes, of the runs that have them."""
+    header = ["", "unknown images", "score", "AUROC, %", "AUPR, %", "FPR95, %"]
+    body = []
     for run in record["runs"]:
         unknown = run["ood"] if isinstance(run.get("ood"), dict) else {}
         for suite, scores in unknown.items():
             for score, found in scores.items() if isinstance(scores, dict) else ():
-                values = [
-                    number(found, key) if isinstance(found, dict) else None
-                    for key in ("auroc", "aupr", "fpr95")
-                ]
-                body.append(
-                    [
-                        run["variant"],
-                        suite,
-                        score,
-                        *("–" if value is None else f"{value:.1f}" for value in values),
-                    ]
-                )
-    return (
-        table(
-            header, body, caption="Detection of images of unknown classes, by how sure the model is"
-        )
-        if body
-        else ""
-    )
+                metrics = found if isinstance(found, dict) else {}
+                values = [number(metrics, key) for key in ("auroc", "aupr", "fpr95")]
+                cells = ["–" if value is None else f"{value:.1f}" for value in values]
+                body.append([run["variant"], suite, score, *cells])
+    if not body:
+        return ""
+    caption = "Detection of images of unknown classes, by the model's confidence"
+    return table(header, body, caption=caption)
 
 
 def fairness(groups: Sequence[Group]) -> list[str]:
-    """What each method that costs more than distillation may be compared with: KD at equal epochs, KD at equal time.
+    """Name, for each method that costs more than KD, the KD runs of equal epochs and equal time.
 
     Time is training and filling the stores that the run learns from.
     """
@@ -95,21 +81,18 @@ def fairness(groups: Sequence[Group]) -> list[str]:
             continue
         timed = False
         for other in baselines:
-            epochs, seconds = (
-                _ratio(group, other, "epochs"),
-                _ratio(group, other, "seconds", "store_seconds"),
-            )
-            times = (
-                f"{group.label} ({seconds:.2g} times its time)"
-                if seconds is not None
-                else group.label
-            )
+            epochs = _ratio(group, other, "epochs")
+            seconds = _ratio(group, other, "seconds", "store_seconds")
+            times = group.label
+            if seconds is not None:
+                times = f"{group.label} ({seconds:.2g} times its time)"
             if epochs is not None and abs(epochs - 1) <= EQUAL_EPOCHS:
                 equal_epochs.setdefault(other.label, []).append(times)
             if seconds is not None and abs(seconds - 1) <= EQUAL_TIME:
                 equal_time.setdefault(other.label, []).append(times)
                 timed = True
-        alone += [] if timed else [group.label]
+        if not timed:
+            alone.append(group.label)
     lines = [
         f"At equal epochs, compare with {name}: {', '.join(found)}."
         for name, found in equal_epochs.items()
@@ -120,7 +103,8 @@ def fairness(groups: Sequence[Group]) -> list[str]:
     ]
     if alone:
         lines.append(
-            f"No KD run here took as long as {' or '.join(alone)}: part of a gain over KD may be longer training."
+            f"No KD run here took as long as {' or '.join(alone)}: "
+            "part of a gain over KD may be longer training."
         )
     return lines
 
@@ -130,7 +114,7 @@ def _machines(group: Group) -> set[str]:
 
 
 def _ratio(group: Group, other: Group, key: str, *more: str) -> float | None:
-    """The group's mean of a record's number, and of what `more` adds to it, over the other's."""
+    """Return the ratio of two groups' means of a record's number, plus the numbers of `more`."""
     means = []
     for one in (group, other):
         values = [number(record, key) for record in one.finished]
@@ -142,18 +126,18 @@ def _ratio(group: Group, other: Group, key: str, *more: str) -> float | None:
 
 
 def of_suite(record: dict[str, Any], suite: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(name, results of its seeds) of every teacher and group that was judged by `suite`."""
-    taught_by = teachers(record)
-    judged = [
-        ("teacher" if len(taught_by) == 1 else one["name"], [one["suites"][suite]])
-        for one in taught_by
-        if suite in one["suites"]
+    """Return (name, results of its seeds) of every teacher and group evaluated on `suite`."""
+    all_teachers = teachers(record)
+    of_teachers = [
+        ("teacher" if len(all_teachers) == 1 else teacher["name"], [teacher["suites"][suite]])
+        for teacher in all_teachers
+        if suite in teacher["suites"]
     ]
     grouped: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         if suite in run["suites"]:
             grouped.setdefault(run["variant"], []).append(run["suites"][suite])
-    return judged + list(grouped.items())
+    return of_teachers + list(grouped.items())
 
 
 def bars(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
@@ -163,15 +147,9 @@ def bars(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
         for name, results in of_suite(record, suite):
             values = [float(result["top1"]) for result in results]
             color = looks.get(name, TEACHER)[0]
-            drawn.append(
-                Bar(
-                    name,
-                    math.fsum(values) / len(values),
-                    interval(results),
-                    color,
-                    values if len(values) > 1 else (),
-                )
-            )
+            mean = math.fsum(values) / len(values)
+            seeds = values if len(values) > 1 else ()
+            drawn.append(Bar(name, mean, interval(results), color, seeds))
         if drawn:
             figures.append(bar_chart(suite, "top-1, %", drawn))
     return grid(figures)
@@ -181,15 +159,15 @@ def bar_notes(groups: Sequence[Group]) -> list[str]:
     lines = ["Whiskers and brackets: 95 % intervals. Circles: single seeds."]
     if any(len(group.finished) >= MIN_SEEDS for group in groups):
         lines.append(
-            f"With {MIN_SEEDS} seeds or more: of the mean over seeds of the student (Student's t), for these test images."
+            f"With {MIN_SEEDS} seeds or more: of the mean over seeds of the student (Student's t), "
+            "for these test images."
         )
-    if any(len(group.finished) < MIN_SEEDS for group in groups) or any(
-        record["teacher"] for group in groups for record in group.finished
-    ):
-        few = f"With fewer than {MIN_SEEDS} seeds, and for a teacher: over the test images, for this very model"
+    few_seeds = any(len(group.finished) < MIN_SEEDS for group in groups)
+    if few_seeds or any(record["teacher"] for group in groups for record in group.finished):
         lines.append(
-            few
-            + " (bootstrap where the run recorded it, Wilson's interval otherwise); it says nothing of other seeds."
+            f"With fewer than {MIN_SEEDS} seeds, and for a teacher: over the test images, "
+            "for this very model (bootstrap if the run recorded it, Wilson's interval otherwise); "
+            "it does not cover other seeds."
         )
     return lines
 
@@ -209,7 +187,7 @@ def reliability(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> st
 
 
 def _pooled(recorded: Sequence[Any]) -> tuple[list[float], list[float], list[float]] | None:
-    """Number of images, confidence and accuracy of each bin over all seeds; None where none is recorded or one is not sound."""
+    """Return count, confidence and accuracy per bin over all seeds; None if one is unusable."""
     columns = []
     for one in recorded:
         try:
@@ -220,12 +198,10 @@ def _pooled(recorded: Sequence[Any]) -> tuple[list[float], list[float], list[flo
             return None
         if len({len(values) for values in found}) != 1 or not found[0] or min(found[0]) < 0:
             return None
-        columns.append(
-            [
-                (n, c, a) if n and math.isfinite(c + a) else (0.0, 0.0, 0.0)
-                for n, c, a in zip(*found, strict=True)
-            ]
-        )
+        bins = []
+        for n, c, a in zip(*found, strict=True):
+            bins.append((n, c, a) if n and math.isfinite(c + a) else (0.0, 0.0, 0.0))
+        columns.append(bins)
     if not columns or len({len(bins) for bins in columns}) != 1:
         return None
     counts, confidence, accuracy = [], [], []
@@ -239,6 +215,8 @@ def _pooled(recorded: Sequence[Any]) -> tuple[list[float], list[float], list[flo
 
 def reliability_notes() -> list[str]:
     return [
-        "Images by the largest softmax output; above the diagonal a model is right more often than it says, below it less often.",
-        f"A dot's area and the columns below: share of the images. Bins of fewer than {MIN_COUNT} images have no dot; seeds are pooled.",
+        "Images are binned by the largest softmax output. "
+        "Above the diagonal a model is underconfident, below it overconfident.",
+        "A dot's area and the columns below: share of the images. "
+        f"Bins of fewer than {MIN_COUNT} images have no dot; seeds are pooled.",
     ]

@@ -13,11 +13,16 @@ from dad_fast.report.runs import load
 
 
 def run(folders: Sequence[str], output: str) -> int:
-    """Returns the exit code; the page's path goes to stdout, what is missing or damaged to stderr and onto the page."""
-    target = Path(
-        output
-        or (Path(folders[0]) / "report.html" if len(set(folders)) == 1 else "runs/report.html")
-    )
+    """Write the page and return the exit code.
+
+    Prints the page's path to stdout. Missing and damaged files go to stderr and onto the page.
+    """
+    if output:
+        target = Path(output)
+    elif len(set(folders)) == 1:
+        target = Path(folders[0]) / "report.html"
+    else:
+        target = Path("runs/report.html")
     if target.is_dir():
         raise UsageError(
             f"--output {target} is a folder; name the page, such as {target / 'report.html'}"

@@ -1,6 +1,7 @@
-"""Reads what one run has left in its folder: results.json, run.json, config.toml, metrics.jsonl; each may be missing or damaged.
+"""Read the files of one run: results.json, run.json, config.toml, metrics.jsonl.
 
-Nothing here raises for a file's content: what cannot be used is left out and becomes a line in `problems`.
+Each may be missing or damaged. Nothing here raises for a file's content: unusable parts are left
+out and become a line in `problems`.
 """
 
 from __future__ import annotations
@@ -15,51 +16,51 @@ from typing import Any
 from dad_fast.config.fields import read_toml
 from dad_fast.evaluate.tables import METRICS, computed_on
 
-FILES = (
-    "results.json",
-    "run.json",
-    "config.toml",
-    "metrics.jsonl",
-)  # any of them makes a folder a run's
+# A folder with any of these files belongs to a run.
+FILES = ("results.json", "run.json", "config.toml", "metrics.jsonl")
 
 
 @dataclass
 class Run:
-    """One seed. `record` is its part of results.json, None before the run is finished; `settings` is its config.toml by full key."""
+    """One seed of a variant.
+
+    record: its part of results.json; None before the run is finished
+    settings: config.toml by full key ("data.batch_size")
+    facts: run.json: environment, weights, kernels
+    rows: metrics.jsonl
+    """
 
     folder: Path
     record: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     config: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)  # run.json: environment, weights, kernels
-    rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl
+    facts: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def processes(self) -> int:
-        """How many trained together, one GPU each."""
+        """Number of training processes, one GPU each."""
         found = self.facts.get("processes")
         return found if isinstance(found, int) and found > 0 else 1
 
     @property
     def images_per_step(self) -> int | None:
-        """Clean images of a step, of all processes together."""
-        whole, batch = (
-            self.settings.get("data.global_batch_size"),
-            self.settings.get("data.batch_size"),
-        )
+        """Clean images per step, over all processes."""
+        whole = self.settings.get("data.global_batch_size")
         if isinstance(whole, int) and whole > 0:
             return whole
+        batch = self.settings.get("data.batch_size")
         accumulated = self.settings.get("engine.grad_accum_steps", 1)
-        return (
-            batch * accumulated if isinstance(batch, int) and isinstance(accumulated, int) else None
-        )
+        if isinstance(batch, int) and isinstance(accumulated, int):
+            return batch * accumulated
+        return None
 
     def kind(self, name: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == name]
 
 
 def machine(facts: dict[str, Any]) -> str:
-    """What a run computed on, in words; "" where it is not recorded."""
+    """Describe the hardware of a run; "" if run.json does not record it."""
     gpus = facts.get("gpus")
     if not isinstance(gpus, list) or not {"cpu", "threads"} <= facts.keys():
         return ""
@@ -69,7 +70,7 @@ def machine(facts: dict[str, Any]) -> str:
 
 
 def number(row: dict[str, Any], path: str, factor: float = 1) -> float | None:
-    """`factor` times the finite number at `path` ("gpu.power_w") of a line of the log; None where there is none."""
+    """Return `factor` times the number at `path` ("gpu.power_w"); None unless it is finite."""
     value: Any = row
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -81,7 +82,7 @@ def number(row: dict[str, Any], path: str, factor: float = 1) -> float | None:
 
 
 def read_run(folder: Path, problems: list[str], record: Any = None) -> Run:
-    """What `folder` holds; `record` is its results.json where that has been read already."""
+    """Read all files of `folder`. `record` is its results.json, if that has been read already."""
     where = folder / "results.json"
     record = read_json(where, problems) if record is None else record
     run = Run(folder, None if record is None else check_record(record, where, problems))
@@ -107,7 +108,8 @@ def _metrics(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
         problems.append(f"{short_name(folder)}/metrics.jsonl cannot be read ({_first(error)})")
         return []
     rows, bad = [], 0
-    for line in lines[:-1]:  # what follows the last line break is a line that is being written
+    # A run in progress may be writing the text after the last line break.
+    for line in lines[:-1]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -124,7 +126,7 @@ def _metrics(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path, problems: list[str]) -> Any:
-    """None where there is no such file or it cannot be read."""
+    """Return the content of a JSON file; None if it is missing or unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -135,10 +137,10 @@ def read_json(path: Path, problems: list[str]) -> Any:
 
 
 def check_record(record: Any, path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """`record` with what the tables need, None where there is no result in it. Older records lack some keys."""
+    """Return `record` with every key that the tables need; None if it contains no result."""
     suites = record.get("suites") if isinstance(record, dict) else None
     if not isinstance(suites, dict):
-        problems.append(f"{short_name(path.parent)}/results.json holds no results of a run")
+        problems.append(f"{short_name(path.parent)}/results.json contains no results of a run")
         return None
     whole = {**record, "suites": _suites(suites, path, problems)}
     for key in ("variant", "method"):
@@ -152,50 +154,42 @@ def check_record(record: Any, path: Path, problems: list[str]) -> dict[str, Any]
         used = record.get(part)
         if not isinstance(used, dict) or "name" not in used:
             whole[part] = None
-        else:
-            judged = (
-                {"suites": _suites(used["suites"], path, problems)}
-                if isinstance(used.get("suites"), dict)
-                else {"suites": {}}
-            )
-            whole[part] = {
-                **used,
-                "name": str(used["name"]),
-                "seen": str(used.get("seen") or ""),
-                **judged,
-            }
+            continue
+        evaluated = used.get("suites")
+        whole[part] = {
+            **used,
+            "name": str(used["name"]),
+            "seen": str(used.get("seen") or ""),
+            "suites": _suites(evaluated, path, problems) if isinstance(evaluated, dict) else {},
+        }
     return whole
 
 
 def _suites(suites: dict[str, Any], path: Path, problems: list[str]) -> dict[str, Any]:
-    """The results that have a top-1; a metric that is no finite number there is None."""
+    """Keep the results that have a top-1; a metric that is not a finite number becomes None."""
     kept = {}
     for name, result in suites.items():
         if not isinstance(result, dict) or number(result, "top1") is None:
-            problems.append(
-                f"{short_name(path.parent)}/results.json: suite {name} has no top-1 and is left out"
-            )
+            where = f"{short_name(path.parent)}/results.json"
+            problems.append(f"{where}: suite {name} has no top-1 and is left out")
             continue
-        kept[name] = {
-            **result,
-            **{key: number(result, key) for key in METRICS},
-            "skipped": int(number(result, "skipped") or 0),
-        }
+        metrics = {key: number(result, key) for key in METRICS}
+        kept[name] = {**result, **metrics, "skipped": int(number(result, "skipped") or 0)}
     return kept
 
 
 def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tables.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {prefix + key: value}
-        )
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
 def short_name(folder: Path) -> str:
+    """Return the folder's name, for a seed's folder with that of its variant."""
     parts = folder.parts[-2:] if re.fullmatch(r"seed-\d+", folder.name) else folder.parts[-1:]
     return "/".join(parts)
 

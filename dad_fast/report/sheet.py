@@ -1,4 +1,4 @@
-"""A picture sheet of what discretization and attack do: original, Q(original), Q(attacked), and the difference of the last two."""
+"""Picture sheet (PNG): original, Q(original), Q(attacked), and the difference of the last two."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dad_fast.files import atomic_write_bytes
 
-WIDTH = 920  # pixels that a README shows with hardly any shrinking; narrower examples stand side by side
-MIN_SIDE = 84  # smaller images are enlarged by a whole factor, without smoothing
+# A README shows this many pixels with little shrinking. Narrow examples form several columns.
+WIDTH = 920
+# Smaller images are enlarged by a whole factor, without smoothing.
+MIN_SIDE = 84
 CAPTION, GAP, HEADER, MARGIN = 88, 4, 24, 10
 SCALES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -27,20 +29,20 @@ def write_sheet(
 ) -> None:
     """Write a PNG with one line per example.
 
-    original, discretized, adversarial: [N, 3, H, W] in [0, 1], N ≥ 1, on any device: x, Q(x), Q(x + δ)
-    captions: N texts, lines separated by newlines, such as "four\\nkept"; a line that is too wide is cut
+    original, discretized, adversarial: x, Q(x), Q(x + δ), [N, 3, H, W] in [0, 1], on any device;
+        N ≥ 1
+    captions: N texts, such as "four\\nkept"; a line that is too wide is cut
 
-    The change Q(x + δ) - Q(x) is shown around grey, enlarged by one factor for the whole sheet, which its heading names.
+    The change Q(x + δ) - Q(x) is shown around grey, enlarged by one factor for the whole sheet,
+    which the heading names.
     """
     difference = adversarial.float() - discretized.float()
     scale = difference_scale(difference)
     columns = [original, discretized, adversarial, 0.5 + scale * difference / 2]
-    headings = [
-        "original",
-        "Q(original)",
-        "Q(attacked)",
-        f"{scale} x change" if scale > 1 else "change",
-    ]  # PIL's font is Latin only
+    # The default font of PIL is Latin only, so "x" stands for "×".
+    change = f"{scale} x change" if scale > 1 else "change"
+    headings = ["original", "Q(original)", "Q(attacked)", change]
+
     count, side = len(original), max(original.shape[-2:])
     zoom = max(1, -(-MIN_SIDE // side))
     cell_w, cell_h = original.shape[-1] * zoom, original.shape[-2] * zoom
@@ -60,26 +62,22 @@ def write_sheet(
         for j, images in enumerate(columns):
             x = left + CAPTION + j * (cell_w + GAP)
             if line == 0:
-                draw.text(
-                    (x + cell_w / 2, HEADER / 2 + 1),
-                    headings[j],
-                    fill="black",
-                    font=font,
-                    anchor="mm",
-                )
-            sheet.paste(
-                _to_pil(images[i]).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, top)
-            )
+                middle = (x + cell_w / 2, HEADER / 2 + 1)
+                draw.text(middle, headings[j], fill="black", font=font, anchor="mm")
+            tile = _to_pil(images[i]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, top))
     file = io.BytesIO()
     sheet.save(file, "PNG", optimize=True)
     atomic_write_bytes(path, file.getvalue())
 
 
 def difference_scale(difference: Tensor) -> int:
-    """The largest of SCALES that leaves at most 1 % of the values outside [-1, 1]."""
+    """Return the largest of SCALES that leaves at most 1 % of the values outside [-1, 1]."""
     values = difference.detach().abs().flatten().float().cpu()
     bulk = values.kthvalue(max(1, int(0.99 * len(values)))).values.item()
-    return max((scale for scale in SCALES if scale * bulk <= 1), default=1) if bulk > 0 else 1
+    if bulk <= 0:
+        return 1
+    return max((scale for scale in SCALES if scale * bulk <= 1), default=1)
 
 
 def _to_pil(image: Tensor) -> Image.Image:
@@ -88,7 +86,7 @@ def _to_pil(image: Tensor) -> Image.Image:
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """`text` cut to the caption's width."""
+    """Cut `text` to the caption's width."""
     if font.getlength(text) <= CAPTION - GAP:
         return text
     while text and font.getlength(text + "...") > CAPTION - GAP:

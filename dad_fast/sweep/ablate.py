@@ -14,7 +14,7 @@ from dad_fast.sweep.sweep import run_sweep
 
 
 def run(plan: Plan, launch: Launch, dry_run: bool) -> int:
-    """Returns the exit code: 0 when every cell is done, 1 when some failed."""
+    """Run the sweep, or print its plan; return the exit code: 0 when every cell is done, else 1."""
     sweep = make_sweep(plan.config, Path(launch.output), plan)
     if not dry_run or launch.resume:
         check_output(sweep, launch)
@@ -23,7 +23,7 @@ def run(plan: Plan, launch: Launch, dry_run: bool) -> int:
 
 
 def _check_base(plan: Plan, output: Path) -> None:
-    """Cells may be added to a sweep; its base stays the same."""
+    """Raise UsageError if the base changed: cells may be added to a sweep, its base stays."""
     file = output / "config.toml"
     if not file.exists():
         return
@@ -31,7 +31,8 @@ def _check_base(plan: Plan, output: Path) -> None:
     changed = differences(_base(old, plan.base), _base(plan.config, plan.base))
     if changed:
         raise UsageError(
-            f"--resume: not the base of {output}: {'; '.join(changed)}; restore it, or name another folder"
+            f"--resume: not the base of {output}: {'; '.join(changed)}; "
+            "restore it, or name another folder"
         )
 
 

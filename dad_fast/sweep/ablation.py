@@ -1,7 +1,8 @@
-"""A sweep from its axes: which cells there are, what each changes in the base, and which of them are the same run.
+"""Cells of a sweep: make them from the axes, and merge those that are the same run.
 
-A cell is a variant: a name, which becomes its folder, and the settings that differ from the base. Axes vary one factor at a time
-around the base, which all of them share; only the weights are a grid. Two cells that compute the same are one, whatever they are called.
+A cell is a variant: a name, which becomes its folder, and the settings that differ from the base.
+Axes vary one factor at a time around a common base; only the weights are a grid. Cells that compute
+the same are one cell, whatever their names.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Cells = dict[str, Changes]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep runs: `config` has every cell as a variant, the base first, and the seeds."""
+    """The cells of a sweep. `config` has every cell as a variant, the base first, and the seeds."""
 
     config: Config
     base: str  # the base's name
@@ -33,11 +34,15 @@ class Plan:
 
 
 class Axis(NamedTuple):
+    """One factor of a sweep.
+
+    cells: makes the cells from the base and the values that the user typed, if any
+    flag: takes the values; with it the axis need not be named in --axes
+    """
+
     help: str
-    cells: Callable[
-        [Config, Sequence[str]], Cells
-    ]  # of the base and of the values that were typed, if any
-    flag: str = ""  # what the values are typed after; with it the axis needs no naming in --axes
+    cells: Callable[[Config, Sequence[str]], Cells]
+    flag: str = ""
     needs_values: bool = False
 
 
@@ -50,7 +55,7 @@ def _methods(base: Config, values: Sequence[str]) -> Cells:
 
 
 def _of_method(base: Config, *methods: str) -> Cells:
-    """Only dad has another form than the paper's."""
+    """Return a cell per method. Other forms than the paper's exist for dad alone."""
     plain = {} if base.loss.form == "paper" else {"loss.form": "paper"}
     return {method: {"method": method, **({} if method == "dad" else plain)} for method in methods}
 
@@ -62,26 +67,26 @@ def _weights(base: Config, values: Sequence[str]) -> Cells:
 
 
 def _teachers(base: Config, values: Sequence[str]) -> Cells:
-    return {
-        f"teacher={short}": {"teacher.name": name} for name, short in _short_names(values).items()
-    }
+    short_names = _short_names(values)
+    return {f"teacher={short}": {"teacher.name": name} for name, short in short_names.items()}
 
 
 def _discretizers(base: Config, values: Sequence[str]) -> Cells:
+    short_names = _short_names(values or ("identity", "jpeg:75"))
     return {
-        f"discretizer={short}": {"discretizer.name": name}
-        for name, short in _short_names(values or ("identity", "jpeg:75")).items()
+        f"discretizer={short}": {"discretizer.name": name} for name, short in short_names.items()
     }
 
 
 def _budgets(base: Config, values: Sequence[str]) -> Cells:
-    """The length of a step keeps its ratio to eps, else a larger budget would not be used."""
+    """Scale the step size with eps, since a larger budget is not used otherwise."""
     attack = base.attack
     ratio = attack.step_size / attack.eps if attack.eps else 1.0
     typed = [_number("--budgets", "attack.eps", value) for value in values]
+    budgets = typed or [round(attack.eps * factor, 12) for factor in (0.25, 0.5, 2)]
     return {
         f"eps={eps:g}": {"attack.eps": eps, "attack.step_size": round(eps * ratio, 12)}
-        for eps in typed or [round(attack.eps * factor, 12) for factor in (0.25, 0.5, 2)]
+        for eps in budgets
     }
 
 
@@ -162,53 +167,57 @@ AXES = {
 
 @dataclass
 class _Growing:
-    """Cells as they are found."""
+    """The cells so far. `names`: identity of a cell -> its name."""
 
     base: Config
-    names: dict[tuple[tuple[str, str], ...], str] = field(
-        default_factory=dict
-    )  # what a cell computes -> its name
+    names: dict[tuple[tuple[str, str], ...], str] = field(default_factory=dict)
     cells: Cells = field(default_factory=dict)
 
     def add(self, name: str, changes: Changes, axis: str) -> str:
-        """The name under which the cell is run: another one where the same is run already."""
-        coerced = {
-            path: coerce(lookup(path, f"axis {axis}"), value, f"axis {axis}")
-            for path, value in changes.items()
-        }
-        coerced = {path: value for path, value in coerced.items() if value != get(self.base, path)}
+        """Add a cell unless an equal one exists; return the name of the cell that is run."""
+        where = f"axis {axis}"
+        coerced: Changes = {}
+        for path, value in changes.items():
+            new = coerce(lookup(path, where), value, where)
+            if new != get(self.base, path):
+                coerced[path] = new
         found = self.names.setdefault(identity(with_values(self.base, coerced)), name)
         if found != name:
             return found
         if name in self.cells and self.cells[name] != coerced:
             raise UsageError(
-                f"axis {axis}: its cell {name} is not the run of that name in another axis; give it another name"
+                f"{where}: its cell {name} is not the run of that name in another axis; "
+                "give it another name"
             )
         if not VARIANT_NAME.fullmatch(name):
             raise UsageError(
-                f"axis {axis}: {name!r} cannot be a cell's name, since it becomes a folder"
+                f"{where}: {name!r} cannot be a cell's name, since it becomes a folder"
             )
         self.cells.setdefault(name, coerced)
         return name
 
 
 def papers_axis(cfg: Config) -> str:
-    """What is varied when nothing is named: what the method's paper varies."""
+    """Return the axis that the method's paper varies, the default."""
     return "lp-clip" if METHODS[cfg.method].linear_probe else "components"
 
 
 def make_plan(
     cfg: Config, axes: Sequence[str], values: Mapping[str, Sequence[str]], vary: Sequence[str] = ()
 ) -> Plan:
-    """The sweep around `cfg`, whose own variants are one of the axes.
+    """Make the sweep around `cfg`, whose own variants are one of the axes.
 
-    axes: names in AXES, in the order of the table; values: what was typed for an axis; vary: texts "section.key=V1,V2" (or V1;V2 where
-    a value has commas), each an axis of its own. Raises UsageError, also where an axis changes nothing that the base's method uses.
-    It is left to `resolve.check` whether the settings of each cell fit together.
+    axes: names in AXES, in the order of the table
+    values: axis -> values that the user typed
+    vary: texts "section.key=V1,V2" (V1;V2 if a value has commas), each an axis of its own
+
+    Raises UsageError, also if an axis changes nothing that the base's method uses. Whether the
+    settings of a cell fit together is checked later, by `resolve.check`.
     """
     if cfg.store.dirs:
         raise UsageError(
-            "--store: a store belongs to one attack and one teacher, and cells differ in them; use --stores, which fills them"
+            "--store: a store belongs to one attack and one teacher, and cells differ in them; "
+            "use --stores, which fills them"
         )
     base = with_values(cfg, {"variants": {}})
     growing = _Growing(base)
@@ -216,38 +225,33 @@ def make_plan(
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys([*axes, *(axis for axis in AXES if values.get(axis))]):
         if name not in AXES:
-            raise UsageError(
-                f"--axes {name}: no such axis{nearest(name, AXES)} (axes: {', '.join(AXES)}; any setting: --vary KEY=V1,V2)"
-            )
+            known = f"(axes: {', '.join(AXES)}; any setting: --vary KEY=V1,V2)"
+            raise UsageError(f"--axes {name}: no such axis{nearest(name, AXES)} {known}")
         axis = AXES[name]
         if axis.needs_values and not values.get(name):
-            raise UsageError(f"--axes {name}: say which: {axis.flag} A B")
-        found[name] = _grow(
-            growing, name, axis.cells(cfg if name == "variants" else base, values.get(name, ()))
-        )
+            raise UsageError(f"--axes {name}: name the values: {axis.flag} A B")
+        cells = axis.cells(cfg if name == "variants" else base, values.get(name, ()))
+        found[name] = _grow(growing, name, cells)
     for text in vary:
         path, cells = _varied(text)
         found[path] = _grow(growing, path, cells)
     for name, members in found.items():
         if len(members) == 1:
-            same = f"no cell of it differs from the base, whose method is {base.method}"
-            what = "there are no [variants]" if name == "variants" else same
-            raise UsageError(f"axis {name}: {what}; leave it out")
+            problem = f"no cell of it differs from the base, whose method is {base.method}"
+            if name == "variants":
+                problem = "there are no [variants]"
+            raise UsageError(f"axis {name}: {problem}; leave it out")
     return Plan(with_values(base, {"variants": growing.cells}), base.method, found)
 
 
 def _grow(growing: _Growing, axis: str, cells: Cells) -> list[str]:
-    return list(
-        dict.fromkeys(
-            [
-                growing.base.method,
-                *(growing.add(name, changes, axis) for name, changes in cells.items()),
-            ]
-        )
-    )
+    """Add the cells of an axis; return the names of its cells, the base first."""
+    names = [growing.add(name, changes, axis) for name, changes in cells.items()]
+    return list(dict.fromkeys([growing.base.method, *names]))
 
 
 def _varied(text: str) -> tuple[str, Cells]:
+    """Parse a text of --vary: return the setting's path and its cells."""
     path, equals, typed = text.partition("=")
     where = f"--vary {text}"
     path = path.strip()
@@ -258,33 +262,32 @@ def _varied(text: str) -> tuple[str, Cells]:
         )
     setting = lookup(path, where)
     if path in _NOT_A_FACTOR or path == "store.dirs":
-        raise UsageError(
-            f"{where}: {path} is no factor of a sweep{'; use --seeds' if path.startswith('seed') else ''}"
-        )
+        advice = "; use --seeds" if path.startswith("seed") else ""
+        raise UsageError(f"{where}: {path} is no factor of a sweep{advice}")
     key = path.rpartition(".")[2]
-    return path, {
-        f"{key}={_slug(value)}": {path: coerce(setting, value, where)} for value in values
-    }
+    cells: Cells = {}
+    for value in values:
+        cells[f"{key}={_slug(value)}"] = {path: coerce(setting, value, where)}
+    return path, cells
 
 
-# Settings that change nothing of what a run computes: how it is fed, watched, kept and judged, and which of the seeds it has.
+# Settings that do not change a run's result, apart from the seed: loading, logging, checkpoints,
+# evaluation.
 _NOT_A_FACTOR = {
-    *(
-        "data.workers",
-        "data.max_bad_share",
-        "log_every",
-        "device",
-        "seeds",
-        "seed",
-        "engine.cuda_graphs",
-        "engine.dist_timeout",
-    ),
+    "data.workers",
+    "data.max_bad_share",
+    "log_every",
+    "device",
+    "seeds",
+    "seed",
+    "engine.cuda_graphs",
+    "engine.dist_timeout",
     *(path for path in settings() if path.startswith(("eval.", "checkpoint."))),
 }
 
 
 def identity(cfg: Config) -> tuple[tuple[str, str], ...]:
-    """What a run computes: the settings that its method uses, without the seed. Equal for runs that are the same."""
+    """Return the settings that a run's method uses, without the seed; equal for equal runs."""
     return tuple(
         (path, repr(get(cfg, path)))
         for path in settings()
@@ -293,9 +296,9 @@ def identity(cfg: Config) -> tuple[tuple[str, str], ...]:
 
 
 def _used(method_name: str, path: str) -> bool:
-    """Whether the setting at `path` changes what a run of this method computes."""
+    """Return True if the setting at `path` changes the result of a run of this method."""
     method = METHODS[method_name]
-    weights = {term.weight for spec in map(METHODS.__getitem__, METHODS) for term in spec.terms}
+    weights = {term.weight for name in METHODS for term in METHODS[name].terms}
     section = path.partition(".")[0]
     if section == "lp_clip":
         return method.linear_probe
@@ -328,7 +331,7 @@ def _number(flag: str, path: str, text: str) -> float:
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """A folder's name for each name of a model: without kind and path where that is enough to tell them apart."""
+    """Return a folder's name for each model: without kind and path if that is unambiguous."""
     short = {name: _short(name) for name in names}
     clashing = {name for name, text in short.items() if list(short.values()).count(text) > 1}
     return {name: _slug(name) if name in clashing else text for name, text in short.items()}

@@ -1,4 +1,4 @@
-"""`dad-fast ablate --dry-run`: the cells of a sweep, what they share, what is done, and what the rest will cost."""
+"""`dad-fast ablate --dry-run`: the cells of a sweep, their stores, and the cost of what is left."""
 
 from __future__ import annotations
 
@@ -21,28 +21,33 @@ from dad_fast.sweep.sweep import job_devices, store_message
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on one process like the one that measured."""
+    """Seconds on one process like the one that measured.
 
-    runs: dict[str, float]  # cell -> one run of it, evaluation included
-    stores: dict[str, float]  # folder -> filling it
+    runs: cell -> one run of it, evaluation included
+    stores: folder -> filling it
+    reference: name and seconds of a plain KD run as long as the base, or of the base if KD is
+        impossible
+    teacher: evaluating a teacher, once in a sweep
+    """
+
+    runs: dict[str, float]
+    stores: dict[str, float]
     store_bytes: int
-    reference: tuple[
-        str, float
-    ]  # a plain KD run of the base's length, or the base where there can be none
-    teacher: float  # evaluating a teacher, once in a sweep
+    reference: tuple[str, float]
+    teacher: float
     threads: int
 
 
 def print_plan(sweep: Sweep, launch: Launch) -> int:
+    """Measure the sweep, print its cells and cost, and return the exit code."""
     plan, config = sweep.ablation, sweep.config
     assert plan is not None
     devices = job_devices(sweep, launch)
     cost = _cost(sweep, plan, devices)
     done = {run.name for run in sweep.runs if run.record() is not None}
     width, indent = max(map(len, config.variants)) + 7, max(map(len, plan.axes)) + 2
-    print(
-        f"{'':<{indent}}{'cell':<{width}}{'seeds':>6}{'done':>6}{'s a run':>9}{f'× {cost.reference[0]}':>12}"
-    )
+    columns = f"{'seeds':>6}{'done':>6}{'s a run':>9}{f'× {cost.reference[0]}':>12}"
+    print(f"{'':<{indent}}{'cell':<{width}}{columns}")
     shown = set[str]()
     for axis, names in plan.axes.items():
         for number, name in enumerate(names):
@@ -61,33 +66,32 @@ def print_plan(sweep: Sweep, launch: Launch) -> int:
 
 
 def _print_totals(sweep: Sweep, left: Sequence[Run], devices: Sequence[str], cost: Cost) -> None:
-    num_runs = len(sweep.runs)
-    print(
-        f"\n{len(sweep.config.variants)} cells, {num_runs} runs; {num_runs - len(left)} are done, {len(left)} to do"
-    )
+    num_cells, num_runs = len(sweep.config.variants), len(sweep.runs)
+    done = f"{num_runs - len(left)} are done, {len(left)} to do"
+    print(f"\n{num_cells} cells, {num_runs} runs; {done}")
     for store in sweep.stores:
         users = sum(store.folder in run.cfg.store.dirs for run in sweep.runs)
-        print(
-            f"{users} runs learn from {store.folder}, filled once in {format_seconds(cost.stores[store.folder])}"
-        )
+        filling = format_seconds(cost.stores[store.folder])
+        print(f"{users} runs learn from {store.folder}, filled once in {filling}")
     if sweep.stores:
         size = f"{cost.store_bytes / 1e6:,.1f} MB in all"
         print(f"stores: {size}; their images are not augmented, and one draw serves all seeds")
-    needed = {folder for run in left for folder in run.cfg.store.dirs}
-    total = sum(cost.runs[run.variant] for run in left) + sum(
-        cost.stores[folder] for folder in needed
-    )
+
+    folders = {folder for run in left for folder in run.cfg.store.dirs}
+    total = sum(cost.runs[run.variant] for run in left)
+    total += sum(cost.stores[folder] for folder in folders)
     total += cost.teacher * len({repr(run.cfg.teacher) for run in left})
-    several = (
-        f", {format_seconds(total / len(devices))} on {len(devices)}" if len(devices) > 1 else ""
-    )
+    several = ""
+    if len(devices) > 1:
+        several = f", {format_seconds(total / len(devices))} on {len(devices)}"
     name, seconds = cost.reference
     times = f"{total / seconds:.1f} times one run of {name} ({seconds:.0f} s)"
     print(f"cost: {format_seconds(total)} on one process like this one{several}; {times}")
+
     threads = f"{cost.threads} thread{'s' if cost.threads > 1 else ''}"
     print(
-        f"Based on a few steps of each cell and a batch of every suite, on {devices[0]} with {threads}; "
-        "start-up and checkpoints are not counted."
+        "Based on a few steps of each cell and a batch of every suite, "
+        f"on {devices[0]} with {threads}; start-up and checkpoints are not counted."
     )
 
 
@@ -96,12 +100,10 @@ def _cost(sweep: Sweep, plan: Plan, devices: Sequence[str]) -> Cost:
     base = cells[plan.base]
     can_distil = bool(base.student.name and base.teacher.name)
     reference = online(with_values(base, {"method": "kd"})) if can_distil else base
-    kinds = {
-        store.folder: "codes"
-        if store.launch.images == "none" and store.kind == "adversarial"
-        else store.kind
-        for store in sweep.stores
-    }
+    kinds = {}
+    for store in sweep.stores:
+        only_codes = store.kind == "adversarial" and store.launch.images == "none"
+        kinds[store.folder] = "codes" if only_codes else store.kind
 
     def message(device: str) -> dict[str, Any]:
         measured = {**cells, "": reference}

@@ -1,4 +1,4 @@
-"""Seconds that the parts of a sweep take on this machine, from a few steps of each form: the input of cost.py."""
+"""Measure the parts of a sweep on this machine by a few steps of each form, for cost.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from dad_fast.methods.stores import SharedStore, online
 from dad_fast.precompute.fill import estimate
 from dad_fast.precompute.run import make_builder
 
-TIMED = 5  # steps, after those that warm up
+# Steps that are timed, after the warm-up.
+TIMED = 5
 
 
 def measure(
@@ -35,10 +36,10 @@ def measure(
     stores: Sequence[SharedStore],
     builder_of: Callable[[Config], Builder],
 ) -> dict[str, Any]:
-    """Return seconds: "runs" of each run with its evaluation, "stores" by folder ("seconds" and "bytes"), "teacher" of
-    evaluating one; and the "threads".
+    """Return "runs" (seconds by name, with evaluation), "stores", "teacher" and "threads".
 
     stored: the kinds of store that a run will learn from. They do not exist yet and are imitated.
+    "stores": "seconds" and "bytes" by folder. "teacher": seconds to evaluate one.
     Evaluation is timed with the first run's student.
     """
     found: dict[str, Any] = {
@@ -63,19 +64,19 @@ def measure(
     for store in stores:
         filler = make_builder(store.config, store.launch)
         manifest = filler.manifest
-        blocks = sum(
-            len(manifest.geometry.blocks(shard)) for shard in range(manifest.geometry.num_shards)
-        )
+        geometry = manifest.geometry
+        blocks = sum(len(geometry.blocks(shard)) for shard in range(geometry.num_shards))
         size = sum(manifest.bytes_per_sample.values()) * manifest.num_samples * manifest.num_views
         found["stores"][store.folder] = {"seconds": estimate(filler, TIMED) * blocks, "bytes": size}
     return found
 
 
 def _step_seconds(trainer: Trainer, parts: Components, stored: Sequence[str]) -> float:
-    """The median step, waiting for the loader included."""
+    """Return the seconds of the median step, including the wait for the loader."""
     warm = 4 if parts.device.type == "cuda" else 1
     loader = trainer.loader
-    if parts.probe is not None:  # one that makes views, also where a run would keep them
+    if parts.probe is not None:
+        # A loader that augments, also if the run would keep the features of its views.
         cfg = trainer.cfg
         loader = train_loader(
             cfg.data.loader,
@@ -97,7 +98,7 @@ def _step_seconds(trainer: Trainer, parts: Components, stored: Sequence[str]) ->
 
 
 def _preparing(trainer: Trainer, parts: Components) -> float:
-    """Seconds to encode what a linear probe is told of its images before the first step: the strong views that are kept."""
+    """Return the seconds that a linear probe takes to encode its views before the first step."""
     probe, cfg = parts.probe, trainer.cfg
     if probe is None or probe.features is None:
         return 0.0
@@ -108,7 +109,7 @@ def _preparing(trainer: Trainer, parts: Components) -> float:
 def _as_if_stored(
     batches: Iterator[Batch], parts: Components, stored: Sequence[str]
 ) -> Iterator[Batch]:
-    """`batches` with empty records in place of what stores of these kinds would give: a step takes as long with them."""
+    """Yield `batches` with empty records in place of a store's, which take a step as long."""
     for batch in batches:
         size, classes = len(batch.labels), len(parts.train.classes)
         found: dict[str, Any] = {}
@@ -121,10 +122,8 @@ def _as_if_stored(
             found["dad_images"] = batch.images.clone()
         if "codes" in stored:
             assert parts.discretizer is not None
-            bits = (
-                math.prod(parts.discretizer.code_grid(parts.student.image_size))
-                * parts.discretizer.code_bits
-            )
+            num_codes = math.prod(parts.discretizer.code_grid(parts.student.image_size))
+            bits = num_codes * parts.discretizer.code_bits
             found["dad_codes"] = torch.zeros(size, -(-bits // 8), dtype=torch.uint8)
         if parts.probe is not None:
             found |= {"pseudo_labels": batch.labels, "confidence": torch.ones(size)}
@@ -136,17 +135,19 @@ def _as_if_stored(
 
 
 def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, float]:
-    """Seconds to evaluate on the validation split and on all suites, from one batch of each."""
+    """Return the seconds to evaluate on the val split and all suites, from a batch of each."""
     suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval) or [
         Suite(cfg.data.val_split, parts.val)
     ]
-    trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
+    # Warm up.
+    trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])
+    teacher = 0.0
+    if parts.teacher is not None:
+        teacher = sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites)
     return {
         "val": _seconds(trainer, parts.student, Suite(cfg.data.val_split, parts.val), cfg),
         "suites": sum(_seconds(trainer, parts.student, suite, cfg) for suite in suites),
-        "teacher": sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites)
-        if parts.teacher is not None
-        else 0.0,
+        "teacher": teacher,
     }
 
 
@@ -158,14 +159,13 @@ def _seconds(trainer: Trainer, model: torch.nn.Module, suite: Suite, cfg: Config
 
 
 def _first_batch(suite: Suite, cfg: Config) -> tuple[Suite, float]:
-    """The suite cut to a batch, and which share of it that is."""
-    judged = as_eval_set(suite.source)
-    piece = judged.pieces[0]
+    """Return the suite cut to a batch, and the batch's share of the suite."""
+    eval_set = as_eval_set(suite.source)
+    piece = eval_set.pieces[0]
     few = np.flatnonzero(piece.ok)[: cfg.eval.batch_size or cfg.data.batch_size]
-    cut = replace(judged, pieces=(piece.taken(few),), parts=judged.parts[:1])
-    return replace(suite, source=cut), len(few) / sum(
-        int(piece.ok.sum()) for piece in judged.pieces
-    )
+    cut = replace(eval_set, pieces=(piece.taken(few),), parts=eval_set.parts[:1])
+    num_images = sum(int(piece.ok.sum()) for piece in eval_set.pieces)
+    return replace(suite, source=cut), len(few) / num_images
 
 
 def _now(device: torch.device) -> float:

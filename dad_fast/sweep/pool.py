@@ -1,4 +1,7 @@
-"""The worker processes of a sweep: one job each at a time, from one queue. Imports no torch, so it holds no GPU memory."""
+"""Worker processes of a sweep: one queue, one job per process at a time.
+
+Imports no torch, so that the parent process holds no GPU memory.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,15 @@ from dad_fast.files import no_link
 from dad_fast.methods.registry import METHODS
 
 WORKER = "dad_fast.sweep.worker"
-ROOT = (
-    Path(__file__).resolve().parents[2]
-)  # of the checkout or of site-packages: where workers find this package
+# The checkout or site-packages, where workers find this package.
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def shared_parts(cfg: Config) -> str:
-    """Equal for runs that share what a worker has loaded. Features of views are large, so only equal ones are shared."""
+    """Return a key that is equal for runs that can share a worker's loaded data and models.
+
+    Features of augmented views are large, so linear probes share them only if they are equal.
+    """
     views = (cfg.augment, cfg.seed) if METHODS[cfg.method].linear_probe else ()
     return repr(
         (cfg.data, cfg.teacher, cfg.discretizer, cfg.precision, cfg.engine, cfg.eval, *views)
@@ -44,7 +49,7 @@ Progress = Callable[[str, int, int, str], None]
 class Job:
     name: str
     message: Callable[[str], dict[str, Any]]  # device -> what the worker gets
-    group: str = ""  # jobs of a group share what a worker has loaded
+    group: str = ""  # jobs of a group share a worker's loaded data and models
     after: tuple[str, ...] = ()  # names of jobs that must be done before
 
 
@@ -59,7 +64,10 @@ class _Worker:
 
 
 class Pool:
-    """A context manager that ends its workers. A run under way is saved first, unless a second Ctrl-C came."""
+    """Worker processes, as a context manager that ends them.
+
+    A running job is saved first, unless the user pressed Ctrl-C twice.
+    """
 
     def __init__(
         self,
@@ -68,10 +76,12 @@ class Pool:
         lock: int | None = None,
         threads_for: int = 0,
     ) -> None:
-        """devices: one entry per process. logs: folder of the workers' logs; None = they are not kept.
+        """Describe the workers; they start with their first job.
 
+        devices: one entry per process.
+        logs: folder of the workers' logs; None = logs are discarded.
         lock: a file descriptor that workers hold open with their parent.
-        threads_for: how many processes share the cores; 0 = as many as there are devices.
+        threads_for: number of processes that share the cores; 0 = as many as devices.
         """
         self.workers = [_Worker(number, device) for number, device in enumerate(devices)]
         self.logs, self.lock, self.shares = logs, lock, threads_for or len(devices)
@@ -103,11 +113,15 @@ class Pool:
         stop: StopRequest,
         progress: Progress = lambda *_: None,
     ) -> None:
-        """Do all jobs, in their order where workers and dependencies allow; `done(job, answer, seconds)` after each.
+        """Do all jobs in their order, as far as dependencies allow.
 
-        An answer with "error" is a failure, also of the jobs that need this one. When a stop is requested,
-        workers save and end, and this returns without the jobs that are left.
-        progress: gets the job's name, the work done, the work in all, and a text, about once a second.
+        done: called with (job, answer, seconds) after each job. An answer with "error" is a
+            failure, and so are the jobs that need this one.
+        stop: when a stop is requested, the workers save and end, and the jobs that are left are not
+            done.
+        progress: called about once a second with a job's name, work done, total work, and a text.
+
+        A worker prefers jobs of the group whose data and models it has loaded.
         """
         self._progress = progress
         pending, failed, finished = list(jobs), set[str](), set[str]()
@@ -117,9 +131,11 @@ class Pool:
             done(job, answer, seconds)
 
         while not stop.error:
-            for job in [job for job in pending if failed & set(job.after)]:
-                pending.remove(job)
-                end(job, {"error": f"{min(failed & set(job.after))} failed", "exit_code": 1}, 0.0)
+            for job in list(pending):
+                failed_before = failed & set(job.after)
+                if failed_before:
+                    pending.remove(job)
+                    end(job, {"error": f"{min(failed_before)} failed", "exit_code": 1}, 0.0)
             for worker in self.workers:
                 ready = [job for job in pending if finished.issuperset(job.after)]
                 if worker.job is None and ready:
@@ -132,9 +148,8 @@ class Pool:
         for worker in self.workers:
             if worker.job is not None and worker.process is not None:
                 worker.process.terminate()
-        while any(
-            worker.job is not None for worker in self.workers
-        ):  # until each has saved what it had
+        # Wait until each worker has saved its run.
+        while any(worker.job is not None for worker in self.workers):
             self._receive(end)
 
     def _send(self, worker: _Worker, job: Job) -> None:
@@ -142,7 +157,8 @@ class Pool:
         if worker.process is None or worker.process.poll() is not None:
             worker.process = self._start(worker)
         assert worker.process.stdin is not None
-        with suppress(BrokenPipeError):  # the reader's thread tells that it died
+        # If the process died, the thread that reads its answers reports it.
+        with suppress(BrokenPipeError):
             worker.process.stdin.write(json.dumps(job.message(worker.device)) + "\n")
             worker.process.stdin.flush()
 
@@ -154,15 +170,12 @@ class Pool:
         }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.shares)))
         environment[SIDE_BY_SIDE] = str(self.shares)
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        log = (
-            open(self.logs / f"worker-{worker.number}.log", "a", opener=no_link)
-            if self.logs is not None
-            else subprocess.DEVNULL
-        )
-        # A session of its own: Ctrl-C reaches the sweep's process alone, which asks the workers to save.
+        search_path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+        log: Any = subprocess.DEVNULL
+        if self.logs is not None:
+            log = open(self._log_of(worker), "a", opener=no_link)
+        # In a session of its own: Ctrl-C reaches the parent alone, which asks workers to save.
         process = subprocess.Popen(
             [sys.executable, "-m", WORKER],
             stdin=subprocess.PIPE,
@@ -173,10 +186,14 @@ class Pool:
             start_new_session=True,
             pass_fds=() if self.lock is None else (self.lock,),
         )
-        if not isinstance(log, int):
+        if self.logs is not None:
             log.close()
         threading.Thread(target=self._read, args=(worker, process), daemon=True).start()
         return process
+
+    def _log_of(self, worker: _Worker) -> Path:
+        assert self.logs is not None
+        return self.logs / f"worker-{worker.number}.log"
 
     def _read(self, worker: _Worker, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -192,21 +209,15 @@ class Pool:
             return
         job = worker.job
         if job is None or process is not worker.process:
-            return  # a worker that ended after its answer
+            # The process ended after its answer.
+            return
         if answer is not None and "progress" in answer:
             self._progress(job.name, *answer["progress"])
             return
         if answer is None:
-            how = (
-                f"signal {signal.Signals(-process.returncode).name}"
-                if process.returncode < 0
-                else f"exit code {process.returncode}"
-            )
-            log = (
-                f"; see {self.logs / f'worker-{worker.number}.log'}"
-                if self.logs is not None
-                else ""
-            )
+            code = process.returncode
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            log = f"; see {self._log_of(worker)}" if self.logs is not None else ""
             answer = {"error": f"its process died ({how}){log}", "exit_code": 1}
         worker.job = None
         end(job, answer, time.monotonic() - worker.started)

@@ -1,4 +1,4 @@
-"""One run from its settings to its report: check, train what is left, evaluate, write the folder."""
+"""One run from settings to report: check, train or resume, evaluate, write the folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from dad_fast.sweep.tables import write_tables
 
 
 def run_here(sweep: Sweep, launch: Launch) -> int:
-    """Do the runs one after the other in this process, with the other ranks where there are any.
+    """Do the runs one after the other in this process and return the exit code.
 
-    Returns the exit code. All ranks go through this together; the first one writes.
+    With several ranks, all of them call this; the first one writes.
     """
-    output, main, several = sweep.output, distributed.is_main(), len(sweep.runs) > 1
+    output = sweep.output
+    main, several = distributed.is_main(), len(sweep.runs) > 1
     distributed.on_main(lambda: check_output(sweep, launch))
     if sweep.stores and distributed.world() > 1:
         make = "make them first with dad-fast precompute and give them with --store"
@@ -38,7 +39,7 @@ def run_here(sweep: Sweep, launch: Launch) -> int:
             f"--stores: {distributed.world()} processes cannot fill stores here; {make}"
         )
     builder = Builder()
-    # One run a variant is enough, unless checkpoints are to be continued.
+    # One run per variant is enough, unless their checkpoints are compared with the settings.
     checked = {run.variant if not launch.resume else run.folder: run for run in sweep.runs}
     unfilled = sweep.unfilled(launch.overwrite)
     for run in checked.values():
@@ -70,9 +71,9 @@ def run_here(sweep: Sweep, launch: Launch) -> int:
 
 
 def check_run(cfg: Config, folder: Path, launch: Launch, builder: Builder, unfilled: bool) -> None:
-    """Raise what a user got wrong in a run, before a file is written or removed.
+    """Raise errors in a run's settings before a file is written or removed.
 
-    unfilled: its stores are yet to be made; the run is then checked as if it had none, and its
+    unfilled: its stores are not filled yet; the run is then checked as if it had none, and its
     checkpoints, if any, are compared when it begins.
     """
     _check_batch_sizes(cfg, launch)
@@ -86,7 +87,7 @@ def check_run(cfg: Config, folder: Path, launch: Launch, builder: Builder, unfil
 def train_run(
     run: Run, label: str, launch: Launch, builder: Builder, teacher_results: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train and evaluate a run, or what is left of it; returns its record.
+    """Train or resume a run, evaluate it and return its record.
 
     teacher_results: results of teachers by name, filled here, so that each is evaluated once.
     """
@@ -121,7 +122,7 @@ def train_run(
 
 
 def fill_store(store: SharedStore) -> None:
-    """Fill a store, or what is left of it, and count the seconds in the file beside it."""
+    """Fill a store or resume filling it, and add the seconds to the file next to it."""
     from dad_fast.precompute import run as precompute
 
     if is_filled(store.folder):
@@ -136,24 +137,25 @@ def fill_store(store: SharedStore) -> None:
 
 
 def _check_batch_sizes(cfg: Config, launch: Launch) -> None:
-    """Two sizes on one command line must agree."""
+    """Raise UsageError if two batch sizes on one command line disagree."""
     sizes, parts = cfg.data, cfg.engine.grad_accum_steps
     product = sizes.batch_size * distributed.world() * parts
     if launch.both_batch_sizes and sizes.global_batch_size != product:
         factors = f"{distributed.world()} processes x --grad-accum-steps {parts}"
         raise UsageError(
-            f"--global-batch-size {sizes.global_batch_size}: --batch-size {sizes.batch_size} x {factors} = {product}; "
-            "leave one of the sizes out"
+            f"--global-batch-size {sizes.global_batch_size}: "
+            f"--batch-size {sizes.batch_size} x {factors} = {product}; leave one of the sizes out"
         )
 
 
 def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
-    """Return the record of a run that was evaluated on these suites; None where it is to be evaluated again."""
+    """Return the record if it is complete and covers these suites; None = evaluate again."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         if suites and set(record["suites"]) != {suite.name for suite in suites}:
             return None
-        if not (path.parent / "report.html").exists():  # killed between the two
+        # A run may be killed between writing its results and its report.
+        if not (path.parent / "report.html").exists():
             write_report(path.parent)
         return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -161,7 +163,7 @@ def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
 
 
 def _weights(parts: Components) -> dict[str, Any]:
-    """Frozen models and stores of a run, for run.json."""
+    """Return the frozen models and stores of a run, for run.json."""
     frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
     found: dict[str, Any] = {
         name: {"name": part.name, "sha256": part.weights_sha256, "seen": part.provenance}

@@ -1,4 +1,4 @@
-"""The runs of a sweep, their folders, and what may stand in the output folder already. Imports no torch."""
+"""The runs of a sweep, their folders, and checks of the output folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ from dad_fast.errors import UsageError
 from dad_fast.methods.stores import SharedStore, is_filled, with_stores
 from dad_fast.sweep.ablation import Plan, identity
 
-# What a run or a sweep writes; `--overwrite` removes these and nothing else.
+# Files of a run or a sweep; `--overwrite` removes these and nothing else.
 WRITTEN = (
-    *(
-        "config.toml",
-        "run.json",
-        "metrics.jsonl",
-        "train.log",
-        "train.log.1",
-        "train-rank*.log*",
-        "checkpoints",
-    ),
-    *(
-        "model.safetensors",
-        "results.json",
-        "sheet.png",
-        "sheet.safetensors",
-        "table.md",
-        "plot.svg",
-        "report.html",
-    ),
-    *("stores/adversarial-*", "stores/targets-*", "logs/worker-*.log"),
+    "config.toml",
+    "run.json",
+    "metrics.jsonl",
+    "train.log",
+    "train.log.1",
+    "train-rank*.log*",
+    "checkpoints",
+    "model.safetensors",
+    "results.json",
+    "sheet.png",
+    "sheet.safetensors",
+    "table.md",
+    "plot.svg",
+    "report.html",
+    "stores/adversarial-*",
+    "stores/targets-*",
+    "logs/worker-*.log",
 )
-UNCOUNTED = {".lock", "logs"}  # in the output folder before a sweep has begun
+# Present in the output folder before a sweep begins.
+UNCOUNTED = {".lock", "logs"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Run:
         return f"{self.variant} seed {self.seed}"
 
     def record(self, num_processes: int = 1) -> dict[str, Any] | None:
-        """Return results.json of a run that was finished and evaluated with these settings, else None.
+        """Return results.json if the run is finished and evaluated with these settings, else None.
 
         num_processes: of one run; the batch of a step depends on it.
         """
@@ -91,11 +90,11 @@ class Sweep:
     ablation: Plan | None = None
 
     def unfilled(self, overwrite: bool) -> set[str]:
-        """Folders of the stores that are yet to be filled; `--overwrite` makes all of them again."""
+        """Return the folders of stores that are not filled yet; all of them with `--overwrite`."""
         return {store.folder for store in self.stores if overwrite or not is_filled(store.folder)}
 
     def inputs_inside(self) -> list[str]:
-        """What runs read from the output folder and do not make there themselves."""
+        """Return paths in the output folder that runs read but do not write."""
         made = {store.folder for store in self.stores}
         given = {
             path
@@ -108,7 +107,7 @@ class Sweep:
 
 
 def make_sweep(cfg: Config, output: Path, ablation: Plan | None = None) -> Sweep:
-    """One run: `output` itself; several: output/VARIANT/seed-S for each."""
+    """Expand `cfg` into runs: in `output` itself for one, in output/VARIANT/seed-S for several."""
     expanded = expand(cfg)
     runs: list[Run] = []
     stores: dict[str, SharedStore] = {}
@@ -121,7 +120,7 @@ def make_sweep(cfg: Config, output: Path, ablation: Plan | None = None) -> Sweep
 
 
 def check_output(sweep: Sweep, launch: Launch) -> None:
-    """Raise UsageError where the output folder holds something that the user did not say how to treat."""
+    """Raise UsageError if the output folder has content that the flags do not allow for."""
     output, several = sweep.output, len(sweep.runs) > 1
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder")
@@ -135,7 +134,8 @@ def check_output(sweep: Sweep, launch: Launch) -> None:
             raise UsageError(
                 f"--overwrite: {output} is not empty and holds no run; name another folder"
             )
-        if inside := sweep.inputs_inside():
+        inside = sweep.inputs_inside()
+        if inside:
             raise UsageError(
                 f"--overwrite would remove {inside[0]}, which this run reads; name another --output"
             )
@@ -147,7 +147,8 @@ def check_output(sweep: Sweep, launch: Launch) -> None:
     if not launch.resume:
         replace = "" if sweep.ablation else "replace it with --overwrite, "
         raise UsageError(
-            f"--output {output} exists; continue with --resume auto, {replace}or name another folder"
+            f"--output {output} exists; "
+            f"continue with --resume auto, {replace}or name another folder"
         )
     if several and _is_run(output):
         what = f"{output} holds one run, and these are {len(sweep.runs)} in folders of their own"
@@ -158,16 +159,18 @@ def check_output(sweep: Sweep, launch: Launch) -> None:
 
 
 def clear(output: Path) -> None:
-    """Remove what runs have written, and nothing else that may be in the folder."""
+    """Remove the files of runs, and nothing else that may be in the folder."""
     for folder in [*_runs_inside(output), output]:
         for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        for empty in (folder, folder.parent) if folder != output else ():
-            if not any(empty.iterdir()):
-                empty.rmdir()
+        if folder == output:
+            continue
+        for parent in (folder, folder.parent):
+            if not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def _is_run(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Run a sweep: check every run, fill the stores, train on worker processes, and write the tables after each run."""
+"""Run a sweep: check all runs, fill stores, train on worker processes, and write the tables."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from dad_fast.sweep.runs import Run, Sweep, check_output, clear
 from dad_fast.sweep.tables import print_tables, write_tables
 
 GIB_PER_JOB = 2.0
-LOCK_SECONDS = 60.0  # how long workers of a killed sweep may take to save
+# Workers of a killed sweep may take so long to save.
+LOCK_SECONDS = 60.0
 ERRORS = {
     error.exit_code: error for error in (DadFastError, UsageError, EnvironmentProblem, DataError)
 }
 
 
 def run_sweep(sweep: Sweep, launch: Launch) -> int:
-    """Do the runs that are left. Returns the exit code: 0 when every run is done, 1 when some failed."""
+    """Do the runs that are left; return the exit code: 0 when every run is done, else 1."""
     check_output(sweep, launch)
     output = sweep.output
     with stop_requests() as stop:
@@ -42,7 +43,8 @@ def run_sweep(sweep: Sweep, launch: Launch) -> int:
     if stop.error:
         done = sum(run.record() is not None for run in sweep.runs)
         raise stop.error(
-            f"stopped with {done} of {len(sweep.runs)} runs done; what was under way is saved, continue with --resume auto"
+            f"stopped with {done} of {len(sweep.runs)} runs done; running ones are saved, "
+            "continue with --resume auto"
         )
     if (output / "results.json").exists():
         print_tables(sweep)
@@ -57,11 +59,12 @@ def run_sweep(sweep: Sweep, launch: Launch) -> int:
 
 
 def job_devices(sweep: Sweep, launch: Launch) -> list[str]:
-    """The device of each worker process."""
+    """Return the device of each worker process."""
     device = sweep.config.device
     devices = list(launch.devices) or ([device] if device != "auto" else [])
     if not devices or any(name.startswith("cuda") for name in devices):
-        import torch  # counting creates no context, so that this process takes no memory of a GPU
+        # Counting devices creates no CUDA context, so this process takes no GPU memory.
+        import torch
 
         count = torch.cuda.device_count()
         devices = devices or [f"cuda:{i}" for i in range(count)] or ["cpu"]
@@ -74,25 +77,23 @@ def job_devices(sweep: Sweep, launch: Launch) -> list[str]:
 
 
 def _jobs_on_a_cpu(num_runs: int) -> int:
-    """Two a core, as far as the memory allows, with one thread each.
+    """Return two jobs per core, of one thread each, as far as the memory allows.
 
-    More runs than cores: none waits for the longest at the end, and beside other work they get a larger share of the cores.
+    With more jobs than cores, no run starts late and is left alone at the end.
     """
     return max(1, min(num_runs, 2 * num_cores(), int(memory_gib() / GIB_PER_JOB)))
 
 
 def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
-    """Do the runs that are left; returns why those that failed did."""
+    """Do the runs that are left; return the reasons of those that failed."""
     output = sweep.output
     devices = job_devices(sweep, launch)
     (output / "logs").mkdir(parents=True, exist_ok=True)
     try:
         with _locked(output, stop) as lock, JobsProgress() as progress:
-            left = (
-                list(sweep.runs)
-                if launch.overwrite
-                else [run for run in sweep.runs if run.record() is None]
-            )
+            left = list(sweep.runs)
+            if not launch.overwrite:
+                left = [run for run in left if run.record() is None]
             with Pool(devices[: max(1, len(left))], output / "logs", lock) as pool:
                 if left:
                     _check(sweep, left, launch, pool, stop, progress)
@@ -105,12 +106,18 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
                 state = _State(sweep, left, stop, progress)
                 stores = _needed(sweep, left)
                 jobs = [_store_job(store) for store in stores]
-                jobs += [_run_job(run, launch, stores, state.teachers) for run in left]
+                # The longest runs first, so that none of them starts last and is left alone.
+                longest_first = sorted(left, key=_num_epochs, reverse=True)
+                jobs += [_run_job(run, launch, stores, state.teachers) for run in longest_first]
                 pool.run(jobs, state.job_ended, stop, progress.update)
                 write_tables(sweep, state.failed)
                 return state.failed
     finally:
         _remove_if_new(output)
+
+
+def _num_epochs(run: Run) -> float:
+    return run.cfg.schedule.epochs + run.cfg.schedule.cooldown_epochs
 
 
 def _check(
@@ -121,12 +128,11 @@ def _check(
     stop: StopRequest,
     progress: JobsProgress,
 ) -> None:
-    """Raise what a user got wrong in any run, before anything is trained."""
-    # One run a variant is enough, unless checkpoints are to be continued.
+    """Raise errors in the settings of any run, before anything is trained."""
+    # One run per variant is enough, unless their checkpoints are compared with the settings.
     checked = {run.variant if not launch.resume else run.name: run for run in runs}.values()
-    stores = {
-        store.kind: store for store in _needed(sweep, runs)
-    }.values()  # those of a kind have one form
+    # Stores of one kind have one form, so one per kind is enough.
+    stores = {store.kind: store for store in _needed(sweep, runs)}.values()
     unfilled = sweep.unfilled(launch.overwrite)
 
     def message(device: str) -> dict[str, Any]:
@@ -172,13 +178,12 @@ def _store_job(store: SharedStore) -> Job:
 
 
 def store_message(store: SharedStore, device: str) -> dict[str, Any]:
-    """A SharedStore as JSON, for a worker on `device`."""
-    launch = asdict(store.launch)
+    """Return a SharedStore as JSON, for a worker on `device`."""
     return {
         "folder": store.folder,
         "kind": store.kind,
         "config": _toml(store.config, device),
-        "launch": launch,
+        "launch": asdict(store.launch),
     }
 
 
@@ -198,7 +203,7 @@ def _run_job(run: Run, launch: Launch, stores: Sequence[SharedStore], teachers: 
 
 
 def _launch(launch: Launch) -> dict[str, Any]:
-    """What a worker needs of it."""
+    """Return the options that a worker needs."""
     return {
         "resume": launch.resume,
         "allow_config_change": launch.allow_config_change,
@@ -212,7 +217,7 @@ def _toml(cfg: Config, device: str) -> str:
 
 
 class _State:
-    """What is known of a sweep under way; told to the user after each job."""
+    """State of a running sweep; logged after each job."""
 
     def __init__(
         self, sweep: Sweep, left: Sequence[Run], stop: StopRequest, progress: JobsProgress
@@ -222,10 +227,13 @@ class _State:
         self.failed: dict[str, str] = {}
         self._left = {run.name: run for run in left}
         self._begun, self._ended = time.monotonic(), 0
+        self._epochs_done, self._epochs = 0.0, sum(map(_num_epochs, left))
 
     def job_ended(self, job: Job, answer: dict[str, Any], seconds: float) -> None:
         run = self._left.get(job.name)
-        self._ended += run is not None
+        if run is not None:
+            self._ended += 1
+            self._epochs_done += _num_epochs(run)
         self.progress.end(job.name)
         if "error" in answer and self.stop.error:
             self.progress.say(f"{job.name}: {answer['error']}")
@@ -240,57 +248,64 @@ class _State:
             if record is not None:
                 self.teachers.learn(run.cfg, record)
             text = f"{_scores(record)}({seconds:.0f} s{self._time_left()})"
-        number = len(self.sweep.runs) - len(self._left) + self._ended
-        counted = f"[{number}/{len(self.sweep.runs)}] " if run is not None else ""
+        total = len(self.sweep.runs)
+        number = total - len(self._left) + self._ended
+        counted = f"[{number}/{total}] " if run is not None else ""
         self.progress.say(f"{counted}{job.name}: {text}")
         write_tables(self.sweep, self.failed)
 
     def _time_left(self) -> str:
-        left = len(self._left) - self._ended
-        if not self._ended or not left:
+        if self._ended in (0, len(self._left)):
             return ""
-        return (
-            f", about {format_seconds((time.monotonic() - self._begun) / self._ended * left)} left"
-        )
+        seconds_per_epoch = (time.monotonic() - self._begun) / self._epochs_done
+        left = seconds_per_epoch * (self._epochs - self._epochs_done)
+        return f", about {format_seconds(left)} left"
 
 
 class _Teachers:
-    """The accuracy of teachers, so that each is evaluated once in a sweep."""
+    """Results of teachers, so that each is evaluated once in a sweep."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._known: dict[str, dict[str, Any]] = {}
         for run in runs:
-            if record := run.record():
+            record = run.record()
+            if record is not None:
                 self.learn(run.cfg, record)
 
     def learn(self, cfg: Config, record: dict[str, Any]) -> None:
+        """Add the results of the teacher of a finished run."""
         if record.get("teacher"):
             self.of(cfg)[record["teacher"]["name"]] = record["teacher"]["suites"]
 
     def of(self, cfg: Config) -> dict[str, Any]:
+        """Return the results by teacher's name that hold for a run with these settings."""
         student = replace(cfg.student, weights="", init_from="")
         view = (cfg.teacher, cfg.data, cfg.augment, student, cfg.precision, cfg.engine, cfg.eval)
         return self._known.setdefault(repr(view), {})
 
 
 def _scores(record: dict[str, Any] | None) -> str:
-    suites = (record or {"suites": {}})["suites"]
+    suites = record["suites"] if record is not None else {}
     return "".join(f"{name} {float(suite['top1']):.1f} %  " for name, suite in suites.items())
 
 
 def _remove_if_new(output: Path) -> None:
-    """Remove a folder in which nothing was begun."""
+    """Remove the output folder if nothing was written to it but logs."""
     if not (output / "config.toml").exists():
         for path in [*(output / "logs").glob("worker-*.log"), output / ".lock"]:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # it holds something else
+        # A folder with other files stays.
+        with suppress(OSError):
             (output / "logs").rmdir()
             output.rmdir()
 
 
 @contextmanager
 def _locked(output: Path, stop: StopRequest) -> Iterator[int]:
-    """One sweep at a time in a folder. Workers hold the lock too: after a kill it is free when the last of them has saved."""
+    """Lock the folder for one sweep; yield the file descriptor.
+
+    Workers hold the lock too: after a kill it is free when the last of them has saved.
+    """
     handle = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         waited_from = time.monotonic()

@@ -16,55 +16,53 @@ from dad_fast.sweep.runs import Sweep
 
 # Facts of the first run's run.json that the table names.
 ENVIRONMENT = (
-    *(
-        "python",
-        "platform",
-        "cpu",
-        "cpus",
-        "packages",
-        "git",
-        "threads",
-        "cuda",
-        "cudnn",
-        "gpus",
-        "driver",
-    ),
+    "python",
+    "platform",
+    "cpu",
+    "cpus",
+    "packages",
+    "git",
+    "threads",
+    "cuda",
+    "cudnn",
+    "gpus",
+    "driver",
     "side_by_side",
 )
 
 
 def write_tables(sweep: Sweep, failed: Mapping[str, str], num_processes: int = 1) -> None:
-    """Write what is there so far. failed: run or store -> why. num_processes: of each run."""
+    """Write the tables of the runs that are done.
+
+    failed: run or store -> reason
+    num_processes: of each run
+    """
     records = {run.folder: run.record(num_processes) for run in sweep.runs}
     done = [run for run in sweep.runs if records[run.folder] is not None]
     if not done:
         return
     runs = [{**(records[run.folder] or {}), "variant": run.variant} for run in done]
     facts = json.loads((done[0].folder / "run.json").read_text())
+    stores = [
+        {"kind": store.kind, "views": store.launch.views, "seconds": store_seconds(store.folder)}
+        for store in sweep.stores
+    ]
     whole: dict[str, Any] = {
         "config": to_toml(sweep.config),
         "environment": {name: facts[name] for name in ENVIRONMENT if name in facts},
         "runs": runs,
-        "stores": [
-            {
-                "kind": store.kind,
-                "views": store.launch.views,
-                "seconds": store_seconds(store.folder),
-            }
-            for store in sweep.stores
-        ],
+        "stores": stores,
         "failed": dict(failed),
     }
     plan, output = sweep.ablation, sweep.output
     if plan:
-        kinds = list(dict.fromkeys(store.kind for store in sweep.stores))
         whole["ablation"] = {
             "base": plan.base,
             "axes": plan.axes,
-            "stores": kinds,
+            "stores": list(dict.fromkeys(store.kind for store in sweep.stores)),
             "failed": dict(failed),
+            "cells": summary(whole, plan.base),
         }
-        whole["ablation"]["cells"] = summary(whole, plan.base)
         table = ablation_markdown(whole)
         atomic_write_text(output / "plot.svg", forest_plot(whole))
     else:

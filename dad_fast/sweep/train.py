@@ -18,7 +18,10 @@ from dad_fast.sweep.sweep import run_sweep
 
 
 def run(cfg: Config, launch: Launch) -> int:
-    """Returns the exit code. Layout: OUT itself for one run; OUT/<variant>/seed-<s>/ and a table in OUT for several."""
+    """Train and return the exit code.
+
+    Layout: OUT itself for one run; OUT/VARIANT/seed-S/ and a table in OUT for several.
+    """
     sweep = make_sweep(cfg, Path(launch.output))
     if is_worker():
         if launch.nproc != "1" and not started_here():
@@ -27,11 +30,13 @@ def run(cfg: Config, launch: Launch) -> int:
     elif (nproc := number_of_processes(launch.nproc)) > 1:
         if launch.jobs > 1:
             raise UsageError(
-                f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all processes; leave one out"
+                f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all processes; "
+                "leave one out"
             )
         return run_processes(nproc, "train", launch.arguments)
     elif len(sweep.runs) > 1:
         return run_sweep(sweep, launch)
+
     from dad_fast.distributed import process_group as distributed
     from dad_fast.sweep.run import run_here
 

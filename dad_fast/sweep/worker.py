@@ -1,13 +1,17 @@
-"""One worker process of a sweep: takes jobs as JSON lines on stdin and answers each with a JSON line on stdout.
+"""One worker process of a sweep: reads jobs from stdin and writes answers to stdout, as JSON lines.
 
-    {"do": "check", "runs": [run], "stores": [store], "launch"}    raise what a user got wrong, before anything is trained
-    {"do": "measure", "runs": {variant: TOML}, "stored": {variant: [kind]}, "stores": [store]}    seconds, for the dry run
-    {"do": "store", "folder", "kind", "config": TOML, "launch"}    fill a store that runs will learn from
-    {"do": "run", "variant", "config": TOML, "folder", "launch", "teacher_results"}    train and evaluate a run
+    {"do": "check", "runs": [run], "stores": [store], "launch"}
+        Raise errors in settings, before anything is trained.
+    {"do": "measure", "runs": {variant: TOML}, "stored": {variant: [kind]}, "stores": [store]}
+        Return seconds, for the dry run.
+    {"do": "store", "folder", "kind", "config": TOML, "launch"}
+        Fill a store that runs learn from.
+    {"do": "run", "variant", "config": TOML, "folder", "launch", "teacher_results"}
+        Train and evaluate a run.
 
-Lines {"progress": [done, total, text]} come before the answer. An answer has "error" and "exit_code" where the job failed.
-Data, teacher and discretizer stay loaded from job to job while they are the same. When stdin ends, the parent is gone: a
-run that is under way is saved, and the worker ends.
+Lines {"progress": [done, total, text]} come before the answer. An answer has "error" and
+"exit_code" if the job failed. Data, teacher and discretizer stay loaded while consecutive jobs use
+the same ones. The end of stdin means that the parent is gone: the worker saves its run and ends.
 """
 
 from __future__ import annotations
@@ -36,10 +40,14 @@ from dad_fast.sweep.pool import shared_parts
 from dad_fast.sweep.run import check_run, fill_store, train_run
 from dad_fast.sweep.runs import Run
 
-BROKEN = 70  # exit code after a failure that may have broken more than its job, such as one of CUDA: the next job gets a new process
+# Exit code after an unexpected failure. It may have broken the process, as CUDA errors do, so the
+# next job gets a new one.
+BROKEN = 70
 
 
 class Worker:
+    """The jobs, one method each, and the models and data that they share."""
+
     def __init__(self) -> None:
         self._shared: tuple[str, Builder, dict[str, Any]] = ("", Builder(), {})
 
@@ -88,7 +96,7 @@ class Worker:
         train_run(run, run.name, Launch(output=folder, **launch), builder, known)
 
     def _parts_of(self, cfg: Config) -> tuple[Builder, dict[str, Any]]:
-        """The parts that runs share, and the teacher's results; dropped where the next run needs others."""
+        """Return the shared parts and teacher results; drop them if the next run needs others."""
         key = repr((shared_parts(cfg), cfg.device))
         if self._shared[0] != key:
             self._shared = (key, Builder(), {})
@@ -102,7 +110,8 @@ def _store(message: dict[str, Any]) -> SharedStore:
 
 def main() -> int:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else is printed belongs to the log
+    # Everything else that is printed belongs to the log.
+    os.dup2(2, 1)
 
     def report(done: int, total: int, text: str) -> None:
         answers.write(json.dumps({"progress": [done, total, text]}) + "\n")
@@ -112,7 +121,8 @@ def main() -> int:
     busy = threading.Event()
     threading.Thread(target=_listen, args=(jobs, busy), daemon=True).start()
     worker = Worker()
-    with stop_requests():  # but while a job has nothing to save
+    # A job that has nothing to save ends at once instead (ends_at_once).
+    with stop_requests():
         while (job := jobs.get()) is not None:
             busy.set()
             answer, code = _answer(worker, job)
@@ -124,7 +134,7 @@ def main() -> int:
 
 
 def _answer(worker: Worker, job: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """What is said of a job, and the exit code where no further job is taken."""
+    """Do a job; return its answer, and an exit code if the worker ends."""
     try:
         with ends_at_once("stopped"):
             return worker.do(job), None
@@ -135,13 +145,12 @@ def _answer(worker: Worker, job: dict[str, Any]) -> tuple[dict[str, Any], int | 
         return {"error": str(error), "exit_code": error.exit_code}, None
     except Exception as error:
         traceback.print_exc()
-        return {
-            "error": " ".join(f"{type(error).__name__}: {error}".split()),
-            "exit_code": 1,
-        }, BROKEN
+        one_line = " ".join(f"{type(error).__name__}: {error}".split())
+        return {"error": one_line, "exit_code": 1}, BROKEN
 
 
 def _listen(jobs: queue.Queue[dict[str, Any] | None], busy: threading.Event) -> None:
+    """Queue the jobs from stdin; when it ends, end the process and save a running job."""
     for line in sys.stdin:
         jobs.put(json.loads(line))
     jobs.put(None)

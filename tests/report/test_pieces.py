@@ -1,4 +1,4 @@
-"""The pieces of a picture sheet: what is written is read, and a damaged file is named."""
+"""The pieces of a picture sheet: round trip, damaged files."""
 
 from __future__ import annotations
 
@@ -32,15 +32,12 @@ def test_round_trip(tmp_path):
         assert np.array_equal(found.images[name], part.permute(0, 2, 3, 1).numpy())
     expected = (127.5 * (1 + 5 * (images[2] - images[1]))).clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert abs(found.images["difference"] - expected).max() <= 0.51
-    assert found.shift.tolist() == shift.tolist() and (
-        found.scale,
-        found.num_codes,
-        found.attacked,
-    ) == (5, 64, "t")
+    assert found.shift.tolist() == shift.tolist()
+    assert (found.scale, found.num_codes, found.attacked) == (5, 64, "t")
     assert found.examples == EXAMPLES
 
 
-def test_a_change_below_one_level_is_kept_in_the_difference(tmp_path):
+def test_difference_keeps_changes_below_one_level(tmp_path):
     image = torch.full((2, 3, 8, 8), 0.5)
     write_pieces(
         tmp_path / "s.safetensors",
@@ -52,15 +49,13 @@ def test_a_change_below_one_level_is_kept_in_the_difference(tmp_path):
         attacked="t",
     )
     found = read_pieces(tmp_path / "s.safetensors")
-    assert (
-        np.unique(found.images["difference"]).tolist() == [159]
-        and found.shift is None
-        and found.num_codes == 0
-    )
+    assert np.unique(found.images["difference"]).tolist() == [159]
+    assert found.shift is None
+    assert found.num_codes == 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign", "shapes", "missing"])
-def test_damage_is_named(tmp_path, damage):
+def test_damaged_file_is_named_in_the_error(tmp_path, damage):
     path = tmp_path / "sheet.safetensors"
     image = torch.zeros(2, 3, 8, 8)
     examples = EXAMPLES[:1] if damage == "shapes" else EXAMPLES
@@ -95,7 +90,7 @@ def test_other_types_and_shapes_are_refused(tmp_path, dtype, shape):
 
 
 @pytest.mark.parametrize("examples", [[1], "x", None, {"a": 1}, []])
-def test_examples_that_are_none_are_refused(tmp_path, examples):
+def test_invalid_examples_are_refused(tmp_path, examples):
     from safetensors.torch import save_file
 
     described = json.dumps({"scale": 1, "num_codes": 2, "attacked": "t", "examples": examples})

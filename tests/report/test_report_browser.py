@@ -1,4 +1,4 @@
-"""The report as a browser shows it: no errors, nothing wider than the screen, readable in both colour schemes and in print."""
+"""The report in a browser: no errors, fits the screen, legible in both colour schemes and print."""
 
 from __future__ import annotations
 
@@ -15,34 +15,42 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 PATH = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(PATH is None, reason=f"needs a browser: {', '.join(BROWSERS)}")
 
-# Elements that are wider than the screen, but for those inside a box that scrolls by itself.
+# Elements that are wider than the screen, except those inside a box that scrolls on its own.
 TOO_WIDE = """() => {
   const wide = [], width = document.documentElement.clientWidth;
   for (const one of document.querySelectorAll("body *")) {
     const box = one.getBoundingClientRect();
     const scrolled = one.parentElement.closest(".scroll, pre, svg");
-    if (!scrolled && box.width && (box.right > width + 0.5 || box.left < -0.5)) wide.push(one.tagName + " " + one.textContent.slice(0, 40));
+    const outside = box.right > width + 0.5 || box.left < -0.5;
+    if (!scrolled && box.width && outside) wide.push(one.tagName + " " + one.textContent.slice(0, 40));
   }
   return wide;
 }"""
-# Text whose contrast with the page is below 4.5 (WCAG AA); text in drawings is filled, other text coloured.
+# Text whose contrast with the page is below 4.5 (WCAG AA). Text in drawings is filled, other text
+# coloured.
 FAINT = """() => {
   const light = (text) => {
     const part = text.match(/[\\d.]+/g).slice(0, 3).map(value => value / 255);
-    const line = part.map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const line = part.map(
+      value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
     return 0.2126 * line[0] + 0.7152 * line[1] + 0.0722 * line[2];
   };
   const back = light(getComputedStyle(document.body).backgroundColor), faint = [];
-  for (const one of document.querySelectorAll("h1, h2, h3, p, li, td, th, figcaption, small, summary, text, .tile span")) {
-    const style = getComputedStyle(one), fore = light(one.tagName === "text" ? style.fill : style.color);
-    if ((Math.max(fore, back) + 0.05) / (Math.min(fore, back) + 0.05) < 4.5) faint.push(one.tagName + " " + one.textContent.slice(0, 40));
+  const tags = "h1, h2, h3, p, li, td, th, figcaption, small, summary, text, .tile span";
+  for (const one of document.querySelectorAll(tags)) {
+    const style = getComputedStyle(one);
+    const fore = light(one.tagName === "text" ? style.fill : style.color);
+    const contrast = (Math.max(fore, back) + 0.05) / (Math.min(fore, back) + 0.05);
+    if (contrast < 4.5) faint.push(one.tagName + " " + one.textContent.slice(0, 40));
   }
   return faint;
 }"""
-# The smallest text as the screen shows it, in CSS pixels: a drawing's text shrinks with the drawing.
+# The smallest text on the screen, in CSS pixels: a drawing's text shrinks with the drawing.
 SMALLEST = """() => {
-  const shown = [...document.querySelectorAll("svg text, td, th, li, figcaption, .tile span")].filter(one => one.getClientRects().length);
-  return Math.min(...shown.map(one => parseFloat(getComputedStyle(one).fontSize) * (one.tagName === "text" ? one.getScreenCTM().a : 1)));
+  const tags = "svg text, td, th, li, figcaption, .tile span";
+  const shown = [...document.querySelectorAll(tags)].filter(one => one.getClientRects().length);
+  const scale = one => one.tagName === "text" ? one.getScreenCTM().a : 1;
+  return Math.min(...shown.map(one => parseFloat(getComputedStyle(one).fontSize) * scale(one)));
 }"""
 
 
@@ -56,7 +64,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A single run; a comparison of three seeds; many runs with hostile names, one of them in progress."""
+    """A single run, a comparison of three seeds, and runs with hostile names, one in progress."""
     root = tmp_path_factory.mktemp("pages")
     made.write_run(root / "single", "dad", "dad")
     made.write_comparison(root / "comparison", seeds=3)
@@ -96,11 +104,11 @@ def pages(tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 768, 1280])
 @pytest.mark.parametrize("name", ["single", "comparison", "hostile"])
-def test_on_screen(browser, pages, name, width, scheme):
-    shown, said = _open(
+def test_page_fits_the_screen_and_is_legible(browser, pages, name, width, scheme):
+    shown, problems = _open(
         browser, pages[name], viewport={"width": width, "height": 800}, color_scheme=scheme
     )
-    assert said == []
+    assert problems == []
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
     assert shown.evaluate(TOO_WIDE) == []
     assert shown.evaluate(FAINT) == []
@@ -113,33 +121,29 @@ def test_on_screen(browser, pages, name, width, scheme):
 
 
 @pytest.mark.parametrize("name", ["single", "comparison", "hostile"])
-def test_in_print(browser, pages, name):
-    """On A4 as printed: black on white whatever the screen's scheme, nothing hidden in a box that scrolls."""
-    shown, said = _open(
-        browser, pages[name], viewport={"width": 703, "height": 1000}, color_scheme="dark"
-    )  # A4 without its margins
+def test_page_prints_black_on_white(browser, pages, name):
+    """On A4: black on white for any colour scheme, nothing hidden in a box that scrolls."""
+    # A4 without its margins.
+    paper = {"width": 703, "height": 1000}
+    shown, problems = _open(browser, pages[name], viewport=paper, color_scheme="dark")
     shown.emulate_media(media="print")
-    assert (
-        said == []
-        and shown.evaluate("getComputedStyle(document.body).backgroundColor")
-        == "rgb(255, 255, 255)"
-    )
+    assert problems == []
+    assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert shown.evaluate(FAINT) == []
-    hidden = "[...document.querySelectorAll('.scroll')].filter(one => getComputedStyle(one).overflowX !== 'visible').length"
+    hidden = """[...document.querySelectorAll('.scroll')].filter(
+        one => getComputedStyle(one).overflowX !== 'visible').length"""
     assert shown.evaluate(hidden) == 0
-    if name != "hostile":  # twelve columns of endless words are wider than paper
-        assert (
-            shown.evaluate(
-                "Math.max(...[...document.querySelectorAll('table')].map(one => one.getBoundingClientRect().right))"
-            )
-            <= 703
-        )
+    # Twelve columns of long words are wider than paper.
+    if name != "hostile":
+        right = """Math.max(...[...document.querySelectorAll('table')].map(
+            one => one.getBoundingClientRect().right))"""
+        assert shown.evaluate(right) <= 703
     assert shown.pdf(format="A4")[:5] == b"%PDF-"
     shown.context.close()
 
 
-def test_by_keyboard(browser, pages):
-    """What scrolls by itself and what is folded away can be reached with the tab key."""
+def test_tables_and_details_are_reachable_by_keyboard(browser, pages):
+    """Boxes that scroll and folded content can be reached with the tab key."""
     shown, _ = _open(browser, pages["comparison"], viewport={"width": 360, "height": 800})
     reached = set()
     for _ in range(40):
@@ -152,17 +156,17 @@ def test_by_keyboard(browser, pages):
 
 
 def _open(browser, path, **options):
-    """(page, what went wrong in it): console messages, errors, and requests for anything but the page itself."""
+    """Open a page; return it with its console messages, errors, and requests to other files."""
     shown = browser.new_context(**options).new_page()
-    said: list[str] = []
-    shown.on("console", lambda message: said.append(message.text))
-    shown.on("pageerror", lambda error: said.append(str(error)))
-    shown.on("dialog", lambda dialog: said.append(dialog.message))
+    problems: list[str] = []
+    shown.on("console", lambda message: problems.append(message.text))
+    shown.on("pageerror", lambda error: problems.append(str(error)))
+    shown.on("dialog", lambda dialog: problems.append(dialog.message))
     shown.on(
         "request",
         lambda request: (
-            None if request.url.startswith(("file:", "data:")) else said.append(request.url)
+            None if request.url.startswith(("file:", "data:")) else problems.append(request.url)
         ),
     )
     shown.goto(path.as_uri())
-    return shown, said
+    return shown, problems

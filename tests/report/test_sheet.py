@@ -1,4 +1,4 @@
-"""The picture sheet: right pixels in the right places, a scale that is true to its heading."""
+"""The picture sheet: pixels, places, and the scale of the difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dad_fast.report.sheet import difference_scale, write_sheet
 
 
 def cells(path, count: int, side: int, zoom: int) -> torch.Tensor:
-    """[blocks * lines, 4, 3, side, side] uint8, cut out of the sheet where the module's layout says they are."""
+    """Cut the cells out of the sheet: uint8 [blocks * lines, 4, 3, side, side]."""
     pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
     cell = side * zoom
     block = sheet.CAPTION + 4 * (cell + sheet.GAP)
@@ -32,7 +32,7 @@ def cells(path, count: int, side: int, zoom: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("count", "side", "zoom", "blocks"), [(5, 28, 3, 2), (1, 28, 3, 1), (2, 100, 1, 1)]
 )
-def test_every_image_is_where_it_belongs(tmp_path, count, side, zoom, blocks):
+def test_sheet_has_every_image_in_its_cell(tmp_path, count, side, zoom, blocks):
     levels = torch.randint(
         256, (3, count, 3, side, side), generator=torch.Generator().manual_seed(0)
     )
@@ -44,12 +44,13 @@ def test_every_image_is_where_it_belongs(tmp_path, count, side, zoom, blocks):
     scale = difference_scale(images[2] - images[1])
     expected = (0.5 + scale * (images[2] - images[1]) / 2).clamp(0, 1) * 255
     assert (found[:, 3].float() - expected).abs().max() <= 0.51
-    assert scale == 10 and Image.open(tmp_path / "sheet.png").width == sheet.MARGIN + blocks * (
+    assert scale == 10
+    assert Image.open(tmp_path / "sheet.png").width == sheet.MARGIN + blocks * (
         sheet.CAPTION + 4 * (side * zoom + sheet.GAP) + sheet.MARGIN
     )
 
 
-def test_scale_leaves_the_bulk_inside():
+def test_scale_keeps_99_percent_in_range():
     values = torch.linspace(-1, 1, 2001)[None]
     assert [difference_scale(values * size) for size in (1.0, 0.3, 0.015, 1e-9)] == [1, 2, 50, 500]
     assert difference_scale(torch.zeros(1, 10)) == 1

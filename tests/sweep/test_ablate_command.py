@@ -1,4 +1,4 @@
-"""`dad-fast ablate` as a user meets it: cells on processes of their own, gone on with after a kill, one table in the end."""
+"""`dad-fast ablate`: cells on worker processes, resume after a kill, one table."""
 
 import json
 import os
@@ -32,34 +32,22 @@ def finished(out):
     }
 
 
-def test_the_plan_and_its_cost(parts, tmp_path, capsys):
+def test_dry_run_prints_plan_and_cost(parts, tmp_path, capsys):
     out = tmp_path / "out"
-    assert (
-        main(
-            arguments(
-                parts, out, "--axes", "filter", "--stores", "--vary", "optim.lr=1e30", "--dry-run"
-            )
-        )
-        == 0
-    )
-    said = capsys.readouterr().out
-    assert "3 cells, 6 runs; 0 are done, 6 to do" in said and "times one run of KD" in said
-    assert f"6 runs learn from {out}/stores/adversarial-" in said and not out.exists()
+    vary = ["--axes", "filter", "--vary", "optim.lr=1e30"]
+    assert main(arguments(parts, out, *vary, "--stores", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "3 cells, 6 runs; 0 are done, 6 to do" in printed and "times one run of KD" in printed
+    assert f"6 runs learn from {out}/stores/adversarial-" in printed and not out.exists()
 
 
-def test_a_sweep_with_a_failure_extended_and_gone_on_with(parts, tmp_path, capsys):
+def test_sweep_with_a_failed_cell_can_be_extended_and_resumed(parts, tmp_path, capsys):
     out = tmp_path / "out"
-    # a cell that fails is named, and the others are done
-    assert (
-        main(
-            arguments(
-                parts, out, "--axes", "filter", "--vary", "optim.lr=1e30", "--max-steps", "12"
-            )
-        )
-        == 1
-    )
-    said = capsys.readouterr().err
-    assert "failed: lr=1e30 seed 0: the loss or a gradient was not a number" in said
+    steps = ["--max-steps", "12"]
+    # A cell that fails is named, and the others are done.
+    assert main(arguments(parts, out, "--axes", "filter", "--vary", "optim.lr=1e30", *steps)) == 1
+    printed = capsys.readouterr().err
+    assert "failed: lr=1e30 seed 0: the loss or a gradient was not a number" in printed
     before = finished(out)
     assert set(before) == {"dad/seed-0", "dad/seed-1", "filter=off/seed-0", "filter=off/seed-1"}
     record = json.loads((out / "results.json").read_text())
@@ -70,55 +58,31 @@ def test_a_sweep_with_a_failure_extended_and_gone_on_with(parts, tmp_path, capsy
     assert set(record["ablation"]["failed"]) == {"lr=1e30 seed 0", "lr=1e30 seed 1"}
     assert record["environment"]["cpu"] and len(record["runs"]) == 4
     assert "interval" in record["ablation"]["cells"]["filter=off"]["val"]["top1"]
-    assert (
-        "| filter=off | 2 |" in (out / "table.md").read_text()
-        and (out / "plot.svg").exists()
-        and (out / "report.html").exists()
-    )
+    assert "| filter=off | 2 |" in (out / "table.md").read_text()
+    assert (out / "plot.svg").exists()
+    assert (out / "report.html").exists()
 
-    # cells are added; what is done is not done again, but for what is damaged
+    # Cells are added; finished runs are kept, except a damaged one.
     (out / "dad/seed-1/results.json").write_text("{}")
-    assert (
-        main(
-            arguments(
-                parts, out, "--axes", "order", "filter", "--max-steps", "12", "--resume", "auto"
-            )
-        )
-        == 0
-    )
+    more = ["--axes", "order", "filter", "--resume", "auto"]
+    assert main(arguments(parts, out, *more, *steps)) == 0
     assert "[4/6] dad seed 1: val" in capsys.readouterr().err
     after = finished(out)
-    assert [name for name in before if after[name] != before[name]] == [
-        "dad/seed-1"
-    ] and "order=authors/seed-1" in after
+    assert [name for name in before if after[name] != before[name]] == ["dad/seed-1"]
+    assert "order=authors/seed-1" in after
     assert json.loads((out / "dad/seed-1/results.json").read_text()) == record["runs"][1]
 
-    # another base is not this sweep
-    assert main(arguments(parts, out, "--axes", "filter", "--max-steps", "12")) == 2
+    # A sweep cannot change its base.
+    given = arguments(parts, out, "--axes", "filter", *steps)
+    assert main(given) == 2
     assert "--resume auto" in capsys.readouterr().err
-    assert (
-        main(
-            arguments(
-                parts,
-                out,
-                "--axes",
-                "filter",
-                "--max-steps",
-                "12",
-                "--resume",
-                "auto",
-                "--temperature",
-                "2",
-            )
-        )
-        == 2
-    )
-    said = capsys.readouterr().err
-    assert "loss.temperature: 4.0 → 2.0" in said and said.count("\n") == 1
+    assert main([*given, "--resume", "auto", "--temperature", "2"]) == 2
+    printed = capsys.readouterr().err
+    assert "loss.temperature: 4.0 → 2.0" in printed and printed.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_a_cell_is_the_run_that_train_makes_of_it(parts, tmp_path):
+def test_cell_equals_the_same_run_of_train(parts, tmp_path):
     out = tmp_path / "out"
     assert main(arguments(parts, out, "--axes", "filter")) == 0
     file = tmp_path / "alone.toml"
@@ -133,64 +97,35 @@ def test_a_cell_is_the_run_that_train_makes_of_it(parts, tmp_path):
         (folder / "model.safetensors").read_bytes()
         for folder in (out / "filter=off/seed-1", tmp_path / "alone")
     ]
-    assert weights[0][-1000:] == weights[1][-1000:]  # behind the metadata
+    # The end of the file, after the metadata.
+    assert weights[0][-1000:] == weights[1][-1000:]
 
 
 @pytest.mark.slow
 def test_cells_share_stores(parts, tmp_path, capsys):
     out = tmp_path / "out"
-    assert (
-        main(
-            arguments(
-                parts, out, "--axes", "components", "filter", "--stores", "adversarial", "targets:2"
-            )
-        )
-        == 0
-    )
+    axes = ["--axes", "components", "filter"]
+    stores = ["--stores", "adversarial", "targets:2"]
+    assert main(arguments(parts, out, *axes, *stores)) == 0
     assert sorted(
         path.name.partition("-")[0] for path in (out / "stores").iterdir() if path.is_dir()
     ) == ["adversarial", "targets"]
     facts = json.loads((out / "filter=off/seed-1/run.json").read_text())
-    assert [store["kind"] for store in facts["stores"]] == ["adversarial", "targets"] and not facts[
-        "teacher_loaded"
-    ]
-    assert (
-        "learn from stores (adversarial images, un-augmented and" in (out / "table.md").read_text()
-    )
-    assert main(arguments(parts, out, "--axes", "components", "filter", "--resume", "auto")) == 2
+    assert [store["kind"] for store in facts["stores"]] == ["adversarial", "targets"]
+    assert not facts["teacher_loaded"]
+    table = (out / "table.md").read_text()
+    assert "learn from stores (adversarial images, un-augmented and" in table
+    assert main(arguments(parts, out, *axes, "--resume", "auto")) == 2
     assert "store.make" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_linear_probes_are_swept_too(parts, tmp_path, capsys):
-    out, data = (
-        tmp_path / "out",
-        ["--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors")],
-    )
-    given = [
-        "ablate",
-        "--preset",
-        "lp-clip-demo",
-        *data,
-        "--set",
-        "eval.suites=[]",
-        "--img-size",
-        str(tiny.SIDE),
-        "--batch-size",
-        "8",
-    ]
-    given += [
-        "--seeds",
-        "1",
-        "--epochs",
-        "2",
-        "--devices",
-        "cpu",
-        "-o",
-        str(out),
-        "--thresholds",
-        "0.3",
-    ]
+def test_linear_probes_can_be_swept(parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["ablate", "--preset", "lp-clip-demo", "--devices", "cpu", "-o", str(out)]
+    given += ["--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors")]
+    given += ["--set", "eval.suites=[]", "--img-size", str(tiny.SIDE), "--batch-size", "8"]
+    given += ["--seeds", "1", "--epochs", "2", "--thresholds", "0.3"]
     assert main([*given, "--dry-run"]) == 0
     assert "2 cells, 2 runs; 0 are done, 2 to do" in capsys.readouterr().out
     assert main(given) == 0
@@ -199,20 +134,9 @@ def test_linear_probes_are_swept_too(parts, tmp_path, capsys):
     assert "2 are done, 0 to do" in capsys.readouterr().out
 
 
-# Long enough to be stopped in the middle; checkpoints only where somebody asks for one.
-LONG = [
-    "--axes",
-    "filter",
-    "--epochs",
-    "100",
-    "--max-steps",
-    "0",
-    "--seeds",
-    "1",
-    "--val-every",
-    "0",
-]
-LONG += ["--set", "log_every=5", "--set", "checkpoint.every_steps=100000"]
+# Long enough to be stopped in the middle, with checkpoints only on request.
+LONG = ["--axes", "filter", "--epochs", "100", "--max-steps", "0", "--seeds", "1"]
+LONG += ["--val-every", "0", "--set", "log_every=5", "--set", "checkpoint.every_steps=100000"]
 
 
 def start(parts, out, *more):
@@ -225,14 +149,15 @@ def training(out):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on(parts, tmp_path, capsys):
-    """kill -9 of the sweep's own process: its workers save and end, and the same command goes on where they were."""
+def test_killed_sweep_resumes(parts, tmp_path, capsys):
+    """After kill -9 of the parent its workers save and end, and the same command resumes."""
     out = tmp_path / "out"
     sweep = start(parts, out)
     wait_until(lambda: training(out))
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.wait()
-    assert main(arguments(parts, out, *LONG)) == 2  # at once, while the worker may still be saving
+    # At once, while the worker may still be saving.
+    assert main(arguments(parts, out, *LONG)) == 2
     assert main(arguments(parts, out, *LONG, "--resume", "auto")) == 0
     begun = re.findall("steps ([0-9]+) to 300", (out / "dad/seed-0/train.log").read_text())
     assert len(begun) == 2 and begun[0] == "0" and 0 < int(begun[1]) < 300
@@ -241,14 +166,14 @@ def test_killed_in_the_middle_it_goes_on(parts, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_asked_to_stop_it_saves_what_is_under_way(parts, tmp_path, number, code):
+def test_stop_signal_saves_running_jobs(parts, tmp_path, number, code):
     out = tmp_path / "out"
     sweep = start(parts, out)
     wait_until(lambda: training(out))
     os.kill(sweep.pid, number)
-    _, said = sweep.communicate(timeout=HANG)
-    assert sweep.returncode == code, said
-    assert "0 of 2 runs done; what was under way is saved" in said and "failed" not in said
+    _, printed = sweep.communicate(timeout=HANG)
+    assert sweep.returncode == code, printed
+    assert "0 of 2 runs done; running ones are saved" in printed and "failed" not in printed
     assert list(out.glob("dad/seed-0/checkpoints/latest"))
 
 
@@ -260,12 +185,10 @@ def test_a_worker_that_dies_fails_its_cell_alone(parts, tmp_path):
     wait_until(lambda: training(out))
     (worker,) = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
     os.kill(int(worker), signal.SIGKILL)
-    _, said = sweep.communicate(timeout=HANG)
-    assert sweep.returncode == 1, said
-    assert (
-        f"failed: dad seed 0: its process died (signal SIGKILL); see {out}/logs/worker-0.log"
-        in said
-    )
+    _, printed = sweep.communicate(timeout=HANG)
+    assert sweep.returncode == 1, printed
+    reason = "its process died (signal SIGKILL)"
+    assert f"failed: dad seed 0: {reason}; see {out}/logs/worker-0.log" in printed
     assert set(finished(out)) == {"filter=off/seed-0"}
 
 
@@ -289,7 +212,7 @@ MISTAKES = {
     "no such device": (2, "--devices", ["--devices", "gpu"]),
     "a device that is not there": (3, "cuda:7", ["--devices", "cuda:7"]),
     "jobs that are no number": (2, "--jobs", ["--jobs", "many"]),
-    "a checkpoint to go on from": (2, "--resume auto", ["--resume", "runs/x"]),
+    "a checkpoint to resume": (2, "--resume auto", ["--resume", "runs/x"]),
     "an unknown flag": (2, "--vary", ["--varies", "x=1"]),
     "a form of stored images": (2, "--store-images", ["--stores", "--store-images", "png"]),
     "one teacher of several is no file": (
@@ -304,8 +227,8 @@ MISTAKES = {
 def test_a_mistake_is_one_line_with_its_exit_code_and_writes_nothing(parts, tmp_path, capsys, what):
     code, word, more = MISTAKES[what]
     assert main(arguments(parts, tmp_path / "out", *more)) == code
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and word in said and "Traceback" not in said, said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and word in printed and "Traceback" not in printed, printed
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Which cells a sweep has: names, what is the same run, stores that cells share, and mistakes in one line."""
+"""The cells of a sweep: names, equal runs, shared stores, and mistakes in one line."""
 
 from pathlib import Path
 
@@ -30,13 +30,14 @@ def test_the_base_is_shared_by_all_axes_and_comes_first():
         "components": ["dad", "ce", "kd", "aug-only"],
         "filter": ["dad", "filter=off"],
         "order": ["dad", "order=authors"],
+        # "start=1" is the demo's own setting.
         "start": [
             "dad",
             "start=0",
             "start=0.8",
             "noise-only",
             "Q-only",
-        ],  # the demo starts at random always
+        ],
     }
     assert next(iter(plan.config.variants)) == "dad" and changes(plan, "dad") == {}
     assert len(expand(plan.config)) == 10
@@ -63,12 +64,12 @@ def test_the_weights_are_a_grid_around_the_base():
     ]
 
 
-def test_the_same_run_is_one_cell_whatever_it_is_called():
-    """The demo's own variants hold kd and dad too; a kd from stores is another run."""
+def test_equal_runs_are_one_cell_under_any_name():
+    """The demo's own variants have kd and dad too; kd from stores is another run."""
     plan = plan_of(["components", "variants"])
     assert plan.axes["variants"] == ["dad", "ce", "kd", "kd-stored", "dad-stored"]
     assert len(plan.config.variants) == 6
-    # what kd does not use makes no difference
+    # A setting that the method does not use changes nothing.
     plan = plan_of(["components"], vary=["loss.filter=true,false"], method="aug-only")
     assert plan.axes["loss.filter"] == ["aug-only", "filter=false"]
     with pytest.raises(
@@ -77,7 +78,7 @@ def test_the_same_run_is_one_cell_whatever_it_is_called():
         plan_of(["filter"], method="kd")
 
 
-def test_models_get_short_names_that_tell_them_apart():
+def test_models_get_short_unique_names():
     names = [
         "open_clip:ViT-B-32/openai",
         "open_clip:ViT-L-14@/data/w.safetensors",
@@ -106,9 +107,8 @@ def test_any_setting_can_be_an_axis():
         vary=["loss.temperature=1,4,8", "augment.scale=[0.5,1];[0.7,1.0]", "student.bn=split,aux"],
     )
     assert plan.axes["loss.temperature"] == ["dad", "temperature=1", "temperature=8"]
-    assert plan.axes["augment.scale"] == ["dad", "scale=0.5-1"] and changes(
-        plan, "scale=0.5-1"
-    ) == {"augment.scale": (0.5, 1.0)}
+    assert plan.axes["augment.scale"] == ["dad", "scale=0.5-1"]
+    assert changes(plan, "scale=0.5-1") == {"augment.scale": (0.5, 1.0)}
     assert plan.axes["student.bn"] == ["dad", "bn=split", "bn=aux"]
 
 
@@ -120,7 +120,7 @@ def test_a_sweep_is_written_as_variants_and_read_again():
     assert expand(again) == expand(plan.config)
 
 
-def test_settings_that_a_method_does_not_use_are_no_difference():
+def test_identity_ignores_settings_that_the_method_does_not_use():
     dad, kd, ce = (gather("demo", None, [], {"method": name}) for name in ("dad", "kd", "ce"))
 
     def uses(cfg, **changes):
@@ -133,7 +133,7 @@ def test_settings_that_a_method_does_not_use_are_no_difference():
     assert uses(ce, **{"loss.ce": 9.0}) and not uses(ce, **{"attack.eps": 9.0})
 
 
-def test_a_seed_is_no_part_of_what_a_run_computes_but_its_start_is():
+def test_identity_of_a_run_ignores_its_seed():
     cfg = gather("demo", None, [], {})
     other = gather("demo", None, [], {"seed": "3", "data.workers": "2", "eval.suites": ["test"]})
     longer = gather("demo", None, [], {"max_steps": "3"})
@@ -146,7 +146,7 @@ def sweep_of(plan, stores):
     return make_sweep(config, Path("out"), plan)
 
 
-def test_stores_are_shared_by_the_cells_that_need_the_same():
+def test_cells_share_stores_of_equal_content():
     sweep = sweep_of(plan_of(["components", "filter", "weights", "budget"]), ("adversarial",))
     dirs = {run.variant: run.cfg.store.dirs for run in sweep.runs}
     assert dirs["ce"] == dirs["kd"] == ()
@@ -185,7 +185,10 @@ MISTAKES = {
         lambda: plan_of(["component"]),
         "--axes component: no such axis; did you mean components?",
     ),
-    "no teachers": (lambda: plan_of(["teacher"]), "--axes teacher: say which: --teachers A B"),
+    "no teachers": (
+        lambda: plan_of(["teacher"]),
+        "--axes teacher: name the values: --teachers A B",
+    ),
     "a word for a number": (
         lambda: plan_of([], {"budget": ["big"]}),
         "--budgets: attack.eps .* must be a number, got 'big'",
@@ -228,7 +231,7 @@ MISTAKES = {
         lambda: sweep_of(plan_of(["filter"]), ("adversarial:0",)),
         "--stores adversarial:0: views are",
     ),
-    "stores that nobody learns from": (
+    "stores of a kind that the method does not use": (
         lambda: sweep_of(plan_of(["lp-clip"], preset="lp-clip-demo"), ("targets",)),
         "--stores targets: --method lp-clip learns from no",
     ),
@@ -250,7 +253,8 @@ def test_a_mistake_is_one_line(what):
 def test_linear_probes_have_axes_of_their_own():
     plan = plan_of(["lp-clip", "strength"], {"threshold": ["0.9"]}, preset="lp-clip-demo")
     assert plan.axes["lp-clip"] == ["lp-clip", "no-weight", "no-strong", "supervised"]
-    assert plan.axes["threshold"] == ["lp-clip", "threshold=0.9"] and plan.axes["strength"] == [
+    assert plan.axes["threshold"] == ["lp-clip", "threshold=0.9"]
+    assert plan.axes["strength"] == [
         "lp-clip",
         "m=2",
         "m=9",
@@ -258,10 +262,8 @@ def test_linear_probes_have_axes_of_their_own():
     ]
     assert changes(plan, "m=15") == {"augment.aa": "rand-m15-n2-mstd0.5-inc1"}
     assert changes(plan, "no-strong") == {"augment.aa": "", "augment.reprob": 0.0}
-    assert (
-        papers_axis(plan.config) == "lp-clip"
-        and papers_axis(gather("demo", None, [], {})) == "components"
-    )
+    assert papers_axis(plan.config) == "lp-clip"
+    assert papers_axis(gather("demo", None, [], {})) == "components"
     with pytest.raises(
         UsageError, match="axis threshold: no cell of it differs from the base, whose method is dad"
     ):

@@ -1,4 +1,4 @@
-"""Several runs of `dad-fast train` as one sweep, and the stores that a run makes for itself."""
+"""Several runs of `dad-fast train` as one sweep, and the stores that a run fills for itself."""
 
 import json
 import shutil
@@ -32,39 +32,32 @@ def stores_in(out):
     return sorted(path for path in (out / "stores").iterdir() if path.is_dir())
 
 
-def test_a_run_makes_the_stores_it_asks_for(parts, tmp_path, capsys):
+def test_run_fills_the_stores_it_asks_for(parts, tmp_path, capsys):
     out = tmp_path / "run"
-    assert (
-        main(arguments(parts, out, "--method", "dad", "--stores", "adversarial", "targets:2")) == 0
-    )
+    given = arguments(parts, out, "--method", "dad", "--stores", "adversarial", "targets:2")
+    assert main(given) == 0
     stores = stores_in(out)
-    assert [path.name.partition("-")[0] for path in stores] == ["adversarial", "targets"] and all(
-        map(is_filled, stores)
-    )
+    assert [path.name.partition("-")[0] for path in stores] == ["adversarial", "targets"]
+    assert all(map(is_filled, stores))
     facts, record = read(out / "run.json"), read(out / "results.json")
     assert [(store["kind"], store["views"]) for store in facts["stores"]] == [
         ("adversarial", 1),
         ("targets", 2),
     ]
     assert not facts["teacher_loaded"]
-    assert (
-        record["store_seconds"] == pytest.approx(sum(map(store_seconds, stores)))
-        and record["store_seconds"] > 0
-    )
+    assert record["store_seconds"] == pytest.approx(sum(map(store_seconds, stores)))
+    assert record["store_seconds"] > 0
     assert "stores s" in capsys.readouterr().out
-    # The same command resumes: the stores are there, and count no further seconds.
+    # The same command resumes: the stores exist and add no seconds.
     shutil.rmtree(out / "checkpoints")
-    again = arguments(
-        parts, out, "--method", "dad", "--stores", "adversarial", "targets:2", "--resume", "auto"
-    )
-    assert main(again) == 0
+    assert main([*given, "--resume", "auto"]) == 0
     assert {**read(out / "results.json"), "seconds": 0} == {**record, "seconds": 0}
     # The store can be given to another run like any other.
     assert main(arguments(parts, tmp_path / "other", "--method", "dad", "--store", *stores)) == 0
     assert read(tmp_path / "other/results.json")["suites"] == record["suites"]
 
 
-def test_an_interrupted_store_is_continued_and_its_seconds_add_up(parts, tmp_path, monkeypatch):
+def test_interrupted_store_resumes_and_adds_up_its_seconds(parts, tmp_path, monkeypatch):
     from dad_fast.precompute import run as precompute
 
     out, fill, calls = tmp_path / "run", precompute.fill, []
@@ -96,7 +89,7 @@ def test_overwrite_makes_new_stores(parts, tmp_path):
     assert (store / "manifest.json").stat().st_mtime_ns > made
 
 
-def test_overwrite_keeps_what_the_run_reads(parts, tmp_path, capsys):
+def test_overwrite_keeps_the_inputs_of_the_run(parts, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(arguments(parts, out, "--method", "kd", "--stores", "targets:1")) == 0
     (store,) = stores_in(out)
@@ -104,11 +97,9 @@ def test_overwrite_keeps_what_the_run_reads(parts, tmp_path, capsys):
     for more in (["--store", store], ["--init-from", out]):
         capsys.readouterr()
         assert main(arguments(parts, out, "--method", "kd", "--overwrite", *more)) == 2
-        said = capsys.readouterr().err
-        assert (
-            f"--overwrite would remove {more[1]}, which this run reads" in said
-            and said.count("\n") == 1
-        )
+        printed = capsys.readouterr().err
+        assert f"--overwrite would remove {more[1]}, which this run reads" in printed
+        assert printed.count("\n") == 1
     assert sorted(path for path in out.rglob("*")) == before
 
 
@@ -129,7 +120,8 @@ def test_variants_share_stores_and_a_table(parts, tmp_path):
     file = tmp_path / "compare.toml"
     file.write_text(
         '[store]\nmake = ["adversarial", "targets:2"]\n'
-        '[variants.plain]\nmethod = "ce"\n[variants.taught]\nmethod = "kd"\n[variants.full]\nmethod = "dad"\n'
+        '[variants.plain]\nmethod = "ce"\n[variants.distilled]\nmethod = "kd"\n'
+        '[variants.full]\nmethod = "dad"\n'
     )
     out = tmp_path / "out"
     given = arguments(parts, out, "--jobs", "1")
@@ -137,7 +129,7 @@ def test_variants_share_stores_and_a_table(parts, tmp_path):
     assert len(stores_in(out)) == 2
     for name, kinds in {
         "plain": [],
-        "taught": ["targets"],
+        "distilled": ["targets"],
         "full": ["adversarial", "targets"],
     }.items():
         facts = read(out / name / "seed-0/run.json")
@@ -154,27 +146,11 @@ def test_variants_share_stores_and_a_table(parts, tmp_path):
 def test_stores_that_exist_serve_several_runs(parts, tmp_path):
     assert main(arguments(parts, tmp_path / "one", "--method", "kd", "--stores", "targets:2")) == 0
     (store,) = stores_in(tmp_path / "one")
-    assert (
-        main(
-            arguments(
-                parts,
-                tmp_path / "two",
-                "--method",
-                "kd",
-                "--store",
-                store,
-                "--seeds",
-                "2",
-                "--jobs",
-                "2",
-            )
-        )
-        == 0
-    )
+    given = ["--method", "kd", "--store", store, "--seeds", "2", "--jobs", "2"]
+    assert main(arguments(parts, tmp_path / "two", *given)) == 0
     record = read(tmp_path / "two/results.json")
-    assert [run["seed"] for run in record["runs"]] == [0, 1] and record["environment"][
-        "side_by_side"
-    ] == 2
+    assert [run["seed"] for run in record["runs"]] == [0, 1]
+    assert record["environment"]["side_by_side"] == 2
     assert all(run["store_seconds"] > 0 for run in record["runs"])
 
 
@@ -185,12 +161,11 @@ def test_a_run_that_fails_leaves_the_others(parts, tmp_path, capsys):
     )
     given = arguments(parts, tmp_path / "out", "--max-steps", "12", "--epochs", "12", "--jobs", "1")
     assert main([given[0], str(file), *given[1:]]) == 1
-    said = capsys.readouterr().err
-    assert "failed: wild seed 0: the loss or a gradient was not a number" in said
+    printed = capsys.readouterr().err
+    assert "failed: wild seed 0: the loss or a gradient was not a number" in printed
     record = read(tmp_path / "out/results.json")
-    assert [run["variant"] for run in record["runs"]] == ["sound"] and set(record["failed"]) == {
-        "wild seed 0"
-    }
+    assert [run["variant"] for run in record["runs"]] == ["sound"]
+    assert set(record["failed"]) == {"wild seed 0"}
 
 
 MISTAKES = {
@@ -221,8 +196,8 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_writes_nothing(parts, tmp_path, capsys, what):
     more, words = MISTAKES[what]
     assert main(arguments(parts, tmp_path / "out", *more)) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and words in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and words in printed
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""`dad-fast train` as a user meets it: the real path on an image folder, and every mistake in one line with nothing written."""
+"""`dad-fast train`: the real path on an image folder, and every mistake is one line."""
 
 import json
 import os
@@ -22,21 +22,8 @@ def arguments(parts, out, *more):
 
 @pytest.mark.parametrize("method", ["ce", "kd", "aug-only", "dat", "dad", "dat+dad"])
 def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
-    assert (
-        main(
-            arguments(
-                parts,
-                tmp_path / "run",
-                "--method",
-                method,
-                "--mixup",
-                "0.8",
-                "--aa",
-                "rand-m9-mstd0.5-inc1",
-            )
-        )
-        == 0
-    )
+    augment = ["--mixup", "0.8", "--aa", "rand-m9-mstd0.5-inc1"]
+    assert main(arguments(parts, tmp_path / "run", "--method", method, *augment)) == 0
     made = {path.name for path in (tmp_path / "run").iterdir()}
     expected = {
         "config.toml",
@@ -52,10 +39,8 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
     assert made - sheets == expected
     assert made & sheets == (set() if method in ("ce", "kd") else sheets)
     page = (tmp_path / "run/report.html").read_text()
-    assert all(
-        (words in page) == (method not in ("ce", "kd"))
-        for words in ("changed codes", "difference ×", "Q(clean)")
-    )
+    for words in ("changed codes", "difference ×", "Q(clean)"):
+        assert (words in page) == (method not in ("ce", "kd"))
     record = json.loads((tmp_path / "run/results.json").read_text())
     assert record["steps"] == 2 and record["suites"]["val"]["num_images"] == 24
     facts = json.loads((tmp_path / "run/run.json").read_text())
@@ -63,13 +48,16 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
 
 
 def test_the_discretizers_and_the_two_orders(parts, tmp_path):
-    for number, more in enumerate(
-        (["--discretizer", "jpeg:60"], ["--discretizer", "identity"], ["--attack-order", "authors"])
-    ):
+    forms = (
+        ["--discretizer", "jpeg:60"],
+        ["--discretizer", "identity"],
+        ["--attack-order", "authors"],
+    )
+    for number, more in enumerate(forms):
         assert main(arguments(parts, tmp_path / str(number), *more)) == 0
 
 
-def test_finished_overwritten_and_judged(parts, tmp_path, capsys):
+def test_finished_run_is_resumed_evaluated_and_overwritten(parts, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(arguments(parts, out)) == 0
     weights = (out / "model.safetensors").read_bytes()
@@ -79,79 +67,49 @@ def test_finished_overwritten_and_judged(parts, tmp_path, capsys):
     assert "finished already" in capsys.readouterr().err
     assert main(arguments(parts, out, "--resume", "auto", "--lr", "0.5")) == 2
     assert "optim.lr" in capsys.readouterr().err
-    assert main(arguments(parts, out, "--resume", "auto", "--max-steps", "4")) == 0
+    longer = ["--resume", "auto", "--max-steps", "4"]
+    assert main(arguments(parts, out, *longer)) == 0
     assert json.loads((out / "results.json").read_text())["steps"] == 4
-    assert (
-        main(arguments(parts, out, "--resume", "auto", "--max-steps", "4", "--suite", "contrast:1"))
-        == 0
-    )
+    assert main(arguments(parts, out, *longer, "--suite", "contrast:1")) == 0
     assert list(json.loads((out / "results.json").read_text())["suites"]) == ["contrast:1"]
-    judged = tmp_path / "judged.json"
-    assert (
-        main(
-            [
-                "eval",
-                str(out),
-                "--data-dir",
-                str(parts / "data"),
-                "--suite",
-                "val",
-                "contrast:2",
-                "--json",
-                str(judged),
-            ]
-        )
-        == 0
-    )
-    assert judged.exists()
+    scores = tmp_path / "scores.json"
+    suites = ["--data-dir", str(parts / "data"), "--suite", "val", "contrast:2"]
+    assert main(["eval", str(out), *suites, "--json", str(scores)]) == 0
+    assert scores.exists()
     (out / "notes.txt").write_text("mine")
     (out / "train-rank1.log").write_text("of another process")
     assert main(arguments(parts, out, "--overwrite", "--seed", "1")) == 0
     assert not (out / "train-rank1.log").exists()
-    assert (out / "notes.txt").read_text() == "mine" and (
-        out / "model.safetensors"
-    ).read_bytes() != weights
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "model.safetensors").read_bytes() != weights
 
 
-def test_several_runs_make_a_table(parts, tmp_path, capsys):
+def test_several_runs_make_a_table_longest_first(parts, tmp_path, capsys):
     file = tmp_path / "compare.toml"
     file.write_text(
-        '[variants.plain]\nmethod = "ce"\n[variants.taught]\nmethod = "kd"\nschedule.epochs = 3\n'
+        '[variants.plain]\nmethod = "ce"\n'
+        '[variants.long]\nmethod = "kd"\nschedule.cooldown_epochs = 3\n'
     )
     given = arguments(parts, tmp_path / "out", "--seeds", "2", "--jobs", "1")
     assert main([given[0], str(file), *given[1:]]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    order = [line.partition("] ")[2].partition(":")[0] for line in lines if "/4] " in line]
+    assert order == ["long seed 0", "long seed 1", "plain seed 0", "plain seed 1"]
     record = json.loads((tmp_path / "out/results.json").read_text())
-    assert [(r["variant"], r["seed"]) for r in record["runs"]] == [
-        ("plain", 0),
-        ("plain", 1),
-        ("taught", 0),
-        ("taught", 1),
-    ]
-    assert (tmp_path / "out/taught/seed-1/model.safetensors").exists()
+    cells = [(run["variant"], run["seed"]) for run in record["runs"]]
+    assert cells == [("plain", 0), ("plain", 1), ("long", 0), ("long", 1)]
+    assert (tmp_path / "out/long/seed-1/model.safetensors").exists()
     assert "plain" in (tmp_path / "out/table.md").read_text()
-    shutil.rmtree(tmp_path / "out/taught/seed-1")
+    shutil.rmtree(tmp_path / "out/long/seed-1")
     assert main([given[0], str(file), *given[1:], "--resume", "auto"]) == 0
     again = json.loads((tmp_path / "out/results.json").read_text())
     assert again["runs"][3]["suites"] == record["runs"][3]["suites"]
 
 
-def test_weights_of_another_run_are_a_start(parts, tmp_path):
+def test_init_from_loads_weights_of_another_run(parts, tmp_path):
     assert main(arguments(parts, tmp_path / "first", "--method", "ce")) == 0
-    assert (
-        main(
-            arguments(
-                parts,
-                tmp_path / "second",
-                "--method",
-                "ce",
-                "--init-from",
-                tmp_path / "first",
-                "--lr",
-                "1e-12",
-            )
-        )
-        == 0
-    )
+    start = ["--init-from", tmp_path / "first", "--lr", "1e-12"]
+    assert main(arguments(parts, tmp_path / "second", "--method", "ce", *start)) == 0
     import torch
     from safetensors.torch import load_file
 
@@ -253,8 +211,8 @@ def test_a_mistake_is_one_line_with_its_exit_code_and_writes_nothing(parts, tmp_
     more = change(parts, tmp_path)
     capsys.readouterr()
     assert main(arguments(parts, tmp_path / "out", *more)) == code
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
-    assert len(said) == 1 and word in said[0] and "Traceback" not in said[0], said
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dad-fast")]
+    assert len(errors) == 1 and word in errors[0] and "Traceback" not in errors[0], errors
     assert not (tmp_path / "out").exists()
 
 
