@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from dad_fast.config.options import StoreOptions
 from dad_fast.errors import DataError, UsageError
 from dad_fast.store.layout import hash_keys
 from dad_fast.store.reader import AdversarialStore, open_store
@@ -17,18 +17,18 @@ from dad_fast.store.summary import describe
 from dad_fast.store.verify import merge, verify
 
 
-def run(given: argparse.Namespace) -> int:
-    """Returns the exit code. `given` is what flags.store.parse makes."""
+def run(given: StoreOptions) -> int:
+    """Returns the exit code."""
     return {"info": _info, "verify": _verify, "sheet": _sheet, "merge": _merge}[given.action](given)
 
 
-def _info(given: argparse.Namespace) -> int:
+def _info(given: StoreOptions) -> int:
     for line in describe(given.folders[0]):
         print(line, flush=True)
     return 0
 
 
-def _verify(given: argparse.Namespace) -> int:
+def _verify(given: StoreOptions) -> int:
     folder = given.folders[0]
     problems = verify(folder, _progress("verified", "bytes"))
     for problem in problems:
@@ -41,7 +41,7 @@ def _verify(given: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(given: argparse.Namespace) -> int:
+def _merge(given: StoreOptions) -> int:
     missing = merge(given.folders, given.output, _progress("merged", "shards"))
     if missing:
         print(
@@ -52,7 +52,7 @@ def _merge(given: argparse.Namespace) -> int:
     return 0
 
 
-def _sheet(given: argparse.Namespace) -> int:
+def _sheet(given: StoreOptions) -> int:
     store = open_store(given.folders[0])
     if not isinstance(store, AdversarialStore):
         raise UsageError(
