@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,15 +22,7 @@ def run_interpreted(*files: str) -> None:
         )
     command = [
         sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "interpreter",
+        *shlex.split("-m pytest -v -p no:xdist -p no:cacheprovider -m interpreter"),
         *files,
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -121,6 +121,9 @@ def add_options(parser: Parser, options: type) -> None:
 
 def _read(option: Option, text: str) -> Any:
     flag = option.names[-1]
+    if text == option.default:
+        # argparse passes text defaults through here, too.
+        return text
     if option.choices and text not in option.choices:
         choices = ", ".join(option.choices)
         hint = nearest(text, option.choices)

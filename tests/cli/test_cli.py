@@ -65,17 +65,7 @@ def test_train_gets_settings_and_launch(started: list[Any]) -> None:
     arguments = [
         "train",
         *DEMO,
-        "--lr",
-        "0.5",
-        "-b",
-        "64",
-        "-j0",
-        "-o",
-        "out",
-        "--overwrite",
-        "--suite",
-        "test,val",
-        "gaussian_noise:3",
+        *shlex.split("--lr 0.5 -b 64 -j0 -o out --overwrite --suite test,val gaussian_noise:3"),
     ]
     arguments += ["--no-filter", "--scale", "0.5", "1", "--debug"]
     assert cli.main(arguments) == 0

@@ -1,10 +1,10 @@
-/* A disk that fails, for LD_PRELOAD: counts what a process does to files below a folder, and lets the n-th of these operations fail.
+/* Failing disk, for LD_PRELOAD: counts the file operations of a process below a folder, and lets the n-th of them fail.
  *
- *   DISK_FOLDER  what lies below it counts; nothing happens without it
- *   DISK_AT      the operation's number, from 1; 0 counts only
- *   DISK_HOW     an errno; "short" writes half; "kill" is a kill -9 just before it
- *   DISK_FROM    set: so do all operations after it (but for removing and renaming, which a full disk still does)
- *   DISK_LOG     a file elsewhere that gets a line for each operation
+ *   DISK_FOLDER  the folder; without it, nothing happens
+ *   DISK_AT      number of the operation, from 1; 0 only counts
+ *   DISK_HOW     an errno; "short" writes half; "kill" is a kill -9 before the operation
+ *   DISK_FROM    set: all later operations fail, too, except remove and rename, which work on a full disk
+ *   DISK_LOG     file elsewhere that gets a line for each operation
  *
  * Read at each operation, so that a forked child can choose for itself.
  */
@@ -46,7 +46,7 @@ static void absolute(int folder, const char *path, char *out) {
     else snprintf(out, PATH_MAX, "%s", base);
 }
 
-/* What becomes of an operation. `removes`: it needs no room. */
+/* Outcome of an operation. `removes`: it needs no space. */
 static int judge(const char *operation, int folder, const char *path, int removes) {
     const char *watched = getenv("DISK_FOLDER"), *how = getenv("DISK_HOW"), *at = getenv("DISK_AT"), *log = getenv("DISK_LOG");
     if (!watched || !*watched) return OK;

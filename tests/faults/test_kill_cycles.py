@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -108,28 +109,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def jobs(finished_run: Path) -> dict[str, Job]:
     train = [
-        "train",
-        "--preset",
-        "demo",
-        "--method",
-        "dad",
+        *shlex.split("train --preset demo --method dad"),
         *SETS,
-        "--set",
-        "checkpoint.every_steps=4",
-        "--resume",
-        "auto",
-        "-o",
+        *shlex.split("--set checkpoint.every_steps=4 --resume auto -o"),
     ]
     store = [
-        "precompute",
-        "--preset",
-        "demo",
-        "--images",
-        "raw",
-        "--block-size",
-        "50",
-        "--shard-blocks",
-        "3",
+        *shlex.split("precompute --preset demo --images raw --block-size 50 --shard-blocks 3"),
         *SETS,
     ]
     store += ["--set", "data.train_split=val", "-o"]

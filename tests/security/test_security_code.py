@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -200,35 +201,18 @@ def test_a_run_asks_for_no_network(tmp_path: Path) -> None:
         write_vqgan(tmp_path / "q.ckpt"),
     )
     train = [
-        "train",
-        "--method",
-        "dad",
-        "--data-dir",
+        *shlex.split("train --method dad --data-dir"),
         data,
         "--teacher",
         teacher,
         "--discretizer",
         vqgan,
         *STUDENT,
-        "-b",
-        "8",
-        "-j0",
+        *shlex.split("-b 8 -j0"),
     ]
     run = tmp_path / "run"
     done = offline(
-        [
-            *train,
-            "--max-steps",
-            "2",
-            "--epochs",
-            "1",
-            "--warmup-epochs",
-            "0",
-            "--device",
-            "cpu",
-            "-o",
-            run,
-        ],
+        [*train, *shlex.split("--max-steps 2 --epochs 1 --warmup-epochs 0 --device cpu -o"), run],
         ["export", run, "-o", tmp_path / "out"],
         ["predict", tmp_path / "out", data / "val"],
     )

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -94,12 +95,7 @@ def test_folders_and_files_with_such_names(
                 jpeg() if name == "bee" else b"no image"
             )
     command = [
-        "train",
-        "--method",
-        "ce",
-        "--student",
-        "test_resnet",
-        "--data-dir",
+        *shlex.split("train --method ce --student test_resnet --data-dir"),
         str(tmp_path),
         "-o",
         str(tmp_path / "o"),
