@@ -1,4 +1,4 @@
-"""Tests of Triton kernels run in a process of their own: the interpreter is chosen when triton is imported."""
+"""Tests of Triton kernels under the interpreter, in a separate process, since triton chooses it when imported."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import pytest
 
 
 def run_interpreted(*files: str) -> None:
-    """Run the files' tests marked `interpreter` under Triton's interpreter. Skips where this Triton's interpreter cannot run."""
+    """Run the tests marked `interpreter` in `files` under Triton's interpreter, or skip if it cannot run here."""
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
-    if triton.__version__.startswith("3.6.") and tuple(
-        map(int, numpy.__version__.split(".")[:2])
-    ) >= (2, 4):
+    numpy_version = tuple(map(int, numpy.__version__.split(".")[:2]))
+    if triton.__version__.startswith("3.6.") and numpy_version >= (2, 4):
         pytest.skip(
             f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, not {numpy.__version__}"
         )

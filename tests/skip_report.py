@@ -1,4 +1,4 @@
-"""`pytest --check-skips`: end with a table of skips by reason, and fail on a reason that is not in allowed_skips.toml."""
+"""`pytest --check-skips`: print a table of skips by reason, and fail on a reason that is not in allowed_skips.toml."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class SkipReport:
         terminalreporter.line(f"{counts.total():5}  in all")
         unknown = sum(not self.is_allowed(reason) for reason in counts)
         if unknown:
+            fix = "make these tests run, or add the reason with its why"
             terminalreporter.line(
-                f"error: {unknown} reason(s) not in {ALLOWED_SKIPS.name}: make these tests run, or add the reason and why it stands",
-                red=True,
+                f"error: {unknown} reason(s) not in {ALLOWED_SKIPS.name}: {fix}", red=True
             )
 
 
