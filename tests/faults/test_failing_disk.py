@@ -134,7 +134,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def check(found: dict[str, Any], straight: dict[str, Any], about: str) -> None:
-    about = f"{about}, {found['failed']}: exit code {found['code']}, {found['said'][-3:]}"
+    about = f"{about}, {found['failed']}: exit code {found['code']}, {found['stderr'][-3:]}"
     assert not any("Traceback" in line for line in found["stderr"]), about
     removing = found["failed"].startswith(("unlink", "rmdir"))
     left = [

@@ -1,4 +1,4 @@
-"""`group_norm_silu`: the Triton kernels under the interpreter against float64 and torch's own norm; the op; its refusals.
+"""`group_norm_silu`: Triton kernels under the interpreter compared with float64 and with torch's norm; the op; refused arguments.
 
 The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
 """
@@ -51,12 +51,12 @@ def added(x, residual, channel_bias):
 
 
 def step(dtype):
-    """Spacing at 1. Triton's interpreter cuts bfloat16 where a GPU rounds, so that it is granted twice as much."""
+    """Return the spacing of `dtype` at 1, doubled for bfloat16, which the interpreter truncates and a GPU rounds."""
     return torch.finfo(dtype).eps * (2 if dtype == torch.bfloat16 else 1)
 
 
 def assert_close_enough(y, total, weight, bias, num_groups, silu, eps=1e-6):
-    """Error against float64 at most twice that of torch's norm in `y`'s dtype, or its last digit."""
+    """Assert an error against float64 of at most twice that of torch's norm in `y`'s dtype, or one unit in the last place."""
     exact = reference(total.double(), weight, bias, num_groups, eps, silu, torch.float64)
     plain = F.group_norm(
         total.to(y.dtype).contiguous(), num_groups, weight.to(y.dtype), bias.to(y.dtype), eps
@@ -69,7 +69,7 @@ def assert_close_enough(y, total, weight, bias, num_groups, silu, eps=1e-6):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("shape", "dtype"), EVERY_SHAPE_AND_DTYPE)
 def test_kernel_of_a_branch(shape, dtype):
-    """With the bias before it, and without; no residual."""
+    """With and without a channel bias; no residual."""
     x, _, weight, bias, num_groups, channel_bias = inputs(shape, dtype)
     for before, silu in ((channel_bias, True), (None, False)):
         y, _ = launch(x, None, weight, bias, num_groups, before, silu)
@@ -98,7 +98,7 @@ def test_kernel_with_a_residual(shape, dtype):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("mean", [1e2, 1e4])
 def test_kernel_with_a_mean_far_from_zero(mean):
-    """mean^2 / variance = 1e4 and 1e8: E[x^2] - E[x]^2 would have no digit left in float32."""
+    """mean^2 / variance = 1e4 and 1e8: E[x^2] - E[x]^2 would lose all digits in float32."""
     x, _, weight, bias, num_groups, _ = inputs((1, 64, 12, 12, 8), mean=mean)
     y, _ = launch(x, None, weight, bias, num_groups, None)
     exact = reference(x.double(), weight, bias, num_groups, 1e-6, True, torch.float64)
@@ -107,7 +107,7 @@ def test_kernel_with_a_mean_far_from_zero(mean):
 
 @pytest.mark.interpreter
 def test_kernel_with_a_small_eps_and_small_values():
-    """A stream scaled by 2^-12 with eps 2^-24 gives what the unscaled one gives."""
+    """A stream scaled by 2^-12 with eps 2^-24 gives the result of the unscaled one."""
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[0])
     scale = 2.0**-12
     plain, _ = launch(x, residual, weight, bias, num_groups, channel_bias)
@@ -125,7 +125,7 @@ def test_kernel_with_a_small_eps_and_small_values():
 
 @pytest.mark.interpreter
 def test_kernel_layouts_and_table():
-    """Contiguous and strided maps are taken as NHWC ones are; the table's own meta-parameters; no image at all."""
+    """Contiguous and strided maps give the result of NHWC ones; the table's meta-parameters; an empty batch."""
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[4])
     expected = launch(x, residual, weight, bias, num_groups, channel_bias)
     wide = torch.zeros(1, 128, 4, 16)
@@ -148,8 +148,8 @@ def test_kernel_layouts_and_table():
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_kernel_with_a_value_that_is_no_number(value):
-    """Its group is NaN, as torch's is; the others are untouched."""
+def test_kernel_with_a_non_finite_value(value):
+    """Its group is NaN, as in torch, and the others are unchanged."""
     x, _, weight, bias, num_groups, _ = inputs(SHAPES[0])
     x[0, 3, 5, 2] = value  # in the first of 8 groups
     y, _ = launch(x, None, weight, bias, num_groups, None)
@@ -160,7 +160,7 @@ def test_kernel_with_a_value_that_is_no_number(value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_ops_keep_the_rules_of_ops(dtype):
+def test_operator_contract(dtype):
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[1], dtype)
     torch.library.opcheck(
         torch.ops.dad_fast.group_norm_silu.default,
@@ -200,7 +200,7 @@ def test_the_ops_keep_the_rules_of_ops(dtype):
         ({"residual": torch.zeros(2, 6, 4, 4, dtype=torch.float16)}, "residual"),
     ],
 )
-def test_wrong_arguments(change, words):
+def test_wrong_arguments_are_refused(change, words):
     args = {
         "x": torch.zeros(2, 6, 4, 4),
         "weight": torch.ones(6),
