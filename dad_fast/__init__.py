@@ -1,8 +1,9 @@
 """Discrete adversarial distillation, fast.
 
-`import dad_fast as df` gives `df.load_student`, `df.load_teacher`, `df.load_discretizer`, `df.open_source`, `df.Teacher`,
-`df.VQGAN`, `df.PGD`, `df.discretize`, `df.losses`, `df.AdversarialStore` and `df.TargetStore`. Names are imported on first
-use, so that `import dad_fast` and `dad-fast -h` load neither numpy nor torch.
+`import dad_fast as df` gives `df.load_student`, `df.load_teacher`, `df.load_discretizer`,
+`df.open_source`, `df.Teacher`, `df.VQGAN`, `df.PGD`, `df.discretize`, `df.losses`,
+`df.AdversarialStore` and `df.TargetStore`. Names are imported on first use, so that
+`import dad_fast` and `dad-fast -h` load neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """Return the version in pyproject.toml, read from the checkout or from the installed package's metadata."""
+    """Return the version in pyproject.toml of the checkout, or that of the installed package."""
     from pathlib import Path
 
     project = Path(__file__).parents[1] / "pyproject.toml"

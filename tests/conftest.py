@@ -1,4 +1,4 @@
-"""Set-up of every test: no network, no file in $HOME, one thread per xdist worker, gpu tests skipped without CUDA."""
+"""Set-up of every test: no network, no file in $HOME, one thread per worker, gpu tests on CUDA."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _gpu_still_answers(request: pytest.FixtureRequest) -> Iterator[None]:
-    """End this process if its GPU fails: after an illegal access by a kernel, every later call would fail, too."""
+    """End this process if its GPU fails: after an illegal access, every later call fails, too."""
     yield
     is_gpu_test = request.node.get_closest_marker("gpu") is not None
     if not is_gpu_test or not sys.modules["torch"].cuda.is_available():

@@ -1,4 +1,4 @@
-"""Tests of Triton kernels under the interpreter, in a separate process, since triton chooses it when imported."""
+"""Tests of Triton kernels under the interpreter, which triton chooses when it is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def run_interpreted(*files: str) -> None:
-    """Run the tests marked `interpreter` in `files` under Triton's interpreter, or skip if it cannot run here."""
+    """Run the tests marked `interpreter` in `files` in a new process, or skip if it cannot run."""
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
     numpy_version = tuple(map(int, numpy.__version__.split(".")[:2]))
     if triton.__version__.startswith("3.6.") and numpy_version >= (2, 4):

@@ -1,4 +1,4 @@
-"""`pytest --check-skips`: print a table of skips by reason, and fail on a reason that is not in allowed_skips.toml."""
+"""`pytest --check-skips`: table of skips by reason; fail on a reason not in allowed_skips.toml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.toml")
 
 
 class SkipReport:
-    """Plugin of the process that reports: under xdist the controller, which receives the workers' skips."""
+    """Plugin of the process that reports. Under xdist, the controller gets the workers' skips."""
 
     def __init__(self, config: pytest.Config, allowed: Path = ALLOWED_SKIPS) -> None:
         self.config = config
@@ -50,7 +50,7 @@ class SkipReport:
 
 
 def load_patterns(path: Path) -> list[re.Pattern[str]]:
-    """Read the reasons that hold on this machine: entries without `when`, and entries whose marker is true here."""
+    """Read the reasons for this machine: entries without `when`, or whose marker is true here."""
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["skip"]
     for entry in entries:
         if not {"reason", "why"} <= entry.keys() <= {"reason", "why", "when"}:

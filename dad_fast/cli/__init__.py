@@ -1,1 +1,4 @@
-"""Commands of `dad-fast`, one file each: options, help and one call. Imports neither torch nor numpy."""
+"""Commands of `dad-fast`, one file each: options, help and one call.
+
+Imports neither torch nor numpy.
+"""

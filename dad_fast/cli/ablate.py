@@ -1,4 +1,7 @@
-"""`dad-fast ablate`: options and help. Base settings as for `dad-fast train`, and axes that vary around them."""
+"""`dad-fast ablate`: options and help.
+
+Base settings as for `dad-fast train`, and axes that vary around them.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,8 @@ def _read(options: AblateOptions, given: dict[str, Any], debug: bool) -> tuple[P
     check(plan.config)
     if options.resume not in ("", "auto"):
         raise UsageError(
-            f"--resume {options.resume}: a sweep resumes with --resume auto, in the folder of --output"
+            f"--resume {options.resume}: a sweep resumes with --resume auto, "
+            "in the folder of --output"
         )
     launch = Launch(
         output=options.output,

@@ -48,9 +48,7 @@ def parse(arguments: Sequence[str]) -> DoctorOptions:
     parser = options_parser("doctor", DoctorOptions)
     options = typed_options(DoctorOptions, vars(parser.parse(arguments)))
     if options.data and options.numerics:
-        raise UsageError(
-            "--data checks a data set and --numerics this machine: leave one out"
-        )
+        raise UsageError("--data checks a data set and --numerics this machine: leave one out")
     if not options.data and options != DoctorOptions(numerics=options.numerics):
         raise UsageError("--split, --class-map, --loader and --need go with --data DIR")
     return options

@@ -37,7 +37,7 @@ flags:
 {flags}
 """
 
-# Settings that evaluation uses, with the help text where their meaning here differs from the schema's.
+# Settings that evaluation uses, with a help text if they mean something else here.
 SETTINGS = {
     "data.data_dir": "image folder, shards or embedded:digits; empty = the run's own",
     "eval.suites": "what to evaluate on; empty = the run's own, or --val-split",

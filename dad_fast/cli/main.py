@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _keep_children_out_of_the_current_folder() -> None:
     """Make child processes search for modules where this process does.
 
-    With `-m` and `-c`, Python searches the current folder first, which may hold untrusted files; the installed command
-    does not.
+    With `-m` and `-c`, Python searches the current folder first, which may hold untrusted files;
+    the installed command does not.
     """
     try:
         current = os.getcwd()

@@ -1,7 +1,7 @@
-"""Argument parsing that the commands share: flags generated from option classes and from the settings' schema.
+"""Argument parsing that the commands share, generated from option classes and the schema.
 
-Each command is a module next to this one, with `SUMMARY` for the list of commands and `main(arguments, debug)`, which
-returns the exit code.
+Each command is a module next to this one, with `SUMMARY` for the list of commands and
+`main(arguments, debug)`, which returns the exit code.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ Options = TypeVar("Options")
 class Parser(argparse.ArgumentParser):
     """Parser of one command: no abbreviations, and every mistake is a UsageError.
 
-    Settings that are not typed are not in the result. intermixed: flags may stand between words that are optional or
-    many, which argparse alone takes for missing.
+    The result contains only those settings that were typed.
+
+    intermixed: flags may stand between words that are optional or many, which argparse alone takes
+        for missing.
     """
 
     def __init__(self, command: str, *, intermixed: bool = False) -> None:
@@ -87,8 +89,8 @@ def options_parser(command: str, options: type, *, intermixed: bool = False) -> 
 def config_parser(command: str, options: type, *words: str, without: Sequence[str] = ()) -> Parser:
     """Return the parser of a command that takes the settings of a run.
 
-    Besides `options`: optional `words` without a flag, --preset, --set, and the flag of every setting except the paths
-    in `without`.
+    Besides `options`: optional `words` without a flag, --preset, --set, and the flag of every
+    setting except the paths in `without`.
     """
     parser = options_parser(command, options)
     for name in words:
@@ -141,7 +143,10 @@ def typed_options(options: type[Options], given: dict[str, Any], **others: Any) 
 
 
 def read_config(given: dict[str, Any], file: str | Path | None) -> Config:
-    """Return the settings given to a `config_parser`, not checked for completeness. Raises UsageError."""
+    """Return the settings given to a `config_parser`, not checked for completeness.
+
+    Raises UsageError.
+    """
     path = Path(file) if file else None
     return gather(given["preset"], path, given["sets"], typed_settings(given))
 

@@ -1,4 +1,7 @@
-"""`dad-fast precompute`: options and help. The settings of `dad-fast train` that a store depends on, and its form."""
+"""`dad-fast precompute`: options and help.
+
+The settings of `dad-fast train` that a store depends on, and its form.
+"""
 
 from __future__ import annotations
 

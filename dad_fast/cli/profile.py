@@ -1,4 +1,7 @@
-"""`dad-fast profile`: options and help. The settings of `dad-fast train`, and which of its steps are profiled."""
+"""`dad-fast profile`: options and help.
+
+The settings of `dad-fast train`, and which of its steps are profiled.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, ProfileLaunch]:
-    """Return the settings of one run, not checked for completeness, and the options. Raises UsageError."""
+    """Return the settings of one run, not checked for completeness, and the options.
+
+    Raises UsageError.
+    """
     given = vars(config_parser("profile", ProfileLaunch, "config").parse(arguments))
     kind = given["kind"]
     if kind not in KINDS:
@@ -73,7 +79,10 @@ def parse(arguments: Sequence[str]) -> tuple[Config, ProfileLaunch]:
 
 
 def only_run(cfg: Config) -> Config:
-    """Return the run that `cfg` describes; of several seeds the first. Raises UsageError for several variants."""
+    """Return the run that `cfg` describes; of several seeds the first.
+
+    Raises UsageError for several variants.
+    """
     runs = {name: one for name, _, one in reversed(expand(cfg))}
     if len(runs) > 1:
         names = ", ".join(sorted(runs))

@@ -93,7 +93,7 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def _only_resumes(given: dict[str, Any], paths: set[str]) -> bool:
-    """Tell whether the command line leaves all settings that change the result to the run it resumes."""
+    """Tell whether the command line resumes a run without settings that change its result."""
     names_settings = given["config"] or given["preset"]
     return given["resume"] == "auto" and not names_settings and paths <= RESUME_SAFE
 

@@ -1,4 +1,4 @@
-"""Flat table of the settings ("optim.lr"), made from the schema, and conversion of values to their types."""
+"""Flat table of the schema's settings ("optim.lr"), and conversion of values to their types."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OTHER_NAMES = {
     "--store-views": "--stores KIND:VIEWS",
 }
 
-# Limits of TOML text, since its reading time grows with their square: characters, and dots of a key.
+# Limits of TOML text, since parsing time grows with their square: characters, dots of a key.
 _LONGEST = 1_000_000
 _DEEPEST = 100
 
@@ -125,7 +125,10 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def lookup(path: str, where: str) -> Setting:
-    """Return the setting at `path`. Raises UsageError, which names `where` and the nearest known path."""
+    """Return the setting at `path`.
+
+    Raises UsageError, which names `where` and the nearest known path.
+    """
     table = settings()
     if path in table:
         return table[path]

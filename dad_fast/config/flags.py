@@ -1,4 +1,4 @@
-"""Command-line flags as fields of a dataclass: their declaration, and readers of the text typed after them."""
+"""Command-line flags as fields of a dataclass: declaration, and readers of the typed text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Option(NamedTuple):
 
     @property
     def metavars(self) -> list[str]:
-        """Placeholders of the values; empty for a switch. The last one is "..." for any number of values."""
+        """Placeholders of the values; empty for a switch.
+
+        The last one is "..." for any number of values.
+        """
         return [part for part in self.flag.split() if not part.startswith("-")]
 
 
@@ -59,7 +62,10 @@ def option(
 
 
 def word(default: Any = "") -> Any:
-    """Field for words without a flag, which the top of the help screen explains: one, or any number if it is a tuple."""
+    """Field for words without a flag: one, or any number if `default` is a tuple.
+
+    The top of the help screen explains them.
+    """
     return option(default, "", "")
 
 

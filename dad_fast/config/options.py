@@ -1,7 +1,8 @@
-"""Options of the commands: how a command runs and what it writes, as opposed to what a run computes (schema).
+"""Options of the commands: how a command runs and what it writes. The schema is what a run computes.
 
-One frozen dataclass per command. A field made by `option` or `word` is the only declaration of its flag: the parser and
-the help screen are generated from it. Plain fields have no flag; the command fills them in.
+One frozen dataclass per command. A field made by `option` or `word` is the only declaration of its
+flag: the parser and the help screen are generated from it. Plain fields have no flag; the command
+fills them in.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ class ConfigOptions:
 class Launch:
     """`dad-fast train`: how a run is started. Nothing here changes a result.
 
-    resume: "" starts; "auto" continues the run in `output` or starts; otherwise a checkpoint folder.
+    resume: "" starts; "auto" continues the run in `output` or starts; otherwise a checkpoint
+        folder.
     preset: the preset's name, for the record.
     nproc: "auto" is one process per GPU.
     arguments: the command line after the command, for the processes that nproc starts.
     jobs: 0 is one per GPU, or on a CPU two per core.
     devices: of the runs side by side, in turn; () is every GPU, or the device of the settings.
-    both_batch_sizes: the command line gives the batch of a process and the global one, which then must agree.
+    both_batch_sizes: the command line gives the batch of a process and the global one, which then
+        must agree.
     """
 
     nproc: str = option(
@@ -201,7 +204,8 @@ class StoreOptions:
 class AnalyzeLaunch:
     """`dad-fast analyze`: what is measured, and where it is written.
 
-    weights: the student that DAT attacks, as a run's folder; "" is the student's weights in the settings.
+    weights: the student that DAT attacks, as a run's folder; "" is the student's weights in the
+        settings.
     """
 
     output: str = option(
@@ -237,7 +241,8 @@ class DoctorOptions:
     numerics: bool = option(
         False,
         "--numerics",
-        "also check the arithmetic here: codebook search against float64, the attack against its closed form on a linear teacher",
+        "also check the arithmetic here: codebook search against float64, the attack against its "
+        "closed form on a linear teacher",
     )
     data: str = option(
         "", "--data DIR", "image folder, folder or pattern of WebDataset shards, or embedded:digits"
@@ -307,7 +312,8 @@ class ExportOptions:
     weights: str = option(
         "",
         "--weights ema|raw",
-        "the run's EMA, or the weights without it from the latest checkpoint [those that evaluation uses]",
+        "the run's EMA, or the weights without it from the latest checkpoint [those that "
+        "evaluation uses]",
         choices=("ema", "raw"),
     )
     overwrite: bool = option(False, "--overwrite", "replace an earlier export")
@@ -358,5 +364,6 @@ class ReportOptions:
     output: str = option(
         "",
         "-o, --output FILE",
-        "the page; an earlier one is replaced [of one RUN: RUN/report.html; of several: runs/report.html]",
+        "the page; an earlier one is replaced [of one RUN: RUN/report.html; of several: "
+        "runs/report.html]",
     )

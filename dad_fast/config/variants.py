@@ -6,7 +6,8 @@ from dad_fast.config.fields import coerce, flatten, get, lookup, settings, with_
 from dad_fast.config.schema import Config
 from dad_fast.errors import UsageError
 
-# Settings that do not change what a run computes, so that they may differ between a run and its continuation.
+# Settings that do not change what a run computes, so that they may differ between a run and its
+# continuation.
 RESUME_SAFE = frozenset(
     {
         # Speed and place.
@@ -21,7 +22,8 @@ RESUME_SAFE = frozenset(
         "log_every",
         "max_steps",
         "seeds",
-        # data.global_batch_size decides; checkpoint.compatibility checks students with batch norm separately.
+        # data.global_batch_size decides; checkpoint.compatibility checks students with batch norm
+        # separately.
         "data.batch_size",
         "engine.grad_accum_steps",
         # Evaluation.

@@ -1,4 +1,4 @@
-"""Disk that fails at a chosen operation: failing_disk.c, compiled, and the environment that it reads."""
+"""Disk that fails at a chosen operation: failing_disk.c, compiled, and its environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 @lru_cache(maxsize=1)
 def library() -> Path | None:
-    """Return the library for LD_PRELOAD, in a folder deleted at exit; None without Linux or a compiler."""
+    """Return the library for LD_PRELOAD, deleted at exit; None without Linux or a compiler."""
     import atexit
     import tempfile
 
@@ -42,7 +42,8 @@ def needed() -> Path:
 def watching(
     folder: Path, log: Path, at: int = 0, how: str | int = 0, on: bool = False
 ) -> dict[str, str]:
-    """Return the environment that logs operations below `folder` and lets operation `at` fail, with `on` all later ones, too.
+    """Return the environment that logs operations below `folder` and lets operation `at` fail, with
+    `on` all later ones, too.
 
     how: an errno, "short" or "kill".
     """

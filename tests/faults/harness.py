@@ -1,8 +1,8 @@
-"""Kill cycles: kill a command (-9) at random moments, restart it until it ends, and compare with an uninterrupted run.
+"""Kill cycles: kill a command (-9) at random moments, restart it until it ends, compare the result.
 
-Kills alternate between a random time, as a share of the duration of the uninterrupted run, and the moment before a random one
-of that run's file operations (if failing_disk.c can be compiled): these moments are short, and they are the critical
-ones. Both are drawn from a seed and recorded.
+Kills alternate between a random time, as a share of the duration of the uninterrupted run, and the
+moment before a random one of that run's file operations (if failing_disk.c can be compiled): these
+moments are short, and they are the critical ones. Both are drawn from a seed and recorded.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Job:
 class Cycles:
     """Results of the cycles of one job.
 
-    comparisons: finished folders, each after at least one start, compared with the uninterrupted run.
+    comparisons: finished folders that were compared with the uninterrupted run.
     seconds: of everything.
     moments: of each kill.
     """
@@ -148,7 +148,10 @@ def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
 
 
 def _start_and_kill(arguments: list[str], seconds: float, **environment: str) -> int:
-    """Return the exit code: -9, or 0 if the process ended before. With `seconds` 0, it is not killed from here."""
+    """Return the exit code: -9, or 0 if the process ended before.
+
+    With `seconds` 0, it is not killed from here.
+    """
     process = start(arguments, **environment)
     try:
         stderr = process.communicate(timeout=seconds or HANG)[1]

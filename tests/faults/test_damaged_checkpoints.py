@@ -1,4 +1,4 @@
-"""Damaged checkpoints (cut, flipped bits, empty, lost): fall back to the one before and log it, or fail with one line."""
+"""Damaged checkpoints: fall back to the one before and log it, or fail with one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_two(root: Path) -> CheckpointFolder:
 
 
 def check(root: Path, folder: CheckpointFolder) -> None:
-    """Assert that step 3 is loaded instead of the damaged step 6 with a log line, and that step 6 by name fails."""
+    """Assert that step 3 is loaded in place of the damaged step 6, with one line in the log."""
     logged: list[str] = []
     found = folder.load("auto", logged.append)
     assert found is not None and found.state["step"] == 3

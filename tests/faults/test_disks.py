@@ -1,4 +1,4 @@
-"""Full disks, quotas reached in the middle of a write, read-only folders: one line, exit code 4, and no other file lost."""
+"""Full disks, quotas and read-only folders: one line, exit code 4, and no other file lost."""
 
 from __future__ import annotations
 

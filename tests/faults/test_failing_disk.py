@@ -1,9 +1,10 @@
 """Every command that writes, on a disk that fails at any of the command's file operations.
 
-The command prints one line with the file and the fix, exits with code 4, leaves no temporary file and loses no earlier
-file. The operations are those of failing_disk.c: open, write, sync, rename, link, make and remove. One operation fails with
-EIO; or it and all later ones with ENOSPC, except remove and rename; or writes are short, which must change nothing. By
-default one operation each of four commands, drawn from a seed; with `-m slow` all operations of all commands, at most 200.
+The command prints one line with the file and the fix, exits with code 4, leaves no temporary file
+and loses no earlier file. The operations are those of failing_disk.c: open, write, sync, rename,
+link, make and remove. One operation fails with EIO; or it and all later ones with ENOSPC, except
+remove and rename; or writes are short, which must change nothing. By default one operation each of
+four commands, drawn from a seed; with `-m slow` all operations of all commands, at most 200.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TEMPORARY = (".tmp", ".old")
 
 
 class Machine:
-    """Process with the failing disk below it, and the outputs of successful commands: a run, a store, an export."""
+    """Process with the failing disk below it, and the outputs of successful commands."""
 
     def __init__(self, root: Path) -> None:
         self.out, self.made, self.log = root / "out", root / "made", root / "operations.log"

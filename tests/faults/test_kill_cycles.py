@@ -1,7 +1,8 @@
-"""train, precompute, report and export, killed at random moments: the final folder is the same, and no file is ever torn.
+"""Commands killed at random moments: the final folder is the same, and no file is ever torn.
 
-2 kills by default. `--fault-cycles 100` is the long form, with 50 kills of report and export. `--fault-record FILE` adds the
-results of each job to that file, under a lock, so that `-k train` and `-k "not train"` may run side by side.
+2 kills by default. `--fault-cycles 100` is the long form, with 50 kills of report and export.
+`--fault-record FILE` adds the results of each job to that file, under a lock, so that `-k train`
+and `-k "not train"` may run side by side.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def timeless(value: Any) -> Any:
 
 
 def content(path: Path) -> Any:
-    """Return what must be equal of a file: its bytes, or all except times. Of train.log, which records each start, the form."""
+    """Return what must be equal of a file: its bytes, or all except times.
+
+    Of train.log, which records each start, the form.
+    """
     if path.is_symlink():
         return f"-> {os.readlink(path)}"
     if path.is_dir():
@@ -85,7 +89,10 @@ def checkpoints_are_whole(folder: Path) -> None:
 
 
 def export_is_whole(folder: Path) -> None:
-    """Assert that the earlier or the new export is whole. Between two renames there may be none; the next export restores it."""
+    """Assert that the earlier or the new export is whole.
+
+    Between two renames there may be none; the next export restores it.
+    """
     record = folder / "export" / "export.json"
     if record.exists():
         for name, digest in json.loads(record.read_text())["files"].items():
@@ -143,7 +150,7 @@ def jobs(finished_run: Path) -> dict[str, Job]:
 
 
 def add_to_record(path: Path, job: dict[str, Any]) -> None:
-    """Add the job's row to the file, or replace it; under a lock, since another process may add its own."""
+    """Add the job's row to the file, or replace it, under a lock for other processes."""
     from dad_fast.files import atomic_write_json
     from dad_fast.loggers.run_log import environment
     from dad_fast.store.lock import locked

@@ -58,10 +58,10 @@ def held() -> dict[str, int]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("steps", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_handles_and_threads_do_not_grow(tmp_path: Path, steps: int) -> None:
-    """Covers the whole trainer: a loader with a worker, DAD steps, logs, EMA, and a checkpoint every 25 steps.
+    """Covers the trainer with a loader worker, DAD steps, logs, EMA, and frequent checkpoints.
 
-    100 steps detect a tensor or an object that each step keeps. 10,000 steps detect leaks outside Python: memory may grow
-    by 8 MiB, 840 bytes per step.
+    100 steps detect a tensor or an object that each step keeps. 10,000 steps detect leaks outside
+    Python: memory may grow by 8 MiB, 840 bytes per step.
     """
     cfg = config(f"max_steps={100 + steps}")
     trainer = Trainer(cfg, Builder().build(cfg), tmp_path, "long")
@@ -92,7 +92,7 @@ def test_memory_handles_and_threads_do_not_grow(tmp_path: Path, steps: int) -> N
 def test_a_clock_that_jumps_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NTP, suspend, summer time: durations use the monotonic clock, and nothing depends on the wall clock."""
+    """Durations use the monotonic clock, and nothing depends on the wall clock."""
     cfg = config("max_steps=20", "data.workers=0")
     straight = Trainer(cfg, Builder().build(cfg), tmp_path / "straight", "straight")
     straight.start()

@@ -1,4 +1,4 @@
-"""Non-finite outputs of a teacher, a VQGAN or a store: no step is applied, one line, exit code 1 or 4, the state kept."""
+"""Non-finite outputs of a teacher, a VQGAN or a store: no step applied, one line, exit code 1 or 4."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """SIGTERM, SIGUSR1 and Ctrl-C in every phase of every command, in one process and in several.
 
-The command exits with the documented code, prints one line and leaves no process behind; the same command, run again, ends
-with the result of an uninterrupted run. slowly/sitecustomize.py slows a phase down, so that the signal meets it.
+The command exits with the documented code, prints one line and leaves no process behind; the same
+command, run again, ends with the result of an uninterrupted run. slowly/sitecustomize.py slows a
+phase down, so that the signal meets it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ RUN = [
 
 
 class Phase(NamedTuple):
-    """A command, the slow function in it ("module:function:seconds"), the signal, and words of the last line."""
+    """Phase of a command.
+
+    slow: its function that is slowed down, as module:function:seconds.
+    number: the signal.
+    words: of the last line.
+    """
 
     command: str
     slow: str
@@ -147,7 +153,7 @@ def start(line: list[str], folder: Path, slow: str = "") -> subprocess.Popen[str
 
 
 def stop(line: list[str], folder: Path, slow: str, number: int, ranks: int = 1) -> tuple[int, str]:
-    """Return (exit code, stderr) of a command that gets a signal once `ranks` processes are in the slow phase."""
+    """Send a signal once `ranks` processes are in the slow phase. Return (exit code, stderr)."""
     process = start(line, folder, slow)
     try:
         until = time.monotonic() + HANG
@@ -240,7 +246,10 @@ def test_resume_after_a_stop_in_any_phase_is_bit_exact(
 def test_stop_under_torchrun(
     parts: Path, tmp_path: Path, straight: Any, command: str, slow: str, number: int
 ) -> None:
-    """torchrun forwards SIGTERM and Ctrl-C and exits with 1. SIGUSR1 kills it, and its processes notice."""
+    """torchrun forwards SIGTERM and Ctrl-C and exits with 1.
+
+    SIGUSR1 kills it, and its processes notice.
+    """
     given = [*TORCHRUN, *arguments(command, parts, tmp_path / "out")]
     code, stderr = stop(given, tmp_path, slow, number, ranks=1 if slow == VERIFY else 2)
     assert code == (-USR1 if number == USR1 else 1), stderr
@@ -249,7 +258,10 @@ def test_stop_under_torchrun(
 
 
 def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path) -> None:
-    """Three processes share five images (2, 2, 1) or two (1, 1, 0). A signal to one stops all of them."""
+    """Three processes share five images (2, 2, 1) or two (1, 1, 0).
+
+    A signal to one stops all of them.
+    """
     code = f"""
     import signal, numpy as np
     from dad_fast.data.sources.base import open_source

@@ -1,4 +1,4 @@
-"""Loader processes that die or hang: the command prints one line, exits with 1 and leaves no process.
+"""Loader processes that die or hang: one line, exit code 1, and no process left.
 
 tests/data/test_loader.py tests loaders alone.
 """

@@ -1,8 +1,11 @@
-"""Run commands on a failing disk, each in a fork, so that torch is imported once. Start this script with failing_disk.so.
+"""Run commands on a failing disk, each in a fork, so that torch is imported once.
 
-Each line of stdin is a run: {"arguments": [...], "folder": F, "source": G or "", "log": L, "at": 7, "how": 5, "on": false}. F
-becomes a copy of G first. Each line of stdout is its result: exit code, lines on stderr, the operation that failed, the
-number of operations, and the files of F before and after.
+Start this script with failing_disk.so.
+
+Each line of stdin is a run: {"arguments": [...], "folder": F, "source": G or "", "log": L, "at": 7,
+"how": 5, "on": false}. F becomes a copy of G first. Each line of stdout is its result: exit code,
+lines on stderr, the operation that failed, the number of operations, and the files of F before and
+after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CodebookSearch: every back end available here gives the codes of the fp64 search; the grid, the public class."""
+"""CodebookSearch and its grid: every back end available here equals the fp64 search."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`distillation_loss`: the op and its Triton kernels (under the interpreter) against the plain functions and float64.
+"""`distillation_loss`: the op and its Triton kernels compared with plain functions and float64.
 
-Triton chooses the interpreter when imported, so that the tests of the kernels run in a separate process.
+Triton chooses the interpreter when imported, so that tests of kernels run in a separate process.
 """
 
 from itertools import product
@@ -28,7 +28,7 @@ def draw(batch=5, classes=10, scale=3.0, dtype=torch.float32, seed=0):
 
 
 def through_autograd(student, teacher, targets, weight, temperature, smoothing, loss):
-    """Return (losses [2], gradient of G . losses with respect to the student) of the function `loss`."""
+    """Return (losses [2], gradient of G . losses with respect to the student)."""
     student = student.clone().requires_grad_(True)
     ce, kd = loss(student, teacher, targets, weight, temperature, smoothing)
     (G[0] * ce + G[1] * kd).backward()
@@ -87,7 +87,7 @@ def exact(student, teacher, targets, weight, temperature, smoothing):
 
 
 def compare(args, loss, slack=5e-7):
-    """Assert that losses and gradient have at most twice the error of the plain form in the same dtype, plus a few ulps of float32."""
+    """Assert at most twice the error of the plain form in the same dtype, plus a few ulps."""
     got, theirs, true = through_autograd(*args, loss), through_autograd(*args, plain), exact(*args)
     if loss is by_the_kernels and args[0].dtype == torch.bfloat16:
         # The interpreter truncates bfloat16, and a GPU rounds.
@@ -157,7 +157,9 @@ def test_large_common_offset_keeps_precision(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_infinite_logits(loss):
-    """Filtered samples may hold anything, labels ignore -inf of other classes, and NaN in used samples stays visible."""
+    """Filtered samples may hold anything, labels ignore -inf of other classes, and NaN in used
+    samples stays visible.
+    """
     student, teacher, _, labels, _ = draw(4, 10)
     weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
     student[1, 3], student[3, 2], teacher[3, 0] = float("inf"), float("nan"), float("nan")
@@ -205,7 +207,7 @@ def test_strided_logits_and_incoming_gradients(loss):
     torch.testing.assert_close(one.grad, 3 * gradient / G[1])
 
 
-# --- the op -------------------------------------------------------------------------------------------------------------------
+# --- the op ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("targets", ["soft", "labels", None])

@@ -1,6 +1,6 @@
-"""`group_norm_silu`: Triton kernels under the interpreter compared with float64 and with torch's norm; the op; refused arguments.
+"""`group_norm_silu`: the op and its Triton kernels compared with float64 and with torch's norm.
 
-The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
+Triton chooses the interpreter when imported, so that tests of kernels run in a separate process.
 """
 
 import pytest
@@ -51,12 +51,12 @@ def added(x, residual, channel_bias):
 
 
 def step(dtype):
-    """Return the spacing of `dtype` at 1, doubled for bfloat16, which the interpreter truncates and a GPU rounds."""
+    """Return the spacing of `dtype` at 1, doubled for bfloat16, which the interpreter truncates."""
     return torch.finfo(dtype).eps * (2 if dtype == torch.bfloat16 else 1)
 
 
 def assert_close_enough(y, total, weight, bias, num_groups, silu, eps=1e-6):
-    """Assert an error against float64 of at most twice that of torch's norm in `y`'s dtype, or one unit in the last place."""
+    """Assert at most twice the error of torch's norm in `y`'s dtype, or one unit in the last place."""
     exact = reference(total.double(), weight, bias, num_groups, eps, silu, torch.float64)
     plain = F.group_norm(
         total.to(y.dtype).contiguous(), num_groups, weight.to(y.dtype), bias.to(y.dtype), eps
@@ -125,7 +125,7 @@ def test_kernel_with_a_small_eps_and_small_values():
 
 @pytest.mark.interpreter
 def test_kernel_layouts_and_table():
-    """Contiguous and strided maps give the result of NHWC ones; the table's meta-parameters; an empty batch."""
+    """Contiguous and strided maps, the table's meta-parameters, an empty batch."""
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[4])
     expected = launch(x, residual, weight, bias, num_groups, channel_bias)
     wide = torch.zeros(1, 128, 4, 16)
@@ -156,7 +156,7 @@ def test_kernel_with_a_non_finite_value(value):
     assert y[0, :8].isnan().all() and y.isnan().sum() == 8 * 32
 
 
-# --- the op -------------------------------------------------------------------------------------------------------------------
+# --- the op ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,7 @@
-"""Short tests of Triton kernels under the interpreter, in one process. test_triton_search.py has its own process."""
+"""Short tests of Triton kernels under the interpreter, in one process.
+
+test_triton_search.py has its own process.
+"""
 
 import pytest
 

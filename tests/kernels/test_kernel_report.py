@@ -1,5 +1,7 @@
-"""The kernel report: every Triton kernel and every csrc/*.cu compiles for sm_80 and sm_90 without a GPU, spills nothing, and uses
-tensor cores where its design says so; the table of meta-parameters fits the kernels."""
+"""Kernel report: every Triton kernel and csrc/*.cu compiles for sm_80 and sm_90 without a GPU.
+
+No kernel spills, the designed ones use tensor cores, and the table of meta-parameters fits.
+"""
 
 from __future__ import annotations
 

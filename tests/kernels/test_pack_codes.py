@@ -1,4 +1,4 @@
-"""`pack_codes` and `unpack_codes`: every width compared with numpy's bits; the kernels under Triton's interpreter."""
+"""`pack_codes` and `unpack_codes` and their Triton kernels: every width, compared with numpy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`pgd_update`: Triton kernels under the interpreter compared with the plain form and with float64; the op; its code for GPUs.
+"""`pgd_update`: the op and its Triton kernels compared with the plain form and with float64.
 
-The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
+Triton chooses the interpreter when imported, so that tests of kernels run in a separate process.
 """
 
 import pytest
@@ -39,7 +39,7 @@ def exact(pixels, delta, gradient, *step):
 
 
 def assert_close_enough(got, args):
-    """Assert an error in float64 of at most twice that of the plain form, or the spacing of float32."""
+    """Assert at most twice the error of the plain form, or the spacing of float32."""
     for ours, plain, true in zip(got, reference(*args), exact(*args), strict=True):
         error, allowed = (ours.double() - true).abs().max(), (plain.double() - true).abs().max()
         assert error <= 2 * allowed + 1.2e-7, (error, allowed)
@@ -142,7 +142,7 @@ def test_kernel_with_more_blocks_than_partial_sums(monkeypatch):
     assert_close_enough(launch(*args), args)
 
 
-# --- the op -------------------------------------------------------------------------------------------------------------------
+# --- the op ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

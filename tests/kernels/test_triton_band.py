@@ -1,4 +1,7 @@
-"""Error band of the Triton back ends, checked for sums as tensor cores compute them (aligned, truncated, in blocks), in plain torch."""
+"""Error band of the Triton back ends, checked for sums as tensor cores compute them.
+
+The sums are aligned, truncated and in blocks. Everything runs in plain torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from tests.codebooks import DATA
 
 
 def cut_sum(products, accumulator, block):
-    """Sum as the worst tensor cores: blocks aligned with the accumulator to the largest exponent, addends truncated to 24 bits."""
+    """Sum as the least exact tensor cores.
+
+    Blocks and the accumulator are aligned to the largest exponent, addends truncated to 24 bits.
+    """
     for first in range(0, products.shape[-1], block):
         terms = torch.cat([products[..., first : first + block], accumulator[..., None]], -1)
         largest = terms.abs().amax(-1, keepdim=True)

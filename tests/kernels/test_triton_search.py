@@ -1,4 +1,4 @@
-"""Triton back ends of the search equal the fp64 search: under the interpreter on a CPU, and (-m gpu) on a GPU."""
+"""Triton back ends of the search equal the fp64 search, interpreted or (-m gpu) on a GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_search_under_the_interpreter():
 
 
 class Search:
-    """Search with its outputs: codes, quantized, num_nonfinite, and the number of rows that were settled in fp64."""
+    """Search with its outputs. num_settled: rows that were settled in fp64."""
 
     def __init__(self, module, z, e, slots=SLOTS, meta=META):
         z, e = z.to(DEVICE), e.contiguous().to(DEVICE)
@@ -79,7 +79,7 @@ def check(module, z, e, **options):
 
 
 def rows_for(data, d):
-    """Return the number of rows: few for the interpreter and data of which most rows are settled, at about ten per second."""
+    """Return the number of rows: few if the interpreter settles most, at about ten per second."""
     if not INTERPRETED:
         return 501
     if data in (clustered, mixed_scales, tiny, outside):
@@ -92,7 +92,8 @@ def rows_for(data, d):
 def cases(on_a_gpu, interpreted, interpreted_for_some):
     """Parametrize by every kind of data and every (codes, dimensions).
 
-    Under the interpreter: few codes (a few strips and a rest), and the last sizes for four kinds of data only.
+    Under the interpreter: few codes (a few strips and a rest), and the last sizes for four kinds of
+    data only.
     """
     every = [(data, *size) for size in (interpreted if INTERPRETED else on_a_gpu) for data in DATA]
     some = (normal, clustered, mixed_scales, outside) if INTERPRETED else ()
@@ -168,7 +169,7 @@ def test_latents_far_from_every_code(module):
 @on_device
 @every_back_end
 def test_ties_within_and_across_strips(module):
-    """Strips hold four consecutive codes: ties within a strip, and across strips at the same and at another position."""
+    """Strips hold four consecutive codes; ties across strips are at equal and other positions."""
     z, e = normal(6, 128, 4)
     e[5], e[6] = z[0] + 0.25, z[0] - 0.25
     e[40], e[44] = z[1] - 0.25, z[1] + 0.25
@@ -204,7 +205,7 @@ def test_inputs_unchanged_and_same_twice(module):
 @on_device
 @pytest.mark.parametrize("d", [4, 32])
 def test_codebook_search_by_triton(d):
-    """Images in 16 bits and with odd strides, z_q, the counter; also through the operators and compiled as one graph."""
+    """Images in 16 bits and with odd strides, z_q, the counter, the operators, compilation."""
     _, e = normal(1, 70, d)
     search = CodebookSearch(e.to(DEVICE), "triton")
     assert search.backend == "triton"
@@ -229,7 +230,7 @@ def test_codebook_search_by_triton(d):
 
 
 def dot_with_errors(size):
-    """Return a dot product for the interpreter with a random error of +-`size` times the bound assumed for tensor cores."""
+    """Return a dot product for the interpreter with an error of +-`size` times the assumed bound."""
     import numpy as np
     from triton.runtime.interpreter import TensorHandle
 
@@ -250,7 +251,7 @@ def dot_with_errors(size):
 @every_back_end
 @pytest.mark.parametrize("separation", [1e-2, 1e-3, 1e-4])
 def test_codes_survive_the_worst_rounding(module, separation, monkeypatch):
-    """Uses pairs of near codes, on both sides of the resolution of fp16 terms, which a larger error would confuse."""
+    """Uses pairs of codes near the resolution of fp16 terms, which a larger error would confuse."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     z, e = normal(20, 256, 4)

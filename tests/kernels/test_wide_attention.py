@@ -16,7 +16,7 @@ def exact(q, k, v, scale):
 
 
 def written_out(q, k, v, scale):
-    """Return the attention in plain torch and the dtype of the inputs, whose error on this machine is the reference."""
+    """Return the attention in plain torch and the inputs' dtype: its error is the reference."""
     return (scale * q @ k.transpose(1, 2)).softmax(dim=2) @ v
 
 

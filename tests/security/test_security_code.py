@@ -1,4 +1,4 @@
-"""Calls that the code must not contain: run data, use a shell, unpack into the file system, fetch on its own."""
+"""Forbidden calls: execute data, use a shell, unpack into the file system, download."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ if __name__ == "__main__":
 
 
 def test_no_module_is_imported_from_the_current_folder(tmp_path: Path) -> None:
-    """Child processes (loader workers, ranks) must not import files from a data folder in which the command is run."""
+    """Child processes (loader workers, ranks) must not import files from a data folder."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "dad-fast").write_text(INSTALLED)
     (tmp_path / "data").mkdir()
@@ -189,7 +189,7 @@ def offline(*commands: list[object]) -> subprocess.CompletedProcess[str]:
 
 
 def test_commands_with_local_names_use_no_network(tmp_path: Path) -> None:
-    """Covers train with evaluation, export and predict, with the hub's client configured as on a user's machine."""
+    """Covers train, evaluation, export and predict, with the hub's client as users have it."""
     pytest.importorskip("timm")
     pytest.importorskip("open_clip")
     from tests.tiny import STUDENT, write_images, write_teacher, write_vqgan

@@ -1,7 +1,7 @@
-"""Fuzzing of readers: a damaged or forged file gives one of our errors or a result of the right shape, within seconds.
+"""Fuzzing of readers: a damaged or forged file gives one of our errors or a well-formed result.
 
-Each reader gets two kinds of files: bytes changed, cut or added anywhere, and well-formed content with right checksums but
-arbitrary values.
+Each reader gets two kinds of files: bytes changed, cut or added anywhere, and well-formed content
+with right checksums but arbitrary values.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def assert_one_line(error: DadFastError) -> None:
     assert "\n" not in str(error) and len(str(error)) < 2000
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @FUZZ
@@ -115,7 +115,7 @@ def test_any_value_of_any_setting(pairs: list[tuple[str, Any]]) -> None:
             assert_one_line(error)
 
 
-# --- a store ----------------------------------------------------------------------------------------------------------------
+# --- a store --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["raw", "webp"])
@@ -176,7 +176,7 @@ def test_forged_manifest(store: Path, data: Any, value: Any) -> None:
             assert_one_line(error)
 
 
-# --- a checkpoint -----------------------------------------------------------------------------------------------------------
+# --- a checkpoint ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_forged_state(checkpoint: Path, tmp_path: Path, state: Any) -> None:
             assert_one_line(error)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def weights_files() -> dict[str, bytes]:
@@ -298,7 +298,7 @@ def test_forged_description_of_a_student(tmp_path: Path, key: str, value: Any) -
     assert_one_line(caught.value)
 
 
-# --- images -----------------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def image_files() -> dict[str, bytes]:

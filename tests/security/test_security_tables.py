@@ -1,4 +1,4 @@
-"""Hostile class maps, baselines, results, predictions and settings: each is a one-line error, within seconds."""
+"""Hostile class maps, baselines, results, predictions and settings: one-line errors, quickly."""
 
 from __future__ import annotations
 

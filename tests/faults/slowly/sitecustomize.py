@@ -1,4 +1,6 @@
-"""Slow one function down, so that a test can act while it runs. Python imports this first if its folder is on PYTHONPATH.
+"""Slow one function down, so that a test can act while it runs.
+
+Python imports this first if its folder is on PYTHONPATH.
 
 DAD_FAST_SLOW is `module:function:seconds`; each call first writes the file DAD_FAST_SLOW_MARK-RANK.
 """
