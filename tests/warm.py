@@ -98,7 +98,13 @@ def start(
     cwd: Any = None,
     start_new_session: bool = False,
     preload: str = "",
-) -> Process:
+) -> Any:
+    """A Process; where there is no /proc to tell that the process that forks has one thread, one of subprocess.Popen."""
+    if not Path("/proc/self/task").is_dir():
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(
+            command, env=env, cwd=cwd, start_new_session=start_new_session, **pipes
+        )
     assert command[0] == sys.executable and (
         command[1] in ("-c", "-m") or command[1].endswith(".py")
     ), command

@@ -14,8 +14,8 @@ from dad_fast.cli.screen import fill, option_lines, settings_for, two_columns, w
 from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.fields import with_values
 from dad_fast.config.options import AblateOptions
-from dad_fast.config.resolve import check
 from dad_fast.errors import UsageError
+from dad_fast.methods.settings import check
 from dad_fast.sweep.ablation import AXES, Plan, make_plan, papers_axis
 
 SUMMARY = "vary the settings of a run, one factor at a time: one table, one plot"

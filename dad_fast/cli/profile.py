@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from dad_fast.cli.parser import config_parser, read_config, typed_options
 from dad_fast.cli.screen import fill, option_lines, wants_help
-from dad_fast.config import Config, check
+from dad_fast.config import Config
 from dad_fast.config.fields import nearest
 from dad_fast.config.options import ProfileLaunch
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
+from dad_fast.methods.settings import check
 
 SUMMARY = "profile a few training steps: Nsight, torch's profiler, memory"
 KINDS = {

@@ -15,12 +15,13 @@ from dad_fast.cli.screen import (
     two_columns,
     wants_help,
 )
-from dad_fast.config import Launch, check, to_toml
+from dad_fast.config import Launch, to_toml
 from dad_fast.config.fields import sections, settings
 from dad_fast.config.options import ConfigOptions
 from dad_fast.config.resolve import preset_names
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
+from dad_fast.methods.settings import check
 
 SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad, or a linear probe by lp-clip"
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dad_fast.errors import DataError, UsageError, program
+from dad_fast.methods.registry import METHODS
 
 
 class Metric(NamedTuple):
@@ -152,6 +153,11 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
     return header, table, best
 
 
+def _attacks(method: str) -> bool:
+    spec = METHODS.find(method)
+    return spec is None or spec.attacks
+
+
 def _text(found: tuple[float, float | None] | None, digits: int) -> str:
     if found is None:
         return "–"
@@ -195,11 +201,7 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
                 f"{part.capitalize()} {used['name']} has seen: {(used['seen'] or 'not recorded in the weights').rstrip('.')}."
             )
     if modes := sorted(
-        {
-            run["bn"]
-            for run in record["runs"]
-            if run.get("bn") and run["method"] not in ("ce", "kd", "lp-clip")
-        }
+        {run["bn"] for run in record["runs"] if run.get("bn") and _attacks(run["method"])}
     ):
         lines.append(
             f"Batch norm of the students over clean and attacked images: {', '.join(modes)}."

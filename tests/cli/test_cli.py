@@ -15,9 +15,10 @@ import pytest
 from dad_fast import errors
 from dad_fast.cli import main as cli
 from dad_fast.cli import train as train_flags
-from dad_fast.config import Config, Launch, options, resolve, to_toml
+from dad_fast.config import Config, Launch, options, to_toml
 from dad_fast.config.fields import settings
 from dad_fast.config.flags import options_of
+from dad_fast.methods.settings import resolve
 from dad_fast.sweep.ablation import AXES
 
 DEMO = ["--preset", "demo"]
