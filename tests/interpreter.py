@@ -17,7 +17,8 @@ def run_interpreted(*files: str) -> None:
     numpy_version = tuple(map(int, numpy.__version__.split(".")[:2]))
     if triton.__version__.startswith("3.6.") and numpy_version >= (2, 4):
         pytest.skip(
-            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, not {numpy.__version__}"
+            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, "
+            f"not {numpy.__version__}"
         )
     command = [
         sys.executable,

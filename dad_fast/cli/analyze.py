@@ -1,4 +1,4 @@
-"""`dad-fast analyze`: options and help. A run, or settings that name data, teacher and discretizer."""
+"""`dad-fast analyze`: options and help. Takes a run, or settings with a teacher."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Errors that a user can fix are one line on stderr."""
+    """Run one command and return its exit code. Expected errors are one line on stderr."""
     _keep_children_out_of_the_current_folder()
     wait_passively()
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')} (see dad-fast {self.command} -h)")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Return the values by name. Raises UsageError, for an unknown flag with the nearest match."""
+        """Return the values by name. Raises UsageError, with a suggestion for an unknown flag."""
         known = self._option_string_actions
         for token in arguments:
             flag = token.partition("=")[0]

@@ -1,4 +1,4 @@
-"""Help screens, generated from option classes and from the settings' schema. At most 100 columns."""
+"""Help screens of at most 100 columns, generated from option classes and the settings' schema."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fill(template: str, **blocks: str) -> str:
 
 
 def option_lines(options: type, *, debug: bool = True) -> str:
-    """Return the entries of the flags of the class `options`, with their defaults, and of --debug."""
+    """Return the entries of the flags of the class `options`, with defaults, and of --debug."""
     lines = []
     for option in options_of(options):
         if not option.flag:
@@ -85,7 +85,7 @@ def _shown(default: Any) -> str:
 
 
 def flag_names(setting: Setting) -> str:
-    """Return the flags of `setting` and the placeholder of its value, such as "-b, --batch-size N"."""
+    """Return the flags of `setting` with a placeholder, such as "-b, --batch-size N"."""
     short = f"{setting.short}, " if setting.short else ""
     if setting.type is bool:
         return f"{short}--[no-]{setting.flag[2:]}"

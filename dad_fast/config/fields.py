@@ -281,7 +281,7 @@ def read_toml(text: str) -> dict[str, Any]:
 
 
 def _check_numbers(value: Any) -> None:
-    """Raise ValueError for an integer too long to print: tomllib reads hexadecimals of any length."""
+    """Raise ValueError for integers too long to print: tomllib reads any hexadecimal."""
     if isinstance(value, int) and value.bit_length() > 128:
         raise ValueError("a number of more than 128 bits")
     if isinstance(value, dict):

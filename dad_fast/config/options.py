@@ -1,4 +1,4 @@
-"""Options of the commands: how a command runs and what it writes. The schema is what a run computes.
+"""Options of the commands: how a command runs and what it writes. Settings of runs: see schema.
 
 One frozen dataclass per command. A field made by `option` or `word` is the only declaration of its
 flag: the parser and the help screen are generated from it. Plain fields have no flag; the command
@@ -26,7 +26,7 @@ JOBS_DEFAULT = "[one per GPU; on a CPU two per core]"
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions:
-    """Sources of a run's settings, for every command that takes the settings of `dad-fast train`."""
+    """Sources of settings, for every command that takes those of `dad-fast train`."""
 
     preset: str = option("", "--preset NAME", "a named set of settings")
     sets: tuple[str, ...] = option(
@@ -302,7 +302,7 @@ class EvalLaunch:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """`dad-fast export`. `formats` (): the model's own; `weights` "": those that evaluation uses."""
+    """`dad-fast export`. formats: () is the model's own. weights: "" is those of evaluation."""
 
     checkpoint: str = word()
     output: str = option("", "-o, --output DIR", "the new folder")

@@ -54,5 +54,5 @@ def _key(key: str) -> str:
 
 
 def _string(text: str) -> str:
-    """Quote `text`. JSON's escapes are those of TOML, except for DEL, which JSON does not escape."""
+    """Quote `text`. JSON escapes like TOML, except for DEL, which JSON does not escape."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

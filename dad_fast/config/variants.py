@@ -86,7 +86,7 @@ def with_batch_sizes(cfg: Config, num_processes: int) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return 'section.key: old → new' for every different setting that changes what a run computes."""
+    """Return 'section.key: old → new' for every difference that changes what a run computes."""
     lines = [
         f"{path}: {get(old, path)!r} → {get(new, path)!r}"
         for path in settings()

@@ -1,4 +1,4 @@
-"""Command line: dispatch, help screens, messages and exit codes. A recorder replaces `train.run`."""
+"""Command line: dispatch, help screens, messages, exit codes. A recorder replaces `train.run`."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], line: str) -> No
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_lists_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of each option class; settings of `train` are listed by its --help-all."""
+    """Covers the option classes; `train --help-all` lists the settings."""
     assert cli.main([command, "-h"]) == 0
     text = capsys.readouterr().out
     flags = [name for option in options_of(OPTIONS[command]) for name in option.names]
@@ -252,7 +252,8 @@ def test_as_a_module_and_through_a_pipe() -> None:
     )
     message = "dad-fast: error: unknown flag --zzz; dad-fast train --help-all lists every flag\n"
     assert (result.returncode, result.stderr) == (2, message)
-    late = "import time; time.sleep(0.3); from dad_fast.cli.main import main; main(['train', '--help-all'])"
+    run = "from dad_fast.cli.main import main; main(['train', '--help-all'])"
+    late = f"import time; time.sleep(0.3); {run}"
     closed = subprocess.run(
         f"{shlex.join([sys.executable, '-c', late])} | true",
         shell=True,

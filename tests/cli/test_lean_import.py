@@ -9,7 +9,12 @@ import sys
 import pytest
 
 HEAVY = {"numpy", "torch", "timm", "open_clip", "PIL", "rich", "triton"}
-WATCH = "import sys; import {module}; {call}; print(','.join(sorted({{name.split('.')[0] for name in sys.modules}})), file=sys.stderr)"
+WATCH = """
+import sys
+import {module}
+{call}
+print(','.join(sorted({{name.split('.')[0] for name in sys.modules}})), file=sys.stderr)
+"""
 
 
 def loaded(module: str, call: str = "pass") -> set[str]:

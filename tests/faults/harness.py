@@ -95,7 +95,7 @@ def shim() -> dict[str, str]:
 
 
 def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
-    """Kill `num_kills` processes and finish their work. Raises AssertionError if a result differs."""
+    """Kill `num_kills` processes and finish their work. AssertionError if a result differs."""
     begin = time.monotonic()
     straight = root / "straight"
     log = root / "operations.log"
@@ -138,9 +138,8 @@ def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
         there = job.contents(folder)
         names = sorted(there.keys() | expected.keys())
         differ = [name for name in names if there.get(name) != expected.get(name)]
-        assert not differ, (
-            f"{job.name}: {differ} of {folder} and {straight} differ; seed {seed}, killed {found.moments}"
-        )
+        about = f"{job.name}: {differ} of {folder} and {straight} differ"
+        assert not differ, f"{about}; seed {seed}, killed {found.moments}"
         found.comparisons += 1
         found.files_compared += len(expected)
     found.seconds = round(time.monotonic() - begin, 1)

@@ -1,4 +1,4 @@
-"""Long runs: memory, file handles and threads do not grow, and a clock that jumps changes nothing."""
+"""Long runs: memory, handles and threads do not grow, and a clock that jumps changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Non-finite outputs of a teacher, a VQGAN or a store: no step applied, one line, exit code 1 or 4."""
+"""Non-finite outputs of a teacher, a VQGAN or a store: no step, one line, exit code 1 or 4."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_learning_rate_that_diverges_stops_the_run(
 def test_non_finite_vqgan_codes_are_reported(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run reports that non-finite latents got code 0."""
+    """Non-finite latents get code 0, which the run reports."""
     weights = torch.load(inputs / "vqgan.ckpt", weights_only=True)
     weights["state_dict"]["encoder.conv_in.weight"].view(-1)[0] = float("nan")
     torch.save(weights, tmp_path / "bad.ckpt")

@@ -270,7 +270,8 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     from dad_fast.evaluate.runner import evaluate
     from dad_fast.evaluate.suites.base import EvalSet, Subset
     source = open_source({str(parts / "data")!r}, "val")
-    view = {{"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear", "batch_size": 1, "workers": 0, "device": torch.device("cpu")}}
+    view = {{"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear"}}
+    how = {{"batch_size": 1, "workers": 0, "device": torch.device("cpu"), "stopped": "as asked"}}
 
     def count(stopping_rank, num_images, corruption=None):
         def model(pixels):
@@ -278,13 +279,16 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
                 os.kill(os.getpid(), signal.SIGUSR1)
             return torch.zeros(len(pixels), 3)
         rows = np.arange(num_images)
-        eval_set = EvalSet("some", (Subset(source, rows, source.labels[rows]), Subset(source, rows, source.labels[rows])), source.classes)
+        part = Subset(source, rows, source.labels[rows])
+        eval_set = EvalSet("some", (part, part), source.classes)
         with stop_requests():
             try:
-                return evaluate(model, eval_set, corruption=corruption, stopped="as asked", **view).num_images
+                result = evaluate(model, eval_set, corruption=corruption, **view, **how)
+                return result.num_images
             except Preempted as stop:
                 return str(stop)
-    print(count(None, 5), count(0, 5), count(2, 5, ("contrast", None)), count(1, 2), count(2, 2), count(None, 2))
+    of_five = count(None, 5), count(0, 5), count(2, 5, ("contrast", None))
+    print(*of_five, count(1, 2), count(2, 2), count(None, 2))
     d.close()
     """
     found = run_together(3, tmp_path, code)

@@ -56,7 +56,7 @@ def step(dtype):
 
 
 def assert_close_enough(y, total, weight, bias, num_groups, silu, eps=1e-6):
-    """Assert at most twice the error of torch's norm in `y`'s dtype, or one unit in the last place."""
+    """Assert at most twice the error of torch's norm in `y`'s dtype, or one ulp."""
     exact = reference(total.double(), weight, bias, num_groups, eps, silu, torch.float64)
     plain = F.group_norm(
         total.to(y.dtype).contiguous(), num_groups, weight.to(y.dtype), bias.to(y.dtype), eps

@@ -131,7 +131,7 @@ def test_sizes_of_codebook(module, k):
 
 @on_device
 def test_16384_codes_of_4_dimensions():
-    """The codebook size of the paper, with the table's meta-parameters: few rows are settled."""
+    """Codebook size of the paper, with the table's meta-parameters: few rows are settled."""
     found = check(triton_small, *normal(150, 16384, 4), slots=None, meta=None)
     assert found.num_settled <= 8
 
@@ -183,8 +183,11 @@ def test_ties_within_and_across_strips(module):
 @every_back_end
 def test_not_finite(module):
     z, e = normal(20, 50, 4)
-    z[3, 1], z[5, 0], z[7, 2], z[19] = torch.nan, torch.inf, -torch.inf, torch.nan
-    e[0, 0], e[17, 3], e[18, 1], e[49] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    z[3, 1] = z[19] = torch.nan
+    z[5, 0], z[7, 2] = torch.inf, -torch.inf
+    e[0, 0] = torch.nan
+    e[17, 3] = torch.inf
+    e[18, 1] = e[49] = -torch.inf
     found = Search(module, z, e)
     assert torch.equal(found.codes.cpu(), search_reference(z, e))
     assert found.codes[[3, 5, 7, 19]].tolist() == [0] * 4
@@ -230,7 +233,7 @@ def test_codebook_search_by_triton(d):
 
 
 def dot_with_errors(size):
-    """Return a dot product for the interpreter with an error of +-`size` times the assumed bound."""
+    """Return a dot product for the interpreter with an error of `size` times the bound."""
     import numpy as np
     from triton.runtime.interpreter import TensorHandle
 

@@ -21,7 +21,7 @@ def written_out(q, k, v, scale):
 
 
 def strided(batch, tokens, width, dtype, device="cpu"):
-    """Return q, k, v as they come from maps [B, C, H, W] in NCHW: the last dimension is not dense."""
+    """Return q, k, v as from maps [B, C, H, W] in NCHW: the last dimension is not dense."""
     return torch.randn(3, batch, width, tokens, device=device).to(dtype).transpose(2, 3)
 
 

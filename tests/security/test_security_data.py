@@ -1,4 +1,4 @@
-"""Hostile data: names with escape sequences or paths, links, decompression bombs, extreme shapes."""
+"""Hostile data: names with escape sequences or paths, links, bombs, extreme shapes."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_images_with_false_sizes_are_refused_quickly(tmp_path: Path, content: by
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 50_000)])
 def test_extreme_aspect_ratio_does_not_exhaust_memory(size: tuple[int, int]) -> None:
-    """Resizing the shorter side to 256 would give four billion pixels. Runs under a memory limit."""
+    """Resizing the shorter side to 256 gives four billion pixels. Runs under a memory limit."""
     code = f"""
 import resource, numpy as np
 from PIL import Image

@@ -50,7 +50,7 @@ def test_files_follow_the_umask_and_are_private_while_written(
 
 
 def test_writing_does_not_follow_a_link(tmp_path: Path) -> None:
-    """The link is replaced, and its target stays."""
+    """Replaces the link and keeps its target."""
     (tmp_path / "precious").write_text("years")
     (tmp_path / "link").symlink_to("precious")
     atomic_write_bytes(tmp_path / "link", b"new")

@@ -130,7 +130,7 @@ def test_malformed_csv_baselines_are_refused(tmp_path: Path, text: str) -> None:
 @example(f"h\na,b,{HUGE},1,1,1,1,J,1,\n")
 @example("h\n" + "a" * 200_000)
 def test_any_text_as_an_index(tmp_path: Path, text: str) -> None:
-    """With a right checksum. A file that is no index is built again."""
+    """Builds an index again if the file has a right checksum but is no index."""
     body = text.encode()
     (tmp_path / "i.csv").write_bytes(
         _encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, x")
