@@ -124,9 +124,8 @@ def test_images_and_quantized(backend: str, dtype: torch.dtype) -> None:
     z, e = torch.randn(2, 4, 5, 3).to(dtype), torch.randn(500, 4).to(dtype)
     search = CodebookSearch(e, backend)
     codes, quantized = search.search_and_quantize(z)
-    assert (
-        codes.shape == (2, 5, 3) and quantized.shape == z.shape and quantized.dtype == torch.float32
-    )
+    assert codes.shape == (2, 5, 3)
+    assert quantized.shape == z.shape and quantized.dtype == torch.float32
     assert torch.equal(codes, nearest_code(z, e)) and torch.equal(codes, search.search(z))
     assert torch.equal(quantized, e.float()[codes].permute(0, 3, 1, 2))
     flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
@@ -184,10 +183,8 @@ def test_copies_give_the_same_codes(copied) -> None:
     search = CodebookSearch(e)
     other = copied(search)
     del search
-    assert (
-        torch.equal(other.search(z), nearest_code(z, e))
-        and other.backend == CodebookSearch(e).backend
-    )
+    assert torch.equal(other.search(z), nearest_code(z, e))
+    assert other.backend == CodebookSearch(e).backend
 
 
 def test_auto_chooses_and_logs_the_back_end(caplog: pytest.LogCaptureFixture) -> None:

@@ -160,6 +160,5 @@ def test_concurrent_builds_leave_one_whole_file(tmp_path: Path) -> None:
     assert all(process.returncode == 0 for process in processes)
     e = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
     assert results == {f"{int(nearest_code(2 * e, e).sum())}\n" * 3}
-    assert (
-        grid_search.read_grid(cache_file(tmp_path), e) is not None
-    )  # one file, whole, and no temporary one
+    # One whole file, and no temporary one.
+    assert grid_search.read_grid(cache_file(tmp_path), e) is not None

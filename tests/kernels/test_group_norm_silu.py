@@ -11,23 +11,19 @@ import torch.nn.functional as F
 from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# B, C, H, W, groups.
 SHAPES = [
     (2, 64, 8, 4, 8),
     (1, 24, 5, 7, 4),
     (2, 1, 1, 1, 1),
     (1, 96, 9, 5, 3),
     (1, 128, 4, 8, 16),
-]  # B, C, H, W, groups
+]
 EVERY_SHAPE_AND_DTYPE = [(shape, torch.float32) for shape in SHAPES]
-EVERY_SHAPE_AND_DTYPE += [
-    (shape, dtype) for dtype in DTYPES[1:] for shape in SHAPES[:2]
-]  # one of even sizes, one of odd ones
-META = {
-    "rows": 8,
-    "columns": 64,
-    "tiles": 2,
-    "num_warps": 4,
-}  # small, so that small maps have several chunks and strips
+# One shape of even sizes, and one of odd sizes.
+EVERY_SHAPE_AND_DTYPE += [(shape, dtype) for dtype in DTYPES[1:] for shape in SHAPES[:2]]
+# Small, so that small maps have several chunks and strips.
+META = {"rows": 8, "columns": 64, "tiles": 2, "num_warps": 4}
 
 
 def inputs(shape, dtype=torch.float32, mean=0.0):
@@ -87,9 +83,8 @@ def test_kernel_with_a_residual(shape, dtype):
     exact = added(x, residual, channel_bias)
     rounded_in_float32 = 1e-6 * sum(term.abs().max().item() for term in (x, residual, channel_bias))
     assert ((total.double() - exact).abs() <= step(dtype) * exact.abs() + rounded_in_float32).all()
-    assert_close_enough(
-        y, total, weight, bias, num_groups, True
-    )  # the norm is of the sum as it is stored
+    # The norm is that of the stored sum.
+    assert_close_enough(y, total, weight, bias, num_groups, True)
     again = launch(*args)
     assert torch.equal(y, again[0]) and torch.equal(total, again[1])
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
@@ -151,7 +146,8 @@ def test_kernel_layouts_and_table():
 def test_kernel_with_a_non_finite_value(value):
     """Its group is NaN, as in torch, and the others are unchanged."""
     x, _, weight, bias, num_groups, _ = inputs(SHAPES[0])
-    x[0, 3, 5, 2] = value  # in the first of 8 groups
+    # In the first of 8 groups.
+    x[0, 3, 5, 2] = value
     y, _ = launch(x, None, weight, bias, num_groups, None)
     assert y[0, :8].isnan().all() and y.isnan().sum() == 8 * 32
 

@@ -110,11 +110,8 @@ def test_table_and_names():
 
 def test_report_under_the_interpreter_is_refused():
     done = call("pack_codes: 14", "--only", "triton", "--arch", "sm_80", TRITON_INTERPRET="1")
-    assert (
-        done.returncode == 3
-        and done.stderr.strip()
-        == "report: TRITON_INTERPRET is set: the interpreter compiles nothing; unset it"
-    )
+    message = "report: TRITON_INTERPRET is set: the interpreter compiles nothing; unset it"
+    assert (done.returncode, done.stderr.strip()) == (3, message)
 
 
 def test_missing_tools_are_one_line_and_exit_3(monkeypatch, capsys):
@@ -166,9 +163,8 @@ def test_cuda_sources_are_read(monkeypatch, capsys, tmp_path):
     assert report.main(["--only", "cuda", "--arch", "sm_90", "--json"]) == 1
     out = capsys.readouterr()
     found = {row["name"].removeprefix("good.cu: "): row for row in json.loads(out.out)["kernels"]}
-    assert (
-        not found["copy"]["spills"] and found["spill"]["spills"] and found["spill"]["stack"] >= 256
-    )
+    assert not found["copy"]["spills"] and found["spill"]["spills"]
+    assert found["spill"]["stack"] >= 256
     assert "bad.cu for sm_90" in out.err and len(out.err.splitlines()) == 1
 
 

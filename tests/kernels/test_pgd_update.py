@@ -58,7 +58,8 @@ def test_kernel_equals_the_plain_form(shape, step):
     size = delta.flatten(1).norm(dim=1) if step[0] == "l2" else delta.abs().amax()
     assert (size <= step[1] * (1 + 1e-5) + 1e-6).all()
     for first, second in zip(got, launch(*args), strict=True):
-        assert torch.equal(first, second)  # the same result twice
+        # The same result twice.
+        assert torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(before, args[:3], strict=True))
 
 
@@ -100,17 +101,13 @@ def test_kernel_with_zero_and_non_finite_gradients(norm):
     gradient[0] = 0.0
     gradient[1, 0, 0, 0] = float("nan")
     gradient[2, 0, 0, 0] = float("inf")
-    got, plain = (
-        launch(pixels, delta, gradient, norm, 0.1, 0.1),
-        reference(pixels, delta, gradient, norm, 0.1, 0.1),
-    )
+    got = launch(pixels, delta, gradient, norm, 0.1, 0.1)
+    plain = reference(pixels, delta, gradient, norm, 0.1, 0.1)
     for ours, theirs in zip(got, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1.2e-7, equal_nan=True)
-    assert (
-        torch.equal(got[0].isnan(), plain[0].isnan())
-        and got[0][1].isnan().any() == (norm == "l2")
-        and not got[0][3].isnan().any()
-    )
+    assert torch.equal(got[0].isnan(), plain[0].isnan())
+    assert got[0][1].isnan().any() == (norm == "l2")
+    assert not got[0][3].isnan().any()
 
 
 @pytest.mark.interpreter
