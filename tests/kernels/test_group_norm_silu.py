@@ -97,7 +97,8 @@ def test_kernel_with_a_mean_far_from_zero(mean):
     x, _, weight, bias, num_groups, _ = inputs((1, 64, 12, 12, 8), mean=mean)
     y, _ = launch(x, None, weight, bias, num_groups, None)
     exact = reference(x.double(), weight, bias, num_groups, 1e-6, True, torch.float64)
-    assert (y.double() - exact).abs().max() < 3e-7 * mean + 3e-6  # as x's own rounding
+    # The rounding of x itself.
+    assert (y.double() - exact).abs().max() < 3e-7 * mean + 3e-6
 
 
 @pytest.mark.interpreter

@@ -62,7 +62,8 @@ def test_kernels_of_every_width(bits):
     assert counter == 5
     codes[..., 3], codes[..., 700] = -1, 1 << bits
     wrapped = pack(codes, bits, counter)
-    assert counter == 9  # two of each of the two rows
+    # Two codes in each of the two rows.
+    assert counter == 9
     assert torch.equal(unpack(wrapped, bits, 1100), codes & ((1 << bits) - 1))
 
 

@@ -30,7 +30,8 @@ def strided(batch, tokens, width, dtype, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ways_agree(shape, way, dtype):
     q, k, v = strided(*shape, dtype)
-    for key in (k, v):  # merged projections make one tensor of the two
+    # Merged projections make one tensor of k and v.
+    for key in (k, v):
         args = (q, key, v, 0.1)
         assert_as_exact(WAYS[way](*args), written_out(*args), exact(*args))
 
