@@ -95,7 +95,7 @@ def _run_and_file(name: str) -> tuple[Path | None, Path | None]:
         return None, path
     if not (path / "config.toml").is_file():
         raise UsageError(
-            f"{path}: no run (it contains no config.toml); name a run's folder, "
+            f"{path}: no run (there is no config.toml in it); name a run's folder, "
             "or settings with --preset"
         )
     return path, path / "config.toml"
