@@ -1,18 +1,24 @@
-# Each target does its own set-up: a virtual environment in .venv with what it needs. A stamp makes the next call quick.
-#   make demo [ARGS="--seeds 5"]   the real trainer on the embedded digits; a second call continues, or says it is finished
-#   make test [ARGS="-k name"]     ruff, mypy, pytest; ends with a table of skips, and fails on a reason not in tests/allowed_skips.toml
-#   make test-versions             the tests with the oldest and the newest releases that pyproject.toml allows (slow)
-#   make test-faults               what faults do: kill -9 a hundred times, full disks, damaged files (about half an hour)
+# Each target does its own set-up: a virtual environment in .venv. A stamp makes the next call quick.
+#   make demo [ARGS="--seeds 5"]   train on the embedded digits; a second call resumes the run
+#   make test [ARGS="-k name"]     ruff, mypy and pytest, with a table of skips; fails on a reason
+#                                  for a skip that is not in tests/allowed_skips.toml
+#   make test-versions             run the tests with the oldest and the newest releases that
+#                                  pyproject.toml allows (slow)
+#   make test-faults               test faults: kill -9 a hundred times, full disks, damaged files
+#                                  (about half an hour)
 #   make bench [ARGS="-k steps"]   pytest benchmarks/ --benchmark; records in runs/benchmarks
-#   make overhead                  draws benchmarks/history.jsonl: DAD's overhead over plain KD, over commits
-#   make constraints               refreshes constraints.txt: the newest releases that pyproject.toml allows
-#   make csrc                      builds csrc/ into a bare checkout, without installing (needs cmake and apache-tvm-ffi)
-# PYTHON=python3.12 names the interpreter for .venv; ARGS is handed on.
+#   make overhead                  plot benchmarks/history.jsonl: DAD's overhead over KD by commit
+#   make constraints               update constraints.txt to the newest releases that
+#                                  pyproject.toml allows
+#   make csrc                      build csrc/ in a bare checkout, without installing (needs cmake
+#                                  and apache-tvm-ffi)
+# PYTHON=python3.12 names the interpreter for .venv; ARGS is passed on.
 #
-# constraints.txt pins the releases that were tested, on every platform. `make demo` and `make test` install these, so that every
-# machine runs what was tested; where the package index lacks one of them, they install from the ranges in pyproject.toml and
-# print a line about it. pip reads the pins from PIP_CONSTRAINT, which (unlike -c) also applies to the build of our own package;
-# pip 25.3 and newer take those from PIP_BUILD_CONSTRAINT.
+# constraints.txt pins the tested releases on every platform. `make demo` and `make test` install
+# them, so that every machine runs what was tested. If the package index lacks one of them, they
+# install from the ranges in pyproject.toml and print a line about it. pip reads the pins from
+# PIP_CONSTRAINT, which (unlike -c) also applies to the build of our own package; pip 25.3 and newer
+# take those from PIP_BUILD_CONSTRAINT.
 
 PYTHON ?= python3
 ARGS ?=
@@ -21,7 +27,8 @@ PYTEST := -m pytest -n 2 --dist worksteal --timeout 1200 --check-skips
 CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 MISSING_PIN := No matching distribution found|ResolutionImpossible
 
-# $(call install,EXTRAS): pip's log tells a missing release from a failed build, which ends here.
+# $(call install,EXTRAS): pip's log distinguishes a missing release from a failed build, which fails
+# the target.
 define install
 	@echo "Installing into .venv; the first time this downloads torch (about 3 GB with its CUDA libraries)"
 	@rm -f .venv/pip.log
@@ -81,7 +88,7 @@ csrc:
 	$(call install,demo)
 	@touch $@
 
-# Holds everything that the demo needs, too.
+# Includes everything that the demo needs.
 .venv/dev.stamp: .venv/python.stamp $(BUILD_FILES) constraints.txt
 	$(call install,dev)
 	@touch .venv/demo.stamp $@

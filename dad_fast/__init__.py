@@ -1,7 +1,9 @@
 """Discrete adversarial distillation, fast.
 
-`import dad_fast as df` gives `df.Teacher`, `df.VQGAN`, `df.PGD`, `df.discretize`, `df.losses`, `df.AdversarialStore` and
-`df.TargetStore`. They are looked up when they are first used, so that the import itself (and `dad-fast -h`) loads neither numpy nor torch.
+`import dad_fast as df` gives `df.load_student`, `df.load_teacher`, `df.load_discretizer`,
+`df.open_source`, `df.Teacher`, `df.VQGAN`, `df.PGD`, `df.discretize`, `df.losses`,
+`df.AdversarialStore` and `df.TargetStore`. Names are imported on first use, so that
+`import dad_fast` and `dad-fast -h` load neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dad_fast.data.sources.registry import open_source
+    from dad_fast.discretizers.registry import load_discretizer
     from dad_fast.discretizers.vqgan.model import VQGAN
     from dad_fast.methods import losses
     from dad_fast.methods.attack import PGD
     from dad_fast.methods.discretize import discretize
-    from dad_fast.models.teacher import Teacher
+    from dad_fast.models.load_student import load_student
+    from dad_fast.models.teacher import Teacher, load_teacher
     from dad_fast.store import AdversarialStore, TargetStore
 
     __version__: str
@@ -27,10 +32,18 @@ __all__ = [
     "Teacher",
     "__version__",
     "discretize",
+    "load_discretizer",
+    "load_student",
+    "load_teacher",
     "losses",
+    "open_source",
 ]
 
 _WHERE = {
+    "load_student": "dad_fast.models.load_student:load_student",
+    "load_teacher": "dad_fast.models.load_teacher:load_teacher",
+    "load_discretizer": "dad_fast.discretizers.registry:load_discretizer",
+    "open_source": "dad_fast.data.sources.registry:open_source",
     "Teacher": "dad_fast.models.teacher:Teacher",
     "VQGAN": "dad_fast.discretizers.vqgan.model:VQGAN",
     "PGD": "dad_fast.methods.attack:PGD",
@@ -59,7 +72,7 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """pyproject.toml is the one place of the version: read from the checkout, or as the installed package recorded it."""
+    """Return the version in pyproject.toml of the checkout, or that of the installed package."""
     from pathlib import Path
 
     project = Path(__file__).parents[1] / "pyproject.toml"

@@ -1,4 +1,4 @@
-"""`python -m dad_fast` and `torchrun -m dad_fast` are `dad-fast`."""
+"""Entry point of `python -m dad_fast` and `torchrun -m dad_fast`, the same as `dad-fast`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What every test shares: no network, no file in $HOME, one thread per xdist worker, gpu tests skipped without CUDA."""
+"""Set-up of every test: no network, no file in $HOME, one thread per worker, gpu tests on CUDA."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from pathlib import Path
 
 import pytest
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # before torch is imported: several workers would fight over the cores
+# Before torch is imported: several workers would compete for the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # a thread that waits sleeps, and leaves its core to other processes
+# Waiting threads sleep, and leave their core to other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(
-    prefix="dad-fast-tests-"
-)  # one per process; child processes inherit it
+# One cache per process; child processes inherit it.
+os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(prefix="dad-fast-tests-")
 atexit.register(shutil.rmtree, os.environ["DAD_FAST_CACHE"], ignore_errors=True)
 
 try:
     from hypothesis import settings
-except ImportError:  # a bare checkout: those tests skip themselves
+except ImportError:
+    # A bare checkout: tests with hypothesis skip themselves.
     pass
 else:
     settings.register_profile(
@@ -44,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=2,
         help="how often each command is killed at a random moment (tests/faults)",
     )
-    parser.addoption("--fault-record", default="", help="JSON file for what those kills came to")
+    parser.addoption("--fault-record", default="", help="JSON file for the results of these kills")
     parser.addoption(
         "--check-skips",
         action="store_true",
@@ -60,7 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(SkipReport(config), "skip-report")
 
 
-LONGEST = (  # first: with pytest-xdist, nobody then waits at the end for the one that has such a test
+# Run first, so that with pytest-xdist no worker waits for another at the end.
+LONGEST = (
     "test_triton_search.py",
     "test_interpreted_kernels.py",
     "test_kernel_report.py",
@@ -74,17 +73,15 @@ LONGEST = (  # first: with pytest-xdist, nobody then waits at the end for the on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(
-        key=lambda item: next(
-            (i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)
-        )
-    )
+    def rank(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    items.sort(key=rank)
     if os.environ.get("TRITON_INTERPRET") != "1":
+        skip = pytest.mark.skip(reason="needs Triton's interpreter: TRITON_INTERPRET=1")
         for item in items:
             if item.get_closest_marker("interpreter"):
-                item.add_marker(
-                    pytest.mark.skip(reason="needs Triton's interpreter: TRITON_INTERPRET=1")
-                )
+                item.add_marker(skip)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -97,7 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, teacher.safetensors and vqgan.ckpt, as small as they can be."""
+    """Folder with data, teacher.safetensors and vqgan.ckpt, as small as possible."""
     import tiny
 
     return tiny.write_parts(tmp_path_factory.mktemp("parts"))
@@ -105,32 +102,31 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
+    """Cache folder of this test alone."""
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(autouse=True)
 def _gpu_still_answers(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After a kernel's illegal access every call of its process fails: the tests that follow get another process, or none."""
+    """End this process if its GPU fails: after an illegal access, every later call fails, too."""
     yield
-    if (
-        request.node.get_closest_marker("gpu") is None
-        or not sys.modules["torch"].cuda.is_available()
-    ):
+    is_gpu_test = request.node.get_closest_marker("gpu") is not None
+    if not is_gpu_test or not sys.modules["torch"].cuda.is_available():
         return
     try:
         sys.modules["torch"].cuda.synchronize()
     except RuntimeError as error:
         print(f"the GPU no longer answers: {error}", file=sys.__stderr__, flush=True)
-        if "PYTEST_XDIST_WORKER" in os.environ:  # xdist starts another
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            # xdist starts another worker.
             os._exit(1)
         pytest.exit(f"the GPU no longer answers after {request.node.nodeid}", returncode=1)
 
 
 @pytest.fixture(autouse=True)
 def _same_draws_every_time() -> None:
-    """A test that fails, fails again."""
+    """Seed all generators, so that failures are reproducible."""
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)

@@ -1,8 +1,9 @@
-"""Tests of Triton kernels run in a process of their own: the interpreter is chosen when triton is imported."""
+"""Tests of Triton kernels under the interpreter, which triton chooses when it is imported."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,25 +12,17 @@ import pytest
 
 
 def run_interpreted(*files: str) -> None:
-    """Run the files' tests marked `interpreter` under Triton's interpreter. Skips where this Triton's interpreter cannot run."""
+    """Run the tests marked `interpreter` in `files` in a new process, or skip if it cannot run."""
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
-    if triton.__version__.startswith("3.6.") and tuple(
-        map(int, numpy.__version__.split(".")[:2])
-    ) >= (2, 4):
+    numpy_version = tuple(map(int, numpy.__version__.split(".")[:2]))
+    if triton.__version__.startswith("3.6.") and numpy_version >= (2, 4):
         pytest.skip(
-            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, not {numpy.__version__}"
+            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, "
+            f"not {numpy.__version__}"
         )
     command = [
         sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "interpreter",
+        *shlex.split("-m pytest -v -p no:xdist -p no:cacheprovider -m interpreter"),
         *files,
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -1,4 +1,4 @@
-"""`pytest --check-skips`: end with a table of skips by reason, and fail on a reason that is not in allowed_skips.toml."""
+"""`pytest --check-skips`: table of skips by reason; fail on a reason not in allowed_skips.toml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.toml")
 
 
 class SkipReport:
-    """Plugin of the process that reports: under xdist the controller, which receives the workers' skips."""
+    """Plugin of the process that reports. Under xdist, the controller gets the workers' skips."""
 
     def __init__(self, config: pytest.Config, allowed: Path = ALLOWED_SKIPS) -> None:
         self.config = config
@@ -43,14 +43,14 @@ class SkipReport:
         terminalreporter.line(f"{counts.total():5}  in all")
         unknown = sum(not self.is_allowed(reason) for reason in counts)
         if unknown:
+            fix = "make these tests run, or add the reason with its why"
             terminalreporter.line(
-                f"error: {unknown} reason(s) not in {ALLOWED_SKIPS.name}: make these tests run, or add the reason and why it stands",
-                red=True,
+                f"error: {unknown} reason(s) not in {ALLOWED_SKIPS.name}: {fix}", red=True
             )
 
 
 def load_patterns(path: Path) -> list[re.Pattern[str]]:
-    """Read the reasons that hold on this machine: entries without `when`, and entries whose marker is true here."""
+    """Read the reasons for this machine: entries without `when`, or whose marker is true here."""
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["skip"]
     for entry in entries:
         if not {"reason", "why"} <= entry.keys() <= {"reason", "why", "when"}:

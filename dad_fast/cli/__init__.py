@@ -1,1 +1,4 @@
-"""The commands of `dad-fast`: one file a command, with its options, its help and one call. Imports neither torch nor numpy."""
+"""Commands of `dad-fast`, one file each: options, help and one call.
+
+Imports neither torch nor numpy.
+"""

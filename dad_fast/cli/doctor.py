@@ -1,33 +1,27 @@
-"""Flags of `dad-fast doctor`."""
+"""`dad-fast doctor`: options and help."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dad_fast.cli.parser import Parser, wants_help
+from dad_fast.cli.parser import options_parser, typed_options
+from dad_fast.cli.screen import fill, option_lines, wants_help
 from dad_fast.config.options import DoctorOptions
 from dad_fast.errors import UsageError
 
-SUMMARY = "look at this machine (packages, GPU, kernels, numerics), or with --data at a data set"
+SUMMARY = "check this machine (packages, GPU, kernels, numerics), or with --data a data set"
 
 HELP = """\
 usage: dad-fast doctor [--numerics]
        dad-fast doctor --data DIR [--split NAME] [--class-map FILE] [--loader NAME] [--need N]
 
-Says of every part what is on, what is off, why, and the mend. Exit code 0, or 3 when something
-that is required is missing or broken. With --data it looks at a data set instead: classes, bad
-files, formats, sizes, and how fast each back end decodes it here. Exit code 0, or 4 when the data
-cannot be trained on.
+Report which features are available on this machine, and how to fix what is missing. Exit code 0,
+or 3 if something required is missing or broken. With --data, check a data set instead: classes,
+bad files, formats, sizes, and the decoding speed of each back end. Exit code 0, or 4 if the data
+cannot be used for training.
 
-  --numerics        also check the arithmetic here: codebook search against float64, the attack
-                    against its closed form on a linear teacher
-
-  --data DIR        image folder, folder or pattern of WebDataset shards, or embedded:digits
-  --split NAME      sub-folder or pattern in it [train where there is one]
-  --class-map FILE  CSV (id, folder, name) with the classes
-  --loader NAME     which back ends decode: auto (every one here), dali or pil [auto]
-  --need N          images a second that training will take [estimates for one H200]
-  --debug           show tracebacks
+flags:
+{flags}
 
 examples:
   dad-fast doctor --data /data/imagenet
@@ -37,7 +31,7 @@ examples:
 
 def main(arguments: list[str], debug: bool) -> int:
     if wants_help(arguments):
-        print(HELP, end="")
+        print(fill(HELP, flags=option_lines(DoctorOptions)))
         return 0
     options = parse(arguments)
     if options.data:
@@ -50,23 +44,11 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def parse(arguments: Sequence[str]) -> DoctorOptions:
-    parser = Parser("doctor")
-    parser.add_argument("--numerics", action="store_true", default=False)
-    parser.add_argument("--data", default="")
-    parser.add_argument("--split", default=None)
-    parser.add_argument("--class-map", dest="class_map", default="")
-    parser.add_argument("--loader", choices=("auto", "dali", "pil", "torchvision"), default="auto")
-    parser.add_argument("--need", type=float, default=0.0)
-    options = DoctorOptions(**vars(parser.parse(arguments)))
+    """Return the options. Raises UsageError."""
+    parser = options_parser("doctor", DoctorOptions)
+    options = typed_options(DoctorOptions, vars(parser.parse(arguments)))
     if options.data and options.numerics:
-        raise UsageError("--data looks at a data set and --numerics at this machine: leave one out")
-    if not options.data and (options.split, options.class_map, options.loader, options.need) != (
-        None,
-        "",
-        "auto",
-        0.0,
-    ):
+        raise UsageError("--data checks a data set and --numerics this machine: leave one out")
+    if not options.data and options != DoctorOptions(numerics=options.numerics):
         raise UsageError("--split, --class-map, --loader and --need go with --data DIR")
-    if not 0 <= options.need < float("inf"):
-        raise UsageError(f"--need {options.need:g}: must be a number of images a second")
     return options

@@ -1,90 +1,60 @@
-"""Flags of `dad-fast eval`."""
+"""`dad-fast eval`: options and help."""
 
 from __future__ import annotations
 
-from dad_fast.cli.parser import (
-    ListAction,
-    Parser,
-    add_settings,
-    flag_names,
-    two_columns,
-    typed_settings,
-    wants_help,
-)
-from dad_fast.config.fields import settings
+import argparse
+
+from dad_fast.cli.parser import Parser, add_settings, options_parser, typed_options, typed_settings
+from dad_fast.cli.screen import fill, option_lines, settings_for, wants_help
 from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
 
-SUMMARY = "judge checkpoints and published models on test sets and corruptions, compare two"
+SUMMARY = "evaluate checkpoints and published models on test sets and corruptions, compare two"
 
-INTRO = """\
+HELP = """\
 usage: dad-fast eval [MODEL] [--suite NAME ...] [--teacher NAME] [--ood NAME ...] [--json FILE]
        dad-fast eval --compare A B [--suite NAME ...]
 
 MODEL is a run's folder (which knows its data), a checkpoint's folder or a .safetensors file, or
-timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG or hf-hub:REPO; also as --model MODEL.
+timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG or hf-hub:REPO.
 
 examples:
   dad-fast eval runs/demo/dad/seed-0 --suite test optdigits gaussian_noise     # after the demo
   dad-fast eval runs/demo/dad/seed-0 --teacher embedded:digits --suite optdigits
   dad-fast eval --compare runs/demo/dad/seed-0 runs/demo/kd/seed-0 --suite test optdigits
   dad-fast eval timm:resnet50@r50.safetensors --suite imagenet=/data/val imagenet-a=/data/imagenet-a
-"""
 
-SUITES = """\
 names after --suite:
   KIND=DIR      a test set as it is distributed: imagenet, imagenet-v2, imagenet-a, imagenet-r,
                 imagenet-sketch, imagenet-c, imagenet-stylized or objectnet; subset=DIR is a folder
-                of some of the model's classes, among which alone it may choose
+                of some of the model's classes, and predictions are restricted to these
   SPLIT, DIR    a split of the data or an image folder, of all the model's classes; DIR@FILE.csv
-                (id,folder,name) says which class each folder is
-  contrast:3    a corruption, and its severity if not all, of the first other suite
+                (id,folder,name) maps each folder to its class
+  contrast:3    a corruption of the first other suite, with one severity, or all if none is given
+
+flags:
+{settings}
+{flags}
 """
 
-SETTINGS = (
-    *(
-        "data.data_dir",
-        "eval.suites",
-        "teacher.name",
-        "data.batch_size",
-        "data.workers",
-        "device",
-        "data.class_map",
-        "data.val_split",
-    ),
-    *(
-        "augment.img_size",
-        "augment.crop_pct",
-        "augment.interpolation",
-        "teacher.head",
-        "teacher.templates",
-    ),
-    *("eval.allow_partial", "eval.c_preprocessing", "data.loader"),
-)
-TEXTS = {
+# Settings that evaluation uses, with a help text if they mean something else here.
+SETTINGS = {
     "data.data_dir": "image folder, shards or embedded:digits; empty = the run's own",
-    "eval.suites": "what to judge on; empty = the run's own, or --val-split",
-    "teacher.name": "judge this teacher too, and how far MODEL agrees with it",
+    "eval.suites": "what to evaluate on; empty = the run's own, or --val-split",
+    "teacher.name": "evaluate this teacher too, and MODEL's agreement with it",
     "data.batch_size": "images per batch",
+    "data.workers": "",
+    "device": "",
     "data.class_map": "CSV (id,folder,name): the classes of a published model",
-    "data.val_split": "what corruptions are applied to when --suite names no split",
+    "data.val_split": "the split for corruptions when --suite names no split",
     "augment.img_size": "side of the square images; 0 = the model's own",
     "augment.crop_pct": "share of the resized image kept; 0 = the model's own",
     "augment.interpolation": "resampling filter; empty = the model's own",
-    "data.loader": "dali: plain JPEGs are decoded by DALI, and the results say so; else PIL",
     "teacher.head": "safetensors with a fine-tuned linear head; empty = zero-shot",
-    "eval.allow_partial": "judge published test sets that are not whole, and say so",
-}
-# Flags that are no settings: (names, what to do with them) and their help.
-OWN = {
-    "--compare A B": "two models, or files of --save-predictions: paired tests",
-    "--ood NAME ...": "suites or folders of other classes, to be told from the --id-suite",
-    "--id-suite NAME": "the in-distribution suite, for --ood and --baselines; empty = the first",
-    "--baselines FILE": "CSV or JSON of baselines' top-1 by suite, for effective robustness",
-    "--json, --csv FILE": "write the results there too; an existing .json or .csv is replaced",
-    "--save-predictions DIR": "write what each model says of each image, for --compare",
-    "--nproc N|auto": "processes on this machine, auto = one a GPU [1]",
-    "--debug": "show tracebacks",
+    "teacher.templates": "",
+    "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
+    "eval.c_preprocessing": "",
+    "data.loader": "dali: plain JPEGs are decoded by DALI, and the results record it; else PIL",
 }
 
 
@@ -93,42 +63,22 @@ def main(arguments: list[str], debug: bool) -> int:
         print(help_text())
         return 0
     given = vars(make_parser().parse(arguments))
-    launch = EvalLaunch(
-        compare=tuple(given.get("compare", ())),
-        ood=tuple(given.get("ood", ())),
-        arguments=tuple([*arguments, "--debug"] if debug else arguments),
-        **{
-            name: given[name]
-            for name in ("model", "id_suite", "baselines", "json", "csv", "predictions", "nproc")
-            if name in given
-        },
-    )
+    command_line = (*arguments, "--debug") if debug else tuple(arguments)
+    launch = typed_options(EvalLaunch, given, arguments=command_line)
     if launch.compare and launch.model:
-        raise UsageError(f"--compare judges its two models alone: leave {launch.model} out")
+        raise UsageError(f"--compare evaluates its two models alone: leave {launch.model} out")
     from dad_fast.tools import evaluate as command
 
     return command.run(launch, typed_settings(given))
 
 
 def make_parser() -> Parser:
-    parser = Parser("eval")
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--model")
-    parser.add_argument("--compare", nargs=2)
-    parser.add_argument("--ood", nargs="+", action=ListAction)
-    for flag in ("--id-suite", "--baselines", "--json", "--csv"):
-        parser.add_argument(flag)
-    parser.add_nproc()
-    parser.add_argument("--save-predictions", dest="predictions")
+    parser = options_parser("eval", EvalLaunch)
+    # --model has its own default, which a missing word must not replace.
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS)
     add_settings(parser, SETTINGS)
     return parser
 
 
 def help_text() -> str:
-    table = settings()
-    lines = [INTRO.rstrip(), "", SUITES.rstrip(), "", "flags:"]
-    lines += [
-        two_columns(flag_names(table[path]), TEXTS.get(path, table[path].help)) for path in SETTINGS
-    ]
-    lines += [two_columns(*pair) for pair in OWN.items()]
-    return "\n".join(lines)
+    return fill(HELP, settings=settings_for(SETTINGS), flags=option_lines(EvalLaunch))

@@ -1,37 +1,34 @@
-"""Flags of `dad-fast export`."""
+"""`dad-fast export`: options and help."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from dad_fast.cli.parser import Intermixed, wants_help
+from dad_fast.cli.parser import options_parser, typed_options
+from dad_fast.cli.screen import fill, option_lines, wants_help
 from dad_fast.config.fields import nearest
 from dad_fast.config.options import ExportOptions
 from dad_fast.errors import UsageError
 
-SUMMARY = "hand a student over: timm's files, ONNX, torch.export, with a model card"
+SUMMARY = "export a student: timm's files, ONNX, torch.export, with a model card"
 FORMATS = ("timm", "onnx", "torch")
 
 HELP = """\
 usage: dad-fast export CKPT -o DIR [--format NAME ...] [--weights ema|raw] [--overwrite]
 
-Writes a trained student into a new folder, plain: whatever sped up its training is left behind.
-Each file is read back and compared with the student; one that differs is not kept.
+Write a trained student into a new folder, without the optimizations of its training.
+Each file is read back and compared with the student; a file that differs is deleted.
 CKPT is a run's folder, a checkpoint's folder or a model.safetensors.
 
   timm     model.safetensors and config.json, for timm.create_model("local-dir:DIR")
   onnx     model.onnx: pixels [batch, 3, H, W] in [0, 1] to logits, normalisation inside
   torch    model.pt2: the same as a program of torch.export
 
-Beside them: README.md, the model card, and export.json, what was written and how it was checked.
+The folder also gets README.md, the model card, and export.json, the files and their checks.
 
 flags:
-  -o, --output DIR       the new folder
-  --format NAME ...      timm, onnx, torch [timm; onnx for a linear probe]
-  --weights ema|raw      the run's EMA, or the weights as the optimizer left them, from the latest
-                         checkpoint [those that evaluation uses]
-  --overwrite            replace an earlier export
-  --debug                show tracebacks
+{flags}
 
 examples:
   dad-fast export runs/demo/dad/seed-0 -o runs/demo-export
@@ -42,7 +39,7 @@ examples:
 
 def main(arguments: list[str], debug: bool) -> int:
     if wants_help(arguments):
-        print(HELP, end="")
+        print(fill(HELP, flags=option_lines(ExportOptions)))
         return 0
     options = parse(arguments)
     from dad_fast.tools.export import run as export
@@ -51,25 +48,18 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def parse(arguments: Sequence[str]) -> ExportOptions:
-    """Raises UsageError."""
-    parser = Intermixed("export")
-    parser.add_argument("checkpoint", nargs="?", default="")
-    parser.add_argument("-o", "--output", default="")
-    parser.add_argument("--format", dest="formats", nargs="+", action="extend", default=[])
-    parser.add_argument("--weights", choices=("ema", "raw"), default="")
-    parser.add_argument("--overwrite", action="store_true", default=False)
-    given = parser.parse(arguments)
-    if not given.checkpoint:
+    """Return the options, each format once. Raises UsageError."""
+    parser = options_parser("export", ExportOptions, intermixed=True)
+    options = typed_options(ExportOptions, vars(parser.parse(arguments)))
+    if not options.checkpoint:
         raise UsageError(
-            "nothing to export: name a run's folder or a model.safetensors before the flags (see dad-fast export -h)"
+            "nothing to export: name a run's folder or a model.safetensors before the flags "
+            "(see dad-fast export -h)"
         )
-    if not given.output:
+    if not options.output:
         raise UsageError("name the new folder: -o DIR")
-    formats = tuple(
-        dict.fromkeys(name for text in given.formats for name in text.split(",") if name)
-    )
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise UsageError(
-            f"--format {unknown[0]}: there are {', '.join(FORMATS)}{nearest(unknown[0], FORMATS)}"
-        )
-    return ExportOptions(**{**vars(given), "formats": formats})
+    for name in options.formats:
+        if name not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise UsageError(f"--format {name}: must be one of {known}{nearest(name, FORMATS)}")
+    return replace(options, formats=tuple(dict.fromkeys(options.formats)))

@@ -1,4 +1,7 @@
-"""The verbs of `dad-fast`. Nothing here or in flags/ imports numpy or torch; a verb's command does, once its flags are right."""
+"""Dispatch of the commands of `dad-fast`, and their errors as one line and an exit code.
+
+This package imports neither numpy nor torch. A command does, once its flags are checked.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from types import ModuleType
 
 from dad_fast.config.fields import nearest
 from dad_fast.cores import wait_passively
@@ -16,7 +20,7 @@ from dad_fast.distributed.signals import ends_at_once
 from dad_fast.errors import DadFastError, UsageError, print_error
 from dad_fast.files import is_full
 
-# Each a module of this package.
+# Each is a module of this package.
 COMMANDS = (
     "train",
     "ablate",
@@ -30,36 +34,37 @@ COMMANDS = (
     "profile",
     "doctor",
 )
-STOPPED = {  # by SIGTERM, SIGUSR1 or Ctrl-C when there is nothing to save
+# For SIGTERM, SIGUSR1 or Ctrl-C when there is nothing to save.
+STOPPED = {
     "train": "stopped; run the same command again with --resume auto",
     "ablate": "stopped; run the same command again with --resume auto",
     "eval": "stopped; run the same command again",
-    "precompute": "stopped; the same command goes on",
+    "precompute": "stopped; run the same command again to resume",
 }
 BROKEN = {errno.EIO, errno.ESTALE, errno.ENXIO}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 TOP_HELP = """\
-usage: dad-fast VERB [...]
+usage: dad-fast COMMAND [...]
 
-Trains image classifiers that stay right when the world changes: discrete adversarial distillation.
+Train image classifiers that are robust to distribution shift: discrete adversarial distillation.
 
 examples:
   dad-fast train --preset demo                            # on embedded data: no GPU, no download
-  dad-fast eval runs/demo/dad/seed-0 --suite optdigits    # judge what was trained
-  dad-fast doctor                                         # what is on, what is off, and the mend
+  dad-fast eval runs/demo/dad/seed-0 --suite optdigits    # evaluate the result
+  dad-fast doctor                                         # what this machine supports, and fixes
 
-verbs:
-{verbs}
+commands:
+{commands}
 
-dad-fast VERB -h explains a verb; dad-fast --version says the version.
+dad-fast COMMAND -h explains a command; dad-fast --version prints the version.
 Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and saved,
 130 interrupted.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code. Errors that a user can mend are one line on stderr."""
+    """Run one command and return its exit code. Expected errors are one line on stderr."""
     _keep_children_out_of_the_current_folder()
     wait_passively()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -68,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch([argument for argument in arguments if argument != "--debug"], debug)
         sys.stdout.flush()
         return code
-    except (
-        BrokenPipeError
-    ):  # the reader of our output has gone; Python would complain once more at exit
+    except BrokenPipeError:
+        # The reader of our output is gone; without this, Python complains again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -82,72 +86,74 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep_children_out_of_the_current_folder() -> None:
-    """Processes that we start look for modules where this one does. Python lets `-m` and `-c` look in the current folder first, where
-    data of others may lie; the installed command does not."""
+    """Make child processes search for modules where this process does.
+
+    With `-m` and `-c`, Python searches the current folder first, which may hold untrusted files;
+    the installed command does not.
+    """
     try:
-        if os.getcwd() not in map(os.path.abspath, sys.path):
-            os.environ["PYTHONSAFEPATH"] = "1"
-    except FileNotFoundError:  # somebody has removed the current folder
-        pass
+        current = os.getcwd()
+    except FileNotFoundError:
+        # The current folder was deleted.
+        return
+    if current not in map(os.path.abspath, sys.path):
+        os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    """One line and the exit code."""
+    """Return the message, one line, and the exit code for `error`."""
     if isinstance(error, DadFastError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("dad_fast"):
-        return (
-            f"error: the package {error.name} is missing; install dad-fast with its dependencies (dad-fast doctor lists them)",
-            3,
-        )
-    if (
-        isinstance(error, OSError)
-        and error.strerror
-        and (error.filename or is_full(error) or error.errno in BROKEN | NOT_ALLOWED)
-    ):
-        where = f"{error.filename}: " if error.filename else ""
-        mend = (
-            "make room"
-            if is_full(error)
-            else "check the disk"
-            if error.errno in BROKEN
-            else "check the path and its permissions"
-        )
-        return (
-            f"error: {where}{error.strerror}; {mend}, and run the same command again (train: with --resume auto)",
-            4,
-        )
-    mend = "lower --batch-size, or " if type(error).__name__ == "OutOfMemoryError" else ""
+        install = "install dad-fast with its dependencies (dad-fast doctor lists them)"
+        return f"error: the package {error.name} is missing; {install}", 3
+    if isinstance(error, OSError) and error.strerror:
+        is_known = is_full(error) or error.errno in BROKEN | NOT_ALLOWED
+        if error.filename or is_known:
+            return _explain_disk(error), 4
+    fix = "lower --batch-size, or " if type(error).__name__ == "OutOfMemoryError" else ""
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    return f"failure: {text} ({mend}run with --debug for the traceback)", 1
+    return f"failure: {text} ({fix}run with --debug for the traceback)", 1
+
+
+def _explain_disk(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if is_full(error):
+        fix = "make room"
+    elif error.errno in BROKEN:
+        fix = "check the disk"
+    else:
+        fix = "check the path and its permissions"
+    again = "run the same command again (train: with --resume auto)"
+    return f"error: {where}{error.strerror}; {fix}, and {again}"
 
 
 def _dispatch(arguments: list[str], debug: bool) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(top_help(), end="")
         return 0
-    if arguments[0] == "--version":
+    command, *rest = arguments
+    if command == "--version":
         import dad_fast
 
         print(f"dad-fast {dad_fast.__version__}")
         return 0
-    if arguments[0] not in COMMANDS:
-        what = "flag before the verb" if arguments[0].startswith("-") else "verb"
-        raise UsageError(
-            f"unknown {what} {arguments[0]}{nearest(arguments[0], COMMANDS)} (verbs: {', '.join(COMMANDS)})"
-        )
-    with ends_at_once(STOPPED[arguments[0]]) if arguments[0] in STOPPED else nullcontext():
-        code: int = importlib.import_module(f"dad_fast.cli.{arguments[0]}").main(
-            arguments[1:], debug
-        )
+    if command not in COMMANDS:
+        kind = "flag before the command" if command.startswith("-") else "command"
+        known = f"(commands: {', '.join(COMMANDS)})"
+        raise UsageError(f"unknown {kind} {command}{nearest(command, COMMANDS)} {known}")
+    with ends_at_once(STOPPED[command]) if command in STOPPED else nullcontext():
+        code: int = _module(command).main(rest, debug)
         return code
 
 
 def top_help() -> str:
-    lines = [
-        f"  {verb:<12}{importlib.import_module(f'dad_fast.cli.{verb}').SUMMARY}"
-        for verb in COMMANDS
-    ]
-    return TOP_HELP.format(verbs="\n".join(lines))
+    """Return the screen of `dad-fast -h`."""
+    lines = [f"  {command:<12}{_module(command).SUMMARY}" for command in COMMANDS]
+    return TOP_HELP.format(commands="\n".join(lines))
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"dad_fast.cli.{command}")

@@ -1,30 +1,26 @@
-"""Flags of `dad-fast predict`."""
+"""`dad-fast predict`: options and help."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dad_fast.cli.parser import Intermixed, wants_help
+from dad_fast.cli.parser import options_parser, typed_options
+from dad_fast.cli.screen import fill, option_lines, wants_help
 from dad_fast.config.options import PredictOptions
 from dad_fast.errors import UsageError
 
-SUMMARY = "name what images show, with a trained or an exported student"
+SUMMARY = "classify images with a trained or exported student"
 
 HELP = """\
 usage: dad-fast predict MODEL IMAGE [IMAGE ...] [--top K] [--json]
 
-Prints the likeliest classes of each image, and how confident the model is.
+Print the most likely classes of each image, with the model's confidence.
 MODEL is a run's folder, a checkpoint's folder, a model.safetensors, an exported folder or a .onnx.
-IMAGE is a file or a folder, which is searched with its sub-folders. An image that cannot be read
-is named, the others are predicted; the exit code is then 4.
+IMAGE is a file or a folder, which is searched with its sub-folders. Unreadable images are named
+and the others are classified; the exit code is then 4.
 
 flags:
-  -k, --top K             how many classes [5]
-  --json                  one JSON object a line: image, predictions (class, folder, name,
-                          confidence) or error
-  -b, --batch-size N      images per batch [32]
-  --device NAME           auto, cpu or cuda[:N] [auto]
-  --debug                 show tracebacks
+{flags}
 
 examples:
   dad-fast predict runs/demo/dad/seed-0 photo.jpg
@@ -35,7 +31,7 @@ examples:
 
 def main(arguments: list[str], debug: bool) -> int:
     if wants_help(arguments):
-        print(HELP, end="")
+        print(fill(HELP, flags=option_lines(PredictOptions)))
         return 0
     options = parse(arguments)
     from dad_fast.tools import predict
@@ -44,21 +40,16 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def parse(arguments: Sequence[str]) -> PredictOptions:
-    """Raises UsageError."""
-    parser = Intermixed("predict")
-    parser.add_argument("model", nargs="?", default="")
-    parser.add_argument("images", nargs="*", default=[])
-    parser.add_number("-k", "--top", default=5)
-    parser.add_argument("--json", action="store_true", default=False)
-    parser.add_number("-b", "--batch-size", default=32)
-    parser.add_argument("--device", default="auto")
-    given = parser.parse(arguments)
-    if not given.model:
+    """Return the options. Raises UsageError."""
+    parser = options_parser("predict", PredictOptions, intermixed=True)
+    options = typed_options(PredictOptions, vars(parser.parse(arguments)))
+    if not options.model:
         raise UsageError(
             "name a model and images: dad-fast predict MODEL IMAGE ... (see dad-fast predict -h)"
         )
-    if not given.images:
+    if not options.images:
         raise UsageError(
-            f"name images or a folder of them after {given.model}: dad-fast predict MODEL IMAGE ..."
+            f"name images or a folder of them after {options.model}: "
+            "dad-fast predict MODEL IMAGE ..."
         )
-    return PredictOptions(**{**vars(given), "images": tuple(given.images)})
+    return options

@@ -1,8 +1,10 @@
-"""Flags of `dad-fast report`."""
+"""`dad-fast report`: options and help."""
 
 from __future__ import annotations
 
-from dad_fast.cli.parser import Intermixed, wants_help
+from dad_fast.cli.parser import options_parser, typed_options
+from dad_fast.cli.screen import fill, option_lines, wants_help
+from dad_fast.config.options import ReportOptions
 from dad_fast.errors import UsageError
 
 SUMMARY = "one HTML page about runs, side by side: results, calibration, curves, images, cost"
@@ -10,19 +12,17 @@ SUMMARY = "one HTML page about runs, side by side: results, calibration, curves,
 HELP = """\
 usage: dad-fast report RUN [RUN ...] [-o FILE.html]
 
-Makes one self-contained HTML page of runs: what was trained on what, results per shift with
-95 % intervals, reliability diagrams, curves, images (clean, discretized, attacked, their
-difference, changed codes), throughput, energy, time against KD, environment. Several runs stand
-side by side, with the settings that differ. It opens anywhere: no network, no scripts.
+Make one self-contained HTML page of runs: models and data, results per shift with 95 % intervals,
+reliability diagrams, curves, images (clean, discretized, attacked, their difference, changed
+codes), throughput, energy, time compared with KD, environment. Several runs stand side by side,
+with the settings that differ. The page opens anywhere: no network, no scripts.
 
-RUN is a run's folder or a comparison's (the folder given to dad-fast train -o). Folders
-DIR/seed-0 DIR/seed-1 are the seeds of one column. A run in progress is shown as far as it is;
-what is missing or damaged is named on the page. RUN may be a file of dad-fast eval --json, too.
+RUN is a run's folder, a comparison's (the folder given to dad-fast train -o), or a file of
+dad-fast eval --json. Folders DIR/seed-0 DIR/seed-1 are the seeds of one column. Unfinished runs
+are shown, too; the page names what is missing or damaged.
 
 flags:
-  -o, --output FILE   the page; an earlier one is replaced [of one RUN: RUN/report.html;
-                      of several: runs/report.html]
-  --debug             show tracebacks
+{flags}
 
 examples:
   dad-fast report runs/demo
@@ -32,14 +32,12 @@ examples:
 
 def main(arguments: list[str], debug: bool) -> int:
     if wants_help(arguments):
-        print(HELP, end="")
+        print(fill(HELP, flags=option_lines(ReportOptions)))
         return 0
-    parser = Intermixed("report")
-    parser.add_argument("runs", nargs="*", default=[])
-    parser.add_argument("-o", "--output", default="")
-    given = parser.parse(arguments)
-    if not given.runs:
+    parser = options_parser("report", ReportOptions, intermixed=True)
+    options = typed_options(ReportOptions, vars(parser.parse(arguments)))
+    if not options.runs:
         raise UsageError("no run: dad-fast report RUN [RUN ...] (see dad-fast report -h)")
     from dad_fast.report import run as report
 
-    return report.run(given.runs, given.output)
+    return report.run(list(options.runs), options.output)

@@ -1,15 +1,16 @@
-"""Flags of `dad-fast store`."""
+"""`dad-fast store`: options and help."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from dad_fast.cli.parser import Parser, wants_help
+from dad_fast.cli.parser import options_parser, typed_options
+from dad_fast.cli.screen import fill, option_lines, wants_help
 from dad_fast.config.fields import nearest
+from dad_fast.config.options import StoreOptions
 from dad_fast.errors import UsageError
 
-SUMMARY = "look at a store of adversarial images and teacher outputs, check it, join its parts"
+SUMMARY = "inspect and verify a store of adversarial images and teacher outputs, merge its parts"
 
 HELP = """\
 usage: dad-fast store info STORE
@@ -17,60 +18,43 @@ usage: dad-fast store info STORE
        dad-fast store sheet STORE [--data-dir DIR] [--discretizer FILE] [-o FILE]
        dad-fast store merge PART [PART ...] -o STORE
 
-Looks at what dad-fast precompute has stored.
+Inspect the output of dad-fast precompute.
 
-  info     what made it, its size, the share kept by the teacher, the shares of codes changed
-  verify   reads every byte and checks it; exit code 4 when something is wrong, all of it named
-  sheet    a picture of stored images, with what the teacher says of them
-  merge    brings parts of one store together that were written on different machines
+  info     settings, size, share of images that the teacher's filter keeps, shares of codes changed
+  verify   read and check every byte; exit code 4 if something is wrong, after naming all of it
+  sheet    a picture of stored images, with the teacher's predictions
+  merge    merge parts of one store that were written on different machines
 
 flags:
-  -o, --output PATH     of sheet: the PNG [STORE-sheet.png]; of merge: the store's folder
-  --num N               sheet: how many samples [24]
-  --view N              sheet: which view [0]
-  --data-dir DIR        sheet: show the clean images too; an image folder or embedded:digits
-  --split NAME          sheet: a split of it [train]
-  --discretizer FILE    sheet: decode the stored codes with the VQGAN that made them
-  --debug               show tracebacks
+{flags}
 """
 ACTIONS = ("info", "verify", "sheet", "merge")
 
 
 def main(arguments: list[str], debug: bool) -> int:
     if wants_help(arguments):
-        print(HELP, end="")
+        print(fill(HELP, flags=option_lines(StoreOptions)))
         return 0
-    given = parse(arguments)
+    options = parse(arguments)
     from dad_fast.tools import store
 
-    return store.run(given)
+    return store.run(options)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """action, folders, output, num, view, data_dir, split, discretizer. Raises UsageError."""
-    parser = Parser("store")
-    parser.add_argument("action", nargs="?", default="")
-    parser.add_argument("folders", nargs="*", default=[])
-    parser.add_argument("-o", "--output", default="")
-    for flag in ("--data-dir", "--discretizer"):
-        parser.add_argument(flag, default="")
-    parser.add_argument("--split", default="train")
-    parser.add_number("--num", default=24)
-    parser.add_number("--view", default=0, least=0)
-    given = parser.parse(arguments)
-    if given.action not in ACTIONS:
-        what = (
-            f"unknown action {given.action}{nearest(given.action, ACTIONS)}"
-            if given.action
-            else "nothing to do"
-        )
-        raise UsageError(
-            f"{what}: write dad-fast store {'|'.join(ACTIONS)} STORE (see dad-fast store -h)"
-        )
-    if not given.folders:
-        raise UsageError(f"name the store's folder: dad-fast store {given.action} STORE")
-    if given.action == "merge" and not given.output:
+def parse(arguments: Sequence[str]) -> StoreOptions:
+    """Return the options. Raises UsageError."""
+    parser = options_parser("store", StoreOptions)
+    options = typed_options(StoreOptions, vars(parser.parse(arguments)))
+    action, folders = options.action, options.folders
+    if action not in ACTIONS:
+        unknown = f"unknown action {action}{nearest(action, ACTIONS)}"
+        problem = unknown if action else "nothing to do"
+        usage = f"dad-fast store {'|'.join(ACTIONS)} STORE"
+        raise UsageError(f"{problem}: write {usage} (see dad-fast store -h)")
+    if not folders:
+        raise UsageError(f"name the store's folder: dad-fast store {action} STORE")
+    if action == "merge" and not options.output:
         raise UsageError("name the folder of the whole store: -o STORE")
-    if given.action != "merge" and len(given.folders) > 1:
-        raise UsageError(f"one store at a time, not {len(given.folders)}")
-    return given
+    if action != "merge" and len(folders) > 1:
+        raise UsageError(f"one store at a time, not {len(folders)}")
+    return options

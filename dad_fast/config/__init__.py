@@ -1,4 +1,4 @@
-"""Settings of a run: what they are (schema), where they come from (resolve), and how they are written (toml)."""
+"""Settings of a run: schema, layers (resolve), TOML text (toml), and options of the commands."""
 
 from dad_fast.config.options import Launch
 from dad_fast.config.resolve import preset_names

@@ -1,4 +1,4 @@
-"""The schema as a flat table of settings ("optim.lr"), and the one place where a value gets its type."""
+"""Flat table of the schema's settings ("optim.lr"), and conversion of values to their types."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from dad_fast.config.schema import Config, Rule
 from dad_fast.errors import UsageError
 
-# What people who know timm type, where this project has another word for it.
+# Flags of timm and other trainers -> this project's flags of the same meaning.
 OTHER_NAMES = {
     "--model": "--student",
     "--initial-checkpoint": "--student-weights",
@@ -40,15 +40,14 @@ OTHER_NAMES = {
     "--store-views": "--stores KIND:VIEWS",
 }
 
-_LONGEST, _DEEPEST = (
-    1_000_000,
-    100,
-)  # characters of settings, dots of a key: reading takes time with the square of these
+# Limits of TOML text, since parsing time grows with their square: characters, dots of a key.
+_LONGEST = 1_000_000
+_DEEPEST = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of the schema. `path` is "section.key" ("key" for the settings of `Config` itself)."""
+    """Leaf of the schema. `path` is "section.key" ("key" for the settings of `Config` itself)."""
 
     path: str
     type: Any
@@ -67,7 +66,7 @@ class Setting:
 
 @functools.cache
 def settings() -> dict[str, Setting]:
-    """Every setting but `variants`, by path, in the order of the schema."""
+    """Return every setting except `variants`, by path, in the order of the schema."""
     table: dict[str, Setting] = {}
     for section, cls in {"": Config, **sections()}.items():
         hints = typing.get_type_hints(cls)
@@ -86,6 +85,7 @@ def settings() -> dict[str, Setting]:
 
 @functools.cache
 def sections() -> dict[str, type]:
+    """Return the dataclass of every section, by name."""
     hints = typing.get_type_hints(Config)
     return {
         field.name: hints[field.name]
@@ -95,43 +95,46 @@ def sections() -> dict[str, type]:
 
 
 def get(cfg: Config, path: str) -> Any:
+    """Return the value of the setting at `path`."""
     section, _, key = path.rpartition(".")
     return getattr(getattr(cfg, section) if section else cfg, key)
 
 
 def with_values(cfg: Config, values: dict[str, Any]) -> Config:
-    """A copy of `cfg` in which the settings at the given paths have the given (already coerced) values."""
+    """Return a copy of `cfg` with the given (already coerced) values at the given paths."""
     nested: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         section, _, key = path.rpartition(".")
         nested.setdefault(section, {})[key] = value
     top = nested.pop("", {})
-    return dataclasses.replace(
-        cfg,
-        **top,
-        **{name: dataclasses.replace(getattr(cfg, name), **keys) for name, keys in nested.items()},
-    )
+    changed = {
+        name: dataclasses.replace(getattr(cfg, name), **keys) for name, keys in nested.items()
+    }
+    return dataclasses.replace(cfg, **top, **changed)
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """', did you mean ...?', or nothing where no known word is near."""
+    """Return '; did you mean ...?', or '' if no known word is similar."""
     known = list(known)
     longer = [name for name in known if name.startswith(word)]
-    matches = (
-        longer[:3] if len(word) > 3 and longer else get_close_matches(word, known, n=1, cutoff=0.6)
-    )
+    if len(word) > 3 and longer:
+        matches = longer[:3]
+    else:
+        matches = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def lookup(path: str, where: str) -> Setting:
-    """The setting at `path`. Raises UsageError with the nearest known path; `where` says who asked."""
+    """Return the setting at `path`.
+
+    Raises UsageError, which names `where` and the nearest known path.
+    """
     table = settings()
     if path in table:
         return table[path]
     if path in sections():
-        raise UsageError(
-            f"{where}: {path} is a section; give one of its keys, such as {next(p for p in table if p.startswith(path + '.'))}"
-        )
+        example = next(known for known in table if known.startswith(f"{path}."))
+        raise UsageError(f"{where}: {path} is a section; give one of its keys, such as {example}")
     key = path.rpartition(".")[2]
     by_key = [
         known
@@ -139,18 +142,14 @@ def lookup(path: str, where: str) -> Setting:
         if key in (known.rpartition(".")[2], setting.flag[2:].replace("-", "_"))
     ]
     other = OTHER_NAMES.get("--" + key.replace("_", "-"))
-    hint = (
-        f"; did you mean {by_key[0] if by_key else other}?"
-        if by_key or other
-        else nearest(path, table)
-    )
-    raise UsageError(
-        f"{where}: unknown key {path}{hint or '; dad-fast train --help-all lists every key'}"
-    )
+    same = by_key[0] if by_key else other
+    hint = f"; did you mean {same}?" if same else nearest(path, table)
+    hint = hint or "; dad-fast train --help-all lists every key"
+    raise UsageError(f"{where}: unknown key {path}{hint}")
 
 
 def flatten(tables: dict[str, Any], where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings in nested TOML tables as (path, value)."""
+    """Yield the settings in nested TOML tables as (path, value)."""
     for key, value in tables.items():
         path = prefix + key
         if path in sections():
@@ -160,15 +159,18 @@ def flatten(tables: dict[str, Any], where: str, prefix: str = "") -> Iterator[tu
                 )
             yield from flatten(value, where, path + ".")
         elif isinstance(value, dict) and path not in settings():
-            raise UsageError(
-                f"{where}: unknown section [{path}]{nearest(path, sections())} (known: {', '.join(sections())}, variants)"
-            )
+            hint = nearest(path, sections())
+            known = ", ".join([*sections(), "variants"])
+            raise UsageError(f"{where}: unknown section [{path}]{hint} (known: {known})")
         else:
             yield path, value
 
 
 def coerce(setting: Setting, value: Any, where: str) -> Any:
-    """`value` (from TOML, or text from the command line) in the type of `setting`, or UsageError naming `where`."""
+    """Convert `value` (from TOML, or text from the command line) to the type of `setting`.
+
+    Raises UsageError, which names `where`.
+    """
     try:
         result = _coerce(setting.type, value)
     except ValueError as error:
@@ -179,7 +181,7 @@ def coerce(setting: Setting, value: Any, where: str) -> Any:
 
 
 def _at(setting: Setting, where: str) -> str:
-    """Where a wrong value stands, and how to set the right one: one name where both are the flag."""
+    """Return `where` with the setting's path and flag, or the flag alone if it is `where`."""
     if where == setting.flag:
         return where
     flag = f" ({setting.flag})" if setting.flag else ""
@@ -195,14 +197,13 @@ def _coerce(kind: Any, value: Any) -> Any:
         return value
     if origin is tuple:
         return _tuple(typing.get_args(kind), value)
-    if origin in (typing.Union, types.UnionType):  # text or a list of texts
-        is_list = isinstance(value, list | tuple) or (
-            isinstance(value, str) and value.startswith("[")
-        )
-        return _coerce(
-            next(k for k in typing.get_args(kind) if (typing.get_origin(k) is tuple) == is_list),
-            value,
-        )
+    if origin in (typing.Union, types.UnionType):
+        # Text, or a list of texts.
+        is_list_text = isinstance(value, str) and value.startswith("[")
+        is_list = isinstance(value, list | tuple) or is_list_text
+        for member in typing.get_args(kind):
+            if (typing.get_origin(member) is tuple) == is_list:
+                return _coerce(member, value)
     if origin is dict:
         value = toml_value(value) if isinstance(value, str) else value
         if not isinstance(value, dict):
@@ -213,11 +214,8 @@ def _coerce(kind: Any, value: Any) -> Any:
 
 def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if isinstance(value, str):
-        value = (
-            toml_value(value)
-            if value.startswith("[")
-            else [part for part in value.split(",") if part]
-        )
+        is_toml = value.startswith("[")
+        value = toml_value(value) if is_toml else [part for part in value.split(",") if part]
     if not isinstance(value, list | tuple):
         raise ValueError("must be a list")
     if kinds[-1] is Ellipsis:
@@ -228,21 +226,14 @@ def _tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
 
 
 def _bool(value: Any) -> bool:
-    words = {
-        "true": True,
-        "yes": True,
-        "on": True,
-        "1": True,
-        "false": False,
-        "no": False,
-        "off": False,
-        "0": False,
-    }
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
+    if isinstance(value, bool):
+        return value
+    word = value.lower() if isinstance(value, str) else ""
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("must be true or false")
 
 
 def _int(value: Any) -> int:
@@ -275,10 +266,9 @@ def _text(value: Any) -> str:
 
 
 def read_toml(text: str) -> dict[str, Any]:
-    """What TOML text says. Raises ValueError, of which tomllib.TOMLDecodeError is for its form."""
-    if len(text) > _LONGEST or any(
-        line.partition("=")[0].count(".") > _DEEPEST for line in text.split("\n") if "=" in line
-    ):
+    """Parse TOML text. Raises ValueError, which is a tomllib.TOMLDecodeError for wrong syntax."""
+    keys = (line.partition("=")[0] for line in text.split("\n") if "=" in line)
+    if len(text) > _LONGEST or any(key.count(".") > _DEEPEST for key in keys):
         raise ValueError(
             f"longer than {_LONGEST:,} characters, or a key of more than {_DEEPEST} parts"
         )
@@ -291,17 +281,18 @@ def read_toml(text: str) -> dict[str, Any]:
 
 
 def _check_numbers(value: Any) -> None:
-    """Raises ValueError for a number that Python could not even print: tomllib reads a hexadecimal of any length."""
+    """Raise ValueError for integers too long to print: tomllib reads any hexadecimal."""
     if isinstance(value, int) and value.bit_length() > 128:
         raise ValueError("a number of more than 128 bits")
-    for item in (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
-        _check_numbers(item)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check_numbers(item)
 
 
 def toml_value(text: str) -> Any:
-    """`text` read as a TOML value; text that is none stays text."""
+    """Parse `text` as a TOML value. Other text stays text."""
     try:
         return read_toml(f"value = {text}")["value"]
     except ValueError:

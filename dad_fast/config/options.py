@@ -1,119 +1,369 @@
-"""How a run is started, as opposed to what it computes: nothing here changes a result."""
+"""Options of the commands: how a command runs and what it writes. Settings of runs: see schema.
+
+One frozen dataclass per command. A field made by `option` or `word` is the only declaration of its
+flag: the parser and the help screen are generated from it. Plain fields have no flag; the command
+fills them in.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dad_fast.config.flags import (
+    at_least,
+    jobs_or_auto,
+    option,
+    processes_or_auto,
+    rate,
+    share,
+    whole_number,
+    word,
+)
+
+NPROC = "processes on this machine; auto = one per GPU"
+JOBS_DEFAULT = "[one per GPU; on a CPU two per core]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigOptions:
+    """Sources of settings, for every command that takes those of `dad-fast train`."""
+
+    preset: str = option("", "--preset NAME", "a named set of settings")
+    sets: tuple[str, ...] = option(
+        (),
+        "--set KEY=VALUE",
+        "any setting by its key, such as --set optim.opt_kwargs.eps=1e-6; repeatable",
+        repeat=True,
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    output: str  # the run's folder
-    resume: str = ""  # "" = start; "auto" = continue what is in `output`, or start; otherwise a checkpoint folder
-    overwrite: bool = False  # replace an existing run
-    allow_config_change: bool = (
-        False  # continue although a setting that changes the result is another one
+    """`dad-fast train`: how a run is started. Nothing here changes a result.
+
+    resume: "" starts; "auto" continues the run in `output` or starts; otherwise a checkpoint
+        folder.
+    preset: the preset's name, for the record.
+    nproc: "auto" is one process per GPU.
+    arguments: the command line after the command, for the processes that nproc starts.
+    jobs: 0 is one per GPU, or on a CPU two per core.
+    devices: of the runs side by side, in turn; () is every GPU, or the device of the settings.
+    both_batch_sizes: the command line gives the batch of a process and the global one, which then
+        must agree.
+    """
+
+    nproc: str = option(
+        "1",
+        "--nproc N|auto",
+        f"{NPROC} [1]; several machines: docs/distributed.md",
+        read=processes_or_auto,
     )
-    debug: bool = False  # show tracebacks
-    preset: str = ""  # the preset's name, for the record
-    nproc: str = "1"  # processes on this machine; "auto" = one a GPU
-    arguments: tuple[
-        str, ...
-    ] = ()  # the command line after the verb, for the processes that nproc starts
-    jobs: int = 0  # runs side by side; 0 = one a GPU, or on a CPU two a core
-    devices: tuple[
-        str, ...
-    ] = ()  # of those runs, in turn; () = every GPU, or the device of the settings
-    both_batch_sizes: bool = False  # the command line gives the batch of a process and the global one, which then must agree
+    jobs: int = option(
+        0,
+        "--jobs N|auto",
+        f"of several variants or seeds, runs side by side {JOBS_DEFAULT}",
+        read=jobs_or_auto,
+    )
+    output: str = option(
+        "",
+        "-o, --output DIR",
+        "the run's folder [runs/ and the name of the preset, CONFIG or method]",
+    )
+    resume: str = option(
+        "",
+        "--resume auto|PATH",
+        "continue the run in --output, or from a checkpoint; auto starts when there is none",
+    )
+    overwrite: bool = option(False, "--overwrite", "replace an existing run")
+    allow_config_change: bool = option(
+        False, "--allow-config-change", "resume although settings that change the result differ"
+    )
+    print_config: bool = option(
+        False, "--print-config", "print the resolved settings as TOML and exit"
+    )
+    debug: bool = False
+    preset: str = ""
+    arguments: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    both_batch_sizes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    """`dad-fast ablate`: what varies around the base, and how the sweep runs."""
+
+    axes: tuple[str, ...] = option(
+        (),
+        "--axes AXIS ...",
+        "what varies [components, or lp-clip; none with --vary or a flag of an axis]",
+    )
+    vary: tuple[str, ...] = option(
+        (),
+        "--vary KEY=V1,V2",
+        "any setting as an axis, such as student.bn=split,aux; repeatable",
+        repeat=True,
+    )
+    output: str = option(
+        "runs/ablation", "-o, --output DIR", "the sweep's folder: CELL/seed-S/, table.md, plot.svg"
+    )
+    resume: str = option(
+        "",
+        "--resume auto",
+        "resume the sweep in --output; cells may be added, the base must be the same",
+    )
+    devices: tuple[str, ...] = option(
+        (), "--devices D ...", "where runs train: cuda:0 cuda:1, or cpu [every GPU, else cpu]"
+    )
+    jobs: int = option(
+        0,
+        "--jobs N|auto",
+        f"runs side by side, spread over the devices {JOBS_DEFAULT}",
+        read=jobs_or_auto,
+    )
+    dry_run: bool = option(
+        False, "--dry-run", "print the plan and its cost, measured on a few steps of each form"
+    )
+    print_config: bool = option(
+        False, "--print-config", "print the sweep as TOML, every cell a variant, and exit"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreLaunch:
-    """What `dad-fast precompute` makes of a Config: the form of the store, and how the work is done."""
+    """`dad-fast precompute`: the form of the store, and how it is filled.
 
-    output: str  # the store's folder
-    targets: bool = False  # the teacher's outputs on augmented clean images, not adversarial images
-    views: int = 1  # draws per image
-    outputs: str = "full"  # the teacher's outputs: full, or topk:K
-    images: str = (
-        "none"  # adversarial images as pixels besides the codes: none, raw, webp or jpeg:QUALITY
+    block_size: 0 is data.batch_size.
+    shard_blocks: 0 is as many as make about 1 GB.
+    check: share of the blocks of an existing store to recompute; 0 fills the store instead.
+    """
+
+    output: str = option(
+        "",
+        "-o, --output DIR",
+        "the store's folder; an unfinished store of the same settings is completed",
     )
-    block_size: int = 0  # images per block, the unit of work; 0 = data.batch_size
-    shard_blocks: int = 0  # blocks per shard; 0 = as many as make about 1 GB
-    nproc: str = "1"  # processes on this machine; "auto" = one a GPU
-    estimate: bool = False  # only measure a few blocks, and say what the whole would take
-    check: float = 0.0  # recompute this share of an existing store's blocks and compare
+    targets: bool = option(
+        False, "--targets", "store the teacher's outputs on augmented, mixed clean images instead"
+    )
+    views: int = option(
+        1, "--views N", "draws per image; training cycles through them", read=whole_number
+    )
+    outputs: str = option(
+        "full", "--outputs FORM", "the teacher's outputs: full (16-bit logits) or topk:K"
+    )
+    images: str = option(
+        "none",
+        "--images FORM",
+        "adversarial images as pixels besides the codes: none, raw, webp, jpeg:Q",
+    )
+    block_size: int = option(
+        0,
+        "--block-size N",
+        "images per block, the unit of work; part of the store's identity [--batch-size]",
+        read=whole_number,
+    )
+    shard_blocks: int = option(
+        0,
+        "--shard-blocks N",
+        "blocks per shard, which one process writes at a time [about 1 GB]",
+        read=whole_number,
+    )
+    nproc: str = option("1", "--nproc N|auto", NPROC, read=processes_or_auto)
+    estimate: bool = option(
+        False, "--estimate", "measure a few blocks and estimate the whole; writes nothing"
+    )
+    check: float = option(
+        0.0,
+        "--check SHARE",
+        "recompute this share of the blocks of an existing store and compare",
+        read=share,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """`dad-fast store`: what to do with a store."""
+
+    action: str = word()
+    folders: tuple[str, ...] = word(())
+    output: str = option(
+        "", "-o, --output PATH", "sheet: the PNG [STORE-sheet.png]; merge: the store's folder"
+    )
+    num: int = option(24, "--num N", "sheet: number of samples", read=whole_number)
+    view: int = option(0, "--view N", "sheet: the view [0]", read=at_least(0))
+    data_dir: str = option(
+        "", "--data-dir DIR", "sheet: show the clean images too; an image folder or embedded:digits"
+    )
+    split: str = option("train", "--split NAME", "sheet: the split of --data-dir")
+    discretizer: str = option(
+        "", "--discretizer FILE", "sheet: decode the stored codes with the VQGAN that made them"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeLaunch:
-    """What `dad-fast analyze` measures, and where it writes."""
+    """`dad-fast analyze`: what is measured, and where it is written.
 
-    output: str  # a folder; what an earlier analysis wrote there is replaced
-    weights: str = ""  # the student that DAT attacks: a run's folder; "" = what the settings say of the student's weights
-    features: str = (
-        "teacher"  # where distances are measured: features of the teacher or the student, or pixels
+    weights: the student that DAT attacks, as a run's folder; "" is the student's weights in the
+        settings.
+    """
+
+    output: str = option(
+        "",
+        "-o, --output DIR",
+        "where to write; an earlier analysis there is replaced [RUN/analysis]",
     )
-    num_images: int = 1000  # of the training set and of each test set, at most
-    projections: int = 256  # directions of the sliced Wasserstein distance
-    resamples: int = 200  # random halves that intervals are made from
+    features: str = option(
+        "teacher",
+        "--features SPACE",
+        "feature space: of the teacher, of the student (input of its classifier), or pixels",
+        choices=("teacher", "student", "pixels"),
+    )
+    num_images: int = option(
+        1000,
+        "--num-images N",
+        "images of the training set, and of each test set",
+        read=at_least(20),
+    )
+    projections: int = option(
+        256, "--projections N", "directions of the sliced Wasserstein distance", read=whole_number
+    )
+    resamples: int = option(
+        200, "--resamples N", "random halves for the intervals", read=at_least(20)
+    )
+    weights: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """`split` None: `train` where there is one. `need` 0: not said."""
+    """`dad-fast doctor`. `split` None is train if there is one; `need` 0 is not given."""
 
-    numerics: bool
-    data: str
-    split: str | None
-    class_map: str
-    loader: str
-    need: float
+    numerics: bool = option(
+        False,
+        "--numerics",
+        "also check the arithmetic here: codebook search against float64, the attack against its "
+        "closed form on a linear teacher",
+    )
+    data: str = option(
+        "", "--data DIR", "image folder, folder or pattern of WebDataset shards, or embedded:digits"
+    )
+    split: str | None = option(
+        None, "--split NAME", "sub-folder or pattern in it [train if there is one]"
+    )
+    class_map: str = option("", "--class-map FILE", "CSV (id, folder, name) of the classes")
+    loader: str = option(
+        "auto",
+        "--loader NAME",
+        "decoders to measure: auto (all installed), dali or torchvision (PIL)",
+        choices=("auto", "dali", "torchvision"),
+    )
+    need: float = option(
+        0.0,
+        "--need N",
+        "images per second that training will take [estimates for one H200]",
+        read=rate,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalLaunch:
-    """What `dad-fast eval` judges, compares and writes."""
+    """`dad-fast eval`: what is evaluated, compared and written.
 
-    model: str = ""
-    compare: tuple[str, ...] = ()  # two models or files of predictions
-    ood: tuple[str, ...] = ()
-    id_suite: str = ""  # "" = the first suite
-    baselines: str = ""
-    json: str = ""
-    csv: str = ""
-    predictions: str = ""  # a folder
-    nproc: str = "1"
-    arguments: tuple[
-        str, ...
-    ] = ()  # the command line after the verb, for the processes that nproc starts
+    compare: two models or files of predictions.
+    id_suite: "" is the first suite.
+    arguments: the command line after the command, for the processes that nproc starts.
+    """
+
+    model: str = option("", "--model MODEL", "MODEL, given by a flag")
+    compare: tuple[str, ...] = option(
+        (), "--compare A B", "two models, or files of --save-predictions: paired tests"
+    )
+    ood: tuple[str, ...] = option(
+        (), "--ood NAME ...", "suites or folders of other classes, to be told from the --id-suite"
+    )
+    id_suite: str = option(
+        "",
+        "--id-suite NAME",
+        "the in-distribution suite, for --ood and --baselines; empty = the first",
+    )
+    baselines: str = option(
+        "", "--baselines FILE", "CSV or JSON of baselines' top-1 by suite, for effective robustness"
+    )
+    json: str = option(
+        "", "--json FILE", "write the results as JSON; an existing .json is replaced"
+    )
+    csv: str = option("", "--csv FILE", "write the results as CSV; an existing .csv is replaced")
+    predictions: str = option(
+        "", "--save-predictions DIR", "write the predictions of each model, for --compare"
+    )
+    nproc: str = option("1", "--nproc N|auto", NPROC, read=processes_or_auto)
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """`formats` empty: the model's own. `weights` "": those that evaluation uses."""
+    """`dad-fast export`. formats: () is the model's own. weights: "" is those of evaluation."""
 
-    checkpoint: str
-    output: str
-    formats: tuple[str, ...]
-    weights: str
-    overwrite: bool
+    checkpoint: str = word()
+    output: str = option("", "-o, --output DIR", "the new folder")
+    formats: tuple[str, ...] = option(
+        (), "--format NAME ...", "timm, onnx, torch [timm; onnx for a linear probe]"
+    )
+    weights: str = option(
+        "",
+        "--weights ema|raw",
+        "the run's EMA, or the weights without it from the latest checkpoint [those that "
+        "evaluation uses]",
+        choices=("ema", "raw"),
+    )
+    overwrite: bool = option(False, "--overwrite", "replace an earlier export")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    model: str
-    images: tuple[str, ...]
-    top: int
-    json: bool
-    batch_size: int
-    device: str
+    """`dad-fast predict`."""
+
+    model: str = word()
+    images: tuple[str, ...] = word(())
+    top: int = option(5, "-k, --top K", "number of classes", read=whole_number)
+    json: bool = option(
+        False,
+        "--json",
+        "one JSON object a line: image, predictions (class, folder, name, confidence) or error",
+    )
+    batch_size: int = option(32, "-b, --batch-size N", "images per batch", read=whole_number)
+    device: str = option("auto", "--device NAME", "auto, cpu or cuda[:N]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileLaunch:
-    kind: str
-    output: str
-    steps: int
-    warm_up: int
-    kernel: str
-    launches: int
+    """`dad-fast profile`."""
+
+    kind: str = word()
+    steps: int = option(0, "--steps N", "profiled steps [5; memory and ncu: 1]", read=whole_number)
+    warm_up: int = option(10, "--warm-up N", "steps before them", read=at_least(0))
+    kernel: str = option("", "--kernel REGEX", "ncu: kernels to profile [those of this project]")
+    launches: int = option(
+        20,
+        "--launches N",
+        "ncu: launches to profile [20]; each is replayed dozens of times",
+        read=whole_number,
+    )
+    output: str = option(
+        "",
+        "-o, --output DIR",
+        "folder of the results; older results there are replaced [runs/profile/KIND]",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """`dad-fast report`."""
+
+    runs: tuple[str, ...] = word(())
+    output: str = option(
+        "",
+        "-o, --output FILE",
+        "the page; an earlier one is replaced [of one RUN: RUN/report.html; of several: "
+        "runs/report.html]",
+    )

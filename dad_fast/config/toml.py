@@ -1,4 +1,4 @@
-"""Settings as TOML text and back. What `to_toml` writes, `from_toml` reads to an equal Config."""
+"""Conversion of settings to TOML text and back, without loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dad_fast.config.schema import Config
 
 
 def to_toml(cfg: Config) -> str:
-    """Every setting of `cfg`, each with its meaning as a comment."""
+    """Return every setting of `cfg` as TOML, each with its help text as a comment."""
     lines = [_line(path, get(cfg, path)) for path in settings() if "." not in path]
     for section in sections():
         lines += ["", f"[{section}]"]
@@ -21,15 +21,14 @@ def to_toml(cfg: Config) -> str:
         ]
     for name, changes in cfg.variants.items():
         lines += ["", f"[variants.{_key(name)}]"]
-        lines += [
-            f"{'.'.join(map(_key, path.split('.')))} = {_value(value)}"
-            for path, value in changes.items()
-        ]
+        for path, value in changes.items():
+            key = ".".join(map(_key, path.split(".")))
+            lines.append(f"{key} = {_value(value)}")
     return "\n".join(lines) + "\n"
 
 
 def from_toml(text: str, where: str = "config") -> Config:
-    """The Config that `text` describes; keys that it leaves out have their defaults. Raises UsageError."""
+    """Parse a Config; missing keys have their defaults. Raises UsageError."""
     layers = Layers()
     layers.add_toml(text, where)
     return layers.config()
@@ -55,5 +54,5 @@ def _key(key: str) -> str:
 
 
 def _string(text: str) -> str:
-    """JSON's escapes are TOML's, but for the one control character that JSON allows."""
+    """Quote `text`. JSON escapes like TOML, except for DEL, which JSON does not escape."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

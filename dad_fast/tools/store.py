@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
+from dad_fast.config.options import StoreOptions
 from dad_fast.errors import DataError, UsageError
 from dad_fast.loggers.progress import count_progress
 from dad_fast.store.layout import hash_keys
@@ -16,21 +16,18 @@ from dad_fast.store.summary import describe
 from dad_fast.store.verify import merge, verify
 
 
-def run(given: argparse.Namespace) -> int:
-    """Run the action `given.action` and return the exit code.
-
-    `given` comes from the parser in cli/store.py.
-    """
+def run(given: StoreOptions) -> int:
+    """Run the action `given.action` and return the exit code."""
     return {"info": _info, "verify": _verify, "sheet": _sheet, "merge": _merge}[given.action](given)
 
 
-def _info(given: argparse.Namespace) -> int:
+def _info(given: StoreOptions) -> int:
     for line in describe(given.folders[0]):
         print(line, flush=True)
     return 0
 
 
-def _verify(given: argparse.Namespace) -> int:
+def _verify(given: StoreOptions) -> int:
     folder = given.folders[0]
     problems = verify(folder, count_progress("verified bytes"))
     for problem in problems:
@@ -42,7 +39,7 @@ def _verify(given: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(given: argparse.Namespace) -> int:
+def _merge(given: StoreOptions) -> int:
     missing = merge(given.folders, given.output, count_progress("merged shards"))
     if missing:
         print(
@@ -54,7 +51,7 @@ def _merge(given: argparse.Namespace) -> int:
     return 0
 
 
-def _sheet(given: argparse.Namespace) -> int:
+def _sheet(given: StoreOptions) -> int:
     store = open_store(given.folders[0])
     if not isinstance(store, AdversarialStore):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The command line: dispatch, help screens, messages and exit codes. `train` itself is replaced by a recorder here."""
+"""Command line: dispatch, help screens, messages, exit codes. A recorder replaces `train.run`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,31 @@ import pytest
 from dad_fast import errors
 from dad_fast.cli import main as cli
 from dad_fast.cli import train as train_flags
-from dad_fast.config import Config, Launch, to_toml
+from dad_fast.config import Config, Launch, options, to_toml
 from dad_fast.config.fields import settings
+from dad_fast.config.flags import options_of
 from dad_fast.methods.settings import resolve
+from dad_fast.sweep.ablation import AXES
 
 DEMO = ["--preset", "demo"]
+OPTIONS = {
+    "train": options.Launch,
+    "ablate": options.AblateOptions,
+    "eval": options.EvalLaunch,
+    "analyze": options.AnalyzeLaunch,
+    "predict": options.PredictOptions,
+    "export": options.ExportOptions,
+    "precompute": options.StoreLaunch,
+    "store": options.StoreOptions,
+    "report": options.ReportOptions,
+    "profile": options.ProfileLaunch,
+    "doctor": options.DoctorOptions,
+}
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Calls of `train.run`; what the last item says happens in it."""
+    """Calls of `train.run`."""
     calls: list[Any] = []
     module = types.ModuleType("dad_fast.sweep.train")
 
@@ -51,31 +66,15 @@ def test_train_gets_settings_and_launch(started: list[Any]) -> None:
     arguments = [
         "train",
         *DEMO,
-        "--lr",
-        "0.5",
-        "-b",
-        "64",
-        "-j0",
-        "-o",
-        "out",
-        "--overwrite",
-        "--suite",
-        "test,val",
-        "gaussian_noise:3",
+        *shlex.split("--lr 0.5 -b 64 -j0 -o out --overwrite --suite test,val gaussian_noise:3"),
     ]
     arguments += ["--no-filter", "--scale", "0.5", "1", "--debug"]
     assert cli.main(arguments) == 0
     ((cfg, launch),) = started
-    assert (cfg.optim.lr, cfg.data.batch_size, cfg.data.workers, cfg.loss.filter) == (
-        0.5,
-        64,
-        0,
-        False,
-    )
-    assert cfg.eval.suites == ("test", "val", "gaussian_noise:3") and cfg.augment.scale == (
-        0.5,
-        1.0,
-    )
+    assert (cfg.optim.lr, cfg.data.batch_size, cfg.data.workers) == (0.5, 64, 0)
+    assert cfg.eval.suites == ("test", "val", "gaussian_noise:3")
+    assert cfg.augment.scale == (0.5, 1.0)
+    assert not cfg.loss.filter
     assert launch == Launch(
         output="out", overwrite=True, preset="demo", debug=True, arguments=tuple(arguments[1:])
     )
@@ -95,25 +94,23 @@ def test_default_output(
 ) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(to_toml(resolve("demo")))
-    more = (
-        []
-        if "--preset" in arguments or "{file}" in arguments
-        else ["--data-dir", "embedded:digits", "--student", "resnet18"]
-    )
-    assert cli.main(["train", *(argument.format(file=file) for argument in arguments), *more]) == 0
+    if "--preset" not in arguments and "{file}" not in arguments:
+        arguments = [*arguments, "--data-dir", "embedded:digits", "--student", "resnet18"]
+    assert cli.main(["train", *(argument.format(file=file) for argument in arguments)]) == 0
     assert started[0][1].output == output
 
 
-def test_resume_auto_alone_takes_the_runs_own_settings(started: list[Any], tmp_path: Path) -> None:
+def test_resume_auto_without_other_settings_uses_the_config_of_the_run(
+    started: list[Any], tmp_path: Path
+) -> None:
     (tmp_path / "config.toml").write_text(to_toml(resolve("demo", None, ["optim.lr=0.125"])))
     assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--max-steps", "9"]) == 0
     cfg, launch = started[0]
-    assert (cfg.optim.lr, cfg.max_steps, launch.resume) == (0.125, 9, "auto") and len(
-        cfg.variants
-    ) == 5
-    assert (
-        cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--lr", "1"]) == 2
-    )  # says what to train, but not enough
+    assert (cfg.optim.lr, cfg.max_steps, launch.resume) == (0.125, 9, "auto")
+    assert len(cfg.variants) == 5
+
+    # --lr changes the result, so the settings of the run are not used, and the rest is missing.
+    assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--lr", "1"]) == 2
 
 
 def test_print_config_prints_toml_and_starts_nothing(
@@ -121,9 +118,9 @@ def test_print_config_prints_toml_and_starts_nothing(
 ) -> None:
     assert cli.main(["train", *DEMO, "--lr", "0.25", "--print-config"]) == 0
     assert tomllib.loads(capsys.readouterr().out)["optim"]["lr"] == 0.25
-    assert (
-        cli.main(["train", "--preset", "dad-vitb16", "--print-config"]) == 2
-    )  # printed, and what is missing is said
+
+    # Prints incomplete settings, too, and reports what is missing.
+    assert cli.main(["train", "--preset", "dad-vitb16", "--print-config"]) == 2
     output = capsys.readouterr()
     assert tomllib.loads(output.out)["method"] == "dad" and "--data-dir" in output.err
     assert not started
@@ -132,8 +129,8 @@ def test_print_config_prints_toml_and_starts_nothing(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("trian", "unknown verb trian; did you mean train?"),
-        ("--lr 3", "unknown flag before the verb --lr"),
+        ("trian", "unknown command trian; did you mean train?"),
+        ("--lr 3", "unknown flag before the command --lr"),
         ("train --batchsize 3", "unknown flag --batchsize; did you mean --batch-size?"),
         ("train --model resnet50", "unknown flag --model; did you mean --student?"),
         ("train --warmup 3", "did you mean --warmup-epochs or --warmup-lr?"),
@@ -157,11 +154,8 @@ def test_usage_errors_are_one_line_and_exit_2(
 ) -> None:
     assert cli.main(shlex.split(line)) == 2
     output = capsys.readouterr()
-    assert (
-        output.err.startswith("dad-fast: error: ")
-        and message in output.err
-        and output.err.count("\n") == 1
-    )
+    assert output.err.startswith("dad-fast: error: ") and message in output.err
+    assert output.err.count("\n") == 1
     assert not output.out and not started
 
 
@@ -212,6 +206,28 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], line: str) -> No
     assert len(text.splitlines()) <= 50 and max(map(len, text.splitlines())) <= 100
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_lists_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Covers the option classes; `train --help-all` lists the settings."""
+    assert cli.main([command, "-h"]) == 0
+    text = capsys.readouterr().out
+    flags = [name for option in options_of(OPTIONS[command]) for name in option.names]
+    assert flags and all(f"{flag} " in text or f"{flag}," in text for flag in flags)
+
+
+def test_help_of_ablate_lists_the_flag_of_every_axis(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ablate", "-h"]) == 0
+    text = capsys.readouterr().out
+    assert all(axis.flag in text for axis in AXES.values())
+
+
+def test_options_do_not_reuse_flags_of_settings() -> None:
+    of_settings = {setting.flag for setting in settings().values()}
+    for command in ("train", "ablate", "eval", "analyze", "precompute", "profile"):
+        names = {name for option in options_of(OPTIONS[command]) for name in option.names}
+        assert not names & of_settings, command
+
+
 def test_help_all_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help-all"]) == 0
     text = capsys.readouterr().out
@@ -221,8 +237,8 @@ def test_help_all_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_examples_run_as_pasted(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Every `dad-fast train` line of the help screens is accepted (those for eval run in test_eval_command)."""
-    lines = (cli.TOP_HELP + train_flags.INTRO).replace("\\\n", " ").splitlines()
+    """Covers `dad-fast train` lines of the help screens; test_eval_command covers those of eval."""
+    lines = (cli.TOP_HELP + train_flags.HELP).replace("\\\n", " ").splitlines()
     examples = [line.strip() for line in lines if line.startswith("  dad-fast train ")]
     assert len(examples) >= 4
     for line in examples:
@@ -234,12 +250,10 @@ def test_as_a_module_and_through_a_pipe() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "dad_fast", "train", "--zzz"], capture_output=True, text=True
     )
-    assert (
-        result.returncode == 2
-        and result.stderr
-        == "dad-fast: error: unknown flag --zzz; dad-fast train --help-all lists every flag\n"
-    )
-    late = "import time; time.sleep(0.3); from dad_fast.cli.main import main; main(['train', '--help-all'])"
+    message = "dad-fast: error: unknown flag --zzz; dad-fast train --help-all lists every flag\n"
+    assert (result.returncode, result.stderr) == (2, message)
+    run = "from dad_fast.cli.main import main; main(['train', '--help-all'])"
+    late = f"import time; time.sleep(0.3); {run}"
     closed = subprocess.run(
         f"{shlex.join([sys.executable, '-c', late])} | true",
         shell=True,

@@ -614,9 +614,7 @@ def test_each_image_is_counted_once_on_two_processes(
 
 def test_help_examples_parse() -> None:
     lines = [
-        line.strip()
-        for line in eval_flags.INTRO.splitlines()
-        if line.startswith("  dad-fast eval ")
+        line.strip() for line in eval_flags.HELP.splitlines() if line.startswith("  dad-fast eval ")
     ]
     assert len(lines) == 4
     for line in lines:

@@ -1,10 +1,11 @@
-/* A disk that fails, for LD_PRELOAD: counts what a process does to files below a folder, and lets the n-th of these operations fail.
+/* Failing disk, for LD_PRELOAD: counts the file operations below a folder and fails the n-th.
  *
- *   DISK_FOLDER  what lies below it counts; nothing happens without it
- *   DISK_AT      the operation's number, from 1; 0 counts only
- *   DISK_HOW     an errno; "short" writes half; "kill" is a kill -9 just before it
- *   DISK_FROM    set: so do all operations after it (but for removing and renaming, which a full disk still does)
- *   DISK_LOG     a file elsewhere that gets a line for each operation
+ *   DISK_FOLDER  the folder; without it, nothing happens
+ *   DISK_AT      number of the operation, from 1; 0 only counts
+ *   DISK_HOW     an errno; "short" writes half; "kill" is a kill -9 before the operation
+ *   DISK_FROM    set: all later operations fail, too, except remove and rename, which work on
+ *                a full disk
+ *   DISK_LOG     file elsewhere that gets a line for each operation
  *
  * Read at each operation, so that a forked child can choose for itself.
  */
@@ -46,8 +47,8 @@ static void absolute(int folder, const char *path, char *out) {
     else snprintf(out, PATH_MAX, "%s", base);
 }
 
-/* What becomes of an operation. `removes`: it needs no room. */
-static int judge(const char *operation, int folder, const char *path, int removes) {
+/* Outcome of an operation. `removes`: it needs no space. */
+static int outcome(const char *operation, int folder, const char *path, int removes) {
     const char *watched = getenv("DISK_FOLDER"), *how = getenv("DISK_HOW"), *at = getenv("DISK_AT"), *log = getenv("DISK_LOG");
     if (!watched || !*watched) return OK;
     int before = errno;
@@ -90,7 +91,7 @@ static void *real(void **kept, const char *name) {
         va_start(rest, flags);                                                                       \
         mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;                      \
         va_end(rest);                                                                                \
-        if (flags & (O_WRONLY | O_RDWR | O_CREAT) && judge("open", AT_FDCWD, path, 0) == FAIL) return -1; \
+        if (flags & (O_WRONLY | O_RDWR | O_CREAT) && outcome("open", AT_FDCWD, path, 0) == FAIL) return -1; \
         return REAL(name)(path, flags, mode);                                                        \
     }
 OPEN(open)
@@ -103,7 +104,7 @@ OPEN(open64)
         va_start(rest, flags);                                                                       \
         mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;                      \
         va_end(rest);                                                                                \
-        if (flags & (O_WRONLY | O_RDWR | O_CREAT) && judge("open", folder, path, 0) == FAIL) return -1; \
+        if (flags & (O_WRONLY | O_RDWR | O_CREAT) && outcome("open", folder, path, 0) == FAIL) return -1; \
         return REAL(name)(folder, path, flags, mode);                                                \
     }
 OPENAT(openat)
@@ -111,21 +112,21 @@ OPENAT(openat64)
 
 static void *real_write;
 ssize_t write(int handle, const void *content, size_t size) {
-    int found = handle > 2 ? judge("write", handle, NULL, 0) : OK;
+    int found = handle > 2 ? outcome("write", handle, NULL, 0) : OK;
     if (found == FAIL) return -1;
     return REAL(write)(handle, content, found == SHORT && size > 1 ? size / 2 : size);
 }
 
 static void *real_pwrite64;
 ssize_t pwrite64(int handle, const void *content, size_t size, off64_t where) {
-    int found = judge("write", handle, NULL, 0);
+    int found = outcome("write", handle, NULL, 0);
     if (found == FAIL) return -1;
     return REAL(pwrite64)(handle, content, found == SHORT && size > 1 ? size / 2 : size, where);
 }
 
 static void *real_writev;
 ssize_t writev(int handle, const struct iovec *parts, int number) {
-    int found = judge("write", handle, NULL, 0);
+    int found = outcome("write", handle, NULL, 0);
     if (found == FAIL) return -1;
     return REAL(writev)(handle, parts, found == SHORT ? 1 : number);
 }
@@ -133,7 +134,7 @@ ssize_t writev(int handle, const struct iovec *parts, int number) {
 #define BY_HANDLE(name, parameters, arguments)                                                       \
     static void *real_##name;                                                                        \
     int name parameters {                                                                            \
-        if (judge(#name, handle, NULL, 0) == FAIL) return -1;                                        \
+        if (outcome(#name, handle, NULL, 0) == FAIL) return -1;                                        \
         return REAL(name) arguments;                                                                 \
     }
 BY_HANDLE(fsync, (int handle), (handle))
@@ -143,7 +144,7 @@ BY_HANDLE(ftruncate64, (int handle, off64_t size), (handle, size))
 #define BY_PATH(name, parameters, arguments, folder, removes)                                        \
     static void *real_##name;                                                                        \
     int name parameters {                                                                            \
-        if (judge(#name, folder, path, removes) == FAIL) return -1;                                  \
+        if (outcome(#name, folder, path, removes) == FAIL) return -1;                                  \
         return REAL(name) arguments;                                                                 \
     }
 BY_PATH(mkdir, (const char *path, mode_t mode), (path, mode), AT_FDCWD, 0)

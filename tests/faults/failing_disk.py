@@ -1,4 +1,4 @@
-"""A disk that fails at a chosen operation: failing_disk.c, compiled, and the environment that it reads."""
+"""Disk that fails at a chosen operation: failing_disk.c, compiled, and its environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 @lru_cache(maxsize=1)
 def library() -> Path | None:
-    """For LD_PRELOAD, in a folder that goes with the process; None without Linux or a compiler."""
+    """Return the library for LD_PRELOAD, deleted at exit; None without Linux or a compiler."""
     import atexit
     import tempfile
 
@@ -32,7 +32,7 @@ def library() -> Path | None:
 
 
 def needed() -> Path:
-    """The same for a test that cannot do without."""
+    """Return the library, or skip the test."""
     found = library()
     if found is None:
         pytest.skip("needs Linux and a C compiler")
@@ -42,7 +42,11 @@ def needed() -> Path:
 def watching(
     folder: Path, log: Path, at: int = 0, how: str | int = 0, on: bool = False
 ) -> dict[str, str]:
-    """Environment: log what is done below `folder`, and let operation `at` fail (an errno, "short" or "kill"); with `on`, all from it."""
+    """Return the environment that logs operations below `folder` and lets operation `at` fail, with
+    `on` all later ones, too.
+
+    how: an errno, "short" or "kill".
+    """
     chosen = {
         "DISK_FOLDER": str(folder),
         "DISK_LOG": str(log),
@@ -53,5 +57,5 @@ def watching(
 
 
 def operations(log: Path) -> list[str]:
-    """Such as "rename /…/results.json", in their order."""
+    """Return the operations in their order, such as "rename /…/results.json"."""
     return [line.partition(" ")[2] for line in log.read_text().splitlines()] if log.exists() else []

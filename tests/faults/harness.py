@@ -1,8 +1,8 @@
-"""Kills a command of dad-fast (-9) at random moments, starts it again until it ends, and compares with the run that nobody killed.
+"""Kill cycles: kill a command (-9) at random moments, restart it until it ends, compare the result.
 
-A kill falls at a random time, as a share of what the straight run took here, start-up included; or, every other one and where
-failing_disk.c can be compiled, just before a random one of the operations on files that the straight run makes: those moments are short,
-and they are the ones that matter. Both are drawn from a seed and recorded.
+Kills alternate between a random time, as a share of the duration of the uninterrupted run, and the
+moment before a random one of that run's file operations (if failing_disk.c can be compiled): these
+moments are short, and they are the critical ones. Both are drawn from a seed and recorded.
 """
 
 from __future__ import annotations
@@ -28,29 +28,39 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Job:
-    """arguments: the command line that works into a folder, and goes on with what is there. contents: what must be equal in the end.
-    whole: raises AssertionError where a reader would find something torn; called after every kill."""
+    """Command under test.
+
+    arguments: the command line that writes to a folder, and resumes what is there.
+    contents: what must be equal in the end.
+    whole: raises AssertionError if a reader would find a torn file; called after every kill.
+    rewrites: the next run overwrites the result of the last one.
+    """
 
     name: str
     arguments: Callable[[Path], list[str]]
     contents: Callable[[Path], dict[str, Any]]
     whole: Callable[[Path], None] = lambda folder: None
-    rewrites: bool = False  # the next one, over what the last one wrote
+    rewrites: bool = False
 
 
 @dataclass
 class Cycles:
-    """What the cycles of one job came to. moments: when each kill came."""
+    """Results of the cycles of one job.
+
+    comparisons: finished folders that were compared with the uninterrupted run.
+    seconds: of everything.
+    moments: of each kill.
+    """
 
     job: str
     seed: int
     kills: int = 0
     ended_before_the_kill: int = 0
-    comparisons: int = 0  # each of a folder in which one was killed until it ended
+    comparisons: int = 0
     files_compared: int = 0
     straight_seconds: float = 0.0
     straight_operations: int = 0
-    seconds: float = 0.0  # of everything
+    seconds: float = 0.0
     moments: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +70,7 @@ class Cycles:
 def start(
     arguments: list[str], LD_PRELOAD: str = "", cold: bool = False, **environment: str
 ) -> Any:
-    """A process, as subprocess.Popen has it."""
+    """Start a process. Returns it, with the methods of subprocess.Popen."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "dad_fast", *arguments]
     if cold:
@@ -72,11 +82,11 @@ def start(
 
 
 def run_to_the_end(arguments: list[str], cold: bool = False, **environment: str) -> float:
-    """Seconds."""
+    """Return the seconds that the command took."""
     begin = time.monotonic()
     process = start(arguments, cold=cold, **environment)
-    said = process.communicate(timeout=HANG)[1]
-    assert process.returncode == 0, said
+    stderr = process.communicate(timeout=HANG)[1]
+    assert process.returncode == 0, stderr
     return time.monotonic() - begin
 
 
@@ -85,9 +95,11 @@ def shim() -> dict[str, str]:
 
 
 def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
-    """Until `num_kills` processes were killed and what they left was finished; AssertionError where anything differs."""
-    begin, straight, log = time.monotonic(), root / "straight", root / "operations.log"
-    # Nothing else starts report and export as Python starts them; they are short.
+    """Kill `num_kills` processes and finish their work. AssertionError if a result differs."""
+    begin = time.monotonic()
+    straight = root / "straight"
+    log = root / "operations.log"
+    # report and export are short, and no other test starts them with a fresh interpreter.
     straight_seconds = run_to_the_end(
         job.arguments(straight), cold=job.rewrites, **shim(), **watching(straight, log)
     )
@@ -100,11 +112,10 @@ def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
         code = -signal.SIGKILL
         while code != 0:
             share, operation = draw.random(), draw.randint(1, max(1, found.straight_operations))
-            by_operation = (
-                found.straight_operations > 0
-                and (found.kills + found.ended_before_the_kill) % 2 == 1
-            )
-            if found.kills >= num_kills:  # let it end
+            is_odd = (found.kills + found.ended_before_the_kill) % 2 == 1
+            by_operation = is_odd and found.straight_operations > 0
+            if found.kills >= num_kills:
+                # Let it end.
                 share, operation, by_operation = 0.0, 0, False
             log.unlink(missing_ok=True)
             at = operation if by_operation else 0
@@ -117,24 +128,18 @@ def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
             if code:
                 found.kills += 1
                 last = operations(log)[-1].replace(str(folder), "") if by_operation else ""
-                found.moments.append(
-                    f"before operation {at}, {last}"
-                    if by_operation
-                    else f"at {share:.3f} of the time"
-                )
+                by_time = f"at {share:.3f} of the time"
+                found.moments.append(f"before operation {at}, {last}" if by_operation else by_time)
             elif found.kills < num_kills:
                 found.ended_before_the_kill += 1
-                if not by_operation:  # the straight run had a busier machine
+                if not by_operation:
+                    # The uninterrupted run had a busier machine.
                     found.straight_seconds = min(found.straight_seconds, time.monotonic() - started)
         there = job.contents(folder)
-        differ = [
-            name
-            for name in sorted(there.keys() | expected.keys())
-            if there.get(name) != expected.get(name)
-        ]
-        assert not differ, (
-            f"{job.name}: {differ} of {folder} and {straight} differ; seed {seed}, killed {found.moments}"
-        )
+        names = sorted(there.keys() | expected.keys())
+        differ = [name for name in names if there.get(name) != expected.get(name)]
+        about = f"{job.name}: {differ} of {folder} and {straight} differ"
+        assert not differ, f"{about}; seed {seed}, killed {found.moments}"
         found.comparisons += 1
         found.files_compared += len(expected)
     found.seconds = round(time.monotonic() - begin, 1)
@@ -142,12 +147,15 @@ def kill_cycles(job: Job, root: Path, num_kills: int, seed: int) -> Cycles:
 
 
 def _start_and_kill(arguments: list[str], seconds: float, **environment: str) -> int:
-    """Exit code: -9, or 0 where it had ended before. Not killed from here where `seconds` is 0."""
+    """Return the exit code: -9, or 0 if the process ended before.
+
+    With `seconds` 0, it is not killed from here.
+    """
     process = start(arguments, **environment)
     try:
-        said = process.communicate(timeout=seconds or HANG)[1]
+        stderr = process.communicate(timeout=seconds or HANG)[1]
     except subprocess.TimeoutExpired:
         process.kill()
-        said = process.communicate()[1]
-    assert process.returncode in (0, -signal.SIGKILL), f"exit code {process.returncode}: {said}"
+        stderr = process.communicate()[1]
+    assert process.returncode in (0, -signal.SIGKILL), f"exit code {process.returncode}: {stderr}"
     return process.returncode

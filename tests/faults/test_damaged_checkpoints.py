@@ -1,4 +1,4 @@
-"""Checkpoints that were cut short, flipped, emptied or lost: the one before is taken, aloud; named, or with none left, it is one line."""
+"""Damaged checkpoints: fall back to the one before and log it, or fail with one line."""
 
 from __future__ import annotations
 
@@ -39,22 +39,15 @@ def write_two(root: Path) -> CheckpointFolder:
 
 
 def check(root: Path, folder: CheckpointFolder) -> None:
-    """The newest is damaged: step 3 is found instead, and said; asked for by name it is one line."""
-    said: list[str] = []
-    found = folder.load("auto", said.append)
-    assert (
-        found is not None
-        and found.state["step"] == 3
-        and torch.equal(found.tensors["student.weight"], torch.full((4, 5), 3.0))
-    )
-    assert (
-        len(said) == 1
-        and "step-6" in said[0]
-        and "trying the checkpoint before it" in said[0]
-        and "\n" not in said[0]
-    )
+    """Assert that step 3 is loaded in place of the damaged step 6, with one line in the log."""
+    logged: list[str] = []
+    found = folder.load("auto", logged.append)
+    assert found is not None and found.state["step"] == 3
+    assert torch.equal(found.tensors["student.weight"], torch.full((4, 5), 3.0))
+    (line,) = logged
+    assert "step-6" in line and "trying the checkpoint before it" in line and "\n" not in line
     with pytest.raises(DataError, match="step-6"):
-        folder.load(str(root / "step-6"), said.append)
+        folder.load(str(root / "step-6"), logged.append)
 
 
 @hypothesis.settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
@@ -64,7 +57,7 @@ def check(root: Path, folder: CheckpointFolder) -> None:
     bit=st.integers(0, 7),
     cut=st.booleans(),
 )
-def test_any_flipped_bit_and_any_cut_is_noticed(
+def test_any_flipped_bit_and_any_cut_is_detected(
     tmp_path_factory: pytest.TempPathFactory, name: str, where: float, bit: int, cut: bool
 ) -> None:
     root = tmp_path_factory.mktemp("checkpoints")
@@ -80,7 +73,7 @@ def test_any_flipped_bit_and_any_cut_is_noticed(
     check(root, folder)
 
 
-# Both checkpoints have the same model.safetensors, so that another's is no damage.
+# model.safetensors is the same in both checkpoints, so that swapping it is no damage.
 @pytest.mark.parametrize(
     ("damage", "name"),
     [
@@ -88,7 +81,7 @@ def test_any_flipped_bit_and_any_cut_is_noticed(
         *(("another's", name) for name in FILES if name != "model.safetensors"),
     ],
 )
-def test_a_file_that_is_not_there(tmp_path: Path, name: str, damage: str) -> None:
+def test_missing_or_swapped_file_is_detected(tmp_path: Path, name: str, damage: str) -> None:
     folder = write_two(tmp_path)
     path = tmp_path / "step-6" / name
     content = (tmp_path / "step-3" / name).read_bytes()
@@ -112,7 +105,7 @@ JSON = st.recursive(
 
 
 @given(value=JSON)
-def test_any_json_in_place_of_the_state_is_damage(
+def test_any_other_json_as_state_is_detected(
     tmp_path_factory: pytest.TempPathFactory, value: object
 ) -> None:
     root = tmp_path_factory.mktemp("checkpoints")
@@ -121,7 +114,7 @@ def test_any_json_in_place_of_the_state_is_damage(
     check(root, folder)
 
 
-def test_when_none_is_sound_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_without_a_sound_checkpoint_nothing_is_overwritten(tmp_path: Path) -> None:
     folder = write_two(tmp_path)
     for step in (3, 6):
         (tmp_path / f"step-{step}" / "state.json").write_text("{")
@@ -130,7 +123,7 @@ def test_when_none_is_sound_nothing_is_overwritten(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("step-*"))) == 2
 
 
-def test_strange_names_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+def test_other_names_in_the_folder_are_ignored(tmp_path: Path) -> None:
     folder = write_two(tmp_path)
     for name in ("step-x", "step-", "step-9.bak", ".step-12.tmp", "notes"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""Disks that are full, that end in the middle of a write, or that may not be written: one line, exit code 4, and nothing else lost."""
+"""Full disks, quotas and read-only folders: one line, exit code 4, and no other file lost."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SETS = [part for item in SMALL for part in ("--set", item)]
 def dad_fast(
     *arguments: str, before: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dad_fast", *arguments]
+    line = [sys.executable, "-m", "dad_fast", *arguments]
     if before is None:
-        return warm.run(command, timeout=HANG, cwd=ROOT)
+        return warm.run(line, timeout=HANG, cwd=ROOT)
     return subprocess.run(
-        command, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=HANG
+        line, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=HANG
     )
 
 
@@ -67,56 +67,52 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one megabyte."""
+    """Disk of one megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True
-    ).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_it(small_disk: Path) -> None:
+def test_full_disk_keeps_earlier_checkpoints(small_disk: Path) -> None:
     stopped = train(small_disk / "run")
     assert stopped.returncode == 4, stopped.stderr
     assert "the disk is full" in last_line(stopped) and "--resume auto" in last_line(stopped)
     checkpoints = small_disk / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-4", "step-8"]
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    went_on = train(small_disk / "run", "--resume", "auto")
-    assert went_on.returncode == 0, went_on.stderr
+    resumed = train(small_disk / "run", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
     assert (small_disk / "run" / "results.json").exists()
 
 
-def test_a_quota_in_the_middle_of_a_file(tmp_path: Path) -> None:
+def test_quota_reached_in_the_middle_of_a_file(tmp_path: Path) -> None:
     stopped = train(
         tmp_path / "run",
         before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
-    assert (
-        stopped.returncode == 4
-        and "step-4: the disk is full, or a limit is reached" in last_line(stopped)
-    )
+    assert stopped.returncode == 4
+    assert "step-4: the disk is full, or a limit is reached" in last_line(stopped)
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
-@pytest.mark.parametrize("verb", ["train", "precompute"])
-def test_a_folder_that_may_not_be_written(tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("command", ["train", "precompute"])
+def test_read_only_output_is_one_line(tmp_path: Path, command: str) -> None:
     if not Path("/sys/kernel").is_dir():
-        pytest.skip("needs Linux's /sys, where nobody makes folders")
+        pytest.skip("needs Linux's /sys, where no folder can be made")
     folder = "/sys/kernel/run"
-    done = (
-        train(Path(folder))
-        if verb == "train"
-        else dad_fast("precompute", "--preset", "demo", *SETS, "-o", folder)
-    )
+    if command == "train":
+        done = train(Path(folder))
+    else:
+        done = dad_fast("precompute", "--preset", "demo", *SETS, "-o", folder)
     assert done.returncode == 4 and folder in last_line(done)
     assert "check the path" in last_line(done) or "cannot be written" in last_line(done)
 
 
-def test_an_output_below_a_file_is_one_line(tmp_path: Path) -> None:
+def test_output_below_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     done = train(tmp_path / "file" / "run")
     assert done.returncode == 4 and len(done.stderr.splitlines()) == 1

@@ -1,9 +1,10 @@
-"""Every verb that writes, on a disk that fails at any of the operations that the verb makes: one line that names the file and the mend,
-exit code 4, no temporary file left, and what was there before is there still.
+"""Every command that writes, on a disk that fails at any of the command's file operations.
 
-The operations are those of failing_disk.c: opening, writing, syncing, renaming, linking, making and removing. One fails with EIO; or it
-and all later ones with ENOSPC, but for removing and renaming; or writes are short, which must change nothing. One moment of four
-verbs by default, drawn from a seed; `-m slow`: all moments of all, at most 200.
+The command prints one line with the file and the fix, exits with code 4, leaves no temporary file
+and loses no earlier file. The operations are those of failing_disk.c: open, write, sync, rename,
+link, make and remove. One operation fails with EIO; or it and all later ones with ENOSPC, except
+remove and rename; or writes are short, which must change nothing. By default one operation each of
+four commands, drawn from a seed; with `-m slow` all operations of all commands, at most 200.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,11 +44,12 @@ SMALL = [
 SETS = [part for item in SMALL for part in ("--set", item)]
 SEED = 0
 COMMANDS = ("train", "precompute", "eval", "report", "export", "sheet", "merge")
-TEMPORARY = (".tmp", ".old")  # of a store, .part files stay: the next start goes on with them
+# A store's .part files may stay: the next start resumes from them.
+TEMPORARY = (".tmp", ".old")
 
 
 class Machine:
-    """One process with the failing disk below it, and what commands that did not fail have made: a run, a store, an export."""
+    """Process with the failing disk below it, and the outputs of successful commands."""
 
     def __init__(self, root: Path) -> None:
         self.out, self.made, self.log = root / "out", root / "made", root / "operations.log"
@@ -55,19 +58,17 @@ class Machine:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(Path(__file__).with_name("with_failing_disk.py"))]
+        line = [sys.executable, str(Path(__file__).with_name("with_failing_disk.py"))]
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.straight: dict[str, dict[str, Any]] = {}
 
-    def command(self, verb: str) -> list[str]:
-        out, run, store = (
-            self.out,
-            str(self.made / "train" / "run"),
-            str(self.made / "precompute" / "store"),
-        )
-        judged = [
+    def command_line(self, command: str) -> list[str]:
+        out = self.out
+        run = str(self.made / "train" / "run")
+        store = str(self.made / "precompute" / "store")
+        outputs = [
             "--json",
             str(out / "r.json"),
             "--csv",
@@ -78,46 +79,27 @@ class Machine:
         return {
             "train": ["train", "--preset", "demo", "--method", "kd", *SETS, "-o", str(out / "run")],
             "precompute": [
-                "precompute",
-                "--preset",
-                "demo",
-                "--images",
-                "raw",
-                "--block-size",
-                "250",
+                *shlex.split("precompute --preset demo --images raw --block-size 250"),
                 *SETS,
                 "-o",
                 str(out / "store"),
             ],
-            "eval": [
-                "eval",
-                run,
-                "--suite",
-                "val",
-                "-b",
-                "100",
-                "-j",
-                "0",
-                "--device",
-                "cpu",
-                *judged,
-            ],
+            "eval": ["eval", run, *shlex.split("--suite val -b 100 -j 0 --device cpu"), *outputs],
             "report": ["report", run, "-o", str(out / "page.html")],
             "export": ["export", run, "--overwrite", "-o", str(out / "e")],
             "sheet": ["store", "sheet", store, "-o", str(out / "sheet.png")],
             "merge": ["store", "merge", store, "-o", str(out / "store")],
-        }[verb]
+        }[command]
 
-    def run(self, verb: str, at: int = 0, how: str | int = 0, on: bool = False) -> dict[str, Any]:
-        """Over what an earlier one wrote, for the verbs that replace it."""
-        earlier = self.made / verb
-        source = (
-            str(earlier)
-            if earlier.exists() and verb not in ("train", "precompute", "merge")
-            else ""
-        )
+    def run(
+        self, command: str, at: int = 0, how: str | int = 0, on: bool = False
+    ) -> dict[str, Any]:
+        """Run `command`. Commands that replace an earlier result start with one in place."""
+        earlier = self.made / command
+        replaces = command not in ("train", "precompute", "merge")
+        source = str(earlier) if earlier.exists() and replaces else ""
         case = {
-            "arguments": self.command(verb),
+            "arguments": self.command_line(command),
             "folder": str(self.out),
             "source": source,
             "log": str(self.log),
@@ -131,21 +113,17 @@ class Machine:
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
         return found
 
-    def go_straight(self, verb: str) -> dict[str, Any]:
-        """Once, kept in `made`."""
-        for needed_before in {
-            "train": (),
-            "precompute": (),
-            "sheet": ("precompute",),
-            "merge": ("precompute",),
-        }.get(verb, ("train",)):
-            self.go_straight(needed_before)
-        if verb not in self.straight:
-            found = self.straight[verb] = self.run(verb)
+    def go_straight(self, command: str) -> dict[str, Any]:
+        """Run `command` without failures, once, and keep its output in `made`."""
+        inputs = {"train": (), "precompute": (), "sheet": ("precompute",), "merge": ("precompute",)}
+        for earlier in inputs.get(command, ("train",)):
+            self.go_straight(earlier)
+        if command not in self.straight:
+            found = self.straight[command] = self.run(command)
             assert found["code"] == 0 and found["operations"], found
             self.made.mkdir(exist_ok=True)
-            self.out.rename(self.made / verb)
-        return self.straight[verb]
+            self.out.rename(self.made / command)
+        return self.straight[command]
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +135,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def check(found: dict[str, Any], straight: dict[str, Any], about: str) -> None:
-    about = f"{about}, {found['failed']}: exit code {found['code']}, {found['said'][-3:]}"
-    assert not any("Traceback" in line for line in found["said"]), about
+    about = f"{about}, {found['failed']}: exit code {found['code']}, {found['stderr'][-3:]}"
+    assert not any("Traceback" in line for line in found["stderr"]), about
     removing = found["failed"].startswith(("unlink", "rmdir"))
     left = [
         name
@@ -168,39 +146,35 @@ def check(found: dict[str, Any], straight: dict[str, Any], about: str) -> None:
     assert removing or not left, f"{left}: {about}"
     lost = [name for name in found["before"] if name not in found["after"]]
     assert not lost, f"{lost}: {about}"
-    if found["code"] == 0:  # what failed was not needed, such as making a folder that is there
+    if found["code"] == 0:
+        # The failed operation was not needed, such as making a folder that exists.
         assert removing or found["after"].keys() == straight["after"].keys(), about
         return
-    last = found["said"][-1]
-    assert (
-        found["code"] == 4
-        and last.startswith("dad-fast: error: /")
-        and ("again" in last or "go on" in last)
-    ), about
-    assert sum(line.startswith("dad-fast:") for line in found["said"]) == 1, about
+    last = found["stderr"][-1]
+    assert found["code"] == 4 and last.startswith("dad-fast: error: /"), about
+    assert "again" in last or "go on" in last or "resume" in last, about
+    assert sum(line.startswith("dad-fast:") for line in found["stderr"]) == 1, about
 
 
-def fail(machine: Machine, verb: str, num: int) -> None:
-    straight = machine.go_straight(verb)
-    draw, points = random.Random(f"{SEED} {verb}"), range(1, straight["operations"] + 1)
+def fail(machine: Machine, command: str, num: int) -> None:
+    straight = machine.go_straight(command)
+    draw = random.Random(f"{SEED} {command}")
+    points = range(1, straight["operations"] + 1)
     for how, on in ((errno.EIO, False), (errno.ENOSPC, True)):
         for at in sorted(draw.sample(points, min(num, len(points)))):
-            check(
-                machine.run(verb, at, how, on),
-                straight,
-                f"{verb}, {os.strerror(how)} at operation {at}",
-            )
-    short = machine.run(verb, 1, "short", True)
+            about = f"{command}, {os.strerror(how)} at operation {at}"
+            check(machine.run(command, at, how, on), straight, about)
+    short = machine.run(command, 1, "short", True)
     assert short["code"] == 0 and short["after"].keys() == straight["after"].keys(), short
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "report", "export"])
-def test_a_disk_that_fails_at_some_operation(machine: Machine, verb: str) -> None:
-    fail(machine, verb, 1)
+@pytest.mark.parametrize("command", ["train", "eval", "report", "export"])
+def test_one_failed_disk_operation_is_one_line(machine: Machine, command: str) -> None:
+    fail(machine, command, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_a_disk_that_fails_at_every_operation(machine: Machine, verb: str) -> None:
-    fail(machine, verb, 200)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_any_failed_disk_operation_is_one_line(machine: Machine, command: str) -> None:
+    fail(machine, command, 200)

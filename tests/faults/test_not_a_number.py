@@ -1,7 +1,8 @@
-"""A teacher, a VQGAN or a store that says what is not a number: no step is applied, one line, exit code 1 or 4, the state kept."""
+"""Non-finite outputs of a teacher, a VQGAN or a store: no step, one line, exit code 1 or 4."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,19 +36,8 @@ def train(inputs: Path, out: Path, *more: str) -> int:
         "--discretizer",
         str(inputs / "vqgan.ckpt"),
         *STUDENT,
-        "-b",
-        "8",
-        "-j",
-        "0",
-        "--epochs",
-        "2",
-        "--warmup-epochs",
-        "0",
-        "--set",
-        "checkpoint.every_steps=1",
-        "--device",
-        "cpu",
-        "-o",
+        *shlex.split("-b 8 -j 0 --epochs 2 --warmup-epochs 0 --set checkpoint.every_steps=1"),
+        *shlex.split("--device cpu -o"),
         str(out),
     ]
     return main([*arguments, *more])
@@ -65,19 +55,18 @@ def poison(source: Path, target: Path, contains: str) -> None:
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said.splitlines()[-1]
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    return stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("method", ["kd", "dad"])
-def test_a_teacher_that_is_not_a_number(
+def test_non_finite_teacher_stops_the_run(
     inputs: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(inputs / "teacher.safetensors", tmp_path / "bad.safetensors", "visual.conv1")
-    assert train(
-        inputs, tmp_path / "run", "--method", method, "--teacher", str(tmp_path / "bad.safetensors")
-    ) in (1, 4)
+    teacher = ["--teacher", str(tmp_path / "bad.safetensors")]
+    assert train(inputs, tmp_path / "run", "--method", method, *teacher) in (1, 4)
     line = one_line(capsys)
     assert "not a number" in line, line
     for model in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
@@ -85,7 +74,7 @@ def test_a_teacher_that_is_not_a_number(
         assert all(torch.isfinite(p).all() for p in student.parameters())
 
 
-def test_a_learning_rate_that_breaks_the_loss(
+def test_learning_rate_that_diverges_stops_the_run(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(inputs, tmp_path / "run", "--method", "ce", "--lr", "1e35") == 1
@@ -94,10 +83,10 @@ def test_a_learning_rate_that_breaks_the_loss(
     assert all(torch.isfinite(p).all() for p in student.parameters())
 
 
-def test_a_vqgan_that_is_not_a_number(
+def test_non_finite_vqgan_codes_are_reported(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its codes are 0, which the run says; its images are not numbers, which stops it."""
+    """Non-finite latents get code 0, which the run reports."""
     weights = torch.load(inputs / "vqgan.ckpt", weights_only=True)
     weights["state_dict"]["encoder.conv_in.weight"].view(-1)[0] = float("nan")
     torch.save(weights, tmp_path / "bad.ckpt")
@@ -111,11 +100,11 @@ def test_a_vqgan_that_is_not_a_number(
         "--set",
         "log_every=1",
     )
-    said = capsys.readouterr().err
-    assert "Traceback" not in said and "not numbers and got code 0" in said and code == 0, said
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr and "not finite and got code 0" in stderr and code == 0, stderr
 
 
-def test_a_store_of_a_broken_teacher_is_refused(
+def test_store_of_a_non_finite_teacher_is_refused(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(inputs / "teacher.safetensors", tmp_path / "bad.safetensors", "visual.conv1")
@@ -126,20 +115,11 @@ def test_a_store_of_a_broken_teacher_is_refused(
             str(inputs / "data"),
             "--teacher",
             str(tmp_path / "bad.safetensors"),
-            "--img-size",
-            "32",
-            "--discretizer",
+            *shlex.split("--img-size 32 --discretizer"),
             str(inputs / "vqgan.ckpt"),
-            "-b",
-            "8",
-            "-j",
-            "0",
-            "--device",
-            "cpu",
-            "-o",
+            *shlex.split("-b 8 -j 0 --device cpu -o"),
             str(tmp_path / "store"),
         ]
     )
-    assert code in (1, 4) and "the teacher's outputs on ant/0.jpg are not finite" in one_line(
-        capsys
-    )
+    assert code in (1, 4)
+    assert "the teacher's outputs on ant/0.jpg are not finite" in one_line(capsys)

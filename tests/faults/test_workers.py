@@ -1,8 +1,12 @@
-"""Loader processes that die or hang under a command: one line, exit code 1, no process left. (Loaders alone: tests/data/test_loader.py.)"""
+"""Loader processes that die or hang: one line, exit code 1, and no process left.
+
+tests/data/test_loader.py tests loaders alone.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,74 +38,49 @@ code = main(sys.argv[2:])
 print("left:", [one.pid for one in multiprocessing.active_children()])
 sys.exit(code)
 """
-DIES, HANGS = ("SIGKILL", "a loader worker died"), ("SIGSTOP", "a loader worker hangs")
+DIES = ("SIGKILL", "a loader worker died")
+HANGS = ("SIGSTOP", "a loader worker hangs")
 SMALL = [
-    "--set",
-    "eval.suites=[]",
-    "--set",
-    "variants={}",
-    "--set",
-    "checkpoint.every_steps=1",
-    "-b",
-    "50",
-    "--device",
-    "cpu",
+    *shlex.split("--set eval.suites=[] --set variants={} --set checkpoint.every_steps=1"),
+    *shlex.split("-b 50 --device cpu"),
 ]
 COMMANDS = {
     "train": ["train", "--preset", "demo", "--method", "ce", *SMALL],
     "train, DALI": [
-        "train",
-        "--method",
-        "ce",
+        *shlex.split("train --method ce"),
         *STUDENT,
-        "--loader",
-        "dali",
-        "--device",
-        "cpu",
-        "-b",
-        "8",
-        "--epochs",
-        "9",
+        *shlex.split("--loader dali --device cpu -b 8 --epochs 9"),
     ],
     "precompute": ["precompute", "--preset", "demo", *SMALL],
     "eval": [
-        "eval",
-        "--teacher",
-        "embedded:digits",
-        "--data-dir",
-        "embedded:digits",
-        "--suite",
-        "train",
-        "-b",
-        "10",
-        "--device",
-        "cpu",
+        *shlex.split("eval --teacher embedded:digits --data-dir embedded:digits --suite train"),
+        *shlex.split("-b 10 --device cpu"),
     ],
 }
 
 
 @pytest.mark.parametrize(
-    ("verb", "fault"),
+    ("command", "fault"),
     [
         ("train", DIES),
         *(
-            pytest.param(verb, fault, marks=pytest.mark.slow)
-            for verb in COMMANDS
+            pytest.param(command, fault, marks=pytest.mark.slow)
+            for command in COMMANDS
             for fault in (DIES, HANGS)
         ),
     ],
 )
-def test_a_worker_that_dies_or_hangs(tmp_path: Path, verb: str, fault: tuple[str, str]) -> None:
-    arguments = [*COMMANDS[verb], "-j", "2"]
-    if "DALI" in verb:
+def test_worker_that_dies_or_hangs_ends_the_command(
+    tmp_path: Path, command: str, fault: tuple[str, str]
+) -> None:
+    arguments = [*COMMANDS[command], "-j", "2"]
+    if "DALI" in command:
         if importlib.util.find_spec("nvidia.dali") is None:
             pytest.skip("needs DALI")
         arguments += ["--data-dir", str(write_images(tmp_path / "data"))]
-    if verb != "eval":
+    if command != "eval":
         arguments += ["-o", str(tmp_path / "out")]
     done = warm.run([sys.executable, "-c", SCRIPT, fault[0], *arguments], cwd=ROOT, timeout=HANG)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert fault[1] in done.stderr.splitlines()[-1] and "left: []" in done.stdout, (
-        done.stderr,
-        done.stdout,
-    )
+    assert fault[1] in done.stderr.splitlines()[-1], done.stderr
+    assert "left: []" in done.stdout, done.stdout

@@ -1,8 +1,11 @@
-"""python with_failing_disk.py, started with failing_disk.so: runs commands on a disk that fails, each in a fork, so that torch loads once.
+"""Run commands on a failing disk, each in a fork, so that torch is imported once.
 
-Each line of stdin is a run: {"arguments": [...], "folder": F, "source": G or "", "log": L, "at": 7, "how": 5, "on": false}. F becomes a
-copy of G first. Each line of stdout is what came of it: exit code, lines on stderr, the operation that failed, how many there were, and the
-files of F before and after.
+Start this script with failing_disk.so.
+
+Each line of stdin is a run: {"arguments": [...], "folder": F, "source": G or "", "log": L, "at": 7,
+"how": 5, "on": false}. F becomes a copy of G first. Each line of stdout is its result: exit code,
+lines on stderr, the operation that failed, the number of operations, and the files of F before and
+after.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from dad_fast.cli.main import main
 
 
 def files(folder: Path) -> dict[str, str]:
-    """SHA-256 by name."""
+    """Return SHA-256 by name."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -41,21 +44,21 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if case["source"]:
         shutil.copytree(case["source"], folder, dirs_exist_ok=True)
     before = files(folder)
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         child = os.fork()
         if child == 0:
             os.environ.update(watching(folder, log, at, case["how"], case["on"]))
-            os.dup2(said.fileno(), 2)
+            os.dup2(stderr.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os._exit(main(case["arguments"]))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said.seek(0)
-        lines = said.read().decode(errors="replace").splitlines()
+        stderr.seek(0)
+        lines = stderr.read().decode(errors="replace").splitlines()
     done = operations(log)
     failed = done[at - 1] if 0 < at <= len(done) else ""
     return {
         "code": code,
-        "said": lines,
+        "stderr": lines,
         "failed": failed,
         "operations": len(done),
         "before": before,
@@ -64,7 +67,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "w")  # the commands print too
+    # A copy of stdout, since the commands print, too.
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), file=answers, flush=True)

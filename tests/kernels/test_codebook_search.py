@@ -1,4 +1,4 @@
-"""CodebookSearch: every back end that this machine can run gives the codes of the fp64 search; the grid, the public class."""
+"""CodebookSearch and its grid: every back end available here equals the fp64 search."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_grid_equals_fp64(data, n: int, k: int, d: int) -> None:
 
 
 @needs_csrc
-def test_any_codebook_has_its_grid() -> None:
+def test_grid_of_any_codebook_is_exact() -> None:
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
 
@@ -57,7 +57,8 @@ def test_any_codebook_has_its_grid() -> None:
     )
     def check(k: int, d: int, seed: int, log_scale: int, offset: float, levels: int) -> None:
         z, e = normal(200, k, d, seed)
-        if levels:  # points of a lattice: ties, duplicates, flat sides
+        if levels:
+            # Points of a lattice: ties, duplicates, flat sides.
             z, e = (z * levels).round() / 2, (e * levels).round()
         z[::5] *= 100
         scale = 10.0**log_scale
@@ -70,8 +71,8 @@ def test_any_codebook_has_its_grid() -> None:
 
 @needs_csrc
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
-def test_borders_of_cells(d: int) -> None:
-    """Latents on the border of two cells, and the fp32 numbers at either side of it."""
+def test_latents_on_borders_of_cells(d: int) -> None:
+    """Latents on the border of two cells, and the adjacent fp32 numbers on either side."""
     _, e = normal(0, 2000, d)
     grid = grid_search.build_grid(e)
     lo, inverse = grid[72:88].view(torch.float32)[:d], grid[88:104].view(torch.float32)[:d]
@@ -84,7 +85,7 @@ def test_borders_of_cells(d: int) -> None:
 
 
 @needs_csrc
-def test_the_papers_codebook() -> None:
+def test_16384_codes_of_4_dimensions() -> None:
     z, e = normal(3000, 16384, 4)
     assert torch.equal(CodebookSearch(e, "grid").search(z), nearest_code(z, e))
 
@@ -92,7 +93,7 @@ def test_the_papers_codebook() -> None:
 @needs_csrc
 @pytest.mark.parametrize("flush", [False, True])
 def test_subnormals(flush: bool) -> None:
-    """Also where the caller has torch flush them to zero."""
+    """Also if the caller makes torch flush them to zero."""
     z, e = (1e-41 * tensor for tensor in normal(200, 300, 4))
     expected = search_torch(z, e)
     if not torch.set_flush_denormal(flush):
@@ -123,9 +124,8 @@ def test_images_and_quantized(backend: str, dtype: torch.dtype) -> None:
     z, e = torch.randn(2, 4, 5, 3).to(dtype), torch.randn(500, 4).to(dtype)
     search = CodebookSearch(e, backend)
     codes, quantized = search.search_and_quantize(z)
-    assert (
-        codes.shape == (2, 5, 3) and quantized.shape == z.shape and quantized.dtype == torch.float32
-    )
+    assert codes.shape == (2, 5, 3)
+    assert quantized.shape == z.shape and quantized.dtype == torch.float32
     assert torch.equal(codes, nearest_code(z, e)) and torch.equal(codes, search.search(z))
     assert torch.equal(quantized, e.float()[codes].permute(0, 3, 1, 2))
     flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
@@ -158,7 +158,7 @@ def test_compiles_as_one_graph(backend: str) -> None:
 
 
 @every_back_end
-def test_autocast_and_gradients_do_not_matter(backend: str) -> None:
+def test_autocast_and_gradients_have_no_effect(backend: str) -> None:
     z, e = clustered(300, 400, 4)
     search = CodebookSearch(e.requires_grad_(), backend)
     with torch.autocast("cpu", torch.bfloat16):
@@ -167,7 +167,7 @@ def test_autocast_and_gradients_do_not_matter(backend: str) -> None:
 
 
 @every_back_end
-def test_later_changes_of_the_codebook_do_not_count(backend: str) -> None:
+def test_later_changes_of_the_codebook_have_no_effect(backend: str) -> None:
     z, e = normal(50, 300, 4)
     expected = nearest_code(z, e)
     search = CodebookSearch(e, backend)
@@ -178,18 +178,16 @@ def test_later_changes_of_the_codebook_do_not_count(backend: str) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda search: pickle.loads(pickle.dumps(search))]
 )
-def test_copies_search_alike(copied) -> None:
+def test_copies_give_the_same_codes(copied) -> None:
     z, e = normal(50, 300, 4)
     search = CodebookSearch(e)
     other = copied(search)
     del search
-    assert (
-        torch.equal(other.search(z), nearest_code(z, e))
-        and other.backend == CodebookSearch(e).backend
-    )
+    assert torch.equal(other.search(z), nearest_code(z, e))
+    assert other.backend == CodebookSearch(e).backend
 
 
-def test_auto(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_chooses_and_logs_the_back_end(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     _, e = normal(0, 333, 4)
     small, wide = CodebookSearch(e[:5]), CodebookSearch(torch.randn(300, 5))
@@ -197,18 +195,13 @@ def test_auto(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.getMessage() for record in caplog.records if "333" in record.getMessage()]
     assert lines == [f"codebook search: {first.backend} for 333 codes of 4 dimensions on cpu"]
     if INSTRUCTION_SETS:
-        assert (first.backend, second.backend, small.backend, wide.backend) == (
-            "grid",
-            "grid",
-            "csrc",
-            "csrc",
-        )
-        assert (
-            CodebookSearch(torch.full((300, 4), math.nan)).backend == "csrc"
-        )  # no code to make a grid of
+        assert first.backend == second.backend == "grid"
+        assert small.backend == wide.backend == "csrc"
+        # A grid needs a finite code.
+        assert CodebookSearch(torch.full((300, 4), math.nan)).backend == "csrc"
 
 
-def test_back_ends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_back_ends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, e = normal(0, 300, 4)
     with pytest.raises(UsageError, match="choose one of auto, grid, csrc, cuda, triton, torch"):
         CodebookSearch(e, "fast")
@@ -249,14 +242,12 @@ def test_searches_from_several_threads() -> None:
     search = CodebookSearch(e, "grid")
     expected = nearest_code(z, e)
     with ThreadPoolExecutor(4) as pool:
-        assert all(
-            torch.equal(codes, expected)
-            for codes in pool.map(lambda _: search.search(z), range(20))
-        )
+        results = pool.map(lambda _: search.search(z), range(20))
+        assert all(torch.equal(codes, expected) for codes in results)
 
 
 @needs_csrc
-def test_any_number_of_threads_builds_the_same() -> None:
+def test_grid_does_not_depend_on_the_number_of_threads() -> None:
     _, e = normal(0, 1500, 4)
     before = torch.get_num_threads()
     try:

@@ -1,6 +1,6 @@
-"""`distillation_loss`: the op and its Triton kernels (under the interpreter) against the plain functions and float64.
+"""`distillation_loss`: the op and its Triton kernels compared with plain functions and float64.
 
-The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
+Triton chooses the interpreter when imported, so that tests of kernels run in a separate process.
 """
 
 from itertools import product
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from dad_fast.kernels import distillation_loss as op
 from dad_fast.kernels.distillation_loss import distillation_loss
 
-G = (0.7, -1.3)  # what comes from above, for CE and KD
+# Incoming gradients of CE and KD.
+G = (0.7, -1.3)
 
 
 def draw(batch=5, classes=10, scale=3.0, dtype=torch.float32, seed=0):
-    """(student, teacher, probabilities, labels, weight) with some samples filtered."""
+    """Return (student, teacher, probabilities, labels, weight) with some samples filtered."""
     g = torch.Generator().manual_seed(seed)
     student, teacher = (scale * torch.randn(batch, classes, generator=g) for _ in range(2))
     probs = torch.rand(batch, classes, generator=g).softmax(1)
@@ -27,7 +28,7 @@ def draw(batch=5, classes=10, scale=3.0, dtype=torch.float32, seed=0):
 
 
 def through_autograd(student, teacher, targets, weight, temperature, smoothing, loss):
-    """(losses [2], gradient of G . losses in the student) by any function."""
+    """Return (losses [2], gradient of G . losses with respect to the student)."""
     student = student.clone().requires_grad_(True)
     ce, kd = loss(student, teacher, targets, weight, temperature, smoothing)
     (G[0] * ce + G[1] * kd).backward()
@@ -55,7 +56,7 @@ def by_the_op(student, teacher, targets, weight, temperature, smoothing):
 
 
 def by_the_kernels(student, teacher, targets, weight, temperature, smoothing):
-    """The launchers themselves, tied together as the op ties them."""
+    """Call the launchers directly, combined as in the op."""
     from dad_fast.kernels.distillation_loss_triton import launch, launch_backward
 
     class Tied(torch.autograd.Function):
@@ -86,10 +87,11 @@ def exact(student, teacher, targets, weight, temperature, smoothing):
 
 
 def compare(args, loss, slack=5e-7):
-    """Losses and gradient within twice the plain form's error in the same dtype, or a few ulps of float32 where that has none."""
+    """Assert at most twice the error of the plain form in the same dtype, plus a few ulps."""
     got, theirs, true = through_autograd(*args, loss), through_autograd(*args, plain), exact(*args)
     if loss is by_the_kernels and args[0].dtype == torch.bfloat16:
-        slack += 2**-8  # the interpreter cuts bfloat16 off, where a GPU rounds
+        # The interpreter truncates bfloat16, and a GPU rounds.
+        slack += 2**-8
     assert got[0].dtype == torch.float32 and got[1].dtype == args[0].dtype
     for ours, them, e in zip(got, theirs, true, strict=True):
         e, size = e.double(), e.abs().max().double()
@@ -115,9 +117,8 @@ def test_every_combination(loss, teacher, targets, weighted):
         args = (student, t if teacher else None, y, weight if weighted else None, 4.0, smoothing)
         before = [None if x is None else x.clone() for x in args[:4]]
         first, second = compare(args, loss), compare(args, loss)
-        assert all(
-            torch.equal(a, b) for a, b in zip(first, second, strict=True)
-        )  # the same result twice
+        # The same result twice.
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert all(
             a is b is None or torch.equal(a, b) for a, b in zip(before, args[:4], strict=True)
         )
@@ -133,7 +134,7 @@ def test_sizes_and_dtypes(loss, dtype, classes):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_twenty_two_thousand_classes(loss):
+def test_22_thousand_classes(loss):
     student, teacher, _, labels, weight = draw(2, 21843, dtype=torch.bfloat16)
     compare((student, teacher, labels, weight, 4.0, 0.1), loss)
 
@@ -149,14 +150,16 @@ def test_temperatures_and_saturated_logits(loss, temperature, scale):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_large_common_offset_costs_no_digit(loss):
+def test_large_common_offset_keeps_precision(loss):
     student, teacher, probs, _, _ = draw(6, 100)
     compare((student + 20000, teacher - 30000, probs, None, 4.0, 0.0), loss)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_infinite_logits(loss):
-    """A filtered sample may be anything; labels do not meet other classes' -inf; what is not a number is not hidden."""
+    """Filtered samples may hold anything, labels ignore -inf of other classes, and NaN in used
+    samples stays visible.
+    """
     student, teacher, _, labels, _ = draw(4, 10)
     weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
     student[1, 3], student[3, 2], teacher[3, 0] = float("inf"), float("nan"), float("nan")
@@ -172,10 +175,8 @@ def test_infinite_logits(loss):
     labels = torch.tensor([1, 2])
     args = (student, None, labels, None, 1.0, 0.0)
     got = through_autograd(*args, loss)
-    assert (
-        got[0][0] == pytest.approx(F.cross_entropy(student, labels).item(), rel=1e-6)
-        and (got[1][:, 4] == 0).all()
-    )
+    assert got[0][0] == pytest.approx(F.cross_entropy(student, labels).item(), rel=1e-6)
+    assert (got[1][:, 4] == 0).all()
 
     for bad in ("nan", "inf"):
         student, teacher, probs, _, _ = draw(2, 10)
@@ -185,7 +186,7 @@ def test_infinite_logits(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_strided_logits_and_gradients_from_above(loss):
+def test_strided_logits_and_incoming_gradients(loss):
     student, teacher, probs, _labels, weight = draw(4, 12)
     wide = torch.zeros(4, 24)
     wide[:, ::2] = student
@@ -195,22 +196,22 @@ def test_strided_logits_and_gradients_from_above(loss):
     for view in (wide[:, ::2], tall[::2], student.T.contiguous().T):
         view = view.detach().requires_grad_(True)
         ce, kd = loss(view, teacher.T.contiguous().T, probs, weight, 4.0, 0.0)
-        torch.stack((ce, kd)).backward(torch.tensor((G, G)).T.contiguous()[:, 1])  # not contiguous
+        not_contiguous = torch.tensor((G, G)).T.contiguous()[:, 1]
+        torch.stack((ce, kd)).backward(not_contiguous)
         torch.testing.assert_close(view.grad, expected[1])
+    # Only one of the two losses is used.
     one = student.clone().requires_grad_(True)
-    loss(one, teacher, probs, weight, 4.0, 0.0)[1].expand(
-        3
-    ).sum().backward()  # only one of the two is used
-    torch.testing.assert_close(
-        one.grad, 3 * through_autograd(student, teacher, None, weight, 4.0, 0.0, plain)[1] / G[1]
-    )
+    _, kd = loss(one, teacher, probs, weight, 4.0, 0.0)
+    kd.expand(3).sum().backward()
+    _, gradient = through_autograd(student, teacher, None, weight, 4.0, 0.0, plain)
+    torch.testing.assert_close(one.grad, 3 * gradient / G[1])
 
 
-# --- the op -------------------------------------------------------------------------------------------------------------------
+# --- the op ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("targets", ["soft", "labels", None])
-def test_the_op_keeps_the_rules_of_ops(targets):
+def test_operator_contract(targets):
     student, teacher, probs, labels, weight = draw(3, 6)
     y = {"soft": probs, "labels": labels, None: None}[targets]
     torch.library.opcheck(
@@ -222,7 +223,7 @@ def test_the_op_keeps_the_rules_of_ops(targets):
     torch.library.opcheck(torch.ops.dad_fast.distillation_loss_backward.default, arguments)
 
 
-def test_gradients_by_finite_differences_and_compiled():
+def test_gradcheck_and_compile():
     student, teacher, probs, _, weight = draw(3, 6)
     args = (teacher.double(), probs.double(), weight.double())
     assert torch.autograd.gradcheck(
@@ -255,7 +256,7 @@ def test_no_gradient_reaches_teacher_targets_or_weights():
         ({"temperature": 0.0}, "temperature"),
     ],
 )
-def test_wrong_arguments(change, words):
+def test_wrong_arguments_are_refused(change, words):
     args = {
         "student": torch.zeros(2, 3),
         "teacher": torch.zeros(2, 3),
@@ -269,7 +270,7 @@ def test_wrong_arguments(change, words):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("classes", [2, 37, 1000, 21843])
 def test_on_a_gpu(dtype, classes):
-    """Eager, compiled and replayed from a CUDA graph, over temperatures."""
+    """Eager, compiled and replayed from a CUDA graph, for several temperatures."""
     for temperature in (0.05, 4.0, 20.0):
         student, teacher, probs, labels, weight = (
             tensor.cuda() for tensor in draw(64, classes, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The grid's cache: kept, used, made again where it is damaged, and safe among processes."""
+"""Cache of the grid: kept, used, rebuilt if damaged, and safe with several processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache_file(tmp_path: Path) -> Path:
 
 
 def other_codebook(content: bytes, tmp_path: Path) -> bytes:
-    """A whole, valid file, of another codebook of the same shape."""
+    """Return a valid file of another codebook of the same shape."""
     _, e = normal(0, 600, 4, seed=9)
     path = tmp_path / "other"
     grid_search.write_grid(path, grid_search.build_grid(e))
@@ -32,7 +32,7 @@ def other_codebook(content: bytes, tmp_path: Path) -> bytes:
 
 
 def resealed(content: bytes, change) -> bytes:
-    """Damage that the checksum does not show."""
+    """Return `content` damaged by `change`, with a right checksum."""
     import hashlib
 
     head = len(grid_search.VERSION)
@@ -54,7 +54,8 @@ def poked(at: int, value: int):
 
 def ids_swapped(content: bytes, _) -> bytes:
     def change(block: bytearray) -> None:
-        block[-1500:-1400] = block[-1400:-1300]  # the codes of some rows
+        # The codes of some rows.
+        block[-1500:-1400] = block[-1400:-1300]
 
     return resealed(content, change)
 
@@ -104,7 +105,7 @@ def test_damaged_cache_is_built_again(damage, tmp_path: Path) -> None:
 
 
 @needs_csrc
-def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     _z, e = normal(5, 20, 2)
     grid_search.prepare(e)
     path = cache_file(tmp_path)
@@ -115,14 +116,14 @@ def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
 
 
 @needs_csrc
-def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
+def test_read_only_cache_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     z, e = normal(50, 300, 4)
     assert torch.equal(CodebookSearch(e, "grid").search(z), nearest_code(z, e))
 
 
 @needs_csrc
-def test_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     z, e = normal(50, 300, 4)
     CodebookSearch(e, "grid")
     monkeypatch.setattr(grid_search, "build_grid", lambda e: pytest.fail("built again"))
@@ -142,7 +143,7 @@ for _ in range(3):
 
 
 @needs_csrc
-def test_processes_that_build_at_once(tmp_path: Path) -> None:
+def test_concurrent_builds_leave_one_whole_file(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", BUILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -151,13 +152,13 @@ def test_processes_that_build_at_once(tmp_path: Path) -> None:
     ]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
-    for process in processes:  # all start within microseconds
+    # All start within microseconds.
+    for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
     results = {process.communicate()[0] for process in processes}
     assert all(process.returncode == 0 for process in processes)
     e = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
     assert results == {f"{int(nearest_code(2 * e, e).sum())}\n" * 3}
-    assert (
-        grid_search.read_grid(cache_file(tmp_path), e) is not None
-    )  # one file, whole, and no temporary one
+    # One whole file, and no temporary one.
+    assert grid_search.read_grid(cache_file(tmp_path), e) is not None

@@ -1,6 +1,6 @@
-"""`group_norm_silu`: the Triton kernels under the interpreter against float64 and torch's own norm; the op; its refusals.
+"""`group_norm_silu`: the op and its Triton kernels compared with float64 and with torch's norm.
 
-The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
+Triton chooses the interpreter when imported, so that tests of kernels run in a separate process.
 """
 
 import pytest
@@ -11,23 +11,19 @@ import torch.nn.functional as F
 from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# B, C, H, W, groups.
 SHAPES = [
     (2, 64, 8, 4, 8),
     (1, 24, 5, 7, 4),
     (2, 1, 1, 1, 1),
     (1, 96, 9, 5, 3),
     (1, 128, 4, 8, 16),
-]  # B, C, H, W, groups
+]
 EVERY_SHAPE_AND_DTYPE = [(shape, torch.float32) for shape in SHAPES]
-EVERY_SHAPE_AND_DTYPE += [
-    (shape, dtype) for dtype in DTYPES[1:] for shape in SHAPES[:2]
-]  # one of even sizes, one of odd ones
-META = {
-    "rows": 8,
-    "columns": 64,
-    "tiles": 2,
-    "num_warps": 4,
-}  # small, so that small maps have several chunks and strips
+# One shape of even sizes, and one of odd sizes.
+EVERY_SHAPE_AND_DTYPE += [(shape, dtype) for dtype in DTYPES[1:] for shape in SHAPES[:2]]
+# Small, so that small maps have several chunks and strips.
+META = {"rows": 8, "columns": 64, "tiles": 2, "num_warps": 4}
 
 
 def inputs(shape, dtype=torch.float32, mean=0.0):
@@ -51,12 +47,12 @@ def added(x, residual, channel_bias):
 
 
 def step(dtype):
-    """Spacing at 1. Triton's interpreter cuts bfloat16 where a GPU rounds, so that it is granted twice as much."""
+    """Return the spacing of `dtype` at 1, doubled for bfloat16, which the interpreter truncates."""
     return torch.finfo(dtype).eps * (2 if dtype == torch.bfloat16 else 1)
 
 
 def assert_close_enough(y, total, weight, bias, num_groups, silu, eps=1e-6):
-    """Error against float64 at most twice that of torch's norm in `y`'s dtype, or its last digit."""
+    """Assert at most twice the error of torch's norm in `y`'s dtype, or one ulp."""
     exact = reference(total.double(), weight, bias, num_groups, eps, silu, torch.float64)
     plain = F.group_norm(
         total.to(y.dtype).contiguous(), num_groups, weight.to(y.dtype), bias.to(y.dtype), eps
@@ -69,7 +65,7 @@ def assert_close_enough(y, total, weight, bias, num_groups, silu, eps=1e-6):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("shape", "dtype"), EVERY_SHAPE_AND_DTYPE)
 def test_kernel_of_a_branch(shape, dtype):
-    """With the bias before it, and without; no residual."""
+    """With and without a channel bias; no residual."""
     x, _, weight, bias, num_groups, channel_bias = inputs(shape, dtype)
     for before, silu in ((channel_bias, True), (None, False)):
         y, _ = launch(x, None, weight, bias, num_groups, before, silu)
@@ -87,9 +83,8 @@ def test_kernel_with_a_residual(shape, dtype):
     exact = added(x, residual, channel_bias)
     rounded_in_float32 = 1e-6 * sum(term.abs().max().item() for term in (x, residual, channel_bias))
     assert ((total.double() - exact).abs() <= step(dtype) * exact.abs() + rounded_in_float32).all()
-    assert_close_enough(
-        y, total, weight, bias, num_groups, True
-    )  # the norm is of the sum as it is stored
+    # The norm is that of the stored sum.
+    assert_close_enough(y, total, weight, bias, num_groups, True)
     again = launch(*args)
     assert torch.equal(y, again[0]) and torch.equal(total, again[1])
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
@@ -98,16 +93,17 @@ def test_kernel_with_a_residual(shape, dtype):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("mean", [1e2, 1e4])
 def test_kernel_with_a_mean_far_from_zero(mean):
-    """mean^2 / variance = 1e4 and 1e8: E[x^2] - E[x]^2 would have no digit left in float32."""
+    """mean^2 / variance = 1e4 and 1e8: E[x^2] - E[x]^2 would lose all digits in float32."""
     x, _, weight, bias, num_groups, _ = inputs((1, 64, 12, 12, 8), mean=mean)
     y, _ = launch(x, None, weight, bias, num_groups, None)
     exact = reference(x.double(), weight, bias, num_groups, 1e-6, True, torch.float64)
-    assert (y.double() - exact).abs().max() < 3e-7 * mean + 3e-6  # as x's own rounding
+    # The rounding of x itself.
+    assert (y.double() - exact).abs().max() < 3e-7 * mean + 3e-6
 
 
 @pytest.mark.interpreter
 def test_kernel_with_a_small_eps_and_small_values():
-    """A stream scaled by 2^-12 with eps 2^-24 gives what the unscaled one gives."""
+    """A stream scaled by 2^-12 with eps 2^-24 gives the result of the unscaled one."""
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[0])
     scale = 2.0**-12
     plain, _ = launch(x, residual, weight, bias, num_groups, channel_bias)
@@ -125,7 +121,7 @@ def test_kernel_with_a_small_eps_and_small_values():
 
 @pytest.mark.interpreter
 def test_kernel_layouts_and_table():
-    """Contiguous and strided maps are taken as NHWC ones are; the table's own meta-parameters; no image at all."""
+    """Contiguous and strided maps, the table's meta-parameters, an empty batch."""
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[4])
     expected = launch(x, residual, weight, bias, num_groups, channel_bias)
     wide = torch.zeros(1, 128, 4, 16)
@@ -148,19 +144,20 @@ def test_kernel_layouts_and_table():
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_kernel_with_a_value_that_is_no_number(value):
-    """Its group is NaN, as torch's is; the others are untouched."""
+def test_kernel_with_a_non_finite_value(value):
+    """Its group is NaN, as in torch, and the others are unchanged."""
     x, _, weight, bias, num_groups, _ = inputs(SHAPES[0])
-    x[0, 3, 5, 2] = value  # in the first of 8 groups
+    # In the first of 8 groups.
+    x[0, 3, 5, 2] = value
     y, _ = launch(x, None, weight, bias, num_groups, None)
     assert y[0, :8].isnan().all() and y.isnan().sum() == 8 * 32
 
 
-# --- the op -------------------------------------------------------------------------------------------------------------------
+# --- the op ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_ops_keep_the_rules_of_ops(dtype):
+def test_operator_contract(dtype):
     x, residual, weight, bias, num_groups, channel_bias = inputs(SHAPES[1], dtype)
     torch.library.opcheck(
         torch.ops.dad_fast.group_norm_silu.default,
@@ -200,7 +197,7 @@ def test_the_ops_keep_the_rules_of_ops(dtype):
         ({"residual": torch.zeros(2, 6, 4, 4, dtype=torch.float16)}, "residual"),
     ],
 )
-def test_wrong_arguments(change, words):
+def test_wrong_arguments_are_refused(change, words):
     args = {
         "x": torch.zeros(2, 6, 4, 4),
         "weight": torch.ones(6),

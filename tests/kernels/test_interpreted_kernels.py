@@ -1,4 +1,7 @@
-"""The tests of Triton kernels that are short under the interpreter, all in one process; test_triton_search.py has its own."""
+"""Short tests of Triton kernels under the interpreter, in one process.
+
+test_triton_search.py has its own process.
+"""
 
 import pytest
 
@@ -6,6 +9,6 @@ pytest.importorskip("torch")
 from tests.interpreter import run_interpreted
 
 
-def test_the_kernels_under_the_interpreter():
+def test_kernels_under_the_interpreter():
     names = ("group_norm_silu", "distillation_loss", "pack_codes", "pgd_update")
     run_interpreted(*(f"tests/kernels/test_{name}.py" for name in names))

@@ -1,5 +1,7 @@
-"""The kernel report: every Triton kernel and every csrc/*.cu compiles for sm_80 and sm_90 without a GPU, spills nothing, and uses
-tensor cores where its design says so; the table of meta-parameters fits the kernels."""
+"""Kernel report: every Triton kernel and csrc/*.cu compiles for sm_80 and sm_90 without a GPU.
+
+No kernel spills, the designed ones use tensor cores, and the table of meta-parameters fits.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,11 @@ def label(row):
     return f"{row['name']} for {row['arch']} with {row['constants']}, {row['options']}"
 
 
-def test_nothing_spills(rows):
+def test_no_kernel_spills(rows):
     assert [label(row) for row in rows if row["spills"]] == []
 
 
-def test_tensor_cores_where_the_design_counts_on_them(rows):
+def test_kernels_use_tensor_cores_as_designed(rows):
     assert [
         label(row)
         for row in rows
@@ -62,7 +64,7 @@ def test_tensor_cores_where_the_design_counts_on_them(rows):
     )
 
 
-def test_every_kernel_fits_a_multiprocessor(rows):
+def test_every_kernel_fits_on_a_multiprocessor(rows):
     for row in rows:
         assert row["shared"] <= cross_compile.LIMITS[row["arch"]][4] and row["occupancy"] > 0, (
             label(row)
@@ -87,8 +89,8 @@ def test_every_module_with_a_kernel_is_in_the_report(rows):
     assert len(rows) == len(cross_compile.all_specs(rows[0]["arch"]))
 
 
-def test_no_subnormals_are_flushed_in_what_decides():
-    """Only the band's square root may; the settlement's fp64 has no contraction."""
+def test_no_subnormals_are_flushed_in_exact_parts():
+    """Only the square root of the band may flush. The fp64 settlement has no contraction."""
     for spec in cross_compile.all_specs("sm_90"):
         if spec.name.startswith("nearest_code: "):
             text = cross_compile.compile_triton(spec, "sm_90").asm["ptx"]
@@ -106,13 +108,10 @@ def test_table_and_names():
     assert all("sm_80" in line for line in lines)
 
 
-def test_the_interpreter_is_refused_in_one_line():
+def test_report_under_the_interpreter_is_refused():
     done = call("pack_codes: 14", "--only", "triton", "--arch", "sm_80", TRITON_INTERPRET="1")
-    assert (
-        done.returncode == 3
-        and done.stderr.strip()
-        == "report: TRITON_INTERPRET is set: the interpreter compiles nothing; unset it"
-    )
+    message = "report: TRITON_INTERPRET is set: the interpreter compiles nothing; unset it"
+    assert (done.returncode, done.stderr.strip()) == (3, message)
 
 
 def test_missing_tools_are_one_line_and_exit_3(monkeypatch, capsys):
@@ -164,9 +163,8 @@ def test_cuda_sources_are_read(monkeypatch, capsys, tmp_path):
     assert report.main(["--only", "cuda", "--arch", "sm_90", "--json"]) == 1
     out = capsys.readouterr()
     found = {row["name"].removeprefix("good.cu: "): row for row in json.loads(out.out)["kernels"]}
-    assert (
-        not found["copy"]["spills"] and found["spill"]["spills"] and found["spill"]["stack"] >= 256
-    )
+    assert not found["copy"]["spills"] and found["spill"]["spills"]
+    assert found["spill"]["stack"] >= 256
     assert "bad.cu for sm_90" in out.err and len(out.err.splitlines()) == 1
 
 
@@ -223,8 +221,8 @@ def test_tuning_measures_and_names_unknown_kernels(capsys):
 
 
 @pytest.mark.parametrize("name", cross_compile.triton_modules())
-def test_every_launch_goes_to_the_device_of_its_tensors(name):
-    """Triton launches on the current device, which need not be theirs."""
+def test_every_launch_is_on_the_device_of_its_tensors(name):
+    """By default Triton launches on the current device, which may be another one."""
     tree = ast.parse(Path(importlib.import_module(name).__file__).read_text(encoding="utf-8"))
     launches = {
         node

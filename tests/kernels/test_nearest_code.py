@@ -1,4 +1,4 @@
-"""nearest_code equals the fp64 search, bit for bit, in every back end."""
+"""`nearest_code` equals the fp64 search bit for bit in every back end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_sizes_of_codebook(search, k: int, d: int) -> None:
 
 
 @every_back_end
-def test_the_papers_codebook(search) -> None:
+def test_16384_codes_of_4_dimensions(search) -> None:
     z, e = normal(784, 16384, 4)
     rows = torch.arange(0, 784, 13)
     assert torch.equal(search(z, e)[rows], search_reference(z[rows], e))
@@ -160,7 +160,7 @@ def test_compiles_as_one_graph() -> None:
 
 
 @pytest.mark.parametrize("d", [4, 32])
-def test_autocast_and_gradients_do_not_matter(d: int) -> None:
+def test_autocast_and_gradients_have_no_effect(d: int) -> None:
     z, e = normal(300, 400, d)
     expected = search_reference(z, e)
     with torch.autocast("cpu", torch.bfloat16):
@@ -201,7 +201,7 @@ def test_csrc_never_holds_all_distances(n: int, d: int) -> None:
     assert grown < 64 << 20 < 4 * len(z) * len(e)
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments_are_refused() -> None:
     z, e = normal(3, 5, 4)
     for latents, codebook in [
         (z[0], e),

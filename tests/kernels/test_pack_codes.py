@@ -1,4 +1,4 @@
-"""pack_codes and unpack_codes: every width, against numpy's bits; the kernels under Triton's interpreter."""
+"""`pack_codes` and `unpack_codes` and their Triton kernels: every width, compared with numpy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def by_numpy(codes, bits):
 
 
 def unpack_by_numpy(packed, bits, length):
-    """As the module's docstring gives it."""
+    """Return the codes by the formula in the module's docstring."""
     stream = np.unpackbits(packed, axis=-1, bitorder="little")[..., : length * bits]
     return stream.reshape(*packed.shape[:-1], length, bits) @ (1 << np.arange(bits, dtype=np.int64))
 
@@ -62,7 +62,8 @@ def test_kernels_of_every_width(bits):
     assert counter == 5
     codes[..., 3], codes[..., 700] = -1, 1 << bits
     wrapped = pack(codes, bits, counter)
-    assert counter == 9  # two of each of the two rows
+    # Two codes in each of the two rows.
+    assert counter == 9
     assert torch.equal(unpack(wrapped, bits, 1100), codes & ((1 << bits) - 1))
 
 
@@ -101,7 +102,7 @@ def test_dtypes_and_strides(dtype):
     assert torch.equal(unpack_codes(wide[:, ::2], 7, 40), codes.long())
 
 
-def test_codes_out_of_range():
+def test_codes_out_of_range_are_refused():
     for code in (-1, 128, 1 << 40):
         with pytest.raises(ValueError, match=rf"code {code} does not fit 7 bits"):
             pack_codes(torch.tensor([[1, 2], [3, code]]), 7)
@@ -110,7 +111,7 @@ def test_codes_out_of_range():
     assert counter == 2 and unpack_codes(packed, 7, 3).tolist() == [1, 1, 127]
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_refused():
     for bits in (0, 33, -1):
         with pytest.raises(ValueError, match="1 to 32 bits"):
             pack_codes(torch.zeros(3, dtype=torch.int64), bits)

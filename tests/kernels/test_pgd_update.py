@@ -1,6 +1,6 @@
-"""`pgd_update`: the Triton kernels under the interpreter against the plain form and against float64; the op; its code for GPUs.
+"""`pgd_update`: the op and its Triton kernels compared with the plain form and with float64.
 
-The interpreter is chosen when triton is imported, so that the tests of the kernels run in a process of their own.
+Triton chooses the interpreter when imported, so that tests of kernels run in a separate process.
 """
 
 import pytest
@@ -39,7 +39,7 @@ def exact(pixels, delta, gradient, *step):
 
 
 def assert_close_enough(got, args):
-    """The error in float64 is at most twice the plain form's, or the spacing of float32 where that has none."""
+    """Assert at most twice the error of the plain form, or the spacing of float32."""
     for ours, plain, true in zip(got, reference(*args), exact(*args), strict=True):
         error, allowed = (ours.double() - true).abs().max(), (plain.double() - true).abs().max()
         assert error <= 2 * allowed + 1.2e-7, (error, allowed)
@@ -58,7 +58,8 @@ def test_kernel_equals_the_plain_form(shape, step):
     size = delta.flatten(1).norm(dim=1) if step[0] == "l2" else delta.abs().amax()
     assert (size <= step[1] * (1 + 1e-5) + 1e-6).all()
     for first, second in zip(got, launch(*args), strict=True):
-        assert torch.equal(first, second)  # the same result twice
+        # The same result twice.
+        assert torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(before, args[:3], strict=True))
 
 
@@ -75,7 +76,7 @@ def test_kernel_takes_16_bit_gradients(norm, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-12, 1e25, 1e37])
-def test_kernel_follows_gradients_whose_squares_leave_float32(scale):
+def test_kernel_with_gradients_whose_squares_overflow_float32(scale):
     pixels, delta, gradient = inputs((2, 3, 16, 16), 0.1, scale=scale)
     args = (pixels, delta, gradient, "l2", 0.1, 0.1)
     for ours, true in zip(launch(*args), exact(*args), strict=True):
@@ -83,8 +84,8 @@ def test_kernel_follows_gradients_whose_squares_leave_float32(scale):
 
 
 @pytest.mark.interpreter
-def test_kernel_where_the_step_undoes_the_delta():
-    """|d|^2 + 2 s d.g/|g| + s^2 cancels to nearly 0, and the budget is smaller still."""
+def test_kernel_with_a_step_that_cancels_the_delta():
+    """|d|^2 + 2 s d.g/|g| + s^2 cancels to nearly 0, and the budget is even smaller."""
     pixels = torch.full((2, 3, 16, 16), 0.5)
     gradient = torch.randn(pixels.shape)
     delta = -0.1 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -95,22 +96,18 @@ def test_kernel_where_the_step_undoes_the_delta():
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_kernel_gradients_of_zero_and_of_no_number(norm):
+def test_kernel_with_zero_and_non_finite_gradients(norm):
     pixels, delta, gradient = inputs((4, 3, 8, 8), 0.1)
     gradient[0] = 0.0
     gradient[1, 0, 0, 0] = float("nan")
     gradient[2, 0, 0, 0] = float("inf")
-    got, plain = (
-        launch(pixels, delta, gradient, norm, 0.1, 0.1),
-        reference(pixels, delta, gradient, norm, 0.1, 0.1),
-    )
+    got = launch(pixels, delta, gradient, norm, 0.1, 0.1)
+    plain = reference(pixels, delta, gradient, norm, 0.1, 0.1)
     for ours, theirs in zip(got, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1.2e-7, equal_nan=True)
-    assert (
-        torch.equal(got[0].isnan(), plain[0].isnan())
-        and got[0][1].isnan().any() == (norm == "l2")
-        and not got[0][3].isnan().any()
-    )
+    assert torch.equal(got[0].isnan(), plain[0].isnan())
+    assert got[0][1].isnan().any() == (norm == "l2")
+    assert not got[0][3].isnan().any()
 
 
 @pytest.mark.interpreter
@@ -142,11 +139,11 @@ def test_kernel_with_more_blocks_than_partial_sums(monkeypatch):
     assert_close_enough(launch(*args), args)
 
 
-# --- the op -------------------------------------------------------------------------------------------------------------------
+# --- the op ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_the_op_keeps_the_rules_of_ops(norm):
+def test_operator_contract(norm):
     args = (*inputs((2, 3, 8, 8), 0.1), norm, 0.1, 0.1)
     torch.library.opcheck(torch.ops.dad_fast.pgd_update.default, args)
     compiled = torch.compile(
@@ -156,7 +153,7 @@ def test_the_op_keeps_the_rules_of_ops(norm):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_the_attack_is_the_same_with_and_without_it():
+def test_attack_is_the_same_with_and_without_the_op():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
     x, y, keys = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0]), torch.arange(5)
     for norm in ("l2", "linf"):
@@ -175,7 +172,7 @@ def test_the_attack_is_the_same_with_and_without_it():
         ({"gradient": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, "gradient"),
     ],
 )
-def test_wrong_arguments(change, words):
+def test_wrong_arguments_are_refused(change, words):
     args = {name: torch.zeros(2, 3, 4, 4) for name in ("pixels", "delta", "gradient")}
     with pytest.raises(ValueError, match=words):
         pgd_update(**args | {"norm": "l2", "eps": 0.1, "step_size": 0.1} | change)

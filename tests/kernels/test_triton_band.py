@@ -1,4 +1,7 @@
-"""The error band of the Triton back ends holds for sums as tensor cores make them: aligned, cut, in blocks. Plain torch, no Triton run."""
+"""Error band of the Triton back ends, checked for sums as tensor cores compute them.
+
+The sums are aligned, truncated and in blocks. Everything runs in plain torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from tests.codebooks import DATA
 
 
 def cut_sum(products, accumulator, block):
-    """Sum as tensor cores do at their worst: blocks aligned with the accumulator to the largest exponent, each addend cut to 24 bits."""
+    """Sum as the least exact tensor cores.
+
+    Blocks and the accumulator are aligned to the largest exponent, addends truncated to 24 bits.
+    """
     for first in range(0, products.shape[-1], block):
         terms = torch.cat([products[..., first : first + block], accumulator[..., None]], -1)
         largest = terms.abs().amax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The Triton back ends of the search equal the fp64 search: under Triton's interpreter on a CPU, and (-m gpu) on a GPU."""
+"""Triton back ends of the search equal the fp64 search, interpreted or (-m gpu) on a GPU."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ every_back_end = pytest.mark.parametrize(
 )
 
 
-def test_under_the_interpreter():
+def test_search_under_the_interpreter():
     run_interpreted(__file__)
 
 
 class Search:
-    """A search with its outputs: codes, quantized, num_nonfinite, and how many rows went to the fp64 settlement."""
+    """Search with its outputs. num_settled: rows that were settled in fp64."""
 
     def __init__(self, module, z, e, slots=SLOTS, meta=META):
         z, e = z.to(DEVICE), e.contiguous().to(DEVICE)
@@ -79,7 +79,7 @@ def check(module, z, e, **options):
 
 
 def rows_for(data, d):
-    """Few for the interpreter where most rows are settled, of which it does some ten a second."""
+    """Return the number of rows: few if the interpreter settles most, at about ten per second."""
     if not INTERPRETED:
         return 501
     if data in (clustered, mixed_scales, tiny, outside):
@@ -90,8 +90,11 @@ def rows_for(data, d):
 
 
 def cases(on_a_gpu, interpreted, interpreted_for_some):
-    """Data of each kind with each (codes, dimensions). The interpreter has few codes, a few strips and a rest, and the last
-    dimensions for four kinds alone."""
+    """Parametrize by every kind of data and every (codes, dimensions).
+
+    Under the interpreter: few codes (a few strips and a rest), and the last sizes for four kinds of
+    data only.
+    """
     every = [(data, *size) for size in (interpreted if INTERPRETED else on_a_gpu) for data in DATA]
     some = (normal, clustered, mixed_scales, outside) if INTERPRETED else ()
     every += [(data, *size) for size in interpreted_for_some for data in some]
@@ -127,15 +130,15 @@ def test_sizes_of_codebook(module, k):
 
 
 @on_device
-def test_the_papers_codebook():
-    """With the table's own meta-parameters, and few rows left to settle."""
+def test_16384_codes_of_4_dimensions():
+    """Codebook size of the paper, with the table's meta-parameters: few rows are settled."""
     found = check(triton_small, *normal(150, 16384, 4), slots=None, meta=None)
     assert found.num_settled <= 8
 
 
 @on_device
 @pytest.mark.parametrize("d", [32, 256])
-def test_the_gemms_own_meta_parameters(d):
+def test_gemm_with_the_meta_parameters_of_the_table(d):
     found = check(triton_gemm, *normal(130 if d == 32 else 5, 512, d), slots=None, meta=None)
     assert found.num_settled <= 20
 
@@ -149,10 +152,9 @@ def test_numbers_of_rows(module, n):
 
 @on_device
 @every_back_end
-def test_ordinary_latents_are_seldom_settled(module):
-    assert Search(module, *normal(100, 1024, 4)).num_settled <= (
-        5 if module is triton_small else 20
-    )
+def test_few_normal_latents_are_settled(module):
+    limit = 5 if module is triton_small else 20
+    assert Search(module, *normal(100, 1024, 4)).num_settled <= limit
 
 
 @on_device
@@ -166,9 +168,9 @@ def test_latents_far_from_every_code(module):
 
 @on_device
 @every_back_end
-def test_codes_in_one_strip_or_one_place_of_theirs_can_tie(module):
-    """Strips hold consecutive codes: a tie within a strip, across strips at the same place, and at another place."""
-    z, e = normal(6, 128, 4)  # four codes a strip
+def test_ties_within_and_across_strips(module):
+    """Strips hold four consecutive codes; ties across strips are at equal and other positions."""
+    z, e = normal(6, 128, 4)
     e[5], e[6] = z[0] + 0.25, z[0] - 0.25
     e[40], e[44] = z[1] - 0.25, z[1] + 0.25
     e[80], e[90], e[100] = z[2] + 0.25, z[2] - 0.25, z[2] + torch.tensor([0.25, -0.25, 0.25, 0.25])
@@ -181,8 +183,11 @@ def test_codes_in_one_strip_or_one_place_of_theirs_can_tie(module):
 @every_back_end
 def test_not_finite(module):
     z, e = normal(20, 50, 4)
-    z[3, 1], z[5, 0], z[7, 2], z[19] = torch.nan, torch.inf, -torch.inf, torch.nan
-    e[0, 0], e[17, 3], e[18, 1], e[49] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    z[3, 1] = z[19] = torch.nan
+    z[5, 0], z[7, 2] = torch.inf, -torch.inf
+    e[0, 0] = torch.nan
+    e[17, 3] = torch.inf
+    e[18, 1] = e[49] = -torch.inf
     found = Search(module, z, e)
     assert torch.equal(found.codes.cpu(), search_reference(z, e))
     assert found.codes[[3, 5, 7, 19]].tolist() == [0] * 4
@@ -203,7 +208,7 @@ def test_inputs_unchanged_and_same_twice(module):
 @on_device
 @pytest.mark.parametrize("d", [4, 32])
 def test_codebook_search_by_triton(d):
-    """Images in 16 bits and with odd strides, z_q, the counter; the same by the operators and compiled as one graph."""
+    """Images in 16 bits and with odd strides, z_q, the counter, the operators, compilation."""
     _, e = normal(1, 70, d)
     search = CodebookSearch(e.to(DEVICE), "triton")
     assert search.backend == "triton"
@@ -213,12 +218,10 @@ def test_codebook_search_by_triton(d):
     for latents in (images, images.contiguous(memory_format=torch.channels_last), images.half()):
         before = search.num_nonfinite.item()
         codes, quantized = search.search_and_quantize(latents)
-        expected = search_reference(
-            latents.permute(0, 2, 3, 1).reshape(-1, d).cpu().float(), e
-        ).view(2, 1, 3)
-        assert torch.equal(codes.cpu(), expected) and torch.equal(
-            search.search(latents).cpu(), expected
-        )
+        rows = latents.permute(0, 2, 3, 1).reshape(-1, d).cpu().float()
+        expected = search_reference(rows, e).view(2, 1, 3)
+        assert torch.equal(codes.cpu(), expected)
+        assert torch.equal(search.search(latents).cpu(), expected)
         assert torch.equal(quantized.cpu(), e[expected].permute(0, 3, 1, 2))
         assert search.num_nonfinite.item() == before + 2
     compiled = torch.compile(lambda z: search.search(2 * z), fullgraph=True, backend="aot_eager")
@@ -230,7 +233,7 @@ def test_codebook_search_by_triton(d):
 
 
 def dot_with_errors(size):
-    """The interpreter's dot product with an error of `size` times what the band allows tensor cores, up or down at random."""
+    """Return a dot product for the interpreter with an error of `size` times the bound."""
     import numpy as np
     from triton.runtime.interpreter import TensorHandle
 
@@ -239,17 +242,10 @@ def dot_with_errors(size):
     def create_dot(self, a, b, accumulator, *rest):
         a, b = a.data.astype(np.float64), b.data.astype(np.float64)
         magnitude = np.abs(a) @ np.where(np.isfinite(b), np.abs(b), 0)
-        error = (
-            size
-            * triton_common.GAMMA_PER_STEP
-            * a.shape[1]
-            / 16
-            * magnitude
-            * generator.choice([-1.0, 1.0], magnitude.shape)
-        )
-        return TensorHandle(
-            (a @ b + accumulator.data + error).astype(np.float32), accumulator.dtype.scalar
-        )
+        bound = size * triton_common.GAMMA_PER_STEP * a.shape[1] / 16 * magnitude
+        error = bound * generator.choice([-1.0, 1.0], magnitude.shape)
+        result = (a @ b + accumulator.data + error).astype(np.float32)
+        return TensorHandle(result, accumulator.dtype.scalar)
 
     return create_dot
 
@@ -258,7 +254,7 @@ def dot_with_errors(size):
 @every_back_end
 @pytest.mark.parametrize("separation", [1e-2, 1e-3, 1e-4])
 def test_codes_survive_the_worst_rounding(module, separation, monkeypatch):
-    """And those codes are such that they would not survive more: near pairs, on both sides of what fp16 terms can tell apart."""
+    """Uses pairs of codes near the resolution of fp16 terms, which a larger error would confuse."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     z, e = normal(20, 256, 4)
@@ -285,7 +281,7 @@ def test_codes_that_cannot_win():
     assert triton_common.can_win(e).tolist() == [True, False, False, True, False, False, True]
 
 
-def test_available_says_why_not():
+def test_available_returns_the_reason():
     cpu = torch.device("cpu")
     assert "at most 8 dimensions" in triton_small.available(cpu, 100, 9)
     assert "32-bit" in triton_gemm.available(cpu, 1 << 24, 256)
@@ -303,9 +299,8 @@ def test_a_million_queries_on_a_gpu(module, d):
     z, e = torch.randn(1_000_000, d, device="cuda"), torch.randn(16384, d, device="cuda")
     found = Search(module, z, e, slots=None, meta=None)
     for first in range(0, len(z), 1 << 16):
-        assert torch.equal(
-            found.codes[first : first + (1 << 16)], search_torch(z[first : first + (1 << 16)], e)
-        )
+        block = slice(first, first + (1 << 16))
+        assert torch.equal(found.codes[block], search_torch(z[block], e))
     assert torch.equal(found.quantized, e[found.codes])
     assert found.num_settled <= 0.1 * len(z)
 
@@ -337,6 +332,5 @@ def test_every_candidate_of_the_tuning_tool_is_exact_on_a_gpu(module):
     expected = search_torch(z, e)
     for case in module.tuning_cases():
         for meta in case.candidates:
-            assert torch.equal(
-                Search(module, z, e, slots=meta.get("slots", 128), meta=meta).codes, expected
-            ), meta
+            found = Search(module, z, e, slots=meta.get("slots", 128), meta=meta)
+            assert torch.equal(found.codes, expected), meta

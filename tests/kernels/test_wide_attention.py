@@ -1,4 +1,4 @@
-"""Attention of one wide head: every way gives the same, and the table decides which is taken."""
+"""Attention of one wide head: all ways give the same result, and the table chooses one."""
 
 import pytest
 
@@ -16,12 +16,12 @@ def exact(q, k, v, scale):
 
 
 def written_out(q, k, v, scale):
-    """The same in the dtype of its inputs: plain torch, whose error on this machine is the measure."""
+    """Return the attention in plain torch and the inputs' dtype: its error is the reference."""
     return (scale * q @ k.transpose(1, 2)).softmax(dim=2) @ v
 
 
 def strided(batch, tokens, width, dtype, device="cpu"):
-    """As they come from maps [B, C, H, W] in NCHW: the last dimension is not the dense one."""
+    """Return q, k, v as from maps [B, C, H, W] in NCHW: the last dimension is not dense."""
     return torch.randn(3, batch, width, tokens, device=device).to(dtype).transpose(2, 3)
 
 
@@ -30,12 +30,13 @@ def strided(batch, tokens, width, dtype, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ways_agree(shape, way, dtype):
     q, k, v = strided(*shape, dtype)
-    for key in (k, v):  # merged projections make one tensor of the two
+    # Merged projections make one tensor of k and v.
+    for key in (k, v):
         args = (q, key, v, 0.1)
         assert_as_exact(WAYS[way](*args), written_out(*args), exact(*args))
 
 
-def test_the_table_decides_on_cuda(monkeypatch):
+def test_table_chooses_the_way_on_cuda(monkeypatch):
     assert wide_attention(torch.device("cpu"), 512) is sdpa
     cuda = torch.device("cuda")
     monkeypatch.setattr(module, "architecture", lambda device: "sm_90")

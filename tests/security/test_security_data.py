@@ -1,4 +1,4 @@
-"""Hostile data: names that would write on a terminal or outside, links, bombs, absurd shapes."""
+"""Hostile data: names with escape sequences or paths, links, bombs, extreme shapes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -45,7 +46,7 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
 
 
 def grey_png(side: int) -> bytes:
-    """16 bits a pixel."""
+    """Return a PNG with 16 bits per pixel."""
     file = io.BytesIO()
     Image.fromarray(np.zeros((side, side), np.uint16)).save(file, "PNG")
     return file.getvalue()
@@ -57,16 +58,13 @@ def jpeg() -> bytes:
     return file.getvalue()
 
 
-# --- names ------------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
-def test_printable_leaves_nothing_that_acts() -> None:
+def test_printable_escapes_control_characters() -> None:
     text = printable(f"a{ESCAPES}b\udcff")
-    assert (
-        text.replace("\n", "").isprintable()
-        and text.startswith("a\\x1b]0;owned\\x07")
-        and text.endswith("b\\udcff")
-    )
+    assert text.replace("\n", "").isprintable()
+    assert text.startswith("a\\x1b]0;owned\\x07") and text.endswith("b\\udcff")
     assert printable("plain \\ text\nand more") == "plain \\ text\nand more"
 
 
@@ -74,19 +72,19 @@ def test_printable_leaves_nothing_that_acts() -> None:
     "command",
     [["eval"], ["export", "-o", "x"], ["train", "--set"], ["store", "info"], [], ["predict", "m"]],
 )
-def test_what_was_typed_is_not_written_on_the_terminal(
+def test_control_characters_in_arguments_are_escaped(
     capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
-    """Scripts hand on names of files that they found."""
+    """Scripts pass on names of files that others made."""
     assert cli.main([*command, f"x{ESCAPES}"]) in (2, 4)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error[:-1].isprintable()
 
 
-def test_folders_and_files_with_such_names(
+def test_control_characters_in_names_of_folders_and_files_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As classes and as images, from the index to the message."""
+    """Covers classes and images, from the index to the message."""
     for split in ("train", "val"):
         for name in (f"ant{ESCAPES}", "bee"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -94,12 +92,7 @@ def test_folders_and_files_with_such_names(
                 jpeg() if name == "bee" else b"no image"
             )
     command = [
-        "train",
-        "--method",
-        "ce",
-        "--student",
-        "test_resnet",
-        "--data-dir",
+        *shlex.split("train --method ce --student test_resnet --data-dir"),
         str(tmp_path),
         "-o",
         str(tmp_path / "o"),
@@ -107,19 +100,16 @@ def test_folders_and_files_with_such_names(
     ]
     assert cli.main(command) == 4
     error = capsys.readouterr().err
-    assert (
-        "1 of 2 images cannot be read" in error
-        and error.replace("\n", "").isprintable()
-        and "\\x1b" in error
-    )
+    assert "1 of 2 images cannot be read" in error and "\\x1b" in error
+    assert error.replace("\n", "").isprintable()
 
 
-# --- tars -------------------------------------------------------------------------------------------------------------------
+# --- tars -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Any:
-    """Writes a tar of (name, kind, content or target) with a sound sample in it."""
+    """Function that writes a tar of (name, kind, content or target) with a sound sample in it."""
 
     def write(*members: tuple[str, bytes, Any]) -> Path:
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -145,19 +135,20 @@ def shard(tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     "name", ["/etc/x", "../../x", "a/../../../x", "x/../../etc/passwd", "C:\\x", f"{ESCAPES}x"]
 )
-def test_a_members_name_is_never_a_path(shard: Any, tmp_path: Path, name: str) -> None:
+def test_names_in_tars_are_never_paths(shard: Any, tmp_path: Path, name: str) -> None:
     source = open_source(
         str(shard((f"{name}.jpg", tarfile.REGTYPE, jpeg()), (f"{name}.cls", tarfile.REGTYPE, b"0")))
     )
     assert len(source) == 2 and all(key.isprintable() for key in source.keys)
     assert source.read(1).size == (8, 8)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["data", "s.tar"]  # nothing was extracted
+    # Nothing was extracted.
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["data", "s.tar"]
 
 
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
 )
-def test_links_and_devices_are_no_images(shard: Any, tmp_path: Path, kind: bytes) -> None:
+def test_links_and_devices_in_tars_are_no_images(shard: Any, tmp_path: Path, kind: bytes) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(jpeg())
     folder = shard(("bad.jpg", kind, str(secret)), ("bad.cls", tarfile.REGTYPE, b"0"))
@@ -167,7 +158,7 @@ def test_links_and_devices_are_no_images(shard: Any, tmp_path: Path, kind: bytes
         source.read(1)
 
 
-def test_a_link_as_a_label_is_not_followed(shard: Any, tmp_path: Path) -> None:
+def test_link_as_a_label_is_not_followed(shard: Any, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("7")
     folder = shard(
         ("bad.jpg", tarfile.REGTYPE, jpeg()), ("bad.cls", tarfile.SYMTYPE, str(tmp_path / "secret"))
@@ -175,7 +166,7 @@ def test_a_link_as_a_label_is_not_followed(shard: Any, tmp_path: Path) -> None:
     assert open_source(str(folder), max_bad_share=0.9).ok.tolist() == [True, False]
 
 
-# --- images -----------------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +179,7 @@ def test_a_link_as_a_label_is_not_followed(shard: Any, tmp_path: Path) -> None:
         b"GIF89a" + b"\xff" * 20,
     ],
 )
-def test_images_that_claim_more_than_they_hold(tmp_path: Path, content: bytes) -> None:
+def test_images_with_false_sizes_are_refused_quickly(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)
     start = time.process_time()
     with pytest.raises(DecodeError, match="x.png: ") as error:
@@ -197,8 +188,8 @@ def test_images_that_claim_more_than_they_hold(tmp_path: Path, content: bytes) -
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 50_000)])
-def test_a_thread_of_pixels_does_not_fill_the_memory(size: tuple[int, int]) -> None:
-    """Its shorter side resized to 256 would make four billion pixels of it; a limit on memory shows that it does not."""
+def test_extreme_aspect_ratio_does_not_exhaust_memory(size: tuple[int, int]) -> None:
+    """Resizing the shorter side to 256 gives four billion pixels. Runs under a memory limit."""
     code = f"""
 import resource, numpy as np
 from PIL import Image
@@ -216,7 +207,7 @@ assert out.shape == (224, 224, 3) and out[112, 112].min() > 200, out[112, 112]
 
 
 @pytest.mark.parametrize("size", [(30, 4000), (4001, 31), (300, 200), (1, 400)])
-def test_images_that_fit_are_what_they_were(size: tuple[int, int]) -> None:
+def test_moderate_aspect_ratios_are_resized_as_a_whole(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     found = eval_transform(image, 32, 0.875, "bilinear")
@@ -235,14 +226,13 @@ def test_images_that_fit_are_what_they_were(size: tuple[int, int]) -> None:
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def test_no_interpreter_is_started_for_an_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For EPS, whatever the file is called, Pillow would start Ghostscript, which runs the file."""
+def test_eps_images_start_no_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow starts Ghostscript, which executes the file, for EPS content under any file name."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not looked for yet
+    # As if Pillow had not searched for it yet.
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
     (tmp_path / "x.jpg").write_bytes(EPS)
     for file in (tmp_path / "x.jpg", io.BytesIO(EPS)):
         with pytest.raises(DecodeError, match="not an image"):
@@ -251,15 +241,14 @@ def test_no_interpreter_is_started_for_an_image(
 
 
 @pytest.mark.parametrize("form", ["PCX", "ICO", "SGI", "TGA", "JPEG2000"])
-def test_only_formats_with_an_ending_of_ours_are_read(form: str) -> None:
+def test_other_image_formats_are_refused(form: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, form)
     with pytest.raises(DecodeError, match="not an image"):
         read_rgb(file, "x.jpg")
 
 
-def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
-    """Nobody waits for one: a reader of a pipe would."""
+def test_pipes_and_devices_are_refused_without_waiting(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "good.jpg").write_bytes(jpeg())
@@ -271,7 +260,8 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
 
     waited = []
 
-    def let_go() -> None:  # of a reader that waits all the same; where there is none, opening fails
+    def let_go() -> None:
+        """Release a waiting reader. Without one, opening the pipe fails."""
         with contextlib.suppress(OSError):
             os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
             waited.append(pipe)
@@ -283,16 +273,14 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
     for index in (1, 2, 4, 5):
         with pytest.raises(DecodeError, match="not a regular file"):
             source.read(index)
-        assert (
-            source.encoded(index) is None
-            and read_unchanged(tmp_path / source.keys[index], 0) is None
-        )
+        assert source.encoded(index) is None
+        assert read_unchanged(tmp_path / source.keys[index], 0) is None
     timer.cancel()
     assert not waited
 
 
-def test_sixteen_bits_take_no_more_memory_than_pixels() -> None:
-    """Half a megabyte of PNG can hold a hundred million grey values."""
+def test_memory_for_16_bit_images_is_bounded() -> None:
+    """Half a megabyte of PNG can contain a hundred million grey values."""
     tracemalloc.start()
     read_rgb(io.BytesIO(grey_png(4096)), "x")
     peak = tracemalloc.get_traced_memory()[1]
@@ -300,7 +288,7 @@ def test_sixteen_bits_take_no_more_memory_than_pixels() -> None:
     assert peak < 8 * 4096 * 4096
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 TOML = [
     "a = " + "[" * 10**5,
@@ -316,7 +304,7 @@ TOML = [
 
 
 @pytest.mark.parametrize("text", TOML, ids=lambda text: text[:12])
-def test_settings_that_are_none(
+def test_malformed_settings_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     (tmp_path / "c.toml").write_text(text)
@@ -326,7 +314,7 @@ def test_settings_that_are_none(
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "c.json", "c.py", "c.pkl"])
-def test_other_formats_are_not_guessed(
+def test_settings_in_other_formats_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (tmp_path / name).write_text("!!python/object/apply:os.system ['true']")

@@ -1,4 +1,4 @@
-"""What is written: who may read it, who may have planted it, and where links lead."""
+"""Written files: permissions, planted files, and links."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_new_cache_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "a" / "cache"))
     assert write_cache(cache_dir() / "index" / "x.csv", b"x")
     assert mode(tmp_path / "a" / "cache") == 0o700
     (tmp_path / "shared").mkdir(mode=0o755)
     monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "shared"))
-    assert (
-        write_cache(cache_dir() / "x", b"x") and mode(tmp_path / "shared") == 0o755
-    )  # one that is there is somebody's choice
+    # The mode of an existing folder is the user's choice.
+    assert write_cache(cache_dir() / "x", b"x") and mode(tmp_path / "shared") == 0o755
 
 
 def test_files_follow_the_umask_and_are_private_while_written(
@@ -38,18 +37,19 @@ def test_files_follow_the_umask_and_are_private_while_written(
 ) -> None:
     seen: list[int] = []
     fsync = os.fsync
-    monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda handle: (seen.append(stat.S_IMODE(os.fstat(handle).st_mode)), fsync(handle))[1],
-    )
+
+    def recorded(handle: int) -> None:
+        seen.append(stat.S_IMODE(os.fstat(handle).st_mode))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", recorded)
     atomic_write_bytes(tmp_path / "x", b"x")
     assert seen[0] == 0o600 and mode(tmp_path / "x") & 0o022 == 0
     assert os.listdir(tmp_path) == ["x"]
 
 
 def test_writing_does_not_follow_a_link(tmp_path: Path) -> None:
-    """The link is replaced; what it points to stays."""
+    """Replaces the link and keeps its target."""
     (tmp_path / "precious").write_text("years")
     (tmp_path / "link").symlink_to("precious")
     atomic_write_bytes(tmp_path / "link", b"new")
@@ -58,7 +58,7 @@ def test_writing_does_not_follow_a_link(tmp_path: Path) -> None:
 
 @pytest.fixture
 def compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The folder that torch.compile would use, for a cache folder of some mode."""
+    """Function that returns torch.compile's folder for a cache folder of a given mode."""
     registered: list[Path] = []
     monkeypatch.setattr(
         "atexit.register", lambda function, folder, **named: registered.append(folder)
@@ -79,10 +79,8 @@ def compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder.rmdir()
 
 
-def test_compiled_code_lies_where_nobody_else_can_plant_it(
-    compile_cache: Any, tmp_path: Path
-) -> None:
-    """By default torch.compile loads it from /tmp/torchinductor_NAME, whoever made that."""
+def test_compiled_code_is_in_a_private_folder(compile_cache: Any, tmp_path: Path) -> None:
+    """By default torch.compile loads it from /tmp/torchinductor_NAME, which any user can create."""
     folder = compile_cache(None)
     assert folder == tmp_path / "cache" / "torch.compile" and mode(folder) == 0o700
     keep_compiled_code_private()
@@ -97,14 +95,14 @@ def test_compiled_code_is_not_kept_in_a_shared_cache(
     assert tmp_path / "cache" not in folder.parents and mode(folder) == 0o700
 
 
-def test_what_the_user_said_of_compiled_code_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_set_by_the_user_for_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     keep_compiled_code_private()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
 
 
-def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
-    """In a run or a store that came from others, and is gone on with."""
+def test_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    """Covers a run and a store that came from others and are resumed."""
     (tmp_path / "precious").write_text("years")
     for name in ("metrics.jsonl", "train.log", "m.json.part", "shard.data.part"):
         (tmp_path / name).symlink_to("precious")
@@ -116,6 +114,5 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     write_whole(tmp_path / "m.json", b"new")
     part = Part(tmp_path / "shard.data")
     part.write(b"new")
-    assert (tmp_path / "precious").read_text() == "years" and (
-        tmp_path / "m.json"
-    ).read_bytes() == b"new"
+    assert (tmp_path / "precious").read_text() == "years"
+    assert (tmp_path / "m.json").read_bytes() == b"new"

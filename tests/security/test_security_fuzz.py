@@ -1,7 +1,7 @@
-"""Readers on damaged and on forged files: what they say is an error of ours or an answer of the right shape, within a second or so.
+"""Fuzzing of readers: a damaged or forged file gives one of our errors or a well-formed result.
 
-Each reader is fed two kinds of files: bytes changed, cut or added anywhere, and content that is well-formed, with right checksums, but
-holds anything in any place.
+Each reader gets two kinds of files: bytes changed, cut or added anywhere, and well-formed content
+with right checksums but arbitrary values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from tests.store_data import make_manifest, write
 FUZZ = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-SECONDS = 3.0  # of the processor's time, for one file
+# CPU time for one file.
+SECONDS = 3.0
 
 plain = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 anything = st.recursive(
@@ -70,27 +71,27 @@ def damaged(content: bytes, damage: tuple[str, float, bytes]) -> bytes:
 
 
 @contextlib.contextmanager
-def soon() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
     start = time.process_time()
     yield
     assert time.process_time() - start < SECONDS
 
 
-def said(error: DadFastError) -> None:
+def assert_one_line(error: DadFastError) -> None:
     assert "\n" not in str(error) and len(str(error)) < 2000
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @FUZZ
 @given(st.text() | st.text(alphabet="[]{}=\"'.,#\n 019abt_-\\", max_size=200))
 def test_any_text_as_settings(text: str) -> None:
-    with soon():
+    with time_limit():
         try:
             assert isinstance(from_toml(text), Config)
         except UsageError as error:
-            said(error)
+            assert_one_line(error)
 
 
 @FUZZ
@@ -98,29 +99,23 @@ def test_any_text_as_settings(text: str) -> None:
 def test_any_value_of_any_setting(pairs: list[tuple[str, Any]]) -> None:
     def toml(value: Any) -> str:
         if isinstance(value, dict):
-            return (
-                "{"
-                + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items())
-                + "}"
-            )
+            items = ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items())
+            return f"{{{items}}}"
         if isinstance(value, list):
             return "[" + ", ".join(map(toml, value)) + "]"
-        return (
-            repr(value)
-            if isinstance(value, float)
-            else json.dumps(value if value is not None else "")
-        )
+        if isinstance(value, float):
+            return repr(value)
+        return json.dumps(value if value is not None else "")
 
-    with soon():
+    text = "\n".join(f"{path} = {toml(value)}" for path, value in pairs)
+    with time_limit():
         try:
-            assert isinstance(
-                from_toml("\n".join(f"{path} = {toml(value)}" for path, value in pairs)), Config
-            )
+            assert isinstance(from_toml(text), Config)
         except UsageError as error:
-            said(error)
+            assert_one_line(error)
 
 
-# --- a store ----------------------------------------------------------------------------------------------------------------
+# --- a store --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["raw", "webp"])
@@ -143,23 +138,23 @@ def read_all(folder: Path) -> None:
 
 @FUZZ
 @given(data=st.data(), damage=damages)
-def test_a_store_with_damage_anywhere(store: Path, tmp_path: Path, data: Any, damage: Any) -> None:
+def test_damaged_store(store: Path, tmp_path: Path, data: Any, damage: Any) -> None:
     copy = tmp_path / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(store, copy)
     name = data.draw(st.sampled_from(sorted(path.name for path in copy.iterdir())))
     (copy / name).write_bytes(damaged((copy / name).read_bytes(), damage))
-    with soon():
+    with time_limit():
         try:
             read_all(copy)
         except (DataError, UsageError) as error:
-            said(error)
+            assert_one_line(error)
 
 
 @FUZZ
 @given(data=st.data(), value=anything)
-def test_a_forged_manifest(store: Path, data: Any, value: Any) -> None:
-    """Any value in any place, under a right checksum."""
+def test_forged_manifest(store: Path, data: Any, value: Any) -> None:
+    """Any value in any place, with a right checksum."""
     document = json.loads((store / "manifest.json").read_text())
     document.pop("checksum")
     place, keys = document, sorted(document)
@@ -172,15 +167,16 @@ def test_a_forged_manifest(store: Path, data: Any, value: Any) -> None:
             {**document, "checksum": hashlib.sha256(_canonical(document)).hexdigest()}
         )
     except ValueError:
-        return  # not a number, which the canonical form has no word for
-    with soon():
+        # The canonical form has no NaN.
+        return
+    with time_limit():
         try:
             assert isinstance(Manifest.from_json(sealed), Manifest)
         except DataError as error:
-            said(error)
+            assert_one_line(error)
 
 
-# --- a checkpoint -----------------------------------------------------------------------------------------------------------
+# --- a checkpoint ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -209,32 +205,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(
     name=st.sampled_from(["model.safetensors", "train.safetensors", "state.json"]), damage=damages
 )
-def test_a_checkpoint_with_damage_anywhere(
-    checkpoint: Path, tmp_path: Path, name: str, damage: Any
-) -> None:
-    """Noticed, or not there: whoever reads on has what was written."""
+def test_damaged_checkpoint(checkpoint: Path, tmp_path: Path, name: str, damage: Any) -> None:
+    """Damage is detected, or the loaded checkpoint equals the written one."""
     copy = tmp_path / "checkpoints"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkpoint, copy, symlinks=True)
     path = copy / "step-5" / name
     path.write_bytes(damaged(path.read_bytes(), damage))
     lines: list[str] = []
-    with soon():
+    with time_limit():
         try:
             found = CheckpointFolder(copy, keep=2).load("auto", lines.append)
         except DataError as error:
-            said(error)
+            assert_one_line(error)
         else:
-            assert isinstance(found, Checkpoint) and torch.equal(
-                found.tensors["student.w"], torch.arange(6.0)
-            )
+            assert isinstance(found, Checkpoint)
+            assert torch.equal(found.tensors["student.w"], torch.arange(6.0))
             assert found.state["best_top1"] == 3.5 and found.state["step"] == 5
 
 
 @FUZZ
 @given(state=anything)
-def test_a_forged_state(checkpoint: Path, tmp_path: Path, state: Any) -> None:
-    """Right checksums over anything."""
+def test_forged_state(checkpoint: Path, tmp_path: Path, state: Any) -> None:
+    """Arbitrary content with right checksums."""
     copy = tmp_path / "checkpoints"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkpoint, copy, symlinks=True)
@@ -246,14 +239,14 @@ def test_a_forged_state(checkpoint: Path, tmp_path: Path, state: Any) -> None:
         }
         state = {**own, "sha256": files | {STATE: _digest(own)}}
     (folder / STATE).write_text(json.dumps(state))
-    with soon():
+    with time_limit():
         try:
             CheckpointFolder(copy, keep=2).load("auto", lambda line: None)
         except DataError as error:
-            said(error)
+            assert_one_line(error)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def weights_files() -> dict[str, bytes]:
@@ -274,18 +267,16 @@ FILES = weights_files()
 @FUZZ
 @pytest.mark.filterwarnings("ignore")
 @given(form=st.sampled_from(sorted(FILES)), damage=damages)
-def test_weights_with_damage_anywhere(tmp_path: Path, form: str, damage: Any) -> None:
+def test_damaged_weights(tmp_path: Path, form: str, damage: Any) -> None:
     (tmp_path / "w").write_bytes(damaged(FILES[form], damage))
-    with soon():
+    with time_limit():
         for read in (read_state_dict, load_student):
             try:
                 state, _ = read(tmp_path / "w")
-                assert (
-                    read is load_student
-                    or sum(tensor.numel() for tensor in state.values()) < 1_000_000
-                )
+                if read is read_state_dict:
+                    assert sum(tensor.numel() for tensor in state.values()) < 1_000_000
             except DadFastError as error:
-                said(error)
+                assert_one_line(error)
 
 
 @settings(FUZZ, max_examples=20)
@@ -295,19 +286,19 @@ def test_weights_with_damage_anywhere(tmp_path: Path, form: str, damage: Any) ->
     ),
     value=anything,
 )
-def test_a_forged_description_of_a_student(tmp_path: Path, key: str, value: Any) -> None:
+def test_forged_description_of_a_student(tmp_path: Path, key: str, value: Any) -> None:
     spec = {**SPEC, "model_kwargs": {**SMALL}}
     table, _, name = key.rpartition(".")
     (spec["model_kwargs"] if table else spec)[name] = value
     write_safetensors(
         tmp_path / "m.safetensors", {"w": torch.zeros(3)}, {"dad_fast.student": json.dumps(spec)}
     )
-    with soon(), pytest.raises(DataError) as caught:
+    with time_limit(), pytest.raises(DataError) as caught:
         load_student(tmp_path / "m.safetensors")
-    said(caught.value)
+    assert_one_line(caught.value)
 
 
-# --- images -----------------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def image_files() -> dict[str, bytes]:
@@ -326,9 +317,9 @@ IMAGES = image_files()
 @FUZZ
 @pytest.mark.filterwarnings("ignore")
 @given(form=st.sampled_from(sorted(IMAGES)), damage=damages)
-def test_images_with_damage_anywhere(form: str, damage: Any) -> None:
-    with soon():
+def test_damaged_images(form: str, damage: Any) -> None:
+    with time_limit():
         try:
             assert read_rgb(io.BytesIO(damaged(IMAGES[form], damage)), "x").mode == "RGB"
         except DecodeError as error:
-            said(error)
+            assert_one_line(error)

@@ -1,4 +1,4 @@
-"""Hostile tables and lists: class maps, baselines, results, predictions, settings of absurd form; each is one line of ours, soon."""
+"""Hostile class maps, baselines, results, predictions and settings: one-line errors, quickly."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ HUGE = "9" * 5000
 
 
 @contextlib.contextmanager
-def soon(seconds: float = 2.0) -> Iterator[None]:
+def time_limit(seconds: float = 2.0) -> Iterator[None]:
     start = time.process_time()
     yield
     assert time.process_time() - start < seconds
 
 
-def answered(read: Callable[[], Any]) -> Any:
-    """What it returns; None where it is one of our errors, on one line."""
-    with soon():
+def read_or_none(read: Callable[[], Any]) -> Any:
+    """Return the result of `read`, or None for one of our errors, which must be one line."""
+    with time_limit():
         try:
             return read()
         except DadFastError as error:
@@ -70,7 +70,7 @@ def answered(read: Callable[[], Any]) -> Any:
     ],
     ids=lambda row: row[:12],
 )
-def test_class_maps_that_are_none(tmp_path: Path, row: str) -> None:
+def test_malformed_class_maps_are_refused(tmp_path: Path, row: str) -> None:
     (tmp_path / "c.csv").write_text(f"id,folder,name\n{row}\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"c\.csv.*\(--class-map\)"):
         ClassMap.from_csv(tmp_path / "c.csv")
@@ -81,7 +81,7 @@ def test_class_maps_that_are_none(tmp_path: Path, row: str) -> None:
 def test_any_text_as_a_class_map(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.csv").write_text(f"id,folder,name\n{text}", encoding="utf-8", newline="")
     assert isinstance(
-        answered(lambda: ClassMap.from_csv(tmp_path / "c.csv")), (ClassMap, type(None))
+        read_or_none(lambda: ClassMap.from_csv(tmp_path / "c.csv")), (ClassMap, type(None))
     )
 
 
@@ -105,11 +105,11 @@ def test_any_text_as_a_class_map(tmp_path: Path, text: str) -> None:
 @example('{"runs": [{"variant": "x", "suites": {"val": 3}}]}')
 def test_any_json_as_baselines_and_as_results(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    found = answered(lambda: read_baselines(tmp_path / "x.json"))
+    found = read_or_none(lambda: read_baselines(tmp_path / "x.json"))
     assert found is None or all(0 <= value <= 100 for row in found for value in row.values())
-    record = answered(lambda: read_record(tmp_path / "x.json"))
+    record = read_or_none(lambda: read_record(tmp_path / "x.json"))
     assert record is None or all(isinstance(run["suites"], dict) for run in record["runs"])
-    table = answered(lambda: _read_json(tmp_path / "x.json"))
+    table = read_or_none(lambda: _read_json(tmp_path / "x.json"))
     assert table is None or all(isinstance(value, str) for value in table.values())
 
 
@@ -117,9 +117,9 @@ def test_any_json_as_baselines_and_as_results(tmp_path: Path, text: str) -> None
     "text",
     ["a,b\n1,2,3\n", "a,b\n1,inf\n", f"a,b\n1,{'x' * 200_000}\n", "a\n\0\n", "", f"a\n{HUGE}\n"],
 )
-def test_csv_baselines_that_are_none(tmp_path: Path, text: str) -> None:
+def test_malformed_csv_baselines_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.csv").write_text(text)
-    assert answered(lambda: read_baselines(tmp_path / "b.csv")) is None
+    assert read_or_none(lambda: read_baselines(tmp_path / "b.csv")) is None
 
 
 @FUZZ
@@ -130,14 +130,14 @@ def test_csv_baselines_that_are_none(tmp_path: Path, text: str) -> None:
 @example(f"h\na,b,{HUGE},1,1,1,1,J,1,\n")
 @example("h\n" + "a" * 200_000)
 def test_any_text_as_an_index(tmp_path: Path, text: str) -> None:
-    """Under a right checksum: what is no index is made again."""
+    """Builds an index again if the file has a right checksum but is no index."""
     body = text.encode()
     (tmp_path / "i.csv").write_bytes(
         _encoded(f"{_FORMAT}, sha256 of what follows {hashlib.sha256(body).hexdigest()}, x")
         + b"\n"
         + body
     )
-    with soon():
+    with time_limit():
         assert all(isinstance(entry, Entry) for entry in load_index(tmp_path / "i.csv", "x"))
 
 
@@ -148,7 +148,7 @@ def test_any_text_as_an_index(tmp_path: Path, text: str) -> None:
 def test_predictions_of_any_type(tmp_path: Path, dtype: str) -> None:
     arrays = {f"v/{field}": torch.zeros(3).to(getattr(torch, dtype)) for field in FIELDS}
     write_safetensors(tmp_path / "p.safetensors", arrays, {PREDICTIONS: '{"suites": {"v": "s"}}'})
-    found = answered(lambda: load_records(tmp_path / "p.safetensors"))
+    found = read_or_none(lambda: load_records(tmp_path / "p.safetensors"))
     assert found is None or (isinstance(found[1]["v"], Records) and len(found[1]["v"]) == 3)
 
 
@@ -164,9 +164,9 @@ def test_predictions_of_any_type(tmp_path: Path, dtype: str) -> None:
         "\0",
     ],
 )
-def test_predictions_that_say_nonsense(tmp_path: Path, text: str) -> None:
+def test_malformed_predictions_are_refused(tmp_path: Path, text: str) -> None:
     write_safetensors(tmp_path / "p.safetensors", {"v/image": torch.zeros(3)}, {PREDICTIONS: text})
-    assert answered(lambda: load_records(tmp_path / "p.safetensors")) is None
+    assert read_or_none(lambda: load_records(tmp_path / "p.safetensors")) is None
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_predictions_that_say_nonsense(tmp_path: Path, text: str) -> None:
         "a = 1\n" * 200_000,
     ],
 )
-def test_settings_that_would_take_minutes(text: str) -> None:
-    """Reading a key of many parts takes time with their square."""
-    with soon(), pytest.raises(UsageError, match="not settings"):
+def test_settings_that_take_long_to_parse_are_refused(text: str) -> None:
+    """Parsing time grows with the square of the number of parts of a key."""
+    with time_limit(), pytest.raises(UsageError, match="not settings"):
         from_toml(text)
 
 
@@ -194,12 +194,12 @@ def test_settings_that_would_take_minutes(text: str) -> None:
         "variants.x.seed = X",
     ],
 )
-def test_numbers_that_cannot_be_printed(text: str) -> None:
-    with soon(), pytest.raises(UsageError, match="not settings"):
+def test_numbers_too_long_to_print_are_refused(text: str) -> None:
+    with time_limit(), pytest.raises(UsageError, match="not settings"):
         from_toml(text.replace("X", "0x" + "f" * 5000))
 
 
-def test_settings_with_many_dots_in_their_values() -> None:
+def test_many_dots_in_values_are_allowed() -> None:
     shards = ", ".join(f'"./a.b.c/{i}.d"' for i in range(60))
     assert len(from_toml(f"[store]\ndirs = [{shards}]").store.dirs) == 60
 
@@ -230,7 +230,9 @@ def test_settings_with_many_dots_in_their_values() -> None:
         "method",
     ],
 )
-def test_values_that_are_typed(capsys: pytest.CaptureFixture[str], key: str, value: str) -> None:
+def test_malformed_values_of_set_are_one_line(
+    capsys: pytest.CaptureFixture[str], key: str, value: str
+) -> None:
     code = cli.main(["train", "--print-config", "--set", f"{key}={value}"])
     error = capsys.readouterr().err
     assert code in (0, 2) and (code == 0 or error.count("\n") == 1) and "failure" not in error

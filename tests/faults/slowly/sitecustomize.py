@@ -1,6 +1,8 @@
-"""Python reads this before anything else where its folder is on PYTHONPATH: one function takes longer, so that a test meets it.
+"""Slow one function down, so that a test can act while it runs.
 
-DAD_FAST_SLOW is `module:function:seconds`; each call writes the file DAD_FAST_SLOW_MARK-RANK first.
+Python imports this first if its folder is on PYTHONPATH.
+
+DAD_FAST_SLOW is `module:function:seconds`; each call first writes the file DAD_FAST_SLOW_MARK-RANK.
 """
 
 import importlib.util
