@@ -35,7 +35,7 @@ from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import open_source
 from dad_fast.evaluate.corruptions.common import STANDARD, corrupt
 from dad_fast.files import atomic_write_json, atomic_write_text
-from dad_fast.loggers.run_log import environment
+from dad_fast.loggers.environment import environment
 from dad_fast.models.student import load_student
 from dad_fast.precompute.fill import fill
 from dad_fast.precompute.run import make_builder

@@ -31,8 +31,8 @@ from dad_fast.evaluate.suites.base import (
     image_numbers,
 )
 from dad_fast.evaluate.suites.imagenet import alexnet_errors, corruption_errors
+from dad_fast.evaluate.suites.open import Corruption, Suite, open_suites
 from dad_fast.evaluate.suites.published import C_SIDE, C_VIEWS
-from dad_fast.evaluate.suites.registry import Corruption, Suite, open_suites
 
 __all__ = ["Result", "Suite", "evaluate", "open_suites", "records_of"]
 

@@ -17,7 +17,8 @@ from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.runner import open_suites
-from dad_fast.evaluate.suites.imagenet import imagenet_classes, join, subset_wnids
+from dad_fast.evaluate.suites.imagenet import imagenet_classes, join, published, subset_wnids
+from dad_fast.evaluate.suites.registry import PUBLISHED, SUITES
 
 
 @pytest.mark.parametrize("kind", ["imagenet", "imagenet-sketch", "imagenet-stylized"])
@@ -115,10 +116,10 @@ def test_objectnets_border_is_cut_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda m: shutil.rmtree(m), "has a folder mappings beside images"),
+        (lambda m: shutil.rmtree(m), "copy the folder mappings from ObjectNet"),
         (
             lambda m: (m / "objectnet_to_imagenet_1k.json").unlink(),
-            "objectnet_to_imagenet_1k.json: not there",
+            "objectnet_to_imagenet_1k.json: no such file",
         ),
         (
             lambda m: (m / "objectnet_to_imagenet_1k.json").write_text('{"Banana": "ananas"}'),
@@ -178,14 +179,14 @@ def test_half_downloaded_folders_are_named(tmp_path: Path, kind: str, message: s
         (
             "imagenet-v2={}",
             DataError,
-            "none of its class folders is there .it has cats, dogs.; expected 1,000 class folders 0 … 999",
+            "contains none of its class folders .it has cats, dogs.; expected 1,000 class folders 0 … 999",
         ),
         (
             "imagenet-c={}",
             DataError,
             "no CORRUPTION/SEVERITY folders; expected CORRUPTION/SEVERITY/WNID folders of 15",
         ),
-        ("objectnet={}", DataError, "none of its class folders is there"),
+        ("objectnet={}", DataError, "contains none of its class folders"),
         (
             "imagenet-s={}",
             UsageError,
@@ -282,7 +283,7 @@ def test_subset_of_a_plain_folder(tmp_path: Path) -> None:
     write_classes(tmp_path / "part", {"yak": 5})
     with pytest.raises(
         DataError,
-        match="1 of its 3 classes are not the model's .yak.; remove them, or say what they are",
+        match="1 of its 3 classes are not the model's .yak.; remove them, or name their classes",
     ):
         judge(f"subset={tmp_path / 'part'}", Reader(6), listed)
 
@@ -296,7 +297,7 @@ def test_a_folder_with_a_class_map(tmp_path: Path) -> None:
     assert (found.name, found.num_images, found.top1) == ("new", 3, 100.0)
     table.write_text("id,folder,name\n0,01,yak\n1,02,cow\n2,03,dog\n")
     with pytest.raises(
-        DataError, match="1 of its 3 classes are not the model's .02.; mend the class map"
+        DataError, match="1 of its 3 classes are not the model's .02.; fix the class map"
     ):
         judge(f"{tmp_path / 'new'}@{table}", Reader(3), listed)
     table.write_text("id,folder,name\n0,01,yak\n1,02,cat\n2,03,c0\n")
@@ -331,3 +332,22 @@ def test_objectnet_table_is_whole() -> None:
     number = {info.label_name_to_description(wnid): i for i, wnid in enumerate(info.label_names())}
     for _, text, ids in OBJECTNET.values():
         assert [number[part] for part in text.split("; ")] == ids
+
+
+def test_test_sets_of_a_users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = ClassMap(((0, "cat", "cat"), (1, "dog", "dog")))
+    write_classes(tmp_path / "own-images", {"cat": 0, "dog": 1})
+    kind = "python:tests.evaluate.my_suites"
+    found = judge(f"{kind}:folder={tmp_path / 'own-images'}", Reader(2), listed)
+    assert (found.name, found.num_images, found.top1) == (f"{kind}:folder", 2, 100.0)
+    found = judge(f"{kind}:own", Reader(2), listed)
+    assert (found.name, found.num_images, found.top1) == ("own-images", 2, 100.0)
+    with pytest.raises(UsageError, match="--suite python:tests.evaluate.my_suites:none: cannot im"):
+        judge(f"{kind}:none", Reader(2), listed)
+
+
+def test_every_published_size_has_a_suite() -> None:
+    assert set(PUBLISHED) == set(published()["sizes"])
+    assert SUITES.names() == (*PUBLISHED, "subset")
+    assert all(callable(SUITES[name]) for name in SUITES)

@@ -11,7 +11,7 @@ import pytest
 
 from dad_fast.evaluate import tables as table
 from dad_fast.files import atomic_write_json
-from dad_fast.loggers.run_log import environment
+from dad_fast.loggers.environment import environment
 
 ROOT = Path(__file__).parents[2]
 TEACHER = {"name": "embedded:digits", "seen": "MNIST and optdigits", "suites": {}}

@@ -162,7 +162,7 @@ def jobs(finished_run: Path) -> dict[str, Job]:
 def add_to_record(path: Path, job: dict[str, Any]) -> None:
     """The job's row in the file, in place of an earlier one; under a lock, as another process may add its own."""
     from dad_fast.files import atomic_write_json
-    from dad_fast.loggers.run_log import environment
+    from dad_fast.loggers.environment import environment
     from dad_fast.store.lock import locked
 
     path.parent.mkdir(parents=True, exist_ok=True)
