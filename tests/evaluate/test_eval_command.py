@@ -448,7 +448,7 @@ def test_comparisons_that_cannot_be_made(
     assert (
         eval_("--compare", a, place / "run", "--data-dir", tmp_path / "new", "--suite", "test") == 4
     )
-    assert "not judged on the same images (6 and 3 rows)" in capsys.readouterr().err
+    assert "not evaluated on the same images (6 and 3 rows)" in capsys.readouterr().err
 
 
 def test_unknown_images(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
