@@ -116,7 +116,7 @@ def test_a_cable_that_is_cut(machines: list[str], tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [1, 1], said
     assert "error: process 1 of 2 (counted from 0) is gone" in said[0]
     assert (
-        "error: process 0 of 2, or the machine that torchrun met on, is gone or cannot be reached"
+        "error: process 0 of 2, or torchrun's rendezvous machine, is gone or cannot be reached"
         in said[1]
     )
 

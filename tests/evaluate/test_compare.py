@@ -180,7 +180,7 @@ def test_effective_robustness_is_what_lies_above_the_line() -> None:
     found = effective_robustness(on_line, {"val": 70.0, "sketch": 75.0, "unknown": 3.0}, "val")
     assert set(found) == {"sketch"} and found["sketch"]["expected"] == pytest.approx(70.0)
     assert found["sketch"]["effective"] == pytest.approx(5.0) and found["sketch"]["id"] == "val"
-    with pytest.raises(DataError, match="no suite beside val is in it"):
+    with pytest.raises(DataError, match="no suite other than val in it"):
         effective_robustness(on_line, {"val": 70.0, "other": 1.0}, "val")
     with pytest.raises(DataError, match="2 baselines have val and sketch, too few"):
         effective_robustness(on_line[:2], {"val": 70.0, "sketch": 75.0}, "val")

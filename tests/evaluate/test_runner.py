@@ -110,7 +110,7 @@ def test_mode_is_restored_after_an_error():
 
 
 def test_no_image_is_an_error():
-    with pytest.raises(DataError, match="no image to judge"):
+    with pytest.raises(DataError, match="no readable image to evaluate"):
         judge(Answers(torch.zeros(2, 7)), MemorySource(2, bad=(0, 1)))
 
 

@@ -120,8 +120,8 @@ def test_markdown_says_what_a_reader_must_know(runs):
         "3 seeds of the student",
         "over student seeds only",
         "applied to `test`",
-        "Teacher embedded:digits has seen: MNIST and optdigits.",
-        "Discretizer some.ckpt has seen: not recorded in the weights.",
+        "Teacher embedded:digits, trained on: MNIST and optdigits.",
+        "Discretizer some.ckpt, trained on: not recorded in the weights.",
         "clean and attacked images: joint.",
         "test: 2 unreadable images are left out.",
         "fog: resize 28 bicubic, crop 28; logits of the 200 classes.",
@@ -136,7 +136,7 @@ def test_write_and_remake(tmp_path, runs, capsys):
     atomic_write_json(tmp_path / "results.json", record)
     table.print_table(table.read_record(tmp_path / "results.json"))
     shown = capsys.readouterr().out
-    assert "98.3 ± 0.2" in shown and "Teacher embedded:digits has seen" in shown
+    assert "98.3 ± 0.2" in shown and "Teacher embedded:digits, trained on" in shown
     done = subprocess.run(
         [sys.executable, "-m", "dad_fast.evaluate.tables", str(tmp_path / "results.json")],
         capture_output=True,
@@ -156,7 +156,7 @@ def test_the_seconds_of_stores_have_a_column(runs):
         "kd": "12",
     }
     assert best == {(row, column + 1) for row, column in table.rows({"runs": runs}, "top1")[2]}
-    assert "Stores s: seconds of filling the stores" in table.markdown({"runs": stored})
+    assert "Stores s: seconds to fill the stores" in table.markdown({"runs": stored})
 
 
 def test_single_run_and_bad_files(tmp_path, capsys):
