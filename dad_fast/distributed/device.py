@@ -9,7 +9,7 @@ from dad_fast.errors import EnvironmentProblem, UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for `--device`. `auto` is a GPU if there is one, a different one per process.
+    """Return the device for `--device`. `auto` is a GPU if there is one, one per process.
 
     A GPU with a number becomes the current one, which streams, events and Triton's launches use.
 

@@ -1,9 +1,9 @@
 """Gradients as views of one flat tensor, so that one collective sums them over the processes.
 
-Own code rather than DistributedDataParallel: the all-reduce runs between two CUDA graphs, where hooks
-of a backward pass cannot run, and the eager step does exactly what the graphs do. DDP overlaps the
-all-reduce with the backward pass, which saves little where most of a step is forward work of the
-teacher and the VQGAN (docs/distributed.md has the numbers).
+Own code rather than DistributedDataParallel: the all-reduce runs between two CUDA graphs, where
+hooks of a backward pass cannot run, and the eager step does exactly what the graphs do. DDP
+overlaps the all-reduce with the backward pass, which saves little where most of a step is forward
+work of the teacher and the VQGAN (docs/distributed.md has the numbers).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALIGN = 64
 
 
 class SharedGradients:
-    """Flat storage for gradients. Create it after the first backward pass, which tells the used ones.
+    """Flat storage for gradients, created after the first backward pass, which shows the used ones.
 
     Args:
         parameters: all of the student's, of one dtype and device.

@@ -3,9 +3,9 @@
 Own code rather than torchrun, which turns every exit code into 1: Slurm requeues on 75.
 
 Every process runs the same command and finds its rank in the environment, by torchrun's names. The
-processes meet in a file of a private folder, which needs no free port, and connect over the loopback
-device. Each has its own session: Ctrl-C in the terminal reaches only this process, which forwards it
-once, like every signal.
+processes meet in a file of a private folder, which needs no free port, and connect over the
+loopback device. Each has its own session: Ctrl-C in the terminal reaches only this process, which
+forwards it once, like every signal.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def run_processes(nproc: int, command: str, arguments: Sequence[str]) -> int:
 
     Process 0 has the terminal. Output of the others goes to stderr with their number, but only the
     first failure shows its error. The first failure stops the others (SIGTERM; after GRACE seconds
-    SIGKILL) and gives the exit code; a process killed by a signal counts as 1. Without a failure, the
-    exit code is that of processes that were asked to stop, 75 or 130, or else 0.
+    SIGKILL) and gives the exit code; a process killed by a signal counts as 1. Without a failure,
+    the exit code is that of processes that were asked to stop, 75 or 130, or else 0.
     """
     with tempfile.TemporaryDirectory(prefix="dad-fast-") as folder:
         family = _Family()
@@ -197,10 +197,10 @@ def number_of_processes(nproc: str) -> int:
 
 
 def started_here() -> bool:
-    """Whether `run_processes` started this process."""
+    """Return whether `run_processes` started this process."""
     return LAUNCHED in os.environ
 
 
 def is_worker() -> bool:
-    """Whether `run_processes` or torchrun started this process."""
+    """Return whether `run_processes` or torchrun started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

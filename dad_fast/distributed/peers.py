@@ -1,7 +1,8 @@
 """Find the process that died, hangs or was asked to stop when a collective fails.
 
 The processes ask the store where they met, which outlives their connections. The store may be gone
-too, or cut off from this machine, where a call would wait for an hour: each call has its own deadline.
+too, or cut off from this machine, where a call would wait for an hour: each call has its own
+deadline.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ HERE, STOPPED = "dad_fast/here", "dad_fast/stopped"
 
 
 def say_stopped(store: Any, rank: int, stop: DadFastError) -> None:
-    """Tell the others that this process stops as requested. Does nothing where the store is gone."""
+    """Tell the others that this process stops as requested, unless the store is gone."""
     _in_time(lambda: store.set(f"{STOPPED}/{rank}", type(stop).__name__), STORE)
 
 
@@ -68,7 +69,8 @@ def _ask(store: Any, rank: int, world: int, why: str) -> DadFastError:
             if store.check([f"{STOPPED}/{other}"]):
                 kind = getattr(errors, store.get(f"{STOPPED}/{other}").decode())
                 return kind(
-                    f"stopped, as process {other} of {world} was asked to; continue with --resume auto"
+                    f"stopped, as process {other} of {world} was asked to; "
+                    "continue with --resume auto"
                 )
             if time.monotonic() > deadline:
                 silent.append(str(other))
@@ -76,5 +78,8 @@ def _ask(store: Any, rank: int, world: int, why: str) -> DadFastError:
             time.sleep(0.05)
     if not silent:
         return PeerLost(f"the {world} processes are all there, but cannot reach each other ({why})")
-    gone = f"{', '.join(silent)} of {world} (counted from 0) {'is' if len(silent) == 1 else 'are'} gone"
-    return PeerLost(f"process {gone}; this process stops too ({why})")
+    verb = "is" if len(silent) == 1 else "are"
+    return PeerLost(
+        f"process {', '.join(silent)} of {world} (counted from 0) {verb} gone; "
+        f"this process stops too ({why})"
+    )

@@ -1,9 +1,9 @@
 """Process group: rank, world size and collectives.
 
 `dad-fast train --nproc N` (launch.py) and torchrun start the processes and set their ranks in the
-environment. A single process needs no group, and every collective returns at once. Tensors on GPUs go
-through NCCL. Values of the hosts (stop requests, failures, numbers for the log) go through gloo and
-never wait for a GPU. They are pickled: the processes of a run trust each other.
+environment. A single process needs no group, and every collective returns at once. Tensors on GPUs
+go through NCCL. Values of the hosts (stop requests, failures, numbers for the log) go through gloo
+and never wait for a GPU. They are pickled: the processes of a run trust each other.
 
 To count every image of a test set once: take `samples[rank()::world()]`, sum the counts, and pass
 them to `all_reduce_sums`. Every process must make the same calls in the same order.
@@ -30,7 +30,8 @@ from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, Preem
 T = TypeVar("T")
 # Seconds to wait until all processes have joined.
 JOIN = 600.0
-# Seconds to wait for another process where one may work for minutes: the first step, the end of a run.
+# Seconds to wait for another process where one may work for minutes: the first step, the end of a
+# run.
 LONG = 3600.0
 
 _joined = False
@@ -62,7 +63,7 @@ def _number(name: str, default: int) -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes the run's folder and prints to the user."""
+    """Return whether this process writes the run's folder and prints to the user."""
     return rank() == 0
 
 
@@ -264,9 +265,9 @@ def main_first() -> Iterator[None]:
 class Vote:
     """Agreement of all processes to stop at the same step, without waiting for each other.
 
-    At each step boundary a process passes its own stop request and receives the strongest request of
-    all processes at the boundary before; the hosts exchange them during the step. All processes stop
-    one step after the first request.
+    At each step boundary a process passes its own stop request and receives the strongest request
+    of all processes at the boundary before; the hosts exchange them during the step. All processes
+    stop one step after the first request.
     """
 
     _ERRORS: tuple[type[DadFastError] | None, ...] = (None, Preempted, Interrupted)

@@ -1,9 +1,9 @@
 """Stop on SIGTERM, SIGUSR1 and Ctrl-C: exit code 75, or 130 for Ctrl-C.
 
 In `ends_at_once`, for work with nothing to save, a signal raises at once, like Ctrl-C in any Python
-program, and runs every `finally`. In `stop_requests`, a signal is a request: the work that must save,
-or agree with other processes, polls it (`asked`) and stops at its next boundary. The blocks may be
-nested; the innermost counts. Imports nothing heavy.
+program, and runs every `finally`. In `stop_requests`, a signal is a request: the work that must
+save, or agree with other processes, polls it (`asked`) and stops at its next boundary. The blocks
+may be nested; the innermost counts. Imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class EvalModel:
 
 
 def is_by_name(name: str) -> bool:
-    """Whether the name is one for `--teacher`, and not a run's folder or a file."""
+    """Return whether the name is one for `--teacher`, and not a run's folder or a file."""
     return name.startswith(BY_NAME)
 
 

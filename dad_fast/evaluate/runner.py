@@ -62,10 +62,11 @@ def evaluate(
     dali: bool = False,
     stopped: str = "stopped while evaluating",
 ) -> Result:
-    """Evaluate `model`: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
+    """Evaluate `model` on a suite.
 
-    A module is in eval mode meanwhile. With several processes all of them must call this, and all get
-    the whole result.
+    model: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
+    A module is in eval mode meanwhile. With several processes all of them must call this, and all
+    get the whole result.
 
     Args:
         progress: called with (images done, all images).
@@ -208,8 +209,8 @@ class _Scorer:
         num_classes = len(self.eval_set.classes)
         if self.num_outputs < num_classes and self.eval_set.known:
             raise DataError(
-                f"{self.eval_set.name} has {num_classes} classes, the model {self.num_outputs} outputs "
-                "(--suite)"
+                f"{self.eval_set.name} has {num_classes} classes, "
+                f"the model {self.num_outputs} outputs (--suite)"
             )
 
     def all_num_outputs(self) -> int:
@@ -272,7 +273,11 @@ def _transforms(corruption: Corruption | None) -> list[Transform]:
         return [lambda pixels, keys: pixels]
     name, severity = corruption
     severities = [severity] if severity is not None else range(1, num_severities(name) + 1)
-    return [lambda pixels, keys, s=s: corrupt(name, pixels, s, keys) for s in severities]  # type: ignore[misc]
+
+    def at(severity: int) -> Transform:
+        return lambda pixels, keys: corrupt(name, pixels, severity, keys)
+
+    return [at(severity) for severity in severities]
 
 
 def protocol(eval_set: EvalSet, view: View) -> str:

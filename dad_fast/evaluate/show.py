@@ -54,7 +54,7 @@ def row(result: Result) -> str:
 
 
 def notes(results: Mapping[str, Result]) -> list[str]:
-    """Return the notes below the table: preprocessing, competing outputs, missing images, the mCE."""
+    """Return the notes below the table: preprocessing, outputs, missing images, the mCE."""
     lines = []
     by_protocol: dict[str, list[str]] = {}
     for name, result in results.items():

@@ -4,7 +4,8 @@ A record, OUT/results.json, holds every seed, from which the table is made:
 
     {"config": TOML text, "environment": {...}, "runs": [run, ...]}
     run = {"variant", "method", "seed", "epochs", "seconds", "suites": {name: Result as a dict},
-           "teacher": {"name", "seen", "suites"} or None, "discretizer": {"name", "seen"} or None, "bn": mode or None, ...}
+           "teacher": {"name", "seen", "suites"} or None, "discretizer": {"name", "seen"} or None,
+           "bn": mode or None, ...}
 
 `python -m dad_fast.evaluate.tables OUT/results.json [METRIC]` prints it as markdown, for top1 or
 another of METRICS.
@@ -113,10 +114,10 @@ def value_of(run: dict[str, Any], suite: str, metric: str) -> float | None:
 
 
 def rows(record: dict[str, Any], metric: str) -> Grid:
-    """Return header, rows of text (teachers first) and the cells that are best or not clearly worse.
+    """Return header, rows of text (teachers first) and the best cells, to show in bold.
 
-    Clearly worse is by more than one standard deviation, the larger of the two. With one seed there
-    is no deviation, and no cell is marked.
+    Cells that are not clearly worse than the best are in bold too. Clearly worse is by more than one
+    standard deviation, the larger of the two. With one seed there is none, and no cell is bold.
     """
     names, by_variant = suites(record), variants(record)
     _, digits, sign = METRICS[metric]
@@ -175,15 +176,17 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
         lines[0] += " One seed shows no spread: small differences mean nothing."
     else:
         lines[0] += (
-            " Mean ± standard deviation over student seeds only: the teacher, the discretizer and the"
-            " split are the same. Bold: the best student, and those within one standard deviation of it."
+            " Mean ± standard deviation over student seeds only: the teacher, the discretizer and"
+            " the split are the same."
+            " Bold: the best student, and those within one standard deviation of it."
         )
     names = suites(record)
     corrupted = [name for name in names if name.partition(":")[0] in CORRUPTIONS]
     if corrupted:
         base = next((name for name in names if name not in corrupted), "the validation split")
         lines.append(
-            f"Corruptions are applied to `{base}`; a name without a number covers all its severities."
+            f"Corruptions are applied to `{base}`; "
+            "a name without a number covers all its severities."
         )
         lines += [
             f"{name}: {remark}."
@@ -223,7 +226,8 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
         lines.append(f"Train s: seconds of training without evaluation, on {computed_on(facts)}.")
     if any(run.get("store_seconds") for run in record["runs"]):
         lines.append(
-            "Stores s: seconds to fill the stores of a run, once for all runs and seeds that share them."
+            "Stores s: seconds to fill the stores of a run, "
+            "once for all runs and seeds that share them."
         )
     return lines
 
@@ -281,7 +285,8 @@ def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -
             Measurement.get(console, console.options.update(width=1000), form).maximum
             for form in forms
         ]
-        # The first form that fits, or the narrowest: a truncated number is worse than a wrapped line.
+        # The first form that fits, or the narrowest: a truncated number is worse than a wrapped
+        # line.
         fitting = [i for i, width in enumerate(widths) if width <= console.width]
         chosen = fitting[0] if fitting else widths.index(min(widths))
         Console(width=max(console.width, widths[chosen])).print(forms[chosen])

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,18 @@ class RunLog:
         self._warnings.install()
 
     def metrics(self, kind: str, **values: Any) -> None:
-        """Append `{"kind": kind, "time": seconds since 1970, **values}` to metrics.jsonl and the sinks."""
+        """Append `{"kind": kind, "time": seconds since 1970, **values}` to metrics.jsonl.
+
+        The sinks receive kind, step and values.
+        """
         row = plain({"kind": kind, "time": round(time.time(), 3), **values})
         _append(self._metrics, json.dumps(row, allow_nan=False) + "\n")
         step = int(values.get("step", 0))
         for sink in list(self._sinks):
-            self._try_sink(sink, lambda sink=sink: sink.log(kind, step, values))  # type: ignore[misc]
+            self._try_sink(sink, partial(sink.log, kind, step, values))
 
     def say(self, text: str, *, echo: bool = True) -> None:
-        """Append a line to train.log and, unless `echo` is off, show it. Escapes control characters."""
+        """Append a line to train.log and show it if `echo`. Escapes control characters."""
         text = printable(text)
         _append(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._text.tell() > LOG_BYTES:
@@ -82,7 +86,7 @@ class RunLog:
             self.echo(text)
 
     def offset(self) -> int:
-        """Return the length of metrics.jsonl in bytes, which a checkpoint stores for `truncate_to`."""
+        """Return the length of metrics.jsonl in bytes, for `truncate_to`."""
         with _disk(self._metrics.name):
             return self._metrics.seek(0, os.SEEK_END)
 
@@ -148,7 +152,8 @@ def _append(file: FileIO, text: str) -> None:
 class _Warnings(logging.Handler):
     """Handler that sends warnings to the RunLog.
 
-    Replaces the handler of the last run, and Python's default output, which would tear the live bar.
+    Replaces the handler of the last run, and Python's default output, which would tear the live
+    bar.
     """
 
     def __init__(self, log: RunLog) -> None:

@@ -1,7 +1,7 @@
 """Sinks for TensorBoard, Weights & Biases and MLflow: the numbers of each metrics line, by step.
 
-Each package is optional (`pip install tensorboard`, `wandb` or `mlflow`) and is configured by its own
-environment variables, such as WANDB_PROJECT and MLFLOW_TRACKING_URI.
+Each package is optional (`pip install tensorboard`, `wandb` or `mlflow`) and is configured by its
+own environment variables, such as WANDB_PROJECT and MLFLOW_TRACKING_URI.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """A run of Weights & Biases with the name of the run's folder. A resumed run is a new one there."""
+    """A run of W&B with the name of the run's folder. A resumed run is a new one there."""
 
     def __init__(self, folder: Path) -> None:
         wandb = _module("wandb", "wandb")

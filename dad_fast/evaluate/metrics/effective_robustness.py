@@ -89,8 +89,8 @@ def effective_robustness(
     if not found:
         known = sorted({suite for one in baselines for suite in one})
         raise DataError(
-            f"--baselines: no suite other than {id_suite} in it (it has {some(map(shown, known))}); "
-            "name its columns as --suite does"
+            f"--baselines: no suite other than {id_suite} in it "
+            f"(it has {some(map(shown, known))}); name its columns as --suite does"
         )
     return found
 
@@ -98,7 +98,8 @@ def effective_robustness(
 def read_baselines(path: str | Path) -> list[dict[str, float]]:
     """Read a CSV with a row per model and a column per suite, or a JSON list of such tables.
 
-    Values are top-1 in percent, empty where unknown. Raises DataError that names the file and place.
+    Values are top-1 in percent, empty where unknown. Raises DataError that names the file and
+    place.
     """
     where = f"--baselines {shown(str(path))}"
     try:

@@ -8,8 +8,8 @@ adaptive   the same over 15 bins of equal numbers of images (Nixon et al. 2019, 
 NLL        mean of -log p(label), in nats
 Brier      mean of sum over classes of (p(class) - [class is the label])^2, from 0 to 2
 
-Where several outputs are right (ObjectNet), p(label) is their sum: the NLL and the Brier score treat
-them as one class.
+Where several outputs are right (ObjectNet), p(label) is their sum: the NLL and the Brier score
+treat them as one class.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def image_scores(
 ) -> Tensor:
     """Return the columns of SCORES for every image, float64 [B, 8] on the device of the logits.
 
-    prediction is an output of the model (-1 for a row that is not finite); correct and top5 are 0 or 1;
-    energy is logsumexp(logits), the negative energy of Liu et al. 2020 (arXiv 2010.03759); entropy is
-    that of the softmax, in nats.
+    prediction is an output of the model (-1 for a row that is not finite); correct and top5 are 0
+    or 1; energy is logsumexp(logits), the negative energy of Liu et al. 2020 (arXiv 2010.03759);
+    entropy is that of the softmax, in nats.
 
     logits: float [B, C].
-    labels: int64 [B]. Without `accepted`, the position of the right output among those that compete.
-        -1: no output is right, and nll and brier are NaN.
+    labels: int64 [B]. Without `accepted`, the position of the right output among those that
+        compete. -1: no output is right, and nll and brier are NaN.
     columns: int64 [K], the outputs that compete; None = all. The others are ignored.
     accepted: bool [G, K], the competing outputs that are right for each label 0 … G-1.
 
-    Equal logits rank by class number. A row that is not finite counts as wrong, with confidence 0; its
-    other scores are NaN.
+    Equal logits rank by class number. A row that is not finite counts as wrong, with confidence 0;
+    its other scores are NaN.
     """
     logits = (logits if columns is None else logits.index_select(1, columns)).double()
     classes = torch.arange(logits.shape[1], device=logits.device)

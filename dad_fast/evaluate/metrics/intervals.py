@@ -22,8 +22,8 @@ def mean_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float
     """Return the interval of the mean of `values`, float [N], one per image.
 
     With few distinct values, such as 0 and 1, a resample is drawn as the count of each value: the
-    same distribution, at a cost that does not grow with N. For a weighted sum of means over the same
-    images, pass the weighted sum of each image.
+    same distribution, at a cost that does not grow with N. For a weighted sum of means over the
+    same images, pass the weighted sum of each image.
     """
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= _FEW:

@@ -27,9 +27,9 @@ FIELDS = ("image", "part", "label", *SCORES)
 class Records:
     """One row per image and part of the suite (a severity, or a corruption and severity).
 
-    Rows are in the order of parts, then images. values: image and part, int64 [N]; label, int64 [N],
-    the right output of the model (the first of several, -1 for none); the others, float64 [N], see
-    `metrics.image_scores`.
+    Rows are in the order of parts, then images. values: image and part, int64 [N]; label, int64
+    [N], the right output of the model (the first of several, -1 for none); the others, float64 [N],
+    see `metrics.image_scores`.
     source: identifies the images: the same source, image and part means the same image.
     """
 
@@ -52,7 +52,7 @@ class Records:
 
 
 def save_records(path: str | Path, about: Mapping[str, Any], suites: Mapping[str, Records]) -> None:
-    """Write the records of one model: safetensors with arrays SUITE/FIELD, and `about` as metadata."""
+    """Write the records of one model as safetensors: arrays SUITE/FIELD and `about` as metadata."""
     arrays = {
         f"{name}/{field}": _small(field, records[field])
         for name, records in suites.items()
@@ -104,7 +104,7 @@ def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
 
 
 def is_records(path: str | Path) -> bool:
-    """Whether a file contains records; reads only its metadata."""
+    """Return whether a file contains records; reads only its metadata."""
     try:
         with safe_open(path, framework="np") as file:
             return PREDICTIONS in (file.metadata() or {})

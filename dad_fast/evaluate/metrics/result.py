@@ -19,8 +19,9 @@ MOST_ROWS = 300_000
 class Result:
     """Metrics of one model on one suite.
 
-    Accuracies, calibration errors, agreement and mCE are in percent, nll is in nats, brier from 0 to 2.
-    Over several parts (severities, corruptions) every metric is taken over all images of all parts.
+    Accuracies, calibration errors, agreement and mCE are in percent, nll is in nats, brier from 0
+    to 2. Over several parts (severities, corruptions) every metric is taken over all images of all
+    parts.
 
     num_images: images of the suite, each counted once. skipped: unreadable images.
     top5: None where fewer than 6 outputs compete.

@@ -1,4 +1,4 @@
-"""EvalSet: images of one or several sources, the outputs that compete and the outputs that are right."""
+"""EvalSet: images of one or several sources, and the outputs that compete and are right."""
 
 from __future__ import annotations
 
@@ -91,13 +91,14 @@ class _Keys(Sequence[str]):
 class EvalSet:
     """Images of a suite and how to evaluate a model on them.
 
-    pieces: evaluated one after the other. Their labels are positions among the competing outputs, or
-        rows of `accepted`, or -1 for an image of none of the model's classes.
+    pieces: evaluated one after the other. Their labels are positions among the competing outputs,
+        or rows of `accepted`, or -1 for an image of none of the model's classes.
     classes: the model's. known: False where they are not (images of unknown classes).
     columns: int64 [K], the outputs that compete; None = all. See `metrics.image_scores`.
     accepted: bool [G, K], the competing outputs that are right for each label. See there as well.
     parts: (corruption, severity) of each piece, where there are several.
-    view: share of the resized image kept and filter, where the suite fixes them; None = the model's.
+    view: share of the resized image kept and filter, where the suite fixes them; None = the
+        model's.
     note: for the reader of the results: masked outputs, missing images.
     """
 
@@ -120,7 +121,7 @@ class EvalSet:
         return prints[0] if len(prints) == 1 else sha256(" ".join(prints).encode()).hexdigest()
 
     def output_of(self, labels: np.ndarray) -> np.ndarray:
-        """Return the model's output for each label of a piece: the first of several, -1 for none."""
+        """Return the model's output for each label: the first of several, -1 for none."""
         if self.accepted is not None:
             labels = np.where(labels >= 0, self.accepted.argmax(axis=1)[labels], -1)
         return labels if self.columns is None else np.where(labels >= 0, self.columns[labels], -1)
@@ -153,9 +154,9 @@ def corruption_summary(
 ) -> tuple[dict[str, list[float]], np.ndarray | None]:
     """Return top-1 by corruption, one value per severity, and each part's weight in the mCE.
 
-    top1: in percent, by part. The mCE is the sum over parts of weight * (100 - top1). The weights are
-    None where a corruption of the mCE is missing, or the model lacks ImageNet's 1000 classes, for
-    which AlexNet's errors are known.
+    top1: in percent, by part. The mCE is the sum over parts of weight * (100 - top1). The weights
+    are None where a corruption of the mCE is missing, or the model lacks ImageNet's 1000 classes,
+    for which AlexNet's errors are known.
     """
     by_corruption: dict[str, list[float]] = {}
     for (name, _), value in zip(eval_set.parts, top1, strict=True):

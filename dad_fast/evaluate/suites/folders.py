@@ -1,4 +1,4 @@
-"""Image folders whose class folders are joined with a model's classes: by folder, class map or name."""
+"""Image folders, joined with a model's classes by folder, class map or name."""
 
 from __future__ import annotations
 
@@ -60,13 +60,15 @@ def open_joined(
         if class_map:
             hint = "fix the class map"
         raise DataError(
-            f"{where}: {len(unknown):,} of its {len(listed):,} classes are not the model's ({which}); {hint}"
+            f"{where}: {len(unknown):,} of its {len(listed):,} classes are not the model's "
+            f"({which}); {hint}"
         )
     outputs = np.array(outputs_found, dtype=np.int64)
     own = set(outputs_found)
     if len(own) < len(outputs):
         raise DataError(
-            f"{where}: two of its folders are the same class of the model; put their images into one"
+            f"{where}: two of its folders are the same class of the model; "
+            "put their images into one"
         )
     if not subset and len(outputs) < len(classes):
         lacks = [name for i, name in enumerate(classes.folders) if i not in own]
@@ -87,7 +89,7 @@ def open_joined(
 
 
 def has_other_names(folder: Path, classes: ClassMap) -> bool:
-    """Whether an image folder has none of the model's class folders, but names of its classes."""
+    """Return whether a folder has names of the model's classes, but none of its class folders."""
     if not folder.is_dir():
         return False
     try:

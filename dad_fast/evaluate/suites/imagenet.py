@@ -1,4 +1,4 @@
-"""Classes of ImageNet and its test sets, their join with a model's classes, and corruption errors."""
+"""Classes of ImageNet and its test sets, joined with a model's; corruption errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def published() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def imagenet_classes() -> ClassMap:
-    """Return ImageNet's 1000 classes in the usual order: wnids as folders, timm's first name of each."""
+    """Return ImageNet's 1000 classes in the usual order: wnids, and timm's first name of each."""
     from timm.data import ImageNetInfo
 
     wnids = list(ImageNetInfo().label_names())
@@ -53,7 +53,8 @@ def objectnet_wnids(mappings: Path) -> dict[str, list[str]]:
     """Return ObjectNet's folders that stand for classes of ImageNet, each with its wnids.
 
     Reads two JSON files that come with the images: folder -> label, and label -> descriptions of
-    ImageNet's classes, which are timm's word for word. Raises DataError for a missing or invalid file.
+    ImageNet's classes, which are timm's word for word. Raises DataError for a missing or invalid
+    file.
     """
     labels = _read_json(mappings / "folder_to_objectnet_label.json")
     meanings = _read_json(mappings / "objectnet_to_imagenet_1k.json")
@@ -70,13 +71,14 @@ def objectnet_wnids(mappings: Path) -> dict[str, list[str]]:
         unknown = [text for text in descriptions if text not in wnid_of]
         if unknown:
             raise DataError(
-                f"{mappings}/objectnet_to_imagenet_1k.json: {unknown[0]!r} of {label!r} is no class of "
-                "ImageNet; download it again"
+                f"{mappings}/objectnet_to_imagenet_1k.json: {unknown[0]!r} of {label!r} is no "
+                "class of ImageNet; download it again"
             )
         found[folder] = [wnid_of[text] for text in descriptions]
     if not found:
         raise DataError(
-            f"{mappings}: its two files have no label in common; download them again with the images"
+            f"{mappings}: its two files have no label in common; "
+            "download them again with the images"
         )
     return found
 
@@ -86,7 +88,8 @@ def _read_json(path: Path) -> dict[str, str]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such file; copy the folder mappings from ObjectNet's archive, next to images"
+            f"{path}: no such file; "
+            "copy the folder mappings from ObjectNet's archive, next to images"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(

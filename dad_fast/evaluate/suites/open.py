@@ -1,4 +1,4 @@
-"""Open the names after `--suite` and `--ood` and join them with the classes of the evaluated model."""
+"""Open the names after `--suite` and `--ood` and join them with the model's classes."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ class _Named:
 def open_suites(
     names: Sequence[str], data: DataConfig, classes: ClassMap, options: EvalConfig | None = None
 ) -> list[Suite]:
-    """Open the `--suite` names and check them against `classes`, the recorded class list of the model.
+    """Open the `--suite` names and check them against `classes`, the model's class list.
 
     A name is one of
-      a corruption (`contrast`, `contrast:3`), applied to the first other suite of the list or else to
-      `data.val_split`;
+      a corruption (`contrast`, `contrast:3`), applied to the first other suite of the list or else
+      to `data.val_split`;
       a kind of the registry and its folder (`imagenet-a=/data/imagenet-a`); alone where a folder of
       that name is in `data.data_dir`, or the kind needs no folder;
       `subset=PATH`: an image folder of some of the model's classes, which alone compete;
-      a split of `data.data_dir` (a sub-folder, a pattern of shards or an embedded split), or the path
-      of an image folder or of WebDataset shards, with all of the model's classes.
+      a split of `data.data_dir` (a sub-folder, a pattern of shards or an embedded split), or the
+      path of an image folder or of WebDataset shards, with all of the model's classes.
     `PATH@CLASSES.csv` maps the folders of an image folder to the model's classes (id,folder,name).
 
-    Raises UsageError for a name that is none of these, DataError for a missing folder or for classes
-    that disagree.
+    Raises UsageError for a name that is none of these, DataError for a missing folder or for
+    classes that disagree.
     """
     options = options or EvalConfig()
     parsed = {
@@ -92,8 +92,9 @@ Unknown = tuple[str, EvalSet, Corruption | None]
 def open_unknown(
     name: str, data: DataConfig, classes: ClassMap, options: EvalConfig, columns: np.ndarray | None
 ) -> Unknown:
-    """Open the images after `--ood`, without labels: an image folder, shards or a name of `open_suites`.
+    """Open the images after `--ood`, without labels.
 
+    name: an image folder, shards or a name of `open_suites`.
     columns: the outputs that compete on the in-distribution suite.
     """
     path = str(Path(data.data_dir) / name) if _is_inside(name, data) else name
@@ -135,7 +136,8 @@ def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
     path, class_map = split_class_map(first.path)
     if class_map or first.kind not in ("", SUBSET):
         raise UsageError(
-            f"--suite {first.text}: the class list of the model is unknown; give it with --class-map"
+            f"--suite {first.text}: the class list of the model is unknown; "
+            "give it with --class-map"
         )
     inside = data.data_dir.startswith(EMBEDDED) or _is_inside(path, data) or not is_split("", path)
     found = (open_source(data.data_dir, path) if inside else open_source(path)).classes
@@ -168,7 +170,7 @@ def _parse(name: str, data: DataConfig) -> _Named:
 
 
 def _is_corrupted(source: Source | EvalSet) -> bool:
-    """Whether the images are corrupted already, as those of ImageNet-C."""
+    """Return whether the images are corrupted already, as those of ImageNet-C."""
     return isinstance(source, EvalSet) and bool(source.parts)
 
 
@@ -226,7 +228,7 @@ def _open(
 
 
 def _is_inside(name: str, data: DataConfig) -> bool:
-    """Whether the data's folder contains a folder or shards of this name."""
+    """Return whether the data's folder contains a folder or shards of this name."""
     return (
         bool(data.data_dir)
         and not data.data_dir.startswith(EMBEDDED)

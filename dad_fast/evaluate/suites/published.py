@@ -1,12 +1,12 @@
-"""Published test sets as they are distributed: their class folders, what these mean and what is missing.
+"""Published test sets as they are distributed: class folders, their meaning, missing images.
 
 | suite | class folders | outputs that compete |
 |---|---|---|
-| imagenet, imagenet-sketch, imagenet-stylized | 1000 wnids, in the folder or in its val/ (sketch/) | all |
+| imagenet, -sketch, -stylized | 1000 wnids, in the folder or in its val/ (sketch/) | all |
 | imagenet-v2 | 0 … 999, the class numbers | all |
 | imagenet-a, imagenet-r | 200 wnids | those 200 |
-| imagenet-c | CORRUPTION/SEVERITY/ and 1000 wnids, also below noise/, blur/, weather/ and digital/ | all |
-| objectnet | images/ and 113 of 313 names, with mappings/ next to images/ | all; any id of a folder is right |
+| imagenet-c | CORRUPTION/SEVERITY/ and 1000 wnids, also below noise/, blur/ ... | all |
+| objectnet | images/ and 113 of 313 names, with mappings/ next to images/ | all |
 
 A model with other classes is evaluated on the images of its own classes; the results note this.
 """
@@ -50,7 +50,8 @@ _HINT = "finish the download, or evaluate the images at hand with --allow-partia
 class Meaning:
     """Meaning of class folders: folder -> wnids that are right for its images.
 
-    masked: only the set's own classes compete. others: folders of other classes may lie next to them.
+    masked: only the set's own classes compete. others: folders of other classes may lie next to
+        them.
     """
 
     wnids: Mapping[str, list[str]]
@@ -83,7 +84,10 @@ class PublishedSet:
         return _all_wnids()
 
     def find(self, root: Path) -> tuple[Path, Meaning]:
-        """Return the folder with the class folders, and their meaning. Raises DataError without any."""
+        """Return the folder with the class folders, and their meaning.
+
+        Raises DataError where there are none.
+        """
         for folder in (root, *(root / name for name in self.inside)):
             meaning = self.meaning(folder) if folder.is_dir() else None
             if meaning is not None and set(meaning.wnids) & set(_folders(folder)):
@@ -164,7 +168,7 @@ class PublishedSet:
         return filled, f"partial: {what}"
 
     def _outputs(self, wnids: Mapping[str, list[str]], classes: ClassMap) -> dict[str, list[int]]:
-        """Return the model's outputs that are right for each class folder; none without the class."""
+        """Return the model's outputs that are right for each class folder."""
         of_imagenet = imagenet_classes()
         name_of = dict(zip(of_imagenet.folders, of_imagenet.names, strict=True))
         asked = list(dict.fromkeys(wnid for each in wnids.values() for wnid in each))
@@ -244,8 +248,8 @@ class CorruptedSet(PublishedSet):
             )
         if lacks and not options.allow_partial:
             raise DataError(
-                f"{self.name}: {len(places)} of {len(wanted)} CORRUPTION/SEVERITY folders in {root} "
-                f"(without {some(lacks, 3)}); {_HINT}"
+                f"{self.name}: {len(places)} of {len(wanted)} CORRUPTION/SEVERITY folders in "
+                f"{root} (without {some(lacks, 3)}); {_HINT}"
             )
         pieces: list[Subset] = []
         notes = [f"without {some(lacks, 3)}"] if lacks else []

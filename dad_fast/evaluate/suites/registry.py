@@ -2,8 +2,8 @@
 
 A factory is called as `open(path, classes, options)`: the path after "=" ("" where there is none),
 the class list of the evaluated model and `suites.base.SuiteOptions`. It returns an `EvalSet`, or a
-`Source` whose classes are the model's. `--suite KIND=PATH` and `--suite KIND` also take factories of
-other packages (entry points of `dad_fast.suites`) and `python:MODULE:FACTORY`.
+`Source` whose classes are the model's. `--suite KIND=PATH` and `--suite KIND` also take factories
+of other packages (entry points of `dad_fast.suites`) and `python:MODULE:FACTORY`.
 
 Imports neither torch nor numpy, so that help texts can list the kinds.
 """
