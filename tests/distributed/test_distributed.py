@@ -19,7 +19,7 @@ from tests import warm
 from tests.processes import HANG, environment, run_together, wait_until
 
 
-def test_one_process_alone():
+def test_single_process_needs_no_group():
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
     x = torch.ones(2)
     assert distributed.all_reduce_sums(x) is x and distributed.all_gather_json({"a": 1}) == [
@@ -30,14 +30,14 @@ def test_one_process_alone():
     distributed.close()
 
 
-def test_an_environment_that_says_no_numbers(monkeypatch):
+def test_invalid_world_size_is_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(EnvironmentProblem, match="WORLD_SIZE=two in the environment"):
         distributed.world()
 
 
-def test_three_processes_agree(tmp_path):
+def test_collectives_of_three_processes(tmp_path):
     code = """
     from dad_fast.errors import DataError, Interrupted, Preempted
     x = torch.tensor([rank + 0.5, 1 / 3], dtype=torch.float64)
@@ -86,7 +86,7 @@ HANGS = """
 
 
 @pytest.mark.parametrize("how", ["os._exit(3)", HANGS.strip()], ids=["dies", "hangs"])
-def test_the_others_say_which_process_is_gone_and_stop(tmp_path, how):
+def test_lost_process_is_named_by_the_others(tmp_path, how):
     """One that hangs does so until the others have given it up."""
     code = f"""
     from dad_fast.errors import PeerLost
@@ -107,7 +107,7 @@ def test_the_others_say_which_process_is_gone_and_stop(tmp_path, how):
     assert all("process 1 of 3 (counted from 0) is gone" in found[r][1] for r in (0, 2)), found
 
 
-def test_a_process_that_stops_as_asked_is_not_taken_for_lost(tmp_path):
+def test_requested_stop_is_not_reported_as_lost(tmp_path):
     """While a model is judged, for instance, where processes meet only now and then."""
     code = """
     from dad_fast.errors import Interrupted, Preempted
@@ -125,7 +125,7 @@ def test_a_process_that_stops_as_asked_is_not_taken_for_lost(tmp_path):
     assert "process 1 of 3 was asked to" in found[0][1] + found[2][1]
 
 
-def test_a_process_that_nobody_joins_says_where_it_waited(tmp_path):
+def test_failed_join_names_the_address(tmp_path):
     code = """
     from dad_fast.cli.main import main
     from dad_fast.distributed import process_group as distributed
@@ -143,7 +143,7 @@ def test_a_process_that_nobody_joins_says_where_it_waited(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="suspends a process")
-def test_a_store_that_does_not_answer_is_given_up(tmp_path):
+def test_unresponsive_store_times_out(tmp_path):
     """As on a machine that was cut off from the one where the processes met: a call to the store would wait for an hour."""
     from dad_fast.distributed.peers import say_stopped, who_is_gone
     from dad_fast.errors import PeerLost, Preempted
@@ -210,7 +210,7 @@ def fake(tmp_path, monkeypatch):
         (["fails", "waits"], 4, "dad-fast: error: what went wrong"),
     ],
 )
-def test_the_first_failure_stops_the_others_and_is_named(fake, capfd, how, code, said):
+def test_first_failure_stops_the_others_and_is_named(fake, capfd, how, code, said):
     start = time.monotonic()
     assert launch.run_processes(len(how), "verb", how) == code
     assert time.monotonic() - start < HANG
@@ -222,7 +222,7 @@ def test_the_first_failure_stops_the_others_and_is_named(fake, capfd, how, code,
 @pytest.mark.parametrize(
     "number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
-def test_signals_are_passed_on(fake, capfd, number, code):
+def test_signals_are_forwarded(fake, capfd, number, code):
     """Also to processes that have no handler yet, as here for SIGUSR1: they had nothing to save."""
 
     before = signal.getsignal(number)
@@ -266,7 +266,7 @@ def test_processes_end_with_their_launcher(tmp_path):
 
 
 @pytest.mark.parametrize("aug", [{}, {"mixup": 0.8}])
-def test_a_step_holds_the_same_images_whatever_the_number_of_processes(aug):
+def test_step_has_the_same_images_for_any_number_of_processes(aug):
     """So a run that goes on with other processes goes on in the same global order."""
     from dad_fast.config.schema import AugmentConfig
     from dad_fast.data.loaders.steps import TrainSteps

@@ -80,7 +80,7 @@ def train(folder: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces")
-def test_a_cable_that_is_cut(machines: list[str], tmp_path: Path) -> None:
+def test_cut_connection_is_reported(machines: list[str], tmp_path: Path) -> None:
     """Each side says what it misses and ends, also the one that cannot ask where all met; what is left goes on alone."""
     run, processes = tmp_path / "run", []
     for rank, name in enumerate(machines):

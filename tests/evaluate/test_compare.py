@@ -49,7 +49,7 @@ def test_mcnemar_is_the_exact_binomial_test(a: int, b: int) -> None:
     assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(float(expected), rel=1e-8)
 
 
-def test_a_paired_comparison() -> None:
+def test_paired_comparison_equals_plain_resampling() -> None:
     random = np.random.default_rng(0)
     a = random.random(500) < 0.8
     b = np.where(random.random(500) < 0.1, ~a, a)  # mostly the same answers
@@ -76,7 +76,7 @@ def test_differences_of_nll_and_brier() -> None:
     assert found["nll"] == {"difference": 0.5, "interval": [0.5, 0.5]} and found["brier"] == {}
 
 
-def test_an_image_in_several_parts_is_one_trial() -> None:
+def test_image_in_several_parts_counts_once() -> None:
     """Five severities, on which the models answer alike: the interval is that of the images, not of five times as many."""
     random = np.random.default_rng(0)
     a, b = random.random(100) < 0.8, random.random(100) < 0.7
@@ -103,7 +103,7 @@ def test_other_images_are_not_compared() -> None:
             compare("val", records(ones), other)
 
 
-def test_agreement_is_of_classes_not_of_success() -> None:
+def test_agreement_compares_predicted_classes() -> None:
     a, b = (
         records([1, 0, 0, 1], prediction=[3, 1, 2, -1]),
         records([1, 0, 0, 1], prediction=[3, 1, 5, -1]),
@@ -137,7 +137,7 @@ def test_saved_predictions_are_read_back(tmp_path: Path) -> None:
         assert suites["imagenet-a"][name].dtype == values.dtype
 
 
-def test_files_that_hold_no_predictions(tmp_path: Path) -> None:
+def test_files_without_predictions_are_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     good = {f"s/{field}": np.zeros(3) for field in ("image", "part", "label", *SCORES)}
@@ -163,7 +163,7 @@ def test_files_that_hold_no_predictions(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_the_line_of_the_baselines() -> None:
+def test_line_of_baselines_is_least_squares() -> None:
     stats = pytest.importorskip("scipy.stats")
     pairs = [(50.0, 20.0), (60.0, 31.0), (70.0, 38.0), (80.0, 55.0), (0.0, 0.0)]
     line = fit(pairs)
@@ -175,7 +175,7 @@ def test_the_line_of_the_baselines() -> None:
     assert fit(pairs[:2]) is None and fit([(50.0, 1.0), (50.0, 2.0), (50.0, 3.0)]) is None
 
 
-def test_effective_robustness_is_what_lies_above_the_line() -> None:
+def test_effective_robustness_is_accuracy_above_the_line() -> None:
     on_line = [{"val": a, "sketch": a} for a in (40.0, 60.0, 80.0)]
     found = effective_robustness(on_line, {"val": 70.0, "sketch": 75.0, "unknown": 3.0}, "val")
     assert set(found) == {"sketch"} and found["sketch"]["expected"] == pytest.approx(70.0)

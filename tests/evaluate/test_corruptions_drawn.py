@@ -134,7 +134,7 @@ def test_snow_equals_the_definition(side):
             assert off.mean() < 0.01
 
 
-def test_frost_is_ice_of_the_photographs_colour_and_contrast():
+def test_frost_has_colour_and_contrast_of_the_photographs():
     x = images(2, 70)
     for severity, (kept, strength) in enumerate(
         ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)), start=1

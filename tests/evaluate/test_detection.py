@@ -46,7 +46,7 @@ def test_auroc_is_the_share_of_pairs() -> None:
     assert metrics(known, unknown)["auroc"] == pytest.approx(100 * np.mean(pairs))
 
 
-def test_perfect_and_hopeless() -> None:
+def test_perfect_and_inverted_scores() -> None:
     known, unknown = np.arange(10, 20.0), np.arange(10.0)
     perfect = {"auroc": 100, "aupr": 100, "aupr_out": 100, "fpr95": 0}
     assert metrics(known, unknown) == pytest.approx(perfect)
@@ -54,7 +54,7 @@ def test_perfect_and_hopeless() -> None:
     assert worst["auroc"] == 0 and worst["fpr95"] == 100
 
 
-def test_scores_that_are_not_numbers_are_not_known() -> None:
+def test_nan_scores_count_as_unknown() -> None:
     found = metrics(np.array([1.0, 2.0]), np.array([np.nan, 0.0]))
     assert found["auroc"] == 100 and found["fpr95"] == 0
 
@@ -71,7 +71,7 @@ def records(**values) -> Records:
     return Records("x", rest | {name: np.array(value) for name, value in values.items()})
 
 
-def test_entropy_counts_the_other_way_round() -> None:
+def test_low_entropy_counts_as_known() -> None:
     """Low entropy, high confidence, high energy (logsumexp): each alone tells the two sets apart."""
     known = records(confidence=[0.9, 0.8], energy=[9.0, 8.0], entropy=[0.1, 0.2])
     unknown = records(confidence=[0.3, 0.2], energy=[3.0, 2.0], entropy=[0.8, 0.9])

@@ -85,7 +85,7 @@ def judge(lite0: Path, *arguments: Any) -> int:
     )
 
 
-def test_numbers_are_those_of_timms_own_pipeline(lite0: Path, sets: Path, tmp_path: Path) -> None:
+def test_numbers_equal_timms_pipeline(lite0: Path, sets: Path, tmp_path: Path) -> None:
     suites = (f"imagenet={sets}/imagenet", f"imagenet-v2={sets}/v2", f"objectnet={sets}/objectnet")
     out, rows = tmp_path / "o.json", tmp_path / "o.csv"
     assert judge(lite0, "--suite", *suites, "--json", out, "--csv", rows) == 0

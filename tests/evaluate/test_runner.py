@@ -76,7 +76,7 @@ def judge(model, source, batch_size=16, **options):
     )
 
 
-def test_every_readable_image_once_and_the_mode_restored():
+def test_evaluates_every_readable_image_once_and_restores_mode():
     source = MemorySource(50, bad=(3, 49))
     table = torch.randn(50, 7, generator=torch.Generator().manual_seed(1))
     counted = []
@@ -114,7 +114,7 @@ def test_no_image_is_an_error():
         judge(Answers(torch.zeros(2, 7)), MemorySource(2, bad=(0, 1)))
 
 
-def test_all_severities_are_pooled_and_listed():
+def test_severities_are_pooled_and_listed():
     source = MemorySource(40)
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 7))
     each = [judge(linear, source, corruption=("impulse_noise", s)) for s in range(1, 6)]
@@ -126,7 +126,7 @@ def test_all_severities_are_pooled_and_listed():
     assert pooled.to_dict()["by_severity"] == pooled.by_severity
 
 
-def test_a_function_is_a_model_and_workers_change_nothing():
+def test_function_as_model_and_workers_do_not_change_results():
     source = MemorySource(20)
     weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     results = [
@@ -189,7 +189,7 @@ def test_suite_names(folders):
         ("other", DataError, "lacks 2 of the 2 listed classes"),
     ],
 )
-def test_bad_suite_names(folders, name, error, message):
+def test_unknown_suite_names_are_refused(folders, name, error, message):
     classes = open_source(str(folders), "val").classes
     with pytest.raises(error, match=message) as caught:
         open_suites(["val", name], DataConfig(data_dir=str(folders)), classes)

@@ -79,7 +79,7 @@ def test_metrics_are_valid_json_lines_and_resume_is_exact(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"kind": "train", "st', b"\0\0\0"])
-def test_torn_last_line_is_dropped(tmp_path, torn):
+def test_incomplete_last_line_is_dropped(tmp_path, torn):
     with RunLog(tmp_path) as log:
         log.metrics("train", step=1)
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -158,7 +158,7 @@ def test_format_seconds():
     assert [progress.format_seconds(s) for s in (7.2, 750, 11045)] == ["0:07", "12:30", "3:04:05"]
 
 
-def test_warnings_of_the_package_reach_the_log_of_the_latest_run(tmp_path, capsys):
+def test_package_warnings_go_to_the_latest_log(tmp_path, capsys):
     import logging
 
     warn = logging.getLogger("dad_fast.data").warning
@@ -174,7 +174,7 @@ def test_warnings_of_the_package_reach_the_log_of_the_latest_run(tmp_path, capsy
     assert capsys.readouterr().err.count("a.jpg") == 1
 
 
-def test_a_long_log_is_rotated(tmp_path, monkeypatch):
+def test_long_log_is_rotated(tmp_path, monkeypatch):
     monkeypatch.setattr(runlog, "LOG_BYTES", 1000)
     with RunLog(tmp_path, echo=lambda line: None) as log:
         for number in range(100):
