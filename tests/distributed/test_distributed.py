@@ -1,4 +1,4 @@
-"""What processes tell each other, and what happens when one is gone: with real processes over gloo."""
+"""Collectives, lost processes and the launcher, with real processes over gloo."""
 
 import json
 import os
@@ -87,7 +87,7 @@ HANGS = """
 
 @pytest.mark.parametrize("how", ["os._exit(3)", HANGS.strip()], ids=["dies", "hangs"])
 def test_lost_process_is_named_by_the_others(tmp_path, how):
-    """One that hangs does so until the others have given it up."""
+    """A hanging process hangs until the others have stopped."""
     code = f"""
     from dad_fast.errors import PeerLost
     os.chdir({str(tmp_path)!r})
@@ -108,7 +108,7 @@ def test_lost_process_is_named_by_the_others(tmp_path, how):
 
 
 def test_requested_stop_is_not_reported_as_lost(tmp_path):
-    """While a model is judged, for instance, where processes meet only now and then."""
+    """For instance during evaluation, where processes meet only now and then."""
     code = """
     from dad_fast.errors import Interrupted, Preempted
     try:
@@ -144,7 +144,7 @@ def test_failed_join_names_the_address(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="suspends a process")
 def test_unresponsive_store_times_out(tmp_path):
-    """As on a machine that was cut off from the one where the processes met: a call to the store would wait for an hour."""
+    """On a machine that is cut off from the store, a call would wait for an hour."""
     from dad_fast.distributed.peers import say_stopped, who_is_gone
     from dad_fast.errors import PeerLost, Preempted
 
@@ -191,7 +191,7 @@ time.sleep(3600 if how[rank] == "waits" else 0)
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A script that does as it is told stands for `python -m dad_fast`: launching is tested without seconds of imports."""
+    """Put a script in place of `python -m dad_fast`, to launch without seconds of imports."""
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(launch, "PROGRAM", (sys.executable, str(tmp_path / "fake.py")))
     monkeypatch.chdir(tmp_path)
@@ -223,7 +223,7 @@ def test_first_failure_stops_the_others_and_is_named(fake, capfd, how, code, sai
     "number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
 def test_signals_are_forwarded(fake, capfd, number, code):
-    """Also to processes that have no handler yet, as here for SIGUSR1: they had nothing to save."""
+    """Also to processes without a handler, as here for SIGUSR1: they had nothing to save."""
 
     before = signal.getsignal(number)
 
@@ -238,7 +238,7 @@ def test_signals_are_forwarded(fake, capfd, number, code):
 
 
 def test_processes_end_with_their_launcher(tmp_path):
-    """`kill -9` of the launcher: its processes are asked to stop."""
+    """After `kill -9` of the launcher its processes receive a stop request."""
     code = """
     import os, signal, sys, threading, time
     from dad_fast.distributed.launch import end_with_launcher
@@ -267,7 +267,7 @@ def test_processes_end_with_their_launcher(tmp_path):
 
 @pytest.mark.parametrize("aug", [{}, {"mixup": 0.8}])
 def test_step_has_the_same_images_for_any_number_of_processes(aug):
-    """So a run that goes on with other processes goes on in the same global order."""
+    """A run resumed on another number of processes keeps the global order."""
     from dad_fast.config.schema import AugmentConfig
     from dad_fast.data.loaders.steps import TrainSteps
     from dad_fast.data.sources.base import open_source

@@ -1,4 +1,4 @@
-"""Several processes compute what one computes with the same global batch, and end with the same bits in all of them."""
+"""Several processes equal one process with the same global batch, and each other bit for bit."""
 
 import json
 import os
@@ -19,7 +19,7 @@ METHODS = ("ce", "kd", "dad", "dat")
 
 
 def results(nproc, folder, trainings):
-    """{name: (losses, hash)}, after checking that all processes end with the same bits."""
+    """Return {name: (losses, hash)}, after checking that all processes end with the same bits."""
     found = run_script(nproc, folder, [str(SCRIPT), json.dumps(trainings)])
     assert all(code == 0 for code, _, _ in found), found
     assert all(out == found[0][1] for _, out, _ in found)
@@ -29,7 +29,7 @@ def results(nproc, folder, trainings):
 
 
 def trainings(parts):
-    """Every method without batch statistics in 64 bits, and with a true VQGAN in 32; batch norm over the same few images at a time."""
+    """Every method without batch statistics in 64 bits, and with a VQGAN in 32 bits."""
     exact = [[f"{method} exact", method, "ln", 1, "float64"] for method in METHODS]
     accumulated = [
         ["dad accumulated", "dad", "ln", 2, "float64"],
@@ -59,7 +59,7 @@ def test_processes_equal_a_single_process(tmp_path, nproc):
 
 
 def test_shared_gradients_equal_ddp(tmp_path):
-    """The peer that benchmarks/test_scaling.py times: same losses, same gradients."""
+    """Losses and gradients equal those of DDP, which benchmarks/test_scaling.py times."""
     found = run_script(2, tmp_path, [str(SCRIPT.parent / "with_ddp.py")])
     assert all(code == 0 for code, _, _ in found), found
     ours, theirs = (json.loads(line) for line in found[1][1].splitlines())

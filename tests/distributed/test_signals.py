@@ -1,4 +1,4 @@
-"""What signals do where there is nothing to save, and where somebody asks for them."""
+"""Signals with nothing to save, and inside stop_requests."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def test_failure_is_kept_and_next_block_starts_clean():
 
 
 def test_process_that_waits_in_c_ends():
-    """There Python's handlers do not run: for others that do not come, or a disk that does not answer."""
+    """Python's handlers do not run there: in a collective, or with a disk that does not answer."""
     code = """
     import ctypes
     from dad_fast.distributed import signals

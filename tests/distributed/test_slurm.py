@@ -1,4 +1,4 @@
-"""The Slurm script, run by bash with stand-ins for Slurm's own commands: what it starts, and when it queues the job again."""
+"""The Slurm script with stand-ins for Slurm's commands: the job it starts, and requeueing."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def test_preempted_job_is_requeued_unless_cancelled(tmp_path, code, state, reque
 
 
 def traps(pid, number):
-    """Whether a process has a handler for a signal."""
+    """Return whether a process has a handler for a signal."""
     (caught,) = [
         line.split()[1]
         for line in Path(f"/proc/{pid}/status").read_text().splitlines()

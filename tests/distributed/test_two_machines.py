@@ -1,4 +1,4 @@
-"""Two machines: network namespaces with a cable between them, which is cut. Needs root on Linux and iproute2; skipped elsewhere."""
+"""Two machines: network namespaces whose connection is cut. Needs root on Linux and iproute2."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def train(folder: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces")
 def test_cut_connection_is_reported(machines: list[str], tmp_path: Path) -> None:
-    """Each side says what it misses and ends, also the one that cannot ask where all met; what is left goes on alone."""
+    """Both sides name the lost process and end; the remaining machine resumes alone."""
     run, processes = tmp_path / "run", []
     for rank, name in enumerate(machines):
         own = {

@@ -77,7 +77,7 @@ def test_differences_of_nll_and_brier() -> None:
 
 
 def test_image_in_several_parts_counts_once() -> None:
-    """Five severities, on which the models answer alike: the interval is that of the images, not of five times as many."""
+    """With five equal severities, the interval is that of the images, not of five times as many."""
     random = np.random.default_rng(0)
     a, b = random.random(100) < 0.8, random.random(100) < 0.7
     image, part = np.tile(np.arange(100), 5), np.repeat(np.arange(5), 100)

@@ -18,7 +18,7 @@ from dad_fast.methods.noise import keyed_uniform
 
 
 def images(count: int, side: int, seed: int = 0) -> torch.Tensor:
-    """Blocks of colour with some noise on them, as uint8 levels: edges for blurs, flat parts for noise."""
+    """Make noisy blocks of colour in uint8 levels: edges for blurs, flat parts for noise."""
     generator = torch.Generator().manual_seed(seed)
     blocks = (
         torch.rand(count, 3, side // 7, side // 7, generator=generator)

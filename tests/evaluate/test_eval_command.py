@@ -1,4 +1,4 @@
-"""`dad-fast eval`: where the checkpoint and its data are found, class lists that disagree, what is printed and written."""
+"""`dad-fast eval`: checkpoints and their data, differing class lists, outputs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_run_folder_supplies_data_and_suites(
 
 
 def test_numbers_equal_direct_evaluation(place: Path, tmp_path: Path) -> None:
-    """Top-1 by hand: the images need no resizing when they are asked for at their own size."""
+    """Top-1 by hand; at their own size the images need no resizing."""
     assert (
         eval_(
             place / "run",
@@ -177,7 +177,7 @@ def test_weights_file_needs_data_and_takes_folders(
 
 
 def test_labels_follow_the_recorded_classes(place: Path, tmp_path: Path) -> None:
-    """The same head with its classes renamed round: the accuracy must follow the names."""
+    """With the classes of the head permuted, the accuracy must follow the names."""
     tops = []
     for shift in range(3):
         folders = sorted(COLOURS)[shift:] + sorted(COLOURS)[:shift]
@@ -314,7 +314,7 @@ def record_config(place: Path) -> Config:
 def by_hand(
     teacher: torch.nn.Module, student: torch.nn.Module, folder: Path, teacher_view: Any
 ) -> float:
-    """Share of the images of a folder on which both say the same, each seeing them in its own way."""
+    """Return the share of images with equal predictions, each model with its own preprocessing."""
     same = []
     for path in sorted(folder.rglob("*.png")):
         answers = []
@@ -443,7 +443,7 @@ def test_impossible_comparisons_are_refused(
         out, text = capsys.readouterr()
         assert (
             message in text and text.count("\n") == 1 and "top-1" not in out
-        )  # before anything was judged
+        )  # before any evaluation
     make_images(tmp_path / "new" / "test", each=1)
     assert (
         eval_("--compare", a, place / "run", "--data-dir", tmp_path / "new", "--suite", "test") == 4
@@ -454,7 +454,7 @@ def test_impossible_comparisons_are_refused(
 def test_detection_of_unknown_images(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Images of other classes, in any folders; a split of the data itself cannot be told from the data."""
+    """Images of other classes, in any folders, against a split of the data itself."""
     make_images(tmp_path / "textures", {"banded": 70, "dotted": 200}, each=4)
     out = tmp_path / "o.json"
     run = (
@@ -535,7 +535,7 @@ def test_csv_and_effective_robustness(
 def test_published_sets_need_no_data_dir(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A thousand-way model by name, judged in one call on ImageNet-A's layout and a plain subset."""
+    """A 1000-class model by name, on ImageNet-A's layout and a plain subset."""
     from imagenet_folders import wnids, write_classes
 
     from dad_fast.evaluate.suites.imagenet import subset_wnids
@@ -572,7 +572,7 @@ def test_published_sets_need_no_data_dir(
 def test_two_processes_count_each_image_once(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nine images on two processes, a corruption's severities, and one suite with fewer images than processes."""
+    """Nine images, the severities of a corruption, and fewer images than processes."""
     make_images(tmp_path / "tiny", {"black": 0}, each=1)
     data = ("--suite", "val", "contrast", f"subset={tmp_path / 'tiny'}", "--ood", "test", "-b", 2)
     for processes in (1, 2):

@@ -21,7 +21,10 @@ from dad_fast.evaluate.suites.published import C_VIEWS
 
 
 def write_c(root: Path, chosen: dict[str, int], wrong) -> Path:
-    """Two images a class of every corruption and severity; `wrong(corruption, severity, i)` says which are shown as the next class."""
+    """Write two images per class for every corruption and severity.
+
+    wrong(corruption, severity, i): whether an image is shown as the next class.
+    """
     published = Path(__file__).parents[2] / "dad_fast/evaluate/suites/published.json"
     names = json.loads(published.read_text())["alexnet_errors"]["values"]
     groups = {"fog": "weather", "snow": "weather", "gaussian_noise": "noise"}
@@ -120,7 +123,7 @@ def test_model_of_other_classes_has_no_mce(c_root: Path) -> None:
 
 
 def test_both_preprocessings_of_imagenet_c(c_root: Path) -> None:
-    """What is named is what is done: at 8 px the pictures are as they are, or resized to 9 and cropped."""
+    """At 8 px the pictures are used as they are, or resized to 9 and cropped, as the result notes."""
     looks = {}
     for name in ("none", "resize256"):
         found = evaluated(

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: against plain resampling, and against the coverage that they promise."""
+"""Bootstrap intervals: against plain resampling, and their coverage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published test sets in their true layouts: order of labels, masks, borders, several right ids, what is missing."""
+"""Published test sets in their true layouts: order of labels, masks, borders, missing parts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_wnid_folders(tmp_path: Path, kind: str) -> None:
 
 
 def test_v2_folders_are_numbers_not_names(tmp_path: Path) -> None:
-    """All 1000 folders: in string order (0, 1, 10, 100 …) 988 of them would be another class."""
+    """In string order (0, 1, 10, 100 …) 988 of the 1000 folders would be another class."""
     folders = {str(i): i for i in range(1000)}
     assert sum(sorted(folders)[i] == str(i) for i in range(1000)) == 12
     write_classes(tmp_path / "imagenetv2-matched-frequency-format-val", folders)
@@ -105,7 +105,7 @@ def test_objectnet(tmp_path: Path) -> None:
 
 
 def test_objectnets_border_is_cut_off(tmp_path: Path) -> None:
-    """The red line of two pixels would say another number."""
+    """With the red line of two pixels the model would read another number."""
     root = write_objectnet(tmp_path)
     sizes = {path.stat().st_size for path in (root / "images").rglob("*.png")}
     assert sizes and evaluated(f"objectnet={root}").top1 == 100.0
@@ -326,7 +326,7 @@ def test_unreadable_images_are_counted_and_left_out(tmp_path: Path) -> None:
 
 
 def test_objectnet_descriptions_equal_timms() -> None:
-    """The descriptions that ObjectNet writes are timm's, word for word (checked here for those with several names or ids)."""
+    """ObjectNet's descriptions are timm's, word for word; checked for those with several ids."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()

@@ -11,7 +11,7 @@ from dad_fast.loggers.gpu import Gpu
 
 
 class NotSupported(Exception):
-    """As pynvml raises where a board lacks a counter."""
+    """The error of pynvml for a counter that a board lacks."""
 
 
 def missing(*_: Any) -> Any:
