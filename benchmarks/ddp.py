@@ -15,9 +15,10 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes, torch's own
 
 def with_ddp(step: TrainStep) -> TrainStep:
     """`step`, changed to leave its gradients to DDP: on a static graph, in buckets that the gradients are views of."""
-    step.update.num_processes = 1  # no sum of its own, and DDP divides
-    step.run_student = DistributedDataParallel(
-        step.student, static_graph=True, gradient_as_bucket_view=True
+    (learner,) = step.learners
+    learner.update.num_processes = 1  # no sum of its own, and DDP divides
+    learner.forward = DistributedDataParallel(
+        learner.student, static_graph=True, gradient_as_bucket_view=True
     )
     return step
 

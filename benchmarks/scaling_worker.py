@@ -31,7 +31,7 @@ def main(size: str, device_name: str, batch_size: str) -> None:
     def function(line: str) -> Callable[[], object]:
         verb, what = line.split()
         if verb in ("step", "ddp"):
-            cfg = work.with_method(what)  # type: ignore[arg-type]
+            cfg = work.with_method(what)
             step = work.step(cfg) if verb == "step" else with_ddp(work.step(cfg))
             return lambda: step(work.batch, 10, cfg.optim.lr)
         tensor = torch.zeros(int(what), device=device)

@@ -23,7 +23,7 @@ from benchmarks.workload import Workload, make_workload
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources.base import open_source
-from dad_fast.engine.probe_step import ProbeStep
+from dad_fast.engine.build import make_step
 from dad_fast.engine.update import Update
 from dad_fast.methods.lp_clip import pseudo_labels
 from dad_fast.models.probe import build_probe
@@ -129,7 +129,7 @@ def probe_step(work: Workload, kept: bool) -> Callable[[], object]:
     engine = dataclasses.replace(work.cfg.engine, cuda_graphs="off")
     cfg = dataclasses.replace(work.cfg, method="lp-clip", augment=augment, engine=engine)
     probe = build_probe(work.teacher, "").to(work.device)
-    step = ProbeStep(cfg, probe, Update(probe, cfg, work.device))
+    step = make_step(cfg, probe, None, None, Update(probe, cfg, work.device))
     pixels = work.batch.images.float() / 255
     with torch.no_grad():
         labels, confidence = pseudo_labels(work.teacher(pixels))

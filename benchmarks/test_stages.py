@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.bench import Bench
 from benchmarks.timm_kd import kd_baseline
 from benchmarks.workload import make_workload
+from dad_fast.engine.generator import AttackGenerator
 from dad_fast.methods.attack import cross_entropy_direction
 
 
@@ -21,8 +22,11 @@ def test_stages(bench: Bench, batch_size: int) -> None:
     work = make_workload(bench.size, bench.device, batch_size)
     flops = work.flops
     step = work.step(work.with_method("dad"))
-    x, y, _, _ = step.mixed(work.batch)
-    teacher, vqgan, student = work.teacher, work.discretizer, step.student.train()
+    (learner,) = step.learners
+    generator = step.generator
+    assert isinstance(generator, AttackGenerator)
+    x, y, _, _ = generator.mixed(work.batch)
+    teacher, vqgan, student = work.teacher, work.discretizer, learner.student.train()
     with torch.no_grad():
         latents = vqgan.encode(x)
         codes = vqgan.vqgan.lookup(latents)
@@ -39,18 +43,18 @@ def test_stages(bench: Bench, batch_size: int) -> None:
     def attack_arithmetic() -> (
         Tensor
     ):  # start, direction and projection around a model that costs nothing
-        return step.attack(lambda pixels: pixels.mean((2, 3)) @ weight, x, y, work.batch.seeds)
+        return generator.attack(lambda pixels: pixels.mean((2, 3)) @ weight, x, y, work.batch.seeds)
 
     weight = torch.rand(3, work.num_classes, device=work.device)
 
     def student_step() -> None:
         for parameter in student.parameters():
             parameter.grad = None
-        with step.autocast():
+        with learner.autocast():
             logits = student(x)
         logits.float().sum().backward()
 
-    step.update.begin(10, 0.0)  # a learning rate of 0: the weights stay, the work is the same
+    learner.update.begin(10, 0.0)  # a learning rate of 0: the weights stay, the work is the same
     student_step()  # `apply` finds gradients, also in its warm-up
 
     baseline, kd_step = kd_baseline(work)
@@ -63,7 +67,7 @@ def test_stages(bench: Bench, batch_size: int) -> None:
         "lookup": lambda: vqgan.vqgan.lookup(latents),
         "decode": lambda: vqgan.decode(codes),
         "student forward + backward": student_step,
-        "optimizer, EMA": step.update.apply,
+        "optimizer, EMA": learner.update.apply,
     }
     counted = {
         baseline: flops.of_step("kd"),

@@ -10,9 +10,8 @@ import torch
 from benchmarks.bench import Bench, Session
 from benchmarks.timm_kd import kd_baseline
 from benchmarks.workload import Workload, make_workload
-from dad_fast.config.schema import Method
 
-STEPS: dict[str, tuple[Method, str, str]] = {  # method, order, form
+STEPS: dict[str, tuple[str, str, str]] = {  # method, order, form
     "ce": ("ce", "paper", ""),
     "kd": ("kd", "paper", ""),
     "dat": ("dat", "paper", ""),

@@ -58,7 +58,7 @@ def test_stored(bench: Bench) -> None:
 
 
 def step_on(work: Workload, method: str, batch: Batch) -> Callable[[], object]:
-    step = work.step(work.with_method(method))  # type: ignore[arg-type]
+    step = work.step(work.with_method(method))
     return lambda: step(batch, 10, work.cfg.optim.lr)
 
 

@@ -25,17 +25,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dad_fast.config.resolve import gather
-from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config, Method
+from dad_fast.config.schema import Config
 from dad_fast.data.augment.records import UNMIXED, mix_record, uses_mixing
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
+from dad_fast.engine.build import make_step
 from dad_fast.engine.frozen import model_optimizations
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.methods.attack import cross_entropy_direction
+from dad_fast.methods.registry import METHODS
 from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher, load_teacher
@@ -69,7 +71,7 @@ class Workload:
         )
 
     def with_method(
-        self, method: Method, order: str = "paper", form: str = "", graphs: str = "off"
+        self, method: str, order: str = "paper", form: str = "", graphs: str = "off"
     ) -> Config:
         """form: "" as a run has it; "no savings"; "kernels" (Triton's, on a GPU)."""
         attack = dataclasses.replace(self.cfg.attack, order=order)  # type: ignore[arg-type]
@@ -87,16 +89,19 @@ class Workload:
         plain = cfg.engine.savings == ("none",)
         student = self.student(model_optimizations(cfg))
         teacher = (
-            (self.plain_teacher if plain else self.teacher) if USES_TEACHER[cfg.method] else None
+            (self.plain_teacher if plain else self.teacher)
+            if METHODS[cfg.method].needs_teacher
+            else None
         )
         discretizer = None
-        if USES_DISCRETIZER[cfg.method]:
+        if METHODS[cfg.method].needs_discretizer:
             vqgan_savings = dataclasses.replace(
                 VQGANOptimizations.none() if plain else VQGANOptimizations(),
                 norm_kernel=cfg.engine.step_kernels,
             )
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
-        return TrainStep(cfg, student, teacher, discretizer, Update(student, cfg, self.device))
+        update = Update(student, cfg, self.device)
+        return make_step(cfg, student, teacher, discretizer, update)
 
     @cached_property
     def flops(self) -> Flops:
@@ -274,7 +279,7 @@ class Flops:
         student.train().requires_grad_(True)
         self.of["student"] = count(lambda: student(pixels).sum().backward()) / few
 
-    def of_step(self, method: Method, order: str = "paper") -> float:
+    def of_step(self, method: str, order: str = "paper") -> float:
         """S student step, T teacher forward, G teacher forward + input gradient, V one VQGAN pass."""
         f = self.of
         passes = 2 if order == "authors" else 1

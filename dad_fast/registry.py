@@ -64,6 +64,13 @@ class Registry(Generic[T]):
         known = ", ".join(self.names())
         raise UsageError(f"{self.flag} {name}: no such {self.kind}{hint} (known: {known})")
 
+    def find(self, name: str) -> T | None:
+        """Return the entry of a name that stands in a file, or None.
+
+        Never imports `python:MODULE:ATTRIBUTE`: a file must not choose what code runs.
+        """
+        return None if name.startswith(PYTHON) or name not in self else self[name]
+
     def split(self, text: str) -> tuple[str, str]:
         """Return the name of an entry and its argument: "jpeg:75" gives ("jpeg", "75").
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from dad_fast.config import resolve
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.sources.base import open_source
 from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
+from dad_fast.methods.settings import resolve
 from dad_fast.models.teacher import load_teacher
 
 STRONG = [

@@ -29,7 +29,7 @@ from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed import process_group as distributed
-from dad_fast.engine.step import TrainStep
+from dad_fast.engine.build import make_step
 from dad_fast.engine.update import Update
 from dad_fast.models.student import build_student
 
@@ -122,11 +122,11 @@ def train(method, student, parts, dtype, bad_step=-1):
     torch.manual_seed(0)
     model = build_student(cfg.student, CLASSES, SIDE).to(dtype)
     update = Update(model, cfg, torch.device("cpu"))
-    step = TrainStep(cfg, model, LinearTeacher(dtype), discretizer(dtype), update)
+    step = make_step(cfg, model, LinearTeacher(dtype), discretizer(dtype), update)
     losses, rank, world = [], distributed.rank(), distributed.world()
     for number in range(STEPS):
         batch = poisoned(global_batch(number)) if number == bad_step else global_batch(number)
-        scalars = step(stretch(batch, rank, world), number, 1e-2)
+        (scalars,) = step(stretch(batch, rank, world), number, 1e-2)
         assert bool(scalars["applied"]) == (number != bad_step)
         losses.append(sum(distributed.all_gather_json(scalars["loss"].item())) / world)
     found = hashlib.sha256()

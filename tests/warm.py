@@ -100,8 +100,13 @@ def start(
     cwd: Any = None,
     start_new_session: bool = False,
     preload: str = "",
-) -> Process:
-    """Start a Python command in a fork."""
+) -> Any:
+    """Start a Python command in a fork. Without /proc, which shows the threads, in a subprocess."""
+    if not Path("/proc/self/task").is_dir():
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(
+            command, env=env, cwd=cwd, start_new_session=start_new_session, **pipes
+        )
     is_python = command[1] in ("-c", "-m") or command[1].endswith(".py")
     assert command[0] == sys.executable and is_python, command
     environment = {str(k): str(v) for k, v in (os.environ if env is None else env).items()}

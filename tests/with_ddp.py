@@ -11,7 +11,7 @@ import torch
 from benchmarks.ddp import with_ddp
 from dad_fast.config.schema import AttackConfig, Config
 from dad_fast.distributed import process_group as distributed
-from dad_fast.engine.step import TrainStep
+from dad_fast.engine.build import make_step
 from dad_fast.engine.update import Update
 from dad_fast.models.student import build_student
 from tests.train_together import (
@@ -38,10 +38,10 @@ def train(method, wrapped):
     torch.manual_seed(0)
     model = build_student(cfg.student, CLASSES, SIDE).to(EXACT)
     update = Update(model, cfg, torch.device("cpu"))
-    step = wrapped(TrainStep(cfg, model, LinearTeacher(EXACT), discretizer(EXACT), update))
+    step = wrapped(make_step(cfg, model, LinearTeacher(EXACT), discretizer(EXACT), update))
     found, rank, world = [], distributed.rank(), distributed.world()
     for number in range(STEPS):
-        loss = step(stretch(global_batch(number), rank, world), number, 1e-2)["loss"].item()
+        loss = step(stretch(global_batch(number), rank, world), number, 1e-2)[0]["loss"].item()
         gradients = [p.grad for p in model.parameters()]
         values = [
             value

@@ -7,19 +7,17 @@ one, frozen models are compared by their files alone, for a head made from promp
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dad_fast.checkpoint.folder import Checkpoint
+from dad_fast.checkpoint.run import TrainRun
 from dad_fast.config import Config, differences, from_toml
 from dad_fast.config.fields import get, with_values
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.classes import ClassMap
 from dad_fast.distributed import process_group as distributed
-
-if TYPE_CHECKING:
-    from dad_fast.engine.trainer import Trainer
 
 CONTENT_COMPARED = ("data.data_dir", "data.class_map", "store.dirs")
 NAME_COMPARED = (
@@ -29,7 +27,7 @@ NAME_COMPARED = (
 )  # and the content; the name may say what the file does not
 
 
-def identity(run: Trainer) -> dict[str, Any]:
+def identity(run: TrainRun) -> dict[str, Any]:
     """For a checkpoint, as JSON can hold it."""
     parts = run.parts
     frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
@@ -52,7 +50,7 @@ def config_of(found: Checkpoint) -> Config:
     return with_batch_sizes(from_toml(found.state["config"], str(found.path)), found.state["world"])
 
 
-def changes(run: Trainer, found: Checkpoint) -> list[str]:
+def changes(run: TrainRun, found: Checkpoint) -> list[str]:
     """What the run would go on with although it began with something else."""
     cfg, state, before, now = run.cfg, found.state, config_of(found), identity(run)
     changed = differences(_elsewhere(before, cfg), cfg)
@@ -86,7 +84,7 @@ def changes(run: Trainer, found: Checkpoint) -> list[str]:
     return changed
 
 
-def notes(run: Trainer, found: Checkpoint) -> list[str]:
+def notes(run: TrainRun, found: Checkpoint) -> list[str]:
     """What a run may go on with, and what its user should know all the same."""
     said, was, now = [], found.state["computed"], _computed(run.parts.device)
     if other := [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,12 @@ from dad_fast.checkpoint.folder import (
     snapshot,
 )
 from dad_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
+from dad_fast.checkpoint.run import TrainRun
 from dad_fast.config import to_toml
 from dad_fast.distributed import process_group as distributed
 from dad_fast.errors import DataError, UsageError
 from dad_fast.keyed_random import sample_seeds
 from dad_fast.models.weights.files import write_safetensors
-
-if TYPE_CHECKING:
-    from dad_fast.engine.trainer import Trainer
 
 
 def seed_generators(seed: int, step: int = 0) -> None:
@@ -44,7 +42,7 @@ def seed_generators(seed: int, step: int = 0) -> None:
     torch.manual_seed(own)
 
 
-def run_state(run: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, which still are the run's own, and JSON. All processes call it; the first one's result is for all."""
     update, device = run.update, run.parts.device
     optimizer, optimizer_state = flatten_optimizer(update.optimizer)
@@ -74,7 +72,7 @@ def run_state(run: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
-def save(run: Trainer, best: bool) -> None:
+def save(run: TrainRun, best: bool) -> None:
     """A checkpoint of this moment, written while training goes on; what came before it is on the disk by then."""
     tensors, state = run_state(run)
     model, metadata = run.model_file()
@@ -113,7 +111,7 @@ def load_for_all(
     )
 
 
-def restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
+def restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> None:
     """Raises UsageError where the run would not go on with what it began with, naming every difference; DataError for a checkpoint that
     is as it was written, but not by such a run."""
     try:
@@ -139,7 +137,7 @@ def restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
         ) from None
 
 
-def _restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None:
+def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> None:
     changed, said = changes(run, found), notes(run, found)
     if changed and not allow_config_change:
         what = "; ".join(changed)
@@ -189,7 +187,7 @@ def _restore(run: Trainer, found: Checkpoint, allow_config_change: bool) -> None
     run.notes += said
 
 
-def _restore_optimizer(run: Trainer, found: Checkpoint) -> list[str]:
+def _restore_optimizer(run: TrainRun, found: Checkpoint) -> list[str]:
     """Returns what there is to say. Settings that were changed are the new ones; another optimizer begins with no past."""
     before, now = config_of(found).optim, run.cfg.optim
     if before.opt != now.opt:

@@ -16,8 +16,8 @@ from dad_fast.cli.parser import (
 )
 from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.fields import with_values
-from dad_fast.config.resolve import check
 from dad_fast.errors import UsageError
+from dad_fast.methods.settings import check
 from dad_fast.sweep.ablation import AXES, Plan, make_plan, papers_axis
 
 SUMMARY = "vary what a run is made of, one factor at a time: one table, one plot"

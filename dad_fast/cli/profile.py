@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dad_fast.cli.parser import config_parser, read_config, wants_help
-from dad_fast.config import Config, check
+from dad_fast.config import Config
 from dad_fast.config.fields import nearest
 from dad_fast.config.options import ProfileLaunch
 from dad_fast.config.variants import expand
 from dad_fast.errors import UsageError
+from dad_fast.methods.settings import check
 
 SUMMARY = "look into a few training steps: Nsight, torch's profiler, memory"
 KINDS = {

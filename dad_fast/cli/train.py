@@ -15,11 +15,12 @@ from dad_fast.cli.parser import (
     typed_settings,
     wants_help,
 )
-from dad_fast.config import Launch, check, to_toml
+from dad_fast.config import Launch, to_toml
 from dad_fast.config.fields import sections, settings
 from dad_fast.config.resolve import preset_names
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
+from dad_fast.methods.settings import check
 
 SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad, or a linear probe by lp-clip"
 

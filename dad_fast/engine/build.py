@@ -9,21 +9,26 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 
+from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.resolve import is_fixed
-from dad_fast.config.schema import Config
+from dad_fast.config.schema import Config, EngineConfig
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source, open_source
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
+from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
+from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import check_same_classes, check_splits, check_weights
 from dad_fast.engine.probe_features import FeatureTable
-from dad_fast.engine.probe_step import ProbeData
+from dad_fast.engine.probe_step import ProbeData, ProbeGenerator, ProbeLearner
 from dad_fast.engine.pseudo_labels import PseudoLabels, WeakView
+from dad_fast.engine.step import TrainStep
 from dad_fast.engine.stored import Stored, recorded_classes, view_settings
+from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem, UsageError
-from dad_fast.methods.losses import TERMS
+from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.optimizations import optimize_student
 from dad_fast.models.probe import Probe, build_probe
 from dad_fast.models.run_settings import take_view
@@ -103,7 +108,8 @@ class Builder:
                 of_discretizer, lambda: frozen.discretizer(cfg, device)
             )
         torch.manual_seed(cfg.seed)  # the student's initial weights
-        if cfg.method == "lp-clip":
+        method = METHODS[cfg.method]
+        if method.linear_probe:
             assert teacher is not None
             where = {
                 "img_size": cfg.augment.img_size,
@@ -112,9 +118,7 @@ class Builder:
             }
             student: Student = build_probe(teacher, encoder_sha256, **where)
         else:
-            num_groups = 1 + len(
-                {"dad", "aug", "dat"} & set(TERMS[cfg.method])
-            )  # clean images, and those of each attack
+            num_groups = len(method.image_kinds)
             student = build_student(
                 cfg.student, len(train.classes), cfg.augment.img_size, num_groups
             )
@@ -192,6 +196,67 @@ class Builder:
         return self._frozen[key]
 
 
+def make_step(
+    cfg: Config,
+    student: Student,
+    teacher: Teacher | None,
+    discretizer: Discretizer | None,
+    update: Update,
+) -> TrainStep:
+    """Assemble the training step of a run. This is where the whole configuration ends: its parts take their sections."""
+    method = METHODS[cfg.method]
+    engine = cfg.engine
+    channels_last = cfg.precision.channels_last
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    learning: dict[str, Any] = {
+        "loss": cfg.loss,
+        "precision": cfg.precision,
+        "smoothing": cfg.augment.smoothing,
+        "bn": cfg.student.bn,
+        "num_micro_batches": engine.grad_accum_steps,
+        "fused": engine.step_kernels,
+    }
+    generator: Generator
+    if isinstance(student, Probe):
+        encode = _compiled(student.features, engine)
+        generator = ProbeGenerator(student, cfg.lp_clip, layout, encode)
+        threshold = cfg.lp_clip.threshold
+        learner: Learner = ProbeLearner(method, student, update, threshold=threshold, **learning)
+    else:
+        is_joint = cfg.loss.form == "joint"
+        generator = (JointGenerator if is_joint else AttackGenerator)(
+            method,
+            teacher if teacher is None else _compiled(teacher, engine),
+            discretizer,
+            attack=cfg.attack,
+            loss=cfg.loss,
+            store=cfg.store,
+            num_classes=student.num_classes,
+            image_size=student.image_size,
+            layout=layout,
+            fused=engine.step_kernels,
+        )
+        forward = _compiled(student, engine)
+        learner = (JointLearner if is_joint else Learner)(
+            method, student, update, forward=forward, **learning
+        )
+    return TrainStep(
+        generator,
+        [learner],
+        num_micro_batches=engine.grad_accum_steps,
+        cuda_graphs=engine.cuda_graphs,
+    )
+
+
+def _compiled(model: Model, engine: EngineConfig) -> Model:
+    if not engine.torchcompile:
+        return model
+    keep_compiled_code_private()
+    # dynamic=False: sizes are few, and which kernel a batch gets must not depend on the sizes before it, as after a resume.
+    compiled: Model = torch.compile(model, dynamic=False)
+    return compiled
+
+
 def share_batch_norm(student: Student, device: torch.device) -> None:
     """--sync-bn: batch norms that see the images of all processes. Not yet run on a GPU."""
     if device.type != "cuda":
@@ -205,13 +270,15 @@ def _needs(
     cfg: Config, adversarial: AdversarialStore | None, targets: TargetStore | None
 ) -> tuple[bool, bool]:
     """Whether a teacher and a discretizer are needed, given these stores; raises UsageError when one is needed and not named."""
-    if cfg.method == "lp-clip":
+    method = METHODS[cfg.method]
+    if method.linear_probe:
         return True, False
-    terms = TERMS[cfg.method]
-    online = bool({"dad", "aug"} & set(terms)) and adversarial is None
-    teacher = online or ("kd" in terms and targets is None)
+    online = method.uses(Images.ATTACK_TEACHER) and adversarial is None
+    teacher = online or (method.teacher_logits(Images.CLEAN) and targets is None)
     only_codes = adversarial is not None and adversarial.manifest.images == "none"
-    discretizer = online or "dat" in terms or (cfg.method != "kd" and only_codes)
+    attacks_student = method.uses(Images.ATTACK_STUDENT)
+    decodes = method.uses(Images.ATTACK_TEACHER) and only_codes
+    discretizer = online or attacks_student or decodes
     if teacher and not cfg.teacher.name:
         missing = "adversarial images" if online else "outputs on clean images (--targets)"
         raise UsageError(

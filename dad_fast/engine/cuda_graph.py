@@ -1,63 +1,63 @@
-"""The step as CUDA graphs: generation, the student's gradients, and the update, captured once and replayed. Not yet run on a GPU.
+"""The step as CUDA graphs: generation, gradients and updates, captured once and replayed. Not yet run on a GPU.
 
-The first steps run plainly, on a side stream: they are real steps, and they warm up what may not happen during a capture (cuBLAS,
-autotuning, compilation, the optimizer's state). Then each of the three is captured, which runs nothing, and replayed from there on. The
-three share one memory pool and replay in the order of their capture; between them stand whatever eager work a step needs (copying the
-batch in, learning rates, and the all-reduce of several processes). Static are: the batch's tensors, the gradients, every output.
-Random numbers stay right: a graph replays with the device generator's state of that moment.
+The first steps run plainly, on a side stream: they are real steps, and they warm up what may not happen during a capture
+(cuBLAS, autotuning, compilation, the optimizer's state). Then each graph is captured, which runs nothing, and replayed
+from there on. The graphs share one memory pool and replay in the order of their capture; between them stands the eager
+work of a step (copying the batch in, learning rates, and the all-reduce of several processes). The batch's tensors, the
+gradients and every output keep their addresses. Random numbers stay right: a graph replays with the device generator's
+state of that moment.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dad_fast.data.loaders.loader import Batch
+from dad_fast.engine.generator import StepInputs
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem
 from dad_fast.loggers.profiling import stage
 
-if TYPE_CHECKING:
-    from dad_fast.engine.step import Generated
-
 log = logging.getLogger("dad_fast.engine")
 
 WARM_UP = 3  # plain steps before the capture
+Generate = Callable[[Batch], StepInputs]
+Learn = Callable[[Batch, StepInputs], list[dict[str, Tensor]]]
 
 
 class StepGraphs:
-    """`learn` and `apply`, as `TrainStep` calls them, by replaying. Where a capture fails they stay plain calls, said once, unless
-    `required`: then EnvironmentProblem.
+    """Replays `learn` and `apply` for `TrainStep`.
+
+    Where a capture fails they stay plain calls, with one warning, unless `required`: then EnvironmentProblem.
     """
 
     def __init__(
         self,
         device: torch.device,
-        generate: Callable[[Batch], Generated],
-        learn: Callable[[Generated], dict[str, Tensor]],
-        update: Update,
+        generate: Generate,
+        learn: Learn,
+        updates: Sequence[Update],
         required: bool,
     ) -> None:
-        self._device, self._generate, self._learn, self._update, self._required = (
-            device,
-            generate,
-            learn,
-            update,
-            required,
-        )
+        self._device = device
+        self._generate = generate
+        self._learn = learn
+        self._updates = updates
+        self._required = required
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._steps = 0  # updates made so far
         self._inputs: Batch | None = None
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._scalars: dict[str, Tensor] = {}
-        self._applied: Tensor | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # generate, learn, apply
+        self._scalars: list[dict[str, Tensor]] = []
+        self._applied: list[Tensor] = []
         self.failed = False
 
     @classmethod
@@ -65,38 +65,48 @@ class StepGraphs:
         cls,
         wanted: str,
         device: torch.device,
-        generate: Callable[[Batch], Generated],
-        learn: Callable[[Generated], dict[str, Tensor]],
-        update: Update,
+        generate: Generate,
+        learn: Learn,
+        updates: Sequence[Update],
     ) -> StepGraphs | None:
-        """wanted: auto (where it can be), on, off. Raises EnvironmentProblem for `on` on a CPU or with an optimizer that forbids it."""
+        """Return graphs where they are wanted and possible, else None.
+
+        wanted: "auto" (where possible), "on" or "off". Raises EnvironmentProblem for "on" on a CPU or with an optimizer
+        that forbids it.
+        """
         if wanted == "on" and device.type != "cuda":
             raise EnvironmentProblem(
                 f"--cuda-graphs on: the run is on {device}; CUDA graphs need a CUDA device (auto does without)"
             )
         if wanted == "off" or device.type != "cuda":
             return None
-        if not update.capturable:
-            reason = f"{type(update.optimizer).__name__} takes its learning rate from the host, which a graph would freeze"
+        for update in updates:
+            if update.capturable:
+                continue
+            name = type(update.optimizer).__name__
+            reason = f"{name} takes its learning rate from the host, which a graph would freeze"
             if wanted == "on":
                 raise EnvironmentProblem(
                     f"--cuda-graphs on: {reason}; use --opt adamw, adam or sgd, or --cuda-graphs auto"
                 )
             log.warning("CUDA graphs are off: %s", reason)
             return None
-        return cls(device, generate, learn, update, required=wanted == "on")
+        return cls(device, generate, learn, updates, required=wanted == "on")
 
     @property
     def captured(self) -> bool:
         return bool(self._graphs)
 
-    def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """Generation and the student's gradients for a micro-batch on the device. The scalars are overwritten by the next call."""
+    def learn(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Generate from a micro-batch on the device and add the gradients of every learner.
+
+        Returns each learner's scalars, which the next call overwrites.
+        """
         if not self._graphs and not self.failed and self._steps >= WARM_UP:
             self._capture(batch)
         if not self._graphs:
             with self._aside():
-                return self._learn(self._generate(batch))
+                return self._learn(batch, self._generate(batch))
         assert self._inputs is not None
         for name, static in _tensors(self._inputs).items():
             static.copy_(getattr(batch, name))
@@ -106,37 +116,35 @@ class StepGraphs:
             self._graphs[1].replay()
         return self._scalars
 
-    def apply(self) -> Tensor:
-        """The optimizer step."""
+    def apply(self) -> list[Tensor]:
+        """Make every learner's optimizer step. Returns whether each was applied."""
         self._steps += 1
-        if not self._graphs:
-            with self._aside():
-                applied = self._update.apply()
-            if (
-                self._steps == WARM_UP
-            ):  # the capture comes with the next step: by then the gradients stay where they are
-                self._update.make_gradients_static()
-            return applied
-        self._graphs[2].replay()
-        assert self._applied is not None
-        return self._applied
+        if self._graphs:
+            self._graphs[2].replay()
+            return self._applied
+        with self._aside():
+            applied = [update.apply() for update in self._updates]
+        if self._steps == WARM_UP:
+            # The capture comes with the next step: by then the gradients must stay where they are.
+            for update in self._updates:
+                update.make_gradients_static()
+        return applied
 
     def _capture(self, batch: Batch) -> None:
         try:
-            self._inputs = replace(
-                batch, **{name: value.clone() for name, value in _tensors(batch).items()}
-            )
+            copies = {name: value.clone() for name, value in _tensors(batch).items()}
+            self._inputs = replace(batch, **copies)
             graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
             with capturing(graphs[0], self._pool, self._stream):
                 generated = self._generate(self._inputs)
             with capturing(graphs[1], self._pool, self._stream):
-                self._scalars = self._learn(generated)
+                self._scalars = self._learn(self._inputs, generated)
             with capturing(graphs[2], self._pool, self._stream):
-                self._applied = self._update.apply()
+                self._applied = [update.apply() for update in self._updates]
             self._graphs = graphs
         except RuntimeError as error:
             self.failed = True
-            self._inputs, self._scalars = None, {}
+            self._inputs, self._scalars = None, []
             reason = str(error).partition("\n")[0]
             if self._required:
                 raise EnvironmentProblem(
@@ -146,6 +154,7 @@ class StepGraphs:
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
+        """Run on the side stream, in order with the current one."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             yield

@@ -1,4 +1,4 @@
-"""What an attack really did: the share of codes it changed, and its size against the encoder's own rounding."""
+"""What an attack really did: the share of codes it changed, and its size compared with the encoder's own rounding."""
 
 from __future__ import annotations
 
@@ -7,10 +7,68 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dad_fast.data.loaders.loader import Batch
+from dad_fast.engine.generator import AttackGenerator, Generator
+from dad_fast.engine.learner import Learner
+from dad_fast.methods.discretize import perturb
+from dad_fast.methods.registry import Images
+
+NUM_MEASURED = 16  # images whose codes are compared at a log step
+
 
 def share_changed(codes: Tensor, reference: Tensor) -> Tensor:
-    """Share of codes that differ, scalar float32; both int64 [B, h, w]. The attack's true strength (arXiv 2209.07735)."""
+    """Return the share of codes that differ, scalar float32; both int64 [B, h, w]. The attack's true strength (arXiv 2209.07735)."""
     return (codes != reference).float().mean()
+
+
+def codes_changed(generator: Generator, learner: Learner, batch: Batch) -> dict[str, float]:
+    """Return the share of codes that each attack of the method changes, over a few images.
+
+    For log steps only: it costs two more encoder passes and reads on the host.
+    """
+    if not isinstance(generator, AttackGenerator) or generator.discretizer is None:
+        return {}
+    attacked: dict[str, Callable[[Tensor], Tensor]] = {}
+    if generator.teacher is not None and batch.dad_outputs is None:
+        attacked["codes_changed"] = generator.teacher
+    if generator.method.uses(Images.ATTACK_STUDENT):
+        attacked["codes_changed_dat"] = learner.in_eval
+    if not attacked:
+        return {}
+
+    batch = batch.to(learner.device)
+    mixed = generator.mixed(batch)
+    few = slice(0, NUM_MEASURED)
+    inputs = mixed.pixels[few], mixed.targets[few], batch.seeds[few]
+    shares = {}
+    for name, model in attacked.items():
+        how = generator.discretizer, model, generator.attack
+        base, perturbed = perturb(*how, *inputs, generator.order)
+        with torch.no_grad():
+            before = generator.discretizer(base).codes
+            after = generator.discretizer(perturbed).codes
+        if before is not None and after is not None:
+            shares[name] = share_changed(after, before).item()
+    return shares
+
+
+def attack_to_rounding(generator: Generator, learner: Learner, batch: Batch) -> float | None:
+    """Return `signal_to_rounding` for a few images of a batch; None without an encoder or where all attacks are stored."""
+    if not isinstance(generator, AttackGenerator) or generator.discretizer is None:
+        return None
+    is_stored = batch.dad_outputs is not None and not generator.method.uses(Images.ATTACK_STUDENT)
+    encoders = None if is_stored else generator.discretizer.encoders()
+    if encoders is None:
+        return None
+    batch = batch.to(learner.device)
+    mixed = generator.mixed(batch)
+    few = slice(0, 2)
+    model = generator.teacher or learner.in_eval
+    how = generator.discretizer, model, generator.attack
+    inputs = mixed.pixels[few], mixed.targets[few], batch.seeds[few]
+    base, perturbed = perturb(*how, *inputs, generator.order)
+    with torch.no_grad():
+        return signal_to_rounding(*encoders, base, perturbed).item()
 
 
 def signal_to_rounding(
@@ -19,9 +77,9 @@ def signal_to_rounding(
     pixels: Tensor,
     perturbed: Tensor,
 ) -> Tensor:
-    """Root mean square of the latents' change by the attack over that of the encoder's rounding; scalar float32.
+    """Return the root mean square of the latents' change by the attack over that of the encoder's rounding, scalar float32.
 
-    `encode` is the encoder as the run uses it, `encode_exact` the same in float64 or float32. Below about 1 the codes change by
+    encode: the encoder as the run uses it. encode_exact: the same in float64 or float32. Below about 1 the codes change by
     rounding as much as by the attack: with an L2 budget of 0.1 at 224 px this is so in fp16, bf16 and even tf32.
     """
     exact = encode_exact(pixels).double()

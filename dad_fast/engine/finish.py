@@ -12,12 +12,14 @@ from dad_fast.data.augment.mixing import soft_targets, to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.distributed import process_group as distributed
+from dad_fast.engine.generator import AttackGenerator
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Result, Suite
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.progress import report_progress
 from dad_fast.methods.discretize import discretize
-from dad_fast.methods.losses import TERMS, keep_mask
+from dad_fast.methods.losses import keep_mask
+from dad_fast.methods.registry import METHODS, Images
 from dad_fast.report.page import write_report
 from dad_fast.report.pieces import write_pieces
 from dad_fast.report.sheet import difference_scale, write_sheet
@@ -65,7 +67,7 @@ def finish(
     if (
         main
         and parts.discretizer is not None
-        and (parts.teacher is not None or "dat" in TERMS.get(cfg.method, ()))
+        and (parts.teacher is not None or METHODS[cfg.method].uses(Images.ATTACK_STUDENT))
     ):
         _sheet(trainer, output)
     record = {
@@ -100,7 +102,8 @@ def _line(results: dict[str, Result]) -> str:
 def _sheet(trainer: Trainer, output: Path) -> None:
     """x, Q(x) and Q(x + delta) of a few validation images: against the teacher, or the student where that is what is attacked."""
     cfg, parts = trainer.cfg, trainer.parts
-    assert parts.discretizer is not None
+    generator = trainer.step.generator
+    assert parts.discretizer is not None and isinstance(generator, AttackGenerator)
     attacked = parts.teacher or trainer.evaluated
     student = parts.student
     loader = EvalLoader(
@@ -118,7 +121,7 @@ def _sheet(trainer: Trainer, output: Path) -> None:
     found = discretize(
         parts.discretizer,
         attacked,
-        trainer.step.attack,
+        generator.attack,
         x,
         target,
         batch.samples.to(parts.device),

@@ -14,6 +14,7 @@ from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.errors import DataError, UsageError
+from dad_fast.methods.registry import METHODS
 
 
 def check_splits(cfg: Config) -> None:
@@ -50,7 +51,7 @@ def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
     """
     student = cfg.student.name.removeprefix("timm:")
     if (
-        cfg.method != "lp-clip"
+        not METHODS[cfg.method].linear_probe
         and not student.startswith("hf-hub:")
         and not timm.is_model(student.partition(".")[0])
     ):

@@ -1,67 +1,84 @@
-"""LP-CLIP in the training loop: what a linear probe's step computes, and what its batches hold besides images.
+"""LP-CLIP in the training loop: the generator and the learner of a linear probe, and what its batches hold.
 
-uint8 images -> features of the strong view (or kept ones) -> linear layer -> weighted cross-entropy to pseudo-labels -> update
+uint8 images -> features of the strong view (or kept ones) -> linear layer
+             -> weighted cross-entropy to pseudo-labels -> update
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dad_fast.config.schema import Config
+from dad_fast.config.schema import LpClipConfig
 from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.loaders.loader import Batch
+from dad_fast.engine.generator import Generator, Model, StepInputs
+from dad_fast.engine.learner import Learner
 from dad_fast.engine.probe_features import FeatureTable
 from dad_fast.engine.pseudo_labels import PseudoLabels
-from dad_fast.engine.step import Generated, TrainStep
-from dad_fast.engine.update import Update
 from dad_fast.loggers.profiling import stage
 from dad_fast.methods.lp_clip import consistency_loss, sample_weights
+from dad_fast.methods.registry import Images
 from dad_fast.models.probe import Probe
 
 
-class ProbeStep(TrainStep):
-    """The step of a linear probe. Its encoder is the teacher's, so that no other model runs."""
+class ProbeGenerator(Generator):
+    """Makes features and pseudo-labels. The encoder is the teacher's, so that no other model runs."""
 
-    def __init__(self, cfg: Config, probe: Probe, update: Update) -> None:
-        super().__init__(cfg, probe, None, None, update)
-        self.probe = probe
-        compiled = cfg.engine.torchcompile
-        self.encode: Callable[[Tensor], Tensor] = (
-            torch.compile(probe.features, dynamic=False) if compiled else probe.features
-        )
+    def __init__(
+        self,
+        probe: Probe,
+        settings: LpClipConfig,
+        layout: torch.memory_format,
+        encode: Model | None = None,
+    ) -> None:
+        """Create a generator. encode: what computes the probe's features, for instance compiled."""
+        self.settings = settings
+        self.layout = layout
+        self.encode = encode or probe.features
 
-    def generate(self, batch: Batch) -> Generated:
-        """In the place of images the features of the strong view, [B, F]; as targets labels int64 [B]; what each counts as `keep`."""
-        cfg, features = self.cfg.lp_clip, batch.features
+    def __call__(self, batch: Batch) -> StepInputs:
+        """Return features of the strong view [B, F], labels int64 [B], and the weight of each sample as `keep`."""
+        features = batch.features
         if features is None:
             with torch.no_grad(), stage("encoder"):
                 features = self.encode(to_pixels(batch.images, self.layout))
         labels, weights = batch.labels, None
-        if cfg.labels == "pseudo":
-            assert batch.pseudo_labels is not None and batch.confidence is not None, (
-                "ProbeData joins them"
+        if self.settings.labels == "pseudo":
+            assert batch.pseudo_labels is not None and batch.confidence is not None
+            labels = batch.pseudo_labels
+            weights = sample_weights(
+                batch.confidence, self.settings.weight, self.settings.threshold
             )
-            labels, weights = (
-                batch.pseudo_labels,
-                sample_weights(batch.confidence, cfg.weight, cfg.threshold),
-            )
-        return Generated([features], labels, labels, None, None, weights)
+        kind = Images.CLEAN
+        return StepInputs({kind: features}, {kind: labels}, {}, weights)
 
-    def loss(self, generated: Generated) -> tuple[Tensor, dict[str, Tensor]]:
-        features, labels, weights = generated.images[0], generated.targets, generated.keep
+
+class ProbeLearner(Learner):
+    """Trains the linear layer by LP-CLIP's consistency loss."""
+
+    def __init__(self, *arguments: Any, threshold: float, **options: Any) -> None:
+        """Create a learner. threshold: `lp_clip.threshold`; the others as for `Learner`."""
+        super().__init__(*arguments, **options)
+        self.threshold = threshold
+
+    def loss(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        features = inputs.images[Images.CLEAN]
+        labels = inputs.targets[Images.CLEAN]
+        weights = inputs.keep
+        assert isinstance(self.student, Probe)
         with stage("objective"):
             counted = torch.ones_like(features[:, 0]) if weights is None else weights
-            loss = consistency_loss(
-                self.probe.logits(features), labels, counted, self.cfg.augment.smoothing
-            )
+            logits = self.student.logits(features)
+            loss = consistency_loss(logits, labels, counted, self.smoothing)
         scalars = {"loss": loss.detach()}
         if weights is not None:
             scalars["weight"] = weights.mean()
-            if self.cfg.lp_clip.threshold:
+            if self.threshold:
                 scalars["kept"] = (weights != 0).float().mean()
         return loss, scalars
 

@@ -18,7 +18,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError, UsageError
-from dad_fast.methods.losses import TERMS
+from dad_fast.methods.registry import METHODS
 from dad_fast.store import AdversarialStore, Manifest, Store, TargetStore, open_store
 
 MIXING = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # of [augment]
@@ -69,14 +69,11 @@ class Stored:
 
     def check_form(self, cfg: Config) -> None:
         """Raises UsageError where the loss needs what these stores do not hold, DataError where it would read their outputs wrongly."""
-        terms = TERMS.get(cfg.method, ())
+        useful = METHODS[cfg.method].store_kinds
         for store in self.stores:
-            what, served = (
-                ("adversarial images", {"dad", "aug"})
-                if store is self.adversarial
-                else ("outputs on clean images", {"kd"})
-            )
-            if not served & set(terms):
+            if store.kind not in useful:
+                clean = "outputs on clean images"
+                what = "adversarial images" if store is self.adversarial else clean
                 raise UsageError(
                     f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave it out"
                 )

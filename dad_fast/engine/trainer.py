@@ -20,8 +20,9 @@ from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.loaders.loader import Batch, TrainLoader, train_loader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_requests
-from dad_fast.engine.build import Components
+from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.cuda_graph import WARM_UP
+from dad_fast.engine.diagnostics import attack_to_rounding, codes_changed
 from dad_fast.engine.garbage import collections_between_steps
 from dad_fast.engine.introduction import introduction
 from dad_fast.engine.memory import enough_memory
@@ -29,9 +30,7 @@ from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.notices import Advice
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe_features import FeatureLoader
-from dad_fast.engine.probe_step import ProbeStep
 from dad_fast.engine.schedule import learning_rate, total_epochs
-from dad_fast.engine.step import TrainStep
 from dad_fast.engine.step_timer import Clock
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
@@ -39,7 +38,6 @@ from dad_fast.evaluate.runner import Result, Suite, evaluate
 from dad_fast.loggers.gpu import Gpu
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
-from dad_fast.models.probe import Probe
 from dad_fast.models.student import Student
 from dad_fast.models.weights.files import write_safetensors
 
@@ -70,10 +68,9 @@ class Trainer:
         )  # again, after the student was built: a run draws the same whatever its initial weights took
         distributed.broadcast_(list(chain(parts.student.parameters(), parts.student.buffers())))
         self.update = Update(parts.student, cfg, parts.device)
-        if isinstance(parts.student, Probe):
-            self.step: TrainStep = ProbeStep(cfg, parts.student, self.update)
-        else:
-            self.step = TrainStep(cfg, parts.student, parts.teacher, parts.discretizer, self.update)
+        models = parts.student, parts.teacher, parts.discretizer
+        self.step = make_step(cfg, *models, self.update)
+        (self.learner,) = self.step.learners
         self.images_per_step = cfg.data.global_batch_size
         self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
@@ -194,7 +191,7 @@ class Trainer:
                     self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule
                 )
                 with clock.step(), enough_memory(self.cfg, self.parts.device):
-                    scalars = self.step(batch, self.next_step, lr)
+                    (scalars,) = self.step(batch, self.next_step, lr)
             self.meter.add(scalars)
             self.met.update(batch.replaced)
             self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
@@ -301,7 +298,7 @@ class Trainer:
             del values["applied"]
         self.clock.count()
         window = self.clock.window()
-        values |= self.step.measure(batch)
+        values |= codes_changed(self.step.generator, self.learner, batch)
         most = {"data_wait": window.waited / window.seconds}
         if self.parts.device.type == "cuda":
             most["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
@@ -350,7 +347,7 @@ class Trainer:
     ) -> Result:
         """`model` on `suite`, with the student's view of an image (size, crop, filter) and the run's precision. Stops as `evaluate`."""
         student = self.parts.student
-        with self.step.autocast(), stop_requests():
+        with self.learner.autocast(), stop_requests():
             return evaluate(
                 model,
                 suite.source,
@@ -367,7 +364,7 @@ class Trainer:
             )
 
     def _check_signal(self, batch: Batch) -> None:
-        ratio = self.step.signal_to_rounding(batch)
+        ratio = attack_to_rounding(self.step.generator, self.learner, batch)
         if ratio is not None:
             self.log.metrics("attack", step=self.next_step, signal_to_rounding=ratio)
             self.advice.on_attack(ratio, self.log.say)

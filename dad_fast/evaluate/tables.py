@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dad_fast.errors import DataError, UsageError, program
+from dad_fast.methods.registry import METHODS
 
 
 class Metric(NamedTuple):
@@ -157,6 +158,12 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
     return header, table, best
 
 
+def _attacks(method: str) -> bool:
+    """Return whether the method attacks images; True for an unknown method."""
+    spec = METHODS.find(method)
+    return spec is None or spec.attacks
+
+
 def _text(found: tuple[float, float | None] | None, digits: int) -> str:
     if found is None:
         return "–"
@@ -198,11 +205,7 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
             seen = (used["seen"] or "not recorded in the weights").rstrip(".")
             lines.append(f"{part.capitalize()} {used['name']}, trained on: {seen}.")
     modes = sorted(
-        {
-            run["bn"]
-            for run in record["runs"]
-            if run.get("bn") and run["method"] not in ("ce", "kd", "lp-clip")
-        }
+        {run["bn"] for run in record["runs"] if run.get("bn") and _attacks(run["method"])}
     )
     if modes:
         lines.append(

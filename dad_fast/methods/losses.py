@@ -1,33 +1,33 @@
-"""The losses: one definition for every method (arXiv 2311.01441, eq. 8; weights as in the authors' code of August 2023).
+"""Losses of every method, computed from its terms (dad_fast/methods/registry.py).
 
+    CE(s, y) = -sum y log softmax(s)
     KD(s, t) = T^2 KL(softmax(t / T) || softmax(s / T))
-    dad      = ce CE(s(x), y) + kd KD(s(x), t(x)) + dad KD(s(Q(x')), t(Q(x')))     x' attacks the teacher t
-    dat      = ce CE(s(x), y) + dat CE(s(Q(x'')), y)                               x'' attacks the student s
-    aug-only = ce CE(s(x), y) + aug CE(s(Q(x')), y)
-    joint    = ce CE(s(z), y) + kd KD(s(z), t(z))     z: clean and stored images as one batch, mixed with each other
+    dad      = ce CE(s(x), y) + kd KD(s(x), t(x)) + dad KD(s(Q(x')), t(Q(x')))     arXiv 2311.01441, eq. 8
+    joint    = ce CE(s(z), y) + kd KD(s(z), t(z))     z: clean and stored images as one batch
 
-Every term is a mean over the batch size, filtered samples counting as 0: a filter that rejects most images weakens its term
-instead of amplifying the few that are left. All arithmetic is float32 in log-space (float64 stays float64).
+Every term is a mean over the batch size, and filtered samples count as 0: a filter that rejects most images weakens its
+term instead of amplifying the few that are left. All arithmetic is float32 in log-space (float64 stays float64).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dad_fast.config.schema import LossConfig, Method
+from dad_fast.config.schema import LossConfig
 from dad_fast.kernels.distillation_loss import (
     distillation,
     distillation_loss,
     smooth,
     soft_cross_entropy,
 )
+from dad_fast.methods.registry import Images, MethodSpec, Target, Term
 
 __all__ = [
-    "TERMS",
-    "Logits",
     "distillation",
     "joint_objective",
     "keep_mask",
@@ -37,74 +37,52 @@ __all__ = [
     "soft_cross_entropy",
 ]
 
-# The terms of each method, in the order in which they are added.
-TERMS: dict[Method, tuple[str, ...]] = {
-    "ce": ("ce",),
-    "kd": ("ce", "kd"),
-    "aug-only": ("ce", "aug"),
-    "dat": ("ce", "dat"),
-    "dad": ("ce", "kd", "dad"),
-    "dat+dad": ("ce", "kd", "dad", "dat"),
-}
-
-# What each term compares: the student's logits with the targets (CE), or with a teacher's logits (KD); and whether the filter counts.
-COMPARES = {
-    "ce": ("student_clean", "", False),
-    "kd": ("student_clean", "teacher_clean", False),
-    "dad": ("student_dad", "teacher_dad", True),
-    "aug": ("student_dad", "", True),
-    "dat": ("student_dat", "", False),
-}
+Logits = Mapping[Images, Tensor]  # float [B, C] on each kind of images
 
 
-@dataclass(frozen=True)
-class Logits:
-    """What the models said, each [B, C]: on clean images, on Q(x') (x' attacks the teacher) and on Q(x'') (the student)."""
+def keep_mask(
+    teacher_logits: Tensor, labels: Tensor, second_labels: Tensor | None = None
+) -> Tensor:
+    """Return the filter phi(Q(x')) = y as 0 or 1, float32 [B]; where two images were mixed either label counts.
 
-    student_clean: Tensor
-    student_dad: Tensor | None = None
-    student_dat: Tensor | None = None
-    teacher_clean: Tensor | None = None
-    teacher_dad: Tensor | None = None
-
-
-def keep_mask(teacher_dad: Tensor, labels: Tensor, second_labels: Tensor | None = None) -> Tensor:
-    """The filter phi(Q(x')) = y as 0 or 1, float32 [B]; where two images were mixed either label will do."""
-    said = teacher_dad.argmax(dim=-1)
-    kept = said == labels
+    teacher_logits: [B, C] on adversarial images. labels, second_labels: int64 [B].
+    """
+    answers = teacher_logits.argmax(dim=-1)
+    kept = answers == labels
     if second_labels is not None:
-        kept = kept | (said == second_labels)
+        kept = kept | (answers == second_labels)
     return kept.float()
 
 
 def objective(
-    method: Method,
+    method: MethodSpec,
     weights: LossConfig,
-    logits: Logits,
-    targets: Tensor,
+    student: Logits,
+    teacher: Logits,
+    targets: Logits,
     keep: Tensor | None,
-    dad_targets: Tensor | None = None,
     *,
     fused: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its unweighted parts.
+    """Return the loss, a scalar, and its unweighted terms by name.
 
-    targets: what CE uses, probabilities [B, C] (mixed and smoothed); dad_targets: the same for Q(x') where that is mixed otherwise, as
-    stored images are. keep: filter [B] for the terms on Q(x'), or None to count all.
-    fused: one kernel for all terms of the same student's logits, where there is one (CUDA; float32 arithmetic).
+    student, teacher: logits on the images that the terms use.
+    targets: probabilities [B, C] for cross-entropy, mixed and smoothed, for each kind of images.
+    keep: filter [B] for the terms that it applies to, or None to count all samples.
+    fused: one kernel for all terms on the same student's logits, where there is one (CUDA; float32 arithmetic).
     """
-    of_logits = {
-        "student_clean": targets,
-        "student_dat": targets,
-        "student_dad": targets if dad_targets is None else dad_targets,
-    }
-    parts = (_parts_fused if fused else _parts)(
-        TERMS[method], weights.temperature, logits, of_logits, keep
-    )
-    total = sum(
-        (getattr(weights, name) * part for name, part in parts.items()), start=targets.new_zeros(())
-    )
-    return total, parts
+    terms = _fused_terms if fused else _plain_terms
+    values = terms(method.terms, weights.temperature, student, teacher, targets, keep)
+    zero = targets[Images.CLEAN].new_zeros(())
+    weighted = (weight_of(term, weights) * values[term.name] for term in method.terms)
+    return sum(weighted, start=zero), values
+
+
+def weight_of(term: Term, weights: LossConfig) -> float:
+    """Return the weight of a term: a number, or the value of its setting."""
+    if isinstance(term.weight, str):
+        return float(getattr(weights, term.weight.removeprefix("loss.")))
+    return term.weight
 
 
 def joint_objective(
@@ -116,18 +94,19 @@ def joint_objective(
     *,
     fused: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The form of the authors' code for stored images, 0.75 CE + 4 KL there (ce = 0.75, kd = 0.25 at T = 4): the loss and its parts.
+    """Return the loss and its terms in the form of the authors' code for stored images.
 
-    student, teacher, targets: [2B, C], of clean and adversarial images that were mixed across the two halves. keep: [2B], 0 for what shows
-    any of an adversarial image that the filter rejects, since its label may be wrong; or None to count all. Means are over all 2B.
+    Theirs is 0.75 CE + 4 KL: ce = 0.75, kd = 0.25 at T = 4.
+
+    student, teacher, targets: [2B, C], of clean and adversarial images that were mixed across the two halves. keep:
+    [2B], 0 for images that show any of an adversarial image that the filter rejects, since its label may be wrong; or
+    None to count all. Means are over all 2B.
     """
     if fused:
         ce, kd = distillation_loss(student, teacher, targets, keep, temperature=weights.temperature)
     else:
-        ce, kd = (
-            soft_cross_entropy(student, targets, keep),
-            distillation(student, teacher, weights.temperature, keep),
-        )
+        ce = soft_cross_entropy(student, targets, keep)
+        kd = distillation(student, teacher, weights.temperature, keep)
     return weights.ce * ce + weights.kd * kd, {"ce": ce, "kd": kd}
 
 
@@ -144,50 +123,61 @@ def mixed_outputs(own: Tensor, others: Tensor, lam: Tensor, temperature: float) 
     )
 
 
-def _parts(
-    terms: tuple[str, ...],
+def _plain_terms(
+    terms: tuple[Term, ...],
     temperature: float,
-    logits: Logits,
-    targets: dict[str, Tensor],
+    student: Logits,
+    teacher: Logits,
+    targets: Logits,
     keep: Tensor | None,
 ) -> dict[str, Tensor]:
-    parts: dict[str, Tensor] = {}
-    for name in terms:
-        of_student, of_teacher, filtered = COMPARES[name]
-        student, weight = _given(logits, of_student), keep if filtered else None
-        if of_teacher:
-            parts[name] = distillation(student, _given(logits, of_teacher), temperature, weight)
+    values: dict[str, Tensor] = {}
+    for term in terms:
+        logits = student[term.images]
+        weight = keep if term.filtered else None
+        by_teacher = term.target == Target.TEACHER
+        reference = (teacher if by_teacher else targets)[term.images]
+        if term.loss:
+            values[term.name] = _own_loss(term)(logits, reference, weight, temperature)
+        elif by_teacher:
+            values[term.name] = distillation(logits, reference, temperature, weight)
         else:
-            parts[name] = soft_cross_entropy(student, targets[of_student], weight)
-    return parts
+            values[term.name] = soft_cross_entropy(logits, reference, weight)
+    return values
 
 
-def _parts_fused(
-    terms: tuple[str, ...],
+def _fused_terms(
+    terms: tuple[Term, ...],
     temperature: float,
-    logits: Logits,
-    targets: dict[str, Tensor],
+    student: Logits,
+    teacher: Logits,
+    targets: Logits,
     keep: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The same, with all terms on the same student's logits in one call; no method has two of a kind on them."""
-    groups: dict[str, list[str]] = {}
-    for name in terms:
-        groups.setdefault(COMPARES[name][0], []).append(name)
-    parts: dict[str, Tensor] = {}
-    for of_student, names in groups.items():
-        of_teacher = "".join(COMPARES[name][1] for name in names)
+    """Compute the same with one kernel for all terms on the same images; terms with a loss of their own stay plain."""
+    own = tuple(term for term in terms if term.loss)
+    values = _plain_terms(own, temperature, student, teacher, targets, keep)
+    groups: dict[Images, list[Term]] = {}
+    for term in terms:
+        if not term.loss:
+            groups.setdefault(term.images, []).append(term)
+    for images, group in groups.items():
+        by_target = {term.target: term for term in group}
+        if len(by_target) < len(group):  # two terms of a kind on the same images
+            values |= _plain_terms(tuple(group), temperature, student, teacher, targets, keep)
+            continue
         ce, kd = distillation_loss(
-            _given(logits, of_student),
-            _given(logits, of_teacher) if of_teacher else None,
-            targets[of_student] if any(not COMPARES[name][1] for name in names) else None,
-            keep if any(COMPARES[name][2] for name in names) else None,
+            student[images],
+            teacher[images] if Target.TEACHER in by_target else None,
+            targets[images] if Target.LABELS in by_target else None,
+            keep if any(term.filtered for term in group) else None,
             temperature=temperature,
         )
-        parts |= {name: kd if COMPARES[name][1] else ce for name in names}
-    return {name: parts[name] for name in terms}
+        found = {Target.LABELS: ce, Target.TEACHER: kd}
+        values |= {term.name: found[target] for target, term in by_target.items()}
+    return {term.name: values[term.name] for term in terms}
 
 
-def _given(logits: Logits, name: str) -> Tensor:
-    found: Tensor | None = getattr(logits, name)
-    assert found is not None, "the step computes every logit that the method's terms use"
-    return found
+def _own_loss(term: Term) -> Any:
+    module, _, name = term.loss.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from dad_fast.methods.registry import BASELINE
 from dad_fast.report.markup import numbers, table
 from dad_fast.report.run_files import Run, machine, number
 from dad_fast.report.runs import Group
@@ -76,7 +77,9 @@ def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
     same = [
         other
         for other in groups
-        if other.method == "kd" and not other.setting("store.dirs") and _work(other) == _work(group)
+        if other.method == BASELINE
+        and not other.setting("store.dirs")
+        and _work(other) == _work(group)
     ]
     return min(same, key=lambda other: other.origin != group.origin, default=None)
 
@@ -169,7 +172,7 @@ def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> li
                 else ""
             )
         )
-    elif any(group.method != "kd" for group in groups):
+    elif any(group.method != BASELINE for group in groups):
         lines.append(
             "No time against KD: there is no KD run of the same student, data, batch, precision and machine here."
         )

@@ -6,20 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from dad_fast.methods.registry import METHODS
 from dad_fast.report.markup import comparison, notes, numbers
 from dad_fast.report.run_files import machine, number
 from dad_fast.report.runs import Group
 
-METHODS = {
-    "ce": "ce: cross-entropy alone, no teacher",
-    "kd": "kd: cross-entropy and distillation on clean images",
-    "aug-only": "aug-only: cross-entropy on clean and on attacked, discretized images",
-    "dat": "dat: cross-entropy on clean images and on discrete images that attack the student",
-    "dad": "dad: kd, and distillation on discrete images that attack the teacher",
-    "dat+dad": "dat+dad: dad, and cross-entropy on discrete images that attack the student",
-    "evaluated": "judged by dad-fast eval",
-    "lp-clip": "lp-clip: a linear probe on frozen features, by the teacher's pseudo-labels",
-}
 NOT_SHOWN = ("seed", "seeds", "device")  # seeds are in the tables; a device is in the environment
 ENVIRONMENT = (
     *(
@@ -44,7 +35,7 @@ MANY = 40  # settings; more differ only between runs of different kinds
 
 def trained(groups: Sequence[Group]) -> str:
     rows = [
-        ("method", [METHODS.get(group.method, group.method) or "–" for group in groups]),
+        ("method", [_method(group) or "–" for group in groups]),
         ("student", [_student(group) for group in groups]),
         ("teacher", [_part(group, "teacher") for group in groups]),
         ("discretizer", [_part(group, "discretizer") for group in groups]),
@@ -75,11 +66,7 @@ def _student(group: Group) -> str:
     norm = record.get("bn")
     return ", ".join(
         words
-        + (
-            [f"batch norm {norm} over clean and attacked"]
-            if norm and group.method not in ("ce", "kd")
-            else []
-        )
+        + ([f"batch norm {norm} over clean and attacked"] if norm and not group.is_plain else [])
     )
 
 
@@ -228,3 +215,11 @@ def _gpus(value: Any) -> str:
         )
         or "none"
     )
+
+
+def _method(group: Group) -> str:
+    """Return the method's name and summary; the name alone for one that is not known here."""
+    if group.method == "evaluated":
+        return "evaluated by dad-fast eval"
+    spec = METHODS.find(group.method)
+    return f"{group.method}: {spec.summary}" if spec is not None else group.method

@@ -98,7 +98,7 @@ def read_pieces(path: str | Path) -> Pieces:
         with safe_open(str(path), "np") as file:
             described = json.loads((file.metadata() or {})[METADATA])
             images = {name: file.get_tensor(name) for name in IMAGES}
-            shift = file.get_tensor("shift") if "shift" in file else None
+            shift = file.get_tensor("shift") if "shift" in file.keys() else None
         shape = images["original"].shape
         sound = (
             len(shape) == 4

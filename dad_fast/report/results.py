@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dad_fast.evaluate.tables import METRICS, rows, suites, teachers
+from dad_fast.methods.registry import BASELINE
 from dad_fast.report.chart import MIN_COUNT, Bar, Reliability, bar_chart, reliability_chart
 from dad_fast.report.intervals import MIN_SEEDS, interval
 from dad_fast.report.markup import details, grid, notes, table
@@ -88,9 +89,9 @@ def fairness(groups: Sequence[Group]) -> list[str]:
         baselines = [
             other
             for other in groups
-            if other.method == "kd" and other.finished and _machines(other) == _machines(group)
+            if other.method == BASELINE and other.finished and _machines(other) == _machines(group)
         ]
-        if group.method in ("ce", "kd") or not group.finished or not baselines:
+        if group.is_plain or not group.finished or not baselines:
             continue
         timed = False
         for other in baselines:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from dad_fast.config.fields import read_toml
 from dad_fast.errors import DataError
+from dad_fast.methods.registry import METHODS
 from dad_fast.report.run_files import (
     FILES,
     Run,
@@ -43,6 +44,12 @@ class Group:
         return str(
             self.setting("method") or next((record["method"] for record in self.finished), "")
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the students were trained on clean images alone."""
+        spec = METHODS.find(self.method)
+        return spec is not None and spec.is_plain
 
     def setting(self, path: str) -> Any:
         """The value of a setting, of the first seed that has it; None where no config.toml is left."""

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, with_values
 from dad_fast.config.resolve import VARIANT_NAME
-from dad_fast.config.schema import USES_DISCRETIZER, USES_TEACHER, Config
-from dad_fast.config.stores import KINDS
+from dad_fast.config.schema import Config
 from dad_fast.errors import UsageError
+from dad_fast.methods.registry import METHODS, Target
 
 Changes = dict[str, Any]  # setting's path -> value
 Cells = dict[str, Changes]
@@ -194,7 +194,7 @@ class _Growing:
 
 def papers_axis(cfg: Config) -> str:
     """What is varied when nothing is named: what the method's paper varies."""
-    return "lp-clip" if cfg.method == "lp-clip" else "components"
+    return "lp-clip" if METHODS[cfg.method].linear_probe else "components"
 
 
 def make_plan(
@@ -292,29 +292,30 @@ def identity(cfg: Config) -> tuple[tuple[str, str], ...]:
     )
 
 
-# The methods whose loss has the term of each weight; what no term needs makes no difference between runs.
-_TERMS = {
-    "loss.kd": ("kd", "dad", "dat+dad"),
-    "loss.dad": ("dad", "dat+dad"),
-    "loss.dat": ("dat", "dat+dad"),
-    "loss.aug": ("aug-only",),
-    "loss.temperature": ("kd", "dad", "dat+dad"),
-    "loss.filter": ("aug-only", "dad", "dat+dad"),
-    "student.bn": ("aug-only", "dat", "dad", "dat+dad"),
-}
-
-
-def _used(method: str, path: str) -> bool:
+def _used(method_name: str, path: str) -> bool:
+    """Whether the setting at `path` changes what a run of this method computes."""
+    method = METHODS[method_name]
+    weights = {term.weight for spec in map(METHODS.__getitem__, METHODS) for term in spec.terms}
     section = path.partition(".")[0]
     if section == "lp_clip":
-        return method == "lp-clip"
+        return method.linear_probe
     if section == "teacher":
-        return USES_TEACHER[method]
+        return method.needs_teacher
     if section in ("attack", "discretizer"):
-        return USES_DISCRETIZER[method]
+        return method.needs_discretizer
     if section == "store":
-        return any(method in methods for methods in KINDS.values())
-    return method in _TERMS.get(path, (method,))
+        return bool(method.store_kinds)
+    if path == "loss.ce":
+        return True
+    if path in weights:
+        return any(term.weight == path for term in method.terms)
+    if path == "loss.temperature":
+        return any(term.target == Target.TEACHER for term in method.terms)
+    if path == "loss.filter":
+        return method.filters
+    if path == "student.bn":
+        return method.attacks
+    return True
 
 
 def _multiples(value: float) -> list[float]:

@@ -9,10 +9,10 @@ from typing import Any
 from dad_fast.config import to_toml
 from dad_fast.config.fields import with_values
 from dad_fast.config.options import Launch
-from dad_fast.config.stores import online
 from dad_fast.distributed.signals import stop_requests
 from dad_fast.errors import DadFastError
 from dad_fast.loggers.progress import JobsProgress, format_seconds
+from dad_fast.methods.stores import online
 from dad_fast.sweep.ablation import Plan
 from dad_fast.sweep.pool import Job, Pool
 from dad_fast.sweep.runs import Run, Sweep

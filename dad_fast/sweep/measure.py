@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from dad_fast.config import Config
-from dad_fast.config.stores import SharedStore, online
 from dad_fast.data.loaders.loader import Batch, train_loader
 from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.prefetch import feed
@@ -22,6 +21,7 @@ from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Suite, open_suites
 from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.loggers.progress import report_progress
+from dad_fast.methods.stores import SharedStore, online
 from dad_fast.precompute.fill import estimate
 from dad_fast.precompute.run import make_builder
 

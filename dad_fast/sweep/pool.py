@@ -20,6 +20,7 @@ from dad_fast.config import Config
 from dad_fast.cores import SIDE_BY_SIDE, num_cores
 from dad_fast.distributed.signals import StopRequest
 from dad_fast.files import no_link
+from dad_fast.methods.registry import METHODS
 
 WORKER = "dad_fast.sweep.worker"
 ROOT = (
@@ -29,7 +30,7 @@ ROOT = (
 
 def shared_parts(cfg: Config) -> str:
     """Equal for runs that share what a worker has loaded. Features of views are large, so only equal ones are shared."""
-    views = (cfg.augment, cfg.seed) if cfg.method == "lp-clip" else ()
+    views = (cfg.augment, cfg.seed) if METHODS[cfg.method].linear_probe else ()
     return repr(
         (cfg.data, cfg.teacher, cfg.discretizer, cfg.precision, cfg.engine, cfg.eval, *views)
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config import Config, Launch, to_toml
-from dad_fast.config.stores import SharedStore, is_filled, online, seconds_file, store_seconds
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.finish import finish
@@ -21,6 +20,7 @@ from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.kernels.csrc import csrc_status
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.run_log import print_line
+from dad_fast.methods.stores import SharedStore, is_filled, online, seconds_file, store_seconds
 from dad_fast.report.page import write_report
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear
 from dad_fast.sweep.tables import write_tables

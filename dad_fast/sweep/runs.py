@@ -10,9 +10,9 @@ from typing import Any
 
 from dad_fast.config import Config, expand, from_toml
 from dad_fast.config.options import Launch
-from dad_fast.config.stores import SharedStore, is_filled, with_stores
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.errors import UsageError
+from dad_fast.methods.stores import SharedStore, is_filled, with_stores
 from dad_fast.sweep.ablation import Plan, identity
 
 # What a run or a sweep writes; `--overwrite` removes these and nothing else.

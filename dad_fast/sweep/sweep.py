@@ -14,13 +14,13 @@ from typing import Any
 from dad_fast.config import Config, to_toml
 from dad_fast.config.fields import with_values
 from dad_fast.config.options import Launch
-from dad_fast.config.stores import SharedStore
 from dad_fast.cores import memory_gib, num_cores
 from dad_fast.distributed.signals import StopRequest, stop_requests
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.files import atomic_write_text
 from dad_fast.loggers.progress import JobsProgress, format_seconds
 from dad_fast.loggers.run_log import print_line
+from dad_fast.methods.stores import SharedStore
 from dad_fast.report.page import write_report
 from dad_fast.sweep.pool import Job, Pool, shared_parts
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dad_fast.config import to_toml
-from dad_fast.config.stores import store_seconds
 from dad_fast.evaluate.tables import markdown, print_table, read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.methods.stores import store_seconds
 from dad_fast.sweep.ablation_tables import ablation_markdown, print_ablation, summary
 from dad_fast.sweep.forest import forest_plot
 from dad_fast.sweep.runs import Sweep

@@ -24,12 +24,12 @@ from typing import Any
 
 from dad_fast.config import Config, Launch, from_toml
 from dad_fast.config.options import StoreLaunch
-from dad_fast.config.stores import SharedStore
 from dad_fast.distributed.signals import ends_at_once, stop_requests
 from dad_fast.engine.build import Builder
 from dad_fast.errors import DadFastError, Interrupted, Preempted
 from dad_fast.loggers.progress import report_progress, report_progress_to
 from dad_fast.loggers.run_log import print_line
+from dad_fast.methods.stores import SharedStore
 from dad_fast.precompute.run import make_builder
 from dad_fast.sweep.measure import measure
 from dad_fast.sweep.pool import shared_parts

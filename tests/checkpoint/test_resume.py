@@ -24,10 +24,11 @@ from dad_fast.checkpoint.folder import (
     snapshot,
 )
 from dad_fast.checkpoint.writer import Writer
-from dad_fast.config import resolve, to_toml
+from dad_fast.config import to_toml
 from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DataError, NotFinite, Preempted, UsageError
+from dad_fast.methods.settings import resolve
 from tests import warm
 from tests.processes import HANG, ROOT, wait_until
 

@@ -13,10 +13,11 @@ from PIL import Image
 from dad_fast.checkpoint.folder import CheckpointFolder
 from dad_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from dad_fast.cli.main import main
-from dad_fast.config import Launch, resolve
+from dad_fast.config import Launch
 from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DataError, UsageError
+from dad_fast.methods.settings import resolve
 from dad_fast.sweep import train
 from tests import tiny
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dad_fast.cli.main import main
-from dad_fast.config import resolve
 from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import Preempted
+from dad_fast.methods.settings import resolve
 from tests import tiny
 
 STEPS = 8  # of three an epoch: the first two epochs and a part of the third

@@ -15,8 +15,9 @@ import pytest
 from dad_fast import errors
 from dad_fast.cli import main as cli
 from dad_fast.cli import train as train_flags
-from dad_fast.config import Config, Launch, resolve, to_toml
+from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.fields import settings
+from dad_fast.methods.settings import resolve
 
 DEMO = ["--preset", "demo"]
 

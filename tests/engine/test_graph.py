@@ -15,11 +15,15 @@ import tests.engine.test_step as small
 from dad_fast.config.schema import AttackConfig, Config, EngineConfig
 from dad_fast.discretizers.jpeg import Jpeg
 from dad_fast.engine import cuda_graph as graph_module
+from dad_fast.engine.build import make_step
 from dad_fast.engine.cuda_graph import WARM_UP, capturing
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem
-from dad_fast.methods.losses import TERMS
+from dad_fast.methods.registry import METHODS
+from tests.steps import learner_of
+
+METHOD_NAMES = [name for name in METHODS if METHODS[name].terms]
 from dad_fast.models.student import build_student
 
 STEPS = WARM_UP + 5
@@ -40,7 +44,7 @@ def make(method, graphs, student=small.LAYER_NORM, parts=1, **changes) -> TrainS
     model = build_student(cfg.student, small.C, small.SIDE).to(device)
     discretizer = small.discretizer()
     discretizer.vqgan.to(device)
-    return TrainStep(
+    return make_step(
         cfg, model, small.LinearTeacher().to(device), discretizer, Update(model, cfg, device)
     )
 
@@ -51,7 +55,7 @@ def train(step: TrainStep) -> list[float]:
     for number in range(STEPS):
         data = small.batch().to("cuda")
         data.images[:, :, number % 4] = number
-        losses.append(step(data, number, 1e-3 / (number + 1))["loss"].item())
+        losses.append(step(data, number, 1e-3 / (number + 1))[0]["loss"].item())
     return losses
 
 
@@ -60,17 +64,21 @@ def train(step: TrainStep) -> list[float]:
 @pytest.mark.parametrize(
     "student", [small.LAYER_NORM, replace(small.BATCH_NORM, drop_path=0.5)], ids=["ln", "bn"]
 )
-@pytest.mark.parametrize("method", TERMS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_graphs_compute_what_plain_calls_compute(method, student, parts):
     plain, graphed = make(method, "off", student, parts), make(method, "on", student, parts)
     torch.testing.assert_close(train(graphed), train(plain), rtol=1e-4, atol=1e-5)
     assert graphed.graphs.captured
     for a, b in zip(
-        graphed.student.state_dict().values(), plain.student.state_dict().values(), strict=True
+        learner_of(graphed).student.state_dict().values(),
+        learner_of(plain).student.state_dict().values(),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     for a, b in zip(
-        graphed.update.ema.module.parameters(), plain.update.ema.module.parameters(), strict=True
+        learner_of(graphed).update.ema.module.parameters(),
+        learner_of(plain).update.ema.module.parameters(),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -81,25 +89,25 @@ def test_a_bad_batch_changes_nothing_under_graphs():
     train(step)
     before = {
         name: value.clone()
-        for name, value in step.student.state_dict().items()
+        for name, value in learner_of(step).student.state_dict().items()
         if value.is_floating_point()
     }
     with torch.no_grad():
-        weight = next(step.student.parameters())
+        weight = next(learner_of(step).student.parameters())
         kept = weight.clone()
         weight.fill_(float("nan"))
-    assert step(small.batch().to("cuda"), STEPS, 1e-3)["applied"] == 0
-    assert step.update.bad_in_a_row == 1
+    assert step(small.batch().to("cuda"), STEPS, 1e-3)[0]["applied"] == 0
+    assert learner_of(step).update.bad_in_a_row == 1
     with torch.no_grad():
         weight.copy_(kept)
-    after = step.student.state_dict()
+    after = learner_of(step).student.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.gpu
 def test_what_cannot_be_captured_falls_back_or_is_refused(caplog):
     step = make("dad", "auto")
-    step.discretizer = Jpeg(75)  # works on the host
+    step.generator.discretizer = Jpeg(75)  # works on the host
     with caplog.at_level(logging.WARNING):
         losses = train(step)
     assert step.graphs.failed and len(losses) == STEPS

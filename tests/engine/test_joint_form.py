@@ -11,12 +11,20 @@ torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
 from dad_fast.cli.main import main
-from dad_fast.config.schema import AugmentConfig, EngineConfig, LossConfig, StoreConfig
+from dad_fast.config.schema import (
+    AugmentConfig,
+    EngineConfig,
+    LossConfig,
+    PrecisionConfig,
+    StoreConfig,
+)
 from dad_fast.data.augment.records import CUTMIX, MIXUP
 from dad_fast.methods.losses import joint_objective, mixed_outputs
+from dad_fast.methods.registry import Images
 from tests.engine.test_step import SIDE, B, C, batch, make
 from tests.numerics import assert_same_function, assert_same_levels
 from tests.precompute.test_precompute import flags, inputs, raw, step_of, targets  # noqa: F401
+from tests.steps import learner_of, loss_of, run
 from tests.tiny import write_images
 
 JOINT = LossConfig(form="joint", ce=0.75, kd=0.25)
@@ -67,13 +75,13 @@ def written_out(data):
 def test_the_joint_loss_is_its_sentence(filtered):
     """0.75 CE + 4 KL at T = 4 over clean and stored images as one batch, mixed across, the teacher looking at the mixed pixels."""
     step, data = make("dad", loss=JOINT), stored_batch(kept=filtered)
-    loss, parts = step.loss(step.generate(data))
+    loss, parts = loss_of(step, data)
     images, labels, rejected = written_out(data)
     assert 0 < rejected.sum() < 2 * B if filtered else not rejected.any()
     pixels = torch.from_numpy(images).float()
-    student = log_softmax(step.student.train()(pixels).detach().double().numpy())
-    softer = log_softmax(step.student(pixels).detach().double().numpy() / 4)
-    teacher = log_softmax(step.teacher(pixels).double().numpy() / 4)
+    student = log_softmax(learner_of(step).student.train()(pixels).detach().double().numpy())
+    softer = log_softmax(learner_of(step).student(pixels).detach().double().numpy() / 4)
+    teacher = log_softmax(step.generator.teacher(pixels).double().numpy() / 4)
     ce = -((labels * 0.9 + 0.1 / C) * student).sum(-1)
     kl = (np.exp(teacher) * (teacher - softer)).sum(-1)
     expected = (0.75 * ce + 4 * kl)[~rejected].sum() / (2 * B)
@@ -88,8 +96,8 @@ def test_stored_outputs_are_mixed_where_no_teacher_looks():
         make("dad", loss=JOINT, store=StoreConfig(dirs=("x",), mix_outputs=True)),
         stored_batch(clean_outputs=True),
     )
-    step.run_teacher = None
-    said = step.generate(data).teacher_clean
+    step.generator.teacher = None
+    said = step.generate(data).teacher[Images.CLEAN]
     clean, dad = (
         np.exp(log_softmax(t.double().numpy() / 4)) for t in (data.clean_outputs, data.dad_outputs)
     )
@@ -111,9 +119,11 @@ def test_the_papers_form_mixes_stored_outputs_too():
     neighbour = torch.arange(B) ^ 1
     expected = lam * clean + (1 - lam) * clean[neighbour]
     torch.testing.assert_close(
-        (found.teacher_clean.double() / 4).softmax(-1), expected, atol=1e-6, rtol=0
+        (found.teacher[Images.CLEAN].double() / 4).softmax(-1), expected, atol=1e-6, rtol=0
     )
-    assert found.teacher_dad is data.dad_outputs  # stored images are not mixed in this form
+    assert (
+        found.teacher[Images.ATTACK_TEACHER] is data.dad_outputs
+    )  # stored images are not mixed in this form
 
 
 @pytest.mark.parametrize("lam", [0.0, 1e-8, 0.3, 1.0])
@@ -130,8 +140,10 @@ def test_unmixed_images_show_one_kind_only():
     step, data = make("dad", loss=JOINT), stored_batch()
     plain = replace(data, mix_kind=torch.zeros(B, dtype=torch.long), mix_lam=torch.ones(B))
     found = step.generate(plain)
-    assert torch.equal(found.images[0], torch.cat([data.images, data.dad_images]).float() / 255)
-    assert found.targets.argmax(1).tolist() == data.labels.tolist() * 2
+    assert torch.equal(
+        found.images[Images.CLEAN], torch.cat([data.images, data.dad_images]).float() / 255
+    )
+    assert found.targets[Images.CLEAN].argmax(1).tolist() == data.labels.tolist() * 2
     assert (
         found.keep.tolist() == [1.0] * B + data.dad_kept.tolist()
     )  # the filter judges adversarial images, never clean ones
@@ -162,7 +174,8 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
         make("dad", loss=JOINT, engine=EngineConfig(grad_accum_steps=2)),
     )
     for number in range(2):
-        a, b = whole(stored_batch(), number, 1e-3), parts(stored_batch(), number, 1e-3)
+        a = run(whole, stored_batch(), number, 1e-3)
+        b = run(parts, stored_batch(), number, 1e-3)
         assert_same_function(a["loss"], b["loss"])
 
 
@@ -204,11 +217,11 @@ def test_every_label_is_right_with_more_than_ten_classes(inputs, tmp_path):  # n
         for number, found in enumerate(batches(0, 4)):
             joint = step.generate(found)
             shown = (
-                joint.images[0].mean((1, 2, 3)) * 255 - 10
+                joint.images[Images.CLEAN].mean((1, 2, 3)) * 255 - 10
             ) / 20  # mixing is linear: the mean class of what is shown
-            said = (joint.targets * torch.arange(12)).sum(1)
+            said = (joint.targets[Images.CLEAN] * torch.arange(12)).sum(1)
             torch.testing.assert_close(shown, said, atol=0.06, rtol=0)
-            assert joint.targets.shape == (12, 12) and number < 4
+            assert joint.targets[Images.CLEAN].shape == (12, 12) and number < 4
 
 
 def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_path, capsys):  # noqa: F811
@@ -319,7 +332,7 @@ def test_where_the_joint_form_cannot_apply_it_is_refused_in_one_line(
 
 def test_the_papers_form_is_the_default():
     assert LossConfig().form == "paper" and not StoreConfig().mix_outputs
-    assert make("dad").generate(stored_batch(clean_outputs=True)).images[0].shape[0] == B
+    assert make("dad").generate(stored_batch(clean_outputs=True)).images[Images.CLEAN].shape[0] == B
 
 
 def test_layouts_agree():
@@ -329,9 +342,9 @@ def test_layouts_agree():
         "dad",
         loss=JOINT,
         augment=AugmentConfig(),
-        precision=replace(step.cfg.precision, channels_last=True),
+        precision=PrecisionConfig(channels_last=True),
     )
-    assert_same_function(step.loss(step.generate(data))[0], other.loss(other.generate(data))[0])
+    assert_same_function(loss_of(step, data)[0], loss_of(other, data)[0])
 
 
 def test_vqgan_codes_serve_as_well_as_pixels(inputs, raw, tmp_path):  # noqa: F811
@@ -341,4 +354,6 @@ def test_vqgan_codes_serve_as_well_as_pixels(inputs, raw, tmp_path):  # noqa: F8
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(codes), *mixed))
     other, others = step_of(inputs, "dad", *flags(inputs, "--store", str(raw), *mixed))
     for a, b in zip(batches(0, 5), others(0, 5), strict=True):
-        assert_same_levels(step.generate(a).images[0], other.generate(b).images[0])
+        assert_same_levels(
+            step.generate(a).images[Images.CLEAN], other.generate(b).images[Images.CLEAN]
+        )

@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dad_fast.config.schema import Config, EngineConfig, LossConfig, StoreConfig
-from dad_fast.engine.step import TrainStep
+from dad_fast.engine.build import make_step
 from dad_fast.engine.update import Update
 from dad_fast.kernels.pack_codes import packed_bytes
-from dad_fast.methods.losses import TERMS
+from dad_fast.methods.registry import METHODS
+
+METHOD_NAMES = [name for name in METHODS if METHODS[name].terms]
 from dad_fast.models.optimizations import Optimizations, optimize_student, optimize_teacher
 from dad_fast.models.student import build_student
 from tests.engine.test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, batch, discretizer
@@ -123,12 +125,12 @@ def crossings(monkeypatch, method, student_config, fused=False, data=None, **sec
             *(part for part in vars(vqgan).values() if isinstance(part, torch.nn.Module)),
         ):
             move(module)
-        step = TrainStep(cfg, student, teacher, vqgan, Update(student, cfg, CUDA))
-        step.attack = replace(step.attack, fused=fused)
+        step = make_step(cfg, student, teacher, vqgan, Update(student, cfg, CUDA))
+        step.generator.attack = replace(step.generator.attack, fused=fused)
         data = (data or batch()).to(CUDA)
         step(data, 0, 1e-3)  # optimizers make their state in the first step
         with Crossings() as found:
-            scalars = step(data, 1, 1e-3)
+            (scalars,) = step(data, 1, 1e-3)
     assert all(value.device.type == "cuda" for value in scalars.values())
     return found.seen
 
@@ -137,7 +139,7 @@ EMA = replace(CONFIG.ema, model_ema=True)
 CLIP = replace(CONFIG.optim, clip_grad=1.0)
 
 
-@pytest.mark.parametrize("method", TERMS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_no_method_makes_the_host_wait(pretended_cuda, monkeypatch, method):
     assert crossings(monkeypatch, method, LAYER_NORM, optim=CLIP, ema=EMA) == []
 
@@ -204,6 +206,6 @@ def test_only_what_keeps_its_rates_on_the_device_is_captured(pretended_cuda, opt
         update = Update(move(student), Config(optim=replace(CONFIG.optim, opt=opt)), CUDA)
         assert update.capturable == captured
         if not captured:
-            assert StepGraphs.if_wanted("auto", CUDA, None, None, update) is None
+            assert StepGraphs.if_wanted("auto", CUDA, None, None, [update]) is None
             with pytest.raises(EnvironmentProblem, match="--cuda-graphs on: .*learning rate"):
-                StepGraphs.if_wanted("on", CUDA, None, None, update)
+                StepGraphs.if_wanted("on", CUDA, None, None, [update])

@@ -22,13 +22,17 @@ from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed.device import resolve_device
+from dad_fast.engine.build import make_step
+from dad_fast.engine.diagnostics import codes_changed
 from dad_fast.engine.garbage import collections_between_steps
 from dad_fast.engine.meter import Meter
-from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem
 from dad_fast.methods.attack import PGD
-from dad_fast.methods.losses import TERMS
+from dad_fast.methods.registry import METHODS
+from tests.steps import learner_of, loss_of, run
+
+METHOD_NAMES = [name for name in METHODS if METHODS[name].terms]
 from dad_fast.models.student import build_student
 from tests.numerics import assert_same_function
 
@@ -100,20 +104,24 @@ def make(method, student=LAYER_NORM, **changes):
     cfg = replace(cfg, **changes)
     torch.manual_seed(0)
     model = build_student(cfg.student, C, SIDE)
-    return TrainStep(cfg, model, LinearTeacher(), discretizer(), Update(model, cfg, CPU))
+    return make_step(cfg, model, LinearTeacher(), discretizer(), Update(model, cfg, CPU))
 
 
 @pytest.mark.parametrize("order", ["paper", "authors"])
-@pytest.mark.parametrize("method", TERMS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_loss_is_the_sentence(method, order):
     step, data = (
         make(method, attack=AttackConfig(eps=0.5, step_size=0.4, steps=2, order=order)),
         batch(),
     )
-    student, teacher, q = step.student.train(), step.teacher, step.discretizer
-    loss, _ = step.loss(step.generate(data))
+    student, teacher, q = (
+        learner_of(step).student.train(),
+        step.generator.teacher,
+        step.generator.discretizer,
+    )
+    loss, _ = loss_of(step, data)
 
-    x, y, second, _ = step.mixed(data)
+    x, y, second, _ = step.generator.mixed(data)
     base = q(x).images if order == "authors" else x
     attack = PGD("l2", 0.5, 0.4, 2, 0.8)
     dad = q(attack(teacher, base, y, data.seeds)).images
@@ -140,7 +148,7 @@ def test_the_loss_is_the_sentence(method, order):
         "aug": lambda: 3.0 * ce(dad, keep),
         "dat": lambda: 2.0 * ce(dat),
     }
-    expected = sum(weighted[term]() for term in TERMS[method])
+    expected = sum(weighted[term]() for term in METHODS[method].term_names())
     assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
 
 
@@ -185,11 +193,12 @@ def test_micro_batches_make_the_step_of_the_whole_batch(method):
     """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the micro-batches' means."""
     whole, parts = make(method), make(method, engine=EngineConfig(grad_accum_steps=4))
     for number in range(2):
-        a, b = whole(batch(), number, 1e-3), parts(batch(), number, 1e-3)
+        a = run(whole, batch(), number, 1e-3)
+        b = run(parts, batch(), number, 1e-3)
         assert a.keys() == b.keys()
         assert_same_function(a["loss"], b["loss"])
         grads = [
-            torch.stack([p.grad.abs().max() for p in step.update.parameters])
+            torch.stack([p.grad.abs().max() for p in learner_of(step).update.parameters])
             for step in (whole, parts)
         ]
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
@@ -200,9 +209,13 @@ def test_micro_batches_make_the_step_of_the_whole_batch(method):
 def test_a_compiled_step_is_the_plain_step(method):
     plain, compiled = make(method), make(method, engine=EngineConfig(torchcompile=True))
     for number in range(3):
-        a, b = plain(batch(), number, 1e-3), compiled(batch(), number, 1e-3)
+        a = run(plain, batch(), number, 1e-3)
+        b = run(compiled, batch(), number, 1e-3)
         assert_same_function(a["loss"], b["loss"])
-    assert compiled.student.state_dict().keys() == plain.student.state_dict().keys()
+    assert (
+        learner_of(compiled).student.state_dict().keys()
+        == learner_of(plain).student.state_dict().keys()
+    )
 
 
 def test_graphs_that_were_asked_for_need_a_gpu():
@@ -228,10 +241,10 @@ def test_memory_is_flat(steps):
     meter = Meter()
     with collections_between_steps():
         for number in range(100):
-            meter.add(step(data, number, 1e-3))
+            meter.add(run(step, data, number, 1e-3))
         before, objects = resident_kib(), len(gc.get_objects())
         for number in range(steps):
-            meter.add(step(data, number, 1e-3))
+            meter.add(run(step, data, number, 1e-3))
         grown, left = resident_kib() - before, len(gc.get_objects()) - objects
     assert left < 50 and grown < 4096, (left, grown)
 
@@ -239,32 +252,34 @@ def test_memory_is_flat(steps):
 @pytest.mark.parametrize("bn", ["joint", "split", "aux"])
 def test_every_form_of_batch_norm_trains(bn):
     step = make("dad", replace(BATCH_NORM, bn=bn))
-    losses = [step(batch(), i, 1e-3)["loss"].item() for i in range(3)]
+    losses = [run(step, batch(), i, 1e-3)["loss"].item() for i in range(3)]
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
 
 
 def test_joint_and_split_are_one_for_students_without_batch_statistics():
     joint, split = make("dad"), make("dad", replace(LAYER_NORM, bn="split"))
-    assert_same_function(*(step.loss(step.generate(batch()))[0] for step in (joint, split)))
+    assert_same_function(*(loss_of(step, batch())[0] for step in (joint, split)))
+
+
+def measured(step):
+    return codes_changed(step.generator, learner_of(step), batch())
 
 
 def test_the_share_of_changed_codes_grows_with_the_budget():
-    weak = make("dad", attack=AttackConfig(eps=0.01, step_size=0.01)).measure(batch())[
-        "codes_changed"
-    ]
-    strong = make("dad", attack=AttackConfig(eps=5.0, step_size=5.0)).measure(batch())[
-        "codes_changed"
-    ]
+    weak, strong = (
+        measured(make("dad", attack=AttackConfig(eps=size, step_size=size)))["codes_changed"]
+        for size in (0.01, 5.0)
+    )
     assert 0 <= weak < strong <= 1
 
 
 def test_measuring_changes_nothing():
     step = make("dat+dad", BATCH_NORM)
-    before = {k: v.clone() for k, v in step.student.state_dict().items()}
+    before = {k: v.clone() for k, v in learner_of(step).student.state_dict().items()}
     generator = torch.get_rng_state()
-    step.measure(batch())
+    measured(step)
     assert torch.equal(generator, torch.get_rng_state())
-    assert all(torch.equal(v, before[k]) for k, v in step.student.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in learner_of(step).student.state_dict().items())
 
 
 def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):

@@ -18,12 +18,13 @@ Image = pytest.importorskip("PIL.Image")
 
 from dad_fast.cli import eval as eval_flags
 from dad_fast.cli import main as cli
-from dad_fast.config import Config, from_toml, resolve, to_toml
+from dad_fast.config import Config, from_toml, to_toml
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.augment.execute import eval_transform
 from dad_fast.data.classes import ClassMap
 from dad_fast.evaluate.metrics.predictions import FIELDS, load_records
 from dad_fast.evaluate.models import load_subject
+from dad_fast.methods.settings import resolve
 from dad_fast.models.student import build_student, load_student, save_student
 
 CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
-from dad_fast.config import resolve
 from dad_fast.config.schema import Config
 from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
+from dad_fast.methods.settings import resolve
 
 TINY = [
     "method=dad",

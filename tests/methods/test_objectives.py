@@ -7,16 +7,17 @@ import numpy as np
 
 from dad_fast.config.schema import LossConfig
 from dad_fast.methods.losses import (
-    TERMS,
-    Logits,
     distillation,
     keep_mask,
     objective,
     smooth,
     soft_cross_entropy,
 )
+from dad_fast.methods.registry import METHODS, Images
 
 B, C = 6, 7
+NAMES = [name for name in METHODS if METHODS[name].terms]
+KINDS = {"clean": Images.CLEAN, "dad": Images.ATTACK_TEACHER, "dat": Images.ATTACK_STUDENT}
 RANDOM = np.random.default_rng(0)
 
 
@@ -48,7 +49,18 @@ def draw():
     return logits, targets, keep
 
 
-@pytest.mark.parametrize("method", TERMS)
+def objective_of(method, weights, logits, targets, keep, fused):
+    """The objective, given logits by name such as student_dad."""
+    by_model = {"student": {}, "teacher": {}}
+    for name, tensor in logits.items():
+        model, kind = name.split("_")
+        by_model[model][KINDS[kind]] = tensor
+    every = dict.fromkeys(Images, targets)
+    models = by_model["student"], by_model["teacher"]
+    return objective(METHODS[method], weights, *models, every, keep, fused=fused)
+
+
+@pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("filtered", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 def test_objective_equals_its_formula(method, filtered, fused):
@@ -68,17 +80,16 @@ def test_objective_equals_its_formula(method, filtered, fused):
         "dad": 1.1 * ce + 0.5 * kd + 0.7 * dad,
         "dat+dad": 1.1 * ce + 0.5 * kd + 0.7 * dad + 0.9 * dat,
     }[method]
-    logits = Logits(**{k: torch.from_numpy(v) for k, v in raw.items()})
-    total, parts = objective(
+    total, parts = objective_of(
         method,
         w,
-        logits,
+        {name: torch.from_numpy(value) for name, value in raw.items()},
         torch.from_numpy(targets),
         torch.from_numpy(keep) if filtered else None,
-        fused=fused,
+        fused,
     )
     assert total.item() == pytest.approx(expected, rel=1e-12)
-    assert set(parts) == set(TERMS[method])
+    assert set(parts) == set(METHODS[method].term_names())
 
 
 def test_the_filter_divides_by_the_batch_not_by_the_kept():
@@ -141,7 +152,7 @@ def test_keep_mask_takes_either_of_two_mixed_labels():
     assert keep_mask(said, torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1])).tolist() == [1, 1, 0]
 
 
-@pytest.mark.parametrize("method", TERMS)
+@pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("temperature", [0.5, 4.0, 20.0])
 def test_fused_and_plain_are_one_objective(method, temperature):
     """Loss, parts and gradients, over methods, filter, weights, smoothing and temperatures."""
@@ -156,14 +167,8 @@ def test_fused_and_plain_are_one_objective(method, temperature):
             for fused in (False, True):
                 tensors = {k: torch.from_numpy(v).requires_grad_(True) for k, v in raw.items()}
                 y = smooth(torch.from_numpy(targets), smoothing)
-                total, parts = objective(
-                    method,
-                    weights,
-                    Logits(**tensors),
-                    y,
-                    torch.from_numpy(keep) if filtered else None,
-                    fused=fused,
-                )
+                mask = torch.from_numpy(keep) if filtered else None
+                total, parts = objective_of(method, weights, tensors, y, mask, fused)
                 total.backward()
                 gradients = {
                     k: t.grad
@@ -173,5 +178,5 @@ def test_fused_and_plain_are_one_objective(method, temperature):
                 results.append(
                     (total.detach(), {k: p.detach() for k, p in parts.items()}, gradients)
                 )
-            assert list(results[0][1]) == list(results[1][1]) == list(TERMS[method])
+            assert list(results[0][1]) == list(results[1][1]) == list(METHODS[method].term_names())
             torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)

@@ -82,7 +82,7 @@ def test_half_precision_weights_run_in_float32(clip_file, clip, tmp_path):
     from safetensors import safe_open
 
     with safe_open(clip_file, framework="pt") as file:
-        state, metadata = {key: file.get_tensor(key).half() for key in file}, file.metadata()
+        state, metadata = {key: file.get_tensor(key).half() for key in file.keys()}, file.metadata()
     write_safetensors(tmp_path / "half.safetensors", state, metadata)
     teacher, pixels = load(tmp_path / "half.safetensors"), torch.rand(2, 3, SIDE, SIDE)
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}

@@ -17,11 +17,11 @@ torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
 from dad_fast.cli.main import main
-from dad_fast.config import resolve
 from dad_fast.data.loaders.loader import TrainLoader
-from dad_fast.engine.build import Builder
-from dad_fast.engine.step import TrainStep
+from dad_fast.engine.build import Builder, make_step
 from dad_fast.engine.update import Update
+from dad_fast.methods.registry import Images
+from dad_fast.methods.settings import resolve
 from dad_fast.store import AdversarialStore, Manifest, TargetStore
 from tests.numerics import assert_same_levels
 from tests.processes import HANG, ROOT, one_thread
@@ -118,7 +118,7 @@ def step_of(inputs, method, *more, pin_memory=False):
     loader = TrainLoader(
         parts.train, cfg.augment, SIDE, cfg.data.batch_size, seed, 0, cycle=parts.stored.cycle
     )
-    step = TrainStep(
+    step = make_step(
         cfg,
         parts.student,
         parts.teacher,
@@ -138,15 +138,15 @@ def test_codes_alone_are_the_stored_pixels_again(inputs, raw, tmp_path):
             and b.dad_images is not None
             and torch.equal(a.dad_kept, b.dad_kept)
         )
-        assert_same_levels(step.stored_images(a), other.stored_images(b))
+        assert_same_levels(step.generator.stored_images(a), other.generator.stored_images(b))
 
 
 def test_what_is_stored_is_what_the_teacher_says_of_these_pixels(inputs, raw):
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(raw)))
     for batch in batches(0, 8):  # both views
         generated = step.generate(batch)
-        said = step.teacher(generated.images[1])
-        stored = generated.teacher_dad.float()
+        said = step.generator.teacher(generated.images[Images.ATTACK_TEACHER])
+        stored = generated.teacher[Images.ATTACK_TEACHER].float()
         torch.testing.assert_close(stored, said - said.amax(1, keepdim=True), rtol=1e-3, atol=2e-3)
         assert torch.equal(generated.keep.bool(), said.argmax(1) == batch.labels)
     store = AdversarialStore(raw)
@@ -177,9 +177,12 @@ def test_outputs_belong_to_encoded_pixels_as_they_are_read(inputs, tmp_path, for
     step, batches = step_of(inputs, "dad", *flags(inputs, "--store", str(store)))
     for batch in batches(0, 4):
         generated = step.generate(batch)
-        said = step.teacher(generated.images[1])
+        said = step.generator.teacher(generated.images[Images.ATTACK_TEACHER])
         torch.testing.assert_close(
-            generated.teacher_dad.float(), said - said.amax(1, keepdim=True), rtol=1e-3, atol=1e-4
+            generated.teacher[Images.ATTACK_TEACHER].float(),
+            said - said.amax(1, keepdim=True),
+            rtol=1e-3,
+            atol=1e-4,
         )
     assert (
         main(
@@ -206,9 +209,9 @@ def test_stored_targets_are_the_teacher_on_the_mixed_views(inputs, targets):
     online, plain = step_of(inputs, "kd", *views)
     assert stored.teacher is None
     for a, b in zip(batches(0, 12), plain(0, 12), strict=True):  # three epochs of four steps
-        said = online.generate(b).teacher_clean
+        said = online.generate(b).teacher[Images.CLEAN]
         torch.testing.assert_close(
-            stored.generate(a).teacher_clean.float(),
+            stored.generate(a).teacher[Images.CLEAN].float(),
             said - said.amax(1, keepdim=True),
             rtol=1e-3,
             atol=2e-3,
@@ -268,9 +271,9 @@ def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):
     replaced = 0
     for a, b in zip(batches(0, 4), plain(0, 4), strict=True):
         replaced += len(a.replaced)
-        said = online.generate(b).teacher_clean
+        said = online.generate(b).teacher[Images.CLEAN]
         torch.testing.assert_close(
-            stored.generate(a).teacher_clean.float(),
+            stored.generate(a).teacher[Images.CLEAN].float(),
             said - said.amax(1, keepdim=True),
             rtol=1e-3,
             atol=2e-3,

@@ -13,10 +13,10 @@ for package in ("timm", "open_clip"):
 import tiny
 
 from dad_fast.cli.main import main
-from dad_fast.config.stores import is_filled, store_seconds
 from dad_fast.errors import Preempted
 from dad_fast.loggers import progress as progress_module
 from dad_fast.loggers.progress import JobsProgress, report_progress, report_progress_to
+from dad_fast.methods.stores import is_filled, store_seconds
 from tests.processes import HANG, ROOT
 
 

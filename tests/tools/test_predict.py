@@ -20,8 +20,9 @@ from PIL import Image
 
 from dad_fast.cli import main as cli
 from dad_fast.cli import predict as flags
-from dad_fast.config import resolve, to_toml
+from dad_fast.config import to_toml
 from dad_fast.data.augment.execute import eval_transform
+from dad_fast.methods.settings import resolve
 from dad_fast.models.student import load_student
 from dad_fast.tools.predict import find_images
 from tests.exports import NAMES, export, make, needs_onnx

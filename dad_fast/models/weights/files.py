@@ -71,7 +71,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = (
-                {key: file.get_tensor(key) for key in file},
+                {key: file.get_tensor(key) for key in file.keys()},
                 dict(file.metadata() or {}),
             )
         seal = metadata.pop(_SEAL, None)

@@ -45,7 +45,7 @@ def _read(path: Path) -> dict[str, Tensor]:
                 f"{path}: damaged, it is not what was written; name an earlier checkpoint"
             )
         with safe_open(path, framework="pt") as file:
-            keys = [key for key in file if key.startswith(PREFIX) and ".aux_bn." not in key]
+            keys = [key for key in file.keys() if key.startswith(PREFIX) and ".aux_bn." not in key]
             return {key.removeprefix(PREFIX): file.get_tensor(key) for key in keys}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise DataError(

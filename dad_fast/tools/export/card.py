@@ -15,18 +15,9 @@ from dad_fast.config import Config
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.names import shown
 from dad_fast.errors import DataError
+from dad_fast.methods.registry import METHODS
 from dad_fast.models.run_settings import run_settings
 from dad_fast.models.student import Student
-
-METHODS = {
-    "ce": "cross-entropy with the labels, without a teacher",
-    "kd": "plain knowledge distillation",
-    "aug-only": "cross-entropy with the labels on discrete adversarial images of the teacher, without distillation",
-    "dat": "discrete adversarial training ([arXiv 2209.07735](https://arxiv.org/abs/2209.07735))",
-    "dad": "discrete adversarial distillation ([arXiv 2311.01441](https://arxiv.org/abs/2311.01441))",
-    "dat+dad": "discrete adversarial distillation with discrete adversarial training (arXiv 2311.01441, 2209.07735)",
-    "lp-clip": "a linear probe on a frozen image encoder, trained without labels ([arXiv 2309.10361](https://arxiv.org/abs/2309.10361))",
-}
 
 
 @dataclass(frozen=True)
@@ -134,12 +125,17 @@ def _loading(student: Student, files: Sequence[str]) -> Iterator[str]:
     yield "From the command line: `dad-fast predict DIR IMAGE.jpg`"
 
 
+def _method_text(method: str) -> str:
+    spec = METHODS.find(method)
+    return spec.card_text if spec is not None else md(method) or "not recorded"
+
+
 def _training(
     student: Student, metadata: Mapping[str, str], weights: str, run: RunFacts
 ) -> Iterator[str]:
     yield "\n## How it was trained"
     method = metadata.get("dad_fast.method", "")
-    yield f"- Method: {METHODS.get(method, md(method) or 'not recorded')}."
+    yield f"- Method: {_method_text(method)}."
     yield f"- Weights: {'their average over the steps (EMA)' if weights == 'EMA' else 'as the optimizer left them'}."
     cfg, results, machine = run.cfg, run.results, run.machine
     if cfg is None:
@@ -158,7 +154,7 @@ def _training(
             yield f"- {part.capitalize()}: {md(short_name(found['name']))}. It has seen: {md(found['seen'])}."
         elif part == "teacher" and cfg.teacher.name:
             yield f"- Teacher: {md(short_name(cfg.teacher.name))}. What it has seen is not recorded."
-    if student.has_batch_stats and cfg.method not in ("ce", "kd"):
+    if student.has_batch_stats and not METHODS[cfg.method].is_plain:
         yield f"- Batch norm over clean and attacked images: {cfg.student.bn}."
     versions = machine.get("packages") or {}
     named = ", ".join(

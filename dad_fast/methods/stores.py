@@ -13,9 +13,9 @@ from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import Config
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
+from dad_fast.methods.registry import METHODS
 
-# The methods that learn from each kind of store.
-KINDS = {"adversarial": ("aug-only", "dad", "dat+dad"), "targets": ("kd", "dad", "dat+dad")}
+KINDS = ("adversarial", "targets")
 # Settings that decide what a store holds; the student gives the size of its images.
 _SECTIONS = {
     "adversarial": ("data", "augment", "teacher", "discretizer", "attack", "precision"),
@@ -67,8 +67,8 @@ def usable_kinds(cfg: Config) -> dict[str, int]:
     asked = dict(text.partition(":")[::2] for text in cfg.store.make)
     return {
         kind: int(asked[kind] or default[kind])
-        for kind, methods in KINDS.items()
-        if kind in asked and cfg.method in methods
+        for kind in METHODS[cfg.method].store_kinds
+        if kind in asked
     }
 
 

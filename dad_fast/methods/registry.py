@@ -1,0 +1,186 @@
+"""Training methods: what each learns from, as a set of loss terms. Imports no torch.
+
+A method is a `MethodSpec`. Its terms decide which images a step makes, which models run and which stores help; the
+generator, the losses, the checks of settings, the report and the help texts all read this table. To add a method: a
+MethodSpec in a file of its own, and a line here.
+
+    x' attacks the teacher, x'' attacks the student, Q is the discretizer, t the teacher and s the student:
+
+    dad      = ce CE(s(x), y) + kd KD(s(x), t(x)) + dad KD(s(Q(x')), t(Q(x')))
+    dat      = ce CE(s(x), y) + dat CE(s(Q(x'')), y)
+    aug-only = ce CE(s(x), y) + aug CE(s(Q(x')), y)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dad_fast.registry import Registry
+
+
+class Images(StrEnum):
+    """The images of a batch that a term is computed on."""
+
+    CLEAN = "clean"
+    ATTACK_TEACHER = "attack-teacher"  # Q(x'), or stored adversarial images
+    ATTACK_STUDENT = "attack-student"  # Q(x''), made anew in every step
+
+
+class Target(StrEnum):
+    """What a term compares the student's logits with."""
+
+    LABELS = "labels"
+    TEACHER = "teacher"  # the teacher's logits on the same images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of a loss: weight * loss(student's logits on `images`, `target`), a mean over the batch.
+
+    weight: the setting that holds the weight, such as "loss.kd", or a number.
+    filtered: with `loss.filter`, samples on which the teacher's answer is not the label count 0.
+    loss: "module:function" of a function (student [B, C], reference [B, C], keep [B] or None, temperature) -> scalar;
+        "" = soft cross-entropy for labels, T^2 KL for the teacher's logits.
+    """
+
+    name: str
+    images: Images
+    target: Target
+    weight: str | float
+    filtered: bool = False
+    loss: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """A training method.
+
+    summary: a few words for help texts and reports. card_text: a sentence for model cards.
+    terms: in the order in which they are added.
+    linear_probe: trains a linear layer on the teacher's frozen encoder, by a loss of its own.
+    """
+
+    name: str
+    summary: str
+    card_text: str
+    terms: tuple[Term, ...] = ()
+    linear_probe: bool = False
+
+    def term_names(self) -> tuple[str, ...]:
+        return tuple(term.name for term in self.terms)
+
+    def uses(self, images: Images) -> bool:
+        """Whether a term is computed on these images."""
+        return any(term.images == images for term in self.terms)
+
+    @property
+    def attacks(self) -> bool:
+        """Whether it learns from adversarial images."""
+        return self.uses(Images.ATTACK_TEACHER) or self.uses(Images.ATTACK_STUDENT)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a student is trained on clean images alone."""
+        return not self.attacks and not self.linear_probe
+
+    @property
+    def image_kinds(self) -> tuple[Images, ...]:
+        """Clean images and those of each attack, in the order of the student's batch."""
+        return tuple(kind for kind in Images if kind == Images.CLEAN or self.uses(kind))
+
+    def teacher_logits(self, images: Images) -> bool:
+        """Whether a term compares with the teacher's logits on these images."""
+        return any(term.images == images and term.target == Target.TEACHER for term in self.terms)
+
+    @property
+    def filters(self) -> bool:
+        """Whether `loss.filter` matters."""
+        return any(term.filtered for term in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        compares = any(term.target == Target.TEACHER for term in self.terms)
+        return self.linear_probe or compares or self.uses(Images.ATTACK_TEACHER)
+
+    @property
+    def needs_discretizer(self) -> bool:
+        return self.attacks
+
+    @property
+    def store_kinds(self) -> tuple[str, ...]:
+        """Kinds of stores that it can learn from."""
+        kinds = {
+            "adversarial": self.uses(Images.ATTACK_TEACHER),
+            "targets": self.teacher_logits(Images.CLEAN),
+        }
+        return tuple(kind for kind, wanted in kinds.items() if wanted)
+
+
+CE = Term(name="ce", images=Images.CLEAN, target=Target.LABELS, weight="loss.ce")
+KD = Term(name="kd", images=Images.CLEAN, target=Target.TEACHER, weight="loss.kd")
+DAD = Term(
+    name="dad",
+    images=Images.ATTACK_TEACHER,
+    target=Target.TEACHER,
+    weight="loss.dad",
+    filtered=True,
+)
+AUG = Term(
+    name="aug",
+    images=Images.ATTACK_TEACHER,
+    target=Target.LABELS,
+    weight="loss.aug",
+    filtered=True,
+)
+DAT = Term(name="dat", images=Images.ATTACK_STUDENT, target=Target.LABELS, weight="loss.dat")
+
+JOINT_TERMS = (CE, KD, DAD)  # of the method that has a joint form, loss.form = "joint"
+
+BASELINE = "kd"  # what costs and gains of other methods are compared with
+METHODS: Registry[MethodSpec] = Registry("method", "dad_fast.methods", "--method")
+for _spec in (
+    MethodSpec(
+        name="ce",
+        summary="cross-entropy alone, no teacher",
+        card_text="cross-entropy with the labels, without a teacher",
+        terms=(CE,),
+    ),
+    MethodSpec(
+        name="kd",
+        summary="cross-entropy and distillation on clean images",
+        card_text="plain knowledge distillation",
+        terms=(CE, KD),
+    ),
+    MethodSpec(
+        name="aug-only",
+        summary="cross-entropy on clean and on attacked, discretized images",
+        card_text="cross-entropy with the labels on discrete adversarial images of the teacher, without distillation",
+        terms=(CE, AUG),
+    ),
+    MethodSpec(
+        name="dat",
+        summary="cross-entropy on clean images and on discrete images that attack the student",
+        card_text="discrete adversarial training ([arXiv 2209.07735](https://arxiv.org/abs/2209.07735))",
+        terms=(CE, DAT),
+    ),
+    MethodSpec(
+        name="dad",
+        summary="kd, and distillation on discrete images that attack the teacher",
+        card_text="discrete adversarial distillation ([arXiv 2311.01441](https://arxiv.org/abs/2311.01441))",
+        terms=(CE, KD, DAD),
+    ),
+    MethodSpec(
+        name="dat+dad",
+        summary="dad, and cross-entropy on discrete images that attack the student",
+        card_text="discrete adversarial distillation with discrete adversarial training (arXiv 2311.01441, 2209.07735)",
+        terms=(CE, KD, DAD, DAT),
+    ),
+    MethodSpec(
+        name="lp-clip",
+        summary="a linear probe on frozen features, by the teacher's pseudo-labels",
+        card_text="a linear probe on a frozen image encoder, trained without labels ([arXiv 2309.10361](https://arxiv.org/abs/2309.10361))",
+        linear_probe=True,
+    ),
+):
+    METHODS.add(_spec.name, _spec)
