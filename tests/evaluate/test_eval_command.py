@@ -565,7 +565,7 @@ def test_published_sets_need_no_data_dir(
     )
     assert (
         eval_(name, "--suite", f"{tmp_path}/few@x.csv") == 2
-        and "give its --class-map" in capsys.readouterr().err
+        and "give it with --class-map" in capsys.readouterr().err
     )
     assert "logits of the 3 classes; partial: 3 of 200" in found["imagenet-a"]["protocol"]
 
