@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.record import Record
 from dad_fast.kernels.csrc import csrc, csrc_status
+from dad_fast.loggers.environment import environment
 from dad_fast.loggers.gpu import Gpu
-from dad_fast.loggers.run_log import environment
 
 
 class Machine:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dad_fast.methods.attack import PGD
     from dad_fast.methods.discretize import discretize
     from dad_fast.models.load_student import load_student
-    from dad_fast.models.teacher import Teacher, load_teacher
+    from dad_fast.models.load_teacher import load_teacher
+    from dad_fast.models.teacher import Teacher
     from dad_fast.store import AdversarialStore, TargetStore
 
     __version__: str

@@ -37,7 +37,7 @@ from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.registry import open_source
 from dad_fast.evaluate.corruptions.common import STANDARD, corrupt
 from dad_fast.files import atomic_write_text, plain
-from dad_fast.loggers.run_log import environment
+from dad_fast.loggers.environment import environment
 from dad_fast.models.load_student import load_student
 from dad_fast.precompute.fill import fill
 from dad_fast.precompute.run import make_builder

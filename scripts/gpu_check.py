@@ -91,7 +91,7 @@ CALLS = {
 
 def check(name: str, options: argparse.Namespace, out: Path) -> str:
     """Run one part, write its result file and manifest entry; return passed, failed or skipped."""
-    from dad_fast.loggers.run_log import environment
+    from dad_fast.loggers.environment import environment
 
     file, log = out / f"{name}.json", out / f"{name}.log"
     log.write_text("", encoding="utf-8")

@@ -1,5 +1,7 @@
-"""Test sets for ImageNet's classes in their true layouts, with a few tiny images: an image's colour says of which class it is, so that a
-model which reads it is right exactly where folder, label and output are joined rightly.
+"""Test sets of ImageNet's classes in their true layouts, with a few tiny images.
+
+An image's colour encodes its class: a model that reads the colour is right exactly where folder, label
+and output are joined correctly.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Five descriptions as ObjectNet's own file writes them, with several ids and with names of several words.
+# Five descriptions from ObjectNet's own file, with several ids and with names of several words.
 OBJECTNET = {
     "alarm_clock": ("Alarm clock", "analog clock; digital clock", [409, 530]),
     "backpack": ("Backpack", "backpack, back pack, knapsack, packsack, rucksack, haversack", [414]),
@@ -33,7 +35,7 @@ def wnids() -> list[str]:
 
 
 def write_image(path: Path, number: int, noise: int = 0, side: int = 8, border: int = 0) -> None:
-    """A flat picture whose red and green say `number`, 0 … 1023; blue carries `noise` levels above that of no noise."""
+    """Make a flat picture that encodes `number`, 0 … 1023, in red and green, noise in blue."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros((side + 2 * border, side + 2 * border, 3), np.uint8)
     pixels[..., 0] = 255 if border else 0  # ObjectNet's red line
@@ -47,7 +49,7 @@ def write_image(path: Path, number: int, noise: int = 0, side: int = 8, border: 
 def write_classes(
     root: Path, folders: dict[str, int], each: int = 1, suffix: str = ".JPEG", **options
 ) -> Path:
-    """root/FOLDER/i.JPEG, all of a folder with its number's colour."""
+    """Write root/FOLDER/i.JPEG, all of a folder with the colour of its number."""
     for folder, number in folders.items():
         for i in range(each):
             write_image(root / folder / f"{folder}_{i}{suffix}", number, **options)
@@ -55,7 +57,7 @@ def write_classes(
 
 
 def write_objectnet(root: Path, each: int = 2) -> Path:
-    """images/ with more classes than ImageNet has, mappings/, and the red line around each image."""
+    """Write images/ with more classes than ImageNet, mappings/, and red borders."""
     write_classes(
         root / "images",
         {name: ids[i % len(ids)] for i, (name, (_, _, ids)) in enumerate(OBJECTNET.items())},
@@ -77,13 +79,13 @@ def write_objectnet(root: Path, each: int = 2) -> Path:
 
 
 def colour_number(pixels: Tensor) -> Tensor:
-    """The number that each image says, int64 [B]; the corners are looked at too, so that a border that is left shows."""
+    """Read the number of each image, int64 [B], also at the corners, to notice a border."""
     levels = (pixels * 255 / 8).round().long()
     return levels[:, 0].amax(dim=(1, 2)) * 32 + levels[:, 1].amax(dim=(1, 2))
 
 
 class Reader(torch.nn.Module):
-    """Says the class that an image's colour names, and prefers another output to it: `offset` beyond it, by `margin`."""
+    """Predicts the class of the colour, or prefers the output `offset` beyond it by `margin`."""
 
     def __init__(
         self, num_classes: int = 1000, offset: int = 0, margin: float = 0.0, image_size: int = 8

@@ -1,4 +1,4 @@
-"""Real processes for tests: pieces of Python, each run by several processes that speak to each other over gloo."""
+"""Real processes for tests: code that several processes run together over gloo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
-HANG = 600.0  # seconds; on a busy machine anything may be slow, and only a hang takes this long
+# Seconds; on a busy machine anything may be slow, but only a hang takes this long.
+HANG = 600.0
 PREPARE = """
 import os, sys, json, time, torch
 torch.set_num_threads(1)
@@ -27,16 +28,14 @@ rank, world = d.rank(), d.world()
 
 
 def environment(**more):
-    return (
-        os.environ
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        | {k: str(v) for k, v in more.items()}
-    )
+    """Return the environment of a process of the tests, with the variables `more`."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return os.environ | own | {name: str(value) for name, value in more.items()}
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As many threads here as the processes of `environment` have: with another number sums have another order, and other bits."""
+    """Use one thread, as the processes of `environment` do: results depend on the number."""
     import torch
 
     before = torch.get_num_threads()
@@ -50,7 +49,7 @@ def one_thread() -> Iterator[None]:
 def wait_until(
     condition: Callable[[], object], process: subprocess.Popen[str] | warm.Process | None = None
 ) -> None:
-    """Wait for `condition`. AssertionError after HANG seconds, or with the stderr of `process` when that ends first."""
+    """Wait for `condition`. Fails after HANG seconds, or with stderr when `process` ends first."""
     deadline = time.monotonic() + HANG
     while not condition():
         assert process is None or process.poll() is None, process.communicate()[1]
@@ -61,12 +60,12 @@ def wait_until(
 def run_together(
     nproc: int, folder: Path, code: str, prepare: str = PREPARE
 ) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each of `nproc` processes that run `code` after `prepare`."""
+    """Run `code` after `prepare` in `nproc` processes; (exit code, stdout, stderr) of each."""
     return run_script(nproc, folder, ["-c", textwrap.dedent(prepare) + textwrap.dedent(code)])
 
 
 def run_script(nproc: int, folder: Path, arguments: list[str]) -> list[tuple[int, str, str]]:
-    """The same for `python ARGUMENTS`; one process is one that knows of no others."""
+    """Run `python ARGUMENTS` in `nproc` processes; a single one gets no rank."""
     processes = []
     for rank in range(nproc):
         identity = {
@@ -78,8 +77,8 @@ def run_script(nproc: int, folder: Path, arguments: list[str]) -> list[tuple[int
         env = environment(**identity) if nproc > 1 else environment()
         processes.append(warm.start([sys.executable, *arguments], env=env))
     try:
-        said = [process.communicate(timeout=HANG) for process in processes]
+        outputs = [process.communicate(timeout=HANG) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]

@@ -1,4 +1,4 @@
-"""Judging a model that reads its answers from the pixels on a suite, for tests."""
+"""Evaluation of a model that reads the label from the pixels, for tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 PARTIAL = EvalConfig(allow_partial=True)
 
 
-def judge(
+def evaluated(
     name: str,
     model: torch.nn.Module | None = None,
     classes: ClassMap | None = None,
@@ -44,7 +44,7 @@ def numbers_of(folders) -> dict[str, int]:
 
 
 def shuffled_map(chosen: list[str], seed: int = 0, names: bool = False) -> ClassMap:
-    """A model's class list in another order than ImageNet's; with `names` its folders are called by name."""
+    """Return a class list in another order than ImageNet's; `names`: names as folders."""
     of = imagenet_classes()
     order = np.random.default_rng(seed).permutation(len(chosen))
     text = [of.names[of.folders.index(chosen[i])] for i in order]
@@ -57,7 +57,7 @@ def shuffled_map(chosen: list[str], seed: int = 0, names: bool = False) -> Class
 
 
 class OfMap(torch.nn.Module):
-    """A model of the classes `listed`, whose images say ImageNet's numbers."""
+    """A model of some classes, for images whose colours encode ImageNet's numbers."""
 
     def __init__(self, numbers: list[int]) -> None:
         super().__init__()
@@ -66,10 +66,6 @@ class OfMap(torch.nn.Module):
         self.size = len(numbers)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        full = Reader()(pixels)
-        return (
-            torch.nn.functional.one_hot(self.output[full.argmax(1)], self.size + 1)[
-                :, : self.size
-            ].float()
-            * 5
-        )
+        number = Reader()(pixels).argmax(1)
+        hot = torch.nn.functional.one_hot(self.output[number], self.size + 1)
+        return 5 * hot[:, : self.size].float()

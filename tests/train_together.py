@@ -1,8 +1,11 @@
-"""A few steps of every method on synthetic images, in one of several processes.
+"""Run a few steps of every method on synthetic images, in one of several processes.
 
-    python train_together.py LIST      LIST is JSON: [name, method, student, grad_accum_steps, dtype, step with a NaN] for each
+    python train_together.py LIST
 
-Prints for each one JSON line: the losses over the global batch, and a hash of weights, EMA and optimizer of this process.
+LIST is JSON: [name, method, student, grad_accum_steps, dtype, step with a NaN] for each.
+
+Prints a JSON line for each: the losses over the global batch, and a hash of weights, EMA and
+optimizer of this process.
 """
 
 import hashlib
@@ -53,7 +56,7 @@ class LinearTeacher(torch.nn.Module):
 
 
 def discretizer(dtype):
-    """A VQGAN, but nothing that rounds in 32 bits where 64 are compared."""
+    """A VQGAN without operations in 32 bits, where 64 bits are compared."""
     if dtype is torch.float64:
         return load_discretizer("identity", Config().precision, torch.device("cpu"))
     torch.manual_seed(4)
@@ -88,7 +91,7 @@ def global_batch(step):
 
 
 def poisoned(batch):
-    """Not a number in the last image: that is one process's, and all of them must leave out the step."""
+    """Put NaN into the last image, which one process has; all must skip the step."""
     batch.mix_lam[-2:] = float("nan")
     batch.mix_kind[-2:] = 1
     return batch
@@ -149,4 +152,5 @@ if __name__ == "__main__":
         print(json.dumps([name, losses, digest]))
     distributed.barrier()
     distributed.close()
-    os._exit(0)  # nothing is left to do, and imports take long to unload
+    # Skips the unloading of modules, which takes long.
+    os._exit(0)

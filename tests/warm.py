@@ -1,8 +1,9 @@
-"""Real processes that need not import torch again: each is a fork of one that has, with a pid, files and an exit code of its own.
+"""Real processes without the cost of importing torch: forks of a process that has imported it.
 
-`start` and `run` are subprocess.Popen and subprocess.run for Python with -m, -c or a script. They serve where nobody reads what
-the process says before it ends, nobody asks for its parent, and nothing depends on how Python itself starts: OMP_NUM_THREADS is 1,
-`preload` chooses LD_PRELOAD, there is no sitecustomize, and PYTHONHASHSEED is the same for all. Other tests start each command cold.
+`start` and `run` stand for subprocess.Popen and subprocess.run of Python with -m, -c or a script.
+Each fork has its own pid, files and exit code. Not for tests that read output before the process
+ends, ask for its parent, or depend on the start of Python: OMP_NUM_THREADS is 1, `preload` sets
+LD_PRELOAD, there is no sitecustomize, and PYTHONHASHSEED is the same for all.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ _servers: dict[str, socket.socket] = {}
 
 
 class Process:
-    """What tests use of subprocess.Popen. stdout and stderr are files, read when it has ended."""
+    """The part of subprocess.Popen that tests use. stdout and stderr are files, read at the end."""
 
     def __init__(
         self, args: list[str], server: socket.socket, env: dict[str, str], cwd: str, session: bool
     ):
-        self.args, self.returncode = args, None
-        self._said: list[IO[bytes]] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+        self.args = args
+        self.returncode: int | None = None
+        self._outputs: list[IO[bytes]] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
         self._status, theirs = os.pipe()
         case = {"arguments": args[1:], "environment": env, "cwd": cwd, "session": session}
         data = json.dumps(case).encode()
-        handles = [theirs, *(file.fileno() for file in self._said)]
+        handles = [theirs, *(file.fileno() for file in self._outputs)]
         socket.send_fds(server, [len(data).to_bytes(8, "big")], handles)
         server.sendall(data)
         os.close(theirs)
@@ -56,7 +58,7 @@ class Process:
         text = b""
         while not text.endswith(b"\n"):
             byte = os.read(self._status, 1)
-            assert byte, "the process that forks has ended"
+            assert byte, "the fork server has ended"
             text += byte
         return int(text)
 
@@ -76,9 +78,9 @@ class Process:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
-        for file in self._said:
+        for file in self._outputs:
             file.seek(0)
-        stdout, stderr = (file.read().decode() for file in self._said)
+        stdout, stderr = (file.read().decode() for file in self._outputs)
         return stdout, stderr
 
     def send_signal(self, number: int) -> None:
@@ -99,15 +101,14 @@ def start(
     start_new_session: bool = False,
     preload: str = "",
 ) -> Any:
-    """A Process; where there is no /proc to tell that the process that forks has one thread, one of subprocess.Popen."""
+    """Start a Python command in a fork. Without /proc, which shows the threads, in a subprocess."""
     if not Path("/proc/self/task").is_dir():
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(
             command, env=env, cwd=cwd, start_new_session=start_new_session, **pipes
         )
-    assert command[0] == sys.executable and (
-        command[1] in ("-c", "-m") or command[1].endswith(".py")
-    ), command
+    is_python = command[1] in ("-c", "-m") or command[1].endswith(".py")
+    assert command[0] == sys.executable and is_python, command
     environment = {str(k): str(v) for k, v in (os.environ if env is None else env).items()}
     environment["OMP_NUM_THREADS"] = "1"
     if preload not in _servers:
@@ -120,12 +121,13 @@ def start(
 def run(
     command: list[str], timeout: float | None = None, **more: Any
 ) -> subprocess.CompletedProcess[str]:
+    """Run a Python command in a fork and return its outputs."""
     process = start(command, **more)
     try:
-        said = process.communicate(timeout)
+        outputs = process.communicate(timeout)
     finally:
         process.kill()
-    return subprocess.CompletedProcess(command, process.wait(), *said)
+    return subprocess.CompletedProcess(command, process.wait(), *outputs)
 
 
 def _start_server(preload: str) -> socket.socket:
@@ -137,23 +139,26 @@ def _start_server(preload: str) -> socket.socket:
     process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], cwd=ROOT)
     theirs.close()
     atexit.register(process.wait)
-    atexit.register(ours.close)  # first: at its end the server ends
+    # Runs first, and ends the server.
+    atexit.register(ours.close)
     return ours
 
 
 def _serve(server: socket.socket) -> dict[str, Any] | None:
-    """Forks for each request; returns only in a child, with its request, and None at the end."""
+    """Fork for each request. Returns the request in a child, and None in the server at the end."""
     while True:
         size, handles, _, _ = socket.recv_fds(server, 8, 3)
         if not size:
             return None
-        wanted, data = int.from_bytes(size, "big"), b""
+        wanted = int.from_bytes(size, "big")
+        data = b""
         while len(data) < wanted:
             data += server.recv(wanted - len(data))
         if keeper := os.fork():
             for handle in handles:
                 os.close(handle)
-            while keeper:  # those that have ended
+            # Reap the children that have ended.
+            while keeper:
                 try:
                     keeper = os.waitpid(-1, os.WNOHANG)[0]
                 except ChildProcessError:
@@ -161,7 +166,8 @@ def _serve(server: socket.socket) -> dict[str, Any] | None:
             continue
         server.close()
         status, stdout, stderr = handles
-        if child := os.fork():  # this one waits, and says the child's pid and its exit code
+        if child := os.fork():
+            # The parent waits, and reports the child's pid and exit code.
             os.write(status, f"{child}\n".encode())
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             os.write(status, f"{code}\n".encode())
@@ -175,7 +181,7 @@ def _serve(server: socket.socket) -> dict[str, Any] | None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """The command, as Python starts it."""
+    """Run the requested command as Python would."""
     import runpy
 
     if request["session"]:
@@ -199,7 +205,7 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _end(code: int) -> None:
-    """As Python ends, but for taking every module apart: that alone takes half a second."""
+    """Exit like Python, without unloading modules, which takes half a second."""
     import threading
 
     threading._shutdown()

@@ -1,4 +1,4 @@
-"""Losses and gradients of a few steps in two processes: with one tensor of gradients, and with DistributedDataParallel in its place.
+"""Compute losses and gradients of a few steps with SharedGradients and with DDP.
 
 Prints two JSON lines, each {method: [numbers of a step, for each step]}.
 """
@@ -29,7 +29,7 @@ ONE_TENSOR, EXACT = (lambda step: step), torch.float64
 
 
 def train(method, wrapped):
-    """[loss over the global batch, norm of each gradient, some of its values] for each step."""
+    """Return [loss over the global batch, norm of each gradient, some of its values] per step."""
     cfg = Config(
         method=method,
         student=STUDENTS["ln"],

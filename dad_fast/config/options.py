@@ -254,8 +254,8 @@ class DoctorOptions:
     loader: str = option(
         "auto",
         "--loader NAME",
-        "decoders to measure: auto (all installed), dali or torchvision (PIL)",
-        choices=("auto", "dali", "torchvision"),
+        "decoders to measure: auto (all installed), dali or pil",
+        choices=("auto", "dali", "pil", "torchvision"),
     )
     need: float = option(
         0.0,

@@ -1,1 +1,1 @@
-"""Several processes: process group, launcher, signals, gradients."""
+"""Process group, launcher, signals and shared gradients."""

@@ -9,9 +9,11 @@ from dad_fast.errors import EnvironmentProblem, UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; of several processes on a machine each gets its own.
+    """Return the device for `--device`. `auto` is a GPU if there is one, one per process.
 
-    A GPU that is named by its number becomes the current one: by that go streams, events and Triton's launches.
+    A GPU with a number becomes the current one, which streams, events and Triton's launches use.
+
+    Raises UsageError for an invalid name, EnvironmentProblem for a GPU that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
-            f"--device {name}: torch sees no CUDA device; see dad-fast doctor, or use --device cpu"
+            f"--device {name}: torch finds no CUDA device; run dad-fast doctor, or use --device cpu"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentProblem(

@@ -1,9 +1,9 @@
-"""The gradients of several processes as one: views of a single flat tensor, so that one collective sums them without a copy.
+"""Gradients as views of one flat tensor, so that one collective sums them over the processes.
 
-Why not DistributedDataParallel: the all-reduce has its place between two CUDA graphs (graph.py), where no hook of a backward pass can run,
-and the plain form of the step is to do exactly what the graphs do. What DDP adds, overlap with the backward pass, is worth little where
-most of a step is the teacher's and the VQGAN's forward work (docs/distributed.md has the arithmetic). What is left of it is this file:
-no wrapper around the student, no `no_sync` for accumulation, the same names in every state dict.
+Own code rather than DistributedDataParallel: the all-reduce runs between two CUDA graphs, where
+hooks of a backward pass cannot run, and the eager step does exactly what the graphs do. DDP
+overlaps the all-reduce with the backward pass, which saves little where most of a step is forward
+work of the teacher and the VQGAN (docs/distributed.md has the numbers).
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from dad_fast.distributed import process_group as distributed
 from dad_fast.errors import DadFastError
 
-ALIGN = 64  # elements: every gradient begins where vector loads may
+# In elements: every gradient starts at an address that allows vector loads.
+ALIGN = 64
 
 
 class SharedGradients:
-    """Made after the first backward pass, when it is known which parameters have a gradient; from then on these stay where they are.
+    """Flat storage for gradients, created after the first backward pass, which shows the used ones.
 
     Args:
         parameters: all of the student's, of one dtype and device.
-        averaged: further tensors of which `reduce` makes means over the processes, such as batch norm's running statistics.
+        averaged: further tensors that `reduce` averages over the processes, such as batch norm's
+            running statistics.
+
+    Raises DadFastError where the processes have gradients of different parameters.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], averaged: Sequence[Tensor]) -> None:
@@ -34,17 +38,18 @@ class SharedGradients:
         shapes = [list(p.shape) for p in used]
         if any(other != shapes for other in distributed.all_gather_json(shapes)):
             raise DadFastError(
-                "the processes have gradients of different parameters: the student must do the same work in all of them"
+                "the processes have gradients of different parameters: "
+                "the student must use the same parameters in all of them"
             )
-        starts, size = [], 0
+        starts = []
+        size = 0
         for tensor in (*used, *self._averaged):
             starts.append(size)
             size += -(-tensor.numel() // ALIGN) * ALIGN
         self.flat = torch.zeros(size, dtype=used[0].dtype, device=used[0].device)
         for p, start in zip(used, starts, strict=False):
-            view = self.flat[start:].as_strided(
-                p.shape, p.stride()
-            )  # laid out as the parameter is, channels_last included
+            # The layout of the parameter, channels_last included.
+            view = self.flat[start:].as_strided(p.shape, p.stride())
             assert p.grad is not None
             view.copy_(p.grad)
             p.grad = view
@@ -54,10 +59,11 @@ class SharedGradients:
         ]
 
     def reduce(self) -> None:
-        """Sum the gradients over the processes, and average what is averaged. The host does not wait for a GPU."""
+        """Sum the gradients and average `averaged` over the processes. Does not wait for a GPU."""
         if any(p.grad is not None for p in self._unused):
             raise DadFastError(
-                "a parameter of the student got its first gradient after the first step; with several processes it may not"
+                "a parameter of the student got its first gradient after the first step; "
+                "with several processes every parameter must be used in the first step"
             )
         torch._foreach_copy_(self._slots, self._averaged)
         distributed.all_reduce_sums(self.flat)
@@ -66,9 +72,10 @@ class SharedGradients:
 
 
 def running_statistics(student: nn.Module) -> list[Tensor]:
-    """Batch norm's running means and variances: every process has seen a part of the batch, and all keep the mean of what they saw.
+    """Return the running means and variances of batch norm layers in training mode.
 
-    Not those of layers in eval mode, which see nothing: a linear probe's encoder stays bit for bit as it is.
+    Each process sees a part of the batch, and all keep the mean of their statistics. Layers in eval
+    mode have none to average, so that the encoder of a linear probe stays bit-identical.
     """
     found = []
     for module in student.modules():

@@ -1,8 +1,11 @@
-"""One command in several processes of this machine: `--nproc`. Imports nothing heavy.
+"""Launcher for `--nproc`: one command in several processes of this machine. Imports nothing heavy.
 
-Every process runs the same command and learns from its environment who it is, with the names that torchrun uses. They meet in a file of
-a private folder, so that no port has to be found; what they then talk over they choose themselves, on the loopback device. Each has
-a session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once, as it does with every signal.
+Own code rather than torchrun, which turns every exit code into 1: Slurm requeues on 75.
+
+Every process runs the same command and finds its rank in the environment, by torchrun's names. The
+processes meet in a file of a private folder, which needs no free port, and connect over the
+loopback device. Each has its own session: Ctrl-C in the terminal reaches only this process, which
+forwards it once, like every signal.
 """
 
 from __future__ import annotations
@@ -21,25 +24,31 @@ from dad_fast.cores import num_cores
 from dad_fast.distributed.signals import stop_requests
 
 PROGRAM = (sys.executable, "-m", "dad_fast")
-STORE = "DAD_FAST_RENDEZVOUS"  # the file where the processes meet
-LAUNCHED = "DAD_FAST_LAUNCHER"  # the process that started this one
-GRACE = 60.0  # seconds from the first failure until those that are still there are killed
-STOPPED = (75, 130)  # exit codes of processes that were asked to stop
+# Variable with the file where the processes meet.
+STORE = "DAD_FAST_RENDEZVOUS"
+# Variable with the id of the launching process.
+LAUNCHED = "DAD_FAST_LAUNCHER"
+# Seconds from the first failure until the remaining processes are killed.
+GRACE = 60.0
+# Exit codes of processes that were asked to stop.
+STOPPED = (75, 130)
+SIGNALLED = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)
 
 
-def run_processes(nproc: int, verb: str, arguments: Sequence[str]) -> int:
-    """Runs `dad-fast verb arguments` in `nproc` processes; returns the exit code of them all.
+def run_processes(nproc: int, command: str, arguments: Sequence[str]) -> int:
+    """Run `dad-fast command arguments` in `nproc` processes and return their common exit code.
 
-    Process 0 has the terminal. What the others say goes to stderr with their number before it, but of their errors only that of the
-    first to fail is shown. The first failure stops the others (SIGTERM; after GRACE seconds SIGKILL) and gives the exit code; a
-    process that a signal killed counts as 1. Where nobody failed and some were asked to stop it is theirs, 75 or 130.
+    Process 0 has the terminal. Output of the others goes to stderr with their number, but only the
+    first failure shows its error. The first failure stops the others (SIGTERM; after GRACE seconds
+    SIGKILL) and gives the exit code; a process killed by a signal counts as 1. Without a failure,
+    the exit code is that of processes that were asked to stop, 75 or 130, or else 0.
     """
     with tempfile.TemporaryDirectory(prefix="dad-fast-") as folder:
         family = _Family()
         try:
             for rank in range(nproc):
                 family.processes.append(
-                    _Process(rank, nproc, verb, arguments, Path(folder) / "rendezvous")
+                    _Process(rank, nproc, command, arguments, Path(folder) / "rendezvous")
                 )
             return family.wait()
         finally:
@@ -47,12 +56,14 @@ def run_processes(nproc: int, verb: str, arguments: Sequence[str]) -> int:
 
 
 class _Process:
-    """One of the processes, and what it said last."""
+    """One process and its last error message."""
 
     def __init__(
-        self, rank: int, nproc: int, verb: str, arguments: Sequence[str], store: Path
+        self, rank: int, nproc: int, command: str, arguments: Sequence[str], store: Path
     ) -> None:
-        self.rank, self.nproc, self.error = rank, nproc, ""
+        self.rank = rank
+        self.nproc = nproc
+        self.error = ""
         identity = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -63,11 +74,10 @@ class _Process:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // nproc)),
         }
         if sys.platform == "linux":
-            identity["GLOO_SOCKET_IFNAME"] = os.environ.get(
-                "GLOO_SOCKET_IFNAME", "lo"
-            )  # needs no name that resolves
+            # The loopback device works also where the host name does not resolve.
+            identity["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
         self.popen = subprocess.Popen(
-            [*PROGRAM, verb, *arguments],
+            [*PROGRAM, command, *arguments],
             env=os.environ | {name: str(value) for name, value in identity.items()},
             stderr=subprocess.PIPE if rank else None,
             stdin=None if rank == 0 else subprocess.DEVNULL,
@@ -89,66 +99,61 @@ class _Process:
     def code(self) -> int | None:
         return self.popen.poll()
 
-    def say_why(self) -> None:
-        """What this process, the first to fail, failed of; process 0 has said it itself unless it was killed."""
+    def print_failure(self) -> None:
+        """Print the failure of this process. Process 0 prints its own, unless it was killed."""
         self.reader.join(2.0)
-        code, who = (
-            self.popen.returncode,
-            f"dad-fast: process {self.rank} of {self.nproc} (counted from 0)",
-        )
+        code = self.popen.returncode
         if code < 0:
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            print(
-                f"{who} was killed by {signal.Signals(-code).name}{hint}; the others are stopped",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = f"was killed by {signal.Signals(-code).name}{hint}; the others are stopped"
         elif self.rank:
-            print(
-                f"{who} failed, the others are stopped: {self.error or f'exit code {code}'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = f"failed, the others are stopped: {self.error or f'exit code {code}'}"
+        else:
+            return
+        process = f"process {self.rank} of {self.nproc} (counted from 0)"
+        print(f"dad-fast: {process} {what}", file=sys.stderr, flush=True)
 
 
 class _Family:
     def __init__(self) -> None:
         self.processes: list[_Process] = []
-        self.first: _Process | None = None  # the first that failed
-        self.asked = False  # whether all were asked to stop
+        self.first_failed: _Process | None = None
+        self.asked_to_stop = False
 
     def wait(self) -> int:
-        """Until all have ended."""
+        """Wait until all have ended and return their common exit code."""
         deadline = float("inf")
         with stop_requests(self.send) as stop:
             while any(process.code is None for process in self.processes):
                 time.sleep(0.05)
-                self.asked = self.asked or stop.error is not None
+                self.asked_to_stop = self.asked_to_stop or stop.error is not None
                 if time.monotonic() > deadline:
                     self.send(signal.SIGKILL)
                 elif deadline == float("inf") and any(process.code for process in self.processes):
                     deadline = time.monotonic() + GRACE
                     self.note_failure()
                     self.send(signal.SIGTERM)
-                    self.asked = True
+                    self.asked_to_stop = True
         self.note_failure()
-        if self.first is not None:
-            self.first.say_why()
-            return max(1, self.first.popen.returncode)
+        if self.first_failed is not None:
+            self.first_failed.print_failure()
+            return max(1, self.first_failed.popen.returncode)
         ended = {process.popen.returncode for process in self.processes}
-        return 0 if ended == {0} else stop.error.exit_code if stop.error else max(ended)
+        if ended == {0}:
+            return 0
+        return stop.error.exit_code if stop.error else max(ended)
 
     def note_failure(self) -> None:
-        """Whoever ends by a signal that was sent on was asked to stop when it had nothing to save, or nothing left to save."""
-        fine = (
-            None,
-            0,
-            *STOPPED,
-            *((-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT) if self.asked else ()),
-        )
+        """Remember the first process that failed.
+
+        A process killed by a forwarded signal counts as a clean stop: it had nothing to save.
+        """
+        fine = [None, 0, *STOPPED]
+        if self.asked_to_stop:
+            fine += SIGNALLED
         failed = [process for process in self.processes if process.code not in fine]
-        if failed and self.first is None:
-            self.first = failed[0]
+        if failed and self.first_failed is None:
+            self.first_failed = failed[0]
 
     def send(self, number: int) -> None:
         for process in self.processes:
@@ -156,15 +161,16 @@ class _Family:
                 process.popen.send_signal(number)
 
     def kill(self) -> None:
-        """Whatever is left, when this process is made to end."""
+        """Kill the remaining processes."""
         self.send(signal.SIGKILL)
         for process in self.processes:
             process.popen.wait()
 
 
 def end_with_launcher() -> None:
-    """In a process that `run_processes` or torchrun started: should the launcher itself be killed, as torchrun is by a SIGUSR1, this one
-    is asked to stop as by SIGTERM.
+    """Send this process SIGTERM when its launcher dies, as torchrun does on SIGUSR1.
+
+    Does nothing in a process that neither `run_processes` nor torchrun started.
     """
     if started_here():
         launcher = int(os.environ[LAUNCHED])
@@ -182,7 +188,7 @@ def end_with_launcher() -> None:
 
 
 def number_of_processes(nproc: str) -> int:
-    """`--nproc` as a number: auto is one a GPU, and 1 without GPUs."""
+    """Return `--nproc` as a number: auto is one per GPU, and 1 without GPUs."""
     if nproc != "auto":
         return int(nproc)
     import torch
@@ -191,10 +197,10 @@ def number_of_processes(nproc: str) -> int:
 
 
 def started_here() -> bool:
-    """Whether this process is one of `run_processes`."""
+    """Return whether `run_processes` started this process."""
     return LAUNCHED in os.environ
 
 
 def is_worker() -> bool:
-    """Whether this process is one of several already: of `run_processes` or of torchrun."""
+    """Return whether `run_processes` or torchrun started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -1,7 +1,8 @@
-"""When processes of a run cannot reach one another: which of them is gone, or was asked to stop.
+"""Find the process that died, hangs or was asked to stop when a collective fails.
 
-They ask the store where all of them met, which outlives the connections between them. It may be gone as well, or be on the other side of a
-network that carries nothing any more, where a call would wait for an hour: so each call has a deadline of its own.
+The processes ask the store where they met, which outlives their connections. The store may be gone
+too, or cut off from this machine, where a call would wait for an hour: each call has its own
+deadline.
 """
 
 from __future__ import annotations
@@ -14,31 +15,43 @@ from typing import Any
 from dad_fast import errors
 from dad_fast.errors import DadFastError, PeerLost
 
-ROLL_CALL = 10.0  # seconds in which every process that is left answers; a busy machine may stop one for some of them
-STORE = 2.0  # seconds in which the store answers
-HERE, STOPPED = "dad_fast/here", "dad_fast/stopped"  # in the store, by rank
+# Seconds for the other processes to answer, with a margin for a busy machine.
+ROLL_CALL = 10.0
+# Seconds for the store to answer.
+STORE = 2.0
+# Keys in the store; the rank follows.
+HERE, STOPPED = "dad_fast/here", "dad_fast/stopped"
 
 
 def say_stopped(store: Any, rank: int, stop: DadFastError) -> None:
-    """Tell the others that this process leaves because it was asked to; if the store is gone, there is nobody left to tell."""
+    """Tell the others that this process stops as requested, unless the store is gone."""
     _in_time(lambda: store.set(f"{STOPPED}/{rank}", type(stop).__name__), STORE)
 
 
 def who_is_gone(store: Any, rank: int, world: int, why: str) -> DadFastError:
-    """The error to end with: another one's Preempted or Interrupted, else a PeerLost that names those who do not answer."""
+    """Return the error to raise: the Preempted or Interrupted of another process, or a PeerLost.
+
+    The PeerLost names the processes that do not answer.
+    """
     found = _in_time(lambda: _ask(store, rank, world, why), ROLL_CALL + STORE)
-    gone = f"process 0 of {world}, or the machine that torchrun met on, is gone or cannot be reached; this process stops too ({why})"
-    return found or PeerLost(gone)
+    return found or PeerLost(
+        f"process 0 of {world}, or torchrun's rendezvous machine, is gone or cannot be reached; "
+        f"this process stops too ({why})"
+    )
 
 
 def _in_time(ask: Callable[[], Any], seconds: float) -> Any:
-    """What `ask` returns; None where the store is gone or does not answer. The thread of a call that hangs ends with the process."""
+    """Return the result of `ask`, or None where the store is gone or does not answer.
+
+    The thread of a hanging call ends with the process.
+    """
     found: list[Any] = []
 
     def work() -> None:
         try:
             found.append(ask())
-        except RuntimeError:  # torch's errors of a store
+        except RuntimeError:
+            # torch's error for a store that is gone.
             pass
 
     asking = threading.Thread(target=work, daemon=True, name="roll call")
@@ -56,7 +69,8 @@ def _ask(store: Any, rank: int, world: int, why: str) -> DadFastError:
             if store.check([f"{STOPPED}/{other}"]):
                 kind = getattr(errors, store.get(f"{STOPPED}/{other}").decode())
                 return kind(
-                    f"stopped, as process {other} of {world} was asked to; go on with --resume auto"
+                    f"stopped, as process {other} of {world} was asked to; "
+                    "continue with --resume auto"
                 )
             if time.monotonic() > deadline:
                 silent.append(str(other))
@@ -64,7 +78,8 @@ def _ask(store: Any, rank: int, world: int, why: str) -> DadFastError:
             time.sleep(0.05)
     if not silent:
         return PeerLost(f"the {world} processes are all there, but cannot reach each other ({why})")
-    names, verb = ", ".join(silent), "is" if len(silent) == 1 else "are"
+    verb = "is" if len(silent) == 1 else "are"
     return PeerLost(
-        f"process {names} of {world} (counted from 0) {verb} gone; this process stops too ({why})"
+        f"process {', '.join(silent)} of {world} (counted from 0) {verb} gone; "
+        f"this process stops too ({why})"
     )

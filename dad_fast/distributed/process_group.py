@@ -1,16 +1,16 @@
-"""Several processes that train one student: who this one is, and what they tell each other.
+"""Process group: rank, world size and collectives.
 
-`dad-fast train --nproc N` (launch.py) and torchrun start the processes and say in the environment who each one is; without them there is
-one, and everything here costs nothing. Tensors on GPUs go through NCCL. Whatever the hosts agree on (a stop, a failure, numbers for the
-log) goes through gloo between the hosts and never waits for a GPU; it is plain bytes and JSON, never a pickle.
+`dad-fast train --nproc N` (launch.py) and torchrun start the processes and set their ranks in the
+environment. A single process needs no group, and every collective returns at once. Tensors on GPUs
+go through NCCL. Values of the hosts (stop requests, failures, numbers for the log) go through gloo
+and never wait for a GPU. They are pickled: the processes of a run trust each other.
 
-To count every image of a test set once, on any number of processes: take `samples[rank()::world()]`, sum what is counted, and
-`all_reduce_sums` it; `gather` brings together what is kept per image. Every process must make the same calls in the same order.
+To count every image of a test set once: take `samples[rank()::world()]`, sum the counts, and pass
+them to `all_reduce_sums`. Every process must make the same calls in the same order.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,24 +28,27 @@ from dad_fast.distributed.peers import say_stopped, who_is_gone
 from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, Preempted, UsageError
 
 T = TypeVar("T")
-JOIN = 600.0  # seconds until all processes have met
-LONG = 3600.0  # seconds to wait for another process where one may work for minutes: the first step, the end of a run
+# Seconds to wait until all processes have joined.
+JOIN = 600.0
+# Seconds to wait for another process where one may work for minutes: the first step, the end of a
+# run.
+LONG = 3600.0
 
 _joined = False
 
 
 def rank() -> int:
-    """This process's number, 0 … world() - 1."""
+    """Return the number of this process, 0 … world() - 1."""
     return _number("RANK", 0) if world() > 1 else 0
 
 
 def world() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def local_rank() -> int:
-    """This process's number among those of its machine: which GPU is its own."""
+    """Return the number of this process on its machine, which is the number of its GPU."""
     return _number("LOCAL_RANK", 0) if world() > 1 else 0
 
 
@@ -53,20 +56,22 @@ def _number(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal() or not value.isascii():
         raise EnvironmentProblem(
-            f"{name}={value} in the environment is no number; unset RANK and WORLD_SIZE, or let torchrun set them"
+            f"{name}={value} in the environment is no number; "
+            "unset RANK and WORLD_SIZE, or let torchrun set them"
         )
     return int(value)
 
 
 def is_main() -> bool:
-    """Whether this process writes the run's folder and speaks to the user."""
+    """Return whether this process writes the run's folder and prints to the user."""
     return rank() == 0
 
 
 def init(cfg: Config) -> None:
-    """Join the other processes; nothing to do for one. A second call does nothing. `cfg.device` decides between NCCL and gloo alone.
+    """Join the other processes. Does nothing for a single process, or when called again.
 
-    Raises UsageError for a device that all processes would share, EnvironmentProblem where GPUs are too few or the others do not come.
+    `cfg.device` selects NCCL and gloo, or gloo alone. Raises UsageError for a device that all
+    processes would share, EnvironmentProblem for too few GPUs or when the others do not join.
     """
     global _joined
     if world() == 1 or _joined:
@@ -75,15 +80,15 @@ def init(cfg: Config) -> None:
     if cuda:
         if cfg.device.startswith("cuda:"):
             raise UsageError(
-                f"--device {cfg.device}: all processes would use this one; --device cuda gives each its own GPU"
+                f"--device {cfg.device}: all processes would use this one; "
+                "--device cuda gives each its own GPU"
             )
         gpus = torch.cuda.device_count()
-        if local_rank() >= gpus and (
-            gpus > 1 or started_here()
-        ):  # else a scheduler may show each process its own GPU alone
+        # With a single visible GPU, a scheduler may show each process only its own.
+        if local_rank() >= gpus and (gpus > 1 or started_here()):
             here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
             raise EnvironmentProblem(
-                f"{here} processes on a machine with {gpus} GPUs; start one a GPU (--nproc auto)"
+                f"{here} processes on a machine with {gpus} GPUs; start one per GPU (--nproc auto)"
             )
         torch.cuda.set_device(local_rank() % gpus)
     path = os.environ.get(STORE)
@@ -96,21 +101,19 @@ def init(cfg: Config) -> None:
             timeout=timedelta(seconds=JOIN),
         )
     except (RuntimeError, ValueError) as error:
-        where = (
-            f" at {os.environ['MASTER_ADDR']}" if not path and "MASTER_ADDR" in os.environ else ""
-        )
+        address = os.environ.get("MASTER_ADDR", "")
+        where = f" at {address}" if address and not path else ""
         raise EnvironmentProblem(
             f"process {rank()} of {world()} cannot join the others{where}: {_line(error)}"
         ) from None
     _joined = True
-    _store().set_timeout(
-        timedelta(seconds=LONG)
-    )  # NCCL's connections meet there when they are first used
+    # NCCL connects through the store at its first use.
+    _store().set_timeout(timedelta(seconds=LONG))
     set_timeout(LONG)
 
 
 def close() -> None:
-    """Leave the others; nothing to do where there are none."""
+    """Leave the group, if this process is in one."""
     global _joined
     if _joined:
         _joined = False
@@ -119,9 +122,10 @@ def close() -> None:
 
 @contextmanager
 def joined(cfg: Config) -> Iterator[None]:
-    """`init`, and `close` at the end. After a failure the group is left to the end of the process: closing it might wait for the others.
+    """Call `init`, and `close` at the end of the block.
 
-    A process that leaves because it was asked to stop says so, lest the others take it for lost.
+    After a failure the group stays open until the process ends, since closing might wait for the
+    others. A process that was asked to stop tells the others, which would otherwise report it lost.
     """
     init(cfg)
     try:
@@ -134,21 +138,25 @@ def joined(cfg: Config) -> Iterator[None]:
 
 
 def _alone() -> bool:
-    assert _joined or world() == 1, "processes speak to each other after init() only"
+    assert _joined or world() == 1, "collectives need init()"
     return not _joined
 
 
 def set_timeout(seconds: float) -> None:
-    """From now on another process that does not answer for so long is given up."""
+    """Set the time after which a process that does not answer counts as lost."""
     if not _alone():
-        set_timeout = (
+        # torch 2.15 has the public function.
+        set_group_timeout = (
             getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        )  # the first is torch 2.15's
-        set_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+        )
+        set_group_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def all_reduce_sums(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place and returned: bit for bit the same on each. On a GPU the host does not wait."""
+    """Sum over all processes, in place, and return the tensor: bit-identical on each.
+
+    On a GPU the host does not wait.
+    """
     if not _alone():
         with _others_needed():
             dist.all_reduce(tensor)
@@ -156,48 +164,32 @@ def all_reduce_sums(tensor: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every process is here. Says nothing about what their GPUs still do."""
+    """Wait until every process has called this. Does not wait for their GPUs."""
     all_reduce_sums(torch.zeros(()))
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """What each process gave, in their order, on all of them. `value` is anything that JSON holds, floats exactly."""
+    """Return the values of all processes, by rank, on each of them."""
     if _alone():
         return [value]
-    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = torch.zeros(world(), dtype=torch.int64)
-    sizes[rank()] = len(mine)
-    all_reduce_sums(sizes)
-    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-    padded[: len(mine)] = mine
-    found = [torch.empty_like(padded) for _ in range(world())]
+    found: list[Any] = [None] * world()
     with _others_needed():
-        dist.all_gather(found, padded)
-    return [
-        json.loads(bytes(one[:size].tolist()))
-        for one, size in zip(found, sizes.tolist(), strict=True)
-    ]
+        dist.all_gather_object(found, value)
+    return found
 
 
 def broadcast(value: Any) -> Any:
-    """Process 0's value, on all of them; anything that JSON holds."""
+    """Return process 0's value on all processes."""
     if _alone():
         return value
-    data = bytearray(json.dumps(value).encode()) if is_main() else bytearray(1)
-    size = torch.tensor([len(data)])
+    found = [value]
     with _others_needed():
-        dist.broadcast(size, 0)
-        buffer = (
-            torch.frombuffer(data, dtype=torch.uint8)
-            if is_main()
-            else torch.empty(int(size), dtype=torch.uint8)
-        )
-        dist.broadcast(buffer, 0)
-    return json.loads(bytes(buffer.tolist()))
+        dist.broadcast_object_list(found, 0)
+    return found[0]
 
 
 def broadcast_(tensors: Sequence[Tensor]) -> None:
-    """Process 0's values into `tensors`, which all processes have in the same shapes."""
+    """Copy process 0's values into `tensors`, of the same shapes on all processes."""
     if not _alone():
         with _others_needed(), torch.no_grad():
             for tensor in tensors:
@@ -207,26 +199,24 @@ def broadcast_(tensors: Sequence[Tensor]) -> None:
 
 
 def broadcast_tensors(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Process 0's named tensors, on all of them, in host memory."""
+    """Return process 0's named tensors on all processes, in host memory."""
     if _alone():
         return tensors or {}
     described = broadcast(
-        {
-            k: [str(v.dtype).removeprefix("torch."), list(v.shape)]
-            for k, v in (tensors or {}).items()
-        }
+        {name: (tensor.dtype, tensor.shape) for name, tensor in (tensors or {}).items()}
     )
-    empty = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype))
-        for name, (dtype, shape) in described.items()
+    found = tensors or {
+        name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in described.items()
     }
-    found = tensors or empty
     broadcast_([found[name] for name in described])
     return found
 
 
 def gather_to_main(tensor: Tensor) -> list[Tensor]:
-    """Each process's tensor, of the same shape in all of them and in host memory: a list in process 0, an empty one in the others."""
+    """Return the tensors of all processes in process 0, an empty list in the others.
+
+    tensor: in host memory, of the same shape on all processes.
+    """
     if _alone():
         return [tensor]
     found = [torch.empty_like(tensor) for _ in range(world())] if is_main() else []
@@ -236,7 +226,10 @@ def gather_to_main(tensor: Tensor) -> list[Tensor]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What `function` returns in process 0 (anything that JSON holds), on all of them. What it raises there, all of them raise."""
+    """Call `function` in process 0 and return its result, or raise its error, on all processes.
+
+    The result must be picklable; an error arrives as one of `dad_fast.errors` with its text.
+    """
     if _alone():
         return function()
     answer: dict[str, Any] = {}
@@ -245,7 +238,8 @@ def on_main(function: Callable[[], T]) -> T:
         try:
             answer = {"value": function()}
         except Exception as raised:
-            error, answer = raised, {"error": [type(raised).__name__, str(raised)]}
+            error = raised
+            answer = {"error": (type(raised).__name__, str(raised))}
     answer = broadcast(answer)
     if error is not None:
         raise error
@@ -257,7 +251,10 @@ def on_main(function: Callable[[], T]) -> T:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The block in the first process of every machine, then in the others: what the first one leaves in a cache they find there."""
+    """Run the block in the first process of every machine, then in the others.
+
+    The others find the caches that the first one has filled.
+    """
     if local_rank():
         barrier()
     yield
@@ -266,10 +263,11 @@ def main_first() -> Iterator[None]:
 
 
 class Vote:
-    """Whether any process was asked to stop, agreed by all at the same step without waiting for one another.
+    """Agreement of all processes to stop at the same step, without waiting for each other.
 
-    At each step boundary a process gives what it was asked for and gets what all of them had been asked for by the boundary before: the
-    hosts exchange it meanwhile. So all of them stop one step after the first has heard of it.
+    At each step boundary a process passes its own stop request and receives the strongest request
+    of all processes at the boundary before; the hosts exchange them during the step. All processes
+    stop one step after the first request.
     """
 
     _ERRORS: tuple[type[DadFastError] | None, ...] = (None, Preempted, Interrupted)
@@ -289,7 +287,7 @@ class Vote:
         return agreed
 
     def settle(self) -> type[DadFastError] | None:
-        """The last exchange's outcome; afterwards none is under way."""
+        """Wait for the exchange in progress and return its outcome."""
         if self._work is None:
             return None
         with _others_needed():
@@ -300,17 +298,18 @@ class Vote:
 
 @contextmanager
 def _others_needed() -> Iterator[None]:
-    """A process that died or hangs shows as a failure to talk to it: find out which one it is."""
+    """Turn a failed collective into an error that names the process that died or hangs."""
     try:
         yield
-    except RuntimeError as error:  # gloo's and NCCL's; DistBackendError is one
+    except RuntimeError as error:
+        # Errors of gloo and NCCL, DistBackendError included.
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise who_is_gone(_store(), rank(), world(), _line(error)) from error
 
 
 def _store() -> Any:
-    """Where the processes met."""
+    """Return the store of the group."""
     return dist.distributed_c10d._get_default_store()
 
 

@@ -1,8 +1,9 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: exit code 75, or 130 for Ctrl-C, whatever is being done.
+"""Stop on SIGTERM, SIGUSR1 and Ctrl-C: exit code 75, or 130 for Ctrl-C.
 
-Where there is nothing to save (`ends_at_once`) a signal ends what is being done, as Ctrl-C ends any Python program: through every
-`finally`. Whoever has something to save, or others to agree with, takes it as a request meanwhile (`stop_requests`) and answers at the
-next boundary between two pieces of work. The two may lie inside each other; the innermost counts. Imports nothing heavy.
+In `ends_at_once`, for work with nothing to save, a signal raises at once, like Ctrl-C in any Python
+program, and runs every `finally`. In `stop_requests`, a signal is a request: the work that must
+save, or agree with other processes, polls it (`asked`) and stops at its next boundary. The blocks
+may be nested; the innermost counts. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from types import FrameType
 from dad_fast.errors import DadFastError, Interrupted, Preempted
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PATIENCE = 25.0  # seconds for the end where there is nothing to save: then the process is ended from outside its main thread
+# Seconds for a block of `ends_at_once` to end after a signal; then another thread ends the process.
+PATIENCE = 25.0
 
 
 class StopRequest:
-    """What has been asked for so far; `error` is None, Preempted (exit 75) or Interrupted (exit 130, also after a SIGTERM)."""
+    """State of the stop request.
+
+    error: None, Preempted (exit 75) or Interrupted (exit 130, also after a SIGTERM).
+    at_once: whether there is nothing to save. pass_on: receives every signal.
+    """
 
     def __init__(self) -> None:
         self.error: type[DadFastError] | None = None
-        self.at_once = False  # whether there is nothing to save
+        self.at_once = False
         self.pass_on: Callable[[int], None] | None = None
         self._ending = False
 
@@ -36,31 +42,31 @@ class StopRequest:
         again = number == signal.SIGINT and self.error is Interrupted
         self.error = _error(number) if self.error is not Interrupted else Interrupted
         if again:
-            raise KeyboardInterrupt  # a second Ctrl-C stops at once
-        if (
-            self.at_once and not self._ending
-        ):  # launchers repeat their signals: that must not interrupt what `finally` does
+            # A second Ctrl-C stops at once.
+            raise KeyboardInterrupt
+        # Launchers repeat their signals, which must not interrupt a `finally`.
+        if self.at_once and not self._ending:
             self._ending = True
             raise _AtOnce
 
 
 class _AtOnce(KeyboardInterrupt):
-    """No Exception, so that nothing on the way takes it for a failure."""
+    """Not an Exception, so that no handler on the way catches it as a failure."""
 
 
 _active: StopRequest | None = None
 
 
 def asked() -> type[DadFastError] | None:
-    """What has been asked for; None outside of the blocks below."""
+    """Return the requested stop; None without one, and outside of the blocks below."""
     return _active.error if _active is not None else None
 
 
 @contextmanager
 def stop_requests(pass_on: Callable[[int], None] | None = None) -> Iterator[StopRequest]:
-    """In the block a signal is a request. A block inside another one shares it. `pass_on` gets every signal too.
+    """Treat a signal as a request inside the block; nested blocks share it.
 
-    Outside the main thread there are no handlers to install.
+    pass_on: receives every signal too. Installs no handlers outside of the main thread.
     """
     with _handled() as request:
         before = request.at_once, request.pass_on
@@ -73,10 +79,11 @@ def stop_requests(pass_on: Callable[[int], None] | None = None) -> Iterator[Stop
 
 @contextmanager
 def ends_at_once(words: str) -> Iterator[None]:
-    """In the block a signal raises Preempted or Interrupted with these words, and so does one that came before and has no answer yet.
+    """Raise Preempted or Interrupted with the message `words` on a signal inside the block.
 
-    Python's handlers wait for C: for an import, a step of a compiler, or for other processes that do not come. Where the block has not
-    ended in PATIENCE seconds, the process ends with the same words and exit code.
+    A request from before the block counts too. Python runs handlers only between bytecodes, so an
+    import, a compiler or a collective may delay them: if the block has not ended after PATIENCE
+    seconds, the process exits with the same message and exit code.
     """
     with _handled() as request, _watched(request, words):
         before = request.at_once
@@ -95,7 +102,7 @@ def ends_at_once(words: str) -> Iterator[None]:
 
 @contextmanager
 def _handled() -> Iterator[StopRequest]:
-    """The handlers, for the length of the outermost block."""
+    """Install the handlers for the duration of the outermost block."""
     global _active
     if _active is not None:
         yield _active
@@ -118,7 +125,7 @@ _watching = False
 
 @contextmanager
 def _watched(request: StopRequest, words: str) -> Iterator[None]:
-    """A thread that hears of a signal when the system does; one for the outermost block."""
+    """Run a thread that learns of a signal at once; only for the outermost block."""
     global _watching
     if _watching or threading.current_thread() is not threading.main_thread():
         yield
@@ -129,7 +136,8 @@ def _watched(request: StopRequest, words: str) -> Iterator[None]:
     threading.Thread(
         target=_watch, args=(request, words, reading, ended), daemon=True, name="signals"
     ).start()
-    previous, _watching = signal.set_wakeup_fd(writing, warn_on_full_buffer=False), True
+    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _watching = True
     try:
         yield
     finally:
@@ -150,9 +158,8 @@ def _watch(request: StopRequest, words: str, reading: int, ended: threading.Even
                     return
             if request.at_once:
                 error = request.error or _error(number[0])
-                os.write(
-                    2, f"dad-fast: error: {words}\n".encode()
-                )  # the main thread may hold the lock of sys.stderr
+                # The main thread may hold the lock of sys.stderr.
+                os.write(2, f"dad-fast: error: {words}\n".encode())
                 os._exit(error.exit_code)
 
 

@@ -1,1 +1,1 @@
-"""Judging a model: suites, metrics, corruptions and the table that compares runs."""
+"""Evaluation: suites, corruptions, metrics, and tables that compare runs."""

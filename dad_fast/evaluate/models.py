@@ -1,4 +1,4 @@
-"""What is judged: a run's student, or any model of timm or open_clip by name; each with its own view of an image and its class list."""
+"""Models to evaluate: a run's student, or a model of timm or open_clip by name."""
 
 from __future__ import annotations
 
@@ -25,51 +25,58 @@ BY_NAME = ("timm:", "open_clip:", "hf-hub:", "embedded:")
 
 @dataclass(frozen=True, eq=False)
 class EvalModel:
-    """A loaded model: pixels float32 [B, 3, H, W] in [0, 1] -> logits [B, C], C the length of `classes`."""
+    """A loaded model: pixels float32 [B, 3, H, W] in [0, 1] -> logits [B, C], C = len(classes).
 
-    name: str  # as it was named
+    name: as given by the user. view: size, share of the resized image kept, filter.
+    facts: for the JSON record.
+    """
+
+    name: str
     title: str
     model: nn.Module
     classes: ClassMap
-    view: tuple[int, float, str]  # size, share of the resized image kept, filter
-    facts: Mapping[str, Any] = field(default_factory=dict)  # for the record
+    view: tuple[int, float, str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_by_name(name: str) -> bool:
-    """Whether a model is named as teachers are, and not by a run's folder or file."""
+    """Return whether the name is one for `--teacher`, and not a run's folder or a file."""
     return name.startswith(BY_NAME)
 
 
 def load_subject(
     name: str, cfg: Config, data_classes: Callable[[], ClassMap], device: torch.device
 ) -> EvalModel:
-    """The model `name`: a run's folder, a checkpoint's folder or a file of a student, or timm:, open_clip:, hf-hub: and embedded: as
-    `--teacher` takes them. The classes of a run are those it recorded; of a published model those of the data that it is judged on.
+    """Load a student (a run's folder, a checkpoint's folder or a file) or a name for `--teacher`.
 
-    Raises DataError and UsageError as the loaders do, and where a run recorded no classes.
+    A run has recorded its classes; a published model takes `data_classes()`, those of the data.
+
+    Raises DataError and UsageError as the loaders do, and for a run that recorded no classes.
     """
     if is_by_name(name):
-        return of_teacher(
-            load_teacher(replace(cfg.teacher, name=name), data_classes(), cfg.precision, device)
-        )
+        named = replace(cfg.teacher, name=name)
+        return of_teacher(load_teacher(named, data_classes(), cfg.precision, device))
     path = checkpoint_file(name)
     student, metadata = load_student(path)
     classes = recorded_classes(path, metadata, cfg.data.class_map)
-    facts = {
-        "method": metadata.get("dad_fast.method", ""),
-        "ema": metadata.get("dad_fast.ema", "") == "true",
-    }
-    title = (
-        f"{path}: {student.name}"
-        + (f" by {facts['method']}" if facts["method"] else "")
-        + (", EMA" if facts["ema"] else "")
-    )
+    method = metadata.get("dad_fast.method", "")
+    ema = metadata.get("dad_fast.ema", "") == "true"
+    title = f"{path}: {student.name}"
+    title += f" by {method}" if method else ""
+    title += ", EMA" if ema else ""
     view = (student.image_size, student.crop_pct, student.interpolation)
-    facts = {"path": str(path), "sha256": sha256_file(path), "student": student.name, **facts}
+    facts = {
+        "path": str(path),
+        "sha256": sha256_file(path),
+        "student": student.name,
+        "method": method,
+        "ema": ema,
+    }
     return EvalModel(name, title, student.to(device), classes, view, facts)
 
 
 def of_teacher(teacher: Teacher) -> EvalModel:
+    """Wrap a loaded teacher."""
     facts = {
         "name": teacher.name,
         "sha256": teacher.weights_sha256,
@@ -81,10 +88,14 @@ def of_teacher(teacher: Teacher) -> EvalModel:
 
 
 def recorded_classes(weights: Path, metadata: Mapping[str, str], class_map: str) -> ClassMap:
-    """The classes of a student's outputs, in their order; `--class-map` may only say the same."""
+    """Return the classes of a student's outputs, in their order.
+
+    Raises DataError for weights without a class list, and for a `--class-map` that differs from it.
+    """
     if CLASSES not in metadata:
         raise DataError(
-            f"{weights}: no class list in its metadata, so its outputs have no meaning; was it written by dad-fast?"
+            f"{weights}: no class list in its metadata, so its outputs have no meaning; "
+            "was it written by dad-fast?"
         )
     classes = ClassMap.from_json(metadata[CLASSES])
     if class_map:
@@ -92,10 +103,12 @@ def recorded_classes(weights: Path, metadata: Mapping[str, str], class_map: str)
         for number, (ours, theirs) in enumerate(zip(classes.folders, given.folders, strict=False)):
             if ours != theirs:
                 raise DataError(
-                    f"--class-map {class_map}: class {number} is {theirs!r}, but {ours!r} in {weights}; leave --class-map out"
+                    f"--class-map {class_map}: class {number} is {theirs!r}, but {ours!r} in "
+                    f"{weights}; leave --class-map out"
                 )
         if len(classes) != len(given):
             raise DataError(
-                f"--class-map {class_map}: {len(given)} classes, but {len(classes)} in {weights}; leave --class-map out"
+                f"--class-map {class_map}: {len(given)} classes, but {len(classes)} in {weights}; "
+                "leave --class-map out"
             )
     return classes

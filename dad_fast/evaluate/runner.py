@@ -1,10 +1,14 @@
-"""Judges a model on a suite: every readable image once, on any number of processes; scores on the device, one read at the end."""
+"""Evaluate a model on a suite: every readable image once, on any number of processes.
+
+Scores stay on the device and are read once, at the end.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -31,15 +35,15 @@ from dad_fast.evaluate.suites.base import (
     image_numbers,
 )
 from dad_fast.evaluate.suites.imagenet import alexnet_errors, corruption_errors
+from dad_fast.evaluate.suites.open import Corruption, Suite, open_suites
 from dad_fast.evaluate.suites.published import C_SIDE, C_VIEWS
-from dad_fast.evaluate.suites.registry import Corruption, Suite, open_suites
 
 __all__ = ["Result", "Suite", "evaluate", "open_suites", "records_of"]
 
 Model = Callable[[Tensor], Tensor]
-Look = Callable[
-    [Tensor, Tensor], Tensor
-]  # pixels [B, 3, H, W] and the images' keys [B] -> what the model sees
+View = tuple[int, float, str]
+# Pixels [B, 3, H, W] and keys of the images [B] -> pixels for the model.
+Transform = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluate(
@@ -56,52 +60,60 @@ def evaluate(
     corruption: Corruption | None = None,
     progress: Callable[[int, int], None] | None = None,
     dali: bool = False,
-    stopped: str = "stopped while judging",
+    stopped: str = "stopped while evaluating",
 ) -> Result:
-    """Judge `model`: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
+    """Evaluate `model` on a suite.
 
-    A module is put in eval mode meanwhile. `progress` gets (images done, images in all). `dali`: DALI decodes, not PIL. With several
-    processes all of them must call this, and all get the whole result. Raises DataError where the model has fewer outputs than the
-    source has classes, or where no image of it can be read; where a signal has asked a process to stop (`signals.stop_requests` around
-    this), Preempted or Interrupted after the next batch, in all of them, with the words `stopped`.
+    model: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
+    A module is in eval mode meanwhile. With several processes all of them must call this, and all
+    get the whole result.
+
+    Args:
+        progress: called with (images done, all images).
+        dali: decode with DALI instead of PIL.
+        stopped: message of Preempted and Interrupted.
+
+    Raises:
+        DataError: the model has fewer outputs than the source has classes, or no image is readable.
+        Preempted, Interrupted: a signal asked a process to stop (inside `signals.stop_requests`);
+            raised after the next batch, in all processes.
     """
-    judged = as_eval_set(source)
-    view = (img_size, *(judged.view or (crop_pct, interpolation)))
+    eval_set = as_eval_set(source)
+    view = (img_size, *(eval_set.view or (crop_pct, interpolation)))
     records, num_outputs = records_of(
-        model, judged, view, batch_size, workers, device, corruption, progress, dali, stopped
+        model, eval_set, view, batch_size, workers, device, corruption, progress, dali, stopped
     )
-    skipped = sum(int((~piece.ok).sum()) for piece in judged.pieces)
     facts: dict[str, Any] = {
-        "skipped": skipped,
-        "protocol": protocol(judged, view) + "; decoded by DALI" * dali,
+        "skipped": sum(int((~piece.ok).sum()) for piece in eval_set.pieces),
+        "protocol": protocol(eval_set, view) + ("; decoded by DALI" if dali else ""),
     }
-    if judged.parts:
-        facts |= _corruption_facts(judged, records)
-    return make_result(name or judged.name, records, num_outputs, **facts)
+    if eval_set.parts:
+        facts |= _corruption_facts(eval_set, records)
+    return make_result(name or eval_set.name, records, num_outputs, **facts)
 
 
 def records_of(
     model: Model,
-    judged: EvalSet,
-    view: tuple[int, float, str],
+    eval_set: EvalSet,
+    view: View,
     batch_size: int,
     workers: int,
     device: torch.device,
     corruption: Corruption | None = None,
     progress: Callable[[int, int], None] | None = None,
     dali: bool = False,
-    stopped: str = "stopped while judging",
+    stopped: str = "stopped while evaluating",
 ) -> tuple[Records, int]:
-    """What `model` says of each image, and how many of its outputs compete. view: size, share kept and filter of an image."""
-    pieces = [piece.taken(piece.ok) for piece in judged.pieces]
+    """Return the model's scores of each image, and the number of its outputs that compete.
+
+    view: size, share kept and filter of an image. See `evaluate` for the rest.
+    """
+    pieces = [piece.taken(piece.ok) for piece in eval_set.pieces]
     total = sum(map(len, pieces))
     if not total:
-        raise DataError(f"{judged.name}: no image to judge a model on (--suite)")
-    looks, poll = _looks(corruption), _Poll(stopped)
-    done, num_outputs = 0, 0
-    was_training = isinstance(model, torch.nn.Module) and model.training
-    if isinstance(model, torch.nn.Module):
-        model.eval()
+        raise DataError(f"{eval_set.name}: no readable image to evaluate a model on (--suite)")
+    poll = _Poll(stopped)
+    done = 0
 
     def advance(count: int) -> None:
         nonlocal done
@@ -109,98 +121,116 @@ def records_of(
         if progress is not None:
             progress(done, total)
 
+    scorer = _Scorer(
+        model,
+        eval_set,
+        view,
+        _transforms(corruption),
+        batch_size,
+        workers,
+        device,
+        advance,
+        dali,
+        poll,
+    )
+    was_training = isinstance(model, torch.nn.Module) and model.training
+    if isinstance(model, torch.nn.Module):
+        model.eval()
     try:
         with torch.no_grad():
-            scores = []
-            for piece in pieces:
-                found, outputs = _scores(
-                    model,
-                    judged,
-                    piece,
-                    view,
-                    looks,
-                    batch_size,
-                    workers,
-                    device,
-                    advance,
-                    dali,
-                    poll,
-                )
-                scores.append(found)
-                num_outputs = max(num_outputs, outputs)
+            scores = [scorer.scores(piece) for piece in pieces]
             poll.end()
     finally:
         if isinstance(model, torch.nn.Module):
             model.train(was_training)
-    if (
-        distributed.world() > 1
-    ):  # a process may have had no image, where there are fewer than processes
-        told = distributed.all_reduce_sums(torch.tensor([num_outputs, num_outputs > 0]))
-        num_outputs = int(told[0] // told[1])
-    return _records(judged, pieces, scores), len(
-        judged.columns
-    ) if judged.columns is not None else num_outputs
+    records = _records(eval_set, pieces, scores)
+    if eval_set.columns is not None:
+        return records, len(eval_set.columns)
+    return records, scorer.all_num_outputs()
 
 
-def _scores(
-    model: Model,
-    judged: EvalSet,
-    piece: Subset,
-    view: tuple[int, float, str],
-    looks: Sequence[Look],
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    advance: Callable[[int], None],
-    dali: bool,
-    poll: _Poll,
-) -> tuple[Tensor, int]:
-    """`image_scores` of all images of `piece`, float64 [looks, N, 8] on the CPU, and the number of the model's outputs."""
-    columns, accepted = (
-        None if array is None else torch.from_numpy(array).to(device)
-        for array in (judged.columns, judged.accepted)
-    )
-    mine = piece.taken(slice(distributed.rank(), None, distributed.world()))
-    keys = torch.from_numpy(mine.rows).to(device)
-    found = torch.zeros(len(looks), len(piece), len(SCORES), dtype=torch.float64, device=device)
-    of_mine = found[
-        :, distributed.rank() :: distributed.world()
-    ]  # the other processes fill in the rest
-    num_outputs = polls = 0
-    batches: Any = iter(
-        _loader(dali, device)(mine, *view, batch_size, workers, pin_memory=device.type == "cuda")
-    )
-    with closing(batches):  # its processes, also when this ends by a failure or a stop
-        for batch in batches:
-            pixels = to_pixels(batch.images.to(device, non_blocking=True))
-            labels, rows = (
-                batch.labels.to(device, non_blocking=True),
-                batch.samples.to(device, non_blocking=True),
+@dataclass
+class _Scorer:
+    """Computes `image_scores` of pieces; the fields are the arguments of `records_of`."""
+
+    model: Model
+    eval_set: EvalSet
+    view: View
+    transforms: Sequence[Transform]
+    batch_size: int
+    workers: int
+    device: torch.device
+    advance: Callable[[int], None]
+    dali: bool
+    poll: _Poll
+    num_outputs: int = 0
+
+    def scores(self, piece: Subset) -> Tensor:
+        """Return the scores of all images of `piece`, float64 [transforms, N, 8] on the CPU."""
+        device = self.device
+        world = distributed.world()
+        columns = _on_device(self.eval_set.columns, device)
+        accepted = _on_device(self.eval_set.accepted, device)
+        mine = piece.taken(slice(distributed.rank(), None, world))
+        keys = torch.from_numpy(mine.rows).to(device)
+        found = torch.zeros(
+            len(self.transforms), len(piece), len(SCORES), dtype=torch.float64, device=device
+        )
+        # The other processes fill in the other rows.
+        of_mine = found[:, distributed.rank() :: world]
+        polls = 0
+        pin_memory = device.type == "cuda"
+        loader = _loader(self.dali, device)
+        batches: Any = iter(
+            loader(mine, *self.view, self.batch_size, self.workers, pin_memory=pin_memory)
+        )
+        # Closes the loader's processes also after a failure or a stop.
+        with closing(batches):
+            for batch in batches:
+                pixels = to_pixels(batch.images.to(device, non_blocking=True))
+                labels = batch.labels.to(device, non_blocking=True)
+                rows = batch.samples.to(device, non_blocking=True)
+                for number, transform in enumerate(self.transforms):
+                    logits = self.model(transform(pixels, keys[rows]))
+                    self._check(logits)
+                    of_mine[number, rows] = image_scores(logits, labels, columns, accepted)
+                    self.poll()
+                    polls += 1
+                self.advance(len(labels))
+        # All processes poll as often as the one with the most images.
+        largest = -(-len(piece) // world)
+        most_polls = -(-largest // self.batch_size) * len(self.transforms)
+        for _ in range(most_polls - polls):
+            self.poll()
+        return distributed.all_reduce_sums(found).cpu()
+
+    def _check(self, logits: Tensor) -> None:
+        self.num_outputs = logits.shape[1]
+        num_classes = len(self.eval_set.classes)
+        if self.num_outputs < num_classes and self.eval_set.known:
+            raise DataError(
+                f"{self.eval_set.name} has {num_classes} classes, "
+                f"the model {self.num_outputs} outputs (--suite)"
             )
-            for number, look in enumerate(looks):
-                logits = model(look(pixels, keys[rows]))
-                num_outputs = logits.shape[1]
-                if num_outputs < len(judged.classes) and judged.known:
-                    raise DataError(
-                        f"{judged.name} has {len(judged.classes)} classes, the model {num_outputs} outputs (--suite)"
-                    )
-                of_mine[number, rows] = image_scores(logits, labels, columns, accepted)
-                poll()
-                polls += 1
-            advance(len(labels))
-    largest = -(
-        -len(piece) // distributed.world()
-    )  # share of a process; all poll as often as it takes
-    for _ in range(-(-largest // batch_size) * len(looks) - polls):
-        poll()
-    return distributed.all_reduce_sums(found).cpu(), num_outputs
+
+    def all_num_outputs(self) -> int:
+        """Return the number of outputs on all processes; some may have had no image."""
+        if distributed.world() == 1:
+            return self.num_outputs
+        sums = distributed.all_reduce_sums(torch.tensor([self.num_outputs, self.num_outputs > 0]))
+        return int(sums[0] // sums[1])
+
+
+def _on_device(array: np.ndarray | None, device: torch.device) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array).to(device)
 
 
 class _Poll:
-    """Raises what a signal has asked any process for: in all of them at once, for each must poll as often as the others."""
+    """Raises the stop request of any process in all of them; each must poll equally often."""
 
     def __init__(self, words: str) -> None:
-        self._words, self._vote = words, distributed.Vote()
+        self._words = words
+        self._vote = distributed.Vote()
 
     def __call__(self) -> None:
         self._raise(self._vote(asked()))
@@ -216,63 +246,71 @@ class _Poll:
 def _loader(dali: bool, device: torch.device) -> Callable[..., EvalLoader]:
     if not dali:
         return EvalLoader
-    from dad_fast.data.loaders.dali.evaluation import DaliEvalLoader  # optional
+    # An optional package.
+    from dad_fast.data.loaders.dali.evaluation import DaliEvalLoader
 
     return partial(DaliEvalLoader, device=device)
 
 
-def _records(judged: EvalSet, pieces: Sequence[Subset], scores: Sequence[Tensor]) -> Records:
-    """The rows of all pieces and looks, part by part."""
+def _records(eval_set: EvalSet, pieces: Sequence[Subset], scores: Sequence[Tensor]) -> Records:
+    """Concatenate the rows of all pieces and transforms, part by part."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in FIELDS}
     part = 0
     for piece, images, found in zip(pieces, image_numbers(pieces), scores, strict=True):
-        label = judged.output_of(piece.labels)
-        for look in found.numpy():
-            for name, value in zip(
-                FIELDS, (images, np.full(len(images), part), label, *look.T), strict=True
-            ):
+        label = eval_set.output_of(piece.labels)
+        for of_transform in found.numpy():
+            values = (images, np.full(len(images), part), label, *of_transform.T)
+            for name, value in zip(FIELDS, values, strict=True):
                 columns[name].append(value)
             part += 1
-    return Records(
-        judged.fingerprint, {name: np.concatenate(values) for name, values in columns.items()}
-    )
+    arrays = {name: np.concatenate(values) for name, values in columns.items()}
+    return Records(eval_set.fingerprint, arrays)
 
 
-def _looks(corruption: Corruption | None) -> list[Look]:
-    """What is judged of each image: itself, or its corrupted versions."""
+def _transforms(corruption: Corruption | None) -> list[Transform]:
+    """Return the identity, or the corruption at its severities."""
     if corruption is None:
         return [lambda pixels, keys: pixels]
     name, severity = corruption
     severities = [severity] if severity is not None else range(1, num_severities(name) + 1)
-    return [lambda pixels, keys, s=s: corrupt(name, pixels, s, keys) for s in severities]  # type: ignore[misc]
+
+    def at(severity: int) -> Transform:
+        return lambda pixels, keys: corrupt(name, pixels, severity, keys)
+
+    return [at(severity) for severity in severities]
 
 
-def protocol(judged: EvalSet, view: tuple[int, float, str]) -> str:
-    """How an image becomes the model's pixels, and the suite's note, in words."""
+def protocol(eval_set: EvalSet, view: View) -> str:
+    """Describe the preprocessing of an image, followed by the note of the suite."""
     size, crop_pct, interpolation = view
-    look = f"resize {math.floor(size / crop_pct)} {interpolation}, crop {size}"
-    if judged.parts:
-        name = next(name for name, fixed in C_VIEWS.items() if fixed == judged.view)
-        look = f"c-preprocessing {name}: {'224 px as they are' if name == 'none' and size == C_SIDE else look}"
-    return "; ".join(filter(None, (look, judged.note)))
+    steps = f"resize {math.floor(size / crop_pct)} {interpolation}, crop {size}"
+    if eval_set.parts:
+        name = next(name for name, fixed in C_VIEWS.items() if fixed == eval_set.view)
+        if name == "none" and size == C_SIDE:
+            steps = "224 px as they are"
+        steps = f"c-preprocessing {name}: {steps}"
+    return "; ".join(filter(None, (steps, eval_set.note)))
 
 
-def _corruption_facts(judged: EvalSet, records: Records) -> dict[str, Any]:
-    """mCE with its interval, and accuracy and error of each corruption, of a suite of corrupted copies."""
-    parts = [records.part(number) for number in range(len(judged.parts))]
-    tops, weights = corruption_summary(
-        judged, [100 * float(part["correct"].mean()) for part in parts]
+def _corruption_facts(eval_set: EvalSet, records: Records) -> dict[str, Any]:
+    """Return the mCE with its interval, and accuracy and error of each corruption.
+
+    eval_set: a suite of corrupted copies.
+    """
+    parts = [records.part(number) for number in range(len(eval_set.parts))]
+    top1 = [100 * float(part["correct"].mean()) for part in parts]
+    by_name, weights = corruption_summary(eval_set, top1)
+    errors = corruption_errors(
+        {name: values for name, values in by_name.items() if len(values) == 5}
     )
-    errors = corruption_errors({name: values for name, values in tops.items() if len(values) == 5})
     by_corruption = {
-        name: {"top1": values, "ce": errors.get(name)} for name, values in tops.items()
+        name: {"top1": values, "ce": errors.get(name)} for name, values in by_name.items()
     }
     found: dict[str, Any] = {"by_corruption": by_corruption, "by_severity": ()}
     if weights is None:
         return found
-    shared = reduce(
-        np.intersect1d, [part["image"] for part in parts]
-    )  # all of them, unless a file is unreadable somewhere
+    # All images, unless a file is unreadable in some part.
+    shared = reduce(np.intersect1d, [part["image"] for part in parts])
     wrong = np.stack(
         [1 - part["correct"][np.isin(part["image"], shared)] for part in parts]
     )  # [P, N]

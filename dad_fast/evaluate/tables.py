@@ -1,12 +1,14 @@
-"""The table of a comparison: variants down, suites across, mean ± standard deviation over student seeds.
+"""Table of a comparison: variants by suites, mean ± standard deviation over student seeds.
 
-A record, OUT/results.json, holds every seed, so that the table can be made again:
+A record, OUT/results.json, holds every seed, from which the table is made:
 
     {"config": TOML text, "environment": {...}, "runs": [run, ...]}
     run = {"variant", "method", "seed", "epochs", "seconds", "suites": {name: Result as a dict},
-           "teacher": {"name", "seen", "suites"} or None, "discretizer": {"name", "seen"} or None, "bn": mode or None, ...}
+           "teacher": {"name", "seen", "suites"} or None, "discretizer": {"name", "seen"} or None,
+           "bn": mode or None, ...}
 
-`python -m dad_fast.evaluate.tables OUT/results.json [METRIC]` prints it as markdown, of top1 or another of METRICS.
+`python -m dad_fast.evaluate.tables OUT/results.json [METRIC]` prints it as markdown, for top1 or
+another of METRICS.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from dad_fast.methods.registry import METHODS
 
 
 class Metric(NamedTuple):
+    """A metric's description, digits after the point, and sign: 1 where higher is better."""
+
     words: str
     digits: int = 1
-    sign: int = -1  # 1 where more is better
+    sign: int = -1
 
 
 METRICS = {
@@ -40,13 +44,12 @@ METRICS = {
     "agreement": Metric("Agreement with the teacher in %", sign=1),
 }
 
-Grid = tuple[
-    list[str], list[list[str]], set[tuple[int, int]]
-]  # header, rows of text, (row, column) of the cells in bold
+# Header, rows of text, and (row, column) of the cells in bold.
+Grid = tuple[list[str], list[list[str]], set[tuple[int, int]]]
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """A comparison's results.json, or that of a single run. Raises DataError for anything else."""
+    """Read results.json of a comparison or of a single run. Raises DataError for other files."""
     try:
         record = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -56,28 +59,25 @@ def read_record(path: str | Path) -> dict[str, Any]:
     runs = record.get("runs") if isinstance(record, dict) else None
     if not isinstance(runs, list) or not runs or not all(map(_is_run, runs)):
         raise DataError(
-            f"{path}: holds no runs; name the results.json of a finished run or comparison"
+            f"{path}: contains no runs; name the results.json of a finished run or comparison"
         )
     return record
 
 
 def _is_run(run: Any) -> bool:
-    if (
-        not isinstance(run, dict)
-        or not isinstance(run.get("variant"), str)
-        or not isinstance(run.get("suites"), dict)
-    ):
+    if not isinstance(run, dict) or not isinstance(run.get("variant"), str):
         return False
-    return all(isinstance(result, dict) for result in run["suites"].values())
+    results = run.get("suites")
+    return isinstance(results, dict) and all(isinstance(one, dict) for one in results.values())
 
 
 def suites(record: dict[str, Any]) -> list[str]:
-    """Every suite of the record, in the order in which they were judged."""
+    """Return every suite of the record, in the order of evaluation."""
     return list(dict.fromkeys(name for run in record["runs"] for name in run["suites"]))
 
 
 def variants(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each variant, one per seed, in order."""
+    """Group the runs by variant, one run per seed, in order."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         grouped.setdefault(run["variant"], []).append(run)
@@ -85,35 +85,40 @@ def variants(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def teachers(record: dict[str, Any], part: str = "teacher") -> list[dict[str, Any]]:
-    """The teachers (or another frozen `part`) that the runs used, each once."""
+    """Return the teachers (or another frozen `part`) of the runs, each once."""
     return list({run[part]["name"]: run[part] for run in record["runs"] if run.get(part)}.values())
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for a single value, which has none."""
-    mean = statistics.fmean(values)  # `statistics.stdev` raises on values that are not finite
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(
-        values
-    ) > 1 else None
+    """Return the mean and the sample standard deviation, which is None for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    # `statistics.stdev` raises for values that are not finite.
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / (len(values) - 1))
 
 
 def cell(
     runs: Sequence[dict[str, Any]], suite: str, metric: str
 ) -> tuple[float, float | None] | None:
-    """`spread` of a metric over runs; None where a run was not judged by that suite or its result has no such metric."""
-    values = [value for run in runs if (value := value_of(run, suite, metric)) is not None]
+    """Return `spread` of a metric over runs; None where a run lacks the suite or the metric."""
+    found = [value_of(run, suite, metric) for run in runs]
+    values = [value for value in found if value is not None]
     return spread(values) if len(values) == len(runs) else None
 
 
 def value_of(run: dict[str, Any], suite: str, metric: str) -> float | None:
+    """Return a metric of a run on a suite, or None."""
     value = run["suites"].get(suite, {}).get(metric)
     return None if value is None else float(value)
 
 
 def rows(record: dict[str, Any], metric: str) -> Grid:
-    """Header, rows of text (teachers first), and the (row, column) of the cells that are the best or not clearly worse.
+    """Return header, rows of text (teachers first) and the best cells, to show in bold.
 
-    "Clearly" is more than one standard deviation, the larger of the two compared; with one seed there is none, and no cell is marked.
+    Cells that are not clearly worse than the best are in bold too. Clearly worse is by more than one
+    standard deviation, the larger of the two. With one seed there is none, and no cell is bold.
     """
     names, by_variant = suites(record), variants(record)
     _, digits, sign = METRICS[metric]
@@ -137,11 +142,11 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
         )
     best = set()
     for column in range(len(names)):
-        scored = [
-            (i, *found)
-            for i, row in enumerate(cells)
-            if (found := row[column]) and math.isfinite(found[0])
-        ]
+        scored: list[tuple[int, float, float | None]] = []
+        for i, cells_of_variant in enumerate(cells):
+            found = cells_of_variant[column]
+            if found and math.isfinite(found[0]):
+                scored.append((i, *found))
         if len(scored) < 2 or any(sd is None for _, _, sd in scored):
             continue
         _, top, top_sd = max(scored, key=lambda item: sign * item[1])
@@ -154,6 +159,7 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
 
 
 def _attacks(method: str) -> bool:
+    """Return whether the method attacks images; True for an unknown method."""
     spec = METHODS.find(method)
     return spec is None or spec.attacks
 
@@ -166,29 +172,28 @@ def _text(found: tuple[float, float | None] | None, digits: int) -> str:
 
 
 def notes(record: dict[str, Any], metric: str) -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Return the notes below the table."""
     from dad_fast.evaluate.corruptions.common import CORRUPTIONS, REMARKS
 
     counts = sorted({len(runs) for runs in variants(record).values()})
     seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
-    lines = [
-        f"{METRICS[metric].words}{' (lower is better)' if METRICS[metric].sign < 0 else ''}; {seeds} of the student."
-    ]
+    lower = " (lower is better)" if METRICS[metric].sign < 0 else ""
+    lines = [f"{METRICS[metric].words}{lower}; {seeds} of the student."]
     if counts == [1]:
-        lines[0] += " One seed shows no spread: do not read small differences."
+        lines[0] += " One seed shows no spread: small differences mean nothing."
     else:
         lines[0] += (
-            " Mean ± standard deviation over student seeds only: the teacher, the discretizer and the split are the same."
-        )
-        lines[0] += (
-            " Bold: the best of the students, and what lies within one standard deviation of it."
+            " Mean ± standard deviation over student seeds only: the teacher, the discretizer and"
+            " the split are the same."
+            " Bold: the best student, and those within one standard deviation of it."
         )
     names = suites(record)
     corrupted = [name for name in names if name.partition(":")[0] in CORRUPTIONS]
     if corrupted:
         base = next((name for name in names if name not in corrupted), "the validation split")
         lines.append(
-            f"Corruptions are applied to `{base}`; a name without a number is taken over all its severities."
+            f"Corruptions are applied to `{base}`; "
+            "a name without a number covers all its severities."
         )
         lines += [
             f"{name}: {remark}."
@@ -197,55 +202,48 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
         ]
     for part in ("teacher", "discretizer"):
         for used in teachers(record, part):
-            lines.append(
-                f"{part.capitalize()} {used['name']} has seen: {(used['seen'] or 'not recorded in the weights').rstrip('.')}."
-            )
-    if modes := sorted(
+            seen = (used["seen"] or "not recorded in the weights").rstrip(".")
+            lines.append(f"{part.capitalize()} {used['name']}, trained on: {seen}.")
+    modes = sorted(
         {run["bn"] for run in record["runs"] if run.get("bn") and _attacks(run["method"])}
-    ):
+    )
+    if modes:
         lines.append(
             f"Batch norm of the students over clean and attacked images: {', '.join(modes)}."
         )
-    skipped = {
-        name: max(
-            int(run["suites"][name].get("skipped", 0))
-            for run in record["runs"]
-            if name in run["suites"]
-        )
+    results = {
+        name: [run["suites"][name] for run in record["runs"] if name in run["suites"]]
         for name in names
     }
-    lines += [
-        f"{name}: {count} unreadable images are left out."
-        for name, count in skipped.items()
-        if count
-    ]
-    protocols = {
-        name: run["suites"][name].get("protocol", "")
-        for name in names
-        for run in record["runs"]
-        if name in run["suites"]
-    }
-    lines += [
-        f"{name}: {text}." for name, text in protocols.items() if "; " in text
-    ]  # what outputs compete, what is missing
+    for name in names:
+        skipped = max(int(result.get("skipped", 0)) for result in results[name])
+        if skipped:
+            lines.append(f"{name}: {skipped} unreadable images are left out.")
+    for name in names:
+        protocol = results[name][-1].get("protocol", "")
+        # With a note: masked outputs or missing images.
+        if "; " in protocol:
+            lines.append(f"{name}: {protocol}.")
     facts = record.get("environment")
     if facts:
         lines.append(f"Train s: seconds of training without evaluation, on {computed_on(facts)}.")
     if any(run.get("store_seconds") for run in record["runs"]):
         lines.append(
-            "Stores s: seconds of filling the stores that a run learns from, once for all runs and seeds that share them."
+            "Stores s: seconds to fill the stores of a run, "
+            "once for all runs and seeds that share them."
         )
     return lines
 
 
 def markdown(record: dict[str, Any], metric: str = "top1") -> str:
-    """The table and its notes as GitHub markdown."""
+    """Format the table and its notes as GitHub markdown."""
     return "\n".join(
         [*grid_markdown(rows(record, metric)), "", *(f"- {note}" for note in notes(record, metric))]
     )
 
 
 def grid_markdown(grid: Grid) -> list[str]:
+    """Format a grid as the lines of a GitHub markdown table."""
     header, table, best = grid
     lines = [
         "| " + " | ".join(map(_escape, header)) + " |",
@@ -264,18 +262,18 @@ def _escape(text: str) -> str:
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """The table of top-1 accuracy on the terminal."""
-    print_grids(
-        {METRICS["top1"].words: rows(record, "top1")}, notes(record, "top1"), markdown(record)
-    )
+    """Print the table of top-1 accuracy on the terminal."""
+    grids = {METRICS["top1"].words: rows(record, "top1")}
+    print_grids(grids, notes(record, "top1"), markdown(record))
 
 
 def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -> None:
-    """Tables under their titles, and remarks below them, by rich; where that is not installed, `plain`."""
+    """Print tables by title, and remarks below them, with rich; without rich print `plain`."""
     try:
         from rich.console import Console
         from rich.measure import Measurement
-    except ImportError:  # a bare GPU machine
+    except ImportError:
+        # A bare checkout on a GPU machine.
         print(plain)
         return
     console = Console()
@@ -290,7 +288,8 @@ def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -
             Measurement.get(console, console.options.update(width=1000), form).maximum
             for form in forms
         ]
-        # The first form that fits, or the narrowest: a number that is cut off is worse than a wrapped line.
+        # The first form that fits, or the narrowest: a truncated number is worse than a wrapped
+        # line.
         fitting = [i for i, width in enumerate(widths) if width <= console.width]
         chosen = fitting[0] if fitting else widths.index(min(widths))
         Console(width=max(console.width, widths[chosen])).print(forms[chosen])
@@ -299,7 +298,7 @@ def print_grids(grids: Mapping[str, Grid], remarks: Sequence[str], plain: str) -
 
 
 def _turned(grid: Grid) -> Grid:
-    """Its rows as columns; a name of several words stands in several lines."""
+    """Transpose; a name of several words takes several lines."""
     header, table, best = grid
     names = ["", *(row[0].replace(" ", "\n") for row in table)]
     return (
@@ -310,7 +309,7 @@ def _turned(grid: Grid) -> Grid:
 
 
 def _compact(grid: Grid) -> Grid:
-    """The same without spaces around ±, and names broken at a colon too."""
+    """Remove the spaces around ± and break names at colons too."""
     header, table, best = grid
     names = [name.replace(":", ":\n") for name in header]
     return names, [[row[0], *(text.replace(" ± ", "±") for text in row[1:])] for row in table], best
@@ -337,13 +336,12 @@ def _drawn(title: str, grid: Grid, narrow: bool = False) -> Any:
 
 
 def computed_on(facts: Mapping[str, Any]) -> str:
-    """The GPUs, or the processor and its threads, of an `observe.runlog.environment`."""
+    """Describe the GPUs, or the processor and its threads. facts: of `loggers.environment`."""
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
     several = facts.get("side_by_side", 1)
     together = f", {several} runs side by side" if several > 1 else ""
-    return (
-        ", ".join(str(gpu["name"]) for gpu in facts["gpus"]) or f"{facts['cpu']}, {threads}"
-    ) + together
+    gpus = ", ".join(str(gpu["name"]) for gpu in facts["gpus"])
+    return (gpus or f"{facts['cpu']}, {threads}") + together
 
 
 @program
@@ -353,11 +351,11 @@ def main(arguments: Sequence[str]) -> None:
             f"usage: python -m dad_fast.evaluate.tables RESULTS.json [{'|'.join(METRICS)}]"
         )
     record, metric = read_record(arguments[0]), *(arguments[1:] or ["top1"])
-    if all(
-        value_of(run, suite, metric) is None for run in record["runs"] for suite in run["suites"]
-    ):
+    values = [value_of(run, suite, metric) for run in record["runs"] for suite in run["suites"]]
+    if all(value is None for value in values):
         raise DataError(
-            f"{arguments[0]}: none of its results has {METRICS[metric].words}; the others are {', '.join(METRICS)}"
+            f"{arguments[0]}: none of its results has {METRICS[metric].words}; "
+            f"the others are {', '.join(METRICS)}"
         )
     print(markdown(record, metric))
 

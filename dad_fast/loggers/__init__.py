@@ -1,1 +1,1 @@
-"""Run log, progress, environment."""
+"""Run log, log sinks, progress and environment."""

@@ -1,6 +1,7 @@
-"""Counters of one NVIDIA GPU by nvidia-ml-py: power, clocks, temperature, memory, throttling, energy. One class for runs and benchmarks.
+"""Counters of one NVIDIA GPU by nvidia-ml-py.
 
-A counter that a driver or a board lacks is left out; without a GPU, a driver or the package `Gpu.open` gives None. Reading takes
+Power, clocks, temperature, memory, throttling and energy. Counters that the driver or the board
+lacks are left out; without a GPU, a driver or the package, `Gpu.open` returns None. Reading takes
 about a millisecond on the host and never waits for the GPU, so a run may read at its log steps.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# Reasons for a lower clock that say something is holding the GPU back, under the names of NVML's constants.
+# Reasons for a clock below the GPU's own, by the names of NVML's constants.
 THROTTLES = {
     "SwPowerCap": "power cap",
     "HwSlowdown": "hardware slowdown",
@@ -21,14 +22,14 @@ THROTTLES = {
 
 
 class Gpu:
-    """One GPU. Every method returns what can be read and never raises."""
+    """One GPU. Methods never raise; counters that cannot be read are left out or None."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
 
     @classmethod
     def open(cls, index: int = 0) -> Gpu | None:
-        """The GPU that torch calls cuda:`index`, found by its UUID, since torch and NVML may number GPUs differently."""
+        """Open the GPU that torch calls cuda:`index`, by UUID: NVML may count differently."""
         try:
             import pynvml
             import torch
@@ -39,13 +40,12 @@ class Gpu:
             pynvml.nvmlInit()
             prefix = "" if uuid.startswith(("GPU-", "MIG-")) else "GPU-"
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(prefix + uuid))
-        except (
-            Exception
-        ):  # no package, no driver, a board that NVML does not know: a run needs none of it
+        except Exception:
+            # No package, no driver or a board that NVML does not know: a run needs none of them.
             return None
 
     def facts(self) -> dict[str, Any]:
-        """What does not change during a run: name, driver, memory_gib, power_limit_w, max_sm_mhz, max_memory_mhz."""
+        """Return constants: name, driver, memory_gib, power_limit_w, max_sm_mhz, max_memory_mhz."""
         nvml, handle = self._nvml, self._handle
         return _present(
             name=_try(lambda: _text(nvml.nvmlDeviceGetName(handle))),
@@ -59,7 +59,10 @@ class Gpu:
         )
 
     def sample(self) -> dict[str, Any]:
-        """Now: power_w, sm_mhz, memory_mhz, temperature_c, memory_used_gib (of all processes), throttled (a list of reasons)."""
+        """Read power_w, sm_mhz, memory_mhz, temperature_c, memory_used_gib and throttled.
+
+        memory_used_gib is that of all processes, throttled a list of reasons.
+        """
         nvml, handle = self._nvml, self._handle
         return _present(
             power_w=_try(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
@@ -71,11 +74,14 @@ class Gpu:
             memory_used_gib=_try(
                 lambda: round(nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30, 2)
             ),
-            throttled=_try(lambda: self._throttled()),
+            throttled=_try(self._throttled),
         )
 
     def energy_joules(self) -> float | None:
-        """Energy since the driver was loaded; its counter moves about every 0.1 s, so measure over a second or more."""
+        """Return the energy since the driver was loaded.
+
+        The counter is updated about every 0.1 s: measure over a second or more.
+        """
         return _try(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3)
 
     def _throttled(self) -> list[str]:
@@ -88,9 +94,8 @@ class Gpu:
         bits = read(self._handle)
         found = []
         for constant, words in THROTTLES.items():
-            bit = getattr(nvml, f"nvmlClocksEventReason{constant}", None) or getattr(
-                nvml, f"nvmlClocksThrottleReason{constant}", 0
-            )
+            old = getattr(nvml, f"nvmlClocksThrottleReason{constant}", 0)
+            bit = getattr(nvml, f"nvmlClocksEventReason{constant}", old)
             if bits & bit:
                 found.append(words)
         return found
@@ -99,9 +104,8 @@ class Gpu:
 def _try(read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except (
-        Exception
-    ):  # NVMLError_NotSupported, an older binding without the function, a GPU that fell off the bus
+    except Exception:
+        # NVMLError_NotSupported, an older binding without the function, a GPU that is lost.
         return None
 
 

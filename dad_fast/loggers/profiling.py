@@ -1,9 +1,10 @@
-"""Named ranges around the stages of a step, for Nsight (NVTX) and torch's profiler; off, and then free, unless a profile is taken.
+"""Named ranges around the stages of a step, for Nsight (NVTX) and torch's profiler.
 
     with stage("teacher"): ...
 
-The names are those of benchmarks and summaries: step, data, mix, attack, encode, lookup, decode, teacher, student, objective, backward,
-update; of several processes, reduce; where the step replays CUDA graphs, generate and learn.
+Off, and free, unless a profile is taken. Names: step, data, mix, attack, encode, lookup, decode,
+teacher, student, objective, backward, update; with several processes, reduce; where the step
+replays CUDA graphs, generate and learn.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ _active = False
 
 
 def stage(name: str) -> AbstractContextManager[None]:
-    """A range of that name while `naming_stages()` is entered; else one shared object that does nothing."""
+    """Return a range of that name inside `naming_stages()`, else a shared no-op."""
     return _range(name) if _active else _OFF
 
 
 @contextmanager
 def naming_stages() -> Iterator[None]:
-    """Switches the ranges on."""
+    """Turn the ranges on."""
     global _active
-    before, _active = _active, True
+    before = _active
+    _active = True
     try:
         yield
     finally:
@@ -45,7 +47,7 @@ def _range(name: str) -> Iterator[None]:
 
 
 def name_method(owner: Any, method: str, name: str) -> None:
-    """Put a range around a method of one object, for parts that know nothing of stages."""
+    """Put a range around a method of one object, for components without stages of their own."""
     original: Callable[..., Any] = getattr(owner, method)
 
     def ranged(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +59,10 @@ def name_method(owner: Any, method: str, name: str) -> None:
 
 @contextmanager
 def cuda_profiler_range(device: torch.device) -> Iterator[None]:
-    """What `nsys --capture-range=cudaProfilerApi` and `ncu --profile-from-start off` record; nothing on a CPU."""
+    """Mark the range that nsys and ncu record; does nothing on a CPU.
+
+    For `nsys --capture-range=cudaProfilerApi` and `ncu --profile-from-start off`.
+    """
     if device.type != "cuda":
         yield
         return

@@ -1,7 +1,8 @@
 """Progress of a run: a live bar on a terminal, a plain line every few seconds elsewhere.
 
-Nothing here touches the device. `tick` only counts: on a GPU the bar may be a few steps ahead of it. Values come at log steps, when the
-engine has read them anyway, so the speed shown is that of finished work and not of kernels that were merely queued.
+Never touches the device. `tick` counts queued steps, so on a GPU the bar may be a few steps ahead.
+Values arrive at log steps, when the engine has read them from the device, so the speed is that of
+finished work, not of queued kernels.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 from dad_fast.errors import printable
 from dad_fast.loggers.run_log import RunLog, print_line
 
+# Seconds between two plain lines.
 PLAIN_SECONDS = 10.0
-REPORT_SECONDS = 1.0  # between two reports of a worker process to its parent
+# Seconds between two reports of a worker process to its parent.
+REPORT_SECONDS = 1.0
 SHARES = {
     "data_wait": "data wait",
     "kept": "kept",
@@ -25,14 +28,16 @@ SHARES = {
 
 
 class TrainProgress:
-    """Shows one run. A context manager; the live bar is up between enter and exit.
+    """Progress of one run. A context manager; the live bar is shown between enter and exit.
 
-    total_steps, start_step  the run's length, and where a resumed run starts
-    images_per_step          clean images of a step, over all processes
-    steps_per_epoch          for "epoch 3/20"
-    label                    what is trained, such as "dad seed 0"
-    log                      gets the plain lines (train.log); shown there too where there is no terminal
-    live                     None = when stderr is a terminal and rich is installed
+    Args:
+        total_steps: length of the run.
+        images_per_step: clean images of a step, over all processes.
+        steps_per_epoch: for "epoch 3/20".
+        label: of the run, such as "dad seed 0".
+        log: receives the plain lines (train.log), and echoes them without a live bar.
+        start_step: first step of a resumed run.
+        live: None = if stderr is a terminal and rich is installed.
     """
 
     def __init__(
@@ -46,12 +51,11 @@ class TrainProgress:
         start_step: int = 0,
         live: bool | None = None,
     ) -> None:
-        self.total_steps, self.images_per_step, self.steps_per_epoch = (
-            total_steps,
-            images_per_step,
-            max(1, steps_per_epoch),
-        )
-        self.label, self.log = label, log
+        self.total_steps = total_steps
+        self.images_per_step = images_per_step
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.label = label
+        self.log = log
         self.step = start_step
         self.images_per_second = 0.0
         self._values = ""
@@ -59,10 +63,8 @@ class TrainProgress:
         self._task: Any = None
         self._echo = log.echo
         self._last_line = time.monotonic()
-        self._mark = (
-            self._last_line,
-            start_step,
-        )  # time and step of the last log step: the speed is measured from there
+        # Time and step of the last log step, from which the speed is measured.
+        self._mark = (self._last_line, start_step)
 
     def __enter__(self) -> TrainProgress:
         self._last_line = time.monotonic()
@@ -83,16 +85,16 @@ class TrainProgress:
             self.log.echo = self._echo
 
     def tick(self) -> None:
-        """A step was queued."""
+        """Count a queued step."""
         self.step += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=self.step)
         report_progress(self.step, self.total_steps, f"{self._speed()}  {self._values}")
 
     def update(self, values: Mapping[str, float]) -> None:
-        """At a log step, after its values were read from the device.
+        """Show the values of a log step, which have been read from the device.
 
-        values: name → number, shown as given in this order; SHARES are shown in percent and "gpu_memory" is GiB.
+        values: name → number, shown in this order; SHARES in percent, "gpu_memory" in GiB.
         """
         now = time.monotonic()
         then, step = self._mark
@@ -108,15 +110,16 @@ class TrainProgress:
             self._last_line = now
             epochs = -(-self.total_steps // self.steps_per_epoch)
             epoch = min((self.step - 1) // self.steps_per_epoch + 1, epochs)
-            line = f"{self.label}  epoch {epoch}/{epochs}  step {self.step}/{self.total_steps}  {self._speed()}  {self._values}"
+            position = f"epoch {epoch}/{epochs}  step {self.step}/{self.total_steps}"
+            line = f"{self.label}  {position}  {self._speed()}  {self._values}"
             self.log.say(line, echo=self._bar is None)
 
     def pause(self) -> None:
-        """Leave out the time until the next step: after a validation or a checkpoint."""
+        """Exclude the time so far from the speed: after a validation or a checkpoint."""
         self._mark = (time.monotonic(), self.step)
 
     def evaluating(self, name: str) -> Callable[[int, int], None]:
-        """A callback (images done, images in all) for `evaluate`, shown in this bar."""
+        """Return a callback (images done, all images) for `evaluate`, shown in this bar."""
 
         def show(done: int, total: int) -> None:
             text = f"evaluating {name} {done}/{total}"
@@ -134,13 +137,17 @@ class TrainProgress:
 
 
 class JobsProgress:
-    """Shows the jobs of a sweep: a live bar for each on a terminal, a line every few seconds elsewhere. A context manager."""
+    """Progress of the jobs of a sweep: a live bar for each on a terminal, else plain lines.
+
+    A context manager.
+    """
 
     def __init__(self, live: bool | None = None) -> None:
-        """live: None = when stderr is a terminal and rich is installed."""
+        """live: None = if stderr is a terminal and rich is installed."""
         self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
         self._tasks: dict[str, Any] = {}
-        self._lines: dict[str, float] = {}  # job -> when its last line was printed
+        # Time of the last line of each job.
+        self._lines: dict[str, float] = {}
 
     def __enter__(self) -> JobsProgress:
         if self._bar is not None:
@@ -152,13 +159,14 @@ class JobsProgress:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Print a line, above the bars where there are any."""
+        """Print a line, above the bars if there are any."""
         if self._bar is None:
             print_line(line)
         else:
             self._bar.console.print(printable(line), markup=False, highlight=False)
 
     def update(self, job: str, done: int, total: int, text: str) -> None:
+        """Show how far a job is."""
         if self._bar is not None:
             if job not in self._tasks:
                 self._tasks[job] = self._bar.add_task(job, total=total, text="")
@@ -170,6 +178,7 @@ class JobsProgress:
             self.say(f"{job}  {done}/{total}  {text}")
 
     def end(self, job: str) -> None:
+        """Remove the bar of a job."""
         self._lines.pop(job, None)
         if job in self._tasks:
             self._bar.remove_task(self._tasks.pop(job))
@@ -180,13 +189,13 @@ _listener_heard = 0.0
 
 
 def report_progress_to(listener: Callable[[int, int, str], None]) -> None:
-    """Call `listener(done, total, text)` about once a second from now on: for the parent of this process."""
+    """Call `listener(done, total, text)` about once a second, to inform the parent process."""
     global _listener
     _listener = listener
 
 
 def report_progress(done: int, total: int, text: str) -> None:
-    """Tell the parent of a worker process how far its job is; nothing elsewhere."""
+    """Report progress to the parent of a worker process; does nothing elsewhere."""
     global _listener_heard
     if _listener is None:
         return
@@ -197,7 +206,7 @@ def report_progress(done: int, total: int, text: str) -> None:
 
 
 def format_value(name: str, value: float) -> str:
-    """One value of the progress line: "ce 0.412", "data wait 3 %", "12.1 GiB"."""
+    """Format a value of the progress line: "ce 0.412", "data wait 3 %", "12.1 GiB"."""
     if name in SHARES:
         return f"{SHARES[name]} {100 * value:.0f} %"
     if name == "gpu_memory":
@@ -206,17 +215,19 @@ def format_value(name: str, value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """0:07, 12:30, 3:04:05."""
+    """Format a duration: 0:07, 12:30, 3:04:05."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
 def _make_bar() -> Any:
+    """Return a live bar, or None without rich."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.table import Column
-    except ImportError:  # a bare GPU machine: plain lines do
+    except ImportError:
+        # A bare checkout on a GPU machine prints plain lines.
         return None
     name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
     bar = BarColumn(bar_width=12, table_column=Column(min_width=12))

@@ -18,7 +18,8 @@ from dad_fast.evaluate.runner import Suite, open_suites
 from dad_fast.evaluate.tables import print_table, read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.kernels.csrc import csrc_status
-from dad_fast.loggers.run_log import environment, print_line
+from dad_fast.loggers.environment import environment
+from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore, is_filled, online, seconds_file, store_seconds
 from dad_fast.report.page import write_report
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear

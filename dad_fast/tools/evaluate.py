@@ -35,10 +35,10 @@ from dad_fast.evaluate.metrics.result import Result, with_intervals
 from dad_fast.evaluate.models import EvalModel, is_by_name, load_subject, of_teacher
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.suites.base import as_eval_set
-from dad_fast.evaluate.suites.registry import Unknown, classes_of, open_suites, open_unknown
+from dad_fast.evaluate.suites.open import Unknown, classes_of, open_suites, open_unknown
 from dad_fast.files import atomic_write_json
+from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
-from dad_fast.loggers.run_log import environment
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.student import checkpoint_file
 

@@ -1,4 +1,4 @@
-"""What processes tell each other, and what happens when one is gone: with real processes over gloo."""
+"""Collectives, lost processes and the launcher, with real processes over gloo."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests import warm
 from tests.processes import HANG, environment, run_together, wait_until
 
 
-def test_one_process_alone():
+def test_single_process_needs_no_group():
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
     x = torch.ones(2)
     assert distributed.all_reduce_sums(x) is x and distributed.all_gather_json({"a": 1}) == [
@@ -30,14 +30,14 @@ def test_one_process_alone():
     distributed.close()
 
 
-def test_an_environment_that_says_no_numbers(monkeypatch):
+def test_invalid_world_size_is_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(EnvironmentProblem, match="WORLD_SIZE=two in the environment"):
         distributed.world()
 
 
-def test_three_processes_agree(tmp_path):
+def test_collectives_of_three_processes(tmp_path):
     code = """
     from dad_fast.errors import DataError, Interrupted, Preempted
     x = torch.tensor([rank + 0.5, 1 / 3], dtype=torch.float64)
@@ -86,8 +86,8 @@ HANGS = """
 
 
 @pytest.mark.parametrize("how", ["os._exit(3)", HANGS.strip()], ids=["dies", "hangs"])
-def test_the_others_say_which_process_is_gone_and_stop(tmp_path, how):
-    """One that hangs does so until the others have given it up."""
+def test_lost_process_is_named_by_the_others(tmp_path, how):
+    """A hanging process hangs until the others have stopped."""
     code = f"""
     from dad_fast.errors import PeerLost
     os.chdir({str(tmp_path)!r})
@@ -107,8 +107,8 @@ def test_the_others_say_which_process_is_gone_and_stop(tmp_path, how):
     assert all("process 1 of 3 (counted from 0) is gone" in found[r][1] for r in (0, 2)), found
 
 
-def test_a_process_that_stops_as_asked_is_not_taken_for_lost(tmp_path):
-    """While a model is judged, for instance, where processes meet only now and then."""
+def test_requested_stop_is_not_reported_as_lost(tmp_path):
+    """For instance during evaluation, where processes meet only now and then."""
     code = """
     from dad_fast.errors import Interrupted, Preempted
     try:
@@ -125,7 +125,7 @@ def test_a_process_that_stops_as_asked_is_not_taken_for_lost(tmp_path):
     assert "process 1 of 3 was asked to" in found[0][1] + found[2][1]
 
 
-def test_a_process_that_nobody_joins_says_where_it_waited(tmp_path):
+def test_failed_join_names_the_address(tmp_path):
     code = """
     from dad_fast.cli.main import main
     from dad_fast.distributed import process_group as distributed
@@ -143,13 +143,14 @@ def test_a_process_that_nobody_joins_says_where_it_waited(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="suspends a process")
-def test_a_store_that_does_not_answer_is_given_up(monkeypatch):
-    """As on a machine that was cut off from the one where the processes met: a call to the store would wait for an hour."""
+def test_unresponsive_store_times_out(monkeypatch):
+    """On a machine that is cut off from the store, a call would wait for an hour."""
     from dad_fast.distributed import peers
     from dad_fast.distributed.peers import say_stopped, who_is_gone
     from dad_fast.errors import PeerLost, Preempted
 
-    monkeypatch.setattr(peers, "ROLL_CALL", 1.0)  # nobody answers, however long one waits
+    # Nobody answers, however long the wait.
+    monkeypatch.setattr(peers, "ROLL_CALL", 1.0)
     code = "store = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); print(store.port, flush=True); time.sleep(3600)"
     command = [sys.executable, "-c", f"import time, torch.distributed as d; {code}"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as host:
@@ -193,7 +194,7 @@ time.sleep(3600 if how[rank] == "waits" else 0)
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A script that does as it is told stands for `python -m dad_fast`: launching is tested without seconds of imports."""
+    """Put a script in place of `python -m dad_fast`, to launch without seconds of imports."""
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(launch, "PROGRAM", (sys.executable, str(tmp_path / "fake.py")))
     monkeypatch.chdir(tmp_path)
@@ -212,7 +213,7 @@ def fake(tmp_path, monkeypatch):
         (["fails", "waits"], 4, "dad-fast: error: what went wrong"),
     ],
 )
-def test_the_first_failure_stops_the_others_and_is_named(fake, capfd, how, code, said):
+def test_first_failure_stops_the_others_and_is_named(fake, capfd, how, code, said):
     start = time.monotonic()
     assert launch.run_processes(len(how), "verb", how) == code
     assert time.monotonic() - start < HANG
@@ -224,8 +225,8 @@ def test_the_first_failure_stops_the_others_and_is_named(fake, capfd, how, code,
 @pytest.mark.parametrize(
     "number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
-def test_signals_are_passed_on(fake, capfd, number, code):
-    """Also to processes that have no handler yet, as here for SIGUSR1: they had nothing to save."""
+def test_signals_are_forwarded(fake, capfd, number, code):
+    """Also to processes without a handler, as here for SIGUSR1: they had nothing to save."""
 
     before = signal.getsignal(number)
 
@@ -240,7 +241,7 @@ def test_signals_are_passed_on(fake, capfd, number, code):
 
 
 def test_processes_end_with_their_launcher(tmp_path):
-    """`kill -9` of the launcher: its processes are asked to stop."""
+    """After `kill -9` of the launcher its processes receive a stop request."""
     code = """
     import os, signal, sys, threading, time
     from dad_fast.distributed.launch import end_with_launcher
@@ -268,8 +269,8 @@ def test_processes_end_with_their_launcher(tmp_path):
 
 
 @pytest.mark.parametrize("aug", [{}, {"mixup": 0.8}])
-def test_a_step_holds_the_same_images_whatever_the_number_of_processes(aug):
-    """So a run that goes on with other processes goes on in the same global order."""
+def test_step_has_the_same_images_for_any_number_of_processes(aug):
+    """A run resumed on another number of processes keeps the global order."""
     from dad_fast.config.schema import AugmentConfig
     from dad_fast.data.loaders.steps import TrainSteps
     from dad_fast.data.sources.registry import open_source

@@ -1,4 +1,4 @@
-"""Several processes compute what one computes with the same global batch, and end with the same bits in all of them."""
+"""Several processes equal one process with the same global batch, and each other bit for bit."""
 
 import json
 import os
@@ -19,7 +19,7 @@ METHODS = ("ce", "kd", "dad", "dat")
 
 
 def results(nproc, folder, trainings):
-    """{name: (losses, hash)}, after checking that all processes end with the same bits."""
+    """Return {name: (losses, hash)}, after checking that all processes end with the same bits."""
     found = run_script(nproc, folder, [str(SCRIPT), json.dumps(trainings)])
     assert all(code == 0 for code, _, _ in found), found
     assert all(out == found[0][1] for _, out, _ in found)
@@ -29,7 +29,7 @@ def results(nproc, folder, trainings):
 
 
 def trainings(parts):
-    """Every method without batch statistics in 64 bits, and with a true VQGAN in 32; batch norm over the same few images at a time."""
+    """Every method without batch statistics in 64 bits, and with a VQGAN in 32 bits."""
     exact = [[f"{method} exact", method, "ln", 1, "float64"] for method in METHODS]
     accumulated = [
         ["dad accumulated", "dad", "ln", 2, "float64"],
@@ -45,7 +45,7 @@ def trainings(parts):
 
 
 @pytest.mark.parametrize("nproc", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_processes_compute_what_one_computes(tmp_path, nproc):
+def test_processes_equal_a_single_process(tmp_path, nproc):
     alone = results(
         1, tmp_path, trainings(parts=nproc)
     )  # batch norm in so many micro-batches sees what the processes see
@@ -58,8 +58,8 @@ def test_processes_compute_what_one_computes(tmp_path, nproc):
         assert len(set(losses)) == len(losses)  # it trains
 
 
-def test_one_tensor_of_gradients_is_what_ddp_makes_of_them(tmp_path):
-    """The peer that benchmarks/test_scaling.py times: same losses, same gradients."""
+def test_shared_gradients_equal_ddp(tmp_path):
+    """Losses and gradients equal those of DDP, which benchmarks/test_scaling.py times."""
     found = run_script(2, tmp_path, [str(SCRIPT.parent / "with_ddp.py")])
     assert all(code == 0 for code, _, _ in found), found
     ours, theirs = (json.loads(line) for line in found[1][1].splitlines())
@@ -129,7 +129,7 @@ def saved_step(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_a_process_killed_and_one_asked_to_stop_and_one_going_on_alone(tmp_path):
+def test_killed_process_then_stop_then_resume_on_one_process(tmp_path):
     run = tmp_path / "run"
     launcher = train(run, "--nproc", 2)
     wait_for_step(run, 3, launcher)
@@ -175,7 +175,7 @@ def test_a_process_killed_and_one_asked_to_stop_and_one_going_on_alone(tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path):
+def test_resume_of_two_processes_is_bit_exact(tmp_path):
     launcher = train(tmp_path / "parts", "--nproc", 2, "--max-steps", 60)
     wait_for_step(tmp_path / "parts", 6, launcher)
     launcher.send_signal(signal.SIGTERM)
@@ -196,7 +196,7 @@ def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_too(tmp_path):
+def test_train_with_torchrun(tmp_path):
     sets = [part for item in COMMON for part in ("--set", item)]
     command = [
         sys.executable,
@@ -217,7 +217,7 @@ def test_torchrun_starts_it_too(tmp_path):
     assert "batch 12 x 2 processes = 24 images a step" in (tmp_path / "run/train.log").read_text()
 
 
-def test_batch_sizes_that_do_not_fit(tmp_path, capsys):
+def test_indivisible_batch_sizes_are_refused(tmp_path, capsys):
     from dad_fast.cli.main import main
 
     given = [

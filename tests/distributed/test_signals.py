@@ -1,4 +1,4 @@
-"""What signals do where there is nothing to save, and where somebody asks for them."""
+"""Signals with nothing to save, and inside stop_requests."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def send(number):
 
 
 @pytest.mark.parametrize(("number", "error"), ERRORS)
-def test_where_there_is_nothing_to_save_a_signal_ends_what_is_done(number, error):
+def test_signal_raises_at_once_with_nothing_to_save(number, error):
     before, cleaned = signal.getsignal(number), []
     with pytest.raises(error, match="words"), ends_at_once("words"):
         try:
@@ -38,7 +38,7 @@ def test_where_there_is_nothing_to_save_a_signal_ends_what_is_done(number, error
 
 
 @pytest.mark.parametrize(("number", "error"), ERRORS)
-def test_where_there_is_something_to_save_it_waits_until_it_is_asked_for(number, error):
+def test_signal_is_a_request_inside_stop_requests(number, error):
     with ends_at_once("outside"):
         with stop_requests() as stop:
             send(number)
@@ -47,7 +47,7 @@ def test_where_there_is_something_to_save_it_waits_until_it_is_asked_for(number,
             pytest.fail("what was asked for before is answered first")
 
 
-def test_a_second_ctrl_c_stops_at_once_and_nothing_makes_less_of_the_first():
+def test_second_ctrl_c_stops_at_once():
     with pytest.raises(KeyboardInterrupt), stop_requests() as stop:
         send(signal.SIGTERM)
         send(signal.SIGINT)
@@ -56,15 +56,15 @@ def test_a_second_ctrl_c_stops_at_once_and_nothing_makes_less_of_the_first():
         send(signal.SIGINT)
 
 
-def test_a_failure_stays_what_it_is_and_the_next_block_begins_anew():
+def test_failure_is_kept_and_next_block_starts_clean():
     with pytest.raises(DataError, match="damaged"), ends_at_once("words"):
         raise DataError("damaged")
     with ends_at_once("words"), stop_requests() as stop:
         assert stop.error is None and not signals._active.at_once
 
 
-def test_a_process_that_waits_in_c_ends_too():
-    """There Python's handlers do not run: for others that do not come, or a disk that does not answer."""
+def test_process_that_waits_in_c_ends():
+    """Python's handlers do not run there: in a collective, or with a disk that does not answer."""
     code = """
     import ctypes
     from dad_fast.distributed import signals

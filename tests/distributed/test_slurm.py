@@ -1,4 +1,4 @@
-"""The Slurm script, run by bash with stand-ins for Slurm's own commands: what it starts, and when it queues the job again."""
+"""The Slurm script with stand-ins for Slurm's commands: the job it starts, and requeueing."""
 
 import os
 import signal
@@ -53,9 +53,7 @@ def environment(folder, code=0, state="RUNNING", **tools):
         (75, "COMPLETING", False),
     ],
 )
-def test_the_job_is_queued_again_where_it_was_stopped_and_saved_but_not_cancelled(
-    tmp_path, code, state, requeued
-):
+def test_preempted_job_is_requeued_unless_cancelled(tmp_path, code, state, requeued):
     env = environment(tmp_path, code, state)
     done = subprocess.run(
         ["bash", str(SCRIPT), "--preset", "demo", "-o", "runs/a b"], env=env, timeout=HANG
@@ -70,7 +68,7 @@ def test_the_job_is_queued_again_where_it_was_stopped_and_saved_but_not_cancelle
 
 
 def traps(pid, number):
-    """Whether a process has a handler for a signal."""
+    """Return whether a process has a handler for a signal."""
     (caught,) = [
         line.split()[1]
         for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -80,7 +78,7 @@ def traps(pid, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_script_alone_is_passed_on(tmp_path, number):
+def test_signal_to_the_script_is_forwarded(tmp_path, number):
     env, said = environment(tmp_path, srun=SIGNALLED), tmp_path / "said"
     job = subprocess.Popen(["bash", str(SCRIPT)], env=env)
     wait_until(said.exists)

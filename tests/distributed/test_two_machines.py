@@ -1,4 +1,4 @@
-"""Two machines: network namespaces with a cable between them, which is cut. Needs root on Linux and iproute2; skipped elsewhere."""
+"""Two machines: network namespaces whose connection is cut. Needs root on Linux and iproute2."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def train(folder: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces")
-def test_a_cable_that_is_cut(machines: list[str], tmp_path: Path) -> None:
-    """Each side says what it misses and ends, also the one that cannot ask where all met; what is left goes on alone."""
+def test_cut_connection_is_reported(machines: list[str], tmp_path: Path) -> None:
+    """Both sides name the lost process and end; the remaining machine resumes alone."""
     run, processes = tmp_path / "run", []
     for rank, name in enumerate(machines):
         own = {
@@ -116,7 +116,7 @@ def test_a_cable_that_is_cut(machines: list[str], tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [1, 1], said
     assert "error: process 1 of 2 (counted from 0) is gone" in said[0]
     assert (
-        "error: process 0 of 2, or the machine that torchrun met on, is gone or cannot be reached"
+        "error: process 0 of 2, or torchrun's rendezvous machine, is gone or cannot be reached"
         in said[1]
     )
 

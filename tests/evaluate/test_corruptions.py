@@ -18,7 +18,7 @@ from dad_fast.methods.noise import keyed_uniform
 
 
 def images(count: int, side: int, seed: int = 0) -> torch.Tensor:
-    """Blocks of colour with some noise on them, as uint8 levels: edges for blurs, flat parts for noise."""
+    """Make noisy blocks of colour in uint8 levels: edges for blurs, flat parts for noise."""
     generator = torch.Generator().manual_seed(seed)
     blocks = (
         torch.rand(count, 3, side // 7, side // 7, generator=generator)
@@ -71,7 +71,7 @@ DRAWN = (
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_draws_belong_to_key_and_severity(name):
+def test_random_numbers_depend_on_key_and_severity(name):
     x = images(1, 28).expand(4, -1, -1, -1).contiguous()
     same = CORRUPTIONS[name](x, 2, torch.tensor([7, 7, 8, 7]))
     assert same[0].equal(same[1]) and same[0].equal(same[3]) and not same[0].equal(same[2])
@@ -134,7 +134,7 @@ def test_noises_have_the_published_moments():
         assert (noisy == 1).float().mean().item() == pytest.approx(amount / 2, rel=0.05)
 
 
-def test_shot_noise_of_black_is_black_and_its_small_constants_hold():
+def test_shot_noise_keeps_black_and_small_images_take_small_constants():
     x = torch.zeros(2, 3, 28, 28)
     x[:, :, 14:] = 1
     noisy = CORRUPTIONS["shot_noise"](x, 5, KEYS[:2])
@@ -174,14 +174,14 @@ def stream_of(name: str, severity: int) -> int:
     return zlib.crc32(name.encode()) << 16 | severity << 8
 
 
-def test_names_and_order_are_those_of_the_published_folders():
+def test_names_and_order_match_the_published_folders():
     published = """gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur zoom_blur snow frost fog brightness contrast
         elastic_transform pixelate jpeg_compression"""
     assert list(STANDARD) == published.split() and list(CORRUPTIONS) == [*STANDARD, "invert"]
     assert all(num_severities(name) == 5 for name in STANDARD)
 
 
-def test_a_table_says_that_frost_is_not_the_published_one():
+def test_table_notes_that_frost_differs_from_the_published():
     suites = {
         name: {"num_images": 10, "top1": 50.0, "top5": None, "ece": 1.0, "nll": 1.0}
         for name in ("test", "frost:3", "fog")

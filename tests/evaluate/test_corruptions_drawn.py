@@ -1,4 +1,4 @@
-"""Glass and motion blur, snow, frost and elastic transform against the published definitions, one image at a time."""
+"""Glass and motion blur, snow, frost and elastic transform against the published definitions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_glass_blur_equals_the_published_loop(side):
 
 
 def motion_by_hand(image: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndarray:
-    """ImageMagick's definition for one image [C, H, W], one pixel's tap after the other."""
+    """Apply ImageMagick's definition to one image [C, H, W], tap by tap."""
     _, height, width = image.shape
     taps = 2 * radius + 1
     weights = [math.exp(-i * i / (2 * sigma * sigma)) for i in range(taps)]
@@ -134,7 +134,7 @@ def test_snow_equals_the_definition(side):
             assert off.mean() < 0.01
 
 
-def test_frost_is_ice_of_the_photographs_colour_and_contrast():
+def test_frost_has_colour_and_contrast_of_the_photographs():
     x = images(2, 70)
     for severity, (kept, strength) in enumerate(
         ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)), start=1

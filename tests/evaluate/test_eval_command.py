@@ -1,4 +1,4 @@
-"""`dad-fast eval`: where the checkpoint and its data are found, class lists that disagree, what is printed and written."""
+"""`dad-fast eval`: checkpoints and their data, differing class lists, outputs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def eval_(*arguments: Any) -> int:
     return cli.main(["eval", *map(str, arguments), "-j", "0", "--device", "cpu"])
 
 
-def test_a_run_knows_its_data_and_suites(
+def test_run_folder_supplies_data_and_suites(
     place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert eval_(place / "run", "--json", tmp_path / "out.json") == 0
@@ -102,8 +102,8 @@ def test_a_run_knows_its_data_and_suites(
     )
 
 
-def test_the_numbers_are_the_models(place: Path, tmp_path: Path) -> None:
-    """Top-1 by hand: the images need no resizing when they are asked for at their own size."""
+def test_numbers_equal_direct_evaluation(place: Path, tmp_path: Path) -> None:
+    """Top-1 by hand; at their own size the images need no resizing."""
     assert (
         eval_(
             place / "run",
@@ -151,7 +151,7 @@ def test_forms_of_a_checkpoint(
     assert "test " in capsys.readouterr().out
 
 
-def test_a_bare_file_needs_data_and_takes_folders(
+def test_weights_file_needs_data_and_takes_folders(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = Path(shutil.copy(place / "run" / "model.safetensors", tmp_path / "student.safetensors"))
@@ -178,8 +178,8 @@ def test_a_bare_file_needs_data_and_takes_folders(
     ]  # a corruption is of the first plain suite
 
 
-def test_labels_follow_the_checkpoint_not_the_order_of_folders(place: Path, tmp_path: Path) -> None:
-    """The same head with its classes renamed round: the accuracy must follow the names."""
+def test_labels_follow_the_recorded_classes(place: Path, tmp_path: Path) -> None:
+    """With the classes of the head permuted, the accuracy must follow the names."""
     tops = []
     for shift in range(3):
         folders = sorted(COLOURS)[shift:] + sorted(COLOURS)[:shift]
@@ -202,7 +202,7 @@ def test_labels_follow_the_checkpoint_not_the_order_of_folders(place: Path, tmp_
     assert sum(tops) == pytest.approx(100)  # every image is right under exactly one of the three
 
 
-def test_classes_that_disagree_are_refused(
+def test_differing_classes_are_refused(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_student(tmp_path / "model.safetensors", ["black", "grey", "yellow"])
@@ -219,7 +219,7 @@ def test_classes_that_disagree_are_refused(
     assert eval_(place / "run", "--class-map", table, "--suite", "test") == 0
 
 
-def test_what_cannot_be_judged_says_so(
+def test_unusable_models_and_suites_are_named(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cmp" / "dad" / "seed-0").mkdir(parents=True)
@@ -241,7 +241,7 @@ def test_what_cannot_be_judged_says_so(
         assert message in text and text.count("\n") == 1
 
 
-def test_json_is_replaced_but_nothing_else_is(
+def test_json_output_replaces_only_json(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = tmp_path / "o.json"
@@ -266,7 +266,7 @@ def make_published(path: Path, num_classes: int = 3, seed: int = 1) -> str:
     return f"timm:test_resnet@{path}"
 
 
-def test_teacher_alone_and_beside_a_checkpoint(
+def test_teacher_alone_and_next_to_a_checkpoint(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = make_published(tmp_path / "teacher.safetensors")
@@ -316,7 +316,7 @@ def record_config(place: Path) -> Config:
 def by_hand(
     teacher: torch.nn.Module, student: torch.nn.Module, folder: Path, teacher_view: Any
 ) -> float:
-    """Share of the images of a folder on which both say the same, each seeing them in its own way."""
+    """Return the share of images with equal predictions, each model with its own preprocessing."""
     same = []
     for path in sorted(folder.rglob("*.png")):
         answers = []
@@ -336,7 +336,7 @@ def by_hand(
     return 100 * sum(same) / len(same)
 
 
-def test_a_published_model_has_its_own_view_of_an_image(place: Path, tmp_path: Path) -> None:
+def test_published_model_uses_its_own_preprocessing(place: Path, tmp_path: Path) -> None:
     name = make_published(tmp_path / "teacher.safetensors")
     subject = load_subject(
         name, record_config(place), lambda: ClassMap.from_folders(place / "data/test"), CPU
@@ -376,7 +376,7 @@ def test_a_published_model_has_its_own_view_of_an_image(place: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("how", ["models", "files", "one of each"])
-def test_two_models_are_compared(
+def test_compare_two_models(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     other = make_student(tmp_path / "other" / "model.safetensors", sorted(COLOURS), seed=5)
@@ -420,7 +420,7 @@ def right_by_hand(model: torch.nn.Module, folder: Path, view: Any) -> float:
     return sum(right) / len(right)
 
 
-def test_comparisons_that_cannot_be_made(
+def test_impossible_comparisons_are_refused(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert eval_(place / "run", "--suite", "test", "--save-predictions", tmp_path / "a") == 0
@@ -445,16 +445,18 @@ def test_comparisons_that_cannot_be_made(
         out, text = capsys.readouterr()
         assert (
             message in text and text.count("\n") == 1 and "top-1" not in out
-        )  # before anything was judged
+        )  # before any evaluation
     make_images(tmp_path / "new" / "test", each=1)
     assert (
         eval_("--compare", a, place / "run", "--data-dir", tmp_path / "new", "--suite", "test") == 4
     )
-    assert "not judged on the same images (6 and 3 rows)" in capsys.readouterr().err
+    assert "not evaluated on the same images (6 and 3 rows)" in capsys.readouterr().err
 
 
-def test_unknown_images(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images of other classes, in any folders; a split of the data itself cannot be told from the data."""
+def test_detection_of_unknown_images(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images of other classes, in any folders, against a split of the data itself."""
     make_images(tmp_path / "textures", {"banded": 70, "dotted": 200}, each=4)
     out = tmp_path / "o.json"
     run = (
@@ -535,7 +537,7 @@ def test_csv_and_effective_robustness(
 def test_published_sets_need_no_data_dir(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A thousand-way model by name, judged in one call on ImageNet-A's layout and a plain subset."""
+    """A 1000-class model by name, on ImageNet-A's layout and a plain subset."""
     from imagenet_folders import wnids, write_classes
 
     from dad_fast.evaluate.suites.imagenet import subset_wnids
@@ -564,15 +566,15 @@ def test_published_sets_need_no_data_dir(
     )
     assert (
         eval_(name, "--suite", f"{tmp_path}/few@x.csv") == 2
-        and "give its --class-map" in capsys.readouterr().err
+        and "give it with --class-map" in capsys.readouterr().err
     )
     assert "logits of the 3 classes; partial: 3 of 200" in found["imagenet-a"]["protocol"]
 
 
-def test_each_image_is_counted_once_on_two_processes(
+def test_two_processes_count_each_image_once(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nine images on two processes, a corruption's severities, and one suite with fewer images than processes."""
+    """Nine images, the severities of a corruption, and fewer images than processes."""
     make_images(tmp_path / "tiny", {"black": 0}, each=1)
     data = ("--suite", "val", "contrast", f"subset={tmp_path / 'tiny'}", "--ood", "test", "-b", 2)
     for processes in (1, 2):

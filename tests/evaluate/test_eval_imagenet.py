@@ -1,4 +1,4 @@
-"""A really trained 1000-way network through `dad-fast eval`, in the true layouts: photographs that it knows."""
+"""A trained 1000-class network in `dad-fast eval`, on photographs in the true layouts."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def judge(lite0: Path, *arguments: Any) -> int:
+def run_eval(lite0: Path, *arguments: Any) -> int:
     name = f"timm:tf_efficientnet_lite0@{lite0}"
     return cli.main(
         ["eval", name, *map(str, arguments), "-j", "0", "--device", "cpu", "--allow-partial"]
     )
 
 
-def test_numbers_are_those_of_timms_own_pipeline(lite0: Path, sets: Path, tmp_path: Path) -> None:
+def test_numbers_equal_timms_pipeline(lite0: Path, sets: Path, tmp_path: Path) -> None:
     suites = (f"imagenet={sets}/imagenet", f"imagenet-v2={sets}/v2", f"objectnet={sets}/objectnet")
     out, rows = tmp_path / "o.json", tmp_path / "o.csv"
-    assert judge(lite0, "--suite", *suites, "--json", out, "--csv", rows) == 0
+    assert run_eval(lite0, "--suite", *suites, "--json", out, "--csv", rows) == 0
     found = json.loads(out.read_text())["checkpoint"]["suites"]
     model = timm.create_model("tf_efficientnet_lite0", checkpoint_path=str(lite0)).eval()
     transform = create_transform(**resolve_data_config({}, model=model))
@@ -125,7 +125,7 @@ def test_numbers_are_those_of_timms_own_pipeline(lite0: Path, sets: Path, tmp_pa
 
 
 def test_corrupted_copies_are_harder(lite0: Path, sets: Path, tmp_path: Path) -> None:
-    """Two corruptions of ImageNet-C's layout made on the fly and written as JPEG, as the set is distributed."""
+    """Two corruptions in ImageNet-C's layout, written as JPEG like the published set."""
     from dad_fast.evaluate.corruptions.common import corrupt
 
     number = 0
@@ -154,7 +154,7 @@ def test_corrupted_copies_are_harder(lite0: Path, sets: Path, tmp_path: Path) ->
         number += 1
     out = tmp_path / "o.json"
     assert (
-        judge(
+        run_eval(
             lite0, "--suite", f"imagenet={sets}/imagenet", f"imagenet-c={tmp_path}/c", "--json", out
         )
         == 0
@@ -175,7 +175,7 @@ def test_corrupted_copies_are_harder(lite0: Path, sets: Path, tmp_path: Path) ->
         assert one["ce"] == pytest.approx((100 - sum(one["top1"]) / 5) / alexnet)
     assert worse["protocol"].startswith("c-preprocessing none: 224 px as they are; ")
     assert (
-        judge(
+        run_eval(
             lite0,
             "--suite",
             f"imagenet-c={tmp_path}/c",

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("timm")
 
 from imagenet_folders import Reader, write_image
-from suites import CPU, PARTIAL, WNIDS, OfMap, judge, numbers_of, shuffled_map
+from suites import CPU, PARTIAL, WNIDS, OfMap, evaluated, numbers_of, shuffled_map
 
 from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.errors import DataError
@@ -21,7 +21,10 @@ from dad_fast.evaluate.suites.published import C_VIEWS
 
 
 def write_c(root: Path, chosen: dict[str, int], wrong) -> Path:
-    """Two images a class of every corruption and severity; `wrong(corruption, severity, i)` says which are shown as the next class."""
+    """Write two images per class for every corruption and severity.
+
+    wrong(corruption, severity, i): whether an image is shown as the next class.
+    """
     published = Path(__file__).parents[2] / "dad_fast/evaluate/suites/published.json"
     names = json.loads(published.read_text())["alexnet_errors"]["values"]
     groups = {"fog": "weather", "snow": "weather", "gaussian_noise": "noise"}
@@ -58,7 +61,7 @@ def c_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_mce_by_hand(c_root: Path) -> None:
     """The mCE by the paper's formula, written out."""
-    found = judge(f"imagenet-c={c_root}", batch_size=7)
+    found = evaluated(f"imagenet-c={c_root}", batch_size=7)
     ce = {
         "gaussian_noise": (10 / 30) / 0.886428,
         "snow": (5 / 30) / 0.866816,
@@ -82,7 +85,7 @@ def test_mce_with_an_unreadable_image(c_root: Path) -> None:
     """One torn copy of the 75 costs that image in that folder, not the mCE."""
     path = c_root / "brightness" / "2" / WNIDS[10] / "0.JPEG"
     whole = path.read_bytes()
-    before = judge(f"imagenet-c={c_root}")
+    before = evaluated(f"imagenet-c={c_root}")
     path.write_bytes(whole[:30])
     try:
         suite = open_suites(
@@ -106,9 +109,9 @@ def test_mce_with_an_unreadable_image(c_root: Path) -> None:
     )  # over the five that are whole
 
 
-def test_no_mce_for_a_model_of_other_classes(c_root: Path) -> None:
+def test_model_of_other_classes_has_no_mce(c_root: Path) -> None:
     listed = shuffled_map(WNIDS[11:13] + WNIDS[500:503])
-    found = judge(
+    found = evaluated(
         f"imagenet-c={c_root}", OfMap([WNIDS.index(wnid) for wnid in listed.folders]), listed
     )
     assert (
@@ -119,11 +122,11 @@ def test_no_mce_for_a_model_of_other_classes(c_root: Path) -> None:
     assert "only 2 of 3 classes are the model's" in found.protocol
 
 
-def test_both_preprocessings_of_c(c_root: Path) -> None:
-    """What is named is what is done: at 8 px the pictures are as they are, or resized to 9 and cropped."""
+def test_both_preprocessings_of_imagenet_c(c_root: Path) -> None:
+    """At 8 px the pictures are used as they are, or resized to 9 and cropped, as the result notes."""
     looks = {}
     for name in ("none", "resize256"):
-        found = judge(
+        found = evaluated(
             f"imagenet-c={c_root}",
             options=EvalConfig(allow_partial=True, c_preprocessing=name),
             crop_pct=0.5,
@@ -143,15 +146,15 @@ def test_both_preprocessings_of_c(c_root: Path) -> None:
     )
 
 
-def test_c_that_is_not_whole(c_root: Path) -> None:
+def test_incomplete_imagenet_c_is_refused(c_root: Path) -> None:
     (c_root / "weather" / "fog" / "3").rename(c_root / "elsewhere")
     try:
         with pytest.raises(
             DataError,
             match=r"imagenet-c: 74 of 75 CORRUPTION/SEVERITY folders in .* \(without fog/3\); finish",
         ):
-            judge(f"imagenet-c={c_root}", options=EvalConfig())
-        found = judge(f"imagenet-c={c_root}")
+            evaluated(f"imagenet-c={c_root}", options=EvalConfig())
+        found = evaluated(f"imagenet-c={c_root}")
     finally:
         (c_root / "elsewhere").rename(c_root / "weather" / "fog" / "3")
     assert (

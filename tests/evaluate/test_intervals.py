@@ -1,4 +1,4 @@
-"""Bootstrap intervals: against plain resampling, and against the coverage that they promise."""
+"""Bootstrap intervals: against plain resampling, and their coverage."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_equals_plain_resampling(kind):
     assert mean_interval(values) == pytest.approx(plain_bootstrap(values), abs=0.15 * spread)
 
 
-def test_same_data_same_interval_whatever_its_order():
+def test_interval_does_not_depend_on_order():
     values = (np.random.default_rng(0).random(100) < 0.3).astype(float)
     assert mean_interval(values) == mean_interval(values[::-1]) == mean_interval(values)
 
 
-def test_covers_the_truth_as_often_as_it_says():
+def test_coverage_is_95_percent():
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
@@ -44,7 +44,7 @@ def test_covers_the_truth_as_often_as_it_says():
     assert 0.91 < covered / 400 < 0.98
 
 
-def test_all_equal_has_no_width():
+def test_equal_values_have_an_interval_of_no_width():
     assert mean_interval(np.ones(50)) == (1.0, 1.0)
 
 
@@ -79,7 +79,7 @@ def test_intervals_of_calibration_equal_plain_resampling() -> None:
         ), name
 
 
-def test_images_of_several_parts_are_drawn_together() -> None:
+def test_parts_of_an_image_are_resampled_together() -> None:
     once, five = (with_intervals(make_result("x", records_of(200, parts), 10)) for parts in (1, 5))
     assert five.nll_interval == pytest.approx(
         once.nll_interval

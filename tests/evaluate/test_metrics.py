@@ -84,7 +84,7 @@ def test_known_values():
     ] == pytest.approx(2 / 3)
 
 
-def test_the_diagram_gives_back_the_calibration_error():
+def test_reliability_diagram_reproduces_ece():
     found = metrics(*random_case(10))
     count, sure, right = (
         np.array(found["reliability"][name]) for name in ("count", "confidence", "accuracy")
@@ -145,7 +145,7 @@ def test_rows_that_are_not_finite_count_as_wrong():
     assert scores(logits, torch.arange(6))["prediction"].tolist() == [-1, -1, 2, 3, 4, 5]
 
 
-def test_outputs_that_do_not_compete_might_not_be_there():
+def test_masked_outputs_have_no_effect():
     logits, _ = random_case(10)
     columns = torch.tensor([7, 2, 5])
     labels = torch.arange(257) % 3  # places in `columns`
@@ -157,7 +157,7 @@ def test_outputs_that_do_not_compete_might_not_be_there():
     assert masked["prediction"].tolist() == [[7, 2, 5][int(i)] for i in small["prediction"]]
 
 
-def test_several_right_outputs_are_one_class():
+def test_several_right_outputs_count_as_one_class():
     """Labels 0 = outputs {0, 3}, 1 = {4}: against the loop over images."""
     logits, _ = random_case(6)
     accepted = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
@@ -176,7 +176,7 @@ def test_several_right_outputs_are_one_class():
         assert found["brier"][i] == pytest.approx(others + (1 - share) ** 2, rel=1e-9)
 
 
-def test_images_of_no_class_have_scores_but_are_never_right():
+def test_images_of_no_class_are_never_right():
     logits, labels = random_case(10)
     found, known = scores(logits, torch.full_like(labels, -1)), scores(logits, labels)
     assert not found["correct"].any() and np.isnan(found["nll"]).all()

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class MemorySource:
-    """Flat images whose red level is their number: a model can tell which image it was shown."""
+    """Flat images whose red level is their number, which a model can read."""
 
     count: int
     bad: tuple[int, ...] = ()
@@ -62,7 +62,7 @@ class Answers(torch.nn.Module):
         return self.table[number]
 
 
-def judge(model, source, batch_size=16, **options):
+def evaluated(model, source, batch_size=16, **options):
     return evaluate(
         model,
         source,
@@ -76,13 +76,13 @@ def judge(model, source, batch_size=16, **options):
     )
 
 
-def test_every_readable_image_once_and_the_mode_restored():
+def test_evaluates_every_readable_image_once_and_restores_mode():
     source = MemorySource(50, bad=(3, 49))
     table = torch.randn(50, 7, generator=torch.Generator().manual_seed(1))
     counted = []
     for batch_size in (7, 16, 100):
         model = Answers(table).train()
-        result = judge(
+        result = evaluated(
             model,
             source,
             batch_size,
@@ -105,20 +105,20 @@ def test_every_readable_image_once_and_the_mode_restored():
 def test_mode_is_restored_after_an_error():
     model = Answers(torch.zeros(50, 5)).train()
     with pytest.raises(DataError, match="memory has 7 classes, the model 5 outputs"):
-        judge(model, MemorySource(8))
+        evaluated(model, MemorySource(8))
     assert model.training
 
 
 def test_no_image_is_an_error():
-    with pytest.raises(DataError, match="no image to judge"):
-        judge(Answers(torch.zeros(2, 7)), MemorySource(2, bad=(0, 1)))
+    with pytest.raises(DataError, match="no readable image to evaluate"):
+        evaluated(Answers(torch.zeros(2, 7)), MemorySource(2, bad=(0, 1)))
 
 
-def test_all_severities_are_pooled_and_listed():
+def test_severities_are_pooled_and_listed():
     source = MemorySource(40)
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 7))
-    each = [judge(linear, source, corruption=("impulse_noise", s)) for s in range(1, 6)]
-    pooled = judge(linear, source, corruption=("impulse_noise", None), batch_size=9)
+    each = [evaluated(linear, source, corruption=("impulse_noise", s)) for s in range(1, 6)]
+    pooled = evaluated(linear, source, corruption=("impulse_noise", None), batch_size=9)
     assert pooled.num_images == 40 and len(set(pooled.by_severity)) > 1
     assert pooled.by_severity == pytest.approx([one.top1 for one in each])
     assert pooled.top1 == pytest.approx(np.mean([one.top1 for one in each]))
@@ -126,7 +126,7 @@ def test_all_severities_are_pooled_and_listed():
     assert pooled.to_dict()["by_severity"] == pooled.by_severity
 
 
-def test_a_function_is_a_model_and_workers_change_nothing():
+def test_function_as_model_and_workers_do_not_change_results():
     source = MemorySource(20)
     weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     results = [
@@ -189,7 +189,7 @@ def test_suite_names(folders):
         ("other", DataError, "lacks 2 of the 2 listed classes"),
     ],
 )
-def test_bad_suite_names(folders, name, error, message):
+def test_unknown_suite_names_are_refused(folders, name, error, message):
     classes = open_source(str(folders), "val").classes
     with pytest.raises(error, match=message) as caught:
         open_suites(["val", name], DataConfig(data_dir=str(folders)), classes)
@@ -205,7 +205,7 @@ def test_embedded_suites():
     assert [len(suite.source) for suite in suites] == [1000, 896, 1000]
     with pytest.raises(UsageError, match="--suite optdigit: .*has no split 'optdigit'"):
         open_suites(["optdigit"], data, classes)
-    mean = judge(
+    mean = evaluated(
         lambda pixels: pixels.mean(dim=(1, 2, 3))[:, None] * torch.arange(10.0),
         suites[2].source,
         corruption=suites[2].corruption,

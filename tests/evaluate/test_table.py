@@ -11,7 +11,7 @@ import pytest
 
 from dad_fast.evaluate import tables as table
 from dad_fast.files import atomic_write_json
-from dad_fast.loggers.run_log import environment
+from dad_fast.loggers.environment import environment
 
 ROOT = Path(__file__).parents[2]
 TEACHER = {"name": "embedded:digits", "seen": "MNIST and optdigits", "suites": {}}
@@ -89,7 +89,7 @@ def test_one_seed_has_no_spread_and_no_bold():
     assert "One seed shows no spread" in table.markdown(record)
 
 
-def test_missing_suite_and_numbers_that_are_none(runs):
+def test_missing_suites_and_nan(runs):
     del runs[1]["suites"]["fog"]
     runs[3]["suites"]["fog"]["top1"] = "nan"
     _, rows, best = table.rows({"runs": runs}, "top1")
@@ -97,7 +97,7 @@ def test_missing_suite_and_numbers_that_are_none(runs):
     assert rows[1][5] == "–" and "nan" in rows[2][5]
 
 
-def test_markdown_says_what_a_reader_must_know(runs):
+def test_markdown_has_notes(runs):
     runs[0]["suites"]["test"]["skipped"] = 2
     for one in runs:
         one["suites"]["fog"]["protocol"] = "resize 28 bicubic, crop 28; logits of the 200 classes"
@@ -120,8 +120,8 @@ def test_markdown_says_what_a_reader_must_know(runs):
         "3 seeds of the student",
         "over student seeds only",
         "applied to `test`",
-        "Teacher embedded:digits has seen: MNIST and optdigits.",
-        "Discretizer some.ckpt has seen: not recorded in the weights.",
+        "Teacher embedded:digits, trained on: MNIST and optdigits.",
+        "Discretizer some.ckpt, trained on: not recorded in the weights.",
         "clean and attacked images: joint.",
         "test: 2 unreadable images are left out.",
         "fog: resize 28 bicubic, crop 28; logits of the 200 classes.",
@@ -131,12 +131,12 @@ def test_markdown_says_what_a_reader_must_know(runs):
     assert "test: resize" not in text
 
 
-def test_write_and_remake(tmp_path, runs, capsys):
+def test_table_from_a_written_record(tmp_path, runs, capsys):
     record = {"config": "", "environment": environment(), "runs": runs}
     atomic_write_json(tmp_path / "results.json", record)
     table.print_table(table.read_record(tmp_path / "results.json"))
     shown = capsys.readouterr().out
-    assert "98.3 ± 0.2" in shown and "Teacher embedded:digits has seen" in shown
+    assert "98.3 ± 0.2" in shown and "Teacher embedded:digits, trained on" in shown
     done = subprocess.run(
         [sys.executable, "-m", "dad_fast.evaluate.tables", str(tmp_path / "results.json")],
         capture_output=True,
@@ -147,7 +147,7 @@ def test_write_and_remake(tmp_path, runs, capsys):
     assert done.stdout == table.markdown(record) + "\n"
 
 
-def test_the_seconds_of_stores_have_a_column(runs):
+def test_seconds_of_stores_have_a_column(runs):
     assert "stores s" not in table.markdown({"runs": runs})
     stored = [run | {"store_seconds": 12.4 if run["variant"] == "kd" else 0.0} for run in runs]
     header, rows, best = table.rows({"runs": stored}, "top1")
@@ -156,7 +156,7 @@ def test_the_seconds_of_stores_have_a_column(runs):
         "kd": "12",
     }
     assert best == {(row, column + 1) for row, column in table.rows({"runs": runs}, "top1")[2]}
-    assert "Stores s: seconds of filling the stores" in table.markdown({"runs": stored})
+    assert "Stores s: seconds to fill the stores" in table.markdown({"runs": stored})
 
 
 def test_single_run_and_bad_files(tmp_path, capsys):
@@ -184,7 +184,7 @@ def test_single_run_and_bad_files(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("columns", [80, 160])
-def test_the_table_of_the_demo_fits_a_terminal(columns, monkeypatch, capsys):
+def test_table_of_the_demo_fits_a_terminal(columns, monkeypatch, capsys):
     """On 80 columns it is turned and compact: a row for each suite, so that no line wraps."""
     monkeypatch.setenv("COLUMNS", str(columns))
     table.print_table(

@@ -11,7 +11,7 @@ from dad_fast.loggers.gpu import Gpu
 
 
 class NotSupported(Exception):
-    """As pynvml raises where a board lacks a counter."""
+    """The error of pynvml for a counter that a board lacks."""
 
 
 def missing(*_: Any) -> Any:
@@ -68,7 +68,7 @@ def test_readings_and_their_units() -> None:
     assert gpu.energy_joules() == 1.5
 
 
-def test_counters_that_are_missing_are_left_out() -> None:
+def test_missing_counters_are_left_out() -> None:
     gpu = board(
         nvmlDeviceGetPowerUsage=missing,
         nvmlDeviceGetTotalEnergyConsumption=missing,
@@ -84,7 +84,7 @@ def test_counters_that_are_missing_are_left_out() -> None:
     assert nothing.facts() == {} and nothing.sample() == {} and nothing.energy_joules() is None
 
 
-def test_older_drivers_call_them_throttle_reasons() -> None:
+def test_throttle_reasons_of_older_drivers() -> None:
     gpu = board(
         nvmlDeviceGetCurrentClocksEventReasons=None,
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda h: 64,
@@ -94,7 +94,7 @@ def test_older_drivers_call_them_throttle_reasons() -> None:
     assert gpu.sample()["throttled"] == ["thermal, hardware"]
 
 
-def test_no_gpu_no_counters() -> None:
+def test_no_gpu_gives_none() -> None:
     torch = pytest.importorskip("torch")
     assert Gpu.open(torch.cuda.device_count()) is None
 

@@ -15,7 +15,7 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file
 
 from dad_fast.cli import main as cli
-from dad_fast.models.student import load_student
+from dad_fast.models.load_student import load_student
 from tests.exports import export, make
 from tests.tiny import SIDE, STUDENT, write_images, write_teacher, write_vqgan
 

@@ -1,4 +1,8 @@
-"""The four blurs of the common corruptions, and the filters that others share; see corruptions.py."""
+"""The four blurs of the common corruptions, and filters that other corruptions share.
+
+A corruption takes pixels [B, C, H, W] in [0, 1], its constants for one severity, keys int64 [B] and
+the stream of its random numbers.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,11 @@ from torch import Tensor
 
 from dad_fast.methods.noise import keyed_uniform
 
-# A corruption takes pixels [B, C, H, W] in [0, 1], its constants for one severity, keys int64 [B] and the stream of its draws.
-
 
 def defocus_blur(
     x: Tensor, radius_and_alias: tuple[float, float], keys: Tensor, stream: int
 ) -> Tensor:
+    """Convolve with a disk."""
     kernel = disk(*radius_and_alias).to(x)
     half = len(kernel) // 2
     padded = F.pad(x, (half, half, half, half), mode="reflect")
@@ -25,13 +28,12 @@ def defocus_blur(
 
 
 def disk(radius: float, alias_blur: float) -> Tensor:
-    """The lens: a disk, anti-aliased by a small Gaussian; float64 [2r+1, 2r+1], cut to where it is not zero."""
+    """Return a disk, anti-aliased by a small Gaussian: float64 [2r+1, 2r+1], without margin."""
     half, taps = (8, 3) if radius <= 8 else (int(radius), 5)
     grid = torch.arange(-half, half + 1, dtype=torch.float64)
     kernel = (grid[:, None] ** 2 + grid**2 <= radius**2).double()
-    gauss = torch.exp(
-        -0.5 * ((torch.arange(taps, dtype=torch.float64) - taps // 2) / alias_blur) ** 2
-    )
+    offset = torch.arange(taps, dtype=torch.float64) - taps // 2
+    gauss = torch.exp(-0.5 * (offset / alias_blur) ** 2)
     gauss = gauss / gauss.sum()
     padded = F.pad((kernel / kernel.sum())[None, None], (taps // 2,) * 4, mode="reflect")
     kernel = F.conv2d(padded, (gauss[:, None] * gauss)[None, None])[0, 0]
@@ -40,15 +42,13 @@ def disk(radius: float, alias_blur: float) -> Tensor:
 
 
 def glass_blur(x: Tensor, constants: tuple[float, int, int], keys: Tensor, stream: int) -> Tensor:
-    """Gaussian blur, pixels that change places within `reach`, Gaussian blur again."""
+    """Blur, exchange pixels within `reach`, and blur again, with a Gaussian."""
     sigma, reach, passes = constants
     height, width = x.shape[-2:]
-    down, across = (
-        gaussian_matrix(side, sigma, 4.0, "nearest").to(x.device) for side in (height, width)
-    )
-    levels = (
-        down @ x.double() @ across.T * 255 + 1e-6
-    ).floor()  # as stored in 8 bits; rounding must not decide what is whole
+    down = gaussian_matrix(height, sigma, 4.0, "nearest").to(x.device)
+    across = gaussian_matrix(width, sigma, 4.0, "nearest").to(x.device)
+    # As stored in 8 bits; the margin keeps whole numbers whole despite rounding errors.
+    levels = (down @ x.double() @ across.T * 255 + 1e-6).floor()
     for i in range(passes):
         draws = keyed_uniform(keys, (2, height, width), stream + i)
         levels = shuffle(levels, (draws * 2 * reach).long() - reach, reach)
@@ -56,27 +56,31 @@ def glass_blur(x: Tensor, constants: tuple[float, int, int], keys: Tensor, strea
 
 
 def shuffle(x: Tensor, moves: Tensor, reach: int) -> Tensor:
-    """Every pixel, from the last to the first, becomes what stands `moves` int64 [B, 2 (x, y), H, W] from it at that moment.
+    """Replace every pixel, from the last to the first, by the one at its offset at that moment.
 
-    The published loop writes a swap of two array views, which copies: `a[p], a[q] = a[q], a[p]` leaves a[q] as it was. A pixel so
-    takes either what another had before the pass, or, from one that came earlier in the pass, what that one took: chains, whose ends
-    are found by jumping twice as far each time.
+    moves: int64 [B, 2 (x, y), H, W], the offsets, at most `reach`.
+
+    The published loop swaps array views, `a[p], a[q] = a[q], a[p]`, which leaves a[q] unchanged. So
+    a pixel takes the value that another pixel had before the pass or, if that pixel came earlier in
+    the pass, the value which it took. These chains are resolved by pointer jumping.
     """
     batch, channels, height, width = x.shape
     size = height * width
     place = torch.arange(size, device=x.device)
     row, column = place // width, place % width
     moved = (row > reach) & (row <= height - reach) & (column > reach) & (column <= width - reach)
-    source = torch.where(
-        moved, place + moves[:, 1].flatten(1) * width + moves[:, 0].flatten(1), place
-    )  # [B, H * W]
+    target = place + moves[:, 1].flatten(1) * width + moves[:, 0].flatten(1)
+    source = torch.where(moved, target, place)  # [B, H * W]
     follows = (source > place) & moved[source]
-    # The first `size` nodes are pixels after the pass, the others pixels before it, where every chain ends.
-    chain = torch.cat(
-        (torch.where(follows, source, source + size), (place + size).expand(batch, -1)), dim=1
-    )
-    while not (further := chain.gather(1, chain)).equal(chain):
+    # The first `size` nodes are pixels after the pass, the others pixels before it, which end a
+    # chain.
+    after = torch.where(follows, source, source + size)
+    before = (place + size).expand(batch, -1)
+    chain = torch.cat((after, before), dim=1)
+    further = chain.gather(1, chain)
+    while not further.equal(chain):
         chain = further
+        further = chain.gather(1, chain)
     ends = chain[:, None, :size] - size
     return x.flatten(2).gather(2, ends.expand(-1, channels, -1)).view_as(x)
 
@@ -84,13 +88,17 @@ def shuffle(x: Tensor, moves: Tensor, reach: int) -> Tensor:
 def gaussian_matrix(
     side: int, sigma: float, truncate: float, edge: Literal["nearest", "reflect"]
 ) -> Tensor:
-    """A Gaussian filter along one axis as a matrix, float64 [side, side]: scipy's weights up to `truncate` sigmas and its edge modes."""
+    """Return a Gaussian filter along one axis as a matrix, float64 [side, side].
+
+    Weights up to `truncate` sigmas and edge modes are those of scipy.ndimage.
+    """
     if sigma == 0:
         return torch.eye(side, dtype=torch.float64)
     radius = int(truncate * sigma + 0.5)
     offset = torch.arange(-radius, radius + 1)
     weights = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
-    taken = torch.arange(side)[:, None] + offset  # [side, 2r+1], may lie far outside
+    # [side, 2r+1]; may lie far outside.
+    taken = torch.arange(side)[:, None] + offset
     if edge == "nearest":
         taken = taken.clamp(0, side - 1)
     else:
@@ -103,17 +111,20 @@ def gaussian_matrix(
 def motion_blur(
     x: Tensor, radius_and_sigma: tuple[int, float], keys: Tensor, stream: int
 ) -> Tensor:
+    """Blur along a random direction."""
     return streak(x, random_angle(keys, -45, 45, stream), *radius_and_sigma)
 
 
 def random_angle(keys: Tensor, low: float, high: float, stream: int) -> Tensor:
-    """Uniform between two angles in degrees; radians, float64 [B]."""
+    """Draw angles between `low` and `high` degrees; radians, float64 [B]."""
     return torch.deg2rad(low + (high - low) * keyed_uniform(keys, (1,), stream)[:, 0].double())
 
 
 def streak(x: Tensor, angles: Tensor, radius: int, sigma: float) -> Tensor:
-    """ImageMagick's motion blur: half a Gaussian of 2 radius + 1 taps along `angles` [B], in radians, each tap at its nearest pixel;
-    edges repeat."""
+    """Apply ImageMagick's motion blur: half a Gaussian of 2 radius + 1 taps along `angles`.
+
+    angles: [B], in radians. Each tap is at its nearest pixel; edges repeat.
+    """
     height, width = x.shape[-2:]
     step = torch.arange(2 * radius + 1, device=x.device, dtype=torch.float64)
     weights = torch.exp(-(step**2) / (2 * sigma**2))
@@ -122,19 +133,19 @@ def streak(x: Tensor, angles: Tensor, radius: int, sigma: float) -> Tensor:
     across = (step * angles.cos()[:, None] - 0.5).ceil().long()
     rows = torch.arange(height, device=x.device)[None, :, None]
     columns = torch.arange(width, device=x.device)[None, None, :]
-    flat, total = x.flatten(2), torch.zeros_like(x)
+    flat = x.flatten(2)
+    total = torch.zeros_like(x)
     for i, weight in enumerate(weights):
         row = (rows + down[:, i, None, None]).clamp(0, height - 1)
         column = (columns + across[:, i, None, None]).clamp(0, width - 1)
-        index = (
-            (row * width + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
-        )  # [B, C, H * W]
+        flat_index = (row * width + column).flatten(1)
+        index = flat_index[:, None].expand(-1, x.shape[1], -1)  # [B, C, H * W]
         total += weight * flat.gather(2, index).view_as(x)
     return total
 
 
 def zoom_blur(x: Tensor, factors: Sequence[float], keys: Tensor, stream: int) -> Tensor:
-    """Mean of the image and of its enlargements about the centre."""
+    """Average the image and its enlargements about the centre."""
     total = x.clone()
     for factor in factors:
         total += enlarge(x, factor)
@@ -142,7 +153,7 @@ def zoom_blur(x: Tensor, factors: Sequence[float], keys: Tensor, stream: int) ->
 
 
 def enlarge(x: Tensor, factor: float) -> Tensor:
-    """The middle of `x`, enlarged bilinearly to its size."""
+    """Enlarge the middle of `x` bilinearly to the size of `x`."""
     height, width = x.shape[-2:]
     crop_h, crop_w = math.ceil(height / factor), math.ceil(width / factor)
     top, left = (height - crop_h) // 2, (width - crop_w) // 2

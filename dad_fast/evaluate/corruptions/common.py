@@ -1,13 +1,17 @@
 """The 15 common corruptions on the fly, batched, on the device of the images; and `invert`.
 
-Definitions and constants: Hendrycks & Dietterich 2019 (arXiv 1903.12261). Images of up to 64 pixels a side take the constants
-published for CIFAR-10-C (32 px), larger ones those for ImageNet-C (224 px); neither is scaled further. `invert` (1 - x) is ours.
-Differences from the published sets: random numbers are keyed by image, results stay float instead of being stored as uint8
-(CIFAR-10-C) or as JPEG of quality 85 (ImageNet-C), and frost is drawn, for the photographs it was made with are not ours to ship.
-For reported ImageNet-C numbers read the published folders.
+Definitions and constants: Hendrycks & Dietterich 2019 (arXiv 1903.12261). Images of up to 64 pixels
+a side take the constants published for CIFAR-10-C (32 px), larger ones those for ImageNet-C (224
+px). `invert` (1 - x) is our own. Differences from the published sets: random numbers are keyed by
+image, results stay float instead of uint8 (CIFAR-10-C) or JPEG of quality 85 (ImageNet-C), and
+frost is drawn, since its photographs may not be redistributed. For comparable ImageNet-C numbers
+use the published folders (`imagenet-c=DIR`).
 
-Own code: the kept package, imagecorruptions, has the 224-px constants alone, draws from numpy's global state, works on one image at
-a time, and its 1.1.2 uses names that NumPy 2 and scikit-image 0.19 have removed.
+Own code rather than the package imagecorruptions, which has only the 224-px constants, uses numpy's
+global random state, works on one image at a time, and fails with NumPy 2 and scikit-image 0.19.
+
+Each corruption takes pixels [B, 3, H, W] in [0, 1]; `corrupt` clamps the result. `stream` selects
+the random numbers of one corruption and severity.
 """
 
 from __future__ import annotations
@@ -36,12 +40,11 @@ from dad_fast.evaluate.corruptions.weather import brightness, fog, frost, snow
 from dad_fast.methods.noise import keyed_normal, keyed_uniform
 
 SMALL_SIDE = 64
-# What a table says beside a corruption that is not the published one.
+# Notes below tables for corruptions that differ from the published ones.
 REMARKS = {
-    "frost": "the ice is drawn by a program; the published sets add photographs of it, so their numbers are others"
+    "frost": "the ice is drawn by a program; the published sets add photographs of it, "
+    "so their numbers differ"
 }
-
-# Each works on pixels [B, 3, H, W] in [0, 1]; the caller clamps. `stream` makes the draws belong to one corruption and severity.
 
 
 def _gaussian_noise(x: Tensor, sigma: float, keys: Tensor, stream: int) -> Tensor:
@@ -49,12 +52,14 @@ def _gaussian_noise(x: Tensor, sigma: float, keys: Tensor, stream: int) -> Tenso
 
 
 def _shot_noise(x: Tensor, photons: float, keys: Tensor, stream: int) -> Tensor:
-    """Poisson(x * photons) / photons, by inversion: the 256 pixel values have 256 distribution functions, laid end to end in one
-    sorted table (row v holds v + CDF), so that one search finds every count."""
+    """Draw Poisson(x * photons) / photons by inversion.
+
+    The distribution functions of the 256 pixel values lie end to end in one sorted table (row v
+    holds v + CDF), so that one search finds every count.
+    """
     levels = torch.arange(256, device=x.device, dtype=torch.float64)
-    counts = torch.arange(
-        int(photons + 8 * math.sqrt(photons) + 20), device=x.device, dtype=torch.float64
-    )
+    most = int(photons + 8 * math.sqrt(photons) + 20)
+    counts = torch.arange(most, device=x.device, dtype=torch.float64)
     rate = levels[:, None] / 255 * photons  # [256, 1]
     log_pmf = torch.special.xlogy(counts, rate) - rate - torch.lgamma(counts + 1)  # [256, K]
     table = levels[:, None] + log_pmf.exp().cumsum(dim=1).clamp(max=1)
@@ -77,41 +82,40 @@ def _contrast(x: Tensor, factor: float, keys: Tensor, stream: int) -> Tensor:
 def _elastic_transform(
     x: Tensor, constants: tuple[float, float, float], keys: Tensor, stream: int
 ) -> Tensor:
-    """A random affine map of the middle, then a random smooth displacement; lengths in pixels. Exact bilinear sampling of both."""
+    """Apply a random affine map of the middle, then a random smooth displacement.
+
+    constants: alpha, sigma and reach in pixels. Both steps sample bilinearly.
+    """
     alpha, sigma, reach = constants
     height, width = x.shape[-2:]
     middle_x, middle_y, third = width // 2, height // 2, min(height, width) // 3
-    before = torch.tensor(
-        ((third, third), (third, -third), (-third, -third)), device=x.device, dtype=torch.float64
-    )
+    corners = ((third, third), (third, -third), (-third, -third))
+    before = torch.tensor(corners, device=x.device, dtype=torch.float64)
     before += torch.tensor((middle_x, middle_y), device=x.device)
-    after = before + reach * (
-        2 * keyed_uniform(keys, (3, 2), stream).double() - 1
-    )  # [B, 3, 2 (x, y)]
+    offset = 2 * keyed_uniform(keys, (3, 2), stream).double() - 1
+    after = before + reach * offset  # [B, 3, 2 (x, y)]
     ones = torch.ones_like(after[..., :1])
-    back = torch.linalg.solve(
-        torch.cat((after, ones), dim=-1), before.expand_as(after)
-    )  # [B, 3, 2]: (x, y, 1) there -> (x, y) here
-    rows, columns = (
-        torch.arange(side, device=x.device, dtype=torch.float64) for side in (height, width)
-    )
-    grid = torch.stack(
-        (columns.expand(height, -1), rows[:, None].expand(-1, width)), dim=-1
-    )  # [H, W, 2 (x, y)]
-    warped = _sample(
-        x.double(), (grid @ back[:, None, :2] + back[:, None, 2:]), around_centres=True
-    )
+    # [B, 3, 2]: maps (x, y, 1) of the result to (x, y) of the image.
+    back = torch.linalg.solve(torch.cat((after, ones), dim=-1), before.expand_as(after))
+    rows = torch.arange(height, device=x.device, dtype=torch.float64)
+    columns = torch.arange(width, device=x.device, dtype=torch.float64)
+    xy = (columns.expand(height, -1), rows[:, None].expand(-1, width))
+    grid = torch.stack(xy, dim=-1)  # [H, W, 2 (x, y)]
+    where = grid @ back[:, None, :2] + back[:, None, 2:]
+    warped = _sample(x.double(), where, around_centres=True)
 
-    down, across = (
-        gaussian_matrix(side, sigma, 3.0, "reflect").to(x.device) for side in (height, width)
-    )
+    down = gaussian_matrix(height, sigma, 3.0, "reflect").to(x.device)
+    across = gaussian_matrix(width, sigma, 3.0, "reflect").to(x.device)
     noise = 2 * keyed_uniform(keys, (2, height, width), stream + 1).double() - 1
     shift = (alpha * (down @ noise @ across.T)).permute(0, 2, 3, 1)  # [B, H, W, 2 (x, y)]
     return _sample(warped, grid + shift, around_centres=False).float()
 
 
 def _sample(x: Tensor, where: Tensor, around_centres: bool) -> Tensor:
-    """`x` [B, C, H, W] at the places `where` [B, H, W, 2 (x, y)] in pixels; mirrored around the outermost pixels' centres or edges."""
+    """Sample `x` [B, C, H, W] at `where` [B, H, W, 2 (x, y)] in pixels.
+
+    Mirrored around the centres of the outermost pixels, or around their edges.
+    """
     size = torch.tensor((x.shape[3], x.shape[2]), device=x.device, dtype=x.dtype)
     unit = 2 * where / (size - 1) - 1 if around_centres else (2 * where + 1) / size - 1
     return F.grid_sample(
@@ -128,7 +132,10 @@ def _pixelate(x: Tensor, share: float, keys: Tensor, stream: int) -> Tensor:
 
 
 def box_resize(side: int, new_side: int) -> Tensor:
-    """PIL's box filter along one axis as a matrix, float64 [new_side, side]: pixels whose centres lie in a new pixel's box, averaged."""
+    """Return PIL's box filter along one axis as a matrix, float64 [new_side, side].
+
+    A new pixel is the mean of the pixels whose centres lie in its box.
+    """
     scale = side / new_side
     centre = (torch.arange(new_side, dtype=torch.float64) + 0.5) * scale  # [new_side]
     offset = (torch.arange(side, dtype=torch.float64) + 0.5 - centre[:, None]) / max(scale, 1.0)
@@ -137,7 +144,7 @@ def box_resize(side: int, new_side: int) -> Tensor:
 
 
 def _jpeg_compression(x: Tensor, quality: int, keys: Tensor, stream: int) -> Tensor:
-    """PIL's encoder on the host; 4:2:0 chroma as published."""
+    """Encode and decode with PIL on the host; 4:2:0 chroma as published."""
     images = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     decoded = np.empty_like(images)
     for i, image in enumerate(images):
@@ -152,16 +159,16 @@ def _invert(x: Tensor, nothing: None, keys: Tensor, stream: int) -> Tensor:
 
 
 def _factors(*ends_and_steps: tuple[float, float]) -> tuple[list[float], ...]:
-    return tuple(
-        np.arange(1, end, step).tolist() for end, step in ends_and_steps
-    )  # as published, with its rounding
+    # As published, with the rounding of `arange`.
+    return tuple(np.arange(1, end, step).tolist() for end, step in ends_and_steps)
 
 
 def _in_pixels(side: int, *shares: tuple[float, float, float]) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(side * share for share in one) for one in shares)
 
 
-# In the order of ImageNet-C's folders; name: (function, CIFAR-10-C's constants for severities 1 to 5, ImageNet-C's)
+# In the order of ImageNet-C's folders. Name: function, CIFAR-10-C's constants for severities 1 to
+# 5, ImageNet-C's constants.
 _TABLE: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any]]] = {
     "gaussian_noise": (
         _gaussian_noise,
@@ -233,6 +240,7 @@ _TABLE: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any]]] = 
             (0.1, 0.04, 0.05),
             (0.1, 0.03, 0.03),
         ),
+        # 244, as published.
         _in_pixels(
             244,
             (2, 0.7, 0.1),
@@ -240,20 +248,21 @@ _TABLE: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any]]] = 
             (0.05, 0.01, 0.02),
             (0.07, 0.01, 0.02),
             (0.12, 0.01, 0.02),
-        ),  # 244, as published
+        ),
     ),
     "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
     "invert": (_invert, (None,), (None,)),
 }
-STANDARD = tuple(name for name in _TABLE if name != "invert")  # the 15 of ImageNet-C
+# The 15 of ImageNet-C.
+STANDARD = tuple(name for name in _TABLE if name != "invert")
 
 
 def corrupt(name: str, pixels: Tensor, severity: int, keys: Tensor) -> Tensor:
-    """Apply corruption `name` at `severity` (1 … 5; `invert` has only 1) to pixels, float [B, 3, H, W] in [0, 1]; float32 of that shape.
+    """Apply corruption `name` at `severity`, 1 … 5 (`invert` has only 1); float32 [B, 3, H, W].
 
-    keys: int64 [B], one per image. The result is a function of (image, key, name, severity) alone, up to rounding, whatever else is in
-    the batch.
+    pixels: float [B, 3, H, W] in [0, 1]. keys: int64 [B], one per image. Up to rounding the result
+    depends on image, key, name and severity alone, not on the rest of the batch.
     """
     function, small, large = _TABLE[name]
     constants = small if min(pixels.shape[-2:]) <= SMALL_SIDE else large

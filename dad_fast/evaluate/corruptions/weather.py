@@ -1,4 +1,4 @@
-"""Snow, frost, fog and brightness, the weather of the common corruptions; see corruptions.py."""
+"""Snow, frost, fog and brightness of the common corruptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dad_fast.evaluate.corruptions.blur import enlarge, random_angle, streak
 from dad_fast.methods.noise import keyed_normal, keyed_uniform
 
 LUMA = (0.299, 0.587, 0.114)
-# Of the five photographs that ImageNet-C draws from: mean colour, and the standard deviation of the grey level within a crop of 224 px.
+# Statistics of ImageNet-C's five photographs of frost: mean colour, and the standard deviation of
+# the grey level within a crop of 224 px.
 ICE_COLOR, ICE_CONTRAST = (0.56, 0.65, 0.69), 0.09
 
 
@@ -19,7 +20,7 @@ def snow(
     keys: Tensor,
     stream: int,
 ) -> Tensor:
-    """Thresholded noise, enlarged and blown in one direction, twice (the second time upside down), over a whitened image."""
+    """Add flakes (enlarged, thresholded, streaked noise) to a whitened image, also rotated."""
     mean, spread, zoom, threshold, radius, sigma, kept = constants
     flakes = enlarge(mean + spread * keyed_normal(keys, (1, *x.shape[-2:]), stream), zoom)
     flakes = torch.where(flakes < threshold, 0.0, flakes).clamp(0, 1)
@@ -30,47 +31,52 @@ def snow(
 
 
 def frost(x: Tensor, kept_and_strength: tuple[float, float], keys: Tensor, stream: int) -> Tensor:
-    """The image under ice. Unlike the published sets, which add photographs of frosted windows, the ice is drawn; see `ice`."""
+    """Add drawn ice to the image. The published sets add photographs of frosted windows."""
     kept, strength = kept_and_strength
     return kept * x + strength * ice(keys, x.shape[2], x.shape[3], stream)
 
 
 def ice(keys: Tensor, height: int, width: int, stream: int) -> Tensor:
-    """A texture of needles in many directions over clouds, with the mean colour and contrast of the published frost photographs;
-    float32 [B, 3, H, W]."""
+    """Draw needles in many directions over clouds, float32 [B, 3, H, W].
+
+    Mean colour and contrast are those of the published frost photographs.
+    """
     needles = torch.full((len(keys), 1, height, width), -torch.inf, device=keys.device)
     for i in range(6):
         noise = keyed_normal(keys, (1, height, width), stream + 2 * i)
-        needles = torch.maximum(
-            needles, streak(noise, random_angle(keys, 0, 360, stream + 2 * i + 1), 6, 4.0)
-        )
-    clouds = plasma(keys, 1 << (max(height, width) - 1).bit_length(), 2.0, stream + 16)[
-        :, None, :height, :width
-    ]
+        angles = random_angle(keys, 0, 360, stream + 2 * i + 1)
+        needles = torch.maximum(needles, streak(noise, angles, 6, 4.0))
+    clouds = plasma(keys, _power_of_two(height, width), 2.0, stream + 16)[:, None, :height, :width]
     texture = standardized(needles) + 0.5 * standardized(clouds)
-    return torch.tensor(ICE_COLOR, device=keys.device).view(
-        1, 3, 1, 1
-    ) + ICE_CONTRAST * standardized(texture)
+    color = torch.tensor(ICE_COLOR, device=keys.device).view(1, 3, 1, 1)
+    return color + ICE_CONTRAST * standardized(texture)
 
 
 def standardized(x: Tensor) -> Tensor:
-    """Each image with mean 0 and standard deviation 1."""
+    """Scale each image to mean 0 and standard deviation 1."""
     x = x - x.mean(dim=(1, 2, 3), keepdim=True)
     return x / x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 def fog(x: Tensor, strength_and_decay: tuple[float, float], keys: Tensor, stream: int) -> Tensor:
+    """Blend the image with plasma clouds."""
     strength, decay = strength_and_decay
     height, width = x.shape[-2:]
     brightest = x.amax(dim=(1, 2, 3), keepdim=True)
-    haze = plasma(keys, 1 << (max(height, width) - 1).bit_length(), decay, stream)[
-        :, None, :height, :width
-    ]
+    haze = plasma(keys, _power_of_two(height, width), decay, stream)[:, None, :height, :width]
     return (x + strength * haze) * brightest / (brightest + strength)
 
 
+def _power_of_two(height: int, width: int) -> int:
+    """Return the smallest power of two that is at least the longer side."""
+    return 1 << (max(height, width) - 1).bit_length()
+
+
 def plasma(keys: Tensor, side: int, decay: float, stream: int) -> Tensor:
-    """Diamond-square clouds, float32 [B, side, side] from 0 to 1; `side` is a power of two and the edges wrap."""
+    """Draw diamond-square clouds, float32 [B, side, side] from 0 to 1; the edges wrap.
+
+    side: a power of two.
+    """
     clouds = torch.zeros(len(keys), side, side, dtype=torch.float64, device=keys.device)
     step, wibble = side, 100.0
 
@@ -94,7 +100,7 @@ def plasma(keys: Tensor, side: int, decay: float, stream: int) -> Tensor:
 
 
 def brightness(x: Tensor, shift: float, keys: Tensor, stream: int) -> Tensor:
-    """The V of HSV is shifted: all channels scale alike, and black becomes grey."""
+    """Shift the V of HSV: all channels scale alike, and black becomes grey."""
     value = x.amax(dim=1, keepdim=True)
     shifted = (value + shift).clamp(max=1)
     return torch.where(value > 0, x * (shifted / value.clamp(min=1e-12)), shifted)

@@ -1,6 +1,7 @@
-"""Effective robustness (Taori et al. 2020, arXiv 2007.00644): accuracy under a shift beyond what accuracy without it predicts.
+"""Effective robustness (Taori et al. 2020, arXiv 2007.00644).
 
-The prediction is a line through the (in-distribution, shifted) accuracies of baseline models, both on the logit scale.
+Accuracy under a shift minus the accuracy that a line through baseline models predicts. The line is
+fitted to their (in-distribution, shifted) accuracies, both on the logit scale.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class Line(NamedTuple):
     num_baselines: int
 
     def expected(self, accuracy: float) -> float:
-        """Accuracy under the shift that a baseline of this in-distribution accuracy would have; both in percent, not 0 or 100."""
+        """Return the accuracy under the shift of a baseline with this in-distribution accuracy.
+
+        Both in percent. Not defined for 0 and 100.
+        """
         return 100 / (1 + math.exp(-(self.slope * logit(accuracy) + self.intercept)))
 
 
@@ -36,8 +40,10 @@ def logit(percent: float) -> float:
 
 
 def fit(pairs: Sequence[tuple[float, float]]) -> Line | None:
-    """The least-squares line through (in-distribution, shifted) accuracies in percent. Pairs with 0 or 100 have no logit and are left
-    out; None where fewer than three remain, or all have the same in-distribution accuracy.
+    """Fit a least-squares line to pairs of (in-distribution, shifted) accuracy in percent.
+
+    Pairs with 0 or 100 have no logit and are left out. None where fewer than three remain, or all
+    have the same in-distribution accuracy.
     """
     kept = [(logit(a), logit(b)) for a, b in pairs if 0 < a < 100 and 0 < b < 100]
     if len(kept) < 3 or len({a for a, _ in kept}) == 1:
@@ -53,9 +59,10 @@ def fit(pairs: Sequence[tuple[float, float]]) -> Line | None:
 def effective_robustness(
     baselines: Sequence[Mapping[str, float]], top1: Mapping[str, float], id_suite: str
 ) -> dict[str, dict[str, Any]]:
-    """For every suite that the baselines know besides `id_suite`: what the line expects, and how much the model has beyond it, in points.
+    """Return expected accuracy and effective robustness of every suite of the baselines.
 
-    baselines: accuracy in percent by suite, of each model. top1: the judged model's. Raises DataError where no line can be fitted.
+    baselines: accuracy in percent by suite, of each model. top1: the same of the evaluated model.
+    id_suite: the in-distribution suite. Raises DataError where no line can be fitted.
     """
     found = {}
     for suite, accuracy in top1.items():
@@ -68,7 +75,8 @@ def effective_robustness(
         if line is None:
             have = f"{len(pairs)} baselines have {id_suite} and {suite}"
             raise DataError(
-                f"--baselines: {have}, too few or too alike for a line (three that differ, not 0 or 100 %)"
+                f"--baselines: {have}, too few or too alike for a line; "
+                "it takes three that differ, not 0 or 100 %"
             )
         expected = line.expected(top1[id_suite]) if 0 < top1[id_suite] < 100 else None
         effective = None if expected is None else accuracy - expected
@@ -81,24 +89,23 @@ def effective_robustness(
     if not found:
         known = sorted({suite for one in baselines for suite in one})
         raise DataError(
-            f"--baselines: no suite beside {id_suite} is in it (it has {some(map(shown, known))}); name its columns as --suite does"
+            f"--baselines: no suite other than {id_suite} in it "
+            f"(it has {some(map(shown, known))}); name its columns as --suite does"
         )
     return found
 
 
 def read_baselines(path: str | Path) -> list[dict[str, float]]:
-    """A CSV with a row a model and a column a suite, or a JSON list of such tables: top-1 in percent, empty where unknown.
+    """Read a CSV with a row per model and a column per suite, or a JSON list of such tables.
 
-    Raises DataError that names the file and the place.
+    Values are top-1 in percent, empty where unknown. Raises DataError that names the file and
+    place.
     """
     where = f"--baselines {shown(str(path))}"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        rows = (
-            json.loads(text)
-            if str(path).endswith(".json")
-            else list(csv.DictReader(text.splitlines()))
-        )
+        is_json = str(path).endswith(".json")
+        rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{where}: not a readable table ({' '.join(str(error).split())})") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -117,10 +124,12 @@ def _accuracies(where: str, number: int, row: Mapping[Any, Any]) -> dict[str, fl
             found[str(suite)] = float(value)
         except (TypeError, ValueError, OverflowError):
             raise DataError(
-                f"{where}, baseline {number}: {shown(str(suite))} is {shown(str(value))[:40]!r}, not an accuracy"
+                f"{where}, baseline {number}: {shown(str(suite))} is {shown(str(value))[:40]!r}, "
+                "not an accuracy"
             ) from None
         if not 0 <= found[str(suite)] <= 100:
             raise DataError(
-                f"{where}, baseline {number}: {shown(str(suite))} is {found[str(suite)]:g}, not an accuracy in percent"
+                f"{where}, baseline {number}: {shown(str(suite))} is {found[str(suite)]:g}, "
+                "not an accuracy in percent"
             )
     return found

@@ -1,13 +1,15 @@
-"""What is measured of each image, on the device, and the metrics of many images, in float64 on the CPU.
+"""Scores of each image, on the device, and metrics of many images, in float64 on the CPU.
 
 Accuracy   top-k: the label is among the k largest logits
-ECE        sum over bins of |bin| / N * |accuracy(bin) - confidence(bin)|, confidence = the largest softmax output; 15 bins
-           ((m-1)/15, m/15] (Guo et al. 2017, arXiv 1706.04599)
-adaptive   the same over 15 bins of equal numbers of images (Nixon et al. 2019, arXiv 1904.01685); equal confidences share a bin
+ECE        sum over bins of |bin| / N * |accuracy(bin) - confidence(bin)|, confidence = the largest
+           softmax output; 15 bins ((m-1)/15, m/15] (Guo et al. 2017, arXiv 1706.04599)
+adaptive   the same over 15 bins of equal numbers of images (Nixon et al. 2019, arXiv 1904.01685);
+           equal confidences share a bin
 NLL        mean of -log p(label), in nats
 Brier      mean of sum over classes of (p(class) - [class is the label])^2, from 0 to 2
 
-Where several outputs count as right (ObjectNet), p(label) is their sum: they are one class to the NLL and the Brier score.
+Where several outputs are right (ObjectNet), p(label) is their sum: the NLL and the Brier score
+treat them as one class.
 """
 
 from __future__ import annotations
@@ -19,40 +21,43 @@ import torch
 from torch import Tensor
 
 NUM_BINS = 15
-# The columns of `image_scores`; the last two are scores for the detection of images of other classes.
+# Columns of `image_scores`; the last two are for the detection of images of unknown classes.
 SCORES = ("prediction", "correct", "top5", "confidence", "nll", "brier", "energy", "entropy")
 
 
 def image_scores(
     logits: Tensor, labels: Tensor, columns: Tensor | None = None, accepted: Tensor | None = None
 ) -> Tensor:
-    """float64 [B, 8] on the device of the logits: the columns of SCORES for every image.
+    """Return the columns of SCORES for every image, float64 [B, 8] on the device of the logits.
 
-    prediction is an output of the model (-1 for a row that is not finite); correct and top5 are 0 or 1; energy is
-    logsumexp(logits), the negative energy of Liu et al. 2020 (arXiv 2010.03759); entropy is that of the softmax, in nats.
+    prediction is an output of the model (-1 for a row that is not finite); correct and top5 are 0
+    or 1; energy is logsumexp(logits), the negative energy of Liu et al. 2020 (arXiv 2010.03759);
+    entropy is that of the softmax, in nats.
 
     logits: float [B, C].
-    labels: int64 [B]. Without `accepted` the place of the right output among those that compete; -1: no output is right, and nll
-        and brier are not numbers.
-    columns: int64 [K], the outputs that compete; None = all. The others are as if the model had them not.
+    labels: int64 [B]. Without `accepted`, the position of the right output among those that
+        compete. -1: no output is right, and nll and brier are NaN.
+    columns: int64 [K], the outputs that compete; None = all. The others are ignored.
     accepted: bool [G, K], the competing outputs that are right for each label 0 … G-1.
 
-    Equal logits rank by class number. A row that is not finite counts as wrong, with confidence 0, and its other scores are not numbers.
+    Equal logits rank by class number. A row that is not finite counts as wrong, with confidence 0;
+    its other scores are NaN.
     """
     logits = (logits if columns is None else logits.index_select(1, columns)).double()
     classes = torch.arange(logits.shape[1], device=logits.device)
     known = labels >= 0
-    right = (
-        classes == labels[:, None]
-        if accepted is None
-        else accepted[labels.clamp(min=0)] & known[:, None]
-    )  # [B, K]
+    if accepted is None:
+        right = classes == labels[:, None]  # [B, K]
+    else:
+        right = accepted[labels.clamp(min=0)] & known[:, None]
     finite = logits.isfinite().all(dim=1)
     best = logits.amax(dim=1, keepdim=True)  # [B, 1]
     own = logits.where(right, -torch.inf).amax(dim=1, keepdim=True)  # [B, 1]
     first = classes.where(right & (logits == own), len(classes)).amin(dim=1, keepdim=True)
     rank = ((logits > own) | ((logits == own) & (classes < first))).sum(dim=1)
-    top1, top5 = ((rank < k) & finite & known for k in (1, 5))
+    scored = finite & known
+    top1 = (rank < 1) & scored
+    top5 = (rank < 5) & scored
     prediction = classes.where(logits == best, len(classes) - 1).amin(dim=1)
     if columns is not None:
         prediction = columns[prediction]
@@ -61,25 +66,26 @@ def image_scores(
     p_right = (p * right).sum(dim=1)
     nll = -log_p.where(right, -torch.inf).logsumexp(dim=1)
     brier = (p * p * ~right).sum(dim=1) + (1 - p_right) ** 2
-    judged = finite & known
-    columns_of = (
+    scores = (
         prediction.where(finite, -1),
         top1,
         top5,
         p.amax(dim=1).where(finite, 0.0),
-        nll.where(judged, torch.nan),
-        brier.where(judged, torch.nan),
+        nll.where(scored, torch.nan),
+        brier.where(scored, torch.nan),
         logits.logsumexp(dim=1).where(finite, torch.nan),
         torch.special.entr(p).sum(dim=1).where(finite, torch.nan),
     )
-    return torch.stack([column.double() for column in columns_of], dim=1)
+    return torch.stack([column.double() for column in scores], dim=1)
 
 
 def summarise(scores: dict[str, np.ndarray], num_outputs: int) -> dict[str, Any]:
-    """The metrics of many images: top1, top5, ece, ece_adaptive in percent, nll in nats, brier, and the reliability diagram.
+    """Return the metrics of many images and the reliability diagram.
 
-    scores: the columns of `image_scores`, float64 [N]. num_outputs: how many outputs compete; top5 is None below 6, where it says nothing.
-    Raises ValueError where there is no image.
+    top1, top5, ece and ece_adaptive are in percent, nll is in nats, brier from 0 to 2.
+
+    scores: the columns of `image_scores`, float64 [N]. num_outputs: the number of outputs that
+    compete; top5 is None below 6, where it is trivial. Raises ValueError without images.
     """
     correct, confidence = scores["correct"], scores["confidence"]
     if not len(correct):
@@ -99,28 +105,26 @@ def summarise(scores: dict[str, np.ndarray], num_outputs: int) -> dict[str, Any]
 
 
 def confidence_bins(confidence: np.ndarray) -> np.ndarray:
-    """The bin of each confidence, 0 … 14: ((m-1)/15, m/15] for m = 1 … 15."""
+    """Return the bin of each confidence, 0 … 14: ((m-1)/15, m/15] for m = 1 … 15."""
     return (np.ceil(confidence * NUM_BINS).astype(np.int64) - 1).clip(0, NUM_BINS - 1)
 
 
 def _calibration_error(bins: np.ndarray, correct: np.ndarray, confidence: np.ndarray) -> float:
-    hits, sure = (
-        np.bincount(bins, weights=values, minlength=NUM_BINS) for values in (correct, confidence)
-    )
-    return float(np.abs(hits - sure).sum() / len(correct))
+    correct_sum = np.bincount(bins, weights=correct, minlength=NUM_BINS)
+    confidence_sum = np.bincount(bins, weights=confidence, minlength=NUM_BINS)
+    return float(np.abs(correct_sum - confidence_sum).sum() / len(correct))
 
 
 def _reliability(
     bins: np.ndarray, correct: np.ndarray, confidence: np.ndarray
 ) -> dict[str, list[Any]]:
-    """Of each of the 15 equal bins its number of images, mean confidence and accuracy (fractions; 0 where the bin is empty)."""
-    count, sure, hits = (
-        np.bincount(bins, weights=w, minlength=NUM_BINS)
-        for w in (np.ones_like(correct), confidence, correct)
-    )
+    """Return number of images, mean confidence and accuracy of each bin (fractions; 0 if empty)."""
+    count = np.bincount(bins, minlength=NUM_BINS)
+    confidence_sum = np.bincount(bins, weights=confidence, minlength=NUM_BINS)
+    correct_sum = np.bincount(bins, weights=correct, minlength=NUM_BINS)
     each = np.maximum(count, 1)
     return {
-        "count": count.astype(int).tolist(),
-        "confidence": (sure / each).tolist(),
-        "accuracy": (hits / each).tolist(),
+        "count": count.tolist(),
+        "confidence": (confidence_sum / each).tolist(),
+        "accuracy": (correct_sum / each).tolist(),
     }

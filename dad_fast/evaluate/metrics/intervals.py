@@ -1,4 +1,8 @@
-"""95 % intervals by the percentile bootstrap over images (Efron 1979); the same data always gives the same interval."""
+"""95 % intervals by the percentile bootstrap over images (Efron 1979).
+
+The same data always gives the same interval. Own code rather than scipy.stats.bootstrap: with few
+distinct values the cost does not grow with the number of images.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,25 @@ from collections.abc import Iterator
 import numpy as np
 
 RESAMPLES = 2000
-LEVEL = (2.5, 97.5)  # percentiles
+# In percentiles.
+LEVEL = (2.5, 97.5)
 _SEED = 20231101
-_FEW = 64  # distinct values up to which a resample is drawn by their numbers
+# Number of distinct values up to which resamples are drawn as counts of the values.
+_FEW = 64
 
 
 def mean_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Interval of the mean of `values`, float [N], one per image.
+    """Return the interval of the mean of `values`, float [N], one per image.
 
-    With few distinct values, such as 0 and 1, a resample is drawn as how often each comes up: the same distribution, at a cost that
-    does not grow with N. A statistic that is a weighted sum of means over the same images is the mean of the images' weighted sums.
+    With few distinct values, such as 0 and 1, a resample is drawn as the count of each value: the
+    same distribution, at a cost that does not grow with N. For a weighted sum of means over the
+    same images, pass the weighted sum of each image.
     """
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= _FEW:
-        draws = np.random.default_rng(_SEED).multinomial(
-            len(values), counts / len(values), size=resamples
-        )  # [R, distinct]
+        random = np.random.default_rng(_SEED)
+        shares = counts / len(values)
+        draws = random.multinomial(len(values), shares, size=resamples)  # [R, distinct]
         means = draws @ distinct / len(values)
     else:
         means = np.array([values[rows].mean() for rows in resampled(len(values), resamples)])
@@ -30,13 +37,13 @@ def mean_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float
 
 
 def resampled(count: int, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
-    """For each resample the images that are in it, int64 [count], with repetition."""
+    """Yield the images of each resample, int64 [count], drawn with replacement."""
     random = np.random.default_rng(_SEED)
     for _ in range(resamples):
         yield random.integers(count, size=count)
 
 
 def interval(statistics: np.ndarray) -> tuple[float, float]:
-    """The interval of a statistic's values over the resamples."""
+    """Return the interval of a statistic from its values over the resamples."""
     low, high = np.percentile(statistics, LEVEL)
     return float(low), float(high)

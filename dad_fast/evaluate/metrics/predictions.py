@@ -1,4 +1,4 @@
-"""What a model said of each image of a suite: kept on the CPU, compared between models, saved and read again."""
+"""Records: scores of each image of a suite on the CPU, saved to and loaded from a file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from dad_fast.evaluate.metrics.image_scores import SCORES
 from dad_fast.files import atomic_write_bytes, plain
 from dad_fast.models.weights.files import read_state_dict
 
-PREDICTIONS = "dad_fast.predictions"  # metadata key of a file of records
+# Metadata key of a file of records.
+PREDICTIONS = "dad_fast.predictions"
 FIELDS = ("image", "part", "label", *SCORES)
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """One row for each image and each part of the suite (a severity, or a corruption and severity), in the order of parts and images.
+    """One row per image and part of the suite (a severity, or a corruption and severity).
 
-    image, part: int64 [N]. label: int64 [N], the right output of the model (of several the first); -1 = none. The rest: float64 [N],
-    see `metrics.image_scores`. `source` identifies the images: two models were shown the same where source, image and part are equal.
+    Rows are in the order of parts, then images. values: image and part, int64 [N]; label, int64
+    [N], the right output of the model (the first of several, -1 for none); the others, float64 [N],
+    see `metrics.image_scores`.
+    source: identifies the images: the same source, image and part means the same image.
     """
 
     source: str
@@ -49,16 +52,15 @@ class Records:
 
 
 def save_records(path: str | Path, about: Mapping[str, Any], suites: Mapping[str, Records]) -> None:
-    """Write the records of one model: safetensors with arrays NAME/FIELD, and what they are of as JSON metadata."""
+    """Write the records of one model as safetensors: arrays SUITE/FIELD and `about` as metadata."""
     arrays = {
         f"{name}/{field}": _small(field, records[field])
         for name, records in suites.items()
         for field in FIELDS
     }
     described = {**about, "suites": {name: records.source for name, records in suites.items()}}
-    atomic_write_bytes(
-        path, save(arrays, {PREDICTIONS: json.dumps(plain(described), ensure_ascii=False)})
-    )
+    metadata = {PREDICTIONS: json.dumps(plain(described), ensure_ascii=False)}
+    atomic_write_bytes(path, save(arrays, metadata))
 
 
 def _small(field: str, values: np.ndarray) -> np.ndarray:
@@ -68,7 +70,10 @@ def _small(field: str, values: np.ndarray) -> np.ndarray:
 
 
 def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
-    """What `save_records` wrote: what the records are of, and the records by suite. Raises DataError for any other file."""
+    """Load a file of `save_records`: `about`, and the records by suite.
+
+    Raises DataError for any other file.
+    """
     arrays, metadata = read_state_dict(path)
     try:
         about = json.loads(metadata[PREDICTIONS])
@@ -88,7 +93,8 @@ def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
             )
     except KeyError as error:
         raise DataError(
-            f"{shown(str(path))}: no predictions of dad-fast (no {error}); name a file of eval --save-predictions"
+            f"{shown(str(path))}: no predictions of dad-fast (no {error}); "
+            "name a file of eval --save-predictions"
         ) from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
@@ -98,7 +104,7 @@ def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
 
 
 def is_records(path: str | Path) -> bool:
-    """Whether a file holds records; its metadata alone is read."""
+    """Return whether a file contains records; reads only its metadata."""
     try:
         with safe_open(path, framework="np") as file:
             return PREDICTIONS in (file.metadata() or {})

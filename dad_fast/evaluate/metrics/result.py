@@ -1,4 +1,4 @@
-"""The metrics of one model on one suite."""
+"""Result: the metrics of one model on one suite."""
 
 from __future__ import annotations
 
@@ -11,16 +11,29 @@ from dad_fast.evaluate.metrics.image_scores import confidence_bins, summarise
 from dad_fast.evaluate.metrics.intervals import interval, mean_interval, resampled
 from dad_fast.evaluate.metrics.predictions import Records
 
-MOST_ROWS = 300_000  # `with_intervals` draws each of them 2000 times
+# Limit of `with_intervals`, which draws each row 2000 times.
+MOST_ROWS = 300_000
 
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics of one model on one suite. top1, top5, ece and their kin in percent, nll in nats, brier from 0 to 2; top5 is None where
-    fewer than 6 outputs compete.
+    """Metrics of one model on one suite.
 
-    Over several parts (severities, corruptions) every metric is taken over all images of all parts together, which for top-1 is the
-    mean; `by_severity` has each severity's top-1. num_images counts the suite's images, each once; `skipped` could not be read.
+    Accuracies, calibration errors, agreement and mCE are in percent, nll is in nats, brier from 0
+    to 2. Over several parts (severities, corruptions) every metric is taken over all images of all
+    parts.
+
+    num_images: images of the suite, each counted once. skipped: unreadable images.
+    top5: None where fewer than 6 outputs compete.
+    by_severity: top-1 of each severity.
+    *_interval: 95 %, bootstrap over images; over parts an image counts once. Those of ece, nll and
+        brier are made by `with_intervals`.
+    ece_adaptive: over 15 bins of equal numbers of images.
+    reliability: count, confidence and accuracy of 15 equal bins, as fractions.
+    agreement: share of images on which the model and the teacher predict the same class.
+    protocol: preprocessing, competing outputs and missing images, in words.
+    mce: mean corruption error relative to AlexNet's.
+    by_corruption: top-1 by severity, and the corruption error.
     """
 
     name: str
@@ -31,42 +44,33 @@ class Result:
     nll: float
     skipped: int = 0
     by_severity: tuple[float, ...] = ()
-    top1_interval: tuple[float, float] | None = (
-        None  # 95 %, bootstrap over images; over parts an image counts as one
-    )
-    ece_adaptive: float | None = None  # 15 bins of equal numbers of images
+    top1_interval: tuple[float, float] | None = None
+    ece_adaptive: float | None = None
     brier: float | None = None
-    reliability: dict[str, list[Any]] | None = (
-        None  # count, confidence, accuracy of 15 equal bins, as fractions
-    )
-    ece_interval: tuple[float, float] | None = None  # these three where `with_intervals` made them
+    reliability: dict[str, list[Any]] | None = None
+    ece_interval: tuple[float, float] | None = None
     nll_interval: tuple[float, float] | None = None
     brier_interval: tuple[float, float] | None = None
-    agreement: float | None = (
-        None  # share of images on which the model and the teacher say the same class, %
-    )
-    protocol: str = ""  # how an image becomes pixels, which outputs compete, and what is missing
-    mce: float | None = None  # mean corruption error relative to AlexNet's, %
+    agreement: float | None = None
+    protocol: str = ""
+    mce: float | None = None
     mce_interval: tuple[float, float] | None = None
-    by_corruption: dict[str, dict[str, Any]] | None = (
-        None  # top-1 by severity, and the corruption error
-    )
+    by_corruption: dict[str, dict[str, Any]] | None = None
     records: Records | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, without the records."""
+        """Return the fields for JSON, without the records."""
         found = asdict(replace(self, records=None))
         del found["records"]
         return found
 
 
 def make_result(name: str, records: Records, num_outputs: int, **facts: Any) -> Result:
-    """`records` as a Result; `facts` are its further fields. num_outputs: how many outputs compete."""
+    """Compute the metrics of `records`. num_outputs: competing outputs. facts: further fields."""
     found = summarise(records.scores, num_outputs)
     images, place = np.unique(records["image"], return_inverse=True)
-    each = np.bincount(place, weights=records["correct"]) / np.bincount(
-        place
-    )  # [images]: the share of parts in which it is right
+    # [images]: the share of parts in which the prediction is right.
+    each = np.bincount(place, weights=records["correct"]) / np.bincount(place)
     low, high = mean_interval(each)
     tops = tuple(
         100 * float(records.part(part)["correct"].mean()) for part in np.unique(records["part"])
@@ -83,9 +87,9 @@ def make_result(name: str, records: Records, num_outputs: int, **facts: Any) -> 
 
 
 def with_intervals(result: Result) -> Result:
-    """`result` with the intervals of ECE, NLL and Brier score; as it is above MOST_ROWS images times parts.
+    """Add the intervals of ECE, NLL and Brier score, unless there are more than MOST_ROWS rows.
 
-    The ECE of a resample is never below what chance alone makes of as many images, so that its interval lies a little high.
+    Chance alone gives a resample some ECE, so that the interval of the ECE lies a little high.
     """
     records = result.records
     if records is None or len(records) > MOST_ROWS:
@@ -95,12 +99,10 @@ def with_intervals(result: Result) -> Result:
     gap = records["correct"] - records["confidence"]
     found: dict[str, list[float]] = {"ece": [], "nll": [], "brier": []}
     for drawn in resampled(len(images)):
-        weights = np.bincount(drawn, minlength=len(images))[
-            place
-        ]  # how often each row is in the resample
-        found["ece"].append(
-            100 * float(np.abs(np.bincount(bins, weights=weights * gap)).sum() / weights.sum())
-        )
+        # Number of times that each row is in the resample.
+        weights = np.bincount(drawn, minlength=len(images))[place]
+        gaps = np.abs(np.bincount(bins, weights=weights * gap)).sum()
+        found["ece"].append(100 * float(gaps / weights.sum()))
         found["nll"].append(float(weights @ records["nll"] / weights.sum()))
         found["brier"].append(float(weights @ records["brier"] / weights.sum()))
     made = {f"{name}_interval": interval(np.array(values)) for name, values in found.items()}

@@ -1,1 +1,1 @@
-"""Test sets, by name."""
+"""Test sets by name."""

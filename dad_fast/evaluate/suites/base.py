@@ -1,4 +1,4 @@
-"""What a suite judges: images of one or several sources, and which of a model's outputs compete and are right for them."""
+"""EvalSet: images of one or several sources, and the outputs that compete and are right."""
 
 from __future__ import annotations
 
@@ -15,21 +15,38 @@ from dad_fast.data.sources.base import Source
 from dad_fast.evaluate.suites.imagenet import alexnet_errors
 
 
-class Subset:
-    """Some images of a source, with other labels: a source itself, as loaders read it.
+@dataclass(frozen=True)
+class SuiteOptions:
+    """Options for opening a test set.
 
-    rows: int64 [N], which images of `base`. labels: int64 [N]. border: pixels cut off on each side of an image.
+    allow_partial: accept an incomplete test set, with a note.
+    c_preprocessing: "none" or "resize256", for ImageNet-C.
+    max_bad_share: share of unreadable images above which opening fails.
+    """
+
+    allow_partial: bool = False
+    c_preprocessing: str = "none"
+    max_bad_share: float = 0.01
+
+
+class Subset:
+    """Some images of a source with their own labels; a Source itself, as loaders read it.
+
+    rows: int64 [N], the images of `base`. labels: int64 [N].
+    border: pixels cut off on each side of an image.
     """
 
     def __init__(self, base: Source, rows: np.ndarray, labels: np.ndarray, border: int = 0) -> None:
-        self.base, self.rows, self.labels, self.border = base, rows, labels, border
-        self.name, self.classes, self.fingerprint, self.max_bad_share = (
-            base.name,
-            base.classes,
-            base.fingerprint,
-            base.max_bad_share,
-        )
-        self.ok, self.sizes = base.ok[rows], base.sizes[rows]
+        self.base = base
+        self.rows = rows
+        self.labels = labels
+        self.border = border
+        self.name = base.name
+        self.classes = base.classes
+        self.fingerprint = base.fingerprint
+        self.max_bad_share = base.max_bad_share
+        self.ok = base.ok[rows]
+        self.sizes = base.sizes[rows]
         self.keys: Sequence[str] = _Keys(base.keys, rows)
 
     def __len__(self) -> int:
@@ -50,14 +67,16 @@ class Subset:
         return self.base.describe()
 
     def taken(self, chosen: np.ndarray | slice) -> Subset:
+        """Return the chosen images: a mask, indices or a slice of this subset's rows."""
         return Subset(self.base, self.rows[chosen], self.labels[chosen], self.border)
 
 
 class _Keys(Sequence[str]):
-    """Some of a source's keys, not copied."""
+    """Keys of some images of a source, without a copy."""
 
     def __init__(self, keys: Sequence[str], rows: np.ndarray) -> None:
-        self._keys, self._rows = keys, rows
+        self._keys = keys
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -70,13 +89,17 @@ class _Keys(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class EvalSet:
-    """The images of a suite and how they are judged. `pieces` are judged one after the other; `parts` says what each of several is:
-    a corruption and its severity.
+    """Images of a suite and how to evaluate a model on them.
 
-    columns, accepted: see `metrics.image_scores`, as numpy arrays; the pieces' labels are places among the outputs that compete, or
-        rows of `accepted`, or -1 where an image is of none of the model's classes.
-    view: share of the resized image kept and filter, where the suite fixes them; None = the model's own.
-    note: what a reader must know: masked outputs, what is missing.
+    pieces: evaluated one after the other. Their labels are positions among the competing outputs,
+        or rows of `accepted`, or -1 for an image of none of the model's classes.
+    classes: the model's. known: False where they are not (images of unknown classes).
+    columns: int64 [K], the outputs that compete; None = all. See `metrics.image_scores`.
+    accepted: bool [G, K], the competing outputs that are right for each label. See there as well.
+    parts: (corruption, severity) of each piece, where there are several.
+    view: share of the resized image kept and filter, where the suite fixes them; None = the
+        model's.
+    note: for the reader of the results: masked outputs, missing images.
     """
 
     name: str
@@ -87,8 +110,7 @@ class EvalSet:
     parts: tuple[tuple[str, int], ...] = ()
     view: tuple[float, str] | None = None
     note: str = ""
-
-    known: bool = True  # whether `classes` are the model's
+    known: bool = True
 
     def __len__(self) -> int:
         return sum(len(piece) for piece in self.pieces)
@@ -99,14 +121,17 @@ class EvalSet:
         return prints[0] if len(prints) == 1 else sha256(" ".join(prints).encode()).hexdigest()
 
     def output_of(self, labels: np.ndarray) -> np.ndarray:
-        """The output of the model that a piece's label means, of several the first; -1 where there is none."""
+        """Return the model's output for each label: the first of several, -1 for none."""
         if self.accepted is not None:
             labels = np.where(labels >= 0, self.accepted.argmax(axis=1)[labels], -1)
         return labels if self.columns is None else np.where(labels >= 0, self.columns[labels], -1)
 
 
 def image_numbers(pieces: Sequence[Subset]) -> list[np.ndarray]:
-    """For each piece a number for every image, int64 [N]: the same where the keys are, which in ImageNet-C are the same picture."""
+    """Number the images of each piece, int64 [N]. Images with the same key get the same number.
+
+    In ImageNet-C these are versions of the same picture.
+    """
     if len(pieces) == 1:
         return [pieces[0].rows]
     number: dict[str, int] = {}
@@ -117,32 +142,31 @@ def image_numbers(pieces: Sequence[Subset]) -> list[np.ndarray]:
 
 
 def as_eval_set(source: Source | EvalSet) -> EvalSet:
-    """A plain source: all its images, all outputs compete, a label is an output."""
+    """Wrap a plain source: all images, all outputs compete, a label is an output."""
     if isinstance(source, EvalSet):
         return source
-    return EvalSet(
-        source.name, (Subset(source, np.arange(len(source)), source.labels),), source.classes
-    )
+    images = Subset(source, np.arange(len(source)), source.labels)
+    return EvalSet(source.name, (images,), source.classes)
 
 
 def corruption_summary(
-    judged: EvalSet, top1: Sequence[float]
+    eval_set: EvalSet, top1: Sequence[float]
 ) -> tuple[dict[str, list[float]], np.ndarray | None]:
-    """Top-1 by corruption, a value a severity; and the weight of each part in the mean corruption error: None where one of those that it
-    takes is missing, or the model has not ImageNet's 1000 classes, which AlexNet's errors are of.
+    """Return top-1 by corruption, one value per severity, and each part's weight in the mCE.
 
-    top1: in percent, by part. The mCE is the sum over parts of weight * (100 - top1).
+    top1: in percent, by part. The mCE is the sum over parts of weight * (100 - top1). The weights
+    are None where a corruption of the mCE is missing, or the model lacks ImageNet's 1000 classes,
+    for which AlexNet's errors are known.
     """
     by_corruption: dict[str, list[float]] = {}
-    for (name, _), value in zip(judged.parts, top1, strict=True):
+    for (name, _), value in zip(eval_set.parts, top1, strict=True):
         by_corruption.setdefault(name, []).append(value)
     alexnet = alexnet_errors()
-    if len(judged.classes) < 1000 or any(len(by_corruption.get(name, ())) != 5 for name in alexnet):
+    complete = all(len(by_corruption.get(name, ())) == 5 for name in alexnet)
+    if len(eval_set.classes) < 1000 or not complete:
         return by_corruption, None
-    weights = np.array(
-        [
-            1 / (5 * alexnet[name] * len(alexnet)) if name in alexnet else 0.0
-            for name, _ in judged.parts
-        ]
-    )
-    return by_corruption, weights
+    weights = [
+        1 / (5 * alexnet[name] * len(alexnet)) if name in alexnet else 0.0
+        for name, _ in eval_set.parts
+    ]
+    return by_corruption, np.array(weights)

@@ -1,4 +1,4 @@
-"""ImageNet's classes and those of the test sets made for it, how they join with a model's, and the mean corruption error."""
+"""Classes of ImageNet and its test sets, joined with a model's; corruption errors."""
 
 from __future__ import annotations
 
@@ -18,55 +18,46 @@ from dad_fast.errors import DataError, EnvironmentProblem
 
 @lru_cache(maxsize=1)
 def published() -> dict[str, Any]:
-    """published.json: sizes of the test sets, AlexNet's errors."""
-    found: dict[str, Any] = json.loads(
-        resources.files("dad_fast.evaluate.suites")
-        .joinpath("published.json")
-        .read_text(encoding="utf-8")
-    )
+    """Load published.json: sizes of the test sets and AlexNet's errors."""
+    file = resources.files("dad_fast.evaluate.suites").joinpath("published.json")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
 @lru_cache(maxsize=1)
 def imagenet_classes() -> ClassMap:
-    """ImageNet-1k's 1000 classes in the order of every published head: wnids as folders, timm's first name of each."""
+    """Return ImageNet's 1000 classes in the usual order: wnids, and timm's first name of each."""
     from timm.data import ImageNetInfo
 
     wnids = list(ImageNetInfo().label_names())
-    return ClassMap(
-        tuple(
-            (i, wnid, name)
-            for i, (wnid, name) in enumerate(zip(wnids, readable_names(wnids), strict=True))
-        )
-    )
+    pairs = zip(wnids, readable_names(wnids), strict=True)
+    return ClassMap(tuple((i, wnid, name) for i, (wnid, name) in enumerate(pairs)))
 
 
 @lru_cache(maxsize=2)
 def subset_wnids(letter: str) -> tuple[str, ...]:
-    """The 200 wnids of ImageNet-A ("a") or ImageNet-R ("r"), from the list that timm ships."""
+    """Return the 200 wnids of ImageNet-A ("a") or ImageNet-R ("r") from timm's list."""
     name = f"imagenet_{letter}_synsets.txt"
     try:
-        wnids = tuple(
-            resources.files("timm.data._info").joinpath(name).read_text(encoding="utf-8").split()
-        )
+        file = resources.files("timm.data._info").joinpath(name)
+        wnids = tuple(file.read_text(encoding="utf-8").split())
     except (ModuleNotFoundError, OSError) as error:
         raise EnvironmentProblem(
-            f"timm's list {name} is not where it was ({error}): pip install 'timm>=1.0.31'"
+            f"timm has no list {name} ({error}): pip install 'timm>=1.0.31'"
         ) from None
     assert len(wnids) == 200
     return wnids
 
 
 def objectnet_wnids(mappings: Path) -> dict[str, list[str]]:
-    """ObjectNet's folders that stand for classes of ImageNet, each with its wnids, from the two JSON files that come with the images:
-    folder -> its label, and label -> ImageNet's descriptions of what counts as right, which are timm's word for word.
+    """Return ObjectNet's folders that stand for classes of ImageNet, each with its wnids.
 
-    Raises DataError where the files are not there, or say what they should not.
+    Reads two JSON files that come with the images: folder -> label, and label -> descriptions of
+    ImageNet's classes, which are timm's word for word. Raises DataError for a missing or invalid
+    file.
     """
-    labels, meanings = (
-        _read_json(mappings / name)
-        for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
-    )
+    labels = _read_json(mappings / "folder_to_objectnet_label.json")
+    meanings = _read_json(mappings / "objectnet_to_imagenet_1k.json")
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
@@ -74,16 +65,20 @@ def objectnet_wnids(mappings: Path) -> dict[str, list[str]]:
     found = {}
     for folder, label in labels.items():
         if label not in meanings:
-            continue  # one of the 200 classes that ImageNet has not
+            # One of the 200 classes that ImageNet lacks.
+            continue
         descriptions = meanings[label].split("; ")
-        if unknown := [text for text in descriptions if text not in wnid_of]:
+        unknown = [text for text in descriptions if text not in wnid_of]
+        if unknown:
             raise DataError(
-                f"{mappings}/objectnet_to_imagenet_1k.json: {unknown[0]!r} of {label!r} is no class of ImageNet; get it again"
+                f"{mappings}/objectnet_to_imagenet_1k.json: {unknown[0]!r} of {label!r} is no "
+                "class of ImageNet; download it again"
             )
         found[folder] = [wnid_of[text] for text in descriptions]
     if not found:
         raise DataError(
-            f"{mappings}: its two files have no label in common; get them again with the images"
+            f"{mappings}: its two files have no label in common; "
+            "download them again with the images"
         )
     return found
 
@@ -93,46 +88,47 @@ def _read_json(path: Path) -> dict[str, str]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{path}: not there; ObjectNet's archive has a folder mappings beside images, which says what its classes are"
+            f"{path}: no such file; "
+            "copy the folder mappings from ObjectNet's archive, next to images"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: not readable as JSON ({error}); get it again from ObjectNet's archive"
+            f"{path}: not readable as JSON ({error}); copy it again from ObjectNet's archive"
         ) from None
-    if not isinstance(content, dict) or not all(
-        isinstance(value, str) for value in content.values()
-    ):
-        raise DataError(f"{path}: not a table of texts; get it again from ObjectNet's archive")
+    is_table = isinstance(content, dict) and all(isinstance(v, str) for v in content.values())
+    if not is_table:
+        raise DataError(f"{path}: not a table of texts; copy it again from ObjectNet's archive")
     return content
 
 
 def join(model: ClassMap, wanted: Sequence[tuple[str, str]]) -> list[int | None]:
-    """For each wanted class (folder, name) the output of a model with the classes `model`, or None where it has no such class.
+    """Return the model's output for each wanted class (folder, name); None without such a class.
 
-    By folder (a wnid) where the lists share any; otherwise by name.
+    Compares folders (wnids) where the lists share any, otherwise names.
     """
     place = {folder: i for i, folder in enumerate(model.folders)}
     by_folder = [place.get(folder) for folder, _ in wanted]
-    return (
-        by_folder
-        if any(found is not None for found in by_folder)
-        else by_name(model, [name for _, name in wanted])
-    )
+    if any(found is not None for found in by_folder):
+        return by_folder
+    return by_name(model, [name for _, name in wanted])
 
 
 def by_name(model: ClassMap, wanted: Sequence[str]) -> list[int | None]:
-    """`join` by the model's names or folders, in any case and with blanks for underscores, where a name is of one class only."""
+    """Join by the model's names or folders, ignoring case, with blanks for underscores.
+
+    None for a name that several classes have.
+    """
     named: dict[str, set[int]] = {}
     for i, folder, name in model:
         for text in {_plain(folder), _plain(name)}:
             named.setdefault(text, set()).add(i)
     asked = [_plain(name) for name in wanted]
-    return [
-        next(iter(named[text]))
-        if len(named.get(text, ())) == 1 and asked.count(text) == 1
-        else None
-        for text in asked
-    ]
+    outputs: list[int | None] = []
+    for text in asked:
+        found = named.get(text, set())
+        unique = len(found) == 1 and asked.count(text) == 1
+        outputs.append(next(iter(found)) if unique else None)
+    return outputs
 
 
 def _plain(name: str) -> str:
@@ -140,7 +136,10 @@ def _plain(name: str) -> str:
 
 
 def corruption_errors(accuracy: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Each corruption's error relative to AlexNet's, in percent, from its top-1 by severity in percent."""
+    """Return each corruption's error relative to AlexNet's, in percent.
+
+    accuracy: top-1 by severity in percent, of each corruption.
+    """
     alexnet = alexnet_errors()
     return {
         name: (100 - float(np.mean(tops))) / alexnet[name]
@@ -150,14 +149,16 @@ def corruption_errors(accuracy: Mapping[str, Sequence[float]]) -> dict[str, floa
 
 
 def alexnet_errors() -> dict[str, float]:
-    """The 15 corruptions that the mCE is over, each with AlexNet's error as a fraction."""
+    """Return the 15 corruptions of the mCE, each with AlexNet's error as a fraction."""
     found: dict[str, float] = published()["alexnet_errors"]["values"]
     return found
 
 
 def check_disjoint(name: str, there: Sequence[str], known: Sequence[str]) -> None:
-    """DataError where class folders are there that the set does not have: then it is another set."""
-    if extra := sorted(set(there) - set(known)):
+    """Raise DataError for class folders that the set lacks: the folder holds another set."""
+    extra = sorted(set(there) - set(known))
+    if extra:
         raise DataError(
-            f"{name}: {len(extra):,} class folders are not of it, such as {some(extra, 3)}; is that another data set?"
+            f"{name}: {len(extra):,} class folders are not of it, such as {some(extra, 3)}; "
+            "is that another data set?"
         )

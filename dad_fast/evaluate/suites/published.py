@@ -1,14 +1,14 @@
-"""The published test sets as people have them on disk: where their class folders are, what each folder means, and what is missing.
+"""Published test sets as they are distributed: class folders, their meaning, missing images.
 
 | suite | class folders | outputs that compete |
 |---|---|---|
-| imagenet, imagenet-sketch, imagenet-stylized | 1000 wnids, in the folder or in its val/ (sketch/) | all |
+| imagenet, -sketch, -stylized | 1000 wnids, in the folder or in its val/ (sketch/) | all |
 | imagenet-v2 | 0 … 999, the class numbers | all |
 | imagenet-a, imagenet-r | 200 wnids | those 200 |
-| imagenet-c | CORRUPTION/SEVERITY/ and 1000 wnids, also below noise/, blur/, weather/ and digital/ | all |
-| objectnet | images/ and 113 of 313 names, with mappings/ beside images/ | all; of several ids that mean a folder each is right |
+| imagenet-c | CORRUPTION/SEVERITY/ and 1000 wnids, also below noise/, blur/ ... | all |
+| objectnet | images/ and 113 of 313 names, with mappings/ next to images/ | all |
 
-A model of other classes is judged on the images of the classes that it has, which the results say.
+A model with other classes is evaluated on the images of its own classes; the results note this.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dad_fast.config.schema import EvalConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import EXTENSIONS
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.names import shown, some
 from dad_fast.errors import DataError
-from dad_fast.evaluate.suites.base import EvalSet, Subset
+from dad_fast.evaluate.suites.base import EvalSet, Subset, SuiteOptions
 from dad_fast.evaluate.suites.imagenet import (
     alexnet_errors,
     check_disjoint,
@@ -38,246 +37,275 @@ from dad_fast.evaluate.suites.imagenet import (
     subset_wnids,
 )
 
-INSIDE = {  # where the class folders may be instead of in the folder that is named
-    "imagenet": ("val", "validation"),
-    "imagenet-v2": ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency"),
-    "imagenet-a": ("imagenet-a",),
-    "imagenet-r": ("imagenet-r",),
-    "imagenet-sketch": ("sketch",),
-    "imagenet-stylized": ("val",),
-    "objectnet": ("images", "objectnet-1.0/images"),
-}
-LAYOUTS = (*published()["sizes"],)
-GROUPS = ("", "noise", "blur", "weather", "digital", "extra")  # ImageNet-C's archives
-BORDER = 2  # pixels around ObjectNet's images: a red line of one, smeared by compression
-C_SIDE = 224  # of ImageNet-C's images
+# Folders of ImageNet-C's archives.
+GROUPS = ("", "noise", "blur", "weather", "digital", "extra")
+# Side of ImageNet-C's images in pixels.
+C_SIDE = 224
 C_VIEWS = {"none": (1.0, "bicubic"), "resize256": (0.875, "bicubic")}
 _CLASS_FOLDER = re.compile(r"n\d{8}|\d{1,4}")
+_HINT = "finish the download, or evaluate the images at hand with --allow-partial"
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a test set's class folders stand for: folder -> wnids that are right for its images."""
+    """Meaning of class folders: folder -> wnids that are right for its images.
+
+    masked: only the set's own classes compete. others: folders of other classes may lie next to
+        them.
+    """
 
     wnids: Mapping[str, list[str]]
-    masked: bool = False  # only the set's own classes compete
-    others: bool = False  # folders of other classes may lie beside
+    masked: bool = False
+    others: bool = False
 
 
-def open_layout(
-    layout: str, path: str, classes: ClassMap, options: EvalConfig, max_bad_share: float
-) -> EvalSet:
-    """The test set `layout` in the folder `path`, for a model with the classes `classes`.
+@dataclass(frozen=True)
+class PublishedSet:
+    """A test set with a folder per wnid. Subclasses change `meaning`.
 
-    Raises DataError where the folder is no such set or is not whole (unless `options.allow_partial`), or has no class of the model.
+    inside: sub-folders that may hold the class folders. example: of a class folder, for messages.
+    border: pixels cut off on each side of an image. note: for the reader of the results.
     """
+
+    name: str
+    inside: tuple[str, ...] = ()
+    example: str = "such as n01440764"
+    border: int = 0
+    note: str = ""
+
+    @property
+    def expected(self) -> str:
+        """Expected content of the folder, for messages."""
+        size = published()["sizes"][self.name]
+        return f"{size['classes']:,} class folders {self.example} with {size['images']:,} images"
+
+    def meaning(self, folder: Path) -> Meaning | None:
+        """Return the meaning of the class folders in `folder`; None where it cannot hold them."""
+        return _all_wnids()
+
+    def find(self, root: Path) -> tuple[Path, Meaning]:
+        """Return the folder with the class folders, and their meaning.
+
+        Raises DataError where there are none.
+        """
+        for folder in (root, *(root / name for name in self.inside)):
+            meaning = self.meaning(folder) if folder.is_dir() else None
+            if meaning is not None and set(meaning.wnids) & set(_folders(folder)):
+                return folder, meaning
+        there = _folders(root)
+        has = f"it has {some(map(shown, there), 3)}" if there else "it has no folders"
+        raise DataError(
+            f"--suite {self.name}={root}: contains none of its class folders ({has}); "
+            f"expected {self.expected}"
+        )
+
+    def open(self, path: str, classes: ClassMap, options: SuiteOptions) -> EvalSet:
+        """Open the set in the folder `path` for a model with the classes `classes`.
+
+        Raises DataError for a folder that is no such set, that is incomplete (unless
+        `options.allow_partial`), or that has no class of the model.
+        """
+        folder, meaning = self.find(_root(self, path))
+        return self.open_classes(folder, meaning, classes, options)
+
+    def open_classes(
+        self, folder: Path, meaning: Meaning, classes: ClassMap, options: SuiteOptions
+    ) -> EvalSet:
+        """Open the class folders in `folder`, checked for completeness."""
+        chosen, partial = self.check(folder, meaning, options.allow_partial)
+        wnids = {name: meaning.wnids[name] for name in chosen}
+        right = self._outputs(wnids, classes)
+        names = [name for name in wnids if right[name]]
+        listed = ClassMap(tuple((i, name, name) for i, name in enumerate(names)))
+        source = FolderSource(
+            folder, classes=listed, max_bad_share=options.max_bad_share, other_folders=True
+        )
+        columns = accepted = None
+        labels = source.labels
+        if any(len(outputs) > 1 for outputs in right.values()):
+            accepted = np.zeros((len(names), len(classes)), dtype=bool)
+            for i, name in enumerate(names):
+                accepted[i, right[name]] = True
+        else:
+            output_of = np.array([right[name][0] for name in names], dtype=np.int64)
+            if meaning.masked:
+                columns = np.sort(output_of)
+                output_of = np.searchsorted(columns, output_of)
+            labels = output_of[labels]
+        notes = [f"logits of the {len(names):,} classes"] if meaning.masked else []
+        notes.append(self.note)
+        if len(names) < len(wnids):
+            notes.append(f"only {len(names):,} of {len(wnids):,} classes are the model's")
+        notes.append(partial)
+        images = Subset(source, np.arange(len(source)), labels, self.border)
+        note = "; ".join(filter(None, notes))
+        return EvalSet(self.name, (images,), classes, columns, accepted, note=note)
+
+    def check(self, folder: Path, meaning: Meaning, allow_partial: bool) -> tuple[list[str], str]:
+        """Return the class folders with images, and a note where the set is incomplete.
+
+        Counts file names only, before any image is opened.
+        """
+        there = _folders(folder)
+        if not meaning.others:
+            class_folders = [name for name in there if _CLASS_FOLDER.fullmatch(name)]
+            check_disjoint(f"--suite {self.name}={folder}", class_folders, list(meaning.wnids))
+        counts = {name: _num_images(folder / name) for name in meaning.wnids if name in there}
+        filled = [name for name, count in counts.items() if count]
+        expected = published()["sizes"][self.name]["images"]
+        images = sum(counts.values())
+        if len(filled) >= len(meaning.wnids) and images >= expected:
+            more = images > expected
+            return filled, f"{images:,} images, published are {expected:,}" if more else ""
+        what = (
+            f"{len(filled):,} of {len(meaning.wnids):,} class folders, "
+            f"{images:,} of {expected:,} images"
+        )
+        if not allow_partial:
+            lacks = [name for name in meaning.wnids if name not in filled]
+            such = f" (without {some(map(shown, lacks), 3)})" if lacks else ""
+            raise DataError(f"{self.name}: {what} in {folder}{such}; {_HINT}")
+        return filled, f"partial: {what}"
+
+    def _outputs(self, wnids: Mapping[str, list[str]], classes: ClassMap) -> dict[str, list[int]]:
+        """Return the model's outputs that are right for each class folder."""
+        of_imagenet = imagenet_classes()
+        name_of = dict(zip(of_imagenet.folders, of_imagenet.names, strict=True))
+        asked = list(dict.fromkeys(wnid for each in wnids.values() for wnid in each))
+        joined = join(classes, [(wnid, name_of[wnid]) for wnid in asked])
+        output = {
+            wnid: found for wnid, found in zip(asked, joined, strict=True) if found is not None
+        }
+        found = {
+            name: [output[wnid] for wnid in each if wnid in output] for name, each in wnids.items()
+        }
+        if not any(found.values()):
+            have = some(map(shown, classes.folders), 3)
+            raise DataError(
+                f"--suite {self.name}: none of the model's {len(classes):,} classes ({have}) "
+                f"is one of its {len(wnids):,}"
+            )
+        return found
+
+
+class NumberedSet(PublishedSet):
+    """ImageNet-V2: folders 0 … 999 are class numbers; some copies have wnids."""
+
+    def meaning(self, folder: Path) -> Meaning | None:
+        wnids = imagenet_classes().folders
+        if set(wnids) & set(_folders(folder)):
+            return _all_wnids()
+        return Meaning({str(i): [wnid] for i, wnid in enumerate(wnids)})
+
+
+class MaskedSet(PublishedSet):
+    """ImageNet-A and ImageNet-R: 200 wnids, which alone compete."""
+
+    def meaning(self, folder: Path) -> Meaning | None:
+        wnids = subset_wnids(self.name.removeprefix("imagenet-"))
+        return Meaning({wnid: [wnid] for wnid in wnids}, masked=True)
+
+
+class ObjectNet(PublishedSet):
+    """Folders of its own names, which mappings/ translates; several ids may be right."""
+
+    @property
+    def expected(self) -> str:
+        return "images/ with a folder per class, and mappings/ next to it"
+
+    def meaning(self, folder: Path) -> Meaning | None:
+        for mappings in (folder / "mappings", folder.parent / "mappings"):
+            if mappings.is_dir():
+                return Meaning(objectnet_wnids(mappings), others=True)
+        if folder.name != "images":
+            return None
+        # Raises DataError that names the missing files.
+        return Meaning(objectnet_wnids(folder.parent / "mappings"), others=True)
+
+
+class CorruptedSet(PublishedSet):
+    """ImageNet-C: a copy of the validation set per corruption and severity."""
+
+    @property
+    def expected(self) -> str:
+        return (
+            "CORRUPTION/SEVERITY/WNID folders of 15 corruptions and 5 severities, "
+            "50,000 images each"
+        )
+
+    def open(self, path: str, classes: ClassMap, options: SuiteOptions) -> EvalSet:
+        root = _root(self, path)
+        wanted = [(name, severity) for name in alexnet_errors() for severity in range(1, 6)]
+        found = {part: _corruption_folder(root, *part) for part in wanted}
+        places = {part: folder for part, folder in found.items() if folder is not None}
+        lacks = [
+            f"{name}/{severity}" for name, severity in wanted if (name, severity) not in places
+        ]
+        if not places:
+            raise DataError(
+                f"--suite {self.name}={root}: no CORRUPTION/SEVERITY folders; "
+                f"expected {self.expected}"
+            )
+        if lacks and not options.allow_partial:
+            raise DataError(
+                f"{self.name}: {len(places)} of {len(wanted)} CORRUPTION/SEVERITY folders in "
+                f"{root} (without {some(lacks, 3)}); {_HINT}"
+            )
+        pieces: list[Subset] = []
+        notes = [f"without {some(lacks, 3)}"] if lacks else []
+        for folder in places.values():
+            one = self.open_classes(folder, _all_wnids(), classes, options)
+            pieces += one.pieces
+            if one.note and one.note not in notes:
+                notes.append(one.note)
+        return EvalSet(
+            self.name,
+            tuple(pieces),
+            classes,
+            parts=tuple(places),
+            view=C_VIEWS[options.c_preprocessing],
+            note="; ".join(notes[:2]),
+        )
+
+
+IMAGENET = PublishedSet("imagenet", inside=("val", "validation"))
+IMAGENET_V2 = NumberedSet(
+    "imagenet-v2",
+    inside=("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency"),
+    example="0 … 999",
+)
+IMAGENET_A = MaskedSet("imagenet-a", inside=("imagenet-a",), example="such as n01498041")
+IMAGENET_R = MaskedSet("imagenet-r", inside=("imagenet-r",), example="such as n01498041")
+IMAGENET_SKETCH = PublishedSet("imagenet-sketch", inside=("sketch",))
+IMAGENET_C = CorruptedSet("imagenet-c")
+IMAGENET_STYLIZED = PublishedSet("imagenet-stylized", inside=("val",))
+OBJECTNET = ObjectNet(
+    "objectnet",
+    inside=("images", "objectnet-1.0/images"),
+    # A red line of one pixel, smeared by compression.
+    border=2,
+    note="any of a folder's ids is right",
+)
+
+
+def _all_wnids() -> Meaning:
+    return Meaning({wnid: [wnid] for wnid in imagenet_classes().folders})
+
+
+def _root(test_set: PublishedSet, path: str) -> Path:
     root = Path(path)
     if not root.is_dir():
-        raise DataError(
-            f"--suite {layout}={path}: {'not a folder' if root.exists() else 'no such folder'}; expected {_expected(layout)}"
-        )
-    if layout == "imagenet-c":
-        return _open_c(root, classes, options, max_bad_share)
-    folder, meaning = _find(layout, root)
-    chosen, note = _check(layout, folder, meaning, options.allow_partial)
-    return _judged(
-        layout,
-        folder,
-        {name: meaning.wnids[name] for name in chosen},
-        meaning.masked,
-        classes,
-        note,
-        max_bad_share,
-    )
+        problem = "not a folder" if root.exists() else "no such folder"
+        raise DataError(f"--suite {test_set.name}={path}: {problem}; expected {test_set.expected}")
+    return root
 
 
-def _find(layout: str, root: Path) -> tuple[Path, Meaning]:
-    """The folder that holds the class folders, and what those mean."""
-    for folder in (root, *(root / name for name in INSIDE[layout])):
-        meaning = _meaning(layout, folder) if folder.is_dir() else None
-        if meaning is not None and set(meaning.wnids) & set(_folders(folder)):
-            return folder, meaning
-    there = _folders(root)
-    has = f"it has {some(map(shown, there), 3)}" if there else "it has no folders"
-    raise DataError(
-        f"--suite {layout}={root}: none of its class folders is there ({has}); expected {_expected(layout)}"
-    )
-
-
-def _meaning(layout: str, folder: Path) -> Meaning | None:
-    """What the class folders of `layout` would mean in `folder`; None where it cannot be that one."""
-    wnids = imagenet_classes().folders
-    if layout == "objectnet":
-        mappings = next(
-            (path for path in (folder / "mappings", folder.parent / "mappings") if path.is_dir()),
-            None,
-        )
-        if mappings is None and folder.name != "images":
-            return None
-        return Meaning(objectnet_wnids(mappings or folder.parent / "mappings"), others=True)
-    if layout in ("imagenet-a", "imagenet-r"):
-        return Meaning({wnid: [wnid] for wnid in subset_wnids(layout[-1])}, masked=True)
-    if layout == "imagenet-v2" and not set(wnids) & set(_folders(folder)):
-        return Meaning({str(i): [wnid] for i, wnid in enumerate(wnids)})
-    return Meaning({wnid: [wnid] for wnid in wnids})
-
-
-def _expected(layout: str) -> str:
-    size = published()["sizes"][layout]
-    if layout == "imagenet-c":
-        return "CORRUPTION/SEVERITY/WNID folders of 15 corruptions and 5 severities, 50,000 images each"
-    if layout == "objectnet":
-        return "images/ with a folder a class, and mappings/ beside it"
-    example = {"imagenet-v2": "0 … 999"}.get(
-        layout, "such as n01498041" if size["classes"] == 200 else "such as n01440764"
-    )
-    return f"{size['classes']:,} class folders {example} with {size['images']:,} images"
-
-
-def _check(
-    layout: str, folder: Path, meaning: Meaning, allow_partial: bool
-) -> tuple[list[str], str]:
-    """The class folders that hold images, and a note where they are not all. Counts names only, before any image is opened."""
-    there = _folders(folder)
-    if not meaning.others:
-        check_disjoint(
-            f"--suite {layout}={folder}",
-            [name for name in there if _CLASS_FOLDER.fullmatch(name)],
-            list(meaning.wnids),
-        )
-    counts = {name: _num_images(folder / name) for name in meaning.wnids if name in there}
-    filled = [name for name, count in counts.items() if count]
-    size, images = published()["sizes"][layout], sum(counts.values())
-    if len(filled) >= len(meaning.wnids) and images >= size["images"]:
-        return filled, "" if images == size[
-            "images"
-        ] else f"{images:,} images, published are {size['images']:,}"
-    what = f"{len(filled):,} of {len(meaning.wnids):,} class folders, {images:,} of {size['images']:,} images"
-    if not allow_partial:
-        lacks = [name for name in meaning.wnids if name not in filled]
-        such = f" (without {some(map(shown, lacks), 3)})" if lacks else ""
-        raise DataError(
-            f"{layout}: {what} in {folder}{such}; finish the download, or judge what is there with --allow-partial"
-        )
-    return filled, f"partial: {what}"
-
-
-def _judged(
-    layout: str,
-    folder: Path,
-    wnids: Mapping[str, list[str]],
-    masked: bool,
-    classes: ClassMap,
-    note: str,
-    max_bad_share: float,
-) -> EvalSet:
-    """The images of the class folders `wnids` for a model with the classes `classes`."""
-    right, total = _outputs(layout, wnids, classes), len(wnids)
-    names = [name for name in wnids if right[name]]
-    listed = ClassMap(tuple((i, name, name) for i, name in enumerate(names)))
-    source = FolderSource(folder, classes=listed, max_bad_share=max_bad_share, other_folders=True)
-    columns = accepted = None
-    labels = source.labels
-    if any(len(outputs) > 1 for outputs in right.values()):
-        accepted = np.zeros((len(names), len(classes)), dtype=bool)
-        for i, name in enumerate(names):
-            accepted[i, right[name]] = True
-    else:
-        output_of = np.array([right[name][0] for name in names], dtype=np.int64)
-        if masked:
-            columns = np.sort(output_of)
-            output_of = np.searchsorted(columns, output_of)
-        labels = output_of[labels]
-    notes = [f"logits of the {len(names):,} classes"] * masked + [
-        "any of a folder's ids is right"
-    ] * (layout == "objectnet")
-    if len(names) < total:
-        notes.append(f"only {len(names):,} of {total:,} classes are the model's")
-    notes += [note] * bool(note)
-    return EvalSet(
-        layout,
-        (Subset(source, np.arange(len(source)), labels, BORDER if layout == "objectnet" else 0),),
-        classes,
-        columns,
-        accepted,
-        note="; ".join(notes),
-    )
-
-
-def _outputs(
-    layout: str, wnids: Mapping[str, list[str]], classes: ClassMap
-) -> dict[str, list[int]]:
-    """The outputs of the model that are right for each class folder: none where the model has no such class."""
-    of_imagenet = imagenet_classes()
-    name_of = dict(zip(of_imagenet.folders, of_imagenet.names, strict=True))
-    asked = list(dict.fromkeys(wnid for each in wnids.values() for wnid in each))
-    output = dict(zip(asked, join(classes, [(wnid, name_of[wnid]) for wnid in asked]), strict=True))
-    found = {
-        name: [i for wnid in each if (i := output[wnid]) is not None]
-        for name, each in wnids.items()
-    }
-    if not any(found.values()):
-        have = some(map(shown, classes.folders), 3)
-        raise DataError(
-            f"--suite {layout}: none of the model's {len(classes):,} classes ({have}) is one of its {len(wnids):,}"
-        )
-    return found
-
-
-def _open_c(root: Path, classes: ClassMap, options: EvalConfig, max_bad_share: float) -> EvalSet:
-    places = {
-        (name, s): place
-        for name in _corruptions()
-        for s in range(1, 6)
-        if (place := _c_folder(root, name, s)) is not None
-    }
-    lacks = [
-        f"{name}/{s}" for name in _corruptions() for s in range(1, 6) if (name, s) not in places
-    ]
-    if not places:
-        raise DataError(
-            f"--suite imagenet-c={root}: no CORRUPTION/SEVERITY folders; expected {_expected('imagenet-c')}"
-        )
-    if lacks and not options.allow_partial:
-        what = f"{len(places)} of {len(places) + len(lacks)} CORRUPTION/SEVERITY folders in {root} (without {some(lacks, 3)})"
-        raise DataError(
-            f"imagenet-c: {what}; finish the download, or judge what is there with --allow-partial"
-        )
-    meaning = Meaning({wnid: [wnid] for wnid in imagenet_classes().folders})
-    pieces: list[Subset] = []
-    notes = [f"without {some(lacks, 3)}"] * bool(lacks)
-    for folder in places.values():
-        chosen, note = _check("imagenet-c", folder, meaning, options.allow_partial)
-        one = _judged(
-            "imagenet-c",
-            folder,
-            {name: meaning.wnids[name] for name in chosen},
-            False,
-            classes,
-            note,
-            max_bad_share,
-        )
-        pieces += one.pieces
-        notes += [one.note] * (one.note not in ("", *notes))
-    view = C_VIEWS[options.c_preprocessing]
-    return EvalSet(
-        "imagenet-c",
-        tuple(pieces),
-        classes,
-        parts=tuple(places),
-        view=view,
-        note="; ".join(notes[:2]),
-    )
-
-
-def _corruptions() -> list[str]:
-    return list(alexnet_errors())
-
-
-def _c_folder(root: Path, name: str, severity: int) -> Path | None:
-    return next(
-        (path for group in GROUPS if (path := root / group / name / str(severity)).is_dir()), None
-    )
+def _corruption_folder(root: Path, name: str, severity: int) -> Path | None:
+    for group in GROUPS:
+        folder = root / group / name / str(severity)
+        if folder.is_dir():
+            return folder
+    return None
 
 
 def _folders(folder: Path) -> list[str]:
@@ -289,7 +317,7 @@ def _num_images(folder: Path) -> int:
 
 
 def _listed(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, without what is hidden."""
+    """List a folder without hidden entries."""
     try:
         with os.scandir(folder) as listing:
             return [item for item in listing if not item.name.startswith(".")]

@@ -18,7 +18,7 @@ from dad_fast.discretizers.base import Discretizer
 from dad_fast.errors import UsageError
 from dad_fast.evaluate.corruptions.common import corrupt, num_severities
 from dad_fast.evaluate.suites.base import Subset, as_eval_set
-from dad_fast.evaluate.suites.registry import Suite
+from dad_fast.evaluate.suites.open import Suite
 from dad_fast.keyed_random import sample_seeds
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.discretize import perturb

@@ -24,8 +24,8 @@ from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.runner import open_suites
 from dad_fast.evaluate.suites.base import Subset
 from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
-from dad_fast.loggers.run_log import environment
 from dad_fast.models.load_student import load_student
 from dad_fast.models.student import Student, build_student, checkpoint_file
 from dad_fast.models.weights.declared import CLASSES

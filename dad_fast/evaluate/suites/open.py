@@ -1,0 +1,238 @@
+"""Open the names after `--suite` and `--ood` and join them with the model's classes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dad_fast.config.fields import nearest
+from dad_fast.config.schema import DataConfig, EvalConfig
+from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.base import Source
+from dad_fast.data.sources.registry import is_named, is_split, open_source
+from dad_fast.errors import DataError, UsageError
+from dad_fast.evaluate.corruptions.common import CORRUPTIONS, num_severities
+from dad_fast.evaluate.suites.base import EvalSet, Subset, SuiteOptions, as_eval_set
+from dad_fast.evaluate.suites.folders import has_other_names, open_joined, split_class_map
+from dad_fast.evaluate.suites.imagenet import imagenet_classes
+from dad_fast.evaluate.suites.registry import PUBLISHED, SUBSET, SUITES
+
+# Name and severity; None = every severity.
+Corruption = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An opened suite: images, perhaps under a corruption."""
+
+    name: str
+    source: Source | EvalSet
+    corruption: Corruption | None = None
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A parsed name: KIND=PATH, KIND, or without a kind PATH or a split.
+
+    path: with its @CLASSES.csv, if any.
+    """
+
+    text: str
+    kind: str
+    path: str
+
+
+def open_suites(
+    names: Sequence[str], data: DataConfig, classes: ClassMap, options: EvalConfig | None = None
+) -> list[Suite]:
+    """Open the `--suite` names and check them against `classes`, the model's class list.
+
+    A name is one of
+      a corruption (`contrast`, `contrast:3`), applied to the first other suite of the list or else
+      to `data.val_split`;
+      a kind of the registry and its folder (`imagenet-a=/data/imagenet-a`); alone where a folder of
+      that name is in `data.data_dir`, or the kind needs no folder;
+      `subset=PATH`: an image folder of some of the model's classes, which alone compete;
+      a split of `data.data_dir` (a sub-folder, a pattern of shards or an embedded split), or the
+      path of an image folder or of WebDataset shards, with all of the model's classes.
+    `PATH@CLASSES.csv` maps the folders of an image folder to the model's classes (id,folder,name).
+
+    Raises UsageError for a name that is none of these, DataError for a missing folder or for
+    classes that disagree.
+    """
+    options = options or EvalConfig()
+    parsed = {
+        name: _parse(name, data) for name in dict.fromkeys(names) if _corruption(name) is None
+    }
+    opened = {name: _open(one, data, classes, options) for name, one in parsed.items()}
+    short = {name: _short_name(one, opened[name]) for name, one in parsed.items()}
+    base: Source | EvalSet | None = None
+    suites = []
+    for name in dict.fromkeys(names):
+        corruption = _corruption(name)
+        if corruption is None:
+            unique = list(short.values()).count(short[name]) == 1
+            suites.append(Suite(short[name] if unique else name, opened[name]))
+            continue
+        if base is None:
+            clean = [source for source in opened.values() if not _is_corrupted(source)]
+            validation = _parse(data.val_split, data)
+            base = clean[0] if clean else _open(validation, data, classes, options)
+        suites.append(Suite(name, base, corruption))
+    return suites
+
+
+# Name, images and the corruption that is applied to them.
+Unknown = tuple[str, EvalSet, Corruption | None]
+
+
+def open_unknown(
+    name: str, data: DataConfig, classes: ClassMap, options: EvalConfig, columns: np.ndarray | None
+) -> Unknown:
+    """Open the images after `--ood`, without labels.
+
+    name: an image folder, shards or a name of `open_suites`.
+    columns: the outputs that compete on the in-distribution suite.
+    """
+    path = str(Path(data.data_dir) / name) if _is_inside(name, data) else name
+    corruption: Corruption | None = None
+    if is_split("", path):
+        eval_set = as_eval_set(open_source(path, max_bad_share=data.max_bad_share))
+        label = Path(path).name or name
+    else:
+        try:
+            suite = open_suites([name], data, classes, options)[0]
+        except (UsageError, DataError) as error:
+            raise type(error)(str(error).replace(f"--suite {name}:", f"--ood {name}:")) from None
+        eval_set = as_eval_set(suite.source)
+        label = suite.name
+        corruption = suite.corruption
+    pieces = tuple(
+        Subset(piece.base, piece.rows, np.full(len(piece), -1, dtype=np.int64), piece.border)
+        for piece in eval_set.pieces
+    )
+    unlabelled = replace(
+        eval_set, pieces=pieces, columns=columns, accepted=None, parts=(), known=False
+    )
+    return label, unlabelled, corruption
+
+
+def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
+    """Return the classes for a published model, which has recorded none.
+
+    Those of the class map; ImageNet's where a suite is a published test set, or a subset of its
+    classes; else those of the first split or folder.
+    """
+    if data.class_map:
+        return ClassMap.from_csv(data.class_map)
+    parsed = [_parse(name, data) for name in names if _corruption(name) is None]
+    parsed = parsed or [_parse(data.val_split, data)]
+    if any(one.kind in PUBLISHED for one in parsed):
+        return imagenet_classes()
+    first = parsed[0]
+    path, class_map = split_class_map(first.path)
+    if class_map or first.kind not in ("", SUBSET):
+        raise UsageError(
+            f"--suite {first.text}: the class list of the model is unknown; "
+            "give it with --class-map"
+        )
+    inside = is_named(data.data_dir) or _is_inside(path, data) or not is_split("", path)
+    found = (open_source(data.data_dir, path) if inside else open_source(path)).classes
+    if first.kind and set(found.folders) <= set(imagenet_classes().folders):
+        return imagenet_classes()
+    return found
+
+
+def _parse(name: str, data: DataConfig) -> _Named:
+    kind, equals, path = name.partition("=")
+    if equals and not is_split("", name):
+        if kind not in SUITES:
+            known = SUITES.names()
+            raise UsageError(
+                f"--suite {name}: {kind!r} is no kind of test set{nearest(kind, known)} "
+                f"(kinds: {', '.join(known)})"
+            )
+        if not path:
+            raise UsageError(f"--suite {name}: name its folder, as in {kind}=/data/{kind}")
+        folder, _ = split_class_map(path)
+        if not is_split("", folder) and _is_inside(folder, data):
+            path = str(Path(data.data_dir) / path)
+        return _Named(name, kind, path)
+    if name == SUBSET or name not in SUITES:
+        return _Named(name, "", name)
+    if _is_inside(name, data):
+        return _Named(name, name, str(Path(data.data_dir) / name))
+    # Kinds of other packages may know where their images are.
+    return _Named(name, "", name) if name in PUBLISHED else _Named(name, name, "")
+
+
+def _is_corrupted(source: Source | EvalSet) -> bool:
+    """Return whether the images are corrupted already, as those of ImageNet-C."""
+    return isinstance(source, EvalSet) and bool(source.parts)
+
+
+def _short_name(one: _Named, source: Source | EvalSet) -> str:
+    if one.kind:
+        return source.name if isinstance(source, EvalSet) else one.kind
+    path, _ = split_class_map(one.path)
+    return Path(path).name or one.text
+
+
+def _corruption(name: str) -> Corruption | None:
+    """Parse a corruption: ("contrast", 3) for "contrast:3"; None for any other name.
+
+    Raises UsageError for a severity that the corruption lacks.
+    """
+    base, colon, severity = name.partition(":")
+    if base not in CORRUPTIONS:
+        return None
+    if not colon:
+        return base, None
+    if severity not in map(str, range(1, num_severities(base) + 1)):
+        known = "1 to 5" if num_severities(base) > 1 else "1 only"
+        raise UsageError(
+            f"--suite {name}: no severity {severity!r}; {base} has {known}, "
+            "and without a number all are taken"
+        )
+    return base, int(severity)
+
+
+def _open(
+    one: _Named, data: DataConfig, classes: ClassMap, options: EvalConfig
+) -> Source | EvalSet:
+    if one.kind:
+        given = SuiteOptions(options.allow_partial, options.c_preprocessing, data.max_bad_share)
+        return SUITES[one.kind](one.path, classes, given)
+    path, class_map = split_class_map(one.path)
+    if is_named(data.data_dir) and not is_split("", path):
+        try:
+            return open_source(data.data_dir, path, classes=classes)
+        except UsageError as error:
+            raise UsageError(f"--suite {one.text}: {error}{_nearest(one.text)}") from None
+    inside = _is_inside(path, data)
+    if not inside and not is_split("", path):
+        where = data.data_dir or "--data-dir"
+        raise DataError(
+            f"--suite {one.text}: no corruption, no folder in {where} and no other folder"
+            f"{_nearest(one.text)}"
+        )
+    root, split = (data.data_dir, path) if inside else (path, "")
+    folder = Path(root) / split
+    if class_map or has_other_names(folder, classes):
+        where = f"--suite {one.text}"
+        return open_joined(where, str(folder), class_map, classes, data.max_bad_share)
+    return open_source(root, split, classes=classes, max_bad_share=data.max_bad_share)
+
+
+def _is_inside(name: str, data: DataConfig) -> bool:
+    """Return whether the data's folder contains a folder or shards of this name."""
+    return bool(data.data_dir) and not is_named(data.data_dir) and is_split(data.data_dir, name)
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name.partition(":")[0], CORRUPTIONS, n=1)
+    return f"; did you mean {near[0]}?" if near else f" (corruptions: {', '.join(CORRUPTIONS)})"

@@ -1,0 +1,46 @@
+"""Sinks of a user's module, named `python:tests.loggers.my_sinks:NAME` after `--log-to`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dad_fast.loggers.sinks import Sink
+
+
+class Kept(Sink):
+    """Keeps what it is given; the last one opened is `Kept.last`."""
+
+    last: Kept
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[tuple[str, int, dict[str, Any]]] = []
+        self.closed = 0
+        Kept.last = self
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self.rows.append((kind, step, dict(values)))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Failing(Sink):
+    """Raises at its second line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.calls = 0
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self.calls += 1
+        if self.calls > 1:
+            raise ConnectionError("server is down")
+
+    def close(self) -> None:
+        raise AssertionError("a dropped sink is not called again")
+
+
+def unopenable(folder: Path) -> Sink:
+    raise ConnectionError("no route to host")
