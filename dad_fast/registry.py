@@ -39,6 +39,10 @@ class Registry(Generic[T]):
         """Add an object, or "module:attribute", which is imported when it is first used."""
         self._entries[name] = entry
 
+    def own_names(self) -> tuple[str, ...]:
+        """Names of the entries that were added here. Cheap: searches no installed packages."""
+        return tuple(self._entries)
+
     def names(self) -> tuple[str, ...]:
         """Names of the entries: built-in ones first, then those of other packages."""
         return tuple(dict.fromkeys([*self._entries, *self._plugins()]))
@@ -61,7 +65,7 @@ class Registry(Generic[T]):
             return self._load(plugins[name].value, name)
         close = get_close_matches(name, self.names(), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        known = ", ".join(self.names())
+        known = ", ".join(self.names()) or "none"
         raise UsageError(f"{self.flag} {name}: no such {self.kind}{hint} (known: {known})")
 
     def find(self, name: str) -> T | None:

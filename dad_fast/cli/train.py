@@ -21,9 +21,10 @@ from dad_fast.config.options import ConfigOptions
 from dad_fast.config.resolve import preset_names
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
+from dad_fast.methods.registry import METHODS
 from dad_fast.methods.settings import check
 
-SUMMARY = "train a student by ce, kd, aug-only, dat, dad or dat+dad, or a linear probe by lp-clip"
+SUMMARY = f"train a student or a linear probe ({', '.join(METHODS.own_names())})"
 
 HELP = """\
 usage: dad-fast train [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] [-o OUT]
@@ -33,6 +34,9 @@ examples:
   dad-fast train --preset demo --method dad --max-steps 20 -o runs/try     # a short trial
   dad-fast train --preset dad-vitb16 --data-dir DIR --discretizer vqgan.ckpt \\
       --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad                   # ImageNet
+
+methods:
+{methods}
 
 settings:
 {settings}
@@ -117,7 +121,8 @@ def help_text(every: bool) -> str:
     )
     if not every:
         main_settings = "\n".join(setting_entry(s) for s in settings().values() if s.main)
-        return fill(HELP, settings=main_settings, launch=launch)
+        methods = "\n".join(two_columns(name, METHODS[name].summary) for name in METHODS)
+        return fill(HELP, methods=methods, settings=main_settings, launch=launch)
     blocks = []
     for section in ("", *sections()):
         title = f"[{section}]" if section else "general"

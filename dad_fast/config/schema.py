@@ -459,9 +459,7 @@ class EvalConfig:
 class Config:
     """A whole run, or several: `methods` and `variants` times `seeds`."""
 
-    method: str = setting(
-        "dad", "ce, kd, aug-only, dat, dad, dat+dad or lp-clip", "--method", main=True
-    )
+    method: str = setting("dad", "training method", "--method", main=True)
     seed: int = setting(0, "seed of every random draw", "--seed", rule=NOT_NEGATIVE)
     seeds: int = setting(
         1, "number of seeds, from --seed on", "--seeds", rule=AT_LEAST_ONE, main=True
@@ -475,6 +473,9 @@ class Config:
     )
     device: str = setting("auto", "auto, cpu or cuda[:N]", "--device", main=True)
     log_every: int = setting(50, "steps between log lines", "--log-every", rule=AT_LEAST_ONE)
+    log_to: tuple[str, ...] = setting(
+        (), "further receivers of the metrics, next to metrics.jsonl", "--log-to"
+    )
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     teacher: TeacherConfig = TeacherConfig()

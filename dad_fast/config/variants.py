@@ -20,6 +20,7 @@ RESUME_SAFE = frozenset(
         "checkpoint.keep",
         "data.max_bad_share",
         "log_every",
+        "log_to",
         "max_steps",
         "seeds",
         # data.global_batch_size decides; checkpoint.compatibility checks students with batch norm

@@ -39,6 +39,7 @@ from dad_fast.evaluate.runner import Result, Suite, evaluate
 from dad_fast.loggers.gpu import Gpu
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
+from dad_fast.loggers.sinks import open_sinks
 from dad_fast.models.student import Student
 from dad_fast.models.weights.files import write_safetensors
 
@@ -126,7 +127,8 @@ class Trainer:
 
     def start(self) -> None:
         """Open the logs, say what is about to happen, and make what the steps need before the first of them."""
-        self.log = RunLog(self.output, rank=distributed.rank())
+        sinks = open_sinks(self.cfg.log_to, self.output) if distributed.is_main() else []
+        self.log = RunLog(self.output, rank=distributed.rank(), sinks=sinks)
         self.log.truncate_to(self.metrics_offset)
         self.checkpoints.settle()
         for note in self.notes:

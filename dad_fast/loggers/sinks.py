@@ -1,6 +1,6 @@
 """Log sinks: receivers of a run's metrics next to metrics.jsonl, named by `--log-to`.
 
-To add one: a file with a factory, and a line here. A factory is called with the run's folder and
+None is built in yet. To add one: a file with a factory, and a line here. A factory is called with the run's folder and
 returns a `Sink`. Factories of other packages (entry points of `dad_fast.sinks`) and of a user's
 module (`python:MODULE:FACTORY`) work the same way.
 """
@@ -36,9 +36,6 @@ class Sink:
 
 SinkFactory = Callable[[Path], Sink]
 SINKS: Registry[SinkFactory] = Registry("log sink", "dad_fast.sinks", "--log-to")
-SINKS.add("tensorboard", "dad_fast.loggers.trackers:TensorBoardSink")
-SINKS.add("wandb", "dad_fast.loggers.trackers:WandbSink")
-SINKS.add("mlflow", "dad_fast.loggers.trackers:MlflowSink")
 
 
 def open_sinks(names: Sequence[str], folder: str | Path) -> list[Sink]:

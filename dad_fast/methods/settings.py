@@ -13,6 +13,7 @@ from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.config.variants import expand
 from dad_fast.discretizers.registry import DISCRETIZERS
 from dad_fast.errors import UsageError
+from dad_fast.loggers.sinks import SINKS
 from dad_fast.methods.registry import JOINT_TERMS, METHODS
 from dad_fast.methods.stores import check_stores, usable_kinds
 from dad_fast.models.registry import TEACHERS
@@ -68,6 +69,8 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(
             f"--store: --method {cfg.method} learns from no stored images or outputs; leave it out"
         )
+    for name in cfg.log_to:
+        _ = SINKS[name]  # an unknown name is an error before anything is written
     check_stores(cfg)
     _check_stored_forms(cfg)
     if method.needs_teacher and not cfg.teacher.name and not cfg.store.dirs:

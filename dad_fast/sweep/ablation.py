@@ -277,6 +277,7 @@ _NOT_A_FACTOR = {
     "data.workers",
     "data.max_bad_share",
     "log_every",
+    "log_to",
     "device",
     "seeds",
     "seed",
