@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dad_fast.discretizers.vqgan.model import VQGAN
     from dad_fast.methods import losses
-    from dad_fast.methods.attack import PGD
-    from dad_fast.methods.discretize import discretize
+    from dad_fast.methods.attack import PGD, discretize
     from dad_fast.models.teacher import Teacher
     from dad_fast.store import AdversarialStore, TargetStore
 
@@ -34,7 +33,7 @@ _WHERE = {
     "Teacher": "dad_fast.models.teacher:Teacher",
     "VQGAN": "dad_fast.discretizers.vqgan.model:VQGAN",
     "PGD": "dad_fast.methods.attack:PGD",
-    "discretize": "dad_fast.methods.discretize:discretize",
+    "discretize": "dad_fast.methods.attack:discretize",
     "losses": "dad_fast.methods.losses",
     "AdversarialStore": "dad_fast.store:AdversarialStore",
     "TargetStore": "dad_fast.store:TargetStore",

@@ -26,7 +26,7 @@ class Window(NamedTuple):
     waited: float
 
 
-class Clock:
+class StepTimer:
     """Wall time of training alone. `with step():` around each step; `count` and `skip` leave out everything else."""
 
     def __init__(self, device: torch.device, total: float = 0.0) -> None:

@@ -139,7 +139,7 @@ def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, f
     suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval) or [
         Suite(cfg.data.val_split, parts.val)
     ]
-    trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
+    trainer.evaluate(parts.student, _first_batch(suites[0], cfg)[0])  # warms up
     return {
         "val": _seconds(trainer, parts.student, Suite(cfg.data.val_split, parts.val), cfg),
         "suites": sum(_seconds(trainer, parts.student, suite, cfg) for suite in suites),
@@ -152,7 +152,7 @@ def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, f
 def _seconds(trainer: Trainer, model: torch.nn.Module, suite: Suite, cfg: Config) -> float:
     few, share = _first_batch(suite, cfg)
     start = _now(trainer.parts.device)
-    trainer.judge(model, few)
+    trainer.evaluate(model, few)
     return (_now(trainer.parts.device) - start) / share
 
 

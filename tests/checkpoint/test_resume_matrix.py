@@ -221,9 +221,9 @@ def test_a_run_of_k_steps_saves_what_the_straight_run_saves_at_k(inputs, straigh
 
 
 class AskedToStopInValidation(Trainer):
-    def judge(self, *arguments):
+    def evaluate(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return super().judge(*arguments)
+        return super().evaluate(*arguments)
 
 
 @pytest.mark.parametrize("step", [3, STEPS])

@@ -23,7 +23,7 @@ from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine.build import make_step
-from dad_fast.engine.garbage import collections_between_steps
+from dad_fast.engine.memory import collections_between_steps
 from dad_fast.engine.meter import Meter
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem

@@ -9,7 +9,7 @@ import torch
 
 from dad_fast import cores
 from dad_fast.engine import step_timer as clock_module
-from dad_fast.engine.step_timer import Clock, Window, input_bound
+from dad_fast.engine.step_timer import StepTimer, Window, input_bound
 
 
 class HandSet:
@@ -32,7 +32,7 @@ def hand_set(monkeypatch: pytest.MonkeyPatch) -> HandSet:
 
 
 def test_waiting_is_what_lies_between_steps(hand_set):
-    clock = Clock(torch.device("cpu"))
+    clock = StepTimer(torch.device("cpu"))
     clock.skip()
     for _ in range(3):
         hand_set.sleep(0.02)  # the wait for a batch
@@ -50,7 +50,7 @@ def test_waiting_is_what_lies_between_steps(hand_set):
 
 
 def test_skipped_time_is_in_nothing(hand_set):
-    clock = Clock(torch.device("cpu"), total=5.0)
+    clock = StepTimer(torch.device("cpu"), total=5.0)
     hand_set.sleep(0.05)
     clock.skip()
     with clock.step():
@@ -65,7 +65,7 @@ def test_skipped_time_is_in_nothing(hand_set):
 def test_waiting_on_a_gpu_is_the_gap_between_steps():
     device = torch.device("cuda")
     work = torch.randn(4096, 4096, device=device)
-    clock = Clock(device)
+    clock = StepTimer(device)
 
     def run(pause: float) -> Window:
         torch.cuda.synchronize()
