@@ -283,7 +283,7 @@ def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_pat
         )
         == 2
     )
-    assert "no store has any: add one made with --targets" in capsys.readouterr().err
+    assert "no store contains any: add one made with --targets" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
