@@ -60,7 +60,7 @@ def test_splits_that_do_not_fit(folder, capsys):
     (folder / "data/val/bee").rename(folder / "data/val/beee")
     line = refused(capsys, "--method", "ce", code=4)
     assert (
-        "only train has the class bee, only val has the class beee; mend the folders or give --class-map"
+        "only train has the class bee, only val has the class beee; fix the folders or give --class-map"
         in line
     )
     shutil.rmtree(folder / "data/val")
