@@ -134,7 +134,7 @@ def test_allowed_changes_of_the_optimizer_take_effect(begun, inputs):
     other = trainer(begun, config(inputs, "optim.opt=sgd"), allow=True)
     assert (
         not other.update.optimizer.state
-        and "sgd begins without a past: the run began with adamw" in other.notes
+        and "sgd starts with a fresh state: the run began with adamw" in other.notes
     )
     assert (
         trainer(

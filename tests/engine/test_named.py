@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_not_there(folder, capsys):
         == 4
     )
     assert (
-        "--resume run/checkpoints: nothing is there; name RUN/checkpoints/step-N"
+        "--resume run/checkpoints: no such file or folder; name RUN/checkpoints/step-N"
         in capsys.readouterr().err
     )
 
