@@ -26,16 +26,18 @@ const std::vector<const GridKernels*>& grid_kernels() {
 }
 
 constexpr int64_t kRowsPerTask = 1024;
-constexpr int64_t kRowsPerThread = 2048;  // worth the start of a thread
+constexpr int64_t kRowsPerThread = 2048;  // below this, starting a thread does not pay
 
-// codebook [K, D] float32, contiguous, on the CPU, K <= kMaxGridCodes, D <= kGridDim. Returns the block; empty: no grid serves.
+// Build the grid of codebook [K, D] float32, contiguous, on the CPU, K <= kMaxGridCodes, D <= kGridDim. Returns the block, or an
+// empty one if no grid fits.
 ffi::Bytes grid_build(ffi::TensorView codebook, double cells_per_code, int64_t num_threads) {
   return ffi::Bytes(build_grid(static_cast<const float*>(codebook.data_ptr()), codebook.size(0), codebook.size(1), cells_per_code,
                                num_threads, *grid_kernels().front()));
 }
 
-// Why this block is no grid of this codebook, or "". A damaged one is found here or by the checksum of its file: every number that
-// the search follows is in bounds, the table holds the codebook's distinct codes, and each of them is found at its own place.
+// Check that the block is a grid of this codebook. Returns the reason if it is not, else "". Damage is found here or by the checksum
+// of the file: every number that the search follows is in bounds, the table holds the codebook's distinct codes, and each code is
+// found at its own place.
 std::string flaw(const char* base, int64_t size, const float* codes, int64_t num_codes, int64_t dim) {
   GridHeader header;
   if (size < kGridHeaderBytes) return "too short";
@@ -91,8 +93,8 @@ ffi::String grid_check(ffi::TensorView grid, ffi::TensorView codebook) {
               codebook.size(1));
 }
 
-// latents [N, D] float32 and codes [N] int64, contiguous, on the CPU; grid: a block that grid_check accepted. Returns how many
-// latents are not finite. instruction_set as in nearest_code.
+// Search latents [N, D] float32 and write codes [N] int64, both contiguous, on the CPU; grid: a block that grid_check accepted.
+// Returns the number of latents that are not finite. instruction_set as in nearest_code.
 int64_t grid_search(ffi::TensorView latents, ffi::TensorView grid, ffi::TensorView codes, int64_t num_threads, int64_t instruction_set) {
   const int64_t num_rows = latents.size(0), dim = latents.size(1);
   const float* rows = static_cast<const float*>(latents.data_ptr());

@@ -18,11 +18,11 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kLanes = 4;
 #endif
 static_assert(kTileAlign % kLanes == 0, "a tile holds whole vectors");
-constexpr int64_t kRows = 4;  // rows that share one load of the codes
+constexpr int64_t kRows = 4;  // rows per load of the codes
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 
-// kDim = 0: the dimension is known at run time only.
+// kDim = 0: the dimension is known only at run time.
 template <int kDim, int kNumRows>
 void minima_of(const float* rows, int64_t dim, const float* tile, int64_t width, float* minima, int64_t stride) {
   const int64_t num_dims = kDim ? kDim : dim;

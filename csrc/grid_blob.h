@@ -1,5 +1,5 @@
-// The one block of memory that a grid is: built, kept in a file, checked, and searched on the CPU or on a GPU as it is.
-// Header, then top, leaf, ids, table and order (see CodeGrid), each aligned to 64 bytes. Little endian.
+// Memory block of a grid, the same in a file, on the CPU and on a GPU: header, then top, leaf, ids, table and order (see CodeGrid),
+// each aligned to 64 bytes. Little endian.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct GridHeader {
 constexpr char kGridMagic[8] = {'D', 'A', 'D', 'g', 'r', 'i', 'd', '\n'};
 constexpr int64_t kGridVersion = 1;
 constexpr int64_t kGridHeaderBytes = 256;
-constexpr int64_t kGridPadding = 32;         // ids after the last leaf's: whole vectors are read
-constexpr int64_t kMaxGridBytes = 256 << 20; // of top, leaf and ids; a grid that would be larger is not built
+constexpr int64_t kGridPadding = 32;         // ids after the last leaf's, because whole vectors are read
+constexpr int64_t kMaxGridBytes = 256 << 20; // of top, leaf and ids; larger grids are not built
 static_assert(sizeof(GridHeader) <= kGridHeaderBytes, "the header has room");
 
 struct GridOffsets {
@@ -39,7 +39,7 @@ inline GridOffsets grid_offsets(const GridHeader& header) {
   return at;
 }
 
-// `base` is where the block lies, on whatever device; the header is read on the host.
+// `base` is the address of the block, on any device; the header is read on the host.
 inline CodeGrid grid_view(const GridHeader& header, const char* base) {
   const GridOffsets at = grid_offsets(header);
   CodeGrid grid;

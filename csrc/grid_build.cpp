@@ -1,13 +1,13 @@
-// Which codes can be nearest in which cell.
+// Find the codes that can be nearest in each cell.
 //
-// A code e may be left out of a box when some pivot p is nearer everywhere in it, also as rounded fp64 decides. With the box's
+// A code e may be dropped from a box when some pivot p is nearer everywhere in it, also by rounded fp64. With the box's
 // middle c and half sides h, a = e - c, b = p - c, the difference of squared distances |z - e|^2 - |z - p|^2 is linear in z, and
 // its minimum over the box is |a|^2 - |b|^2 - 2 sum_d h_d |a_d - b_d|. Let M_e = sum_d (|a_d| + h_d)^2, which bounds the squared
 // distance from e to any point of the box, and u = 2^-53. Errors: the rounding of a and b changes the minimum by less than
 // 8 u (M_e + M_p), its own arithmetic by less than 24 u (M_e + M_p), and the fp64 distances that decide are off by less than
 // 6 u M each. e is dropped when the computed minimum exceeds 2^-46 (M_e + M_p) = 128 u (M_e + M_p), so that p then wins over e by
 // any rounding; h is rounded up, M by less than that margin leaves. Dropping is transitive, so that a dropped code may be a pivot.
-// A latent of the box that is no fp32 number does not exist: bounds are fp32 numbers that the cell holds (code_grid.h).
+// Latents are fp32 numbers, so the bounds of a cell are fp32 numbers too (code_grid.h).
 //
 // The space is halved until a box is one top cell, each box keeping what its parent kept and its own pivots do not drop. A top
 // cell whose list is long is cut into 2^4, 4^4, 8^4 leaves as long as that makes the lists much shorter.
@@ -27,9 +27,9 @@
 namespace dad {
 namespace {
 
-constexpr int64_t kShortList = 24;      // codes; a list up to this length is not worth cutting its cell
-constexpr int64_t kLeavesPerCode = 64; // of a code inside the cell: where codes are, latents are
-constexpr double kWorthCutting = 0.75;  // a cut must make the lists this much shorter on average
+constexpr int64_t kShortList = 24;      // codes; a cell with a list up to this length is not cut
+constexpr int64_t kLeavesPerCode = 64; // per code inside the cell: latents lie where codes lie
+constexpr double kWorthCutting = 0.75;  // a cut must shorten the lists to this share on average
 constexpr double kWorthCuttingEmpty = 0.5;  // the same, in a cell without codes
 constexpr int64_t kPivots = 12, kLeafPivots = 96;
 constexpr int64_t kMaxCutIds = 1 << 17;  // ids that the leaves of one top cell may have
@@ -42,7 +42,7 @@ struct Box {
   bool empty;
 };
 
-// fp32 numbers in order as integers in order.
+// Map fp32 numbers to integers of the same order.
 int32_t as_ordered(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -55,7 +55,7 @@ float from_ordered(int32_t i) {
   return x;
 }
 
-// The smallest finite fp32 number for which `reached` holds, as an ordered integer; one more than the largest if there is none.
+// Smallest finite fp32 number for which `reached` holds, as an ordered integer; one more than the largest if there is none.
 template <typename Predicate>
 int64_t first_that(const Predicate& reached) {
   const float largest = std::numeric_limits<float>::max();
@@ -142,16 +142,16 @@ void Builder::choose_cells(double cells_per_code) {
     const bool spread = high[d] > low[d];
     tops_[d] = spread ? inner + 2 : 1;  // one open cell at each side
     fine_[d] = tops_[d] * kSplit;
-    // Where nothing is spread, one cell that reaches as far as the grid does: its width is of no account.
+    // Without spread, one cell covers the whole reach of the grid, whatever its width.
     double width = spread ? (high[d] - low[d]) / inner : std::max(1.0, std::fabs(low[d]));
-    width = std::max(width, 0x1p-100);  // so that `inverse` is a number
+    width = std::max(width, 0x1p-100);  // so that `inverse` is finite
     lo_[d] = static_cast<float>(low[d] - width);
     inverse_[d] = static_cast<float>(kSplit / width);
     if (d >= dim_) lo_[d] = 0, inverse_[d] = 1;
   }
 }
 
-// Along a curve through the cells (Morton's), so that the codes of a list share cache lines.
+// Sort along a Morton curve through the cells, so that the codes of a list share cache lines.
 void Builder::sort_table() {
   const auto key = [&](size_t i) {
     uint64_t bits = 0;
@@ -194,7 +194,7 @@ Box Builder::box_of(const Cells& begin, const Cells& end) const {
   return box;
 }
 
-// What no pivot drops, by ascending distance from the middle.
+// Codes that no pivot drops, by ascending distance from the middle.
 Ids Builder::prune(const Box& box, const Ids& ids, int64_t num_pivots, Work& work) const {
   if (box.empty) return {};
   size_t count = ids.size();
@@ -215,7 +215,7 @@ Ids Builder::prune(const Box& box, const Ids& ids, int64_t num_pivots, Work& wor
     for (int d = 0; d < kGridDim; ++d) a[d] = work.a[d].data();
     kernels_.dominated(a, work.square.data(), work.farthest.data(), first, of.size(), pivot, box.half, work.dropped.data());
   };
-  // The nearest to the middle drops most; then the rest in order of distance, since only a nearer one can drop a code.
+  // The code nearest to the middle drops most. The rest follows in order of distance, because only a nearer code can drop a code.
   fill(ids);
   drop(ids, 0, std::min_element(work.square.begin(), work.square.begin() + count) - work.square.begin());
   std::vector<std::pair<double, uint16_t>> left;
@@ -242,7 +242,7 @@ Ids Builder::prune(const Box& box, const Ids& ids, int64_t num_pivots, Work& wor
   return kept;
 }
 
-// Halves the longest side, after the open cells have been set apart. False for a single cell.
+// Halve the longest side, after splitting off the open cells. Returns false for a single cell.
 bool Builder::halve(const Task& task, const Cells& tops, Task& left, Task& right) {
   int side = 0;
   int32_t at = 0;
@@ -281,7 +281,7 @@ Builder::Leaves Builder::cut(const Cells& top, Ids ids, Work& work) const {
     for (const Ids& list : leaves.lists) before += list.size();
     if (before <= kShortList * leaves.lists.size()) break;
     const int32_t bits = kSplitBits - static_cast<int32_t>(shift), parts = 1 << bits;
-    const int64_t num_children = int64_t{1} << dim_;  // of a leaf, that latents can be in
+    const int64_t num_children = int64_t{1} << dim_;  // children of a leaf that can contain latents
     if (int64_t{1} << (bits * dim_) > num_children + kLeavesPerCode * num_inside) break;
     int64_t num_parts = 1;
     for (int d = 0; d < kGridDim; ++d) num_parts *= parts;
@@ -290,13 +290,13 @@ Builder::Leaves Builder::cut(const Cells& top, Ids ids, Work& work) const {
       Cells from, to;
       for (int d = 0; d < kGridDim; ++d) {
         const int32_t part = static_cast<int32_t>(i >> (bits * (kGridDim - 1 - d))) & (parts - 1);
-        if (d >= dim_ && part > 0) return Ids{};  // padding: no latent is there
+        if (d >= dim_ && part > 0) return Ids{};  // padding contains no latents
         parent = parent << (bits - 1) | part >> 1;
         from[d] = top[d] * kSplit + (part << shift), to[d] = from[d] + (1 << shift);
       }
       return prune(box_of(from, to), leaves.lists[parent], kLeafPivots, work);
     };
-    // Worth it when the average list of the leaves that latents can be in gets shorter; a sample of them tells whether to begin.
+    // A cut pays if the average list of the leaves that can contain latents gets shorter; a sample decides whether to begin.
     const double worth = num_inside ? kWorthCutting : kWorthCuttingEmpty;
     const double limit = worth * static_cast<double>(num_children * before);
     const int64_t stride = dim_ == kGridDim && num_parts > 256 ? 61 : 1;

@@ -17,8 +17,8 @@ namespace {
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t FourInts __attribute__((vector_size(16), may_alias));
 
-// kLanes squared distances of rows `ids` of the table to a latent: codes are loaded whole, squared, and summed across by
-// transposing. Lane 4 i + j holds ids[4 i + j].
+// Compute kLanes squared distances of rows `ids` of the table to a latent: codes are loaded whole, squared, and summed across
+// by transposing. Lane 4 i + j holds ids[4 i + j].
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 typedef __m512 Vec;
@@ -67,7 +67,7 @@ static inline float smallest_of(Vec v) {
   return _mm_cvtss_f32(_mm_min_ss(b, _mm_shuffle_ps(b, b, 1)));
 }
 static inline uint32_t not_above(Vec v, float end) { return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(end), _CMP_LE_OQ)); }
-#else  // any processor with vectors of four, by the compiler's own vector type
+#else  // vectors of four by the compiler's vector type, on any processor
 constexpr int kLanes = 4;
 typedef Four Vec;
 static inline Vec repeat(Four z) { return z; }
@@ -101,17 +101,17 @@ struct Winner {
   }
 };
 
-// A latent beyond the grid's reach, finite: all codes in fp64.
+// Compare a finite latent beyond the grid's reach with all codes in fp64.
 int64_t search_everywhere(const CodeGrid& grid, const float* z) {
   Winner winner;
   for (int64_t row = 0; row < grid.table_size; ++row) winner.consider(grid, z, row);
   return winner.code;
 }
 
-// Among the ids [count] of one leaf: the fp32 minimum, then fp64 among what lies within its band. Beyond the leaf's end other codes
-// are read: they are codes too, so that they can lower the minimum only to what a code has; their lanes are masked.
+// Search the ids [count] of one leaf: the fp32 minimum, then fp64 among the codes within its band. Whole vectors read other codes
+// beyond the leaf's end. These are codes too, so they can lower the minimum only to the distance of a code; their lanes are masked.
 int64_t search_leaf(const CodeGrid& grid, const float* z, const uint16_t* ids, int64_t count) {
-  constexpr int64_t kKept = 8;  // vectors of distances that are kept; longer lists are measured twice
+  constexpr int64_t kKept = 8;  // vectors of distances kept; longer lists are computed twice
   const Vec latent = repeat(*reinterpret_cast<const Four*>(z));
   const int64_t num_vectors = (count + kLanes - 1) / kLanes;
   Vec kept[kKept];
@@ -139,7 +139,7 @@ int64_t search_leaf(const CodeGrid& grid, const float* z, const uint16_t* ids, i
 }
 
 int64_t search(const CodeGrid& grid, const float* rows, int64_t num_rows, int64_t dim, int64_t* codes) {
-  constexpr int64_t kBlock = 64;  // latents whose cells are fetched from memory together
+  constexpr int64_t kBlock = 64;  // latents whose cells are prefetched together
   uint32_t within[kBlock], leaf[kBlock], first[kBlock], count[kBlock];
   bool reached[kBlock];
   float latents[kBlock][kGridDim] = {};
@@ -156,7 +156,7 @@ int64_t search(const CodeGrid& grid, const float* rows, int64_t num_rows, int64_
         latents[r][d] = d < dim ? z[d] : 0.0f;
         const float position = grid_position(latents[r][d], grid.lo[d], grid.inverse[d]);
         reach &= within_reach(position);
-        const uint32_t cell = fine_cell(position, grid.fine[d]);  // of NaN: 0
+        const uint32_t cell = fine_cell(position, grid.fine[d]);  // 0 for NaN
         top += (cell >> kSplitBits) * stride[d];
         bits = bits << kSplitBits | (cell & (kSplit - 1));
       }

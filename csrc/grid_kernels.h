@@ -1,4 +1,4 @@
-// The inner loops of the grid, compiled once per instruction set and chosen at run time.
+// Inner loops of the grid, compiled once per instruction set and chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 namespace dad {
 
 struct GridKernels {
-  // codes[r] for rows[r, :dim], dim <= kGridDim, of `num_rows` latents. Returns how many are not finite: code 0.
+  // Write codes[r] for rows[r, :dim], dim <= kGridDim, of `num_rows` latents. Returns the number of latents that are not finite,
+  // which get code 0.
   int64_t (*search)(const CodeGrid& grid, const float* rows, int64_t num_rows, int64_t dim, int64_t* codes);
   // dropped[j] = candidate j is farther than the pivot everywhere in the box, by more than rounding; see grid_build.cpp.
   // a[d][j] are coordinates from the box's middle, square[j] their sum of squares, farthest[j] a bound of the distance to the box.

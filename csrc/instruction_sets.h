@@ -1,4 +1,4 @@
-// The kernels that this processor runs, fastest first: the same order and names for every table of kernels.
+// Instruction sets of this processor, fastest first. Every table of kernels has this order and these names.
 #pragma once
 
 #include <string>

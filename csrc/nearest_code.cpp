@@ -1,6 +1,6 @@
-// Exact codebook search on the CPU: codes[n] = argmin_k sum_d (latents[n, d] - codebook[k, d])^2, as fp64 decides it.
+// Exact codebook search on the CPU: codes[n] = argmin_k sum_d (latents[n, d] - codebook[k, d])^2 in fp64.
 //
-// fp32 finds the few codes that can win, fp64 decides among them. u = 2^-24.
+// fp32 finds the few codes that can win; fp64 decides among them. u = 2^-24.
 //
 // Up to kMaxDifferenceDim dimensions, and where squares could overflow, by differences:
 //  1. the codebook is laid out in tiles (distance_tile.h), and every row gets its smallest fp32 distance per tile;
@@ -47,8 +47,8 @@ const std::vector<const DistanceTile*>& distance_tiles() {
   return tiles;
 }
 
-constexpr int64_t kRowsPerTask = 60;         // a multiple of the rows that the inner loops take at once
-constexpr int64_t kWorkPerThread = 1 << 20;  // multiply-adds that are worth the start of a thread
+constexpr int64_t kRowsPerTask = 60;         // a multiple of the rows per inner loop
+constexpr int64_t kWorkPerThread = 1 << 20;  // multiply-adds; below this, starting a thread does not pay
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kFloor = 0x1p-60;           // below it, fp32's underflow could decide
 constexpr int64_t kMaxDifferenceDim = 16;
@@ -63,7 +63,7 @@ Buffer allocate(int64_t size) {
   return Buffer(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t{64})));
 }
 
-// A codebook and its prepared form: tiles [num_tiles, dim, width], then half_square, norm, margin [num_tiles * width] (CodeScores),
+// Codebook and its prepared form: tiles [num_tiles, dim, width], then half_square, norm, margin [num_tiles * width] (CodeScores),
 // then one number: 1 if scores serve.
 struct Codebook {
   const float* codes;  // [num_codes, dim]
@@ -126,7 +126,7 @@ double exact_distance(const float* row, const float* code, int64_t dim) {
   return sum;
 }
 
-// Upper end of the band in which the winner's fp32 distance lies.
+// Upper end of the band that holds the winner's fp32 distance.
 float band_end(float smallest, int64_t dim) {
   const double nu = static_cast<double>(dim + 4) * 0x1p-24;
   if (nu >= 0.25) return kInfinity;
@@ -155,7 +155,7 @@ int64_t settle(const float* row, const Codebook& book, const DistanceTile& tile_
   return code;
 }
 
-// The smallest fp32 distance per tile [num_tiles] of each row, at least of those tiles that can hold the winner; else infinity.
+// Smallest fp32 distance per tile [num_tiles] of each row, for all tiles that can hold the winner; infinity for others.
 void tile_minima(const float* rows, int64_t num_rows, const Codebook& book, const DistanceTile& tile_ops, float* minima) {
   const int64_t dim = book.dim;
   if (!book.scored()) {
@@ -176,7 +176,7 @@ void tile_minima(const float* rows, int64_t num_rows, const Codebook& book, cons
     const double norm = norm_of(rows + r * dim, dim), end = upper[r] + 4 * deciding_unit(dim) * norm * norm;
     for (int64_t tile = 0; tile < book.num_tiles; ++tile) {
       float& smallest = minima[r * book.num_tiles + tile];
-      // Beyond kMaxScored every tile is measured; so it is where no code is finite, and finds nothing.
+      // Beyond kMaxScored, and without a finite code, every tile is computed; the latter finds nothing.
       if (norm <= kMaxScored && smallest > end) smallest = kInfinity;
       else tile_ops.minima(rows + r * dim, 1, dim, book.tile(tile), book.width, &smallest, 1);
     }
@@ -187,17 +187,18 @@ Codebook as_codebook(ffi::TensorView codebook, float* prepared) {
   return Codebook(static_cast<const float*>(codebook.data_ptr()), codebook.size(0), codebook.size(1), prepared);
 }
 
-// How many floats the prepared form of codebook [K, D] float32 has.
+// Number of floats in the prepared form of codebook [K, D] float32.
 int64_t codebook_size(ffi::TensorView codebook) { return as_codebook(codebook, nullptr).size(); }
 
-// codebook [K, D] float32, contiguous, on the CPU, K and D at least 1; prepared [codebook_size] float32, aligned to 64 bytes.
+// Prepare codebook [K, D] float32, contiguous, on the CPU, K and D at least 1; prepared [codebook_size] float32, aligned to 64 bytes.
 void codebook_prepare(ffi::TensorView codebook, ffi::TensorView prepared) {
   const PlainArithmetic plain;
   lay_out(as_codebook(codebook, static_cast<float*>(prepared.data_ptr())));
 }
 
-// latents [N, D] float32 and codes [N] int64, contiguous, on the CPU; codebook and prepared as given to codebook_prepare.
-// instruction_set is an index into instruction_sets(): 0 is the fastest. Returns how many latents are not finite.
+// Search latents [N, D] float32 and write codes [N] int64, both contiguous, on the CPU; codebook and prepared as in
+// codebook_prepare. instruction_set is an index into instruction_sets(): 0 is the fastest. Returns the number of latents that are
+// not finite.
 int64_t nearest_code(ffi::TensorView latents, ffi::TensorView codebook, ffi::TensorView prepared, ffi::TensorView codes,
                      int64_t num_threads, int64_t instruction_set) {
   const int64_t num_rows = latents.size(0), dim = latents.size(1), num_codes = codebook.size(0);

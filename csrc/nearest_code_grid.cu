@@ -1,5 +1,5 @@
-// The grid's search on a GPU: one thread a latent, one launch, nothing read on the host. See code_grid.h, whose cells, lists, bounds
-// and fp64 distance are those of the CPU. Not yet run on a GPU.
+// Grid search on a GPU: one thread per latent, one launch, no read on the host. Cells, lists, bounds and fp64 distance are those of
+// the CPU (code_grid.h). Not yet run on a GPU.
 //
 // A thread reads 4 D bytes of latent, a top cell, two leaf bounds, and about ten ids with 16 bytes of table each, which stay in L2
 // (8 to 21 MB for 16384 codes). Latents that the grid does not reach are searched by the whole warp.
@@ -36,7 +36,7 @@ struct Winner {
 
 __device__ Winner nobody() { return {__longlong_as_double(0x7FF0000000000000), 0}; }
 
-// The same value each time it is computed for a pair: contraction is written out.
+// Contraction is written out, so that a pair has the same value each time.
 __device__ float distance4(const float4 z, const float4 e) {
   const float x = __fsub_rn(z.x, e.x), y = __fsub_rn(z.y, e.y), u = __fsub_rn(z.z, e.z), v = __fsub_rn(z.w, e.w);
   return __fmaf_rn(x, x, __fmaf_rn(y, y, __fmaf_rn(u, u, __fmul_rn(v, v))));
@@ -68,7 +68,7 @@ __device__ int32_t search_leaf(const CodeGrid& grid, const float4 z, uint32_t fi
   return winner.code;
 }
 
-// All codes in fp64, by all lanes for the latent of one of them.
+// Compare all codes in fp64, by all lanes for the latent of one of them.
 __device__ int32_t search_everywhere(const CodeGrid& grid, const float4 z, uint32_t lane) {
   const float4* table = reinterpret_cast<const float4*>(grid.table);
   Winner winner = nobody();

@@ -1,4 +1,4 @@
-// A loop over chunks on a few threads. Threads live for one call: nothing is left running when a process forks.
+// Loop over chunks on a few threads. Threads live for one call, so none is running when a process forks.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ class PlainArithmetic {
   std::fenv_t before_;
 };
 
-// Calls body(first, last) for ranges of at most `grain` that together cover [0, count). `body` must not throw; it runs in PlainArithmetic.
+// Call body(first, last) for ranges of at most `grain` that together cover [0, count). `body` must not throw; it runs in PlainArithmetic.
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, int64_t num_threads, const Body& body) {
   const int64_t num_chunks = (count + grain - 1) / grain;
@@ -38,7 +38,7 @@ void parallel_for(int64_t count, int64_t grain, int64_t num_threads, const Body&
   std::vector<std::thread> threads;
   try {
     for (int64_t i = 1; i < std::min(num_threads, num_chunks); ++i) threads.emplace_back(work);
-  } catch (const std::system_error&) {  // no more threads to be had: those that run share the work
+  } catch (const std::system_error&) {  // no more threads available: the running ones share the work
   }
   work();
   for (std::thread& thread : threads) thread.join();

@@ -6,8 +6,8 @@ A generator makes one set of images from the training set: the images themselves
 student trained without them) or DAD's. For each, students learn by distillation on clean images and on that set, by the same loss, and are
 compared with students of the same seed that learn on clean images alone. Every set is stored first (8-bit, unaugmented; where there is
 noise, 5 draws), so that students see the very images that are measured, and in every set only images count that the teacher gives their
-label. Distances are taken in three spaces. Writes OUT/analysis-SPACE (by dad-fast analyze), docs/analyze.json, docs/analyze.svg, and the
-tables between the marks in docs/analyze.md.
+label. Distances are taken in three spaces. Writes OUT/analysis-SPACE (by dad-fast analyze), docs/records/analyze.json, docs/analyze.svg,
+and the tables between the marks in docs/analyze.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import open_source
 from dad_fast.evaluate.corruptions.common import STANDARD, corrupt
-from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.files import atomic_write_text, plain
 from dad_fast.loggers.run_log import environment
 from dad_fast.models.student import load_student
 from dad_fast.precompute.fill import fill
@@ -277,7 +277,8 @@ def main() -> int:
         "analyses": analyses,
         "environment": environment(),
     }
-    atomic_write_json(DOCS / "analyze.json", rounded(record))
+    text = json.dumps(plain(rounded(record)), separators=(",", ":"), ensure_ascii=False)
+    atomic_write_text(DOCS / "records" / "analyze.json", text + "\n")
     show(DOCS)
     return 0
 

@@ -1,4 +1,4 @@
-"""Make docs/lp-clip.json: LP-CLIP on the embedded digits, for a teacher that knows the shifts and one that does not.
+"""Make docs/records/lp-clip.json: LP-CLIP on the embedded digits, for a teacher that knows the shifts and one that does not.
 
     python scripts/make_demo_weights.py --see mnist --teacher-only -o blind       # the second teacher, about four minutes on one core
     python scripts/lp_clip_record.py --blind blind/digits-clip.safetensors        # about fifteen minutes on one core
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a ba
 
 from dad_fast.cli.main import main as dad_fast
 from dad_fast.evaluate.tables import spread
-from dad_fast.files import atomic_write_json
+from dad_fast.files import atomic_write_text, plain
 from dad_fast.loggers.run_log import environment
 from dad_fast.models.weights.files import sha256_file
 from dad_fast.tools.probe import checks as probe_checks
@@ -196,7 +196,7 @@ def main() -> None:
         default=Path("runs/lp-clip-record"),
         help="folder of the runs, for --resume auto",
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/lp-clip.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/records/lp-clip.json"))
     parser.add_argument("--table", action="store_true", help="print the tables of the record")
     args = parser.parse_args()
     if args.table:
@@ -213,7 +213,8 @@ def main() -> None:
         "environment": environment(),
     }
     record = {**facts, "settings": settings, "checks": checks}
-    atomic_write_json(args.output, record)
+    text = json.dumps(plain(record), separators=(",", ":"), ensure_ascii=False)
+    atomic_write_text(args.output, text + "\n")
     print(tables(json.loads(args.output.read_text())))
 
 

@@ -1,4 +1,4 @@
-"""The plot and the tables in docs/analyze.md, from docs/analyze.json: python scripts/show_distance_and_gain.py"""
+"""The plot and the tables in docs/analyze.md, from docs/records/analyze.json: python scripts/show_distance_and_gain.py"""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def renew(document: Path, text: str) -> None:
 
 def show(docs: Path) -> None:
     """The plot and the tables of the record in `docs`."""
-    record = json.loads((docs / "analyze.json").read_text())
+    record = json.loads((docs / "records" / "analyze.json").read_text())
     plot(record, docs / "analyze.svg")
     renew(docs / "analyze.md", tables(record))
 

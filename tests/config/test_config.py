@@ -184,7 +184,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ("schedule.epochs", "0", "--epochs must be 1 or more"),
         ("augment.scale", ["0.5", "0.1"], "--scale must be two numbers above 0"),
         ("seeds", "0", "--seeds must be 1 or more"),
-        ("method", "dda", "--method must be one of"),
+        ("method", "dda", "--method dda: no such method; did you mean"),
         ("teacher.name", "", "--method dad needs a teacher: add --teacher"),
         ("discretizer.name", "", "--method dad needs a discretizer: add --discretizer"),
         ("data.data_dir", "", "add --data-dir"),

@@ -206,6 +206,6 @@ def test_only_what_keeps_its_rates_on_the_device_is_captured(pretended_cuda, opt
         update = Update(move(student), Config(optim=replace(CONFIG.optim, opt=opt)), CUDA)
         assert update.capturable == captured
         if not captured:
-            assert StepGraphs.if_wanted("auto", CUDA, None, None, update) is None
+            assert StepGraphs.if_wanted("auto", CUDA, None, None, [update]) is None
             with pytest.raises(EnvironmentProblem, match="--cuda-graphs on: .*learning rate"):
-                StepGraphs.if_wanted("on", CUDA, None, None, update)
+                StepGraphs.if_wanted("on", CUDA, None, None, [update])

@@ -23,18 +23,18 @@ from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine.build import make_step
+from dad_fast.engine.diagnostics import codes_changed
 from dad_fast.engine.memory import collections_between_steps
 from dad_fast.engine.meter import Meter
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.registry import METHODS
-from tests.steps import learner_of, loss_of
-
-METHOD_NAMES = [name for name in METHODS if METHODS[name].terms]
 from dad_fast.models.student import build_student
 from tests.numerics import assert_same_function
+from tests.steps import learner_of, loss_of, run
 
+METHOD_NAMES = [name for name in METHODS if METHODS[name].terms]
 B, C, SIDE = 8, 4, 16
 CPU = torch.device("cpu")
 LAYER_NORM = StudentConfig(
@@ -192,7 +192,8 @@ def test_micro_batches_make_the_step_of_the_whole_batch(method):
     """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the micro-batches' means."""
     whole, parts = make(method), make(method, engine=EngineConfig(grad_accum_steps=4))
     for number in range(2):
-        a, b = whole(batch(), number, 1e-3), parts(batch(), number, 1e-3)
+        a = run(whole, batch(), number, 1e-3)
+        b = run(parts, batch(), number, 1e-3)
         assert a.keys() == b.keys()
         assert_same_function(a["loss"], b["loss"])
         grads = [
@@ -207,7 +208,8 @@ def test_micro_batches_make_the_step_of_the_whole_batch(method):
 def test_a_compiled_step_is_the_plain_step(method):
     plain, compiled = make(method), make(method, engine=EngineConfig(torchcompile=True))
     for number in range(3):
-        a, b = plain(batch(), number, 1e-3), compiled(batch(), number, 1e-3)
+        a = run(plain, batch(), number, 1e-3)
+        b = run(compiled, batch(), number, 1e-3)
         assert_same_function(a["loss"], b["loss"])
     assert (
         learner_of(compiled).student.state_dict().keys()
@@ -238,10 +240,10 @@ def test_memory_is_flat(steps):
     meter = Meter()
     with collections_between_steps():
         for number in range(100):
-            meter.add(step(data, number, 1e-3))
+            meter.add(run(step, data, number, 1e-3))
         before, objects = resident_kib(), len(gc.get_objects())
         for number in range(steps):
-            meter.add(step(data, number, 1e-3))
+            meter.add(run(step, data, number, 1e-3))
         grown, left = resident_kib() - before, len(gc.get_objects()) - objects
     assert left < 50 and grown < 4096, (left, grown)
 
@@ -249,7 +251,7 @@ def test_memory_is_flat(steps):
 @pytest.mark.parametrize("bn", ["joint", "split", "aux"])
 def test_every_form_of_batch_norm_trains(bn):
     step = make("dad", replace(BATCH_NORM, bn=bn))
-    losses = [step(batch(), i, 1e-3)["loss"].item() for i in range(3)]
+    losses = [run(step, batch(), i, 1e-3)["loss"].item() for i in range(3)]
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
 
 
@@ -258,13 +260,15 @@ def test_joint_and_split_are_one_for_students_without_batch_statistics():
     assert_same_function(*(loss_of(step, batch())[0] for step in (joint, split)))
 
 
+def measured(step):
+    return codes_changed(step.generator, learner_of(step), batch())
+
+
 def test_the_share_of_changed_codes_grows_with_the_budget():
-    weak = make("dad", attack=AttackConfig(eps=0.01, step_size=0.01)).measure(batch())[
-        "codes_changed"
-    ]
-    strong = make("dad", attack=AttackConfig(eps=5.0, step_size=5.0)).measure(batch())[
-        "codes_changed"
-    ]
+    weak, strong = (
+        measured(make("dad", attack=AttackConfig(eps=size, step_size=size)))["codes_changed"]
+        for size in (0.01, 5.0)
+    )
     assert 0 <= weak < strong <= 1
 
 
@@ -272,7 +276,7 @@ def test_measuring_changes_nothing():
     step = make("dat+dad", BATCH_NORM)
     before = {k: v.clone() for k, v in learner_of(step).student.state_dict().items()}
     generator = torch.get_rng_state()
-    step.measure(batch())
+    measured(step)
     assert torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in learner_of(step).student.state_dict().items())
 

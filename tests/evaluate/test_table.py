@@ -187,7 +187,9 @@ def test_single_run_and_bad_files(tmp_path, capsys):
 def test_the_table_of_the_demo_fits_a_terminal(columns, monkeypatch, capsys):
     """On 80 columns it is turned and compact: a row for each suite, so that no line wraps."""
     monkeypatch.setenv("COLUMNS", str(columns))
-    table.print_table(table.read_record(Path(__file__).parents[2] / "docs" / "demo-5-seeds.json"))
+    table.print_table(
+        table.read_record(Path(__file__).parents[2] / "docs" / "records" / "demo-5-seeds.json")
+    )
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= columns
     row = next(

@@ -1,18 +1,21 @@
-"""What the documents say is there: links, anchors, files, tests, flags; and what `-h` prints fits a terminal."""
+"""Documents match the repository: links, anchors, files, flags, tables and examples; and help fits a terminal."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dad_fast.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    path for where in ("", "docs", "benchmarks", "kernels") for path in (ROOT / where).glob("*.md")
-)
+RECORDS = ROOT / "docs" / "records"
+FOLDERS = ("", "docs", "benchmarks", "kernels")
+PAGES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 COMMANDS = (
     "train",
     "ablate",
@@ -26,27 +29,40 @@ COMMANDS = (
     "profile",
     "doctor",
 )
+NAMED_FILE = re.compile(r"`((?:tests|scripts|benchmarks|docs|csrc|kernels|dad_fast)/[\w./*-]+)`")
+COMMAND_LINE = re.compile(r"^(?:dad-fast|\S.*-m dad_fast) .*$", re.M)
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-    return {
-        re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-")
-        for line in re.findall(r"^#+ (.*)$", text, re.M)
-    }
+    """Anchors of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_names_of_files(page):
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_and_file_names_exist(page):
+    text = without_code(page)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not link.startswith("http"):
-            name, _, anchor = link.partition("#")
-            target = page.parent / name if name else page
-            assert target.exists(), link
-            assert not anchor or anchor in anchors(target), link
-    for name in re.findall(r"`((?:tests|scripts|benchmarks|docs|csrc|dad_fast)/[\w./*-]+)`", text):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+    for name in NAMED_FILE.findall(text):
         assert "OP" in name or list(ROOT.glob(name)), name
     for name in re.findall(r"`(test_\w+\.py)`", text):
         assert list(ROOT.glob(f"tests/**/{name}")) or list(ROOT.glob(f"benchmarks/{name}")), name
@@ -54,48 +70,71 @@ def test_links_and_names_of_files(page):
 
 @pytest.fixture(scope="module")
 def helps():
-    """What -h prints, by verb; of train --help-all, since other verbs take its settings."""
-    import contextlib
-    import io
-
+    """Output of -h by command; train has --help-all, since other commands take its settings."""
     found = {}
-    for arguments in ([], *([verb] for verb in COMMANDS), ["train", "--help-all"]):
+    for arguments in ([], *([command] for command in COMMANDS), ["train", "--help-all"]):
+        asked = arguments if "--help-all" in arguments else [*arguments, "-h"]
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            assert main([*arguments, *(() if "--help-all" in arguments else ("-h",))]) == 0
+            assert main(asked) == 0
         found[" ".join(arguments)] = out.getvalue()
     return found
 
 
 def test_help_fits_a_terminal(helps):
-    for verb, text in helps.items():
+    for command, text in helps.items():
         lines = text.splitlines()
-        assert max(map(len, lines)) <= 100, (verb, max(lines, key=len))
-        assert len(lines) <= 50 or verb == "train --help-all", (verb, len(lines))
+        assert max(map(len, lines)) <= 100, (command, max(lines, key=len))
+        assert len(lines) <= 50 or command == "train --help-all", (command, len(lines))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_flags_of_command_lines(page, helps):
-    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S)).replace("\\\n", " ")
-    for line in re.findall(r"^(?:dad-fast|\S.*-m dad_fast) .*$", blocks, re.M):
-        verb = re.search(r"(?:dad-fast|dad_fast) (\w+)", line)
-        assert verb and verb[1] in COMMANDS, line
-        known = set(
-            re.findall(
-                r"--[\w-]+", (helps[verb[1]] + helps["train --help-all"]).replace("--[no-]", "--")
-            )
-        )
-        for flag in re.findall(r" (--[a-z][\w-]*)", line[line.index(verb[0]) :].partition(" #")[0]):
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_flags_in_command_lines_exist(page, helps):
+    blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    for line in COMMAND_LINE.findall(text):
+        command = re.search(r"(?:dad-fast|dad_fast) (\w+)", line)
+        assert command and command[1] in COMMANDS, line
+
+        documented = helps[command[1]] + helps["train --help-all"]
+        known = set(re.findall(r"--[\w-]+", documented.replace("--[no-]", "--")))
+        call = line[command.start() :].partition(" #")[0]
+        for flag in re.findall(r" (--[a-z][\w-]*)", call):
             assert flag in known or flag.replace("--no-", "--") in known, (line, flag)
 
 
-def test_the_table_of_the_demo_is_what_its_record_says():
+def test_demo_table_matches_its_record():
     from dad_fast.evaluate.tables import markdown, read_record
 
-    shown = (ROOT / "README.md").read_text()
-    lines = markdown(read_record(ROOT / "docs" / "demo-5-seeds.json")).splitlines()
-    for line in lines[:7]:
-        name, _, *cells = line.split("|")[1:]  # without the number of seeds
-        assert (
-            "|".join(["", name.replace(" teacher embedded:digits", " teacher"), *cells]) in shown
-        ), line
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in markdown(read_record(RECORDS / "demo-5-seeds.json")).splitlines()[:7]:
+        name, _num_seeds, *cells = line.split("|")[1:]
+        row = "|".join(["", name.replace(" teacher embedded:digits", " teacher"), *cells])
+        assert row in readme, line
+
+
+@pytest.mark.parametrize("record", sorted(RECORDS.glob("*.json")), ids=lambda path: path.name)
+def test_records_are_compact(record):
+    assert record.read_text(encoding="utf-8").count("\n") <= 1
+
+
+def test_readme_example_runs():
+    for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
+        pytest.importorskip(package)
+    names: dict[str, Any] = {}
+    (code,) = python_blocks(ROOT / "README.md")
+    exec(code, names)
+    assert names["attacked"].images.shape == (8, 3, 28, 28)
+    assert all(p.grad is not None for p in names["student"].parameters())
+
+
+def test_contributed_discretizer_runs():
+    torch = pytest.importorskip("torch")
+    names: dict[str, Any] = {}
+    (code,) = [block for block in python_blocks(ROOT / "CONTRIBUTING.md") if "Discretizer" in block]
+    assert len(code.splitlines()) < 40
+    exec(code, names)
+
+    result = names["load"]("3", context=None)(torch.rand(2, 3, 8, 8))
+    assert result.codes is None
+    assert torch.equal((result.images * 7).round() / 7, result.images)

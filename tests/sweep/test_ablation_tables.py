@@ -122,7 +122,7 @@ def test_the_plot_is_one_svg_with_everything_inside_it():
 
 
 def test_the_tables_and_the_plot_in_the_documentation_are_those_of_its_record():
-    record = read_record(DOCS / "ablate.json")
+    record = read_record(DOCS / "records" / "ablate.json")
     assert axes_markdown(record).replace("## ", "### ") in (DOCS / "ablate.md").read_text(
         encoding="utf-8"
     )
