@@ -1,7 +1,9 @@
-"""Compare a checkpoint with the run that resumes from it: settings, data, classes, stores and frozen models.
+"""Compare a checkpoint with the run that resumes from it: settings, data, classes, stores and
+frozen models.
 
-Files may have moved: their content is compared. If the device, the number of threads or the version of torch changed,
-frozen models are compared by their files alone, because a head made from prompts then differs in its last bits.
+Files may have moved: their content is compared. If the device, the number of threads or the version
+of torch changed, frozen models are compared by their files alone, because a head made from prompts
+then differs in its last bits.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def config_of(found: Checkpoint) -> Config:
 
 
 def changes(run: TrainRun, found: Checkpoint) -> list[str]:
-    """List the settings, data and models that differ from those of the checkpoint and would change the result."""
+    """List the settings, data and models that differ from those of the checkpoint and would change
+    the result.
+    """
     cfg, state = run.cfg, found.state
     before, now = config_of(found), identity(run)
     changed = differences(_elsewhere(before, cfg), cfg)

@@ -1,13 +1,16 @@
-"""Folder of checkpoints: all that a run needs to resume bit for bit, written so that a crash leaves the previous one whole.
+"""Folder of checkpoints: all that a run needs to resume bit for bit, written so that a crash leaves
+the previous one whole.
 
     checkpoints/step-N/model.safetensors    what evaluation uses (EMA when on), with its metadata
     checkpoints/step-N/train.safetensors    student, EMA, optimizer, generators, running sums: tensors only
     checkpoints/step-N/state.json           counters, settings, and the SHA-256 of the two files above and of itself
     checkpoints/latest, checkpoints/best    symbolic links
 
-A checkpoint is written under a temporary name, synced and renamed; state.json is its last file. Nothing is pickled.
+A checkpoint is written under a temporary name, synced and renamed; state.json is its last file.
+Nothing is pickled.
 
-Own code because torch's distributed checkpoint reads its metadata by raw pickle, and safetensors has no checksums.
+Own code because torch's distributed checkpoint reads its metadata by raw pickle, and safetensors
+has no checksums.
 """
 
 from __future__ import annotations
@@ -65,7 +68,8 @@ class CheckpointFolder:
         write_model: Callable[[Path], None],
         best: bool,
     ) -> Path:
-        """Write `step-N`, link `latest` (and `best`) to it, and delete all but the `keep` latest and the best.
+        """Write `step-N`, link `latest` (and `best`) to it, and delete all but the `keep` latest
+        and the best.
 
         Raises a one-line error if the disk fails; the previous checkpoint is whole then.
         """
@@ -85,7 +89,8 @@ class CheckpointFolder:
             (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
             for path in [*temporary.iterdir(), temporary]:
                 sync(path)
-            # A resumed run saves the same step again. Moved aside, so that at every moment one of them is whole.
+            # A resumed run saves the same step again. Moved aside, so that at every moment one of
+            # them is whole.
             if final.exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 final.rename(aside)
@@ -105,10 +110,12 @@ class CheckpointFolder:
         return final
 
     def load(self, path: str, log: Callable[[str], None]) -> Checkpoint | None:
-        """Load the newest undamaged checkpoint (`path` = "auto"; None if there is none), or the one at `path`.
+        """Load the newest undamaged checkpoint (`path` = "auto"; None if there is none), or the one
+        at `path`.
 
-        `log` gets lines about damaged checkpoints. The next `save` deletes checkpoints of later steps. Raises DataError
-        if `path` is missing or damaged, or "auto" finds damaged checkpoints only.
+        `log` gets lines about damaged checkpoints. The next `save` deletes checkpoints of later
+        steps. Raises DataError if `path` is missing or damaged, or "auto" finds damaged checkpoints
+        only.
         """
         if path != "auto" and not Path(path).exists():
             raise DataError(
@@ -132,7 +139,9 @@ class CheckpointFolder:
         return found
 
     def settle(self) -> None:
-        """Finish an interrupted `save` before the run resumes: update the links, delete old checkpoints."""
+        """Finish an interrupted `save` before the run resumes: update the links, delete old
+        checkpoints.
+        """
         if self._best is not None and self._best.resolve().parent == self.root.resolve():
             self._link("best", self._best.resolve().name)
         newest = next(iter(self._newest_first()), None)
@@ -195,7 +204,8 @@ class CheckpointFolder:
         sync(self.root)
 
     def _prune(self, saved: int) -> None:
-        """Delete old checkpoints, those of the future of another run, and those that a killed process left unfinished.
+        """Delete old checkpoints, those of the future of another run, and those that a killed
+        process left unfinished.
 
         After a resume from step N, checkpoints of later steps belong to the run before it.
         """
@@ -233,7 +243,8 @@ def _digest(state: dict[str, Any]) -> str:
 def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Copy tensors to host memory.
 
-    A tensor in several groups is copied once. Within a group, which becomes one file, no two copies share memory.
+    A tensor in several groups is copied once. Within a group, which becomes one file, no two copies
+    share memory.
     """
     copies: dict[Any, Tensor] = {}
     taken = []
@@ -253,7 +264,9 @@ def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def generator_tensors(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of every global random generator: Python's, NumPy's, torch's and the device's."""
+    """Return the state of every global random generator: Python's, NumPy's, torch's and the
+    device's.
+    """
     version, words, gauss = random.getstate()
     python = torch.tensor([version, *words], dtype=torch.int64)
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -272,7 +285,10 @@ def generator_tensors(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Restore the state of `generator_tensors`. Without a state of this kind of device its generator stays as seeded."""
+    """Restore the state of `generator_tensors`.
+
+    Without a state of this kind of device its generator stays as seeded.
+    """
     version, *words = tensors["generator.python"].tolist()
     gauss = tensors["generator.python_gauss"].item()
     random.setstate((version, tuple(words), None if gauss != gauss else gauss))

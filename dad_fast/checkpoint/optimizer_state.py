@@ -35,21 +35,25 @@ def restore_optimizer(
 ) -> None:
     """Restore the state of `flatten_optimizer` into an optimizer over the same parameters.
 
-    own: settings of a parameter group, such as weight_decay, that keep the optimizer's present values.
+    own: settings of a parameter group, such as weight_decay, that keep the optimizer's present
+    values.
     """
     state = _unpacked(saved, tensors)
     for group, built in zip(state["param_groups"], optimizer.param_groups, strict=True):
         group.update({name: built[name] for name in {*own, *OF_THE_DEVICE} if name in built})
     optimizer.load_state_dict(state)
     for parameter, entry in optimizer.state.items():
-        # Files contain contiguous tensors. Fused kernels walk memory linearly: moments need the layout of their weights.
+        # Files contain contiguous tensors. Fused kernels walk memory linearly: moments need the
+        # layout of their weights.
         for name, value in entry.items():
             if torch.is_tensor(value):
                 entry[name] = _laid_out(value, parameter)
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a moment with the strides of `parameter` (channels_last); a value of another shape unchanged."""
+    """Return a moment with the strides of `parameter` (channels_last); a value of another shape
+    unchanged.
+    """
     if value.shape != parameter.shape or value.stride() == parameter.stride():
         return value
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

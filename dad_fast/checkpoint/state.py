@@ -1,8 +1,9 @@
 """Save the state of a run to a checkpoint, and restore it, so that resume is exact.
 
-With several processes the first one saves and loads for all. Weights, optimizer, EMA and running statistics are the same
-in all processes; each has its own random generators. If the number of processes changed, the global order of the samples
-continues unchanged, and all processes draw dropout from new seeds.
+With several processes the first one saves and loads for all. Weights, optimizer, EMA and running
+statistics are the same in all processes; each has its own random generators. If the number of
+processes changed, the global order of the samples continues unchanged, and all processes draw
+dropout from new seeds.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from dad_fast.models.weights.files import write_safetensors
 
 
 def seed_generators(seed: int, step: int = 0) -> None:
-    """Seed Python, NumPy and torch, for dropout and the like: `seed` in the first process, derived seeds in the others."""
+    """Seed Python, NumPy and torch, for dropout and the like: `seed` in the first process, derived
+    seeds in the others.
+    """
     rank = distributed.rank()
     own = seed if rank == 0 and step == 0 else int(sample_seeds(seed, step, np.array([rank]))[0])
     random.seed(own)
@@ -44,7 +47,10 @@ def seed_generators(seed: int, step: int = 0) -> None:
 
 
 def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the run's tensors, not copied, and JSON. A collective; the first process has the state of all."""
+    """Return the run's tensors, not copied, and JSON.
+
+    A collective; the first process has the state of all.
+    """
     update, device = run.update, run.parts.device
     optimizer, optimizer_state = flatten_optimizer(update.optimizer)
     tensors: dict[str, Tensor] = {
@@ -73,7 +79,9 @@ def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save(run: TrainRun, best: bool) -> None:
-    """Save a checkpoint of this moment; a thread writes it while training continues, after the one before."""
+    """Save a checkpoint of this moment; a thread writes it while training continues, after the one
+    before.
+    """
     tensors, state = run_state(run)
     model, metadata = run.model_file()
     if not distributed.is_main():
@@ -95,7 +103,9 @@ def save(run: TrainRun, best: bool) -> None:
 def load_for_all(
     folder: CheckpointFolder, path: str, say: Callable[[str], None]
 ) -> Checkpoint | None:
-    """Load a checkpoint in the first process and send it to the others, which need not see the folder."""
+    """Load a checkpoint in the first process and send it to the others, which need not see the
+    folder.
+    """
     found: list[Checkpoint | None] = [None]
 
     def load() -> Any:
@@ -113,8 +123,8 @@ def load_for_all(
 def restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> None:
     """Restore the state of a checkpoint into a run.
 
-    Raises UsageError, naming every difference, if settings, data or models changed; DataError for a checkpoint that is
-    undamaged but not of such a run.
+    Raises UsageError, naming every difference, if settings, data or models changed; DataError for a
+    checkpoint that is undamaged but not of such a run.
     """
     try:
         world = found.state["world"]
@@ -189,7 +199,9 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
 
 
 def _restore_optimizer(run: TrainRun, found: Checkpoint) -> list[str]:
-    """Restore the optimizer, keeping changed settings; another optimizer starts fresh. Returns lines for the log."""
+    """Restore the optimizer, keeping changed settings; another optimizer starts fresh. Returns
+    lines for the log.
+    """
     before, now = config_of(found).optim, run.cfg.optim
     if before.opt != now.opt:
         return [f"{now.opt} starts with a fresh state: the run began with {before.opt}"]

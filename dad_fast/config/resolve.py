@@ -1,9 +1,10 @@
 """Gather a Config from presets, a file, `--set` and flags.
 
-Later layers override: defaults < preset < file < --set < flags. This holds for variants too: a key of a later layer
-overrides the same key in the variants of earlier layers (`--preset demo --epochs 2` shortens every run), and a `method`
-of a later layer keeps only the earlier variant of that name, or else the variants with this method
-(`--preset demo --method dad`). Within one layer a variant overrides the layer's own keys.
+Later layers override: defaults < preset < file < --set < flags. This holds for variants too: a key
+of a later layer overrides the same key in the variants of earlier layers (`--preset demo --epochs
+2` shortens every run), and a `method` of a later layer keeps only the earlier variant of that name,
+or else the variants with this method (`--preset demo --method dad`). Within one layer a variant
+overrides the layer's own keys.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ def gather(
 ) -> Config:
     """Return the Config of a command line, unchecked. `methods.settings.resolve` checks it too.
 
-    Raises UsageError for an unknown preset or key and for a value of the wrong type or out of range.
+    Raises UsageError for an unknown preset or key and for a value of the wrong type or out of
+    range.
     """
     layers = Layers()
     if preset:
         layers.add_toml(preset_text(preset), f"preset {preset}")
     if file is not None:
         layers.add_toml(_read(file), str(file))
-    # --set and flags are one layer: `--set variants.big.optim.lr=1 --lr 2` keeps the variant's own value.
+    # --set and flags are one layer: `--set variants.big.optim.lr=1 --lr 2` keeps the variant's own
+    # value.
     layers.add({}, "command line")
     for item in sets:
         layers.put_set(item)
@@ -83,7 +86,10 @@ class Layers:
         self._layer: set[str] = set()
 
     def add_toml(self, text: str, where: str) -> None:
-        """Add a layer from TOML text. `where` names it in messages. Raises UsageError for text that is not valid."""
+        """Add a layer from TOML text. `where` names it in messages.
+
+        Raises UsageError for text that is not valid.
+        """
         try:
             tables = read_toml(text)
         except tomllib.TOMLDecodeError as error:
@@ -130,8 +136,8 @@ class Layers:
                 del self._earlier[name][path], self.variants[name][path]
 
     def put_set(self, item: str) -> None:
-        """Set `section.key=value` as given to --set. `section.key.sub=value` sets a key of a table such as
-        student.model_kwargs."""
+        """Set `section.key=value` as given to --set. `section.key.sub=value` sets a key of a table
+        such as student.model_kwargs."""
         path, equals, text = item.partition("=")
         path, text = path.strip(), text.strip()
         where = f"--set {item}"

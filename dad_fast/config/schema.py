@@ -1,7 +1,8 @@
-"""Every setting of a run: name, default, meaning, and the flag that sets it.
+"""Settings of a run: name, default, meaning, and the flag that sets it.
 
-One frozen dataclass per section of the TOML file. Flags use timm's names where the meaning is the same; a field without a
-flag is set by `--set section.key=value` or in the file. This file imports nothing heavy: `dad-fast -h` reads it.
+One frozen dataclass per section of the TOML file. Flags use timm's names where the meaning is the
+same; a field without a flag is set by `--set section.key=value` or in the file. This file imports
+nothing heavy: `dad-fast -h` reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Rule(NamedTuple):
-    """What a number must satisfy, in words and as a test."""
+    """Condition on a number, in words and as a test."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -41,9 +42,9 @@ def setting(
     main: bool = False,
     bare: tuple[str, ...] = (),
 ) -> Any:
-    """A field with its help `text`, its `flag` (and `short` one), its `rule`, and whether the short `--help` shows it (`main`).
+    """Create a field with its help `text`, `flag` (and `short` flag) and `rule`.
 
-    bare: the value of a list whose flag is given without one.
+    main: show it in the short `--help`. bare: the value of a list whose flag is given without one.
     """
     metadata = {
         "help": text,
@@ -89,7 +90,7 @@ class DataConfig:
         rule=NOT_NEGATIVE,
     )
     loader: Literal["auto", "dali", "torchvision"] = setting(
-        "auto", "who decodes and augments: auto, dali or torchvision", "--loader"
+        "auto", "library that decodes and augments: auto, dali or torchvision", "--loader"
     )
     workers: int = setting(
         4,
@@ -132,7 +133,7 @@ class AugmentConfig:
     )
     reprob: float = setting(0.0, "probability of random erasing", "--reprob", rule=PROBABILITY)
     remode: Literal["const", "rand", "pixel"] = setting(
-        "pixel", "what an erased box is filled with", "--remode"
+        "pixel", "content of an erased box", "--remode"
     )
     mixup: float = setting(0.0, "mixup alpha", "--mixup", rule=NOT_NEGATIVE)
     cutmix: float = setting(0.0, "cutmix alpha", "--cutmix", rule=NOT_NEGATIVE)
@@ -182,7 +183,7 @@ class StudentConfig:
     )
     init_from: str = setting(
         "",
-        "start from another run's weights (run, checkpoint folder or file); nothing else is taken",
+        "start from another run's weights (run, checkpoint folder or file), and nothing else of it",
         "--init-from",
     )
     pretrained: bool = setting(
@@ -199,7 +200,7 @@ class StudentConfig:
     )
     sync_bn: bool = setting(
         False,
-        "batch norm over the images of all processes (CUDA); else each has its own",
+        "batch norm over the images of all processes (CUDA); else each process over its own",
         "--sync-bn",
     )
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
@@ -265,7 +266,7 @@ class LossConfig:
     )
     temperature: float = setting(4.0, "distillation temperature T", "--temperature", rule=POSITIVE)
     filter: bool = setting(
-        True, "count an adversarial image only where the teacher still says y", "--filter"
+        True, "count an adversarial image only where the teacher still predicts y", "--filter"
     )
     form: Literal["paper", "joint"] = setting(
         "paper",
@@ -278,15 +279,15 @@ class LossConfig:
 class LpClipConfig:
     labels: Literal["pseudo", "true"] = setting(
         "pseudo",
-        "pseudo: the teacher's answers on the weak view; true: the data's labels, a supervised probe",
+        "pseudo: the teacher's predictions on the weak view; true: the data's labels, a supervised probe",
         "--lp-labels",
     )
     weight: Literal["confidence", "none"] = setting(
-        "confidence", "what a pseudo-label counts: its confidence, or 1", "--lp-weight"
+        "confidence", "weight of a pseudo-label: its confidence, or 1", "--lp-weight"
     )
     threshold: float = setting(
         0.0,
-        "count a pseudo-label only where the teacher is at least this sure",
+        "count a pseudo-label only where the teacher's confidence is at least this",
         "--lp-threshold",
         rule=PROBABILITY,
     )
@@ -383,7 +384,8 @@ class StoreConfig:
     )
 
 
-# Work that models do and nobody needs; what each is: models/savings.py and models/vqgan_fused_layers.py.
+# Exact optimizations, explained in models/optimizations.py and
+# discretizers/vqgan/fused_layers.py.
 MODEL_SAVINGS = ("class_token_only", "fold_normalisation", "fold_quick_gelu", "cast_weights")
 VQGAN_SAVINGS = ("cast", "channels_last", "upsample", "attention", "merge_1x1")
 
@@ -404,7 +406,7 @@ class EngineConfig:
     )
     cuda_graphs: Literal["auto", "on", "off"] = setting(
         "auto",
-        "capture the step in CUDA graphs; auto falls back to plain calls, and says why",
+        "capture the step in CUDA graphs; auto falls back to plain calls, and logs why",
         "--cuda-graphs",
     )
     torchcompile: bool = setting(
@@ -412,7 +414,7 @@ class EngineConfig:
     )
     dist_timeout: float = setting(
         300.0,
-        "seconds after which a process that does not answer is given up, once training runs",
+        "seconds after which a process that does not answer counts as lost, once training runs",
         "--dist-timeout",
         rule=POSITIVE,
     )
@@ -436,7 +438,7 @@ class EvalConfig:
     )
     suites: tuple[str, ...] = setting(
         (),
-        "judged at the end: splits, image folders, published test sets, corruptions; see dad-fast eval -h",
+        "evaluated at the end: splits, image folders, published test sets, corruptions; see dad-fast eval -h",
         "--suite",
     )
     batch_size: int = setting(
@@ -446,7 +448,7 @@ class EvalConfig:
         rule=NOT_NEGATIVE,
     )
     allow_partial: bool = setting(
-        False, "judge published test sets that are not whole, and say so", "--allow-partial"
+        False, "evaluate incomplete published test sets, with a warning", "--allow-partial"
     )
     c_preprocessing: Literal["none", "resize256"] = setting(
         "none",
@@ -457,7 +459,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run, or several: `methods` and `variants` times `seeds`."""
+    """Settings of a run, or of several: `variants` times `seeds`."""
 
     method: str = setting(
         "dad", "ce, kd, aug-only, dat, dad, dat+dad or lp-clip", "--method", main=True

@@ -1,4 +1,7 @@
-"""Build the components of a run from its settings. User errors are raised here, before a file is written."""
+"""Build the components of a run from its settings.
+
+User errors are raised here, before a file is written.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,10 @@ class Components:
     """Data, models and stores of a run.
 
     teacher, discretizer: None where the method, given its stores, needs none.
-    savings: for teacher and student, optimization -> "" where it is on, else the reason why it is off.
-    hashes: of the weights of teacher and discretizer; None for a discretizer without trained weights.
+    savings: for teacher and student, optimization -> "" where it is on, else the reason why it is
+    off.
+    hashes: of the weights of teacher and discretizer; None for a discretizer without trained
+    weights.
     probe: data of a linear probe on the teacher's encoder, None for other students.
     """
 
@@ -76,7 +81,10 @@ class Builder:
         self._frozen: dict[Any, Any] = {}
 
     def build(self, cfg: Config) -> Components:
-        """Build the components of a run. Raises UsageError, DataError or EnvironmentProblem for settings that fail."""
+        """Build the components of a run.
+
+        Raises UsageError, DataError or EnvironmentProblem for settings that fail.
+        """
         device = resolve_device(cfg.device)
         check_splits(cfg)
         # With stores, the models that are needed are known only when the stores are open.
@@ -213,7 +221,10 @@ def make_step(
     discretizer: Discretizer | None,
     update: Update,
 ) -> TrainStep:
-    """Assemble the training step of a run. Functions below take the section of the configuration that they use."""
+    """Assemble the training step of a run.
+
+    Functions below take the section of the configuration that they use.
+    """
     method = METHODS[cfg.method]
     engine = cfg.engine
     channels_last = cfg.precision.channels_last
@@ -262,13 +273,17 @@ def _compiled(model: Model, engine: EngineConfig) -> Model:
     if not engine.torchcompile:
         return model
     keep_compiled_code_private()
-    # dynamic=False: sizes are few, and the kernel of a batch must not depend on earlier sizes, or a resume would differ.
+    # dynamic=False: sizes are few, and the kernel of a batch must not depend on earlier sizes, or a
+    # resume would differ.
     compiled: Model = torch.compile(model, dynamic=False)
     return compiled
 
 
 def share_batch_norm(student: Student, device: torch.device) -> None:
-    """Replace batch norms by those over the images of all processes (--sync-bn). Not yet run on a GPU."""
+    """Replace batch norms by those over the images of all processes (--sync-bn).
+
+    Not yet run on a GPU.
+    """
     if device.type != "cuda":
         raise EnvironmentProblem(
             f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; leave it out"
@@ -314,7 +329,9 @@ def _try_one_image(
     teacher: Teacher | None,
     discretizer: Discretizer | None,
 ) -> None:
-    """Run every model on one image, so that an unsupported size is a one-line error before the first step."""
+    """Run every model on one image, so that an unsupported size is a one-line error before the
+    first step.
+    """
     side = student.image_size
     pixels = torch.zeros(1, 3, side, side, device=device)
     try:

@@ -37,9 +37,10 @@ def finish(
     """Write model.safetensors, sheet.png, sheet.safetensors, results.json and report.html.
 
     suites: what to evaluate the student on; empty = the validation split.
-    teacher_results: results by teacher's name, filled here, so that runs that share a teacher evaluate it once.
-    Returns the content of results.json. A collective: all processes evaluate their share of the images, the first one
-    writes.
+    teacher_results: results by teacher's name, filled here, so that runs that share a teacher
+    evaluate it once.
+    Returns the content of results.json. A collective: all processes evaluate their share of the
+    images, the first one writes.
     """
     cfg, parts, output = trainer.cfg, trainer.parts, trainer.output
     suites = suites or [Suite(cfg.data.val_split, parts.val)]
@@ -81,7 +82,10 @@ def finish(
 def _teacher_record(
     trainer: Trainer, suites: Sequence[Suite], teacher_results: dict[str, dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Evaluate the teacher unless `teacher_results` has it. Returns None for a run without a teacher."""
+    """Evaluate the teacher unless `teacher_results` has it.
+
+    Returns None for a run without a teacher.
+    """
     teacher = trainer.parts.teacher
     if teacher is None:
         return None
@@ -103,7 +107,9 @@ def _progress(name: str) -> Callable[[int, int], None]:
 
 
 def _write_sheet(trainer: Trainer, output: Path) -> None:
-    """Write x, Q(x) and Q(x + delta) of a few validation images, attacking the teacher or, without one, the student."""
+    """Write x, Q(x) and Q(x + delta) of a few validation images, attacking the teacher or, without
+    one, the student.
+    """
     cfg, parts = trainer.cfg, trainer.parts
     generator = trainer.step.generator
     assert parts.discretizer is not None and isinstance(generator, AttackGenerator)
@@ -164,7 +170,9 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
 def _shift(
     discretizer: Discretizer, before: Discretized, after: Discretized
 ) -> tuple[torch.Tensor | None, int]:
-    """Return the distance of each code to its new code, [N, h, w], and the codebook's size; (None, 0) without codes."""
+    """Return the distance of each code to its new code, [N, h, w], and the codebook's size; (None,
+    0) without codes.
+    """
     if before.codes is None or after.codes is None or discretizer.codebook is None:
         return None, 0
     codebook = discretizer.codebook.float()  # [K, D]

@@ -40,10 +40,12 @@ def enough_memory(cfg: Config, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def collections_between_steps() -> Iterator[None]:
-    """Disable Python's automatic garbage collection; the caller runs `gc.collect` where time does not matter.
+    """Disable Python's automatic garbage collection; the caller runs `gc.collect` where time does
+    not matter.
 
-    A collection in the middle of a step stops the queueing of GPU work for up to a tenth of a second, and on another
-    step in every process. Objects that exist on entry are frozen: no collection inside looks at them.
+    A collection in the middle of a step stops the queueing of GPU work for up to a tenth of a
+    second, and on another step in every process. Objects that exist on entry are frozen: no
+    collection inside looks at them.
     """
     enabled = gc.isenabled()
     gc.collect()

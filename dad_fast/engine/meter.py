@@ -40,7 +40,10 @@ class Meter:
         }
 
     def restore(self, processes: list[dict[str, Tensor]], device: torch.device) -> None:
-        """Restore sums. processes: the `tensors` of one process, or of several, whose mean is taken."""
+        """Restore sums.
+
+        processes: the `tensors` of one process, or of several, whose mean is taken.
+        """
         names = [name for name in processes[0] if name.startswith("meter.")]
         means = {
             name: torch.stack([one[name] for one in processes]).mean(0).to(device) for name in names
@@ -50,7 +53,10 @@ class Meter:
 
 
 def over_processes(means: dict[str, float], largest: dict[str, float]) -> dict[str, float]:
-    """Return `means` averaged over the processes, and the largest value of each in `largest`. A collective."""
+    """Return `means` averaged over the processes, and the largest value of each in `largest`.
+
+    A collective.
+    """
     found = distributed.all_gather_json([means, largest])
     averages = {name: sum(one[name] for one, _ in found) / len(found) for name in means}
     return averages | {name: max(one[name] for _, one in found) for name in largest}

@@ -80,7 +80,8 @@ class Advice:
     def on_window(self, window: Window, log: Callable[[str], None]) -> None:
         """Log at a log step that the run is input-bound, and the discretizer's warnings."""
         self._windows += 1
-        # The first window holds the start of the loader's processes; kept features need no loader's processes.
+        # The first window holds the start of the loader's processes; kept features need no loader's
+        # processes.
         if not self._advised and self._windows > 1 and self._loader != "features":
             data = self._cfg.data
             cuda = self._parts.device.type == "cuda"

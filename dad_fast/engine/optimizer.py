@@ -1,4 +1,6 @@
-"""Optimizers: timm's by name, fused where torch can, and those of NVIDIA's apex where it is installed."""
+"""Optimizers: timm's by name, fused where torch can, and those of NVIDIA's apex where it is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ OPTIMIZERS = {
 def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
     """Build timm's optimizer `cfg.opt`, without weight decay on biases and norms.
 
-    Raises UsageError for an unknown optimizer or argument, EnvironmentProblem for an apex optimizer that cannot run.
+    Raises UsageError for an unknown optimizer or argument, EnvironmentProblem for an apex optimizer
+    that cannot run.
     """
     kwargs = dict(cfg.opt_kwargs)
     check_optimizer(cfg.opt, cuda)
@@ -48,7 +51,8 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
     try:
         optimizer = create()
         extra = {}
-        # Capturable counts steps on the device: CUDA graphs need that, and a skipped step is not counted.
+        # Capturable counts steps on the device: CUDA graphs need that, and a skipped step is not
+        # counted.
         if cuda and "capturable" in optimizer.defaults:
             extra["capturable"] = True
         if type(optimizer) in FUSED and not {"fused", "foreach"} & kwargs.keys():
@@ -61,10 +65,11 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
 
 
 def apex_problem() -> tuple[str, str]:
-    """Return (problem, fix) of the installed `apex`; both are empty for NVIDIA's with its compiled parts.
+    """Return (problem, fix) of the installed `apex`; both are empty for NVIDIA's with its compiled
+    parts.
 
-    Imports nothing. NVIDIA's has `apex.optimizers` and, built with its extensions, the module `amp_C`; PyPI's `apex`
-    is a web toolkit.
+    Imports nothing. NVIDIA's has `apex.optimizers` and, built with its extensions, the module
+    `amp_C`; PyPI's `apex` is a web toolkit.
     """
     spec = find_spec("apex")
     if spec is None:

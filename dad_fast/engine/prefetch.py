@@ -1,7 +1,8 @@
-"""Copy the next batch to the GPU while the current step runs: two static buffers, a side stream. Not yet run on a GPU.
+"""Copy the next batch to the GPU while the current step runs: two static buffers, a side stream.
+Not yet run on a GPU.
 
-Pixels travel as uint8. An event on the device delays the next copy into a buffer until the step that reads the buffer
-has finished; the host never waits here. On a CPU batches pass unchanged.
+Pixels travel as uint8. An event on the device delays the next copy into a buffer until the step
+that reads the buffer has finished; the host never waits here. On a CPU batches pass unchanged.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dad_fast.data.loaders.loader import Batch
 
 
 def feed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield `batches` on `device`, in order. On CUDA a batch stays valid until the second `next` after it.
+    """Yield `batches` on `device`, in order. On CUDA a batch stays valid until the second `next`
+    after it.
 
-    Batches may lie in pinned host memory or already on the device; all have the shapes of the first.
+    Batches may lie in pinned host memory or already on the device; all have the shapes of the
+    first.
     """
     return _to_gpu(batches, device) if device.type == "cuda" else batches
 

@@ -1,4 +1,6 @@
-"""Check paths and model names before indexing data (fail fast): the index of a large data set may take an hour."""
+"""Check paths and model names before indexing data (fail fast): the index of a large data set may
+take an hour.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from dad_fast.methods.registry import METHODS
 
 
 def check_splits(cfg: Config) -> None:
-    """Raise DataError for a split that is missing in an image folder, and for splits of different classes."""
+    """Raise DataError for a split that is missing in an image folder, and for splits of different
+    classes.
+    """
     data = cfg.data
     splits = data.train_split, data.val_split
     if data.data_dir.startswith(EMBEDDED):
@@ -49,7 +53,8 @@ def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
-    """Raise DataError for a missing file of weights, UsageError for a student that timm does not know.
+    """Raise DataError for a missing file of weights, UsageError for a student that timm does not
+    know.
 
     teacher, discretizer: True if the run needs them.
     """

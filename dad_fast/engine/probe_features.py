@@ -1,8 +1,10 @@
-"""Features of fixed strong views: the encoder runs once per view, and training uses the features alone.
+"""Features of fixed strong views: the encoder runs once per view, and training uses the features
+alone.
 
-Views are fixed if the augmentation has nothing random, or if `lp_clip.views` draws some once: view v is that of epoch v
-in a run without kept features, and serves the epochs e = v mod views. The order of the samples is new in every epoch.
-Processes share the work, and each keeps the whole table.
+Views are fixed if the augmentation has nothing random, or if `lp_clip.views` draws some once: view
+v is that of epoch v in a run without kept features, and serves the epochs e = v mod views. The
+order of the samples is new in every epoch. Processes share the work, and each keeps the whole
+table.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class _ViewBatches(Dataset[EvalBatch]):
 
 
 class FeatureTable:
-    """Features float32 [views, N, F] in host memory; `prepare` makes them. Rows of unreadable images stay zero."""
+    """Features float32 [views, N, F] in host memory; `prepare` makes them. Rows of unreadable
+    images stay zero.
+    """
 
     def __init__(
         self,
@@ -73,7 +77,8 @@ class FeatureTable:
     ) -> None:
         """Create an empty table.
 
-        encode: pixels float32 [B, 3, H, W] in [0, 1] on `device` -> features [B, F]. PIL decodes the images.
+        encode: pixels float32 [B, 3, H, W] in [0, 1] on `device` -> features [B, F]. PIL decodes
+        the images.
         Raises UsageError if the table would not fit into the machine's memory.
         """
         self.encode = encode
@@ -131,7 +136,10 @@ class FeatureTable:
 
 
 class FeatureLoader:
-    """Loader of kept features for one rank, with the interface of `TrainLoader`. The `images` of its batches are empty."""
+    """Loader of kept features for one rank, with the interface of `TrainLoader`.
+
+    The `images` of its batches are empty.
+    """
 
     name = "features"
     failed_over = 0
@@ -145,7 +153,10 @@ class FeatureLoader:
         world: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        """Create a loader. Raises UsageError if the data has fewer images than a batch of all ranks."""
+        """Create a loader.
+
+        Raises UsageError if the data has fewer images than a batch of all ranks.
+        """
         steps = TrainSteps(table.source, table.aug, table.img_size, batch_size, seed, rank, world)
         self.table = table
         self.source = table.source

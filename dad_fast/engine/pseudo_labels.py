@@ -1,7 +1,9 @@
-"""Pseudo-labels: the teacher's predictions on the weak view (the centre crop of evaluation) of every training image.
+"""Pseudo-labels: the teacher's predictions on the weak view (the centre crop of evaluation) of
+every training image.
 
-They depend only on the teacher, the images and the view. The cache folder keeps them under a hash of these, 12 bytes an
-image, so they serve every seed, every setting of the probe and every resumed run. Processes share the work.
+They depend only on the teacher, the images and the view. The cache folder keeps them under a hash
+of these, 12 bytes an image, so they serve every seed, every setting of the probe and every resumed
+run. Processes share the work.
 """
 
 from __future__ import annotations
@@ -75,7 +77,10 @@ class PseudoLabels:
         self._confidence: Tensor | None = None
 
     def prepare(self, log: Callable[[str], None]) -> None:
-        """Read pseudo-labels from the cache, or make them. A collective; `log` gets lines of text."""
+        """Read pseudo-labels from the cache, or make them.
+
+        A collective; `log` gets lines of text.
+        """
         if self._labels is not None:
             return
         # Every machine has its own cache: all of them read, or all make.
@@ -130,8 +135,8 @@ class PseudoLabels:
 def share(samples: np.ndarray, batch_size: int) -> np.ndarray:
     """Return this process's part of `samples`, in whole batches.
 
-    The batches do not depend on the number of processes, and so rounding does not. The parts are disjoint: a sum over
-    processes, of zeros and values, joins them.
+    The batches do not depend on the number of processes, and so rounding does not. The parts are
+    disjoint: a sum over processes, of zeros and values, joins them.
     """
     batches = np.arange(len(samples)) // batch_size
     return samples[batches % distributed.world() == distributed.rank()]

@@ -15,7 +15,8 @@ def total_epochs(schedule: ScheduleConfig) -> float:
 def learning_rate(
     step: int, steps_per_epoch: int, optim: OptimConfig, schedule: ScheduleConfig
 ) -> float:
-    """Return the learning rate: linear warm-up, cosine to min_lr at the end of `epochs`, then min_lr.
+    """Return the learning rate: linear warm-up, cosine to min_lr at the end of `epochs`, then
+    min_lr.
 
     step: from 0.
     """

@@ -1,7 +1,9 @@
-"""Time of training: of the whole run, and the share of a log window in which the device waited for data.
+"""Time of training: of the whole run, and the share of a log window in which the device waited for
+data.
 
-On a GPU the host only queues work, so the host's time around `next(batch)` is meaningless. Events on the device's queue
-mark the start and the end of each step; the time between two steps is the wait. On a CPU the host's time is exact.
+On a GPU the host only queues work, so the host's time around `next(batch)` is meaningless. Events
+on the device's queue mark the start and the end of each step; the time between two steps is the
+wait. On a CPU the host's time is exact.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ class Window(NamedTuple):
 
 
 class StepTimer:
-    """Wall time of training alone. Put `with step():` around each step; `count` and `skip` exclude all other time."""
+    """Wall time of training alone.
+
+    Put `with step():` around each step; `count` and `skip` exclude all other time.
+    """
 
     def __init__(self, device: torch.device, total: float = 0.0) -> None:
         self.total = total
@@ -61,11 +66,16 @@ class StepTimer:
         self._mark = now
 
     def skip(self) -> None:
-        """Exclude the time since the last `count`: validation, checkpoints and measurements are not training."""
+        """Exclude the time since the last `count`: validation, checkpoints and measurements are not
+        training.
+        """
         self._mark = time.perf_counter()
 
     def window(self) -> Window:
-        """Return the counts since the last call. On a GPU, call it when the device has finished its steps: after reading a value."""
+        """Return the counts since the last call.
+
+        On a GPU, call it when the device has finished its steps: after reading a value.
+        """
         busy = self._busy + sum(start.elapsed_time(end) for start, end in self._events) / 1000
         found = Window(self._steps, self._window, max(0.0, self._window - busy))
         self._events = []
@@ -77,7 +87,8 @@ class StepTimer:
 def input_bound(
     window: Window, images_per_step: int, workers: int, loader: str, cuda: bool
 ) -> str | None:
-    """Return a message for a run that waits for its data, with both rates and a fix; None if it does not wait.
+    """Return a message for a run that waits for its data, with both rates and a fix; None if it
+    does not wait.
 
     On a CPU the loader and the step share the cores: without an idle core more workers cannot help.
     """

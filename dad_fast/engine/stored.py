@@ -30,16 +30,18 @@ AHEAD = 2
 class Stored:
     """Stores of a run, at most one of each kind, read by a thread while the step runs.
 
-    adversarial: Q(x') and the teacher's outputs on it; view v serves the epochs e = v mod its number of views.
-    targets: the teacher's outputs on clean views; the loader then cycles through these views (`TrainLoader.cycle`).
+    adversarial: Q(x') and the teacher's outputs on it; view v serves the epochs e = v mod its
+    number of views.
+    targets: the teacher's outputs on clean views; the loader then cycles through these views
+    (`TrainLoader.cycle`).
     """
 
     def __init__(self, dirs: Sequence[str], source: Source, filtered: bool = True) -> None:
         """Open the stores in `dirs`.
 
         filtered: count an adversarial image only if the teacher still predicts the label.
-        Raises DataError for a store that is damaged, incomplete or of other classes or images, UsageError for two stores
-        of one kind.
+        Raises DataError for a store that is damaged, incomplete or of other classes or images,
+        UsageError for two stores of one kind.
         """
         self.adversarial: AdversarialStore | None = None
         self.targets: TargetStore | None = None
@@ -67,7 +69,9 @@ class Stored:
         return self.targets.num_views if self.targets is not None else 0
 
     def view_seed(self, seed: int) -> int:
-        """Return the seed of clean views: that of stored targets, so that one store serves students of any seed."""
+        """Return the seed of clean views: that of stored targets, so that one store serves students
+        of any seed.
+        """
         return int(self.targets.manifest.settings["seed"]) if self.targets is not None else seed
 
     @property
@@ -78,7 +82,8 @@ class Stored:
     def check_form(self, cfg: Config) -> None:
         """Check that the stores contain what the loss needs.
 
-        Raises UsageError for a store that is missing or useless, DataError for outputs of another temperature.
+        Raises UsageError for a store that is missing or useless, DataError for outputs of another
+        temperature.
         """
         useful = METHODS[cfg.method].store_kinds
         for store in self.stores:
@@ -117,7 +122,8 @@ class Stored:
         hashes: dict[str, str | None],
         mix_outputs: bool = False,
     ) -> None:
-        """Check that the stores were made for the run's image size, augmentation and models. Raises DataError.
+        """Check that the stores were made for the run's image size, augmentation and models. Raises
+        DataError.
 
         hashes: of the loaded models. mix_outputs: the run mixes stored outputs of unmixed views.
         """
@@ -208,7 +214,9 @@ class Stored:
         return replace(batch, **tensors, **images)
 
     def _rows_of(self, store: Store, view: int) -> np.ndarray:
-        """Return the row of each sample of the source, int64 [N]; each view of targets has its own order."""
+        """Return the row of each sample of the source, int64 [N]; each view of targets has its own
+        order.
+        """
         view = view if isinstance(store, TargetStore) else 0
         if (store.kind, view) not in self._rows:
             self._rows[store.kind, view] = store.rows(self._source, view)
@@ -221,7 +229,9 @@ def recorded_classes(dirs: Sequence[str]) -> ClassMap | None:
 
 
 def view_settings(augment: AugmentConfig) -> dict[str, Any]:
-    """Return the settings that determine the pixels of an augmented, mixed view, as a manifest holds them."""
+    """Return the settings that determine the pixels of an augmented, mixed view, as a manifest
+    holds them.
+    """
     other = {"img_size", "smoothing", "crop_pct", "interpolation"}
     return {
         name: list(value) if isinstance(value, tuple) else value
@@ -252,7 +262,10 @@ def _check_classes(store: Store, source: Source) -> None:
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield `batches`, prefetched by a thread. Raises the thread's exceptions; closing the iterator ends the thread."""
+    """Yield `batches`, prefetched by a thread.
+
+    Raises the thread's exceptions; closing the iterator ends the thread.
+    """
     made: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
     closed = threading.Event()
 

@@ -46,8 +46,9 @@ STOPPED_AT_FIRST = f"stopped in the first step; {RESUME_HINT}"
 class Trainer:
     """Trains `parts.student` into the folder `output`.
 
-    Creating one checks everything and writes nothing; then call `start()` and `train()`. With several processes each has
-    its own trainer, all call the same methods at the same steps, and only the first one writes.
+    Creating one checks everything and writes nothing; then call `start()` and `train()`. With
+    several processes each has its own trainer, all call the same methods at the same steps, and
+    only the first one writes.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class Trainer:
     ):
         """Create a trainer.
 
-        resume: "" starts at step 0; "auto" resumes from the newest sound checkpoint in `output`; a path resumes from
-        that checkpoint. Raises UsageError for a checkpoint of another run, DataError for one that cannot be read.
+        resume: "" starts at step 0; "auto" resumes from the newest sound checkpoint in `output`; a
+        path resumes from that checkpoint. Raises UsageError for a checkpoint of another run,
+        DataError for one that cannot be read.
         """
         cfg = with_batch_sizes(cfg, distributed.world())
         self.cfg = cfg
@@ -71,7 +73,7 @@ class Trainer:
         self.label = label
         device, student = parts.device, parts.student
 
-        # Seeded again: the draws of a run must not depend on how many its student's initial weights took.
+        # Again: the draws of a run must not depend on those of its student's initial weights.
         seed_generators(cfg.seed)
         distributed.broadcast_(list(chain(student.parameters(), student.buffers())))
         self.update = Update(student, cfg, device)
@@ -89,7 +91,7 @@ class Trainer:
         # True if a stop was requested when a validation should have begun.
         self.validation_due = False
         self.worst_streak = torch.zeros((), device=device)
-        # Unreadable files in the batches of this process (its loader is ahead of them), and in those of any process.
+        # Unreadable files in the batches of this process so far, and of any process.
         self.met: set[str] = set()
         self.bad_images: set[str] = set()
 
@@ -156,8 +158,8 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Train to the last step.
 
-        Returns the summary of the run. Raises Preempted or Interrupted, after saving, when a signal asks any process to
-        stop, and NotFinite when too many steps in a row were skipped.
+        Returns the summary of the run. Raises Preempted or Interrupted, after saving, when a signal
+        asks any process to stop, and NotFinite when too many steps in a row were skipped.
         """
         # Long until every process has warmed up; `_steps` shortens it.
         distributed.set_timeout(distributed.LONG)
@@ -183,7 +185,7 @@ class Trainer:
         self.clock.skip()
         while self.next_step < self.total_steps:
             is_first = self.next_step == first_step
-            # A signal ends the first step at once: nothing to save yet, and compilation may take minutes.
+            # Nothing to save yet, and compilation may take minutes: a signal ends it at once.
             with ends_at_once(STOPPED_AT_FIRST) if is_first else nullcontext():
                 batch = next(batches)
                 if self.next_step == 0:
@@ -329,7 +331,7 @@ class Trainer:
         )
 
     def gathered_bad_images(self) -> list[str]:
-        """Return the unreadable files that any process has met so far. A collective: all processes call it."""
+        """Return the unreadable files that any process has met so far. A collective."""
         for names in distributed.all_gather_json(sorted(self.met - self.bad_images)):
             self.bad_images.update(names)
         return sorted(self.bad_images)
@@ -355,7 +357,7 @@ class Trainer:
     def evaluate(
         self, model: nn.Module, suite: Suite, progress: Callable[[int, int], None] | None = None
     ) -> Result:
-        """Evaluate `model` on `suite` with the student's image size, crop and filter, and the run's precision.
+        """Evaluate `model` on `suite` with the student's view of images and the run's precision.
 
         Raises Preempted or Interrupted when a signal asks any process to stop.
         """
@@ -383,7 +385,7 @@ class Trainer:
             self.advice.on_attack(ratio, self.log.say)
 
     def write_model(self, path: Path) -> None:
-        """Write `model.safetensors`: the weights to evaluate, with the metadata to build their model."""
+        """Write `model.safetensors`: the weights to evaluate and their metadata."""
         write_safetensors(path, *self.model_file())
 
     def model_file(self) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,8 +1,9 @@
 """Optimizer step: unscale, clip, finite check, step, EMA. Non-finite steps are skipped.
 
-A step calls `begin`, `backward` for each micro-batch, `reduce` (the sum over processes) and `apply`. The finite check
-is on the device: nothing here reads a value on the host, so `backward` and `apply` can be captured in CUDA graphs.
-`apply` reads only values that are equal in all processes, and so writes equal weights in all of them.
+A step calls `begin`, `backward` for each micro-batch, `reduce` (the sum over processes) and
+`apply`. The finite check is on the device: nothing here reads a value on the host, so `backward`
+and `apply` can be captured in CUDA graphs. `apply` reads only values that are equal in all
+processes, and so writes equal weights in all of them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Update:
         self.optimizer = build_optimizer(student, cfg.optim, device.type == "cuda")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-        # Batch norm's running statistics: a bad batch has already changed them when its loss is known.
+        # Batch norm's running statistics: a bad batch has already changed them when its loss is
+        # known.
         self.buffers = [b for b in student.buffers() if b.is_floating_point()]
         self.saved_buffers = [b.clone() for b in self.buffers]
         is_float16 = cfg.precision.amp and cfg.precision.student == "float16"
@@ -54,7 +56,8 @@ class Update:
         self.loss_sum = torch.zeros((), device=device)
         self.bad_in_a_row = torch.zeros((), device=device)
 
-        # A CUDA graph reads from fixed addresses on the device: the learning rates and, once captured, the gradients.
+        # A CUDA graph reads from fixed addresses on the device: the learning rates and, once
+        # captured, the gradients.
         on_device = device.type == "cuda" and bool(self.optimizer.defaults.get("fused"))
         self.rates = [
             torch.zeros((), device=device) if on_device else None
@@ -63,16 +66,21 @@ class Update:
         self.static_gradients: list[Tensor] = []
         self.num_processes = distributed.world()
         self.shared: SharedGradients | None = None
-        # With fp16 an overflow is ordinary: the scaler halves its factor. Thirty in a row (2^30 times less) are not.
+        # With fp16 an overflow is ordinary: the scaler halves its factor. Thirty in a row (2^30
+        # times less) are not.
         self.tolerated = 30 if self.scaler.is_enabled() else 0
 
     @property
     def capturable(self) -> bool:
-        """True if `apply` can be captured in a CUDA graph: learning rates and steps are on the device."""
+        """True if `apply` can be captured in a CUDA graph: learning rates and steps are on the
+        device.
+        """
         return all(rate is not None for rate in self.rates)
 
     def begin(self, step: int, lr: float) -> None:
-        """Begin a step, before its first forward pass: set the learning rate and zero the gradients."""
+        """Begin a step, before its first forward pass: set the learning rate and zero the
+        gradients.
+        """
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             value = lr * group.get("lr_scale", 1.0)
             group["lr"] = value if rate is None else rate.fill_(value)
@@ -87,7 +95,9 @@ class Update:
             torch._foreach_copy_(self.saved_buffers, self.buffers)
 
     def make_gradients_static(self) -> None:
-        """Keep gradients in the tensors that hold them now: `begin` zeroes these, `backward` adds to them."""
+        """Keep gradients in the tensors that hold them now: `begin` zeroes these, `backward` adds
+        to them.
+        """
         # Shared gradients are static already.
         if self.shared is None:
             self.static_gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -146,7 +156,8 @@ class Update:
             optimizer.step()
             return
 
-        # Any other optimizer: make the step, then undo it if the check failed. A count on the host is not undone.
+        # Any other optimizer: make the step, then undo it if the check failed. A count on the host
+        # is not undone.
         old = [p.detach().clone() for p in self.parameters]
         old_state = {(p, k): v.clone() for p, k, v in self._state_on_device()}
         optimizer.step()

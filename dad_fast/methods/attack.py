@@ -1,12 +1,14 @@
-"""Attack and discretization: projected gradient descent on the input of a frozen model, then the discretizer Q.
+"""Attack and discretization: projected gradient descent on the input of a frozen model, then the
+discretizer Q.
 
     x' = argmax CE(model(x'), y)   subject to   ||x' - x||_p <= eps,   x' in [0, 1]
 
     paper:   Q(x + delta)            (DAD: arXiv 2311.01441, eq. 8; DAT: arXiv 2209.07735)
     authors: Q(Q(x) + delta)         (their code: a second VQGAN pass; delta starts from Q(x))
 
-No gradient passes through Q (straight-through: the gradient at the image is used as it is). Pixels are float32
-[B, 3, H, W] in [0, 1]; `eps` and `step_size` are in the same unit, over the whole image for L2.
+No gradient passes through Q (straight-through: the gradient at the image is used as it is). Pixels
+are float32 [B, 3, H, W] in [0, 1]; `eps` and `step_size` are in the same unit, over the whole image
+for L2.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ STREAM_DIRECTION, STREAM_COIN = 1, 2
 class PGD:
     """PGD in L2 or L-infinity, with a random start per sample.
 
-    random_start: probability, per sample, of starting at a random point: of norm eps (L2), or uniform in the cube
-    (L-infinity). steps: 0 leaves the random start alone. fused: use the Triton kernel of the update (CUDA).
+    random_start: probability, per sample, of starting at a random point: of norm eps (L2), or
+    uniform in the cube (L-infinity). steps: 0 leaves the random start alone. fused: use the Triton
+    kernel of the update (CUDA).
     """
 
     norm: Literal["l2", "linf"] = "l2"
@@ -55,7 +58,8 @@ class PGD:
 
         pixels: [B, 3, H, W] in [0, 1]. targets: labels int64 [B] or probabilities [B, C].
         keys: int64 [B], one per sample; they determine the random start.
-        Returns x + delta in [0, 1], detached. Computes the gradient of the input only, never of a weight.
+        Returns x + delta in [0, 1], detached. Computes the gradient of the input only, never of a
+        weight.
         """
         pixels = pixels.detach()
         update = pgd_update if self.fused else reference
@@ -85,12 +89,13 @@ class PGD:
 
 @torch.no_grad()
 def cross_entropy_direction(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the gradient of CE(logits, targets) in the logits [B, C], each row divided by its largest entry.
+    """Return the gradient of CE(logits, targets) in the logits [B, C], each row divided by its
+    largest entry.
 
-    PGD uses the direction alone, so the scale is free. This avoids two roundings that would leave a confident teacher
-    unattacked. First, p_y - 1 is 0 in float32 from a logit gap of 17 on; a row sums to 0, so the entry of the largest
-    probability is computed as minus the sum of the others. Second, small values would underflow on their way back
-    through a 16-bit model.
+    PGD uses the direction alone, so the scale is free. This avoids two roundings that would leave a
+    confident teacher unattacked. First, p_y - 1 is 0 in float32 from a logit gap of 17 on; a row
+    sums to 0, so the entry of the largest probability is computed as minus the sum of the others.
+    Second, small values would underflow on their way back through a 16-bit model.
     """
     probs = torch.softmax(logits.double(), dim=-1)
     if targets.dim() == 1:
@@ -130,7 +135,9 @@ def discretize(
     keys: Tensor,
     order: Literal["paper", "authors"] = "paper",
 ) -> Discretized:
-    """Make the discrete adversarial images of `pixels` [B, 3, H, W] against `model`; arguments as in `perturb`."""
+    """Make the discrete adversarial images of `pixels` [B, 3, H, W] against `model`; arguments as
+    in `perturb`.
+    """
     _, perturbed = perturb(discretizer, model, attack, pixels, targets, keys, order)
     with torch.no_grad():
         return discretizer(perturbed)

@@ -1,8 +1,9 @@
 """Random numbers that belong to a sample, not to a position in a batch.
 
-Every draw is a pure function of (key, counter): the same sample of the same epoch gets the same noise whatever the batch size,
-the number of processes or the device. One 64-bit hash (splitmix64's finalizer over key and counter) gives two 24-bit uniforms.
-Integer operations only up to the last step, so CPU and GPU agree on the uniforms exactly.
+Every draw is a pure function of (key, counter): the same sample of the same epoch gets the same
+noise whatever the batch size, the number of processes or the device. One 64-bit hash (splitmix64's
+finalizer over key and counter) gives two 24-bit uniforms. Integer operations only up to the last
+step, so CPU and GPU agree on the uniforms exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def keyed_bits(keys: Tensor, count: int, stream: int = 0) -> Tensor:
-    """Hash [B, count] int64 of each key in `keys` [B] int64; different `stream`s of one key are independent."""
+    """Hash [B, count] int64 of each key in `keys` [B] int64; different `stream`s of one key are
+    independent.
+    """
     base = _mix(
         keys + _signed((stream * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) & ((1 << 64) - 1))
     )  # [B]

@@ -25,8 +25,9 @@ def resolve(
 ) -> Config:
     """Return the checked Config of a command line.
 
-    `flags` maps paths such as "optim.lr" to what was typed (text, a list of texts, or a bool). Raises UsageError for an
-    unknown preset, key or choice, a value of the wrong type or out of range, and settings that do not fit together.
+    `flags` maps paths such as "optim.lr" to what was typed (text, a list of texts, or a bool).
+    Raises UsageError for an unknown preset, key or choice, a value of the wrong type or out of
+    range, and settings that do not fit together.
     """
     cfg = gather(preset, file, sets, flags)
     check(cfg)
@@ -34,7 +35,10 @@ def resolve(
 
 
 def check(cfg: Config) -> None:
-    """Check that settings fit together, for every variant. Raises UsageError, which names the flag to change."""
+    """Check that settings fit together, for every variant.
+
+    Raises UsageError, which names the flag to change.
+    """
     for path, setting in settings().items():
         coerce(setting, get(cfg, path), "settings")
     runs = expand(cfg)

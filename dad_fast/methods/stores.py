@@ -1,4 +1,6 @@
-"""Stores that a run asks for (`--stores`): which it can learn from, and where several runs share one. Imports no torch."""
+"""Stores that a run asks for (`--stores`): which it can learn from, and where several runs share
+one. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def seconds_file(folder: str) -> Path:
 
 
 def store_seconds(folder: str) -> float:
-    """Seconds that filling the store in `folder` took; 0 where nobody counted, as for `dad-fast precompute`."""
+    """Seconds that filling the store in `folder` took; 0 where nobody counted, as for `dad-fast
+    precompute`.
+    """
     try:
         return float(json.loads(seconds_file(folder).read_text())["seconds"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

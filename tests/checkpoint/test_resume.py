@@ -1,4 +1,6 @@
-"""A run that is stopped, killed or damaged goes on and ends bit for bit where the straight run ends."""
+"""A run that is stopped, killed or damaged goes on and ends bit for bit where the straight run
+ends.
+"""
 
 import hashlib
 import json
@@ -309,7 +311,9 @@ for step in [1, *[2] * 10000]:
 
 @pytest.mark.parametrize("moment", [0.0, 0.003, 0.01, 0.02])
 def test_killed_while_it_writes(tmp_path, moment):
-    """At whatever moment, with one checkpoint kept, even while one is replaced by another of the same step."""
+    """At whatever moment, with one checkpoint kept, even while one is replaced by another of the
+    same step.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -1,4 +1,6 @@
-"""What may be another than before when a run goes on, and what may not: settings, files, classes, weights, versions."""
+"""What may be another than before when a run goes on, and what may not: settings, files, classes,
+weights, versions.
+"""
 
 import json
 import shutil
@@ -228,7 +230,9 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path, monkeypatch):
 
 
 class Odd(torch.optim.SGD):
-    """Keeps what an optimizer may keep: lists of tensors, a type, a generator's state beside its parameters."""
+    """Keeps what an optimizer may keep: lists of tensors, a type, a generator's state beside its
+    parameters.
+    """
 
     def state_dict(self):
         return {**super().state_dict(), "words": (3, (1, 2), None)}

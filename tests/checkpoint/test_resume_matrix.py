@@ -1,4 +1,6 @@
-"""k steps, a stop and the rest end bit for bit where the straight run ends: every method, loader and accumulation, at any k."""
+"""k steps, a stop and the rest end bit for bit where the straight run ends: every method, loader
+and accumulation, at any k.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,6 @@
-"""Checkpoints that are whole, under right checksums, but were written by no such run: one line of ours, soon."""
+"""Checkpoints that are whole, under right checksums, but were written by no such run: one line of
+ours, soon.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""CUDA graphs of the step: the same numbers as plain calls. Needs a GPU, but for how a broken capture ends."""
+"""CUDA graphs of the step: the same numbers as plain calls.
+
+Needs a GPU, but for how a broken capture ends.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,8 @@ def test_what_cannot_be_captured_falls_back_or_is_refused(caplog):
         record.message for record in caplog.records if "CUDA graphs are off" in record.message
     ]
     assert "previous error" not in said  # the reason itself, not that there was one
-    # Nothing of the broken capture stays: the stream, the allocator and the random generator work on, and another step is captured.
+    # Nothing of the broken capture stays: the stream, the allocator and the random generator work
+    # on, and another step is captured.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.empty_cache()
     torch.rand(8, device="cuda")

@@ -1,4 +1,6 @@
-"""What a store is filled with: fixed blocks of a data set, and for each the adversarial images as training would make them."""
+"""What a store is filled with: fixed blocks of a data set, and for each the adversarial images as
+training would make them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The joint form of learning from stored images, and mixed outputs: each against its sentence, written out image by image."""
+"""The joint form of learning from stored images, and mixed outputs: each against its sentence,
+written out image by image.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def stored_batch(kept=True, clean_outputs=False):
 
 
 def written_out(data):
-    """Image by image: what is shown (own and other image), the target, and whether it shows a rejected image; clean ones first."""
+    """Image by image: what is shown (own and other image), the target, and whether it shows a
+    rejected image; clean ones first.
+    """
     shown, labels, rejected = [], [], []
     clean, dad = (t.double().numpy() / 255 for t in (data.images, data.dad_images))
     for own, other in ((clean, dad), (dad, clean)):
@@ -73,7 +77,9 @@ def written_out(data):
 
 @pytest.mark.parametrize("filtered", [True, False])
 def test_the_joint_loss_is_its_sentence(filtered):
-    """0.75 CE + 4 KL at T = 4 over clean and stored images as one batch, mixed across, the teacher looking at the mixed pixels."""
+    """0.75 CE + 4 KL at T = 4 over clean and stored images as one batch, mixed across, the teacher
+    looking at the mixed pixels.
+    """
     step, data = make("dad", loss=JOINT), stored_batch(kept=filtered)
     loss, parts = loss_of(step, data)
     images, labels, rejected = written_out(data)
@@ -183,7 +189,10 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
 
 
 def test_every_label_is_right_with_more_than_ten_classes(inputs, tmp_path):  # noqa: F811
-    """Folders "0", "1", "10", "11", "2" …: in string order only 0 and 1 would keep their place. Pixels tell the class here."""
+    """Folders "0", "1", "10", "11", "2" …: in string order only 0 and 1 would keep their place.
+
+    Pixels tell the class here.
+    """
     from PIL import Image
 
     names = [str(number) for number in range(12)]
@@ -225,7 +234,10 @@ def test_every_label_is_right_with_more_than_ten_classes(inputs, tmp_path):  # n
 
 
 def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_path, capsys):  # noqa: F811
-    """Runs, resumes to the same bytes, and says what was loaded. Without mixing stored outputs are exact, with it they are mixed."""
+    """Runs, resumes to the same bytes, and says what was loaded.
+
+    Without mixing stored outputs are exact, with it they are mixed.
+    """
     import json
 
     unmixed = tmp_path / "stores" / "unmixed"

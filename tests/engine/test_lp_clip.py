@@ -1,4 +1,6 @@
-"""LP-CLIP: its loss, what is trained and what is not, pseudo-labels, kept features, resuming, several processes."""
+"""LP-CLIP: its loss, what is trained and what is not, pseudo-labels, kept features, resuming,
+several processes.
+"""
 
 from __future__ import annotations
 

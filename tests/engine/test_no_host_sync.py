@@ -1,7 +1,9 @@
-"""The step on a pretended CUDA device: tensors without data, on which whatever the host would have to wait for cannot be done.
+"""The step on a pretended CUDA device: tensors without data, on which whatever the host would have
+to wait for cannot be done.
 
-FakeTensorMode raises where a value is read (`item`, a branch, `nonzero`, `equal`); copies between host and device are noted. Autograd's
-engine needs a true device, so that gradients are zeros here: our backward passes have no code on the host. So does autocast, which is off.
+FakeTensorMode raises where a value is read (`item`, a branch, `nonzero`, `equal`); copies between
+host and device are noted. Autograd's engine needs a true device, so that gradients are zeros here:
+our backward passes have no code on the host. So does autocast, which is off.
 """
 
 import traceback
@@ -56,7 +58,9 @@ class Crossings(TorchDispatchMode):
 
 @pytest.fixture
 def pretended_cuda(monkeypatch):
-    """What FakeTensorMode lacks: generators of CUDA, the engine of autograd, shapes of the fused optimizers."""
+    """What FakeTensorMode lacks: generators of CUDA, the engine of autograd, shapes of the fused
+    optimizers.
+    """
     generator = torch.Generator
 
     class HostGenerator(generator):

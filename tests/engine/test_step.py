@@ -1,4 +1,6 @@
-"""The step computes the written definition of every method, reads nothing on the host, and trains every form of batch norm."""
+"""The step computes the written definition of every method, reads nothing on the host, and trains
+every form of batch norm.
+"""
 
 import gc
 import os
@@ -26,6 +28,7 @@ from dad_fast.engine.build import make_step
 from dad_fast.engine.diagnostics import codes_changed
 from dad_fast.engine.memory import collections_between_steps
 from dad_fast.engine.meter import Meter
+from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem
 from dad_fast.methods.attack import PGD
@@ -90,7 +93,7 @@ def batch(kinds=(0, 1, 2, 1)):
     )
 
 
-def make(method, student=LAYER_NORM, **changes):
+def make_config(method, student=LAYER_NORM, **changes):
     cfg = Config(
         method=method,
         student=student,
@@ -100,7 +103,11 @@ def make(method, student=LAYER_NORM, **changes):
             ce=1.0, kd=0.5, dad=0.25, dat=2.0, aug=3.0, filter=changes.pop("filter", True)
         ),
     )
-    cfg = replace(cfg, **changes)
+    return replace(cfg, **changes)
+
+
+def make(method, student=LAYER_NORM, **changes):
+    cfg = make_config(method, student, **changes)
     torch.manual_seed(0)
     model = build_student(cfg.student, C, SIDE)
     return make_step(cfg, model, LinearTeacher(), discretizer(), Update(model, cfg, CPU))
@@ -189,7 +196,9 @@ def test_a_step_reads_nothing_on_the_host(method):
 
 @pytest.mark.parametrize("method", ["kd", "dad"])
 def test_micro_batches_make_the_step_of_the_whole_batch(method):
-    """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the micro-batches' means."""
+    """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the
+    micro-batches' means.
+    """
     whole, parts = make(method), make(method, engine=EngineConfig(grad_accum_steps=4))
     for number in range(2):
         a = run(whole, batch(), number, 1e-3)
@@ -232,7 +241,9 @@ def resident_kib():
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_is_flat(steps):
-    """With no cycle collector, as in training: a step leaves nothing behind, not even a reference cycle."""
+    """With no cycle collector, as in training: a step leaves nothing behind, not even a reference
+    cycle.
+    """
     tiny = replace(
         LAYER_NORM, model_kwargs={"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
     )
@@ -291,3 +302,30 @@ def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
         torch.device("cuda:1")
     ]
     assert resolve_device("cuda") == torch.device("cuda") and len(current) == 1
+
+
+def test_two_learners_in_one_step_train_as_in_two_steps():
+    def student_of(seed):
+        cfg = replace(make_config("dad"), seed=seed)
+        torch.manual_seed(seed)
+        model = build_student(cfg.student, C, SIDE)
+        return make_step(cfg, model, LinearTeacher(), discretizer(), Update(model, cfg, CPU))
+
+    separate = [student_of(seed) for seed in (0, 1)]
+    joined = [student_of(seed) for seed in (0, 1)]
+    together = TrainStep(
+        joined[0].generator,
+        [learner_of(step) for step in joined],
+        num_micro_batches=1,
+        cuda_graphs="off",
+    )
+
+    for number in range(2):
+        expected = [run(step, batch(), number, 1e-3) for step in separate]
+        assert together(batch(), number, 1e-3) == expected
+
+    weights = [learner.student.state_dict() for learner in together.learners]
+    for step, found in zip(separate, weights, strict=True):
+        for name, value in learner_of(step).student.state_dict().items():
+            assert torch.equal(value, found[name])
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,4 +1,6 @@
-"""Where the time went: on the CPU, the time outside the steps; and what a run is told that waits for its data."""
+"""Where the time went: on the CPU, the time outside the steps; and what a run is told that waits
+for its data.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A loss or gradient that is not a number changes nothing: weights, optimizer state, batch norm's statistics, with any optimizer."""
+"""A loss or gradient that is not a number changes nothing: weights, optimizer state, batch norm's
+statistics, with any optimizer.
+"""
 
 import copy
 from dataclasses import replace
@@ -72,7 +74,8 @@ def test_a_bad_step_is_not_applied_and_a_good_one_after_it_is(opt):
 
 def test_clipping_and_decay_equal_torch():
     x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 100
-    # No bias before a batch norm here: its true gradient is 0, and Adam makes a full step out of rounding.
+    # No bias before a batch norm here: its true gradient is 0, and Adam makes a full step out of
+    # rounding.
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(48, 8), torch.nn.GELU(), torch.nn.Linear(8, 2)

@@ -14,7 +14,9 @@ SHAPE = (3, 4, 4)
 
 
 class Linear(torch.nn.Module):
-    """Two classes with logits +w.x and -w.x: CE's input gradient is a multiple of w, whose sign the label fixes."""
+    """Two classes with logits +w.x and -w.x: CE's input gradient is a multiple of w, whose sign the
+    label fixes.
+    """
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -98,7 +100,9 @@ def test_a_confident_model_is_still_attacked(scale):
 @pytest.mark.parametrize("gap", [0.0, 5.0, 20.0, 60.0, 300.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_direction_of_cross_entropy_at_any_confidence(gap, dtype):
-    """Against the exact gradient in 400 digits: softmax minus one-hot, by Python's fractions of exponentials."""
+    """Against the exact gradient in 400 digits: softmax minus one-hot, by Python's fractions of
+    exponentials.
+    """
     from mpmath import mp, mpf
 
     mp.dps = 400

@@ -117,7 +117,8 @@ def test_kd_in_half_precision_is_computed_in_float32(temperature, scale):
     exact = distillation(student16.double(), teacher16.double(), temperature)
     got = distillation(student16, teacher16, temperature)
     assert got.dtype == torch.float32 and torch.isfinite(got)
-    # At high temperatures the divergence is a small difference of log-probabilities: an ulp of those is what rounding costs.
+    # At high temperatures the divergence is a small difference of log-probabilities: an ulp of
+    # those is what rounding costs.
     largest = max(
         (x.float() / temperature).log_softmax(-1).abs().max().item() for x in (student16, teacher16)
     )
