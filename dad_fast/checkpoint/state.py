@@ -101,7 +101,7 @@ def save(run: TrainRun, best: bool) -> None:
 
 
 def load_for_all(
-    folder: CheckpointFolder, path: str, say: Callable[[str], None]
+    folder: CheckpointFolder, path: str, log: Callable[[str], None]
 ) -> Checkpoint | None:
     """Load a checkpoint in the first process and send it to the others, which need not see the
     folder.
@@ -109,7 +109,7 @@ def load_for_all(
     found: list[Checkpoint | None] = [None]
 
     def load() -> Any:
-        found[0] = folder.load(path, say)
+        found[0] = folder.load(path, log)
         return None if found[0] is None else [str(found[0].path), found[0].state]
 
     described = distributed.on_main(load)

@@ -99,7 +99,7 @@ def _check_run(cfg: Config) -> None:
     known = ("all", "none", *MODEL_SAVINGS, *(f"vqgan_{name}" for name in VQGAN_SAVINGS))
     if unknown := [name for name in cfg.engine.savings if name not in known]:
         raise UsageError(
-            f"--savings {unknown[0]}: no such saving{nearest(unknown[0], known)} (known: {', '.join(known)})"
+            f"--savings {unknown[0]}: no such optimization{nearest(unknown[0], known)} (known: {', '.join(known)})"
         )
     if cfg.student.weights and cfg.student.init_from:
         raise UsageError(
@@ -130,7 +130,7 @@ def _check_stored_forms(cfg: Config) -> None:
         )
     if cfg.student.bn != "joint":
         raise UsageError(
-            f"--loss-form joint: every image is of both kinds, which --bn {cfg.student.bn} would tell apart; use --bn joint"
+            f"--loss-form joint: every image is of both kinds, and --bn {cfg.student.bn} needs them apart; use --bn joint"
         )
 
 
@@ -138,11 +138,11 @@ def _check_linear_probe(cfg: Config) -> None:
     """Check settings that a linear probe has no use for."""
     if cfg.store.dirs:
         raise UsageError(
-            "--store: --method lp-clip keeps the teacher's answers by itself; leave it out"
+            "--store: --method lp-clip keeps the teacher's predictions in the cache; leave it out"
         )
     if cfg.augment.mixup or cfg.augment.cutmix:
         raise UsageError(
-            "--method lp-clip: a pseudo-label is of one image, which --mixup and --cutmix blend with another; leave them out"
+            "--method lp-clip: a pseudo-label belongs to one image, and --mixup and --cutmix blend two; leave them out"
         )
     if cfg.lp_clip.labels == "true" and cfg.lp_clip.threshold:
         raise UsageError(
@@ -154,7 +154,7 @@ def _check_linear_probe(cfg: Config) -> None:
         )
     if cfg.data.loader == "dali" and (cfg.lp_clip.views or is_fixed(cfg.augment)):
         raise UsageError(
-            "--loader dali: features that are kept are made from images that PIL decodes; leave it out, or train on new views"
+            "--loader dali: kept features are of images that PIL decodes; leave it out, or train on new views"
         )
 
 

@@ -1,6 +1,4 @@
-"""The step computes the written definition of every method, reads nothing on the host, and trains
-every form of batch norm.
-"""
+"""Training step: the formula of every method, no reads on the host, every form of batch norm."""
 
 import gc
 import os
@@ -115,7 +113,7 @@ def make(method, student=LAYER_NORM, **changes):
 
 @pytest.mark.parametrize("order", ["paper", "authors"])
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_the_loss_is_the_sentence(method, order):
+def test_loss_equals_its_definition(method, order):
     step, data = (
         make(method, attack=AttackConfig(eps=0.5, step_size=0.4, steps=2, order=order)),
         batch(),
@@ -132,8 +130,8 @@ def test_the_loss_is_the_sentence(method, order):
     attack = PGD("l2", 0.5, 0.4, 2, 0.8)
     dad = q(attack(teacher, base, y, data.seeds)).images
     dat = q(attack(student, base, y, data.seeds)).images
-    said = teacher(dad).argmax(-1)
-    keep = ((said == data.labels) | (said == second)).double()
+    predicted = teacher(dad).argmax(-1)
+    keep = ((predicted == data.labels) | (predicted == second)).double()
     assert 0 < keep.sum() < B
     smoothed = y * 0.9 + 0.1 / C
 
@@ -159,7 +157,7 @@ def test_the_loss_is_the_sentence(method, order):
 
 
 class Reads(TorchDispatchMode):
-    """Notes every operation that would make the host wait for a device."""
+    """Records operations that would make the host wait for a device."""
 
     WAITS = (
         "_local_scalar_dense",
@@ -195,7 +193,7 @@ def test_a_step_reads_nothing_on_the_host(method):
 
 
 @pytest.mark.parametrize("method", ["kd", "dad"])
-def test_micro_batches_make_the_step_of_the_whole_batch(method):
+def test_micro_batches_equal_the_whole_batch(method):
     """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the
     micro-batches' means.
     """
@@ -214,7 +212,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(method):
 
 @pytest.mark.slow  # compiles for half a minute
 @pytest.mark.parametrize("method", ["dad", "dat"])
-def test_a_compiled_step_is_the_plain_step(method):
+def test_compiled_step_equals_plain_step(method):
     plain, compiled = make(method), make(method, engine=EngineConfig(torchcompile=True))
     for number in range(3):
         a = run(plain, batch(), number, 1e-3)
@@ -226,7 +224,7 @@ def test_a_compiled_step_is_the_plain_step(method):
     )
 
 
-def test_graphs_that_were_asked_for_need_a_gpu():
+def test_cuda_graphs_on_needs_a_gpu():
     assert make("ce").graphs is None
     with pytest.raises(EnvironmentProblem, match="--cuda-graphs on"):
         make("ce", engine=EngineConfig(cuda_graphs="on"))
@@ -241,7 +239,7 @@ def resident_kib():
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_is_flat(steps):
-    """With no cycle collector, as in training: a step leaves nothing behind, not even a reference
+    """Without garbage collection, as in training, a step leaves nothing behind, not even a reference
     cycle.
     """
     tiny = replace(
@@ -266,7 +264,7 @@ def test_every_form_of_batch_norm_trains(bn):
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
 
 
-def test_joint_and_split_are_one_for_students_without_batch_statistics():
+def test_joint_equals_split_without_batch_statistics():
     joint, split = make("dad"), make("dad", replace(LAYER_NORM, bn="split"))
     assert_same_function(*(loss_of(step, batch())[0] for step in (joint, split)))
 

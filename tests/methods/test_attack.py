@@ -1,4 +1,4 @@
-"""PGD against closed forms on a linear model, and the promises of its docstring."""
+"""PGD against closed forms on a linear model, and the contract of its docstring."""
 
 import pytest
 
@@ -128,7 +128,7 @@ def test_soft_targets_give_the_gradient_of_soft_cross_entropy_in_float64():
     torch.testing.assert_close(cross_entropy_direction(logits.detach(), targets), expected)
 
 
-def test_zero_gradient_moves_nothing():
+def test_zero_gradient_leaves_images_unchanged():
     x = pixels()
     out = PGD("l2", 0.1, 0.1, 2, 0)(
         lambda z: (z * 0).sum(dim=(1, 2, 3))[:, None].repeat(1, 2), x, LABELS, KEYS
@@ -157,9 +157,7 @@ def test_no_weight_gradient_and_no_graph():
     start=st.floats(0, 1),
     batch=st.integers(1, 4),
 )
-def test_always_inside_the_budget_and_the_image_range_whatever_the_batch(
-    norm, eps, step, steps, start, batch
-):
+def test_attack_stays_in_budget_and_range_for_any_batch(norm, eps, step, steps, start, batch):
     model, x, attack = Linear(), pixels(batch, 0, 1), PGD(norm, eps, step, steps, start)
     out = attack(model, x, LABELS[:batch], KEYS[:batch])
     assert out.min() >= 0 and out.max() <= 1
@@ -170,7 +168,7 @@ def test_always_inside_the_budget_and_the_image_range_whatever_the_batch(
     torch.testing.assert_close(out[-1:], alone, rtol=0, atol=1e-6)
 
 
-def test_measures():
+def test_code_change_and_signal_to_rounding():
     codes = torch.tensor([[[1, 2], [3, 4]]])
     assert share_changed(codes, torch.tensor([[[1, 2], [0, 4]]])) == 0.25
     x = pixels().double()
