@@ -63,13 +63,15 @@ def changes(run: TrainRun, found: Checkpoint) -> list[str]:
     if old_size != new_size and has_own_statistics:
         sizes = f"{old_size} images at a time in each of {state['world']} processes, now {new_size}"
         changed.append(
-            f"data.batch_size: batch norm saw {sizes} (--grad-accum-steps can make up for fewer processes)"
+            f"data.batch_size: batch norm saw {sizes} (--grad-accum-steps can make up for fewer "
+            "processes)"
         )
     if state["classes"] != now["classes"]:
         changed.append(f"the classes ({_first_class(state['classes'], now['classes'])})")
     if state["stores"] != now["stores"]:
         changed.append(
-            f"the stores {', '.join(cfg.store.dirs) or '(none now)'} are not those that the run began with"
+            f"the stores {', '.join(cfg.store.dirs) or '(none now)'} are not those that the run "
+            "began with"
         )
     for split, name in (("train", cfg.data.train_split), ("val", cfg.data.val_split)):
         if state["data"][split] != now["data"][split]:
@@ -81,7 +83,8 @@ def changes(run: TrainRun, found: Checkpoint) -> list[str]:
         old_hash, new_hash = state["models"].get(name, {}).get(compared), hashes[compared]
         if old_hash and new_hash and old_hash != new_hash:
             changed.append(
-                f"the weights of the {name} {get(cfg, f'{name}.name')} are not those that the run began with"
+                f"the weights of the {name} {get(cfg, f'{name}.name')} are not those that the run "
+                "began with"
             )
     return changed
 
@@ -94,11 +97,13 @@ def notes(run: TrainRun, found: Checkpoint) -> list[str]:
     if changed:
         texts = [f"{name} {before.get(name)} → {now[name]}" for name in changed]
         lines.append(
-            f"the run began with another {', another '.join(texts)}: from here on it equals an uninterrupted run up to rounding"
+            f"the run began with another {', another '.join(texts)}: from here on it equals an "
+            "uninterrupted run up to rounding"
         )
     if found.state["loader"] != run.loader.name:
         lines.append(
-            f"the run began with the loader {found.state['loader']}; the pixels of {run.loader.name} differ slightly"
+            f"the run began with the loader {found.state['loader']}; the pixels of "
+            f"{run.loader.name} differ slightly"
         )
     return lines
 

@@ -2,8 +2,8 @@
 the previous one whole.
 
     checkpoints/step-N/model.safetensors    what evaluation uses (EMA when on), with its metadata
-    checkpoints/step-N/train.safetensors    student, EMA, optimizer, generators, running sums: tensors only
-    checkpoints/step-N/state.json           counters, settings, and the SHA-256 of the two files above and of itself
+    checkpoints/step-N/train.safetensors    student, EMA, optimizer, generators, meter: tensors only
+    checkpoints/step-N/state.json           counters, settings, SHA-256 of both files and of itself
     checkpoints/latest, checkpoints/best    symbolic links
 
 A checkpoint is written under a temporary name, synced and renamed; state.json is its last file.
@@ -119,7 +119,8 @@ class CheckpointFolder:
         """
         if path != "auto" and not Path(path).exists():
             raise DataError(
-                f"--resume {path}: no such file or folder; name RUN/checkpoints/step-N, or write --resume auto"
+                f"--resume {path}: no such file or folder; name RUN/checkpoints/step-N, or write "
+                "--resume auto"
             )
         # Left by a process that was killed between the two renames of `save`.
         for aside in self.root.glob(".step-*.old"):
@@ -161,7 +162,8 @@ class CheckpointFolder:
                 return found
         if damaged:
             raise DataError(
-                f"{self.root}: no sound checkpoint is left ({damaged}); start again with --overwrite"
+                f"{self.root}: no sound checkpoint is left ({damaged}); start again with "
+                "--overwrite"
             )
         return None
 
@@ -176,7 +178,8 @@ class CheckpointFolder:
             if state.get("format") != FORMAT:
                 formats = f"format {state.get('format', 1)}, not {FORMAT}"
                 raise DataError(
-                    f"checkpoint {path} was written by another version of dad-fast ({formats}): resume with that version"
+                    f"checkpoint {path} was written by another version of dad-fast ({formats}): "
+                    "resume with that version"
                 )
             if type(state["step"]) is not int or state["step"] < 0:
                 raise ValueError('"step" is not a number of steps')

@@ -1,4 +1,6 @@
-"""Convert an optimizer's state to named tensors and JSON, and back: checkpoints contain no pickle."""
+"""Convert an optimizer's state to named tensors and JSON, and back: checkpoints contain no
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return `value` as JSON that keeps numeric keys and tuples, and add its tensors to `tensors`."""
+    """Return `value` as JSON that keeps numeric keys and tuples, and add its tensors to
+    `tensors`.
+    """
     if torch.is_tensor(value):
         tensors[PREFIX + name] = value
         return {"tensor": name}

@@ -145,7 +145,8 @@ def restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> None
             raise
         why = " ".join(str(error).split())[:160]
         raise DataError(
-            f"checkpoint {found.path}: not the state of such a run ({type(error).__name__}: {why}); name another"
+            f"checkpoint {found.path}: not the state of such a run ({type(error).__name__}: "
+            f"{why}); name another"
         ) from None
 
 
@@ -154,12 +155,14 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
     if changed and not allow_config_change:
         what = "; ".join(changed)
         raise UsageError(
-            f"--resume: not the settings of {found.path}: {what}; restore them, or add --allow-config-change"
+            f"--resume: not the settings of {found.path}: {what}; restore them, or add "
+            "--allow-config-change"
         )
     if changed:
         lines.insert(
             0,
-            f"resuming with other settings than those of {found.path} (--allow-config-change): {'; '.join(changed)}",
+            f"resuming with other settings than those of {found.path} (--allow-config-change): "
+            f"{'; '.join(changed)}",
         )
 
     def under(prefix: str) -> dict[str, Tensor]:

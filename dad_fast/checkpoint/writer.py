@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 
 class Writer:
-    """Runs one write at a time in a thread. The next call of any method raises the thread's error."""
+    """Runs one write at a time in a thread.
+
+    The next call of any method raises the thread's error.
+    """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None

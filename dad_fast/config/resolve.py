@@ -65,7 +65,10 @@ def preset_names() -> list[str]:
 
 
 def preset_text(name: str) -> str:
-    """Return the TOML text of a preset, with its comments. Raises UsageError for an unknown name."""
+    """Return the TOML text of a preset, with its comments.
+
+    Raises UsageError for an unknown name.
+    """
     known = preset_names()
     if name not in known:
         raise UsageError(
@@ -150,7 +153,8 @@ class Layers:
             name, _, inner = path.removeprefix("variants").removeprefix(".").partition(".")
             if not inner:
                 raise UsageError(
-                    f"{where}: write --set variants.NAME.section.key=value (or variants={{}} for none)"
+                    f"{where}: write --set variants.NAME.section.key=value (or variants={{}} for "
+                    "none)"
                 )
             self._put_variant(name, inner, _unquote(text), where)
             return
@@ -163,11 +167,13 @@ class Layers:
     def _put_variant(self, name: str, path: str, value: Any, where: str) -> None:
         if not VARIANT_NAME.fullmatch(name):
             raise UsageError(
-                f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + = - only, since it becomes a folder"
+                f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + = - "
+                "only, since it becomes a folder"
             )
         if path in NOT_IN_VARIANTS:
             raise UsageError(
-                f"{where}: {path} cannot differ between variants; set it for all of them with {NOT_IN_VARIANTS[path]}"
+                f"{where}: {path} cannot differ between variants; set it for all of them with "
+                f"{NOT_IN_VARIANTS[path]}"
             )
         self.variants.setdefault(name, {})[path] = coerce(lookup(path, where), value, where)
         self._earlier.get(name, {}).pop(path, None)

@@ -161,7 +161,8 @@ class AugmentConfig:
 class TeacherConfig:
     name: str = setting(
         "",
-        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or embedded:digits",
+        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or "
+        "embedded:digits",
         "--teacher",
         main=True,
     )
@@ -195,7 +196,8 @@ class StudentConfig:
     drop: float = setting(0.0, "dropout before the classifier", "--drop", rule=BELOW_ONE)
     bn: Literal["joint", "split", "aux"] = setting(
         "joint",
-        "batch norm over clean and adversarial images: one batch, two calls, or auxiliary statistics",
+        "batch norm over clean and adversarial images: one batch, two calls, or auxiliary "
+        "statistics",
         "--bn",
     )
     sync_bn: bool = setting(
@@ -270,7 +272,8 @@ class LossConfig:
     )
     form: Literal["paper", "joint"] = setting(
         "paper",
-        "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each other (dad)",
+        "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each "
+        "other (dad)",
         "--loss-form",
     )
 
@@ -279,7 +282,8 @@ class LossConfig:
 class LpClipConfig:
     labels: Literal["pseudo", "true"] = setting(
         "pseudo",
-        "pseudo: the teacher's predictions on the weak view; true: the data's labels, a supervised probe",
+        "pseudo: the teacher's predictions on the weak view; true: the data's labels, a "
+        "supervised probe",
         "--lp-labels",
     )
     weight: Literal["confidence", "none"] = setting(
@@ -296,7 +300,8 @@ class LpClipConfig:
     )
     views: int = setting(
         0,
-        "strong views per image, drawn once, whose features are kept in memory; 0 = new ones each epoch",
+        "strong views per image, drawn once, whose features are kept in memory; 0 = new ones each "
+        "epoch",
         "--lp-views",
         rule=NOT_NEGATIVE,
     )
@@ -367,7 +372,8 @@ class StoreConfig:
     )
     make: tuple[str, ...] = setting(
         (),
-        "make stores in --output first and learn from them: adversarial, targets, or KIND:VIEWS with the draws per image "
+        "make stores in --output first and learn from them: adversarial, targets, or KIND:VIEWS "
+        "with the draws per image "
         "(default: adversarial:1 and one view of targets an epoch)",
         "--stores",
         bare=("adversarial",),
@@ -379,7 +385,8 @@ class StoreConfig:
     )
     mix_outputs: bool = setting(
         False,
-        "stored outputs are of unmixed views: mix them as the pixels are (approximates the teacher on mixed pixels)",
+        "stored outputs are of unmixed views: mix them as the pixels are (approximates the "
+        "teacher on mixed pixels)",
         "--mix-outputs",
     )
 
@@ -394,12 +401,14 @@ VQGAN_SAVINGS = ("cast", "channels_last", "upsample", "attention", "merge_1x1")
 class EngineConfig:
     savings: tuple[str, ...] = setting(
         ("all",),
-        f"all, none, or some of {', '.join(MODEL_SAVINGS)}, {', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}",
+        f"all, none, or some of {', '.join(MODEL_SAVINGS)}, "
+        f"{', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}",
         "--savings",
     )
     step_kernels: bool = setting(
         False,
-        "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a GPU",
+        "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a "
+        "GPU",
     )
     grad_accum_steps: int = setting(
         1, "batches whose gradients make one step", "--grad-accum-steps", rule=AT_LEAST_ONE
@@ -438,7 +447,8 @@ class EvalConfig:
     )
     suites: tuple[str, ...] = setting(
         (),
-        "evaluated at the end: splits, image folders, published test sets, corruptions; see dad-fast eval -h",
+        "evaluated at the end: splits, image folders, published test sets, corruptions; see "
+        "dad-fast eval -h",
         "--suite",
     )
     batch_size: int = setting(
@@ -495,5 +505,6 @@ class Config:
     eval: EvalConfig = EvalConfig()
     variants: dict[str, dict[str, Any]] = setting(
         {},
-        "runs to compare: [variants.NAME] with the keys that differ, such as method or schedule.epochs",
+        "runs to compare: [variants.NAME] with the keys that differ, such as method or "
+        "schedule.epochs",
     )

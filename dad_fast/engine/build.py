@@ -286,7 +286,8 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
     """
     if device.type != "cuda":
         raise EnvironmentProblem(
-            f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; leave it out"
+            f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; "
+            "leave it out"
         )
     student.model = convert_sync_batchnorm(student.model)
 
@@ -317,7 +318,8 @@ def _needs(
         if only_codes:
             why = "the store contains codes and no images"
         raise UsageError(
-            f"--method {cfg.method} needs a discretizer: {why}; add --discretizer (a VQGAN's file, identity or jpeg:75)"
+            f"--method {cfg.method} needs a discretizer: {why}; add --discretizer (a VQGAN's "
+            "file, identity or jpeg:75)"
         )
     return teacher, discretizer
 

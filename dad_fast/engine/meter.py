@@ -34,7 +34,9 @@ class Meter:
         return means
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the sums for a checkpoint: a run resumed within a log window logs the same means."""
+        """Return the sums for a checkpoint: a run resumed within a log window logs the same
+        means.
+        """
         return {f"meter.{name}": value for name, value in self.sums.items()} | {
             "meter": torch.tensor(self.count)
         }

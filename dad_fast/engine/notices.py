@@ -1,4 +1,6 @@
-"""Messages of a run to its user: the summary before the first step, and advice that is given once."""
+"""Messages of a run to its user: the summary before the first step, and advice that is
+given once.
+"""
 
 from __future__ import annotations
 
@@ -108,6 +110,8 @@ class Advice:
         """Warn if the attack is lost in the encoder's rounding."""
         if signal_to_rounding < VISIBLE:
             log(
-                f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} times as much as rounding, "
-                "so many codes change by chance; raise --attack-eps, or set precision.encoder=float32"
+                f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
+                "times as much as rounding, "
+                "so many codes change by chance; raise --attack-eps, or set "
+                "precision.encoder=float32"
             )

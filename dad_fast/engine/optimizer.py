@@ -60,7 +60,8 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
         return create(**extra) if extra else optimizer
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UsageError(
-            f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and optim.opt_kwargs"
+            f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and "
+            "optim.opt_kwargs"
         ) from None
 
 
@@ -73,8 +74,8 @@ def apex_problem() -> tuple[str, str]:
     """
     spec = find_spec("apex")
     if spec is None:
-        fix = "build it from NVIDIA's source with --cpp_ext --cuda_ext (PyPI's apex is another package)"
-        return "it is not installed", fix
+        fix = "build it from NVIDIA's source with --cpp_ext --cuda_ext"
+        return "it is not installed", f"{fix} (PyPI's apex is another package)"
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     if not any((folder / "optimizers").is_dir() for folder in folders):
         problem = "the installed apex is PyPI's web toolkit, not NVIDIA's"
@@ -86,7 +87,10 @@ def apex_problem() -> tuple[str, str]:
 
 
 def check_optimizer(opt: str, cuda: bool) -> None:
-    """Raise EnvironmentProblem for an apex optimizer that cannot run here. Not yet run with apex."""
+    """Raise EnvironmentProblem for an apex optimizer that cannot run here.
+
+    Not yet run with apex.
+    """
     if opt.lower() not in OPTIMIZERS:
         return
     problem, fix = apex_problem()
@@ -94,5 +98,6 @@ def check_optimizer(opt: str, cuda: bool) -> None:
         problem, fix = "it needs a CUDA device", "run on a GPU"
     if problem:
         raise EnvironmentProblem(
-            f"--opt {opt} is NVIDIA apex's: {problem}; {fix}, or use --opt {OPTIMIZERS[opt.lower()]}"
+            f"--opt {opt} is NVIDIA apex's: {problem}; {fix}, or use --opt "
+            f"{OPTIMIZERS[opt.lower()]}"
         )

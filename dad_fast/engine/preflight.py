@@ -62,7 +62,8 @@ def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
     is_timm = not METHODS[cfg.method].linear_probe and not student.startswith("hf-hub:")
     if is_timm and not timm.is_model(student.partition(".")[0]):
         raise UsageError(
-            f"--student {cfg.student.name}: timm has no such model{nearest(student, timm.list_models())}"
+            f"--student {cfg.student.name}: timm has no such "
+            f"model{nearest(student, timm.list_models())}"
         )
     named = {
         "--teacher": _file_of(cfg.teacher.name) if teacher else "",

@@ -99,7 +99,8 @@ class FeatureTable:
                 f"{needed / 2**30:.0f} GiB of features and {available / 2**30:.0f} GiB of memory"
             )
             raise UsageError(
-                f"--lp-views {views}: {sizes}; keep fewer views, or 0 to run the encoder in every step"
+                f"--lp-views {views}: {sizes}; keep fewer views, or 0 to run the encoder in every "
+                "step"
             )
 
     @torch.no_grad()

@@ -94,7 +94,9 @@ class PseudoLabels:
             write_safetensors(self.path, tensors, {"key": self.key})
 
     def of(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return labels int64 [B] and confidences float32 [B] of samples int64 [B], all on the CPU."""
+        """Return labels int64 [B] and confidences float32 [B] of samples int64 [B], all on
+        the CPU.
+        """
         assert self._labels is not None and self._confidence is not None, "prepare() first"
         return self._labels[samples], self._confidence[samples]
 

@@ -22,7 +22,9 @@ INPUT_BOUND = 0.1
 
 
 class Window(NamedTuple):
-    """Steps since the last log line, their wall seconds, and the seconds of these without a step."""
+    """Steps since the last log line, their wall seconds, and the seconds of these without a
+    step.
+    """
 
     steps: int
     seconds: float

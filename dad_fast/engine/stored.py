@@ -91,28 +91,35 @@ class Stored:
                 clean = "outputs on clean images"
                 what = "adversarial images" if store is self.adversarial else clean
                 raise UsageError(
-                    f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave it out"
+                    f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave "
+                    "it out"
                 )
             form = store.manifest.outputs_form
             if form.k and form.temperature != cfg.loss.temperature:
                 raise DataError(
-                    f"--store {store.folder}: its outputs, {form}, are exact at temperature {form.temperature:g} only, and the run "
-                    f"distils at {cfg.loss.temperature:g} (--temperature); use the same, or store full outputs"
+                    f"--store {store.folder}: its outputs, {form}, are exact at temperature "
+                    f"{form.temperature:g} only, and the run "
+                    f"distils at {cfg.loss.temperature:g} (--temperature); use the same, or store "
+                    "full outputs"
                 )
         joint = cfg.loss.form == "joint"
         if joint and self.adversarial is None:
             raise UsageError(
-                "--loss-form joint learns from stored adversarial images, and no store contains any: add one to --store"
+                "--loss-form joint learns from stored adversarial images, and no store contains "
+                "any: add one to --store"
             )
         if cfg.store.mix_outputs and self.targets is None:
             raise UsageError(
-                "--mix-outputs mixes stored outputs on clean images, and no store contains any: add one made with --targets"
+                "--mix-outputs mixes stored outputs on clean images, and no store contains any: "
+                "add one made with --targets"
             )
         unmixed_targets = self.targets is not None and not cfg.store.mix_outputs
         if joint and unmixed_targets and uses_mixing(cfg.augment):
             raise UsageError(
-                "--loss-form joint mixes clean with adversarial images, and no store contains outputs on such mixes: add --mix-outputs, "
-                "which mixes those on the unmixed images (an approximation), or leave out the store of --targets and give --teacher"
+                "--loss-form joint mixes clean with adversarial images, and no store contains "
+                "outputs on such mixes: add --mix-outputs, "
+                "which mixes those on the unmixed images (an approximation), or leave out the "
+                "store of --targets and give --teacher"
             )
 
     def check_run(
@@ -133,13 +140,15 @@ class Stored:
                 recorded = manifest.hashes.get(name)
                 if value and recorded and value != recorded:
                     raise DataError(
-                        f"--store {store.folder}: made with another {name} ({recorded[:12]}…) than the run's ({value[:12]}…)"
+                        f"--store {store.folder}: made with another {name} ({recorded[:12]}…) "
+                        f"than the run's ({value[:12]}…)"
                     )
         if self.adversarial is not None:
             stored_size = self.adversarial.manifest.settings["images"]["img_size"]
             if stored_size != img_size:
                 raise DataError(
-                    f"--store {self.adversarial.folder}: images of {stored_size} px, but the student sees {img_size} (--img-size)"
+                    f"--store {self.adversarial.folder}: images of {stored_size} px, but the "
+                    f"student sees {img_size} (--img-size)"
                 )
         if self.targets is not None:
             self._check_views(self.targets, img_size, augment, mix_outputs)
@@ -156,7 +165,8 @@ class Stored:
             if uses_mixing(replace(augment, **their_mixing)):
                 mixed = ", ".join(f"{name} {theirs.get(name)}" for name in ("mixup", "cutmix"))
                 raise DataError(
-                    f"--mix-outputs: --store {targets.folder} has outputs on mixed views ({mixed}); make one without"
+                    f"--mix-outputs: --store {targets.folder} has outputs on mixed views "
+                    f"({mixed}); make one without"
                 )
             ours = {name: value for name, value in ours.items() if name not in MIXING}
         changed = [
@@ -166,7 +176,8 @@ class Stored:
         ]
         if changed:
             raise DataError(
-                f"--store {targets.folder}: its teacher saw other views: {'; '.join(changed)}; use the same settings"
+                f"--store {targets.folder}: its teacher saw other views: {'; '.join(changed)}; "
+                "use the same settings"
             )
 
     def join(self, batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
@@ -251,13 +262,15 @@ def _check_classes(store: Store, source: Source) -> None:
         ]
         what = differing[0] if differing else f"{len(theirs)} there, {len(ours)} here"
         raise DataError(
-            f"--store {store.folder}: its classes are not the run's (class {what}); give the same --class-map"
+            f"--store {store.folder}: its classes are not the run's (class {what}); give the same "
+            "--class-map"
         )
     labels = store.labels(store.rows(source))
     if not np.array_equal(labels, source.labels):
         first = int(np.flatnonzero(labels != source.labels)[0])
         raise DataError(
-            f"--store {store.folder}: {source.keys[first]} has another label there; it was made from other data"
+            f"--store {store.folder}: {source.keys[first]} has another label there; it was made "
+            "from other data"
         )
 
 

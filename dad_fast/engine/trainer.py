@@ -41,6 +41,7 @@ from dad_fast.models.weights.files import write_safetensors
 
 RESUME_HINT = "resume with --resume auto"
 STOPPED_AT_FIRST = f"stopped in the first step; {RESUME_HINT}"
+STOPPED_IN_EVALUATION = "stopped while evaluating; the weights are saved in"
 
 
 class Trainer:
@@ -88,7 +89,7 @@ class Trainer:
 
         self.next_step = 0
         self.best_top1 = -1.0
-        # True if a stop was requested when a validation should have begun.
+        # True if a stop was requested where a validation was due.
         self.validation_due = False
         self.worst_streak = torch.zeros((), device=device)
         # Unreadable files in the batches of this process so far, and of any process.
@@ -267,7 +268,9 @@ class Trainer:
         if last or (self.validation_due and not stopping):
             self.validation_due = False
             try:
-                result = self._validate(progress)
+                suite = Suite(self.cfg.data.val_split, self.parts.val)
+                shown = progress.evaluating("validation")
+                result = self.evaluate(self.evaluated, suite, shown)
             except (Preempted, Interrupted) as stop:
                 self.validation_due = True
                 save(self, best=False)
@@ -285,10 +288,6 @@ class Trainer:
         by_epoch = epoch_ends and not self.cfg.checkpoint.every_steps
         if last or stopping or best or by_epoch or self._checkpoint_due():
             save(self, best)
-
-    def _validate(self, progress: TrainProgress) -> Result:
-        suite = Suite(self.cfg.data.val_split, self.parts.val)
-        return self.evaluate(self.evaluated, suite, progress.evaluating("validation"))
 
     def _stop(self, kind: type[DadFastError]) -> NoReturn:
         """Raise `kind` in all processes, once the state is written."""
@@ -345,8 +344,10 @@ class Trainer:
             self.writer.wait()
             distributed.barrier()
             raise NotFinite(
-                f"the loss or a gradient was not a number in a step before {self.next_step}; such steps were skipped and the state is "
-                f"saved in {self.checkpoints.root}; lower --lr, set --clip-grad, or check the data and the weights"
+                f"the loss or a gradient was not a number in a step before {self.next_step}; such "
+                "steps were skipped and the state is "
+                f"saved in {self.checkpoints.root}; lower --lr, set --clip-grad, or check the "
+                "data and the weights"
             )
 
     @property
@@ -375,7 +376,7 @@ class Trainer:
                 device=self.parts.device,
                 corruption=suite.corruption,
                 progress=progress,
-                stopped=f"stopped while evaluating; the weights are saved in {self.output}, {RESUME_HINT}",
+                stopped=f"{STOPPED_IN_EVALUATION} {self.output}, {RESUME_HINT}",
             )
 
     def _check_signal(self, batch: Batch) -> None:

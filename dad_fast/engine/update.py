@@ -108,7 +108,9 @@ class Update:
         self.scaler.scale(loss if self.num_processes == 1 else loss / self.num_processes).backward()
 
     def reduce(self) -> None:
-        """Sum gradients, loss and running statistics over all processes, after the last `backward`."""
+        """Sum gradients, loss and running statistics over all processes, after the last
+        `backward`.
+        """
         if self.num_processes == 1:
             return
         if self.shared is None:

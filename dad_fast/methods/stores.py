@@ -98,7 +98,10 @@ def online(cfg: Config) -> Config:
 
 
 def is_filled(folder: str) -> bool:
-    """True if the store in `folder` is complete by its manifest. Readers of the store find damage."""
+    """True if the store in `folder` is complete by its manifest.
+
+    Readers of the store find damage.
+    """
     try:
         return bool(json.loads((Path(folder) / "manifest.json").read_text())["shards"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

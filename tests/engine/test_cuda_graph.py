@@ -1,4 +1,7 @@
-"""CUDA graphs of the step equal plain calls. Needs a GPU, except for the test of a broken capture."""
+"""CUDA graphs of the step equal plain calls.
+
+Needs a GPU, except for the test of a broken capture.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +132,9 @@ def test_failed_capture_falls_back_or_raises(caplog):
 
 
 class BrokenCapture:
-    """torch.cuda.graph where CUDA broke the capture off: ending it fails too, and hides the reason."""
+    """torch.cuda.graph where CUDA broke the capture off: ending it fails too, and hides the
+    reason.
+    """
 
     def __init__(self, *_, **__): ...
     def __enter__(self): ...

@@ -60,8 +60,8 @@ def test_splits_of_different_classes_are_a_one_line_error(folder, capsys):
     (folder / "data/val/bee").rename(folder / "data/val/beee")
     line = refused(capsys, "--method", "ce", code=4)
     assert (
-        "only train has the class bee, only val has the class beee; fix the folders or give --class-map"
-        in line
+        "only train has the class bee, only val has the class beee; fix the folders or give "
+        "--class-map" in line
     )
     shutil.rmtree(folder / "data/val")
     assert "data has no folder 'val'; it has train" in refused(capsys, "--method", "ce", code=4)

@@ -162,7 +162,9 @@ def test_no_other_setting_makes_the_host_wait(pretended_cuda, monkeypatch):
 @pytest.mark.parametrize("codes", [False, True], ids=["images", "codes"])
 @pytest.mark.parametrize("outputs", [False, True], ids=["teacher", "outputs"])
 def test_no_store_makes_the_host_wait(pretended_cuda, monkeypatch, codes, outputs):
-    """Codes are unpacked and decoded, and outputs mixed, inside the step that CUDA graphs capture."""
+    """Codes are unpacked and decoded, and outputs mixed, inside the step that CUDA graphs
+    capture.
+    """
     data, dirs = stored(codes, outputs), ("a store",)
     store = StoreConfig(dirs=dirs, mix_outputs=outputs)
     assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store) == []

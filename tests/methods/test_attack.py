@@ -89,7 +89,9 @@ def test_random_start_has_norm_eps_and_the_right_share_of_samples():
 
 @pytest.mark.parametrize("scale", [1, 10, 100])
 def test_a_confident_model_is_still_attacked(scale):
-    """Its p_y - 1 is 0 in float32, and its gradient so small that the square of its entries is 0."""
+    """Its p_y - 1 is 0 in float32, and its gradient so small that the square of its entries
+    is 0.
+    """
     model, x = Linear(), pixels()
     labels = (model(x)[:, 0] < model(x)[:, 1]).long()
     expected = PGD("l2", 0.1, 0.1, 1, 0)(model, x, labels, KEYS)
