@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from dad_fast.discretizers.registry import load_discretizer
     from dad_fast.discretizers.vqgan.model import VQGAN
     from dad_fast.methods import losses
-    from dad_fast.methods.attack import PGD
-    from dad_fast.methods.discretize import discretize
+    from dad_fast.methods.attack import PGD, discretize
     from dad_fast.models.load_student import load_student
     from dad_fast.models.load_teacher import load_teacher
     from dad_fast.models.teacher import Teacher
@@ -48,7 +47,7 @@ _WHERE = {
     "Teacher": "dad_fast.models.teacher:Teacher",
     "VQGAN": "dad_fast.discretizers.vqgan.model:VQGAN",
     "PGD": "dad_fast.methods.attack:PGD",
-    "discretize": "dad_fast.methods.discretize:discretize",
+    "discretize": "dad_fast.methods.attack:discretize",
     "losses": "dad_fast.methods.losses",
     "AdversarialStore": "dad_fast.store:AdversarialStore",
     "TargetStore": "dad_fast.store:TargetStore",

@@ -1,7 +1,9 @@
-"""Whether a checkpoint is of the run that would go on from it: its settings, data, classes, stores and frozen models.
+"""Compare a checkpoint with the run that resumes from it: settings, data, classes, stores and
+frozen models.
 
-Files may lie elsewhere than before; what is in them is compared. Where the device, the number of threads or the version of torch is another
-one, frozen models are compared by their files alone, for a head made from prompts then differs in its last bits, as all else does.
+Files may have moved: their content is compared. If the device, the number of threads or the version
+of torch changed, frozen models are compared by their files alone, because a head made from prompts
+then differs in its last bits.
 """
 
 from __future__ import annotations
@@ -20,25 +22,24 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.distributed import process_group as distributed
 
 CONTENT_COMPARED = ("data.data_dir", "data.class_map", "store.dirs")
-NAME_COMPARED = (
-    "teacher.name",
-    "teacher.head",
-    "discretizer.name",
-)  # and the content; the name may say what the file does not
+# Compared by content and by the file's name, which may tell what the content does not.
+NAME_COMPARED = ("teacher.name", "teacher.head", "discretizer.name")
 
 
 def identity(run: TrainRun) -> dict[str, Any]:
-    """For a checkpoint, as JSON can hold it."""
+    """Return what a checkpoint records of a run's data and models, as JSON."""
     parts = run.parts
     frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
-    files = {name: part.weights_sha256 for name, part in frozen.items() if part is not None}
+    models = {
+        name: {"weights": parts.hashes.get(name), "file": model.weights_sha256}
+        for name, model in frozen.items()
+        if model is not None
+    }
     return {
         "classes": parts.train.classes.to_json(),
         "data": {"train": parts.train.fingerprint, "val": parts.val.fingerprint},
         "stores": parts.stored.checksums,
-        "models": {
-            name: {"weights": parts.hashes.get(name), "file": file} for name, file in files.items()
-        },
+        "models": models,
         "computed": _computed(parts.device),
         "world": distributed.world(),
         "loader": run.loader.name,
@@ -46,67 +47,72 @@ def identity(run: TrainRun) -> dict[str, Any]:
 
 
 def config_of(found: Checkpoint) -> Config:
-    """The settings that the checkpoint was made with."""
+    """Return the settings that the checkpoint was made with."""
     return with_batch_sizes(from_toml(found.state["config"], str(found.path)), found.state["world"])
 
 
 def changes(run: TrainRun, found: Checkpoint) -> list[str]:
-    """What the run would go on with although it began with something else."""
-    cfg, state, before, now = run.cfg, found.state, config_of(found), identity(run)
+    """List the settings, data and models that differ from those of the checkpoint and would change
+    the result.
+    """
+    cfg, state = run.cfg, found.state
+    before, now = config_of(found), identity(run)
     changed = differences(_elsewhere(before, cfg), cfg)
-    if (
-        before.data.batch_size != cfg.data.batch_size
-        and run.parts.student.has_batch_stats
-        and not cfg.student.sync_bn
-    ):
-        sizes = f"{before.data.batch_size} images at a time in each of {state['world']} processes, now {cfg.data.batch_size}"
+    old_size, new_size = before.data.batch_size, cfg.data.batch_size
+    has_own_statistics = run.parts.student.has_batch_stats and not cfg.student.sync_bn
+    if old_size != new_size and has_own_statistics:
+        sizes = f"{old_size} images at a time in each of {state['world']} processes, now {new_size}"
         changed.append(
-            f"data.batch_size: batch norm saw {sizes} (--grad-accum-steps can make up for fewer processes)"
+            f"data.batch_size: batch norm saw {sizes} (--grad-accum-steps can make up for fewer "
+            "processes)"
         )
     if state["classes"] != now["classes"]:
         changed.append(f"the classes ({_first_class(state['classes'], now['classes'])})")
     if state["stores"] != now["stores"]:
         changed.append(
-            f"the stores {', '.join(cfg.store.dirs) or '(none now)'} are not those that the run began with"
+            f"the stores {', '.join(cfg.store.dirs) or '(none now)'} are not those that the run "
+            "began with"
         )
     for split, name in (("train", cfg.data.train_split), ("val", cfg.data.val_split)):
         if state["data"][split] != now["data"][split]:
             changed.append(
                 f"the images in {cfg.data.data_dir} {name} are not those that the run began with"
             )
-    what = "weights" if state["computed"] == now["computed"] else "file"
-    for name, is_now in now["models"].items():
-        was = state["models"].get(name, {}).get(what)
-        if was and is_now[what] and was != is_now[what]:
+    compared = "weights" if state["computed"] == now["computed"] else "file"
+    for name, hashes in now["models"].items():
+        old_hash, new_hash = state["models"].get(name, {}).get(compared), hashes[compared]
+        if old_hash and new_hash and old_hash != new_hash:
             changed.append(
-                f"the weights of the {name} {get(cfg, f'{name}.name')} are not those that the run began with"
+                f"the weights of the {name} {get(cfg, f'{name}.name')} are not those that the run "
+                "began with"
             )
     return changed
 
 
 def notes(run: TrainRun, found: Checkpoint) -> list[str]:
-    """What a run may go on with, and what its user should know all the same."""
-    said, was, now = [], found.state["computed"], _computed(run.parts.device)
-    if other := [
-        f"{name} {was.get(name)} → {now[name]}" for name in now if was.get(name) != now[name]
-    ]:
-        said.append(
-            f"the run began with another {', another '.join(other)}: from here on it is the straight run's up to rounding"
+    """List the differences from the checkpoint that change a result only slightly, for the log."""
+    lines = []
+    before, now = found.state["computed"], _computed(run.parts.device)
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        texts = [f"{name} {before.get(name)} → {now[name]}" for name in changed]
+        lines.append(
+            f"the run began with another {', another '.join(texts)}: from here on it equals an "
+            "uninterrupted run up to rounding"
         )
     if found.state["loader"] != run.loader.name:
-        said.append(
-            f"the run began with the loader {found.state['loader']}; the pixels of {run.loader.name} differ slightly"
+        lines.append(
+            f"the run began with the loader {found.state['loader']}; the pixels of "
+            f"{run.loader.name} differ slightly"
         )
-    return said
+    return lines
 
 
 def _computed(device: torch.device) -> dict[str, Any]:
-    """What the last bits of a result depend on besides the settings."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
-    )
+    """Return what the last bits of a result depend on besides the settings."""
+    name = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "torch": torch.__version__,
         "device": name,
@@ -115,7 +121,7 @@ def _computed(device: torch.device) -> dict[str, Any]:
 
 
 def _elsewhere(before: Config, cfg: Config) -> Config:
-    """`before` with the paths of `cfg` where files have only moved, as far as their names can tell."""
+    """Return `before` with the paths of `cfg` for files that only moved, judging by their names."""
     moved = [
         path for path in NAME_COMPARED if Path(get(before, path)).name == Path(get(cfg, path)).name
     ]
@@ -123,7 +129,8 @@ def _elsewhere(before: Config, cfg: Config) -> Config:
 
 
 def _first_class(was: str, now: str) -> str:
-    old, new = (ClassMap.from_json(text) for text in (was, now))
+    """Describe the first class that differs, or the two numbers of classes."""
+    old, new = ClassMap.from_json(was), ClassMap.from_json(now)
     for (i, *before), (_, *after) in zip(old, new, strict=False):
         if before != after:
             return f"{i}: {' '.join(before)} → {' '.join(after)}"

@@ -1,11 +1,16 @@
-"""Checkpoints: everything that a run needs to go on bit for bit, written so that a crash leaves the previous one whole.
+"""Folder of checkpoints: all that a run needs to resume bit for bit, written so that a crash leaves
+the previous one whole.
 
     checkpoints/step-N/model.safetensors    what evaluation uses (EMA when on), with its metadata
-    checkpoints/step-N/train.safetensors    student, EMA, optimizer, generators, running sums: tensors only
-    checkpoints/step-N/state.json           counters, settings, and the SHA-256 of the two files above and of itself
+    checkpoints/step-N/train.safetensors    student, EMA, optimizer, generators, meter: tensors only
+    checkpoints/step-N/state.json           counters, settings, SHA-256 of both files and of itself
     checkpoints/latest, checkpoints/best    symbolic links
 
-A folder is filled under a temporary name, synced and renamed; state.json is its last file. Nothing is pickled.
+A checkpoint is written under a temporary name, synced and renamed; state.json is its last file.
+Nothing is pickled.
+
+Own code because torch's distributed checkpoint reads its metadata by raw pickle, and safetensors
+has no checksums.
 """
 
 from __future__ import annotations
@@ -30,15 +35,15 @@ from dad_fast.errors import DataError
 from dad_fast.files import disk_error, sync
 from dad_fast.models.weights.files import sha256_file
 
-FILES, STATE = ("model.safetensors", "train.safetensors"), "state.json"
-FORMAT = (
-    2  # of state.json and the names in train.safetensors; another one's is refused, not guessed at
-)
+FILES = ("model.safetensors", "train.safetensors")
+STATE = "state.json"
+# Of state.json and the names in train.safetensors. Other formats are refused.
+FORMAT = 2
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint as read back: `tensors` as given to `save`, `state` its JSON part."""
+    """A loaded checkpoint: `tensors` as given to `save`, `state` its JSON part."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -49,9 +54,11 @@ class CheckpointFolder:
     """The `checkpoints/` folder of a run."""
 
     def __init__(self, root: Path, keep: int):
-        self.root, self.keep = root, max(1, keep)
-        self._loaded: int | None = None  # the step that the run went on from
-        self._best: Path | None = None  # what it went on from, where that was the best then
+        self.root = root
+        self.keep = max(1, keep)
+        # The step that the run resumed from, and its checkpoint if that was the best.
+        self._loaded: int | None = None
+        self._best: Path | None = None
 
     def save(
         self,
@@ -61,28 +68,30 @@ class CheckpointFolder:
         write_model: Callable[[Path], None],
         best: bool,
     ) -> Path:
-        """Write `step-N`, point `latest` (and `best`) at it, and delete what `keep` no longer covers."""
-        temporary, final, aside = (
-            self.root / name for name in (f".step-{step}.tmp", f"step-{step}", f".step-{step}.old")
-        )
+        """Write `step-N`, link `latest` (and `best`) to it, and delete all but the `keep` latest
+        and the best.
+
+        Raises a one-line error if the disk fails; the previous checkpoint is whole then.
+        """
+        final = self.root / f"step-{step}"
+        temporary = self.root / f".step-{step}.tmp"
+        aside = self.root / f".step-{step}.old"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write_model(temporary / FILES[0])
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / FILES[1]
-            )
-            own = json.loads(
-                json.dumps({**state, "step": step, "best": best, "format": FORMAT})
-            )  # as it will be read
+            on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(on_host, temporary / FILES[1])
+            # Through JSON and back: the digest must be that of the state as it will be read.
+            own = json.loads(json.dumps({**state, "step": step, "best": best, "format": FORMAT}))
             hashes = {name: sha256_file(temporary / name) for name in FILES} | {STATE: _digest(own)}
             (temporary / STATE).write_text(json.dumps({**own, "sha256": hashes}))
             for path in [*temporary.iterdir(), temporary]:
                 sync(path)
-            if (
-                final.exists()
-            ):  # a resumed run saves the same step again: at every moment there is a whole one
+            # A resumed run saves the same step again. Moved aside, so that at every moment one of
+            # them is whole.
+            if final.exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 final.rename(aside)
             temporary.rename(final)
@@ -93,42 +102,47 @@ class CheckpointFolder:
             self._prune(step)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise disk_error(
-                error, final, "go on with --resume auto: the checkpoint before is whole"
-            ) from error
+            fix = "resume with --resume auto: the checkpoint before is whole"
+            raise disk_error(error, final, fix) from error
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         return final
 
-    def load(self, path: str, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest sound checkpoint (`path` = "auto"; None when there is none), or the one at `path`, which must be sound.
+    def load(self, path: str, log: Callable[[str], None]) -> Checkpoint | None:
+        """Load the newest undamaged checkpoint (`path` = "auto"; None if there is none), or the one
+        at `path`.
 
-        Those of later steps, which the run will not come to in the same way or were damaged, go with the next `save`.
+        `log` gets lines about damaged checkpoints. The next `save` deletes checkpoints of later
+        steps. Raises DataError if `path` is missing or damaged, or "auto" finds damaged checkpoints
+        only.
         """
         if path != "auto" and not Path(path).exists():
             raise DataError(
-                f"--resume {path}: nothing is there; name RUN/checkpoints/step-N, or write --resume auto"
+                f"--resume {path}: no such file or folder; name RUN/checkpoints/step-N, or write "
+                "--resume auto"
             )
-        for aside in self.root.glob(".step-*.old"):  # a process was killed between two renames
+        # Left by a process that was killed between the two renames of `save`.
+        for aside in self.root.glob(".step-*.old"):
             final = self.root / aside.name[1:].removesuffix(".old")
             if not final.exists():
                 aside.rename(final)
         if path == "auto":
-            found = self._newest(say)
-        elif (Path(path) / "checkpoints").is_dir():  # another run
-            found = CheckpointFolder(Path(path) / "checkpoints", self.keep).load("auto", say)
+            found = self._newest(log)
+        elif (Path(path) / "checkpoints").is_dir():
+            # The folder of another run.
+            found = CheckpointFolder(Path(path) / "checkpoints", self.keep).load("auto", log)
         else:
             found = self._read(Path(path))
         if found is not None:
-            self._loaded, self._best = (
-                found.state["step"],
-                found.path if found.state["best"] else None,
-            )
+            self._loaded = found.state["step"]
+            self._best = found.path if found.state["best"] else None
         return found
 
     def settle(self) -> None:
-        """Before the run goes on: what a process that was killed in `save` did not come to, the links and deleting."""
+        """Finish an interrupted `save` before the run resumes: update the links, delete old
+        checkpoints.
+        """
         if self._best is not None and self._best.resolve().parent == self.root.resolve():
             self._link("best", self._best.resolve().name)
         newest = next(iter(self._newest_first()), None)
@@ -136,19 +150,20 @@ class CheckpointFolder:
             self._link("latest", newest.name)
             self._prune(self._loaded)
 
-    def _newest(self, say: Callable[[str], None]) -> Checkpoint | None:
+    def _newest(self, log: Callable[[str], None]) -> Checkpoint | None:
         damaged = ""
         for candidate in self._newest_first():
             try:
                 found = self._read(candidate)
             except DataError as error:
                 damaged = str(error)
-                say(f"{error}; trying the checkpoint before it")
+                log(f"{error}; trying the checkpoint before it")
             else:
                 return found
         if damaged:
             raise DataError(
-                f"{self.root}: no sound checkpoint is left ({damaged}); start again with --overwrite"
+                f"{self.root}: no sound checkpoint is left ({damaged}); start again with "
+                "--overwrite"
             )
         return None
 
@@ -163,12 +178,13 @@ class CheckpointFolder:
             if state.get("format") != FORMAT:
                 formats = f"format {state.get('format', 1)}, not {FORMAT}"
                 raise DataError(
-                    f"checkpoint {path} was written by another version of dad-fast ({formats}): go on with that one"
+                    f"checkpoint {path} was written by another version of dad-fast ({formats}): "
+                    "resume with that version"
                 )
             if type(state["step"]) is not int or state["step"] < 0:
-                raise ValueError("its step is no number of steps")
+                raise ValueError('"step" is not a number of steps')
             if type(state["best"]) is not bool:
-                raise ValueError("it does not say whether it is the best")
+                raise ValueError('"best" is not true or false')
             return Checkpoint(path, load_file(path / FILES[1]), state)
         except (
             OSError,
@@ -191,20 +207,21 @@ class CheckpointFolder:
         sync(self.root)
 
     def _prune(self, saved: int) -> None:
-        """What `keep` no longer covers; what a run left there that went another way after the step that this one went on from; what a
-        process was writing when it was killed."""
+        """Delete old checkpoints, those of the future of another run, and those that a killed
+        process left unfinished.
+
+        After a resume from step N, checkpoints of later steps belong to the run before it.
+        """
         best = os.path.realpath(self.root / "best")
-        abandoned = [
-            path
-            for path in self._newest_first()
-            if self._loaded is not None and _step(path) > max(self._loaded, saved)
-        ]
-        covered = [path for path in self._newest_first() if path not in abandoned][: self.keep]
-        for path in self._newest_first():
+        found = self._newest_first()
+        abandoned = []
+        if self._loaded is not None:
+            abandoned = [path for path in found if _step(path) > max(self._loaded, saved)]
+        covered = [path for path in found if path not in abandoned][: self.keep]
+        for path in found:
             if path in abandoned or (path not in covered and os.path.realpath(path) != best):
-                gone = (
-                    self.root / f".{path.name}.gone"
-                )  # at no moment is a part of a checkpoint under its name
+                # Renamed first: a partly deleted checkpoint must not look like one.
+                gone = self.root / f".{path.name}.gone"
                 shutil.rmtree(gone, ignore_errors=True)
                 path.rename(gone)
         for suffix in ("tmp", "old", "gone"):
@@ -227,19 +244,20 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Copies in host memory of what the tensors hold now. A tensor that is in several groups is copied once; within a group, which
-    becomes one file, none shares memory with another."""
+    """Copy tensors to host memory.
+
+    A tensor in several groups is copied once. Within a group, which becomes one file, no two copies
+    share memory.
+    """
     copies: dict[Any, Tensor] = {}
     taken = []
     for group in groups:
         mine: dict[str, Tensor] = {}
         seen = set()
         for name, tensor in group.items():
-            key = (
-                (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-                if tensor.numel()
-                else (id(tensor),)
-            )
+            key: tuple[Any, ...] = (id(tensor),)
+            if tensor.numel():
+                key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if key not in copies or key in seen:
                 copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
             seen.add(key)
@@ -249,7 +267,9 @@ def snapshot(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def generator_tensors(device: torch.device) -> dict[str, Tensor]:
-    """The state of every global generator: Python's, NumPy's, torch's and the device's."""
+    """Return the state of every global random generator: Python's, NumPy's, torch's and the
+    device's.
+    """
     version, words, gauss = random.getstate()
     python = torch.tensor([version, *words], dtype=torch.int64)
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -268,7 +288,10 @@ def generator_tensors(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """The inverse of `generator_tensors`; a state made on another kind of device leaves the device's generator as seeded."""
+    """Restore the state of `generator_tensors`.
+
+    Without a state of this kind of device its generator stays as seeded.
+    """
     version, *words = tensors["generator.python"].tolist()
     gauss = tensors["generator.python_gauss"].item()
     random.setstate((version, tuple(words), None if gauss != gauss else gauss))

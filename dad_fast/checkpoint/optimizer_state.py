@@ -1,4 +1,6 @@
-"""An optimizer's state as named tensors and JSON, and back, because checkpoints hold no pickle."""
+"""Convert an optimizer's state to named tensors and JSON, and back: checkpoints contain no
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,15 @@ import torch
 from torch import Tensor
 
 PREFIX = "optimizer."
-# How an optimizer computes on a device, which is decided anew wherever a run goes on.
+# Implementation choices of an optimizer, made anew for the device on which a run resumes.
 OF_THE_DEVICE = frozenset({"fused", "foreach", "capturable"})
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, which still are the optimizer's own, and JSON that says where each belongs. TypeError for what is neither."""
+    """Return the optimizer's tensors, not copied, and JSON with their places.
+
+    Raises TypeError for a state that is neither a tensor nor JSON.
+    """
     tensors: dict[str, Tensor] = {}
     state = optimizer.state_dict()
     groups = [
@@ -30,44 +35,42 @@ def restore_optimizer(
     saved: dict[str, Any],
     own: Collection[str] = (),
 ) -> None:
-    """The inverse of `flatten_optimizer`, into an optimizer over the same parameters.
+    """Restore the state of `flatten_optimizer` into an optimizer over the same parameters.
 
-    own: settings of a parameter group, such as weight_decay, that stay as the optimizer was built.
+    own: settings of a parameter group, such as weight_decay, that keep the optimizer's present
+    values.
     """
     state = _unpacked(saved, tensors)
     for group, built in zip(state["param_groups"], optimizer.param_groups, strict=True):
         group.update({name: built[name] for name in {*own, *OF_THE_DEVICE} if name in built})
     optimizer.load_state_dict(state)
     for parameter, entry in optimizer.state.items():
-        # Files hold contiguous tensors. Fused kernels go through memory, and take a moment in another layout for that of other weights.
-        entry.update(
-            {
-                name: _laid_out(value, parameter)
-                for name, value in entry.items()
-                if torch.is_tensor(value)
-            }
-        )
+        # Files contain contiguous tensors. Fused kernels walk memory linearly: moments need the
+        # layout of their weights.
+        for name, value in entry.items():
+            if torch.is_tensor(value):
+                entry[name] = _laid_out(value, parameter)
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
-    """A moment of `parameter` with its strides (channels_last); what is not of its shape as it is."""
+    """Return a moment with the strides of `parameter` (channels_last); a value of another shape
+    unchanged.
+    """
     if value.shape != parameter.shape or value.stride() == parameter.stride():
         return value
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; dicts keep keys that are numbers, and tuples stay tuples."""
+    """Return `value` as JSON that keeps numeric keys and tuples, and add its tensors to
+    `tensors`.
+    """
     if torch.is_tensor(value):
         tensors[PREFIX + name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {
-            "dict": [
-                [key, _packed(item, f"{name}.{key}".lstrip("."), tensors)]
-                for key, item in value.items()
-            ]
-        }
+        names = {key: f"{name}.{key}".lstrip(".") for key in value}
+        return {"dict": [[key, _packed(value[key], names[key], tensors)] for key in value]}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [_packed(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
@@ -79,6 +82,7 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return the value that `_packed` converted."""
     if not isinstance(value, dict):
         return value
     ((kind, found),) = value.items()

@@ -1,4 +1,4 @@
-"""The part of a training run that checkpoints save and restore."""
+"""State of a training run that checkpoints save and restore."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dad_fast.config.schema import Config
 
 
 class TrainRun(Protocol):
-    """A run in progress, as `save` and `restore` see it. The trainer is one.
+    """Interface of a run to `save` and `restore`. The trainer implements it.
 
-    The objects of the engine are typed loosely here: a checkpoint asks them for state and gives it back.
+    Objects of the engine are typed as Any: this room does not import the engine.
     """
 
     cfg: Config
@@ -34,6 +34,10 @@ class TrainRun(Protocol):
     bad_images: set[str]
     notes: list[str]
 
-    def gathered_bad_images(self) -> list[str]: ...
+    def gathered_bad_images(self) -> list[str]:
+        """Return the unreadable files that any process has met so far. A collective."""
+        ...
 
-    def model_file(self) -> tuple[dict[str, Any], dict[str, str]]: ...
+    def model_file(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return tensors and metadata of `model.safetensors`."""
+        ...

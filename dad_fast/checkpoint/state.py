@@ -1,8 +1,9 @@
-"""What a checkpoint holds of a run, and how a run takes it up again: nothing else is carried over, and nothing of this is left out.
+"""Save the state of a run to a checkpoint, and restore it, so that resume is exact.
 
-Of several processes the first one saves and loads for all. Weights, optimizer, EMA and running statistics are the same in all of them; of
-the generators each has its own. Where the number of processes is another one than before, the global order of the samples goes on as
-it was, and processes that were not there before draw their dropout from new seeds.
+With several processes the first one saves and loads for all. Weights, optimizer, EMA and running
+statistics are the same in all processes; each has its own random generators. If the number of
+processes changed, the global order of the samples continues unchanged, and all processes draw
+dropout from new seeds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dad_fast.checkpoint.folder import (
 from dad_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from dad_fast.checkpoint.run import TrainRun
 from dad_fast.config import to_toml
+from dad_fast.config.schema import OptimConfig
 from dad_fast.distributed import process_group as distributed
 from dad_fast.errors import DataError, UsageError
 from dad_fast.keyed_random import sample_seeds
@@ -34,7 +36,9 @@ from dad_fast.models.weights.files import write_safetensors
 
 
 def seed_generators(seed: int, step: int = 0) -> None:
-    """Python's, NumPy's and torch's, for dropout and its kind: in each process another one, in the first `seed` itself."""
+    """Seed Python, NumPy and torch, for dropout and the like: `seed` in the first process, derived
+    seeds in the others.
+    """
     rank = distributed.rank()
     own = seed if rank == 0 and step == 0 else int(sample_seeds(seed, step, np.array([rank]))[0])
     random.seed(own)
@@ -43,7 +47,10 @@ def seed_generators(seed: int, step: int = 0) -> None:
 
 
 def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, which still are the run's own, and JSON. All processes call it; the first one's result is for all."""
+    """Return the run's tensors, not copied, and JSON.
+
+    A collective; the first process has the state of all.
+    """
     update, device = run.update, run.parts.device
     optimizer, optimizer_state = flatten_optimizer(update.optimizer)
     tensors: dict[str, Tensor] = {
@@ -53,10 +60,9 @@ def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"ema.{k}": v for k, v in update.ema.module.state_dict().items()}
     tensors |= optimizer | {"bad_in_a_row": update.bad_in_a_row, "worst_streak": run.worst_streak}
     for name, own in (generator_tensors(device) | run.meter.tensors()).items():
-        tensors |= {
-            (f"rank{rank}." if rank else "") + name: state
-            for rank, state in enumerate(distributed.gather_to_main(own.cpu()))
-        }
+        for rank, tensor in enumerate(distributed.gather_to_main(own.cpu())):
+            prefix = f"rank{rank}." if rank else ""
+            tensors[prefix + name] = tensor
     state = {
         **identity(run),
         "config": to_toml(run.cfg),
@@ -73,7 +79,9 @@ def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save(run: TrainRun, best: bool) -> None:
-    """A checkpoint of this moment, written while training goes on; what came before it is on the disk by then."""
+    """Save a checkpoint of this moment; a thread writes it while training continues, after the one
+    before.
+    """
     tensors, state = run_state(run)
     model, metadata = run.model_file()
     if not distributed.is_main():
@@ -83,7 +91,8 @@ def save(run: TrainRun, best: bool) -> None:
     step = run.next_step
 
     def write() -> None:
-        run.log.sync()  # first: the checkpoint says how long it is
+        # First, because the checkpoint records the length of the log.
+        run.log.sync()
         run.checkpoints.save(
             step, tensors, state, lambda path: write_safetensors(path, model, metadata), best
         )
@@ -92,34 +101,37 @@ def save(run: TrainRun, best: bool) -> None:
 
 
 def load_for_all(
-    folder: CheckpointFolder, path: str, say: Callable[[str], None]
+    folder: CheckpointFolder, path: str, log: Callable[[str], None]
 ) -> Checkpoint | None:
-    """`CheckpointFolder.load` by the first process, for all of them: the others need not see the folder."""
+    """Load a checkpoint in the first process and send it to the others, which need not see the
+    folder.
+    """
     found: list[Checkpoint | None] = [None]
 
     def load() -> Any:
-        found[0] = folder.load(path, say)
+        found[0] = folder.load(path, log)
         return None if found[0] is None else [str(found[0].path), found[0].state]
 
     described = distributed.on_main(load)
     if described is None:
         return None
-    return Checkpoint(
-        Path(described[0]),
-        distributed.broadcast_tensors(found[0].tensors if found[0] else None),
-        described[1],
-    )
+    where, state = described
+    tensors = distributed.broadcast_tensors(found[0].tensors if found[0] else None)
+    return Checkpoint(Path(where), tensors, state)
 
 
 def restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> None:
-    """Raises UsageError where the run would not go on with what it began with, naming every difference; DataError for a checkpoint that
-    is as it was written, but not by such a run."""
+    """Restore the state of a checkpoint into a run.
+
+    Raises UsageError, naming every difference, if settings, data or models changed; DataError for a
+    checkpoint that is undamaged but not of such a run.
+    """
     try:
         world = found.state["world"]
-        if type(world) is not int or not (
-            world == 1 or f"rank{world - 1}.generator.torch" in found.tensors
-        ):
-            raise ValueError("no states of all its processes")
+        if type(world) is not int:
+            raise ValueError("the number of its processes is missing")
+        if world != 1 and f"rank{world - 1}.generator.torch" not in found.tensors:
+            raise ValueError("the states of some of its processes are missing")
         _restore(run, found, allow_config_change)
     except (
         ArithmeticError,
@@ -133,21 +145,24 @@ def restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> None
             raise
         why = " ".join(str(error).split())[:160]
         raise DataError(
-            f"checkpoint {found.path}: not the state of such a run ({type(error).__name__}: {why}); name another"
+            f"checkpoint {found.path}: not the state of such a run ({type(error).__name__}: "
+            f"{why}); name another"
         ) from None
 
 
 def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> None:
-    changed, said = changes(run, found), notes(run, found)
+    changed, lines = changes(run, found), notes(run, found)
     if changed and not allow_config_change:
         what = "; ".join(changed)
         raise UsageError(
-            f"--resume: not the settings of {found.path}: {what}; restore them, or add --allow-config-change"
+            f"--resume: not the settings of {found.path}: {what}; restore them, or add "
+            "--allow-config-change"
         )
     if changed:
-        said.insert(
+        lines.insert(
             0,
-            f"going on with other settings than those of {found.path} (--allow-config-change): {'; '.join(changed)}",
+            f"resuming with other settings than those of {found.path} (--allow-config-change): "
+            f"{'; '.join(changed)}",
         )
 
     def under(prefix: str) -> dict[str, Tensor]:
@@ -159,16 +174,16 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
     except RuntimeError as error:
         what = f"{found.path} holds another student ({' '.join(str(error).split())[:200]})"
         raise UsageError(f"--resume: {what}; give the one that the run began with") from None
-    if update.ema is not None:  # an average that begins now begins with the weights as they are
+    if update.ema is not None:
+        # An EMA that the run did not have before starts from the student.
         update.ema.module.load_state_dict(under("ema.") or under("student."))
-    said += _restore_optimizer(run, found)
-    update.scaler.load_state_dict(
-        state["scaler"]
-        if update.scaler.is_enabled() == bool(state["scaler"])
-        else update.scaler.state_dict()
-    )
-    for name, own in (("bad_in_a_row", update.bad_in_a_row), ("worst_streak", run.worst_streak)):
-        own.copy_(found.tensors[name])
+    lines += _restore_optimizer(run, found)
+    # A scaler that the run did not have before keeps its initial state.
+    if update.scaler.is_enabled() == bool(state["scaler"]):
+        update.scaler.load_state_dict(state["scaler"])
+    update.bad_in_a_row.copy_(found.tensors["bad_in_a_row"])
+    run.worst_streak.copy_(found.tensors["worst_streak"])
+
     processes = [under(f"rank{rank}.") if rank else found.tensors for rank in range(state["world"])]
     if state["world"] == distributed.world():
         processes = [processes[distributed.rank()]]
@@ -176,31 +191,28 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
     else:
         seed_generators(run.cfg.seed, state["step"])
     run.meter.restore(processes, device)
-    run.next_step, run.best_top1, run.validation_due = (
-        state["step"],
-        state["best_top1"],
-        state["validation_due"],
-    )
+    run.next_step = state["step"]
+    run.best_top1 = state["best_top1"]
+    run.validation_due = state["validation_due"]
     run.clock.total = state["train_seconds"]
-    run.loader.replaced[:], run.bad_images = state["bad_images"], set(state["bad_images"])
+    run.loader.replaced[:] = state["bad_images"]
+    run.bad_images = set(state["bad_images"])
     run.loader.failed_over = state["failed_over"] if distributed.is_main() else 0
-    run.notes += said
+    run.notes += lines
 
 
 def _restore_optimizer(run: TrainRun, found: Checkpoint) -> list[str]:
-    """Returns what there is to say. Settings that were changed are the new ones; another optimizer begins with no past."""
+    """Restore the optimizer, keeping changed settings; another optimizer starts fresh. Returns
+    lines for the log.
+    """
     before, now = config_of(found).optim, run.cfg.optim
     if before.opt != now.opt:
-        return [f"{now.opt} begins without a past: the run began with {before.opt}"]
-    names = {"weight_decay", "momentum", *before.opt_kwargs, *now.opt_kwargs}
-    old, new = (
-        {"weight_decay": one.weight_decay, "momentum": one.momentum, **one.opt_kwargs}
-        for one in (before, now)
-    )
-    restore_optimizer(
-        run.update.optimizer,
-        found.tensors,
-        found.state["optimizer"],
-        {n for n in names if old.get(n) != new.get(n)},
-    )
+        return [f"{now.opt} starts with a fresh state: the run began with {before.opt}"]
+    old, new = _group_settings(before), _group_settings(now)
+    changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    restore_optimizer(run.update.optimizer, found.tensors, found.state["optimizer"], changed)
     return []
+
+
+def _group_settings(optim: OptimConfig) -> dict[str, Any]:
+    return {"weight_decay": optim.weight_decay, "momentum": optim.momentum, **optim.opt_kwargs}

@@ -1,4 +1,4 @@
-"""Files that are written while training goes on."""
+"""Write files in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ from collections.abc import Callable
 
 
 class Writer:
-    """A thread for one piece of writing at a time. What fails there is raised here, by the next call."""
+    """Runs one write at a time in a thread.
+
+    The next call of any method raises the thread's error.
+    """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def submit(self, write: Callable[[], object]) -> None:
-        """Begin with `write`, after what is under way."""
+        """Start `write`, after waiting for the write before."""
         self.wait()
 
         def work() -> None:
             try:
                 write()
-            except BaseException as error:  # whatever it is belongs to the training thread
+            except BaseException as error:
+                # Raised in the training thread.
                 self._error = error
 
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what failed, without waiting."""
+        """Raise the error of a finished write, without waiting."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> float:
-        """Until everything is on the disk; returns for how many seconds that was."""
+        """Wait until everything is on the disk. Returns the seconds waited."""
         begun = time.perf_counter()
         if self._thread is not None:
             self._thread.join()

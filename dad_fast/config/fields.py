@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from dad_fast.config.schema import Config, Rule
+from dad_fast.config.schema import Config
+from dad_fast.config.setting import Rule
 from dad_fast.errors import UsageError
 
 # Flags of timm and other trainers -> this project's flags of the same meaning.

@@ -1,9 +1,10 @@
-"""One step from presets, a file, `--set` and flags to a checked Config.
+"""Gather a Config from presets, a file, `--set` and flags.
 
-Later layers win: defaults < preset < file < --set < flags. That holds for variants too: a key given by a later layer beats
-the same key in the variants of earlier layers (`--preset demo --epochs 2` shortens every run), and a `method` given by a
-later layer keeps only the earlier variant of that name, or else those that have this method (`--preset demo --method dad`).
-Within one layer a variant wins over the layer's own keys.
+Later layers override: defaults < preset < file < --set < flags. This holds for variants too: a key
+of a later layer overrides the same key in the variants of earlier layers (`--preset demo --epochs
+2` shortens every run), and a `method` of a later layer keeps only the earlier variant of that name,
+or else the variants with this method (`--preset demo --method dad`). Within one layer a variant
+overrides the layer's own keys.
 """
 
 from __future__ import annotations
@@ -38,15 +39,19 @@ NOT_IN_VARIANTS = {"seed": "--seed", "seeds": "--seeds", "device": "--device"}
 def gather(
     preset: str | None, file: Path | None, sets: Sequence[str], flags: Mapping[str, Any] | None
 ) -> Config:
-    """`resolve` without the check that nothing is missing and all fits together."""
+    """Return the Config of a command line, unchecked. `methods.settings.resolve` checks it too.
+
+    Raises UsageError for an unknown preset or key and for a value of the wrong type or out of
+    range.
+    """
     layers = Layers()
     if preset:
         layers.add_toml(preset_text(preset), f"preset {preset}")
     if file is not None:
         layers.add_toml(_read(file), str(file))
-    layers.add(
-        {}, "command line"
-    )  # one layer: `--set variants.big.optim.lr=1 --lr 2` gives big its own
+    # --set and flags are one layer: `--set variants.big.optim.lr=1 --lr 2` keeps the variant's own
+    # value.
+    layers.add({}, "command line")
     for item in sets:
         layers.put_set(item)
     for path, value in (flags or {}).items():
@@ -55,52 +60,61 @@ def gather(
 
 
 def preset_names() -> list[str]:
+    """List the names of the presets."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 def preset_text(name: str) -> str:
-    """The preset's TOML file, with its comments."""
-    if name not in preset_names():
+    """Return the TOML text of a preset, with its comments.
+
+    Raises UsageError for an unknown name.
+    """
+    known = preset_names()
+    if name not in known:
         raise UsageError(
-            f"--preset {name}: no such preset{nearest(name, preset_names())} (known: {', '.join(preset_names())})"
+            f"--preset {name}: no such preset{nearest(name, known)} (known: {', '.join(known)})"
         )
     return (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
 
 
 class Layers:
-    """Values gathered from the weakest layer to the strongest."""
+    """Values gathered layer by layer; later layers override."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.variants: dict[str, dict[str, Any]] = {}
-        self._earlier: dict[
-            str, dict[str, Any]
-        ] = {}  # the variants of earlier layers, which a key of this layer overrides
-        self._layer: set[str] = set()  # keys of this layer
+        # The variants of earlier layers: keys of the present layer override them.
+        self._earlier: dict[str, dict[str, Any]] = {}
+        # Keys of the present layer.
+        self._layer: set[str] = set()
 
     def add_toml(self, text: str, where: str) -> None:
+        """Add a layer from TOML text. `where` names it in messages.
+
+        Raises UsageError for text that is not valid.
+        """
         try:
             tables = read_toml(text)
         except tomllib.TOMLDecodeError as error:
-            raise UsageError(
-                f"{where}: not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}"
-            ) from None
+            reason = str(error)
+            reason = reason[:1].lower() + reason[1:]
+            raise UsageError(f"{where}: not valid TOML: {reason}") from None
         except ValueError as error:
             raise UsageError(f"{where}: not settings ({error})") from None
         self.add(tables, where)
 
     def add(self, tables: dict[str, Any], where: str) -> None:
-        """A new layer with the given TOML tables."""
+        """Add a layer of TOML tables."""
         self._layer = set()
         self._earlier = {name: dict(changes) for name, changes in self.variants.items()}
         variants = tables.get("variants", {})
-        if not isinstance(variants, dict) or not all(
+        are_tables = isinstance(variants, dict) and all(
             isinstance(changes, dict) for changes in variants.values()
-        ):
+        )
+        if not are_tables:
             raise UsageError(f"{where}: variants holds tables: [variants.NAME]")
-        for path, value in flatten(
-            {key: value for key, value in tables.items() if key != "variants"}, where
-        ):
+        others = {key: value for key, value in tables.items() if key != "variants"}
+        for path, value in flatten(others, where):
             self.put(path, value, where)
         for name, changes in variants.items():
             self.variants.setdefault(name, {})
@@ -108,25 +122,25 @@ class Layers:
                 self._put_variant(name, path, value, f"{where}: variants.{name}")
 
     def put(self, path: str, value: Any, where: str) -> None:
+        """Set a key of the present layer, overriding the variants of earlier layers."""
         before = self.values.get("method", settings()["method"].default)
         self.values[path] = coerce(lookup(path, where), value, where)
         self._layer.add(path)
         if path == "data.batch_size" and "data.global_batch_size" not in self._layer:
-            self.values.pop(
-                "data.global_batch_size", None
-            )  # an earlier layer's: the later word on the same thing wins
+            # Both set the same thing: the later layer overrides.
+            self.values.pop("data.global_batch_size", None)
         method = self.values.get("method")
         for name in list(self._earlier):
-            other = self.variants[name].get("method", before) != method or (
-                method in self._earlier and name != method
-            )
-            if path == "method" and other:
+            has_other_method = self.variants[name].get("method", before) != method
+            has_other_name = method in self._earlier and name != method
+            if path == "method" and (has_other_method or has_other_name):
                 del self._earlier[name], self.variants[name]
             elif path in self._earlier[name]:
                 del self._earlier[name][path], self.variants[name][path]
 
     def put_set(self, item: str) -> None:
-        """`section.key=value` as given to --set; `section.key.sub=value` reaches into a table such as student.model_kwargs."""
+        """Set `section.key=value` as given to --set. `section.key.sub=value` sets a key of a table
+        such as student.model_kwargs."""
         path, equals, text = item.partition("=")
         path, text = path.strip(), text.strip()
         where = f"--set {item}"
@@ -139,38 +153,38 @@ class Layers:
             name, _, inner = path.removeprefix("variants").removeprefix(".").partition(".")
             if not inner:
                 raise UsageError(
-                    f"{where}: write --set variants.NAME.section.key=value (or variants={{}} for none)"
+                    f"{where}: write --set variants.NAME.section.key=value (or variants={{}} for "
+                    "none)"
                 )
             self._put_variant(name, inner, _unquote(text), where)
             return
-        table = path.rpartition(".")[0]
+        table, _, key = path.rpartition(".")
         if table in settings() and isinstance(settings()[table].default, dict):
-            self.put(
-                table,
-                {**self.values.get(table, {}), path.rpartition(".")[2]: toml_value(text)},
-                where,
-            )
+            self.put(table, {**self.values.get(table, {}), key: toml_value(text)}, where)
         else:
             self.put(path, _unquote(text), where)
 
     def _put_variant(self, name: str, path: str, value: Any, where: str) -> None:
         if not VARIANT_NAME.fullmatch(name):
             raise UsageError(
-                f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + = - only, since it becomes a folder"
+                f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + = - "
+                "only, since it becomes a folder"
             )
         if path in NOT_IN_VARIANTS:
             raise UsageError(
-                f"{where}: {path} cannot differ between variants; set it for all of them with {NOT_IN_VARIANTS[path]}"
+                f"{where}: {path} cannot differ between variants; set it for all of them with "
+                f"{NOT_IN_VARIANTS[path]}"
             )
         self.variants.setdefault(name, {})[path] = coerce(lookup(path, where), value, where)
         self._earlier.get(name, {}).pop(path, None)
 
     def config(self) -> Config:
+        """Return the Config of all layers."""
         return with_values(Config(), {**self.values, "variants": self.variants})
 
 
 def is_fixed(aug: AugmentConfig) -> bool:
-    """Whether an image looks the same in every epoch."""
+    """True if the augmentation has nothing random: an image looks the same in every epoch."""
     chance = any(0 < probability < 1 for probability in (aug.hflip, aug.vflip))
     return aug.crop == "center" and not (
         chance or aug.aa or aug.color_jitter or aug.reprob or aug.mixup or aug.cutmix
@@ -178,7 +192,7 @@ def is_fixed(aug: AugmentConfig) -> bool:
 
 
 def _unquote(text: str) -> str:
-    """Text that is quoted as in TOML without its quotes; anything else as it is."""
+    """Remove the quotes of text that is quoted as in TOML."""
     if text[:1] in ("'", '"'):
         value = toml_value(text)
         return value if isinstance(value, str) else text

@@ -1,166 +1,35 @@
-"""Every setting of a run: name, default, meaning, and the flag that sets it.
+"""Settings of a run: name, default, meaning, and the flag that sets it.
 
-One frozen dataclass per section of the TOML file. Flags use timm's names where the meaning is the same; a field without a
-flag is set by `--set section.key=value` or in the file. This file imports nothing heavy: `dad-fast -h` reads it.
+One frozen dataclass per section of the TOML file. Flags use timm's names where the meaning is the
+same; a field without a flag is set by `--set section.key=value` or in the file. This file imports
+nothing heavy: `dad-fast -h` reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Rule(NamedTuple):
-    """What a number must satisfy, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-POSITIVE = Rule("above 0", lambda value: value > 0)
-NOT_NEGATIVE = Rule("0 or more", lambda value: value >= 0)
-AT_LEAST_ONE = Rule("1 or more", lambda value: value >= 1)
-PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
-BELOW_ONE = Rule("0 or more and below 1", lambda value: 0 <= value < 1)
-INTERVAL = Rule("two numbers above 0, the smaller first", lambda pair: 0 < pair[0] <= pair[1])
-AREA = Rule(
-    "two numbers above 0 and up to 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1
+from dad_fast.config.schema_data import AugmentConfig as AugmentConfig
+from dad_fast.config.schema_data import DataConfig as DataConfig
+from dad_fast.config.setting import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    setting,
 )
 
-
-def setting(
-    default: Any,
-    text: str,
-    flag: str = "",
-    *,
-    rule: Rule | None = None,
-    short: str = "",
-    main: bool = False,
-    bare: tuple[str, ...] = (),
-) -> Any:
-    """A field with its help `text`, its `flag` (and `short` one), its `rule`, and whether the short `--help` shows it (`main`).
-
-    bare: the value of a list whose flag is given without one.
-    """
-    metadata = {
-        "help": text,
-        "flag": flag,
-        "short": short,
-        "rule": rule,
-        "main": main,
-        "bare": bare,
-    }
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    data_dir: str = setting(
-        "", "images or tar shards in train/ and val/, or embedded:digits", "--data-dir", main=True
-    )
-    train_split: str = setting(
-        "train",
-        "folder, shards by pattern (NAME-{000..099}.tar) or embedded split to train on",
-        "--train-split",
-    )
-    val_split: str = setting(
-        "val", "folder, shards by pattern or embedded split to validate on", "--val-split"
-    )
-    class_map: str = setting(
-        "", "CSV (id,folder,name) that fixes the order of the classes", "--class-map"
-    )
-    batch_size: int = setting(
-        256,
-        "clean images per batch of a process",
-        "--batch-size",
-        rule=AT_LEAST_ONE,
-        short="-b",
-        main=True,
-    )
-    global_batch_size: int = setting(
-        0,
-        "clean images per step of all processes; 0 = batch-size x processes x grad-accum-steps",
-        "--global-batch-size",
-        rule=NOT_NEGATIVE,
-    )
-    loader: Literal["auto", "dali", "pil", "torchvision"] = setting(
-        "auto", "what decodes and augments: auto, dali or pil", "--loader"
-    )
-    workers: int = setting(
-        4,
-        "loader processes; 0 loads in the training process",
-        "--workers",
-        rule=NOT_NEGATIVE,
-        short="-j",
-    )
-    max_bad_share: float = setting(
-        0.01, "share of unreadable images above which the run stops (exit 4)", rule=PROBABILITY
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    img_size: int = setting(
-        0,
-        "side of the square images in pixels; 0 = the student's own",
-        "--img-size",
-        rule=NOT_NEGATIVE,
-    )
-    crop: Literal["random-resized", "center"] = setting("random-resized", "training crop")
-    scale: tuple[float, float] = setting(
-        (0.08, 1.0), "area of the random crop", "--scale", rule=AREA
-    )
-    ratio: tuple[float, float] = setting(
-        (0.75, 1.3333333333333333), "aspect ratio of the random crop", "--ratio", rule=INTERVAL
-    )
-    hflip: float = setting(0.5, "probability of a horizontal flip", "--hflip", rule=PROBABILITY)
-    vflip: float = setting(0.0, "probability of a vertical flip", "--vflip", rule=PROBABILITY)
-    color_jitter: float = setting(
-        0.4,
-        "strength of colour jitter; unused when --aa is set, as in timm",
-        "--color-jitter",
-        rule=NOT_NEGATIVE,
-    )
-    aa: str = setting("", "RandAugment policy, as timm writes it: rand-m9-mstd0.5-inc1", "--aa")
-    train_interpolation: Literal["random", "bilinear", "bicubic"] = setting(
-        "random", "resampling filter", "--train-interpolation"
-    )
-    reprob: float = setting(0.0, "probability of random erasing", "--reprob", rule=PROBABILITY)
-    remode: Literal["const", "rand", "pixel"] = setting(
-        "pixel", "what an erased box is filled with", "--remode"
-    )
-    mixup: float = setting(0.0, "mixup alpha", "--mixup", rule=NOT_NEGATIVE)
-    cutmix: float = setting(0.0, "cutmix alpha", "--cutmix", rule=NOT_NEGATIVE)
-    mixup_prob: float = setting(
-        1.0, "probability that a pair of images is mixed", "--mixup-prob", rule=PROBABILITY
-    )
-    mixup_switch_prob: float = setting(
-        0.5, "probability of cutmix where both are on", "--mixup-switch-prob", rule=PROBABILITY
-    )
-    smoothing: float = setting(
-        0.1, "label smoothing of the cross-entropy", "--smoothing", rule=BELOW_ONE
-    )
-    crop_pct: float = setting(
-        0.0,
-        "evaluation: share of the resized image kept; 0 = the student's own",
-        "--crop-pct",
-        rule=PROBABILITY,
-    )
-    interpolation: str = setting(
-        "", "evaluation: resampling filter; empty = the student's own", "--interpolation"
-    )
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = setting(
         "",
-        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or embedded:digits",
+        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or "
+        "embedded:digits",
         "--teacher",
         main=True,
     )
@@ -182,7 +51,7 @@ class StudentConfig:
     )
     init_from: str = setting(
         "",
-        "start from another run's weights (run, checkpoint folder or file); nothing else is taken",
+        "start from another run's weights (run, checkpoint folder or file), and nothing else of it",
         "--init-from",
     )
     pretrained: bool = setting(
@@ -194,12 +63,13 @@ class StudentConfig:
     drop: float = setting(0.0, "dropout before the classifier", "--drop", rule=BELOW_ONE)
     bn: Literal["joint", "split", "aux"] = setting(
         "joint",
-        "batch norm over clean and adversarial images: one batch, two calls, or auxiliary statistics",
+        "batch norm over clean and adversarial images: one batch, two calls, or auxiliary "
+        "statistics",
         "--bn",
     )
     sync_bn: bool = setting(
         False,
-        "batch norm over the images of all processes (CUDA); else each has its own",
+        "batch norm over the images of all processes (CUDA); else each process over its own",
         "--sync-bn",
     )
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
@@ -265,11 +135,12 @@ class LossConfig:
     )
     temperature: float = setting(4.0, "distillation temperature T", "--temperature", rule=POSITIVE)
     filter: bool = setting(
-        True, "count an adversarial image only where the teacher still says y", "--filter"
+        True, "count an adversarial image only where the teacher still predicts y", "--filter"
     )
     form: Literal["paper", "joint"] = setting(
         "paper",
-        "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each other (dad)",
+        "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each "
+        "other (dad)",
         "--loss-form",
     )
 
@@ -278,15 +149,16 @@ class LossConfig:
 class LpClipConfig:
     labels: Literal["pseudo", "true"] = setting(
         "pseudo",
-        "pseudo: the teacher's answers on the weak view; true: the data's labels, a supervised probe",
+        "pseudo: the teacher's predictions on the weak view; true: the data's labels, a "
+        "supervised probe",
         "--lp-labels",
     )
     weight: Literal["confidence", "none"] = setting(
-        "confidence", "what a pseudo-label counts: its confidence, or 1", "--lp-weight"
+        "confidence", "weight of a pseudo-label: its confidence, or 1", "--lp-weight"
     )
     threshold: float = setting(
         0.0,
-        "count a pseudo-label only where the teacher is at least this sure",
+        "count a pseudo-label only where the teacher's confidence is at least this",
         "--lp-threshold",
         rule=PROBABILITY,
     )
@@ -295,7 +167,8 @@ class LpClipConfig:
     )
     views: int = setting(
         0,
-        "strong views per image, drawn once, whose features are kept in memory; 0 = new ones each epoch",
+        "strong views per image, drawn once, whose features are kept in memory; 0 = new ones each "
+        "epoch",
         "--lp-views",
         rule=NOT_NEGATIVE,
     )
@@ -366,7 +239,8 @@ class StoreConfig:
     )
     make: tuple[str, ...] = setting(
         (),
-        "make stores in --output first and learn from them: adversarial, targets, or KIND:VIEWS with the draws per image "
+        "make stores in --output first and learn from them: adversarial, targets, or KIND:VIEWS "
+        "with the draws per image "
         "(default: adversarial:1 and one view of targets an epoch)",
         "--stores",
         bare=("adversarial",),
@@ -378,12 +252,14 @@ class StoreConfig:
     )
     mix_outputs: bool = setting(
         False,
-        "stored outputs are of unmixed views: mix them as the pixels are (approximates the teacher on mixed pixels)",
+        "stored outputs are of unmixed views: mix them as the pixels are (approximates the "
+        "teacher on mixed pixels)",
         "--mix-outputs",
     )
 
 
-# Work that models do and nobody needs; what each is: models/savings.py and models/vqgan_fused_layers.py.
+# Exact optimizations, explained in models/optimizations.py and
+# discretizers/vqgan/fused_layers.py.
 MODEL_SAVINGS = ("class_token_only", "fold_normalisation", "fold_quick_gelu", "cast_weights")
 VQGAN_SAVINGS = ("cast", "channels_last", "upsample", "attention", "merge_1x1")
 
@@ -392,19 +268,21 @@ VQGAN_SAVINGS = ("cast", "channels_last", "upsample", "attention", "merge_1x1")
 class EngineConfig:
     savings: tuple[str, ...] = setting(
         ("all",),
-        f"all, none, or some of {', '.join(MODEL_SAVINGS)}, {', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}",
+        f"all, none, or some of {', '.join(MODEL_SAVINGS)}, "
+        f"{', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}",
         "--savings",
     )
     step_kernels: bool = setting(
         False,
-        "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a GPU",
+        "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a "
+        "GPU",
     )
     grad_accum_steps: int = setting(
         1, "batches whose gradients make one step", "--grad-accum-steps", rule=AT_LEAST_ONE
     )
     cuda_graphs: Literal["auto", "on", "off"] = setting(
         "auto",
-        "capture the step in CUDA graphs; auto falls back to plain calls, and says why",
+        "capture the step in CUDA graphs; auto falls back to plain calls, and logs why",
         "--cuda-graphs",
     )
     torchcompile: bool = setting(
@@ -412,7 +290,7 @@ class EngineConfig:
     )
     dist_timeout: float = setting(
         300.0,
-        "seconds after which a process that does not answer is given up, once training runs",
+        "seconds after which a process that does not answer counts as lost, once training runs",
         "--dist-timeout",
         rule=POSITIVE,
     )
@@ -436,7 +314,8 @@ class EvalConfig:
     )
     suites: tuple[str, ...] = setting(
         (),
-        "judged at the end: splits, image folders, published test sets, corruptions; see dad-fast eval -h",
+        "evaluated at the end: splits, image folders, published test sets, corruptions; see "
+        "dad-fast eval -h",
         "--suite",
     )
     batch_size: int = setting(
@@ -446,7 +325,7 @@ class EvalConfig:
         rule=NOT_NEGATIVE,
     )
     allow_partial: bool = setting(
-        False, "judge published test sets that are not whole, and say so", "--allow-partial"
+        False, "evaluate incomplete published test sets, with a warning", "--allow-partial"
     )
     c_preprocessing: Literal["none", "resize256"] = setting(
         "none",
@@ -457,7 +336,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run, or several: `methods` and `variants` times `seeds`."""
+    """Settings of a run, or of several: `variants` times `seeds`."""
 
     method: str = setting("dad", "training method", "--method", main=True)
     seed: int = setting(0, "seed of every random draw", "--seed", rule=NOT_NEGATIVE)
@@ -494,5 +373,6 @@ class Config:
     eval: EvalConfig = EvalConfig()
     variants: dict[str, dict[str, Any]] = setting(
         {},
-        "runs to compare: [variants.NAME] with the keys that differ, such as method or schedule.epochs",
+        "runs to compare: [variants.NAME] with the keys that differ, such as method or "
+        "schedule.epochs",
     )

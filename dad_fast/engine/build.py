@@ -1,4 +1,7 @@
-"""From settings to the parts of a run. Everything that a user can get wrong fails here, before a file is written."""
+"""Build the components of a run from its settings.
+
+User errors are raised here, before a file is written.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,15 @@ from dad_fast.store import AdversarialStore, TargetStore
 
 @dataclass(frozen=True)
 class Components:
-    """What a run is made of; `teacher` and `discretizer` are None where the method, given its stores, needs none."""
+    """Data, models and stores of a run.
+
+    teacher, discretizer: None where the method, given its stores, needs none.
+    savings: for teacher and student, optimization -> "" where it is on, else the reason why it is
+    off.
+    hashes: of the weights of teacher and discretizer; None for a discretizer without trained
+    weights.
+    probe: data of a linear probe on the teacher's encoder, None for other students.
+    """
 
     device: torch.device
     train: Source
@@ -49,49 +60,45 @@ class Components:
     teacher: Teacher | None
     discretizer: Discretizer | None
     stored: Stored
-    savings: dict[
-        str, dict[str, str]
-    ]  # of teacher and student: saving -> "" where it is on, else why it is not
-    hashes: dict[
-        str, str | None
-    ]  # of the weights of teacher and discretizer, None where nothing is trained
-    probe: ProbeData | None = None  # where the student is a linear probe on the teacher's encoder
+    savings: dict[str, dict[str, str]]
+    hashes: dict[str, str | None]
+    probe: ProbeData | None = None
 
-    def prepare(self, say: Callable[[str], None]) -> None:
-        """Make what the steps need before the first of them; `say` gets lines for the log."""
+    def prepare(self, log: Callable[[str], None]) -> None:
+        """Make pseudo-labels and features before the first step; `log` gets lines of text."""
         if self.probe is not None:
-            self.probe.prepare(say)
+            self.probe.prepare(log)
 
     def join(self, batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
-        """`batches` with what stores and the teacher have said of them."""
+        """Add stored images, stored outputs and pseudo-labels to `batches`."""
         batches = self.stored.join(batches, pin_memory)
         return batches if self.probe is None else self.probe.join(batches, pin_memory)
 
 
 class Builder:
-    """Builds the parts of one run after another; frozen parts (data, teacher, discretizer) are shared between runs."""
+    """Builds the components of one run after another; runs share data, teacher and discretizer."""
 
     def __init__(self) -> None:
         self._frozen: dict[Any, Any] = {}
 
     def build(self, cfg: Config) -> Components:
+        """Build the components of a run.
+
+        Raises UsageError, DataError or EnvironmentProblem for settings that fail.
+        """
         device = resolve_device(cfg.device)
         check_splits(cfg)
-        if (
-            not cfg.store.dirs
-        ):  # what a store makes needless is known when it has been joined with the data
+        # With stores, the models that are needed are known only when the stores are open.
+        if not cfg.store.dirs:
             check_weights(cfg, *_needs(cfg, None, None))
-        data = repr(cfg.data), cfg.store.dirs
-        train = self._once(
-            ("source", cfg.data.train_split, *data), lambda: _source(cfg, cfg.data.train_split)
-        )
-        val = self._once(
-            ("source", cfg.data.val_split, *data), lambda: _source(cfg, cfg.data.val_split)
-        )
+
+        train = self._source(cfg, cfg.data.train_split)
+        val = self._source(cfg, cfg.data.val_split)
         check_same_classes(cfg, train.classes, val.classes)
-        of_stores = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
-        stored = self._once(of_stores, lambda: Stored(cfg.store.dirs, train, cfg.loss.filter))
+        store_key = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
+        stored = self._once(store_key, lambda: Stored(cfg.store.dirs, train, cfg.loss.filter))
         stored.check_form(cfg)
+
         needs_teacher, needs_discretizer = _needs(cfg, stored.adversarial, stored.targets)
         teacher = discretizer = None
         hashes: dict[str, str | None] = {}
@@ -104,20 +111,24 @@ class Builder:
             )
             teacher, hashes["teacher"], savings["teacher"], encoder_sha256 = found
         if needs_discretizer:
-            of_discretizer = ("discretizer", repr(cfg.discretizer), *common)
-            discretizer, hashes["discretizer"] = self._once(
-                of_discretizer, lambda: frozen.discretizer(cfg, device)
+            found = self._once(
+                ("discretizer", repr(cfg.discretizer), *common),
+                lambda: frozen.discretizer(cfg, device),
             )
-        torch.manual_seed(cfg.seed)  # the student's initial weights
+            discretizer, hashes["discretizer"] = found
+
+        # Seeds the student's initial weights.
+        torch.manual_seed(cfg.seed)
         method = METHODS[cfg.method]
         if method.linear_probe:
             assert teacher is not None
-            where = {
-                "img_size": cfg.augment.img_size,
-                "init": cfg.lp_clip.init,
-                "init_from": cfg.student.init_from,
-            }
-            student: Student = build_probe(teacher, encoder_sha256, **where)
+            student: Student = build_probe(
+                teacher,
+                encoder_sha256,
+                img_size=cfg.augment.img_size,
+                init=cfg.lp_clip.init,
+                init_from=cfg.student.init_from,
+            )
         else:
             num_groups = len(method.image_kinds)
             student = build_student(
@@ -130,16 +141,20 @@ class Builder:
             share_batch_norm(student, device)
         if cfg.precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
+
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
-        _try_one_image(cfg, device, student, teacher, discretizer)
-        probe = (
-            self._probe_data(cfg, train, student, hashes["teacher"], device)
-            if isinstance(student, Probe)
-            else None
-        )
+        _try_one_image(device, student, teacher, discretizer)
+        probe: ProbeData | None = None
+        if isinstance(student, Probe):
+            probe = self._probe_data(cfg, train, student, hashes["teacher"], device)
         return Components(
             device, train, val, student, teacher, discretizer, stored, savings, hashes, probe
         )
+
+    def _source(self, cfg: Config, split: str) -> Source:
+        key = ("source", split, repr(cfg.data), cfg.store.dirs)
+        source: Source = self._once(key, lambda: _open_source(cfg, split))
+        return source
 
     def _probe_data(
         self,
@@ -149,9 +164,13 @@ class Builder:
         teacher_hash: str | None,
         device: torch.device,
     ) -> ProbeData:
-        """Shared between runs that differ in neither teacher nor views: a sweep over thresholds encodes its images once."""
-        batch_size, workers = cfg.eval.batch_size or cfg.data.batch_size, cfg.data.workers
-        how = {
+        """Create pseudo-labels and features, shared between runs of the same teacher and views.
+
+        So a sweep over thresholds encodes its images once.
+        """
+        batch_size = cfg.eval.batch_size or cfg.data.batch_size
+        workers = cfg.data.workers
+        identity = {
             "teacher": teacher_hash,
             "precision": asdict(cfg.precision),
             "savings": sorted(cfg.engine.savings),
@@ -159,21 +178,20 @@ class Builder:
         labels = features = None
         if cfg.lp_clip.labels == "pseudo":
             view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation)
-            made = PseudoLabels(probe.encoder, source, view, how, batch_size, workers, device)
+            made = PseudoLabels(probe.encoder, source, view, identity, batch_size, workers, device)
             labels = self._once(("pseudo-labels", made.key), lambda: made)
         fixed = is_fixed(cfg.augment)
-        if views := 1 if fixed else cfg.lp_clip.views:
+        views = 1 if fixed else cfg.lp_clip.views
+        if views:
             seed = 0 if fixed else cfg.seed
-            view_of = repr(
-                (
-                    how,
-                    source.fingerprint,
-                    probe.image_size,
-                    view_settings(cfg.augment),
-                    seed,
-                    views,
-                    str(device),
-                )
+            key = (
+                identity,
+                source.fingerprint,
+                probe.image_size,
+                view_settings(cfg.augment),
+                seed,
+                views,
+                str(device),
             )
             arguments = (
                 probe.spec["num_features"],
@@ -187,7 +205,7 @@ class Builder:
                 device,
             )
             features = self._once(
-                ("features", view_of), lambda: FeatureTable(probe.encoder.features, *arguments)
+                ("features", repr(key)), lambda: FeatureTable(probe.encoder.features, *arguments)
             )
         return ProbeData(labels, features)
 
@@ -204,7 +222,10 @@ def make_step(
     discretizer: Discretizer | None,
     update: Update,
 ) -> TrainStep:
-    """Assemble the training step of a run. This is where the whole configuration ends: its parts take their sections."""
+    """Assemble the training step of a run.
+
+    Functions below take the section of the configuration that they use.
+    """
     method = METHODS[cfg.method]
     engine = cfg.engine
     channels_last = cfg.precision.channels_last
@@ -253,16 +274,21 @@ def _compiled(model: Model, engine: EngineConfig) -> Model:
     if not engine.torchcompile:
         return model
     keep_compiled_code_private()
-    # dynamic=False: sizes are few, and which kernel a batch gets must not depend on the sizes before it, as after a resume.
+    # dynamic=False: sizes are few, and the kernel of a batch must not depend on earlier sizes, or a
+    # resume would differ.
     compiled: Model = torch.compile(model, dynamic=False)
     return compiled
 
 
 def share_batch_norm(student: Student, device: torch.device) -> None:
-    """--sync-bn: batch norms that see the images of all processes. Not yet run on a GPU."""
+    """Replace batch norms by those over the images of all processes (--sync-bn).
+
+    Not yet run on a GPU.
+    """
     if device.type != "cuda":
         raise EnvironmentProblem(
-            f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; leave it out"
+            f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; "
+            "leave it out"
         )
     student.model = convert_sync_batchnorm(student.model)
 
@@ -270,7 +296,10 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
 def _needs(
     cfg: Config, adversarial: AdversarialStore | None, targets: TargetStore | None
 ) -> tuple[bool, bool]:
-    """Whether a teacher and a discretizer are needed, given these stores; raises UsageError when one is needed and not named."""
+    """Return (teacher is needed, discretizer is needed), given these stores.
+
+    Raises UsageError if one is needed and not named.
+    """
     method = METHODS[cfg.method]
     if method.linear_probe:
         return True, False
@@ -283,29 +312,29 @@ def _needs(
     if teacher and not cfg.teacher.name:
         missing = "adversarial images" if online else "outputs on clean images (--targets)"
         raise UsageError(
-            f"--method {cfg.method} needs a teacher, for no store has its {missing}: add --teacher"
+            f"--method {cfg.method} needs a teacher: no store contains its {missing}; add --teacher"
         )
     if discretizer and not cfg.discretizer.name:
-        why = (
-            "the store holds codes and no images"
-            if only_codes
-            else "no store has adversarial images"
-        )
+        why = "no store contains adversarial images"
+        if only_codes:
+            why = "the store contains codes and no images"
         raise UsageError(
-            f"--method {cfg.method} needs a discretizer, for {why}: add --discretizer (a VQGAN's file, identity or jpeg:75)"
+            f"--method {cfg.method} needs a discretizer: {why}; add --discretizer (a VQGAN's "
+            "file, identity or jpeg:75)"
         )
     return teacher, discretizer
 
 
 @torch.no_grad()
 def _try_one_image(
-    cfg: Config,
     device: torch.device,
     student: Student,
     teacher: Teacher | None,
     discretizer: Discretizer | None,
 ) -> None:
-    """A size that a model cannot take shows here, in one line, and not in the first step."""
+    """Run every model on one image, so that an unsupported size is a one-line error before the
+    first step.
+    """
     side = student.image_size
     pixels = torch.zeros(1, 3, side, side, device=device)
     try:
@@ -321,15 +350,16 @@ def _try_one_image(
         discretizer(pixels)
 
 
-def _source(cfg: Config, split: str) -> Source:
-    with distributed.main_first():  # of every machine: the others find its index
-        data = cfg.data
+def _open_source(cfg: Config, split: str) -> Source:
+    """Open a split, in the order of classes that a store recorded if it has the same classes."""
+    data = cfg.data
+    # The first process of every machine writes the index, the others read it.
+    with distributed.main_first():
         source = open_source(data.data_dir, split, data.class_map, max_bad_share=data.max_bad_share)
         recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
-        if (
-            recorded is None
-            or recorded == source.classes
-            or set(recorded.folders) != set(source.classes.folders)
-        ):
-            return source  # whether these are a store's classes is for Stored to say
+        if recorded is None or recorded == source.classes:
+            return source
+        if set(recorded.folders) != set(source.classes.folders):
+            # Stored raises the error for other classes.
+            return source
         return open_source(data.data_dir, split, classes=recorded, max_bad_share=data.max_bad_share)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.engine.generator import AttackGenerator, Generator
 from dad_fast.engine.learner import Learner
-from dad_fast.methods.discretize import perturb
+from dad_fast.methods.attack import perturb
 from dad_fast.methods.registry import Images
 
 NUM_MEASURED = 16  # images whose codes are compared at a log step

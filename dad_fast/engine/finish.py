@@ -1,4 +1,4 @@
-"""The end of a run: judge the student on every suite, and write what the run's folder is kept for."""
+"""End of a run: evaluate the student on every suite, and write model, results and report."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.generator import AttackGenerator
 from dad_fast.engine.trainer import Trainer
-from dad_fast.evaluate.runner import Result, Suite
+from dad_fast.evaluate.runner import Suite
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.progress import report_progress
-from dad_fast.methods.discretize import discretize
+from dad_fast.methods.attack import discretize
 from dad_fast.methods.losses import keep_mask
 from dad_fast.methods.registry import METHODS, Images
 from dad_fast.report.page import write_report
@@ -34,42 +34,31 @@ def finish(
     summary: dict[str, float],
     teacher_results: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Write model.safetensors, sheet.png and .safetensors, results.json and report.html; returns the record that results.json holds.
+    """Write model.safetensors, sheet.png, sheet.safetensors, results.json and report.html.
 
-    suites: what the student is judged on; the validation split alone where there are none.
-    teacher_results: results of teachers by name, filled here: a teacher that several runs share is judged once.
+    suites: what to evaluate the student on; empty = the validation split.
+    teacher_results: results by teacher's name, filled here, so that runs that share a teacher
+    evaluate it once.
+    Returns the content of results.json. A collective: all processes evaluate their share of the
+    images, the first one writes.
     """
     cfg, parts, output = trainer.cfg, trainer.parts, trainer.output
     suites = suites or [Suite(cfg.data.val_split, parts.val)]
-    main = (
-        distributed.is_main()
-    )  # all processes judge, each its share of the images; this one writes
+    main = distributed.is_main()
     if main:
         trainer.write_model(output / "model.safetensors")
     student = {
-        suite.name: trainer.judge(trainer.evaluated, suite, _progress(suite.name))
+        suite.name: trainer.evaluate(trainer.evaluated, suite, _progress(suite.name))
         for suite in suites
     }
-    teacher = None
-    if parts.teacher is not None:
-        if parts.teacher.name not in teacher_results:
-            teacher_results[parts.teacher.name] = {
-                suite.name: trainer.judge(
-                    parts.teacher, suite, _progress(f"teacher on {suite.name}")
-                ).to_dict()
-                for suite in suites
-            }
-        teacher = {
-            "name": parts.teacher.name,
-            "seen": parts.teacher.provenance,
-            "suites": teacher_results[parts.teacher.name],
-        }
-    if (
-        main
-        and parts.discretizer is not None
-        and (parts.teacher is not None or METHODS[cfg.method].uses(Images.ATTACK_STUDENT))
-    ):
-        _sheet(trainer, output)
+    teacher = _teacher_record(trainer, suites, teacher_results)
+    is_attacked = parts.teacher is not None or METHODS[cfg.method].uses(Images.ATTACK_STUDENT)
+    if main and parts.discretizer is not None and is_attacked:
+        _write_sheet(trainer, output)
+
+    discretizer = None
+    if parts.discretizer is not None:
+        discretizer = {"name": parts.discretizer.name, "seen": parts.discretizer.provenance}
     record = {
         "variant": variant,
         "method": cfg.method,
@@ -80,27 +69,47 @@ def finish(
         "bn": cfg.student.bn if parts.student.has_batch_stats else None,
         "suites": {name: result.to_dict() for name, result in student.items()},
         "teacher": teacher,
-        "discretizer": None
-        if parts.discretizer is None
-        else {"name": parts.discretizer.name, "seen": parts.discretizer.provenance},
+        "discretizer": discretizer,
     }
     if main:
         atomic_write_json(output / "results.json", record)
         write_report(output)
-    trainer.log.say(f"{trainer.label}: {_line(student)}")
+    scores = "  ".join(f"{name} {result.top1:.1f} %" for name, result in student.items())
+    trainer.log.say(f"{trainer.label}: {scores}")
     return record
+
+
+def _teacher_record(
+    trainer: Trainer, suites: Sequence[Suite], teacher_results: dict[str, dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Evaluate the teacher unless `teacher_results` has it.
+
+    Returns None for a run without a teacher.
+    """
+    teacher = trainer.parts.teacher
+    if teacher is None:
+        return None
+    if teacher.name not in teacher_results:
+        results = {}
+        for suite in suites:
+            progress = _progress(f"teacher on {suite.name}")
+            results[suite.name] = trainer.evaluate(teacher, suite, progress).to_dict()
+        teacher_results[teacher.name] = results
+    return {
+        "name": teacher.name,
+        "seen": teacher.provenance,
+        "suites": teacher_results[teacher.name],
+    }
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
     return lambda done, total: report_progress(done, total, f"evaluating {name}")
 
 
-def _line(results: dict[str, Result]) -> str:
-    return "  ".join(f"{name} {result.top1:.1f} %" for name, result in results.items())
-
-
-def _sheet(trainer: Trainer, output: Path) -> None:
-    """x, Q(x) and Q(x + delta) of a few validation images: against the teacher, or the student where that is what is attacked."""
+def _write_sheet(trainer: Trainer, output: Path) -> None:
+    """Write x, Q(x) and Q(x + delta) of a few validation images, attacking the teacher or, without
+    one, the student.
+    """
     cfg, parts = trainer.cfg, trainer.parts
     generator = trainer.step.generator
     assert parts.discretizer is not None and isinstance(generator, AttackGenerator)
@@ -115,7 +124,8 @@ def _sheet(trainer: Trainer, output: Path) -> None:
         workers=0,
     )
     batch = next(iter(loader))
-    x, labels = to_pixels(batch.images.to(parts.device)), batch.labels.to(parts.device)
+    x = to_pixels(batch.images.to(parts.device))
+    labels = batch.labels.to(parts.device)
     attacked.eval()
     target = soft_targets(labels, student.num_classes)
     found = discretize(
@@ -129,13 +139,18 @@ def _sheet(trainer: Trainer, output: Path) -> None:
     )
     with torch.no_grad():
         plain = parts.discretizer(x)
-        said = attacked(found.images)
+        logits = attacked(found.images)
     names = parts.train.classes.names
-    answers = [names[answer] for answer in said.argmax(1).tolist()]
-    kept = [bool(one) for one in keep_mask(said, labels).tolist()]
+    predictions = logits.argmax(1).tolist()
+    kept = keep_mask(logits, labels).tolist()
     examples = [
-        {"label": names[label], "answer": answer, "kept": one, "filtered": cfg.loss.filter}
-        for label, answer, one in zip(labels.tolist(), answers, kept, strict=True)
+        {
+            "label": names[label],
+            "answer": names[prediction],
+            "kept": bool(is_kept),
+            "filtered": cfg.loss.filter,
+        }
+        for label, prediction, is_kept in zip(labels.tolist(), predictions, kept, strict=True)
     ]
     shift, num_codes = _shift(parts.discretizer, plain, found)
     write_sheet(output / "sheet.png", x, plain.images, found.images, _captions(examples, shift))
@@ -155,25 +170,28 @@ def _sheet(trainer: Trainer, output: Path) -> None:
 def _shift(
     discretizer: Discretizer, before: Discretized, after: Discretized
 ) -> tuple[torch.Tensor | None, int]:
-    """How far each code moved in the codebook, [N, h, w], and the codebook's size; (None, 0) without codes."""
+    """Return the distance of each code to its new code, [N, h, w], and the codebook's size; (None,
+    0) without codes.
+    """
     if before.codes is None or after.codes is None or discretizer.codebook is None:
         return None, 0
     codebook = discretizer.codebook.float()  # [K, D]
     distance = (codebook[before.codes] - codebook[after.codes]).norm(dim=-1)
-    tiny = torch.finfo(
-        torch.float32
-    ).tiny  # two codes may be equal vectors: another code all the same
+    # Two codes may be equal vectors: a changed code has a distance above 0 all the same.
+    tiny = torch.finfo(torch.float32).tiny
     return distance.clamp_min(tiny).where(before.codes != after.codes, 0.0), len(codebook)
 
 
 def _captions(examples: Sequence[dict[str, Any]], shift: torch.Tensor | None) -> list[str]:
     captions = []
     for i, example in enumerate(examples):
-        verdict = (
-            ["kept"]
-            if example["kept"]
-            else ["dropped" if example["filtered"] else "seen", f"as {example['answer']}"]
-        )
-        share = [] if shift is None else [f"{(shift[i] > 0).float().mean().item():.0%} codes"]
-        captions.append("\n".join([example["label"], *verdict, *share]))
+        lines = [example["label"]]
+        if example["kept"]:
+            lines.append("kept")
+        else:
+            lines += ["dropped" if example["filtered"] else "seen", f"as {example['answer']}"]
+        if shift is not None:
+            changed = (shift[i] > 0).float().mean().item()
+            lines.append(f"{changed:.0%} codes")
+        captions.append("\n".join(lines))
     return captions

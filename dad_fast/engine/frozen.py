@@ -1,4 +1,4 @@
-"""Teacher and discretizer as a run uses them: loaded, named by a hash, and then freed of work that nobody needs."""
+"""Load teacher and discretizer, hash their weights, and apply their optimizations."""
 
 from __future__ import annotations
 
@@ -21,43 +21,49 @@ log = logging.getLogger("dad_fast.engine")
 
 
 class FrozenTeacher(NamedTuple):
+    """A teacher with the hash of its weights as loaded, head included.
+
+    savings: optimization -> "" where it is on, else the reason why it is off.
+    encoder_fingerprint: hash of the image encoder alone; prompts and heads do not change it.
+    """
+
     model: Teacher
-    fingerprint: str  # of the weights as they were loaded, head included
-    savings: dict[str, str]  # saving -> "" where it is on, else why it is not
-    encoder_fingerprint: str  # of the image encoder alone, which no prompt and no head changes
+    fingerprint: str
+    savings: dict[str, str]
+    encoder_fingerprint: str
 
 
 class FrozenDiscretizer(NamedTuple):
+    """A discretizer with the hash of its weights; None for one without trained weights."""
+
     model: Discretizer
-    fingerprint: str | None  # None where nothing is trained
+    fingerprint: str | None
 
 
 def model_optimizations(cfg: Config) -> Optimizations:
-    """For teacher and student."""
+    """Return the optimizations of teacher and student that the run asks for."""
     return Optimizations(**{name: _wanted(cfg, name) for name in MODEL_SAVINGS})
 
 
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
+    """Load the teacher of a run."""
     model = load_teacher(cfg.teacher, classes, cfg.precision, device)
-    digest, of_encoder = fingerprint(model), fingerprint(model.encoder)
-    return FrozenTeacher(
-        model, digest, optimize_teacher(model, model_optimizations(cfg)), of_encoder
-    )
+    # Hashed before the optimizations, which change weights.
+    digest = fingerprint(model)
+    encoder_digest = fingerprint(model.encoder)
+    applied = optimize_teacher(model, model_optimizations(cfg))
+    return FrozenTeacher(model, digest, applied, encoder_digest)
 
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
-    savings = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
+    """Load the discretizer of a run."""
+    wanted = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
     kernel = cfg.engine.step_kernels and device.type == "cuda"
-    model = load_discretizer(
-        cfg.discretizer.name,
-        cfg.precision,
-        device,
-        VQGANOptimizations(**savings, norm_kernel=kernel),
-    )
+    optimizations = VQGANOptimizations(**wanted, norm_kernel=kernel)
+    model = load_discretizer(cfg.discretizer.name, cfg.precision, device, optimizations)
     return FrozenDiscretizer(model, model.fingerprint())
 
 
 def _wanted(cfg: Config, name: str) -> bool:
-    return "none" not in cfg.engine.savings and (
-        "all" in cfg.engine.savings or name in cfg.engine.savings
-    )
+    named = cfg.engine.savings
+    return "none" not in named and ("all" in named or name in named)

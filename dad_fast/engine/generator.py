@@ -25,8 +25,7 @@ from dad_fast.data.augment.mixing import (
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.loggers.profiling import stage
-from dad_fast.methods.attack import PGD
-from dad_fast.methods.discretize import discretize
+from dad_fast.methods.attack import PGD, discretize
 from dad_fast.methods.losses import keep_mask, mixed_outputs
 from dad_fast.methods.registry import Images, MethodSpec
 

@@ -1,4 +1,4 @@
-"""Running sums of a step's scalars, kept on the device until somebody reads them."""
+"""Running means of a step's scalars, kept on the device until they are read."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dad_fast.distributed import process_group as distributed
 
 
 class Meter:
-    """Sums over steps; only `read` touches the host."""
+    """Sums scalars over steps; only `read` waits for the device."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, scalars: dict[str, Tensor]) -> None:
+        """Add the scalars of one step."""
         values = {name: value.float() for name, value in scalars.items()}
         self.sums = {
             name: self.sums[name] + value if name in self.sums else value.clone()
@@ -24,7 +25,7 @@ class Meter:
         self.count += 1
 
     def read(self) -> dict[str, float]:
-        """Means since the last read, in one transfer; the sums start again."""
+        """Return the means since the last read, in one transfer, and start again."""
         if not self.count:
             return {}
         values = (torch.stack(list(self.sums.values())) / self.count).tolist()
@@ -33,13 +34,18 @@ class Meter:
         return means
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint: a run that resumes in the middle of a log window logs what the straight run logs."""
+        """Return the sums for a checkpoint: a run resumed within a log window logs the same
+        means.
+        """
         return {f"meter.{name}": value for name, value in self.sums.items()} | {
             "meter": torch.tensor(self.count)
         }
 
     def restore(self, processes: list[dict[str, Tensor]], device: torch.device) -> None:
-        """processes: the `tensors` of one process, or of several, whose mean stands for them."""
+        """Restore sums.
+
+        processes: the `tensors` of one process, or of several, whose mean is taken.
+        """
         names = [name for name in processes[0] if name.startswith("meter.")]
         means = {
             name: torch.stack([one[name] for one in processes]).mean(0).to(device) for name in names
@@ -48,8 +54,11 @@ class Meter:
         self.count = int(processes[0]["meter"])
 
 
-def over_processes(means: dict[str, float], most: dict[str, float]) -> dict[str, float]:
-    """For the log: `means` averaged over the processes, and of `most` the largest value."""
-    found = distributed.all_gather_json([means, most])
+def over_processes(means: dict[str, float], largest: dict[str, float]) -> dict[str, float]:
+    """Return `means` averaged over the processes, and the largest value of each in `largest`.
+
+    A collective.
+    """
+    found = distributed.all_gather_json([means, largest])
     averages = {name: sum(one[name] for one, _ in found) / len(found) for name in means}
-    return averages | {name: max(one[name] for _, one in found) for name in most}
+    return averages | {name: max(one[name] for _, one in found) for name in largest}

@@ -1,52 +1,118 @@
-"""What a run tells its user once, when it shows: that it waits for its data or its disk, that latents are not numbers, that its attack
-is lost."""
+"""Messages of a run to its user: the summary before the first step, and advice that is
+given once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from dad_fast.config.schema import Config
+from dad_fast.data.loaders.choose import resolve_loader
+from dad_fast.data.loaders.loader import TrainLoader
+from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Components
+from dad_fast.engine.probe_features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
 
-WAIT = 1.0  # seconds for which a step may wait for the disk without a word
-VISIBLE = 3.0  # times the encoder's rounding, from which on an attack is more than chance
+# Seconds that a step may wait for the disk before the user is told.
+TOLERATED_WAIT = 1.0
+# An attack below this many times the encoder's rounding changes codes by chance.
+VISIBLE = 3.0
+
+
+def introduction(cfg: Config, parts: Components, loader: TrainLoader | FeatureLoader) -> list[str]:
+    """Run summary, logged before the first step: data, batches, models, optimizations, stores."""
+    lines = [parts.train.describe(), _batches(cfg)]
+    if distributed.world() > 1 and parts.student.has_batch_stats:
+        lines.append(_batch_norm(cfg))
+    if parts.teacher is not None:
+        lines.append(f"teacher {parts.teacher.name} (trained on: {parts.teacher.provenance})")
+    if parts.probe is not None:
+        trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
+        lines.append(
+            f"training a linear layer of {trained:,} parameters on the teacher's frozen encoder"
+        )
+    if parts.discretizer is not None:
+        name, provenance = parts.discretizer.name, parts.discretizer.provenance
+        lines.append(f"discretizer {name} (trained on: {provenance})")
+        lines += parts.discretizer.notes()
+    for part, found in parts.savings.items():
+        texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
+        lines.append(f"optimizations of the {part}: {', '.join(texts) or 'none'}")
+    if not isinstance(loader, FeatureLoader):
+        name, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
+        lines.append(f"loader {name}: {why}")
+    lines += [
+        f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images"
+        for store in parts.stored.stores
+    ]
+    return lines
+
+
+def _batches(cfg: Config) -> str:
+    world, accumulation = distributed.world(), cfg.engine.grad_accum_steps
+    batch, total = cfg.data.batch_size, cfg.data.global_batch_size
+    accumulated = f" x {accumulation} accumulated" if accumulation > 1 else ""
+    processes = f"{world} process{'es' if world > 1 else ''}"
+    return f"batch {batch} x {processes}{accumulated} = {total} images a step"
+
+
+def _batch_norm(cfg: Config) -> str:
+    batch = cfg.data.batch_size
+    if cfg.student.sync_bn:
+        total = batch * distributed.world()
+        return f"batch norm: over the {total} images of all processes (--sync-bn)"
+    return (
+        f"batch norm: each process over its own {batch} images, "
+        "running statistics averaged (--sync-bn: over all images)"
+    )
 
 
 class Advice:
-    def __init__(self, cfg: Config, parts: Components, loader: str) -> None:
-        self._cfg, self._parts, self._loader = cfg, parts, loader
-        self._windows, self._advised, self._waited, self._warned = 0, False, False, False
+    """Advice to the user, each kind once a run."""
 
-    def on_window(self, window: Window, say: Callable[[str], None]) -> None:
-        """At log steps. The first window holds the start of the loader's processes, and kept features need no loader's processes."""
+    def __init__(self, cfg: Config, parts: Components, loader: str) -> None:
+        self._cfg = cfg
+        self._parts = parts
+        self._loader = loader
+        self._windows = 0
+        self._advised = False
+        self._waited = False
+        self._warned = False
+
+    def on_window(self, window: Window, log: Callable[[str], None]) -> None:
+        """Log at a log step that the run is input-bound, and the discretizer's warnings."""
         self._windows += 1
+        # The first window holds the start of the loader's processes; kept features need no loader's
+        # processes.
         if not self._advised and self._windows > 1 and self._loader != "features":
+            data = self._cfg.data
             cuda = self._parts.device.type == "cuda"
-            advice = input_bound(
-                window, self._cfg.data.global_batch_size, self._cfg.data.workers, self._loader, cuda
-            )
+            advice = input_bound(window, data.global_batch_size, data.workers, self._loader, cuda)
             if advice:
                 self._advised = True
-                say(advice)
+                log(advice)
         discretizer = self._parts.discretizer
         if discretizer is not None and not self._warned:
             for warning in discretizer.warnings():
                 self._warned = True
-                say(f"warning: {warning}")
+                log(f"warning: {warning}")
 
-    def on_write(self, waited: float, say: Callable[[str], None]) -> None:
-        """Once: that a checkpoint was due before the one before it was written, so that training waited for the disk."""
-        if waited > WAIT and not self._waited:
+    def on_write(self, waited: float, log: Callable[[str], None]) -> None:
+        """Log that training waited because the previous checkpoint was still being written."""
+        if waited > TOLERATED_WAIT and not self._waited:
             self._waited = True
-            say(
-                f"training waited {waited:.1f} s for the checkpoint before to be written; raise --checkpoint-every-steps"
+            log(
+                f"training waited {waited:.1f} s for the previous checkpoint to be written; "
+                "raise --checkpoint-every-steps"
             )
 
-    def on_attack(self, signal_to_rounding: float, say: Callable[[str], None]) -> None:
-        """Once a run: whether the attack can be seen above the encoder's rounding."""
+    def on_attack(self, signal_to_rounding: float, log: Callable[[str], None]) -> None:
+        """Warn if the attack is lost in the encoder's rounding."""
         if signal_to_rounding < VISIBLE:
-            say(
-                f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} times as much as rounding does, so many "
-                "codes change by chance; raise --attack-eps, or set precision.encoder=float32"
+            log(
+                f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
+                "times as much as rounding, "
+                "so many codes change by chance; raise --attack-eps, or set "
+                "precision.encoder=float32"
             )

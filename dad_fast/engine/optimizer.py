@@ -1,13 +1,24 @@
-"""NVIDIA's apex: whether the package of that name is it, and the optimizers of its that timm knows. Nothing here needs it."""
+"""Optimizers: timm's by name, fused where torch can, and those of NVIDIA's apex where it is
+installed.
+"""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from dad_fast.errors import EnvironmentProblem
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
 
-# timm's names of apex's optimizers; the same from torch, which are fused here too.
+from dad_fast.config.schema import OptimConfig
+from dad_fast.errors import EnvironmentProblem, UsageError
+
+# The fused form of these skips a step on the device, where `found_inf` is set.
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+# timm's names of apex's optimizers -> the same optimizer of torch.
 OPTIMIZERS = {
     "fusedsgd": "sgd",
     "fusedadam": "adam",
@@ -17,40 +28,76 @@ OPTIMIZERS = {
 }
 
 
-def apex_problem() -> tuple[str, str]:
-    """(what is wrong, the mend), both empty where it is NVIDIA's with its compiled parts. Neither is imported.
+def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
+    """Build timm's optimizer `cfg.opt`, without weight decay on biases and norms.
 
-    NVIDIA's has `apex.optimizers` and, built with its extensions, the module `amp_C`; PyPI's `apex` is a web toolkit.
+    Raises UsageError for an unknown optimizer or argument, EnvironmentProblem for an apex optimizer
+    that cannot run.
+    """
+    kwargs = dict(cfg.opt_kwargs)
+    check_optimizer(cfg.opt, cuda)
+
+    def create(**extra: Any) -> torch.optim.Optimizer:
+        return create_optimizer_v2(
+            model,
+            opt=cfg.opt,
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
+            momentum=cfg.momentum,
+            **kwargs,
+            **extra,
+        )
+
+    try:
+        optimizer = create()
+        extra = {}
+        # Capturable counts steps on the device: CUDA graphs need that, and a skipped step is not
+        # counted.
+        if cuda and "capturable" in optimizer.defaults:
+            extra["capturable"] = True
+        if type(optimizer) in FUSED and not {"fused", "foreach"} & kwargs.keys():
+            extra["fused"] = True
+        return create(**extra) if extra else optimizer
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise UsageError(
+            f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and "
+            "optim.opt_kwargs"
+        ) from None
+
+
+def apex_problem() -> tuple[str, str]:
+    """Return (problem, fix) of the installed `apex`; both are empty for NVIDIA's with its compiled
+    parts.
+
+    Imports nothing. NVIDIA's has `apex.optimizers` and, built with its extensions, the module
+    `amp_C`; PyPI's `apex` is a web toolkit.
     """
     spec = find_spec("apex")
     if spec is None:
-        return (
-            "it is not installed",
-            "build it from NVIDIA's source with --cpp_ext --cuda_ext (PyPI's apex is another package)",
-        )
-    if not any(
-        (Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or []
-    ):
-        return (
-            "the installed apex is PyPI's web toolkit, not NVIDIA's",
-            "pip uninstall -y apex, and build NVIDIA's from its source",
-        )
+        fix = "build it from NVIDIA's source with --cpp_ext --cuda_ext"
+        return "it is not installed", f"{fix} (PyPI's apex is another package)"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not any((folder / "optimizers").is_dir() for folder in folders):
+        problem = "the installed apex is PyPI's web toolkit, not NVIDIA's"
+        return problem, "pip uninstall -y apex, and build NVIDIA's from its source"
     if find_spec("amp_C") is None:
-        return (
-            "NVIDIA's apex is here without its compiled parts (amp_C)",
-            "build it from its source with --cpp_ext --cuda_ext",
-        )
+        problem = "NVIDIA's apex is here without its compiled parts (amp_C)"
+        return problem, "build it from its source with --cpp_ext --cuda_ext"
     return "", ""
 
 
 def check_optimizer(opt: str, cuda: bool) -> None:
-    """EnvironmentProblem where `opt` is one of apex's and cannot run here. That adapter has not been run with apex yet."""
+    """Raise EnvironmentProblem for an apex optimizer that cannot run here.
+
+    Not yet run with apex.
+    """
     if opt.lower() not in OPTIMIZERS:
         return
-    problem, mend = apex_problem()
+    problem, fix = apex_problem()
     if not problem and not cuda:
-        problem, mend = "it needs a CUDA device", "run on a GPU"
+        problem, fix = "it needs a CUDA device", "run on a GPU"
     if problem:
         raise EnvironmentProblem(
-            f"--opt {opt} is NVIDIA apex's: {problem}; {mend}, or use --opt {OPTIMIZERS[opt.lower()]}"
+            f"--opt {opt} is NVIDIA apex's: {problem}; {fix}, or use --opt "
+            f"{OPTIMIZERS[opt.lower()]}"
         )

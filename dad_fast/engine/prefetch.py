@@ -1,7 +1,8 @@
-"""The next batch is copied to the GPU while the current step runs: two static buffers, a side stream. Not yet run on a GPU.
+"""Copy the next batch to the GPU while the current step runs: two static buffers, a side stream.
+Not yet run on a GPU.
 
-Pixels travel as uint8. A buffer is written again only after the step that read it has finished, on the device's own clock; the host
-never waits here. On a CPU batches pass as they are.
+Pixels travel as uint8. An event on the device delays the next copy into a buffer until the step
+that reads the buffer has finished; the host never waits here. On a CPU batches pass unchanged.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dad_fast.data.loaders.loader import Batch
 
 
 def feed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """`batches` on `device`, in order. On CUDA a batch is valid until the one after the next is asked for.
+    """Yield `batches` on `device`, in order. On CUDA a batch stays valid until the second `next`
+    after it.
 
-    Batches may lie in pinned host memory or on the device already; all have the shapes of the first.
+    Batches may lie in pinned host memory or already on the device; all have the shapes of the
+    first.
     """
     return _to_gpu(batches, device) if device.type == "cuda" else batches
 
@@ -29,9 +32,8 @@ def _to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     slots = (_Slot(), _Slot())
     for number in count():
         slot = slots[number % 2]
-        with torch.cuda.stream(
-            side
-        ):  # DALI's batches are bound to the stream that is current when they are asked for
+        # `next` runs on the side stream too: DALI binds a batch to the current stream.
+        with torch.cuda.stream(side):
             batch = next(batches, None)
             if batch is None:
                 return
@@ -41,11 +43,12 @@ def _to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
             written = side.record_event()
         torch.cuda.current_stream(device).wait_event(written)
         yield staged
-        slot.read = torch.cuda.current_stream(device).record_event()  # the step is queued by now
+        # By now the step is queued.
+        slot.read = torch.cuda.current_stream(device).record_event()
 
 
 class _Slot:
-    """One buffer per tensor of a batch, at addresses that never change."""
+    """One buffer per tensor of a batch, at fixed addresses."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}

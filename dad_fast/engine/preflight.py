@@ -1,4 +1,6 @@
-"""What a run names and is not there is said at once: an index of a large data set, which the rest waits for, may take an hour."""
+"""Check paths and model names before indexing data (fail fast): the index of a large data set may
+take an hour.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from dad_fast.methods.registry import METHODS
 
 
 def check_splits(cfg: Config) -> None:
-    """DataError for a split that an image folder lacks, and for splits of different classes."""
+    """Raise DataError for a split that is missing in an image folder, and for splits of different
+    classes.
+    """
     data = cfg.data
     splits = data.train_split, data.val_split
     if is_named(data.data_dir) or any(find_shards(data.data_dir, split) for split in splits):
@@ -29,32 +33,35 @@ def check_splits(cfg: Config) -> None:
 
 
 def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
-    """DataError where the two splits' class lists differ."""
+    """Raise DataError if the class lists of the two splits differ."""
     if train == val:
         return
-    where, names = f"--data-dir {cfg.data.data_dir}", (cfg.data.train_split, cfg.data.val_split)
-    folders = set(train.folders), set(val.folders)
-    alone = zip(names, (folders[0] - folders[1], folders[1] - folders[0]), strict=True)
-    only = [
-        f"only {name} has the class {shown(min(classes))}" for name, classes in alone if classes
+    train_split, val_split = cfg.data.train_split, cfg.data.val_split
+    only_train = set(train.folders) - set(val.folders)
+    only_val = set(val.folders) - set(train.folders)
+    differences = [
+        f"only {split} has the class {shown(min(classes))}"
+        for split, classes in ((train_split, only_train), (val_split, only_val))
+        if classes
     ]
-    what = ", ".join(only) or f"{names[0]} and {names[1]} order their classes differently"
-    raise DataError(f"{where}: {what}; mend the folders or give --class-map")
+    what = ", ".join(differences)
+    if not differences:
+        what = f"{train_split} and {val_split} order their classes differently"
+    raise DataError(f"--data-dir {cfg.data.data_dir}: {what}; fix the folders or give --class-map")
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
-    """DataError for a file of weights that is not there, UsageError for a student that timm does not know.
+    """Raise DataError for a missing file of weights, UsageError for a student that timm does not
+    know.
 
-    teacher, discretizer: whether the run needs them.
+    teacher, discretizer: True if the run needs them.
     """
     student = cfg.student.name.removeprefix("timm:")
-    if (
-        not METHODS[cfg.method].linear_probe
-        and not student.startswith("hf-hub:")
-        and not timm.is_model(student.partition(".")[0])
-    ):
+    is_timm = not METHODS[cfg.method].linear_probe and not student.startswith("hf-hub:")
+    if is_timm and not timm.is_model(student.partition(".")[0]):
         raise UsageError(
-            f"--student {cfg.student.name}: timm has no such model{nearest(student, timm.list_models())}"
+            f"--student {cfg.student.name}: timm has no such "
+            f"model{nearest(student, timm.list_models())}"
         )
     named = {
         "--teacher": _file_of(cfg.teacher.name) if teacher else "",
@@ -68,8 +75,9 @@ def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
 
 
 def _file_of(name: str) -> str:
-    """The file in SCHEME:ARCH@FILE or FILE; empty where the name stands for no file of the user's."""
+    """Return the file in SCHEME:ARCH@FILE or FILE; empty for a name without a file."""
     scheme, colon, _ = name.partition(":")
     if not colon or Path(name).exists():
-        return name if Path(name).suffix else ""  # one without is told what may be written
+        # The loader of the model has a better message for a name without a suffix.
+        return name if Path(name).suffix else ""
     return name.partition("@")[2] if scheme in ("open_clip", "timm") else ""

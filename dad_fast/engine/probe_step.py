@@ -84,24 +84,25 @@ class ProbeLearner(Learner):
 
 
 class ProbeData:
-    """Pseudo-labels and, where the strong views are fixed, their features: made by one pass each before the first step."""
+    """Pseudo-labels and, for fixed strong views, features; one pass each makes them before the first step."""
 
     def __init__(self, labels: PseudoLabels | None, features: FeatureTable | None) -> None:
-        """labels: None where the data's own are learned. features: None where the encoder runs in every step."""
-        self.labels, self.features = labels, features
+        """labels: None to learn the labels of the data. features: None to run the encoder in every step."""
+        self.labels = labels
+        self.features = features
 
-    def prepare(self, say: Callable[[str], None]) -> None:
-        """Make what is not there yet; `say` gets lines for the log."""
+    def prepare(self, log: Callable[[str], None]) -> None:
+        """Make missing pseudo-labels and features; `log` gets lines of text."""
         if self.labels is not None:
-            self.labels.prepare(say)
+            self.labels.prepare(log)
         if self.features is not None:
-            self.features.prepare(say)
+            self.features.prepare(log)
         else:
             why = "the strong view changes every epoch, so the encoder runs in every step (--lp-views N keeps N views)"
-            say(f"features are not kept: {why}")
+            log(f"features are not kept: {why}")
 
     def join(self, batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
-        """`batches` with the pseudo-labels of their samples."""
+        """Add pseudo-labels to `batches`."""
         for batch in batches:
             if self.labels is None:
                 yield batch

@@ -1,7 +1,9 @@
-"""Pseudo-labels: the teacher's answers on the weak view (the evaluation's centre crop) of every training image, found once.
+"""Pseudo-labels: the teacher's predictions on the weak view (the centre crop of evaluation) of
+every training image.
 
-They depend on nothing but the teacher, the images and the view. So they are kept in the cache folder under a hash of these, 12 bytes an
-image, and serve every seed, every setting of the probe and every resumed run. Several processes share the work.
+They depend only on the teacher, the images and the view. The cache folder keeps them under a hash
+of these, 12 bytes an image, so they serve every seed, every setting of the probe and every resumed
+run. Processes share the work.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +42,7 @@ class WeakView(NamedTuple):
 
 
 class PseudoLabels:
-    """Labels and confidences of a source's samples, made or read by `prepare`.
-
-    identity: everything about the teacher that its answers depend on, by name, as JSON can hold it.
-    """
+    """Labels and confidences of a source's samples; `prepare` makes or reads them."""
 
     def __init__(
         self,
@@ -54,8 +54,16 @@ class PseudoLabels:
         workers: int,
         device: torch.device,
     ) -> None:
-        self.teacher, self.source, self.view = teacher, source, view
-        self.batch_size, self.workers, self.device = batch_size, workers, device
+        """Create pseudo-labels.
+
+        identity: everything about the teacher that its predictions depend on, by name, as JSON.
+        """
+        self.teacher = teacher
+        self.source = source
+        self.view = view
+        self.batch_size = batch_size
+        self.workers = workers
+        self.device = device
         facts = {
             **identity,
             "images": source.fingerprint,
@@ -68,33 +76,37 @@ class PseudoLabels:
         self._labels: Tensor | None = None
         self._confidence: Tensor | None = None
 
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, log: Callable[[str], None]) -> None:
+        """Read pseudo-labels from the cache, or make them.
+
+        A collective; `log` gets lines of text.
+        """
         if self._labels is not None:
             return
-        if all(distributed.all_gather_json(self._read())):  # machines have caches of their own
-            say(f"pseudo-labels of {len(self.source):,} images from {self.path}")
+        # Every machine has its own cache: all of them read, or all make.
+        if all(distributed.all_gather_json(self._read())):
+            log(f"pseudo-labels of {len(self.source):,} images from {self.path}")
             return
-        self._labels, self._confidence = self._made(say)
-        try:
-            write_safetensors(
-                self.path,
-                {"labels": self._labels, "confidence": self._confidence},
-                {"key": self.key},
-            )
-        except OSError:  # a cache is a convenience, not a need
-            pass
+        self._labels, self._confidence = self._made(log)
+        tensors = {"labels": self._labels, "confidence": self._confidence}
+        # The run does not need the cache: a full disk must not end it.
+        with suppress(OSError):
+            write_safetensors(self.path, tensors, {"key": self.key})
 
     def of(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels int64 [B] and confidences float32 [B] of samples int64 [B], all on the CPU."""
+        """Return labels int64 [B] and confidences float32 [B] of samples int64 [B], all on
+        the CPU.
+        """
         assert self._labels is not None and self._confidence is not None, "prepare() first"
         return self._labels[samples], self._confidence[samples]
 
     def _read(self) -> bool:
+        """Read the cache. Returns False if it is missing, damaged or of something else."""
         try:
             state, metadata = read_state_dict(self.path)
             labels, confidence = state["labels"], state["confidence"]
         except (DataError, KeyError):
-            return False  # absent or damaged: made again
+            return False
         num = len(self.source)
         if metadata.get("key") != self.key or labels.shape != (num,) or confidence.shape != (num,):
             return False
@@ -102,50 +114,54 @@ class PseudoLabels:
         return True
 
     @torch.no_grad()
-    def _made(self, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    def _made(self, log: Callable[[str], None]) -> tuple[Tensor, Tensor]:
         num = len(self.source)
-        labels, confidence = torch.zeros(num, dtype=torch.int64), torch.zeros(num)
+        labels = torch.zeros(num, dtype=torch.int64)
+        confidence = torch.zeros(num)
         mine = share(np.flatnonzero(self.source.ok), self.batch_size)
-        piece = Subset(self.source, mine, self.source.labels[mine])
-        done, tell = 0, Lines(say, "pseudo-labels", len(mine))
-        for batch in EvalLoader(
-            piece, *self.view, self.batch_size, self.workers, pin_memory=self.device.type == "cuda"
-        ):
-            found = pseudo_labels(
-                self.teacher(to_pixels(batch.images.to(self.device, non_blocking=True)))
-            )
+        subset = Subset(self.source, mine, self.source.labels[mine])
+        pin = self.device.type == "cuda"
+        loader = EvalLoader(subset, *self.view, self.batch_size, self.workers, pin_memory=pin)
+        progress = Lines(log, "pseudo-labels", len(mine))
+        done = 0
+        for batch in loader:
+            pixels = to_pixels(batch.images.to(self.device, non_blocking=True))
+            found = pseudo_labels(self.teacher(pixels))
             rows = torch.from_numpy(mine)[batch.samples]
             labels[rows], confidence[rows] = (tensor.cpu() for tensor in found)
             done += len(rows)
-            tell(done)
+            progress(done)
         return distributed.all_reduce_sums(labels), distributed.all_reduce_sums(confidence)
 
 
 def share(samples: np.ndarray, batch_size: int) -> np.ndarray:
-    """This process's part of `samples`: whole batches, the same ones whatever the number of processes, so that rounding is the same too.
+    """Return this process's part of `samples`, in whole batches.
 
-    The parts are disjoint: sums over processes of zeros and values bring them together.
+    The batches do not depend on the number of processes, and so rounding does not. The parts are
+    disjoint: a sum over processes, of zeros and values, joins them.
     """
     batches = np.arange(len(samples)) // batch_size
     return samples[batches % distributed.world() == distributed.rank()]
 
 
 class Lines:
-    """A line at the start, every few seconds, and at the end of a pass over images."""
+    """Progress of a pass over images: a line at the start, every few seconds, and at the end."""
 
-    def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
-        self._say, self._what, self._total = say, what, total
+    def __init__(self, log: Callable[[str], None], what: str, total: int) -> None:
+        self._log = log
+        self._what = what
+        self._total = total
         self._start = self._last = time.monotonic()
-        among = f" by each of {distributed.world()} processes" if distributed.world() > 1 else ""
-        say(f"{what} of {total:,} images are made, once{among}")
+        world = distributed.world()
+        among = f" by each of {world} processes" if world > 1 else ""
+        log(f"making {what} of {total:,} images, once{among}")
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
         seconds = now - self._start
         if done >= self._total:
-            self._say(f"{self._what}: {done:,} images in {seconds:.1f} s")
+            self._log(f"{self._what}: {done:,} images in {seconds:.1f} s")
         elif now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
-            self._say(
-                f"{self._what}: {done:,} of {self._total:,} images, {seconds * (self._total / done - 1):.0f} s left"
-            )
+            left = seconds * (self._total / done - 1)
+            self._log(f"{self._what}: {done:,} of {self._total:,} images, {left:.0f} s left")

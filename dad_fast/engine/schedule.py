@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""Learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from dad_fast.config.schema import OptimConfig, ScheduleConfig
 
 
 def total_epochs(schedule: ScheduleConfig) -> float:
-    """Epochs of a whole run; the cool-down comes after `epochs`, as in timm."""
+    """Return the epochs of a whole run; the cool-down comes after `epochs`, as in timm."""
     return schedule.epochs + schedule.cooldown_epochs
 
 
 def learning_rate(
     step: int, steps_per_epoch: int, optim: OptimConfig, schedule: ScheduleConfig
 ) -> float:
-    """Linear warm-up, cosine to min_lr at the end of `epochs`, then min_lr; `step` counts from 0."""
+    """Return the learning rate: linear warm-up, cosine to min_lr at the end of `epochs`, then
+    min_lr.
+
+    step: from 0.
+    """
     epoch = step / steps_per_epoch
     if epoch < schedule.warmup_epochs:
         return schedule.warmup_lr + (optim.lr - schedule.warmup_lr) * epoch / schedule.warmup_epochs

@@ -1,7 +1,9 @@
-"""Where the time of training goes: over the whole run, and the share of a log window in which the device waited for data.
+"""Time of training: of the whole run, and the share of a log window in which the device waited for
+data.
 
-On a GPU the host only queues work, so what it measures around `next(batch)` says nothing. There an event stands before and after
-each step on the device's own queue: what lies between two steps is the wait. On a CPU the two are the same.
+On a GPU the host only queues work, so the host's time around `next(batch)` is meaningless. Events
+on the device's queue mark the start and the end of each step; the time between two steps is the
+wait. On a CPU the host's time is exact.
 """
 
 from __future__ import annotations
@@ -15,19 +17,25 @@ import torch
 
 from dad_fast.cores import usable_cores
 
-INPUT_BOUND = 0.1  # share of the time spent waiting from which a run is told about it
+# Share of waiting from which a run is input-bound.
+INPUT_BOUND = 0.1
 
 
 class Window(NamedTuple):
-    """What happened since the last log line: steps, wall seconds, and seconds of them without a step."""
+    """Steps since the last log line, their wall seconds, and the seconds of these without a
+    step.
+    """
 
     steps: int
     seconds: float
     waited: float
 
 
-class Clock:
-    """Wall time of training alone. `with step():` around each step; `count` and `skip` leave out everything else."""
+class StepTimer:
+    """Wall time of training alone.
+
+    Put `with step():` around each step; `count` and `skip` exclude all other time.
+    """
 
     def __init__(self, device: torch.device, total: float = 0.0) -> None:
         self.total = total
@@ -39,7 +47,7 @@ class Clock:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The work of one step, from the moment its batch is there."""
+        """Time one step, from the moment its batch is there."""
         self._steps += 1
         if self._device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -55,38 +63,42 @@ class Clock:
     def count(self) -> None:
         """Count the time until now."""
         now = time.perf_counter()
-        self.total, self._window, self._mark = (
-            self.total + now - self._mark,
-            self._window + now - self._mark,
-            now,
-        )
+        self.total = self.total + now - self._mark
+        self._window = self._window + now - self._mark
+        self._mark = now
 
     def skip(self) -> None:
-        """Leave out the time since the last `count`: validation, checkpoints and measurements are not training."""
+        """Exclude the time since the last `count`: validation, checkpoints and measurements are not
+        training.
+        """
         self._mark = time.perf_counter()
 
     def window(self) -> Window:
-        """What was counted since the last call. On a GPU, call it when the device has finished its steps: after reading a value."""
+        """Return the counts since the last call.
+
+        On a GPU, call it when the device has finished its steps: after reading a value.
+        """
         busy = self._busy + sum(start.elapsed_time(end) for start, end in self._events) / 1000
         found = Window(self._steps, self._window, max(0.0, self._window - busy))
-        self._events, self._steps, self._window, self._busy = [], 0, 0.0, 0.0
+        self._events = []
+        self._steps = 0
+        self._window = self._busy = 0.0
         return found
 
 
 def input_bound(
     window: Window, images_per_step: int, workers: int, loader: str, cuda: bool
 ) -> str | None:
-    """What to tell the user of a run that waits for its data: both rates and the fix; None where it does not wait.
+    """Return a message for a run that waits for its data, with both rates and a fix; None if it
+    does not wait.
 
-    On a CPU the loader and the step share the cores: without an idle core there is nothing to wait for.
+    On a CPU the loader and the step share the cores: without an idle core more workers cannot help.
     """
     if not window.steps or window.waited < INPUT_BOUND * window.seconds:
         return None
     images = window.steps * images_per_step
-    delivered, possible = (
-        images / window.seconds,
-        images / max(window.seconds - window.waited, 1e-9),
-    )
+    delivered = images / window.seconds
+    possible = images / max(window.seconds - window.waited, 1e-9)
     cores = usable_cores()
     idle = cores if cuda else cores - torch.get_num_threads()
     if workers < idle:
@@ -97,6 +109,5 @@ def input_bound(
         fix = "--loader dali decodes on the GPU; smaller files would help too"
     else:
         fix = "smaller files or more cores would help"
-    return (
-        f"input-bound: {delivered:,.0f} < {possible:,.0f} img/s, the rate of the steps alone; {fix}"
-    )
+    rates = f"{delivered:,.0f} < {possible:,.0f} img/s, the rate of the steps alone"
+    return f"input-bound: {rates}; {fix}"

@@ -1,4 +1,4 @@
-"""Stores joined to the stream of batches: which of the step's inputs they replace, and whether they are this run's."""
+"""Join stores to the stream of batches, and check that they fit the run."""
 
 from __future__ import annotations
 
@@ -21,21 +21,28 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.store import AdversarialStore, Manifest, Store, TargetStore, open_store
 
-MIXING = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # of [augment]
-AHEAD = 2  # batches joined before they are asked for
+# Settings of [augment].
+MIXING = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")
+# Batches that the thread joins ahead of the step.
+AHEAD = 2
 
 
 class Stored:
-    """At most one store of each kind. Reading them is a thread's work, so that it costs the step nothing.
+    """Stores of a run, at most one of each kind, read by a thread while the step runs.
 
-    adversarial: Q(x') and the teacher's outputs on it; view v serves the epochs e = v mod its number of views.
-    targets: the teacher's outputs on clean views; the loader then cycles through these views (`TrainLoader.cycle`).
+    adversarial: Q(x') and the teacher's outputs on it; view v serves the epochs e = v mod its
+    number of views.
+    targets: the teacher's outputs on clean views; the loader then cycles through these views
+    (`TrainLoader.cycle`).
     """
 
     def __init__(self, dirs: Sequence[str], source: Source, filtered: bool = True) -> None:
-        """filtered: count an adversarial image only where the teacher still says the label.
+        """Open the stores in `dirs`.
 
-        Raises DataError for a store that is damaged, incomplete or of other classes or images, UsageError for two of one kind."""
+        filtered: count an adversarial image only if the teacher still predicts the label.
+        Raises DataError for a store that is damaged, incomplete or of other classes or images,
+        UsageError for two stores of one kind.
+        """
         self.adversarial: AdversarialStore | None = None
         self.targets: TargetStore | None = None
         for folder in dirs:
@@ -47,60 +54,72 @@ class Stored:
                 )
             _check_classes(store, source)
             setattr(self, name, store)
-        self._source, self._filtered = source, filtered
+        self._source = source
+        self._filtered = filtered
         self._rows: dict[tuple[str, int], np.ndarray] = {}
 
     @property
     def stores(self) -> list[Store]:
+        """List the open stores."""
         return [store for store in (self.adversarial, self.targets) if store is not None]
 
     @property
     def cycle(self) -> int:
-        """Epochs after which the clean views repeat; 0 = never."""
+        """Number of epochs after which the clean views repeat; 0 = never."""
         return self.targets.num_views if self.targets is not None else 0
 
     def view_seed(self, seed: int) -> int:
-        """What clean views are drawn by: the seed that stored ones were drawn by, so that one store serves students of any seed."""
+        """Return the seed of clean views: that of stored targets, so that one store serves students
+        of any seed.
+        """
         return int(self.targets.manifest.settings["seed"]) if self.targets is not None else seed
 
     @property
     def checksums(self) -> dict[str, str]:
+        """Checksum of each store by its kind."""
         return {store.kind: store.checksum for store in self.stores}
 
     def check_form(self, cfg: Config) -> None:
-        """Raises UsageError where the loss needs what these stores do not hold, DataError where it would read their outputs wrongly."""
+        """Check that the stores contain what the loss needs.
+
+        Raises UsageError for a store that is missing or useless, DataError for outputs of another
+        temperature.
+        """
         useful = METHODS[cfg.method].store_kinds
         for store in self.stores:
             if store.kind not in useful:
                 clean = "outputs on clean images"
                 what = "adversarial images" if store is self.adversarial else clean
                 raise UsageError(
-                    f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave it out"
+                    f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave "
+                    "it out"
                 )
             form = store.manifest.outputs_form
             if form.k and form.temperature != cfg.loss.temperature:
                 raise DataError(
-                    f"--store {store.folder}: its outputs, {form}, are right at temperature {form.temperature:g} alone, and the run "
-                    f"distils at {cfg.loss.temperature:g} (--temperature); use the same, or store them in full"
+                    f"--store {store.folder}: its outputs, {form}, are exact at temperature "
+                    f"{form.temperature:g} only, and the run "
+                    f"distils at {cfg.loss.temperature:g} (--temperature); use the same, or store "
+                    "full outputs"
                 )
         joint = cfg.loss.form == "joint"
         if joint and self.adversarial is None:
             raise UsageError(
-                "--loss-form joint learns from stored adversarial images, and no store has any: add one to --store"
+                "--loss-form joint learns from stored adversarial images, and no store contains "
+                "any: add one to --store"
             )
         if cfg.store.mix_outputs and self.targets is None:
             raise UsageError(
-                "--mix-outputs mixes stored outputs on clean images, and no store has any: add one made with --targets"
+                "--mix-outputs mixes stored outputs on clean images, and no store contains any: "
+                "add one made with --targets"
             )
-        if (
-            joint
-            and self.targets is not None
-            and uses_mixing(cfg.augment)
-            and not cfg.store.mix_outputs
-        ):
+        unmixed_targets = self.targets is not None and not cfg.store.mix_outputs
+        if joint and unmixed_targets and uses_mixing(cfg.augment):
             raise UsageError(
-                "--loss-form joint mixes clean with adversarial images, and no store has outputs on such mixes: add --mix-outputs, "
-                "which mixes those on the unmixed images (an approximation), or leave the store of --targets out and give --teacher"
+                "--loss-form joint mixes clean with adversarial images, and no store contains "
+                "outputs on such mixes: add --mix-outputs, "
+                "which mixes those on the unmixed images (an approximation), or leave out the "
+                "store of --targets and give --teacher"
             )
 
     def check_run(
@@ -110,49 +129,59 @@ class Stored:
         hashes: dict[str, str | None],
         mix_outputs: bool = False,
     ) -> None:
-        """Raises DataError where a store was made for other images, augmentation or models than the run's; `hashes` has what is loaded.
+        """Check that the stores were made for the run's image size, augmentation and models. Raises
+        DataError.
 
-        mix_outputs: the run mixes stored outputs of unmixed views, whatever it mixes them by."""
+        hashes: of the loaded models. mix_outputs: the run mixes stored outputs of unmixed views.
+        """
         for store in self.stores:
             manifest = store.manifest
             for name, value in hashes.items():
                 recorded = manifest.hashes.get(name)
                 if value and recorded and value != recorded:
                     raise DataError(
-                        f"--store {store.folder}: made with another {name} ({recorded[:12]}…) than the run's ({value[:12]}…)"
+                        f"--store {store.folder}: made with another {name} ({recorded[:12]}…) "
+                        f"than the run's ({value[:12]}…)"
                     )
         if self.adversarial is not None:
-            made = self.adversarial.manifest.settings["images"]["img_size"]
-            if made != img_size:
+            stored_size = self.adversarial.manifest.settings["images"]["img_size"]
+            if stored_size != img_size:
                 raise DataError(
-                    f"--store {self.adversarial.folder}: images of {made} px where the student sees {img_size} (--img-size)"
+                    f"--store {self.adversarial.folder}: images of {stored_size} px, but the "
+                    f"student sees {img_size} (--img-size)"
                 )
         if self.targets is not None:
-            theirs = self.targets.manifest.settings["augment"] | {
-                "img_size": self.targets.manifest.settings["img_size"]
-            }
-            ours = view_settings(augment) | {"img_size": img_size}
-            if mix_outputs:
-                if uses_mixing(
-                    replace(augment, **{name: theirs.get(name, 0.0) for name in MIXING})
-                ):
-                    mixed = ", ".join(f"{name} {theirs.get(name)}" for name in ("mixup", "cutmix"))
-                    raise DataError(
-                        f"--mix-outputs: --store {self.targets.folder} has outputs on mixed views ({mixed}); make one without"
-                    )
-                ours = {name: value for name, value in ours.items() if name not in MIXING}
-            changed = [
-                f"{name}: {theirs[name]} in the store, {ours[name]} here"
-                for name in ours
-                if theirs.get(name) != ours[name]
-            ]
-            if changed:
+            self._check_views(self.targets, img_size, augment, mix_outputs)
+
+    def _check_views(
+        self, targets: TargetStore, img_size: int, augment: AugmentConfig, mix_outputs: bool
+    ) -> None:
+        """Check that stored outputs on clean images are of the run's views. Raises DataError."""
+        settings = targets.manifest.settings
+        theirs = settings["augment"] | {"img_size": settings["img_size"]}
+        ours = view_settings(augment) | {"img_size": img_size}
+        if mix_outputs:
+            their_mixing = {name: theirs.get(name, 0.0) for name in MIXING}
+            if uses_mixing(replace(augment, **their_mixing)):
+                mixed = ", ".join(f"{name} {theirs.get(name)}" for name in ("mixup", "cutmix"))
                 raise DataError(
-                    f"--store {self.targets.folder}: its teacher saw other views: {'; '.join(changed)}; use the same settings"
+                    f"--mix-outputs: --store {targets.folder} has outputs on mixed views "
+                    f"({mixed}); make one without"
                 )
+            ours = {name: value for name, value in ours.items() if name not in MIXING}
+        changed = [
+            f"{name}: {theirs[name]} in the store, {ours[name]} here"
+            for name in ours
+            if theirs.get(name) != ours[name]
+        ]
+        if changed:
+            raise DataError(
+                f"--store {targets.folder}: its teacher saw other views: {'; '.join(changed)}; "
+                "use the same settings"
+            )
 
     def join(self, batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
-        """`batches` with what the stores hold of them, in order."""
+        """Add stored images and outputs to `batches`, in order."""
         if not self.stores:
             return batches
         return _ahead(self._joined(batch, pin_memory) for batch in batches)
@@ -162,7 +191,8 @@ class Stored:
         found: dict[str, np.ndarray] = {}
         images: dict[str, torch.Tensor] = {}
         if self.adversarial is not None:
-            store, view = self.adversarial, batch.epoch % self.adversarial.num_views
+            store = self.adversarial
+            view = batch.epoch % store.num_views
             rows = self._rows_of(store, view)[samples]
             counts = store.kept(rows, view) if self._filtered else store.readable(rows, view)
             found |= {
@@ -170,7 +200,7 @@ class Stored:
                 "dad_kept": counts.astype(np.float32),
             }
             if store.manifest.images != "none":
-                # Gathered where copies to the device start from; torch hands such memory out again once the device has read it.
+                # Read straight into pinned memory; torch reuses it once the device has read it.
                 pixels = torch.empty(
                     len(rows),
                     *store.manifest.image_size,
@@ -185,9 +215,8 @@ class Stored:
         if self.targets is not None:
             view = batch.epoch % self.targets.num_views
             assert batch.drawn is not None
-            found["clean_outputs"] = self.targets.outputs(
-                self._rows_of(self.targets, view)[batch.drawn.cpu().numpy()], view
-            )
+            rows = self._rows_of(self.targets, view)[batch.drawn.cpu().numpy()]
+            found["clean_outputs"] = self.targets.outputs(rows, view)
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()
         }
@@ -196,7 +225,9 @@ class Stored:
         return replace(batch, **tensors, **images)
 
     def _rows_of(self, store: Store, view: int) -> np.ndarray:
-        """int64 [N]: where each sample of the source lies; views of targets have orders of their own."""
+        """Return the row of each sample of the source, int64 [N]; each view of targets has its own
+        order.
+        """
         view = view if isinstance(store, TargetStore) else 0
         if (store.kind, view) not in self._rows:
             self._rows[store.kind, view] = store.rows(self._source, view)
@@ -204,12 +235,14 @@ class Stored:
 
 
 def recorded_classes(dirs: Sequence[str]) -> ClassMap | None:
-    """The class list of the first store, which is the run's where no --class-map says otherwise; None without a store."""
+    """Return the class list of the first store; None without a store."""
     return Manifest.load(Path(dirs[0])).class_map if dirs else None
 
 
 def view_settings(augment: AugmentConfig) -> dict[str, Any]:
-    """What decides the pixels of an augmented, mixed view, as a manifest holds it."""
+    """Return the settings that determine the pixels of an augmented, mixed view, as a manifest
+    holds them.
+    """
     other = {"img_size", "smoothing", "crop_pct", "interpolation"}
     return {
         name: list(value) if isinstance(value, tuple) else value
@@ -219,6 +252,7 @@ def view_settings(augment: AugmentConfig) -> dict[str, Any]:
 
 
 def _check_classes(store: Store, source: Source) -> None:
+    """Check that a store has the classes, images and labels of the run's data. Raises DataError."""
     theirs, ours = store.manifest.class_map, source.classes
     if theirs.folders != ours.folders:
         differing = [
@@ -228,18 +262,23 @@ def _check_classes(store: Store, source: Source) -> None:
         ]
         what = differing[0] if differing else f"{len(theirs)} there, {len(ours)} here"
         raise DataError(
-            f"--store {store.folder}: its classes are not the run's (class {what}); give the same --class-map"
+            f"--store {store.folder}: its classes are not the run's (class {what}); give the same "
+            "--class-map"
         )
-    rows = store.rows(source)
-    if not np.array_equal(store.labels(rows), source.labels):
-        first = int(np.flatnonzero(store.labels(rows) != source.labels)[0])
+    labels = store.labels(store.rows(source))
+    if not np.array_equal(labels, source.labels):
+        first = int(np.flatnonzero(labels != source.labels)[0])
         raise DataError(
-            f"--store {store.folder}: {source.keys[first]} has another label there; it was made from other data"
+            f"--store {store.folder}: {source.keys[first]} has another label there; it was made "
+            "from other data"
         )
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """`batches`, made by a thread a few ahead; its exceptions come through, and closing this ends it."""
+    """Yield `batches`, prefetched by a thread.
+
+    Raises the thread's exceptions; closing the iterator ends the thread.
+    """
     made: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
     closed = threading.Event()
 
@@ -258,7 +297,8 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
                 if not put(batch):
                     return
             put(None)
-        except BaseException as error:  # whatever it is belongs to the training thread
+        except BaseException as error:
+            # Raised in the training thread.
             put(error)
 
     thread = threading.Thread(target=work, daemon=True, name="stores")

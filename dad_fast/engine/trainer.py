@@ -24,15 +24,13 @@ from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_request
 from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.cuda_graph import WARM_UP
 from dad_fast.engine.diagnostics import attack_to_rounding, codes_changed
-from dad_fast.engine.garbage import collections_between_steps
-from dad_fast.engine.introduction import introduction
-from dad_fast.engine.memory import enough_memory
+from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.meter import Meter, over_processes
-from dad_fast.engine.notices import Advice
+from dad_fast.engine.notices import Advice, introduction
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe_features import FeatureLoader
 from dad_fast.engine.schedule import learning_rate, total_epochs
-from dad_fast.engine.step_timer import Clock
+from dad_fast.engine.step_timer import StepTimer
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite, evaluate
@@ -43,15 +41,17 @@ from dad_fast.loggers.sinks import open_sinks
 from dad_fast.models.student import Student
 from dad_fast.models.weights.files import write_safetensors
 
-GO_ON = "go on with --resume auto"
+RESUME_HINT = "resume with --resume auto"
+STOPPED_AT_FIRST = f"stopped in the first step; {RESUME_HINT}"
+STOPPED_IN_EVALUATION = "stopped while evaluating; the weights are saved in"
 
 
 class Trainer:
-    """Trains `parts.student` into the folder `output`. Building one checks everything and writes nothing; then `start()`, `train()`.
+    """Trains `parts.student` into the folder `output`.
 
-    Of several processes each has one of its own, and all call the same methods at the same steps; only the first one writes.
-
-    resume: "" starts at step 0; "auto" goes on from the newest sound checkpoint in `output`; a path goes on from that checkpoint.
+    Creating one checks everything and writes nothing; then call `start()` and `train()`. With
+    several processes each has its own trainer, all call the same methods at the same steps, and
+    only the first one writes.
     """
 
     def __init__(
@@ -63,60 +63,72 @@ class Trainer:
         resume: str = "",
         allow_config_change: bool = False,
     ):
+        """Create a trainer.
+
+        resume: "" starts at step 0; "auto" resumes from the newest sound checkpoint in `output`; a
+        path resumes from that checkpoint. Raises UsageError for a checkpoint of another run,
+        DataError for one that cannot be read.
+        """
         cfg = with_batch_sizes(cfg, distributed.world())
-        self.cfg, self.parts, self.output, self.label = cfg, parts, output, label
-        seed_generators(
-            cfg.seed
-        )  # again, after the student was built: a run draws the same whatever its initial weights took
-        distributed.broadcast_(list(chain(parts.student.parameters(), parts.student.buffers())))
-        self.update = Update(parts.student, cfg, parts.device)
-        models = parts.student, parts.teacher, parts.discretizer
-        self.step = make_step(cfg, *models, self.update)
+        self.cfg = cfg
+        self.parts = parts
+        self.output = output
+        self.label = label
+        device, student = parts.device, parts.student
+
+        # Again: the draws of a run must not depend on those of its student's initial weights.
+        seed_generators(cfg.seed)
+        distributed.broadcast_(list(chain(student.parameters(), student.buffers())))
+        self.update = Update(student, cfg, device)
+        self.step = make_step(cfg, student, parts.teacher, parts.discretizer, self.update)
         (self.learner,) = self.step.learners
+
         self.images_per_step = cfg.data.global_batch_size
         self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
         steps = round(total_epochs(cfg.schedule) * self.steps_per_epoch)
         self.total_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
-        self.meter = Meter()
+
         self.next_step = 0
         self.best_top1 = -1.0
-        self.validation_due = False  # a stop was asked for when it should have begun
-        self.clock = Clock(parts.device)
+        # True if a stop was requested where a validation was due.
+        self.validation_due = False
+        self.worst_streak = torch.zeros((), device=device)
+        # Unreadable files in the batches of this process so far, and of any process.
+        self.met: set[str] = set()
+        self.bad_images: set[str] = set()
+
+        self.meter = Meter()
+        self.clock = StepTimer(device)
         self.advice = Advice(cfg, parts, self.loader.name)
-        self.met: set[str] = (
-            set()
-        )  # unreadable files in the batches of this process; its loader is ahead of them
-        self.bad_images: set[str] = set()  # that any process has met
-        self.gpu = (
-            Gpu.open(parts.device.index or 0)
-            if parts.device.type == "cuda" and distributed.is_main()
-            else None
-        )
-        self.worst_streak = torch.zeros((), device=parts.device)
+        self.gpu: Gpu | None = None
+        if device.type == "cuda" and distributed.is_main():
+            self.gpu = Gpu.open(device.index or 0)
+
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
         self.writer = Writer()
-        self.notes: list[str] = []  # of what it goes on from, for `start` to say
+        # About the checkpoint; `start` logs them.
+        self.notes: list[str] = []
+        self.metrics_offset = 0
         found = load_for_all(self.checkpoints, resume, self.notes.append) if resume else None
         if found is not None:
             restore(self, found, allow_config_change)
-        self.metrics_offset = found.state["metrics_offset"] if found else 0
+            self.metrics_offset = found.state["metrics_offset"]
 
     def _loader(self) -> TrainLoader | FeatureLoader:
-        cfg, parts, mine = (
-            self.cfg,
-            self.parts,
-            self.cfg.data.batch_size * self.cfg.engine.grad_accum_steps,
-        )
-        rank, world, cuda = distributed.rank(), distributed.world(), parts.device.type == "cuda"
-        if parts.probe is not None and parts.probe.features is not None:
-            return FeatureLoader(parts.probe.features, mine, cfg.seed, rank, world, pin_memory=cuda)
+        cfg, parts = self.cfg, self.parts
+        batch_size = cfg.data.batch_size * cfg.engine.grad_accum_steps
+        rank, world = distributed.rank(), distributed.world()
+        features = parts.probe.features if parts.probe is not None else None
+        if features is not None:
+            cuda = parts.device.type == "cuda"
+            return FeatureLoader(features, batch_size, cfg.seed, rank, world, pin_memory=cuda)
         return train_loader(
             cfg.data.loader,
             parts.train,
             cfg.augment,
             parts.student.image_size,
-            mine,
+            batch_size,
             seed=parts.stored.view_seed(cfg.seed),
             workers=cfg.data.workers,
             rank=rank,
@@ -126,37 +138,101 @@ class Trainer:
         )
 
     def start(self) -> None:
-        """Open the logs, say what is about to happen, and make what the steps need before the first of them."""
+        """Open the logs, log the run summary, and prepare what the steps need."""
         sinks = open_sinks(self.cfg.log_to, self.output) if distributed.is_main() else []
         self.log = RunLog(self.output, rank=distributed.rank(), sinks=sinks)
         self.log.truncate_to(self.metrics_offset)
         self.checkpoints.settle()
         for note in self.notes:
             self.log.say(note)
-        cfg, parts = self.cfg, self.parts
-        millions = sum(p.numel() for p in parts.student.parameters()) / 1e6
+
+        student = self.parts.student
+        millions = sum(p.numel() for p in student.parameters()) / 1e6
         others = distributed.world() - 1
         together = f" and {others} more process{'es' if others > 1 else ''}" if others else ""
         self.log.say(
-            f"{self.label}: {cfg.method}, {parts.student.name} ({millions:.2f} M parameters) on {parts.device}{together}, "
+            f"{self.label}: {self.cfg.method}, {student.name} ({millions:.2f} M parameters) "
+            f"on {self.parts.device}{together}, "
             f"steps {self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
         )
-        for line in introduction(cfg, parts, self.loader):
+        for line in introduction(self.cfg, self.parts, self.loader):
             self.log.say(line, echo=False)
-        parts.prepare(self.log.say)
+        self.parts.prepare(self.log.say)
 
     def train(self) -> dict[str, float]:
-        """Runs to the end, or until a signal asks any process to stop: then the state is saved and Preempted or Interrupted raised."""
-        distributed.set_timeout(distributed.LONG)  # until every process has warmed up
+        """Train to the last step.
+
+        Returns the summary of the run. Raises Preempted or Interrupted, after saving, when a signal
+        asks any process to stop, and NotFinite when too many steps in a row were skipped.
+        """
+        # Long until every process has warmed up; `_steps` shortens it.
+        distributed.set_timeout(distributed.LONG)
         with stop_requests() as stop, self._progress() as progress, collections_between_steps():
             try:
                 self._steps(stop, progress)
             finally:
                 self.writer.wait()
-            distributed.set_timeout(
-                distributed.LONG
-            )  # what comes now, the first process may do alone
-            distributed.barrier()  # none ends before the checkpoint is written
+            # Long again: rank 0 may evaluate and write the report alone.
+            distributed.set_timeout(distributed.LONG)
+            # No process ends before the checkpoint is written.
+            distributed.barrier()
+        return self._summary()
+
+    def _steps(self, stop: StopRequest, progress: TrainProgress) -> None:
+        if self.validation_due:
+            is_last = self.next_step == self.total_steps
+            self._boundary(is_last, epoch_ends=True, stopping=False, progress=progress)
+
+        batches = self._batches()
+        vote = distributed.Vote()
+        first_step = self.next_step
+        self.clock.skip()
+        while self.next_step < self.total_steps:
+            is_first = self.next_step == first_step
+            # Nothing to save yet, and compilation may take minutes: a signal ends it at once.
+            with ends_at_once(STOPPED_AT_FIRST) if is_first else nullcontext():
+                batch = next(batches)
+                if self.next_step == 0:
+                    self._check_signal(batch)
+                if is_first:
+                    self.clock.skip()
+                lr = self._step(batch)
+            progress.tick()
+            self.writer.check()
+
+            is_last = self.next_step == self.total_steps
+            epoch_ends = self.next_step % self.steps_per_epoch == 0
+            # The vote is the same in all processes, and so is every decision below.
+            stopping = vote(stop.error)
+            if self.next_step % self.cfg.log_every == 0 or is_last:
+                self._log_window(lr, batch, progress)
+            if is_last or epoch_ends or stopping or self._checkpoint_due():
+                self.clock.count()
+                self._boundary(is_last, epoch_ends, bool(stopping), progress)
+                self.clock.skip()
+                progress.pause()
+            if stopping and not is_last:
+                self._stop(stopping)
+
+            # By now every process has compiled and captured.
+            if self.next_step == first_step + WARM_UP + 1:
+                distributed.barrier()
+                distributed.set_timeout(self.cfg.engine.dist_timeout)
+        vote.settle()
+
+    def _step(self, batch: Batch) -> float:
+        """Make one step and count it. Returns its learning rate."""
+        cfg = self.cfg
+        lr = learning_rate(self.next_step, self.steps_per_epoch, cfg.optim, cfg.schedule)
+        with self.clock.step(), enough_memory(cfg, self.parts.device):
+            (scalars,) = self.step(batch, self.next_step, lr)
+        self.meter.add(scalars)
+        self.met.update(batch.replaced)
+        self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
+        self.next_step += 1
+        return lr
+
+    def _summary(self) -> dict[str, float]:
         return {
             "seconds": self.clock.total,
             "steps": self.next_step,
@@ -166,68 +242,11 @@ class Trainer:
             "failed_over": sum(distributed.all_gather_json(self.loader.failed_over)),
         }
 
-    def _steps(self, stop: StopRequest, progress: TrainProgress) -> None:
-        if self.validation_due:
-            self._boundary(
-                self.next_step == self.total_steps,
-                epoch_ends=True,
-                stopping=False,
-                progress=progress,
-            )
-        batches, clock, vote, begun = (
-            self._batches(),
-            self.clock,
-            distributed.Vote(),
-            self.next_step,
-        )
-        clock.skip()
-        while self.next_step < self.total_steps:
-            first = self.next_step == begun  # nothing to save yet, and compilation may take minutes
-            with ends_at_once(f"stopped in the first step; {GO_ON}") if first else nullcontext():
-                batch = next(batches)
-                if self.next_step == 0:  # a run that goes on has said it
-                    self._check_signal(batch)
-                if first:
-                    clock.skip()
-
-                lr = learning_rate(
-                    self.next_step, self.steps_per_epoch, self.cfg.optim, self.cfg.schedule
-                )
-                with clock.step(), enough_memory(self.cfg, self.parts.device):
-                    (scalars,) = self.step(batch, self.next_step, lr)
-            self.meter.add(scalars)
-            self.met.update(batch.replaced)
-            self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
-            self.next_step += 1
-            progress.tick()
-            self.writer.check()
-
-            last, epoch_ends = (
-                self.next_step == self.total_steps,
-                self.next_step % self.steps_per_epoch == 0,
-            )
-            stopping = vote(
-                stop.error
-            )  # the same in all processes, as is everything that is decided below
-            if self.next_step % self.cfg.log_every == 0 or last:
-                self._log_window(lr, batch, progress)
-            if last or epoch_ends or stopping or self._checkpoint_due():
-                clock.count()
-                self._boundary(last, epoch_ends, bool(stopping), progress)
-                clock.skip()
-                progress.pause()
-            if stopping and not last:
-                self._stop(stopping)
-            if self.next_step == begun + WARM_UP + 1:  # compiled, captured, and everything met once
-                distributed.barrier()
-                distributed.set_timeout(self.cfg.engine.dist_timeout)
-        vote.settle()
-
     def _batches(self) -> Iterator[Batch]:
+        device = self.parts.device
         batches = self.loader.batches(self.next_step, self.total_steps)
-        return feed(
-            self.parts.join(batches, pin_memory=self.parts.device.type == "cuda"), self.parts.device
-        )
+        joined = self.parts.join(batches, pin_memory=device.type == "cuda")
+        return feed(joined, device)
 
     def _progress(self) -> TrainProgress:
         return TrainProgress(
@@ -242,16 +261,19 @@ class Trainer:
     def _boundary(
         self, last: bool, epoch_ends: bool, stopping: bool, progress: TrainProgress
     ) -> None:
-        """Validation and checkpoint, whichever are due."""
+        """Validate and save, whichever is due."""
         self._stop_if_not_finite()
         gc.collect()
-        epoch, every = self.next_step // self.steps_per_epoch, self.cfg.eval.every_epochs
+        epoch = self.next_step // self.steps_per_epoch
+        every = self.cfg.eval.every_epochs
         best = False
         self.validation_due = not last and epoch_ends and every > 0 and epoch % every == 0
         if last or (self.validation_due and not stopping):
             self.validation_due = False
             try:
-                result = self._validate(progress)
+                suite = Suite(self.cfg.data.val_split, self.parts.val)
+                shown = progress.evaluating("validation")
+                result = self.evaluate(self.evaluated, suite, shown)
             except (Preempted, Interrupted) as stop:
                 self.validation_due = True
                 save(self, best=False)
@@ -266,29 +288,16 @@ class Trainer:
                 nll=result.nll,
                 ece=result.ece,
             )
-        if (
-            last
-            or stopping
-            or best
-            or self._checkpoint_due()
-            or (epoch_ends and not self.cfg.checkpoint.every_steps)
-        ):
+        by_epoch = epoch_ends and not self.cfg.checkpoint.every_steps
+        if last or stopping or best or by_epoch or self._checkpoint_due():
             save(self, best)
 
-    def _validate(self, progress: TrainProgress) -> Result:
-        return self.judge(
-            self.evaluated,
-            Suite(self.cfg.data.val_split, self.parts.val),
-            progress.evaluating("validation"),
-        )
-
     def _stop(self, kind: type[DadFastError]) -> NoReturn:
-        """In all processes, once the state is written."""
+        """Raise `kind` in all processes, once the state is written."""
         self.writer.wait()
         distributed.barrier()
-        raise kind(
-            f"stopped at step {self.next_step} of {self.total_steps}; saved in {self.output}, {GO_ON}"
-        )
+        where = f"step {self.next_step} of {self.total_steps}"
+        raise kind(f"stopped at {where}; saved in {self.output}, {RESUME_HINT}")
 
     def _checkpoint_due(self) -> bool:
         every = self.cfg.checkpoint.every_steps
@@ -297,15 +306,16 @@ class Trainer:
     def _log_window(self, lr: float, batch: Batch, progress: TrainProgress) -> None:
         self._stop_if_not_finite()
         values = self.meter.read()
-        if values.get("applied") == 1.0:  # worth a word only where fp16 skipped a step
+        # Log `applied` only when a step was skipped.
+        if values.get("applied") == 1.0:
             del values["applied"]
         self.clock.count()
         window = self.clock.window()
         values |= codes_changed(self.step.generator, self.learner, batch)
-        most = {"data_wait": window.waited / window.seconds}
+        largest = {"data_wait": window.waited / window.seconds}
         if self.parts.device.type == "cuda":
-            most["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
-        values = over_processes(values, most)
+            largest["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
+        values = over_processes(values, largest)
         bad_images = len(self.gathered_bad_images())
         self.advice.on_window(window, self.log.say)
         self.clock.skip()
@@ -323,32 +333,38 @@ class Trainer:
         )
 
     def gathered_bad_images(self) -> list[str]:
-        """Unreadable files that any process has met so far. All processes call it."""
+        """Return the unreadable files that any process has met so far. A collective."""
         for names in distributed.all_gather_json(sorted(self.met - self.bad_images)):
             self.bad_images.update(names)
         return sorted(self.bad_images)
 
     def _stop_if_not_finite(self) -> None:
         if self.worst_streak.item() > self.update.tolerated:
-            self.worst_streak.zero_()  # whoever goes on from here with better settings begins to count anew
+            # Reset, so that a resumed run starts from zero.
+            self.worst_streak.zero_()
             self.update.bad_in_a_row.zero_()
             save(self, best=False)
             self.writer.wait()
             distributed.barrier()
             raise NotFinite(
-                f"the loss or a gradient was not a number in a step before {self.next_step}; no such step was applied and the state is "
-                f"kept in {self.checkpoints.root}; lower --lr, set --clip-grad, or look at the data and the weights"
+                f"the loss or a gradient was not a number in a step before {self.next_step}; such "
+                "steps were skipped and the state is "
+                f"saved in {self.checkpoints.root}; lower --lr, set --clip-grad, or check the "
+                "data and the weights"
             )
 
     @property
     def evaluated(self) -> Student:
-        """The weights that evaluation uses: the EMA's when there is one."""
+        """The student to evaluate: its EMA if there is one."""
         return self.update.ema.module if self.update.ema is not None else self.parts.student
 
-    def judge(
+    def evaluate(
         self, model: nn.Module, suite: Suite, progress: Callable[[int, int], None] | None = None
     ) -> Result:
-        """`model` on `suite`, with the student's view of an image (size, crop, filter) and the run's precision. Stops as `evaluate`."""
+        """Evaluate `model` on `suite` with the student's view of images and the run's precision.
+
+        Raises Preempted or Interrupted when a signal asks any process to stop.
+        """
         student = self.parts.student
         with self.learner.autocast(), stop_requests():
             return evaluate(
@@ -363,7 +379,7 @@ class Trainer:
                 device=self.parts.device,
                 corruption=suite.corruption,
                 progress=progress,
-                stopped=f"stopped while judging; the weights are saved in {self.output}, {GO_ON}",
+                stopped=f"{STOPPED_IN_EVALUATION} {self.output}, {RESUME_HINT}",
             )
 
     def _check_signal(self, batch: Batch) -> None:
@@ -373,11 +389,11 @@ class Trainer:
             self.advice.on_attack(ratio, self.log.say)
 
     def write_model(self, path: Path) -> None:
-        """`model.safetensors`: the weights that evaluation uses, with what is needed to use them."""
+        """Write `model.safetensors`: the weights to evaluate and their metadata."""
         write_safetensors(path, *self.model_file())
 
     def model_file(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Tensors and metadata of `model.safetensors`."""
+        """Return tensors and metadata of `model.safetensors`."""
         tensors, metadata = self.evaluated.contents()
         return tensors, {
             **metadata,

@@ -1,8 +1,9 @@
-"""From a loss to new weights, in a way that a loss or gradient that is not a number cannot harm.
+"""Optimizer step: unscale, clip, finite check, step, EMA. Non-finite steps are skipped.
 
-`begin`, `backward` for each micro-batch, `reduce` (the sum over processes), `apply`: unscale (fp16), clip, finite check on the device,
-optimizer step that is not applied where the check failed, EMA. Nothing here reads a value on the host, and `backward` and `apply` can
-be captured in a CUDA graph. Whatever `apply` reads is the same in all processes, so that what it writes is.
+A step calls `begin`, `backward` for each micro-batch, `reduce` (the sum over processes) and
+`apply`. The finite check is on the device: nothing here reads a value on the host, so `backward`
+and `apply` can be captured in CUDA graphs. `apply` reads only values that are equal in all
+processes, and so writes equal weights in all of them.
 """
 
 from __future__ import annotations
@@ -11,94 +12,52 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from dad_fast.config.schema import Config, OptimConfig
+from dad_fast.config.schema import Config
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.gradients import SharedGradients, running_statistics
-from dad_fast.engine.optimizer import check_optimizer
-from dad_fast.errors import UsageError
+from dad_fast.engine.optimizer import build_optimizer
 from dad_fast.loggers.profiling import stage
-
-FUSED = (
-    torch.optim.AdamW,
-    torch.optim.Adam,
-    torch.optim.SGD,
-)  # these skip a step by themselves, on the device
-
-
-def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; no weight decay on biases and norms."""
-    kwargs = dict(cfg.opt_kwargs)
-    check_optimizer(cfg.opt, cuda)
-
-    def create(**extra: Any) -> torch.optim.Optimizer:
-        return create_optimizer_v2(
-            model,
-            opt=cfg.opt,
-            lr=cfg.lr,
-            weight_decay=cfg.weight_decay,
-            momentum=cfg.momentum,
-            **kwargs,
-            **extra,
-        )
-
-    try:
-        optimizer = create()
-        # Capturable: steps are counted on the device, for CUDA graphs, and so that a refused step is not counted.
-        extra = {"capturable": True} if cuda and "capturable" in optimizer.defaults else {}
-        if type(optimizer) in FUSED and not {"fused", "foreach"} & kwargs.keys():
-            extra["fused"] = True
-        optimizer = create(**extra) if extra else optimizer
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
-        raise UsageError(
-            f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and optim.opt_kwargs"
-        ) from None
-    return optimizer
 
 
 class Update:
     """Owns the optimizer, the gradient scaler and the EMA of one student."""
 
     def __init__(self, student: nn.Module, cfg: Config, device: torch.device):
+        """Create an update of `student`, whose weights already lie on `device`.
+
+        Raises UsageError or EnvironmentProblem for an optimizer that cannot be built.
+        """
         self.student = student
         self.clip_grad = cfg.optim.clip_grad
         self.optimizer = build_optimizer(student, cfg.optim, device.type == "cuda")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # Batch norm's running statistics: a bad batch has already moved them when its loss is known.
+
+        # Batch norm's running statistics: a bad batch has already changed them when its loss is
+        # known.
         self.buffers = [b for b in student.buffers() if b.is_floating_point()]
         self.saved_buffers = [b.clone() for b in self.buffers]
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=cfg.precision.amp and cfg.precision.student == "float16"
-        )
-        self.ema = (
-            ModelEmaV3(student, decay=cfg.ema.decay, use_warmup=cfg.ema.warmup)
-            if cfg.ema.model_ema
-            else None
-        )
-        if self.ema is not None:
-            pairs = list(
-                zip(
-                    self.ema.module.state_dict().values(),
-                    student.state_dict().values(),
-                    strict=True,
-                )
-            )
-            self.averaged = [
-                list(tensors)
-                for tensors in zip(
-                    *(pair for pair in pairs if pair[0].is_floating_point()), strict=True
-                )
-            ]
-            self.counts = [
-                pair for pair in pairs if not pair[0].is_floating_point()
-            ]  # batches that a batch norm has seen
-        self.ema_weight, self.loss_sum, self.bad_in_a_row = (
-            torch.zeros((), device=device) for _ in range(3)
-        )
-        # What a CUDA graph reads lies on the device, at an address that stays: the learning rates and, once captured, the gradients.
+        is_float16 = cfg.precision.amp and cfg.precision.student == "float16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=is_float16)
+
+        self.ema: ModelEmaV3 | None = None
+        if cfg.ema.model_ema:
+            self.ema = ModelEmaV3(student, decay=cfg.ema.decay, use_warmup=cfg.ema.warmup)
+            averages = self.ema.module.state_dict().values()
+            pairs = list(zip(averages, student.state_dict().values(), strict=True))
+            averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+            self.averages = [average for average, _ in averaged]
+            self.latest = [latest for _, latest in averaged]
+            # Batches that a batch norm has seen: copied, not averaged.
+            self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.ema_weight = torch.zeros((), device=device)
+        self.loss_sum = torch.zeros((), device=device)
+        self.bad_in_a_row = torch.zeros((), device=device)
+
+        # A CUDA graph reads from fixed addresses on the device: the learning rates and, once
+        # captured, the gradients.
         on_device = device.type == "cuda" and bool(self.optimizer.defaults.get("fused"))
         self.rates = [
             torch.zeros((), device=device) if on_device else None
@@ -107,16 +66,21 @@ class Update:
         self.static_gradients: list[Tensor] = []
         self.num_processes = distributed.world()
         self.shared: SharedGradients | None = None
-        # With fp16 a step that overflows is ordinary: the scaler halves its factor. After thirty in a row, 2^30 times less, it is not.
+        # With fp16 an overflow is ordinary: the scaler halves its factor. Thirty in a row (2^30
+        # times less) are not.
         self.tolerated = 30 if self.scaler.is_enabled() else 0
 
     @property
     def capturable(self) -> bool:
-        """Whether `apply` can be captured in a CUDA graph: learning rates and steps are on the device."""
+        """True if `apply` can be captured in a CUDA graph: learning rates and steps are on the
+        device.
+        """
         return all(rate is not None for rate in self.rates)
 
     def begin(self, step: int, lr: float) -> None:
-        """Before the forward pass of a step, whatever number of `backward` calls it has."""
+        """Begin a step, before its first forward pass: set the learning rate and zero the
+        gradients.
+        """
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             value = lr * group.get("lr_scale", 1.0)
             group["lr"] = value if rate is None else rate.fill_(value)
@@ -131,29 +95,33 @@ class Update:
             torch._foreach_copy_(self.saved_buffers, self.buffers)
 
     def make_gradients_static(self) -> None:
-        """From now on gradients are added to the tensors that hold them now, which `begin` zeroes."""
-        if self.shared is None:  # else they are that already
+        """Keep gradients in the tensors that hold them now: `begin` zeroes these, `backward` adds
+        to them.
+        """
+        # Shared gradients are static already.
+        if self.shared is None:
             self.static_gradients = [p.grad for p in self.parameters if p.grad is not None]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch. `loss` is this process's mean; their mean is that over the global batch."""
+        """Add the gradients of one micro-batch. `loss` is the mean over this process's images."""
         self.loss_sum += loss.detach()
         self.scaler.scale(loss if self.num_processes == 1 else loss / self.num_processes).backward()
 
     def reduce(self) -> None:
-        """After the last `backward`: from here on gradients, loss and running statistics are those of all processes."""
+        """Sum gradients, loss and running statistics over all processes, after the last
+        `backward`.
+        """
         if self.num_processes == 1:
             return
         if self.shared is None:
-            self.shared = SharedGradients(
-                self.parameters, [self.loss_sum, *running_statistics(self.student)]
-            )
+            others = [self.loss_sum, *running_statistics(self.student)]
+            self.shared = SharedGradients(self.parameters, others)
             self.static_gradients = [self.shared.flat]
         with stage("reduce"):
             self.shared.reduce()
 
     def apply(self) -> Tensor:
-        """The optimizer step; returns whether it was applied, a bool scalar on the device."""
+        """Make the optimizer step. Returns a bool scalar on the device: True if it was applied."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         max_norm = self.clip_grad if self.clip_grad > 0 else float("inf")
@@ -172,21 +140,26 @@ class Update:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """average += weight (student - average). timm's own update takes the weight as a Python number, which a CUDA graph would freeze."""
-        average, latest = self.averaged
-        change = torch._foreach_sub(latest, average)
+        """Update the EMA: average += weight (student - average).
+
+        timm's own update takes the weight as a Python number, which a CUDA graph would freeze.
+        """
+        change = torch._foreach_sub(self.latest, self.averages)
         torch._foreach_mul_(change, self.ema_weight)
-        torch._foreach_add_(average, change)
+        torch._foreach_add_(self.averages, change)
         for count, new in self.counts:
             count.copy_(new)
 
     def _guarded_step(self, finite: Tensor) -> None:
         optimizer: Any = self.optimizer
         if optimizer.defaults.get("fused"):
-            optimizer.found_inf = (~finite).float()  # the fused kernels' own way of skipping a step
+            # The fused kernels skip a step by themselves.
+            optimizer.found_inf = (~finite).float()
             optimizer.step()
             return
-        # Any other optimizer: take the step, then take back what a bad gradient did. A count that it keeps on the host stays as it is.
+
+        # Any other optimizer: make the step, then undo it if the check failed. A count on the host
+        # is not undone.
         old = [p.detach().clone() for p in self.parameters]
         old_state = {(p, k): v.clone() for p, k, v in self._state_on_device()}
         optimizer.step()
@@ -197,10 +170,8 @@ class Update:
                 v.copy_(torch.where(finite, v, old_state.get((p, k), torch.zeros_like(v))))
 
     def _state_on_device(self) -> Iterator[tuple[Tensor, str, Tensor]]:
-        """The optimizer's tensors: (parameter, name, tensor)."""
+        """Yield the optimizer's tensors: (parameter, name, tensor)."""
         for p, state in self.optimizer.state.items():
-            yield from (
-                (p, name, value)
-                for name, value in state.items()
-                if torch.is_tensor(value) and value.device == p.device
-            )
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.device == p.device:
+                    yield p, name, value

@@ -1,8 +1,14 @@
-"""Projected gradient descent on the input of a frozen model (DAD: arXiv 2311.01441, eq. 8; DAT: arXiv 2209.07735).
+"""Attack and discretization: projected gradient descent on the input of a frozen model, then the
+discretizer Q.
 
     x' = argmax CE(model(x'), y)   subject to   ||x' - x||_p <= eps,   x' in [0, 1]
 
-Pixels are float32 [B, 3, H, W] in [0, 1]; `eps` and `step_size` are in the same unit, over the whole image for L2.
+    paper:   Q(x + delta)            (DAD: arXiv 2311.01441, eq. 8; DAT: arXiv 2209.07735)
+    authors: Q(Q(x) + delta)         (their code: a second VQGAN pass; delta starts from Q(x))
+
+No gradient passes through Q (straight-through: the gradient at the image is used as it is). Pixels
+are float32 [B, 3, H, W] in [0, 1]; `eps` and `step_size` are in the same unit, over the whole image
+for L2.
 """
 
 from __future__ import annotations
@@ -16,18 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dad_fast.config.schema import AttackConfig
+from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.kernels.pgd_update import l2_norm, pgd_update, project, reference
 from dad_fast.methods.noise import keyed_normal, keyed_uniform
 
-STREAM_DIRECTION, STREAM_COIN = 1, 2  # streams of a sample's key that the attack draws from
+# Streams of a sample's key that the attack draws from.
+STREAM_DIRECTION, STREAM_COIN = 1, 2
 
 
 @dataclass(frozen=True)
 class PGD:
-    """PGD in L2 or L-infinity, with a random start that is drawn per sample.
+    """PGD in L2 or L-infinity, with a random start per sample.
 
-    `random_start` is the probability, per sample, of starting at a random point: of norm eps (L2), or uniform in the cube
-    (L-infinity). `steps` may be 0: then only the random start remains. `fused` updates by the kernel where there is one (CUDA).
+    random_start: probability, per sample, of starting at a random point: of norm eps (L2), or
+    uniform in the cube (L-infinity). steps: 0 leaves the random start alone. fused: use the Triton
+    kernel of the update (CUDA).
     """
 
     norm: Literal["l2", "linf"] = "l2"
@@ -39,6 +48,7 @@ class PGD:
 
     @classmethod
     def from_config(cls, cfg: AttackConfig, fused: bool = False) -> PGD:
+        """Create the attack of a run's [attack] section."""
         return cls(cfg.norm, cfg.eps, cfg.step_size, cfg.steps, cfg.random_start, fused)
 
     def __call__(
@@ -46,8 +56,10 @@ class PGD:
     ) -> Tensor:
         """Attack `model` (pixels -> logits [B, C]).
 
-        pixels: [B, 3, H, W] in [0, 1]. targets: labels int64 [B] or probabilities [B, C]. keys: int64 [B], one per sample; they
-        fix the random start. Returns x + delta in [0, 1], detached. Only the input's gradient is computed, never a weight's.
+        pixels: [B, 3, H, W] in [0, 1]. targets: labels int64 [B] or probabilities [B, C].
+        keys: int64 [B], one per sample; they determine the random start.
+        Returns x + delta in [0, 1], detached. Computes the gradient of the input only, never of a
+        weight.
         """
         pixels = pixels.detach()
         update = pgd_update if self.fused else reference
@@ -57,9 +69,8 @@ class PGD:
             image.requires_grad_(True)
             with torch.enable_grad():
                 logits = model(image)
-            (gradient,) = torch.autograd.grad(
-                logits, image, cross_entropy_direction(logits, targets)
-            )
+            direction = cross_entropy_direction(logits, targets)
+            (gradient,) = torch.autograd.grad(logits, image, direction)
             delta, image = update(pixels, delta, gradient, self.norm, self.eps, self.step_size)
         return image
 
@@ -78,11 +89,13 @@ class PGD:
 
 @torch.no_grad()
 def cross_entropy_direction(logits: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of CE(logits, targets) in the logits [B, C], each row divided by its largest entry.
+    """Return the gradient of CE(logits, targets) in the logits [B, C], each row divided by its
+    largest entry.
 
-    PGD uses a gradient's direction alone, so the scale is free, and two roundings can be avoided that would leave a confident
-    teacher unattacked: p_y - 1 is 0 in float32 from a logit gap of 17 on (a row sums to 0, so its largest probability's entry is
-    minus the sum of the others), and what is left would underflow on its way back through a 16-bit model.
+    PGD uses the direction alone, so the scale is free. This avoids two roundings that would leave a
+    confident teacher unattacked. First, p_y - 1 is 0 in float32 from a logit gap of 17 on; a row
+    sums to 0, so the entry of the largest probability is computed as minus the sum of the others.
+    Second, small values would underflow on their way back through a 16-bit model.
     """
     probs = torch.softmax(logits.double(), dim=-1)
     if targets.dim() == 1:
@@ -93,3 +106,38 @@ def cross_entropy_direction(logits: Tensor, targets: Tensor) -> Tensor:
     gradient.scatter_(1, top, -gradient.sum(dim=-1, keepdim=True))
     largest = gradient.abs().amax(dim=-1, keepdim=True)
     return (gradient / torch.where(largest > 0, largest, 1.0)).to(logits.dtype)
+
+
+def perturb(
+    discretizer: Discretizer,
+    model: Callable[[Tensor], Tensor],
+    attack: PGD,
+    pixels: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    order: Literal["paper", "authors"] = "paper",
+) -> tuple[Tensor, Tensor]:
+    """Attack `model` on `pixels` [B, 3, H, W]; arguments as in `PGD.__call__`.
+
+    Returns (base, base + delta), each [B, 3, H, W]: base is x (order "paper") or Q(x) ("authors").
+    """
+    with torch.no_grad():
+        base = discretizer(pixels).images if order == "authors" else pixels
+    return base, attack(model, base, targets, keys)
+
+
+def discretize(
+    discretizer: Discretizer,
+    model: Callable[[Tensor], Tensor],
+    attack: PGD,
+    pixels: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    order: Literal["paper", "authors"] = "paper",
+) -> Discretized:
+    """Make the discrete adversarial images of `pixels` [B, 3, H, W] against `model`; arguments as
+    in `perturb`.
+    """
+    _, perturbed = perturb(discretizer, model, attack, pixels, targets, keys, order)
+    with torch.no_grad():
+        return discretizer(perturbed)

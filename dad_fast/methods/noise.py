@@ -1,8 +1,9 @@
-"""Random numbers that belong to a sample, not to a position in a batch.
+"""Random numbers keyed by sample, not by position in a batch.
 
-Every draw is a pure function of (key, counter): the same sample of the same epoch gets the same noise whatever the batch size,
-the number of processes or the device. One 64-bit hash (splitmix64's finalizer over key and counter) gives two 24-bit uniforms.
-Integer operations only up to the last step, so CPU and GPU agree on the uniforms exactly.
+Every draw is a pure function of (key, counter): the same sample of the same epoch gets the same
+noise whatever the batch size, the number of processes or the device. One 64-bit hash (splitmix64's
+finalizer over key and counter) gives two 24-bit uniforms. Integer operations only up to the last
+step, so CPU and GPU agree on the uniforms exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits (torch has no unsigned multiplication)."""
+    """Return the int64 with the same 64 bits (torch has no unsigned multiplication)."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -24,7 +25,7 @@ MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift (torch's `>>` on int64 copies the sign)."""
+    """Shift right logically (torch's `>>` on int64 copies the sign)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -35,10 +36,11 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def keyed_bits(keys: Tensor, count: int, stream: int = 0) -> Tensor:
-    """Hash [B, count] int64 of each key in `keys` [B] int64; different `stream`s of one key are independent."""
-    base = _mix(
-        keys + _signed((stream * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) & ((1 << 64) - 1))
-    )  # [B]
+    """Hash [B, count] int64 of each key in `keys` [B] int64; different `stream`s of one key are
+    independent.
+    """
+    offset = (stream * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) & ((1 << 64) - 1)
+    base = _mix(keys + _signed(offset))  # [B]
     counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * GOLDEN  # [count]
     return _mix(base[:, None] + counter[None, :])
 
@@ -50,18 +52,18 @@ def _uniform_pair(keys: Tensor, count: int, stream: int) -> tuple[Tensor, Tensor
 
 
 def keyed_uniform(keys: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
-    """Uniform [0, 1) float32 [B, *shape], multiples of 2^-24."""
+    """Draw uniform [0, 1) float32 [B, *shape], multiples of 2^-24."""
     size = math.prod(shape)
     pair = _uniform_pair(keys, (size + 1) // 2, stream)
     return torch.cat(pair, dim=1)[:, :size].reshape(len(keys), *shape)
 
 
 def keyed_normal(keys: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
-    """Standard normal float32 [B, *shape] by Box-Muller (values up to 5.8 in magnitude)."""
+    """Draw standard normal float32 [B, *shape] by Box-Muller (values up to 5.8 in magnitude)."""
     size = math.prod(shape)
     u, v = _uniform_pair(keys, (size + 1) // 2, stream)
-    radius = (-2.0 * (u + 2.0**-25).log()).sqrt()  # u + 2^-25 lies in (0, 1): never log 0
+    # u + 2^-25 lies in (0, 1): never log 0.
+    radius = (-2.0 * (u + 2.0**-25).log()).sqrt()
     angle = v * (2.0 * math.pi)
-    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :size].reshape(
-        len(keys), *shape
-    )
+    normal = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)
+    return normal[:, :size].reshape(len(keys), *shape)

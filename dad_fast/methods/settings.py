@@ -27,8 +27,9 @@ def resolve(
 ) -> Config:
     """Return the checked Config of a command line.
 
-    `flags` maps paths such as "optim.lr" to what was typed (text, a list of texts, or a bool). Raises UsageError for an
-    unknown preset, key or choice, a value of the wrong type or out of range, and settings that do not fit together.
+    `flags` maps paths such as "optim.lr" to what was typed (text, a list of texts, or a bool).
+    Raises UsageError for an unknown preset, key or choice, a value of the wrong type or out of
+    range, and settings that do not fit together.
     """
     cfg = gather(preset, file, sets, flags)
     check(cfg)
@@ -36,7 +37,10 @@ def resolve(
 
 
 def check(cfg: Config) -> None:
-    """Check that settings fit together, for every variant. Raises UsageError, which names the flag to change."""
+    """Check that settings fit together, for every variant.
+
+    Raises UsageError, which names the flag to change.
+    """
     for path, setting in settings().items():
         coerce(setting, get(cfg, path), "settings")
     runs = expand(cfg)
@@ -56,7 +60,8 @@ def check(cfg: Config) -> None:
 def _check_run(cfg: Config) -> None:
     if not cfg.data.data_dir:
         raise UsageError(
-            "no data: add --data-dir (a folder with train/ and val/, or embedded:digits), or try --preset demo"
+            "no data: add --data-dir (a folder with train/ and val/, or embedded:digits), or try "
+            "--preset demo"
         )
     method = METHODS[cfg.method]
     if method.linear_probe:
@@ -75,11 +80,13 @@ def _check_run(cfg: Config) -> None:
     _check_stored_forms(cfg)
     if method.needs_teacher and not cfg.teacher.name and not cfg.store.dirs:
         raise UsageError(
-            f"--method {cfg.method} needs a teacher: add --teacher, for instance --teacher open_clip:ViT-L-14/openai"
+            f"--method {cfg.method} needs a teacher: add --teacher, for instance --teacher "
+            "open_clip:ViT-L-14/openai"
         )
     if method.needs_discretizer and not cfg.discretizer.name and not cfg.store.dirs:
         raise UsageError(
-            f"--method {cfg.method} needs a discretizer: add --discretizer (a VQGAN's file, identity or jpeg:75)"
+            f"--method {cfg.method} needs a discretizer: add --discretizer (a VQGAN's file, "
+            "identity or jpeg:75)"
         )
     _check_scheme(cfg.teacher.name, "--teacher", TEACHERS.names())
     _check_scheme(cfg.discretizer.name, "--discretizer", DISCRETIZERS.names())
@@ -87,18 +94,21 @@ def _check_run(cfg: Config) -> None:
     is_quality = quality.isdecimal() and 1 <= int(quality) <= 100
     if cfg.discretizer.name.startswith("jpeg:") and not is_quality:
         raise UsageError(
-            f"--discretizer {cfg.discretizer.name}: the quality is a whole number from 1 to 100, as in jpeg:75"
+            f"--discretizer {cfg.discretizer.name}: the quality is a whole number from 1 to 100, "
+            "as in jpeg:75"
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
         raise UsageError(f"--device {cfg.device}: must be auto, cpu, cuda or cuda:N")
     if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.data.batch_size % 2:
         raise UsageError(
-            f"--batch-size {cfg.data.batch_size}: must be even with --mixup or --cutmix, which mix pairs of images"
+            f"--batch-size {cfg.data.batch_size}: must be even with --mixup or --cutmix, which "
+            "mix pairs of images"
         )
     known = ("all", "none", *MODEL_SAVINGS, *(f"vqgan_{name}" for name in VQGAN_SAVINGS))
     if unknown := [name for name in cfg.engine.savings if name not in known]:
         raise UsageError(
-            f"--savings {unknown[0]}: no such saving{nearest(unknown[0], known)} (known: {', '.join(known)})"
+            f"--savings {unknown[0]}: no such optimization{nearest(unknown[0], known)} (known: "
+            f"{', '.join(known)})"
         )
     if cfg.student.weights and cfg.student.init_from:
         raise UsageError(
@@ -106,7 +116,8 @@ def _check_run(cfg: Config) -> None:
         )
     if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
         raise UsageError(
-            f"--warmup-epochs {cfg.schedule.warmup_epochs:g} is more than --epochs {cfg.schedule.epochs}, of which it is the first part: "
+            f"--warmup-epochs {cfg.schedule.warmup_epochs:g} is more than --epochs "
+            f"{cfg.schedule.epochs}, of which it is the first part: "
             "raise --epochs, or set --warmup-epochs (0 = none)"
         )
 
@@ -115,7 +126,8 @@ def _check_stored_forms(cfg: Config) -> None:
     kinds = usable_kinds(cfg)
     if cfg.store.mix_outputs and not cfg.store.dirs and "targets" not in kinds:
         raise UsageError(
-            "--mix-outputs mixes stored outputs: add --store (made by dad-fast precompute --targets) or --stores targets"
+            "--mix-outputs mixes stored outputs: add --store (made by dad-fast precompute "
+            "--targets) or --stores targets"
         )
     if cfg.loss.form == "paper":
         return
@@ -125,11 +137,13 @@ def _check_stored_forms(cfg: Config) -> None:
         )
     if not cfg.store.dirs and "adversarial" not in kinds:
         raise UsageError(
-            "--loss-form joint learns from stored adversarial images: add --store (made by dad-fast precompute) or --stores"
+            "--loss-form joint learns from stored adversarial images: add --store (made by "
+            "dad-fast precompute) or --stores"
         )
     if cfg.student.bn != "joint":
         raise UsageError(
-            f"--loss-form joint: every image is of both kinds, which --bn {cfg.student.bn} would tell apart; use --bn joint"
+            f"--loss-form joint: every image is of both kinds, and --bn {cfg.student.bn} needs "
+            "them apart; use --bn joint"
         )
 
 
@@ -137,11 +151,12 @@ def _check_linear_probe(cfg: Config) -> None:
     """Check settings that a linear probe has no use for."""
     if cfg.store.dirs:
         raise UsageError(
-            "--store: --method lp-clip keeps the teacher's answers by itself; leave it out"
+            "--store: --method lp-clip keeps the teacher's predictions in the cache; leave it out"
         )
     if cfg.augment.mixup or cfg.augment.cutmix:
         raise UsageError(
-            "--method lp-clip: a pseudo-label is of one image, which --mixup and --cutmix blend with another; leave them out"
+            "--method lp-clip: a pseudo-label belongs to one image, and --mixup and --cutmix "
+            "blend two; leave them out"
         )
     if cfg.lp_clip.labels == "true" and cfg.lp_clip.threshold:
         raise UsageError(
@@ -153,7 +168,8 @@ def _check_linear_probe(cfg: Config) -> None:
         )
     if cfg.data.loader == "dali" and (cfg.lp_clip.views or is_fixed(cfg.augment)):
         raise UsageError(
-            "--loader dali: features that are kept are made from images that PIL decodes; leave it out, or train on new views"
+            "--loader dali: kept features are of images that PIL decodes; leave it out, or train "
+            "on new views"
         )
 
 
@@ -166,7 +182,8 @@ def _check_scheme(name: str, flag: str, schemes: tuple[str, ...]) -> None:
         return
     if scheme not in schemes:
         raise UsageError(
-            f"{flag} {name}: unknown kind {scheme}:{nearest(scheme, schemes)} (known: {', '.join(s + ':' for s in schemes)})"
+            f"{flag} {name}: unknown kind {scheme}:{nearest(scheme, schemes)} (known: "
+            f"{', '.join(s + ':' for s in schemes)})"
         )
     if scheme == "embedded" and rest != "digits":
         raise UsageError(f"{flag} {name}: nothing of that name is embedded; use embedded:digits")

@@ -1,4 +1,6 @@
-"""Stores that a run asks for (`--stores`): which it can learn from, and where several runs share one. Imports no torch."""
+"""Stores that a run asks for (`--stores`): which it can learn from, and where several runs share
+one. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def check_stores(cfg: Config) -> None:
 
 
 def usable_kinds(cfg: Config) -> dict[str, int]:
-    """Kind -> views per image, of those in `store.make` that the method learns from."""
+    """Return kind -> views per image for the kinds in `store.make` that the method learns from."""
     epochs = math.ceil(cfg.schedule.epochs + cfg.schedule.cooldown_epochs)
     default = {"adversarial": 1, "targets": epochs}
     asked = dict(text.partition(":")[::2] for text in cfg.store.make)
@@ -73,7 +75,7 @@ def usable_kinds(cfg: Config) -> dict[str, int]:
 
 
 def with_stores(cfg: Config, folder: Path, first_seed: int) -> tuple[Config, list[SharedStore]]:
-    """`cfg` as a run that learns from the stores it asks for, and these stores, in `folder`.
+    """Return `cfg` as a run that learns from the stores it asks for, and these stores in `folder`.
 
     The name of a store has a hash of what it holds, so that runs with equal needs share it.
     first_seed: all seeds of a comparison learn from the draws of this one.
@@ -91,12 +93,15 @@ def with_stores(cfg: Config, folder: Path, first_seed: int) -> tuple[Config, lis
 
 
 def online(cfg: Config) -> Config:
-    """`cfg` without stores, for checks and measurements before they are filled."""
+    """Return `cfg` without stores, for checks and measurements before they are filled."""
     return with_values(cfg, {"store.dirs": (), "store.mix_outputs": False, "loss.form": "paper"})
 
 
 def is_filled(folder: str) -> bool:
-    """Whether the store in `folder` is complete, by its manifest. Damage is found by its readers."""
+    """True if the store in `folder` is complete by its manifest.
+
+    Readers of the store find damage.
+    """
     try:
         return bool(json.loads((Path(folder) / "manifest.json").read_text())["shards"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -104,12 +109,12 @@ def is_filled(folder: str) -> bool:
 
 
 def seconds_file(folder: str) -> Path:
-    """The file beside a store that counts what filling it took."""
+    """Return the file next to a store that records the seconds of filling it."""
     return Path(f"{folder}.json")
 
 
 def store_seconds(folder: str) -> float:
-    """Seconds that filling the store in `folder` took; 0 where nobody counted, as for `dad-fast precompute`."""
+    """Return the seconds of filling a store; 0 if not recorded, as by `dad-fast precompute`."""
     try:
         return float(json.loads(seconds_file(folder).read_text())["seconds"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dad_fast.data.augment.mixing import soft_targets, to_levels, to_pixels
 from dad_fast.discretizers.base import Discretizer
-from dad_fast.methods.attack import PGD
-from dad_fast.methods.discretize import perturb
+from dad_fast.methods.attack import PGD, perturb
 from dad_fast.methods.losses import keep_mask
 
 

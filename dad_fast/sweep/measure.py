@@ -140,7 +140,7 @@ def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, f
         Suite(cfg.data.val_split, parts.val)
     ]
     # Warm up.
-    trainer.judge(parts.student, _first_batch(suites[0], cfg)[0])
+    trainer.evaluate(parts.student, _first_batch(suites[0], cfg)[0])
     teacher = 0.0
     if parts.teacher is not None:
         teacher = sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites)
@@ -154,7 +154,7 @@ def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, f
 def _seconds(trainer: Trainer, model: torch.nn.Module, suite: Suite, cfg: Config) -> float:
     few, share = _first_batch(suite, cfg)
     start = _now(trainer.parts.device)
-    trainer.judge(model, few)
+    trainer.evaluate(model, few)
     return (_now(trainer.parts.device) - start) / share
 
 

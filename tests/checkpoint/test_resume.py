@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged goes on and ends bit for bit where the straight run ends."""
+"""Stopped, killed or damaged runs resume and end bit for bit like an uninterrupted run."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def digest(folder, step):
 
 
 @pytest.mark.parametrize("method", ["dad", "dat+dad", "ce"])
-def test_k_steps_and_the_rest_equal_the_straight_run(tmp_path, method):
+def test_resume_is_bit_exact(tmp_path, method):
     cfg = config(
         method, *(["data.batch_size=20", "engine.grad_accum_steps=2"] if method == "ce" else [])
     )
@@ -115,7 +115,7 @@ def not_killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number, not_killed):
+def test_resume_after_a_kill_is_bit_exact(tmp_path, number, not_killed):
     process = command(tmp_path / "killed", *KILLED)
     wait_until((tmp_path / "killed/checkpoints/step-3").exists, process)
     process.send_signal(number)
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, number, not_killed):
     ).read_bytes()
 
 
-def test_a_damaged_latest_gives_way_to_the_one_before_aloud(tmp_path, capsys):
+def test_damaged_latest_falls_back_with_a_warning(tmp_path, capsys):
     cfg = config("ce", "checkpoint.every_steps=3")
     run(tmp_path, replace(cfg, max_steps=6))
     damaged = tmp_path / "checkpoints/step-6/train.safetensors"
@@ -151,7 +151,7 @@ def test_a_damaged_latest_gives_way_to_the_one_before_aloud(tmp_path, capsys):
         trainer(tmp_path, cfg, "auto")
 
 
-def test_changed_science_is_refused_with_the_difference(tmp_path):
+def test_changed_settings_are_refused_by_name(tmp_path):
     run(tmp_path, config("ce", "max_steps=2"))
     with pytest.raises(UsageError, match=r"optim\.lr"):
         trainer(tmp_path, config("ce", "optim.lr=0.5"), "auto")
@@ -165,7 +165,7 @@ def test_changed_science_is_refused_with_the_difference(tmp_path):
     )
 
 
-def test_the_portions_of_a_step_may_change_where_no_batch_norm_sees_them(tmp_path):
+def test_micro_batch_size_may_change_without_batch_norm(tmp_path):
     run(tmp_path / "bn", config("ce", "max_steps=2"))
     with pytest.raises(
         UsageError,
@@ -191,7 +191,7 @@ def test_the_portions_of_a_step_may_change_where_no_batch_norm_sees_them(tmp_pat
     assert made.next_step == 2 and made.images_per_step == 50 and made.cfg.data.batch_size == 10
 
 
-def test_not_a_number_stops_the_run_and_keeps_the_state(tmp_path):
+def test_non_finite_loss_stops_the_run_and_saves_the_state(tmp_path):
     made = trainer(
         tmp_path,
         config(
@@ -209,7 +209,7 @@ def test_not_a_number_stops_the_run_and_keeps_the_state(tmp_path):
     )
 
 
-def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+def test_old_checkpoints_are_deleted_and_the_best_kept(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=2)
     for step, best in ((1, False), (2, True), (3, False), (4, False), (5, False)):
         folder.save(step, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), best)
@@ -219,7 +219,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     )
 
 
-def test_killed_before_it_could_point_at_the_best(tmp_path):
+def test_kill_before_the_best_link_is_repaired(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(1, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), True)
     for name in ("latest", "best"):
@@ -233,7 +233,7 @@ def test_killed_before_it_could_point_at_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("operation", ["_link", "_prune", "rmtree"])
-def test_killed_while_it_tidied_up_after_its_last_checkpoint(tmp_path, monkeypatch, operation):
+def test_kill_during_cleanup_is_repaired(tmp_path, monkeypatch, operation):
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in (1, 2, 3):
         if step == 3:  # stands for a kill at this moment
@@ -256,7 +256,7 @@ def test_killed_while_it_tidied_up_after_its_last_checkpoint(tmp_path, monkeypat
     assert os.readlink(tmp_path / "latest") == "step-3"
 
 
-def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):
+def test_failed_write_keeps_the_previous_checkpoint(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=2)
     folder.save(1, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), False)
 
@@ -269,7 +269,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-1"]
 
 
-def test_writing_goes_on_beside_training_and_its_failures_are_heard():
+def test_writer_runs_in_the_background_and_raises_its_errors():
     writer, go, done = Writer(), threading.Event(), []
     writer.submit(lambda: (go.wait(HANG), done.append(1)))
     writer.check()  # does not wait
@@ -288,7 +288,7 @@ def test_writing_goes_on_beside_training_and_its_failures_are_heard():
     writer.wait()  # said once
 
 
-def test_a_snapshot_is_of_its_moment():
+def test_snapshot_copies_tensors():
     tied = torch.ones(2, 3)
     first, second = snapshot({"a": tied, "b": tied, "t": tied.t()}, {"c": tied})
     tied.zero_()
@@ -308,8 +308,10 @@ for step in [1, *[2] * 10000]:
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.003, 0.01, 0.02])
-def test_killed_while_it_writes(tmp_path, moment):
-    """At whatever moment, with one checkpoint kept, even while one is replaced by another of the same step."""
+def test_kill_during_write_keeps_a_whole_checkpoint(tmp_path, moment):
+    """At any moment, with one checkpoint kept, even while one is replaced by another of the
+    same step.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -344,6 +346,6 @@ def test_generators_are_restored():
     )
 
 
-def test_preempted_is_75_and_the_settings_round_trip():
+def test_preempted_exit_code_and_settings_round_trip():
     assert Preempted.exit_code == 75
     assert "mixup = 0.8" in to_toml(config())

@@ -1,4 +1,4 @@
-"""What may be another than before when a run goes on, and what may not: settings, files, classes, weights, versions."""
+"""Changes on resume: allowed or refused settings, files, classes, weights, versions."""
 
 import json
 import shutil
@@ -84,7 +84,7 @@ def test_files_may_move(begun, elsewhere):
     assert made.next_step == 1 and not made.notes
 
 
-def test_other_files_may_not(begun, elsewhere):
+def test_other_files_are_refused(begun, elsewhere):
     tiny.write_teacher(elsewhere / "teacher.safetensors", seed=1)
     tiny.write_vqgan(elsewhere / "vqgan.ckpt", seed=1)
     shutil.copy(elsewhere / "data/train/ant/0.jpg", elsewhere / "data/train/ant/9.jpg")
@@ -98,7 +98,7 @@ def test_other_files_may_not(begun, elsewhere):
         refused(begun, config(elsewhere), what)
 
 
-def test_classes_may_not_change_places(begun, inputs, tmp_path):
+def test_reordered_classes_are_refused(begun, inputs, tmp_path):
     rows = {name: tmp_path / f"{name}.csv" for name in ("same", "swapped")}
     rows["same"].write_text("id,folder,name\n0,ant,ant\n1,bee,bee\n2,cat,cat\n")
     rows["swapped"].write_text("id,folder,name\n0,bee,bee\n1,ant,ant\n2,cat,cat\n")
@@ -110,7 +110,7 @@ def test_classes_may_not_change_places(begun, inputs, tmp_path):
     )
 
 
-def test_an_average_that_begins_later_begins_with_the_weights_as_they_are(begun, inputs):
+def test_new_ema_starts_from_the_student(begun, inputs):
     made = trainer(begun, config(inputs, "ema.model_ema=true"), allow=True)
     for average, weight in zip(
         made.update.ema.module.state_dict().values(),
@@ -134,7 +134,7 @@ def test_allowed_changes_of_the_optimizer_take_effect(begun, inputs):
     other = trainer(begun, config(inputs, "optim.opt=sgd"), allow=True)
     assert (
         not other.update.optimizer.state
-        and "sgd begins without a past: the run began with adamw" in other.notes
+        and "sgd starts with a fresh state: the run began with adamw" in other.notes
     )
     assert (
         trainer(
@@ -144,7 +144,7 @@ def test_allowed_changes_of_the_optimizer_take_effect(begun, inputs):
     )
 
 
-def test_another_student_is_one_line(begun, inputs):
+def test_another_student_is_a_one_line_error(begun, inputs):
     with pytest.raises(UsageError, match="another student") as caught:
         trainer(
             begun,
@@ -154,7 +154,7 @@ def test_another_student_is_one_line(begun, inputs):
     assert "\n" not in str(caught.value)
 
 
-def test_rounding_that_changes_is_said(begun, inputs):
+def test_changed_rounding_is_logged(begun, inputs):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -164,7 +164,7 @@ def test_rounding_that_changes_is_said(begun, inputs):
     assert f"number of threads {threads} → {threads + 1}" in note
 
 
-def test_another_run_can_be_gone_on_from(begun, inputs, tmp_path):
+def test_resume_from_another_run(begun, inputs, tmp_path):
     made = trainer(tmp_path / "new", config(inputs, "max_steps=2"), resume=str(begun))
     run(made)
     assert made.next_step == 2 and sorted(
@@ -172,7 +172,7 @@ def test_another_run_can_be_gone_on_from(begun, inputs, tmp_path):
     ) == ["step-2"]
 
 
-def test_one_run_and_several_do_not_share_a_folder(tmp_path, capsys):
+def test_single_run_and_sweep_do_not_share_a_folder(tmp_path, capsys):
     for name in ("one", "several/ce/seed-0"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "run.json").touch()
@@ -199,7 +199,7 @@ def test_one_run_and_several_do_not_share_a_folder(tmp_path, capsys):
     )
 
 
-def test_a_comparison_is_checked_whole_before_it_goes_on(begun, inputs, tmp_path):
+def test_sweep_checks_all_runs_before_resuming(begun, inputs, tmp_path):
     shutil.copytree(begun, tmp_path / "dad/seed-1", symlinks=True)
     cfg = config(inputs, "optim.lr=0.5", "seeds=2")
     with pytest.raises(UsageError, match=r"seed-1/checkpoints/step-1: .*optim.lr: 0.001 → 0.5"):
@@ -209,14 +209,14 @@ def test_a_comparison_is_checked_whole_before_it_goes_on(begun, inputs, tmp_path
     ] == ["seed-1"]
 
 
-def test_waiting_for_the_disk_is_said_once(begun, inputs):
+def test_waiting_for_the_disk_is_logged_once(begun, inputs):
     made, said = trainer(begun, config(inputs)), []
     for seconds in (0.1, 3.2, 4.5):
         made.advice.on_write(seconds, said.append)
     assert len(said) == 1 and "waited 3.2 s" in said[0] and "--checkpoint-every-steps" in said[0]
 
 
-def test_a_checkpoint_of_another_version_is_one_line(tmp_path, monkeypatch):
+def test_checkpoint_of_another_version_is_a_one_line_error(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path, keep=1)
     monkeypatch.setattr("dad_fast.checkpoint.folder.FORMAT", 1)
     folder.save(3, {"x": torch.ones(1)}, {}, lambda path: path.write_bytes(b"model"), best=False)
@@ -228,7 +228,9 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path, monkeypatch):
 
 
 class Odd(torch.optim.SGD):
-    """Keeps what an optimizer may keep: lists of tensors, a type, a generator's state beside its parameters."""
+    """Optimizer with unusual state: lists of tensors, a type, a generator's state beside its
+    parameters.
+    """
 
     def state_dict(self):
         return {**super().state_dict(), "words": (3, (1, 2), None)}
@@ -238,7 +240,7 @@ class Odd(torch.optim.SGD):
         super().load_state_dict(state)
 
 
-def test_whatever_an_optimizer_keeps_comes_back():
+def test_any_optimizer_state_round_trips():
     weight = torch.nn.Parameter(torch.ones(2))
     made = Odd([weight], lr=0.1)
     made.state[weight] = {"Q": [torch.eye(2), torch.ones(1)], "step": 4, "none": None}

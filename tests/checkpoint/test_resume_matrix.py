@@ -1,4 +1,4 @@
-"""k steps, a stop and the rest end bit for bit where the straight run ends: every method, loader and accumulation, at any k."""
+"""Resume from any step k is bit-exact for every method, loader and accumulation."""
 
 import hashlib
 import json
@@ -128,7 +128,7 @@ def digest(folder, step):
 
 
 def logged(folder):
-    """metrics.jsonl without what depends on the clock."""
+    """Return metrics.jsonl without values that depend on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if k not in ("time", "data_wait", "img_per_s")}
@@ -138,7 +138,7 @@ def logged(folder):
 
 @pytest.fixture(scope="module")
 def straight(inputs, tmp_path_factory):
-    """The straight run of a case, with a checkpoint of every step; made when it is first asked for."""
+    """Uninterrupted run of a case, with a checkpoint of every step; made on first use."""
     made = {}
 
     def get(case):
@@ -153,7 +153,7 @@ def straight(inputs, tmp_path_factory):
 
 
 def stopped_at(step, straight, folder):
-    """What a run that was killed just after its checkpoint of `step` leaves behind."""
+    """Write the folder of a run that was killed just after its checkpoint of `step`."""
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copytree(straight / f"checkpoints/step-{step}", folder / f"checkpoints/step-{step}")
     shutil.copy(straight / "metrics.jsonl", folder / "metrics.jsonl")
@@ -182,19 +182,19 @@ QUICK = (
     "case",
     [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
-def test_every_case_goes_on_from_the_middle_of_an_epoch(inputs, straight, tmp_path, case):
+def test_resume_within_an_epoch_is_bit_exact(inputs, straight, tmp_path, case):
     check(inputs, straight, case, 4, tmp_path / "run")
 
 
 @pytest.mark.slow
 @settings(max_examples=40)
 @given(case=st.sampled_from(sorted(CASES)), step=st.integers(1, STEPS - 1))
-def test_any_case_goes_on_from_any_step(inputs, straight, tmp_path_factory, case, step):
+def test_resume_from_any_step_is_bit_exact(inputs, straight, tmp_path_factory, case, step):
     check(inputs, straight, case, step, tmp_path_factory.mktemp("any") / "run")
 
 
-def test_a_bad_image_counts_from_the_step_that_meets_it(inputs, tmp_path):
-    """However far ahead a store is read."""
+def test_unreadable_image_counts_from_its_step(inputs, tmp_path):
+    """The step counts it, not the thread that reads a store ahead."""
     shutil.copytree(inputs / "data", tmp_path / "data")
     for name in ("ant/3.jpg", "bee/5.jpg"):
         (tmp_path / "data/train" / name).write_bytes(b"no image")
@@ -215,20 +215,20 @@ def test_a_bad_image_counts_from_the_step_that_meets_it(inputs, tmp_path):
     ]
 
 
-def test_a_run_of_k_steps_saves_what_the_straight_run_saves_at_k(inputs, straight, tmp_path):
+def test_checkpoint_does_not_depend_on_max_steps(inputs, straight, tmp_path):
     run(tmp_path, config(inputs, "dad", "max_steps=3"))
     assert digest(tmp_path, 3) == digest(straight("dad"), 3)
 
 
 class AskedToStopInValidation(Trainer):
-    def judge(self, *arguments):
+    def evaluate(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return super().judge(*arguments)
+        return super().evaluate(*arguments)
 
 
 @pytest.mark.parametrize("step", [3, STEPS])
-def test_a_stop_in_the_middle_of_a_validation(inputs, straight, tmp_path, step):
-    """It is not waited for; the run that goes on begins with it."""
+def test_resume_after_a_stop_in_validation_is_bit_exact(inputs, straight, tmp_path, step):
+    """The stop does not wait for the validation; the resumed run starts with it."""
     cfg = config(inputs, "ce")
     if step == STEPS:
         run(tmp_path, config(inputs, "ce", f"max_steps={STEPS - 1}", "checkpoint.every_steps=1"))
@@ -249,8 +249,8 @@ def test_a_stop_in_the_middle_of_a_validation(inputs, straight, tmp_path, step):
         ]
 
 
-def test_another_way_after_a_step_forgets_the_first_way(inputs, straight, tmp_path):
-    """--resume PATH of an earlier checkpoint: the later ones belong to a run that no longer is."""
+def test_resume_from_an_earlier_step_deletes_later_checkpoints(inputs, straight, tmp_path):
+    """With --resume PATH of an earlier checkpoint; the later ones belong to an abandoned run."""
     whole = straight("ce")
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     cfg = config(inputs, "ce", "checkpoint.every_steps=3", "checkpoint.keep=1", "max_steps=6")

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, under right checksums, but were written by no such run: one line of ours, soon."""
+"""Undamaged checkpoints of foreign content: a one-line error, soon."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def forged(
     [*((state, {}) for state in STATES), *(({}, {name: value}) for name, value in TENSORS.items())],
     ids=lambda value: next((f"{key}={item}"[:30] for key, item in value.items()), ""),
 )
-def test_a_state_that_no_trainer_wrote(
+def test_foreign_checkpoint_state_is_a_one_line_error(
     made: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], tensors: dict[str, Any]
 ) -> None:
     folder = forged(made, tmp_path, changes, tensors)

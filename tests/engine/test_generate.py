@@ -1,4 +1,4 @@
-"""What a store is filled with: fixed blocks of a data set, and for each the adversarial images as training would make them."""
+"""Content of a store: fixed blocks of a data set, with adversarial images as in training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def source(root: Path) -> FolderSource:
 
 
 @pytest.mark.parametrize("size", [1, 5, 24, 100])
-def test_every_sample_is_in_one_block_and_all_have_one_shape(tmp_path, size):
+def test_blocks_partition_the_samples_and_share_one_shape(tmp_path, size):
     data = source(tmp_path)
     made = list(blocks(data, range(num_blocks(data, size)), size, **VIEW, workers=0))
     assert [i for block in made for i in block.samples[: block.num_real].tolist()] == list(
@@ -38,7 +38,7 @@ def test_every_sample_is_in_one_block_and_all_have_one_shape(tmp_path, size):
     ] == data.labels.tolist()
 
 
-def test_a_block_is_the_same_whoever_makes_it(tmp_path):
+def test_blocks_do_not_depend_on_the_process(tmp_path):
     data = source(tmp_path)
     alone = next(blocks(data, [2], 5, **VIEW, workers=0))
     (among,) = [
@@ -47,7 +47,7 @@ def test_a_block_is_the_same_whoever_makes_it(tmp_path):
     assert torch.equal(alone.images, among.images) and torch.equal(alone.samples, among.samples)
 
 
-def test_what_cannot_be_read_is_named_and_marked(tmp_path):
+def test_unreadable_images_are_named_and_marked(tmp_path):
     data = source(tmp_path)
     (data.folder / data.keys[3]).write_bytes(b"\xff\xd8 no more")
     data.ok[1] = False
@@ -64,7 +64,7 @@ def test_what_cannot_be_read_is_named_and_marked(tmp_path):
 
 
 @pytest.mark.parametrize("order", ["paper", "authors"])
-def test_the_outputs_belong_to_the_stored_pixels(order):
+def test_outputs_are_of_the_stored_pixels(order):
     teacher, discretizer, data = small.LinearTeacher(), small.discretizer(), small.batch()
     attack = PGD("l2", 0.5, 0.4, 2, 0.8)
     found = adversarial(
@@ -84,7 +84,7 @@ def test_the_outputs_belong_to_the_stored_pixels(order):
     )
 
 
-def test_without_codes_there_is_no_share_of_them():
+def test_discretizer_without_codes_reports_no_share():
     data = small.batch()
     found = adversarial(
         small.LinearTeacher(),

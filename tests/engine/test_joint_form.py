@@ -1,4 +1,4 @@
-"""The joint form of learning from stored images, and mixed outputs: each against its sentence, written out image by image."""
+"""Joint form and mixed outputs, each against its formula written out image by image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def stored_batch(kept=True, clean_outputs=False):
 
 
 def written_out(data):
-    """Image by image: what is shown (own and other image), the target, and whether it shows a rejected image; clean ones first."""
+    """Image by image: what is shown (own and other image), the target, and whether it shows a
+    rejected image; clean ones first.
+    """
     shown, labels, rejected = [], [], []
     clean, dad = (t.double().numpy() / 255 for t in (data.images, data.dad_images))
     for own, other in ((clean, dad), (dad, clean)):
@@ -72,8 +74,10 @@ def written_out(data):
 
 
 @pytest.mark.parametrize("filtered", [True, False])
-def test_the_joint_loss_is_its_sentence(filtered):
-    """0.75 CE + 4 KL at T = 4 over clean and stored images as one batch, mixed across, the teacher looking at the mixed pixels."""
+def test_joint_loss_equals_its_formula(filtered):
+    """0.75 CE + 4 KL at T = 4 over clean and stored images as one batch, mixed across, the teacher
+    looking at the mixed pixels.
+    """
     step, data = make("dad", loss=JOINT), stored_batch(kept=filtered)
     loss, parts = loss_of(step, data)
     images, labels, rejected = written_out(data)
@@ -91,7 +95,7 @@ def test_the_joint_loss_is_its_sentence(filtered):
     )
 
 
-def test_stored_outputs_are_mixed_where_no_teacher_looks():
+def test_stored_outputs_are_mixed_without_a_teacher():
     step, data = (
         make("dad", loss=JOINT, store=StoreConfig(dirs=("x",), mix_outputs=True)),
         stored_batch(clean_outputs=True),
@@ -109,7 +113,7 @@ def test_stored_outputs_are_mixed_where_no_teacher_looks():
     np.testing.assert_allclose((said.double() / 4).softmax(-1).numpy(), expected, atol=1e-6)
 
 
-def test_the_papers_form_mixes_stored_outputs_too():
+def test_paper_form_mixes_stored_outputs():
     step, data = (
         make("dad", store=StoreConfig(dirs=("x",), mix_outputs=True)),
         stored_batch(clean_outputs=True),
@@ -136,7 +140,7 @@ def test_mixed_outputs_are_finite_and_exact_at_the_ends(lam, temperature):
     torch.testing.assert_close(m, lam * p + (1 - lam) * q, atol=1e-6, rtol=0)
 
 
-def test_unmixed_images_show_one_kind_only():
+def test_unmixed_images_are_of_one_kind():
     step, data = make("dad", loss=JOINT), stored_batch()
     plain = replace(data, mix_kind=torch.zeros(B, dtype=torch.long), mix_lam=torch.ones(B))
     found = step.generate(plain)
@@ -149,7 +153,7 @@ def test_unmixed_images_show_one_kind_only():
     )  # the filter judges adversarial images, never clean ones
 
 
-def test_fused_and_plain_are_one():
+def test_fused_equals_plain():
     g = torch.Generator().manual_seed(0)
     soft, keep = (
         torch.rand(6, 5, generator=g).softmax(-1).double(),
@@ -168,7 +172,7 @@ def test_fused_and_plain_are_one():
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-def test_micro_batches_make_the_step_of_the_whole_batch():
+def test_micro_batches_equal_the_whole_batch():
     whole, parts = (
         make("dad", loss=JOINT),
         make("dad", loss=JOINT, engine=EngineConfig(grad_accum_steps=2)),
@@ -182,8 +186,11 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
 # --- from the command line
 
 
-def test_every_label_is_right_with_more_than_ten_classes(inputs, tmp_path):  # noqa: F811
-    """Folders "0", "1", "10", "11", "2" …: in string order only 0 and 1 would keep their place. Pixels tell the class here."""
+def test_labels_match_with_more_than_ten_classes(inputs, tmp_path):  # noqa: F811
+    """Folders "0", "1", "10", "11", "2" …: in string order only 0 and 1 would keep their place.
+
+    Pixels tell the class here.
+    """
     from PIL import Image
 
     names = [str(number) for number in range(12)]
@@ -225,7 +232,10 @@ def test_every_label_is_right_with_more_than_ten_classes(inputs, tmp_path):  # n
 
 
 def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_path, capsys):  # noqa: F811
-    """Runs, resumes to the same bytes, and says what was loaded. Without mixing stored outputs are exact, with it they are mixed."""
+    """Runs, resumes to the same bytes, and logs what was loaded.
+
+    Without mixing stored outputs are exact, with it they are mixed.
+    """
     import json
 
     unmixed = tmp_path / "stores" / "unmixed"
@@ -290,7 +300,7 @@ def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_pat
         )
         == 2
     )
-    assert "no store has any: add one made with --targets" in capsys.readouterr().err
+    assert "no store contains any: add one made with --targets" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
@@ -299,15 +309,13 @@ def test_joint_training_with_a_teacher_and_without(inputs, raw, targets, tmp_pat
     [
         (["--method", "dat+dad"], "--loss-form joint is a form of --method dad, not of dat+dad"),
         (["--method", "kd"], "not of kd"),
-        (["--bn", "aux"], "which --bn aux would tell apart; use --bn joint"),
+        (["--bn", "aux"], "and --bn aux needs them apart; use --bn joint"),
         (["--bn", "split"], "--bn split"),
         (["--store"], "add --store"),
         (["--loss-form", "sum"], "--loss-form"),
     ],
 )
-def test_where_the_joint_form_cannot_apply_it_is_refused_in_one_line(
-    change, words, capsys, tmp_path
-):
+def test_unusable_joint_form_is_a_one_line_error(change, words, capsys, tmp_path):
     store = [] if change == ["--store"] else ["--store", str(tmp_path / "none"), *change]
     assert (
         main(
@@ -330,13 +338,13 @@ def test_where_the_joint_form_cannot_apply_it_is_refused_in_one_line(
     assert words in error and error.count("\n") == 1, error
 
 
-def test_the_papers_form_is_the_default():
+def test_paper_form_is_the_default():
     assert LossConfig().form == "paper" and not StoreConfig().mix_outputs
     assert make("dad").generate(stored_batch(clean_outputs=True)).images[Images.CLEAN].shape[0] == B
 
 
-def test_layouts_agree():
-    """NHWC or not, the loss is the same."""
+def test_channels_last_equals_contiguous():
+    """The loss is the same in NHWC."""
     step, data = make("dad", loss=JOINT, augment=AugmentConfig()), stored_batch()
     other = make(
         "dad",
@@ -347,7 +355,7 @@ def test_layouts_agree():
     assert_same_function(loss_of(step, data)[0], loss_of(other, data)[0])
 
 
-def test_vqgan_codes_serve_as_well_as_pixels(inputs, raw, tmp_path):  # noqa: F811
+def test_stored_codes_equal_stored_pixels(inputs, raw, tmp_path):  # noqa: F811
     codes = tmp_path / "codes"
     assert main(["precompute", *flags(inputs), "-o", str(codes), "--views", "2"]) == 0
     mixed = ["--loss-form", "joint", "--mixup", "0.8", "--cutmix", "1.0"]

@@ -1,4 +1,4 @@
-"""LP-CLIP: its loss, what is trained and what is not, pseudo-labels, kept features, resuming, several processes."""
+"""LP-CLIP: loss, trained weights, pseudo-labels, kept features, resume, several processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def digest(folder, step):
 @pytest.mark.parametrize("weight", ["confidence", "none"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_the_formula(weight, threshold, smoothing):
+def test_loss_equals_its_formula(weight, threshold, smoothing):
     random = np.random.default_rng(0)
     teacher, logits = random.normal(0, 2, (16, 5)), random.normal(0, 3, (16, 5))
     total = 0.0
@@ -78,7 +78,7 @@ def test_ties_go_to_the_lowest_class_and_the_threshold_is_inclusive():
     )  # so that the step is refused
 
 
-def test_below_the_threshold_nothing_counts_not_even_what_is_infinite():
+def test_samples_below_the_threshold_have_weight_zero_even_if_infinite():
     logits = torch.tensor([[0.0, -math.inf], [0.0, 0.0]], requires_grad=True)
     loss = consistency_loss(logits, torch.tensor([1, 0]), torch.tensor([0.0, 1.0]))
     assert loss.item() == pytest.approx(math.log(2) / 2)
@@ -87,7 +87,7 @@ def test_below_the_threshold_nothing_counts_not_even_what_is_infinite():
 # --- the probe ---
 
 
-def test_only_the_linear_layer_is_the_probes_own(parts):
+def test_probe_owns_only_the_linear_layer(parts):
     import copy
 
     teacher = teacher_of(parts)
@@ -108,7 +108,7 @@ def test_only_the_linear_layer_is_the_probes_own(parts):
     assert pixels.grad is None and all(p.grad is None for p in teacher.parameters())
 
 
-def test_it_can_start_from_the_zero_shot_head(parts):
+def test_probe_starts_from_the_zero_shot_head(parts):
     teacher, pixels = teacher_of(parts), torch.rand(4, 3, 32, 32)
     assert_same_function(build_probe(teacher, "", init="zero-shot")(pixels), teacher(pixels))
     assert build_probe(teacher, "")(pixels).abs().max() == 0
@@ -118,7 +118,7 @@ def test_it_can_start_from_the_zero_shot_head(parts):
 
 
 @pytest.mark.parametrize("views", [0, 2])
-def test_training_changes_the_linear_layer_alone(parts, tmp_path, views):
+def test_training_changes_only_the_linear_layer(parts, tmp_path, views):
     cfg = config(parts, f"lp_clip.views={views}", "ema.model_ema=true")
     before = fingerprint(BUILDER.build(cfg).teacher)
     trainer = trained(cfg, tmp_path / "run")
@@ -142,7 +142,7 @@ def test_training_changes_the_linear_layer_alone(parts, tmp_path, views):
         ["lp_clip.threshold=0.34", "lp_clip.weight=none"],
     ],
 )
-def test_k_steps_and_the_rest_equal_the_straight_run(parts, tmp_path, more):
+def test_resume_is_bit_exact(parts, tmp_path, more):
     cfg = config(parts, "ema.model_ema=true", *more)
     trained(replace(cfg, max_steps=11), tmp_path / "straight")
     trained(replace(cfg, max_steps=5), tmp_path / "parts")
@@ -176,7 +176,7 @@ def test_labels_are_not_used(parts, tmp_path):
 
 
 @pytest.mark.parametrize(("views", "num"), [(STRONG, 4), (PLAIN, 1)])
-def test_kept_features_give_what_the_encoder_gives(parts, tmp_path, views, num):
+def test_kept_features_equal_the_encoders_output(parts, tmp_path, views, num):
     kept = trained(config(parts, f"lp_clip.views={num}", views=views), tmp_path / "kept")
     assert kept.loader.name == "features" and kept.parts.probe.features.features.shape == (
         num,
@@ -195,7 +195,7 @@ def test_kept_features_give_what_the_encoder_gives(parts, tmp_path, views, num):
     assert "features are kept" in said[0] and "features are not kept" in said[1]
 
 
-def test_an_unreadable_image_lends_its_place_to_the_next(parts, tmp_path):
+def test_unreadable_image_is_replaced_by_the_next(parts, tmp_path):
     def one_is_bad(made):
         made.train.ok = made.train.ok.copy()
         made.train.ok[[5, 23]] = False
@@ -231,7 +231,7 @@ def test_one_pass_of_the_teacher_serves_every_seed_and_setting(parts, tmp_path, 
     assert len(list((cache / "pseudo-labels").iterdir())) == 2
 
 
-def test_a_resumed_run_must_find_the_same_teacher(parts, tmp_path):
+def test_resume_with_another_teacher_is_an_error(parts, tmp_path):
     moved = tmp_path / "teacher.safetensors"
     moved.write_bytes((parts / "teacher.safetensors").read_bytes())
     cfg = config(parts, f"teacher.name={moved}")
@@ -244,7 +244,7 @@ def test_a_resumed_run_must_find_the_same_teacher(parts, tmp_path):
 # --- several processes ---
 
 
-def test_two_processes_train_what_one_trains(parts, tmp_path, cache):
+def test_two_processes_equal_one(parts, tmp_path, cache):
     from tests.processes import HANG, environment, one_thread
 
     more = [
@@ -277,7 +277,7 @@ def test_two_processes_train_what_one_trains(parts, tmp_path, cache):
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_running_statistics_of_the_encoder_are_nobodys(parts):
+def test_encoder_statistics_are_not_synchronized(parts):
     from dad_fast.distributed.gradients import running_statistics
 
     teacher = teacher_of(parts)
@@ -287,7 +287,7 @@ def test_running_statistics_of_the_encoder_are_nobodys(parts):
     assert running_statistics(probe) == [] and len(running_statistics(torch.nn.BatchNorm2d(3))) == 2
 
 
-def test_its_steps_can_be_profiled(parts, tmp_path):
+def test_probe_steps_can_be_profiled(parts, tmp_path):
     settings = [part for item in (*STRONG, "lp_clip.views=2") for part in ("--set", item)]
     given = arguments(parts, tmp_path / "profile", *settings)[1:]
     assert main(["profile", "torch", *given, "--steps", "2", "--warm-up", "1"]) == 0

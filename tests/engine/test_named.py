@@ -1,4 +1,4 @@
-"""What is named and is not there: one line with the mend, before a data set is indexed."""
+"""Missing files and unknown names: a one-line error with the fix, before indexing data."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def refused(capsys, *arguments, code):
     return line
 
 
-def test_a_file_of_weights_that_is_not_there(folder, capsys):
+def test_missing_weights_file_is_a_one_line_error(folder, capsys):
     teacher, vqgan = write_teacher(folder / "clip.safetensors"), write_vqgan(folder / "vqgan.ckpt")
     line = refused(
         capsys, "--teacher", "open_clip:ViT-B-32@clip.pt", "--discretizer", vqgan, code=4
@@ -49,25 +49,25 @@ def test_a_file_of_weights_that_is_not_there(folder, capsys):
     )
 
 
-def test_a_teacher_that_is_needed_and_a_student_that_timm_does_not_know(folder, capsys):
+def test_missing_teacher_and_unknown_student_are_one_line_errors(folder, capsys):
     assert "--method dad needs a teacher" in refused(capsys, code=2)
     assert "timm has no such model; did you mean" in refused(
         capsys, "--method", "ce", "--student", "resnet5", code=2
     )
 
 
-def test_splits_that_do_not_fit(folder, capsys):
+def test_splits_of_different_classes_are_a_one_line_error(folder, capsys):
     (folder / "data/val/bee").rename(folder / "data/val/beee")
     line = refused(capsys, "--method", "ce", code=4)
     assert (
-        "only train has the class bee, only val has the class beee; mend the folders or give --class-map"
-        in line
+        "only train has the class bee, only val has the class beee; fix the folders or give "
+        "--class-map" in line
     )
     shutil.rmtree(folder / "data/val")
     assert "data has no folder 'val'; it has train" in refused(capsys, "--method", "ce", code=4)
 
 
-def test_a_checkpoint_that_is_not_there(folder, capsys):
+def test_missing_checkpoint_is_a_one_line_error(folder, capsys):
     assert (
         main(
             [
@@ -86,12 +86,12 @@ def test_a_checkpoint_that_is_not_there(folder, capsys):
         == 4
     )
     assert (
-        "--resume run/checkpoints: nothing is there; name RUN/checkpoints/step-N"
+        "--resume run/checkpoints: no such file or folder; name RUN/checkpoints/step-N"
         in capsys.readouterr().err
     )
 
 
-def test_fewer_steps_than_a_run_has_done_leave_it_as_it_is(tmp_path, capsys):
+def test_resume_with_fewer_steps_changes_nothing(tmp_path, capsys):
     arguments = [
         "train",
         "--preset",

@@ -1,7 +1,8 @@
-"""The step on a pretended CUDA device: tensors without data, on which whatever the host would have to wait for cannot be done.
+"""Training step on a pretended CUDA device: its tensors have no data, so a host wait is an error.
 
-FakeTensorMode raises where a value is read (`item`, a branch, `nonzero`, `equal`); copies between host and device are noted. Autograd's
-engine needs a true device, so that gradients are zeros here: our backward passes have no code on the host. So does autocast, which is off.
+FakeTensorMode raises where a value is read (`item`, a branch, `nonzero`, `equal`); copies between
+host and device are noted. Autograd's engine needs a true device, so that gradients are zeros here:
+our backward passes have no code on the host. So does autocast, which is off.
 """
 
 import traceback
@@ -34,7 +35,7 @@ CONFIG = Config()
 
 
 class Crossings(TorchDispatchMode):
-    """Notes the operations whose tensors are not all on one side, and where in the code they are."""
+    """Records operations whose tensors are on both sides, with their place in the code."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +57,9 @@ class Crossings(TorchDispatchMode):
 
 @pytest.fixture
 def pretended_cuda(monkeypatch):
-    """What FakeTensorMode lacks: generators of CUDA, the engine of autograd, shapes of the fused optimizers."""
+    """Add what FakeTensorMode lacks: generators of CUDA, the engine of autograd, shapes of the fused
+    optimizers.
+    """
     generator = torch.Generator
 
     class HostGenerator(generator):
@@ -78,7 +81,7 @@ def pretended_cuda(monkeypatch):
 
 
 def move(module):
-    """To the pretended device: shapes without data."""
+    """Move tensors to the pretended device: shapes without data."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
@@ -92,7 +95,7 @@ def move(module):
 
 
 def stored(codes=False, outputs=False):
-    """`batch()` with what stores add to it."""
+    """Return `batch()` with what stores add to it."""
     found = {"dad_outputs": torch.zeros(B, C).half(), "dad_kept": torch.ones(B)}
     if codes:
         found["dad_codes"] = torch.zeros(B, packed_bytes(SIDE * SIDE // 4, 5), dtype=torch.uint8)
@@ -145,11 +148,11 @@ def test_no_method_makes_the_host_wait(pretended_cuda, monkeypatch, method):
 
 
 @pytest.mark.parametrize("opt", ["sgd", "lamb", "lion", "rmsprop", "adafactor", "nadamw", "adan"])
-def test_no_optimizer_does(pretended_cuda, monkeypatch, opt):
+def test_no_optimizer_makes_the_host_wait(pretended_cuda, monkeypatch, opt):
     assert crossings(monkeypatch, "kd", BATCH_NORM, optim=replace(CLIP, opt=opt), ema=EMA) == []
 
 
-def test_neither_does_anything_else_that_can_be_chosen(pretended_cuda, monkeypatch):
+def test_no_other_setting_makes_the_host_wait(pretended_cuda, monkeypatch):
     attack = replace(CONFIG.attack, norm="linf", steps=2, order="authors")
     split = replace(BATCH_NORM, bn="split")
     assert crossings(monkeypatch, "dat+dad", split, fused=True, optim=CLIP, attack=attack) == []
@@ -158,8 +161,10 @@ def test_neither_does_anything_else_that_can_be_chosen(pretended_cuda, monkeypat
 
 @pytest.mark.parametrize("codes", [False, True], ids=["images", "codes"])
 @pytest.mark.parametrize("outputs", [False, True], ids=["teacher", "outputs"])
-def test_neither_does_learning_from_stores(pretended_cuda, monkeypatch, codes, outputs):
-    """Codes are unpacked and decoded, and outputs mixed, inside the step that CUDA graphs capture."""
+def test_no_store_makes_the_host_wait(pretended_cuda, monkeypatch, codes, outputs):
+    """Codes are unpacked and decoded, and outputs mixed, inside the step that CUDA graphs
+    capture.
+    """
     data, dirs = stored(codes, outputs), ("a store",)
     store = StoreConfig(dirs=dirs, mix_outputs=outputs)
     assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store) == []
@@ -177,7 +182,7 @@ def test_neither_does_learning_from_stores(pretended_cuda, monkeypatch, codes, o
     )
 
 
-def test_it_would_be_seen(pretended_cuda, monkeypatch):
+def test_a_host_wait_is_detected(pretended_cuda, monkeypatch):
     from torch._subclasses.fake_tensor import DataDependentOutputException
 
     with FakeTensorMode():
@@ -197,7 +202,7 @@ def test_it_would_be_seen(pretended_cuda, monkeypatch):
 @pytest.mark.parametrize(
     "opt, captured", [("adamw", True), ("sgd", True), ("lamb", False), ("rmsprop", False)]
 )
-def test_only_what_keeps_its_rates_on_the_device_is_captured(pretended_cuda, opt, captured):
+def test_capture_needs_learning_rates_on_the_device(pretended_cuda, opt, captured):
     from dad_fast.engine.cuda_graph import StepGraphs
     from dad_fast.errors import EnvironmentProblem
 

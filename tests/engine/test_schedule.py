@@ -1,4 +1,4 @@
-"""The learning rate at its corners."""
+"""Learning rate at the ends of its phases."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from dad_fast.config.schema import OptimConfig, ScheduleConfig
 from dad_fast.engine.schedule import learning_rate, total_epochs
 
 
-def test_corners_of_warmup_cosine_and_cooldown():
+def test_learning_rate_at_the_ends_of_warmup_cosine_and_cooldown():
     optim = OptimConfig(lr=1.0)
     schedule = ScheduleConfig(
         epochs=30, warmup_epochs=5, cooldown_epochs=10, warmup_lr=0.1, min_lr=0.01
@@ -27,7 +27,7 @@ def test_corners_of_warmup_cosine_and_cooldown():
     assert all(lr(e) >= lr(e + 1) for e in range(5, 39))
 
 
-def test_no_warmup():
+def test_learning_rate_without_warmup():
     assert (
         learning_rate(0, 10, OptimConfig(lr=0.3), ScheduleConfig(epochs=2, warmup_epochs=0)) == 0.3
     )

@@ -1,4 +1,4 @@
-"""The step computes the written definition of every method, reads nothing on the host, and trains every form of batch norm."""
+"""Training step: the formula of every method, no reads on the host, every form of batch norm."""
 
 import gc
 import os
@@ -24,18 +24,18 @@ from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine.build import make_step
 from dad_fast.engine.diagnostics import codes_changed
-from dad_fast.engine.garbage import collections_between_steps
+from dad_fast.engine.memory import collections_between_steps
 from dad_fast.engine.meter import Meter
+from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem
 from dad_fast.methods.attack import PGD
 from dad_fast.methods.registry import METHODS
+from dad_fast.models.student import build_student
+from tests.numerics import assert_same_function
 from tests.steps import learner_of, loss_of, run
 
 METHOD_NAMES = [name for name in METHODS if METHODS[name].terms]
-from dad_fast.models.student import build_student
-from tests.numerics import assert_same_function
-
 B, C, SIDE = 8, 4, 16
 CPU = torch.device("cpu")
 LAYER_NORM = StudentConfig(
@@ -91,7 +91,7 @@ def batch(kinds=(0, 1, 2, 1)):
     )
 
 
-def make(method, student=LAYER_NORM, **changes):
+def make_config(method, student=LAYER_NORM, **changes):
     cfg = Config(
         method=method,
         student=student,
@@ -101,7 +101,11 @@ def make(method, student=LAYER_NORM, **changes):
             ce=1.0, kd=0.5, dad=0.25, dat=2.0, aug=3.0, filter=changes.pop("filter", True)
         ),
     )
-    cfg = replace(cfg, **changes)
+    return replace(cfg, **changes)
+
+
+def make(method, student=LAYER_NORM, **changes):
+    cfg = make_config(method, student, **changes)
     torch.manual_seed(0)
     model = build_student(cfg.student, C, SIDE)
     return make_step(cfg, model, LinearTeacher(), discretizer(), Update(model, cfg, CPU))
@@ -109,7 +113,7 @@ def make(method, student=LAYER_NORM, **changes):
 
 @pytest.mark.parametrize("order", ["paper", "authors"])
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_the_loss_is_the_sentence(method, order):
+def test_loss_equals_its_definition(method, order):
     step, data = (
         make(method, attack=AttackConfig(eps=0.5, step_size=0.4, steps=2, order=order)),
         batch(),
@@ -126,8 +130,8 @@ def test_the_loss_is_the_sentence(method, order):
     attack = PGD("l2", 0.5, 0.4, 2, 0.8)
     dad = q(attack(teacher, base, y, data.seeds)).images
     dat = q(attack(student, base, y, data.seeds)).images
-    said = teacher(dad).argmax(-1)
-    keep = ((said == data.labels) | (said == second)).double()
+    predicted = teacher(dad).argmax(-1)
+    keep = ((predicted == data.labels) | (predicted == second)).double()
     assert 0 < keep.sum() < B
     smoothed = y * 0.9 + 0.1 / C
 
@@ -153,7 +157,7 @@ def test_the_loss_is_the_sentence(method, order):
 
 
 class Reads(TorchDispatchMode):
-    """Notes every operation that would make the host wait for a device."""
+    """Records operations that would make the host wait for a device."""
 
     WAITS = (
         "_local_scalar_dense",
@@ -189,8 +193,10 @@ def test_a_step_reads_nothing_on_the_host(method):
 
 
 @pytest.mark.parametrize("method", ["kd", "dad"])
-def test_micro_batches_make_the_step_of_the_whole_batch(method):
-    """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the micro-batches' means."""
+def test_micro_batches_equal_the_whole_batch(method):
+    """Without batch statistics; CE's and KL's mean over the whole batch is the mean of the
+    micro-batches' means.
+    """
     whole, parts = make(method), make(method, engine=EngineConfig(grad_accum_steps=4))
     for number in range(2):
         a = run(whole, batch(), number, 1e-3)
@@ -206,7 +212,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(method):
 
 @pytest.mark.slow  # compiles for half a minute
 @pytest.mark.parametrize("method", ["dad", "dat"])
-def test_a_compiled_step_is_the_plain_step(method):
+def test_compiled_step_equals_plain_step(method):
     plain, compiled = make(method), make(method, engine=EngineConfig(torchcompile=True))
     for number in range(3):
         a = run(plain, batch(), number, 1e-3)
@@ -218,7 +224,7 @@ def test_a_compiled_step_is_the_plain_step(method):
     )
 
 
-def test_graphs_that_were_asked_for_need_a_gpu():
+def test_cuda_graphs_on_needs_a_gpu():
     assert make("ce").graphs is None
     with pytest.raises(EnvironmentProblem, match="--cuda-graphs on"):
         make("ce", engine=EngineConfig(cuda_graphs="on"))
@@ -233,7 +239,9 @@ def resident_kib():
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_is_flat(steps):
-    """With no cycle collector, as in training: a step leaves nothing behind, not even a reference cycle."""
+    """Without garbage collection, as in training, a step leaves nothing behind, not even a reference
+    cycle.
+    """
     tiny = replace(
         LAYER_NORM, model_kwargs={"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
     )
@@ -256,7 +264,7 @@ def test_every_form_of_batch_norm_trains(bn):
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
 
 
-def test_joint_and_split_are_one_for_students_without_batch_statistics():
+def test_joint_equals_split_without_batch_statistics():
     joint, split = make("dad"), make("dad", replace(LAYER_NORM, bn="split"))
     assert_same_function(*(loss_of(step, batch())[0] for step in (joint, split)))
 
@@ -292,3 +300,30 @@ def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
         torch.device("cuda:1")
     ]
     assert resolve_device("cuda") == torch.device("cuda") and len(current) == 1
+
+
+def test_two_learners_in_one_step_train_as_in_two_steps():
+    def student_of(seed):
+        cfg = replace(make_config("dad"), seed=seed)
+        torch.manual_seed(seed)
+        model = build_student(cfg.student, C, SIDE)
+        return make_step(cfg, model, LinearTeacher(), discretizer(), Update(model, cfg, CPU))
+
+    separate = [student_of(seed) for seed in (0, 1)]
+    joined = [student_of(seed) for seed in (0, 1)]
+    together = TrainStep(
+        joined[0].generator,
+        [learner_of(step) for step in joined],
+        num_micro_batches=1,
+        cuda_graphs="off",
+    )
+
+    for number in range(2):
+        expected = [run(step, batch(), number, 1e-3) for step in separate]
+        assert together(batch(), number, 1e-3) == expected
+
+    weights = [learner.student.state_dict() for learner in together.learners]
+    for step, found in zip(separate, weights, strict=True):
+        for name, value in learner_of(step).student.state_dict().items():
+            assert torch.equal(value, found[name])
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

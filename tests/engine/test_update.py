@@ -1,4 +1,4 @@
-"""A loss or gradient that is not a number changes nothing: weights, optimizer state, batch norm's statistics, with any optimizer."""
+"""Non-finite steps change nothing: weights, optimizer state, batch norm, with any optimizer."""
 
 import copy
 from dataclasses import replace
@@ -40,7 +40,7 @@ def snapshot(model, update):
 
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lion", "rmsprop"])
-def test_a_bad_step_is_not_applied_and_a_good_one_after_it_is(opt):
+def test_non_finite_step_is_skipped_and_the_next_applied(opt):
     x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     model, straight = student(), student()
     cfg = config(opt=opt)
@@ -72,7 +72,8 @@ def test_a_bad_step_is_not_applied_and_a_good_one_after_it_is(opt):
 
 def test_clipping_and_decay_equal_torch():
     x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 100
-    # No bias before a batch norm here: its true gradient is 0, and Adam makes a full step out of rounding.
+    # No bias before a batch norm here: its true gradient is 0, and Adam makes a full step out of
+    # rounding.
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(48, 8), torch.nn.GELU(), torch.nn.Linear(8, 2)
@@ -110,7 +111,7 @@ def test_ema_equals_its_recurrence():
     torch.testing.assert_close(update.ema.module[0].weight, expected)
 
 
-def test_fp16_overflow_halves_the_scale_and_goes_on():
+def test_fp16_overflow_halves_the_scale_and_continues():
     model = student()
     update = Update(
         model, replace(config(), precision=PrecisionConfig(amp=True, student="float16")), CPU
@@ -123,6 +124,6 @@ def test_fp16_overflow_halves_the_scale_and_goes_on():
     assert update.bad_in_a_row == 1 <= update.tolerated
 
 
-def test_an_unknown_optimizer_is_named():
+def test_unknown_optimizer_is_a_usage_error():
     with pytest.raises(UsageError, match="--opt adamx"):
         Update(student(), config(opt="adamx"), CPU)

@@ -1,4 +1,4 @@
-"""PGD against closed forms on a linear model, and the promises of its docstring."""
+"""PGD against closed forms on a linear model, and the contract of its docstring."""
 
 import pytest
 
@@ -14,7 +14,9 @@ SHAPE = (3, 4, 4)
 
 
 class Linear(torch.nn.Module):
-    """Two classes with logits +w.x and -w.x: CE's input gradient is a multiple of w, whose sign the label fixes."""
+    """Two classes with logits +w.x and -w.x: CE's input gradient is a multiple of w, whose sign the
+    label fixes.
+    """
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -87,7 +89,9 @@ def test_random_start_has_norm_eps_and_the_right_share_of_samples():
 
 @pytest.mark.parametrize("scale", [1, 10, 100])
 def test_a_confident_model_is_still_attacked(scale):
-    """Its p_y - 1 is 0 in float32, and its gradient so small that the square of its entries is 0."""
+    """Its p_y - 1 is 0 in float32, and its gradient so small that the square of its entries
+    is 0.
+    """
     model, x = Linear(), pixels()
     labels = (model(x)[:, 0] < model(x)[:, 1]).long()
     expected = PGD("l2", 0.1, 0.1, 1, 0)(model, x, labels, KEYS)
@@ -98,7 +102,9 @@ def test_a_confident_model_is_still_attacked(scale):
 @pytest.mark.parametrize("gap", [0.0, 5.0, 20.0, 60.0, 300.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_direction_of_cross_entropy_at_any_confidence(gap, dtype):
-    """Against the exact gradient in 400 digits: softmax minus one-hot, by Python's fractions of exponentials."""
+    """Against the exact gradient in 400 digits: softmax minus one-hot, by Python's fractions of
+    exponentials.
+    """
     from mpmath import mp, mpf
 
     mp.dps = 400
@@ -124,7 +130,7 @@ def test_soft_targets_give_the_gradient_of_soft_cross_entropy_in_float64():
     torch.testing.assert_close(cross_entropy_direction(logits.detach(), targets), expected)
 
 
-def test_zero_gradient_moves_nothing():
+def test_zero_gradient_leaves_images_unchanged():
     x = pixels()
     out = PGD("l2", 0.1, 0.1, 2, 0)(
         lambda z: (z * 0).sum(dim=(1, 2, 3))[:, None].repeat(1, 2), x, LABELS, KEYS
@@ -153,9 +159,7 @@ def test_no_weight_gradient_and_no_graph():
     start=st.floats(0, 1),
     batch=st.integers(1, 4),
 )
-def test_always_inside_the_budget_and_the_image_range_whatever_the_batch(
-    norm, eps, step, steps, start, batch
-):
+def test_attack_stays_in_budget_and_range_for_any_batch(norm, eps, step, steps, start, batch):
     model, x, attack = Linear(), pixels(batch, 0, 1), PGD(norm, eps, step, steps, start)
     out = attack(model, x, LABELS[:batch], KEYS[:batch])
     assert out.min() >= 0 and out.max() <= 1
@@ -166,7 +170,7 @@ def test_always_inside_the_budget_and_the_image_range_whatever_the_batch(
     torch.testing.assert_close(out[-1:], alone, rtol=0, atol=1e-6)
 
 
-def test_measures():
+def test_code_change_and_signal_to_rounding():
     codes = torch.tensor([[[1, 2], [3, 4]]])
     assert share_changed(codes, torch.tensor([[[1, 2], [0, 4]]])) == 0.25
     x = pixels().double()

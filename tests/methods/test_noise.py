@@ -1,4 +1,4 @@
-"""Keyed noise: a sample's noise depends on its key alone, and is noise."""
+"""Keyed noise depends on the key alone and has the right distribution."""
 
 import pytest
 

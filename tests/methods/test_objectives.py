@@ -1,4 +1,4 @@
-"""Each objective against its formula written out in float64 numpy, and the filter's rule."""
+"""Objectives against their formulas in float64 NumPy, and the rule of the filter."""
 
 import pytest
 
@@ -101,7 +101,7 @@ def test_the_filter_divides_by_the_batch_not_by_the_kept():
     assert distillation(student, teacher, 4.0, one).item() == pytest.approx(alone.item() / B)
 
 
-def test_a_filtered_sample_may_be_anything():
+def test_filtered_samples_may_be_non_finite():
     student = torch.tensor([[1.0, 2.0], [float("inf"), 0.0]])
     loss = distillation(student, torch.ones(2, 2), 4.0, torch.tensor([1.0, 0.0]))
     assert torch.isfinite(loss)
@@ -117,7 +117,8 @@ def test_kd_in_half_precision_is_computed_in_float32(temperature, scale):
     exact = distillation(student16.double(), teacher16.double(), temperature)
     got = distillation(student16, teacher16, temperature)
     assert got.dtype == torch.float32 and torch.isfinite(got)
-    # At high temperatures the divergence is a small difference of log-probabilities: an ulp of those is what rounding costs.
+    # At high temperatures the divergence is a small difference of log-probabilities: an ulp of
+    # those is what rounding costs.
     largest = max(
         (x.float() / temperature).log_softmax(-1).abs().max().item() for x in (student16, teacher16)
     )
@@ -154,7 +155,7 @@ def test_keep_mask_takes_either_of_two_mixed_labels():
 
 @pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("temperature", [0.5, 4.0, 20.0])
-def test_fused_and_plain_are_one_objective(method, temperature):
+def test_fused_objective_equals_plain(method, temperature):
     """Loss, parts and gradients, over methods, filter, weights, smoothing and temperatures."""
     for filtered in (True, False):
         for smoothing, w in ((0.0, (1.0, 0.5, 0.5, 1.0, 1.0)), (0.1, (0.3, 2.0, 0.0, 0.7, 4.0))):

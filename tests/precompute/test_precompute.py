@@ -375,7 +375,7 @@ def test_outputs_for_another_temperature_are_refused(inputs, tmp_path, capsys):
     ]
     assert main(run) == 4
     assert (
-        "topk:1@2, are right at temperature 2 alone, and the run distils at 4 (--temperature)"
+        "topk:1@2, are exact at temperature 2 only, and the run distils at 4 (--temperature)"
         in capsys.readouterr().err
     )
     assert main([*run, "--temperature", "2"]) == 0

@@ -144,7 +144,7 @@ def test_a_compiled_transformer_is_exported_plain(tmp_path: Path) -> None:
         and model.state_dict().keys() == load_file(tmp_path / "run" / "model.safetensors").keys()
     )
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "savings of the student: class_token_only" in log
+    assert "optimizations of the student: class_token_only" in log
 
 
 def test_raw_weights_are_those_of_the_optimizer(

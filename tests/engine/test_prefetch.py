@@ -1,4 +1,4 @@
-"""Batches on their way to the device: as they are on a CPU, through two static buffers on a GPU."""
+"""Prefetching: unchanged batches on a CPU, two static buffers on a GPU."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def batch(number: int) -> Batch:
     )
 
 
-def test_on_a_cpu_batches_pass_as_they_are():
+def test_cpu_batches_pass_unchanged():
     made = [batch(i) for i in range(3)]
     assert all(a is b for a, b in zip(feed(iter(made), torch.device("cpu")), made, strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["pinned", "cuda"])
-def test_two_static_buffers(where):
-    """Slow work on one batch is not overwritten by the batches that follow it."""
+def test_gpu_batches_use_two_static_buffers(where):
+    """Later batches do not overwrite a batch that slow work still reads."""
     device = torch.device("cuda")
     made = (batch(i).pin_memory() if where == "pinned" else batch(i).to(device) for i in range(20))
     big = torch.randn(4096, 4096, device=device)

@@ -1,4 +1,4 @@
-"""Which `apex` is installed, and what `--opt` says where one of its optimizers is asked for."""
+"""Detection of NVIDIA's apex, and the errors of `--opt` for its optimizers."""
 
 import sys
 
@@ -10,7 +10,7 @@ from dad_fast.errors import EnvironmentProblem
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Writes empty modules where Python finds them first."""
+    """Write empty modules that Python finds first."""
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C")]:
         monkeypatch.delitem(sys.modules, name)
@@ -24,7 +24,7 @@ def packages(tmp_path, monkeypatch):
     return write
 
 
-def test_pypis_apex_is_refused_with_a_word(packages):
+def test_pypi_apex_is_refused(packages):
     assert "not installed" in apex_problem()[0]
     packages("apex/__init__.py", "apex/lib/__init__.py")
     assert "web toolkit" in apex_problem()[0] and "uninstall" in apex_problem()[1]
@@ -34,7 +34,7 @@ def test_pypis_apex_is_refused_with_a_word(packages):
     assert apex_problem() == ("", "")
 
 
-def test_what_opt_says(packages):
+def test_apex_optimizer_errors_name_the_fix(packages):
     check_optimizer("adamw", cuda=False)
     with pytest.raises(
         EnvironmentProblem,
@@ -47,7 +47,7 @@ def test_what_opt_says(packages):
         check_optimizer("fusedlamb", cuda=False)
 
 
-def test_the_names_are_timms():
+def test_apex_names_are_those_of_timm():
     optim = pytest.importorskip("timm.optim")
     infos = {name: optim.get_optimizer_info(name) for name in OPTIMIZERS}
     assert all(str(info.opt_class).startswith("apex.optimizers.") for info in infos.values())

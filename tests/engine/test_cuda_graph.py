@@ -1,4 +1,7 @@
-"""CUDA graphs of the step: the same numbers as plain calls. Needs a GPU, but for how a broken capture ends."""
+"""CUDA graphs of the step equal plain calls.
+
+Needs a GPU, except for the test of a broken capture.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def train(step: TrainStep) -> list[float]:
     "student", [small.LAYER_NORM, replace(small.BATCH_NORM, drop_path=0.5)], ids=["ln", "bn"]
 )
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_graphs_compute_what_plain_calls_compute(method, student, parts):
+def test_graphs_equal_plain_calls(method, student, parts):
     plain, graphed = make(method, "off", student, parts), make(method, "on", student, parts)
     torch.testing.assert_close(train(graphed), train(plain), rtol=1e-4, atol=1e-5)
     assert graphed.graphs.captured
@@ -105,7 +108,7 @@ def test_a_bad_batch_changes_nothing_under_graphs():
 
 
 @pytest.mark.gpu
-def test_what_cannot_be_captured_falls_back_or_is_refused(caplog):
+def test_failed_capture_falls_back_or_raises(caplog):
     step = make("dad", "auto")
     step.generator.discretizer = Jpeg(75)  # works on the host
     with caplog.at_level(logging.WARNING):
@@ -115,7 +118,8 @@ def test_what_cannot_be_captured_falls_back_or_is_refused(caplog):
         record.message for record in caplog.records if "CUDA graphs are off" in record.message
     ]
     assert "previous error" not in said  # the reason itself, not that there was one
-    # Nothing of the broken capture stays: the stream, the allocator and the random generator work on, and another step is captured.
+    # Nothing of the broken capture stays: the stream, the allocator and the random generator work
+    # on, and another step is captured.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.empty_cache()
     torch.rand(8, device="cuda")
@@ -128,7 +132,9 @@ def test_what_cannot_be_captured_falls_back_or_is_refused(caplog):
 
 
 class BrokenCapture:
-    """torch.cuda.graph where CUDA broke the capture off: ending it fails too, and hides the reason."""
+    """torch.cuda.graph where CUDA broke the capture off: ending it fails too, and hides the
+    reason.
+    """
 
     def __init__(self, *_, **__): ...
     def __enter__(self): ...
@@ -136,7 +142,7 @@ class BrokenCapture:
         raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def test_a_broken_capture_names_its_reason_and_is_cleared_away(monkeypatch):
+def test_broken_capture_raises_its_first_error_and_restores_torch(monkeypatch):
     calls = []
     generator = SimpleNamespace(
         get_state=lambda: "state",

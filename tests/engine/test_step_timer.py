@@ -1,4 +1,4 @@
-"""Where the time went: on the CPU, the time outside the steps; and what a run is told that waits for its data."""
+"""Time of training, and the advice for input-bound runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from dad_fast import cores
 from dad_fast.engine import step_timer as clock_module
-from dad_fast.engine.step_timer import Clock, Window, input_bound
+from dad_fast.engine.step_timer import StepTimer, Window, input_bound
 
 
 class HandSet:
@@ -31,8 +31,8 @@ def hand_set(monkeypatch: pytest.MonkeyPatch) -> HandSet:
     return found
 
 
-def test_waiting_is_what_lies_between_steps(hand_set):
-    clock = Clock(torch.device("cpu"))
+def test_waiting_is_the_time_between_steps(hand_set):
+    clock = StepTimer(torch.device("cpu"))
     clock.skip()
     for _ in range(3):
         hand_set.sleep(0.02)  # the wait for a batch
@@ -49,8 +49,8 @@ def test_waiting_is_what_lies_between_steps(hand_set):
     assert clock.window() == Window(0, 0.0, 0.0)
 
 
-def test_skipped_time_is_in_nothing(hand_set):
-    clock = Clock(torch.device("cpu"), total=5.0)
+def test_skipped_time_is_not_counted(hand_set):
+    clock = StepTimer(torch.device("cpu"), total=5.0)
     hand_set.sleep(0.05)
     clock.skip()
     with clock.step():
@@ -65,7 +65,7 @@ def test_skipped_time_is_in_nothing(hand_set):
 def test_waiting_on_a_gpu_is_the_gap_between_steps():
     device = torch.device("cuda")
     work = torch.randn(4096, 4096, device=device)
-    clock = Clock(device)
+    clock = StepTimer(device)
 
     def run(pause: float) -> Window:
         torch.cuda.synchronize()
@@ -84,7 +84,7 @@ def test_waiting_on_a_gpu_is_the_gap_between_steps():
     assert busy.waited < 0.2 * busy.seconds and starved.waited > 0.4
 
 
-def test_what_a_waiting_run_is_told(monkeypatch):
+def test_input_bound_run_gets_advice(monkeypatch):
     monkeypatch.setattr(clock_module, "usable_cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     waits = Window(10, 2.0, 1.0)
@@ -102,7 +102,7 @@ def test_what_a_waiting_run_is_told(monkeypatch):
         assert told is not None and "--loader dali" not in told
 
 
-def test_a_cpu_without_an_idle_core_gets_no_advice(monkeypatch):
+def test_cpu_without_an_idle_core_gets_no_advice(monkeypatch):
     """More loader processes would take the cores that the step computes on."""
     monkeypatch.setattr(clock_module, "usable_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

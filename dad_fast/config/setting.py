@@ -1,0 +1,52 @@
+"""Declare a setting: default, help text, flag and rule. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any, NamedTuple
+
+
+class Rule(NamedTuple):
+    """Condition on a number, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule("above 0", lambda value: value > 0)
+NOT_NEGATIVE = Rule("0 or more", lambda value: value >= 0)
+AT_LEAST_ONE = Rule("1 or more", lambda value: value >= 1)
+PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Rule("0 or more and below 1", lambda value: 0 <= value < 1)
+INTERVAL = Rule("two numbers above 0, the smaller first", lambda pair: 0 < pair[0] <= pair[1])
+AREA = Rule(
+    "two numbers above 0 and up to 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1
+)
+
+
+def setting(
+    default: Any,
+    text: str,
+    flag: str = "",
+    *,
+    rule: Rule | None = None,
+    short: str = "",
+    main: bool = False,
+    bare: tuple[str, ...] = (),
+) -> Any:
+    """Create a field with its help `text`, `flag` (and `short` flag) and `rule`.
+
+    main: show it in the short `--help`. bare: the value of a list whose flag is given without one.
+    """
+    metadata = {
+        "help": text,
+        "flag": flag,
+        "short": short,
+        "rule": rule,
+        "main": main,
+        "bare": bare,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
