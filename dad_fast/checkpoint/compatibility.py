@@ -19,6 +19,7 @@ from dad_fast.config import Config, differences, from_toml
 from dad_fast.config.fields import get, with_values
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.classes import ClassMap
+from dad_fast.data.loaders.choose import ALIASES
 from dad_fast.distributed import process_group as distributed
 
 CONTENT_COMPARED = ("data.data_dir", "data.class_map", "store.dirs")
@@ -100,9 +101,10 @@ def notes(run: TrainRun, found: Checkpoint) -> list[str]:
             f"the run began with another {', another '.join(texts)}: from here on it equals an "
             "uninterrupted run up to rounding"
         )
-    if found.state["loader"] != run.loader.name:
+    loader = ALIASES.get(found.state["loader"], found.state["loader"])
+    if loader != run.loader.name:
         lines.append(
-            f"the run began with the loader {found.state['loader']}; the pixels of "
+            f"the run began with the loader {loader}; the pixels of "
             f"{run.loader.name} differ slightly"
         )
     return lines
