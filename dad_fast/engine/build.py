@@ -25,11 +25,10 @@ from dad_fast.engine import frozen
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import check_same_classes, check_splits, check_weights
-from dad_fast.engine.probe_features import FeatureTable
-from dad_fast.engine.probe_step import ProbeData, ProbeGenerator, ProbeLearner
-from dad_fast.engine.pseudo_labels import PseudoLabels, WeakView
+from dad_fast.engine.probe.features import FeatureTable
+from dad_fast.engine.probe.pseudo_labels import PseudoLabels, WeakView
+from dad_fast.engine.probe.step import ProbeData, ProbeGenerator, ProbeLearner
 from dad_fast.engine.step import TrainStep
-from dad_fast.engine.stored import Stored, recorded_classes, view_settings
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.methods.registry import METHODS, Images
@@ -39,6 +38,7 @@ from dad_fast.models.probe import Probe, build_probe
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
 from dad_fast.store import AdversarialStore, TargetStore
+from dad_fast.store.join import Stored, recorded_classes, view_settings
 
 
 @dataclass(frozen=True)

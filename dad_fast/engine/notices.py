@@ -11,7 +11,7 @@ from dad_fast.data.loaders.choose import resolve_loader
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Components
-from dad_fast.engine.probe_features import FeatureLoader
+from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
 
 # Seconds that a step may wait for the disk before the user is told.

@@ -28,7 +28,7 @@ from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.notices import Advice, introduction
 from dad_fast.engine.prefetch import feed
-from dad_fast.engine.probe_features import FeatureLoader
+from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.schedule import learning_rate, total_epochs
 from dad_fast.engine.step_timer import StepTimer
 from dad_fast.engine.update import Update

@@ -23,7 +23,6 @@ from dad_fast.data.loaders.steps import TrainSteps
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
 from dad_fast.discretizers.base import Discretizer
-from dad_fast.engine.stored import view_settings
 from dad_fast.errors import DadFastError, DataError, UsageError
 from dad_fast.kernels import pack_codes
 from dad_fast.keyed_random import sample_seeds
@@ -33,6 +32,7 @@ from dad_fast.precompute.adversarial import adversarial
 from dad_fast.store import Manifest, RowBlock, StoreRows, StoreWriter
 from dad_fast.store.files import Bytes
 from dad_fast.store.images import decode_image, encode_images, on_all_cores
+from dad_fast.store.join import view_settings
 
 # Approximate size of a shard, which is lost when a disk loses a file.
 SHARD_BYTES = 1 << 30

@@ -18,8 +18,8 @@ from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.engine.generator import Generator, Model, StepInputs
 from dad_fast.engine.learner import Learner
-from dad_fast.engine.probe_features import FeatureTable
-from dad_fast.engine.pseudo_labels import PseudoLabels
+from dad_fast.engine.probe.features import FeatureTable
+from dad_fast.engine.probe.pseudo_labels import PseudoLabels
 from dad_fast.loggers.profiling import stage
 from dad_fast.methods.lp_clip import consistency_loss, sample_weights
 from dad_fast.methods.registry import Images

@@ -26,7 +26,7 @@ from dad_fast.data.loaders.steps import Batch, TrainSteps, epoch_order
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
 from dad_fast.distributed import process_group as distributed
-from dad_fast.engine.pseudo_labels import Lines, share
+from dad_fast.engine.probe.pseudo_labels import Lines, share
 from dad_fast.errors import UsageError
 
 

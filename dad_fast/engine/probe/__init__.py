@@ -1,0 +1,1 @@
+"""Training of linear probes (LP-CLIP): step, kept features, pseudo-labels."""
