@@ -35,9 +35,6 @@ examples:
   dad-fast train --preset dad-vitb16 --data-dir DIR --discretizer vqgan.ckpt \\
       --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad                   # ImageNet
 
-methods:
-{methods}
-
 settings:
 {settings}
 
@@ -46,6 +43,9 @@ settings:
 
 HELP_ALL = """\
 dad-fast train: every setting, its flag, meaning and [default]
+
+methods
+{methods}
 
 {settings}
 
@@ -121,8 +121,7 @@ def help_text(every: bool) -> str:
     )
     if not every:
         main_settings = "\n".join(setting_entry(s) for s in settings().values() if s.main)
-        methods = "\n".join(two_columns(name, METHODS[name].summary) for name in METHODS)
-        return fill(HELP, methods=methods, settings=main_settings, launch=launch)
+        return fill(HELP, settings=main_settings, launch=launch)
     blocks = []
     for section in ("", *sections()):
         title = f"[{section}]" if section else "general"
@@ -132,4 +131,5 @@ def help_text(every: bool) -> str:
             if path.rpartition(".")[0] == section
         ]
         blocks.append("\n".join([title, *entries]))
-    return fill(HELP_ALL, settings="\n\n".join(blocks), launch=launch)
+    methods = "\n".join(two_columns(name, METHODS[name].summary) for name in METHODS)
+    return fill(HELP_ALL, methods=methods, settings="\n\n".join(blocks), launch=launch)

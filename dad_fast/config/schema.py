@@ -338,7 +338,7 @@ class EvalConfig:
 class Config:
     """Settings of a run, or of several: `variants` times `seeds`."""
 
-    method: str = setting("dad", "training method", "--method", main=True)
+    method: str = setting("dad", "training method; --help-all explains each", "--method", main=True)
     seed: int = setting(0, "seed of every random draw", "--seed", rule=NOT_NEGATIVE)
     seeds: int = setting(
         1, "number of seeds, from --seed on", "--seeds", rule=AT_LEAST_ONE, main=True

@@ -11,6 +11,7 @@ from dad_fast.config.fields import coerce, get, nearest, settings
 from dad_fast.config.resolve import gather, is_fixed
 from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.config.variants import expand
+from dad_fast.data.sources.registry import SOURCES
 from dad_fast.discretizers.registry import DISCRETIZERS
 from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
@@ -88,6 +89,7 @@ def _check_run(cfg: Config) -> None:
             f"--method {cfg.method} needs a discretizer: add --discretizer (a VQGAN's file, "
             "identity or jpeg:75)"
         )
+    _check_scheme(cfg.data.data_dir, "--data-dir", SOURCES.names())
     _check_scheme(cfg.teacher.name, "--teacher", TEACHERS.names())
     _check_scheme(cfg.discretizer.name, "--discretizer", DISCRETIZERS.names())
     quality = cfg.discretizer.name.removeprefix("jpeg:")

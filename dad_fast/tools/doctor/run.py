@@ -26,6 +26,7 @@ MODULES = {
     "apache-tvm-ffi": "tvm_ffi",
     "pillow": "PIL",
     "nvidia-ml-py": "pynvml",
+    "scikit-learn": "sklearn",
 }
 # Declared dependencies that the CPU does not need. Their own rows below report what is off without
 # them.
