@@ -108,10 +108,15 @@ class RunLog:
 
     def close(self) -> None:
         logging.getLogger("dad_fast").removeHandler(self._warnings)
-        for sink in list(self._sinks):
-            self._try_sink(sink, sink.close)
+        self.close_sinks()
         self._metrics.close()
         self._text.close()
+
+    def close_sinks(self) -> None:
+        """Close the sinks: a run calls this at its end, also when it failed or was stopped."""
+        for sink in list(self._sinks):
+            self._try_sink(sink, sink.close)
+        self._sinks = []
 
     def _try_sink(self, sink: Sink, call: Callable[[], None]) -> None:
         """Drop a sink that raises: a tracking server that is down must not stop training."""

@@ -117,9 +117,12 @@ def train_run(
         facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()
-    summary = trainer.train()
-    summary["store_seconds"] = sum(map(store_seconds, cfg.store.dirs))
-    return finish(trainer, run.variant, suites, summary, teacher_results)
+    try:
+        summary = trainer.train()
+        summary["store_seconds"] = sum(map(store_seconds, cfg.store.dirs))
+        return finish(trainer, run.variant, suites, summary, teacher_results)
+    finally:
+        trainer.log.close_sinks()
 
 
 def fill_store(store: SharedStore) -> None:
