@@ -103,7 +103,7 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
                     clear(output)
                     (output / "logs").mkdir(exist_ok=True)
                 atomic_write_text(output / "config.toml", to_toml(sweep.config))
-                state = _State(sweep, left, stop, progress)
+                state = _State(sweep, left, stop, progress, len(devices))
                 stores = _needed(sweep, left)
                 jobs = [_store_job(store) for store in stores]
                 # The longest runs first, so that none of them starts last and is left alone.
@@ -220,9 +220,15 @@ class _State:
     """State of a running sweep; logged after each job."""
 
     def __init__(
-        self, sweep: Sweep, left: Sequence[Run], stop: StopRequest, progress: JobsProgress
+        self,
+        sweep: Sweep,
+        left: Sequence[Run],
+        stop: StopRequest,
+        progress: JobsProgress,
+        num_workers: int,
     ) -> None:
         self.sweep, self.stop, self.progress = sweep, stop, progress
+        self.num_workers = num_workers
         self.teachers = _Teachers(sweep.runs)
         self.failed: dict[str, str] = {}
         self._left = {run.name: run for run in left}
@@ -255,7 +261,9 @@ class _State:
         write_tables(self.sweep, self.failed)
 
     def _time_left(self) -> str:
-        if self._ended in (0, len(self._left)):
+        """Estimate by epochs while runs wait; later each run's own line shows its time left."""
+        is_waiting = len(self._left) - self._ended > self.num_workers
+        if not self._ended or not is_waiting:
             return ""
         seconds_per_epoch = (time.monotonic() - self._begun) / self._epochs_done
         left = seconds_per_epoch * (self._epochs - self._epochs_done)
