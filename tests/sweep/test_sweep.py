@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +14,14 @@ for package in ("timm", "open_clip"):
 import tiny
 
 from dad_fast.cli.main import main
+from dad_fast.config import Config
 from dad_fast.errors import Preempted
 from dad_fast.loggers import progress as progress_module
 from dad_fast.loggers.progress import JobsProgress, report_progress, report_progress_to
 from dad_fast.methods.stores import is_filled, store_seconds
+from dad_fast.sweep import sweep as sweep_module
+from dad_fast.sweep.pool import Job
+from dad_fast.sweep.runs import Run
 from tests.processes import HANG, ROOT
 
 
@@ -223,3 +228,17 @@ def test_progress_is_reported_to_the_parent_once_a_second(monkeypatch):
     for step in range(100):
         report_progress(step, 100, "text")
     assert heard[0] == (0, 100, "text") and len(heard) <= 2
+
+
+def test_time_left_is_estimated_only_while_runs_wait(tmp_path, monkeypatch):
+    """Later each run's own line shows it; epochs that running jobs have done are not known here."""
+    cfg = Config(method="ce")
+    runs = [Run("ce", seed, cfg, tmp_path / str(seed)) for seed in range(4)]
+    sweep = SimpleNamespace(runs=runs)
+    monkeypatch.setattr(sweep_module, "write_tables", lambda *_: None)
+    lines = []
+    progress = SimpleNamespace(end=lambda job: None, say=lines.append)
+    state = sweep_module._State(sweep, runs, SimpleNamespace(error=None), progress, num_workers=2)
+    for run in runs:
+        state.job_ended(Job(run.name, lambda device: {}), {}, 1.0)
+    assert ["left" in line for line in lines] == [True, False, False, False]
