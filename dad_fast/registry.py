@@ -34,6 +34,7 @@ class Registry(Generic[T]):
         self.group = group
         self.flag = flag
         self._entries: dict[str, T | str] = {}
+        self._found: dict[str, EntryPoint] | None = None
 
     def add(self, name: str, entry: T | str) -> None:
         """Add an object, or "module:attribute", which is imported when it is first used."""
@@ -88,7 +89,10 @@ class Registry(Generic[T]):
         return f"{PYTHON}{module}:{attribute}", argument
 
     def _plugins(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.group)}
+        # Searched once: it reads the metadata of every installed package.
+        if self._found is None:
+            self._found = {point.name: point for point in entry_points(group=self.group)}
+        return self._found
 
     def _load(self, where: str, name: str) -> T:
         module, _, attribute = where.partition(":")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dad_fast.config.schema import PrecisionConfig
+from dad_fast.errors import UsageError
 
 
 class Discretized(NamedTuple):
@@ -19,7 +21,7 @@ class Discretized(NamedTuple):
     codes: Tensor | None  # int64 [B, h, w]; None if the discretizer has no codes
 
 
-class Discretizer:
+class Discretizer(ABC):
     """Base class of discretizers.
 
     Called on pixels float32 [B, 3, H, W] in [0, 1]; no gradient passes through.
@@ -35,8 +37,9 @@ class Discretizer:
     code_bits: int = 0  # bits of a stored code; 0 without codes
     backend: str = ""  # of the codebook search
 
+    @abstractmethod
     def __call__(self, pixels: Tensor) -> Discretized:
-        raise NotImplementedError
+        """Return the images that the codes represent, and the codes."""
 
     @property
     def codebook(self) -> Tensor | None:
@@ -51,7 +54,7 @@ class Discretizer:
         """Decode stored codes uint8 [B, code_bytes] of `grid` to images float32 [B, 3, H, W] in [0,
         1].
         """
-        raise NotImplementedError(f"{self.name} has no codes")
+        raise UsageError(f"--discretizer {self.name}: has no codes to decode")
 
     def fingerprint(self) -> str | None:
         """Hex SHA-256 of the weights; None if nothing is trained."""

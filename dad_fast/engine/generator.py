@@ -7,6 +7,7 @@ cuda_graph.py can capture it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,12 +46,12 @@ class StepInputs(NamedTuple):
     keep: Tensor | None  # [B], the weight of a sample in filtered terms
 
 
-class Generator:
+class Generator(ABC):
     """Base class: makes the inputs of every learner from a batch on the device."""
 
+    @abstractmethod
     def __call__(self, batch: Batch) -> StepInputs:
         """Make what all learners share."""
-        raise NotImplementedError
 
     def attack_student(self, inputs: StepInputs, batch: Batch, student: Model) -> StepInputs:
         """Add the images that attack `student`, where the method uses them."""

@@ -7,6 +7,7 @@ module (`python:MODULE:FACTORY`) work the same way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dad_fast.errors import EnvironmentProblem
 from dad_fast.registry import Registry
 
 
-class Sink:
+class Sink(ABC):
     """Base class of sinks. Only rank 0 has sinks.
 
     `log` and `close` may raise: the run then warns, drops the sink and continues.
@@ -23,14 +24,14 @@ class Sink:
 
     name = ""  # as given after --log-to; set by `open_sinks`
 
+    @abstractmethod
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Receive one line of metrics. kind: such as "train" or "val"; step: 0 where it has none.
 
         values: as in metrics.jsonl: numbers, texts and lists or tables of them.
         """
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most sinks hold nothing)
         """Flush and release; called once, at the end of the run."""
 
 
