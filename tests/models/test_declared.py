@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dad_fast.models.load_student import load_student
 from dad_fast.models.student import build_student
 from dad_fast.models.weights.declared import checked_spec, recorded_classes
 from dad_fast.models.weights.files import write_safetensors
+from tests.limits import cpu_limit
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
 SPEC = {
@@ -113,12 +113,10 @@ def test_hostile_descriptions(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     path = tmp_path / "model.safetensors"
     write_safetensors(path, state, {"dad_fast.student": HOSTILE[what]})
-    start = time.process_time()
-    with pytest.raises(DataError) as caught:
+    with cpu_limit(), pytest.raises(DataError) as caught:
         load_student(path)
     message = str(caught.value)
     assert message.startswith(str(path)) and message.isprintable() and len(message) < 600, message
-    assert time.process_time() - start < 10
 
 
 def test_a_valid_description_is_accepted_unchanged() -> None:

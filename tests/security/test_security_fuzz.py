@@ -6,13 +6,10 @@ with right checksums but arbitrary values.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ from dad_fast.models.load_student import load_student
 from dad_fast.models.weights.files import read_state_dict, sha256_file, write_safetensors
 from dad_fast.store.manifest import Manifest, _canonical
 from dad_fast.store.reader import AdversarialStore, open_store
+from tests.limits import cpu_limit
 from tests.models.test_declared import SMALL, SPEC
 from tests.store_data import make_manifest, write
 
@@ -42,7 +40,6 @@ FUZZ = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 # CPU time for one file.
-SECONDS = 3.0
 
 plain = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 anything = st.recursive(
@@ -70,13 +67,6 @@ def damaged(content: bytes, damage: tuple[str, float, bytes]) -> bytes:
     return content[:at] + middle + content[at + len(new) :]
 
 
-@contextlib.contextmanager
-def time_limit() -> Iterator[None]:
-    start = time.process_time()
-    yield
-    assert time.process_time() - start < SECONDS
-
-
 def assert_one_line(error: DadFastError) -> None:
     assert "\n" not in str(error) and len(str(error)) < 2000
 
@@ -87,7 +77,7 @@ def assert_one_line(error: DadFastError) -> None:
 @FUZZ
 @given(st.text() | st.text(alphabet="[]{}=\"'.,#\n 019abt_-\\", max_size=200))
 def test_any_text_as_settings(text: str) -> None:
-    with time_limit():
+    with cpu_limit():
         try:
             assert isinstance(from_toml(text), Config)
         except UsageError as error:
@@ -108,7 +98,7 @@ def test_any_value_of_any_setting(pairs: list[tuple[str, Any]]) -> None:
         return json.dumps(value if value is not None else "")
 
     text = "\n".join(f"{path} = {toml(value)}" for path, value in pairs)
-    with time_limit():
+    with cpu_limit():
         try:
             assert isinstance(from_toml(text), Config)
         except UsageError as error:
@@ -144,7 +134,7 @@ def test_damaged_store(store: Path, tmp_path: Path, data: Any, damage: Any) -> N
     shutil.copytree(store, copy)
     name = data.draw(st.sampled_from(sorted(path.name for path in copy.iterdir())))
     (copy / name).write_bytes(damaged((copy / name).read_bytes(), damage))
-    with time_limit():
+    with cpu_limit():
         try:
             read_all(copy)
         except (DataError, UsageError) as error:
@@ -169,7 +159,7 @@ def test_forged_manifest(store: Path, data: Any, value: Any) -> None:
     except ValueError:
         # The canonical form has no NaN.
         return
-    with time_limit():
+    with cpu_limit():
         try:
             assert isinstance(Manifest.from_json(sealed), Manifest)
         except DataError as error:
@@ -213,7 +203,7 @@ def test_damaged_checkpoint(checkpoint: Path, tmp_path: Path, name: str, damage:
     path = copy / "step-5" / name
     path.write_bytes(damaged(path.read_bytes(), damage))
     lines: list[str] = []
-    with time_limit():
+    with cpu_limit():
         try:
             found = CheckpointFolder(copy, keep=2).load("auto", lines.append)
         except DataError as error:
@@ -239,7 +229,7 @@ def test_forged_state(checkpoint: Path, tmp_path: Path, state: Any) -> None:
         }
         state = {**own, "sha256": files | {STATE: _digest(own)}}
     (folder / STATE).write_text(json.dumps(state))
-    with time_limit():
+    with cpu_limit():
         try:
             CheckpointFolder(copy, keep=2).load("auto", lambda line: None)
         except DataError as error:
@@ -269,7 +259,7 @@ FILES = weights_files()
 @given(form=st.sampled_from(sorted(FILES)), damage=damages)
 def test_damaged_weights(tmp_path: Path, form: str, damage: Any) -> None:
     (tmp_path / "w").write_bytes(damaged(FILES[form], damage))
-    with time_limit():
+    with cpu_limit():
         for read in (read_state_dict, load_student):
             try:
                 state, _ = read(tmp_path / "w")
@@ -293,7 +283,7 @@ def test_forged_description_of_a_student(tmp_path: Path, key: str, value: Any) -
     write_safetensors(
         tmp_path / "m.safetensors", {"w": torch.zeros(3)}, {"dad_fast.student": json.dumps(spec)}
     )
-    with time_limit(), pytest.raises(DataError) as caught:
+    with cpu_limit(), pytest.raises(DataError) as caught:
         load_student(tmp_path / "m.safetensors")
     assert_one_line(caught.value)
 
@@ -318,7 +308,7 @@ IMAGES = image_files()
 @pytest.mark.filterwarnings("ignore")
 @given(form=st.sampled_from(sorted(IMAGES)), damage=damages)
 def test_damaged_images(form: str, damage: Any) -> None:
-    with time_limit():
+    with cpu_limit():
         try:
             assert read_rgb(io.BytesIO(damaged(IMAGES[form], damage)), "x").mode == "RGB"
         except DecodeError as error:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from dad_fast.evaluate.metrics.predictions import FIELDS, PREDICTIONS, Records, 
 from dad_fast.evaluate.suites.imagenet import _read_json
 from dad_fast.evaluate.tables import read_record
 from dad_fast.models.weights.files import write_safetensors
+from tests.limits import cpu_limit
 
 FUZZ = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -36,16 +35,9 @@ DEEP = "[" * 100_000
 HUGE = "9" * 5000
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float = 2.0) -> Iterator[None]:
-    start = time.process_time()
-    yield
-    assert time.process_time() - start < seconds
-
-
 def read_or_none(read: Callable[[], Any]) -> Any:
     """Return the result of `read`, or None for one of our errors, which must be one line."""
-    with time_limit():
+    with cpu_limit():
         try:
             return read()
         except DadFastError as error:
@@ -137,7 +129,7 @@ def test_any_text_as_an_index(tmp_path: Path, text: str) -> None:
         + b"\n"
         + body
     )
-    with time_limit():
+    with cpu_limit():
         assert all(isinstance(entry, Entry) for entry in load_index(tmp_path / "i.csv", "x"))
 
 
@@ -179,7 +171,7 @@ def test_malformed_predictions_are_refused(tmp_path: Path, text: str) -> None:
 )
 def test_settings_that_take_long_to_parse_are_refused(text: str) -> None:
     """Parsing time grows with the square of the number of parts of a key."""
-    with time_limit(), pytest.raises(UsageError, match="not settings"):
+    with cpu_limit(), pytest.raises(UsageError, match="not settings"):
         from_toml(text)
 
 
@@ -195,7 +187,7 @@ def test_settings_that_take_long_to_parse_are_refused(text: str) -> None:
     ],
 )
 def test_numbers_too_long_to_print_are_refused(text: str) -> None:
-    with time_limit(), pytest.raises(UsageError, match="not settings"):
+    with cpu_limit(), pytest.raises(UsageError, match="not settings"):
         from_toml(text.replace("X", "0x" + "f" * 5000))
 
 
