@@ -39,6 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder of the records [runs/benchmarks]",
     )
     group.addoption(
+        "--bench-rounds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rounds of every comparison, without energy; 0 = by time [0]",
+    )
+    group.addoption(
         "--overhead-compare",
         metavar="RECORD",
         help="exit 1 if DAD's overhead over KD grew since this record of steps",
@@ -103,6 +110,7 @@ def _bench_session(request: pytest.FixtureRequest) -> Session:
         device,
         config.getoption("bench_size") or default_size(device),
         Path(config.getoption("bench_out")),
+        config.getoption("bench_rounds"),
     )
     config.stash[STATE].session = session
     return session

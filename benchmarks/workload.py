@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dad_fast.config.resolve import gather
-from dad_fast.config.schema import Config
+from dad_fast.config.schema import Config, EngineConfig
 from dad_fast.data.augment.records import UNMIXED, mix_record, uses_mixing
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.registry import load_discretizer
@@ -45,6 +45,36 @@ from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
 
 SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat nor white
+# Preset, teacher (timm), VQGAN
+MODELS = {
+    "base": ("dad-rn50", "vit_base_patch16_clip_224", "f16-1024"),
+    "paper": ("dad-vitb16", "vit_large_patch14_clip_224", "f8-16384"),
+}
+
+
+def speed(engine: EngineConfig, form: str, graphs: str) -> EngineConfig:
+    """Return `engine` in a form of `Workload.with_method`.
+
+    With `uses_kernels`, the only place here that names the settings of speed.
+    """
+    return dataclasses.replace(
+        engine,
+        savings=("none",) if form == "no savings" else ("all",),
+        step_kernels=form == "kernels",
+        torchcompile=form == "compiled",
+        cuda_graphs=graphs,  # type: ignore[arg-type]
+    )
+
+
+def uses_kernels(engine: EngineConfig) -> bool:
+    return engine.step_kernels
+
+
+def batch_size_for(device: torch.device, size: str, wanted: int) -> int:
+    """Return `wanted` on a GPU; on a CPU at most 100 digits (the demo's batch) or 4 images."""
+    if device.type == "cuda":
+        return wanted
+    return min(wanted, 100 if size == "tiny" else 4)
 
 
 @dataclass(frozen=True)
@@ -78,15 +108,9 @@ class Workload:
     def with_method(
         self, method: str, order: str = "paper", form: str = "", graphs: str = "off"
     ) -> Config:
-        """form: "" as a run has it; "no savings"; "kernels" (Triton's, on a GPU)."""
+        """form: "" all optimizations; "no savings"; "kernels" (Triton's); "compiled" models."""
         attack = dataclasses.replace(self.cfg.attack, order=order)  # type: ignore[arg-type]
-        savings, kernels = (("none",) if form == "no savings" else ("all",)), form == "kernels"
-        engine = dataclasses.replace(
-            self.cfg.engine,
-            cuda_graphs=graphs,  # type: ignore[arg-type]
-            savings=savings,
-            step_kernels=kernels,
-        )
+        engine = speed(self.cfg.engine, form, graphs)
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
 
     def step(self, cfg: Config) -> TrainStep:
@@ -102,7 +126,7 @@ class Workload:
         if METHODS[cfg.method].needs_discretizer:
             vqgan_savings = dataclasses.replace(
                 VQGANOptimizations.none() if plain else VQGANOptimizations(),
-                norm_kernel=cfg.engine.step_kernels,
+                norm_kernel=uses_kernels(cfg.engine),
             )
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         update = Update(student, cfg, self.device)
@@ -172,10 +196,7 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
 
     from dad_fast.data.classes import ClassMap
 
-    preset, teacher_name, vqgan_name = {
-        "base": ("dad-rn50", "vit_base_patch16_clip_224", "f16-1024"),
-        "paper": ("dad-vitb16", "vit_large_patch14_clip_224", "f8-16384"),
-    }[size]
+    preset, teacher_name, vqgan_name = MODELS[size]
     cfg = gather(
         other_preset or preset, None, ["student.pretrained=false", "augment.img_size=224"], {}
     )

@@ -204,6 +204,21 @@ def test_the_table_of_meta_parameters():
     assert tuning.TABLE.read_text() == tuning.render(table)
 
 
+def test_tuning_begins_with_the_entry_of_the_table():
+    own = {
+        name: v
+        for name, v in tuning.entries("group_norm_silu", "sm_90")[0].items()
+        if name != "max"
+    }
+    others = [own | {"num_warps": 32 + i} for i in range(20)]
+    bounds = tuning.entries("group_norm_silu", "sm_90")[0]["max"]
+    case = tuning.TuningCase("group_norm_silu", bounds, [*others, own], print)
+    ordered = tuning.in_order(case, "sm_90")
+    assert ordered[0] == own and ordered[1:] != others
+    assert sorted(map(str, ordered)) == sorted(map(str, case.candidates))
+    assert ordered == tuning.in_order(case, "sm_90")
+
+
 def test_tuning_without_a_gpu_is_one_line_and_exit_3(monkeypatch, capsys):
     import torch
 
