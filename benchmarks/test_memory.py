@@ -47,7 +47,7 @@ def expandable(request: pytest.FixtureRequest, bench: Bench) -> bool:
     if bench.device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{request.param}")
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{request.param}")
     return request.param
 
 
