@@ -49,7 +49,7 @@ class Learner:
         self.split = bn == "split"
         self.num_micro_batches = num_micro_batches
         self.fused = fused
-        self.forward = forward or student
+        self.forward = student if forward is None else forward
         self.device = next(student.parameters()).device
 
     def learn(self, inputs: StepInputs) -> dict[str, Tensor]:

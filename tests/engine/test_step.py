@@ -210,6 +210,13 @@ def test_micro_batches_equal_the_whole_batch(method):
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
 
 
+def test_compiled_models_are_the_ones_that_a_step_calls():
+    """Making a step compiles nothing; torch 2.15 refuses the truth value of a compiled module."""
+    step = make("dad", engine=EngineConfig(torchcompile=True))
+    assert isinstance(learner_of(step).forward, torch._dynamo.OptimizedModule)
+    assert isinstance(step.generator.teacher, torch._dynamo.OptimizedModule)
+
+
 @pytest.mark.slow  # compiles for half a minute
 @pytest.mark.parametrize("method", ["dad", "dat"])
 def test_compiled_step_equals_plain_step(method):
