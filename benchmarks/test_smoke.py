@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.bench import Bench, Session
+from benchmarks.timing import peaks, reset_peaks
 from benchmarks.workload import Workload, batch_size_for, make_workload
 
 FORMS = {  # form, graphs
@@ -43,18 +44,20 @@ def test_form(bench: Bench, work: Workload, losses_of: dict[str, list[float]], f
     on_gpu = bench.device.type == "cuda"
     steps = STEPS[bench.device.type]
     kind, graphs = FORMS[form]
+    reset_peaks(bench.device)
     step = work.step(work.with_method("dad", form=kind, graphs=graphs if on_gpu else "off"))
     torch.manual_seed(1)
     lr = work.cfg.optim.lr
     losses = [step(work.batch, number, lr)[0]["loss"].item() for number in range(steps)]
     losses_of[form] = losses
     captured = step.graphs is not None and step.graphs.captured
+    found = {"losses": losses, "captured": captured, "memory": peaks(bench.device)}
     bench.compare(
         f"batch {len(work.batch.labels)}, {form}",
         {form: lambda: step(work.batch, steps, lr)},
         baseline=form,
         work=len(work.batch.labels),
-        config=work.describe() | {"losses": losses, "captured": captured},
+        config=work.describe() | found,
         seconds=2,
     )
     assert all(math.isfinite(loss) for loss in losses), losses
