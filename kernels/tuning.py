@@ -166,11 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print("  no candidate ran; the table keeps its entries for this kernel")
             return 1
-    if options.write:
-        for kernel, rows in measured.items():
-            table[kernel][arch] = rows
-        options.write.write_text(render(table), encoding="utf-8")
-        print(f"written: {options.write} ({arch}: {', '.join(measured)})")
+        is_last = case.kernel not in {later.kernel for later in cases[number:]}
+        if options.write and is_last:
+            table[case.kernel][arch] = measured[case.kernel]
+            options.write.write_text(render(table), encoding="utf-8")
+            print(f"written: {options.write} ({arch}: {case.kernel})")
     return 0
 
 
