@@ -65,9 +65,9 @@ def test_command(bench: Bench, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dad_fast", "train", *flags, "--log-every", "2"]
     command += ["--set", "eval.every_epochs=0", "--set", "eval.suites=[]", "-o", str(run)]
     every = ["--checkpoint-every-steps", str(TRAIN_STEPS)]
-    subprocess.run([*command, *every, "--max-steps", str(TRAIN_STEPS)], cwd=ROOT, check=True)
+    train([*command, *every, "--max-steps", str(TRAIN_STEPS)])
     more = ["--max-steps", str(TRAIN_STEPS + MORE_STEPS), "--resume", "auto"]
-    subprocess.run([*command, *every, *more], cwd=ROOT, check=True)
+    train([*command, *every, *more])
 
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     windows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
@@ -88,6 +88,12 @@ def test_command(bench: Bench, tmp_path: Path) -> None:
     )
     assert windows[-1]["step"] == TRAIN_STEPS + MORE_STEPS
     assert all(math.isfinite(row["loss"]) for row in windows)
+
+
+def train(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, done.stderr.strip().rpartition("\n")[2]
 
 
 def settings(bench: Bench, folder: Path) -> tuple[list[str], int]:

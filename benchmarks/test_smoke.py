@@ -5,6 +5,7 @@ The record of each form holds its losses, whether its step was captured, its tim
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 
@@ -37,6 +38,14 @@ def work(_bench_session: Session) -> Iterator[Workload]:
 def losses_of() -> dict[str, list[float]]:
     """Losses by form, of the tests that ran before."""
     return {}
+
+
+@pytest.fixture(autouse=True)
+def _free_memory() -> Iterator[None]:
+    """Give a captured step's memory back before the next form: it hangs in cycles of references."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("form", FORMS)
