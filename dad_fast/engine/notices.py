@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dad_fast.config.schema import Config
-from dad_fast.data.loaders.choose import resolve_loader
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Components
@@ -40,8 +39,7 @@ def introduction(cfg: Config, parts: Components, loader: TrainLoader | FeatureLo
         texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
         lines.append(f"optimizations of the {part}: {', '.join(texts) or 'none'}")
     if not isinstance(loader, FeatureLoader):
-        name, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
-        lines.append(f"loader {name}: {why}")
+        lines.append(f"loader {loader.name}: {loader.why}")
     lines += [
         f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images"
         for store in parts.stored.stores

@@ -39,11 +39,40 @@ def step(update, model, x, number, lr=0.1):
 BATCH = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 NAN = torch.where(torch.arange(4).view(4, 1, 1, 1) == 2, float("nan"), BATCH)
 # Of every way to keep state: on the device, in Python, made in the first step from its gradient.
-OPTIMIZERS = """
-adabelief adadelta adafactor adafactorbv adagrad adam adamax adamp adamuon adamw adan adopt lamb
-lars laprop lion madgrad mars momentum muon nadam nadamlegacy nadamw novograd radam rmsprop
-rmsproptf sgd sgdp sgdw lookahead_adamw lookahead_sgd
-""".split()
+OPTIMIZERS = [
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adafactorbv",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamp",
+    "adamuon",
+    "adamw",
+    "adan",
+    "adopt",
+    "lamb",
+    "lars",
+    "laprop",
+    "lion",
+    "madgrad",
+    "mars",
+    "momentum",
+    "muon",
+    "nadam",
+    "nadamlegacy",
+    "nadamw",
+    "novograd",
+    "radam",
+    "rmsprop",
+    "rmsproptf",
+    "sgd",
+    "sgdp",
+    "sgdw",
+    "lookahead_adamw",
+    "lookahead_sgd",
+]
 
 
 def assert_state_equals(one, other):
