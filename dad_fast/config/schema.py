@@ -227,6 +227,12 @@ class PrecisionConfig:
         "float16", "VQGAN encoder under autocast; the codebook search is always exact"
     )
     decoder: Dtype = setting("bfloat16", "VQGAN decoder under autocast")
+    tf32: bool = setting(
+        True,
+        "TF32 on GPUs for what stays float32; the attack, and the VQGAN encoder in float32, are "
+        "IEEE in any case",
+        "--tf32",
+    )
     channels_last: bool = setting(False, "NHWC memory format", "--channels-last")
 
 

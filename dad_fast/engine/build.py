@@ -266,6 +266,7 @@ def make_step(
         generator,
         [learner],
         num_micro_batches=engine.grad_accum_steps,
+        tf32=cfg.precision.tf32,
         cuda_graphs=engine.cuda_graphs,
     )
 

@@ -107,10 +107,13 @@ class Advice:
 
     def on_attack(self, signal_to_rounding: float, log: Callable[[str], None]) -> None:
         """Warn if the attack is lost in the encoder's rounding."""
-        if signal_to_rounding < VISIBLE:
-            log(
-                f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
-                "times as much as rounding, "
-                "so many codes change by chance; raise --attack-eps, or set "
-                "precision.encoder=float32"
-            )
+        if signal_to_rounding >= VISIBLE:
+            return
+        fix = "raise --attack-eps"
+        precision = self._cfg.precision
+        if precision.amp and precision.encoder != "float32":
+            fix += ", or set precision.encoder=float32"
+        log(
+            f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
+            f"times as much as rounding, so many codes change by chance; {fix}"
+        )

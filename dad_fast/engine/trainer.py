@@ -38,6 +38,7 @@ from dad_fast.loggers.gpu import Gpu
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.loggers.sinks import open_sinks
+from dad_fast.models.float32 import float32_math
 from dad_fast.models.student import Student
 from dad_fast.models.weights.files import write_safetensors
 
@@ -157,7 +158,8 @@ class Trainer:
         )
         for line in introduction(self.cfg, self.parts, self.loader):
             self.log.say(line, echo=False)
-        self.parts.prepare(self.log.say)
+        with float32_math(tf32=self.cfg.precision.tf32):
+            self.parts.prepare(self.log.say)
 
     def train(self) -> dict[str, float]:
         """Train to the last step.
@@ -366,7 +368,8 @@ class Trainer:
         Raises Preempted or Interrupted when a signal asks any process to stop.
         """
         student = self.parts.student
-        with self.learner.autocast(), stop_requests():
+        precision = float32_math(tf32=self.cfg.precision.tf32)
+        with precision, self.learner.autocast(), stop_requests():
             return evaluate(
                 model,
                 suite.source,

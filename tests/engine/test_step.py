@@ -315,6 +315,7 @@ def test_two_learners_in_one_step_train_as_in_two_steps():
         joined[0].generator,
         [learner_of(step) for step in joined],
         num_micro_batches=1,
+        tf32=True,
         cuda_graphs="off",
     )
 

@@ -18,6 +18,7 @@ from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import VQGAN
 from dad_fast.kernels import unpack_codes
+from dad_fast.models.float32 import float32_math
 from dad_fast.models.weights.files import asset, fingerprint, sha256_file
 
 Half = Literal["encoder", "decoder"]
@@ -67,8 +68,9 @@ class VQGANDiscretizer(Discretizer):
         return Discretized(self.decode(codes), codes)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode to latents [B, D, h, w] in the precision of the run."""
-        return self.fused.encode(pixels)
+        """Encode to latents [B, D, h, w] in the precision of the run; float32 is IEEE."""
+        with float32_math(tf32=False):
+            return self.fused.encode(pixels)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode `codes` int64 [B, h, w] to images float32 [B, 3, H, W] in [0, 1]."""
@@ -149,7 +151,10 @@ class VQGANDiscretizer(Discretizer):
         if not count:
             return []
         problem = f"{count:,} of the encoder's outputs so far were not finite and got code 0"
-        return [f"{problem}; set precision.encoder=float32, or check the VQGAN's weights"]
+        fix = "check the VQGAN's weights"
+        if self._dtype("encoder") != torch.float32:
+            fix = f"set precision.encoder=float32, or {fix}"
+        return [f"{problem}; {fix}"]
 
     def encoders(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         exact = copy.deepcopy(self.vqgan).double()
