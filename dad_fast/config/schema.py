@@ -260,7 +260,13 @@ class StoreConfig:
 
 # Exact optimizations, explained in models/optimizations.py and
 # discretizers/vqgan/fused_layers.py.
-MODEL_SAVINGS = ("class_token_only", "fold_normalisation", "fold_quick_gelu", "cast_weights")
+MODEL_SAVINGS = (
+    "class_token_only",
+    "clip_attention",
+    "fold_normalisation",
+    "fold_quick_gelu",
+    "cast_weights",
+)
 VQGAN_SAVINGS = ("cast", "channels_last", "upsample", "attention", "merge_1x1")
 
 
