@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 from benchmarks import overhead, timing
 from benchmarks.bench import Bench, Session, default_size
 from benchmarks.record import as_text, make_record, number, read_record, record_path, write_record
+from dad_fast.config.schema import PrecisionConfig
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -316,6 +317,23 @@ def test_flops_are_those_of_the_stages() -> None:
     assert flops.of["student_gradient"] < flops.of["student"] and flops.of_step(
         "dad", "authors"
     ) > flops.of_step("dad")
+
+
+def test_random_teachers_of_both_libraries_cost_the_same() -> None:
+    pytest.importorskip("open_clip")
+    from benchmarks.workload import TOWERS, count, random_teacher
+
+    name = "ViT-B-16 of width 192"
+    assert set(TOWERS) == {"ViT-L-14", "ViT-B-16", name}
+    pixels = torch.rand(1, 3, 224, 224)
+    flops = {}
+    for library in ("open_clip", "timm"):
+        teacher = random_teacher(name, PrecisionConfig(), CPU, library)
+        assert teacher.name.startswith(f"{library}:") and teacher(pixels).shape == (1, 1000)
+        flops[library] = count(lambda teacher=teacher: teacher(pixels))
+    # The projections of class token and classes differ.
+    assert flops["open_clip"] == pytest.approx(flops["timm"], rel=0.01)
+    assert random_teacher(name, PrecisionConfig(), CPU).name.startswith("open_clip:")
 
 
 def test_flops_of_published_shapes() -> None:
