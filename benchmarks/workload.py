@@ -253,6 +253,7 @@ def random_teacher(
 
         head = timm.create_model(
             "vit_base_patch16_clip_quickgelu_224",
+            patch_size=shape.patch,
             embed_dim=shape.width,
             depth=shape.layers,
             num_heads=shape.heads,

@@ -233,7 +233,11 @@ def test_input_gradient_costs_no_more_than_that_of_timms_tower():
     )
     before, flops_before, in_turn_before = work(plain)
     after, flops_after, in_turn = work(optimized(plain))
-    of_timm, flops_timm, _ = work(same)
-    assert in_turn_before > 0 and in_turn == 0
+    of_timm, flops_timm, in_turn_timm = work(same)
+    assert in_turn_before > 0 and in_turn == in_turn_timm == 0
     assert after < 0.75 * before and after <= 1.01 * of_timm
     assert flops_after == flops_before == pytest.approx(flops_timm, rel=0.001)
+    for model in (optimized(plain), same):
+        assert keep_class_token_only(model) == ""
+        fewer, _, in_turn = work(model)
+        assert fewer < after and in_turn == 0
