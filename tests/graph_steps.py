@@ -56,7 +56,7 @@ class Case:
     sections: dict[str, Any] = field(default_factory=dict)  # of the Config
     step_kernels: bool = False
     timm_teacher: bool = False  # a real one, which casts its weights; else a linear layer
-    num_processes: int = 1  # for the arithmetic of shared gradients; there is one process
+    num_processes: int = 0  # pretended, for the arithmetic of shared gradients
     images: str = ""  # stored adversarial images: "images", "codes" or none
     outputs: bool = False  # stored outputs on clean images
     features: bool = False  # kept features of a linear probe
@@ -93,7 +93,8 @@ class Case:
         if cfg.precision.channels_last:
             model = model.to(memory_format=torch.channels_last)
         update = Update(model, cfg, device)
-        update.num_processes = self.num_processes
+        if self.num_processes:
+            update.num_processes = self.num_processes
         return make_step(cfg, model, teacher, discretizer, update)
 
     def batch(self, number: int) -> Batch:
@@ -204,15 +205,15 @@ def differences(
     return []
 
 
-MATRIX = {
-    f"{method}-{name}-{parts}": Case(method, student, parts)
-    for method in METHOD_NAMES
-    for name, student in STUDENTS.items()
-    for parts in (1, 2)
-}
-SOME = ("ce-ln-1", "kd-bn-1", "aug-only-ln-1", "dat-ln-2", "dad-bn-2", "dat+dad-ln-1")
 JOINT = LossConfig(form="joint")
-SETTINGS = {
+# What presets run, and one of each kind of batch.
+CASES = {
+    "ce": Case("ce"),
+    "kd": Case("kd", BATCH_NORM),
+    "aug-only": Case("aug-only"),
+    "dat": Case("dat", parts=2),
+    "dad": Case("dad", BATCH_NORM, parts=2),
+    "dat+dad": Case("dat+dad"),
     "sgd": Case("kd", BATCH_NORM, optim={"opt": "sgd"}),
     "nan-first": Case("kd", bad_steps=(0, 1)),
     "nan-later": Case("kd", BATCH_NORM, parts=2, bad_steps=(2, 4)),
@@ -239,4 +240,29 @@ SETTINGS = {
     "lp-clip-features": Case("lp-clip", parts=2, features=True, bad_steps=(4,)),
     "lp-clip-true": Case("lp-clip", sections={"lp_clip": LpClipConfig(labels="true")}),
 }
-CASES = MATRIX | SETTINGS
+# Each method with both kinds of students, micro-batches, optimizers and precisions.
+MATRIX = {
+    f"{method}-{name}-{parts}": Case(method, student, parts)
+    for method in METHOD_NAMES
+    for name, student in STUDENTS.items()
+    for parts in (1, 2)
+}
+for _method in METHOD_NAMES:
+    _how = {"method": _method, "student": BATCH_NORM, "parts": 2, "bad_steps": (0, 4)}
+    MATRIX[f"{_method}-adam"] = Case(**_how, optim={"opt": "adam"})
+    MATRIX[f"{_method}-momentum"] = Case(_method, optim={"opt": "momentum"}, bad_steps=(4,))
+    MATRIX[f"{_method}-bf16"] = Case(**_how, sections={"precision": BF16}, timm_teacher=True)
+    MATRIX[f"{_method}-fp16"] = Case(**_how, sections={"precision": FP16}, timm_teacher=True)
+    MATRIX[f"{_method}-shared"] = Case(**_how, num_processes=2)
+for _images in ("images", "codes"):
+    for _outputs in (False, True):
+        _how = {"student": BATCH_NORM, "parts": 2, "images": _images, "outputs": _outputs}
+        _name = f"{_images}-{'outputs' if _outputs else 'teacher'}"
+        MATRIX[f"stored-{_name}"] = Case(**_how, sections={"store": STORE})
+        MATRIX[f"joint-{_name}"] = Case(**_how, sections={"store": STORE, "loss": JOINT})
+for _bn in ("joint", "split", "aux"):
+    MATRIX[f"bn-{_bn}"] = Case("dat+dad", replace(BATCH_NORM, bn=_bn), parts=2)
+for _labels in ("pseudo", "true"):
+    for _threshold in (0.0, 0.5):
+        _probe = LpClipConfig(labels=_labels, threshold=_threshold)
+        MATRIX[f"lp-clip-{_labels}-{_threshold}"] = Case("lp-clip", sections={"lp_clip": _probe})

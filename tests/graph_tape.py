@@ -13,8 +13,8 @@ operations on the same addresses, and no Python of the step. As on CUDA:
 - A tensor from outside is an address. A replay raises Dangling if nobody keeps the tensor.
 - Reads on the host (`item`, a branch, `nonzero`, `cpu`, a mask as index) break the capture off.
 - Random operations draw from the default generator at every replay; others are refused.
-- Streams and events order nothing on a CPU; `watch` checks with vector clocks that operations wait
-  for each other where they share memory.
+- Streams and events order nothing on a CPU; `watch` (tests/stream_races.py) checks with vector clocks
+  that operations wait for each other where they share memory.
 
 Not emulated: kernels that torch does not dispatch (Triton, compiled code), custom operations (they
 are called again at a replay, Python included), devices of tensors (test_no_host_sync.py), CUDA's
@@ -28,7 +28,6 @@ torch._C._cuda_endAllocateToPool and _cuda_releasePool, which are replaced here.
 from __future__ import annotations
 
 import ctypes
-import sys
 import warnings
 import weakref
 from collections import defaultdict
@@ -50,11 +49,11 @@ from dad_fast.discretizers.vqgan.model import VQGAN
 from dad_fast.engine import cuda_graph, prefetch
 from dad_fast.engine.cuda_graph import StepGraphs
 from dad_fast.kernels import CodebookSearch
+from tests.stream_races import Stream, Watch, leaves, project_line, tensors_of
 
 ALIGN = 512  # bytes, as CUDA's allocator
 SEGMENT = 1 << 22
 POISON = 0xFF
-EMPTY_GRAPH = "The CUDA Graph is empty"
 
 
 class Dangling(RuntimeError):
@@ -76,19 +75,6 @@ def view_of(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
     return torch.empty(0, dtype=like.dtype).set_(storage, *where)
 
 
-def leaves(values: Any) -> list[Any]:
-    """Return what an operation's arguments or results hold: lists, tuples and dicts unpacked."""
-    if isinstance(values, dict):
-        values = list(values.values())
-    if not isinstance(values, (list, tuple)):
-        return [values]
-    return [leaf for value in values for leaf in leaves(value)]
-
-
-def tensors_of(values: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves(values) if isinstance(leaf, Tensor)]
-
-
 def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
     if isinstance(values, Tensor):
         return function(values)
@@ -97,27 +83,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return type(values)([map_tensors(function, value) for value in values])
     return values
-
-
-def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Return the arguments that an operation writes to, by its schema."""
-    written = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            is_given = position < len(args)
-            written += tensors_of(args[position] if is_given else kwargs.get(argument.name))
-    return written
-
-
-def project_line() -> str:
-    """Return the line of the project, or of its tests, that is running."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if ("/dad_fast/" in name or "/tests/" in name) and name != __file__:
-            return f"{'/'.join(name.split('/')[-2:])}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "?"
 
 
 class Pool:
@@ -328,124 +293,6 @@ def _run(func: Any, args: Any, kwargs: Any, copies: list[tuple[int, int, int]]) 
         ctypes.memmove(address, storage.data_ptr(), num_bytes)
 
 
-class Stream:
-    """Queue of the device, as a vector clock: how far each queue is when this one continues."""
-
-    device_index = 0
-
-    def __init__(self, device: Any = None) -> None:
-        self.time = 0
-        self.seen: dict[Stream, int] = {}
-
-    def record_event(self) -> dict[Stream, int]:
-        return {**self.seen, self: self.time}
-
-    def wait_event(self, event: dict[Stream, int]) -> None:
-        self._join(event)
-
-    def wait_stream(self, other: Stream) -> None:
-        self._join(other.record_event())
-
-    def _join(self, event: dict[Stream, int]) -> None:
-        for stream, time in event.items():
-            self.seen[stream] = max(self.seen.get(stream, 0), time)
-
-
-class Use(NamedTuple):
-    stream: Stream
-    time: int
-    what: str
-
-    def is_seen_by(self, stream: Stream) -> bool:
-        return self.stream is stream or stream.seen.get(self.stream, 0) >= self.time
-
-
-class Memory:
-    """Last uses of a storage, and the stream on which it was allocated (None: before `watch`)."""
-
-    def __init__(self, storage: torch.UntypedStorage, stream: Stream | None) -> None:
-        self.alive = StorageWeakRef(storage)
-        self.stream = stream
-        self.write: Use | None = None
-        self.reads: dict[Stream, Use] = {}
-
-    def uses(self) -> list[Use]:
-        return [*([self.write] if self.write else []), *self.reads.values()]
-
-
-class Watch(TorchDispatchMode):
-    """Collects races.
-
-    A race is an operation that does not wait for another stream's write of the memory that it uses,
-    or for its read of the memory that it writes; or an allocation that may get memory, freed on its
-    stream, which another stream still uses.
-    """
-
-    def __init__(self, cuda: Cuda) -> None:
-        super().__init__()
-        self.cuda = cuda
-        self.quiet = False
-        self.memory: dict[int, Memory] = {}  # by address
-        self.visited: dict[int, Memory] = {}  # used by another stream than the allocating one
-        self.races: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if self.quiet:
-            return out
-        inputs = tensors_of((args, kwargs))
-        addresses = {t.untyped_storage().data_ptr() for t in inputs}
-        new = [t for t in tensors_of(out) if t.untyped_storage().data_ptr() not in addresses]
-        groups = inputs, written_by(func, args, kwargs), new
-        self.use(func.name(), *([t.untyped_storage() for t in group] for group in groups))
-        return out
-
-    def use(
-        self,
-        what: str,
-        read: list[torch.UntypedStorage],
-        written: list[torch.UntypedStorage],
-        new: list[torch.UntypedStorage] | None = None,
-    ) -> None:
-        """Record an operation on the current stream."""
-        new = new or []
-        stream = self.cuda.streams[-1]
-        stream.time += 1
-        now = Use(stream, stream.time, what)
-        if new:
-            self._allocate(stream, what)
-        for storage in new:
-            self.memory[storage.data_ptr()] = Memory(storage, stream)
-        writes = {storage.data_ptr() for storage in (*written, *new)}
-        for address, storage in {s.data_ptr(): s for s in (*read, *written, *new)}.items():
-            memory = self.memory.get(address)
-            if memory is None or memory.alive.expired():
-                memory = self.memory[address] = Memory(storage, None)
-            if memory.stream not in (stream, None):
-                self.visited[address] = memory
-            is_write = address in writes
-            others = memory.uses() if is_write else memory.uses()[: memory.write is not None]
-            for other in others:
-                if not other.is_seen_by(stream):
-                    self.races.append(f"{what} at {project_line()} does not wait for {other.what}")
-            if is_write:
-                memory.write = now
-                memory.reads = {}
-            else:
-                memory.reads[stream] = now
-
-    def _allocate(self, stream: Stream, what: str) -> None:
-        for address, memory in list(self.visited.items()):
-            if memory.stream is not stream or not memory.alive.expired():
-                continue
-            del self.visited[address]
-            for use in memory.uses():
-                if not use.is_seen_by(stream):
-                    where = project_line()
-                    self.races.append(f"{what} at {where} may get memory that {use.what} uses")
-
-
 class Capture:
     """Stand-in for torch.cuda.graph."""
 
@@ -473,7 +320,7 @@ class Capture:
         if self.tape.broken:
             raise RuntimeError("CUDA error: operation failed due to a previous error")
         if error[0] is None and not self.tape.graph.operations:
-            warnings.warn(EMPTY_GRAPH, stacklevel=2)
+            warnings.warn("The CUDA Graph is empty", stacklevel=2)
 
     def _refusing(self, name: str, original: Any) -> Any:
         def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -511,19 +358,20 @@ class Cuda:
             self.streams.pop()
 
     def synchronize(self, device: Any = None) -> None:
-        # The host waits, so that whatever it queues afterwards comes later.
         if self.watch is not None:
-            self.watch.memory.clear()
-            self.watch.visited.clear()
+            self.watch.clear()
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
         if self.watch is None:
             yield
             return
-        before, self.watch.quiet = self.watch.quiet, True
-        yield
-        self.watch.quiet = before
+        before = self.watch.quiet
+        self.watch.quiet = True
+        try:
+            yield
+        finally:
+            self.watch.quiet = before
 
 
 class Torch:
@@ -577,6 +425,6 @@ def tape(watch: bool = False) -> Iterator[Cuda]:
         was_enabled = torch.backends.mkldnn.set_flags(False)[0]
         stack.callback(torch.backends.mkldnn.set_flags, was_enabled)
         if watch:
-            cuda.watch = Watch(cuda)
+            cuda.watch = Watch(cuda.current_stream)
             stack.enter_context(cuda.watch)
         yield cuda

@@ -5,9 +5,11 @@ test_cuda_graph.py compares captured with plain training on the same tape.
 
 from __future__ import annotations
 
+import json
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +20,11 @@ from dad_fast.engine import cuda_graph
 from dad_fast.engine.cuda_graph import StepGraphs, capturing
 from dad_fast.engine.prefetch import _to_gpu
 from dad_fast.errors import EnvironmentProblem
-from tests.graph_steps import BATCH_NORM, FP16, STEPS, Case, differences, train
-from tests.graph_tape import Dangling, NotPermitted, Stream, tape
+from tests.graph_steps import BATCH_NORM, FP16, MATRIX, STEPS, Case, differences, train
+from tests.graph_tape import Dangling, NotPermitted, tape
+from tests.processes import run_script
 from tests.steps import learner_of
+from tests.stream_races import Stream
 
 CPU = torch.device("cpu")
 SMALL = Case("ce", parts=2)
@@ -122,11 +126,40 @@ def test_freed_results_are_poisoned_and_their_memory_is_reused():
         assert torch.equal(z, torch.full((3,), 22.0))
 
 
+def test_memory_that_another_stream_may_still_use_is_a_race():
+    with tape(watch=True) as cuda:
+        side = cuda.Stream()
+        with cuda.stream(side):
+            x = torch.ones(3)
+        cuda.current_stream().wait_stream(side)
+        x.sum()
+        assert cuda.watch.races == []
+        del x
+        with cuda.stream(side):
+            torch.zeros(3)  # gets the memory of x, which `sum` may not have read yet
+        (race,) = cuda.watch.races
+        assert "may get memory that aten::sum uses" in race
+
+
 def test_memory_that_nothing_has_written_is_nan():
     with tape() as cuda:
         graph, y = captured(cuda, lambda: torch.empty(3) + 1)
         graph.replay()
         assert y.isnan().all()
+
+
+# --- captured training equals plain training ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
+def test_replayed_training_equals_plain_training(case):
+    with tape():
+        plain = train(case.make(CPU, "off"), case.batches(STEPS))
+        step = case.make(CPU, "on")
+        replayed = train(step, case.batches(STEPS))
+    assert step.graphs.captured
+    assert differences(plain, replayed) == []
 
 
 # --- planted faults in the step ---
@@ -373,3 +406,16 @@ def test_a_missing_wait_of_the_prefetch_is_a_race(monkeypatch, waits):
 
     monkeypatch.setattr(Stream, "wait_event", skipping)
     assert races(SMALL)
+
+
+# --- several processes ---
+
+
+@pytest.mark.slow
+def test_graphs_equal_plain_calls_in_two_processes(tmp_path):
+    script = Path(__file__).parents[1] / "graphs_together.py"
+    (code, first, error), (_, second, _) = run_script(2, tmp_path, [str(script)])
+    assert code == 0, error
+    assert first == second  # both have the same weights
+    results = [json.loads(line) for line in first.splitlines()]
+    assert [found for found, _ in results] == [[]] * len(results) and results
