@@ -85,7 +85,7 @@ class Workload:
             self.cfg.engine,
             cuda_graphs=graphs,  # type: ignore[arg-type]
             savings=savings,
-            step_kernels=kernels,
+            kernels="on" if kernels else "off",
         )
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
 
@@ -102,7 +102,7 @@ class Workload:
         if METHODS[cfg.method].needs_discretizer:
             vqgan_savings = dataclasses.replace(
                 VQGANOptimizations.none() if plain else VQGANOptimizations(),
-                norm_kernel=cfg.engine.step_kernels,
+                norm_kernel=cfg.engine.kernels == "on",
             )
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         update = Update(student, cfg, self.device)

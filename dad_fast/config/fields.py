@@ -41,6 +41,9 @@ OTHER_NAMES = {
     "--store-views": "--stores KIND:VIEWS",
 }
 
+# Keys of earlier versions -> today's; files and checkpoints may hold them.
+RENAMED = {"engine.step_kernels": "engine.kernels"}
+
 # Limits of TOML text, since parsing time grows with their square: characters, dots of a key.
 _LONGEST = 1_000_000
 _DEEPEST = 100
@@ -193,6 +196,9 @@ def _coerce(kind: Any, value: Any) -> Any:
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)
+        if "on" in choices and "off" in choices:
+            # These settings were true or false once.
+            value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
         if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}")
         return value

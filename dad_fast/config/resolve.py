@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config.fields import (
+    RENAMED,
     coerce,
     flatten,
     lookup,
@@ -123,6 +124,7 @@ class Layers:
 
     def put(self, path: str, value: Any, where: str) -> None:
         """Set a key of the present layer, overriding the variants of earlier layers."""
+        path = RENAMED.get(path, path)
         before = self.values.get("method", settings()["method"].default)
         self.values[path] = coerce(lookup(path, where), value, where)
         self._layer.add(path)
@@ -165,6 +167,7 @@ class Layers:
             self.put(path, _unquote(text), where)
 
     def _put_variant(self, name: str, path: str, value: Any, where: str) -> None:
+        path = RENAMED.get(path, path)
         if not VARIANT_NAME.fullmatch(name):
             raise UsageError(
                 f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + = - "

@@ -272,10 +272,17 @@ class EngineConfig:
         f"{', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}",
         "--savings",
     )
-    step_kernels: bool = setting(
-        False,
-        "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a "
-        "GPU",
+    kernels: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "the project's GPU kernels (attack, loss, VQGAN norms, codes); auto: on CUDA each that "
+        "passes a self-test at start, else torch; on: an error instead; off: torch",
+        "--kernels",
+    )
+    vqgan_micro_batch: int = setting(
+        0,
+        "images that the VQGAN encodes or decodes at once; 0 = as many as keep its largest map "
+        "below 2^31 values and, on CUDA, 2 GiB",
+        rule=NOT_NEGATIVE,
     )
     grad_accum_steps: int = setting(
         1, "batches whose gradients make one step", "--grad-accum-steps", rule=AT_LEAST_ONE

@@ -28,9 +28,11 @@ from dad_fast.engine.preflight import check_same_classes, check_splits, check_we
 from dad_fast.engine.probe.features import FeatureTable
 from dad_fast.engine.probe.pseudo_labels import PseudoLabels, WeakView
 from dad_fast.engine.probe.step import ProbeData, ProbeGenerator, ProbeLearner
+from dad_fast.engine.self_test import EVERY_KERNEL, Kernels, choose_kernels, step_cases
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem, UsageError
+from dad_fast.kernels import cases
 from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.load_student import take_view
 from dad_fast.models.optimizations import optimize_student
@@ -50,6 +52,7 @@ class Components:
     off.
     hashes: of the weights of teacher and discretizer; None for a discretizer without trained
     weights.
+    kernels: the kernels that the run uses, each after its self-test.
     probe: data of a linear probe on the teacher's encoder, None for other students.
     """
 
@@ -62,6 +65,7 @@ class Components:
     stored: Stored
     savings: dict[str, dict[str, str]]
     hashes: dict[str, str | None]
+    kernels: Kernels
     probe: ProbeData | None = None
 
     def prepare(self, log: Callable[[str], None]) -> None:
@@ -143,13 +147,52 @@ class Builder:
             student = student.to(memory_format=torch.channels_last)
 
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
+        kernels = self._kernels(cfg, discretizer, device, student.image_size, len(train.classes))
         _try_one_image(device, student, teacher, discretizer)
         probe: ProbeData | None = None
         if isinstance(student, Probe):
             probe = self._probe_data(cfg, train, student, hashes["teacher"], device)
         return Components(
-            device, train, val, student, teacher, discretizer, stored, savings, hashes, probe
+            device,
+            train,
+            val,
+            student,
+            teacher,
+            discretizer,
+            stored,
+            savings,
+            hashes,
+            kernels,
+            probe,
         )
+
+    def _kernels(
+        self,
+        cfg: Config,
+        discretizer: Discretizer | None,
+        device: torch.device,
+        side: int,
+        num_classes: int,
+    ) -> Kernels:
+        precision, temperature = cfg.precision, cfg.loss.temperature
+        dtype = getattr(torch, precision.student) if precision.amp else torch.float32
+        batch_size = cfg.data.batch_size
+        key = (
+            "kernels",
+            cfg.engine,
+            precision,
+            cfg.attack,
+            temperature,
+            cfg.discretizer if discretizer is not None else None,
+            *(device, side, num_classes, batch_size),
+        )
+
+        def choose() -> Kernels:
+            own = step_cases(device, side, num_classes, cfg.attack, dtype, temperature)
+            return choose_kernels(cfg.engine, device, own, discretizer, side, batch_size)
+
+        chosen: Kernels = self._once(key, choose)
+        return chosen
 
     def _source(self, cfg: Config, split: str) -> Source:
         key = ("source", split, repr(cfg.data), cfg.store.dirs)
@@ -221,13 +264,17 @@ def make_step(
     teacher: Teacher | None,
     discretizer: Discretizer | None,
     update: Update,
+    kernels: Kernels | None = None,
 ) -> TrainStep:
     """Assemble the training step of a run.
 
+    kernels: those that passed their self-test; None = all of them if `engine.kernels` is "on".
     Functions below take the section of the configuration that they use.
     """
     method = METHODS[cfg.method]
     engine = cfg.engine
+    if kernels is None:
+        kernels = EVERY_KERNEL if engine.kernels == "on" else Kernels()
     channels_last = cfg.precision.channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format
     learning: dict[str, Any] = {
@@ -236,7 +283,7 @@ def make_step(
         "smoothing": cfg.augment.smoothing,
         "bn": cfg.student.bn,
         "num_micro_batches": engine.grad_accum_steps,
-        "fused": engine.step_kernels,
+        "fused": kernels.uses(cases.DISTILLATION_LOSS),
     }
     generator: Generator
     if isinstance(student, Probe):
@@ -256,7 +303,7 @@ def make_step(
             num_classes=student.num_classes,
             image_size=student.image_size,
             layout=layout,
-            fused=engine.step_kernels,
+            fused=kernels.uses(cases.PGD_UPDATE),
         )
         forward = _compiled(student, engine)
         learner = (JointLearner if is_joint else Learner)(

@@ -39,6 +39,7 @@ def introduction(cfg: Config, parts: Components, loader: TrainLoader | FeatureLo
     for part, found in parts.savings.items():
         texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
         lines.append(f"optimizations of the {part}: {', '.join(texts) or 'none'}")
+    lines.append(parts.kernels.line())
     if not isinstance(loader, FeatureLoader):
         name, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
         lines.append(f"loader {name}: {why}")

@@ -80,7 +80,8 @@ class Trainer:
         seed_generators(cfg.seed)
         distributed.broadcast_(list(chain(student.parameters(), student.buffers())))
         self.update = Update(student, cfg, device)
-        self.step = make_step(cfg, student, parts.teacher, parts.discretizer, self.update)
+        models = student, parts.teacher, parts.discretizer
+        self.step = make_step(cfg, *models, self.update, parts.kernels)
         (self.learner,) = self.step.learners
 
         self.images_per_step = cfg.data.global_batch_size

@@ -27,6 +27,7 @@ from dad_fast.distributed.launch import (
 )
 from dad_fast.distributed.signals import stop_requests
 from dad_fast.engine import frozen
+from dad_fast.engine.self_test import choose_kernels
 from dad_fast.errors import DataError
 from dad_fast.loggers.progress import format_seconds, report_progress
 from dad_fast.loggers.run_log import print_line
@@ -103,6 +104,8 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
             cfg, launch, source, teacher, view["img_size"], settings, hashes, device
         )
     discretizer, hashes["discretizer"] = frozen.discretizer(cfg, device)
+    batch_size = cfg.data.batch_size
+    choose_kernels(cfg.engine, device, (), discretizer, view["img_size"], batch_size)
     return AdversarialFiller(
         cfg, launch, source, teacher, discretizer, view, settings, hashes, device
     )

@@ -106,7 +106,9 @@ def train_run(
             return record
     if distributed.is_main():
         atomic_write_text(folder / "config.toml", to_toml(trainer.cfg))
-        kernels = {"csrc": csrc_status()}
+        kernels = {"csrc": csrc_status()} | {
+            name: f"{value}: {reason}" for name, (value, reason) in parts.kernels.record().items()
+        }
         if parts.discretizer is not None and parts.discretizer.backend:
             kernels["codebook_search"] = parts.discretizer.backend
         resolved = {

@@ -54,6 +54,15 @@ class VQGANConfig:
         """Side in pixels of the square that one code represents."""
         return 2 ** (len(self.ch_mult) - 1)
 
+    def largest_map(self, height: int, width: int) -> int:
+        """Return the number of values, per image, of the largest map of encoder and decoder."""
+        widths = [self.ch * mult for mult in self.ch_mult]
+        # A level has the maps of its neighbours at its borders.
+        most = (max(widths[max(0, i - 1) : i + 2]) for i in range(len(widths)))
+        return max(
+            channels * (height >> level) * (width >> level) for level, channels in enumerate(most)
+        )
+
     @property
     def code_bits(self) -> int:
         """Bits of one code."""

@@ -19,6 +19,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.registry import open_source
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
+from dad_fast.engine.self_test import choose_kernels
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.runner import open_suites
@@ -62,6 +63,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     if student is not None:
         student = student.to(device).eval().requires_grad_(False)
     view = _view(cfg, len(source.classes), student, teacher.image_size)
+    choose_kernels(cfg.engine, device, (), discretizer, view[0], cfg.data.batch_size)
     _check_size(student, view, device)
     features = engine.feature_space(launch.features, teacher, student)
 
