@@ -61,13 +61,20 @@ def reference(
     return F.silu(y) if silu else y
 
 
+def torch_keeps_nhwc(device: torch.device) -> bool:
+    """True if F.group_norm of an NHWC map on the device returns NHWC; on CUDA, new releases do."""
+    x = torch.zeros(2, 4, 2, 2, device=device).to(memory_format=torch.channels_last)
+    return F.group_norm(x, 2).is_contiguous(memory_format=torch.channels_last)
+
+
 def nhwc_group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """F.group_norm of a map [B, C, H, W] that is dense in NHWC, in plain torch, which stays in NHWC.
 
-    F.group_norm on CUDA copies such a map to NCHW, and the next convolution copies it back: 14
-    bytes per 16-bit element. Here a map is read for its means, for its squares and for the result,
-    and written once: 8. Statistics are per channel first, which torch reduces without a copy, in
-    float32; x * factor + shift is computed in float32 and rounded once.
+    F.group_norm of some releases of torch copies such a map on CUDA to NCHW, and the next
+    convolution copies it back: 14 bytes per 16-bit element. Here a map is read for its means, for
+    its squares and for the result, and written once: 8. Statistics are per channel first, which
+    torch reduces without a copy, in float32; x * factor + shift is computed in float32 and rounded
+    once.
     """
     batch, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, C], a view

@@ -38,9 +38,13 @@ def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def sdpa_as_given(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (tensor.unsqueeze(1) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return sdpa_as_given(q.contiguous(), k.contiguous(), v.contiguous(), scale)
 
 
 def bmm(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -50,7 +54,7 @@ def bmm(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     ops = importlib.import_module("xformers.ops")
-    q, k, v = (tensor.unsqueeze(2) for tensor in (q, k, v))  # [B, N, heads, D]
+    q, k, v = (tensor.contiguous().unsqueeze(2) for tensor in (q, k, v))  # [B, N, heads, D]
     return ops.memory_efficient_attention(q, k, v, scale=scale).squeeze(2)
 
 

@@ -8,6 +8,7 @@ fp16's range fits; group norm undoes the scale (its eps becomes eps s^2).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -20,8 +21,9 @@ from dad_fast.kernels.group_norm_silu import (
     add_group_norm_silu,
     group_norm_silu,
     nhwc_group_norm,
+    torch_keeps_nhwc,
 )
-from dad_fast.kernels.wide_attention import Attend, sdpa, tokens, wide_attention
+from dad_fast.kernels.wide_attention import Attend, sdpa_as_given, tokens, wide_attention
 
 # Nearest-2x upsampling followed by a 3-tap kernel is a transposed convolution of stride 2 with
 # these 4 taps, in x and in y.
@@ -156,7 +158,10 @@ class Norm(nn.Module):
         self.eps = plain.eps * recipe.scale**2
         self.silu = silu
         self.kernel = recipe.optimizations.norm_kernel
-        self.keeps_nhwc = recipe.optimizations.channels_last and recipe.optimizations.cast
+        is_nhwc = recipe.optimizations.channels_last and recipe.optimizations.cast
+        self.norm: Callable[..., Tensor] = F.group_norm
+        if is_nhwc and not torch_keeps_nhwc(plain.weight.device):
+            self.norm = nhwc_group_norm
         if self.kernel:
             # The kernel computes in float32.
             recipe = recipe._replace(dtype=torch.float32)
@@ -177,9 +182,7 @@ class Norm(nn.Module):
             y = group_norm_silu(terms.x, *args, silu=self.silu, channel_bias=terms.channel_bias)
             return y, terms.x
         x = terms.total()
-        # On CUDA, torch's own returns NCHW.
-        norm = nhwc_group_norm if self.keeps_nhwc and x.is_cuda else F.group_norm
-        y = norm(x, self.groups, self.weight, self.bias, self.eps)
+        y = self.norm(x, self.groups, self.weight, self.bias, self.eps)
         y = F.silu(y, inplace=True) if self.silu else y
         return y, x
 
@@ -213,7 +216,7 @@ class Attention(nn.Module):
         super().__init__()
         self.norm = Norm(plain.norm, recipe, silu=False)
         self.scale = 1 / math.sqrt(plain.q.out_channels) / recipe.scale
-        self.attend: Attend = sdpa
+        self.attend: Attend = sdpa_as_given
         self.k: Conv | None = None
         self.v: Conv | None = None
         if recipe.optimizations.attention:
