@@ -1,7 +1,8 @@
 """Test cases of the kernels: each against torch, on the shapes of a run.
 
-A kernel passes if its error against float64 is at most twice that of torch in the kernel's dtypes,
-plus a few units in the last place; codes must be equal. Cases call the launchers themselves, so
+A kernel passes if no value's error against float64 is more than twice the largest of torch in the
+kernel's dtypes, plus one unit in the last place of the largest value, plus the rounding of some
+float32 arithmetic: torch's own error of a single sum may be small by chance. Codes must be equal. Cases call the launchers themselves, so
 that they also run on a CPU under Triton's interpreter.
 """
 
@@ -22,7 +23,7 @@ from dad_fast.kernels.pack_codes import pack_torch
 if TYPE_CHECKING:
     from dad_fast.kernels.nearest_code import CodebookSearch
 
-ULPS = 4
+FLOAT32_ULPS = 32
 BATCH = 2
 ROWS = 8  # of the loss
 LATENTS = 1024
@@ -61,7 +62,8 @@ def problem(case: Case) -> str:
             return f"returns {list(ours.shape)} {ours.dtype} on {case.shape}"
         allowed = 2 * (plain.double() - exact.double()).abs().max()
         if ours.is_floating_point():
-            allowed += ULPS * torch.finfo(ours.dtype).eps * exact.abs().max()
+            arithmetic = FLOAT32_ULPS * torch.finfo(torch.float32).eps
+            allowed += (torch.finfo(ours.dtype).eps + arithmetic) * exact.abs().max()
         apart = (ours.double() - exact.double()).abs()
         # NaN is not within any bound.
         if not bool((apart <= allowed).all()):

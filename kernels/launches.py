@@ -46,8 +46,9 @@ class CompileSpec:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for launches that share a compiled kernel."""
-        parts = self.types, self.constants, self.options
-        return self.kernel.fn.__qualname__, self.divisible, *(str(sorted(p.items())) for p in parts)
+        tables = self.types, self.constants, self.options
+        texts = (str(sorted(table.items())) for table in tables)
+        return self.kernel.fn, self.divisible, *texts
 
     @property
     def tensor_cores(self) -> bool:

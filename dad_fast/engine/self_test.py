@@ -8,6 +8,7 @@ second, besides compiling what the first step would compile anyway.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -30,10 +31,12 @@ class Kernels:
 
     reasons: why torch computes in a kernel's place, "" if the kernel does, by name.
     forms: choices by timing: value and reason, by name.
+    seconds: of the self-test, compiling included.
     """
 
     reasons: dict[str, str] = field(default_factory=dict)
     forms: dict[str, tuple[str, str]] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def uses(self, name: str) -> bool:
         """True if the run launches the kernel."""
@@ -50,7 +53,8 @@ class Kernels:
     def line(self) -> str:
         """Describe the choices in one line of the log."""
         texts = [f"{name} {value} ({reason})" for name, (value, reason) in self.record().items()]
-        return f"kernels: {', '.join(texts) or 'none'}"
+        seconds = f"; self-test {self.seconds:.1f} s" if self.seconds else ""
+        return f"kernels: {', '.join(texts) or 'none'}{seconds}"
 
 
 # For steps that are built without a self-test (benchmarks, tests).
@@ -70,6 +74,7 @@ def choose_kernels(
     own: cases of the kernels besides the discretizer's. side, batch_size: of the images.
     Raises EnvironmentProblem if `--kernels on` cannot be met.
     """
+    start = time.monotonic()
     own = list(own)
     names = [*dict.fromkeys(case.kernel for case in own)]
     parts = discretizer.kernels if discretizer is not None else ()
@@ -92,12 +97,13 @@ def choose_kernels(
                 )
             if why:
                 log.warning("kernel %s failed its self-test, torch takes its place: %s", name, why)
+    seconds = time.monotonic() - start
     forms: dict[str, tuple[str, str]] = {}
     if discretizer is not None:
         for name in parts:
             discretizer.use_kernel(name, not reasons[name])
         forms = discretizer.time_forms(side, batch_size)
-    return Kernels(reasons, forms)
+    return Kernels(reasons, forms, seconds)
 
 
 def unavailable(device: torch.device) -> str:

@@ -223,6 +223,17 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         resolve("dad-vitb-16")
 
 
+def test_keys_of_earlier_versions_are_read() -> None:
+    for old, new in (("true", "on"), ("false", "off")):
+        text = f"[engine]\nstep_kernels = {old}\n"
+        assert from_toml(text).engine.kernels == new
+        assert from_toml(f"[variants.a.engine]\nstep_kernels = {old}\n").variants == {
+            "a": {"engine.kernels": new}
+        }
+        assert gather(None, None, [f"engine.step_kernels={old}"], {}).engine.kernels == new
+    assert "step_kernels" not in to_toml(Config())
+
+
 def test_to_toml_round_trips_exactly() -> None:
     cfg = config(
         *(

@@ -41,7 +41,7 @@ def norm_launches(name):
 def test_norms_of_a_vqgan_share_their_variants(name):
     """Sizes of maps make no variants: the first step would compile each."""
     found = variants("sm_90", norm_launches(name))
-    assert len(found) <= 36
+    assert len(found) <= 34
     assert {spec.divisible for spec in found if "merge" in spec.name} == {
         ("partial_ptr", "weight_ptr", "moments_ptr")
     }
