@@ -31,6 +31,7 @@ from tests.discretizers.test_vqgan import DEMO_LIKE, F8_LIKE, F16_LIKE, random_v
 from tests.numerics import assert_as_exact
 
 AMP = PrecisionConfig(amp=True)
+F8, F16 = replace(F8_LIKE, num_res_blocks=1), F16_LIKE
 
 
 # --- layouts --------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def norm_that_leaves_nhwc(monkeypatch):
 
 @pytest.mark.parametrize(
     ("config", "norm_kernel"),
-    [(F8_LIKE, False), (F8_LIKE, True), (F16_LIKE, False)],
+    [(F8, False), (F8, True), pytest.param(F16, False, marks=pytest.mark.slow)],
     ids=["f8", "f8-kernel", "f16"],
 )
 def test_norms_keep_nhwc_and_attention_gets_dense_inputs(
@@ -99,11 +100,13 @@ def test_norms_keep_nhwc_and_attention_gets_dense_inputs(
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_forms_of_a_gpu_are_exact_enough(dtype, norm_that_leaves_nhwc, monkeypatch):
     """NHWC norms in plain torch and attention by bmm obey the 2x rule in the whole VQGAN."""
     torch.manual_seed(0)
-    vqgan = random_vqgan(F8_LIKE)
+    vqgan = random_vqgan(F8)
     exact = VQGAN(vqgan.config).double()
     exact.load_state_dict(vqgan.state_dict())
     pixels = torch.rand(2, 3, 48, 16)
@@ -252,7 +255,7 @@ def test_every_upsampling_is_timed_at_its_size(monkeypatch):
 
 def test_norm_maps_are_those_that_the_vqgan_passes(monkeypatch):
     """Compared with the calls of the op in an encode and decode."""
-    vqgan, called = random_vqgan(F8_LIKE), set()
+    vqgan, called = random_vqgan(F8), set()
     fused = FusedVQGAN(
         vqgan, VQGANOptimizations(norm_kernel=True), encoder=torch.float16, decoder=torch.bfloat16
     )

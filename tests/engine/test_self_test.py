@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from dad_fast.config.schema import AttackConfig, EngineConfig, PrecisionConfig
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
+from dad_fast.discretizers.vqgan.model import VQGANConfig
 from dad_fast.engine import self_test
 from dad_fast.engine.self_test import Kernels, choose_kernels, faults, step_cases
 from dad_fast.errors import EnvironmentProblem
@@ -29,9 +30,19 @@ from dad_fast.kernels import (
 )
 from dad_fast.kernels import distillation_loss as loss_module
 from dad_fast.kernels.pack_codes import pack_torch, unpack_torch, use_triton
-from tests.discretizers.test_vqgan import DEMO_LIKE, random_vqgan
+from tests.discretizers.test_vqgan import random_vqgan
 
-CPU, SIDE = torch.device("cpu"), 16
+CPU, SIDE = torch.device("cpu"), 8
+SMALLEST = VQGANConfig(
+    ch=8,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_levels=(1,),
+    z_channels=4,
+    embed_dim=4,
+    n_embed=32,
+    norm_groups=4,
+)
 AMP = PrecisionConfig(amp=True)
 
 
@@ -41,7 +52,7 @@ def own():
 
 @pytest.fixture
 def discretizer():
-    yield VQGANDiscretizer(random_vqgan(DEMO_LIKE), AMP)
+    yield VQGANDiscretizer(random_vqgan(SMALLEST), AMP)
     use_triton(True)
 
 

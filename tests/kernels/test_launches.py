@@ -37,7 +37,7 @@ def norm_launches(name):
         yield "norm", functools.partial(launch, *arguments)
 
 
-@pytest.mark.parametrize("name", ["f8-16384", "f16-16384"])
+@pytest.mark.parametrize("name", [pytest.param("f8-16384", marks=pytest.mark.slow), "f16-16384"])
 def test_norms_of_a_vqgan_share_their_variants(name):
     """Sizes of maps make no variants: the first step would compile each."""
     found = variants("sm_90", norm_launches(name))
