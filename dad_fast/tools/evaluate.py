@@ -36,7 +36,7 @@ from dad_fast.evaluate.models import EvalModel, is_by_name, load_subject, of_tea
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.open import Unknown, classes_of, open_suites, open_unknown
-from dad_fast.files import atomic_write_json
+from dad_fast.files import atomic_write_json, read_text
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_teacher import load_teacher
@@ -369,7 +369,7 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
         candidates = (folder / "config.toml", folder.parent.parent / "config.toml")
         config = next((path for path in candidates if path.is_file()), None)
         if config is not None:
-            cfg = from_toml(config.read_text(encoding="utf-8"), str(config))
+            cfg = from_toml(read_text(config), str(config))
             break
     values = {
         path: coerce(settings()[path], value, settings()[path].flag)
