@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -163,6 +164,20 @@ def test_bad_files_are_named_counted_and_limited(tree, caplog):
         assert text in caplog.text
     with pytest.raises(DataError, match=r"2 of 13 images cannot be read.*max_bad_share"):
         open_source(str(tree), "train")
+
+
+def test_files_that_are_not_read_are_counted(tree, caplog):
+    for i, name in enumerate(("a.jfif", "b.JPE", "c.mpo", "d.avif", "e.avif", "labels.csv")):
+        content = io.BytesIO()
+        Image.new("RGB", (20 + i, 8)).save(content, "JPEG")
+        (tree / "train" / "ape" / name).write_bytes(content.getvalue())
+    (tree / "train" / "stray.jpg").write_bytes(content.getvalue())
+    with caplog.at_level(logging.WARNING):
+        source = FolderSource(tree, "train")
+    assert len(source) == 15 and source.ok.all()
+    stray, others = caplog.messages
+    assert stray.startswith("1 images lie in") and "are not read" in stray
+    assert others.startswith("3 files in") and others.endswith(": .avif 2, .csv 1")
 
 
 def test_a_repaired_file_counts_again(tree):

@@ -67,6 +67,19 @@ def test_splits_of_different_classes_are_a_one_line_error(folder, capsys):
     assert "data has no folder 'val'; it has train" in refused(capsys, "--method", "ce", code=4)
 
 
+def test_a_single_class_is_a_one_line_error_that_names_the_level_below(folder, capsys):
+    """Archives often unpack to train/train/CLASS."""
+    for split in ("train", "val"):
+        (folder / "data" / split).rename(folder / "data" / f"_{split}")
+        (folder / "data" / split).mkdir()
+        (folder / "data" / f"_{split}").rename(folder / "data" / split / "all")
+    line = refused(capsys, "--method", "ce", code=4)
+    assert "one class, all; a classifier needs two" in line
+    assert "its folders (ant, bee" in line and "--train-split train/all" in line
+    splits = ("--train-split", "train/all", "--val-split", "val/all")
+    assert "indexed first" in refused(capsys, "--method", "ce", *splits, code=1)
+
+
 def test_missing_checkpoint_is_a_one_line_error(folder, capsys):
     assert (
         main(

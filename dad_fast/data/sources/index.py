@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,16 +66,20 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     """Return the verified index of `folder`, sorted by path.
 
     Its sub-folders `classes` hold one class each. Raises DataError when a class has no images or a
-    folder cannot be listed. Bad files are entries with `ok` False.
+    folder cannot be listed. Bad files are entries with `ok` False. Files that are not images by
+    their extension, and images next to the class folders, are counted in a warning.
     """
     root = folder.resolve()
     file = index_file(root)
     about = f"folder {str(root)!r}"
     found: list[Entry] = []
+    others: Counter[str] = Counter()
     with threads() as pool:
-        for scanned in pool.map(lambda label: _scan_class(root, label), classes):
+        for scanned, extensions in pool.map(lambda label: _scan_class(root, label), classes):
             found += scanned
+            others += extensions
     found.sort(key=lambda entry: entry.path)
+    _report_left_out(folder, others)
 
     with one_at_a_time(file, f"indexing {folder}"):
         known = {entry.path: entry for entry in load_index(file, about)}
@@ -235,11 +240,35 @@ def report_bad(
     log.warning("%s; each is replaced by the next valid image", text)
 
 
-def _scan_class(root: Path, label: str) -> list[Entry]:
-    """Return the entries of one class, not yet verified."""
+def _report_left_out(folder: Path, others: Counter[str]) -> None:
+    """Warn of files in a data set that are not read. `others` counts them by extension."""
+    stray = sum(
+        item.name.lower().endswith(EXTENSIONS) and not item.name.startswith(".") and item.is_file()
+        for item in os.scandir(folder)
+    )
+    if stray:
+        log.warning(
+            "%s images lie in %s itself and are not read: move them into class folders",
+            f"{stray:,}",
+            folder,
+        )
+    if others:
+        listed = some(f"{extension} {count:,}" for extension, count in others.most_common())
+        log.warning(
+            "%s files in %s are not read, as their names do not end in %s: %s",
+            f"{others.total():,}",
+            folder,
+            " ".join(EXTENSIONS),
+            listed,
+        )
+
+
+def _scan_class(root: Path, label: str) -> tuple[list[Entry], Counter[str]]:
+    """Return the entries of one class, not yet verified, and counts of other files by extension."""
     entries: list[Entry] = []
+    others: Counter[str] = Counter()
     try:
-        _scan(root, label, label, (), entries)
+        _scan(root, label, label, (), entries, others)
     except OSError as error:
         raise DataError(
             f"{root / label}: cannot be listed: {error.strerror} (--data-dir)"
@@ -249,11 +278,16 @@ def _scan_class(root: Path, label: str) -> list[Entry]:
             f"class folder {root / label} holds no images ({' '.join(EXTENSIONS)}); "
             "fill it, or leave the class out (--class-map)"
         )
-    return entries
+    return entries, others
 
 
 def _scan(
-    root: Path, relative: str, label: str, above: tuple[tuple[int, int], ...], entries: list[Entry]
+    root: Path,
+    relative: str,
+    label: str,
+    above: tuple[tuple[int, int], ...],
+    entries: list[Entry],
+    others: Counter[str],
 ) -> None:
     """Collect images below `relative`, through symbolic links.
 
@@ -270,7 +304,7 @@ def _scan(
                 continue
             path = f"{relative}/{item.name}"
             if item.is_dir():
-                _scan(root, path, label, (*above, identity), entries)
+                _scan(root, path, label, (*above, identity), entries, others)
             elif item.name.lower().endswith(EXTENSIONS):
                 try:
                     stat = item.stat()
@@ -279,6 +313,8 @@ def _scan(
                     # A broken link is a bad file, not an absent one.
                     size, mtime = 0, 0
                 entries.append(Entry(path, label, 0, size, mtime, 0, 0, "", False, PENDING))
+            else:
+                others[shown(os.path.splitext(item.name)[1].lower()) or "no extension"] += 1
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 import os
 import re
@@ -24,6 +25,8 @@ from dad_fast.data.sources.index import files_of, report_bad
 from dad_fast.data.sources.names import PackedStrings, shown, some
 from dad_fast.data.sources.tar_index import build_tar_index, read_bytes
 from dad_fast.errors import DataError, UsageError
+
+log = logging.getLogger("dad_fast.data")
 
 _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
@@ -209,5 +212,12 @@ def _check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> Cl
         raise DataError(
             f"{name}: class numbers go to {highest:,}, but only {len(present):,} classes have "
             "images; name the classes (--class-map)"
+        )
+    if len(present) <= highest:
+        absent = sorted(set(range(highest + 1)) - set(present.tolist()))
+        log.warning(
+            "%s: no image has class %s; class numbers begin at 0 (--class-map lists the classes)",
+            name,
+            some(map(str, absent)),
         )
     return ClassMap(tuple((i, str(i), str(i)) for i in range(highest + 1)))
