@@ -221,6 +221,27 @@ def test_errors_of_damaged_files_name_file_and_reason(photo, tmp_path, monkeypat
         read_rgb(encoded(photo, "PNG"), "bomb.png")
 
 
+def test_deep_greyscale_is_scaled_by_its_range():
+    """Values without a known range are refused: PIL's `convert` would clip them."""
+
+    def grey(values, kind="TIFF"):
+        return encoded(Image.fromarray(values), kind)
+
+    floats = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    assert np.asarray(read_rgb(grey(floats)))[..., 0].tolist() == (
+        np.rint(floats * 255).astype(int).tolist()
+    )
+    whole = np.full((4, 4), 65535, np.uint16)
+    assert read_rgb(grey(whole, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    for values, message in (
+        (floats * 255, r"float values from 0 to 255 are not in \[0, 1\]"),
+        (floats * np.nan, "not in"),
+        (np.full((4, 4), -7, np.int32), "negative values, down to -7"),
+    ):
+        with pytest.raises(DecodeError, match=message):
+            read_rgb(grey(values), "x.tif")
+
+
 def test_sixteen_bit_colour_takes_the_high_byte():
     """PIL takes the high byte of 16-bit RGB, and the rule for greyscale follows it."""
     # Each row is a filter byte, then big-endian pixels.

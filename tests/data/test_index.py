@@ -180,6 +180,22 @@ def test_files_that_are_not_read_are_counted(tree, caplog):
     assert others.startswith("3 files in") and others.endswith(": .avif 2, .csv 1")
 
 
+def test_deep_greyscale_is_checked_while_indexing(tree, caplog):
+    folder = tree / "train" / "ape"
+    levels = np.linspace(0, 1, 64).reshape(8, 8)
+    Image.fromarray((levels * 4095).astype(np.uint16)).save(folder / "12.png")
+    Image.fromarray((levels * 65535).astype(np.uint16)).save(folder / "16.png")
+    Image.fromarray((levels * 200).astype(np.float32)).save(folder / "float.tif")
+    for _ in range(2):  # the second time from the index
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            source = FolderSource(tree, "train", max_bad_share=0.1)
+        bad, few_bits = caplog.messages
+        assert "float.tif (float values from 0 to 200 are not in [0, 1])" in bad
+        assert few_bits.startswith("1 grey images in") and "nearly black" in few_bits
+    assert len(source) - int(source.ok.sum()) == 1
+
+
 def test_a_repaired_file_counts_again(tree):
     (tree / "train" / "cat" / "0.png").write_bytes(b"")
     assert not FolderSource(tree, "train", max_bad_share=0.2).ok.all()

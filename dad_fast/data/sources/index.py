@@ -26,14 +26,23 @@ import numpy as np
 
 from dad_fast.cache import cache_dir, one_at_a_time, write_cache
 from dad_fast.cores import usable_cores
-from dad_fast.data.sources.decode import EXTENSIONS, PLAIN_JPEG, image_format, open_image, reason
+from dad_fast.data.sources.decode import (
+    EXTENSIONS,
+    FEW_BITS,
+    PLAIN_JPEG,
+    image_format,
+    is_deep,
+    open_image,
+    reason,
+    to_rgb,
+)
 from dad_fast.data.sources.names import shown, some
 from dad_fast.errors import DataError
 
 log = logging.getLogger("dad_fast.data")
 
 PENDING = "not verified"
-_FORMAT = "# dad-fast index 4"
+_FORMAT = "# dad-fast index 5"
 # Files per task.
 _CHUNK = 16
 
@@ -193,6 +202,10 @@ def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entr
             format = image_format(image)
             image.draft("L", (1, 1))
             image.load()
+            if is_deep(image):
+                to_rgb(image)
+                if 255 < image.getextrema()[1] < 4096:
+                    format = f"{format} {FEW_BITS}"
     # PIL raises many types, see decode.read_rgb.
     except Exception as error:
         return entry._replace(ok=False, error=reason(error))
@@ -260,6 +273,19 @@ def _report_left_out(folder: Path, others: Counter[str]) -> None:
             folder,
             " ".join(EXTENSIONS),
             listed,
+        )
+
+
+def report_few_bits(source: str, files: Files) -> None:
+    """Warn of 16-bit grey images that decode to nearly black."""
+    few = [i for i, name in enumerate(files.format_names) if name.endswith(FEW_BITS)]
+    count = int(np.isin(files.formats, few).sum())
+    if count:
+        log.warning(
+            "%s grey images in %s are 16-bit files that use at most 12 bits, so they are nearly "
+            "black: scale their values to 16 bits",
+            f"{count:,}",
+            source,
         )
 
 

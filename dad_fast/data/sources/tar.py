@@ -21,7 +21,7 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import DecodeError, read_rgb, reason
-from dad_fast.data.sources.index import files_of, report_bad
+from dad_fast.data.sources.index import files_of, report_bad, report_few_bits
 from dad_fast.data.sources.names import PackedStrings, shown, some
 from dad_fast.data.sources.tar_index import build_tar_index, read_bytes
 from dad_fast.errors import DataError, UsageError
@@ -65,6 +65,7 @@ class TarSource:
         self._offsets = np.array([entry.offset for entry in entries], dtype=np.int64)
         self.files = files_of(entries, self.keys.__getitem__)
         report_bad(self.name, self.files.bad, len(entries), max_bad_share)
+        report_few_bits(self.name, self.files)
         self.classes = _check_labels(self.name, self.labels[self.ok], classes)
         # Only unreadable images can have such a label.
         self.labels[self.labels >= len(self.classes)] = 0
