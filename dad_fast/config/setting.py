@@ -17,6 +17,8 @@ class Rule(NamedTuple):
 POSITIVE = Rule("above 0", lambda value: value > 0)
 NOT_NEGATIVE = Rule("0 or more", lambda value: value >= 0)
 AT_LEAST_ONE = Rule("1 or more", lambda value: value >= 1)
+# timm has models whose view pads the image: 1.15 times their crop.
+CROP = Rule("between 0 and 4", lambda value: 0 <= value <= 4)
 PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Rule("0 or more and below 1", lambda value: 0 <= value < 1)
 INTERVAL = Rule("two numbers above 0, the smaller first", lambda pair: 0 < pair[0] <= pair[1])

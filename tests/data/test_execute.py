@@ -140,7 +140,13 @@ def test_extreme_sizes_are_executed(size):
 @pytest.mark.parametrize("size", [(160, 107), (107, 160), (28, 28), (31, 33), (300, 301)])
 @pytest.mark.parametrize(
     ("img_size", "crop_pct", "interpolation"),
-    [(28, 1.0, "bicubic"), (32, 0.875, "bilinear"), (33, 0.9, "bicubic")],
+    [
+        (28, 1.0, "bicubic"),
+        (32, 0.875, "bilinear"),
+        (33, 0.9, "bicubic"),
+        (32, 1.15, "bicubic"),
+        (33, 1.5, "bilinear"),
+    ],
 )
 def test_evaluation_equals_timms(photo, size, img_size, crop_pct, interpolation):
     factory = pytest.importorskip("timm.data.transforms_factory")
