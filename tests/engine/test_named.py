@@ -104,6 +104,21 @@ def test_missing_checkpoint_is_a_one_line_error(folder, capsys):
     )
 
 
+@pytest.mark.parametrize("bn", ["joint", "split"])
+def test_a_batch_norm_that_sees_one_value_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, bn
+):
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data", per_class=2)
+    arguments = ("--method", "ce", "--mixup", "0", "--bn", bn, "-j", "0")
+    line = refused(capsys, *arguments, "-b", "1", code=2)
+    assert "cannot train on 1 images a step" in line and "set --batch-size to 2 or more" in line
+    assert not (tmp_path / "run").exists()
+    data = ["train", "--data-dir", "data", "-o", "run", *STUDENT]
+    assert main([*data, *arguments, "-b", "2", "--max-steps", "1"]) == 0
+
+
 def test_resume_with_fewer_steps_changes_nothing(tmp_path, capsys):
     arguments = [
         "train",
