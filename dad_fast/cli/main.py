@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from types import ModuleType
 
+from dad_fast.allocator import use_expandable_segments
 from dad_fast.config.fields import nearest
 from dad_fast.cores import wait_passively
 from dad_fast.distributed.signals import ends_at_once
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_children_out_of_the_current_folder()
     _print_any_character()
     wait_passively()
+    use_expandable_segments()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
+from enum import StrEnum
 from typing import Any, NamedTuple
+
+
+class Switch(StrEnum):
+    """Value of a speed setting: auto, on or off.
+
+    engine/choices.py decides `auto` by the device, and gives the engine plain booleans. Only ON is
+    true, so code that meets an undecided `auto` computes as with OFF.
+    """
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+    def __bool__(self) -> bool:
+        return self is Switch.ON
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 class Rule(NamedTuple):

@@ -22,6 +22,7 @@ from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
+from dad_fast.engine.choices import Choices, DeviceFacts, choose, settle
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import check_same_classes, check_splits, check_weights
@@ -50,6 +51,7 @@ class Components:
     off.
     hashes: of the weights of teacher and discretizer; None for a discretizer without trained
     weights.
+    choices: what auto means for this device and student.
     probe: data of a linear probe on the teacher's encoder, None for other students.
     """
 
@@ -62,6 +64,7 @@ class Components:
     stored: Stored
     savings: dict[str, dict[str, str]]
     hashes: dict[str, str | None]
+    choices: Choices
     probe: ProbeData | None = None
 
     def prepare(self, log: Callable[[str], None]) -> None:
@@ -87,6 +90,7 @@ class Builder:
         Raises UsageError, DataError or EnvironmentProblem for settings that fail.
         """
         device = resolve_device(cfg.device)
+        asked, cfg = cfg, settle(cfg, device)
         check_splits(cfg)
         # With stores, the models that are needed are known only when the stores are open.
         if not cfg.store.dirs:
@@ -139,7 +143,8 @@ class Builder:
         student = student.to(device)
         if cfg.student.sync_bn:
             share_batch_norm(student, device)
-        if cfg.precision.channels_last:
+        choices = choose(DeviceFacts.of(device), student)
+        if choices.settled(asked).precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
 
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
@@ -150,7 +155,17 @@ class Builder:
         if isinstance(student, Probe):
             probe = self._probe_data(cfg, train, student, hashes["teacher"], device)
         return Components(
-            device, train, val, student, teacher, discretizer, stored, savings, hashes, probe
+            device,
+            train,
+            val,
+            student,
+            teacher,
+            discretizer,
+            stored,
+            savings,
+            hashes,
+            choices,
+            probe,
         )
 
     def _source(self, cfg: Config, split: str) -> Source:
