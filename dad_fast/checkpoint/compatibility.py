@@ -109,7 +109,7 @@ def notes(run: TrainRun, found: Checkpoint) -> list[str]:
     for path, was in found.state.get("switches", {}).items():
         if switches.get(path, was) != was:
             lines.append(
-                f"{path}: auto was {'on' if was else 'off'} where the run began and is "
+                f"{path} was {'on' if was else 'off'} where the run began and is "
                 f"{'off' if was else 'on'} here"
             )
     loader = ALIASES.get(found.state["loader"], found.state["loader"])

@@ -72,9 +72,7 @@ class Parser(argparse.ArgumentParser):
         """Write `--amp` as `--amp=on` where no value follows. argparse would take the next word."""
         following = [*arguments, ""][1:]
         return [
-            f"{token}=on"
-            if token in self.switches and after.lower() not in SWITCH_WORDS
-            else token
+            f"{token}=on" if token in self.switches and after.lower() not in SWITCH_WORDS else token
             for token, after in zip(arguments, following, strict=True)
         ]
 

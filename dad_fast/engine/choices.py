@@ -21,6 +21,7 @@ from dad_fast.config.setting import Switch
 
 AMP, LAYOUT, COMPILE = "precision.amp", "precision.channels_last", "engine.torchcompile"
 
+
 class Choice(NamedTuple):
     """One decision, for the log and run.json."""
 
