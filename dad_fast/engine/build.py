@@ -22,6 +22,7 @@ from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
+from dad_fast.engine.choices import Choices, DeviceFacts, choose, settle
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import check_same_classes, check_splits, check_weights
@@ -53,6 +54,7 @@ class Components:
     hashes: of the weights of teacher and discretizer; None for a discretizer without trained
     weights.
     kernels: the kernels that the run uses, each after its self-test.
+    choices: what auto means for this device and student.
     probe: data of a linear probe on the teacher's encoder, None for other students.
     """
 
@@ -66,6 +68,7 @@ class Components:
     savings: dict[str, dict[str, str]]
     hashes: dict[str, str | None]
     kernels: Kernels
+    choices: Choices
     probe: ProbeData | None = None
 
     def prepare(self, log: Callable[[str], None]) -> None:
@@ -91,6 +94,7 @@ class Builder:
         Raises UsageError, DataError or EnvironmentProblem for settings that fail.
         """
         device = resolve_device(cfg.device)
+        asked, cfg = cfg, settle(cfg, device)
         check_splits(cfg)
         # With stores, the models that are needed are known only when the stores are open.
         if not cfg.store.dirs:
@@ -143,12 +147,15 @@ class Builder:
         student = student.to(device)
         if cfg.student.sync_bn:
             share_batch_norm(student, device)
-        if cfg.precision.channels_last:
+        choices = choose(DeviceFacts.of(device), student)
+        if choices.settled(asked).precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
 
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
         kernels = self._kernels(cfg, discretizer, device, student.image_size, len(train.classes))
         _try_one_image(device, student, teacher, discretizer)
+        if not method.linear_probe:
+            _try_training(device, student, cfg, len(method.image_kinds))
         probe: ProbeData | None = None
         if isinstance(student, Probe):
             probe = self._probe_data(cfg, train, student, hashes["teacher"], device)
@@ -163,6 +170,7 @@ class Builder:
             savings,
             hashes,
             kernels,
+            choices,
             probe,
         )
 
@@ -395,6 +403,41 @@ def _try_one_image(
         teacher(pixels)
     if discretizer is not None:
         discretizer(pixels)
+
+
+@torch.no_grad()
+def _try_training(device: torch.device, student: Student, cfg: Config, num_groups: int) -> None:
+    """Run the student in training mode on the images of one call, at most two of each kind.
+
+    A batch norm that would see one value, and outputs that are not logits, are then one-line
+    errors before anything is written. Changes neither random numbers nor running statistics.
+    """
+    images = min(cfg.data.batch_size, 2) * (1 if cfg.student.bn == "split" else num_groups)
+    side = student.image_size
+    pixels = torch.zeros(images, 3, side, side, device=device)
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            logits = student.train()(pixels)
+    except (RuntimeError, ValueError) as error:
+        fix = "set --batch-size to 2 or more, or use a student without batch norm"
+        if cfg.data.batch_size > 1:
+            fix = "see student.model_kwargs"
+        raise UsageError(
+            f"--student {student.name}: cannot train on {cfg.data.batch_size} images a step "
+            f"({str(error).splitlines()[0]}); {fix}"
+        ) from None
+    finally:
+        student.eval()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (images, student.num_classes):
+        raise UsageError(
+            f"--student {student.name}: its output is {shape}, not logits "
+            f"({images}, {student.num_classes}); use a model with a classifier"
+        )
 
 
 def _open_source(cfg: Config, split: str) -> Source:

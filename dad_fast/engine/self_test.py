@@ -50,12 +50,6 @@ class Kernels:
         }
         return found | self.forms
 
-    def line(self) -> str:
-        """Describe the choices in one line of the log."""
-        texts = [f"{name} {value} ({reason})" for name, (value, reason) in self.record().items()]
-        seconds = f"; self-test {self.seconds:.1f} s" if self.seconds else ""
-        return f"kernels: {', '.join(texts) or 'none'}{seconds}"
-
 
 # For steps that are built without a self-test (benchmarks, tests).
 EVERY_KERNEL = Kernels(dict.fromkeys(cases.NAMES, ""))

@@ -106,15 +106,14 @@ def train_run(
             return record
     if distributed.is_main():
         atomic_write_text(folder / "config.toml", to_toml(trainer.cfg))
-        kernels = {"csrc": csrc_status()} | {
-            name: f"{value}: {reason}" for name, (value, reason) in parts.kernels.record().items()
-        }
+        kernels = {"csrc": csrc_status()}
         if parts.discretizer is not None and parts.discretizer.backend:
             kernels["codebook_search"] = parts.discretizer.backend
         resolved = {
             "kernels": kernels,
             "loader": trainer.loader.name,
             "processes": distributed.world(),
+            "choices": {name: choice.record() for name, choice in trainer.choices.items()},
         }
         facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)

@@ -19,6 +19,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.registry import open_source
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
+from dad_fast.engine.choices import settle
 from dad_fast.engine.self_test import choose_kernels
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.metrics.intervals import mean_interval
@@ -48,6 +49,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder")
     device = resolve_device(cfg.device)
+    cfg = settle(cfg, device)
     source = open_source(
         cfg.data.data_dir,
         cfg.data.train_split,
