@@ -204,7 +204,7 @@ def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entr
             image.load()
             if is_deep(image):
                 to_rgb(image)
-                if 255 < image.getextrema()[1] < 4096:
+                if 255 < np.asarray(image).max(initial=0) < 4096:
                     format = f"{format} {FEW_BITS}"
     # PIL raises many types, see decode.read_rgb.
     except Exception as error:
