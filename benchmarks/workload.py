@@ -34,6 +34,7 @@ from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.engine.build import make_step
+from dad_fast.engine.choices import DeviceFacts, choose
 from dad_fast.engine.frozen import model_optimizations
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
@@ -85,7 +86,7 @@ class Workload:
             self.cfg.engine,
             cuda_graphs=graphs,  # type: ignore[arg-type]
             savings=savings,
-            step_kernels=kernels,
+            kernels="on" if kernels else "off",
         )
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
 
@@ -102,7 +103,7 @@ class Workload:
         if METHODS[cfg.method].needs_discretizer:
             vqgan_savings = dataclasses.replace(
                 VQGANOptimizations.none() if plain else VQGANOptimizations(),
-                norm_kernel=cfg.engine.step_kernels,
+                norm_kernel=cfg.engine.kernels == "on",
             )
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         update = Update(student, cfg, self.device)
@@ -155,6 +156,7 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     from dad_fast.data.sources.registry import open_source
 
     cfg = gather("demo", None, [], {})
+    cfg = settled(cfg, device)
     source = open_source(cfg.data.data_dir, cfg.data.train_split)
     side, size = cfg.augment.img_size, batch_size or cfg.data.batch_size
     loader = TrainLoader(source, cfg.augment, side, size, seed=0, workers=0)
@@ -179,8 +181,7 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
     cfg = gather(
         other_preset or preset, None, ["student.pretrained=false", "augment.img_size=224"], {}
     )
-    if device.type == "cpu":  # 16-bit convolutions take minutes on a CPU
-        cfg = dataclasses.replace(cfg, precision=dataclasses.replace(cfg.precision, amp=False))
+    cfg = settled(cfg, device)
     torch.manual_seed(0)
     num_classes = 1000
     model = timm.create_model(teacher_name, num_classes=num_classes).to(device)
@@ -203,6 +204,12 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
     return Workload(
         size, cfg, freed(teacher, cfg), teacher, discretizer, batch, num_classes, device
     )
+
+
+def settled(cfg: Config, device: torch.device) -> Config:
+    """Return `cfg` with every "auto" decided as in a run of this student on this device."""
+    student = build_student(cfg.student, 2, cfg.augment.img_size)
+    return choose(DeviceFacts.of(device), student).settled(cfg)
 
 
 def freed(teacher: Teacher, cfg: Config) -> Teacher:
