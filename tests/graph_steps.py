@@ -54,7 +54,7 @@ class Case:
     parts: int = 1
     optim: dict[str, Any] = field(default_factory=dict)
     sections: dict[str, Any] = field(default_factory=dict)  # of the Config
-    step_kernels: bool = False
+    kernels: bool = False
     timm_teacher: bool = False  # a real one, which casts its weights; else a linear layer
     num_processes: int = 0  # pretended, for the arithmetic of shared gradients
     images: str = ""  # stored adversarial images: "images", "codes" or none
@@ -70,7 +70,7 @@ class Case:
             engine=EngineConfig(
                 cuda_graphs=cuda_graphs,
                 grad_accum_steps=self.parts,
-                step_kernels=self.step_kernels,
+                kernels="on" if self.kernels else "off",
             ),
             optim=replace(CONFIG.optim, **{"clip_grad": 1.0, **self.optim}),
             ema=replace(CONFIG.ema, model_ema=True),
@@ -219,7 +219,7 @@ CASES = {
     "nan-later": Case("kd", BATCH_NORM, parts=2, bad_steps=(2, 4)),
     "bf16": Case(sections={"precision": BF16}, timm_teacher=True),
     "fp16": Case("kd", BATCH_NORM, parts=2, sections={"precision": FP16}, bad_steps=(1, 4)),
-    "kernels": Case(step_kernels=True, sections={"precision": BF16}),
+    "kernels": Case(kernels=True, sections={"precision": BF16}),
     "channels-last": Case(
         student=BATCH_NORM, sections={"precision": replace(BF16, channels_last=True)}
     ),
@@ -229,7 +229,7 @@ CASES = {
     ),
     "joint": Case(
         sections={"store": STORE, "loss": JOINT, "precision": BF16},
-        step_kernels=True,
+        kernels=True,
         images="codes",
     ),
     "joint-outputs": Case(
