@@ -37,8 +37,8 @@ PIXEL_BYTES = {
 }
 
 
-def precision(bench: Bench) -> PrecisionConfig:
-    return PrecisionConfig(amp=bench.device.type == "cuda")
+def mixed(bench: Bench) -> bool:
+    return bench.device.type == "cuda"
 
 
 def flops(run: Callable[[], object]) -> float:
@@ -59,17 +59,17 @@ def test_student(bench: Bench) -> None:
             bench.device
         )
         assert not any(optimize_student(student, savings).values())
-        functions[label] = _training(student, pixels, labels, precision(bench).amp)
+        functions[label] = _training(student, pixels, labels, mixed(bench))
         if bench.device.type == "cuda":
             functions[f"{label}, compiled"] = _training(
-                torch.compile(student), pixels, labels, precision(bench).amp
+                torch.compile(student), pixels, labels, mixed(bench)
             )
     counted = {
         label: flops(function) / batch
         for label, function in functions.items()
         if "compiled" not in label
     }
-    config = {"student": name, "kwargs": kwargs, "batch_size": batch, "amp": precision(bench).amp}
+    config = {"student": name, "kwargs": kwargs, "batch_size": batch, "amp": mixed(bench)}
     bench.compare(
         "student, forward + backward",
         functions,
@@ -96,9 +96,9 @@ def test_teacher(bench: Bench, what: str) -> None:
     a CPU.
     """
     _, tower, batch = MODELS[bench.size]
-    plain = random_teacher(tower, precision(bench), bench.device)
+    plain = random_teacher(tower, PrecisionConfig(amp=mixed(bench)), bench.device)
     pixels = torch.rand(batch, 3, 224, 224, device=bench.device)
-    names = [saving for saving in vars(PLAIN) if saving != "cast_weights" or precision(bench).amp]
+    names = [saving for saving in vars(PLAIN) if saving != "cast_weights" or mixed(bench)]
     kinds = {
         "plain": PLAIN,
         **{
@@ -115,7 +115,7 @@ def test_teacher(bench: Bench, what: str) -> None:
         if bench.device.type == "cuda" and label in ("plain", "all"):
             functions[f"{label}, compiled"] = _inference(torch.compile(teacher), pixels, what)
     counted = {label: flops(functions[label]) / batch for label in kinds}
-    config = {"teacher": plain.name, "batch_size": batch, "amp": precision(bench).amp}
+    config = {"teacher": plain.name, "batch_size": batch, "amp": mixed(bench)}
     bench.compare(
         f"teacher, {what}", functions, baseline="plain", work=batch, config=config, flops=counted
     )

@@ -38,6 +38,7 @@ from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.engine.build import make_step
+from dad_fast.engine.choices import DeviceFacts, choose
 from dad_fast.engine.frozen import model_optimizations
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
@@ -108,7 +109,7 @@ class Workload:
             self.cfg.engine,
             cuda_graphs=graphs,  # type: ignore[arg-type]
             savings=savings,
-            step_kernels=kernels,
+            kernels="on" if kernels else "off",
         )
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
 
@@ -125,7 +126,7 @@ class Workload:
         if METHODS[cfg.method].needs_discretizer:
             vqgan_savings = dataclasses.replace(
                 VQGANOptimizations.none() if plain else VQGANOptimizations(),
-                norm_kernel=cfg.engine.step_kernels,
+                norm_kernel=cfg.engine.kernels == "on",
             )
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         update = Update(student, cfg, self.device)
@@ -178,6 +179,7 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     from dad_fast.data.sources.registry import open_source
 
     cfg = gather("demo", None, [], {})
+    cfg = settled(cfg, device)
     source = open_source(cfg.data.data_dir, cfg.data.train_split)
     side, size = cfg.augment.img_size, batch_size or cfg.data.batch_size
     loader = TrainLoader(source, cfg.augment, side, size, seed=0, workers=0)
@@ -198,8 +200,7 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
     cfg = gather(
         other_preset or preset, None, ["student.pretrained=false", "augment.img_size=224"], {}
     )
-    if device.type == "cpu":  # 16-bit convolutions take minutes on a CPU
-        cfg = dataclasses.replace(cfg, precision=dataclasses.replace(cfg.precision, amp=False))
+    cfg = settled(cfg, device)
     num_classes = 1000
     teacher = random_teacher(tower, cfg.precision, device)
     if cfg.precision.channels_last:
@@ -271,6 +272,12 @@ def random_teacher(
         precision=precision,
         unit_features=library == "open_clip",
     ).to(device)
+
+
+def settled(cfg: Config, device: torch.device) -> Config:
+    """Return `cfg` with every "auto" decided as in a run of this student on this device."""
+    student = build_student(cfg.student, 2, cfg.augment.img_size)
+    return choose(DeviceFacts.of(device), student).settled(cfg)
 
 
 def freed(teacher: Teacher, cfg: Config) -> Teacher:
