@@ -105,7 +105,7 @@ class TimmKD:
         precision = self.cfg.precision
         x = (self.images.float() - self.mean) / self.std
         dtype = getattr(torch, precision.student)
-        with torch.autocast(self.device.type, dtype, enabled=precision.amp):
+        with torch.autocast(self.device.type, dtype, enabled=bool(precision.amp)):
             loss = self.task(x, self.targets)["loss"]
         self.optimizer.zero_grad()
         loss.backward()

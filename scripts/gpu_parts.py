@@ -305,7 +305,7 @@ def nsys(run: Context) -> dict[str, Any]:
 
 def ncu(run: Context) -> dict[str, Any]:
     require_tool("ncu")
-    found = profiled(run, "ncu", "--launches", "30", "--set", "engine.step_kernels=true")
+    found = profiled(run, "ncu", "--launches", "30", "--set", "engine.kernels=on")
     # Into the log.
     run.call("ncu", "--import", str(run.out / "ncu" / "profile.ncu-rep"), "--page", "details")
     return found

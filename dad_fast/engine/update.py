@@ -47,7 +47,7 @@ class Update:
         # known.
         self.buffers = [b for b in student.buffers() if b.is_floating_point()]
         self.saved_buffers = [b.clone() for b in self.buffers]
-        is_float16 = cfg.precision.amp and cfg.precision.student == "float16"
+        is_float16 = bool(cfg.precision.amp) and cfg.precision.student == "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_float16)
 
         self.ema: ModelEmaV3 | None = None

@@ -57,6 +57,7 @@ def examine(numerics: bool = False) -> Iterator[Row]:
         packages,
         demo,
         cuda,
+        speed,
         driver,
         kernels,
         apex,
@@ -210,10 +211,24 @@ def cuda() -> Iterator[Row]:
                 f"cuda:{index}",
                 "ok",
                 detail + "; no bfloat16 in hardware",
-                "use float16: --amp-dtype float16",
+                "use float16: --amp --amp-dtype float16",
             )
         else:
             yield Row(f"cuda:{index}", "ok", detail)
+
+
+def speed() -> Iterator[Row]:
+    """Report what settings that are auto mean for a run here."""
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    from dad_fast.engine.choices import AMP, COMPILE, DeviceFacts, choose
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autos = choose(DeviceFacts.of(device)).autos
+    detail = f"amp {autos[AMP]}; torchcompile {autos[COMPILE]}"
+    yield Row("auto", "ok", f"on {device}: {detail}")
 
 
 def _visible() -> str:
