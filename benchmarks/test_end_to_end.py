@@ -107,7 +107,12 @@ def settings(bench: Bench, folder: Path) -> tuple[list[str], int]:
 
     from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 
-    preset, teacher_name, vqgan_name = MODELS[bench.size]
+    preset, _, vqgan_name = MODELS[bench.size]
+    # From timm, whose file needs no open_clip.
+    teacher_name = {
+        "base": "vit_base_patch16_clip_224",
+        "paper": "vit_large_patch14_clip_224",
+    }[bench.size]
     torch.manual_seed(0)
     teacher = timm.create_model(teacher_name, num_classes=NUM_CLASSES)
     save_file(teacher.state_dict(), folder / "teacher.safetensors")

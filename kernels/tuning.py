@@ -20,6 +20,7 @@ import importlib
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -29,10 +30,23 @@ from typing import Any
 
 import torch
 
-from dad_fast.kernels.cross_compile import triton_modules
-
 TABLE = Path(__file__).with_name("tuning.json")
+# Set while launches are recorded for another GPU than this machine's (launches.py).
+assumed_architecture = ""
 CHOOSERS = ("dad_fast.kernels.wide_attention",)  # tables that choose between other people's kernels
+
+
+def triton_modules() -> list[str]:
+    """Return the modules of kernels/ with a Triton kernel, as dad_fast.kernels.*."""
+    files = sorted(
+        path
+        for path in TABLE.parent.rglob("*.py")
+        if re.search(r"^@triton\.jit", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    return [
+        ".".join(("dad_fast.kernels", *path.relative_to(TABLE.parent).with_suffix("").parts))
+        for path in files
+    ]
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,8 @@ def architecture(device: torch.device | str) -> str:
     interpreter).
     """
     device = torch.device(device)
+    if assumed_architecture:
+        return assumed_architecture
     if device.type != "cuda":
         return "sm_80"
     return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
