@@ -6,10 +6,12 @@ import atexit
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,6 +100,19 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.write_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Start the workers of sweeps as forks, which need not import torch."""
+    from dad_fast.sweep import pool
+    from tests import warm
+
+    popen = warm.popen if warm.HAS_PROC else subprocess.Popen
+    stand_in = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "subprocess", stand_in)
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Real processes without the cost of importing torch: forks of a process that has imported it.
 
-`start` and `run` stand for subprocess.Popen and subprocess.run of Python with -m, -c or a script.
+`start` and `run` stand for subprocess.Popen and subprocess.run of Python with -m, -c or a script;
+`popen` for a Popen with pipes to stdin and from stdout, as sweeps start their workers.
 Each fork has its own pid, files and exit code. Not for tests that read output before the process
 ends, ask for its parent, or depend on the start of Python: OMP_NUM_THREADS is 1, `preload` sets
 LD_PRELOAD, there is no sitecustomize, and PYTHONHASHSEED is the same for all.
@@ -17,10 +18,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# Shows the number of threads.
+HAS_PROC = Path("/proc/self/task").is_dir()
 MODULES = (
     "torch",
     "timm",
@@ -37,27 +42,44 @@ _servers: dict[str, socket.socket] = {}
 
 
 class Process:
-    """The part of subprocess.Popen that tests use. stdout and stderr are files, read at the end."""
+    """The part of subprocess.Popen that tests use.
+
+    stdout and stderr are files, read at the end, unless `streams` are given: the handles of stdin,
+    stdout, stderr, and of what else the process holds open.
+    """
+
+    stdin: IO[str] | None = None
+    stdout: IO[str] | None = None
 
     def __init__(
-        self, args: list[str], server: socket.socket, env: dict[str, str], cwd: str, session: bool
+        self,
+        args: list[str],
+        server: socket.socket,
+        env: dict[str, str],
+        cwd: str,
+        session: bool,
+        streams: Sequence[int] = (),
     ):
         self.args = args
         self.returncode: int | None = None
         self._outputs: list[IO[bytes]] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
-        self._status, theirs = os.pipe()
+        self._lock = threading.Lock()
+        ours, theirs = os.pipe()
+        self._status = open(ours, "rb", buffering=0)
         case = {"arguments": args[1:], "environment": env, "cwd": cwd, "session": session}
         data = json.dumps(case).encode()
-        handles = [theirs, *(file.fileno() for file in self._outputs)]
-        socket.send_fds(server, [len(data).to_bytes(8, "big")], handles)
-        server.sendall(data)
+        with open(os.devnull) as nothing:
+            files = (nothing, *self._outputs)
+            handles = streams or [file.fileno() for file in files]
+            socket.send_fds(server, [len(data).to_bytes(8, "big")], [theirs, *handles])
+            server.sendall(data)
         os.close(theirs)
         self.pid = self._number()
 
     def _number(self) -> int:
         text = b""
         while not text.endswith(b"\n"):
-            byte = os.read(self._status, 1)
+            byte = self._status.read(1)
             assert byte, "the fork server has ended"
             text += byte
         return int(text)
@@ -66,8 +88,10 @@ class Process:
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            self.returncode = self._number()
-            os.close(self._status)
+            # Two threads may have waited.
+            with self._lock:
+                if self.returncode is None:
+                    self.returncode = self._number()
         return self.returncode
 
     def poll(self) -> int | None:
@@ -102,20 +126,55 @@ def start(
     preload: str = "",
 ) -> Any:
     """Start a Python command in a fork. Without /proc, which shows the threads, in a subprocess."""
-    if not Path("/proc/self/task").is_dir():
+    if not HAS_PROC:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(
             command, env=env, cwd=cwd, start_new_session=start_new_session, **pipes
         )
+    return _fork(command, env, cwd, start_new_session, preload)
+
+
+def popen(
+    command: list[str],
+    *,
+    stdin: int,
+    stdout: int,
+    stderr: Any,
+    text: bool,
+    env: dict[str, str],
+    start_new_session: bool,
+    pass_fds: Sequence[int] = (),
+) -> Any:
+    """Stand for subprocess.Popen with pipes to stdin and from stdout, both of text."""
+    assert stdin == stdout == subprocess.PIPE and text
+    read_stdin, write_stdin = os.pipe()
+    read_stdout, write_stdout = os.pipe()
+    with open(os.devnull, "w") as nothing:
+        errors = nothing if stderr == subprocess.DEVNULL else stderr
+        streams = (read_stdin, write_stdout, errors.fileno(), *pass_fds)
+        process = _fork(command, env, None, start_new_session, streams=streams)
+    os.close(read_stdin)
+    os.close(write_stdout)
+    process.stdin, process.stdout = open(write_stdin, "w"), open(read_stdout)
+    return process
+
+
+def _fork(
+    command: list[str],
+    env: dict[str, str] | None,
+    cwd: Any,
+    session: bool,
+    preload: str = "",
+    streams: Sequence[int] = (),
+) -> Process:
     is_python = command[1] in ("-c", "-m") or command[1].endswith(".py")
     assert command[0] == sys.executable and is_python, command
     environment = {str(k): str(v) for k, v in (os.environ if env is None else env).items()}
     environment["OMP_NUM_THREADS"] = "1"
     if preload not in _servers:
         _servers[preload] = _start_server(preload)
-    return Process(
-        command, _servers[preload], environment, str(cwd or Path.cwd()), start_new_session
-    )
+    server, folder = _servers[preload], str(cwd or Path.cwd())
+    return Process(command, server, environment, folder, session, streams)
 
 
 def run(
@@ -147,7 +206,7 @@ def _start_server(preload: str) -> socket.socket:
 def _serve(server: socket.socket) -> dict[str, Any] | None:
     """Fork for each request. Returns the request in a child, and None in the server at the end."""
     while True:
-        size, handles, _, _ = socket.recv_fds(server, 8, 3)
+        size, handles, _, _ = socket.recv_fds(server, 8, 8)
         if not size:
             return None
         wanted = int.from_bytes(size, "big")
@@ -165,7 +224,8 @@ def _serve(server: socket.socket) -> dict[str, Any] | None:
                     break
             continue
         server.close()
-        status, stdout, stderr = handles
+        # What follows them stays open.
+        status, stdin, stdout, stderr = handles[:4]
         if child := os.fork():
             # The parent waits, and reports the child's pid and exit code.
             os.write(status, f"{child}\n".encode())
@@ -173,7 +233,7 @@ def _serve(server: socket.socket) -> dict[str, Any] | None:
             os.write(status, f"{code}\n".encode())
             os._exit(0)
         os.close(status)
-        for handle, target in ((os.open(os.devnull, os.O_RDONLY), 0), (stdout, 1), (stderr, 2)):
+        for handle, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
             os.dup2(handle, target)
             os.close(handle)
         request: dict[str, Any] = json.loads(data)
@@ -206,8 +266,6 @@ def _become(request: dict[str, Any]) -> None:
 
 def _end(code: int) -> None:
     """Exit like Python, without unloading modules, which takes half a second."""
-    import threading
-
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

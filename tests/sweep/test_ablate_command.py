@@ -18,6 +18,8 @@ import tiny
 from dad_fast.cli.main import main
 from tests.processes import HANG, wait_until
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 def arguments(parts, out, *more):
     return tiny.train_arguments(

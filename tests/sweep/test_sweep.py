@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +20,9 @@ from dad_fast.methods.stores import is_filled, store_seconds
 from dad_fast.sweep import sweep as sweep_module
 from dad_fast.sweep.pool import Job
 from dad_fast.sweep.runs import Run
-from tests.processes import HANG, ROOT
+from tests.processes import run_script
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 def arguments(parts, out, *more):
@@ -109,14 +109,9 @@ def test_overwrite_keeps_the_inputs_of_the_run(parts, tmp_path, capsys):
 
 
 def test_several_runs_on_several_processes(parts, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "dad_fast",
-        *arguments(parts, tmp_path / "out", "--method", "ce", "--seeds", "2", "--nproc", "2"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    given = arguments(parts, tmp_path / "out", "--method", "ce", "--seeds", "2")
+    for code, _, error in run_script(2, tmp_path, ["-m", "dad_fast", *given]):
+        assert code == 0, error
     assert [run["seed"] for run in read(tmp_path / "out/results.json")["runs"]] == [0, 1]
     assert read(tmp_path / "out/ce/seed-1/run.json")["processes"] == 2
 

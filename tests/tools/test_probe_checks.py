@@ -117,7 +117,7 @@ def test_strong_penalty_keeps_the_start():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, forked_workers):
     for package in ("timm", "open_clip", "mlxtend", "sklearn"):
         pytest.importorskip(package)
     from dad_fast.cli.main import main
