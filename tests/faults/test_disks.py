@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from harness import HANG, ROOT
 from tests import warm
 
 SMALL = [
-    "data.batch_size=50",
+    "data.batch_size=20",
     "data.workers=0",
     "log_every=4",
     "eval.every_epochs=0",
@@ -32,19 +31,23 @@ SMALL = [
 SETS = [part for item in SMALL for part in ("--set", item)]
 
 
+# `dad-fast` where a file holds at most 100,000 bytes.
+WITH_QUOTA = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from dad_fast.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def dad_fast(
-    *arguments: str, before: Callable[[], None] | None = None
+    *arguments: str, program: tuple[str, str] = ("-m", "dad_fast")
 ) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "dad_fast", *arguments]
-    if before is None:
-        return warm.run(line, timeout=HANG, cwd=ROOT)
-    return subprocess.run(
-        line, cwd=ROOT, preexec_fn=before, capture_output=True, text=True, timeout=HANG
-    )
+    return warm.run([sys.executable, *program, *arguments], timeout=HANG, cwd=ROOT)
 
 
 def train(
-    folder: Path, *more: str, before: Callable[[], None] | None = None
+    folder: Path, *more: str, program: tuple[str, str] = ("-m", "dad_fast")
 ) -> subprocess.CompletedProcess[str]:
     return dad_fast(
         "train",
@@ -56,7 +59,7 @@ def train(
         *more,
         "-o",
         str(folder),
-        before=before,
+        program=program,
     )
 
 
@@ -90,11 +93,8 @@ def test_full_disk_keeps_earlier_checkpoints(small_disk: Path) -> None:
 
 
 def test_quota_reached_in_the_middle_of_a_file(tmp_path: Path) -> None:
-    stopped = train(
-        tmp_path / "run",
-        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    assert stopped.returncode == 4
+    stopped = train(tmp_path / "run", program=("-c", WITH_QUOTA))
+    assert stopped.returncode == 4, stopped.stderr
     assert "step-4: the disk is full, or a limit is reached" in last_line(stopped)
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 

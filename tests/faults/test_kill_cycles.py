@@ -22,7 +22,7 @@ for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
 from harness import Job, kill_cycles, run_to_the_end, shim
 
 SMALL = [
-    "data.batch_size=50",
+    "data.batch_size=20",
     "data.workers=0",
     "log_every=4",
     "eval.every_epochs=0",
@@ -31,7 +31,7 @@ SMALL = [
     "device=cpu",
     "student.model_kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}",
     "schedule.epochs=1",
-    "max_steps=20",
+    "max_steps=12",
 ]
 SETS = [part for item in SMALL for part in ("--set", item)]
 OF_THE_CLOCK = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
-
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +43,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-m",
@@ -57,7 +55,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "out",
         *arguments,
     ]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return warm.run(command, cwd=folder)
 
 
 def test_the_folder_skips_without_the_option(folder: Path) -> None:

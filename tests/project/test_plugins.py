@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("mlxtend")
+from tests import warm
 from tests.processes import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +57,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dad_fast(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(package), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dad_fast", *arguments]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=HANG, cwd=package
-    )
+    # The current folder is on sys.path.
+    return warm.run([sys.executable, "-m", "dad_fast", *arguments], timeout=HANG, cwd=package)
 
 
 def test_examples_are_short() -> None:
