@@ -58,7 +58,29 @@ def machine(request):
             yield Machine(torch.device("cpu"), same_bytes)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Each of the others has its kind of step in another case.
+BY_DEFAULT = {
+    "ce",
+    "dad",
+    "dat+dad",
+    "fp16",
+    "joint-outputs",
+    "kernels",
+    "lp-clip-features",
+    "nan-later",
+    "sgd",
+    "shared-gradients",
+    "stored-codes",
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[] if name in BY_DEFAULT else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_graphs_equal_plain_calls(machine, case):
     plain = train(case.make(machine.device, "off"), machine.feed(case.batches(STEPS)))
     step = case.make(machine.device, "on")

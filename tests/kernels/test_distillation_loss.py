@@ -111,7 +111,7 @@ LOSSES = [
     "teacher, targets, weighted", [*product((True, False), ("soft", "labels", None), (True, False))]
 )
 def test_every_combination(loss, teacher, targets, weighted):
-    student, t, probs, labels, weight = draw()
+    student, t, probs, labels, weight = draw(3)
     y = {"soft": probs, "labels": labels, None: None}[targets]
     for smoothing in (0.0, 0.1):
         args = (student, t if teacher else None, y, weight if weighted else None, 4.0, smoothing)
@@ -125,8 +125,11 @@ def test_every_combination(loss, teacher, targets, weighted):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("classes", [2, 37, 1000, 4096, 5003])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, classes) for classes in (2, 37, 1000, 4096, 5003)]
+    + list(product((torch.float16, torch.bfloat16), (37, 4096))),
+)
 def test_sizes_and_dtypes(loss, dtype, classes):
     student, teacher, probs, labels, weight = draw(3, classes, dtype=dtype)
     compare((student, teacher, probs, weight, 4.0, 0.0), loss)
@@ -140,10 +143,12 @@ def test_22_thousand_classes(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 20.0])
-@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+@pytest.mark.parametrize(
+    ("temperature", "scale"),
+    [(0.05, 1.0), (0.05, 100.0), (0.7, 30.0), (1.0, 30.0), (20.0, 1.0), (20.0, 100.0)],
+)
 def test_temperatures_and_saturated_logits(loss, temperature, scale):
-    student, teacher, probs, labels, weight = draw(6, 100, scale)
+    student, teacher, probs, labels, weight = draw(4, 100, scale)
     compare((student, teacher, probs, weight, temperature, 0.0), loss)
     near = student + 0.01 * torch.randn(student.shape)
     compare((student, near, labels, weight, temperature, 0.0), loss)

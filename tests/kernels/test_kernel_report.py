@@ -9,7 +9,6 @@ import ast
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 from dad_fast.errors import EnvironmentProblem
 from dad_fast.kernels import cross_compile, report, tuning
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -28,9 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 def call(*arguments, **environment):
     command = [sys.executable, "-m", "dad_fast.kernels.report", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
-    )
+    return warm.run(command, cwd=ROOT, env=os.environ | environment)
 
 
 @pytest.fixture(scope="module", params=["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])

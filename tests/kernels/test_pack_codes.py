@@ -48,9 +48,10 @@ def test_every_width(bits):
         assert torch.equal(unpack_codes(packed, bits, length), codes)
 
 
+# Divisors of 32 and of 8, others below and above them, and the largest.
 @pytest.mark.interpreter
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_kernels_of_every_width(bits):
+@pytest.mark.parametrize("bits", [1, 3, 4, 7, 8, 9, 10, 14, 16, 17, 23, 31, 32])
+def test_kernels(bits):
     pack, unpack = by_the_kernels()
     counter = torch.full((), 5, dtype=torch.int64)
     for shape in ((0,), (1,), (2, 9), (2, 0), (1, 2, 1100)):

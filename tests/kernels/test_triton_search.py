@@ -92,11 +92,11 @@ def rows_for(data, d):
 def cases(on_a_gpu, interpreted, interpreted_for_some):
     """Parametrize by every kind of data and every (codes, dimensions).
 
-    Under the interpreter: few codes (a few strips and a rest), and the last sizes for four kinds of
+    Under the interpreter: few codes (a few strips and a rest), and the last sizes for two kinds of
     data only.
     """
     every = [(data, *size) for size in (interpreted if INTERPRETED else on_a_gpu) for data in DATA]
-    some = (normal, clustered, mixed_scales, outside) if INTERPRETED else ()
+    some = (normal, outside) if INTERPRETED else ()
     every += [(data, *size) for size in interpreted_for_some for data in some]
     return pytest.mark.parametrize(
         ("data", "k", "d"), every, ids=lambda x: getattr(x, "__name__", str(x))
@@ -104,13 +104,13 @@ def cases(on_a_gpu, interpreted, interpreted_for_some):
 
 
 @on_device
-@cases([(257, 1), (300, 3), (700, 4), (100, 8)], [(100, 3), (196, 4)], [(97, 1), (67, 8)])
+@cases([(257, 1), (300, 3), (700, 4), (100, 8)], [(196, 4)], [(97, 1), (100, 3), (67, 8)])
 def test_small_equals_fp64(data, k, d):
     check(triton_small, *data(rows_for(data, d), k, d))
 
 
 @on_device
-@cases([(300, 3), (100, 8), (500, 32), (90, 64)], [(67, 8), (130, 32)], [(100, 3), (70, 64)])
+@cases([(300, 3), (100, 8), (500, 32), (90, 64)], [(67, 8)], [(100, 3), (130, 32), (70, 64)])
 def test_gemm_equals_fp64(data, k, d):
     check(triton_gemm, *data(rows_for(data, d), k, d))
 
@@ -132,7 +132,9 @@ def test_sizes_of_codebook(module, k):
 @on_device
 def test_16384_codes_of_4_dimensions():
     """Codebook size of the paper, with the table's meta-parameters: few rows are settled."""
-    found = check(triton_small, *normal(150, 16384, 4), slots=None, meta=None)
+    found = check(
+        triton_small, *normal(40 if INTERPRETED else 150, 16384, 4), slots=None, meta=None
+    )
     assert found.num_settled <= 8
 
 
@@ -153,8 +155,9 @@ def test_numbers_of_rows(module, n):
 @on_device
 @every_back_end
 def test_few_normal_latents_are_settled(module):
-    limit = 5 if module is triton_small else 20
-    assert Search(module, *normal(100, 1024, 4)).num_settled <= limit
+    n, limit = (25, 2) if INTERPRETED else (100, 5)
+    limit *= 1 if module is triton_small else 4
+    assert Search(module, *normal(n, 1024, 4)).num_settled <= limit
 
 
 @on_device
@@ -252,7 +255,7 @@ def dot_with_errors(size):
 
 @pytest.mark.interpreter
 @every_back_end
-@pytest.mark.parametrize("separation", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("separation", [1e-2, 1e-4])
 def test_codes_survive_the_worst_rounding(module, separation, monkeypatch):
     """Uses pairs of codes near the resolution of fp16 terms, which a larger error would confuse."""
     from triton.runtime.interpreter import InterpreterBuilder

@@ -146,7 +146,7 @@ def test_keeps_names_and_shapes_and_can_be_copied(make):
     assert keep_class_token_only(again) == "" and type(again) is type(plain)
 
 
-def test_works_with_gradient_checkpointing_and_torch_compile():
+def test_works_with_gradient_checkpointing():
     plain = vit().double()
     other = saved(plain)
     other.set_grad_checkpointing(True)
@@ -154,6 +154,11 @@ def test_works_with_gradient_checkpointing_and_torch_compile():
         run(plain, images(), True, True), run(other, images(), True, True), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_works_with_torch_compile():
+    plain = vit().double()
     whole = torch.compile(saved(plain), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(whole(images()), plain(images()), rtol=1e-11, atol=1e-12)
 
