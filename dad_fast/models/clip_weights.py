@@ -19,13 +19,9 @@ from dad_fast.config.fields import nearest
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.teacher import UNKNOWN
 from dad_fast.models.weights.declared import TEACHER, checked_clip, checked_published
-from dad_fast.models.weights.files import (
-    load_strictly,
-    read_state_dict,
-    sha256_file,
-    strip_wrappers,
-)
+from dad_fast.models.weights.files import load_strictly, read_state_dict, sha256_file
 from dad_fast.models.weights.limits import no_more_parameters_than, without_downloads
+from dad_fast.models.weights.unwrap import unwrap
 
 try:
     import open_clip
@@ -45,14 +41,6 @@ OPENAI: Mapping[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-
-# Entries of older checkpoints that open_clip's models no longer have
-LEFTOVERS = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-    "text.transformer.embeddings.position_ids",
-)
 
 # Entries of the text tower, which some models keep under "text."
 TEXT_TOWER = (
@@ -269,14 +257,11 @@ def _preprocess(arch: str, published_config: Mapping[str, Any]) -> dict[str, Any
 
 def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
     """Load strictly, after adapting the entries of files by other versions of open_clip."""
+    own = model.state_dict()
     state = {
         key: value.float() if value.is_floating_point() else value
-        for key, value in strip_wrappers(state).items()
+        for key, value in unwrap(state, path, own).items()
     }
-    own = model.state_dict()
-    for leftover in LEFTOVERS:
-        if leftover not in own:
-            state.pop(leftover, None)
     if "positional_embedding" in state and "text.positional_embedding" in own:
         state = {
             f"text.{key}" if key.startswith(TEXT_TOWER) else key: value

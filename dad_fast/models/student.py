@@ -28,10 +28,10 @@ from dad_fast.models.weights.declared import (
 from dad_fast.models.weights.files import (
     load_strictly,
     read_state_dict,
-    strip_wrappers,
     write_safetensors,
 )
 from dad_fast.models.weights.limits import no_more_parameters_than
+from dad_fast.models.weights.timm_files import classifier_keys, fit_timm, load_fitted
 
 log = logging.getLogger(__name__)
 
@@ -182,29 +182,31 @@ def _create(
 
 
 def load_student_weights(student: Student, path: str | Path) -> None:
-    """Load initial weights: a run's file or folder, or a tensor-only file with timm's keys.
+    """Load initial weights: a run's file or folder, or a tensor-only file of the timm model.
 
-    A classifier for another number of classes is not loaded, with a warning. Raises DataError for
-    any other difference.
+    The file is read as timm's pretrained weights are, see `fit_timm`. A missing classifier, or one
+    for another number of classes, is new, with a warning. Raises DataError for any other
+    difference.
     """
     path = checkpoint_file(path)
-    state = strip_wrappers(read_state_dict(path)[0])
+    spec = student.spec
+    arguments = spec["name"], spec["num_classes"], spec["img_size"], dict(spec["model_kwargs"])
+    state = fit_timm(
+        read_state_dict(path)[0], student.model, path, lambda: _create(*arguments, pretrained=True)
+    )
     own = student.model.state_dict()
-    classifier = getattr(student.model, "pretrained_cfg", {}).get("classifier") or ()
-    names = [classifier] if isinstance(classifier, str) else classifier
-    prefixes = tuple(f"{name}." for name in names)
-    head = [key for key in own if key.startswith(prefixes)] if prefixes else []
-    resized = [key for key in head if key in state and state[key].shape != own[key].shape]
-    if resized:
-        old, new = state[resized[0]].shape[0], own[resized[0]].shape[0]
+    head = classifier_keys(student.model)
+    if any(key not in state or state[key].shape != own[key].shape for key in head):
+        old, new = state.get(head[0]), own[head[0]].shape[0]
         log.warning(
-            "%s has a classifier for %d classes, not %d: the student starts with a new one",
+            "%s has %s: the student starts with a new one",
             path,
-            old,
-            new,
+            f"no classifier for the {new} classes"
+            if old is None
+            else f"a classifier for {old.shape[0]} classes, not {new}",
         )
         state |= {key: own[key] for key in head}
-    load_strictly(student.model, state, path)
+    load_fitted(student.model, state, path)
 
 
 def save_student(path: str | Path, student: Student, extra_metadata: Mapping[str, str]) -> None:

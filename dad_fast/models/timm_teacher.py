@@ -17,11 +17,12 @@ from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.student import read_student
 from dad_fast.models.teacher import Teacher, TeacherContext
 from dad_fast.models.weights.declared import STUDENT, check_classes
-from dad_fast.models.weights.files import (
-    load_strictly,
-    read_state_dict,
-    sha256_file,
-    strip_wrappers,
+from dad_fast.models.weights.files import read_state_dict, sha256_file
+from dad_fast.models.weights.timm_files import (
+    classifier_keys,
+    fit_timm,
+    load_fitted,
+    on_meta_device,
 )
 from dad_fast.models.zeroshot import imagenet_columns, is_imagenet
 
@@ -116,20 +117,20 @@ def _from_file(arch: str, file: str, classes: ClassMap) -> tuple[Any, dict[str, 
         check_classes(f"--teacher {file}", metadata, classes)
         spec = student.spec
         return student.model, {**spec, "input_size": (3, spec["img_size"], spec["img_size"])}
-    state = strip_wrappers(state)
-    model = timm.create_model(arch, pretrained=False, num_classes=_num_outputs(arch, state, file))
-    load_strictly(model, state, file)
+    reference = on_meta_device(lambda: timm.create_model(arch, pretrained=False))
+    state = fit_timm(state, reference, file, lambda: timm.create_model(arch, pretrained=True))
+    num_outputs = _num_outputs(arch, classifier_keys(reference) or ["head.weight"], state, file)
+    model = timm.create_model(arch, pretrained=False, num_classes=num_outputs)
+    load_fitted(model, state, file)
     return model, resolve_data_config({}, model=model)
 
 
-def _num_outputs(arch: str, state: Mapping[str, Tensor], file: str) -> int:
-    """Return the number of classes of a file's classifier, which timm's configuration names."""
-    config = timm.get_pretrained_cfg(arch)
-    classifier = config.classifier if config is not None and config.classifier else "head"
-    key = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
-    if key not in state:
+def _num_outputs(arch: str, head: list[str], state: Mapping[str, Tensor], file: str) -> int:
+    """Return the number of classes of a file's classifier, of which `head` are the keys."""
+    missing = [key for key in head if key not in state]
+    if missing:
         raise DataError(
-            f"--teacher timm:{arch}@{file}: no classifier {key} in it; is it the file of another "
-            "architecture?"
+            f"--teacher timm:{arch}@{file}: no classifier {missing[0]} in it: a backbone alone, or "
+            "the file of another architecture; give one with its classifier"
         )
-    return int(state[key].shape[0])
+    return int(state[head[0]].shape[0])
