@@ -29,8 +29,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class TeacherConfig:
     name: str = setting(
         "",
-        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or "
-        "embedded:digits",
+        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, RUN (a run of "
+        "this project), FILE or embedded:digits",
         "--teacher",
         main=True,
     )

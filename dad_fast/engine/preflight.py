@@ -6,17 +6,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import timm
-
-from dad_fast.config.fields import nearest
 from dad_fast.config.schema import Config
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.tar import find_shards
-from dad_fast.errors import DataError, UsageError
+from dad_fast.errors import DataError
 from dad_fast.methods.registry import METHODS
+from dad_fast.models.load_teacher import check_teacher_name
+from dad_fast.models.student import student_model
 
 
 def check_splits(cfg: Config) -> None:
@@ -68,18 +67,14 @@ def _level_below(folder: Path) -> str:
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
-    """Raise DataError for a missing file of weights, UsageError for a student that timm does not
-    know.
+    """Raise DataError for a missing file of weights, UsageError for a name that is not known.
 
     teacher, discretizer: True if the run needs them.
     """
-    student = cfg.student.name.removeprefix("timm:")
-    is_timm = not METHODS[cfg.method].linear_probe and not student.startswith("hf-hub:")
-    if is_timm and not timm.is_model(student.partition(".")[0]):
-        raise UsageError(
-            f"--student {cfg.student.name}: timm has no such "
-            f"model{nearest(student, timm.list_models())}"
-        )
+    if not METHODS[cfg.method].linear_probe:
+        student_model(cfg.student.name)
+    if teacher:
+        check_teacher_name(cfg.teacher.name)
     named = {
         "--teacher": _file_of(cfg.teacher.name) if teacher else "",
         "--discretizer": _file_of(cfg.discretizer.name) if discretizer else "",

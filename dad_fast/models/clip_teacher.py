@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,15 @@ def load_hub(argument: str, context: TeacherContext) -> Teacher:
 
 def load_embedded(argument: str, context: TeacherContext) -> Teacher:
     """Load `embedded:NAME`. Raises UsageError if no such file is embedded."""
-    return _teacher(clip_from_own_file(asset(f"{argument}-clip.safetensors")), context)
+    path = asset(f"{argument}-clip.safetensors")
+    return load_own_clip(path, *read_state_dict(path), context)
 
 
-def load_file(argument: str, context: TeacherContext) -> Teacher:
-    """Load a safetensors file with its CLIP as metadata; see `load_teacher` for the errors."""
-    return _teacher(clip_from_own_file(argument), context)
+def load_own_clip(
+    path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], context: TeacherContext
+) -> Teacher:
+    """Make a teacher of the content of a file with its CLIP as metadata. Raises DataError."""
+    return _teacher(clip_from_own_file(path, state, metadata), context)
 
 
 def _teacher(clip: Clip, context: TeacherContext) -> Teacher:

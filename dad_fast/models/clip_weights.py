@@ -6,8 +6,8 @@ A local file needs the name of its architecture, unless its metadata describes t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.teacher import UNKNOWN
 from dad_fast.models.weights.declared import TEACHER, checked_clip, checked_published
 from dad_fast.models.weights.files import load_strictly, read_state_dict, sha256_file
+from dad_fast.models.weights.hub import hub_client
 from dad_fast.models.weights.limits import no_more_parameters_than, without_downloads
 from dad_fast.models.weights.unwrap import unwrap
 
@@ -66,9 +67,10 @@ class Clip:
     sha256: str | None = None
 
 
-def clip_from_own_file(path: str | Path) -> Clip:
-    """Load a file whose metadata describes its CLIP. Raises DataError."""
-    state, metadata = read_state_dict(path)
+def clip_from_own_file(
+    path: str | Path, state: dict[str, Tensor], metadata: Mapping[str, str]
+) -> Clip:
+    """Load the content of a file whose metadata describes its CLIP. Raises DataError."""
     if TEACHER not in metadata:
         raise DataError(
             f"--teacher {path}: the file does not name its architecture; write "
@@ -163,7 +165,7 @@ def clip_from_hub(name: str, arch: str, **kwargs: Any) -> Clip:
 
 def _create(name: str, arch: str, **kwargs: Any) -> Any:
     try:
-        with _quiet():
+        with hub_client():
             return open_clip.create_model(arch, **kwargs)
     except Exception as error:
         # open_clip, the hub's client and urllib each have errors of their own.
@@ -181,25 +183,20 @@ def _tokenizer_at_hand(arch: str) -> Tokenizer:
 
 def _tokenizer(arch: str) -> Tokenizer:
     try:
-        with _quiet():
+        with hub_client():
             tokenizer: Tokenizer = open_clip.get_tokenizer(arch)
         return tokenizer
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"--teacher {arch}: its tokenizer needs the package {error.name}; pip install "
+            f"{error.name}, or give --teacher-head, which needs no prompts"
+        ) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
             f"--teacher {arch}: its tokenizer's files are not available ({reason}); fill the hub's "
             "cache on a machine with a network, or give --teacher-head, which needs no prompts"
         ) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip, which logs models without weights (intended) and errors (raised)."""
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _known_arch(arch: str) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from dad_fast.errors import UsageError
 from dad_fast.models.registry import TEACHERS, is_registered
 from dad_fast.models.teacher import Teacher, TeacherContext
 
-EXAMPLES = "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, embedded:digits"
+EXAMPLES = (
+    "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, embedded:digits, a run's "
+    "folder"
+)
 
 
 def load_teacher(
@@ -21,17 +24,25 @@ def load_teacher(
     """Load the teacher `cfg.name` on `device`, with one output for each of `classes`.
 
     The name is open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, timm:NAME, timm:NAME@FILE,
-    embedded:NAME, any other teacher of the registry, or FILE: safetensors with the architecture in
-    its metadata.
+    embedded:NAME, any other teacher of the registry, RUN (the folder of a run of this project), or
+    FILE: safetensors with the architecture in its metadata, as RUN/model.safetensors.
 
     Raises UsageError for any other name, EnvironmentProblem for weights that are not available,
     DataError for a file or a class list that does not fit.
     """
+    check_teacher_name(cfg.name)
     context = TeacherContext(cfg=cfg, classes=classes, precision=precision, device=device)
     if is_registered(cfg.name):
         name, argument = TEACHERS.split(cfg.name)
-    elif Path(cfg.name).suffix or Path(cfg.name).is_file():
+    elif cfg.name and (Path(cfg.name).suffix or Path(cfg.name).exists()):
         name, argument = "file", cfg.name
     else:
-        raise UsageError(f"--teacher {cfg.name!r}: no such file; write one, or {EXAMPLES}")
+        raise UsageError(f"--teacher {cfg.name!r}: no such file or run; write one, or {EXAMPLES}")
     return TEACHERS[name](argument, context).to(device)
+
+
+def check_teacher_name(name: str) -> None:
+    """Raise UsageError for a timm model under its name on the hub."""
+    if name.startswith("timm/") and not Path(name).exists():
+        model = name.removeprefix("timm/")
+        raise UsageError(f"--teacher {name}: a name of the hub; write timm:{model}")

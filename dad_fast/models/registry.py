@@ -20,7 +20,7 @@ TEACHERS.add("open_clip", "dad_fast.models.clip_teacher:load_open_clip")
 TEACHERS.add("timm", "dad_fast.models.timm_teacher:load_timm")
 TEACHERS.add("hf-hub", "dad_fast.models.clip_teacher:load_hub")
 TEACHERS.add("embedded", "dad_fast.models.clip_teacher:load_embedded")
-TEACHERS.add("file", "dad_fast.models.clip_teacher:load_file")
+TEACHERS.add("file", "dad_fast.models.file_teacher:load_file")
 
 
 def is_registered(name: str) -> bool:

@@ -301,6 +301,19 @@ def test_without_a_network(monkeypatch):
     refuse(EnvironmentProblem, ["not available", "hf-hub:some/model"], "hf-hub:some/model")
 
 
+def test_a_missing_package_of_a_tokenizer_is_named(clip, bare_file, monkeypatch):
+    """SigLIP's tokenizer needs transformers, which open_clip does not install."""
+    text_cfg = {**TOWERS["text_cfg"], "hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}
+    config = {**TOWERS, "text_cfg": text_cfg}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "TinySigLIP", config)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refuse(
+        EnvironmentProblem,
+        ["pip install transformers", "--teacher-head"],
+        f"open_clip:TinySigLIP@{bare_file}",
+    )
+
+
 def test_other_weights_are_refused(known, clip, clip_file, bare_file, tmp_path):
     refuse(DataError, ["does not name its architecture", "open_clip:ARCH@"], bare_file)
     state = clip.state_dict()
