@@ -20,7 +20,7 @@ from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.teacher import UNKNOWN
 from dad_fast.models.weights.declared import TEACHER, checked_clip, checked_published
 from dad_fast.models.weights.files import load_strictly, read_state_dict, sha256_file
-from dad_fast.models.weights.hub import hub_client
+from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.limits import no_more_parameters_than, without_downloads
 from dad_fast.models.weights.unwrap import unwrap
 
@@ -169,9 +169,8 @@ def _create(name: str, arch: str, **kwargs: Any) -> Any:
             return open_clip.create_model(arch, **kwargs)
     except Exception as error:
         # open_clip, the hub's client and urllib each have errors of their own.
-        reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
-            f"--teacher {name}: not available ({reason}); give a local file: open_clip:ARCH@FILE"
+            f"--teacher {name}: not available ({reason_of(error)}); give a local file: open_clip:ARCH@FILE"
         ) from None
 
 
@@ -192,9 +191,8 @@ def _tokenizer(arch: str) -> Tokenizer:
             f"{error.name}, or give --teacher-head, which needs no prompts"
         ) from None
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
-            f"--teacher {arch}: its tokenizer's files are not available ({reason}); fill the hub's "
+            f"--teacher {arch}: its tokenizer's files are not available ({reason_of(error)}); fill the hub's "
             "cache on a machine with a network, or give --teacher-head, which needs no prompts"
         ) from None
 

@@ -31,7 +31,7 @@ from dad_fast.models.weights.files import (
     read_state_dict,
     write_safetensors,
 )
-from dad_fast.models.weights.hub import hub_client
+from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.limits import no_more_parameters_than
 from dad_fast.models.weights.timm_files import classifier_keys, fit_timm, load_fitted
 
@@ -196,7 +196,7 @@ def _create(
     except Exception as error:
         # timm's models check their arguments in many ways, and the hub's client has errors of its
         # own.
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        reason = reason_of(error)
         if from_hub and isinstance(error, OSError):
             raise EnvironmentProblem(
                 f"--student {name}: not available ({reason}); without a network, give the name of "

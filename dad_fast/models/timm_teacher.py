@@ -18,7 +18,7 @@ from dad_fast.models.student import read_student
 from dad_fast.models.teacher import Teacher, TeacherContext
 from dad_fast.models.weights.declared import STUDENT, check_classes
 from dad_fast.models.weights.files import read_state_dict, sha256_file
-from dad_fast.models.weights.hub import hub_client
+from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.timm_files import (
     classifier_keys,
     fit_timm,
@@ -121,9 +121,8 @@ def _pretrained(arch: str) -> tuple[Any, dict[str, Any]]:
     except Exception as error:
         # RuntimeError if there are no weights; without a network the hub's client has errors of its
         # own.
-        reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
-            f"--teacher timm:{arch}: its weights are not available ({reason}); give "
+            f"--teacher timm:{arch}: its weights are not available ({reason_of(error)}); give "
             f"timm:{arch}@FILE"
         ) from None
     return model, resolve_data_config({}, model=model)

@@ -250,7 +250,7 @@ def test_an_unreachable_hub_is_not_asked_again(name, monkeypatch, capfd, caplog)
     with caplog.at_level(logging.DEBUG):
         refuse(
             EnvironmentProblem,
-            [f"--student {name}", "not available", "--student-weights FILE"],
+            [f"--student {name}", "the hub cannot be reached", "--student-weights FILE"],
             name=name,
             model_kwargs={},
             pretrained=True,

@@ -7,6 +7,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
+
 from dad_fast.models.weights.limits import without_downloads
 
 
@@ -28,11 +32,15 @@ def hub_client() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def reason_of(error: Exception) -> str:
+    """Return a short reason why a download failed, in one line."""
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub cannot be reached, and its cache lacks the file"
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
 def _is_reachable() -> bool:
     """Return whether the hub answers, or the user has turned it off."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
     if constants.HF_HUB_OFFLINE:
         return True
     try:
