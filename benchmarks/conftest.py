@@ -88,17 +88,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def _bench_session(request: pytest.FixtureRequest) -> Session:
-    import torch
-
     from benchmarks.bench import Session, default_size
+    from dad_fast.distributed.device import resolve_device
 
     config = request.config
-    name = config.getoption("bench_device")
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = resolve_device(config.getoption("bench_device"))
     session = Session(
         device,
         config.getoption("bench_size") or default_size(device),
