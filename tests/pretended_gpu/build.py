@@ -54,7 +54,9 @@ def headers() -> list[Path]:
     """Return the include folders of the installed runtime, cuDNN and Triton, or []."""
     packages = torch_folder().parent
     nvidia = packages / "nvidia"
-    found = [next(nvidia.glob(f"*/include/{name}"), None) for name in ("driver_types.h", "cudnn_graph.h")]
+    found = [
+        next(nvidia.glob(f"*/include/{name}"), None) for name in ("driver_types.h", "cudnn_graph.h")
+    ]
     # The runtime's headers include crt/, which of these packages only Triton has.
     found.append(next(packages.glob("triton/backends/nvidia/include/crt"), None))
     return [path.parent for path in found if path] if all(found) else []
