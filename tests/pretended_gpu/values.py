@@ -1,7 +1,8 @@
 """Let code run on where it depends on values: on the pretended GPU kernels compute nothing.
 
 `python -m tests.pretended_gpu.values MODULE ARGUMENT...` runs a module, pytest's `-p
-tests.pretended_gpu.values` a test session, with checks of values switched off.
+tests.pretended_gpu.values` a test session, with checks of values switched off. There, a failed
+assertion is an expected failure, so that only tests that crash before it fail.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import runpy
 import sys
 
+import pytest
 import torch
 
 from dad_fast.engine.trainer import Trainer
@@ -22,6 +24,17 @@ def ignore() -> None:
     Trainer._stop_if_not_finite = lambda trainer: trainer.worst_streak.item()
     # csrc brings its own CUDA runtime, which needs a real driver.
     cuda_search.csrc_cuda = lambda: None
+
+
+VALUES = (AssertionError, torch.linalg.LinAlgError)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.excinfo is not None and call.excinfo.errisinstance(VALUES):
+        report.outcome, report.wasxfail = "skipped", "depends on values"
+    return report
 
 
 ignore()
