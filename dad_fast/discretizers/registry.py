@@ -27,12 +27,17 @@ DISCRETIZERS.add("jpeg", "dad_fast.discretizers.jpeg:load")
 
 
 def load_discretizer(
-    name: str, precision: PrecisionConfig, device: torch.device, optimizations: object | None = None
+    name: str,
+    precision: PrecisionConfig,
+    device: torch.device,
+    optimizations: object | None = None,
+    micro_batch: int = 0,
 ) -> Discretizer:
     """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as
     `jpeg:75`.
 
     optimizations: those of a VQGAN under autocast (VQGANOptimizations); all by default.
+    micro_batch: images that a VQGAN takes at once; 0 = by their size.
 
     Raises UsageError for a name that is none of these, DataError for a file that cannot be used.
     """
@@ -40,7 +45,13 @@ def load_discretizer(
     from dad_fast.discretizers.vqgan.discretizer import DEFAULT_OPTIMIZATIONS, load_file
 
     wanted = optimizations or DEFAULT_OPTIMIZATIONS
-    context = LoadContext(text=name, precision=precision, device=device, optimizations=wanted)
+    context = LoadContext(
+        text=name,
+        precision=precision,
+        device=device,
+        optimizations=wanted,
+        micro_batch=micro_batch,
+    )
     key, argument = DISCRETIZERS.split(name)
     if key in DISCRETIZERS:
         return DISCRETIZERS[key](argument, context)

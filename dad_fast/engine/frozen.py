@@ -56,11 +56,15 @@ def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeach
 
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
-    """Load the discretizer of a run."""
+    """Load the discretizer of a run, without the kernels that need a self-test."""
     wanted = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
-    kernel = cfg.engine.step_kernels and device.type == "cuda"
-    optimizations = VQGANOptimizations(**wanted, norm_kernel=kernel)
-    model = load_discretizer(cfg.discretizer.name, cfg.precision, device, optimizations)
+    model = load_discretizer(
+        cfg.discretizer.name,
+        cfg.precision,
+        device,
+        VQGANOptimizations(**wanted),
+        cfg.engine.vqgan_micro_batch,
+    )
     return FrozenDiscretizer(model, model.fingerprint())
 
 
