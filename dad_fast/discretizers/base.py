@@ -87,3 +87,4 @@ class LoadContext:
     precision: PrecisionConfig
     device: torch.device
     optimizations: object | None  # a VQGAN's; None keeps the plain model under autocast
+    shapes_only: bool = False  # build the architecture: values of weights do not matter

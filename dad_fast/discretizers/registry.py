@@ -27,12 +27,18 @@ DISCRETIZERS.add("jpeg", "dad_fast.discretizers.jpeg:load")
 
 
 def load_discretizer(
-    name: str, precision: PrecisionConfig, device: torch.device, optimizations: object | None = None
+    name: str,
+    precision: PrecisionConfig,
+    device: torch.device,
+    optimizations: object | None = None,
+    shapes_only: bool = False,
 ) -> Discretizer:
     """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as
     `jpeg:75`.
 
     optimizations: those of a VQGAN under autocast (VQGANOptimizations); all by default.
+    shapes_only: build the architecture; a VQGAN's file that does not exist is assumed to be
+    "OpenImages f8, 16384".
 
     Raises UsageError for a name that is none of these, DataError for a file that cannot be used.
     """
@@ -40,7 +46,13 @@ def load_discretizer(
     from dad_fast.discretizers.vqgan.discretizer import DEFAULT_OPTIMIZATIONS, load_file
 
     wanted = optimizations or DEFAULT_OPTIMIZATIONS
-    context = LoadContext(text=name, precision=precision, device=device, optimizations=wanted)
+    context = LoadContext(
+        text=name,
+        precision=precision,
+        device=device,
+        optimizations=wanted,
+        shapes_only=shapes_only,
+    )
     key, argument = DISCRETIZERS.split(name)
     if key in DISCRETIZERS:
         return DISCRETIZERS[key](argument, context)

@@ -45,6 +45,13 @@ def model_optimizations(cfg: Config) -> Optimizations:
     return Optimizations(**{name: _wanted(cfg, name) for name in MODEL_SAVINGS})
 
 
+def vqgan_optimizations(cfg: Config, device_type: str) -> VQGANOptimizations:
+    """Return the optimizations of a VQGAN that the run asks for."""
+    wanted = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
+    kernel = cfg.engine.step_kernels and device_type == "cuda"
+    return VQGANOptimizations(**wanted, norm_kernel=kernel)
+
+
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
     """Load the teacher of a run."""
     model = load_teacher(cfg.teacher, classes, cfg.precision, device)
@@ -57,9 +64,7 @@ def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeach
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
     """Load the discretizer of a run."""
-    wanted = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
-    kernel = cfg.engine.step_kernels and device.type == "cuda"
-    optimizations = VQGANOptimizations(**wanted, norm_kernel=kernel)
+    optimizations = vqgan_optimizations(cfg, device.type)
     model = load_discretizer(cfg.discretizer.name, cfg.precision, device, optimizations)
     return FrozenDiscretizer(model, model.fingerprint())
 

@@ -16,7 +16,7 @@ from dad_fast.discretizers.base import Discretized, Discretizer, LoadContext
 from dad_fast.discretizers.vqgan.float16_range import probe_images, probe_range
 from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
-from dad_fast.discretizers.vqgan.model import VQGAN
+from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.kernels import unpack_codes
 from dad_fast.models.weights.files import asset, fingerprint, sha256_file
 
@@ -177,9 +177,17 @@ def load_embedded(argument: str, context: LoadContext) -> VQGANDiscretizer:
 
 
 def _load(path: Path, context: LoadContext) -> VQGANDiscretizer:
-    vqgan, seen = VQGAN.load_with_provenance(path)
     optimizations = context.optimizations
     assert optimizations is None or isinstance(optimizations, VQGANOptimizations)
+    if context.shapes_only:
+        config, name = PRESETS["f8-16384"], f"{context.text}, not found: VQGAN f8 (16384) assumed"
+        if path.exists():
+            config, name = VQGAN.load(path).config, context.text
+        with torch.device(context.device):
+            vqgan = VQGAN(config)
+        return VQGANDiscretizer(vqgan, context.precision, optimizations=optimizations, name=name)
+
+    vqgan, seen = VQGAN.load_with_provenance(path)
     discretizer = VQGANDiscretizer(
         vqgan.to(context.device),
         context.precision,
