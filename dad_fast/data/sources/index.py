@@ -70,12 +70,7 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     root = folder.resolve()
     file = index_file(root)
     about = f"folder {str(root)!r}"
-    found: list[Entry] = []
-    with threads() as pool:
-        for scanned in pool.map(lambda label: _scan_class(root, label), classes):
-            found += scanned
-    found.sort(key=lambda entry: entry.path)
-
+    found = scan_folder(root, classes)
     with one_at_a_time(file, f"indexing {folder}"):
         known = {entry.path: entry for entry in load_index(file, about)}
         entries: dict[str, Entry] = {}
@@ -99,6 +94,18 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
                         folder,
                     )
     return [entries[entry.path] for entry in found]
+
+
+def scan_folder(root: Path, classes: list[str]) -> list[Entry]:
+    """Return the entries of a folder, sorted by path and not verified. Writes nothing.
+
+    Raises DataError when a class has no images or a folder cannot be listed.
+    """
+    found: list[Entry] = []
+    with threads() as pool:
+        for scanned in pool.map(lambda label: _scan_class(root, label), classes):
+            found += scanned
+    return sorted(found, key=lambda entry: entry.path)
 
 
 def index_file(path: Path) -> Path:

@@ -57,10 +57,15 @@ class Cost:
     flop, milliseconds. passed, layout: bytes of passes, and of copies between NCHW and NHWC.
     """
 
-    flop: int
+    flop: float
     milliseconds: float
-    passed: int
-    layout: int
+    passed: float
+    layout: float
+
+    def times(self, factor: float) -> Cost:
+        """Return the cost of `factor` of these."""
+        values = (self.flop, self.milliseconds, self.passed, self.layout)
+        return Cost(*(factor * value for value in values))
 
 
 def cost(ops: Sequence[Op], rates: Rates, compiled: bool, later: Trace) -> Cost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -39,8 +39,10 @@ class Step:
     """One optimizer step.
 
     micro_batches: of `batch_size` images each, in the trace.
-    teacher_pass: the teacher's forward pass on a batch; None without a teacher.
-    parameters: by model. notes: what could not be counted or had to be assumed.
+    teacher_pass: the teacher's forward pass on a batch, if asked for.
+    code_bytes: of an image's codes. kept_views: views of an image whose features a linear probe
+    keeps. parameters: by model. memory: bytes of what stays allocated, by name. notes: what could not be
+    counted or had to be assumed.
     """
 
     trace: Trace
@@ -48,18 +50,29 @@ class Step:
     micro_batches: int
     teacher_pass: Trace | None
     parameters: dict[str, int]
+    memory: dict[str, int]
     image_size: int
     code_bytes: int
+    kept_views: int
     notes: list[str]
 
 
-def trace_step(cfg: Config, num_classes: int, stored: Collection[str] = ()) -> Step:
+def trace_step(
+    cfg: Config,
+    num_classes: int,
+    stored: Collection[str] = (),
+    *,
+    several: bool = False,
+    teacher_alone: bool = False,
+) -> Step:
     """Trace a step of `cfg` on a GPU.
 
     stored: kinds of stores that it learns from: "adversarial" (with images), "codes", "targets".
+    several: several GPUs share gradients. teacher_alone: trace a pass of the teacher, too.
     Raises the errors of a run for models that are unknown or cannot be built.
     """
     accumulated = min(2, cfg.engine.grad_accum_steps)
+    static_gradients = several or cfg.engine.cuda_graphs != "off"
     engine = {"engine.cuda_graphs": "off", "engine.torchcompile": False}
     cfg = with_values(cfg, {**engine, "engine.grad_accum_steps": accumulated})
     notes: list[str] = []
@@ -82,6 +95,28 @@ def trace_step(cfg: Config, num_classes: int, stored: Collection[str] = ()) -> S
             parameter.grad = torch.empty_like(parameter)
         # Creates the optimizer's state.
         update.apply()
+        if static_gradients:
+            update.make_gradients_static()
+        models = {
+            "student": student,
+            "teacher": teacher,
+            "discretizer": next(iter(_modules(discretizer)), None),
+        }
+        parameters = {name: count(model) for name, model in models.items() if model is not None}
+        memory = {
+            "frozen models": _bytes(
+                *(_tensors(model) for model in (teacher, *_modules(discretizer)) if model)
+            ),
+            "student": _bytes(_trained(student)),
+            "gradients": _bytes([p.grad for p in update.parameters if p.grad is not None]),
+            "optimizer": _bytes(
+                value
+                for state in update.optimizer.state.values()
+                for value in state.values()
+                if isinstance(value, Tensor)
+            ),
+            "EMA": _bytes(_trained(update.ema.module)) if update.ema else 0,
+        }
         update.begin(0, cfg.optim.lr)
 
         name_method(step, "generate", "generate")
@@ -89,9 +124,10 @@ def trace_step(cfg: Config, num_classes: int, stored: Collection[str] = ()) -> S
         if discretizer is not None:
             for owner, method, name in discretizer.stages():
                 name_method(owner, method, name)
-        kinds = set(stored)
-        if is_probe and (cfg.lp_clip.views or is_fixed(cfg.augment)):
-            kinds.add("features")
+        kept_views = 0
+        if is_probe:
+            kept_views = 1 if is_fixed(cfg.augment) else cfg.lp_clip.views
+        kinds = {*stored, *(["features"] if kept_views else [])}
         code_bytes = _code_bytes(discretizer, side)
         batch_size = cfg.data.batch_size
         batch = _batch(batch_size * accumulated, side, num_classes, kinds, code_bytes, student)
@@ -100,25 +136,22 @@ def trace_step(cfg: Config, num_classes: int, stored: Collection[str] = ()) -> S
             step(batch, 0, cfg.optim.lr)
         trace = recorder.stop()
         teacher_pass = None
-        if teacher is not None:
+        if teacher is not None and teacher_alone:
             del step, update, batch
             recorder.start()
             with torch.no_grad():
                 teacher(torch.empty(batch_size, 3, side, side))
             teacher_pass = recorder.stop()
-    parameters = {
-        "student": student,
-        "teacher": teacher,
-        "discretizer": next(iter(_modules(discretizer)), None),
-    }
     return Step(
         trace,
         batch_size,
         accumulated,
         teacher_pass,
-        {name: _count(model) for name, model in parameters.items() if model is not None},
+        parameters,
+        memory,
         side,
         code_bytes,
+        kept_views,
         notes,
     )
 
@@ -257,5 +290,22 @@ def _batch(
     )
 
 
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def count(model: nn.Module) -> int:
+    """Return the number of parameters of a model; of a student those that are trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(parameter.numel() for parameter in trained or model.parameters())
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _trained(student: nn.Module) -> list[Tensor]:
+    """Return the tensors of a student without those of a frozen encoder."""
+    kept = student.state_dict(keep_vars=True).values()
+    return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+
+
+def _bytes(*groups: Iterable[Tensor]) -> int:
+    unique = {id(tensor): tensor for group in groups for tensor in group}
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())

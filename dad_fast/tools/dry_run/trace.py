@@ -2,13 +2,14 @@
 
 Fake tensors have shapes and strides and no content, so a step of the real size runs in seconds on
 any machine. They are on the CPU, since autograd calls the driver for tensors of a CUDA device.
-What differs on CUDA is made up for here: autocast runs norms in float32, torch's group norm leaves
-NHWC, and attention in a head wider than 256 with strided inputs takes three plain operations.
+What differs on CUDA is made up for here: autocast runs norms in float32, and torch's group norm
+takes and returns NCHW.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,10 +33,9 @@ aten = torch.ops.aten
 BLOCK = 512
 # Kinds of work that run at different rates
 PASS, MATMUL, CONV, ATTENTION = "pass", "matmul", "conv", "attention"
-# Widest head of flash kernels
-FLASH_WIDTH = 256
 # Autocast of CUDA casts the inputs of these to float32, that of a CPU does not.
 IN_FLOAT32 = (F.layer_norm, F.group_norm)
+COPIES = ("clone", "contiguous", "_to_copy", "copy_")
 # Write their first argument without reading it
 OVERWRITING = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_")
 
@@ -96,6 +96,9 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     """Make new tensors fake in this context, and run autograd on this thread."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # From copying a module, for the EMA.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(CudaAutocast())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
@@ -184,17 +187,12 @@ class Recorder(TorchDispatchMode):
             return out
 
         op = self._op(packet, args, kwargs, ins, out, new, written)
-        temporary = 0
-        if op.kind == ATTENTION and op.dtype == "float32" and ins[0].element_size() < 4:
-            # Scores and probabilities
-            temporary = 2 * 4 * math.prod(ins[0].shape[:-1]) * ins[1].shape[-2]
         if self._recording:
-            if op.flop or op.moved:
+            if op.flop or op.moved or op.layout:
                 self.trace.ops.append(op)
             stages = tuple(self._stages)
-            most = self._live + temporary
-            self.trace.peak = max(self.trace.peak, most)
-            self.trace.peaks[stages] = max(self.trace.peaks.get(stages, 0), most)
+            self.trace.peak = max(self.trace.peak, self._live)
+            self.trace.peaks[stages] = max(self.trace.peaks.get(stages, 0), self._live)
         return out
 
     def _op(
@@ -223,14 +221,11 @@ class Recorder(TorchDispatchMode):
         if flop:
             # Labels of samples may come before the matrices.
             dtype = str(next(t for t in ins if t.is_floating_point()).dtype).removeprefix("torch.")
-        if kind == ATTENTION and ins[0].shape[-1] > FLASH_WIDTH:
-            if any(tensor.stride(-1) != 1 for tensor in ins[:3]):
-                dtype = "float32"
         if name == "convolution":
             bias = 2 * size(outs[0]) if args[2] is not None else 0
         elif name == "native_group_norm":
             reads = {number: 2 * count for number, count in reads.items()}
-        elif name in ("clone", "_to_copy", "copy_") and outs and ins[-1].ndim == 4:
+        elif name in COPIES and outs and ins[-1].ndim == 4:
             if is_nhwc(ins[-1]) != is_nhwc(outs[0]) and ins[-1].shape[1] > 1:
                 reads, writes, layout = {}, {}, size(ins[-1]) + size(outs[0])
         return Op(name, tuple(self._stages), kind, flop, dtype, reads, writes, layout, bias)
