@@ -152,9 +152,7 @@ def estimate(cfg: Config, num_gpus: int) -> Estimate:
         )
     kinds = [*_existing(cfg), *_to_make(cfg)]
     is_probe = METHODS[cfg.method].linear_probe
-    step = trace_step(
-        cfg, data.num_classes, kinds, several=num_gpus > 1, teacher_alone=is_probe
-    )
+    step = trace_step(cfg, data.num_classes, kinds, several=num_gpus > 1, teacher_alone=is_probe)
     return Estimate(cfg, data, num_gpus, step, tuple(_stores(cfg, data)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dad_fast.tools.dry_run.trace import CONV, PASS, Op, Trace
+from dad_fast.tools.dry_run.trace import PASS, Op, Trace
 
 TABLE = Path(__file__).with_name("rates.toml")
 

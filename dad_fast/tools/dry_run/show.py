@@ -24,9 +24,7 @@ def show(found: Estimate, table: Sequence[Rates]) -> str:
     return printable("\n".join(lines))
 
 
-def show_several(
-    runs: Sequence[tuple[str, int, Estimate]], table: Sequence[Rates]
-) -> str:
+def show_several(runs: Sequence[tuple[str, int, Estimate]], table: Sequence[Rates]) -> str:
     """Return the text of several runs: (variant, number of seeds, estimate)."""
     width = max(len(name) for name, _, _ in runs) + 2
     head = "".join(f"{f'h {rates.name}':>14}" for rates in table)

@@ -226,9 +226,7 @@ class _Uncounted(Discretizer):
         return Discretized(pixels.detach() * 1.0, None)
 
 
-def _runnable(
-    discretizer: Discretizer | None, side: int, notes: list[str]
-) -> Discretizer | None:
+def _runnable(discretizer: Discretizer | None, side: int, notes: list[str]) -> Discretizer | None:
     if discretizer is None:
         return None
     try:

@@ -168,6 +168,13 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
+        if packet is torch.ops.prim.device:
+            return func(*args, **kwargs)
+        # Reading sizes and strides is no operation.
+        with torch._C.DisableTorchFunction():
+            return self._recorded(func, packet, args, kwargs)
+
+    def _recorded(self, func: Any, packet: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         if packet is aten.native_group_norm and not args[0].is_contiguous():
             # torch's CUDA kernel takes and returns NCHW.
             with self:
@@ -276,9 +283,10 @@ def is_nhwc(tensor: Tensor) -> bool:
 
 def attention_flop(tensors: list[Tensor], backward: bool) -> int:
     """Return the FLOP of two matrix products, or of the four of the backward pass."""
-    q, k, v = tensors[1:4] if backward else tensors[:3]
-    batch, (queries, width), (keys, values) = math.prod(q.shape[:-2]), q.shape[-2:], v.shape[-2:]
-    products = 2 * batch * queries * keys
+    q, _, v = tensors[1:4] if backward else tensors[:3]
+    queries, width = q.shape[-2:]
+    keys, values = v.shape[-2:]
+    products = 2 * math.prod(q.shape[:-2]) * queries * keys
     return products * (2 * (width + values) if backward else width + values)
 
 
