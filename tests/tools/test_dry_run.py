@@ -120,10 +120,15 @@ def test_flop_are_those_that_torch_counts():
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
-def test_hours_are_steps_times_the_step():
-    cfg = with_assumptions(gather("demo", None, ["max_steps=70"], {"method": "kd"}))
-    ((_, _, one),) = expand(with_values(cfg, {"schedule.epochs": 6}))
-    found = estimate(one, num_gpus=2)
+@pytest.fixture(scope="module")
+def kd():
+    """KD on two GPUs for 70 steps."""
+    ((_, _, cfg),) = expand(gather("demo", None, ["max_steps=70"], {"method": "kd"}))
+    return estimate(cfg, num_gpus=2)
+
+
+def test_hours_are_steps_times_the_step(kd):
+    found = kd
     assert found.data.num_classes == 10
     assert found.cfg.data.global_batch_size == 200
     assert found.steps_per_epoch == found.data.num_images // 200
@@ -156,14 +161,12 @@ def test_accumulation_adds_forward_passes_and_no_updates():
     assert passes[0] == pytest.approx(passes[1], rel=0.01)
 
 
-def test_compiled_passes_move_less():
-    ((_, _, one),) = expand(gather("demo", None, ["data.batch_size=8"], {"method": "kd"}))
-    found = estimate(one, num_gpus=1)
-    compiled = with_values(found.cfg, {"engine.torchcompile": True})
-    faster = dataclasses.replace(found, cfg=compiled)
-    assert faster.step_milliseconds(RATES) < found.step_milliseconds(RATES)
+def test_compiled_passes_move_less(kd):
+    compiled = dataclasses.replace(kd, cfg=with_values(kd.cfg, {"engine.torchcompile": True}))
+    assert compiled.step_milliseconds(RATES) < kd.step_milliseconds(RATES)
 
 
+@pytest.mark.slow
 def test_largest_batch_fills_the_card():
     ((_, _, one),) = expand(gather("demo", None, ["data.batch_size=32"], {"method": "ce"}))
     found = estimate(one, num_gpus=1)
@@ -196,7 +199,12 @@ def elsewhere(tmp_path, monkeypatch):
             ["attack: teacher", "VQGAN encode", "teacher, logits", "sum of gradients", "on 4 GPUs"],
             ["note"],
         ),
-        (["--method", "kd", "--amp"], ["teacher, logits"], ["attack", "VQGAN", "sum of"]),
+        pytest.param(
+            ["--method", "kd", "--amp"],
+            ["teacher, logits"],
+            ["attack", "VQGAN", "sum of"],
+            marks=pytest.mark.slow,
+        ),
         (["--method", "dat"], ["attack: student", "VQGAN decode"], ["teacher"]),
         (["--method", "dad", "--discretizer", "jpeg:75"], ["jpeg:75: works on values"], ["VQGAN"]),
         (
@@ -205,7 +213,12 @@ def elsewhere(tmp_path, monkeypatch):
             ["attack", "teacher, logits"],
         ),
         (["--method", "lp-clip"], ["teacher's encoder", "before"], ["VQGAN", "attack"]),
-        (["--method", "lp-clip", "--lp-views", "2"], ["before"], ["teacher's encoder"]),
+        pytest.param(
+            ["--method", "lp-clip", "--lp-views", "2"],
+            ["before"],
+            ["teacher's encoder"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_dry_run_writes_nothing(elsewhere, capsys, more, shown, hidden):

@@ -122,7 +122,7 @@ def make_fake(module: nn.Module) -> None:
                         new = nn.Parameter(new, requires_grad=old.requires_grad)
                     # `old` is kept, so that no other tensor gets its id.
                     done[id(old)] = new, old
-                tensors[name] = done[id(old)][0]  # type: ignore[assignment]
+                tensors[name] = done[id(old)][0]
 
 
 class Recorder(TorchDispatchMode):
