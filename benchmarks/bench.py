@@ -31,11 +31,20 @@ def default_size(device: torch.device) -> str:
 class Session:
     """All comparisons of one pytest session, by group.
 
-    `out`: folder of the records, or None to write none.
+    `out`: folder of the records, or None to write none. batch_size, rounds: 0 is each group's own.
     """
 
-    def __init__(self, device: torch.device, size: str, out: Path | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        size: str,
+        out: Path | None = None,
+        batch_size: int = 0,
+        rounds: int = 0,
+    ) -> None:
         self.device, self.size, self.out = device, size, out
+        self.batch_size = batch_size
+        self.rounds = rounds
         self.machine = Machine(device)
         self.groups: dict[str, list[Record]] = {}
         self.started = time.perf_counter()
@@ -123,7 +132,7 @@ class Bench:
                     traceback.print_exc(file=sys.stdout)
                     # The frames of the traceback hold the function's tensors.
                     failures[key] = error.with_traceback(None)
-        times = interleaved(timed, self.device, seconds)
+        times = interleaved(timed, self.device, seconds, self.session.rounds)
         rows, ratios = [], {}
         for key, function in timed.items():
             pairs = zip(times[key], times[baseline], strict=True)

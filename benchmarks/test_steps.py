@@ -41,6 +41,10 @@ def work(request: pytest.FixtureRequest, _bench_session: Session) -> Iterator[Wo
     size, device, batch_size = _bench_session.size, _bench_session.device, request.param
     if device.type == "cpu" and batch_size > 32:
         batch_size = 100  # the demo's own
+    if _bench_session.batch_size:
+        if request.param != 32:
+            pytest.skip("--bench-batch is the one size")
+        batch_size = _bench_session.batch_size
     yield make_workload(size, device, batch_size)
 
 
@@ -87,11 +91,12 @@ def test_steps_of_resnet50(bench: Bench) -> None:
     """Smaller student of the same teacher: distillation is a larger part of its step."""
     if bench.size != "paper":
         pytest.skip("at size paper: ResNet-50 from ViT-L/14")
-    work = make_workload("paper", bench.device, 256, preset="dad-rn50")
+    batch_size = bench.session.batch_size or 256
+    work = make_workload("paper", bench.device, batch_size, preset="dad-rn50")
     steps = {
         name: one_step(work, name) for name in ("kd", "dad, paper's order", "dad, authors' order")
     }
-    compare(bench, "ResNet-50, batch 256", work, steps, seconds=10)
+    compare(bench, f"ResNet-50, batch {batch_size}", work, steps, seconds=10)
 
 
 @pytest.mark.parametrize("name", GRAPHED)

@@ -28,12 +28,12 @@ Function = Callable[[], object]
 
 
 def interleaved(
-    functions: Mapping[str, Function], device: torch.device, seconds: float
+    functions: Mapping[str, Function], device: torch.device, seconds: float, rounds: int = 0
 ) -> dict[str, list[float]]:
     """Return seconds per call of each function, a value per round (at least MIN_ROUNDS), in the
     order of the rounds.
 
-    `seconds` is the target time of all rounds together.
+    `seconds` is the target time of all rounds together, unless their number is given.
     """
     timer = _EventTimer(device) if device.type == "cuda" else _wall_time
     names = list(functions)
@@ -43,7 +43,7 @@ def interleaved(
         estimate = min(timer(function, 1) for _ in range(2))
         calls[name] = max(1, min(MAX_CALLS, math.ceil(BLOCK_SECONDS / max(estimate, 1e-9))))
         round_seconds += estimate * calls[name]
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds)))
+    rounds = rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds)))
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
