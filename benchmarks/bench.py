@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,16 @@ import torch
 
 from benchmarks.machine import Machine
 from benchmarks.record import Record, make_record, record_path, write_record
-from benchmarks.timing import Function, graphed, interleaved, joules_per_call, peak_memory, spread
+from benchmarks.timing import (
+    Function,
+    graphed,
+    interleaved,
+    joules_per_call,
+    peak_memory,
+    peaks,
+    reset_peaks,
+    spread,
+)
 
 # Limit per comparison at size tiny, which also takes a third of the requested time: all groups take
 # minutes on two cores.
@@ -31,7 +40,9 @@ def default_size(device: torch.device) -> str:
 class Session:
     """All comparisons of one pytest session, by group.
 
-    `out`: folder of the records, or None to write none. batch_size, rounds: 0 is each group's own.
+    out         folder of the records, or None to write none
+    batch_size  of the groups steps and stored; 0 = each group's own
+    rounds      rounds of every comparison, without the energy; 0 = by time
     """
 
     def __init__(
@@ -69,12 +80,55 @@ class Session:
         return records
 
 
+def timed_row(name: str, times: Sequence[float], baseline: Sequence[float], work: float) -> Record:
+    """Return a record's row from seconds per call of a function and of the baseline, in the same
+    order of rounds.
+    """
+    seconds = spread(times)
+    return {
+        "name": name,
+        "ms": {key: value if key == "n" else value * 1e3 for key, value in seconds.items()},
+        "ratio": spread([own / base for own, base in zip(times, baseline, strict=True)]),
+        "per_second": work / seconds["median"],
+    }
+
+
 class Bench:
     """Device, size and `compare` for one benchmark."""
 
     def __init__(self, session: Session, group: str) -> None:
         self.session, self.group = session, group
         self.device, self.size = session.device, session.size
+
+    def add(
+        self,
+        name: str,
+        rows: Sequence[Record],
+        *,
+        baseline: str,
+        work: float,
+        unit: str = "img",
+        config: Mapping[str, Any] | None = None,
+        graph: bool = False,
+        memory: Mapping[str, float] | None = None,
+        left_out: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add a comparison that was measured elsewhere, and write the records."""
+        comparison = {
+            "name": name,
+            "unit": unit,
+            "work": work,
+            "baseline": baseline,
+            "config": dict(config or {}),
+            "graph": graph,
+            "rows": list(rows),
+        }
+        if memory:
+            comparison["memory"] = dict(memory)
+        if left_out:
+            comparison["left_out"] = dict(left_out)
+        self.session.groups.setdefault(self.group, []).append(comparison)
+        self.session.write()
 
     def compare(
         self,
@@ -104,7 +158,7 @@ class Bench:
         notes       a remark per function
         graph       on a GPU, time the replay of a CUDA graph of each function
         energy      on a GPU, measure joules per `unit` over a block of calls
-        seconds     limit of all rounds together (at least 5 rounds run)
+        seconds     limit of all rounds together (at least 5 rounds run); --bench-rounds overrides it
 
         Returns the median ratio of each function to the baseline over rounds. A failing function is
         left out by name, and the test fails after the others are recorded; a function that runs out
@@ -115,6 +169,7 @@ class Bench:
         graph = graph and self.device.type == "cuda"
         if self.size == "tiny":
             seconds = min(seconds / 3, TINY_SECONDS)
+        reset_peaks(self.device)
         timed, left_out, failures = {}, {}, {}
         for key, function in functions.items():
             try:
@@ -126,24 +181,18 @@ class Bench:
             except Exception as error:
                 if key == baseline:
                     raise
-                message = (str(error).strip() or "no message").splitlines()[0][:300]
-                left_out[key] = f"{type(error).__name__}: {message}"
+                left_out[key] = reason(error)
                 if not isinstance(error, torch.OutOfMemoryError):
                     traceback.print_exc(file=sys.stdout)
                     # The frames of the traceback hold the function's tensors.
                     failures[key] = error.with_traceback(None)
-        times = interleaved(timed, self.device, seconds, self.session.rounds)
-        rows, ratios = [], {}
+        rounds = self.session.rounds
+        times = interleaved(timed, self.device, seconds, rounds)
+        memory = peaks(self.device)
+        gpu = self.session.machine.gpu
+        rows = []
         for key, function in timed.items():
-            pairs = zip(times[key], times[baseline], strict=True)
-            ratio = spread([own / base for own, base in pairs])
-            ratios[key] = ratio["median"]
-            row: Record = {
-                "name": key,
-                "ms": {k: v if k == "n" else v * 1e3 for k, v in spread(times[key]).items()},
-                "ratio": ratio,
-            }
-            row["per_second"] = work / spread(times[key])["median"]
+            row = timed_row(key, times[key], times[baseline], work)
             if predicted and key in predicted:
                 row["predicted"] = predicted[key]
             if flops and key in flops:
@@ -155,26 +204,31 @@ class Bench:
             peak = peak_memory(function, self.device)
             if peak is not None and not graph:  # a graph's memory was taken at capture
                 row["peak_bytes"] = peak
-            gpu = self.session.machine.gpu
-            if energy and gpu is not None:
+            if energy and gpu is not None and not rounds:
                 joules = joules_per_call(function, self.device, gpu.energy_joules)
                 if joules is not None:
                     row["joules"] = joules / work
             rows.append(row)
-        comparison = {
-            "name": name,
-            "unit": unit,
-            "work": work,
-            "baseline": baseline,
-            "config": dict(config or {}),
-            "graph": graph,
-        }
-        comparison |= {"rows": rows} | ({"left_out": left_out} if left_out else {})
-        self.session.groups.setdefault(self.group, []).append(comparison)
-        self.session.write()
+        self.add(
+            name,
+            rows,
+            baseline=baseline,
+            work=work,
+            unit=unit,
+            config=config,
+            graph=graph,
+            memory=memory,
+            left_out=left_out,
+        )
         if failures:
             key, cause = next(iter(failures.items()))
             raise RuntimeError(
                 f"{name}: not measured: {', '.join(failures)}; {key}: {left_out[key]}"
             ) from cause
-        return ratios
+        return {row["name"]: row["ratio"]["median"] for row in rows}
+
+
+def reason(error: Exception) -> str:
+    """Return one line of an error for a record."""
+    message = (str(error).strip() or "no message").splitlines()[0][:300]
+    return f"{type(error).__name__}: {message}"

@@ -7,6 +7,7 @@ pytest-benchmark may be installed as well: its options start with --benchmark- a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +16,14 @@ import pytest
 
 from benchmarks import overhead
 from benchmarks.record import SIZES, Record, as_text, read_record, record_path
+from dad_fast.allocator import use_expandable_segments
 
 if TYPE_CHECKING:  # torch is imported when the first benchmark runs
     from benchmarks.bench import Bench, Session
 
 HERE = Path(__file__).parent
+# As in a run, before torch is imported.
+use_expandable_segments()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +55,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="runs/benchmarks",
         metavar="DIR",
         help="folder of the records [runs/benchmarks]",
+    )
+    group.addoption(
+        "--bench-rounds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rounds of every comparison, without energy; 0 = by time [0]",
     )
     group.addoption(
         "--overhead-compare",
@@ -125,11 +136,13 @@ def _bench_session(request: pytest.FixtureRequest) -> Session:
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, _bench_session: Session) -> Bench:
+def bench(request: pytest.FixtureRequest, _bench_session: Session) -> Iterator[Bench]:
     """Time functions for the group of the file test_<group>.py."""
     from benchmarks.bench import Bench
+    from dad_fast.engine.choices import fast_convolutions
 
-    return Bench(_bench_session, request.path.stem.removeprefix("test_"))
+    with fast_convolutions(_bench_session.device):
+        yield Bench(_bench_session, request.path.stem.removeprefix("test_"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -120,10 +120,19 @@ def as_text(comparison: Record) -> str:
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         text.append("  " + "  ".join(cells).rstrip())
-    text += [
-        f"  {name}: left out ({reason})" for name, reason in comparison.get("left_out", {}).items()
-    ]
-    return "\n".join(text)
+    return "\n".join([*text, *(f"  {line}" for line in remarks(comparison))])
+
+
+def remarks(comparison: Record) -> list[str]:
+    """Return lines for below the table: functions that were left out, memory of the process."""
+    lines = [f"{name}: left out ({why})" for name, why in comparison.get("left_out", {}).items()]
+    if "memory" in comparison:
+        memory = comparison["memory"]
+        lines.append(
+            f"peak of the process: {number(memory['allocated_gib'])} GiB allocated, "
+            f"{number(memory['reserved_gib'])} GiB reserved"
+        )
+    return lines
 
 
 def number(value: float) -> str:

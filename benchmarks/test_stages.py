@@ -4,6 +4,7 @@ interleaved run.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -12,15 +13,17 @@ from torch import Tensor
 
 from benchmarks.bench import Bench
 from benchmarks.timm_kd import kd_baseline
-from benchmarks.workload import make_workload
+from benchmarks.workload import batch_size_for, make_workload
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
+from dad_fast.discretizers.vqgan.fused_layers import Attention
 from dad_fast.engine.generator import AttackGenerator
+from dad_fast.kernels.wide_attention import WAYS
 from dad_fast.methods.attack import cross_entropy_direction
 
 
 @pytest.mark.parametrize("batch_size", [32, 256])
 def test_stages(bench: Bench, batch_size: int) -> None:
-    if bench.device.type == "cpu" and batch_size > 32:
-        batch_size = 100  # the demo's own
+    batch_size = batch_size_for(bench.device, bench.size, batch_size)
     work = make_workload(bench.size, bench.device, batch_size)
     flops = work.flops
     step = work.step(work.with_method("dad"))
@@ -91,18 +94,56 @@ def test_stages(bench: Bench, batch_size: int) -> None:
     )
 
 
-def test_ceiling(bench: Bench) -> None:
-    """Plain matrix product: the reference of the TFLOP/s column."""
-    side, dtype = (8192, torch.bfloat16) if bench.device.type == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
-    name = f"{side} x {side}, {str(dtype).removeprefix('torch.')}"
+# Norm, attention, cuDNN's choice of algorithm by timing
+VARIANTS = {
+    "torch's norm, sdpa": (False, "sdpa", False),
+    "norm kernel, sdpa": (True, "sdpa", False),
+    "norm kernel, sdpa on copies": (True, "sdpa on copies", False),
+    "norm kernel, bmm": (True, "bmm", False),
+    "norm kernel, bmm, cudnn.benchmark": (True, "bmm", True),
+}
+
+
+def sdpa_on_copies(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attend after copies of q, k and v, which come strided from NHWC maps."""
+    return WAYS["sdpa"](q.contiguous(), k.contiguous(), v.contiguous(), scale)
+
+
+@pytest.mark.parametrize("batch_size", [32, 256])
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_variants(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str, batch_size: int
+) -> None:
+    """Encode and decode with each kind of group norm and of attention."""
+    batch_size = batch_size_for(bench.device, bench.size, batch_size)
+    work = make_workload(bench.size, bench.device, batch_size)
+    vqgan, precision = work.discretizer, work.cfg.precision
+    x = work.batch.images.float() / 255.0
+    with torch.no_grad():
+        inputs = x if what == "encode" else vqgan.vqgan.lookup(vqgan.encode(x))
+
+    def variant(norm_kernel: bool, attention: str, benchmark: bool) -> Callable[[], Tensor]:
+        switches = dataclasses.replace(vqgan.optimizations, norm_kernel=norm_kernel)
+        form = VQGANDiscretizer(vqgan.vqgan, precision, optimizations=switches)
+        form.fit_float16(x[:8])
+        for module in form.fused.modules():
+            if isinstance(module, Attention):
+                module.attend = {**WAYS, "sdpa on copies": sdpa_on_copies}[attention]
+        half = getattr(form, what)
+
+        def run() -> Tensor:
+            torch.backends.cudnn.benchmark = benchmark
+            return half(inputs)
+
+        return run
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # as before, afterwards
     bench.compare(
-        "matrix product",
-        {name: lambda: a @ b},
-        baseline=name,
-        work=1,
-        unit="product",
-        flops={name: 2 * side**3},
-        seconds=5,
-        config={"side": side, "dtype": str(dtype).removeprefix("torch.")},
+        f"batch {batch_size}, {what}",
+        {name: variant(*switches) for name, switches in VARIANTS.items()},
+        baseline=next(iter(VARIANTS)),
+        work=batch_size,
+        config=work.describe(),
+        flops=dict.fromkeys(VARIANTS, work.flops.of[what]),
+        seconds=10,
     )

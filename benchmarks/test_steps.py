@@ -4,6 +4,7 @@ paper's and the authors' order.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,41 +12,51 @@ import torch
 
 from benchmarks.bench import Bench, Session
 from benchmarks.timm_kd import kd_baseline
-from benchmarks.workload import Workload, make_workload
+from benchmarks.workload import Workload, batch_size_for, make_workload
 
-STEPS: dict[str, tuple[str, str, str]] = {  # method, order, form
-    "ce": ("ce", "paper", ""),
-    "kd": ("kd", "paper", ""),
-    "dat": ("dat", "paper", ""),
-    "dad, paper's order": ("dad", "paper", ""),
-    "dad, authors' order": ("dad", "authors", ""),
-    "dad, paper's order, no savings": ("dad", "paper", "no savings"),
-    "dad, paper's order, Triton kernels": ("dad", "paper", "kernels"),
+STEPS: dict[str, tuple[str, str, str, str]] = {  # method, order, form, graphs
+    "ce": ("ce", "paper", "", "off"),
+    "kd": ("kd", "paper", "", "off"),
+    "kd, graphs": ("kd", "paper", "", "on"),
+    "dat": ("dat", "paper", "", "off"),
+    "dad, paper's order": ("dad", "paper", "", "off"),
+    "dad, authors' order": ("dad", "authors", "", "off"),
+    "dad, paper's order, no savings": ("dad", "paper", "no savings", "off"),
+    "dad, paper's order, graphs": ("dad", "paper", "", "on"),
+    "dad, paper's order, kernels": ("dad", "paper", "kernels", "off"),
+    "dad, paper's order, kernels, graphs": ("dad", "paper", "kernels", "on"),
+    "dad, paper's order, compiled, graphs": ("dad", "paper", "compiled", "on"),
 }
-GRAPHED = ("kd", "dad, paper's order", "dad, paper's order, Triton kernels")
+PLAIN = [name for name, (*_, form, graphs) in STEPS.items() if not form and graphs == "off"]
+# Forms of a step on a GPU, by comparison. A captured step keeps the memory of its activations, so
+# that not all of them fit at once.
+FORMS = {
+    "plain and graphs": ["kd", "kd, graphs", "dad, paper's order", "dad, paper's order, graphs"],
+    "kernels and graphs": ["dad, paper's order, kernels, graphs"],
+    "compiled and graphs": ["dad, paper's order, compiled, graphs"],
+}
 
 
-def one_step(work: Workload, name: str, graphs: str = "off") -> Callable[[], object]:
-    step = work.step(work.with_method(*STEPS[name], graphs))
+def one_step(work: Workload, name: str) -> Callable[[], object]:
+    step = work.step(work.with_method(*STEPS[name]))
     return lambda: step(work.batch, 10, work.cfg.optim.lr)
-
-
-@pytest.fixture
-def on_gpu(bench: Bench) -> None:
-    if bench.device.type != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
 
 
 @pytest.fixture(scope="module", params=[32, 256])
 def work(request: pytest.FixtureRequest, _bench_session: Session) -> Iterator[Workload]:
-    size, device, batch_size = _bench_session.size, _bench_session.device, request.param
-    if device.type == "cpu" and batch_size > 32:
-        batch_size = 100  # the demo's own
-    if _bench_session.batch_size:
-        if request.param != 32:
-            pytest.skip("--bench-batch is the one size")
-        batch_size = _bench_session.batch_size
-    yield make_workload(size, device, batch_size)
+    size, device = _bench_session.size, _bench_session.device
+    batch_size = _bench_session.batch_size
+    if batch_size and request.param != 32:
+        pytest.skip("--bench-batch is the one size")
+    yield make_workload(size, device, batch_size or batch_size_for(device, size, request.param))
+
+
+@pytest.fixture(autouse=True)
+def _free_memory() -> Iterator[None]:
+    """Give captured steps' memory back before the next test: they hang in cycles of references."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def compare(
@@ -54,7 +65,7 @@ def compare(
     flops = work.flops
     baseline, step = kd_baseline(work)
     functions = {baseline: step} | steps
-    counted = {key: flops.of_step(*STEPS[key.removesuffix(", graphs")][:2]) for key in steps} | {
+    counted = {key: flops.of_step(*STEPS[key][:2]) for key in steps} | {
         baseline: flops.of_step("kd")
     }
     config = work.describe() | {
@@ -73,16 +84,12 @@ def compare(
         )
     except torch.OutOfMemoryError:
         pytest.skip(f"{name} does not fit into this GPU's memory")
-    finally:
-        torch.cuda.empty_cache()
 
 
 def test_steps(bench: Bench, work: Workload) -> None:
-    names = [
-        name
-        for name, (_, _, form) in STEPS.items()
-        if form != "kernels" or bench.device.type == "cuda"
-    ]
+    names = [*PLAIN, "dad, paper's order, no savings"]
+    if bench.device.type == "cuda":
+        names.append("dad, paper's order, kernels")
     steps = {name: one_step(work, name) for name in names}
     compare(bench, f"batch {len(work.batch.labels)}", work, steps, seconds=25)
 
@@ -99,8 +106,12 @@ def test_steps_of_resnet50(bench: Bench) -> None:
     compare(bench, f"ResNet-50, batch {batch_size}", work, steps, seconds=10)
 
 
-@pytest.mark.parametrize("name", GRAPHED)
-def test_graphs(bench: Bench, on_gpu: None, work: Workload, name: str) -> None:
-    """Run one method at a time, because a captured step keeps the memory of its activations."""
-    steps = {name: one_step(work, name), f"{name}, graphs": one_step(work, name, graphs="on")}
-    compare(bench, f"batch {len(work.batch.labels)}, graphs, {name}", work, steps, seconds=10)
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(bench: Bench, work: Workload, form: str) -> None:
+    names = FORMS[form]
+    if bench.device.type != "cuda":  # a rehearsal: no graphs, no compiling
+        names = [name for name in names if name in PLAIN]
+        if not names:
+            pytest.skip("needs CUDA")
+    steps = {name: one_step(work, name) for name in names}
+    compare(bench, f"batch {len(work.batch.labels)}, {form}", work, steps, seconds=10)

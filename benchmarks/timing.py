@@ -30,10 +30,10 @@ Function = Callable[[], object]
 def interleaved(
     functions: Mapping[str, Function], device: torch.device, seconds: float, rounds: int = 0
 ) -> dict[str, list[float]]:
-    """Return seconds per call of each function, a value per round (at least MIN_ROUNDS), in the
-    order of the rounds.
+    """Return seconds per call of each function, a value per round, in the order of the rounds.
 
-    `seconds` is the target time of all rounds together, unless their number is given.
+    seconds  target time of all rounds together (at least MIN_ROUNDS)
+    rounds   number of rounds, whatever their time; 0 = by `seconds`
     """
     timer = _EventTimer(device) if device.type == "cuda" else _wall_time
     names = list(functions)
@@ -92,6 +92,21 @@ def peak_memory(function: Function, device: torch.device) -> int | None:
     function()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def reset_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Return the peak memory of this process since `reset_peaks`, in GiB; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "allocated_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved(device) / 2**30, 2),
+    }
 
 
 def joules_per_call(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.workload import Workload
 from dad_fast.data.augment.mixing import mix, to_pixels
 from dad_fast.methods.losses import smooth
+from dad_fast.models.float32 import float32_math
 from dad_fast.models.teacher import Teacher
 
 try:
@@ -97,10 +98,14 @@ class TimmKD:
         self.cfg, self.device = cfg, device
 
     def __call__(self) -> Tensor:
+        with float32_math(tf32=self.cfg.precision.tf32):
+            return self._step()
+
+    def _step(self) -> Tensor:
         precision = self.cfg.precision
         x = (self.images.float() - self.mean) / self.std
         dtype = getattr(torch, precision.student)
-        with torch.autocast(self.device.type, dtype, enabled=precision.amp):
+        with torch.autocast(self.device.type, dtype, enabled=bool(precision.amp)):
             loss = self.task(x, self.targets)["loss"]
         self.optimizer.zero_grad()
         loss.backward()

@@ -4,7 +4,9 @@ device, by size.
 tiny   the demo's own: embedded digits, its trained teacher and VQGAN, 28 px
 base   ResNet-50 from a CLIP ViT-B/16 with VQGAN f16 (1024 codes), 224 px
 paper  ViT-B/16 from a CLIP ViT-L/14 with VQGAN f8 (16384 codes), 224 px
-base and paper have random weights of timm's and taming's architectures: only shapes matter for time, and nothing is downloaded.
+base and paper have random weights of published architectures: only shapes matter for time, and
+nothing is downloaded. Their teacher is open_clip's image tower, as the presets', or timm's where
+open_clip is not installed; the record names it.
 
 Teacher, VQGAN and student have the optimizations of a run (models/optimizations.py, FusedVQGAN).
 Their plain forms are kept for the baseline and for counting FLOP.
@@ -17,6 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -26,14 +29,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dad_fast.config.resolve import gather
-from dad_fast.config.schema import Config
+from dad_fast.config.schema import Config, EngineConfig, PrecisionConfig
 from dad_fast.data.augment.records import UNMIXED, mix_record, uses_mixing
+from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.engine.build import make_step
+from dad_fast.engine.choices import DeviceFacts, choose
 from dad_fast.engine.frozen import model_optimizations
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
@@ -45,6 +50,55 @@ from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
 
 SMOOTH_SIDE = 16  # random images are noise of this side, enlarged: neither flat nor white
+# Preset, teacher (of TOWERS), VQGAN
+MODELS = {
+    "base": ("dad-rn50", "ViT-B-16", "f16-1024"),
+    "paper": ("dad-vitb16", "ViT-L-14", "f8-16384"),
+}
+
+
+def speed(engine: EngineConfig, form: str, graphs: str) -> EngineConfig:
+    """Return `engine` in a form of `Workload.with_method`.
+
+    With `uses_kernels`, the only place here that names the settings of speed.
+    """
+    return dataclasses.replace(
+        engine,
+        savings=("none",) if form == "no savings" else ("all",),
+        kernels="on" if form == "kernels" else "off",
+        torchcompile=form == "compiled",
+        cuda_graphs=graphs,  # type: ignore[arg-type]
+    )
+
+
+def uses_kernels(engine: EngineConfig) -> bool:
+    return engine.kernels == "on"
+
+
+def batch_size_for(device: torch.device, size: str, wanted: int) -> int:
+    """Return `wanted` on a GPU; on a CPU at most 100 digits (the demo's batch) or 4 images."""
+    if device.type == "cuda":
+        return wanted
+    return min(wanted, 100 if size == "tiny" else 4)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Shape of a CLIP's image tower."""
+
+    patch: int
+    width: int
+    layers: int
+    heads: int
+    features: int
+
+
+TOWERS = {
+    "ViT-L-14": Tower(14, 1024, 24, 16, 768),
+    "ViT-B-16": Tower(16, 768, 12, 12, 512),
+    # Twelve blocks, so that the last block has the same share as in ViT-B
+    "ViT-B-16 of width 192": Tower(16, 192, 12, 3, 512),
+}
 
 
 @dataclass(frozen=True)
@@ -78,15 +132,9 @@ class Workload:
     def with_method(
         self, method: str, order: str = "paper", form: str = "", graphs: str = "off"
     ) -> Config:
-        """form: "" as a run has it; "no savings"; "kernels" (Triton's, on a GPU)."""
+        """form: "" all optimizations; "no savings"; "kernels" (Triton's); "compiled" models."""
         attack = dataclasses.replace(self.cfg.attack, order=order)  # type: ignore[arg-type]
-        savings, kernels = (("none",) if form == "no savings" else ("all",)), form == "kernels"
-        engine = dataclasses.replace(
-            self.cfg.engine,
-            cuda_graphs=graphs,  # type: ignore[arg-type]
-            savings=savings,
-            step_kernels=kernels,
-        )
+        engine = speed(self.cfg.engine, form, graphs)
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
 
     def step(self, cfg: Config) -> TrainStep:
@@ -102,7 +150,7 @@ class Workload:
         if METHODS[cfg.method].needs_discretizer:
             vqgan_savings = dataclasses.replace(
                 VQGANOptimizations.none() if plain else VQGANOptimizations(),
-                norm_kernel=cfg.engine.step_kernels,
+                norm_kernel=uses_kernels(cfg.engine),
             )
             discretizer = make_discretizer(self.discretizer.vqgan, cfg, vqgan_savings, self.batch)
         update = Update(student, cfg, self.device)
@@ -155,6 +203,7 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
     from dad_fast.data.sources.registry import open_source
 
     cfg = gather("demo", None, [], {})
+    cfg = settled(cfg, device)
     source = open_source(cfg.data.data_dir, cfg.data.train_split)
     side, size = cfg.augment.img_size, batch_size or cfg.data.batch_size
     loader = TrainLoader(source, cfg.augment, side, size, seed=0, workers=0)
@@ -168,32 +217,13 @@ def _tiny(device: torch.device, batch_size: int) -> Workload:
 
 
 def _random(size: str, device: torch.device, batch_size: int, other_preset: str) -> Workload:
-    import timm
-
-    from dad_fast.data.classes import ClassMap
-
-    preset, teacher_name, vqgan_name = {
-        "base": ("dad-rn50", "vit_base_patch16_clip_224", "f16-1024"),
-        "paper": ("dad-vitb16", "vit_large_patch14_clip_224", "f8-16384"),
-    }[size]
+    preset, tower, vqgan_name = MODELS[size]
     cfg = gather(
         other_preset or preset, None, ["student.pretrained=false", "augment.img_size=224"], {}
     )
-    if device.type == "cpu":  # 16-bit convolutions take minutes on a CPU
-        cfg = dataclasses.replace(cfg, precision=dataclasses.replace(cfg.precision, amp=False))
-    torch.manual_seed(0)
+    cfg = settled(cfg, device)
     num_classes = 1000
-    model = timm.create_model(teacher_name, num_classes=num_classes).to(device)
-    teacher = Teacher(
-        nn.Identity(),
-        model,
-        name=f"timm:{teacher_name}",
-        classes=ClassMap(tuple((i, f"class{i}", f"class {i}") for i in range(num_classes))),
-        image_size=224,
-        mean=model.pretrained_cfg["mean"],
-        std=model.pretrained_cfg["std"],
-        precision=cfg.precision,
-    ).to(device)
+    teacher = random_teacher(tower, cfg.precision, device)
     if cfg.precision.channels_last:
         teacher = teacher.to(memory_format=torch.channels_last)
     vqgan = VQGAN(PRESETS[vqgan_name]).to(device)
@@ -203,6 +233,72 @@ def _random(size: str, device: torch.device, batch_size: int, other_preset: str)
     return Workload(
         size, cfg, freed(teacher, cfg), teacher, discretizer, batch, num_classes, device
     )
+
+
+def random_teacher(
+    tower: str, precision: PrecisionConfig, device: torch.device, library: str = ""
+) -> Teacher:
+    """Make a teacher of 1000 classes with random weights and OpenAI's activation.
+
+    tower    of TOWERS
+    library  "open_clip" or "timm"; "" is open_clip if it is installed
+    """
+    shape = TOWERS[tower]
+    library = library or ("open_clip" if find_spec("open_clip") else "timm")
+    torch.manual_seed(0)
+    encoder: nn.Module
+    head: nn.Module | tuple[Tensor, Tensor]
+    if library == "open_clip":
+        from open_clip.transformer import QuickGELU, VisionTransformer
+
+        from dad_fast.models.clip_teacher import ImageTower
+
+        encoder = ImageTower(
+            VisionTransformer(
+                image_size=224,
+                patch_size=shape.patch,
+                width=shape.width,
+                layers=shape.layers,
+                heads=shape.heads,
+                mlp_ratio=4.0,
+                output_dim=shape.features,
+                act_layer=QuickGELU,
+            )
+        )
+        prompts = nn.functional.normalize(torch.randn(1000, shape.features), dim=1)
+        head = (100 * prompts, torch.zeros(1000))
+        name = f"open_clip:{tower}, QuickGELU"
+    else:
+        import timm
+
+        from dad_fast.models.timm_teacher import PreLogits
+
+        head = timm.create_model(
+            "vit_base_patch16_clip_quickgelu_224",
+            patch_size=shape.patch,
+            embed_dim=shape.width,
+            depth=shape.layers,
+            num_heads=shape.heads,
+            num_classes=1000,
+        )
+        encoder, name = PreLogits(head), f"timm:{tower}, QuickGELU"
+    return Teacher(
+        encoder,
+        head,
+        name=name,
+        classes=ClassMap(tuple((i, f"class{i}", f"class {i}") for i in range(1000))),
+        image_size=224,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        precision=precision,
+        unit_features=library == "open_clip",
+    ).to(device)
+
+
+def settled(cfg: Config, device: torch.device) -> Config:
+    """Return `cfg` with every "auto" decided as in a run of this student on this device."""
+    student = build_student(cfg.student, 2, cfg.augment.img_size)
+    return choose(DeviceFacts.of(device), student).settled(cfg)
 
 
 def freed(teacher: Teacher, cfg: Config) -> Teacher:

@@ -6,6 +6,7 @@ A message is one line: the problem, its place (flag or file), and the fix.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -71,6 +72,14 @@ def printable(text: str) -> str:
 def print_error(message: str) -> None:
     """Print `message` as one line on stderr, whatever the names in it."""
     print("dad-fast:", printable(message).replace("\n", "\\n"), file=sys.stderr)
+
+
+def discard_output() -> None:
+    """Send what is still printed nowhere, after the reader of a pipe has gone.
+
+    Without this, Python complains again at exit.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], int]:

@@ -151,6 +151,20 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def read_text(path: str | Path) -> str:
+    """Return the text of a file that a user may have written, without a byte-order mark.
+
+    Raises DataError for a file that cannot be read or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def plain(value: Any) -> Any:
     """Convert `value` for JSON: paths and unknown objects to text, one-element tensors to numbers.
 

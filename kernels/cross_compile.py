@@ -1,9 +1,9 @@
 """Cross-compile Triton kernels and CUDA sources without a GPU; read registers, spills and SASS from
 the binaries.
 
-`compile_specs(arch)` of each module with a Triton kernel lists the signatures and meta-parameters
-of its launches. Triton compiles the binary as for a launch on that GPU; the tools (ptxas,
-cuobjdump, nvdisasm) come with Triton.
+`report_launches(arch)` of each module with a Triton kernel makes its launches at the sizes of a
+published model. They are recorded, not run (launches.py), and Triton compiles the variants that
+they would use on that GPU; the tools (ptxas, cuobjdump, nvdisasm) come with Triton.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dad_fast.errors import EnvironmentProblem
+from dad_fast.kernels.launches import CompileSpec, variants
+from dad_fast.kernels.tuning import triton_modules
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Per multiprocessor: registers, warps, blocks, bytes of shared memory. The last number is the limit
@@ -31,20 +33,6 @@ LIMITS = {
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|IMMA|IGMMA|DMMA|QGMMA)\b")
 LOCAL_MEMORY = re.compile(r"\b(STL|LDL)\b")
 FOLDER = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class CompileSpec:
-    """Launch of a Triton kernel: `types` per argument ("*fp32", "i32", "fp32" ...), `constants` the
-    constexpr arguments.
-    """
-
-    name: str
-    kernel: Any  # triton.JITFunction
-    types: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
-    tensor_cores: bool = False  # the design counts on them: a test holds it to that
 
 
 @dataclass(frozen=True)
@@ -110,29 +98,19 @@ def _run(command: list[str]) -> str:
     return result.stdout + result.stderr
 
 
-def triton_modules() -> list[str]:
-    """Return the modules of kernels/ with a Triton kernel, as dad_fast.kernels.*."""
-    files = sorted(
-        path
-        for path in FOLDER.rglob("*.py")
-        if re.search(r"^@triton\.jit", path.read_text(encoding="utf-8"), re.MULTILINE)
-    )
-    return [
-        ".".join(("dad_fast.kernels", *path.relative_to(FOLDER).with_suffix("").parts))
-        for path in files
-    ]
-
-
 def all_specs(arch: str) -> list[CompileSpec]:
-    """Return the specs of all modules.
+    """Return the variants that the launches of all modules compile.
 
-    A module whose kernels another module launches declares none.
+    A module whose kernels another module launches makes no launches itself.
     """
-    return [
-        spec
-        for name in triton_modules()
-        for spec in importlib.import_module(name).compile_specs(arch)
-    ]
+    modules = map(importlib.import_module, triton_modules())
+    launches = (
+        launch
+        for module in modules
+        if hasattr(module, "report_launches")
+        for launch in module.report_launches(arch)
+    )
+    return variants(arch, launches)
 
 
 def compile_triton(spec: CompileSpec, arch: str) -> Any:
@@ -141,21 +119,10 @@ def compile_triton(spec: CompileSpec, arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if not isinstance(spec.kernel, triton.JITFunction):
-        raise EnvironmentProblem(
-            "TRITON_INTERPRET is set: the interpreter compiles nothing; unset it"
-        )
-    signature, attributes = {}, {}
-    for position, name in enumerate(spec.kernel.arg_names):
-        if name in spec.constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = spec.types[name]
-        if spec.types[name].startswith("*"):  # what PyTorch allocates is aligned
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        spec.kernel, signature, {name: spec.constants[name] for name in spec.constants}, attributes
-    )
+    names = spec.kernel.arg_names
+    signature = {name: spec.types.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
+    source = ASTSource(spec.kernel, signature, spec.constants, attributes)
     return triton.compile(
         source,
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),

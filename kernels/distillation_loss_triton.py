@@ -6,15 +6,14 @@ Forward is one program a row, which makes its sums in a fixed order; backward is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from dad_fast.kernels.cross_compile import CompileSpec
 
 MAX_BLOCK = 2048  # classes a program holds at once
 # Registers a thread may use; 8 classes a thread need about 60. Without a limit, ptxas aims at an
@@ -272,59 +271,27 @@ def launch_backward(
     return gradient
 
 
-def compile_specs(arch: str) -> list[CompileSpec]:
+def report_launches(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """A bfloat16 student and a float32 teacher: CE and KD of mixed labels, CE of labels, KD with a
     filter.
     """
-    from dad_fast.kernels.cross_compile import CompileSpec
-
-    pointers = {
-        "student_ptr": "*bf16",
-        "teacher_ptr": "*fp32",
-        "weight_ptr": "*fp32",
-        "kept_ptr": "*fp32",
-    }
-    forward = pointers | {"losses_ptr": "*fp32", "batch": "i32"}
-    backward = pointers | {
-        "grad_ptr": "*fp32",
-        "gradient_ptr": "*bf16",
-        "grad_stride": "i32",
-        "per_sample": "fp32",
-    }
-    scalars = {"num_classes": "i32", "temperature": "fp32", "smoothing": "fp32"}
-    scalars |= {f"{name}_stride": "i32" for name in ("student", "teacher", "targets")}
-    specs = []
     for num_classes in (1000, 21843):
-        for teacher, targets, labels, weight in (
-            (True, True, False, False),
-            (False, True, True, False),
-            (True, False, False, True),
+        empty = functools.partial(torch.empty, device="meta")
+        student = empty(64, num_classes, dtype=torch.bfloat16)
+        teacher, probabilities = empty(2, 64, num_classes).unbind()
+        labels, weight = empty(64, dtype=torch.int64), empty(64)
+        for name, losses, smoothing in (
+            ("CE and KD", (teacher, probabilities, None), 0.0),
+            ("CE of labels", (None, labels, None), 0.1),
+            ("filtered KD", (teacher, None, weight), 0.0),
         ):
-            block, num_warps = _meta(num_classes)
-            constants = {
-                "TEACHER": teacher,
-                "TARGETS": targets,
-                "LABELS": labels,
-                "WEIGHT": weight,
-                "BLOCK": block,
-            }
-            types = scalars | {"targets_ptr": "*i64" if labels else "*fp32"}
-            options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": True}
-            specs.append(
-                CompileSpec(
-                    "distillation_loss",
-                    _forward,
-                    types | forward,
-                    constants | {"SMOOTH": labels},
-                    options,
-                )
-            )
-            specs.append(
-                CompileSpec(
-                    "distillation_loss: backward", _backward, types | backward, constants, options
-                )
-            )
-    return specs
+            inputs = (student, *losses, 4.0, smoothing)
+
+            def run(inputs: tuple[Any, ...] = inputs) -> None:
+                _, kept = launch(*inputs)
+                launch_backward(torch.empty(2, device="meta"), kept, *inputs)
+
+            yield f"distillation_loss: {name}, {num_classes} classes", run
 
 
 def _meta(num_classes: int) -> tuple[int, int]:

@@ -20,9 +20,25 @@ one move 20.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class NormMap(NamedTuple):
+    """Shape of one call of these functions, but for the batch size."""
+
+    channels: int
+    height: int
+    width: int
+    groups: int
+    eps: float
+    silu: bool
+    dtype: torch.dtype
+    has_bias: bool
+    has_residual: bool
 
 
 def nhwc_empty(x: Tensor) -> Tensor:
@@ -43,6 +59,40 @@ def reference(
     """y of `total` = t, computed in `dtype` by torch's own functions."""
     y = F.group_norm(total.to(dtype), num_groups, weight.to(dtype), bias.to(dtype), eps)
     return F.silu(y) if silu else y
+
+
+def torch_keeps_nhwc(device: torch.device) -> bool:
+    """True if F.group_norm of an NHWC map on the device returns NHWC; on CUDA, new releases do."""
+    x = torch.zeros(2, 4, 2, 2, device=device).to(memory_format=torch.channels_last)
+    return F.group_norm(x, 2).is_contiguous(memory_format=torch.channels_last)
+
+
+def nhwc_group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """F.group_norm of a map [B, C, H, W] that is dense in NHWC, in plain torch, which stays in NHWC.
+
+    F.group_norm of some releases of torch copies such a map on CUDA to NCHW, and the next
+    convolution copies it back: 14 bytes per 16-bit element. Here a map is read for its means, for
+    its squares and for the result, and written once: 8. Statistics are per channel first, which
+    torch reduces without a copy, in float32; x * factor + shift is computed in float32 and rounded
+    once.
+    """
+    batch, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, C], a view
+    if x.dtype == torch.float32:
+        variance, mean = torch.var_mean(rows, dim=1, correction=0)
+    else:
+        mean = rows.mean(dim=1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        variance = (norm.square() / (height * width) - mean.square()).clamp(min=0)
+    mean, variance = (each.view(batch, num_groups, -1) for each in (mean, variance))  # [B, G, C/G]
+    group_mean = mean.mean(dim=2, keepdim=True)
+    group_variance = (variance + (mean - group_mean).square()).mean(dim=2, keepdim=True)
+    factor = weight.float().view(num_groups, -1) * (group_variance + eps).rsqrt()  # [B, G, C/G]
+    shift = bias.float().view(num_groups, -1) - group_mean * factor
+    y = nhwc_empty(x)
+    maps = (each.view(batch, channels, 1, 1) for each in (shift, factor))
+    shift, factor = maps
+    return torch.addcmul(shift, x, factor, out=y)
 
 
 @torch.library.custom_op("dad_fast::group_norm_silu", mutates_args=())

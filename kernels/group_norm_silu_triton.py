@@ -7,7 +7,8 @@ channel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -17,10 +18,9 @@ from torch import Tensor
 from dad_fast.kernels.group_norm_silu import nhwc_empty
 from dad_fast.kernels.tuning import TuningCase, architecture, entries, meta_parameters
 
-if TYPE_CHECKING:
-    from dad_fast.kernels.cross_compile import CompileSpec
-
 MERGE_BLOCK = 1024  # partial sums that a merging program holds at once
+# CHANNELS alone decides how wide loads are; a variant for each size of map would gain nothing.
+SIZES = ("num_rows", "num_chunks", "num_blocks", "chunk_rows")
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _load_sum(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sum_chunks(
     x_ptr,  # [B, num_rows, C]
     residual_ptr,  # [B, num_rows, C], or unused
@@ -150,7 +150,7 @@ def _partial(
     return mean, squared, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _merge_chunks(
     partial_ptr,  # [B, num_chunks, 2, C] float32
     weight_ptr,  # [C]
@@ -159,18 +159,18 @@ def _merge_chunks(
     num_rows,
     num_chunks,
     chunk_rows,
+    num_blocks,  # of BLOCK entries: all chunks and channels of a group
     size,  # float: values in a group
     eps,
     CHANNELS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,  # a power of two, at least CHANNELS / NUM_GROUPS
     BLOCK: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,  # of BLOCK entries: all chunks and channels of a group
 ):
     group_size: tl.constexpr = CHANNELS // NUM_GROUPS
     batch, group = tl.program_id(0) // NUM_GROUPS, tl.program_id(0) % NUM_GROUPS
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(NUM_BLOCKS):
+    for i in range(num_blocks):
         index = i * BLOCK + tl.arange(0, BLOCK)
         mean, _, count = _partial(
             partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS, group_size
@@ -178,7 +178,7 @@ def _merge_chunks(
         total += mean * (count / size)
     group_mean = tl.sum(total)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(NUM_BLOCKS):
+    for i in range(num_blocks):
         index = i * BLOCK + tl.arange(0, BLOCK)
         mean, squared, count = _partial(
             partial_ptr, batch, group, index, num_rows, num_chunks, chunk_rows, CHANNELS, group_size
@@ -193,7 +193,7 @@ def _merge_chunks(
     tl.store(out + CHANNELS, weight * per_deviation, mask=member < group_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _apply(
     x_ptr,  # [B, num_rows, C]: x, or with a residual the total
     channel_bias_ptr,  # [C], or unused
@@ -268,7 +268,7 @@ def launch(
     total = x if residual is None else nhwc_empty(x)
     unused = weight if channel_bias is None else channel_bias
     group_size = channels // num_groups
-    block = min(MERGE_BLOCK, triton.next_power_of_2(num_chunks * group_size))
+    adds_bias = channel_bias is not None and residual is None
     with torch.cuda.device_of(x):
         _sum_chunks[(batch * num_chunks, strips)](
             *(x, x if residual is None else residual, unused, total, partial, num_rows, num_chunks),
@@ -289,21 +289,21 @@ def launch(
                 num_rows,
                 num_chunks,
                 chunk_rows,
+                triton.cdiv(num_chunks * group_size, MERGE_BLOCK),
                 float(num_rows * group_size),
                 eps,
             ),
             CHANNELS=channels,
             NUM_GROUPS=num_groups,
             GROUP=triton.next_power_of_2(group_size),
-            BLOCK=block,
-            NUM_BLOCKS=triton.cdiv(num_chunks * group_size, block),
+            BLOCK=MERGE_BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
         )
         _apply[(batch * num_blocks, strips)](
-            *(total, unused, moments, bias, y, num_rows, num_blocks),
+            *(total, unused if adds_bias else weight, moments, bias, y, num_rows, num_blocks),
             CHANNELS=channels,
-            HAS_BIAS=channel_bias is not None and residual is None,
+            HAS_BIAS=adds_bias,
             SILU=silu,
             ROWS=rows,
             COLUMNS=columns,
@@ -324,61 +324,23 @@ def _tile(meta: dict[str, int], channels: int) -> tuple[int, int]:
     return meta["rows"] * meta["columns"] // columns, columns
 
 
-def compile_specs(arch: str) -> list[CompileSpec]:
+def report_launches(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """The widths of f8 and one that is no power of two, in 16 and 32 bits, with and without bias
     and residual.
     """
-    from dad_fast.kernels.cross_compile import CompileSpec
-
-    specs = []
-    for channels, dtype, has_bias, has_residual in (
-        (128, "fp16", True, False),
-        (256, "bf16", True, True),
-        (512, "bf16", False, False),
-        (512, "fp32", True, True),
-        (96, "fp16", True, True),
+    for channels, side, dtype, has_bias, has_residual in (
+        (128, 224, torch.float16, True, False),
+        (256, 112, torch.bfloat16, True, True),
+        (512, 28, torch.bfloat16, False, False),
+        (512, 28, torch.float32, True, True),
+        (96, 56, torch.float16, True, True),
     ):
-        meta = meta_parameters("group_norm_silu", arch, channels=channels)
-        rows, columns = _tile(meta, channels)
-        maps = dict.fromkeys(("x_ptr", "residual_ptr", "total_ptr", "y_ptr"), f"*{dtype}")
-        types = maps | dict.fromkeys(
-            ("channel_bias_ptr", "weight_ptr", "bias_ptr", "partial_ptr", "moments_ptr"), "*fp32"
-        )
-        types |= dict.fromkeys(("num_rows", "num_chunks", "num_blocks", "chunk_rows"), "i32") | {
-            "size": "fp32",
-            "eps": "fp32",
-        }
-        tile = {"CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "HAS_BIAS": has_bias}
-        options = {"num_warps": meta["num_warps"], "enable_fp_fusion": True}
-        specs.append(
-            CompileSpec(
-                "group_norm_silu: sums",
-                _sum_chunks,
-                types,
-                tile | {"HAS_RESIDUAL": has_residual, "TILES": meta["tiles"]},
-                options,
-            )
-        )
-        merge = {
-            "CHANNELS": channels,
-            "NUM_GROUPS": 32,
-            "GROUP": triton.next_power_of_2(channels // 32),
-            "BLOCK": MERGE_BLOCK,
-            "NUM_BLOCKS": 2,
-        }
-        specs.append(
-            CompileSpec(
-                "group_norm_silu: merge",
-                _merge_chunks,
-                types,
-                merge,
-                {"num_warps": 4, "enable_fp_fusion": True},
-            )
-        )
-        specs.append(
-            CompileSpec("group_norm_silu: apply", _apply, types, tile | {"SILU": True}, options)
-        )
-    return specs
+        x = torch.empty(2, side, side, channels, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+        vector = torch.empty(channels, device="meta")
+        residual, channel_bias = x if has_residual else None, vector if has_bias else None
+        arguments = (x, residual, vector, vector, 32, 1e-6, True, channel_bias)
+        name = f"group_norm_silu: {channels} channels, {str(dtype)[6:]}"
+        yield name, functools.partial(launch, *arguments)
 
 
 def tuning_cases() -> list[TuningCase]:

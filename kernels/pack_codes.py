@@ -68,8 +68,7 @@ def unpack_torch(packed: Tensor, bits: int, length: int) -> Tensor:
     return codes.flatten(-2)[..., :length].contiguous()
 
 
-@torch.library.custom_op("dad_fast::pack_codes", mutates_args=("num_out_of_range",))
-def _pack(codes: Tensor, bits: int, num_out_of_range: Tensor | None) -> Tensor:
+def _pack_torch(codes: Tensor, bits: int, num_out_of_range: Tensor | None) -> Tensor:
     out_of_range = (codes < 0) | (codes.to(torch.int64) >> bits > 0)
     if num_out_of_range is not None:
         num_out_of_range += out_of_range.sum()
@@ -79,9 +78,23 @@ def _pack(codes: Tensor, bits: int, num_out_of_range: Tensor | None) -> Tensor:
     return pack_torch(codes, bits)
 
 
+_pack = torch.library.custom_op(
+    "dad_fast::pack_codes", _pack_torch, mutates_args=("num_out_of_range",)
+)
+
+
 @torch.library.custom_op("dad_fast::unpack_codes", mutates_args=())
 def _unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     return unpack_torch(packed, bits, length)
+
+
+_uses_triton = True
+
+
+def use_triton(on: bool) -> None:
+    """Set whether this process packs and unpacks on CUDA by Triton, or by torch."""
+    global _uses_triton
+    _uses_triton = on
 
 
 if HAS_TRITON:
@@ -90,12 +103,16 @@ if HAS_TRITON:
     def _(codes: Tensor, bits: int, num_out_of_range: Tensor | None) -> Tensor:
         from dad_fast.kernels import pack_codes_triton
 
+        if not _uses_triton:
+            return _pack_torch(codes, bits, num_out_of_range)
         return pack_codes_triton.pack(codes, bits, num_out_of_range)
 
     @_unpack.register_kernel("cuda")
     def _(packed: Tensor, bits: int, length: int) -> Tensor:
         from dad_fast.kernels import pack_codes_triton
 
+        if not _uses_triton:
+            return unpack_torch(packed, bits, length)
         return pack_codes_triton.unpack(packed, bits, length)
 
 

@@ -7,7 +7,8 @@ bits with it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -15,9 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dad_fast.kernels.pack_codes import packed_bytes
-
-if TYPE_CHECKING:
-    from dad_fast.kernels.cross_compile import CompileSpec
 
 BLOCK = 1024
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
@@ -120,35 +118,13 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     return codes
 
 
-def compile_specs(arch: str) -> list[CompileSpec]:
+def report_launches(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """14 bits, for 16384 codes; 10, for 1024."""
-    from dad_fast.kernels.cross_compile import CompileSpec
+    counter = torch.empty(1, dtype=torch.int64, device="meta")
+    for bits, length in ((10, 196), (14, 784)):
+        codes = torch.empty(2, length, dtype=torch.int64, device="meta")
 
-    types = {
-        "codes_ptr": "*i64",
-        "packed_ptr": "*u8",
-        "num_out_of_range_ptr": "*i64",
-        "length": "i32",
-        "row_bytes": "i32",
-    }
-    specs = []
-    for bits in (10, 14):
-        specs.append(
-            CompileSpec(
-                f"pack_codes: {bits} bits",
-                pack_kernel,
-                types,
-                {"BITS": bits, "COUNT": True, "BLOCK": BLOCK},
-                OPTIONS,
-            )
-        )
-        specs.append(
-            CompileSpec(
-                f"unpack_codes: {bits} bits",
-                unpack_kernel,
-                types,
-                {"BITS": bits, "BLOCK": BLOCK},
-                OPTIONS,
-            )
-        )
-    return specs
+        def run(codes: Tensor = codes, bits: int = bits, length: int = length) -> None:
+            unpack(pack(codes, bits, counter), bits, length)
+
+        yield f"pack_codes: {bits} bits", run

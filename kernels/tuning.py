@@ -6,7 +6,10 @@ each of its bounds under "max" is at least the shape's; the last entry of a list
 @triton.autotune is not used: it needs a GPU at import, and ranks with different timings would run
 different kernels. Fixed entries give the same kernel and the same codes everywhere.
 
-    python -m dad_fast.kernels.tuning [KERNEL ...] [--write]     (on a GPU) times every candidate, prints, rewrites this GPU's entries
+    python -m dad_fast.kernels.tuning [KERNEL ...] [--seconds S] [--write [FILE]]
+
+times every candidate on a GPU (within S seconds as many as fit, those of the table first), prints,
+and rewrites this GPU's entries.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ import argparse
 import functools
 import importlib
 import json
+import math
+import random
+import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +30,23 @@ from typing import Any
 
 import torch
 
-from dad_fast.kernels.cross_compile import triton_modules
-
 TABLE = Path(__file__).with_name("tuning.json")
+# Set while launches are recorded for another GPU than this machine's (launches.py).
+assumed_architecture = ""
 CHOOSERS = ("dad_fast.kernels.wide_attention",)  # tables that choose between other people's kernels
+
+
+def triton_modules() -> list[str]:
+    """Return the modules of kernels/ with a Triton kernel, as dad_fast.kernels.*."""
+    files = sorted(
+        path
+        for path in TABLE.parent.rglob("*.py")
+        if re.search(r"^@triton\.jit", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    return [
+        ".".join(("dad_fast.kernels", *path.relative_to(TABLE.parent).with_suffix("").parts))
+        for path in files
+    ]
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,8 @@ def architecture(device: torch.device | str) -> str:
     interpreter).
     """
     device = torch.device(device)
+    if assumed_architecture:
+        return assumed_architecture
     if device.type != "cuda":
         return "sm_80"
     return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
@@ -67,15 +89,33 @@ def meta_parameters(kernel: str, arch: str, **shape: int) -> dict[str, int]:
     raise KeyError(f"{TABLE.name}: no entry of {kernel} for {arch} fits {shape}")
 
 
-def measure(case: TuningCase) -> list[tuple[float, dict[str, int]]]:
+def in_order(case: TuningCase, arch: str) -> list[dict[str, int]]:
+    """Return a case's candidates: the table's own first, the others in a fixed random order, so
+    that the first few are spread over all.
+    """
+    others = list(case.candidates)
+    random.Random(0).shuffle(others)
+    own = [
+        {name: value for name, value in entry.items() if name != "max"}
+        for entry in entries(case.kernel, arch)
+        if entry["max"] == case.bounds
+    ]
+    return [*(one for one in own if one in others), *(one for one in others if one not in own)]
+
+
+def measure(
+    case: TuningCase, arch: str, deadline: float = math.inf
+) -> list[tuple[float, dict[str, int]]]:
     """Return (milliseconds, candidate), fastest first, without candidates that exceed the GPU's
-    resources.
+    resources. After `deadline` (time.monotonic) no further one is begun.
     """
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    times = []
-    for candidate in case.candidates:
+    times: list[tuple[float, dict[str, int]]] = []
+    for candidate in in_order(case, arch):
+        if times and time.monotonic() > deadline:
+            break
         try:
             times.append(
                 (do_bench(functools.partial(case.run, candidate), return_mode="median"), candidate)
@@ -93,7 +133,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "kernels", nargs="*", help="kernels of the table; default: all that have cases"
     )
-    parser.add_argument("--write", action="store_true", help=f"write the fastest into {TABLE.name}")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="time for all; default: every candidate"
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        nargs="?",
+        const=TABLE,
+        metavar="FILE",
+        help=f"write the table with the fastest; default: into {TABLE.name}",
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -116,14 +166,15 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if options.kernels:
+        cases = [case for case in cases if case.kernel in options.kernels]
     measured: dict[str, list[dict[str, Any]]] = {}
-    for case in cases:
-        if options.kernels and case.kernel not in options.kernels:
-            continue
+    start = time.monotonic()
+    for number, case in enumerate(cases, start=1):
         print(
             f"{case.kernel} on {torch.cuda.get_device_name()}, up to {case.bounds or 'any shape'}"
         )
-        times = measure(case)
+        times = measure(case, arch, start + options.seconds * number / len(cases))
         for milliseconds, candidate in times:
             print(f"  {milliseconds:9.4f} ms  {candidate}")
         if times:
@@ -131,11 +182,11 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print("  no candidate ran; the table keeps its entries for this kernel")
             return 1
-    if options.write:
-        for kernel, rows in measured.items():
-            table[kernel][arch] = rows
-        TABLE.write_text(render(table), encoding="utf-8")
-        print(f"written: {TABLE} ({arch}: {', '.join(measured)})")
+        is_last = case.kernel not in {later.kernel for later in cases[number:]}
+        if options.write and is_last:
+            table[case.kernel][arch] = measured[case.kernel]
+            options.write.write_text(render(table), encoding="utf-8")
+            print(f"written: {options.write} ({arch}: {case.kernel})")
     return 0
 
 

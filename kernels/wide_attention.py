@@ -3,14 +3,17 @@
 
     y_i = sum_j softmax_j(scale q_i . k_j) v_j           q, k, v, y [B, N, D], one dtype
 
-The fastest implementation depends on the GPU: the table (tuning.json, "wide_attention") has one for
-each architecture and width, measured by `python -m dad_fast.kernels.tuning wide_attention --write`.
-Not yet measured on a GPU, so the table has PyTorch's own choice.
+The table (tuning.json, "wide_attention") names an implementation for each architecture and width;
+`python -m dad_fast.kernels.tuning wide_attention --write` measures it. It has not run on a GPU yet.
+Until then the table has bmm, by arithmetic: its products run on tensor cores at the rate of large
+GEMMs, and at 784 positions it moves 5 MB of scores an image, about 1.3 us on an H200.
 
-sdpa      PyTorch's dispatcher; on CUDA at this width it has the memory-efficient kernel (16 and 32
-          bits) or three plain operations
+sdpa      PyTorch's dispatcher. On CUDA, flash attention ends at width 256, cuDNN's at 256 or below.
+          The memory-efficient kernel has no limit, but is not tuned for this width: above 128 it
+          keeps its float32 sums in global memory. It requires a last dimension of stride 1; without
+          it, three float32 operations run.
 bmm       batched GEMMs around a softmax; the scores [B, N, N] are rounded to the dtype, which costs
-          up to twice the error
+          up to twice the error. Reads any strides without a copy.
 xformers  memory_efficient_attention, where it is installed for this torch
 """
 
@@ -30,9 +33,18 @@ from dad_fast.kernels.tuning import TuningCase, architecture, entries, meta_para
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def tokens(x: Tensor) -> Tensor:
+    """View a map [B, C, H, W] as tokens [B, H W, C]; they are dense if the map is NHWC."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def sdpa_as_given(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (tensor.unsqueeze(1) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return sdpa_as_given(q.contiguous(), k.contiguous(), v.contiguous(), scale)
 
 
 def bmm(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -42,7 +54,7 @@ def bmm(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     ops = importlib.import_module("xformers.ops")
-    q, k, v = (tensor.unsqueeze(2) for tensor in (q, k, v))  # [B, N, heads, D]
+    q, k, v = (tensor.contiguous().unsqueeze(2) for tensor in (q, k, v))  # [B, N, heads, D]
     return ops.memory_efficient_attention(q, k, v, scale=scale).squeeze(2)
 
 
@@ -62,8 +74,9 @@ def wide_attention(device: torch.device, width: int) -> Attend:
 
 
 def tuning_cases() -> list[TuningCase]:
-    """Return the maps of f8 at 224 px, 32 images, in float16."""
-    q, h = torch.randn(2, 32, 784, 512, dtype=torch.float16, device="cuda")
+    """Return the maps of f8 at 224 px, 32 images, in float16, in NHWC as the VQGAN has them."""
+    maps = torch.randn(2, 32, 28, 28, 512, dtype=torch.float16, device="cuda")
+    q, h = map(tokens, maps.permute(0, 1, 4, 2, 3))
     ways = [
         way for way in WAYS if way != "xformers" or importlib.util.find_spec("xformers") is not None
     ]

@@ -1,167 +1,350 @@
-"""Check this checkout on a CUDA machine, in parts. A part whose package or tool is missing is
-skipped by name.
+"""Check this checkout on a CUDA machine in less than ten minutes. Not yet run on a GPU.
 
-                 minutes, estimated for one H200 and 16 cores; not yet run on a GPU
-doctor        1  installed packages; codebook search and attack on this GPU against float64
-csrc          1  builds the compiled half for this GPU (needs apache-tvm-ffi, cmake, nvcc);
-                 later parts use it
-tests         4  the tests marked `gpu`
-bench-GROUP      one part per file benchmarks/test_GROUP.py, at size paper: ViT-B/16 from ViT-L/14,
-                 VQGAN f8; minutes: steps 7, stages 3, stored 3, nearest_code 4, vqgan 6,
-                 step_kernels 7, optimizers 1
-steps-base    3  whole steps against plain distillation at size base: ResNet-50 from ViT-B/16,
-                 VQGAN f16
-demo          1  a few steps of every variant of the demo preset, through the real command
-vitb16        2  a few steps of kd and dad by the real command: ViT-B/16 student and teacher,
-                 VQGAN f8, random weights, generated JPEGs
-profile       1  torch's profiler over the steps of vitb16
-nsys          1  Nsight Systems over the steps of vitb16
-ncu           2  Nsight Compute on this project's kernels in the steps of vitb16
-tuning        5  times the Triton kernels' meta-parameters; tuning.json gets the fastest
+    scripts/gpu_check.sh                  all parts, in 9.5 minutes on one H200
+    scripts/gpu_check.sh steps memory     some of them, again
 
-With a GPU for half an hour, in calls of ten minutes, in order of value (each name runs several
-parts):
+{parts}
 
-    scripts/gpu_check.sh --minutes 9.5 right    correctness of kernels, graphs, command; stages
-    scripts/gpu_check.sh --minutes 9.5 steps    ratios of whole steps: graphs or not, with stores
-    scripts/gpu_check.sh --minutes 9.5 kernels  kernels against torch.compile, lookups, ncu
-    scripts/gpu_check.sh --minutes 9.5 rest     meta-parameters, optimizations, the smaller models
+Every part runs in its own processes and has its own time limit; time that a part leaves unused goes
+to the next ones. A part that fails, hangs or breaks the GPU's context does not stop the next one.
 
-A bare checkout with torch, triton, timm and pytest is enough for most parts. On a machine without a
-package index put these into .whl/ (7 MB; gpu_check.sh installs them into a folder of its own):
+Results, written as they come: runs/gpu_check/PART.json, logs, records of the benchmarks, and
+manifest.json. A summary of less than 12,000 characters comes last; its first line is the command
+that repeats what failed. With OUT set, OUT/gpu_check.tar.gz and OUT/summary.txt hold all of it,
+renewed during every part, so that a killed run keeps its results. scripts/gpu_report.py makes
+tables of the records.
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 \\
-        --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \\
-        --platform manylinux2014_x86_64 -d .whl open_clip_torch ftfy wcwidth apache-tvm-ffi mlxtend
-
-In a copy without git history set the commit for the records: DAD_FAST_COMMIT=$(git rev-parse HEAD).
-
-Results: runs/gpu_check/PART.json and .log, manifest.json, benchmarks/; scripts/gpu_report.py makes
-tables of the records. A summary of less than 12,000 characters is printed last. With OUT set,
-OUT/gpu_check.tar.gz and OUT/summary.txt are written after every part, so that a killed call keeps
-its results. A failed part does not stop the next one.
+`--device cpu` rehearses every part at size tiny. In a copy without git history set the commit for
+the records: DAD_FAST_COMMIT=$(git rev-parse HEAD).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import io
 import json
 import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import gpu_parts as parts
-from gpu_parts import Context, Skipped
-from gpu_targets import targets
+from gpu_report import measured, targets
 
-LIMIT_SECONDS = 590.0  # of a part
-SUMMARY_CHARACTERS = 11_000
-FAILURES, FAILURE_CHARACTERS = 12, 240  # of a part, in its result
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra"]
+RESERVE_SECONDS = 15.0  # of --minutes, to stop the last part and to pack
+STOP_SECONDS = 5.0  # for a stopped command to report
+PACK_SECONDS = 15.0  # between copies to OUT
+SUMMARY_CHARACTERS = 11_500
+FAILURES, FAILURE_CHARACTERS = 12, 240  # of a part
+ROUNDS = {"cuda": 5, "cpu": 1}
 
-GROUPS = sorted(path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py"))
-PARTS: dict[str, Callable[[Context], dict[str, Any]]] = {
-    "doctor": parts.doctor,
-    "csrc": parts.csrc,
-    "tests": parts.tests,
-    **{f"bench-{group}": partial(parts.benchmark, group=group) for group in GROUPS},
-    "steps-base": parts.steps_base,
-    "demo": parts.demo,
-    "vitb16": parts.vitb16,
-    "profile": parts.profile,
-    "nsys": parts.nsys,
-    "ncu": parts.ncu,
-    "tuning": parts.tuning,
-}
-CALLS = {
-    "right": ["doctor", "csrc", "tests", "vitb16", "bench-stages"],
-    "steps": ["bench-steps", "bench-stored"],
-    "kernels": ["bench-vqgan", "bench-nearest_code", "ncu", "bench-optimizers", "profile"],
-    "rest": ["tuning", "bench-step_kernels", "steps-base", "demo"],
-}
+Result = dict[str, Any]
 
 
-def check(name: str, options: argparse.Namespace, out: Path) -> str:
-    """Run one part, write its result file and manifest entry; return passed, failed or skipped."""
-    from dad_fast.loggers.environment import environment
+class Skipped(Exception):
+    """Raised for a part that cannot run here, with the reason."""
 
-    file, log = out / f"{name}.json", out / f"{name}.log"
-    log.write_text("", encoding="utf-8")
-    # A killed run leaves this entry.
-    finish(out, file, {"part": name, "device": options.device, "verdict": "running"})
-    started = time.monotonic()
-    result: dict[str, Any] = {"part": name, "device": options.device}
-    with tempfile.TemporaryDirectory(prefix="dad-fast-gpu-check-") as work:
-        os.environ["DAD_FAST_CACHE"] = f"{work}/cache"
+
+@dataclass(frozen=True)
+class Call:
+    """What the commands of a part depend on. seconds: the part's time limit."""
+
+    device: str
+    size: str
+    out: Path
+    seconds: float
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+
+Commands = Callable[[Call], list[list[str]]]
+
+
+class Part(NamedTuple):
+    name: str
+    seconds: float  # of a run of 9.5 minutes
+    summary: str
+    commands: Commands
+    side_by_side: int = 1
+
+
+def bench(group: str, on_gpu: str = "", on_cpu: str = "") -> Commands:
+    """Run benchmarks/test_GROUP.py, or its tests that pytest's -k selects."""
+
+    def commands(call: Call) -> list[list[str]]:
+        options = {
+            "--bench-size": call.size,
+            "--bench-device": call.device,
+            "--bench-rounds": ROUNDS["cuda" if call.on_gpu else "cpu"],
+            "--bench-out": call.out / "records",
+            "-k": (on_gpu if call.on_gpu else on_cpu) or group,
+        }
+        words = [str(word) for item in options.items() for word in item]
+        return [[*PYTEST, f"benchmarks/test_{group}.py", "--benchmark", *words]]
+
+    return commands
+
+
+def csrc(call: Call) -> list[list[str]]:
+    """Build the compiled half for this GPU into the checkout; on a CPU only configure it."""
+    if importlib.util.find_spec("tvm_ffi") is None:
+        raise Skipped("not installed: apache-tvm-ffi")
+    if shutil.which("cmake") is None:
+        raise Skipped("not on the PATH: cmake")
+    build = f"build/gpu-check-{sys.version_info.major}{sys.version_info.minor}"
+    configure = ["cmake", "-S", ".", "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
+    if not call.on_gpu:
+        return [configure]
+    status = "from dad_fast.kernels.csrc import csrc_cuda_status as s; print('CUDA:', s())"
+    return [
+        configure,
+        ["cmake", "--build", build, "--parallel"],
+        ["cmake", "--install", build, "--prefix", str(ROOT)],
+        [sys.executable, "-c", status],
+    ]
+
+
+def gpu_tests(call: Call) -> list[list[str]]:
+    """Run the tests marked `gpu`, a process per file: a broken context costs one file."""
+    files = [
+        path.relative_to(ROOT)
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    # Kernels compile, so they take longest.
+    files.sort(key=lambda path: "kernels" not in path.parts)
+    return [[*PYTEST, "-m", "gpu", str(path)] for path in (files if call.on_gpu else files[:2])]
+
+
+def tuning(call: Call) -> list[list[str]]:
+    """Time the kernels' meta-parameters for as long as the part has; exit code 3 without a GPU."""
+    seconds = str(max(5.0, call.seconds - 12.0))
+    command = [sys.executable, "-m", "dad_fast.kernels.tuning", "--seconds", seconds]
+    return [[*command, "--write", str(call.out / "tuning.json")]]
+
+
+PARTS = (
+    Part("ceilings", 20, "matrix product in bf16, copy", bench("ceilings")),
+    Part(
+        "smoke", 60, "DAD at batch 64 plain, in graphs, with kernels: same losses", bench("smoke")
+    ),
+    Part(
+        "steps",
+        150,
+        "KD and DAD at batch 256 in turns: plain, graphs, kernels, compiled",
+        bench("steps", "forms and 256", "forms and 32"),
+    ),
+    Part(
+        "stages",
+        60,
+        "each stage at batch 256; encode and decode by norm and attention",
+        bench("stages", "256", "32"),
+    ),
+    Part("csrc", 25, "build the compiled codebook search for this GPU", csrc),
+    Part("tests", 65, "pytest -m gpu, eight files at a time", gpu_tests, side_by_side=8),
+    Part(
+        "train",
+        75,
+        "dad-fast train: 24 steps, 4 more after a resume",
+        bench("end_to_end", "command", "command"),
+    ),
+    Part(
+        "memory",
+        50,
+        "a step at batch 256 within 79 GiB and the card, segments expandable or fixed",
+        bench("memory", "", "whole and expandable"),
+    ),
+    Part(
+        "vqgan",
+        30,
+        "upsampling, attention, group norm against their alternatives",
+        bench("vqgan", "upsample or attention or group_norm", "attention and 196"),
+    ),
+    Part("tuning", 20, "kernels' meta-parameters, as many as fit", tuning),
+)
+
+
+class Command:
+    """A running command of a part, in a process group of its own."""
+
+    def __init__(self, words: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        self.words, self.log = words, log
+        self.started = time.monotonic()
+        with log.open("w", encoding="utf-8") as file:
+            print("$", *words, file=file, flush=True)
+            self.process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def signal(self, number: signal.Signals) -> None:
         try:
-            context = Context(options, out, log, Path(work), started + options.limit)
-            result |= {"verdict": "passed"} | PARTS[name](context)
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:  # all processes have ended
+            pass
+
+    def result(self) -> Result:
+        """Return the command's verdict, the last line of its log, and the lines of failures."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        code = self.process.poll()
+        last = lines[-1].strip("= ")
+        is_pytest = "pytest" in self.words
+        found: Result = {
+            "command": " ".join(self.words[1:]).replace(f"{ROOT}/", ""),
+            "log": self.log.name,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "code": code,
+            "last": last[:FAILURE_CHARACTERS],
+        }
+        nothing_ran = is_pytest and code in (0, 5) and " passed" not in last
+        # 3: exit code of our commands for an environment that lacks something.
+        if nothing_ran or (not is_pytest and code == 3):
+            return found | {"verdict": "skipped"}
+        if code == 0:
+            return found | {"verdict": "passed"}
+        named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))] or lines[-4:]
+        return found | {
+            "verdict": "failed",
+            "failures": [line[:FAILURE_CHARACTERS] for line in named],
+        }
+
+
+def stop(commands: Sequence[Command]) -> None:
+    """End commands with their children: SIGINT first, so that pytest still reports."""
+    running = [command for command in commands if command.process.poll() is None]
+    for command in running:
+        command.signal(signal.SIGINT)
+    until = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < until and any(one.process.poll() is None for one in running):
+        time.sleep(0.1)
+    for command in commands:  # also for children that outlive their parent
+        command.signal(signal.SIGKILL)
+        command.process.wait()
+
+
+def run(part: Part, call: Call, deadline: float, keep: Callable[[], None]) -> Result:
+    """Run a part's commands until all are done or `deadline` (time.monotonic) has passed.
+
+    keep: called now and then meanwhile, to save what there is.
+    """
+    started = last_kept = time.monotonic()
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    done: list[Result] = []
+    running: list[Command] = []
+    result: Result = {"part": part.name, "device": call.device, "size": call.size}
+    with tempfile.TemporaryDirectory(
+        prefix="dad-fast-gpu-check-", ignore_cleanup_errors=True
+    ) as cache:
+        environment["DAD_FAST_CACHE"] = cache
+        try:
+            waiting = part.commands(call)
+            total = len(waiting)
+            while (waiting or running) and time.monotonic() < deadline:
+                while waiting and len(running) < part.side_by_side:
+                    number = total - len(waiting)
+                    log = call.out / f"{part.name}-{number}.log"
+                    running.append(Command(waiting.pop(0), log, environment))
+                for command in [one for one in running if one.process.poll() is not None]:
+                    stop([command])
+                    running.remove(command)
+                    done.append(command.result())
+                if time.monotonic() - last_kept > PACK_SECONDS:
+                    keep()
+                    last_kept = time.monotonic()
+                time.sleep(0.05)
+            late = len(waiting) + len(running)
+            stop(running)
+            done += [command.result() | {"verdict": "stopped"} for command in running]
+            running = []
+            result |= verdict(done)
+            if late:
+                why = f"ran past its limit of {deadline - started:.0f} s"
+                if total > 1:
+                    why += f" with {late} of {total} commands left"
+                result |= {"verdict": "failed", "reason": why}
         except Skipped as reason:
             result |= {"verdict": "skipped", "reason": str(reason)}
-        # The failure goes into the result file, and the next part still runs.
+        # A fault of this script must not cost the next part, either.
         except Exception as error:
             result |= {"verdict": "failed", "reason": f"{type(error).__name__}: {error}"}
-    if result["verdict"] == "failed" and (found := failures(log)):
-        result["failures"] = found
-    result |= {"seconds": round(time.monotonic() - started, 1), "environment": environment()}
-    finish(out, file, result)
-    why = f" ({result['reason']})" if "reason" in result else ""
-    print(f"{name}: {result['verdict']}{why}, {result['seconds']} s, see {file}", flush=True)
-    return str(result["verdict"])
+        finally:
+            stop(running)
+    return result | {"seconds": round(time.monotonic() - started, 1), "commands": done}
 
 
-def failures(log: Path) -> list[str]:
-    """Return the lines of a log that name failures; for pytest those of its summary."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))] or lines[-6:]
-    more = [f"and {len(named) - FAILURES} more"] if len(named) > FAILURES else []
-    return [line[:FAILURE_CHARACTERS] for line in named[:FAILURES]] + more
+def verdict(done: Sequence[Result]) -> Result:
+    """Return the verdict of a part from those of its commands."""
+    failed = [one for one in done if one["verdict"] == "failed"]
+    tests = re.findall(
+        r"(\d+) (passed|failed|skipped|error)", " ".join(one["last"] for one in done)
+    )
+    counts: dict[str, int] = {}
+    for number, word in tests:
+        counts[word] = counts.get(word, 0) + int(number)
+    found: Result = {"counts": counts} if counts else {}
+    if named := [line for one in done for line in one.get("failures", [])]:
+        more = [f"and {len(named) - FAILURES} more"] if len(named) > FAILURES else []
+        found["failures"] = named[:FAILURES] + more
+    if failed:
+        reason = f"exit code {failed[0]['code']}: {failed[0]['last']}"
+        return found | {"verdict": "failed", "reason": reason}
+    if done and all(one["verdict"] == "skipped" for one in done):
+        return found | {"verdict": "skipped", "reason": done[0]["last"]}
+    return found | {"verdict": "passed"}
 
 
-def finish(out: Path, file: Path, result: dict[str, Any]) -> None:
-    """Write a part's result and manifest entry; if OUT is set, pack all results there."""
-    write(file, result)
-    keys = ("part", "device", "verdict", "reason", "failures", "counts", "status", "seconds")
-    enter(out / "manifest.json", {key: result[key] for key in keys if key in result})
-    target = os.environ.get("OUT")
-    if not target:
-        return
-    Path(target).mkdir(parents=True, exist_ok=True)
-    (Path(target) / "summary.txt").write_text(summary(out), encoding="utf-8")
-    packed = Path(target) / "gpu_check.tar.gz"
-    with tarfile.open(packed.with_suffix(".tmp"), "w:gz") as archive:
-        archive.add(out, "gpu_check")
-    packed.with_suffix(".tmp").replace(packed)
+def check(parts: Sequence[Part], call: Call, seconds: float) -> bool:
+    """Run `parts` within `seconds`, shared by the parts' own. Returns whether none failed."""
+    scale = seconds / sum(part.seconds for part in parts)
+    deadline = time.monotonic()
+    results = []
+    for part in parts:
+        # What earlier parts left unused is this part's, too.
+        deadline += scale * part.seconds
+        own = max(0.0, deadline - time.monotonic())
+        running = {"part": part.name, "device": call.device, "size": call.size}
+        enter(call, running | {"verdict": "running"})
+        pack(call.out)
+        own_call = Call(call.device, call.size, call.out, own)
+        result = run(part, own_call, deadline, lambda: pack(call.out))
+        write(call.out / f"{part.name}.json", result)
+        enter(call, {key: value for key, value in result.items() if key != "commands"})
+        pack(call.out)
+        results.append(result)
+        why = f" ({result['reason']})" if "reason" in result else ""
+        print(f"{part.name}: {result['verdict']}{why}, {result['seconds']} s", flush=True)
+    return all(result["verdict"] != "failed" for result in results)
 
 
-def summary(out: Path) -> str:
-    """Return the summary: a line per part, its failures, and the targets."""
-    lines = []
-    for entry in json.loads((out / "manifest.json").read_text(encoding="utf-8")):
-        rest = {
-            key: value
-            for key, value in entry.items()
-            if key not in ("part", "verdict", "failures", "device")
-        }
-        details = ", ".join(f"{key} {value}" for key, value in rest.items())[:300]
-        lines.append(f"{entry['part']:<20} {entry['verdict']:<8} {details}")
-        lines += [f"    {line}" for line in entry.get("failures", [])]
-    return "\n".join([*lines, "", *targets(out / "benchmarks")])[:SUMMARY_CHARACTERS] + "\n"
-
-
-def enter(manifest: Path, entry: dict[str, Any]) -> None:
-    """Replace the manifest entry of one part; several calls may run parts one at a time."""
+def enter(call: Call, entry: Result) -> None:
+    """Replace a part's entry in the manifest; entries of another device or size go."""
+    manifest = call.out / "manifest.json"
     entries = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else []
-    kept = [other for other in entries if other["part"] != entry["part"]]
-    write(manifest, sorted([*kept, entry], key=lambda one: list(PARTS).index(one["part"])))
+    same = [one for one in entries if (one["device"], one["size"]) == (call.device, call.size)]
+    kept = [one for one in same if one["part"] != entry["part"]]
+    order = [part.name for part in PARTS]
+    write(manifest, sorted([*kept, entry], key=lambda one: order.index(one["part"])))
 
 
 def write(file: Path, value: Any) -> None:
@@ -170,70 +353,103 @@ def write(file: Path, value: Any) -> None:
     temporary.replace(file)
 
 
-def main() -> int:
+def pack(out: Path) -> None:
+    """Copy the results so far to the folder OUT, if it is set; a failure is only printed."""
+    if not os.environ.get("OUT"):
+        return
+    target = Path(os.environ["OUT"])
+    packed = target / "gpu_check.tar.gz"
+    kinds = (".json", ".log")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "summary.txt").write_text(summary(out), encoding="utf-8")
+        with tarfile.open(packed.with_suffix(".tmp"), "w:gz") as archive:
+            for path in sorted(path for path in out.rglob("*") if path.suffix in kinds):
+                # Read first: a running part's files grow.
+                content = path.read_bytes()
+                entry = tarfile.TarInfo(f"gpu_check/{path.relative_to(out)}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        packed.with_suffix(".tmp").replace(packed)
+    except OSError as error:
+        print(f"gpu_check: results are not in {target}: {error}", flush=True)
+
+
+def summary(out: Path) -> str:
+    """Return what to repeat, a line per part with its failures, targets, and what was measured."""
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    again = [one["part"] for one in manifest if one["verdict"] in ("failed", "running")]
+    lines = [f"to repeat what failed: scripts/gpu_check.sh {' '.join(again)}"] if again else []
+    for one in manifest:
+        counts = [f"{number} {word}" for word, number in one.get("counts", {}).items()]
+        seconds = [f"{one['seconds']} s"] if "seconds" in one else []
+        details = ", ".join([*seconds, *counts, one.get("reason", "")]).strip(", ")
+        lines.append(f"{one['part']:<9} {one['verdict']:<8} {details}"[:FAILURE_CHARACTERS])
+        lines += [f"    {line}" for line in one.get("failures", [])]
+    lines += ["", *targets(out / "records"), "", *measured(out / "records")]
+    text = "\n".join(lines) + "\n"
+    if len(text) > SUMMARY_CHARACTERS:
+        text = text[:SUMMARY_CHARACTERS].rpartition("\n")[0] + "\n... cut\n"
+    return text
+
+
+def machine(out: Path) -> Result:
+    """Write machine.json, by another process: this one must outlive a broken CUDA context."""
+    code = (
+        "import json; from dad_fast.loggers.environment import environment; "
+        "print(json.dumps(environment()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    facts = json.loads(done.stdout) if done.returncode == 0 else {"gpus": []}
+    write(out / "machine.json", facts)
+    return facts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    table = [f"    {part.name:<9}{part.seconds:>4.0f} s   {part.summary}" for part in PARTS]
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=(__doc__ or "").replace("{parts}", "\n".join(table)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run [all]")
     parser.add_argument(
-        "parts",
-        nargs="*",
-        metavar="PART",
-        help="parts, or names of calls [all parts]",
+        "--minutes", type=float, help="time of the whole run, shared by its parts [their sum]"
     )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
     parser.add_argument(
-        "--minutes",
-        type=float,
-        help="limit of the whole call: parts that no longer fit are left out, a running part is stopped",
+        "--size",
+        choices=("tiny", "base", "paper"),
+        help="models and inputs [paper on a GPU, tiny on a CPU]",
     )
-    parser.add_argument(
-        "--steps", type=int, default=24, help="training steps per run of demo and vitb16"
-    )
-    parser.add_argument("--batch-size", type=int, default=128, help="of the vitb16 settings")
-    parser.add_argument(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the vitb16 settings"
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=LIMIT_SECONDS,
-        help="seconds after which a part is stopped [590]",
-    )
-    parser.add_argument("--device", default="cuda", help="cpu rehearses the script without a GPU")
-    options = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "gpu_check", metavar="DIR")
+    options = parser.parse_args(arguments)
+    names = {part.name: part for part in PARTS}
+    if unknown := [name for name in options.parts if name not in names]:
+        parser.error(f"unknown part {unknown[0]} (parts: {', '.join(names)})")
+    parts = [part for part in PARTS if part.name in (options.parts or names)]
+
     started = time.monotonic()
-    wanted = [
-        part
-        for name in options.parts or ["all"]
-        for part in (PARTS if name == "all" else CALLS.get(name, [name]))
-    ]
-    if unknown := [name for name in wanted if name not in PARTS]:
-        parser.error(
-            f"unknown part {unknown[0]} (parts: {', '.join(PARTS)}; calls: {', '.join(CALLS)})"
-        )
-
-    import torch
-
-    if options.device != "cpu" and not torch.cuda.is_available():
+    out = options.results.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if not machine(out)["gpus"] and options.device == "cuda":
         print(
             "gpu_check: torch sees no CUDA device here; run it on a GPU machine (or rehearse with "
             "--device cpu)",
             file=sys.stderr,
         )
         return 3
-    out = ROOT / "runs" / "gpu_check"
-    out.mkdir(parents=True, exist_ok=True)
-    limit, verdicts = options.limit, []
-    for name in dict.fromkeys(wanted):
-        if options.minutes is not None:
-            # Keep 15 s to stop the part and to pack.
-            left = 60 * options.minutes - (time.monotonic() - started) - 15
-            options.limit = min(limit, left)
-            if options.limit < 20:
-                print(f"{name}: no time left", flush=True)
-                continue
-        verdicts.append(check(name, options, out))
+    size = options.size or ("paper" if options.device == "cuda" else "tiny")
+    seconds = sum(part.seconds for part in parts)
+    if options.minutes is not None:
+        seconds = 60 * options.minutes - (time.monotonic() - started) - RESERVE_SECONDS
+    # A terminated run stops its commands.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        passed = check(parts, Call(options.device, size, out, seconds), seconds)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"\n{summary(out)}", end="", flush=True)
-    return int("failed" in verdicts)
+    return int(not passed)
 
 
 if __name__ == "__main__":

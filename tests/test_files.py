@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from dad_fast import files
+from dad_fast.errors import DataError
+from dad_fast.files import read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLED = """
@@ -69,3 +71,14 @@ def test_a_killed_export_is_restored_or_removed(tmp_path: Path) -> None:
         assert folder.is_dir()
         raise RuntimeError
     assert list(tmp_path.iterdir()) == [target] and (target / "model").read_text() == "new"
+
+
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a {}.\nune photo d’été de {}.\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"prompts\.txt, line 2: not UTF-8; save the file as UTF-8"):
+        read_text(file)
+    file.write_bytes("\ufeffa {}.\n".encode())
+    assert read_text(file) == "a {}.\n"
+    with pytest.raises(DataError, match="cannot be read"):
+        read_text(tmp_path)

@@ -30,6 +30,7 @@ NAME_COMPARED = ("teacher.name", "teacher.head", "discretizer.name")
 def identity(run: TrainRun) -> dict[str, Any]:
     """Return what a checkpoint records of a run's data and models, as JSON."""
     parts = run.parts
+    settled = parts.choices.settled(run.cfg)
     frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
     models = {
         name: {"weights": parts.hashes.get(name), "file": model.weights_sha256}
@@ -42,6 +43,7 @@ def identity(run: TrainRun) -> dict[str, Any]:
         "stores": parts.stored.checksums,
         "models": models,
         "computed": _computed(parts.device),
+        "switches": {path: bool(get(settled, path)) for path in parts.choices.autos},
         "world": distributed.world(),
         "loader": run.loader.name,
     }
@@ -58,7 +60,9 @@ def changes(run: TrainRun, found: Checkpoint) -> list[str]:
     """
     cfg, state = run.cfg, found.state
     before, now = config_of(found), identity(run)
-    changed = differences(_elsewhere(before, cfg), cfg)
+    # "auto" equals what it means here, so that an old "off" is no change on a CPU.
+    settled = run.parts.choices.settled
+    changed = differences(settled(_elsewhere(before, cfg)), settled(cfg))
     old_size, new_size = before.data.batch_size, cfg.data.batch_size
     has_own_statistics = run.parts.student.has_batch_stats and not cfg.student.sync_bn
     if old_size != new_size and has_own_statistics:
@@ -101,6 +105,13 @@ def notes(run: TrainRun, found: Checkpoint) -> list[str]:
             f"the run began with another {', another '.join(texts)}: from here on it equals an "
             "uninterrupted run up to rounding"
         )
+    switches = identity(run)["switches"]
+    for path, was in found.state.get("switches", {}).items():
+        if switches.get(path, was) != was:
+            lines.append(
+                f"{path} was {'on' if was else 'off'} where the run began and is "
+                f"{'off' if was else 'on'} here"
+            )
     loader = ALIASES.get(found.state["loader"], found.state["loader"])
     if loader != run.loader.name:
         lines.append(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -14,10 +15,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from types import ModuleType
 
+from dad_fast.allocator import use_expandable_segments
 from dad_fast.config.fields import nearest
 from dad_fast.cores import wait_passively
 from dad_fast.distributed.signals import ends_at_once
-from dad_fast.errors import DadFastError, UsageError, print_error
+from dad_fast.errors import DadFastError, UsageError, discard_output, print_error
 from dad_fast.files import is_full
 
 # Each is a module of this package.
@@ -66,7 +68,9 @@ Exit codes: 0 done, 1 failure, 2 usage, 3 environment, 4 data, 75 preempted and 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Expected errors are one line on stderr."""
     _keep_children_out_of_the_current_folder()
+    _print_any_character()
     wait_passively()
+    use_expandable_segments()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
@@ -74,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # The reader of our output is gone; without this, Python complains again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 1
     except (Exception, KeyboardInterrupt) as error:
         if debug:
@@ -83,6 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = _explain(error)
         print_error(message)
         return code
+
+
+def _print_any_character() -> None:
+    """Escape what the terminal's encoding lacks, as stderr does, so that printing cannot fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _keep_children_out_of_the_current_folder() -> None:

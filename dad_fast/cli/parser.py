@@ -18,9 +18,12 @@ from dad_fast.config.fields import OTHER_NAMES, nearest, settings
 from dad_fast.config.flags import Option, options_of
 from dad_fast.config.options import ConfigOptions
 from dad_fast.config.resolve import gather
+from dad_fast.config.setting import Switch
 from dad_fast.errors import UsageError
 
 Options = TypeVar("Options")
+# Values of a switch on the command line.
+SWITCH_WORDS = (*Switch, "true", "false", "yes", "no", "1", "0")
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +44,8 @@ class Parser(argparse.ArgumentParser):
         )
         self.command = command
         self.intermixed = intermixed
+        # Flags of switches, which mean on without a value.
+        self.switches: set[str] = set()
 
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message.removeprefix('argument ')} (see dad-fast {self.command} -h)")
@@ -61,7 +66,15 @@ class Parser(argparse.ArgumentParser):
             every_flag = f"; dad-fast {self.command} --help-all lists every flag"
             raise UsageError(f"unknown flag {flag}{hint or every_flag}")
         parse = self.parse_intermixed_args if self.intermixed else self.parse_args
-        return parse(arguments)
+        return parse(self._with_switch_values(arguments))
+
+    def _with_switch_values(self, arguments: Sequence[str]) -> list[str]:
+        """Write `--amp` as `--amp=on` where no value follows. argparse would take the next word."""
+        following = [*arguments, ""][1:]
+        return [
+            f"{token}=on" if token in self.switches and after.lower() not in SWITCH_WORDS else token
+            for token, after in zip(arguments, following, strict=True)
+        ]
 
 
 class ListAction(argparse.Action):
@@ -156,7 +169,7 @@ def typed_settings(given: dict[str, Any]) -> dict[str, Any]:
     return {path: given[path] for path in settings() if path in given}
 
 
-def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str]) -> None:
+def add_settings(parser: Parser, paths: Iterable[str]) -> None:
     """Add the flags of the settings at `paths`. Typed values stay text: `resolve` converts them."""
     for path in paths:
         setting = settings()[path]
@@ -175,3 +188,5 @@ def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str]) -> None:
             )
         else:
             parser.add_argument(*names, dest=path)
+            if setting.is_switch:
+                parser.switches.update(names)

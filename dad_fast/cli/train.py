@@ -120,7 +120,7 @@ def help_text(every: bool) -> str:
     presets = textwrap.fill(
         ", ".join(preset_names()), WIDTH - 9, subsequent_indent=" " * 9, break_on_hyphens=False
     )
-    file = "settings; keys that it leaves out come from the preset or the defaults"
+    file = "settings; others come from what it `extends`, the preset or the defaults"
     launch = fill(
         LAUNCH,
         config=two_columns("CONFIG.toml", file),

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from dad_fast.config.schema import Config
-from dad_fast.config.setting import Rule
+from dad_fast.config.setting import Rule, Switch
 from dad_fast.errors import UsageError
 
 # Flags of timm and other trainers -> this project's flags of the same meaning.
@@ -39,7 +39,13 @@ OTHER_NAMES = {
     "--wd": "--weight-decay",
     "--bs": "--batch-size",
     "--store-views": "--stores KIND:VIEWS",
+    "--no-amp": "--amp off",
+    "--no-channels-last": "--channels-last off",
+    "--no-torchcompile": "--torchcompile off",
 }
+
+# Keys of earlier versions -> today's; files and checkpoints may hold them.
+RENAMED = {"engine.step_kernels": "engine.kernels"}
 
 # Limits of TOML text, since parsing time grows with their square: characters, dots of a key.
 _LONGEST = 1_000_000
@@ -61,7 +67,14 @@ class Setting:
     bare: tuple[str, ...]
 
     @property
+    def is_switch(self) -> bool:
+        """True for auto, on or off, whose flag alone means on."""
+        return isinstance(self.default, Switch)
+
+    @property
     def choices(self) -> tuple[str, ...]:
+        if self.is_switch:
+            return tuple(Switch)
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
 
 
@@ -190,9 +203,14 @@ def _at(setting: Setting, where: str) -> str:
 
 
 def _coerce(kind: Any, value: Any) -> Any:
+    if kind is Switch:
+        return _switch(value)
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)
+        if "on" in choices and "off" in choices:
+            # These settings were true or false once.
+            value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
         if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}")
         return value
@@ -235,6 +253,16 @@ def _bool(value: Any) -> bool:
     if word in ("false", "no", "off", "0"):
         return False
     raise ValueError("must be true or false")
+
+
+def _switch(value: Any) -> Switch:
+    """Read auto, on or off; also true and false, as files of earlier versions have them."""
+    if value in tuple(Switch):
+        return Switch(value)
+    try:
+        return Switch.ON if _bool(value) else Switch.OFF
+    except ValueError:
+        raise ValueError(f"must be one of {', '.join(Switch)}") from None
 
 
 def _int(value: Any) -> int:

@@ -247,7 +247,7 @@ class DoctorOptions:
         False,
         "--numerics",
         "also check the arithmetic here: codebook search against float64, the attack against its "
-        "closed form on a linear teacher",
+        "closed form on a linear teacher, on a GPU every kernel against torch",
     )
     data: str = option(
         "", "--data DIR", "image folder, folder or pattern of WebDataset shards, or embedded:digits"

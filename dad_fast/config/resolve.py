@@ -5,6 +5,9 @@ of a later layer overrides the same key in the variants of earlier layers (`--pr
 2` shortens every run), and a `method` of a later layer keeps only the earlier variant of that name,
 or else the variants with this method (`--preset demo --method dad`). Within one layer a variant
 overrides the layer's own keys.
+
+`extends = "NAME"` at the top of a preset or a file puts another preset, or a .toml file, below it
+as an earlier layer. The variants of a file replace those of what it extends.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config.fields import (
+    RENAMED,
     coerce,
     flatten,
     lookup,
@@ -46,9 +50,9 @@ def gather(
     """
     layers = Layers()
     if preset:
-        layers.add_toml(preset_text(preset), f"preset {preset}")
+        layers.add_chain(_extended(preset_text(preset), f"preset {preset}", PRESETS))
     if file is not None:
-        layers.add_toml(_read(file), str(file))
+        layers.add_chain(_extended(_read(file), str(file), file.parent))
     # --set and flags are one layer: `--set variants.big.optim.lr=1 --lr 2` keeps the variant's own
     # value.
     layers.add({}, "command line")
@@ -64,17 +68,60 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def preset_text(name: str) -> str:
+def preset_text(name: str, where: str = "--preset") -> str:
     """Return the TOML text of a preset, with its comments.
 
-    Raises UsageError for an unknown name.
+    Raises UsageError, which begins with `where`, for an unknown name.
     """
     known = preset_names()
     if name not in known:
         raise UsageError(
-            f"--preset {name}: no such preset{nearest(name, known)} (known: {', '.join(known)})"
+            f"{where} {name}: no such preset{nearest(name, known)} (known: {', '.join(known)})"
         )
     return (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
+
+
+# Tables of TOML, and their source for messages.
+Layer = tuple[dict[str, Any], str]
+
+
+def _extended(text: str, where: str, folder: Path, above: tuple[str, ...] = ()) -> list[Layer]:
+    """Return the layer of a source after those that it extends.
+
+    folder: relative files lie in it. above: the sources that led here.
+    """
+    above = (*above, where)
+    tables = _parse(text, where)
+    name = tables.pop("extends", None)
+    if name is None:
+        return [(tables, where)]
+    if not isinstance(name, str):
+        raise UsageError(f'{where}: extends names one preset or file: extends = "dad-vitb16"')
+    if name.endswith(".toml"):
+        base = folder / name
+        found, text, folder = str(base), _read(base, f"{where}: extends {name}: "), base.parent
+        known = any(_same_file(found, one) for one in above)
+    else:
+        found, text, folder = f"preset {name}", preset_text(name, f"{where}: extends"), PRESETS
+        known = found in above
+    if known:
+        raise UsageError(f"{where}: extends in a loop: {' → '.join((*above, found))}")
+    return [*_extended(text, found, folder, above), (tables, where)]
+
+
+def _same_file(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return read_toml(text)
+    except tomllib.TOMLDecodeError as error:
+        reason = str(error)
+        reason = reason[:1].lower() + reason[1:]
+        raise UsageError(f"{where}: not valid TOML: {reason}") from None
+    except ValueError as error:
+        raise UsageError(f"{where}: not settings ({error})") from None
 
 
 class Layers:
@@ -93,15 +140,15 @@ class Layers:
 
         Raises UsageError for text that is not valid.
         """
-        try:
-            tables = read_toml(text)
-        except tomllib.TOMLDecodeError as error:
-            reason = str(error)
-            reason = reason[:1].lower() + reason[1:]
-            raise UsageError(f"{where}: not valid TOML: {reason}") from None
-        except ValueError as error:
-            raise UsageError(f"{where}: not settings ({error})") from None
-        self.add(tables, where)
+        self.add(_parse(text, where), where)
+
+    def add_chain(self, chain: Sequence[Layer]) -> None:
+        """Add layers that extend one another, of whose variants only the last ones count."""
+        last = max((i for i, (tables, _) in enumerate(chain) if "variants" in tables), default=0)
+        for number, (tables, where) in enumerate(chain):
+            if number < last:
+                tables.pop("variants", None)
+            self.add(tables, where)
 
     def add(self, tables: dict[str, Any], where: str) -> None:
         """Add a layer of TOML tables."""
@@ -123,6 +170,7 @@ class Layers:
 
     def put(self, path: str, value: Any, where: str) -> None:
         """Set a key of the present layer, overriding the variants of earlier layers."""
+        path = RENAMED.get(path, path)
         before = self.values.get("method", settings()["method"].default)
         self.values[path] = coerce(lookup(path, where), value, where)
         self._layer.add(path)
@@ -165,6 +213,7 @@ class Layers:
             self.put(path, _unquote(text), where)
 
     def _put_variant(self, name: str, path: str, value: Any, where: str) -> None:
+        path = RENAMED.get(path, path)
         if not VARIANT_NAME.fullmatch(name):
             raise UsageError(
                 f"{where}: {name!r} cannot be a variant's name: letters, digits and . _ + = - "
@@ -199,15 +248,15 @@ def _unquote(text: str) -> str:
     return text
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, where: str = "") -> str:
     if file.is_dir():
         raise UsageError(
-            f"{file} is a folder; CONFIG is a TOML file (an image folder is given with --data-dir)"
+            f"{where}{file} is a folder; CONFIG is a TOML file (an image folder is given with --data-dir)"
         )
     if not file.exists():
         hint = f"; did you mean --preset {file.stem}?" if file.stem in preset_names() else ""
-        raise UsageError(f"{file}: no such file{hint}")
+        raise UsageError(f"{where}{file}: no such file{hint}")
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read as text: {error}") from None
+        raise UsageError(f"{where}{file}: cannot be read as text: {error}") from None

@@ -18,6 +18,7 @@ from dad_fast.config.setting import (
     NOT_NEGATIVE,
     POSITIVE,
     PROBABILITY,
+    Switch,
     setting,
 )
 
@@ -220,14 +221,26 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    amp: bool = setting(False, "mixed precision, in the dtypes of [precision]", "--amp", main=True)
+    amp: Switch | bool = setting(
+        Switch.AUTO, "mixed precision; auto: on GPUs that have bfloat16", "--amp", main=True
+    )
     student: Dtype = setting("bfloat16", "student under autocast", "--amp-dtype")
     teacher: Dtype = setting("bfloat16", "teacher under autocast")
     encoder: Dtype = setting(
         "float16", "VQGAN encoder under autocast; the codebook search is always exact"
     )
     decoder: Dtype = setting("bfloat16", "VQGAN decoder under autocast")
-    channels_last: bool = setting(False, "NHWC memory format", "--channels-last")
+    tf32: bool = setting(
+        True,
+        "TF32 on GPUs for what stays float32; the attack, and the VQGAN encoder in float32, are "
+        "IEEE in any case",
+        "--tf32",
+    )
+    channels_last: Switch | bool = setting(
+        Switch.AUTO,
+        "NHWC memory format; auto: on GPUs, for students with several convolutions",
+        "--channels-last",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +273,13 @@ class StoreConfig:
 
 # Exact optimizations, explained in models/optimizations.py and
 # discretizers/vqgan/fused_layers.py.
-MODEL_SAVINGS = ("class_token_only", "fold_normalisation", "fold_quick_gelu", "cast_weights")
+MODEL_SAVINGS = (
+    "class_token_only",
+    "clip_attention",
+    "fold_normalisation",
+    "fold_quick_gelu",
+    "cast_weights",
+)
 VQGAN_SAVINGS = ("cast", "channels_last", "upsample", "attention", "merge_1x1")
 
 
@@ -272,10 +291,17 @@ class EngineConfig:
         f"{', '.join('vqgan_' + name for name in VQGAN_SAVINGS)}",
         "--savings",
     )
-    step_kernels: bool = setting(
-        False,
-        "Triton kernels for the attack's update, the loss and the VQGAN's norms; not yet run on a "
-        "GPU",
+    kernels: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "the project's GPU kernels (attack, loss, VQGAN norms, codes); auto: on CUDA each that "
+        "passes a self-test at start, else torch; on: an error instead; off: torch",
+        "--kernels",
+    )
+    vqgan_micro_batch: int = setting(
+        0,
+        "images that the VQGAN encodes or decodes at once; 0 = as many as keep its largest map "
+        "below 2^31 values and, on CUDA, 2 GiB",
+        rule=NOT_NEGATIVE,
     )
     grad_accum_steps: int = setting(
         1, "batches whose gradients make one step", "--grad-accum-steps", rule=AT_LEAST_ONE
@@ -285,8 +311,10 @@ class EngineConfig:
         "capture the step in CUDA graphs; auto falls back to plain calls, and logs why",
         "--cuda-graphs",
     )
-    torchcompile: bool = setting(
-        False, "torch.compile the student and the teacher", "--torchcompile"
+    torchcompile: Switch | bool = setting(
+        Switch.AUTO,
+        "torch.compile the student and the teacher; auto: off, since no GPU has measured it",
+        "--torchcompile",
     )
     dist_timeout: float = setting(
         300.0,

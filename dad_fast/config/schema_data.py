@@ -9,6 +9,7 @@ from dad_fast.config.setting import (
     AREA,
     AT_LEAST_ONE,
     BELOW_ONE,
+    CROP,
     INTERVAL,
     NOT_NEGATIVE,
     PROBABILITY,
@@ -105,9 +106,9 @@ class AugmentConfig:
     )
     crop_pct: float = setting(
         0.0,
-        "evaluation: share of the resized image kept; 0 = the student's own",
+        "evaluation: crop divided by the resized image's shorter side, above 1 pads; 0 = the student's own",
         "--crop-pct",
-        rule=PROBABILITY,
+        rule=CROP,
     )
     interpolation: str = setting(
         "", "evaluation: resampling filter; empty = the student's own", "--interpolation"

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
+from enum import StrEnum
 from typing import Any, NamedTuple
+
+
+class Switch(StrEnum):
+    """Value of a speed setting: auto, on or off.
+
+    engine/choices.py decides `auto` by the device, and gives the engine plain booleans. Only ON is
+    true, so code that meets an undecided `auto` computes as with OFF.
+    """
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+    def __bool__(self) -> bool:
+        return self is Switch.ON
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 class Rule(NamedTuple):
@@ -17,6 +36,8 @@ class Rule(NamedTuple):
 POSITIVE = Rule("above 0", lambda value: value > 0)
 NOT_NEGATIVE = Rule("0 or more", lambda value: value >= 0)
 AT_LEAST_ONE = Rule("1 or more", lambda value: value >= 1)
+# timm has models whose view pads the image: 1.15 times their crop.
+CROP = Rule("between 0 and 4", lambda value: 0 <= value <= 4)
 PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Rule("0 or more and below 1", lambda value: 0 <= value < 1)
 INTERVAL = Rule("two numbers above 0, the smaller first", lambda pair: 0 < pair[0] <= pair[1])

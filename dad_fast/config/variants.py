@@ -14,6 +14,8 @@ RESUME_SAFE = frozenset(
         "data.workers",
         "device",
         "engine.cuda_graphs",
+        "engine.kernels",
+        "engine.vqgan_micro_batch",
         "engine.dist_timeout",
         # Stopping and writing. The schedule does not depend on max_steps.
         "checkpoint.every_steps",

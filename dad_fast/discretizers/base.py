@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.errors import UsageError
+from dad_fast.kernels.cases import Case
 
 
 class Discretized(NamedTuple):
@@ -36,6 +37,7 @@ class Discretizer(ABC):
     weights_sha256: str | None = None  # of the weights' file
     code_bits: int = 0  # bits of a stored code; 0 without codes
     backend: str = ""  # of the codebook search
+    kernels: tuple[str, ...] = ()  # names of the kernels that it may use on CUDA (kernels/cases.py)
 
     @abstractmethod
     def __call__(self, pixels: Tensor) -> Discretized:
@@ -74,6 +76,21 @@ class Discretizer(ABC):
         """
         return None
 
+    def kernel_cases(self, side: int) -> Iterator[Case]:
+        """Yield test cases of its `kernels` on images of `side` pixels."""
+        return iter(())
+
+    def use_kernel(self, name: str, on: bool) -> None:
+        """Use one of its `kernels`, or torch in its place."""
+        raise NotImplementedError(f"{self.name} names kernels, and cannot replace them")
+
+    def time_forms(self, side: int, batch_size: int) -> dict[str, tuple[str, str]]:
+        """Choose between equivalent forms by timing them on this GPU.
+
+        Returns the choice and its reason, by name. A collective.
+        """
+        return {}
+
     def stages(self) -> list[tuple[object, str, str]]:
         """(object, method, stage name) of each stage that a profiler should label."""
         return []
@@ -87,4 +104,7 @@ class LoadContext:
     precision: PrecisionConfig
     device: torch.device
     optimizations: object | None  # a VQGAN's; None keeps the plain model under autocast
-    shapes_only: bool = False  # build the architecture: values of weights do not matter
+    shapes_only: bool = (
+        False  # build the architecture as for a GPU: values of weights do not matter
+    )
+    micro_batch: int = 0  # images at once; 0 = by their size

@@ -32,11 +32,13 @@ def load_discretizer(
     device: torch.device,
     optimizations: object | None = None,
     shapes_only: bool = False,
+    micro_batch: int = 0,
 ) -> Discretizer:
     """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as
     `jpeg:75`.
 
     optimizations: those of a VQGAN under autocast (VQGANOptimizations); all by default.
+    micro_batch: images that a VQGAN takes at once; 0 = by their size.
     shapes_only: build the architecture; a VQGAN's file that does not exist is assumed to be
     "OpenImages f8, 16384".
 
@@ -52,6 +54,7 @@ def load_discretizer(
         device=device,
         optimizations=wanted,
         shapes_only=shapes_only,
+        micro_batch=micro_batch,
     )
     key, argument = DISCRETIZERS.split(name)
     if key in DISCRETIZERS:

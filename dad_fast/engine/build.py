@@ -22,15 +22,18 @@ from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
+from dad_fast.engine.choices import Choices, DeviceFacts, choose, settle
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import check_same_classes, check_splits, check_weights
 from dad_fast.engine.probe.features import FeatureTable
 from dad_fast.engine.probe.pseudo_labels import PseudoLabels, WeakView
 from dad_fast.engine.probe.step import ProbeData, ProbeGenerator, ProbeLearner
+from dad_fast.engine.self_test import EVERY_KERNEL, Kernels, choose_kernels, step_cases
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem, UsageError
+from dad_fast.kernels import cases
 from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.load_student import take_view
 from dad_fast.models.optimizations import optimize_student
@@ -50,6 +53,8 @@ class Components:
     off.
     hashes: of the weights of teacher and discretizer; None for a discretizer without trained
     weights.
+    kernels: the kernels that the run uses, each after its self-test.
+    choices: what auto means for this device and student.
     probe: data of a linear probe on the teacher's encoder, None for other students.
     """
 
@@ -62,6 +67,8 @@ class Components:
     stored: Stored
     savings: dict[str, dict[str, str]]
     hashes: dict[str, str | None]
+    kernels: Kernels
+    choices: Choices
     probe: ProbeData | None = None
 
     def prepare(self, log: Callable[[str], None]) -> None:
@@ -87,6 +94,7 @@ class Builder:
         Raises UsageError, DataError or EnvironmentProblem for settings that fail.
         """
         device = resolve_device(cfg.device)
+        asked, cfg = cfg, settle(cfg, device)
         check_splits(cfg)
         # With stores, the models that are needed are known only when the stores are open.
         if not cfg.store.dirs:
@@ -139,17 +147,60 @@ class Builder:
         student = student.to(device)
         if cfg.student.sync_bn:
             share_batch_norm(student, device)
-        if cfg.precision.channels_last:
+        choices = choose(DeviceFacts.of(device), student)
+        if choices.settled(asked).precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
 
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
+        kernels = self._kernels(cfg, discretizer, device, student.image_size, len(train.classes))
         _try_one_image(device, student, teacher, discretizer)
+        if not method.linear_probe:
+            _try_training(device, student, cfg, len(method.image_kinds))
         probe: ProbeData | None = None
         if isinstance(student, Probe):
             probe = self._probe_data(cfg, train, student, hashes["teacher"], device)
         return Components(
-            device, train, val, student, teacher, discretizer, stored, savings, hashes, probe
+            device,
+            train,
+            val,
+            student,
+            teacher,
+            discretizer,
+            stored,
+            savings,
+            hashes,
+            kernels,
+            choices,
+            probe,
         )
+
+    def _kernels(
+        self,
+        cfg: Config,
+        discretizer: Discretizer | None,
+        device: torch.device,
+        side: int,
+        num_classes: int,
+    ) -> Kernels:
+        precision, temperature = cfg.precision, cfg.loss.temperature
+        dtype = getattr(torch, precision.student) if precision.amp else torch.float32
+        batch_size = cfg.data.batch_size
+        key = (
+            "kernels",
+            cfg.engine,
+            precision,
+            cfg.attack,
+            temperature,
+            cfg.discretizer if discretizer is not None else None,
+            *(device, side, num_classes, batch_size),
+        )
+
+        def choose() -> Kernels:
+            own = step_cases(device, side, num_classes, cfg.attack, dtype, temperature)
+            return choose_kernels(cfg.engine, device, own, discretizer, side, batch_size)
+
+        chosen: Kernels = self._once(key, choose)
+        return chosen
 
     def _source(self, cfg: Config, split: str) -> Source:
         key = ("source", split, repr(cfg.data), cfg.store.dirs)
@@ -221,13 +272,17 @@ def make_step(
     teacher: Teacher | None,
     discretizer: Discretizer | None,
     update: Update,
+    kernels: Kernels | None = None,
 ) -> TrainStep:
     """Assemble the training step of a run.
 
+    kernels: those that passed their self-test; None = all of them if `engine.kernels` is "on".
     Functions below take the section of the configuration that they use.
     """
     method = METHODS[cfg.method]
     engine = cfg.engine
+    if kernels is None:
+        kernels = EVERY_KERNEL if engine.kernels == "on" else Kernels()
     channels_last = cfg.precision.channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format
     learning: dict[str, Any] = {
@@ -236,7 +291,7 @@ def make_step(
         "smoothing": cfg.augment.smoothing,
         "bn": cfg.student.bn,
         "num_micro_batches": engine.grad_accum_steps,
-        "fused": engine.step_kernels,
+        "fused": kernels.uses(cases.DISTILLATION_LOSS),
     }
     generator: Generator
     if isinstance(student, Probe):
@@ -256,7 +311,7 @@ def make_step(
             num_classes=student.num_classes,
             image_size=student.image_size,
             layout=layout,
-            fused=engine.step_kernels,
+            fused=kernels.uses(cases.PGD_UPDATE),
         )
         forward = _compiled(student, engine)
         learner = (JointLearner if is_joint else Learner)(
@@ -266,6 +321,7 @@ def make_step(
         generator,
         [learner],
         num_micro_batches=engine.grad_accum_steps,
+        tf32=cfg.precision.tf32,
         cuda_graphs=engine.cuda_graphs,
     )
 
@@ -348,6 +404,41 @@ def _try_one_image(
         teacher(pixels)
     if discretizer is not None:
         discretizer(pixels)
+
+
+@torch.no_grad()
+def _try_training(device: torch.device, student: Student, cfg: Config, num_groups: int) -> None:
+    """Run the student in training mode on the images of one call, at most two of each kind.
+
+    A batch norm that would see one value, and outputs that are not logits, are then one-line
+    errors before anything is written. Changes neither random numbers nor running statistics.
+    """
+    images = min(cfg.data.batch_size, 2) * (1 if cfg.student.bn == "split" else num_groups)
+    side = student.image_size
+    pixels = torch.zeros(images, 3, side, side, device=device)
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            logits = student.train()(pixels)
+    except (RuntimeError, ValueError) as error:
+        fix = "set --batch-size to 2 or more, or use a student without batch norm"
+        if cfg.data.batch_size > 1:
+            fix = "see student.model_kwargs"
+        raise UsageError(
+            f"--student {student.name}: cannot train on {cfg.data.batch_size} images a step "
+            f"({str(error).splitlines()[0]}); {fix}"
+        ) from None
+    finally:
+        student.eval()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (images, student.num_classes):
+        raise UsageError(
+            f"--student {student.name}: its output is {shape}, not logits "
+            f"({images}, {student.num_classes}); use a model with a classifier"
+        )
 
 
 def _open_source(cfg: Config, split: str) -> Source:

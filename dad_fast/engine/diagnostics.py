@@ -1,4 +1,6 @@
-"""What an attack really did: the share of codes it changed, and its size compared with the encoder's own rounding."""
+"""Effect of the attack: the share of codes that it changes, and its size compared with the
+encoder's rounding.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ NUM_MEASURED = 16  # images whose codes are compared at a log step
 
 
 def share_changed(codes: Tensor, reference: Tensor) -> Tensor:
-    """Return the share of codes that differ, scalar float32; both int64 [B, h, w]. The attack's true strength (arXiv 2209.07735)."""
+    """Return the share of codes that differ, scalar float32; both int64 [B, h, w].
+
+    It is the attack's true strength (arXiv 2209.07735).
+    """
     return (codes != reference).float().mean()
 
 
@@ -53,7 +58,10 @@ def codes_changed(generator: Generator, learner: Learner, batch: Batch) -> dict[
 
 
 def attack_to_rounding(generator: Generator, learner: Learner, batch: Batch) -> float | None:
-    """Return `signal_to_rounding` for a few images of a batch; None without an encoder or where all attacks are stored."""
+    """Return `signal_to_rounding` for a few images of a batch.
+
+    None without an encoder, or where all attacks are stored.
+    """
     if not isinstance(generator, AttackGenerator) or generator.discretizer is None:
         return None
     is_stored = batch.dad_outputs is not None and not generator.method.uses(Images.ATTACK_STUDENT)
@@ -77,10 +85,12 @@ def signal_to_rounding(
     pixels: Tensor,
     perturbed: Tensor,
 ) -> Tensor:
-    """Return the root mean square of the latents' change by the attack over that of the encoder's rounding, scalar float32.
+    """Return the root mean square of the latents' change by the attack over that of the encoder's
+    rounding, scalar float32.
 
-    encode: the encoder as the run uses it. encode_exact: the same in float64 or float32. Below about 1 the codes change by
-    rounding as much as by the attack: with an L2 budget of 0.1 at 224 px this is so in fp16, bf16 and even tf32.
+    encode: the encoder as the run uses it. encode_exact: the same in float64 or float32. Below
+    about 1 the codes change by rounding as much as by the attack: with an L2 budget of 0.1 at 224
+    px this is so in fp16, bf16 and TF32, but not in IEEE float32, which float32 is here.
     """
     exact = encode_exact(pixels).double()
     signal = encode_exact(perturbed).double() - exact

@@ -45,11 +45,9 @@ def model_optimizations(cfg: Config) -> Optimizations:
     return Optimizations(**{name: _wanted(cfg, name) for name in MODEL_SAVINGS})
 
 
-def vqgan_optimizations(cfg: Config, device_type: str) -> VQGANOptimizations:
+def vqgan_optimizations(cfg: Config) -> VQGANOptimizations:
     """Return the optimizations of a VQGAN that the run asks for."""
-    wanted = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
-    kernel = cfg.engine.step_kernels and device_type == "cuda"
-    return VQGANOptimizations(**wanted, norm_kernel=kernel)
+    return VQGANOptimizations(**{name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS})
 
 
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
@@ -63,9 +61,12 @@ def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeach
 
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
-    """Load the discretizer of a run."""
-    optimizations = vqgan_optimizations(cfg, device.type)
-    model = load_discretizer(cfg.discretizer.name, cfg.precision, device, optimizations)
+    """Load the discretizer of a run, without the kernels that need a self-test."""
+    optimizations = vqgan_optimizations(cfg)
+    micro_batch = cfg.engine.vqgan_micro_batch
+    model = load_discretizer(
+        cfg.discretizer.name, cfg.precision, device, optimizations, micro_batch=micro_batch
+    )
     return FrozenDiscretizer(model, model.fingerprint())
 
 

@@ -49,7 +49,7 @@ class Learner:
         self.split = bn == "split"
         self.num_micro_batches = num_micro_batches
         self.fused = fused
-        self.forward = forward or student
+        self.forward = student if forward is None else forward
         self.device = next(student.parameters()).device
 
     def learn(self, inputs: StepInputs) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class Learner:
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast of the student's forward pass, where the run uses mixed precision."""
         dtype = getattr(torch, self.precision.student)
-        return torch.autocast(self.device.type, dtype, enabled=self.precision.amp)
+        return torch.autocast(self.device.type, dtype, enabled=bool(self.precision.amp))
 
     def _logits(self, images: dict[Images, Tensor]) -> dict[Images, Tensor]:
         kinds = [kind for kind in self.method.image_kinds if kind in images]

@@ -4,13 +4,15 @@ given once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from dad_fast.allocator import describe_allocator
 from dad_fast.config.schema import Config
-from dad_fast.data.loaders.choose import resolve_loader
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.distributed import process_group as distributed
+from dad_fast.engine import choices
 from dad_fast.engine.build import Components
+from dad_fast.engine.choices import Choice
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
 
@@ -20,8 +22,41 @@ TOLERATED_WAIT = 1.0
 VISIBLE = 3.0
 
 
-def introduction(cfg: Config, parts: Components, loader: TrainLoader | FeatureLoader) -> list[str]:
-    """Run summary, logged before the first step: data, batches, models, optimizations, stores."""
+def run_choices(
+    cfg: Config, parts: Components, loader: TrainLoader | FeatureLoader, graphs: bool
+) -> dict[str, Choice]:
+    """Return what the run chose for speed and why, for the log and run.json.
+
+    graphs: the step will be captured in CUDA graphs.
+    """
+    device = parts.device
+    present = {
+        "student": parts.probe is None,
+        "teacher": parts.teacher is not None,
+        "encoder": parts.discretizer is not None,
+        "decoder": parts.discretizer is not None,
+    }
+    stages = [stage for stage, is_present in present.items() if is_present]
+    found = choices.stage_dtypes(parts.choices.settled(cfg).precision, stages)
+    if isinstance(loader, FeatureLoader):
+        loading = Choice(loader.name, "the features of all views are in memory")
+    else:
+        loading = Choice(loader.name, loader.why)
+    return {
+        **parts.choices.record(cfg),
+        **found,
+        "float32": choices.float32_arithmetic(device, cfg.precision.tf32),
+        "attention": choices.attention(device),
+        "cuda_graphs": choices.cuda_graphs(cfg.engine.cuda_graphs, device, graphs),
+        "cudnn.benchmark": choices.convolution_benchmark(device),
+        "loader": loading,
+        "allocator": Choice(*describe_allocator()),
+        **{f"kernel {name}": Choice(*chosen) for name, chosen in parts.kernels.record().items()},
+    }
+
+
+def introduction(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
+    """Run summary, logged before the first step: data, models, choices, stores."""
     lines = [parts.train.describe(), _batches(cfg)]
     if distributed.world() > 1 and parts.student.has_batch_stats:
         lines.append(_batch_norm(cfg))
@@ -39,9 +74,10 @@ def introduction(cfg: Config, parts: Components, loader: TrainLoader | FeatureLo
     for part, found in parts.savings.items():
         texts = [f"not {name} ({why})" if why else name for name, why in found.items()]
         lines.append(f"optimizations of the {part}: {', '.join(texts) or 'none'}")
-    if not isinstance(loader, FeatureLoader):
-        name, why = resolve_loader(cfg.data.loader, parts.train, parts.device)
-        lines.append(f"loader {name}: {why}")
+    lines.append("chosen for speed (docs/gpu.md says how to change it):")
+    lines += [f"  {name:<16} {choice}" for name, choice in chosen.items()]
+    if parts.kernels.seconds:
+        lines.append(f"kernels were compared with torch in {parts.kernels.seconds:.1f} s")
     lines += [
         f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images"
         for store in parts.stored.stores
@@ -109,10 +145,13 @@ class Advice:
 
     def on_attack(self, signal_to_rounding: float, log: Callable[[str], None]) -> None:
         """Warn if the attack is lost in the encoder's rounding."""
-        if signal_to_rounding < VISIBLE:
-            log(
-                f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
-                "times as much as rounding, "
-                "so many codes change by chance; raise --attack-eps, or set "
-                "precision.encoder=float32"
-            )
+        if signal_to_rounding >= VISIBLE:
+            return
+        fix = "raise --attack-eps"
+        precision = self._cfg.precision
+        if precision.amp and precision.encoder != "float32":
+            fix += ", or set precision.encoder=float32"
+        log(
+            f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
+            f"times as much as rounding, so many codes change by chance; {fix}"
+        )

@@ -15,7 +15,8 @@ from torch import nn
 from dad_fast.config.schema import OptimConfig
 from dad_fast.errors import EnvironmentProblem, UsageError
 
-# The fused form of these skips a step on the device, where `found_inf` is set.
+# The fused form of these skips a step on the device, where `found_inf` is set, and takes its
+# learning rate from there.
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 # timm's names of apex's optimizers -> the same optimizer of torch.
@@ -50,19 +51,37 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
 
     try:
         optimizer = create()
-        extra = {}
-        # Capturable counts steps on the device: CUDA graphs need that, and a skipped step is not
-        # counted.
-        if cuda and "capturable" in optimizer.defaults:
-            extra["capturable"] = True
         if type(optimizer) in FUSED and not {"fused", "foreach"} & kwargs.keys():
-            extra["fused"] = True
-        return create(**extra) if extra else optimizer
+            return create(fused=True)
+        return optimizer
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UsageError(
             f"--opt {cfg.opt} cannot be built: {error}; see timm.optim.list_optimizers() and "
             "optim.opt_kwargs"
         ) from None
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if `optimizer` skips a step, as if it had never come, where its `found_inf` is
+    set on the device.
+    """
+    # A dampened first step differs from later ones, which only the host can tell apart.
+    is_dampened = any(group.get("dampening") for group in optimizer.param_groups)
+    is_fused = type(optimizer) in FUSED and bool(optimizer.defaults.get("fused"))
+    return is_fused and not is_dampened
+
+
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Set the momentum buffers of a new SGD to zero.
+
+    Its first step is the same as without buffers. Fused SGD would create them uninitialised, leave
+    them so if it skips that step, and apply them in the next.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def apex_problem() -> tuple[str, str]:

@@ -12,7 +12,7 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import Config
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
-from dad_fast.data.sources.names import shown
+from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.errors import DataError, UsageError
@@ -20,8 +20,8 @@ from dad_fast.methods.registry import METHODS
 
 
 def check_splits(cfg: Config) -> None:
-    """Raise DataError for a split that is missing in an image folder, and for splits of different
-    classes.
+    """Raise DataError for a split that is missing in an image folder, for a single class, and for
+    splits of different classes.
     """
     data = cfg.data
     splits = data.train_split, data.val_split
@@ -33,7 +33,13 @@ def check_splits(cfg: Config) -> None:
 
 
 def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
-    """Raise DataError if the class lists of the two splits differ."""
+    """Raise DataError for fewer than two classes, or if the class lists of the two splits differ."""
+    if len(train) < 2:
+        only = Path(cfg.data.data_dir) / cfg.data.train_split / train.folders[0]
+        raise DataError(
+            f"--data-dir {cfg.data.data_dir}: one class, {shown(train.names[0])}; a classifier needs "
+            f"two{_level_below(only)}"
+        )
     if train == val:
         return
     train_split, val_split = cfg.data.train_split, cfg.data.val_split
@@ -48,6 +54,17 @@ def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
     if not differences:
         what = f"{train_split} and {val_split} order their classes differently"
     raise DataError(f"--data-dir {cfg.data.data_dir}: {what}; fix the folders or give --class-map")
+
+
+def _level_below(folder: Path) -> str:
+    """Return a hint where `folder`, the only class, holds folders that may be the classes."""
+    if not folder.is_dir():
+        return ""
+    below = sorted(item.name for item in folder.iterdir() if item.is_dir())
+    if not below:
+        return ""
+    level = f"{folder.parent.name}/{folder.name}"
+    return f"; its folders ({some(below)}) may be the classes: --train-split {shown(level)}"
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:

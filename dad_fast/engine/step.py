@@ -19,6 +19,7 @@ from dad_fast.engine.cuda_graph import StepGraphs
 from dad_fast.engine.generator import Generator, StepInputs
 from dad_fast.engine.learner import Learner
 from dad_fast.loggers.profiling import stage
+from dad_fast.models.float32 import float32_math
 
 Scalars = dict[str, Tensor]
 
@@ -32,16 +33,19 @@ class TrainStep:
         learners: Sequence[Learner],
         *,
         num_micro_batches: int,
+        tf32: bool,
         cuda_graphs: str,
     ) -> None:
         """Create a step.
 
         num_micro_batches: a batch holds so many; their gradients make one update.
+        tf32: use TF32 for what stays float32, except where the attack depends on it.
         cuda_graphs: "auto", "on" or "off". Raises EnvironmentProblem for "on" where they cannot be used.
         """
         self.generator = generator
         self.learners = list(learners)
         self.num_micro_batches = num_micro_batches
+        self.tf32 = tf32
         self.device: torch.device = self.learners[0].device
         self.graphs = StepGraphs.if_wanted(
             cuda_graphs, self.device, self.generate, self.learn, [one.update for one in learners]
@@ -53,6 +57,10 @@ class TrainStep:
         Returns for each learner scalars on the device: the loss, its terms, the share kept by the filter, and whether
         the update was applied. Each is the mean over the micro-batches.
         """
+        with float32_math(tf32=self.tf32):
+            return self._step(batch, step, lr)
+
+    def _step(self, batch: Batch, step: int, lr: float) -> list[Scalars]:
         for learner in self.learners:
             learner.student.train()
             learner.update.begin(step, lr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain
@@ -22,11 +23,12 @@ from dad_fast.data.loaders.loader import Batch, TrainLoader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_requests
 from dad_fast.engine.build import Components, make_step
+from dad_fast.engine.choices import fast_convolutions
 from dad_fast.engine.cuda_graph import WARM_UP
 from dad_fast.engine.diagnostics import attack_to_rounding, codes_changed
 from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.meter import Meter, over_processes
-from dad_fast.engine.notices import Advice, introduction
+from dad_fast.engine.notices import Advice, introduction, run_choices
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.schedule import learning_rate, total_epochs
@@ -38,6 +40,7 @@ from dad_fast.loggers.gpu import Gpu
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.loggers.sinks import open_sinks
+from dad_fast.models.float32 import float32_math
 from dad_fast.models.student import Student
 from dad_fast.models.weights.files import write_safetensors
 
@@ -79,8 +82,11 @@ class Trainer:
         # Again: the draws of a run must not depend on those of its student's initial weights.
         seed_generators(cfg.seed)
         distributed.broadcast_(list(chain(student.parameters(), student.buffers())))
-        self.update = Update(student, cfg, device)
-        self.step = make_step(cfg, student, parts.teacher, parts.discretizer, self.update)
+        # `self.cfg` keeps "auto", for the files of the run.
+        self.settled = parts.choices.settled(cfg)
+        self.update = Update(student, self.settled, device)
+        models = student, parts.teacher, parts.discretizer
+        self.step = make_step(self.settled, *models, self.update, parts.kernels)
         (self.learner,) = self.step.learners
 
         self.images_per_step = cfg.data.global_batch_size
@@ -100,6 +106,7 @@ class Trainer:
 
         self.meter = Meter()
         self.clock = StepTimer(device)
+        self.choices = run_choices(cfg, parts, self.loader, self.step.graphs is not None)
         self.advice = Advice(cfg, parts, self.loader.name)
         self.gpu: Gpu | None = None
         if device.type == "cuda" and distributed.is_main():
@@ -155,9 +162,10 @@ class Trainer:
             f"on {self.parts.device}{together}, "
             f"steps {self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
         )
-        for line in introduction(self.cfg, self.parts, self.loader):
+        for line in introduction(self.cfg, self.parts, self.choices):
             self.log.say(line, echo=False)
-        self.parts.prepare(self.log.say)
+        with float32_math(tf32=self.cfg.precision.tf32):
+            self.parts.prepare(self.log.say)
 
     def train(self) -> dict[str, float]:
         """Train to the last step.
@@ -169,7 +177,8 @@ class Trainer:
         distributed.set_timeout(distributed.LONG)
         with stop_requests() as stop, self._progress() as progress, collections_between_steps():
             try:
-                self._steps(stop, progress)
+                with fast_convolutions(self.parts.device):
+                    self._steps(stop, progress)
             finally:
                 self.writer.wait()
             # Long again: rank 0 may evaluate and write the report alone.
@@ -196,7 +205,10 @@ class Trainer:
                     self._check_signal(batch)
                 if is_first:
                     self.clock.skip()
+                started = time.monotonic()
                 lr = self._step(batch)
+            if is_first:
+                self._log_first_step(time.monotonic() - started)
             progress.tick()
             self.writer.check()
 
@@ -216,6 +228,8 @@ class Trainer:
 
             # By now every process has compiled and captured.
             if self.next_step == first_step + WARM_UP + 1:
+                if self.step.graphs is not None and self.step.graphs.captured:
+                    self.log.say("the step is captured in CUDA graphs", echo=False)
                 distributed.barrier()
                 distributed.set_timeout(self.cfg.engine.dist_timeout)
         vote.settle()
@@ -224,13 +238,17 @@ class Trainer:
         """Make one step and count it. Returns its learning rate."""
         cfg = self.cfg
         lr = learning_rate(self.next_step, self.steps_per_epoch, cfg.optim, cfg.schedule)
-        with self.clock.step(), enough_memory(cfg, self.parts.device):
+        with self.clock.step(), enough_memory(self.settled, self.parts.device):
             (scalars,) = self.step(batch, self.next_step, lr)
         self.meter.add(scalars)
         self.met.update(batch.replaced)
         self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
         self.next_step += 1
         return lr
+
+    def _log_first_step(self, seconds: float) -> None:
+        compiled = ", with torch.compile" if self.settled.engine.torchcompile else ""
+        self.log.say(f"first step: {seconds:.1f} s{compiled}", echo=bool(compiled))
 
     def _summary(self) -> dict[str, float]:
         return {
@@ -366,7 +384,8 @@ class Trainer:
         Raises Preempted or Interrupted when a signal asks any process to stop.
         """
         student = self.parts.student
-        with self.learner.autocast(), stop_requests():
+        precision = float32_math(tf32=self.cfg.precision.tf32)
+        with precision, self.learner.autocast(), stop_requests():
             return evaluate(
                 model,
                 suite.source,

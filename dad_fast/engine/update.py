@@ -1,14 +1,19 @@
 """Optimizer step: unscale, clip, finite check, step, EMA. Non-finite steps are skipped.
 
 A step calls `begin`, `backward` for each micro-batch, `reduce` (the sum over processes) and
-`apply`. The finite check is on the device: nothing here reads a value on the host, so `backward`
-and `apply` can be captured in CUDA graphs. `apply` reads only values that are equal in all
-processes, and so writes equal weights in all of them.
+`apply`. With an optimizer that skips steps on the device (`optimizer.skips_on_device`) nothing here
+reads a value on the host, so `backward` and `apply` can be captured in CUDA graphs. With any other,
+`apply` reads the finite check and leaves the optimizer alone where it failed. `apply` reads only
+values that are equal in all processes, and so writes equal weights in all of them.
+
+A run with a skipped step has the weights and the optimizer state of a run without that step, bit
+for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 from dad_fast.config.schema import Config
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.gradients import SharedGradients, running_statistics
-from dad_fast.engine.optimizer import build_optimizer
+from dad_fast.engine.optimizer import build_optimizer, fill_momentum, skips_on_device
 from dad_fast.loggers.profiling import stage
 
 
@@ -33,13 +38,16 @@ class Update:
         self.student = student
         self.clip_grad = cfg.optim.clip_grad
         self.optimizer = build_optimizer(student, cfg.optim, device.type == "cuda")
+        self.skips_on_device = skips_on_device(self.optimizer)
+        if self.skips_on_device:
+            fill_momentum(self.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
         # Batch norm's running statistics: a bad batch has already changed them when its loss is
         # known.
         self.buffers = [b for b in student.buffers() if b.is_floating_point()]
         self.saved_buffers = [b.clone() for b in self.buffers]
-        is_float16 = cfg.precision.amp and cfg.precision.student == "float16"
+        is_float16 = bool(cfg.precision.amp) and cfg.precision.student == "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_float16)
 
         self.ema: ModelEmaV3 | None = None
@@ -58,7 +66,7 @@ class Update:
 
         # A CUDA graph reads from fixed addresses on the device: the learning rates and, once
         # captured, the gradients.
-        on_device = device.type == "cuda" and bool(self.optimizer.defaults.get("fused"))
+        on_device = device.type == "cuda" and self.skips_on_device
         self.rates = [
             torch.zeros((), device=device) if on_device else None
             for _ in self.optimizer.param_groups
@@ -93,6 +101,28 @@ class Update:
         self.loss_sum.zero_()
         if self.buffers:
             torch._foreach_copy_(self.saved_buffers, self.buffers)
+
+    @contextmanager
+    def being_captured(self) -> Iterator[None]:
+        """Prepare for a capture of `backward` and `apply`; if it breaks, they work as before it.
+
+        A broken capture has run nothing on the device. On the host it may have marked the gradients
+        as unscaled.
+        """
+        groups = [group for group in self.optimizer.param_groups if "capturable" in group]
+        # torch asks for the flag during a capture and warns of it in any other step. The fused
+        # kernels are the same with and without it.
+        for group in groups:
+            group["capturable"] = True
+        try:
+            yield
+        except BaseException:
+            if self.scaler.is_enabled():
+                self.scaler.update(self.scaler.get_scale())
+            raise
+        finally:
+            for group in groups:
+                group["capturable"] = False
 
     def make_gradients_static(self) -> None:
         """Keep gradients in the tensors that hold them now: `begin` zeroes these, `backward` adds
@@ -152,26 +182,8 @@ class Update:
 
     def _guarded_step(self, finite: Tensor) -> None:
         optimizer: Any = self.optimizer
-        if optimizer.defaults.get("fused"):
-            # The fused kernels skip a step by themselves.
+        if self.skips_on_device:
             optimizer.found_inf = (~finite).float()
             optimizer.step()
-            return
-
-        # Any other optimizer: make the step, then undo it if the check failed. A count on the host
-        # is not undone.
-        old = [p.detach().clone() for p in self.parameters]
-        old_state = {(p, k): v.clone() for p, k, v in self._state_on_device()}
-        optimizer.step()
-        with torch.no_grad():
-            for p, before in zip(self.parameters, old, strict=True):
-                p.copy_(torch.where(finite, p, before))
-            for p, k, v in self._state_on_device():
-                v.copy_(torch.where(finite, v, old_state.get((p, k), torch.zeros_like(v))))
-
-    def _state_on_device(self) -> Iterator[tuple[Tensor, str, Tensor]]:
-        """Yield the optimizer's tensors: (parameter, name, tensor)."""
-        for p, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if torch.is_tensor(value) and value.device == p.device:
-                    yield p, name, value
+        elif finite.item():
+            optimizer.step()

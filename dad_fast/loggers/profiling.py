@@ -4,7 +4,7 @@
 
 Off, and free, unless a profile is taken. Names: step, data, mix, attack, encode, lookup, decode,
 teacher, student, objective, backward, update; with several processes, reduce; where the step
-replays CUDA graphs, generate and learn.
+replays CUDA graphs, learn.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from dad_fast.config.schema import AttackConfig
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.kernels.pgd_update import l2_norm, pgd_update, project, reference
 from dad_fast.methods.noise import keyed_normal, keyed_uniform
+from dad_fast.models.float32 import float32_math
 
 # Streams of a sample's key that the attack draws from.
 STREAM_DIRECTION, STREAM_COIN = 1, 2
@@ -67,10 +68,12 @@ class PGD:
         image = pixels + delta
         for _ in range(self.steps):
             image.requires_grad_(True)
-            with torch.enable_grad():
-                logits = model(image)
-            direction = cross_entropy_direction(logits, targets)
-            (gradient,) = torch.autograd.grad(logits, image, direction)
+            # A model in float32 runs in IEEE float32, forward and backward.
+            with float32_math(tf32=False):
+                with torch.enable_grad():
+                    logits = model(image)
+                direction = cross_entropy_direction(logits, targets)
+                (gradient,) = torch.autograd.grad(logits, image, direction)
             delta, image = update(pixels, delta, gradient, self.norm, self.eps, self.step_size)
         return image
 

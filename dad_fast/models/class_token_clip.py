@@ -18,6 +18,7 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
+from dad_fast.models.batch_first_attention import BatchFirstAttention
 from dad_fast.models.class_token import dropout, unknown_part
 
 NORMS = (nn.Identity, nn.LayerNorm, LayerNorm, LayerNormFp32)
@@ -98,7 +99,7 @@ def _unsupported(tower: Any) -> str:
         parts[NORMS] += (block.ln_attn, attn.ln_q, attn.ln_k, attn.ln_inner)
     elif (
         type(block) is not ResidualAttentionBlock
-        or type(attn) is not nn.MultiheadAttention
+        or type(attn) not in (nn.MultiheadAttention, BatchFirstAttention)
         or hasattr(block, "ln_1_kv")
     ):
         return f"its last block is a {type(block).__name__}"

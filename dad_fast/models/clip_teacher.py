@@ -22,7 +22,7 @@ from dad_fast.models.clip_weights import (
 from dad_fast.models.teacher import Teacher, TeacherContext
 from dad_fast.models.weights.declared import PROBE, check_classes, check_encoder, probe_spec
 from dad_fast.models.weights.files import asset, fingerprint, read_state_dict
-from dad_fast.models.zeroshot import prompt_names, resolve_templates, zero_shot_head
+from dad_fast.models.zeroshot import check_distinct, prompt_names, resolve_templates, zero_shot_head
 
 # Weight [C, F], bias [C], and whether the features are normalised before the head
 Head = tuple[Tensor, Tensor, bool]
@@ -112,6 +112,7 @@ def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Seque
     """Return weight [C, F] times logit_scale, and bias [C]: SigLIP's logit_bias, else 0."""
     prompts = resolve_templates(templates, classes, clip.templates)
     weight = zero_shot_head(model, clip.tokenizer, prompt_names(classes), prompts)
+    check_distinct(weight, classes)
     weight = weight * model.logit_scale.detach().exp().float()
     logit_bias = getattr(model, "logit_bias", None)
     bias = torch.full((len(classes),), 0.0 if logit_bias is None else float(logit_bias))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dad_fast.config import Config, from_toml
 from dad_fast.errors import DataError
+from dad_fast.files import read_text
 from dad_fast.models.probe import load_probe
 from dad_fast.models.student import Student, checkpoint_file, read_student
 from dad_fast.models.weights.declared import PROBE, STUDENT
@@ -91,13 +92,7 @@ def run_settings(weights: Path) -> tuple[Config | None, Path]:
     for place in (folder, folder.parent.parent):
         file = place / "config.toml"
         if file.is_file():
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(
-                    f"{file}: cannot be read ({error}); restore it or remove it"
-                ) from None
-            return from_toml(text, str(file)), place
+            return from_toml(read_text(file), str(file)), place
     return None, folder
 
 

@@ -18,6 +18,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from dad_fast.models.batch_first_attention import (
+    BatchFirstAttention,
+    use_batch_first_attention,
+)
 from dad_fast.models.class_token import keep_class_token_timm
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
@@ -27,7 +31,13 @@ from dad_fast.models.timm_teacher import PreLogits, SelectedClasses
 QUICK_GELU_SLOPE = 1.702
 # Modules that use their weights only in operations that autocast runs in 16 bit. A subclass may do
 # more, such as weight standardisation.
-CAST = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.MultiheadAttention)
+CAST = (
+    nn.Linear,
+    NonDynamicallyQuantizableLinear,
+    nn.Conv2d,
+    nn.MultiheadAttention,
+    BatchFirstAttention,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Optimizations:
 
     # Last transformer block for the class token alone, teacher and student
     class_token_only: bool = True
+    # The teacher's nn.MultiheadAttention without transposed tokens and copies, as open_clip's towers
+    clip_attention: bool = True
     # The teacher's mean and std in its patch embedding
     fold_normalisation: bool = True
     # The teacher's QuickGELU as one SiLU, with its slope in the adjacent weights
@@ -45,7 +57,11 @@ class Optimizations:
 
 
 PLAIN = Optimizations(
-    class_token_only=False, fold_normalisation=False, fold_quick_gelu=False, cast_weights=False
+    class_token_only=False,
+    clip_attention=False,
+    fold_normalisation=False,
+    fold_quick_gelu=False,
+    cast_weights=False,
 )
 
 
@@ -61,6 +77,8 @@ def optimize_teacher(teacher: Teacher, wanted: Optimizations) -> dict[str, str]:
     results = {}
     if wanted.class_token_only:
         results["class_token_only"] = keep_class_token_only(image_model(teacher))
+    if wanted.clip_attention:
+        results["clip_attention"] = use_batch_first_attention(image_model(teacher))
     if wanted.fold_normalisation:
         results["fold_normalisation"] = fold_normalisation(teacher)
     if wanted.fold_quick_gelu:

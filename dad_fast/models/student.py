@@ -120,6 +120,11 @@ def build_student(
         "crop_pct": data["crop_pct"],
         "interpolation": data["interpolation"],
     }
+    try:
+        # What a run writes, its readers accept.
+        spec = checked_spec(json.dumps(spec))
+    except ValueError as error:
+        raise UsageError(f"--student {cfg.name}: {error}; its file could not be read") from None
     student = Student(model, spec)
     for weights in (cfg.weights, cfg.init_from):
         if weights:

@@ -117,7 +117,7 @@ class Teacher(nn.Module):
                 pixels, (self.image_size, self.image_size), mode="bicubic", antialias=True
             )
         dtype = getattr(torch, self.precision.teacher)
-        enabled = self.precision.amp and dtype != torch.float32
+        enabled = bool(self.precision.amp) and dtype != torch.float32
         with torch.autocast(pixels.device.type, dtype, enabled=enabled):
             x = pixels if self.takes_raw_pixels else (pixels - self.mean) / self.std
             output: Tensor = model(x)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 import time
@@ -24,7 +25,10 @@ from torch import Tensor, nn
 from dad_fast.cache import cache_dir, write_cache
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, UsageError
+from dad_fast.files import read_text
 from dad_fast.models.weights.files import fingerprint, read_state_dict
+
+log = logging.getLogger(__name__)
 
 # Number of prompts from which on a head is cached
 MANY_PROMPTS = 2000
@@ -82,7 +86,7 @@ def resolve_templates(
     elif templates in ("auto", "simple"):
         found = list(SIMPLE)
     elif Path(templates).is_file():
-        lines = [line.strip() for line in Path(templates).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(templates).splitlines()]
         found = [line for line in lines if line]
     else:
         raise DataError(
@@ -111,7 +115,9 @@ def zero_shot_head(
     `tokenizer` makes the tokenizer, and is not called for a cached head.
     """
     if len(names) * len(templates) < MANY_PROMPTS:
-        return _compute(clip, tokenizer(), names, templates)
+        tokenize = tokenizer()
+        _warn_of_cut_prompts(tokenize, names, templates)
+        return _compute(clip, tokenize, names, templates)
     device = next(clip.parameters()).device
     made_from = json.dumps(
         [fingerprint(clip), list(names), list(templates), device.type, torch.__version__]
@@ -124,9 +130,50 @@ def zero_shot_head(
     except (DataError, KeyError):
         # Not cached yet, or damaged: compute it.
         pass
-    weight = _compute(clip, tokenizer(), _counted(names), templates)
+    tokenize = tokenizer()
+    _warn_of_cut_prompts(tokenize, names, templates)
+    weight = _compute(clip, tokenize, _counted(names), templates)
     write_cache(path, save({"weight": weight.cpu().contiguous()}))
     return weight
+
+
+def check_distinct(weight: Tensor, classes: ClassMap) -> None:
+    """Check that no two classes have the same row in a zero-shot head [C, F].
+
+    Logits of such classes are equal, so the teacher never predicts the second one and the filter
+    drops all of its adversarial images. Raises DataError; for ImageNet's own names, of which two
+    pairs are equal, it logs a warning.
+    """
+    _, groups, sizes = weight.unique(dim=0, return_inverse=True, return_counts=True)
+    alike = [
+        [classes.folders[i] for i in (groups == group).nonzero().flatten().tolist()]
+        for group in (sizes > 1).nonzero().flatten().tolist()
+    ]
+    if not alike:
+        return
+    names = dict(zip(classes.folders, prompt_names(classes), strict=True))
+    listed = "; ".join(
+        " and ".join(f"{folder} ({names[folder]!r})" for folder in group[:3]) for group in alike[:3]
+    )
+    problem = f"the teacher cannot tell apart {listed}: their prompts are equal to its text tower"
+    if not is_imagenet(classes):
+        raise DataError(f"{problem}; give these classes different names in a --class-map")
+    log.warning("%s; their logits are equal", problem)
+
+
+def _warn_of_cut_prompts(
+    tokenize: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str]
+) -> None:
+    """Log a warning if the longest prompt does not fit into the text tower's context."""
+    prompt = max(templates, key=len).replace("{}", max(names, key=len))
+    tokens, longer = tokenize([prompt, prompt + " a"])
+    if torch.equal(tokens, longer):
+        log.warning(
+            "the prompt %r is cut after %d tokens, the text tower's context; shorten the class "
+            "name (--class-map) or the prompt (--templates)",
+            prompt[:80],
+            len(tokens),
+        )
 
 
 def _is_head(weight: Tensor, num_classes: int) -> bool:

@@ -27,6 +27,7 @@ from dad_fast.errors import DadFastError, DataError, UsageError
 from dad_fast.kernels import pack_codes
 from dad_fast.keyed_random import sample_seeds
 from dad_fast.methods.attack import PGD
+from dad_fast.models.float32 import float32_math
 from dad_fast.models.teacher import Teacher
 from dad_fast.precompute.adversarial import adversarial
 from dad_fast.store import Manifest, RowBlock, StoreRows, StoreWriter
@@ -113,17 +114,18 @@ class AdversarialFiller:
             tensor.to(self.device, non_blocking=True) for tensor in (item.images, item.labels, keys)
         )
         stored = _Stored(self.images)
-        found = adversarial(
-            self.teacher,
-            self.discretizer,
-            self.attack,
-            self.cfg.attack.order,
-            images,
-            labels,
-            keys,
-            len(self.source.classes),
-            stored,
-        )
+        with float32_math(tf32=self.cfg.precision.tf32):
+            found = adversarial(
+                self.teacher,
+                self.discretizer,
+                self.attack,
+                self.cfg.attack.order,
+                images,
+                labels,
+                keys,
+                len(self.source.classes),
+                stored,
+            )
 
         n = item.num_real
         codes = None
@@ -232,11 +234,13 @@ class TargetFiller:
             tensor.to(self.device, non_blocking=True) for tensor in item.tensors
         )
         mixed = mix(to_pixels(images), labels, kind, lam, box, len(self.source.classes))
+        with float32_math(tf32=self.cfg.precision.tf32):
+            outputs = self.teacher(mixed.pixels)
         n = rows.stop - rows.start
         return StoreRows(
             keys=[self.source.keys[i] for i in item.drawn[:n].tolist()],
             labels=self.source.labels[item.drawn[:n].numpy()],
-            outputs=_host(self.teacher(mixed.pixels)[:n]),
+            outputs=_host(outputs[:n]),
         )
 
 

@@ -27,6 +27,8 @@ from dad_fast.distributed.launch import (
 )
 from dad_fast.distributed.signals import stop_requests
 from dad_fast.engine import frozen
+from dad_fast.engine.choices import settle
+from dad_fast.engine.self_test import choose_kernels
 from dad_fast.errors import DataError
 from dad_fast.loggers.progress import format_seconds, report_progress
 from dad_fast.loggers.run_log import print_line
@@ -83,6 +85,7 @@ def _report_state(launch: StoreLaunch) -> int:
 def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
     """Load data and models. All errors of settings are raised here, before a file is written."""
     device = resolve_device(cfg.device)
+    cfg = settle(cfg, device)
     source = open_source(
         cfg.data.data_dir,
         cfg.data.train_split,
@@ -103,6 +106,8 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
             cfg, launch, source, teacher, view["img_size"], settings, hashes, device
         )
     discretizer, hashes["discretizer"] = frozen.discretizer(cfg, device)
+    batch_size = cfg.data.batch_size
+    choose_kernels(cfg.engine, device, (), discretizer, view["img_size"], batch_size)
     return AdversarialFiller(
         cfg, launch, source, teacher, discretizer, view, settings, hashes, device
     )

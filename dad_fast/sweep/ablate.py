@@ -7,6 +7,7 @@ from pathlib import Path
 from dad_fast.config import Config, Launch, differences, from_toml
 from dad_fast.config.fields import with_values
 from dad_fast.errors import UsageError
+from dad_fast.files import read_text
 from dad_fast.sweep.ablation import Plan
 from dad_fast.sweep.cost import print_plan
 from dad_fast.sweep.runs import check_output, make_sweep
@@ -27,7 +28,7 @@ def _check_base(plan: Plan, output: Path) -> None:
     file = output / "config.toml"
     if not file.exists():
         return
-    old = from_toml(file.read_text(encoding="utf-8"), str(file))
+    old = from_toml(read_text(file), str(file))
     changed = differences(_base(old, plan.base), _base(plan.config, plan.base))
     if changed:
         raise UsageError(

@@ -113,6 +113,7 @@ def train_run(
             "kernels": kernels,
             "loader": trainer.loader.name,
             "processes": distributed.world(),
+            "choices": {name: choice.record() for name, choice in trainer.choices.items()},
         }
         facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)

@@ -25,7 +25,7 @@ from dad_fast.distributed.launch import (
     run_processes,
 )
 from dad_fast.distributed.signals import ends_at_once, stop_requests
-from dad_fast.errors import UsageError
+from dad_fast.errors import UsageError, discard_output
 from dad_fast.evaluate import show
 from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.metrics.ood_detection import detect
@@ -36,7 +36,7 @@ from dad_fast.evaluate.models import EvalModel, is_by_name, load_subject, of_tea
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.open import Unknown, classes_of, open_suites, open_unknown
-from dad_fast.files import atomic_write_json
+from dad_fast.files import atomic_write_json, read_text
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_teacher import load_teacher
@@ -110,6 +110,7 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
 class _Evaluation:
     def __init__(self, cfg: Config, launch: EvalLaunch) -> None:
         self.cfg, self.launch, self.device = cfg, launch, resolve_device(cfg.device)
+        self.log = Printer(launch)
         self.dali = cfg.data.loader == "dali"
         if self.dali:
             check_dali()
@@ -141,7 +142,8 @@ class _Evaluation:
             record["teacher"] = next(iter(self.teacher_results.values())).to_dict()
         if self.launch.predictions:
             for name, one in everything.items():
-                _save(Path(self.launch.predictions), name, one)
+                path = _save(Path(self.launch.predictions), name, one)
+                self.log(f"{path}: predictions of {name} for each image")
 
         tables = {name: one.to_dict() for name, one in everything.items()}
         if self.launch.csv:
@@ -171,7 +173,7 @@ class _Evaluation:
             self.teacher_results[classes] = self._evaluate(
                 of_teacher(teacher), f"teacher {teacher.name}", None
             )
-            log(f"teacher {teacher.name} (trained on: {teacher.provenance})")
+            self.log(f"teacher {teacher.name} (trained on: {teacher.provenance})")
         return self.teacher_results.get(classes)
 
     def evaluate(self, subject: EvalModel) -> Found:
@@ -184,27 +186,27 @@ class _Evaluation:
             found = Found(subject, id_suite=self.id_suite(suites))
             unknown = self.unknown(subject, suites, found.id_suite)
 
-        log(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
+        self.log(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
         for suite in suites:
             result = with_intervals(self.result(subject, suite))
             theirs = teacher.results[suite.name].records if teacher is not None else None
             if result.records and theirs:
                 result = replace(result, agreement=agreement(result.records, theirs))
-            log(show.row(result))
+            self.log(show.row(result))
             found.results[suite.name] = result
         for line in show.notes(found.results):
-            log(f"  {line}")
+            self.log(f"  {line}")
 
         if unknown:
             found.ood = self.detect(subject, found, unknown)
             for line in ("", *show.detection_lines(found.id_suite, found.ood)):
-                log(line)
+                self.log(line)
 
         if self.baselines:
             tops = {name: result.top1 for name, result in found.results.items()}
             found.robustness = effective_robustness(self.baselines, tops, found.id_suite)
             for line in ("", *show.robustness_lines(found.robustness)):
-                log(line)
+                self.log(line)
         return found
 
     def result(self, subject: EvalModel, suite: Suite) -> Result:
@@ -295,6 +297,7 @@ def _compare(
         have = f"{first} has {', '.join(records[first])}; {second} has {', '.join(records[second])}"
         raise UsageError(f"--compare: the models share no suite ({have})")
     found = {suite: compare(suite, records[first][suite], records[second][suite]) for suite in both}
+    log = Printer(launch)
     log("")
     for line in show.comparison_lines((first, second), found):
         log(line)
@@ -306,7 +309,7 @@ def _compare(
     return 0
 
 
-def _save(folder: Path, name: str, found: Found) -> None:
+def _save(folder: Path, name: str, found: Found) -> Path:
     path = folder / (re.sub(r"[^\w.@-]+", "_", name).strip("_.") + ".safetensors")
     about = {**found.subject.facts, "classes": found.subject.classes.folders}
     save_records(
@@ -314,12 +317,27 @@ def _save(folder: Path, name: str, found: Found) -> None:
         about,
         {suite: result.records for suite, result in found.results.items() if result.records},
     )
-    log(f"{path}: predictions of {name} for each image")
+    return path
 
 
-def log(text: str) -> None:
-    if distributed.is_main():
-        print(text, flush=True)
+class Printer:
+    """Prints results in the main process.
+
+    A reader that has gone (`| head`) ends the command, unless results are also written to files.
+    """
+
+    def __init__(self, launch: EvalLaunch):
+        self.writes_files = bool(launch.json or launch.csv or launch.predictions)
+
+    def __call__(self, text: str) -> None:
+        if not distributed.is_main():
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            if not self.writes_files:
+                raise
+            discard_output()
 
 
 def _check_outputs(launch: EvalLaunch) -> None:
@@ -351,7 +369,7 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
         candidates = (folder / "config.toml", folder.parent.parent / "config.toml")
         config = next((path for path in candidates if path.is_file()), None)
         if config is not None:
-            cfg = from_toml(config.read_text(encoding="utf-8"), str(config))
+            cfg = from_toml(read_text(config), str(config))
             break
     values = {
         path: coerce(settings()[path], value, settings()[path].flag)

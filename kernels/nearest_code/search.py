@@ -26,6 +26,8 @@ BACK_ENDS = {
 }
 # A grid is built in milliseconds for 64 codes, but reading so few one by one is as fast.
 MIN_GRID_CODES = 128
+# Latents of the search that tests a back end before its first use.
+NUM_TESTED = 32
 
 _handles = itertools.count()
 _searches: weakref.WeakValueDictionary[int, CodebookSearch] = weakref.WeakValueDictionary()
@@ -64,9 +66,11 @@ class CodebookSearch:
       `triton`  CUDA: tensor cores, then fp64 for close cases
       `torch`   any device
     Every back end gives the codes of the fp64 search (see this package's docstring), outside
-    autocast and without gradients. Raises ValueError for an invalid codebook; UsageError for an
-    unknown name; EnvironmentProblem, with the reason, for a named back end that is not available
-    here. `auto` logs its choice once for each codebook's shape.
+    autocast and without gradients. A back end is used only if it finds the codes of `torch` for a
+    few latents here: a library may be compiled for another GPU or a newer driver. Raises
+    ValueError for an invalid codebook; UsageError for an unknown name; EnvironmentProblem, with the
+    reason, for a named back end that is not available here or fails this test. `auto` takes the
+    next one, and logs its choice once for each codebook's shape, and each failure once.
 
     `num_nonfinite`, an int64 tensor on the codebook's device, counts the non-finite latents (code
     0) over all searches. No search synchronises with the host except `torch` with D > 16; both
@@ -84,8 +88,8 @@ class CodebookSearch:
             )
         self.codebook = codebook.detach().to(torch.float32, copy=True).contiguous()
         self.requested = backend
-        self.backend, self._module, self._state = self._prepare(backend)
         self.num_nonfinite = torch.zeros((), dtype=torch.int64, device=codebook.device)
+        self.backend, self._module, self._state = self._prepare(backend)
         self._handle = next(_handles)
         _searches[self._handle] = self
 
@@ -101,7 +105,12 @@ class CodebookSearch:
                 raise EnvironmentProblem(
                     f"codebook search: the back end {backend} was asked for, but {reason}"
                 )
-            return backend, module, module.prepare(self.codebook)
+            state = module.prepare(self.codebook)
+            if problem := self._problem(backend, module, state):
+                raise EnvironmentProblem(
+                    f"codebook search: the back end {backend} was asked for, but {problem}"
+                )
+            return backend, module, state
         reasons = []
         for name in BACK_ENDS:
             if name in ("grid", "cuda") and len(self.codebook) < MIN_GRID_CODES:
@@ -115,12 +124,53 @@ class CodebookSearch:
             except UsageError as error:  # this codebook has no grid
                 reasons.append(f"{name}: {error}")
                 continue
-            _say_once(
-                f"codebook search: {name} for {where[1]} codes of {where[2]} dimensions on {where[0].type}"
+            if problem := self._problem(name, module, state):
+                _log_once(logging.WARNING, f"codebook search: not {name}: {problem}")
+                continue
+            _log_once(
+                logging.INFO,
+                f"codebook search: {name} for {where[1]} codes of {where[2]} dimensions "
+                f"on {where[0].type}",
             )
             log.debug("codebook search: not %s", "; ".join(reasons))
             return name, module, state
         raise AssertionError("torch is always available")
+
+    @torch.no_grad()
+    def _problem(self, name: str, module: ModuleType, state: Any) -> str:
+        """Return why the back end fails here: its error, or codes unlike those of `torch`; else ""."""
+        if name == "torch":
+            return ""
+        codebook = self.codebook
+        picked = torch.arange(NUM_TESTED, device=codebook.device) * 7919 % len(codebook)
+        # Between codes, and one that is not finite.
+        latents = codebook[picked].lerp(codebook[picked.flip(0)], 0.4)
+        latents[-1] = torch.nan
+        found, expected = (torch.full_like(picked, -1) for _ in range(2))
+        counts = torch.zeros_like(picked[:2])
+        try:
+            _run(name, module, state, latents, found, counts[0])
+            _run("torch", _module("torch_search"), codebook, latents, expected, counts[1])
+            # Not farther is enough: where a processor flushes tiny numbers to zero, ties differ.
+            is_farther = ~(self._distance(latents, found) <= self._distance(latents, expected))
+            num_wrong = int((is_farther & (found != expected)).sum())
+            count, expected_count = counts.tolist()
+        # A launch that the driver refuses, or whatever else a compiled library raises.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            return f"it fails here ({reason})"
+        if num_wrong:
+            return f"it gives {num_wrong} wrong codes of {NUM_TESTED} here"
+        return (
+            "" if count == expected_count else "it counts latents that are not finite wrongly here"
+        )
+
+    def _distance(self, latents: Tensor, codes: Tensor) -> Tensor:
+        """Return squared distances [N] float64; infinite for numbers that are no code."""
+        num_codes = len(self.codebook)
+        entries = self.codebook[codes.clamp(0, num_codes - 1)].double()
+        distance = (latents.double() - entries).square().sum(1)
+        return distance.where((codes >= 0) & (codes < num_codes), torch.inf)
 
     def search(self, latents: Tensor) -> Tensor:
         """Return codes int64 [N] or [B, H, W] of `latents` [N, D] or [B, D, H, W], float32, float16
@@ -173,11 +223,10 @@ class CodebookSearch:
     def run(self, latents: Tensor, num_nonfinite: Tensor, quantized: Tensor | None) -> Tensor:
         """Search latents [N, D] float32, contiguous; called by the ops below."""
         codes = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-        if self.backend == "triton":  # writes z_q as it goes
-            self._module.search(latents, self._state, codes, num_nonfinite, quantized)
-            return codes
-        self._module.search(latents, self._state, codes, num_nonfinite)
-        if quantized is not None:
+        is_written = _run(
+            self.backend, self._module, self._state, latents, codes, num_nonfinite, quantized
+        )
+        if quantized is not None and not is_written:
             torch.index_select(self.codebook, 0, codes, out=quantized)
         return codes
 
@@ -185,13 +234,40 @@ class CodebookSearch:
         return CodebookSearch, (self.codebook, self.requested)
 
 
-_said: set[str] = set()
+def _run(
+    name: str,
+    module: ModuleType,
+    state: Any,
+    latents: Tensor,
+    codes: Tensor,
+    num_nonfinite: Tensor,
+    quantized: Tensor | None = None,
+) -> bool:
+    """Search by a back end. Returns True if it also wrote `quantized`."""
+    if name == "triton":
+        module.search(latents, state, codes, num_nonfinite, quantized)
+        return True
+    module.search(latents, state, codes, num_nonfinite)
+    return False
 
 
-def _say_once(line: str) -> None:
-    if line not in _said:
-        _said.add(line)
-        log.info(line)
+def problem(backend: str, device: str) -> str:
+    """Return why a back end cannot search a small codebook on `device`; "" if it can."""
+    codebook = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        CodebookSearch(codebook, backend)
+    except EnvironmentProblem as error:
+        return str(error).partition("was asked for, but ")[2]
+    return ""
+
+
+_logged: set[str] = set()
+
+
+def _log_once(level: int, line: str) -> None:
+    if line not in _logged:
+        _logged.add(line)
+        log.log(level, line)
 
 
 @torch.library.custom_op("dad_fast::codebook_search", mutates_args=("num_nonfinite",))

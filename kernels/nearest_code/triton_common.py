@@ -27,8 +27,9 @@ for codes near the latent is far below the codebook's radius.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -36,9 +37,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dad_fast.kernels.tuning import architecture, meta_parameters
-
-if TYPE_CHECKING:
-    from dad_fast.kernels.cross_compile import CompileSpec
 
 GAMMA_PER_STEP = 24 * 2.0**-23
 SLACK = 1 + 2.0**-6  # for the rounding of the band's own arithmetic in fp32
@@ -311,27 +309,7 @@ def settle(
         )
 
 
-def compile_specs(arch: str) -> list[CompileSpec]:
-    from dad_fast.kernels.cross_compile import CompileSpec
-
-    types = {
-        "z_ptr": "*fp32",
-        "columns_ptr": "*fp32",
-        "codebook_ptr": "*fp32",
-        "codes_ptr": "*i64",
-        "quantized_ptr": "*fp32",
-    }
-    types |= dict.fromkeys(("num_work_ptr", "work_ptr", "slots_ptr", "tiles_ptr"), "*i32") | {
-        "strip": "i32",
-        "D": "i32",
-    }
-    return [
-        CompileSpec(
-            f"nearest_code: settle, D={dim}",
-            settle_kernel,
-            types,
-            settle_constants(dim, slots, 16384 // slots, tiles, True),
-            SETTLE_OPTIONS,
-        )
-        for dim, slots, tiles in ((4, 128, False), (8, 128, False), (256, 64, True))
-    ]
+def search_once(search: Callable[..., None], latents: Tensor, state: Prepared) -> None:
+    """Search with z_q, for a record of the launches."""
+    codes = torch.empty(len(latents), dtype=torch.int64)
+    search(latents, state, codes, torch.zeros(1, dtype=torch.int64), torch.empty_like(latents))

@@ -13,7 +13,9 @@ in fp16 for each block of rows (from L2), 8 (+ 8 D with z_q) out. Not yet run on
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -28,15 +30,13 @@ from dad_fast.kernels.nearest_code.triton_common import (
     block_of_dimensions,
     centre_codebook,
     launch_parameters,
+    search_once,
     settle,
     threshold,
     write_quantized,
 )
 from dad_fast.kernels.nearest_code.triton_small import unavailable
 from dad_fast.kernels.tuning import TuningCase, architecture, entries, meta_parameters
-
-if TYPE_CHECKING:
-    from dad_fast.kernels.cross_compile import CompileSpec
 
 KERNEL = "nearest_code_gemm"
 MAX_BLOCK_D = 256
@@ -338,59 +338,14 @@ def constants(dim: int, meta: dict[str, int], quantize: bool) -> dict[str, Any]:
     }
 
 
-def compile_specs(arch: str) -> list[CompileSpec]:
-    """Return the widest latents of every table entry, and latents of 512 dimensions, which take
-    several blocks.
+def report_launches(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The widest latents of every table entry, and latents of 512 dimensions, which take several
+    blocks; 16384 codes.
     """
-    from dad_fast.kernels.cross_compile import CompileSpec
-
-    types = {
-        "rounded_ptr": "*fp16",
-        "norms_ptr": "*fp32",
-        "packed_ptr": "*fp16",
-        "half_square_ptr": "*fp32",
-        "codebook_ptr": "*fp32",
-    }
-    types |= {"codes_ptr": "*i64", "quantized_ptr": "*fp32"} | {
-        f"{name}_ptr": "*i32" for name in ("num_work", "work", "slots", "tiles")
-    }
-    types |= {"num_rows": "i32", "strip": "i32", "radius": "fp32", "rho": "fp32", "tau": "fp32"}
-    round_types = {
-        "z_ptr": "*fp32",
-        "centre_ptr": "*fp32",
-        "rounded_ptr": "*fp16",
-        "norms_ptr": "*fp32",
-        "num_nonfinite_ptr": "*i64",
-    }
-    round_types |= {"num_rows": "i32", "scale": "fp32", "floor": "fp32"}
-    specs = []
     for entry in entries(KERNEL, arch):
         dim = entry["max"].get("d", 512)
-        options = {
-            "num_warps": entry["num_warps"],
-            "num_stages": entry["num_stages"],
-            "enable_fp_fusion": False,
-        }
-        specs.append(
-            CompileSpec(
-                f"nearest_code: round, D={dim}",
-                round_kernel,
-                round_types,
-                round_constants(dim),
-                ROUND_OPTIONS,
-            )
-        )
-        specs.append(
-            CompileSpec(
-                f"nearest_code: gemm, D={dim}",
-                gemm_kernel,
-                types,
-                constants(dim, entry, True),
-                options,
-                tensor_cores=True,
-            )
-        )
-    return specs
+        arguments = torch.empty(784, dim), prepare(torch.randn(16384, dim))
+        yield f"nearest_code: gemm, D={dim}", functools.partial(search_once, search, *arguments)
 
 
 def tuning_cases() -> list[TuningCase]:

@@ -13,7 +13,9 @@ second code is too close: those rows go to `settle`. Bytes moved per block of ro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dad_fast.kernels.nearest_code.triton_common import (
-    FLOAT_ARGUMENTS,
     GAMMA_PER_STEP,
     SLACK,
     Prepared,
@@ -29,14 +30,12 @@ from dad_fast.kernels.nearest_code.triton_common import (
     block_of_dimensions,
     centre_codebook,
     launch_parameters,
+    search_once,
     settle,
     threshold,
     write_quantized,
 )
 from dad_fast.kernels.tuning import TuningCase, architecture, entries, meta_parameters
-
-if TYPE_CHECKING:
-    from dad_fast.kernels.cross_compile import CompileSpec
 
 MAX_DIM = 8
 KERNEL = "nearest_code_small"
@@ -273,31 +272,16 @@ def constants(dim: int, meta: dict[str, int], quantize: bool) -> dict[str, Any]:
     }
 
 
-def compile_specs(arch: str) -> list[CompileSpec]:
-    """D = 4 and 8 with every entry of the table."""
-    from dad_fast.kernels.cross_compile import CompileSpec
-
-    types = {f"{name}_ptr": "*fp32" for name in ("z", "centre", "columns", "codebook", "quantized")}
-    types |= {"packed_ptr": "*fp16", "codes_ptr": "*i64", "num_nonfinite_ptr": "*i64"}
-    types |= {f"{name}_ptr": "*i32" for name in ("num_work", "work", "slots")}
-    types |= {"num_rows": "i32", "strip": "i32"} | dict.fromkeys(FLOAT_ARGUMENTS, "fp32")
-    slots = meta_parameters(KERNEL, arch, n=1 << 40)["slots"]
-    return [
-        CompileSpec(
-            f"nearest_code: small, D={dim}",
-            score_kernel,
-            types,
-            constants(dim, entry | {"slots": slots}, True),
-            {
-                "num_warps": entry["num_warps"],
-                "num_stages": entry["num_stages"],
-                "enable_fp_fusion": False,
-            },
-            tensor_cores=True,
-        )
-        for dim in (4, 8)
-        for entry in entries(KERNEL, arch)
-    ]
+def report_launches(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """D = 4 and 8 with 16384 codes, in every entry of the table."""
+    for dim in (4, 8):
+        state = prepare(torch.randn(16384, dim))
+        for entry in entries(KERNEL, arch):
+            latents = torch.empty(entry["max"].get("n", 1 << 18), dim)
+            yield (
+                f"nearest_code: small, D={dim}",
+                functools.partial(search_once, search, latents, state),
+            )
 
 
 def tuning_cases() -> list[TuningCase]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -10,7 +11,7 @@ for package in ("timm", "open_clip"):
     pytest.importorskip(package)
 from PIL import Image
 
-from dad_fast.checkpoint.folder import CheckpointFolder
+from dad_fast.checkpoint.folder import STATE, CheckpointFolder, _digest
 from dad_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from dad_fast.cli.main import main
 from dad_fast.config import Launch
@@ -52,6 +53,17 @@ def config(inputs, *more):
 
 def trainer(folder, cfg, resume="auto", allow=False):
     return Trainer(cfg, Builder().build(cfg), folder, "test", resume, allow)
+
+
+@contextmanager
+def changed_state(folder):
+    """Yield the state of the checkpoint in a run's folder, to be changed."""
+    path = folder / "checkpoints/step-1/state.json"
+    state = json.loads(path.read_text())
+    hashes = state.pop("sha256")
+    yield state
+    hashes[STATE] = _digest(state)
+    path.write_text(json.dumps({**state, "sha256": hashes}))
 
 
 def run(made):
@@ -142,6 +154,28 @@ def test_allowed_changes_of_the_optimizer_take_effect(begun, inputs):
         ).update.scaler.get_scale()
         > 1
     )
+
+
+def test_auto_resumes_what_it_means_here(begun, inputs, tmp_path):
+    # The default, auto, is off on a CPU, and so is what earlier versions wrote.
+    assert trainer(begun, config(inputs, "precision.amp=off")).next_step == 1
+    earlier = shutil.copytree(begun, tmp_path / "earlier", symlinks=True)
+    with changed_state(earlier) as state:
+        del state["switches"]
+        assert 'amp = "auto"' in state["config"]
+        state["config"] = state["config"].replace('amp = "auto"', "amp = false")
+    assert trainer(earlier, config(inputs)).next_step == 1
+
+    with pytest.raises(UsageError, match=r"precision.amp: False → True"):
+        trainer(begun, config(inputs, "precision.amp=on"))
+
+
+def test_auto_with_another_meaning_is_logged(begun, inputs, tmp_path):
+    moved = shutil.copytree(begun, tmp_path / "moved", symlinks=True)
+    with changed_state(moved) as state:
+        state["switches"]["precision.amp"] = True
+    notes = trainer(moved, config(inputs)).notes
+    assert "precision.amp was on where the run began and is off here" in notes
 
 
 def test_another_student_is_a_one_line_error(begun, inputs):

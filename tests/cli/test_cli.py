@@ -113,6 +113,32 @@ def test_resume_auto_without_other_settings_uses_the_config_of_the_run(
     assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--lr", "1"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "amp", "compiled"),
+    [
+        ([], "auto", "auto"),
+        (["--amp", "{file}"], "on", "auto"),
+        (["{file}", "--torchcompile", "--amp"], "on", "on"),
+        (["--amp", "off", "{file}"], "off", "auto"),
+        (["--amp=auto", "--torchcompile", "on"], "auto", "on"),
+    ],
+)
+def test_a_switch_without_a_value_means_on(
+    started: list[Any], tmp_path: Path, words: list[str], amp: str, compiled: str
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[optim]\nlr = 0.125\n")
+    assert cli.main(["train", *DEMO, *(word.format(file=file) for word in words)]) == 0
+    cfg = started[0][0]
+    assert (cfg.precision.amp, cfg.engine.torchcompile) == (amp, compiled)
+    assert (cfg.optim.lr == 0.125) == ("{file}" in words)
+
+
+def test_the_former_form_of_a_switch_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *DEMO, "--no-amp"]) == 2
+    assert "unknown flag --no-amp; did you mean --amp off?" in capsys.readouterr().err
+
+
 def test_print_config_prints_toml_and_starts_nothing(
     started: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,17 @@ def test_types_from_text() -> None:
     assert (cfg.augment.aa, cfg.data.class_map) == ("rand-m9", "/a b/c=d.csv")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("true", "on"), ("false", "off"), ("'on'", "on"), ("'off'", "off"), ("'auto'", "auto")],
+)
+def test_switches_read_files_of_earlier_versions(text: str, expected: str) -> None:
+    cfg = from_toml(f"[precision]\namp = {text}\n[engine]\ntorchcompile = {text}")
+    assert cfg.precision.amp == cfg.engine.torchcompile == expected
+    assert bool(cfg.precision.amp) == (expected == "on")
+    assert from_toml(to_toml(cfg)) == cfg
+
+
 def test_types_from_toml(tmp_path: Path) -> None:
     file = write(
         tmp_path,
@@ -117,7 +128,7 @@ def test_types_from_toml(tmp_path: Path) -> None:
         ),
         ("[data]\nbatch_size = true", "must be a whole number"),
         ("[data]\ndata_dir = 3", "must be text"),
-        ("[precision]\namp = 1", "must be true or false"),
+        ("[precision]\namp = 1", "must be one of auto, on, off"),
         ("[optim]\nlr = nan", "must be a finite number"),
         ("[augment]\nscale = [0.1]", "needs 2 values"),
         ("[augment]\nscale = 0.1", "must be a list"),
@@ -223,6 +234,17 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         resolve("dad-vitb-16")
 
 
+def test_keys_of_earlier_versions_are_read() -> None:
+    for old, new in (("true", "on"), ("false", "off")):
+        text = f"[engine]\nstep_kernels = {old}\n"
+        assert from_toml(text).engine.kernels == new
+        assert from_toml(f"[variants.a.engine]\nstep_kernels = {old}\n").variants == {
+            "a": {"engine.kernels": new}
+        }
+        assert gather(None, None, [f"engine.step_kernels={old}"], {}).engine.kernels == new
+    assert "step_kernels" not in to_toml(Config())
+
+
 def test_to_toml_round_trips_exactly() -> None:
     cfg = config(
         *(
@@ -295,6 +317,62 @@ def test_presets_resolve_and_list_what_to_add(name: str) -> None:
     if name not in ON_EMBEDDED_DATA and cfg.method != "lp-clip":
         assert (cfg.schedule.epochs, cfg.schedule.cooldown_epochs) == (30, 10.0)
         assert (cfg.data.batch_size, cfg.optim.lr) == (256, 1e-4)
+
+
+def test_presets_leave_speed_to_the_defaults() -> None:
+    for name in PRESETS - {"dad-authors-online", "demo"}:
+        cfg = gather(name, None, [], {})
+        assert (cfg.precision, cfg.engine) == (Config().precision, Config().engine)
+    # The authors' code computes in float32.
+    assert gather("dad-authors-online", None, [], {}).precision.amp == "off"
+
+
+def test_file_extends_presets_and_files(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(
+        "extends = 'dad-vitb16'\n[optim]\nlr = 0.5\nclip_grad = 7.0\n"
+        "[variants.a]\n[variants.b]\noptim.clip_grad = 3.0\n"
+    )
+    (tmp_path / "inner").mkdir()
+    file = tmp_path / "inner" / "run.toml"
+    file.write_text("extends = '../base.toml'\n[optim]\nlr = 0.25\n")
+    cfg = gather("demo", file, ["optim.weight_decay=0.5"], {})
+    assert (cfg.optim.lr, cfg.optim.clip_grad, cfg.optim.weight_decay) == (0.25, 7.0, 0.5)
+    assert cfg.student.name.startswith("vit_base") and cfg.data.data_dir == "embedded:digits"
+    assert {"a", "b"} <= set(cfg.variants)
+    assert "extends" not in to_toml(cfg)
+
+    # The variants of a file replace those of what it extends.
+    file.write_text("extends = '../base.toml'\n[variants.c]\noptim.lr = 1.0\n")
+    assert gather(None, file, [], {}).variants == {"c": {"optim.lr": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends = 'dad-vitb61'", "extends dad-vitb61: no such preset; did you mean dad-vitb16?"),
+        ("extends = 'other.toml'", "extends other.toml: "),
+        ("extends = 3", "extends names one preset or file"),
+        ("extends = './run.toml'", "extends in a loop: "),
+        ("[optim]\nextends = 'demo'", "unknown key optim.extends"),
+    ],
+)
+def test_wrong_extends_is_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UsageError) as caught:
+        gather(None, file, [], {})
+    assert str(caught.value).startswith(f"{file}: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_loop_of_two_files_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_text("extends = 'run.toml'")
+    with pytest.raises(UsageError, match="extends in a loop: .*run.toml → .*other.toml → "):
+        gather(None, write(tmp_path, "extends = 'other.toml'"), [], {})
+
+
+def test_settings_of_a_checkpoint_extend_nothing() -> None:
+    with pytest.raises(UsageError, match="unknown key extends"):
+        from_toml("extends = 'demo'")
 
 
 def test_preset_list() -> None:

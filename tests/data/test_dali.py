@@ -20,6 +20,7 @@ from PIL import Image
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.loaders.choose import resolve_loader, train_loader
+from dad_fast.data.loaders.dali import loader as dali_loader
 from dad_fast.data.loaders.dali.jpeg import is_sound
 from dad_fast.data.loaders.dali.loader import DaliLoader
 from dad_fast.data.loaders.loader import TrainLoader
@@ -375,3 +376,49 @@ def test_resolve_loader_chooses_by_device_and_source(monkeypatch, tmp_path):
         match=f"--loader dali: PyPI's nvidia-dali is a placeholder; .* pip install {package}",
     ):
         resolve_loader("dali", source, CPU)
+
+
+@pytest.mark.parametrize("breaks", ["the definition", "build"])
+def test_a_pipeline_that_cannot_be_built_leaves_the_run_to_pil(monkeypatch, breaks):
+    reason = "nvml error: driver/library\nversion mismatch"
+
+    class Pipeline:
+        def __init__(self, **options):
+            if breaks == "the definition":
+                raise TypeError(reason)
+
+        def build(self):
+            raise RuntimeError(reason)
+
+    monkeypatch.setattr(dali_loader, "augment", Pipeline)
+    source = Files(shades())
+    arguments = source, FULL, 32, 6, 3, 0
+    loader = train_loader("auto", *arguments, device="cuda:0")
+    assert loader.name == "pil"
+    assert loader.why == (
+        "DALI cannot build its pipeline here (nvml error: driver/library version mismatch)"
+    )
+    loader.pin_memory = False  # there may be no GPU to pin for
+    assert_same(collect(train_loader("pil", *arguments), 0, 3), collect(loader, 0, 3))
+    with pytest.raises(EnvironmentProblem, match="--loader dali: DALI cannot .*use --loader pil"):
+        train_loader("dali", *arguments)
+    with pytest.raises(UsageError, match="--batch-size 0"):
+        train_loader("auto", source, FULL, 32, 0, 3, 0, device="cuda:0")
+
+
+def test_the_pipeline_is_built_once_before_the_first_batch(monkeypatch):
+    calls = []
+    real = dali_loader.augment
+
+    def counted(**options):
+        calls.append(options)
+        return real(**options)
+
+    monkeypatch.setattr(dali_loader, "augment", counted)
+    loader = train_loader("dali", Files(shades()), FULL, 32, 6, 3, 0)
+    assert len(calls) == 1
+    first = collect(loader, 0, 3)
+    assert len(calls) == 1
+    # Batches that an abandoned pass left in the pipeline are not those of the next pass.
+    next(loader.batches(0, 3))
+    assert_same(collect(loader, 0, 3), first)

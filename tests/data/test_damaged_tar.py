@@ -245,6 +245,31 @@ def test_ambiguous_samples_raise(tmp_path, members, message):
         one_shard(tmp_path, members)
 
 
+def test_shards_without_images_are_skipped_with_a_warning(tmp_path, caplog):
+    """WebDataset's ShardWriter may leave an empty shard."""
+    write_tar(tmp_path / "full.tar", [*sample("a", 0), *sample("b", 1)])
+    write_tar(tmp_path / "empty.tar", [])
+    write_tar(tmp_path / "labels.tar", [("c.cls", b"1")])
+    names = ["empty.tar", "full.tar", "labels.tar"]
+    # Also when the index of the full shard exists.
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            source = TarSource(tmp_path, names)
+        assert len(source) == 2 and source.read(1).size == (12, 10)
+        assert [text.split(":")[0] for text in caplog.messages] == ["empty.tar", "labels.tar"]
+        assert all(text.endswith("this shard is skipped") for text in caplog.messages)
+    with pytest.raises(DataError, match="empty.tar: no images in it"):
+        TarSource(tmp_path, ["empty.tar", "labels.tar"])
+
+
+def test_unlabelled_class_numbers_are_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        write_tar(tmp_path / "one.tar", [*sample("a", 1), *sample("b", 2)])
+        TarSource(tmp_path, ["one.tar"])
+    assert "no image has class 0; class numbers begin at 0" in caplog.text
+
+
 def test_unusable_shards_are_refused(tmp_path):
     write_shards(tmp_path / "data", num=1)
     good = (tmp_path / "data" / "train-000000.tar").read_bytes()

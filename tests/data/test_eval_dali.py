@@ -14,6 +14,7 @@ pytest.importorskip("nvidia.dali")
 
 from dad_fast.cli import main as cli
 from dad_fast.config.schema import StudentConfig
+from dad_fast.data.loaders.dali import evaluation as dali_evaluation
 from dad_fast.data.loaders.dali.evaluation import DaliEvalLoader
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.registry import open_source
@@ -132,3 +133,15 @@ def test_results_record_the_loader(
     )
     assert found["DALI"]["num_images"] == found["PIL"]["num_images"] == 12
     assert found["DALI"]["nll"] == pytest.approx(found["PIL"]["nll"], abs=0.02)
+
+
+def test_a_pipeline_that_cannot_be_built_ends_the_evaluation(photos: Path, monkeypatch) -> None:
+    def cannot(**options):
+        raise RuntimeError("no such driver")
+
+    monkeypatch.setattr(dali_evaluation, "_view", cannot)
+    loader = DaliEvalLoader(
+        open_source(str(photos), "val"), 32, 0.875, "bilinear", 4, 0, device=CPU
+    )
+    with pytest.raises(EnvironmentProblem, match=r"--loader dali: .*no such driver.*--loader pil"):
+        list(loader)

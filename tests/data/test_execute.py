@@ -140,7 +140,13 @@ def test_extreme_sizes_are_executed(size):
 @pytest.mark.parametrize("size", [(160, 107), (107, 160), (28, 28), (31, 33), (300, 301)])
 @pytest.mark.parametrize(
     ("img_size", "crop_pct", "interpolation"),
-    [(28, 1.0, "bicubic"), (32, 0.875, "bilinear"), (33, 0.9, "bicubic")],
+    [
+        (28, 1.0, "bicubic"),
+        (32, 0.875, "bilinear"),
+        (33, 0.9, "bicubic"),
+        (32, 1.15, "bicubic"),
+        (33, 1.5, "bilinear"),
+    ],
 )
 def test_evaluation_equals_timms(photo, size, img_size, crop_pct, interpolation):
     factory = pytest.importorskip("timm.data.transforms_factory")
@@ -219,6 +225,27 @@ def test_errors_of_damaged_files_name_file_and_reason(photo, tmp_path, monkeypat
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DecodeError, match="more pixels than the safe limit of 2,000"):
         read_rgb(encoded(photo, "PNG"), "bomb.png")
+
+
+def test_deep_greyscale_is_scaled_by_its_range():
+    """Values without a known range are refused: PIL's `convert` would clip them."""
+
+    def grey(values, kind="TIFF"):
+        return encoded(Image.fromarray(values), kind)
+
+    floats = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    assert np.asarray(read_rgb(grey(floats)))[..., 0].tolist() == (
+        np.rint(floats * 255).astype(int).tolist()
+    )
+    whole = np.full((4, 4), 65535, np.uint16)
+    assert read_rgb(grey(whole, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    for values, message in (
+        (floats * 255, r"float values from 0 to 255 are not in \[0, 1\]"),
+        (floats * np.nan, "not in"),
+        (np.full((4, 4), -7, np.int32), "negative values, down to -7"),
+    ):
+        with pytest.raises(DecodeError, match=message):
+            read_rgb(grey(values), "x.tif")
 
 
 def test_sixteen_bit_colour_takes_the_high_byte():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -163,6 +164,36 @@ def test_bad_files_are_named_counted_and_limited(tree, caplog):
         assert text in caplog.text
     with pytest.raises(DataError, match=r"2 of 13 images cannot be read.*max_bad_share"):
         open_source(str(tree), "train")
+
+
+def test_files_that_are_not_read_are_counted(tree, caplog):
+    for i, name in enumerate(("a.jfif", "b.JPE", "c.mpo", "d.avif", "e.avif", "labels.csv")):
+        content = io.BytesIO()
+        Image.new("RGB", (20 + i, 8)).save(content, "JPEG")
+        (tree / "train" / "ape" / name).write_bytes(content.getvalue())
+    (tree / "train" / "stray.jpg").write_bytes(content.getvalue())
+    with caplog.at_level(logging.WARNING):
+        source = FolderSource(tree, "train")
+    assert len(source) == 15 and source.ok.all()
+    stray, others = caplog.messages
+    assert stray.startswith("1 images lie in") and "are not read" in stray
+    assert others.startswith("3 files in") and others.endswith(": .avif 2, .csv 1")
+
+
+def test_deep_greyscale_is_checked_while_indexing(tree, caplog):
+    folder = tree / "train" / "ape"
+    levels = np.linspace(0, 1, 64).reshape(8, 8)
+    Image.fromarray((levels * 4095).astype(np.uint16)).save(folder / "12.png")
+    Image.fromarray((levels * 65535).astype(np.uint16)).save(folder / "16.png")
+    Image.fromarray((levels * 200).astype(np.float32)).save(folder / "float.tif")
+    for _ in range(2):  # the second time from the index
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            source = FolderSource(tree, "train", max_bad_share=0.1)
+        bad, few_bits = caplog.messages
+        assert "float.tif (float values from 0 to 200 are not in [0, 1])" in bad
+        assert few_bits.startswith("1 grey images in") and "nearly black" in few_bits
+    assert len(source) - int(source.ok.sum()) == 1
 
 
 def test_a_repaired_file_counts_again(tree):

@@ -67,6 +67,19 @@ def test_splits_of_different_classes_are_a_one_line_error(folder, capsys):
     assert "data has no folder 'val'; it has train" in refused(capsys, "--method", "ce", code=4)
 
 
+def test_a_single_class_is_a_one_line_error_that_names_the_level_below(folder, capsys):
+    """Archives often unpack to train/train/CLASS."""
+    for split in ("train", "val"):
+        (folder / "data" / split).rename(folder / "data" / f"_{split}")
+        (folder / "data" / split).mkdir()
+        (folder / "data" / f"_{split}").rename(folder / "data" / split / "all")
+    line = refused(capsys, "--method", "ce", code=4)
+    assert "one class, all; a classifier needs two" in line
+    assert "its folders (ant, bee" in line and "--train-split train/all" in line
+    splits = ("--train-split", "train/all", "--val-split", "val/all")
+    assert "indexed first" in refused(capsys, "--method", "ce", *splits, code=1)
+
+
 def test_missing_checkpoint_is_a_one_line_error(folder, capsys):
     assert (
         main(
@@ -89,6 +102,21 @@ def test_missing_checkpoint_is_a_one_line_error(folder, capsys):
         "--resume run/checkpoints: no such file or folder; name RUN/checkpoints/step-N"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("bn", ["joint", "split"])
+def test_a_batch_norm_that_sees_one_value_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, bn
+):
+    monkeypatch.setenv("DAD_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data", per_class=2)
+    arguments = ("--method", "ce", "--mixup", "0", "--bn", bn, "-j", "0")
+    line = refused(capsys, *arguments, "-b", "1", code=2)
+    assert "cannot train on 1 images a step" in line and "set --batch-size to 2 or more" in line
+    assert not (tmp_path / "run").exists()
+    data = ["train", "--data-dir", "data", "-o", "run", *STUDENT]
+    assert main([*data, *arguments, "-b", "2", "--max-steps", "1"]) == 0
 
 
 def test_resume_with_fewer_steps_changes_nothing(tmp_path, capsys):

@@ -16,6 +16,7 @@ from dad_fast.config.schema import (
     Config,
     EngineConfig,
     LossConfig,
+    PrecisionConfig,
     StudentConfig,
 )
 from dad_fast.data.loaders.loader import Batch
@@ -38,6 +39,7 @@ from tests.steps import learner_of, loss_of, run
 METHOD_NAMES = [name for name in METHODS if METHODS[name].terms]
 B, C, SIDE = 8, 4, 16
 CPU = torch.device("cpu")
+FLOAT32 = PrecisionConfig()
 LAYER_NORM = StudentConfig(
     name="vit_tiny_patch16_224",
     model_kwargs={"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
@@ -57,7 +59,8 @@ class LinearTeacher(torch.nn.Module):
         return self.head(pixels.flatten(1)) * 20
 
 
-def discretizer():
+def discretizer(device=CPU, precision=FLOAT32):
+    """Build a VQGAN on `device`; fused layers are copies, which a later move would leave behind."""
     torch.manual_seed(4)
     vqgan = VQGAN(
         VQGANConfig(
@@ -70,7 +73,7 @@ def discretizer():
             n_embed=32,
         )
     )
-    return VQGANDiscretizer(vqgan.eval().requires_grad_(False), Config().precision)
+    return VQGANDiscretizer(vqgan.to(device), precision)
 
 
 def batch(kinds=(0, 1, 2, 1)):
@@ -210,6 +213,13 @@ def test_micro_batches_equal_the_whole_batch(method):
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
 
 
+def test_compiled_models_are_the_ones_that_a_step_calls():
+    """Making a step compiles nothing; torch 2.15 refuses the truth value of a compiled module."""
+    step = make("dad", engine=EngineConfig(torchcompile=True))
+    assert isinstance(learner_of(step).forward, torch._dynamo.OptimizedModule)
+    assert isinstance(step.generator.teacher, torch._dynamo.OptimizedModule)
+
+
 @pytest.mark.slow  # compiles for half a minute
 @pytest.mark.parametrize("method", ["dad", "dat"])
 def test_compiled_step_equals_plain_step(method):
@@ -315,6 +325,7 @@ def test_two_learners_in_one_step_train_as_in_two_steps():
         joined[0].generator,
         [learner_of(step) for step in joined],
         num_micro_batches=1,
+        tf32=True,
         cuda_graphs="off",
     )
 

@@ -7,6 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
+from torch.utils._pytree import tree_leaves
+
 from dad_fast.config.schema import Config, EmaConfig, OptimConfig, PrecisionConfig
 from dad_fast.engine.update import Update
 from dad_fast.errors import UsageError
@@ -34,40 +36,113 @@ def step(update, model, x, number, lr=0.1):
     return update.apply()
 
 
-def snapshot(model, update):
-    state = update.optimizer.state_dict()["state"]
-    return copy.deepcopy(model.state_dict()), copy.deepcopy(state)
+BATCH = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+NAN = torch.where(torch.arange(4).view(4, 1, 1, 1) == 2, float("nan"), BATCH)
+# Of every way to keep state: on the device, in Python, made in the first step from its gradient.
+OPTIMIZERS = [
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adafactorbv",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamp",
+    "adamuon",
+    "adamw",
+    "adan",
+    "adopt",
+    "lamb",
+    "lars",
+    "laprop",
+    "lion",
+    "madgrad",
+    "mars",
+    "momentum",
+    "muon",
+    "nadam",
+    "nadamlegacy",
+    "nadamw",
+    "novograd",
+    "radam",
+    "rmsprop",
+    "rmsproptf",
+    "sgd",
+    "sgdp",
+    "sgdw",
+    "lookahead_adamw",
+    "lookahead_sgd",
+]
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lion", "rmsprop"])
-def test_non_finite_step_is_skipped_and_the_next_applied(opt):
-    x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+def assert_state_equals(one, other):
+    """Compare parameters and all that the optimizers keep."""
+    states = [
+        tree_leaves((update.parameters, update.optimizer.state_dict())) for update in (one, other)
+    ]
+    for a, b in zip(*states, strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_bad_batches_leave_no_trace(cfg, order="bgbgg"):
+    """Train on good and bad batches, and on the good ones alone."""
     model, straight = student(), student()
-    cfg = config(opt=opt)
     update, reference = Update(model, cfg, CPU), Update(straight, cfg, CPU)
-    assert step(update, model, x, 0)
-    step(reference, straight, x, 0)
-    before, state_before = snapshot(model, update)
-    bad = x.clone()
-    bad[0, 0, 0, 0] = float("nan")
-    assert not step(update, model, bad, 1)
-    assert update.bad_in_a_row == 1
-    after, state_after = snapshot(model, update)
-    for name in before:
-        if "num_batches" not in name:
-            assert torch.equal(before[name], after[name]), name
-    for index, entry in state_before.items():
-        for name, value in entry.items():
-            if torch.is_tensor(value):
-                assert torch.equal(value, state_after[index][name]), (index, name)
-    assert step(update, model, x, 2) and update.bad_in_a_row == 0
-    if (
-        opt == "lamb"
-    ):  # counts its steps in Python, where a step that the device refused cannot be seen
-        return
-    step(reference, straight, x, 2)
-    for a, b in zip(model.parameters(), straight.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for number, kind in enumerate(order):
+        batch = BATCH * (1 + number / 8)
+        if kind == "b":
+            weights = copy.deepcopy([*model.parameters(), *update.buffers])
+            assert not step(update, model, NAN, number)
+            for before, after in zip(weights, [*model.parameters(), *update.buffers], strict=True):
+                assert torch.equal(before, after)
+            continue
+        assert step(update, model, batch, number) and step(reference, straight, batch, number)
+        assert_state_equals(update, reference)
+
+
+@pytest.mark.parametrize("opt", OPTIMIZERS)
+def test_non_finite_steps_leave_no_trace(opt):
+    """In the first step, when an optimizer makes its state, and in a later one."""
+    assert_bad_batches_leave_no_trace(config(opt=opt))
+
+
+@pytest.mark.parametrize(
+    "opt, kwargs",
+    [
+        ("sgd", {"dampening": 0.5, "nesterov": False}),
+        ("sgd", {"dampening": 0.5, "nesterov": False, "fused": True}),
+        ("sgd", {"foreach": False}),
+        ("adamw", {"amsgrad": True}),
+        ("adamw", {"foreach": True}),
+        ("adagrad", {"fused": True}),
+        ("lookahead_adamw", {"fused": True}),
+    ],
+)
+def test_non_finite_steps_leave_no_trace_with_arguments(opt, kwargs):
+    assert_bad_batches_leave_no_trace(config(opt=opt, opt_kwargs=kwargs))
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb"])
+def test_overflow_at_the_initial_scale_leaves_no_trace(opt):
+    cfg = replace(config(opt=opt), precision=PrecisionConfig(amp=True, student="float16"))
+    assert_bad_batches_leave_no_trace(cfg, "bbgbg")
+
+
+@pytest.mark.parametrize("momentum, kwargs", [(0.9, {}), (0.9, {"nesterov": False}), (0.0, {})])
+def test_sgd_equals_torch_from_the_first_step(momentum, kwargs):
+    model, plain = student(), student()
+    cfg = config(opt="momentum", momentum=momentum, weight_decay=0.0, opt_kwargs=kwargs)
+    update = Update(model, cfg, CPU)
+    optimizer = torch.optim.SGD(
+        plain.parameters(), lr=0.1, momentum=momentum, nesterov=False, fused=True
+    )
+    for number in range(3):
+        step(update, model, BATCH, number)
+        optimizer.zero_grad()
+        plain(BATCH).square().mean().backward()
+        optimizer.step()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_clipping_and_decay_equal_torch():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +257,43 @@ def test_json_output_replaces_only_json(
     assert eval_(place / "run", "--json", weights) == 2 and weights.read_bytes() == b"precious"
     assert eval_(place / "run", "--json", tmp_path / "no" / "o.json") == 2
     assert capsys.readouterr().err.count("--json") == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_any_terminal_encoding_shows_the_table(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """A character that the encoding lacks is escaped; it does not end the command."""
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=encoding))
+    renamed = tmp_path / "naïve 日本"
+    shutil.copytree(place / "run", renamed)
+    (renamed / "config.toml").write_text((place / "run" / "config.toml").read_text())
+    assert eval_(renamed, "--suite", "test", "--json", tmp_path / "r.json") == 0
+    sys.stdout.flush()
+    assert "\\u65e5" in screen.getvalue().decode(encoding)
+    assert json.loads((tmp_path / "r.json").read_text())["checkpoint"]["suites"]["test"]
+
+
+def test_files_are_written_when_nobody_reads_the_table(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dad-fast eval --json r.json | head -1` keeps the JSON; without files it ends."""
+
+    def closed_pipe() -> Any:
+        reader, writer = os.pipe()
+        os.close(reader)
+        return open(writer, "w", encoding="utf-8")
+
+    outputs = ("--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv")
+    with closed_pipe() as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert eval_(place / "run", "--suite", "test", *outputs) == 0
+    with closed_pipe() as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert eval_(place / "run", "--suite", "test") == 1
+    assert json.loads((tmp_path / "r.json").read_text())["checkpoint"]["suites"]["test"]
+    assert (tmp_path / "r.csv").read_text().count("\n") == 2
 
 
 def make_published(path: Path, num_classes: int = 3, seed: int = 1) -> str:

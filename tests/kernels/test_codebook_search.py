@@ -6,6 +6,9 @@ import copy
 import logging
 import math
 import pickle
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ import torch
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.kernels import CodebookSearch, csrc_status, nearest_code
 from dad_fast.kernels.csrc import csrc, csrc_cuda, csrc_cuda_status
-from dad_fast.kernels.nearest_code import csrc_search, grid_search
+from dad_fast.kernels.nearest_code import csrc_search, grid_search, torch_search
+from dad_fast.kernels.nearest_code import search as search_module
 from dad_fast.kernels.nearest_code.reference import search_reference
 from dad_fast.kernels.nearest_code.torch_search import search_torch
 from tests.codebooks import DATA, clustered, grid_codes, midway, normal
@@ -185,6 +189,52 @@ def test_copies_give_the_same_codes(copied) -> None:
     del search
     assert torch.equal(other.search(z), nearest_code(z, e))
     assert other.backend == CodebookSearch(e).backend
+
+
+def refuses(latents, codebook, codes, num_nonfinite):
+    raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+def writes_nothing(latents, codebook, codes, num_nonfinite): ...
+
+
+def ignores_ties(latents, codebook, codes, num_nonfinite):
+    torch_search.search(latents, codebook, codes, num_nonfinite)
+    codes[3] += 1
+
+
+def counts_nothing(latents, codebook, codes, num_nonfinite):
+    torch_search.search(latents, codebook, codes, num_nonfinite.clone())
+
+
+@pytest.mark.parametrize(
+    ("search", "reason"),
+    [
+        (refuses, r"it fails here \(no kernel image is available for execution on the device\)"),
+        (writes_nothing, "it gives 32 wrong codes of 32 here"),
+        (ignores_ties, "it gives 1 wrong codes of 32 here"),
+        (counts_nothing, "it counts latents that are not finite wrongly here"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize(("k", "d"), [(200, 4), (3, 20)])
+def test_a_back_end_that_fails_here_is_replaced(monkeypatch, caplog, search, reason, k, d) -> None:
+    planted = SimpleNamespace(available=lambda *_: "", prepare=lambda e: e, search=search)
+    monkeypatch.setitem(sys.modules, "dad_fast.kernels.nearest_code.planted", planted)
+    back_ends = {"planted": ("planted",), **search_module.BACK_ENDS}
+    monkeypatch.setattr(search_module, "BACK_ENDS", back_ends)
+    monkeypatch.setattr(search_module, "_logged", set())
+    z, e = normal(50, k, d)
+    for _ in range(2):
+        found = CodebookSearch(e)
+        assert found.backend in BACK_ENDS and found.num_nonfinite == 0
+        assert torch.equal(found.search(z), search_torch(z, e))
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert re.fullmatch(f"codebook search: not planted: {reason}", line)
+    with pytest.raises(EnvironmentProblem, match=f"planted was asked for, but {reason}"):
+        CodebookSearch(e, backend="planted")
+    assert re.fullmatch(reason, search_module.problem("planted", "cpu"))
+    assert search_module.problem("torch", "cpu") == ""
 
 
 def test_auto_chooses_and_logs_the_back_end(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,12 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F
 
-from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu, reference
+from dad_fast.kernels.group_norm_silu import (
+    add_group_norm_silu,
+    group_norm_silu,
+    nhwc_group_norm,
+    reference,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # B, C, H, W, groups.
@@ -238,3 +243,14 @@ def test_cuda_offsets_beyond_int32():
     weight, bias = torch.rand(2, 64, device="cuda")
     y = group_norm_silu(x, weight, bias, 32)
     assert torch.equal(y[-1:], group_norm_silu(x[:1], weight, bias, 32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_torch_form_keeps_nhwc(dtype, mean):
+    """With statistics of a mean far from 0; the error is that of torch's own."""
+    x, _, weight, bias, num_groups, _ = inputs((2, 64, 28, 30, 8), dtype, mean)
+    x = x.to(memory_format=torch.channels_last)
+    y = nhwc_group_norm(x, num_groups, weight.to(dtype), bias.to(dtype), 1e-6)
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
+    assert_close_enough(y, x, weight.to(dtype), bias.to(dtype), num_groups, False)

@@ -11,4 +11,5 @@ from tests.interpreter import run_interpreted
 
 def test_kernels_under_the_interpreter():
     names = ("group_norm_silu", "distillation_loss", "pack_codes", "pgd_update")
-    run_interpreted(*(f"tests/kernels/test_{name}.py" for name in names))
+    files = [f"tests/kernels/test_{name}.py" for name in names]
+    run_interpreted(*files, "tests/engine/test_self_test.py")

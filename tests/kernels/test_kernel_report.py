@@ -60,7 +60,7 @@ def test_kernels_use_tensor_cores_as_designed(rows):
     assert all(
         "HGMMA" in row["tensor_core_instructions"]
         for row in rows
-        if row["arch"] == "sm_90" and "nearest_code: gemm" in row["name"]
+        if row["arch"] == "sm_90" and "gemm_kernel" in row["name"]
     )
 
 
@@ -74,12 +74,12 @@ def test_every_kernel_fits_on_a_multiprocessor(rows):
 def test_the_search_leaves_shared_memory_to_other_blocks(rows):
     found = [row for row in rows if row["name"].startswith("nearest_code: ")]
     assert {row["name"] for row in found} >= {
-        "nearest_code: small, D=4",
-        "nearest_code: gemm, D=256",
-        "nearest_code: settle, D=4",
+        "nearest_code: small, D=4: score_kernel",
+        "nearest_code: gemm, D=256: gemm_kernel",
+        "nearest_code: small, D=4: settle_kernel",
     }
     for row in found:
-        if "small" in row["name"] or "settle" in row["name"]:
+        if "small" in row["name"] or "settle_kernel" in row["name"]:
             assert row["shared"] <= 64 << 10, label(row)
 
 
@@ -202,6 +202,21 @@ def test_the_table_of_meta_parameters():
     with pytest.raises(KeyError):
         tuning.meta_parameters("no such kernel", "sm_90", n=1)
     assert tuning.TABLE.read_text() == tuning.render(table)
+
+
+def test_tuning_begins_with_the_entry_of_the_table():
+    own = {
+        name: v
+        for name, v in tuning.entries("group_norm_silu", "sm_90")[0].items()
+        if name != "max"
+    }
+    others = [own | {"num_warps": 32 + i} for i in range(20)]
+    bounds = tuning.entries("group_norm_silu", "sm_90")[0]["max"]
+    case = tuning.TuningCase("group_norm_silu", bounds, [*others, own], print)
+    ordered = tuning.in_order(case, "sm_90")
+    assert ordered[0] == own and ordered[1:] != others
+    assert sorted(map(str, ordered)) == sorted(map(str, case.candidates))
+    assert ordered == tuning.in_order(case, "sm_90")
 
 
 def test_tuning_without_a_gpu_is_one_line_and_exit_3(monkeypatch, capsys):

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 pytest.importorskip("safetensors")
+from timm.data import resolve_data_config
 
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DataError, UsageError
@@ -117,6 +118,26 @@ def test_hostile_descriptions(
         load_student(path)
     message = str(caught.value)
     assert message.startswith(str(path)) and message.isprintable() and len(message) < 600, message
+
+
+def test_every_configuration_of_timm_can_be_read_back() -> None:
+    """A student's file describes its view; a run may write what its reader accepts."""
+    refused = {}
+    for name in timm.list_models(pretrained=True):
+        cfg = timm.get_pretrained_cfg(name).to_dict()
+        view = resolve_data_config(pretrained_cfg=cfg)
+        spec = {
+            "name": name,
+            "img_size": view["input_size"][-1],
+            **{key: view[key] for key in ("mean", "std", "crop_pct", "interpolation")},
+        }
+        if view["input_size"][0] != 3:
+            continue
+        try:
+            checked_spec(changed(**spec))
+        except ValueError as error:
+            refused[name] = str(error)
+    assert not refused
 
 
 def test_a_valid_description_is_accepted_unchanged() -> None:

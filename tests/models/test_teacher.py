@@ -17,6 +17,7 @@ from teachers import ANIMALS, WNIDS, class_map, load, refuse
 from tiny import SIDE, TOWERS, write_teacher
 
 from dad_fast.config.schema import PrecisionConfig
+from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models import clip_teacher, clip_weights, zeroshot
 from dad_fast.models.teacher import UNKNOWN
@@ -390,6 +391,41 @@ def test_zero_shot_head_equals_that_of_open_clip(clip):
     templates = ["a {}", "the {} of {{}}".replace("{{}}", "it")]
     expected = open_clip.build_zero_shot_classifier(clip, tokens, ANIMALS.names, templates)
     assert_same_function(zero_shot_head(clip, lambda: tokens, ANIMALS.names, templates), expected.T)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("crane", "crane", "cow"),
+        ("Cat", "cat", "dog"),
+        ("A & B", "A &amp; B", "dog"),
+        ("long " * 80 + "one", "long " * 80 + "two", "dog"),
+    ],
+    ids=["equal", "case", "escaped", "cut"],
+)
+def test_classes_with_equal_prompts_are_refused(clip_file, names):
+    """Otherwise the filter would drop every adversarial image of the second class."""
+    classes = ClassMap(tuple((i, f"folder{i}", name) for i, name in enumerate(names)))
+    with pytest.raises(DataError, match="cannot tell apart folder0 .* and folder1 .*--class-map"):
+        load(clip_file, classes)
+
+
+def test_equal_names_of_imagenet_are_a_warning(caplog):
+    folders = ("n03773504", "n04008634", "n02124075")
+    classes = ClassMap(tuple((i, folder, folder) for i, folder in enumerate(folders)))
+    weight = torch.eye(3)[[0, 0, 1]]
+    zeroshot.check_distinct(weight, classes)
+    assert "n03773504 ('missile') and n04008634 ('missile')" in caplog.text
+    zeroshot.check_distinct(torch.eye(3), classes)
+    assert len(caplog.records) == 1
+
+
+def test_a_cut_prompt_is_a_warning(clip, caplog):
+    tokens = open_clip.SimpleTokenizer(context_length=clip.context_length)
+    zero_shot_head(clip, lambda: tokens, ["cat"], ["a {}"])
+    assert not caplog.records
+    zero_shot_head(clip, lambda: tokens, ["cat", "a very long name " * 20], ["a {}"])
+    assert f"cut after {clip.context_length} tokens" in caplog.text
 
 
 def test_a_large_head_is_cached_and_recomputed_if_damaged(clip, tmp_path, monkeypatch, capsys):

@@ -106,6 +106,11 @@ def targets(inputs, tmp_path_factory):
     return folder
 
 
+def test_a_store_records_what_auto_meant(raw):
+    precision = Manifest.load(raw).settings["precision"]
+    assert (precision["amp"], precision["channels_last"]) == (False, False)
+
+
 def step_of(inputs, method, *more, pin_memory=False):
     """Return (TrainStep, its batches joined to the stores)."""
     from dad_fast.cli.parser import typed_settings

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 from benchmarks import overhead, timing
 from benchmarks.bench import Bench, Session, default_size
 from benchmarks.record import as_text, make_record, number, read_record, record_path, write_record
+from dad_fast.config.schema import PrecisionConfig
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -316,6 +317,27 @@ def test_flops_are_those_of_the_stages() -> None:
     assert flops.of["student_gradient"] < flops.of["student"] and flops.of_step(
         "dad", "authors"
     ) > flops.of_step("dad")
+
+
+def test_random_teachers_of_both_libraries_cost_the_same() -> None:
+    pytest.importorskip("open_clip")
+    from benchmarks.workload import TOWERS, count, random_teacher
+
+    meta, precision = torch.device("meta"), PrecisionConfig()
+    for tower in TOWERS:
+        flops = {}
+        for library in ("open_clip", "timm"):
+            with meta:
+                teacher = random_teacher(tower, precision, meta, library)
+                pixels = torch.empty(1, 3, 224, 224)
+            assert teacher.name.startswith(f"{library}:{tower}")
+            encoder = teacher.encoder
+            flops[library] = count(lambda encoder=encoder, pixels=pixels: encoder(pixels))
+        # Only open_clip's encoder ends in a projection.
+        assert flops["open_clip"] == pytest.approx(flops["timm"], rel=0.001), tower
+    default = random_teacher("ViT-B-16 of width 192", precision, CPU)
+    assert default.name.startswith("open_clip:")
+    assert default(torch.rand(1, 3, 224, 224)).shape == (1, 1000)
 
 
 def test_flops_of_published_shapes() -> None:

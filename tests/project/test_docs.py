@@ -71,6 +71,14 @@ def test_links_and_file_names_exist(page):
         assert list(ROOT.glob(f"tests/**/{name}")) or list(ROOT.glob(f"benchmarks/{name}")), name
 
 
+def test_every_saving_is_explained():
+    from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS
+
+    text = (ROOT / "docs" / "savings.md").read_text(encoding="utf-8")
+    names = [*MODEL_SAVINGS, *(f"vqgan_{name}" for name in VQGAN_SAVINGS)]
+    assert not [name for name in names if f"`{name}`" not in text]
+
+
 @pytest.fixture(scope="module")
 def helps():
     """Output of -h by command; train has --help-all, since other commands take its settings."""

@@ -1,5 +1,5 @@
-"""scripts/gpu_check and scripts/gpu_report: verdicts, limits, the manifest, and tables of committed
-records.
+"""scripts/gpu_check and scripts/gpu_report: verdicts, limits, what a killed run leaves, and tables of
+committed records.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,86 +32,86 @@ def script(name: str) -> ModuleType:
     return module
 
 
-gpu_check, gpu_report = script("gpu_check"), script("gpu_report")
-gpu_parts, gpu_targets = sys.modules["gpu_parts"], sys.modules["gpu_targets"]
-OPTIONS = SimpleNamespace(device="cpu", limit=590.0, steps=2, batch_size=2, workers=0)
+gpu_report = script("gpu_report")
+gpu_check = script("gpu_check")
+PASSES = "print('fine')"
+HANGS = "import time; print('waits', flush=True); time.sleep(3600)"
 
 
 @pytest.fixture(autouse=True)
-def _keep_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DAD_FAST_CACHE", os.environ.get("DAD_FAST_CACHE", ""))
+def _no_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUT", raising=False)
 
 
-def run_part(
-    monkeypatch: pytest.MonkeyPatch, out: Path, part: Any, name: str = "demo", **options: Any
-) -> dict[str, Any]:
-    pytest.importorskip("torch")
-    monkeypatch.setitem(gpu_check.PARTS, name, part)
-    gpu_check.check(name, SimpleNamespace(**(vars(OPTIONS) | options)), out)
-    return json.loads((out / f"{name}.json").read_text())
+def python(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", code]
 
 
-def test_verdicts_and_the_manifest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fails(run: Any) -> dict[str, Any]:
-        run.call(sys.executable, "-c", "print('what went wrong'); raise SystemExit(7)")
-        return {}
+def part(name: str, *codes: str, seconds: float = HANG, side_by_side: int = 1) -> Any:
+    commands = [python(code) for code in codes]
+    return gpu_check.Part(name, seconds, "", lambda call: list(commands), side_by_side)
 
-    def skips(run: Any) -> dict[str, Any]:
-        gpu_parts.require("json", "no_such_package")
-        return {}
 
-    assert (
-        run_part(monkeypatch, tmp_path, skips, "ncu")["reason"] == "not installed: no_such_package"
+def check(out: Path, *parts: Any, seconds: float = 0.0) -> dict[str, dict[str, Any]]:
+    """Run parts, which have names of real ones; return their manifest entries by name."""
+    call = gpu_check.Call("cpu", "tiny", out, 0.0)
+    passed = gpu_check.check(parts, call, seconds or sum(one.seconds for one in parts))
+    entries = json.loads((out / "manifest.json").read_text())
+    found = {one["part"]: one for one in entries}
+    assert passed == all(found[one.name]["verdict"] != "failed" for one in parts)
+    return found
+
+
+def test_a_broken_part_does_not_stop_the_next(tmp_path: Path) -> None:
+    def raises(call: Any) -> Any:
+        raise OSError("no such file")
+
+    def skips(call: Any) -> Any:
+        raise gpu_check.Skipped("not installed: some_package")
+
+    found = check(
+        tmp_path,
+        part("smoke", "print('what went wrong'); raise SystemExit(7)"),
+        part("steps", "import os; os.abort()"),
+        gpu_check.Part("stages", HANG, "", raises),
+        gpu_check.Part("csrc", HANG, "", skips),
+        part("tuning", "print('no GPU here'); raise SystemExit(3)"),
+        part("ceilings", PASSES),
     )
-    failed = run_part(monkeypatch, tmp_path, fails)
-    assert (failed["verdict"], failed["reason"]) == (
-        "failed",
-        "RuntimeError: exit code 7: what went wrong",
-    )
-    assert "what went wrong" in (tmp_path / "demo.log").read_text()
-    # Run again: replaces its entry.
-    assert run_part(monkeypatch, tmp_path, lambda run: {"found": 1})["found"] == 1
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert [(entry["part"], entry["verdict"]) for entry in manifest] == [
-        ("demo", "passed"),
-        ("ncu", "skipped"),
-    ]
+    verdicts = {name: (one["verdict"], one.get("reason")) for name, one in found.items()}
+    assert verdicts == {
+        "ceilings": ("passed", None),
+        "smoke": ("failed", "exit code 7: what went wrong"),
+        "steps": ("failed", verdicts["steps"][1]),
+        "stages": ("failed", "OSError: no such file"),
+        "csrc": ("skipped", "not installed: some_package"),
+        "tuning": ("skipped", "no GPU here"),
+    }
+    assert list(found)[:3] == ["ceilings", "smoke", "steps"]
+    assert "what went wrong" in (tmp_path / "smoke-0.log").read_text()
+    # Run again: the part's entry is replaced, the others stay.
+    again = check(tmp_path, part("smoke", PASSES))
+    assert again["smoke"]["verdict"] == "passed" and again.keys() == found.keys()
 
 
-def test_a_part_that_runs_too_long_is_stopped_and_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    start = time.monotonic()
-    sleeps = lambda run: {"line": run.call(sys.executable, "-c", "import time; time.sleep(3600)")}  # noqa: E731
-    result = run_part(monkeypatch, tmp_path, sleeps, limit=0.5)
-    assert (
-        result["verdict"] == "failed"
-        and "ran past 0.5 s" in result["reason"]
-        and time.monotonic() - start < HANG
-    )
-
-
-def test_children_of_a_part_end_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Surviving workers would keep the GPU's memory and time."""
+def test_a_part_beyond_its_limit_is_killed_and_named(tmp_path: Path) -> None:
+    """With its children: surviving workers would keep the GPU's memory and time."""
     child = tmp_path / "child"
+    ignores = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(3600)"
     code = f"""
 import subprocess, sys, time
-from pathlib import Path
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(3600)"])
-Path({str(child)!r}).write_text(str(child.pid))
+child = subprocess.Popen([sys.executable, "-S", "-c", {ignores!r}])
+open({str(child)!r}, "w").write(str(child.pid))
+print("started", flush=True)
 time.sleep(3600)
 """
     limit = 3.0
     while not child.exists():  # a busy machine takes longer to start it
-        result = run_part(
-            monkeypatch,
-            tmp_path,
-            lambda run: {"line": run.call(sys.executable, "-c", code)},
-            limit=limit,
-        )
-        assert "ran past" in result["reason"]
+        found = check(tmp_path, part("smoke", code, seconds=limit), part("steps", PASSES))
         limit *= 3
+    reason = found["smoke"]["reason"]
+    assert found["smoke"]["verdict"] == "failed" and "ran past its limit of " in reason
+    assert found["steps"]["verdict"] == "passed"
 
     def ended() -> bool:
         try:
@@ -125,125 +125,187 @@ time.sleep(3600)
     wait_until(ended)
 
 
-def test_results_are_packed_to_out_after_a_killed_part(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_commands_run_side_by_side_and_a_limit_keeps_those_that_ended(tmp_path: Path) -> None:
+    meet = """
+import os, sys, time
+open(sys.argv[1], "w").close()
+while not os.path.exists(sys.argv[2]): time.sleep(0.02)
+print("2 passed in 1 s")
+"""
+    files = [str(tmp_path / name) for name in "ab"]
+    commands = [[*python(meet), *files], [*python(meet), *reversed(files)]]
+    together = gpu_check.Part("tests", HANG, "", lambda call: list(commands), side_by_side=2)
+    assert check(tmp_path, together)["tests"]["verdict"] == "passed"
+
+    one_hangs = part("tests", PASSES, HANGS, PASSES, seconds=2.0, side_by_side=2)
+    reason = check(tmp_path, one_hangs)["tests"]["reason"]
+    assert re.fullmatch(r"ran past its limit of 2 s with [123] of 3 commands left", reason)
+
+
+def test_parts_get_the_time_that_earlier_ones_left(tmp_path: Path) -> None:
+    given: list[float] = []
+
+    def commands(call: Any) -> list[list[str]]:
+        given.append(call.seconds)
+        return [python(PASSES)]
+
+    parts = [gpu_check.Part(name, 100.0, "", commands) for name in ("smoke", "steps")]
+    check(tmp_path, *parts, seconds=20 * HANG)
+    assert given[0] <= 10 * HANG < given[1] < 20 * HANG
+
+
+RUNNER = """
+import sys
+sys.path.insert(0, {scripts!r})
+import gpu_check
+from pathlib import Path
+
+gpu_check.PACK_SECONDS = 0.1
+gpu_check.machine = lambda out: {{"gpus": []}}
+names = iter(["ceilings", "smoke"])
+commands = iter([[[sys.executable, "-S", "-c", {passes!r}]], [[sys.executable, "-S", "-c", {hangs!r}]]])
+gpu_check.PARTS = [
+    gpu_check.Part(name, {limit}, "", lambda call: next(commands)) for name in names
+]
+gpu_check.main(["--device", "cpu", "--results", {out!r}])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_results_exist_after_a_kill_of_the_whole_run(
+    tmp_path: Path, number: signal.Signals
 ) -> None:
-    out, target = tmp_path / "results", tmp_path / "target"
-    out.mkdir()
-    monkeypatch.setenv("OUT", str(target))
-
-    def cut_off(run: Any) -> dict[str, Any]:
-        run.call(
-            sys.executable,
-            "-c",
-            "print('FAILED tests/test_a.py::b - assert 1 == 2'); raise SystemExit(1)",
-        )
-        return {}
-
-    def killed(run: Any) -> dict[str, Any]:
-        raise KeyboardInterrupt
-
-    run_part(monkeypatch, out, cut_off, "tests")
-    with pytest.raises(KeyboardInterrupt):
-        run_part(monkeypatch, out, killed, "ncu")
-    assert sorted(path.name for path in target.iterdir()) == ["gpu_check.tar.gz", "summary.txt"]
-    text = (target / "summary.txt").read_text()
-    assert "    FAILED tests/test_a.py::b - assert 1 == 2" in text and re.search(
-        r"^ncu +running", text, re.MULTILINE
+    out, target = tmp_path / "results", tmp_path / "OUT"
+    pid = tmp_path / "pid"
+    hangs = f"import os; open({str(pid)!r}, 'w').write(str(os.getpid())); {HANGS}"
+    code = RUNNER.format(
+        scripts=str(ROOT / "scripts"), passes=PASSES, hangs=hangs, limit=HANG, out=str(out)
     )
-    with tarfile.open(target / "gpu_check.tar.gz") as archive:
-        assert {
-            "gpu_check/tests.json",
-            "gpu_check/tests.log",
-            "gpu_check/ncu.json",
-            "gpu_check/manifest.json",
-        } <= set(archive.getnames())
-    monkeypatch.setattr(gpu_check, "SUMMARY_CHARACTERS", 100)
-    assert len(gpu_check.summary(out)) == 101
+    runner = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OUT": str(target)})
+    packed = target / "gpu_check.tar.gz"
+    try:
+        wait_until(lambda: pid.exists() and pid.read_text())
+        before = packed.stat().st_mtime_ns
+        wait_until(lambda: packed.stat().st_mtime_ns > before)
+        before = packed.stat().st_mtime_ns
+        wait_until(lambda: packed.stat().st_mtime_ns > before)
+    finally:
+        runner.send_signal(number)
+        runner.wait(timeout=HANG)
+    try:
+        assert json.loads((out / "ceilings.json").read_text())["verdict"] == "passed"
+        with tarfile.open(packed) as archive:
+            names = set(archive.getnames())
+        kept = {"ceilings.json", "manifest.json", "smoke-0.log"}
+        assert {f"gpu_check/{name}" for name in kept} <= names
+        text = (target / "summary.txt").read_text()
+        assert text.startswith("to repeat what failed: scripts/gpu_check.sh smoke\n")
+        assert re.search(r"^ceilings +passed", text, re.MULTILINE)
+        assert re.search(r"^smoke +running", text, re.MULTILINE)
+        if number == signal.SIGTERM:  # its commands ended with it
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(pid.read_text()), 0)
+    finally:
+        if number == signal.SIGKILL:
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_summary_is_short_and_begins_with_the_next_call(tmp_path: Path) -> None:
+    code = "print(*[f'FAILED tests/test_a.py::b{i} - {500 * str(i)}' for i in range(50)], sep='\\n'); raise SystemExit(1)"
+    check(tmp_path, part("smoke", code), part("tests", code))
+    folder = tmp_path / "records" / "paper-some-gpu"
+    folder.mkdir(parents=True)
+    large = record()
+    large["comparisons"] *= 100
+    (folder / "stages.json").write_text(json.dumps(large))
+    text = gpu_check.summary(tmp_path)
+    assert text.startswith("to repeat what failed: scripts/gpu_check.sh smoke tests\n")
+    assert "    and 38 more" in text and "VQGAN f8, decode" in text
+    assert 5_000 < len(text) < 12_000 and text.endswith("... cut\n")
+
+
+def test_parts_fit_into_one_call_and_name_benchmarks_and_tests() -> None:
+    assert sum(one.seconds for one in gpu_check.PARTS) <= 9.5 * 60 - gpu_check.RESERVE_SECONDS
+    call = gpu_check.Call("cuda", "paper", ROOT / "runs", 60.0)
+    for one in gpu_check.PARTS:
+        if one.name == "csrc":
+            continue
+        commands = one.commands(call)
+        files = [word for command in commands for word in command if word.endswith(".py")]
+        assert commands and all((ROOT / file).exists() for file in files)
+        assert files or one.name == "tuning"
+    assert "tests/engine/test_cuda_graph.py" in str(gpu_check.gpu_tests(call))
+
+
+def test_missing_gpu_and_unknown_parts_are_errors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "stepz"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    unknown = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert unknown.returncode == 2 and "unknown part stepz (parts: ceilings," in unknown.stderr
+    monkeypatch.setattr(gpu_check, "machine", lambda out: {"gpus": []})
+    assert gpu_check.main(["tests", "--results", str(tmp_path)]) == 3
+    assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_part_can_be_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+    for package in ("torch", "timm", "open_clip", "mlxtend"):
+        pytest.importorskip(package)
+    arguments = ["--device", "cpu", "--minutes", "60", "--results", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    verdicts = {one["part"]: one["verdict"] for one in manifest}
+    assert list(verdicts) == [one.name for one in gpu_check.PARTS]
+    skipped = {name for name, verdict in verdicts.items() if verdict == "skipped"}
+    assert skipped <= {"csrc", "tests", "tuning"}  # they need tools or a GPU
+    groups = {path.stem for path in (tmp_path / "records").rglob("*.json")}
+    assert groups == {"ceilings", "smoke", "steps", "stages", "end_to_end", "memory", "vqgan"}
+    machine = json.loads(next((tmp_path / "records").rglob("smoke.json")).read_text())["machine"]
+    assert {"commit", "packages", "device", "start", "end"} <= machine.keys()
+
+
+# --- tables and targets ---
 
 
 def test_targets_are_read_from_records_of_a_gpu_at_size_paper(tmp_path: Path) -> None:
-    assert gpu_targets.targets(tmp_path) == []
-    folder = tmp_path / "paper-some-gpu"
-    folder.mkdir()
+    assert gpu_report.targets(tmp_path) == []
     steps = record() | {"group": "steps"}
-    rows = steps["comparisons"][0]["rows"]
-    rows[1] |= {"name": gpu_targets.PAPER, "ratio": rows[1]["ratio"] | {"median": 5.1}}
-    steps["comparisons"][0]["name"] = "batch 256"
-    (folder / "steps.json").write_text(json.dumps(steps | {"machine": record("cpu")["machine"]}))
-    assert gpu_targets.targets(tmp_path) == []
-    (folder / "steps.json").write_text(json.dumps(steps))
-    lines = gpu_targets.targets(tmp_path)
-    assert len(lines) == 1 + len(gpu_targets.TARGETS)
-    assert re.fullmatch(
-        r"dad online, paper's order, ViT-B/16 +<= 5.3 x +5.1 x  met", lines[1]
-    ) and lines[2].endswith(" -")
+    comparison = steps["comparisons"][0] | {"name": "batch 256, kernels and graphs"}
+    row = comparison["rows"][1]
+    row |= {"name": f"{gpu_report.PAPER}, kernels, graphs", "ratio": row["ratio"] | {"median": 5.1}}
+    steps["comparisons"] = [comparison]
+    file = tmp_path / "steps.json"
+    file.write_text(json.dumps(steps | {"machine": record("cpu")["machine"]}))
+    assert gpu_report.targets(tmp_path) == []
+    file.write_text(json.dumps(steps))
+    lines = gpu_report.targets(tmp_path)
+    assert len(lines) == 1 + len(gpu_report.TARGETS)
+    assert re.search(r"ViT-B/16 +<= 5.3 x +5.1 x, met$", lines[1])
+    assert re.search(r">= 315 img/s +1,000 img/s, met$", lines[2]) and lines[3].endswith(" -")
 
 
-def test_every_target_names_rows_that_the_benchmarks_have() -> None:
-    """Every row that a target looks up is written by a benchmark."""
-    text = "".join(
-        (ROOT / "benchmarks" / f"test_{group}.py").read_text()
+def test_targets_name_rows_that_the_benchmarks_have() -> None:
+    text = {
+        group: (ROOT / "benchmarks" / f"test_{group}.py").read_text()
         for group in ("steps", "stages", "stored")
-    )
-    names = [
-        gpu_targets.PAPER,
-        gpu_targets.AUTHORS,
-        *gpu_targets.STAGES,
-        "filling: adversarial images",
-        "dad, stored images",
-    ]
-    assert [
-        name
-        for name in [*names, "dad, stored images and outputs", "dad, stored codes"]
-        if f'"{name}"' not in text
-    ] == []
-    assert (
-        '"ResNet-50, batch 256"' in text
-        and 'f"batch {len(work.batch.labels)}, graphs, {name}"' in text
-    )
+    }
+    asked: list[tuple[str, ...]] = []
 
+    def lookup(*words: str) -> float:
+        asked.append(words)
+        return 1.0
 
-def test_the_calls_for_half_an_hour_hold_known_parts() -> None:
-    planned = [part for call in gpu_check.CALLS.values() for part in call]
-    assert set(planned) <= gpu_check.PARTS.keys() and len(planned) == len(set(planned))
-    assert all(f"--minutes 9.5 {call} " in gpu_check.__doc__ for call in gpu_check.CALLS)
-
-
-def test_a_missing_tool_or_benchmark_is_skipped_by_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for name, part in (("nsys", gpu_parts.nsys), ("ncu", gpu_parts.ncu)):
-        assert run_part(monkeypatch, tmp_path, part, name)["reason"] == f"not on the PATH: {name}"
-
-
-def test_every_benchmark_file_is_a_part_and_skips_are_reported(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    files = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
-    assert {f"bench-{group}" for group in files} <= gpu_check.PARTS.keys() and "steps" in files
-    monkeypatch.setattr(
-        gpu_parts.Context,
-        "pytest",
-        lambda run, *arguments: f"=== {len(arguments)} skipped in 1 s ===",
-    )
-    result = run_part(monkeypatch, tmp_path, gpu_check.PARTS["bench-steps"], "bench-steps")
-    assert (result["verdict"], result["reason"]) == (
-        "skipped",
-        "nothing ran: === 8 skipped in 1 s ===",
-    )
-
-
-def test_missing_gpu_and_unknown_parts_are_errors() -> None:
-    torch = pytest.importorskip("torch")
-    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh")]
-    environment = os.environ | {"PYTHON": sys.executable}
-    unknown = subprocess.run([*command, "stepz"], capture_output=True, text=True, env=environment)
-    assert unknown.returncode == 2 and "unknown part stepz (parts: doctor," in unknown.stderr
-    if not torch.cuda.is_available():
-        done = subprocess.run([*command, "tests"], capture_output=True, text=True, env=environment)
-        assert done.returncode == 3 and "no CUDA device" in done.stderr
+    for target in gpu_report.TARGETS:
+        target.measure(lookup)
+    for group, comparison, row, _key in asked:
+        assert f'"{row}"' in text[group], row
+        # "batch 256, FORM" or "ResNet-50, batch 256"
+        first, _, form = comparison.partition(", ")
+        assert not form or f'"{form}"' in text[group] or first == "ResNet-50", comparison
 
 
 def record(kind: str = "cuda") -> dict[str, Any]:

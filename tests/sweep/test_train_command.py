@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -44,6 +45,17 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
     record = json.loads((tmp_path / "run/results.json").read_text())
     assert record["steps"] == 2 and record["suites"]["val"]["num_images"] == 24
     facts = json.loads((tmp_path / "run/run.json").read_text())
+    chosen = {name: choice["value"] for name, choice in facts["choices"].items()}
+    assert (chosen["amp"], chosen["dtype.student"], chosen["cuda_graphs"]) == (
+        "off",
+        "float32",
+        "off",
+    )
+    assert chosen["loader"] == facts["loader"] and "allocator" in chosen
+    assert ("dtype.encoder" in chosen) == (method not in ("ce", "kd"))
+    log = (tmp_path / "run/train.log").read_text()
+    for name, choice in facts["choices"].items():
+        assert re.search(rf"  {re.escape(name)} +{re.escape(choice['value'])} \(", log)
     assert method == "ce" or "sha256" in facts["teacher" if method != "dat" else "discretizer"]
 
 

@@ -79,6 +79,27 @@ def test_numerics_see_a_wrong_kernel_and_attack(monkeypatch: pytest.MonkeyPatch)
     assert numerics.search_row(cpu).required
 
 
+def test_numerics_run_the_self_test_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from dad_fast.kernels import cases, pgd_update, pgd_update_triton
+    from dad_fast.tools.doctor.numerics import kernel_rows
+
+    pytest.importorskip("triton")
+
+    def wrong(*args):
+        delta, image = pgd_update.reference(*args)
+        return delta * 1.01, image
+
+    attack = cases.pgd_update_case(torch.device("cpu"), 8, "l2", 0.1, 0.1)
+    for launch, state in ((pgd_update.reference, "ok"), (wrong, "wrong")):
+        monkeypatch.setattr(pgd_update_triton, "launch", launch)
+        (row,) = kernel_rows("cuda:0", iter([attack]))
+        assert (row.component, row.state, row.required) == (cases.PGD_UPDATE, state, False)
+        assert row.detail.startswith("cuda:0: ")
+    assert "allowed" in row.detail and "torch in its place" in row.fix
+
+
 def test_a_missing_package_fails_and_names_the_fix(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

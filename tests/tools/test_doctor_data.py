@@ -90,7 +90,7 @@ def test_shards_and_their_warnings(tmp_path, capsys):
         capsys, "--data", tmp_path / "{0..0}.tar", "--loader", "torchvision", "--need", "1"
     )
     assert (
-        code == 0 and "4 images of 5 classes in 1 shards" in text and "without images: 1, 3" in text
+        code == 4 and "4 images of 5 classes in 1 shards" in text and "without images: 1, 3" in text
     )
     assert (
         "wrong warning 0.tar ends without a tar's end mark" in text

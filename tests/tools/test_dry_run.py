@@ -88,7 +88,12 @@ def test_memory_is_that_of_a_real_step(method):
 
     vit = "student.model_kwargs={patch_size=7,depth=2,embed_dim=96,num_heads=3}"
     sets = ["student.name=vit_tiny_patch16_224", vit, "precision.channels_last=false"]
-    sets += ["engine.cuda_graphs=off", "data.batch_size=32"]
+    sets += [
+        "engine.cuda_graphs=off",
+        "engine.kernels=off",
+        "precision.amp=off",
+        "data.batch_size=32",
+    ]
     ((_, _, cfg),) = expand(gather("demo", None, sets, {"method": method}))
     trainer = Trainer(cfg, Builder().build(cfg), Path("nothing is written"), "")
     batch = next(trainer.loader.batches(0, 1))

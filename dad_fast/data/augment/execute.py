@@ -56,7 +56,8 @@ def eval_transform(
 ) -> np.ndarray:
     """Resize and crop as timm does in evaluation -> uint8 [img_size, img_size, 3].
 
-    The shorter side becomes floor(img_size / crop_pct); the crop is the centre.
+    The shorter side becomes floor(img_size / crop_pct); the crop is the centre. crop_pct above 1
+    pads with black.
     """
     if interpolation not in _FILTERS:
         raise UsageError(
@@ -95,8 +96,13 @@ def eval_size(
         size = (short, int(short * height / width))
     else:
         size = (int(short * width / height), short)
-    left, top = (round((side - img_size) / 2.0) for side in size)
+    left, top = (_crop_start(side, img_size) for side in size)
     return size, (left, top)
+
+
+def _crop_start(side: int, crop: int) -> int:
+    """Return the start of a centre crop as torchvision rounds it; negative where it pads."""
+    return round((side - crop) / 2.0) if side >= crop else -((crop - side) // 2)
 
 
 def erase_patch(erase: Erase) -> np.ndarray:

@@ -30,17 +30,28 @@ def train_loader(
     device: torch.device | str = "cpu",
     cycle: int = 0,
 ) -> TrainLoader:
-    """Return the loader that `resolve_loader` names. All of them make the same batches."""
+    """Return the loader that `resolve_loader` names; `auto` takes PIL where DALI cannot be built.
+
+    All loaders make the same batches. `why` of the loader is the reason for the choice. Raises the
+    errors of `resolve_loader`, and EnvironmentProblem when `kind` is "dali" and it cannot be built.
+    """
     device = torch.device(device)
     options = {"rank": rank, "world": world, "cycle": cycle, "pin_memory": device.type == "cuda"}
-    name, _ = resolve_loader(kind, source, device)
+    arguments = source, aug, img_size, batch_size, seed, workers
+    name, why = resolve_loader(kind, source, device)
+    loader: TrainLoader | None = None
     if name == "dali":
         from dad_fast.data.loaders.dali.loader import DaliLoader
 
-        return DaliLoader(
-            source, aug, img_size, batch_size, seed, workers, device=device, **options
-        )
-    return TrainLoader(source, aug, img_size, batch_size, seed, workers, **options)
+        try:
+            loader = DaliLoader(*arguments, device=device, **options)
+        except EnvironmentProblem as error:
+            if kind == "dali":
+                raise
+            why = str(error).removeprefix("--loader dali: ").partition("; use ")[0]
+    loader = loader or TrainLoader(*arguments, **options)
+    loader.why = why
+    return loader
 
 
 def resolve_loader(kind: str, source: Source, device: torch.device) -> tuple[str, str]:
@@ -76,7 +87,7 @@ def check_dali() -> None:
 def _dali_problem() -> str:
     """Return why DALI cannot be used, with the fix; empty when it can."""
     try:
-        import nvidia.dali  # noqa: F401
+        from nvidia.dali import fn, math, pipeline_def, types  # noqa: F401
     except ImportError as error:
         package = f"nvidia-dali-cuda{(torch.version.cuda or '13').partition('.')[0]}0"
         placeholder = "PyPI's nvidia-dali is a placeholder"

@@ -53,6 +53,8 @@ class TrainLoader:
     """
 
     name = "pil"
+    # Reason for the choice of this loader, of `train_loader`.
+    why = "asked for"
     # Batches that PIL made because the loader's own decoder failed.
     failed_over = 0
 

@@ -1,9 +1,9 @@
 """Decoding of a file to an 8-bit RGB image with PIL, as timm does it.
 
 EXIF rotation is ignored. Greyscale, palette, CMYK and alpha go through PIL's `convert("RGB")`
-(alpha is dropped, not blended). One deliberate difference from timm: 16-bit greyscale is scaled by
-taking the high byte, as PIL itself does for 16-bit RGB; `convert` alone would clip all values above
-255 to white.
+(alpha is dropped, not blended). One deliberate difference from timm: `convert` alone would clip
+deep greyscale. 16-bit greyscale is scaled by taking the high byte, as PIL itself does for 16-bit
+RGB; floats in [0, 1] are scaled by 255.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from PIL import Image
 from dad_fast.data.sources.names import shown
 from dad_fast.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+EXTENSIONS = (*_JPEG, ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 # Pillow detects forty more by content; for EPS it starts Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -57,17 +58,37 @@ def read_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a decoded copy in mode RGB."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image)  # uint16 or int32
+    """Return a decoded copy in mode RGB. Raises ValueError for grey values without a known range.
+
+    Floats are levels in [0, 1]; integers are levels of 8 bits, or of 16 if any exceeds 255.
+    """
+    if is_deep(image):
+        values = np.asarray(image)  # uint16, int32 or float32
+        low, high = values.min(initial=0), values.max(initial=0)
+        if image.mode == "F":
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"float values from {low:g} to {high:g} are not in [0, 1]")
+            values = np.rint(values * 255)
+        elif low < 0:
+            raise ValueError(f"negative values, down to {low}")
         # Mode "I" also holds 8-bit values.
-        if image.mode != "I" or values.max(initial=0) > 255:
+        elif image.mode != "I" or high > 255:
             values = values >> 8
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "RGB":
         image.load()
         return image.copy() if getattr(image, "is_animated", False) else image
     return image.convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an image is grey with integers of more than 8 bits or with floats."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+# Ends the format of 16-bit grey images that use at most 12 bits, which may come from a 12-bit
+# sensor: as 16-bit values they are nearly black.
+FEW_BITS = "of at most 12 bits"
 
 
 # The `image_format` of JPEGs that every decoder reads alike.

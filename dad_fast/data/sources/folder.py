@@ -11,7 +11,7 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import read_rgb, read_unchanged
-from dad_fast.data.sources.index import build_index, files_of, report_bad
+from dad_fast.data.sources.index import build_index, files_of, report_bad, report_few_bits
 from dad_fast.data.sources.names import PackedStrings, shown, some
 from dad_fast.data.sources.tar import shards_hint
 from dad_fast.errors import DataError
@@ -50,6 +50,7 @@ class FolderSource:
             digest.update(line.encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
         report_bad(self.name, self.files.bad, len(entries), max_bad_share)
+        report_few_bits(self.name, self.files)
 
     def __len__(self) -> int:
         return len(self.labels)

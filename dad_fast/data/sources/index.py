@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,14 +26,23 @@ import numpy as np
 
 from dad_fast.cache import cache_dir, one_at_a_time, write_cache
 from dad_fast.cores import usable_cores
-from dad_fast.data.sources.decode import EXTENSIONS, PLAIN_JPEG, image_format, open_image, reason
+from dad_fast.data.sources.decode import (
+    EXTENSIONS,
+    FEW_BITS,
+    PLAIN_JPEG,
+    image_format,
+    is_deep,
+    open_image,
+    reason,
+    to_rgb,
+)
 from dad_fast.data.sources.names import shown, some
 from dad_fast.errors import DataError
 
 log = logging.getLogger("dad_fast.data")
 
 PENDING = "not verified"
-_FORMAT = "# dad-fast index 4"
+_FORMAT = "# dad-fast index 5"
 # Files per task.
 _CHUNK = 16
 
@@ -65,12 +75,15 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     """Return the verified index of `folder`, sorted by path.
 
     Its sub-folders `classes` hold one class each. Raises DataError when a class has no images or a
-    folder cannot be listed. Bad files are entries with `ok` False.
+    folder cannot be listed. Bad files are entries with `ok` False. Files that are not images by
+    their extension, and images next to the class folders, are counted in a warning.
     """
     root = folder.resolve()
     file = index_file(root)
     about = f"folder {str(root)!r}"
-    found = scan_folder(root, classes)
+    found, others = scan_folder(root, classes)
+    _report_left_out(folder, others)
+
     with one_at_a_time(file, f"indexing {folder}"):
         known = {entry.path: entry for entry in load_index(file, about)}
         entries: dict[str, Entry] = {}
@@ -96,16 +109,19 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     return [entries[entry.path] for entry in found]
 
 
-def scan_folder(root: Path, classes: list[str]) -> list[Entry]:
-    """Return the entries of a folder, sorted by path and not verified. Writes nothing.
+def scan_folder(root: Path, classes: list[str]) -> tuple[list[Entry], Counter[str]]:
+    """Return the entries of a folder, sorted by path and not verified, and counts of other files
+    by extension. Writes nothing.
 
     Raises DataError when a class has no images or a folder cannot be listed.
     """
     found: list[Entry] = []
+    others: Counter[str] = Counter()
     with threads() as pool:
-        for scanned in pool.map(lambda label: _scan_class(root, label), classes):
+        for scanned, extensions in pool.map(lambda label: _scan_class(root, label), classes):
             found += scanned
-    return sorted(found, key=lambda entry: entry.path)
+            others += extensions
+    return sorted(found, key=lambda entry: entry.path), others
 
 
 def index_file(path: Path) -> Path:
@@ -195,6 +211,10 @@ def _verify(entry: Entry, content: Callable[[Entry], Path | io.BytesIO]) -> Entr
             format = image_format(image)
             image.draft("L", (1, 1))
             image.load()
+            if is_deep(image):
+                to_rgb(image)
+                if 255 < np.asarray(image).max(initial=0) < 4096:
+                    format = f"{format} {FEW_BITS}"
     # PIL raises many types, see decode.read_rgb.
     except Exception as error:
         return entry._replace(ok=False, error=reason(error))
@@ -242,11 +262,48 @@ def report_bad(
     log.warning("%s; each is replaced by the next valid image", text)
 
 
-def _scan_class(root: Path, label: str) -> list[Entry]:
-    """Return the entries of one class, not yet verified."""
+def _report_left_out(folder: Path, others: Counter[str]) -> None:
+    """Warn of files in a data set that are not read. `others` counts them by extension."""
+    stray = sum(
+        item.name.lower().endswith(EXTENSIONS) and not item.name.startswith(".") and item.is_file()
+        for item in os.scandir(folder)
+    )
+    if stray:
+        log.warning(
+            "%s images lie in %s itself and are not read: move them into class folders",
+            f"{stray:,}",
+            folder,
+        )
+    if others:
+        listed = some(f"{extension} {count:,}" for extension, count in others.most_common())
+        log.warning(
+            "%s files in %s are not read, as their names do not end in %s: %s",
+            f"{others.total():,}",
+            folder,
+            " ".join(EXTENSIONS),
+            listed,
+        )
+
+
+def report_few_bits(source: str, files: Files) -> None:
+    """Warn of 16-bit grey images that decode to nearly black."""
+    few = [i for i, name in enumerate(files.format_names) if name.endswith(FEW_BITS)]
+    count = int(np.isin(files.formats, few).sum())
+    if count:
+        log.warning(
+            "%s grey images in %s are 16-bit files that use at most 12 bits, so they are nearly "
+            "black: scale their values to 16 bits",
+            f"{count:,}",
+            source,
+        )
+
+
+def _scan_class(root: Path, label: str) -> tuple[list[Entry], Counter[str]]:
+    """Return the entries of one class, not yet verified, and counts of other files by extension."""
     entries: list[Entry] = []
+    others: Counter[str] = Counter()
     try:
-        _scan(root, label, label, (), entries)
+        _scan(root, label, label, (), entries, others)
     except OSError as error:
         raise DataError(
             f"{root / label}: cannot be listed: {error.strerror} (--data-dir)"
@@ -256,11 +313,16 @@ def _scan_class(root: Path, label: str) -> list[Entry]:
             f"class folder {root / label} holds no images ({' '.join(EXTENSIONS)}); "
             "fill it, or leave the class out (--class-map)"
         )
-    return entries
+    return entries, others
 
 
 def _scan(
-    root: Path, relative: str, label: str, above: tuple[tuple[int, int], ...], entries: list[Entry]
+    root: Path,
+    relative: str,
+    label: str,
+    above: tuple[tuple[int, int], ...],
+    entries: list[Entry],
+    others: Counter[str],
 ) -> None:
     """Collect images below `relative`, through symbolic links.
 
@@ -277,7 +339,7 @@ def _scan(
                 continue
             path = f"{relative}/{item.name}"
             if item.is_dir():
-                _scan(root, path, label, (*above, identity), entries)
+                _scan(root, path, label, (*above, identity), entries, others)
             elif item.name.lower().endswith(EXTENSIONS):
                 try:
                     stat = item.stat()
@@ -286,6 +348,8 @@ def _scan(
                     # A broken link is a bad file, not an absent one.
                     size, mtime = 0, 0
                 entries.append(Entry(path, label, 0, size, mtime, 0, 0, "", False, PENDING))
+            else:
+                others[shown(os.path.splitext(item.name)[1].lower()) or "no extension"] += 1
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 import os
 import re
@@ -20,10 +21,12 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import DecodeError, read_rgb, reason
-from dad_fast.data.sources.index import files_of, report_bad
+from dad_fast.data.sources.index import files_of, report_bad, report_few_bits
 from dad_fast.data.sources.names import PackedStrings, shown, some
 from dad_fast.data.sources.tar_index import build_tar_index, read_bytes
 from dad_fast.errors import DataError, UsageError
+
+log = logging.getLogger("dad_fast.data")
 
 _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
@@ -62,6 +65,7 @@ class TarSource:
         self._offsets = np.array([entry.offset for entry in entries], dtype=np.int64)
         self.files = files_of(entries, self.keys.__getitem__)
         report_bad(self.name, self.files.bad, len(entries), max_bad_share)
+        report_few_bits(self.name, self.files)
         self.classes = _check_labels(self.name, self.labels[self.ok], classes)
         # Only unreadable images can have such a label.
         self.labels[self.labels >= len(self.classes)] = 0
@@ -209,5 +213,12 @@ def _check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> Cl
         raise DataError(
             f"{name}: class numbers go to {highest:,}, but only {len(present):,} classes have "
             "images; name the classes (--class-map)"
+        )
+    if len(present) <= highest:
+        absent = sorted(set(range(highest + 1)) - set(present.tolist()))
+        log.warning(
+            "%s: no image has class %s; class numbers begin at 0 (--class-map lists the classes)",
+            name,
+            some(map(str, absent)),
         )
     return ClassMap(tuple((i, str(i), str(i)) for i in range(highest + 1)))

@@ -113,9 +113,8 @@ def scan_shards(base: Path, names: Sequence[str]) -> list[Entry]:
     for name in names:
         try:
             shard = _stat(base / name)
-            entries += load_index(index_file(Path(shard.path)), _about(shard)) or _scan(
-                shard, shown(name)
-            )
+            known = load_index(index_file(Path(shard.path)), _about(shard))
+            entries += known or _scan(shard, shown(name))[0]
         except OSError as error:
             why = error.strerror or error
             raise DataError(f"{base / name}: cannot be read: {why} (--data-dir)") from error
@@ -133,11 +132,17 @@ def _build(
             log.info("reading the headers of %s shards in %s", f"{len(stale):,}", base)
         with threads() as pool:
             scanned = pool.map(lambda number: _scan(shards[number], shown(names[number])), stale)
-            found = list(scanned)
+            scans = list(scanned)
     except OSError as error:
         name, why = shown(str(error.filename or base)), error.strerror or error
         raise DataError(f"{name}: cannot be read: {why} (--data-dir)") from error
 
+    found = [entries for entries, _ in scans]
+    empty = [problem for _, problem in scans if problem]
+    if len(empty) == len(shards):
+        raise DataError(empty[0])
+    for problem in empty:
+        log.warning("%s; this shard is skipped", problem)
     parts = [
         (partial(_content, shards[number]), entries)
         for number, entries in zip(stale, found, strict=True)
@@ -171,8 +176,11 @@ def _content(shard: Shard, entry: Entry) -> BytesIO:
     return BytesIO(read_bytes(shard, entry.offset, entry.size))
 
 
-def _scan(shard: Shard, name: str) -> list[Entry]:
-    """Return the entries of one shard, not yet verified."""
+def _scan(shard: Shard, name: str) -> tuple[list[Entry], str]:
+    """Return the entries of one shard, not yet verified, and why there are none.
+
+    Raises DataError for a shard that was cut before its first image.
+    """
     opened = _open_shard(shard)
     members, whole = read_members(opened.descriptor, name)
     if not whole:
@@ -190,7 +198,10 @@ def _scan(shard: Shard, name: str) -> list[Entry]:
         matches = [_KEY.fullmatch(member.name) for member in members]
         seen = sorted({shown(match[2]) for match in matches if match})
         what = f"no images in it ({' '.join(EXTENSIONS)} after the first dot of the name)"
-        raise DataError(f"{name}: {what}; it has {some(seen) or 'nothing'}")
+        problem = f"{name}: {what}; it has {some(seen) or 'nothing'}"
+        if not whole:
+            raise DataError(problem)
+        return [], problem
 
     entries = []
     for key, image in samples.images.items():
@@ -205,7 +216,7 @@ def _scan(shard: Shard, name: str) -> list[Entry]:
             entries.append(entry._replace(label=str(_label(shard, samples.labels.get(key, {})))))
         except ValueError as error:
             entries.append(entry._replace(error=str(error)))
-    return entries
+    return entries, ""
 
 
 class _Samples(NamedTuple):

@@ -54,6 +54,16 @@ class VQGANConfig:
         """Side in pixels of the square that one code represents."""
         return 2 ** (len(self.ch_mult) - 1)
 
+    def largest_map(self, height: int, width: int) -> int:
+        """Bound the number of values, per image, of the largest map of encoder and decoder."""
+        widths = [self.ch * mult for mult in self.ch_mult]
+        sizes = []
+        for level in range(len(widths)):
+            # A level has the maps of its neighbours at its borders. Downsampling pads by 1.
+            channels = max(widths[max(0, level - 1) : level + 2])
+            sizes.append(channels * ((height >> level) + 1) * ((width >> level) + 1))
+        return max(sizes)
+
     @property
     def code_bits(self) -> int:
         """Bits of one code."""

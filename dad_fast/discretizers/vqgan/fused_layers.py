@@ -8,6 +8,7 @@ fp16's range fits; group norm undoes the scale (its eps becomes eps s^2).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -16,8 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dad_fast.discretizers.vqgan.model import AttnBlock, Downsample, ResnetBlock, Upsample
-from dad_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
-from dad_fast.kernels.wide_attention import wide_attention
+from dad_fast.kernels.group_norm_silu import (
+    add_group_norm_silu,
+    group_norm_silu,
+    nhwc_group_norm,
+    torch_keeps_nhwc,
+)
+from dad_fast.kernels.wide_attention import Attend, sdpa_as_given, tokens, wide_attention
 
 # Nearest-2x upsampling followed by a 3-tap kernel is a transposed convolution of stride 2 with
 # these 4 taps, in x and in y.
@@ -34,18 +40,17 @@ class VQGANOptimizations:
     # Cast weights once to the stage's dtype; off: autocast casts them at every call, and norms run
     # in float32
     cast: bool = True
-    # NHWC, weights permuted once; on CUDA the group norm of older PyTorch leaves NHWC, norm_kernel
-    # does not
+    # NHWC, weights permuted once; norms keep it
     channels_last: bool = True
     # Nearest-2x upsampling and 3x3 convolution as one transposed convolution on the small map: 4/9
-    # of the FLOP
+    # of the FLOP; on CUDA only where a timing at the start of a run finds it faster
     upsample: bool = True
     # Scores h (Wq Wk) h and values h (Wv Wo): two projections instead of four
     attention: bool = True
     # quant_conv inside conv_out, post_quant_conv inside the codebook
     merge_1x1: bool = True
-    # Group norm, SiLU and the preceding bias and residual in one op; on CUDA a Triton kernel, not
-    # yet run there
+    # Group norm, SiLU and the preceding bias and residual in one op, on CUDA a Triton kernel; a run
+    # turns it on after a self-test (engine/self_test.py)
     norm_kernel: bool = False
 
     @classmethod
@@ -153,6 +158,10 @@ class Norm(nn.Module):
         self.eps = plain.eps * recipe.scale**2
         self.silu = silu
         self.kernel = recipe.optimizations.norm_kernel
+        is_nhwc = recipe.optimizations.channels_last and recipe.optimizations.cast
+        self.norm: Callable[..., Tensor] = F.group_norm
+        if is_nhwc and not torch_keeps_nhwc(plain.weight.device):
+            self.norm = nhwc_group_norm
         if self.kernel:
             # The kernel computes in float32.
             recipe = recipe._replace(dtype=torch.float32)
@@ -173,7 +182,7 @@ class Norm(nn.Module):
             y = group_norm_silu(terms.x, *args, silu=self.silu, channel_bias=terms.channel_bias)
             return y, terms.x
         x = terms.total()
-        y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        y = self.norm(x, self.groups, self.weight, self.bias, self.eps)
         y = F.silu(y, inplace=True) if self.silu else y
         return y, x
 
@@ -207,10 +216,11 @@ class Attention(nn.Module):
         super().__init__()
         self.norm = Norm(plain.norm, recipe, silu=False)
         self.scale = 1 / math.sqrt(plain.q.out_channels) / recipe.scale
-        self.attend = wide_attention(plain.q.weight.device, plain.q.out_channels)
+        self.attend: Attend = sdpa_as_given
         self.k: Conv | None = None
         self.v: Conv | None = None
         if recipe.optimizations.attention:
+            self.attend = wide_attention(plain.q.weight.device, plain.q.out_channels)
             wq, bq = parameters(plain.q)
             wk, _ = parameters(plain.k)
             wv, bv = parameters(plain.v)
@@ -228,7 +238,7 @@ class Attention(nn.Module):
     def forward(self, terms: Sum) -> Sum:
         h, x = self.norm(terms)
         maps = (h if conv is None else conv(h) for conv in (self.q, self.k, self.v))
-        q, k, v = (each.flatten(2).transpose(1, 2) for each in maps)  # [B, HW, C]
+        q, k, v = map(tokens, maps)  # [B, HW, C], dense where the maps are NHWC
         h = self.attend(q, k, v, self.scale)
         return self.proj_out.before_norm(h.transpose(1, 2).unflatten(2, x.shape[2:]), x)
 

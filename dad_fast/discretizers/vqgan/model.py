@@ -199,6 +199,8 @@ class VQGAN(nn.Module):
         self.quantize = Quantize(config.n_embed, config.embed_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        # Back end of the search, by name
+        self.search_backend = "auto"
         self._search: CodebookSearch | None = None
         # Identity of the codebook that _search was prepared for
         self._searched: tuple[object, ...] = ()
@@ -256,7 +258,13 @@ class VQGAN(nn.Module):
         # In-place changes increase the version; `.to()` and loading with assign=True make another
         # tensor. Writes through `.data` change none of these: on the CPU the values are compared,
         # which is cheap; on a GPU it would synchronize.
-        now = (self.codebook._version, codebook.data_ptr(), codebook.device, codebook.dtype)
+        now = (
+            self.codebook._version,
+            codebook.data_ptr(),
+            codebook.device,
+            codebook.dtype,
+            self.search_backend,
+        )
         changed = now != self._searched
         if self._search is not None and not changed and codebook.device.type == "cpu":
             before, after = (
@@ -266,7 +274,7 @@ class VQGAN(nn.Module):
             # Not torch.equal, which the test of host syncs would count as one.
             changed = not np.array_equal(before, after)
         if self._search is None or changed:
-            self._search, self._searched = CodebookSearch(codebook), now
+            self._search, self._searched = CodebookSearch(codebook, self.search_backend), now
         return self._search
 
     def codes(self, pixels: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class ProbeGenerator(Generator):
         """Create a generator. encode: what computes the probe's features, for instance compiled."""
         self.settings = settings
         self.layout = layout
-        self.encode = encode or probe.features
+        self.encode = probe.features if encode is None else encode
 
     def __call__(self, batch: Batch) -> StepInputs:
         """Return features of the strong view [B, F], labels int64 [B], and the weight of each sample as `keep`."""

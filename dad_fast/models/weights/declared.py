@@ -326,6 +326,6 @@ VIEW: dict[str, Callable[[Any], bool]] = {
     "name": _text,
     "num_classes": _whole(1, MAX_CLASSES),
     "img_size": _whole(1, MAX_SIDE),
-    "crop_pct": _real(0.01, 1.0),
+    "crop_pct": _real(0.01, 4.0),
     "interpolation": _text,
 }

@@ -147,7 +147,7 @@ class Generators:
         if isinstance(self.student, Probe):  # its forward keeps no gradient
             return self.student.logits(self.student.encoder.features(pixels))
         dtype = getattr(torch, self.precision.student)
-        with torch.autocast(pixels.device.type, dtype, enabled=self.precision.amp):
+        with torch.autocast(pixels.device.type, dtype, enabled=bool(self.precision.amp)):
             logits: Tensor = self.student(pixels)
         return logits
 

@@ -19,6 +19,8 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.registry import open_source
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
+from dad_fast.engine.choices import settle
+from dad_fast.engine.self_test import choose_kernels
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.runner import open_suites
@@ -47,6 +49,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder")
     device = resolve_device(cfg.device)
+    cfg = settle(cfg, device)
     source = open_source(
         cfg.data.data_dir,
         cfg.data.train_split,
@@ -62,6 +65,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
     if student is not None:
         student = student.to(device).eval().requires_grad_(False)
     view = _view(cfg, len(source.classes), student, teacher.image_size)
+    choose_kernels(cfg.engine, device, (), discretizer, view[0], cfg.data.batch_size)
     _check_size(student, view, device)
     features = engine.feature_space(launch.features, teacher, student)
 

@@ -35,7 +35,8 @@ NEEDS = {
 def run(options: DoctorOptions) -> int:
     """Print the rows and return 0.
 
-    Raises DataError (exit code 4) if more than `MAX_BAD_SHARE` is unreadable.
+    Raises DataError (exit code 4) if more than `MAX_BAD_SHARE` is unreadable or a class has no
+    image.
     """
     warnings = _Collected()
     logger = logging.getLogger("dad_fast.data")
@@ -62,6 +63,14 @@ def run(options: DoctorOptions) -> int:
         raise DataError(
             f"{source.name}: training stops at {MAX_BAD_SHARE:.0%} of unreadable images; fix them "
             "or raise data.max_bad_share"
+        )
+    if len(source.classes) < 2:
+        raise DataError(f"{source.name}: one class; a classifier needs two (--data)")
+    present = np.unique(source.labels[source.ok])
+    if len(present) < len(source.classes):
+        raise DataError(
+            f"{source.name}: {len(source.classes) - len(present):,} classes have no image; add "
+            "images, or leave these classes out of the --class-map"
         )
     return 0
 

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dad_fast.config.schema import AttackConfig, PrecisionConfig
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
+from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
+from dad_fast.engine.self_test import faults, step_cases, unavailable
 from dad_fast.kernels import nearest_code
+from dad_fast.kernels.cases import Case
 from dad_fast.methods.attack import PGD
 from dad_fast.tools.doctor.row import Row
 
@@ -21,6 +26,27 @@ def rows() -> Iterator[Row]:
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         yield search_row(torch.device(device))
         yield attack_row(torch.device(device))
+        if not unavailable(torch.device(device)):
+            yield from kernel_rows(device, published_cases(torch.device(device)))
+
+
+def kernel_rows(device: str, tests: Iterator[Case]) -> Iterator[Row]:
+    """Run the self-test of a run's start; one row per kernel."""
+    for name, why in faults(tests).items():
+        if why:
+            fix = "report it, with this output; runs use torch in its place"
+            yield Row(name, "wrong", f"{device}: {why}", fix)
+        else:
+            yield Row(name, "ok", f"{device}: as exact as torch")
+
+
+def published_cases(device: torch.device) -> Iterator[Case]:
+    """Yield the cases of a run at 224 px with 1000 classes and a published VQGAN, f8 or f16."""
+    yield from step_cases(device, 224, 1000, AttackConfig(), torch.bfloat16, 4.0)
+    for name in ("f8-16384", "f16-16384"):
+        with device:
+            vqgan = VQGAN(PRESETS[name])
+        yield from VQGANDiscretizer(vqgan, PrecisionConfig(amp=True)).kernel_cases(224)
 
 
 def search_row(device: torch.device) -> Row:

@@ -57,6 +57,7 @@ def examine(numerics: bool = False) -> Iterator[Row]:
         packages,
         demo,
         cuda,
+        speed,
         driver,
         kernels,
         apex,
@@ -210,10 +211,24 @@ def cuda() -> Iterator[Row]:
                 f"cuda:{index}",
                 "ok",
                 detail + "; no bfloat16 in hardware",
-                "use float16: --amp-dtype float16",
+                "use float16: --amp --amp-dtype float16",
             )
         else:
             yield Row(f"cuda:{index}", "ok", detail)
+
+
+def speed() -> Iterator[Row]:
+    """Report what settings that are auto mean for a run here."""
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    from dad_fast.engine.choices import AMP, COMPILE, DeviceFacts, choose
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autos = choose(DeviceFacts.of(device)).autos
+    detail = f"amp {autos[AMP]}; torchcompile {autos[COMPILE]}"
+    yield Row("auto", "ok", f"on {device}: {detail}")
 
 
 def _visible() -> str:
@@ -254,6 +269,8 @@ def driver() -> Iterator[Row]:
 def kernels() -> Iterator[Row]:
     if find_spec("torch") is None:
         return
+    import torch
+
     from dad_fast.kernels import csrc_status
     from dad_fast.kernels.csrc import csrc_cuda_status
 
@@ -267,12 +284,27 @@ def kernels() -> Iterator[Row]:
             fix,
         )
     else:
-        yield Row("csrc", "ok", rest)
+        yield _searched("csrc", "csrc", "cpu", rest)
     state, _, rest = csrc_cuda_status().partition(": ")
-    yield Row(
-        "csrc, CUDA",
-        "off" if state == "off" else "ok",
-        rest if state == "off" else f"{rest}; not yet run on a GPU",
+    if state == "off":
+        yield Row("csrc, CUDA", "off", rest)
+    elif not torch.cuda.is_available():
+        yield Row("csrc, CUDA", "ok", f"{rest}; not yet run on a GPU")
+    else:
+        yield _searched("csrc, CUDA", "cuda", "cuda", rest)
+
+
+def _searched(name: str, backend: str, device: str, detail: str) -> Row:
+    """Search a small codebook by the library, as every run does before it uses one."""
+    from dad_fast.kernels.nearest_code import search
+
+    if not (problem := search.problem(backend, device)):
+        return Row(name, "ok", detail)
+    return Row(
+        name,
+        "wrong",
+        f"{detail}; {problem}, so the codebook search takes the next back end",
+        "a newer driver, or install the project again on this machine",
     )
 
 

@@ -45,7 +45,7 @@ def survey(data: DataConfig) -> DataFacts:
     else:
         folder = find_folder(Path(data.data_dir), data.train_split)
         classes = fixed or ClassMap.from_folders(folder)
-        entries = scan_folder(folder, classes.folders)
+        entries, _ = scan_folder(folder, classes.folders)
         name, num_classes = str(folder), len(classes)
     num_bytes = sum(entry.size for entry in entries)
     return DataFacts(name, len(entries), num_bytes, len(fixed) if fixed else num_classes)

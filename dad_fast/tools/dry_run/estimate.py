@@ -95,7 +95,7 @@ class Estimate:
 
     def stage_cost(self, stage: Stage, rates: Rates) -> Cost:
         """Return the cost of a stage in a step of one GPU."""
-        compiled = self.cfg.engine.torchcompile and stage.name in COMPILED
+        compiled = bool(self.cfg.engine.torchcompile) and stage.name in COMPILED
         found = cost(stage.ops, rates, compiled, self.step.trace)
         if stage.name == STAGES["update"]:
             return found

@@ -18,9 +18,11 @@ from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.engine.build import make_step
+from dad_fast.engine.choices import DeviceFacts, choose
 from dad_fast.engine.frozen import model_optimizations, vqgan_optimizations
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError
+from dad_fast.kernels.cases import GROUP_NORM_SILU
 from dad_fast.loggers.profiling import name_method
 from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.load_teacher import load_teacher
@@ -31,6 +33,8 @@ from dad_fast.models.teacher import Teacher
 from dad_fast.tools.dry_run.trace import Recorder, Trace, fake_tensors, make_fake
 
 META = torch.device("meta")
+# Every GPU of rates.toml.
+GPU = DeviceFacts("cuda", bfloat16=True)
 Model = TypeVar("Model")
 
 
@@ -73,12 +77,18 @@ def trace_step(
     """
     accumulated = min(2, cfg.engine.grad_accum_steps)
     static_gradients = several or cfg.engine.cuda_graphs != "off"
-    engine = {"engine.cuda_graphs": "off", "engine.torchcompile": False}
-    cfg = with_values(cfg, {**engine, "engine.grad_accum_steps": accumulated})
+    engine = {"engine.cuda_graphs": "off", "engine.torchcompile": "off"}
+    asked = with_values(cfg, {**engine, "engine.grad_accum_steps": accumulated})
+    if asked.engine.kernels == "auto":
+        asked = with_values(asked, {"engine.kernels": "on"})
     notes: list[str] = []
+    cfg = choose(GPU).settled(asked)
     teacher, discretizer = _frozen_models(cfg, num_classes, stored, notes)
     is_probe = METHODS[cfg.method].linear_probe
     student = None if is_probe else _student(cfg, num_classes)
+    cfg = choose(GPU, student).settled(asked)
+    if student is not None and cfg.precision.channels_last:
+        student = student.to(memory_format=torch.channels_last)
     with fake_tensors(), Recorder() as recorder:
         for part in (student, teacher, *_modules(discretizer)):
             if part is not None:
@@ -90,6 +100,8 @@ def trace_step(
         side = student.image_size
         discretizer = _runnable(discretizer, side, notes)
         update = Update(student, cfg, torch.device("cpu"))
+        # Any other optimizer reads the finite check, which a fake tensor cannot answer.
+        update.skips_on_device = True
         step = make_step(cfg, student, teacher, discretizer, update)
         for parameter in update.parameters:
             parameter.grad = torch.empty_like(parameter)
@@ -173,16 +185,19 @@ def _frozen_models(
     needs_teacher, needs_discretizer = needs(cfg, stored)
     teacher, discretizer = None, None
     if needs_teacher:
-        arguments = cfg.teacher, classes, cfg.precision
-        teacher = on_meta(lambda device: load_teacher(*arguments, device, shapes_only=True))
+        wanted = cfg.teacher, classes, cfg.precision
+        teacher = on_meta(lambda device: load_teacher(*wanted, device, shapes_only=True))
         optimize_teacher(teacher, model_optimizations(cfg))
     if needs_discretizer:
-        optimizations = vqgan_optimizations(cfg, "cuda")
+        optimizations, micro_batch = vqgan_optimizations(cfg), cfg.engine.vqgan_micro_batch
+        arguments = cfg.discretizer.name, cfg.precision
         discretizer = on_meta(
             lambda device: load_discretizer(
-                cfg.discretizer.name, cfg.precision, device, optimizations, shapes_only=True
+                *arguments, device, optimizations, shapes_only=True, micro_batch=micro_batch
             )
         )
+        if cfg.engine.kernels == "on" and GROUP_NORM_SILU in discretizer.kernels:
+            discretizer.use_kernel(GROUP_NORM_SILU, True)
         if discretizer.name != cfg.discretizer.name:
             notes.append(f"--discretizer {discretizer.name}")
     return teacher, discretizer
@@ -193,8 +208,6 @@ def _student(cfg: Config, num_classes: int) -> Student:
     groups = len(METHODS[cfg.method].image_kinds)
     student = on_meta(lambda _: build_student(own, num_classes, cfg.augment.img_size, groups))
     optimize_student(student, model_optimizations(cfg))
-    if cfg.precision.channels_last:
-        student = student.to(memory_format=torch.channels_last)
     return student
 
 

@@ -29,6 +29,7 @@ from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.registry import open_source
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
+from dad_fast.engine.choices import settle
 from dad_fast.errors import UsageError, program
 from dad_fast.evaluate.corruptions.common import corrupt, num_severities
 from dad_fast.evaluate.metrics.ood_detection import metrics
@@ -87,9 +88,9 @@ class Checker:
             )
         for run, probe in zip(runs, self.probes, strict=True):
             check_encoder(run, probe.spec, spec["encoder_sha256"])
-        self.cfg: Config = cfg
-        take_view(self.probes[0], cfg)
         self.device = resolve_device("auto")
+        self.cfg: Config = settle(cfg, self.device)
+        take_view(self.probes[0], cfg)
         self.source = open_source(
             cfg.data.data_dir,
             cfg.data.train_split,
@@ -97,7 +98,7 @@ class Checker:
             max_bad_share=cfg.data.max_bad_share,
         )
         self.classes: ClassMap = self.source.classes
-        self.teacher, *_, sha256 = frozen.teacher(cfg, self.classes, self.device)
+        self.teacher, *_, sha256 = frozen.teacher(self.cfg, self.classes, self.device)
         check_encoder(runs[0], spec, sha256)
         self.heads = [
             (probe.model.weight.detach(), probe.model.bias.detach()) for probe in self.probes

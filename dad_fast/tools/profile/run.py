@@ -59,6 +59,7 @@ def _steps(
     import torch
 
     from dad_fast.engine.build import Builder
+    from dad_fast.engine.choices import fast_convolutions
     from dad_fast.engine.prefetch import feed
     from dad_fast.engine.trainer import Trainer
     from dad_fast.loggers.profiling import cuda_profiler_range, name_method, naming_stages, stage
@@ -80,13 +81,14 @@ def _steps(
                 batch = next(batches)
             trainer.step(batch, number, cfg.optim.lr)
 
-    for number in numbers[: launch.warm_up]:
-        step(number)
-    if on_gpu:
-        torch.cuda.synchronize(parts.device)
-    with watch or nullcontext(), cuda_profiler_range(parts.device), naming_stages():
-        for number in numbers[launch.warm_up :]:
+    with fast_convolutions(parts.device):
+        for number in numbers[: launch.warm_up]:
             step(number)
+        if on_gpu:
+            torch.cuda.synchronize(parts.device)
+        with watch or nullcontext(), cuda_profiler_range(parts.device), naming_stages():
+            for number in numbers[launch.warm_up :]:
+                step(number)
 
     steps = f"{launch.steps} steps of {cfg.method} after a warm-up of {launch.warm_up}"
     images = f"{trainer.images_per_step} images each"

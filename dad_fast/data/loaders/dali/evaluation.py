@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from dad_fast.data.augment.execute import eval_size
 from dad_fast.data.loaders.dali.jpeg import is_sound
-from dad_fast.data.loaders.dali.loader import FAILURES, raise_after_repeated_failures
+from dad_fast.data.loaders.dali.loader import FAILURES, built, raise_after_repeated_failures
 from dad_fast.data.loaders.dali.pipeline import FILTER_TYPES
 from dad_fast.data.loaders.dali.plan import join_files
 from dad_fast.data.loaders.loader import EvalBatch, EvalLoader
@@ -54,6 +54,9 @@ class _Plans(Dataset[_Planned]):
         files: dict[int, bytes] = {}
 
         def skip(row: int, sample: int) -> bool:
+            # A view that pads is left to PIL.
+            if self.view[1] > 1:
+                return False
             data = self.source.encoded(sample)
             if data is None or not is_sound(data, *(int(x) for x in self.source.sizes[sample])):
                 return False
@@ -147,7 +150,8 @@ class DaliEvalLoader(EvalLoader):
 
     def _pipeline(self) -> Any:
         mixed = self.device.type == "cuda"
-        pipeline = _view(
+        return built(
+            _view,
             img_size=self.view[0],
             filter=FILTER_TYPES[self.interpolation],
             device="mixed" if mixed else "cpu",
@@ -157,8 +161,6 @@ class DaliEvalLoader(EvalLoader):
             exec_async=False,
             exec_pipelined=False,
         )
-        pipeline.build()
-        return pipeline
 
 
 @pipeline_def

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,23 @@ FAILURES = (RuntimeError, IndexError, ValueError)
 _FILTER_CODES = np.array([int(FILTER_TYPES[name]) for name in FILTERS], np.int32)
 
 
+def built(make: Callable[..., Any], **options: Any) -> Any:
+    """Define a pipeline by `make(**options)` and build it.
+
+    Raises EnvironmentProblem if that fails: a driver or a version that DALI cannot work with.
+    """
+    try:
+        pipeline = make(**options)
+        pipeline.build()
+    # DALI has exceptions of many types.
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise EnvironmentProblem(
+            f"--loader dali: DALI cannot build its pipeline here ({why}); use --loader pil"
+        ) from error
+    return pipeline
+
+
 def raise_after_repeated_failures(failed_in_a_row: int, reason: str) -> None:
     """Raise EnvironmentProblem after _GIVE_UP batches in a row that only PIL could make."""
     if failed_in_a_row >= _GIVE_UP:
@@ -63,6 +80,8 @@ class DaliLoader(TrainLoader):
     Args:
         device: of the returned images. On CUDA the decoder is the mixed one (not yet run on a GPU).
 
+    Raises EnvironmentProblem where DALI cannot be built.
+
     On CUDA `Batch.images` lies on the device, bound to the stream that was current when the batch
     was requested: use it on that stream and keep a reference while work on it is queued. All other
     tensors of a batch are in host memory, pinned on request.
@@ -78,9 +97,12 @@ class DaliLoader(TrainLoader):
         self.device = device
         self.failed_over = 0
         self._failed_in_a_row = 0
+        # For the first call of `batches`.
+        self._built: _Engine | None = _Engine(self._steps, self.device, self.workers)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        engine = _Engine(self._steps, self.device, self.workers)
+        engine = self._built or _Engine(self._steps, self.device, self.workers)
+        self._built = None
         waiting: deque[Planned] = deque()
         steps = range(start_step, stop_step)
         for planned in iterate(self._plans, steps, self.workers, self.pin_memory):
@@ -152,7 +174,11 @@ class _Engine:
 
     def restart(self) -> None:
         cuda = self.device.type == "cuda"
-        self.pipeline = augment(
+        index = self.device.index
+        if cuda and index is None:
+            index = torch.cuda.current_device()
+        self.pipeline = built(
+            augment,
             img_size=self.steps.img_size,
             num_ops=num_operations(self.steps.aug),
             erases=self.erases,
@@ -160,11 +186,10 @@ class _Engine:
             hints=_mixed_hints(self.steps.source.sizes) if cuda else {},
             batch_size=self.steps.batch_size,
             num_threads=self.threads,
-            device_id=torch.empty(0, device=self.device).device.index if cuda else None,
+            device_id=index,
             # Runs that the first call starts; later ones queue up behind it all the same.
             prefetch_queue_depth=1,
         )
-        self.pipeline.build()
         self.broken: Exception | None = None
 
     def feed(self, planned: Planned) -> None:
