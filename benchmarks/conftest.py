@@ -35,6 +35,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the benchmarks of benchmarks/",
     )
     group.addoption("--bench-size", choices=SIZES, help="models and inputs [what fits the device]")
+    group.addoption(
+        "--bench-batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="images of a batch in steps and stored [each group's own]",
+    )
+    group.addoption(
+        "--bench-rounds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="timed rounds [5 to 50, as time allows]",
+    )
     group.addoption("--bench-device", default="auto", help="auto, cpu or cuda[:N]")
     group.addoption(
         "--bench-out",
@@ -108,7 +122,8 @@ def _bench_session(request: pytest.FixtureRequest) -> Session:
         device,
         config.getoption("bench_size") or default_size(device),
         Path(config.getoption("bench_out")),
-        config.getoption("bench_rounds"),
+        batch_size=config.getoption("bench_batch"),
+        rounds=config.getoption("bench_rounds"),
     )
     config.stash[STATE].session = session
     return session
