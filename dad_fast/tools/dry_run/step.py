@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dad_fast.config.fields import with_values
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
+from dad_fast.config.setting import Switch
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.base import Discretized, Discretizer
@@ -77,7 +78,7 @@ def trace_step(
     """
     accumulated = min(2, cfg.engine.grad_accum_steps)
     static_gradients = several or cfg.engine.cuda_graphs != "off"
-    engine = {"engine.cuda_graphs": "off", "engine.torchcompile": "off"}
+    engine = {"engine.cuda_graphs": "off", "engine.torchcompile": Switch.OFF}
     asked = with_values(cfg, {**engine, "engine.grad_accum_steps": accumulated})
     if asked.engine.kernels == "auto":
         asked = with_values(asked, {"engine.kernels": "on"})
