@@ -139,6 +139,11 @@ class CheckpointFolder:
             self._best = found.path if found.state["best"] else None
         return found
 
+    def best_step(self) -> int | None:
+        """Return the step of the best checkpoint, or None before the first validation."""
+        best = self.root / "best"
+        return _step(best.resolve()) if best.exists() else None
+
     def settle(self) -> None:
         """Finish an interrupted `save` before the run resumes: update the links, delete old
         checkpoints.

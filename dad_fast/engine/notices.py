@@ -55,9 +55,34 @@ def run_choices(
     }
 
 
-def introduction(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
-    """Run summary, logged before the first step: data, models, choices, stores."""
-    lines = [parts.train.describe(), _batches(cfg)]
+def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list[str]:
+    """Run summary, shown before the first step: data, steps, models and their dtypes.
+
+    steps: describes the steps of the run.
+    """
+
+    def dtype(stage: str) -> str:
+        return str(chosen[f"dtype.{stage}"].value)
+
+    student, teacher, discretizer = parts.student, parts.teacher, parts.discretizer
+    millions = sum(p.numel() for p in student.parameters()) / 1e6
+    rows = {
+        "data": parts.train.describe(),
+        "steps": steps,
+        "student": f"{student.name}, {millions:.2f} M parameters",
+    }
+    if parts.probe is None:
+        rows["student"] += f", {dtype('student')}"
+    if teacher is not None:
+        rows["teacher"] = f"{teacher.name}, {dtype('teacher')}"
+    if discretizer is not None:
+        rows["codes"] = f"{discretizer.name}, {dtype('encoder')}"
+    return [f"  {name:<8} {text}" for name, text in rows.items()]
+
+
+def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
+    """Return the lines for train.log alone: provenance, choices, stores."""
+    lines = [_batches(cfg)]
     if distributed.world() > 1 and parts.student.has_batch_stats:
         lines.append(_batch_norm(cfg))
     if parts.teacher is not None:
