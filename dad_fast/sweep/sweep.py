@@ -23,7 +23,7 @@ from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore
 from dad_fast.report.page import write_report
 from dad_fast.sweep.pool import Job, Pool, shared_parts
-from dad_fast.sweep.runs import Run, Sweep, check_output, clear
+from dad_fast.sweep.runs import Run, Sweep, clear
 from dad_fast.sweep.tables import print_tables, write_tables
 
 GIB_PER_JOB = 2.0
@@ -35,8 +35,10 @@ ERRORS = {
 
 
 def run_sweep(sweep: Sweep, launch: Launch) -> int:
-    """Do the runs that are left; return the exit code: 0 when every run is done, else 1."""
-    check_output(sweep, launch)
+    """Do the runs that are left, after `check_paths`.
+
+    Return the exit code: 0 when every run is done, else 1.
+    """
     output = sweep.output
     with stop_requests() as stop:
         failed = _train(sweep, launch, stop)

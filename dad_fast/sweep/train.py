@@ -13,8 +13,7 @@ from dad_fast.distributed.launch import (
     started_here,
 )
 from dad_fast.errors import UsageError
-from dad_fast.sweep.runs import make_sweep
-from dad_fast.sweep.sweep import run_sweep
+from dad_fast.sweep.runs import Sweep, check_paths, make_sweep
 
 
 def run(cfg: Config, launch: Launch) -> int:
@@ -27,18 +26,28 @@ def run(cfg: Config, launch: Launch) -> int:
         if launch.nproc != "1" and not started_here():
             raise UsageError("--nproc: torchrun starts the processes; leave it out")
         end_with_launcher()
-    elif (nproc := number_of_processes(launch.nproc)) > 1:
+        return _run_here(sweep, launch)
+
+    # Before torch is imported and before other processes start.
+    check_paths(sweep, launch)
+    nproc = number_of_processes(launch.nproc)
+    if nproc > 1:
         if launch.jobs > 1:
             raise UsageError(
                 f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all processes; "
                 "leave one out"
             )
         return run_processes(nproc, "train", launch.arguments)
-    elif len(sweep.runs) > 1:
-        return run_sweep(sweep, launch)
+    if len(sweep.runs) > 1:
+        from dad_fast.sweep.sweep import run_sweep
 
+        return run_sweep(sweep, launch)
+    return _run_here(sweep, launch)
+
+
+def _run_here(sweep: Sweep, launch: Launch) -> int:
     from dad_fast.distributed import process_group as distributed
     from dad_fast.sweep.run import run_here
 
-    with distributed.joined(cfg):
+    with distributed.joined(sweep.config):
         return run_here(sweep, launch)
