@@ -69,7 +69,7 @@ class TrainProgress:
         # Shown while the speed is unknown, such as the time of the first step.
         self.note = "… img/s"
         self._start_step = start_step
-        # Steps of the last line on the console.
+        # Step of the last line on the console.
         self._shown_step = -1
         self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
         self._task: Any = None
