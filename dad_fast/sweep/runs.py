@@ -12,6 +12,7 @@ from dad_fast.config import Config, expand, from_toml
 from dad_fast.config.options import Launch
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.errors import UsageError
+from dad_fast.locks import LOCK
 from dad_fast.methods.stores import SharedStore, is_filled, with_stores
 from dad_fast.sweep.ablation import Plan, identity
 
@@ -36,7 +37,7 @@ WRITTEN = (
     "logs/worker-*.log",
 )
 # Present in the output folder before a sweep begins.
-UNCOUNTED = {".lock", "logs"}
+UNCOUNTED = {LOCK, "logs"}
 
 
 @dataclass(frozen=True)

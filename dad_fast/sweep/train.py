@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from dad_fast.config import Config, Launch
@@ -13,6 +14,7 @@ from dad_fast.distributed.launch import (
     started_here,
 )
 from dad_fast.errors import UsageError
+from dad_fast.locks import lock_folder
 from dad_fast.sweep.runs import make_sweep
 from dad_fast.sweep.sweep import run_sweep
 
@@ -37,8 +39,10 @@ def run(cfg: Config, launch: Launch) -> int:
     elif len(sweep.runs) > 1:
         return run_sweep(sweep, launch)
 
-    from dad_fast.distributed import process_group as distributed
-    from dad_fast.sweep.run import run_here
+    # Before torch is imported. Of several processes the first one locks, when they have joined.
+    with nullcontext() if is_worker() else lock_folder(sweep.output):
+        from dad_fast.distributed import process_group as distributed
+        from dad_fast.sweep.run import run_here
 
-    with distributed.joined(cfg):
-        return run_here(sweep, launch)
+        with distributed.joined(cfg):
+            return run_here(sweep, launch)
