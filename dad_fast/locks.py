@@ -303,8 +303,10 @@ def _write(handle: int, path: Path, record: dict[str, Any]) -> None:
     content = json.dumps(record).encode() + b"\n"
     try:
         os.ftruncate(handle, 0)
-        if os.pwrite(handle, content, 0) < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = 0
+        # A disk may take less than it was given; the next call then writes the rest or fails.
+        while written < len(content):
+            written += os.pwrite(handle, content[written:], written)
         # Some disks report only now that they are full.
         os.fsync(handle)
     except OSError:
