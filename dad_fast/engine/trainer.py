@@ -28,7 +28,7 @@ from dad_fast.engine.cuda_graph import WARM_UP
 from dad_fast.engine.diagnostics import attack_to_rounding, codes_changed
 from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.meter import Meter, over_processes
-from dad_fast.engine.notices import Advice, introduction, run_choices
+from dad_fast.engine.notices import Advice, ema_lag, introduction, run_choices
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.schedule import learning_rate, total_epochs
@@ -164,6 +164,8 @@ class Trainer:
         )
         for line in introduction(self.cfg, self.parts, self.choices):
             self.log.say(line, echo=False)
+        if warning := ema_lag(self.cfg.ema, self.total_steps):
+            self.log.say(warning)
         with float32_math(tf32=self.cfg.precision.tf32):
             self.parts.prepare(self.log.say)
 
