@@ -106,7 +106,10 @@ class AttackConfig:
         rule=PROBABILITY,
     )
     order: Literal["paper", "authors"] = setting(
-        "paper", "paper: Q(x+d); authors: Q(Q(x)+d), two VQGAN passes", "--attack-order"
+        "paper",
+        "paper: Q(x+d); authors: Q(Q(x)+d), with Q after every step: a VQGAN pass for x and for each "
+        "step",
+        "--attack-order",
     )
 
 

@@ -129,10 +129,12 @@ def test_loss_equals_its_definition(method, order):
     loss, _ = loss_of(step, data)
 
     x, y, second, _ = step.generator.mixed(data)
-    base = q(x).images if order == "authors" else x
+    base, between = x, None
+    if order == "authors":
+        base, between = q(x).images, lambda images: q(images).images
     attack = PGD("l2", 0.5, 0.4, 2, 0.8)
-    dad = q(attack(teacher, base, y, data.seeds)).images
-    dat = q(attack(student, base, y, data.seeds)).images
+    dad = q(attack(teacher, base, y, data.seeds, between)).images
+    dat = q(attack(student, base, y, data.seeds, between)).images
     predicted = teacher(dad).argmax(-1)
     keep = ((predicted == data.labels) | (predicted == second)).double()
     assert 0 < keep.sum() < B
