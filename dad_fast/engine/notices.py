@@ -13,6 +13,7 @@ from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import choices
 from dad_fast.engine.build import Components
 from dad_fast.engine.choices import Choice
+from dad_fast.engine.diagnostics import Effect, warning_of_weakness
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
 
@@ -172,3 +173,9 @@ class Advice:
             f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
             f"times as much as rounding, so many codes change by chance; {fix}"
         )
+
+    def on_effect(self, effect: Effect, log: Callable[[str], None]) -> None:
+        """Warn if the attack leaves the discretized images practically as they are."""
+        cfg = self._cfg
+        if warning := warning_of_weakness(effect, cfg.attack, cfg.discretizer.name):
+            log(f"warning: {warning}")
