@@ -77,6 +77,10 @@ def main(arguments: list[str], debug: bool) -> int:
     cfg = read_config(given, file)
     if given["print_config"]:
         print(to_toml(cfg), end="", flush=True)
+    if given["dry_run"]:
+        from dad_fast.tools.dry_run.assumptions import with_assumptions
+
+        cfg = with_assumptions(cfg)
     # After printing, so that what is still missing is reported below the settings.
     check(cfg)
     if given["print_config"]:
@@ -92,6 +96,10 @@ def main(arguments: list[str], debug: bool) -> int:
     )
     if launch.resume and launch.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it: leave one out")
+    if launch.dry_run:
+        from dad_fast.tools.dry_run import run as dry_run
+
+        return dry_run.run(cfg, launch)
     from dad_fast.sweep import train
 
     return train.run(cfg, launch)

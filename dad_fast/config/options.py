@@ -81,6 +81,11 @@ class Launch:
     print_config: bool = option(
         False, "--print-config", "print the resolved settings as TOML and exit"
     )
+    dry_run: bool = option(
+        False,
+        "--dry-run",
+        "print the parameters, FLOP, memory and time that the run will need, and exit",
+    )
     debug: bool = False
     preset: str = ""
     arguments: tuple[str, ...] = ()

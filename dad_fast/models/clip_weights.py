@@ -183,6 +183,19 @@ def clip_from_hub(name: str, arch: str, **kwargs: Any) -> Clip:
     return Clip(model, lambda: _tokenizer(arch), {**OPENAI, **model.visual.preprocess_cfg})
 
 
+def clip_without_weights(name: str, arch: str) -> Clip:
+    """Build a CLIP with meta tensors for weights. Downloads nothing.
+
+    Raises UsageError for an unknown architecture, EnvironmentProblem for one whose configuration is
+    not available.
+    """
+    if not name.startswith("hf-hub:"):
+        _known_arch(arch)
+    with without_downloads(), torch.device("meta"):
+        model = _create(name, arch, device="meta", load_weights=False, pretrained_text=False)
+    return Clip(model, lambda: _tokenizer_at_hand(arch), {**OPENAI, **model.visual.preprocess_cfg})
+
+
 def _create(name: str, arch: str, **kwargs: Any) -> Any:
     try:
         with _quiet():

@@ -16,18 +16,25 @@ EXAMPLES = "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:RE
 
 
 def load_teacher(
-    cfg: TeacherConfig, classes: ClassMap, precision: PrecisionConfig, device: torch.device
+    cfg: TeacherConfig,
+    classes: ClassMap,
+    precision: PrecisionConfig,
+    device: torch.device,
+    shapes_only: bool = False,
 ) -> Teacher:
     """Load the teacher `cfg.name` on `device`, with one output for each of `classes`.
 
     The name is open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, timm:NAME, timm:NAME@FILE,
     embedded:NAME, any other teacher of the registry, or FILE: safetensors with the architecture in
-    its metadata.
+    its metadata. shapes_only: build the architecture without reading or downloading weights, where
+    the name tells it.
 
     Raises UsageError for any other name, EnvironmentProblem for weights that are not available,
     DataError for a file or a class list that does not fit.
     """
-    context = TeacherContext(cfg=cfg, classes=classes, precision=precision, device=device)
+    context = TeacherContext(
+        cfg=cfg, classes=classes, precision=precision, device=device, shapes_only=shapes_only
+    )
     if is_registered(cfg.name):
         name, argument = TEACHERS.split(cfg.name)
     elif Path(cfg.name).suffix or Path(cfg.name).is_file():

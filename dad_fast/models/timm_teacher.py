@@ -64,7 +64,11 @@ def load_timm(argument: str, context: TeacherContext) -> Teacher:
         raise UsageError(
             f"--teacher timm:{arch}: timm has no such model{nearest(arch, timm.list_models())}"
         )
-    model, data = _from_file(arch, file, classes) if file else _pretrained(arch)
+    if context.shapes_only and not Path(file).is_file():
+        model = timm.create_model(arch, pretrained=False, num_classes=len(classes))
+        data = resolve_data_config({}, model=model)
+    else:
+        model, data = _from_file(arch, file, classes) if file else _pretrained(arch)
     encoder, num_outputs = PreLogits(model), model.num_classes
     if num_outputs == 1000 and is_imagenet(classes):
         model = SelectedClasses(model, imagenet_columns(classes))
@@ -82,7 +86,7 @@ def load_timm(argument: str, context: TeacherContext) -> Teacher:
         mean=data["mean"],
         std=data["std"],
         precision=context.precision,
-        weights_sha256=sha256_file(file) if file else None,
+        weights_sha256=sha256_file(file) if file and not context.shapes_only else None,
         crop_pct=data["crop_pct"],
         interpolation=data["interpolation"],
         squashed=data.get("crop_mode") == "squash",

@@ -278,7 +278,7 @@ class ShardWriter:
             name = records.keys[int(bad.argmax())]
             raise NotFinite(
                 f"the teacher's outputs on {name} are not finite; "
-                "look at that image, or try --no-amp"
+                "look at that image, or try --amp off"
             )
 
         data = np.zeros(num, manifest.data_dtype)

@@ -348,16 +348,17 @@ def test_measuring_changes_nothing():
     assert all(torch.equal(v, before[k]) for k, v in learner_of(step).student.state_dict().items())
 
 
-def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "number"), [("cuda:1", 1), ("cuda", 0), ("auto", 0)], ids=["number", "cuda", "auto"]
+)
+def test_a_gpu_has_a_number_and_becomes_the_current_one(monkeypatch, name, number):
     """Streams, events and Triton's launches go by the current device, not by their tensors'."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert resolve_device("cuda:1") == torch.device("cuda:1") and current == [
-        torch.device("cuda:1")
-    ]
-    assert resolve_device("cuda") == torch.device("cuda") and len(current) == 1
+    expected = torch.device("cuda", number)
+    assert resolve_device(name) == expected and current == [expected]
 
 
 def test_two_learners_in_one_step_train_as_in_two_steps():
