@@ -33,7 +33,7 @@ examples:
   dad-fast train --preset demo                                             # on embedded data
   dad-fast train --preset demo --method dad --max-steps 20 -o runs/try     # a short trial
   dad-fast train --preset dad-vitb16 --data-dir DIR --discretizer vqgan.ckpt \\
-      --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad                   # ImageNet
+      --teacher open_clip:ViT-L-14-quickgelu@clip.safetensors -o runs/dad     # ImageNet
 
 settings:
 {settings}
