@@ -119,8 +119,8 @@ class CheckpointFolder:
         """
         if path != "auto" and not Path(path).exists():
             raise DataError(
-                f"--resume {path}: no such file or folder; name RUN/checkpoints/step-N, or write "
-                "--resume auto"
+                f"--resume {path}: no such file or folder; name a run's folder RUN or "
+                "RUN/checkpoints/step-N, or write --resume auto"
             )
         # Left by a process that was killed between the two renames of `save`.
         for aside in self.root.glob(".step-*.old"):

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dad_fast.allocator import describe_allocator
-from dad_fast.config.schema import Config
+from dad_fast.config.schema import Config, EmaConfig
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import choices
 from dad_fast.engine.build import Components
 from dad_fast.engine.choices import Choice
+from dad_fast.engine.diagnostics import Effect, warning_of_weakness
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
 
@@ -20,6 +21,8 @@ from dad_fast.engine.step_timer import Window, input_bound
 TOLERATED_WAIT = 1.0
 # An attack below this many times the encoder's rounding changes codes by chance.
 VISIBLE = 3.0
+# Share of the initial weights in the EMA at the end of a run that is worth a warning.
+TOLERATED_LAG = 0.05
 
 
 def run_choices(
@@ -129,6 +132,21 @@ def _batch_norm(cfg: Config) -> str:
     )
 
 
+def ema_lag(ema: EmaConfig, steps: int) -> str | None:
+    """Return a warning if a run of `steps` is too short for the EMA's constant decay."""
+    # With the warm-up the initial weights are gone after some hundred steps.
+    if not ema.model_ema or ema.warmup:
+        return None
+    share = ema.decay**steps
+    if share <= TOLERATED_LAG:
+        return None
+    return (
+        f"warning: the EMA, which is evaluated and written, keeps {share:.0%} of the first weights "
+        f"at the end of {steps:,} steps with --model-ema-decay {ema.decay:g}; add "
+        "--model-ema-warmup, or lower the decay"
+    )
+
+
 class Advice:
     """Advice to the user, each kind once a run."""
 
@@ -180,3 +198,9 @@ class Advice:
             f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
             f"times as much as rounding, so many codes change by chance; {fix}"
         )
+
+    def on_effect(self, effect: Effect, log: Callable[[str], None]) -> None:
+        """Warn if the attack leaves the discretized images practically as they are."""
+        cfg = self._cfg
+        if warning := warning_of_weakness(effect, cfg.attack, cfg.discretizer.name):
+            log(f"warning: {warning}")

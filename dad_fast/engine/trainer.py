@@ -25,10 +25,10 @@ from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_request
 from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.choices import fast_convolutions
 from dad_fast.engine.cuda_graph import WARM_UP
-from dad_fast.engine.diagnostics import attack_to_rounding, codes_changed
+from dad_fast.engine.diagnostics import attack_effects, attack_to_rounding, codes_changed
 from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.meter import Meter, over_processes
-from dad_fast.engine.notices import Advice, details, run_choices, summary
+from dad_fast.engine.notices import Advice, details, ema_lag, run_choices, summary
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.schedule import learning_rate, total_epochs
@@ -168,6 +168,8 @@ class Trainer:
             self.log.say(line)
         for line in details(self.cfg, self.parts, self.choices):
             self.log.say(line, echo=False)
+        if warning := ema_lag(self.cfg.ema, self.total_steps):
+            self.log.say(warning)
         self.log.say(f"  details  {self.output / 'train.log'}: models, speed settings and reasons")
         with float32_math(tf32=self.cfg.precision.tf32):
             self.parts.prepare(self.log.say)
@@ -209,7 +211,7 @@ class Trainer:
             with ends_at_once(STOPPED_AT_FIRST) if is_first else nullcontext():
                 batch = next(batches)
                 if self.next_step == 0:
-                    self._check_signal(batch)
+                    self._check_attack(batch)
                 if is_first:
                     self.clock.skip()
                 started = time.monotonic()
@@ -408,11 +410,20 @@ class Trainer:
                 stopped=f"{STOPPED_IN_EVALUATION} {self.output}, {RESUME_HINT}",
             )
 
-    def _check_signal(self, batch: Batch) -> None:
-        ratio = attack_to_rounding(self.step.generator, self.learner, batch)
+    def _check_attack(self, batch: Batch) -> None:
+        """Measure on a few images of the first batch what the attack changes; warn if it is little."""
+        where = self.step.generator, self.learner, batch
+        values: dict[str, float] = {}
+        ratio = attack_to_rounding(*where)
         if ratio is not None:
-            self.log.metrics("attack", step=self.next_step, signal_to_rounding=ratio)
+            values["signal_to_rounding"] = ratio
             self.advice.on_attack(ratio, self.log.say)
+        for suffix, effect in attack_effects(*where).items():
+            values[f"{effect.unit.replace(' ', '_')}_changed{suffix}"] = effect.changed
+            values[f"answers_changed{suffix}"] = effect.answers
+            self.advice.on_effect(effect, self.log.say)
+        if values:
+            self.log.metrics("attack", step=self.next_step, **values)
 
     def write_model(self, path: Path) -> None:
         """Write `model.safetensors`: the weights to evaluate and their metadata."""

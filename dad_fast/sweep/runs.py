@@ -13,6 +13,7 @@ from dad_fast.config.options import Launch
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.engine.preflight import check_files
 from dad_fast.errors import DadFastError, UsageError
+from dad_fast.locks import LOCK
 from dad_fast.methods.stores import SharedStore, is_filled, online, with_stores
 from dad_fast.sweep.ablation import Plan, identity
 
@@ -37,7 +38,7 @@ WRITTEN = (
     "logs/worker-*.log",
 )
 # Present in the output folder before a sweep begins.
-UNCOUNTED = {".lock", "logs"}
+UNCOUNTED = {LOCK, "logs"}
 
 
 @dataclass(frozen=True)

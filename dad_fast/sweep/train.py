@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from dad_fast.config import Config, Launch
@@ -13,7 +14,8 @@ from dad_fast.distributed.launch import (
     started_here,
 )
 from dad_fast.errors import UsageError
-from dad_fast.sweep.runs import Sweep, check_paths, make_sweep
+from dad_fast.locks import lock_folder
+from dad_fast.sweep.runs import check_paths, make_sweep
 
 
 def run(cfg: Config, launch: Launch) -> int:
@@ -26,28 +28,25 @@ def run(cfg: Config, launch: Launch) -> int:
         if launch.nproc != "1" and not started_here():
             raise UsageError("--nproc: torchrun starts the processes; leave it out")
         end_with_launcher()
-        return _run_here(sweep, launch)
+    else:
+        # Before torch is imported and before other processes start.
+        check_paths(sweep, launch)
+        if (nproc := number_of_processes(launch.nproc)) > 1:
+            if launch.jobs > 1:
+                raise UsageError(
+                    f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all "
+                    "processes; leave one out"
+                )
+            return run_processes(nproc, "train", launch.arguments)
+        if len(sweep.runs) > 1:
+            from dad_fast.sweep.sweep import run_sweep
 
-    # Before torch is imported and before other processes start.
-    check_paths(sweep, launch)
-    nproc = number_of_processes(launch.nproc)
-    if nproc > 1:
-        if launch.jobs > 1:
-            raise UsageError(
-                f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all processes; "
-                "leave one out"
-            )
-        return run_processes(nproc, "train", launch.arguments)
-    if len(sweep.runs) > 1:
-        from dad_fast.sweep.sweep import run_sweep
+            return run_sweep(sweep, launch)
 
-        return run_sweep(sweep, launch)
-    return _run_here(sweep, launch)
+    # Before torch is imported. Of several processes the first one locks, when they have joined.
+    with nullcontext() if is_worker() else lock_folder(sweep.output):
+        from dad_fast.distributed import process_group as distributed
+        from dad_fast.sweep.run import run_here
 
-
-def _run_here(sweep: Sweep, launch: Launch) -> int:
-    from dad_fast.distributed import process_group as distributed
-    from dad_fast.sweep.run import run_here
-
-    with distributed.joined(sweep.config):
-        return run_here(sweep, launch)
+        with distributed.joined(cfg):
+            return run_here(sweep, launch)
