@@ -22,6 +22,7 @@ from dad_fast.models.weights.declared import TEACHER, checked_clip, checked_publ
 from dad_fast.models.weights.files import load_strictly, read_state_dict, sha256_file
 from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.limits import no_more_parameters_than, without_downloads
+from dad_fast.models.weights.published import published_weights
 from dad_fast.models.weights.unwrap import unwrap
 
 try:
@@ -119,6 +120,15 @@ def clip_from_weights(arch: str, file: str) -> Clip:
             f"--teacher open_clip:{arch}@{file}: the open_clip_config.json next to it names "
             f"another activation; write {right}"
         )
+    sha256 = sha256_file(file)
+    known = published_weights(Path(file), sha256)
+    if known is not None and known.quick_gelu != quick_gelu:
+        activation = "QuickGELU" if known.quick_gelu else "GELU"
+        raise UsageError(
+            f"--teacher open_clip:{arch}@{file}: these are the published weights "
+            f"{known.arch}/{known.tag}, which use {activation}; write "
+            f"open_clip:{known.teacher_arch}@{file}"
+        )
     with without_downloads():
         model = _create(f"open_clip:{arch}@{file}", arch, pretrained_text=False)
     _load(model, state, file)
@@ -132,7 +142,7 @@ def clip_from_weights(arch: str, file: str) -> Clip:
         [round(value, 4) for value in preprocess["mean"]],
         [round(value, 4) for value in preprocess["std"]],
     )
-    return Clip(model, lambda: _tokenizer_at_hand(arch), preprocess, sha256=sha256_file(file))
+    return Clip(model, lambda: _tokenizer_at_hand(arch), preprocess, sha256=sha256)
 
 
 def clip_from_tag(name: str, arch: str, tag: str) -> Clip:

@@ -9,7 +9,7 @@ import torch
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import UsageError
-from dad_fast.models.registry import TEACHERS, is_registered
+from dad_fast.models.registry import TEACHERS, check_teacher_name, is_registered
 from dad_fast.models.teacher import Teacher, TeacherContext
 
 EXAMPLES = (
@@ -47,10 +47,3 @@ def load_teacher(
     else:
         raise UsageError(f"--teacher {cfg.name!r}: no such file or run; write one, or {EXAMPLES}")
     return TEACHERS[name](argument, context).to(device)
-
-
-def check_teacher_name(name: str) -> None:
-    """Raise UsageError for a timm model under its name on the hub."""
-    if name.startswith("timm/") and not Path(name).exists():
-        model = name.removeprefix("timm/")
-        raise UsageError(f"--teacher {name}: a name of the hub; write timm:{model}")
