@@ -186,7 +186,7 @@ def test_print_config_prints_toml_and_starts_nothing(
         ("--lr 3", "unknown flag before the command --lr"),
         ("train --batchsize 3", "unknown flag --batchsize; did you mean --batch-size?"),
         ("train --model resnet50", "unknown flag --model; did you mean --student?"),
-        ("train --warmup 3", "did you mean --warmup-epochs or --warmup-lr?"),
+        ("train --warmup 3", "did you mean --warmup-epochs or --warmup-prefix or --warmup-lr?"),
         ("train --epoch 3", "unknown flag --epoch; did you mean --epochs?"),
         ("train -lr 3", "unknown flag -lr; did you mean --lr?"),
         ("train -q", "unknown flag -q; dad-fast train --help-all lists every flag"),
