@@ -4,6 +4,8 @@
 #                                  for a skip that is not in tests/allowed_skips.toml
 #   make test-versions             run the tests with the oldest and the newest releases that
 #                                  pyproject.toml allows (slow)
+#   make test-pretended-gpu        capture every preset at real size on a pretended GPU: torch's CUDA
+#                                  build without a device (needs g++; several minutes)
 #   make test-faults               test faults: kill -9 a hundred times, full disks, damaged files
 #                                  (about half an hour)
 #   make bench [ARGS="-k steps"]   pytest benchmarks/ --benchmark; records in runs/benchmarks
@@ -38,7 +40,7 @@ define install
 	  .venv/bin/python -m pip install -e '.[$(1)]'; }
 endef
 
-.PHONY: help demo test test-versions test-faults lint bench overhead constraints csrc
+.PHONY: help demo test test-versions test-pretended-gpu test-faults lint bench overhead constraints csrc
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -53,6 +55,9 @@ test-versions: .venv-oldest/dev.stamp .venv-newest/dev.stamp
 	  echo "== $$venv: $$($$venv/bin/python -c 'import numpy, torch; print("torch", torch.__version__, "numpy", numpy.__version__)')"; \
 	  $$venv/bin/python $(PYTEST) $(ARGS) || failed=1; \
 	done; exit $${failed:-0}
+
+test-pretended-gpu: .venv/dev.stamp
+	.venv/bin/python -m pytest tests/pretended_gpu -m pretended_gpu --check-skips -v $(ARGS)
 
 test-faults: .venv/dev.stamp
 	.venv/bin/python -m pytest tests/faults --fault-cycles 100 --fault-record runs/faults.json --timeout 3600 -v $(ARGS)

@@ -40,14 +40,22 @@ def default_size(device: torch.device) -> str:
 class Session:
     """All comparisons of one pytest session, by group.
 
-    out     folder of the records, or None to write none
-    rounds  rounds of every comparison, without the energy; 0 = by time
+    out         folder of the records, or None to write none
+    batch_size  of the groups steps and stored; 0 = each group's own
+    rounds      rounds of every comparison, without the energy; 0 = by time
     """
 
     def __init__(
-        self, device: torch.device, size: str, out: Path | None = None, rounds: int = 0
+        self,
+        device: torch.device,
+        size: str,
+        out: Path | None = None,
+        batch_size: int = 0,
+        rounds: int = 0,
     ) -> None:
-        self.device, self.size, self.out, self.rounds = device, size, out, rounds
+        self.device, self.size, self.out = device, size, out
+        self.batch_size = batch_size
+        self.rounds = rounds
         self.machine = Machine(device)
         self.groups: dict[str, list[Record]] = {}
         self.started = time.perf_counter()

@@ -35,6 +35,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the benchmarks of benchmarks/",
     )
     group.addoption("--bench-size", choices=SIZES, help="models and inputs [what fits the device]")
+    group.addoption(
+        "--bench-batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="images of a batch in steps and stored [each group's own]",
+    )
+    group.addoption(
+        "--bench-rounds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="timed rounds [5 to 50, as time allows]",
+    )
     group.addoption("--bench-device", default="auto", help="auto, cpu or cuda[:N]")
     group.addoption(
         "--bench-out",
@@ -99,22 +113,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def _bench_session(request: pytest.FixtureRequest) -> Session:
-    import torch
-
     from benchmarks.bench import Session, default_size
+    from dad_fast.distributed.device import resolve_device
 
     config = request.config
-    name = config.getoption("bench_device")
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = resolve_device(config.getoption("bench_device"))
     session = Session(
         device,
         config.getoption("bench_size") or default_size(device),
         Path(config.getoption("bench_out")),
-        config.getoption("bench_rounds"),
+        batch_size=config.getoption("bench_batch"),
+        rounds=config.getoption("bench_rounds"),
     )
     config.stash[STATE].session = session
     return session

@@ -45,7 +45,10 @@ def one_step(work: Workload, name: str) -> Callable[[], object]:
 @pytest.fixture(scope="module", params=[32, 256])
 def work(request: pytest.FixtureRequest, _bench_session: Session) -> Iterator[Workload]:
     size, device = _bench_session.size, _bench_session.device
-    yield make_workload(size, device, batch_size_for(device, size, request.param))
+    batch_size = _bench_session.batch_size
+    if batch_size and request.param != 32:
+        pytest.skip("--bench-batch is the one size")
+    yield make_workload(size, device, batch_size or batch_size_for(device, size, request.param))
 
 
 @pytest.fixture(autouse=True)
@@ -95,11 +98,12 @@ def test_steps_of_resnet50(bench: Bench) -> None:
     """Smaller student of the same teacher: distillation is a larger part of its step."""
     if bench.size != "paper":
         pytest.skip("at size paper: ResNet-50 from ViT-L/14")
-    work = make_workload("paper", bench.device, 256, preset="dad-rn50")
+    batch_size = bench.session.batch_size or 256
+    work = make_workload("paper", bench.device, batch_size, preset="dad-rn50")
     steps = {
         name: one_step(work, name) for name in ("kd", "dad, paper's order", "dad, authors' order")
     }
-    compare(bench, "ResNet-50, batch 256", work, steps, seconds=10)
+    compare(bench, f"ResNet-50, batch {batch_size}", work, steps, seconds=10)
 
 
 @pytest.mark.parametrize("form", FORMS)

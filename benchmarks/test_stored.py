@@ -22,7 +22,7 @@ from dad_fast.precompute.adversarial import adversarial
 
 
 def test_stored(bench: Bench) -> None:
-    work = make_workload(bench.size, bench.device)
+    work = make_workload(bench.size, bench.device, bench.session.batch_size)
     f = Flops(work).of
     student, teacher, gradient, encode, decode = (
         f[name] for name in ("student", "teacher", "teacher_gradient", "encode", "decode")

@@ -15,7 +15,7 @@ def use_expandable_segments() -> None:
     """Let memory segments grow instead of leaving gaps, unless the user set the allocator up.
 
     Call it before torch is imported; child processes inherit it. Without it, the flagship's step
-    reserves twice the memory that it allocates (docs/gpu.md).
+    reserves half as much again as it allocates (docs/gpu.md).
     """
     if sys.platform == "linux" and not _set_by():
         os.environ.update(dict.fromkeys(VARIABLES, EXPANDABLE))

@@ -7,7 +7,6 @@ import fcntl
 import json
 import math
 import os
-import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -53,25 +52,25 @@ def _begin(path: Path) -> tuple[int, str]:
 
     Removes temporary files of killed writers.
     """
-    remove_abandoned(path.parent, f".{path.name}.", ".tmp")
+    _remove_abandoned(path)
     while True:
         handle, temporary = tempfile.mkstemp(
             prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
         )
-        if hold(handle, temporary):
+        if _lock(handle, temporary):
             return handle, temporary
         os.close(handle)
 
 
-def hold(handle: int, path: str | Path) -> bool:
-    """Lock a new file or folder, so that `remove_abandoned` leaves it alone until `handle` closes.
+def _lock(handle: int, path: str | Path) -> bool:
+    """Lock a new file, so that `_remove_abandoned` leaves it alone until `handle` closes.
 
-    Returns False when `remove_abandoned` was faster.
+    Returns False when `_remove_abandoned` was faster.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError:
-        # Without locks in the file system `remove_abandoned` removes nothing either.
+        # Without locks in the file system `_remove_abandoned` removes nothing either.
         return True
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(path))
@@ -79,20 +78,17 @@ def hold(handle: int, path: str | Path) -> bool:
         return False
 
 
-def remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove entries of `folder` with these names whose writer is dead: their lock is free."""
-    for name in os.listdir(folder):
-        if not (name.startswith(prefix) and name.endswith(suffix)):
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files of `path` whose writer is dead: their lock is free."""
+    for name in os.listdir(path.parent):
+        if not (name.startswith(f".{path.name}.") and name.endswith(".tmp")):
             continue
-        path = folder / name
+        left = path.parent / name
         with suppress(OSError):
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                left.unlink()
             finally:
                 os.close(handle)
 

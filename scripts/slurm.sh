@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train on the GPUs of several machines under Slurm, one task a GPU. All arguments go to dad-fast train:
 #   sbatch --nodes 2 scripts/slurm.sh --preset dad-vitb16 --data-dir /data/imagenet --discretizer vqgan.ckpt \
-#       --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad
+#       --teacher open_clip:ViT-L-14-quickgelu@vitl14.safetensors -o runs/dad
 # Two minutes before the time limit and on preemption the run saves a checkpoint and exits with 75; the
 # job is then requeued and resumes. The output folder must outlive the job. Adapt the numbers below.
 # Tested under Slurm 22.05.8 on two nodes (two slurmd of one machine) with a CPU task each: time limit,

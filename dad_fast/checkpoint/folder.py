@@ -119,8 +119,8 @@ class CheckpointFolder:
         """
         if path != "auto" and not Path(path).exists():
             raise DataError(
-                f"--resume {path}: no such file or folder; name RUN/checkpoints/step-N, or write "
-                "--resume auto"
+                f"--resume {path}: no such file or folder; name a run's folder RUN or "
+                "RUN/checkpoints/step-N, or write --resume auto"
             )
         # Left by a process that was killed between the two renames of `save`.
         for aside in self.root.glob(".step-*.old"):
@@ -138,6 +138,11 @@ class CheckpointFolder:
             self._loaded = found.state["step"]
             self._best = found.path if found.state["best"] else None
         return found
+
+    def best_step(self) -> int | None:
+        """Return the step of the best checkpoint, or None before the first validation."""
+        best = self.root / "best"
+        return _step(best.resolve()) if best.exists() else None
 
     def settle(self) -> None:
         """Finish an interrupted `save` before the run resumes: update the links, delete old

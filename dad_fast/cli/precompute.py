@@ -52,6 +52,9 @@ def main(arguments: list[str], debug: bool) -> int:
         print(fill(HELP, flags=option_lines(StoreLaunch), settings=setting_lines(SETTINGS)))
         return 0
     cfg, launch = parse(arguments)
+    from dad_fast.engine.preflight import check_files_to_fill
+
+    check_files_to_fill(cfg, discretizer=not launch.targets)
     from dad_fast.precompute import run as precompute
 
     return precompute.run(cfg, launch, arguments)

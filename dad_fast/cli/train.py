@@ -20,7 +20,7 @@ from dad_fast.config.fields import sections, settings
 from dad_fast.config.options import ConfigOptions
 from dad_fast.config.resolve import preset_names
 from dad_fast.config.variants import RESUME_SAFE
-from dad_fast.errors import UsageError
+from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.methods.settings import check
 
@@ -33,7 +33,7 @@ examples:
   dad-fast train --preset demo                                             # on embedded data
   dad-fast train --preset demo --method dad --max-steps 20 -o runs/try     # a short trial
   dad-fast train --preset dad-vitb16 --data-dir DIR --discretizer vqgan.ckpt \\
-      --teacher open_clip:ViT-L-14@vitl14.safetensors -o runs/dad                   # ImageNet
+      --teacher open_clip:ViT-L-14-quickgelu@clip.safetensors -o runs/dad     # ImageNet
 
 settings:
 {settings}
@@ -69,14 +69,23 @@ def main(arguments: list[str], debug: bool) -> int:
     given = vars(make_parser().parse(arguments))
     file = Path(given["config"]) if given["config"] else None
     name = given["preset"] or (file.stem if file else given.get("method", "dad"))
-    output = given["output"] or f"runs/{name}"
+    resumed = _resumed_run(given["resume"])
+    output = given["output"] or (str(resumed) if resumed else f"runs/{name}")
     paths = {*typed_settings(given), *(item.partition("=")[0].strip() for item in given["sets"])}
-    if _only_resumes(given, paths):
+    if resumed:
+        file = file or (None if given["preset"] else resumed / "config.toml")
+        if resumed.resolve() == Path(output).resolve():
+            given["resume"] = "auto"
+    elif _only_resumes(given, paths):
         own_settings = Path(output) / "config.toml"
         file = own_settings if own_settings.exists() else None
     cfg = read_config(given, file)
     if given["print_config"]:
         print(to_toml(cfg), end="", flush=True)
+    if given["dry_run"]:
+        from dad_fast.tools.dry_run.assumptions import with_assumptions
+
+        cfg = with_assumptions(cfg)
     # After printing, so that what is still missing is reported below the settings.
     check(cfg)
     if given["print_config"]:
@@ -92,6 +101,10 @@ def main(arguments: list[str], debug: bool) -> int:
     )
     if launch.resume and launch.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it: leave one out")
+    if launch.dry_run:
+        from dad_fast.tools.dry_run import run as dry_run
+
+        return dry_run.run(cfg, launch)
     from dad_fast.sweep import train
 
     return train.run(cfg, launch)
@@ -101,6 +114,24 @@ def _only_resumes(given: dict[str, Any], paths: set[str]) -> bool:
     """Tell whether the command line resumes a run without settings that change its result."""
     names_settings = given["config"] or given["preset"]
     return given["resume"] == "auto" and not names_settings and paths <= RESUME_SAFE
+
+
+def _resumed_run(resume: str) -> Path | None:
+    """Return the run's folder that --resume names; None for auto and for a checkpoint."""
+    if resume in ("", "auto"):
+        return None
+    folder = Path(resume)
+    if not folder.exists():
+        raise DataError(
+            f"--resume {resume}: no such file or folder; name a run's folder RUN or "
+            "RUN/checkpoints/step-N, or write --resume auto"
+        )
+    if (folder / "plot.svg").exists():
+        raise UsageError(
+            f"--resume {resume}: holds a sweep; continue with its dad-fast ablate command and "
+            "--resume auto"
+        )
+    return folder if (folder / "config.toml").exists() else None
 
 
 def make_parser() -> Parser:

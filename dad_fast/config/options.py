@@ -42,7 +42,7 @@ class Launch:
     """`dad-fast train`: how a run is started. Nothing here changes a result.
 
     resume: "" starts; "auto" continues the run in `output` or starts; otherwise a checkpoint
-        folder.
+        folder, or another run's folder.
     preset: the preset's name, for the record.
     nproc: "auto" is one process per GPU.
     arguments: the command line after the command, for the processes that nproc starts.
@@ -71,8 +71,9 @@ class Launch:
     )
     resume: str = option(
         "",
-        "--resume auto|PATH",
-        "continue the run in --output, or from a checkpoint; auto starts when there is none",
+        "--resume auto|RUN|PATH",
+        "auto: continue the run in --output, or start it; RUN: continue that run with its own "
+        "settings; PATH: from a checkpoint",
     )
     overwrite: bool = option(False, "--overwrite", "replace an existing run")
     allow_config_change: bool = option(
@@ -80,6 +81,11 @@ class Launch:
     )
     print_config: bool = option(
         False, "--print-config", "print the resolved settings as TOML and exit"
+    )
+    dry_run: bool = option(
+        False,
+        "--dry-run",
+        "print the parameters, FLOP, memory and time that the run will need, and exit",
     )
     debug: bool = False
     preset: str = ""

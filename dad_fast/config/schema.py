@@ -29,8 +29,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class TeacherConfig:
     name: str = setting(
         "",
-        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, FILE or "
-        "embedded:digits",
+        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, RUN (a run of "
+        "this project), FILE or embedded:digits",
         "--teacher",
         main=True,
     )
@@ -106,7 +106,10 @@ class AttackConfig:
         rule=PROBABILITY,
     )
     order: Literal["paper", "authors"] = setting(
-        "paper", "paper: Q(x+d); authors: Q(Q(x)+d), two VQGAN passes", "--attack-order"
+        "paper",
+        "paper: Q(x+d); authors: Q(Q(x)+d), with Q after every step: a VQGAN pass for x and for each "
+        "step",
+        "--attack-order",
     )
 
 
@@ -197,6 +200,12 @@ class ScheduleConfig:
         300, "epochs of warm-up and cosine together", "--epochs", rule=AT_LEAST_ONE, main=True
     )
     warmup_epochs: float = setting(5.0, "linear warm-up", "--warmup-epochs", rule=NOT_NEGATIVE)
+    warmup_prefix: bool = setting(
+        True,
+        "start the cosine after the warm-up; off: at step 0, under the warm-up, as timm does unless "
+        "it is given this flag. Both end at --epochs",
+        "--warmup-prefix",
+    )
     cooldown_epochs: float = setting(
         0.0, "epochs at min-lr after the cosine", "--cooldown-epochs", rule=NOT_NEGATIVE
     )
@@ -215,7 +224,10 @@ class EmaConfig:
     )
     decay: float = setting(0.9998, "its decay per step", "--model-ema-decay", rule=BELOW_ONE)
     warmup: bool = setting(
-        True, "let the decay rise as (1+step)/(10+step) up to its value", "--model-ema-warmup"
+        True,
+        "let the decay rise to its value as timm's 1-(1+step)^(-2/3): 0.99 after 1,000 steps, "
+        "0.9998 after 354,000; off: the same from the start",
+        "--model-ema-warmup",
     )
 
 

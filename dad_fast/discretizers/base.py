@@ -104,4 +104,7 @@ class LoadContext:
     precision: PrecisionConfig
     device: torch.device
     optimizations: object | None  # a VQGAN's; None keeps the plain model under autocast
+    shapes_only: bool = (
+        False  # build the architecture as for a GPU: values of weights do not matter
+    )
     micro_batch: int = 0  # images at once; 0 = by their size

@@ -31,6 +31,7 @@ def load_discretizer(
     precision: PrecisionConfig,
     device: torch.device,
     optimizations: object | None = None,
+    shapes_only: bool = False,
     micro_batch: int = 0,
 ) -> Discretizer:
     """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as
@@ -38,6 +39,8 @@ def load_discretizer(
 
     optimizations: those of a VQGAN under autocast (VQGANOptimizations); all by default.
     micro_batch: images that a VQGAN takes at once; 0 = by their size.
+    shapes_only: build the architecture; a VQGAN's file that does not exist is assumed to be
+    "OpenImages f8, 16384".
 
     Raises UsageError for a name that is none of these, DataError for a file that cannot be used.
     """
@@ -50,6 +53,7 @@ def load_discretizer(
         precision=precision,
         device=device,
         optimizations=wanted,
+        shapes_only=shapes_only,
         micro_batch=micro_batch,
     )
     key, argument = DISCRETIZERS.split(name)

@@ -11,14 +11,16 @@ from dad_fast.errors import EnvironmentProblem, UsageError
 def resolve_device(name: str) -> torch.device:
     """Return the device for `--device`. `auto` is a GPU if there is one, one per process.
 
-    A GPU with a number becomes the current one, which streams, events and Triton's launches use.
+    A GPU always has its number, which torch.cuda.set_device and NVML need: `cuda` is `cuda:0`. It
+    becomes the current one, which streams, events and Triton's launches use.
 
     Raises UsageError for an invalid name, EnvironmentProblem for a GPU that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and distributed.world() > 1 and torch.cuda.is_available():
-        name = f"cuda:{distributed.local_rank() % torch.cuda.device_count()}"
+    if name == "cuda" and torch.cuda.is_available():
+        number = distributed.local_rank() if distributed.world() > 1 else 0
+        name = f"cuda:{number % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -27,10 +29,10 @@ def resolve_device(name: str) -> torch.device:
         raise EnvironmentProblem(
             f"--device {name}: torch finds no CUDA device; run dad-fast doctor, or use --device cpu"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise EnvironmentProblem(
             f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
         )
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -35,20 +35,24 @@ STOPPED = (75, 130)
 SIGNALLED = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)
 
 
-def run_processes(nproc: int, command: str, arguments: Sequence[str]) -> int:
+def run_processes(
+    nproc: int, command: str, arguments: Sequence[str], lock: int | None = None
+) -> int:
     """Run `dad-fast command arguments` in `nproc` processes and return their common exit code.
 
     Process 0 has the terminal. Output of the others goes to stderr with their number, but only the
     first failure shows its error. The first failure stops the others (SIGTERM; after GRACE seconds
     SIGKILL) and gives the exit code; a process killed by a signal counts as 1. Without a failure,
     the exit code is that of processes that were asked to stop, 75 or 130, or else 0.
+
+    lock: a file descriptor that the processes hold open with this one.
     """
     with tempfile.TemporaryDirectory(prefix="dad-fast-") as folder:
         family = _Family()
         try:
             for rank in range(nproc):
                 family.processes.append(
-                    _Process(rank, nproc, command, arguments, Path(folder) / "rendezvous")
+                    _Process(rank, nproc, command, arguments, Path(folder) / "rendezvous", lock)
                 )
             return family.wait()
         finally:
@@ -59,7 +63,13 @@ class _Process:
     """One process and its last error message."""
 
     def __init__(
-        self, rank: int, nproc: int, command: str, arguments: Sequence[str], store: Path
+        self,
+        rank: int,
+        nproc: int,
+        command: str,
+        arguments: Sequence[str],
+        store: Path,
+        lock: int | None,
     ) -> None:
         self.rank = rank
         self.nproc = nproc
@@ -84,6 +94,7 @@ class _Process:
             text=True,
             errors="replace",
             start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -172,19 +183,23 @@ def end_with_launcher() -> None:
 
     Does nothing in a process that neither `run_processes` nor torchrun started.
     """
-    if started_here():
-        launcher = int(os.environ[LAUNCHED])
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = os.getppid()
-    else:
+    parent = launcher()
+    if not parent:
         return
 
     def watch() -> None:
-        while os.getppid() == launcher:
+        while os.getppid() == parent:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="launcher").start()
+
+
+def launcher() -> int:
+    """Return the process that started this one as one of several; 0 if it was started alone."""
+    if started_here():
+        return int(os.environ[LAUNCHED])
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def number_of_processes(nproc: str) -> int:

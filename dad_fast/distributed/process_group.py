@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from dad_fast import errors
 from dad_fast.config.schema import Config
-from dad_fast.distributed.launch import STORE, started_here
+from dad_fast.distributed.launch import STORE, launcher, started_here
 from dad_fast.distributed.peers import say_stopped, who_is_gone
 from dad_fast.errors import DadFastError, EnvironmentProblem, Interrupted, Preempted, UsageError
+from dad_fast.locks import lock_folder
 
 T = TypeVar("T")
 # Seconds to wait until all processes have joined.
@@ -247,6 +249,18 @@ def on_main(function: Callable[[], T]) -> T:
         name, text = answer["error"]
         raise getattr(errors, name, DadFastError)(text)
     return answer["value"]
+
+
+@contextmanager
+def main_locks(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder` in process 0. Its error is raised on all processes."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(lock_folder(folder, owner=launcher()))
+
+        on_main(lock)
+        yield
 
 
 @contextmanager

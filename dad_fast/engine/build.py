@@ -25,7 +25,12 @@ from dad_fast.engine import frozen
 from dad_fast.engine.choices import Choices, DeviceFacts, choose, settle
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
-from dad_fast.engine.preflight import check_same_classes, check_splits, check_weights
+from dad_fast.engine.preflight import (
+    check_files,
+    check_same_classes,
+    check_student,
+    needed_models,
+)
 from dad_fast.engine.probe.features import FeatureTable
 from dad_fast.engine.probe.pseudo_labels import PseudoLabels, WeakView
 from dad_fast.engine.probe.step import ProbeData, ProbeGenerator, ProbeLearner
@@ -34,13 +39,12 @@ from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.kernels import cases
-from dad_fast.methods.registry import METHODS, Images
+from dad_fast.methods.registry import METHODS
 from dad_fast.models.load_student import take_view
 from dad_fast.models.optimizations import optimize_student
 from dad_fast.models.probe import Probe, build_probe
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
-from dad_fast.store import AdversarialStore, TargetStore
 from dad_fast.store.join import Stored, recorded_classes, view_settings
 
 
@@ -95,10 +99,8 @@ class Builder:
         """
         device = resolve_device(cfg.device)
         asked, cfg = cfg, settle(cfg, device)
-        check_splits(cfg)
-        # With stores, the models that are needed are known only when the stores are open.
-        if not cfg.store.dirs:
-            check_weights(cfg, *_needs(cfg, None, None))
+        check_files(cfg)
+        check_student(cfg)
 
         train = self._source(cfg, cfg.data.train_split)
         val = self._source(cfg, cfg.data.val_split)
@@ -107,7 +109,10 @@ class Builder:
         stored = self._once(store_key, lambda: Stored(cfg.store.dirs, train, cfg.loss.filter))
         stored.check_form(cfg)
 
-        needs_teacher, needs_discretizer = _needs(cfg, stored.adversarial, stored.targets)
+        adversarial = stored.adversarial.manifest if stored.adversarial is not None else None
+        needs_teacher, needs_discretizer = needed_models(
+            cfg, adversarial, targets=stored.targets is not None
+        )
         teacher = discretizer = None
         hashes: dict[str, str | None] = {}
         savings: dict[str, dict[str, str]] = {}
@@ -347,38 +352,6 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
             "leave it out"
         )
     student.model = convert_sync_batchnorm(student.model)
-
-
-def _needs(
-    cfg: Config, adversarial: AdversarialStore | None, targets: TargetStore | None
-) -> tuple[bool, bool]:
-    """Return (teacher is needed, discretizer is needed), given these stores.
-
-    Raises UsageError if one is needed and not named.
-    """
-    method = METHODS[cfg.method]
-    if method.linear_probe:
-        return True, False
-    online = method.uses(Images.ATTACK_TEACHER) and adversarial is None
-    teacher = online or (method.teacher_logits(Images.CLEAN) and targets is None)
-    only_codes = adversarial is not None and adversarial.manifest.images == "none"
-    attacks_student = method.uses(Images.ATTACK_STUDENT)
-    decodes = method.uses(Images.ATTACK_TEACHER) and only_codes
-    discretizer = online or attacks_student or decodes
-    if teacher and not cfg.teacher.name:
-        missing = "adversarial images" if online else "outputs on clean images (--targets)"
-        raise UsageError(
-            f"--method {cfg.method} needs a teacher: no store contains its {missing}; add --teacher"
-        )
-    if discretizer and not cfg.discretizer.name:
-        why = "no store contains adversarial images"
-        if only_codes:
-            why = "the store contains codes and no images"
-        raise UsageError(
-            f"--method {cfg.method} needs a discretizer: {why}; add --discretizer (a VQGAN's "
-            "file, identity or jpeg:75)"
-        )
-    return teacher, discretizer
 
 
 @torch.no_grad()

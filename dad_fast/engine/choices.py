@@ -67,7 +67,8 @@ class Choices:
         asked = get(cfg, path)
         if asked == Switch.AUTO:
             return self.autos[path]
-        return Choice(bool(asked), "asked for")
+        is_on = asked if isinstance(asked, bool) else Switch(asked) is Switch.ON
+        return Choice(is_on, "asked for")
 
 
 def choose(facts: DeviceFacts, student: nn.Module | None = None) -> Choices:
@@ -109,7 +110,7 @@ def _channels_last(facts: DeviceFacts, student: nn.Module | None) -> Choice:
 def _compile(facts: DeviceFacts) -> Choice:
     """Decide whether to compile: nowhere, until a GPU has measured it.
 
-    A model of the step (docs/gpu.md) gives compilation at most a fifth of an online step. Against
+    A model of the step (docs/performance.md) gives compilation a tenth of an online step. Against
     that stand minutes before the first step of every run, kernels that round differently from
     eager ones in the attack, and no run on a GPU that shows the gain.
     """

@@ -1,21 +1,31 @@
-"""Effect of the attack: the share of codes that it changes, and its size compared with the
-encoder's rounding.
+"""Effect of the attack: the share of codes, pixels and predictions that it changes, and its size
+compared with the encoder's rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dad_fast.config.schema import AttackConfig
 from dad_fast.data.loaders.loader import Batch
+from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.engine.generator import AttackGenerator, Generator
 from dad_fast.engine.learner import Learner
-from dad_fast.methods.attack import perturb
+from dad_fast.methods.attack import PGD, perturb
 from dad_fast.methods.registry import Images
 
 NUM_MEASURED = 16  # images whose codes are compared at a log step
+HALF_LEVEL = 0.5 / 255
+# An attack that changes smaller shares of codes or pixels, and of predictions (one of 16 may be a
+# tie), is worth a warning. A budget that changes at least ENOUGH is then named: the paper's attack
+# changes 4 % of a VQGAN's codes.
+NEXT_TO_NOTHING, FEW_ANSWERS, ENOUGH = 0.01, 0.1, 0.04
+STRONGER = (2, 4, 8, 16, 32, 64)
 
 
 def share_changed(codes: Tensor, reference: Tensor) -> Tensor:
@@ -31,30 +41,123 @@ def codes_changed(generator: Generator, learner: Learner, batch: Batch) -> dict[
 
     For log steps only: it costs two more encoder passes and reads on the host.
     """
+    shares = {}
+    for suffix, attacked in _attacks(generator, learner, batch).items():
+        before, after = attacked.discretized(attacked.attack)
+        if before.codes is not None and after.codes is not None:
+            shares[f"codes_changed{suffix}"] = share_changed(after.codes, before.codes).item()
+    return shares
+
+
+class Effect(NamedTuple):
+    """Effect of an attack on a few images, against the same images without it."""
+
+    changed: float  # share of codes, or of values by half a level of 8 bits or more
+    unit: str  # "codes" or "pixel values"
+    answers: float  # share of images whose predicted class changes
+    stronger: tuple[float, float] | None  # a budget that changes more, and its share of changes
+
+    @property
+    def is_weak(self) -> bool:
+        """True if Q(x') is practically Q(x), also to the attacked model."""
+        return self.changed < NEXT_TO_NOTHING and self.answers < FEW_ANSWERS
+
+
+def attack_effects(generator: Generator, learner: Learner, batch: Batch) -> dict[str, Effect]:
+    """Return the effect of each attack of the method on a few images, by its suffix in the log.
+
+    Empty where all attacks are stored. For the first step only: it tries stronger attacks where one
+    changes next to nothing.
+    """
+    attacks = _attacks(generator, learner, batch)
+    return {suffix: attacked.measure() for suffix, attacked in attacks.items()}
+
+
+def warning_of_weakness(effect: Effect, attack: AttackConfig, discretizer: str) -> str | None:
+    """Return a warning if the attack leaves the discretized images practically as they are."""
+    # A budget of 0 is a choice: Q alone.
+    if not effect.is_weak or attack.eps == 0:
+        return None
+    fix = "raise --attack-eps and --attack-step-size"
+    if effect.stronger is not None:
+        eps, changed = effect.stronger
+        step_size = attack.step_size * eps / attack.eps
+        fix += f", for instance to {eps:g} and {step_size:g}, which change {changed:.0%}"
+    return (
+        f"the attack ({attack.norm}, --attack-eps {attack.eps:g}) changes next to nothing after "
+        f"{discretizer}: {effect.changed:.2%} of the {effect.unit} and {effect.answers:.0%} of the "
+        f"predictions on the first images; {fix}"
+    )
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """Images of a batch, and a model that is attacked on a few of them."""
+
+    discretizer: Discretizer
+    model: Callable[[Tensor], Tensor]
+    attack: PGD
+    order: Literal["paper", "authors"]
+    inputs: tuple[Tensor, Tensor, Tensor]  # pixels, targets, keys
+
+    def perturbed(self, attack: PGD, count: int = NUM_MEASURED) -> tuple[Tensor, Tensor]:
+        """Return `count` images before and after the attack, not discretized."""
+        pixels, targets, keys = (given[:count] for given in self.inputs)
+        return perturb(self.discretizer, self.model, attack, pixels, targets, keys, self.order)
+
+    @torch.no_grad()
+    def discretized(self, attack: PGD) -> tuple[Discretized, Discretized]:
+        """Return the images before and after the attack, discretized."""
+        base, perturbed = self.perturbed(attack)
+        return self.discretizer(base), self.discretizer(perturbed)
+
+    def measure(self) -> Effect:
+        """Return the effect of the attack; with a budget that changes more where it is weak."""
+        effect = self._effect(self.attack)
+        return effect._replace(stronger=self._visible_budget()) if effect.is_weak else effect
+
+    @torch.no_grad()
+    def _effect(self, attack: PGD) -> Effect:
+        before, after = self.discretized(attack)
+        if before.codes is not None and after.codes is not None:
+            unit, changed = "codes", share_changed(after.codes, before.codes)
+        else:
+            difference = (after.images - before.images).abs()
+            unit, changed = "pixel values", (difference >= HALF_LEVEL).float().mean()
+        predicted = [self.model(found.images).argmax(dim=-1) for found in (before, after)]
+        answers = (predicted[0] != predicted[1]).float().mean()
+        return Effect(changed.item(), unit, answers.item(), stronger=None)
+
+    def _visible_budget(self) -> tuple[float, float] | None:
+        """Return the first budget, of doubled ones, that changes enough, and its share of changes."""
+        for factor in STRONGER:
+            eps, step_size = self.attack.eps * factor, self.attack.step_size * factor
+            changed = self._effect(replace(self.attack, eps=eps, step_size=step_size)).changed
+            if changed >= ENOUGH:
+                return eps, changed
+        return None
+
+
+def _attacks(generator: Generator, learner: Learner, batch: Batch) -> dict[str, Attacked]:
+    """Return the attacks that the method makes online, by their suffix in the log."""
     if not isinstance(generator, AttackGenerator) or generator.discretizer is None:
         return {}
-    attacked: dict[str, Callable[[Tensor], Tensor]] = {}
-    if generator.teacher is not None and batch.dad_outputs is None:
-        attacked["codes_changed"] = generator.teacher
+    models: dict[str, Callable[[Tensor], Tensor]] = {}
+    attacks_teacher = generator.method.uses(Images.ATTACK_TEACHER) and batch.dad_outputs is None
+    if attacks_teacher and generator.teacher is not None:
+        models[""] = generator.teacher
     if generator.method.uses(Images.ATTACK_STUDENT):
-        attacked["codes_changed_dat"] = learner.in_eval
-    if not attacked:
+        models["_dat"] = learner.in_eval
+    if not models:
         return {}
 
     batch = batch.to(learner.device)
     mixed = generator.mixed(batch)
-    few = slice(0, NUM_MEASURED)
-    inputs = mixed.pixels[few], mixed.targets[few], batch.seeds[few]
-    shares = {}
-    for name, model in attacked.items():
-        how = generator.discretizer, model, generator.attack
-        base, perturbed = perturb(*how, *inputs, generator.order)
-        with torch.no_grad():
-            before = generator.discretizer(base).codes
-            after = generator.discretizer(perturbed).codes
-        if before is not None and after is not None:
-            shares[name] = share_changed(after, before).item()
-    return shares
+    inputs = mixed.pixels, mixed.targets, batch.seeds
+    how = generator.attack, generator.order, inputs
+    return {
+        suffix: Attacked(generator.discretizer, model, *how) for suffix, model in models.items()
+    }
 
 
 def attack_to_rounding(generator: Generator, learner: Learner, batch: Batch) -> float | None:
@@ -62,21 +165,13 @@ def attack_to_rounding(generator: Generator, learner: Learner, batch: Batch) -> 
 
     None without an encoder, or where all attacks are stored.
     """
-    if not isinstance(generator, AttackGenerator) or generator.discretizer is None:
-        return None
-    is_stored = batch.dad_outputs is not None and not generator.method.uses(Images.ATTACK_STUDENT)
-    encoders = None if is_stored else generator.discretizer.encoders()
-    if encoders is None:
-        return None
-    batch = batch.to(learner.device)
-    mixed = generator.mixed(batch)
-    few = slice(0, 2)
-    model = generator.teacher or learner.in_eval
-    how = generator.discretizer, model, generator.attack
-    inputs = mixed.pixels[few], mixed.targets[few], batch.seeds[few]
-    base, perturbed = perturb(*how, *inputs, generator.order)
-    with torch.no_grad():
-        return signal_to_rounding(*encoders, base, perturbed).item()
+    for attacked in _attacks(generator, learner, batch).values():
+        encoders = attacked.discretizer.encoders()
+        if encoders is not None:
+            pair = attacked.perturbed(attacked.attack, count=2)
+            with torch.no_grad():
+                return signal_to_rounding(*encoders, *pair).item()
+    return None
 
 
 def signal_to_rounding(

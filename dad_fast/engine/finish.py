@@ -16,7 +16,7 @@ from dad_fast.engine.generator import AttackGenerator
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Suite
 from dad_fast.files import atomic_write_json
-from dad_fast.loggers.progress import report_progress
+from dad_fast.loggers.progress import count_progress
 from dad_fast.methods.attack import discretize
 from dad_fast.methods.losses import keep_mask
 from dad_fast.methods.registry import METHODS, Images
@@ -47,8 +47,9 @@ def finish(
     main = distributed.is_main()
     if main:
         trainer.write_model(output / "model.safetensors")
+        trainer.log.say(_describe_weights(trainer))
     student = {
-        suite.name: trainer.evaluate(trainer.evaluated, suite, _progress(suite.name))
+        suite.name: trainer.evaluate(trainer.evaluated, suite, _progress(trainer, suite.name))
         for suite in suites
     }
     teacher = _teacher_record(trainer, suites, teacher_results)
@@ -92,7 +93,7 @@ def _teacher_record(
     if teacher.name not in teacher_results:
         results = {}
         for suite in suites:
-            progress = _progress(f"teacher on {suite.name}")
+            progress = _progress(trainer, f"the teacher on {suite.name}")
             results[suite.name] = trainer.evaluate(teacher, suite, progress).to_dict()
         teacher_results[teacher.name] = results
     return {
@@ -102,8 +103,22 @@ def _teacher_record(
     }
 
 
-def _progress(name: str) -> Callable[[int, int], None]:
-    return lambda done, total: report_progress(done, total, f"evaluating {name}")
+def _progress(trainer: Trainer, name: str) -> Callable[[int, int], None]:
+    return count_progress(f"evaluating {name}", enabled=distributed.is_main(), say=trainer.log.say)
+
+
+def _describe_weights(trainer: Trainer) -> str:
+    """Describe which weights model.safetensors holds, and where the best ones are."""
+    last, best = trainer.next_step, trainer.checkpoints.best_step()
+    kind = "EMA weights" if trainer.update.ema is not None else "weights"
+    line = f"{trainer.label}: model.safetensors has the {kind} of the last step, {last:,}"
+    if best is None:
+        return line
+    top1 = f"{trainer.best_top1:.2f} % on {trainer.cfg.data.val_split}"
+    if best == last:
+        return f"{line}, the best on validation ({top1})"
+    where = trainer.checkpoints.root.name
+    return f"{line}; the best ({top1}, step {best:,}) are in {where}/best/model.safetensors"
 
 
 def _write_sheet(trainer: Trainer, output: Path) -> None:

@@ -45,6 +45,11 @@ def model_optimizations(cfg: Config) -> Optimizations:
     return Optimizations(**{name: _wanted(cfg, name) for name in MODEL_SAVINGS})
 
 
+def vqgan_optimizations(cfg: Config) -> VQGANOptimizations:
+    """Return the optimizations of a VQGAN that the run asks for."""
+    return VQGANOptimizations(**{name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS})
+
+
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
     """Load the teacher of a run."""
     model = load_teacher(cfg.teacher, classes, cfg.precision, device)
@@ -57,13 +62,10 @@ def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeach
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:
     """Load the discretizer of a run, without the kernels that need a self-test."""
-    wanted = {name: _wanted(cfg, f"vqgan_{name}") for name in VQGAN_SAVINGS}
+    optimizations = vqgan_optimizations(cfg)
+    micro_batch = cfg.engine.vqgan_micro_batch
     model = load_discretizer(
-        cfg.discretizer.name,
-        cfg.precision,
-        device,
-        VQGANOptimizations(**wanted),
-        cfg.engine.vqgan_micro_batch,
+        cfg.discretizer.name, cfg.precision, device, optimizations, micro_batch=micro_batch
     )
     return FrozenDiscretizer(model, model.fingerprint())
 

@@ -24,12 +24,16 @@ class Meter:
         }
         self.count += 1
 
-    def read(self) -> dict[str, float]:
-        """Return the means since the last read, in one transfer, and start again."""
+    def peek(self) -> dict[str, float]:
+        """Return the means since the last read, in one transfer."""
         if not self.count:
             return {}
         values = (torch.stack(list(self.sums.values())) / self.count).tolist()
-        means = dict(zip(self.sums, values, strict=True))
+        return dict(zip(self.sums, values, strict=True))
+
+    def read(self) -> dict[str, float]:
+        """Return the means since the last read, in one transfer, and start again."""
+        means = self.peek()
         self.sums, self.count = {}, 0
         return means
 

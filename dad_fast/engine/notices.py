@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dad_fast.allocator import describe_allocator
-from dad_fast.config.schema import Config
+from dad_fast.config.schema import Config, EmaConfig
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import choices
 from dad_fast.engine.build import Components
 from dad_fast.engine.choices import Choice
+from dad_fast.engine.diagnostics import Effect, warning_of_weakness
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
 
@@ -20,6 +21,8 @@ from dad_fast.engine.step_timer import Window, input_bound
 TOLERATED_WAIT = 1.0
 # An attack below this many times the encoder's rounding changes codes by chance.
 VISIBLE = 3.0
+# Share of the initial weights in the EMA at the end of a run that is worth a warning.
+TOLERATED_LAG = 0.05
 
 
 def run_choices(
@@ -55,9 +58,34 @@ def run_choices(
     }
 
 
-def introduction(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
-    """Run summary, logged before the first step: data, models, choices, stores."""
-    lines = [parts.train.describe(), _batches(cfg)]
+def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list[str]:
+    """Run summary, shown before the first step: data, steps, models and their dtypes.
+
+    steps: describes the steps of the run.
+    """
+
+    def dtype(stage: str) -> str:
+        return str(chosen[f"dtype.{stage}"].value)
+
+    student, teacher, discretizer = parts.student, parts.teacher, parts.discretizer
+    millions = sum(p.numel() for p in student.parameters()) / 1e6
+    rows = {
+        "data": parts.train.describe(),
+        "steps": steps,
+        "student": f"{student.name}, {millions:.2f} M parameters",
+    }
+    if parts.probe is None:
+        rows["student"] += f", {dtype('student')}"
+    if teacher is not None:
+        rows["teacher"] = f"{teacher.name}, {dtype('teacher')}"
+    if discretizer is not None:
+        rows["codes"] = f"{discretizer.name}, {dtype('encoder')}"
+    return [f"  {name:<8} {text}" for name, text in rows.items()]
+
+
+def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
+    """Return the lines for train.log alone: provenance, choices, stores."""
+    lines = [_batches(cfg)]
     if distributed.world() > 1 and parts.student.has_batch_stats:
         lines.append(_batch_norm(cfg))
     if parts.teacher is not None:
@@ -101,6 +129,21 @@ def _batch_norm(cfg: Config) -> str:
     return (
         f"batch norm: each process over its own {batch} images, "
         "running statistics averaged (--sync-bn: over all images)"
+    )
+
+
+def ema_lag(ema: EmaConfig, steps: int) -> str | None:
+    """Return a warning if a run of `steps` is too short for the EMA's constant decay."""
+    # With the warm-up the initial weights are gone after some hundred steps.
+    if not ema.model_ema or ema.warmup:
+        return None
+    share = ema.decay**steps
+    if share <= TOLERATED_LAG:
+        return None
+    return (
+        f"warning: the EMA, which is evaluated and written, keeps {share:.0%} of the first weights "
+        f"at the end of {steps:,} steps with --model-ema-decay {ema.decay:g}; add "
+        "--model-ema-warmup, or lower the decay"
     )
 
 
@@ -155,3 +198,9 @@ class Advice:
             f"warning: the attack moves the encoder's output only {signal_to_rounding:.2g} "
             f"times as much as rounding, so many codes change by chance; {fix}"
         )
+
+    def on_effect(self, effect: Effect, log: Callable[[str], None]) -> None:
+        """Warn if the attack leaves the discretized images practically as they are."""
+        cfg = self._cfg
+        if warning := warning_of_weakness(effect, cfg.attack, cfg.discretizer.name):
+            log(f"warning: {warning}")

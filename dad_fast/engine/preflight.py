@@ -1,14 +1,13 @@
-"""Check paths and model names before indexing data (fail fast): the index of a large data set may
-take an hour.
+"""Check paths and names before torch is imported and data is indexed (fail fast): importing takes
+seconds, and the index of a large data set may take an hour.
+
+Imports no torch.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import timm
-
-from dad_fast.config.fields import nearest
 from dad_fast.config.schema import Config
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
@@ -16,14 +15,75 @@ from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.errors import DataError, UsageError
-from dad_fast.methods.registry import METHODS
+from dad_fast.methods.registry import METHODS, Images
+from dad_fast.models.registry import check_teacher_name
+from dad_fast.store.manifest import Manifest
+
+
+def check_files(cfg: Config) -> None:
+    """Raise errors for data, weights and stores that are not there, and for models that the method
+    needs and the settings do not name.
+    """
+    check_splits(cfg)
+    # With stores, the models that are needed are known only when the stores are open.
+    if cfg.store.dirs:
+        for folder in cfg.store.dirs:
+            Manifest.load(folder)
+    else:
+        check_weights(cfg, *needed_models(cfg, adversarial=None, targets=False))
+
+
+def check_files_to_fill(cfg: Config, discretizer: bool) -> None:
+    """Raise errors for data and weights that are not there, before a store is filled.
+
+    discretizer: the store holds adversarial images.
+    """
+    data = cfg.data
+    if data.class_map:
+        ClassMap.from_csv(data.class_map)
+    if not is_named(data.data_dir) and not find_shards(data.data_dir, data.train_split):
+        find_folder(Path(data.data_dir), data.train_split)
+    check_weights(cfg, teacher=True, discretizer=discretizer)
+
+
+def needed_models(cfg: Config, adversarial: Manifest | None, targets: bool) -> tuple[bool, bool]:
+    """Return (teacher is needed, discretizer is needed), given these stores.
+
+    adversarial: the manifest of the store of adversarial images; targets: there is one of targets.
+    Raises UsageError if a model is needed and not named.
+    """
+    method = METHODS[cfg.method]
+    if method.linear_probe:
+        return True, False
+    online = method.uses(Images.ATTACK_TEACHER) and adversarial is None
+    teacher = online or (method.teacher_logits(Images.CLEAN) and not targets)
+    only_codes = adversarial is not None and adversarial.images == "none"
+    attacks_student = method.uses(Images.ATTACK_STUDENT)
+    decodes = method.uses(Images.ATTACK_TEACHER) and only_codes
+    discretizer = online or attacks_student or decodes
+    if teacher and not cfg.teacher.name:
+        missing = "adversarial images" if online else "outputs on clean images (--targets)"
+        raise UsageError(
+            f"--method {cfg.method} needs a teacher: no store contains its {missing}; add --teacher"
+        )
+    if discretizer and not cfg.discretizer.name:
+        why = "no store contains adversarial images"
+        if only_codes:
+            why = "the store contains codes and no images"
+        raise UsageError(
+            f"--method {cfg.method} needs a discretizer: {why}; add --discretizer (a VQGAN's "
+            "file, identity or jpeg:75)"
+        )
+    return teacher, discretizer
 
 
 def check_splits(cfg: Config) -> None:
-    """Raise DataError for a split that is missing in an image folder, for a single class, and for
-    splits of different classes.
+    """Raise DataError for a split that is missing in an image folder, for a single class, for
+    splits of different classes, and for a class map that cannot be read.
     """
     data = cfg.data
+    if data.class_map:
+        ClassMap.from_csv(data.class_map)
     splits = data.train_split, data.val_split
     if is_named(data.data_dir) or any(find_shards(data.data_dir, split) for split in splits):
         return
@@ -67,19 +127,22 @@ def _level_below(folder: Path) -> str:
     return f"; its folders ({some(below)}) may be the classes: --train-split {shown(level)}"
 
 
+def check_student(cfg: Config) -> None:
+    """Raise UsageError for a student that timm does not know."""
+    # Imports torch.
+    from dad_fast.models.student import student_model
+
+    if not METHODS[cfg.method].linear_probe:
+        student_model(cfg.student.name)
+
+
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
-    """Raise DataError for a missing file of weights, UsageError for a student that timm does not
-    know.
+    """Raise DataError for a missing file of weights, UsageError for a teacher's name of the hub.
 
     teacher, discretizer: True if the run needs them.
     """
-    student = cfg.student.name.removeprefix("timm:")
-    is_timm = not METHODS[cfg.method].linear_probe and not student.startswith("hf-hub:")
-    if is_timm and not timm.is_model(student.partition(".")[0]):
-        raise UsageError(
-            f"--student {cfg.student.name}: timm has no such "
-            f"model{nearest(student, timm.list_models())}"
-        )
+    if teacher:
+        check_teacher_name(cfg.teacher.name)
     named = {
         "--teacher": _file_of(cfg.teacher.name) if teacher else "",
         "--discretizer": _file_of(cfg.discretizer.name) if discretizer else "",

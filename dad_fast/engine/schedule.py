@@ -18,12 +18,14 @@ def learning_rate(
     """Return the learning rate: linear warm-up, cosine to min_lr at the end of `epochs`, then
     min_lr.
 
-    step: from 0.
+    step: from 0. With `warmup_prefix` the cosine starts at lr where the warm-up ends. Without, it
+    starts at step 0 and the warm-up hides its first part, so the rate drops there (timm's default).
     """
     epoch = step / steps_per_epoch
     if epoch < schedule.warmup_epochs:
         return schedule.warmup_lr + (optim.lr - schedule.warmup_lr) * epoch / schedule.warmup_epochs
     if epoch >= schedule.epochs:
         return schedule.min_lr
-    progress = (epoch - schedule.warmup_epochs) / (schedule.epochs - schedule.warmup_epochs)
+    start = schedule.warmup_epochs if schedule.warmup_prefix else 0.0
+    progress = (epoch - start) / (schedule.epochs - start)
     return schedule.min_lr + 0.5 * (optim.lr - schedule.min_lr) * (1 + math.cos(math.pi * progress))

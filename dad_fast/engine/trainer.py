@@ -25,10 +25,10 @@ from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_request
 from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.choices import fast_convolutions
 from dad_fast.engine.cuda_graph import WARM_UP
-from dad_fast.engine.diagnostics import attack_to_rounding, codes_changed
+from dad_fast.engine.diagnostics import attack_effects, attack_to_rounding, codes_changed
 from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.meter import Meter, over_processes
-from dad_fast.engine.notices import Advice, introduction, run_choices
+from dad_fast.engine.notices import Advice, details, ema_lag, run_choices, summary
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.schedule import learning_rate, total_epochs
@@ -153,17 +153,24 @@ class Trainer:
         for note in self.notes:
             self.log.say(note)
 
-        student = self.parts.student
-        millions = sum(p.numel() for p in student.parameters()) / 1e6
         others = distributed.world() - 1
         together = f" and {others} more process{'es' if others > 1 else ''}" if others else ""
         self.log.say(
-            f"{self.label}: {self.cfg.method}, {student.name} ({millions:.2f} M parameters) "
-            f"on {self.parts.device}{together}, "
-            f"steps {self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
+            f"{self.label}: method {self.cfg.method}, seed {self.cfg.seed}, "
+            f"on {self.parts.device}{together}"
         )
-        for line in introduction(self.cfg, self.parts, self.choices):
+        steps = f"{self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
+        if self.next_step >= self.total_steps:
+            steps = f"all {self.total_steps:,} are done; the evaluation is left"
+        else:
+            steps += f", {self.steps_per_epoch:,} an epoch"
+        for line in summary(self.parts, self.choices, steps):
+            self.log.say(line)
+        for line in details(self.cfg, self.parts, self.choices):
             self.log.say(line, echo=False)
+        if warning := ema_lag(self.cfg.ema, self.total_steps):
+            self.log.say(warning)
+        self.log.say(f"  details  {self.output / 'train.log'}: models, speed settings and reasons")
         with float32_math(tf32=self.cfg.precision.tf32):
             self.parts.prepare(self.log.say)
 
@@ -195,6 +202,8 @@ class Trainer:
         batches = self._batches()
         vote = distributed.Vote()
         first_step = self.next_step
+        if self.settled.engine.torchcompile and first_step < self.total_steps:
+            self.log.say("compiling in the first step, which may take minutes (--torchcompile off)")
         self.clock.skip()
         while self.next_step < self.total_steps:
             is_first = self.next_step == first_step
@@ -202,13 +211,13 @@ class Trainer:
             with ends_at_once(STOPPED_AT_FIRST) if is_first else nullcontext():
                 batch = next(batches)
                 if self.next_step == 0:
-                    self._check_signal(batch)
+                    self._check_attack(batch)
                 if is_first:
                     self.clock.skip()
                 started = time.monotonic()
                 lr = self._step(batch)
             if is_first:
-                self._log_first_step(time.monotonic() - started)
+                progress.note = f"first step {time.monotonic() - started:.1f} s"
             progress.tick()
             self.writer.check()
 
@@ -218,6 +227,8 @@ class Trainer:
             stopping = vote(stop.error)
             if self.next_step % self.cfg.log_every == 0 or is_last:
                 self._log_window(lr, batch, progress)
+            elif progress.is_due():
+                progress.update(_to_show(self.meter.peek()))
             if is_last or epoch_ends or stopping or self._checkpoint_due():
                 self.clock.count()
                 self._boundary(is_last, epoch_ends, bool(stopping), progress)
@@ -245,10 +256,6 @@ class Trainer:
         self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
         self.next_step += 1
         return lr
-
-    def _log_first_step(self, seconds: float) -> None:
-        compiled = ", with torch.compile" if self.settled.engine.torchcompile else ""
-        self.log.say(f"first step: {seconds:.1f} s{compiled}", echo=bool(compiled))
 
     def _summary(self) -> dict[str, float]:
         return {
@@ -282,6 +289,8 @@ class Trainer:
         """Validate and save, whichever is due."""
         self._stop_if_not_finite()
         gc.collect()
+        if epoch_ends and self.meter.count:
+            progress.update(_to_show(self.meter.peek()))
         epoch = self.next_step // self.steps_per_epoch
         every = self.cfg.eval.every_epochs
         best = False
@@ -306,6 +315,9 @@ class Trainer:
                 nll=result.nll,
                 ece=result.ece,
             )
+            progress.show_validation(result.top1, self.best_top1)
+        elif epoch_ends:
+            progress.end_epoch()
         by_epoch = epoch_ends and not self.cfg.checkpoint.every_steps
         if last or stopping or best or by_epoch or self._checkpoint_due():
             save(self, best)
@@ -323,10 +335,7 @@ class Trainer:
 
     def _log_window(self, lr: float, batch: Batch, progress: TrainProgress) -> None:
         self._stop_if_not_finite()
-        values = self.meter.read()
-        # Log `applied` only when a step was skipped.
-        if values.get("applied") == 1.0:
-            del values["applied"]
+        values = _to_show(self.meter.read())
         self.clock.count()
         window = self.clock.window()
         values |= codes_changed(self.step.generator, self.learner, batch)
@@ -401,11 +410,20 @@ class Trainer:
                 stopped=f"{STOPPED_IN_EVALUATION} {self.output}, {RESUME_HINT}",
             )
 
-    def _check_signal(self, batch: Batch) -> None:
-        ratio = attack_to_rounding(self.step.generator, self.learner, batch)
+    def _check_attack(self, batch: Batch) -> None:
+        """Measure on a few images of the first batch what the attack changes; warn if it is little."""
+        where = self.step.generator, self.learner, batch
+        values: dict[str, float] = {}
+        ratio = attack_to_rounding(*where)
         if ratio is not None:
-            self.log.metrics("attack", step=self.next_step, signal_to_rounding=ratio)
+            values["signal_to_rounding"] = ratio
             self.advice.on_attack(ratio, self.log.say)
+        for suffix, effect in attack_effects(*where).items():
+            values[f"{effect.unit.replace(' ', '_')}_changed{suffix}"] = effect.changed
+            values[f"answers_changed{suffix}"] = effect.answers
+            self.advice.on_effect(effect, self.log.say)
+        if values:
+            self.log.metrics("attack", step=self.next_step, **values)
 
     def write_model(self, path: Path) -> None:
         """Write `model.safetensors`: the weights to evaluate and their metadata."""
@@ -420,3 +438,8 @@ class Trainer:
             "dad_fast.classes": self.parts.train.classes.to_json(),
             "dad_fast.ema": str(self.cfg.ema.model_ema).lower(),
         }
+
+
+def _to_show(means: dict[str, float]) -> dict[str, float]:
+    """Return the means of a log line: with `applied` only when a step was skipped."""
+    return {name: mean for name, mean in means.items() if name != "applied" or mean != 1.0}

@@ -15,35 +15,38 @@ from typing import Any
 
 import torch
 
+Range = Callable[[str], AbstractContextManager[None]]
+
 _OFF: AbstractContextManager[None] = nullcontext()
-_active = False
+_active: Range | None = None
 
 
 def stage(name: str) -> AbstractContextManager[None]:
     """Return a range of that name inside `naming_stages()`, else a shared no-op."""
-    return _range(name) if _active else _OFF
+    return _active(name) if _active else _OFF
 
 
 @contextmanager
-def naming_stages() -> Iterator[None]:
-    """Turn the ranges on."""
-    global _active
-    before = _active
-    _active = True
-    try:
-        yield
-    finally:
-        _active = before
-
-
-@contextmanager
-def _range(name: str) -> Iterator[None]:
+def profiler_range(name: str) -> Iterator[None]:
+    """Range of torch's profiler, and of NVTX on a GPU."""
     if torch.cuda.is_available():
         with torch.profiler.record_function(name), torch.cuda.nvtx.range(name):
             yield
     else:
         with torch.profiler.record_function(name):
             yield
+
+
+@contextmanager
+def naming_stages(make: Range = profiler_range) -> Iterator[None]:
+    """Turn the ranges on; `make` makes one of a name."""
+    global _active
+    before = _active
+    _active = make
+    try:
+        yield
+    finally:
+        _active = before
 
 
 def name_method(owner: Any, method: str, name: str) -> None:

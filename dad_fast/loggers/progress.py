@@ -1,8 +1,8 @@
 """Progress of a run: a live bar on a terminal, a plain line every few seconds elsewhere.
 
 Never touches the device. `tick` counts queued steps, so on a GPU the bar may be a few steps ahead.
-Values arrive at log steps, when the engine has read them from the device, so the speed is that of
-finished work, not of queued kernels.
+Values arrive when the engine has read them from the device, so the speed is that of finished work,
+not of queued kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from dad_fast.loggers.run_log import RunLog, print_line
 
 # Seconds between two plain lines.
 PLAIN_SECONDS = 10.0
+# Seconds without a line after which one comes between two log steps.
+LONGEST_SILENCE = 30.0
+# Steps, counted from the start or the resume, whose lines come whatever the time: the first one,
+# and the one with the first estimate of the time left.
+EARLY_LINES = (1, 10)
 # Seconds between two reports of a worker process to its parent.
 REPORT_SECONDS = 1.0
 SHARES = {
@@ -58,13 +63,23 @@ class TrainProgress:
         self.log = log
         self.step = start_step
         self.images_per_second = 0.0
-        self._values = ""
+        # Texts of the last values and of the last validation.
+        self._values: list[str] = []
+        self._validation: list[str] = []
+        # Shown while the speed is unknown, such as the time of the first step.
+        self.note = "… img/s"
+        self._start_step = start_step
+        # Step of the last line on the console.
+        self._shown_step = -1
         self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
         self._task: Any = None
         self._echo = log.echo
         self._last_line = time.monotonic()
-        # Time and step of the last log step, from which the speed is measured.
+        # Time and step of the last values, from which the speed is measured.
         self._mark = (self._last_line, start_step)
+        # Time and step of the first values, from which the time left is estimated: the first step
+        # may have compiled for minutes.
+        self._first_mark: tuple[float, int] | None = None
 
     def __enter__(self) -> TrainProgress:
         self._last_line = time.monotonic()
@@ -87,52 +102,90 @@ class TrainProgress:
     def tick(self) -> None:
         """Count a queued step."""
         self.step += 1
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.step)
-        report_progress(self.step, self.total_steps, f"{self._speed()}  {self._values}")
+        if self._first_mark is not None and not self.images_per_second:
+            # Until the second values: close enough, since few steps can be queued.
+            self.images_per_second = self._speed_since(*self._first_mark)
+        self._show_training()
+
+    def is_due(self) -> bool:
+        """Return whether values should be shown now, even between two log steps."""
+        early = self.step - self._start_step in EARLY_LINES
+        return early or time.monotonic() - self._last_line >= LONGEST_SILENCE
 
     def update(self, values: Mapping[str, float]) -> None:
-        """Show the values of a log step, which have been read from the device.
+        """Show values that have been read from the device.
 
         values: name → number, shown in this order; SHARES in percent, "gpu_memory" in GiB.
         """
-        now = time.monotonic()
-        then, step = self._mark
-        if self.step > step and now > then:
-            self.images_per_second = (self.step - step) * self.images_per_step / (now - then)
-        self._mark = (now, self.step)
-        self._values = "  ".join(format_value(name, value) for name, value in values.items())
-        if self._bar is not None:
-            self._bar.update(
-                self._task, completed=self.step, text=f"{self._speed()}  {self._values}"
-            )
-        if now - self._last_line >= PLAIN_SECONDS or self.step >= self.total_steps:
-            self._last_line = now
-            epochs = -(-self.total_steps // self.steps_per_epoch)
-            epoch = min((self.step - 1) // self.steps_per_epoch + 1, epochs)
-            position = f"epoch {epoch}/{epochs}  step {self.step}/{self.total_steps}"
-            line = f"{self.label}  {position}  {self._speed()}  {self._values}"
-            self.log.say(line, echo=self._bar is None)
+        if self._first_mark is None:
+            self._first_mark = (time.monotonic(), self.step)
+        elif self.step > self._mark[1]:
+            self.images_per_second = self._speed_since(*self._mark)
+        self._mark = (time.monotonic(), self.step)
+        self._values = [format_value(name, value) for name, value in values.items()]
+        self._show_training()
+        silence = time.monotonic() - self._last_line
+        if self.is_due() or silence >= PLAIN_SECONDS or self.step >= self.total_steps:
+            self._line("  ".join([self._speed(), *self._values]), echo=self._bar is None)
+
+    def end_epoch(self) -> None:
+        """Add a line for an epoch without a validation, unless its last step has one."""
+        if self._shown_step != self.step:
+            self._line("  ".join([self._speed(), *self._values]))
+
+    def show_validation(self, top1: float, best: float) -> None:
+        """Show the top-1 accuracy of a validation, and the best of the run so far, in percent."""
+        self._validation = [f"val {top1:.1f} %"]
+        text = f"validation: top-1 {top1:.2f} %, best so far {best:.2f} %"
+        # The first value is the loss.
+        self._line("  ".join([text, *self._values[:1]]))
 
     def pause(self) -> None:
         """Exclude the time so far from the speed: after a validation or a checkpoint."""
         self._mark = (time.monotonic(), self.step)
+        self._show_training()
 
     def evaluating(self, name: str) -> Callable[[int, int], None]:
         """Return a callback (images done, all images) for `evaluate`, shown in this bar."""
+        started = self._last_line = time.monotonic()
 
         def show(done: int, total: int) -> None:
-            text = f"evaluating {name} {done}/{total}"
+            text = _count(f"evaluating {name}", done, total, started)
             report_progress(self.step, self.total_steps, text)
             if self._bar is not None:
                 self._bar.update(self._task, text=text)
+            elif done < total and time.monotonic() - self._last_line >= PLAIN_SECONDS:
+                self._line(text)
 
         return show
 
+    def _show_training(self) -> None:
+        text = "  ".join([self._speed(), *self._validation, *self._values])
+        report_progress(self.step, self.total_steps, text)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.step, text=text)
+
+    def _line(self, text: str, echo: bool = True) -> None:
+        epochs = -(-self.total_steps // self.steps_per_epoch)
+        epoch = min((self.step - 1) // self.steps_per_epoch + 1, epochs)
+        position = f"epoch {epoch}/{epochs}  step {self.step}/{self.total_steps}"
+        self._last_line = time.monotonic()
+        if echo:
+            self._shown_step = self.step
+        self.log.say(f"{self.label}  {position}  {text}", echo=echo)
+
+    def _speed_since(self, then: float, step: int) -> float:
+        return (self.step - step) * self.images_per_step / max(time.monotonic() - then, 1e-9)
+
     def _speed(self) -> str:
-        if not self.images_per_second:
-            return "… img/s"
-        seconds = (self.total_steps - self.step) * self.images_per_step / self.images_per_second
+        """Return images per second since the last values, and the time left.
+
+        The time left is estimated from all steps since the first, with validations and checkpoints.
+        """
+        if not self.images_per_second or self._first_mark is None:
+            return self.note
+        average = self._speed_since(*self._first_mark)
+        seconds = (self.total_steps - self.step) * self.images_per_step / average
         return f"{self.images_per_second:,.0f} img/s  {format_seconds(seconds)} left"
 
 
@@ -245,26 +298,36 @@ def _make_bar() -> Any:
 
 
 def count_progress(
-    text: str, *, enabled: bool = True, plain_lines: bool = False
+    text: str, *, enabled: bool = True, say: Callable[[str], None] = print_line
 ) -> Callable[[int, int], None]:
-    """Return a callback (done, total) that shows "`text`: done of total" on stderr.
+    """Return a callback (done, total) that shows "`text`: done of total, time left".
 
-    On a terminal it rewrites one line and clears it at the end. Elsewhere it is silent, or with `plain_lines` prints a line every
-    PLAIN_SECONDS and at the end.
+    On a terminal it rewrites one line and clears it at the end. Elsewhere `say` gets a line every
+    PLAIN_SECONDS. Also reports to the parent of a worker process.
     """
     on_terminal = sys.stderr.isatty()
-    last_line = time.monotonic()
+    started = last_line = time.monotonic()
 
     def show(done: int, total: int) -> None:
         nonlocal last_line
-        line = f"{text}: {done:,} of {total:,}"
+        report_progress(done, total, text)
         if not enabled:
             return
+        line = _count(text, done, total, started)
         if on_terminal:
             rewritten = f"\r\x1b[K{line}" if done < total else "\r\x1b[K"
             print(rewritten, end="", file=sys.stderr, flush=True)
-        elif plain_lines and (done >= total or time.monotonic() - last_line >= PLAIN_SECONDS):
+        elif done < total and time.monotonic() - last_line >= PLAIN_SECONDS:
             last_line = time.monotonic()
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     return show
+
+
+def _count(text: str, done: int, total: int, started: float) -> str:
+    """Return "`text`: done of total, time left", estimated from the time since `started`."""
+    line = f"{text}: {done:,} of {total:,}"
+    if not done or done >= total:
+        return line
+    seconds = (time.monotonic() - started) / done * (total - done)
+    return f"{line}, {format_seconds(seconds)} left"

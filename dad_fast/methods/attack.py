@@ -4,7 +4,9 @@ discretizer Q.
     x' = argmax CE(model(x'), y)   subject to   ||x' - x||_p <= eps,   x' in [0, 1]
 
     paper:   Q(x + delta)            (DAD: arXiv 2311.01441, eq. 8; DAT: arXiv 2209.07735)
-    authors: Q(Q(x) + delta)         (their code: a second VQGAN pass; delta starts from Q(x))
+    authors: Q(Q(x) + delta)         (their code: a second VQGAN pass; delta starts from Q(x), and
+                                     with several steps Q follows each: x' <- Q(P(x' + s g)), where
+                                     P projects into the ball around Q(x))
 
 No gradient passes through Q (straight-through: the gradient at the image is used as it is). Pixels
 are float32 [B, 3, H, W] in [0, 1]; `eps` and `step_size` are in the same unit, over the whole image
@@ -53,12 +55,19 @@ class PGD:
         return cls(cfg.norm, cfg.eps, cfg.step_size, cfg.steps, cfg.random_start, fused)
 
     def __call__(
-        self, model: Callable[[Tensor], Tensor], pixels: Tensor, targets: Tensor, keys: Tensor
+        self,
+        model: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        targets: Tensor,
+        keys: Tensor,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Attack `model` (pixels -> logits [B, C]).
 
         pixels: [B, 3, H, W] in [0, 1]. targets: labels int64 [B] or probabilities [B, C].
         keys: int64 [B], one per sample; they determine the random start.
+        between: maps the images between two steps; the next step starts from its result, and
+        projects into the ball around `pixels` again.
         Returns x + delta in [0, 1], detached. Computes the gradient of the input only, never of a
         weight.
         """
@@ -66,7 +75,10 @@ class PGD:
         update = pgd_update if self.fused else reference
         delta = self._start(pixels, keys)
         image = pixels + delta
-        for _ in range(self.steps):
+        for step in range(self.steps):
+            if step > 0 and between is not None:
+                image = between(image.detach())
+                delta = image - pixels
             image.requires_grad_(True)
             # A model in float32 runs in IEEE float32, forward and backward.
             with float32_math(tf32=False):
@@ -124,9 +136,15 @@ def perturb(
 
     Returns (base, base + delta), each [B, 3, H, W]: base is x (order "paper") or Q(x) ("authors").
     """
-    with torch.no_grad():
-        base = discretizer(pixels).images if order == "authors" else pixels
-    return base, attack(model, base, targets, keys)
+    if order == "paper":
+        return pixels, attack(model, pixels, targets, keys)
+
+    @torch.no_grad()
+    def discretized(images: Tensor) -> Tensor:
+        return discretizer(images).images
+
+    base = discretized(pixels)
+    return base, attack(model, base, targets, keys, between=discretized)
 
 
 def discretize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dad_fast.models.clip_weights import (
     clip_from_own_file,
     clip_from_tag,
     clip_from_weights,
+    clip_without_weights,
 )
 from dad_fast.models.teacher import Teacher, TeacherContext
 from dad_fast.models.weights.declared import PROBE, check_classes, check_encoder, probe_spec
@@ -30,6 +31,8 @@ Head = tuple[Tensor, Tensor, bool]
 def load_open_clip(argument: str, context: TeacherContext) -> Teacher:
     """Load `open_clip:ARCH/TAG` or `open_clip:ARCH@FILE`; see `load_teacher` for the errors."""
     arch, at, file = argument.partition("@")
+    if context.shapes_only:
+        return _teacher(clip_without_weights(context.cfg.name, arch.partition("/")[0]), context)
     if at:
         return _teacher(clip_from_weights(arch, file), context)
     arch, _, tag = arch.partition("/")
@@ -39,17 +42,21 @@ def load_open_clip(argument: str, context: TeacherContext) -> Teacher:
 def load_hub(argument: str, context: TeacherContext) -> Teacher:
     """Load `hf-hub:REPO`; see `load_teacher` for the errors."""
     name = context.cfg.name
-    return _teacher(clip_from_hub(name, name), context)
+    load = clip_without_weights if context.shapes_only else clip_from_hub
+    return _teacher(load(name, name), context)
 
 
 def load_embedded(argument: str, context: TeacherContext) -> Teacher:
     """Load `embedded:NAME`. Raises UsageError if no such file is embedded."""
-    return _teacher(clip_from_own_file(asset(f"{argument}-clip.safetensors")), context)
+    path = asset(f"{argument}-clip.safetensors")
+    return load_own_clip(path, *read_state_dict(path), context)
 
 
-def load_file(argument: str, context: TeacherContext) -> Teacher:
-    """Load a safetensors file with its CLIP as metadata; see `load_teacher` for the errors."""
-    return _teacher(clip_from_own_file(argument), context)
+def load_own_clip(
+    path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], context: TeacherContext
+) -> Teacher:
+    """Make a teacher of the content of a file with its CLIP as metadata. Raises DataError."""
+    return _teacher(clip_from_own_file(path, state, metadata), context)
 
 
 def _teacher(clip: Clip, context: TeacherContext) -> Teacher:
@@ -57,11 +64,15 @@ def _teacher(clip: Clip, context: TeacherContext) -> Teacher:
     cfg, classes = context.cfg, context.classes
     model: Any = clip.model.eval().to(context.device)
     tower = ImageTower(model.visual)
-    if cfg.head:
+    if context.shapes_only:
+        side = tower.side
+        num_features = tower(torch.zeros(1, 3, side, side, device=context.device)).shape[1]
+        weight = torch.empty(len(classes), num_features, device=context.device)
+        bias, unit_features = weight[:, 0], not cfg.head
+    elif cfg.head:
         weight, bias, unit_features = _read_head(cfg.head, classes, tower)
     else:
         weight, bias, unit_features = _zero_shot(clip, model, classes, cfg.templates)
-    size = model.visual.image_size
     # open_clip's "random" is a setting for training.
     is_bilinear = clip.preprocess["interpolation"] == "bilinear"
     return Teacher(
@@ -69,7 +80,7 @@ def _teacher(clip: Clip, context: TeacherContext) -> Teacher:
         (weight, bias),
         name=cfg.name,
         classes=classes,
-        image_size=size[0] if isinstance(size, (tuple, list)) else size,
+        image_size=tower.side,
         mean=clip.preprocess["mean"],
         std=clip.preprocess["std"],
         precision=context.precision,
@@ -86,7 +97,13 @@ class ImageTower(nn.Module):
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
-        self.visual = visual
+        self.visual: Any = visual
+
+    @property
+    def side(self) -> int:
+        """Side of its images in pixels."""
+        size = self.visual.image_size
+        return int(size[0] if isinstance(size, (tuple, list)) else size)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.visual(x)

@@ -6,8 +6,8 @@ A local file needs the name of its architecture, unless its metadata describes t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ from dad_fast.config.fields import nearest
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.teacher import UNKNOWN
 from dad_fast.models.weights.declared import TEACHER, checked_clip, checked_published
-from dad_fast.models.weights.files import (
-    load_strictly,
-    read_state_dict,
-    sha256_file,
-    strip_wrappers,
-)
+from dad_fast.models.weights.files import load_strictly, read_state_dict, sha256_file
+from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.limits import no_more_parameters_than, without_downloads
+from dad_fast.models.weights.published import published_weights
+from dad_fast.models.weights.unwrap import unwrap
 
 try:
     import open_clip
@@ -45,14 +43,6 @@ OPENAI: Mapping[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-
-# Entries of older checkpoints that open_clip's models no longer have
-LEFTOVERS = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-    "text.transformer.embeddings.position_ids",
-)
 
 # Entries of the text tower, which some models keep under "text."
 TEXT_TOWER = (
@@ -78,9 +68,10 @@ class Clip:
     sha256: str | None = None
 
 
-def clip_from_own_file(path: str | Path) -> Clip:
-    """Load a file whose metadata describes its CLIP. Raises DataError."""
-    state, metadata = read_state_dict(path)
+def clip_from_own_file(
+    path: str | Path, state: dict[str, Tensor], metadata: Mapping[str, str]
+) -> Clip:
+    """Load the content of a file whose metadata describes its CLIP. Raises DataError."""
     if TEACHER not in metadata:
         raise DataError(
             f"--teacher {path}: the file does not name its architecture; write "
@@ -129,6 +120,15 @@ def clip_from_weights(arch: str, file: str) -> Clip:
             f"--teacher open_clip:{arch}@{file}: the open_clip_config.json next to it names "
             f"another activation; write {right}"
         )
+    sha256 = sha256_file(file)
+    known = published_weights(Path(file), sha256)
+    if known is not None and known.quick_gelu != quick_gelu:
+        activation = "QuickGELU" if known.quick_gelu else "GELU"
+        raise UsageError(
+            f"--teacher open_clip:{arch}@{file}: these are the published weights "
+            f"{known.arch}/{known.tag}, which use {activation}; write "
+            f"open_clip:{known.teacher_arch}@{file}"
+        )
     with without_downloads():
         model = _create(f"open_clip:{arch}@{file}", arch, pretrained_text=False)
     _load(model, state, file)
@@ -142,7 +142,7 @@ def clip_from_weights(arch: str, file: str) -> Clip:
         [round(value, 4) for value in preprocess["mean"]],
         [round(value, 4) for value in preprocess["std"]],
     )
-    return Clip(model, lambda: _tokenizer_at_hand(arch), preprocess, sha256=sha256_file(file))
+    return Clip(model, lambda: _tokenizer_at_hand(arch), preprocess, sha256=sha256)
 
 
 def clip_from_tag(name: str, arch: str, tag: str) -> Clip:
@@ -173,15 +173,27 @@ def clip_from_hub(name: str, arch: str, **kwargs: Any) -> Clip:
     return Clip(model, lambda: _tokenizer(arch), {**OPENAI, **model.visual.preprocess_cfg})
 
 
+def clip_without_weights(name: str, arch: str) -> Clip:
+    """Build a CLIP with meta tensors for weights. Downloads nothing.
+
+    Raises UsageError for an unknown architecture, EnvironmentProblem for one whose configuration is
+    not available.
+    """
+    if not name.startswith("hf-hub:"):
+        _known_arch(arch)
+    with without_downloads(), torch.device("meta"):
+        model = _create(name, arch, device="meta", load_weights=False, pretrained_text=False)
+    return Clip(model, lambda: _tokenizer_at_hand(arch), {**OPENAI, **model.visual.preprocess_cfg})
+
+
 def _create(name: str, arch: str, **kwargs: Any) -> Any:
     try:
-        with _quiet():
+        with hub_client():
             return open_clip.create_model(arch, **kwargs)
     except Exception as error:
         # open_clip, the hub's client and urllib each have errors of their own.
-        reason = " ".join(str(error).split())[:120]
         raise EnvironmentProblem(
-            f"--teacher {name}: not available ({reason}); give a local file: open_clip:ARCH@FILE"
+            f"--teacher {name}: not available ({reason_of(error)}); give a local file: open_clip:ARCH@FILE"
         ) from None
 
 
@@ -193,25 +205,19 @@ def _tokenizer_at_hand(arch: str) -> Tokenizer:
 
 def _tokenizer(arch: str) -> Tokenizer:
     try:
-        with _quiet():
+        with hub_client():
             tokenizer: Tokenizer = open_clip.get_tokenizer(arch)
         return tokenizer
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
+    except ImportError as error:
         raise EnvironmentProblem(
-            f"--teacher {arch}: its tokenizer's files are not available ({reason}); fill the hub's "
+            f"--teacher {arch}: its tokenizer needs the package {error.name}; pip install "
+            f"{error.name}, or give --teacher-head, which needs no prompts"
+        ) from None
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"--teacher {arch}: its tokenizer's files are not available ({reason_of(error)}); fill the hub's "
             "cache on a machine with a network, or give --teacher-head, which needs no prompts"
         ) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip, which logs models without weights (intended) and errors (raised)."""
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _known_arch(arch: str) -> dict[str, Any]:
@@ -269,14 +275,11 @@ def _preprocess(arch: str, published_config: Mapping[str, Any]) -> dict[str, Any
 
 def _load(model: Any, state: dict[str, Tensor], path: str | Path) -> None:
     """Load strictly, after adapting the entries of files by other versions of open_clip."""
+    own = model.state_dict()
     state = {
         key: value.float() if value.is_floating_point() else value
-        for key, value in strip_wrappers(state).items()
+        for key, value in unwrap(state, path, own).items()
     }
-    own = model.state_dict()
-    for leftover in LEFTOVERS:
-        if leftover not in own:
-            state.pop(leftover, None)
     if "positional_embedding" in state and "text.positional_embedding" in own:
         state = {
             f"text.{key}" if key.startswith(TEXT_TOWER) else key: value

@@ -22,6 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.errors import DataError, UsageError
+from dad_fast.models.file_teacher import holds_student
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.registry import is_registered
 from dad_fast.models.student import Student, checkpoint_file
@@ -183,15 +184,16 @@ def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
             f"{path}: its encoder {name} has no weights on a hub; train it on timm:{timm_name}@FILE"
         )
     # The probe's own file is the head, so that no text tower is needed to make one; timm's models
-    # bring theirs.
-    head = "" if is_timm else str(path)
+    # and runs bring theirs.
+    has_head = is_timm or (not is_registered(name) and holds_student(name))
+    head = "" if has_head else str(path)
     with without_downloads():
         teacher = load_teacher(
             TeacherConfig(name=name, head=head), classes, PrecisionConfig(), torch.device("cpu")
         )
     teacher.name = spec["teacher"]
     # Reading a head file that is a probe compares the encoder's fingerprint already.
-    if is_timm:
+    if has_head:
         check_encoder(str(path), spec, fingerprint(teacher.encoder))
     probe = Probe(teacher, spec)
     load_strictly(probe.model, state, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ from dad_fast.models.weights.declared import (
 from dad_fast.models.weights.files import (
     load_strictly,
     read_state_dict,
-    strip_wrappers,
     write_safetensors,
 )
+from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.limits import no_more_parameters_than
+from dad_fast.models.weights.timm_files import classifier_keys, fit_timm, load_fitted
 
 log = logging.getLogger(__name__)
+
+# Start of a student's name on the Hugging Face hub
+HUB = "hf-hub:"
 
 
 class Student(nn.Module):
@@ -101,11 +106,11 @@ def build_student(
         raise UsageError(f"student.model_kwargs: {error}") from None
     # Local weights replace pretrained ones, so nothing is downloaded for them.
     pretrained = cfg.pretrained and not cfg.weights and not cfg.init_from
-    model = _create(cfg.name, num_classes, img_size, kwargs, pretrained)
+    name, model_kwargs = student_model(cfg.name), dict(cfg.model_kwargs)
+    model = _create(name, num_classes, img_size, kwargs, pretrained)
 
     data = resolve_data_config({}, model=model)
-    name, model_kwargs = cfg.name, dict(cfg.model_kwargs)
-    if cfg.name.startswith("hf-hub:"):
+    if name.startswith(HUB):
         # Record the architecture behind the hub's name, so that loading the student needs no
         # network.
         name = model.pretrained_cfg["architecture"]
@@ -147,30 +152,56 @@ def _conversion_loses_activations(model: nn.Module) -> bool:
     return bool(converted(-torch.ones(1, 1, 1, 1)) < 0)
 
 
+def student_model(name: str) -> str:
+    """Return the timm name or hub name of `--student NAME`, which may start with timm:.
+
+    Raises UsageError for a model that timm does not have.
+    """
+    model = name.removeprefix("timm:")
+    if model.startswith(HUB):
+        return model
+    if model.startswith("timm/"):
+        raise UsageError(
+            f"--student {name}: a name of the hub; write {model.removeprefix('timm/')}, or "
+            f"{HUB}{model}"
+        )
+    arch, at, file = model.partition("@")
+    if at:
+        raise UsageError(f"--student {name}: write --student {arch} --student-weights {file}")
+    if not timm.is_model(model.partition(".")[0]):
+        raise UsageError(
+            f"--student {name}: timm has no such model{nearest(model, timm.list_models())}"
+        )
+    return model
+
+
 def _create(
     name: str, num_classes: int, img_size: int, kwargs: dict[str, Any], pretrained: bool
 ) -> nn.Module:
-    base = name.removeprefix("hf-hub:").removeprefix("timm:")
-    if not name.startswith("hf-hub:") and not timm.is_model(base.partition(".")[0]):
-        raise UsageError(
-            f"--student {name}: timm has no such model{nearest(base, timm.list_models())}"
-        )
+    """Build a model by its name in timm or on the hub. See `build_student` for the errors."""
     arguments = {**kwargs, "pretrained": pretrained, "num_classes": num_classes}
+    from_hub = name.startswith(HUB)
     try:
-        if img_size:
-            # Vision transformers need the image size, convolutional networks do not take it.
-            try:
-                return timm.create_model(name, img_size=img_size, **arguments)
-            except TypeError as error:
-                if "img_size" not in str(error):
-                    raise
-        return timm.create_model(name, **arguments)
+        with hub_client() if pretrained or from_hub else nullcontext():
+            if img_size:
+                # Vision transformers need the image size, convolutional networks do not take it.
+                try:
+                    return timm.create_model(name, img_size=img_size, **arguments)
+                except TypeError as error:
+                    if "img_size" not in str(error):
+                        raise
+            return timm.create_model(name, **arguments)
     except DadFastError:
         raise
     except Exception as error:
         # timm's models check their arguments in many ways, and the hub's client has errors of its
         # own.
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        reason = reason_of(error)
+        if from_hub and isinstance(error, OSError):
+            raise EnvironmentProblem(
+                f"--student {name}: not available ({reason}); without a network, give the name of "
+                "its architecture and --student-weights FILE"
+            ) from None
         if pretrained and not isinstance(error, TypeError):
             raise EnvironmentProblem(
                 f"--student {name} --pretrained: its weights are not available ({reason}); "
@@ -182,29 +213,31 @@ def _create(
 
 
 def load_student_weights(student: Student, path: str | Path) -> None:
-    """Load initial weights: a run's file or folder, or a tensor-only file with timm's keys.
+    """Load initial weights: a run's file or folder, or a tensor-only file of the timm model.
 
-    A classifier for another number of classes is not loaded, with a warning. Raises DataError for
-    any other difference.
+    The file is read as timm's pretrained weights are, see `fit_timm`. A missing classifier, or one
+    for another number of classes, is new, with a warning. Raises DataError for any other
+    difference.
     """
     path = checkpoint_file(path)
-    state = strip_wrappers(read_state_dict(path)[0])
+    spec = student.spec
+    arguments = spec["name"], spec["num_classes"], spec["img_size"], dict(spec["model_kwargs"])
+    state = fit_timm(
+        read_state_dict(path)[0], student.model, path, lambda: _create(*arguments, pretrained=True)
+    )
     own = student.model.state_dict()
-    classifier = getattr(student.model, "pretrained_cfg", {}).get("classifier") or ()
-    names = [classifier] if isinstance(classifier, str) else classifier
-    prefixes = tuple(f"{name}." for name in names)
-    head = [key for key in own if key.startswith(prefixes)] if prefixes else []
-    resized = [key for key in head if key in state and state[key].shape != own[key].shape]
-    if resized:
-        old, new = state[resized[0]].shape[0], own[resized[0]].shape[0]
+    head = classifier_keys(student.model)
+    if any(key not in state or state[key].shape != own[key].shape for key in head):
+        old, new = state.get(head[0]), own[head[0]].shape[0]
         log.warning(
-            "%s has a classifier for %d classes, not %d: the student starts with a new one",
+            "%s has %s: the student starts with a new one",
             path,
-            old,
-            new,
+            f"no classifier for the {new} classes"
+            if old is None
+            else f"a classifier for {old.shape[0]} classes, not {new}",
         )
         state |= {key: own[key] for key in head}
-    load_strictly(student.model, state, path)
+    load_fitted(student.model, state, path)
 
 
 def save_student(path: str | Path, student: Student, extra_metadata: Mapping[str, str]) -> None:

@@ -132,3 +132,4 @@ class TeacherContext:
     classes: ClassMap  # one output each, in this order
     precision: PrecisionConfig
     device: torch.device
+    shapes_only: bool = False  # build the architecture: read no weights, download nothing

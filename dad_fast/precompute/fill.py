@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,13 +17,14 @@ from torch.utils.data import Dataset
 
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import Config
-from dad_fast.data.augment.mixing import mix, to_pixels
+from dad_fast.data.augment.mixing import mix, soft_targets, to_pixels
 from dad_fast.data.augment.records import uses_mixing
 from dad_fast.data.loaders.blocks import ImageBlock, blocks
 from dad_fast.data.loaders.steps import TrainSteps
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
 from dad_fast.discretizers.base import Discretizer
+from dad_fast.engine.diagnostics import Attacked, warning_of_weakness
 from dad_fast.errors import DadFastError, DataError, UsageError
 from dad_fast.kernels import pack_codes
 from dad_fast.keyed_random import sample_seeds
@@ -34,6 +36,8 @@ from dad_fast.store import Manifest, RowBlock, StoreRows, StoreWriter
 from dad_fast.store.files import Bytes
 from dad_fast.store.images import decode_image, encode_images, on_all_cores
 from dad_fast.store.join import view_settings
+
+log = logging.getLogger(__name__)
 
 # Approximate size of a shard, which is lost when a disk loses a file.
 SHARD_BYTES = 1 << 30
@@ -113,6 +117,8 @@ class AdversarialFiller:
         images, labels, keys = (
             tensor.to(self.device, non_blocking=True) for tensor in (item.images, item.labels, keys)
         )
+        if rows.view == rows.start == 0:
+            self._check_attack(images, labels, keys)
         stored = _Stored(self.images)
         with float32_math(tf32=self.cfg.precision.tf32):
             found = adversarial(
@@ -141,6 +147,16 @@ class AdversarialFiller:
             codes=codes,
             images=stored.content(n),
         )
+
+    def _check_attack(self, images: Tensor, labels: Tensor, keys: Tensor) -> None:
+        """Warn if the attack changes next to nothing on the first images."""
+        targets = soft_targets(labels, len(self.source.classes))
+        inputs = to_pixels(images), targets, keys
+        order = self.cfg.attack.order
+        attacked = Attacked(self.discretizer, self.teacher, self.attack, order, inputs)
+        effect = attacked.measure()
+        if warning := warning_of_weakness(effect, self.cfg.attack, self.discretizer.name):
+            log.warning(warning)
 
     def _note(self, names: Sequence[str]) -> None:
         self.unreadable += names

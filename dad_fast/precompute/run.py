@@ -30,6 +30,7 @@ from dad_fast.engine import frozen
 from dad_fast.engine.choices import settle
 from dad_fast.engine.self_test import choose_kernels
 from dad_fast.errors import DataError
+from dad_fast.locks import lock_folder
 from dad_fast.loggers.progress import format_seconds, report_progress
 from dad_fast.loggers.run_log import print_line
 from dad_fast.models.student import build_student
@@ -53,9 +54,18 @@ def run(cfg: Config, launch: StoreLaunch, arguments: Sequence[str]) -> int:
     arguments: those of the command line, for the processes that --nproc starts.
     """
     nproc = number_of_processes(launch.nproc)
-    if nproc > 1 and not is_worker() and not (launch.estimate or launch.check):
-        code = run_processes(nproc, "precompute", arguments)
-        return code or _report_state(launch)
+    # Processes that share the work lock one shard at a time.
+    if launch.estimate or launch.check or is_worker():
+        return _run(cfg, launch, nproc)
+    with lock_folder(Path(launch.output)) as lock:
+        if nproc > 1:
+            # They inherit the lock: after a kill it is free when the last of them has ended.
+            code = run_processes(nproc, "precompute", arguments, lock)
+            return code or _report_state(launch)
+        return _run(cfg, launch, nproc)
+
+
+def _run(cfg: Config, launch: StoreLaunch, nproc: int) -> int:
     end_with_launcher()
     rank, world = distributed.rank(), distributed.world()
     filler = make_builder(cfg, launch)

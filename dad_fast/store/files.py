@@ -1,67 +1,21 @@
-"""Files of a store: locks, small files that are whole or absent, files that grow, and maps.
+"""Files of a store: small files that are whole or absent, files that grow, and maps.
 
-A lock is an flock on a file of its own: the kernel drops it with its owner, so that a killed
-process blocks nobody. Temporary names are fixed, not random, so that the next process overwrites
-what a killed process left.
+Temporary names are fixed, not random, so that the next process overwrites what a killed process
+left.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from dad_fast.errors import DataError
 from dad_fast.files import disk_error, sync
 
 PART = ".part"  # suffix of a file that is not whole yet
-LOCK = ".lock"
 Bytes = bytes | memoryview
-
-
-class Busy(Exception):
-    """Another process holds the lock."""
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `path` and remove its file afterwards.
-
-    Raises Busy when another process holds the lock and `wait` is False.
-    """
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # The last owner may have removed the file before this process got the lock.
-            if _is_same(handle, path):
-                break
-        except BlockingIOError as error:
-            os.close(handle)
-            raise Busy(str(path)) from error
-        except OSError as error:
-            os.close(handle)
-            why = f"this file system has no locks ({error.strerror})"
-            raise DataError(f"{path}: {why}; write the store on another disk") from error
-        os.close(handle)
-
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _is_same(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from dad_fast.errors import DataError
 from dad_fast.files import disk_error
-from dad_fast.store.files import LOCK, PART, Busy, locked, write_whole
+from dad_fast.locks import LOCK, Busy, locked
+from dad_fast.store.files import PART, write_whole
 from dad_fast.store.layout import INDEX, broken_rows, shard_file
 from dad_fast.store.manifest import MANIFEST, Manifest
 from dad_fast.store.state import (
@@ -68,7 +69,7 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] | None = Non
 def _wrong_files(manifest: Manifest, sizes: dict[str, int]) -> list[str]:
     """Return the files that are missing, of the wrong size, or not the store's."""
     problems = []
-    known = {MANIFEST}
+    known = {MANIFEST, LOCK}
     for shard in range(manifest.geometry.num_shards):
         begun = manifest.complete or shard_file(shard, SUMS) in sizes
         if not manifest.complete:

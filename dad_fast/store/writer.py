@@ -26,7 +26,8 @@ import numpy as np
 
 from dad_fast.errors import DataError, NotFinite, UsageError
 from dad_fast.files import disk_error, sync
-from dad_fast.store.files import LOCK, PART, Busy, Bytes, Part, locked, write_whole
+from dad_fast.locks import LOCK, Busy, locked
+from dad_fast.store.files import PART, Bytes, Part, write_whole
 from dad_fast.store.images import stored_files
 from dad_fast.store.layout import (
     INDEX,
@@ -101,7 +102,7 @@ class StoreWriter:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / (MANIFEST + LOCK), wait=True):
                 names = {path.name for path in folder.iterdir()}
-                names -= {MANIFEST + LOCK, MANIFEST + PART}
+                names -= {LOCK, MANIFEST + LOCK, MANIFEST + PART}
                 if MANIFEST not in names:
                     if names:
                         raise UsageError(
@@ -278,7 +279,7 @@ class ShardWriter:
             name = records.keys[int(bad.argmax())]
             raise NotFinite(
                 f"the teacher's outputs on {name} are not finite; "
-                "look at that image, or try --no-amp"
+                "look at that image, or try --amp off"
             )
 
         data = np.zeros(num, manifest.data_dtype)

@@ -9,18 +9,22 @@ from dad_fast.config.fields import with_values
 from dad_fast.errors import UsageError
 from dad_fast.files import read_text
 from dad_fast.sweep.ablation import Plan
-from dad_fast.sweep.cost import print_plan
-from dad_fast.sweep.runs import check_output, make_sweep
-from dad_fast.sweep.sweep import run_sweep
+from dad_fast.sweep.runs import check_paths, make_sweep
 
 
 def run(plan: Plan, launch: Launch, dry_run: bool) -> int:
     """Run the sweep, or print its plan; return the exit code: 0 when every cell is done, else 1."""
     sweep = make_sweep(plan.config, Path(launch.output), plan)
     if not dry_run or launch.resume:
-        check_output(sweep, launch)
+        check_paths(sweep, launch)
         _check_base(plan, sweep.output)
-    return print_plan(sweep, launch) if dry_run else run_sweep(sweep, launch)
+    if dry_run:
+        from dad_fast.sweep.cost import print_plan
+
+        return print_plan(sweep, launch)
+    from dad_fast.sweep.sweep import run_sweep
+
+    return run_sweep(sweep, launch)
 
 
 def _check_base(plan: Plan, output: Path) -> None:

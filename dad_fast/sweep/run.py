@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def run_here(sweep: Sweep, launch: Launch) -> int:
 
     With several ranks, all of them call this; the first one writes.
     """
+    with distributed.main_locks(sweep.output):
+        return _run_locked(sweep, launch)
+
+
+def _run_locked(sweep: Sweep, launch: Launch) -> int:
     output = sweep.output
     main, several = distributed.is_main(), len(sweep.runs) > 1
     distributed.on_main(lambda: check_output(sweep, launch))
@@ -82,7 +88,9 @@ def check_run(cfg: Config, folder: Path, launch: Launch, builder: Builder, unfil
         cfg, launch = online(cfg), replace(launch, resume="")
     parts = builder.build(cfg)
     open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval)
-    Trainer(cfg, parts, folder, "", launch.resume, launch.allow_config_change)
+    # Looking for checkpoints finishes renames of a killed run.
+    with distributed.main_locks(folder) if launch.resume else nullcontext():
+        Trainer(cfg, parts, folder, "", launch.resume, launch.allow_config_change)
 
 
 def train_run(
@@ -92,6 +100,13 @@ def train_run(
 
     teacher_results: results of teachers by name, filled here, so that each is evaluated once.
     """
+    with distributed.main_locks(run.folder):
+        return _train_locked(run, label, launch, builder, teacher_results)
+
+
+def _train_locked(
+    run: Run, label: str, launch: Launch, builder: Builder, teacher_results: dict[str, Any]
+) -> dict[str, Any]:
     cfg, folder = run.cfg, run.folder
     parts = builder.build(cfg)
     suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval)

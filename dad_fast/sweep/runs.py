@@ -11,8 +11,10 @@ from typing import Any
 from dad_fast.config import Config, expand, from_toml
 from dad_fast.config.options import Launch
 from dad_fast.config.variants import with_batch_sizes
-from dad_fast.errors import UsageError
-from dad_fast.methods.stores import SharedStore, is_filled, with_stores
+from dad_fast.engine.preflight import check_files
+from dad_fast.errors import DadFastError, UsageError
+from dad_fast.locks import LOCK
+from dad_fast.methods.stores import SharedStore, is_filled, online, with_stores
 from dad_fast.sweep.ablation import Plan, identity
 
 # Files of a run or a sweep; `--overwrite` removes these and nothing else.
@@ -36,7 +38,7 @@ WRITTEN = (
     "logs/worker-*.log",
 )
 # Present in the output folder before a sweep begins.
-UNCOUNTED = {".lock", "logs"}
+UNCOUNTED = {LOCK, "logs"}
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,26 @@ def make_sweep(cfg: Config, output: Path, ablation: Plan | None = None) -> Sweep
         stores |= {store.folder: store for store in needed}
         runs.append(Run(variant, seed, resolved, folder))
     return Sweep(cfg, output, tuple(runs), tuple(stores.values()), ablation)
+
+
+def check_paths(sweep: Sweep, launch: Launch) -> None:
+    """Raise errors in the output folder, data, weights and stores of the runs, without torch."""
+    check_output(sweep, launch)
+    several = len(sweep.runs) > 1
+    unfilled = sweep.unfilled(launch.overwrite)
+    checked: set[str] = set()
+    for run in sweep.runs:
+        is_done = several and not launch.overwrite and run.record() is not None
+        if is_done or run.variant in checked:
+            continue
+        checked.add(run.variant)
+        cfg = run.cfg if unfilled.isdisjoint(run.cfg.store.dirs) else online(run.cfg)
+        try:
+            check_files(cfg)
+        except DadFastError as error:
+            if not several:
+                raise
+            raise type(error)(f"{run.variant}: {error}") from None
 
 
 def check_output(sweep: Sweep, launch: Launch) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,28 +16,30 @@ from dad_fast.cores import memory_gib, num_cores
 from dad_fast.distributed.signals import StopRequest, stop_requests
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.files import atomic_write_text
+from dad_fast.locks import lock_folder
 from dad_fast.loggers.progress import JobsProgress, format_seconds
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore
 from dad_fast.report.page import write_report
 from dad_fast.sweep.pool import Job, Pool, shared_parts
-from dad_fast.sweep.runs import Run, Sweep, check_output, clear
+from dad_fast.sweep.runs import Run, Sweep, clear
 from dad_fast.sweep.tables import print_tables, write_tables
 
 GIB_PER_JOB = 2.0
-# Workers of a killed sweep may take so long to save.
-LOCK_SECONDS = 60.0
 ERRORS = {
     error.exit_code: error for error in (DadFastError, UsageError, EnvironmentProblem, DataError)
 }
 
 
 def run_sweep(sweep: Sweep, launch: Launch) -> int:
-    """Do the runs that are left; return the exit code: 0 when every run is done, else 1."""
-    check_output(sweep, launch)
+    """Do the runs that are left, after `check_paths`.
+
+    Return the exit code: 0 when every run is done, else 1.
+    """
     output = sweep.output
-    with stop_requests() as stop:
-        failed = _train(sweep, launch, stop)
+    # Workers inherit the lock: after a kill it is free when the last of them has saved.
+    with lock_folder(output) as lock, stop_requests() as stop:
+        failed = _train(sweep, launch, stop, lock)
     if stop.error:
         done = sum(run.record() is not None for run in sweep.runs)
         raise stop.error(
@@ -84,13 +84,13 @@ def _jobs_on_a_cpu(num_runs: int) -> int:
     return max(1, min(num_runs, 2 * num_cores(), int(memory_gib() / GIB_PER_JOB)))
 
 
-def _train(sweep: Sweep, launch: Launch, stop: StopRequest) -> dict[str, str]:
+def _train(sweep: Sweep, launch: Launch, stop: StopRequest, lock: int | None) -> dict[str, str]:
     """Do the runs that are left; return the reasons of those that failed."""
     output = sweep.output
     devices = job_devices(sweep, launch)
     (output / "logs").mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(output, stop) as lock, JobsProgress() as progress:
+        with JobsProgress() as progress:
             left = list(sweep.runs)
             if not launch.overwrite:
                 left = [run for run in left if run.record() is None]
@@ -298,38 +298,10 @@ def _scores(record: dict[str, Any] | None) -> str:
 
 
 def _remove_if_new(output: Path) -> None:
-    """Remove the output folder if nothing was written to it but logs."""
+    """Remove the logs if nothing else was written; the lock removes the folder."""
     if not (output / "config.toml").exists():
-        for path in [*(output / "logs").glob("worker-*.log"), output / ".lock"]:
+        for path in (output / "logs").glob("worker-*.log"):
             path.unlink(missing_ok=True)
         # A folder with other files stays.
         with suppress(OSError):
             (output / "logs").rmdir()
-            output.rmdir()
-
-
-@contextmanager
-def _locked(output: Path, stop: StopRequest) -> Iterator[int]:
-    """Lock the folder for one sweep; yield the file descriptor.
-
-    Workers hold the lock too: after a kill it is free when the last of them has saved.
-    """
-    handle = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        waited_from = time.monotonic()
-        while not stop.error:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - waited_from > LOCK_SECONDS:
-                    raise UsageError(
-                        f"--output {output}: another sweep runs in it; wait for it, or stop it"
-                    ) from None
-                time.sleep(0.2)
-            except OSError as error:
-                problem = f"{output}: this file system has no locks ({error.strerror})"
-                raise DataError(f"{problem}; name a folder on another") from None
-        yield handle
-    finally:
-        os.close(handle)

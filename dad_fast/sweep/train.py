@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from dad_fast.config import Config, Launch
@@ -13,8 +14,8 @@ from dad_fast.distributed.launch import (
     started_here,
 )
 from dad_fast.errors import UsageError
-from dad_fast.sweep.runs import make_sweep
-from dad_fast.sweep.sweep import run_sweep
+from dad_fast.locks import lock_folder
+from dad_fast.sweep.runs import check_paths, make_sweep
 
 
 def run(cfg: Config, launch: Launch) -> int:
@@ -27,18 +28,25 @@ def run(cfg: Config, launch: Launch) -> int:
         if launch.nproc != "1" and not started_here():
             raise UsageError("--nproc: torchrun starts the processes; leave it out")
         end_with_launcher()
-    elif (nproc := number_of_processes(launch.nproc)) > 1:
-        if launch.jobs > 1:
-            raise UsageError(
-                f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all processes; "
-                "leave one out"
-            )
-        return run_processes(nproc, "train", launch.arguments)
-    elif len(sweep.runs) > 1:
-        return run_sweep(sweep, launch)
+    else:
+        # Before torch is imported and before other processes start.
+        check_paths(sweep, launch)
+        if (nproc := number_of_processes(launch.nproc)) > 1:
+            if launch.jobs > 1:
+                raise UsageError(
+                    f"--jobs {launch.jobs}: with --nproc {nproc} one run at a time has all "
+                    "processes; leave one out"
+                )
+            return run_processes(nproc, "train", launch.arguments)
+        if len(sweep.runs) > 1:
+            from dad_fast.sweep.sweep import run_sweep
 
-    from dad_fast.distributed import process_group as distributed
-    from dad_fast.sweep.run import run_here
+            return run_sweep(sweep, launch)
 
-    with distributed.joined(cfg):
-        return run_here(sweep, launch)
+    # Before torch is imported. Of several processes the first one locks, when they have joined.
+    with nullcontext() if is_worker() else lock_folder(sweep.output):
+        from dad_fast.distributed import process_group as distributed
+        from dad_fast.sweep.run import run_here
+
+        with distributed.joined(cfg):
+            return run_here(sweep, launch)

@@ -23,6 +23,7 @@ from dad_fast.checkpoint.folder import (
     snapshot,
 )
 from dad_fast.checkpoint.writer import Writer
+from dad_fast.cli.main import main
 from dad_fast.config import to_toml
 from dad_fast.engine.build import Builder
 from dad_fast.engine.trainer import Trainer
@@ -113,17 +114,22 @@ def not_killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_resume_after_a_kill_is_bit_exact(tmp_path, number, not_killed):
+def test_resume_after_a_kill_is_bit_exact(tmp_path, number, not_killed, capsys):
     process = command(tmp_path / "killed", *KILLED)
     wait_until((tmp_path / "killed/checkpoints/step-3").exists, process)
+    resumed = ["train", "--resume", str(tmp_path / "killed")]
+    assert main(resumed) == 2
+    assert f"process {process.pid} on" in capsys.readouterr().err
     process.send_signal(number)
     _, said = process.communicate()
     if number == signal.SIGTERM:
         assert process.returncode == 75 and "--resume auto" in said.splitlines()[-1]
     else:
         assert process.returncode == -9
-    process = command(tmp_path / "killed", *KILLED)
+    assert (tmp_path / "killed/.lock").exists() == (number == signal.SIGKILL)
+    process = warm.start([*COMMAND[:4], *resumed[1:]], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert process.wait(HANG) == 0, process.communicate()[1]
+    assert not (tmp_path / "killed/.lock").exists()
     assert digest(tmp_path / "killed", 24) == digest(not_killed, 24)
     assert (tmp_path / "killed/model.safetensors").read_bytes() == (
         not_killed / "model.safetensors"

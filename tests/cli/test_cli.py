@@ -113,6 +113,33 @@ def test_resume_auto_without_other_settings_uses_the_config_of_the_run(
     assert cli.main(["train", "-o", str(tmp_path), "--resume", "auto", "--lr", "1"]) == 2
 
 
+def test_resume_of_a_folder_uses_its_settings_and_overrides(
+    started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", "--resume", str(run)]) == 4
+    assert "no such file or folder" in capsys.readouterr().err
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(resolve("demo", None, ["optim.lr=0.125"])))
+    assert cli.main(["train", "--resume", str(run), "--weight-decay", "0.5"]) == 0
+    cfg, launch = started[0]
+    assert (cfg.optim.lr, cfg.optim.weight_decay, len(cfg.variants)) == (0.125, 0.5, 5)
+    assert (launch.output, launch.resume) == (str(run), "auto")
+
+    # Into another folder, and with other settings than its own.
+    other = str(tmp_path / "other")
+    assert cli.main(["train", "--resume", str(run), "--method", "kd", "-o", other]) == 0
+    cfg, launch = started[1]
+    assert (cfg.optim.lr, launch.output, launch.resume) == (0.125, other, str(run))
+    assert cli.main(["train", "--resume", str(run), *DEMO]) == 0
+    cfg, launch = started[2]
+    assert cfg.optim.lr != 0.125 and (launch.output, launch.resume) == (str(run), "auto")
+
+    (run / "plot.svg").touch()
+    assert cli.main(["train", "--resume", str(run)]) == 2
+    assert "dad-fast ablate" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "amp", "compiled"),
     [
@@ -159,7 +186,7 @@ def test_print_config_prints_toml_and_starts_nothing(
         ("--lr 3", "unknown flag before the command --lr"),
         ("train --batchsize 3", "unknown flag --batchsize; did you mean --batch-size?"),
         ("train --model resnet50", "unknown flag --model; did you mean --student?"),
-        ("train --warmup 3", "did you mean --warmup-epochs or --warmup-lr?"),
+        ("train --warmup 3", "did you mean --warmup-epochs or --warmup-prefix or --warmup-lr?"),
         ("train --epoch 3", "unknown flag --epoch; did you mean --epochs?"),
         ("train -lr 3", "unknown flag -lr; did you mean --lr?"),
         ("train -q", "unknown flag -q; dad-fast train --help-all lists every flag"),

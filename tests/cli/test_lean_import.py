@@ -59,6 +59,51 @@ def test_print_config_is_light(at_startup: set[str]) -> None:
     assert loaded("dad_fast.cli.main", f"dad_fast.cli.main.main({arguments!r})") <= at_startup
 
 
+PATHS = {
+    "--data-dir": (4, ["--data-dir", "nowhere"]),
+    "--val-split": (4, ["--val-split", "valid"]),
+    "one class": (4, ["--data-dir", "nested"]),
+    "--class-map": (4, ["--class-map", "classes.csv"]),
+    "--teacher gone.pt": (4, ["--teacher", "open_clip:ViT-B-32@gone.pt"]),
+    "--discretizer gone.ckpt": (4, ["--method", "dad", "--discretizer", "gone.ckpt"]),
+    "needs a discretizer": (2, ["--method", "dad"]),
+    "needs a teacher": (2, ["--teacher", ""]),
+    "--student-weights": (4, ["--student-weights", "gone.safetensors"]),
+    "not a store": (4, ["--store", "gone"]),
+    "--output full exists": (2, ["-o", "full"]),
+    "holds no run": (2, ["-o", "full", "--overwrite"]),
+}
+
+
+def test_wrong_paths_are_errors_before_torch_is_imported(tmp_path) -> None:
+    for name in ("data/train/a", "data/train/b", "data/val/a", "data/val/b"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("nested/train/train", "nested/val/val", "full/notes"):
+        (tmp_path / name).mkdir(parents=True)
+    given = ["--data-dir", "data", "--method", "kd", "--teacher", "embedded:digits", "-o", "out"]
+    given += ["--student", "resnet18"]
+    commands = [["train", *given, *more] for _, more in PATHS.values()]
+    commands.append(["train", *given, "--data-dir", "nowhere", "--seeds", "2", "--jobs", "1"])
+    commands.append(["train", *given, "--data-dir", "nowhere", "--nproc", "2"])
+    commands.append(["ablate", *given, "--data-dir", "nowhere", "--vary", "loss.kd=1,2"])
+    commands.append(["precompute", "--targets", *given[:2], *given[4:], "--data-dir", "nowhere"])
+    code = (
+        "import sys; from dad_fast.cli.main import main\n"
+        f"print([main(arguments) for arguments in {commands!r}], 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(commands), done.stderr
+    for line, text in zip(lines, PATHS, strict=False):
+        assert text in line, (text, line)
+    assert all("nowhere" in line and "--data-dir" in line for line in lines[len(PATHS) :])
+    codes = [code for code, _ in PATHS.values()] + [4] * (len(commands) - len(PATHS))
+    assert done.stdout.strip() == f"{codes} False"
+    assert not (tmp_path / "out").exists()
+
+
 def test_public_names_are_imported_on_first_use() -> None:
     pytest.importorskip("torch")
     import dad_fast

@@ -198,7 +198,7 @@ def test_weighted_policies_are_drawn_without_replacement():
     assert all(len({op.name for op in ops}) == 3 for ops in drawn)
     share = np.mean([any(op.name == "rotate" for op in ops) for ops in drawn])
     assert share > 0.6  # a third of the first draw's weight
-    uniform = parse_policy("rand-m10-n1-p1-mstdinf")
+    uniform = parse_policy("rand-m10-n1-p1-mstd101")
     levels = [
         abs(op.value) / 30
         for i in range(2000)
@@ -209,7 +209,11 @@ def test_weighted_policies_are_drawn_without_replacement():
 
 
 @pytest.mark.parametrize(
-    "text", ["augmix-m3", "rand-m9-foo", "rand-x9", "original", "rand-", "rand-m9-tother", "randm9"]
+    "text",
+    [
+        *("augmix-m3", "rand-m9-foo", "rand-x9", "original", "rand-", "rand-m9-tother", "randm9"),
+        *("rand-m9-mstdinf", "rand-m9.5", "rand-n1.5", "rand-inc0.5", "rand-mmax9.5"),
+    ],
 )
 def test_invalid_policies_name_the_flag(text):
     with pytest.raises(UsageError, match="--aa"):

@@ -163,7 +163,7 @@ def test_killed_process_then_stop_then_resume_on_one_process(tmp_path):
     ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
-    assert f"steps {step} to {step + 3} of 24 images" in done.stderr
+    assert f"steps    {step} to {step + 3} of 24 images" in done.stderr
     assert "batch 24 x 1 process = 24 images a step" in (run / "train.log").read_text()
     assert "batch 12 x 2 processes = 24 images a step" in (run / "train-rank1.log").read_text()
     steps = [

@@ -129,4 +129,4 @@ def test_cut_connection_is_reported(machines: list[str], tmp_path: Path) -> None
         timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
-    assert f"steps {step} to {step + 3} of 24 images" in done.stderr
+    assert f"steps    {step} to {step + 3} of 24 images" in done.stderr

@@ -71,10 +71,11 @@ def test_outputs_are_of_the_stored_pixels(order):
         teacher, discretizer, attack, order, data.images, data.labels, data.seeds, small.C
     )
     x = to_pixels(data.images)
-    base = discretizer(x).images if order == "authors" else x
-    online = discretizer(
-        attack(teacher, base, torch.nn.functional.one_hot(data.labels, small.C).float(), data.seeds)
-    )
+    base, between = x, None
+    if order == "authors":
+        base, between = discretizer(x).images, lambda images: discretizer(images).images
+    targets = torch.nn.functional.one_hot(data.labels, small.C).float()
+    online = discretizer(attack(teacher, base, targets, data.seeds, between))
     assert torch.equal(found.codes, online.codes)
     assert torch.equal(found.images, to_levels(online.images)) and found.images.dtype == torch.uint8
     assert torch.equal(found.outputs, teacher(to_pixels(found.images)))

@@ -20,13 +20,16 @@ from dad_fast.config.schema import (
     StudentConfig,
 )
 from dad_fast.data.loaders.loader import Batch
+from dad_fast.discretizers.identity import Identity
+from dad_fast.discretizers.jpeg import Jpeg
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine.build import make_step
-from dad_fast.engine.diagnostics import codes_changed
+from dad_fast.engine.diagnostics import attack_effects, codes_changed
 from dad_fast.engine.memory import collections_between_steps
 from dad_fast.engine.meter import Meter
+from dad_fast.engine.notices import Advice
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
 from dad_fast.errors import EnvironmentProblem
@@ -129,10 +132,12 @@ def test_loss_equals_its_definition(method, order):
     loss, _ = loss_of(step, data)
 
     x, y, second, _ = step.generator.mixed(data)
-    base = q(x).images if order == "authors" else x
+    base, between = x, None
+    if order == "authors":
+        base, between = q(x).images, lambda images: q(images).images
     attack = PGD("l2", 0.5, 0.4, 2, 0.8)
-    dad = q(attack(teacher, base, y, data.seeds)).images
-    dat = q(attack(student, base, y, data.seeds)).images
+    dad = q(attack(teacher, base, y, data.seeds, between)).images
+    dat = q(attack(student, base, y, data.seeds, between)).images
     predicted = teacher(dad).argmax(-1)
     keep = ((predicted == data.labels) | (predicted == second)).double()
     assert 0 < keep.sum() < B
@@ -291,25 +296,69 @@ def test_the_share_of_changed_codes_grows_with_the_budget():
     assert 0 <= weak < strong <= 1
 
 
+def effects(method, discretizer=None, **attack):
+    step = make(method, attack=AttackConfig(**attack))
+    if discretizer is not None:
+        step.generator.discretizer = discretizer
+    return attack_effects(step.generator, learner_of(step), batch(kinds=(0, 0, 0, 0)))
+
+
+def advised(effect, **attack):
+    cfg = replace(make_config("dad", attack=AttackConfig(**attack)), max_steps=1)
+    said = []
+    Advice(cfg, None, "pil").on_effect(effect, said.append)
+    return said
+
+
+@pytest.mark.parametrize("make_discretizer", [lambda: Jpeg(75), Identity, discretizer])
+def test_an_attack_that_changes_next_to_nothing_is_warned_of(make_discretizer):
+    weak = {"eps": 0.002, "step_size": 0.002}
+    effect = effects("dad", make_discretizer(), **weak)[""]
+    assert effect.changed < 0.01 and effect.answers == 0
+    (warning,) = advised(effect, **weak)
+    assert effect.unit in warning and "--attack-eps and --attack-step-size" in warning
+    strong = {"eps": 8.0, "step_size": 8.0}
+    effect = effects("dad", make_discretizer(), **strong)[""]
+    assert effect.changed > 0.1 and effect.stronger is None
+    assert advised(effect, **strong) == []
+
+
+def test_the_warning_names_a_budget_that_is_enough():
+    weak = {"eps": 0.01, "step_size": 0.01}
+    eps, changed = effects("dad", Identity(), **weak)[""].stronger
+    assert changed >= 0.04
+    enough = effects("dad", Identity(), eps=eps, step_size=eps)[""]
+    assert enough.changed == pytest.approx(changed)
+    assert f"to {eps:g} and {eps:g}" in advised(effects("dad", Identity(), **weak)[""], **weak)[0]
+
+
+def test_effects_are_of_every_model_that_is_attacked():
+    assert effects("dat+dad").keys() == {"", "_dat"}
+    assert effects("dat").keys() == {"_dat"}
+    assert effects("kd") == {}
+
+
 def test_measuring_changes_nothing():
     step = make("dat+dad", BATCH_NORM)
     before = {k: v.clone() for k, v in learner_of(step).student.state_dict().items()}
     generator = torch.get_rng_state()
     measured(step)
+    attack_effects(step.generator, learner_of(step), batch())
     assert torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in learner_of(step).student.state_dict().items())
 
 
-def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "number"), [("cuda:1", 1), ("cuda", 0), ("auto", 0)], ids=["number", "cuda", "auto"]
+)
+def test_a_gpu_has_a_number_and_becomes_the_current_one(monkeypatch, name, number):
     """Streams, events and Triton's launches go by the current device, not by their tensors'."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert resolve_device("cuda:1") == torch.device("cuda:1") and current == [
-        torch.device("cuda:1")
-    ]
-    assert resolve_device("cuda") == torch.device("cuda") and len(current) == 1
+    expected = torch.device("cuda", number)
+    assert resolve_device(name) == expected and current == [expected]
 
 
 def test_two_learners_in_one_step_train_as_in_two_steps():

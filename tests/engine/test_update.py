@@ -10,6 +10,7 @@ pytest.importorskip("timm")
 from torch.utils._pytree import tree_leaves
 
 from dad_fast.config.schema import Config, EmaConfig, OptimConfig, PrecisionConfig
+from dad_fast.engine.notices import ema_lag
 from dad_fast.engine.update import Update
 from dad_fast.errors import UsageError
 
@@ -184,6 +185,15 @@ def test_ema_equals_its_recurrence():
         decay = 0.9 if i > 1 else 0.0  # timm's: the first two updates copy
         expected = decay * expected + (1 - decay) * model[0].weight.detach()
     torch.testing.assert_close(update.ema.module[0].weight, expected)
+
+
+def test_a_run_too_short_for_a_constant_decay_is_warned_of():
+    recipe = EmaConfig(model_ema=True, decay=0.99992, warmup=False)
+    assert ema_lag(recipe, 200_000) is None
+    warning = ema_lag(recipe, 1600)
+    assert warning is not None and "keeps 88% of" in warning and "--model-ema-warmup" in warning
+    assert ema_lag(replace(recipe, warmup=True), 1600) is None
+    assert ema_lag(replace(recipe, model_ema=False), 1600) is None
 
 
 def test_fp16_overflow_halves_the_scale_and_continues():

@@ -152,8 +152,8 @@ def jobs(finished_run: Path) -> dict[str, Job]:
 def add_to_record(path: Path, job: dict[str, Any]) -> None:
     """Add the job's row to the file, or replace it, under a lock for other processes."""
     from dad_fast.files import atomic_write_json
+    from dad_fast.locks import locked
     from dad_fast.loggers.environment import environment
-    from dad_fast.store.files import locked
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock"), wait=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -130,6 +131,74 @@ def test_progress_without_a_terminal_writes_plain_lines(tmp_path, monkeypatch):
     assert (tmp_path / "train.log").read_text().count("\n") == 2
 
 
+def progress_lines(tmp_path, monkeypatch, seconds_per_step, use):
+    """Lines of a run on a clock that only its steps advance; `use` gets the progress and the step."""
+    lines: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with RunLog(tmp_path, echo=lines.append) as log:
+        with TrainProgress(100, 10, 20, "kd", log, live=False) as bar:
+            for step in range(1, 101):
+                now[0] += seconds_per_step
+                bar.tick()
+                use(bar, step, now)
+    return lines
+
+
+def test_first_step_then_a_line_in_every_silence(tmp_path, monkeypatch):
+    def without_log_steps(bar, step, now):
+        bar.note = "first step 4.0 s"
+        if bar.is_due():
+            bar.update({"loss": 1.0})
+
+    lines = progress_lines(tmp_path, monkeypatch, 4.0, without_log_steps)
+    steps = [int(line.partition("step ")[2].partition("/")[0]) for line in lines]
+    assert steps[:3] == [1, 9, 10] and max(b - a for a, b in itertools.pairwise(steps)) * 4 <= 32
+    assert lines[0] == "kd  epoch 1/5  step 1/100  first step 4.0 s  loss 1"
+    assert lines[2] == "kd  epoch 1/5  step 10/100  2 img/s  6:00 left  loss 1"
+
+
+def test_time_left_is_averaged_over_the_run_with_its_validations(tmp_path, monkeypatch):
+    def with_validations(bar, step, now):
+        if bar.is_due() or step % 10 == 0:
+            bar.update({"loss": 1.0})
+        if step % 20 == 0:
+            now[0] += 20.0  # as long as the steps of an epoch
+            bar.show_validation(50.0 + step / 10, 60.0)
+            bar.pause()
+
+    lines = progress_lines(tmp_path, monkeypatch, 1.0, with_validations)
+    assert [line for line in lines if "validation" in line][1] == (
+        "kd  epoch 2/5  step 40/100  validation: top-1 54.00 %, best so far 60.00 %  loss 1"
+    )
+    # 69 s of steps and 60 s of validations for 69 steps.
+    assert "kd  epoch 4/5  step 70/100  10 img/s  0:56 left  loss 1" in lines
+
+
+def test_long_evaluation_shows_lines_with_its_time_left(tmp_path, monkeypatch):
+    lines: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    with RunLog(tmp_path, echo=lines.append) as log:
+        with TrainProgress(100, 10, 20, "kd", log, live=False) as bar:
+            bar.tick()
+            for begin in (
+                lambda: bar.evaluating("val"),
+                lambda: progress.count_progress("evaluating test", say=lines.append),
+            ):
+                show = begin()
+                for done in range(5, 31, 5):
+                    now[0] += 5.0
+                    show(done, 30)
+    assert lines == [
+        "kd  epoch 1/5  step 1/100  evaluating val: 10 of 30, 0:20 left",
+        "kd  epoch 1/5  step 1/100  evaluating val: 20 of 30, 0:10 left",
+        "evaluating test: 10 of 30, 0:20 left",
+        "evaluating test: 20 of 30, 0:10 left",
+    ]
+
+
 def test_live_bar_shows_values_and_lines_above_it(tmp_path, monkeypatch):
     console = pytest.importorskip("rich.console")
     shown = io.StringIO()
@@ -143,13 +212,21 @@ def test_live_bar_shows_values_and_lines_above_it(tmp_path, monkeypatch):
                 bar.update({"loss": 0.5})
             log.say("[note] checkpoint saved")
             bar.evaluating("optdigits")(3, 9)
+            bar._bar.refresh()
+            bar.show_validation(61.25, 70.0)
+            before_pause = shown.getvalue()
+            bar.pause()
+            bar._bar.refresh()
+        after = shown.getvalue().removeprefix(before_pause)
+        assert "validation: top-1 61.25 %, best so far 70.00 %" in before_pause
+        assert "val 61.2 %  loss 0.5" in after and "evaluating" not in after
         assert log.echo is before
     text = shown.getvalue()
     assert (
         "kd [seed] 0" in text
         and "4/4" in text
         and "[note] checkpoint saved" in text
-        and "evaluating optdigits 3/9" in text
+        and "evaluating optdigits: 3 of 9" in text
     )
     assert "checkpoint saved" in (tmp_path / "train.log").read_text()
 

@@ -7,8 +7,10 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dad_fast.discretizers.base import Discretized, Discretizer
+from dad_fast.discretizers.identity import Identity
 from dad_fast.engine.diagnostics import share_changed, signal_to_rounding
-from dad_fast.methods.attack import PGD, cross_entropy_direction
+from dad_fast.methods.attack import PGD, cross_entropy_direction, discretize
 
 SHAPE = (3, 4, 4)
 
@@ -176,3 +178,51 @@ def test_code_change_and_signal_to_rounding():
     x = pixels().double()
     ratio = signal_to_rounding(lambda p: p + 0.01, lambda p: p, x, x + 0.05)
     torch.testing.assert_close(ratio, torch.tensor(5.0))
+
+
+def test_authors_order_discretizes_after_every_step():
+    """Against a re-computation by plain formulas; budgets as in the attack, gradients by autograd."""
+    model, x, calls = Linear(), pixels(low=0.1, high=0.9), []
+    eps, length, steps = 0.3, 0.2, 3
+
+    class Posterize(Discretizer):
+        def __call__(self, images):
+            calls.append(images)
+            return Discretized(images=(images * 20).round() / 20, codes=None)
+
+    attack = PGD("l2", eps, length, steps, random_start=0)
+    how = Posterize(), model, attack, x, LABELS, KEYS
+    got = discretize(*how, order="authors").images
+    assert len(calls) == 1 + steps
+
+    def posterized(images):
+        return (images * 20).round() / 20
+
+    base = image = posterized(x)
+    for _ in range(steps):
+        image = image.detach().requires_grad_(True)
+        loss = torch.nn.functional.cross_entropy(model(image), LABELS, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, image)
+        direction = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+        delta = image.detach() + length * direction - base
+        norm = delta.flatten(1).norm(dim=1)[:, None, None, None]
+        delta = delta * (eps / norm).clamp(max=1)
+        image = posterized((base + delta).clamp(0, 1))
+    assert torch.equal(got, image.detach())
+    once = posterized(attack(model, base, LABELS, KEYS))
+    assert not torch.equal(got, once), "Q between the steps must matter in this test"
+
+
+def test_paper_order_discretizes_once_and_one_step_of_the_authors_twice():
+    model, x = Linear(), pixels()
+    for order, steps, passes in (("paper", 3, 1), ("authors", 1, 2), ("authors", 0, 2)):
+        calls = []
+
+        class Counted(Identity):
+            def __call__(self, images, calls=calls):
+                calls.append(images)
+                return super().__call__(images)
+
+        how = Counted(), model, PGD(steps=steps), x, LABELS, KEYS
+        found = discretize(*how, order=order).images
+        assert len(calls) == passes and not found.requires_grad

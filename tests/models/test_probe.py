@@ -183,6 +183,10 @@ def test_probe_on_a_timm_teacher(parts, tmp_path, capsys):
     assert probe.model.weight.shape == (3, 8)
     assert not probe.spec["unit_features"]
     assert main(["eval", str(tmp_path / "run"), "--suite", "val"]) == 0
+    run = arguments(parts, tmp_path / "by-run", "--teacher", tmp_path / "ce", "--lp-views", "2")
+    assert main(run) == 0
+    by_run, _ = load_student(tmp_path / "by-run")
+    assert torch.equal(by_run.model.weight, probe.model.weight)
     capsys.readouterr()
     assert (
         main(arguments(parts, tmp_path / "zs", "--teacher", teacher, "--lp-init", "zero-shot")) == 2

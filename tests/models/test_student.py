@@ -219,6 +219,45 @@ def test_unknown_models_and_arguments_are_refused():
     )
 
 
+def test_names_of_teachers_and_of_the_hub():
+    student = build(name="timm:resnet18")
+    assert student.name == "resnet18"
+    expected = build().model.state_dict()
+    assert all(torch.equal(t, expected[k]) for k, t in student.model.state_dict().items())
+    refuse(
+        UsageError,
+        ["write resnet18.a1_in1k, or hf-hub:timm/resnet18.a1_in1k"],
+        name="timm/resnet18.a1_in1k",
+    )
+    refuse(
+        UsageError,
+        ["write --student resnet18 --student-weights r.pth"],
+        name="timm:resnet18@r.pth",
+    )
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"])
+def test_an_unreachable_hub_is_not_asked_again(name, monkeypatch, capfd, caplog):
+    """Nothing listens on the port; the hub's client would ask it for 24 s."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
+    )
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for another try"))
+    with caplog.at_level(logging.DEBUG):
+        refuse(
+            EnvironmentProblem,
+            [f"--student {name}", "the hub cannot be reached", "--student-weights FILE"],
+            name=name,
+            model_kwargs={},
+            pretrained=True,
+        )
+    assert "Retry" not in caplog.text and capfd.readouterr() == ("", "")
+
+
 def test_pretrained_without_a_network(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route\nto host")

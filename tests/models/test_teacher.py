@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models import clip_teacher, clip_weights, zeroshot
 from dad_fast.models.teacher import UNKNOWN
 from dad_fast.models.weights.files import sha256_file, write_safetensors
+from dad_fast.models.weights.published import published_weights
 from dad_fast.models.zeroshot import is_imagenet, prompt_names, resolve_templates, zero_shot_head
 from tests.numerics import assert_same_function
 
@@ -200,6 +202,48 @@ def test_named_architecture(known, clip, bare_file, caplog):
     refuse(DataError, [str(config), "JSON"], f"open_clip:Tiny@{bare_file}")
 
 
+def publish(monkeypatch, arch, tag, **settings):
+    table = open_clip.pretrained._PRETRAINED
+    monkeypatch.setitem(table, arch, {**table[arch], tag: open_clip.pretrained._pcfg(**settings)})
+
+
+@pytest.mark.parametrize("digits", [64, 8])
+def test_published_files_need_their_activation(known, monkeypatch, bare_file, digits):
+    """OpenAI's addresses have the whole hash as a folder, open_clip's 8 digits in the name."""
+    digest = sha256_file(bare_file)
+    address = f"{digest}/Tiny.pt" if digits == 64 else f"tiny-quickgelu-e32-{digest[:8]}.pt"
+    url = f"https://nowhere.invalid/{address}"
+    publish(monkeypatch, "Tiny", "e32", url=url, quick_gelu=True)
+    refuse(
+        UsageError,
+        ["Tiny/e32", "use QuickGELU", f"write open_clip:Tiny-quickgelu@{bare_file}"],
+        f"open_clip:Tiny@{bare_file}",
+    )
+    load(f"open_clip:Tiny-quickgelu@{bare_file}")
+    other = url.replace(digest[:8], "0123abcd")
+    publish(monkeypatch, "Tiny", "e32", url=other, quick_gelu=True)
+    load(f"open_clip:Tiny@{bare_file}")
+
+
+def test_files_in_the_hubs_cache_need_their_activation(known, monkeypatch, bare_file):
+    folder = bare_file.parent / "models--timm--tiny.openai" / "snapshots" / "1"
+    folder.mkdir(parents=True)
+    cached = bare_file.rename(folder / bare_file.name)
+    publish(monkeypatch, "Tiny", "openai", hf_hub="timm/tiny.openai/", quick_gelu=True)
+    refuse(UsageError, ["Tiny/openai", "use QuickGELU"], f"open_clip:Tiny@{cached}")
+
+
+def test_openais_files_are_known_by_the_hash_in_their_address():
+    settings = open_clip.get_pretrained_cfg("ViT-L-14", "openai")
+    digest = settings["url"].split("/")[-2]
+    found = published_weights(Path("renamed.pt"), digest)
+    assert found is not None and (found.tag, found.teacher_arch) == (
+        "openai",
+        "ViT-L-14-quickgelu",
+    )
+    assert published_weights(Path("renamed.pt"), "0" * 64) is None
+
+
 def test_files_of_older_open_clip_versions_load(known, clip, bare_file):
     """Accept extra entries of OpenAI's and older files, and logit_scale as a vector."""
     state = {f"module.{key}": value for key, value in clip.state_dict().items()}
@@ -299,6 +343,19 @@ def test_without_a_network(monkeypatch):
         "open_clip:ViT-B-32/openai",
     )
     refuse(EnvironmentProblem, ["not available", "hf-hub:some/model"], "hf-hub:some/model")
+
+
+def test_a_missing_package_of_a_tokenizer_is_named(clip, bare_file, monkeypatch):
+    """SigLIP's tokenizer needs transformers, which open_clip does not install."""
+    text_cfg = {**TOWERS["text_cfg"], "hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}
+    config = {**TOWERS, "text_cfg": text_cfg}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "TinySigLIP", config)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refuse(
+        EnvironmentProblem,
+        ["pip install transformers", "--teacher-head"],
+        f"open_clip:TinySigLIP@{bare_file}",
+    )
 
 
 def test_other_weights_are_refused(known, clip, clip_file, bare_file, tmp_path):

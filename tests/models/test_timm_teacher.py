@@ -99,6 +99,14 @@ def test_a_student_as_teacher(tmp_path):
         class_map("cat", "ant", "queen_bee"),
     )
     refuse(DataError, ["the file is a resnet18"], f"timm:resnet34@{tmp_path}/model.safetensors")
+    # A run's folder and its file need no name of the architecture.
+    for name in (tmp_path, tmp_path / "model.safetensors"):
+        run = load(name)
+        assert torch.equal(run(pixels), teacher(pixels)) and run.name == str(name)
+        assert run.image_size == 40 and run.weights_sha256 == teacher.weights_sha256
+        refuse(DataError, ["class list has 3 classes, the data 2"], name, class_map("ant", "cat"))
+        refuse(DataError, ["class 0 is 'ant'"], name, class_map("cat", "ant", "queen_bee"))
+        refuse(UsageError, ["--teacher-head"], name, head="x.safetensors")
 
 
 def test_timm_usage_errors(lite0, tmp_path, monkeypatch):
@@ -120,3 +128,5 @@ def test_timm_usage_errors(lite0, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     refuse(EnvironmentProblem, ["no route to host", "timm:resnet50@FILE"], "timm:resnet50")
+    name = "timm/resnet18.a1_in1k"
+    refuse(UsageError, [name, "a name of the hub; write timm:resnet18.a1_in1k"], name)

@@ -106,6 +106,14 @@ def targets(inputs, tmp_path_factory):
     return folder
 
 
+def test_an_attack_that_changes_next_to_nothing_is_warned_of(inputs, tmp_path, caplog):
+    weak = flags(inputs, "--attack-eps", "1e-4", "--attack-step-size", "1e-4")
+    images = ["--discretizer", "jpeg:75", "--images", "raw"]
+    assert main(["precompute", *weak, *images, "-o", str(tmp_path / "weak")]) == 0
+    (warning,) = [text for text in caplog.messages if "changes next to nothing" in text]
+    assert "jpeg:75" in warning and "0.00% of the pixel values" in warning
+
+
 def test_a_store_records_what_auto_meant(raw):
     precision = Manifest.load(raw).settings["precision"]
     assert (precision["amp"], precision["channels_last"]) == (False, False)

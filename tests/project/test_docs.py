@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,33 @@ def test_demo_table_matches_its_record():
         name, _num_seeds, *cells = line.split("|")[1:]
         row = "|".join(["", name.replace(" teacher embedded:digits", " teacher"), *cells])
         assert row in readme, line
+
+
+def desk_model() -> Any:
+    path = ROOT / "scripts" / "desk_model.py"
+    spec = importlib.util.spec_from_file_location("desk_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_desk_model_tables_match_their_record():
+    record = json.loads((RECORDS / "desk-model.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert desk_model().with_tables(page, record) == page
+    rates = tomllib.loads((ROOT / "dad_fast/tools/dry_run/rates.toml").read_text(encoding="utf-8"))
+    assert record["rates"] == {"name": "H200", **rates["H200"]}
+
+
+@pytest.mark.slow
+def test_desk_model_is_what_the_code_gives_today():
+    for package in ("torch", "timm", "open_clip"):
+        pytest.importorskip(package)
+    record = json.loads((RECORDS / "desk-model.json").read_text(encoding="utf-8"))
+    for name, form in desk_model().make_record()["forms"].items():
+        assert form["ms"] == pytest.approx(record["forms"][name]["ms"], rel=0.05), name
+        assert form["peak_GiB"] == pytest.approx(record["forms"][name]["peak_GiB"], rel=0.05), name
 
 
 @pytest.mark.parametrize("record", sorted(RECORDS.glob("*.json")), ids=lambda path: path.name)

@@ -17,7 +17,7 @@ from dad_fast.errors import UsageError
 from dad_fast.keyed_random import Draws
 
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-_SECTION = re.compile(r"(m|n|p|inc|mmax)\d+(\.\d+)?|mstd(\d+(\.\d+)?|inf)|t(weights|3a|3aw)")
+_SECTION = re.compile(r"(m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?|t(weights|3a|3aw)")
 
 
 class Op(NamedTuple):
@@ -56,14 +56,15 @@ def parse_policy(text: str) -> Policy:
     kind, *sections = text.split("-")
     for section in sections if kind == "rand" else [kind]:
         if not _SECTION.fullmatch(section):
+            # timm ignores a key without digits, so `mstdinf` would mean two things.
             raise UsageError(
                 f"--aa {text}: cannot read {section!r}; "
-                "timm writes a policy as rand-m9-mstd0.5-inc1 (m n p mstd mmax inc t)"
+                "timm writes a policy as rand-m9-mstd0.5-inc1 (m n p mstd mmax inc t; mstd101 draws "
+                "the magnitude evenly from 0 to m)"
             )
     from timm.data.auto_augment import rand_augment_transform
 
-    # timm's parser needs a digit after every key and takes a deviation above 100 for "uniform".
-    transform = rand_augment_transform(text.replace("mstdinf", "mstd101"), hparams={})
+    transform = rand_augment_transform(text, hparams={})
     op = transform.ops[0]
     weights = transform.choice_weights
     return Policy(

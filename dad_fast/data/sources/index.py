@@ -81,13 +81,7 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
     root = folder.resolve()
     file = index_file(root)
     about = f"folder {str(root)!r}"
-    found: list[Entry] = []
-    others: Counter[str] = Counter()
-    with threads() as pool:
-        for scanned, extensions in pool.map(lambda label: _scan_class(root, label), classes):
-            found += scanned
-            others += extensions
-    found.sort(key=lambda entry: entry.path)
+    found, others = scan_folder(root, classes)
     _report_left_out(folder, others)
 
     with one_at_a_time(file, f"indexing {folder}"):
@@ -113,6 +107,21 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
                         folder,
                     )
     return [entries[entry.path] for entry in found]
+
+
+def scan_folder(root: Path, classes: list[str]) -> tuple[list[Entry], Counter[str]]:
+    """Return the entries of a folder, sorted by path and not verified, and counts of other files
+    by extension. Writes nothing.
+
+    Raises DataError when a class has no images or a folder cannot be listed.
+    """
+    found: list[Entry] = []
+    others: Counter[str] = Counter()
+    with threads() as pool:
+        for scanned, extensions in pool.map(lambda label: _scan_class(root, label), classes):
+            found += scanned
+            others += extensions
+    return sorted(found, key=lambda entry: entry.path), others
 
 
 def index_file(path: Path) -> Path:

@@ -104,6 +104,23 @@ def build_tar_index(base: Path, names: Sequence[str]) -> tuple[list[Shard], list
         return _build(base, names, paths)
 
 
+def scan_shards(base: Path, names: Sequence[str]) -> list[Entry]:
+    """Return the entries of shards from their indexes or their headers. Writes nothing.
+
+    Raises DataError when a shard is missing, damaged or compressed.
+    """
+    entries: list[Entry] = []
+    for name in names:
+        try:
+            shard = _stat(base / name)
+            known = load_index(index_file(Path(shard.path)), _about(shard))
+            entries += known or _scan(shard, shown(name))[0]
+        except OSError as error:
+            why = error.strerror or error
+            raise DataError(f"{base / name}: cannot be read: {why} (--data-dir)") from error
+    return entries
+
+
 def _build(
     base: Path, names: Sequence[str], paths: Sequence[Path]
 ) -> tuple[list[Shard], list[list[Entry]]]:

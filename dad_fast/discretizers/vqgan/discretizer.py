@@ -18,7 +18,7 @@ from dad_fast.discretizers.vqgan.float16_range import probe_images, probe_range
 from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.fused_layers import Recipe, VQGANOptimizations
 from dad_fast.discretizers.vqgan.gpu_forms import micro_batch_size, norm_maps, upsampling_times
-from dad_fast.discretizers.vqgan.model import VQGAN
+from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.distributed import process_group as distributed
 from dad_fast.kernels import cases, unpack_codes
 from dad_fast.kernels.pack_codes import use_triton
@@ -62,6 +62,8 @@ class VQGANDiscretizer(Discretizer):
         self.provenance = provenance
         self.weights_sha256 = weights_sha256
         self.micro_batch = micro_batch
+        # Parts of a batch are limited in bytes on a GPU, and where a GPU is modelled.
+        self.for_gpu = vqgan.codebook.device.type == "cuda"
         if optimizations is None or not precision.amp:
             optimizations = VQGANOptimizations.none()
         self.optimizations = optimizations
@@ -93,7 +95,7 @@ class VQGANDiscretizer(Discretizer):
             return min(self.micro_batch, batch_size)
         values = self.vqgan.config.largest_map(height, width)
         dtype = self._dtype(half) if self.optimizations.cast else torch.float32
-        return micro_batch_size(batch_size, values, dtype.itemsize if self._on_gpu else 0)
+        return micro_batch_size(batch_size, values, dtype.itemsize if self.for_gpu else 0)
 
     def fit_float16(self, pixels: Tensor | None = None) -> str:
         """Scale the halves that run in float16 so that their activations fit.
@@ -252,9 +254,25 @@ def load_embedded(argument: str, context: LoadContext) -> VQGANDiscretizer:
 
 
 def _load(path: Path, context: LoadContext) -> VQGANDiscretizer:
-    vqgan, seen = VQGAN.load_with_provenance(path)
     optimizations = context.optimizations
     assert optimizations is None or isinstance(optimizations, VQGANOptimizations)
+    if context.shapes_only:
+        config, name = PRESETS["f8-16384"], f"{context.text}, not found: VQGAN f8 (16384) assumed"
+        if path.exists():
+            config, name = VQGAN.load(path).config, context.text
+        with torch.device(context.device):
+            vqgan = VQGAN(config)
+        discretizer = VQGANDiscretizer(
+            vqgan,
+            context.precision,
+            optimizations=optimizations,
+            name=name,
+            micro_batch=context.micro_batch,
+        )
+        discretizer.for_gpu = True
+        return discretizer
+
+    vqgan, seen = VQGAN.load_with_provenance(path)
     discretizer = VQGANDiscretizer(
         vqgan.to(context.device),
         context.precision,

@@ -21,12 +21,8 @@ from dad_fast.discretizers.vqgan.config import PRESETS as PRESETS
 from dad_fast.discretizers.vqgan.config import VQGANConfig, config_from_json, infer_config
 from dad_fast.errors import DataError, UsageError
 from dad_fast.kernels import CodebookSearch, nearest_code
-from dad_fast.models.weights.files import (
-    load_strictly,
-    read_state_dict,
-    strip_wrappers,
-    write_safetensors,
-)
+from dad_fast.models.weights.files import load_strictly, read_state_dict, write_safetensors
+from dad_fast.models.weights.unwrap import unwrap
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -298,8 +294,8 @@ class VQGAN(nn.Module):
     def load(cls, path: str | Path) -> VQGAN:
         """Load taming's Lightning `.ckpt`, a bare state dict or safetensors.
 
-        Drops keys under `loss.` (discriminator and LPIPS). Raises DataError unless every other key
-        matches.
+        Strips wrappers and drops what belongs to training, see `unwrap`. Raises DataError unless
+        every other key matches.
         """
         return cls.load_with_provenance(path)[0]
 
@@ -307,8 +303,7 @@ class VQGAN(nn.Module):
     def load_with_provenance(cls, path: str | Path) -> tuple[VQGAN, str]:
         """Return the VQGAN of `load`, and its training data as the file records it."""
         state, metadata = read_state_dict(path)
-        state = strip_wrappers(state)
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+        state = unwrap(state, path)
         if "dad_fast.vqgan" in metadata:
             config = config_from_json(metadata["dad_fast.vqgan"], path)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.files import atomic_write_bytes
 from dad_fast.models.weights.pickles import read_pickle
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+log = logging.getLogger(__name__)
 
-# Prefixes of every key that DataParallel, torch.compile and trainers add.
-WRAPPERS = ("module.", "_orig_mod.", "model.")
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 # Bytes that a tensor of a pickle may be expanded to
 _SMALL = 1 << 20
@@ -61,8 +61,9 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     """Read a safetensors file or a PyTorch checkpoint.
 
     Returns tensors by name, on the CPU, and text metadata (empty for pickles).
-    A checkpoint {"state_dict": ...} or {"model": ...} gives that entry. No code in a file is
-    executed: see `pickles.py`. Raises DataError if the file is missing, damaged or unsafe to read.
+    Of a checkpoint {"state_dict": ...} or {"model": ...} that entry is read, or its average (EMA)
+    in "state_dict_ema" or "model_ema", as timm does. No code in a file is executed: see
+    `pickles.py`. Raises DataError if the file is missing, damaged or unsafe to read.
     Any changed bit of a file by `write_safetensors` counts as damage, unless it hits the name of
     its checksum's key.
     """
@@ -108,14 +109,6 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, metadata
 
 
-def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes of `WRAPPERS` that all keys share, such as "module." of DataParallel."""
-    for prefix in WRAPPERS:
-        if state and all(key.startswith(prefix) for key in state):
-            return strip_wrappers({key.removeprefix(prefix): state[key] for key in state})
-    return dict(state)
-
-
 def _digest(path: Path, seal: str) -> str:
     with open(path, "rb") as file:
         length = file.read(8)
@@ -129,9 +122,11 @@ def _digest(path: Path, seal: str) -> str:
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     """Return the state dict in the content of a checkpoint. Raises DataError for anything else."""
     if isinstance(content, dict):
-        for key in ("state_dict", "model"):
+        for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
             if isinstance(content.get(key), dict):
                 content = content[key]
+                if key.endswith("_ema"):
+                    log.warning("%s: read its averaged weights (%s)", path, key)
                 break
     if not isinstance(content, dict) or not content:
         raise DataError(
@@ -202,7 +197,13 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     problems = list(_differences(own, state))
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DataError(f"{path}: weights of another architecture: {'; '.join(problems[:3])}{more}")
+        if set(own) == set(state):
+            what = "weights of this architecture in another size"
+        elif set(own) > set(state):
+            what = "incomplete, or weights of another architecture"
+        else:
+            what = "weights of another architecture"
+        raise DataError(f"{path}: {what}: {'; '.join(problems[:3])}{more}")
     if any(tensor.is_meta for tensor in own.values()):
         model.load_state_dict(
             {key: state[key].to(own[key].dtype, copy=True) for key in own}, assign=True

@@ -8,6 +8,7 @@ stand-in, so that the real class is neither imported nor called.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickletools
@@ -25,6 +26,7 @@ import torch
 from torch.serialization import safe_globals
 
 from dad_fast.errors import DataError
+from dad_fast.models.weights.published import published_weights
 
 
 class Inert:
@@ -211,8 +213,10 @@ def _instead(path: Path) -> str:
         import open_clip
     except ImportError:
         return "give the same weights as safetensors"
+    with open(path, "rb") as file:
+        known = published_weights(path, hashlib.file_digest(file, "sha256").hexdigest())
     # OpenAI's files are named by architecture: ViT-L-14.pt, RN50.pt, ViT-L-14-336px.pt.
-    arch = path.stem.removesuffix("px")
+    arch = known.arch if known else path.stem.removesuffix("px")
     repository = open_clip.get_pretrained_cfg(arch, "openai").get("hf_hub", "").strip("/")
     if not repository:
         return "give the same weights as safetensors"

@@ -260,4 +260,4 @@ def _sheet(path: Path, sets: Mapping[str, ImageSet], name: str, names: Sequence[
 
 
 def _progress(text: str) -> Callable[[int, int], None]:
-    return count_progress(text, plain_lines=True)
+    return count_progress(text)

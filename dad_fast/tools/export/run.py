@@ -6,8 +6,6 @@ Each is read back and compared first.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +18,8 @@ import dad_fast
 from dad_fast.config.options import ExportOptions
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import UsageError
-from dad_fast.files import (
-    atomic_write_json,
-    atomic_write_text,
-    disk_error,
-    hold,
-    remove_abandoned,
-    sync,
-)
+from dad_fast.files import atomic_write_json, atomic_write_text, disk_error, sync
+from dad_fast.locks import LOCK, lock_folder
 from dad_fast.models.load_student import load_raw_student, load_student, take_view
 from dad_fast.models.student import Student, checkpoint_file
 from dad_fast.models.weights.declared import CLASSES, PROBE, STUDENT, recorded_classes
@@ -42,6 +34,13 @@ RECORD = "export.json"  # written last; marks a folder as an export that may be 
 
 def run(options: ExportOptions) -> int:
     """Write the export and return the exit code."""
+    target = Path(options.output).absolute()
+    # Not in the folder, which a new one replaces.
+    with lock_folder(target, target.parent / f".{target.name}{LOCK}"):
+        return _export(options)
+
+
+def _export(options: ExportOptions) -> int:
     target = Path(options.output)
     _check_target(target, options.overwrite)
     student, metadata, source, weights = _load(options.checkpoint, options.weights)
@@ -160,25 +159,21 @@ def _is_export(folder: Path) -> bool:
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to fill; it replaces `target` on success and is removed on failure, which
-    leaves `target` unchanged.
+    leaves `target` unchanged. The caller holds the lock of `target`.
 
     Clean up after a killed export first: remove its folder, and restore an earlier export that it
     had moved aside.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}.????????.old"):
-        if not target.exists():
-            left.rename(target)
-    for ending in (".tmp", ".old"):
-        remove_abandoned(target.parent, f".{target.name}.", ending)
-
-    new = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    old = target.parent / f".{target.name}.{secrets.token_hex(4)}.old"
-    new.mkdir()
-    handle = os.open(new, os.O_RDONLY | os.O_CLOEXEC)
-    hold(handle, new)
+    new = target.parent / f".{target.name}.tmp"
+    old = target.parent / f".{target.name}.old"
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
     try:
+        new.mkdir()
         yield new
         for path in [*new.iterdir(), new]:
             sync(path)
@@ -194,6 +189,5 @@ def _new_folder(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise disk_error(error, target) from error
     finally:
-        os.close(handle)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)

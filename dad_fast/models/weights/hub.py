@@ -1,0 +1,51 @@
+"""Downloads from the Hugging Face hub: quiet, and from the cache alone where it is not reachable."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
+
+from dad_fast.models.weights.limits import without_downloads
+
+
+@contextmanager
+def hub_client() -> Iterator[None]:
+    """Silence libraries that ask the hub, and keep them from retrying while it is not reachable.
+
+    Their log lines and warnings say what the exception says, or what is intended. Unreachable, the
+    hub's client reads its cache and raises at once for anything else.
+    """
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            nullcontext() if _is_reachable() else without_downloads(),
+        ):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def reason_of(error: Exception) -> str:
+    """Return a short reason why a download failed, in one line."""
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub cannot be reached, and its cache lacks the file"
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
+def _is_reachable() -> bool:
+    """Return whether the hub answers, or the user has turned it off."""
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:
+        # The client's errors are those of its HTTP library, which changes with its version.
+        return False
+    return True
