@@ -20,7 +20,7 @@ from tiny import SIDE, TOWERS, write_teacher
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.models import clip_teacher, clip_weights, zeroshot
+from dad_fast.models import clip_teacher, clip_weights, file_teacher, zeroshot
 from dad_fast.models.teacher import UNKNOWN
 from dad_fast.models.weights.files import sha256_file, write_safetensors
 from dad_fast.models.weights.published import published_weights
@@ -309,7 +309,7 @@ def test_a_teacher_of_a_users_own_module(clip_file, monkeypatch):
     """The factory gets the argument of the name, and the context with the class list."""
 
     def load_scaled(argument, context):
-        teacher = clip_teacher.load_file(str(clip_file), context)
+        teacher = file_teacher.load_file(str(clip_file), context)
         teacher.head_weight *= float(argument)
         return teacher
 
