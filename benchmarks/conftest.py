@@ -42,13 +42,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="images of a batch in steps and stored [each group's own]",
     )
-    group.addoption(
-        "--bench-rounds",
-        type=int,
-        default=0,
-        metavar="N",
-        help="timed rounds [5 to 50, as time allows]",
-    )
     group.addoption("--bench-device", default="auto", help="auto, cpu or cuda[:N]")
     group.addoption(
         "--bench-out",
