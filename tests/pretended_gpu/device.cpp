@@ -263,7 +263,7 @@ API int cudaDeviceGetStreamPriorityRange(int* low, int* high) {
 }
 API int cudaDeviceSynchronize() { LOCK; return synchronize("cudaDeviceSynchronize"); }
 
-// ---- memory: addresses without pages until somebody writes there ----
+// ---- memory: addresses without pages; all of it reads as zero ----
 static int take(size_t n) {
   if (used[device] + n > capacity()) return fail(OUT_OF_MEMORY);
   used[device] += n;
@@ -274,7 +274,8 @@ static size_t span(size_t n) { return (n + (2 << 20) - 1) & ~(size_t)((2 << 20) 
 static void* reserve(size_t n, int owner) {
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   size_t align = 2 << 20;
-  char* raw = (char*)mmap(nullptr, span(n) + align, PROT_READ | PROT_WRITE, flags, -1, 0);
+  int access = owner < 0 ? PROT_READ | PROT_WRITE : PROT_NONE;
+  char* raw = (char*)mmap(nullptr, span(n) + align, access, flags, -1, 0);
   if (raw == MAP_FAILED) return nullptr;
   char* start = (char*)(((uintptr_t)raw + align - 1) & ~(uintptr_t)(align - 1));
   if (start > raw) munmap(raw, start - raw);
@@ -348,13 +349,14 @@ API int cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
   if (block->device < 0) a->hostPointer = (void*)p;
   return 0;
 }
-// Small values and what the host reads are real: counters, codebooks, labels. Large ones are not.
+// The host reads zeros from the device: what it finds does not depend on earlier work.
 static int copy(void* to, const void* from, size_t n, Stream* stream) {
   static const char* names[] = {"host to host", "host to device", "device to host", "on device"};
   bool to_device = on_device(to), from_device = on_device(from);
   if (int error = work("copy", names[2 * from_device + to_device], stream)) return error;
   if (from_device && !to_device && !block_of(to)) note("sync", "copy to pageable memory", stream);
-  if (stream->status == NONE && (!to_device || n <= (1 << 20))) memmove(to, from, n);
+  if (stream->status != NONE || to_device) return 0;
+  from_device ? memset(to, 0, n) : memmove(to, from, n);
   return 0;
 }
 API int cudaMemcpyAsync(void* to, const void* from, size_t n, int, void* stream) {
@@ -374,11 +376,9 @@ API int cudaMemcpy2DAsync(void*, size_t, const void*, size_t, size_t, size_t, in
   LOCK;
   return work("copy", "2D", stream_of(stream));
 }
-API int cudaMemsetAsync(void* p, int value, size_t n, void* handle) {
+API int cudaMemsetAsync(void*, int, size_t, void* stream) {
   LOCK;
-  Stream* stream = stream_of(handle);
-  if (stream->status == NONE && n <= (1 << 20)) memset(p, value, n);
-  return work("set", "memset", stream);
+  return work("set", "memset", stream_of(stream));
 }
 API int cudaMemset(void* p, int value, size_t n) { return cudaMemsetAsync(p, value, n, nullptr); }
 API int cudaGetSymbolAddress(void** p, const void*) {
