@@ -5,8 +5,6 @@ history.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -360,12 +358,3 @@ def test_flops_of_published_shapes() -> None:
     assert count(lambda: vqgan.encode(pixels)) / 1e9 == pytest.approx(172.0, rel=0.002)
     assert count(lambda: vqgan.decode(codes)) / 1e9 == pytest.approx(360.1, rel=0.002)
     assert count(lambda: vit(pixels)) / 1e9 == pytest.approx(35.1, rel=0.002)
-
-
-def test_options_of_the_benchmarks_are_accepted():
-    """Two merged options of one name ended every benchmark."""
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_steps.py", "--benchmark", "--help"]
-    assert (
-        "--bench-rounds"
-        in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    )
