@@ -144,8 +144,9 @@ def test_allowed_changes_of_the_optimizer_take_effect(begun, inputs):
     )
     assert all(entry["step"] == 1 for entry in made.update.optimizer.state.values())
     other = trainer(begun, config(inputs, "optim.opt=sgd"), allow=True)
+    momentum = [entry["momentum_buffer"] for entry in other.update.optimizer.state.values()]
     assert (
-        not other.update.optimizer.state
+        not any(buffer.any() for buffer in momentum)
         and "sgd starts with a fresh state: the run began with adamw" in other.notes
     )
     assert (

@@ -99,8 +99,8 @@ def test_missing_checkpoint_is_a_one_line_error(folder, capsys):
         == 4
     )
     assert (
-        "--resume run/checkpoints: no such file or folder; name RUN/checkpoints/step-N"
-        in capsys.readouterr().err
+        "--resume run/checkpoints: no such file or folder; name a run's folder RUN or "
+        "RUN/checkpoints/step-N" in capsys.readouterr().err
     )
 
 
