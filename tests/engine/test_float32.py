@@ -51,11 +51,10 @@ def flags():
 class Flags(TorchDispatchMode):
     """Records (stage, products in TF32, convolutions in TF32) of every product."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self):
         super().__init__()
         self.stages = ["outside"]
         self.seen = set()
-        monkeypatch.setattr(profiling, "_range", self.range)
 
     @contextmanager
     def range(self, name):
@@ -73,7 +72,7 @@ class Flags(TorchDispatchMode):
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def recorded():
     def run(method, precision, teacher=True):
         cfg = make_config(method, BATCH_NORM, precision=precision)
         torch.manual_seed(0)
@@ -84,7 +83,8 @@ def recorded(monkeypatch):
         for owner, name, stage in quantizer.stages():
             profiling.name_method(owner, name, stage)
         step = make_step(cfg, student, asked, quantizer, Update(student, cfg, CPU))
-        with profiling.naming_stages(), Flags(monkeypatch) as found:
+        found = Flags()
+        with profiling.naming_stages(found.range), found:
             step(batch(), 0, 1e-3)
         return found.seen
 
@@ -139,10 +139,10 @@ def test_encoder_in_float32_is_ieee_under_mixed_precision(recorded):
     }
 
 
-def test_stages_outside_a_run_are_ieee_too(monkeypatch):
+def test_stages_outside_a_run_are_ieee_too():
     """`df.discretize` and `df.PGD` in a notebook."""
     quantizer = discretizer()
-    with Flags(monkeypatch) as found:
+    with Flags() as found:
         quantizer.encode(torch.rand(B, 3, SIDE, SIDE))
     assert found.seen == {("outside", False, False)}
 
