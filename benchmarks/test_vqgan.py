@@ -221,11 +221,7 @@ def test_attention(bench: Bench, tokens: int) -> None:
         if bench.device.type != "cuda":
             raise ImportError("needs CUDA")
         ways["xformers"](q, h, h, 512**-0.5)
-    except (
-        ImportError,
-        ValueError,
-        NotImplementedError,
-    ):
+    except (ImportError, ValueError, NotImplementedError):
         del ways["xformers"]
     functions = {name: lambda way=way: way(q, h, h, 512**-0.5) for name, way in ways.items()}
     flops = dict.fromkeys(ways, 4.0 * tokens**2 * 512)

@@ -104,7 +104,6 @@ class LoadContext:
     precision: PrecisionConfig
     device: torch.device
     optimizations: object | None  # a VQGAN's; None keeps the plain model under autocast
-    shapes_only: bool = (
-        False  # build the architecture as for a GPU: values of weights do not matter
-    )
+    # Build the architecture as for a GPU: values of weights do not matter.
+    shapes_only: bool = False
     micro_batch: int = 0  # images at once; 0 = by their size

@@ -219,7 +219,7 @@ def on_meta(make: Callable[[torch.device], Model]) -> Model:
             return make(META)
     except DadFastError:
         raise
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return make(torch.device("cpu"))
 
 
