@@ -250,7 +250,7 @@ class PrecisionConfig:
     )
     channels_last: Switch | bool = setting(
         Switch.AUTO,
-        "NHWC memory format; auto: on GPUs, for students with several convolutions",
+        "NHWC memory format for convolutional teachers and students; auto: on GPUs",
         "--channels-last",
     )
 

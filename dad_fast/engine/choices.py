@@ -72,7 +72,7 @@ class Choices:
 
 
 def choose(facts: DeviceFacts, student: nn.Module | None = None) -> Choices:
-    """Decide the meaning of auto. Without a student, its memory format stays as it is."""
+    """Decide the meaning of auto for a run with this student, or for work without one."""
     return Choices(
         {AMP: _amp(facts), LAYOUT: _channels_last(facts, student), COMPILE: _compile(facts)}
     )
@@ -94,17 +94,24 @@ def _amp(facts: DeviceFacts) -> Choice:
 def _channels_last(facts: DeviceFacts, student: nn.Module | None) -> Choice:
     """Decide the memory format of the student.
 
-    A vision transformer has one convolution, its patch embedding, and gains nothing. With more, the
-    student is convolutional, or has a convolutional stem.
+    Without a student, only the teacher asks (`is_convolutional`).
     """
-    if student is None:
-        return Choice(False, "no student")
     if facts.type != "cuda":
         return Choice(False, f"gains little on a {facts.type.upper()}")
-    count = sum(isinstance(module, nn.Conv2d) for module in student.modules())
-    if count > 1:
-        return Choice(True, f"the student has {count} convolutions, which run in NHWC on a GPU")
+    if student is None:
+        return Choice(True, "convolutional models run in NHWC on a GPU")
+    if is_convolutional(student):
+        return Choice(True, "the student is convolutional and runs in NHWC on a GPU")
     return Choice(False, "the student is not convolutional")
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Return whether `model` gains from NHWC.
+
+    A vision transformer has one convolution, its patch embedding, and gains nothing. A model with
+    more is convolutional, or has a convolutional stem.
+    """
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
 
 
 def _compile(facts: DeviceFacts) -> Choice:
