@@ -36,8 +36,9 @@ from dad_fast.engine.probe.pseudo_labels import PseudoLabels, WeakView
 from dad_fast.engine.probe.step import ProbeData, ProbeGenerator, ProbeLearner
 from dad_fast.engine.self_test import EVERY_KERNEL, Kernels, choose_kernels, step_cases
 from dad_fast.engine.step import TrainStep
+from dad_fast.engine.trials import try_one_image, try_training
 from dad_fast.engine.update import Update
-from dad_fast.errors import EnvironmentProblem, UsageError
+from dad_fast.errors import EnvironmentProblem
 from dad_fast.kernels import cases
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.load_student import take_view
@@ -158,9 +159,9 @@ class Builder:
 
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
         kernels = self._kernels(cfg, discretizer, device, student.image_size, len(train.classes))
-        _try_one_image(device, student, teacher, discretizer)
+        try_one_image(device, student, teacher, discretizer)
         if not method.linear_probe:
-            _try_training(device, student, cfg, len(method.image_kinds))
+            try_training(device, student, cfg, len(method.image_kinds))
         probe: ProbeData | None = None
         if isinstance(student, Probe):
             probe = self._probe_data(cfg, train, student, hashes["teacher"], device)
@@ -352,66 +353,6 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
             "leave it out"
         )
     student.model = convert_sync_batchnorm(student.model)
-
-
-@torch.no_grad()
-def _try_one_image(
-    device: torch.device,
-    student: Student,
-    teacher: Teacher | None,
-    discretizer: Discretizer | None,
-) -> None:
-    """Run every model on one image, so that an unsupported size is a one-line error before the
-    first step.
-    """
-    side = student.image_size
-    pixels = torch.zeros(1, 3, side, side, device=device)
-    try:
-        student.eval()(pixels)
-    except RuntimeError as error:
-        what = f"cannot take images of {side} px ({str(error).splitlines()[0]})"
-        raise UsageError(
-            f"--student {student.name} {what}; set --img-size or student.model_kwargs"
-        ) from None
-    if teacher is not None:
-        teacher(pixels)
-    if discretizer is not None:
-        discretizer(pixels)
-
-
-@torch.no_grad()
-def _try_training(device: torch.device, student: Student, cfg: Config, num_groups: int) -> None:
-    """Run the student in training mode on the images of one call, at most two of each kind.
-
-    A batch norm that would see one value, and outputs that are not logits, are then one-line
-    errors before anything is written. Changes neither random numbers nor running statistics.
-    """
-    images = min(cfg.data.batch_size, 2) * (1 if cfg.student.bn == "split" else num_groups)
-    side = student.image_size
-    pixels = torch.zeros(images, 3, side, side, device=device)
-    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            logits = student.train()(pixels)
-    except (RuntimeError, ValueError) as error:
-        fix = "set --batch-size to 2 or more, or use a student without batch norm"
-        if cfg.data.batch_size > 1:
-            fix = "see student.model_kwargs"
-        raise UsageError(
-            f"--student {student.name}: cannot train on {cfg.data.batch_size} images a step "
-            f"({str(error).splitlines()[0]}); {fix}"
-        ) from None
-    finally:
-        student.eval()
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (images, student.num_classes):
-        raise UsageError(
-            f"--student {student.name}: its output is {shape}, not logits "
-            f"({images}, {student.num_classes}); use a model with a classifier"
-        )
 
 
 def _open_source(cfg: Config, split: str) -> Source:
