@@ -151,11 +151,14 @@ class AttackGenerator(Generator):
         return to_pixels(to_levels(decoded), self.layout)
 
     def ask_teacher(self, pixels: Tensor) -> Tensor:
-        """Return the teacher's logits [B, C]."""
+        """Return the teacher's logits [B, C].
+
+        Images of one layout: a compiled teacher has a form for each.
+        """
         assert self.teacher is not None, (
             "the builder leaves a teacher out only where stores replace it"
         )
-        return self.teacher(pixels)
+        return self.teacher(pixels.contiguous(memory_format=self.layout))
 
     def _discretized(self, model: Model, pixels: Tensor, targets: Tensor, keys: Tensor) -> Tensor:
         assert self.discretizer is not None

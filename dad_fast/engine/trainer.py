@@ -30,7 +30,7 @@ from dad_fast.engine.monitor import Monitor
 from dad_fast.engine.notices import details, ema_lag, opening, run_choices
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe.features import FeatureLoader
-from dad_fast.engine.schedule import learning_rate, total_epochs
+from dad_fast.engine.schedule import learning_rate, total_steps
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite
@@ -89,8 +89,7 @@ class Trainer:
         self.images_per_step = cfg.data.global_batch_size
         self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
-        steps = round(total_epochs(cfg.schedule) * self.steps_per_epoch)
-        self.total_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
+        self.total_steps = total_steps(cfg, self.steps_per_epoch)
 
         self.next_step = 0
         self.best_top1 = -1.0
@@ -187,8 +186,6 @@ class Trainer:
         batches = self._batches()
         vote = distributed.Vote()
         first_step = self.next_step
-        if self.settled.engine.torchcompile and first_step < self.total_steps:
-            self.log.say("compiling in the first step, which may take minutes (--torchcompile off)")
         self.clock.skip()
         while self.next_step < self.total_steps:
             is_first = self.next_step == first_step
