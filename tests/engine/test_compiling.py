@@ -16,10 +16,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 from torch import nn
 
+from dad_fast.checkpoint.state import run_state
 from dad_fast.config import expand
 from dad_fast.config.resolve import gather
 from dad_fast.config.schema import LossConfig, PrecisionConfig
-from dad_fast.engine import choices, compiling
+from dad_fast.engine import build, choices, compiling
 from dad_fast.engine.build import Builder
 from dad_fast.engine.choices import COMPILE, Choice, DeviceFacts, choose
 from dad_fast.engine.compiling import forms_of, no_compiler, try_compiling
@@ -175,35 +176,46 @@ def test_the_limit_of_time_keeps_a_timer_that_runs():
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
-def demo(*sets):
-    fixed = ["device=cpu", "data.batch_size=8", "data.workers=0", "max_steps=2", *sets]
-    ((_, _, cfg),) = expand(gather("demo", None, fixed, {"method": "ce"}))
+def demo(num_steps):
+    """A run on the embedded digits, with EMA and NHWC."""
+    sets = ["device=cpu", "data.batch_size=8", "data.workers=0", f"max_steps={num_steps}"]
+    sets += ["ema.model_ema=true", "precision.channels_last=on"]
+    ((_, _, cfg),) = expand(gather("demo", None, sets, {"method": "ce"}))
     return cfg
 
 
-@pytest.mark.parametrize("fault", [False, True])
-def test_a_run_trains_compiled_or_in_eager_after_a_fault(monkeypatch, tmp_path, traced, fault):
-    """As on a GPU, where auto asks for a trial."""
-    monkeypatch.setattr(choices, "_compile", lambda facts, steps: Choice(True, "as on a GPU"))
-    if fault:
-        monkeypatch.setattr(compiling, "compiled", Raises)
-    else:
-        use_backend(monkeypatch, "aot_eager")
-        monkeypatch.setattr("dad_fast.engine.build.compiled", compiling.compiled)
-    builder, cfg = Builder(), demo()
-    checked, parts = builder.build(cfg), builder.build(cfg)
-    # One trial serves both.
-    assert parts.choices.autos[COMPILE] is checked.choices.autos[COMPILE]
-    trainer = Trainer(cfg, parts, tmp_path / "run", "test")
-    is_compiled = isinstance(trainer.learner.forward, torch._dynamo.OptimizedModule)
-    assert is_compiled == trainer.settled.engine.torchcompile == (not fault)
-    assert trainer.choices["torchcompile"] == parts.choices.autos[COMPILE]
+def train(builder, cfg, folder, resume=""):
+    trainer = Trainer(cfg, builder.build(cfg), folder, "test", resume)
     trainer.start()
     trainer.train()
-    assert not any("_orig_mod" in name for name in trainer.model_file()[0])
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert ("cannot be compiled" in log) == fault
     trainer.log.close()
+    return trainer
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Auto asks for a trial."""
+    monkeypatch.setattr(choices, "_compile", lambda facts, steps: Choice(True, "as on a GPU"))
+
+
+def test_a_compiled_run_resumes_in_eager(monkeypatch, tmp_path, traced, as_on_a_gpu):
+    for package in ("mlxtend", "sklearn"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(build, "compiled", compiling.compiled)
+    builder = Builder()
+    checked = builder.build(demo(2))
+    first = train(builder, demo(2), tmp_path / "run")
+    assert isinstance(first.learner.forward, torch._dynamo.OptimizedModule)
+    # One trial serves both.
+    assert first.choices["torchcompile"] is checked.choices.autos[COMPILE]
+
+    monkeypatch.setattr(compiling, "compiled", Raises)
+    second = train(Builder(), demo(3), tmp_path / "run", "auto")
+    assert second.learner.forward is second.parts.student and second.next_step == 3
+    assert "cannot be compiled" in second.choices["torchcompile"].reason
+    assert run_state(first)[0].keys() == run_state(second)[0].keys()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "engine.torchcompile was on where the run began and is off here" in log
 
 
 def test_auto_tries_long_runs_on_a_gpu_alone():
