@@ -81,7 +81,9 @@ def main(arguments: list[str], debug: bool) -> int:
         file = own_settings if own_settings.exists() else None
     cfg = read_config(given, file)
     if given["print_config"]:
-        print(to_toml(cfg), end="", flush=True)
+        from dad_fast.tools.auto import comments
+
+        print(to_toml(cfg) + "".join(f"{line}\n" for line in comments(cfg)), end="", flush=True)
     if given["dry_run"]:
         from dad_fast.tools.dry_run.assumptions import with_assumptions
 

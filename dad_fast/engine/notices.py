@@ -58,11 +58,16 @@ def run_choices(
     }
 
 
-def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list[str]:
-    """Run summary, shown before the first step: data, steps, models and their dtypes.
+def opening(
+    label: str, cfg: Config, parts: Components, chosen: Mapping[str, Choice], steps: str
+) -> list[str]:
+    """Return the run summary, shown before the first step: data, steps, models and their dtypes.
 
-    steps: describes the steps of the run.
+    label: of the run. steps: describes its steps.
     """
+    others = distributed.world() - 1
+    together = f" and {others} more process{'es' if others > 1 else ''}" if others else ""
+    title = f"{label}: method {cfg.method}, seed {cfg.seed}, on {parts.device}{together}"
 
     def dtype(stage: str) -> str:
         return str(chosen[f"dtype.{stage}"].value)
@@ -80,7 +85,7 @@ def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list
         rows["teacher"] = f"{teacher.name}, {dtype('teacher')}"
     if discretizer is not None:
         rows["codes"] = f"{discretizer.name}, {dtype('encoder')}"
-    return [f"  {name:<8} {text}" for name, text in rows.items()]
+    return [title, *(f"  {name:<8} {text}" for name, text in rows.items())]
 
 
 def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:

@@ -33,10 +33,10 @@ def switches(cfg, facts, student):
     ("facts", "student", "expected"),
     [
         (DeviceFacts("cpu"), CONVOLUTIONAL, (False, False, False)),
-        (H200, CONVOLUTIONAL, (True, True, False)),
-        (H200, TRANSFORMER, (True, False, False)),
-        (H200, None, (True, True, False)),
-        (T4, CONVOLUTIONAL, (False, True, False)),
+        (H200, CONVOLUTIONAL, (True, True, True)),
+        (H200, TRANSFORMER, (True, False, True)),
+        (H200, None, (True, True, True)),
+        (T4, CONVOLUTIONAL, (False, True, True)),
     ],
 )
 def test_auto_follows_device_and_student(facts, student, expected):
