@@ -91,12 +91,18 @@ class AttackConfig:
     norm: Literal["l2", "linf"] = setting("l2", "norm of the budget", "--attack-norm")
     eps: float = setting(
         0.1,
-        "budget, in [0,1] pixels: L2 over the whole image, or L-infinity",
+        "budget, in [0,1] pixels: L2 over the whole image, or L-infinity; auto: one that the "
+        "discretizer shows",
         "--attack-eps",
         rule=NOT_NEGATIVE,
+        auto=True,
     )
     step_size: float = setting(
-        0.1, "length of a step, in the same norm", "--attack-step-size", rule=NOT_NEGATIVE
+        0.1,
+        "length of a step, in the same norm; auto: the budget",
+        "--attack-step-size",
+        rule=NOT_NEGATIVE,
+        auto=True,
     )
     steps: int = setting(1, "gradient steps", "--attack-steps", rule=NOT_NEGATIVE)
     random_start: float = setting(
@@ -197,9 +203,20 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     epochs: int = setting(
-        300, "epochs of warm-up and cosine together", "--epochs", rule=AT_LEAST_ONE, main=True
+        300,
+        "epochs of warm-up and cosine together; auto: 15 to 100, by the size of the training set",
+        "--epochs",
+        rule=AT_LEAST_ONE,
+        main=True,
+        auto=True,
     )
-    warmup_epochs: float = setting(5.0, "linear warm-up", "--warmup-epochs", rule=NOT_NEGATIVE)
+    warmup_epochs: float = setting(
+        5.0,
+        "linear warm-up; auto: a tenth of the epochs",
+        "--warmup-epochs",
+        rule=NOT_NEGATIVE,
+        auto=True,
+    )
     warmup_prefix: bool = setting(
         True,
         "start the cosine after the warm-up; off: at step 0, under the warm-up, as timm does unless "

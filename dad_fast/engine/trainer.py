@@ -161,10 +161,10 @@ class Trainer:
         )
         steps = f"{self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
         if self.next_step >= self.total_steps:
-            steps = f"all {self.total_steps:,} are done; the evaluation is left"
+            steps = f"{self.next_step:,} are done, as many as asked for; the evaluation is left"
         else:
             steps += f", {self.steps_per_epoch:,} an epoch"
-        for line in summary(self.parts, self.choices, steps):
+        for line in summary(self.cfg, self.parts, self.choices, steps):
             self.log.say(line)
         for line in details(self.cfg, self.parts, self.choices):
             self.log.say(line, echo=False)

@@ -26,7 +26,7 @@ from dad_fast.config.schema import Config
 from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import EvalLoader
-from dad_fast.data.sources.registry import open_source
+from dad_fast.data.sources.splits import open_split
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.engine.choices import settle
@@ -91,12 +91,7 @@ class Checker:
         self.device = resolve_device("auto")
         self.cfg: Config = settle(cfg, self.device)
         take_view(self.probes[0], cfg)
-        self.source = open_source(
-            cfg.data.data_dir,
-            cfg.data.train_split,
-            cfg.data.class_map,
-            max_bad_share=cfg.data.max_bad_share,
-        )
+        self.source = open_split(cfg.data, cfg.data.train_split)
         self.classes: ClassMap = self.source.classes
         self.teacher, *_, sha256 = frozen.teacher(self.cfg, self.classes, self.device)
         check_encoder(runs[0], spec, sha256)
