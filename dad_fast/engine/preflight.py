@@ -16,6 +16,7 @@ from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.splits import find_split
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.errors import DataError, UsageError
+from dad_fast.evaluate.suites.open import check_suites
 from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.registry import check_teacher_name
 from dad_fast.store.manifest import Manifest
@@ -26,6 +27,8 @@ def check_files(cfg: Config) -> None:
     needs and the settings do not name.
     """
     check_splits(cfg)
+    if cfg.eval.suites:
+        check_suites(cfg.eval.suites, cfg.data)
     # With stores, the models that are needed are known only when the stores are open.
     if cfg.store.dirs:
         for folder in cfg.store.dirs:

@@ -13,9 +13,9 @@ from timm.optim import param_groups_weight_decay
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.load_student import load_student
+from dad_fast.models.places import checkpoint_file
 from dad_fast.models.student import (
     build_student,
-    checkpoint_file,
     load_student_weights,
     save_student,
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.base import Source
+from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.registry import is_named, is_split, open_source
 from dad_fast.data.sources.splits import find_split, has_split, open_split
 from dad_fast.data.sources.subset import Subset
 from dad_fast.errors import DataError, UsageError
-from dad_fast.evaluate.corruptions.common import CORRUPTIONS, num_severities
+from dad_fast.evaluate.corruptions.names import NAMES, num_severities
 from dad_fast.evaluate.suites.base import EvalSet, SuiteOptions, as_eval_set
 from dad_fast.evaluate.suites.folders import has_other_names, open_joined, split_class_map
 from dad_fast.evaluate.suites.imagenet import imagenet_classes
@@ -88,6 +90,37 @@ def open_suites(
     return suites
 
 
+def check_suites(names: Sequence[str], data: DataConfig) -> None:
+    """Raise errors for `--suite` names whose kind or folder does not exist. Opens no data set."""
+    others = [name for name in names if _corruption(name) is None]
+    for name in others or (data.val_split,):
+        one = _parse(name, data)
+        path, class_map = split_class_map(one.path)
+        if one.kind in (*PUBLISHED, SUBSET):
+            if not Path(path).is_dir():
+                raise DataError(f"--suite {one.text}: no such folder")
+        elif not one.kind and not (is_named(data.data_dir) and not is_split("", path)):
+            _check_place(one, path, data)
+        if class_map:
+            ClassMap.from_csv(class_map)
+
+
+def check_unknown(names: Sequence[str], data: DataConfig) -> None:
+    """Raise errors for `--ood` names whose kind or folder does not exist. Opens no data set."""
+    for name in names:
+        with _named_as_ood(name):
+            check_suites([name], data)
+
+
+@contextmanager
+def _named_as_ood(name: str) -> Iterator[None]:
+    """Let errors of the block name --ood instead of --suite."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        raise type(error)(str(error).replace(f"--suite {name}:", f"--ood {name}:")) from None
+
+
 # Name, images and the corruption that is applied to them.
 Unknown = tuple[str, EvalSet, Corruption | None]
 
@@ -106,10 +139,8 @@ def open_unknown(
         eval_set = as_eval_set(open_source(path, max_bad_share=data.max_bad_share))
         label = Path(path).name or name
     else:
-        try:
+        with _named_as_ood(name):
             suite = open_suites([name], data, classes, options)[0]
-        except (UsageError, DataError) as error:
-            raise type(error)(str(error).replace(f"--suite {name}:", f"--ood {name}:")) from None
         eval_set = as_eval_set(suite.source)
         label = suite.name
         corruption = suite.corruption
@@ -190,7 +221,7 @@ def _corruption(name: str) -> Corruption | None:
     Raises UsageError for a severity that the corruption lacks.
     """
     base, colon, severity = name.partition(":")
-    if base not in CORRUPTIONS:
+    if base not in NAMES:
         return None
     if not colon:
         return base, None
@@ -216,12 +247,7 @@ def _open(
         except UsageError as error:
             raise UsageError(f"--suite {one.text}: {error}{_nearest(one.text)}") from None
     inside = has_split(data, path)
-    if not inside and not is_split("", path):
-        where = data.data_dir or "--data-dir"
-        raise DataError(
-            f"--suite {one.text}: no corruption, no folder in {where} and no other folder"
-            f"{_nearest(one.text)}"
-        )
+    _check_place(one, path, data)
     folder, part = Path(path), ""
     if inside:
         name, part = find_split(data, path)
@@ -234,6 +260,27 @@ def _open(
     return open_source(path, classes=classes, max_bad_share=data.max_bad_share)
 
 
+def _check_place(one: _Named, path: str, data: DataConfig) -> None:
+    """Raise DataError for a split or a folder that is not there."""
+    if has_split(data, path) or is_split("", path):
+        return
+    root = Path(data.data_dir)
+    if (
+        data.data_dir
+        and not is_named(data.data_dir)
+        and not root.exists()
+        and not is_split("", data.data_dir)
+    ):
+        find_folder(root, "")
+    if one.text == data.val_split and root.is_dir():
+        find_folder(root, one.text)
+    where = data.data_dir or "--data-dir"
+    raise DataError(
+        f"--suite {one.text}: no corruption, no folder in {where} and no other folder"
+        f"{_nearest(one.text)}"
+    )
+
+
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name.partition(":")[0], CORRUPTIONS, n=1)
-    return f"; did you mean {near[0]}?" if near else f" (corruptions: {', '.join(CORRUPTIONS)})"
+    near = difflib.get_close_matches(name.partition(":")[0], NAMES, n=1)
+    return f"; did you mean {near[0]}?" if near else f" (corruptions: {', '.join(NAMES)})"

@@ -29,7 +29,8 @@ from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_student import load_student
-from dad_fast.models.student import Student, build_student, checkpoint_file
+from dad_fast.models.places import checkpoint_file
+from dad_fast.models.student import Student, build_student
 from dad_fast.models.weights.declared import CLASSES
 from dad_fast.models.weights.files import sha256_file
 from dad_fast.report.sheet import write_sheet

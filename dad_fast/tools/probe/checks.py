@@ -31,16 +31,17 @@ from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.engine.choices import settle
 from dad_fast.errors import UsageError, program
-from dad_fast.evaluate.corruptions.common import corrupt, num_severities
+from dad_fast.evaluate.corruptions.common import corrupt
+from dad_fast.evaluate.corruptions.names import num_severities
 from dad_fast.evaluate.metrics.ood_detection import metrics
 from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
 from dad_fast.evaluate.suites.open import Suite, open_suites
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.run_log import print_line
-from dad_fast.models.load_student import load_student, run_settings, take_view
+from dad_fast.models.load_student import load_student, take_view
+from dad_fast.models.places import checkpoint_file, run_settings
 from dad_fast.models.probe import Probe
-from dad_fast.models.student import checkpoint_file
 from dad_fast.models.weights.declared import check_encoder
 from dad_fast.tools.probe.measures import (
     class_means,
