@@ -266,7 +266,7 @@ class DoctorOptions:
     need: float = option(
         0.0,
         "--need N",
-        "images per second that training will take [estimates for one H200]",
+        "images per second that training will take; compared with the decoding speed",
         read=rate,
     )
 

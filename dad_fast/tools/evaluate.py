@@ -25,6 +25,7 @@ from dad_fast.distributed.launch import (
 from dad_fast.distributed.signals import ends_at_once, stop_requests
 from dad_fast.errors import UsageError, discard_output
 from dad_fast.evaluate import show
+from dad_fast.evaluate.columns import terminal_width
 from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.metrics.ood_detection import detect
 from dad_fast.evaluate.metrics.paired_tests import agreement, compare
@@ -162,20 +163,22 @@ class _Evaluation:
             found = Found(subject, id_suite=self.id_suite(suites))
             unknown = self.unknown(subject, suites, found.id_suite)
 
-        self.log(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
+        layout = show.results_layout(terminal_width())
+        self.log(f"\n{title}, {len(subject.classes):,} classes\n{layout.header()}")
         for suite in suites:
             result = with_intervals(self.result(subject, suite))
             theirs = teacher.results[suite.name].records if teacher is not None else None
             if result.records and theirs:
                 result = replace(result, agreement=agreement(result.records, theirs))
-            self.log(show.row(result))
+            self.log(show.row(result, layout))
             found.results[suite.name] = result
-        for line in show.notes(found.results):
-            self.log(f"  {line}")
+        for line in (*show.notes(found.results), layout.note()):
+            if line:
+                self.log(f"  {line}")
 
         if unknown:
             found.ood = self.detect(subject, found, unknown)
-            for line in ("", *show.detection_lines(found.id_suite, found.ood)):
+            for line in ("", *show.detection_lines(found.id_suite, found.ood, terminal_width())):
                 self.log(line)
 
         if self.baselines:
@@ -275,7 +278,7 @@ def _compare(
     found = {suite: compare(suite, records[first][suite], records[second][suite]) for suite in both}
     log = Printer(launch)
     log("")
-    for line in show.comparison_lines((first, second), found):
+    for line in show.comparison_lines((first, second), found, terminal_width()):
         log(line)
     if launch.json:
         compared = {"first": first, "second": second, "suites": found}
