@@ -55,6 +55,19 @@ def test_normalises_inside(name, kwargs):
     assert student.has_batch_stats == (name == "resnet18")
 
 
+def test_a_size_that_patches_do_not_fill_is_warned_of(caplog):
+    name, kwargs = "vit_tiny_patch16_224", TINY_VIT
+    student = build(name=name, model_kwargs=kwargs, img_size=33)
+    assert student.image_size == 33
+    (record,) = caplog.records
+    text = "patches of 8 pixels, so the last 1 rows and columns are cut off; 32 and 40 fit"
+    assert record.getMessage() == f"--img-size 33: {name} has {text}"
+    caplog.clear()
+    build(name=name, model_kwargs=kwargs, img_size=32)
+    build(img_size=33)
+    assert not caplog.records
+
+
 def test_default_image_size_is_the_models_own():
     assert build(img_size=0).image_size == 224
     assert build(img_size=48).image_size == 48
