@@ -13,9 +13,9 @@ from dad_fast.config.schema import Config
 from dad_fast.config.setting import AUTO
 from dad_fast.data.sources.survey import survey
 from dad_fast.discretizers.registry import visible_budget
+from dad_fast.errors import UsageError
 
 BATCH, EPOCHS, WARM_UP = "data.batch_size", "schedule.epochs", "schedule.warmup_epochs"
-EPS, STEP_SIZE = "attack.eps", "attack.step_size"
 # At least this many steps an epoch, by a batch between these sizes.
 STEPS_AN_EPOCH, SMALLEST_BATCH, LARGEST_BATCH = 20, 8, 128
 # Images that a run sees, by a number of epochs between these.
@@ -31,7 +31,8 @@ def with_numbers(
     num_images: of the training set; None = counted, with the errors of a run for data that is not
     there. num_processes: of the run, which share the batch; called last.
     """
-    asked = {path for path in (BATCH, EPOCHS, WARM_UP, EPS, STEP_SIZE) if get(cfg, path) == AUTO}
+    cfg = with_attack(cfg)
+    asked = {path for path in (BATCH, EPOCHS, WARM_UP) if get(cfg, path) == AUTO}
     if not asked:
         return cfg
     values: dict[str, Any] = {}
@@ -41,9 +42,23 @@ def with_numbers(
         values |= {BATCH: batch_size(count, at_once), EPOCHS: num_epochs(count)}
     epochs = values[EPOCHS] if EPOCHS in asked else cfg.schedule.epochs
     values[WARM_UP] = round(WARM_UP_SHARE * epochs, 2)
-    values[EPS] = visible_budget(cfg.discretizer.name)
-    values[STEP_SIZE] = values[EPS] if EPS in asked else cfg.attack.eps
     return with_values(cfg, {path: values[path] for path in asked})
+
+
+def with_attack(cfg: Config) -> Config:
+    """Return `cfg` with numbers for the attack; they need no data.
+
+    Raises UsageError for a norm without a budget of its own.
+    """
+    eps, step_size = cfg.attack.eps, cfg.attack.step_size
+    if eps == AUTO and cfg.attack.norm != "l2":
+        raise UsageError(
+            f"--attack-eps auto is an L2 budget: give --attack-eps for --attack-norm {cfg.attack.norm}"
+        )
+    eps = visible_budget(cfg.discretizer.name) if eps == AUTO else eps
+    return with_values(
+        cfg, {"attack.eps": eps, "attack.step_size": eps if step_size == AUTO else step_size}
+    )
 
 
 def batch_size(num_images: int, at_once: int = 1) -> int:

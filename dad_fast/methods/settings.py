@@ -118,11 +118,6 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(
             "--student-weights and --init-from both give the student's weights: leave one out"
         )
-    if cfg.attack.norm != "l2" and AUTO in (cfg.attack.eps, cfg.attack.step_size):
-        raise UsageError(
-            f"--attack-eps auto is an L2 budget: give --attack-eps and --attack-step-size for "
-            f"--attack-norm {cfg.attack.norm}"
-        )
     if cfg.schedule.epochs != AUTO and cfg.schedule.warmup_epochs > cfg.schedule.epochs:
         raise UsageError(
             f"--warmup-epochs {cfg.schedule.warmup_epochs:g} is more than --epochs "

@@ -68,7 +68,7 @@ def test_auto_survives_a_file_and_is_refused_where_it_has_no_meaning():
     with pytest.raises(UsageError, match="must be a number, got 'auto'"):
         finetune(**{"optim.lr": "auto"})
     with pytest.raises(UsageError, match="--attack-eps auto is an L2 budget"):
-        check(finetune(**{"attack.norm": "linf"}))
+        with_numbers(finetune(**{"attack.norm": "linf"}), 100)
 
 
 def test_a_run_gets_numbers_and_those_must_fit_together(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -356,3 +357,18 @@ def test_a_class_map_of_other_classes_than_the_runs_is_refused(
     table.write_text("id,folder,name\n0,a,ant\n1,b,bee\n2,c,cow\n")
     assert predict(place / "run", place / "photos", "--class-map", table) == 4
     assert "leave --class-map out" in capsys.readouterr().err
+
+
+def test_pillows_warnings_are_not_shown(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new("P", (40, 40))
+    image.save(tmp_path / "palette.png", transparency=bytes([0, 128, 255]))
+    monkeypatch.setattr("sys.warnoptions", [])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Image.open(tmp_path / "palette.png") as again:
+            again.convert("RGB")
+        assert len(caught) == 1  # as Pillow itself does
+        assert predict(place / "run", tmp_path / "palette.png") == 0
+        assert len(caught) == 1

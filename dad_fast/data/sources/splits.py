@@ -80,7 +80,8 @@ def has_split(data: DataConfig, split: str) -> bool:
     """Return whether the data's folder has this split, under some name or as a held-out share."""
     if not data.data_dir or is_named(data.data_dir):
         return False
-    return is_split(data.data_dir, find_split(data, split).name)
+    found = find_split(data, split)
+    return bool(found.part) or is_split(data.data_dir, found.name)
 
 
 def held_out(

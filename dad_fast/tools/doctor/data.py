@@ -16,7 +16,7 @@ from dad_fast.cores import num_cores
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.index import Files, progress_bar
 from dad_fast.data.sources.names import shown, some
-from dad_fast.data.sources.registry import is_named, open_source
+from dad_fast.data.sources.registry import OTHER_NAMES, is_named, open_source
 from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.tools.doctor.row import Row, render
 
@@ -80,7 +80,10 @@ class _Collected(logging.Handler):
 def _split(options: DoctorOptions) -> str:
     if options.split is not None:
         return options.split
-    return "train" if is_named(options.data) or (Path(options.data) / "train").is_dir() else ""
+    if is_named(options.data):
+        return "train"
+    names = ("train", *OTHER_NAMES["train"])
+    return next((name for name in names if (Path(options.data) / name).is_dir()), "")
 
 
 def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
