@@ -46,7 +46,7 @@ SETTINGS = {
     "data.workers": "",
     "device": "",
     "data.class_map": "CSV (id,folder,name): the classes of a published model",
-    "data.val_fraction": "",
+    "data.val_fraction": "share of train that is val, where there is no val split",
     "data.val_split": "the split for corruptions when --suite names no split",
     "augment.img_size": "side of the square images; 0 = the model's own",
     "augment.crop_pct": "share of the resized image kept; 0 = the model's own",
@@ -55,7 +55,7 @@ SETTINGS = {
     "teacher.templates": "",
     "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
     "eval.c_preprocessing": "",
-    "data.loader": "dali: plain JPEGs are decoded by DALI, and the results record it; else PIL",
+    "data.loader": "dali: plain JPEGs are decoded by DALI (results record it); else PIL",
 }
 
 

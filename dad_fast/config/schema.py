@@ -204,7 +204,7 @@ class OptimConfig:
 class ScheduleConfig:
     epochs: int = setting(
         300,
-        "epochs of warm-up and cosine together; auto: 15 to 100, by the size of the training set",
+        "epochs of warm-up and cosine; auto: 15 to 100, by the data's size",
         "--epochs",
         rule=AT_LEAST_ONE,
         main=True,

@@ -45,8 +45,7 @@ class DataConfig:
     )
     batch_size: int = setting(
         256,
-        "clean images per batch of a process; auto: 8 to 128 over all processes, by the size of the "
-        "training set",
+        "clean images per batch of a process; auto: by the data's size",
         "--batch-size",
         rule=AT_LEAST_ONE,
         short="-b",
