@@ -24,9 +24,10 @@ DISCRETIZERS: Registry[Factory] = Registry("discretizer", "dad_fast.discretizers
 DISCRETIZERS.add("embedded", "dad_fast.discretizers.vqgan.discretizer:load_embedded")
 DISCRETIZERS.add("identity", "dad_fast.discretizers.identity:load")
 DISCRETIZERS.add("jpeg", "dad_fast.discretizers.jpeg:load")
-# L2 budgets of attacks that a discretizer shows. Others take the paper's, for a VQGAN.
+# L2 budgets of attacks that a discretizer shows: of photographs at 224 px, noise of 0.1 changes no
+# pixel value after jpeg:75, and of 0.4 a quarter of them. Others take the paper's, for a VQGAN.
 PAPER_BUDGET = 0.1
-BUDGETS = {"jpeg": 0.8, "identity": 0.8}
+BUDGETS = {"jpeg": 0.4, "identity": 0.4}
 
 
 def visible_budget(name: str) -> float:

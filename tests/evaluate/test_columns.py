@@ -25,7 +25,7 @@ def test_long_names_are_whole_where_there_is_room():
     wide, narrow = Layout({"suite": 24, "x": 5}, (), 100), Layout({"suite": 24, "x": 5}, (), 20)
     cells = {"suite": "gaussian_noise_of_another_kind", "x": "1"}
     assert wide.line(cells).startswith("gaussian_noise_of_another_kind ")
-    assert narrow.line(cells) == "gaussian_noi…      1" and len(narrow.line(cells)) == 20
+    assert narrow.line(cells) == "gaussian_nois…     1" and len(narrow.line(cells)) == 20
 
 
 def test_other_tables_fit_80_columns():
