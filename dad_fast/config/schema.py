@@ -94,12 +94,18 @@ class AttackConfig:
     norm: Literal["l2", "linf"] = setting("l2", "norm of the budget", "--attack-norm")
     eps: float = setting(
         0.1,
-        "budget, in [0,1] pixels: L2 over the whole image, or L-infinity",
+        "budget, in [0,1] pixels: L2 over the whole image, or L-infinity; auto: one that the "
+        "discretizer shows",
         "--attack-eps",
         rule=NOT_NEGATIVE,
+        auto=True,
     )
     step_size: float = setting(
-        0.1, "length of a step, in the same norm", "--attack-step-size", rule=NOT_NEGATIVE
+        0.1,
+        "length of a step, in the same norm; auto: the budget",
+        "--attack-step-size",
+        rule=NOT_NEGATIVE,
+        auto=True,
     )
     steps: int = setting(1, "gradient steps", "--attack-steps", rule=NOT_NEGATIVE)
     random_start: float = setting(

@@ -27,9 +27,20 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     epochs: int = setting(
-        300, "epochs of warm-up and cosine together", "--epochs", rule=AT_LEAST_ONE, main=True
+        300,
+        "epochs of warm-up and cosine; auto: 15 to 100, by the data's size",
+        "--epochs",
+        rule=AT_LEAST_ONE,
+        main=True,
+        auto=True,
     )
-    warmup_epochs: float = setting(5.0, "linear warm-up", "--warmup-epochs", rule=NOT_NEGATIVE)
+    warmup_epochs: float = setting(
+        5.0,
+        "linear warm-up; auto: a tenth of the epochs",
+        "--warmup-epochs",
+        rule=NOT_NEGATIVE,
+        auto=True,
+    )
     warmup_prefix: bool = setting(
         True,
         "start the cosine after the warm-up; off: at step 0, under the warm-up, as timm does unless "

@@ -18,7 +18,7 @@ from dad_fast.config.setting import Switch
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source
-from dad_fast.data.sources.registry import open_source
+from dad_fast.data.sources.splits import open_split
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
@@ -383,11 +383,11 @@ def _open_source(cfg: Config, split: str) -> Source:
     data = cfg.data
     # The first process of every machine writes the index, the others read it.
     with distributed.main_first():
-        source = open_source(data.data_dir, split, data.class_map, max_bad_share=data.max_bad_share)
+        source = open_split(data, split)
         recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
         if recorded is None or recorded == source.classes:
             return source
         if set(recorded.folders) != set(source.classes.folders):
             # Stored raises the error for other classes.
             return source
-        return open_source(data.data_dir, split, classes=recorded, max_bad_share=data.max_bad_share)
+        return open_split(data, split, recorded)

@@ -147,7 +147,7 @@ class Trainer:
         steps = f"{self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
         steps += f", {self.steps_per_epoch:,} an epoch"
         if self.next_step >= self.total_steps:
-            steps = f"all {self.total_steps:,} are done; the evaluation is left"
+            steps = f"{self.next_step:,} are done, as many as asked for; the evaluation is left"
         for line in opening(self.label, self.cfg, self.parts, self.choices, steps):
             self.log.say(line)
         for line in details(self.cfg, self.parts, self.choices):

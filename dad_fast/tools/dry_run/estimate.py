@@ -9,19 +9,24 @@ from pathlib import Path
 from dad_fast.config import Config
 from dad_fast.config.fields import with_values
 from dad_fast.config.variants import with_batch_sizes
+from dad_fast.data.sources.survey import DataFacts, survey
 from dad_fast.engine.choices import choose
 from dad_fast.engine.schedule import total_steps
+from dad_fast.engine.sizes import with_numbers
 from dad_fast.errors import UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.methods.stores import online, usable_kinds
 from dad_fast.store import Manifest
 from dad_fast.store.layout import INDEX, data_dtype
 from dad_fast.store.outputs import OutputsForm
-from dad_fast.tools.dry_run.data import DataFacts, survey
+from dad_fast.tools.dry_run.assumptions import NO_DATA
 from dad_fast.tools.dry_run.rates import Cost, Rates, cost
 from dad_fast.tools.dry_run.step import GPU, Step, trace_step
 from dad_fast.tools.dry_run.trace import Op
 
+IMAGENET = DataFacts(
+    "ImageNet-1k, assumed since there is no --data-dir", 1_281_167, 147_897_477_120, 1000
+)
 GIB = 2**30
 # GiB of a card that CUDA, cuBLAS and cuDNN take; assumed.
 CONTEXT = 1.0
@@ -147,8 +152,9 @@ class Estimate:
 
 def estimate(cfg: Config, num_gpus: int) -> Estimate:
     """Estimate the needs of one run. Raises the errors of a run that cannot begin."""
+    data = IMAGENET if cfg.data.data_dir == NO_DATA else survey(cfg.data)
+    cfg = with_numbers(cfg, data.num_images, lambda: num_gpus)
     cfg = with_batch_sizes(cfg, num_gpus)
-    data = survey(cfg.data)
     if cfg.data.global_batch_size > data.num_images:
         raise UsageError(
             f"--batch-size {cfg.data.batch_size}: {data.name} has only {data.num_images:,} images "
