@@ -68,11 +68,16 @@ def _workers(cfg: Config) -> Choice:
     return Choice(str(loader_processes(asked)), reason)
 
 
-def summary(cfg: Config, parts: Components, chosen: Mapping[str, Choice], steps: str) -> list[str]:
-    """Run summary, shown before the first step: data, steps, schedule, models and their dtypes.
+def opening(
+    label: str, cfg: Config, parts: Components, chosen: Mapping[str, Choice], steps: str
+) -> list[str]:
+    """Return the run summary, shown before the first step: data, steps, schedule, models, dtypes.
 
-    steps: describes the steps of the run.
+    label: of the run. steps: describes its steps.
     """
+    others = distributed.world() - 1
+    together = f" and {others} more process{'es' if others > 1 else ''}" if others else ""
+    title = f"{label}: method {cfg.method}, seed {cfg.seed}, on {parts.device}{together}"
 
     def dtype(stage: str) -> str:
         return str(chosen[f"dtype.{stage}"].value)
@@ -95,7 +100,7 @@ def summary(cfg: Config, parts: Components, chosen: Mapping[str, Choice], steps:
         rows["attack"] = (
             f"{cfg.attack.norm}, eps {cfg.attack.eps:g}, {cfg.attack.steps} steps of {cfg.attack.step_size:g}"
         )
-    return [f"  {name:<8} {text}" for name, text in rows.items()]
+    return [title, *(f"  {name:<8} {text}" for name, text in rows.items())]
 
 
 def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:

@@ -101,12 +101,12 @@ def check_splits(cfg: Config) -> None:
 
 
 def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
-    """Raise DataError for fewer than two classes, or if the class lists of the two splits differ."""
+    """Raise DataError for fewer than two classes, or if the splits' class lists differ."""
     if len(train) < 2:
         only = Path(cfg.data.data_dir) / cfg.data.train_split / train.folders[0]
         raise DataError(
-            f"--data-dir {cfg.data.data_dir}: one class, {shown(train.names[0])}; a classifier needs "
-            f"two{_level_below(only)}"
+            f"--data-dir {cfg.data.data_dir}: one class, {shown(train.names[0])}; a classifier "
+            f"needs two{_level_below(only)}"
         )
     if train == val:
         return

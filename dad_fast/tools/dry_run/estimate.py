@@ -10,7 +10,8 @@ from dad_fast.config import Config
 from dad_fast.config.fields import with_values
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.sources.survey import DataFacts, survey
-from dad_fast.engine.schedule import total_epochs
+from dad_fast.engine.choices import choose
+from dad_fast.engine.schedule import total_steps
 from dad_fast.engine.sizes import with_numbers
 from dad_fast.errors import UsageError
 from dad_fast.methods.registry import METHODS
@@ -20,7 +21,7 @@ from dad_fast.store.layout import INDEX, data_dtype
 from dad_fast.store.outputs import OutputsForm
 from dad_fast.tools.dry_run.assumptions import NO_DATA
 from dad_fast.tools.dry_run.rates import Cost, Rates, cost
-from dad_fast.tools.dry_run.step import Step, trace_step
+from dad_fast.tools.dry_run.step import GPU, Step, trace_step
 from dad_fast.tools.dry_run.trace import Op
 
 IMAGENET = DataFacts(
@@ -88,19 +89,22 @@ class Estimate:
 
     @property
     def total_steps(self) -> int:
-        steps = round(total_epochs(self.cfg.schedule) * self.steps_per_epoch)
-        return min(steps, self.cfg.max_steps) if self.cfg.max_steps else steps
+        return total_steps(self.cfg, self.steps_per_epoch)
 
     @property
     def traced_images(self) -> int:
         return self.step.batch_size * self.step.micro_batches
+
+    @property
+    def is_compiled(self) -> bool:
+        return bool(choose(GPU, None, self.total_steps).settled(self.cfg).engine.torchcompile)
 
     def stages(self) -> list[Stage]:
         return stages_of(self.step)
 
     def stage_cost(self, stage: Stage, rates: Rates) -> Cost:
         """Return the cost of a stage in a step of one GPU."""
-        compiled = bool(self.cfg.engine.torchcompile) and stage.name in COMPILED
+        compiled = self.is_compiled and stage.name in COMPILED
         found = cost(stage.ops, rates, compiled, self.step.trace)
         if stage.name == STAGES["update"]:
             return found
