@@ -110,7 +110,9 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def _print_config(cfg: Config) -> None:
-    """Print the settings as TOML, and on stderr what a run would still need."""
+    """Print the settings as TOML with the meaning of auto on this machine, and on stderr what a run
+    would still need.
+    """
     from dad_fast.tools.auto import comments
 
     print(to_toml(cfg) + "".join(f"{line}\n" for line in comments(cfg)), end="", flush=True)

@@ -71,7 +71,8 @@ def _workers(cfg: Config) -> Choice:
 def opening(
     label: str, cfg: Config, parts: Components, chosen: Mapping[str, Choice], steps: str
 ) -> list[str]:
-    """Return the run summary, shown before the first step: data, steps, schedule, models, dtypes.
+    """Return the run summary, shown before the first step: data, steps, schedule, models and
+    their dtypes.
 
     label: of the run. steps: describes its steps.
     """
@@ -98,7 +99,8 @@ def opening(
     if discretizer is not None:
         rows["codes"] = f"{discretizer.name}, {dtype('encoder')}"
         rows["attack"] = (
-            f"{cfg.attack.norm}, eps {cfg.attack.eps:g}, {cfg.attack.steps} steps of {cfg.attack.step_size:g}"
+            f"{cfg.attack.norm}, eps {cfg.attack.eps:g}, "
+            f"{cfg.attack.steps} steps of {cfg.attack.step_size:g}"
         )
     return [title, *(f"  {name:<8} {text}" for name, text in rows.items())]
 
