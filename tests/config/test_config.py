@@ -376,7 +376,7 @@ def test_settings_of_a_checkpoint_extend_nothing() -> None:
 
 
 def test_preset_list() -> None:
-    assert set(preset_names()) == PRESETS
+    assert set(preset_names()) == {*PRESETS, "finetune"}
 
 
 def test_demo_is_complete() -> None:
