@@ -295,6 +295,9 @@ class EvalLaunch:
     baselines: str = option(
         "", "--baselines FILE", "CSV or JSON of baselines' top-1 by suite, for effective robustness"
     )
+    per_class: bool = option(
+        False, "--per-class", "also print balanced accuracy and the accuracy of each class"
+    )
     json: str = option(
         "", "--json FILE", "write the results as JSON; an existing .json is replaced"
     )

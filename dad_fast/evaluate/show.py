@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from dad_fast.evaluate.metrics.ood_detection import METRICS as DETECTION
 from dad_fast.evaluate.metrics.result import Result
 from dad_fast.files import atomic_write_text
 
+# Classes shown by `class_lines`.
+MOST_CLASSES = 20
 HEADER = (
     f"{'suite':<24} {'images':>8} {'top-1 %':>7} {'95 %':>13} {'top-5 %':>7} "
     f"{'ECE %':>6} {'NLL':>7} {'Brier':>6} {'agree %':>7}"
@@ -19,9 +21,11 @@ HEADER = (
 COLUMNS = [
     "num_images",
     "skipped",
+    "non_finite",
     "top1",
     "top1_low",
     "top1_high",
+    "balanced_accuracy",
     "top5",
     "ece",
     "ece_low",
@@ -64,6 +68,8 @@ def notes(results: Mapping[str, Result]) -> list[str]:
     for name, result in results.items():
         if result.skipped:
             lines.append(f"{name}: {result.skipped:,} unreadable images left out")
+        if warning := non_finite_note(result):
+            lines.append(warning)
         if result.mce is not None and result.mce_interval is not None:
             low, high = result.mce_interval
             lines.append(
@@ -74,6 +80,38 @@ def notes(results: Mapping[str, Result]) -> list[str]:
                 f"{name}: no mCE, which needs 15 corruptions of five severities and ImageNet's "
                 "1000 classes"
             )
+    return lines
+
+
+def non_finite_note(result: Result) -> str | None:
+    """Return a note on images with non-finite logits, or None without any."""
+    if not result.non_finite:
+        return None
+    return (
+        f"{result.name}: {result.non_finite:,} of {result.num_images:,} images have non-finite "
+        "logits: they count as wrong, and are left out of ECE, NLL and Brier score"
+    )
+
+
+def class_lines(results: Mapping[str, Result], names: Sequence[str]) -> list[str]:
+    """Format the balanced accuracy, and the accuracy of each class from the lowest on.
+
+    names: of the classes, in their order. Of many classes, the MOST_CLASSES lowest are shown.
+    """
+    lines = []
+    for suite, result in results.items():
+        found = [
+            (accuracy, name)
+            for accuracy, name in zip(result.per_class or (), names, strict=False)
+            if accuracy is not None
+        ]
+        shown = sorted(found, key=lambda item: item[0])[:MOST_CLASSES]
+        more = f", the {len(shown)} lowest" if len(shown) < len(found) else ""
+        lines.append(
+            f"{suite}: balanced accuracy {_number(result.balanced_accuracy, 1)} %, "
+            f"top-1 % of its {len(found):,} classes{more}:"
+        )
+        lines += [f"  {accuracy:>6.1f}  {name}" for accuracy, name in shown]
     return lines
 
 
@@ -117,6 +155,12 @@ def comparison_lines(names: tuple[str, str], found: Mapping[str, Mapping[str, An
             f"{suite:<24} {one['num_images']:>8} {a:>6.1f} {b:>6.1f} {one['difference']:>+6.1f} "
             f"{interval:>15} {one['only_first']:>7} {one['only_second']:>7} {p:>9}"
         )
+    lines += [
+        f"{suite}: {one['non_finite']:,} images with non-finite logits are wrong in A - B, and left "
+        "out of the differences of NLL and Brier score"
+        for suite, one in found.items()
+        if one["non_finite"]
+    ]
     lines.append(
         "95 %: paired bootstrap over images. p: McNemar's exact test, two-sided; none over several "
         "corruptions of an image."

@@ -196,6 +196,9 @@ class _Evaluation:
             found.results[suite.name] = result
         for line in show.notes(found.results):
             self.log(f"  {line}")
+        if self.launch.per_class:
+            for line in ("", *show.class_lines(found.results, subject.classes.names)):
+                self.log(line)
 
         if unknown:
             found.ood = self.detect(subject, found, unknown)
