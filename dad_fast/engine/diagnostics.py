@@ -160,6 +160,42 @@ def _attacks(generator: Generator, learner: Learner, batch: Batch) -> dict[str, 
     }
 
 
+def non_finite_part(generator: Generator, learner: Learner, batch: Batch) -> str | None:
+    """Describe what is not finite before the student's forward pass: its weights, the teacher's
+    logits or the images. None where all are finite.
+
+    For a run that stops: it makes the inputs of a batch again.
+    """
+    for name, tensor in learner.student.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"the student's {name} is not finite: check the weights that it started from"
+
+    batch = batch.to(learner.device).split(learner.num_micro_batches)[0]
+    inputs = generator(batch)
+    stored = {
+        Images.CLEAN: batch.clean_outputs is not None,
+        Images.ATTACK_TEACHER: batch.dad_outputs is not None,
+    }
+    for kind, logits in inputs.teacher.items():
+        if bad := _num_non_finite(logits):
+            source, fix = "the teacher's outputs", "check the weights of --teacher"
+            if stored[kind]:
+                source, fix = "the stored teacher's outputs", "check it with dad-fast store verify"
+            on = "clean images" if kind is Images.CLEAN else "attacked images"
+            return f"{source} on {bad} of {len(logits)} {on} are not finite: {fix}"
+    for kind, images in inputs.images.items():
+        if bad := _num_non_finite(images):
+            # Pixels are 8-bit: not clean images, but a linear probe's features.
+            what = "features of clean images" if kind is Images.CLEAN else "attacked images"
+            fix = "check the weights of --teacher and --discretizer"
+            return f"{bad} of {len(images)} {what} are not finite: {fix}"
+    return None
+
+
+def _num_non_finite(rows: Tensor) -> int:
+    return int((~rows.isfinite()).flatten(1).any(dim=1).sum())
+
+
 def attack_to_rounding(generator: Generator, learner: Learner, batch: Batch) -> float | None:
     """Return `signal_to_rounding` for a few images of a batch.
 

@@ -25,7 +25,12 @@ from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_request
 from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.choices import fast_convolutions
 from dad_fast.engine.cuda_graph import WARM_UP
-from dad_fast.engine.diagnostics import attack_effects, attack_to_rounding, codes_changed
+from dad_fast.engine.diagnostics import (
+    attack_effects,
+    attack_to_rounding,
+    codes_changed,
+    non_finite_part,
+)
 from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.notices import Advice, details, ema_lag, run_choices, summary
@@ -36,6 +41,7 @@ from dad_fast.engine.step_timer import StepTimer
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite, evaluate
+from dad_fast.evaluate.show import non_finite_note
 from dad_fast.loggers.gpu import Gpu
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
@@ -197,7 +203,7 @@ class Trainer:
     def _steps(self, stop: StopRequest, progress: TrainProgress) -> None:
         if self.validation_due:
             is_last = self.next_step == self.total_steps
-            self._boundary(is_last, epoch_ends=True, stopping=False, progress=progress)
+            self._boundary(None, is_last, epoch_ends=True, stopping=False, progress=progress)
 
         batches = self._batches()
         vote = distributed.Vote()
@@ -231,7 +237,7 @@ class Trainer:
                 progress.update(_to_show(self.meter.peek()))
             if is_last or epoch_ends or stopping or self._checkpoint_due():
                 self.clock.count()
-                self._boundary(is_last, epoch_ends, bool(stopping), progress)
+                self._boundary(batch, is_last, epoch_ends, bool(stopping), progress)
                 self.clock.skip()
                 progress.pause()
             if stopping and not is_last:
@@ -284,10 +290,15 @@ class Trainer:
         )
 
     def _boundary(
-        self, last: bool, epoch_ends: bool, stopping: bool, progress: TrainProgress
+        self,
+        batch: Batch | None,
+        last: bool,
+        epoch_ends: bool,
+        stopping: bool,
+        progress: TrainProgress,
     ) -> None:
-        """Validate and save, whichever is due."""
-        self._stop_if_not_finite()
+        """Validate and save, whichever is due. batch: that of the last step, None before any."""
+        self._stop_if_not_finite(batch)
         gc.collect()
         if epoch_ends and self.meter.count:
             progress.update(_to_show(self.meter.peek()))
@@ -316,6 +327,8 @@ class Trainer:
                 ece=result.ece,
             )
             progress.show_validation(result.top1, self.best_top1)
+            if note := non_finite_note(result):
+                self.log.say(note)
         elif epoch_ends:
             progress.end_epoch()
         by_epoch = epoch_ends and not self.cfg.checkpoint.every_steps
@@ -334,7 +347,7 @@ class Trainer:
         return bool(every) and self.next_step % every == 0
 
     def _log_window(self, lr: float, batch: Batch, progress: TrainProgress) -> None:
-        self._stop_if_not_finite()
+        self._stop_if_not_finite(batch)
         values = _to_show(self.meter.read())
         self.clock.count()
         window = self.clock.window()
@@ -365,19 +378,22 @@ class Trainer:
             self.bad_images.update(names)
         return sorted(self.bad_images)
 
-    def _stop_if_not_finite(self) -> None:
+    def _stop_if_not_finite(self, batch: Batch | None) -> None:
         if self.worst_streak.item() > self.update.tolerated:
             # Reset, so that a resumed run starts from zero.
             self.worst_streak.zero_()
             self.update.bad_in_a_row.zero_()
             save(self, best=False)
             self.writer.wait()
-            distributed.barrier()
+            found = None
+            if batch is not None:
+                found = non_finite_part(self.step.generator, self.learner, batch)
+            causes = list(filter(None, distributed.all_gather_json(found)))
+            advice = "lower --lr, set --clip-grad, or check the data and the weights"
             raise NotFinite(
                 f"the loss or a gradient was not a number in a step before {self.next_step}; such "
                 "steps were skipped and the state is "
-                f"saved in {self.checkpoints.root}; lower --lr, set --clip-grad, or check the "
-                "data and the weights"
+                f"saved in {self.checkpoints.root}; {causes[0] if causes else advice}"
             )
 
     @property
