@@ -250,6 +250,8 @@ class DoctorOptions:
         "also check the arithmetic here: codebook search against float64, the attack against its "
         "closed form on a linear teacher, on a GPU every kernel against torch",
     )
+    json: bool = option(False, "--json", "print the report on this machine as one JSON object")
+    weights: str = option("", "--weights FILE", "describe this weights file instead")
     data: str = option(
         "", "--data DIR", "image folder, folder or pattern of WebDataset shards, or embedded:digits"
     )
