@@ -27,6 +27,7 @@ COMMANDS = (
     "train",
     "ablate",
     "eval",
+    "average",
     "analyze",
     "predict",
     "export",

@@ -312,6 +312,23 @@ class EvalLaunch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageOptions:
+    """`dad-fast average`. weights: one for each model; () = equal."""
+
+    models: tuple[str, ...] = word(())
+    weights: tuple[str, ...] = option((), "--weights W ...", "weight of each model [equal]")
+    interpolate: str = option(
+        "", "--interpolate START", "mix in this model: (1 - alpha) START + alpha AVERAGE"
+    )
+    alpha: float = option(0.5, "--alpha A", "the alpha that is written", read=share)
+    points: int = option(
+        11, "--points N", "values of alpha from 0 to 1 that are evaluated", read=at_least(2)
+    )
+    output: str = option("", "-o, --output DIR", "the new folder")
+    overwrite: bool = option(False, "--overwrite", "replace an earlier average")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """`dad-fast export`. formats: () is the model's own. weights: "" is those of evaluation."""
 

@@ -102,7 +102,7 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
         return run_processes(nproc, "eval", launch.arguments)
 
     names = [name for name in launch.compare or (launch.model,) if name and name not in files]
-    cfg = _settings([name for name in names if not is_by_name(name)], flags)
+    cfg = settings_of([name for name in names if not is_by_name(name)], flags)
     with distributed.joined(cfg), ends_at_once(STOPPED):
         return _Evaluation(cfg, launch).run(names)
 
@@ -363,7 +363,7 @@ def _check_outputs(launch: EvalLaunch) -> None:
         )
 
 
-def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
+def settings_of(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
     """Return the settings of the first run among the models, overridden by the typed flags."""
     cfg = Config()
     for run in runs:
