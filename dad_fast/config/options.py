@@ -297,6 +297,9 @@ class EvalLaunch:
     baselines: str = option(
         "", "--baselines FILE", "CSV or JSON of baselines' top-1 by suite, for effective robustness"
     )
+    calibrate: str = option(
+        "", "--calibrate SPLIT", "fit one temperature on SPLIT and store it with MODEL"
+    )
     per_class: bool = option(
         False, "--per-class", "also print balanced accuracy and the accuracy of each class"
     )

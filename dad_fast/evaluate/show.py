@@ -129,6 +129,20 @@ def detection_lines(
     return lines
 
 
+def calibration_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Format ECE and NLL before and after calibration."""
+    before, after = facts["nll"]
+    lines = [
+        f"temperature {facts['temperature']:.4g}, fitted on {facts['num_images']:,} images of "
+        f"{facts['split']} (NLL {before:.3f} before, {after:.3f} after)",
+        f"{'ECE %':<24} {'before':>7} {'after':>7}",
+    ]
+    for suite, (old, new) in facts["ece"].items():
+        fitted = "  (fitted on it)" if suite == facts["split"] else ""
+        lines.append(f"{suite:<24} {old:>7.1f} {new:>7.1f}{fitted}")
+    return lines
+
+
 def robustness_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Format effective robustness by suite, with the baselines' line."""
     return [

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dad_fast.config import Config, from_toml
-from dad_fast.config.fields import coerce, nearest, settings, with_values
+from dad_fast.config import Config
+from dad_fast.config.fields import nearest
 from dad_fast.config.options import EvalLaunch
-from dad_fast.config.schema import TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.choose import check_dali
 from dad_fast.distributed import process_group as distributed
@@ -25,7 +24,7 @@ from dad_fast.distributed.launch import (
     run_processes,
 )
 from dad_fast.distributed.signals import ends_at_once, stop_requests
-from dad_fast.errors import UsageError, discard_output
+from dad_fast.errors import UsageError
 from dad_fast.evaluate import show
 from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.metrics.ood_detection import detect
@@ -36,11 +35,14 @@ from dad_fast.evaluate.models import EvalModel, is_by_name, load_subject, of_tea
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.open import Unknown, classes_of, open_suites, open_unknown
-from dad_fast.files import atomic_write_json, read_text
+from dad_fast.files import atomic_write_json
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_teacher import load_teacher
-from dad_fast.models.student import checkpoint_file
+from dad_fast.models.student import Student
+from dad_fast.tools import calibrate
+from dad_fast.tools.eval_output import Printer, check_outputs
+from dad_fast.tools.eval_settings import settings_of
 
 STOPPED = "stopped: the results above are complete; run the same command again"
 
@@ -74,7 +76,7 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
 
     `flags` maps paths of settings to typed values; the others come from the run's config.toml.
     """
-    _check_outputs(launch)
+    check_outputs(launch)
     files = [name for name in launch.compare if is_records(name)]
     if launch.compare and len(files) == 2:
         given = {
@@ -96,6 +98,8 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
             "nothing to evaluate: name a model (a run's folder, a .safetensors file, "
             f"timm:NAME@FILE){before}, or a --teacher"
         )
+    if launch.calibrate:
+        _check_calibration(launch)
     if is_worker():
         end_with_launcher()
     elif (nproc := number_of_processes(launch.nproc)) > 1:
@@ -105,6 +109,15 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
     cfg = settings_of([name for name in names if not is_by_name(name)], flags)
     with distributed.joined(cfg), ends_at_once(STOPPED):
         return _Evaluation(cfg, launch).run(names)
+
+
+def _check_calibration(launch: EvalLaunch) -> None:
+    """Raise UsageError unless --calibrate can store its temperature."""
+    if launch.compare or not launch.model:
+        raise UsageError("--calibrate stores a temperature with one model: name it, not --compare")
+    if is_worker() or number_of_processes(launch.nproc) > 1:
+        raise UsageError("--calibrate runs in one process: leave --nproc out")
+    calibrate.check_file(launch.model)
 
 
 class _Evaluation:
@@ -125,10 +138,15 @@ class _Evaluation:
             "checkpoint": None,
             "teacher": None,
         }
-        found = {
-            name: self.evaluate(load_subject(name, self.cfg, self.data_classes, self.device))
-            for name in names
-        }
+        found = {}
+        for name in names:
+            subject = load_subject(name, self.cfg, self.data_classes, self.device)
+            if self.launch.calibrate:
+                record["calibration"] = self.calibrate(subject)
+                subject = load_subject(name, self.cfg, self.data_classes, self.device)
+            found[name] = self.evaluate(subject)
+        if self.launch.calibrate:
+            self.compare_calibration(record["calibration"], found[names[0]])
         if not found:
             self.teacher(self.data_classes())
         if not distributed.is_main():
@@ -178,6 +196,38 @@ class _Evaluation:
 
     def evaluate(self, subject: EvalModel) -> Found:
         return self._evaluate(subject, subject.title, self.teacher(subject.classes))
+
+    def calibrate(self, subject: EvalModel) -> dict[str, Any]:
+        """Fit a temperature, store it with the model, and evaluate the model without it.
+
+        Returns facts for the results; `compare_calibration` adds the ECE with it.
+        """
+        split, student = self.launch.calibrate, subject.model
+        assert isinstance(student, Student)
+        student.calibration = None
+        eval_set = calibrate.open_split(split, self.cfg, subject)
+        found, facts = calibrate.fit(
+            subject,
+            eval_set,
+            split,
+            self.view(subject),
+            self.batch_size,
+            self.cfg.data.workers,
+            self.device,
+            _progress(f"calibrating on {split}"),
+        )
+        before = self._evaluate(subject, f"{subject.name}, before calibration", None)
+        file = calibrate.check_file(subject.name)
+        calibrate.store(file, found)
+        self.log(f"\n{file}: {found}, is stored with the model; eval, predict and export use it")
+        return {**facts, "ece": {name: [one.ece] for name, one in before.results.items()}}
+
+    def compare_calibration(self, facts: dict[str, Any], after: Found) -> None:
+        """Add the ECE of the calibrated model and print both."""
+        for name, result in after.results.items():
+            facts["ece"][name].append(result.ece)
+        for line in ("", *show.calibration_lines(facts)):
+            self.log(line)
 
     def _evaluate(self, subject: EvalModel, title: str, teacher: Found | None) -> Found:
         """Evaluate on every suite and print each result as soon as it is known."""
@@ -321,81 +371,6 @@ def _save(folder: Path, name: str, found: Found) -> Path:
         {suite: result.records for suite, result in found.results.items() if result.records},
     )
     return path
-
-
-class Printer:
-    """Prints results in the main process.
-
-    A reader that has gone (`| head`) ends the command, unless results are also written to files.
-    """
-
-    def __init__(self, launch: EvalLaunch):
-        self.writes_files = bool(launch.json or launch.csv or launch.predictions)
-
-    def __call__(self, text: str) -> None:
-        if not distributed.is_main():
-            return
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            if not self.writes_files:
-                raise
-            discard_output()
-
-
-def _check_outputs(launch: EvalLaunch) -> None:
-    """Check the output paths before any work: their folders exist, and only earlier results are
-    replaced.
-    """
-    for flag, path in (("--json", launch.json), ("--csv", launch.csv)):
-        suffix = flag.replace("--", ".")
-        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise UsageError(f"{flag} {path}: name a file in a folder that exists")
-        if path and Path(path).exists() and Path(path).suffix != suffix:
-            raise UsageError(
-                f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name "
-                "another file"
-            )
-    if launch.predictions and Path(launch.predictions).is_file():
-        raise UsageError(
-            f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file "
-            "for each model"
-        )
-
-
-def settings_of(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
-    """Return the settings of the first run among the models, overridden by the typed flags."""
-    cfg = Config()
-    for run in runs:
-        folder = checkpoint_file(run).absolute().parent
-        # In the run's folder, which for a checkpoint is two levels up: RUN/checkpoints/step-N.
-        candidates = (folder / "config.toml", folder.parent.parent / "config.toml")
-        config = next((path for path in candidates if path.is_file()), None)
-        if config is not None:
-            cfg = from_toml(read_text(config), str(config))
-            break
-    values = {
-        path: coerce(settings()[path], value, settings()[path].flag)
-        for path, value in flags.items()
-    }
-    # The run's teacher is evaluated only on request, the image size is the model's own, and PIL
-    # decodes. --batch-size is the batch of this command.
-    cfg = with_values(
-        cfg,
-        {
-            "teacher": TeacherConfig(),
-            "device": "auto",
-            "augment.img_size": 0,
-            "data.loader": "torchvision",
-        },
-    )
-    cfg = with_values(cfg, values | ({"eval.batch_size": 0} if "data.batch_size" in values else {}))
-    if not cfg.data.data_dir and not cfg.eval.suites:
-        raise UsageError(
-            "no data: add --data-dir (an image folder or embedded:digits); no config.toml next to "
-            "the checkpoint names it"
-        )
-    return cfg
 
 
 def _progress(name: str) -> Callable[[int, int], None]:

@@ -27,7 +27,7 @@ from dad_fast.distributed.device import resolve_device
 from dad_fast.errors import DataError, UsageError
 from dad_fast.models.load_student import load_student, run_settings, take_view
 from dad_fast.models.onnx_student import OnnxStudent
-from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.student import Calibration, Student, checkpoint_file
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
 Predictions = list[tuple[float, int]]  # confidence and class, the most likely first
@@ -69,12 +69,19 @@ def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxS
                 "student's model.safetensors"
             )
         onnx = OnnxStudent(path)
+        _mention(Calibration.from_metadata(path, onnx.metadata))
         return onnx, recorded_classes(path, onnx.metadata.get(CLASSES), onnx.num_classes)
 
     path = checkpoint_file(path)
     student, metadata = load_student(path)
+    _mention(student.calibration)
     take_view(student, run_settings(path)[0])
     return student.to(device), recorded_classes(path, metadata.get(CLASSES), student.num_classes)
+
+
+def _mention(calibration: Calibration | None) -> None:
+    if calibration is not None:
+        print(f"confidences are calibrated: {calibration}", file=sys.stderr)
 
 
 def find_images(names: Sequence[str]) -> Iterator[str]:

@@ -45,6 +45,8 @@ class Member:
         """Load a run's folder, a checkpoint's folder or a file. Raises DataError."""
         path = checkpoint_file(name)
         student, metadata = load_student(path)
+        # A temperature belongs to its own weights.
+        student.calibration = None
         take_view(student, run_settings(path)[0])
         classes = recorded_classes(path, metadata.get(CLASSES), student.num_classes)
         return cls(name, student, metadata, classes, sha256_file(path))
