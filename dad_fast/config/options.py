@@ -295,7 +295,12 @@ class EvalLaunch:
         "the in-distribution suite, for --ood and --baselines; empty = the first",
     )
     baselines: str = option(
-        "", "--baselines FILE", "CSV or JSON of baselines' top-1 by suite, for effective robustness"
+        "",
+        "--baselines timm|FILE",
+        "effective robustness against timm's models, or those of a CSV or JSON",
+    )
+    like: str = option(
+        "", "--like RUN", "list public models of at most RUN's size with better published results"
     )
     calibrate: str = option(
         "", "--calibrate SPLIT", "fit one temperature on SPLIT and store it with MODEL"

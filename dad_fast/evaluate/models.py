@@ -72,6 +72,7 @@ def load_subject(
         "student": student.name,
         "method": method,
         "ema": ema,
+        "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
         "temperature": student.calibration and student.calibration.temperature,
     }
     return EvalModel(name, title, student.to(device), classes, view, facts)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from dad_fast.distributed.launch import (
 )
 from dad_fast.distributed.signals import ends_at_once, stop_requests
 from dad_fast.errors import UsageError
-from dad_fast.evaluate import show
+from dad_fast.evaluate import public_models, show
 from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.metrics.ood_detection import detect
 from dad_fast.evaluate.metrics.paired_tests import agreement, compare
@@ -77,6 +77,8 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
     `flags` maps paths of settings to typed values; the others come from the run's config.toml.
     """
     check_outputs(launch)
+    if launch.like:
+        return _like(launch, flags)
     files = [name for name in launch.compare if is_records(name)]
     if launch.compare and len(files) == 2:
         given = {
@@ -111,6 +113,22 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
         return _Evaluation(cfg, launch).run(names)
 
 
+def _like(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
+    """List public models that beat the results of a run. Evaluates nothing."""
+    alone = EvalLaunch(like=launch.like, json=launch.json, arguments=launch.arguments)
+    if flags or launch != alone:
+        raise UsageError("--like compares results that exist: leave the other flags out")
+    run = public_models.read_run(launch.like)
+    log = Printer(launch)
+    if launch.json:
+        better = [asdict(model) for model in public_models.better_models(run)]
+        about = public_models.table().about
+        atomic_write_json(launch.json, {"run": asdict(run), "better": better, "source": about})
+    for line in public_models.better_lines(run):
+        log(line)
+    return 0
+
+
 def _check_calibration(launch: EvalLaunch) -> None:
     """Raise UsageError unless --calibrate can store its temperature."""
     if launch.compare or not launch.model:
@@ -128,7 +146,11 @@ class _Evaluation:
         if self.dali:
             check_dali()
         self.suite_names = cfg.eval.suites or (cfg.data.val_split,)
-        self.baselines = read_baselines(launch.baselines) if launch.baselines else []
+        self.baselines: Sequence[Mapping[str, float]] = []
+        if launch.baselines:
+            is_table = launch.baselines == public_models.NAME
+            by_timm = public_models.as_baselines
+            self.baselines = by_timm() if is_table else read_baselines(launch.baselines)
         self.teacher_results: dict[ClassMap, Found] = {}
 
     def run(self, names: Sequence[str]) -> int:
