@@ -25,9 +25,8 @@ examples:
   dad-fast eval timm:resnet50@r50.safetensors --suite imagenet=/data/val imagenet-a=/data/imagenet-a
 
 names after --suite:
-  KIND=DIR      a test set as it is distributed: imagenet, imagenet-v2, imagenet-a, imagenet-r,
-                imagenet-sketch, imagenet-c, imagenet-stylized or objectnet; subset=DIR is a folder
-                of some of the model's classes, and predictions are restricted to these
+  KIND=DIR      a published test set: imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized or
+                objectnet; subset=DIR: a folder of some of the model's classes, which alone compete
   SPLIT, DIR    a split of the data or an image folder, of all the model's classes; DIR@FILE.csv
                 (id,folder,name) maps each folder to its class
   contrast:3    a corruption of the first other suite, with one severity, or all if none is given
@@ -54,7 +53,7 @@ SETTINGS = {
     "teacher.templates": "",
     "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
     "eval.c_preprocessing": "",
-    "data.loader": "dali: plain JPEGs are decoded by DALI, and the results record it; else PIL",
+    "data.loader": "dali: plain JPEGs are decoded by DALI (results record it); else PIL",
 }
 
 
