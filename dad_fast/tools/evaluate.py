@@ -220,9 +220,10 @@ class _Evaluation:
         return self._evaluate(subject, subject.title, self.teacher(subject.classes))
 
     def calibrate(self, subject: EvalModel) -> dict[str, Any]:
-        """Fit a temperature, store it with the model, and evaluate the model without it.
+        """Fit a temperature and store it with the model.
 
-        Returns facts for the results; `compare_calibration` adds the ECE with it.
+        Returns facts for the results, with the ECE of every suite before; `compare_calibration` adds
+        the ECE after.
         """
         split, student = self.launch.calibrate, subject.model
         assert isinstance(student, Student)
@@ -238,11 +239,12 @@ class _Evaluation:
             self.device,
             _progress(f"calibrating on {split}"),
         )
-        before = self._evaluate(subject, f"{subject.name}, before calibration", None)
+        suites = open_suites(self.suite_names, self.cfg.data, subject.classes, self.cfg.eval)
+        ece = {suite.name: [self.result(subject, suite).ece] for suite in suites}
         file = calibrate.check_file(subject.name)
         calibrate.store(file, found)
-        self.log(f"\n{file}: {found}, is stored with the model; eval, predict and export use it")
-        return {**facts, "ece": {name: [one.ece] for name, one in before.results.items()}}
+        self.log(f"{file}: {found}, is stored with the model; eval, predict and export use it")
+        return {**facts, "ece": ece}
 
     def compare_calibration(self, facts: dict[str, Any], after: Found) -> None:
         """Add the ECE of the calibrated model and print both."""
