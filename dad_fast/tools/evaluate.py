@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.student import Student
-from dad_fast.tools import calibrate
+from dad_fast.tools import calibrate, like
 from dad_fast.tools.eval_output import Printer, check_outputs
 from dad_fast.tools.eval_settings import settings_of
 
@@ -78,7 +78,7 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
     """
     check_outputs(launch)
     if launch.like:
-        return _like(launch, flags)
+        return like.run(launch, flags)
     files = [name for name in launch.compare if is_records(name)]
     if launch.compare and len(files) == 2:
         given = {
@@ -111,22 +111,6 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
     cfg = settings_of([name for name in names if not is_by_name(name)], flags)
     with distributed.joined(cfg), ends_at_once(STOPPED):
         return _Evaluation(cfg, launch).run(names)
-
-
-def _like(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
-    """List public models that beat the results of a run. Evaluates nothing."""
-    alone = EvalLaunch(like=launch.like, json=launch.json, arguments=launch.arguments)
-    if flags or launch != alone:
-        raise UsageError("--like compares results that exist: leave the other flags out")
-    run = public_models.read_run(launch.like)
-    log = Printer(launch)
-    if launch.json:
-        better = [asdict(model) for model in public_models.better_models(run)]
-        about = public_models.table().about
-        atomic_write_json(launch.json, {"run": asdict(run), "better": better, "source": about})
-    for line in public_models.better_lines(run):
-        log(line)
-    return 0
 
 
 def _check_calibration(launch: EvalLaunch) -> None:
