@@ -20,7 +20,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError
-from dad_fast.evaluate.suites.base import as_eval_set
+from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
 from dad_fast.models.load_student import load_student, run_settings, take_view
 from dad_fast.models.student import Student, checkpoint_file
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
@@ -65,11 +65,11 @@ def check_alike(members: Sequence[Member]) -> None:
                 what = f"class {place} is {ours!r} and {theirs!r}"
             raise DataError(f"{first.name} and {other.name} have other class lists: {what}")
         for key in sorted(first.student.spec.keys() | other.student.spec.keys()):
-            ours, theirs = first.student.spec.get(key), other.student.spec.get(key)
-            if ours != theirs:
+            values = first.student.spec.get(key), other.student.spec.get(key)
+            if values[0] != values[1]:
                 raise DataError(
                     f"{first.name} and {other.name} are no two sets of weights of one model: "
-                    f"{key} is {ours} and {theirs}"
+                    f"{key} is {values[0]} and {values[1]}"
                 )
 
 
@@ -101,7 +101,7 @@ def average(members: Sequence[Member], weights: Sequence[float]) -> Student:
 
 
 def estimate_batch_norm(
-    student: Student, source: Source, batch_size: int, workers: int, device: torch.device
+    student: Student, source: Source | EvalSet, batch_size: int, workers: int, device: torch.device
 ) -> int:
     """Replace the running statistics of batch norm by those over images of `source`, as evaluation
     sees them. Returns the number of images.

@@ -45,6 +45,11 @@ def bug_report(rows: Sequence[Row]) -> list[str]:
         wrapped
         for line in lines
         for wrapped in textwrap.wrap(
-            line, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 6, break_long_words=False
+            line,
+            WIDTH,
+            initial_indent=" " * 4,
+            subsequent_indent=" " * 6,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
     ]

@@ -35,7 +35,7 @@ def run(file: str) -> int:
     digest = sha256_file(path)
     print(render(Row("file", "ok", f"{path.stat().st_size:,} bytes, SHA-256 {digest}")))
     for row in identify(path, digest):
-        print(render(row))
+        print(render(row, whole_words=True))
     return 0
 
 
