@@ -14,6 +14,7 @@ from torch import Tensor
 from dad_fast.config.schema import AttackConfig
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.base import Discretized, Discretizer
+from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.generator import AttackGenerator, Generator
 from dad_fast.engine.learner import Learner
 from dad_fast.methods.attack import PGD, perturb
@@ -129,7 +130,7 @@ class Attacked:
         return Effect(changed.item(), unit, answers.item(), stronger=None)
 
     def _visible_budget(self) -> tuple[float, float] | None:
-        """Return the first budget, of doubled ones, that changes enough, and its share of changes."""
+        """Return the first of doubled budgets that changes enough, and its share of changes."""
         for factor in STRONGER:
             eps, step_size = self.attack.eps * factor, self.attack.step_size * factor
             changed = self._effect(replace(self.attack, eps=eps, step_size=step_size)).changed
@@ -160,11 +161,19 @@ def _attacks(generator: Generator, learner: Learner, batch: Batch) -> dict[str, 
     }
 
 
-def non_finite_part(generator: Generator, learner: Learner, batch: Batch) -> str | None:
+def cause_of_non_finite(generator: Generator, learner: Learner, batch: Batch | None) -> str:
+    """Describe why a loss or gradient is not finite, and what to do. A collective.
+
+    batch: that of the last step, whose inputs are made again.
+    """
+    found = None if batch is None else _non_finite_part(generator, learner, batch)
+    causes = filter(None, distributed.all_gather_json(found))
+    return next(causes, "lower --lr, set --clip-grad, or check the data and the weights")
+
+
+def _non_finite_part(generator: Generator, learner: Learner, batch: Batch) -> str | None:
     """Describe what is not finite before the student's forward pass: its weights, the teacher's
     logits or the images. None where all are finite.
-
-    For a run that stops: it makes the inputs of a batch again.
     """
     for name, tensor in learner.student.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

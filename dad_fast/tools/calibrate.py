@@ -14,29 +14,13 @@ from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.metrics.temperature import fit_temperature, mean_nll
-from dad_fast.evaluate.models import EvalModel, is_by_name
+from dad_fast.evaluate.models import EvalModel
 from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
 from dad_fast.evaluate.suites.open import open_suites
 from dad_fast.locks import lock_folder
-from dad_fast.models.load_student import TENSORS
-from dad_fast.models.student import Calibration, checkpoint_file
+from dad_fast.models.student import Calibration
 from dad_fast.models.weights.declared import TEMPERATURE
 from dad_fast.models.weights.files import read_state_dict, write_safetensors
-
-
-def check_file(name: str) -> Path:
-    """Return the file that will hold the temperature. Raises UsageError for a model without one."""
-    if is_by_name(name):
-        raise UsageError(
-            f"--calibrate: {name} has no file of dad-fast to store the temperature in; name a run"
-        )
-    path = checkpoint_file(name)
-    if (path.parent / TENSORS).is_file():
-        raise UsageError(
-            f"--calibrate: {path} belongs to a checkpoint, which is not changed; name a finished "
-            "run or an export"
-        )
-    return path
 
 
 def open_split(split: str, cfg: Config, subject: EvalModel) -> EvalSet:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dad_fast.config import Config
 from dad_fast.config.fields import nearest
 from dad_fast.config.options import EvalLaunch
 from dad_fast.data.classes import ClassMap
@@ -24,14 +23,15 @@ from dad_fast.distributed.launch import (
     run_processes,
 )
 from dad_fast.distributed.signals import ends_at_once, stop_requests
-from dad_fast.errors import UsageError
+from dad_fast.errors import UsageError, discard_output
 from dad_fast.evaluate import public_models, show
+from dad_fast.evaluate.columns import terminal_width
 from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.metrics.ood_detection import detect
 from dad_fast.evaluate.metrics.paired_tests import agreement, compare
-from dad_fast.evaluate.metrics.predictions import Records, is_records, load_records, save_records
+from dad_fast.evaluate.metrics.predictions import Records, load_records, save_records
 from dad_fast.evaluate.metrics.result import Result, with_intervals
-from dad_fast.evaluate.models import EvalModel, is_by_name, load_subject, of_teacher
+from dad_fast.evaluate.models import EvalModel, load_subject, of_teacher
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.open import Unknown, classes_of, open_suites, open_unknown
@@ -40,9 +40,8 @@ from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.student import Student
-from dad_fast.tools import calibrate, like
-from dad_fast.tools.eval_output import Printer, check_outputs
-from dad_fast.tools.eval_settings import settings_of
+from dad_fast.tools import calibrate
+from dad_fast.tools.evaluate_checks import Job, file_to_calibrate
 
 STOPPED = "stopped: the results above are complete; run the same command again"
 
@@ -71,65 +70,31 @@ class Found:
         return record
 
 
-def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
-    """Return the exit code.
-
-    `flags` maps paths of settings to typed values; the others come from the run's config.toml.
-    """
-    check_outputs(launch)
-    if launch.like:
-        return like.run(launch, flags)
-    files = [name for name in launch.compare if is_records(name)]
-    if launch.compare and len(files) == 2:
-        given = {
-            "--csv": launch.csv,
-            "--save-predictions": launch.predictions,
-            "--ood": launch.ood,
-            "--baselines": launch.baselines,
-        }
-        if unused := [flag for flag, value in given.items() if value]:
-            raise UsageError(
-                f"{unused[0]}: --compare of two files of predictions evaluates no model; leave "
-                f"{unused[0]} out"
-            )
-        return _compare(launch, {name: load_records(name)[1] for name in launch.compare}, {})
-    if not launch.model and not launch.compare and not flags.get("teacher.name"):
-        # --suite takes all names that follow it.
-        before = " before --suite" if "eval.suites" in flags else ""
-        raise UsageError(
-            "nothing to evaluate: name a model (a run's folder, a .safetensors file, "
-            f"timm:NAME@FILE){before}, or a --teacher"
-        )
-    if launch.calibrate:
-        _check_calibration(launch)
+def run(job: Job) -> int:
+    """Return the exit code."""
+    launch = job.launch
+    if not job.models and len(job.files) == 2:
+        return _compare(launch, {name: load_records(name)[1] for name in job.files}, {})
+    if launch.calibrate and (is_worker() or number_of_processes(launch.nproc) > 1):
+        raise UsageError("--calibrate runs in one process: leave --nproc out")
     if is_worker():
         end_with_launcher()
     elif (nproc := number_of_processes(launch.nproc)) > 1:
         return run_processes(nproc, "eval", launch.arguments)
-
-    names = [name for name in launch.compare or (launch.model,) if name and name not in files]
-    cfg = settings_of([name for name in names if not is_by_name(name)], flags)
-    with distributed.joined(cfg), ends_at_once(STOPPED):
-        return _Evaluation(cfg, launch).run(names)
-
-
-def _check_calibration(launch: EvalLaunch) -> None:
-    """Raise UsageError unless --calibrate can store its temperature."""
-    if launch.compare or not launch.model:
-        raise UsageError("--calibrate stores a temperature with one model: name it, not --compare")
-    if is_worker() or number_of_processes(launch.nproc) > 1:
-        raise UsageError("--calibrate runs in one process: leave --nproc out")
-    calibrate.check_file(launch.model)
+    with distributed.joined(job.cfg), ends_at_once(STOPPED):
+        return _Evaluation(job).run()
 
 
 class _Evaluation:
-    def __init__(self, cfg: Config, launch: EvalLaunch) -> None:
-        self.cfg, self.launch, self.device = cfg, launch, resolve_device(cfg.device)
+    def __init__(self, job: Job) -> None:
+        self.job, self.cfg, self.launch = job, job.cfg, job.launch
+        cfg, launch = job.cfg, job.launch
+        self.device = resolve_device(cfg.device)
         self.log = Printer(launch)
         self.dali = cfg.data.loader == "dali"
         if self.dali:
             check_dali()
-        self.suite_names = cfg.eval.suites or (cfg.data.val_split,)
+        self.suite_names = job.suites
         self.baselines: Sequence[Mapping[str, float]] = []
         if launch.baselines:
             is_table = launch.baselines == public_models.NAME
@@ -137,7 +102,8 @@ class _Evaluation:
             self.baselines = by_timm() if is_table else read_baselines(launch.baselines)
         self.teacher_results: dict[ClassMap, Found] = {}
 
-    def run(self, names: Sequence[str]) -> int:
+    def run(self) -> int:
+        names = self.job.models
         record: dict[str, Any] = {
             "data_dir": self.cfg.data.data_dir,
             "decoder": "DALI" if self.dali else "PIL",
@@ -225,7 +191,7 @@ class _Evaluation:
         )
         suites = open_suites(self.suite_names, self.cfg.data, subject.classes, self.cfg.eval)
         ece = {suite.name: [self.result(subject, suite).ece] for suite in suites}
-        file = calibrate.check_file(subject.name)
+        file = file_to_calibrate(subject.name)
         calibrate.store(file, found)
         self.log(f"{file}: {found}, is stored with the model; eval, predict and export use it")
         return {**facts, "ece": ece}
@@ -244,23 +210,26 @@ class _Evaluation:
             found = Found(subject, id_suite=self.id_suite(suites))
             unknown = self.unknown(subject, suites, found.id_suite)
 
-        self.log(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
+        layout = show.results_layout(terminal_width())
+        self.log(f"\n{title}, {len(subject.classes):,} classes\n{layout.header()}")
         for suite in suites:
             result = with_intervals(self.result(subject, suite))
             theirs = teacher.results[suite.name].records if teacher is not None else None
             if result.records and theirs:
                 result = replace(result, agreement=agreement(result.records, theirs))
-            self.log(show.row(result))
+            self.log(show.row(result, layout))
             found.results[suite.name] = result
-        for line in show.notes(found.results):
-            self.log(f"  {line}")
+        for line in (*show.notes(found.results), layout.note()):
+            if line:
+                self.log(f"  {line}")
+
         if self.launch.per_class:
             for line in ("", *show.class_lines(found.results, subject.classes.names)):
                 self.log(line)
 
         if unknown:
             found.ood = self.detect(subject, found, unknown)
-            for line in ("", *show.detection_lines(found.id_suite, found.ood)):
+            for line in ("", *show.detection_lines(found.id_suite, found.ood, terminal_width())):
                 self.log(line)
 
         if self.baselines:
@@ -360,7 +329,7 @@ def _compare(
     found = {suite: compare(suite, records[first][suite], records[second][suite]) for suite in both}
     log = Printer(launch)
     log("")
-    for line in show.comparison_lines((first, second), found):
+    for line in show.comparison_lines((first, second), found, terminal_width()):
         log(line)
     if launch.json:
         compared = {"first": first, "second": second, "suites": found}
@@ -379,6 +348,26 @@ def _save(folder: Path, name: str, found: Found) -> Path:
         {suite: result.records for suite, result in found.results.items() if result.records},
     )
     return path
+
+
+class Printer:
+    """Prints results in the main process.
+
+    A reader that has gone (`| head`) ends the command, unless results are also written to files.
+    """
+
+    def __init__(self, launch: EvalLaunch):
+        self.writes_files = bool(launch.json or launch.csv or launch.predictions)
+
+    def __call__(self, text: str) -> None:
+        if not distributed.is_main():
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            if not self.writes_files:
+                raise
+            discard_output()
 
 
 def _progress(name: str) -> Callable[[int, int], None]:

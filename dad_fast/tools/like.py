@@ -10,7 +10,7 @@ from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
 from dad_fast.evaluate import public_models
 from dad_fast.files import atomic_write_json
-from dad_fast.tools.eval_output import Printer
+from dad_fast.tools.evaluate_checks import check_outputs
 
 
 def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
@@ -21,12 +21,12 @@ def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
     alone = EvalLaunch(like=launch.like, json=launch.json, arguments=launch.arguments)
     if flags or launch != alone:
         raise UsageError("--like compares results that exist: leave the other flags out")
+    check_outputs(launch)
     found = public_models.read_run(launch.like)
-    log = Printer(launch)
     if launch.json:
         better = [asdict(model) for model in public_models.better_models(found)]
         about = public_models.table().about
         atomic_write_json(launch.json, {"run": asdict(found), "better": better, "source": about})
     for line in public_models.better_lines(found):
-        log(line)
+        print(line)
     return 0

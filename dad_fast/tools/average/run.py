@@ -22,7 +22,7 @@ from dad_fast.loggers.progress import count_progress
 from dad_fast.models.student import Student, save_student
 from dad_fast.models.weights.declared import CLASSES
 from dad_fast.tools.average.soup import Member, average, check_alike, estimate_batch_norm
-from dad_fast.tools.eval_settings import settings_of
+from dad_fast.tools.evaluate_checks import settings_of
 
 WEIGHTS, RECORD = "model.safetensors", "average.json"
 AVERAGED = "dad_fast.averaged"

@@ -21,8 +21,9 @@ from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError
 from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
-from dad_fast.models.load_student import load_student, run_settings, take_view
-from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.load_student import load_student, take_view
+from dad_fast.models.places import checkpoint_file, run_settings
+from dad_fast.models.student import Student
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 from dad_fast.models.weights.files import load_strictly, sha256_file
 
