@@ -12,14 +12,18 @@ from dad_fast.data.augment.mixing import soft_targets, to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.distributed import process_group as distributed
+from dad_fast.engine import frozen
 from dad_fast.engine.generator import AttackGenerator
 from dad_fast.engine.trainer import Trainer
+from dad_fast.errors import DadFastError
 from dad_fast.evaluate.runner import Suite
+from dad_fast.evaluate.show import non_finite_note
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.progress import count_progress
 from dad_fast.methods.attack import discretize
 from dad_fast.methods.losses import keep_mask
 from dad_fast.methods.registry import METHODS, Images
+from dad_fast.models.teacher import Teacher
 from dad_fast.report.page import write_report
 from dad_fast.report.pieces import write_pieces
 from dad_fast.report.sheet import difference_scale, write_sheet
@@ -37,8 +41,8 @@ def finish(
     """Write model.safetensors, sheet.png, sheet.safetensors, results.json and report.html.
 
     suites: what to evaluate the student on; empty = the validation split.
-    teacher_results: results by teacher's name, filled here, so that runs that share a teacher
-    evaluate it once.
+    teacher_results: records of teachers by `--teacher`, filled here, so that runs that share a
+    teacher evaluate it once.
     Returns the content of results.json. A collective: all processes evaluate their share of the
     images, the first one writes.
     """
@@ -52,6 +56,9 @@ def finish(
         suite.name: trainer.evaluate(trainer.evaluated, suite, _progress(trainer, suite.name))
         for suite in suites
     }
+    for result in student.values():
+        if note := non_finite_note(result):
+            trainer.log.say(f"{trainer.label}: {note}")
     teacher = _teacher_record(trainer, suites, teacher_results)
     is_attacked = parts.teacher is not None or METHODS[cfg.method].uses(Images.ATTACK_STUDENT)
     if main and parts.discretizer is not None and is_attacked:
@@ -85,22 +92,51 @@ def _teacher_record(
 ) -> dict[str, Any] | None:
     """Evaluate the teacher unless `teacher_results` has it.
 
-    Returns None for a run without a teacher.
+    Returns None for a run without a teacher, and for one from stores whose teacher is not at hand.
     """
-    teacher = trainer.parts.teacher
-    if teacher is None:
+    name, stores = trainer.cfg.teacher.name, trainer.parts.stored.stores
+    if trainer.parts.teacher is None and not stores:
         return None
-    if teacher.name not in teacher_results:
+    if name not in teacher_results:
+        teacher = trainer.parts.teacher or _teacher_of_stores(trainer)
+        if teacher is None:
+            return None
         results = {}
         for suite in suites:
             progress = _progress(trainer, f"the teacher on {suite.name}")
             results[suite.name] = trainer.evaluate(teacher, suite, progress).to_dict()
-        teacher_results[teacher.name] = results
-    return {
-        "name": teacher.name,
-        "seen": teacher.provenance,
-        "suites": teacher_results[teacher.name],
-    }
+        teacher_results[name] = {
+            "name": teacher.name,
+            "seen": teacher.provenance,
+            "suites": results,
+        }
+    return teacher_results[name]
+
+
+def _teacher_of_stores(trainer: Trainer) -> Teacher | None:
+    """Load the teacher that filled the run's stores, for the evaluation.
+
+    Returns None, and logs the reason, if it is not available.
+    """
+    cfg, parts = trainer.settled, trainer.parts
+    recorded = parts.stored.stores[0].manifest.hashes.get("teacher")
+    teacher, problem = None, ""
+    if not cfg.teacher.name:
+        problem = f"the store has its hash ({str(recorded)[:12]}…) only; add --teacher"
+    else:
+        try:
+            found = frozen.teacher(cfg, parts.train.classes, parts.device)
+        except (DadFastError, torch.OutOfMemoryError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            teacher = found.model
+            if recorded and found.fingerprint != recorded:
+                problem = f"--teacher {cfg.teacher.name} is not the one that filled the store"
+    problems = list(filter(None, distributed.all_gather_json(problem)))
+    if problems:
+        trainer.log.say(f"{trainer.label}: no results of the teacher: {problems[0]}")
+        return None
+    return teacher
 
 
 def _progress(trainer: Trainer, name: str) -> Callable[[int, int], None]:

@@ -24,6 +24,7 @@ from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_request
 from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.choices import fast_convolutions
 from dad_fast.engine.cuda_graph import WARM_UP
+from dad_fast.engine.diagnostics import cause_of_non_finite
 from dad_fast.engine.evaluator import Evaluator
 from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.monitor import Monitor
@@ -34,6 +35,7 @@ from dad_fast.engine.schedule import learning_rate, total_steps
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite
+from dad_fast.evaluate.show import non_finite_note
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.loggers.sinks import open_sinks
@@ -96,6 +98,7 @@ class Trainer:
         # True if a stop was requested where a validation was due.
         self.validation_due = False
         self.worst_streak = torch.zeros((), device=device)
+        self.last_batch: Batch | None = None
 
         self.choices = run_choices(cfg, parts, self.loader, self.step.graphs is not None)
         self.monitor = Monitor(cfg, parts, self.step, self.loader.name)
@@ -234,6 +237,7 @@ class Trainer:
         with self.clock.step(), enough_memory(self.settled, self.parts.device):
             (scalars,) = self.step(batch, self.next_step, lr)
         self.monitor.add(batch, scalars)
+        self.last_batch = batch
         self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
         self.next_step += 1
         return lr
@@ -308,6 +312,8 @@ class Trainer:
             nll=result.nll,
             ece=result.ece,
         )
+        if note := non_finite_note(result):
+            self.log.say(note)
         return result
 
     def _stop(self, kind: type[DadFastError]) -> NoReturn:
@@ -347,12 +353,10 @@ class Trainer:
             self.update.bad_in_a_row.zero_()
             save(self, best=False)
             self.writer.wait()
-            distributed.barrier()
+            cause = cause_of_non_finite(self.step.generator, self.learner, self.last_batch)
             raise NotFinite(
                 f"the loss or a gradient was not a number in a step before {self.next_step}; such "
-                "steps were skipped and the state is "
-                f"saved in {self.checkpoints.root}; lower --lr, set --clip-grad, or check the "
-                "data and the weights"
+                f"steps were skipped and the state is saved in {self.checkpoints.root}; {cause}"
             )
 
     @property

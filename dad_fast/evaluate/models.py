@@ -60,6 +60,7 @@ def load_subject(
     title = f"{path}: {student.name}"
     title += f" by {method}" if method else ""
     title += ", EMA" if ema else ""
+    title += f", calibrated ({student.calibration})" if student.calibration else ""
     view = (student.image_size, student.crop_pct, student.interpolation)
     facts = {
         "path": str(path),
@@ -67,6 +68,8 @@ def load_subject(
         "student": student.name,
         "method": method,
         "ema": ema,
+        "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "temperature": student.calibration and student.calibration.temperature,
     }
     return EvalModel(name, title, student.to(device), classes, view, facts)
 

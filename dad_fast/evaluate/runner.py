@@ -90,7 +90,8 @@ def evaluate(
     }
     if eval_set.parts:
         facts |= _corruption_facts(eval_set, records)
-    return make_result(name or eval_set.name, records, num_outputs, **facts)
+    num_classes = len(eval_set.classes)
+    return make_result(name or eval_set.name, records, num_outputs, num_classes, **facts)
 
 
 def records_of(

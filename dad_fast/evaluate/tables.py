@@ -35,6 +35,7 @@ class Metric(NamedTuple):
 
 METRICS = {
     "top1": Metric("Top-1 accuracy in %", sign=1),
+    "balanced_accuracy": Metric("Balanced accuracy (mean over classes) in %", sign=1),
     "top5": Metric("Top-5 accuracy in %", sign=1),
     "mce": Metric("Mean corruption error, relative to AlexNet, in %"),
     "ece": Metric("Expected calibration error in %"),
@@ -219,6 +220,12 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
         skipped = max(int(result.get("skipped", 0)) for result in results[name])
         if skipped:
             lines.append(f"{name}: {skipped} unreadable images are left out.")
+        non_finite = max(int(result.get("non_finite") or 0) for result in results[name])
+        if non_finite:
+            lines.append(
+                f"{name}: up to {non_finite} images of a run have non-finite logits: they count as "
+                "wrong, and are left out of ECE, NLL and Brier score."
+            )
     for name in names:
         protocol = results[name][-1].get("protocol", "")
         # With a note: masked outputs or missing images.

@@ -83,7 +83,7 @@ class Probe(Student):
         return logits
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.logits(self.features(pixels))
+        return self.calibrated(self.logits(self.features(pixels)))
 
     @property
     def has_batch_stats(self) -> bool:
@@ -91,7 +91,8 @@ class Probe(Student):
         return False
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return dict(self.model.state_dict()), {PROBE: json.dumps(self.spec)}
+        metadata = {PROBE: json.dumps(self.spec), **self.calibration_metadata()}
+        return dict(self.model.state_dict()), metadata
 
 
 def _drop_encoder(module: nn.Module, state: dict[str, Tensor], prefix: str, local: Any) -> None:

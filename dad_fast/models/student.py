@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
+from dad_fast.data.sources.names import shown
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.models.places import checkpoint_file
 from dad_fast.models.weights.declared import (
     STUDENT,
+    TEMPERATURE,
     check_model_kwargs,
     checked_spec,
+    checked_temperature,
 )
 from dad_fast.models.weights.files import (
     load_strictly,
@@ -42,11 +45,39 @@ log = logging.getLogger(__name__)
 HUB = "hf-hub:"
 
 
+class Calibration(NamedTuple):
+    """Temperature that divides the logits, and the split that it was fitted on."""
+
+    temperature: float
+    split: str
+    num_images: int
+
+    @classmethod
+    def from_metadata(cls, path: Path, metadata: Mapping[str, str]) -> Calibration | None:
+        """Read a file's calibration, if it has one. Raises DataError for a damaged one."""
+        if TEMPERATURE not in metadata:
+            return None
+        try:
+            return cls(**checked_temperature(metadata[TEMPERATURE]))
+        except ValueError as error:
+            raise DataError(f"{path}: its metadata {TEMPERATURE} is damaged ({error})") from None
+
+    def to_json(self) -> str:
+        return json.dumps(self._asdict())
+
+    def __str__(self) -> str:
+        return f"temperature {self.temperature:.4g}, fitted on {shown(self.split)}"
+
+
 class Student(nn.Module):
-    """Classifier of timm: pixels float [B, 3, H, W] in [0, 1] -> logits [B, num_classes]."""
+    """Classifier of timm: pixels float [B, 3, H, W] in [0, 1] -> logits [B, num_classes].
+
+    calibration: `dad-fast eval --calibrate` sets it; None in training.
+    """
 
     mean: Tensor
     std: Tensor
+    calibration: Calibration | None = None
 
     def __init__(self, model: nn.Module, spec: Mapping[str, Any]) -> None:
         super().__init__()
@@ -61,7 +92,11 @@ class Student(nn.Module):
         self.register_buffer("std", torch.tensor(spec["std"]).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.model((pixels - self.mean) / self.std)
+        return self.calibrated(self.model((pixels - self.mean) / self.std))
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Divide logits by the temperature of a calibrated model."""
+        return logits if self.calibration is None else logits / self.calibration.temperature
 
     def no_weight_decay(self) -> set[str]:
         """Names of matrices that timm's optimizers do not decay, such as position embeddings."""
@@ -80,7 +115,10 @@ class Student(nn.Module):
         """
         state = self.model.state_dict()
         tensors = {key: tensor for key, tensor in state.items() if ".aux_bn." not in key}
-        return tensors, {STUDENT: json.dumps(self.spec)}
+        return tensors, {STUDENT: json.dumps(self.spec), **self.calibration_metadata()}
+
+    def calibration_metadata(self) -> dict[str, str]:
+        return {} if self.calibration is None else {TEMPERATURE: self.calibration.to_json()}
 
 
 def build_student(

@@ -99,7 +99,8 @@ def train_run(
 ) -> dict[str, Any]:
     """Train or resume a run, evaluate it and return its record.
 
-    teacher_results: results of teachers by name, filled here, so that each is evaluated once.
+    teacher_results: records of teachers by `--teacher`, filled here, so that each is evaluated
+    once.
     """
     with distributed.main_locks(run.folder):
         return _train_locked(run, label, launch, builder, teacher_results)

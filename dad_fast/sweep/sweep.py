@@ -283,10 +283,10 @@ class _Teachers:
     def learn(self, cfg: Config, record: dict[str, Any]) -> None:
         """Add the results of the teacher of a finished run."""
         if record.get("teacher"):
-            self.of(cfg)[record["teacher"]["name"]] = record["teacher"]["suites"]
+            self.of(cfg)[cfg.teacher.name] = record["teacher"]
 
     def of(self, cfg: Config) -> dict[str, Any]:
-        """Return the results by teacher's name that hold for a run with these settings."""
+        """Return the records by `--teacher` that hold for a run with these settings."""
         student = replace(cfg.student, weights="", init_from="")
         view = (cfg.teacher, cfg.data, cfg.augment, student, cfg.precision, cfg.engine, cfg.eval)
         return self._known.setdefault(repr(view), {})

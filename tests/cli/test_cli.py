@@ -26,6 +26,7 @@ OPTIONS = {
     "train": options.Launch,
     "ablate": options.AblateOptions,
     "eval": options.EvalLaunch,
+    "average": options.AverageOptions,
     "analyze": options.AnalyzeLaunch,
     "predict": options.PredictOptions,
     "export": options.ExportOptions,
@@ -276,7 +277,7 @@ def test_help_of_ablate_lists_the_flag_of_every_axis(capsys: pytest.CaptureFixtu
 
 def test_options_do_not_reuse_flags_of_settings() -> None:
     of_settings = {setting.flag for setting in settings().values()}
-    for command in ("train", "ablate", "eval", "analyze", "precompute", "profile"):
+    for command in ("train", "ablate", "eval", "average", "analyze", "precompute", "profile"):
         names = {name for option in options_of(OPTIONS[command]) for name in option.names}
         assert not names & of_settings, command
 

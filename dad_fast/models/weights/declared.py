@@ -19,12 +19,13 @@ import timm
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 
-# Keys of a file's metadata: a student, a linear probe in place of a student, a teacher, and the
-# classes of the head.
+# Keys of a file's metadata: a student, a linear probe in place of a student, a teacher, the classes
+# of the head, and the temperature of its logits.
 STUDENT = "dad_fast.student"
 PROBE = "dad_fast.probe"
 TEACHER = "dad_fast.teacher"
 CLASSES = "dad_fast.classes"
+TEMPERATURE = "dad_fast.temperature"
 
 # Limits of nested settings: characters of a string, number of values, depth, size of a number.
 MAX_TEXT = 200
@@ -152,6 +153,21 @@ def checked_probe(text: str) -> dict[str, Any]:
             ),
             "num_features": _whole(1, MAX_NUMBER),
             "unit_features": lambda value: isinstance(value, bool),
+        },
+    )
+
+
+def checked_temperature(text: str) -> dict[str, Any]:
+    """Parse and check the temperature of a calibrated model.
+
+    Raises ValueError.
+    """
+    return _checked(
+        text,
+        {
+            "temperature": _real(1e-3, 1e3),
+            "split": lambda value: isinstance(value, str) and len(value) <= MAX_PATH,
+            "num_images": _whole(1, 1 << 40),
         },
     )
 

@@ -148,6 +148,8 @@ def _training(
     yield f"- Method: {_method_text(method)}."
     kind = "average over the steps (EMA)" if weights == "EMA" else "of the last step (raw)"
     yield f"- Weights: {kind}."
+    if student.calibration is not None:
+        yield f"- Calibration: {md(student.calibration)}; the logits of all files here are divided by it."
     cfg, results, machine = run.cfg, run.results, run.machine
     if cfg is None:
         yield "- The weights were not in a run's folder, so nothing more is known."
@@ -183,6 +185,8 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
         yield f"No results of these weights ({weights}) were found next to them; run `dad-fast eval` to evaluate them."
         return
     teacher = ((run.results.get("teacher") or {}).get("suites")) or {}
+    if student.calibration is not None:
+        yield "ECE and NLL of this table are from before the calibration.\n"
     head, line = (
         "| suite | images | top-1 % | 95 % interval | top-5 % | ECE % | NLL |",
         "|---" + 6 * "|---:" + "|",
