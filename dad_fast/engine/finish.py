@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dad_fast.data.augment.mixing import soft_targets, to_pixels
@@ -15,6 +16,7 @@ from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.generator import AttackGenerator
 from dad_fast.engine.trainer import Trainer
 from dad_fast.evaluate.runner import Suite
+from dad_fast.evaluate.suites.base import Subset
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.progress import count_progress
 from dad_fast.methods.attack import discretize
@@ -22,7 +24,7 @@ from dad_fast.methods.losses import keep_mask
 from dad_fast.methods.registry import METHODS, Images
 from dad_fast.report.page import write_report
 from dad_fast.report.pieces import write_pieces
-from dad_fast.report.sheet import difference_scale, write_sheet
+from dad_fast.report.sheet import difference_scale, spread_over_classes, write_sheet
 
 SHEET_ROWS = 8
 
@@ -68,6 +70,7 @@ def finish(
         "student": parts.student.name,
         "num_parameters": sum(p.numel() for p in trainer.evaluated.parameters()),
         "bn": cfg.student.bn if parts.student.has_batch_stats else None,
+        "classes": parts.train.classes.names,
         "suites": {name: result.to_dict() for name, result in student.items()},
         "teacher": teacher,
         "discretizer": discretizer,
@@ -122,16 +125,18 @@ def _describe_weights(trainer: Trainer) -> str:
 
 
 def _write_sheet(trainer: Trainer, output: Path) -> None:
-    """Write x, Q(x) and Q(x + delta) of a few validation images, attacking the teacher or, without
-    one, the student.
+    """Write x, Q(x) and Q(x + delta) of a few validation images of different classes, attacking the
+    teacher or, without one, the student.
     """
     cfg, parts = trainer.cfg, trainer.parts
     generator = trainer.step.generator
     assert parts.discretizer is not None and isinstance(generator, AttackGenerator)
     attacked = parts.teacher or trainer.evaluated
     student = parts.student
+    readable = np.flatnonzero(parts.val.ok)
+    rows = readable[spread_over_classes(parts.val.labels[readable], SHEET_ROWS)]
     loader = EvalLoader(
-        parts.val,
+        Subset(parts.val, rows, parts.val.labels[rows]),
         student.image_size,
         student.crop_pct,
         student.interpolation,
@@ -149,7 +154,7 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
         generator.attack,
         x,
         target,
-        batch.samples.to(parts.device),
+        torch.from_numpy(rows)[batch.samples].to(parts.device),
         cfg.attack.order,
     )
     with torch.no_grad():

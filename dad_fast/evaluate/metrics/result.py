@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dad_fast.evaluate.metrics.confusion import confusion
 from dad_fast.evaluate.metrics.image_scores import confidence_bins, summarise
 from dad_fast.evaluate.metrics.intervals import interval, mean_interval, resampled
 from dad_fast.evaluate.metrics.predictions import Records
@@ -34,6 +35,7 @@ class Result:
     protocol: preprocessing, competing outputs and missing images, in words.
     mce: mean corruption error relative to AlexNet's.
     by_corruption: top-1 by severity, and the corruption error.
+    confusion: wrong predictions by class, see `metrics.confusion`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Result:
     mce: float | None = None
     mce_interval: tuple[float, float] | None = None
     by_corruption: dict[str, dict[str, Any]] | None = None
+    confusion: dict[str, Any] | None = None
     records: Records | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def make_result(name: str, records: Records, num_outputs: int, **facts: Any) -> 
         name=name,
         num_images=len(images),
         top1_interval=(100 * low, 100 * high),
+        confusion=confusion(records),
         records=records,
         **found,
         **facts,
