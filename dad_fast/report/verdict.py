@@ -151,15 +151,30 @@ def _pairs(groups: Sequence[Group]) -> list[tuple[Group, Group, str]]:
 
 
 def _partner(group: Group, bases: Sequence[Group]) -> tuple[Group, str]:
-    """Return the base of equal time, else of equal epochs, else the first one."""
-    same = [base for base in bases if _machines(base) == _machines(group)]
-    for base in same:
-        if _is_equal(_ratio(group, base, "seconds", "store_seconds"), EQUAL_TIME):
+    """Return the base of equal time, else of equal epochs, else of the nearest time.
+
+    Also return the condition in words, "" where times and epochs are unknown.
+    """
+    times = {
+        base.label: _ratio(group, base, "seconds", "store_seconds")
+        for base in bases
+        if _machines(base) == _machines(group)
+    }
+    for base in bases:
+        if _is_equal(times.get(base.label), EQUAL_TIME):
             return base, "equal training time"
+
     for base in bases:
         if _is_equal(_ratio(group, base, "epochs"), EQUAL_EPOCHS):
-            return base, "equal epochs"
-    return bases[0], ""
+            ratio = times.get(base.label)
+            return base, "equal epochs" + (f", in {ratio:.2g} × its training time" if ratio else "")
+
+    known = {label: ratio for label, ratio in times.items() if ratio}
+    if not known:
+        return bases[0], ""
+    nearest = min(known, key=lambda label: abs(math.log(known[label])))
+    base = next(base for base in bases if base.label == nearest)
+    return base, f"in {known[nearest]:.2g} × its training time"
 
 
 def _mean_top1(group: Group) -> float:

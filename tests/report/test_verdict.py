@@ -56,11 +56,13 @@ def test_no_measurable_difference():
     )
 
 
-def test_partner_has_equal_time_else_equal_epochs():
+def test_partner_has_equal_time_else_equal_epochs_else_the_nearest_time():
     kd, long = group_of("kd", "kd", [90.0]), group_of("long", "kd", [90.0], seconds=42.0)
     dad = group_of("dad", "dad", [80.0], seconds=40.0)
     assert "than long (equal training time)" in verdicts([kd, long, dad])[0][0]
-    assert "than kd (equal epochs)" in verdicts([kd, dad])[0][0]
+    assert "than kd (equal epochs, in 4 × its training time)" in verdicts([kd, dad])[0][0]
+    dad.runs[0].record |= {"epochs": 9.0, "seconds": 84.0}
+    assert "than long (in 2 × its training time)" in verdicts([kd, long, dad])[0][0]
 
 
 def test_suites_of_other_images_are_not_compared():
