@@ -288,6 +288,8 @@ def _axes(
     if with_x:
         for x in x_ticks:
             at, _ = place(x, y_ticks[0])
+            # Half a digit is about 3.5 units wide; the last label stays inside the drawing.
+            at = min(at, WIDTH - 3.5 * len(_tick(x)))
             parts.append(_label(f"{at:.1f}", height - BOTTOM + 16, "middle", _tick(x)))
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(_label(middle, height - 5, "middle", text(x_label)))

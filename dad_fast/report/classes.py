@@ -186,5 +186,5 @@ def _matrices(
         shares |= {(place[label], place[label]): share for label, share in right.items()}
         labels = [_name(names, label) for label in classes]
         figures.append(matrix_chart(name, labels, shares, looks.get(name, TEACHER)[0]))
-    lines = ["Rows: the class; columns: the prediction; in % of the row's images. Seeds are added."]
+    lines = ["Rows: the class; columns: the prediction; in % of the row's images. Summed over seeds."]
     return grid(figures) + notes(lines) if figures else ""

@@ -12,8 +12,8 @@ from dad_fast.report.markup import grid, numbers, table
 from dad_fast.report.run_files import Run, number
 from dad_fast.report.runs import Group
 
-# A flat curve takes at most half of the chart's height.
-FROM_ZERO = Scale(share=0.5, low=0.0)
+# Noise of a flat curve takes a small part of the chart, whatever the unit.
+POSITIVE = Scale(share=0.5, low=0.0)
 Points = list[tuple[float, float]]
 
 
@@ -23,7 +23,7 @@ class Curve(NamedTuple):
     factor: float
     heading: str
     unit: str
-    scale: Scale = FROM_ZERO
+    scale: Scale = POSITIVE
     best: bool = False  # marks the highest point
 
 

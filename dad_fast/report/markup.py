@@ -128,7 +128,7 @@ def comparison(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) 
 
 def _scrolled(tag: str, lines: Sequence[str], caption: str) -> str:
     """Put a table in a box that scrolls on its own, also by keyboard, so that the page does not."""
-    named = f"<caption>{text(caption)}</caption>" if caption else ""
+    named = f"<caption><span>{text(caption)}</span></caption>" if caption else ""
     label = text(caption or "table")
     box = f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
     return f"{box}<{tag}>{named}{''.join(lines)}</tbody></table></div>"

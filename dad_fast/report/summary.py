@@ -8,7 +8,7 @@ from typing import Any
 
 from dad_fast.evaluate.tables import suites, variants
 from dad_fast.report.intervals import MIN_SEEDS, interval
-from dad_fast.report.markup import comparison, notes, text
+from dad_fast.report.markup import comparison, notes, preformatted, text, visible
 from dad_fast.report.run_files import number
 from dad_fast.report.runs import Group
 from dad_fast.report.verdict import best_per_suite, verdicts
@@ -27,15 +27,23 @@ def headline(groups: Sequence[Group], record: dict[str, Any]) -> list[str]:
     rows = [
         ("trained", _trained(groups)),
         ("when", _when(groups)),
-        ("command", _commands(groups)),
         ("highest top-1, %", _best(record)),
     ]
     filled = [(name, [words]) for name, words in rows if words]
+    commands = _commands(groups)
+    # In lines that scroll: a wrapped line would break flags at their hyphens.
+    block = f"<pre>{preformatted(commands)}</pre>" if commands else ""
     return [
-        *(f'<p class="verdict">{text(sentence)}</p>' for sentence in sentences),
+        *(f'<p class="verdict">{_unbroken(sentence)}</p>' for sentence in sentences),
         comparison([""], filled),
+        block,
         notes(remarks),
     ]
+
+
+def _unbroken(sentence: str) -> str:
+    """Escape `sentence`, with a number and its unit on one line."""
+    return text(sentence.replace(" %", "\u00a0%").replace(" ×", "\u00a0×"))
 
 
 def _alone(group: Group) -> list[str]:
@@ -108,7 +116,7 @@ def _commands(groups: Sequence[Group]) -> str:
         for run in group.runs
         for command in _list(run.facts.get("commands"))
     )
-    return _listed(found, " · ")
+    return _listed([visible(command) for command in found], "\n")
 
 
 def _best(record: dict[str, Any]) -> str:

@@ -118,7 +118,7 @@ def compare(group: Group, base: Group) -> list[Compared]:
             continue
         here = [run["suites"][suite] for run in runs]
         there = [run["suites"][suite] for run in base_runs]
-        if len({result.get("num_images") for result in (*here, *there)}) != 1:
+        if len({number(result, "num_images") for result in (*here, *there)}) != 1:
             continue
         if not all(0 <= result["top1"] <= 100 for result in (*here, *there)):
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from dad_fast.report.page import page
 from dad_fast.report.run_files import Run
 from dad_fast.report.runs import Group, load
 from dad_fast.report.verdict import verdicts
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def group_of(label: str, method: str, tops: list[float], *, seconds: float = 10.0, **more):
@@ -94,6 +98,12 @@ def test_interval_of_unpaired_results_is_newcombes():
     assert found.interval == pytest.approx((5.24, 33.39), abs=0.01)
 
 
+def test_verdict_in_the_docs_is_that_of_its_record(tmp_path):
+    shutil.copy(DOCS / "records/demo-5-seeds.json", tmp_path / "results.json")
+    quoted = re.sub(r"(?<=\S)\n> ", " ", (DOCS / "report.md").read_text())
+    assert f"> {verdicts(load([tmp_path]).groups)[0][0]}\n" in quoted
+
+
 def test_summary_of_a_comparison(tmp_path):
     facts = made.CPU | {"commands": ["dad-fast train --preset demo -o 'my runs'"]}
     folder = made.write_comparison(tmp_path / "x", seeds=3, facts=facts)
@@ -108,7 +118,8 @@ def test_summary_of_a_comparison(tmp_path):
 def test_summary_of_one_run(tmp_path):
     made.write_run(tmp_path, top1=91.0)
     shown = page(load([tmp_path])).split("Summary</h2>")[1].split("</section>")[0]
+    shown = shown.replace("\N{NO-BREAK SPACE}", " ")
     assert "91.0 % on test (95 % interval 89.5 to 92.0, teacher 98.0)" in shown
     assert "one seed, intervals over test images" in shown and "highest" not in shown
     # Runs from before the command was recorded.
-    assert "command" not in shown
+    assert "<pre>" not in shown

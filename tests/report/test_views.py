@@ -25,7 +25,7 @@ def section(shown: str, heading: str) -> str:
 
 def rows_of(shown: str, caption: str) -> dict[str, list[str]]:
     """Return the cells of the table with this caption, by the first column."""
-    body = re.search(rf"<caption>{re.escape(caption)}</caption>(.*?)</table>", shown)
+    body = re.search(rf"<caption><span>{re.escape(caption)}</span></caption>(.*?)</table>", shown)
     assert body is not None, caption
     found = {}
     for name, cells in re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', body[1]):
