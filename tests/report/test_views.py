@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from dad_fast.report.chart import HEIGHT, PERCENT, Scale, Series, line_chart
 from dad_fast.report.classes import MAX_ROWS, classes_view
 from dad_fast.report.looks import COLORS, color_number, looks
 from dad_fast.report.page import page
-from dad_fast.report.runs import load
+from dad_fast.report.run_files import Run
+from dad_fast.report.runs import Group, load
 from dad_fast.report.severity import severity_view
 from dad_fast.report.sheet import spread_over_classes
 
@@ -44,24 +46,26 @@ def record_of(**by_variant: dict) -> dict:
     return {"runs": runs}
 
 
-def test_a_method_has_one_colour_on_every_page(tmp_path):
-    for name, method in (("a", "dad"), ("b", "kd"), ("c", "kd"), ("d", "other:method")):
-        made.write_run(tmp_path / name, name, method, settings={})
-    every = looks(load([tmp_path / name for name in "abcd"]).groups)
-    few = looks(load([tmp_path / name for name in "cad"]).groups)
-    assert {name: color for name, (color, _) in few.items()} == {
-        name: every[name][0] for name in few
-    }
+def groups_of(**methods: str) -> list[Group]:
+    return [
+        Group(name, Path("x"), [Run(Path(name), settings={"method": method})])
+        for name, method in methods.items()
+    ]
+
+
+def test_a_method_has_one_colour_on_every_page():
+    every = looks(groups_of(a="dad", b="kd", c="kd", d="other:method"))
+    few = looks(groups_of(c="kd", a="dad", d="other:method"))
+    assert all(few[name][0] == every[name][0] for name in few)
     assert every["b"][0] == every["c"][0] and every["b"][1] != every["c"][1]
     assert few["c"] == every["b"]
     assert len({color for color, _ in every.values()}) == 3
     assert color_number("other:method") not in COLORS.values()
 
 
-def test_runs_of_one_method_are_told_apart(tmp_path):
-    for number in range(9):
-        made.write_run(tmp_path / str(number), str(number), "dad")
-    assert len(set(looks(load(sorted(tmp_path.iterdir())).groups).values())) == 9
+def test_runs_of_one_method_are_told_apart():
+    names = {f"run-{number}": "dad" for number in range(9)}
+    assert len(set(looks(groups_of(**names)).values())) == 9
 
 
 def test_flat_curve_does_not_fill_the_chart():
