@@ -103,10 +103,9 @@ def _accuracy_table(
 
 def _per_class(results: Sequence[dict[str, Any]]) -> list[float | None] | None:
     """Return the mean over seeds of each class's accuracy; None if a seed has no usable list."""
-    columns = [result.get("per_class") for result in results]
-    if not all(isinstance(column, list) and column for column in columns):
-        return None
-    if len({len(column) for column in columns}) != 1:
+    recorded = [result.get("per_class") for result in results]
+    columns = [column for column in recorded if isinstance(column, list) and column]
+    if len(columns) < len(recorded) or len({len(column) for column in columns}) != 1:
         return None
     found: list[float | None] = []
     for same in zip(*columns, strict=True):
@@ -186,5 +185,7 @@ def _matrices(
         shares |= {(place[label], place[label]): share for label, share in right.items()}
         labels = [_name(names, label) for label in classes]
         figures.append(matrix_chart(name, labels, shares, looks.get(name, TEACHER)[0]))
-    lines = ["Rows: the class; columns: the prediction; in % of the row's images. Summed over seeds."]
+    lines = [
+        "Rows: the class; columns: the prediction; in % of the row's images. Summed over seeds."
+    ]
     return grid(figures) + notes(lines) if figures else ""

@@ -57,8 +57,7 @@ def matrix_chart(
             cut = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
             place = f'x="{left - 6}" y="{TOP + (row + 0.5) * cell + 4:.1f}" text-anchor="end"'
             parts.append(f"<text {place}>{text(cut)}<title>{text(name)}</title></text>")
-    middle = left + side / 2
-    label = f'x="{middle:.1f}" y="{height - 5:.1f}" text-anchor="middle"'
+    label = f'x="{left + side / 2:.1f}" y="{height - 5:.1f}" text-anchor="middle"'
     parts.append(f"<text {label}>prediction, in the order of the rows</text>")
     numbers = f'<g class="numbers" text-anchor="middle">{"".join(words)}</g>'
     return figure(heading, "in % of the row", height, [*parts, numbers])

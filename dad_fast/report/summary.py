@@ -32,7 +32,7 @@ def headline(groups: Sequence[Group], record: dict[str, Any]) -> list[str]:
     filled = [(name, [words]) for name, words in rows if words]
     commands = _commands(groups)
     # In lines that scroll: a wrapped line would break flags at their hyphens.
-    block = f"<pre>{preformatted(commands)}</pre>" if commands else ""
+    block = f'<pre tabindex="0">{preformatted(commands)}</pre>' if commands else ""
     return [
         *(f'<p class="verdict">{_unbroken(sentence)}</p>' for sentence in sentences),
         comparison([""], filled),
