@@ -196,8 +196,10 @@ def _sentence(name: str, base: str, condition: str, found: Sequence[Compared]) -
         verb = "beats" if all(one.seeds for one in better) else "scores higher than"
         parts.append(f"{name} {verb} {against} on {_listed(better)}")
     if worse:
-        verb = "loses to" if all(one.seeds for one in worse) else "scores lower than"
-        start = f"it {verb} it" if better else f"{name} {verb} {against}"
+        is_certain = all(one.seeds for one in worse)
+        start = f"{name} {'loses to' if is_certain else 'scores lower than'} {against}"
+        if better:
+            start = "it loses" if is_certain else "it scores lower"
         parts.append(f"{start} on {_listed(worse)}")
     if same:
         between = "" if parts else f" between {name} and {against}"
@@ -211,14 +213,18 @@ def _sentence(name: str, base: str, condition: str, found: Sequence[Compared]) -
 def _listed(found: Sequence[Compared]) -> str:
     """List suites with their differences; the first names its interval and seeds in full."""
     words = []
-    for number_, one in enumerate(found[:MAX_NAMED]):
+    is_first = True
+    for one in found[:MAX_NAMED]:
         low, high = sorted(map(abs, _bounds(one)))
-        size = abs(one.difference.mean)
-        if number_ == 0:
-            bounds = f"95 % interval {low:.1f} to {high:.1f}, {_seeds(one)}"
-            words.append(f"{one.suite} by {size:.1f} points ({bounds})")
+        # A bound above 0 is not shown as 0.0.
+        digits = 1 if low >= 0.05 else 2
+        bounds = f"{low:.{digits}f} to {high:.{digits}f}"
+        size = f"{one.suite} by {abs(one.difference.mean):.{digits}f}"
+        if is_first:
+            words.append(f"{size} points (95 % interval {bounds}, {_seeds(one)})")
         else:
-            words.append(f"{one.suite} by {size:.1f} ({low:.1f} to {high:.1f})")
+            words.append(f"{size} ({bounds})")
+        is_first = False
     more = len(found) - MAX_NAMED
     if more > 0:
         words.append(f"{more} more suite{'s' if more > 1 else ''}")

@@ -37,8 +37,8 @@ def test_verdict_over_seeds_is_students_t_of_paired_differences():
     )
     (sentence,), notes = verdicts([kd, dad])
     assert sentence == (
-        "dad beats kd (equal training time) on fog by 5.0 points (95 % interval 0.0 to 10.0, "
-        "3 seeds); it loses to it on snow by 5.0 points (95 % interval 0.0 to 10.0, 3 seeds); "
+        "dad beats kd (equal training time) on fog by 5.00 points (95 % interval 0.03 to 9.97, "
+        "3 seeds); it loses on snow by 5.00 points (95 % interval 0.03 to 9.97, 3 seeds); "
         "no measurable difference on test."
     )
     assert len(notes) == 1 and "paired by seed" in notes[0]
@@ -101,7 +101,7 @@ def test_interval_of_unpaired_results_is_newcombes():
 def test_verdict_in_the_docs_is_that_of_its_record(tmp_path):
     shutil.copy(DOCS / "records/demo-5-seeds.json", tmp_path / "results.json")
     quoted = re.sub(r"(?<=\S)\n> ", " ", (DOCS / "report.md").read_text())
-    assert f"> {verdicts(load([tmp_path]).groups)[0][0]}\n" in quoted
+    assert f"> {verdicts(load([tmp_path]).groups)[0][1]}\n" in quoted
 
 
 def test_summary_of_a_comparison(tmp_path):
