@@ -6,7 +6,9 @@ Base settings as for `dad-fast train`, and axes that vary around them.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dad_fast.cli.parser import ListAction, Parser, config_parser, read_config, typed_options
@@ -58,6 +60,7 @@ def main(arguments: list[str], debug: bool) -> int:
     given = vars(_parser().parse(arguments))
     options = typed_options(AblateOptions, given)
     plan, launch = _read(options, given, debug)
+    launch = replace(launch, command=shlex.join(("dad-fast", "ablate", *arguments)))
     if options.print_config:
         print(to_toml(plan.config), end="", flush=True)
         return 0

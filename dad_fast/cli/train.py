@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -96,6 +97,7 @@ def main(arguments: list[str], debug: bool) -> int:
         debug=debug,
         preset=given["preset"],
         arguments=(*arguments, "--debug") if debug else tuple(arguments),
+        command=shlex.join(("dad-fast", "train", *arguments)),
         both_batch_sizes={"data.batch_size", "data.global_batch_size"} <= paths,
     )
     if launch.resume and launch.overwrite:

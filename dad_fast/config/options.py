@@ -46,6 +46,7 @@ class Launch:
     preset: the preset's name, for the record.
     nproc: "auto" is one process per GPU.
     arguments: the command line after the command, for the processes that nproc starts.
+    command: the whole command line, for the record; "" where Python code started the run.
     jobs: 0 is one per GPU, or on a CPU two per core.
     devices: of the runs side by side, in turn; () is every GPU, or the device of the settings.
     both_batch_sizes: the command line gives the batch of a process and the global one, which then
@@ -90,6 +91,7 @@ class Launch:
     debug: bool = False
     preset: str = ""
     arguments: tuple[str, ...] = ()
+    command: str = ""
     devices: tuple[str, ...] = ()
     both_batch_sizes: bool = False
 

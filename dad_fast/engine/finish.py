@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dad_fast.data.augment.mixing import soft_targets, to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
+from dad_fast.data.sources.subset import Subset
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import frozen
@@ -26,7 +28,7 @@ from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.teacher import Teacher
 from dad_fast.report.page import write_report
 from dad_fast.report.pieces import write_pieces
-from dad_fast.report.sheet import difference_scale, write_sheet
+from dad_fast.report.sheet import difference_scale, spread_over_classes, write_sheet
 
 SHEET_ROWS = 8
 
@@ -75,6 +77,7 @@ def finish(
         "student": parts.student.name,
         "num_parameters": sum(p.numel() for p in trainer.evaluated.parameters()),
         "bn": cfg.student.bn if parts.student.has_batch_stats else None,
+        "classes": parts.train.classes.names,
         "suites": {name: result.to_dict() for name, result in student.items()},
         "teacher": teacher,
         "discretizer": discretizer,
@@ -158,16 +161,18 @@ def _describe_weights(trainer: Trainer) -> str:
 
 
 def _write_sheet(trainer: Trainer, output: Path) -> None:
-    """Write x, Q(x) and Q(x + delta) of a few validation images, attacking the teacher or, without
-    one, the student.
+    """Write x, Q(x) and Q(x + delta) of a few validation images of different classes, attacking the
+    teacher or, without one, the student.
     """
     cfg, parts = trainer.cfg, trainer.parts
     generator = trainer.step.generator
     assert parts.discretizer is not None and isinstance(generator, AttackGenerator)
     attacked = parts.teacher or trainer.evaluated
     student = parts.student
+    readable = np.flatnonzero(parts.val.ok)
+    rows = readable[spread_over_classes(parts.val.labels[readable], SHEET_ROWS)]
     loader = EvalLoader(
-        parts.val,
+        Subset(parts.val, rows, parts.val.labels[rows]),
         student.image_size,
         student.crop_pct,
         student.interpolation,
@@ -185,7 +190,7 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
         generator.attack,
         x,
         target,
-        batch.samples.to(parts.device),
+        torch.from_numpy(rows)[batch.samples].to(parts.device),
         cfg.attack.order,
     )
     with torch.no_grad():

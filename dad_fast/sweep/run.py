@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,9 @@ def _train_locked(
             "data": {"train": _about(parts.train), "val": _about(parts.val)},
             "choices": {name: choice.record() for name, choice in trainer.choices.items()},
         }
-        facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
+        names = {"variant": run.variant, "preset": launch.preset}
+        started = {"commands": _commands(folder / "run.json", launch)}
+        facts = {**resolved, **names, **started, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()
     try:
@@ -169,6 +171,15 @@ def _check_batch_sizes(cfg: Config, launch: Launch) -> None:
             f"--global-batch-size {sizes.global_batch_size}: "
             f"--batch-size {sizes.batch_size} x {factors} = {product}; leave one of the sizes out"
         )
+
+
+def _commands(facts: Path, launch: Launch) -> list[str]:
+    """Return the command lines that started and resumed the run, each once, in order."""
+    earlier: list[str] = []
+    if launch.resume:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = list(map(str, json.loads(facts.read_text())["commands"]))
+    return list(dict.fromkeys(filter(None, (*earlier, launch.command))))
 
 
 def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:

@@ -208,6 +208,7 @@ def _launch(launch: Launch) -> dict[str, Any]:
         "resume": launch.resume,
         "allow_config_change": launch.allow_config_change,
         "preset": launch.preset,
+        "command": launch.command,
         "both_batch_sizes": launch.both_batch_sizes,
     }
 

@@ -59,6 +59,7 @@ class Found:
     def to_dict(self) -> dict[str, Any]:
         record = {
             **self.subject.facts,
+            "classes": self.subject.classes.names,
             "suites": {name: result.to_dict() for name, result in self.results.items()},
         }
         if self.ood or self.robustness:
