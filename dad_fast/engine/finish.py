@@ -85,10 +85,10 @@ def _teacher_record(
 ) -> dict[str, Any] | None:
     """Evaluate the teacher unless `teacher_results` has it.
 
-    Returns None for a run without a teacher.
+    Returns None for a run without a teacher, and for an encoder without a class head.
     """
     teacher = trainer.parts.teacher
-    if teacher is None:
+    if teacher is None or not teacher.has_head:
         return None
     if teacher.name not in teacher_results:
         results = {}
@@ -137,6 +137,7 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
         student.interpolation,
         SHEET_ROWS,
         workers=0,
+        squashed=student.squashed,
     )
     batch = next(iter(loader))
     x = to_pixels(batch.images.to(parts.device))

@@ -41,6 +41,7 @@ from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.loggers.sinks import open_sinks
 from dad_fast.models.float32 import float32_math
+from dad_fast.models.probe import probe_views
 from dad_fast.models.student import Student
 from dad_fast.models.weights.files import write_safetensors
 
@@ -133,7 +134,7 @@ class Trainer:
         return train_loader(
             cfg.data.loader,
             parts.train,
-            cfg.augment,
+            probe_views(cfg.augment, parts.student),
             parts.student.image_size,
             batch_size,
             seed=parts.stored.view_seed(cfg.seed),
@@ -402,6 +403,7 @@ class Trainer:
                 img_size=student.image_size,
                 crop_pct=student.crop_pct,
                 interpolation=student.interpolation,
+                squashed=student.squashed,
                 batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
                 workers=self.cfg.data.workers,
                 device=self.parts.device,

@@ -27,8 +27,8 @@ BY_NAME = ("timm:", "open_clip:", "hf-hub:", "embedded:")
 class EvalModel:
     """A loaded model: pixels float32 [B, 3, H, W] in [0, 1] -> logits [B, C], C = len(classes).
 
-    name: as given by the user. view: size, share of the resized image kept, filter.
-    facts: for the JSON record.
+    name: as given by the user. view: size, share of the resized image kept, filter. squashed:
+    images are squashed to a square instead of cropped. facts: for the JSON record.
     """
 
     name: str
@@ -37,6 +37,7 @@ class EvalModel:
     classes: ClassMap
     view: tuple[int, float, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    squashed: bool = False
 
 
 def is_by_name(name: str) -> bool:
@@ -55,7 +56,11 @@ def load_subject(
     """
     if is_by_name(name):
         named = replace(cfg.teacher, name=name)
-        return of_teacher(load_teacher(named, data_classes(), cfg.precision, device))
+        temperature = cfg.loss.temperature
+        teacher = load_teacher(
+            named, data_classes(), cfg.precision, device, temperature=temperature
+        )
+        return of_teacher(teacher)
     path = checkpoint_file(name)
     student, metadata = load_student(path)
     classes = recorded_classes(path, metadata, cfg.data.class_map)
@@ -72,7 +77,7 @@ def load_subject(
         "method": method,
         "ema": ema,
     }
-    return EvalModel(name, title, student.to(device), classes, view, facts)
+    return EvalModel(name, title, student.to(device), classes, view, facts, student.squashed)
 
 
 def of_teacher(teacher: Teacher) -> EvalModel:
@@ -84,7 +89,8 @@ def of_teacher(teacher: Teacher) -> EvalModel:
         "squashed": teacher.squashed,
     }
     view = (teacher.image_size, teacher.crop_pct, teacher.interpolation)
-    return EvalModel(teacher.name, teacher.name, teacher, teacher.classes, view, facts)
+    name, classes, squashed = teacher.name, teacher.classes, teacher.squashed
+    return EvalModel(name, name, teacher, classes, view, facts, squashed)
 
 
 def recorded_classes(weights: Path, metadata: Mapping[str, str], class_map: str) -> ClassMap:

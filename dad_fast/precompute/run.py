@@ -102,8 +102,9 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
         cfg.data.class_map,
         max_bad_share=cfg.data.max_bad_share,
     )
-    teacher, digest, *_ = frozen.teacher(cfg, source.classes, device)
-    hashes: dict[str, str | None] = {"teacher": digest}
+    loaded = frozen.teacher(cfg, source.classes, device)
+    teacher = loaded.model
+    hashes = {**loaded.member_fingerprints, "teacher": loaded.fingerprint}
     settings = {
         "seed": cfg.seed,
         "precision": asdict(cfg.precision),

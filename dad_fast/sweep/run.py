@@ -22,6 +22,7 @@ from dad_fast.kernels.csrc import csrc_status
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore, is_filled, online, seconds_file, store_seconds
+from dad_fast.models.ensemble import Ensemble
 from dad_fast.report.page import write_report
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear
 from dad_fast.sweep.tables import write_tables
@@ -190,6 +191,20 @@ def _weights(parts: Components) -> dict[str, Any]:
         for name, part in frozen.items()
         if part is not None
     }
+    if isinstance(parts.teacher, Ensemble):
+        found["teacher"] |= {
+            "average": parts.teacher.average,
+            "members": [
+                {
+                    "name": member.name,
+                    "weight": weight,
+                    "sha256": member.weights_sha256,
+                    "loaded_sha256": parts.hashes[f"teacher {member.name}"],
+                    "seen": member.provenance,
+                }
+                for weight, member in parts.teacher.weighted_members()
+            ],
+        }
     stores = parts.stored.stores
     if stores:
         found["stores"] = [

@@ -206,7 +206,8 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
 
     short = math.floor(student.image_size / student.crop_pct)
     side = student.image_size
-    view = f"shorter side to {short} px ({md(student.interpolation)}), centre crop of {side} px"
+    resized = "both sides" if student.squashed else "shorter side"
+    view = f"{resized} to {short} px ({md(student.interpolation)}), centre crop of {side} px"
     yield f"\nPreprocessing: {view}, decoded by PIL, no EXIF rotation."
     yield from (
         f"- {md(name)}: {md(found['protocol'])}"
