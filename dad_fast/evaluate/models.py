@@ -15,6 +15,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 from dad_fast.models.load_student import load_student
 from dad_fast.models.load_teacher import load_teacher
+from dad_fast.models.registry import split_names
 from dad_fast.models.student import checkpoint_file
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.declared import CLASSES
@@ -41,8 +42,10 @@ class EvalModel:
 
 
 def is_by_name(name: str) -> bool:
-    """Return whether the name is one for `--teacher`, and not a run's folder or a file."""
-    return name.startswith(BY_NAME)
+    """Return whether the name is one for `--teacher`, such as an ensemble, and not a run's folder
+    or a file.
+    """
+    return name.startswith(BY_NAME) or len(split_names(name)) > 1
 
 
 def load_subject(

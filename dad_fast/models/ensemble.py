@@ -77,7 +77,7 @@ class Ensemble(Teacher):
             mean=[0.0] * 3,
             std=[1.0] * 3,
             precision=largest.precision,
-            provenance="; ".join(f"{member.name}: {member.provenance}" for member in members),
+            provenance="; ".join(dict.fromkeys(member.provenance for member in members)),
             weights_sha256=hashlib.sha256(files.encode()).hexdigest() if all_known else None,
             crop_pct=largest.crop_pct,
             interpolation=largest.interpolation,

@@ -109,7 +109,9 @@ def _teacher(loaded: Loaded, context: TeacherContext, file: str) -> Teacher:
         weight, bias, unit_features = read_head(cfg.head, classes, encoder, num_features, side)
         head = weight, bias
     else:
-        head = _own_head(model, metadata, cfg.name, classes)
+        # The classes of a dry run have no names.
+        known = {} if context.shapes_only else metadata
+        head = _own_head(model, known, cfg.name, classes)
     return Teacher(
         encoder,
         head,
