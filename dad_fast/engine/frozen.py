@@ -28,7 +28,8 @@ class FrozenTeacher(NamedTuple):
 
     savings: optimization -> "" where it is on, else the reason why it is off.
     encoder_fingerprint: hash of the image encoder alone; prompts and heads do not change it.
-    member_fingerprints: of an ensemble, hash by member as "teacher NAME"; empty for one teacher.
+    member_fingerprints: of an ensemble, the hash of each member as "teacher 1", "teacher 2", …,
+    without names, which may be paths; empty for one teacher.
     """
 
     model: Teacher
@@ -77,7 +78,10 @@ def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeach
     encoder_digest = fingerprint(model.encoder)
     by_member: dict[str, str | None] = {}
     if isinstance(model, Ensemble):
-        by_member = {f"teacher {member.name}": fingerprint(member) for member in model.members}
+        by_member = {
+            f"teacher {number}": fingerprint(member)
+            for number, member in enumerate(model.members, start=1)
+        }
     applied = optimize_teacher(model, model_optimizations(cfg))
     return FrozenTeacher(model, digest, applied, encoder_digest, by_member)
 

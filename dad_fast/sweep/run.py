@@ -199,10 +199,10 @@ def _weights(parts: Components) -> dict[str, Any]:
                     "name": member.name,
                     "weight": weight,
                     "sha256": member.weights_sha256,
-                    "loaded_sha256": parts.hashes[f"teacher {member.name}"],
+                    "loaded_sha256": parts.hashes[f"teacher {number}"],
                     "seen": member.provenance,
                 }
-                for weight, member in parts.teacher.weighted_members()
+                for number, (weight, member) in enumerate(parts.teacher.weighted_members(), start=1)
             ],
         }
     stores = parts.stored.stores
