@@ -87,7 +87,7 @@ class Ensemble(Teacher):
 
     @property
     def members(self) -> list[Teacher]:
-        return list(self.encoder.children())  # type: ignore[arg-type]
+        return list(self.encoder.children())
 
     def weighted_members(self) -> list[tuple[float, Teacher]]:
         """Return the members with their weights, whose sum is 1."""

@@ -43,15 +43,17 @@ def split_names(text: str) -> list[str]:
     parts = text.split("+")
     while parts:
         counts = range(len(parts), 1, -1)
-        count = next((n for n in counts if _is_file_name("+".join(parts[:n]))), 1)
+        count = next((n for n in counts if _is_file_name(parts[:n])), 1)
         names.append("+".join(parts[:count]))
         del parts[:count]
     return names
 
 
-def _is_file_name(name: str) -> bool:
-    file = name.partition("@")[2]
-    return Path(name).exists() or (bool(file) and Path(file).exists())
+def _is_file_name(parts: list[str]) -> bool:
+    """Return whether the joined parts are FILE or ARCH@FILE of an existing file."""
+    before, at, _ = parts[0].partition("@")
+    name = "+".join(parts)
+    return Path(name.removeprefix(before + at) if at else name).exists()
 
 
 def members(cfg: TeacherConfig) -> list[TeacherConfig]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from dad_fast.errors import DadFastError
 
 # A class head: weight [C, F] and bias [C] on the encoder's features; a whole classifier, normalised
 # pixels -> logits; or the reason why there is none.
-Head = tuple[Tensor, Tensor] | nn.Module | DadFastError
+Head: TypeAlias = tuple[Tensor, Tensor] | nn.Module | DadFastError
 
 # Training data of weights that do not record it
 UNKNOWN = "not recorded in the weights"

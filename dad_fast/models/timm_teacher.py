@@ -142,7 +142,7 @@ def _own_head(model: Any, metadata: Metadata, name: str, classes: ClassMap) -> H
     if num_outputs == 1000 and is_imagenet(classes):
         return SelectedClasses(model, imagenet_columns(classes))
     if num_outputs == len(classes):
-        return model  # type: ignore[no-any-return]
+        return model
     if num_outputs == 0:
         return DataError(f"--teacher {name}: an encoder without a class head; {FIT_ONE}")
     return DataError(

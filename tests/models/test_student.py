@@ -313,6 +313,7 @@ def test_the_spec_is_plain_json(tmp_path):
         "std": [0.229, 0.224, 0.225],
         "crop_pct": 0.95,
         "interpolation": "bicubic",
+        "squashed": False,
     }
 
 

@@ -188,8 +188,11 @@ def _frozen_models(
     teacher, discretizer = None, None
     if needs_teacher:
         wanted = cfg.teacher, classes, cfg.precision
-        options = {"shapes_only": True, "needs_head": needs_head(cfg)}
-        teacher = on_meta(lambda device: load_teacher(*wanted, device, **options))
+        teacher = on_meta(
+            lambda device: load_teacher(
+                *wanted, device, shapes_only=True, needs_head=needs_head(cfg)
+            )
+        )
         optimize_teacher(teacher, model_optimizations(cfg))
     if needs_discretizer:
         optimizations, micro_batch = vqgan_optimizations(cfg), cfg.engine.vqgan_micro_batch
