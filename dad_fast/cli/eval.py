@@ -52,12 +52,11 @@ SETTINGS = {
     "augment.interpolation": "resampling filter; empty = the model's own",
     "teacher.head": "safetensors with a fine-tuned linear head; empty = zero-shot",
     "teacher.templates": "",
-    "teacher.weights": "",
-    "teacher.average": "",
-    "teacher.img_size": "",
+    "teacher.weights": "of an ensemble A+B: one for each member",
+    "teacher.img_size": "input size of timm: models; 0 = their own",
     "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
     "eval.c_preprocessing": "",
-    "data.loader": "dali: plain JPEGs are decoded by DALI, and the results record it; else PIL",
+    "data.loader": "dali: DALI decodes plain JPEGs, and the results record it; else PIL",
 }
 
 
