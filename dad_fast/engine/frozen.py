@@ -12,6 +12,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
+from dad_fast.engine.choices import is_convolutional
 from dad_fast.errors import UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.ensemble import Ensemble
@@ -57,8 +58,9 @@ def vqgan_optimizations(cfg: Config) -> VQGANOptimizations:
 
 
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
-    """Load the teacher of a run.
+    """Load the teacher of a run, in NHWC if it is convolutional and `precision.channels_last` is on.
 
+    cfg: with booleans in place of switches (`choices.settle`).
     Raises UsageError for a linear probe on an ensemble, and the errors of `load_teacher`.
     """
     model = load_teacher(
@@ -83,6 +85,9 @@ def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeach
             for number, member in enumerate(model.members, start=1)
         }
     applied = optimize_teacher(model, model_optimizations(cfg))
+    for member in model.members:
+        if cfg.precision.channels_last and is_convolutional(member):
+            member.to(memory_format=torch.channels_last)
     return FrozenTeacher(model, digest, applied, encoder_digest, by_member)
 
 

@@ -24,8 +24,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from dad_fast.config.schema import AugmentConfig, PrecisionConfig, TeacherConfig
 from dad_fast.errors import DataError, UsageError
 from dad_fast.models.load_teacher import load_teacher
-from dad_fast.models.registry import is_registered
-from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.places import checkpoint_file
+from dad_fast.models.registry import is_registered, split_names
+from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.declared import (
     CLASSES,
@@ -189,6 +190,10 @@ def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
         raise DataError(
             f"{path}: its encoder {name} is a user's own module, which is never imported because "
             "a file names it; train the probe on a registered teacher"
+        )
+    if len(split_names(name)) > 1:
+        raise DataError(
+            f"{path}: its encoder {name} is not here; put its file at that path, or next to this one"
         )
     timm_name = name.removeprefix("timm:")
     is_timm = timm_name != name

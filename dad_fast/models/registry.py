@@ -34,6 +34,11 @@ def is_registered(name: str) -> bool:
     return ":" in name and TEACHERS.split(name)[0] in TEACHERS
 
 
+def names_teacher(name: str) -> bool:
+    """Return whether `name` is that of a registered teacher or of an ensemble, and not a path."""
+    return is_registered(name) or len(split_names(name)) > 1
+
+
 def split_names(text: str) -> list[str]:
     """Return the names in `A+B`, one or several.
 

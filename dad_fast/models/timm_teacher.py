@@ -146,8 +146,10 @@ def _own_head(model: Any, metadata: Metadata, name: str, classes: ClassMap) -> H
     if num_outputs == 0:
         return DataError(f"--teacher {name}: an encoder without a class head; {FIT_ONE}")
     return DataError(
-        f"--teacher {name}: it has {num_outputs} outputs, the data {len(classes)} classes, "
-        f"which are not ImageNet's wnids; for a head of these {FIT_ONE}"
+        f"--teacher {name}: it has {num_outputs} outputs, the data {len(classes)} classes, which are "
+        "not ImageNet's wnids; take an open_clip model, which needs their names alone (--teacher "
+        "open_clip:ViT-L-14/openai), fine-tune one on them (train --preset finetune --method ce -o "
+        f"RUN) and write --teacher RUN, or for a head of these classes {FIT_ONE}"
     )
 
 

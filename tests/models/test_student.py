@@ -13,9 +13,9 @@ from timm.optim import param_groups_weight_decay
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.load_student import load_student
+from dad_fast.models.places import checkpoint_file
 from dad_fast.models.student import (
     build_student,
-    checkpoint_file,
     load_student_weights,
     read_student,
     save_student,
@@ -68,6 +68,19 @@ def test_views_are_squashed_as_the_weights_expect(tmp_path):
     spec = json.loads(metadata[STUDENT])
     del spec["squashed"]
     assert not read_student(tmp_path / "old", state, {STUDENT: json.dumps(spec)}).squashed
+
+
+def test_a_size_that_patches_do_not_fill_is_warned_of(caplog):
+    name, kwargs = "vit_tiny_patch16_224", TINY_VIT
+    student = build(name=name, model_kwargs=kwargs, img_size=33)
+    assert student.image_size == 33
+    (record,) = caplog.records
+    text = "patches of 8 pixels, so the last 1 rows and columns are cut off; 32 and 40 fit"
+    assert record.getMessage() == f"--img-size 33: {name} has {text}"
+    caplog.clear()
+    build(name=name, model_kwargs=kwargs, img_size=32)
+    build(img_size=33)
+    assert not caplog.records
 
 
 def test_default_image_size_is_the_models_own():
