@@ -235,7 +235,7 @@ class Layers:
 def is_fixed(aug: AugmentConfig) -> bool:
     """True if the augmentation has nothing random: an image looks the same in every epoch."""
     chance = any(0 < probability < 1 for probability in (aug.hflip, aug.vflip))
-    return aug.crop == "center" and not (
+    return aug.crop != "random-resized" and not (
         chance or aug.aa or aug.color_jitter or aug.reprob or aug.mixup or aug.cutmix
     )
 

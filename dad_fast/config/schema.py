@@ -16,6 +16,7 @@ from dad_fast.config.schema_optim import EmaConfig as EmaConfig
 from dad_fast.config.schema_optim import OptimConfig as OptimConfig
 from dad_fast.config.schema_optim import ScheduleConfig as ScheduleConfig
 from dad_fast.config.setting import (
+    ALL_POSITIVE,
     AT_LEAST_ONE,
     BELOW_ONE,
     NOT_NEGATIVE,
@@ -33,14 +34,32 @@ class TeacherConfig:
     name: str = setting(
         "",
         "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, RUN (a run of "
-        "this project), FILE or embedded:digits",
+        "this project), FILE or embedded:digits; several joined by + are an ensemble",
         "--teacher",
         main=True,
     )
     head: str = setting(
         "",
-        "safetensors with a fine-tuned linear head; empty = zero-shot from class names",
+        "safetensors with a linear head for the encoder, of --method lp-clip or fine-tuned; empty = "
+        "the teacher's own, of CLIP zero-shot from class names; of an ensemble joined by +, in order",
         "--teacher-head",
+    )
+    weights: tuple[float, ...] = setting(
+        (),
+        "weights of an ensemble's members, in order; empty = equal",
+        "--teacher-weights",
+        rule=ALL_POSITIVE,
+    )
+    average: Literal["probabilities", "logits"] = setting(
+        "probabilities",
+        "what an ensemble averages: softmax outputs at the temperature of the loss, or logits",
+        "--teacher-average",
+    )
+    img_size: int = setting(
+        0,
+        "input size of timm: teachers in pixels, position embeddings are resized; 0 = their own",
+        "--teacher-img-size",
+        rule=NOT_NEGATIVE,
     )
     templates: str | tuple[str, ...] = setting(
         "auto", "prompts: auto, imagenet, simple, a text file, or a list", "--templates"

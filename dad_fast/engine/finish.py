@@ -95,13 +95,15 @@ def _teacher_record(
 ) -> dict[str, Any] | None:
     """Evaluate the teacher unless `teacher_results` has it.
 
-    Returns None for a run without a teacher, and for one from stores whose teacher is not at hand.
+    Returns None for a run without a teacher, for one from stores whose teacher is not at hand, and
+    for an encoder without a class head.
     """
     name, stores = trainer.cfg.teacher.name, trainer.parts.stored.stores
-    if trainer.parts.teacher is None and not stores:
+    own = trainer.parts.teacher
+    if (own is None and not stores) or (own is not None and not own.has_head):
         return None
     if name not in teacher_results:
-        teacher = trainer.parts.teacher or _teacher_of_stores(trainer)
+        teacher = own or _teacher_of_stores(trainer)
         if teacher is None:
             return None
         results = {}
@@ -178,6 +180,7 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
         student.interpolation,
         SHEET_ROWS,
         workers=0,
+        squashed=student.squashed,
     )
     batch = next(iter(loader))
     x = to_pixels(batch.images.to(parts.device))

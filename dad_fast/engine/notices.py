@@ -19,6 +19,8 @@ from dad_fast.engine.choices import Choice
 from dad_fast.engine.diagnostics import Effect, warning_of_weakness
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
+from dad_fast.models.ensemble import Ensemble
+from dad_fast.models.teacher import Teacher
 
 # Seconds that a step may wait for the disk before the user is told.
 TOLERATED_WAIT = 1.0
@@ -111,7 +113,7 @@ def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> lis
     if distributed.world() > 1 and parts.student.has_batch_stats:
         lines.append(_batch_norm(cfg))
     if parts.teacher is not None:
-        lines.append(f"teacher {parts.teacher.name} (trained on: {parts.teacher.provenance})")
+        lines += _teachers(parts.teacher)
     if parts.probe is not None:
         trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
         lines.append(
@@ -132,6 +134,22 @@ def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> lis
         f"{store.kind} from {store.folder}: {store.num_views} views of {len(store):,} images"
         for store in parts.stored.stores
     ]
+    return lines
+
+
+def _teachers(teacher: Teacher) -> list[str]:
+    """Describe a teacher, or an ensemble and its members."""
+    lines = []
+    if isinstance(teacher, Ensemble):
+        shares = [f"{weight:.0%} {one.name}" for weight, one in teacher.weighted_members()]
+        lines.append(f"teacher: mean of {teacher.average} of {', '.join(shares)}")
+    for one in teacher.members:
+        lines.append(f"teacher {one.name} (trained on: {one.provenance}), {one.image_size} px")
+        if one.squashed:
+            lines.append(
+                f"teacher {one.name} was trained on whole images squashed to a square: evaluation "
+                "does that, while training shows it the square crops of the batch"
+            )
     return lines
 
 

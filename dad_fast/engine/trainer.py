@@ -40,6 +40,7 @@ from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.loggers.sinks import open_sinks
 from dad_fast.models.float32 import float32_math
+from dad_fast.models.probe import probe_views
 from dad_fast.models.student import Student
 from dad_fast.models.weights.files import write_safetensors
 
@@ -127,7 +128,7 @@ class Trainer:
         return train_loader(
             cfg.data.loader,
             parts.train,
-            cfg.augment,
+            probe_views(cfg.augment, parts.student),
             parts.student.image_size,
             batch_size,
             seed=parts.stored.view_seed(cfg.seed),

@@ -18,7 +18,7 @@ from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
 from dad_fast.methods.registry import JOINT_TERMS, METHODS
 from dad_fast.methods.stores import check_stores, usable_kinds
-from dad_fast.models.registry import TEACHERS
+from dad_fast.models.registry import TEACHERS, members
 
 
 def resolve(
@@ -91,7 +91,8 @@ def _check_run(cfg: Config) -> None:
             "identity or jpeg:75)"
         )
     _check_scheme(cfg.data.data_dir, "--data-dir", SOURCES.names())
-    _check_scheme(cfg.teacher.name, "--teacher", TEACHERS.names())
+    for member in members(cfg.teacher):
+        _check_scheme(member.name, "--teacher", TEACHERS.names())
     _check_scheme(cfg.discretizer.name, "--discretizer", DISCRETIZERS.names())
     quality = cfg.discretizer.name.removeprefix("jpeg:")
     is_quality = quality.isdecimal() and 1 <= int(quality) <= 100

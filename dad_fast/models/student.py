@@ -37,7 +37,12 @@ from dad_fast.models.weights.files import (
 )
 from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.limits import no_more_parameters_than
-from dad_fast.models.weights.timm_files import classifier_keys, fit_timm, load_fitted
+from dad_fast.models.weights.timm_files import (
+    classifier_keys,
+    create_timm,
+    fit_timm,
+    load_fitted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +93,7 @@ class Student(nn.Module):
         self.image_size = spec["img_size"]
         self.crop_pct = spec["crop_pct"]
         self.interpolation = spec["interpolation"]
+        self.squashed = spec.get("squashed", False)
         self.register_buffer("mean", torch.tensor(spec["mean"]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"]).view(1, -1, 1, 1), persistent=False)
 
@@ -164,6 +170,7 @@ def build_student(
         "std": list(data["std"]),
         "crop_pct": data["crop_pct"],
         "interpolation": data["interpolation"],
+        "squashed": data["crop_mode"] == "squash",
     }
     try:
         # What a run writes, its readers accept.
@@ -239,14 +246,7 @@ def _create(
     from_hub = name.startswith(HUB)
     try:
         with hub_client() if pretrained or from_hub else nullcontext():
-            if img_size:
-                # Vision transformers need the image size, convolutional networks do not take it.
-                try:
-                    return timm.create_model(name, img_size=img_size, **arguments)
-                except TypeError as error:
-                    if "img_size" not in str(error):
-                        raise
-            return timm.create_model(name, **arguments)
+            return create_timm(name, img_size, **arguments)
     except DadFastError:
         raise
     except Exception as error:

@@ -19,6 +19,7 @@ from dad_fast.config.resolve import VARIANT_NAME
 from dad_fast.config.schema import Config
 from dad_fast.errors import UsageError
 from dad_fast.methods.registry import METHODS, Target
+from dad_fast.models.registry import split_names
 
 Changes = dict[str, Any]  # setting's path -> value
 Cells = dict[str, Changes]
@@ -339,6 +340,9 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _short(name: str) -> str:
+    names = split_names(name)
+    if len(names) > 1:
+        return "+".join(map(_short, names))
     kind, colon, rest = name.partition(":")
     text = rest if colon and "/" not in kind and kind != "jpeg" else name
     text = text.partition("@")[0]

@@ -28,6 +28,7 @@ PRESETS = {
     "kd-vitb16",
     "dat-vitb16",
     "dad-authors-online",
+    "lp-clip-head",
     "lp-clip-vitl14",
 }
 
