@@ -14,6 +14,9 @@ from dad_fast.config.schema import PrecisionConfig
 from dad_fast.errors import UsageError
 from dad_fast.kernels.cases import Case
 
+# Provenance of a discretizer without a learned part
+NOT_TRAINED = "nothing: it is not trained"
+
 
 class Discretized(NamedTuple):
     """Result of a discretizer."""
@@ -51,6 +54,13 @@ class Discretizer(ABC):
     def code_grid(self, side: int) -> tuple[int, ...]:
         """Rows and columns of the codes of a square image of `side` pixels; () without codes."""
         return ()
+
+    def describe_codes(self, side: int) -> str:
+        """Describe the codes of a square image of `side` pixels, for the log."""
+        grid = self.code_grid(side)
+        if not grid or self.codebook is None:
+            return "no codes"
+        return f"{grid[0]}x{grid[1]} codes of {len(self.codebook):,} per image"
 
     def decode_packed(self, packed: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Decode stored codes uint8 [B, code_bytes] of `grid` to images float32 [B, 3, H, W] in [0,
