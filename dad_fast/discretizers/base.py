@@ -37,6 +37,7 @@ class Discretizer(ABC):
 
     name: str
     provenance: str  # training data
+    image_size: int = 0  # side of the training images in pixels; 0 if it is not known
     weights_sha256: str | None = None  # of the weights' file
     code_bits: int = 0  # bits of a stored code; 0 without codes
     backend: str = ""  # of the codebook search
@@ -57,10 +58,10 @@ class Discretizer(ABC):
 
     def describe_codes(self, side: int) -> str:
         """Describe the codes of a square image of `side` pixels, for the log."""
-        grid = self.code_grid(side)
-        if not grid or self.codebook is None:
+        if not self.code_bits:
             return "no codes"
-        return f"{grid[0]}x{grid[1]} codes of {len(self.codebook):,} per image"
+        grid = "x".join(map(str, self.code_grid(side)))
+        return f"{grid} codes of {self.code_bits} bits per image"
 
     def decode_packed(self, packed: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Decode stored codes uint8 [B, code_bytes] of `grid` to images float32 [B, 3, H, W] in [0,

@@ -25,7 +25,12 @@ from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_request
 from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.choices import fast_convolutions
 from dad_fast.engine.cuda_graph import WARM_UP
-from dad_fast.engine.diagnostics import attack_effects, attack_to_rounding, codes_changed
+from dad_fast.engine.diagnostics import (
+    attack_effects,
+    attack_to_rounding,
+    codes_changed,
+    discretizer_fidelity,
+)
 from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.notices import Advice, details, ema_lag, run_choices, summary
@@ -411,7 +416,9 @@ class Trainer:
             )
 
     def _check_attack(self, batch: Batch) -> None:
-        """Measure on a few images of the first batch what the attack changes; warn if it is little."""
+        """Measure on a few images of the first batch what the attack changes, and the fit of the
+        discretizer; warn if one is poor.
+        """
         where = self.step.generator, self.learner, batch
         values: dict[str, float] = {}
         ratio = attack_to_rounding(*where)
@@ -424,6 +431,10 @@ class Trainer:
             self.advice.on_effect(effect, self.log.say)
         if values:
             self.log.metrics("attack", step=self.next_step, **values)
+        fidelity = discretizer_fidelity(*where)
+        if fidelity is not None:
+            self.log.metrics("discretizer", step=self.next_step, **fidelity._asdict())
+            self.advice.on_fidelity(fidelity, self.log.say)
 
     def write_model(self, path: Path) -> None:
         """Write `model.safetensors`: the weights to evaluate and their metadata."""

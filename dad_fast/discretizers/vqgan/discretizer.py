@@ -62,6 +62,7 @@ class VQGANDiscretizer(Discretizer):
         self.precision = precision
         self.name = name
         self.provenance = provenance
+        self.image_size = vqgan.image_size
         self.weights_sha256 = weights_sha256
         self.micro_batch = micro_batch
         # Parts of a batch are limited in bytes on a GPU, and where a GPU is modelled.

@@ -9,6 +9,7 @@ distances.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.kernels import CodebookSearch, nearest_code
 from dad_fast.models.weights.files import load_strictly, read_state_dict, write_safetensors
 from dad_fast.models.weights.unwrap import unwrap
+
+# Metadata: the side in pixels of the training images
+IMAGE_SIZE = "dad_fast.img_size"
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -203,6 +207,8 @@ class VQGAN(nn.Module):
         self.quantize = Quantize(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        # Side in pixels of the training images; 0 if it is not known
+        self.image_size = 0
         # Back end of the search, by name
         self.search_backend = "auto"
         self._search: CodebookSearch | FSQSearch | None = None
@@ -309,9 +315,10 @@ class VQGAN(nn.Module):
         state = self.state_dict()
         if self.config.quantizer == "fsq":
             del state[CODEBOOK]
-        write_safetensors(
-            path, state, {"dad_fast.vqgan": self.config.to_json(), "dad_fast.seen": seen}
-        )
+        metadata = {"dad_fast.vqgan": self.config.to_json(), "dad_fast.seen": seen}
+        if self.image_size:
+            metadata[IMAGE_SIZE] = str(self.image_size)
+        write_safetensors(path, state, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> VQGAN:
@@ -344,4 +351,7 @@ class VQGAN(nn.Module):
                 f"{path}: no VQGAN can be made of {config} ({error}); is the file damaged?"
             ) from None
         load_strictly(model, state, path)
+        recorded = metadata.get(IMAGE_SIZE, "")
+        if re.fullmatch(r"[0-9]{1,5}", recorded):
+            model.image_size = int(recorded)
         return model, metadata.get("dad_fast.seen", "not recorded in the weights")
