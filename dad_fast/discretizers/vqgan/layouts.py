@@ -23,6 +23,8 @@ from dad_fast.files import read_text
 
 CODEBOOK = "quantize.embedding.weight"
 UP = "decoder.up."
+# Of diffusers, each also with attention, as "AttnDownEncoderBlock2D"
+BLOCKS = ("DownEncoderBlock2D", "UpDecoderBlock2D")
 # Names of a diffusers model's weights in its folder, the first that exists
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -148,6 +150,13 @@ def _from_diffusers(file: Path) -> VQGANConfig:
                 "VQModel cannot be used"
             )
         blocks = values["down_block_types"]
+        # Others have the same keys, and pad or normalize otherwise.
+        for name in [*blocks, *values["up_block_types"]]:
+            if name.removeprefix("Attn") not in BLOCKS:
+                raise DataError(
+                    f"{file}: has a {str(name)[:40]}; only a VQModel of DownEncoderBlock2D and "
+                    "UpDecoderBlock2D can be used"
+                )
         return VQGANConfig(
             in_channels=values["in_channels"],
             ch=widths[0],
