@@ -1,6 +1,7 @@
 """FSQ: exact rounding, codes as integers, straight-through gradients, files."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.config import VQGANConfig
+from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.fsq import bounded, fsq_codebook, fsq_codes, straight_through
 from dad_fast.discretizers.vqgan.model import VQGAN
 
@@ -122,3 +124,22 @@ def test_latents_that_are_not_finite_get_code_0_and_count(vqgan):
 def test_impossible_levels_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         VQGANConfig(**{**vars(CONFIG), **change})
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "unit"])
+def test_mixed_precision_quantizes_in_float32(quantizer, vqgan):
+    """Fused halves in 16 bits; latents are bounded, or divided by their length, in float32."""
+    levels = LEVELS if quantizer == "fsq" else ()
+    other = VQGAN(replace(CONFIG, quantizer=quantizer, levels=levels))
+    other.load_state_dict({**vqgan.state_dict(), **codebook_of(quantizer)})
+    pixels = torch.rand(2, 3, 16, 16)
+    exact = VQGANDiscretizer(other, PrecisionConfig())(pixels)
+    images, codes = VQGANDiscretizer(other, PrecisionConfig(amp=True))(pixels)
+    assert (codes == exact.codes).float().mean() > 0.9
+    assert images.dtype == torch.float32 and images.shape == pixels.shape
+
+
+def codebook_of(quantizer):
+    torch.manual_seed(2)
+    weight = torch.nn.functional.normalize(torch.randn(240, 4), dim=1)
+    return {} if quantizer == "fsq" else {"quantize.embedding.weight": weight}
