@@ -55,6 +55,7 @@ PUBLISHED = {
     "f16-1024": Origin("FILE.ckpt", "CompVis/taming-transformers: VQGAN ImageNet f16, 1024", MIT),
     "f16-16384": Origin("FILE.ckpt", "CompVis/taming-transformers: VQGAN ImageNet f16, 16384", MIT),
     "ldm-f4-8192": Origin("FOLDER", "CompVis/ldm-celebahq-256: vqvae (diffusers)", "Apache-2.0"),
+    "amused-f16-8192": Origin("FOLDER", "amused/amused-256: vqvae (diffusers)", "OpenRAIL++"),
     "llamagen-f8": Origin("vq_ds8_c2i.pt", LLAMAGEN, "MIT, parts of it others"),
     "llamagen-f16": Origin("vq_ds16_c2i.pt", LLAMAGEN, "MIT, parts of it others"),
 }

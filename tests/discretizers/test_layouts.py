@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from dad_fast.config.schema import PrecisionConfig
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.config import OTHER_LAYOUTS, VQGANConfig
+from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.layouts import to_taming
 from dad_fast.discretizers.vqgan.model import VQGAN
 from dad_fast.errors import DataError, UsageError
 from dad_fast.kernels.nearest_code.reference import search_reference
+from tests.numerics import assert_same_function
 
 CONFIG = VQGANConfig(
     ch=32,
@@ -150,6 +152,22 @@ def test_names_of_attention_before_diffusers_0_15(taming):
     assert all(torch.equal(found[key], value) for key, value in taming.state_dict().items())
 
 
+def test_middle_without_attention(taming, folder):
+    """Without and with config.json, as aMUSEd's; the fused form is the same function."""
+    state = {k: v for k, v in as_diffusers(taming.state_dict()).items() if "mid_block.att" not in k}
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(DataError, match="missing encoder.mid.attn_1"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps({**DESCRIBED, "mid_block_add_attention": False}))
+    described = load(folder)
+    (folder / "config.json").unlink()
+    pixels = torch.rand(1, 3, 16, 16)
+    assert described.vqgan.encoder.mid.attn_1 is None
+    assert_equals(load(folder), described.vqgan, pixels)
+    fused = FusedVQGAN(described.vqgan)
+    assert_same_function(fused.encode(pixels), described.vqgan.encode(pixels))
+
+
 def test_norm_groups_come_from_config_json(taming, folder):
     (folder / "config.json").write_text(json.dumps({**DESCRIBED, "norm_num_groups": 8}))
     found = load(folder).vqgan
@@ -161,7 +179,8 @@ def test_norm_groups_come_from_config_json(taming, folder):
     [
         ({"_class_name": "AutoencoderKL"}, "describes a AutoencoderKL, not a VQModel"),
         ({"norm_type": "spatial"}, "norm_type is spatial; only a VQModel with group"),
-        ({"mid_block_add_attention": False}, "mid_block_add_attention is False"),
+        ({"mid_block_add_attention": False}, "unexpected encoder.mid.attn_1"),
+        ({"mid_block_add_attention": 3}, "no possible VQModel .mid_attention is 3"),
         ({"down_block_types": ["DownBlock2D"] * 3}, "has a DownBlock2D; only"),
         ({"block_out_channels": [32, 48, 64]}, "no multiples of their first"),
         ({"num_vq_embeddings": 49}, "quantize.embedding.weight is .48, 4., not .49, 4."),
@@ -216,10 +235,10 @@ def test_unit_search_of_8_dimensions_is_exact_also_near_ties():
     torch.manual_seed(1)
     config = VQGANConfig(
         ch=4, ch_mult=(1, 1), num_res_blocks=1, attn_levels=(), z_channels=4, embed_dim=8,
-        n_embed=2048, quantizer="unit", norm_groups=2,
+        n_embed=16384, quantizer="unit", norm_groups=2,
     )  # fmt: skip
     vqgan = VQGAN(config).eval().requires_grad_(False)
-    vqgan.codebook.copy_(F.normalize(torch.randn(2048, 8), dim=1))
+    vqgan.codebook.copy_(F.normalize(torch.randn(16384, 8), dim=1))
     vqgan.codebook[7] = vqgan.codebook[1500]
     between = vqgan.codebook[:150] + vqgan.codebook[150:300]
     rows = torch.cat([torch.randn(100, 8) * 9, between, vqgan.codebook[1500:1501] * 5])
@@ -239,7 +258,7 @@ def test_saved_unit_codes_load_unchanged(taming, tmp_path):
 
 
 def test_published_configurations_of_other_layouts():
-    sizes = {"llamagen-f8": 70, "llamagen-f16": 72, "ldm-f4-8192": 55}
+    sizes = {"llamagen-f8": 70, "llamagen-f16": 72, "ldm-f4-8192": 55, "amused-f16-8192": 146}
     for name, millions in sizes.items():
         with torch.device("meta"):
             vqgan = VQGAN(OTHER_LAYOUTS[name])

@@ -18,6 +18,8 @@ MOST = {"ch_mult": 64, "num_res_blocks": 32, "attn_levels": 16, "levels": 256}
 LEAST = {"attn_levels": 0, "levels": 2}
 # How latents become codes, see `VQGANConfig`
 QUANTIZERS = ("nearest", "unit", "fsq")
+# Settings that the first files did not have
+LATER = ("mid_attention", "quantizer", "levels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class VQGANConfig:
     n_embed: int = 16384
     # As in taming; a layer with fewer channels has one channel per group
     norm_groups: int = 32
+    # Attention between the two middle blocks, as in taming; aMUSEd has none
+    mid_attention: bool = True
     quantizer: str = "nearest"
     levels: tuple[int, ...] = ()
 
@@ -47,8 +51,10 @@ class VQGANConfig:
         """Raise ValueError, naming the setting, for an impossible shape, such as a file's."""
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer is {str(self.quantizer)[:40]}")
+        if not isinstance(self.mid_attention, bool):
+            raise ValueError(f"mid_attention is {str(self.mid_attention)[:40]}")
         for field in fields(self):
-            if field.name == "quantizer":
+            if field.name in ("quantizer", "mid_attention"):
                 continue
             value = getattr(self, field.name)
             if isinstance(value, tuple) != field.type.startswith("tuple"):
@@ -71,12 +77,13 @@ class VQGANConfig:
     def to_json(self) -> str:
         """Return the text that `config_from_json` parses.
 
-        Settings of the quantizer are left out at their defaults, so that files of the first
-        quantizer stay as they were.
+        Later settings are left out at their defaults, so that earlier versions read the files of
+        what they can build.
         """
         values = asdict(self)
-        if self.quantizer == "nearest":
-            del values["quantizer"], values["levels"]
+        for field in fields(self):
+            if field.name in LATER and values[field.name] == field.default:
+                del values[field.name]
         return json.dumps(values)
 
     @property
@@ -131,6 +138,14 @@ OTHER_LAYOUTS: dict[str, VQGANConfig] = {
     "llamagen-f16": _llamagen(1, 1, 2, 2, 4),
     "ldm-f4-8192": VQGANConfig(
         ch_mult=(1, 2, 4), attn_levels=(), z_channels=3, embed_dim=3, n_embed=8192
+    ),
+    "amused-f16-8192": VQGANConfig(
+        ch_mult=(1, 2, 2, 4, 6),
+        attn_levels=(),
+        z_channels=64,
+        embed_dim=64,
+        n_embed=8192,
+        mid_attention=False,
     ),
 }
 
@@ -198,6 +213,7 @@ def infer_config(state: Mapping[str, Tensor], path: str | Path) -> VQGANConfig:
             z_channels=state["decoder.conv_in.weight"].shape[1],
             embed_dim=embed_dim,
             n_embed=n_embed,
+            mid_attention="encoder.mid.attn_1.q.weight" in state,
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
         raise DataError(

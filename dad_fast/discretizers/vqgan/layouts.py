@@ -133,11 +133,7 @@ def _from_diffusers(file: Path) -> VQGANConfig:
         kind = values["_class_name"]
         if kind != "VQModel":
             raise DataError(f"{file}: describes a {str(kind)[:40]}, not a VQModel with codes")
-        for key, wanted in (
-            ("act_fn", "silu"),
-            ("norm_type", "group"),
-            ("mid_block_add_attention", True),
-        ):
+        for key, wanted in (("act_fn", "silu"), ("norm_type", "group")):
             found = values.get(key, wanted)
             if found != wanted:
                 raise DataError(
@@ -167,6 +163,7 @@ def _from_diffusers(file: Path) -> VQGANConfig:
             embed_dim=values.get("vq_embed_dim") or values["latent_channels"],
             n_embed=values["num_vq_embeddings"],
             norm_groups=values.get("norm_num_groups", 32),
+            mid_attention=values.get("mid_block_add_attention", True),
         )
     except KeyError as error:
         raise DataError(f"{file}: has no {error.args[0]}, so it describes no VQModel") from None

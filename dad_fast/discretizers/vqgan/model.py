@@ -114,14 +114,15 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
+        self.attn_1 = AttnBlock(channels, groups) if attention else None
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        x = self.block_1(x)
+        return self.block_2(x if self.attn_1 is None else self.attn_1(x))
 
 
 class Encoder(nn.Module):
@@ -135,7 +136,7 @@ class Encoder(nn.Module):
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(widths[-1], cfg.norm_groups)
+        self.mid = Middle(widths[-1], cfg.norm_groups, cfg.mid_attention)
         self.norm_out = _norm(widths[-1], cfg.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
 
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [cfg.ch * mult for mult in cfg.ch_mult]
         self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], cfg.norm_groups)
+        self.mid = Middle(widths[-1], cfg.norm_groups, cfg.mid_attention)
         self.up = nn.ModuleList()
         for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             level = Level(
