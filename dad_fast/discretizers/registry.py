@@ -89,7 +89,7 @@ def load_discretizer(
     key, argument = DISCRETIZERS.split(name)
     if key in DISCRETIZERS:
         return DISCRETIZERS[key](argument, context)
-    if not Path(name).suffix and not Path(name).exists():
+    if not name or (not Path(name).suffix and not Path(name).exists()):
         raise UsageError(
             f"--discretizer {name!r}: no such file; write a .ckpt or .safetensors, a folder of a "
             f"diffusers VQModel, or one of {', '.join(DISCRETIZERS.names())} (embedded:digits, "

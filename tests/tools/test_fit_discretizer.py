@@ -154,13 +154,14 @@ def tiny_vqgan(**more):
 
 @pytest.mark.parametrize("more", [{}, {"quantizer": "fsq", "levels": (2, 2, 2, 2)}])
 def test_reconstruction_improves(more):
-    options = FitOptions(width=8, codes=16, levels="2,2,2,2" if more else "", lr=1e-2, epochs=50)
+    levels = "2,2,2,2" if more else ""
+    options = FitOptions(width=4, codes=16, factor="2", levels=levels, lr=1e-2, epochs=20)
     torch.manual_seed(0)
-    fit = Fit(options, 50, torch.device("cpu"))
-    pixels = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(8, 3, 8, 8)
+    fit = Fit(options, 20, torch.device("cpu"))
+    pixels = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(8, 3, 4, 4)
     fit.step(0, 1, pixels)
     first = fit.window()["l2"]
-    for number in range(1, 30):
+    for number in range(1, 12):
         fit.step(number, 1, pixels)
     last = fit.window()
     assert last["l2"] < 0.7 * first
