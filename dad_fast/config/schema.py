@@ -102,7 +102,8 @@ class StudentConfig:
 class DiscretizerConfig:
     name: str = setting(
         "",
-        "vqgan FILE (.ckpt or .safetensors), embedded:digits, identity, or jpeg:QUALITY",
+        "VQGAN FILE (.ckpt, .pt, .safetensors), a diffusers folder, embedded:digits, identity, "
+        "jpeg:QUALITY, webp:QUALITY or blur:FACTOR",
         "--discretizer",
         main=True,
     )

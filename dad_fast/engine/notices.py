@@ -17,6 +17,7 @@ from dad_fast.engine import choices
 from dad_fast.engine.build import Components
 from dad_fast.engine.choices import Choice
 from dad_fast.engine.diagnostics import Effect, warning_of_weakness
+from dad_fast.engine.fidelity import Fidelity, warning_of_misfit
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
 from dad_fast.models.ensemble import Ensemble
@@ -99,7 +100,9 @@ def opening(
     if teacher is not None:
         rows["teacher"] = f"{teacher.name}, {dtype('teacher')}"
     if discretizer is not None:
-        rows["codes"] = f"{discretizer.name}, {dtype('encoder')}"
+        codes = discretizer.describe_codes(student.image_size)
+        precision = f", {dtype('encoder')}" if discretizer.code_bits else ""
+        rows["codes"] = f"{discretizer.name}{precision}, {codes}"
         rows["attack"] = (
             f"{cfg.attack.norm}, eps {cfg.attack.eps:g}, "
             f"{cfg.attack.steps} steps of {cfg.attack.step_size:g}"
@@ -251,4 +254,10 @@ class Advice:
         """Warn if the attack leaves the discretized images practically as they are."""
         cfg = self._cfg
         if warning := warning_of_weakness(effect, cfg.attack, cfg.discretizer.name):
+            log(f"warning: {warning}")
+
+    def on_fidelity(self, found: Fidelity, log: Callable[[str], None]) -> None:
+        """Warn if the discretizer does not fit the images."""
+        discretizer = self._parts.discretizer
+        if discretizer is not None and (warning := warning_of_misfit(found, discretizer)):
             log(f"warning: {warning}")

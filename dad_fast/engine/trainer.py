@@ -329,10 +329,13 @@ class Trainer:
         return bool(every) and self.next_step % every == 0
 
     def _log_attack(self, batch: Batch) -> None:
-        """Log what the attack changes on a few images of the first batch."""
+        """Log what attack and discretizer change on a few images of the first batch."""
         values = self.monitor.attack(batch, self.log.say)
         if values:
             self.log.metrics("attack", step=self.next_step, **values)
+        fidelity = self.monitor.fidelity(batch, self.log.say)
+        if fidelity:
+            self.log.metrics("discretizer", step=self.next_step, **fidelity)
 
     def _log_window(self, lr: float, batch: Batch, progress: TrainProgress) -> None:
         self._stop_if_not_finite()

@@ -13,7 +13,7 @@ from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.config.setting import AUTO
 from dad_fast.config.variants import expand
 from dad_fast.data.sources.registry import SOURCES
-from dad_fast.discretizers.registry import DISCRETIZERS
+from dad_fast.discretizers.registry import DISCRETIZERS, check_argument
 from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
 from dad_fast.methods.registry import JOINT_TERMS, METHODS
@@ -94,13 +94,7 @@ def _check_run(cfg: Config) -> None:
     for member in members(cfg.teacher):
         _check_scheme(member.name, "--teacher", TEACHERS.names())
     _check_scheme(cfg.discretizer.name, "--discretizer", DISCRETIZERS.names())
-    quality = cfg.discretizer.name.removeprefix("jpeg:")
-    is_quality = quality.isdecimal() and 1 <= int(quality) <= 100
-    if cfg.discretizer.name.startswith("jpeg:") and not is_quality:
-        raise UsageError(
-            f"--discretizer {cfg.discretizer.name}: the quality is a whole number from 1 to 100, "
-            "as in jpeg:75"
-        )
+    check_argument(*DISCRETIZERS.split(cfg.discretizer.name), cfg.discretizer.name)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
         raise UsageError(f"--device {cfg.device}: must be auto, cpu, cuda or cuda:N")
     odd = cfg.data.batch_size != AUTO and cfg.data.batch_size % 2

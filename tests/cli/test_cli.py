@@ -18,6 +18,7 @@ from dad_fast.cli import train as train_flags
 from dad_fast.config import Config, Launch, options, to_toml
 from dad_fast.config.fields import settings
 from dad_fast.config.flags import options_of
+from dad_fast.config.options_fit import FitOptions
 from dad_fast.methods.settings import resolve
 from dad_fast.sweep.ablation import AXES
 
@@ -32,6 +33,7 @@ OPTIONS = {
     "export": options.ExportOptions,
     "precompute": options.StoreLaunch,
     "store": options.StoreOptions,
+    "fit-discretizer": FitOptions,
     "report": options.ReportOptions,
     "profile": options.ProfileLaunch,
     "doctor": options.DoctorOptions,
