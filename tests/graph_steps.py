@@ -214,6 +214,8 @@ CASES = {
     "dat": Case("dat", parts=2),
     "dad": Case("dad", BATCH_NORM, parts=2),
     "dat+dad": Case("dat+dad"),
+    "rslad": Case("rslad", BATCH_NORM, parts=2),
+    "dist": Case("ard", parts=2, sections={"loss": LossConfig(distance="dist")}, kernels=True),
     "sgd": Case("kd", BATCH_NORM, optim={"opt": "sgd"}),
     "nan-first": Case("kd", bad_steps=(0, 1)),
     "nan-later": Case("kd", BATCH_NORM, parts=2, bad_steps=(2, 4)),

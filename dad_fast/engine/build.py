@@ -26,6 +26,7 @@ from dad_fast.engine.choices import Choices, DeviceFacts, choose, settle
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import (
+    check_batch_size,
     check_files,
     check_same_classes,
     check_student,
@@ -100,6 +101,7 @@ class Builder:
         device = resolve_device(cfg.device)
         asked, cfg = cfg, settle(cfg, device)
         check_files(cfg)
+        check_batch_size(cfg)
         check_student(cfg)
 
         train = self._source(cfg, cfg.data.train_split)

@@ -15,7 +15,7 @@ from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.errors import DataError, UsageError
-from dad_fast.methods.registry import METHODS, Images
+from dad_fast.methods.registry import DISTANCES, METHODS, Images
 from dad_fast.models.registry import check_teacher_name
 from dad_fast.store.manifest import Manifest
 
@@ -90,6 +90,16 @@ def check_splits(cfg: Config) -> None:
     folders = [find_folder(Path(data.data_dir), split) for split in splits]
     if not data.class_map:
         check_same_classes(cfg, *(ClassMap.from_folders(folder) for folder in folders))
+
+
+def check_batch_size(cfg: Config) -> None:
+    """Raise UsageError if a batch of a process is too small for the distance of the method."""
+    least = DISTANCES[cfg.loss.distance].least_batch
+    if METHODS[cfg.method].takes_distance and cfg.data.batch_size < least:
+        raise UsageError(
+            f"--distance {cfg.loss.distance} compares the images of a batch and needs {least} in "
+            f"each; a process has {cfg.data.batch_size}: raise --batch-size"
+        )
 
 
 def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:

@@ -1,7 +1,7 @@
 """Losses of every method, computed from its terms (dad_fast/methods/registry.py).
 
     CE(s, y) = -sum y log softmax(s)
-    KD(s, t) = T^2 KL(softmax(t / T) || softmax(s / T))
+    KD(s, t) = T^2 KL(softmax(t / T) || softmax(s / T)), or another distance (methods/distances.py)
     dad      = ce CE(s(x), y) + kd KD(s(x), t(x)) + dad KD(s(Q(x')), t(Q(x')))     arXiv 2311.01441, eq. 8
     joint    = ce CE(s(z), y) + kd KD(s(z), t(z))     z: clean and stored images as one batch
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from dad_fast.kernels.distillation_loss import (
     smooth,
     soft_cross_entropy,
 )
-from dad_fast.methods.registry import Images, MethodSpec, Target, Term
+from dad_fast.methods.registry import CE, KD, Images, MethodSpec, Target, Term, with_distance
 
 __all__ = [
     "distillation",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 Logits = Mapping[Images, Tensor]  # float [B, C] on each kind of images
+# Terms of the joint form, whose images are partly adversarial.
+JOINT_FORM = (replace(CE, filtered=True), replace(KD, filtered=True))
 
 
 def keep_mask(
@@ -71,10 +74,11 @@ def objective(
     keep: filter [B] for the terms that it applies to, or None to count all samples.
     fused: one kernel for all terms on the same student's logits, where there is one (CUDA; float32 arithmetic).
     """
-    terms = _fused_terms if fused else _plain_terms
-    values = terms(method.terms, weights.temperature, student, teacher, targets, keep)
+    terms = with_distance(method.terms, weights.distance)
+    compute = _fused_terms if fused else _plain_terms
+    values = compute(terms, weights.temperature, student, teacher, targets, keep)
     zero = targets[Images.CLEAN].new_zeros(())
-    weighted = (weight_of(term, weights) * values[term.name] for term in method.terms)
+    weighted = (weight_of(term, weights) * values[term.name] for term in terms)
     return sum(weighted, start=zero), values
 
 
@@ -102,12 +106,11 @@ def joint_objective(
     [2B], 0 for images that show any of an adversarial image that the filter rejects, since its label may be wrong; or
     None to count all. Means are over all 2B.
     """
-    if fused:
-        ce, kd = distillation_loss(student, teacher, targets, keep, temperature=weights.temperature)
-    else:
-        ce = soft_cross_entropy(student, targets, keep)
-        kd = distillation(student, teacher, weights.temperature, keep)
-    return weights.ce * ce + weights.kd * kd, {"ce": ce, "kd": kd}
+    kind, terms = Images.CLEAN, with_distance(JOINT_FORM, weights.distance)
+    compute = _fused_terms if fused else _plain_terms
+    models = {kind: student}, {kind: teacher}
+    values = compute(terms, weights.temperature, *models, {kind: targets}, keep)
+    return weights.ce * values["ce"] + weights.kd * values["kd"], values
 
 
 def mixed_outputs(own: Tensor, others: Tensor, lam: Tensor, temperature: float) -> Tensor:
@@ -135,11 +138,11 @@ def _plain_terms(
     for term in terms:
         logits = student[term.images]
         weight = keep if term.filtered else None
-        by_teacher = term.target == Target.TEACHER
-        reference = (teacher if by_teacher else targets)[term.images]
+        of_teacher = term.teacher_images
+        reference = targets[term.images] if of_teacher is None else teacher[of_teacher]
         if term.loss:
             values[term.name] = _own_loss(term)(logits, reference, weight, temperature)
-        elif by_teacher:
+        elif of_teacher is not None:
             values[term.name] = distillation(logits, reference, temperature, weight)
         else:
             values[term.name] = soft_cross_entropy(logits, reference, weight)
@@ -162,19 +165,20 @@ def _fused_terms(
         if not term.loss:
             groups.setdefault(term.images, []).append(term)
     for images, group in groups.items():
-        by_target = {term.target: term for term in group}
-        if len(by_target) < len(group):  # two terms of a kind on the same images
+        labels = [term for term in group if term.target == Target.LABELS]
+        teachers = [term for term in group if term.target != Target.LABELS]
+        if len(labels) > 1 or len(teachers) > 1:
             values |= _plain_terms(tuple(group), temperature, student, teacher, targets, keep)
             continue
+        of_teacher = teachers[0].teacher_images if teachers else None
         ce, kd = distillation_loss(
             student[images],
-            teacher[images] if Target.TEACHER in by_target else None,
-            targets[images] if Target.LABELS in by_target else None,
+            None if of_teacher is None else teacher[of_teacher],
+            targets[images] if labels else None,
             keep if any(term.filtered for term in group) else None,
             temperature=temperature,
         )
-        found = {Target.LABELS: ce, Target.TEACHER: kd}
-        values |= {term.name: found[target] for target, term in by_target.items()}
+        values |= {term.name: ce for term in labels} | {term.name: kd for term in teachers}
     return {term.name: values[term.name] for term in terms}
 
 

@@ -15,7 +15,7 @@ from dad_fast.data.sources.registry import SOURCES
 from dad_fast.discretizers.registry import DISCRETIZERS
 from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
-from dad_fast.methods.registry import JOINT_TERMS, METHODS
+from dad_fast.methods.registry import DISTANCES, JOINT_TERMS, METHODS
 from dad_fast.methods.stores import check_stores, usable_kinds
 from dad_fast.models.registry import TEACHERS
 
@@ -77,6 +77,12 @@ def _check_run(cfg: Config) -> None:
         )
     for name in cfg.log_to:
         _ = SINKS[name]  # an unknown name is an error before anything is written
+    distance = DISTANCES[cfg.loss.distance]
+    if cfg.store.mix_outputs and method.takes_distance and not distance.uses_temperature:
+        raise UsageError(
+            f"--mix-outputs mixes softmax outputs, and --distance {cfg.loss.distance} compares "
+            "logits: leave one out"
+        )
     check_stores(cfg)
     _check_stored_forms(cfg)
     if method.needs_teacher and not cfg.teacher.name and not cfg.store.dirs:
