@@ -85,7 +85,12 @@ class AugmentConfig:
         "--color-jitter",
         rule=NOT_NEGATIVE,
     )
-    aa: str = setting("", "RandAugment policy, as timm writes it: rand-m9-mstd0.5-inc1", "--aa")
+    aa: str = setting(
+        "",
+        "policy, as timm writes it: rand-m9-mstd0.5-inc1, v0, original, 3a, augmix-m3-w3; or ta "
+        "(TrivialAugment)",
+        "--aa",
+    )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = setting(
         "random", "resampling filter", "--train-interpolation"
     )

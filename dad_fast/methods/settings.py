@@ -11,6 +11,7 @@ from dad_fast.config.fields import coerce, get, nearest, settings
 from dad_fast.config.resolve import gather, is_fixed
 from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.config.variants import expand
+from dad_fast.data.augment.names import check_policy, dali_lacks
 from dad_fast.data.sources.registry import SOURCES
 from dad_fast.discretizers.registry import DISCRETIZERS
 from dad_fast.errors import UsageError
@@ -77,6 +78,10 @@ def _check_run(cfg: Config) -> None:
         )
     for name in cfg.log_to:
         _ = SINKS[name]  # an unknown name is an error before anything is written
+    if cfg.augment.aa:
+        check_policy(cfg.augment.aa)
+        if cfg.data.loader == "dali" and (lack := dali_lacks(cfg.augment.aa)):
+            raise UsageError(f"--loader dali: {lack} (--aa {cfg.augment.aa}); use --loader pil")
     distance = DISTANCES[cfg.loss.distance]
     if cfg.store.mix_outputs and method.takes_distance and not distance.uses_temperature:
         raise UsageError(

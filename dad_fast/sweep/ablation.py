@@ -132,6 +132,13 @@ def _strengths(base: Config, values: Sequence[str]) -> Cells:
     }
 
 
+def _augmentations(base: Config, values: Sequence[str]) -> Cells:
+    policies = values or ("none", "rand-m9-mstd0.5-inc1", "v0", "ta", "3a", "augmix-m3-w3")
+    return {
+        f"aa={_slug(name)}": {"augment.aa": "" if name == "none" else name} for name in policies
+    }
+
+
 def _variants(base: Config, values: Sequence[str]) -> Cells:
     return {
         name: dict(flatten(tables, f"variants.{name}")) for name, tables in base.variants.items()
@@ -166,6 +173,11 @@ AXES = {
     "lp-clip": Axis("without its weights, without strong augmentation, with true labels", _lp_clip),
     "threshold": Axis(
         "lp_clip.threshold: --thresholds X ... [0.5, 0.8, 0.95]", _thresholds, "--thresholds"
+    ),
+    "augmentation": Axis(
+        "--aa: --augmentations A B ... [none, rand-m9-mstd0.5-inc1, v0, ta, 3a, augmix-m3-w3]",
+        _augmentations,
+        "--augmentations",
     ),
     "strength": Axis(
         "RandAugment's magnitude: --strengths M ... [2, 9, 15]", _strengths, "--strengths"

@@ -123,6 +123,19 @@ def test_distances_and_methods_are_axes():
         sweep_of(plan_of([], {"distance": ["cosine"]}), ())
 
 
+def test_augmentations_are_an_axis():
+    plan = plan_of(["augmentation"])
+    names = ["none", "rand-m9-mstd0.5-inc1", "v0", "ta", "3a", "augmix-m3-w3"]
+    assert {f"aa={name}" for name in names} >= set(plan.axes["augmentation"][1:])
+    assert len(plan.axes["augmentation"]) >= len(names)
+    assert changes(plan, "aa=ta") == {"augment.aa": "ta"}
+    check(plan.config)
+    plan = plan_of([], {"augmentation": ["none", "original"]}, augment__aa="rand-m9")
+    assert plan.axes["augmentation"] == ["dad", "aa=none", "aa=original"]
+    with pytest.raises(UsageError, match="variant aa=tb: --aa tb: no such policy"):
+        sweep_of(plan_of([], {"augmentation": ["tb"]}), ())
+
+
 def test_a_sweep_is_written_as_variants_and_read_again():
     plan = plan_of(
         [name for name in AXES if name not in ("lp-clip", "threshold")], {"teacher": ["timm:x"]}
