@@ -33,6 +33,17 @@ class DataConfig:
     class_map: str = setting(
         "", "CSV (id,folder,name) that fixes the order of the classes", "--class-map"
     )
+    labels: Literal["data", "teacher"] = setting(
+        "data",
+        "teacher: no labels; y is the teacher's prediction on the clean image, and cross-entropy is "
+        "off. With --class-map the train split may be images without class folders",
+        "--labels",
+    )
+    extra_data: str = setting(
+        "",
+        "folder of further images without labels, for the terms that need none",
+        "--extra-data",
+    )
     batch_size: int = setting(
         256,
         "clean images per batch of a process",

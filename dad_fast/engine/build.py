@@ -15,9 +15,11 @@ from timm.layers import convert_sync_batchnorm
 from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config, EngineConfig
+from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.registry import open_source
+from dad_fast.data.sources.unlabelled import open_training
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
@@ -104,7 +106,7 @@ class Builder:
         check_batch_size(cfg)
         check_student(cfg)
 
-        train = self._source(cfg, cfg.data.train_split)
+        train = self._source(cfg, cfg.data.train_split, training=True)
         val = self._source(cfg, cfg.data.val_split)
         check_same_classes(cfg, train.classes, val.classes)
         store_key = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
@@ -209,9 +211,9 @@ class Builder:
         chosen: Kernels = self._once(key, choose)
         return chosen
 
-    def _source(self, cfg: Config, split: str) -> Source:
-        key = ("source", split, repr(cfg.data), cfg.store.dirs)
-        source: Source = self._once(key, lambda: _open_source(cfg, split))
+    def _source(self, cfg: Config, split: str, training: bool = False) -> Source:
+        key = ("source", split, training, repr(cfg.data), cfg.store.dirs)
+        source: Source = self._once(key, lambda: _open_source(cfg, split, training))
         return source
 
     def _probe_data(
@@ -287,6 +289,8 @@ def make_step(
     Functions below take the section of the configuration that they use.
     """
     method = METHODS[cfg.method]
+    if cfg.data.labels == "teacher":
+        method = method.without_labels()
     engine = cfg.engine
     if kernels is None:
         kernels = EVERY_KERNEL if engine.kernels == "on" else Kernels()
@@ -319,6 +323,7 @@ def make_step(
             image_size=student.image_size,
             layout=layout,
             fused=kernels.uses(cases.PGD_UPDATE),
+            unlabelled=cfg.data.labels == "teacher" or bool(cfg.data.extra_data),
         )
         forward = _compiled(student, engine)
         learner = (JointLearner if is_joint else Learner)(
@@ -416,16 +421,24 @@ def _try_training(device: torch.device, student: Student, cfg: Config, num_group
         )
 
 
-def _open_source(cfg: Config, split: str) -> Source:
+def _open_source(cfg: Config, split: str, training: bool) -> Source:
     """Open a split, in the order of classes that a store recorded if it has the same classes."""
     data = cfg.data
+
+    def opened(classes: ClassMap | None = None) -> Source:
+        if training:
+            return open_training(data, classes)
+        fixed = "" if classes else data.class_map
+        share = data.max_bad_share
+        return open_source(data.data_dir, split, fixed, classes=classes, max_bad_share=share)
+
     # The first process of every machine writes the index, the others read it.
     with distributed.main_first():
-        source = open_source(data.data_dir, split, data.class_map, max_bad_share=data.max_bad_share)
+        source = opened()
         recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
         if recorded is None or recorded == source.classes:
             return source
         if set(recorded.folders) != set(source.classes.folders):
             # Stored raises the error for other classes.
             return source
-        return open_source(data.data_dir, split, classes=recorded, max_bad_share=data.max_bad_share)
+        return opened(recorded)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dad_fast.allocator import describe_allocator
 from dad_fast.config.schema import Config, EmaConfig
 from dad_fast.data.loaders.loader import TrainLoader
+from dad_fast.data.sources.base import UNLABELLED
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import choices
 from dad_fast.engine.build import Components
@@ -69,8 +70,11 @@ def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list
 
     student, teacher, discretizer = parts.student, parts.teacher, parts.discretizer
     millions = sum(p.numel() for p in student.parameters()) / 1e6
+    data = parts.train.describe()
+    if (parts.train.labels == UNLABELLED).all():
+        data += "; labels: the teacher's predictions"
     rows = {
-        "data": parts.train.describe(),
+        "data": data,
         "steps": steps,
         "student": f"{student.name}, {millions:.2f} M parameters",
     }

@@ -85,9 +85,20 @@ def check_splits(cfg: Config) -> None:
     if data.class_map:
         ClassMap.from_csv(data.class_map)
     splits = data.train_split, data.val_split
+    if data.extra_data and not Path(data.extra_data).is_dir():
+        raise DataError(f"--extra-data {data.extra_data}: no such folder; check the path")
     if is_named(data.data_dir) or any(find_shards(data.data_dir, split) for split in splits):
         return
     folders = [find_folder(Path(data.data_dir), split) for split in splits]
+    if (
+        data.labels == "teacher"
+        and not data.class_map
+        and not any(item.is_dir() for item in folders[0].iterdir())
+    ):
+        raise DataError(
+            f"{folders[0]}: no class folders in it; with --labels teacher, name the classes of the "
+            "teacher in a CSV (id,folder,name) by --class-map"
+        )
     if not data.class_map:
         check_same_classes(cfg, *(ClassMap.from_folders(folder) for folder in folders))
 

@@ -65,6 +65,7 @@ def objective(
     targets: Logits,
     keep: Tensor | None,
     *,
+    labelled: Tensor | None = None,
     fused: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss, a scalar, and its unweighted terms by name.
@@ -72,11 +73,13 @@ def objective(
     student, teacher: logits on the images that the terms use.
     targets: probabilities [B, C] for cross-entropy, mixed and smoothed, for each kind of images.
     keep: filter [B] for the terms that it applies to, or None to count all samples.
+    labelled: [B], 0 for samples that count 0 in terms with labels, or None to count all.
     fused: one kernel for all terms on the same student's logits, where there is one (CUDA; float32 arithmetic).
     """
     terms = with_distance(method.terms, weights.distance)
     compute = _fused_terms if fused else _plain_terms
-    values = compute(terms, weights.temperature, student, teacher, targets, keep)
+    counts = _Counts(keep, labelled)
+    values = compute(terms, weights.temperature, student, teacher, targets, counts)
     zero = targets[Images.CLEAN].new_zeros(())
     weighted = (weight_of(term, weights) * values[term.name] for term in terms)
     return sum(weighted, start=zero), values
@@ -109,7 +112,8 @@ def joint_objective(
     kind, terms = Images.CLEAN, with_distance(JOINT_FORM, weights.distance)
     compute = _fused_terms if fused else _plain_terms
     models = {kind: student}, {kind: teacher}
-    values = compute(terms, weights.temperature, *models, {kind: targets}, keep)
+    counts = _Counts(keep, None)
+    values = compute(terms, weights.temperature, *models, {kind: targets}, counts)
     return weights.ce * values["ce"] + weights.kd * values["kd"], values
 
 
@@ -126,18 +130,39 @@ def mixed_outputs(own: Tensor, others: Tensor, lam: Tensor, temperature: float) 
     )
 
 
+class _Counts:
+    """Weights of the samples in the terms: of the filter and of labels, each [B] or None."""
+
+    def __init__(self, keep: Tensor | None, labelled: Tensor | None) -> None:
+        self.keep = keep
+        self.labelled = labelled
+
+    def kind(self, term: Term) -> tuple[bool, bool]:
+        """Return which of the two apply to a term."""
+        by_label = term.target == Target.LABELS and self.labelled is not None
+        return term.filtered and self.keep is not None, by_label
+
+    def of(self, term: Term) -> Tensor | None:
+        """Return the weights of the samples in a term."""
+        filtered, by_label = self.kind(term)
+        if filtered and by_label:
+            assert self.keep is not None and self.labelled is not None
+            return self.keep * self.labelled
+        return self.keep if filtered else self.labelled if by_label else None
+
+
 def _plain_terms(
     terms: tuple[Term, ...],
     temperature: float,
     student: Logits,
     teacher: Logits,
     targets: Logits,
-    keep: Tensor | None,
+    counts: _Counts,
 ) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for term in terms:
         logits = student[term.images]
-        weight = keep if term.filtered else None
+        weight = counts.of(term)
         of_teacher = term.teacher_images
         reference = targets[term.images] if of_teacher is None else teacher[of_teacher]
         if term.loss:
@@ -155,27 +180,28 @@ def _fused_terms(
     student: Logits,
     teacher: Logits,
     targets: Logits,
-    keep: Tensor | None,
+    counts: _Counts,
 ) -> dict[str, Tensor]:
-    """Compute the same with one kernel for all terms on the same images; terms with a loss of their own stay plain."""
+    """Compute the same with one kernel for all terms on the same images that count the same samples; terms with a loss
+    of their own stay plain."""
     own = tuple(term for term in terms if term.loss)
-    values = _plain_terms(own, temperature, student, teacher, targets, keep)
-    groups: dict[Images, list[Term]] = {}
+    values = _plain_terms(own, temperature, student, teacher, targets, counts)
+    groups: dict[tuple[Images, tuple[bool, bool]], list[Term]] = {}
     for term in terms:
         if not term.loss:
-            groups.setdefault(term.images, []).append(term)
-    for images, group in groups.items():
+            groups.setdefault((term.images, counts.kind(term)), []).append(term)
+    for (images, _), group in groups.items():
         labels = [term for term in group if term.target == Target.LABELS]
         teachers = [term for term in group if term.target != Target.LABELS]
         if len(labels) > 1 or len(teachers) > 1:
-            values |= _plain_terms(tuple(group), temperature, student, teacher, targets, keep)
+            values |= _plain_terms(tuple(group), temperature, student, teacher, targets, counts)
             continue
         of_teacher = teachers[0].teacher_images if teachers else None
         ce, kd = distillation_loss(
             student[images],
             None if of_teacher is None else teacher[of_teacher],
             targets[images] if labels else None,
-            keep if any(term.filtered for term in group) else None,
+            counts.of(group[0]),
             temperature=temperature,
         )
         values |= {term.name: ce for term in labels} | {term.name: kd for term in teachers}

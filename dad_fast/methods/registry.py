@@ -134,6 +134,15 @@ class MethodSpec:
         return any(term.takes_distance for term in self.terms)
 
     @property
+    def learns_from_teacher(self) -> bool:
+        """Whether images without labels teach it anything."""
+        return self.linear_probe or any(term.teacher_images for term in self.terms)
+
+    def without_labels(self) -> MethodSpec:
+        """Return the method without the terms that compare with labels."""
+        return replace(self, terms=tuple(term for term in self.terms if term.teacher_images))
+
+    @property
     def filters(self) -> bool:
         """Whether `loss.filter` matters."""
         return any(term.filtered for term in self.terms)

@@ -16,7 +16,7 @@ from dad_fast.data.sources.registry import SOURCES
 from dad_fast.discretizers.registry import DISCRETIZERS
 from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
-from dad_fast.methods.registry import DISTANCES, JOINT_TERMS, METHODS
+from dad_fast.methods.registry import DISTANCES, JOINT_TERMS, METHODS, Images, Target
 from dad_fast.methods.stores import check_stores, usable_kinds
 from dad_fast.models.registry import TEACHERS
 
@@ -76,6 +76,7 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(
             f"--store: --method {cfg.method} learns from no stored images or outputs; leave it out"
         )
+    _check_labels(cfg)
     for name in cfg.log_to:
         _ = SINKS[name]  # an unknown name is an error before anything is written
     if cfg.augment.aa:
@@ -133,6 +134,30 @@ def _check_run(cfg: Config) -> None:
             f"{cfg.schedule.epochs}, of which it is the first part: "
             "raise --epochs, or set --warmup-epochs (0 = none)"
         )
+
+
+def _check_labels(cfg: Config) -> None:
+    """Check that the method can learn from images without labels, where there are any."""
+    method, without = METHODS[cfg.method], cfg.data.labels == "teacher"
+    if not without and not cfg.data.extra_data:
+        return
+    flag = "--labels teacher" if without else f"--extra-data {cfg.data.extra_data}"
+    if not method.learns_from_teacher:
+        able = ", ".join(name for name in METHODS.own_names() if METHODS[name].learns_from_teacher)
+        raise UsageError(
+            f"{flag}: --method {cfg.method} learns from labels alone; use one of {able}"
+        )
+    on_attacked = any(
+        term.target == Target.LABELS and term.images != Images.CLEAN for term in method.terms
+    )
+    if without and on_attacked:
+        raise UsageError(
+            f"--labels teacher: --method {cfg.method} learns from labels on attacked images; use dad"
+        )
+    if method.linear_probe and cfg.lp_clip.labels == "true":
+        raise UsageError(f"{flag}: images without labels, and --lp-labels true needs them")
+    if cfg.loss.form == "joint":
+        raise UsageError(f"{flag}: --loss-form joint needs labels; leave one out")
 
 
 def _check_stored_forms(cfg: Config) -> None:

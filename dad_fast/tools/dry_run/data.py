@@ -12,6 +12,7 @@ from dad_fast.data.sources.index import scan_folder
 from dad_fast.data.sources.registry import is_named, open_source
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.data.sources.tar_index import scan_shards
+from dad_fast.data.sources.unlabelled import has_no_classes
 from dad_fast.tools.dry_run.assumptions import NO_DATA
 
 
@@ -45,7 +46,10 @@ def survey(data: DataConfig) -> DataFacts:
     else:
         folder = find_folder(Path(data.data_dir), data.train_split)
         classes = fixed or ClassMap.from_folders(folder)
-        entries, _ = scan_folder(folder, classes.folders)
+        entries, _ = scan_folder(folder, [""] if has_no_classes(data) else classes.folders)
         name, num_classes = str(folder), len(classes)
+    if data.extra_data:
+        further, _ = scan_folder(Path(data.extra_data), [""])
+        entries, name = [*entries, *further], f"{name} + {data.extra_data}"
     num_bytes = sum(entry.size for entry in entries)
     return DataFacts(name, len(entries), num_bytes, len(fixed) if fixed else num_classes)
