@@ -8,7 +8,10 @@ A test compares the page with the registries.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a bare checkout too
 
 from dad_fast.config.fields import settings
 from dad_fast.methods.registry import DISTANCES, METHODS, Images, Term
