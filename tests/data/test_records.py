@@ -13,6 +13,7 @@ import pytest
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.policies import TRIVIAL_ARGUMENTS, parse_policy
+from dad_fast.data.augment.policy import TimmOp
 from dad_fast.data.augment.records import CUTMIX, MIXUP, NO_MIX, UNMIXED, mix_record, sample_record
 from dad_fast.errors import UsageError
 from dad_fast.keyed_random import Draws, sample_seeds
@@ -169,7 +170,8 @@ def test_randaugment_choice_and_probability():
     policy = parse_policy("rand-m9-mstd0.5-inc1")
     names = [op.name for op in policy.ops]
     assert policy.num_ops == policy.most_ops == 2 and policy.weights is None
-    assert {op[1:] for op in policy.ops} == {(0.5, 9, 0.5, 10)}
+    settings = {dataclasses.replace(op, name="") for op in policy.ops}
+    assert settings == {TimmOp("", 0.5, 9.0, 0.5, 10.0)}
     assert len(names) == 15 and "SolarizeIncreasing" in names
     drawn = [sample_ops(policy, Draws(0, 1, 0, i)) for i in range(3000)]
     assert np.mean([len(ops) for ops in drawn]) == pytest.approx(1.0, abs=0.05)
@@ -223,8 +225,8 @@ def test_invalid_policies_name_the_flag(text):
 
 
 def test_a_policy_that_cannot_be_read_is_refused_with_the_settings():
-    with pytest.raises(UsageError, match="--aa org: no such policy; did you mean orig"):
-        resolve("demo", None, ["augment.aa=org"])
+    with pytest.raises(UsageError, match="--aa origin: no such policy; did you mean orig"):
+        resolve("demo", None, ["augment.aa=origin"])
     with pytest.raises(UsageError, match="--loader dali: DALI does not average chains"):
         resolve("demo", None, ["augment.aa=augmix-m3", "data.loader=dali"])
 
@@ -260,7 +262,8 @@ def test_augmix_draws_chains_weights_and_share():
     policy = parse_policy("augmix-m5-w4")
     assert len(policy.ops) == 13 and policy.most_ops == 0
     # timm draws the magnitude evenly up to m, unless mstd is given.
-    assert {op[1:] for op in policy.ops} == {(1.0, 5.0, math.inf, 10.0)}
+    settings = {dataclasses.replace(op, name="") for op in policy.ops}
+    assert settings == {TimmOp("", 1.0, 5.0, math.inf, 10.0)}
     drawn = [policy.sample(Draws(0, 1, 0, i), "", 64).branches for i in range(1000)]
     lengths = [len(chain) for found in drawn for chain in found.chains]
     assert {len(found.chains) for found in drawn} == {4} and set(lengths) == {1, 2, 3}

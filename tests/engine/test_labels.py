@@ -24,7 +24,7 @@ PARTLY = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0], dtype=torch.bool)
 
 
 def unmixed():
-    return batch(kinds=(0, 0, 0, 0))
+    return replace(batch(kinds=(0, 0, 0, 0)), mix_lam=torch.ones(B))
 
 
 def without(data, known=None):
@@ -66,7 +66,10 @@ def test_mixed_images_without_labels_are_one_class_to_the_attack():
 @pytest.mark.parametrize("fused", [False, True])
 def test_labels_of_a_part_count_for_that_part(fused):
     """CE is over images whose pixels all have labels, divided by the whole batch."""
-    step, data = make("dad", data=WITH_EXTRA), batch(kinds=(1, 1, 0, 1))
+    # Without a mix the share is 1.
+    data = batch(kinds=(1, 1, 0, 1))
+    data = replace(data, mix_lam=data.mix_lam.where(data.mix_kind > 0, 1.0))
+    step = make("dad", data=WITH_EXTRA)
     found = inputs_of(step, without(data, PARTLY))
     # The third image has a label and is mixed with one that has none.
     expected = torch.tensor([1, 1, 0, 0, 0, 0, 0, 0]).float()
