@@ -194,7 +194,7 @@ def _solarize(bin: int, draws: Draws, img_size: int) -> float:
 
 
 # torchvision's operation -> (name in a record, function of the magnitude's bin, 0 … 30).
-TRIVIAL_ARGUMENTS: dict[str, tuple[str, Callable[[float, Draws, int], float]]] = {
+TRIVIAL_ARGUMENTS: dict[str, tuple[str, Callable[[int, Draws, int], float]]] = {
     "Identity": ("identity", _unused),
     "ShearX": ("shear_x", _shear),
     "ShearY": ("shear_y", _shear),
