@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dad_fast.config.schema import Config
+from dad_fast.config.schema import Config, DataConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
+from dad_fast.data.sources.splits import find_split
 from dad_fast.data.sources.tar import find_shards
+from dad_fast.data.sources.unlabelled import has_no_classes
 from dad_fast.errors import DataError, UsageError
+from dad_fast.evaluate.suites.open import check_suites
 from dad_fast.methods.registry import DISTANCES, METHODS, Images
 from dad_fast.models.registry import check_teacher_name
 from dad_fast.store.manifest import Manifest
@@ -25,6 +28,8 @@ def check_files(cfg: Config) -> None:
     needs and the settings do not name.
     """
     check_splits(cfg)
+    if cfg.eval.suites:
+        check_suites(cfg.eval.suites, cfg.data)
     # With stores, the models that are needed are known only when the stores are open.
     if cfg.store.dirs:
         for folder in cfg.store.dirs:
@@ -41,8 +46,11 @@ def check_files_to_fill(cfg: Config, discretizer: bool) -> None:
     data = cfg.data
     if data.class_map:
         ClassMap.from_csv(data.class_map)
-    if not is_named(data.data_dir) and not find_shards(data.data_dir, data.train_split):
-        find_folder(Path(data.data_dir), data.train_split)
+    _check_extra_data(data)
+    if not is_named(data.data_dir):
+        train = find_split(data, data.train_split).name
+        if not find_shards(data.data_dir, train):
+            find_folder(Path(data.data_dir), train)
     check_weights(cfg, teacher=True, discretizer=discretizer)
 
 
@@ -84,10 +92,17 @@ def check_splits(cfg: Config) -> None:
     data = cfg.data
     if data.class_map:
         ClassMap.from_csv(data.class_map)
-    splits = data.train_split, data.val_split
-    if data.extra_data and not Path(data.extra_data).is_dir():
-        raise DataError(f"--extra-data {data.extra_data}: no such folder; check the path")
-    if is_named(data.data_dir) or any(find_shards(data.data_dir, split) for split in splits):
+    _check_extra_data(data)
+    if is_named(data.data_dir):
+        return
+    train, val = (find_split(data, split) for split in (data.train_split, data.val_split))
+    if train.part and has_no_classes(data):
+        raise UsageError(
+            "--val-fraction: images without labels cannot validate; name a folder with class "
+            "folders by --val-split"
+        )
+    splits = [train.name, val.name]
+    if any(find_shards(data.data_dir, split) for split in splits):
         return
     folders = [find_folder(Path(data.data_dir), split) for split in splits]
     if (
@@ -103,6 +118,11 @@ def check_splits(cfg: Config) -> None:
         check_same_classes(cfg, *(ClassMap.from_folders(folder) for folder in folders))
 
 
+def _check_extra_data(data: DataConfig) -> None:
+    if data.extra_data and not Path(data.extra_data).is_dir():
+        raise DataError(f"--extra-data {data.extra_data}: no such folder; check the path")
+
+
 def check_batch_size(cfg: Config) -> None:
     """Raise UsageError if a batch of a process is too small for the distance of the method."""
     least = DISTANCES[cfg.loss.distance].least_batch
@@ -114,12 +134,12 @@ def check_batch_size(cfg: Config) -> None:
 
 
 def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
-    """Raise DataError for fewer than two classes, or if the class lists of the two splits differ."""
+    """Raise DataError for fewer than two classes, or if the splits' class lists differ."""
     if len(train) < 2:
         only = Path(cfg.data.data_dir) / cfg.data.train_split / train.folders[0]
         raise DataError(
-            f"--data-dir {cfg.data.data_dir}: one class, {shown(train.names[0])}; a classifier needs "
-            f"two{_level_below(only)}"
+            f"--data-dir {cfg.data.data_dir}: one class, {shown(train.names[0])}; a classifier "
+            f"needs two{_level_below(only)}"
         )
     if train == val:
         return

@@ -16,7 +16,8 @@ from dad_fast.data.sources.base import UNLABELLED, Source
 from dad_fast.data.sources.folder import FolderSource, find_folder
 from dad_fast.data.sources.index import build_index
 from dad_fast.data.sources.names import PackedStrings
-from dad_fast.data.sources.registry import is_named, open_source
+from dad_fast.data.sources.registry import is_named
+from dad_fast.data.sources.splits import find_split, open_split
 from dad_fast.data.sources.tar import find_shards
 
 # Begins the keys of further images, which must differ from those of the labelled set.
@@ -26,20 +27,14 @@ EXTRA = "extra-data/"
 def open_training(data: DataConfig, classes: ClassMap | None = None) -> Source:
     """Open the images that a run trains on.
 
-    classes: a recorded list, as for `open_source`. Raises the errors of `open_source`.
+    classes: a recorded list, as for `open_split`. Raises the errors of `open_split`.
     """
     source: Source
     if has_no_classes(data):
-        folder = find_folder(Path(data.data_dir), data.train_split)
+        folder = find_folder(Path(data.data_dir), find_split(data, data.train_split).name)
         source = UnlabelledFolder(folder, ClassMap.from_csv(data.class_map), data.max_bad_share)
     else:
-        source = open_source(
-            data.data_dir,
-            data.train_split,
-            data.class_map,
-            classes=classes,
-            max_bad_share=data.max_bad_share,
-        )
+        source = open_split(data, data.train_split, classes)
         if data.labels == "teacher":
             source = without_labels(source)
     if data.extra_data:
@@ -52,7 +47,7 @@ def has_no_classes(data: DataConfig) -> bool:
     """Return whether the train split is read as images without class folders."""
     if data.labels != "teacher" or not data.class_map or is_named(data.data_dir):
         return False
-    return not find_shards(data.data_dir, data.train_split)
+    return not find_shards(data.data_dir, find_split(data, data.train_split).name)
 
 
 class UnlabelledFolder(FolderSource):
@@ -74,6 +69,7 @@ def without_labels(source: Source) -> Source:
     """Return the same images without their labels."""
     found = copy.copy(source)
     found.labels = np.full(len(source), UNLABELLED, dtype=np.int64)
+    found.fingerprint = hashlib.sha256(f"{source.fingerprint}, no labels".encode()).hexdigest()
     return found
 
 
