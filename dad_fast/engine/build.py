@@ -30,7 +30,6 @@ from dad_fast.engine.compiling import compiled, forms_of, try_compiling
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import (
-    check_batch_size,
     check_files,
     check_same_classes,
     check_student,
@@ -107,7 +106,6 @@ class Builder:
         device = resolve_device(cfg.device)
         asked, cfg = cfg, settle(cfg, device)
         check_files(cfg)
-        check_batch_size(cfg)
         check_student(cfg)
 
         train = self._source(cfg, cfg.data.train_split, training=True)
@@ -387,18 +385,16 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
 
 def _open_source(cfg: Config, split: str, training: bool) -> Source:
     """Open a split, in the order of classes that a store recorded if it has the same classes."""
-    data = cfg.data
 
-    def opened(classes: ClassMap | None = None) -> Source:
-        return open_training(data, classes) if training else open_split(data, split, classes)
+    def opened(fixed: ClassMap | None = None) -> Source:
+        return open_training(cfg.data, fixed) if training else open_split(cfg.data, split, fixed)
 
     # The first process of every machine writes the index, the others read it.
     with distributed.main_first():
         source = opened()
-        recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
+        recorded = None if cfg.data.class_map else recorded_classes(cfg.store.dirs)
         if recorded is None or recorded == source.classes:
             return source
-        if set(recorded.folders) != set(source.classes.folders):
-            # Stored raises the error for other classes.
-            return source
-        return opened(recorded)
+        # For other classes Stored raises the error.
+        has_same = set(recorded.folders) == set(source.classes.folders)
+        return opened(recorded) if has_same else source

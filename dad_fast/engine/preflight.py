@@ -25,8 +25,9 @@ from dad_fast.store.manifest import Manifest
 
 def check_files(cfg: Config) -> None:
     """Raise errors for data, weights and stores that are not there, and for models that the method
-    needs and the settings do not name.
+    needs and the settings do not name. UsageError also for a batch too small for the distance.
     """
+    _check_batch_size(cfg)
     check_splits(cfg)
     if cfg.eval.suites:
         check_suites(cfg.eval.suites, cfg.data)
@@ -123,10 +124,10 @@ def _check_extra_data(data: DataConfig) -> None:
         raise DataError(f"--extra-data {data.extra_data}: no such folder; check the path")
 
 
-def check_batch_size(cfg: Config) -> None:
-    """Raise UsageError if a batch of a process is too small for the distance of the method."""
+def _check_batch_size(cfg: Config) -> None:
     least = DISTANCES[cfg.loss.distance].least_batch
-    if METHODS[cfg.method].takes_distance and cfg.data.batch_size < least:
+    # "auto" is below 0.
+    if METHODS[cfg.method].takes_distance and 0 <= cfg.data.batch_size < least:
         raise UsageError(
             f"--distance {cfg.loss.distance} compares the images of a batch and needs {least} in "
             f"each; a process has {cfg.data.batch_size}: raise --batch-size"
