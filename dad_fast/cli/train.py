@@ -26,7 +26,7 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.methods.settings import check
 
-SUMMARY = f"train a student or a linear probe ({', '.join(METHODS.own_names())})"
+SUMMARY = f"train a student or probe ({', '.join(METHODS.own_names())})"
 
 HELP = """\
 usage: dad-fast train [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] [-o OUT]

@@ -146,12 +146,18 @@ class AttackConfig:
 class LossConfig:
     ce: float = setting(1.0, "weight of CE(student(x), y)", "--ce-weight", rule=NOT_NEGATIVE)
     kd: float = setting(
-        0.5, "weight of T^2 KL(teacher(x) | student(x))", "--kd-weight", rule=NOT_NEGATIVE
+        0.5, "weight of D(student(x), teacher(x)), D = --distance", "--kd-weight", rule=NOT_NEGATIVE
     )
     dad: float = setting(
         0.5,
-        "weight of T^2 KL(teacher(Q(x')) | student(Q(x'))), x' attacks the teacher",
+        "weight of D(student(Q(x')), teacher(Q(x'))), x' attacks the teacher",
         "--dad-weight",
+        rule=NOT_NEGATIVE,
+    )
+    ard: float = setting(
+        0.5,
+        "weight of D(student(Q(x')), teacher(x)), x' attacks the teacher (ard, rslad)",
+        "--ard-weight",
         rule=NOT_NEGATIVE,
     )
     dat: float = setting(
@@ -166,13 +172,18 @@ class LossConfig:
         "--aug-weight",
         rule=NOT_NEGATIVE,
     )
+    distance: str = setting(
+        "kl",
+        "distance D of student and teacher: kl (T^2 KL), l2 (of logits) or dist (correlation)",
+        "--distance",
+    )
     temperature: float = setting(4.0, "distillation temperature T", "--temperature", rule=POSITIVE)
     filter: bool = setting(
         True, "count an adversarial image only where the teacher still predicts y", "--filter"
     )
     form: Literal["paper", "joint"] = setting(
         "paper",
-        "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each "
+        "joint: ce CE + kd D over clean and stored images as one batch, mixed with each "
         "other (dad)",
         "--loss-form",
     )

@@ -16,9 +16,11 @@ from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
 from dad_fast.config.setting import Switch
 from dad_fast.config.variants import with_batch_sizes
+from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.splits import open_split
+from dad_fast.data.sources.unlabelled import open_training
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
@@ -107,7 +109,7 @@ class Builder:
         check_files(cfg)
         check_student(cfg)
 
-        train = self._source(cfg, cfg.data.train_split)
+        train = self._source(cfg, cfg.data.train_split, training=True)
         val = self._source(cfg, cfg.data.val_split)
         check_same_classes(cfg, train.classes, val.classes)
         store_key = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
@@ -243,9 +245,9 @@ class Builder:
         choice = self._once(key, outcome)
         return replace(parts, choices=parts.choices.with_choice(COMPILE, choice))
 
-    def _source(self, cfg: Config, split: str) -> Source:
-        key = ("source", split, repr(cfg.data), cfg.store.dirs)
-        source: Source = self._once(key, lambda: _open_source(cfg, split))
+    def _source(self, cfg: Config, split: str, training: bool = False) -> Source:
+        key = ("source", split, training, repr(cfg.data), cfg.store.dirs)
+        source: Source = self._once(key, lambda: _open_source(cfg, split, training))
         return source
 
     def _probe_data(
@@ -322,6 +324,8 @@ def make_step(
     Functions below take the section of the configuration that they use.
     """
     method = METHODS[cfg.method]
+    if cfg.data.labels == "teacher":
+        method = method.without_labels()
     engine = cfg.engine
     if kernels is None:
         kernels = EVERY_KERNEL if engine.kernels == "on" else Kernels()
@@ -358,6 +362,7 @@ def make_step(
             image_size=student.image_size,
             layout=layout,
             fused=kernels.uses(cases.PGD_UPDATE),
+            unlabelled=cfg.data.labels == "teacher" or bool(cfg.data.extra_data),
         )
         forward = maybe_compiled(student)
         learner = (JointLearner if is_joint else Learner)(
@@ -385,16 +390,18 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
     student.model = convert_sync_batchnorm(student.model)
 
 
-def _open_source(cfg: Config, split: str) -> Source:
+def _open_source(cfg: Config, split: str, training: bool) -> Source:
     """Open a split, in the order of classes that a store recorded if it has the same classes."""
-    data = cfg.data
+
+    def opened(fixed: ClassMap | None = None) -> Source:
+        return open_training(cfg.data, fixed) if training else open_split(cfg.data, split, fixed)
+
     # The first process of every machine writes the index, the others read it.
     with distributed.main_first():
-        source = open_split(data, split)
-        recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
+        source = opened()
+        recorded = None if cfg.data.class_map else recorded_classes(cfg.store.dirs)
         if recorded is None or recorded == source.classes:
             return source
-        if set(recorded.folders) != set(source.classes.folders):
-            # Stored raises the error for other classes.
-            return source
-        return open_split(data, split, recorded)
+        # For other classes Stored raises the error.
+        has_same = set(recorded.folders) == set(source.classes.folders)
+        return opened(recorded) if has_same else source

@@ -161,7 +161,7 @@ def _attacks(generator: Generator, learner: Learner, batch: Batch) -> dict[str, 
         return {}
 
     batch = batch.to(learner.device)
-    mixed = generator.mixed(batch)
+    mixed = generator.clean(batch).mixed
     inputs = mixed.pixels, mixed.targets, batch.seeds
     how = generator.attack, generator.order, inputs
     return {

@@ -12,6 +12,7 @@ from dad_fast.config.setting import AUTO
 from dad_fast.cores import usable_cores
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.loaders.workers import loader_processes
+from dad_fast.data.sources.base import UNLABELLED
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import choices
 from dad_fast.engine.build import Components
@@ -88,8 +89,11 @@ def opening(
 
     student, teacher, discretizer = parts.student, parts.teacher, parts.discretizer
     millions = sum(p.numel() for p in student.parameters()) / 1e6
+    data = parts.train.describe()
+    if (parts.train.labels == UNLABELLED).all():
+        data += "; labels: the teacher's predictions"
     rows = {
-        "data": parts.train.describe(),
+        "data": data,
         "val": parts.val.describe(),
         "steps": steps,
         "schedule": _schedule(cfg),

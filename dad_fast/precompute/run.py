@@ -16,7 +16,7 @@ import numpy as np
 from dad_fast.config import Config
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import StudentConfig
-from dad_fast.data.sources.splits import open_split
+from dad_fast.data.sources.unlabelled import open_training
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.distributed.launch import (
@@ -97,7 +97,7 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
     """Load data and models. All errors of settings are raised here, before a file is written."""
     device = resolve_device(cfg.device)
     cfg = settle(cfg, device)
-    source = open_split(cfg.data, cfg.data.train_split)
+    source = open_training(cfg.data)
     loaded = frozen.teacher(cfg, source.classes, device)
     teacher = loaded.model
     hashes = {**loaded.member_fingerprints, "teacher": loaded.fingerprint}

@@ -126,7 +126,7 @@ def _as_if_stored(
             bits = num_codes * parts.discretizer.code_bits
             found["dad_codes"] = torch.zeros(size, -(-bits // 8), dtype=torch.uint8)
         if parts.probe is not None:
-            found |= {"pseudo_labels": batch.labels, "confidence": torch.ones(size)}
+            found |= {"pseudo_labels": batch.labels.clamp(min=0), "confidence": torch.ones(size)}
             if parts.probe.features is not None:
                 found["features"] = torch.zeros(size, parts.probe.features.shape[-1])
         if "targets" in stored:

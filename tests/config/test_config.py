@@ -24,7 +24,10 @@ ON_EMBEDDED_DATA = {"demo", "lp-clip-demo", "lp-clip-sweep"}
 PRESETS = {
     *ON_EMBEDDED_DATA,
     "dad-vitb16",
+    "dad-dist-vitb16",
     "dad-rn50",
+    "ard-vitb16",
+    "rslad-vitb16",
     "kd-vitb16",
     "dat-vitb16",
     "dad-authors-online",
