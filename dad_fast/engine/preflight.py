@@ -15,15 +15,17 @@ from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.errors import DataError, UsageError
+from dad_fast.loggers.sinks import check_sinks
 from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.registry import check_teacher_name
 from dad_fast.store.manifest import Manifest
 
 
 def check_files(cfg: Config) -> None:
-    """Raise errors for data, weights and stores that are not there, and for models that the method
-    needs and the settings do not name.
+    """Raise errors for data, weights, stores and packages that are not there, and for models that
+    the method needs and the settings do not name.
     """
+    check_sinks(cfg.log_to)
     check_splits(cfg)
     # With stores, the models that are needed are known only when the stores are open.
     if cfg.store.dirs:

@@ -146,7 +146,7 @@ class Trainer:
 
     def start(self) -> None:
         """Open the logs, log the run summary, and prepare what the steps need."""
-        sinks = open_sinks(self.cfg.log_to, self.output) if distributed.is_main() else []
+        sinks = open_sinks(self.cfg, self.output, self.next_step) if distributed.is_main() else []
         self.log = RunLog(self.output, rank=distributed.rank(), sinks=sinks)
         self.log.truncate_to(self.metrics_offset)
         self.checkpoints.settle()
