@@ -31,8 +31,6 @@ OTHER_NAMES = {
     "--val-interval": "--val-every",
     "--model-kwargs": "--set student.model_kwargs.KEY=VALUE",
     "--opt-kwargs": "--set optim.opt_kwargs.KEY=VALUE",
-    "--opt-betas": "--set optim.opt_kwargs.betas=[0.9,0.999]",
-    "--opt-eps": "--set optim.opt_kwargs.eps=1e-8",
     "--epsilon": "--attack-eps",
     "--vqgan": "--discretizer",
     "--learning-rate": "--lr",
@@ -46,6 +44,9 @@ OTHER_NAMES = {
 
 # Keys of earlier versions -> today's; files and checkpoints may hold them.
 RENAMED = {"engine.step_kernels": "engine.kernels"}
+
+# A setting -> the one that decides in its place where one layer gives both.
+DECIDED_BY = {"data.batch_size": "data.global_batch_size", "optim.lr": "optim.lr_base"}
 
 # Limits of TOML text, since parsing time grows with their square: characters, dots of a key.
 _LONGEST = 1_000_000

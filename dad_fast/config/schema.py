@@ -62,6 +62,15 @@ class StudentConfig:
     )
     drop_path: float = setting(0.0, "stochastic depth", "--drop-path", rule=BELOW_ONE)
     drop: float = setting(0.0, "dropout before the classifier", "--drop", rule=BELOW_ONE)
+    drop_block: float = setting(
+        0.0, "DropBlock, in models that have it (ResNets)", "--drop-block", rule=BELOW_ONE
+    )
+    grad_checkpointing: bool = setting(
+        False,
+        "compute activations again in the backward pass: less memory, more time; batch norm's "
+        "running statistics then move twice a step",
+        "--grad-checkpointing",
+    )
     bn: Literal["joint", "split", "aux"] = setting(
         "joint",
         "batch norm over clean and adversarial images: one batch, two calls, or auxiliary "
@@ -181,7 +190,34 @@ class LpClipConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     opt: str = setting("adamw", "optimizer, by timm's name", "--opt")
+    opt_betas: tuple[float, ...] = setting(
+        (), "betas of the optimizer; empty = its own", "--opt-betas"
+    )
+    opt_eps: float = setting(
+        0.0, "epsilon of the optimizer; 0 = its own", "--opt-eps", rule=NOT_NEGATIVE
+    )
     lr: float = setting(1e-3, "peak learning rate", "--lr", rule=POSITIVE, main=True)
+    lr_base: float = setting(
+        0.0,
+        "instead of --lr: the peak learning rate at a global batch of --lr-base-size; 0 = off",
+        "--lr-base",
+        rule=NOT_NEGATIVE,
+    )
+    lr_base_size: int = setting(
+        256, "global batch to which --lr-base belongs", "--lr-base-size", rule=AT_LEAST_ONE
+    )
+    lr_base_scale: Literal["auto", "linear", "sqrt"] = setting(
+        "auto",
+        "how --lr-base grows with the global batch; auto: sqrt for Adam's relatives and LAMB, "
+        "else linear",
+        "--lr-base-scale",
+    )
+    layer_decay: float = setting(
+        0.0,
+        "multiply the learning rate by this for each layer below the last; 0 = off",
+        "--layer-decay",
+        rule=PROBABILITY,
+    )
     weight_decay: float = setting(
         0.05, "weight decay (not on biases and norms)", "--weight-decay", rule=NOT_NEGATIVE
     )
@@ -196,18 +232,40 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = (
+        setting("cosine", "learning rate after the warm-up; all but cosine are timm's", "--sched")
+    )
     epochs: int = setting(
-        300, "epochs of warm-up and cosine together", "--epochs", rule=AT_LEAST_ONE, main=True
+        300, "epochs of warm-up and schedule together", "--epochs", rule=AT_LEAST_ONE, main=True
     )
     warmup_epochs: float = setting(5.0, "linear warm-up", "--warmup-epochs", rule=NOT_NEGATIVE)
     warmup_prefix: bool = setting(
         True,
-        "start the cosine after the warm-up; off: at step 0, under the warm-up, as timm does unless "
-        "it is given this flag. Both end at --epochs",
+        "start the schedule after the warm-up; off: at step 0, under the warm-up, as timm does "
+        "unless it is given this flag. Both end at --epochs",
         "--warmup-prefix",
     )
     cooldown_epochs: float = setting(
-        0.0, "epochs at min-lr after the cosine", "--cooldown-epochs", rule=NOT_NEGATIVE
+        0.0,
+        "epochs after the schedule, for cosine at min-lr",
+        "--cooldown-epochs",
+        rule=NOT_NEGATIVE,
+    )
+    decay_epochs: float = setting(
+        0.0,
+        "step: epochs between decays; wsd, rsqrt: epochs of the decay, or below 1 their share; "
+        "0 = timm's 90 or 0.2",
+        "--decay-epochs",
+        rule=NOT_NEGATIVE,
+    )
+    decay_milestones: tuple[float, ...] = setting(
+        (90.0, 180.0, 270.0), "multistep: epochs of the decays", "--decay-milestones"
+    )
+    decay_rate: float = setting(
+        0.1, "step, multistep: factor of a decay; poly: its power", "--decay-rate", rule=POSITIVE
+    )
+    sched_kwargs: dict[str, Any] = setting(
+        {}, "further arguments of timm's schedule, such as cycle_limit or noise"
     )
     warmup_lr: float = setting(
         1e-6, "learning rate at the start of the warm-up", "--warmup-lr", rule=NOT_NEGATIVE
@@ -393,7 +451,9 @@ class Config:
     device: str = setting("auto", "auto, cpu or cuda[:N]", "--device", main=True)
     log_every: int = setting(50, "steps between log lines", "--log-every", rule=AT_LEAST_ONE)
     log_to: tuple[str, ...] = setting(
-        (), "further receivers of the metrics, next to metrics.jsonl", "--log-to"
+        (),
+        "tensorboard, wandb, mlflow or another log sink, next to metrics.jsonl",
+        "--log-to",
     )
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()

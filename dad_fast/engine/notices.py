@@ -85,7 +85,7 @@ def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list
 
 def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
     """Return the lines for train.log alone: provenance, choices, stores."""
-    lines = [_batches(cfg)]
+    lines = [_batches(cfg), *_scaled(cfg)]
     if distributed.world() > 1 and parts.student.has_batch_stats:
         lines.append(_batch_norm(cfg))
     if parts.teacher is not None:
@@ -111,6 +111,15 @@ def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> lis
         for store in parts.stored.stores
     ]
     return lines
+
+
+def _scaled(cfg: Config) -> list[str]:
+    """Describe the learning rate that --lr-base gives."""
+    optim, size = cfg.optim, cfg.data.global_batch_size
+    if not optim.lr_base:
+        return []
+    base = f"--lr-base {optim.lr_base:g} at {optim.lr_base_size} images a step"
+    return [f"learning rate {optim.lr:g} at {size}: {base}"]
 
 
 def _batches(cfg: Config) -> str:

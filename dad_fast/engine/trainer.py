@@ -31,7 +31,7 @@ from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.notices import Advice, details, ema_lag, run_choices, summary
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe.features import FeatureLoader
-from dad_fast.engine.schedule import learning_rate, total_epochs
+from dad_fast.engine.schedule import make_schedule, total_epochs
 from dad_fast.engine.step_timer import StepTimer
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
@@ -92,11 +92,14 @@ class Trainer:
         self.images_per_step = cfg.data.global_batch_size
         self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
+        self.learning_rate = make_schedule(self.steps_per_epoch, cfg.optim, cfg.schedule)
         steps = round(total_epochs(cfg.schedule) * self.steps_per_epoch)
         self.total_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
 
         self.next_step = 0
         self.best_top1 = -1.0
+        # Epochs trained at that validation; 0 before the first.
+        self.best_epoch = 0.0
         # True if a stop was requested where a validation was due.
         self.validation_due = False
         self.worst_streak = torch.zeros((), device=device)
@@ -247,8 +250,7 @@ class Trainer:
 
     def _step(self, batch: Batch) -> float:
         """Make one step and count it. Returns its learning rate."""
-        cfg = self.cfg
-        lr = learning_rate(self.next_step, self.steps_per_epoch, cfg.optim, cfg.schedule)
+        lr = self.learning_rate(self.next_step)
         with self.clock.step(), enough_memory(self.settled, self.parts.device):
             (scalars,) = self.step(batch, self.next_step, lr)
         self.meter.add(scalars)
@@ -263,6 +265,7 @@ class Trainer:
             "steps": self.next_step,
             "epochs": self.next_step / self.steps_per_epoch,
             "best_val_top1": self.best_top1,
+            "best_epoch": self.best_epoch,
             "bad_images": len(self.gathered_bad_images()),
             "failed_over": sum(distributed.all_gather_json(self.loader.failed_over)),
         }
@@ -306,7 +309,9 @@ class Trainer:
                 save(self, best=False)
                 self._stop(type(stop))
             best = result.top1 > self.best_top1
-            self.best_top1 = max(self.best_top1, result.top1)
+            if best:
+                self.best_top1 = result.top1
+                self.best_epoch = self.next_step / self.steps_per_epoch
             self.log.metrics(
                 "val",
                 step=self.next_step,

@@ -40,7 +40,7 @@ def test_a_resumed_run_has_the_same_id_and_an_overwritten_one_a_new_one(tmp_path
         assert run.settings["optim.lr"] == 1e-3
         return run.run_id, run.name, run.step
 
-    first, name, _ = run_of(tmp_path / "demo/kd/seed-1")
+    first, *_ = run_of(tmp_path / "demo/kd/seed-1")
     assert run_of(tmp_path / "demo/kd/seed-1", step=20) == (first, "demo/kd/seed-1", 20)
     assert run_of(tmp_path / "demo")[1] == "demo"
     clear(tmp_path / "demo")
