@@ -132,7 +132,9 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     """Return '; did you mean ...?', or '' if no known word is similar."""
     known = list(known)
     longer = [name for name in known if name.startswith(word)]
-    if len(word) > 3 and longer:
+    if word in known:
+        matches = [word]
+    elif len(word) > 3 and longer:
         matches = longer[:3]
     else:
         matches = get_close_matches(word, known, n=1, cutoff=0.6)
