@@ -233,7 +233,12 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = (
-        setting("cosine", "learning rate after the warm-up; all but cosine are timm's", "--sched")
+        setting(
+            "cosine",
+            "learning rate after the warm-up: cosine, or timm's tanh, step, multistep, poly, wsd, rsqrt, "
+            "constant",
+            "--sched",
+        )
     )
     epochs: int = setting(
         300, "epochs of warm-up and schedule together", "--epochs", rule=AT_LEAST_ONE, main=True
