@@ -18,7 +18,7 @@ class WeightsAndBiases(Sink):
     a resumed run repeats steps.
     """
 
-    package = ("wandb", "wandb>=0.19")
+    package = ("wandb", "wandb>=0.31")
 
     def __init__(self, folder: Path) -> None:
         import wandb
@@ -29,8 +29,8 @@ class WeightsAndBiases(Sink):
     def start(self, run: RunInfo) -> None:
         wandb = self._wandb
         offline = os.environ.get("WANDB_MODE", "online") != "online"
-        if not offline and not wandb.api.api_key:
-            # wandb would ask for the key on the terminal, below the progress bar.
+        # Without a key wandb.init would ask for it on the terminal, below the progress bar.
+        if not offline and not wandb.login(prompt=False, verify=False):
             raise PermissionError("not logged in; run wandb login, or set WANDB_MODE=offline")
         # console off: capturing the output would tear the progress bar.
         quiet = wandb.Settings(console="off", silent=True)
