@@ -34,7 +34,7 @@ from dad_fast.methods.settings import check
 SUMMARY = f"train a student or a linear probe ({', '.join(METHODS.own_names())})"
 
 HELP = """\
-usage: dad-fast train [CONFIG.toml ...] [--preset NAME] [flags] [--set section.key=value ...] [-o OUT]
+usage: dad-fast train [CONFIG.toml ...] [--preset NAME] [flags] [--set KEY=VALUE ...] [-o OUT]
 
 examples:
   dad-fast train --preset demo                                             # on embedded data
