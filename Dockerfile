@@ -15,6 +15,7 @@ FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS devel13
 FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04 AS runtime13
 
 # The wheel, with the CUDA half of csrc, which needs nvcc.
+# hadolint ignore=DL3006
 FROM devel${CUDA} AS wheel
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -27,6 +28,7 @@ RUN python3 -m venv /build \
     && /build/bin/pip install --no-cache-dir build \
     && /build/bin/python -m build --wheel --outdir /wheels
 
+# hadolint ignore=DL3006
 FROM runtime${CUDA}
 ARG CUDA
 ARG TORCH_INDEX=""
@@ -38,7 +40,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/dad-fast \
-    && install --directory --owner ubuntu --group ubuntu /work /work/runs
+    && install --directory --owner 1000 --group 1000 /work /work/runs
 ENV PATH=/opt/dad-fast/bin:$PATH \
     DAD_FAST_COMMIT=$COMMIT
 COPY constraints.txt /wheels/
@@ -47,14 +49,15 @@ COPY --from=wheel /wheels/*.whl /wheels/
 # hadolint ignore=DL3013
 RUN wheel="$(echo /wheels/*.whl)" \
     && if [ "$CUDA" = 13 ]; then \
-        pip install --no-cache-dir --constraint /wheels/constraints.txt "$wheel[cuda13,demo,export,log]"; \
+        pip install --no-cache-dir --constraint /wheels/constraints.txt "${wheel}[cuda13,demo,export,log]"; \
     elif [ -n "$TORCH_INDEX" ]; then \
         pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.11,<2.16' torchvision \
-        && pip install --no-cache-dir "$wheel[cuda12,demo,export,log]"; \
+        && pip install --no-cache-dir "${wheel}[cuda12,demo,export,log]"; \
     else \
         echo "CUDA=$CUDA needs --build-arg TORCH_INDEX=URL (see the top of the Dockerfile)" >&2 && exit 1; \
     fi
-USER ubuntu
+# The user "ubuntu" of the image.
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["dad-fast"]
 CMD ["doctor"]

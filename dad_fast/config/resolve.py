@@ -180,7 +180,7 @@ class Layers:
         self.values[path] = coerce(lookup(path, where), value, where)
         self._layer.add(path)
         decider = DECIDED_BY.get(path)
-        if decider not in self._layer:
+        if decider is not None and decider not in self._layer:
             # Both set the same thing: the later layer overrides.
             self.values.pop(decider, None)
         decided = {path, *(key for key, by in DECIDED_BY.items() if by == path)}

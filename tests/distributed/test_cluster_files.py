@@ -103,7 +103,7 @@ def test_dockerfile_installs_extras_that_exist_and_starts_the_command() -> None:
     assert {step for step, _ in steps} == known
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {
-        name for found in re.findall(r"\$wheel\[([\w,]+)\]", text) for name in found.split(",")
+        name for found in re.findall(r"\$\{wheel\}\[([\w,]+)\]", text) for name in found.split(",")
     }
     assert {"cuda12", "cuda13"} < extras <= project["optional-dependencies"].keys()
     bounds = next(item for item in project["dependencies"] if item.startswith("torch>"))
