@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.bench import Bench
 from benchmarks.timm_kd import kd_baseline
-from benchmarks.workload import Flops, Workload, make_workload
+from benchmarks.workload import Workload, make_workload
 from dad_fast.data.augment.mixing import mix, to_pixels
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.kernels import pack_codes
@@ -23,7 +23,7 @@ from dad_fast.precompute.adversarial import adversarial
 
 def test_stored(bench: Bench) -> None:
     work = make_workload(bench.size, bench.device, bench.session.batch_size)
-    f = Flops(work).of
+    f = work.flops.of
     student, teacher, gradient, encode, decode = (
         f[name] for name in ("student", "teacher", "teacher_gradient", "encode", "decode")
     )

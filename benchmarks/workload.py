@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -25,9 +24,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import Flops
 from dad_fast.config.resolve import gather
 from dad_fast.config.schema import Config, EngineConfig, PrecisionConfig
 from dad_fast.data.augment.records import UNMIXED, mix_record, uses_mixing
@@ -42,7 +40,6 @@ from dad_fast.engine.choices import DeviceFacts, choose
 from dad_fast.engine.frozen import model_optimizations
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.update import Update
-from dad_fast.methods.attack import cross_entropy_direction
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.optimizations import PLAIN, Optimizations, optimize_student, optimize_teacher
@@ -65,7 +62,7 @@ def speed(engine: EngineConfig, form: str, graphs: str) -> EngineConfig:
     return dataclasses.replace(
         engine,
         savings=("none",) if form == "no savings" else ("all",),
-        kernels="on" if form == "kernels" else "off",
+        kernels="on" if form in ("kernels", "compiled") else "off",
         torchcompile=form == "compiled",
         cuda_graphs=graphs,  # type: ignore[arg-type]
     )
@@ -132,7 +129,9 @@ class Workload:
     def with_method(
         self, method: str, order: str = "paper", form: str = "", graphs: str = "off"
     ) -> Config:
-        """form: "" all optimizations; "no savings"; "kernels" (Triton's); "compiled" models."""
+        """form: "" all optimizations; "no savings"; "kernels" (Triton's); "compiled" models with
+        kernels, as a long run by default.
+        """
         attack = dataclasses.replace(self.cfg.attack, order=order)  # type: ignore[arg-type]
         engine = speed(self.cfg.engine, form, graphs)
         return dataclasses.replace(self.cfg, method=method, attack=attack, engine=engine)
@@ -158,7 +157,7 @@ class Workload:
 
     @cached_property
     def flops(self) -> Flops:
-        return Flops(self)
+        return Flops(self.student(), self.plain_teacher, self.discretizer.vqgan, self.batch)
 
     def describe(self) -> dict[str, Any]:
         """Return the `config` of a record."""
@@ -348,57 +347,3 @@ def spread_codebook(vqgan: VQGAN, pixels: Tensor) -> None:
     latents = vqgan.encode(pixels).transpose(0, 1).flatten(1)  # [D, N]
     codebook = vqgan.quantize.embedding.weight  # [K, D]
     codebook.copy_(torch.randn_like(codebook) * latents.std(1) + latents.mean(1))
-
-
-class Flops:
-    """FLOP per image of each stage, counted by torch in the plain forms; attention counts as two
-    matrix products.
-    """
-
-    def __init__(self, work: Workload) -> None:
-        few = 2
-        pixels = work.batch.images[:few].float() / 255.0
-        student, vqgan, teacher = work.student(), work.discretizer.vqgan, work.plain_teacher
-
-        def gradient(model: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-            def run() -> object:
-                # torch's counter fails if a module's input is a leaf, hence the product.
-                x = pixels.clone().requires_grad_(True) * 1.0
-                logits = model(x)
-                direction = cross_entropy_direction(logits, work.batch.labels[:few])
-                return torch.autograd.grad(logits, x, direction)
-
-            return run
-
-        with torch.no_grad():
-            codes = vqgan.codes(pixels)
-        counted: dict[str, Callable[[], object]] = {
-            "teacher": lambda: teacher(pixels),
-            "teacher_gradient": gradient(teacher),
-            "student_gradient": gradient(student.eval().requires_grad_(False)),
-            "encode": lambda: vqgan.encode(pixels),
-            "decode": lambda: vqgan.decode(codes),
-        }
-        self.of = {name: count(run) / few for name, run in counted.items()}
-        student.train().requires_grad_(True)
-        self.of["student"] = count(lambda: student(pixels).sum().backward()) / few
-
-    def of_step(self, method: str, order: str = "paper") -> float:
-        """Return the FLOP per image of a training step of `method`."""
-        f = self.of
-        passes = 2 if order == "authors" else 1
-        vqgan = passes * (f["encode"] + f["decode"])
-        return {
-            "ce": f["student"],
-            "kd": f["student"] + f["teacher"],
-            "dat": 2 * f["student"] + f["student_gradient"] + vqgan,
-            "dad": 2 * f["student"] + 2 * f["teacher"] + f["teacher_gradient"] + vqgan,
-        }[method]
-
-
-def count(function: Callable[[], object]) -> int:
-    counter = FlopCounterMode(display=False)
-    # Other attention kernels are not counted on every device.
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        function()
-    return int(counter.get_total_flops())

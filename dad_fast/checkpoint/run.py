@@ -21,9 +21,8 @@ class TrainRun(Protocol):
     parts: Any  # Components: data, models, stores, hashes
     update: Any  # Update: optimizer, scaler, EMA
     loader: Any
-    meter: Any
+    monitor: Any  # Monitor: meter, advice, unreadable files
     clock: Any
-    advice: Any
     log: Any
     writer: Any
     checkpoints: Any
@@ -32,12 +31,7 @@ class TrainRun(Protocol):
     best_epoch: float
     validation_due: bool
     worst_streak: Tensor
-    bad_images: set[str]
     notes: list[str]
-
-    def gathered_bad_images(self) -> list[str]:
-        """Return the unreadable files that any process has met so far. A collective."""
-        ...
 
     def model_file(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return tensors and metadata of `model.safetensors`."""

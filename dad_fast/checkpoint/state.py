@@ -59,7 +59,7 @@ def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if update.ema is not None:
         tensors |= {f"ema.{k}": v for k, v in update.ema.module.state_dict().items()}
     tensors |= optimizer | {"bad_in_a_row": update.bad_in_a_row, "worst_streak": run.worst_streak}
-    for name, own in (generator_tensors(device) | run.meter.tensors()).items():
+    for name, own in (generator_tensors(device) | run.monitor.meter.tensors()).items():
         for rank, tensor in enumerate(distributed.gather_to_main(own.cpu())):
             prefix = f"rank{rank}." if rank else ""
             tensors[prefix + name] = tensor
@@ -73,7 +73,7 @@ def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "validation_due": run.validation_due,
         "train_seconds": run.clock.total,
         "metrics_offset": run.log.offset() if distributed.is_main() else 0,
-        "bad_images": run.gathered_bad_images(),
+        "bad_images": run.monitor.gathered_bad_images(),
         "failed_over": sum(distributed.all_gather_json(run.loader.failed_over)),
     }
     return tensors, state
@@ -87,7 +87,7 @@ def save(run: TrainRun, best: bool) -> None:
     model, metadata = run.model_file()
     if not distributed.is_main():
         return
-    run.advice.on_write(run.writer.wait(), run.log.say)
+    run.monitor.advice.on_write(run.writer.wait(), run.log.say)
     tensors, model = snapshot(tensors, model)
     step = run.next_step
 
@@ -191,7 +191,7 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
         restore_generators(processes[0], device)
     else:
         seed_generators(run.cfg.seed, state["step"])
-    run.meter.restore(processes, device)
+    run.monitor.meter.restore(processes, device)
     run.next_step = state["step"]
     run.best_top1 = state["best_top1"]
     # Absent in checkpoints of earlier versions.
@@ -199,7 +199,7 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
     run.validation_due = state["validation_due"]
     run.clock.total = state["train_seconds"]
     run.loader.replaced[:] = state["bad_images"]
-    run.bad_images = set(state["bad_images"])
+    run.monitor.bad_images = set(state["bad_images"])
     run.loader.failed_over = state["failed_over"] if distributed.is_main() else 0
     run.notes += lines
 

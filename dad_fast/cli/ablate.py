@@ -96,7 +96,10 @@ def _values_of(axis: str) -> str:
 
 def _read(options: AblateOptions, given: dict[str, Any], debug: bool) -> tuple[Plan, Launch]:
     """Return the sweep and how it is run. Raises UsageError."""
-    cfg = read_config(given, given[CONFIGS])
+    from dad_fast.engine.sizes import with_attack
+
+    # The cells of a budget are shares of the base's.
+    cfg = with_attack(read_config(given, given[CONFIGS]))
     if cfg.seeds == 1 and "seeds" not in given:
         cfg = with_values(cfg, {"seeds": SEEDS})
     values = {name: given[_values_of(name)] for name, axis in AXES.items() if axis.flag}

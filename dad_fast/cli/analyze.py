@@ -55,9 +55,10 @@ def main(arguments: list[str], debug: bool) -> int:
         print(help_text())
         return 0
     cfg, launch = parse(arguments)
+    from dad_fast.engine.sizes import with_numbers
     from dad_fast.tools.analyze import run as analyze
 
-    return analyze.run(cfg, launch)
+    return analyze.run(with_numbers(cfg), launch)
 
 
 def help_text() -> str:

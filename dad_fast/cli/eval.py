@@ -46,6 +46,7 @@ SETTINGS = {
     "data.workers": "",
     "device": "",
     "data.class_map": "CSV (id,folder,name): the classes of a published model",
+    "data.val_fraction": "share of train that is val, where there is no val split",
     "data.val_split": "the split for corruptions when --suite names no split",
     "augment.img_size": "side of the square images; 0 = the model's own",
     "augment.crop_pct": "share of the resized image kept; 0 = the model's own",
@@ -54,7 +55,7 @@ SETTINGS = {
     "teacher.templates": "",
     "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
     "eval.c_preprocessing": "",
-    "data.loader": "dali: plain JPEGs are decoded by DALI, and the results record it; else PIL",
+    "data.loader": "dali: plain JPEGs are decoded by DALI (results record it); else PIL",
 }
 
 
@@ -67,9 +68,13 @@ def main(arguments: list[str], debug: bool) -> int:
     launch = typed_options(EvalLaunch, given, arguments=command_line)
     if launch.compare and launch.model:
         raise UsageError(f"--compare evaluates its two models alone: leave {launch.model} out")
+    from dad_fast.tools.evaluate_checks import checked
+
+    job = checked(launch, typed_settings(given))
+    # Imports torch.
     from dad_fast.tools import evaluate as command
 
-    return command.run(launch, typed_settings(given))
+    return command.run(job)
 
 
 def make_parser() -> Parser:

@@ -21,6 +21,7 @@ from dad_fast.cores import wait_passively
 from dad_fast.distributed.signals import ends_at_once
 from dad_fast.errors import DadFastError, UsageError, discard_output, print_error
 from dad_fast.files import is_full
+from dad_fast.loggers.warning_lines import own_warnings_only
 
 # Each is a module of this package.
 COMMANDS = (
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        code = _dispatch([argument for argument in arguments if argument != "--debug"], debug)
+        with own_warnings_only(debug):
+            code = _dispatch([argument for argument in arguments if argument != "--debug"], debug)
         sys.stdout.flush()
         return code
     except BrokenPipeError:

@@ -53,8 +53,10 @@ def main(arguments: list[str], debug: bool) -> int:
         return 0
     cfg, launch = parse(arguments)
     from dad_fast.engine.preflight import check_files_to_fill
+    from dad_fast.engine.sizes import with_numbers
 
     check_files_to_fill(cfg, discretizer=not launch.targets)
+    cfg = with_numbers(cfg)
     from dad_fast.precompute import run as precompute
 
     return precompute.run(cfg, launch, arguments)

@@ -53,9 +53,10 @@ def main(arguments: list[str], debug: bool) -> int:
         return 0
     cfg, launch = parse(arguments)
     check(cfg)
+    from dad_fast.engine.sizes import with_numbers
     from dad_fast.tools.profile import run as profile
 
-    return profile.run(cfg, launch)
+    return profile.run(with_numbers(cfg), launch)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, ProfileLaunch]:

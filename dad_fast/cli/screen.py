@@ -69,7 +69,7 @@ def settings_for(texts: Mapping[str, str]) -> str:
 def setting_entry(setting: Setting, key: bool = False) -> str:
     """Return the entry of `setting` with its default; `key`: with its key, too."""
     names = flag_names(setting) if setting.flag else f"--set {setting.path}=..."
-    default = _shown(setting.default)
+    default = _shown(setting.shown(setting.default))
     text = f"{setting.help} [{default}]" if default else setting.help
     if key and setting.flag:
         text += f" ({setting.path})"
@@ -103,7 +103,8 @@ def _metavar(setting: Setting) -> str:
             return "X ..."
         return "[KIND ...]" if setting.bare else "NAME ..."
     if setting.type in (int, float):
-        return "N" if setting.type is int else "X"
+        placeholder = "N" if setting.type is int else "X"
+        return f"{placeholder}|auto" if setting.auto else placeholder
     return _FILES.get(setting.path, "NAME")
 
 

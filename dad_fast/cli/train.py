@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dad_fast.cli.screen import (
     two_columns,
     wants_help,
 )
-from dad_fast.config import Launch, to_toml
+from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.fields import sections, settings
 from dad_fast.config.options import ConfigOptions
 from dad_fast.config.resolve import preset_names
@@ -89,15 +90,13 @@ def main(arguments: list[str], debug: bool) -> int:
         files = [own_settings] if own_settings.exists() else []
     cfg = read_config(given, files)
     if given["print_config"]:
-        print(to_toml(cfg), end="", flush=True)
+        _print_config(cfg)
+        return 0
     if given["dry_run"]:
         from dad_fast.tools.dry_run.assumptions import with_assumptions
 
         cfg = with_assumptions(cfg)
-    # After printing, so that what is still missing is reported below the settings.
     check(cfg)
-    if given["print_config"]:
-        return 0
     launch = typed_options(
         Launch,
         given,
@@ -116,6 +115,19 @@ def main(arguments: list[str], debug: bool) -> int:
     from dad_fast.sweep import train
 
     return train.run(cfg, launch)
+
+
+def _print_config(cfg: Config) -> None:
+    """Print the settings as TOML with the meaning of auto on this machine, and on stderr what a run
+    would still need.
+    """
+    from dad_fast.tools.auto import comments
+
+    print(to_toml(cfg) + "".join(f"{line}\n" for line in comments(cfg)), end="", flush=True)
+    try:
+        check(cfg)
+    except UsageError as error:
+        print(f"dad-fast: a run would stop: {error}", file=sys.stderr)
 
 
 def _only_resumes(given: dict[str, Any], paths: set[str]) -> bool:

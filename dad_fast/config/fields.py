@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from dad_fast.config.schema import Config
-from dad_fast.config.setting import Rule, Switch
+from dad_fast.config.setting import AUTO, AUTO_WORD, Rule, Switch
 from dad_fast.errors import UsageError
 
 # Flags of timm and other trainers -> this project's flags of the same meaning.
@@ -31,7 +31,6 @@ OTHER_NAMES = {
     "--val-interval": "--val-every",
     "--model-kwargs": "--set student.model_kwargs.KEY=VALUE",
     "--opt-kwargs": "--set optim.opt_kwargs.KEY=VALUE",
-    "--log-wandb": "--log-to wandb",
     "--lr-cycle-limit": "--set schedule.sched_kwargs.cycle_limit=N",
     "--lr-cycle-mul": "--set schedule.sched_kwargs.cycle_mul=X",
     "--lr-k-decay": "--set schedule.sched_kwargs.k_decay=X",
@@ -45,6 +44,9 @@ OTHER_NAMES = {
     "--no-amp": "--amp off",
     "--no-channels-last": "--channels-last off",
     "--no-torchcompile": "--torchcompile off",
+    "--wandb": "--log-to wandb",
+    "--log-wandb": "--log-to wandb",
+    "--num-workers": "--workers",
 }
 
 # Keys of earlier versions -> today's; files and checkpoints may hold them.
@@ -71,6 +73,7 @@ class Setting:
     rule: Rule | None
     main: bool
     bare: tuple[str, ...]
+    auto: bool
 
     @property
     def is_switch(self) -> bool:
@@ -82,6 +85,10 @@ class Setting:
         if self.is_switch:
             return tuple(Switch)
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
+
+    def shown(self, value: Any) -> Any:
+        """Return `value` as files and help screens have it: the word for AUTO."""
+        return AUTO_WORD if self.auto and value == AUTO else value
 
 
 @functools.cache
@@ -193,12 +200,16 @@ def coerce(setting: Setting, value: Any, where: str) -> Any:
 
     Raises UsageError, which names `where`.
     """
+    if setting.auto and value in (AUTO, AUTO_WORD):
+        return AUTO
+    auto = f", or {AUTO_WORD}" if setting.auto else ""
     try:
         result = _coerce(setting.type, value)
     except ValueError as error:
-        raise UsageError(f"{_at(setting, where)} {error}, got {value!r}") from None
+        raise UsageError(f"{_at(setting, where)} {error}{auto}, got {value!r}") from None
     if setting.rule and not setting.rule.holds(result):
-        raise UsageError(f"{_at(setting, where)} must be {setting.rule.words}, got {value!r}")
+        words = f"{setting.rule.words}{auto}"
+        raise UsageError(f"{_at(setting, where)} must be {words}, got {value!r}")
     return result
 
 

@@ -268,7 +268,7 @@ class DoctorOptions:
     need: float = option(
         0.0,
         "--need N",
-        "images per second that training will take [estimates for one H200]",
+        "images per second that training will take; compared with the decoding speed",
         read=rate,
     )
 
@@ -340,6 +340,11 @@ class PredictOptions:
         "one JSON object a line: image, predictions (class, folder, name, confidence) or error",
     )
     batch_size: int = option(32, "-b, --batch-size N", "images per batch", read=whole_number)
+    class_map: str = option(
+        "",
+        "--class-map FILE",
+        "CSV (id,folder,name): the classes of a published model [ImageNet's]",
+    )
     device: str = option("auto", "--device NAME", "auto, cpu or cuda[:N]")
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from dad_fast.config.setting import (
     AREA,
     AT_LEAST_ONE,
+    AUTO,
     BELOW_ONE,
     CROP,
     INTERVAL,
@@ -28,18 +29,28 @@ class DataConfig:
         "--train-split",
     )
     val_split: str = setting(
-        "val", "folder, shards by pattern or embedded split to validate on", "--val-split"
+        "val",
+        "folder, shards by pattern or embedded split to validate on; without val/ also valid, "
+        "validation or test",
+        "--val-split",
+    )
+    val_fraction: float = setting(
+        0.0,
+        "share of the training images of each class to validate on where there is no val split",
+        "--val-fraction",
+        rule=BELOW_ONE,
     )
     class_map: str = setting(
         "", "CSV (id,folder,name) that fixes the order of the classes", "--class-map"
     )
     batch_size: int = setting(
         256,
-        "clean images per batch of a process",
+        "clean images per batch of a process; auto: by the data's size",
         "--batch-size",
         rule=AT_LEAST_ONE,
         short="-b",
         main=True,
+        auto=True,
     )
     global_batch_size: int = setting(
         0,
@@ -51,11 +62,13 @@ class DataConfig:
         "auto", "library that decodes and augments: auto, dali or pil", "--loader"
     )
     workers: int = setting(
-        4,
-        "loader processes; 0 loads in the training process",
+        AUTO,
+        "loader processes; auto: one per core of this process's share, at most 16; 0 loads in the "
+        "training process",
         "--workers",
         rule=NOT_NEGATIVE,
         short="-j",
+        auto=True,
     )
     max_bad_share: float = setting(
         0.01, "share of unreadable images above which the run stops (exit 4)", rule=PROBABILITY

@@ -26,6 +26,11 @@ class Switch(StrEnum):
         return repr(self.value)
 
 
+# Word for a number that the run chooses, and the number that stands for it until then.
+AUTO_WORD = "auto"
+AUTO = -1
+
+
 class Rule(NamedTuple):
     """Condition on a number, in words and as a test."""
 
@@ -55,10 +60,12 @@ def setting(
     short: str = "",
     main: bool = False,
     bare: tuple[str, ...] = (),
+    auto: bool = False,
 ) -> Any:
     """Create a field with its help `text`, `flag` (and `short` flag) and `rule`.
 
     main: show it in the short `--help`. bare: the value of a list whose flag is given without one.
+    auto: the number may be "auto", which is AUTO in a Config; the help text says what it means.
     """
     metadata = {
         "help": text,
@@ -67,6 +74,7 @@ def setting(
         "rule": rule,
         "main": main,
         "bare": bare,
+        "auto": auto,
     }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)

@@ -23,7 +23,7 @@ def to_toml(cfg: Config) -> str:
         lines += ["", f"[variants.{_key(name)}]"]
         for path, value in changes.items():
             key = ".".join(map(_key, path.split(".")))
-            lines.append(f"{key} = {_value(value)}")
+            lines.append(f"{key} = {_value(settings()[path].shown(value))}")
     return "\n".join(lines) + "\n"
 
 
@@ -35,8 +35,9 @@ def from_toml(text: str, where: str = "config") -> Config:
 
 
 def _line(path: str, value: Any) -> str:
-    assignment = f"{path.rpartition('.')[2]} = {_value(value)}"
-    return f"{assignment:<32}  # {settings()[path].help}"
+    setting = settings()[path]
+    assignment = f"{path.rpartition('.')[2]} = {_value(setting.shown(value))}"
+    return f"{assignment:<32}  # {setting.help}"
 
 
 def _value(value: Any) -> str:

@@ -211,6 +211,11 @@ def number_of_processes(nproc: str) -> int:
     return max(1, torch.cuda.device_count())
 
 
+def processes_of_run(nproc: str) -> int:
+    """Return the processes of a run, also in one of them."""
+    return int(os.environ["WORLD_SIZE"]) if is_worker() else number_of_processes(nproc)
+
+
 def started_here() -> bool:
     """Return whether `run_processes` started this process."""
     return LAUNCHED in os.environ

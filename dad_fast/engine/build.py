@@ -6,23 +6,25 @@ User errors are raised here, before a file is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.resolve import is_fixed
-from dad_fast.config.schema import Config, EngineConfig
+from dad_fast.config.schema import Config
+from dad_fast.config.setting import Switch
+from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source
-from dad_fast.data.sources.registry import open_source
+from dad_fast.data.sources.splits import open_split
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
-from dad_fast.engine.choices import Choices, DeviceFacts, choose, settle
+from dad_fast.engine.choices import COMPILE, Choice, Choices, DeviceFacts, choose, settle
+from dad_fast.engine.compiling import compiled, forms_of, try_compiling
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import (
@@ -34,10 +36,12 @@ from dad_fast.engine.preflight import (
 from dad_fast.engine.probe.features import FeatureTable
 from dad_fast.engine.probe.pseudo_labels import PseudoLabels, WeakView
 from dad_fast.engine.probe.step import ProbeData, ProbeGenerator, ProbeLearner
+from dad_fast.engine.schedule import total_steps
 from dad_fast.engine.self_test import EVERY_KERNEL, Kernels, choose_kernels, step_cases
 from dad_fast.engine.step import TrainStep
+from dad_fast.engine.trials import try_one_image, try_training
 from dad_fast.engine.update import Update
-from dad_fast.errors import EnvironmentProblem, UsageError
+from dad_fast.errors import EnvironmentProblem
 from dad_fast.kernels import cases
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.load_student import take_view
@@ -152,19 +156,21 @@ class Builder:
         student = student.to(device)
         if cfg.student.sync_bn:
             share_batch_norm(student, device)
-        choices = choose(DeviceFacts.of(device), student)
+        sized = with_batch_sizes(asked, distributed.world())
+        num_steps = total_steps(sized, len(train) // sized.data.global_batch_size)
+        choices = choose(DeviceFacts.of(device), student, num_steps)
         if choices.settled(asked).precision.channels_last:
             student = student.to(memory_format=torch.channels_last)
 
         stored.check_run(student.image_size, cfg.augment, hashes, cfg.store.mix_outputs)
         kernels = self._kernels(cfg, discretizer, device, student.image_size, len(train.classes))
-        _try_one_image(device, student, teacher, discretizer)
+        try_one_image(device, student, teacher, discretizer)
         if not method.linear_probe:
-            _try_training(device, student, cfg, len(method.image_kinds))
+            try_training(device, student, cfg, len(method.image_kinds))
         probe: ProbeData | None = None
         if isinstance(student, Probe):
             probe = self._probe_data(cfg, train, student, hashes["teacher"], device)
-        return Components(
+        parts = Components(
             device,
             train,
             val,
@@ -178,6 +184,7 @@ class Builder:
             choices,
             probe,
         )
+        return self._try_compiling(sized, parts)
 
     def _kernels(
         self,
@@ -206,6 +213,29 @@ class Builder:
 
         chosen: Kernels = self._once(key, choose)
         return chosen
+
+    def _try_compiling(self, cfg: Config, parts: Components) -> Components:
+        """Return `parts` with the outcome of the trial; runs of equal models share it.
+
+        cfg: with the batch sizes of a process, and "auto" as the user set it.
+        """
+        settled = parts.choices.settled(cfg)
+        if not settled.engine.torchcompile:
+            return parts
+        student = parts.student
+        is_stored = parts.stored.adversarial is not None
+        keeps_features = parts.probe is not None and parts.probe.features is not None
+
+        def outcome() -> Choice:
+            forms = forms_of(settled, student, parts.teacher, is_stored, keeps_features)
+            wanted = cfg.engine.torchcompile != Switch.AUTO
+            return try_compiling(forms, settled, parts.device, wanted)
+
+        models = cfg.method, cfg.student, cfg.teacher, settled.precision, settled.engine
+        shapes = student.image_size, student.num_classes, cfg.data.batch_size, cfg.loss.form
+        key = ("compiling", repr(models), shapes, is_stored, keeps_features, str(parts.device))
+        choice = self._once(key, outcome)
+        return replace(parts, choices=parts.choices.with_choice(COMPILE, choice))
 
     def _source(self, cfg: Config, split: str) -> Source:
         key = ("source", split, repr(cfg.data), cfg.store.dirs)
@@ -290,6 +320,10 @@ def make_step(
         kernels = EVERY_KERNEL if engine.kernels == "on" else Kernels()
     channels_last = cfg.precision.channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def maybe_compiled(model: Model) -> Model:
+        return compiled(model) if engine.torchcompile else model
+
     learning: dict[str, Any] = {
         "loss": cfg.loss,
         "precision": cfg.precision,
@@ -300,7 +334,7 @@ def make_step(
     }
     generator: Generator
     if isinstance(student, Probe):
-        encode = _compiled(student.features, engine)
+        encode = maybe_compiled(student.features)
         generator = ProbeGenerator(student, cfg.lp_clip, layout, encode)
         threshold = cfg.lp_clip.threshold
         learner: Learner = ProbeLearner(method, student, update, threshold=threshold, **learning)
@@ -308,7 +342,7 @@ def make_step(
         is_joint = cfg.loss.form == "joint"
         generator = (JointGenerator if is_joint else AttackGenerator)(
             method,
-            teacher if teacher is None else _compiled(teacher, engine),
+            teacher if teacher is None else maybe_compiled(teacher),
             discretizer,
             attack=cfg.attack,
             loss=cfg.loss,
@@ -318,7 +352,7 @@ def make_step(
             layout=layout,
             fused=kernels.uses(cases.PGD_UPDATE),
         )
-        forward = _compiled(student, engine)
+        forward = maybe_compiled(student)
         learner = (JointLearner if is_joint else Learner)(
             method, student, update, forward=forward, **learning
         )
@@ -329,16 +363,6 @@ def make_step(
         tf32=cfg.precision.tf32,
         cuda_graphs=engine.cuda_graphs,
     )
-
-
-def _compiled(model: Model, engine: EngineConfig) -> Model:
-    if not engine.torchcompile:
-        return model
-    keep_compiled_code_private()
-    # dynamic=False: sizes are few, and the kernel of a batch must not depend on earlier sizes, or a
-    # resume would differ.
-    compiled: Model = torch.compile(model, dynamic=False)
-    return compiled
 
 
 def share_batch_norm(student: Student, device: torch.device) -> None:
@@ -354,76 +378,16 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
     student.model = convert_sync_batchnorm(student.model)
 
 
-@torch.no_grad()
-def _try_one_image(
-    device: torch.device,
-    student: Student,
-    teacher: Teacher | None,
-    discretizer: Discretizer | None,
-) -> None:
-    """Run every model on one image, so that an unsupported size is a one-line error before the
-    first step.
-    """
-    side = student.image_size
-    pixels = torch.zeros(1, 3, side, side, device=device)
-    try:
-        student.eval()(pixels)
-    except RuntimeError as error:
-        what = f"cannot take images of {side} px ({str(error).splitlines()[0]})"
-        raise UsageError(
-            f"--student {student.name} {what}; set --img-size or student.model_kwargs"
-        ) from None
-    if teacher is not None:
-        teacher(pixels)
-    if discretizer is not None:
-        discretizer(pixels)
-
-
-@torch.no_grad()
-def _try_training(device: torch.device, student: Student, cfg: Config, num_groups: int) -> None:
-    """Run the student in training mode on the images of one call, at most two of each kind.
-
-    A batch norm that would see one value, and outputs that are not logits, are then one-line
-    errors before anything is written. Changes neither random numbers nor running statistics.
-    """
-    images = min(cfg.data.batch_size, 2) * (1 if cfg.student.bn == "split" else num_groups)
-    side = student.image_size
-    pixels = torch.zeros(images, 3, side, side, device=device)
-    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            logits = student.train()(pixels)
-    except (RuntimeError, ValueError) as error:
-        fix = "set --batch-size to 2 or more, or use a student without batch norm"
-        if cfg.data.batch_size > 1:
-            fix = "see student.model_kwargs"
-        raise UsageError(
-            f"--student {student.name}: cannot train on {cfg.data.batch_size} images a step "
-            f"({str(error).splitlines()[0]}); {fix}"
-        ) from None
-    finally:
-        student.eval()
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (images, student.num_classes):
-        raise UsageError(
-            f"--student {student.name}: its output is {shape}, not logits "
-            f"({images}, {student.num_classes}); use a model with a classifier"
-        )
-
-
 def _open_source(cfg: Config, split: str) -> Source:
     """Open a split, in the order of classes that a store recorded if it has the same classes."""
     data = cfg.data
     # The first process of every machine writes the index, the others read it.
     with distributed.main_first():
-        source = open_source(data.data_dir, split, data.class_map, max_bad_share=data.max_bad_share)
+        source = open_split(data, split)
         recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
         if recorded is None or recorded == source.classes:
             return source
         if set(recorded.folders) != set(source.classes.folders):
             # Stored raises the error for other classes.
             return source
-        return open_source(data.data_dir, split, classes=recorded, max_bad_share=data.max_bad_share)
+        return open_split(data, split, recorded)

@@ -20,6 +20,8 @@ from dad_fast.config.schema import Config, PrecisionConfig
 from dad_fast.config.setting import Switch
 
 AMP, LAYOUT, COMPILE = "precision.amp", "precision.channels_last", "engine.torchcompile"
+# Steps that are worth minutes of compilation: it saves a tenth of a step (docs/performance.md).
+LONG_RUN = 5000
 
 
 class Choice(NamedTuple):
@@ -59,6 +61,10 @@ class Choices:
         """Return `cfg` with a boolean in place of every switch."""
         return with_values(cfg, {path: bool(self._of(cfg, path).value) for path in self.autos})
 
+    def with_choice(self, path: str, choice: Choice) -> Choices:
+        """Return these choices with another meaning of auto for one switch."""
+        return Choices(self.autos | {path: choice})
+
     def record(self, cfg: Config) -> dict[str, Choice]:
         """Return the decision of every switch, by its key."""
         return {path.partition(".")[2]: self._of(cfg, path) for path in self.autos}
@@ -71,10 +77,19 @@ class Choices:
         return Choice(is_on, "asked for")
 
 
-def choose(facts: DeviceFacts, student: nn.Module | None = None) -> Choices:
-    """Decide the meaning of auto. Without a student, its memory format stays as it is."""
+def choose(
+    facts: DeviceFacts, student: nn.Module | None = None, num_steps: int | None = None
+) -> Choices:
+    """Decide the meaning of auto for a run with this student, or for work without one.
+
+    num_steps: of the run, None if unknown.
+    """
     return Choices(
-        {AMP: _amp(facts), LAYOUT: _channels_last(facts, student), COMPILE: _compile(facts)}
+        {
+            AMP: _amp(facts),
+            LAYOUT: _channels_last(facts, student),
+            COMPILE: _compile(facts, num_steps),
+        }
     )
 
 
@@ -94,29 +109,33 @@ def _amp(facts: DeviceFacts) -> Choice:
 def _channels_last(facts: DeviceFacts, student: nn.Module | None) -> Choice:
     """Decide the memory format of the student.
 
-    A vision transformer has one convolution, its patch embedding, and gains nothing. With more, the
-    student is convolutional, or has a convolutional stem.
+    Without a student, only the teacher asks (`is_convolutional`).
     """
-    if student is None:
-        return Choice(False, "no student")
     if facts.type != "cuda":
         return Choice(False, f"gains little on a {facts.type.upper()}")
-    count = sum(isinstance(module, nn.Conv2d) for module in student.modules())
-    if count > 1:
-        return Choice(True, f"the student has {count} convolutions, which run in NHWC on a GPU")
+    if student is None:
+        return Choice(True, "convolutional models run in NHWC on a GPU")
+    if is_convolutional(student):
+        return Choice(True, "the student is convolutional and runs in NHWC on a GPU")
     return Choice(False, "the student is not convolutional")
 
 
-def _compile(facts: DeviceFacts) -> Choice:
-    """Decide whether to compile: nowhere, until a GPU has measured it.
+def is_convolutional(model: nn.Module) -> bool:
+    """Return whether `model` gains from NHWC.
 
-    A model of the step (docs/performance.md) gives compilation a tenth of an online step. Against
-    that stand minutes before the first step of every run, kernels that round differently from
-    eager ones in the attack, and no run on a GPU that shows the gain.
+    A vision transformer has one convolution, its patch embedding, and gains nothing. A model with
+    more is convolutional, or has a convolutional stem.
     """
-    if facts.type == "cuda":
-        return Choice(False, "not measured on a GPU yet; try --torchcompile")
-    return Choice(False, f"compilation takes longer than it saves on a {facts.type.upper()}")
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
+
+
+def _compile(facts: DeviceFacts, num_steps: int | None) -> Choice:
+    """Decide whether to try torch.compile; compiling.py decides by a trial."""
+    if facts.type != "cuda":
+        return Choice(False, f"compilation takes longer than it saves on a {facts.type.upper()}")
+    if num_steps is not None and num_steps < LONG_RUN:
+        return Choice(False, f"compilation takes longer than {num_steps:,} steps gain from it")
+    return Choice(True, f"in runs of {LONG_RUN:,} steps or more, if a trial at start succeeds")
 
 
 def stage_dtypes(precision: PrecisionConfig, stages: list[str]) -> dict[str, Choice]:

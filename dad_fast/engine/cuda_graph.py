@@ -93,7 +93,11 @@ class StepGraphs:
                     f"--cuda-graphs on: {reason}; use --opt adamw, adam or sgd, or "
                     "--cuda-graphs auto"
                 )
-            log.warning("CUDA graphs are off: %s", reason)
+            log.warning(
+                "CUDA graphs are off: %s; every step also waits for the GPU, to read whether its "
+                "gradients are finite (--opt adamw, adam or sgd does neither)",
+                reason,
+            )
             return None
         return cls(device, generate, learn, updates, required=wanted == "on")
 

@@ -129,7 +129,7 @@ class Attacked:
         return Effect(changed.item(), unit, answers.item(), stronger=None)
 
     def _visible_budget(self) -> tuple[float, float] | None:
-        """Return the first budget, of doubled ones, that changes enough, and its share of changes."""
+        """Return the first of doubled budgets that changes enough, and its share of changes."""
         for factor in STRONGER:
             eps, step_size = self.attack.eps * factor, self.attack.step_size * factor
             changed = self._effect(replace(self.attack, eps=eps, step_size=step_size)).changed

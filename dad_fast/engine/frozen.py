@@ -12,6 +12,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
+from dad_fast.engine.choices import is_convolutional
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.optimizations import Optimizations, optimize_teacher
 from dad_fast.models.teacher import Teacher
@@ -51,12 +52,17 @@ def vqgan_optimizations(cfg: Config) -> VQGANOptimizations:
 
 
 def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeacher:
-    """Load the teacher of a run."""
+    """Load the teacher of a run, in NHWC if it is convolutional and `precision.channels_last` is on.
+
+    cfg: with booleans in place of switches (`choices.settle`).
+    """
     model = load_teacher(cfg.teacher, classes, cfg.precision, device)
     # Hashed before the optimizations, which change weights.
     digest = fingerprint(model)
     encoder_digest = fingerprint(model.encoder)
     applied = optimize_teacher(model, model_optimizations(cfg))
+    if cfg.precision.channels_last and is_convolutional(model):
+        model.to(memory_format=torch.channels_last)
     return FrozenTeacher(model, digest, applied, encoder_digest)
 
 

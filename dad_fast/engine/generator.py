@@ -1,7 +1,8 @@
-"""Make what students learn from: mix, attack, discretize, ask the teacher. No student weights get a gradient here.
+"""Inputs of the students: mix, attack, discretize, compute the teacher's logits.
 
-A generator is called once for a batch, however many students learn from it. Images that attack a student are made for
-that student alone, by `attack_student`. Everything works on static shapes and reads nothing on the host, so that
+No student weights get a gradient here. A generator is called once for a batch, however many
+students learn from it. Images that attack a student are made for that student alone, by
+`attack_student`. Everything works on static shapes and reads nothing on the host, so that
 cuda_graph.py can capture it.
 """
 
@@ -34,10 +35,10 @@ Model = Callable[[Tensor], Tensor]
 
 
 class StepInputs(NamedTuple):
-    """What a student learns from, for each kind of images that the method uses.
+    """Inputs of a student, for each kind of images that the method uses.
 
-    In the joint form there is one kind, a batch of 2B images. For a linear probe `images` are features [B, F] and
-    `targets` labels int64 [B].
+    In the joint form there is one kind, a batch of 2B images. For a linear probe `images` are
+    features [B, F] and `targets` labels int64 [B].
     """
 
     images: dict[Images, Tensor]  # each [B, 3, H, W] in [0, 1]
@@ -59,7 +60,7 @@ class Generator(ABC):
 
 
 class AttackGenerator(Generator):
-    """Generator of the paper's form: online, or from stores where the batch holds what they have."""
+    """Generator of the paper's form: online, or from stores where the batch holds their content."""
 
     def __init__(
         self,
@@ -93,7 +94,10 @@ class AttackGenerator(Generator):
         self.layout = layout
 
     def __call__(self, batch: Batch) -> StepInputs:
-        """Make clean images and those that attack the teacher, with the teacher's logits, of a batch on the device."""
+        """Make clean images and images that attack the teacher, with the teacher's logits.
+
+        batch: on the device.
+        """
         with stage("mix"):
             mixed = self.mixed(batch)
         images = {Images.CLEAN: mixed.pixels}
@@ -121,8 +125,10 @@ class AttackGenerator(Generator):
         return inputs._replace(images=inputs.images | {Images.ATTACK_STUDENT: found})
 
     def mixed(self, batch: Batch) -> Mixed:
-        """Return pixels in [0, 1] and soft labels after mixup and CutMix. Labels are not smoothed: smoothing is the
-        student's, not the attack's."""
+        """Return pixels in [0, 1] and soft labels after mixup and CutMix.
+
+        Labels are not smoothed: smoothing is the student's, not the attack's.
+        """
         pixels = to_pixels(batch.images, self.layout)
         how = batch.mix_kind, batch.mix_lam, batch.mix_box
         return mix(pixels, batch.labels, *how, self.num_classes)
@@ -133,7 +139,10 @@ class AttackGenerator(Generator):
 
     @torch.no_grad()
     def stored_images(self, batch: Batch) -> Tensor:
-        """Return Q(x') from a store, [B, 3, H, W] in [0, 1]: the 8-bit pixels that the stored outputs belong to."""
+        """Return Q(x') from a store, [B, 3, H, W] in [0, 1].
+
+        They are the 8-bit pixels from which the stored outputs were computed.
+        """
         if batch.dad_images is not None:
             return to_pixels(batch.dad_images, self.layout)
         assert batch.dad_codes is not None and self.discretizer is not None
@@ -142,11 +151,14 @@ class AttackGenerator(Generator):
         return to_pixels(to_levels(decoded), self.layout)
 
     def ask_teacher(self, pixels: Tensor) -> Tensor:
-        """Return the teacher's logits [B, C]."""
+        """Return the teacher's logits [B, C].
+
+        Images of one layout: a compiled teacher has a form for each.
+        """
         assert self.teacher is not None, (
             "the builder leaves a teacher out only where stores replace it"
         )
-        return self.teacher(pixels)
+        return self.teacher(pixels.contiguous(memory_format=self.layout))
 
     def _discretized(self, model: Model, pixels: Tensor, targets: Tensor, keys: Tensor) -> Tensor:
         assert self.discretizer is not None
@@ -157,7 +169,10 @@ class AttackGenerator(Generator):
     def _teacher_logits(
         self, batch: Batch, images: dict[Images, Tensor], second_labels: Tensor
     ) -> tuple[dict[Images, Tensor], Tensor | None]:
-        """Return the teacher's logits, stored or computed, and the filter. One forward pass serves both."""
+        """Return the teacher's logits, stored or computed, and the filter.
+
+        One forward pass serves both.
+        """
         clean, adversarial, keep = batch.clean_outputs, batch.dad_outputs, batch.dad_kept
         if self.mix_outputs and clean is not None:
             others = clean[partners(len(clean), clean.device)]
@@ -178,8 +193,9 @@ class AttackGenerator(Generator):
 
 
 class JointGenerator(AttackGenerator):
-    """Generator of the authors' stored form: clean and stored adversarial images as one batch, each mixed with its
-    partner's image of the other kind."""
+    """Generator of the authors' stored form: clean and stored adversarial images as one batch, each
+    mixed with its partner's image of the other kind.
+    """
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> StepInputs:

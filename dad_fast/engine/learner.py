@@ -36,7 +36,7 @@ class Learner:
     ) -> None:
         """Create a learner.
 
-        forward: what computes the student's logits; by default the student, else for instance its compiled form.
+        forward: computes the student's logits: the student by default, or its compiled form.
         bn: "split" calls the student once for each kind of images, otherwise once for all of them.
         fused: use the Triton kernel of the loss.
         """
@@ -60,7 +60,7 @@ class Learner:
         return scalars
 
     def loss(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and scalars: the loss, its terms, the share of samples that the filter keeps."""
+        """Return the loss, and scalars: the loss, its terms, the share kept by the filter."""
         with self.autocast(), stage("student"):
             logits = self._logits(inputs.images)
         with stage("objective"):
@@ -72,8 +72,11 @@ class Learner:
         return loss, scalars
 
     def in_eval(self, pixels: Tensor) -> Tensor:
-        """Return the logits that an attack on the student sees: with fixed batch statistics and without dropout, so
-        that the attack leaves no trace in the student."""
+        """Return the logits that an attack on the student sees.
+
+        Batch statistics are fixed and dropout is off, so that the attack leaves no trace in the
+        student.
+        """
         self.student.eval()
         with self.autocast():
             logits = self.forward(pixels)
@@ -110,7 +113,9 @@ class Learner:
 
 
 class JointLearner(Learner):
-    """Learner of the authors' stored form: one loss over clean and adversarial images mixed with each other."""
+    """Learner of the authors' stored form: one loss over clean and adversarial images mixed with
+    each other.
+    """
 
     def _objective(
         self, inputs: StepInputs, logits: dict[Images, Tensor]

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 
 from dad_fast.allocator import describe_allocator
 from dad_fast.config.schema import Config, EmaConfig
+from dad_fast.config.setting import AUTO
+from dad_fast.cores import usable_cores
 from dad_fast.data.loaders.loader import TrainLoader
+from dad_fast.data.loaders.workers import loader_processes
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import choices
 from dad_fast.engine.build import Components
@@ -53,16 +56,29 @@ def run_choices(
         "cuda_graphs": choices.cuda_graphs(cfg.engine.cuda_graphs, device, graphs),
         "cudnn.benchmark": choices.convolution_benchmark(device),
         "loader": loading,
+        "workers": _workers(cfg),
         "allocator": Choice(*describe_allocator()),
         **{f"kernel {name}": Choice(*chosen) for name, chosen in parts.kernels.record().items()},
     }
 
 
-def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list[str]:
-    """Run summary, shown before the first step: data, steps, models and their dtypes.
+def _workers(cfg: Config) -> Choice:
+    asked = cfg.data.workers
+    reason = "asked for" if asked != AUTO else f"{usable_cores()} cores; --workers"
+    return Choice(str(loader_processes(asked)), reason)
 
-    steps: describes the steps of the run.
+
+def opening(
+    label: str, cfg: Config, parts: Components, chosen: Mapping[str, Choice], steps: str
+) -> list[str]:
+    """Return the run summary, shown before the first step: data, steps, schedule, models and
+    their dtypes.
+
+    label: of the run. steps: describes its steps.
     """
+    others = distributed.world() - 1
+    together = f" and {others} more process{'es' if others > 1 else ''}" if others else ""
+    title = f"{label}: method {cfg.method}, seed {cfg.seed}, on {parts.device}{together}"
 
     def dtype(stage: str) -> str:
         return str(chosen[f"dtype.{stage}"].value)
@@ -71,7 +87,9 @@ def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list
     millions = sum(p.numel() for p in student.parameters()) / 1e6
     rows = {
         "data": parts.train.describe(),
+        "val": parts.val.describe(),
         "steps": steps,
+        "schedule": _schedule(cfg),
         "student": f"{student.name}, {millions:.2f} M parameters",
     }
     if parts.probe is None:
@@ -80,7 +98,11 @@ def summary(parts: Components, chosen: Mapping[str, Choice], steps: str) -> list
         rows["teacher"] = f"{teacher.name}, {dtype('teacher')}"
     if discretizer is not None:
         rows["codes"] = f"{discretizer.name}, {dtype('encoder')}"
-    return [f"  {name:<8} {text}" for name, text in rows.items()]
+        rows["attack"] = (
+            f"{cfg.attack.norm}, eps {cfg.attack.eps:g}, "
+            f"{cfg.attack.steps} steps of {cfg.attack.step_size:g}"
+        )
+    return [title, *(f"  {name:<8} {text}" for name, text in rows.items())]
 
 
 def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
@@ -120,6 +142,13 @@ def _scaled(cfg: Config) -> list[str]:
         return []
     base = f"--lr-base {optim.lr_base:g} at {optim.lr_base_size} images a step"
     return [f"learning rate {optim.lr:g} at {size}: {base}"]
+
+
+def _schedule(cfg: Config) -> str:
+    schedule = cfg.schedule
+    text = f"{schedule.epochs} epochs, warm-up {schedule.warmup_epochs:g}, lr {cfg.optim.lr:g}"
+    cooldown = schedule.cooldown_epochs
+    return f"{text}, cool-down {cooldown:g}" if cooldown else text
 
 
 def _batches(cfg: Config) -> str:
@@ -176,7 +205,8 @@ class Advice:
         if not self._advised and self._windows > 1 and self._loader != "features":
             data = self._cfg.data
             cuda = self._parts.device.type == "cuda"
-            advice = input_bound(window, data.global_batch_size, data.workers, self._loader, cuda)
+            workers = loader_processes(data.workers)
+            advice = input_bound(window, data.global_batch_size, workers, self._loader, cuda)
             if advice:
                 self._advised = True
                 log(advice)

@@ -13,8 +13,10 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
+from dad_fast.data.sources.splits import find_split
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.errors import DataError, UsageError
+from dad_fast.evaluate.suites.open import check_suites
 from dad_fast.loggers.sinks import check_sinks
 from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.registry import check_teacher_name
@@ -27,6 +29,8 @@ def check_files(cfg: Config) -> None:
     """
     check_sinks(cfg.log_to)
     check_splits(cfg)
+    if cfg.eval.suites:
+        check_suites(cfg.eval.suites, cfg.data)
     # With stores, the models that are needed are known only when the stores are open.
     if cfg.store.dirs:
         for folder in cfg.store.dirs:
@@ -43,8 +47,10 @@ def check_files_to_fill(cfg: Config, discretizer: bool) -> None:
     data = cfg.data
     if data.class_map:
         ClassMap.from_csv(data.class_map)
-    if not is_named(data.data_dir) and not find_shards(data.data_dir, data.train_split):
-        find_folder(Path(data.data_dir), data.train_split)
+    if not is_named(data.data_dir):
+        train = find_split(data, data.train_split).name
+        if not find_shards(data.data_dir, train):
+            find_folder(Path(data.data_dir), train)
     check_weights(cfg, teacher=True, discretizer=discretizer)
 
 
@@ -86,8 +92,10 @@ def check_splits(cfg: Config) -> None:
     data = cfg.data
     if data.class_map:
         ClassMap.from_csv(data.class_map)
-    splits = data.train_split, data.val_split
-    if is_named(data.data_dir) or any(find_shards(data.data_dir, split) for split in splits):
+    if is_named(data.data_dir):
+        return
+    splits = [find_split(data, split).name for split in (data.train_split, data.val_split)]
+    if any(find_shards(data.data_dir, split) for split in splits):
         return
     folders = [find_folder(Path(data.data_dir), split) for split in splits]
     if not data.class_map:
@@ -95,12 +103,12 @@ def check_splits(cfg: Config) -> None:
 
 
 def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
-    """Raise DataError for fewer than two classes, or if the class lists of the two splits differ."""
+    """Raise DataError for fewer than two classes, or if the splits' class lists differ."""
     if len(train) < 2:
         only = Path(cfg.data.data_dir) / cfg.data.train_split / train.folders[0]
         raise DataError(
-            f"--data-dir {cfg.data.data_dir}: one class, {shown(train.names[0])}; a classifier needs "
-            f"two{_level_below(only)}"
+            f"--data-dir {cfg.data.data_dir}: one class, {shown(train.names[0])}; a classifier "
+            f"needs two{_level_below(only)}"
         )
     if train == val:
         return

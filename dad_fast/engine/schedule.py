@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step."""
+"""Length of a run, and its learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from dad_fast.config.schema import OptimConfig, ScheduleConfig
+from dad_fast.config.schema import Config, OptimConfig, ScheduleConfig
 from dad_fast.errors import UsageError
 
 
 def total_epochs(schedule: ScheduleConfig) -> float:
     """Return the epochs of a whole run; the cool-down comes after `epochs`, as in timm."""
     return schedule.epochs + schedule.cooldown_epochs
+
+
+def total_steps(cfg: Config, steps_per_epoch: int) -> int:
+    """Return the steps of a whole run."""
+    steps = round(total_epochs(cfg.schedule) * steps_per_epoch)
+    return min(steps, cfg.max_steps) if cfg.max_steps else steps
 
 
 def make_schedule(

@@ -116,7 +116,7 @@ def faults(tests: Iterable[Case]) -> dict[str, str]:
             continue
         found[case.kernel] = problem(case)
         if found[case.kernel] and torch.cuda.is_initialized():
-            _check_that_gpu_answers(case.kernel, found[case.kernel])
+            check_that_gpu_answers(f"the kernel {case.kernel}", found[case.kernel], "kernels")
     return found
 
 
@@ -133,10 +133,14 @@ def step_cases(
     yield from cases.distillation_loss_cases(device, num_classes, dtype, temperature)
 
 
-def _check_that_gpu_answers(kernel: str, why: str) -> None:
+def check_that_gpu_answers(culprit: str, why: str, flag: str) -> None:
+    """Raise EnvironmentProblem if the GPU does not answer after `culprit` failed.
+
+    flag: turns the culprit off.
+    """
     try:
         torch.cuda.synchronize()
     except RuntimeError:
         raise EnvironmentProblem(
-            f"the kernel {kernel} made the GPU fail ({why}); start again with --kernels off"
+            f"{culprit} made the GPU fail ({why}); start again with --{flag} off"
         ) from None

@@ -3,8 +3,9 @@
     batch -> Generator (attack -> discretizer -> teacher)            once
           -> Learner x n (student forward -> terms -> backward -> update)    once per student
 
-A method is a set of loss terms (dad_fast/methods/registry.py); the step knows no method by name. generator.py and
-learner.py are what it calls; the joint form and the linear probe are generators and learners of their own.
+A method is a set of loss terms (dad_fast/methods/registry.py); the step knows no method by name.
+generator.py and learner.py are what it calls; the joint form and the linear probe are generators
+and learners of their own.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class TrainStep:
 
         num_micro_batches: a batch holds so many; their gradients make one update.
         tf32: use TF32 for what stays float32, except where the attack depends on it.
-        cuda_graphs: "auto", "on" or "off". Raises EnvironmentProblem for "on" where they cannot be used.
+        cuda_graphs: "auto", "on" or "off".
+        Raises EnvironmentProblem for "on" where graphs cannot be used.
         """
         self.generator = generator
         self.learners = list(learners)
@@ -54,8 +56,8 @@ class TrainStep:
     def __call__(self, batch: Batch, step: int, lr: float) -> list[Scalars]:
         """Make one step at learning rate `lr`.
 
-        Returns for each learner scalars on the device: the loss, its terms, the share kept by the filter, and whether
-        the update was applied. Each is the mean over the micro-batches.
+        Returns for each learner scalars on the device: the loss, its terms, the share kept by the
+        filter, and `applied`, 1 where the update was made. Each is the mean over the micro-batches.
         """
         with float32_math(tf32=self.tf32):
             return self._step(batch, step, lr)
@@ -89,7 +91,9 @@ class TrainStep:
         ]
 
     def generate(self, batch: Batch) -> StepInputs:
-        """Make what the learners share: clean images, those that attack the teacher, and the teacher's logits."""
+        """Make what the learners share: clean images, images that attack the teacher, and the
+        teacher's logits.
+        """
         return self.generator(batch)
 
     def learn(self, batch: Batch, inputs: StepInputs) -> list[Scalars]:

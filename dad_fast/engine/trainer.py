@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 from dad_fast.checkpoint.folder import CheckpointFolder
 from dad_fast.checkpoint.state import load_for_all, restore, save, seed_generators
@@ -25,18 +24,16 @@ from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_request
 from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.choices import fast_convolutions
 from dad_fast.engine.cuda_graph import WARM_UP
-from dad_fast.engine.diagnostics import attack_effects, attack_to_rounding, codes_changed
+from dad_fast.engine.evaluator import Evaluator
 from dad_fast.engine.memory import collections_between_steps, enough_memory
-from dad_fast.engine.meter import Meter, over_processes
-from dad_fast.engine.notices import Advice, details, ema_lag, run_choices, summary
+from dad_fast.engine.monitor import Monitor
+from dad_fast.engine.notices import details, ema_lag, opening, run_choices
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe.features import FeatureLoader
-from dad_fast.engine.schedule import make_schedule, total_epochs
-from dad_fast.engine.step_timer import StepTimer
+from dad_fast.engine.schedule import make_schedule, total_steps
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
-from dad_fast.evaluate.runner import Result, Suite, evaluate
-from dad_fast.loggers.gpu import Gpu
+from dad_fast.evaluate.runner import Result, Suite
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.loggers.sinks import open_sinks
@@ -93,8 +90,7 @@ class Trainer:
         self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.learning_rate = make_schedule(self.steps_per_epoch, cfg.optim, cfg.schedule)
-        steps = round(total_epochs(cfg.schedule) * self.steps_per_epoch)
-        self.total_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
+        self.total_steps = total_steps(cfg, self.steps_per_epoch)
 
         self.next_step = 0
         self.best_top1 = -1.0
@@ -103,17 +99,12 @@ class Trainer:
         # True if a stop was requested where a validation was due.
         self.validation_due = False
         self.worst_streak = torch.zeros((), device=device)
-        # Unreadable files in the batches of this process so far, and of any process.
-        self.met: set[str] = set()
-        self.bad_images: set[str] = set()
 
-        self.meter = Meter()
-        self.clock = StepTimer(device)
         self.choices = run_choices(cfg, parts, self.loader, self.step.graphs is not None)
-        self.advice = Advice(cfg, parts, self.loader.name)
-        self.gpu: Gpu | None = None
-        if device.type == "cuda" and distributed.is_main():
-            self.gpu = Gpu.open(device.index or 0)
+        self.monitor = Monitor(cfg, parts, self.step, self.loader.name)
+        self.clock = self.monitor.clock
+        stopped = f"{STOPPED_IN_EVALUATION} {output}, {RESUME_HINT}"
+        self.evaluate = Evaluator(cfg, parts, self.learner.autocast, stopped)
 
         self.checkpoints = CheckpointFolder(output / "checkpoints", cfg.checkpoint.keep)
         self.writer = Writer()
@@ -156,18 +147,11 @@ class Trainer:
         for note in self.notes:
             self.log.say(note)
 
-        others = distributed.world() - 1
-        together = f" and {others} more process{'es' if others > 1 else ''}" if others else ""
-        self.log.say(
-            f"{self.label}: method {self.cfg.method}, seed {self.cfg.seed}, "
-            f"on {self.parts.device}{together}"
-        )
         steps = f"{self.next_step:,} to {self.total_steps:,} of {self.images_per_step} images"
+        steps += f", {self.steps_per_epoch:,} an epoch"
         if self.next_step >= self.total_steps:
-            steps = f"all {self.total_steps:,} are done; the evaluation is left"
-        else:
-            steps += f", {self.steps_per_epoch:,} an epoch"
-        for line in summary(self.parts, self.choices, steps):
+            steps = f"{self.next_step:,} are done, as many as asked for; the evaluation is left"
+        for line in opening(self.label, self.cfg, self.parts, self.choices, steps):
             self.log.say(line)
         for line in details(self.cfg, self.parts, self.choices):
             self.log.say(line, echo=False)
@@ -205,8 +189,6 @@ class Trainer:
         batches = self._batches()
         vote = distributed.Vote()
         first_step = self.next_step
-        if self.settled.engine.torchcompile and first_step < self.total_steps:
-            self.log.say("compiling in the first step, which may take minutes (--torchcompile off)")
         self.clock.skip()
         while self.next_step < self.total_steps:
             is_first = self.next_step == first_step
@@ -214,7 +196,7 @@ class Trainer:
             with ends_at_once(STOPPED_AT_FIRST) if is_first else nullcontext():
                 batch = next(batches)
                 if self.next_step == 0:
-                    self._check_attack(batch)
+                    self._log_attack(batch)
                 if is_first:
                     self.clock.skip()
                 started = time.monotonic()
@@ -231,7 +213,7 @@ class Trainer:
             if self.next_step % self.cfg.log_every == 0 or is_last:
                 self._log_window(lr, batch, progress)
             elif progress.is_due():
-                progress.update(_to_show(self.meter.peek()))
+                progress.update(self.monitor.peek())
             if is_last or epoch_ends or stopping or self._checkpoint_due():
                 self.clock.count()
                 self._boundary(is_last, epoch_ends, bool(stopping), progress)
@@ -253,8 +235,7 @@ class Trainer:
         lr = self.learning_rate(self.next_step)
         with self.clock.step(), enough_memory(self.settled, self.parts.device):
             (scalars,) = self.step(batch, self.next_step, lr)
-        self.meter.add(scalars)
-        self.met.update(batch.replaced)
+        self.monitor.add(batch, scalars)
         self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
         self.next_step += 1
         return lr
@@ -266,7 +247,7 @@ class Trainer:
             "epochs": self.next_step / self.steps_per_epoch,
             "best_val_top1": self.best_top1,
             "best_epoch": self.best_epoch,
-            "bad_images": len(self.gathered_bad_images()),
+            "bad_images": len(self.monitor.gathered_bad_images()),
             "failed_over": sum(distributed.all_gather_json(self.loader.failed_over)),
         }
 
@@ -292,40 +273,47 @@ class Trainer:
         """Validate and save, whichever is due."""
         self._stop_if_not_finite()
         gc.collect()
-        if epoch_ends and self.meter.count:
-            progress.update(_to_show(self.meter.peek()))
+        if epoch_ends and (means := self.monitor.peek()):
+            progress.update(means)
         epoch = self.next_step // self.steps_per_epoch
         every = self.cfg.eval.every_epochs
         best = False
         self.validation_due = not last and epoch_ends and every > 0 and epoch % every == 0
         if last or (self.validation_due and not stopping):
-            self.validation_due = False
-            try:
-                suite = Suite(self.cfg.data.val_split, self.parts.val)
-                shown = progress.evaluating("validation")
-                result = self.evaluate(self.evaluated, suite, shown)
-            except (Preempted, Interrupted) as stop:
-                self.validation_due = True
-                save(self, best=False)
-                self._stop(type(stop))
+            result = self._validate(progress)
             best = result.top1 > self.best_top1
             if best:
                 self.best_top1 = result.top1
                 self.best_epoch = self.next_step / self.steps_per_epoch
-            self.log.metrics(
-                "val",
-                step=self.next_step,
-                epoch=epoch,
-                top1=result.top1,
-                nll=result.nll,
-                ece=result.ece,
-            )
             progress.show_validation(result.top1, self.best_top1)
         elif epoch_ends:
             progress.end_epoch()
         by_epoch = epoch_ends and not self.cfg.checkpoint.every_steps
         if last or stopping or best or by_epoch or self._checkpoint_due():
             save(self, best)
+
+    def _validate(self, progress: TrainProgress) -> Result:
+        """Evaluate on the validation split and log the scores.
+
+        Raises Preempted or Interrupted, after saving, when a signal asks any process to stop.
+        """
+        suite = Suite(self.cfg.data.val_split, self.parts.val)
+        self.validation_due = False
+        try:
+            result = self.evaluate(self.evaluated, suite, progress.evaluating("validation"))
+        except (Preempted, Interrupted) as stop:
+            self.validation_due = True
+            save(self, best=False)
+            self._stop(type(stop))
+        self.log.metrics(
+            "val",
+            step=self.next_step,
+            epoch=self.next_step // self.steps_per_epoch,
+            top1=result.top1,
+            nll=result.nll,
+            ece=result.ece,
+        )
+        return result
 
     def _stop(self, kind: type[DadFastError]) -> NoReturn:
         """Raise `kind` in all processes, once the state is written."""
@@ -338,37 +326,24 @@ class Trainer:
         every = self.cfg.checkpoint.every_steps
         return bool(every) and self.next_step % every == 0
 
+    def _log_attack(self, batch: Batch) -> None:
+        """Log what the attack changes on a few images of the first batch."""
+        values = self.monitor.attack(batch, self.log.say)
+        if values:
+            self.log.metrics("attack", step=self.next_step, **values)
+
     def _log_window(self, lr: float, batch: Batch, progress: TrainProgress) -> None:
         self._stop_if_not_finite()
-        values = _to_show(self.meter.read())
-        self.clock.count()
-        window = self.clock.window()
-        values |= codes_changed(self.step.generator, self.learner, batch)
-        largest = {"data_wait": window.waited / window.seconds}
-        if self.parts.device.type == "cuda":
-            largest["gpu_memory"] = torch.cuda.max_memory_allocated(self.parts.device) / 2**30
-        values = over_processes(values, largest)
-        bad_images = len(self.gathered_bad_images())
-        self.advice.on_window(window, self.log.say)
-        self.clock.skip()
+        values, others = self.monitor.window(batch, self.log.say)
         progress.update(values)
-        gpu = {"gpu": self.gpu.sample()} if self.gpu else {}
         self.log.metrics(
             "train",
             step=self.next_step,
             epoch=self.next_step / self.steps_per_epoch,
             lr=lr,
             **values,
-            img_per_s=window.steps * self.images_per_step / window.seconds,
-            bad_images=bad_images,
-            **gpu,
+            **others,
         )
-
-    def gathered_bad_images(self) -> list[str]:
-        """Return the unreadable files that any process has met so far. A collective."""
-        for names in distributed.all_gather_json(sorted(self.met - self.bad_images)):
-            self.bad_images.update(names)
-        return sorted(self.bad_images)
 
     def _stop_if_not_finite(self) -> None:
         if self.worst_streak.item() > self.update.tolerated:
@@ -390,46 +365,6 @@ class Trainer:
         """The student to evaluate: its EMA if there is one."""
         return self.update.ema.module if self.update.ema is not None else self.parts.student
 
-    def evaluate(
-        self, model: nn.Module, suite: Suite, progress: Callable[[int, int], None] | None = None
-    ) -> Result:
-        """Evaluate `model` on `suite` with the student's view of images and the run's precision.
-
-        Raises Preempted or Interrupted when a signal asks any process to stop.
-        """
-        student = self.parts.student
-        precision = float32_math(tf32=self.cfg.precision.tf32)
-        with precision, self.learner.autocast(), stop_requests():
-            return evaluate(
-                model,
-                suite.source,
-                name=suite.name,
-                img_size=student.image_size,
-                crop_pct=student.crop_pct,
-                interpolation=student.interpolation,
-                batch_size=self.cfg.eval.batch_size or self.cfg.data.batch_size,
-                workers=self.cfg.data.workers,
-                device=self.parts.device,
-                corruption=suite.corruption,
-                progress=progress,
-                stopped=f"{STOPPED_IN_EVALUATION} {self.output}, {RESUME_HINT}",
-            )
-
-    def _check_attack(self, batch: Batch) -> None:
-        """Measure on a few images of the first batch what the attack changes; warn if it is little."""
-        where = self.step.generator, self.learner, batch
-        values: dict[str, float] = {}
-        ratio = attack_to_rounding(*where)
-        if ratio is not None:
-            values["signal_to_rounding"] = ratio
-            self.advice.on_attack(ratio, self.log.say)
-        for suffix, effect in attack_effects(*where).items():
-            values[f"{effect.unit.replace(' ', '_')}_changed{suffix}"] = effect.changed
-            values[f"answers_changed{suffix}"] = effect.answers
-            self.advice.on_effect(effect, self.log.say)
-        if values:
-            self.log.metrics("attack", step=self.next_step, **values)
-
     def write_model(self, path: Path) -> None:
         """Write `model.safetensors`: the weights to evaluate and their metadata."""
         write_safetensors(path, *self.model_file())
@@ -443,8 +378,3 @@ class Trainer:
             "dad_fast.classes": self.parts.train.classes.to_json(),
             "dad_fast.ema": str(self.cfg.ema.model_ema).lower(),
         }
-
-
-def _to_show(means: dict[str, float]) -> dict[str, float]:
-    """Return the means of a log line: with `applied` only when a step was skipped."""
-    return {name: mean for name, mean in means.items() if name != "applied" or mean != 1.0}

@@ -185,5 +185,6 @@ class Update:
         if self.skips_on_device:
             optimizer.found_inf = (~finite).float()
             optimizer.step()
+        # Waits for the device: nothing else can skip a step of any optimizer exactly.
         elif finite.item():
             optimizer.step()

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dad_fast.config.schema import Config
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
-from dad_fast.models.load_student import load_student
+from dad_fast.models.load_student import load_student, take_view
 from dad_fast.models.load_teacher import load_teacher
-from dad_fast.models.student import checkpoint_file
+from dad_fast.models.places import checkpoint_file, run_settings
+from dad_fast.models.registry import is_registered
+from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
-from dad_fast.models.weights.declared import CLASSES
+from dad_fast.models.weights.declared import CLASSES, recorded_classes
 from dad_fast.models.weights.files import sha256_file
-
-BY_NAME = ("timm:", "open_clip:", "hf-hub:", "embedded:")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +32,10 @@ class EvalModel:
 
     name: str
     title: str
-    model: nn.Module
+    model: Student | Teacher
     classes: ClassMap
     view: tuple[int, float, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def is_by_name(name: str) -> bool:
-    """Return whether the name is one for `--teacher`, and not a run's folder or a file."""
-    return name.startswith(BY_NAME)
 
 
 def load_subject(
@@ -53,12 +47,14 @@ def load_subject(
 
     Raises DataError and UsageError as the loaders do, and for a run that recorded no classes.
     """
-    if is_by_name(name):
+    if is_registered(name):
         named = replace(cfg.teacher, name=name)
         return of_teacher(load_teacher(named, data_classes(), cfg.precision, device))
     path = checkpoint_file(name)
     student, metadata = load_student(path)
-    classes = recorded_classes(path, metadata, cfg.data.class_map)
+    take_view(student, run_settings(path)[0])
+    classes = recorded_classes(path, metadata.get(CLASSES), student.num_classes)
+    _check_same(path, classes, cfg.data.class_map)
     method = metadata.get("dad_fast.method", "")
     ema = metadata.get("dad_fast.ema", "") == "true"
     title = f"{path}: {student.name}"
@@ -87,28 +83,19 @@ def of_teacher(teacher: Teacher) -> EvalModel:
     return EvalModel(teacher.name, teacher.name, teacher, teacher.classes, view, facts)
 
 
-def recorded_classes(weights: Path, metadata: Mapping[str, str], class_map: str) -> ClassMap:
-    """Return the classes of a student's outputs, in their order.
-
-    Raises DataError for weights without a class list, and for a `--class-map` that differs from it.
-    """
-    if CLASSES not in metadata:
-        raise DataError(
-            f"{weights}: no class list in its metadata, so its outputs have no meaning; "
-            "was it written by dad-fast?"
-        )
-    classes = ClassMap.from_json(metadata[CLASSES])
-    if class_map:
-        given = ClassMap.from_csv(class_map)
-        for number, (ours, theirs) in enumerate(zip(classes.folders, given.folders, strict=False)):
-            if ours != theirs:
-                raise DataError(
-                    f"--class-map {class_map}: class {number} is {theirs!r}, but {ours!r} in "
-                    f"{weights}; leave --class-map out"
-                )
-        if len(classes) != len(given):
+def _check_same(weights: Path, classes: ClassMap, class_map: str) -> None:
+    """Raise DataError for a `--class-map` that differs from the recorded classes."""
+    if not class_map:
+        return
+    given = ClassMap.from_csv(class_map)
+    for number, (ours, theirs) in enumerate(zip(classes.folders, given.folders, strict=False)):
+        if ours != theirs:
             raise DataError(
-                f"--class-map {class_map}: {len(given)} classes, but {len(classes)} in {weights}; "
-                "leave --class-map out"
+                f"--class-map {class_map}: class {number} is {theirs!r}, but {ours!r} in "
+                f"{weights}; leave --class-map out"
             )
-    return classes
+    if len(classes) != len(given):
+        raise DataError(
+            f"--class-map {class_map}: {len(given)} classes, but {len(classes)} in {weights}; "
+            "leave --class-map out"
+        )

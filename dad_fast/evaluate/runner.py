@@ -22,7 +22,8 @@ from dad_fast.data.sources.base import Source
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.signals import asked
 from dad_fast.errors import DadFastError, DataError
-from dad_fast.evaluate.corruptions.common import corrupt, num_severities
+from dad_fast.evaluate.corruptions.common import corrupt
+from dad_fast.evaluate.corruptions.names import num_severities
 from dad_fast.evaluate.metrics.image_scores import SCORES, image_scores
 from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.metrics.predictions import FIELDS, Records

@@ -8,14 +8,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dad_fast.evaluate.columns import Layout
 from dad_fast.evaluate.metrics.ood_detection import METRICS as DETECTION
 from dad_fast.evaluate.metrics.result import Result
 from dad_fast.files import atomic_write_text
 
-HEADER = (
-    f"{'suite':<24} {'images':>8} {'top-1 %':>7} {'95 %':>13} {'top-5 %':>7} "
-    f"{'ECE %':>6} {'NLL':>7} {'Brier':>6} {'agree %':>7}"
-)
+# Columns of the results, and those that a narrow terminal lacks, the first one first.
+WIDTHS = {
+    "suite": 24,
+    "images": 8,
+    "top-1 %": 7,
+    "95 %": 13,
+    "top-5 %": 7,
+    "ECE %": 6,
+    "NLL": 7,
+    "Brier": 6,
+    "agree %": 7,
+}
+SPARE = ("Brier", "NLL", "top-5 %", "images", "ECE %", "agree %", "95 %")
+COMPARED = {
+    "suite": 24,
+    "images": 8,
+    "A %": 6,
+    "B %": 6,
+    "A - B": 6,
+    "95 %": 15,
+    "only A": 7,
+    "only B": 7,
+    "p": 9,
+}
+SPARE_COMPARED = ("only A", "only B", "images", "p", "A %", "B %")
 COLUMNS = [
     "num_images",
     "skipped",
@@ -42,14 +64,26 @@ COLUMNS = [
 ]
 
 
-def row(result: Result) -> str:
-    """Format a result as a row below HEADER."""
+def results_layout(width: int) -> Layout:
+    """Return the columns of the results that fit `width`."""
+    return Layout(WIDTHS, SPARE, width)
+
+
+def row(result: Result, layout: Layout) -> str:
+    """Format a result as a row of `layout`."""
     low, high = result.top1_interval or (float("nan"), float("nan"))
-    interval = f"{low:.1f} – {high:.1f}"
-    return (
-        f"{result.name:<24} {result.num_images:>8} {result.top1:>7.1f} {interval:>13} "
-        f"{_number(result.top5, 1):>7} {result.ece:>6.1f} {result.nll:>7.3f} "
-        f"{_number(result.brier, 3):>6} {_number(result.agreement, 1):>7}"
+    return layout.line(
+        {
+            "suite": result.name,
+            "images": str(result.num_images),
+            "top-1 %": f"{result.top1:.1f}",
+            "95 %": f"{low:.1f} – {high:.1f}",
+            "top-5 %": _number(result.top5, 1),
+            "ECE %": f"{result.ece:.1f}",
+            "NLL": f"{result.nll:.3f}",
+            "Brier": _number(result.brier, 3),
+            "agree %": _number(result.agreement, 1),
+        }
     )
 
 
@@ -78,17 +112,20 @@ def notes(results: Mapping[str, Result]) -> list[str]:
 
 
 def detection_lines(
-    id_suite: str, ood: Mapping[str, Mapping[str, Mapping[str, float]]]
+    id_suite: str, ood: Mapping[str, Mapping[str, Mapping[str, float]]], width: int
 ) -> list[str]:
-    """Format the detection metrics: a row per set of unknown images and score."""
+    """Format the detection metrics in `width` columns: a row per set of unknown images and score."""
     title = f"unknown, against {id_suite}"
     headings = [name.upper().replace("_", "-") for name in DETECTION]
-    lines = [f"{title:<40} {'score':<12}" + "".join(f" {text:>9}" for text in headings)]
+    widths = {title: 40, "score": 12, **dict.fromkeys(headings, 9)}
+    layout = Layout(widths, headings[:0:-1], width)
+    lines = [layout.header()]
     for name, scores in ood.items():
         for score, found in scores.items():
-            numbers = "".join(f" {found[metric]:>9.1f}" for metric in DETECTION)
-            lines.append(f"{name:<40} {score:<12}{numbers}")
-    return lines
+            numbers = (f"{found[metric]:.1f}" for metric in DETECTION)
+            cells = {title: name, "score": score, **dict(zip(headings, numbers, strict=True))}
+            lines.append(layout.line(cells))
+    return [*lines, layout.note()] if layout.left_out else lines
 
 
 def robustness_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -101,22 +138,29 @@ def robustness_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def comparison_lines(names: tuple[str, str], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Format the paired comparison of two models: a row per suite."""
-    lines = [f"A = {names[0]}", f"B = {names[1]}", ""]
-    lines.append(
-        f"{'suite':<24} {'images':>8} {'A %':>6} {'B %':>6} {'A - B':>6} {'95 %':>15} "
-        f"{'only A':>7} {'only B':>7} {'p':>9}"
-    )
+def comparison_lines(
+    names: tuple[str, str], found: Mapping[str, Mapping[str, Any]], width: int
+) -> list[str]:
+    """Format the paired comparison of two models in `width` columns: a row per suite."""
+    layout = Layout(COMPARED, SPARE_COMPARED, width)
+    lines = [f"A = {names[0]}", f"B = {names[1]}", "", layout.header()]
     for suite, one in found.items():
         a, b = one["top1"]
         low, high = one["interval"]
-        interval = f"{low:+.1f} – {high:+.1f}"
-        p = "–" if one["p_value"] is None else f"{one['p_value']:.2g}"
-        lines.append(
-            f"{suite:<24} {one['num_images']:>8} {a:>6.1f} {b:>6.1f} {one['difference']:>+6.1f} "
-            f"{interval:>15} {one['only_first']:>7} {one['only_second']:>7} {p:>9}"
-        )
+        cells = {
+            "suite": suite,
+            "images": str(one["num_images"]),
+            "A %": f"{a:.1f}",
+            "B %": f"{b:.1f}",
+            "A - B": f"{one['difference']:+.1f}",
+            "95 %": f"{low:+.1f} – {high:+.1f}",
+            "only A": str(one["only_first"]),
+            "only B": str(one["only_second"]),
+            "p": "–" if one["p_value"] is None else f"{one['p_value']:.2g}",
+        }
+        lines.append(layout.line(cells))
+    if layout.left_out:
+        lines.append(layout.note())
     lines.append(
         "95 %: paired bootstrap over images. p: McNemar's exact test, two-sided; none over several "
         "corruptions of an image."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from dad_fast.errors import printable
 from dad_fast.files import disk_error, no_link, plain
 from dad_fast.loggers.sinks import PATIENCE, OpenSink
+from dad_fast.loggers.warning_lines import WarningLines
 
 # Size of train.log, about two weeks of a line every ten seconds; beyond, it replaces train.log.1.
 LOG_BYTES = 16 * 2**20
@@ -119,7 +119,7 @@ class RunLog:
                 self._metrics.truncate(kept)
 
     def close(self) -> None:
-        logging.getLogger("dad_fast").removeHandler(self._warnings)
+        self._warnings.remove_all()
         self.close_sinks()
         self._metrics.close()
         self._text.close()
@@ -170,26 +170,18 @@ def _append(file: FileIO, text: str) -> None:
             rest = rest[file.write(rest) :]
 
 
-class _Warnings(logging.Handler):
-    """Handler that sends warnings to the RunLog.
+class _Warnings(WarningLines):
+    """Handler that sends warnings to the RunLog, and shows those that were not shown before.
 
-    Replaces the handler of the last run, and Python's default output, which would tear the live
-    bar.
+    Replaces the handler of the last run, and that of the command, which would tear the live bar.
     """
 
     def __init__(self, log: RunLog) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self._log = log
 
-    def install(self) -> None:
-        logger = logging.getLogger("dad_fast")
-        for handler in list(logger.handlers):
-            if isinstance(handler, _Warnings):
-                logger.removeHandler(handler)
-        logger.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._log.say(f"warning: {record.getMessage()}")
+    def write(self, text: str, is_new: bool) -> None:
+        self._log.say(text, echo=is_new)
 
 
 def read_metrics(folder: str | Path, kind: str = "") -> list[dict[str, Any]]:

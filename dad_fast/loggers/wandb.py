@@ -9,6 +9,9 @@ from typing import Any
 
 from dad_fast.loggers.sinks import RunInfo, Sink, scalars
 
+# Seconds that W&B may take to begin and to end a run.
+TIMEOUT = 40.0
+
 
 class WeightsAndBiases(Sink):
     """Sends scalars, settings, pictures and tables to W&B, or with WANDB_MODE=offline to files.
@@ -29,11 +32,18 @@ class WeightsAndBiases(Sink):
     def start(self, run: RunInfo) -> None:
         wandb = self._wandb
         offline = os.environ.get("WANDB_MODE", "online") != "online"
+        # console off: capturing the output would tear the progress bar.
+        quiet = wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=TIMEOUT,
+            finish_timeout=TIMEOUT,
+            finish_timeout_raises=True,
+        )
+        wandb.setup(settings=quiet)
         # Without a key wandb.init would ask for it on the terminal, below the progress bar.
         if not offline and not wandb.login(prompt=False, verify=False):
             raise PermissionError("not logged in; run wandb login, or set WANDB_MODE=offline")
-        # console off: capturing the output would tear the progress bar.
-        quiet = wandb.Settings(console="off", silent=True)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "dad-fast"),
             id=run.run_id,

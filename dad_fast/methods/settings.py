@@ -10,6 +10,7 @@ from typing import Any
 from dad_fast.config.fields import coerce, get, nearest, settings
 from dad_fast.config.resolve import gather, is_fixed
 from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
+from dad_fast.config.setting import AUTO
 from dad_fast.config.variants import expand
 from dad_fast.data.sources.registry import SOURCES
 from dad_fast.discretizers.registry import DISCRETIZERS
@@ -101,7 +102,8 @@ def _check_run(cfg: Config) -> None:
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
         raise UsageError(f"--device {cfg.device}: must be auto, cpu, cuda or cuda:N")
-    if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.data.batch_size % 2:
+    odd = cfg.data.batch_size != AUTO and cfg.data.batch_size % 2
+    if (cfg.augment.mixup or cfg.augment.cutmix) and odd:
         raise UsageError(
             f"--batch-size {cfg.data.batch_size}: must be even with --mixup or --cutmix, which "
             "mix pairs of images"
@@ -116,11 +118,11 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(
             "--student-weights and --init-from both give the student's weights: leave one out"
         )
-    if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
+    if cfg.schedule.epochs != AUTO and cfg.schedule.warmup_epochs > cfg.schedule.epochs:
         raise UsageError(
             f"--warmup-epochs {cfg.schedule.warmup_epochs:g} is more than --epochs "
             f"{cfg.schedule.epochs}, of which it is the first part: "
-            "raise --epochs, or set --warmup-epochs (0 = none)"
+            "write --warmup-epochs auto (a tenth of them) or 0, or raise --epochs"
         )
 
 

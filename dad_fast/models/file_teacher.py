@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dad_fast.errors import DataError
-from dad_fast.models.student import checkpoint_file
+from dad_fast.models.places import checkpoint_file
 from dad_fast.models.teacher import Teacher, TeacherContext
 from dad_fast.models.timm_teacher import load_run
 from dad_fast.models.weights.declared import PROBE, STUDENT, probe_spec

@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dad_fast.config import Config, from_toml
+from dad_fast.config import Config
 from dad_fast.errors import DataError
-from dad_fast.files import read_text
+from dad_fast.models.places import checkpoint_file
 from dad_fast.models.probe import load_probe
-from dad_fast.models.student import Student, checkpoint_file, read_student
+from dad_fast.models.student import Student, read_student
 from dad_fast.models.weights.declared import PROBE, STUDENT
 from dad_fast.models.weights.files import load_strictly, read_state_dict, sha256_file
 
@@ -80,20 +80,6 @@ def _read_raw(path: Path) -> dict[str, Tensor]:
         raise DataError(
             f"{path}: cannot be read ({type(error).__name__}: {error}); name another checkpoint"
         ) from None
-
-
-def run_settings(weights: Path) -> tuple[Config | None, Path]:
-    """Return the settings of a model's run and the run's folder; None if there is no config.toml.
-
-    The file lies next to the weights, or in the run's folder if the weights are those of a
-    checkpoint.
-    """
-    folder = weights.absolute().parent
-    for place in (folder, folder.parent.parent):
-        file = place / "config.toml"
-        if file.is_file():
-            return from_toml(read_text(file), str(file)), place
-    return None, folder
 
 
 def take_view(student: Student, cfg: Config | None) -> None:

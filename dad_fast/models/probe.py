@@ -24,8 +24,9 @@ from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.errors import DataError, UsageError
 from dad_fast.models.file_teacher import holds_student
 from dad_fast.models.load_teacher import load_teacher
+from dad_fast.models.places import checkpoint_file
 from dad_fast.models.registry import is_registered
-from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.declared import (
     CLASSES,

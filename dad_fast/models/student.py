@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
+from dad_fast.models.places import checkpoint_file
 from dad_fast.models.weights.declared import (
     STUDENT,
     check_model_kwargs,
@@ -110,6 +111,7 @@ def build_student(
     pretrained = cfg.pretrained and not cfg.weights and not cfg.init_from
     name, model_kwargs = student_model(cfg.name), dict(cfg.model_kwargs)
     model = _create(name, num_classes, img_size, kwargs, pretrained)
+    _warn_of_cut(cfg.name, model, img_size)
 
     data = resolve_data_config({}, model=model)
     if name.startswith(HUB):
@@ -157,6 +159,22 @@ def _checkpoint_gradients(student: Student, name: str) -> None:
         raise UsageError(
             f"--student {name}: timm cannot checkpoint its gradients; leave --grad-checkpointing out"
         ) from None
+
+
+def _warn_of_cut(name: str, model: nn.Module, img_size: int) -> None:
+    """Warn of an image size whose last rows and columns are in no patch of a transformer."""
+    embedding = getattr(model, "patch_embed", None)
+    size = getattr(embedding, "patch_size", None)
+    if not img_size or size is None or getattr(embedding, "dynamic_img_pad", False):
+        return
+    patch = size if isinstance(size, int) else size[0]
+    rest = img_size % patch
+    if rest:
+        log.warning(
+            "--img-size %s: %s has patches of %s pixels, so the last %s rows and columns are cut off; "
+            "%s and %s fit",
+            *(img_size, name, patch, rest, img_size - rest, img_size - rest + patch),
+        )
 
 
 def _conversion_loses_activations(model: nn.Module) -> bool:
@@ -294,24 +312,3 @@ def _create_as_declared(
         raise DataError(
             f"{path}: the model that its metadata names cannot be built ({error})"
         ) from None
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """Return the weights file of `path`: a file, a checkpoint folder or a run's folder.
-
-    A run's folder gives its final model, else its latest checkpoint. Raises DataError without one.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise DataError(
-            f"{path}: no such checkpoint; "
-            "name a run's folder, a checkpoint folder or a weights file"
-        )
-    for inside in ("model.safetensors", "checkpoints/latest/model.safetensors"):
-        if (path / inside).is_file():
-            return path / inside
-    runs = sorted(p.parent for p in path.glob("*/seed-*/model.safetensors"))
-    several = f"; it holds several runs, such as {runs[0]}" if runs else ""
-    raise DataError(f"{path}: no model.safetensors and no checkpoints/latest here{several}")

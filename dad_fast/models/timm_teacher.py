@@ -100,7 +100,9 @@ def _teacher(model: Any, data: Mapping[str, Any], context: TeacherContext, file:
     elif num_outputs != len(classes):
         raise DataError(
             f"--teacher {name}: it has {num_outputs} outputs, the data {len(classes)} classes, "
-            "which are not ImageNet's wnids"
+            "which are not ImageNet's wnids; take an open_clip model, which needs their names alone "
+            "(--teacher open_clip:ViT-L-14/openai), or fine-tune one on them (train --preset "
+            "finetune --method ce -o RUN) and write --teacher RUN"
         )
     return Teacher(
         encoder,

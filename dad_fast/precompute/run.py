@@ -16,7 +16,7 @@ import numpy as np
 from dad_fast.config import Config
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import StudentConfig
-from dad_fast.data.sources.registry import open_source
+from dad_fast.data.sources.splits import open_split
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.distributed.launch import (
@@ -96,12 +96,7 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
     """Load data and models. All errors of settings are raised here, before a file is written."""
     device = resolve_device(cfg.device)
     cfg = settle(cfg, device)
-    source = open_source(
-        cfg.data.data_dir,
-        cfg.data.train_split,
-        cfg.data.class_map,
-        max_bad_share=cfg.data.max_bad_share,
-    )
+    source = open_split(cfg.data, cfg.data.train_split)
     teacher, digest, *_ = frozen.teacher(cfg, source.classes, device)
     hashes: dict[str, str | None] = {"teacher": digest}
     settings = {

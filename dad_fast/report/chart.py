@@ -18,6 +18,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38
 MAX_POINTS = 300
 # Images in a bin; the accuracy of fewer images is too noisy to draw.
 MIN_COUNT = 10
+# Half the range below which values count as equal.
+SMALLEST_RANGE = 1e-300
 # Height of the strip below a reliability diagram, and of the columns in it.
 BINS_HEIGHT, COLUMNS_HEIGHT = 50, 32
 
@@ -54,17 +56,21 @@ class Reliability:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return at most `most` + 1 round numbers that span [low, high].
+    """Return about `most` round numbers that span [low, high], at least two different ones.
 
     They are multiples of 1, 2 or 5 times a power of ten.
     """
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    raw = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(raw))
+    largest = max(abs(low), abs(high))
+    if high / 2 - low / 2 <= max(1e-9 * largest, SMALLEST_RANGE):
+        half = max(0.5, 1e-6 * largest)
+        low, high = low - half, high + half
+    # Not of the difference, which may overflow.
+    raw = high / most - low / most
+    exponent = math.floor(math.log10(raw))
+    power = 10.0**exponent
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [round(i * step, 2 - exponent) for i in range(first, last + 1)]
 
 
 def line_chart(heading: str, unit: str, x_label: str, series: Sequence[Series]) -> str:

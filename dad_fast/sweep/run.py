@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config import Config, Launch, to_toml
+from dad_fast.data.sources.base import Source
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.finish import finish
@@ -128,6 +129,7 @@ def _train_locked(
             "kernels": kernels,
             "loader": trainer.loader.name,
             "processes": distributed.world(),
+            "data": {"train": _about(parts.train), "val": _about(parts.val)},
             "choices": {name: choice.record() for name, choice in trainer.choices.items()},
         }
         facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
@@ -180,6 +182,10 @@ def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
         return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _about(source: Source) -> dict[str, str]:
+    return {"images": source.describe(), "fingerprint": source.fingerprint}
 
 
 def _weights(parts: Components) -> dict[str, Any]:

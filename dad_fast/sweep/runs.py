@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from dad_fast.config import Config, expand, from_toml
 from dad_fast.config.options import Launch
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.engine.preflight import check_files
+from dad_fast.engine.sizes import with_numbers
 from dad_fast.errors import DadFastError, UsageError
 from dad_fast.locks import LOCK
+from dad_fast.methods.settings import check
 from dad_fast.methods.stores import SharedStore, is_filled, online, with_stores
 from dad_fast.sweep.ablation import Plan, identity
 
@@ -111,13 +114,24 @@ class Sweep:
         return sorted(path for path in given if Path(path).resolve().is_relative_to(output))
 
 
-def make_sweep(cfg: Config, output: Path, ablation: Plan | None = None) -> Sweep:
-    """Expand `cfg` into runs: in `output` itself for one, in output/VARIANT/seed-S for several."""
+def make_sweep(
+    cfg: Config,
+    output: Path,
+    ablation: Plan | None = None,
+    num_processes: Callable[[], int] = lambda: 1,
+) -> Sweep:
+    """Expand `cfg` into runs: in `output` itself for one, in output/VARIANT/seed-S for several.
+
+    num_processes: of each run. Raises the errors of a run for data that is not there if numbers of
+    its settings are "auto", and UsageError for numbers that do not fit together.
+    """
     expanded = expand(cfg)
     runs: list[Run] = []
     stores: dict[str, SharedStore] = {}
     for variant, seed, one in expanded:
         folder = output / variant / f"seed-{seed}" if len(expanded) > 1 else output
+        one = with_numbers(one, num_processes=num_processes)
+        check(one)
         resolved, needed = with_stores(one, output / "stores", first_seed=cfg.seed)
         stores |= {store.folder: store for store in needed}
         runs.append(Run(variant, seed, resolved, folder))

@@ -10,6 +10,7 @@ from dad_fast.distributed.launch import (
     end_with_launcher,
     is_worker,
     number_of_processes,
+    processes_of_run,
     run_processes,
     started_here,
 )
@@ -23,7 +24,9 @@ def run(cfg: Config, launch: Launch) -> int:
 
     Layout: OUT itself for one run; OUT/VARIANT/seed-S/ and a table in OUT for several.
     """
-    sweep = make_sweep(cfg, Path(launch.output))
+    sweep = make_sweep(
+        cfg, Path(launch.output), num_processes=lambda: processes_of_run(launch.nproc)
+    )
     if is_worker():
         if launch.nproc != "1" and not started_here():
             raise UsageError("--nproc: torchrun starts the processes; leave it out")

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dad_fast.config import Config, from_toml
-from dad_fast.config.fields import coerce, nearest, settings, with_values
+from dad_fast.config.fields import nearest
 from dad_fast.config.options import EvalLaunch
-from dad_fast.config.schema import TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.choose import check_dali
 from dad_fast.distributed import process_group as distributed
@@ -27,20 +25,21 @@ from dad_fast.distributed.launch import (
 from dad_fast.distributed.signals import ends_at_once, stop_requests
 from dad_fast.errors import UsageError, discard_output
 from dad_fast.evaluate import show
+from dad_fast.evaluate.columns import terminal_width
 from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.metrics.ood_detection import detect
 from dad_fast.evaluate.metrics.paired_tests import agreement, compare
-from dad_fast.evaluate.metrics.predictions import Records, is_records, load_records, save_records
+from dad_fast.evaluate.metrics.predictions import Records, load_records, save_records
 from dad_fast.evaluate.metrics.result import Result, with_intervals
-from dad_fast.evaluate.models import EvalModel, is_by_name, load_subject, of_teacher
+from dad_fast.evaluate.models import EvalModel, load_subject, of_teacher
 from dad_fast.evaluate.runner import Suite, evaluate, records_of
 from dad_fast.evaluate.suites.base import as_eval_set
 from dad_fast.evaluate.suites.open import Unknown, classes_of, open_suites, open_unknown
-from dad_fast.files import atomic_write_json, read_text
+from dad_fast.files import atomic_write_json
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_teacher import load_teacher
-from dad_fast.models.student import checkpoint_file
+from dad_fast.tools.evaluate_checks import Job
 
 STOPPED = "stopped: the results above are complete; run the same command again"
 
@@ -69,56 +68,34 @@ class Found:
         return record
 
 
-def run(launch: EvalLaunch, flags: Mapping[str, Any]) -> int:
-    """Return the exit code.
-
-    `flags` maps paths of settings to typed values; the others come from the run's config.toml.
-    """
-    _check_outputs(launch)
-    files = [name for name in launch.compare if is_records(name)]
-    if launch.compare and len(files) == 2:
-        given = {
-            "--csv": launch.csv,
-            "--save-predictions": launch.predictions,
-            "--ood": launch.ood,
-            "--baselines": launch.baselines,
-        }
-        if unused := [flag for flag, value in given.items() if value]:
-            raise UsageError(
-                f"{unused[0]}: --compare of two files of predictions evaluates no model; leave "
-                f"{unused[0]} out"
-            )
-        return _compare(launch, {name: load_records(name)[1] for name in launch.compare}, {})
-    if not launch.model and not launch.compare and not flags.get("teacher.name"):
-        # --suite takes all names that follow it.
-        before = " before --suite" if "eval.suites" in flags else ""
-        raise UsageError(
-            "nothing to evaluate: name a model (a run's folder, a .safetensors file, "
-            f"timm:NAME@FILE){before}, or a --teacher"
-        )
+def run(job: Job) -> int:
+    """Return the exit code."""
+    launch = job.launch
+    if not job.models and len(job.files) == 2:
+        return _compare(launch, {name: load_records(name)[1] for name in job.files}, {})
     if is_worker():
         end_with_launcher()
     elif (nproc := number_of_processes(launch.nproc)) > 1:
         return run_processes(nproc, "eval", launch.arguments)
-
-    names = [name for name in launch.compare or (launch.model,) if name and name not in files]
-    cfg = _settings([name for name in names if not is_by_name(name)], flags)
-    with distributed.joined(cfg), ends_at_once(STOPPED):
-        return _Evaluation(cfg, launch).run(names)
+    with distributed.joined(job.cfg), ends_at_once(STOPPED):
+        return _Evaluation(job).run()
 
 
 class _Evaluation:
-    def __init__(self, cfg: Config, launch: EvalLaunch) -> None:
-        self.cfg, self.launch, self.device = cfg, launch, resolve_device(cfg.device)
+    def __init__(self, job: Job) -> None:
+        self.job, self.cfg, self.launch = job, job.cfg, job.launch
+        cfg, launch = job.cfg, job.launch
+        self.device = resolve_device(cfg.device)
         self.log = Printer(launch)
         self.dali = cfg.data.loader == "dali"
         if self.dali:
             check_dali()
-        self.suite_names = cfg.eval.suites or (cfg.data.val_split,)
+        self.suite_names = job.suites
         self.baselines = read_baselines(launch.baselines) if launch.baselines else []
         self.teacher_results: dict[ClassMap, Found] = {}
 
-    def run(self, names: Sequence[str]) -> int:
+    def run(self) -> int:
+        names = self.job.models
         record: dict[str, Any] = {
             "data_dir": self.cfg.data.data_dir,
             "decoder": "DALI" if self.dali else "PIL",
@@ -186,20 +163,22 @@ class _Evaluation:
             found = Found(subject, id_suite=self.id_suite(suites))
             unknown = self.unknown(subject, suites, found.id_suite)
 
-        self.log(f"\n{title}, {len(subject.classes):,} classes\n{show.HEADER}")
+        layout = show.results_layout(terminal_width())
+        self.log(f"\n{title}, {len(subject.classes):,} classes\n{layout.header()}")
         for suite in suites:
             result = with_intervals(self.result(subject, suite))
             theirs = teacher.results[suite.name].records if teacher is not None else None
             if result.records and theirs:
                 result = replace(result, agreement=agreement(result.records, theirs))
-            self.log(show.row(result))
+            self.log(show.row(result, layout))
             found.results[suite.name] = result
-        for line in show.notes(found.results):
-            self.log(f"  {line}")
+        for line in (*show.notes(found.results), layout.note()):
+            if line:
+                self.log(f"  {line}")
 
         if unknown:
             found.ood = self.detect(subject, found, unknown)
-            for line in ("", *show.detection_lines(found.id_suite, found.ood)):
+            for line in ("", *show.detection_lines(found.id_suite, found.ood, terminal_width())):
                 self.log(line)
 
         if self.baselines:
@@ -299,7 +278,7 @@ def _compare(
     found = {suite: compare(suite, records[first][suite], records[second][suite]) for suite in both}
     log = Printer(launch)
     log("")
-    for line in show.comparison_lines((first, second), found):
+    for line in show.comparison_lines((first, second), found, terminal_width()):
         log(line)
     if launch.json:
         compared = {"first": first, "second": second, "suites": found}
@@ -338,61 +317,6 @@ class Printer:
             if not self.writes_files:
                 raise
             discard_output()
-
-
-def _check_outputs(launch: EvalLaunch) -> None:
-    """Check the output paths before any work: their folders exist, and only earlier results are
-    replaced.
-    """
-    for flag, path in (("--json", launch.json), ("--csv", launch.csv)):
-        suffix = flag.replace("--", ".")
-        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise UsageError(f"{flag} {path}: name a file in a folder that exists")
-        if path and Path(path).exists() and Path(path).suffix != suffix:
-            raise UsageError(
-                f"{flag} {path}: exists and does not end in {suffix}, so it is not replaced; name "
-                "another file"
-            )
-    if launch.predictions and Path(launch.predictions).is_file():
-        raise UsageError(
-            f"--save-predictions {launch.predictions}: is a file; name a folder, which gets a file "
-            "for each model"
-        )
-
-
-def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
-    """Return the settings of the first run among the models, overridden by the typed flags."""
-    cfg = Config()
-    for run in runs:
-        folder = checkpoint_file(run).absolute().parent
-        # In the run's folder, which for a checkpoint is two levels up: RUN/checkpoints/step-N.
-        candidates = (folder / "config.toml", folder.parent.parent / "config.toml")
-        config = next((path for path in candidates if path.is_file()), None)
-        if config is not None:
-            cfg = from_toml(read_text(config), str(config))
-            break
-    values = {
-        path: coerce(settings()[path], value, settings()[path].flag)
-        for path, value in flags.items()
-    }
-    # The run's teacher is evaluated only on request, the image size is the model's own, and PIL
-    # decodes. --batch-size is the batch of this command.
-    cfg = with_values(
-        cfg,
-        {
-            "teacher": TeacherConfig(),
-            "device": "auto",
-            "augment.img_size": 0,
-            "data.loader": "torchvision",
-        },
-    )
-    cfg = with_values(cfg, values | ({"eval.batch_size": 0} if "data.batch_size" in values else {}))
-    if not cfg.data.data_dir and not cfg.eval.suites:
-        raise UsageError(
-            "no data: add --data-dir (an image folder or embedded:digits); no config.toml next to "
-            "the checkpoint names it"
-        )
-    return cfg
 
 
 def _progress(name: str) -> Callable[[int, int], None]:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dad_fast.config import Config
+from dad_fast.config.fields import with_values
 from dad_fast.config.options import PredictOptions
 from dad_fast.data.augment.execute import eval_transform
 from dad_fast.data.augment.mixing import to_pixels
@@ -25,11 +27,15 @@ from dad_fast.data.sources.decode import EXTENSIONS, DecodeError, read_rgb
 from dad_fast.data.sources.names import shown
 from dad_fast.distributed.device import resolve_device
 from dad_fast.errors import DataError, UsageError
-from dad_fast.models.load_student import load_student, run_settings, take_view
+from dad_fast.evaluate.models import load_subject
+from dad_fast.evaluate.suites.imagenet import imagenet_classes
 from dad_fast.models.onnx_student import OnnxStudent
-from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.student import Student
+from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
+# All have the view of their images: image_size, crop_pct, interpolation.
+Classifier = Student | Teacher | OnnxStudent
 Predictions = list[tuple[float, int]]  # confidence and class, the most likely first
 
 
@@ -39,7 +45,7 @@ def run(options: PredictOptions) -> int:
     Raises DataError at the end if images could not be read.
     """
     device = resolve_device(options.device)
-    model, classes = _open(options.model, device, named=options.device != "auto")
+    model, classes = _open(options, device)
     show = _json_line if options.json else _text_line
     done = failed = 0
     images = find_images(options.images)
@@ -56,14 +62,14 @@ def run(options: PredictOptions) -> int:
     return 0
 
 
-def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxStudent, ClassMap]:
-    """Load the model `name` on `device`, with its classes."""
-    path = Path(name)
+def _open(options: PredictOptions, device: torch.device) -> tuple[Classifier, ClassMap]:
+    """Load the model on `device`, with its classes. Everything but ONNX opens as in `eval`."""
+    path = Path(options.model)
     only_onnx = (path / "model.onnx").is_file() and not (path / "model.safetensors").is_file()
     if path.is_dir() and only_onnx:
         path = path / "model.onnx"
     if path.suffix == ".onnx" and path.is_file():
-        if named and device.type != "cpu":
+        if options.device != "auto" and device.type != "cpu":
             raise UsageError(
                 f"--device {device}: {path} runs on the CPU; leave --device out, or name the "
                 "student's model.safetensors"
@@ -71,10 +77,12 @@ def _open(name: str, device: torch.device, named: bool) -> tuple[Student | OnnxS
         onnx = OnnxStudent(path)
         return onnx, recorded_classes(path, onnx.metadata.get(CLASSES), onnx.num_classes)
 
-    path = checkpoint_file(path)
-    student, metadata = load_student(path)
-    take_view(student, run_settings(path)[0])
-    return student.to(device), recorded_classes(path, metadata.get(CLASSES), student.num_classes)
+    def classes_of_published() -> ClassMap:
+        return ClassMap.from_csv(options.class_map) if options.class_map else imagenet_classes()
+
+    cfg = with_values(Config(), {"data.class_map": options.class_map})
+    subject = load_subject(options.model, cfg, classes_of_published, device)
+    return subject.model.eval(), subject.classes
 
 
 def find_images(names: Sequence[str]) -> Iterator[str]:
@@ -100,7 +108,7 @@ def find_images(names: Sequence[str]) -> Iterator[str]:
 
 @torch.no_grad()
 def predict(
-    model: Student | OnnxStudent, paths: Sequence[str], top: int, device: torch.device
+    model: Classifier, paths: Sequence[str], top: int, device: torch.device
 ) -> list[Predictions | DecodeError]:
     """Return the `top` predictions of each image, or the error of an unreadable one."""
 

@@ -247,7 +247,7 @@ def test_sweep_checks_all_runs_before_resuming(begun, inputs, tmp_path):
 def test_waiting_for_the_disk_is_logged_once(begun, inputs):
     made, said = trainer(begun, config(inputs)), []
     for seconds in (0.1, 3.2, 4.5):
-        made.advice.on_write(seconds, said.append)
+        made.monitor.advice.on_write(seconds, said.append)
     assert len(said) == 1 and "waited 3.2 s" in said[0] and "--checkpoint-every-steps" in said[0]
 
 

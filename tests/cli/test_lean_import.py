@@ -55,7 +55,8 @@ def test_help_is_light(at_startup: set[str], arguments: list[str]) -> None:
 
 
 def test_print_config_is_light(at_startup: set[str]) -> None:
-    arguments = ["train", "--preset", "demo", "--print-config"]
+    # With a GPU it imports torch, for the meaning of auto there.
+    arguments = ["train", "--preset", "demo", "--print-config", "--device", "cpu"]
     assert loaded("dad_fast.cli.main", f"dad_fast.cli.main.main({arguments!r})") <= at_startup
 
 
@@ -74,6 +75,23 @@ PATHS = {
     "holds no run": (2, ["-o", "full", "--overwrite"]),
 }
 
+EVAL_PATHS = {
+    "gone: no such checkpoint": (4, ["gone"]),
+    "holds several runs, such as several/dad/seed-0": (4, ["several"]),
+    "nothing to evaluate": (2, []),
+    "--json out/r.json: name a file in a folder that exists": (2, ["run", "--json", "out/r.json"]),
+    "--csv full: name a file": (2, ["run", "--csv", "full"]),
+    "--suite contrst: no corruption, no folder": (4, ["run", "--suite", "contrst"]),
+    "--suite contrast:7: no severity": (2, ["run", "--suite", "contrast:7"]),
+    "--suite imagenet=gone: no such folder": (4, ["run", "--suite", "imagenet=gone"]),
+    "'imagent' is no kind of test set": (2, ["run", "--suite", "imagent=data"]),
+    "--ood gone: no corruption": (4, ["run", "--ood", "gone"]),
+    "nowhere: no such folder (--data-dir)": (4, ["run", "--data-dir", "nowhere"]),
+    "--teacher gone.pt: no such file": (4, ["run", "--teacher", "open_clip:ViT-B-32@gone.pt"]),
+    "a name of the hub": (2, ["run", "--teacher", "timm/resnet18"]),
+    "no class map gone.csv": (4, ["run", "--class-map", "gone.csv"]),
+}
+
 
 def test_wrong_paths_are_errors_before_torch_is_imported(tmp_path) -> None:
     for name in ("data/train/a", "data/train/b", "data/val/a", "data/val/b"):
@@ -87,6 +105,15 @@ def test_wrong_paths_are_errors_before_torch_is_imported(tmp_path) -> None:
     commands.append(["train", *given, "--data-dir", "nowhere", "--nproc", "2"])
     commands.append(["ablate", *given, "--data-dir", "nowhere", "--vary", "loss.kd=1,2"])
     commands.append(["precompute", "--targets", *given[:2], *given[4:], "--data-dir", "nowhere"])
+    finetune = ["--preset", "finetune", "--discretizer", "jpeg:75"]
+    commands.append(["train", *finetune, "--data-dir", "nowhere", "-o", "out"])
+
+    (tmp_path / "several/dad/seed-0").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    for place in ("run", "several/dad/seed-0"):
+        (tmp_path / place / "model.safetensors").touch()
+    (tmp_path / "run/config.toml").write_text('[data]\ndata_dir = "data"\n')
+    commands += [["eval", *more] for _, more in EVAL_PATHS.values()]
     code = (
         "import sys; from dad_fast.cli.main import main\n"
         f"print([main(arguments) for arguments in {commands!r}], 'torch' in sys.modules)"
@@ -98,8 +125,12 @@ def test_wrong_paths_are_errors_before_torch_is_imported(tmp_path) -> None:
     assert len(lines) == len(commands), done.stderr
     for line, text in zip(lines, PATHS, strict=False):
         assert text in line, (text, line)
-    assert all("nowhere" in line and "--data-dir" in line for line in lines[len(PATHS) :])
-    codes = [code for code, _ in PATHS.values()] + [4] * (len(commands) - len(PATHS))
+    nowhere = lines[len(PATHS) : -len(EVAL_PATHS)]
+    assert all("nowhere" in line and "--data-dir" in line for line in nowhere)
+    for line, text in zip(lines[-len(EVAL_PATHS) :], EVAL_PATHS, strict=True):
+        assert text in line, (text, line)
+    codes = [code for code, _ in PATHS.values()] + [4] * len(nowhere)
+    codes += [code for code, _ in EVAL_PATHS.values()]
     assert done.stdout.strip() == f"{codes} False"
     assert not (tmp_path / "out").exists()
 

@@ -148,7 +148,7 @@ def test_types_from_toml(tmp_path: Path) -> None:
     [
         (
             "[data]\nbatch_size = 2.5",
-            "data.batch_size (--batch-size) must be a whole number, got 2.5",
+            "data.batch_size (--batch-size) must be a whole number, or auto, got 2.5",
         ),
         ("[data]\nbatch_size = true", "must be a whole number"),
         ("[data]\ndata_dir = 3", "must be text"),

@@ -10,8 +10,9 @@ from torch import nn
 from dad_fast.config import Config, from_toml, to_toml
 from dad_fast.config.fields import with_values
 from dad_fast.config.schema import PrecisionConfig
-from dad_fast.engine import choices
-from dad_fast.engine.choices import Choice, DeviceFacts, choose
+from dad_fast.data.sources.registry import open_source
+from dad_fast.engine import choices, frozen
+from dad_fast.engine.choices import Choice, DeviceFacts, choose, settle
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 CONVOLUTIONAL = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
@@ -32,10 +33,10 @@ def switches(cfg, facts, student):
     ("facts", "student", "expected"),
     [
         (DeviceFacts("cpu"), CONVOLUTIONAL, (False, False, False)),
-        (H200, CONVOLUTIONAL, (True, True, False)),
-        (H200, TRANSFORMER, (True, False, False)),
-        (H200, None, (True, False, False)),
-        (T4, CONVOLUTIONAL, (False, True, False)),
+        (H200, CONVOLUTIONAL, (True, True, True)),
+        (H200, TRANSFORMER, (True, False, True)),
+        (H200, None, (True, True, True)),
+        (T4, CONVOLUTIONAL, (False, True, True)),
     ],
 )
 def test_auto_follows_device_and_student(facts, student, expected):
@@ -106,3 +107,17 @@ def test_every_choice_has_a_word_and_a_reason(device):
     for choice in found:
         assert all(choice.record().values())
     assert str(Choice(True, "why")) == "on (why)"
+
+
+@pytest.mark.parametrize("channels_last", ["on", "off", "auto"])
+def test_convolutional_teacher_follows_channels_last(channels_last):
+    values = {"precision.channels_last": channels_last, "teacher.name": "embedded:digits"}
+    cfg = with_values(Config(), values)
+    cpu = torch.device("cpu")
+    classes = open_source("embedded:digits", "train").classes
+    model = frozen.teacher(settle(cfg, cpu), classes, cpu).model
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    wide = [weight for weight in weights if weight.shape[1] > 1 and weight.shape[2] > 1]
+    assert wide
+    is_nhwc = [weight.is_contiguous(memory_format=torch.channels_last) for weight in wide]
+    assert all(is_nhwc) if channels_last == "on" else not any(is_nhwc)

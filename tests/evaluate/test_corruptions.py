@@ -13,7 +13,8 @@ from PIL import Image
 
 from dad_fast.evaluate import tables as table
 from dad_fast.evaluate.corruptions import common as corruptions
-from dad_fast.evaluate.corruptions.common import CORRUPTIONS, STANDARD, num_severities
+from dad_fast.evaluate.corruptions.common import CORRUPTIONS
+from dad_fast.evaluate.corruptions.names import STANDARD, num_severities
 from dad_fast.methods.noise import keyed_uniform
 
 

@@ -268,7 +268,8 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     from dad_fast.distributed.signals import stop_requests
     from dad_fast.errors import Preempted
     from dad_fast.evaluate.runner import evaluate
-    from dad_fast.evaluate.suites.base import EvalSet, Subset
+    from dad_fast.data.sources.subset import Subset
+    from dad_fast.evaluate.suites.base import EvalSet
     source = open_source({str(parts / "data")!r}, "val")
     view = {{"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear"}}
     how = {{"batch_size": 1, "workers": 0, "device": torch.device("cpu"), "stopped": "as asked"}}

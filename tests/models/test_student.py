@@ -13,9 +13,9 @@ from timm.optim import param_groups_weight_decay
 from dad_fast.config.schema import StudentConfig
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.load_student import load_student
+from dad_fast.models.places import checkpoint_file
 from dad_fast.models.student import (
     build_student,
-    checkpoint_file,
     load_student_weights,
     save_student,
 )
@@ -53,6 +53,19 @@ def test_normalises_inside(name, kwargs):
     assert (student.num_classes, student.image_size) == (5, 32)
     assert (student.crop_pct, student.interpolation) == (own["crop_pct"], own["interpolation"])
     assert student.has_batch_stats == (name == "resnet18")
+
+
+def test_a_size_that_patches_do_not_fill_is_warned_of(caplog):
+    name, kwargs = "vit_tiny_patch16_224", TINY_VIT
+    student = build(name=name, model_kwargs=kwargs, img_size=33)
+    assert student.image_size == 33
+    (record,) = caplog.records
+    text = "patches of 8 pixels, so the last 1 rows and columns are cut off; 32 and 40 fit"
+    assert record.getMessage() == f"--img-size 33: {name} has {text}"
+    caplog.clear()
+    build(name=name, model_kwargs=kwargs, img_size=32)
+    build(img_size=33)
+    assert not caplog.records
 
 
 def test_default_image_size_is_the_models_own():

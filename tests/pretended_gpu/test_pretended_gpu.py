@@ -105,6 +105,8 @@ def test_the_train_command_runs_on_a_gpu(library, tmp_path, preset):
     printed = run(library, *train, "--print-config")
     assert printed.returncode == 0, printed.stderr
     assert tomllib.loads(printed.stdout)["device"] == "cuda"
+    for words in ("auto on cuda:0, Pretended GPU", "amp: on (this GPU computes in bfloat16)"):
+        assert words in printed.stdout, printed.stdout
     out = tmp_path / "run"
     done = run(library, "tests.pretended_gpu.values", *train, "--max-steps", "6", "-o", str(out))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -308,10 +308,10 @@ def test_baseline_has_the_same_loss() -> None:
 
 def test_flops_are_those_of_the_stages() -> None:
     pytest.importorskip("open_clip")
-    from benchmarks.workload import Flops, make_workload
+    from benchmarks.workload import make_workload
 
     work = make_workload("tiny", CPU, 8)
-    flops = Flops(work)
+    flops = work.flops
     # No gradient of a weight is in it.
     assert flops.of["teacher"] < flops.of["teacher_gradient"] <= 2.05 * flops.of["teacher"]
     assert flops.of["student_gradient"] < flops.of["student"] and flops.of_step(
@@ -321,7 +321,8 @@ def test_flops_are_those_of_the_stages() -> None:
 
 def test_random_teachers_of_both_libraries_cost_the_same() -> None:
     pytest.importorskip("open_clip")
-    from benchmarks.workload import TOWERS, count, random_teacher
+    from benchmarks.flops import count
+    from benchmarks.workload import TOWERS, random_teacher
 
     meta, precision = torch.device("meta"), PrecisionConfig()
     for tower in TOWERS:
@@ -345,7 +346,7 @@ def test_flops_of_published_shapes() -> None:
     (multiply-add = 2).
     """
     timm = pytest.importorskip("timm")
-    from benchmarks.workload import count
+    from benchmarks.flops import count
     from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 
     with torch.device("meta"):

@@ -141,6 +141,17 @@ def test_desk_model_tables_match_their_record():
     assert record["rates"] == {"name": "H200", **rates["H200"]}
 
 
+def test_readme_says_what_the_desk_model_says():
+    record = json.loads((RECORDS / "desk-model.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^H200 .*$", readme, re.M)
+    images_per_second, hours = map(float, row.split()[-2:])
+    assert images_per_second == record["forms"]["bf16, kernels, compiled"]["images_per_second"]
+    images_per_hour = images_per_second * 3600
+    # 40 epochs of ImageNet-1k
+    assert hours == pytest.approx(40 * 1_281_167 / images_per_hour, rel=0.01)
+
+
 @pytest.mark.slow
 def test_desk_model_is_what_the_code_gives_today():
     for package in ("torch", "timm", "open_clip"):

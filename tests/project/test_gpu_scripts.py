@@ -33,6 +33,7 @@ def script(name: str) -> ModuleType:
 
 
 gpu_report = script("gpu_report")
+gpu_parts = script("gpu_parts")
 gpu_check = script("gpu_check")
 PASSES = "print('fine')"
 HANGS = "import time; print('waits', flush=True); time.sleep(3600)"
@@ -234,7 +235,7 @@ def test_parts_fit_into_one_call_and_name_benchmarks_and_tests() -> None:
         files = [word for command in commands for word in command if word.endswith(".py")]
         assert commands and all((ROOT / file).exists() for file in files)
         assert files or one.name == "tuning"
-    assert "tests/engine/test_cuda_graph.py" in str(gpu_check.gpu_tests(call))
+    assert "tests/engine/test_cuda_graph.py" in str(gpu_parts.gpu_tests(call))
 
 
 def test_missing_gpu_and_unknown_parts_are_errors(

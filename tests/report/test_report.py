@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -199,11 +201,39 @@ def test_unfinished_run(tmp_path):
         (93.2, 99.1, [93, 94, 95, 96, 97, 98, 99, 100]),
         (0.001, 0.0042, [0.001, 0.002, 0.003, 0.004, 0.005]),
         (5, 5, [4.4, 4.6, 4.8, 5, 5.2, 5.4, 5.6]),
+        (0, 3e-41, [0, 0.5e-41, 1e-41, 1.5e-41, 2e-41, 2.5e-41, 3e-41]),
     ],
 )
 def test_ticks(low, high, expected):
     found = ticks(low, high)
-    assert found == pytest.approx(expected) and found[0] <= low and found[-1] >= high
+    assert found == pytest.approx(expected, abs=0) and found[0] <= low and found[-1] >= high
+
+
+LARGEST = sys.float_info.max / 2
+
+
+@pytest.mark.parametrize("most", [4, 6])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (0.0, 5e-324),
+        (1e-41, 1e-41),
+        (1e-13, 3e-13),
+        (1.0, 1.0 + 2e-16),
+        (1e20, 1e20),
+        (-LARGEST, LARGEST),
+        (LARGEST, LARGEST),
+    ],
+)
+def test_ticks_of_any_range_differ_and_span_it(low, high, most):
+    found = ticks(low, high, most)
+    assert all(a < b for a, b in itertools.pairwise(found)) and 2 <= len(found) <= most + 3
+    assert found[0] <= low + 1e-9 * abs(low) and found[-1] >= high - 1e-9 * abs(high)
+
+
+def test_a_chart_of_tiny_losses_is_drawn():
+    chart = line_chart("loss", "nats", "epoch", [Series("kd", "red", [(0, 1e-41), (5, 3e-41)])])
+    assert "nan" not in chart and chart.count("<polyline") == 1
 
 
 def test_points_and_bars_are_drawn_to_scale():

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,47 @@ def test_help_examples_parse() -> None:
     assert len(lines) == 3
     for line in lines:
         assert flags.parse(shlex.split(line.partition(" > ")[0])[2:]).images
+
+
+def test_a_published_model_predicts_classes_of_a_class_map(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import timm
+
+    weights, table = tmp_path / "w.pth", tmp_path / "classes.csv"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), weights)
+    table.write_text("id,folder,name\n0,a,ant\n1,b,bee\n2,c,cow\n")
+    image = place / "photos" / "a.png"
+    name = f"timm:test_resnet@{weights}"
+    assert predict(name, image, "--class-map", table, "--json", "--top", "3") == 0
+    (row,) = rows(capsys.readouterr().out)
+    assert {one["name"] for one in row["predictions"]} == {"ant", "bee", "cow"}
+
+    # Without a class map they are ImageNet's 1000.
+    assert predict(name, image) == 4
+    error = capsys.readouterr().err
+    assert "3 outputs, the data 1000 classes" in error and "open_clip" in error
+
+
+def test_a_class_map_of_other_classes_than_the_runs_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "classes.csv"
+    table.write_text("id,folder,name\n0,a,ant\n1,b,bee\n2,c,cow\n")
+    assert predict(place / "run", place / "photos", "--class-map", table) == 4
+    assert "leave --class-map out" in capsys.readouterr().err
+
+
+def test_pillows_warnings_are_not_shown(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new("P", (40, 40))
+    image.save(tmp_path / "palette.png", transparency=bytes([0, 128, 255]))
+    monkeypatch.setattr("sys.warnoptions", [])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Image.open(tmp_path / "palette.png") as again:
+            again.convert("RGB")
+        assert len(caught) == 1  # as Pillow itself does
+        assert predict(place / "run", tmp_path / "palette.png") == 0
+        assert len(caught) == 1

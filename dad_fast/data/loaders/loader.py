@@ -19,7 +19,7 @@ from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import eval_transform
 from dad_fast.data.augment.records import uses_mixing
 from dad_fast.data.loaders.steps import Batch, TrainSteps
-from dad_fast.data.loaders.workers import iterate
+from dad_fast.data.loaders.workers import iterate, loader_processes
 from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError, UsageError
 
@@ -82,11 +82,12 @@ class TrainLoader:
         self.steps_per_epoch = self._steps.steps_per_epoch
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"--batch-size {batch_size}: {source.name} has only {len(source):,} images "
-                f"for {world} x {batch_size}"
+                f"--batch-size {batch_size}: {source.name} has only {len(source):,} images for a "
+                f"step of {world} x {batch_size}; write --batch-size auto, or "
+                f"{max(1, len(source) // world)} or less"
             )
         self.source = source
-        self.workers = workers
+        self.workers = loader_processes(workers)
         self.pin_memory = pin_memory
         # Distinct names, in the order of their failure.
         self.replaced: list[str] = []
@@ -170,7 +171,7 @@ class EvalLoader:
         pin_memory: bool = False,
     ) -> None:
         self._batches = _EvalBatches(source, img_size, crop_pct, interpolation, batch_size)
-        self.workers = workers
+        self.workers = loader_processes(workers)
         self.pin_memory = pin_memory
         self.num_images = len(self._batches.samples)
         self.skipped = len(source) - self.num_images

@@ -21,11 +21,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dad_fast.config.setting import AUTO
+from dad_fast.cores import usable_cores
 from dad_fast.errors import DadFastError
 
+# Loader processes beyond this number seldom help, and each takes memory.
+MOST_WORKERS = 16
 # Interval between checks for dead workers.
 CHECK_SECONDS = 5.0
 # Time without a batch from any worker after which they count as hung (network disk, deadlock).
@@ -58,14 +61,28 @@ class _Guarded(Dataset[Any]):
             return _Failure(DadFastError(message), traceback.format_exc())
 
 
+def loader_processes(workers: int) -> int:
+    """Return the number of loader processes for `data.workers`: for AUTO, one per core.
+
+    Processes of one run on this machine share its cores, as runs side by side do.
+    """
+    if workers != AUTO:
+        return workers
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    together = int(text) if text.isdecimal() and int(text) else 1
+    return min(MOST_WORKERS, max(1, usable_cores() // together))
+
+
 def iterate(
     dataset: Dataset[Any], numbers: Sequence[Any], workers: int, pin_memory: bool
 ) -> Iterator[Any]:
-    """Yield dataset[n] for each n, in order, made by `workers` processes (0: this process).
+    """Yield dataset[n] for each n, in order, made by `workers` processes (0: this process, AUTO: by
+    cores).
 
     Each item is a whole batch. Raises DadFastError with one line when a worker fails, dies or
     hangs; a DadFastError of a worker is raised unchanged.
     """
+    workers = loader_processes(workers)
     if workers:
         batches = _from_workers(dataset, numbers, workers, pin_memory)
     else:
@@ -170,8 +187,8 @@ def _init_worker(worker: int) -> None:
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    warnings.filterwarnings("ignore", message="Palette images with Transparency")
+    # Pillow's warnings name lines of its own code, and no file.
+    warnings.filterwarnings("ignore", module="PIL")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

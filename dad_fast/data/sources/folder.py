@@ -86,10 +86,23 @@ def find_folder(root: Path, split: str) -> Path:
             item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith(".")
         )
         has = f"it has {some(folders) or 'none'}{shards_hint(root)}"
-        raise DataError(
-            f"{root} has no folder {split!r}; {has} (--data-dir, --train-split, --val-split)"
-        )
+        raise DataError(f"{root} has no folder {split!r}; {has}{_fix(split, bool(folders))}")
     return root / split
+
+
+def _fix(split: str, has_folders: bool) -> str:
+    """Return what to type for a split that is missing."""
+    if split == "val":
+        return (
+            "; add --val-fraction 0.1 to hold out a share of the training images, or name the folder "
+            "with --val-split (valid, validation and test are found)"
+        )
+    if split == "train" and has_folders:
+        return (
+            "; name the folder with --train-split, or if these are the classes, write --train-split "
+            ". --val-fraction 0.1"
+        )
+    return " (--data-dir, --train-split, --val-split)"
 
 
 def _check_classes(folder: Path, classes: ClassMap | None, other_folders: bool) -> ClassMap:

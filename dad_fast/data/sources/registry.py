@@ -23,6 +23,8 @@ SOURCES: Registry[Factory] = Registry("data source", "dad_fast.sources", "--data
 SOURCES.add("embedded", "dad_fast.data.sources.embedded:open_embedded")
 SOURCES.add("folder", "dad_fast.data.sources.folder:open_folder")
 SOURCES.add("tar", "dad_fast.data.sources.tar:open_shards")
+# Names under which other data sets have a split.
+OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}
 
 
 def open_source(

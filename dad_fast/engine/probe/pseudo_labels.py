@@ -23,9 +23,9 @@ from dad_fast.cache import cache_dir
 from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import Source
+from dad_fast.data.sources.subset import Subset
 from dad_fast.distributed import process_group as distributed
 from dad_fast.errors import DataError
-from dad_fast.evaluate.suites.base import Subset
 from dad_fast.methods.lp_clip import pseudo_labels
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.files import read_state_dict, write_safetensors

@@ -1,4 +1,4 @@
-"""LP-CLIP in the training loop: the generator and the learner of a linear probe, and what its batches hold.
+"""LP-CLIP in the training loop: generator, learner and data of a linear probe.
 
 uint8 images -> features of the strong view (or kept ones) -> linear layer
              -> weighted cross-entropy to pseudo-labels -> update
@@ -27,7 +27,7 @@ from dad_fast.models.probe import Probe
 
 
 class ProbeGenerator(Generator):
-    """Makes features and pseudo-labels. The encoder is the teacher's, so that no other model runs."""
+    """Makes features and pseudo-labels. The encoder is the teacher's: no other model runs."""
 
     def __init__(
         self,
@@ -36,13 +36,15 @@ class ProbeGenerator(Generator):
         layout: torch.memory_format,
         encode: Model | None = None,
     ) -> None:
-        """Create a generator. encode: what computes the probe's features, for instance compiled."""
+        """Create a generator. encode: computes the probe's features, for instance compiled."""
         self.settings = settings
         self.layout = layout
         self.encode = probe.features if encode is None else encode
 
     def __call__(self, batch: Batch) -> StepInputs:
-        """Return features of the strong view [B, F], labels int64 [B], and the weight of each sample as `keep`."""
+        """Return features of the strong view [B, F], labels int64 [B], and as `keep` the weight of
+        each sample.
+        """
         features = batch.features
         if features is None:
             with torch.no_grad(), stage("encoder"):
@@ -84,10 +86,17 @@ class ProbeLearner(Learner):
 
 
 class ProbeData:
-    """Pseudo-labels and, for fixed strong views, features; one pass each makes them before the first step."""
+    """Pseudo-labels and, for fixed strong views, features.
+
+    One pass each makes them before the first step.
+    """
 
     def __init__(self, labels: PseudoLabels | None, features: FeatureTable | None) -> None:
-        """labels: None to learn the labels of the data. features: None to run the encoder in every step."""
+        """Create data of a probe.
+
+        labels: None to learn the labels of the data. features: None to run the encoder in every
+        step.
+        """
         self.labels = labels
         self.features = features
 
@@ -98,8 +107,10 @@ class ProbeData:
         if self.features is not None:
             self.features.prepare(log)
         else:
-            why = "the strong view changes every epoch, so the encoder runs in every step (--lp-views N keeps N views)"
-            log(f"features are not kept: {why}")
+            log(
+                "features are not kept: the strong view changes every epoch, so the encoder runs in "
+                "every step (--lp-views N keeps N views)"
+            )
 
     def join(self, batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
         """Add pseudo-labels to `batches`."""

@@ -254,8 +254,6 @@ _TABLE: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any]]] = 
     "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
     "invert": (_invert, (None,), (None,)),
 }
-# The 15 of ImageNet-C.
-STANDARD = tuple(name for name in _TABLE if name != "invert")
 
 
 def corrupt(name: str, pixels: Tensor, severity: int, keys: Tensor) -> Tensor:
@@ -268,10 +266,6 @@ def corrupt(name: str, pixels: Tensor, severity: int, keys: Tensor) -> Tensor:
     constants = small if min(pixels.shape[-2:]) <= SMALL_SIDE else large
     stream = zlib.crc32(name.encode()) << 16 | severity << 8
     return function(pixels.float(), constants[severity - 1], keys, stream).clamp(0, 1)
-
-
-def num_severities(name: str) -> int:
-    return len(_TABLE[name][1])
 
 
 CORRUPTIONS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {

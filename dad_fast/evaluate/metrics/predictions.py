@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dad_fast.data.sources.names import shown
 from dad_fast.errors import DataError
 from dad_fast.evaluate.metrics.image_scores import SCORES
+from dad_fast.evaluate.metrics.record_files import PREDICTIONS
 from dad_fast.files import atomic_write_bytes, plain
 from dad_fast.models.weights.files import read_state_dict
 
-# Metadata key of a file of records.
-PREDICTIONS = "dad_fast.predictions"
 FIELDS = ("image", "part", "label", *SCORES)
 
 
@@ -101,12 +99,3 @@ def load_records(path: str | Path) -> tuple[dict[str, Any], dict[str, Records]]:
             f"{shown(str(path))}: its predictions are damaged ({error}); save them again"
         ) from None
     return about, suites
-
-
-def is_records(path: str | Path) -> bool:
-    """Return whether a file contains records; reads only its metadata."""
-    try:
-        with safe_open(path, framework="np") as file:
-            return PREDICTIONS in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.base import Source
+from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.registry import is_named, is_split, open_source
+from dad_fast.data.sources.splits import find_split, has_split, open_split
+from dad_fast.data.sources.subset import Subset
 from dad_fast.errors import DataError, UsageError
-from dad_fast.evaluate.corruptions.common import CORRUPTIONS, num_severities
-from dad_fast.evaluate.suites.base import EvalSet, Subset, SuiteOptions, as_eval_set
+from dad_fast.evaluate.corruptions.names import NAMES, num_severities
+from dad_fast.evaluate.suites.base import EvalSet, SuiteOptions, as_eval_set
 from dad_fast.evaluate.suites.folders import has_other_names, open_joined, split_class_map
 from dad_fast.evaluate.suites.imagenet import imagenet_classes
 from dad_fast.evaluate.suites.registry import PUBLISHED, SUBSET, SUITES
@@ -86,6 +90,37 @@ def open_suites(
     return suites
 
 
+def check_suites(names: Sequence[str], data: DataConfig) -> None:
+    """Raise errors for `--suite` names whose kind or folder does not exist. Opens no data set."""
+    others = [name for name in names if _corruption(name) is None]
+    for name in others or (data.val_split,):
+        one = _parse(name, data)
+        path, class_map = split_class_map(one.path)
+        if one.kind in (*PUBLISHED, SUBSET):
+            if not Path(path).is_dir():
+                raise DataError(f"--suite {one.text}: no such folder")
+        elif not one.kind and not (is_named(data.data_dir) and not is_split("", path)):
+            _check_place(one, path, data)
+        if class_map:
+            ClassMap.from_csv(class_map)
+
+
+def check_unknown(names: Sequence[str], data: DataConfig) -> None:
+    """Raise errors for `--ood` names whose kind or folder does not exist. Opens no data set."""
+    for name in names:
+        with _named_as_ood(name):
+            check_suites([name], data)
+
+
+@contextmanager
+def _named_as_ood(name: str) -> Iterator[None]:
+    """Let errors of the block name --ood instead of --suite."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        raise type(error)(str(error).replace(f"--suite {name}:", f"--ood {name}:")) from None
+
+
 # Name, images and the corruption that is applied to them.
 Unknown = tuple[str, EvalSet, Corruption | None]
 
@@ -98,16 +133,14 @@ def open_unknown(
     name: an image folder, shards or a name of `open_suites`.
     columns: the outputs that compete on the in-distribution suite.
     """
-    path = str(Path(data.data_dir) / name) if _is_inside(name, data) else name
+    path = str(Path(data.data_dir) / name) if has_split(data, name) else name
     corruption: Corruption | None = None
     if is_split("", path):
         eval_set = as_eval_set(open_source(path, max_bad_share=data.max_bad_share))
         label = Path(path).name or name
     else:
-        try:
+        with _named_as_ood(name):
             suite = open_suites([name], data, classes, options)[0]
-        except (UsageError, DataError) as error:
-            raise type(error)(str(error).replace(f"--suite {name}:", f"--ood {name}:")) from None
         eval_set = as_eval_set(suite.source)
         label = suite.name
         corruption = suite.corruption
@@ -140,8 +173,8 @@ def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
             f"--suite {first.text}: the class list of the model is unknown; "
             "give it with --class-map"
         )
-    inside = is_named(data.data_dir) or _is_inside(path, data) or not is_split("", path)
-    found = (open_source(data.data_dir, path) if inside else open_source(path)).classes
+    inside = is_named(data.data_dir) or has_split(data, path) or not is_split("", path)
+    found = (open_split(data, path) if inside else open_source(path)).classes
     if first.kind and set(found.folders) <= set(imagenet_classes().folders):
         return imagenet_classes()
     return found
@@ -159,12 +192,12 @@ def _parse(name: str, data: DataConfig) -> _Named:
         if not path:
             raise UsageError(f"--suite {name}: name its folder, as in {kind}=/data/{kind}")
         folder, _ = split_class_map(path)
-        if not is_split("", folder) and _is_inside(folder, data):
+        if not is_split("", folder) and has_split(data, folder):
             path = str(Path(data.data_dir) / path)
         return _Named(name, kind, path)
     if name == SUBSET or name not in SUITES:
         return _Named(name, "", name)
-    if _is_inside(name, data):
+    if has_split(data, name):
         return _Named(name, name, str(Path(data.data_dir) / name))
     # Kinds of other packages may know where their images are.
     return _Named(name, "", name) if name in PUBLISHED else _Named(name, name, "")
@@ -188,7 +221,7 @@ def _corruption(name: str) -> Corruption | None:
     Raises UsageError for a severity that the corruption lacks.
     """
     base, colon, severity = name.partition(":")
-    if base not in CORRUPTIONS:
+    if base not in NAMES:
         return None
     if not colon:
         return base, None
@@ -210,29 +243,44 @@ def _open(
     path, class_map = split_class_map(one.path)
     if is_named(data.data_dir) and not is_split("", path):
         try:
-            return open_source(data.data_dir, path, classes=classes)
+            return open_split(data, path, classes)
         except UsageError as error:
             raise UsageError(f"--suite {one.text}: {error}{_nearest(one.text)}") from None
-    inside = _is_inside(path, data)
-    if not inside and not is_split("", path):
-        where = data.data_dir or "--data-dir"
-        raise DataError(
-            f"--suite {one.text}: no corruption, no folder in {where} and no other folder"
-            f"{_nearest(one.text)}"
-        )
-    root, split = (data.data_dir, path) if inside else (path, "")
-    folder = Path(root) / split
-    if class_map or has_other_names(folder, classes):
+    inside = has_split(data, path)
+    _check_place(one, path, data)
+    folder, part = Path(path), ""
+    if inside:
+        name, part = find_split(data, path)
+        folder = Path(data.data_dir) / name
+    if class_map or (not part and has_other_names(folder, classes)):
         where = f"--suite {one.text}"
         return open_joined(where, str(folder), class_map, classes, data.max_bad_share)
-    return open_source(root, split, classes=classes, max_bad_share=data.max_bad_share)
+    if inside:
+        return open_split(data, path, classes)
+    return open_source(path, classes=classes, max_bad_share=data.max_bad_share)
 
 
-def _is_inside(name: str, data: DataConfig) -> bool:
-    """Return whether the data's folder contains a folder or shards of this name."""
-    return bool(data.data_dir) and not is_named(data.data_dir) and is_split(data.data_dir, name)
+def _check_place(one: _Named, path: str, data: DataConfig) -> None:
+    """Raise DataError for a split or a folder that is not there."""
+    if has_split(data, path) or is_split("", path):
+        return
+    root = Path(data.data_dir)
+    if (
+        data.data_dir
+        and not is_named(data.data_dir)
+        and not root.exists()
+        and not is_split("", data.data_dir)
+    ):
+        find_folder(root, "")
+    if one.text == data.val_split and root.is_dir():
+        find_folder(root, one.text)
+    where = data.data_dir or "--data-dir"
+    raise DataError(
+        f"--suite {one.text}: no corruption, no folder in {where} and no other folder"
+        f"{_nearest(one.text)}"
+    )
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name.partition(":")[0], CORRUPTIONS, n=1)
-    return f"; did you mean {near[0]}?" if near else f" (corruptions: {', '.join(CORRUPTIONS)})"
+    near = difflib.get_close_matches(name.partition(":")[0], NAMES, n=1)
+    return f"; did you mean {near[0]}?" if near else f" (corruptions: {', '.join(NAMES)})"

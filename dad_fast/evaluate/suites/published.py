@@ -25,8 +25,9 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import EXTENSIONS
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.names import shown, some
+from dad_fast.data.sources.subset import Subset
 from dad_fast.errors import DataError
-from dad_fast.evaluate.suites.base import EvalSet, Subset, SuiteOptions
+from dad_fast.evaluate.suites.base import EvalSet, SuiteOptions
 from dad_fast.evaluate.suites.imagenet import (
     alexnet_errors,
     check_disjoint,

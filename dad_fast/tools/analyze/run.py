@@ -16,7 +16,8 @@ from dad_fast.config import Config
 from dad_fast.config.options import AnalyzeLaunch
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.sources.registry import open_source
+from dad_fast.data.sources.splits import open_split
+from dad_fast.data.sources.subset import Subset
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.engine.choices import settle
@@ -24,12 +25,12 @@ from dad_fast.engine.self_test import choose_kernels
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.metrics.intervals import mean_interval
 from dad_fast.evaluate.runner import open_suites
-from dad_fast.evaluate.suites.base import Subset
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_student import load_student
-from dad_fast.models.student import Student, build_student, checkpoint_file
+from dad_fast.models.places import checkpoint_file
+from dad_fast.models.student import Student, build_student
 from dad_fast.models.weights.declared import CLASSES
 from dad_fast.models.weights.files import sha256_file
 from dad_fast.report.sheet import write_sheet
@@ -50,12 +51,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
         raise UsageError(f"--output {output} is a file; name a folder")
     device = resolve_device(cfg.device)
     cfg = settle(cfg, device)
-    source = open_source(
-        cfg.data.data_dir,
-        cfg.data.train_split,
-        cfg.data.class_map,
-        max_bad_share=cfg.data.max_bad_share,
-    )
+    source = open_split(cfg.data, cfg.data.train_split)
     suites = open_suites(cfg.eval.suites or (cfg.data.val_split,), cfg.data, source.classes)
 
     frozen_teacher = frozen.teacher(cfg, source.classes, device)

@@ -9,18 +9,24 @@ from pathlib import Path
 from dad_fast.config import Config
 from dad_fast.config.fields import with_values
 from dad_fast.config.variants import with_batch_sizes
-from dad_fast.engine.schedule import total_epochs
+from dad_fast.data.sources.survey import DataFacts, survey
+from dad_fast.engine.choices import choose
+from dad_fast.engine.schedule import total_steps
+from dad_fast.engine.sizes import with_numbers
 from dad_fast.errors import UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.methods.stores import online, usable_kinds
 from dad_fast.store import Manifest
 from dad_fast.store.layout import INDEX, data_dtype
 from dad_fast.store.outputs import OutputsForm
-from dad_fast.tools.dry_run.data import DataFacts, survey
+from dad_fast.tools.dry_run.assumptions import NO_DATA
 from dad_fast.tools.dry_run.rates import Cost, Rates, cost
-from dad_fast.tools.dry_run.step import Step, trace_step
+from dad_fast.tools.dry_run.step import GPU, Step, trace_step
 from dad_fast.tools.dry_run.trace import Op
 
+IMAGENET = DataFacts(
+    "ImageNet-1k, assumed since there is no --data-dir", 1_281_167, 147_897_477_120, 1000
+)
 GIB = 2**30
 # GiB of a card that CUDA, cuBLAS and cuDNN take; assumed.
 CONTEXT = 1.0
@@ -83,19 +89,22 @@ class Estimate:
 
     @property
     def total_steps(self) -> int:
-        steps = round(total_epochs(self.cfg.schedule) * self.steps_per_epoch)
-        return min(steps, self.cfg.max_steps) if self.cfg.max_steps else steps
+        return total_steps(self.cfg, self.steps_per_epoch)
 
     @property
     def traced_images(self) -> int:
         return self.step.batch_size * self.step.micro_batches
+
+    @property
+    def is_compiled(self) -> bool:
+        return bool(choose(GPU, None, self.total_steps).settled(self.cfg).engine.torchcompile)
 
     def stages(self) -> list[Stage]:
         return stages_of(self.step)
 
     def stage_cost(self, stage: Stage, rates: Rates) -> Cost:
         """Return the cost of a stage in a step of one GPU."""
-        compiled = bool(self.cfg.engine.torchcompile) and stage.name in COMPILED
+        compiled = self.is_compiled and stage.name in COMPILED
         found = cost(stage.ops, rates, compiled, self.step.trace)
         if stage.name == STAGES["update"]:
             return found
@@ -143,8 +152,9 @@ class Estimate:
 
 def estimate(cfg: Config, num_gpus: int) -> Estimate:
     """Estimate the needs of one run. Raises the errors of a run that cannot begin."""
+    data = IMAGENET if cfg.data.data_dir == NO_DATA else survey(cfg.data)
+    cfg = with_numbers(cfg, data.num_images, lambda: num_gpus)
     cfg = with_batch_sizes(cfg, num_gpus)
-    data = survey(cfg.data)
     if cfg.data.global_batch_size > data.num_images:
         raise UsageError(
             f"--batch-size {cfg.data.batch_size}: {data.name} has only {data.num_images:,} images "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dad_fast.config import Config, Launch, expand
-from dad_fast.distributed.launch import is_worker, number_of_processes
+from dad_fast.distributed.launch import is_worker, processes_of_run
 from dad_fast.tools.dry_run.estimate import estimate
 from dad_fast.tools.dry_run.rates import read_rates
 from dad_fast.tools.dry_run.show import show, show_several
@@ -13,11 +13,9 @@ from dad_fast.tools.dry_run.show import show, show_several
 
 def run(cfg: Config, launch: Launch) -> int:
     """Print what the runs of `cfg` need and return the exit code. Writes nothing."""
-    num_gpus = number_of_processes(launch.nproc)
-    if is_worker():
-        if os.environ["RANK"] != "0":
-            return 0
-        num_gpus = int(os.environ["WORLD_SIZE"])
+    if is_worker() and os.environ["RANK"] != "0":
+        return 0
+    num_gpus = processes_of_run(launch.nproc)
     table = read_rates()
     variants: dict[str, Config] = {}
     for name, _, one in expand(cfg):

@@ -79,6 +79,8 @@ def _facts(found: Estimate) -> list[str]:
     if data.num_bytes:
         read = data.num_bytes * found.total_steps / max(1, found.steps_per_epoch)
         lines.append(f"reads       {_bytes(data.num_bytes)} an epoch, {_bytes(read)} in all")
+    if found.is_compiled:
+        lines.append("compiled    the models that torch.compile may take; a run tries it at start")
     for store in found.stores:
         most = "" if store.exact else "at most "
         views = f"{store.views} view{'s' if store.views > 1 else ''} of every image"

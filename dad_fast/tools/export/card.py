@@ -16,7 +16,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.names import shown
 from dad_fast.errors import DataError
 from dad_fast.methods.registry import METHODS
-from dad_fast.models.load_student import run_settings
+from dad_fast.models.places import run_settings
 from dad_fast.models.student import Student
 
 

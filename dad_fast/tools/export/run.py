@@ -21,7 +21,8 @@ from dad_fast.errors import UsageError
 from dad_fast.files import atomic_write_json, atomic_write_text, disk_error, sync
 from dad_fast.locks import LOCK, lock_folder
 from dad_fast.models.load_student import load_raw_student, load_student, take_view
-from dad_fast.models.student import Student, checkpoint_file
+from dad_fast.models.places import checkpoint_file
+from dad_fast.models.student import Student
 from dad_fast.models.weights.declared import CLASSES, PROBE, STUDENT, recorded_classes
 from dad_fast.models.weights.files import sha256_file
 from dad_fast.tools.export import graph

@@ -26,21 +26,22 @@ from dad_fast.config.schema import Config
 from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import EvalLoader
-from dad_fast.data.sources.registry import open_source
+from dad_fast.data.sources.splits import open_split
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.engine.choices import settle
 from dad_fast.errors import UsageError, program
-from dad_fast.evaluate.corruptions.common import corrupt, num_severities
+from dad_fast.evaluate.corruptions.common import corrupt
+from dad_fast.evaluate.corruptions.names import num_severities
 from dad_fast.evaluate.metrics.ood_detection import metrics
 from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
 from dad_fast.evaluate.suites.open import Suite, open_suites
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.run_log import print_line
-from dad_fast.models.load_student import load_student, run_settings, take_view
+from dad_fast.models.load_student import load_student, take_view
+from dad_fast.models.places import checkpoint_file, run_settings
 from dad_fast.models.probe import Probe
-from dad_fast.models.student import checkpoint_file
 from dad_fast.models.weights.declared import check_encoder
 from dad_fast.tools.probe.measures import (
     class_means,
@@ -91,12 +92,7 @@ class Checker:
         self.device = resolve_device("auto")
         self.cfg: Config = settle(cfg, self.device)
         take_view(self.probes[0], cfg)
-        self.source = open_source(
-            cfg.data.data_dir,
-            cfg.data.train_split,
-            cfg.data.class_map,
-            max_bad_share=cfg.data.max_bad_share,
-        )
+        self.source = open_split(cfg.data, cfg.data.train_split)
         self.classes: ClassMap = self.source.classes
         self.teacher, *_, sha256 = frozen.teacher(self.cfg, self.classes, self.device)
         check_encoder(runs[0], spec, sha256)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from dad_fast.config.schema import DataConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.index import scan_folder
-from dad_fast.data.sources.registry import is_named, open_source
+from dad_fast.data.sources.registry import is_named
+from dad_fast.data.sources.splits import find_split, num_held_out, open_split
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.data.sources.tar_index import scan_shards
-from dad_fast.tools.dry_run.assumptions import NO_DATA
 
 
 class DataFacts(NamedTuple):
@@ -24,28 +27,33 @@ class DataFacts(NamedTuple):
     num_classes: int
 
 
-IMAGENET = DataFacts(
-    "ImageNet-1k, assumed since there is no --data-dir", 1_281_167, 147_897_477_120, 1000
-)
-
-
 def survey(data: DataConfig) -> DataFacts:
-    """Count the training images. Raises the errors of a run for data that is not there."""
-    if data.data_dir == NO_DATA:
-        return IMAGENET
+    """Count the training images, without those held out for validation.
+
+    Raises the errors of a run for data that is not there.
+    """
     fixed = ClassMap.from_csv(data.class_map) if data.class_map else None
     if is_named(data.data_dir):
-        source = open_source(data.data_dir, data.train_split, data.class_map)
+        source = open_split(data, data.train_split)
         return DataFacts(source.name, len(source), 0, len(source.classes))
-    shards = find_shards(data.data_dir, data.train_split)
+    split, part = find_split(data, data.train_split)
+    shards = find_shards(data.data_dir, split)
     if shards is not None:
         entries = scan_shards(*shards)
         highest = max((int(entry.label) for entry in entries if entry.label), default=0)
         name, num_classes = f"{len(shards[1]):,} shards in {shards[0]}", highest + 1
     else:
-        folder = find_folder(Path(data.data_dir), data.train_split)
+        folder = find_folder(Path(data.data_dir), split)
         classes = fixed or ClassMap.from_folders(folder)
         entries, _ = scan_folder(folder, classes.folders)
         name, num_classes = str(folder), len(classes)
-    num_bytes = sum(entry.size for entry in entries)
-    return DataFacts(name, len(entries), num_bytes, len(fixed) if fixed else num_classes)
+    num_bytes, num_images = sum(entry.size for entry in entries), len(entries)
+    if part:
+        kept = num_images - _num_held_out((entry.label for entry in entries), data.val_fraction)
+        num_bytes, num_images = num_bytes * kept // max(1, num_images), kept
+    return DataFacts(name, num_images, num_bytes, len(fixed) if fixed else num_classes)
+
+
+def _num_held_out(labels: Iterable[str], fraction: float) -> int:
+    _, counts = np.unique(list(labels), return_counts=True)
+    return int(num_held_out(counts, fraction).sum())

@@ -1,0 +1,44 @@
+"""Where a run keeps its weights and settings. Imports no torch, so that paths are checked first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dad_fast.config import Config, from_toml
+from dad_fast.errors import DataError
+from dad_fast.files import read_text
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """Return the weights file of `path`: a file, a checkpoint folder or a run's folder.
+
+    A run's folder gives its final model, else its latest checkpoint. Raises DataError without one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise DataError(
+            f"{path}: no such checkpoint; "
+            "name a run's folder, a checkpoint folder or a weights file"
+        )
+    for inside in ("model.safetensors", "checkpoints/latest/model.safetensors"):
+        if (path / inside).is_file():
+            return path / inside
+    runs = sorted(p.parent for p in path.glob("*/seed-*/model.safetensors"))
+    several = f"; it holds several runs, such as {runs[0]}" if runs else ""
+    raise DataError(f"{path}: no model.safetensors and no checkpoints/latest here{several}")
+
+
+def run_settings(weights: Path) -> tuple[Config | None, Path]:
+    """Return the settings of a model's run and the run's folder; None if there is no config.toml.
+
+    The file lies next to the weights, or in the run's folder if the weights are those of a
+    checkpoint.
+    """
+    folder = weights.absolute().parent
+    for place in (folder, folder.parent.parent):
+        file = place / "config.toml"
+        if file.is_file():
+            return from_toml(read_text(file), str(file)), place
+    return None, folder
