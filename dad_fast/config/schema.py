@@ -84,6 +84,15 @@ class StudentConfig:
     )
     drop_path: float = setting(0.0, "stochastic depth", "--drop-path", rule=BELOW_ONE)
     drop: float = setting(0.0, "dropout before the classifier", "--drop", rule=BELOW_ONE)
+    drop_block: float = setting(
+        0.0, "DropBlock, in models that have it (ResNets)", "--drop-block", rule=BELOW_ONE
+    )
+    grad_checkpointing: bool = setting(
+        False,
+        "compute activations again in the backward pass: less memory, more time; batch norm's "
+        "running statistics then move twice a step",
+        "--grad-checkpointing",
+    )
     bn: Literal["joint", "split", "aux"] = setting(
         "joint",
         "batch norm over clean and adversarial images: one batch, two calls, or auxiliary "
@@ -381,7 +390,9 @@ class Config:
     device: str = setting("auto", "auto, cpu or cuda[:N]", "--device", main=True)
     log_every: int = setting(50, "steps between log lines", "--log-every", rule=AT_LEAST_ONE)
     log_to: tuple[str, ...] = setting(
-        (), "further receivers of the metrics, next to metrics.jsonl", "--log-to"
+        (),
+        "tensorboard, wandb, mlflow or another log sink, next to metrics.jsonl",
+        "--log-to",
     )
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -116,7 +116,7 @@ def opening(
 
 def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
     """Return the lines for train.log alone: provenance, choices, stores."""
-    lines = [_batches(cfg)]
+    lines = [_batches(cfg), *_scaled(cfg)]
     if distributed.world() > 1 and parts.student.has_batch_stats:
         lines.append(_batch_norm(cfg))
     if parts.teacher is not None:
@@ -158,6 +158,15 @@ def _teachers(teacher: Teacher) -> list[str]:
                 "does that, while training shows it the square crops of the batch"
             )
     return lines
+
+
+def _scaled(cfg: Config) -> list[str]:
+    """Describe the learning rate that --lr-base gives."""
+    optim, size = cfg.optim, cfg.data.global_batch_size
+    if not optim.lr_base:
+        return []
+    base = f"--lr-base {optim.lr_base:g} at {optim.lr_base_size} images a step"
+    return [f"learning rate {optim.lr:g} at {size}: {base}"]
 
 
 def _schedule(cfg: Config) -> str:

@@ -18,15 +18,18 @@ from dad_fast.data.sources.tar import find_shards
 from dad_fast.data.sources.unlabelled import has_no_classes
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.suites.open import check_suites
+from dad_fast.loggers.sinks import check_sinks
 from dad_fast.methods.registry import DISTANCES, METHODS, Images
 from dad_fast.models.registry import members
 from dad_fast.store.manifest import Manifest
 
 
 def check_files(cfg: Config) -> None:
-    """Raise errors for data, weights and stores that are not there, and for models that the method
-    needs and the settings do not name. UsageError also for a batch too small for the distance.
+    """Raise errors for data, weights, stores and packages that are not there, and for models that
+    the method needs and the settings do not name. UsageError also for a batch too small for the
+    distance.
     """
+    check_sinks(cfg.log_to)
     _check_batch_size(cfg)
     check_splits(cfg)
     if cfg.eval.suites:

@@ -23,8 +23,8 @@ from dad_fast.models.registry import TEACHERS, members
 
 
 def resolve(
-    preset: str | None = None,
-    file: Path | None = None,
+    preset: str | Sequence[str] | None = None,
+    file: Path | Sequence[Path] | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Config:
@@ -188,6 +188,9 @@ def _check_linear_probe(cfg: Config) -> None:
         raise UsageError(
             "--store: --method lp-clip keeps the teacher's predictions in the cache; leave it out"
         )
+    if cfg.optim.layer_decay or cfg.student.grad_checkpointing:
+        flag = "--layer-decay" if cfg.optim.layer_decay else "--grad-checkpointing"
+        raise UsageError(f"{flag}: --method lp-clip trains one linear layer; leave it out")
     if cfg.augment.mixup or cfg.augment.cutmix:
         raise UsageError(
             "--method lp-clip: a pseudo-label belongs to one image, and --mixup and --cutmix "

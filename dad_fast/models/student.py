@@ -145,6 +145,8 @@ def build_student(
         kwargs["drop_path_rate"] = cfg.drop_path
     if cfg.drop:
         kwargs["drop_rate"] = cfg.drop
+    if cfg.drop_block:
+        kwargs["drop_block_rate"] = cfg.drop_block
     try:
         check_model_kwargs(cfg.model_kwargs)
     except ValueError as error:
@@ -188,7 +190,20 @@ def build_student(
                 "pip install 'timm>=1.0.31'"
             )
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
+    if cfg.grad_checkpointing:
+        _checkpoint_gradients(student, cfg.name)
     return student
+
+
+def _checkpoint_gradients(student: Student, name: str) -> None:
+    """Turn on timm's gradient checkpointing. Raises UsageError for a model without it."""
+    model: Any = student.model
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError):
+        raise UsageError(
+            f"--student {name}: timm cannot checkpoint its gradients; leave --grad-checkpointing out"
+        ) from None
 
 
 def _warn_of_cut(name: str, model: nn.Module, img_size: int) -> None:
@@ -264,7 +279,8 @@ def _create(
                 "give --student-weights FILE and --no-pretrained"
             ) from None
         raise UsageError(
-            f"--student {name}: {reason}; see student.model_kwargs, --drop and --drop-path"
+            f"--student {name}: {reason}; see student.model_kwargs, --drop, --drop-path and "
+            "--drop-block"
         ) from None
 
 
