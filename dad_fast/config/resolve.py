@@ -64,7 +64,7 @@ def gather(
     for item in sets:
         layers.put_set(item)
     for key, value in (flags or {}).items():
-        layers.put(key, value, settings()[key].flag)
+        layers.put(key, value, settings()[key].flag or "settings")
     return layers.config()
 
 

@@ -19,7 +19,7 @@ from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
 from dad_fast.methods.registry import DISTANCES, JOINT_TERMS, METHODS, Images, Target
 from dad_fast.methods.stores import check_stores, usable_kinds
-from dad_fast.models.registry import TEACHERS, members
+from dad_fast.models.registry import MODULE, TEACHERS, members
 
 
 def resolve(
@@ -184,6 +184,11 @@ def _check_stored_forms(cfg: Config) -> None:
 
 def _check_linear_probe(cfg: Config) -> None:
     """Check settings that a linear probe has no use for."""
+    if cfg.teacher.name.startswith(MODULE):
+        raise UsageError(
+            f"--teacher {cfg.teacher.name}: --method {cfg.method} needs an encoder's features, and a "
+            "module of your own gives logits; name an open_clip or timm model"
+        )
     if cfg.store.dirs:
         raise UsageError(
             "--store: --method lp-clip keeps the teacher's predictions in the cache; leave it out"

@@ -25,8 +25,11 @@ TEACHERS.add("timm", "dad_fast.models.timm_teacher:load_timm")
 TEACHERS.add("hf-hub", "dad_fast.models.clip_teacher:load_hub")
 TEACHERS.add("embedded", "dad_fast.models.clip_teacher:load_embedded")
 TEACHERS.add("file", "dad_fast.models.file_teacher:load_file")
+TEACHERS.add("module", "dad_fast.models.own_modules:load_teacher_module")
 
 TIMM = "timm:"
+# Start of the name of a user's own nn.Module, which Python code passes: module:CLASS
+MODULE = "module:"
 
 
 def is_registered(name: str) -> bool:
@@ -79,7 +82,7 @@ def members(cfg: TeacherConfig) -> list[TeacherConfig]:
             f"--teacher-weights: {len(cfg.weights)} weights for {len(names)} in --teacher "
             f"{cfg.name}; give one for each, or none"
         )
-    if cfg.img_size and not any(name.startswith(TIMM) for name in names):
+    if cfg.img_size and not any(name.startswith((TIMM, MODULE)) for name in names):
         raise UsageError(
             f"--teacher-img-size: --teacher {cfg.name} has a fixed input size; only timm: teachers "
             "can be resized"
@@ -96,7 +99,7 @@ def members(cfg: TeacherConfig) -> list[TeacherConfig]:
             name=name,
             head=head,
             weights=(),
-            img_size=cfg.img_size if name.startswith(TIMM) else 0,
+            img_size=cfg.img_size if name.startswith((TIMM, MODULE)) else 0,
         )
         for name, head in zip(names, heads, strict=True)
     ]

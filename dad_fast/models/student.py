@@ -22,7 +22,9 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.sources.names import shown
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
+from dad_fast.models import own_modules
 from dad_fast.models.places import checkpoint_file
+from dad_fast.models.registry import MODULE
 from dad_fast.models.weights.declared import (
     STUDENT,
     TEMPERATURE,
@@ -140,6 +142,27 @@ def build_student(
     architecture, EnvironmentProblem for pretrained weights that are not available and for a timm
     version that cannot convert the batch norms.
     """
+    student_model(cfg.name)
+    build = _own_student if cfg.name.startswith(MODULE) else _timm_student
+    student = build(cfg, num_classes, img_size)
+    if cfg.bn == "aux" and num_groups > 1:
+        if _conversion_loses_activations(student.model):
+            raise EnvironmentProblem(
+                f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; "
+                "pip install 'timm>=1.0.31'"
+            )
+        student.model = convert_splitbn_model(student.model, num_splits=num_groups)
+    if cfg.grad_checkpointing:
+        _checkpoint_gradients(student, cfg.name)
+    return student
+
+
+def _own_student(cfg: StudentConfig, num_classes: int, img_size: int) -> Student:
+    """Build a student from a copy of the module that Python code passed."""
+    return Student(*own_modules.student_module(cfg, num_classes, img_size))
+
+
+def _timm_student(cfg: StudentConfig, num_classes: int, img_size: int) -> Student:
     kwargs: dict[str, Any] = dict(cfg.model_kwargs)
     if cfg.drop_path:
         kwargs["drop_path_rate"] = cfg.drop_path
@@ -183,15 +206,6 @@ def build_student(
     for weights in (cfg.weights, cfg.init_from):
         if weights:
             load_student_weights(student, weights)
-    if cfg.bn == "aux" and num_groups > 1:
-        if _conversion_loses_activations(student.model):
-            raise EnvironmentProblem(
-                f"--bn aux: timm {timm.__version__} loses the activations of {cfg.name}; "
-                "pip install 'timm>=1.0.31'"
-            )
-        student.model = convert_splitbn_model(student.model, num_splits=num_groups)
-    if cfg.grad_checkpointing:
-        _checkpoint_gradients(student, cfg.name)
     return student
 
 
@@ -233,8 +247,12 @@ def _conversion_loses_activations(model: nn.Module) -> bool:
 def student_model(name: str) -> str:
     """Return the timm name or hub name of `--student NAME`, which may start with timm:.
 
-    Raises UsageError for a model that timm does not have.
+    `module:CLASS` names the module that Python code passed. Raises UsageError for a model that timm
+    does not have, and for a module that was not passed.
     """
+    if name.startswith(MODULE):
+        own_modules.find("student", name)
+        return name
     model = name.removeprefix("timm:")
     if model.startswith(HUB):
         return model
@@ -327,7 +345,11 @@ def read_student(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
         spec = checked_spec(metadata[STUDENT])
     except ValueError as error:
         raise DataError(f"{path}: its metadata {STUDENT} is damaged ({error})") from None
-    student = Student(_create_as_declared(spec, state, path), spec)
+    if spec["name"].startswith(MODULE):
+        model = own_modules.module_of_file(spec["name"], path)
+    else:
+        model = _create_as_declared(spec, state, path)
+    student = Student(model, spec)
     load_strictly(student.model, state, path)
     return student.eval()
 

@@ -16,7 +16,7 @@ from dad_fast.distributed.launch import (
 )
 from dad_fast.errors import UsageError
 from dad_fast.locks import lock_folder
-from dad_fast.sweep.runs import check_paths, make_sweep
+from dad_fast.sweep.runs import Sweep, check_paths, make_sweep
 
 
 def run(cfg: Config, launch: Launch) -> int:
@@ -45,7 +45,20 @@ def run(cfg: Config, launch: Launch) -> int:
             from dad_fast.sweep.sweep import run_sweep
 
             return run_sweep(sweep, launch)
+    return _train_in_this_process(sweep, cfg, launch)
 
+
+def run_in_this_process(cfg: Config, launch: Launch) -> None:
+    """Train every run of the settings in this process, or with the others that torchrun started."""
+    sweep = make_sweep(cfg, Path(launch.output), num_processes=lambda: processes_of_run("1"))
+    if is_worker():
+        end_with_launcher()
+    else:
+        check_paths(sweep, launch)
+    _train_in_this_process(sweep, cfg, launch)
+
+
+def _train_in_this_process(sweep: Sweep, cfg: Config, launch: Launch) -> int:
     # Before torch is imported. Of several processes the first one locks, when they have joined.
     with nullcontext() if is_worker() else lock_folder(sweep.output):
         from dad_fast.distributed import process_group as distributed

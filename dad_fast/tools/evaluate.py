@@ -83,10 +83,12 @@ def run(job: Job) -> int:
     elif (nproc := number_of_processes(launch.nproc)) > 1:
         return run_processes(nproc, "eval", launch.arguments)
     with distributed.joined(job.cfg), ends_at_once(STOPPED):
-        return _Evaluation(job).run()
+        return Evaluation(job).run()
 
 
-class _Evaluation:
+class Evaluation:
+    """Evaluates models on the suites of a job and prints each result as soon as it is known."""
+
     def __init__(self, job: Job) -> None:
         self.job, self.cfg, self.launch = job, job.cfg, job.launch
         cfg, launch = job.cfg, job.launch
@@ -113,10 +115,10 @@ class _Evaluation:
         }
         found = {}
         for name in names:
-            subject = load_subject(name, self.cfg, self.data_classes, self.device)
+            subject = self.load(name)
             if self.launch.calibrate:
                 record["calibration"] = self.calibrate(subject)
-                subject = load_subject(name, self.cfg, self.data_classes, self.device)
+                subject = self.load(name)
             found[name] = self.evaluate(subject)
         if self.launch.calibrate:
             self.compare_calibration(record["calibration"], found[names[0]])
@@ -153,6 +155,10 @@ class _Evaluation:
         if self.launch.json:
             atomic_write_json(self.launch.json, {**record, "environment": environment()})
         return 0
+
+    def load(self, name: str) -> EvalModel:
+        """Load a run's student or a published model by its name."""
+        return load_subject(name, self.cfg, self.data_classes, self.device)
 
     def data_classes(self) -> ClassMap:
         return classes_of(self.suite_names, self.cfg.data)

@@ -18,6 +18,7 @@ import timm
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
+from dad_fast.models.registry import MODULE
 
 # Keys of a file's metadata: a student, a linear probe in place of a student, a teacher, the classes
 # of the head, and the temperature of its logits.
@@ -66,7 +67,9 @@ def checked_spec(text: str) -> dict[str, Any]:
     """
     rules: dict[str, Callable[[Any], bool]] = {
         **VIEW,
-        "name": lambda value: isinstance(value, str) and _is_registered(value),
+        "name": lambda value: (
+            isinstance(value, str) and (_is_registered(value) or _is_own_module(value))
+        ),
         "model_kwargs": lambda value: isinstance(value, dict),
         "mean": lambda value: _three(value, -1e3, 1e3),
         "std": lambda value: _three(value, 1e-6, 1e3),
@@ -285,6 +288,15 @@ def check_encoder(where: str, spec: Mapping[str, Any], sha256: str) -> None:
             f"{where}: this probe belongs to another encoder ({expected[:12]}…) than "
             f"{spec['teacher']} now is ({sha256[:12]}…); give the weights that it was trained on"
         )
+
+
+def _is_own_module(name: str) -> bool:
+    """Return whether `name` is that of a user's own module. Nothing is imported by such a name."""
+    return (
+        len(name) <= MAX_TEXT
+        and name.startswith(MODULE)
+        and name.removeprefix(MODULE).isidentifier()
+    )
 
 
 def _is_registered(name: str) -> bool:

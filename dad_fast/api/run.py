@@ -1,0 +1,91 @@
+"""`df.Run`: the folder of a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dad_fast.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Run:
+    """A run of `df.train` or `dad-fast train`, or a comparison of several, by its folder.
+
+    `df.Run("runs/mine")` opens an earlier one. Everything is read from the folder when asked for.
+
+    Args:
+        folder: the run's folder.
+        student: the `nn.Module` that was trained, if it is the user's own class (see `df.train`).
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+
+    def __init__(self, folder: str | Path, *, student: nn.Module | None = None) -> None:
+        self.folder = Path(folder)
+        self.student = student
+        if not self.folder.is_dir():
+            raise DataError(f"{folder}: no such folder; name the folder of a run")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of a comparison, one for each variant and seed; of one run, itself."""
+        inside = sorted(path.parent for path in self.folder.glob("*/seed-*/results.json"))
+        return [Run(folder, student=self.student) for folder in inside] or [self]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Content of results.json.
+
+        Of one run: `results["suites"][NAME]` has `top1`, `top5` and `ece` in %, `nll` in nats, and
+        more; `teacher` has the same of the teacher, `seconds` the time of training. Of a
+        comparison: `results["runs"]` is a list of these.
+
+        Raises:
+            DataError: the run is not finished.
+        """
+        path = self.folder / "results.json"
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path}: not the results of a finished run ({error}); train with resume='auto'"
+            ) from None
+        return record
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained student on the CPU, in eval mode, loaded anew by each access.
+
+        float32 pixels [B, 3, H, W] in [0, 1] -> logits float32 [B, C]; the weights are those of the
+        evaluation (EMA where it is on).
+
+        Raises:
+            UsageError: the folder holds a comparison; take one of `runs`.
+            DataError: no weights, damaged ones, or those of a user's own class that was not passed.
+        """
+        if self.runs != [self] and (others := self.runs)[0].folder != self.folder:
+            raise UsageError(
+                f"{self.folder}: holds {len(others)} runs; take the model of one of them, such as "
+                f"{others[0].folder}"
+            )
+        from dad_fast.api.models import load_student
+
+        return load_student(self.folder, module=self.student)
+
+    def report(self) -> Path:
+        """Write report.html, one self-contained page, anew and return its path.
+
+        Raises:
+            DataError: the run is not finished.
+        """
+        from dad_fast.report.page import write_report
+
+        return write_report(self.folder)
