@@ -1,24 +1,26 @@
-"""Discrete adversarial distillation, fast.
+"""Train image classifiers that are robust to distribution shift, by discrete adversarial
+distillation (DAD, arXiv 2311.01441).
 
-`import dad_fast as df` gives `df.load_student`, `df.load_teacher`, `df.load_discretizer`,
-`df.open_source`, `df.Teacher`, `df.VQGAN`, `df.PGD`, `df.discretize`, `df.losses`,
-`df.AdversarialStore` and `df.TargetStore`. Names are imported on first use, so that
+`import dad_fast as df`; docs/api.md lists the names below. They are imported on first use, so that
 `import dad_fast` and `dad-fast -h` load neither numpy nor torch.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dad_fast.api.evaluate import evaluate, export
+    from dad_fast.api.models import load_discretizer, load_student, load_teacher
+    from dad_fast.api.run import Run
+    from dad_fast.api.train import train
     from dad_fast.data.sources.registry import open_source
-    from dad_fast.discretizers.registry import load_discretizer
     from dad_fast.discretizers.vqgan.model import VQGAN
     from dad_fast.methods import losses
     from dad_fast.methods.attack import PGD, discretize
-    from dad_fast.models.load_student import load_student
-    from dad_fast.models.load_teacher import load_teacher
     from dad_fast.models.teacher import Teacher
     from dad_fast.store import AdversarialStore, TargetStore
 
@@ -28,27 +30,35 @@ __all__ = [
     "PGD",
     "VQGAN",
     "AdversarialStore",
+    "Run",
     "TargetStore",
     "Teacher",
     "__version__",
     "discretize",
+    "evaluate",
+    "export",
     "load_discretizer",
     "load_student",
     "load_teacher",
     "losses",
     "open_source",
+    "train",
 ]
 
 _WHERE = {
-    "load_student": "dad_fast.models.load_student:load_student",
-    "load_teacher": "dad_fast.models.load_teacher:load_teacher",
-    "load_discretizer": "dad_fast.discretizers.registry:load_discretizer",
+    "train": "dad_fast.api.train:train",
+    "Run": "dad_fast.api.run:Run",
+    "evaluate": "dad_fast.api.evaluate:evaluate",
+    "export": "dad_fast.api.evaluate:export",
+    "load_student": "dad_fast.api.models:load_student",
+    "load_teacher": "dad_fast.api.models:load_teacher",
+    "load_discretizer": "dad_fast.api.models:load_discretizer",
     "open_source": "dad_fast.data.sources.registry:open_source",
-    "Teacher": "dad_fast.models.teacher:Teacher",
-    "VQGAN": "dad_fast.discretizers.vqgan.model:VQGAN",
     "PGD": "dad_fast.methods.attack:PGD",
     "discretize": "dad_fast.methods.attack:discretize",
     "losses": "dad_fast.methods.losses",
+    "Teacher": "dad_fast.models.teacher:Teacher",
+    "VQGAN": "dad_fast.discretizers.vqgan.model:VQGAN",
     "AdversarialStore": "dad_fast.store:AdversarialStore",
     "TargetStore": "dad_fast.store:TargetStore",
 }
@@ -65,6 +75,21 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dad_fast' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """This package. `evaluate` is its function, although a sub-package has that name, too."""
+
+    @property
+    def evaluate(self) -> Any:
+        return __getattr__("evaluate")
+
+    @evaluate.setter
+    def evaluate(self, module: ModuleType) -> None:
+        """Ignore the sub-package, which Python would bind here when it is imported."""
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

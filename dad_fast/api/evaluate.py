@@ -49,7 +49,6 @@ def evaluate(
     """
     from dad_fast.cli.eval import SETTINGS
     from dad_fast.distributed import process_group as distributed
-    from dad_fast.errors import UsageError
     from dad_fast.evaluate.suites.open import check_suites
     from dad_fast.models.own_modules import passed
     from dad_fast.tools.evaluate import Evaluation
@@ -65,8 +64,6 @@ def evaluate(
     if isinstance(model, str | Path):
         job = checked(EvalLaunch(model=str(model)), flags)
     else:
-        if not callable(model):
-            raise UsageError(f"{model!r}: pass a run, a path, a name or an nn.Module")
         job = Job(EvalLaunch(), settings_of([], flags), (), ())
         check_suites(job.suites, job.cfg.data)
     with distributed.joined(job.cfg), passed(student=own):
@@ -86,14 +83,13 @@ def _subject(model: nn.Module, evaluation: Evaluation) -> EvalModel:
     from dad_fast.errors import UsageError
     from dad_fast.evaluate.models import EvalModel, of_teacher
     from dad_fast.models.own_modules import module_name, passed
-    from dad_fast.models.probe import Probe
     from dad_fast.models.student import Student, build_student
     from dad_fast.models.teacher import Teacher
 
     if isinstance(model, Teacher):
         return of_teacher(model.to(evaluation.device))
     classes = evaluation.data_classes()
-    if isinstance(model, Student | Probe):
+    if isinstance(model, Student):
         student = model
     else:
         named = StudentConfig(name=module_name(model))
@@ -138,9 +134,12 @@ def export(
         EnvironmentProblem: packages of the extra `export` are missing.
     """
     from dad_fast.cli.export import check_formats
+    from dad_fast.errors import UsageError
     from dad_fast.models.own_modules import passed
     from dad_fast.tools.export import run as command
 
+    if weights not in ("", "ema", "raw"):
+        raise UsageError(f"weights={weights!r}: must be ema or raw")
     own = run.student if isinstance(run, Run) else None
     options = ExportOptions(
         checkpoint=str(run.folder if isinstance(run, Run) else run),

@@ -71,10 +71,11 @@ class Run:
             UsageError: the folder holds a comparison; take one of `runs`.
             DataError: no weights, damaged ones, or those of a user's own class that was not passed.
         """
-        if self.runs != [self] and (others := self.runs)[0].folder != self.folder:
+        runs = self.runs
+        if runs[0] is not self:
             raise UsageError(
-                f"{self.folder}: holds {len(others)} runs; take the model of one of them, such as "
-                f"{others[0].folder}"
+                f"{self.folder}: holds {len(runs)} runs; take the model of one of its .runs, such "
+                f"as {runs[0].folder}"
             )
         from dad_fast.api.models import load_student
 

@@ -48,7 +48,7 @@ def main(arguments: list[str], debug: bool) -> int:
 
 
 def parse(arguments: Sequence[str]) -> ExportOptions:
-    """Return the options, each format once. Raises UsageError."""
+    """Return the options. Raises UsageError."""
     parser = options_parser("export", ExportOptions, intermixed=True)
     options = typed_options(ExportOptions, vars(parser.parse(arguments)))
     if not options.checkpoint:
@@ -58,8 +58,13 @@ def parse(arguments: Sequence[str]) -> ExportOptions:
         )
     if not options.output:
         raise UsageError("name the new folder: -o DIR")
-    for name in options.formats:
+    return replace(options, formats=check_formats(options.formats))
+
+
+def check_formats(names: Sequence[str]) -> tuple[str, ...]:
+    """Return each format once. Raises UsageError for an unknown one."""
+    for name in names:
         if name not in FORMATS:
             known = ", ".join(FORMATS)
             raise UsageError(f"--format {name}: must be one of {known}{nearest(name, FORMATS)}")
-    return replace(options, formats=tuple(dict.fromkeys(options.formats)))
+    return tuple(dict.fromkeys(names))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ TIMM_ONLY = (
     "drop_block",
     "model_kwargs",
 )
-_passed: ContextVar[Mapping[str, nn.Module]] = ContextVar("modules", default={})
+_NOTHING: Mapping[str, nn.Module] = MappingProxyType({})
+_passed: ContextVar[Mapping[str, nn.Module]] = ContextVar("modules", default=_NOTHING)
 
 
 @contextmanager

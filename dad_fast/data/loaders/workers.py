@@ -1,8 +1,8 @@
 """Loader processes: their start, the signals they ignore, and one-line errors for their failures.
 
 They come from a fork server: a fork of the training process would copy locks that its threads
-(autograd, CUDA, the live progress bar) may hold at that moment, a rare hang. So a script that uses
-a loader with workers needs the usual `if __name__ == "__main__":`.
+(autograd, CUDA, the live progress bar) may hold at that moment, a rare hang. They do not run the
+main script again, so it needs no `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 import warnings
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -117,7 +118,8 @@ def _from_workers(
         # Each pass would otherwise draw from the global generator, whose state a resume restores.
         generator=torch.Generator(),
     )
-    batches = iter(loader)
+    with _without_main_script():
+        batches = iter(loader)
     waited = 0.0
     try:
         while True:
@@ -167,6 +169,22 @@ def _close_running() -> None:
         # Another thread may be advancing the generator at this moment.
         with suppress(ValueError, RuntimeError):
             batches.close()
+
+
+@contextmanager
+def _without_main_script() -> Iterator[None]:
+    """Keep processes that start inside the block from running the main script.
+
+    multiprocessing runs it in every process for the objects that it defines; loaders use none.
+    """
+    main = vars(sys.modules["__main__"])
+    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.pop("__file__", None)
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(hidden)
 
 
 def _as_is(batch: Any) -> Any:

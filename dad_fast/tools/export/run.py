@@ -22,6 +22,7 @@ from dad_fast.files import atomic_write_json, atomic_write_text, disk_error, syn
 from dad_fast.locks import LOCK, lock_folder
 from dad_fast.models.load_student import load_raw_student, load_student, take_view
 from dad_fast.models.places import checkpoint_file
+from dad_fast.models.registry import MODULE
 from dad_fast.models.student import Student
 from dad_fast.models.weights.declared import CLASSES, PROBE, STUDENT, recorded_classes
 from dad_fast.models.weights.files import sha256_file
@@ -48,10 +49,11 @@ def _export(options: ExportOptions) -> int:
     if PROBE in metadata:
         student.name = f"linear probe on {short_name(student.spec['teacher'])}"
     classes = recorded_classes(source, metadata.get(CLASSES), student.num_classes)
-    formats = options.formats or (("timm",) if STUDENT in metadata else ("onnx",))
+    is_timm = STUDENT in metadata and not student.spec["name"].startswith(MODULE)
+    formats = options.formats or (("timm",) if is_timm else ("onnx",))
     if "onnx" in formats:
         graph.check_onnx_packages()
-    if "timm" in formats and STUDENT not in metadata:
+    if "timm" in formats and not is_timm:
         raise UsageError(
             f"--format timm: {student.name} is not a timm model; use --format onnx torch"
         )
