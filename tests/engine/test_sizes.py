@@ -96,8 +96,8 @@ def test_loader_processes_by_cores(monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--wandb", "did you mean --log-to"),
-        ("--log-wandb", "did you mean --log-to"),
+        ("--wandb", "did you mean --log-to wandb?"),
+        ("--log-wandb", "did you mean --log-to wandb?"),
         ("--num-workers", "did you mean --workers"),
     ],
 )
