@@ -20,6 +20,7 @@ from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DadFastError
 from dad_fast.evaluate.runner import Suite
 from dad_fast.evaluate.show import non_finite_note
+from dad_fast.evaluate.tables import rows as table_rows
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.progress import count_progress
 from dad_fast.methods.attack import discretize
@@ -31,6 +32,8 @@ from dad_fast.report.pieces import write_pieces
 from dad_fast.report.sheet import difference_scale, spread_over_classes, write_sheet
 
 SHEET_ROWS = 8
+# Metrics of a suite in metrics.jsonl; results.json has all.
+LOGGED = ("top1", "top5", "nll", "ece", "mce")
 
 
 def finish(
@@ -84,10 +87,24 @@ def finish(
     }
     if main:
         atomic_write_json(output / "results.json", record)
+        _show_to_sinks(trainer, record)
         write_report(output)
     scores = "  ".join(f"{name} {result.top1:.1f} %" for name, result in student.items())
     trainer.log.say(f"{trainer.label}: {scores}")
     return record
+
+
+def _show_to_sinks(trainer: Trainer, record: dict[str, Any]) -> None:
+    """Log the results of every suite; give the log sinks the table and the sheet."""
+    log, step = trainer.log, trainer.next_step
+    for suite, values in record["suites"].items():
+        metrics = {name: values[name] for name in LOGGED if values.get(name) is not None}
+        log.metrics(f"test/{suite}", step=step, **metrics)
+    header, rows, _ = table_rows({"runs": [record]}, "top1")
+    log.table("results", step, ["model", *header[1:]], rows)
+    sheet = trainer.output / "sheet.png"
+    if sheet.exists():
+        log.picture("sheet", step, sheet)
 
 
 def _teacher_record(
@@ -95,13 +112,15 @@ def _teacher_record(
 ) -> dict[str, Any] | None:
     """Evaluate the teacher unless `teacher_results` has it.
 
-    Returns None for a run without a teacher, and for one from stores whose teacher is not at hand.
+    Returns None for a run without a teacher, for one from stores whose teacher is not at hand, and
+    for an encoder without a class head.
     """
     name, stores = trainer.cfg.teacher.name, trainer.parts.stored.stores
-    if trainer.parts.teacher is None and not stores:
+    own = trainer.parts.teacher
+    if (own is None and not stores) or (own is not None and not own.has_head):
         return None
     if name not in teacher_results:
-        teacher = trainer.parts.teacher or _teacher_of_stores(trainer)
+        teacher = own or _teacher_of_stores(trainer)
         if teacher is None:
             return None
         results = {}
@@ -178,6 +197,7 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
         student.interpolation,
         SHEET_ROWS,
         workers=0,
+        squashed=student.squashed,
     )
     batch = next(iter(loader))
     x = to_pixels(batch.images.to(parts.device))

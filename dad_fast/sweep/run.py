@@ -23,6 +23,8 @@ from dad_fast.kernels.csrc import csrc_status
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore, is_filled, online, seconds_file, store_seconds
+from dad_fast.models.ensemble import Ensemble
+from dad_fast.models.registry import teacher_settings
 from dad_fast.report.page import write_report
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear
 from dad_fast.sweep.tables import write_tables
@@ -61,9 +63,10 @@ def _run_locked(sweep: Sweep, launch: Launch) -> int:
     distributed.barrier()
     for store in sweep.stores:
         fill_store(store)
-    teacher_results: dict[str, dict[str, Any]] = {}
+    by_teacher: dict[str, dict[str, dict[str, Any]]] = {}
     for number, run in enumerate(sweep.runs, start=1):
         label = f"[{number}/{len(sweep.runs)}] {run.name}" if several else run.variant
+        teacher_results = by_teacher.setdefault(repr(teacher_settings(run.cfg)), {})
         train_run(run, label, launch, builder, teacher_results)
     if main and several:
         write_tables(sweep, {}, distributed.world())
@@ -208,6 +211,20 @@ def _weights(parts: Components) -> dict[str, Any]:
         for name, part in frozen.items()
         if part is not None
     }
+    if isinstance(parts.teacher, Ensemble):
+        found["teacher"] |= {
+            "average": parts.teacher.average,
+            "members": [
+                {
+                    "name": member.name,
+                    "weight": weight,
+                    "sha256": member.weights_sha256,
+                    "loaded_sha256": parts.hashes[f"teacher {number}"],
+                    "seen": member.provenance,
+                }
+                for number, (weight, member) in enumerate(parts.teacher.weighted_members(), start=1)
+            ],
+        }
     stores = parts.stored.stores
     if stores:
         found["stores"] = [
