@@ -20,12 +20,12 @@ timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG or hf-hub:REPO.
 
 examples:
   dad-fast eval runs/demo/dad/seed-0 --suite test optdigits gaussian_noise     # after the demo
+  dad-fast eval runs/demo/dad/seed-0 --teacher embedded:digits --suite optdigits
   dad-fast eval --compare runs/demo/dad/seed-0 runs/demo/kd/seed-0 --suite test optdigits
   dad-fast eval timm:resnet50@r50.safetensors --suite imagenet=/data/val imagenet-a=/data/imagenet-a
 
 names after --suite:
-  KIND=DIR      a published test set: imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized or
-                objectnet; subset=DIR: a folder of some of the model's classes, which alone compete
+  KIND=DIR      imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized, objectnet; subset: some classes
   SPLIT, DIR    a split or an image folder, of all the model's classes; DIR@FILE.csv maps folders
   contrast:3    a corruption of the first other suite, with one severity, or all if none is given
 
