@@ -50,6 +50,8 @@ SETTINGS = {
     "augment.interpolation": "resampling filter; empty = the model's own",
     "teacher.head": "safetensors with a fine-tuned linear head; empty = zero-shot",
     "teacher.templates": "",
+    "teacher.weights": "of an ensemble A+B: one for each member",
+    "teacher.img_size": "input size of timm: models; 0 = their own",
     "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
     "eval.c_preprocessing": "",
     "data.loader": "dali: plain JPEGs are decoded by DALI (results record it); else PIL",

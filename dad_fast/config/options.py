@@ -28,7 +28,9 @@ JOBS_DEFAULT = "[one per GPU; on a CPU two per core]"
 class ConfigOptions:
     """Sources of settings, for every command that takes those of `dad-fast train`."""
 
-    preset: str = option("", "--preset NAME", "a named set of settings")
+    preset: tuple[str, ...] = option(
+        (), "--preset NAME", "a named set of settings; repeatable: later ones win", repeat=True
+    )
     sets: tuple[str, ...] = option(
         (),
         "--set KEY=VALUE",
@@ -43,9 +45,10 @@ class Launch:
 
     resume: "" starts; "auto" continues the run in `output` or starts; otherwise a checkpoint
         folder, or another run's folder.
-    preset: the preset's name, for the record.
+    preset: the presets' names, joined by "+", for the record.
     nproc: "auto" is one process per GPU.
     arguments: the command line after the command, for the processes that nproc starts.
+    command: the whole command line, for the record; "" where Python code started the run.
     jobs: 0 is one per GPU, or on a CPU two per core.
     devices: of the runs side by side, in turn; () is every GPU, or the device of the settings.
     both_batch_sizes: the command line gives the batch of a process and the global one, which then
@@ -90,6 +93,7 @@ class Launch:
     debug: bool = False
     preset: str = ""
     arguments: tuple[str, ...] = ()
+    command: str = ""
     devices: tuple[str, ...] = ()
     both_batch_sizes: bool = False
 

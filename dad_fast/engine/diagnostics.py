@@ -15,6 +15,7 @@ from dad_fast.config.schema import AttackConfig
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.distributed import process_group as distributed
+from dad_fast.engine.fidelity import Fidelity, measure_fidelity
 from dad_fast.engine.generator import AttackGenerator, Generator
 from dad_fast.engine.learner import Learner
 from dad_fast.methods.attack import PGD, perturb
@@ -72,6 +73,13 @@ def attack_effects(generator: Generator, learner: Learner, batch: Batch) -> dict
     """
     attacks = _attacks(generator, learner, batch)
     return {suffix: attacked.measure() for suffix, attacked in attacks.items()}
+
+
+def discretizer_fidelity(generator: Generator, learner: Learner, batch: Batch) -> Fidelity | None:
+    """Compare a few images before and after the discretizer; None where all attacks are stored."""
+    for attacked in _attacks(generator, learner, batch).values():
+        return measure_fidelity(attacked.discretizer, attacked.inputs[0])
+    return None
 
 
 def warning_of_weakness(effect: Effect, attack: AttackConfig, discretizer: str) -> str | None:
@@ -153,7 +161,7 @@ def _attacks(generator: Generator, learner: Learner, batch: Batch) -> dict[str, 
         return {}
 
     batch = batch.to(learner.device)
-    mixed = generator.mixed(batch)
+    mixed = generator.clean(batch).mixed
     inputs = mixed.pixels, mixed.targets, batch.seeds
     how = generator.attack, generator.order, inputs
     return {

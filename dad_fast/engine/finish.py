@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dad_fast.data.augment.mixing import soft_targets, to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
+from dad_fast.data.sources.subset import Subset
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import frozen
@@ -18,6 +20,7 @@ from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DadFastError
 from dad_fast.evaluate.runner import Suite
 from dad_fast.evaluate.show import non_finite_note
+from dad_fast.evaluate.tables import rows as table_rows
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.progress import count_progress
 from dad_fast.methods.attack import discretize
@@ -26,9 +29,11 @@ from dad_fast.methods.registry import METHODS, Images
 from dad_fast.models.teacher import Teacher
 from dad_fast.report.page import write_report
 from dad_fast.report.pieces import write_pieces
-from dad_fast.report.sheet import difference_scale, write_sheet
+from dad_fast.report.sheet import difference_scale, spread_over_classes, write_sheet
 
 SHEET_ROWS = 8
+# Metrics of a suite in metrics.jsonl; results.json has all.
+LOGGED = ("top1", "top5", "nll", "ece", "mce")
 
 
 def finish(
@@ -75,16 +80,31 @@ def finish(
         "student": parts.student.name,
         "num_parameters": sum(p.numel() for p in trainer.evaluated.parameters()),
         "bn": cfg.student.bn if parts.student.has_batch_stats else None,
+        "classes": parts.train.classes.names,
         "suites": {name: result.to_dict() for name, result in student.items()},
         "teacher": teacher,
         "discretizer": discretizer,
     }
     if main:
         atomic_write_json(output / "results.json", record)
+        _show_to_sinks(trainer, record)
         write_report(output)
     scores = "  ".join(f"{name} {result.top1:.1f} %" for name, result in student.items())
     trainer.log.say(f"{trainer.label}: {scores}")
     return record
+
+
+def _show_to_sinks(trainer: Trainer, record: dict[str, Any]) -> None:
+    """Log the results of every suite; give the log sinks the table and the sheet."""
+    log, step = trainer.log, trainer.next_step
+    for suite, values in record["suites"].items():
+        metrics = {name: values[name] for name in LOGGED if values.get(name) is not None}
+        log.metrics(f"test/{suite}", step=step, **metrics)
+    header, rows, _ = table_rows({"runs": [record]}, "top1")
+    log.table("results", step, ["model", *header[1:]], rows)
+    sheet = trainer.output / "sheet.png"
+    if sheet.exists():
+        log.picture("sheet", step, sheet)
 
 
 def _teacher_record(
@@ -92,13 +112,15 @@ def _teacher_record(
 ) -> dict[str, Any] | None:
     """Evaluate the teacher unless `teacher_results` has it.
 
-    Returns None for a run without a teacher, and for one from stores whose teacher is not at hand.
+    Returns None for a run without a teacher, for one from stores whose teacher is not at hand, and
+    for an encoder without a class head.
     """
     name, stores = trainer.cfg.teacher.name, trainer.parts.stored.stores
-    if trainer.parts.teacher is None and not stores:
+    own = trainer.parts.teacher
+    if (own is None and not stores) or (own is not None and not own.has_head):
         return None
     if name not in teacher_results:
-        teacher = trainer.parts.teacher or _teacher_of_stores(trainer)
+        teacher = own or _teacher_of_stores(trainer)
         if teacher is None:
             return None
         results = {}
@@ -158,21 +180,24 @@ def _describe_weights(trainer: Trainer) -> str:
 
 
 def _write_sheet(trainer: Trainer, output: Path) -> None:
-    """Write x, Q(x) and Q(x + delta) of a few validation images, attacking the teacher or, without
-    one, the student.
+    """Write x, Q(x) and Q(x + delta) of a few validation images of different classes, attacking the
+    teacher or, without one, the student.
     """
     cfg, parts = trainer.cfg, trainer.parts
     generator = trainer.step.generator
     assert parts.discretizer is not None and isinstance(generator, AttackGenerator)
     attacked = parts.teacher or trainer.evaluated
     student = parts.student
+    readable = np.flatnonzero(parts.val.ok)
+    rows = readable[spread_over_classes(parts.val.labels[readable], SHEET_ROWS)]
     loader = EvalLoader(
-        parts.val,
+        Subset(parts.val, rows, parts.val.labels[rows]),
         student.image_size,
         student.crop_pct,
         student.interpolation,
         SHEET_ROWS,
         workers=0,
+        squashed=student.squashed,
     )
     batch = next(iter(loader))
     x = to_pixels(batch.images.to(parts.device))
@@ -185,7 +210,7 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
         generator.attack,
         x,
         target,
-        batch.samples.to(parts.device),
+        torch.from_numpy(rows)[batch.samples].to(parts.device),
         cfg.attack.order,
     )
     with torch.no_grad():

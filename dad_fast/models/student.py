@@ -37,7 +37,12 @@ from dad_fast.models.weights.files import (
 )
 from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.limits import no_more_parameters_than
-from dad_fast.models.weights.timm_files import classifier_keys, fit_timm, load_fitted
+from dad_fast.models.weights.timm_files import (
+    classifier_keys,
+    create_timm,
+    fit_timm,
+    load_fitted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +93,7 @@ class Student(nn.Module):
         self.image_size = spec["img_size"]
         self.crop_pct = spec["crop_pct"]
         self.interpolation = spec["interpolation"]
+        self.squashed = spec.get("squashed", False)
         self.register_buffer("mean", torch.tensor(spec["mean"]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"]).view(1, -1, 1, 1), persistent=False)
 
@@ -139,6 +145,8 @@ def build_student(
         kwargs["drop_path_rate"] = cfg.drop_path
     if cfg.drop:
         kwargs["drop_rate"] = cfg.drop
+    if cfg.drop_block:
+        kwargs["drop_block_rate"] = cfg.drop_block
     try:
         check_model_kwargs(cfg.model_kwargs)
     except ValueError as error:
@@ -164,6 +172,7 @@ def build_student(
         "std": list(data["std"]),
         "crop_pct": data["crop_pct"],
         "interpolation": data["interpolation"],
+        "squashed": data["crop_mode"] == "squash",
     }
     try:
         # What a run writes, its readers accept.
@@ -181,7 +190,20 @@ def build_student(
                 "pip install 'timm>=1.0.31'"
             )
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
+    if cfg.grad_checkpointing:
+        _checkpoint_gradients(student, cfg.name)
     return student
+
+
+def _checkpoint_gradients(student: Student, name: str) -> None:
+    """Turn on timm's gradient checkpointing. Raises UsageError for a model without it."""
+    model: Any = student.model
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError):
+        raise UsageError(
+            f"--student {name}: timm cannot checkpoint its gradients; leave --grad-checkpointing out"
+        ) from None
 
 
 def _warn_of_cut(name: str, model: nn.Module, img_size: int) -> None:
@@ -239,14 +261,7 @@ def _create(
     from_hub = name.startswith(HUB)
     try:
         with hub_client() if pretrained or from_hub else nullcontext():
-            if img_size:
-                # Vision transformers need the image size, convolutional networks do not take it.
-                try:
-                    return timm.create_model(name, img_size=img_size, **arguments)
-                except TypeError as error:
-                    if "img_size" not in str(error):
-                        raise
-            return timm.create_model(name, **arguments)
+            return create_timm(name, img_size, **arguments)
     except DadFastError:
         raise
     except Exception as error:
@@ -264,7 +279,8 @@ def _create(
                 "give --student-weights FILE and --no-pretrained"
             ) from None
         raise UsageError(
-            f"--student {name}: {reason}; see student.model_kwargs, --drop and --drop-path"
+            f"--student {name}: {reason}; see student.model_kwargs, --drop, --drop-path and "
+            "--drop-block"
         ) from None
 
 

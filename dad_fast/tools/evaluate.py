@@ -59,6 +59,7 @@ class Found:
     def to_dict(self) -> dict[str, Any]:
         record = {
             **self.subject.facts,
+            "classes": self.subject.classes.names,
             "suites": {name: result.to_dict() for name, result in self.results.items()},
         }
         if self.ood or self.robustness:
@@ -159,7 +160,13 @@ class _Evaluation:
     def teacher(self, classes: ClassMap) -> Found | None:
         """Return the teacher's results for models with these classes, or None without --teacher."""
         if self.cfg.teacher.name and classes not in self.teacher_results:
-            teacher = load_teacher(self.cfg.teacher, classes, self.cfg.precision, self.device)
+            teacher = load_teacher(
+                self.cfg.teacher,
+                classes,
+                self.cfg.precision,
+                self.device,
+                temperature=self.cfg.loss.temperature,
+            )
             self.teacher_results[classes] = self._evaluate(
                 of_teacher(teacher), f"teacher {teacher.name}", None
             )
@@ -250,6 +257,7 @@ class _Evaluation:
                 img_size=size,
                 crop_pct=crop_pct,
                 interpolation=interpolation,
+                squashed=subject.squashed,
                 batch_size=self.batch_size,
                 workers=self.cfg.data.workers,
                 device=self.device,
@@ -288,6 +296,7 @@ class _Evaluation:
                     _progress(label),
                     self.dali,
                     STOPPED,
+                    subject.squashed and not eval_set.view,
                 )
             ood[label] = detect(known, unknown)
         return ood

@@ -20,7 +20,7 @@ from dad_fast.errors import UsageError
 from dad_fast.evaluate.metrics.record_files import is_records
 from dad_fast.evaluate.suites.open import check_suites, check_unknown
 from dad_fast.models.places import TENSORS, checkpoint_file, run_settings
-from dad_fast.models.registry import is_registered
+from dad_fast.models.registry import names_teacher
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def checked(launch: EvalLaunch, flags: Mapping[str, Any]) -> Job:
         _check_calibration(launch)
     names = launch.compare or (launch.model,)
     models = tuple(name for name in names if name and name not in files)
-    cfg = settings_of([name for name in models if not is_registered(name)], flags)
+    cfg = settings_of([name for name in models if not names_teacher(name)], flags)
     for name in models:
-        if is_registered(name):
+        if names_teacher(name):
             check_weights(with_values(Config(), {"teacher.name": name}), True, False)
     if cfg.teacher.name:
         check_weights(cfg, teacher=True, discretizer=False)
@@ -113,7 +113,7 @@ def _check_calibration(launch: EvalLaunch) -> None:
 
 def file_to_calibrate(model: str) -> Path:
     """Return the file that will hold the temperature. Raises UsageError for a model without one."""
-    if is_registered(model):
+    if names_teacher(model):
         raise UsageError(
             f"--calibrate: {model} has no file of dad-fast to store the temperature in; name a run"
         )

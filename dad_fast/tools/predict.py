@@ -122,7 +122,11 @@ def predict(
     def read(path: str) -> np.ndarray | DecodeError:
         try:
             return eval_transform(
-                read_rgb(path), model.image_size, model.crop_pct, model.interpolation
+                read_rgb(path),
+                model.image_size,
+                model.crop_pct,
+                model.interpolation,
+                model.squashed,
             )
         except DecodeError as error:
             return error

@@ -241,10 +241,10 @@ def test_unusable_models_and_suites_are_named(
         (["--suite", "test", place / "run"], 2, "before --suite"),
         ([tmp_path / "none"], 4, "no such checkpoint"),
         ([tmp_path / "cmp"], 4, "several runs"),
-        ([tmp_path / "broken.safetensors", "--data-dir", "x"], 4, "broken.safetensors"),
+        ([tmp_path / "broken.safetensors", "--data-dir", place / "data"], 4, "broken.safetensors"),
         ([place / "run", "--suite", "contrst"], 4, "did you mean contrast?"),
         ([place / "run", "--suite", "contrast:9"], 2, "1 to 5"),
-        ([place / "run", "--data-dir", tmp_path / "no"], 4, "no folder"),
+        ([place / "run", "--data-dir", tmp_path / "no"], 4, "no such folder"),
         ([place / "run", "--batch-size", "0"], 2, "--batch-size must be 1 or more"),
     ]:
         assert eval_(*arguments) == code, arguments

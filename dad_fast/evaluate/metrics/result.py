@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dad_fast.evaluate.metrics.confusion import confusion
 from dad_fast.evaluate.metrics.image_scores import (
     class_accuracies,
     confidence_bins,
@@ -42,6 +43,7 @@ class Result:
     protocol: preprocessing, competing outputs and missing images, in words.
     mce: mean corruption error relative to AlexNet's.
     by_corruption: top-1 by severity, and the corruption error.
+    confusion: wrong predictions by class, see `metrics.confusion`.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Result:
     mce: float | None = None
     mce_interval: tuple[float, float] | None = None
     by_corruption: dict[str, dict[str, Any]] | None = None
+    confusion: dict[str, Any] | None = None
     records: Records | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +104,7 @@ def make_result(
         non_finite=len(np.unique(records["image"][~is_finite(records.values)])),
         balanced_accuracy=float(np.mean(with_images)) if with_images else None,
         per_class=per_class,
+        confusion=confusion(records),
         records=records,
         **found,
         **facts,

@@ -71,7 +71,7 @@ def checked_spec(text: str) -> dict[str, Any]:
         "mean": lambda value: _three(value, -1e3, 1e3),
         "std": lambda value: _three(value, 1e-6, 1e3),
     }
-    spec = _checked(text, rules)
+    spec = _checked(text, rules, VIEW_DEFAULTS)
     check_model_kwargs(spec["model_kwargs"])
     return spec
 
@@ -151,9 +151,12 @@ def checked_probe(text: str) -> dict[str, Any]:
             "encoder_sha256": lambda value: (
                 isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
             ),
+            "encoder_size": _whole(0, MAX_SIDE),
             "num_features": _whole(1, MAX_NUMBER),
             "unit_features": lambda value: isinstance(value, bool),
         },
+        # Older files do not record the encoder's input size.
+        {**VIEW_DEFAULTS, "encoder_size": 0},
     )
 
 
@@ -177,7 +180,7 @@ def checked_view(text: str) -> dict[str, Any]:
 
     Raises ValueError.
     """
-    return _checked(text, VIEW)
+    return _checked(text, VIEW, VIEW_DEFAULTS)
 
 
 def _checked(
@@ -344,4 +347,8 @@ VIEW: dict[str, Callable[[Any], bool]] = {
     "img_size": _whole(1, MAX_SIDE),
     "crop_pct": _real(0.01, 4.0),
     "interpolation": _text,
+    # The evaluation's view is the whole image, squashed to a square.
+    "squashed": lambda value: isinstance(value, bool),
 }
+# Files of older versions have centre crops.
+VIEW_DEFAULTS = {"squashed": False}

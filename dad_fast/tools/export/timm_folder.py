@@ -86,7 +86,7 @@ def preprocessing(student: Student) -> dict[str, Any]:
         "std": tuple(student.spec["std"]),
         "interpolation": student.interpolation,
         "crop_pct": student.crop_pct,
-        "crop_mode": "center",
+        "crop_mode": "squash" if student.squashed else "center",
     }
 
 
