@@ -25,7 +25,7 @@ examples:
   dad-fast eval timm:resnet50@r50.safetensors --suite imagenet=/data/val imagenet-a=/data/imagenet-a
 
 names after --suite:
-  KIND=DIR      imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized, objectnet; subset: some classes
+  KIND=DIR      imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized, objectnet; subset: a part
   SPLIT, DIR    a split or an image folder, of all the model's classes; DIR@FILE.csv maps folders
   contrast:3    a corruption of the first other suite, with one severity, or all if none is given
 
