@@ -9,11 +9,10 @@ from dad_fast.cli.screen import fill, option_lines, settings_for, wants_help
 from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
 
-SUMMARY = "evaluate checkpoints and published models on test sets and corruptions, compare two"
+SUMMARY = "evaluate models on test sets and corruptions, calibrate one, compare two"
 
 HELP = """\
 usage: dad-fast eval [MODEL] [--suite NAME ...] [--teacher NAME] [--ood NAME ...] [--json FILE]
-       dad-fast eval --compare A B [--suite NAME ...]
 
 MODEL is a run's folder (which knows its data), a checkpoint's folder or a .safetensors file, or
 timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG or hf-hub:REPO.
@@ -40,7 +39,7 @@ SETTINGS = {
     "eval.suites": "what to evaluate on; empty = the run's own, or --val-split",
     "teacher.name": "evaluate this teacher too, and MODEL's agreement with it",
     "data.batch_size": "images per batch",
-    "data.workers": "loader processes; auto: by the cores, at most 16; 0: load in this process",
+    "data.workers": "loader processes; auto: by the cores; 0: load in this process",
     "device": "",
     "data.class_map": "CSV (id,folder,name): the classes of a published model",
     "data.val_fraction": "share of train that is val, where there is no val split",
