@@ -15,7 +15,7 @@ HELP = """\
 usage: dad-fast eval [MODEL] [--suite NAME ...] [--teacher NAME] [--ood NAME ...] [--json FILE]
 
 MODEL is a run's folder (which knows its data), a checkpoint's folder or a .safetensors file, or
-timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG or hf-hub:REPO.
+timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG, hf-hub:REPO, or several joined by +.
 
 examples:
   dad-fast eval runs/demo/dad/seed-0 --suite test optdigits gaussian_noise     # after the demo
@@ -49,12 +49,12 @@ SETTINGS = {
     "augment.interpolation": "resampling filter; empty = the model's own",
     "teacher.head": "safetensors with a fine-tuned linear head; empty = zero-shot",
     "teacher.templates": "",
-    "teacher.weights": "of an ensemble A+B: one for each member",
-    "teacher.img_size": "input size of timm: models; 0 = their own",
     "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
     "eval.c_preprocessing": "",
     "data.loader": "dali: plain JPEGs are decoded by DALI (results record it); else PIL",
 }
+# Accepted, and explained by `dad-fast train --help-all` alone.
+OF_TEACHERS = ("teacher.weights", "teacher.average", "teacher.img_size")
 
 
 def main(arguments: list[str], debug: bool) -> int:
@@ -83,7 +83,7 @@ def make_parser() -> Parser:
     parser = options_parser("eval", EvalLaunch)
     # --model has its own default, which a missing word must not replace.
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS)
-    add_settings(parser, SETTINGS)
+    add_settings(parser, (*SETTINGS, *OF_TEACHERS))
     return parser
 
 
