@@ -9,7 +9,7 @@ from dad_fast.cli.screen import fill, option_lines, settings_for, wants_help
 from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
 
-SUMMARY = "evaluate checkpoints and published models on test sets and corruptions, compare two"
+SUMMARY = "evaluate and compare checkpoints and published models on test sets, corruptions"
 
 HELP = """\
 usage: dad-fast eval [MODEL] [--suite NAME ...] [--teacher NAME] [--ood NAME ...] [--json FILE]
