@@ -95,9 +95,9 @@ def with_table(page: str) -> str:
 
 def _rows() -> Iterator[str]:
     for name, config in {**PRESETS, **OTHER_LAYOUTS}.items():
-        yield vqgan_row(f"VQGAN {name}", PUBLISHED[name], config)
+        yield _vqgan_row(f"VQGAN {name}", PUBLISHED[name], config)
     for name, config in FITTED.items():
-        yield vqgan_row(name, OWN, config)
+        yield _vqgan_row(name, OWN, config)
     yield from built_in_rows()
 
 
@@ -114,7 +114,7 @@ def built_in_rows() -> Iterator[str]:
         yield _row(name, origin, found.describe_codes(side), counter.get_total_flops())
 
 
-def vqgan_row(name: str, origin: Origin, config: VQGANConfig) -> str:
+def _vqgan_row(name: str, origin: Origin, config: VQGANConfig) -> str:
     """Return the row of a VQGAN, with the FLOP of a pass without the search."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         vqgan = VQGAN(config)
