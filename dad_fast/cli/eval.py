@@ -20,16 +20,13 @@ timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG or hf-hub:REPO.
 
 examples:
   dad-fast eval runs/demo/dad/seed-0 --suite test optdigits gaussian_noise     # after the demo
-  dad-fast eval runs/demo/dad/seed-0 --teacher embedded:digits --suite optdigits
   dad-fast eval --compare runs/demo/dad/seed-0 runs/demo/kd/seed-0 --suite test optdigits
   dad-fast eval timm:resnet50@r50.safetensors --suite imagenet=/data/val imagenet-a=/data/imagenet-a
 
 names after --suite:
-  KIND=DIR      a test set as it is distributed: imagenet, imagenet-v2, imagenet-a, imagenet-r,
-                imagenet-sketch, imagenet-c, imagenet-stylized or objectnet; subset=DIR is a folder
-                of some of the model's classes, and predictions are restricted to these
-  SPLIT, DIR    a split of the data or an image folder, of all the model's classes; DIR@FILE.csv
-                (id,folder,name) maps each folder to its class
+  KIND=DIR      a published test set: imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized or
+                objectnet; subset=DIR: a folder of some of the model's classes, which alone compete
+  SPLIT, DIR    a split or an image folder, of all the model's classes; DIR@FILE.csv maps folders
   contrast:3    a corruption of the first other suite, with one severity, or all if none is given
 
 flags:
@@ -43,7 +40,7 @@ SETTINGS = {
     "eval.suites": "what to evaluate on; empty = the run's own, or --val-split",
     "teacher.name": "evaluate this teacher too, and MODEL's agreement with it",
     "data.batch_size": "images per batch",
-    "data.workers": "",
+    "data.workers": "loader processes; auto: by the cores, at most 16; 0: load in this process",
     "device": "",
     "data.class_map": "CSV (id,folder,name): the classes of a published model",
     "data.val_fraction": "share of train that is val, where there is no val split",
@@ -53,6 +50,8 @@ SETTINGS = {
     "augment.interpolation": "resampling filter; empty = the model's own",
     "teacher.head": "safetensors with a fine-tuned linear head; empty = zero-shot",
     "teacher.templates": "",
+    "teacher.weights": "of an ensemble A+B: one for each member",
+    "teacher.img_size": "input size of timm: models; 0 = their own",
     "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
     "eval.c_preprocessing": "",
     "data.loader": "dali: plain JPEGs are decoded by DALI (results record it); else PIL",
@@ -68,6 +67,10 @@ def main(arguments: list[str], debug: bool) -> int:
     launch = typed_options(EvalLaunch, given, arguments=command_line)
     if launch.compare and launch.model:
         raise UsageError(f"--compare evaluates its two models alone: leave {launch.model} out")
+    if launch.like:
+        from dad_fast.tools import like
+
+        return like.run(launch, typed_settings(given))
     from dad_fast.tools.evaluate_checks import checked
 
     job = checked(launch, typed_settings(given))

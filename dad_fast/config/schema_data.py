@@ -94,7 +94,9 @@ class AugmentConfig:
         "--img-size",
         rule=NOT_NEGATIVE,
     )
-    crop: Literal["random-resized", "center"] = setting("random-resized", "training crop")
+    crop: Literal["random-resized", "center", "squash"] = setting(
+        "random-resized", "training crop; squash: the whole image, squashed to a square"
+    )
     scale: tuple[float, float] = setting(
         (0.08, 1.0), "area of the random crop", "--scale", rule=AREA
     )

@@ -48,7 +48,8 @@ from dad_fast.kernels import cases
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.load_student import take_view
 from dad_fast.models.optimizations import optimize_student
-from dad_fast.models.probe import Probe, build_probe
+from dad_fast.models.probe import Probe, build_probe, probe_views
+from dad_fast.models.registry import teacher_settings
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
 from dad_fast.store.join import Stored, recorded_classes, view_settings
@@ -124,17 +125,22 @@ class Builder:
         savings: dict[str, dict[str, str]] = {}
         common = (repr(cfg.precision), repr(cfg.engine), str(device))
         if needs_teacher:
-            found = self._once(
-                ("teacher", repr(cfg.teacher), *common, train.classes),
+            found: frozen.FrozenTeacher = self._once(
+                ("teacher", repr(teacher_settings(cfg)), *common, train.classes),
                 lambda: frozen.teacher(cfg, train.classes, device),
             )
-            teacher, hashes["teacher"], savings["teacher"], encoder_sha256 = found
+            teacher = found.model
+            if frozen.needs_head(cfg):
+                # A run before this one may have needed none.
+                teacher.check_head()
+            # Members come first, so that an error about a store names the one that differs.
+            hashes |= {**found.member_fingerprints, "teacher": found.fingerprint}
+            savings["teacher"] = found.savings
         if needs_discretizer:
-            found = self._once(
+            discretizer, hashes["discretizer"] = self._once(
                 ("discretizer", repr(cfg.discretizer), *common),
                 lambda: frozen.discretizer(cfg, device),
             )
-            discretizer, hashes["discretizer"] = found
 
         # Seeds the student's initial weights.
         torch.manual_seed(cfg.seed)
@@ -143,7 +149,7 @@ class Builder:
             assert teacher is not None
             student: Student = build_probe(
                 teacher,
-                encoder_sha256,
+                found.encoder_fingerprint,
                 img_size=cfg.augment.img_size,
                 init=cfg.lp_clip.init,
                 init_from=cfg.student.init_from,
@@ -265,10 +271,11 @@ class Builder:
         }
         labels = features = None
         if cfg.lp_clip.labels == "pseudo":
-            view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation)
+            view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation, probe.squashed)
             made = PseudoLabels(probe.encoder, source, view, identity, batch_size, workers, device)
             labels = self._once(("pseudo-labels", made.key), lambda: made)
-        fixed = is_fixed(cfg.augment)
+        augment = probe_views(cfg.augment, probe)
+        fixed = is_fixed(augment)
         views = 1 if fixed else cfg.lp_clip.views
         if views:
             seed = 0 if fixed else cfg.seed
@@ -276,7 +283,7 @@ class Builder:
                 identity,
                 source.fingerprint,
                 probe.image_size,
-                view_settings(cfg.augment),
+                view_settings(augment),
                 seed,
                 views,
                 str(device),
@@ -284,7 +291,7 @@ class Builder:
             arguments = (
                 probe.spec["num_features"],
                 source,
-                cfg.augment,
+                augment,
                 probe.image_size,
                 seed,
                 views,

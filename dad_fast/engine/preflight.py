@@ -18,15 +18,18 @@ from dad_fast.data.sources.tar import find_shards
 from dad_fast.data.sources.unlabelled import has_no_classes
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.suites.open import check_suites
+from dad_fast.loggers.sinks import check_sinks
 from dad_fast.methods.registry import DISTANCES, METHODS, Images
-from dad_fast.models.registry import check_teacher_name
+from dad_fast.models.registry import members
 from dad_fast.store.manifest import Manifest
 
 
 def check_files(cfg: Config) -> None:
-    """Raise errors for data, weights and stores that are not there, and for models that the method
-    needs and the settings do not name. UsageError also for a batch too small for the distance.
+    """Raise errors for data, weights, stores and packages that are not there, and for models that
+    the method needs and the settings do not name. UsageError also for a batch too small for the
+    distance.
     """
+    check_sinks(cfg.log_to)
     _check_batch_size(cfg)
     check_splits(cfg)
     if cfg.eval.suites:
@@ -179,19 +182,20 @@ def check_student(cfg: Config) -> None:
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
-    """Raise DataError for a missing file of weights, UsageError for a teacher's name of the hub.
+    """Raise DataError for a missing file of weights, UsageError for teachers that do not fit
+    together.
 
     teacher, discretizer: True if the run needs them.
     """
-    if teacher:
-        check_teacher_name(cfg.teacher.name)
-    named = {
-        "--teacher": _file_of(cfg.teacher.name) if teacher else "",
-        "--discretizer": _file_of(cfg.discretizer.name) if discretizer else "",
-        "--student-weights": _file_of(cfg.student.weights),
-        "--init-from": cfg.student.init_from,
-    }
-    for flag, name in named.items():
+    teachers = members(cfg.teacher) if teacher else []
+    named = [
+        *(("--teacher", _file_of(member.name)) for member in teachers),
+        *(("--teacher-head", member.head) for member in teachers),
+        ("--discretizer", _file_of(cfg.discretizer.name) if discretizer else ""),
+        ("--student-weights", _file_of(cfg.student.weights)),
+        ("--init-from", cfg.student.init_from),
+    ]
+    for flag, name in named:
         if name and not Path(name).exists():
             raise DataError(f"{flag} {name}: no such file; check the path")
 

@@ -14,17 +14,17 @@ from dad_fast.config.setting import AUTO
 from dad_fast.config.variants import expand
 from dad_fast.data.augment.names import check_policy, dali_lacks
 from dad_fast.data.sources.registry import SOURCES
-from dad_fast.discretizers.registry import DISCRETIZERS
+from dad_fast.discretizers.registry import DISCRETIZERS, check_argument
 from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
 from dad_fast.methods.registry import DISTANCES, JOINT_TERMS, METHODS, Images, Target
 from dad_fast.methods.stores import check_stores, usable_kinds
-from dad_fast.models.registry import TEACHERS
+from dad_fast.models.registry import TEACHERS, members
 
 
 def resolve(
-    preset: str | None = None,
-    file: Path | None = None,
+    preset: str | Sequence[str] | None = None,
+    file: Path | Sequence[Path] | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Config:
@@ -103,15 +103,10 @@ def _check_run(cfg: Config) -> None:
             "identity or jpeg:75)"
         )
     _check_scheme(cfg.data.data_dir, "--data-dir", SOURCES.names())
-    _check_scheme(cfg.teacher.name, "--teacher", TEACHERS.names())
+    for member in members(cfg.teacher):
+        _check_scheme(member.name, "--teacher", TEACHERS.names())
     _check_scheme(cfg.discretizer.name, "--discretizer", DISCRETIZERS.names())
-    quality = cfg.discretizer.name.removeprefix("jpeg:")
-    is_quality = quality.isdecimal() and 1 <= int(quality) <= 100
-    if cfg.discretizer.name.startswith("jpeg:") and not is_quality:
-        raise UsageError(
-            f"--discretizer {cfg.discretizer.name}: the quality is a whole number from 1 to 100, "
-            "as in jpeg:75"
-        )
+    check_argument(*DISCRETIZERS.split(cfg.discretizer.name), cfg.discretizer.name)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
         raise UsageError(f"--device {cfg.device}: must be auto, cpu, cuda or cuda:N")
     odd = cfg.data.batch_size != AUTO and cfg.data.batch_size % 2
@@ -193,6 +188,9 @@ def _check_linear_probe(cfg: Config) -> None:
         raise UsageError(
             "--store: --method lp-clip keeps the teacher's predictions in the cache; leave it out"
         )
+    if cfg.optim.layer_decay or cfg.student.grad_checkpointing:
+        flag = "--layer-decay" if cfg.optim.layer_decay else "--grad-checkpointing"
+        raise UsageError(f"{flag}: --method lp-clip trains one linear layer; leave it out")
     if cfg.augment.mixup or cfg.augment.cutmix:
         raise UsageError(
             "--method lp-clip: a pseudo-label belongs to one image, and --mixup and --cutmix "

@@ -25,6 +25,7 @@ from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import UNLABELLED, Source
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.engine.diagnostics import Attacked, warning_of_weakness
+from dad_fast.engine.fidelity import measure_fidelity, warning_of_misfit
 from dad_fast.errors import DadFastError, DataError, UsageError
 from dad_fast.kernels import pack_codes
 from dad_fast.keyed_random import sample_seeds
@@ -160,13 +161,18 @@ class AdversarialFiller:
         return labels.where(labels != UNLABELLED, answers)
 
     def _check_attack(self, images: Tensor, labels: Tensor, keys: Tensor) -> None:
-        """Warn if the attack changes next to nothing on the first images."""
+        """Warn if the attack changes next to nothing on the first images, or if the discretizer
+        does not fit them.
+        """
         targets = soft_targets(labels, len(self.source.classes))
         inputs = to_pixels(images), targets, keys
         order = self.cfg.attack.order
         attacked = Attacked(self.discretizer, self.teacher, self.attack, order, inputs)
         effect = attacked.measure()
         if warning := warning_of_weakness(effect, self.cfg.attack, self.discretizer.name):
+            log.warning(warning)
+        found = measure_fidelity(self.discretizer, inputs[0])
+        if warning := warning_of_misfit(found, self.discretizer):
             log.warning(warning)
 
     def _note(self, names: Sequence[str]) -> None:

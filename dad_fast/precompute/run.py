@@ -33,6 +33,7 @@ from dad_fast.errors import DataError
 from dad_fast.locks import lock_folder
 from dad_fast.loggers.progress import format_seconds, report_progress
 from dad_fast.loggers.run_log import print_line
+from dad_fast.models.ensemble import Ensemble
 from dad_fast.models.student import build_student
 from dad_fast.precompute.fill import (
     AdversarialFiller,
@@ -97,14 +98,21 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
     device = resolve_device(cfg.device)
     cfg = settle(cfg, device)
     source = open_training(cfg.data)
-    teacher, digest, *_ = frozen.teacher(cfg, source.classes, device)
-    hashes: dict[str, str | None] = {"teacher": digest}
-    settings = {
+    loaded = frozen.teacher(cfg, source.classes, device)
+    teacher = loaded.model
+    hashes = {**loaded.member_fingerprints, "teacher": loaded.fingerprint}
+    settings: dict[str, Any] = {
         "seed": cfg.seed,
         "precision": asdict(cfg.precision),
         "savings": sorted(cfg.engine.savings),
         "device": device.type,
     }
+    if isinstance(teacher, Ensemble):
+        settings["ensemble"] = {
+            "weights": [weight for weight, _ in teacher.weighted_members()],
+            "average": teacher.average,
+            "temperature": cfg.loss.temperature,
+        }
     view = _view(cfg, len(source.classes), teacher.image_size)
     if launch.targets:
         return TargetFiller(

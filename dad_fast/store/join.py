@@ -148,7 +148,7 @@ class Stored:
                 if value and recorded and value != recorded:
                     raise DataError(
                         f"--store {store.folder}: made with another {name} ({recorded[:12]}…) "
-                        f"than the run's ({value[:12]}…)"
+                        f"than the run's ({value[:12]}…){_same_members(name, hashes, manifest)}"
                     )
         if self.adversarial is not None:
             stored_size = self.adversarial.manifest.settings["images"]["img_size"]
@@ -256,6 +256,14 @@ def view_settings(augment: AugmentConfig) -> dict[str, Any]:
         for name, value in asdict(augment).items()
         if name not in other
     }
+
+
+def _same_members(name: str, hashes: dict[str, str | None], manifest: Manifest) -> str:
+    """Return why two ensembles differ whose members are the same; empty for other models."""
+    own = {key: value for key, value in hashes.items() if key.startswith(f"{name} ")}
+    if not own or not own.items() <= manifest.hashes.items():
+        return ""
+    return "; its members are the same, their weights, average or --temperature are not"
 
 
 def _check_classes(store: Store, source: Source) -> None:

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, with_values
 from dad_fast.config.resolve import VARIANT_NAME
 from dad_fast.config.schema import Config
+from dad_fast.discretizers.registry import CONTROLS
 from dad_fast.errors import UsageError
 from dad_fast.methods.registry import DISTANCES, METHODS, Target
+from dad_fast.models.registry import split_names
 
 Changes = dict[str, Any]  # setting's path -> value
 Cells = dict[str, Changes]
@@ -76,7 +78,7 @@ def _teachers(base: Config, values: Sequence[str]) -> Cells:
 
 
 def _discretizers(base: Config, values: Sequence[str]) -> Cells:
-    short_names = _short_names(values or ("identity", "jpeg:75"))
+    short_names = _short_names(values or CONTROLS)
     return {
         f"discretizer={short}": {"discretizer.name": name} for name, short in short_names.items()
     }
@@ -162,7 +164,7 @@ AXES = {
     ),
     "teacher": Axis("--teachers A B ...", _teachers, "--teachers", needs_values=True),
     "discretizer": Axis(
-        "--discretizers A B ... [identity, jpeg:75]", _discretizers, "--discretizers"
+        f"--discretizers A B ... [{', '.join(CONTROLS)}]", _discretizers, "--discretizers"
     ),
     "budget": Axis(
         "attack.eps: --budgets X ... [a quarter, half, twice the base's]", _budgets, "--budgets"
@@ -363,6 +365,9 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _short(name: str) -> str:
+    names = split_names(name)
+    if len(names) > 1:
+        return "+".join(map(_short, names))
     kind, colon, rest = name.partition(":")
     text = rest if colon and "/" not in kind and kind != "jpeg" else name
     text = text.partition("@")[0]

@@ -142,7 +142,7 @@ def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, f
     # Warm up.
     trainer.evaluate(parts.student, _first_batch(suites[0], cfg)[0])
     teacher = 0.0
-    if parts.teacher is not None:
+    if parts.teacher is not None and parts.teacher.has_head:
         teacher = sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites)
     return {
         "val": _seconds(trainer, parts.student, Suite(cfg.data.val_split, parts.val), cfg),

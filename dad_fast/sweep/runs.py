@@ -24,7 +24,10 @@ from dad_fast.sweep.ablation import Plan, identity
 WRITTEN = (
     "config.toml",
     "run.json",
+    "run-id",
     "metrics.jsonl",
+    "tensorboard",
+    "wandb",
     "train.log",
     "train.log.1",
     "train-rank*.log*",

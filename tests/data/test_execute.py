@@ -223,6 +223,18 @@ def test_evaluation_equals_timms(photo, size, img_size, crop_pct, interpolation)
     )
 
 
+@pytest.mark.parametrize("size", [(60, 40), (37, 90), (32, 32)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9])
+def test_squashed_evaluation_equals_timms(photo, size, crop_pct):
+    factory = pytest.importorskip("timm.data.transforms_factory")
+    image = photo.resize(size)
+    theirs = factory.transforms_imagenet_eval(
+        32, crop_pct, "squash", interpolation="bicubic", use_prefetcher=True
+    )(image)
+    ours = eval_transform(image, 32, crop_pct, "bicubic", squashed=True)
+    np.testing.assert_array_equal(ours, theirs.permute(1, 2, 0).numpy())
+
+
 def test_evaluation_filter_must_exist(photo):
     with pytest.raises(UsageError, match="--interpolation"):
         eval_transform(photo, 32, 0.9, "cubic")

@@ -36,7 +36,7 @@ KNOWN_SEEDS = [2431782952858440772, 7923396070619191001]
     seed=st.integers(-(2**40), 2**40),
     epoch=st.integers(0, 2**31),
     sample=st.integers(0, 2**31),
-    crop=st.sampled_from(["random-resized", "center"]),
+    crop=st.sampled_from(["random-resized", "center", "squash"]),
 )
 @hypothesis.example(width=1, height=1, img_size=1, seed=0, epoch=0, sample=0, crop="random-resized")
 @hypothesis.example(
@@ -48,6 +48,8 @@ def test_boxes_lie_inside_and_replay_is_equal(width, height, img_size, seed, epo
     record = sample_record(aug, img_size, seed, epoch, sample, width, height)
     left, top, w, h = record.crop
     assert left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
+    if crop == "squash":
+        assert (w, h) == (width, height)
     if record.erase is not None:
         assert record.erase.top >= 0 and record.erase.top + record.erase.height <= img_size
         assert record.erase.left >= 0 and record.erase.left + record.erase.width <= img_size

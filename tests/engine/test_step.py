@@ -20,8 +20,8 @@ from dad_fast.config.schema import (
     StudentConfig,
 )
 from dad_fast.data.loaders.loader import Batch
+from dad_fast.discretizers.codec import Codec
 from dad_fast.discretizers.identity import Identity
-from dad_fast.discretizers.jpeg import Jpeg
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed.device import resolve_device
@@ -311,7 +311,7 @@ def advised(effect, **attack):
     return said
 
 
-@pytest.mark.parametrize("make_discretizer", [lambda: Jpeg(75), Identity, discretizer])
+@pytest.mark.parametrize("make_discretizer", [lambda: Codec("JPEG", 75), Identity, discretizer])
 def test_an_attack_that_changes_next_to_nothing_is_warned_of(make_discretizer):
     weak = {"eps": 0.002, "step_size": 0.002}
     effect = effects("dad", make_discretizer(), **weak)[""]

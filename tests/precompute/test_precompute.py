@@ -327,6 +327,7 @@ def test_training_from_stores_resumes_and_logs_its_stores(
         "adversarial",
         "targets",
     }
+    assert "no results of the teacher: the store has its hash" in capsys.readouterr().err
     assert main([*run, "-o", str(tmp_path / "parts"), "--max-steps", "5"]) == 0
     assert main([*run, "-o", str(tmp_path / "parts"), "--resume", "auto"]) == 0
     a, b = (tmp_path / name / "model.safetensors" for name in ("straight", "parts"))

@@ -54,19 +54,24 @@ def execute(record: AugmentRecord, image: Image.Image) -> np.ndarray:
 
 
 def eval_transform(
-    image: Image.Image, img_size: int, crop_pct: float, interpolation: str
+    image: Image.Image,
+    img_size: int,
+    crop_pct: float,
+    interpolation: str,
+    squashed: bool = False,
 ) -> np.ndarray:
     """Resize and crop as timm does in evaluation -> uint8 [img_size, img_size, 3].
 
-    The shorter side becomes floor(img_size / crop_pct); the crop is the centre. crop_pct above 1
-    pads with black.
+    The shorter side becomes floor(img_size / crop_pct), or with `squashed` both sides (timm's
+    crop_mode "squash"); the crop is the centre. crop_pct above 1 pads with black.
     """
     if interpolation not in _FILTERS:
         raise UsageError(
             f"--interpolation {interpolation}: not a filter; choose from {', '.join(_FILTERS)}"
         )
-    image = _cut_far_ends(image, math.floor(img_size / crop_pct))
-    size, (left, top) = eval_size(image.width, image.height, img_size, crop_pct)
+    if not squashed:
+        image = _cut_far_ends(image, math.floor(img_size / crop_pct))
+    size, (left, top) = eval_size(image.width, image.height, img_size, crop_pct, squashed)
     if size != image.size:
         image = image.resize(size, _FILTERS[interpolation])
     if size != (img_size, img_size):
@@ -90,11 +95,13 @@ def _cut_far_ends(image: Image.Image, side: int) -> Image.Image:
 
 
 def eval_size(
-    width: int, height: int, img_size: int, crop_pct: float
+    width: int, height: int, img_size: int, crop_pct: float, squashed: bool = False
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return (width, height) after resizing and (left, top) of the crop of `eval_transform`."""
     short = math.floor(img_size / crop_pct)
-    if width <= height:
+    if squashed:
+        size = (short, short)
+    elif width <= height:
         size = (short, int(short * height / width))
     else:
         size = (int(short * width / height), short)

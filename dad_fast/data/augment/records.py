@@ -89,13 +89,15 @@ def sample_record(
     if aug.crop == "center":
         side = min(width, height)
         crop = ((width - side) // 2, (height - side) // 2, side, side)
+    elif aug.crop == "squash":
+        crop = (0, 0, width, height)
     else:
         crop = _random_resized_crop(draws, aug.scale, aug.ratio, width, height)
 
     interpolation = aug.train_interpolation
     if random_filter:
         # Without a random crop or a resize nothing is drawn; timm then takes bilinear.
-        drawn = aug.crop != "center" and crop[2:] != (img_size, img_size)
+        drawn = aug.crop == "random-resized" and crop[2:] != (img_size, img_size)
         interpolation = ("bilinear", "bicubic")[draws.below(2)] if drawn else "bilinear"
 
     hflip = draws.chance(aug.hflip)
