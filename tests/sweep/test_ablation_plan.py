@@ -221,7 +221,7 @@ MISTAKES = {
     ),
     "a word for a number": (
         lambda: plan_of([], {"budget": ["big"]}),
-        "--budgets: attack.eps .* must be a number, got 'big'",
+        "--budgets: attack.eps .* must be a number, or auto, got 'big'",
     ),
     "a strength": (
         lambda: plan_of([], {"strength": ["-1"]}),
