@@ -28,6 +28,7 @@ COMMANDS = (
     "train",
     "ablate",
     "eval",
+    "average",
     "analyze",
     "predict",
     "export",

@@ -43,6 +43,8 @@ OF_THE_CLOCK = {
     "metrics_offset",
     "sha256",
     "git",
+    # Names each start.
+    "commands",
 }
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .+")
 

@@ -23,6 +23,7 @@ COMMANDS = (
     "train",
     "ablate",
     "eval",
+    "average",
     "analyze",
     "predict",
     "export",
@@ -78,6 +79,11 @@ def test_every_saving_is_explained():
     text = (ROOT / "docs" / "savings.md").read_text(encoding="utf-8")
     names = [*MODEL_SAVINGS, *(f"vqgan_{name}" for name in VQGAN_SAVINGS)]
     assert not [name for name in names if f"`{name}`" not in text]
+
+
+def test_tables_of_methods_match_the_registries():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert script("methods_tables").with_tables(page) == page
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +154,9 @@ def test_demo_table_matches_its_record():
         assert row in readme, line
 
 
-def desk_model() -> Any:
-    path = ROOT / "scripts" / "desk_model.py"
-    spec = importlib.util.spec_from_file_location("desk_model", path)
+def script(name: str) -> Any:
+    path = ROOT / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -160,7 +166,7 @@ def desk_model() -> Any:
 def test_desk_model_tables_match_their_record():
     record = json.loads((RECORDS / "desk-model.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert desk_model().with_tables(page, record) == page
+    assert script("desk_model").with_tables(page, record) == page
     rates = tomllib.loads((ROOT / "dad_fast/tools/dry_run/rates.toml").read_text(encoding="utf-8"))
     assert record["rates"] == {"name": "H200", **rates["H200"]}
 
@@ -181,7 +187,7 @@ def test_desk_model_is_what_the_code_gives_today():
     for package in ("torch", "timm", "open_clip"):
         pytest.importorskip(package)
     record = json.loads((RECORDS / "desk-model.json").read_text(encoding="utf-8"))
-    for name, form in desk_model().make_record()["forms"].items():
+    for name, form in script("desk_model").make_record()["forms"].items():
         assert form["ms"] == pytest.approx(record["forms"][name]["ms"], rel=0.05), name
         assert form["peak_GiB"] == pytest.approx(record["forms"][name]["peak_GiB"], rel=0.05), name
 

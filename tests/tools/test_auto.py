@@ -22,7 +22,7 @@ def h200(monkeypatch):
 
 
 def printed(capsys, *more):
-    assert main(["train", "--preset", "demo", "--print-config", *more]) == 0
+    assert main(["train", "--method", "ce", "--print-config", *more]) == 0
     text = capsys.readouterr().out
     assert tomllib.loads(text)["precision"]["channels_last"] == "auto"
     return [line for line in text.splitlines() if line.startswith("#")]

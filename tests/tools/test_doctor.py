@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
+import json
+import re
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -11,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dad_fast.cli import main as cli
+from dad_fast.tools.doctor import packages
 from dad_fast.tools.doctor import run as doctor
 from dad_fast.tools.doctor.row import Row
 
@@ -49,7 +54,28 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"csrc", "apex", "dali", "xformers", "cache", "cuda"} <= {
         name.partition(":")[0] for name in states
     }
-    assert max(map(len, lines)) <= 100 and lines[-1].startswith("Everything required is here.")
+    assert max(map(len, lines)) <= 100
+    summary = next(i for i, line in enumerate(lines) if line.startswith("Everything required"))
+    assert lines[summary + 2].startswith("For a bug report")
+    block = lines[summary + 4 :]
+    assert all(line.startswith("    ") for line in block)
+    text = "\n".join(block)
+    for words in ("dad-fast 0.", "torch ", "csrc ", "GPU "):
+        assert words in text
+    assert str(Path.home()) not in text and str(Path.cwd()) not in text
+    assert not {socket.gethostname(), getpass.getuser()} & set(re.findall(r"[\w.-]+", text))
+
+
+def test_json_has_rows_and_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("open_clip")
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True
+    keys = {"component", "state", "detail", "fix", "required"}
+    assert all(set(row) == keys for row in found["rows"])
+    states = {row["component"]: row["state"] for row in found["rows"]}
+    assert states["python"] == states["torch"] == "ok"
+    assert {"dad_fast", "python", "packages", "gpus", "cuda", "driver"} <= set(found["environment"])
 
 
 def test_numerics() -> None:
@@ -127,8 +153,8 @@ def test_a_package_that_does_not_import_is_wrong(
 ) -> None:
     (tmp_path / "broken_binary.py").write_text("raise OSError('undefined symbol: x')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(doctor, "requirements", lambda: ["broken_binary"])
-    row = only(doctor.packages(), "broken_binary")
+    monkeypatch.setattr(packages, "requirements", lambda: ["broken_binary"])
+    row = only(packages.packages(), "broken_binary")
     assert row.state == "wrong" and row.required and "undefined symbol" in row.detail
 
 
@@ -204,16 +230,16 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_requirements_are_the_projects(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [doctor.parse_requirement(text)[0] for text in doctor.requirements()]
+    names = [packages.parse_requirement(text)[0] for text in packages.requirements()]
     assert {"torch", "timm", "open_clip_torch", "numpy"} <= set(names) and "mlxtend" not in names
-    assert doctor.parse_requirement("torch>=2.11,<2.16") == ("torch", "2.11", "2.16")
-    monkeypatch.setattr(doctor, "PROJECT", Path("/nowhere/pyproject.toml"))
+    assert packages.parse_requirement("torch>=2.11,<2.16") == ("torch", "2.11", "2.16")
+    monkeypatch.setattr(packages, "PROJECT", Path("/nowhere/pyproject.toml"))
     monkeypatch.setattr(
         metadata,
         "requires",
         lambda name: ["torch>=2.11", 'mlxtend; extra == "demo"', "x; sys_platform == 'os2'"],
     )
-    assert doctor.requirements() == ["torch>=2.11"]
+    assert packages.requirements() == ["torch>=2.11"]
 
 
 def test_without_torch_it_still_answers() -> None:

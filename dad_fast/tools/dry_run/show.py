@@ -80,7 +80,9 @@ def _facts(found: Estimate) -> list[str]:
         read = data.num_bytes * found.total_steps / max(1, found.steps_per_epoch)
         lines.append(f"reads       {_bytes(data.num_bytes)} an epoch, {_bytes(read)} in all")
     if found.is_compiled:
-        lines.append("compiled    the models that torch.compile may take; a run tries it at start")
+        lines.append(
+            "compiled    by torch.compile, if its trial at start succeeds (--torchcompile)"
+        )
     for store in found.stores:
         most = "" if store.exact else "at most "
         views = f"{store.views} view{'s' if store.views > 1 else ''} of every image"
