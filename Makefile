@@ -12,6 +12,8 @@
 #   make overhead                  plot benchmarks/history.jsonl: DAD's overhead over KD by commit
 #   make constraints               update constraints.txt to the newest releases that
 #                                  pyproject.toml allows
+#   make wheel                     build dist/*.whl, check it with twine, install it into a fresh
+#                                  environment and train the demo for a few steps (downloads torch)
 #   make csrc                      build csrc/ in a bare checkout, without installing (needs cmake
 #                                  and apache-tvm-ffi)
 # PYTHON=python3.12 names the interpreter for .venv; ARGS is passed on.
@@ -40,7 +42,7 @@ define install
 	  .venv/bin/python -m pip install -e '.[$(1)]'; }
 endef
 
-.PHONY: help demo test test-versions test-pretended-gpu test-faults lint bench overhead constraints csrc
+.PHONY: help demo test test-versions test-pretended-gpu test-faults lint bench overhead constraints wheel csrc
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -78,6 +80,16 @@ constraints: .venv/uv.stamp
 	  | .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --prerelease disallow --no-emit-index-url --no-emit-find-links \
 	    --custom-compile-command "make constraints" --extra dev pyproject.toml - -o constraints.txt
 
+wheel: .venv/wheel.stamp
+	rm -rf dist build/wheel
+	$(CONSTRAINED) .venv/bin/python -m build --wheel --outdir dist
+	.venv/bin/python -m twine check --strict dist/*.whl
+	$(PYTHON) -m venv build/wheel/venv
+	$(CONSTRAINED) build/wheel/venv/bin/python -m pip install "$$(echo dist/*.whl)[demo]"
+	build/wheel/venv/bin/dad-fast doctor
+	build/wheel/venv/bin/dad-fast train --preset demo --set variants={} --method dad --max-steps 5 -o build/wheel/run
+	@echo "dist/: $$(cd dist && echo *.whl) is sound"
+
 csrc:
 	cmake -S . -B build/csrc -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/csrc
@@ -100,6 +112,10 @@ csrc:
 
 .venv/uv.stamp: .venv/python.stamp
 	.venv/bin/python -m pip install uv
+	@touch $@
+
+.venv/wheel.stamp: .venv/python.stamp
+	.venv/bin/python -m pip install build twine
 	@touch $@
 
 .venv-oldest/dev.stamp: RESOLUTION := lowest-direct

@@ -88,6 +88,14 @@ class Draws:
             return math.exp(difference) / (1.0 + math.exp(difference))
         return 1.0 / (1.0 + math.exp(-difference))
 
+    def dirichlet(self, alpha: float, num: int) -> tuple[float, ...]:
+        """Draw `num` shares with sum 1 from the symmetric Dirichlet distribution."""
+        logs = [self._log_gamma(alpha) for _ in range(num)]
+        largest = max(logs)
+        parts = [math.exp(log - largest) for log in logs]
+        total = sum(parts)
+        return tuple(part / total for part in parts)
+
     def _log_gamma(self, alpha: float) -> float:
         """Draw the log of a Gamma(alpha, 1) variate.
 

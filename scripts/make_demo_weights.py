@@ -13,8 +13,9 @@ other/digits-vqgan.safetensors`.
 The teacher is an open_clip model: an image tower (timm's test_resnet, 0.4 M parameters), a small
 text tower, and CLIP's loss where the texts of a batch are prompts of all ten class names, so each
 image is classified among ten. It is used zero-shot, like any CLIP. The discretizer is this
-project's VQGAN (4x4 pixels a code), trained as a VQ-VAE (arXiv 1711.00937): no discriminator, no
-perceptual loss.
+project's VQGAN (4x4 pixels a code), trained as a VQ-VAE (arXiv 1711.00937) with the losses and
+restarts of `dad-fast fit-discretizer`: no discriminator, no perceptual loss. Unlike there the
+codebook is trained by gradient, and images are augmented as for the teacher.
 
 Neither is trained on the splits val, test and optdigits. The corruptions of `--see` are implemented
 here, independent of those of dad_fast.evaluate, with a random strength for each image. The teacher
@@ -44,6 +45,7 @@ from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.sources.embedded import NAMES, EmbeddedSource
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
+from dad_fast.discretizers.vqgan.training import DeadCodes, training_pass
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.weights.declared import TEACHER
 from dad_fast.models.weights.files import write_safetensors
@@ -216,33 +218,16 @@ def train_discretizer(
     sets: list[tuple[Tensor, Tensor]], augment: Callable[[Tensor], Tensor], epochs: int
 ) -> VQGAN:
     vqgan = VQGAN(VQGAN_CONFIG)
-    # Steps since each entry was last chosen. At the first step all are dead, so all start at
-    # latents.
-    unused = torch.full((VQGAN_CONFIG.n_embed,), 1_000_000)
+    dead = DeadCodes(vqgan)
 
     def loss(pixels: Tensor, labels: Tensor, done: float) -> Tensor:
         x = augment(pixels)
         z = vqgan.encode(x)  # [B, D, h, w]
-        flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)  # [B h w, D]
-        with torch.no_grad():
-            dead = (unused > 50).nonzero().flatten()
-            if done < 0.7 and len(dead):
-                vqgan.codebook[dead] = flat[torch.randint(len(flat), (len(dead),))]
-                unused[dead] = 0
-        codes = vqgan.lookup(z)
-        unused.add_(1)
-        unused[codes.unique()] = 0
-        q = vqgan.quantize.embedding(codes).permute(0, 3, 1, 2)
-        # Straight-through estimator: the gradient skips the rounding. The decoder is not clamped
-        # here.
-        decoded = vqgan.decoder(vqgan.post_quant_conv(z + (q - z).detach()))
-        error = decoded - (2.0 * x - 1.0)
-        return (
-            error.abs().mean()
-            + error.square().mean()
-            + F.mse_loss(q, z.detach())
-            + COMMITMENT * F.mse_loss(z, q.detach())
-        )
+        if done < 0.7:
+            dead.restart(z)
+        found = training_pass(vqgan, x, z)
+        dead.count(found.codes)
+        return found.l1 + found.l2 + found.codebook + COMMITMENT * found.commitment
 
     fit("discretizer", vqgan, sets, loss, epochs, lr=4e-3)
     return vqgan

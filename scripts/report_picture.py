@@ -16,7 +16,7 @@ from pathlib import Path
 WIDTH = 1200
 # Hides the rest of the page: other sections, and all but three diagrams and four examples.
 STYLE = """
-  nav, ul, section:not([id^=accuracy], [id^=calibration], [id^=images]) { display: none; }
+  nav, ul, section:not(#accuracy-per-shift, [id^=calibration], [id^=images]) { display: none; }
   [id^=calibration] figure:nth-child(-n+3), [id^=images] figure:nth-child(n+5) { display: none; }
   h2 { margin-top: 1rem; }
 """

@@ -13,6 +13,7 @@ import tests.engine.test_step as small
 from dad_fast.config.schema import (
     AttackConfig,
     Config,
+    DataConfig,
     EngineConfig,
     LossConfig,
     LpClipConfig,
@@ -21,6 +22,7 @@ from dad_fast.config.schema import (
     StudentConfig,
 )
 from dad_fast.data.loaders.loader import Batch
+from dad_fast.data.sources.base import UNLABELLED
 from dad_fast.engine.build import make_step
 from dad_fast.engine.cuda_graph import WARM_UP
 from dad_fast.engine.step import TrainStep
@@ -132,9 +134,12 @@ class Case:
             more["confidence"] = confidence
         if self.features:
             more["features"] = torch.randn(B, 32, generator=g)
+        labels = torch.randint(0, C, (B,), generator=g)
+        if "data" in self.sections:
+            labels = torch.where(torch.rand(B, generator=g) < 0.5, labels, UNLABELLED)
         return Batch(
             images=images(),
-            labels=torch.randint(0, C, (B,), generator=g),
+            labels=labels,
             samples=torch.arange(B) + number,
             seeds=torch.arange(B) * 977 + 31 * number,
             mix_kind=kind.repeat_interleave(2),
@@ -214,6 +219,9 @@ CASES = {
     "dat": Case("dat", parts=2),
     "dad": Case("dad", BATCH_NORM, parts=2),
     "dat+dad": Case("dat+dad"),
+    "rslad": Case("rslad", BATCH_NORM, parts=2),
+    "dist": Case("ard", parts=2, sections={"loss": LossConfig(distance="dist")}, kernels=True),
+    "extra": Case(kernels=True, sections={"data": DataConfig(extra_data="a folder")}),
     "sgd": Case("kd", BATCH_NORM, optim={"opt": "sgd"}),
     "nan-first": Case("kd", bad_steps=(0, 1)),
     "nan-later": Case("kd", BATCH_NORM, parts=2, bad_steps=(2, 4)),

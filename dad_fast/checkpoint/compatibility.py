@@ -21,6 +21,7 @@ from dad_fast.config.variants import with_batch_sizes
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.choose import ALIASES
 from dad_fast.distributed import process_group as distributed
+from dad_fast.models.registry import split_names
 
 CONTENT_COMPARED = ("data.data_dir", "data.class_map", "store.dirs")
 # Compared by content and by the file's name, which may tell what the content does not.
@@ -135,9 +136,11 @@ def _computed(device: torch.device) -> dict[str, Any]:
 
 def _elsewhere(before: Config, cfg: Config) -> Config:
     """Return `before` with the paths of `cfg` for files that only moved, judging by their names."""
-    moved = [
-        path for path in NAME_COMPARED if Path(get(before, path)).name == Path(get(cfg, path)).name
-    ]
+
+    def file_names(settings: Config, path: str) -> list[str]:
+        return [Path(name).name for name in split_names(get(settings, path))]
+
+    moved = [path for path in NAME_COMPARED if file_names(before, path) == file_names(cfg, path)]
     return with_values(before, {path: get(cfg, path) for path in (*CONTENT_COMPARED, *moved)})
 
 

@@ -28,6 +28,7 @@ class TrainRun(Protocol):
     checkpoints: Any
     next_step: int
     best_top1: float
+    best_epoch: float
     validation_due: bool
     worst_streak: Tensor
     notes: list[str]

@@ -69,6 +69,7 @@ def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "optimizer": optimizer_state,
         "scaler": update.scaler.state_dict(),
         "best_top1": run.best_top1,
+        "best_epoch": run.best_epoch,
         "validation_due": run.validation_due,
         "train_seconds": run.clock.total,
         "metrics_offset": run.log.offset() if distributed.is_main() else 0,
@@ -193,6 +194,8 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
     run.monitor.meter.restore(processes, device)
     run.next_step = state["step"]
     run.best_top1 = state["best_top1"]
+    # Absent in checkpoints of earlier versions.
+    run.best_epoch = float(state.get("best_epoch", 0.0))
     run.validation_due = state["validation_due"]
     run.clock.total = state["train_seconds"]
     run.loader.replaced[:] = state["bad_images"]
@@ -208,6 +211,9 @@ def _restore_optimizer(run: TrainRun, found: Checkpoint) -> list[str]:
     before, now = config_of(found).optim, run.cfg.optim
     if before.opt != now.opt:
         return [f"{now.opt} starts with a fresh state: the run began with {before.opt}"]
+    if bool(before.layer_decay) != bool(now.layer_decay):
+        began = "with" if before.layer_decay else "without"
+        return [f"{now.opt} starts with a fresh state: the run began {began} --layer-decay"]
     old, new = _group_settings(before), _group_settings(now)
     changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
     restore_optimizer(run.update.optimizer, found.tensors, found.state["optimizer"], changed)
@@ -215,4 +221,11 @@ def _restore_optimizer(run: TrainRun, found: Checkpoint) -> list[str]:
 
 
 def _group_settings(optim: OptimConfig) -> dict[str, Any]:
-    return {"weight_decay": optim.weight_decay, "momentum": optim.momentum, **optim.opt_kwargs}
+    return {
+        "weight_decay": optim.weight_decay,
+        "momentum": optim.momentum,
+        "betas": optim.opt_betas,
+        "eps": optim.opt_eps,
+        "lr_scale": optim.layer_decay,
+        **optim.opt_kwargs,
+    }

@@ -6,10 +6,19 @@ Base settings as for `dad-fast train`, and axes that vary around them.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from dad_fast.cli.parser import ListAction, Parser, config_parser, read_config, typed_options
+from dad_fast.cli.parser import (
+    CONFIGS,
+    ListAction,
+    Parser,
+    config_parser,
+    read_config,
+    typed_options,
+)
 from dad_fast.cli.screen import fill, option_lines, settings_for, two_columns, wants_help
 from dad_fast.config import Config, Launch, to_toml
 from dad_fast.config.fields import with_values
@@ -21,7 +30,7 @@ from dad_fast.sweep.ablation import AXES, Plan, make_plan, papers_axis
 SUMMARY = "vary the settings of a run, one factor at a time: one table, one plot"
 
 HELP = """\
-usage: dad-fast ablate [CONFIG.toml] [--preset NAME] [--axes AXIS ...] [settings] -o OUT
+usage: dad-fast ablate [CONFIG.toml ...] [--preset NAME] [--axes AXIS ...] [settings] -o OUT
 
 Train a base run, given as for dad-fast train, and variations of it, each with several seeds, and
 compare each with the base. Cells with the same settings are run once.
@@ -58,6 +67,7 @@ def main(arguments: list[str], debug: bool) -> int:
     given = vars(_parser().parse(arguments))
     options = typed_options(AblateOptions, given)
     plan, launch = _read(options, given, debug)
+    launch = replace(launch, command=shlex.join(("dad-fast", "ablate", *arguments)))
     if options.print_config:
         print(to_toml(plan.config), end="", flush=True)
         return 0
@@ -73,7 +83,7 @@ def help_text() -> str:
 
 def _parser() -> Parser:
     # --devices stands for --device.
-    parser = config_parser("ablate", AblateOptions, "config", without=["device"])
+    parser = config_parser("ablate", AblateOptions, CONFIGS, without=["device"])
     for name, axis in AXES.items():
         if axis.flag:
             parser.add_argument(
@@ -92,7 +102,7 @@ def _read(options: AblateOptions, given: dict[str, Any], debug: bool) -> tuple[P
     from dad_fast.engine.sizes import with_attack
 
     # The cells of a budget are shares of the base's.
-    cfg = with_attack(read_config(given, given["config"]))
+    cfg = with_attack(read_config(given, given[CONFIGS]))
     if cfg.seeds == 1 and "seeds" not in given:
         cfg = with_values(cfg, {"seeds": SEEDS})
     values = {name: given[_values_of(name)] for name, axis in AXES.items() if axis.flag}
@@ -113,7 +123,7 @@ def _read(options: AblateOptions, given: dict[str, Any], debug: bool) -> tuple[P
         output=options.output,
         resume=options.resume,
         debug=debug,
-        preset=given["preset"],
+        preset="+".join(given["preset"]),
         jobs=options.jobs,
         devices=_devices(options.devices, cfg),
     )

@@ -23,16 +23,18 @@ from dad_fast.errors import DadFastError, UsageError, discard_output, print_erro
 from dad_fast.files import is_full
 from dad_fast.loggers.warning_lines import own_warnings_only
 
-# Each is a module of this package.
+# Each is a module of this package, with underscores for hyphens.
 COMMANDS = (
     "train",
     "ablate",
     "eval",
+    "average",
     "analyze",
     "predict",
     "export",
     "precompute",
     "store",
+    "fit-discretizer",
     "report",
     "profile",
     "doctor",
@@ -43,6 +45,7 @@ STOPPED = {
     "ablate": "stopped; run the same command again with --resume auto",
     "eval": "stopped; run the same command again",
     "precompute": "stopped; run the same command again to resume",
+    "fit-discretizer": "stopped; run the same command again with --resume auto",
 }
 BROKEN = {errno.EIO, errno.ESTALE, errno.ENXIO}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
@@ -162,9 +165,9 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
 
 def top_help() -> str:
     """Return the screen of `dad-fast -h`."""
-    lines = [f"  {command:<12}{_module(command).SUMMARY}" for command in COMMANDS]
+    lines = [f"  {command:<16}{_module(command).SUMMARY}" for command in COMMANDS]
     return TOP_HELP.format(commands="\n".join(lines))
 
 
 def _module(command: str) -> ModuleType:
-    return importlib.import_module(f"dad_fast.cli.{command}")
+    return importlib.import_module(f"dad_fast.cli.{command.replace('-', '_')}")

@@ -22,6 +22,8 @@ from dad_fast.config.setting import Switch
 from dad_fast.errors import UsageError
 
 Options = TypeVar("Options")
+# Word of the files with settings.
+CONFIGS = "configs"
 # Values of a switch on the command line.
 SWITCH_WORDS = (*Switch, "true", "false", "yes", "no", "1", "0")
 
@@ -103,11 +105,13 @@ def config_parser(command: str, options: type, *words: str, without: Sequence[st
     """Return the parser of a command that takes the settings of a run.
 
     Besides `options`: optional `words` without a flag, --preset, --set, and the flag of every
-    setting except the paths in `without`.
+    setting except the paths in `without`. The word CONFIGS is any number of files, between flags
+    too.
     """
-    parser = options_parser(command, options)
+    parser = options_parser(command, options, intermixed=CONFIGS in words)
     for name in words:
-        parser.add_argument(name, nargs="?", default="")
+        nargs, default = ("*", []) if name == CONFIGS else ("?", "")
+        parser.add_argument(name, nargs=nargs, default=default)
     add_options(parser, ConfigOptions)
     add_settings(parser, [path for path in settings() if path not in without])
     return parser
@@ -155,13 +159,19 @@ def typed_options(options: type[Options], given: dict[str, Any], **others: Any) 
     return options(**{**frozen, **others})
 
 
-def read_config(given: dict[str, Any], file: str | Path | None) -> Config:
+def read_config(given: dict[str, Any], files: Sequence[str | Path]) -> Config:
     """Return the settings given to a `config_parser`, not checked for completeness.
 
     Raises UsageError.
     """
-    path = Path(file) if file else None
-    return gather(given["preset"], path, given["sets"], typed_settings(given))
+    if {"optim.lr", "optim.lr_base"} <= typed_paths(given):
+        raise UsageError("--lr and --lr-base both give the learning rate: leave one out")
+    return gather(given["preset"], list(map(Path, files)), given["sets"], typed_settings(given))
+
+
+def typed_paths(given: dict[str, Any]) -> set[str]:
+    """Return the keys of the settings that were typed, as flags or after --set."""
+    return {*typed_settings(given), *(item.partition("=")[0].strip() for item in given["sets"])}
 
 
 def typed_settings(given: dict[str, Any]) -> dict[str, Any]:

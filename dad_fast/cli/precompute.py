@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dad_fast.cli.parser import config_parser, read_config, typed_options
+from dad_fast.cli.parser import CONFIGS, config_parser, read_config, typed_options
 from dad_fast.cli.screen import fill, option_lines, setting_lines, wants_help
 from dad_fast.config import Config
 from dad_fast.config.options import StoreLaunch
@@ -16,7 +16,7 @@ from dad_fast.errors import UsageError
 SUMMARY = "fill a store: adversarial images, or the teacher's outputs, once for many runs"
 
 HELP = """\
-usage: dad-fast precompute [CONFIG.toml] [--preset NAME] [flags] [--set KEY=VALUE ...] -o STORE
+usage: dad-fast precompute [CONFIG.toml ...] [--preset NAME] [flags] [--set KEY=VALUE ...] -o STORE
 
 Attack and discretize a data set once, or (--targets) store the teacher's outputs on augmented
 views of it, so that dad-fast train --store STORE needs neither. An interrupted command resumes.
@@ -69,8 +69,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, StoreLaunch]:
             "--merge: parts are merged by their own command: "
             "dad-fast store merge PART [PART ...] -o STORE"
         )
-    given = vars(config_parser("precompute", StoreLaunch, "config").parse(arguments))
-    cfg = read_config(given, given["config"])
+    given = vars(config_parser("precompute", StoreLaunch, CONFIGS).parse(arguments))
+    cfg = read_config(given, given[CONFIGS])
     launch = typed_options(StoreLaunch, given)
     if not launch.output:
         raise UsageError("name the store's folder: -o STORE")

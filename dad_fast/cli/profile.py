@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dad_fast.cli.parser import config_parser, read_config, typed_options
+from dad_fast.cli.parser import CONFIGS, config_parser, read_config, typed_options
 from dad_fast.cli.screen import fill, option_lines, wants_help
 from dad_fast.config import Config
 from dad_fast.config.fields import nearest
@@ -25,7 +25,7 @@ KINDS = {
     "range": "only run the steps, with the range marked: started by nsys and ncu",
 }
 HELP = """\
-usage: dad-fast profile KIND [CONFIG.toml] [--preset NAME] [settings of dad-fast train ...]
+usage: dad-fast profile KIND [CONFIG.toml ...] [--preset NAME] [settings of dad-fast train ...]
                         [--steps N] [--warm-up N] [--kernel REGEX] [--launches N] [-o DIR]
 
 Run a few training steps, the first ones without the profiler, and report where time or memory goes.
@@ -64,13 +64,13 @@ def parse(arguments: Sequence[str]) -> tuple[Config, ProfileLaunch]:
 
     Raises UsageError.
     """
-    given = vars(config_parser("profile", ProfileLaunch, "config").parse(arguments))
+    given = vars(config_parser("profile", ProfileLaunch, CONFIGS).parse(arguments))
     kind = given["kind"]
     if kind not in KINDS:
         unknown = f"unknown kind of profile {kind}{nearest(kind, KINDS)}"
         problem = unknown if kind else "name a kind of profile"
         raise UsageError(f"{problem} (kinds: {', '.join(KINDS)})")
-    cfg = read_config(given, given["config"])
+    cfg = read_config(given, given[CONFIGS])
     launch = typed_options(
         ProfileLaunch,
         given,

@@ -99,6 +99,8 @@ def _metavar(setting: Setting) -> str:
     if typing.get_origin(setting.type) is tuple:
         if len(setting.default) == 2:
             return "A B"
+        if float in typing.get_args(setting.type):
+            return "X ..."
         return "[KIND ...]" if setting.bare else "NAME ..."
     if setting.type in (int, float):
         placeholder = "N" if setting.type is int else "X"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from dad_fast.cli.parser import Parser, config_parser, read_config, typed_options, typed_settings
+from dad_fast.cli.parser import (
+    CONFIGS,
+    Parser,
+    config_parser,
+    read_config,
+    typed_options,
+    typed_paths,
+)
 from dad_fast.cli.screen import (
     WIDTH,
     fill,
@@ -25,10 +33,10 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.methods.settings import check
 
-SUMMARY = f"train a student or a linear probe ({', '.join(METHODS.own_names())})"
+SUMMARY = f"train a student ({', '.join(METHODS.own_names())})"
 
 HELP = """\
-usage: dad-fast train [CONFIG.toml] [--preset NAME] [flags] [--set section.key=value ...] [-o OUT]
+usage: dad-fast train [CONFIG.toml ...] [--preset NAME] [flags] [--set KEY=VALUE ...] [-o OUT]
 
 examples:
   dad-fast train --preset demo                                             # on embedded data
@@ -59,7 +67,7 @@ the run:
 {flags}
 
 presets: {presets}
-Later wins: defaults < preset < CONFIG.toml < --set < flags.   Every flag and key: --help-all
+Later wins: defaults < presets < CONFIG.tomls < --set < flags.   Every flag and key: --help-all
 """
 
 
@@ -68,19 +76,20 @@ def main(arguments: list[str], debug: bool) -> int:
         print(help_text(every="--help-all" in arguments))
         return 0
     given = vars(make_parser().parse(arguments))
-    file = Path(given["config"]) if given["config"] else None
-    name = given["preset"] or (file.stem if file else given.get("method", "dad"))
+    files = list(map(Path, given[CONFIGS]))
+    preset = "+".join(given["preset"])
+    name = preset or (files[-1].stem if files else given.get("method", "dad"))
     resumed = _resumed_run(given["resume"])
     output = given["output"] or (str(resumed) if resumed else f"runs/{name}")
-    paths = {*typed_settings(given), *(item.partition("=")[0].strip() for item in given["sets"])}
+    paths = typed_paths(given)
     if resumed:
-        file = file or (None if given["preset"] else resumed / "config.toml")
+        files = files or ([] if preset else [resumed / "config.toml"])
         if resumed.resolve() == Path(output).resolve():
             given["resume"] = "auto"
     elif _only_resumes(given, paths):
         own_settings = Path(output) / "config.toml"
-        file = own_settings if own_settings.exists() else None
-    cfg = read_config(given, file)
+        files = [own_settings] if own_settings.exists() else []
+    cfg = read_config(given, files)
     if given["print_config"]:
         _print_config(cfg)
         return 0
@@ -94,8 +103,9 @@ def main(arguments: list[str], debug: bool) -> int:
         given,
         output=output,
         debug=debug,
-        preset=given["preset"],
+        preset=preset,
         arguments=(*arguments, "--debug") if debug else tuple(arguments),
+        command=shlex.join(("dad-fast", "train", *arguments)),
         both_batch_sizes={"data.batch_size", "data.global_batch_size"} <= paths,
     )
     if launch.resume and launch.overwrite:
@@ -124,7 +134,7 @@ def _print_config(cfg: Config) -> None:
 
 def _only_resumes(given: dict[str, Any], paths: set[str]) -> bool:
     """Tell whether the command line resumes a run without settings that change its result."""
-    names_settings = given["config"] or given["preset"]
+    names_settings = given[CONFIGS] or given["preset"]
     return given["resume"] == "auto" and not names_settings and paths <= RESUME_SAFE
 
 
@@ -147,7 +157,7 @@ def _resumed_run(resume: str) -> Path | None:
 
 
 def make_parser() -> Parser:
-    return config_parser("train", Launch, "config")
+    return config_parser("train", Launch, CONFIGS)
 
 
 def help_text(every: bool) -> str:
@@ -155,7 +165,7 @@ def help_text(every: bool) -> str:
     presets = textwrap.fill(
         ", ".join(preset_names()), WIDTH - 9, subsequent_indent=" " * 9, break_on_hyphens=False
     )
-    file = "settings; others come from what it `extends`, the preset or the defaults"
+    file = "settings; repeatable; others come from what it `extends`, presets and defaults"
     launch = fill(
         LAUNCH,
         config=two_columns("CONFIG.toml", file),

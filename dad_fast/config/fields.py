@@ -31,8 +31,10 @@ OTHER_NAMES = {
     "--val-interval": "--val-every",
     "--model-kwargs": "--set student.model_kwargs.KEY=VALUE",
     "--opt-kwargs": "--set optim.opt_kwargs.KEY=VALUE",
-    "--opt-betas": "--set optim.opt_kwargs.betas=[0.9,0.999]",
-    "--opt-eps": "--set optim.opt_kwargs.eps=1e-8",
+    "--lr-cycle-limit": "--set schedule.sched_kwargs.cycle_limit=N",
+    "--lr-cycle-mul": "--set schedule.sched_kwargs.cycle_mul=X",
+    "--lr-k-decay": "--set schedule.sched_kwargs.k_decay=X",
+    "--lr-noise": "--set schedule.sched_kwargs.noise=[A,B]",
     "--epsilon": "--attack-eps",
     "--vqgan": "--discretizer",
     "--learning-rate": "--lr",
@@ -42,13 +44,16 @@ OTHER_NAMES = {
     "--no-amp": "--amp off",
     "--no-channels-last": "--channels-last off",
     "--no-torchcompile": "--torchcompile off",
-    "--wandb": "--log-to",
-    "--log-wandb": "--log-to",
+    "--wandb": "--log-to wandb",
+    "--log-wandb": "--log-to wandb",
     "--num-workers": "--workers",
 }
 
 # Keys of earlier versions -> today's; files and checkpoints may hold them.
 RENAMED = {"engine.step_kernels": "engine.kernels"}
+
+# A setting -> the one that decides in its place where one layer gives both.
+DECIDED_BY = {"data.batch_size": "data.global_batch_size", "optim.lr": "optim.lr_base"}
 
 # Limits of TOML text, since parsing time grows with their square: characters, dots of a key.
 _LONGEST = 1_000_000
@@ -139,7 +144,9 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     """Return '; did you mean ...?', or '' if no known word is similar."""
     known = list(known)
     longer = [name for name in known if name.startswith(word)]
-    if len(word) > 3 and longer:
+    if word in known:
+        matches = [word]
+    elif len(word) > 3 and longer:
         matches = longer[:3]
     else:
         matches = get_close_matches(word, known, n=1, cutoff=0.6)

@@ -112,6 +112,41 @@ def share(flag: str, text: str) -> float:
     return value
 
 
+def positive(flag: str, text: str) -> float:
+    """Read a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UsageError(f"{flag} {text}: must be a number above 0")
+    return value
+
+
+def fraction(flag: str, text: str) -> float:
+    """Read a number from 0 up to but not including 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise UsageError(f"{flag} {text}: must be from 0 up to 1, without 1")
+    return value
+
+
+def level_list(flag: str, text: str) -> str:
+    """Check "8,5,5,5": numbers of levels, from 2 to 256, of at most 2^16 codes in all."""
+    parts = text.split(",")
+    levels = tuple(int(part) for part in parts if part.isdecimal() and len(part) < 4)
+    in_range = all(2 <= level <= 256 for level in levels)
+    if len(levels) != len(parts) or not in_range or math.prod(levels) > 1 << 16:
+        raise UsageError(
+            f"{flag} {text}: write numbers of levels from 2 to 256, of at most 65,536 codes "
+            "together, such as 8,5,5,5"
+        )
+    return text
+
+
 def rate(flag: str, text: str) -> float:
     """Read a number of images per second, 0 or more."""
     try:

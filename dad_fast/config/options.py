@@ -28,7 +28,9 @@ JOBS_DEFAULT = "[one per GPU; on a CPU two per core]"
 class ConfigOptions:
     """Sources of settings, for every command that takes those of `dad-fast train`."""
 
-    preset: str = option("", "--preset NAME", "a named set of settings")
+    preset: tuple[str, ...] = option(
+        (), "--preset NAME", "a named set of settings; repeatable: later ones win", repeat=True
+    )
     sets: tuple[str, ...] = option(
         (),
         "--set KEY=VALUE",
@@ -43,9 +45,10 @@ class Launch:
 
     resume: "" starts; "auto" continues the run in `output` or starts; otherwise a checkpoint
         folder, or another run's folder.
-    preset: the preset's name, for the record.
+    preset: the presets' names, joined by "+", for the record.
     nproc: "auto" is one process per GPU.
     arguments: the command line after the command, for the processes that nproc starts.
+    command: the whole command line, for the record; "" where Python code started the run.
     jobs: 0 is one per GPU, or on a CPU two per core.
     devices: of the runs side by side, in turn; () is every GPU, or the device of the settings.
     both_batch_sizes: the command line gives the batch of a process and the global one, which then
@@ -90,6 +93,7 @@ class Launch:
     debug: bool = False
     preset: str = ""
     arguments: tuple[str, ...] = ()
+    command: str = ""
     devices: tuple[str, ...] = ()
     both_batch_sizes: bool = False
 
@@ -250,6 +254,8 @@ class DoctorOptions:
         "also check the arithmetic here: codebook search against float64, the attack against its "
         "closed form on a linear teacher, on a GPU every kernel against torch",
     )
+    json: bool = option(False, "--json", "print the report on this machine as one JSON object")
+    weights: str = option("", "--weights FILE", "describe this weights file instead")
     data: str = option(
         "", "--data DIR", "image folder, folder or pattern of WebDataset shards, or embedded:digits"
     )
@@ -293,7 +299,18 @@ class EvalLaunch:
         "the in-distribution suite, for --ood and --baselines; empty = the first",
     )
     baselines: str = option(
-        "", "--baselines FILE", "CSV or JSON of baselines' top-1 by suite, for effective robustness"
+        "",
+        "--baselines timm|FILE",
+        "effective robustness against timm's models, or those of a CSV or JSON",
+    )
+    like: str = option(
+        "", "--like RUN", "list public models of at most RUN's size with better published results"
+    )
+    calibrate: str = option(
+        "", "--calibrate SPLIT", "fit one temperature on SPLIT and store it with MODEL"
+    )
+    per_class: bool = option(
+        False, "--per-class", "also print balanced accuracy and the accuracy of each class"
     )
     json: str = option(
         "", "--json FILE", "write the results as JSON; an existing .json is replaced"
@@ -304,6 +321,23 @@ class EvalLaunch:
     )
     nproc: str = option("1", "--nproc N|auto", NPROC, read=processes_or_auto)
     arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageOptions:
+    """`dad-fast average`. weights: one for each model; () = equal."""
+
+    models: tuple[str, ...] = word(())
+    weights: tuple[str, ...] = option((), "--weights W ...", "weight of each model [equal]")
+    interpolate: str = option(
+        "", "--interpolate START", "mix in this model: (1 - alpha) START + alpha AVERAGE"
+    )
+    alpha: float = option(0.5, "--alpha A", "the alpha that is written", read=share)
+    points: int = option(
+        11, "--points N", "values of alpha from 0 to 1 that are evaluated", read=at_least(2)
+    )
+    output: str = option("", "-o, --output DIR", "the new folder")
+    overwrite: bool = option(False, "--overwrite", "replace an earlier average")
 
 
 @dataclass(frozen=True, kw_only=True)

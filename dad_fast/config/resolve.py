@@ -1,6 +1,6 @@
-"""Gather a Config from presets, a file, `--set` and flags.
+"""Gather a Config from presets, files, `--set` and flags.
 
-Later layers override: defaults < preset < file < --set < flags. This holds for variants too: a key
+Later layers override: defaults < presets < files < --set < flags. This holds for variants too: a key
 of a later layer overrides the same key in the variants of earlier layers (`--preset demo --epochs
 2` shortens every run), and a `method` of a later layer keeps only the earlier variant of that name,
 or else the variants with this method (`--preset demo --method dad`). Within one layer a variant
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config.fields import (
+    DECIDED_BY,
     RENAMED,
     coerce,
     flatten,
@@ -41,25 +42,29 @@ NOT_IN_VARIANTS = {"seed": "--seed", "seeds": "--seeds", "device": "--device"}
 
 
 def gather(
-    preset: str | None, file: Path | None, sets: Sequence[str], flags: Mapping[str, Any] | None
+    preset: str | Sequence[str] | None,
+    file: Path | Sequence[Path] | None,
+    sets: Sequence[str],
+    flags: Mapping[str, Any] | None,
 ) -> Config:
     """Return the Config of a command line, unchecked. `methods.settings.resolve` checks it too.
 
+    Of several presets and of several files later ones override; all files override all presets.
     Raises UsageError for an unknown preset or key and for a value of the wrong type or out of
     range.
     """
     layers = Layers()
-    if preset:
-        layers.add_chain(_extended(preset_text(preset), f"preset {preset}", PRESETS))
-    if file is not None:
-        layers.add_chain(_extended(_read(file), str(file), file.parent))
+    for name in [preset] if isinstance(preset, str) else preset or ():
+        layers.add_chain(_extended(preset_text(name), f"preset {name}", PRESETS))
+    for path in [file] if isinstance(file, Path) else file or ():
+        layers.add_chain(_extended(_read(path), str(path), path.parent))
     # --set and flags are one layer: `--set variants.big.optim.lr=1 --lr 2` keeps the variant's own
     # value.
     layers.add({}, "command line")
     for item in sets:
         layers.put_set(item)
-    for path, value in (flags or {}).items():
-        layers.put(path, value, settings()[path].flag)
+    for key, value in (flags or {}).items():
+        layers.put(key, value, settings()[key].flag)
     return layers.config()
 
 
@@ -174,17 +179,20 @@ class Layers:
         before = self.values.get("method", settings()["method"].default)
         self.values[path] = coerce(lookup(path, where), value, where)
         self._layer.add(path)
-        if path == "data.batch_size" and "data.global_batch_size" not in self._layer:
+        decider = DECIDED_BY.get(path)
+        if decider is not None and decider not in self._layer:
             # Both set the same thing: the later layer overrides.
-            self.values.pop("data.global_batch_size", None)
+            self.values.pop(decider, None)
+        decided = {path, *(key for key, by in DECIDED_BY.items() if by == path)}
         method = self.values.get("method")
         for name in list(self._earlier):
             has_other_method = self.variants[name].get("method", before) != method
             has_other_name = method in self._earlier and name != method
             if path == "method" and (has_other_method or has_other_name):
                 del self._earlier[name], self.variants[name]
-            elif path in self._earlier[name]:
-                del self._earlier[name][path], self.variants[name][path]
+                continue
+            for key in decided & self._earlier[name].keys():
+                del self._earlier[name][key], self.variants[name][key]
 
     def put_set(self, item: str) -> None:
         """Set `section.key=value` as given to --set. `section.key.sub=value` sets a key of a table
@@ -235,7 +243,7 @@ class Layers:
 def is_fixed(aug: AugmentConfig) -> bool:
     """True if the augmentation has nothing random: an image looks the same in every epoch."""
     chance = any(0 < probability < 1 for probability in (aug.hflip, aug.vflip))
-    return aug.crop == "center" and not (
+    return aug.crop != "random-resized" and not (
         chance or aug.aa or aug.color_jitter or aug.reprob or aug.mixup or aug.cutmix
     )
 

@@ -16,6 +16,7 @@ from dad_fast.config.schema_optim import EmaConfig as EmaConfig
 from dad_fast.config.schema_optim import OptimConfig as OptimConfig
 from dad_fast.config.schema_optim import ScheduleConfig as ScheduleConfig
 from dad_fast.config.setting import (
+    ALL_POSITIVE,
     AT_LEAST_ONE,
     BELOW_ONE,
     NOT_NEGATIVE,
@@ -33,14 +34,32 @@ class TeacherConfig:
     name: str = setting(
         "",
         "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, RUN (a run of "
-        "this project), FILE or embedded:digits",
+        "this project), FILE or embedded:digits; several joined by + are an ensemble",
         "--teacher",
         main=True,
     )
     head: str = setting(
         "",
-        "safetensors with a fine-tuned linear head; empty = zero-shot from class names",
+        "safetensors with a linear head for the encoder, of --method lp-clip or fine-tuned; empty = "
+        "the teacher's own, of CLIP zero-shot from class names; of an ensemble joined by +, in order",
         "--teacher-head",
+    )
+    weights: tuple[float, ...] = setting(
+        (),
+        "weights of an ensemble's members, in order; empty = equal",
+        "--teacher-weights",
+        rule=ALL_POSITIVE,
+    )
+    average: Literal["probabilities", "logits"] = setting(
+        "probabilities",
+        "what an ensemble averages: softmax outputs at the temperature of the loss, or logits",
+        "--teacher-average",
+    )
+    img_size: int = setting(
+        0,
+        "input size of timm: teachers in pixels, position embeddings are resized; 0 = their own",
+        "--teacher-img-size",
+        rule=NOT_NEGATIVE,
     )
     templates: str | tuple[str, ...] = setting(
         "auto", "prompts: auto, imagenet, simple, a text file, or a list", "--templates"
@@ -65,6 +84,15 @@ class StudentConfig:
     )
     drop_path: float = setting(0.0, "stochastic depth", "--drop-path", rule=BELOW_ONE)
     drop: float = setting(0.0, "dropout before the classifier", "--drop", rule=BELOW_ONE)
+    drop_block: float = setting(
+        0.0, "DropBlock, in models that have it (ResNets)", "--drop-block", rule=BELOW_ONE
+    )
+    grad_checkpointing: bool = setting(
+        False,
+        "compute activations again in the backward pass: less memory, more time; batch norm's "
+        "running statistics then move twice a step",
+        "--grad-checkpointing",
+    )
     bn: Literal["joint", "split", "aux"] = setting(
         "joint",
         "batch norm over clean and adversarial images: one batch, two calls, or auxiliary "
@@ -83,7 +111,8 @@ class StudentConfig:
 class DiscretizerConfig:
     name: str = setting(
         "",
-        "vqgan FILE (.ckpt or .safetensors), embedded:digits, identity, or jpeg:QUALITY",
+        "VQGAN FILE (.ckpt, .pt, .safetensors), a diffusers folder, embedded:digits, identity, "
+        "jpeg:QUALITY, webp:QUALITY or blur:FACTOR",
         "--discretizer",
         main=True,
     )
@@ -126,12 +155,18 @@ class AttackConfig:
 class LossConfig:
     ce: float = setting(1.0, "weight of CE(student(x), y)", "--ce-weight", rule=NOT_NEGATIVE)
     kd: float = setting(
-        0.5, "weight of T^2 KL(teacher(x) | student(x))", "--kd-weight", rule=NOT_NEGATIVE
+        0.5, "weight of D(student(x), teacher(x)), D = --distance", "--kd-weight", rule=NOT_NEGATIVE
     )
     dad: float = setting(
         0.5,
-        "weight of T^2 KL(teacher(Q(x')) | student(Q(x'))), x' attacks the teacher",
+        "weight of D(student(Q(x')), teacher(Q(x'))), x' attacks the teacher",
         "--dad-weight",
+        rule=NOT_NEGATIVE,
+    )
+    ard: float = setting(
+        0.5,
+        "weight of D(student(Q(x')), teacher(x)), x' attacks the teacher (ard, rslad)",
+        "--ard-weight",
         rule=NOT_NEGATIVE,
     )
     dat: float = setting(
@@ -146,13 +181,18 @@ class LossConfig:
         "--aug-weight",
         rule=NOT_NEGATIVE,
     )
+    distance: str = setting(
+        "kl",
+        "distance D of student and teacher: kl (T^2 KL), l2 (of logits) or dist (correlation)",
+        "--distance",
+    )
     temperature: float = setting(4.0, "distillation temperature T", "--temperature", rule=POSITIVE)
     filter: bool = setting(
         True, "count an adversarial image only where the teacher still predicts y", "--filter"
     )
     form: Literal["paper", "joint"] = setting(
         "paper",
-        "joint: ce CE + kd T^2 KL over clean and stored images as one batch, mixed with each "
+        "joint: ce CE + kd D over clean and stored images as one batch, mixed with each "
         "other (dad)",
         "--loss-form",
     )
@@ -350,7 +390,9 @@ class Config:
     device: str = setting("auto", "auto, cpu or cuda[:N]", "--device", main=True)
     log_every: int = setting(50, "steps between log lines", "--log-every", rule=AT_LEAST_ONE)
     log_to: tuple[str, ...] = setting(
-        (), "further receivers of the metrics, next to metrics.jsonl", "--log-to"
+        (),
+        "tensorboard, wandb, mlflow or another log sink, next to metrics.jsonl",
+        "--log-to",
     )
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()

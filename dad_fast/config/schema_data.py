@@ -43,6 +43,17 @@ class DataConfig:
     class_map: str = setting(
         "", "CSV (id,folder,name) that fixes the order of the classes", "--class-map"
     )
+    labels: Literal["data", "teacher"] = setting(
+        "data",
+        "teacher: no labels; y is the teacher's prediction on the clean image, and cross-entropy is "
+        "off. With --class-map the train split may be images without class folders",
+        "--labels",
+    )
+    extra_data: str = setting(
+        "",
+        "folder of further images without labels, for the terms that need none",
+        "--extra-data",
+    )
     batch_size: int = setting(
         256,
         "clean images per batch of a process; auto: by the data's size",
@@ -83,7 +94,9 @@ class AugmentConfig:
         "--img-size",
         rule=NOT_NEGATIVE,
     )
-    crop: Literal["random-resized", "center"] = setting("random-resized", "training crop")
+    crop: Literal["random-resized", "center", "squash"] = setting(
+        "random-resized", "training crop; squash: the whole image, squashed to a square"
+    )
     scale: tuple[float, float] = setting(
         (0.08, 1.0), "area of the random crop", "--scale", rule=AREA
     )
@@ -98,7 +111,12 @@ class AugmentConfig:
         "--color-jitter",
         rule=NOT_NEGATIVE,
     )
-    aa: str = setting("", "RandAugment policy, as timm writes it: rand-m9-mstd0.5-inc1", "--aa")
+    aa: str = setting(
+        "",
+        "policy, as timm writes it: rand-m9-mstd0.5-inc1, v0, original, 3a, augmix-m3-w3; or ta "
+        "(TrivialAugment)",
+        "--aa",
+    )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = setting(
         "random", "resampling filter", "--train-interpolation"
     )

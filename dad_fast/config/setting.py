@@ -45,6 +45,7 @@ AT_LEAST_ONE = Rule("1 or more", lambda value: value >= 1)
 CROP = Rule("between 0 and 4", lambda value: 0 <= value <= 4)
 PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Rule("0 or more and below 1", lambda value: 0 <= value < 1)
+ALL_POSITIVE = Rule("numbers above 0", lambda values: all(value > 0 for value in values))
 INTERVAL = Rule("two numbers above 0, the smaller first", lambda pair: 0 < pair[0] <= pair[1])
 AREA = Rule(
     "two numbers above 0 and up to 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dad_fast.config.fields import coerce, flatten, get, lookup, settings, with_values
+from dad_fast.config.fields import DECIDED_BY, coerce, flatten, get, lookup, settings, with_values
 from dad_fast.config.schema import Config
 from dad_fast.errors import UsageError
 
@@ -55,8 +55,8 @@ def expand(cfg: Config) -> list[tuple[str, int, Config]]:
             path: coerce(lookup(path, where), value, where)
             for path, value in flatten(tables, where)
         }
-        if "data.batch_size" in changes:
-            changes = {"data.global_batch_size": 0, **changes}
+        decided = {by: settings()[by].default for key, by in DECIDED_BY.items() if key in changes}
+        changes = {**decided, **changes}
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
             one = {**changes, "variants": {}, "seeds": 1, "seed": seed}
             runs.append((name, seed, with_values(cfg, one)))
@@ -66,8 +66,28 @@ def expand(cfg: Config) -> list[tuple[str, int, Config]]:
 def with_batch_sizes(cfg: Config, num_processes: int) -> Config:
     """Return `cfg` with the batch sizes of a process and of all `num_processes` processes.
 
-    The global one decides if it is given. Raises UsageError if it cannot be divided.
+    The global one decides if it is given. With `optim.lr_base` the learning rate follows from it.
+    Raises UsageError if it cannot be divided.
     """
+    cfg = _with_both_sizes(cfg, num_processes)
+    return with_values(cfg, {"optim.lr": scaled_lr(cfg)}) if cfg.optim.lr_base else cfg
+
+
+def scaled_lr(cfg: Config) -> float:
+    """Return the learning rate of `optim.lr_base` at the global batch size, as timm's train.py does.
+
+    lr_base times the ratio of the global batch to lr_base_size, or times its square root.
+    """
+    optim = cfg.optim
+    ratio = cfg.data.global_batch_size / optim.lr_base_size
+    is_adaptive = any(name in optim.opt.lower() for name in ("ada", "lamb"))
+    scale = optim.lr_base_scale
+    if scale == "auto":
+        scale = "sqrt" if is_adaptive else "linear"
+    return optim.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def _with_both_sizes(cfg: Config, num_processes: int) -> Config:
     at_once = num_processes * cfg.engine.grad_accum_steps
     size = cfg.data.global_batch_size
     if not size:

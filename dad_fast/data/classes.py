@@ -100,7 +100,8 @@ class ClassMap:
         )
         if not folders:
             raise DataError(
-                f"{folder}: no class folders in it; put the images of each class in one"
+                f"{folder}: no class folders in it; put the images of each class in one, or see "
+                "--labels teacher"
             )
         pairs = zip(folders, readable_names(folders), strict=True)
         return cls(tuple((i, name, text) for i, (name, text) in enumerate(pairs)))

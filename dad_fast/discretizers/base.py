@@ -14,6 +14,9 @@ from dad_fast.config.schema import PrecisionConfig
 from dad_fast.errors import UsageError
 from dad_fast.kernels.cases import Case
 
+# Provenance of a discretizer without a learned part
+NOT_TRAINED = "nothing: it is not trained"
+
 
 class Discretized(NamedTuple):
     """Result of a discretizer."""
@@ -34,6 +37,7 @@ class Discretizer(ABC):
 
     name: str
     provenance: str  # training data
+    image_size: int = 0  # side of the training images in pixels; 0 if it is not known
     weights_sha256: str | None = None  # of the weights' file
     code_bits: int = 0  # bits of a stored code; 0 without codes
     backend: str = ""  # of the codebook search
@@ -51,6 +55,13 @@ class Discretizer(ABC):
     def code_grid(self, side: int) -> tuple[int, ...]:
         """Rows and columns of the codes of a square image of `side` pixels; () without codes."""
         return ()
+
+    def describe_codes(self, side: int) -> str:
+        """Describe the codes of a square image of `side` pixels, for the log."""
+        if not self.code_bits:
+            return "no codes"
+        grid = "x".join(map(str, self.code_grid(side)))
+        return f"{grid} codes of {self.code_bits} bits per image"
 
     def decode_packed(self, packed: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Decode stored codes uint8 [B, code_bytes] of `grid` to images float32 [B, 3, H, W] in [0,

@@ -6,6 +6,7 @@ A factory is called with the argument after the name's colon and a `LoadContext`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +24,42 @@ Factory = Callable[[str, "LoadContext"], "Discretizer"]
 DISCRETIZERS: Registry[Factory] = Registry("discretizer", "dad_fast.discretizers", "--discretizer")
 DISCRETIZERS.add("embedded", "dad_fast.discretizers.vqgan.discretizer:load_embedded")
 DISCRETIZERS.add("identity", "dad_fast.discretizers.identity:load")
-DISCRETIZERS.add("jpeg", "dad_fast.discretizers.jpeg:load")
+DISCRETIZERS.add("jpeg", "dad_fast.discretizers.codec:load_jpeg")
+DISCRETIZERS.add("webp", "dad_fast.discretizers.codec:load_webp")
+DISCRETIZERS.add("blur", "dad_fast.discretizers.blur:load")
+
+# Discretizers without codes or weights, the controls of an experiment
+CONTROLS = ("identity", "jpeg:75", "webp:75", "blur:4")
+# Largest argument, and its wording
+_ARGUMENTS = {
+    "jpeg": (100, "jpeg:QUALITY with a quality from 1 to 100, such as jpeg:75"),
+    "webp": (100, "webp:QUALITY with a quality from 1 to 100, such as webp:75"),
+    "blur": (64, "blur:FACTOR with a factor above 1 and up to 64, such as blur:4"),
+}
+
 # L2 budgets of attacks that a discretizer shows: of photographs at 224 px, noise of 0.1 changes no
-# pixel value after jpeg:75, and of 0.4 a quarter of them. Others take the paper's, for a VQGAN.
+# pixel value after jpeg:75, and of 0.4 a quarter of them. The controls share one budget, so that
+# they can be compared. Others take the paper's, for a VQGAN.
 PAPER_BUDGET = 0.1
-BUDGETS = {"jpeg": 0.4, "identity": 0.4}
+BUDGETS = {"identity": 0.4, "jpeg": 0.4, "webp": 0.4, "blur": 0.4}
+
+
+def check_argument(name: str, argument: str, text: str) -> None:
+    """Raise UsageError if the argument of a built-in discretizer is not such a number.
+
+    text: the whole of --discretizer. Needs no torch, so that settings can be checked at once.
+    """
+    if name not in _ARGUMENTS:
+        return
+    most, wording = _ARGUMENTS[name]
+    if name == "blur":
+        is_number = re.fullmatch(r"\d{1,3}(\.\d{1,3})?", argument, re.ASCII)
+        is_valid = is_number is not None and 1 < float(argument) <= most
+    else:
+        is_valid = re.fullmatch(r"\d{1,3}", argument, re.ASCII) is not None
+        is_valid = is_valid and 1 <= int(argument) <= most
+    if not is_valid:
+        raise UsageError(f"--discretizer {text}: write {wording}")
 
 
 def visible_budget(name: str) -> float:
@@ -43,8 +75,8 @@ def load_discretizer(
     shapes_only: bool = False,
     micro_batch: int = 0,
 ) -> Discretizer:
-    """Load FILE (.ckpt or .safetensors of a VQGAN) or a discretizer of the registry, such as
-    `jpeg:75`.
+    """Load FILE (.ckpt, .pt or .safetensors of a VQGAN), a diffusers folder, or a discretizer of the
+    registry, such as `jpeg:75`.
 
     optimizations: those of a VQGAN under autocast (VQGANOptimizations); all by default.
     micro_batch: images that a VQGAN takes at once; 0 = by their size.
@@ -68,9 +100,10 @@ def load_discretizer(
     key, argument = DISCRETIZERS.split(name)
     if key in DISCRETIZERS:
         return DISCRETIZERS[key](argument, context)
-    if not Path(name).suffix and not Path(name).is_file():
+    if not name or (not Path(name).suffix and not Path(name).exists()):
         raise UsageError(
-            f"--discretizer {name!r}: no such file; write a .ckpt or .safetensors, or one of "
-            f"{', '.join(DISCRETIZERS.names())} (embedded:digits, jpeg:75)"
+            f"--discretizer {name!r}: no such file; write a .ckpt or .safetensors, a folder of a "
+            f"diffusers VQModel, or one of {', '.join(DISCRETIZERS.names())} (embedded:digits, "
+            "jpeg:75)"
         )
     return load_file("", context)

@@ -16,9 +16,11 @@ from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
 from dad_fast.config.setting import Switch
 from dad_fast.config.variants import with_batch_sizes
+from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.splits import open_split
+from dad_fast.data.sources.unlabelled import open_training
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
@@ -46,7 +48,8 @@ from dad_fast.kernels import cases
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.load_student import take_view
 from dad_fast.models.optimizations import optimize_student
-from dad_fast.models.probe import Probe, build_probe
+from dad_fast.models.probe import Probe, build_probe, probe_views
+from dad_fast.models.registry import teacher_settings
 from dad_fast.models.student import Student, build_student
 from dad_fast.models.teacher import Teacher
 from dad_fast.store.join import Stored, recorded_classes, view_settings
@@ -106,7 +109,7 @@ class Builder:
         check_files(cfg)
         check_student(cfg)
 
-        train = self._source(cfg, cfg.data.train_split)
+        train = self._source(cfg, cfg.data.train_split, training=True)
         val = self._source(cfg, cfg.data.val_split)
         check_same_classes(cfg, train.classes, val.classes)
         store_key = ("stores", cfg.store.dirs, cfg.loss.filter, train.fingerprint)
@@ -122,17 +125,22 @@ class Builder:
         savings: dict[str, dict[str, str]] = {}
         common = (repr(cfg.precision), repr(cfg.engine), str(device))
         if needs_teacher:
-            found = self._once(
-                ("teacher", repr(cfg.teacher), *common, train.classes),
+            found: frozen.FrozenTeacher = self._once(
+                ("teacher", repr(teacher_settings(cfg)), *common, train.classes),
                 lambda: frozen.teacher(cfg, train.classes, device),
             )
-            teacher, hashes["teacher"], savings["teacher"], encoder_sha256 = found
+            teacher = found.model
+            if frozen.needs_head(cfg):
+                # A run before this one may have needed none.
+                teacher.check_head()
+            # Members come first, so that an error about a store names the one that differs.
+            hashes |= {**found.member_fingerprints, "teacher": found.fingerprint}
+            savings["teacher"] = found.savings
         if needs_discretizer:
-            found = self._once(
+            discretizer, hashes["discretizer"] = self._once(
                 ("discretizer", repr(cfg.discretizer), *common),
                 lambda: frozen.discretizer(cfg, device),
             )
-            discretizer, hashes["discretizer"] = found
 
         # Seeds the student's initial weights.
         torch.manual_seed(cfg.seed)
@@ -141,7 +149,7 @@ class Builder:
             assert teacher is not None
             student: Student = build_probe(
                 teacher,
-                encoder_sha256,
+                found.encoder_fingerprint,
                 img_size=cfg.augment.img_size,
                 init=cfg.lp_clip.init,
                 init_from=cfg.student.init_from,
@@ -237,9 +245,9 @@ class Builder:
         choice = self._once(key, outcome)
         return replace(parts, choices=parts.choices.with_choice(COMPILE, choice))
 
-    def _source(self, cfg: Config, split: str) -> Source:
-        key = ("source", split, repr(cfg.data), cfg.store.dirs)
-        source: Source = self._once(key, lambda: _open_source(cfg, split))
+    def _source(self, cfg: Config, split: str, training: bool = False) -> Source:
+        key = ("source", split, training, repr(cfg.data), cfg.store.dirs)
+        source: Source = self._once(key, lambda: _open_source(cfg, split, training))
         return source
 
     def _probe_data(
@@ -263,10 +271,11 @@ class Builder:
         }
         labels = features = None
         if cfg.lp_clip.labels == "pseudo":
-            view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation)
+            view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation, probe.squashed)
             made = PseudoLabels(probe.encoder, source, view, identity, batch_size, workers, device)
             labels = self._once(("pseudo-labels", made.key), lambda: made)
-        fixed = is_fixed(cfg.augment)
+        augment = probe_views(cfg.augment, probe)
+        fixed = is_fixed(augment)
         views = 1 if fixed else cfg.lp_clip.views
         if views:
             seed = 0 if fixed else cfg.seed
@@ -274,7 +283,7 @@ class Builder:
                 identity,
                 source.fingerprint,
                 probe.image_size,
-                view_settings(cfg.augment),
+                view_settings(augment),
                 seed,
                 views,
                 str(device),
@@ -282,7 +291,7 @@ class Builder:
             arguments = (
                 probe.spec["num_features"],
                 source,
-                cfg.augment,
+                augment,
                 probe.image_size,
                 seed,
                 views,
@@ -315,6 +324,8 @@ def make_step(
     Functions below take the section of the configuration that they use.
     """
     method = METHODS[cfg.method]
+    if cfg.data.labels == "teacher":
+        method = method.without_labels()
     engine = cfg.engine
     if kernels is None:
         kernels = EVERY_KERNEL if engine.kernels == "on" else Kernels()
@@ -351,6 +362,7 @@ def make_step(
             image_size=student.image_size,
             layout=layout,
             fused=kernels.uses(cases.PGD_UPDATE),
+            unlabelled=cfg.data.labels == "teacher" or bool(cfg.data.extra_data),
         )
         forward = maybe_compiled(student)
         learner = (JointLearner if is_joint else Learner)(
@@ -378,16 +390,18 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
     student.model = convert_sync_batchnorm(student.model)
 
 
-def _open_source(cfg: Config, split: str) -> Source:
+def _open_source(cfg: Config, split: str, training: bool) -> Source:
     """Open a split, in the order of classes that a store recorded if it has the same classes."""
-    data = cfg.data
+
+    def opened(fixed: ClassMap | None = None) -> Source:
+        return open_training(cfg.data, fixed) if training else open_split(cfg.data, split, fixed)
+
     # The first process of every machine writes the index, the others read it.
     with distributed.main_first():
-        source = open_split(data, split)
-        recorded = None if data.class_map else recorded_classes(cfg.store.dirs)
+        source = opened()
+        recorded = None if cfg.data.class_map else recorded_classes(cfg.store.dirs)
         if recorded is None or recorded == source.classes:
             return source
-        if set(recorded.folders) != set(source.classes.folders):
-            # Stored raises the error for other classes.
-            return source
-        return open_split(data, split, recorded)
+        # For other classes Stored raises the error.
+        has_same = set(recorded.folders) == set(source.classes.folders)
+        return opened(recorded) if has_same else source

@@ -14,6 +14,8 @@ from torch import Tensor
 from dad_fast.config.schema import AttackConfig
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.discretizers.base import Discretized, Discretizer
+from dad_fast.distributed import process_group as distributed
+from dad_fast.engine.fidelity import Fidelity, measure_fidelity
 from dad_fast.engine.generator import AttackGenerator, Generator
 from dad_fast.engine.learner import Learner
 from dad_fast.methods.attack import PGD, perturb
@@ -71,6 +73,13 @@ def attack_effects(generator: Generator, learner: Learner, batch: Batch) -> dict
     """
     attacks = _attacks(generator, learner, batch)
     return {suffix: attacked.measure() for suffix, attacked in attacks.items()}
+
+
+def discretizer_fidelity(generator: Generator, learner: Learner, batch: Batch) -> Fidelity | None:
+    """Compare a few images before and after the discretizer; None where all attacks are stored."""
+    for attacked in _attacks(generator, learner, batch).values():
+        return measure_fidelity(attacked.discretizer, attacked.inputs[0])
+    return None
 
 
 def warning_of_weakness(effect: Effect, attack: AttackConfig, discretizer: str) -> str | None:
@@ -152,12 +161,56 @@ def _attacks(generator: Generator, learner: Learner, batch: Batch) -> dict[str, 
         return {}
 
     batch = batch.to(learner.device)
-    mixed = generator.mixed(batch)
+    mixed = generator.clean(batch).mixed
     inputs = mixed.pixels, mixed.targets, batch.seeds
     how = generator.attack, generator.order, inputs
     return {
         suffix: Attacked(generator.discretizer, model, *how) for suffix, model in models.items()
     }
+
+
+def cause_of_non_finite(generator: Generator, learner: Learner, batch: Batch | None) -> str:
+    """Describe why a loss or gradient is not finite, and what to do. A collective.
+
+    batch: that of the last step, whose inputs are made again.
+    """
+    found = None if batch is None else _non_finite_part(generator, learner, batch)
+    causes = filter(None, distributed.all_gather_json(found))
+    return next(causes, "lower --lr, set --clip-grad, or check the data and the weights")
+
+
+def _non_finite_part(generator: Generator, learner: Learner, batch: Batch) -> str | None:
+    """Describe what is not finite before the student's forward pass: its weights, the teacher's
+    logits or the images. None where all are finite.
+    """
+    for name, tensor in learner.student.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"the student's {name} is not finite: check the weights that it started from"
+
+    batch = batch.to(learner.device).split(learner.num_micro_batches)[0]
+    inputs = generator(batch)
+    stored = {
+        Images.CLEAN: batch.clean_outputs is not None,
+        Images.ATTACK_TEACHER: batch.dad_outputs is not None,
+    }
+    for kind, logits in inputs.teacher.items():
+        if bad := _num_non_finite(logits):
+            source, fix = "the teacher's outputs", "check the weights of --teacher"
+            if stored[kind]:
+                source, fix = "the stored teacher's outputs", "check it with dad-fast store verify"
+            on = "clean images" if kind is Images.CLEAN else "attacked images"
+            return f"{source} on {bad} of {len(logits)} {on} are not finite: {fix}"
+    for kind, images in inputs.images.items():
+        if bad := _num_non_finite(images):
+            # Pixels are 8-bit: not clean images, but a linear probe's features.
+            what = "features of clean images" if kind is Images.CLEAN else "attacked images"
+            fix = "check the weights of --teacher and --discretizer"
+            return f"{bad} of {len(images)} {what} are not finite: {fix}"
+    return None
+
+
+def _num_non_finite(rows: Tensor) -> int:
+    return int((~rows.isfinite()).flatten(1).any(dim=1).sum())
 
 
 def attack_to_rounding(generator: Generator, learner: Learner, batch: Batch) -> float | None:

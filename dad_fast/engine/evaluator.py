@@ -50,6 +50,7 @@ class Evaluator:
                 img_size=student.image_size,
                 crop_pct=student.crop_pct,
                 interpolation=student.interpolation,
+                squashed=student.squashed,
                 batch_size=cfg.eval.batch_size or cfg.data.batch_size,
                 workers=cfg.data.workers,
                 device=self.parts.device,

@@ -6,25 +6,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dad_fast.data.augment.mixing import soft_targets, to_pixels
 from dad_fast.data.loaders.loader import EvalLoader
+from dad_fast.data.sources.subset import Subset
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.distributed import process_group as distributed
+from dad_fast.engine import frozen
 from dad_fast.engine.generator import AttackGenerator
 from dad_fast.engine.trainer import Trainer
+from dad_fast.errors import DadFastError
 from dad_fast.evaluate.runner import Suite
+from dad_fast.evaluate.show import non_finite_note
+from dad_fast.evaluate.tables import rows as table_rows
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.progress import count_progress
 from dad_fast.methods.attack import discretize
 from dad_fast.methods.losses import keep_mask
 from dad_fast.methods.registry import METHODS, Images
+from dad_fast.models.teacher import Teacher
 from dad_fast.report.page import write_report
 from dad_fast.report.pieces import write_pieces
-from dad_fast.report.sheet import difference_scale, write_sheet
+from dad_fast.report.sheet import difference_scale, spread_over_classes, write_sheet
 
 SHEET_ROWS = 8
+# Metrics of a suite in metrics.jsonl; results.json has all.
+LOGGED = ("top1", "top5", "nll", "ece", "mce")
 
 
 def finish(
@@ -37,8 +46,8 @@ def finish(
     """Write model.safetensors, sheet.png, sheet.safetensors, results.json and report.html.
 
     suites: what to evaluate the student on; empty = the validation split.
-    teacher_results: results by teacher's name, filled here, so that runs that share a teacher
-    evaluate it once.
+    teacher_results: records of teachers by `--teacher`, filled here, so that runs that share a
+    teacher evaluate it once.
     Returns the content of results.json. A collective: all processes evaluate their share of the
     images, the first one writes.
     """
@@ -52,6 +61,9 @@ def finish(
         suite.name: trainer.evaluate(trainer.evaluated, suite, _progress(trainer, suite.name))
         for suite in suites
     }
+    for result in student.values():
+        if note := non_finite_note(result):
+            trainer.log.say(f"{trainer.label}: {note}")
     teacher = _teacher_record(trainer, suites, teacher_results)
     is_attacked = parts.teacher is not None or METHODS[cfg.method].uses(Images.ATTACK_STUDENT)
     if main and parts.discretizer is not None and is_attacked:
@@ -68,16 +80,31 @@ def finish(
         "student": parts.student.name,
         "num_parameters": sum(p.numel() for p in trainer.evaluated.parameters()),
         "bn": cfg.student.bn if parts.student.has_batch_stats else None,
+        "classes": parts.train.classes.names,
         "suites": {name: result.to_dict() for name, result in student.items()},
         "teacher": teacher,
         "discretizer": discretizer,
     }
     if main:
         atomic_write_json(output / "results.json", record)
+        _show_to_sinks(trainer, record)
         write_report(output)
     scores = "  ".join(f"{name} {result.top1:.1f} %" for name, result in student.items())
     trainer.log.say(f"{trainer.label}: {scores}")
     return record
+
+
+def _show_to_sinks(trainer: Trainer, record: dict[str, Any]) -> None:
+    """Log the results of every suite; give the log sinks the table and the sheet."""
+    log, step = trainer.log, trainer.next_step
+    for suite, values in record["suites"].items():
+        metrics = {name: values[name] for name in LOGGED if values.get(name) is not None}
+        log.metrics(f"test/{suite}", step=step, **metrics)
+    header, rows, _ = table_rows({"runs": [record]}, "top1")
+    log.table("results", step, ["model", *header[1:]], rows)
+    sheet = trainer.output / "sheet.png"
+    if sheet.exists():
+        log.picture("sheet", step, sheet)
 
 
 def _teacher_record(
@@ -85,22 +112,53 @@ def _teacher_record(
 ) -> dict[str, Any] | None:
     """Evaluate the teacher unless `teacher_results` has it.
 
-    Returns None for a run without a teacher.
+    Returns None for a run without a teacher, for one from stores whose teacher is not at hand, and
+    for an encoder without a class head.
     """
-    teacher = trainer.parts.teacher
-    if teacher is None:
+    name, stores = trainer.cfg.teacher.name, trainer.parts.stored.stores
+    own = trainer.parts.teacher
+    if (own is None and not stores) or (own is not None and not own.has_head):
         return None
-    if teacher.name not in teacher_results:
+    if name not in teacher_results:
+        teacher = own or _teacher_of_stores(trainer)
+        if teacher is None:
+            return None
         results = {}
         for suite in suites:
             progress = _progress(trainer, f"the teacher on {suite.name}")
             results[suite.name] = trainer.evaluate(teacher, suite, progress).to_dict()
-        teacher_results[teacher.name] = results
-    return {
-        "name": teacher.name,
-        "seen": teacher.provenance,
-        "suites": teacher_results[teacher.name],
-    }
+        teacher_results[name] = {
+            "name": teacher.name,
+            "seen": teacher.provenance,
+            "suites": results,
+        }
+    return teacher_results[name]
+
+
+def _teacher_of_stores(trainer: Trainer) -> Teacher | None:
+    """Load the teacher that filled the run's stores, for the evaluation.
+
+    Returns None, and logs the reason, if it is not available.
+    """
+    cfg, parts = trainer.settled, trainer.parts
+    recorded = parts.stored.stores[0].manifest.hashes.get("teacher")
+    teacher, problem = None, ""
+    if not cfg.teacher.name:
+        problem = f"the store has its hash ({str(recorded)[:12]}…) only; add --teacher"
+    else:
+        try:
+            found = frozen.teacher(cfg, parts.train.classes, parts.device)
+        except (DadFastError, torch.OutOfMemoryError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            teacher = found.model
+            if recorded and found.fingerprint != recorded:
+                problem = f"--teacher {cfg.teacher.name} is not the one that filled the store"
+    problems = list(filter(None, distributed.all_gather_json(problem)))
+    if problems:
+        trainer.log.say(f"{trainer.label}: no results of the teacher: {problems[0]}")
+        return None
+    return teacher
 
 
 def _progress(trainer: Trainer, name: str) -> Callable[[int, int], None]:
@@ -122,21 +180,24 @@ def _describe_weights(trainer: Trainer) -> str:
 
 
 def _write_sheet(trainer: Trainer, output: Path) -> None:
-    """Write x, Q(x) and Q(x + delta) of a few validation images, attacking the teacher or, without
-    one, the student.
+    """Write x, Q(x) and Q(x + delta) of a few validation images of different classes, attacking the
+    teacher or, without one, the student.
     """
     cfg, parts = trainer.cfg, trainer.parts
     generator = trainer.step.generator
     assert parts.discretizer is not None and isinstance(generator, AttackGenerator)
     attacked = parts.teacher or trainer.evaluated
     student = parts.student
+    readable = np.flatnonzero(parts.val.ok)
+    rows = readable[spread_over_classes(parts.val.labels[readable], SHEET_ROWS)]
     loader = EvalLoader(
-        parts.val,
+        Subset(parts.val, rows, parts.val.labels[rows]),
         student.image_size,
         student.crop_pct,
         student.interpolation,
         SHEET_ROWS,
         workers=0,
+        squashed=student.squashed,
     )
     batch = next(iter(loader))
     x = to_pixels(batch.images.to(parts.device))
@@ -149,7 +210,7 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
         generator.attack,
         x,
         target,
-        batch.samples.to(parts.device),
+        torch.from_numpy(rows)[batch.samples].to(parts.device),
         cfg.attack.order,
     )
     with torch.no_grad():

@@ -13,6 +13,9 @@ from dad_fast.discretizers.base import Discretizer
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.discretizers.vqgan.fused_layers import VQGANOptimizations
 from dad_fast.engine.choices import is_convolutional
+from dad_fast.errors import UsageError
+from dad_fast.methods.registry import METHODS
+from dad_fast.models.ensemble import Ensemble
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.optimizations import Optimizations, optimize_teacher
 from dad_fast.models.teacher import Teacher
@@ -26,12 +29,15 @@ class FrozenTeacher(NamedTuple):
 
     savings: optimization -> "" where it is on, else the reason why it is off.
     encoder_fingerprint: hash of the image encoder alone; prompts and heads do not change it.
+    member_fingerprints: of an ensemble, the hash of each member as "teacher 1", "teacher 2", …,
+    without names, which may be paths; empty for one teacher.
     """
 
     model: Teacher
     fingerprint: str
     savings: dict[str, str]
     encoder_fingerprint: str
+    member_fingerprints: dict[str, str | None]
 
 
 class FrozenDiscretizer(NamedTuple):
@@ -55,15 +61,40 @@ def teacher(cfg: Config, classes: ClassMap, device: torch.device) -> FrozenTeach
     """Load the teacher of a run, in NHWC if it is convolutional and `precision.channels_last` is on.
 
     cfg: with booleans in place of switches (`choices.settle`).
+    Raises UsageError for a linear probe on an ensemble, and the errors of `load_teacher`.
     """
-    model = load_teacher(cfg.teacher, classes, cfg.precision, device)
+    model = load_teacher(
+        cfg.teacher,
+        classes,
+        cfg.precision,
+        device,
+        temperature=cfg.loss.temperature,
+        needs_head=needs_head(cfg),
+    )
+    if METHODS[cfg.method].linear_probe and isinstance(model, Ensemble):
+        raise UsageError(
+            f"--teacher {model.name}: --method {cfg.method} trains on one encoder; name one of them"
+        )
     # Hashed before the optimizations, which change weights.
     digest = fingerprint(model)
     encoder_digest = fingerprint(model.encoder)
+    by_member: dict[str, str | None] = {}
+    if isinstance(model, Ensemble):
+        by_member = {
+            f"teacher {number}": fingerprint(member)
+            for number, member in enumerate(model.members, start=1)
+        }
     applied = optimize_teacher(model, model_optimizations(cfg))
-    if cfg.precision.channels_last and is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
-    return FrozenTeacher(model, digest, applied, encoder_digest)
+    for member in model.members:
+        if cfg.precision.channels_last and is_convolutional(member):
+            member.to(memory_format=torch.channels_last)
+    return FrozenTeacher(model, digest, applied, encoder_digest, by_member)
+
+
+def needs_head(cfg: Config) -> bool:
+    """True if the run uses the teacher's logits; a linear probe with true labels does not."""
+    is_supervised = METHODS[cfg.method].linear_probe and cfg.lp_clip.labels == "true"
+    return not is_supervised
 
 
 def discretizer(cfg: Config, device: torch.device) -> FrozenDiscretizer:

@@ -24,7 +24,9 @@ from dad_fast.data.augment.mixing import (
     to_levels,
     to_pixels,
 )
+from dad_fast.data.augment.records import NO_MIX
 from dad_fast.data.loaders.loader import Batch
+from dad_fast.data.sources.base import UNLABELLED
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.loggers.profiling import stage
 from dad_fast.methods.attack import PGD, discretize
@@ -45,6 +47,16 @@ class StepInputs(NamedTuple):
     targets: dict[Images, Tensor]  # each [B, C], mixed, not smoothed
     teacher: dict[Images, Tensor]  # logits, each [B, C]
     keep: Tensor | None  # [B], the weight of a sample in filtered terms
+    labelled: Tensor | None = None  # [B], the weight of a sample in terms with labels
+
+
+class CleanInputs(NamedTuple):
+    """Clean images, and y of the attack and the filter: labels, or the teacher's predictions."""
+
+    mixed: Mixed
+    labels: Tensor  # int64 [B], y of the own image
+    labelled: Tensor | None  # float32 [B], 1 where the images shown all have labels; None: all have
+    logits: Tensor | None  # [B, C], the teacher's, where they are stored or were needed for y
 
 
 class Generator(ABC):
@@ -75,11 +87,13 @@ class AttackGenerator(Generator):
         image_size: int,
         layout: torch.memory_format,
         fused: bool,
+        unlabelled: bool = False,
     ) -> None:
         """Create a generator.
 
         teacher, discretizer: None where the method, given its stores, needs none.
         layout: the memory format of pixels. fused: use the Triton kernel of the attack's update.
+        unlabelled: batches may hold images without labels.
         """
         self.method = method
         self.teacher = teacher
@@ -92,14 +106,15 @@ class AttackGenerator(Generator):
         self.num_classes = num_classes
         self.image_size = image_size
         self.layout = layout
+        self.unlabelled = unlabelled
 
     def __call__(self, batch: Batch) -> StepInputs:
         """Make clean images and images that attack the teacher, with the teacher's logits.
 
         batch: on the device.
         """
-        with stage("mix"):
-            mixed = self.mixed(batch)
+        clean = self.clean(batch)
+        mixed = clean.mixed
         images = {Images.CLEAN: mixed.pixels}
         targets = {Images.CLEAN: mixed.targets, Images.ATTACK_STUDENT: mixed.targets}
         is_stored = batch.dad_outputs is not None
@@ -108,14 +123,14 @@ class AttackGenerator(Generator):
             if is_stored:
                 # Stored images are not mixed.
                 images[Images.ATTACK_TEACHER] = self.stored_images(batch)
-                targets[Images.ATTACK_TEACHER] = soft_targets(batch.labels, self.num_classes)
+                targets[Images.ATTACK_TEACHER] = soft_targets(clean.labels, self.num_classes)
             else:
                 found = self.adversarial(self.ask_teacher, mixed, batch.seeds)
                 images[Images.ATTACK_TEACHER] = found
                 targets[Images.ATTACK_TEACHER] = mixed.targets
 
-        teacher, keep = self._teacher_logits(batch, images, mixed.second_labels)
-        return StepInputs(images, targets, teacher, keep)
+        teacher, keep = self._teacher_logits(batch, images, clean)
+        return StepInputs(images, targets, teacher, keep, clean.labelled)
 
     def attack_student(self, inputs: StepInputs, batch: Batch, student: Model) -> StepInputs:
         if not self.method.uses(Images.ATTACK_STUDENT):
@@ -124,6 +139,35 @@ class AttackGenerator(Generator):
         found = self._discretized(student, clean, targets, batch.seeds)
         return inputs._replace(images=inputs.images | {Images.ATTACK_STUDENT: found})
 
+    def clean(self, batch: Batch) -> CleanInputs:
+        """Return the clean images with y.
+
+        For images without labels y is the teacher's prediction on the pixels shown, also where one
+        of two mixed images has a label.
+        """
+        with stage("mix"):
+            mixed = self.mixed(batch)
+        logits = self._stored_logits(batch)
+        if not self.unlabelled:
+            return CleanInputs(mixed, batch.labels, None, logits)
+
+        known = batch.labels != UNLABELLED
+        alone = batch.mix_kind == NO_MIX
+        labelled = known & (known[partners(len(known), known.device)] | alone)
+        labels = batch.labels.clamp(min=0)
+        if self.method.uses(Images.ATTACK_TEACHER) and batch.dad_outputs is None:
+            if logits is None:
+                with torch.no_grad(), stage("teacher"):
+                    logits = self.ask_teacher(mixed.pixels)
+            answers = logits.argmax(dim=-1)
+            own = soft_targets(answers, self.num_classes)
+            labels = labels.where(labelled, answers)
+            mixed = mixed._replace(
+                targets=mixed.targets.where(labelled[:, None], own),
+                second_labels=mixed.second_labels.where(labelled, answers),
+            )
+        return CleanInputs(mixed, labels, labelled.float(), logits)
+
     def mixed(self, batch: Batch) -> Mixed:
         """Return pixels in [0, 1] and soft labels after mixup and CutMix.
 
@@ -131,7 +175,8 @@ class AttackGenerator(Generator):
         """
         pixels = to_pixels(batch.images, self.layout)
         how = batch.mix_kind, batch.mix_lam, batch.mix_box
-        return mix(pixels, batch.labels, *how, self.num_classes)
+        labels = batch.labels.clamp(min=0) if self.unlabelled else batch.labels
+        return mix(pixels, labels, *how, self.num_classes)
 
     def adversarial(self, model: Model, mixed: Mixed, keys: Tensor) -> Tensor:
         """Return Q(x') of an attack on `model`, [B, 3, H, W]."""
@@ -166,18 +211,22 @@ class AttackGenerator(Generator):
             how = self.attack, pixels, targets, keys, self.order
             return discretize(self.discretizer, model, *how).images
 
+    def _stored_logits(self, batch: Batch) -> Tensor | None:
+        """Return the stored logits on the clean images, mixed if asked for."""
+        stored = batch.clean_outputs
+        if not self.mix_outputs or stored is None:
+            return stored
+        others = stored[partners(len(stored), stored.device)]
+        return mixed_outputs(stored, others, batch.mix_lam, self.temperature)
+
     def _teacher_logits(
-        self, batch: Batch, images: dict[Images, Tensor], second_labels: Tensor
+        self, batch: Batch, images: dict[Images, Tensor], inputs: CleanInputs
     ) -> tuple[dict[Images, Tensor], Tensor | None]:
         """Return the teacher's logits, stored or computed, and the filter.
 
         One forward pass serves both.
         """
-        clean, adversarial, keep = batch.clean_outputs, batch.dad_outputs, batch.dad_kept
-        if self.mix_outputs and clean is not None:
-            others = clean[partners(len(clean), clean.device)]
-            clean = mixed_outputs(clean, others, batch.mix_lam, self.temperature)
-
+        clean, adversarial, keep = inputs.logits, batch.dad_outputs, batch.dad_kept
         on_clean = self.method.teacher_logits(Images.CLEAN)
         on_adversarial = self.method.teacher_logits(Images.ATTACK_TEACHER)
         filtered = self.filter and self.method.filters
@@ -187,7 +236,7 @@ class AttackGenerator(Generator):
             if adversarial is None and (on_adversarial or filtered):
                 adversarial = self.ask_teacher(images[Images.ATTACK_TEACHER])
                 if filtered:
-                    keep = keep_mask(adversarial, batch.labels, second_labels)
+                    keep = keep_mask(adversarial, inputs.labels, inputs.mixed.second_labels)
         logits = {Images.CLEAN: clean, Images.ATTACK_TEACHER: adversarial}
         return {kind: found for kind, found in logits.items() if found is not None}, keep
 

@@ -108,6 +108,7 @@ class Learner:
             inputs.teacher,
             targets,
             inputs.keep,
+            labelled=inputs.labelled,
             fused=self.fused,
         )
 

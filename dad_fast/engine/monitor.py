@@ -12,7 +12,12 @@ from dad_fast.config.schema import Config
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Components
-from dad_fast.engine.diagnostics import attack_effects, attack_to_rounding, codes_changed
+from dad_fast.engine.diagnostics import (
+    attack_effects,
+    attack_to_rounding,
+    codes_changed,
+    discretizer_fidelity,
+)
 from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.notices import Advice
 from dad_fast.engine.step import TrainStep
@@ -90,6 +95,17 @@ class Monitor:
             values[f"answers_changed{suffix}"] = effect.answers
             self.advice.on_effect(effect, say)
         return values
+
+    def fidelity(self, batch: Batch, say: Say) -> dict[str, Any]:
+        """Compare a few images of the first batch before and after the discretizer.
+
+        say: gets a warning if it does not fit them. Empty where no attack is made online.
+        """
+        found = discretizer_fidelity(self.step.generator, self.learner, batch)
+        if found is None:
+            return {}
+        self.advice.on_fidelity(found, say)
+        return found._asdict()
 
     def gathered_bad_images(self) -> list[str]:
         """Return the unreadable files that any process has met so far. A collective."""

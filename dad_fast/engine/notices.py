@@ -12,13 +12,17 @@ from dad_fast.config.setting import AUTO
 from dad_fast.cores import usable_cores
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.loaders.workers import loader_processes
+from dad_fast.data.sources.base import UNLABELLED
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine import choices
 from dad_fast.engine.build import Components
 from dad_fast.engine.choices import Choice
 from dad_fast.engine.diagnostics import Effect, warning_of_weakness
+from dad_fast.engine.fidelity import Fidelity, warning_of_misfit
 from dad_fast.engine.probe.features import FeatureLoader
 from dad_fast.engine.step_timer import Window, input_bound
+from dad_fast.models.ensemble import Ensemble
+from dad_fast.models.teacher import Teacher
 
 # Seconds that a step may wait for the disk before the user is told.
 TOLERATED_WAIT = 1.0
@@ -85,8 +89,11 @@ def opening(
 
     student, teacher, discretizer = parts.student, parts.teacher, parts.discretizer
     millions = sum(p.numel() for p in student.parameters()) / 1e6
+    data = parts.train.describe()
+    if (parts.train.labels == UNLABELLED).all():
+        data += "; labels: the teacher's predictions"
     rows = {
-        "data": parts.train.describe(),
+        "data": data,
         "val": parts.val.describe(),
         "steps": steps,
         "schedule": _schedule(cfg),
@@ -97,7 +104,9 @@ def opening(
     if teacher is not None:
         rows["teacher"] = f"{teacher.name}, {dtype('teacher')}"
     if discretizer is not None:
-        rows["codes"] = f"{discretizer.name}, {dtype('encoder')}"
+        codes = discretizer.describe_codes(student.image_size)
+        precision = f", {dtype('encoder')}" if discretizer.code_bits else ""
+        rows["codes"] = f"{discretizer.name}{precision}, {codes}"
         rows["attack"] = (
             f"{cfg.attack.norm}, eps {cfg.attack.eps:g}, "
             f"{cfg.attack.steps} steps of {cfg.attack.step_size:g}"
@@ -107,11 +116,11 @@ def opening(
 
 def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> list[str]:
     """Return the lines for train.log alone: provenance, choices, stores."""
-    lines = [_batches(cfg)]
+    lines = [_batches(cfg), *_scaled(cfg)]
     if distributed.world() > 1 and parts.student.has_batch_stats:
         lines.append(_batch_norm(cfg))
     if parts.teacher is not None:
-        lines.append(f"teacher {parts.teacher.name} (trained on: {parts.teacher.provenance})")
+        lines += _teachers(parts.teacher)
     if parts.probe is not None:
         trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
         lines.append(
@@ -133,6 +142,31 @@ def details(cfg: Config, parts: Components, chosen: Mapping[str, Choice]) -> lis
         for store in parts.stored.stores
     ]
     return lines
+
+
+def _teachers(teacher: Teacher) -> list[str]:
+    """Describe a teacher, or an ensemble and its members."""
+    lines = []
+    if isinstance(teacher, Ensemble):
+        shares = [f"{weight:.0%} {one.name}" for weight, one in teacher.weighted_members()]
+        lines.append(f"teacher: mean of {teacher.average} of {', '.join(shares)}")
+    for one in teacher.members:
+        lines.append(f"teacher {one.name} (trained on: {one.provenance}), {one.image_size} px")
+        if one.squashed:
+            lines.append(
+                f"teacher {one.name} was trained on whole images squashed to a square: evaluation "
+                "does that, while training shows it the square crops of the batch"
+            )
+    return lines
+
+
+def _scaled(cfg: Config) -> list[str]:
+    """Describe the learning rate that --lr-base gives."""
+    optim, size = cfg.optim, cfg.data.global_batch_size
+    if not optim.lr_base:
+        return []
+    base = f"--lr-base {optim.lr_base:g} at {optim.lr_base_size} images a step"
+    return [f"learning rate {optim.lr:g} at {size}: {base}"]
 
 
 def _schedule(cfg: Config) -> str:
@@ -233,4 +267,10 @@ class Advice:
         """Warn if the attack leaves the discretized images practically as they are."""
         cfg = self._cfg
         if warning := warning_of_weakness(effect, cfg.attack, cfg.discretizer.name):
+            log(f"warning: {warning}")
+
+    def on_fidelity(self, found: Fidelity, log: Callable[[str], None]) -> None:
+        """Warn if the discretizer does not fit the images."""
+        discretizer = self._parts.discretizer
+        if discretizer is not None and (warning := warning_of_misfit(found, discretizer)):
             log(f"warning: {warning}")

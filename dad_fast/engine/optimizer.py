@@ -32,11 +32,23 @@ OPTIMIZERS = {
 def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
     """Build timm's optimizer `cfg.opt`, without weight decay on biases and norms.
 
+    With `layer_decay`, timm's groups of layers have a "lr_scale" each, by which `Update.begin`
+    multiplies the learning rate.
+
     Raises UsageError for an unknown optimizer or argument, EnvironmentProblem for an apex optimizer
     that cannot run.
     """
     kwargs = dict(cfg.opt_kwargs)
     check_optimizer(cfg.opt, cuda)
+    given: dict[str, Any] = {}
+    if cfg.opt_betas:
+        given["betas"] = cfg.opt_betas
+    if cfg.opt_eps:
+        given["eps"] = cfg.opt_eps
+    if cfg.layer_decay:
+        # timm finds the layers by the names of its own model, inside the student.
+        given["layer_decay"] = cfg.layer_decay
+        model = getattr(model, "model", model)
 
     def create(**extra: Any) -> torch.optim.Optimizer:
         return create_optimizer_v2(
@@ -45,6 +57,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, cuda: bool) -> torch.opt
             lr=cfg.lr,
             weight_decay=cfg.weight_decay,
             momentum=cfg.momentum,
+            **given,
             **kwargs,
             **extra,
         )

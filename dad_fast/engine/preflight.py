@@ -8,24 +8,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dad_fast.config.schema import Config
+from dad_fast.config.schema import Config, DataConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.splits import find_split
 from dad_fast.data.sources.tar import find_shards
+from dad_fast.data.sources.unlabelled import has_no_classes
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.suites.open import check_suites
-from dad_fast.methods.registry import METHODS, Images
-from dad_fast.models.registry import check_teacher_name
+from dad_fast.loggers.sinks import check_sinks
+from dad_fast.methods.registry import DISTANCES, METHODS, Images
+from dad_fast.models.registry import members
 from dad_fast.store.manifest import Manifest
 
 
 def check_files(cfg: Config) -> None:
-    """Raise errors for data, weights and stores that are not there, and for models that the method
-    needs and the settings do not name.
+    """Raise errors for data, weights, stores and packages that are not there, and for models that
+    the method needs and the settings do not name. UsageError also for a batch too small for the
+    distance.
     """
+    check_sinks(cfg.log_to)
+    _check_batch_size(cfg)
     check_splits(cfg)
     if cfg.eval.suites:
         check_suites(cfg.eval.suites, cfg.data)
@@ -45,6 +50,7 @@ def check_files_to_fill(cfg: Config, discretizer: bool) -> None:
     data = cfg.data
     if data.class_map:
         ClassMap.from_csv(data.class_map)
+    _check_extra_data(data)
     if not is_named(data.data_dir):
         train = find_split(data, data.train_split).name
         if not find_shards(data.data_dir, train):
@@ -90,14 +96,45 @@ def check_splits(cfg: Config) -> None:
     data = cfg.data
     if data.class_map:
         ClassMap.from_csv(data.class_map)
+    _check_extra_data(data)
     if is_named(data.data_dir):
         return
-    splits = [find_split(data, split).name for split in (data.train_split, data.val_split)]
+    train, val = (find_split(data, split) for split in (data.train_split, data.val_split))
+    if train.part and has_no_classes(data):
+        raise UsageError(
+            "--val-fraction: images without labels cannot validate; name a folder with class "
+            "folders by --val-split"
+        )
+    splits = [train.name, val.name]
     if any(find_shards(data.data_dir, split) for split in splits):
         return
     folders = [find_folder(Path(data.data_dir), split) for split in splits]
+    if (
+        data.labels == "teacher"
+        and not data.class_map
+        and not any(item.is_dir() for item in folders[0].iterdir())
+    ):
+        raise DataError(
+            f"{folders[0]}: no class folders in it; with --labels teacher, name the classes of the "
+            "teacher in a CSV (id,folder,name) by --class-map"
+        )
     if not data.class_map:
         check_same_classes(cfg, *(ClassMap.from_folders(folder) for folder in folders))
+
+
+def _check_extra_data(data: DataConfig) -> None:
+    if data.extra_data and not Path(data.extra_data).is_dir():
+        raise DataError(f"--extra-data {data.extra_data}: no such folder; check the path")
+
+
+def _check_batch_size(cfg: Config) -> None:
+    least = DISTANCES[cfg.loss.distance].least_batch
+    # "auto" is below 0.
+    if METHODS[cfg.method].takes_distance and 0 <= cfg.data.batch_size < least:
+        raise UsageError(
+            f"--distance {cfg.loss.distance} compares the images of a batch and needs {least} in "
+            f"each; a process has {cfg.data.batch_size}: raise --batch-size"
+        )
 
 
 def check_same_classes(cfg: Config, train: ClassMap, val: ClassMap) -> None:
@@ -145,19 +182,20 @@ def check_student(cfg: Config) -> None:
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:
-    """Raise DataError for a missing file of weights, UsageError for a teacher's name of the hub.
+    """Raise DataError for a missing file of weights, UsageError for teachers that do not fit
+    together.
 
     teacher, discretizer: True if the run needs them.
     """
-    if teacher:
-        check_teacher_name(cfg.teacher.name)
-    named = {
-        "--teacher": _file_of(cfg.teacher.name) if teacher else "",
-        "--discretizer": _file_of(cfg.discretizer.name) if discretizer else "",
-        "--student-weights": _file_of(cfg.student.weights),
-        "--init-from": cfg.student.init_from,
-    }
-    for flag, name in named.items():
+    teachers = members(cfg.teacher) if teacher else []
+    named = [
+        *(("--teacher", _file_of(member.name)) for member in teachers),
+        *(("--teacher-head", member.head) for member in teachers),
+        ("--discretizer", _file_of(cfg.discretizer.name) if discretizer else ""),
+        ("--student-weights", _file_of(cfg.student.weights)),
+        ("--init-from", cfg.student.init_from),
+    ]
+    for flag, name in named:
         if name and not Path(name).exists():
             raise DataError(f"{flag} {name}: no such file; check the path")
 

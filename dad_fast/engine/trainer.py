@@ -24,20 +24,23 @@ from dad_fast.distributed.signals import StopRequest, ends_at_once, stop_request
 from dad_fast.engine.build import Components, make_step
 from dad_fast.engine.choices import fast_convolutions
 from dad_fast.engine.cuda_graph import WARM_UP
+from dad_fast.engine.diagnostics import cause_of_non_finite
 from dad_fast.engine.evaluator import Evaluator
 from dad_fast.engine.memory import collections_between_steps, enough_memory
 from dad_fast.engine.monitor import Monitor
 from dad_fast.engine.notices import details, ema_lag, opening, run_choices
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.probe.features import FeatureLoader
-from dad_fast.engine.schedule import learning_rate, total_steps
+from dad_fast.engine.schedule import make_schedule, total_steps
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError, Interrupted, NotFinite, Preempted
 from dad_fast.evaluate.runner import Result, Suite
+from dad_fast.evaluate.show import non_finite_note
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.loggers.sinks import open_sinks
 from dad_fast.models.float32 import float32_math
+from dad_fast.models.probe import probe_views
 from dad_fast.models.student import Student
 from dad_fast.models.weights.files import write_safetensors
 
@@ -89,13 +92,17 @@ class Trainer:
         self.images_per_step = cfg.data.global_batch_size
         self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
+        self.learning_rate = make_schedule(self.steps_per_epoch, cfg.optim, cfg.schedule)
         self.total_steps = total_steps(cfg, self.steps_per_epoch)
 
         self.next_step = 0
         self.best_top1 = -1.0
+        # Epochs trained at that validation; 0 before the first.
+        self.best_epoch = 0.0
         # True if a stop was requested where a validation was due.
         self.validation_due = False
         self.worst_streak = torch.zeros((), device=device)
+        self.last_batch: Batch | None = None
 
         self.choices = run_choices(cfg, parts, self.loader, self.step.graphs is not None)
         self.monitor = Monitor(cfg, parts, self.step, self.loader.name)
@@ -124,7 +131,7 @@ class Trainer:
         return train_loader(
             cfg.data.loader,
             parts.train,
-            cfg.augment,
+            probe_views(cfg.augment, parts.student),
             parts.student.image_size,
             batch_size,
             seed=parts.stored.view_seed(cfg.seed),
@@ -137,7 +144,7 @@ class Trainer:
 
     def start(self) -> None:
         """Open the logs, log the run summary, and prepare what the steps need."""
-        sinks = open_sinks(self.cfg.log_to, self.output) if distributed.is_main() else []
+        sinks = open_sinks(self.cfg, self.output, self.next_step) if distributed.is_main() else []
         self.log = RunLog(self.output, rank=distributed.rank(), sinks=sinks)
         self.log.truncate_to(self.metrics_offset)
         self.checkpoints.settle()
@@ -229,11 +236,11 @@ class Trainer:
 
     def _step(self, batch: Batch) -> float:
         """Make one step and count it. Returns its learning rate."""
-        cfg = self.cfg
-        lr = learning_rate(self.next_step, self.steps_per_epoch, cfg.optim, cfg.schedule)
+        lr = self.learning_rate(self.next_step)
         with self.clock.step(), enough_memory(self.settled, self.parts.device):
             (scalars,) = self.step(batch, self.next_step, lr)
         self.monitor.add(batch, scalars)
+        self.last_batch = batch
         self.worst_streak = torch.maximum(self.worst_streak, self.update.bad_in_a_row)
         self.next_step += 1
         return lr
@@ -244,6 +251,7 @@ class Trainer:
             "steps": self.next_step,
             "epochs": self.next_step / self.steps_per_epoch,
             "best_val_top1": self.best_top1,
+            "best_epoch": self.best_epoch,
             "bad_images": len(self.monitor.gathered_bad_images()),
             "failed_over": sum(distributed.all_gather_json(self.loader.failed_over)),
         }
@@ -279,7 +287,9 @@ class Trainer:
         if last or (self.validation_due and not stopping):
             result = self._validate(progress)
             best = result.top1 > self.best_top1
-            self.best_top1 = max(self.best_top1, result.top1)
+            if best:
+                self.best_top1 = result.top1
+                self.best_epoch = self.next_step / self.steps_per_epoch
             progress.show_validation(result.top1, self.best_top1)
         elif epoch_ends:
             progress.end_epoch()
@@ -308,6 +318,8 @@ class Trainer:
             nll=result.nll,
             ece=result.ece,
         )
+        if note := non_finite_note(result):
+            self.log.say(note)
         return result
 
     def _stop(self, kind: type[DadFastError]) -> NoReturn:
@@ -322,10 +334,13 @@ class Trainer:
         return bool(every) and self.next_step % every == 0
 
     def _log_attack(self, batch: Batch) -> None:
-        """Log what the attack changes on a few images of the first batch."""
+        """Log what attack and discretizer change on a few images of the first batch."""
         values = self.monitor.attack(batch, self.log.say)
         if values:
             self.log.metrics("attack", step=self.next_step, **values)
+        fidelity = self.monitor.fidelity(batch, self.log.say)
+        if fidelity:
+            self.log.metrics("discretizer", step=self.next_step, **fidelity)
 
     def _log_window(self, lr: float, batch: Batch, progress: TrainProgress) -> None:
         self._stop_if_not_finite()
@@ -347,12 +362,10 @@ class Trainer:
             self.update.bad_in_a_row.zero_()
             save(self, best=False)
             self.writer.wait()
-            distributed.barrier()
+            cause = cause_of_non_finite(self.step.generator, self.learner, self.last_batch)
             raise NotFinite(
                 f"the loss or a gradient was not a number in a step before {self.next_step}; such "
-                "steps were skipped and the state is "
-                f"saved in {self.checkpoints.root}; lower --lr, set --clip-grad, or check the "
-                "data and the weights"
+                f"steps were skipped and the state is saved in {self.checkpoints.root}; {cause}"
             )
 
     @property

@@ -30,7 +30,7 @@ def try_one_image(
         raise UsageError(
             f"--student {student.name} {what}; set --img-size or student.model_kwargs"
         ) from None
-    if teacher is not None:
+    if teacher is not None and teacher.has_head:
         teacher(pixels)
     if discretizer is not None:
         discretizer(pixels)

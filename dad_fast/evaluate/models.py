@@ -15,7 +15,7 @@ from dad_fast.errors import DataError
 from dad_fast.models.load_student import load_student, take_view
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.places import checkpoint_file, run_settings
-from dad_fast.models.registry import is_registered
+from dad_fast.models.registry import names_teacher
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
@@ -26,8 +26,8 @@ from dad_fast.models.weights.files import sha256_file
 class EvalModel:
     """A loaded model: pixels float32 [B, 3, H, W] in [0, 1] -> logits [B, C], C = len(classes).
 
-    name: as given by the user. view: size, share of the resized image kept, filter.
-    facts: for the JSON record.
+    name: as given by the user. view: size, share of the resized image kept, filter. squashed:
+    images are squashed to a square instead of cropped. facts: for the JSON record.
     """
 
     name: str
@@ -36,6 +36,7 @@ class EvalModel:
     classes: ClassMap
     view: tuple[int, float, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    squashed: bool = False
 
 
 def load_subject(
@@ -47,9 +48,13 @@ def load_subject(
 
     Raises DataError and UsageError as the loaders do, and for a run that recorded no classes.
     """
-    if is_registered(name):
+    if names_teacher(name):
         named = replace(cfg.teacher, name=name)
-        return of_teacher(load_teacher(named, data_classes(), cfg.precision, device))
+        temperature = cfg.loss.temperature
+        teacher = load_teacher(
+            named, data_classes(), cfg.precision, device, temperature=temperature
+        )
+        return of_teacher(teacher)
     path = checkpoint_file(name)
     student, metadata = load_student(path)
     take_view(student, run_settings(path)[0])
@@ -60,6 +65,7 @@ def load_subject(
     title = f"{path}: {student.name}"
     title += f" by {method}" if method else ""
     title += ", EMA" if ema else ""
+    title += f", calibrated ({student.calibration})" if student.calibration else ""
     view = (student.image_size, student.crop_pct, student.interpolation)
     facts = {
         "path": str(path),
@@ -67,8 +73,10 @@ def load_subject(
         "student": student.name,
         "method": method,
         "ema": ema,
+        "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "temperature": student.calibration and student.calibration.temperature,
     }
-    return EvalModel(name, title, student.to(device), classes, view, facts)
+    return EvalModel(name, title, student.to(device), classes, view, facts, student.squashed)
 
 
 def of_teacher(teacher: Teacher) -> EvalModel:
@@ -80,7 +88,8 @@ def of_teacher(teacher: Teacher) -> EvalModel:
         "squashed": teacher.squashed,
     }
     view = (teacher.image_size, teacher.crop_pct, teacher.interpolation)
-    return EvalModel(teacher.name, teacher.name, teacher, teacher.classes, view, facts)
+    name, classes, squashed = teacher.name, teacher.classes, teacher.squashed
+    return EvalModel(name, name, teacher, classes, view, facts, squashed)
 
 
 def _check_same(weights: Path, classes: ClassMap, class_map: str) -> None:

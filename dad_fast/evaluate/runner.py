@@ -62,6 +62,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     dali: bool = False,
     stopped: str = "stopped while evaluating",
+    squashed: bool = False,
 ) -> Result:
     """Evaluate `model` on a suite.
 
@@ -72,6 +73,8 @@ def evaluate(
     Args:
         progress: called with (images done, all images).
         dali: decode with DALI instead of PIL.
+        squashed: squash images to a square instead of a centre crop, unless the suite has a view of
+            its own.
         stopped: message of Preempted and Interrupted.
 
     Raises:
@@ -81,16 +84,28 @@ def evaluate(
     """
     eval_set = as_eval_set(source)
     view = (img_size, *(eval_set.view or (crop_pct, interpolation)))
+    squashed = squashed and not eval_set.view
     records, num_outputs = records_of(
-        model, eval_set, view, batch_size, workers, device, corruption, progress, dali, stopped
+        model,
+        eval_set,
+        view,
+        batch_size,
+        workers,
+        device,
+        corruption,
+        progress,
+        dali,
+        stopped,
+        squashed,
     )
     facts: dict[str, Any] = {
         "skipped": sum(int((~piece.ok).sum()) for piece in eval_set.pieces),
-        "protocol": protocol(eval_set, view) + ("; decoded by DALI" if dali else ""),
+        "protocol": protocol(eval_set, view, squashed) + ("; decoded by DALI" if dali else ""),
     }
     if eval_set.parts:
         facts |= _corruption_facts(eval_set, records)
-    return make_result(name or eval_set.name, records, num_outputs, **facts)
+    num_classes = len(eval_set.classes)
+    return make_result(name or eval_set.name, records, num_outputs, num_classes, **facts)
 
 
 def records_of(
@@ -104,10 +119,12 @@ def records_of(
     progress: Callable[[int, int], None] | None = None,
     dali: bool = False,
     stopped: str = "stopped while evaluating",
+    squashed: bool = False,
 ) -> tuple[Records, int]:
     """Return the model's scores of each image, and the number of its outputs that compete.
 
-    view: size, share kept and filter of an image. See `evaluate` for the rest.
+    view, squashed: size, share kept and filter of an image, and whether it is squashed to a square.
+    See `evaluate` for the rest.
     """
     pieces = [piece.taken(piece.ok) for piece in eval_set.pieces]
     total = sum(map(len, pieces))
@@ -133,6 +150,7 @@ def records_of(
         advance,
         dali,
         poll,
+        squashed,
     )
     was_training = isinstance(model, torch.nn.Module) and model.training
     if isinstance(model, torch.nn.Module):
@@ -164,6 +182,7 @@ class _Scorer:
     advance: Callable[[int], None]
     dali: bool
     poll: _Poll
+    squashed: bool
     num_outputs: int = 0
 
     def scores(self, piece: Subset) -> Tensor:
@@ -182,9 +201,8 @@ class _Scorer:
         polls = 0
         pin_memory = device.type == "cuda"
         loader = _loader(self.dali, device)
-        batches: Any = iter(
-            loader(mine, *self.view, self.batch_size, self.workers, pin_memory=pin_memory)
-        )
+        options = {"pin_memory": pin_memory, "squashed": self.squashed}
+        batches: Any = iter(loader(mine, *self.view, self.batch_size, self.workers, **options))
         # Closes the loader's processes also after a failure or a stop.
         with closing(batches):
             for batch in batches:
@@ -281,10 +299,11 @@ def _transforms(corruption: Corruption | None) -> list[Transform]:
     return [at(severity) for severity in severities]
 
 
-def protocol(eval_set: EvalSet, view: View) -> str:
+def protocol(eval_set: EvalSet, view: View, squashed: bool = False) -> str:
     """Describe the preprocessing of an image, followed by the note of the suite."""
     size, crop_pct, interpolation = view
-    steps = f"resize {math.floor(size / crop_pct)} {interpolation}, crop {size}"
+    how = "squash to" if squashed else "resize"
+    steps = f"{how} {math.floor(size / crop_pct)} {interpolation}, crop {size}"
     if eval_set.parts:
         name = next(name for name, fixed in C_VIEWS.items() if fixed == eval_set.view)
         if name == "none" and size == C_SIDE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from dad_fast.evaluate.metrics.ood_detection import METRICS as DETECTION
 from dad_fast.evaluate.metrics.result import Result
 from dad_fast.files import atomic_write_text
 
+# Classes shown by `class_lines`.
+MOST_CLASSES = 20
 # Columns of the results, and those that a narrow terminal lacks, the first one first.
 WIDTHS = {
     "suite": 24,
@@ -41,9 +43,11 @@ SPARE_COMPARED = ("only A", "only B", "images", "p", "A %", "B %")
 COLUMNS = [
     "num_images",
     "skipped",
+    "non_finite",
     "top1",
     "top1_low",
     "top1_high",
+    "balanced_accuracy",
     "top5",
     "ece",
     "ece_low",
@@ -98,6 +102,8 @@ def notes(results: Mapping[str, Result]) -> list[str]:
     for name, result in results.items():
         if result.skipped:
             lines.append(f"{name}: {result.skipped:,} unreadable images left out")
+        if warning := non_finite_note(result):
+            lines.append(warning)
         if result.mce is not None and result.mce_interval is not None:
             low, high = result.mce_interval
             lines.append(
@@ -108,6 +114,38 @@ def notes(results: Mapping[str, Result]) -> list[str]:
                 f"{name}: no mCE, which needs 15 corruptions of five severities and ImageNet's "
                 "1000 classes"
             )
+    return lines
+
+
+def non_finite_note(result: Result) -> str | None:
+    """Return a note on images with non-finite logits, or None without any."""
+    if not result.non_finite:
+        return None
+    return (
+        f"{result.name}: {result.non_finite:,} of {result.num_images:,} images have non-finite "
+        "logits: they count as wrong, and are left out of ECE, NLL and Brier score"
+    )
+
+
+def class_lines(results: Mapping[str, Result], names: Sequence[str]) -> list[str]:
+    """Format the balanced accuracy, and the accuracy of each class from the lowest on.
+
+    names: of the classes, in their order. Of many classes, the MOST_CLASSES lowest are shown.
+    """
+    lines = []
+    for suite, result in results.items():
+        found = [
+            (accuracy, name)
+            for accuracy, name in zip(result.per_class or (), names, strict=False)
+            if accuracy is not None
+        ]
+        shown = sorted(found, key=lambda item: item[0])[:MOST_CLASSES]
+        more = f", the {len(shown)} lowest" if len(shown) < len(found) else ""
+        lines.append(
+            f"{suite}: balanced accuracy {_number(result.balanced_accuracy, 1)} %, "
+            f"top-1 % of its {len(found):,} classes{more}:"
+        )
+        lines += [f"  {accuracy:>6.1f}  {name}" for accuracy, name in shown]
     return lines
 
 
@@ -126,6 +164,20 @@ def detection_lines(
             cells = {title: name, "score": score, **dict(zip(headings, numbers, strict=True))}
             lines.append(layout.line(cells))
     return [*lines, layout.note()] if layout.left_out else lines
+
+
+def calibration_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Format ECE and NLL before and after calibration."""
+    before, after = facts["nll"]
+    lines = [
+        f"temperature {facts['temperature']:.4g}, fitted on {facts['num_images']:,} images of "
+        f"{facts['split']} (NLL {before:.3f} before, {after:.3f} after)",
+        f"{'ECE %':<24} {'before':>7} {'after':>7}",
+    ]
+    for suite, (old, new) in facts["ece"].items():
+        fitted = "  (fitted on it)" if suite == facts["split"] else ""
+        lines.append(f"{suite:<24} {old:>7.1f} {new:>7.1f}{fitted}")
+    return lines
 
 
 def robustness_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -161,6 +213,12 @@ def comparison_lines(
         lines.append(layout.line(cells))
     if layout.left_out:
         lines.append(layout.note())
+    lines += [
+        f"{suite}: {one['non_finite']:,} images with non-finite logits are wrong in A - B, and left "
+        "out of the differences of NLL and Brier score"
+        for suite, one in found.items()
+        if one["non_finite"]
+    ]
     lines.append(
         "95 %: paired bootstrap over images. p: McNemar's exact test, two-sided; none over several "
         "corruptions of an image."

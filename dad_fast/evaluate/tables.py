@@ -35,6 +35,7 @@ class Metric(NamedTuple):
 
 METRICS = {
     "top1": Metric("Top-1 accuracy in %", sign=1),
+    "balanced_accuracy": Metric("Balanced accuracy (mean over classes) in %", sign=1),
     "top5": Metric("Top-5 accuracy in %", sign=1),
     "mce": Metric("Mean corruption error, relative to AlexNet, in %"),
     "ece": Metric("Expected calibration error in %"),
@@ -123,7 +124,8 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
     names, by_variant = suites(record), variants(record)
     _, digits, sign = METRICS[metric]
     stores = ["stores s"] if any(run.get("store_seconds") for run in record["runs"]) else []
-    header = ["", "seeds", "epochs", "train s", *stores, *names]
+    best = ["best"] if any(run.get("best_epoch") for run in record["runs"]) else []
+    header = ["", "seeds", "epochs", *best, "train s", *stores, *names]
     first_suite = len(header) - len(names)
     table = []
     for teacher in teachers(record):
@@ -136,11 +138,12 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
         seconds = spread([float(run["seconds"]) for run in runs])
         made = max(float(run.get("store_seconds") or 0) for run in runs)
         filled = [f"{made:.0f}" if made else "" for _ in stores]
+        validated = statistics.fmean(float(run.get("best_epoch") or 0) for run in runs)
+        shown = [f"{round(validated, 2):g}" if validated else "" for _ in best]
         results = [_text(found, digits) for found in row]
-        table.append(
-            [variant, str(len(runs)), f"{round(epochs, 2):g}", _text(seconds, 0), *filled, *results]
-        )
-    best = set()
+        counts = [variant, str(len(runs)), f"{round(epochs, 2):g}", *shown]
+        table.append([*counts, _text(seconds, 0), *filled, *results])
+    bold = set()
     for column in range(len(names)):
         scored: list[tuple[int, float, float | None]] = []
         for i, cells_of_variant in enumerate(cells):
@@ -150,12 +153,12 @@ def rows(record: dict[str, Any], metric: str) -> Grid:
         if len(scored) < 2 or any(sd is None for _, _, sd in scored):
             continue
         _, top, top_sd = max(scored, key=lambda item: sign * item[1])
-        best |= {
+        bold |= {
             (first + i, first_suite + column)
             for i, mean, sd in scored
             if abs(top - mean) <= max(top_sd or 0.0, sd or 0.0)
         }
-    return header, table, best
+    return header, table, bold
 
 
 def _attacks(method: str) -> bool:
@@ -219,6 +222,12 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
         skipped = max(int(result.get("skipped", 0)) for result in results[name])
         if skipped:
             lines.append(f"{name}: {skipped} unreadable images are left out.")
+        non_finite = max(int(result.get("non_finite") or 0) for result in results[name])
+        if non_finite:
+            lines.append(
+                f"{name}: up to {non_finite} images of a run have non-finite logits: they count as "
+                "wrong, and are left out of ECE, NLL and Brier score."
+            )
     for name in names:
         protocol = results[name][-1].get("protocol", "")
         # With a note: masked outputs or missing images.
@@ -227,6 +236,8 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
     facts = record.get("environment")
     if facts:
         lines.append(f"Train s: seconds of training without evaluation, on {computed_on(facts)}.")
+    if any(run.get("best_epoch") for run in record["runs"]):
+        lines.append("Best: epochs trained at the best validation, the mean over seeds.")
     if any(run.get("store_seconds") for run in record["runs"]):
         lines.append(
             "Stores s: seconds to fill the stores of a run, "

@@ -28,6 +28,7 @@ SHARES = {
     "data_wait": "data wait",
     "kept": "kept",
     "codes_changed": "codes changed",
+    "codes_used": "codes used",
     "codes_changed_dat": "codes changed (dat)",
 }
 

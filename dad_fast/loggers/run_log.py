@@ -8,14 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from dad_fast.errors import printable
 from dad_fast.files import disk_error, no_link, plain
-from dad_fast.loggers.sinks import Sink
+from dad_fast.loggers.sinks import PATIENCE, OpenSink
 from dad_fast.loggers.warning_lines import WarningLines
 
 # Size of train.log, about two weeks of a line every ten seconds; beyond, it replaces train.log.1.
@@ -38,7 +37,7 @@ class RunLog:
             that lines appear above the bar.
         rank: of several processes only rank 0 writes metrics and shows lines; the others write to
             `train-rankN.log`.
-        sinks: further receivers of metrics (see `loggers.sinks`). One that raises is dropped with a
+        sinks: further receivers of metrics (see `loggers.sinks`). One that fails is dropped with one
             warning. `close` closes them.
     """
 
@@ -47,7 +46,7 @@ class RunLog:
         folder: str | Path,
         echo: Callable[[str], None] = print_line,
         rank: int = 0,
-        sinks: Sequence[Sink] = (),
+        sinks: Sequence[OpenSink] = (),
     ) -> None:
         self.folder = Path(folder)
         self.echo = echo if rank == 0 else lambda text: None
@@ -61,17 +60,30 @@ class RunLog:
         self.truncate_to(self._metrics.seek(0, os.SEEK_END))
         self._warnings = _Warnings(self)
         self._warnings.install()
+        self._working()
 
     def metrics(self, kind: str, **values: Any) -> None:
         """Append `{"kind": kind, "time": seconds since 1970, **values}` to metrics.jsonl.
 
         The sinks receive kind, step and values.
         """
-        row = plain({"kind": kind, "time": round(time.time(), 3), **values})
+        values = plain(values)
+        row = {"kind": kind, "time": round(time.time(), 3), **values}
         _append(self._metrics, json.dumps(row, allow_nan=False) + "\n")
-        step = int(values.get("step", 0))
-        for sink in list(self._sinks):
-            self._try_sink(sink, partial(sink.log, kind, step, values))
+        for sink in self._working():
+            sink.log(kind, int(values.get("step", 0)), values)
+
+    def picture(self, name: str, step: int, path: Path) -> None:
+        """Give the sinks a PNG file."""
+        for sink in self._working():
+            sink.picture(name, step, path)
+
+    def table(
+        self, name: str, step: int, header: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        """Give the sinks a table of texts."""
+        for sink in self._working():
+            sink.table(name, step, header, rows)
 
     def say(self, text: str, *, echo: bool = True) -> None:
         """Append a line to train.log and show it if `echo`. Escapes control characters."""
@@ -114,18 +126,22 @@ class RunLog:
 
     def close_sinks(self) -> None:
         """Close the sinks: a run calls this at its end, also when it failed or was stopped."""
-        for sink in list(self._sinks):
-            self._try_sink(sink, sink.close)
+        deadline = time.monotonic() + PATIENCE
+        for sink in self._sinks:
+            sink.finish()
+        for sink in self._sinks:
+            sink.wait_until(deadline)
+        self._working()
         self._sinks = []
 
-    def _try_sink(self, sink: Sink, call: Callable[[], None]) -> None:
-        """Drop a sink that raises: a tracking server that is down must not stop training."""
-        try:
-            call()
-        except Exception as error:
-            self._sinks.remove(sink)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.say(f"warning: --log-to {sink.name}: {reason}; metrics go to metrics.jsonl alone")
+    def _working(self) -> list[OpenSink]:
+        """Return the sinks that work; warn of the others once and drop them."""
+        for sink in self._sinks:
+            if sink.problem:
+                kept = "metrics go to metrics.jsonl alone"
+                self.say(f"warning: --log-to {sink.name}: {sink.problem}; {kept}")
+        self._sinks = [sink for sink in self._sinks if not sink.problem]
+        return self._sinks
 
     def __enter__(self) -> RunLog:
         return self

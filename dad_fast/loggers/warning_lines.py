@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ class WarningLines(logging.Handler):
         self.write(text, is_new)
 
     def write(self, text: str, is_new: bool) -> None:
-        if is_new:
+        # Of several processes that open the same data, the first one warns.
+        if is_new and os.environ.get("RANK", "0") == "0":
             print(printable(text), file=sys.stderr, flush=True)
 
 

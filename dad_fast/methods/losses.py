@@ -1,7 +1,7 @@
 """Losses of every method, computed from its terms (dad_fast/methods/registry.py).
 
     CE(s, y) = -sum y log softmax(s)
-    KD(s, t) = T^2 KL(softmax(t / T) || softmax(s / T))
+    KD(s, t) = T^2 KL(softmax(t / T) || softmax(s / T)), or another distance (methods/distances.py)
     dad      = ce CE(s(x), y) + kd KD(s(x), t(x)) + dad KD(s(Q(x')), t(Q(x')))     arXiv 2311.01441, eq. 8
     joint    = ce CE(s(z), y) + kd KD(s(z), t(z))     z: clean and stored images as one batch
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from dad_fast.kernels.distillation_loss import (
     smooth,
     soft_cross_entropy,
 )
-from dad_fast.methods.registry import Images, MethodSpec, Target, Term
+from dad_fast.methods.registry import CE, KD, Images, MethodSpec, Target, Term, with_distance
 
 __all__ = [
     "distillation",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 Logits = Mapping[Images, Tensor]  # float [B, C] on each kind of images
+# Terms of the joint form, whose images are partly adversarial.
+JOINT_FORM = (replace(CE, filtered=True), replace(KD, filtered=True))
 
 
 def keep_mask(
@@ -62,6 +65,7 @@ def objective(
     targets: Logits,
     keep: Tensor | None,
     *,
+    labelled: Tensor | None = None,
     fused: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss, a scalar, and its unweighted terms by name.
@@ -69,12 +73,15 @@ def objective(
     student, teacher: logits on the images that the terms use.
     targets: probabilities [B, C] for cross-entropy, mixed and smoothed, for each kind of images.
     keep: filter [B] for the terms that it applies to, or None to count all samples.
+    labelled: [B], 0 for samples that count 0 in terms with labels, or None to count all.
     fused: one kernel for all terms on the same student's logits, where there is one (CUDA; float32 arithmetic).
     """
-    terms = _fused_terms if fused else _plain_terms
-    values = terms(method.terms, weights.temperature, student, teacher, targets, keep)
+    terms = with_distance(method.terms, weights.distance)
+    compute = _fused_terms if fused else _plain_terms
+    counts = _Counts(keep, labelled)
+    values = compute(terms, weights.temperature, student, teacher, targets, counts)
     zero = targets[Images.CLEAN].new_zeros(())
-    weighted = (weight_of(term, weights) * values[term.name] for term in method.terms)
+    weighted = (weight_of(term, weights) * values[term.name] for term in terms)
     return sum(weighted, start=zero), values
 
 
@@ -102,12 +109,12 @@ def joint_objective(
     [2B], 0 for images that show any of an adversarial image that the filter rejects, since its label may be wrong; or
     None to count all. Means are over all 2B.
     """
-    if fused:
-        ce, kd = distillation_loss(student, teacher, targets, keep, temperature=weights.temperature)
-    else:
-        ce = soft_cross_entropy(student, targets, keep)
-        kd = distillation(student, teacher, weights.temperature, keep)
-    return weights.ce * ce + weights.kd * kd, {"ce": ce, "kd": kd}
+    kind, terms = Images.CLEAN, with_distance(JOINT_FORM, weights.distance)
+    compute = _fused_terms if fused else _plain_terms
+    models = {kind: student}, {kind: teacher}
+    counts = _Counts(keep, None)
+    values = compute(terms, weights.temperature, *models, {kind: targets}, counts)
+    return weights.ce * values["ce"] + weights.kd * values["kd"], values
 
 
 def mixed_outputs(own: Tensor, others: Tensor, lam: Tensor, temperature: float) -> Tensor:
@@ -123,23 +130,44 @@ def mixed_outputs(own: Tensor, others: Tensor, lam: Tensor, temperature: float) 
     )
 
 
+class _Counts:
+    """Weights of the samples in the terms: of the filter and of labels, each [B] or None."""
+
+    def __init__(self, keep: Tensor | None, labelled: Tensor | None) -> None:
+        self.keep = keep
+        self.labelled = labelled
+
+    def kind(self, term: Term) -> tuple[bool, bool]:
+        """Return which of the two apply to a term."""
+        by_label = term.target == Target.LABELS and self.labelled is not None
+        return term.filtered and self.keep is not None, by_label
+
+    def of(self, term: Term) -> Tensor | None:
+        """Return the weights of the samples in a term."""
+        filtered, by_label = self.kind(term)
+        if filtered and by_label:
+            assert self.keep is not None and self.labelled is not None
+            return self.keep * self.labelled
+        return self.keep if filtered else self.labelled if by_label else None
+
+
 def _plain_terms(
     terms: tuple[Term, ...],
     temperature: float,
     student: Logits,
     teacher: Logits,
     targets: Logits,
-    keep: Tensor | None,
+    counts: _Counts,
 ) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for term in terms:
         logits = student[term.images]
-        weight = keep if term.filtered else None
-        by_teacher = term.target == Target.TEACHER
-        reference = (teacher if by_teacher else targets)[term.images]
+        weight = counts.of(term)
+        of_teacher = term.teacher_images
+        reference = targets[term.images] if of_teacher is None else teacher[of_teacher]
         if term.loss:
             values[term.name] = _own_loss(term)(logits, reference, weight, temperature)
-        elif by_teacher:
+        elif of_teacher is not None:
             values[term.name] = distillation(logits, reference, temperature, weight)
         else:
             values[term.name] = soft_cross_entropy(logits, reference, weight)
@@ -152,29 +180,31 @@ def _fused_terms(
     student: Logits,
     teacher: Logits,
     targets: Logits,
-    keep: Tensor | None,
+    counts: _Counts,
 ) -> dict[str, Tensor]:
-    """Compute the same with one kernel for all terms on the same images; terms with a loss of their own stay plain."""
+    """Compute the same with one kernel for all terms on the same images that count the same samples; terms with a loss
+    of their own stay plain."""
     own = tuple(term for term in terms if term.loss)
-    values = _plain_terms(own, temperature, student, teacher, targets, keep)
-    groups: dict[Images, list[Term]] = {}
+    values = _plain_terms(own, temperature, student, teacher, targets, counts)
+    groups: dict[tuple[Images, tuple[bool, bool]], list[Term]] = {}
     for term in terms:
         if not term.loss:
-            groups.setdefault(term.images, []).append(term)
-    for images, group in groups.items():
-        by_target = {term.target: term for term in group}
-        if len(by_target) < len(group):  # two terms of a kind on the same images
-            values |= _plain_terms(tuple(group), temperature, student, teacher, targets, keep)
+            groups.setdefault((term.images, counts.kind(term)), []).append(term)
+    for (images, _), group in groups.items():
+        labels = [term for term in group if term.target == Target.LABELS]
+        teachers = [term for term in group if term.target != Target.LABELS]
+        if len(labels) > 1 or len(teachers) > 1:
+            values |= _plain_terms(tuple(group), temperature, student, teacher, targets, counts)
             continue
+        of_teacher = teachers[0].teacher_images if teachers else None
         ce, kd = distillation_loss(
             student[images],
-            teacher[images] if Target.TEACHER in by_target else None,
-            targets[images] if Target.LABELS in by_target else None,
-            keep if any(term.filtered for term in group) else None,
+            None if of_teacher is None else teacher[of_teacher],
+            targets[images] if labels else None,
+            counts.of(group[0]),
             temperature=temperature,
         )
-        found = {Target.LABELS: ce, Target.TEACHER: kd}
-        values |= {term.name: found[target] for target, term in by_target.items()}
+        values |= {term.name: ce for term in labels} | {term.name: kd for term in teachers}
     return {term.name: values[term.name] for term in terms}
 
 

@@ -12,18 +12,19 @@ from dad_fast.config.resolve import gather, is_fixed
 from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.config.setting import AUTO
 from dad_fast.config.variants import expand
+from dad_fast.data.augment.names import check_policy, dali_lacks
 from dad_fast.data.sources.registry import SOURCES
-from dad_fast.discretizers.registry import DISCRETIZERS
+from dad_fast.discretizers.registry import DISCRETIZERS, check_argument
 from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
-from dad_fast.methods.registry import JOINT_TERMS, METHODS
+from dad_fast.methods.registry import DISTANCES, JOINT_TERMS, METHODS, Images, Target
 from dad_fast.methods.stores import check_stores, usable_kinds
-from dad_fast.models.registry import TEACHERS
+from dad_fast.models.registry import TEACHERS, members
 
 
 def resolve(
-    preset: str | None = None,
-    file: Path | None = None,
+    preset: str | Sequence[str] | None = None,
+    file: Path | Sequence[Path] | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Config:
@@ -48,7 +49,7 @@ def check(cfg: Config) -> None:
     runs = expand(cfg)
     for name, _, run in runs:
         try:
-            _check_run(run)
+            check_run(run)
         except UsageError as error:
             raise UsageError(f"variant {name}: {error}" if cfg.variants else str(error)) from None
     asking = [run for _, _, run in runs if run.store.make]
@@ -59,7 +60,11 @@ def check(cfg: Config) -> None:
         )
 
 
-def _check_run(cfg: Config) -> None:
+def check_run(cfg: Config) -> None:
+    """Check that the settings of one run fit together, as part of several that may share stores.
+
+    Raises UsageError, which names the flag to change.
+    """
     if not cfg.data.data_dir:
         raise UsageError(
             "no data: add --data-dir (a folder with train/ and val/, or embedded:digits), or try "
@@ -76,8 +81,19 @@ def _check_run(cfg: Config) -> None:
         raise UsageError(
             f"--store: --method {cfg.method} learns from no stored images or outputs; leave it out"
         )
+    _check_labels(cfg)
     for name in cfg.log_to:
         _ = SINKS[name]  # an unknown name is an error before anything is written
+    if cfg.augment.aa:
+        check_policy(cfg.augment.aa)
+        if cfg.data.loader == "dali" and (lack := dali_lacks(cfg.augment.aa)):
+            raise UsageError(f"--loader dali: {lack} (--aa {cfg.augment.aa}); use --loader pil")
+    distance = DISTANCES[cfg.loss.distance]
+    if cfg.store.mix_outputs and method.takes_distance and not distance.uses_temperature:
+        raise UsageError(
+            f"--mix-outputs mixes softmax outputs, and --distance {cfg.loss.distance} compares "
+            "logits: leave one out"
+        )
     check_stores(cfg)
     _check_stored_forms(cfg)
     if method.needs_teacher and not cfg.teacher.name and not cfg.store.dirs:
@@ -91,15 +107,10 @@ def _check_run(cfg: Config) -> None:
             "identity or jpeg:75)"
         )
     _check_scheme(cfg.data.data_dir, "--data-dir", SOURCES.names())
-    _check_scheme(cfg.teacher.name, "--teacher", TEACHERS.names())
+    for member in members(cfg.teacher):
+        _check_scheme(member.name, "--teacher", TEACHERS.names())
     _check_scheme(cfg.discretizer.name, "--discretizer", DISCRETIZERS.names())
-    quality = cfg.discretizer.name.removeprefix("jpeg:")
-    is_quality = quality.isdecimal() and 1 <= int(quality) <= 100
-    if cfg.discretizer.name.startswith("jpeg:") and not is_quality:
-        raise UsageError(
-            f"--discretizer {cfg.discretizer.name}: the quality is a whole number from 1 to 100, "
-            "as in jpeg:75"
-        )
+    check_argument(*DISCRETIZERS.split(cfg.discretizer.name), cfg.discretizer.name)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
         raise UsageError(f"--device {cfg.device}: must be auto, cpu, cuda or cuda:N")
     odd = cfg.data.batch_size != AUTO and cfg.data.batch_size % 2
@@ -124,6 +135,30 @@ def _check_run(cfg: Config) -> None:
             f"{cfg.schedule.epochs}, of which it is the first part: "
             "write --warmup-epochs auto (a tenth of them) or 0, or raise --epochs"
         )
+
+
+def _check_labels(cfg: Config) -> None:
+    """Check that the method can learn from images without labels, where there are any."""
+    method, without = METHODS[cfg.method], cfg.data.labels == "teacher"
+    if not without and not cfg.data.extra_data:
+        return
+    flag = "--labels teacher" if without else f"--extra-data {cfg.data.extra_data}"
+    if not method.learns_from_teacher:
+        able = ", ".join(name for name in METHODS.own_names() if METHODS[name].learns_from_teacher)
+        raise UsageError(
+            f"{flag}: --method {cfg.method} learns from labels alone; use one of {able}"
+        )
+    on_attacked = any(
+        term.target == Target.LABELS and term.images != Images.CLEAN for term in method.terms
+    )
+    if without and on_attacked:
+        raise UsageError(
+            f"--labels teacher: --method {cfg.method} learns from labels on attacked images; use dad"
+        )
+    if method.linear_probe and cfg.lp_clip.labels == "true":
+        raise UsageError(f"{flag}: images without labels, and --lp-labels true needs them")
+    if cfg.loss.form == "joint":
+        raise UsageError(f"{flag}: --loss-form joint needs labels; leave one out")
 
 
 def _check_stored_forms(cfg: Config) -> None:
@@ -157,6 +192,9 @@ def _check_linear_probe(cfg: Config) -> None:
         raise UsageError(
             "--store: --method lp-clip keeps the teacher's predictions in the cache; leave it out"
         )
+    if cfg.optim.layer_decay or cfg.student.grad_checkpointing:
+        flag = "--layer-decay" if cfg.optim.layer_decay else "--grad-checkpointing"
+        raise UsageError(f"{flag}: --method lp-clip trains one linear layer; leave it out")
     if cfg.augment.mixup or cfg.augment.cutmix:
         raise UsageError(
             "--method lp-clip: a pseudo-label belongs to one image, and --mixup and --cutmix "

@@ -16,6 +16,7 @@ from dad_fast.config.schema import Config
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
 from dad_fast.methods.registry import METHODS
+from dad_fast.models.registry import teacher_settings
 
 KINDS = ("adversarial", "targets")
 # Settings that decide what a store holds; the student gives the size of its images.
@@ -128,5 +129,7 @@ def _digest(cfg: Config, kind: str, views: int, images: str) -> str:
         if (path in _SETTINGS or path.partition(".")[0] in _SECTIONS[kind])
         and path not in RESUME_SAFE
     ]
-    text = repr([(path, get(cfg, path)) for path in used] + [views, images])
+    # An ensemble has outputs of its own at every temperature.
+    temperature = teacher_settings(cfg)[1:]
+    text = repr([(path, get(cfg, path)) for path in used] + [views, images, *temperature])
     return hashlib.sha256(text.encode()).hexdigest()[:8]

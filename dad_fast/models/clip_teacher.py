@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dad_fast.data.classes import ClassMap
-from dad_fast.errors import DataError
+from dad_fast.errors import DadFastError, DataError, EnvironmentProblem
 from dad_fast.models.clip_weights import (
     Clip,
     clip_from_hub,
@@ -19,13 +19,10 @@ from dad_fast.models.clip_weights import (
     clip_from_weights,
     clip_without_weights,
 )
+from dad_fast.models.heads import LinearHead, read_head
 from dad_fast.models.teacher import Teacher, TeacherContext
-from dad_fast.models.weights.declared import PROBE, check_classes, check_encoder, probe_spec
-from dad_fast.models.weights.files import asset, fingerprint, read_state_dict
+from dad_fast.models.weights.files import asset, read_state_dict
 from dad_fast.models.zeroshot import check_distinct, prompt_names, resolve_templates, zero_shot_head
-
-# Weight [C, F], bias [C], and whether the features are normalised before the head
-Head = tuple[Tensor, Tensor, bool]
 
 
 def load_open_clip(argument: str, context: TeacherContext) -> Teacher:
@@ -64,27 +61,33 @@ def _teacher(clip: Clip, context: TeacherContext) -> Teacher:
     cfg, classes = context.cfg, context.classes
     model: Any = clip.model.eval().to(context.device)
     tower = ImageTower(model.visual)
+    side = tower.side
+    head: LinearHead | DadFastError
     if context.shapes_only:
-        side = tower.side
-        num_features = tower(torch.zeros(1, 3, side, side, device=context.device)).shape[1]
-        weight = torch.empty(len(classes), num_features, device=context.device)
-        bias, unit_features = weight[:, 0], not cfg.head
+        weight = torch.empty(len(classes), tower.num_features(), device=context.device)
+        head = LinearHead(weight, weight[:, 0], not cfg.head)
     elif cfg.head:
-        weight, bias, unit_features = _read_head(cfg.head, classes, tower)
+        head = read_head(cfg.head, classes, tower, tower.num_features(), side)
     else:
-        weight, bias, unit_features = _zero_shot(clip, model, classes, cfg.templates)
+        try:
+            head = _zero_shot(clip, model, classes, cfg.templates)
+        except (DataError, EnvironmentProblem) as error:
+            # A linear probe with the data's labels needs the encoder alone. A new error, without
+            # the traceback, which would keep the text tower in memory.
+            head = type(error)(str(error))
     # open_clip's "random" is a setting for training.
     is_bilinear = clip.preprocess["interpolation"] == "bilinear"
     return Teacher(
         tower,
-        (weight, bias),
+        head[:2] if isinstance(head, LinearHead) else head,
         name=cfg.name,
         classes=classes,
-        image_size=tower.side,
+        image_size=side,
         mean=clip.preprocess["mean"],
         std=clip.preprocess["std"],
         precision=context.precision,
-        unit_features=unit_features,
+        # As of a zero-shot head, where there is none.
+        unit_features=head.unit_features if isinstance(head, LinearHead) else True,
         provenance=clip.provenance,
         weights_sha256=clip.sha256,
         interpolation="bilinear" if is_bilinear else "bicubic",
@@ -105,13 +108,21 @@ class ImageTower(nn.Module):
         size = self.visual.image_size
         return int(size[0] if isinstance(size, (tuple, list)) else size)
 
+    @torch.no_grad()
+    def num_features(self) -> int:
+        """Length of a feature vector, from a run on one black image."""
+        device = next(self.parameters()).device
+        return self(torch.zeros(1, 3, self.side, self.side, device=device)).shape[1]
+
     def forward(self, x: Tensor) -> Tensor:
         features = self.visual(x)
         # CoCa's tower returns its tokens too.
         return features[0] if isinstance(features, tuple) else features
 
 
-def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Sequence[str]) -> Head:
+def _zero_shot(
+    clip: Clip, model: Any, classes: ClassMap, templates: str | Sequence[str]
+) -> LinearHead:
     """Return weight [C, F] times logit_scale, and bias [C]: SigLIP's logit_bias, else 0."""
     prompts = resolve_templates(templates, classes, clip.templates)
     weight = zero_shot_head(model, clip.tokenizer, prompt_names(classes), prompts)
@@ -119,37 +130,4 @@ def _zero_shot(clip: Clip, model: Any, classes: ClassMap, templates: str | Seque
     weight = weight * model.logit_scale.detach().exp().float()
     logit_bias = getattr(model, "logit_bias", None)
     bias = torch.full((len(classes),), 0.0 if logit_bias is None else float(logit_bias))
-    return weight, bias, True
-
-
-def _read_head(path: str, classes: ClassMap, tower: ImageTower) -> Head:
-    """Read a linear head: weight [C, F], bias [C] (optional), and its class list (optional).
-
-    The file is a fine-tuned head on unnormalised features, or a linear probe of the same encoder,
-    which records its features.
-    """
-    state, metadata = read_state_dict(path)
-    weight, bias = state.get("weight"), state.get("bias")
-    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        raise DataError(
-            f"--teacher-head {path}: needs a tensor weight [classes, features], and optionally "
-            "bias [classes]"
-        )
-    if weight.shape[0] != len(classes):
-        raise DataError(
-            f"--teacher-head {path}: it has {weight.shape[0]} outputs, the data {len(classes)} "
-            "classes; give its --class-map"
-        )
-    check_classes(f"--teacher-head {path}", metadata, classes)
-    features = getattr(tower.visual, "output_dim", weight.shape[1])
-    if features != weight.shape[1]:
-        raise DataError(
-            f"--teacher-head {path}: it takes {weight.shape[1]} features, the teacher has "
-            f"{features}; give this teacher's head"
-        )
-    unit = False
-    if PROBE in metadata:
-        spec = probe_spec(Path(path), metadata)
-        check_encoder(str(path), spec, fingerprint(tower))
-        unit = spec["unit_features"]
-    return weight.float(), torch.zeros(len(classes)) if bias is None else bias.float(), unit
+    return LinearHead(weight, bias, True)

@@ -209,9 +209,13 @@ def _tokenizer(arch: str) -> Tokenizer:
             tokenizer: Tokenizer = open_clip.get_tokenizer(arch)
         return tokenizer
     except ImportError as error:
+        # Errors that transformers raises itself do not name the package that it lacks.
+        needed = (
+            f"the package {error.name}" if error.name else f"another package: {reason_of(error)}"
+        )
         raise EnvironmentProblem(
-            f"--teacher {arch}: its tokenizer needs the package {error.name}; pip install "
-            f"{error.name}, or give --teacher-head, which needs no prompts"
+            f"--teacher {arch}: its tokenizer needs {needed}; pip install "
+            f"{error.name or 'it'}, or give --teacher-head, which needs no prompts"
         ) from None
     except Exception as error:
         raise EnvironmentProblem(

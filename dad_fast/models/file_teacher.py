@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-
 from dad_fast.errors import DataError
 from dad_fast.models.places import checkpoint_file
 from dad_fast.models.teacher import Teacher, TeacherContext
@@ -32,12 +28,3 @@ def load_file(argument: str, context: TeacherContext) -> Teacher:
     from dad_fast.models.clip_teacher import load_own_clip
 
     return load_own_clip(path, state, metadata, context)
-
-
-def holds_student(path: str | Path) -> bool:
-    """Return whether `path` is a run or a file with a student of this project."""
-    try:
-        with safe_open(checkpoint_file(path), framework="pt") as file:
-            return STUDENT in (file.metadata() or {})
-    except (DataError, OSError, SafetensorError):
-        return False

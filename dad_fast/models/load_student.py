@@ -10,15 +10,13 @@ from torch import Tensor
 
 from dad_fast.config import Config
 from dad_fast.errors import DataError
-from dad_fast.models.places import checkpoint_file
+from dad_fast.models.places import STATE, TENSORS, checkpoint_file
 from dad_fast.models.probe import load_probe
-from dad_fast.models.student import Student, read_student
+from dad_fast.models.student import Calibration, Student, read_student
 from dad_fast.models.weights.declared import PROBE, STUDENT
 from dad_fast.models.weights.files import load_strictly, read_state_dict, sha256_file
 
 # Files of a checkpoint, and the prefix of the student's tensors in them
-TENSORS = "train.safetensors"
-STATE = "state.json"
 PREFIX = "student.model."
 
 
@@ -30,14 +28,15 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, str]]:
     """
     path = checkpoint_file(path)
     state, metadata = read_state_dict(path)
-    if PROBE in metadata:
-        return load_probe(path, state, metadata), metadata
-    if STUDENT not in metadata:
+    if PROBE not in metadata and STUDENT not in metadata:
         raise DataError(
             f"{path}: not a student of dad-fast (no {STUDENT} in its metadata); name a run's "
             "folder or its model.safetensors"
         )
-    return read_student(path, state, metadata), metadata
+    read = load_probe if PROBE in metadata else read_student
+    student = read(path, state, metadata)
+    student.calibration = Calibration.from_metadata(path, metadata)
+    return student, metadata
 
 
 def load_raw_student(path: str | Path) -> tuple[Student, dict[str, str], Path]:

@@ -62,6 +62,7 @@ class OnnxStudent:
         self.image_size = view["img_size"]
         self.crop_pct = view["crop_pct"]
         self.interpolation = view["interpolation"]
+        self.squashed = view["squashed"]
 
     def _check_shapes(self, path: str | Path, view: dict[str, Any]) -> None:
         tensors = (*self._session.get_inputs(), *self._session.get_outputs())

@@ -73,7 +73,16 @@ def optimize_student(student: Student, wanted: Optimizations) -> dict[str, str]:
 
 
 def optimize_teacher(teacher: Teacher, wanted: Optimizations) -> dict[str, str]:
-    """Optimize a frozen teacher in place. Returns name -> "" if applied, else the reason."""
+    """Optimize a frozen teacher in place. Returns name -> "" if applied, else the reason.
+
+    Of an ensemble every member is optimized, and names are MEMBER: NAME.
+    """
+    if len(teacher.members) > 1:
+        return {
+            f"{member.name}: {name}": reason
+            for member in teacher.members
+            for name, reason in optimize_teacher(member, wanted).items()
+        }
     results = {}
     if wanted.class_token_only:
         results["class_token_only"] = keep_class_token_only(image_model(teacher))

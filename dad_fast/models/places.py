@@ -8,6 +8,10 @@ from dad_fast.config import Config, from_toml
 from dad_fast.errors import DataError
 from dad_fast.files import read_text
 
+# Files of a checkpoint next to its model.safetensors
+TENSORS = "train.safetensors"
+STATE = "state.json"
+
 
 def checkpoint_file(path: str | Path) -> Path:
     """Return the weights file of `path`: a file, a checkpoint folder or a run's folder.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+from dad_fast.config.schema import AugmentConfig, PrecisionConfig, TeacherConfig
 from dad_fast.errors import DataError, UsageError
-from dad_fast.models.file_teacher import holds_student
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.places import checkpoint_file
-from dad_fast.models.registry import is_registered
+from dad_fast.models.registry import is_registered, split_names
 from dad_fast.models.student import Student
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.declared import (
@@ -36,7 +36,7 @@ from dad_fast.models.weights.declared import (
     probe_spec,
     recorded_classes,
 )
-from dad_fast.models.weights.files import fingerprint, load_strictly, read_state_dict
+from dad_fast.models.weights.files import load_strictly, read_state_dict
 from dad_fast.models.weights.limits import without_downloads
 from dad_fast.registry import PYTHON
 
@@ -83,7 +83,7 @@ class Probe(Student):
         return logits
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.logits(self.features(pixels))
+        return self.calibrated(self.logits(self.features(pixels)))
 
     @property
     def has_batch_stats(self) -> bool:
@@ -91,7 +91,8 @@ class Probe(Student):
         return False
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return dict(self.model.state_dict()), {PROBE: json.dumps(self.spec)}
+        metadata = {PROBE: json.dumps(self.spec), **self.calibration_metadata()}
+        return dict(self.model.state_dict()), metadata
 
 
 def _drop_encoder(module: nn.Module, state: dict[str, Tensor], prefix: str, local: Any) -> None:
@@ -130,15 +131,18 @@ def build_probe(
             "name": f"linear probe on {teacher.name}",
             "teacher": teacher.name,
             "encoder_sha256": encoder_sha256,
+            "encoder_size": side,
             "num_features": teacher.features(pixels).shape[1],
             "unit_features": teacher.unit_features,
             "num_classes": teacher.num_classes,
             "img_size": img_size or side,
             "crop_pct": float(teacher.crop_pct),
             "interpolation": teacher.interpolation,
+            "squashed": teacher.squashed,
         },
     )
     if init == "zero-shot":
+        teacher.check_head()
         if teacher.whole is not None:
             raise UsageError(
                 f"--lp-init zero-shot: teacher {teacher.name} has no zero-shot head; "
@@ -154,6 +158,16 @@ def build_probe(
         check_encoder(f"--init-from {path}", spec, encoder_sha256)
         load_strictly(probe.model, state, path)
     return probe
+
+
+def probe_views(augment: AugmentConfig, student: Student) -> AugmentConfig:
+    """Return the augmentation that a run trains on.
+
+    A probe whose evaluation squashes images squashes them instead of a centre crop, too.
+    """
+    if isinstance(student, Probe) and student.squashed and augment.crop == "center":
+        return replace(augment, crop="squash")
+    return augment
 
 
 def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Probe:
@@ -178,24 +192,23 @@ def load_probe(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
             f"{path}: its encoder {name} is a user's own module, which is never imported because "
             "a file names it; train the probe on a registered teacher"
         )
+    if len(split_names(name)) > 1:
+        raise DataError(
+            f"{path}: its encoder {name} is not here; put its file at that path, or next to this one"
+        )
     timm_name = name.removeprefix("timm:")
     is_timm = timm_name != name
     if is_timm and "@" not in name and not _on_hub(timm_name):
         raise DataError(
             f"{path}: its encoder {name} has no weights on a hub; train it on timm:{timm_name}@FILE"
         )
-    # The probe's own file is the head, so that no text tower is needed to make one; timm's models
-    # and runs bring theirs.
-    has_head = is_timm or (not is_registered(name) and holds_student(name))
-    head = "" if has_head else str(path)
+    # The probe's own file is the head, so that no other one is made or needed; reading it compares
+    # the encoder's fingerprint.
+    img_size = spec["encoder_size"] if is_timm else 0
+    cfg = TeacherConfig(name=name, head=str(path), img_size=img_size)
     with without_downloads():
-        teacher = load_teacher(
-            TeacherConfig(name=name, head=head), classes, PrecisionConfig(), torch.device("cpu")
-        )
+        teacher = load_teacher(cfg, classes, PrecisionConfig(), torch.device("cpu"))
     teacher.name = spec["teacher"]
-    # Reading a head file that is a probe compares the encoder's fingerprint already.
-    if has_head:
-        check_encoder(str(path), spec, fingerprint(teacher.encoder))
     probe = Probe(teacher, spec)
     load_strictly(probe.model, state, path)
     return probe.eval()

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
+from dad_fast.data.sources.names import shown
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.models.places import checkpoint_file
 from dad_fast.models.weights.declared import (
     STUDENT,
+    TEMPERATURE,
     check_model_kwargs,
     checked_spec,
+    checked_temperature,
 )
 from dad_fast.models.weights.files import (
     load_strictly,
@@ -34,7 +37,12 @@ from dad_fast.models.weights.files import (
 )
 from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.limits import no_more_parameters_than
-from dad_fast.models.weights.timm_files import classifier_keys, fit_timm, load_fitted
+from dad_fast.models.weights.timm_files import (
+    classifier_keys,
+    create_timm,
+    fit_timm,
+    load_fitted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +50,39 @@ log = logging.getLogger(__name__)
 HUB = "hf-hub:"
 
 
+class Calibration(NamedTuple):
+    """Temperature that divides the logits, and the split that it was fitted on."""
+
+    temperature: float
+    split: str
+    num_images: int
+
+    @classmethod
+    def from_metadata(cls, path: Path, metadata: Mapping[str, str]) -> Calibration | None:
+        """Read a file's calibration, if it has one. Raises DataError for a damaged one."""
+        if TEMPERATURE not in metadata:
+            return None
+        try:
+            return cls(**checked_temperature(metadata[TEMPERATURE]))
+        except ValueError as error:
+            raise DataError(f"{path}: its metadata {TEMPERATURE} is damaged ({error})") from None
+
+    def to_json(self) -> str:
+        return json.dumps(self._asdict())
+
+    def __str__(self) -> str:
+        return f"temperature {self.temperature:.4g}, fitted on {shown(self.split)}"
+
+
 class Student(nn.Module):
-    """Classifier of timm: pixels float [B, 3, H, W] in [0, 1] -> logits [B, num_classes]."""
+    """Classifier of timm: pixels float [B, 3, H, W] in [0, 1] -> logits [B, num_classes].
+
+    calibration: `dad-fast eval --calibrate` sets it; None in training.
+    """
 
     mean: Tensor
     std: Tensor
+    calibration: Calibration | None = None
 
     def __init__(self, model: nn.Module, spec: Mapping[str, Any]) -> None:
         super().__init__()
@@ -57,11 +93,16 @@ class Student(nn.Module):
         self.image_size = spec["img_size"]
         self.crop_pct = spec["crop_pct"]
         self.interpolation = spec["interpolation"]
+        self.squashed = spec.get("squashed", False)
         self.register_buffer("mean", torch.tensor(spec["mean"]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"]).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.model((pixels - self.mean) / self.std)
+        return self.calibrated(self.model((pixels - self.mean) / self.std))
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Divide logits by the temperature of a calibrated model."""
+        return logits if self.calibration is None else logits / self.calibration.temperature
 
     def no_weight_decay(self) -> set[str]:
         """Names of matrices that timm's optimizers do not decay, such as position embeddings."""
@@ -80,7 +121,10 @@ class Student(nn.Module):
         """
         state = self.model.state_dict()
         tensors = {key: tensor for key, tensor in state.items() if ".aux_bn." not in key}
-        return tensors, {STUDENT: json.dumps(self.spec)}
+        return tensors, {STUDENT: json.dumps(self.spec), **self.calibration_metadata()}
+
+    def calibration_metadata(self) -> dict[str, str]:
+        return {} if self.calibration is None else {TEMPERATURE: self.calibration.to_json()}
 
 
 def build_student(
@@ -101,6 +145,8 @@ def build_student(
         kwargs["drop_path_rate"] = cfg.drop_path
     if cfg.drop:
         kwargs["drop_rate"] = cfg.drop
+    if cfg.drop_block:
+        kwargs["drop_block_rate"] = cfg.drop_block
     try:
         check_model_kwargs(cfg.model_kwargs)
     except ValueError as error:
@@ -126,6 +172,7 @@ def build_student(
         "std": list(data["std"]),
         "crop_pct": data["crop_pct"],
         "interpolation": data["interpolation"],
+        "squashed": data["crop_mode"] == "squash",
     }
     try:
         # What a run writes, its readers accept.
@@ -143,7 +190,20 @@ def build_student(
                 "pip install 'timm>=1.0.31'"
             )
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
+    if cfg.grad_checkpointing:
+        _checkpoint_gradients(student, cfg.name)
     return student
+
+
+def _checkpoint_gradients(student: Student, name: str) -> None:
+    """Turn on timm's gradient checkpointing. Raises UsageError for a model without it."""
+    model: Any = student.model
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError):
+        raise UsageError(
+            f"--student {name}: timm cannot checkpoint its gradients; leave --grad-checkpointing out"
+        ) from None
 
 
 def _warn_of_cut(name: str, model: nn.Module, img_size: int) -> None:
@@ -201,14 +261,7 @@ def _create(
     from_hub = name.startswith(HUB)
     try:
         with hub_client() if pretrained or from_hub else nullcontext():
-            if img_size:
-                # Vision transformers need the image size, convolutional networks do not take it.
-                try:
-                    return timm.create_model(name, img_size=img_size, **arguments)
-                except TypeError as error:
-                    if "img_size" not in str(error):
-                        raise
-            return timm.create_model(name, **arguments)
+            return create_timm(name, img_size, **arguments)
     except DadFastError:
         raise
     except Exception as error:
@@ -226,7 +279,8 @@ def _create(
                 "give --student-weights FILE and --no-pretrained"
             ) from None
         raise UsageError(
-            f"--student {name}: {reason}; see student.model_kwargs, --drop and --drop-path"
+            f"--student {name}: {reason}; see student.model_kwargs, --drop, --drop-path and "
+            "--drop-block"
         ) from None
 
 

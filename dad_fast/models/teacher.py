@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,11 @@ from torch import Tensor, nn
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
+from dad_fast.errors import DadFastError
 
-log = logging.getLogger(__name__)
+# A class head: weight [C, F] and bias [C] on the encoder's features; a whole classifier, normalised
+# pixels -> logits; or the reason why there is none.
+Head: TypeAlias = tuple[Tensor, Tensor] | nn.Module | DadFastError
 
 # Training data of weights that do not record it
 UNKNOWN = "not recorded in the weights"
@@ -25,7 +27,8 @@ class Teacher(nn.Module):
     Logits of CLIP include its logit_scale.
 
     Differentiable in the pixels, not in the weights. Images of another size than `image_size` are
-    resized inside (bicubic, antialiased, differentiable).
+    resized inside (bicubic, antialiased, differentiable). An encoder without a class head has
+    features alone.
     """
 
     mean: Tensor
@@ -36,7 +39,7 @@ class Teacher(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        head: tuple[Tensor, Tensor] | nn.Module,
+        head: Head,
         *,
         name: str,
         classes: ClassMap,
@@ -51,19 +54,13 @@ class Teacher(nn.Module):
         interpolation: str = "bicubic",
         squashed: bool = False,
     ) -> None:
-        """Freeze `encoder` under a `head`: weight [C, F] and bias [C], or a whole classifier.
+        """Freeze `encoder` under a `head`.
 
         encoder: normalised pixels -> features [B, F]. crop_pct, interpolation: evaluation view that
-        belongs to the weights. squashed: the weights were trained on images squashed to a square,
-        as SigLIP's. Images are cropped all the same, with a warning.
+        belongs to the weights. squashed: that view is the whole image squashed to a square, as
+        SigLIP's, instead of a centre crop.
         """
         super().__init__()
-        if squashed:
-            log.warning(
-                "teacher %s was trained on images squashed to a square; here they are cropped to "
-                "one",
-                name,
-            )
         self.encoder = encoder
         self.classes = classes
         self.name = name
@@ -79,9 +76,12 @@ class Teacher(nn.Module):
         self.takes_raw_pixels = False
         # Normalised pixels -> logits, for a model with its own head
         self.whole: nn.Module | None = None
+        self._headless: DadFastError | None = None
         weight = bias = torch.empty(0)
         if isinstance(head, nn.Module):
             self.whole = head
+        elif isinstance(head, DadFastError):
+            self._headless = head
         else:
             weight, bias = head
         self.register_buffer("head_weight", weight)  # [C, F]
@@ -95,6 +95,20 @@ class Teacher(nn.Module):
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def members(self) -> list[Teacher]:
+        """The teachers that this one consists of: those of an ensemble, else itself."""
+        return [self]
+
+    @property
+    def has_head(self) -> bool:
+        return self._headless is None
+
+    def check_head(self) -> None:
+        """Raise the reason why there is no class head, if there is none."""
+        if self._headless is not None:
+            raise self._headless
+
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""
         return super().train(False)
@@ -105,6 +119,7 @@ class Teacher(nn.Module):
         return F.normalize(features, dim=-1) if self.unit_features else features
 
     def forward(self, pixels: Tensor) -> Tensor:
+        self.check_head()
         if self.whole is not None:
             return self._run(self.whole, pixels)
         features = self.features(pixels)

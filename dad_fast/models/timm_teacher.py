@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from dad_fast.config.fields import nearest
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
+from dad_fast.models.heads import FIT_ONE, read_head
 from dad_fast.models.student import read_student
-from dad_fast.models.teacher import Teacher, TeacherContext
+from dad_fast.models.teacher import Head, Teacher, TeacherContext
 from dad_fast.models.weights.declared import STUDENT, check_classes
 from dad_fast.models.weights.files import read_state_dict, sha256_file
 from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.timm_files import (
     classifier_keys,
+    create_timm,
     fit_timm,
     load_fitted,
     on_meta_device,
@@ -57,21 +59,29 @@ class SelectedClasses(nn.Module):
         return self.model(x).index_select(1, self.index)
 
 
+class Loaded(NamedTuple):
+    """A timm model with its preprocessing by timm's names and the metadata of its file."""
+
+    model: Any
+    data: Mapping[str, Any]
+    metadata: Metadata
+
+
 def load_timm(argument: str, context: TeacherContext) -> Teacher:
     """Load `timm:ARCH` or `timm:ARCH@FILE`; see `load_teacher` for the errors."""
-    classes = context.classes
-    _refuse_head(context)
     arch, _, file = argument.partition("@")
+    img_size = context.cfg.img_size
     if not timm.is_model(arch.partition(".")[0]):
         raise UsageError(
             f"--teacher timm:{arch}: timm has no such model{nearest(arch, timm.list_models())}"
         )
     if context.shapes_only and not Path(file).is_file():
-        model = timm.create_model(arch, pretrained=False, num_classes=len(classes))
-        data = resolve_data_config({}, model=model)
+        num_classes = len(context.classes)
+        model = create_timm(arch, img_size, pretrained=False, num_classes=num_classes)
+        loaded = Loaded(model, _preprocessing(model, img_size), {})
     else:
-        model, data = _from_file(arch, file, classes) if file else _pretrained(arch)
-    return _teacher(model, data, context, file)
+        loaded = _from_file(arch, file, img_size) if file else _pretrained(arch, img_size)
+    return _teacher(loaded, context, file)
 
 
 def load_run(file: Path, state: Content, metadata: Metadata, context: TeacherContext) -> Teacher:
@@ -79,40 +89,39 @@ def load_run(file: Path, state: Content, metadata: Metadata, context: TeacherCon
 
     Raises DataError for a damaged file and for other classes than the data's.
     """
-    _refuse_head(context)
-    model, data = _from_run(file, state, metadata, context.classes)
-    return _teacher(model, data, context, str(file))
+    return _teacher(_from_run(file, state, metadata), context, str(file))
 
 
-def _refuse_head(context: TeacherContext) -> None:
-    if context.cfg.head:
-        raise UsageError(
-            "--teacher-head belongs to open_clip teachers; a timm teacher has its own head"
-        )
-
-
-def _teacher(model: Any, data: Mapping[str, Any], context: TeacherContext, file: str) -> Teacher:
-    """Make a teacher of a timm model and its preprocessing; ImageNet's classes may be a part."""
-    name, classes = context.cfg.name, context.classes
-    encoder, num_outputs = PreLogits(model), model.num_classes
-    if num_outputs == 1000 and is_imagenet(classes):
-        model = SelectedClasses(model, imagenet_columns(classes))
-    elif num_outputs != len(classes):
-        raise DataError(
-            f"--teacher {name}: it has {num_outputs} outputs, the data {len(classes)} classes, "
-            "which are not ImageNet's wnids; take an open_clip model, which needs their names alone "
-            "(--teacher open_clip:ViT-L-14/openai), or fine-tune one on them (train --preset "
-            "finetune --method ce -o RUN) and write --teacher RUN"
-        )
+def _teacher(loaded: Loaded, context: TeacherContext, file: str) -> Teacher:
+    """Make a teacher of a timm model, with its own head or that of --teacher-head."""
+    cfg, classes = context.cfg, context.classes
+    model, data, metadata = loaded
+    model.eval()
+    encoder = PreLogits(model)
+    side = data["input_size"][-1]
+    unit_features = False
+    head: Head
+    num_features = _num_features(encoder, side, cfg.name) if cfg.head or cfg.img_size else 0
+    if cfg.head and context.shapes_only:
+        weight = torch.empty(len(classes), num_features, device=context.device)
+        head = weight, weight[:, 0]
+    elif cfg.head:
+        weight, bias, unit_features = read_head(cfg.head, classes, encoder, num_features, side)
+        head = weight, bias
+    else:
+        # The classes of a dry run have no names.
+        known = {} if context.shapes_only else metadata
+        head = _own_head(model, known, cfg.name, classes)
     return Teacher(
         encoder,
-        model,
-        name=name,
+        head,
+        name=cfg.name,
         classes=classes,
-        image_size=data["input_size"][-1],
+        image_size=side,
         mean=data["mean"],
         std=data["std"],
         precision=context.precision,
+        unit_features=unit_features,
         weights_sha256=sha256_file(file) if file and not context.shapes_only else None,
         crop_pct=data["crop_pct"],
         interpolation=data["interpolation"],
@@ -120,10 +129,52 @@ def _teacher(model: Any, data: Mapping[str, Any], context: TeacherContext, file:
     )
 
 
-def _pretrained(arch: str) -> tuple[Any, dict[str, Any]]:
+def _own_head(model: Any, metadata: Metadata, name: str, classes: ClassMap) -> Head:
+    """Return the model with its classifier, or why it is none of `classes`.
+
+    ImageNet's classes may be a part of those of the model.
+    """
+    try:
+        check_classes(f"--teacher {name}", metadata, classes)
+    except DataError as error:
+        return DataError(str(error))
+    num_outputs = model.num_classes
+    if num_outputs == 1000 and is_imagenet(classes):
+        return SelectedClasses(model, imagenet_columns(classes))
+    if num_outputs == len(classes):
+        return model
+    if num_outputs == 0:
+        return DataError(f"--teacher {name}: an encoder without a class head; {FIT_ONE}")
+    return DataError(
+        f"--teacher {name}: it has {num_outputs} outputs, the data {len(classes)} classes, which are "
+        "not ImageNet's wnids; take an open_clip model, which needs their names alone (--teacher "
+        "open_clip:ViT-L-14/openai), fine-tune one on them (train --preset finetune --method ce -o "
+        f"RUN) and write --teacher RUN, or for a head of these classes {FIT_ONE}"
+    )
+
+
+@torch.no_grad()
+def _num_features(encoder: nn.Module, side: int, name: str) -> int:
+    """Return the length of a feature vector. Raises UsageError for a size that does not fit."""
+    device = next(encoder.parameters()).device
+    try:
+        return int(encoder(torch.zeros(1, 3, side, side, device=device)).shape[1])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"--teacher {name}: cannot take images of {side} px ({reason_of(error)}); set "
+            "--teacher-img-size, for a vision transformer to a multiple of its patch size"
+        ) from None
+
+
+def _preprocessing(model: nn.Module, img_size: int) -> dict[str, Any]:
+    data = resolve_data_config({}, model=model)
+    return {**data, "input_size": (3, img_size, img_size)} if img_size else data
+
+
+def _pretrained(arch: str, img_size: int) -> Loaded:
     try:
         with hub_client():
-            model = timm.create_model(arch, pretrained=True)
+            model = create_timm(arch, img_size, pretrained=True)
     except Exception as error:
         # RuntimeError if there are no weights; without a network the hub's client has errors of its
         # own.
@@ -131,42 +182,48 @@ def _pretrained(arch: str) -> tuple[Any, dict[str, Any]]:
             f"--teacher timm:{arch}: its weights are not available ({reason_of(error)}); give "
             f"timm:{arch}@FILE"
         ) from None
-    return model, resolve_data_config({}, model=model)
+    return Loaded(model, _preprocessing(model, img_size), {})
 
 
-def _from_file(arch: str, file: str, classes: ClassMap) -> tuple[Any, dict[str, Any]]:
+def _from_file(arch: str, file: str, img_size: int) -> Loaded:
     state, metadata = read_state_dict(file)
     if STUDENT in metadata:
-        model, spec = _from_run(Path(file), state, metadata, classes)
-        if spec["name"] != arch:
+        loaded = _from_run(Path(file), state, metadata)
+        if loaded.data["name"] != arch:
             raise DataError(
-                f"--teacher timm:{arch}@{file}: the file is a {spec['name']}; write {file} alone"
+                f"--teacher timm:{arch}@{file}: the file is a {loaded.data['name']}; write {file} "
+                "alone"
             )
-        return model, spec
-    reference = on_meta_device(lambda: timm.create_model(arch, pretrained=False))
-    state = fit_timm(state, reference, file, lambda: timm.create_model(arch, pretrained=True))
-    num_outputs = _num_outputs(arch, classifier_keys(reference) or ["head.weight"], state, file)
-    model = timm.create_model(arch, pretrained=False, num_classes=num_outputs)
+        if img_size not in (0, loaded.data["img_size"]):
+            raise UsageError(
+                f"--teacher-img-size {img_size}: {file} is a run of this project, which keeps its "
+                f"{loaded.data['img_size']} px"
+            )
+        return loaded
+
+    def build(**arguments: Any) -> Any:
+        try:
+            return create_timm(arch, img_size, **arguments)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"--teacher timm:{arch}: cannot be built ({reason_of(error)}); see "
+                "--teacher-img-size"
+            ) from None
+
+    reference = on_meta_device(lambda: build(pretrained=False))
+    state = fit_timm(state, reference, file, lambda: create_timm(arch, img_size, pretrained=True))
+    # Files of encoders hold no classifier.
+    classifier = state.get((classifier_keys(reference) or ["head.weight"])[0])
+    num_classes = 0 if classifier is None else classifier.shape[0]
+    model = build(pretrained=False, num_classes=num_classes)
     load_fitted(model, state, file)
-    return model, resolve_data_config({}, model=model)
+    return Loaded(model, _preprocessing(model, img_size), metadata)
 
 
-def _from_run(
-    file: Path, state: Content, metadata: Metadata, classes: ClassMap
-) -> tuple[Any, dict[str, Any]]:
+def _from_run(file: Path, state: Content, metadata: Metadata) -> Loaded:
     """Read a student of this project, which records its own size, normalisation and classes."""
     student = read_student(file, state, metadata)
-    check_classes(f"--teacher {file}", metadata, classes)
-    spec = student.spec
-    return student.model, {**spec, "input_size": (3, spec["img_size"], spec["img_size"])}
-
-
-def _num_outputs(arch: str, head: list[str], state: Mapping[str, Tensor], file: str) -> int:
-    """Return the number of classes of a file's classifier, of which `head` are the keys."""
-    missing = [key for key in head if key not in state]
-    if missing:
-        raise DataError(
-            f"--teacher timm:{arch}@{file}: no classifier {missing[0]} in it: a backbone alone, or "
-            "the file of another architecture; give one with its classifier"
-        )
-    return int(state[head[0]].shape[0])
+    side = student.spec["img_size"]
+    mode = "squash" if student.squashed else "center"
+    data = {**student.spec, "input_size": (3, side, side), "crop_mode": mode}
+    return Loaded(student.model, data, metadata)

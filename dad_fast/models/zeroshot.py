@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Number of prompts from which on a head is cached
 MANY_PROMPTS = 2000
+# Cosine of two text embeddings from which on their classes are named as nearly alike
+NEARLY_ALIKE = 0.999
 # Seconds between progress lines where stderr is no terminal
 LINE_SECONDS = 10.0
 SIMPLE = ("a photo of a {}.",)
@@ -138,27 +140,47 @@ def zero_shot_head(
 
 
 def check_distinct(weight: Tensor, classes: ClassMap) -> None:
-    """Check that no two classes have the same row in a zero-shot head [C, F].
+    """Check that no two classes have the same row of length 1 in a zero-shot head [C, F].
 
     Logits of such classes are equal, so the teacher never predicts the second one and the filter
     drops all of its adversarial images. Raises DataError; for ImageNet's own names, of which two
-    pairs are equal, it logs a warning.
+    pairs are equal, it logs a warning. It also logs one for rows that are nearly alike.
     """
+    names = [
+        f"{folder} ({name!r})"
+        for folder, name in zip(classes.folders, prompt_names(classes), strict=True)
+    ]
     _, groups, sizes = weight.unique(dim=0, return_inverse=True, return_counts=True)
     alike = [
-        [classes.folders[i] for i in (groups == group).nonzero().flatten().tolist()]
+        [names[i] for i in (groups == group).nonzero().flatten().tolist()]
         for group in (sizes > 1).nonzero().flatten().tolist()
     ]
-    if not alike:
-        return
-    names = dict(zip(classes.folders, prompt_names(classes), strict=True))
-    listed = "; ".join(
-        " and ".join(f"{folder} ({names[folder]!r})" for folder in group[:3]) for group in alike[:3]
-    )
-    problem = f"the teacher cannot tell apart {listed}: their prompts are equal to its text tower"
-    if not is_imagenet(classes):
-        raise DataError(f"{problem}; give these classes different names in a --class-map")
-    log.warning("%s; their logits are equal", problem)
+    if alike:
+        problem = (
+            f"the teacher cannot tell apart {_listed(alike)}: their prompts are equal to its text "
+            "tower"
+        )
+        if not is_imagenet(classes):
+            raise DataError(f"{problem}; give these classes different names in a --class-map")
+        log.warning("%s; their logits are equal", problem)
+
+    pairs = []
+    for i, row in enumerate(weight):
+        is_near = (weight[i + 1 :] @ row >= NEARLY_ALIKE) & (groups[i + 1 :] != groups[i])
+        pairs += [[names[i], names[i + 1 + j]] for j in is_near.nonzero().flatten().tolist()]
+    if pairs:
+        more = f" and {len(pairs) - 3:,} more pairs" if len(pairs) > 3 else ""
+        log.warning(
+            "the teacher can hardly tell apart %s%s: the cosine of their text embeddings is %g or "
+            "more; give these classes more different names in a --class-map, or more --templates",
+            _listed(pairs),
+            more,
+            NEARLY_ALIKE,
+        )
+
+
+def _listed(groups: Sequence[Sequence[str]]) -> str:
+    return "; ".join(" and ".join(group[:3]) for group in groups[:3])
 
 
 def _warn_of_cut_prompts(

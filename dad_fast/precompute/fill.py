@@ -22,9 +22,10 @@ from dad_fast.data.augment.records import uses_mixing
 from dad_fast.data.loaders.blocks import ImageBlock, blocks
 from dad_fast.data.loaders.steps import TrainSteps
 from dad_fast.data.loaders.workers import iterate
-from dad_fast.data.sources.base import Source
+from dad_fast.data.sources.base import UNLABELLED, Source
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.engine.diagnostics import Attacked, warning_of_weakness
+from dad_fast.engine.fidelity import measure_fidelity, warning_of_misfit
 from dad_fast.errors import DadFastError, DataError, UsageError
 from dad_fast.kernels import pack_codes
 from dad_fast.keyed_random import sample_seeds
@@ -55,7 +56,8 @@ class StoreBuilder(Protocol):
 
 
 class AdversarialFiller:
-    """Q(x') of every unaugmented image against the teacher.
+    """Q(x') of every unaugmented image against the teacher, with its prediction for y where there is
+    no label.
 
     View v draws its noise as training does in epoch v.
     """
@@ -80,6 +82,7 @@ class AdversarialFiller:
         self.device = device
         self.attack = PGD.from_config(cfg.attack)
         self.images = launch.images
+        self.unlabelled = bool((source.labels == UNLABELLED).any())
         self.unreadable: list[str] = []
         side = view["img_size"]
         codes = discretizer(torch.zeros(1, 3, side, side, device=device)).codes
@@ -117,6 +120,8 @@ class AdversarialFiller:
         images, labels, keys = (
             tensor.to(self.device, non_blocking=True) for tensor in (item.images, item.labels, keys)
         )
+        if self.unlabelled:
+            labels = self._answered(images, labels)
         if rows.view == rows.start == 0:
             self._check_attack(images, labels, keys)
         stored = _Stored(self.images)
@@ -148,14 +153,26 @@ class AdversarialFiller:
             images=stored.content(n),
         )
 
+    @torch.no_grad()
+    def _answered(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return `labels` with the teacher's predictions where there are none."""
+        with float32_math(tf32=self.cfg.precision.tf32):
+            answers = self.teacher(to_pixels(images)).argmax(dim=-1)
+        return labels.where(labels != UNLABELLED, answers)
+
     def _check_attack(self, images: Tensor, labels: Tensor, keys: Tensor) -> None:
-        """Warn if the attack changes next to nothing on the first images."""
+        """Warn if the attack changes next to nothing on the first images, or if the discretizer
+        does not fit them.
+        """
         targets = soft_targets(labels, len(self.source.classes))
         inputs = to_pixels(images), targets, keys
         order = self.cfg.attack.order
         attacked = Attacked(self.discretizer, self.teacher, self.attack, order, inputs)
         effect = attacked.measure()
         if warning := warning_of_weakness(effect, self.cfg.attack, self.discretizer.name):
+            log.warning(warning)
+        found = measure_fidelity(self.discretizer, inputs[0])
+        if warning := warning_of_misfit(found, self.discretizer):
             log.warning(warning)
 
     def _note(self, names: Sequence[str]) -> None:

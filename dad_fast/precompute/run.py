@@ -16,7 +16,7 @@ import numpy as np
 from dad_fast.config import Config
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import StudentConfig
-from dad_fast.data.sources.splits import open_split
+from dad_fast.data.sources.unlabelled import open_training
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.distributed.launch import (
@@ -33,6 +33,7 @@ from dad_fast.errors import DataError
 from dad_fast.locks import lock_folder
 from dad_fast.loggers.progress import format_seconds, report_progress
 from dad_fast.loggers.run_log import print_line
+from dad_fast.models.ensemble import Ensemble
 from dad_fast.models.student import build_student
 from dad_fast.precompute.fill import (
     AdversarialFiller,
@@ -96,15 +97,22 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
     """Load data and models. All errors of settings are raised here, before a file is written."""
     device = resolve_device(cfg.device)
     cfg = settle(cfg, device)
-    source = open_split(cfg.data, cfg.data.train_split)
-    teacher, digest, *_ = frozen.teacher(cfg, source.classes, device)
-    hashes: dict[str, str | None] = {"teacher": digest}
-    settings = {
+    source = open_training(cfg.data)
+    loaded = frozen.teacher(cfg, source.classes, device)
+    teacher = loaded.model
+    hashes = {**loaded.member_fingerprints, "teacher": loaded.fingerprint}
+    settings: dict[str, Any] = {
         "seed": cfg.seed,
         "precision": asdict(cfg.precision),
         "savings": sorted(cfg.engine.savings),
         "device": device.type,
     }
+    if isinstance(teacher, Ensemble):
+        settings["ensemble"] = {
+            "weights": [weight for weight, _ in teacher.weighted_members()],
+            "average": teacher.average,
+            "temperature": cfg.loss.temperature,
+        }
     view = _view(cfg, len(source.classes), teacher.image_size)
     if launch.targets:
         return TargetFiller(

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dad_fast.report.markup import stroke, text
 
@@ -26,10 +27,40 @@ BINS_HEIGHT, COLUMNS_HEIGHT = 50, 32
 
 @dataclass(frozen=True)
 class Series:
+    """A line. points: finite, in the order in which they are joined. marks: (point, tooltip)."""
+
     name: str
     color: str
-    points: Sequence[tuple[float, float]]  # finite, in the order in which they are joined
+    points: Sequence[tuple[float, float]]
     dashes: str = ""
+    marks: Sequence[tuple[tuple[float, float], str]] = ()
+
+
+class Scale(NamedTuple):
+    """The least range of an axis, so that noise of a flat curve does not fill the chart.
+
+    least: in the values' unit. share: of the largest value. low, high: limits of the range.
+    """
+
+    least: float = 0.0
+    share: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
+
+    def range(self, values: Sequence[float]) -> tuple[float, float]:
+        """Return the range of `values`, widened around its middle."""
+        low, high = min(values), max(values)
+        lowest, highest = min(self.low, low), max(self.high, high)
+        wanted = max(self.least, self.share * max(abs(low), abs(high)))
+        missing = max(wanted - (high - low), 0.0)
+        low, high = low - missing / 2, high + missing / 2
+        # What a limit cuts off is added at the other end.
+        over, under = max(high - highest, 0.0), max(lowest - low, 0.0)
+        return max(low - over, lowest), min(high + under, highest)
+
+
+AS_IT_IS = Scale()
+PERCENT = Scale(least=10.0, low=0.0, high=100.0)
 
 
 @dataclass(frozen=True)
@@ -73,13 +104,20 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(i * step, 2 - exponent) for i in range(first, last + 1)]
 
 
-def line_chart(heading: str, unit: str, x_label: str, series: Sequence[Series]) -> str:
-    """Draw one line per series over an x axis that contains 0; a series of one point is a dot.
+def line_chart(
+    heading: str,
+    unit: str,
+    x_label: str,
+    series: Sequence[Series],
+    scale: Scale = AS_IT_IS,
+    x_start: float = 0.0,
+) -> str:
+    """Draw one line per series over an x axis that contains x_start; a single point is a dot.
 
-    At least one series has a point.
+    At least one series has a point. scale: of the y axis.
     """
     xs, ys = zip(*(point for line in series for point in line.points), strict=True)
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(ys), max(ys))
+    x_ticks, y_ticks = ticks(min(x_start, *xs), max(x_start, *xs)), ticks(*scale.range(ys))
     place = _placer(x_ticks, y_ticks, HEIGHT)
     parts = _axes(x_ticks, y_ticks, place, HEIGHT, x_label)
     for line in series:
@@ -93,7 +131,11 @@ def line_chart(heading: str, unit: str, x_label: str, series: Sequence[Series]) 
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
             style = f"fill:none;{stroke(line.color, line.dashes)};opacity:0.85"
             parts.append(f'<polyline points="{path}" style="{style}">{title}</polyline>')
-    return _figure(heading, unit, HEIGHT, parts)
+        for point, words in line.marks:
+            x, y = place(*point)
+            ring = f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="3.5" '
+            parts.append(f'{ring}style="stroke:{line.color}"><title>{text(words)}</title></circle>')
+    return figure(heading, unit, HEIGHT, parts)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -148,7 +190,7 @@ def bar_chart(heading: str, unit: str, bars: Sequence[Bar]) -> str:
             x = left + _clip(single) * scale
             style = "fill:var(--back);stroke:var(--text)"
             parts.append(f'<circle cx="{x:.1f}" cy="{y + 25}" r="2.5" style="{style}"/>')
-    return _figure(heading, unit, height, parts)
+    return figure(heading, unit, height, parts)
 
 
 def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) -> str:
@@ -205,7 +247,7 @@ def reliability_chart(heading: str, unit: str, series: Sequence[Reliability]) ->
     parts.append(f'<text x="{LEFT + 4}" y="{TOP + 11}">accuracy, %</text>')
     parts.append(f'<text x="{LEFT + 4}" y="{base - COLUMNS_HEIGHT - 4}">share of the images</text>')
     parts.append(_label((LEFT + WIDTH - RIGHT) / 2, height - 5, "middle", "confidence, %"))
-    return _figure(heading, unit, height, parts)
+    return figure(heading, unit, height, parts)
 
 
 def _label(x: object, y: object, anchor: str, words: str) -> str:
@@ -250,6 +292,8 @@ def _axes(
     if with_x:
         for x in x_ticks:
             at, _ = place(x, y_ticks[0])
+            # Half a digit is about 3.5 units wide; the last label stays inside the drawing.
+            at = min(at, WIDTH - 3.5 * len(_tick(x)))
             parts.append(_label(f"{at:.1f}", height - BOTTOM + 16, "middle", _tick(x)))
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(_label(middle, height - 5, "middle", text(x_label)))
@@ -265,7 +309,8 @@ def _tick(value: float) -> str:
     return f"{value:g}" if size >= 1e-3 or not size else f"{value:.0e}"
 
 
-def _figure(heading: str, unit: str, height: float, parts: Sequence[str]) -> str:
+def figure(heading: str, unit: str, height: float, parts: Sequence[str]) -> str:
+    """Put the elements of a drawing, WIDTH units wide, into a figure with a caption."""
     label = text(f"{heading}, {unit}" if unit else heading)
     caption = text(heading) + (f" <small>{text(unit)}</small>" if unit else "")
     box = f'viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}"'

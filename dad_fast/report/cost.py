@@ -29,6 +29,8 @@ SAME_WORK = (
 COLUMNS = (
     "steps",
     "training time, s",
+    "stores, s",
+    "stores' share, %",
     "img/s",
     "time per image / KD",
     "data wait, %",
@@ -132,10 +134,14 @@ def cost_table(groups: Sequence[Group]) -> tuple[str, list[str]]:
             against[kd.label] = None
         images = mean([_images(run) for run in group.runs])
         watt_hours = joules * images / 3600 if joules is not None and images else None
+        filled = [number(record, "store_seconds") for record in group.finished]
+        stores = [seconds for seconds in filled if seconds]
         speed_form = "{:,.0f}" if speed and speed >= 100 else "{:.1f}"
         values: tuple[tuple[Sequence[float | None], str], ...] = (
             ([_steps(run) for run in group.runs], "{:,.0f}"),
             ([number(record, "seconds") for record in group.finished], "{:,.0f}"),
+            (stores, "{:,.0f}"),
+            ([_store_share(record) for record in group.finished if any(stores)], "{:.0f}"),
             ([speed], speed_form),
             ([ratio], "{:.2f}×"),
             ([number(row, "data_wait", 100) for row in logged], "{:.1f}"),
@@ -160,6 +166,13 @@ def _steps(run: Run) -> float | None:
     return number(run.record or {}, "steps") or (number(trained[-1], "step") if trained else None)
 
 
+def _store_share(record: dict[str, Any]) -> float | None:
+    """Return the stores' share of the time of stores and training, in percent."""
+    stores, seconds = number(record, "store_seconds") or 0.0, number(record, "seconds")
+    whole = stores + (seconds or 0.0)
+    return 100 * stores / whole if seconds is not None and whole > 0 else None
+
+
 def _images(run: Run) -> float | None:
     steps, each = _steps(run), run.images_per_step
     return steps * each if steps and each else None
@@ -174,6 +187,11 @@ def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> li
         "Means over seeds. img/s counts clean images; evaluation is left out. "
         "Data wait: share of the time spent waiting for them."
     ]
+    if any(number(record, "store_seconds") for group in groups for record in group.finished):
+        lines.append(
+            "Stores: the time to fill the stores of a run, counted whole for each; runs and seeds "
+            "that share a store fill it once. Their share is of training and stores."
+        )
     if against:
         advice = " Measured on a CPU: read the ratio, not the speed." if on_cpu else ""
         lines.append(

@@ -1,17 +1,27 @@
-"""95 % intervals of a percentage: over a student's seeds (Student's t), or over test images."""
+"""95 % intervals of a percentage and of a difference: over a student's seeds (Student's t), or over
+test images.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from dad_fast.evaluate.tables import spread, value_of
 
 Z = 1.959963985
 # 97.5 % points of Student's t with 1, 2, ... degrees of freedom.
 T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 # With two seeds, Student's t gives an interval nine times as wide as their distance.
 MIN_SEEDS = 3
+
+
+class Difference(NamedTuple):
+    mean: float
+    interval: tuple[float, float] | None  # 95 %; None for a single pair
+    pairs: list[float]  # one per seed that both have
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
@@ -64,3 +74,42 @@ def interval(results: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
     if not bounds:
         return None
     return statistics.fmean(low for low, _ in bounds), statistics.fmean(high for _, high in bounds)
+
+
+def difference(
+    base: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], suite: str, metric: str = "top1"
+) -> Difference | None:
+    """Return `runs` minus `base`, paired by seed; None without a common seed.
+
+    Runs of one seed share their initial weights, image order and augmentation. The interval is
+    Student's t over the differences of each seed.
+    """
+    by_seed = {run["seed"]: value_of(run, suite, metric) for run in base}
+    both = ((value_of(run, suite, metric), by_seed.get(run["seed"])) for run in runs)
+    pairs = [here - there for here, there in both if here is not None and there is not None]
+    if not pairs:
+        return None
+    mean, deviation = spread(pairs)
+    if deviation is None:
+        return Difference(mean, None, pairs)
+    half = t_quantile(len(pairs) - 1) * deviation / math.sqrt(len(pairs))
+    return Difference(mean, (mean - half, mean + half), pairs)
+
+
+def unpaired(
+    base: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
+) -> Difference | None:
+    """Return the mean top-1 of `results` minus that of `base`, from the `interval` of each.
+
+    The bounds are those of Newcombe (1998, method 10), for independent estimates: on the same test
+    images the interval is wider than a paired one. None where an interval is missing.
+    """
+    first, second = interval(results), interval(base)
+    if first is None or second is None:
+        return None
+    here = statistics.fmean(float(result["top1"]) for result in results)
+    there = statistics.fmean(float(result["top1"]) for result in base)
+    mean = here - there
+    low = mean - math.hypot(here - first[0], second[1] - there)
+    high = mean + math.hypot(first[1] - here, there - second[0])
+    return Difference(mean, (low, high), [])

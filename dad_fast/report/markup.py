@@ -18,8 +18,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 BIDI_CONTROLS = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )
-NUM_COLORS, NUM_DASHES = 8, 3
-DASHES = ("", "6 3", "2 3")
 
 
 def document(title: str, problems: Sequence[str], sections: Mapping[str, Sequence[str]]) -> str:
@@ -130,7 +128,7 @@ def comparison(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) 
 
 def _scrolled(tag: str, lines: Sequence[str], caption: str) -> str:
     """Put a table in a box that scrolls on its own, also by keyboard, so that the page does not."""
-    named = f"<caption>{text(caption)}</caption>" if caption else ""
+    named = f"<caption><span>{text(caption)}</span></caption>" if caption else ""
     label = text(caption or "table")
     box = f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
     return f"{box}<{tag}>{named}{''.join(lines)}</tbody></table></div>"
@@ -145,8 +143,11 @@ def grid(figures: Sequence[str]) -> str:
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def details(summary: str, content: str) -> str:
-    return f"<details><summary>{text(summary)}</summary>{content}</details>" if content else ""
+def details(summary: str, content: str, is_open: bool = False) -> str:
+    """Return content that is folded away below its summary; "" without content."""
+    opened = " open" if is_open else ""
+    shown = f"<details{opened}><summary>{text(summary)}</summary>{content}</details>"
+    return shown if content else ""
 
 
 def legend(items: Sequence[tuple[str, str, str]]) -> str:
@@ -164,11 +165,6 @@ def legend(items: Sequence[tuple[str, str, str]]) -> str:
 def stroke(color: str, dashes: str, width: float = 2) -> str:
     dashed = f";stroke-dasharray:{dashes}" if dashes else ""
     return f"stroke:{color};stroke-width:{width:g}{dashed}"
-
-
-def look(number: int) -> tuple[str, str]:
-    """Return colour and dashes of a series: eight colours, then the same ones dashed."""
-    return f"var(--c{number % NUM_COLORS})", DASHES[number // NUM_COLORS % NUM_DASHES]
 
 
 def numbers(values: Sequence[Any], form: Callable[[float], str], empty: str = "–") -> str:

@@ -1,6 +1,7 @@
 """The report: one self-contained HTML page of one or more runs.
 
-Sections: training data and models, results, calibration, curves, images, cost, environment.
+Sections: summary, training data and models, results, severities, classes, calibration, curves,
+images, cost, environment.
 `write_report` writes it at the end of every run; `dad-fast report` writes it for any run folders
 next to each other.
 """
@@ -8,64 +9,33 @@ next to each other.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from dad_fast.errors import DataError
 from dad_fast.evaluate.tables import notes as table_notes
 from dad_fast.evaluate.tables import teachers
 from dad_fast.files import atomic_write_text
-from dad_fast.report.chart import Series, line_chart
+from dad_fast.report.classes import classes_view
 from dad_fast.report.cost import cost_table
+from dad_fast.report.curves import COST_CURVES, CURVES, best_table, curves
 from dad_fast.report.facts import differing, environment, trained
-from dad_fast.report.markup import (
-    details,
-    document,
-    grid,
-    legend,
-    look,
-    notes,
-    preformatted,
-    text,
-)
+from dad_fast.report.looks import TEACHER, looks
+from dad_fast.report.markup import details, document, legend, notes, preformatted, text
 from dad_fast.report.results import (
-    TEACHER,
     bar_notes,
     bars,
-    fairness,
     reliability,
     reliability_notes,
     result_tables,
 )
-from dad_fast.report.run_files import number
 from dad_fast.report.runs import Group, Loaded, load
+from dad_fast.report.severity import severity_view
+from dad_fast.report.summary import headline
 from dad_fast.report.tiles import PIECES, Tiles
+from dad_fast.report.verdict import fairness
 
 MAX_TITLE = 80  # characters; a longer list of names becomes their number
-
-
-class Curve(NamedTuple):
-    kind: str  # of the rows of metrics.jsonl
-    value: str  # key in the row
-    factor: float
-    heading: str
-    unit: str
-
-
-CURVES = (
-    Curve("val", "top1", 1, "Validation top-1", "%"),
-    Curve("train", "loss", 1, "Training loss", "nats, each method's own sum"),
-    Curve("train", "kept", 100, "Attacked images kept by the filter", "%"),
-    Curve("train", "codes_changed", 100, "Codes changed by the attack", "%"),
-    Curve("val", "ece", 1, "Validation calibration error", "%"),
-)
-COST_CURVES = (
-    Curve("train", "img_per_s", 1, "Throughput", "clean images a second"),
-    Curve("train", "data_wait", 100, "Waiting for data", "% of the time"),
-    Curve("train", "gpu.power_w", 1, "Power of the GPU", "W"),
-    Curve("train", "gpu_memory", 1, "GPU memory, highest so far", "GiB"),
-)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -86,8 +56,8 @@ def write_report(folder: str | Path) -> Path:
 def page(loaded: Loaded) -> str:
     """Render the whole page. Unreadable picture sheets are added to `loaded.problems`."""
     groups, record = loaded.groups, loaded.record
-    looks = {group.label: look(i) for i, group in enumerate(groups)}
-    students = [(name, *style) for name, style in looks.items()]
+    styles = looks(groups)
+    students = [(name, *style) for name, style in styles.items()]
     key = legend(students) if len(groups) > 1 else ""
     key_with_teacher = legend([("teacher", *TEACHER), *students]) if teachers(record) else key
 
@@ -99,21 +69,25 @@ def page(loaded: Loaded) -> str:
     if record["runs"]:
         lines = [*table_notes(record, "top1"), *fairness(groups)]
         results = [result_tables(record), notes(lines)]
-        per_shift = [bars(record, looks), notes(bar_notes(groups))]
-    calibration = reliability(record, looks)
-    training = _curves(groups, looks, CURVES)
+        per_shift = [bars(record, styles), notes(bar_notes(groups))]
+    by_severity = severity_view(record, styles)
+    calibration = reliability(record, styles)
+    training = curves(groups, styles, CURVES)
     costs, cost_notes = cost_table(groups)
-    cost_curves = _curves(groups, looks, COST_CURVES)
+    cost_curves = curves(groups, styles, COST_CURVES)
 
     sections = {
+        "Summary": headline(groups, record),
         "What was trained, and on what": [trained(groups)],
         "Result": results,
         "What differs": [differing(groups)] if len(groups) > 1 else [],
         "Accuracy per shift": per_shift,
+        "Accuracy by severity": [key_with_teacher, by_severity] if by_severity else [],
+        "Accuracy by class": [classes_view(record, styles)],
         "Calibration": [key_with_teacher, calibration, notes(reliability_notes())]
         if calibration
         else [],
-        "Training": [key, training] if training else [],
+        "Training": [key, training, best_table(groups)] if training else [],
         "Images: clean, discretized, attacked": [sheets],
         "Throughput, energy and overhead": [
             costs,
@@ -133,32 +107,6 @@ def title(groups: Sequence[Group]) -> str:
     listed = " · ".join(names)
     shown = listed if len(listed) <= MAX_TITLE or len(names) == 1 else f"{len(names)} runs"
     return f"{shown}: {places[0]}" if len(places) == 1 and places != names else shown
-
-
-def _curves(
-    groups: Sequence[Group], looks: Mapping[str, tuple[str, str]], curves: Sequence[Curve]
-) -> str:
-    """Draw a chart per curve with one line per seed; a curve without points is left out."""
-    figures = []
-    for curve in curves:
-        series = []
-        for group in groups:
-            color, dashes = looks[group.label]
-            for run in group.runs:
-                points = _points(run.kind(curve.kind), curve)
-                series.append(Series(group.label, color, points, dashes))
-        if any(line.points for line in series):
-            figures.append(line_chart(curve.heading, curve.unit, "epoch", series))
-    return grid(figures)
-
-
-def _points(rows: Sequence[dict[str, Any]], curve: Curve) -> list[tuple[float, float]]:
-    points = []
-    for row in rows:
-        epoch, value = number(row, "epoch"), number(row, curve.value)
-        if epoch is not None and value is not None:
-            points.append((epoch, curve.factor * value))
-    return points
 
 
 def _sheets(groups: Sequence[Group], problems: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Results of the report: metrics, fair comparisons, bars per shift, reliability diagrams."""
+"""Results of the report: tables of metrics, bars per shift, reliability diagrams."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dad_fast.evaluate.tables import METRICS, rows, suites, teachers
-from dad_fast.methods.registry import BASELINE
 from dad_fast.report.chart import MIN_COUNT, Bar, Reliability, bar_chart, reliability_chart
 from dad_fast.report.intervals import MIN_SEEDS, interval
+from dad_fast.report.looks import TEACHER, Look
 from dad_fast.report.markup import details, grid, notes, table
-from dad_fast.report.run_files import machine, number
+from dad_fast.report.run_files import number
 from dad_fast.report.runs import Group
-
-# Colour and dashes.
-TEACHER = ("var(--soft)", "")
-# Relative differences that still count as equal.
-EQUAL_EPOCHS, EQUAL_TIME = 0.02, 0.15
 
 
 def result_tables(record: dict[str, Any]) -> str:
@@ -63,68 +58,6 @@ def _detection(record: dict[str, Any]) -> str:
     return table(header, body, caption=caption)
 
 
-def fairness(groups: Sequence[Group]) -> list[str]:
-    """Name, for each method that costs more than KD, the KD runs of equal epochs and equal time.
-
-    Time is training and filling the stores that the run learns from.
-    """
-    equal_epochs: dict[str, list[str]] = {}
-    equal_time: dict[str, list[str]] = {}
-    alone = []
-    for group in groups:
-        baselines = [
-            other
-            for other in groups
-            if other.method == BASELINE and other.finished and _machines(other) == _machines(group)
-        ]
-        if group.is_plain or not group.finished or not baselines:
-            continue
-        timed = False
-        for other in baselines:
-            epochs = _ratio(group, other, "epochs")
-            seconds = _ratio(group, other, "seconds", "store_seconds")
-            times = group.label
-            if seconds is not None:
-                times = f"{group.label} ({seconds:.2g} times its time)"
-            if epochs is not None and abs(epochs - 1) <= EQUAL_EPOCHS:
-                equal_epochs.setdefault(other.label, []).append(times)
-            if seconds is not None and abs(seconds - 1) <= EQUAL_TIME:
-                equal_time.setdefault(other.label, []).append(times)
-                timed = True
-        if not timed:
-            alone.append(group.label)
-    lines = [
-        f"At equal epochs, compare with {name}: {', '.join(found)}."
-        for name, found in equal_epochs.items()
-    ]
-    lines += [
-        f"At equal time, compare with {name}: {', '.join(found)}."
-        for name, found in equal_time.items()
-    ]
-    if alone:
-        lines.append(
-            f"No KD run here took as long as {' or '.join(alone)}: "
-            "part of a gain over KD may be longer training."
-        )
-    return lines
-
-
-def _machines(group: Group) -> set[str]:
-    return {machine(run.facts) for run in group.runs}
-
-
-def _ratio(group: Group, other: Group, key: str, *more: str) -> float | None:
-    """Return the ratio of two groups' means of a record's number, plus the numbers of `more`."""
-    means = []
-    for one in (group, other):
-        values = [number(record, key) for record in one.finished]
-        if None in values or not sum(filter(None, values)):
-            return None
-        added = [number(record, name) or 0.0 for record in one.finished for name in more]
-        means.append((sum(filter(None, values)) + sum(added)) / len(values))
-    return means[0] / means[1]
-
-
 def of_suite(record: dict[str, Any], suite: str) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return (name, results of its seeds) of every teacher and group evaluated on `suite`."""
     all_teachers = teachers(record)
@@ -140,7 +73,7 @@ def of_suite(record: dict[str, Any], suite: str) -> list[tuple[str, list[dict[st
     return of_teachers + list(grouped.items())
 
 
-def bars(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
+def bars(record: dict[str, Any], looks: dict[str, Look]) -> str:
     figures = []
     for suite in suites(record):
         drawn = []
@@ -172,7 +105,7 @@ def bar_notes(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def reliability(record: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
+def reliability(record: dict[str, Any], looks: dict[str, Look]) -> str:
     figures = []
     for suite in suites(record):
         series = []

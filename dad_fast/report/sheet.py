@@ -1,4 +1,7 @@
-"""Picture sheet (PNG): original, Q(original), Q(attacked), and the difference of the last two."""
+"""Picture sheet (PNG): original, Q(original), Q(attacked), and the difference of the last two.
+
+`spread_over_classes` chooses the examples.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -18,6 +22,23 @@ WIDTH = 920
 MIN_SIDE = 84
 CAPTION, GAP, HEADER, MARGIN = 88, 4, 24, 10
 SCALES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+# Of the choice of examples: the same images for every run on the same data.
+_SEED = 20231101
+
+
+def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """Choose images of as many classes as possible, at random but always the same ones.
+
+    labels: int64 [N]. Returns int64 [min(count, N)], in the order of their labels.
+    """
+    order = np.random.default_rng(_SEED).permutation(len(labels))
+    _, place, sizes = np.unique(labels[order], return_inverse=True, return_counts=True)
+    by_class = np.argsort(place, kind="stable")
+    # [N]: how many images of the same class come before an image in `order`.
+    turn = np.empty(len(order), np.int64)
+    turn[by_class] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = order[np.argsort(turn, kind="stable")[:count]]
+    return chosen[np.lexsort((chosen, labels[chosen]))]
 
 
 def write_sheet(

@@ -18,7 +18,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError, UsageError
-from dad_fast.methods.registry import METHODS
+from dad_fast.methods.registry import DISTANCES, METHODS
 from dad_fast.store import AdversarialStore, Manifest, Store, TargetStore, open_store
 
 # Settings of [augment].
@@ -85,16 +85,23 @@ class Stored:
         Raises UsageError for a store that is missing or useless, DataError for outputs of another
         temperature.
         """
-        useful = METHODS[cfg.method].store_kinds
+        method = METHODS[cfg.method]
+        distance = DISTANCES[cfg.loss.distance]
+        useful = method.store_kinds
         for store in self.stores:
             if store.kind not in useful:
                 clean = "outputs on clean images"
-                what = "adversarial images" if store is self.adversarial else clean
+                what = "stored adversarial images" if store is self.adversarial else clean
                 raise UsageError(
                     f"--store {store.folder}: --method {cfg.method} learns from no {what}; leave "
                     "it out"
                 )
             form = store.manifest.outputs_form
+            if form.k and method.takes_distance and not distance.uses_temperature:
+                raise UsageError(
+                    f"--store {store.folder}: --distance {cfg.loss.distance} compares the logits "
+                    f"of all classes, and it has {form}; store full outputs"
+                )
             if form.k and form.temperature != cfg.loss.temperature:
                 raise DataError(
                     f"--store {store.folder}: its outputs, {form}, are exact at temperature "
@@ -141,7 +148,7 @@ class Stored:
                 if value and recorded and value != recorded:
                     raise DataError(
                         f"--store {store.folder}: made with another {name} ({recorded[:12]}…) "
-                        f"than the run's ({value[:12]}…)"
+                        f"than the run's ({value[:12]}…){_same_members(name, hashes, manifest)}"
                     )
         if self.adversarial is not None:
             stored_size = self.adversarial.manifest.settings["images"]["img_size"]
@@ -249,6 +256,14 @@ def view_settings(augment: AugmentConfig) -> dict[str, Any]:
         for name, value in asdict(augment).items()
         if name not in other
     }
+
+
+def _same_members(name: str, hashes: dict[str, str | None], manifest: Manifest) -> str:
+    """Return why two ensembles differ whose members are the same; empty for other models."""
+    own = {key: value for key, value in hashes.items() if key.startswith(f"{name} ")}
+    if not own or not own.items() <= manifest.hashes.items():
+        return ""
+    return "; its members are the same, their weights, average or --temperature are not"
 
 
 def _check_classes(store: Store, source: Source) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dad_fast.data.sources.base import UNLABELLED
 from dad_fast.errors import DataError
 from dad_fast.files import disk_error
 from dad_fast.locks import LOCK, Busy, locked
@@ -111,7 +112,8 @@ def _wrong_shard(folder: Path, manifest: Manifest, shard: int) -> list[str]:
     index = np.memmap(folder / index_name, INDEX, "r").view(np.ndarray)
     content = np.memmap(folder / shard_file(shard, "data"), np.uint8, "r").view(np.ndarray)
     bad = broken_rows(index, content.reshape(stop - start, -1), view, start)
-    for i in np.flatnonzero((index["label"] < 0) | (index["label"] >= manifest.num_classes)):
+    labels = index["label"]
+    for i in np.flatnonzero((labels < UNLABELLED) | (labels >= manifest.num_classes)):
         label = index["label"][i]
         why = f"its label {label} is none of the {manifest.num_classes} classes"
         bad.setdefault(start + int(i), why)

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, with_values
 from dad_fast.config.resolve import VARIANT_NAME
 from dad_fast.config.schema import Config
+from dad_fast.discretizers.registry import CONTROLS
 from dad_fast.errors import UsageError
-from dad_fast.methods.registry import METHODS, Target
+from dad_fast.methods.registry import DISTANCES, METHODS, Target
+from dad_fast.models.registry import split_names
 
 Changes = dict[str, Any]  # setting's path -> value
 Cells = dict[str, Changes]
@@ -51,13 +53,17 @@ def _components(base: Config, values: Sequence[str]) -> Cells:
 
 
 def _methods(base: Config, values: Sequence[str]) -> Cells:
-    return _of_method(base, "dat", "dat+dad")
+    return _of_method(base, "dat", "dat+dad", "ard", "rslad")
 
 
 def _of_method(base: Config, *methods: str) -> Cells:
     """Return a cell per method. Other forms than the paper's exist for dad alone."""
     plain = {} if base.loss.form == "paper" else {"loss.form": "paper"}
     return {method: {"method": method, **({} if method == "dad" else plain)} for method in methods}
+
+
+def _distances(base: Config, values: Sequence[str]) -> Cells:
+    return {f"distance={_slug(name)}": {"loss.distance": name} for name in values or DISTANCES}
 
 
 def _weights(base: Config, values: Sequence[str]) -> Cells:
@@ -72,7 +78,7 @@ def _teachers(base: Config, values: Sequence[str]) -> Cells:
 
 
 def _discretizers(base: Config, values: Sequence[str]) -> Cells:
-    short_names = _short_names(values or ("identity", "jpeg:75"))
+    short_names = _short_names(values or CONTROLS)
     return {
         f"discretizer={short}": {"discretizer.name": name} for name, short in short_names.items()
     }
@@ -128,6 +134,13 @@ def _strengths(base: Config, values: Sequence[str]) -> Cells:
     }
 
 
+def _augmentations(base: Config, values: Sequence[str]) -> Cells:
+    policies = values or ("none", "rand-m9-mstd0.5-inc1", "v0", "ta", "3a", "augmix-m3-w3")
+    return {
+        f"aa={_slug(name)}": {"augment.aa": "" if name == "none" else name} for name in policies
+    }
+
+
 def _variants(base: Config, values: Sequence[str]) -> Cells:
     return {
         name: dict(flatten(tables, f"variants.{name}")) for name, tables in base.variants.items()
@@ -138,7 +151,12 @@ AXES = {
     "components": Axis(
         "ce, kd, aug-only, dad: neither, distillation, augmentation, both", _components
     ),
-    "methods": Axis("dat and dat+dad: the attack on the student", _methods),
+    "methods": Axis("dat, dat+dad, ard and rslad: other terms on attacked images", _methods),
+    "distance": Axis(
+        "distance of student and teacher: --distances D ... [kl, l2, dist]",
+        _distances,
+        "--distances",
+    ),
     "weights": Axis(
         "loss.kd and loss.dad as a grid: --weights X ... [half, once, twice the base's]",
         _weights,
@@ -146,7 +164,7 @@ AXES = {
     ),
     "teacher": Axis("--teachers A B ...", _teachers, "--teachers", needs_values=True),
     "discretizer": Axis(
-        "--discretizers A B ... [identity, jpeg:75]", _discretizers, "--discretizers"
+        f"--discretizers A B ... [{', '.join(CONTROLS)}]", _discretizers, "--discretizers"
     ),
     "budget": Axis(
         "attack.eps: --budgets X ... [a quarter, half, twice the base's]", _budgets, "--budgets"
@@ -157,6 +175,11 @@ AXES = {
     "lp-clip": Axis("without its weights, without strong augmentation, with true labels", _lp_clip),
     "threshold": Axis(
         "lp_clip.threshold: --thresholds X ... [0.5, 0.8, 0.95]", _thresholds, "--thresholds"
+    ),
+    "augmentation": Axis(
+        "--aa: --augmentations A B ... [none, rand-m9-mstd0.5-inc1, v0, ta, 3a, augmix-m3-w3]",
+        _augmentations,
+        "--augmentations",
     ),
     "strength": Axis(
         "RandAugment's magnitude: --strengths M ... [2, 9, 15]", _strengths, "--strengths"
@@ -292,13 +315,13 @@ def identity(cfg: Config) -> tuple[tuple[str, str], ...]:
     return tuple(
         (path, repr(get(cfg, path)))
         for path in settings()
-        if path not in _NOT_A_FACTOR and _used(cfg.method, path)
+        if path not in _NOT_A_FACTOR and _used(cfg, path)
     )
 
 
-def _used(method_name: str, path: str) -> bool:
+def _used(cfg: Config, path: str) -> bool:
     """Return True if the setting at `path` changes the result of a run of this method."""
-    method = METHODS[method_name]
+    method = METHODS[cfg.method]
     weights = {term.weight for name in METHODS for term in METHODS[name].terms}
     section = path.partition(".")[0]
     if section == "lp_clip":
@@ -309,12 +332,15 @@ def _used(method_name: str, path: str) -> bool:
         return method.needs_discretizer
     if section == "store":
         return bool(method.store_kinds)
-    if path == "loss.ce":
-        return True
     if path in weights:
         return any(term.weight == path for term in method.terms)
+    if path == "loss.distance":
+        return method.takes_distance
     if path == "loss.temperature":
-        return any(term.target == Target.TEACHER for term in method.terms)
+        own = any(term.loss for term in method.terms)
+        return own or (method.takes_distance and DISTANCES[cfg.loss.distance].uses_temperature)
+    if path == "augment.smoothing":
+        return method.linear_probe or any(term.target == Target.LABELS for term in method.terms)
     if path == "loss.filter":
         return method.filters
     if path == "student.bn":
@@ -339,8 +365,13 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _short(name: str) -> str:
+    names = split_names(name)
+    if len(names) > 1:
+        return "+".join(map(_short, names))
     kind, colon, rest = name.partition(":")
-    text = rest if colon and "/" not in kind and kind != "jpeg" else name
+    # A number says nothing without its kind, as in jpeg:75.
+    is_number = rest.replace(".", "", 1).isdecimal()
+    text = rest if colon and "/" not in kind and not is_number else name
     text = text.partition("@")[0]
     if Path(text).suffix in (".safetensors", ".ckpt", ".pt", ".pth"):
         text = Path(text).stem

@@ -14,35 +14,12 @@ augmentation, so their difference has a smaller spread than either. The interval
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from dad_fast.evaluate import tables as table
-from dad_fast.evaluate.tables import Grid, cell, markdown, spread, suites, value_of, variants
-from dad_fast.report.intervals import t_quantile
-
-
-class Difference(NamedTuple):
-    mean: float
-    interval: tuple[float, float] | None  # 95 %; None for a single pair
-    pairs: list[float]  # one per seed that both have
-
-
-def difference(
-    base: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], suite: str, metric: str = "top1"
-) -> Difference | None:
-    """Return `runs` minus `base` over the seeds that both have; None without a common seed."""
-    by_seed = {run["seed"]: value_of(run, suite, metric) for run in base}
-    both = ((value_of(run, suite, metric), by_seed.get(run["seed"])) for run in runs)
-    pairs = [here - there for here, there in both if here is not None and there is not None]
-    if not pairs:
-        return None
-    mean, deviation = spread(pairs)
-    if deviation is None:
-        return Difference(mean, None, pairs)
-    half = t_quantile(len(pairs) - 1) * deviation / math.sqrt(len(pairs))
-    return Difference(mean, (mean - half, mean + half), pairs)
+from dad_fast.evaluate.tables import Grid, cell, markdown, spread, suites, variants
+from dad_fast.report.intervals import Difference, difference
 
 
 def summary(record: dict[str, Any], base: str) -> dict[str, Any]:

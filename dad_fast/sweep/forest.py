@@ -9,7 +9,7 @@ from typing import Any
 
 from dad_fast.evaluate.tables import suites, variants
 from dad_fast.report.chart import ticks
-from dad_fast.sweep.ablation_tables import Difference, difference
+from dad_fast.report.intervals import Difference, difference
 
 LABELS, PANEL, GAP, ROW, TOP, BOTTOM = 180, 150, 36, 20, 64, 30
 STYLE = """

@@ -126,7 +126,7 @@ def _as_if_stored(
             bits = num_codes * parts.discretizer.code_bits
             found["dad_codes"] = torch.zeros(size, -(-bits // 8), dtype=torch.uint8)
         if parts.probe is not None:
-            found |= {"pseudo_labels": batch.labels, "confidence": torch.ones(size)}
+            found |= {"pseudo_labels": batch.labels.clamp(min=0), "confidence": torch.ones(size)}
             if parts.probe.features is not None:
                 found["features"] = torch.zeros(size, parts.probe.features.shape[-1])
         if "targets" in stored:
@@ -142,7 +142,7 @@ def _evaluation(trainer: Trainer, cfg: Config, parts: Components) -> dict[str, f
     # Warm up.
     trainer.evaluate(parts.student, _first_batch(suites[0], cfg)[0])
     teacher = 0.0
-    if parts.teacher is not None:
+    if parts.teacher is not None and parts.teacher.has_head:
         teacher = sum(_seconds(trainer, parts.teacher, suite, cfg) for suite in suites)
     return {
         "val": _seconds(trainer, parts.student, Suite(cfg.data.val_split, parts.val), cfg),

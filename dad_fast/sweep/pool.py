@@ -24,6 +24,7 @@ from dad_fast.cores import SIDE_BY_SIDE, num_cores
 from dad_fast.distributed.signals import StopRequest
 from dad_fast.files import no_link
 from dad_fast.methods.registry import METHODS
+from dad_fast.models.registry import teacher_settings
 
 WORKER = "dad_fast.sweep.worker"
 # The checkout or site-packages, where workers find this package.
@@ -36,9 +37,8 @@ def shared_parts(cfg: Config) -> str:
     Features of augmented views are large, so linear probes share them only if they are equal.
     """
     views = (cfg.augment, cfg.seed) if METHODS[cfg.method].linear_probe else ()
-    return repr(
-        (cfg.data, cfg.teacher, cfg.discretizer, cfg.precision, cfg.engine, cfg.eval, *views)
-    )
+    models = (*teacher_settings(cfg), cfg.discretizer)
+    return repr((cfg.data, *models, cfg.precision, cfg.engine, cfg.eval, *views))
 
 
 Done = Callable[["Job", dict[str, Any], float], None]

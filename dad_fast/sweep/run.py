@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from dad_fast.kernels.csrc import csrc_status
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore, is_filled, online, seconds_file, store_seconds
+from dad_fast.models.ensemble import Ensemble
+from dad_fast.models.registry import teacher_settings
 from dad_fast.report.page import write_report
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear
 from dad_fast.sweep.tables import write_tables
@@ -61,9 +63,10 @@ def _run_locked(sweep: Sweep, launch: Launch) -> int:
     distributed.barrier()
     for store in sweep.stores:
         fill_store(store)
-    teacher_results: dict[str, dict[str, Any]] = {}
+    by_teacher: dict[str, dict[str, dict[str, Any]]] = {}
     for number, run in enumerate(sweep.runs, start=1):
         label = f"[{number}/{len(sweep.runs)}] {run.name}" if several else run.variant
+        teacher_results = by_teacher.setdefault(repr(teacher_settings(run.cfg)), {})
         train_run(run, label, launch, builder, teacher_results)
     if main and several:
         write_tables(sweep, {}, distributed.world())
@@ -99,7 +102,8 @@ def train_run(
 ) -> dict[str, Any]:
     """Train or resume a run, evaluate it and return its record.
 
-    teacher_results: results of teachers by name, filled here, so that each is evaluated once.
+    teacher_results: records of teachers by `--teacher`, filled here, so that each is evaluated
+    once.
     """
     with distributed.main_locks(run.folder):
         return _train_locked(run, label, launch, builder, teacher_results)
@@ -132,7 +136,9 @@ def _train_locked(
             "data": {"train": _about(parts.train), "val": _about(parts.val)},
             "choices": {name: choice.record() for name, choice in trainer.choices.items()},
         }
-        facts = {**resolved, "variant": run.variant, "preset": launch.preset, **_weights(parts)}
+        names = {"variant": run.variant, "preset": launch.preset}
+        started = {"commands": _commands(folder / "run.json", launch)}
+        facts = {**resolved, **names, **started, **_weights(parts)}
         atomic_write_json(folder / "run.json", environment() | facts)
     trainer.start()
     try:
@@ -170,6 +176,15 @@ def _check_batch_sizes(cfg: Config, launch: Launch) -> None:
         )
 
 
+def _commands(facts: Path, launch: Launch) -> list[str]:
+    """Return the command lines that started and resumed the run, each once, in order."""
+    earlier: list[str] = []
+    if launch.resume:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = list(map(str, json.loads(facts.read_text())["commands"]))
+    return list(dict.fromkeys(filter(None, (*earlier, launch.command))))
+
+
 def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
     """Return the record if it is complete and covers these suites; None = evaluate again."""
     try:
@@ -196,6 +211,20 @@ def _weights(parts: Components) -> dict[str, Any]:
         for name, part in frozen.items()
         if part is not None
     }
+    if isinstance(parts.teacher, Ensemble):
+        found["teacher"] |= {
+            "average": parts.teacher.average,
+            "members": [
+                {
+                    "name": member.name,
+                    "weight": weight,
+                    "sha256": member.weights_sha256,
+                    "loaded_sha256": parts.hashes[f"teacher {number}"],
+                    "seen": member.provenance,
+                }
+                for number, (weight, member) in enumerate(parts.teacher.weighted_members(), start=1)
+            ],
+        }
     stores = parts.stored.stores
     if stores:
         found["stores"] = [

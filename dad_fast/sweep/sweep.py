@@ -20,6 +20,7 @@ from dad_fast.locks import lock_folder
 from dad_fast.loggers.progress import JobsProgress, format_seconds
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore
+from dad_fast.models.registry import teacher_settings
 from dad_fast.report.page import write_report
 from dad_fast.sweep.pool import Job, Pool, shared_parts
 from dad_fast.sweep.runs import Run, Sweep, clear
@@ -208,6 +209,7 @@ def _launch(launch: Launch) -> dict[str, Any]:
         "resume": launch.resume,
         "allow_config_change": launch.allow_config_change,
         "preset": launch.preset,
+        "command": launch.command,
         "both_batch_sizes": launch.both_batch_sizes,
     }
 
@@ -283,13 +285,13 @@ class _Teachers:
     def learn(self, cfg: Config, record: dict[str, Any]) -> None:
         """Add the results of the teacher of a finished run."""
         if record.get("teacher"):
-            self.of(cfg)[record["teacher"]["name"]] = record["teacher"]["suites"]
+            self.of(cfg)[cfg.teacher.name] = record["teacher"]
 
     def of(self, cfg: Config) -> dict[str, Any]:
-        """Return the results by teacher's name that hold for a run with these settings."""
+        """Return the records by `--teacher` that hold for a run with these settings."""
         student = replace(cfg.student, weights="", init_from="")
-        view = (cfg.teacher, cfg.data, cfg.augment, student, cfg.precision, cfg.engine, cfg.eval)
-        return self._known.setdefault(repr(view), {})
+        others = (cfg.data, cfg.augment, student, cfg.precision, cfg.engine, cfg.eval)
+        return self._known.setdefault(repr((*teacher_settings(cfg), *others)), {})
 
 
 def _scores(record: dict[str, Any] | None) -> str:

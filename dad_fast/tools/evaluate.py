@@ -24,7 +24,7 @@ from dad_fast.distributed.launch import (
 )
 from dad_fast.distributed.signals import ends_at_once, stop_requests
 from dad_fast.errors import UsageError, discard_output
-from dad_fast.evaluate import show
+from dad_fast.evaluate import public_models, show
 from dad_fast.evaluate.columns import terminal_width
 from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
 from dad_fast.evaluate.metrics.ood_detection import detect
@@ -39,7 +39,9 @@ from dad_fast.files import atomic_write_json
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
 from dad_fast.models.load_teacher import load_teacher
-from dad_fast.tools.evaluate_checks import Job
+from dad_fast.models.student import Student
+from dad_fast.tools import calibrate
+from dad_fast.tools.evaluate_checks import Job, file_to_calibrate
 
 STOPPED = "stopped: the results above are complete; run the same command again"
 
@@ -57,6 +59,7 @@ class Found:
     def to_dict(self) -> dict[str, Any]:
         record = {
             **self.subject.facts,
+            "classes": self.subject.classes.names,
             "suites": {name: result.to_dict() for name, result in self.results.items()},
         }
         if self.ood or self.robustness:
@@ -73,6 +76,8 @@ def run(job: Job) -> int:
     launch = job.launch
     if not job.models and len(job.files) == 2:
         return _compare(launch, {name: load_records(name)[1] for name in job.files}, {})
+    if launch.calibrate and (is_worker() or number_of_processes(launch.nproc) > 1):
+        raise UsageError("--calibrate runs in one process: leave --nproc out")
     if is_worker():
         end_with_launcher()
     elif (nproc := number_of_processes(launch.nproc)) > 1:
@@ -91,7 +96,11 @@ class _Evaluation:
         if self.dali:
             check_dali()
         self.suite_names = job.suites
-        self.baselines = read_baselines(launch.baselines) if launch.baselines else []
+        self.baselines: Sequence[Mapping[str, float]] = []
+        if launch.baselines:
+            is_table = launch.baselines == public_models.NAME
+            by_timm = public_models.as_baselines
+            self.baselines = by_timm() if is_table else read_baselines(launch.baselines)
         self.teacher_results: dict[ClassMap, Found] = {}
 
     def run(self) -> int:
@@ -102,10 +111,15 @@ class _Evaluation:
             "checkpoint": None,
             "teacher": None,
         }
-        found = {
-            name: self.evaluate(load_subject(name, self.cfg, self.data_classes, self.device))
-            for name in names
-        }
+        found = {}
+        for name in names:
+            subject = load_subject(name, self.cfg, self.data_classes, self.device)
+            if self.launch.calibrate:
+                record["calibration"] = self.calibrate(subject)
+                subject = load_subject(name, self.cfg, self.data_classes, self.device)
+            found[name] = self.evaluate(subject)
+        if self.launch.calibrate:
+            self.compare_calibration(record["calibration"], found[names[0]])
         if not found:
             self.teacher(self.data_classes())
         if not distributed.is_main():
@@ -146,7 +160,13 @@ class _Evaluation:
     def teacher(self, classes: ClassMap) -> Found | None:
         """Return the teacher's results for models with these classes, or None without --teacher."""
         if self.cfg.teacher.name and classes not in self.teacher_results:
-            teacher = load_teacher(self.cfg.teacher, classes, self.cfg.precision, self.device)
+            teacher = load_teacher(
+                self.cfg.teacher,
+                classes,
+                self.cfg.precision,
+                self.device,
+                temperature=self.cfg.loss.temperature,
+            )
             self.teacher_results[classes] = self._evaluate(
                 of_teacher(teacher), f"teacher {teacher.name}", None
             )
@@ -155,6 +175,40 @@ class _Evaluation:
 
     def evaluate(self, subject: EvalModel) -> Found:
         return self._evaluate(subject, subject.title, self.teacher(subject.classes))
+
+    def calibrate(self, subject: EvalModel) -> dict[str, Any]:
+        """Fit a temperature and store it with the model.
+
+        Returns facts for the results, with the ECE of every suite before; `compare_calibration` adds
+        the ECE after.
+        """
+        split, student = self.launch.calibrate, subject.model
+        assert isinstance(student, Student)
+        student.calibration = None
+        eval_set = calibrate.open_split(split, self.cfg, subject)
+        found, facts = calibrate.fit(
+            subject,
+            eval_set,
+            split,
+            self.view(subject),
+            self.batch_size,
+            self.cfg.data.workers,
+            self.device,
+            _progress(f"calibrating on {split}"),
+        )
+        suites = open_suites(self.suite_names, self.cfg.data, subject.classes, self.cfg.eval)
+        ece = {suite.name: [self.result(subject, suite).ece] for suite in suites}
+        file = file_to_calibrate(subject.name)
+        calibrate.store(file, found)
+        self.log(f"{file}: {found}, is stored with the model; eval, predict and export use it")
+        return {**facts, "ece": ece}
+
+    def compare_calibration(self, facts: dict[str, Any], after: Found) -> None:
+        """Add the ECE of the calibrated model and print both."""
+        for name, result in after.results.items():
+            facts["ece"][name].append(result.ece)
+        for line in ("", *show.calibration_lines(facts)):
+            self.log(line)
 
     def _evaluate(self, subject: EvalModel, title: str, teacher: Found | None) -> Found:
         """Evaluate on every suite and print each result as soon as it is known."""
@@ -175,6 +229,10 @@ class _Evaluation:
         for line in (*show.notes(found.results), layout.note()):
             if line:
                 self.log(f"  {line}")
+
+        if self.launch.per_class:
+            for line in ("", *show.class_lines(found.results, subject.classes.names)):
+                self.log(line)
 
         if unknown:
             found.ood = self.detect(subject, found, unknown)
@@ -199,6 +257,7 @@ class _Evaluation:
                 img_size=size,
                 crop_pct=crop_pct,
                 interpolation=interpolation,
+                squashed=subject.squashed,
                 batch_size=self.batch_size,
                 workers=self.cfg.data.workers,
                 device=self.device,
@@ -237,6 +296,7 @@ class _Evaluation:
                     _progress(label),
                     self.dali,
                     STOPPED,
+                    subject.squashed and not eval_set.view,
                 )
             ood[label] = detect(known, unknown)
         return ood

@@ -14,13 +14,14 @@ from dad_fast.config import Config
 from dad_fast.config.fields import coerce, settings, with_values
 from dad_fast.config.options import EvalLaunch
 from dad_fast.config.schema import TeacherConfig
+from dad_fast.config.setting import AUTO
 from dad_fast.data.classes import ClassMap
 from dad_fast.engine.preflight import check_weights
 from dad_fast.errors import UsageError
 from dad_fast.evaluate.metrics.record_files import is_records
 from dad_fast.evaluate.suites.open import check_suites, check_unknown
-from dad_fast.models.places import checkpoint_file, run_settings
-from dad_fast.models.registry import is_registered
+from dad_fast.models.places import TENSORS, checkpoint_file, run_settings
+from dad_fast.models.registry import names_teacher
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,13 @@ def checked(launch: EvalLaunch, flags: Mapping[str, Any]) -> Job:
             "nothing to evaluate: name a model (a run's folder, a .safetensors file, "
             f"timm:NAME@FILE){before}, or a --teacher"
         )
+    if launch.calibrate:
+        _check_calibration(launch)
     names = launch.compare or (launch.model,)
     models = tuple(name for name in names if name and name not in files)
-    cfg = _settings([name for name in models if not is_registered(name)], flags)
+    cfg = settings_of([name for name in models if not names_teacher(name)], flags)
     for name in models:
-        if is_registered(name):
+        if names_teacher(name):
             check_weights(with_values(Config(), {"teacher.name": name}), True, False)
     if cfg.teacher.name:
         check_weights(cfg, teacher=True, discretizer=False)
@@ -102,7 +105,29 @@ def _check_files_alone(launch: EvalLaunch) -> None:
         )
 
 
-def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
+def _check_calibration(launch: EvalLaunch) -> None:
+    """Raise UsageError unless --calibrate can store its temperature."""
+    if launch.compare or not launch.model:
+        raise UsageError("--calibrate stores a temperature with one model: name it, not --compare")
+    file_to_calibrate(launch.model)
+
+
+def file_to_calibrate(model: str) -> Path:
+    """Return the file that will hold the temperature. Raises UsageError for a model without one."""
+    if names_teacher(model):
+        raise UsageError(
+            f"--calibrate: {model} has no file of dad-fast to store the temperature in; name a run"
+        )
+    path = checkpoint_file(model)
+    if (path.parent / TENSORS).is_file():
+        raise UsageError(
+            f"--calibrate: {path} belongs to a checkpoint, which is not changed; name a finished "
+            "run or an export"
+        )
+    return path
+
+
+def settings_of(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
     """Return the settings of the first run among the models, overridden by the typed flags."""
     found = [run_settings(checkpoint_file(run))[0] for run in runs]
     cfg = next((one for one in found if one is not None), Config())
@@ -110,6 +135,9 @@ def _settings(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
         path: coerce(settings()[path], value, settings()[path].flag)
         for path, value in flags.items()
     }
+    if values.get("data.batch_size") == AUTO:
+        # The batch of the run, or else the default.
+        del values["data.batch_size"]
     # The run's teacher is evaluated only on request, the image size is the model's own, and PIL
     # decodes. --batch-size is the batch of this command.
     cfg = with_values(

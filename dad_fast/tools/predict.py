@@ -30,7 +30,7 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.models import load_subject
 from dad_fast.evaluate.suites.imagenet import imagenet_classes
 from dad_fast.models.onnx_student import OnnxStudent
-from dad_fast.models.student import Student
+from dad_fast.models.student import Calibration, Student
 from dad_fast.models.teacher import Teacher
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
@@ -75,6 +75,7 @@ def _open(options: PredictOptions, device: torch.device) -> tuple[Classifier, Cl
                 "student's model.safetensors"
             )
         onnx = OnnxStudent(path)
+        _mention(Calibration.from_metadata(path, onnx.metadata))
         return onnx, recorded_classes(path, onnx.metadata.get(CLASSES), onnx.num_classes)
 
     def classes_of_published() -> ClassMap:
@@ -82,7 +83,13 @@ def _open(options: PredictOptions, device: torch.device) -> tuple[Classifier, Cl
 
     cfg = with_values(Config(), {"data.class_map": options.class_map})
     subject = load_subject(options.model, cfg, classes_of_published, device)
+    _mention(getattr(subject.model, "calibration", None))
     return subject.model.eval(), subject.classes
+
+
+def _mention(calibration: Calibration | None) -> None:
+    if calibration is not None:
+        print(f"confidences are calibrated: {calibration}", file=sys.stderr)
 
 
 def find_images(names: Sequence[str]) -> Iterator[str]:
@@ -115,7 +122,11 @@ def predict(
     def read(path: str) -> np.ndarray | DecodeError:
         try:
             return eval_transform(
-                read_rgb(path), model.image_size, model.crop_pct, model.interpolation
+                read_rgb(path),
+                model.image_size,
+                model.crop_pct,
+                model.interpolation,
+                model.squashed,
             )
         except DecodeError as error:
             return error

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dad_fast.config.options import StoreOptions
+from dad_fast.data.sources.base import UNLABELLED
 from dad_fast.errors import DataError, UsageError
 from dad_fast.loggers.progress import count_progress
 from dad_fast.store.layout import hash_keys
@@ -90,7 +91,8 @@ def _sheet(given: StoreOptions) -> int:
         store.changed(rows, view),
         strict=True,
     ):
-        lines = [names[label], f"teacher: {names[predicted]}", "kept" if kept else "not kept"]
+        name = "no label" if label == UNLABELLED else names[label]
+        lines = [name, f"teacher: {names[predicted]}", "kept" if kept else "not kept"]
         if not np.isnan(changed):
             lines.append(f"{changed:.0%} of codes new")
         captions.append("\n".join(lines))

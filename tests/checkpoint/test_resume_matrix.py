@@ -44,6 +44,13 @@ CASES |= {
         "method=kd",
         "precision.channels_last=true",
     ),  # whose moments are laid out as the weights are
+    "kd, timm's flags": (
+        "method=kd",
+        "schedule.sched=poly",
+        "optim.layer_decay=0.7",
+        "optim.opt_betas=[0.9,0.95]",
+        "student.grad_checkpointing=true",
+    ),
     "dad, stored": ("method=dad", "store.dirs=[STORE]", "augment.mixup=0", "augment.cutmix=0"),
     "lp-clip": ("method=lp-clip", "augment.mixup=0", "augment.cutmix=0", "augment.scale=[0.6,1.0]"),
 }

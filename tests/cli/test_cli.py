@@ -18,6 +18,7 @@ from dad_fast.cli import train as train_flags
 from dad_fast.config import Config, Launch, options, to_toml
 from dad_fast.config.fields import settings
 from dad_fast.config.flags import options_of
+from dad_fast.config.options_fit import FitOptions
 from dad_fast.methods.settings import resolve
 from dad_fast.sweep.ablation import AXES
 
@@ -26,11 +27,13 @@ OPTIONS = {
     "train": options.Launch,
     "ablate": options.AblateOptions,
     "eval": options.EvalLaunch,
+    "average": options.AverageOptions,
     "analyze": options.AnalyzeLaunch,
     "predict": options.PredictOptions,
     "export": options.ExportOptions,
     "precompute": options.StoreLaunch,
     "store": options.StoreOptions,
+    "fit-discretizer": FitOptions,
     "report": options.ReportOptions,
     "profile": options.ProfileLaunch,
     "doctor": options.DoctorOptions,
@@ -166,6 +169,24 @@ def test_the_former_form_of_a_switch_is_explained(capsys: pytest.CaptureFixture[
     assert "unknown flag --no-amp; did you mean --amp off?" in capsys.readouterr().err
 
 
+def test_of_several_presets_and_files_the_later_win(
+    started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
+    first.write_text("[optim]\nlr = 0.125\nclip_grad = 2.0\n")
+    second.write_text("[optim]\nlr = 0.25\n")
+    words = [str(first), "--preset", "dad-vitb16", "--seed", "3", str(second), *DEMO]
+    assert cli.main(["train", *words, "--print-config"]) == 0
+    found = tomllib.loads(capsys.readouterr().out)
+    assert (found["optim"]["lr"], found["optim"]["clip_grad"], found["seed"]) == (0.25, 2.0, 3)
+    assert found["data"]["data_dir"] == "embedded:digits"
+    assert cli.main(["train", *words]) == 0
+    assert (started[0][1].preset, started[0][1].output) == (
+        "dad-vitb16+demo",
+        "runs/dad-vitb16+demo",
+    )
+
+
 def test_print_config_prints_toml_and_starts_nothing(
     started: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,7 +214,7 @@ def test_print_config_prints_toml_and_starts_nothing(
         ("train --epochs", "--epochs: expected one argument"),
         ("train --epochs three", "--epochs must be a whole number, or auto, got 'three'"),
         ("train --attack-norm l3", "--attack-norm must be one of l2, linf"),
-        ("train a.toml b.toml", "unrecognized arguments: b.toml"),
+        ("train --lr 1 --lr-base 1", "--lr and --lr-base both give the learning rate"),
         ("train a.toml", "a.toml: no such file"),
         ("train --preset dmeo", "did you mean demo?"),
         ("train --preset demo --resume auto --overwrite", "leave one out"),
@@ -276,7 +297,7 @@ def test_help_of_ablate_lists_the_flag_of_every_axis(capsys: pytest.CaptureFixtu
 
 def test_options_do_not_reuse_flags_of_settings() -> None:
     of_settings = {setting.flag for setting in settings().values()}
-    for command in ("train", "ablate", "eval", "analyze", "precompute", "profile"):
+    for command in ("train", "ablate", "eval", "average", "analyze", "precompute", "profile"):
         names = {name for option in options_of(OPTIONS[command]) for name in option.names}
         assert not names & of_settings, command
 

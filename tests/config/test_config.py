@@ -24,10 +24,14 @@ ON_EMBEDDED_DATA = {"demo", "lp-clip-demo", "lp-clip-sweep"}
 PRESETS = {
     *ON_EMBEDDED_DATA,
     "dad-vitb16",
+    "dad-dist-vitb16",
     "dad-rn50",
+    "ard-vitb16",
+    "rslad-vitb16",
     "kd-vitb16",
     "dat-vitb16",
     "dad-authors-online",
+    "lp-clip-head",
     "lp-clip-vitl14",
 }
 
@@ -66,6 +70,30 @@ def test_precedence_defaults_preset_file_set_flag(tmp_path: Path) -> None:
     assert cfg.optim.momentum == Config().optim.momentum
     assert cfg.schedule.epochs == 30
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.clip_grad) == (0.02, 0.3, 4.0)
+
+
+def test_later_presets_and_files_win(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
+    first.write_text("[optim]\nlr = 0.02\nclip_grad = 2.0\n")
+    second.write_text("[optim]\nlr = 0.03\n")
+    cfg = gather(["dad-vitb16", "dad-rn50"], [first, second], [], {})
+    # Of the first preset nothing is left that the second sets.
+    assert cfg.student.name == gather("dad-rn50", None, [], {}).student.name
+    assert (cfg.optim.lr, cfg.optim.clip_grad) == (0.03, 2.0)
+    assert gather(None, [second, first], [], {}).optim.lr == 0.02
+
+
+def test_the_later_of_lr_and_lr_base_decides(tmp_path: Path) -> None:
+    file = write(tmp_path, "[optim]\nlr_base = 0.02\n[variants.a]\noptim.lr = 0.5\n")
+    of_file = gather("dad-vitb16", file, [], {})
+    assert of_file.optim.lr_base == 0.02
+    assert [run.optim.lr_base for _, _, run in expand(of_file)] == [0.0]
+    later = gather("dad-vitb16", file, [], {"optim.lr": "0.1"})
+    assert (later.optim.lr, later.optim.lr_base, later.variants["a"]) == (0.1, 0.0, {})
+    base = gather("dad-vitb16", file, [], {"optim.lr_base": "0.1"})
+    assert [run.optim.lr_base for _, _, run in expand(base)] == [0.1]
+    # A run's config.toml holds both.
+    assert from_toml(to_toml(base)).optim.lr_base == 0.1
 
 
 def test_the_last_set_wins() -> None:
@@ -376,7 +404,7 @@ def test_settings_of_a_checkpoint_extend_nothing() -> None:
 
 
 def test_preset_list() -> None:
-    assert set(preset_names()) == PRESETS
+    assert set(preset_names()) == {*PRESETS, "finetune"}
 
 
 def test_demo_is_complete() -> None:

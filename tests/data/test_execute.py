@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dad_fast.config.schema import AugmentConfig
-from dad_fast.data.augment import policy as policies
-from dad_fast.data.augment.execute import eval_transform, execute
-from dad_fast.data.augment.policy import ARGUMENTS, GEOMETRIC, Op
+from dad_fast.data.augment.execute import _OPS, eval_transform, execute
+from dad_fast.data.augment.policies import TRIVIAL_ARGUMENTS, AutoAugment, parse_policy
+from dad_fast.data.augment.policy import ARGUMENTS, AUGMIX_ARGUMENTS, GEOMETRIC, Branches, Op
 from dad_fast.data.augment.records import FILL, AugmentRecord, Erase, sample_record
 from dad_fast.data.sources.decode import DecodeError, read_rgb
 from dad_fast.errors import UsageError
@@ -34,14 +34,21 @@ def plain(image, img_size, **changes):
     return dataclasses.replace(record, **changes)
 
 
-@pytest.mark.parametrize("name", list(ARGUMENTS))
-def test_operations_equal_timms(photo, name, monkeypatch):
+MOVED = ("TranslateXRel", "TranslateYRel")
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [*((name, 0.45) for name in ARGUMENTS), *((name, 0.3) for name in MOVED)]
+)
+def test_operations_equal_timms(photo, name, share, monkeypatch):
+    """share: of the side by which timm moves images, 0.3 in AugMix."""
     auto_augment = pytest.importorskip("timm.data.auto_augment")
     monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: sign * value)
+    monkeypatch.setattr(auto_augment.random, "uniform", lambda low, high: (low + high) / 2)
     image = photo.resize((64, 64))
     for sign in (1, -1):
         for level in (0.0, 3.3, 7.0, 9.7, 10.0):
-            op, argument = ARGUMENTS[name]
+            op, argument = (ARGUMENTS if share == 0.45 else AUGMIX_ARGUMENTS)[name]
             value = argument(level, _Sign(sign))
             filters = ("bilinear", "bicubic") if op in GEOMETRIC else ("",)
             for interpolation in filters:
@@ -54,7 +61,7 @@ def test_operations_equal_timms(photo, name, monkeypatch):
                     "bicubic": Image.Resampling.BICUBIC,
                     "": None,
                 }[interpolation]
-                hparams = {"img_mean": FILL, "interpolation": resample}
+                hparams = {"img_mean": FILL, "interpolation": resample, "translate_pct": share}
                 theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=level, hparams=hparams)(
                     image
                 )
@@ -70,12 +77,69 @@ class _Sign:
     def signed(self, value):
         return self.sign * value
 
+    def between(self, low, high):
+        return (low + high) / 2
+
 
 def test_every_policy_of_timm_is_covered():
     auto_augment = pytest.importorskip("timm.data.auto_augment")
     for text in ("rand-m9", "rand-m9-inc1", "rand-m9-tweights", "rand-m9-t3a", "rand-m9-t3aw"):
-        assert set(policies.parse_policy(text).names) <= set(ARGUMENTS)
+        assert {op.name for op in parse_policy(text).ops} <= set(ARGUMENTS)
     assert {f"{i}" for i in auto_augment.rand_augment_choices("")} <= set(ARGUMENTS)
+    for text in ("v0", "v0r", "original", "originalr", "3a"):
+        policy = parse_policy(text)
+        assert isinstance(policy, AutoAugment)
+        assert {op.name for sub in policy.sub_policies for op in sub} <= set(ARGUMENTS)
+    assert {op.name for op in parse_policy("augmix").ops} <= set(AUGMIX_ARGUMENTS)
+
+
+def test_augmix_equals_timms(photo, monkeypatch):
+    """timm's average of chains, with the draws and the operations of a record."""
+    auto_augment = pytest.importorskip("timm.data.auto_augment")
+    image = photo.resize((64, 64))
+    chains = (
+        (Op("shear_x", 0.2, "bilinear"), Op("posterize", 3, "")),
+        (Op("equalize", 0.0, ""),),
+        (Op("color", 1.7, ""), Op("rotate", 12.5, "bicubic"), Op("solarize", 90, "")),
+    )
+    weights, share = (0.17, 0.51, 0.32), 0.643
+    record = plain(image, 64, branches=Branches(chains, weights, share))
+
+    waiting = [[lambda img, op=op: _OPS[op.name](img, op) for op in chain] for chain in chains]
+    draws = auto_augment.np.random
+    monkeypatch.setattr(draws, "choice", lambda *_, **__: waiting.pop(0))
+    monkeypatch.setattr(draws, "dirichlet", lambda alphas: weights)
+    monkeypatch.setattr(draws, "beta", lambda *_: share)
+    theirs = auto_augment.AugMixAugment(ops=[], width=3)(image)
+    np.testing.assert_array_equal(execute(record, image), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("name", list(TRIVIAL_ARGUMENTS))
+def test_trivialaugment_equals_torchvisions(photo, name):
+    """Every magnitude, except for rounding of torchvision's float32 magnitudes."""
+    theirs = pytest.importorskip("torchvision.transforms.autoaugment")
+    space = theirs.TrivialAugmentWide()._augmentation_space(31)
+    assert set(space) == set(TRIVIAL_ARGUMENTS)
+    magnitudes, is_signed = space[name]
+    op, argument = TRIVIAL_ARGUMENTS[name]
+    image = photo.resize((64, 64))
+    modes = {mode.value: mode for mode in theirs.InterpolationMode}
+    for bin in range(0, 31, 3):
+        for sign in (1, -1) if is_signed else (1,):
+            magnitude = float(magnitudes[bin]) if magnitudes.ndim else 0.0
+            if op.startswith("translate"):
+                # In float32 the middle of 0 … 32 is below 16, and would move by 15 pixels.
+                magnitude = round(magnitude, 4)
+            mode = "bicubic" if bin % 2 else "bilinear"
+            arguments = {"interpolation": modes[mode], "fill": list(FILL)}
+            expected = theirs._apply_op(image, name, sign * magnitude, **arguments)
+            # torchvision moves the image, a record the place that is read.
+            towards = -sign if op.startswith("translate") else sign
+            value = argument(bin, _Sign(towards), 64)
+            ops = () if op == "identity" else (Op(op, value, mode if op in GEOMETRIC else ""),)
+            ours = execute(plain(image, 64, ops=ops), image).astype(int)
+            difference = np.abs(ours - np.asarray(expected))
+            assert difference.max() <= 1 and difference.mean() < 0.01, (bin, sign)
 
 
 def test_jitter_equals_torchvisions(photo):
@@ -157,6 +221,18 @@ def test_evaluation_equals_timms(photo, size, img_size, crop_pct, interpolation)
     np.testing.assert_array_equal(
         eval_transform(image, img_size, crop_pct, interpolation), theirs.permute(1, 2, 0).numpy()
     )
+
+
+@pytest.mark.parametrize("size", [(60, 40), (37, 90), (32, 32)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9])
+def test_squashed_evaluation_equals_timms(photo, size, crop_pct):
+    factory = pytest.importorskip("timm.data.transforms_factory")
+    image = photo.resize(size)
+    theirs = factory.transforms_imagenet_eval(
+        32, crop_pct, "squash", interpolation="bicubic", use_prefetcher=True
+    )(image)
+    ours = eval_transform(image, 32, crop_pct, "bicubic", squashed=True)
+    np.testing.assert_array_equal(ours, theirs.permute(1, 2, 0).numpy())
 
 
 def test_evaluation_filter_must_exist(photo):

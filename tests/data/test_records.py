@@ -6,15 +6,18 @@ import dataclasses
 import json
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from dad_fast.config.schema import AugmentConfig
-from dad_fast.data.augment.policy import parse_policy, sample_ops
+from dad_fast.data.augment.policies import TRIVIAL_ARGUMENTS, parse_policy
+from dad_fast.data.augment.policy import TimmOp
 from dad_fast.data.augment.records import CUTMIX, MIXUP, NO_MIX, UNMIXED, mix_record, sample_record
 from dad_fast.errors import UsageError
 from dad_fast.keyed_random import Draws, sample_seeds
+from dad_fast.methods.settings import resolve
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -33,7 +36,7 @@ KNOWN_SEEDS = [2431782952858440772, 7923396070619191001]
     seed=st.integers(-(2**40), 2**40),
     epoch=st.integers(0, 2**31),
     sample=st.integers(0, 2**31),
-    crop=st.sampled_from(["random-resized", "center"]),
+    crop=st.sampled_from(["random-resized", "center", "squash"]),
 )
 @hypothesis.example(width=1, height=1, img_size=1, seed=0, epoch=0, sample=0, crop="random-resized")
 @hypothesis.example(
@@ -45,6 +48,8 @@ def test_boxes_lie_inside_and_replay_is_equal(width, height, img_size, seed, epo
     record = sample_record(aug, img_size, seed, epoch, sample, width, height)
     left, top, w, h = record.crop
     assert left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
+    if crop == "squash":
+        assert (w, h) == (width, height)
     if record.erase is not None:
         assert record.erase.top >= 0 and record.erase.top + record.erase.height <= img_size
         assert record.erase.left >= 0 and record.erase.left + record.erase.width <= img_size
@@ -158,19 +163,18 @@ def test_jitter_is_torchvisions_and_unused_with_a_policy():
     assert sample_record(with_policy, 32, 0, 0, 0, 64, 64).ops == ()
 
 
+def sample_ops(policy, draws, interpolation=""):
+    return policy.sample(draws, interpolation, 64).ops
+
+
 def test_randaugment_choice_and_probability():
     pytest.importorskip("timm")
     policy = parse_policy("rand-m9-mstd0.5-inc1")
-    assert (
-        policy.num_ops,
-        policy.prob,
-        policy.magnitude,
-        policy.magnitude_std,
-        policy.magnitude_max,
-    ) == (2, 0.5, 9, 0.5, 10)
-    assert (
-        len(policy.names) == 15 and "SolarizeIncreasing" in policy.names and policy.weights is None
-    )
+    names = [op.name for op in policy.ops]
+    assert policy.num_ops == policy.most_ops == 2 and policy.weights is None
+    settings = {dataclasses.replace(op, name="") for op in policy.ops}
+    assert settings == {TimmOp("", 0.5, 9.0, 0.5, 10.0)}
+    assert len(names) == 15 and "SolarizeIncreasing" in names
     drawn = [sample_ops(policy, Draws(0, 1, 0, i)) for i in range(3000)]
     assert np.mean([len(ops) for ops in drawn]) == pytest.approx(1.0, abs=0.05)
     assert any(len(ops) == 2 and ops[0].name == ops[1].name for ops in drawn)  # with replacement
@@ -211,13 +215,83 @@ def test_weighted_policies_are_drawn_without_replacement():
 @pytest.mark.parametrize(
     "text",
     [
-        *("augmix-m3", "rand-m9-foo", "rand-x9", "original", "rand-", "rand-m9-tother", "randm9"),
+        *("rand-m9-foo", "rand-x9", "rand-", "rand-m9-tother", "randm9", "cutout"),
         *("rand-m9-mstdinf", "rand-m9.5", "rand-n1.5", "rand-inc0.5", "rand-mmax9.5"),
+        *("original-m9", "v0-", "v1", "3a-mstdinf", "ta-m9", "trivial", "augment"),
+        *("augmix-w0", "augmix-b1", "augmix-a0", "augmix-m3-n2", "augmixm3"),
     ],
 )
 def test_invalid_policies_name_the_flag(text):
     with pytest.raises(UsageError, match="--aa"):
         parse_policy(text)
+
+
+def test_a_policy_that_cannot_be_read_is_refused_with_the_settings():
+    with pytest.raises(UsageError, match="--aa origin: no such policy; did you mean orig"):
+        resolve("demo", None, ["augment.aa=origin"])
+    with pytest.raises(UsageError, match="--loader dali: DALI does not average chains"):
+        resolve("demo", None, ["augment.aa=augmix-m3", "data.loader=dali"])
+
+
+@pytest.mark.parametrize("text", ["v0", "v0r", "original", "originalr", "3a", "v0-mstd0.5"])
+def test_autoaugment_draws_timms_sub_policies(text):
+    """Operations, probabilities and magnitudes are timm's, and each sub-policy is as likely."""
+    timm = pytest.importorskip("timm.data.auto_augment")
+    policy = parse_policy(text)
+    theirs = timm.auto_augment_transform(text, {})
+
+    def settings_of(sub_policies):
+        return [
+            [(op.name, op.prob, op.magnitude, op.magnitude_std) for op in sub]
+            for sub in sub_policies
+        ]
+
+    assert settings_of(policy.sub_policies) == settings_of(theirs.policy)
+    drawn = [sample_ops(policy, Draws(0, 1, 0, i)) for i in range(3000)]
+    expected = np.mean([sum(op.prob for op in sub) for sub in policy.sub_policies])
+    assert np.mean([len(ops) for ops in drawn]) == pytest.approx(expected, abs=0.06)
+    if text == "3a":
+        assert {len(ops) for ops in drawn} == {1}
+        radii = [op.value for ops in drawn for op in ops if op.name == "gaussian_blur"]
+        assert 0.1 <= min(radii) < 0.2 and 1.9 < max(radii) < 2.0
+        jittered = AugmentConfig(aa="3a", color_jitter=0.3)
+        names = [op.name for op in sample_record(jittered, 32, 0, 0, 1, 64, 64).ops]
+        assert sorted(names[1:]) == ["brightness", "color", "contrast"]
+
+
+def test_augmix_draws_chains_weights_and_share():
+    pytest.importorskip("timm")
+    policy = parse_policy("augmix-m5-w4")
+    assert len(policy.ops) == 13 and policy.most_ops == 0
+    # timm draws the magnitude evenly up to m, unless mstd is given.
+    settings = {dataclasses.replace(op, name="") for op in policy.ops}
+    assert settings == {TimmOp("", 1.0, 5.0, math.inf, 10.0)}
+    drawn = [policy.sample(Draws(0, 1, 0, i), "", 64).branches for i in range(1000)]
+    lengths = [len(chain) for found in drawn for chain in found.chains]
+    assert {len(found.chains) for found in drawn} == {4} and set(lengths) == {1, 2, 3}
+    weights = np.array([found.weights for found in drawn])
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+    # Dirichlet(1, 1, 1, 1) has mean 1/4 and variance 3/80; Beta(1, 1) is even on [0, 1].
+    assert weights.mean(axis=0) == pytest.approx(0.25, abs=0.025)
+    assert weights.var(axis=0) == pytest.approx(3 / 80, abs=0.006)
+    assert np.mean([found.share for found in drawn]) == pytest.approx(0.5, abs=0.04)
+    ops = [op for found in drawn for chain in found.chains for op in chain]
+    moved = [abs(op.value) for op in ops if op.name == "translate_x"]
+    assert 0.13 < max(moved) <= 0.15
+    deep = parse_policy("augmix-d2").sample(Draws(0, 1, 0, 0), "", 64).branches
+    assert [len(chain) for chain in deep.chains] == [2, 2, 2]
+
+
+def test_trivialaugment_draws_every_operation_and_magnitude_alike():
+    policy = parse_policy("ta")
+    drawn = [sample_ops(policy, Draws(0, 1, 0, i)) for i in range(14 * 300)]
+    counts = Counter(ops[0].name if ops else "identity" for ops in drawn)
+    assert len(counts) == len(TRIVIAL_ARGUMENTS) == 14
+    assert min(counts.values()) > 230 and max(counts.values()) < 370
+    angles = {round(ops[0].value, 6) for ops in drawn if ops and ops[0].name == "rotate"}
+    assert angles <= {round(sign * 4.5 * bin, 6) for sign in (1, -1) for bin in range(31)}
+    assert len(angles) > 50
+    assert sample_ops(parse_policy("trivial-wide"), Draws(0, 1, 0, 5)) == drawn[5]
 
 
 def test_mixing_draws():

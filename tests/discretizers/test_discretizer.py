@@ -177,6 +177,43 @@ def test_jpeg_needs_a_quality(name):
         load(name)
 
 
+def test_webp_equals_pillow():
+    pixels = torch.rand(2, 3, 20, 16)
+    images, codes = load("webp:40")(pixels)
+    file = io.BytesIO()
+    levels = (pixels[1] * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(levels).save(file, "WEBP", quality=40)
+    expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+    assert codes is None and torch.equal(images[1], expected)
+
+
+def test_blur_loses_detail_and_keeps_what_is_smooth():
+    ramp = torch.linspace(0.2, 0.8, 32).expand(2, 3, 32, 32)
+    stripes = (torch.arange(32) % 2).float().expand(2, 3, 32, 32).clone().requires_grad_()
+    blur = load("blur:4")
+    images, codes = blur(stripes)
+    assert codes is None and not images.requires_grad
+    assert (images[..., 4:-4] - 0.5).abs().max() < 0.05
+    assert (blur(ramp).images - ramp)[..., 4:-4].abs().max() < 0.01
+    assert load("blur:2.5")(torch.rand(1, 3, 13, 21)).images.shape == (1, 3, 13, 21)
+
+
+@pytest.mark.parametrize("name", ["identity", "jpeg:75", "webp:75", "blur:4"])
+def test_controls_have_no_codes(name):
+    control = load(name)
+    assert (control.name, control.describe_codes(32), control.code_bits) == (name, "no codes", 0)
+    assert control(torch.rand(1, 3, 8, 8)).codes is None and control.fingerprint() is None
+
+
+@pytest.mark.parametrize(
+    "name", ["webp:0", "webp:101", "webp:4.5", "blur", "blur:1", "blur:nan", "blur:65"]
+)
+def test_controls_need_a_valid_argument(name):
+    form = {"webp": "webp:QUALITY", "blur": "blur:FACTOR"}[name.partition(":")[0]]
+    with pytest.raises(UsageError, match=f"--discretizer {name}: write {form}"):
+        load(name)
+
+
 @pytest.mark.parametrize("name", ["", "vqgan", "f8-16384"])
 def test_unknown_names_are_refused(name):
     with pytest.raises(

@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 from dad_fast.data.loaders.loader import Batch
-from dad_fast.discretizers.jpeg import Jpeg
+from dad_fast.discretizers.codec import Codec
 from dad_fast.engine import cuda_graph as graph_module
 from dad_fast.engine.cuda_graph import capturing
 from dad_fast.engine.prefetch import _to_gpu
@@ -108,7 +108,7 @@ def test_failed_capture_falls_back_or_raises(machine, caplog):
 
     def make(cuda_graphs):
         step = case.make(machine.device, cuda_graphs)
-        step.generator.discretizer = Jpeg(75)
+        step.generator.discretizer = Codec("JPEG", 75)
         return step
 
     plain = train(make("off"), machine.feed(case.batches(STEPS)))
@@ -132,7 +132,7 @@ def test_failed_capture_falls_back_or_raises(machine, caplog):
 def test_failed_capture_leaves_stream_and_allocator_as_they_were():
     case = Case()
     step = case.make(torch.device("cuda", 0), "auto")
-    step.generator.discretizer = Jpeg(75)
+    step.generator.discretizer = Codec("JPEG", 75)
     train(step, (batch.to("cuda") for batch in case.batches(STEPS)))
     assert step.graphs.failed
     assert torch.cuda.current_stream() == torch.cuda.default_stream()

@@ -56,6 +56,14 @@ def test_missing_teacher_and_unknown_student_are_one_line_errors(folder, capsys)
     )
 
 
+def test_a_distance_that_needs_more_images_is_a_one_line_error(folder, capsys):
+    models = "--teacher", write_teacher(folder / "clip.safetensors"), "--discretizer", "jpeg:60"
+    line = refused(capsys, *models, "--distance", "dist", "--batch-size", "1", code=2)
+    assert "--distance dist compares the images of a batch and needs 2" in line
+    line = refused(capsys, *models, "--distance", "dits", code=2)
+    assert "--distance dits: no such distance; did you mean dist?" in line
+
+
 def test_splits_of_different_classes_are_a_one_line_error(folder, capsys):
     (folder / "data/val/bee").rename(folder / "data/val/beee")
     line = refused(capsys, "--method", "ce", code=4)

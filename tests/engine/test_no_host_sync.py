@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dad_fast.config.schema import Config, EngineConfig, LossConfig, StoreConfig
+from dad_fast.config.schema import Config, DataConfig, EngineConfig, LossConfig, StoreConfig
 from dad_fast.engine.build import make_step
 from dad_fast.engine.update import Update
 from dad_fast.kernels.pack_codes import packed_bytes
@@ -106,7 +106,7 @@ def stored(codes=False, outputs=False):
     return replace(batch(), **found)
 
 
-def crossings(monkeypatch, method, student_config, fused=False, data=None, **sections):
+def crossings(monkeypatch, method, student_config, fused=False, given=None, **sections):
     cfg = Config(
         method=method, student=student_config, engine=EngineConfig(cuda_graphs="off"), **sections
     )
@@ -130,7 +130,7 @@ def crossings(monkeypatch, method, student_config, fused=False, data=None, **sec
             move(module)
         step = make_step(cfg, student, teacher, vqgan, Update(student, cfg, CUDA))
         step.generator.attack = replace(step.generator.attack, fused=fused)
-        data = (data or batch()).to(CUDA)
+        data = (given or batch()).to(CUDA)
         step(data, 0, 1e-3)  # optimizers make their state in the first step
         with Crossings() as found:
             (scalars,) = step(data, 1, 1e-3)
@@ -172,6 +172,9 @@ def test_no_other_setting_makes_the_host_wait(pretended_cuda, monkeypatch):
     split = replace(BATCH_NORM, bn="split")
     assert crossings(monkeypatch, "dat+dad", split, fused=True, optim=CLIP, attack=attack) == []
     assert crossings(monkeypatch, "dad", replace(LAYER_NORM, drop_path=0.2), fused=True) == []
+    for distance in ("l2", "dist"):
+        loss = LossConfig(distance=distance)
+        assert crossings(monkeypatch, "kd", LAYER_NORM, loss=loss) == []
 
 
 @pytest.mark.parametrize("codes", [False, True], ids=["images", "codes"])
@@ -182,19 +185,26 @@ def test_no_store_makes_the_host_wait(pretended_cuda, monkeypatch, codes, output
     """
     data, dirs = stored(codes, outputs), ("a store",)
     store = StoreConfig(dirs=dirs, mix_outputs=outputs)
-    assert crossings(monkeypatch, "dad", LAYER_NORM, data=data, store=store) == []
+    assert crossings(monkeypatch, "dad", LAYER_NORM, given=data, store=store) == []
     assert (
         crossings(
             monkeypatch,
             "dad",
             LAYER_NORM,
-            data=data,
+            given=data,
             store=store,
             loss=LossConfig(form="joint"),
             fused=True,
         )
         == []
     )
+
+
+def test_no_missing_label_makes_the_host_wait(pretended_cuda, monkeypatch):
+    given = replace(batch(), labels=torch.tensor([1, -1] * (B // 2)))
+    for data in (DataConfig(labels="teacher"), DataConfig(extra_data="a folder")):
+        how = {"given": given, "fused": True, "data": data}
+        assert crossings(monkeypatch, "dad", LAYER_NORM, **how) == []
 
 
 def test_a_host_wait_is_detected(pretended_cuda, monkeypatch):

@@ -67,7 +67,8 @@ def test_learning_rate_equals_timms_cosine(prefix, warmup_epochs):
 
 
 def test_presets_of_the_papers_follow_the_recipes_schedule_and_ema():
-    for name in ("kd-vitb16", "dad-vitb16", "dat-vitb16", "dad-rn50", "dad-authors-online"):
+    vit_b = ("kd-vitb16", "dad-vitb16", "dat-vitb16", "ard-vitb16", "rslad-vitb16")
+    for name in (*vit_b, "dad-dist-vitb16", "dad-rn50", "dad-authors-online"):
         cfg = gather(name, None, [], {})
         assert not cfg.schedule.warmup_prefix
         assert (cfg.ema.decay, cfg.ema.warmup) == (0.99992, False)

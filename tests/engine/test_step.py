@@ -20,8 +20,8 @@ from dad_fast.config.schema import (
     StudentConfig,
 )
 from dad_fast.data.loaders.loader import Batch
+from dad_fast.discretizers.codec import Codec
 from dad_fast.discretizers.identity import Identity
-from dad_fast.discretizers.jpeg import Jpeg
 from dad_fast.discretizers.vqgan.discretizer import VQGANDiscretizer
 from dad_fast.discretizers.vqgan.model import VQGAN, VQGANConfig
 from dad_fast.distributed.device import resolve_device
@@ -104,7 +104,7 @@ def make_config(method, student=LAYER_NORM, **changes):
         augment=AugmentConfig(smoothing=0.1),
         attack=AttackConfig(norm="l2", eps=0.5, step_size=0.4, steps=2),
         loss=LossConfig(
-            ce=1.0, kd=0.5, dad=0.25, dat=2.0, aug=3.0, filter=changes.pop("filter", True)
+            ce=1.0, kd=0.5, dad=0.25, dat=2.0, aug=3.0, ard=0.4, filter=changes.pop("filter", True)
         ),
     )
     return replace(cfg, **changes)
@@ -146,9 +146,9 @@ def test_loss_equals_its_definition(method, order):
     def ce(images, weight=1.0):
         return (-(smoothed * student(images).double().log_softmax(-1)).sum(-1) * weight).sum() / B
 
-    def kd(images, weight=1.0):
+    def kd(images, weight=1.0, taught=None):
         p, log_q = (
-            (teacher(images).double() / 4).softmax(-1),
+            (teacher(images if taught is None else taught).double() / 4).softmax(-1),
             (student(images).double() / 4).log_softmax(-1),
         )
         return 16 * ((p * (p.log() - log_q)).sum(-1) * weight).sum() / B
@@ -159,6 +159,7 @@ def test_loss_equals_its_definition(method, order):
         "dad": lambda: 0.25 * kd(dad, keep),
         "aug": lambda: 3.0 * ce(dad, keep),
         "dat": lambda: 2.0 * ce(dat),
+        "ard": lambda: 0.4 * kd(dad, keep, taught=x),
     }
     expected = sum(weighted[term]() for term in METHODS[method].term_names())
     assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
@@ -310,7 +311,7 @@ def advised(effect, **attack):
     return said
 
 
-@pytest.mark.parametrize("make_discretizer", [lambda: Jpeg(75), Identity, discretizer])
+@pytest.mark.parametrize("make_discretizer", [lambda: Codec("JPEG", 75), Identity, discretizer])
 def test_an_attack_that_changes_next_to_nothing_is_warned_of(make_discretizer):
     weak = {"eps": 0.002, "step_size": 0.002}
     effect = effects("dad", make_discretizer(), **weak)[""]

@@ -71,9 +71,11 @@ def test_paired_comparison_equals_plain_resampling() -> None:
 def test_differences_of_nll_and_brier() -> None:
     a, b = records(np.ones(4)), records(np.ones(4))
     a.values["nll"][:], b.values["nll"][:] = (1, 2, 3, 4), (0.5, 1.5, 2.5, 3.5)
-    a.values["brier"][1] = np.nan  # a row that was not finite
+    # A row that was not finite is left out.
+    a.values["nll"][1] = a.values["brier"][1] = np.nan
     found = compare("val", a, b)
-    assert found["nll"] == {"difference": 0.5, "interval": [0.5, 0.5]} and found["brier"] == {}
+    assert found["nll"] == {"difference": 0.5, "interval": [0.5, 0.5]}
+    assert found["brier"]["difference"] == 0 and found["non_finite"] == 1
 
 
 def test_image_in_several_parts_counts_once() -> None:

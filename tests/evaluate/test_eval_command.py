@@ -85,7 +85,7 @@ def eval_(*arguments: Any) -> int:
 def test_run_folder_supplies_data_and_suites(
     place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert eval_(place / "run", "--json", tmp_path / "out.json") == 0
+    assert eval_(place / "run", "--per-class", "--json", tmp_path / "out.json") == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert "test_resnet by dad, EMA" in lines[0] and [line.split()[:2] for line in lines[2:4]] == [
         ["val", "9"],
@@ -102,6 +102,14 @@ def test_run_folder_supplies_data_and_suites(
     )
     assert (
         set(found["suites"]) == {"val", "contrast:3"} and found["suites"]["val"]["num_images"] == 9
+    )
+    val = found["suites"]["val"]
+    # Classes of equal size.
+    assert val["balanced_accuracy"] == pytest.approx(val["top1"]) and len(val["per_class"]) == 3
+    start = next(i for i, line in enumerate(lines) if line.startswith("val: balanced accuracy"))
+    shown = [line.split() for line in lines[start + 1 : start + 4]]
+    assert {name: float(accuracy) for accuracy, name in shown} == pytest.approx(
+        dict(zip(sorted(COLOURS), val["per_class"], strict=True)), abs=0.05
     )
 
 
@@ -233,10 +241,10 @@ def test_unusable_models_and_suites_are_named(
         (["--suite", "test", place / "run"], 2, "before --suite"),
         ([tmp_path / "none"], 4, "no such checkpoint"),
         ([tmp_path / "cmp"], 4, "several runs"),
-        ([tmp_path / "broken.safetensors", "--data-dir", "x"], 4, "broken.safetensors"),
+        ([tmp_path / "broken.safetensors", "--data-dir", place / "data"], 4, "broken.safetensors"),
         ([place / "run", "--suite", "contrst"], 4, "did you mean contrast?"),
         ([place / "run", "--suite", "contrast:9"], 2, "1 to 5"),
-        ([place / "run", "--data-dir", tmp_path / "no"], 4, "no folder"),
+        ([place / "run", "--data-dir", tmp_path / "no"], 4, "no such folder"),
         ([place / "run", "--batch-size", "0"], 2, "--batch-size must be 1 or more"),
     ]:
         assert eval_(*arguments) == code, arguments

@@ -65,7 +65,7 @@ def records_of(count: int, parts: int) -> Records:
 
 def test_intervals_of_calibration_equal_plain_resampling() -> None:
     records = records_of(300, 1)
-    found = with_intervals(make_result("x", records, 10))
+    found = with_intervals(make_result("x", records, 10, 10))
     random, plain = np.random.default_rng(5), {"ece": [], "nll": [], "brier": []}
     for _ in range(1500):
         rows = random.integers(300, size=300)
@@ -80,7 +80,9 @@ def test_intervals_of_calibration_equal_plain_resampling() -> None:
 
 
 def test_parts_of_an_image_are_resampled_together() -> None:
-    once, five = (with_intervals(make_result("x", records_of(200, parts), 10)) for parts in (1, 5))
+    once, five = (
+        with_intervals(make_result("x", records_of(200, parts), 10, 10)) for parts in (1, 5)
+    )
     assert five.nll_interval == pytest.approx(
         once.nll_interval
     ) and five.ece_interval == pytest.approx(once.ece_interval)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from dad_fast.evaluate.metrics.image_scores import SCORES, image_scores, summarise
+from dad_fast.evaluate.metrics.image_scores import (
+    SCORES,
+    class_accuracies,
+    image_scores,
+    summarise,
+)
+from dad_fast.evaluate.metrics.predictions import Records
+from dad_fast.evaluate.metrics.result import make_result, with_intervals
+from dad_fast.evaluate.show import notes
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> dict[str, np.ndarray]:
@@ -139,10 +148,61 @@ def test_rows_that_are_not_finite_count_as_wrong():
     logits = torch.eye(6) * 100
     logits[0] = float("nan")
     logits[1, 1] = float("inf")
-    found = metrics(logits, torch.arange(6))
-    assert found["top1"] == pytest.approx(100 * 4 / 6) and found["ece"] == pytest.approx(0)
-    assert math.isnan(found["nll"]) and math.isnan(found["brier"])
+    found, rest = metrics(logits, torch.arange(6)), metrics(logits[2:], torch.arange(2, 6))
+    assert found["top1"] == pytest.approx(100 * 4 / 6) and rest["top1"] == 100
+    for name in ("nll", "brier", "ece", "ece_adaptive", "reliability"):
+        assert found[name] == rest[name], name
     assert scores(logits, torch.arange(6))["prediction"].tolist() == [-1, -1, 2, 3, 4, 5]
+
+
+def test_all_rows_not_finite():
+    found = metrics(torch.full((3, 6), float("nan")), torch.arange(3))
+    assert found["top1"] == found["top5"] == 0
+    assert math.isnan(found["nll"]) and math.isnan(found["ece"])
+
+
+def test_balanced_accuracy_equals_scikit_learns():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    logits, labels = random_case(10)
+    # Unequal classes, and one without images.
+    labels = torch.where(labels == 3, 4, labels)
+    found = scores(logits, labels)
+    accuracies = class_accuracies(labels.numpy(), found["correct"], 10)
+    assert accuracies[3] is None and len(accuracies) == 10
+    predicted = found["prediction"].astype(int)
+    recalls = sklearn.recall_score(
+        labels.numpy(), predicted, labels=range(10), average=None, zero_division=0.0
+    )
+    found_recalls = [0.0 if one is None else one for one in accuracies]
+    assert found_recalls == pytest.approx(100 * recalls)
+
+    values = {"image": np.arange(257), "part": np.zeros(257, int), "label": labels.numpy(), **found}
+    result = make_result("x", Records("x", values), 10, 10)
+    with warnings.catch_warnings():
+        # It warns of predictions of the class without images.
+        warnings.simplefilter("ignore")
+        expected = sklearn.balanced_accuracy_score(labels.numpy(), predicted)
+    assert result.balanced_accuracy == pytest.approx(100 * expected)
+    assert abs(result.balanced_accuracy - result.top1) > 0.1
+    assert result.to_dict()["per_class"] == accuracies and result.non_finite == 0
+
+
+def test_result_counts_images_with_non_finite_logits():
+    logits, labels = random_case(6, 40)
+    logits[[3, 7]] = float("inf")
+    found = scores(logits.repeat(2, 1), labels.repeat(2))
+    values = {
+        "image": np.tile(np.arange(40), 2),
+        "part": np.repeat(np.arange(2), 40),
+        "label": labels.repeat(2).numpy(),
+        **found,
+    }
+    result = with_intervals(make_result("noise", Records("x", values), 6, 6))
+    assert result.non_finite == 2 and result.num_images == 40
+    assert all(math.isfinite(bound) for bound in (*result.nll_interval, *result.brier_interval))
+    assert result.nll_interval[0] < result.nll < result.nll_interval[1]
+    (note,) = [line for line in notes({"noise": result}) if "non-finite" in line]
+    assert note.startswith("noise: 2 of 40 images")
 
 
 def test_masked_outputs_have_no_effect():

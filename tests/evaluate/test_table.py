@@ -71,6 +71,15 @@ def test_rows_means_spreads_and_bold(runs):
     }  # test: 0.1 apart with a spread of 0.2; the teacher does not compete
 
 
+def test_best_epoch_is_a_column_where_a_run_has_it(runs):
+    for one in runs[:3]:
+        one["best_epoch"] = 15.0 + one["seed"]
+    header, rows, best = table.rows({"runs": runs}, "top1")
+    assert header == ["", "seeds", "epochs", "best", "train s", "test", "fog"]
+    assert [row[3] for row in rows] == ["", "16", ""] and best == {(1, 5), (2, 5), (2, 6)}
+    assert any(line.startswith("Best: epochs") for line in table.notes({"runs": runs}, "top1"))
+
+
 def test_lower_is_better_for_errors(runs):
     for one in runs:
         for suite in one["suites"].values():

@@ -48,6 +48,8 @@ def poison(source: Path, target: Path, contains: str) -> None:
 
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
+    # Of a run's file; the checksum would find the change.
+    metadata.pop("dad_fast.sha256", None)
     state = load_file(source)
     key = next(key for key in state if contains in key)
     state[key].view(-1)[0] = float("nan")
@@ -68,10 +70,22 @@ def test_non_finite_teacher_stops_the_run(
     teacher = ["--teacher", str(tmp_path / "bad.safetensors")]
     assert train(inputs, tmp_path / "run", "--method", method, *teacher) in (1, 4)
     line = one_line(capsys)
-    assert "not a number" in line, line
+    assert "not a number" in line and "the teacher's outputs on" in line, line
+    assert "--lr" not in line
     for model in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
         student, _ = load_student(model)
         assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
+def test_non_finite_student_weights_are_named(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(inputs, tmp_path / "run", "--method", "ce", "--max-steps", "1") == 0
+    poison(tmp_path / "run" / "model.safetensors", tmp_path / "bad.safetensors", "fc.weight")
+    start = ["--method", "ce", "--init-from", str(tmp_path / "bad.safetensors")]
+    assert train(inputs, tmp_path / "again", *start) == 1
+    line = one_line(capsys)
+    assert "the student's model.fc.weight is not finite" in line and "--lr" not in line
 
 
 def test_learning_rate_that_diverges_stops_the_run(

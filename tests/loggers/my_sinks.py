@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
-from dad_fast.loggers.sinks import Sink
+from dad_fast.loggers.sinks import RunInfo, Sink
 
 
 class Kept(Sink):
@@ -19,6 +20,9 @@ class Kept(Sink):
         self.rows: list[tuple[str, int, dict[str, Any]]] = []
         self.closed = 0
         Kept.last = self
+
+    def start(self, run: RunInfo) -> None:
+        self.run = run
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self.rows.append((kind, step, dict(values)))
@@ -44,3 +48,21 @@ class Failing(Sink):
 
 def unopenable(folder: Path) -> Sink:
     raise ConnectionError("no route to host")
+
+
+class Silent(Sink):
+    """Waits in its first line, as for a server that never answers."""
+
+    released = Event()
+
+    def __init__(self, folder: Path) -> None:
+        pass
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self.released.wait()
+
+
+class Uninstalled(Kept):
+    """Needs a package that does not exist."""
+
+    package = ("no_such_package", "no-such-package>=1")

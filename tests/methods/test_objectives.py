@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 import numpy as np
 
 from dad_fast.config.schema import LossConfig
+from dad_fast.methods.distances import dist, l2
 from dad_fast.methods.losses import (
     distillation,
     keep_mask,
@@ -13,7 +14,7 @@ from dad_fast.methods.losses import (
     smooth,
     soft_cross_entropy,
 )
-from dad_fast.methods.registry import METHODS, Images
+from dad_fast.methods.registry import DISTANCES, METHODS, Images
 
 B, C = 6, 7
 NAMES = [name for name in METHODS if METHODS[name].terms]
@@ -39,6 +40,30 @@ def np_kd(student, teacher, t, weight=None):
     )
 
 
+def np_l2(student, teacher, t, weight=None):
+    losses = []
+    for s, u in zip(student, teacher, strict=True):
+        losses.append(0.5 * np.mean(((s - s.mean()) - (u - u.mean())) ** 2))
+    return float((np.array(losses) * (1 if weight is None else weight)).sum() / B)
+
+
+def np_dist(student, teacher, t, weight=None):
+    """DIST, image by image and class by class; within classes over the kept images alone."""
+    q, p = np.exp(log_softmax(student / t)), np.exp(log_softmax(teacher / t))
+    kept = np.ones(B, bool) if weight is None else weight > 0
+
+    def one_minus(a, b):
+        a, b = a - a.mean(), b - b.mean()
+        return 1 - (a @ b) / (np.sqrt(a @ a) * np.sqrt(b @ b) + 1e-8)
+
+    between = sum(one_minus(q[i], p[i]) for i in range(B) if kept[i]) / B
+    within = sum(one_minus(q[kept, c], p[kept, c]) for c in range(C)) / C * kept.mean()
+    return float(t * t * (between + within))
+
+
+FORMULAS = {"kl": np_kd, "l2": np_l2, "dist": np_dist}
+
+
 def draw():
     logits = {
         name: RANDOM.normal(0, 3, (B, C))
@@ -60,16 +85,21 @@ def objective_of(method, weights, logits, targets, keep, fused):
     return objective(METHODS[method], weights, *models, every, keep, fused=fused)
 
 
+@pytest.mark.parametrize("distance", list(FORMULAS))
 @pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("filtered", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_objective_equals_its_formula(method, filtered, fused):
+def test_objective_equals_its_formula(method, filtered, fused, distance):
     raw, targets, keep = draw()
-    w = LossConfig(ce=1.1, kd=0.5, dad=0.7, dat=0.9, aug=0.3, temperature=4.0)
+    w = LossConfig(
+        ce=1.1, kd=0.5, dad=0.7, dat=0.9, aug=0.3, ard=0.6, temperature=4.0, distance=distance
+    )
     weight = keep if filtered else None
+    formula = FORMULAS[distance]
     ce = np_ce(raw["student_clean"], targets)
-    kd = np_kd(raw["student_clean"], raw["teacher_clean"], 4.0)
-    dad = np_kd(raw["student_dad"], raw["teacher_dad"], 4.0, weight)
+    kd = formula(raw["student_clean"], raw["teacher_clean"], 4.0)
+    dad = formula(raw["student_dad"], raw["teacher_dad"], 4.0, weight)
+    ard = formula(raw["student_dad"], raw["teacher_clean"], 4.0, weight)
     dat = np_ce(raw["student_dat"], targets)
     aug = np_ce(raw["student_dad"], targets, weight)
     expected = {
@@ -79,6 +109,8 @@ def test_objective_equals_its_formula(method, filtered, fused):
         "dat": 1.1 * ce + 0.9 * dat,
         "dad": 1.1 * ce + 0.5 * kd + 0.7 * dad,
         "dat+dad": 1.1 * ce + 0.5 * kd + 0.7 * dad + 0.9 * dat,
+        "ard": 1.1 * ce + 0.6 * ard,
+        "rslad": 0.5 * kd + 0.6 * ard,
     }[method]
     total, parts = objective_of(
         method,
@@ -90,6 +122,61 @@ def test_objective_equals_its_formula(method, filtered, fused):
     )
     assert total.item() == pytest.approx(expected, rel=1e-12)
     assert set(parts) == set(METHODS[method].term_names())
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("distance", list(FORMULAS))
+def test_gradient_of_a_distance_equals_finite_differences(distance, filtered):
+    """Central differences of the formula in NumPy, in float64, at every logit of the student."""
+    raw, targets, keep = draw()
+    weight = keep if filtered else None
+    student = torch.from_numpy(raw["student_dad"]).requires_grad_(True)
+    teacher = torch.from_numpy(raw["teacher_dad"])
+    method, weights = METHODS["dad"], LossConfig(ce=0, kd=0, dad=1, distance=distance)
+    mask = torch.from_numpy(keep) if filtered else None
+    everything = {Images.CLEAN: student.detach(), Images.ATTACK_TEACHER: student}
+    taught = {Images.CLEAN: teacher, Images.ATTACK_TEACHER: teacher}
+    labels = dict.fromkeys(Images, torch.from_numpy(targets))
+    objective(method, weights, everything, taught, labels, mask)[0].backward()
+
+    formula, step = FORMULAS[distance], 1e-5
+    expected = np.zeros((B, C))
+    for place in np.ndindex(B, C):
+        both = []
+        for sign in (1, -1):
+            moved = raw["student_dad"].copy()
+            moved[place] += sign * step
+            both.append(formula(moved, raw["teacher_dad"], 4.0, weight))
+        expected[place] = (both[0] - both[1]) / (2 * step)
+    np.testing.assert_allclose(student.grad.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_l2_is_the_limit_of_kl_for_high_temperatures():
+    raw, _, _ = draw()
+    student, teacher = torch.from_numpy(raw["student_dad"]), torch.from_numpy(raw["teacher_dad"])
+    exact = l2(student, teacher, None, 4.0)
+    assert distillation(student, teacher, 1e4).item() == pytest.approx(exact.item(), rel=1e-3)
+    # A store keeps logits minus their maximum.
+    shifted = teacher - teacher.amax(dim=1, keepdim=True)
+    torch.testing.assert_close(l2(student, shifted, None, 4.0), exact)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_dist_has_gradients_where_nothing_can_be_correlated(kept):
+    """No image or one is kept, one of them with infinite logits, and a teacher is constant."""
+    keep = torch.zeros(4)
+    keep[:kept] = 1
+    logits = torch.randn(4, 5)
+    logits[3, 0] = float("inf")
+    student = logits.half().requires_grad_(True)
+    loss = dist(student, torch.zeros(4, 5), keep, 4.0)
+    loss.backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all() and not student.grad[kept:].any()
+
+
+def test_every_distance_is_tested():
+    assert set(DISTANCES.own_names()) == set(FORMULAS)
 
 
 def test_the_filter_divides_by_the_batch_not_by_the_kept():
@@ -158,10 +245,13 @@ def test_keep_mask_takes_either_of_two_mixed_labels():
 def test_fused_objective_equals_plain(method, temperature):
     """Loss, parts and gradients, over methods, filter, weights, smoothing and temperatures."""
     for filtered in (True, False):
-        for smoothing, w in ((0.0, (1.0, 0.5, 0.5, 1.0, 1.0)), (0.1, (0.3, 2.0, 0.0, 0.7, 4.0))):
+        for smoothing, w in (
+            (0.0, (1.0, 0.5, 0.5, 1.0, 1.0, 0.5)),
+            (0.1, (0.3, 2.0, 0.0, 0.7, 4.0, 2.0)),
+        ):
             raw, targets, keep = draw()
             weights = LossConfig(
-                **dict(zip(("ce", "kd", "dad", "dat", "aug"), w, strict=True)),
+                **dict(zip(("ce", "kd", "dad", "dat", "aug", "ard"), w, strict=True)),
                 temperature=temperature,
             )
             results = []

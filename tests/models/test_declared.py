@@ -32,6 +32,7 @@ SPEC = {
     "std": [0.25, 0.25, 0.25],
     "crop_pct": 0.9,
     "interpolation": "bicubic",
+    "squashed": False,
 }
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -71,6 +72,7 @@ HOSTILE = {
     "a fraction of a pixel": changed(img_size=1.5),
     "nan": changed(mean=[float("nan")] * 3),
     "infinite": changed(crop_pct=float("inf")),
+    "a squash that is no switch": changed(squashed=1),
     "zero": changed(std=[0.0] * 3),
     "two colours": changed(mean=[0.5] * 2),
     "kwargs as a list": changed(model_kwargs=[]),

@@ -17,8 +17,10 @@ from dad_fast.models.places import checkpoint_file
 from dad_fast.models.student import (
     build_student,
     load_student_weights,
+    read_student,
     save_student,
 )
+from dad_fast.models.weights.declared import STUDENT
 from dad_fast.models.weights.files import write_safetensors
 from tests.numerics import assert_same_function
 
@@ -53,6 +55,19 @@ def test_normalises_inside(name, kwargs):
     assert (student.num_classes, student.image_size) == (5, 32)
     assert (student.crop_pct, student.interpolation) == (own["crop_pct"], own["interpolation"])
     assert student.has_batch_stats == (name == "resnet18")
+
+
+def test_views_are_squashed_as_the_weights_expect(tmp_path):
+    """timm's crop_mode of these weights is squash; files without the entry have centre crops."""
+    small = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}
+    student = build(name="convnextv2_nano.fcmae_ft_in22k_in1k_384", model_kwargs=small)
+    assert student.squashed and not build().squashed
+    save_student(tmp_path / "model.safetensors", student, {})
+    assert load_student(tmp_path / "model.safetensors")[0].squashed
+    state, metadata = student.contents()
+    spec = json.loads(metadata[STUDENT])
+    del spec["squashed"]
+    assert not read_student(tmp_path / "old", state, {STUDENT: json.dumps(spec)}).squashed
 
 
 def test_a_size_that_patches_do_not_fill_is_warned_of(caplog):
@@ -311,6 +326,7 @@ def test_the_spec_is_plain_json(tmp_path):
         "std": [0.229, 0.224, 0.225],
         "crop_pct": 0.95,
         "interpolation": "bicubic",
+        "squashed": False,
     }
 
 

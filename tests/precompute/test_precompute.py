@@ -327,6 +327,7 @@ def test_training_from_stores_resumes_and_logs_its_stores(
         "adversarial",
         "targets",
     }
+    assert "no results of the teacher: the store has its hash" in capsys.readouterr().err
     assert main([*run, "-o", str(tmp_path / "parts"), "--max-steps", "5"]) == 0
     assert main([*run, "-o", str(tmp_path / "parts"), "--resume", "auto"]) == 0
     a, b = (tmp_path / name / "model.safetensors" for name in ("straight", "parts"))
@@ -391,6 +392,8 @@ def test_outputs_for_another_temperature_are_refused(inputs, tmp_path, capsys):
         "topk:1@2, are exact at temperature 2 only, and the run distils at 4 (--temperature)"
         in capsys.readouterr().err
     )
+    assert main([*run, "--temperature", "2", "--distance", "l2"]) == 2
+    assert "--distance l2 compares the logits of all classes" in capsys.readouterr().err
     assert main([*run, "--temperature", "2"]) == 0
 
 
@@ -416,7 +419,7 @@ def test_another_teacher_or_other_data_is_refused(inputs, raw, targets, tmp_path
         main([*run, *inputs["teacher"], "--method", "ce"]) == 2
         and "--store" in capsys.readouterr().err
     )
-    for method, store in (("kd", raw), ("aug-only", targets)):
+    for method, store in (("kd", raw), ("ard", raw), ("aug-only", targets)):
         assert (
             main(
                 [

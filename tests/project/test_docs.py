@@ -23,11 +23,13 @@ COMMANDS = (
     "train",
     "ablate",
     "eval",
+    "average",
     "analyze",
     "predict",
     "export",
     "precompute",
     "store",
+    "fit-discretizer",
     "report",
     "profile",
     "doctor",
@@ -79,6 +81,11 @@ def test_every_saving_is_explained():
     assert not [name for name in names if f"`{name}`" not in text]
 
 
+def test_tables_of_methods_match_the_registries():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert script("methods_tables").with_tables(page) == page
+
+
 @pytest.fixture(scope="module")
 def helps():
     """Output of -h by command; train has --help-all, since other commands take its settings."""
@@ -104,7 +111,7 @@ def test_flags_in_command_lines_exist(page, helps):
     blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
     for line in COMMAND_LINE.findall(text):
-        command = re.search(r"(?:dad-fast|dad_fast) (\w+)", line)
+        command = re.search(r"(?:dad-fast|dad_fast) ([\w-]+)", line)
         assert command and command[1] in COMMANDS, line
 
         documented = helps[command[1]] + helps["train --help-all"]
@@ -112,6 +119,29 @@ def test_flags_in_command_lines_exist(page, helps):
         call = line[command.start() :].partition(" #")[0]
         for flag in re.findall(r" (--[a-z][\w-]*)", call):
             assert flag in known or flag.replace("--no-", "--") in known, (line, flag)
+
+
+def test_table_of_discretizers_is_made_from_the_registry():
+    pytest.importorskip("torch")
+    pytest.importorskip("safetensors")
+    from dad_fast.discretizers import overview
+    from dad_fast.discretizers.vqgan.config import OTHER_LAYOUTS, PRESETS
+
+    page = overview.PAGE.read_text(encoding="utf-8")
+    assert set(overview.PUBLISHED) == {*PRESETS, *OTHER_LAYOUTS}
+    # By hand: 172.0 + 360.1 GFLOP, 784 codes of 14 bits.
+    assert "| VQGAN f8-16384 | `FILE.ckpt` | 28x28 codes of 14 bits | 532 |" in page
+    for row in overview.built_in_rows():
+        assert f"\n{row}\n" in page
+
+
+@pytest.mark.slow
+def test_table_of_discretizers_is_what_the_code_gives_today():
+    pytest.importorskip("torch")
+    from dad_fast.discretizers.overview import PAGE, with_table
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_table(page) == page
 
 
 def test_demo_table_matches_its_record():
@@ -124,9 +154,9 @@ def test_demo_table_matches_its_record():
         assert row in readme, line
 
 
-def desk_model() -> Any:
-    path = ROOT / "scripts" / "desk_model.py"
-    spec = importlib.util.spec_from_file_location("desk_model", path)
+def script(name: str) -> Any:
+    path = ROOT / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -136,7 +166,7 @@ def desk_model() -> Any:
 def test_desk_model_tables_match_their_record():
     record = json.loads((RECORDS / "desk-model.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert desk_model().with_tables(page, record) == page
+    assert script("desk_model").with_tables(page, record) == page
     rates = tomllib.loads((ROOT / "dad_fast/tools/dry_run/rates.toml").read_text(encoding="utf-8"))
     assert record["rates"] == {"name": "H200", **rates["H200"]}
 
@@ -157,7 +187,7 @@ def test_desk_model_is_what_the_code_gives_today():
     for package in ("torch", "timm", "open_clip"):
         pytest.importorskip(package)
     record = json.loads((RECORDS / "desk-model.json").read_text(encoding="utf-8"))
-    for name, form in desk_model().make_record()["forms"].items():
+    for name, form in script("desk_model").make_record()["forms"].items():
         assert form["ms"] == pytest.approx(record["forms"][name]["ms"], rel=0.05), name
         assert form["peak_GiB"] == pytest.approx(record["forms"][name]["peak_GiB"], rel=0.05), name
 

@@ -23,22 +23,26 @@ def photos(tmp_path, monkeypatch, cache):
     for number in range(1, 5):
         for image in sorted((tmp_path / "photos/train").glob("*/?.jpg")):
             shutil.copy(image, image.with_stem(f"{image.stem}-{number}"))
+    shutil.copy(image, tmp_path / "photos/train/stray.jpg")
     write_teacher(tmp_path / "clip.safetensors")
     return tmp_path
 
 
 def test_photographs_become_an_evaluated_exported_model(photos, capsys):
-    """README's commands for own data, with a smaller student and a few steps."""
+    """README's commands for own data without a GPU, with a smaller student and a few steps."""
     train = ["train", "--preset", "finetune", "--data-dir", "photos", "--discretizer", "jpeg:75"]
     offline = ["--teacher", "clip.safetensors", *STUDENT, "--no-pretrained", "--workers", "0"]
+    offline += ["--epochs", "10", "--stores"]
     assert main([*train, *offline, "--max-steps", "3", "-o", "run"]) == 0
     log = capsys.readouterr().err
     assert "180 of its 200 images, of 5 classes" in log and "held out for validation" in log
-    assert "100 epochs, warm-up 10," in log and "0 to 3 of 8 images, 22 an epoch" in log
+    assert "10 epochs, warm-up 1," in log and "0 to 3 of 8 images, 22 an epoch" in log
+    # The data set is opened several times.
+    assert log.count("1 images lie in photos/train itself and are not read") == 1
     record = json.loads((photos / "run/run.json").read_text())["data"]
     assert "20 of its 200 images" in record["val"]["images"]
     config = (photos / "run/config.toml").read_text()
-    assert "\nbatch_size = 8 " in config and "\nepochs = 100 " in config
+    assert "\nbatch_size = 8 " in config and "\nwarmup_epochs = 1.0 " in config
 
     assert main(["eval", "run", "--suite", "val", "contrast:3", "--json", "eval.json"]) == 0
     suites = json.loads((photos / "eval.json").read_text())["checkpoint"]["suites"]

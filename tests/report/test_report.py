@@ -155,9 +155,10 @@ def test_report_of_a_comparison_is_self_contained(tmp_path):
         assert words in checked.text, words
     figures = re.findall(r"<figcaption>(.*?) <small>", text)
     assert figures[:2] == ["test", "fog"]  # a bar chart per suite
-    assert figures[2:5] == [
+    assert figures[2:6] == [
         "Validation top-1",
         "Training loss",
+        "Validation loss",
         "Attacked images kept by the filter",
     ]
     training = text.split("Training</h2>")[1].split("Throughput, energy and overhead</h2>")[0]

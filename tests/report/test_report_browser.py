@@ -66,7 +66,8 @@ def browser():
 def pages(tmp_path_factory):
     """A single run, a comparison of three seeds, and runs with hostile names, one in progress."""
     root = tmp_path_factory.mktemp("pages")
-    made.write_run(root / "single", "dad", "dad")
+    record = made.with_classes(made.write_run(root / "single", "dad", "dad"))
+    made.write_json(root / "single/results.json", record)
     made.write_comparison(root / "comparison", seeds=3)
     hostile = []
     for number in range(12):
@@ -139,6 +140,21 @@ def test_page_prints_black_on_white(browser, pages, name):
             one => one.getBoundingClientRect().right))"""
         assert shown.evaluate(right) <= 703
     assert shown.pdf(format="A4")[:5] == b"%PDF-"
+    shown.context.close()
+
+
+def test_first_column_and_caption_stay_while_a_table_scrolls(browser, pages):
+    """On a phone of 375 pixels, which leaves room for two numbers beside the names."""
+    shown, _ = _open(browser, pages["comparison"], viewport={"width": 375, "height": 800})
+    for table in shown.query_selector_all("#result .scroll:not(details *)"):
+        table.evaluate("one => { one.scrollLeft = 150 }")
+        assert table.evaluate("one => one.scrollLeft") > 100
+        left = table.bounding_box()["x"]
+        for part in ("tbody th", "caption span"):
+            box = table.query_selector(part).bounding_box()
+            assert box["x"] == pytest.approx(left, abs=1)
+        names = table.query_selector("tbody th").bounding_box()["width"]
+        assert names <= 0.45 * table.bounding_box()["width"]
     shown.context.close()
 
 

@@ -99,6 +99,12 @@ def test_models_get_short_unique_names():
         "discretizer=b-vqgan.ckpt",
         "discretizer=jpeg-30",
     ]
+    assert plan_of(["discretizer"]).axes["discretizer"][1:] == [
+        "discretizer=identity",
+        "discretizer=jpeg-75",
+        "discretizer=webp-75",
+        "discretizer=blur-4",
+    ]
 
 
 def test_any_setting_can_be_an_axis():
@@ -110,6 +116,30 @@ def test_any_setting_can_be_an_axis():
     assert plan.axes["augment.scale"] == ["dad", "scale=0.5-1"]
     assert changes(plan, "scale=0.5-1") == {"augment.scale": (0.5, 1.0)}
     assert plan.axes["student.bn"] == ["dad", "bn=split", "bn=aux"]
+
+
+def test_distances_and_methods_are_axes():
+    plan = plan_of(["methods", "distance"])
+    assert plan.axes["methods"] == ["dad", "dat", "dat+dad", "ard", "rslad"]
+    assert plan.axes["distance"] == ["dad", "distance=l2", "distance=dist"]
+    assert plan_of([], {"distance": ["l2"]}).axes["distance"] == ["dad", "distance=l2"]
+    with pytest.raises(UsageError, match="axis distance: no cell of it differs"):
+        plan_of(["distance"], method="dat")
+    with pytest.raises(UsageError, match="--distance cosine: no such distance .known: kl, l2"):
+        sweep_of(plan_of([], {"distance": ["cosine"]}), ())
+
+
+def test_augmentations_are_an_axis():
+    plan = plan_of(["augmentation"])
+    names = ["none", "rand-m9-mstd0.5-inc1", "v0", "ta", "3a", "augmix-m3-w3"]
+    assert {f"aa={name}" for name in names} >= set(plan.axes["augmentation"][1:])
+    assert len(plan.axes["augmentation"]) >= len(names)
+    assert changes(plan, "aa=ta") == {"augment.aa": "ta"}
+    check(plan.config)
+    plan = plan_of([], {"augmentation": ["none", "original"]}, augment__aa="rand-m9")
+    assert plan.axes["augmentation"] == ["dad", "aa=none", "aa=original"]
+    with pytest.raises(UsageError, match="variant aa=tb: --aa tb: no such policy"):
+        sweep_of(plan_of([], {"augmentation": ["tb"]}), ())
 
 
 def test_a_sweep_is_written_as_variants_and_read_again():
@@ -131,6 +161,12 @@ def test_identity_ignores_settings_that_the_method_does_not_use():
     assert uses(dad, **{"loss.filter": False}) and not uses(kd, **{"loss.filter": False})
     assert uses(dad, **{"student.bn": "split"}) and not uses(kd, **{"student.bn": "split"})
     assert uses(ce, **{"loss.ce": 9.0}) and not uses(ce, **{"attack.eps": 9.0})
+    assert uses(dad, **{"loss.distance": "l2"}) and not uses(ce, **{"loss.distance": "l2"})
+    l2 = with_values(dad, {"loss.distance": "l2"})
+    assert not uses(l2, **{"loss.temperature": 9.0})
+    rslad = gather("demo", None, [], {"method": "rslad"})
+    assert uses(rslad, **{"loss.ard": 9.0}) and not uses(rslad, **{"loss.ce": 9.0})
+    assert uses(dad, **{"augment.smoothing": 0.2}) and not uses(rslad, **{"augment.smoothing": 0.2})
 
 
 def test_identity_of_a_run_ignores_its_seed():
@@ -191,7 +227,7 @@ MISTAKES = {
     ),
     "a word for a number": (
         lambda: plan_of([], {"budget": ["big"]}),
-        "--budgets: attack.eps .* must be a number, got 'big'",
+        "--budgets: attack.eps .* must be a number, or auto, got 'big'",
     ),
     "a strength": (
         lambda: plan_of([], {"strength": ["-1"]}),

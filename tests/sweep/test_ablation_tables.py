@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from dad_fast.evaluate.tables import read_record
-from dad_fast.report.intervals import t_quantile
+from dad_fast.report.intervals import difference, t_quantile
 from dad_fast.sweep.ablation_tables import (
     ablation_markdown,
     axes_markdown,
     axis_rows,
-    difference,
     notes,
     summary,
 )

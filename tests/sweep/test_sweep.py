@@ -49,7 +49,9 @@ def test_run_fills_the_stores_it_asks_for(parts, tmp_path, capsys):
         ("adversarial", 1),
         ("targets", 2),
     ]
+    # Not for training; but evaluated, as in an online run.
     assert not facts["teacher_loaded"]
+    assert record["teacher"]["suites"].keys() == record["suites"].keys()
     assert record["store_seconds"] == pytest.approx(sum(map(store_seconds, stores)))
     assert record["store_seconds"] > 0
     assert "stores s" in capsys.readouterr().out

@@ -13,6 +13,7 @@ for package in ("timm", "open_clip"):
 import tiny
 
 from dad_fast.cli.main import main
+from dad_fast.report.pieces import read_pieces
 
 
 def arguments(parts, out, *more):
@@ -39,11 +40,18 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
     sheets = {"sheet.png", "sheet.safetensors"}
     assert made - sheets == expected
     assert made & sheets == (set() if method in ("ce", "kd") else sheets)
+    if sheets <= made:
+        examples = read_pieces(tmp_path / "run/sheet.safetensors").examples
+        classes = json.loads((tmp_path / "run/results.json").read_text())["classes"]
+        assert {example["label"] for example in examples} == set(classes)
     page = (tmp_path / "run/report.html").read_text()
     for words in ("changed codes", "difference ×", "Q(clean)"):
         assert (words in page) == (method not in ("ce", "kd"))
     record = json.loads((tmp_path / "run/results.json").read_text())
-    assert record["steps"] == 2 and record["suites"]["val"]["num_images"] == 24
+    suite = record["suites"]["val"]
+    assert record["steps"] == 2 and suite["num_images"] == 24
+    assert sum(suite["confusion"]["images"].values()) == 24
+    assert len(record["classes"]) == max(map(int, suite["confusion"]["images"])) + 1
     facts = json.loads((tmp_path / "run/run.json").read_text())
     chosen = {name: choice["value"] for name, choice in facts["choices"].items()}
     assert (chosen["amp"], chosen["dtype.student"], chosen["cuda_graphs"]) == (
@@ -81,6 +89,8 @@ def test_finished_run_is_resumed_evaluated_and_overwritten(parts, tmp_path, caps
     assert "optim.lr" in capsys.readouterr().err
     longer = ["--resume", "auto", "--max-steps", "4"]
     assert main(arguments(parts, out, *longer)) == 0
+    first, second = json.loads((out / "run.json").read_text())["commands"]
+    assert first.startswith("dad-fast train ") and second == f"{first} --resume auto --max-steps 4"
     assert json.loads((out / "results.json").read_text())["steps"] == 4
     assert main(arguments(parts, out, *longer, "--suite", "contrast:1")) == 0
     assert list(json.loads((out / "results.json").read_text())["suites"]) == ["contrast:1"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
+import json
+import re
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -50,7 +54,28 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"csrc", "apex", "dali", "xformers", "cache", "cuda"} <= {
         name.partition(":")[0] for name in states
     }
-    assert max(map(len, lines)) <= 100 and lines[-1].startswith("Everything required is here.")
+    assert max(map(len, lines)) <= 100
+    summary = next(i for i, line in enumerate(lines) if line.startswith("Everything required"))
+    assert lines[summary + 2].startswith("For a bug report")
+    block = lines[summary + 4 :]
+    assert all(line.startswith("    ") for line in block)
+    text = "\n".join(block)
+    for words in ("dad-fast 0.", "torch ", "csrc ", "GPU "):
+        assert words in text
+    assert str(Path.home()) not in text and str(Path.cwd()) not in text
+    assert not {socket.gethostname(), getpass.getuser()} & set(re.findall(r"[\w.-]+", text))
+
+
+def test_json_has_rows_and_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("open_clip")
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True
+    keys = {"component", "state", "detail", "fix", "required"}
+    assert all(set(row) == keys for row in found["rows"])
+    states = {row["component"]: row["state"] for row in found["rows"]}
+    assert states["python"] == states["torch"] == "ok"
+    assert {"dad_fast", "python", "packages", "gpus", "cuda", "driver"} <= set(found["environment"])
 
 
 def test_numerics() -> None:

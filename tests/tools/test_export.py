@@ -25,10 +25,15 @@ from dad_fast.cli import main as cli
 from dad_fast.config.schema import StudentConfig
 from dad_fast.data.augment.execute import eval_transform
 from dad_fast.data.classes import ClassMap
+from dad_fast.models.load_student import load_student
+from dad_fast.models.onnx_student import VIEW
 from dad_fast.models.student import Student, build_student, save_student
+from dad_fast.models.weights.declared import checked_view
 from dad_fast.tools.export import graph as export_graph
 from dad_fast.tools.export.card import md
 from dad_fast.tools.export.check import largest_difference
+from dad_fast.tools.export.timm_folder import preprocessing
+from dad_fast.tools.predict import predict
 from tests.exports import NAMES, export, make, needs_onnx
 from tests.numerics import assert_same_function
 from tests.tiny import SIDE, write_images, write_teacher
@@ -76,6 +81,28 @@ def test_timm_gives_the_students_logits(whole: tuple[Student, Path]) -> None:
     assert torch.equal(found["logits"], models[0](found["transform"](image).unsqueeze(0)))  # type: ignore[attr-defined]
     assert models[0].pretrained_cfg["label_names"] == ["folder0", "folder1", "folder2"]
     assert models[0].num_classes == 3
+
+
+def test_squashed_views_are_exported(whole: tuple[Student, Path], tmp_path: Path) -> None:
+    """In timm's configuration and in the metadata that predict reads."""
+    student, _ = whole
+    spec = {**student.spec, "squashed": True}
+    squashed = Student(student.model, spec)
+    assert preprocessing(student)["crop_mode"] == "center"
+    assert preprocessing(squashed)["crop_mode"] == "squash"
+    view = export_graph.view_metadata(squashed)[VIEW]
+    assert checked_view(view)["squashed"]
+    save_student(tmp_path / "model.safetensors", squashed, {})
+    path = tmp_path / "image.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    levels = eval_transform(Image.open(path), SIDE, student.crop_pct, student.interpolation, True)
+    with torch.no_grad():
+        expected = squashed(torch.from_numpy(levels.copy()).permute(2, 0, 1)[None].float() / 255)
+    loaded = load_student(tmp_path / "model.safetensors")[0]
+    ((best, *_),) = predict(loaded, [str(path)], 1, torch.device("cpu"))
+    assert best[1] == int(expected.argmax())
+    assert best[0] == pytest.approx(float(expected.softmax(1).max()), rel=1e-4)
 
 
 def test_the_pretrained_cfg_is_the_students(whole: tuple[Student, Path]) -> None:

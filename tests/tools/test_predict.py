@@ -362,8 +362,8 @@ def test_a_class_map_of_other_classes_than_the_runs_is_refused(
 def test_pillows_warnings_are_not_shown(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = Image.new("P", (40, 40))
-    image.save(tmp_path / "palette.png", transparency=bytes([0, 128, 255]))
+    with Image.open(place / "photos" / "a.png") as image:
+        image.quantize(8).save(tmp_path / "palette.png", transparency=bytes(range(8)))
     monkeypatch.setattr("sys.warnoptions", [])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

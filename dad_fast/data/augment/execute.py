@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from dad_fast.data.augment.policy import Op
+from dad_fast.data.augment.policy import Branches, Op
 from dad_fast.data.augment.records import FILL, MEAN, STD, AugmentRecord, Erase
 from dad_fast.errors import UsageError
 
@@ -43,6 +43,8 @@ def execute(record: AugmentRecord, image: Image.Image) -> np.ndarray:
         image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     for op in record.ops:
         image = _OPS[op.name](image, op)
+    if record.branches is not None:
+        image = _averaged(image, record.branches)
     pixels = np.asarray(image)
     if record.erase is not None:
         top, left, height, width = record.erase[:4]
@@ -52,19 +54,24 @@ def execute(record: AugmentRecord, image: Image.Image) -> np.ndarray:
 
 
 def eval_transform(
-    image: Image.Image, img_size: int, crop_pct: float, interpolation: str
+    image: Image.Image,
+    img_size: int,
+    crop_pct: float,
+    interpolation: str,
+    squashed: bool = False,
 ) -> np.ndarray:
     """Resize and crop as timm does in evaluation -> uint8 [img_size, img_size, 3].
 
-    The shorter side becomes floor(img_size / crop_pct); the crop is the centre. crop_pct above 1
-    pads with black.
+    The shorter side becomes floor(img_size / crop_pct), or with `squashed` both sides (timm's
+    crop_mode "squash"); the crop is the centre. crop_pct above 1 pads with black.
     """
     if interpolation not in _FILTERS:
         raise UsageError(
             f"--interpolation {interpolation}: not a filter; choose from {', '.join(_FILTERS)}"
         )
-    image = _cut_far_ends(image, math.floor(img_size / crop_pct))
-    size, (left, top) = eval_size(image.width, image.height, img_size, crop_pct)
+    if not squashed:
+        image = _cut_far_ends(image, math.floor(img_size / crop_pct))
+    size, (left, top) = eval_size(image.width, image.height, img_size, crop_pct, squashed)
     if size != image.size:
         image = image.resize(size, _FILTERS[interpolation])
     if size != (img_size, img_size):
@@ -88,11 +95,13 @@ def _cut_far_ends(image: Image.Image, side: int) -> Image.Image:
 
 
 def eval_size(
-    width: int, height: int, img_size: int, crop_pct: float
+    width: int, height: int, img_size: int, crop_pct: float, squashed: bool = False
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return (width, height) after resizing and (left, top) of the crop of `eval_transform`."""
     short = math.floor(img_size / crop_pct)
-    if width <= height:
+    if squashed:
+        size = (short, short)
+    elif width <= height:
         size = (short, int(short * height / width))
     else:
         size = (int(short * width / height), short)
@@ -117,6 +126,18 @@ def erase_patch(erase: Erase) -> np.ndarray:
     colour = np.asarray(MEAN, np.float32) + np.asarray(STD, np.float32) * noise
     levels = np.rint(colour.clip(0.0, 1.0) * 255.0).astype(np.uint8)
     return np.broadcast_to(levels, shape)
+
+
+def _averaged(image: Image.Image, branches: Branches) -> Image.Image:
+    """Blend the image with the average of its chains, in float32, truncated, as timm does."""
+    average = np.zeros((image.height, image.width, 3), np.float32)
+    for weight, chain in zip(branches.weights, branches.chains, strict=True):
+        branch = image
+        for op in chain:
+            branch = _OPS[op.name](branch, op)
+        average += np.float32(weight) * np.asarray(branch, np.float32)
+    levels = average.clip(0, 255).astype(np.uint8)
+    return Image.blend(image, Image.fromarray(levels), float(np.float32(branches.share)))
 
 
 def affine_matrix(op: Op, side: int) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """Sampler of augmentations: (seed, epoch, sample) -> a record of numbers, which loaders execute.
 
-Semantics and ranges are timm's (RandomResizedCrop, flips, RandAugment, colour jitter, random
+Semantics and ranges are timm's (RandomResizedCrop, flips, policies, colour jitter, random
 erasing); the order is crop, flips, colour and geometry, erasing. A record holds final arguments
 (degrees, bits, a box in pixels), not magnitudes, so that both PIL and DALI can execute it. Pixels
 that no image covers are filled with FILL, the ImageNet mean.
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dad_fast.config.schema import AugmentConfig
-from dad_fast.data.augment.policy import Op, parse_policy, sample_ops
+from dad_fast.data.augment.policies import Sampled, parse_policy, uses_color_jitter
+from dad_fast.data.augment.policy import Branches, Op
 from dad_fast.keyed_random import ERASE, MIX, RECORD, Draws, raw_bits
 
 MEAN = (0.485, 0.456, 0.406)
@@ -44,7 +45,8 @@ class AugmentRecord:
     """Augmentation of one sample in one epoch.
 
     `size` is the source's (width, height); `crop` is (left, top, width, height) in source pixels,
-    resized to `img_size` squared with `interpolation`; `ops` follow in order, on the square image.
+    resized to `img_size` squared with `interpolation`; `ops` follow in order, on the square image,
+    then `branches`.
     """
 
     epoch: int
@@ -57,6 +59,7 @@ class AugmentRecord:
     vflip: bool
     ops: tuple[Op, ...]
     erase: Erase | None
+    branches: Branches | None = None
 
 
 class Mix(NamedTuple):
@@ -78,7 +81,7 @@ def sample_record(
 ) -> AugmentRecord:
     """Return the record of one sample in one epoch; a pure function.
 
-    Raises UsageError when `aug.aa` is not a RandAugment policy.
+    Raises UsageError when `aug.aa` is not a policy.
     """
     draws = Draws(seed, RECORD, epoch, sample)
     random_filter = aug.train_interpolation == "random"
@@ -86,29 +89,34 @@ def sample_record(
     if aug.crop == "center":
         side = min(width, height)
         crop = ((width - side) // 2, (height - side) // 2, side, side)
+    elif aug.crop == "squash":
+        crop = (0, 0, width, height)
     else:
         crop = _random_resized_crop(draws, aug.scale, aug.ratio, width, height)
 
     interpolation = aug.train_interpolation
     if random_filter:
         # Without a random crop or a resize nothing is drawn; timm then takes bilinear.
-        drawn = aug.crop != "center" and crop[2:] != (img_size, img_size)
+        drawn = aug.crop == "random-resized" and crop[2:] != (img_size, img_size)
         interpolation = ("bilinear", "bicubic")[draws.below(2)] if drawn else "bilinear"
 
     hflip = draws.chance(aug.hflip)
     vflip = draws.chance(aug.vflip)
-    ops: tuple[Op, ...] = ()
+    found = Sampled()
     if aug.aa:
         op_filter = "" if random_filter else aug.train_interpolation
-        ops = sample_ops(parse_policy(aug.aa), draws, op_filter)
-    if aug.color_jitter > 0 and (not aug.aa or "3a" in aug.aa):
+        found = parse_policy(aug.aa).sample(draws, op_filter, img_size)
+    ops = found.ops
+    if uses_color_jitter(aug):
         ops += _color_jitter(draws, aug.color_jitter)
 
     erase = None
     if draws.chance(aug.reprob):
         erase = _erase_box(draws, img_size, aug.remode, seed, epoch, sample)
+    size = width, height
+    flips = hflip, vflip
     return AugmentRecord(
-        epoch, sample, (width, height), img_size, crop, interpolation, hflip, vflip, ops, erase
+        epoch, sample, size, img_size, crop, interpolation, *flips, ops, erase, found.branches
     )
 
 

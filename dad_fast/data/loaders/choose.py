@@ -8,6 +8,7 @@ from importlib import metadata
 import torch
 
 from dad_fast.config.schema import AugmentConfig
+from dad_fast.data.augment.names import dali_lacks
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources.base import Source
 from dad_fast.errors import EnvironmentProblem
@@ -39,6 +40,8 @@ def train_loader(
     options = {"rank": rank, "world": world, "cycle": cycle, "pin_memory": device.type == "cuda"}
     arguments = source, aug, img_size, batch_size, seed, workers
     name, why = resolve_loader(kind, source, device)
+    if kind == "auto" and name == "dali" and (lack := dali_lacks(aug.aa)):
+        name, why = "pil", f"{lack} (--aa {aug.aa})"
     loader: TrainLoader | None = None
     if name == "dali":
         from dad_fast.data.loaders.dali.loader import DaliLoader

@@ -127,11 +127,17 @@ class _EvalBatches(Dataset[EvalBatch]):
     """Batch number -> EvalBatch."""
 
     def __init__(
-        self, source: Source, img_size: int, crop_pct: float, interpolation: str, batch_size: int
+        self,
+        source: Source,
+        img_size: int,
+        crop_pct: float,
+        interpolation: str,
+        batch_size: int,
+        squashed: bool,
     ) -> None:
         self.source = source
         self.img_size = img_size
-        self.transform = (img_size, crop_pct, interpolation)
+        self.transform = (img_size, crop_pct, interpolation, squashed)
         self.batch_size = batch_size
         self.samples = np.flatnonzero(source.ok)
 
@@ -169,8 +175,12 @@ class EvalLoader:
         batch_size: int,
         workers: int,
         pin_memory: bool = False,
+        *,
+        squashed: bool = False,
     ) -> None:
-        self._batches = _EvalBatches(source, img_size, crop_pct, interpolation, batch_size)
+        self._batches = _EvalBatches(
+            source, img_size, crop_pct, interpolation, batch_size, squashed
+        )
         self.workers = loader_processes(workers)
         self.pin_memory = pin_memory
         self.num_images = len(self._batches.samples)

@@ -10,9 +10,12 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 
+# Label of an image without one.
+UNLABELLED = -1
+
 
 class Source(Protocol):
-    """A labelled data set.
+    """A labelled data set, or images to train on without labels.
 
     Sources are pickled to the loader's processes, so they hold plain data and no open files.
     """
@@ -20,7 +23,7 @@ class Source(Protocol):
     name: str
     classes: ClassMap
     keys: Sequence[str]  # a stable name for each sample
-    labels: np.ndarray  # int64 [N]
+    labels: np.ndarray  # int64 [N], UNLABELLED where there is none
     sizes: np.ndarray  # int32 [N, 2], width and height
     ok: np.ndarray  # bool [N]; False where the index found the file unreadable
     fingerprint: str  # changes when a sample changes

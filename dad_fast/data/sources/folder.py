@@ -11,7 +11,13 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import read_rgb, read_unchanged
-from dad_fast.data.sources.index import build_index, files_of, report_bad, report_few_bits
+from dad_fast.data.sources.index import (
+    Entry,
+    build_index,
+    files_of,
+    report_bad,
+    report_few_bits,
+)
 from dad_fast.data.sources.names import PackedStrings, shown, some
 from dad_fast.data.sources.tar import shards_hint
 from dad_fast.errors import DataError
@@ -33,14 +39,27 @@ class FolderSource:
         other_folders: bool = False,
     ) -> None:
         """other_folders: leave out folders that are not in the class list, instead of an error."""
-        self.folder = find_folder(root, split)
-        self.name = str(self.folder)
+        folder = find_folder(root, split)
+        classes = _check_classes(folder, classes, other_folders)
+        entries = build_index(folder, classes.folders)
+        label_of = {name: i for i, name in enumerate(classes.folders)}
+        labels = np.array([label_of[entry.label] for entry in entries], dtype=np.int64)
+        self._hold(folder, classes, entries, labels, max_bad_share)
+
+    def _hold(
+        self,
+        folder: Path,
+        classes: ClassMap,
+        entries: Sequence[Entry],
+        labels: np.ndarray,
+        max_bad_share: float,
+    ) -> None:
+        self.folder = folder
+        self.name = str(folder)
         self.max_bad_share = max_bad_share
-        self.classes = _check_classes(self.folder, classes, other_folders)
-        entries = build_index(self.folder, self.classes.folders)
-        label_of = {folder: i for i, folder in enumerate(self.classes.folders)}
+        self.classes = classes
+        self.labels = labels
         self.keys: Sequence[str] = PackedStrings(entry.path for entry in entries)
-        self.labels = np.array([label_of[entry.label] for entry in entries], dtype=np.int64)
         self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
         self.ok = np.array([entry.ok for entry in entries], dtype=bool)
         self.files = files_of(entries, lambda i: shown(entries[i].path))

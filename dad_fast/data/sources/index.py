@@ -71,18 +71,21 @@ class Entry(NamedTuple):
 Part = tuple[Callable[[Entry], Path | io.BytesIO], Sequence[Entry]]
 
 
-def build_index(folder: Path, classes: list[str]) -> list[Entry]:
+def build_index(folder: Path, classes: list[str] | None) -> list[Entry]:
     """Return the verified index of `folder`, sorted by path.
 
-    Its sub-folders `classes` hold one class each. Raises DataError when a class has no images or a
-    folder cannot be listed. Bad files are entries with `ok` False. Files that are not images by
-    their extension, and images next to the class folders, are counted in a warning.
+    Its sub-folders `classes` hold one class each; None: all images in it and below, without labels.
+    Raises DataError when a class has no images or a folder cannot be listed. Bad files are entries
+    with `ok` False. Files that are not images by their extension, and images next to the class
+    folders, are counted in a warning.
     """
     root = folder.resolve()
-    file = index_file(root)
     about = f"folder {str(root)!r}"
-    found, others = scan_folder(root, classes)
-    _report_left_out(folder, others)
+    if classes is None:
+        about += ", without labels"
+    file = index_file(root if classes is not None else root / "\0without labels")
+    found, others = scan_folder(root, [""] if classes is None else classes)
+    _report_left_out(folder, others, stray=classes is not None)
 
     with one_at_a_time(file, f"indexing {folder}"):
         known = {entry.path: entry for entry in load_index(file, about)}
@@ -111,7 +114,7 @@ def build_index(folder: Path, classes: list[str]) -> list[Entry]:
 
 def scan_folder(root: Path, classes: list[str]) -> tuple[list[Entry], Counter[str]]:
     """Return the entries of a folder, sorted by path and not verified, and counts of other files
-    by extension. Writes nothing.
+    by extension. Writes nothing. The class "" is the folder itself.
 
     Raises DataError when a class has no images or a folder cannot be listed.
     """
@@ -262,16 +265,19 @@ def report_bad(
     log.warning("%s; each is replaced by the next valid image", text)
 
 
-def _report_left_out(folder: Path, others: Counter[str]) -> None:
-    """Warn of files in a data set that are not read. `others` counts them by extension."""
-    stray = sum(
+def _report_left_out(folder: Path, others: Counter[str], stray: bool) -> None:
+    """Warn of files in a data set that are not read.
+
+    others: counts by extension. stray: images next to the class folders are not read either.
+    """
+    count = stray and sum(
         item.name.lower().endswith(EXTENSIONS) and not item.name.startswith(".") and item.is_file()
         for item in os.scandir(folder)
     )
-    if stray:
+    if count:
         log.warning(
             "%s images lie in %s itself and are not read: move them into class folders",
-            f"{stray:,}",
+            f"{count:,}",
             folder,
         )
     if others:
@@ -308,6 +314,8 @@ def _scan_class(root: Path, label: str) -> tuple[list[Entry], Counter[str]]:
         raise DataError(
             f"{root / label}: cannot be listed: {error.strerror} (--data-dir)"
         ) from error
+    if not entries and not label:
+        raise DataError(f"{root}: no images in it ({' '.join(EXTENSIONS)})")
     if not entries:
         raise DataError(
             f"class folder {root / label} holds no images ({' '.join(EXTENSIONS)}); "
@@ -337,7 +345,7 @@ def _scan(
             # Among hidden files are the ._NAME.jpg that macOS leaves on other file systems.
             if item.name.startswith("."):
                 continue
-            path = f"{relative}/{item.name}"
+            path = f"{relative}/{item.name}" if relative else item.name
             if item.is_dir():
                 _scan(root, path, label, (*above, identity), entries, others)
             elif item.name.lower().endswith(EXTENSIONS):

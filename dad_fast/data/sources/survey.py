@@ -16,6 +16,7 @@ from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.splits import find_split, num_held_out, open_split
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.data.sources.tar_index import scan_shards
+from dad_fast.data.sources.unlabelled import has_no_classes
 
 
 class DataFacts(NamedTuple):
@@ -45,12 +46,19 @@ def survey(data: DataConfig) -> DataFacts:
     else:
         folder = find_folder(Path(data.data_dir), split)
         classes = fixed or ClassMap.from_folders(folder)
-        entries, _ = scan_folder(folder, classes.folders)
+        entries, _ = scan_folder(folder, [""] if has_no_classes(data) else classes.folders)
         name, num_classes = str(folder), len(classes)
     num_bytes, num_images = sum(entry.size for entry in entries), len(entries)
     if part:
         kept = num_images - _num_held_out((entry.label for entry in entries), data.val_fraction)
         num_bytes, num_images = num_bytes * kept // max(1, num_images), kept
+    if data.extra_data:
+        further, _ = scan_folder(Path(data.extra_data), [""])
+        name = f"{name} + {data.extra_data}"
+        num_bytes, num_images = (
+            num_bytes + sum(entry.size for entry in further),
+            num_images + len(further),
+        )
     return DataFacts(name, num_images, num_bytes, len(fixed) if fixed else num_classes)
 
 

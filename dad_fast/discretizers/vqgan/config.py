@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ from torch import Tensor
 
 from dad_fast.errors import DataError
 
-# Largest values of settings
-MOST = {"ch_mult": 64, "num_res_blocks": 32, "attn_levels": 16}
+# Largest and smallest values of settings
+MOST = {"ch_mult": 64, "num_res_blocks": 32, "attn_levels": 16, "levels": 256}
+LEAST = {"attn_levels": 0, "levels": 2}
+# How latents become codes, see `VQGANConfig`
+QUANTIZERS = ("nearest", "unit", "fsq")
+# Settings that the first files did not have
+LATER = ("mid_attention", "quantizer", "levels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +27,9 @@ class VQGANConfig:
     """Shape of a VQGAN.
 
     `attn_levels`: levels (0 = full resolution) whose blocks are followed by attention.
+    `quantizer`: "nearest" entry of the codebook, as in taming; "unit": the same with latents and
+    codes of length 1, as in LlamaGen (arXiv 2406.06525); "fsq": finite scalar quantization (arXiv
+    2309.15505), each dimension rounded to one of its `levels`; `n_embed` is their product.
     """
 
     in_channels: int = 3
@@ -33,21 +42,49 @@ class VQGANConfig:
     n_embed: int = 16384
     # As in taming; a layer with fewer channels has one channel per group
     norm_groups: int = 32
+    # Attention between the two middle blocks, as in taming; aMUSEd has none
+    mid_attention: bool = True
+    quantizer: str = "nearest"
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the setting, for an impossible shape, such as a file's."""
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer is {str(self.quantizer)[:40]}")
+        if not isinstance(self.mid_attention, bool):
+            raise ValueError(f"mid_attention is {str(self.mid_attention)[:40]}")
         for field in fields(self):
+            if field.name in ("quantizer", "mid_attention"):
+                continue
             value = getattr(self, field.name)
             if isinstance(value, tuple) != field.type.startswith("tuple"):
                 raise ValueError(f"{field.name} is {str(value)[:40]}")
             values = value if isinstance(value, tuple) else (value,)
             most = MOST.get(field.name, 1 << 20)
-            least = 0 if field.name == "attn_levels" else 1
+            least = LEAST.get(field.name, 1)
             in_range = all(type(number) is int and least <= number <= most for number in values)
             if len(values) > 16 or not in_range:
                 raise ValueError(f"{field.name} is {str(value)[:40]}")
         if not self.ch_mult:
             raise ValueError("ch_mult is empty")
+        is_fsq = self.quantizer == "fsq"
+        shape = (math.prod(self.levels), len(self.levels))
+        if is_fsq and (self.n_embed, self.embed_dim) != shape:
+            raise ValueError(f"levels {list(self.levels)} make no {self.n_embed} codes")
+        if self.levels and not is_fsq:
+            raise ValueError(f"levels is {list(self.levels)} without fsq")
+
+    def to_json(self) -> str:
+        """Return the text that `config_from_json` parses.
+
+        Later settings are left out at their defaults, so that earlier versions read the files of
+        what they can build.
+        """
+        values = asdict(self)
+        for field in fields(self):
+            if field.name in LATER and values[field.name] == field.default:
+                del values[field.name]
+        return json.dumps(values)
 
     @property
     def downsample(self) -> int:
@@ -81,6 +118,35 @@ PRESETS: dict[str, VQGANConfig] = {
     "f8-16384": VQGANConfig(n_embed=16384),
     "f16-1024": _f16(1024),
     "f16-16384": _f16(16384),
+}
+
+
+def _llamagen(*ch_mult: int) -> VQGANConfig:
+    return VQGANConfig(
+        ch_mult=ch_mult,
+        attn_levels=(len(ch_mult) - 1,),
+        z_channels=256,
+        embed_dim=8,
+        n_embed=16384,
+        quantizer="unit",
+    )
+
+
+# Published in other layouts (layouts.py)
+OTHER_LAYOUTS: dict[str, VQGANConfig] = {
+    "llamagen-f8": _llamagen(1, 2, 2, 4),
+    "llamagen-f16": _llamagen(1, 1, 2, 2, 4),
+    "ldm-f4-8192": VQGANConfig(
+        ch_mult=(1, 2, 4), attn_levels=(), z_channels=3, embed_dim=3, n_embed=8192
+    ),
+    "amused-f16-8192": VQGANConfig(
+        ch_mult=(1, 2, 2, 4, 6),
+        attn_levels=(),
+        z_channels=64,
+        embed_dim=64,
+        n_embed=8192,
+        mid_attention=False,
+    ),
 }
 
 
@@ -147,6 +213,7 @@ def infer_config(state: Mapping[str, Tensor], path: str | Path) -> VQGANConfig:
             z_channels=state["decoder.conv_in.weight"].shape[1],
             embed_dim=embed_dim,
             n_embed=n_embed,
+            mid_attention="encoder.mid.attn_1.q.weight" in state,
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
         raise DataError(

@@ -18,9 +18,11 @@ from dad_fast.discretizers.vqgan.float16_range import probe_images, probe_range
 from dad_fast.discretizers.vqgan.fused import FusedVQGAN
 from dad_fast.discretizers.vqgan.fused_layers import Recipe, VQGANOptimizations
 from dad_fast.discretizers.vqgan.gpu_forms import micro_batch_size, norm_maps, upsampling_times
+from dad_fast.discretizers.vqgan.layouts import weights_file
 from dad_fast.discretizers.vqgan.model import PRESETS, VQGAN
 from dad_fast.distributed import process_group as distributed
-from dad_fast.kernels import cases, unpack_codes
+from dad_fast.errors import DataError
+from dad_fast.kernels import CodebookSearch, cases, unpack_codes
 from dad_fast.kernels.pack_codes import use_triton
 from dad_fast.models.float32 import float32_math
 from dad_fast.models.weights.files import asset, fingerprint, sha256_file
@@ -60,6 +62,7 @@ class VQGANDiscretizer(Discretizer):
         self.precision = precision
         self.name = name
         self.provenance = provenance
+        self.image_size = vqgan.image_size
         self.weights_sha256 = weights_sha256
         self.micro_batch = micro_batch
         # Parts of a batch are limited in bytes on a GPU, and where a GPU is modelled.
@@ -137,14 +140,17 @@ class VQGANDiscretizer(Discretizer):
 
     @property
     def kernels(self) -> tuple[str, ...]:  # type: ignore[override]
-        names = (cases.CODEBOOK_SEARCH, cases.PACK_CODES)
+        is_searched = self.vqgan.config.quantizer != "fsq"
+        names = (*([cases.CODEBOOK_SEARCH] if is_searched else []), cases.PACK_CODES)
         # Maps are in NHWC with both alone.
         is_nhwc = self.optimizations.channels_last and self.optimizations.cast
         return (*names, cases.GROUP_NORM_SILU) if is_nhwc else names
 
     def kernel_cases(self, side: int) -> Iterator[cases.Case]:
         device = self.codebook.device
-        yield cases.codebook_search_case(self.vqgan.search())
+        search = self.vqgan.search()
+        if isinstance(search, CodebookSearch):
+            yield cases.codebook_search_case(search)
         yield cases.pack_codes_case(device, self.code_bits, math.prod(self.code_grid(side)))
         if cases.GROUP_NORM_SILU in self.kernels:
             for shape in norm_maps(self.fused, self.vqgan.config, side):
@@ -241,7 +247,7 @@ def _in_parts(function: Callable[[Tensor], Tensor], batch: Tensor, size: int) ->
 
 
 def load_file(argument: str, context: LoadContext) -> VQGANDiscretizer:
-    """Load a VQGAN's .ckpt or .safetensors; the whole name is its path.
+    """Load a VQGAN's .ckpt or .safetensors, or a diffusers folder; the whole name is its path.
 
     Raises DataError for a file that cannot be used.
     """
@@ -259,7 +265,7 @@ def _load(path: Path, context: LoadContext) -> VQGANDiscretizer:
     if context.shapes_only:
         config, name = PRESETS["f8-16384"], f"{context.text}, not found: VQGAN f8 (16384) assumed"
         if path.exists():
-            config, name = VQGAN.load(path).config, context.text
+            config, name = _read(path)[0].config, context.text
         with torch.device(context.device):
             vqgan = VQGAN(config)
         discretizer = VQGANDiscretizer(
@@ -272,15 +278,27 @@ def _load(path: Path, context: LoadContext) -> VQGANDiscretizer:
         discretizer.for_gpu = True
         return discretizer
 
-    vqgan, seen = VQGAN.load_with_provenance(path)
+    vqgan, seen = _read(path)
     discretizer = VQGANDiscretizer(
         vqgan.to(context.device),
         context.precision,
         optimizations=optimizations,
         name=context.text,
         provenance=seen,
-        weights_sha256=sha256_file(path),
+        weights_sha256=sha256_file(weights_file(path)),
         micro_batch=context.micro_batch,
     )
     discretizer.fit_float16()
     return discretizer
+
+
+def _read(path: Path) -> tuple[VQGAN, str]:
+    """Return the VQGAN of a file, and its training data. Raises DataError unless it takes RGB."""
+    vqgan, seen = VQGAN.load_with_provenance(path)
+    channels = vqgan.config.in_channels
+    if channels != 3:
+        raise DataError(
+            f"{path}: a VQGAN for images of {channels} channel{'s' if channels > 1 else ''}; "
+            "--discretizer needs one for RGB, of 3 channels"
+        )
+    return vqgan, seen

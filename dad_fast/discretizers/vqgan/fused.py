@@ -51,11 +51,10 @@ def _level(plain: Level, recipe: Recipe, name: str) -> dict[str, nn.Module]:
 
 
 def _middle(plain: Middle, recipe: Recipe) -> dict[str, nn.Module]:
-    return {
-        "mid_block_1": Block(plain.block_1, recipe),
-        "mid_attn_1": Attention(plain.attn_1, recipe),
-        "mid_block_2": Block(plain.block_2, recipe),
-    }
+    layers: dict[str, nn.Module] = {"mid_block_1": Block(plain.block_1, recipe)}
+    if plain.attn_1 is not None:
+        layers["mid_attn_1"] = Attention(plain.attn_1, recipe)
+    return {**layers, "mid_block_2": Block(plain.block_2, recipe)}
 
 
 class _Half(nn.Module):

@@ -2,14 +2,14 @@
 
 Module names are those of taming-transformers' checkpoints (`encoder.*`, `decoder.*`,
 `quantize.embedding.weight`, `quant_conv`, `post_quant_conv`), so a published checkpoint loads
-strictly. Pixels are in [0, 1] outside and in [-1, 1] inside. The lookup is
-`dad_fast.kernels.nearest_code`: exact, without an N x K matrix of distances.
+strictly; those of diffusers and LlamaGen are renamed (layouts.py). Pixels are in [0, 1] outside and
+in [-1, 1] inside. The lookup is `dad_fast.kernels.nearest_code`: exact, without an N x K matrix of
+distances.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dad_fast.discretizers.vqgan.config import PRESETS as PRESETS
-from dad_fast.discretizers.vqgan.config import VQGANConfig, config_from_json, infer_config
+from dad_fast.discretizers.vqgan.config import VQGANConfig, config_from_json
+from dad_fast.discretizers.vqgan.fsq import FSQSearch, fsq_codebook, fsq_codes
+from dad_fast.discretizers.vqgan.layouts import CODEBOOK, to_taming, weights_file
 from dad_fast.errors import DataError, UsageError
 from dad_fast.kernels import CodebookSearch, nearest_code
 from dad_fast.models.weights.files import load_strictly, read_state_dict, write_safetensors
 from dad_fast.models.weights.unwrap import unwrap
+
+# Metadata: the side in pixels of the training images
+IMAGE_SIZE = "dad_fast.img_size"
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -109,14 +114,15 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
+        self.attn_1 = AttnBlock(channels, groups) if attention else None
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        x = self.block_1(x)
+        return self.block_2(x if self.attn_1 is None else self.attn_1(x))
 
 
 class Encoder(nn.Module):
@@ -130,7 +136,7 @@ class Encoder(nn.Module):
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(widths[-1], cfg.norm_groups)
+        self.mid = Middle(widths[-1], cfg.norm_groups, cfg.mid_attention)
         self.norm_out = _norm(widths[-1], cfg.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
 
@@ -150,7 +156,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [cfg.ch * mult for mult in cfg.ch_mult]
         self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], cfg.norm_groups)
+        self.mid = Middle(widths[-1], cfg.norm_groups, cfg.mid_attention)
         self.up = nn.ModuleList()
         for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             level = Level(
@@ -172,12 +178,19 @@ class Decoder(nn.Module):
 
 
 class Quantize(nn.Module):
-    """Codebook [K, D] under taming's name."""
+    """Codebook [K, D] under taming's name; that of FSQ is fixed."""
 
-    def __init__(self, n_embed: int, embed_dim: int) -> None:
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(n_embed, embed_dim)
-        nn.init.uniform_(self.embedding.weight, -1.0 / n_embed, 1.0 / n_embed)
+        num_codes = config.n_embed
+        self.embedding = nn.Embedding(num_codes, config.embed_dim)
+        weight = self.embedding.weight
+        nn.init.uniform_(weight, -1.0 / num_codes, 1.0 / num_codes)
+        if config.quantizer == "unit":
+            weight.data = F.normalize(weight.data, dim=-1)
+        elif config.quantizer == "fsq":
+            weight.data = fsq_codebook(config.levels, weight.device)
+            weight.requires_grad_(False)
 
 
 class VQGAN(nn.Module):
@@ -192,12 +205,14 @@ class VQGAN(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = Quantize(config.n_embed, config.embed_dim)
+        self.quantize = Quantize(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        # Side in pixels of the training images; 0 if it is not known
+        self.image_size = 0
         # Back end of the search, by name
         self.search_backend = "auto"
-        self._search: CodebookSearch | None = None
+        self._search: CodebookSearch | FSQSearch | None = None
         # Identity of the codebook that _search was prepared for
         self._searched: tuple[object, ...] = ()
 
@@ -232,7 +247,9 @@ class VQGAN(nn.Module):
     def lookup(self, latents: Tensor) -> Tensor:
         """Return codes int64 [B, h, w] of `latents` [B, D, h, w].
 
-        A code is the exact nearest entry of the fp32 codebook, the lowest index on ties.
+        A code is the exact nearest entry of the fp32 codebook, the lowest index on ties; with the
+        quantizer "unit", to the latent divided by its length in fp32. With "fsq" it is the exact
+        rounding of each dimension (fsq.py).
 
         A frozen codebook is prepared at the first call (`CodebookSearch`), and again after it was
         changed or moved.
@@ -241,11 +258,19 @@ class VQGAN(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             # A fake tensor has no values to prepare a search from.
             is_traced = torch.compiler.is_compiling() or type(latents) is not Tensor
+            latents = self.to_search(latents.detach())
             if is_traced or self.codebook.requires_grad or codebook.is_inference():
-                return nearest_code(latents.detach().float(), codebook.float())
-            return self.search().search(latents.float())
+                if self.config.quantizer == "fsq":
+                    return fsq_codes(latents, self.config.levels)
+                return nearest_code(latents, codebook.float())
+            return self.search().search(latents)
 
-    def search(self) -> CodebookSearch:
+    def to_search(self, latents: Tensor) -> Tensor:
+        """Return `latents` [B, D, h, w] in float32, of length 1 where the codes are."""
+        latents = latents.float()
+        return F.normalize(latents, dim=1) if self.config.quantizer == "unit" else latents
+
+    def search(self) -> CodebookSearch | FSQSearch:
         """Return the prepared search of the current codebook.
 
         Preparing it resets its `num_nonfinite` to 0.
@@ -270,7 +295,11 @@ class VQGAN(nn.Module):
             # Not torch.equal, which the test of host syncs would count as one.
             changed = not np.array_equal(before, after)
         if self._search is None or changed:
-            self._search, self._searched = CodebookSearch(codebook, self.search_backend), now
+            if self.config.quantizer == "fsq":
+                self._search = FSQSearch(codebook, self.config.levels)
+            else:
+                self._search = CodebookSearch(codebook, self.search_backend)
+            self._searched = now
         return self._search
 
     def codes(self, pixels: Tensor) -> Tensor:
@@ -284,15 +313,18 @@ class VQGAN(nn.Module):
 
     def save(self, path: str | Path, seen: str) -> None:
         """Write a safetensors file with the configuration; `seen` names the training data."""
-        write_safetensors(
-            path,
-            self.state_dict(),
-            {"dad_fast.vqgan": json.dumps(asdict(self.config)), "dad_fast.seen": seen},
-        )
+        state = self.state_dict()
+        if self.config.quantizer == "fsq":
+            del state[CODEBOOK]
+        metadata = {"dad_fast.vqgan": self.config.to_json(), "dad_fast.seen": seen}
+        if self.image_size:
+            metadata[IMAGE_SIZE] = str(self.image_size)
+        write_safetensors(path, state, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> VQGAN:
-        """Load taming's Lightning `.ckpt`, a bare state dict or safetensors.
+        """Load taming's Lightning `.ckpt`, a bare state dict or safetensors, also in the layouts of
+        diffusers (or its folder) and LlamaGen.
 
         Strips wrappers and drops what belongs to training, see `unwrap`. Raises DataError unless
         every other key matches.
@@ -302,12 +334,15 @@ class VQGAN(nn.Module):
     @classmethod
     def load_with_provenance(cls, path: str | Path) -> tuple[VQGAN, str]:
         """Return the VQGAN of `load`, and its training data as the file records it."""
+        path = weights_file(path)
         state, metadata = read_state_dict(path)
         state = unwrap(state, path)
         if "dad_fast.vqgan" in metadata:
             config = config_from_json(metadata["dad_fast.vqgan"], path)
         else:
-            config = infer_config(state, path)
+            state, config = to_taming(state, path)
+        if config.quantizer == "fsq":
+            state[CODEBOOK] = fsq_codebook(config.levels)
         try:
             # No random weights, which the file's would replace
             with torch.device("meta"):
@@ -317,4 +352,7 @@ class VQGAN(nn.Module):
                 f"{path}: no VQGAN can be made of {config} ({error}); is the file damaged?"
             ) from None
         load_strictly(model, state, path)
+        recorded = metadata.get(IMAGE_SIZE, "")
+        if re.fullmatch(r"[0-9]{1,5}", recorded):
+            model.image_size = int(recorded)
         return model, metadata.get("dad_fast.seen", "not recorded in the weights")

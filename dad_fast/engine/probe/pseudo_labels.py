@@ -39,6 +39,7 @@ class WeakView(NamedTuple):
     img_size: int
     crop_pct: float
     interpolation: str
+    squashed: bool
 
 
 class PseudoLabels:
@@ -121,7 +122,14 @@ class PseudoLabels:
         mine = share(np.flatnonzero(self.source.ok), self.batch_size)
         subset = Subset(self.source, mine, self.source.labels[mine])
         pin = self.device.type == "cuda"
-        loader = EvalLoader(subset, *self.view, self.batch_size, self.workers, pin_memory=pin)
+        loader = EvalLoader(
+            subset,
+            *self.view[:3],
+            self.batch_size,
+            self.workers,
+            pin_memory=pin,
+            squashed=self.view.squashed,
+        )
         progress = Lines(log, "pseudo-labels", len(mine))
         done = 0
         for batch in loader:

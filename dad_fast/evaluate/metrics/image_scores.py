@@ -10,10 +10,14 @@ Brier      mean of sum over classes of (p(class) - [class is the label])^2, from
 
 Where several outputs are right (ObjectNet), p(label) is their sum: the NLL and the Brier score
 treat them as one class.
+
+An image with non-finite logits counts as wrong; the other metrics are over the rest.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 NUM_BINS = 15
+_NO_CALIBRATION = {"ece": math.nan, "ece_adaptive": math.nan}
 # Columns of `image_scores`; the last two are for the detection of images of unknown classes.
 SCORES = ("prediction", "correct", "top5", "confidence", "nll", "brier", "energy", "entropy")
 
@@ -82,25 +87,58 @@ def image_scores(
 def summarise(scores: dict[str, np.ndarray], num_outputs: int) -> dict[str, Any]:
     """Return the metrics of many images and the reliability diagram.
 
-    top1, top5, ece and ece_adaptive are in percent, nll is in nats, brier from 0 to 2.
+    top1, top5, ece and ece_adaptive are in percent, nll is in nats, brier from 0 to 2. Images with
+    non-finite logits are wrong; ece, ece_adaptive, nll, brier and the diagram leave them out, and
+    are NaN where no other image is left.
 
     scores: the columns of `image_scores`, float64 [N]. num_outputs: the number of outputs that
     compete; top5 is None below 6, where it is trivial. Raises ValueError without images.
     """
-    correct, confidence = scores["correct"], scores["confidence"]
-    if not len(correct):
+    if not len(scores["correct"]):
         raise ValueError("no image was counted")
+    finite = is_finite(scores)
+    correct, confidence = scores["correct"][finite], scores["confidence"][finite]
+    calibration = _calibration(correct, confidence) if len(correct) else dict(_NO_CALIBRATION)
+    return {
+        "top1": 100 * float(scores["correct"].mean()),
+        "top5": 100 * float(scores["top5"].mean()) if num_outputs > 5 else None,
+        **calibration,
+        "nll": float(scores["nll"][finite].mean()) if len(correct) else math.nan,
+        "brier": float(scores["brier"][finite].mean()) if len(correct) else math.nan,
+        "reliability": _reliability(confidence_bins(confidence), correct, confidence),
+    }
+
+
+def is_finite(scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return which images have finite logits, bool [N]. scores: the columns of `image_scores`."""
+    return scores["prediction"] >= 0
+
+
+def class_accuracies(
+    labels: np.ndarray, correct: np.ndarray, num_classes: int
+) -> list[float | None]:
+    """Return the accuracy of each class in percent; None for a class without images.
+
+    Their mean over the classes with images is the balanced accuracy (macro-averaged recall).
+
+    labels: int [N], -1 for an image of no class, which is left out. correct: 0 or 1, [N].
+    """
+    known = labels >= 0
+    count = np.bincount(labels[known], minlength=num_classes)
+    right = np.bincount(labels[known], weights=correct[known], minlength=num_classes)
+    return [
+        100 * float(hits) / int(total) if total else None
+        for hits, total in zip(right, count, strict=True)
+    ]
+
+
+def _calibration(correct: np.ndarray, confidence: np.ndarray) -> dict[str, float]:
     bins = confidence_bins(confidence)
     edges = np.quantile(confidence, np.linspace(0, 1, NUM_BINS + 1))
     even = np.searchsorted(edges[1:-1], confidence)
     return {
-        "top1": 100 * float(correct.mean()),
-        "top5": 100 * float(scores["top5"].mean()) if num_outputs > 5 else None,
         "ece": 100 * _calibration_error(bins, correct, confidence),
         "ece_adaptive": 100 * _calibration_error(even, correct, confidence),
-        "nll": float(scores["nll"].mean()),
-        "brier": float(scores["brier"].mean()),
-        "reliability": _reliability(bins, correct, confidence),
     }
 
 

@@ -30,6 +30,9 @@ def compare(name: str, a: Records, b: Records) -> dict[str, Any]:
     takes each row as an independent trial, so it is None over several parts (corruptions or
     severities of the same images).
 
+    nll, brier: their differences over the images for which both models have finite logits.
+    non_finite: the number of other images.
+
     Raises DataError where they were evaluated on different images.
     """
     check_same_images(name, a, b)
@@ -48,6 +51,7 @@ def compare(name: str, a: Records, b: Records) -> dict[str, Any]:
         **_difference(top1),
         "nll": _difference(by_image("nll")),
         "brier": _difference(by_image("brier")),
+        "non_finite": int(np.isnan(by_image("nll")).sum()),
         "only_first": only_a,
         "only_second": only_b,
         "p_value": mcnemar(only_a, only_b) if len(top1) == len(right_a) else None,
@@ -55,8 +59,9 @@ def compare(name: str, a: Records, b: Records) -> dict[str, Any]:
 
 
 def _difference(each: np.ndarray) -> dict[str, Any]:
-    """Return the mean and its interval; nothing where a value is not finite."""
-    if not np.isfinite(each).all():
+    """Return the mean of the finite values and its interval; nothing where there are none."""
+    each = each[np.isfinite(each)]
+    if not len(each):
         return {}
     return {"difference": float(each.mean()), "interval": list(mean_interval(each))}
 

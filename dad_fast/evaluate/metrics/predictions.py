@@ -45,7 +45,10 @@ class Records:
         return {name: self.values[name] for name in SCORES}
 
     def part(self, number: int) -> Records:
-        chosen = self.values["part"] == number
+        return self.taken(self.values["part"] == number)
+
+    def taken(self, chosen: np.ndarray) -> Records:
+        """Return the chosen rows, bool [N]."""
         return Records(self.source, {name: value[chosen] for name, value in self.values.items()})
 
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from dad_fast.evaluate.metrics.image_scores import confidence_bins, summarise
+from dad_fast.evaluate.metrics.confusion import confusion
+from dad_fast.evaluate.metrics.image_scores import (
+    class_accuracies,
+    confidence_bins,
+    is_finite,
+    summarise,
+)
 from dad_fast.evaluate.metrics.intervals import interval, mean_interval, resampled
 from dad_fast.evaluate.metrics.predictions import Records
 
@@ -24,6 +30,9 @@ class Result:
     parts.
 
     num_images: images of the suite, each counted once. skipped: unreadable images.
+    non_finite: images with non-finite logits in any part: wrong, and left out of ece, nll, brier.
+    per_class: top-1 of each of the model's classes, in their order; None without images.
+    balanced_accuracy: its mean over the classes with images.
     top5: None where fewer than 6 outputs compete.
     by_severity: top-1 of each severity.
     *_interval: 95 %, bootstrap over images; over parts an image counts once. Those of ece, nll and
@@ -34,6 +43,7 @@ class Result:
     protocol: preprocessing, competing outputs and missing images, in words.
     mce: mean corruption error relative to AlexNet's.
     by_corruption: top-1 by severity, and the corruption error.
+    confusion: wrong predictions by class, see `metrics.confusion`.
     """
 
     name: str
@@ -43,6 +53,9 @@ class Result:
     ece: float
     nll: float
     skipped: int = 0
+    non_finite: int = 0
+    balanced_accuracy: float | None = None
+    per_class: list[float | None] | None = None
     by_severity: tuple[float, ...] = ()
     top1_interval: tuple[float, float] | None = None
     ece_adaptive: float | None = None
@@ -56,6 +69,7 @@ class Result:
     mce: float | None = None
     mce_interval: tuple[float, float] | None = None
     by_corruption: dict[str, dict[str, Any]] | None = None
+    confusion: dict[str, Any] | None = None
     records: Records | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,8 +79,13 @@ class Result:
         return found
 
 
-def make_result(name: str, records: Records, num_outputs: int, **facts: Any) -> Result:
-    """Compute the metrics of `records`. num_outputs: competing outputs. facts: further fields."""
+def make_result(
+    name: str, records: Records, num_outputs: int, num_classes: int, **facts: Any
+) -> Result:
+    """Compute the metrics of `records`.
+
+    num_outputs: competing outputs. num_classes: the model's classes. facts: further fields.
+    """
     found = summarise(records.scores, num_outputs)
     images, place = np.unique(records["image"], return_inverse=True)
     # [images]: the share of parts in which the prediction is right.
@@ -75,11 +94,17 @@ def make_result(name: str, records: Records, num_outputs: int, **facts: Any) -> 
     tops = tuple(
         100 * float(records.part(part)["correct"].mean()) for part in np.unique(records["part"])
     )
+    per_class = class_accuracies(records["label"], records["correct"], num_classes)
+    with_images = [accuracy for accuracy in per_class if accuracy is not None]
     facts = {"by_severity": tops if len(tops) > 1 else ()} | facts
     return Result(
         name=name,
         num_images=len(images),
         top1_interval=(100 * low, 100 * high),
+        non_finite=len(np.unique(records["image"][~is_finite(records.values)])),
+        balanced_accuracy=float(np.mean(with_images)) if with_images else None,
+        per_class=per_class,
+        confusion=confusion(records),
         records=records,
         **found,
         **facts,
@@ -93,6 +118,9 @@ def with_intervals(result: Result) -> Result:
     """
     records = result.records
     if records is None or len(records) > MOST_ROWS:
+        return result
+    records = records.taken(is_finite(records.values))
+    if not len(records):
         return result
     images, place = np.unique(records["image"], return_inverse=True)
     bins = confidence_bins(records["confidence"])

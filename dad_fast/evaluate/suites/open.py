@@ -95,14 +95,12 @@ def check_suites(names: Sequence[str], data: DataConfig) -> None:
     others = [name for name in names if _corruption(name) is None]
     for name in others or (data.val_split,):
         one = _parse(name, data)
-        path, class_map = split_class_map(one.path)
+        path, _ = split_class_map(one.path)
         if one.kind in (*PUBLISHED, SUBSET):
             if not Path(path).is_dir():
                 raise DataError(f"--suite {one.text}: no such folder")
         elif not one.kind and not (is_named(data.data_dir) and not is_split("", path)):
             _check_place(one, path, data)
-        if class_map:
-            ClassMap.from_csv(class_map)
 
 
 def check_unknown(names: Sequence[str], data: DataConfig) -> None:

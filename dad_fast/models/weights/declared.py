@@ -19,12 +19,13 @@ import timm
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 
-# Keys of a file's metadata: a student, a linear probe in place of a student, a teacher, and the
-# classes of the head.
+# Keys of a file's metadata: a student, a linear probe in place of a student, a teacher, the classes
+# of the head, and the temperature of its logits.
 STUDENT = "dad_fast.student"
 PROBE = "dad_fast.probe"
 TEACHER = "dad_fast.teacher"
 CLASSES = "dad_fast.classes"
+TEMPERATURE = "dad_fast.temperature"
 
 # Limits of nested settings: characters of a string, number of values, depth, size of a number.
 MAX_TEXT = 200
@@ -70,7 +71,7 @@ def checked_spec(text: str) -> dict[str, Any]:
         "mean": lambda value: _three(value, -1e3, 1e3),
         "std": lambda value: _three(value, 1e-6, 1e3),
     }
-    spec = _checked(text, rules)
+    spec = _checked(text, rules, VIEW_DEFAULTS)
     check_model_kwargs(spec["model_kwargs"])
     return spec
 
@@ -150,8 +151,26 @@ def checked_probe(text: str) -> dict[str, Any]:
             "encoder_sha256": lambda value: (
                 isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
             ),
+            "encoder_size": _whole(0, MAX_SIDE),
             "num_features": _whole(1, MAX_NUMBER),
             "unit_features": lambda value: isinstance(value, bool),
+        },
+        # Older files do not record the encoder's input size.
+        {**VIEW_DEFAULTS, "encoder_size": 0},
+    )
+
+
+def checked_temperature(text: str) -> dict[str, Any]:
+    """Parse and check the temperature of a calibrated model.
+
+    Raises ValueError.
+    """
+    return _checked(
+        text,
+        {
+            "temperature": _real(1e-3, 1e3),
+            "split": lambda value: isinstance(value, str) and len(value) <= MAX_PATH,
+            "num_images": _whole(1, 1 << 40),
         },
     )
 
@@ -161,7 +180,7 @@ def checked_view(text: str) -> dict[str, Any]:
 
     Raises ValueError.
     """
-    return _checked(text, VIEW)
+    return _checked(text, VIEW, VIEW_DEFAULTS)
 
 
 def _checked(
@@ -328,4 +347,8 @@ VIEW: dict[str, Callable[[Any], bool]] = {
     "img_size": _whole(1, MAX_SIDE),
     "crop_pct": _real(0.01, 4.0),
     "interpolation": _text,
+    # The evaluation's view is the whole image, squashed to a square.
+    "squashed": lambda value: isinstance(value, bool),
 }
+# Files of older versions have centre crops.
+VIEW_DEFAULTS = {"squashed": False}

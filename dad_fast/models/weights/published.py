@@ -1,11 +1,19 @@
-"""Recognition of weights that open_clip publishes, by their hash or their folder in the hub's cache."""
+"""Recognition of published weights: files listed in published.toml, and open_clip's table.
+
+`python -m dad_fast.models.weights.published` prints the table of docs/weights.md.
+"""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+LIST = Path(__file__).with_suffix(".toml")
 
 # The address of a file contains its SHA-256: OpenAI's as a folder, open_clip's own as the first 8
 # digits at the end of the name.
@@ -47,3 +55,49 @@ def published_weights(path: Path, sha256: str) -> Published | None:
         if is_same_file or found.repository.replace("/", "--") in cached:
             return found
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFile:
+    """Entry of published.toml; an unknown field is empty."""
+
+    name: str
+    page: str
+    file: str
+    size: int = 0
+    sha256: str = ""
+    licence: str = ""
+    argument: str = ""
+    note: str = ""
+
+
+@cache
+def published_files() -> tuple[PublishedFile, ...]:
+    """Return the entries of published.toml."""
+    entries = tomllib.loads(LIST.read_text(encoding="utf-8"))["files"]
+    return tuple(PublishedFile(**entry) for entry in entries)
+
+
+def published_file(sha256: str) -> PublishedFile | None:
+    """Return the entry with this hash; None if there is none."""
+    return next((entry for entry in published_files() if entry.sha256 == sha256), None)
+
+
+def markdown_table() -> str:
+    """Return the table of docs/weights.md."""
+    unknown = "not known"
+    lines = ["| weights | file | bytes | SHA-256 | licence | use |", "|---|---|---:|---|---|---|"]
+    for entry in published_files():
+        size = f"{entry.size:,}" if entry.size else unknown
+        digest = f"`{entry.sha256}`" if entry.sha256 else unknown
+        argument = f"`{entry.argument}`" if entry.argument else ""
+        use = "; ".join(filter(None, (argument, entry.note)))
+        lines.append(
+            f"| [{entry.name}]({entry.page}) | `{entry.file}` | {size} | {digest} "
+            f"| {entry.licence or unknown} | {use} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

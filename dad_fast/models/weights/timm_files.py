@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import timm
 import timm.models._builder as timm_builder
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,21 @@ def classifier_keys(model: nn.Module) -> list[str]:
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     return [key for key in model.state_dict() if prefixes and key.startswith(prefixes)]
+
+
+def create_timm(name: str, img_size: int, **arguments: Any) -> nn.Module:
+    """Build a timm model for square images of `img_size` pixels; 0 is the model's own size.
+
+    Pretrained position embeddings are resized by timm.
+    """
+    if img_size:
+        # Vision transformers need the image size, convolutional networks do not take it.
+        try:
+            return timm.create_model(name, img_size=img_size, **arguments)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(name, **arguments)
 
 
 def on_meta_device(create: Callable[[], nn.Module]) -> nn.Module:

@@ -22,7 +22,8 @@ class Row(NamedTuple):
     required: bool = False
 
 
-def render(row: Row) -> str:
+def render(row: Row, *, whole_words: bool = False) -> str:
+    """Format a row. whole_words: do not break at hyphens, such as those of a path to be copied."""
     lead = f"{row.state:<6} {row.component:<18} "
     text = textwrap.fill(
         row.detail,
@@ -30,6 +31,7 @@ def render(row: Row) -> str:
         initial_indent=lead,
         subsequent_indent=" " * len(lead),
         break_long_words=False,
+        break_on_hyphens=not whole_words,
     )
     if row.fix:
         text += "\n" + textwrap.fill(

@@ -6,34 +6,48 @@ Read-only: doctor changes nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from dad_fast.cores import num_cores
+from dad_fast.tools.doctor import report
 from dad_fast.tools.doctor.packages import installed, packages
 from dad_fast.tools.doctor.row import Row, render
 
 
-def run(numerics: bool) -> int:
-    """Print the rows; return 0, or 3 if something required is missing or broken."""
+def run(numerics: bool, as_json: bool = False) -> int:
+    """Print the rows, or all as one JSON object; return 0, or 3 if something required is missing or
+    broken.
+    """
+    if as_json:
+        found = report.as_json(list(examine(numerics)))
+        print(json.dumps(found, indent=1))
+        return 0 if found["ok"] else 3
     rows = []
     for row in examine(numerics):
         print(render(row), flush=True)
         rows.append(row)
+    _print_summary(rows)
+    print("\nFor a bug report (no paths, no names of yours):\n")
+    print("\n".join(report.bug_report(rows)))
+    return 3 if any(row.required and row.state != "ok" for row in rows) else 0
+
+
+def _print_summary(rows: Sequence[Row]) -> None:
     broken = [row.component for row in rows if row.required and row.state != "ok"]
     odd = [row.component for row in rows if not row.required and row.state == "wrong"]
     print()
     if broken:
         print(f"Cannot work: {', '.join(broken)}.")
-        return 3
+        return
     worth_fixing = f" Worth fixing: {', '.join(odd)}." if odd else ""
     print(f"Everything required is here.{worth_fixing}")
-    return 0
 
 
 def examine(numerics: bool = False) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.discretizers.registry import load_discretizer
 from dad_fast.engine.build import make_step
 from dad_fast.engine.choices import DeviceFacts, choose
-from dad_fast.engine.frozen import model_optimizations, vqgan_optimizations
+from dad_fast.engine.frozen import model_optimizations, needs_head, vqgan_optimizations
 from dad_fast.engine.update import Update
 from dad_fast.errors import DadFastError
 from dad_fast.kernels.cases import GROUP_NORM_SILU
@@ -153,7 +153,8 @@ def trace_step(
             del step, update, batch
             recorder.start()
             with torch.no_grad():
-                teacher(torch.empty(batch_size, 3, side, side))
+                run = teacher if teacher.has_head else teacher.features
+                run(torch.empty(batch_size, 3, side, side))
             teacher_pass = recorder.stop()
     return Step(
         trace,
@@ -187,7 +188,11 @@ def _frozen_models(
     teacher, discretizer = None, None
     if needs_teacher:
         wanted = cfg.teacher, classes, cfg.precision
-        teacher = on_meta(lambda device: load_teacher(*wanted, device, shapes_only=True))
+        teacher = on_meta(
+            lambda device: load_teacher(
+                *wanted, device, shapes_only=True, needs_head=needs_head(cfg)
+            )
+        )
         optimize_teacher(teacher, model_optimizations(cfg))
     if needs_discretizer:
         optimizations, micro_batch = vqgan_optimizations(cfg), cfg.engine.vqgan_micro_batch

@@ -17,6 +17,7 @@ from dad_fast.data.sources.names import shown
 from dad_fast.errors import DataError
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.places import run_settings
+from dad_fast.models.registry import split_names
 from dad_fast.models.student import Student
 
 
@@ -148,6 +149,8 @@ def _training(
     yield f"- Method: {_method_text(method)}."
     kind = "average over the steps (EMA)" if weights == "EMA" else "of the last step (raw)"
     yield f"- Weights: {kind}."
+    if student.calibration is not None:
+        yield f"- Calibration: {md(student.calibration)}; the logits of all files here are divided by it."
     cfg, results, machine = run.cfg, run.results, run.machine
     if cfg is None:
         yield "- The weights were not in a run's folder, so nothing more is known."
@@ -163,9 +166,10 @@ def _training(
     for part in ("teacher", "discretizer"):
         found = results.get(part) or machine.get(part)
         if found:
-            yield f"- {part.capitalize()}: {md(short_name(found['name']))} (trained on: {md(found['seen'])})."
+            name = short_names(found["name"])
+            yield f"- {part.capitalize()}: {md(name)} (trained on: {md(found['seen'])})."
         elif part == "teacher" and cfg.teacher.name:
-            yield f"- Teacher: {md(short_name(cfg.teacher.name))} (trained on: not recorded)."
+            yield f"- Teacher: {md(short_names(cfg.teacher.name))} (trained on: not recorded)."
     if student.has_batch_stats and not METHODS[cfg.method].is_plain:
         yield f"- Batch norm over clean and attacked images: {cfg.student.bn}."
     versions = machine.get("packages") or {}
@@ -183,6 +187,8 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
         yield f"No results of these weights ({weights}) were found next to them; run `dad-fast eval` to evaluate them."
         return
     teacher = ((run.results.get("teacher") or {}).get("suites")) or {}
+    if student.calibration is not None:
+        yield "ECE and NLL of this table are from before the calibration.\n"
     head, line = (
         "| suite | images | top-1 % | 95 % interval | top-5 % | ECE % | NLL |",
         "|---" + 6 * "|---:" + "|",
@@ -206,7 +212,8 @@ def _results(student: Student, weights: str, run: RunFacts) -> Iterator[str]:
 
     short = math.floor(student.image_size / student.crop_pct)
     side = student.image_size
-    view = f"shorter side to {short} px ({md(student.interpolation)}), centre crop of {side} px"
+    resized = "both sides" if student.squashed else "shorter side"
+    view = f"{resized} to {short} px ({md(student.interpolation)}), centre crop of {side} px"
     yield f"\nPreprocessing: {view}, decoded by PIL, no EXIF rotation."
     yield from (
         f"- {md(name)}: {md(found['protocol'])}"
@@ -241,6 +248,11 @@ def _verified(checks: Mapping[str, float]) -> Iterator[str]:
 
 def _number(value: Any, digits: int) -> str:
     return "–" if value is None else f"{float(value):.{digits}f}"
+
+
+def short_names(name: str) -> str:
+    """Return `short_name` of each teacher of an ensemble."""
+    return "+".join(map(short_name, split_names(name)))
 
 
 def short_name(name: str) -> str:

@@ -122,6 +122,7 @@ def view_metadata(student: Student) -> dict[str, str]:
         "img_size": student.image_size,
         "crop_pct": student.crop_pct,
         "interpolation": student.interpolation,
+        "squashed": student.squashed,
     }
     return {VIEW: json.dumps(view)}
 

@@ -68,6 +68,7 @@ def _export(options: ExportOptions) -> int:
             "dad_fast": dad_fast.__version__,
             "model": student.name,
             "weights": weights,
+            "calibration": student.calibration and student.calibration._asdict(),
             "source": {"file": source.name, "sha256": sha256_file(source)},
             "files": {name: sha256_file(folder / name) for name in files},
             "largest_difference": checks,
@@ -77,6 +78,8 @@ def _export(options: ExportOptions) -> int:
 
     for name, difference in checks.items():
         print(f"{name:<28} the student's logits, to {difference:.1e} of the largest")
+    if student.calibration is not None:
+        print(f"calibrated: {student.calibration}; every file divides the logits by it")
     print(
         f"{target}: {', '.join([*files, 'README.md', RECORD])}; {student.name}, {weights} weights"
     )

@@ -10,6 +10,7 @@ the one of `dad-fast`.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from dad_fast.data.classes import ClassMap
+from dad_fast.errors import UsageError
 from dad_fast.models.student import Student, save_student
+from dad_fast.models.weights.declared import TEMPERATURE
+from dad_fast.models.weights.timm_files import classifier_keys
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Facts about the weights that timm registered under this name, not about the student's.
@@ -30,7 +34,14 @@ OF_REGISTERED_WEIGHTS = ("license", "notes", "origin_url", "paper_ids", "paper_n
 def write_timm(
     folder: Path, student: Student, classes: ClassMap, metadata: Mapping[str, str]
 ) -> None:
-    """Write `model.safetensors` (with `metadata`) and `config.json` into `folder`."""
+    """Write `model.safetensors` (with `metadata`) and `config.json` into `folder`.
+
+    The temperature of a calibrated student goes into the weights of its classifier, since timm
+    knows no temperature.
+    """
+    if student.calibration is not None:
+        student = with_temperature_inside(student)
+        metadata = {key: text for key, text in metadata.items() if key != TEMPERATURE}
     timm.models.save_for_hf(
         student.model,
         str(folder),
@@ -46,6 +57,27 @@ def write_timm(
     save_student(folder / WEIGHTS, student, metadata)
 
 
+@torch.no_grad()
+def with_temperature_inside(student: Student) -> Student:
+    """Return a copy whose classifier's weights are divided by the temperature.
+
+    Raises UsageError for a model that names no classifier.
+    """
+    assert student.calibration is not None
+    made = copy.deepcopy(student)
+    made.calibration = None
+    keys = classifier_keys(made.model)
+    if not keys:
+        raise UsageError(
+            f"--format timm: {student.name} names no classifier that could hold its temperature; "
+            "use --format onnx or torch"
+        )
+    state = made.model.state_dict()
+    for key in keys:
+        state[key] /= student.calibration.temperature
+    return made
+
+
 def preprocessing(student: Student) -> dict[str, Any]:
     """Return the student's view of an image under timm's names."""
     return {
@@ -54,7 +86,7 @@ def preprocessing(student: Student) -> dict[str, Any]:
         "std": tuple(student.spec["std"]),
         "interpolation": student.interpolation,
         "crop_pct": student.crop_pct,
-        "crop_mode": "center",
+        "crop_mode": "squash" if student.squashed else "center",
     }
 
 

@@ -94,8 +94,9 @@ class Checker:
         take_view(self.probes[0], cfg)
         self.source = open_split(cfg.data, cfg.data.train_split)
         self.classes: ClassMap = self.source.classes
-        self.teacher, *_, sha256 = frozen.teacher(self.cfg, self.classes, self.device)
-        check_encoder(runs[0], spec, sha256)
+        loaded = frozen.teacher(self.cfg, self.classes, self.device)
+        self.teacher = loaded.model
+        check_encoder(runs[0], spec, loaded.encoder_fingerprint)
         self.heads = [
             (probe.model.weight.detach(), probe.model.bias.detach()) for probe in self.probes
         ]
@@ -122,7 +123,8 @@ class Checker:
                 piece = piece.taken(np.linspace(0, len(piece) - 1, most).round().astype(np.int64))
             keys = torch.from_numpy(piece.rows)
             batch_size = cfg.eval.batch_size or cfg.data.batch_size
-            for batch in EvalLoader(piece, *view, batch_size, cfg.data.workers):
+            squashed = probe.squashed and not eval_set.view
+            for batch in EvalLoader(piece, *view, batch_size, cfg.data.workers, squashed=squashed):
                 pixels = to_pixels(batch.images.to(self.device))
                 rows = keys[batch.samples].to(self.device)
                 for one in _variants(suite, pixels, rows):
@@ -200,10 +202,10 @@ class Checker:
         }
 
     def _zero_shot(self, seen: Seen) -> Tensor:
-        """Log-probabilities of the teacher's own head; NaN for a timm teacher, whose head needs
-        more than features.
+        """Log-probabilities of the teacher's own head; NaN for an encoder without one, and for a
+        timm teacher, whose head needs more than features.
         """
-        if self.teacher.whole is not None:
+        if self.teacher.whole is not None or not self.teacher.has_head:
             return torch.full((len(seen.labels), len(seen.outputs)), torch.nan)
         return _log_probabilities(
             seen, (self.teacher.head_weight.cpu(), self.teacher.head_bias.cpu())

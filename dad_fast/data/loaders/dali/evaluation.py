@@ -47,7 +47,7 @@ class _Planned(NamedTuple):
 class _Plans(Dataset[_Planned]):
     """Batch number -> _Planned."""
 
-    def __init__(self, batches: Any, source: Source, view: tuple[int, float]) -> None:
+    def __init__(self, batches: Any, source: Source, view: tuple[int, float, bool]) -> None:
         self.batches, self.source, self.view = batches, source, view
 
     def __getitem__(self, number: int) -> _Planned:
@@ -94,16 +94,26 @@ class DaliEvalLoader(EvalLoader):
         workers: int,
         pin_memory: bool = False,
         *,
+        squashed: bool = False,
         device: torch.device,
     ) -> None:
-        super().__init__(source, img_size, crop_pct, interpolation, batch_size, workers, pin_memory)
+        super().__init__(
+            source,
+            img_size,
+            crop_pct,
+            interpolation,
+            batch_size,
+            workers,
+            pin_memory,
+            squashed=squashed,
+        )
         if interpolation not in FILTER_TYPES:
             known = ", ".join(FILTER_TYPES)
             raise UsageError(
                 f"--interpolation {interpolation}: DALI resizes with {known}; use --loader pil"
             )
         self.source = source
-        self.view = (img_size, crop_pct)
+        self.view = (img_size, crop_pct, squashed)
         self.interpolation = interpolation
         self.batch_size = batch_size
         self.device = device

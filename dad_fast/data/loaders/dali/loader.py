@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dad_fast.data.augment.policies import most_operations
 from dad_fast.data.loaders.dali.pipeline import FILTER_TYPES, augment
 from dad_fast.data.loaders.dali.plan import (
     FILTERS,
     Planned,
     PlannedSteps,
-    num_operations,
     split_patches,
 )
 from dad_fast.data.loaders.loader import TrainLoader
@@ -180,7 +180,7 @@ class _Engine:
         self.pipeline = built(
             augment,
             img_size=self.steps.img_size,
-            num_ops=num_operations(self.steps.aug),
+            num_ops=most_operations(self.steps.aug),
             erases=self.erases,
             device="mixed" if cuda else "cpu",
             hints=_mixed_hints(self.steps.source.sizes) if cuda else {},

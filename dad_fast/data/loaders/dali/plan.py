@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import affine_matrix, erase_patch, execute
-from dad_fast.data.augment.policy import GEOMETRIC, parse_policy
+from dad_fast.data.augment.policies import most_operations
+from dad_fast.data.augment.policy import GEOMETRIC
 from dad_fast.data.augment.records import AugmentRecord
 from dad_fast.data.loaders.dali.jpeg import is_sound
 from dad_fast.data.loaders.steps import Batch, TrainSteps
@@ -65,7 +65,7 @@ class PlannedSteps(Dataset[Planned]):
 
     def __init__(self, steps: TrainSteps) -> None:
         self.steps = steps
-        self.num_ops = num_operations(steps.aug)
+        self.num_ops = most_operations(steps.aug)
 
     def __getitem__(self, step: int) -> Planned:
         records: list[AugmentRecord] = []
@@ -105,16 +105,9 @@ def join_files(files: Sequence[bytes]) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
 
 
-def num_operations(aug: AugmentConfig) -> int:
-    """Return the maximum number of operations of a record of this augmentation."""
-    policy = parse_policy(aug.aa).num_ops if aug.aa else 0
-    jitter = 3 if aug.color_jitter > 0 and (not aug.aa or "3a" in aug.aa) else 0
-    return policy + jitter
-
-
 def can_execute(record: AugmentRecord) -> bool:
     """Return whether the pipeline supports all of the record; PIL executes the few others."""
-    if record.img_size < 3 or record.interpolation not in FILTERS:
+    if record.img_size < 3 or record.interpolation not in FILTERS or record.branches is not None:
         return False
     return all(op.interpolation in ("", "bilinear", "bicubic") for op in record.ops)
 

@@ -1,0 +1,45 @@
+"""Names of augmentation policies (`--aa`) and the check of their spelling. Imports no numpy."""
+
+from __future__ import annotations
+
+import re
+
+from dad_fast.config.fields import nearest
+from dad_fast.errors import UsageError
+
+AUTO_AUGMENT = ("v0", "v0r", "original", "originalr", "3a")
+TRIVIAL = ("ta", "trivial-wide")
+# What may follow a policy's name after a dash. timm ignores a key without digits, so `mstdinf`
+# would mean two things.
+_SECTIONS = {
+    "rand": re.compile(r"(m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?|t(weights|3a|3aw)"),
+    "augmix": re.compile(r"m\d+|w[1-9]\d*|d\d+|mstd\d+(\.\d+)?|a(?!0+(\.0+)?$)\d+(\.\d+)?"),
+    **dict.fromkeys(AUTO_AUGMENT, re.compile(r"mstd\d+(\.\d+)?")),
+}
+_HOW = {
+    "rand": "timm writes it as rand-m9-mstd0.5-inc1 (m n p mstd mmax inc t; mstd101 draws the "
+    "magnitude evenly from 0 to m)",
+    "augmix": "timm writes it as augmix-m3-w3-d2 (m w d a mstd); b1, its blended form, is left out",
+}
+
+
+def dali_lacks(policy: str) -> str:
+    """Return why DALI cannot execute the records of a policy; empty where it can."""
+    return "DALI does not average chains of operations" if policy.startswith("augmix") else ""
+
+
+def check_policy(text: str) -> None:
+    """Raise UsageError that names --aa for a policy that is not known or not written right."""
+    if text in TRIVIAL:
+        return
+    name, *sections = text.split("-")
+    if name not in _SECTIONS:
+        known = ("rand-m9-mstd0.5-inc1", "augmix-m3-w3", *AUTO_AUGMENT, *TRIVIAL)
+        raise UsageError(
+            f"--aa {text}: no such policy{nearest(name, (*_SECTIONS, *TRIVIAL))} (such as "
+            f"{', '.join(known)})"
+        )
+    for section in sections:
+        if not _SECTIONS[name].fullmatch(section):
+            how = _HOW.get(name, f"write {name} or {name}-mstd0.5")
+            raise UsageError(f"--aa {text}: cannot read {section!r}; {how}")

@@ -1,0 +1,1 @@
+"""`dad-fast average`."""
