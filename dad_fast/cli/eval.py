@@ -9,11 +9,10 @@ from dad_fast.cli.screen import fill, option_lines, settings_for, wants_help
 from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
 
-SUMMARY = "evaluate checkpoints and published models on test sets and corruptions, compare two"
+SUMMARY = "evaluate models on test sets and corruptions, calibrate one, compare two"
 
 HELP = """\
 usage: dad-fast eval [MODEL] [--suite NAME ...] [--teacher NAME] [--ood NAME ...] [--json FILE]
-       dad-fast eval --compare A B [--suite NAME ...]
 
 MODEL is a run's folder (which knows its data), a checkpoint's folder or a .safetensors file, or
 timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG, hf-hub:REPO, or several joined by +.
@@ -25,8 +24,7 @@ examples:
   dad-fast eval timm:resnet50@r50.safetensors --suite imagenet=/data/val imagenet-a=/data/imagenet-a
 
 names after --suite:
-  KIND=DIR      a published test set: imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized or
-                objectnet; subset=DIR: a folder of some of the model's classes, which alone compete
+  KIND=DIR      imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized, objectnet; subset: a part
   SPLIT, DIR    a split or an image folder, of all the model's classes; DIR@FILE.csv maps folders
   contrast:3    a corruption of the first other suite, with one severity, or all if none is given
 

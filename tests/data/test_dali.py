@@ -100,7 +100,13 @@ def test_the_sequence_equals_the_pil_loaders():
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("aug", [FULL, AugmentConfig(color_jitter=0.4, aa="rand-m9-n1-t3a")])
+@pytest.mark.parametrize(
+    "aug",
+    [
+        pytest.param(FULL, marks=pytest.mark.slow),
+        AugmentConfig(color_jitter=0.4, aa="rand-m9-n1-t3a"),
+    ],
+)
 def test_resume_at_any_step(aug):
     source = Files(shades())
     whole = collect(next(loaders(source, aug)), 0, 12)
@@ -109,6 +115,7 @@ def test_resume_at_any_step(aug):
         assert_same({name: value[start * 6 :] for name, value in whole.items()}, rest)
 
 
+@pytest.mark.slow  # several pipelines
 def test_workers_and_an_abandoned_pass_keep_the_batches():
     source = Files([*shades(), nobody_reads(3)])
     here = collect(next(loaders(source)), 0, 10)
