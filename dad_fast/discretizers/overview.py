@@ -94,11 +94,15 @@ def with_table(page: str) -> str:
 
 
 def _rows() -> Iterator[str]:
-    configs = {**PRESETS, **OTHER_LAYOUTS}
-    for name, config in configs.items():
-        yield _row(f"VQGAN {name}", PUBLISHED[name], *_of_vqgan(config, SIDE))
+    for name, config in {**PRESETS, **OTHER_LAYOUTS}.items():
+        yield _vqgan_row(f"VQGAN {name}", PUBLISHED[name], config)
     for name, config in FITTED.items():
-        yield _row(name, OWN, *_of_vqgan(config, SIDE))
+        yield _vqgan_row(name, OWN, config)
+    yield from built_in_rows()
+
+
+def built_in_rows() -> Iterator[str]:
+    """Yield a row for each built-in discretizer of the registry."""
     for name in DISCRETIZERS.own_names():
         if name not in BUILT_IN:
             raise UsageError(f"--discretizer {name}: has no origin in {__name__}")
@@ -110,14 +114,15 @@ def _rows() -> Iterator[str]:
         yield _row(name, origin, found.describe_codes(side), counter.get_total_flops())
 
 
-def _of_vqgan(config: VQGANConfig, side: int) -> tuple[str, int]:
-    """Return the text of its codes, and the FLOP of a pass without the search."""
+def _vqgan_row(name: str, origin: Origin, config: VQGANConfig) -> str:
+    """Return the row of a VQGAN, with the FLOP of a pass without the search."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         vqgan = VQGAN(config)
-        latents = vqgan.encode(torch.empty(1, 3, side, side))
+        latents = vqgan.encode(torch.empty(1, 3, SIDE, SIDE))
         vqgan.decode(torch.empty(1, *latents.shape[2:], dtype=torch.int64))
     height, width = latents.shape[2:]
-    return f"{height}x{width} codes of {config.code_bits} bits per image", counter.get_total_flops()
+    codes = f"{height}x{width} codes of {config.code_bits} bits"
+    return _row(name, origin, codes, counter.get_total_flops())
 
 
 def _row(name: str, origin: Origin, codes: str, flop: int) -> str:
