@@ -84,6 +84,7 @@ def test_train_gets_settings_and_launch(started: list[Any]) -> None:
         preset="demo",
         debug=True,
         arguments=tuple(arguments[1:]),
+        # Without --debug, which the dispatcher takes.
         command=shlex.join(["dad-fast", *arguments[:-1]]),
     )
 
