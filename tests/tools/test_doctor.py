@@ -132,7 +132,7 @@ def test_a_missing_package_fails_and_names_the_fix(
     for package in ("rich", "pynvml"):
         pytest.importorskip(package)
     monkeypatch.setattr(
-        doctor,
+        packages,
         "requirements",
         lambda: ["no-such-package>=1.0", "nvidia-ml-py>=12", "rich>=99", "numpy>=1,<1.1"],
     )
