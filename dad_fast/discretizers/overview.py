@@ -29,7 +29,7 @@ START, END = "<!-- discretizers -->\n", "<!-- end -->"
 SIDE, DIGITS = 224, 28
 TAMING = "CompVis/taming-transformers and CompVis/latent-diffusion"
 LLAMAGEN = "FoundationVision/LlamaGen"
-MIT = "MIT"
+MIT = "MIT (the repository's)"
 
 
 class Origin(NamedTuple):
@@ -54,10 +54,14 @@ PUBLISHED = {
     "f8-16384": Origin("FILE.ckpt", f"{TAMING}: VQGAN OpenImages f8, 16384", MIT),
     "f16-1024": Origin("FILE.ckpt", "CompVis/taming-transformers: VQGAN ImageNet f16, 1024", MIT),
     "f16-16384": Origin("FILE.ckpt", "CompVis/taming-transformers: VQGAN ImageNet f16, 16384", MIT),
-    "ldm-f4-8192": Origin("FOLDER", "CompVis/ldm-celebahq-256: vqvae (diffusers)", "Apache-2.0"),
-    "amused-f16-8192": Origin("FOLDER", "amused/amused-256: vqvae (diffusers)", "OpenRAIL++"),
-    "llamagen-f8": Origin("vq_ds8_c2i.pt", LLAMAGEN, "MIT, parts of it others"),
-    "llamagen-f16": Origin("vq_ds16_c2i.pt", LLAMAGEN, "MIT, parts of it others"),
+    "ldm-f4-8192": Origin(
+        "FOLDER", "CompVis/ldm-celebahq-256: vqvae (diffusers)", "Apache-2.0 (model card)"
+    ),
+    "amused-f16-8192": Origin(
+        "FOLDER", "amused/amused-256: vqvae (diffusers)", "OpenRAIL++ (model card)"
+    ),
+    "llamagen-f8": Origin("vq_ds8_c2i.pt", LLAMAGEN, "MIT (the repository's; parts have others)"),
+    "llamagen-f16": Origin("vq_ds16_c2i.pt", LLAMAGEN, "MIT (the repository's; parts have others)"),
 }
 OWN = Origin("FILE.safetensors", "yours: dad-fast fit-discretizer", "yours")
 # The default of `dad-fast fit-discretizer`, and an FSQ of about as many codes

@@ -175,9 +175,6 @@ def check(inputs, straight, case, step, folder):
 
 
 QUICK = (
-    "ce",
-    "dad",
-    "kd, channels last",
     "dat+dad, accumulated",
     "kd, dali, accumulated",
     "dad, stored",
@@ -233,7 +230,7 @@ class AskedToStopInValidation(Trainer):
         return super().evaluate(*arguments)
 
 
-@pytest.mark.parametrize("step", [3, STEPS])
+@pytest.mark.parametrize("step", [3, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_resume_after_a_stop_in_validation_is_bit_exact(inputs, straight, tmp_path, step):
     """The stop does not wait for the validation; the resumed run starts with it."""
     cfg = config(inputs, "ce")
