@@ -7,7 +7,7 @@ from dad_fast.cli.screen import fill, option_lines, settings_for, wants_help
 from dad_fast.config.options import AverageOptions
 from dad_fast.errors import UsageError
 
-SUMMARY = "average the weights of several students; interpolate with the model they started from"
+SUMMARY = "average the weights of several students, or interpolate with their start"
 
 HELP = """\
 usage: dad-fast average A B ... -o DIR [--weights W ...]

@@ -9,7 +9,7 @@ from dad_fast.cli.screen import fill, option_lines, wants_help
 from dad_fast.config.options import DoctorOptions
 from dad_fast.errors import UsageError
 
-SUMMARY = "check this machine (packages, GPU, kernels), a data set (--data) or a weights file"
+SUMMARY = "check this machine, a data set (--data) or a weights file (--weights)"
 
 HELP = """\
 usage: dad-fast doctor [--numerics] [--json]

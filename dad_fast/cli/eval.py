@@ -9,23 +9,22 @@ from dad_fast.cli.screen import fill, option_lines, settings_for, wants_help
 from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
 
-SUMMARY = "evaluate checkpoints and published models on test sets and corruptions, compare two"
+SUMMARY = "evaluate models on test sets and corruptions, calibrate one, compare two"
 
 HELP = """\
 usage: dad-fast eval [MODEL] [--suite NAME ...] [--teacher NAME] [--ood NAME ...] [--json FILE]
-       dad-fast eval --compare A B [--suite NAME ...]
 
 MODEL is a run's folder (which knows its data), a checkpoint's folder or a .safetensors file, or
-timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG or hf-hub:REPO.
+timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG, hf-hub:REPO, or several joined by +.
 
 examples:
   dad-fast eval runs/demo/dad/seed-0 --suite test optdigits gaussian_noise     # after the demo
+  dad-fast eval runs/demo/dad/seed-0 --teacher embedded:digits --suite optdigits
   dad-fast eval --compare runs/demo/dad/seed-0 runs/demo/kd/seed-0 --suite test optdigits
   dad-fast eval timm:resnet50@r50.safetensors --suite imagenet=/data/val imagenet-a=/data/imagenet-a
 
 names after --suite:
-  KIND=DIR      a published test set: imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized or
-                objectnet; subset=DIR: a folder of some of the model's classes, which alone compete
+  KIND=DIR      imagenet, imagenet-v2, -a, -r, -sketch, -c, -stylized, objectnet; subset: a part
   SPLIT, DIR    a split or an image folder, of all the model's classes; DIR@FILE.csv maps folders
   contrast:3    a corruption of the first other suite, with one severity, or all if none is given
 
@@ -40,7 +39,7 @@ SETTINGS = {
     "eval.suites": "what to evaluate on; empty = the run's own, or --val-split",
     "teacher.name": "evaluate this teacher too, and MODEL's agreement with it",
     "data.batch_size": "images per batch",
-    "data.workers": "loader processes; auto: by the cores, at most 16; 0: load in this process",
+    "data.workers": "loader processes; auto: by the cores; 0: load in this process",
     "device": "",
     "data.class_map": "CSV (id,folder,name): the classes of a published model",
     "data.val_fraction": "share of train that is val, where there is no val split",
@@ -50,12 +49,12 @@ SETTINGS = {
     "augment.interpolation": "resampling filter; empty = the model's own",
     "teacher.head": "safetensors with a fine-tuned linear head; empty = zero-shot",
     "teacher.templates": "",
-    "teacher.weights": "of an ensemble A+B: one for each member",
-    "teacher.img_size": "input size of timm: models; 0 = their own",
     "eval.allow_partial": "evaluate incomplete published test sets, marked as such",
     "eval.c_preprocessing": "",
     "data.loader": "dali: plain JPEGs are decoded by DALI (results record it); else PIL",
 }
+# Accepted, and explained by `dad-fast train --help-all` alone.
+OF_TEACHERS = ("teacher.weights", "teacher.average", "teacher.img_size")
 
 
 def main(arguments: list[str], debug: bool) -> int:
@@ -84,7 +83,7 @@ def make_parser() -> Parser:
     parser = options_parser("eval", EvalLaunch)
     # --model has its own default, which a missing word must not replace.
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS)
-    add_settings(parser, SETTINGS)
+    add_settings(parser, (*SETTINGS, *OF_TEACHERS))
     return parser
 
 

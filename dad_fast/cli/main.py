@@ -165,7 +165,7 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
 
 def top_help() -> str:
     """Return the screen of `dad-fast -h`."""
-    lines = [f"  {command:<17}{_module(command).SUMMARY}" for command in COMMANDS]
+    lines = [f"  {command:<16}{_module(command).SUMMARY}" for command in COMMANDS]
     return TOP_HELP.format(commands="\n".join(lines))
 
 

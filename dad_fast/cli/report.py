@@ -7,7 +7,7 @@ from dad_fast.cli.screen import fill, option_lines, wants_help
 from dad_fast.config.options import ReportOptions
 from dad_fast.errors import UsageError
 
-SUMMARY = "one HTML page about runs, side by side: results, calibration, curves, images, cost"
+SUMMARY = "one HTML page about runs, side by side: results, curves, images, cost"
 
 HELP = """\
 usage: dad-fast report RUN [RUN ...] [-o FILE.html]

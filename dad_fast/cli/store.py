@@ -10,7 +10,7 @@ from dad_fast.config.fields import nearest
 from dad_fast.config.options import StoreOptions
 from dad_fast.errors import UsageError
 
-SUMMARY = "inspect and verify a store of adversarial images and teacher outputs, merge its parts"
+SUMMARY = "inspect, verify and merge stores of adversarial images and teacher outputs"
 
 HELP = """\
 usage: dad-fast store info STORE

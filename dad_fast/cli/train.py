@@ -33,7 +33,7 @@ from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.methods.settings import check
 
-SUMMARY = f"train a student or probe ({', '.join(METHODS.own_names())})"
+SUMMARY = f"train a student ({', '.join(METHODS.own_names())})"
 
 HELP = """\
 usage: dad-fast train [CONFIG.toml ...] [--preset NAME] [flags] [--set KEY=VALUE ...] [-o OUT]

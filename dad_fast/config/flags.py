@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from dad_fast.errors import UsageError
 
+NPROC = "processes on this machine; auto = one per GPU"
+
 # Turns the text typed after a flag into a value: (flag, text) -> value. Raises UsageError.
 Reader = Callable[[str, str], Any]
 

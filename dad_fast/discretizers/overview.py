@@ -29,7 +29,7 @@ START, END = "<!-- discretizers -->\n", "<!-- end -->"
 SIDE, DIGITS = 224, 28
 TAMING = "CompVis/taming-transformers and CompVis/latent-diffusion"
 LLAMAGEN = "FoundationVision/LlamaGen"
-MIT = "MIT"
+MIT = "MIT (the repository's)"
 
 
 class Origin(NamedTuple):
@@ -54,10 +54,14 @@ PUBLISHED = {
     "f8-16384": Origin("FILE.ckpt", f"{TAMING}: VQGAN OpenImages f8, 16384", MIT),
     "f16-1024": Origin("FILE.ckpt", "CompVis/taming-transformers: VQGAN ImageNet f16, 1024", MIT),
     "f16-16384": Origin("FILE.ckpt", "CompVis/taming-transformers: VQGAN ImageNet f16, 16384", MIT),
-    "ldm-f4-8192": Origin("FOLDER", "CompVis/ldm-celebahq-256: vqvae (diffusers)", "Apache-2.0"),
-    "amused-f16-8192": Origin("FOLDER", "amused/amused-256: vqvae (diffusers)", "OpenRAIL++"),
-    "llamagen-f8": Origin("vq_ds8_c2i.pt", LLAMAGEN, "MIT, parts of it others"),
-    "llamagen-f16": Origin("vq_ds16_c2i.pt", LLAMAGEN, "MIT, parts of it others"),
+    "ldm-f4-8192": Origin(
+        "FOLDER", "CompVis/ldm-celebahq-256: vqvae (diffusers)", "Apache-2.0 (model card)"
+    ),
+    "amused-f16-8192": Origin(
+        "FOLDER", "amused/amused-256: vqvae (diffusers)", "OpenRAIL++ (model card)"
+    ),
+    "llamagen-f8": Origin("vq_ds8_c2i.pt", LLAMAGEN, "MIT (the repository's; parts have others)"),
+    "llamagen-f16": Origin("vq_ds16_c2i.pt", LLAMAGEN, "MIT (the repository's; parts have others)"),
 }
 OWN = Origin("FILE.safetensors", "yours: dad-fast fit-discretizer", "yours")
 # The default of `dad-fast fit-discretizer`, and an FSQ of about as many codes
@@ -94,11 +98,15 @@ def with_table(page: str) -> str:
 
 
 def _rows() -> Iterator[str]:
-    configs = {**PRESETS, **OTHER_LAYOUTS}
-    for name, config in configs.items():
-        yield _row(f"VQGAN {name}", PUBLISHED[name], *_of_vqgan(config, SIDE))
+    for name, config in {**PRESETS, **OTHER_LAYOUTS}.items():
+        yield _vqgan_row(f"VQGAN {name}", PUBLISHED[name], config)
     for name, config in FITTED.items():
-        yield _row(name, OWN, *_of_vqgan(config, SIDE))
+        yield _vqgan_row(name, OWN, config)
+    yield from built_in_rows()
+
+
+def built_in_rows() -> Iterator[str]:
+    """Yield a row for each built-in discretizer of the registry."""
     for name in DISCRETIZERS.own_names():
         if name not in BUILT_IN:
             raise UsageError(f"--discretizer {name}: has no origin in {__name__}")
@@ -110,14 +118,15 @@ def _rows() -> Iterator[str]:
         yield _row(name, origin, found.describe_codes(side), counter.get_total_flops())
 
 
-def _of_vqgan(config: VQGANConfig, side: int) -> tuple[str, int]:
-    """Return the text of its codes, and the FLOP of a pass without the search."""
+def _vqgan_row(name: str, origin: Origin, config: VQGANConfig) -> str:
+    """Return the row of a VQGAN, with the FLOP of a pass without the search."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         vqgan = VQGAN(config)
-        latents = vqgan.encode(torch.empty(1, 3, side, side))
+        latents = vqgan.encode(torch.empty(1, 3, SIDE, SIDE))
         vqgan.decode(torch.empty(1, *latents.shape[2:], dtype=torch.int64))
     height, width = latents.shape[2:]
-    return f"{height}x{width} codes of {config.code_bits} bits per image", counter.get_total_flops()
+    codes = f"{height}x{width} codes of {config.code_bits} bits"
+    return _row(name, origin, codes, counter.get_total_flops())
 
 
 def _row(name: str, origin: Origin, codes: str, flop: int) -> str:

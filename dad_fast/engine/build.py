@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
@@ -43,14 +42,13 @@ from dad_fast.engine.self_test import EVERY_KERNEL, Kernels, choose_kernels, ste
 from dad_fast.engine.step import TrainStep
 from dad_fast.engine.trials import try_one_image, try_training
 from dad_fast.engine.update import Update
-from dad_fast.errors import EnvironmentProblem
 from dad_fast.kernels import cases
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.load_student import take_view
 from dad_fast.models.optimizations import optimize_student
 from dad_fast.models.probe import Probe, build_probe, probe_views
 from dad_fast.models.registry import teacher_settings
-from dad_fast.models.student import Student, build_student
+from dad_fast.models.student import Student, build_student, share_batch_norm
 from dad_fast.models.teacher import Teacher
 from dad_fast.store.join import Stored, recorded_classes, view_settings
 
@@ -375,19 +373,6 @@ def make_step(
         tf32=cfg.precision.tf32,
         cuda_graphs=engine.cuda_graphs,
     )
-
-
-def share_batch_norm(student: Student, device: torch.device) -> None:
-    """Replace batch norms by those over the images of all processes (--sync-bn).
-
-    Not yet run on a GPU.
-    """
-    if device.type != "cuda":
-        raise EnvironmentProblem(
-            f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; "
-            "leave it out"
-        )
-    student.model = convert_sync_batchnorm(student.model)
 
 
 def _open_source(cfg: Config, split: str, training: bool) -> Source:

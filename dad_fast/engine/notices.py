@@ -109,7 +109,7 @@ def opening(
         rows["codes"] = f"{discretizer.name}{precision}, {codes}"
         rows["attack"] = (
             f"{cfg.attack.norm}, eps {cfg.attack.eps:g}, "
-            f"{cfg.attack.steps} steps of {cfg.attack.step_size:g}"
+            f"steps {cfg.attack.steps} of {cfg.attack.step_size:g}"
         )
     return [title, *(f"  {name:<8} {text}" for name, text in rows.items())]
 

@@ -15,6 +15,7 @@ from dad_fast.files import atomic_write_text
 
 # Classes shown by `class_lines`.
 MOST_CLASSES = 20
+AGREEMENT = "agree %"
 # Columns of the results, and those that a narrow terminal lacks, the first one first.
 WIDTHS = {
     "suite": 24,
@@ -25,9 +26,9 @@ WIDTHS = {
     "ECE %": 6,
     "NLL": 7,
     "Brier": 6,
-    "agree %": 7,
+    AGREEMENT: 7,
 }
-SPARE = ("Brier", "NLL", "top-5 %", "images", "ECE %", "agree %", "95 %")
+SPARE = ("Brier", "NLL", "top-5 %", "images", "ECE %", AGREEMENT, "95 %")
 COMPARED = {
     "suite": 24,
     "images": 8,
@@ -68,9 +69,10 @@ COLUMNS = [
 ]
 
 
-def results_layout(width: int) -> Layout:
-    """Return the columns of the results that fit `width`."""
-    return Layout(WIDTHS, SPARE, width)
+def results_layout(width: int, with_teacher: bool) -> Layout:
+    """Return the columns of the results that fit `width`; only a teacher gives an agreement."""
+    widths = {title: size for title, size in WIDTHS.items() if with_teacher or title != AGREEMENT}
+    return Layout(widths, [title for title in SPARE if title in widths], width)
 
 
 def row(result: Result, layout: Layout) -> str:
@@ -86,7 +88,7 @@ def row(result: Result, layout: Layout) -> str:
             "ECE %": f"{result.ece:.1f}",
             "NLL": f"{result.nll:.3f}",
             "Brier": _number(result.brier, 3),
-            "agree %": _number(result.agreement, 1),
+            AGREEMENT: _number(result.agreement, 1),
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -20,12 +21,14 @@ PARAMETERS, CHARACTERS = 100, 500
 class MLflow(Sink):
     """Sends scalars, settings, pictures and tables to an MLflow server or a local store."""
 
-    package = ("mlflow", "mlflow-skinny>=2.14")
+    package = ("mlflow", "mlflow-skinny>=3.17")
 
     def __init__(self, folder: Path) -> None:
         import mlflow
         from mlflow.entities import Metric, Param
 
+        # Its lines on the creation of tables would tear the progress bar.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._mlflow, self._metric, self._param = mlflow, Metric, Param
 
     def start(self, run: RunInfo) -> None:

@@ -16,7 +16,7 @@ class TensorBoard(Sink):
     run repeats (purge_step).
     """
 
-    package = ("tensorboard", "tensorboard>=2.16")
+    package = ("tensorboard", "tensorboard>=2.21")
 
     def __init__(self, folder: Path) -> None:
         import tensorboard  # noqa: F401 (torch's message for its absence is a long one)

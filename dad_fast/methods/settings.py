@@ -49,7 +49,7 @@ def check(cfg: Config) -> None:
     runs = expand(cfg)
     for name, _, run in runs:
         try:
-            _check_run(run)
+            check_run(run)
         except UsageError as error:
             raise UsageError(f"variant {name}: {error}" if cfg.variants else str(error)) from None
     asking = [run for _, _, run in runs if run.store.make]
@@ -60,7 +60,11 @@ def check(cfg: Config) -> None:
         )
 
 
-def _check_run(cfg: Config) -> None:
+def check_run(cfg: Config) -> None:
+    """Check that the settings of one run fit together, as part of several that may share stores.
+
+    Raises UsageError, which names the flag to change.
+    """
     if not cfg.data.data_dir:
         raise UsageError(
             "no data: add --data-dir (a folder with train/ and val/, or embedded:digits), or try "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.layers import BatchNormAct2d, convert_splitbn_model
+from timm.layers import BatchNormAct2d, convert_splitbn_model, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from dad_fast.config.fields import nearest
@@ -372,3 +372,16 @@ def _create_as_declared(
         raise DataError(
             f"{path}: the model that its metadata names cannot be built ({error})"
         ) from None
+
+
+def share_batch_norm(student: Student, device: torch.device) -> None:
+    """Replace batch norms by those over the images of all processes (--sync-bn).
+
+    Not yet run on a GPU.
+    """
+    if device.type != "cuda":
+        raise EnvironmentProblem(
+            f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; "
+            "leave it out"
+        )
+    student.model = convert_sync_batchnorm(student.model)

@@ -55,9 +55,10 @@ def classes_view(record: dict[str, Any], looks: Mapping[str, Look]) -> str:
         confusions = {name: found for name, found in read.items() if found is not None}
         pairs = _pairs_table(confusions, names)
         matrices = _matrices(confusions, names, looks)
-        if len(matrices) > budget:
-            matrices = notes(["No confusion matrices here, to keep the page small."])
-        budget -= len(matrices)
+        if len(matrices) <= budget:
+            budget -= len(matrices)
+        else:
+            matrices = notes(["Left out, to keep the page small."])
         content = accuracy + pairs + details("Confusion matrices", matrices)
         if content:
             parts.append(details(suite, content, is_open=not parts))

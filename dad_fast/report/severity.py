@@ -17,6 +17,7 @@ from dad_fast.report.looks import TEACHER, Look
 from dad_fast.report.markup import details, grid, notes, table
 from dad_fast.report.results import of_suite
 from dad_fast.report.run_files import number
+from dad_fast.report.verdict import mean_top1
 
 NUM_SEVERITIES = 5
 # Corruptions from which their mean has a curve of its own.
@@ -66,7 +67,7 @@ def _curves(record: dict[str, Any]) -> dict[str, dict[str, Curve]]:
             if single:
                 corrupted.add(suite)
                 curve = applied.setdefault(single[1], {}).setdefault(name, {})
-                curve[int(single[2])] = _mean_top1(results)
+                curve[int(single[2])] = mean_top1(results)
             elif by_corruption:
                 corrupted.add(suite)
                 for corruption, curve in by_corruption.items():
@@ -78,7 +79,7 @@ def _curves(record: dict[str, Any]) -> dict[str, dict[str, Curve]]:
     base = next((name for name in names if name not in corrupted), None)
     clean: dict[str, float] = {}
     if base is not None:
-        clean = {name: _mean_top1(results) for name, results in of_suite(record, base)}
+        clean = {name: mean_top1(results) for name, results in of_suite(record, base)}
     found = dict(stored)
     for corruption, by_name in applied.items():
         found[corruption] = {
@@ -98,10 +99,6 @@ def _by_corruption(results: Sequence[dict[str, Any]]) -> dict[str, Curve]:
         if len(curve) == NUM_SEVERITIES:
             curves[corruption] = curve
     return curves
-
-
-def _mean_top1(results: Sequence[dict[str, Any]]) -> float:
-    return statistics.fmean(float(result["top1"]) for result in results)
 
 
 def _means(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, dict[str, Curve]]:

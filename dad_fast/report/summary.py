@@ -11,7 +11,7 @@ from dad_fast.report.intervals import MIN_SEEDS, interval
 from dad_fast.report.markup import comparison, notes, preformatted, text, visible
 from dad_fast.report.run_files import number
 from dad_fast.report.runs import Group
-from dad_fast.report.verdict import best_per_suite, verdicts
+from dad_fast.report.verdict import best_per_suite, mean_top1, verdicts
 
 # Commands, suites and names that are listed.
 MAX_LISTED = 12
@@ -47,26 +47,34 @@ def _unbroken(sentence: str) -> str:
 
 
 def _alone(group: Group) -> list[str]:
-    """Return a sentence on the results of the only group of a page."""
+    """Return a sentence on the only group of a page: its first suite and its lowest one."""
     runs = group.finished
-    if not runs:
+    if not runs or not runs[0]["suites"]:
         return []
-    parts = []
-    for suite in list(runs[0]["suites"])[:MAX_LISTED]:
-        found = [run["suites"][suite] for run in runs if suite in run["suites"]]
-        mean = sum(float(result["top1"]) for result in found) / len(found)
-        words = f"{mean:.1f} % on {suite}"
-        bounds = interval(found)
-        details = [f"95 % interval {bounds[0]:.1f} to {bounds[1]:.1f}"] if bounds else []
-        teacher = number((runs[0]["teacher"] or {}).get("suites", {}).get(suite, {}), "top1")
-        details += [f"teacher {teacher:.1f}"] if teacher is not None else []
-        parts.append(f"{words} ({', '.join(details)})" if details else words)
-    if not parts:
-        return []
+    by_suite = {
+        suite: [run["suites"][suite] for run in runs if suite in run["suites"]]
+        for suite in runs[0]["suites"]
+    }
+    teacher = (runs[0]["teacher"] or {}).get("suites", {})
+    first, *others = by_suite
+    words = _result(first, by_suite[first], teacher)
+    if others:
+        lowest = min(others, key=lambda suite: mean_top1(by_suite[suite]))
+        which = "lowest of the other suites, " if len(others) > 1 else ""
+        words += f"; {which}{_result(lowest, by_suite[lowest], teacher)}"
     count = len(runs)
-    basis = f"{count} seeds" if count > 1 else "one seed"
+    seeds = f"{count} seeds" if count > 1 else "one seed"
     over = "seeds" if count >= MIN_SEEDS else "test images"
-    return [f"{group.label}: {', '.join(parts)}; {basis}, intervals over {over}."]
+    return [f"{group.label}: {words} ({seeds}; intervals over {over})."]
+
+
+def _result(suite: str, results: Sequence[dict[str, Any]], teacher: dict[str, Any]) -> str:
+    bounds = interval(results)
+    details = [f"95 % interval {bounds[0]:.1f} to {bounds[1]:.1f}"] if bounds else []
+    theirs = number(teacher.get(suite, {}), "top1")
+    details += [f"teacher {theirs:.1f}"] if theirs is not None else []
+    words = f"{mean_top1(results):.1f} % on {suite}"
+    return f"{words} ({', '.join(details)})" if details else words
 
 
 def _trained(groups: Sequence[Group]) -> str:

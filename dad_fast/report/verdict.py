@@ -146,7 +146,7 @@ def _pairs(groups: Sequence[Group]) -> list[tuple[Group, Group, str]]:
     if not candidates:
         bases, candidates = bases[:1], bases[1:]
     if len(candidates) > MAX_VERDICTS:
-        candidates = sorted(candidates, key=_mean_top1, reverse=True)[:MAX_VERDICTS]
+        candidates = sorted(candidates, key=_mean_of_suites, reverse=True)[:MAX_VERDICTS]
     return [(group, *_partner(group, bases)) for group in candidates]
 
 
@@ -177,7 +177,7 @@ def _partner(group: Group, bases: Sequence[Group]) -> tuple[Group, str]:
     return base, f"in {known[nearest]:.2g} × its training time"
 
 
-def _mean_top1(group: Group) -> float:
+def _mean_of_suites(group: Group) -> float:
     found = [one["top1"] for record in group.finished for one in record["suites"].values()]
     return statistics.fmean(found) if found else -math.inf
 
@@ -270,6 +270,11 @@ def _ratio(group: Group, other: Group, key: str, *more: str) -> float | None:
     return means[0] / means[1]
 
 
+def mean_top1(results: Sequence[dict[str, Any]]) -> float:
+    """Return the mean top-1 of results on one suite, one per seed."""
+    return statistics.fmean(float(result["top1"]) for result in results)
+
+
 def best_per_suite(suites: Sequence[str], by_variant: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Return "SUITE VARIANT TOP1" of the variant with the highest mean on each suite.
 
@@ -278,7 +283,7 @@ def best_per_suite(suites: Sequence[str], by_variant: dict[str, list[dict[str, A
     found = []
     for suite in suites:
         means = {
-            name: statistics.fmean(float(run["suites"][suite]["top1"]) for run in runs)
+            name: mean_top1([run["suites"][suite] for run in runs])
             for name, runs in by_variant.items()
             if all(suite in run["suites"] for run in runs)
         }

@@ -369,7 +369,9 @@ def _short(name: str) -> str:
     if len(names) > 1:
         return "+".join(map(_short, names))
     kind, colon, rest = name.partition(":")
-    text = rest if colon and "/" not in kind and kind != "jpeg" else name
+    # A number says nothing without its kind, as in jpeg:75.
+    is_number = rest.replace(".", "", 1).isdecimal()
+    text = rest if colon and "/" not in kind and not is_number else name
     text = text.partition("@")[0]
     if Path(text).suffix in (".safetensors", ".ckpt", ".pt", ".pth"):
         text = Path(text).stem

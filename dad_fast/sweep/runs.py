@@ -16,7 +16,7 @@ from dad_fast.engine.preflight import check_files
 from dad_fast.engine.sizes import with_numbers
 from dad_fast.errors import DadFastError, UsageError
 from dad_fast.locks import LOCK
-from dad_fast.methods.settings import check
+from dad_fast.methods.settings import check_run
 from dad_fast.methods.stores import SharedStore, is_filled, online, with_stores
 from dad_fast.sweep.ablation import Plan, identity
 
@@ -131,7 +131,7 @@ def make_sweep(
     for variant, seed, one in expanded:
         folder = output / variant / f"seed-{seed}" if len(expanded) > 1 else output
         one = with_numbers(one, num_processes=num_processes)
-        check(one)
+        check_run(one)
         resolved, needed = with_stores(one, output / "stores", first_seed=cfg.seed)
         stores |= {store.folder: store for store in needed}
         runs.append(Run(variant, seed, resolved, folder))

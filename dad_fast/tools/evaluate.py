@@ -223,7 +223,7 @@ class Evaluation:
             found = Found(subject, id_suite=self.id_suite(suites))
             unknown = self.unknown(subject, suites, found.id_suite)
 
-        layout = show.results_layout(terminal_width())
+        layout = show.results_layout(terminal_width(), with_teacher=teacher is not None)
         self.log(f"\n{title}, {len(subject.classes):,} classes\n{layout.header()}")
         for suite in suites:
             result = with_intervals(self.result(subject, suite))

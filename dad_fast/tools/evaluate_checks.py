@@ -14,6 +14,7 @@ from dad_fast.config import Config
 from dad_fast.config.fields import coerce, settings, with_values
 from dad_fast.config.options import EvalLaunch
 from dad_fast.config.schema import TeacherConfig
+from dad_fast.config.setting import AUTO
 from dad_fast.data.classes import ClassMap
 from dad_fast.engine.preflight import check_weights
 from dad_fast.errors import UsageError
@@ -134,6 +135,9 @@ def settings_of(runs: Sequence[str], flags: Mapping[str, Any]) -> Config:
         path: coerce(settings()[path], value, settings()[path].flag)
         for path, value in flags.items()
     }
+    if values.get("data.batch_size") == AUTO:
+        # The batch of the run, or else the default.
+        del values["data.batch_size"]
     # The run's teacher is evaluated only on request, the image size is the model's own, and PIL
     # decodes. --batch-size is the batch of this command.
     cfg = with_values(

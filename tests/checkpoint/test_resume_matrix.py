@@ -44,6 +44,13 @@ CASES |= {
         "method=kd",
         "precision.channels_last=true",
     ),  # whose moments are laid out as the weights are
+    "kd, timm's flags": (
+        "method=kd",
+        "schedule.sched=poly",
+        "optim.layer_decay=0.7",
+        "optim.opt_betas=[0.9,0.95]",
+        "student.grad_checkpointing=true",
+    ),
     "dad, stored": ("method=dad", "store.dirs=[STORE]", "augment.mixup=0", "augment.cutmix=0"),
     "lp-clip": ("method=lp-clip", "augment.mixup=0", "augment.cutmix=0", "augment.scale=[0.6,1.0]"),
 }
@@ -168,9 +175,6 @@ def check(inputs, straight, case, step, folder):
 
 
 QUICK = (
-    "ce",
-    "dad",
-    "kd, channels last",
     "dat+dad, accumulated",
     "kd, dali, accumulated",
     "dad, stored",
@@ -226,7 +230,7 @@ class AskedToStopInValidation(Trainer):
         return super().evaluate(*arguments)
 
 
-@pytest.mark.parametrize("step", [3, STEPS])
+@pytest.mark.parametrize("step", [3, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_resume_after_a_stop_in_validation_is_bit_exact(inputs, straight, tmp_path, step):
     """The stop does not wait for the validation; the resumed run starts with it."""
     cfg = config(inputs, "ce")

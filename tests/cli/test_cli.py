@@ -79,7 +79,13 @@ def test_train_gets_settings_and_launch(started: list[Any]) -> None:
     assert cfg.augment.scale == (0.5, 1.0)
     assert not cfg.loss.filter
     assert launch == Launch(
-        output="out", overwrite=True, preset="demo", debug=True, arguments=tuple(arguments[1:])
+        output="out",
+        overwrite=True,
+        preset="demo",
+        debug=True,
+        arguments=tuple(arguments[1:]),
+        # Without --debug, which the dispatcher takes.
+        command=shlex.join(["dad-fast", *arguments[:-1]]),
     )
 
 

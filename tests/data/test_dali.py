@@ -100,7 +100,31 @@ def test_the_sequence_equals_the_pil_loaders():
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("aug", [FULL, AugmentConfig(color_jitter=0.4, aa="rand-m9-n1-t3a")])
+@pytest.mark.parametrize(
+    "policy",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("v0", "original")), "3a", "ta"],
+)
+def test_policies_are_executed_as_by_pil(policy):
+    """At the size of test_dali_parity.py, since PIL's equalize is coarse for few pixels."""
+    dali, pil = loaders(Files(photos() * 5), AugmentConfig(aa=policy), img_size=96)
+    ours, theirs = collect(dali, 0, 3), collect(pil, 0, 3)
+    assert distance(ours, theirs) < 4 and not dali.failed_over
+
+
+def test_augmix_is_left_to_pil():
+    aug = AugmentConfig(aa="augmix-m3")
+    loader = train_loader("auto", Files(shades()), aug, 32, 6, 3, 0, device="cuda:0")
+    assert loader.name == "pil"
+    assert loader.why == "DALI does not average chains of operations (--aa augmix-m3)"
+
+
+@pytest.mark.parametrize(
+    "aug",
+    [
+        pytest.param(FULL, marks=pytest.mark.slow),
+        AugmentConfig(color_jitter=0.4, aa="rand-m9-n1-t3a"),
+    ],
+)
 def test_resume_at_any_step(aug):
     source = Files(shades())
     whole = collect(next(loaders(source, aug)), 0, 12)
@@ -109,6 +133,7 @@ def test_resume_at_any_step(aug):
         assert_same({name: value[start * 6 :] for name, value in whole.items()}, rest)
 
 
+@pytest.mark.slow  # several pipelines
 def test_workers_and_an_abandoned_pass_keep_the_batches():
     source = Files([*shades(), nobody_reads(3)])
     here = collect(next(loaders(source)), 0, 10)

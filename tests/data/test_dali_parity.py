@@ -54,6 +54,9 @@ class Signed:
     def signed(self, value):
         return self.sign * value
 
+    def between(self, low, high):
+        return (low + high) / 2
+
 
 @pytest.fixture(scope="module")
 def files():

@@ -14,6 +14,7 @@ from dad_fast.errors import UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.methods.settings import check
 from dad_fast.sweep.runs import make_sweep
+from dad_fast.tools.evaluate_checks import settings_of
 from tests.tiny import write_images
 
 
@@ -96,8 +97,8 @@ def test_loader_processes_by_cores(monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--wandb", "did you mean --log-to"),
-        ("--log-wandb", "did you mean --log-to"),
+        ("--wandb", "did you mean --log-to wandb?"),
+        ("--log-wandb", "did you mean --log-to wandb?"),
         ("--num-workers", "did you mean --workers"),
     ],
 )
@@ -111,3 +112,12 @@ def test_a_method_of_the_demo_is_one_run_in_the_output_folder(tmp_path, method):
     cfg = gather("demo", None, (), {"method": method})
     (run,) = make_sweep(cfg, tmp_path / "run").runs
     assert run.folder == tmp_path / "run" and run.variant == run.cfg.method == method
+
+
+def test_the_batch_of_an_evaluation_has_no_size_to_follow(tmp_path):
+    flags = {"data.data_dir": "embedded:digits", "data.batch_size": "auto"}
+    assert settings_of([], flags).data.batch_size == Config().data.batch_size
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    (tmp_path / "config.toml").write_text('[data]\ndata_dir = "embedded:digits"\nbatch_size = 20\n')
+    assert settings_of([str(file)], flags).data.batch_size == 20

@@ -11,7 +11,7 @@ FOUND = {"suite": "a_suite_of_a_long_name_of_more_than_24_letters", "top-1 %": "
 
 @pytest.mark.parametrize("width", [1000, 93, 80, 60, 40, 24])
 def test_results_fit_the_terminal(width):
-    layout = show.results_layout(width)
+    layout = show.results_layout(width, with_teacher=True)
     assert len(layout.header()) <= width
     cells = {**dict.fromkeys(show.WIDTHS, "1.0"), **FOUND}
     cells["suite"] = cells["suite"][:24]
@@ -19,6 +19,12 @@ def test_results_fit_the_terminal(width):
     assert len(line) <= width and "12.3" in line
     assert (layout.left_out == []) == (width >= 93)
     assert ("Brier" in layout.note()) == (width < 93)
+
+
+def test_agreement_is_a_column_next_to_a_teacher_alone():
+    with_teacher, alone = (show.results_layout(1000, with_teacher=known) for known in (True, False))
+    assert with_teacher.header() == f"{alone.header()} agree %"
+    assert not alone.left_out
 
 
 def test_long_names_are_whole_where_there_is_room():

@@ -143,6 +143,7 @@ for _ in range(3):
 
 
 @needs_csrc
+@pytest.mark.slow  # several processes build at once
 def test_concurrent_builds_leave_one_whole_file(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(

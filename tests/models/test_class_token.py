@@ -206,6 +206,7 @@ def test_open_clip_tower_around_a_timm_model():
     )
 
 
+@pytest.mark.slow  # counts on large models
 def test_needs_fewer_flop():
     """A training step of ViT-B/16 needs 7 % fewer FLOP."""
     from torch.utils.flop_counter import FlopCounterMode

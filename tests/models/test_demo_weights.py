@@ -81,6 +81,7 @@ def test_sights_are_in_range_and_reproducible():
     assert draws[0].min() >= 0 and draws[0].max() <= 1
 
 
+@pytest.mark.slow  # trains teacher and VQGAN twice
 def test_same_seed_writes_the_same_fp16_files(tmp_path):
     pixels, labels = script.load("train")
     sets = [(pixels[:256], labels[:256])]

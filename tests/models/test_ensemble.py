@@ -185,25 +185,11 @@ def ensemble_arguments(parts, second, out, *more, **options):
     return tiny.train_arguments(parts, out, "--teacher", name, *more, **options)
 
 
-def test_a_run_with_an_ensemble_records_its_members(parts, second, tmp_path):
+def test_a_store_and_a_run_record_all_members(parts, second, tmp_path, capsys):
+    """The store serves runs with the same members, weights and temperature alone."""
+    store, out = tmp_path / "store", tmp_path / "run"
     weights = ["--teacher-weights", "2", "1"]
-    assert main(ensemble_arguments(parts, second, tmp_path / "run", *weights)) == 0
-    teacher = json.loads((tmp_path / "run/run.json").read_text())["teacher"]
-    assert teacher["average"] == "probabilities"
-    first, other = teacher["members"]
-    assert (first["name"], other["name"]) == (str(parts / "teacher.safetensors"), str(second))
-    assert first["weight"] == pytest.approx(2 / 3)
-    assert first["loaded_sha256"] != other["loaded_sha256"]
-    assert first["sha256"] != other["sha256"]
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["teacher"]["suites"]["val"]["num_images"] == 24
-    log = (tmp_path / "run/train.log").read_text()
-    assert f"mean of probabilities of 67% {parts / 'teacher.safetensors'}, 33% {second}" in log
-
-
-def test_a_store_belongs_to_all_members(parts, second, tmp_path, capsys):
-    store = tmp_path / "store"
-    made = ensemble_arguments(parts, second, store, "--images", "raw", verb="precompute")
+    made = ensemble_arguments(parts, second, store, *weights, "--images", "raw", verb="precompute")
     assert main(made) == 0
     hashes = json.loads((store / "manifest.json").read_text())["hashes"]
     assert {"teacher", "teacher 1", "teacher 2"} < set(hashes)
@@ -212,15 +198,30 @@ def test_a_store_belongs_to_all_members(parts, second, tmp_path, capsys):
     tiny.write_teacher(moved, seed=6)
     same_members = "its members are the same"
     for other, more, words in (
-        (moved, [], "made with another teacher 2"),
-        (second, ["--teacher-weights", "2", "1"], same_members),
-        (second, ["--temperature", "2"], same_members),
+        (moved, weights, "made with another teacher 2"),
+        (second, [], same_members),
+        (second, [*weights, "--temperature", "2"], same_members),
     ):
-        given = ensemble_arguments(parts, other, tmp_path / "run", "--store", store, *more)
-        assert main(given) == 4
+        assert main(ensemble_arguments(parts, other, out, "--store", store, *more)) == 4
         assert words in capsys.readouterr().err
-        assert not (tmp_path / "run").exists()
-    assert main(ensemble_arguments(parts, second, tmp_path / "run", "--store", store)) == 0
+        assert not out.exists()
+
+    assert main(ensemble_arguments(parts, second, out, "--store", store, *weights)) == 0
+    teacher = json.loads((out / "run.json").read_text())["teacher"]
+    assert teacher["average"] == "probabilities"
+    assert [one["name"] for one in teacher["members"]] == [
+        str(parts / "teacher.safetensors"),
+        str(second),
+    ]
+    assert [one["weight"] for one in teacher["members"]] == pytest.approx([2 / 3, 1 / 3])
+    assert [one["loaded_sha256"] for one in teacher["members"]] == [
+        hashes["teacher 1"],
+        hashes["teacher 2"],
+    ]
+    results = json.loads((out / "results.json").read_text())
+    assert results["teacher"]["suites"]["val"]["num_images"] == 24
+    log = (out / "train.log").read_text()
+    assert f"mean of probabilities of 67% {parts / 'teacher.safetensors'}, 33% {second}" in log
 
 
 def test_a_linear_probe_refuses_an_ensemble(parts, second, tmp_path, capsys):

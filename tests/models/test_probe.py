@@ -119,7 +119,14 @@ def test_another_encoder_is_refused(parts, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "damage",
-    ["{", "[]", "{}", '{"teacher": 3}', '{"num_features": 60000}', '{"num_features": 16.0}'],
+    [
+        "{",
+        '{"num_features": 60000}',
+        *(
+            pytest.param(text, marks=pytest.mark.slow)
+            for text in ("[]", "{}", '{"teacher": 3}', '{"num_features": 16.0}')
+        ),
+    ],
 )
 def test_damaged_metadata_is_a_one_line_error(parts, tmp_path, damage):
     from dad_fast.models.weights.files import read_state_dict, write_safetensors
@@ -173,6 +180,7 @@ def test_other_methods_refuse_a_probe_as_initial_weights(parts, tmp_path, capsys
     assert "another architecture" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # three trainings; heads of timm encoders are in test_heads.py
 def test_probe_on_a_timm_teacher(parts, tmp_path, capsys):
     given = arguments(parts, tmp_path / "ce", "--method", "ce", "--teacher", "", *tiny.STUDENT)
     assert main(given) == 0

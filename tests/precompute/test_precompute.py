@@ -297,7 +297,13 @@ def test_an_unreadable_image_is_replaced_in_both(inputs, tmp_path):
     assert replaced == 1
 
 
-@pytest.mark.parametrize("method", ["dad", "aug-only", "dat+dad", "kd"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "dad",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("aug-only", "dat+dad", "kd")),
+    ],
+)
 def test_training_from_stores_resumes_and_logs_its_stores(
     inputs, raw, targets, tmp_path, method, capsys
 ):

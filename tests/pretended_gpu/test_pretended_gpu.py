@@ -113,6 +113,17 @@ def test_the_train_command_runs_on_a_gpu(library, tmp_path, preset):
     assert "Pretended GPU" in next(out.rglob("run.json")).read_text(encoding="utf-8")
 
 
+def test_a_compiled_step_is_captured(library, tmp_path):
+    """Inductor's CUDA code in the trial, and then in CUDA graphs."""
+    out = tmp_path / "run"
+    train = ("dad_fast", "train", "--preset", "demo", "--method", "dad", "--device", "cuda")
+    more = ("--torchcompile", "on", "--max-steps", "6", "-o", str(out))
+    done = run(library, "tests.pretended_gpu.values", *train, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "outputs and gradients are those of eager" in done.stderr
+    assert "the step is captured in CUDA graphs" in (out / "train.log").read_text(encoding="utf-8")
+
+
 def test_benchmarks_start_on_a_gpu(library, tmp_path):
     """`--bench-device cuda` failed in torch.cuda.set_device."""
     done = run(

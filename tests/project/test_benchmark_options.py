@@ -84,6 +84,7 @@ def test_the_option_runs_writes_and_compares(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow  # starts pytest again
 def test_comparison_without_steps_fails(folder: Path) -> None:
     (folder / "test_steps.py").write_text(
         "import pytest\ndef test_steps(bench): pytest.skip('no package')\n"
@@ -96,8 +97,8 @@ def test_comparison_without_steps_fails(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["--overhead-compare", "none.json"], "none.json: cannot be read"),
-        (["--fail-over", "much"], "--fail-over much"),
-        (["--bench-size", "x"], "tiny"),
+        pytest.param(["--fail-over", "much"], "--fail-over much", marks=pytest.mark.slow),
+        pytest.param(["--bench-size", "x"], "tiny", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_options_are_usage_errors(folder: Path, arguments: list[str], message: str) -> None:
@@ -105,6 +106,7 @@ def test_wrong_options_are_usage_errors(folder: Path, arguments: list[str], mess
     assert done.returncode == 4 and message in done.stderr
 
 
+@pytest.mark.slow  # starts pytest again
 def test_pytest_benchmark_may_be_installed_too(folder: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     done = run(folder, "--benchmark", "--benchmark-disable")

@@ -319,6 +319,7 @@ def test_flops_are_those_of_the_stages() -> None:
     ) > flops.of_step("dad")
 
 
+@pytest.mark.slow  # builds two large towers
 def test_random_teachers_of_both_libraries_cost_the_same() -> None:
     pytest.importorskip("open_clip")
     from benchmarks.flops import count

@@ -120,6 +120,7 @@ def test_summary_of_one_run(tmp_path):
     shown = page(load([tmp_path])).split("Summary</h2>")[1].split("</section>")[0]
     shown = shown.replace("\N{NO-BREAK SPACE}", " ")
     assert "91.0 % on test (95 % interval 89.5 to 92.0, teacher 98.0)" in shown
-    assert "one seed, intervals over test images" in shown and "highest" not in shown
+    assert "lowest of the other suites, 71.0 % on fog (95 % interval 69.5 to 72.0" in shown
+    assert "(one seed; intervals over test images)." in shown and "highest" not in shown
     # Runs from before the command was recorded.
     assert "<pre" not in shown

@@ -12,7 +12,7 @@ import report_runs as made
 
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.report.chart import HEIGHT, PERCENT, Scale, Series, line_chart
-from dad_fast.report.classes import MAX_ROWS, classes_view
+from dad_fast.report.classes import MATRIX_BYTES, MAX_ROWS, classes_view
 from dad_fast.report.looks import COLORS, color_number, looks
 from dad_fast.report.page import page
 from dad_fast.report.run_files import Run
@@ -166,6 +166,19 @@ def test_large_matrix_is_small_and_without_names():
     shown = classes_view(record_of(kd=view), {})
     assert shown.count("<svg") == 1 and len(shown) < 120_000
     assert "class 150" not in shown.split("<svg")[1]
+
+
+def test_matrices_of_a_page_have_a_budget():
+    wrong = {str(i): {str(j): 1 for j in range(12) if j != i} for i in range(12)}
+    images = {str(i): 20 for i in range(12)}
+    whole = {"confusion": {"all": True, "images": images, "wrong": wrong}}
+    record = record_of(**{f"run-{number}": whole for number in range(10)})
+    for run in record["runs"]:
+        run["suites"] = {f"suite-{i}": run["suites"]["test"] for i in range(10)}
+    shown = classes_view(record, {})
+    assert 10 <= shown.count("<svg") < 100 and shown.count("Left out, to keep") >= 1
+    assert len(shown) < MATRIX_BYTES + 100_000
+    assert shown.count("Most confused") == 2 * 10  # each table, and its label
 
 
 def test_best_validation_is_marked(tmp_path):

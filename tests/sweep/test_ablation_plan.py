@@ -99,6 +99,12 @@ def test_models_get_short_unique_names():
         "discretizer=b-vqgan.ckpt",
         "discretizer=jpeg-30",
     ]
+    assert plan_of(["discretizer"]).axes["discretizer"][1:] == [
+        "discretizer=identity",
+        "discretizer=jpeg-75",
+        "discretizer=webp-75",
+        "discretizer=blur-4",
+    ]
 
 
 def test_any_setting_can_be_an_axis():
@@ -221,7 +227,7 @@ MISTAKES = {
     ),
     "a word for a number": (
         lambda: plan_of([], {"budget": ["big"]}),
-        "--budgets: attack.eps .* must be a number, got 'big'",
+        "--budgets: attack.eps .* must be a number, or auto, got 'big'",
     ),
     "a strength": (
         lambda: plan_of([], {"strength": ["-1"]}),

@@ -64,6 +64,7 @@ def test_run_fills_the_stores_it_asks_for(parts, tmp_path, capsys):
     assert read(tmp_path / "other/results.json")["suites"] == record["suites"]
 
 
+@pytest.mark.slow  # two sweeps
 def test_interrupted_store_resumes_and_adds_up_its_seconds(parts, tmp_path, monkeypatch):
     from dad_fast.precompute import run as precompute
 
@@ -86,6 +87,7 @@ def test_interrupted_store_resumes_and_adds_up_its_seconds(parts, tmp_path, monk
     assert is_filled(store) and store_seconds(store) > first and len(calls) == 2
 
 
+@pytest.mark.slow  # two sweeps
 def test_overwrite_makes_new_stores(parts, tmp_path):
     out = tmp_path / "run"
     given = arguments(parts, out, "--method", "kd", "--stores", "targets:1")
@@ -145,6 +147,7 @@ def test_variants_share_stores_and_a_table(parts, tmp_path):
     assert "stores s" in (out / "table.md").read_text()
 
 
+@pytest.mark.slow  # two sweeps
 def test_stores_that_exist_serve_several_runs(parts, tmp_path):
     assert main(arguments(parts, tmp_path / "one", "--method", "kd", "--stores", "targets:2")) == 0
     (store,) = stores_in(tmp_path / "one")

@@ -22,7 +22,10 @@ def arguments(parts, out, *more):
     )
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "aug-only", "dat", "dad", "dat+dad"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("aug-only", "dat", "dat+dad")]
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "dad", *SLOWER])
 def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
     augment = ["--mixup", "0.8", "--aa", "rand-m9-mstd0.5-inc1"]
     assert main(arguments(parts, tmp_path / "run", "--method", method, *augment)) == 0
@@ -67,6 +70,7 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
     assert method == "ce" or "sha256" in facts["teacher" if method != "dat" else "discretizer"]
 
 
+@pytest.mark.slow  # five trainings; orders are in tests/methods
 def test_the_discretizers_and_the_two_orders(parts, tmp_path):
     forms = (
         ["--discretizer", "jpeg:60"],

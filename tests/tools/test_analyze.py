@@ -109,6 +109,7 @@ def test_a_run_is_analyzed(parts, capsys):
     assert json.loads((again / "analysis.json").read_text())["distances"] == record["distances"]
 
 
+@pytest.mark.slow  # a second analysis
 def test_without_a_student_there_is_no_dat(parts, tmp_path, capsys):
     _, common, run = parts
     assert analyze(*common, "--no-filter", "-o", tmp_path) == 0
@@ -126,6 +127,7 @@ def test_without_a_student_there_is_no_dat(parts, tmp_path, capsys):
     assert "dat" in json.loads((tmp_path / "analysis.json").read_text())["sets"]
 
 
+@pytest.mark.slow  # trains and measures again; the default space is above
 def test_other_spaces(parts, tmp_path):
     _, common, run = parts
     distances = {}
@@ -141,6 +143,7 @@ def test_other_spaces(parts, tmp_path):
         analyze(*common, "--features", "student", "-o", tmp_path)
 
 
+@pytest.mark.slow  # trains a probe
 def test_a_linear_probe_is_a_student_too(parts, tmp_path):
     _, common, _ = parts
     run = tmp_path / "probe"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dad_fast.cli import main as cli
+from dad_fast.tools.doctor import packages
 from dad_fast.tools.doctor import run as doctor
 from dad_fast.tools.doctor.row import Row
 
@@ -131,7 +132,7 @@ def test_a_missing_package_fails_and_names_the_fix(
     for package in ("rich", "pynvml"):
         pytest.importorskip(package)
     monkeypatch.setattr(
-        doctor,
+        packages,
         "requirements",
         lambda: ["no-such-package>=1.0", "nvidia-ml-py>=12", "rich>=99", "numpy>=1,<1.1"],
     )
@@ -152,8 +153,8 @@ def test_a_package_that_does_not_import_is_wrong(
 ) -> None:
     (tmp_path / "broken_binary.py").write_text("raise OSError('undefined symbol: x')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(doctor, "requirements", lambda: ["broken_binary"])
-    row = only(doctor.packages(), "broken_binary")
+    monkeypatch.setattr(packages, "requirements", lambda: ["broken_binary"])
+    row = only(packages.packages(), "broken_binary")
     assert row.state == "wrong" and row.required and "undefined symbol" in row.detail
 
 
@@ -229,16 +230,16 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_requirements_are_the_projects(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [doctor.parse_requirement(text)[0] for text in doctor.requirements()]
+    names = [packages.parse_requirement(text)[0] for text in packages.requirements()]
     assert {"torch", "timm", "open_clip_torch", "numpy"} <= set(names) and "mlxtend" not in names
-    assert doctor.parse_requirement("torch>=2.11,<2.16") == ("torch", "2.11", "2.16")
-    monkeypatch.setattr(doctor, "PROJECT", Path("/nowhere/pyproject.toml"))
+    assert packages.parse_requirement("torch>=2.11,<2.16") == ("torch", "2.11", "2.16")
+    monkeypatch.setattr(packages, "PROJECT", Path("/nowhere/pyproject.toml"))
     monkeypatch.setattr(
         metadata,
         "requires",
         lambda name: ["torch>=2.11", 'mlxtend; extra == "demo"', "x; sys_platform == 'os2'"],
     )
-    assert doctor.requirements() == ["torch>=2.11"]
+    assert packages.requirements() == ["torch>=2.11"]
 
 
 def test_without_torch_it_still_answers() -> None:

@@ -210,8 +210,18 @@ def elsewhere(tmp_path, monkeypatch):
             ["attack", "VQGAN", "sum of"],
             marks=pytest.mark.slow,
         ),
-        (["--method", "dat"], ["attack: student", "VQGAN decode"], ["teacher"]),
-        (["--method", "dad", "--discretizer", "jpeg:75"], ["jpeg:75: works on values"], ["VQGAN"]),
+        pytest.param(
+            ["--method", "dat"],
+            ["attack: student", "VQGAN decode"],
+            ["teacher"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--method", "dad", "--discretizer", "jpeg:75"],
+            ["jpeg:75: works on values"],
+            ["VQGAN"],
+            marks=pytest.mark.slow,
+        ),
         (
             ["--method", "dad", "--stores", "adversarial:2", "targets:3"],
             ["store of adversarial, 2 views", "store of targets, 3 views", "before"],

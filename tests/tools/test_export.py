@@ -203,6 +203,7 @@ def test_markup_in_names_is_text() -> None:
 
 
 @needs_onnx
+@pytest.mark.slow  # trains a probe
 def test_a_probe_is_exported_with_its_encoder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,7 +118,7 @@ def test_existing_results_are_refused_and_replaced(fitted, data, tmp_path, capsy
         (["--img-size", "18"], 2, "--img-size 18: no multiple of --factor 4.* use 16"),
         (["--img-size", "4"], 4, "images of 4 px are too small for --factor 4"),
         (["--train-split", "nowhere"], 4, "nowhere"),
-        (["--val-split", "nowhere"], 4, "nowhere"),
+        (["--val-split", "nowhere"], 4, "--val-split nowhere: .* to measure on training images"),
         (["--batch-size", "100"], 2, "--batch-size 100: .* only 12 images"),
         (["--levels", "8,1"], 2, "--levels 8,1: write numbers of levels"),
         (["--levels", "256,256,256"], 2, "at most 65,536 codes"),

@@ -92,6 +92,7 @@ def test_torch(demo_parts: None, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"trace.json.gz", "ops.txt"}
 
 
+@pytest.mark.slow  # a training step under the profiler
 def test_memory(demo_parts: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", "memory", *DEMO, "--warm-up", "0", "-o", str(tmp_path)]) == 0
     text = capsys.readouterr().out

@@ -104,6 +104,7 @@ class _Work:
             img_size=student.image_size,
             crop_pct=student.crop_pct,
             interpolation=student.interpolation,
+            squashed=student.squashed,
             batch_size=self.batch_size,
             workers=self.cfg.data.workers,
             device=self.device,

@@ -48,7 +48,7 @@ def run(options: FitOptions) -> int:
         _check_output(options, output, folder)
         device = resolve_device(options.device)
         train = open_source(options.data_dir, options.train_split)
-        val = open_source(options.data_dir, options.val_split) if options.val_split else train
+        val = _open_val(options, train)
         side = _image_side(options, train)
         loader = TrainLoader(
             train,
@@ -73,6 +73,18 @@ def _check_output(options: FitOptions, output: Path, folder: Path) -> None:
         raise UsageError(f"{found} exists: add --resume auto or --overwrite, or name another file")
     if output.is_dir():
         raise UsageError(f"--output {output}: a folder; name a .safetensors file")
+
+
+def _open_val(options: FitOptions, train: Source) -> Source:
+    """Open the images of the final figures. Raises DataError or UsageError with this command's fix."""
+    if not options.val_split:
+        return train
+    try:
+        return open_source(options.data_dir, options.val_split)
+    except (DataError, UsageError) as error:
+        reason = str(error).partition(";")[0]
+        fix = 'name another --val-split, or "" to measure on training images'
+        raise type(error)(f"--val-split {options.val_split}: {reason}; {fix}") from None
 
 
 def _image_side(options: FitOptions, source: Source) -> int:
