@@ -35,9 +35,10 @@ STREAM_DIRECTION, STREAM_COIN = 1, 2
 
 @dataclass(frozen=True)
 class PGD:
-    """PGD in L2 or L-infinity, with a random start per sample.
+    """PGD in L2 or L-infinity, with a random start per sample (arXiv 1706.06083).
 
-    random_start: probability, per sample, of starting at a random point: of norm eps (L2), or
+    norm, eps, step_size: the ball and the step, in the unit of pixels in [0, 1]; in L2 over the whole
+    image. random_start: probability, per sample, of starting at a random point: of norm eps (L2), or
     uniform in the cube (L-infinity). steps: 0 leaves the random start alone. fused: use the Triton
     kernel of the update (CUDA).
     """
@@ -156,8 +157,21 @@ def discretize(
     keys: Tensor,
     order: Literal["paper", "authors"] = "paper",
 ) -> Discretized:
-    """Make the discrete adversarial images of `pixels` [B, 3, H, W] against `model`; arguments as
-    in `perturb`.
+    """Make discrete adversarial images: Q(x + delta), where delta raises the cross-entropy of `model`
+    (DAD, arXiv 2311.01441, eq. 8).
+
+    Args:
+        discretizer: Q, such as `load_discretizer(...)`.
+        model: pixels [B, 3, H, W] -> logits [B, C]; its weights get no gradient.
+        attack: the attack; its `eps` and `step_size` are in the unit of the pixels.
+        pixels: float32 [B, 3, H, W] in [0, 1].
+        targets: labels int64 [B], or probabilities [B, C].
+        keys: int64 [B], an id of each sample, which determines its random start.
+        order: "paper", or "authors": Q(Q(x) + delta), as their code does.
+
+    Returns:
+        `images`, float32 [B, 3, H, W] in [0, 1], and `codes`, int64 [B, h, w], or None without a
+        codebook.
     """
     _, perturbed = perturb(discretizer, model, attack, pixels, targets, keys, order)
     with torch.no_grad():

@@ -197,11 +197,38 @@ def test_records_are_compact(record):
     assert record.read_text(encoding="utf-8").count("\n") <= 1
 
 
-def test_readme_example_runs():
+def test_api_page_is_made_from_the_docstrings():
+    for package in ("torch", "timm", "open_clip"):
+        pytest.importorskip(package)
+    import dad_fast as df
+
+    module = script("api_page")
+    assert module.PAGE.read_text(encoding="utf-8") == module.markdown()
+    named = [name for group in module.GROUPS.values() for name in group]
+    assert {*named, "__version__"} == set(df.__all__)
+
+
+def run_code(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run code in an empty folder, and return the names that it defines."""
     for package in ("torch", "timm", "open_clip", "mlxtend", "sklearn"):
         pytest.importorskip(package)
-    names: dict[str, Any] = {}
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code, "example", "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path, monkeypatch):
+    notebook = json.loads((ROOT / "examples" / "digits.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = run_code("\n".join(cells), tmp_path, monkeypatch)
+    assert names["results"]["test"]["top1"] > 50
+    assert (tmp_path / "runs" / "notebook-export" / "model.pt2").exists()
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
     (code,) = python_blocks(ROOT / "README.md")
-    exec(code, names)
+    names = run_code(code, tmp_path, monkeypatch)
     assert names["attacked"].images.shape == (8, 3, 28, 28)
     assert all(p.grad is not None for p in names["student"].parameters())

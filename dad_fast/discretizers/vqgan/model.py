@@ -194,7 +194,9 @@ class Quantize(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Autoencoder and codebook.
+    """Autoencoder and codebook (taming-transformers, arXiv 2012.09841).
+
+    Pixels are float32 [B, 3, H, W] in [0, 1], codes int64 [B, h, w] with h = H / factor.
 
     `encode` and `decode` are differentiable (codes are not); a discretizer runs them frozen. See
     `load` for files and `FusedVQGAN` for faster inference.
