@@ -83,17 +83,25 @@ def _signature(name: str, value: Any) -> str:
         if argument.kind == argument.KEYWORD_ONLY and not stars:
             arguments.append("*")
             stars = True
-        arguments.append(
-            re.sub(r"<(?:class ')?([\w.]+).*?>", r"\1", str(argument)).replace("'", "")
-        )
-    returns = signature.return_annotation
-    has_return = returns is not signature.empty and not inspect.isclass(value)
-    arrow = f" -> {returns}".replace("'", "") if has_return else ""
+        arguments.append(_argument(argument))
+    has_return = signature.return_annotation is not signature.empty and not inspect.isclass(value)
+    arrow = f" -> {_kind(signature.return_annotation)}" if has_return else ""
     call = f"{name}({', '.join(arguments)}){arrow}"
     if len(call) > 92:
         inside = "".join(f"    {argument},\n" for argument in arguments)
         call = f"{name}(\n{inside}){arrow}"
     return f"```\n{call}\n```\n"
+
+
+def _argument(argument: inspect.Parameter) -> str:
+    stars = {argument.VAR_POSITIONAL: "*", argument.VAR_KEYWORD: "**"}.get(argument.kind, "")
+    kind = "" if argument.annotation is argument.empty else f": {_kind(argument.annotation)}"
+    default = "" if argument.default is argument.empty else f" = {argument.default!r}"
+    return f"{stars}{argument.name}{kind}{default}"
+
+
+def _kind(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else annotation.__name__
 
 
 def _text(value: Any) -> str:
@@ -104,7 +112,7 @@ def _text(value: Any) -> str:
         if heading := re.fullmatch(r"(Args|Returns|Raises):", line):
             in_section = True
             lines += [f"**{heading[1]}**", ""]
-        elif in_section and (entry := re.fullmatch(r"    (\*{0,2}\w+): (.*)", line)):
+        elif in_section and (entry := re.fullmatch(r"    (\*{0,2}\w+(?:, \w+)*): (.*)", line)):
             lines.append(f"- `{entry[1]}`: {entry[2]}")
         elif in_section and line.startswith("     "):
             lines.append(f"  {line.strip()}")

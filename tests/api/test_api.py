@@ -223,7 +223,7 @@ def test_modules_of_timm_keep_their_normalisation():
 
 
 def test_loaders_take_short_arguments(trained, tmp_path):
-    names = "zero one two three four five six seven eight nine".split()
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     teacher = df.load_teacher("embedded:digits", classes=names)
     assert teacher(torch.rand(1, 3, 28, 28)).shape == (1, 10)
     discretizer = df.load_discretizer("jpeg:75")
