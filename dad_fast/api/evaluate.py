@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dad_fast.api.run import Run
-from dad_fast.api.settings import Names, by_path, names
+from dad_fast.api.settings import by_path, names
 from dad_fast.config.options import EvalLaunch, ExportOptions
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def export(
     run: str | Path | Run,
     output: str | Path,
     *,
-    format: Names = (),
+    format: str | Sequence[str] = (),
     weights: str = "",
     overwrite: bool = False,
 ) -> Path:

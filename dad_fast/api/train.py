@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dad_fast.api.run import Run
-from dad_fast.api.settings import Names, by_path, files, names
+from dad_fast.api.settings import by_path, files, names
 from dad_fast.config import Config, Launch
 from dad_fast.config.fields import with_values
 from dad_fast.config.resolve import gather
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def train(
     *,
     output: str | Path,
-    preset: Names = (),
-    config: Names = (),
+    preset: str | Sequence[str] = (),
+    config: str | Path | Sequence[str | Path] = (),
     data_dir: str | Path | None = None,
     method: str | None = None,
     student: str | nn.Module | None = None,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from dad_fast.cli.main import main
 from dad_fast.config import from_toml
 from dad_fast.errors import DataError, UsageError
 from tests import tiny
+from tests.processes import HANG
 
 SHORT = {"img_size": 32, "batch_size": 8, "workers": 0, "epochs": 1, "warmup_epochs": 0}
 
@@ -238,3 +242,37 @@ def test_evaluate_stays_the_function_after_its_package_is_imported():
     import dad_fast.evaluate.runner  # noqa: F401
 
     assert df.evaluate.__module__ == "dad_fast.api.evaluate"
+
+
+SCRIPT = """\
+import sys
+from torch import nn
+import dad_fast as df
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3))
+
+
+run = df.train(data_dir=sys.argv[1], method="ce", student=Net(), output=sys.argv[2], img_size=32,
+               batch_size=4, workers=1, epochs=1, warmup_epochs=0, max_steps=2)
+print(run.results["student"], run.model.num_classes)
+"""
+
+
+@pytest.mark.slow
+def test_script_without_a_guard_runs_under_torchrun(data, tmp_path):
+    """Loader processes do not run the script again."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launcher, str(tmp_path / "script.py"), str(data), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("module:Net 3") == 2
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["processes"] == 2 and not record["commands"]

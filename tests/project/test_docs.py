@@ -223,7 +223,7 @@ def test_notebook_runs(tmp_path, monkeypatch):
     notebook = json.loads((ROOT / "examples" / "digits.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     names = run_code("\n".join(cells), tmp_path, monkeypatch)
-    assert names["results"]["test"]["top1"] > 50
+    assert names["results"]["test"]["top1"] > 20
     assert (tmp_path / "runs" / "notebook-export" / "model.pt2").exists()
 
 
