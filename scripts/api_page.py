@@ -94,7 +94,7 @@ def _signature(name: str, value: Any) -> str:
 
 
 def _argument(argument: inspect.Parameter) -> str:
-    stars = {argument.VAR_POSITIONAL: "*", argument.VAR_KEYWORD: "**"}.get(argument.kind, "")
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(argument.kind.name, "")
     kind = "" if argument.annotation is argument.empty else f": {_kind(argument.annotation)}"
     default = "" if argument.default is argument.empty else f" = {argument.default!r}"
     return f"{stars}{argument.name}{kind}{default}"
