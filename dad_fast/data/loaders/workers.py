@@ -177,8 +177,8 @@ def _without_main_script() -> Iterator[None]:
 
     multiprocessing runs it in every process for the objects that it defines; loaders use none.
     """
-    main = vars(sys.modules["__main__"])
-    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main.pop("__file__", None)
     main["__spec__"] = None
     try:
