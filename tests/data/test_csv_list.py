@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from dad_fast.cli import main
+from dad_fast.cli.main import main
 from dad_fast.config.schema import AugmentConfig, DataConfig
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources.registry import open_source
@@ -18,7 +19,9 @@ from dad_fast.data.sources.splits import open_split
 from dad_fast.data.sources.survey import survey
 from dad_fast.errors import DataError, UsageError
 from tests.shards import picture
+from tests.tiny import STUDENT
 
+AUG = AugmentConfig(mixup=0.8, cutmix=1.0)
 NAMES = ("ant", "bee", "cat")
 
 
@@ -116,7 +119,7 @@ def test_classes_are_numbers_by_value_or_those_of_the_class_map(folder: Path) ->
         open_source(listed, class_map=str(classes))
 
 
-def test_bad_files_are_named_and_replaced_alike_in_every_process(folder: Path, caplog) -> None:
+def test_bad_files_are_named_and_replaced(folder: Path, caplog) -> None:
     listed = write(folder / "list.csv", "path,label", rows_of())
     (folder / "images" / "03.jpg").write_bytes(b"damaged")
     (folder / "images" / "04.jpg").unlink()
@@ -126,17 +129,27 @@ def test_bad_files_are_named_and_replaced_alike_in_every_process(folder: Path, c
     assert "images/04.jpg (no such file)" in caplog.text
     assert np.flatnonzero(~source.ok).tolist() == [3, 4]
 
-    def samples(workers: int, rank: int, world: int) -> list[np.ndarray]:
-        loader = TrainLoader(
-            source, AugmentConfig(), 16, 8 // world, seed=1, rank=rank, world_size=world,
-            workers=workers,
-        )  # fmt: skip
-        return [batch.images.numpy() for batch in loader.epoch(0)]
-
-    whole = samples(0, 0, 1)
-    assert all(map(np.array_equal, whole, samples(1, 0, 1)))
-    parts = [samples(0, rank, 2) for rank in range(2)]
-    assert all(len(part) == len(whole) for part in parts)
+    whole = list(TrainLoader(source, AUG, 16, 8, 3, 0).batches(0, 4))
+    drawn = {
+        number: sample
+        for batch in whole
+        for number, sample in zip(batch.drawn.tolist(), batch.samples.tolist(), strict=True)
+    }
+    taken = {drawn[bad] for bad in (3, 4) if bad in drawn}
+    assert taken == {5} and not {3, 4} & set(drawn.values())
+    assert set().union(*(batch.replaced for batch in whole)) <= {"images/03.jpg", "images/04.jpg"}
+    later = list(TrainLoader(source, AUG, 16, 8, 3, 0).batches(2, 4))
+    halves = [
+        list(TrainLoader(source, AUG, 16, 4, 3, 0, rank=rank, world=2).batches(0, 4))
+        for rank in range(2)
+    ]
+    for name in ("images", "labels", "samples", "seeds", "mix_lam"):
+        for step, batch in enumerate(whole):
+            expected = getattr(batch, name)
+            both = torch.cat([getattr(half[step], name) for half in halves])
+            assert torch.equal(expected, both), name
+            if step >= 2:
+                assert torch.equal(expected, getattr(later[step - 2], name)), name
 
 
 MISTAKES = [
@@ -156,7 +169,8 @@ def test_mistakes_are_one_line_before_anything_is_written(
     listed = write(folder / "list.csv", header, rows)
     out = folder / "run"
     fraction = [] if "split" in header else ["--val-fraction", "0.3"]
-    arguments = ["train", "--data-dir", listed, "--method", "ce", *fraction, "-o", str(out)]
+    arguments = ["train", "--data-dir", listed, "--method", "ce", *STUDENT]
+    arguments += [*fraction, "-o", str(out)]
     assert main(arguments) == code
     error = capsys.readouterr().err
     assert message in error and "list.csv" in error and error.count("\n") == 1
@@ -165,12 +179,30 @@ def test_mistakes_are_one_line_before_anything_is_written(
 
 def test_a_missing_list_is_one_line(folder: Path, capsys) -> None:
     listed = f"csv:{folder}/none.csv"
-    assert main(["train", "--data-dir", listed, "--method", "ce", "-o", str(folder / "run")]) == 4
+    arguments = ["--data-dir", listed, "--method", "ce", *STUDENT, "-o", str(folder / "run")]
+    assert main(["train", *arguments]) == 4
     assert "none.csv: No such file" in capsys.readouterr().err
     assert main(["doctor", "--data", listed]) == 4
 
 
 def test_doctor_describes_a_list(split_list: str, capsys) -> None:
     assert main(["doctor", "--data", split_list, "--loader", "pil"]) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "split.csv, split train: 9 images of 3 classes" in text and "JPEG 9" in text
+
+
+def test_a_list_trains(split_list: str, cache: Path, capsys, tmp_path: Path) -> None:
+    arguments = [
+        *("train", "--data-dir", split_list, "--method", "ce", *STUDENT, "--batch-size", "4"),
+        *("--workers", "0", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"),
+        *("--suite", "test", "-o", str(tmp_path / "run")),
+    ]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "9 images of 3 classes" in capsys.readouterr().out
+    assert not cache.exists() and not (tmp_path / "run").exists()
+    assert main([*arguments, "--max-steps", "2"]) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 1
+
+    (tmp_path / "other").mkdir()
+    assert main([*arguments, "--suite", "tset", "-o", str(tmp_path / "other")]) == 2
+    assert "--suite tset" in capsys.readouterr().err and not any((tmp_path / "other").iterdir())

@@ -25,7 +25,7 @@ SOURCES.add("csv", "dad_fast.data.sources.csv_list:open_csv")
 SOURCES.add("embedded", "dad_fast.data.sources.embedded:open_embedded")
 SOURCES.add("folder", "dad_fast.data.sources.folder:open_folder")
 SOURCES.add("tar", "dad_fast.data.sources.tar:open_shards")
-LISTINGS: Registry[Callable[[str], "Listing"]] = Registry(
+LISTINGS: Registry[Callable[[str], Listing]] = Registry(
     "listing of a data source", "dad_fast.listings", "--data-dir"
 )
 LISTINGS.add("csv", "dad_fast.data.sources.csv_list:read_csv")
