@@ -20,8 +20,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.choose import train_loader
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources import index as indexing
-from dad_fast.data.sources import pool
-from dad_fast.data.sources import tar_index
+from dad_fast.data.sources import pool, tar_index
 from dad_fast.data.sources.decode import DecodeError
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.registry import open_source

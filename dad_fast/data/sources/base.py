@@ -49,12 +49,12 @@ class Source(Protocol):
 
 
 class Listing(Protocol):
-    """Images of a source before an index exists: for checks and counts that write nothing."""
+    """Images of a source before an index exists: for checks and counts that write no index."""
 
     def has_split(self, split: str) -> bool: ...
 
-    def classes(self, fixed: ClassMap | None) -> ClassMap:
-        """Return the class list; `fixed` itself if it fits. Raises DataError otherwise."""
+    def images(self, split: str, fixed: ClassMap | None) -> tuple[ClassMap, list[Entry]]:
+        """Return the class list, `fixed` if it is given, and the images of a split, not verified.
 
-    def entries(self, split: str) -> list[Entry]:
-        """Return the images of a split, not verified. Raises UsageError without such a split."""
+        Raises UsageError without such a split, DataError for a label that is not in `fixed`.
+        """

@@ -99,6 +99,9 @@ class CsvList:
             found = pool.map(partial(_entries_of, self), chunks)
             return [entry for chunk in found for entry in chunk]
 
+    def images(self, split: str, fixed: ClassMap | None) -> tuple[ClassMap, list[Entry]]:
+        return self.classes(fixed), self.entries(split)
+
     def class_numbers(self, rows: np.ndarray, classes: ClassMap) -> np.ndarray:
         """Return the labels of rows, int64 [N]. Raises DataError for one that is no class."""
         return self._numbers(classes)[self.label_of[rows]]

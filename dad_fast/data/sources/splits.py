@@ -93,7 +93,7 @@ def has_split(data: DataConfig, split: str) -> bool:
 
 def list_split(data: DataConfig, split: str) -> tuple[ClassMap, list[Entry]] | None:
     """Return the class list of a named source and the images of a split, not verified; None for a
-    source that cannot be listed. Writes nothing.
+    source that cannot be listed. Writes no index.
 
     Raises UsageError for a missing split, DataError for a list that cannot be read.
     """
@@ -101,7 +101,7 @@ def list_split(data: DataConfig, split: str) -> tuple[ClassMap, list[Entry]] | N
     if listing is None:
         return None
     fixed = ClassMap.from_csv(data.class_map) if data.class_map else None
-    return listing.classes(fixed), listing.entries(find_split(data, split).name)
+    return listing.images(find_split(data, split).name, fixed)
 
 
 def held_out(
