@@ -21,10 +21,7 @@ from dad_fast.config.setting import (
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     data_dir: str = setting(
-        "",
-        "images or tar shards in train/ and val/, csv:FILE (path,label), or embedded:digits",
-        "--data-dir",
-        main=True,
+        "", "images or tars in train/ val/, csv:FILE, embedded:digits", "--data-dir", main=True
     )
     train_split: str = setting(
         "train",
