@@ -168,7 +168,7 @@ def read_csv(argument: str) -> CsvList:
     return _read(argument, stat.st_size, stat.st_mtime_ns)
 
 
-# A start of a run asks several times.
+# Called several times when a run starts.
 @lru_cache(maxsize=1)
 def _read(argument: str, size: int, mtime: int) -> CsvList:
     try:

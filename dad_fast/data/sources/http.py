@@ -137,7 +137,7 @@ def _try_download(url: str, file: Path) -> None:
             have = 0
         elif not part_range.startswith(f"bytes {have}-"):
             part.unlink(missing_ok=True)
-            raise ConnectionError(f"bytes from {have:,} were asked, and {part_range!r} came")
+            raise ConnectionError(f"asked for bytes from {have:,}, got {part_range!r}")
         length = answer.headers.get("Content-Length")
         tag = answer.headers.get("ETag", "")
         # A weak ETag does not promise equal bytes.
