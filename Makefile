@@ -4,7 +4,7 @@
 #                                  for a skip that is not in tests/allowed_skips.toml
 #   make test-versions             run the tests with the oldest and the newest releases that
 #                                  pyproject.toml allows (slow)
-#   make test-pretended-gpu        capture every preset at real size on a pretended GPU: torch's CUDA
+#   make test-pretended-gpu        capture presets at real size on a pretended GPU: torch's CUDA
 #                                  build without a device (needs g++; several minutes)
 #   make test-faults               test faults: kill -9 a hundred times, full disks, damaged files
 #                                  (about half an hour)

@@ -63,9 +63,8 @@ def warning_of_misfit(found: Fidelity, discretizer: Discretizer) -> str | None:
     if trained and not trained / 2 < found.side < trained * 2:
         problems.append(f"it was trained on images of {trained} px, and these have {found.side}")
     if found.lost > MUCH_LOST:
-        problems.append(
-            f"it loses {found.lost:.0%} of the images' variance (rms error {found.rms:.3f})"
-        )
+        lost = "all" if found.lost > 1 else f"{found.lost:.0%}"
+        problems.append(f"it loses {lost} of the images' variance (rms error {found.rms:.3f})")
     if found.colour > COLOURED and found.colour_after < GREY * found.colour:
         problems.append(
             "it turns colour into grey (mean difference of the channels "

@@ -224,12 +224,6 @@ def test_checkpoint_does_not_depend_on_max_steps(inputs, straight, tmp_path):
     assert digest(tmp_path, 3) == digest(straight("dad"), 3)
 
 
-class AskedToStopInValidation(Trainer):
-    def evaluate(self, *arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return super().evaluate(*arguments)
-
-
 @pytest.mark.parametrize("step", [3, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_resume_after_a_stop_in_validation_is_bit_exact(inputs, straight, tmp_path, step):
     """The stop does not wait for the validation; the resumed run starts with it."""
@@ -239,7 +233,14 @@ def test_resume_after_a_stop_in_validation_is_bit_exact(inputs, straight, tmp_pa
         (tmp_path / "metrics.jsonl").write_bytes(
             (straight("ce") / "metrics.jsonl").read_bytes()
         )  # without the end of a shorter run
-    stopped = AskedToStopInValidation(cfg, BUILDER.build(cfg), tmp_path, "test", "auto")
+    stopped = Trainer(cfg, BUILDER.build(cfg), tmp_path, "test", "auto")
+    evaluate = stopped.evaluate
+
+    def asked_to_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    stopped.evaluate = asked_to_stop
     stopped.start()
     with pytest.raises(Preempted, match="--resume auto"):
         stopped.train()

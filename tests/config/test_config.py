@@ -12,6 +12,7 @@ from dad_fast.config.fields import get, settings, with_values
 from dad_fast.config.resolve import Layers, gather, preset_text
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
+from dad_fast.evaluate.public_models import table
 from dad_fast.methods.settings import check, resolve
 
 FITS = {
@@ -21,6 +22,8 @@ FITS = {
     "discretizer.name": "identity",
 }
 ON_EMBEDDED_DATA = {"demo", "lp-clip-demo", "lp-clip-sweep"}
+# Presets of our own, which follow no paper.
+FOR_OWN_IMAGES = {"finetune", "dad-clip-vitb16", "dad-swsl-rn50", "dad-small"}
 PRESETS = {
     *ON_EMBEDDED_DATA,
     "dad-vitb16",
@@ -347,8 +350,34 @@ def test_presets_resolve_and_list_what_to_add(name: str) -> None:
         assert (cfg.data.batch_size, cfg.optim.lr) == (256, 1e-4)
 
 
+@pytest.mark.parametrize("name", sorted(FOR_OWN_IMAGES - {"finetune"}))
+def test_presets_for_own_images_change_only_the_student_and_its_learning_rate(name: str) -> None:
+    base = gather("finetune", None, [], {})
+    cfg = gather(name, None, [], {})
+    changed = {path for path in settings() if get(cfg, path) != get(base, path)}
+    assert "student.name" in changed
+    assert changed <= {"student.name", "student.drop_path", "optim.lr", "optim.layer_decay"}
+    header = preset_text(name).partition("extends")[0]
+    for part in ("# Why:", "Our choice", "Run:", "Not run:", "# Add:"):
+        assert part in header, part
+
+
+def test_public_starts_beat_the_papers_students_as_their_presets_say() -> None:
+    # Top-1 of DAD's students in arXiv 2311.01441, in the order of the suites below.
+    paper = {
+        "dad-clip-vitb16": (79.6, 69.9, 31.8, 65.1, 46.1),
+        "dad-swsl-rn50": (75.7, 65.0, 7.7, 51.6, 35.8),
+    }
+    suites = ("imagenet", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch")
+    assert table().suites == suites
+    for preset, of_dad in paper.items():
+        student = gather(preset, None, [], {}).student.name
+        (public,) = (model for model in table().models if model.name == student)
+        assert all(public.top1[suite] > dad for suite, dad in zip(suites, of_dad, strict=True))
+
+
 def test_presets_leave_speed_to_the_defaults() -> None:
-    for name in PRESETS - {"dad-authors-online", "demo"}:
+    for name in (PRESETS | FOR_OWN_IMAGES) - {"dad-authors-online", "demo"}:
         cfg = gather(name, None, [], {})
         assert (cfg.precision, cfg.engine) == (Config().precision, Config().engine)
     # The authors' code computes in float32.
@@ -404,7 +433,7 @@ def test_settings_of_a_checkpoint_extend_nothing() -> None:
 
 
 def test_preset_list() -> None:
-    assert set(preset_names()) == {*PRESETS, "finetune"}
+    assert set(preset_names()) == PRESETS | FOR_OWN_IMAGES
 
 
 def test_demo_is_complete() -> None:

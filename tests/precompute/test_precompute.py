@@ -125,7 +125,7 @@ def step_of(inputs, method, *more, pin_memory=False):
     from dad_fast.cli.train import make_parser
 
     given = vars(make_parser().parse([*more]))
-    cfg = resolve("", None, given["sets"], typed_settings(given) | {"method": method})
+    cfg = resolve(None, None, given["sets"], typed_settings(given) | {"method": method})
     parts = Builder().build(cfg)
     seed = parts.stored.view_seed(cfg.seed)
     loader = TrainLoader(

@@ -121,6 +121,28 @@ def test_flags_in_command_lines_exist(page, helps):
             assert flag in known or flag.replace("--no-", "--") in known, (line, flag)
 
 
+def recipes() -> list[list[str]]:
+    """Arguments of `dad-fast train` in docs/recipes.md, under Slurm and torchrun too."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^(?:dad-fast train|torchrun.* train|sbatch.*slurm\.sh) (.*)$", page, re.M)
+    return [line.split() for line in found]
+
+
+def test_settings_of_every_recipe_would_run(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (students,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+    (tmp_path / "students.toml").write_text(students, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    assert len(recipes()) >= 8
+    for arguments in recipes():
+        assert main(["train", *arguments, "--print-config"]) == 0, arguments
+        out, problems = capsys.readouterr()
+        assert "would stop" not in problems, (arguments, problems)
+        output = arguments[arguments.index("-o") + 1]
+        assert output.startswith("runs/") and "[student]" in out
+
+
 def test_table_of_discretizers_is_made_from_the_registry():
     pytest.importorskip("torch")
     pytest.importorskip("safetensors")
