@@ -225,7 +225,8 @@ def test_api_page_is_made_from_the_docstrings():
     import dad_fast as df
 
     module = script("api_page")
-    assert module.PAGE.read_text(encoding="utf-8") == module.markdown()
+    is_current = module.PAGE.read_text(encoding="utf-8") == module.markdown()
+    assert is_current, "run python scripts/api_page.py"
     named = [name for group in module.GROUPS.values() for name in group]
     assert {*named, "__version__"} == set(df.__all__)
 
