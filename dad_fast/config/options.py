@@ -187,7 +187,9 @@ class DoctorOptions:
     json: bool = option(False, "--json", "print the report on this machine as one JSON object")
     weights: str = option("", "--weights FILE", "describe this weights file instead")
     data: str = option(
-        "", "--data DIR", "image folder, folder or pattern of WebDataset shards, or embedded:digits"
+        "",
+        "--data DIR",
+        "image folder, folder or pattern of WebDataset shards, csv:FILE or embedded:digits",
     )
     split: str | None = option(
         None, "--split NAME", "sub-folder or pattern in it [train if there is one]"

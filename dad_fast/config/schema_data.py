@@ -21,11 +21,11 @@ from dad_fast.config.setting import (
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     data_dir: str = setting(
-        "", "images or tar shards in train/ and val/, or embedded:digits", "--data-dir", main=True
+        "", "images or tars in train/ val/, csv:FILE, embedded:digits", "--data-dir", main=True
     )
     train_split: str = setting(
         "train",
-        "folder, shards by pattern (NAME-{000..099}.tar) or embedded split to train on",
+        "folder, shards by pattern (NAME-{000..099}.tar) or split of a list to train on",
         "--train-split",
     )
     val_split: str = setting(

@@ -13,7 +13,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import is_named
-from dad_fast.data.sources.splits import find_split
+from dad_fast.data.sources.splits import find_split, list_split
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.data.sources.unlabelled import has_no_classes
 from dad_fast.errors import DataError, UsageError
@@ -51,7 +51,9 @@ def check_files_to_fill(cfg: Config, discretizer: bool) -> None:
     if data.class_map:
         ClassMap.from_csv(data.class_map)
     _check_extra_data(data)
-    if not is_named(data.data_dir):
+    if is_named(data.data_dir):
+        list_split(data, data.train_split)
+    else:
         train = find_split(data, data.train_split).name
         if not find_shards(data.data_dir, train):
             find_folder(Path(data.data_dir), train)
@@ -90,14 +92,18 @@ def needed_models(cfg: Config, adversarial: Manifest | None, targets: bool) -> t
 
 
 def check_splits(cfg: Config) -> None:
-    """Raise DataError for a split that is missing in an image folder, for a single class, for
-    splits of different classes, and for a class map that cannot be read.
+    """Raise DataError for a split that is missing in an image folder or a list, for a single class,
+    for splits of different classes, and for a class map that cannot be read.
     """
     data = cfg.data
     if data.class_map:
         ClassMap.from_csv(data.class_map)
     _check_extra_data(data)
     if is_named(data.data_dir):
+        for split in (data.train_split, data.val_split):
+            listed = list_split(data, split)
+            if listed is not None and len(listed[0]) < 2:
+                raise DataError(f"--data-dir {data.data_dir}: one class; a classifier needs two")
         return
     train, val = (find_split(data, split) for split in (data.train_split, data.val_split))
     if train.part and has_no_classes(data):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources import index as indexing
+from dad_fast.data.sources import pool
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.names import PackedStrings
 from dad_fast.data.sources.registry import open_source
@@ -117,7 +118,7 @@ def test_a_damaged_index_is_made_again(tree, cache, monkeypatch, damage):
 
 def test_an_interrupted_build_keeps_what_it_verified(tree, monkeypatch):
     monkeypatch.setattr(indexing, "_CHUNK", 1)
-    monkeypatch.setattr(indexing, "usable_cores", lambda: 1)
+    monkeypatch.setattr(pool, "usable_cores", lambda: 1)
     original = indexing._verify
 
     def interrupted(entry, content):

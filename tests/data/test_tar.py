@@ -20,7 +20,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.choose import train_loader
 from dad_fast.data.loaders.loader import TrainLoader
 from dad_fast.data.sources import index as indexing
-from dad_fast.data.sources import tar_index
+from dad_fast.data.sources import pool, tar_index
 from dad_fast.data.sources.decode import DecodeError
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.registry import open_source
@@ -261,7 +261,7 @@ def test_an_interrupted_build_keeps_the_shards_that_it_verified(tmp_path, monkey
             raise KeyboardInterrupt
         return original(entry, content)
 
-    monkeypatch.setattr(indexing, "usable_cores", lambda: 1)
+    monkeypatch.setattr(pool, "usable_cores", lambda: 1)
     monkeypatch.setattr(indexing, "_verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_source(str(tmp_path / "data"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
 
 from dad_fast.data.classes import ClassMap
+
+if TYPE_CHECKING:
+    from dad_fast.data.sources.index import Entry
 
 # Label of an image without one.
 UNLABELLED = -1
@@ -43,3 +46,15 @@ class Source(Protocol):
 
     def describe(self) -> str:
         """Return one line for the log."""
+
+
+class Listing(Protocol):
+    """Images of a source before an index exists: for checks and counts that write no index."""
+
+    def has_split(self, split: str) -> bool: ...
+
+    def images(self, split: str, fixed: ClassMap | None) -> tuple[ClassMap, list[Entry]]:
+        """Return the class list, `fixed` if it is given, and the images of a split, not verified.
+
+        Raises UsageError without such a split, DataError for a label that is not in `fixed`.
+        """

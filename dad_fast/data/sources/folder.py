@@ -53,9 +53,10 @@ class FolderSource:
         entries: Sequence[Entry],
         labels: np.ndarray,
         max_bad_share: float,
+        name: str = "",
     ) -> None:
         self.folder = folder
-        self.name = str(folder)
+        self.name = name or str(folder)
         self.max_bad_share = max_bad_share
         self.classes = classes
         self.labels = labels

@@ -14,18 +14,14 @@ import hashlib
 import io
 import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dad_fast.cache import cache_dir, one_at_a_time, write_cache
-from dad_fast.cores import usable_cores
 from dad_fast.data.sources.decode import (
     EXTENSIONS,
     FEW_BITS,
@@ -37,6 +33,7 @@ from dad_fast.data.sources.decode import (
     to_rgb,
 )
 from dad_fast.data.sources.names import shown, some
+from dad_fast.data.sources.pool import progress_bar, threads
 from dad_fast.errors import DataError
 
 log = logging.getLogger("dad_fast.data")
@@ -86,18 +83,27 @@ def build_index(folder: Path, classes: list[str] | None) -> list[Entry]:
     file = index_file(root if classes is not None else root / "\0without labels")
     found, others = scan_folder(root, [""] if classes is None else classes)
     _report_left_out(folder, others, stray=classes is not None)
+    return index_entries(file, about, root, found, str(folder))
 
-    with one_at_a_time(file, f"indexing {folder}"):
+
+def index_entries(
+    file: Path, about: str, root: Path, found: Sequence[Entry], name: str
+) -> list[Entry]:
+    """Return `found`, entries of files below `root`, verified; unchanged files from the index
+    `file`, which is written. `name` stands for the data set in messages.
+    """
+    with one_at_a_time(file, f"indexing {name}"):
         known = {entry.path: entry for entry in load_index(file, about)}
         entries: dict[str, Entry] = {}
         for entry in found:
             old = known.get(entry.path)
             if old is not None and (old.size, old.mtime) == (entry.size, entry.mtime):
-                entries[entry.path] = old
+                same = old.label == entry.label
+                entries[entry.path] = old if same else old._replace(label=entry.label)
         fresh = [entry for entry in found if entry.path not in entries]
         if fresh:
             try:
-                for entry in verify_all([(lambda entry: root / entry.path, fresh)], str(folder)):
+                for entry in verify_all([(lambda entry: root / entry.path, fresh)], name):
                     entries[entry.path] = entry
             finally:
                 # An interrupted build keeps the old entries too.
@@ -107,7 +113,7 @@ def build_index(folder: Path, classes: list[str] | None) -> list[Entry]:
                         "%s cannot be written: the index of %s is not kept and is made again "
                         "next time",
                         file,
-                        folder,
+                        name,
                     )
     return [entries[entry.path] for entry in found]
 
@@ -358,39 +364,3 @@ def _scan(
                 entries.append(Entry(path, label, 0, size, mtime, 0, 0, "", False, PENDING))
             else:
                 others[shown(os.path.splitext(item.name)[1].lower()) or "no extension"] += 1
-
-
-@contextmanager
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """Pool with a thread per core, at most 32. Leaving the block cancels tasks not yet begun."""
-    pool = ThreadPoolExecutor(min(32, usable_cores()))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def progress_bar(total: int, text: str) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal, nothing elsewhere; yields a function that advances it."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(shown(text), total=total)
-        yield lambda count: progress.advance(task, count)

@@ -2,7 +2,8 @@
 
 A factory takes the argument after the name's colon, the split, a fixed class list or None, and the
 share of unreadable images above which it raises; it returns a `Source`. Other packages add
-factories by an entry point in the group `dad_fast.sources` or as `python:MODULE:FACTORY`.
+factories by an entry point in the group `dad_fast.sources` or as `python:MODULE:FACTORY`. A source
+whose images can be listed without an index has a second entry in LISTINGS.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ from dad_fast.registry import PYTHON, Registry
 
 if TYPE_CHECKING:
     from dad_fast.data.classes import ClassMap
-    from dad_fast.data.sources.base import Source
+    from dad_fast.data.sources.base import Listing, Source
 
 Factory = Callable[[str, str, "ClassMap | None", float], "Source"]
 SOURCES: Registry[Factory] = Registry("data source", "dad_fast.sources", "--data-dir")
+SOURCES.add("csv", "dad_fast.data.sources.csv_list:open_csv")
 SOURCES.add("embedded", "dad_fast.data.sources.embedded:open_embedded")
 SOURCES.add("folder", "dad_fast.data.sources.folder:open_folder")
+SOURCES.add("http", "dad_fast.data.sources.http:open_http")
+SOURCES.add("https", "dad_fast.data.sources.http:open_https")
 SOURCES.add("tar", "dad_fast.data.sources.tar:open_shards")
+LISTINGS: Registry[Callable[[str], Listing]] = Registry(
+    "listing of a data source", "dad_fast.listings", "--data-dir"
+)
+LISTINGS.add("csv", "dad_fast.data.sources.csv_list:read_csv")
+LISTINGS.add("http", "dad_fast.data.sources.http:list_http")
+LISTINGS.add("https", "dad_fast.data.sources.http:list_https")
 # Names under which other data sets have a split.
 OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}
 
@@ -39,7 +49,7 @@ def open_source(
 
     Args:
         data_dir: a folder, a pattern of shards such as `/data/train-{000000..000099}.tar`,
-            `embedded:digits`, or `NAME:ARGUMENT` of another source of the registry.
+            `csv:FILE`, `embedded:digits`, or `NAME:ARGUMENT` of another source of the registry.
         split: a sub-folder of it, a pattern of shards in it, or a split of a named source. Empty:
             `data_dir` itself holds the class folders or shards. A folder with shards and no
             sub-folder is read as shards.
@@ -73,6 +83,18 @@ def is_named(data_dir: str) -> bool:
     if not colon or "/" in name or len(name) < 2:
         return False
     return name in SOURCES or not Path(data_dir).exists()
+
+
+def find_listing(data_dir: str) -> Listing | None:
+    """Return the listing of a named source; None for a path and for a source that has none.
+
+    Raises DataError when the listing cannot be read.
+    """
+    if not is_named(data_dir):
+        return None
+    name, argument = SOURCES.split(data_dir)
+    listing = LISTINGS.find(name)
+    return None if listing is None else listing(argument)
 
 
 def is_split(data_dir: str, split: str) -> bool:

@@ -16,7 +16,14 @@ import numpy as np
 from dad_fast.config.schema import DataConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.base import Source
-from dad_fast.data.sources.registry import OTHER_NAMES, is_named, is_split, open_source
+from dad_fast.data.sources.index import Entry
+from dad_fast.data.sources.registry import (
+    OTHER_NAMES,
+    find_listing,
+    is_named,
+    is_split,
+    open_source,
+)
 from dad_fast.data.sources.subset import Subset
 from dad_fast.errors import DataError, UsageError
 
@@ -84,6 +91,19 @@ def has_split(data: DataConfig, split: str) -> bool:
     return bool(found.part) or is_split(data.data_dir, found.name)
 
 
+def list_split(data: DataConfig, split: str) -> tuple[ClassMap, list[Entry]] | None:
+    """Return the class list of a named source and the images of a split, not verified; None for a
+    source that cannot be listed. Writes no index.
+
+    Raises UsageError for a missing split, DataError for a list that cannot be read.
+    """
+    listing = find_listing(data.data_dir)
+    if listing is None:
+        return None
+    fixed = ClassMap.from_csv(data.class_map) if data.class_map else None
+    return listing.images(find_split(data, split).name, fixed)
+
+
 def held_out(
     keys: Sequence[str], labels: np.ndarray, ok: np.ndarray, fraction: float
 ) -> np.ndarray:
@@ -116,11 +136,14 @@ def _holds_out(data: DataConfig) -> bool:
 def _existing(data: DataConfig, split: str) -> str | None:
     """Return the name under which the data has a split, None if it has none.
 
-    Splits of named sources are known only to the source, which is opened where that matters.
+    Splits of named sources are known only to the source: where they matter it is listed or opened.
     """
     if is_named(data.data_dir):
         if not data.val_fraction:
             return split
+        listing = find_listing(data.data_dir)
+        if listing is not None:
+            return split if listing.has_split(split) else None
         try:
             open_source(data.data_dir, split, data.class_map, max_bad_share=1.0)
         except (UsageError, DataError):

@@ -13,7 +13,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.index import scan_folder
 from dad_fast.data.sources.registry import is_named
-from dad_fast.data.sources.splits import find_split, num_held_out, open_split
+from dad_fast.data.sources.splits import find_split, list_split, num_held_out, open_split
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.data.sources.tar_index import scan_shards
 from dad_fast.data.sources.unlabelled import has_no_classes
@@ -34,12 +34,16 @@ def survey(data: DataConfig) -> DataFacts:
     Raises the errors of a run for data that is not there.
     """
     fixed = ClassMap.from_csv(data.class_map) if data.class_map else None
-    if is_named(data.data_dir):
+    listed = list_split(data, data.train_split)
+    if listed is None and is_named(data.data_dir):
         source = open_split(data, data.train_split)
         return DataFacts(source.name, len(source), 0, len(source.classes))
     split, part = find_split(data, data.train_split)
-    shards = find_shards(data.data_dir, split)
-    if shards is not None:
+    shards = find_shards(data.data_dir, split) if listed is None else None
+    if listed is not None:
+        classes, entries = listed
+        name, num_classes = data.data_dir, len(classes)
+    elif shards is not None:
         entries = scan_shards(*shards)
         highest = max((int(entry.label) for entry in entries if entry.label), default=0)
         name, num_classes = f"{len(shards[1]):,} shards in {shards[0]}", highest + 1

@@ -46,8 +46,10 @@ class TarSource:
         names: Sequence[str],
         classes: ClassMap | None = None,
         max_bad_share: float = 0.01,
+        name: str = "",
     ) -> None:
-        self.name = f"{base}/{names[0]}" + (f" … {names[-1]}" if len(names) > 1 else "")
+        last = f" … {names[-1]}" if len(names) > 1 else ""
+        self.name = name or f"{base}/{names[0]}{last}"
         self.max_bad_share = max_bad_share
         self._shards, found = build_tar_index(base, names)
         entries = [entry for part in found for entry in part]
@@ -123,7 +125,7 @@ def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
     folder = Path(data_dir) / split
     if not folder.is_dir():
         if _is_pattern(split):
-            return _expand(data_dir, split, "--train-split, --val-split, --suite")
+            return expand(data_dir, split, "--train-split, --val-split, --suite")
         if not _is_pattern(data_dir):
             return None
         if split:
@@ -131,7 +133,7 @@ def find_shards(data_dir: str, split: str) -> tuple[Path, list[str]] | None:
                 f"{data_dir} names shards, so it has no split {split!r}: give its folder as "
                 "--data-dir and the pattern as --train-split or --val-split"
             )
-        return _expand("", data_dir, "--data-dir")
+        return expand("", data_dir, "--data-dir")
     try:
         with os.scandir(folder) as listing:
             items = [item for item in listing if not item.name.startswith(".")]
@@ -166,7 +168,7 @@ def shards_hint(folder: Path) -> str:
     return f"; its {count} can be named by a pattern, as in --train-split '{example}'"
 
 
-def _expand(root: str, pattern: str, flags: str) -> tuple[Path, list[str]]:
+def expand(root: str, pattern: str, flags: str) -> tuple[Path, list[str]]:
     """Expand `a-{00..12}.tar` to thirteen names, with numbers as wide as the first one.
 
     Several ranges make all combinations.

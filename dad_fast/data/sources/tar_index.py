@@ -28,10 +28,10 @@ from dad_fast.data.sources.index import (
     index_file,
     load_index,
     save_index,
-    threads,
     verify_all,
 )
 from dad_fast.data.sources.names import shown, some
+from dad_fast.data.sources.pool import threads
 from dad_fast.data.sources.tar_members import Kind, Member, read_members
 from dad_fast.errors import DataError
 

@@ -16,7 +16,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.registry import is_named, is_split, open_source
-from dad_fast.data.sources.splits import find_split, has_split, open_split
+from dad_fast.data.sources.splits import find_split, has_split, list_split, open_split
 from dad_fast.data.sources.subset import Subset
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.corruptions.names import NAMES, num_severities
@@ -99,7 +99,12 @@ def check_suites(names: Sequence[str], data: DataConfig) -> None:
         if one.kind in (*PUBLISHED, SUBSET):
             if not Path(path).is_dir():
                 raise DataError(f"--suite {one.text}: no such folder")
-        elif not one.kind and not (is_named(data.data_dir) and not is_split("", path)):
+        elif not one.kind and is_named(data.data_dir) and not is_split("", path):
+            try:
+                list_split(data, path)
+            except UsageError as error:
+                raise UsageError(f"--suite {one.text}: {error}{_nearest(one.text)}") from None
+        elif not one.kind:
             _check_place(one, path, data)
 
 

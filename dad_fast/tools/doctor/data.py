@@ -14,8 +14,9 @@ import numpy as np
 from dad_fast.config.options import DoctorOptions
 from dad_fast.cores import num_cores
 from dad_fast.data.sources.base import Source
-from dad_fast.data.sources.index import Files, progress_bar
+from dad_fast.data.sources.index import Files
 from dad_fast.data.sources.names import shown, some
+from dad_fast.data.sources.pool import progress_bar
 from dad_fast.data.sources.registry import OTHER_NAMES, is_named, open_source
 from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.tools.doctor.row import Row, render
