@@ -153,9 +153,8 @@ class StoreConfig:
     )
     make: tuple[str, ...] = setting(
         (),
-        "make stores in --output first and learn from them: adversarial, targets, or KIND:VIEWS "
-        "with the draws per image "
-        "(default: adversarial:1 and one view of targets an epoch)",
+        "make stores in --output first and learn from them: adversarial (the flag alone), targets, "
+        "or KIND:VIEWS with the draws per image (default: 1 of adversarial, one an epoch of targets)",
         "--stores",
         bare=("adversarial",),
     )
