@@ -112,6 +112,7 @@ def export(
     format: str | Sequence[str] = (),
     weights: str = "",
     overwrite: bool = False,
+    push: str = "",
 ) -> Path:
     """Export a student with its model card, as `dad-fast export` does.
 
@@ -125,13 +126,18 @@ def export(
             cannot build.
         weights: `ema` or `raw`; empty = those of the evaluation.
         overwrite: replace an earlier export.
+        push: USER/REPO of the Hugging Face hub, to which the folder is uploaded. Without a login
+            nothing is uploaded; the files and the head of the card are printed.
 
     Returns:
         `output`.
 
     Raises:
-        UsageError: an unknown format, or a folder that is not empty. DataError: no such run.
-        EnvironmentProblem: packages of the extra `export` are missing.
+        UsageError: an unknown format, a folder that is not empty, or `push` of a run without
+            results.
+        DataError: no such run.
+        EnvironmentProblem: packages of the extra `export` are missing, or the hub cannot be reached
+            or refuses the upload.
     """
     from dad_fast.cli.export import check_formats
     from dad_fast.errors import UsageError
@@ -147,6 +153,7 @@ def export(
         formats=check_formats(names(format)),
         weights=weights,
         overwrite=overwrite,
+        push=push,
     )
     with passed(student=own):
         command.run(options)

@@ -16,6 +16,7 @@ FORMATS = ("timm", "onnx", "torch")
 
 HELP = """\
 usage: dad-fast export CKPT -o DIR [--format NAME ...] [--weights ema|raw] [--overwrite]
+                       [--push USER/REPO]
 
 Write a trained student into a new folder, without the optimizations of its training.
 Each file is read back and compared with the student; a file that differs is deleted.
@@ -34,6 +35,7 @@ examples:
   dad-fast export runs/demo/dad/seed-0 -o runs/demo-export
   dad-fast export runs/demo/dad/seed-0 -o runs/demo-all --format timm onnx torch
   dad-fast predict runs/demo-export photo.jpg
+  dad-fast export runs/demo/dad/seed-0 -o runs/demo-hub --push USER/REPO
 """
 
 

@@ -289,6 +289,11 @@ class ExportOptions:
         choices=("ema", "raw"),
     )
     overwrite: bool = option(False, "--overwrite", "replace an earlier export")
+    push: str = option(
+        "",
+        "--push USER/REPO",
+        "upload the folder to the Hugging Face hub; without a login: show what would be uploaded",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,6 @@
-"""Downloads from the Hugging Face hub: quiet, and from the cache alone where it is not reachable."""
+"""Requests to the Hugging Face hub: quiet, and at once from the cache or refused where it is not
+reachable.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,18 @@ from dad_fast.models.weights.limits import without_downloads
 def hub_client() -> Iterator[None]:
     """Silence libraries that ask the hub, and keep them from retrying while it is not reachable.
 
-    Their log lines and warnings say what the exception says, or what is intended. Unreachable, the
-    hub's client reads its cache and raises at once for anything else.
+    Unreachable, the hub's client reads its cache and raises at once for anything else.
     """
+    with quiet(), nullcontext() if is_reachable() else without_downloads():
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence log lines and warnings of libraries; they repeat the exception, or are intended."""
     logging.disable(logging.ERROR)
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            nullcontext() if _is_reachable() else without_downloads(),
-        ):
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(logging.NOTSET)
@@ -39,7 +44,7 @@ def reason_of(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:160]
 
 
-def _is_reachable() -> bool:
+def is_reachable() -> bool:
     """Return whether the hub answers, or the user has turned it off."""
     if constants.HF_HUB_OFFLINE:
         return True

@@ -19,6 +19,7 @@ from dad_fast.methods.registry import METHODS
 from dad_fast.models.places import run_settings
 from dad_fast.models.registry import split_names
 from dad_fast.models.student import Student
+from dad_fast.tools.export.card_data import front_matter
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,25 @@ def model_card(
     run: RunFacts,
     checks: Mapping[str, float],
     files: Sequence[str],
+    repository: str = "",
 ) -> str:
     """Return Markdown with front matter for the Hugging Face hub.
 
-    weights  "EMA" or "raw"
-    checks   name of what was read back -> largest difference of logits
+    weights     "EMA" or "raw"
+    checks      name of what was read back -> largest difference of logits
+    repository  USER/REPO of the hub, if the folder is uploaded
     """
     try:
         parts = [
-            *_title(student, classes, metadata, files),
-            *_loading(student, files),
+            front_matter(
+                repository.rpartition("/")[2] or student.name,
+                "" if run.cfg is None else short_name(run.cfg.data.data_dir),
+                run.results.get("suites") or {},
+                is_timm="config.json" in files,
+                is_calibrated=student.calibration is not None,
+            ),
+            *_title(student, classes, metadata),
+            *_loading(student, files, repository),
             *_training(student, metadata, weights, run),
             *_results(student, weights, run),
             *_limits(student, classes, run),
@@ -100,21 +110,20 @@ def md(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(shown(str(value)), quote=False))
 
 
-def _title(
-    student: Student, classes: ClassMap, metadata: Mapping[str, str], files: Sequence[str]
-) -> Iterator[str]:
+def _title(student: Student, classes: ClassMap, metadata: Mapping[str, str]) -> Iterator[str]:
     method = metadata.get("dad_fast.method", "")
     names = ", ".join(md(name) for name in classes.names[:8])
     if len(classes) > 8:
         names += f" and {len(classes) - 8:,} more"
-    library = "library_name: timm\n" if "config.json" in files else ""
-    yield f"---\n{library}pipeline_tag: image-classification\nlicense: unknown\ntags: [image-classification, dad-fast]\n---"
     yield f"# {md(student.name)}" + (f", trained by {md(method)}" if method else "")
     yield f"\nClassifies images of {student.image_size} × {student.image_size} pixels as one of {len(classes):,} classes: {names}."
 
 
-def _loading(student: Student, files: Sequence[str]) -> Iterator[str]:
+def _loading(student: Student, files: Sequence[str], repository: str) -> Iterator[str]:
     yield "\n## How to load it\nDIR is the folder of this file."
+    if repository and "config.json" in files:
+        yield f"From the hub: `timm.create_model('hf-hub:{repository}', pretrained=True)`, or"
+        yield f"`dad-fast predict timm:hf-hub:{repository} IMAGE.jpg`. From its folder:"
     if "config.json" in files:
         yield "```python\nimport timm\n"
         yield 'model = timm.create_model("local-dir:DIR", pretrained=True).eval()'

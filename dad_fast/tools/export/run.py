@@ -29,6 +29,7 @@ from dad_fast.models.weights.files import sha256_file
 from dad_fast.tools.export import graph
 from dad_fast.tools.export.card import model_card, read_run, short_name
 from dad_fast.tools.export.check import largest_difference, reference
+from dad_fast.tools.export.push import Push
 from dad_fast.tools.export.timm_folder import read_timm, write_timm
 
 RECORD = "export.json"  # written last; marks a folder as an export that may be replaced
@@ -37,12 +38,13 @@ RECORD = "export.json"  # written last; marks a folder as an export that may be 
 def run(options: ExportOptions) -> int:
     """Write the export and return the exit code."""
     target = Path(options.output).absolute()
+    push = Push(options.push) if options.push else None
     # Not in the folder, which a new one replaces.
     with lock_folder(target, target.parent / f".{target.name}{LOCK}"):
-        return _export(options)
+        return _export(options, push)
 
 
-def _export(options: ExportOptions) -> int:
+def _export(options: ExportOptions, push: Push | None) -> int:
     target = Path(options.output)
     _check_target(target, options.overwrite)
     student, metadata, source, weights = _load(options.checkpoint, options.weights)
@@ -60,10 +62,14 @@ def _export(options: ExportOptions) -> int:
 
     facts = read_run(source)
     take_view(student, facts.cfg)
+    if push is not None:
+        push.check(source, weights, facts)
     with _new_folder(target) as folder:
         checks = _write(folder, student, classes, metadata, formats)
         files = sorted(path.name for path in folder.iterdir())
-        card = model_card(student, classes, metadata, weights, facts, checks, files)
+        card = model_card(
+            student, classes, metadata, weights, facts, checks, files, options.push
+        )
         atomic_write_text(folder / "README.md", card)
         packages = ("torch", "timm", *(graph.PACKAGES if "onnx" in formats else ()))
         record = {
@@ -85,6 +91,8 @@ def _export(options: ExportOptions) -> int:
     print(
         f"{target}: {', '.join([*files, 'README.md', RECORD])}; {student.name}, {weights} weights"
     )
+    if push is not None:
+        push.upload(target)
     return 0
 
 
