@@ -212,4 +212,5 @@ def _file_of(name: str) -> str:
     if not colon or Path(name).exists():
         # The loader of the model has a better message for a name without a suffix.
         return name if Path(name).suffix else ""
-    return name.partition("@")[2] if scheme in ("open_clip", "timm") else ""
+    from_hub = name.startswith("timm:hf-hub:")
+    return name.partition("@")[2] if scheme in ("open_clip", "timm") and not from_hub else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ from dad_fast.config.fields import nearest
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.models.heads import FIT_ONE, read_head
-from dad_fast.models.student import read_student
+from dad_fast.models.student import HUB, read_student
 from dad_fast.models.teacher import Head, Teacher, TeacherContext
-from dad_fast.models.weights.declared import STUDENT, check_classes
+from dad_fast.models.weights.declared import CLASSES, STUDENT, check_classes
 from dad_fast.models.weights.files import read_state_dict, sha256_file
 from dad_fast.models.weights.hub import hub_client, reason_of
 from dad_fast.models.weights.timm_files import (
@@ -68,19 +69,23 @@ class Loaded(NamedTuple):
 
 
 def load_timm(argument: str, context: TeacherContext) -> Teacher:
-    """Load `timm:ARCH` or `timm:ARCH@FILE`; see `load_teacher` for the errors."""
-    arch, _, file = argument.partition("@")
+    """Load `timm:ARCH`, `timm:ARCH@FILE` or `timm:hf-hub:REPO[@REVISION]`; see `load_teacher` for
+    the errors.
+    """
+    from_hub = argument.startswith(HUB)
+    arch, _, file = (argument, "", "") if from_hub else argument.partition("@")
     img_size = context.cfg.img_size
-    if not timm.is_model(arch.partition(".")[0]):
+    if not from_hub and not timm.is_model(arch.partition(".")[0]):
         raise UsageError(
             f"--teacher timm:{arch}: timm has no such model{nearest(arch, timm.list_models())}"
         )
     if context.shapes_only and not Path(file).is_file():
         num_classes = len(context.classes)
-        model = create_timm(arch, img_size, pretrained=False, num_classes=num_classes)
-        loaded = Loaded(model, _preprocessing(model, img_size), {})
+        loaded = _published(arch, img_size, pretrained=False, num_classes=num_classes)
+    elif file:
+        loaded = _from_file(arch, file, img_size)
     else:
-        loaded = _from_file(arch, file, img_size) if file else _pretrained(arch, img_size)
+        loaded = _published(arch, img_size, pretrained=True)
     return _teacher(loaded, context, file)
 
 
@@ -171,18 +176,53 @@ def _preprocessing(model: nn.Module, img_size: int) -> dict[str, Any]:
     return {**data, "input_size": (3, img_size, img_size)} if img_size else data
 
 
-def _pretrained(arch: str, img_size: int) -> Loaded:
+def _published(arch: str, img_size: int, **arguments: Any) -> Loaded:
+    """Build a model of timm or of the hub with these `arguments` of timm.create_model."""
+    from_hub = arch.startswith(HUB)
     try:
-        with hub_client():
-            model = create_timm(arch, img_size, pretrained=True)
+        with hub_client() if from_hub or arguments["pretrained"] else nullcontext():
+            model: Any = create_timm(arch, img_size, **arguments)
     except Exception as error:
         # RuntimeError if there are no weights; without a network the hub's client has errors of its
         # own.
+        file = f"timm:{'ARCH' if from_hub else arch}@FILE"
         raise EnvironmentProblem(
-            f"--teacher timm:{arch}: its weights are not available ({reason_of(error)}); give "
-            f"timm:{arch}@FILE"
+            f"--teacher timm:{arch}: not available ({reason_of(error)}); give {file}"
         ) from None
-    return Loaded(model, _preprocessing(model, img_size), {})
+    classes = _recorded_classes(model.pretrained_cfg) if from_hub else None
+    metadata = {} if classes is None else {CLASSES: classes.to_json()}
+    return Loaded(model, _preprocessing(model, img_size), metadata)
+
+
+def hub_classes(name: str) -> ClassMap | None:
+    """Return the classes that `timm:hf-hub:REPO` records in its config.json, if it does.
+
+    None for other names. Raises EnvironmentProblem if the file is not available.
+    """
+    start = f"timm:{HUB}"
+    if not name.startswith(start):
+        return None
+    try:
+        with hub_client():
+            found = timm.models.load_model_config_from_hf(name.removeprefix(start))
+    except Exception as error:
+        # The hub's client has errors of its own, and timm raises anything for a damaged file.
+        raise EnvironmentProblem(
+            f"{name}: not available ({reason_of(error)}); check the name and the network, or name "
+            "a local file: timm:ARCH@FILE"
+        ) from None
+    return _recorded_classes(found[0])
+
+
+def _recorded_classes(cfg: Mapping[str, Any]) -> ClassMap | None:
+    """Return the classes of timm's `pretrained_cfg`, if it names them."""
+    folders = cfg.get("label_names")
+    if not isinstance(folders, list | tuple) or not folders:
+        return None
+    names = cfg.get("label_descriptions")
+    names = names if isinstance(names, dict) else {}
+    entries = ((i, str(folder), str(names.get(folder, folder))) for i, folder in enumerate(folders))
+    return ClassMap(tuple(entries))
 
 
 def _from_file(arch: str, file: str, img_size: int) -> Loaded:

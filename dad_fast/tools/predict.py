@@ -32,6 +32,7 @@ from dad_fast.evaluate.suites.imagenet import imagenet_classes
 from dad_fast.models.onnx_student import OnnxStudent
 from dad_fast.models.student import Calibration, Student
 from dad_fast.models.teacher import Teacher
+from dad_fast.models.timm_teacher import hub_classes
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
 # All have the view of their images: image_size, crop_pct, interpolation.
@@ -79,7 +80,9 @@ def _open(options: PredictOptions, device: torch.device) -> tuple[Classifier, Cl
         return onnx, recorded_classes(path, onnx.metadata.get(CLASSES), onnx.num_classes)
 
     def classes_of_published() -> ClassMap:
-        return ClassMap.from_csv(options.class_map) if options.class_map else imagenet_classes()
+        if options.class_map:
+            return ClassMap.from_csv(options.class_map)
+        return hub_classes(options.model) or imagenet_classes()
 
     cfg = with_values(Config(), {"data.class_map": options.class_map})
     subject = load_subject(options.model, cfg, classes_of_published, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
@@ -64,8 +63,8 @@ class Push:
             except Exception as error:
                 # The client's errors change with its HTTP library.
                 raise EnvironmentProblem(
-                    f"--push {self.repository}: the hub refuses the token ({reason_of(error)}); "
-                    f"{LOGIN}"
+                    f"--push {self.repository}: the login could not be checked "
+                    f"({reason_of(error)}); {LOGIN}"
                 ) from None
 
     def upload(self, folder: Path) -> None:
@@ -103,7 +102,7 @@ class Push:
         for path in files:
             print(f"  {path.name:<20} {path.stat().st_size:>13,} bytes")
         lines = (folder / CARD).read_text(encoding="utf-8").splitlines()
-        end = lines.index("---", 1) + 1
+        front_matter = lines[: lines.index("---", 1) + 1]
         print(f"\n{CARD} starts with")
-        print(*(f"  {line}" for line in itertools.islice(lines, end)), sep="\n")
+        print("\n".join(f"  {line}" for line in front_matter))
         print(f"\nto upload: {LOGIN}; then run the same command with --overwrite")
