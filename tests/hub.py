@@ -19,6 +19,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # Repositories of others, in which the token may not write
 FOREIGN = "someone-else/"
 
+# Content to send as JSON, and the status
+Reply = tuple[dict[str, Any], int]
+UNAUTHORIZED: Reply = {"error": "Unauthorized"}, 401
+
 
 class Hub(ThreadingHTTPServer):
     """Keeps what was committed: repository -> file's name -> content."""
@@ -52,42 +56,47 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def do_POST(self) -> None:
-        hub, body = self.server, self._body()
-        hub.requests.append(f"POST {self.path}")
-        if self.headers["Authorization"] != f"Bearer {TOKEN}":
-            return self._answer({"error": "Unauthorized"}, 401)
+        self.server.requests.append(f"POST {self.path}")
+        body = self._body()
+        self._answer(*(self._reply(body) if self._may_write() else UNAUTHORIZED))
+
+    def _reply(self, body: bytes) -> Reply:
+        hub = self.server
         if self.path == "/api/validate-yaml":
-            return self._answer({"errors": [], "warnings": []})
+            return {"errors": [], "warnings": []}, 200
         if self.path == "/api/repos/create":
             given = json.loads(body)
             name = f"{given['organization']}/{given['name']}"
             if name.startswith(FOREIGN):
-                return self._answer({"error": "Forbidden"}, 403)
+                return {"error": "Forbidden"}, 403
             hub.repositories.setdefault(name, {})
-            return self._answer({"url": f"{hub.url}/{name}"})
+            return {"url": f"{hub.url}/{name}"}, 200
         if self.path.endswith("/preupload/main"):
             files = [_upload_mode(file["path"]) for file in json.loads(body)["files"]]
-            return self._answer({"files": files})
+            return {"files": files}, 200
         if self.path.endswith(".git/info/lfs/objects/batch"):
             objects = [self._lfs_object(given) for given in json.loads(body)["objects"]]
-            return self._answer({"transfer": "basic", "objects": objects})
+            return {"transfer": "basic", "objects": objects}, 200
         if self.path.endswith("/commit/main"):
             name = self.path.removeprefix("/api/models/").removesuffix("/commit/main")
             self._commit(hub.repositories[name], body)
-            return self._answer({"commitUrl": f"{hub.url}/{name}/commit", "commitOid": COMMIT})
-        return self._answer({"error": "Not found"}, 404)
+            return {"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT}, 200
+        return {"error": "Not found"}, 404
 
     def _get(self) -> None:
         self.server.requests.append(f"{self.command} {self.path}")
         if self.path == "/api/whoami-v2":
-            if self.headers["Authorization"] != f"Bearer {TOKEN}":
-                return self._answer({"error": "Unauthorized"}, 401)
-            return self._answer({"name": "me", "orgs": []})
+            self._answer(*(({"name": "me"}, 200) if self._may_write() else UNAUTHORIZED))
+            return
         repository, _, file = self.path.lstrip("/").partition("/resolve/main/")
         content = self.server.repositories.get(repository, {}).get(file)
         if content is None:
-            return self._answer({}, 404 if file else 200)
-        return self._send(content, 200)
+            self._answer({}, 404 if file else 200)
+        else:
+            self._send(content, 200)
+
+    def _may_write(self) -> bool:
+        return self.headers["Authorization"] == f"Bearer {TOKEN}"
 
     def _lfs_object(self, given: dict[str, Any]) -> dict[str, Any]:
         href = f"{self.server.url}/lfs/{given['oid']}"
@@ -105,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def _answer(self, content: Any, status: int = 200) -> None:
+    def _answer(self, content: dict[str, Any], status: int = 200) -> None:
         self._send(json.dumps(content).encode(), status)
 
     def _send(self, content: bytes, status: int) -> None:

@@ -65,8 +65,8 @@ def load_teacher(
 
     Args:
         name: `embedded:digits`, `open_clip:ARCH/TAG`, `open_clip:ARCH@FILE`, `timm:NAME[@FILE]`,
-            `hf-hub:REPO`, a run's folder, a file, several joined by `+` (an ensemble), or an
-            `nn.Module` of your own (pixels -> logits [B, C]; see `df.train`).
+            `timm:hf-hub:REPO`, `hf-hub:REPO`, a run's folder, a file, several joined by `+` (an
+            ensemble), or an `nn.Module` of your own (pixels -> logits [B, C]; see `df.train`).
         classes: `open_source(...).classes`, or the classes' names in the order of the labels.
         head: safetensors with a linear head for the encoder.
         templates: prompts of a zero-shot head: `auto`, `imagenet`, `simple`, a text file, or a list

@@ -15,7 +15,8 @@ HELP = """\
 usage: dad-fast eval [MODEL] [--suite NAME ...] [--teacher NAME] [--ood NAME ...] [--json FILE]
 
 MODEL is a run's folder (which knows its data), a checkpoint's folder or a .safetensors file, or
-timm:NAME[@FILE], open_clip:ARCH@FILE, open_clip:ARCH/TAG, hf-hub:REPO, or several joined by +.
+timm:NAME[@FILE], timm:hf-hub:REPO, open_clip:ARCH@FILE, open_clip:ARCH/TAG, hf-hub:REPO, or
+several joined by +.
 
 examples:
   dad-fast eval runs/demo/dad/seed-0 --suite test optdigits gaussian_noise     # after the demo

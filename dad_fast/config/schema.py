@@ -35,8 +35,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class TeacherConfig:
     name: str = setting(
         "",
-        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, RUN (a run of "
-        "this project), FILE or embedded:digits; several joined by + are an ensemble",
+        "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], timm:hf-hub:REPO, hf-hub:REPO, "
+        "RUN (of this project), FILE or embedded:digits; several joined by + are an ensemble",
         "--teacher",
         main=True,
     )

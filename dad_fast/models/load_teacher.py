@@ -33,7 +33,7 @@ def load_teacher(
     """Load the teacher `cfg.name` on `device`, with one output for each of `classes`.
 
     The name is open_clip:ARCH/TAG, open_clip:ARCH@FILE, hf-hub:REPO, timm:NAME, timm:NAME@FILE,
-    embedded:NAME, any other teacher of the registry, RUN (the folder of a run of this project), or
+    timm:hf-hub:REPO, embedded:NAME, any other teacher of the registry, RUN (the folder of a run of this project), or
     FILE: safetensors with the architecture in its metadata, as RUN/model.safetensors. Several of
     them joined by + are an ensemble.
     shapes_only: build the architecture without reading or downloading weights, where the name tells

@@ -22,6 +22,7 @@ from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.models.load_student import load_student
 from dad_fast.models.load_teacher import load_teacher
 from dad_fast.models.student import build_student
+from dad_fast.models.teacher import Teacher
 from tests.exports import NAMES, export, make
 from tests.hub import FOREIGN, TOKEN, Hub, serve_hub, use_hub
 from tests.numerics import assert_same_function
@@ -97,7 +98,7 @@ def test_a_pushed_export_is_student_and_teacher(pushed: tuple[Hub, Path, Path]) 
     assert student.name == "resnet18" and student.spec == expected.spec
     assert_same_function(student.eval()(pixels), logits)
 
-    def teacher(*folders: str):
+    def teacher(*folders: str) -> Teacher:
         classes = ClassMap(tuple((i, folder, folder) for i, folder in enumerate(folders)))
         cfg = TeacherConfig(name=name)
         return load_teacher(cfg, classes, PrecisionConfig(), torch.device("cpu"))
