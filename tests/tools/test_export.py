@@ -270,6 +270,7 @@ def test_help_examples_parse(capsys: pytest.CaptureFixture[str]) -> None:
     assert [flags.parse(shlex.split(line)[2:]).formats for line in lines] == [
         (),
         ("timm", "onnx", "torch"),
+        (),
     ]
     assert (
         cli.main(["export", "-h"]) == 0
