@@ -51,9 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pushed(
-    run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Hub, Path, Path]]:
+def pushed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Path, Path]]:
     """Push an export to me/robust; yield the hub, the export, and the hub's cache."""
     root = tmp_path_factory.mktemp("pushed")
     with serve_hub() as hub, pytest.MonkeyPatch.context() as patch:

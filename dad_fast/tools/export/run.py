@@ -67,9 +67,7 @@ def _export(options: ExportOptions, push: Push | None) -> int:
     with _new_folder(target) as folder:
         checks = _write(folder, student, classes, metadata, formats)
         files = sorted(path.name for path in folder.iterdir())
-        card = model_card(
-            student, classes, metadata, weights, facts, checks, files, options.push
-        )
+        card = model_card(student, classes, metadata, weights, facts, checks, files, options.push)
         atomic_write_text(folder / "README.md", card)
         packages = ("torch", "timm", *(graph.PACKAGES if "onnx" in formats else ()))
         record = {
