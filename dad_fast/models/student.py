@@ -185,7 +185,10 @@ def _timm_student(cfg: StudentConfig, num_classes: int, img_size: int) -> Studen
         # Record the architecture behind the hub's name, so that loading the student needs no
         # network.
         name = model.pretrained_cfg["architecture"]
-        model_kwargs = {**getattr(model, "pretrained_model_args", {}), **model_kwargs}
+        recorded = dict(getattr(model, "pretrained_model_args", {}))
+        for own_entry in ("num_classes", "img_size"):
+            recorded.pop(own_entry, None)
+        model_kwargs = {**recorded, **model_kwargs}
     spec = {
         "name": name,
         "model_kwargs": model_kwargs,

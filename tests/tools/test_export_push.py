@@ -21,7 +21,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.models.load_student import load_student
 from dad_fast.models.load_teacher import load_teacher
-from dad_fast.models.student import build_student
+from dad_fast.models.student import build_student, save_student
 from dad_fast.models.teacher import Teacher
 from tests.exports import NAMES, export, make
 from tests.hub import FOREIGN, TOKEN, Hub, serve_hub, use_hub
@@ -85,7 +85,9 @@ def test_push_uploads_every_file_and_the_metrics(pushed: tuple[Hub, Path, Path])
     }
 
 
-def test_a_pushed_export_is_student_and_teacher(pushed: tuple[Hub, Path, Path]) -> None:
+def test_a_pushed_export_is_student_and_teacher(
+    pushed: tuple[Hub, Path, Path], tmp_path: Path
+) -> None:
     _, folder, _ = pushed
     expected = load_student(folder)[0].eval()
     pixels = torch.rand(3, 3, SIDE, SIDE)
@@ -93,8 +95,10 @@ def test_a_pushed_export_is_student_and_teacher(pushed: tuple[Hub, Path, Path]) 
         logits = expected(pixels)
     name = "timm:hf-hub:me/robust"
     student = build_student(StudentConfig(name=name, pretrained=True), len(NAMES))
-    assert student.name == "resnet18" and student.spec == expected.spec
+    assert student.name == "resnet18" and student.image_size == SIDE
     assert_same_function(student.eval()(pixels), logits)
+    save_student(tmp_path / "model.safetensors", student, {})
+    assert_same_function(load_student(tmp_path)[0](pixels), logits)
 
     def teacher(*folders: str) -> Teacher:
         classes = ClassMap(tuple((i, folder, folder) for i, folder in enumerate(folders)))
