@@ -105,9 +105,13 @@ def test_no_command_uses_a_shell() -> None:
 
 
 def test_no_module_imports_network_or_pickle_packages() -> None:
-    """Only the hub's client downloads, for names that ask for it. pickletools executes nothing."""
+    """Only the hub's client downloads, for names that ask for it, and the source of shards behind
+    URLs. pickletools executes nothing.
+    """
     found = []
     for path in FILES:
+        if named(path) == "dad_fast/data/sources/http.py":
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
