@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         repository, _, file = self.path.lstrip("/").partition("/resolve/main/")
         content = self.server.repositories.get(repository, {}).get(file)
         if content is None:
-            self._answer({}, 404 if file else 200)
+            self._answer({}, 200 if self.path == "/" else 404)
         else:
             self._send(content, 200)
 
