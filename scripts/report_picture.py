@@ -1,7 +1,7 @@
-"""Take a picture of a report for the README: title, bars, reliability diagrams and first images, in
-a browser.
+"""Take a picture of a report for the README, in a browser: title, summary, bars, reliability
+diagrams and first images.
 
-    dad-fast train --preset demo -o runs/demo
+    dad-fast train --preset demo --seeds 5 -o runs/demo
     python scripts/report_picture.py runs/demo/report.html docs/report.png
 
 Needs the package playwright and Chromium or Chrome.
@@ -16,7 +16,7 @@ from pathlib import Path
 WIDTH = 1200
 # Hides the rest of the page: other sections, and all but three diagrams and four examples.
 STYLE = """
-  nav, ul, section:not(#accuracy-per-shift, [id^=calibration], [id^=images]) { display: none; }
+  nav, ul, section:not(#summary, #accuracy-per-shift, [id^=calibration], [id^=images]) { display: none; }
   [id^=calibration] figure:nth-child(-n+3), [id^=images] figure:nth-child(n+5) { display: none; }
   h2 { margin-top: 1rem; }
 """
