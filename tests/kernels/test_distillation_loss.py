@@ -3,6 +3,7 @@
 Triton chooses the interpreter when imported, so that tests of kernels run in a separate process.
 """
 
+import math
 from itertools import product
 
 import pytest
@@ -86,17 +87,27 @@ def exact(student, teacher, targets, weight, temperature, smoothing):
     )
 
 
+def rounding_of_kd(student, teacher, temperature):
+    """Return an ulp of the terms of T^2 KL, which are differences of log-probabilities."""
+    if teacher is None:
+        return 0.0
+    spreads = [(x.amax(1) - x.amin(1)).max().item() for x in (student.float(), teacher.float())]
+    log_prob = math.log(student.shape[1]) + max(spreads) / temperature
+    return temperature**2 * torch.finfo(torch.float32).eps * log_prob
+
+
 def compare(args, loss, slack=5e-7):
     """Assert at most twice the error of the plain form in the same dtype, plus a few ulps."""
     got, theirs, true = through_autograd(*args, loss), through_autograd(*args, plain), exact(*args)
+    roundings = rounding_of_kd(args[0], args[1], args[4]), 0.0
     if loss is by_the_kernels and args[0].dtype == torch.bfloat16:
         # The interpreter truncates bfloat16, and a GPU rounds.
         slack += 2**-8
     assert got[0].dtype == torch.float32 and got[1].dtype == args[0].dtype
-    for ours, them, e in zip(got, theirs, true, strict=True):
+    for ours, them, e, rounding in zip(got, theirs, true, roundings, strict=True):
         e, size = e.double(), e.abs().max().double()
         error, allowed = ((x.double() - e).abs().max() for x in (ours, them))
-        assert error <= 2 * allowed + slack * (size + 1), (error, allowed, size)
+        assert error <= 2 * allowed + slack * (size + 1) + rounding, (error, allowed, size)
     return got
 
 
@@ -150,7 +161,8 @@ def test_22_thousand_classes(loss):
 def test_temperatures_and_saturated_logits(loss, temperature, scale):
     student, teacher, probs, labels, weight = draw(4, 100, scale)
     compare((student, teacher, probs, weight, temperature, 0.0), loss)
-    near = student + 0.01 * torch.randn(student.shape)
+    generator = torch.Generator().manual_seed(0)
+    near = student + 0.01 * torch.randn(student.shape, generator=generator)
     compare((student, near, labels, weight, temperature, 0.0), loss)
 
 
