@@ -1,7 +1,7 @@
 # dad-fast on CUDA 13 or 12, with DALI and xformers. Not yet built on a GPU host.
 #   docker build -t dad-fast .
 #   docker build -t dad-fast --build-arg CUDA=12 --build-arg TORCH_INDEX=URL .
-#   docker run --gpus all --ipc host -v /data:/data -v "$PWD/runs:/work/runs" dad-fast train --preset demo
+#   docker run --gpus all --ipc host -v /data:/data -v "$PWD/runs:/app/runs" dad-fast train --preset demo
 # URL: the index of torch's wheels for CUDA 12, from pytorch.org; those on PyPI are for CUDA 13.
 #
 # NVIDIA's image for PyTorch (YY.MM with torch 2.11 or newer) has apex and DALI; there this is enough:
@@ -40,7 +40,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/dad-fast \
-    && install --directory --owner 1000 --group 1000 /work /work/runs
+    && install --directory --owner 1000 --group 1000 /app /app/runs
 ENV PATH=/opt/dad-fast/bin:$PATH \
     DAD_FAST_COMMIT=$COMMIT
 COPY constraints.txt /wheels/
@@ -58,6 +58,6 @@ RUN wheel="$(echo /wheels/*.whl)" \
     fi
 # The user "ubuntu" of the image.
 USER 1000
-WORKDIR /work
+WORKDIR /app
 ENTRYPOINT ["dad-fast"]
 CMD ["doctor"]

@@ -92,8 +92,14 @@ class Discretizer(ABC):
         return iter(())
 
     def use_kernel(self, name: str, on: bool) -> None:
-        """Use one of its `kernels`, or torch in its place."""
-        raise NotImplementedError(f"{self.name} names kernels, and cannot replace them")
+        """Use one of its `kernels`, or torch in its place.
+
+        Raises UsageError unless a subclass that names kernels replaces this method.
+        """
+        raise UsageError(
+            f"--discretizer {self.name}: it names the kernel {name} and has no use_kernel to replace "
+            "it; add --kernels off"
+        )
 
     def time_forms(self, side: int, batch_size: int) -> dict[str, tuple[str, str]]:
         """Choose between equivalent forms by timing them on this GPU.

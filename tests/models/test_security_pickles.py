@@ -57,6 +57,7 @@ def test_an_archive_that_zipfile_cannot_list_never_reaches_torch(
         (tmp_path / "w.pth").write_bytes(changed)
         try:
             zipfile.ZipFile(tmp_path / "w.pth").close()
+        # What zipfile raises for an unknown compression or a damaged name.
         except (NotImplementedError, UnicodeDecodeError):
             refused(tmp_path / "w.pth", "w.pth", "damaged")
             return
