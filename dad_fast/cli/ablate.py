@@ -83,7 +83,9 @@ def help_text() -> str:
 
 def _parser() -> Parser:
     # --devices stands for --device.
-    parser = config_parser("ablate", AblateOptions, CONFIGS, without=["device"])
+    parser = config_parser(
+        "ablate", AblateOptions, CONFIGS, without=["device"], several=["student.name"]
+    )
     for name, axis in AXES.items():
         if axis.flag:
             parser.add_argument(
@@ -103,6 +105,11 @@ def _read(options: AblateOptions, given: dict[str, Any], debug: bool) -> tuple[P
 
     # The cells of a budget are shares of the base's.
     cfg = with_attack(read_config(given, given[CONFIGS]))
+    if cfg.students:
+        raise UsageError(
+            "ablate varies around one student: compare students as an axis, "
+            f"--vary student.name={','.join(cfg.students)}, or train them by dad-fast train"
+        )
     if cfg.seeds == 1 and "seeds" not in given:
         cfg = with_values(cfg, {"seeds": SEEDS})
     values = {name: given[_values_of(name)] for name, axis in AXES.items() if axis.flag}
@@ -126,6 +133,7 @@ def _read(options: AblateOptions, given: dict[str, Any], debug: bool) -> tuple[P
         preset="+".join(given["preset"]),
         jobs=options.jobs,
         devices=_devices(options.devices, cfg),
+        share_batches=options.share_batches,
     )
     return plan, launch
 

@@ -69,8 +69,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, AnalyzeLaunch]:
     """Return the settings, not checked for completeness, and the options. Raises UsageError."""
     given = vars(config_parser("analyze", AnalyzeLaunch, "run").parse(arguments))
     folder, file = _run_and_file(given["run"])
-    cfg = read_config(given, [file] if file else [])
-    if folder and cfg.variants:
+    cfg = read_config(given, [file] if file else [], one_student="" if folder else "analyze")
+    if folder and (cfg.variants or cfg.students):
         inside = next(iter(sorted(folder.glob("*/seed-*"))), folder / "VARIANT" / "seed-0")
         raise UsageError(f"{folder} holds several runs; name one of them, such as {inside}")
     output = given["output"] or (str(folder / "analysis") if folder else "")

@@ -48,6 +48,8 @@ class Parser(argparse.ArgumentParser):
         self.intermixed = intermixed
         # Flags of switches, which mean on without a value.
         self.switches: set[str] = set()
+        # Flags of several values, after which FILE.toml is a file of settings nevertheless.
+        self.before_files: set[str] = set()
 
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message.removeprefix('argument ')} (see dad-fast {self.command} -h)")
@@ -68,7 +70,16 @@ class Parser(argparse.ArgumentParser):
             every_flag = f"; dad-fast {self.command} --help-all lists every flag"
             raise UsageError(f"unknown flag {flag}{hint or every_flag}")
         parse = self.parse_intermixed_args if self.intermixed else self.parse_args
-        return parse(self._with_switch_values(arguments))
+        return parse(self._with_switch_values(self._files_first(arguments)))
+
+    def _files_first(self, arguments: Sequence[str]) -> list[str]:
+        """Move FILE.toml from behind the values of `before_files` to the start."""
+        files, others, flag = [], [], ""
+        for token in arguments:
+            flag = token if token.startswith("-") else flag
+            is_file = flag in self.before_files and token.endswith(".toml")
+            (files if is_file else others).append(token)
+        return [*files, *others]
 
     def _with_switch_values(self, arguments: Sequence[str]) -> list[str]:
         """Write `--amp` as `--amp=on` where no value follows. argparse would take the next word."""
@@ -101,19 +112,25 @@ def options_parser(command: str, options: type, *, intermixed: bool = False) -> 
     return parser
 
 
-def config_parser(command: str, options: type, *words: str, without: Sequence[str] = ()) -> Parser:
+def config_parser(
+    command: str,
+    options: type,
+    *words: str,
+    without: Sequence[str] = (),
+    several: Sequence[str] = (),
+) -> Parser:
     """Return the parser of a command that takes the settings of a run.
 
     Besides `options`: optional `words` without a flag, --preset, --set, and the flag of every
     setting except the paths in `without`. The word CONFIGS is any number of files, between flags
-    too.
+    too. several: paths of settings whose flag takes several values here.
     """
     parser = options_parser(command, options, intermixed=CONFIGS in words)
     for name in words:
         nargs, default = ("*", []) if name == CONFIGS else ("?", "")
         parser.add_argument(name, nargs=nargs, default=default)
     add_options(parser, ConfigOptions)
-    add_settings(parser, [path for path in settings() if path not in without])
+    add_settings(parser, [path for path in settings() if path not in without], several)
     return parser
 
 
@@ -126,7 +143,9 @@ def add_options(parser: Parser, options: type) -> None:
             parser.add_argument(option.name, nargs=nargs, default=default)
             continue
         add = partial(parser.add_argument, *option.names, dest=option.name)
-        if not option.metavars:
+        if option.negatable:
+            add(action=argparse.BooleanOptionalAction, default=option.default)
+        elif not option.metavars:
             add(action="store_true", default=False)
         elif option.repeat:
             add(action="append", default=[])
@@ -159,14 +178,23 @@ def typed_options(options: type[Options], given: dict[str, Any], **others: Any) 
     return options(**{**frozen, **others})
 
 
-def read_config(given: dict[str, Any], files: Sequence[str | Path]) -> Config:
+def read_config(
+    given: dict[str, Any], files: Sequence[str | Path], one_student: str = ""
+) -> Config:
     """Return the settings given to a `config_parser`, not checked for completeness.
 
-    Raises UsageError.
+    one_student: the command, if it takes one student. Raises UsageError.
     """
     if {"optim.lr", "optim.lr_base"} <= typed_paths(given):
         raise UsageError("--lr and --lr-base both give the learning rate: leave one out")
-    return gather(given["preset"], list(map(Path, files)), given["sets"], typed_settings(given))
+    cfg = gather(given["preset"], list(map(Path, files)), given["sets"], typed_settings(given))
+    if one_student and cfg.students:
+        labels = ", ".join(cfg.students)
+        raise UsageError(
+            f"{one_student} takes one student, and these settings have {labels}: pick one with "
+            "--student NAME"
+        )
+    return cfg
 
 
 def typed_paths(given: dict[str, Any]) -> set[str]:
@@ -179,8 +207,11 @@ def typed_settings(given: dict[str, Any]) -> dict[str, Any]:
     return {path: given[path] for path in settings() if path in given}
 
 
-def add_settings(parser: Parser, paths: Iterable[str]) -> None:
-    """Add the flags of the settings at `paths`. Typed values stay text: `resolve` converts them."""
+def add_settings(parser: Parser, paths: Iterable[str], several: Sequence[str] = ()) -> None:
+    """Add the flags of the settings at `paths`. Typed values stay text: `resolve` converts them.
+
+    several: paths whose flag takes several values of one.
+    """
     for path in paths:
         setting = settings()[path]
         if not setting.flag:
@@ -188,7 +219,7 @@ def add_settings(parser: Parser, paths: Iterable[str]) -> None:
         names = [name for name in (setting.short, setting.flag) if name]
         if setting.type is bool:
             parser.add_argument(*names, dest=path, action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(setting.type) is tuple:
+        elif typing.get_origin(setting.type) is tuple or path in several:
             parser.add_argument(
                 *names,
                 dest=path,
@@ -196,6 +227,8 @@ def add_settings(parser: Parser, paths: Iterable[str]) -> None:
                 nargs="*" if setting.bare else "+",
                 const=setting.bare,
             )
+            if path in several:
+                parser.before_files.add(setting.flag)
         else:
             parser.add_argument(*names, dest=path)
             if setting.is_switch:

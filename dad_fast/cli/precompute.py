@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, StoreLaunch]:
             "dad-fast store merge PART [PART ...] -o STORE"
         )
     given = vars(config_parser("precompute", StoreLaunch, CONFIGS).parse(arguments))
-    cfg = read_config(given, given[CONFIGS])
+    cfg = read_config(given, given[CONFIGS], one_student="precompute")
     launch = typed_options(StoreLaunch, given)
     if not launch.output:
         raise UsageError("name the store's folder: -o STORE")

@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, ProfileLaunch]:
         unknown = f"unknown kind of profile {kind}{nearest(kind, KINDS)}"
         problem = unknown if kind else "name a kind of profile"
         raise UsageError(f"{problem} (kinds: {', '.join(KINDS)})")
-    cfg = read_config(given, given[CONFIGS])
+    cfg = read_config(given, given[CONFIGS], one_student="profile")
     launch = typed_options(
         ProfileLaunch,
         given,

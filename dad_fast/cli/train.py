@@ -157,7 +157,7 @@ def _resumed_run(resume: str) -> Path | None:
 
 
 def make_parser() -> Parser:
-    return config_parser("train", Launch, CONFIGS)
+    return config_parser("train", Launch, CONFIGS, several=["student.name"])
 
 
 def help_text(every: bool) -> str:

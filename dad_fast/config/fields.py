@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import tomllib
 import types
 import typing
@@ -55,6 +56,12 @@ RENAMED = {"engine.step_kernels": "engine.kernels"}
 # A setting -> the one that decides in its place where one layer gives both.
 DECIDED_BY = {"data.batch_size": "data.global_batch_size", "optim.lr": "optim.lr_base"}
 
+# A variant's name and a student's label become folders.
+VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+
+# Fields of Config that expand into several runs.
+TABLES_OF_RUNS = ("students", "variants")
+
 # Limits of TOML text, since parsing time grows with their square: characters, dots of a key.
 _LONGEST = 1_000_000
 _DEEPEST = 100
@@ -93,12 +100,12 @@ class Setting:
 
 @functools.cache
 def settings() -> dict[str, Setting]:
-    """Return every setting except `variants`, by path, in the order of the schema."""
+    """Return every setting except `students` and `variants`, by path, in the order of the schema."""
     table: dict[str, Setting] = {}
     for section, cls in {"": Config, **sections()}.items():
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[field.name]) or field.name == "variants":
+            if dataclasses.is_dataclass(hints[field.name]) or field.name in TABLES_OF_RUNS:
                 continue
             path = f"{section}.{field.name}" if section else field.name
             default = (
@@ -189,7 +196,7 @@ def flatten(tables: dict[str, Any], where: str, prefix: str = "") -> Iterator[tu
             yield from flatten(value, where, path + ".")
         elif isinstance(value, dict) and path not in settings():
             hint = nearest(path, sections())
-            known = ", ".join([*sections(), "variants"])
+            known = ", ".join([*sections(), *TABLES_OF_RUNS])
             raise UsageError(f"{where}: unknown section [{path}]{hint} (known: {known})")
         else:
             yield path, value

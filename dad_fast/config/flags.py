@@ -12,6 +12,9 @@ from dad_fast.errors import UsageError
 
 NPROC = "processes on this machine; auto = one per GPU"
 
+# Begins the flag of a switch that can be turned off.
+NEGATABLE = "--[no-]"
+
 # Turns the text typed after a flag into a value: (flag, text) -> value. Raises UsageError.
 Reader = Callable[[str, str], Any]
 
@@ -19,7 +22,8 @@ Reader = Callable[[str, str], Any]
 class Option(NamedTuple):
     """One field of an option class, and its form on the command line.
 
-    flag: as the help screen shows it, "-o, --output DIR"; empty for a word without a flag.
+    flag: as the help screen shows it, "-o, --output DIR" or "--[no-]check"; empty for a word
+        without a flag.
     choices: the only values allowed.
     repeat: each use of the flag adds one value, which is not split at commas.
     """
@@ -35,7 +39,13 @@ class Option(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        return [part.rstrip(",") for part in self.flag.split() if part.startswith("-")]
+        words = self.flag.replace(NEGATABLE, "--").split()
+        return [part.rstrip(",") for part in words if part.startswith("-")]
+
+    @property
+    def negatable(self) -> bool:
+        """True for a switch that --no-NAME turns off."""
+        return NEGATABLE in self.flag
 
     @property
     def metavars(self) -> list[str]:

@@ -55,6 +55,7 @@ class Launch:
     devices: of the runs side by side, in turn; () is every GPU, or the device of the settings.
     both_batch_sizes: the command line gives the batch of a process and the global one, which then
         must agree.
+    share_batches: runs that differ only in their students learn from the same batches.
     """
 
     nproc: str = option(
@@ -98,6 +99,7 @@ class Launch:
     command: str = ""
     devices: tuple[str, ...] = ()
     both_batch_sizes: bool = False
+    share_batches: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,12 @@ class AblateOptions:
         "--jobs N|auto",
         f"runs side by side, spread over the devices {JOBS_DEFAULT}",
         read=jobs_or_auto,
+    )
+    share_batches: bool = option(
+        True,
+        "--[no-]share-batches",
+        "train cells that differ only in the student, its loss or its optimizer in one process, on "
+        "the same batches; results are the same [on]",
     )
     dry_run: bool = option(
         False, "--dry-run", "print the plan and its cost, measured on a few steps of each form"

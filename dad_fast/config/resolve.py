@@ -4,7 +4,8 @@ Later layers override: defaults < presets < files < --set < flags. This holds fo
 of a later layer overrides the same key in the variants of earlier layers (`--preset demo --epochs
 2` shortens every run), and a `method` of a later layer keeps only the earlier variant of that name,
 or else the variants with this method (`--preset demo --method dad`). Within one layer a variant
-overrides the layer's own keys.
+overrides the layer's own keys. Students (`[[students]]`, or several names of --student) follow the
+same rule, but a layer that names students replaces those of earlier layers.
 
 `extends = "NAME"` at the top of a preset or a file puts another preset, or a .toml file, below it
 as an earlier layer. The variants of a file replace those of what it extends.
@@ -12,7 +13,6 @@ as an earlier layer. The variants of a file replace those of what it extends.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import Any
 from dad_fast.config.fields import (
     DECIDED_BY,
     RENAMED,
+    TABLES_OF_RUNS,
+    VARIANT_NAME,
     coerce,
     flatten,
     lookup,
@@ -34,10 +36,16 @@ from dad_fast.config.schema import (
     AugmentConfig,
     Config,
 )
+from dad_fast.config.students import (
+    NAME,
+    Students,
+    read_students,
+    student_path,
+    students_of_names,
+)
 from dad_fast.errors import UsageError
 
 PRESETS = Path(__file__).parent / "presets"
-VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 NOT_IN_VARIANTS = {"seed": "--seed", "seeds": "--seeds", "device": "--device"}
 
 
@@ -135,6 +143,9 @@ class Layers:
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.variants: dict[str, dict[str, Any]] = {}
+        self.students: Students = {}
+        # The present layer names several students.
+        self._names_students = False
         # The variants of earlier layers: keys of the present layer override them.
         self._earlier: dict[str, dict[str, Any]] = {}
         # Keys of the present layer.
@@ -157,7 +168,7 @@ class Layers:
 
     def add(self, tables: dict[str, Any], where: str) -> None:
         """Add a layer of TOML tables."""
-        self._layer = set()
+        self._layer, self._names_students = set(), False
         self._earlier = {name: dict(changes) for name, changes in self.variants.items()}
         variants = tables.get("variants", {})
         are_tables = isinstance(variants, dict) and all(
@@ -165,17 +176,30 @@ class Layers:
         )
         if not are_tables:
             raise UsageError(f"{where}: variants holds tables: [variants.NAME]")
-        others = {key: value for key, value in tables.items() if key != "variants"}
+        others = {key: value for key, value in tables.items() if key not in TABLES_OF_RUNS}
         for path, value in flatten(others, where):
             self.put(path, value, where)
+        if tables.get("students"):
+            self._put_students(read_students(tables["students"], where), where)
         for name, changes in variants.items():
             self.variants.setdefault(name, {})
             for path, value in flatten(changes, f"{where}: variants.{name}"):
                 self._put_variant(name, path, value, f"{where}: variants.{name}")
 
     def put(self, path: str, value: Any, where: str) -> None:
-        """Set a key of the present layer, overriding the variants of earlier layers."""
+        """Set a key of the present layer, overriding the students and variants of earlier layers.
+
+        Several names of a student are several students.
+        """
         path = RENAMED.get(path, path)
+        if path == NAME and isinstance(value, list | tuple):
+            if len(value) != 1:
+                self._put_students(students_of_names(value, where), where)
+                return
+            (value,) = value
+        if path == NAME and value:
+            self._check_one_source(self._names_students, where)
+            self.students = {}
         before = self.values.get("method", settings()["method"].default)
         self.values[path] = coerce(lookup(path, where), value, where)
         self._layer.add(path)
@@ -184,6 +208,10 @@ class Layers:
             # Both set the same thing: the later layer overrides.
             self.values.pop(decider, None)
         decided = {path, *(key for key, by in DECIDED_BY.items() if by == path)}
+        if not self._names_students:
+            for changes in self.students.values():
+                for key in decided & changes.keys():
+                    del changes[key]
         method = self.values.get("method")
         for name in list(self._earlier):
             has_other_method = self.variants[name].get("method", before) != method
@@ -200,6 +228,9 @@ class Layers:
         path, equals, text = item.partition("=")
         path, text = path.strip(), text.strip()
         where = f"--set {item}"
+        if path == "students" or path.startswith("students."):
+            self._set_of_student(path, text, where)
+            return
         if not equals or not path:
             raise UsageError(f"{where}: write --set section.key=value")
         if path == "variants" or path.startswith("variants."):
@@ -220,6 +251,33 @@ class Layers:
         else:
             self.put(path, _unquote(text), where)
 
+    def _put_students(self, students: Students, where: str) -> None:
+        self._check_one_source(NAME in self._layer and bool(self.values.get(NAME)), where)
+        self.students, self._names_students = students, True
+        self.values.pop(NAME, None)
+        for changes in self._earlier.values():
+            changes.pop(NAME, None)
+        for name in self._earlier:
+            self.variants[name].pop(NAME, None)
+
+    @staticmethod
+    def _check_one_source(named_before: bool, where: str) -> None:
+        if named_before:
+            raise UsageError(f"{where}: student.name and students both name students; leave one out")
+
+    def _set_of_student(self, path: str, text: str, where: str) -> None:
+        """Set `students.LABEL.key=value`. A label may have dots."""
+        rest = path.removeprefix("students").removeprefix(".")
+        label = next((label for label in self.students if rest.startswith(f"{label}.")), "")
+        if not label:
+            known = ", ".join(self.students) or "none"
+            raise UsageError(
+                f"{where}: write --set students.LABEL.key=value (students of presets and files: "
+                f"{known})"
+            )
+        found = student_path(rest.removeprefix(f"{label}."), where)
+        self.students[label][found] = coerce(lookup(found, where), _unquote(text), where)
+
     def _put_variant(self, name: str, path: str, value: Any, where: str) -> None:
         path = RENAMED.get(path, path)
         if not VARIANT_NAME.fullmatch(name):
@@ -237,7 +295,8 @@ class Layers:
 
     def config(self) -> Config:
         """Return the Config of all layers."""
-        return with_values(Config(), {**self.values, "variants": self.variants})
+        tables = {"students": self.students, "variants": self.variants}
+        return with_values(Config(), {**self.values, **tables})
 
 
 def is_fixed(aug: AugmentConfig) -> bool:

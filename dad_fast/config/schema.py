@@ -70,7 +70,12 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    name: str = setting("", "any timm model", "--student", main=True)
+    name: str = setting(
+        "",
+        "any timm model; several learn from the same batches, each in a folder of its own",
+        "--student",
+        main=True,
+    )
     weights: str = setting(
         "", "weights for the student (safetensors or a tensor-only .pth)", "--student-weights"
     )
@@ -265,7 +270,11 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of a run, or of several: `variants` times `seeds`."""
+    """Settings of a run, or of several: `variants` times `students` times `seeds`.
+
+    students: label -> settings in which this student differs; all of them learn from the same
+        batches. Then `student.name` is empty.
+    """
 
     method: str = setting("dad", "training method; --help-all explains each", "--method", main=True)
     seed: int = setting(0, "seed of every random draw", "--seed", rule=NOT_NEGATIVE)
@@ -302,6 +311,11 @@ class Config:
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    students: dict[str, dict[str, Any]] = setting(
+        {},
+        "students that learn from the same batches: [[students]] with the keys of [student], and "
+        "[students.optim] and others for what differs; label where two have one name",
+    )
     variants: dict[str, dict[str, Any]] = setting(
         {},
         "runs to compare: [variants.NAME] with the keys that differ, such as method or "

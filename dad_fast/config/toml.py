@@ -19,12 +19,18 @@ def to_toml(cfg: Config) -> str:
         lines += [
             _line(path, get(cfg, path)) for path in settings() if path.startswith(section + ".")
         ]
+    for label, changes in cfg.students.items():
+        lines += ["", "[[students]]", f"label = {_value(label)}"]
+        lines += [_change(path.removeprefix("student."), path, changes[path]) for path in changes]
     for name, changes in cfg.variants.items():
         lines += ["", f"[variants.{_key(name)}]"]
-        for path, value in changes.items():
-            key = ".".join(map(_key, path.split(".")))
-            lines.append(f"{key} = {_value(settings()[path].shown(value))}")
+        lines += [_change(path, path, value) for path, value in changes.items()]
     return "\n".join(lines) + "\n"
+
+
+def _change(key: str, path: str, value: Any) -> str:
+    dotted = ".".join(map(_key, key.split(".")))
+    return f"{dotted} = {_value(settings()[path].shown(value))}"
 
 
 def from_toml(text: str, where: str = "config") -> Config:

@@ -1,6 +1,10 @@
-"""Expansion of a Config into runs (variants times seeds), and the differences of two Configs."""
+"""Expansion of a Config into runs (variants times students times seeds), and the differences of two
+Configs.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from dad_fast.config.fields import DECIDED_BY, coerce, flatten, get, lookup, settings, with_values
 from dad_fast.config.schema import Config
@@ -46,21 +50,36 @@ RESUME_SAFE = frozenset(
 def expand(cfg: Config) -> list[tuple[str, int, Config]]:
     """Return (name of the variant, seed, Config) for every run of `cfg`.
 
-    Without variants, the name is the method.
+    Without variants the name is the method; with students it is the student's label, after the name
+    of the variant if there are several. Raises UsageError for two runs of one name.
     """
-    runs = []
-    for name, tables in (cfg.variants or {cfg.method: {}}).items():
-        where = f"variants.{name}"
-        changes = {
-            path: coerce(lookup(path, where), value, where)
-            for path, value in flatten(tables, where)
-        }
-        decided = {by: settings()[by].default for key, by in DECIDED_BY.items() if key in changes}
-        changes = {**decided, **changes}
-        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            one = {**changes, "variants": {}, "seeds": 1, "seed": seed}
-            runs.append((name, seed, with_values(cfg, one)))
-    return runs
+    runs: dict[tuple[str, int], Config] = {}
+    for variant, tables in (cfg.variants or {cfg.method: {}}).items():
+        of_variant = _changes(tables, f"variants.{variant}")
+        if cfg.students and "student.name" in of_variant:
+            raise UsageError(
+                f"variants.{variant}: student.name, and students are named for all variants; "
+                "leave one out"
+            )
+        for label, own in (cfg.students or {"": {}}).items():
+            both = f"{variant}_{label}" if len(cfg.variants) > 1 else label
+            name = both if label else variant
+            changes = {**of_variant, **_changes(own, f"students {label}")}
+            for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+                if (name, seed) in runs:
+                    raise UsageError(f"two runs are named {name}; give the student another label")
+                one = {**changes, "students": {}, "variants": {}, "seeds": 1, "seed": seed}
+                runs[name, seed] = with_values(cfg, one)
+    return [(name, seed, one) for (name, seed), one in runs.items()]
+
+
+def _changes(tables: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return path -> value, with those that others would decide in their place reset."""
+    changes = {
+        path: coerce(lookup(path, where), value, where) for path, value in flatten(tables, where)
+    }
+    decided = {by: settings()[by].default for key, by in DECIDED_BY.items() if key in changes}
+    return {**decided, **changes}
 
 
 def with_batch_sizes(cfg: Config, num_processes: int) -> Config:
@@ -115,8 +134,9 @@ def differences(old: Config, new: Config) -> list[str]:
         for path in settings()
         if path not in RESUME_SAFE and get(old, path) != get(new, path)
     ]
-    if old.variants != new.variants:
-        both = {**old.variants, **new.variants}
-        names = sorted(name for name in both if old.variants.get(name) != new.variants.get(name))
-        lines.append(f"variants: {', '.join(names)} differ")
+    tables = ("students", old.students, new.students), ("variants", old.variants, new.variants)
+    for what, before, after in tables:
+        names = sorted(n for n in {**before, **after} if before.get(n) != after.get(n))
+        if names:
+            lines.append(f"{what}: {', '.join(names)} differ")
     return lines

@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dad_fast.config.fields import coerce, get, nearest, settings
+from dad_fast.config.fields import coerce, get, nearest, settings, with_values
 from dad_fast.config.resolve import gather, is_fixed
 from dad_fast.config.schema import MODEL_SAVINGS, VQGAN_SAVINGS, Config
 from dad_fast.config.setting import AUTO
+from dad_fast.config.students import NAME
 from dad_fast.config.variants import expand
 from dad_fast.data.augment.names import check_policy, dali_lacks
 from dad_fast.data.sources.registry import SOURCES
 from dad_fast.discretizers.registry import DISCRETIZERS, check_argument
 from dad_fast.errors import UsageError
 from dad_fast.loggers.sinks import SINKS
+from dad_fast.methods.batches import batch_settings
 from dad_fast.methods.registry import DISTANCES, JOINT_TERMS, METHODS, Images, Target
 from dad_fast.methods.stores import check_stores, usable_kinds
 from dad_fast.models.registry import MODULE, TEACHERS, members
@@ -51,7 +53,10 @@ def check(cfg: Config) -> None:
         try:
             check_run(run)
         except UsageError as error:
-            raise UsageError(f"variant {name}: {error}" if cfg.variants else str(error)) from None
+            one = f"variant {name}: " if cfg.variants else f"student {name}: "
+            raise UsageError(f"{one * bool(cfg.variants or cfg.students)}{error}") from None
+    if cfg.students:
+        _check_students(cfg)
     asking = [run for _, _, run in runs if run.store.make]
     if asking and not any(map(usable_kinds, asking)):
         kinds, method = " ".join(asking[0].store.make), asking[0].method
@@ -135,6 +140,36 @@ def check_run(cfg: Config) -> None:
             f"{cfg.schedule.epochs}, of which it is the first part: "
             "write --warmup-epochs auto (a tenth of them) or 0, or raise --epochs"
         )
+
+
+def _check_students(cfg: Config) -> None:
+    """Check that several students can learn from the same batches."""
+    names = {label: changes[NAME] for label, changes in cfg.students.items()}
+    for path in ("student.weights", "student.init_from"):
+        heirs = {names[label] for label, own in cfg.students.items() if path not in own}
+        if get(cfg, path) and len(heirs) > 1:
+            raise UsageError(
+                f"{settings()[path].flag} {get(cfg, path)}: weights of one architecture, and the "
+                f"students are {', '.join(sorted(heirs))}; give each its own in [[students]]"
+            )
+    for variant, tables in (cfg.variants or {"": {}}).items():
+        of_variant = {variant: tables} if variant else {}
+        students = expand(with_values(cfg, {"variants": of_variant, "seeds": 1}))
+        (_, _, first), *others = students
+        if METHODS[first.method].linear_probe:
+            raise UsageError(
+                f"--student: --method {first.method} trains a linear layer on the teacher's "
+                "encoder and takes no students"
+            )
+        expected = batch_settings(first, any_size=True)
+        for label, (_, _, other) in zip([*cfg.students][1:], others, strict=True):
+            found = batch_settings(other, any_size=True)
+            differing = [path for path in expected if found.get(path) != expected[path]]
+            if differing:
+                raise UsageError(
+                    f"[[students]] {label}: {differing[0]} decides the batches, which all students "
+                    "share; set it for all of them"
+                )
 
 
 def _check_labels(cfg: Config) -> None:

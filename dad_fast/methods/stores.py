@@ -19,12 +19,15 @@ from dad_fast.methods.registry import METHODS
 from dad_fast.models.registry import teacher_settings
 
 KINDS = ("adversarial", "targets")
-# Settings that decide what a store holds; the student gives the size of its images.
+# Settings that decide what a store holds.
 _SECTIONS = {
     "adversarial": ("data", "augment", "teacher", "discretizer", "attack", "precision"),
     "targets": ("data", "augment", "teacher", "precision"),
 }
-_SETTINGS = ("seed", "student.name", "student.model_kwargs", "engine.savings")
+_SETTINGS = ("seed", "engine.savings")
+# With all of these set, images have one view whatever the student.
+VIEW = ("augment.img_size", "augment.crop_pct", "augment.interpolation")
+_STUDENT = ("student.name", "student.model_kwargs")
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,11 @@ def store_seconds(folder: str) -> float:
 
 
 def _digest(cfg: Config, kind: str, views: int, images: str) -> str:
+    chosen = _SETTINGS if all(get(cfg, path) for path in VIEW) else (*_SETTINGS, *_STUDENT)
     used = [
         path
         for path in settings()
-        if (path in _SETTINGS or path.partition(".")[0] in _SECTIONS[kind])
+        if (path in chosen or path.partition(".")[0] in _SECTIONS[kind])
         and path not in RESUME_SAFE
     ]
     # An ensemble has outputs of its own at every temperature.

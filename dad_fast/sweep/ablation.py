@@ -14,8 +14,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dad_fast.config.fields import coerce, flatten, get, lookup, nearest, settings, with_values
-from dad_fast.config.resolve import VARIANT_NAME
+from dad_fast.config.fields import (
+    VARIANT_NAME,
+    coerce,
+    flatten,
+    get,
+    lookup,
+    nearest,
+    settings,
+    with_values,
+)
 from dad_fast.config.schema import Config
 from dad_fast.discretizers.registry import CONTROLS
 from dad_fast.errors import UsageError

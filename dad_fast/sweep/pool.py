@@ -41,7 +41,8 @@ def shared_parts(cfg: Config) -> str:
     return repr((cfg.data, *models, cfg.precision, cfg.engine, cfg.eval, *views))
 
 
-Done = Callable[["Job", dict[str, Any], float], None]
+# (job, answer, seconds) -> jobs to do in its place, if any
+Done = Callable[["Job", dict[str, Any], float], "Sequence[Job] | None"]
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -115,8 +116,9 @@ class Pool:
     ) -> None:
         """Do all jobs in their order, as far as dependencies allow.
 
-        done: called with (job, answer, seconds) after each job. An answer with "error" is a
-            failure, and so are the jobs that need this one.
+        done: called with (job, answer, seconds) after each job; may return jobs to do in its
+            place. Otherwise an answer with "error" is a failure, and so are the jobs that need
+            this one.
         stop: when a stop is requested, the workers save and end, and the jobs that are left are not
             done.
         progress: called about once a second with a job's name, work done, total work, and a text.
@@ -127,8 +129,10 @@ class Pool:
         pending, failed, finished = list(jobs), set[str](), set[str]()
 
         def end(job: Job, answer: dict[str, Any], seconds: float) -> None:
-            (failed if "error" in answer else finished).add(job.name)
-            done(job, answer, seconds)
+            instead = list(done(job, answer, seconds) or ())
+            pending[:0] = instead
+            if not instead:
+                (failed if "error" in answer else finished).add(job.name)
 
         while not stop.error:
             for job in list(pending):

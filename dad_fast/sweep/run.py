@@ -26,12 +26,13 @@ from dad_fast.methods.stores import SharedStore, is_filled, online, seconds_file
 from dad_fast.models.ensemble import Ensemble
 from dad_fast.models.registry import teacher_settings
 from dad_fast.report.page import write_report
+from dad_fast.sweep.groups import groups
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear
-from dad_fast.sweep.tables import write_tables
+from dad_fast.sweep.tables import show_tables, write_tables
 
 
 def run_here(sweep: Sweep, launch: Launch) -> int:
-    """Do the runs one after the other in this process and return the exit code.
+    """Do the runs in this process, group by group, and return the exit code.
 
     With several ranks, all of them call this; the first one writes.
     """
@@ -64,13 +65,17 @@ def _run_locked(sweep: Sweep, launch: Launch) -> int:
     for store in sweep.stores:
         fill_store(store)
     by_teacher: dict[str, dict[str, dict[str, Any]]] = {}
-    for number, run in enumerate(sweep.runs, start=1):
-        label = f"[{number}/{len(sweep.runs)}] {run.name}" if several else run.variant
-        teacher_results = by_teacher.setdefault(repr(teacher_settings(run.cfg)), {})
-        train_run(run, label, launch, builder, teacher_results)
+    number = 0
+    for group in groups(sweep, sweep.runs, launch.share_batches, bool(launch.resume)):
+        labels = []
+        for run in group:
+            number += 1
+            labels.append(f"[{number}/{len(sweep.runs)}] {run.name}" if several else run.variant)
+        teacher_results = by_teacher.setdefault(repr(teacher_settings(group[0].cfg)), {})
+        train_runs(group, labels, launch, builder, teacher_results)
     if main and several:
         write_tables(sweep, {}, distributed.world())
-        write_report(output)
+        show_tables(sweep)
     elif main:
         print_table(read_record(output / "results.json"))
         print_line(

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dad_fast.config import Config, expand, from_toml
+from dad_fast.config.fields import lookup, with_values
 from dad_fast.config.options import Launch
 from dad_fast.config.variants import with_batch_sizes
 from dad_fast.engine.preflight import check_files
 from dad_fast.engine.sizes import with_numbers
 from dad_fast.errors import DadFastError, UsageError
 from dad_fast.locks import LOCK
+from dad_fast.methods.batches import batch_settings
 from dad_fast.methods.settings import check_run
-from dad_fast.methods.stores import SharedStore, is_filled, online, with_stores
+from dad_fast.methods.stores import VIEW, SharedStore, is_filled, online, with_stores
 from dad_fast.sweep.ablation import Plan, identity
 
 # Files of a run or a sweep; `--overwrite` removes these and nothing else.
@@ -135,7 +137,22 @@ def make_sweep(
         resolved, needed = with_stores(one, output / "stores", first_seed=cfg.seed)
         stores |= {store.folder: store for store in needed}
         runs.append(Run(variant, seed, resolved, folder))
+    if cfg.students:
+        _check_common_stores(runs)
     return Sweep(cfg, output, tuple(runs), tuple(stores.values()), ablation)
+
+
+def _check_common_stores(runs: Sequence[Run]) -> None:
+    """Raise UsageError if students of the same batches need stores of their own."""
+    dirs: dict[str, tuple[str, ...]] = {}
+    for run in runs:
+        batches = batch_settings(with_values(run.cfg, {"store.dirs": ()}), any_size=True)
+        if dirs.setdefault(repr(batches), run.cfg.store.dirs) != run.cfg.store.dirs:
+            flags = ", ".join(lookup(path, "").flag for path in VIEW)
+            raise UsageError(
+                f"--stores: stored images have one view, and that of {run.variant} is its own; "
+                f"give all students one by {flags}"
+            )
 
 
 def check_paths(sweep: Sweep, launch: Launch) -> None:

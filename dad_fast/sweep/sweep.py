@@ -21,10 +21,10 @@ from dad_fast.loggers.progress import JobsProgress, format_seconds
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore
 from dad_fast.models.registry import teacher_settings
-from dad_fast.report.page import write_report
+from dad_fast.sweep.groups import groups, halves, name_of, split
 from dad_fast.sweep.pool import Job, Pool, shared_parts
 from dad_fast.sweep.runs import Run, Sweep, clear
-from dad_fast.sweep.tables import print_tables, write_tables
+from dad_fast.sweep.tables import show_tables, write_tables
 
 GIB_PER_JOB = 2.0
 ERRORS = {
@@ -48,12 +48,7 @@ def run_sweep(sweep: Sweep, launch: Launch) -> int:
             "continue with --resume auto"
         )
     if (output / "results.json").exists():
-        print_tables(sweep)
-        write_report(output)
-        plot = "plot.svg, " if sweep.ablation else ""
-        print_line(
-            f"{output}: table.md, {plot}report.html, results.json, and a folder for each run"
-        )
+        show_tables(sweep)
     for name, why in failed.items():
         print_line(f"failed: {name}: {why}")
     return 1 if failed else 0
@@ -95,7 +90,9 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest, lock: int | None) ->
             left = list(sweep.runs)
             if not launch.overwrite:
                 left = [run for run in left if run.record() is None]
-            with Pool(devices[: max(1, len(left))], output / "logs", lock) as pool:
+            whole = _groups(sweep, left, launch, devices)
+            devices = devices[: max(1, len(whole))]
+            with Pool(devices, output / "logs", lock) as pool:
                 if left:
                     _check(sweep, left, launch, pool, stop, progress)
                 if stop.error:
@@ -104,12 +101,11 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest, lock: int | None) ->
                     clear(output)
                     (output / "logs").mkdir(exist_ok=True)
                 atomic_write_text(output / "config.toml", to_toml(sweep.config))
-                state = _State(sweep, left, stop, progress, len(devices))
-                stores = _needed(sweep, left)
-                jobs = [_store_job(store) for store in stores]
-                # The longest runs first, so that none of them starts last and is left alone.
-                longest_first = sorted(left, key=_num_epochs, reverse=True)
-                jobs += [_run_job(run, launch, stores, state.teachers) for run in longest_first]
+                state = _State(sweep, launch, left, stop, progress, len(devices))
+                jobs = [_store_job(store) for store in state.stores]
+                # The longest first, so that none of them starts last and is left alone.
+                longest_first = sorted(whole, key=_work, reverse=True)
+                jobs += [state.job_of(group, launch.resume) for group in longest_first]
                 pool.run(jobs, state.job_ended, stop, progress.update)
                 write_tables(sweep, state.failed)
                 return state.failed
@@ -117,8 +113,26 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest, lock: int | None) ->
         _remove_if_new(output)
 
 
+def _groups(
+    sweep: Sweep, left: Sequence[Run], launch: Launch, devices: Sequence[str]
+) -> list[list[Run]]:
+    """Return the runs that share their batches, in as many groups as keep every worker busy.
+
+    On a CPU a job per core does, since each group makes its batches anew.
+    """
+    whole = groups(sweep, left, launch.share_batches, bool(launch.resume))
+    if sweep.config.students:
+        return whole
+    on_cores = not launch.jobs and devices[0] == "cpu"
+    return split(whole, min(len(devices), num_cores()) if on_cores else len(devices))
+
+
 def _num_epochs(run: Run) -> float:
     return run.cfg.schedule.epochs + run.cfg.schedule.cooldown_epochs
+
+
+def _work(group: Sequence[Run]) -> float:
+    return sum(map(_num_epochs, group))
 
 
 def _check(
@@ -188,21 +202,6 @@ def store_message(store: SharedStore, device: str) -> dict[str, Any]:
     }
 
 
-def _run_job(run: Run, launch: Launch, stores: Sequence[SharedStore], teachers: _Teachers) -> Job:
-    def message(device: str) -> dict[str, Any]:
-        return {
-            "do": "run",
-            "variant": run.variant,
-            "config": _toml(run.cfg, device),
-            "folder": str(run.folder),
-            "launch": _launch(launch),
-            "teacher_results": teachers.of(run.cfg),
-        }
-
-    after = tuple(Path(store.folder).name for store in stores if store.folder in run.cfg.store.dirs)
-    return Job(run.name, message, shared_parts(run.cfg), after)
-
-
 def _launch(launch: Launch) -> dict[str, Any]:
     """Return the options that a worker needs."""
     return {
@@ -224,47 +223,90 @@ class _State:
     def __init__(
         self,
         sweep: Sweep,
+        launch: Launch,
         left: Sequence[Run],
         stop: StopRequest,
         progress: JobsProgress,
         num_workers: int,
     ) -> None:
-        self.sweep, self.stop, self.progress = sweep, stop, progress
+        self.sweep, self.launch, self.stop, self.progress = sweep, launch, stop, progress
         self.num_workers = num_workers
         self.teachers = _Teachers(sweep.runs)
+        self.stores = _needed(sweep, left)
         self.failed: dict[str, str] = {}
-        self._left = {run.name: run for run in left}
-        self._begun, self._ended = time.monotonic(), 0
-        self._epochs_done, self._epochs = 0.0, sum(map(_num_epochs, left))
+        # Jobs that are not done.
+        self._groups: dict[str, Sequence[Run]] = {}
+        self._before, self._ended = len(sweep.runs) - len(left), 0
+        self._begun = time.monotonic()
+        self._epochs_done, self._epochs = 0.0, _work(left)
 
-    def job_ended(self, job: Job, answer: dict[str, Any], seconds: float) -> None:
-        run = self._left.get(job.name)
-        if run is not None:
-            self._ended += 1
-            self._epochs_done += _num_epochs(run)
+    def job_of(self, group: Sequence[Run], resume: str) -> Job:
+        """Return the job that trains a group of runs."""
+        first = group[0].cfg
+
+        def message(device: str) -> dict[str, Any]:
+            runs = [
+                {
+                    "variant": run.variant,
+                    "config": _toml(run.cfg, device),
+                    "folder": str(run.folder),
+                }
+                for run in group
+            ]
+            return {
+                "do": "run",
+                "runs": runs,
+                "launch": _launch(replace(self.launch, resume=resume)),
+                "teacher_results": self.teachers.of(first),
+            }
+
+        name = name_of(group)
+        self._groups[name] = group
+        stores = [store.folder for store in self.stores if store.folder in first.store.dirs]
+        return Job(name, message, shared_parts(first), tuple(Path(name).name for name in stores))
+
+    def job_ended(self, job: Job, answer: dict[str, Any], seconds: float) -> Sequence[Job]:
+        """Log the job. Returns those that take the place of a group of which a run failed."""
+        group = self._groups.pop(job.name, ())
         self.progress.end(job.name)
         if "error" in answer and self.stop.error:
             self.progress.say(f"{job.name}: {answer['error']}")
-            return
-        if "error" in answer:
+            return ()
+        if "error" in answer and len(group) > 1 and answer["exit_code"] == 1:
+            # One run may be the reason; the others go on from where the group has saved.
+            self.progress.say(f"{job.name}: {answer['error']}; resuming in two halves")
+            return [self.job_of(half, "auto") for half in halves(group)]
+        self._ended += len(group)
+        self._epochs_done += _work(group)
+        if not group:
+            self.progress.say(f"{job.name}: {self._text(answer, seconds, None)}")
+        for number, run in enumerate(group, start=self._before + self._ended - len(group) + 1):
+            if "error" in answer:
+                self.failed[run.name] = answer["error"]
+            text = self._text(answer, seconds, run, len(group))
+            self.progress.say(f"[{number}/{len(self.sweep.runs)}] {run.name}: {text}")
+        if "error" in answer and not group:
             self.failed[job.name] = answer["error"]
-            text = f"failed: {answer['error']}"
-        elif run is None:
-            text = f"filled ({seconds:.0f} s{self._time_left()})"
-        else:
-            record = run.record()
-            if record is not None:
-                self.teachers.learn(run.cfg, record)
-            text = f"{_scores(record)}({seconds:.0f} s{self._time_left()})"
-        total = len(self.sweep.runs)
-        number = total - len(self._left) + self._ended
-        counted = f"[{number}/{total}] " if run is not None else ""
-        self.progress.say(f"{counted}{job.name}: {text}")
         write_tables(self.sweep, self.failed)
+        return ()
+
+    def _text(
+        self, answer: dict[str, Any], seconds: float, run: Run | None, shared_by: int = 1
+    ) -> str:
+        if "error" in answer:
+            return f"failed: {answer['error']}"
+        among = f", shared by {shared_by}" if shared_by > 1 else ""
+        took = f"({seconds:.0f} s{among}{self._time_left()})"
+        if run is None:
+            return f"filled {took}"
+        record = run.record()
+        if record is not None:
+            self.teachers.learn(run.cfg, record)
+        return f"{_scores(record)}{took}"
 
     def _time_left(self) -> str:
         """Estimate by epochs while runs wait; later each run's own line shows its time left."""
-        is_waiting = len(self._left) - self._ended > self.num_workers
+        is_waiting = len(self._groups) > self.num_workers
         if not self._ended or not is_waiting:
             return ""
         seconds_per_epoch = (time.monotonic() - self._begun) / self._epochs_done

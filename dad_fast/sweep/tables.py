@@ -9,7 +9,9 @@ from typing import Any
 from dad_fast.config import to_toml
 from dad_fast.evaluate.tables import markdown, print_table, read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
+from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import store_seconds
+from dad_fast.report.page import write_report
 from dad_fast.sweep.ablation_tables import ablation_markdown, print_ablation, summary
 from dad_fast.sweep.forest import forest_plot
 from dad_fast.sweep.runs import Sweep
@@ -71,10 +73,14 @@ def write_tables(sweep: Sweep, failed: Mapping[str, str], num_processes: int = 1
     atomic_write_text(output / "table.md", table)
 
 
-def print_tables(sweep: Sweep) -> None:
-    """Print the table of a sweep's results.json."""
-    record = read_record(sweep.output / "results.json")
+def show_tables(sweep: Sweep) -> None:
+    """Print the table of a sweep's results.json and write report.html."""
+    output = sweep.output
+    record = read_record(output / "results.json")
     if sweep.ablation:
         print_ablation(record)
     else:
         print_table(record)
+    write_report(output)
+    plot = "plot.svg, " if sweep.ablation else ""
+    print_line(f"{output}: table.md, {plot}report.html, results.json, and a folder for each run")

@@ -16,13 +16,15 @@ from dad_fast.distributed.launch import (
 )
 from dad_fast.errors import UsageError
 from dad_fast.locks import lock_folder
+from dad_fast.sweep.groups import groups
 from dad_fast.sweep.runs import Sweep, check_paths, make_sweep
 
 
 def run(cfg: Config, launch: Launch) -> int:
     """Train and return the exit code.
 
-    Layout: OUT itself for one run; OUT/VARIANT/seed-S/ and a table in OUT for several.
+    Layout: OUT itself for one run; OUT/VARIANT/seed-S/ and a table in OUT for several, with the
+    student's name for VARIANT where several learn from the same batches.
     """
     sweep = make_sweep(
         cfg, Path(launch.output), num_processes=lambda: processes_of_run(launch.nproc)
@@ -41,7 +43,9 @@ def run(cfg: Config, launch: Launch) -> int:
                     "processes; leave one out"
                 )
             return run_processes(nproc, "train", launch.arguments)
-        if len(sweep.runs) > 1:
+        # Students that all learn from the same batches train here, with their own progress bar.
+        one_group = bool(cfg.students) and len(groups(sweep, sweep.runs)) == 1
+        if len(sweep.runs) > 1 and not one_group:
             from dad_fast.sweep.sweep import run_sweep
 
             return run_sweep(sweep, launch)

@@ -6,8 +6,8 @@
         Return seconds, for the dry run.
     {"do": "store", "folder", "kind", "config": TOML, "launch"}
         Fill a store that runs learn from.
-    {"do": "run", "variant", "config": TOML, "folder", "launch", "teacher_results"}
-        Train and evaluate a run.
+    {"do": "run", "runs": [{"variant", "config": TOML, "folder"}], "launch", "teacher_results"}
+        Train and evaluate runs that share their batches.
 
 Lines {"progress": [done, total, text]} come before the answer. An answer has "error" and
 "exit_code" if the job failed. Data, teacher and discretizer stay loaded while consecutive jobs use
@@ -37,7 +37,7 @@ from dad_fast.methods.stores import SharedStore
 from dad_fast.precompute.run import make_builder
 from dad_fast.sweep.measure import measure
 from dad_fast.sweep.pool import shared_parts
-from dad_fast.sweep.run import check_run, fill_store, train_run
+from dad_fast.sweep.run import check_run, fill_store, train_runs
 from dad_fast.sweep.runs import Run
 
 # Exit code after an unexpected failure. It may have broken the process, as CUDA errors do, so the
@@ -82,18 +82,17 @@ class Worker:
         fill_store(_store(store))
 
     def run(
-        self,
-        variant: str,
-        config: str,
-        folder: str,
-        launch: dict[str, Any],
-        teacher_results: dict[str, Any],
+        self, runs: list[dict[str, Any]], launch: dict[str, Any], teacher_results: dict[str, Any]
     ) -> None:
-        cfg = from_toml(config)
-        builder, known = self._parts_of(cfg)
+        group = []
+        for run in runs:
+            cfg = from_toml(run["config"])
+            group.append(Run(run["variant"], cfg.seed, cfg, Path(run["folder"])))
+        builder, known = self._parts_of(group[0].cfg)
         known.update(teacher_results)
-        run = Run(variant, cfg.seed, cfg, Path(folder))
-        train_run(run, run.name, Launch(output=folder, **launch), builder, known)
+        labels = [run.name for run in group]
+        options = Launch(output=str(group[0].folder), **launch)
+        train_runs(group, labels, options, builder, known)
 
     def _parts_of(self, cfg: Config) -> tuple[Builder, dict[str, Any]]:
         """Return the shared parts and teacher results; drop them if the next run needs others."""
