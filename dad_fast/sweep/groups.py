@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from dad_fast.methods.batches import batch_settings
 from dad_fast.sweep.runs import Run, Sweep
 
 
-def groups(
-    sweep: Sweep, runs: Sequence[Run], share: bool = True, resume: bool = False
-) -> list[list[Run]]:
+def groups(sweep: Sweep, runs: Sequence[Run], share: bool = True) -> list[list[Run]]:
     """Return `runs` in groups that share their batches, in order.
 
     Students of `--student A B` share always, whatever their image sizes; other runs only if `share`
-    and if it changes nothing in their results. resume: a group has a step in common from which all
-    of it can resume, or has not begun.
+    and if it changes nothing in their results.
     """
     if not share and not sweep.config.students:
         return [[run] for run in runs]
@@ -25,9 +21,7 @@ def groups(
     for run in runs:
         key = repr(sorted(batch_settings(run.cfg, any_size=any_size).items(), key=str))
         found.setdefault(key, []).append(run)
-    if not resume:
-        return list(found.values())
-    return [part for group in found.values() for part in _by_progress(group)]
+    return list(found.values())
 
 
 def split(whole: Sequence[Sequence[Run]], count: int) -> list[list[Run]]:
@@ -57,23 +51,3 @@ def name_of(group: Sequence[Run]) -> str:
     more = f" and {len(variants) - 2} more" if len(variants) > 3 else ""
     shown = ", ".join(variants[: 2 if more else 3])
     return f"{shown}{more}, seed {first.seed}"
-
-
-def _by_progress(group: Sequence[Run]) -> list[list[Run]]:
-    """Split a group where its runs have no checkpoint of one step in common."""
-    parts: list[tuple[set[int], list[Run]]] = []
-    for run in group:
-        steps = _steps(run.folder)
-        for number, (common, members) in enumerate(parts):
-            if common & steps or not (common or steps):
-                parts[number] = (common & steps, [*members, run])
-                break
-        else:
-            parts.append((steps, [run]))
-    return [members for _, members in parts]
-
-
-def _steps(folder: Path) -> set[int]:
-    """Return the steps of a run's checkpoints."""
-    names = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
-    return {int(name) for name in names if name.isdecimal()}

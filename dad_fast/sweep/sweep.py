@@ -120,7 +120,7 @@ def _groups(
 
     On a CPU a job per core does, since each group makes its batches anew.
     """
-    whole = groups(sweep, left, launch.share_batches, bool(launch.resume))
+    whole = groups(sweep, left, launch.share_batches)
     if sweep.config.students:
         return whole
     on_cores = not launch.jobs and devices[0] == "cpu"
@@ -272,42 +272,44 @@ class _State:
         if "error" in answer and self.stop.error:
             self.progress.say(f"{job.name}: {answer['error']}")
             return ()
-        if "error" in answer and len(group) > 1 and answer["exit_code"] == 1:
-            # One run may be the reason; the others go on from where the group has saved.
+        unfinished = []
+        if "error" in answer:
+            # The others of a group go on where the loss of one run is not finite.
+            unfinished = [run for run in group if run.record() is None]
+        ended = [run for run in group if run not in unfinished]
+        if len(unfinished) > 1 and answer["exit_code"] == 1:
+            # One run may be the reason, or the memory that all of them need.
             self.progress.say(f"{job.name}: {answer['error']}; resuming in two halves")
-            return [self.job_of(half, "auto") for half in halves(group)]
-        self._ended += len(group)
-        self._epochs_done += _work(group)
+            jobs = [self.job_of(half, "auto") for half in halves(unfinished)]
+        else:
+            jobs, ended = [], list(group)
+        self._epochs_done += _work(ended)
+        among = f", shared by {len(group)}" if len(group) > 1 else ""
+        took = f"({seconds:.0f} s{among}{self._time_left()})"
         if not group:
-            self.progress.say(f"{job.name}: {self._text(answer, seconds, None)}")
-        for number, run in enumerate(group, start=self._before + self._ended - len(group) + 1):
-            if "error" in answer:
+            text = f"failed: {answer['error']}" if "error" in answer else f"filled {took}"
+            self.progress.say(f"{job.name}: {text}")
+        for run in ended:
+            self._ended += 1
+            number = f"[{self._before + self._ended}/{len(self.sweep.runs)}]"
+            record = run.record()
+            if record is not None:
+                self.teachers.learn(run.cfg, record)
+            text = f"{_scores(record)}{took}"
+            if run in unfinished:
                 self.failed[run.name] = answer["error"]
-            text = self._text(answer, seconds, run, len(group))
-            self.progress.say(f"[{number}/{len(self.sweep.runs)}] {run.name}: {text}")
+                text = f"failed: {answer['error']}"
+            self.progress.say(f"{number} {run.name}: {text}")
         if "error" in answer and not group:
             self.failed[job.name] = answer["error"]
-        write_tables(self.sweep, self.failed)
-        return ()
-
-    def _text(
-        self, answer: dict[str, Any], seconds: float, run: Run | None, shared_by: int = 1
-    ) -> str:
-        if "error" in answer:
-            return f"failed: {answer['error']}"
-        among = f", shared by {shared_by}" if shared_by > 1 else ""
-        took = f"({seconds:.0f} s{among}{self._time_left()})"
-        if run is None:
-            return f"filled {took}"
-        record = run.record()
-        if record is not None:
-            self.teachers.learn(run.cfg, record)
-        return f"{_scores(record)}{took}"
+        if not jobs:
+            write_tables(self.sweep, self.failed)
+        return jobs
 
     def _time_left(self) -> str:
         """Estimate by epochs while runs wait; later each run's own line shows its time left."""
         is_waiting = len(self._groups) > self.num_workers
-        if not self._ended or not is_waiting:
+        if not self._epochs_done or not is_waiting:
             return ""
         seconds_per_epoch = (time.monotonic() - self._begun) / self._epochs_done
         left = seconds_per_epoch * (self._epochs - self._epochs_done)
