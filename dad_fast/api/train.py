@@ -26,7 +26,7 @@ def train(
     config: str | Path | Sequence[str | Path] = (),
     data_dir: str | Path | None = None,
     method: str | None = None,
-    student: str | nn.Module | None = None,
+    student: str | nn.Module | Sequence[str] | None = None,
     teacher: str | nn.Module | None = None,
     resume: str | Path | bool = "",
     overwrite: bool = False,
@@ -51,7 +51,8 @@ def train(
             logits [B, C], C classes of the data. A copy is trained, from the module's present
             weights in every run. Pixels are in [0, 1]; a module of timm (with a `pretrained_cfg`)
             gets them normalised as that says. Give `img_size` too. Checkpoints then hold weights
-            without the class: pass the module again to resume.
+            without the class: pass the module again to resume. Several names are students that
+            learn from the same batches, each in a folder of its own, `output`/NAME/seed-0.
         teacher: a teacher's name (docs/models.md), or an `nn.Module` as above with logits of the
             data's classes in their order; a frozen copy is used. `teacher_img_size` is the side of
             its images in pixels, by default that of the student.
@@ -95,7 +96,7 @@ def train(
 
     with passed(**modules):
         run_in_this_process(cfg, launch)
-    return Run(output, student=None if isinstance(student, str) else student)
+    return Run(output, student=None if isinstance(student, str | Sequence) else student)
 
 
 def _model_settings(modules: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +110,11 @@ def _model_settings(modules: Mapping[str, Any], given: Mapping[str, Any]) -> dic
             continue
         if isinstance(model, str | Path):
             found[f"{role}.name"] = str(model)
+            continue
+        if isinstance(model, Sequence):
+            if not all(isinstance(name, str) for name in model):
+                raise UsageError("student: several students are names; a module is trained alone")
+            found[f"{role}.name"] = list(model)
             continue
         from dad_fast.models.own_modules import TIMM_ONLY, module_name
 

@@ -105,6 +105,14 @@ class ListAction(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *items])
 
 
+class LastListAction(ListAction):
+    """A list whose last use counts, as for a flag of one value."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, *given: Any) -> None:
+        setattr(namespace, self.dest, [])
+        super().__call__(parser, namespace, *given)
+
+
 def options_parser(command: str, options: type, *, intermixed: bool = False) -> Parser:
     """Return the parser of a command with the flags and words of the class `options`."""
     parser = Parser(command, intermixed=intermixed)
@@ -219,7 +227,10 @@ def add_settings(parser: Parser, paths: Iterable[str], several: Sequence[str] = 
         names = [name for name in (setting.short, setting.flag) if name]
         if setting.type is bool:
             parser.add_argument(*names, dest=path, action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(setting.type) is tuple or path in several:
+        elif path in several:
+            parser.add_argument(*names, dest=path, action=LastListAction, nargs="+")
+            parser.before_files.add(setting.flag)
+        elif typing.get_origin(setting.type) is tuple:
             parser.add_argument(
                 *names,
                 dest=path,
@@ -227,8 +238,6 @@ def add_settings(parser: Parser, paths: Iterable[str], several: Sequence[str] = 
                 nargs="*" if setting.bare else "+",
                 const=setting.bare,
             )
-            if path in several:
-                parser.before_files.add(setting.flag)
         else:
             parser.add_argument(*names, dest=path)
             if setting.is_switch:

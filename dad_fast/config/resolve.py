@@ -263,7 +263,9 @@ class Layers:
     @staticmethod
     def _check_one_source(named_before: bool, where: str) -> None:
         if named_before:
-            raise UsageError(f"{where}: student.name and students both name students; leave one out")
+            raise UsageError(
+                f"{where}: student.name and students both name students; leave one out"
+            )
 
     def _set_of_student(self, path: str, text: str, where: str) -> None:
         """Set `students.LABEL.key=value`. A label may have dots."""

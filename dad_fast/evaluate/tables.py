@@ -236,6 +236,12 @@ def notes(record: dict[str, Any], metric: str) -> list[str]:
     facts = record.get("environment")
     if facts:
         lines.append(f"Train s: seconds of training without evaluation, on {computed_on(facts)}.")
+    shared = max(int(run.get("shared_by") or 1) for run in record["runs"])
+    if shared > 1:
+        lines.append(
+            f"Up to {shared} runs learned from the same batches; each counts an equal part of the "
+            "seconds."
+        )
     if any(run.get("best_epoch") for run in record["runs"]):
         lines.append("Best: epochs trained at the best validation, the mean over seeds.")
     if any(run.get("store_seconds") for run in record["runs"]):

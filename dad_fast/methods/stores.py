@@ -130,8 +130,7 @@ def _digest(cfg: Config, kind: str, views: int, images: str) -> str:
     used = [
         path
         for path in settings()
-        if (path in chosen or path.partition(".")[0] in _SECTIONS[kind])
-        and path not in RESUME_SAFE
+        if (path in chosen or path.partition(".")[0] in _SECTIONS[kind]) and path not in RESUME_SAFE
     ]
     # An ensemble has outputs of its own at every temperature.
     temperature = teacher_settings(cfg)[1:]

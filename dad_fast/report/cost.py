@@ -58,7 +58,7 @@ def joules_per_image(run: Run) -> float | None:
 
     A window's energy is its seconds times the power averaged over its two ends. Training alone is
     counted, neither evaluation nor the host. With several processes the power of the first one's
-    GPU is used for all.
+    GPU is used for all. Runs that share their batches count an equal part each.
     """
     energy, steps_seen, before = 0.0, 0.0, None
     for steps, rate, power in _windows(run):
@@ -66,7 +66,7 @@ def joules_per_image(run: Run) -> float | None:
             energy += steps * (power + (power if before is None else before)) / 2 / rate
             steps_seen += steps
         before = power
-    return run.processes * energy / steps_seen if steps_seen else None
+    return run.processes * energy / steps_seen / run.shared_by if steps_seen else None
 
 
 def _windows(run: Run) -> list[tuple[float, float, float | None]]:
@@ -105,7 +105,9 @@ def _work(group: Group) -> str:
     if not settings:
         # Without a config.toml the run is comparable with no other.
         settings = {"run": str(group.runs[0].folder)}
-    machines = sorted({f"{run.processes} x {machine(run.facts)}" for run in group.runs})
+    machines = sorted(
+        {f"{run.processes} x {machine(run.facts)} / {run.shared_by}" for run in group.runs}
+    )
     return json.dumps([settings, machines], default=str, sort_keys=True)
 
 
@@ -187,6 +189,11 @@ def _notes(groups: Sequence[Group], powered: bool, against: Sequence[str]) -> li
         "Means over seeds. img/s counts clean images; evaluation is left out. "
         "Data wait: share of the time spent waiting for them."
     ]
+    if any(run.shared_by > 1 for group in groups for run in group.runs):
+        lines.append(
+            "Runs that learned from the same batches: img/s is that of their common step; each "
+            "counts an equal part of its time and energy."
+        )
     if any(number(record, "store_seconds") for group in groups for record in group.finished):
         lines.append(
             "Stores: the time to fill the stores of a run, counted whole for each; runs and seeds "

@@ -44,6 +44,12 @@ class Run:
         return found if isinstance(found, int) and found > 0 else 1
 
     @property
+    def shared_by(self) -> int:
+        """Number of runs that learned from the same batches, this one included."""
+        others = self.facts.get("shares_batches_with")
+        return 1 + (len(others) if isinstance(others, list) else 0)
+
+    @property
     def images_per_step(self) -> int | None:
         """Clean images per step, over all processes."""
         whole = self.settings.get("data.global_batch_size")

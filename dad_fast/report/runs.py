@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dad_fast.config.fields import read_toml
-from dad_fast.errors import DataError
+from dad_fast.config import expand, from_toml
+from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.report.run_files import (
     FILES,
@@ -263,10 +263,13 @@ def _unfinished(group: Group, run: Run) -> str:
 
 
 def _order(folder: Path) -> Callable[[Path], tuple[int, str, int]]:
-    """Return a sort key of seed folders: variants as config.toml lists them, then seeds."""
+    """Return a sort key of seed folders: variants and students as config.toml lists them, then
+    seeds.
+    """
     try:
-        listed = list(read_toml((folder / "config.toml").read_text(encoding="utf-8"))["variants"])
-    except (OSError, ValueError, KeyError, TypeError):
+        cfg = from_toml((folder / "config.toml").read_text(encoding="utf-8"))
+        listed = list(dict.fromkeys(name for name, _, _ in expand(cfg)))
+    except (OSError, ValueError, UsageError):
         listed = []
 
     def place(run: Path) -> tuple[int, str, int]:

@@ -250,8 +250,9 @@ def _seeds(one: Compared) -> str:
     return f"{one.seeds} seeds" if one.seeds else "over test images, one common seed"
 
 
-def _machines(group: Group) -> set[str]:
-    return {machine(run.facts) for run in group.runs}
+def _machines(group: Group) -> set[tuple[str, int]]:
+    """Return the machines of a group's runs, and the number of runs that shared their batches."""
+    return {(machine(run.facts), run.shared_by) for run in group.runs}
 
 
 def _is_equal(ratio: float | None, tolerance: float) -> bool:

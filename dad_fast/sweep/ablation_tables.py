@@ -130,6 +130,12 @@ def notes(record: dict[str, Any]) -> list[str]:
             f"Cells that can, the base too, learn from stores ({what}), drawn once for all seeds; "
             "online runs may differ."
         )
+    shared = max(int(run.get("shared_by") or 1) for run in record["runs"])
+    if shared > 1:
+        lines.append(
+            f"Up to {shared} cells learned from the same batches; each counts an equal part of the "
+            "seconds, less than a run of its own takes (--no-share-batches)."
+        )
     lines += [f"{name} failed: {why}" for name, why in ablation["failed"].items()]
     return lines
 

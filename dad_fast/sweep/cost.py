@@ -16,7 +16,7 @@ from dad_fast.methods.stores import online
 from dad_fast.sweep.ablation import Plan
 from dad_fast.sweep.pool import Job, Pool
 from dad_fast.sweep.runs import Run, Sweep
-from dad_fast.sweep.sweep import job_devices, store_message
+from dad_fast.sweep.sweep import job_devices, job_groups, store_message
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Cost:
     """Seconds on one process like the one that measured.
 
     runs: cell -> one run of it, evaluation included
+    shared: cell -> the part of it in which batches are made
     stores: folder -> filling it
     reference: name and seconds of a plain KD run as long as the base, or of the base if KD is
         impossible
@@ -31,6 +32,7 @@ class Cost:
     """
 
     runs: dict[str, float]
+    shared: dict[str, float]
     stores: dict[str, float]
     store_bytes: int
     reference: tuple[str, float]
@@ -61,11 +63,18 @@ def print_plan(sweep: Sweep, launch: Launch) -> int:
             seconds = cost.runs[name]
             ratio = seconds / cost.reference[1]
             print(f"{row}{config.seeds:>6}{num_done:>6}{seconds:>9.0f}{ratio:>12.1f}")
-    _print_totals(sweep, [run for run in sweep.runs if run.name not in done], devices, cost)
+    left = [run for run in sweep.runs if run.name not in done]
+    _print_totals(sweep, left, job_groups(sweep, left, launch, devices), devices, cost)
     return 0
 
 
-def _print_totals(sweep: Sweep, left: Sequence[Run], devices: Sequence[str], cost: Cost) -> None:
+def _print_totals(
+    sweep: Sweep,
+    left: Sequence[Run],
+    groups: Sequence[Sequence[Run]],
+    devices: Sequence[str],
+    cost: Cost,
+) -> None:
     num_cells, num_runs = len(sweep.config.variants), len(sweep.runs)
     done = f"{num_runs - len(left)} are done, {len(left)} to do"
     print(f"\n{num_cells} cells, {num_runs} runs; {done}")
@@ -77,8 +86,17 @@ def _print_totals(sweep: Sweep, left: Sequence[Run], devices: Sequence[str], cos
         size = f"{cost.store_bytes / 1e6:,.1f} MB in all"
         print(f"stores: {size}; their images are not augmented, and one draw serves all seeds")
 
+    shared = [group for group in groups if len(group) > 1]
+    saved = sum((len(group) - 1) * cost.shared[group[0].variant] for group in shared)
+    if shared:
+        several = f"{len(shared)} groups" if len(shared) > 1 else "one group"
+        print(
+            f"{sum(map(len, shared))} runs learn in {several} from the same batches: "
+            f"{format_seconds(saved)} less"
+        )
+
     folders = {folder for run in left for folder in run.cfg.store.dirs}
-    total = sum(cost.runs[run.variant] for run in left)
+    total = sum(cost.runs[run.variant] for run in left) - saved
     total += sum(cost.stores[folder] for folder in folders)
     total += cost.teacher * len({repr(run.cfg.teacher) for run in left})
     several = ""
@@ -136,6 +154,7 @@ def _cost(sweep: Sweep, plan: Plan, devices: Sequence[str]) -> Cost:
     seconds = found["runs"]
     return Cost(
         runs=seconds,
+        shared=found["shared"],
         stores={folder: fill["seconds"] for folder, fill in found["stores"].items()},
         store_bytes=sum(fill["bytes"] for fill in found["stores"].values()),
         reference=("KD" if can_distil else plan.base, seconds.pop("")),

@@ -36,14 +36,16 @@ def measure(
     stores: Sequence[SharedStore],
     builder_of: Callable[[Config], Builder],
 ) -> dict[str, Any]:
-    """Return "runs" (seconds by name, with evaluation), "stores", "teacher" and "threads".
+    """Return "runs" (seconds by name, with evaluation), "shared", "stores", "teacher" and "threads".
 
     stored: the kinds of store that a run will learn from. They do not exist yet and are imitated.
+    "shared": the seconds by name in which a run makes its batches, once for all that share them.
     "stores": "seconds" and "bytes" by folder. "teacher": seconds to evaluate one.
     Evaluation is timed with the first run's student.
     """
     found: dict[str, Any] = {
         "runs": {},
+        "shared": {},
         "stores": {},
         "teacher": 0.0,
         "threads": torch.get_num_threads(),
@@ -57,7 +59,9 @@ def measure(
         evaluation = evaluation or _evaluation(trainer, plain, parts)
         every = cfg.eval.every_epochs * trainer.steps_per_epoch
         validations = 1 + (trainer.total_steps // every if every else 0)
-        training = trainer.total_steps * _step_seconds(trainer, parts, stored.get(name, ()))
+        step, generation = _step_seconds(trainer, parts, stored.get(name, ()))
+        training = trainer.total_steps * step
+        found["shared"][name] = trainer.total_steps * generation
         evaluating = validations * evaluation["val"] + evaluation["suites"]
         found["runs"][name] = _preparing(trainer, parts) + training + evaluating
     found["teacher"] = evaluation["teacher"]
@@ -71,8 +75,12 @@ def measure(
     return found
 
 
-def _step_seconds(trainer: Trainer, parts: Components, stored: Sequence[str]) -> float:
-    """Return the seconds of the median step, including the wait for the loader."""
+def _step_seconds(
+    trainer: Trainer, parts: Components, stored: Sequence[str]
+) -> tuple[float, float]:
+    """Return the seconds of the median step, including the wait for the loader, and those in which
+    it loads and makes the batch.
+    """
     warm = 4 if parts.device.type == "cuda" else 1
     loader = trainer.loader
     if parts.probe is not None:
@@ -89,12 +97,18 @@ def _step_seconds(trainer: Trainer, parts: Components, stored: Sequence[str]) ->
             device=parts.device,
         )
     batches = feed(_as_if_stored(loader.batches(0, warm + TIMED), parts, stored), parts.device)
-    seconds = []
+    steps, generations = [], []
     for number in range(warm + TIMED):
         start = _now(parts.device)
-        trainer.step(next(batches), number, trainer.cfg.schedule.min_lr)
-        seconds.append(_now(parts.device) - start)
-    return median(seconds[warm:])
+        batch = next(batches)
+        loaded = _now(parts.device)
+        trainer.step(batch, number, trainer.cfg.schedule.min_lr)
+        steps.append(_now(parts.device) - start)
+        generating = _now(parts.device)
+        for part in batch.split(trainer.cfg.engine.grad_accum_steps):
+            trainer.step.generate(part)
+        generations.append(_now(parts.device) - generating + loaded - start)
+    return median(steps[warm:]), median(generations[warm:])
 
 
 def _preparing(trainer: Trainer, parts: Components) -> float:

@@ -90,7 +90,7 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest, lock: int | None) ->
             left = list(sweep.runs)
             if not launch.overwrite:
                 left = [run for run in left if run.record() is None]
-            whole = _groups(sweep, left, launch, devices)
+            whole = job_groups(sweep, left, launch, devices)
             devices = devices[: max(1, len(whole))]
             with Pool(devices, output / "logs", lock) as pool:
                 if left:
@@ -113,7 +113,7 @@ def _train(sweep: Sweep, launch: Launch, stop: StopRequest, lock: int | None) ->
         _remove_if_new(output)
 
 
-def _groups(
+def job_groups(
     sweep: Sweep, left: Sequence[Run], launch: Launch, devices: Sequence[str]
 ) -> list[list[Run]]:
     """Return the runs that share their batches, in as many groups as keep every worker busy.

@@ -54,7 +54,9 @@ def test_students_have_their_own_settings_and_share_the_others(tmp_path: Path) -
 
 def test_flag_takes_several_students(tmp_path: Path) -> None:
     parser = make_parser()
-    given = parser.parse(["--student", "resnet18", "resnet26,vit_tiny_patch16_224", "a.toml"])
+    given = parser.parse(
+        ["--student", "x", "--student", "resnet18", "resnet26,vit_tiny_patch16_224", "a.toml"]
+    )
     assert given.configs == ["a.toml"]
     assert vars(given)["student.name"] == ["resnet18", "resnet26", "vit_tiny_patch16_224"]
     cfg = gather("demo", None, [], {"student.name": ["resnet18", "hf-hub:timm/resnet26.bt_in1k"]})
@@ -78,7 +80,7 @@ def test_later_layers_override_students(tmp_path: Path) -> None:
 def test_students_round_trip_and_are_compared(tmp_path: Path) -> None:
     cfg = settings_of(tmp_path)
     assert from_toml(to_toml(cfg)) == cfg
-    assert "[[students]]\nlabel = \"narrow\"\nname = \"resnet18\"" in to_toml(cfg)
+    assert '[[students]]\nlabel = "narrow"\nname = "resnet18"' in to_toml(cfg)
     other = with_values(cfg, {"students": {**cfg.students, "narrow": {"student.name": "resnet26"}}})
     assert differences(cfg, other) == ["students: narrow differ"]
 

@@ -12,13 +12,12 @@ for package in ("timm", "open_clip"):
 import tiny
 
 from dad_fast.cli.main import main
-from dad_fast.config import Config
+from dad_fast.config import Config, Launch
 from dad_fast.errors import Preempted
 from dad_fast.loggers import progress as progress_module
 from dad_fast.loggers.progress import JobsProgress, report_progress, report_progress_to
 from dad_fast.methods.stores import is_filled, store_seconds
 from dad_fast.sweep import sweep as sweep_module
-from dad_fast.sweep.pool import Job
 from dad_fast.sweep.runs import Run
 from tests.processes import run_script
 
@@ -234,11 +233,12 @@ def test_time_left_is_estimated_only_while_runs_wait(tmp_path, monkeypatch):
     """Later each run's own line shows it; epochs that running jobs have done are not known here."""
     cfg = Config(method="ce")
     runs = [Run("ce", seed, cfg, tmp_path / str(seed)) for seed in range(4)]
-    sweep = SimpleNamespace(runs=runs)
+    sweep = SimpleNamespace(runs=runs, stores=())
     monkeypatch.setattr(sweep_module, "write_tables", lambda *_: None)
     lines = []
     progress = SimpleNamespace(end=lambda job: None, say=lines.append)
-    state = sweep_module._State(sweep, runs, SimpleNamespace(error=None), progress, num_workers=2)
-    for run in runs:
-        state.job_ended(Job(run.name, lambda device: {}), {}, 1.0)
+    stop = SimpleNamespace(error=None)
+    state = sweep_module._State(sweep, Launch(), runs, stop, progress, num_workers=2)
+    for job in [state.job_of([run], "") for run in runs]:
+        assert state.job_ended(job, {}, 1.0) == []
     assert ["left" in line for line in lines] == [True, False, False, False]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dad_fast.config import Config
@@ -148,6 +148,56 @@ class Estimate:
         for_images = (rates.memory - CONTEXT) / FRAGMENTED * GIB - before
         of_one = (self.step.trace.peak - before) / self.step.batch_size
         return max(0, int(for_images / of_one))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Needs of runs that learn from the same batches: one generation, and each run's learning."""
+
+    runs: tuple[Estimate, ...]
+
+    def training_hours(self, rates: Rates) -> float:
+        """Return the hours in which all runs are trained."""
+        generating = [_generating(run, rates) for run in self.runs]
+        learning = sum(
+            run.step_milliseconds(rates) - own
+            for run, own in zip(self.runs, generating, strict=True)
+        )
+        return self.runs[0].total_steps * (max(generating) + learning) / 3.6e6
+
+    def gflop(self) -> float:
+        """Return the GFLOP per clean image of a step."""
+        generating = [_flop(run, generates=True) for run in self.runs]
+        learning = sum(_flop(run, generates=False) for run in self.runs)
+        return (max(generating) + learning) / 1e9
+
+    def peak(self) -> float:
+        """Return bytes of a card: what every student keeps, and the most that one step needs."""
+        kept = [
+            sum(size for name, size in run.step.memory.items() if name != "frozen models")
+            for run in self.runs
+        ]
+        others = [run.step.trace.peak - own for run, own in zip(self.runs, kept, strict=True)]
+        return sum(kept) + max(others)
+
+
+def _generates(op: Op) -> bool:
+    return op.stages[:1] == ("generate",)
+
+
+def _flop(run: Estimate, generates: bool) -> float:
+    flop = sum(op.flop for op in run.step.trace.ops if _generates(op) == generates)
+    return flop / run.traced_images
+
+
+def _generating(run: Estimate, rates: Rates) -> float:
+    """Return the milliseconds of a step in which its batch is made."""
+    parts = [
+        replace(stage, ops=tuple(filter(_generates, stage.ops)))
+        for stage in run.stages()
+        if any(map(_generates, stage.ops))
+    ]
+    return sum(run.stage_cost(part, rates).milliseconds for part in parts)
 
 
 def estimate(cfg: Config, num_gpus: int) -> Estimate:

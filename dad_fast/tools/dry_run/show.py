@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dad_fast.engine.schedule import total_epochs
 from dad_fast.errors import printable
-from dad_fast.tools.dry_run.estimate import CONTEXT, FRAGMENTED, GIB, Estimate
+from dad_fast.tools.dry_run.estimate import CONTEXT, FRAGMENTED, GIB, Estimate, Shared
 from dad_fast.tools.dry_run.rates import Rates
 
 NAMES = 34
@@ -24,28 +24,51 @@ def show(found: Estimate, table: Sequence[Rates]) -> str:
     return printable("\n".join(lines))
 
 
-def show_several(runs: Sequence[tuple[str, int, Estimate]], table: Sequence[Rates]) -> str:
-    """Return the text of several runs: (variant, number of seeds, estimate)."""
-    width = max(len(name) for name, _, _ in runs) + 2
+def show_several(
+    groups: Sequence[Mapping[str, Estimate]], seeds: int, table: Sequence[Rates]
+) -> str:
+    """Return the text of several runs of `seeds` seeds each.
+
+    groups: name of a run -> its estimate alone, for runs that learn from the same batches.
+    """
+    runs = {name: found for group in groups for name, found in group.items()}
+    width = max([*map(len, runs), *(len(_together(group)) for group in groups)]) + 2
     head = "".join(f"{f'h {rates.name}':>14}" for rates in table)
     lines = [f"{'run':<{width}}{'seeds':>6}{'GFLOP/image':>13}{'GiB':>7}{head}"]
-    totals = [0.0] * len(table)
-    for name, seeds, found in runs:
-        hours = [found.training_hours(rates) for rates in table]
-        totals = [total + seeds * each for total, each in zip(totals, hours, strict=True)]
+
+    def row(name: str, gflop: float, peak: float, hours: Sequence[float]) -> None:
         cells = "".join(f"{each:>14,.2f}" for each in hours)
-        peak = found.step.trace.peak / GIB
-        lines.append(f"{name:<{width}}{seeds:>6}{_gflop(found):>13,.1f}{peak:>7.1f}{cells}")
-    filling = [_filling([found for *_, found in runs], rates) for rates in table]
+        lines.append(f"{name:<{width}}{seeds:>6}{gflop:>13,.1f}{peak / GIB:>7.1f}{cells}")
+
+    totals = [0.0] * len(table)
+    for group in groups:
+        for name, found in group.items():
+            hours = [found.training_hours(rates) for rates in table]
+            row(name, _gflop(found), found.step.trace.peak, hours)
+        if len(group) > 1:
+            shared = Shared(tuple(group.values()))
+            hours = [shared.training_hours(rates) for rates in table]
+            row(_together(group), shared.gflop(), shared.peak(), hours)
+        totals = [total + seeds * each for total, each in zip(totals, hours, strict=True)]
+    filling = [_filling(list(runs.values()), rates) for rates in table]
     if any(filling):
         cells = "".join(f"{each:>14,.2f}" for each in filling)
         lines.append(f"{'stores, filled once':<{width + 26}}{cells}")
     cells = "".join(f"{a + b:>14,.2f}" for a, b in zip(totals, filling, strict=True))
-    count = sum(seeds for _, seeds, _ in runs)
-    lines.append(f"{f'{count} runs':<{width + 26}}{cells}")
-    notes = dict.fromkeys(note for *_, found in runs for note in found.step.notes)
+    count = f"{len(runs) * seeds} runs"
+    lines.append(f"{count:<{width + 26}}{cells}")
+    if any(len(group) > 1 for group in groups):
+        lines.append(
+            "The row of runs on the same batches stands for the rows above it, which show each run "
+            "alone."
+        )
+    notes = dict.fromkeys(note for found in runs.values() for note in found.step.notes)
     lines += [*_explained(table), *(f"note: {note}" for note in notes)]
     return printable("\n".join(lines))
+
+
+def _together(group: Mapping[str, Estimate]) -> str:
+    return f"these {len(group)} on the same batches" if len(group) > 1 else ""
 
 
 def _filling(runs: Sequence[Estimate], rates: Rates) -> float:
