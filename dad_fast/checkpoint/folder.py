@@ -191,7 +191,7 @@ class CheckpointFolder:
         """
         if self._best is not None and self._best.resolve().parent == self.root.resolve():
             self._link("best", self._best.resolve().name)
-        if self._loaded in map(_step, self._newest_first()):
+        if self._loaded is not None and self.path_of(self._loaded).is_dir():
             self._link("latest", self.path_of(self._loaded).name)
             self.prune(self._loaded)
 

@@ -69,7 +69,6 @@ class Lockstep:
         if count > 1:
             trainer.learner.random = trainer.random
             trainer.shared_by = max(trainer.shared_by, count)
-        trainer.clock.shared_by = count
         if trainer is lead:
             return
         trainer.loader = lead.loader
@@ -82,6 +81,8 @@ class Lockstep:
         """Make the step of the runs that train."""
         lead, trainers = self.lead, self.trainers
         generator = lead.step.generator
+        for trainer in trainers:
+            trainer.clock.shared_by = len(trainers)
         if len(trainers) == 1 and trainers[0] is lead:
             self.step = lead.step
             return
@@ -93,9 +94,9 @@ class Lockstep:
         self.step = TrainStep(
             generator,
             [one.learner for one in trainers],
-            num_micro_batches=lead.cfg.engine.grad_accum_steps,
-            tf32=lead.cfg.precision.tf32,
-            cuda_graphs=lead.cfg.engine.cuda_graphs,
+            num_micro_batches=lead.settled.engine.grad_accum_steps,
+            tf32=lead.settled.precision.tf32,
+            cuda_graphs=lead.settled.engine.cuda_graphs,
         )
 
     def start(self) -> None:
@@ -289,6 +290,8 @@ class Lockstep:
         bad = [one for one in trainers if not one.is_finite()]
         if not bad:
             return
+        for trainer in self.trainers:
+            trainer.clock.count()
         self._save(dict.fromkeys(bad, False))
         self.writer.wait()
         several = len(self.trainers) + len(self.failed) > 1
@@ -301,6 +304,7 @@ class Lockstep:
         for trainer in bad:
             trainer.log.say(f"stopped: {self.failed[trainer]}; the other runs train on")
         self._assemble()
+        self._skip()
 
     def _stop(self, kind: type[DadFastError]) -> NoReturn:
         """Raise `kind` in all processes, once the state is written."""

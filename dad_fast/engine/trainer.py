@@ -229,7 +229,7 @@ class Trainer:
         last = self.is_last()
         self.validation_due = not last and self._epoch_is_validated()
         if not last and (stopping or not self.validation_due):
-            if self.epoch_ends() and not self.validation_due:
+            if self.epoch_ends():
                 self.progress.end_epoch()
             return False
         result = self._validate()

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ from dad_fast.methods.settings import resolve
 from dad_fast.sweep.run import train_runs
 from dad_fast.sweep.runs import Run
 from tests import tiny
+from tests.processes import run_script
 
 STEPS = 5  # of three an epoch
 BUILDER = Builder()
@@ -352,3 +354,11 @@ def test_seconds_are_divided(inputs, tmp_path):
     records = resume(cfgs, tmp_path)
     assert [record["shared_by"] for record in records] == [2, 2]
     assert records[0]["seconds"] == pytest.approx(records[1]["seconds"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_runs_together_equal_runs_alone_in_two_processes(inputs, tmp_path):
+    script = Path(__file__).parents[1] / "runs_together.py"
+    results = run_script(2, tmp_path, [str(script), str(inputs), str(tmp_path)])
+    assert [code for code, _, _ in results] == [0, 0], results[0][2]
+    assert_same(tmp_path / "together", tmp_path / "alone")
