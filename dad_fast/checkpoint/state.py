@@ -30,6 +30,7 @@ from dad_fast.checkpoint.run import TrainRun
 from dad_fast.checkpoint.writer import Writer
 from dad_fast.config import to_toml
 from dad_fast.config.schema import OptimConfig
+from dad_fast.config.variants import student_seed
 from dad_fast.distributed import process_group as distributed
 from dad_fast.errors import DataError, UsageError
 from dad_fast.keyed_random import sample_seeds
@@ -214,7 +215,7 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
         processes = [processes[distributed.rank()]]
         restore_generators(processes[0], device)
     else:
-        seed_generators(run.cfg.seed, state["step"])
+        seed_generators(student_seed(run.cfg), state["step"])
     run.monitor.meter.restore(processes, device)
     run.next_step = state["step"]
     run.best_top1 = state["best_top1"]

@@ -54,7 +54,7 @@ settings: those of dad-fast train (dad-fast train --help-all)
 SETTINGS = {
     "seeds": "seeds of every cell, from --seed on [3]",
     "store.make": "cells share stored images (adversarial) or teacher outputs (targets), made here "
-    "first [off]. Stored images are not augmented: another form of training",
+    "first [off]; stored images are not augmented",
     "store.images": "none (decoded from codes), raw, webp or jpeg:Q [raw]",
 }
 SEEDS = 3

@@ -17,6 +17,7 @@ _FILES = {
     "data.data_dir": "DIR",
     "data.class_map": "FILE",
     "teacher.head": "FILE",
+    "student.name": "NAME ...",
     "student.weights": "FILE",
     "student.init_from": "PATH",
 }

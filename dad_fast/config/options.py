@@ -137,8 +137,7 @@ class AblateOptions:
     share_batches: bool = option(
         True,
         "--[no-]share-batches",
-        "train cells that differ only in the student, its loss or its optimizer in one process, on "
-        "the same batches; results are the same [on]",
+        "cells that differ only in the learner train on the same batches [on]",
     )
     dry_run: bool = option(
         False, "--dry-run", "print the plan and its cost, measured on a few steps of each form"

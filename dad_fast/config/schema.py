@@ -21,6 +21,7 @@ from dad_fast.config.schema_optim import ScheduleConfig as ScheduleConfig
 from dad_fast.config.setting import (
     ALL_POSITIVE,
     AT_LEAST_ONE,
+    AUTO,
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
@@ -72,7 +73,7 @@ class TeacherConfig:
 class StudentConfig:
     name: str = setting(
         "",
-        "any timm model; several learn from the same batches, each in a folder of its own",
+        "any timm model; several learn from the same batches",
         "--student",
         main=True,
     )
@@ -88,6 +89,13 @@ class StudentConfig:
         False,
         "take timm's pretrained weights (needs the network or a filled cache)",
         "--pretrained",
+    )
+    seed: int = setting(
+        AUTO,
+        "seed of its initial weights, dropout and drop path; auto: --seed, which decides the batches",
+        "--student-seed",
+        rule=NOT_NEGATIVE,
+        auto=True,
     )
     drop_path: float = setting(0.0, "stochastic depth", "--drop-path", rule=BELOW_ONE)
     drop: float = setting(0.0, "dropout before the classifier", "--drop", rule=BELOW_ONE)

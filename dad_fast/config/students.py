@@ -59,6 +59,8 @@ def student_path(key: str, where: str) -> str:
         raise UsageError(f"{where}: a student's own keys have no section: leave student. out")
     if first in sections():
         return key
+    if f"student.{key}" in settings():
+        return f"student.{key}"
     if key in settings():
         raise UsageError(f"{where}: {key} cannot differ between students; set it for all of them")
     return lookup(f"student.{key}", where).path

@@ -8,6 +8,7 @@ from typing import Any
 
 from dad_fast.config.fields import DECIDED_BY, coerce, flatten, get, lookup, settings, with_values
 from dad_fast.config.schema import Config
+from dad_fast.config.setting import AUTO
 from dad_fast.errors import UsageError
 
 # Settings that do not change what a run computes, so that they may differ between a run and its
@@ -80,6 +81,11 @@ def _changes(tables: dict[str, Any], where: str) -> dict[str, Any]:
     }
     decided = {by: settings()[by].default for key, by in DECIDED_BY.items() if key in changes}
     return {**decided, **changes}
+
+
+def student_seed(cfg: Config) -> int:
+    """Return the seed of the student's initial weights and of what it draws in training."""
+    return cfg.seed if cfg.student.seed == AUTO else cfg.student.seed
 
 
 def with_batch_sizes(cfg: Config, num_processes: int) -> Config:

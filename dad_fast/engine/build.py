@@ -14,7 +14,7 @@ import torch
 from dad_fast.config.resolve import is_fixed
 from dad_fast.config.schema import Config
 from dad_fast.config.setting import Switch
-from dad_fast.config.variants import with_batch_sizes
+from dad_fast.config.variants import student_seed, with_batch_sizes
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.data.sources.base import Source
@@ -141,7 +141,7 @@ class Builder:
             )
 
         # Seeds the student's initial weights.
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(student_seed(cfg))
         method = METHODS[cfg.method]
         if method.linear_probe:
             assert teacher is not None

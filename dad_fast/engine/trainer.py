@@ -13,7 +13,7 @@ from torch import Tensor
 from dad_fast.checkpoint.folder import CheckpointFolder
 from dad_fast.checkpoint.state import load_for_all, restore, seed_generators
 from dad_fast.config.schema import Config
-from dad_fast.config.variants import with_batch_sizes
+from dad_fast.config.variants import student_seed, with_batch_sizes
 from dad_fast.data.loaders.choose import train_loader
 from dad_fast.data.loaders.loader import Batch, TrainLoader
 from dad_fast.distributed import process_group as distributed
@@ -78,7 +78,7 @@ class Trainer:
         device, student = parts.device, parts.student
 
         # Again: the draws of a run must not depend on those of its student's initial weights.
-        seed_generators(cfg.seed)
+        seed_generators(student_seed(cfg))
         distributed.broadcast_(list(chain(student.parameters(), student.buffers())))
         # `self.cfg` keeps "auto", for the files of the run.
         self.settled = parts.choices.settled(cfg)

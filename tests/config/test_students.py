@@ -92,7 +92,7 @@ MISTAKES = {
     "no table": ("students = 3", "students is a list of tables: [[students]]"),
     "a label": (ONE + 'label = "a/b"', "'a/b' cannot be a student's label"),
     "a key": (ONE + "lr = 1", "unknown key student.lr; did you mean optim.lr?"),
-    "a key of the run": (ONE + "seed = 1", "seed cannot differ between students"),
+    "a key of the run": (ONE + "max_steps = 1", "max_steps cannot differ between students"),
     "a section": (ONE + "student.drop = 0.1", "a student's own keys have no section: leave"),
     "two sources": ('[student]\nname = "b"\n' + ONE, "both name students; leave one out"),
     "a value": (ONE + "drop_path = 2", "student.drop_path (--drop-path) must be 0 or more and"),
@@ -149,6 +149,7 @@ def test_only_what_the_learner_uses_may_differ_between_runs_of_one_batch() -> No
         "student.name": "resnet26",
         "student.drop_path": 0.5,
         "student.bn": "split",
+        "student.seed": 3,
         "augment.smoothing": 0.2,
     }.items():
         assert equal({path: value}), path

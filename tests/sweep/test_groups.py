@@ -6,14 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 for package in ("timm", "open_clip"):
     pytest.importorskip(package)
 import tiny
 
 from dad_fast.cli.main import main
+from dad_fast.cli.parser import read_config
+from dad_fast.cli.train import make_parser
 from dad_fast.config import Launch, from_toml
+from dad_fast.config.fields import with_values
 from dad_fast.config.resolve import gather
+from dad_fast.engine.build import Builder
 from dad_fast.sweep import sweep as sweep_module
 from dad_fast.sweep.groups import groups, name_of, split
 from dad_fast.sweep.runs import make_sweep
@@ -111,6 +115,17 @@ def test_a_group_that_fails_is_halved_and_a_single_run_fails(tmp_path, monkeypat
     # Settings that are wrong stay wrong.
     assert state.job_ended(two, {"error": "--lr", "exit_code": 2}, 1.0) == []
     assert set(state.failed) == {run.name for run in runs}
+
+
+def test_student_seed_decides_the_student_alone(parts, tmp_path):
+    def weights(*more):
+        given = tiny.train_arguments(parts, tmp_path / "out", "--method", "ce", *more)[1:]
+        cfg = read_config(vars(make_parser().parse(given)), [])
+        student = Builder().build(with_values(cfg, {"device": "cpu"})).student
+        return torch.cat([parameter.flatten() for parameter in student.parameters()])
+
+    assert torch.equal(weights("--student-seed", 3), weights("--seed", 3))
+    assert not torch.equal(weights("--student-seed", 3), weights())
 
 
 def read(path):
