@@ -74,7 +74,9 @@ class Parser(argparse.ArgumentParser):
 
     def _files_first(self, arguments: Sequence[str]) -> list[str]:
         """Move FILE.toml from behind the values of `before_files` to the start."""
-        files, others, flag = [], [], ""
+        files: list[str] = []
+        others: list[str] = []
+        flag = ""
         for token in arguments:
             flag = token if token.startswith("-") else flag
             is_file = flag in self.before_files and token.endswith(".toml")

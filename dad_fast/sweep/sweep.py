@@ -297,8 +297,8 @@ class _State:
                 self.teachers.learn(run.cfg, record)
             text = f"{_scores(record)}{took}"
             if run in unfinished:
-                self.failed[run.name] = answer["error"]
-                text = f"failed: {answer['error']}"
+                self.failed[run.name] = answer["error"].removeprefix(f"{run.name}: ")
+                text = f"failed: {self.failed[run.name]}"
             self.progress.say(f"{number} {run.name}: {text}")
         if "error" in answer and not group:
             self.failed[job.name] = answer["error"]

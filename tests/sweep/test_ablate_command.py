@@ -41,6 +41,8 @@ def test_dry_run_prints_plan_and_cost(parts, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 cells, 6 runs; 0 are done, 6 to do" in printed and "times one run of KD" in printed
     assert f"6 runs learn from {out}/stores/adversarial-" in printed and not out.exists()
+    # Of stored images the filter is a part.
+    assert "4 runs learn in 2 groups from the same batches: " in printed
 
 
 def test_sweep_with_a_failed_cell_can_be_extended_and_resumed(parts, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,18 @@ def test_several_runs_are_a_table_with_a_sum(elsewhere, capsys):
     assert main(["train", *DIGITS, "--method", "ce", "--seeds", "3"]) == 0
     text = capsys.readouterr().out
     assert "\nce " in text and "\n3 runs " in text and "stores" not in text
+
+
+def test_students_of_one_batch_have_a_row_together(elsewhere, capsys):
+    assert main(["train", *DIGITS, "--method", "dad", "--student", "resnet18", "resnet26"]) == 0
+    text = capsys.readouterr().out
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines()[1:4])
+    memory = {name: float(cells.split()[2]) for name, cells in rows.items()}
+    flop = {name: float(cells.split()[1]) for name, cells in rows.items()}
+    both, one, other = "these 2 on the same batches", "resnet18", "resnet26"
+    # Teacher and VQGAN work once for both.
+    assert flop[other] <= flop[both] < 1.2 * flop[other] and flop[one] <= flop[other]
+    assert memory[both] >= memory[other] and "\n2 runs " in text
 
 
 @pytest.mark.slow
