@@ -161,7 +161,8 @@ def test_students_are_trained_in_folders_of_their_own(parts, tmp_path, capsys):
 def test_sharing_batches_changes_no_result_of_a_sweep(parts, tmp_path):
     def results(name, *more):
         out = tmp_path / name
-        given = tiny.train_arguments(parts, out, "--vary", "optim.lr=1e-3,1e-2", verb="ablate")
+        vary = ["--axes", "filter", "--vary", "optim.lr=1e-2"]
+        given = tiny.train_arguments(parts, out, *vary, verb="ablate")
         assert main([*given, "--devices", "cpu", "--seeds", "1", "--jobs", "1", *more]) == 0
         return out, read(out / "results.json")["runs"]
 
