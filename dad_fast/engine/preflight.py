@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dad_fast.config.schema import Config, DataConfig
+from dad_fast.data.augment.pixmix import check_pictures
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
@@ -32,6 +33,7 @@ def check_files(cfg: Config) -> None:
     check_sinks(cfg.log_to)
     _check_batch_size(cfg)
     check_splits(cfg)
+    _check_pictures(cfg)
     if cfg.eval.suites:
         check_suites(cfg.eval.suites, cfg.data)
     # With stores, the models that are needed are known only when the stores are open.
@@ -48,6 +50,7 @@ def check_files_to_fill(cfg: Config, discretizer: bool) -> None:
     discretizer: the store holds adversarial images.
     """
     data = cfg.data
+    _check_pictures(cfg)
     if data.class_map:
         ClassMap.from_csv(data.class_map)
     _check_extra_data(data)
@@ -131,6 +134,11 @@ def check_splits(cfg: Config) -> None:
 def _check_extra_data(data: DataConfig) -> None:
     if data.extra_data and not Path(data.extra_data).is_dir():
         raise DataError(f"--extra-data {data.extra_data}: no such folder; check the path")
+
+
+def _check_pictures(cfg: Config) -> None:
+    if cfg.augment.pixmix_pictures:
+        check_pictures(cfg.augment.pixmix_pictures)
 
 
 def _check_batch_size(cfg: Config) -> None:

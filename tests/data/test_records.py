@@ -266,7 +266,7 @@ def test_augmix_draws_chains_weights_and_share():
     # timm draws the magnitude evenly up to m, unless mstd is given.
     settings = {dataclasses.replace(op, name="") for op in policy.ops}
     assert settings == {TimmOp("", 1.0, 5.0, math.inf, 10.0)}
-    drawn = [policy.sample(Draws(0, 1, 0, i), "", 64).branches for i in range(1000)]
+    drawn = [policy.sample(Draws(0, 1, 0, i), "", 64).blend for i in range(1000)]
     lengths = [len(chain) for found in drawn for chain in found.chains]
     assert {len(found.chains) for found in drawn} == {4} and set(lengths) == {1, 2, 3}
     weights = np.array([found.weights for found in drawn])
@@ -278,7 +278,7 @@ def test_augmix_draws_chains_weights_and_share():
     ops = [op for found in drawn for chain in found.chains for op in chain]
     moved = [abs(op.value) for op in ops if op.name == "translate_x"]
     assert 0.13 < max(moved) <= 0.15
-    deep = parse_policy("augmix-d2").sample(Draws(0, 1, 0, 0), "", 64).branches
+    deep = parse_policy("augmix-d2").sample(Draws(0, 1, 0, 0), "", 64).blend
     assert [len(chain) for chain in deep.chains] == [2, 2, 2]
 
 
