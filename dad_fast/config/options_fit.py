@@ -45,6 +45,14 @@ class FitOptions:
         read=level_list,
     )
     commitment: float = option(0.25, "--commitment W", "weight of the commitment", read=positive)
+    perceptual: str = option(
+        "",
+        "--perceptual NAME[@FILE]",
+        "add a distance of a timm model's features, such as resnet18",
+    )
+    perceptual_weight: float = option(
+        0.1, "--perceptual-weight W", "weight of that distance", read=positive
+    )
     decay: float = option(0.99, "--decay X", "of the codebook's moving averages", read=fraction)
     epochs: int = option(20, "--epochs N", "length of the training", read=whole_number)
     max_steps: int = option(0, "--max-steps N", "stop after N steps [0: none]", read=at_least(0))

@@ -219,6 +219,7 @@ def test_weighted_policies_are_drawn_without_replacement():
         *("rand-m9-mstdinf", "rand-m9.5", "rand-n1.5", "rand-inc0.5", "rand-mmax9.5"),
         *("original-m9", "v0-", "v1", "3a-mstdinf", "ta-m9", "trivial", "augment"),
         *("augmix-w0", "augmix-b1", "augmix-a0", "augmix-m3-n2", "augmixm3"),
+        *("pixmix-k0", "pixmix-b0", "pixmix-m11", "pixmix-all2", "prime-w0", "prime-m3"),
     ],
 )
 def test_invalid_policies_name_the_flag(text):
@@ -231,6 +232,9 @@ def test_a_policy_that_cannot_be_read_is_refused_with_the_settings():
         resolve("demo", None, ["augment.aa=origin"])
     with pytest.raises(UsageError, match="--loader dali: DALI does not average chains"):
         resolve("demo", None, ["augment.aa=augmix-m3", "data.loader=dali"])
+    for policy, lack in (("pixmix-k4", "mix in pictures"), ("prime", "average chains")):
+        with pytest.raises(UsageError, match=f"--loader dali: DALI does not {lack}"):
+            resolve("demo", None, [f"augment.aa={policy}", "data.loader=dali"])
 
 
 @pytest.mark.parametrize("text", ["v0", "v0r", "original", "originalr", "3a", "v0-mstd0.5"])

@@ -28,8 +28,10 @@ from dad_fast.locks import lock_folder
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.models.float32 import float32_math
+from dad_fast.models.weights.files import fingerprint
 from dad_fast.store.sheet import draw_sheet
 from dad_fast.tools.fit_discretizer.fit import Fit
+from dad_fast.tools.fit_discretizer.perceptual import Perceptual, load_perceptual
 
 LARGEST_SIDE = 128
 MEASURED = 2000  # images of the final figures
@@ -50,6 +52,9 @@ def run(options: FitOptions) -> int:
         train = open_source(options.data_dir, options.train_split)
         val = _open_val(options, train)
         side = _image_side(options, train)
+        perceptual = None
+        if options.perceptual:
+            perceptual = load_perceptual(options.perceptual, side, device)
         loader = TrainLoader(
             train,
             AugmentConfig(img_size=side, scale=(0.5, 1.0), hflip=options.hflip, color_jitter=0.0),
@@ -61,7 +66,8 @@ def run(options: FitOptions) -> int:
         )
         seed_generators(options.seed)
         with float32_math(tf32=True):
-            return _Run(options, output, folder, loader, val, side, device).train()
+            run = _Run(options, output, folder, loader, val, side, device, perceptual)
+            return run.train()
 
 
 def _check_output(options: FitOptions, output: Path, folder: Path) -> None:
@@ -129,6 +135,7 @@ class _Run:
         val: Source,
         side: int,
         device: torch.device,
+        perceptual: Perceptual | None,
     ) -> None:
         self.options = options
         self.output = output
@@ -139,7 +146,7 @@ class _Run:
         self.device = device
         steps = options.epochs * loader.steps_per_epoch
         self.total_steps = min(steps, options.max_steps) if options.max_steps else steps
-        self.fit = Fit(options, self.total_steps, device)
+        self.fit = Fit(options, self.total_steps, device, perceptual)
         self.fit.vqgan.image_size = side
         self.next_step = 0
         self.identity: dict[str, Any] = {
@@ -147,6 +154,8 @@ class _Run:
             "side": side,
             **{k: v for k, v in asdict(options).items() if k not in NOT_COMPARED},
         }
+        if perceptual is not None:
+            self.identity["weights of --perceptual"] = fingerprint(perceptual)
         if options.overwrite and not options.resume:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             for name in ("train.log", "metrics.jsonl", "sheet.png"):
@@ -161,7 +170,8 @@ class _Run:
         found = self.checkpoints.load(self.options.resume, self.notes.append)
         if found is None:
             return
-        before = found.state.get("identity", {})
+        # Options that are newer than the checkpoint had their default.
+        before = asdict(FitOptions()) | found.state.get("identity", {})
         for name, value in self.identity.items():
             # Through JSON a tuple is a list.
             now = list(value) if isinstance(value, tuple) else value
