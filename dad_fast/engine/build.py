@@ -35,7 +35,7 @@ from dad_fast.engine.preflight import (
     needed_models,
 )
 from dad_fast.engine.probe.features import FeatureTable
-from dad_fast.engine.probe.pseudo_labels import PseudoLabels, WeakView
+from dad_fast.engine.probe.pseudo_labels import PseudoLabels
 from dad_fast.engine.probe.step import ProbeData, ProbeGenerator, ProbeLearner
 from dad_fast.engine.schedule import total_steps
 from dad_fast.engine.self_test import EVERY_KERNEL, Kernels, choose_kernels, step_cases
@@ -269,8 +269,9 @@ class Builder:
         }
         labels = features = None
         if cfg.lp_clip.labels == "pseudo":
-            view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation, probe.squashed)
-            made = PseudoLabels(probe.encoder, source, view, identity, batch_size, workers, device)
+            made = PseudoLabels(
+                probe.encoder, source, probe.view, identity, batch_size, workers, device
+            )
             labels = self._once(("pseudo-labels", made.key), lambda: made)
         augment = probe_views(cfg.augment, probe)
         fixed = is_fixed(augment)

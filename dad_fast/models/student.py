@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.sources.names import shown
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.models import own_modules
@@ -98,6 +99,11 @@ class Student(nn.Module):
         self.squashed = spec.get("squashed", False)
         self.register_buffer("mean", torch.tensor(spec["mean"]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"]).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def view(self) -> View:
+        """Return the evaluation view that belongs to the weights."""
+        return View(self.image_size, self.crop_pct, self.interpolation, self.squashed)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.calibrated(self.model((pixels - self.mean) / self.std))
