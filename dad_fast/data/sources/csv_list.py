@@ -9,13 +9,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections.abc import Iterator
 from functools import lru_cache, partial
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from dad_fast.data.classes import ClassMap, readable_names
+from dad_fast.data.sources.base import Listed
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.index import PENDING, Entry, index_entries, index_file
 from dad_fast.data.sources.names import PackedStrings, shown, some
@@ -99,8 +102,12 @@ class CsvList:
             found = pool.map(partial(_entries_of, self), chunks)
             return [entry for chunk in found for entry in chunk]
 
-    def images(self, split: str, fixed: ClassMap | None) -> tuple[ClassMap, list[Entry]]:
-        return self.classes(fixed), self.entries(split)
+    def images(self, split: str, fixed: ClassMap | None) -> Listed:
+        return Listed(f"csv:{self.file}", self.classes(fixed), self.entries(split))
+
+    def contents(self, split: str) -> Iterator[tuple[str, Path | BytesIO]]:
+        for row in self.rows(split).tolist():
+            yield self.paths[row], self.file.parent / self.paths[row]
 
     def class_numbers(self, rows: np.ndarray, classes: ClassMap) -> np.ndarray:
         """Return the labels of rows, int64 [N]. Raises DataError for one that is no class."""

@@ -223,4 +223,4 @@ def _check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> Cl
             name,
             some(map(str, absent)),
         )
-    return ClassMap(tuple((i, str(i), str(i)) for i in range(highest + 1)))
+    return ClassMap.numbered(highest + 1)

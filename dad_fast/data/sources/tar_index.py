@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from io import BytesIO
 from itertools import islice
@@ -119,6 +119,15 @@ def scan_shards(base: Path, names: Sequence[str]) -> list[Entry]:
             why = error.strerror or error
             raise DataError(f"{base / name}: cannot be read: {why} (--data-dir)") from error
     return entries
+
+
+def read_shards(base: Path, names: Sequence[str]) -> Iterator[tuple[str, BytesIO]]:
+    """Yield the name and the content of each image. Raises the errors of `scan_shards`."""
+    for name in names:
+        entries = scan_shards(base, [name])
+        shard = _stat(base / name)
+        for entry in entries:
+            yield f"{name}:{entry.path}", _content(shard, entry)
 
 
 def _build(
