@@ -42,7 +42,7 @@ class CsvList:
     def __init__(self, file: Path, lines: list[tuple[str, str, str]], has_splits: bool) -> None:
         """lines: path, label and split of each row."""
         self.file = file
-        self.labels = sorted({label for _, label, _ in lines}, key=_order)
+        self.labels = sorted({label for _, label, _ in lines}, key=label_order)
         self.splits = sorted({split for _, _, split in lines}) if has_splits else []
         label_place = {label: i for i, label in enumerate(self.labels)}
         split_place = {split: i for i, split in enumerate(self.splits)}
@@ -219,7 +219,7 @@ def _entries_of(listed: CsvList, rows: list[int]) -> list[Entry]:
     return found
 
 
-def _order(label: str) -> tuple[bool, int, str]:
+def label_order(label: str) -> tuple[bool, int, str]:
     """Sort key of labels: class numbers by value, before other labels."""
     number = label.isascii() and label.isdigit() and len(label) < 10
     return not number, int(label) if number else 0, label

@@ -93,12 +93,12 @@ class HttpShards:
                     ) from error
             with progress_bar(len(missing), f"downloading {base}") as advance:
                 for name in missing:
-                    _download(f"{base}/{quote(name)}", folder / name)
+                    download_file(f"{base}/{quote(name)}", folder / name)
                     advance(1)
         return folder, names, base
 
 
-def _download(url: str, file: Path) -> None:
+def download_file(url: str, file: Path) -> None:
     """Download a file whole or not at all, in several tries."""
     pause = _PAUSE
     for left in reversed(range(_TRIES)):

@@ -24,16 +24,20 @@ SOURCES: Registry[Factory] = Registry("data source", "dad_fast.sources", "--data
 SOURCES.add("csv", "dad_fast.data.sources.csv_list:open_csv")
 SOURCES.add("embedded", "dad_fast.data.sources.embedded:open_embedded")
 SOURCES.add("folder", "dad_fast.data.sources.folder:open_folder")
+SOURCES.add("hfds", "dad_fast.data.sources.arrow.hfds:open_hfds")
 SOURCES.add("http", "dad_fast.data.sources.http:open_http")
 SOURCES.add("https", "dad_fast.data.sources.http:open_https")
+SOURCES.add("parquet", "dad_fast.data.sources.arrow.parquet:open_parquet")
 SOURCES.add("tar", "dad_fast.data.sources.tar:open_shards")
 LISTINGS: Registry[Callable[[str], Listing]] = Registry(
     "listing of a data source", "dad_fast.listings", "--data-dir"
 )
 LISTINGS.add("csv", "dad_fast.data.sources.csv_list:read_csv")
 LISTINGS.add("folder", "dad_fast.data.sources.folder:PathListing")
+LISTINGS.add("hfds", "dad_fast.data.sources.arrow.hfds:HfDataset")
 LISTINGS.add("http", "dad_fast.data.sources.http:list_http")
 LISTINGS.add("https", "dad_fast.data.sources.http:list_https")
+LISTINGS.add("parquet", "dad_fast.data.sources.arrow.parquet:ParquetFiles")
 LISTINGS.add("tar", "dad_fast.data.sources.folder:PathListing")
 # Names under which other data sets have a split.
 OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}
