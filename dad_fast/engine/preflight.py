@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import Config, DataConfig
-from dad_fast.data.augment.pixmix import check_pictures
 from dad_fast.config.setting import Switch
+from dad_fast.data.augment.pixmix import check_pictures
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some

@@ -86,6 +86,17 @@ def test_tables_of_methods_match_the_registries():
     assert script("methods_tables").with_tables(page) == page
 
 
+def test_table_of_teachers_names_every_entry_of_the_registry():
+    from dad_fast.models.registry import TEACHERS
+
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page.partition("| `--teacher` | teacher |")[2].partition("\n\n")[0]
+    # Files are named by their path; own modules by Python code alone.
+    assert "| `RUN`" in table
+    for name in set(TEACHERS.own_names()) - {"file", "module"}:
+        assert f"`{name}:" in table, name
+
+
 @pytest.fixture(scope="module")
 def helps():
     """Output of -h by command; train has --help-all, since other commands take its settings."""
