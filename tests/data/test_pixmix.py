@@ -180,3 +180,19 @@ def test_bad_pictures_are_one_line_before_anything_is_written(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and re.search(message, error), error
     assert not output.exists()
+
+
+def test_a_store_that_is_older_than_a_setting_has_its_default():
+    from types import SimpleNamespace
+
+    from dad_fast.store.join import Stored, view_settings
+
+    augment = AugmentConfig(aa="ta")
+    older = view_settings(augment)
+    del older["pixmix_pictures"]
+    manifest = SimpleNamespace(settings={"augment": older, "img_size": 32})
+    targets = SimpleNamespace(manifest=manifest, folder="store")
+    Stored._check_views(None, targets, 32, augment, False)
+    changed = dataclasses.replace(augment, pixmix_pictures="pictures")
+    with pytest.raises(DataError, match="pixmix_pictures:  in the store, pictures here"):
+        Stored._check_views(None, targets, 32, changed, False)

@@ -108,8 +108,9 @@ class PixMix:
             return Picture(files[draws.below(len(files))], 0, (), left, top)
         number = draws.below(FRACTALS)
         # The empty parts are dark, as in the usual pictures of fractals.
-        colours = [tuple(draws.below(256 if i else 64) for _ in range(3)) for i in range(ANCHORS)]
-        return Picture("", number, tuple(colours), left, top)
+        limits = (64, *[256] * (ANCHORS - 1))
+        colours = tuple((draws.below(n), draws.below(n), draws.below(n)) for n in limits)
+        return Picture("", number, colours, left, top)
 
 
 @lru_cache(maxsize=4)
