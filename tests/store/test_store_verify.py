@@ -394,7 +394,14 @@ def test_a_sheet_finds_the_held_out_share(tmp_path: Path, capsys) -> None:
     )
     writer = StoreWriter.open(tmp_path / "store", manifest)
     with writer.shard(0) as shard:
-        shard.append(StoreRows(source.keys, source.labels, np.eye(2)[source.labels], images=images))
+        shard.append(
+            StoreRows(
+                keys=source.keys,
+                labels=source.labels,
+                outputs=np.eye(2)[source.labels],
+                images=images,
+            )
+        )
     assert writer.finish() == []
 
     arguments = ["store", "sheet", str(tmp_path / "store"), "-o", str(tmp_path / "sheet.png")]
