@@ -104,7 +104,7 @@ def check_splits(cfg: Config) -> None:
     if is_named(data.data_dir):
         for split in (data.train_split, data.val_split):
             listed = list_split(data, split)
-            if listed is not None and len(listed[0]) < 2:
+            if listed is not None and len(listed.classes) < 2:
                 raise DataError(f"--data-dir {data.data_dir}: one class; a classifier needs two")
         return
     train, val = (find_split(data, split) for split in (data.train_split, data.val_split))
