@@ -16,6 +16,7 @@ from PIL import Image
 from dad_fast.cli import main as cli
 from dad_fast.tools.doctor import data as doctor_data
 from dad_fast.tools.doctor.data import feeds
+from dad_fast.tools.doctor.row import Row, render
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +164,11 @@ def test_help_lists_all_flags_without_torch(capsys, monkeypatch):
         flag in text
         for flag in ("--data", "--split", "--class-map", "--loader", "--need", "--numerics")
     )
+
+
+@pytest.mark.parametrize("columns", [72, 100, 200])
+def test_rows_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = render(Row("sizes", "off", "many words " * 20, "buy a disk " * 20)).splitlines()
+    longest = max(map(len, lines))
+    assert min(columns, 100) - 12 < longest <= min(columns, 100)

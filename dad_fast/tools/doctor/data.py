@@ -100,7 +100,10 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
         for i, name in enumerate(source.classes.names)
     ]
     empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
-    detail = f"{counts.min():,} to {counts.max():,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
+    least, most = counts.min(), counts.max()
+    detail = f"{most:,} images each: {some(names)}"
+    if least < most:
+        detail = f"{least:,} to {most:,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
     if empty:
         detail += f"; without images: {some(empty)}"
     yield Row("classes", "wrong" if empty else "ok", detail)
