@@ -52,6 +52,7 @@ def test_a_folder(folder, capsys):
         "ok bad files none",
         "ok formats JPEG 8, PNG RGBA 1",
         "smallest 40x30 px (0.0012 MP), median 60x30 px (0.0018 MP), largest 400x300 px (0.12 MP)",
+        "0.13 megapixels in all",
     ):
         assert words in text
     assert (

@@ -142,7 +142,9 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
         f"{sides[i][0]}x{sides[i][1]} px ({area[i] / 1e6:.2g} MP)" for i in (small, median, large)
     )
     detail = "smallest {}, median {}, largest {}".format(*shapes)
-    yield Row("sizes", "ok", f"{detail}; {area.sum() / 1e6:,.0f} megapixels in all")
+    megapixels = area.sum() / 1e6
+    total = f"{megapixels:,.0f}" if megapixels >= 10 else f"{megapixels:.2g}"
+    yield Row("sizes", "ok", f"{detail}; {total} megapixels in all")
 
 
 def _bytes(count: float) -> str:
