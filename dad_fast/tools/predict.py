@@ -35,7 +35,7 @@ from dad_fast.models.teacher import Teacher
 from dad_fast.models.timm_teacher import hub_classes
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
-# All have the view of their images: image_size, crop_pct, interpolation.
+# All have the view of their images.
 Classifier = Student | Teacher | OnnxStudent
 Predictions = list[tuple[float, int]]  # confidence and class, the most likely first
 
@@ -124,13 +124,7 @@ def predict(
 
     def read(path: str) -> np.ndarray | DecodeError:
         try:
-            return eval_transform(
-                read_rgb(path),
-                model.image_size,
-                model.crop_pct,
-                model.interpolation,
-                model.squashed,
-            )
+            return eval_transform(read_rgb(path), *model.view)
         except DecodeError as error:
             return error
 

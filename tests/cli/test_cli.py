@@ -158,6 +158,8 @@ def test_resume_of_a_folder_uses_its_settings_and_overrides(
         (["{file}", "--torchcompile", "--amp"], "on", "on"),
         (["--amp", "off", "{file}"], "off", "auto"),
         (["--amp=auto", "--torchcompile", "on"], "auto", "on"),
+        (["--torchcompile", "inductor", "{file}"], "auto", "inductor"),
+        (["--torchcompile=aot_eager", "--amp", "{file}"], "on", "aot_eager"),
     ],
 )
 def test_a_switch_without_a_value_means_on(
