@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One cache per process; child processes inherit it.
 os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(prefix="dad-fast-tests-")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["DAD_FAST_CACHE"], "datasets")
 atexit.register(shutil.rmtree, os.environ["DAD_FAST_CACHE"], ignore_errors=True)
 
 try:
