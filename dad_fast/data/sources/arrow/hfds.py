@@ -18,7 +18,7 @@ from typing import Any
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.arrow.source import ArrowSource, Part, join_labels, labels_of, schema_of
-from dad_fast.data.sources.arrow.table import WHOLE, arrow, find_columns, parse
+from dad_fast.data.sources.arrow.table import WHOLE, find_columns, import_extra, parse
 from dad_fast.data.sources.base import Listed
 from dad_fast.data.sources.names import shown, some
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
@@ -118,7 +118,7 @@ def _load(path: str, changed: tuple[int, ...]) -> dict[str, list[Path]]:
         raise DataError(
             f"{name}: no such folder; a set on the hub is hfds:{_HUB}OWNER/NAME (--data-dir)"
         )
-    datasets = arrow("datasets", name)
+    datasets = import_extra("datasets", name)
     try:
         with _quiet(datasets, offline=not on_hub):
             found = _read_hub(datasets, path) if on_hub else _read_folder(datasets, Path(path))

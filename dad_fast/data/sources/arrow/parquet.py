@@ -34,9 +34,9 @@ from dad_fast.data.sources.arrow.table import (
     WHOLE,
     Columns,
     Table,
-    arrow,
     find_columns,
     images_of,
+    import_extra,
     parse,
     rows_of,
 )
@@ -291,7 +291,7 @@ def _state(path: str) -> str:
 
 def _open(path: str, where: str = "") -> Any:
     """Open a Parquet file. Raises DataError for a damaged one."""
-    parquet = arrow("pyarrow.parquet", f"parquet:{where or path}")
+    parquet = import_extra("pyarrow.parquet", f"parquet:{where or path}")
     with _readable(where or path):
         return parquet.ParquetFile(path, pre_buffer=False)
 
@@ -315,7 +315,7 @@ def _convert(path: str, target: Path, table: Table, where: str, labelled: bool) 
 
     labelled: a file without labels is an error.
     """
-    pa = arrow("pyarrow", f"parquet:{where}")
+    pa = import_extra("pyarrow", f"parquet:{where}")
     with _open(path, where) as packed:
         schema = packed.schema_arrow
         try:
@@ -347,7 +347,7 @@ def _rows_in(path: str, table: Table) -> tuple[list[Entry], Columns]:
 
 def _file_system(url: str) -> tuple[Any, str]:
     """Return fsspec's file system of a URL and the path in it."""
-    fsspec = arrow("fsspec.core", f"parquet:{url}")
+    fsspec = import_extra("fsspec.core", f"parquet:{url}")
     try:
         return fsspec.url_to_fs(url)
     except ImportError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dad_fast.data.classes import ClassMap, readable_names
-from dad_fast.data.sources.arrow.table import Columns, arrow, rows_of
+from dad_fast.data.sources.arrow.table import Columns, import_extra, rows_of
 from dad_fast.data.sources.csv_list import label_order
 from dad_fast.data.sources.index import Entry
 from dad_fast.data.sources.names import PackedStrings, shown, some
@@ -176,7 +176,7 @@ def open_arrow(file: Path) -> Iterator[tuple[pa.RecordBatchStreamReader, int]]:
 
     Raises DataError for a file that is none.
     """
-    pa = arrow("pyarrow", str(file))
+    pa = import_extra("pyarrow", str(file))
     try:
         with pa.memory_map(str(file)) as mapped:
             content = mapped.read_buffer()

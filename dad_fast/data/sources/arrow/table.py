@@ -54,7 +54,7 @@ def parse(argument: str) -> Table:
     return Table(path, split, **chosen)
 
 
-def arrow(package: str, what: str) -> Any:
+def import_extra(package: str, what: str) -> Any:
     """Import a package of the extra `data`. Raises EnvironmentProblem without it."""
     import importlib
 
