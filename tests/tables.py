@@ -59,7 +59,8 @@ def data_set(count: int = 15, first: int = 0, **changed: Any) -> Any:
     datasets = pytest.importorskip("datasets")
     contents = changed.get("images") or pictures(count, first)
     labels = changed.get("labels") or [(first + i) % 3 for i in range(count)]
-    rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": labels}
+    images = [content and {"bytes": content, "path": None} for content in contents]
+    rows = {"image": images, "label": labels}
     names = datasets.ClassLabel(names=list(NAMES))
     features = datasets.Features({"image": datasets.Image(), "label": names})
     return datasets.Dataset.from_dict(rows, features=features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import socket
 import sys
@@ -21,8 +20,9 @@ from dad_fast.data.sources.splits import open_split
 from dad_fast.data.sources.survey import survey
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from dad_fast.evaluate.suites.open import check_suites, open_suites, open_unknown
+from dad_fast.tools.predict import find_images
 from tests.tables import NAMES, data_set, pictures, save_splits, write_splits
-from tests.tiny import STUDENT, train_arguments
+from tests.tiny import STUDENT, write_teacher
 
 datasets = pytest.importorskip("datasets")
 
@@ -77,6 +77,8 @@ def test_splits_and_counts(saved: Path, cache: Path) -> None:
     assert len(train) == 9 and len(val) == 3 and not set(train.keys) & set(val.keys)
     with pytest.raises(UsageError, match="no split 'tset'; it has train, validation"):
         open_source(f"hfds:{saved}", "tset")
+    with pytest.raises(UsageError, match="hfds: names no data set"):
+        open_source("hfds:", "train")
     with pytest.raises(UsageError, match="no split 'val'; it has train, validation .@train takes"):
         open_source(f"hfds:{saved}@train", "val")
 
@@ -152,7 +154,6 @@ def test_the_hub_without_a_network_has_exit_code_3(
 
 
 MISTAKES = [
-    ("", 2, "hfds: names no data set"),
     ("nobody/nothing", 4, "no such folder; a set on the hub is hfds:hf-hub:OWNER/NAME"),
     ("EMPTY", 4, "datasets cannot read it"),
     ("SAVED@tset", 2, "no split 'tset'"),
@@ -184,24 +185,34 @@ def test_without_the_package_the_fix_is_named(
         open_source(f"hfds:{other}", "train")
 
 
-def test_a_set_trains_and_its_student_predicts(
-    saved: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    arguments = train_arguments(tmp_path, run, "--method", "ce", "--suite", "validation")
-    arguments[arguments.index("--data-dir") + 1] = f"hfds:{saved}"
-    assert main([*arguments, "--dry-run", "--device", "cpu"]) == 0
-    assert "12 images of 3 classes" in capsys.readouterr().out and not run.exists()
-    assert main([*arguments, "--device", "cpu"]) == 0
-    assert json.loads((run / "results.json").read_text())
-    capsys.readouterr()
+def test_images_without_labels_can_be_predicted(tmp_path: Path, cache: Path) -> None:
+    data_set(3, labels=[-1] * 3).remove_columns("label").save_to_disk(str(tmp_path / "set"))
+    found = list(find_images([f"hfds:{tmp_path}/set", "photo.jpg"]))
+    assert [name for name, _ in found] == [
+        *(f"hfds:{tmp_path}/set:{i}" for i in range(3)),
+        "photo.jpg",
+    ]
+    assert found[1][1].read() == pictures(3)[1] and not cache.exists()
 
-    assert main(["eval", str(run), "--suite", f"hfds:{saved}@train", "--device", "cpu"]) == 0
-    assert "digits@home@train" in capsys.readouterr().out
-    # Predictions need no labels.
-    data_set(3, first=12, labels=[-1] * 3).save_to_disk(str(tmp_path / "unlabelled"))
-    name = f"hfds:{tmp_path}/unlabelled"
-    assert main(["predict", str(run), name, "--json", "--top", "1"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["image"] for line in lines] == [f"{name}:{i}" for i in range(3)]
-    assert main(["doctor", "--data", f"hfds:{saved}", "--loader", "pil"]) == 0
+
+def test_doctor_describes_a_set(
+    saved: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dad_fast.tools.doctor.data.SECONDS", 0.05)
+    assert main(["doctor", "--data", f"hfds:{saved}@validation", "--loader", "pil"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "@validation: 3 images of 3 classes" in text and "0 ant, 1 bee, 2 cat" in text
+
+
+@pytest.mark.slow
+def test_a_store_of_a_set_is_filled_and_trained_from(
+    saved: Path, cache: Path, tmp_path: Path
+) -> None:
+    write_teacher(tmp_path / "teacher.safetensors")
+    common = ["--data-dir", f"hfds:{saved}", "--teacher", str(tmp_path / "teacher.safetensors")]
+    common += ["--discretizer", "jpeg:60", "--img-size", "32", "--device", "cpu", "--workers", "1"]
+    store = str(tmp_path / "store")
+    assert main(["precompute", *common, "-o", store]) == 0
+    assert main(["store", "verify", store]) == 0
+    train = ["--method", "dad", *STUDENT, "--store", store, "--batch-size", "4", "--max-steps", "2"]
+    assert main(["train", *common, *train, "-o", str(tmp_path / "run")]) == 0
