@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dad_fast.config.fields import nearest
 from dad_fast.config.schema import Config, DataConfig
+from dad_fast.config.setting import Switch
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
@@ -185,6 +187,21 @@ def check_student(cfg: Config) -> None:
 
     if not METHODS[cfg.method].linear_probe:
         student_model(cfg.student.name)
+
+
+def check_backend(cfg: Config) -> None:
+    """Raise UsageError for a backend of torch.compile that torch does not know."""
+    name = cfg.engine.torchcompile
+    if isinstance(name, bool) or name in tuple(Switch):
+        return
+    # Slow to import.
+    from torch._dynamo import list_backends
+
+    known = [known for known in list_backends(exclude_tags=()) if "TESTING" not in known]
+    if name not in known:
+        usual = ", ".join(list_backends())
+        hint = nearest(name, known) or f"; such as {usual}"
+        raise UsageError(f"--torchcompile {name}: torch has no such backend{hint}")
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:

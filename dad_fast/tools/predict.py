@@ -37,7 +37,7 @@ from dad_fast.models.teacher import Teacher
 from dad_fast.models.timm_teacher import hub_classes
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
-# All have the view of their images: image_size, crop_pct, interpolation.
+# All have the view of their images.
 Classifier = Student | Teacher | OnnxStudent
 # The name of an image, and what PIL opens.
 Picture = tuple[str, str | Path | BytesIO]
@@ -135,13 +135,8 @@ def predict(
     def read(image: Picture) -> np.ndarray | DecodeError:
         name, file = image
         try:
-            return eval_transform(
-                read_rgb(file, "" if isinstance(file, (str, Path)) else shown(name)),
-                model.image_size,
-                model.crop_pct,
-                model.interpolation,
-                model.squashed,
-            )
+            shown_as = "" if isinstance(file, (str, Path)) else shown(name)
+            return eval_transform(read_rgb(file, shown_as), *model.view)
         except DecodeError as error:
             return error
 

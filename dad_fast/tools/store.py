@@ -157,6 +157,10 @@ def _clean(
         except DecodeError:
             continue  # black, as in the store
         images[i] = eval_transform(
-            image, size, crop.get("crop_pct", 1.0), crop.get("interpolation", "bicubic")
+            image,
+            size,
+            crop.get("crop_pct", 1.0),
+            crop.get("interpolation", "bicubic"),
+            crop.get("squashed", False),
         )
     return images

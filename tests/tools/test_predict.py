@@ -74,9 +74,7 @@ def test_confidences_are_the_students(place: Path, capsys: pytest.CaptureFixture
     for row in found:
         levels = eval_transform(
             Image.open(row["image"]).convert("RGB"),
-            student.image_size,
-            student.crop_pct,
-            student.interpolation,
+            *student.view,
         )
         with torch.no_grad():
             shares = student(

@@ -16,6 +16,7 @@ from dad_fast.checkpoint.state import seed_generators
 from dad_fast.config.options_fit import FitOptions
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.mixing import to_levels, to_pixels
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader, TrainLoader
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.registry import open_source
@@ -264,7 +265,7 @@ class _Run:
         return f"{self.loader.source.describe()}; cropped and flipped, {self.side} px"
 
     def _eval_loader(self, batch_size: int) -> EvalLoader:
-        return EvalLoader(self.val, self.side, 1.0, "bicubic", batch_size, workers=0)
+        return EvalLoader(self.val, View(self.side, 1.0, "bicubic"), batch_size, workers=0)
 
     @torch.no_grad()
     def _measure(self) -> _Measured:
