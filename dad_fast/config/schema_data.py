@@ -22,7 +22,7 @@ from dad_fast.config.setting import (
 class DataConfig:
     data_dir: str = setting(
         "",
-        "images or tars in train/ val/, csv:FILE, hfds:NAME, parquet:PATH, embedded:digits",
+        "folder, shards, csv:FILE, hfds:NAME, parquet:PATH, embedded:digits",
         "--data-dir",
         main=True,
     )

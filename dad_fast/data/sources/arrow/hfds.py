@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.arrow.source import ArrowSource, Part, join_labels, labels_of, schema_of
@@ -77,7 +77,7 @@ class HfDataset:
         only = next(iter(self.splits)) if len(self.splits) == 1 else None
         return only if only is not None and split in (WHOLE if not only else WHOLE[:2]) else None
 
-    def _refuse(self, split: str) -> None:
+    def _refuse(self, split: str) -> NoReturn:
         named = [name for name in self.splits if name]
         has = f"it has {some(map(shown, named))}" if named else "it is one set without splits"
         hint = "--train-split, --val-split, --suite, --split"

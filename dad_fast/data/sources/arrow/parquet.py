@@ -97,7 +97,8 @@ class ParquetFiles:
                 f"a pattern, as in --train-split 'train-{{000..009}}.parquet' ({_FLAGS})"
             )
         if not urls:
-            raise UsageError(f"{self.name} has no split {split!r}; {self._has()} ({_FLAGS})")
+            asked = (self.table.split or split) if split in WHOLE else split
+            raise UsageError(f"{self.name} has no split {asked!r}; {self._has(asked)} ({_FLAGS})")
         return [File(url.rpartition("/")[2], url, _state(url)) for url in urls]
 
     def part(self, split: str, labelled: bool = True) -> Part:
@@ -198,8 +199,8 @@ class ParquetFiles:
             f"{folder}{slash}{name}" for name in sorted(names) if fnmatch.fnmatchcase(name, last)
         ]
 
-    def _has(self) -> str:
-        if self.table.split:
+    def _has(self, asked: str) -> str:
+        if self.table.split not in ("", asked):
             return f"@{self.table.split} takes one alone"
         if _is_pattern(self.path) or self.path.endswith(_SUFFIX):
             return "it names files: give their folder, and the patterns as splits"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from dad_fast.data.sources.names import PackedStrings, shown, some
 from dad_fast.data.sources.tar import ShardSource, check_labels
 from dad_fast.data.sources.tar_index import Shard, build_shard_index, read_bytes, state_of
 from dad_fast.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 log = logging.getLogger("dad_fast.data")
 
@@ -165,13 +162,13 @@ def labels_of(files: Iterable[Path], columns: Columns) -> list[str]:
     return sorted(label for label in found if not (columns.numbers and int(label) < 0))
 
 
-def schema_of(file: Path) -> pa.Schema:
+def schema_of(file: Path) -> Any:
     with open_arrow(file) as (batches, _):
         return batches.schema
 
 
 @contextmanager
-def open_arrow(file: Path) -> Iterator[tuple[pa.RecordBatchStreamReader, int]]:
+def open_arrow(file: Path) -> Iterator[tuple[Any, int]]:
     """Map an Arrow stream; yields its record batches and the address of the file's first byte.
 
     Raises DataError for a file that is none.
