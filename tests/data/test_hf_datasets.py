@@ -212,7 +212,7 @@ def test_a_store_of_a_set_is_filled_and_trained_from(
     common = ["--data-dir", f"hfds:{saved}", "--teacher", str(tmp_path / "teacher.safetensors")]
     common += ["--discretizer", "jpeg:60", "--img-size", "32", "--device", "cpu", "--workers", "1"]
     store = str(tmp_path / "store")
-    assert main(["precompute", *common, "-o", store]) == 0
+    assert main(["precompute", *common, "--images", "raw", "-o", store]) == 0
     assert main(["store", "verify", store]) == 0
     train = ["--method", "dad", *STUDENT, "--store", store, "--batch-size", "4", "--max-steps", "2"]
     assert main(["train", *common, *train, "-o", str(tmp_path / "run")]) == 0
