@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.index import Files
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.pool import progress_bar
-from dad_fast.data.sources.registry import OTHER_NAMES, is_named, open_source
+from dad_fast.data.sources.registry import OTHER_NAMES, find_listing, open_source
 from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.tools.doctor.row import Row, render
 
@@ -81,10 +80,11 @@ class _Collected(logging.Handler):
 def _split(options: DoctorOptions) -> str:
     if options.split is not None:
         return options.split
-    if is_named(options.data):
+    listing = find_listing(options.data)
+    if listing is None:
         return "train"
     names = ("train", *OTHER_NAMES["train"])
-    return next((name for name in names if (Path(options.data) / name).is_dir()), "")
+    return next((name for name in names if listing.has_split(name)), "")
 
 
 def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
