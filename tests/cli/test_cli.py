@@ -305,7 +305,9 @@ def test_help_fits_a_narrow_terminal(
 
 
 def test_an_example_keeps_its_flags_and_its_comment_in_a_narrow_terminal() -> None:
-    example = "  dad-fast train --preset demo --seeds 5 --teacher embedded:digits -o runs/demo  # five"
+    example = (
+        "  dad-fast train --preset demo --seeds 5 --teacher embedded:digits -o runs/demo  # five"
+    )
     assert narrowed(example, 60).splitlines() == [
         "  dad-fast train --preset demo --seeds 5 \\",
         "      --teacher embedded:digits -o runs/demo",

@@ -15,6 +15,7 @@ from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.folder import find_folder
+from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.registry import (
     SOURCES,
     find_listing,
@@ -315,6 +316,9 @@ def _check_place(one: _Named, path: str, data: DataConfig) -> None:
     if one.text == data.val_split and root.is_dir():
         find_folder(root, one.text)
     where = data.data_dir or "--data-dir"
+    if data.data_dir and root.is_dir():
+        folders = sorted(shown(item.name) for item in root.iterdir() if item.is_dir())
+        where = f"{where} (it has {some(folders) or 'none'})"
     raise DataError(
         f"--suite {one.text}: no corruption, no folder in {where} and no other folder"
         f"{_nearest(one.text)}"

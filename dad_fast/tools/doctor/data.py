@@ -100,7 +100,10 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
         for i, name in enumerate(source.classes.names)
     ]
     empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
-    detail = f"{counts.min():,} to {counts.max():,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
+    least, most = counts.min(), counts.max()
+    detail = f"{most:,} images each: {some(names)}"
+    if least < most:
+        detail = f"{least:,} to {most:,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
     if empty:
         detail += f"; without images: {some(empty)}"
     yield Row("classes", "wrong" if empty else "ok", detail)
@@ -139,7 +142,9 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
         f"{sides[i][0]}x{sides[i][1]} px ({area[i] / 1e6:.2g} MP)" for i in (small, median, large)
     )
     detail = "smallest {}, median {}, largest {}".format(*shapes)
-    yield Row("sizes", "ok", f"{detail}; {area.sum() / 1e6:,.0f} megapixels in all")
+    megapixels = area.sum() / 1e6
+    total = f"{megapixels:,.0f}" if megapixels >= 10 else f"{megapixels:.2g}"
+    yield Row("sizes", "ok", f"{detail}; {total} megapixels in all")
 
 
 def _bytes(count: float) -> str:
