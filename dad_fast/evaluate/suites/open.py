@@ -31,6 +31,7 @@ from dad_fast.evaluate.suites.base import EvalSet, SuiteOptions, as_eval_set
 from dad_fast.evaluate.suites.folders import has_other_names, open_joined, split_class_map
 from dad_fast.evaluate.suites.imagenet import imagenet_classes
 from dad_fast.evaluate.suites.registry import PUBLISHED, SUBSET, SUITES
+from dad_fast.registry import PYTHON
 
 # Name and severity; None = every severity.
 Corruption = tuple[str, int | None]
@@ -226,8 +227,9 @@ def _parse(name: str, data: DataConfig) -> _Named:
 
 
 def _is_source(name: str) -> bool:
-    """Return whether a name is NAME:ARGUMENT of a known data source."""
-    return ":" in name and is_named(name) and SOURCES.split(name)[0] in SOURCES
+    """Return whether a name is NAME:ARGUMENT of a known data source; python:... is a suite's."""
+    known = ":" in name and not name.startswith(PYTHON) and SOURCES.split(name)[0] in SOURCES
+    return known and is_named(name)
 
 
 @contextmanager
