@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("COLUMNS", None)
 # One cache per process; child processes inherit it.
 os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(prefix="dad-fast-tests-")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["DAD_FAST_CACHE"], "datasets")
 atexit.register(shutil.rmtree, os.environ["DAD_FAST_CACHE"], ignore_errors=True)
 
 try:

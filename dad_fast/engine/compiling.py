@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.schema import Config
+from dad_fast.config.setting import Switch
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.choices import Choice
 from dad_fast.engine.memory import enough_memory
@@ -65,7 +66,8 @@ class Form(NamedTuple):
 
 def backend_name(torchcompile: str | bool) -> str:
     """Return the backend that settled settings ask for."""
-    return torchcompile if isinstance(torchcompile, str) else INDUCTOR
+    is_name = isinstance(torchcompile, str) and torchcompile not in tuple(Switch)
+    return str(torchcompile) if is_name else INDUCTOR
 
 
 def compiled(model: AnyModel, backend: str) -> AnyModel:
@@ -98,9 +100,8 @@ def try_compiling(forms: Sequence[Form], cfg: Config, device: torch.device, want
     why = next(filter(None, distributed.all_gather_json(why)), "")
     seconds = time.monotonic() - start
     if why and wanted:
-        asked = cfg.engine.torchcompile
-        word = asked if isinstance(asked, str) else "on"
-        raise EnvironmentProblem(f"--torchcompile {word}: {why}; use --torchcompile auto")
+        asked = "on" if backend == INDUCTOR else backend
+        raise EnvironmentProblem(f"--torchcompile {asked}: {why}; use --torchcompile auto")
     if why:
         log.warning("torch.compile is off: %s", why)
         return Choice(False, why)

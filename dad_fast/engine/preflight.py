@@ -105,10 +105,10 @@ def check_splits(cfg: Config) -> None:
         ClassMap.from_csv(data.class_map)
     _check_extra_data(data)
     if is_named(data.data_dir):
-        for split in (data.train_split, data.val_split):
-            listed = list_split(data, split)
-            if listed is not None and len(listed.classes) < 2:
-                raise DataError(f"--data-dir {data.data_dir}: one class; a classifier needs two")
+        listed = [list_split(data, split) for split in (data.train_split, data.val_split)]
+        classes = [found.classes for found in listed if found is not None]
+        if len(classes) == 2:
+            check_same_classes(cfg, *classes)
         return
     train, val = (find_split(data, split) for split in (data.train_split, data.val_split))
     if train.part and has_no_classes(data):

@@ -111,6 +111,9 @@ class Student(nn.Module):
         return View(self.image_size, self.crop_pct, self.interpolation, self.squashed)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if not pixels.is_floating_point():
+            # Else pixels of 0 to 255 would give logits that look like any others.
+            raise TypeError(f"{self.name}: pixels are {pixels.dtype}; give floats in [0, 1]")
         return self.calibrated(self.model((pixels - self.mean) / self.std))
 
     def calibrated(self, logits: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def test_both_preprocessings_of_imagenet_c(c_root: Path) -> None:
     of_224 = as_eval_set(
         open_suites([f"imagenet-c={c_root}"], DataConfig(), imagenet_classes(), PARTIAL)[0].source
     )
-    assert protocol(of_224, (224, 1.0, "bicubic")).startswith(
+    assert protocol(of_224, View(224, 1.0, "bicubic")).startswith(
         "c-preprocessing none: 224 px as they are; "
     )
 

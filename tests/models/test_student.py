@@ -134,6 +134,11 @@ def test_a_run_folder_is_accepted_as_a_checkpoint(tmp_path):
         checkpoint_file(tmp_path / "nowhere")
 
 
+def test_pixels_from_0_to_255_are_refused():
+    with pytest.raises(TypeError, match=r"pixels are torch.uint8; give floats in \[0, 1\]"):
+        build()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_a_folder_of_several_runs_names_the_one_that_was_meant(tmp_path):
     for seed in (0, 1):
         save_student(tmp_path / f"dad/seed-{seed}/model.safetensors", build(), {})

@@ -180,7 +180,7 @@ def test_record_and_output_contain_the_largest_difference(
     assert set(record["files"]) == {p.name for p in folder.iterdir()} - {"README.md", "export.json"}
     assert export(folder, "-o", folder.parent / "again") == 0  # an export can be exported
     assert (
-        "timm local-dir               the student's logits, to 0.0e+00 of the largest"
+        "timm local-dir               equals the student to 0.0e+00 of the largest logit"
         in capsys.readouterr().out
     )
     assert (folder.parent / "again" / "model.safetensors").read_bytes() == (

@@ -121,7 +121,8 @@ class PathListing:
             return
         folder = find_folder(Path(self.path), split)
         for entry in scan_folder(folder, [""])[0]:
-            yield str(folder / entry.path), folder / entry.path
+            path = folder / entry.path
+            yield str(path), path
 
 
 def list_shards(base: Path, names: Sequence[str], fixed: ClassMap | None) -> Listed:

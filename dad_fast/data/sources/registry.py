@@ -55,7 +55,8 @@ def open_source(
 
     Args:
         data_dir: a folder, a pattern of shards such as `/data/train-{000000..000099}.tar`,
-            `csv:FILE`, `embedded:digits`, or `NAME:ARGUMENT` of another source of the registry.
+            `csv:FILE`, `hfds:NAME@SPLIT`, `parquet:PATH`, `embedded:digits`, or `NAME:ARGUMENT` of
+            another source of the registry.
         split: a sub-folder of it, a pattern of shards in it, or a split of a named source. Empty:
             `data_dir` itself holds the class folders or shards. A folder with shards and no
             sub-folder is read as shards.

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.arrow.source import ArrowSource, Part, join_labels, labels_of, schema_of
-from dad_fast.data.sources.arrow.table import WHOLE, arrow, find_columns, parse
+from dad_fast.data.sources.arrow.table import WHOLE, find_columns, import_extra, parse
 from dad_fast.data.sources.base import Listed
 from dad_fast.data.sources.names import shown, some
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
@@ -77,7 +77,7 @@ class HfDataset:
         only = next(iter(self.splits)) if len(self.splits) == 1 else None
         return only if only is not None and split in (WHOLE if not only else WHOLE[:2]) else None
 
-    def _refuse(self, split: str) -> None:
+    def _refuse(self, split: str) -> NoReturn:
         named = [name for name in self.splits if name]
         has = f"it has {some(map(shown, named))}" if named else "it is one set without splits"
         hint = "--train-split, --val-split, --suite, --split"
@@ -118,7 +118,7 @@ def _load(path: str, changed: tuple[int, ...]) -> dict[str, list[Path]]:
         raise DataError(
             f"{name}: no such folder; a set on the hub is hfds:{_HUB}OWNER/NAME (--data-dir)"
         )
-    datasets = arrow("datasets", name)
+    datasets = import_extra("datasets", name)
     try:
         with _quiet(datasets, offline=not on_hub):
             found = _read_hub(datasets, path) if on_hub else _read_folder(datasets, Path(path))

