@@ -23,6 +23,12 @@ class FitOptions:
     val_split: str = option(
         "val", "--val-split NAME", 'for the final figures; "" = training images'
     )
+    val_fraction: float = option(
+        0.0,
+        "--val-fraction F",
+        "share of the training images of each class held out, without a val split",
+        read=fraction,
+    )
     output: str = option("", "-o, --output FILE", "the weights, FILE.safetensors")
     img_size: int = option(
         0,

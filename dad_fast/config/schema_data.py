@@ -21,7 +21,10 @@ from dad_fast.config.setting import (
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     data_dir: str = setting(
-        "", "images or tars in train/ val/, csv:FILE, embedded:digits", "--data-dir", main=True
+        "",
+        "folder, shards, csv:FILE, hfds:NAME, parquet:PATH, embedded:digits",
+        "--data-dir",
+        main=True,
     )
     train_split: str = setting(
         "train",

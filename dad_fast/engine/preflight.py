@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dad_fast.config.fields import nearest
 from dad_fast.config.schema import Config, DataConfig
+from dad_fast.config.setting import Switch
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
@@ -100,10 +102,10 @@ def check_splits(cfg: Config) -> None:
         ClassMap.from_csv(data.class_map)
     _check_extra_data(data)
     if is_named(data.data_dir):
-        for split in (data.train_split, data.val_split):
-            listed = list_split(data, split)
-            if listed is not None and len(listed[0]) < 2:
-                raise DataError(f"--data-dir {data.data_dir}: one class; a classifier needs two")
+        listed = [list_split(data, split) for split in (data.train_split, data.val_split)]
+        classes = [found.classes for found in listed if found is not None]
+        if len(classes) == 2:
+            check_same_classes(cfg, *classes)
         return
     train, val = (find_split(data, split) for split in (data.train_split, data.val_split))
     if train.part and has_no_classes(data):
@@ -185,6 +187,21 @@ def check_student(cfg: Config) -> None:
 
     if not METHODS[cfg.method].linear_probe:
         student_model(cfg.student.name)
+
+
+def check_backend(cfg: Config) -> None:
+    """Raise UsageError for a backend of torch.compile that torch does not know."""
+    name = cfg.engine.torchcompile
+    if isinstance(name, bool) or name in tuple(Switch):
+        return
+    # Slow to import.
+    from torch._dynamo import list_backends
+
+    known = [known for known in list_backends(exclude_tags=()) if "TESTING" not in known]
+    if name not in known:
+        usual = ", ".join(list_backends())
+        hint = nearest(name, known) or f"; such as {usual}"
+        raise UsageError(f"--torchcompile {name}: torch has no such backend{hint}")
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:

@@ -73,8 +73,10 @@ def _run_locked(sweep: Sweep, launch: Launch) -> int:
         write_report(output)
     elif main:
         print_table(read_record(output / "results.json"))
+        # Only methods that attack images write it.
+        sheet = ", sheet.png" if (output / "sheet.png").exists() else ""
         print_line(
-            f"{output}: model.safetensors, results.json, report.html, sheet.png and logs; "
+            f"{output}: model.safetensors, results.json, report.html{sheet} and logs; "
             f"run `dad-fast eval {output}` to evaluate on more test sets"
         )
     distributed.barrier()

@@ -52,7 +52,8 @@ def run_sweep(sweep: Sweep, launch: Launch) -> int:
         write_report(output)
         plot = "plot.svg, " if sweep.ablation else ""
         print_line(
-            f"{output}: table.md, {plot}report.html, results.json, and a folder for each run"
+            f"{output}: table.md, {plot}report.html, results.json, and a folder for each run, such "
+            f"as {sweep.runs[0].folder}"
         )
     for name, why in failed.items():
         print_line(f"failed: {name}: {why}")

@@ -349,14 +349,6 @@ def test_finished_runs_are_not_trained_again(inputs, apart, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_seconds_are_divided(inputs, tmp_path):
-    """The times of runs together add up to the time of their loop."""
-    records = resume(pair(inputs, "ce"), tmp_path)
-    assert [record["shared_by"] for record in records] == [2, 2]
-    assert records[0]["seconds"] == pytest.approx(records[1]["seconds"], rel=0.05)
-
-
-@pytest.mark.slow
 def test_runs_together_equal_runs_alone_in_two_processes(inputs, tmp_path):
     script = Path(__file__).parents[1] / "runs_together.py"
     results = run_script(2, tmp_path, [str(script), str(inputs), str(tmp_path)])

@@ -27,7 +27,7 @@ OURS = {
     *(file.stem for folder in ("tests", "scripts") for file in (ROOT / folder).rglob("*.py")),
 }
 # Extras that users install; the others are for work on the project.
-USER_EXTRAS = ("cuda12", "cuda13", "demo", "export", "log")
+USER_EXTRAS = ("cuda12", "cuda13", "data", "demo", "export", "log")
 # Not on the package index: built from source, and looked for by name.
 BUILT_FROM_SOURCE = {"apex", "amp_C"}
 # Packages that cannot be installed everywhere, so that importlib.metadata may not know their
@@ -39,7 +39,7 @@ MODULES = {
     "wandb": {"wandb"},
     "triton": {"triton"},
 }
-FUNCTIONS = {"importorskip", "import_module", "find_spec"}
+FUNCTIONS = {"importorskip", "import_module", "import_extra", "find_spec"}
 
 
 class Import(NamedTuple):
